@@ -186,8 +186,8 @@ class ModelConfig:
 
         Raises ValueError with one sentence if there are problems() or a size is still unknown.
         """
-        for name, what, todo in self.problems(vocab_size, sequence_length):
-            raise ValueError(f"model.{name}: {what}; {todo}.")
+        for name, problem, todo in self.problems(vocab_size, sequence_length):
+            raise ValueError(f"model.{name}: {problem}; {todo}.")
         full = replace(
             self.sized(),
             vocab_size=self.vocab_size or vocab_size,

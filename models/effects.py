@@ -36,8 +36,8 @@ def unread(config: "ModelConfig") -> list[Problem]:
             todo = f"leave it out, or choose {other}={str(values[0]).lower()}"
             found.append((name, f"has no effect with {other}={str(given).lower()}", todo))
     if config.num_layers and config.width:
-        what = "has no effect beside num_layers and width, which are set"
-        found.append(("depth", what, "set these instead, or choose model=depth"))
+        problem = "has no effect beside num_layers and width, which are set"
+        found.append(("depth", problem, "set these instead, or choose model=depth"))
     if config.mixer_pattern:
         found.append(("mixer", "has no effect beside mixer_pattern", "leave one of them out"))
     found += _of_other_mixers(config)
@@ -49,10 +49,10 @@ def _of_other_mixers(config: "ModelConfig") -> list[Problem]:
     read = {name for part in parts_used(config) for name in part.reads}
     if config.position in ("learned", "sinusoidal"):
         read.add("position")  # these are added to the embedding
-    what = f"has no effect with mixer {' and '.join(config.mixers_used)}"
+    problem = f"has no effect with mixer {' and '.join(config.mixers_used)}"
     found: list[Problem] = []
     for mixer, part in MIXERS.items():
         todo = f"leave it out, or choose mixer={mixer}"
-        found += [(name, what, todo) for name in part.reads if name not in read]
+        found += [(name, problem, todo) for name in part.reads if name not in read]
         read.update(part.reads)
     return found

@@ -69,16 +69,16 @@ def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
     if config.num_heads is None and width % usual:
         found.append(("num_heads", f"{usual} does not divide width {width}", "give num_heads"))
     elif width % num_heads and not config.head_dim:
-        what = f"{num_heads} heads do not divide width {width}"
-        found.append(("num_heads", what, "choose a divisor of width, or give head_dim"))
+        problem = f"{num_heads} heads do not divide width {width}"
+        found.append(("num_heads", problem, "choose a divisor of width, or give head_dim"))
     elif full.rotates and head_dim % 2:
-        what, key = f"rotary position needs even heads, not {head_dim} wide", _of_width(full)
-        found.append((key, what, f"choose another {key} or position"))
+        problem, key = f"rotary position needs even heads, not {head_dim} wide", _of_width(full)
+        found.append((key, problem, f"choose another {key} or position"))
     elif full.rotates:
         found += _of_rotation(full, head_dim * (full.rope_fraction or 1))
     if num_heads % num_kv_heads:
-        what = f"{num_kv_heads} do not divide {num_heads} heads"
-        found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
+        problem = f"{num_kv_heads} do not divide {num_heads} heads"
+        found.append(("num_kv_heads", problem, "choose a divisor of num_heads"))
     return found
 
 
@@ -86,12 +86,12 @@ def _of_rotation(full: "ModelConfig", turning: float) -> list[Problem]:
     """Return the broken rules of the width that rotates in each head."""
     even = 2 * round(turning / 2)
     if abs(turning - even) > 1e-6 * turning or not even:  # a fraction of a width is hardly exact
-        what = f"{full.rope_fraction:g} of a head is {turning:g} wide, which is not even"
-        return [("rope_fraction", what, "choose one that gives an even part of a head")]
+        problem = f"{full.rope_fraction:g} of a head is {turning:g} wide, which is not even"
+        return [("rope_fraction", problem, "choose one that gives an even part of a head")]
     if full.rope_scaling == "ntk" and even < 4:
-        what = f"ntk needs at least 4 of a head that rotate, not {even}"
+        problem = f"ntk needs at least 4 of a head that rotate, not {even}"
         wider = "choose wider heads" if full.head_dim else "choose fewer heads"
-        return [(_of_width(full), what, f"{wider}, or a larger rope_fraction")]
+        return [(_of_width(full), problem, f"{wider}, or a larger rope_fraction")]
     return []
 
 
@@ -107,8 +107,8 @@ def _of_sizes(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
     if full.position == "sinusoidal" and full.width % 2:
         found.append(("width", "sinusoidal position needs an even width", "make it even"))
     if len(config.mixer_pattern) > (full.num_layers or 0):
-        what = f"{len(config.mixer_pattern)} mixers for {full.num_layers} layers"
-        found.append(("mixer_pattern", what, "give at most one a layer"))
+        problem = f"{len(config.mixer_pattern)} mixers for {full.num_layers} layers"
+        found.append(("mixer_pattern", problem, "give at most one a layer"))
     return found
 
 
@@ -118,16 +118,16 @@ def _of_data(
     """Return the sizes that don't fit the data's."""
     found: list[Problem] = []
     if config.vocab_size and vocab_size and config.vocab_size < vocab_size:
-        what = f"{config.vocab_size} is less than the {vocab_size} of tokenizer and objective"
-        found.append(("vocab_size", what, "leave it out, or give at least as many"))
+        problem = f"{config.vocab_size} is less than the {vocab_size} of tokenizer and objective"
+        found.append(("vocab_size", problem, "leave it out, or give at least as many"))
     longest = config.max_sequence_length
     columns = sequence_length or longest
     if config.source_length and columns and config.source_length >= columns:
-        what = f"{config.source_length} leaves the decoder none of {columns} columns"
-        found.append(("source_length", what, "leave it out"))
+        problem = f"{config.source_length} leaves the decoder none of {columns} columns"
+        found.append(("source_length", problem, "leave it out"))
     if longest and sequence_length and longest < sequence_length:
-        what = f"{longest} is less than the sequence length {sequence_length}"
-        found.append(("max_sequence_length", what, "leave it out, or raise it"))
+        problem = f"{longest} is less than the sequence length {sequence_length}"
+        found.append(("max_sequence_length", problem, "leave it out, or raise it"))
     return found
 
 
@@ -140,8 +140,8 @@ def of_values(config: "ModelConfig") -> list[Problem]:
     found += below_1(config, *sizes, "vocab_size", "mlp_chunk", *lengths, *bases)
     for name in ("depth", "num_layers"):
         if (getattr(config, name) or 0) > MOST_LAYERS:
-            what = f"{getattr(config, name)} layers are too many"
-            found.append((name, what, f"give at most {MOST_LAYERS:,}"))
+            problem = f"{getattr(config, name)} layers are too many"
+            found.append((name, problem, f"give at most {MOST_LAYERS:,}"))
     choices = [("position", POSITIONS), ("norm", NORMS), ("mixer", tuple(MIXERS))]
     choices += [("mlp", tuple(MLPS)), ("rope_scaling", ROPE_SCALINGS)]
     choices += [("norm_placement", NORM_PLACEMENTS), ("qk_norm_over", QK_NORM_OVER)]
@@ -161,8 +161,8 @@ def of_values(config: "ModelConfig") -> list[Problem]:
         if not 0 <= (getattr(config, name) or 0) < math.inf:
             found.append((name, "must be a number, not negative", "give 0 to switch it off"))
     if config.mlp_chunk is not None and config.activation_checkpointing == "selective":
-        what = "an MLP in chunks makes its products again, which selective checkpointing keeps"
-        found.append(("mlp_chunk", what, "leave it out, or give activation_checkpointing=full"))
+        problem = "an MLP in chunks makes its products again, which selective checkpointing keeps"
+        found.append(("mlp_chunk", problem, "leave it out, or give activation_checkpointing=full"))
     if config.rope_fraction is not None and not 0 < config.rope_fraction <= 1:
         found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
     if not 0 <= config.dropout < 1:
@@ -184,8 +184,8 @@ def _of_parts(config: "ModelConfig", full: "ModelConfig", longest: int | None) -
         for name, part in table.items():
             for key in part.keys:
                 if key not in read and getattr(config, key) != getattr(type(config), key):
-                    what = f"has no effect without {kind} {name}"
-                    found.append((key, what, f"leave it out, or choose {kind}={name}"))
+                    problem = f"has no effect without {kind} {name}"
+                    found.append((key, problem, f"leave it out, or choose {kind}={name}"))
                     read.add(key)  # others read it too: one is named
     return found
 
@@ -194,18 +194,20 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
     """Return the broken rules of positions among values that are each allowed."""
     found = _of_encoder(config)
     if config.parametrization == "completep" and not config.norms_stream:
-        what = "completep has no rule for a stream that is normed after each part"
-        found.append(("norm_placement", what, "choose another, or parametrization=mup or standard"))
+        problem = "completep has no rule for a stream that is normed after each part"
+        found.append(
+            ("norm_placement", problem, "choose another, or parametrization=mup or standard")
+        )
     kind, factor = config.rope_scaling, config.rope_factor
     # The key by which tokens see later ones, if they do.
     sees_all = "encoder_layers" if config.has_encoder else "" if config.causal else "causal"
     for mixer in config.mixers_used:
         if config.position in ("alibi", "relative") and not MIXERS[mixer].takes_biases:
-            what = f"mixer {mixer} does not add the biases of {config.position} to scores"
-            found.append(("position", what, "choose another position"))
+            problem = f"mixer {mixer} does not add the biases of {config.position} to scores"
+            found.append(("position", problem, "choose another position"))
         if sees_all and not MIXERS[mixer].takes_future:
-            what = f"mixer {mixer} can't let a token of an encoder see later ones"
-            found.append((sees_all, what, "choose another mixer, or leave it out"))
+            problem = f"mixer {mixer} can't let a token of an encoder see later ones"
+            found.append((sees_all, problem, "choose another mixer, or leave it out"))
     if config.position == "alibi" and sees_all:
         todo = "choose another position"
         found.append(("position", "alibi's biases are for causal models", todo))
@@ -214,20 +216,20 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
         todo = "leave it out, or choose position=rotary"
         found.append(("rope_fraction", f"{config.position} positions don't rotate", todo))
     if config.scale_embedding and config.position == "sinusoidal":
-        what = "sinusoidal positions scale the embedding already"
-        found.append(("scale_embedding", what, "leave it out"))
+        problem = "sinusoidal positions scale the embedding already"
+        found.append(("scale_embedding", problem, "leave it out"))
     if config.value_residual:
         found += _of_value_residual(config)
     found += _of_tokens(config)
     if kind != "none" and config.position != "rotary":
-        what = f"{kind} scales rotary positions, not {config.position}"
-        found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
+        problem = f"{kind} scales rotary positions, not {config.position}"
+        found.append(("rope_scaling", problem, "leave it out, or choose position=rotary"))
     elif kind == "none" and factor != 1:
         todo = "choose rope_scaling=ntk, yarn or llama3, or leave it out"
         found.append(("rope_factor", "has no effect without rope_scaling", todo))
     elif kind != "none" and not 1 < factor < math.inf:
-        what = f"{factor} does not lengthen the context"
-        found.append(("rope_factor", what, "give new length / original length, above 1"))
+        problem = f"{factor} does not lengthen the context"
+        found.append(("rope_factor", problem, "give new length / original length, above 1"))
     elif kind == "yarn" and config.rope_theta <= 1:
         found.append(("rope_theta", "yarn needs more than 1", "give more, such as 10000"))
     if kind not in ("yarn", "llama3") and config.rope_original_length:
@@ -246,26 +248,26 @@ def _of_relative(config: "ModelConfig") -> list[Problem]:
     sees_all = config.has_encoder or not config.causal
     count, least = config.relative_buckets, 4 if sees_all else 2
     if count < least or count % least:
-        what = f"{count} entries can't be halved into near and far"
-        what += ", before and behind" if sees_all else ""
-        return [("relative_buckets", what, f"give a multiple of {least}")]
+        problem = f"{count} entries can't be halved into near and far"
+        problem += ", before and behind" if sees_all else ""
+        return [("relative_buckets", problem, f"give a multiple of {least}")]
     if config.relative_distance <= count // 2:
-        what = f"{config.relative_distance} leaves no far distances for half of {count} entries"
-        return [("relative_distance", what, f"give more than {count // 2}")]
+        problem = f"{config.relative_distance} leaves no far distances for half of {count} entries"
+        return [("relative_distance", problem, f"give more than {count // 2}")]
     return []
 
 
 def _of_value_residual(config: "ModelConfig") -> list[Problem]:
     """Return the broken rules of a mixture of the first layer's values into those of others."""
     if not 0 < config.value_residual < 1:
-        what = f"{config.value_residual} is no part of a layer's values"
-        return [("value_residual", what, "give above 0 and below 1, or 0 for none")]
+        problem = f"{config.value_residual} is no part of a layer's values"
+        return [("value_residual", problem, "give above 0 and below 1, or 0 for none")]
     if config.encoder_layers:
-        what = "an encoder and a decoder have no first layer in common"
-        return [("value_residual", what, "leave it out, or leave out encoder_layers")]
+        problem = "an encoder and a decoder have no first layer in common"
+        return [("value_residual", problem, "leave it out, or leave out encoder_layers")]
     if (config.num_layers or config.depth) == 1:
-        what = "the only layer has no earlier one, whose values it could take"
-        return [("value_residual", what, "leave it out, or give more layers")]
+        problem = "the only layer has no earlier one, whose values it could take"
+        return [("value_residual", problem, "leave it out, or give more layers")]
     return _without_values(config, "value_residual")
 
 
@@ -275,8 +277,8 @@ def _without_values(config: "ModelConfig", field: str) -> list[Problem]:
     others = [name for name in config.mixers_used if not MIXERS[name].takes_values]
     if not 0 < len(others) < len(config.mixers_used):
         return []
-    what = f"mixer {others[0]} has no values of attention, and all layers need them"
-    return [(field, what, "leave it out, or choose other mixers")]
+    problem = f"mixer {others[0]} has no values of attention, and all layers need them"
+    return [(field, problem, "leave it out, or choose other mixers")]
 
 
 def _of_tokens(config: "ModelConfig") -> list[Problem]:
@@ -286,13 +288,13 @@ def _of_tokens(config: "ModelConfig") -> list[Problem]:
         if (given := getattr(config, name)) < 0:
             found.append((name, f"{given} must not be negative", "give 0 for none"))
         elif given and config.encoder_layers:
-            what = "is for a decoder or an encoder alone"
-            found.append((name, what, "leave it out, or leave out encoder_layers"))
+            problem = "is for a decoder or an encoder alone"
+            found.append((name, problem, "leave it out, or leave out encoder_layers"))
     if not config.value_embedding or found:
         return found
     if config.mtp_layers:
-        what = "the modules for later tokens have no value embedding"
-        found.append(("value_embedding", what, "leave it out, or leave out mtp_layers"))
+        problem = "the modules for later tokens have no value embedding"
+        found.append(("value_embedding", problem, "leave it out, or leave out mtp_layers"))
     return found + _without_values(config, "value_embedding")
 
 
@@ -300,24 +302,24 @@ def _of_mtp(config: "ModelConfig", longest: int | None) -> list[Problem]:
     """Return the broken rules of modules that predict later tokens."""
     count, field = config.mtp_layers, "mtp_layers"
     if not count:
-        what, todo = "has no effect without mtp_layers", "leave it out, or give mtp_layers=1"
+        problem, todo = "has no effect without mtp_layers", "leave it out, or give mtp_layers=1"
         is_given = config.mtp_weight != type(config).mtp_weight
-        return [("mtp_weight", what, todo)] if is_given else []
+        return [("mtp_weight", problem, todo)] if is_given else []
     if not 0 < count <= MOST_MTP:
         return [(field, f"{count} is not a number of modules", f"give 0 to {MOST_MTP}")]
     if not 0 < config.mtp_weight < math.inf:
         todo = "give a number above 0, or mtp_layers=0"
         return [("mtp_weight", f"{config.mtp_weight} gives them no part in the objective", todo)]
     if longest and count >= longest:
-        what = f"in {longest} columns no token is {count + 1} later than another"
-        return [(field, what, f"give at most {longest - 1}")]
+        problem = f"in {longest} columns no token is {count + 1} later than another"
+        return [(field, problem, f"give at most {longest - 1}")]
     if config.has_encoder or not config.causal:
-        what = "later tokens are predicted by a causal decoder alone"
+        problem = "later tokens are predicted by a causal decoder alone"
         other = "encoder_layers" if config.has_encoder else "causal"
-        return [(field, what, f"leave it out, or leave out {other}")]
+        return [(field, problem, f"leave it out, or leave out {other}")]
     if config.value_residual:
-        what = "the modules' blocks have no values of the first layer"
-        return [(field, what, "leave it out, or leave out value_residual")]
+        problem = "the modules' blocks have no values of the first layer"
+        return [(field, problem, "leave it out, or leave out value_residual")]
     return []
 
 
@@ -328,16 +330,16 @@ def _of_encoder(config: "ModelConfig") -> list[Problem]:
             return [("source_length", "there is no encoder", "leave it out")]
         return []
     if not 0 < config.encoder_layers <= MOST_LAYERS:
-        what = f"{config.encoder_layers} is not a number of layers"
-        return [("encoder_layers", what, f"give 0 to {MOST_LAYERS:,}")]
+        problem = f"{config.encoder_layers} is not a number of layers"
+        return [("encoder_layers", problem, f"give 0 to {MOST_LAYERS:,}")]
     found: list[Problem] = []
     if not config.causal:
-        what = "the decoder of an encoder-decoder sees no later token"
-        found.append(("causal", what, "leave it out"))
+        problem = "the decoder of an encoder-decoder sees no later token"
+        found.append(("causal", problem, "leave it out"))
     if config.has_experts:
-        what = "an encoder-decoder has no experts"
-        found.append(("mlp", what, "choose another mlp, or leave out encoder_layers"))
+        problem = "an encoder-decoder has no experts"
+        found.append(("mlp", problem, "choose another mlp, or leave out encoder_layers"))
     if config.parametrization == "completep":
-        what = "completep has a rule for one stack of layers, not for encoder and decoder"
-        found.append(("parametrization", what, "choose mup or standard"))
+        problem = "completep has a rule for one stack of layers, not for encoder and decoder"
+        found.append(("parametrization", problem, "choose mup or standard"))
     return found

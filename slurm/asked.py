@@ -83,7 +83,7 @@ class Answer:
         try:
             self.jobs = queue.jobs(self.asked)
         except UserError as e:
-            self.error = [e.where, e.what, e.todo]
+            self.error = [e.where, e.problem, e.todo]
 
 
 def jobs(ids: Iterable[str]) -> list[queue.Job]:

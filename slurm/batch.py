@@ -288,13 +288,13 @@ class Batch:
         common, faulty = report.common, report.of_nodes
         if common and len(self.hosts) == 1 and not policy.past(self.run, self._name).faulty:
             # One node alone can't tell whether another would work: try another one once.
-            faulty = {self.hosts[0]: "; ".join(f.what for f in common)}
+            faulty = {self.hosts[0]: "; ".join(f.problem for f in common)}
         elif common:
             # If no node answers or connects, srun may have failed: not a problem of the config.
             mute = all(f.kind in ("silent", "network") for f in common)
             return policy.AttemptOutcome(CRASHED if mute else USER, 0, common[0].sentence)
         # No training was lost: exclude such a node at once.
-        how = "; ".join(f"{host}: {what}" for host, what in faulty.items())
+        how = "; ".join(f"{host}: {problem}" for host, problem in faulty.items())
         return policy.AttemptOutcome(CRASHED, 0, f"preflight: {how}", faulty=faulty)
 
     def _requeue(self, decision: policy.JobDecision) -> int:

@@ -181,15 +181,15 @@ class SlurmConfig:
             if getattr(self, name) and self.container is None:
                 found.append((name, "needs a container", "set slurm.container"))
         if self.pack and self.container:
-            what = "is for nodes without containers: an image has its own Python"
-            found.append(("pack", what, "leave out slurm.pack or slurm.container"))
+            problem = "is for nodes without containers: an image has its own Python"
+            found.append(("pack", problem, "leave out slurm.pack or slurm.container"))
         try:
             words = shlex.split(self.python) if self.python is not None else ["python"]
-            what = "" if words else "has no word"
+            problem = "" if words else "has no word"
         except ValueError as e:
-            what = f"{self.python!r} can't be read ({e})"
-        if what:
-            found.append(("python", what, "write it as for a shell, such as 'conda run python'"))
+            problem = f"{self.python!r} can't be read ({e})"
+        if problem:
+            found.append(("python", problem, "write it as for a shell, such as 'conda run python'"))
         return found + self._paths() + self._gpus()
 
     def _paths(self) -> Problems:
@@ -203,21 +203,23 @@ class SlurmConfig:
             value = getattr(self, f.name)
             texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             if f.name != "setup" and any(not text.isprintable() for text in texts):
-                what = "has a line break or another control character"
-                found.append((f.name, what, "write it in one line"))
+                problem = "has a line break or another control character"
+                found.append((f.name, problem, "write it in one line"))
         return found
 
     def _gpus(self) -> Problems:
         for part in (self.gres or "").split(","):
             if re.match(r"(gres[:/])?gpu\b", part) and not _GPUS.fullmatch(part):
-                what = f"{part} has no number of GPUs that can be read"
-                return [("gres", what, "write it as gpu:8 or gpu:h100:8")]
+                problem = f"{part} has no number of GPUs that can be read"
+                return [("gres", problem, "write it as gpu:8 or gpu:h100:8")]
         if self.gpus_per_node and self.gpus_of_gres not in (0, self.gpus_per_node):
-            what = f"{self.gpus_per_node} GPUs, but slurm.gres={self.gres} has {self.gpus_of_gres}"
-            return [("gpus_per_node", what, f"write slurm.gpus_per_node={self.gpus_of_gres}")]
+            problem = (
+                f"{self.gpus_per_node} GPUs, but slurm.gres={self.gres} has {self.gpus_of_gres}"
+            )
+            return [("gpus_per_node", problem, f"write slurm.gpus_per_node={self.gpus_of_gres}")]
         if self.gpus and self.ranks_per_node > self.gpus:
-            what = f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus}"
-            return [("tasks_per_node", what, f"write slurm.tasks_per_node={self.gpus}")]
+            problem = f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus}"
+            return [("tasks_per_node", problem, f"write slurm.tasks_per_node={self.gpus}")]
         return []
 
     def note_on_cpus(self, cpus: int) -> str | None:
@@ -312,14 +314,14 @@ class SubmitJob(PlanJob):
         found = super().problems(self.world_size)
         limit = self.slurm.time.seconds if self.slurm.time else None
         if limit and limit <= self.lead(0.0):
-            what = (
+            problem = (
                 f"{self.slurm.time} is not longer than the {self.lead(0.0)} s reserved for saving"
             )
             todo = "set a longer time, or lower launch.grace or slurm.lead"
-            found.append(("slurm.time", what, todo))
+            found.append(("slurm.time", problem, todo))
         wants_gpus = self.machine.memory_bytes is not None
         if wants_gpus and not self.slurm.has_gpus:
-            what = f"no GPU is requested, but machine is {self.machine.name}"
+            problem = f"no GPU is requested, but machine is {self.machine.name}"
             todo = "set the number of GPUs, or choose machine=cpu"
-            found.append(("slurm.gpus_per_node", what, todo))
+            found.append(("slurm.gpus_per_node", problem, todo))
         return found

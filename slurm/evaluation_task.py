@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> int:
         if step not in known and goes_on and step > max(known, default=0):
             return _look_again(run, step)
         if step not in known:
-            what = "no such checkpoint, and no job of the run that will make it"
+            problem = "no such checkpoint, and no job of the run that will make it"
             again = f"forescale submit train {run.name}, and forescale submit eval {run.name}"
-            raise UserError(str(run.checkpoint_path(step)), what, f"give {again} steps=[{step}]")
+            raise UserError(str(run.checkpoint_path(step)), problem, f"give {again} steps=[{step}]")
     command = _command(submission, words)
     os.execvp(command[0], command)
 

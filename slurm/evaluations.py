@@ -170,16 +170,16 @@ def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[i
     problems = []
     for step in to_come:
         if step > total:
-            what, todo = f"{step:,} is after the last step of the run, {total:,}", "leave it out"
+            problem, todo = f"{step:,} is after the last step of the run, {total:,}", "leave it out"
         elif step <= newest:
-            what = f"the run is past step {step:,}, and has no checkpoint of it"
+            problem = f"the run is past step {step:,}, and has no checkpoint of it"
             todo = f"choose of these: {', '.join(map(str, known)) or 'those to come'}"
         elif step not in sure and (every is None or step not in every):
-            what = f"no checkpoint is planned for step {step:,}"
+            problem = f"no checkpoint is planned for step {step:,}"
             todo = f"choose another, or give checkpoint.at=[{step}] to forescale submit train"
         else:
             continue
-        problems.append(Problem("steps", what, todo))
+        problems.append(Problem("steps", problem, todo))
     if problems:
         raise ConfigError(problems)
     return here, to_come
@@ -188,8 +188,10 @@ def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[i
 def _training(run: Run, to_come: Sequence[int]) -> str:
     """Return the id of the run's job in the queue. Raises UserError if there is none."""
     if (found := waiting_or_running(run)) is None:
-        what = f"no job of this run is in the queue, and it has no checkpoint of step {to_come[0]}"
-        raise UserError(str(run.path), what, f"give first: forescale submit train {run.name}")
+        problem = (
+            f"no job of this run is in the queue, and it has no checkpoint of step {to_come[0]}"
+        )
+        raise UserError(str(run.path), problem, f"give first: forescale submit train {run.name}")
     expect_own(*found)
     return found[1].id
 
@@ -201,9 +203,12 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
     Raises ConfigError for keys that one process has no use for.
     """
     typed = {w.split("=")[0].split(".")[1] for w in words if re.match(r"slurm\.\w+", w)}
-    what, todo = "an evaluation is one process, which starts anew if it ends early", "leave it out"
+    problem, todo = (
+        "an evaluation is one process, which starts anew if it ends early",
+        "leave it out",
+    )
     if wrong := [name for name in _OF_RANKS if name in typed]:
-        raise ConfigError(Problem(f"slurm.{name}", what, todo) for name in wrong)
+        raise ConfigError(Problem(f"slurm.{name}", problem, todo) for name in wrong)
     found: SlurmConfig = job.slurm
     last = remembered.recall(run.path).get("slurm")
     if last and not any(w.startswith("slurm=") for w in words):
@@ -282,9 +287,9 @@ def _report(groups: Sequence[Evaluations], ids: Sequence[str]) -> None:
     run, settings = groups[0].run, groups[0].settings
     for group, id in zip(groups, ids, strict=True):
         several = f"steps {', '.join(f'{s:,}' for s in group.steps)}"
-        what = several if len(group.steps) > 1 else f"step {group.steps[0]:,}"
+        problem = several if len(group.steps) > 1 else f"step {group.steps[0]:,}"
         waits = f", each when job {group.training} has saved it" if group.training else ""
-        print(f"Submitted array {id}: {what} of {run.name}{waits}.")
+        print(f"Submitted array {id}: {problem} of {run.name}{waits}.")
         print(f"  Script: {group.submission.script}")
         print(f"  Scores: {group.log(group.steps[0])}{', ...' if len(group.steps) > 1 else ''}")
     device = {0: "on CPUs", 1: "with one GPU"}.get(settings.gpus, f"with {settings.gpus} GPUs")

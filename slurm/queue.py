@@ -97,7 +97,7 @@ def jobs(ids: Iterable[str]) -> list[Job]:
     try:
         lines = _run(command).splitlines()
     except UserError as e:
-        if _GONE.search(e.what):  # a single id that the controller no longer knows
+        if _GONE.search(e.problem):  # a single id that the controller no longer knows
             return []
         raise
     return [Job(*line.split("|", _FORMAT.count("|"))) for line in lines if line]
@@ -108,7 +108,7 @@ def show(job: str) -> dict[str, str]:
     try:
         text = _run(["scontrol", "--oneliner", "show", "job", job])
     except UserError as e:
-        if _GONE.search(e.what):
+        if _GONE.search(e.problem):
             return {}
         raise
     return dict(re.findall(r"(\S+?)=(\S*)", text))
@@ -222,7 +222,7 @@ def _run(command: list[str], deaf: bool = False) -> str:
         try:
             return _once(command, deaf)
         except UserError as e:
-            if not _BUSY.search(e.what) or time.monotonic() > end:
+            if not _BUSY.search(e.problem) or time.monotonic() > end:
                 raise
             time.sleep(5.0)
 
@@ -242,12 +242,12 @@ def _once(
             preexec_fn=_ignore if deaf else None,
         )
     except FileNotFoundError:
-        what = "is not on this machine's PATH"
+        problem = "is not on this machine's PATH"
         todo = "run this on a login node of a SLURM cluster, or train here with forescale train"
-        raise UserError(command[0], what, todo) from None
+        raise UserError(command[0], problem, todo) from None
     except subprocess.TimeoutExpired:
-        what = f"SLURM did not answer in {_TIMEOUT:.0f} s (timed out)"
-        raise UserError(command[0], what, "check sinfo, and try again") from None
+        problem = f"SLURM did not answer in {_TIMEOUT:.0f} s (timed out)"
+        raise UserError(command[0], problem, "check sinfo, and try again") from None
     if done.returncode:
         message = " ".join(done.stderr.split()) or f"ended with code {done.returncode}"
         message = message.removeprefix(f"{command[0]}: ").removeprefix("error: ")

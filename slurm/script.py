@@ -145,9 +145,9 @@ def in_lines(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the options. Raises UserError for one that doesn't fit in one line."""
     for option, _ in found:
         if not option.isprintable():
-            what = "has a line break or another control character, which sbatch can't read"
+            problem = "has a line break or another control character, which sbatch can't read"
             todo = "choose another directory or value"
-            raise UserError(_in_one_line(option), what, todo)
+            raise UserError(_in_one_line(option), problem, todo)
     return found
 
 

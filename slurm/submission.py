@@ -146,6 +146,6 @@ def expect_own(submission: Submission, job: queue.Job) -> None:
     jobs = [line.strip() for line in text.splitlines()]
     its = owner == os.getuid() and shlex.quote(str(submission.path.resolve())) in jobs
     if not its or submission.accepted.get("cluster") not in (None, queue.cluster()):
-        what = f"names job {job.id}, which SLURM doesn't know as a job of yours for this run"
+        problem = f"names job {job.id}, which SLURM doesn't know as a job of yours for this run"
         todo = f"if it is yours after all: scancel {job.id}"
-        raise UserError(str(submission.path / "job.json"), what, todo)
+        raise UserError(str(submission.path / "job.json"), problem, todo)

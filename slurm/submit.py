@@ -112,8 +112,8 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
         if not words:
             continue
         if any(word.lstrip("+~").startswith(("slurm", "submit")) for word in words):
-            what = "sets a key of slurm or submit, which all runs of an array share"
-            raise UserError(where, what, "set it on the command line")
+            problem = "sets a key of slurm or submit, which all runs of an array share"
+            raise UserError(where, problem, "set it on the command line")
         try:
             job = on_nodes(job_of(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)]))
         except ConfigError as e:
@@ -137,20 +137,20 @@ def _text_of(path: Path) -> str:
         with open(path, "rb") as f:
             raw = f.read(_LARGEST + 1)
         if len(raw) > _LARGEST:
-            what = f"has more than {_LARGEST:,} bytes"
-            raise UserError(str(path), what, "give a smaller file")
+            problem = f"has more than {_LARGEST:,} bytes"
+            raise UserError(str(path), problem, "give a smaller file")
         return raw.decode()
     except (OSError, ValueError) as e:  # ValueError: a name with a null character, or no UTF-8
-        what = f"can't be read ({(isinstance(e, OSError) and e.strerror) or e})"
-        raise UserError(str(path), what, "give a text file") from None
+        problem = f"can't be read ({(isinstance(e, OSError) and e.strerror) or e})"
+        raise UserError(str(path), problem, "give a text file") from None
 
 
 def _report(made: Order, job: str) -> None:
     several = len(made.names) > 1
-    what = f"{len(made.names)} runs as array {job}" if several else f"as job {job}"
+    problem = f"{len(made.names)} runs as array {job}" if several else f"as job {job}"
     time = made.settings.time
     limit = f"; it saves {made.lead} s before its time limit of {time}" if time else ""
-    print(f"\nSubmitted {what}{limit}. Script: {made.submissions[0].script}")
+    print(f"\nSubmitted {problem}{limit}. Script: {made.submissions[0].script}")
     name = made.names[0]
     print(f"Follow it: forescale status, forescale logs {name}. Stop it: forescale stop {name}")
 
@@ -235,9 +235,9 @@ def _given(plan: Plan) -> SubmitJob:
 def _refuse_twice(run: Run) -> None:
     if found := waiting_or_running(run):
         job = found[1]
-        what = f"is already in the queue, as job {job.id} ({job.state.lower()})"
+        problem = f"is already in the queue, as job {job.id} ({job.state.lower()})"
         raise UserError(
-            str(run.path), what, f"see forescale status, or run: forescale stop {run.name}"
+            str(run.path), problem, f"see forescale status, or run: forescale stop {run.name}"
         )
 
 
@@ -250,9 +250,9 @@ def _refuse_second(run: Run, folder: Path) -> None:
     if older and older[0].job is None:
         age = time.time() - older[0].path.stat().st_mtime
         if age < _UNDER_WAY:
-            what = f"another command began to submit it {age:.0f} s ago"
+            problem = f"another command began to submit it {age:.0f} s ago"
             todo = f"wait for it; if it was killed, remove {older[0].path}"
-            raise UserError(str(run.path), what, todo)
+            raise UserError(str(run.path), problem, todo)
 
 
 def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> None:

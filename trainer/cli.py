@@ -62,14 +62,14 @@ def _run(given: list[str]) -> int:
     except RuntimeError as e:
         if str(e) != _NO_HOME:
             raise
-        what = "a path begins with ~ and a name that is no user's"
-        print(f"forescale: {given[0]}: {what}; write the full path.", file=sys.stderr)
+        problem = "a path begins with ~ and a name that is no user's"
+        print(f"forescale: {given[0]}: {problem}; write the full path.", file=sys.stderr)
         return USER
     except MemoryError as e:
         if given[0] == "train":  # others on the machine may have taken it: tried again
             raise
-        what = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
-        print(f"forescale: {given[0]}: {what}; make what you gave smaller.", file=sys.stderr)
+        problem = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
+        print(f"forescale: {given[0]}: {problem}; make what you gave smaller.", file=sys.stderr)
         return USER
     except OSError as e:
         if (fault := storage_error(e)) is None:
@@ -109,7 +109,7 @@ def _warning(message, category, filename, lineno, line=None) -> str:
 
 def usage() -> str:
     """Return the page of `forescale --help`."""
-    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    lines = [f"  {verb:<10} {problem}" for verb, problem in VERBS.items()]
     return "\n".join(
         [
             "forescale VERB [TARGET] [KEY=VALUE ...] [--FLAG]",

@@ -33,21 +33,21 @@ def shortened(text: str, most: int) -> str:
 
 
 class UserError(Exception):
-    """Wrong input. where: the key or file; what: what is wrong; todo: what to do."""
+    """Wrong input. where: the key or file; problem: what is wrong; todo: what to do."""
 
     code = USER  # exit code of the command
 
-    def __init__(self, where: str, what: str, todo: str):
-        super().__init__(where, what, todo)
-        self.where, self.what, self.todo = str(where), what, todo
+    def __init__(self, where: str, problem: str, todo: str):
+        super().__init__(where, problem, todo)
+        self.where, self.problem, self.todo = str(where), problem, todo
 
     def __str__(self) -> str:
         """The sentence: one line, however long the parts are, and without secrets of addresses."""
         end = "" if self.todo.endswith("?") else "."
-        where, what, todo = (
-            shortened(part, _LONGEST) for part in (self.where, self.what, self.todo)
+        where, problem, todo = (
+            shortened(part, _LONGEST) for part in (self.where, self.problem, self.todo)
         )
-        return masked(f"{where}: {what}; {todo}{end}").replace("\r", "\\r").replace("\n", "\\n")
+        return masked(f"{where}: {problem}; {todo}{end}").replace("\r", "\\r").replace("\n", "\\n")
 
 
 class Transient(UserError):
@@ -95,11 +95,11 @@ def unknown_storage_error(error: OSError, where: str) -> Transient:
     """Return the Transient for an OSError that came from storage; `where` if it names no file."""
     number = error.errno or 0
     if number == errno.EIO:
-        what = "the storage reports an I/O error"
+        problem = "the storage reports an I/O error"
     else:
         reason = error.strerror or (os.strerror(number) if number else str(error))
-        what = f"the storage fails ({reason})"
-    return Transient(str(error.filename or where), what, _AGAIN)
+        problem = f"the storage fails ({reason})"
+    return Transient(str(error.filename or where), problem, _AGAIN)
 
 
 def retried(
@@ -119,8 +119,8 @@ def retried(
             if not isinstance(error, Transient):
                 raise
             if pause is None:
-                what = f"{error.what} (tried {len(PAUSES) + 1} times)"
-                raise type(error)(error.where, what, error.todo) from e
+                problem = f"{error.problem} (tried {len(PAUSES) + 1} times)"
+                raise type(error)(error.where, problem, error.todo) from e
         failed(error, pause)
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")

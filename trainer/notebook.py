@@ -61,9 +61,9 @@ def _must_be_found_by_ranks(job: TrainJob) -> None:
     own."""
     for key, target in targets(job).items():
         if target.startswith("__main__."):
-            what = f"{target} exists in this process alone, and ranks are processes of their own"
+            problem = f"{target} exists in this process alone, and ranks are processes of their own"
             todo = "write the class into a file beside the notebook, such as mine.py: mine.Name"
-            raise UserError(key, what, todo)
+            raise UserError(key, problem, todo)
 
 
 def _run(words: list[str], show: Callable[[str], None]) -> tuple[int, list[str]]:

@@ -166,8 +166,8 @@ def read_json(path: Path) -> Any:
     if isinstance(value, dict) and CHECKSUM in value:
         del value[CHECKSUM]
         if raw != _checked(value):
-            what = "was changed since it was written (its checksum differs)"
-            raise UserError(str(path), what, "restore it from a copy")
+            problem = "was changed since it was written (its checksum differs)"
+            raise UserError(str(path), problem, "restore it from a copy")
     return value
 
 
@@ -276,7 +276,7 @@ def check_table(
             if retried(lambda: hash_file(path, tick, afresh)).sha256 != want.sha256:
                 return f"{path}: its sha256 differs from the table's (damaged)"
         except Transient as e:
-            return f"{path}: {e.what}"
+            return f"{path}: {e.problem}"
         except OSError as e:
             return f"{path}: can't be read ({e.strerror})"
         return None

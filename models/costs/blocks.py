@@ -70,42 +70,44 @@ def _of_window(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> li
     elif c.window < 1:
         found.append(("window", f"{c.window} tokens are no window", "give at least 1"))
     elif longest and c.window > longest:
-        what = f"{c.window} tokens are more than the context's {longest}"
-        found.append(("window", what, "give fewer, or choose mixer attention"))
+        problem = f"{c.window} tokens are more than the context's {longest}"
+        found.append(("window", problem, "give fewer, or choose mixer attention"))
     if c.global_tokens < 0:
         found.append(("global_tokens", "must not be negative", "give 0 for none"))
     elif longest and c.global_tokens > longest:
-        what = f"{c.global_tokens} tokens are more than the context's {longest}"
-        found.append(("global_tokens", what, "give fewer"))
+        problem = f"{c.global_tokens} tokens are more than the context's {longest}"
+        found.append(("global_tokens", problem, "give fewer"))
     return found
 
 
 def _of_sparse(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     if c.sparse_pattern not in PATTERNS:
-        what, todo = f"unknown value {c.sparse_pattern!r}", ", ".join(PATTERNS)
-        return [("sparse_pattern", what, f"choose from {todo}")]
+        problem, todo = f"unknown value {c.sparse_pattern!r}", ", ".join(PATTERNS)
+        return [("sparse_pattern", problem, f"choose from {todo}")]
     if c.sparse_block < 1:
         return [("sparse_block", f"{c.sparse_block} is not a size", "give at least 1")]
     found: list[Problem] = []
     least = 1 if c.sparse_pattern == "bigbird" else 2
     if c.sparse_local < least:
-        what = f"{c.sparse_local} is too little for pattern {c.sparse_pattern}"
-        found.append(("sparse_local", what, f"give at least {least} blocks"))
+        problem = f"{c.sparse_local} is too little for pattern {c.sparse_pattern}"
+        found.append(("sparse_local", problem, f"give at least {least} blocks"))
     for name in ("sparse_global", "sparse_random"):
         if getattr(c, name) < 0:
             found.append((name, "must not be negative", "give 0 for none"))
         elif c.sparse_pattern != "bigbird" and getattr(c, name) != getattr(type(c), name):
-            what = f"has no effect on pattern {c.sparse_pattern}"
-            found.append((name, what, "leave it out, or choose sparse_pattern=bigbird"))
+            problem = f"has no effect on pattern {c.sparse_pattern}"
+            found.append((name, problem, "leave it out, or choose sparse_pattern=bigbird"))
     if longest and c.sparse_pattern == "bigbird":
         blocks = -(-longest // c.sparse_block)
         for name in ("sparse_global", "sparse_random"):
             if getattr(c, name) > blocks:
-                what = f"{getattr(c, name)} are more than the context's {blocks} blocks"
-                found.append((name, what, "give fewer"))
+                problem = f"{getattr(c, name)} are more than the context's {blocks} blocks"
+                found.append((name, problem, "give fewer"))
     if longest and c.sparse_block * c.sparse_local > longest:
-        what = f"{c.sparse_local} blocks of {c.sparse_block} are more than the context's {longest}"
-        found.append(("sparse_local", what, "give smaller or fewer blocks, or mixer attention"))
+        problem = (
+            f"{c.sparse_local} blocks of {c.sparse_block} are more than the context's {longest}"
+        )
+        found.append(("sparse_local", problem, "give smaller or fewer blocks, or mixer attention"))
     return found
 
 

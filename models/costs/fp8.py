@@ -56,12 +56,12 @@ def sizes_refused(config: "ModelConfig", tensor: int = 1) -> list[Refusal]:
             if size % PIECE == 0 or size in found:
                 continue
             whose = f"a rank's part of {name}" if tensor > 1 else name
-            what = f"{whose} is {shape[0]} x {shape[1]}, and fp8 takes multiples of {PIECE}"
+            problem = f"{whose} is {shape[0]} x {shape[1]}, and fp8 takes multiples of {PIECE}"
             whole = (size, size * tensor)
             keys = [f"model.{key}" for key in _SIZES if getattr(config, key) in whole]
             wide = "model.head_dim" if config.head_dim else "model.width"
             todo = " or ".join(keys) or f"{wide}, model.num_heads or model.num_kv_heads"
-            found[size] = (what, f"change {todo}, {_OFF}")
+            found[size] = (problem, f"change {todo}, {_OFF}")
     return [*found.values()]
 
 
@@ -76,7 +76,9 @@ def rows_refused(
         found |= {part for columns in wide for part in (chunk, columns % chunk or chunk)}
     for columns in sorted(found):
         if (tokens := micro_batch * columns) % PIECE:
-            what = f"a rank multiplies {micro_batch} x {columns} = {tokens} tokens at once, and fp8"
+            problem = (
+                f"a rank multiplies {micro_batch} x {columns} = {tokens} tokens at once, and fp8"
+            )
             todo = f"change train.micro_batch or train.sequence_length, {_OFF}"
-            return [(f"{what} takes multiples of {PIECE}", todo)]
+            return [(f"{problem} takes multiples of {PIECE}", todo)]
     return []

@@ -99,8 +99,8 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
 def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     found = below_1(c, *_KEYS)
     if longest and c.delta_conv > max(longest, type(c).delta_conv):
-        what = f"{c.delta_conv} tokens are more than the context's {longest}"
-        found.append(("delta_conv", what, "give fewer"))
+        problem = f"{c.delta_conv} tokens are more than the context's {longest}"
+        found.append(("delta_conv", problem, "give fewer"))
     return found
 
 

@@ -93,16 +93,16 @@ def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
 def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     found = below_1(c, *_KEYS)
     if c.position == "rotary" and c.rope_fraction == 1:
-        what = "mixer latent needs a part of each head that does not rotate"
-        found.append(("rope_fraction", what, "give less than 1, or leave it out"))
+        problem = "mixer latent needs a part of each head that does not rotate"
+        found.append(("rope_fraction", problem, "give less than 1, or leave it out"))
     heads = full.num_heads or 1
     queries = heads * (full.head_dim or (full.width or 0) // heads)
     if (c.latent_rank or 0) >= 2 * queries:
-        what = f"{c.latent_rank} does not compress keys and values, {2 * queries} a token"
-        found.append(("latent_rank", what, "give less, or leave it out"))
+        problem = f"{c.latent_rank} does not compress keys and values, {2 * queries} a token"
+        found.append(("latent_rank", problem, "give less, or leave it out"))
     if (c.latent_query_rank or 0) > queries:
-        what = f"{c.latent_query_rank} does not compress queries, {queries} a token"
-        found.append(("latent_query_rank", what, "give less, or leave it out"))
+        problem = f"{c.latent_query_rank} does not compress queries, {queries} a token"
+        found.append(("latent_query_rank", problem, "give less, or leave it out"))
     return found
 
 

@@ -94,14 +94,14 @@ def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> lis
 def _of_values(c: "ModelConfig") -> list[Problem]:
     found: list[Problem] = []
 
-    def add(name: str, what: str, todo: str) -> None:
-        found.append((f"moe_{name}", what, todo))
+    def add(name: str, problem: str, todo: str) -> None:
+        found.append((f"moe_{name}", problem, todo))
 
     if c.moe_experts < 2:
         add("experts", f"{c.moe_experts} is no mixture", "give at least 2, or choose mlp=swiglu")
     elif not 1 <= c.moe_top_k <= c.moe_experts:
-        what = f"a token can't use {c.moe_top_k} of {c.moe_experts} experts"
-        add("top_k", what, f"give 1 to {c.moe_experts}")
+        problem = f"a token can't use {c.moe_top_k} of {c.moe_experts} experts"
+        add("top_k", problem, f"give 1 to {c.moe_experts}")
     if c.moe_width is not None and c.moe_width < 1:
         add("width", f"{c.moe_width} is not a size", "give at least 1")
     for name in ("shared", "dense_layers"):
@@ -115,21 +115,21 @@ def _of_values(c: "ModelConfig") -> list[Problem]:
         if not 0 <= value < float("inf"):
             add(name, f"{value} is not 0 or more", "give 0 to switch it off")
     if 1 < c.moe_bias_speed < float("inf"):
-        what = f"a step of {c.moe_bias_speed:g} is wider than the scale of all scores, 0 to 1"
-        add("bias_speed", what, "give less, such as 0.001")
+        problem = f"a step of {c.moe_bias_speed:g} is wider than the scale of all scores, 0 to 1"
+        add("bias_speed", problem, "give less, such as 0.001")
     most = c.moe_experts / max(1, c.moe_top_k)
     if most < c.moe_capacity < float("inf"):
-        what = f"with {c.moe_capacity:g} an expert has more places than there are tokens"
-        add("capacity", what, f"give at most {most:g}, or 0 to drop nothing")
+        problem = f"with {c.moe_capacity:g} an expert has more places than there are tokens"
+        add("capacity", problem, f"give at most {most:g}, or 0 to drop nothing")
     if 0 < c.moe_capacity < 1:
-        what = f"{c.moe_capacity} leaves tokens without a place even where all experts are alike"
-        add("capacity", what, "give 1 or more, such as 1.25, or 0 to drop nothing")
+        problem = f"{c.moe_capacity} leaves tokens without a place even where all experts are alike"
+        add("capacity", problem, "give 1 or more, such as 1.25, or 0 to drop nothing")
     if c.moe_bias_speed and c.moe_scores == "softmax":
-        what = "a bias of the choice is on the scale of sigmoid scores"
-        add("bias_speed", what, "choose moe_scores=sigmoid, or give 0")
+        problem = "a bias of the choice is on the scale of sigmoid scores"
+        add("bias_speed", problem, "choose moe_scores=sigmoid, or give 0")
     if c.moe_top_k == 1 and c.moe_renormalise:
-        what = "the score of the only expert becomes 1, and the router learns nothing"
-        add("renormalise", what, "set it to false, or give moe_top_k=2 or more")
+        problem = "the score of the only expert becomes 1, and the router learns nothing"
+        add("renormalise", problem, "set it to false, or give moe_top_k=2 or more")
     if c.bias:
         found.append(("bias", "experts have no biases", "set it to false, or choose another mlp"))
     return found
@@ -139,11 +139,11 @@ def _of_sizes(given: "ModelConfig", c: "ModelConfig") -> list[Problem]:
     found: list[Problem] = []
     active = c.moe_top_k + c.moe_shared
     if given.moe_width is None and (c.mlp_width or 0) % active:
-        what = f"{active} experts a token do not divide mlp_width {c.mlp_width}"
-        found.append(("moe_width", what, "give it"))
+        problem = f"{active} experts a token do not divide mlp_width {c.mlp_width}"
+        found.append(("moe_width", problem, "give it"))
     if c.moe_dense_layers >= (c.num_layers or 1):
-        what = f"{c.moe_dense_layers} dense layers of {c.num_layers} leave no mixture"
-        found.append(("moe_dense_layers", what, "give fewer, or choose mlp=swiglu"))
+        problem = f"{c.moe_dense_layers} dense layers of {c.num_layers} leave no mixture"
+        found.append(("moe_dense_layers", problem, "give fewer, or choose mlp=swiglu"))
     return found
 
 

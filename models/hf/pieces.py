@@ -44,8 +44,8 @@ class Piece:
         expected = (count * self.shape[0], *self.shape[1:])
         expected = expected[::-1] if self.is_turned else expected
         if tuple(source.shape) != expected:
-            what = f"the weight {self.source} is {list(source.shape)}"
-            raise ValueError(f"{what}, and {list(expected)} by config.json.")
+            problem = f"the weight {self.source} is {list(source.shape)}"
+            raise ValueError(f"{problem}, and {list(expected)} by config.json.")
         found = source.T if self.is_turned else source
         found = found.narrow(0, index * self.shape[0], self.shape[0])
         return (found.float() + self.added if self.added else found).contiguous()

@@ -23,29 +23,31 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
     whole = "write engine.sequence_parallel=1"
     found: list[Refusal] = []
     if columns % ranks:
-        what = f"{ranks} ranks don't divide train.sequence_length={columns}"
-        found.append((what, "choose a divisor of it"))
+        problem = f"{ranks} ranks don't divide train.sequence_length={columns}"
+        found.append((problem, "choose a divisor of it"))
     if (heads := (config.sized().num_heads or 1) // tensor) % ranks:
         whose = "the model's" if tensor == 1 else "a tensor-parallel rank's"
-        what = f"{ranks} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
+        problem = f"{ranks} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
         times = "" if tensor == 1 else "; its product with engine.tensor_parallel must divide them"
-        found.append((what, f"choose a divisor of model.num_heads{times}"))
+        found.append((problem, f"choose a divisor of model.num_heads{times}"))
     for name in config.mixers_used:
         if MIXERS[name].exchanged is None:
-            what = f"mixer {name} carries a state from column to column, which no rank has whole"
-            found.append((what, f"{whole}, or choose a mixer of attention"))
+            problem = f"mixer {name} carries a state from column to column, which no rank has whole"
+            found.append((problem, f"{whole}, or choose a mixer of attention"))
     if config.token_shift:
-        what = "the token before a rank's first column is another rank's"
-        found.append((what, f"{whole}, or model.token_shift=false"))
+        problem = "the token before a rank's first column is another rank's"
+        found.append((problem, f"{whole}, or model.token_shift=false"))
     if config.has_encoder:
-        what = "an encoder-decoder has rows of two parts, which are not divided"
-        found.append((what, f"{whole}, or model.encoder_layers=0"))
+        problem = "an encoder-decoder has rows of two parts, which are not divided"
+        found.append((problem, f"{whole}, or model.encoder_layers=0"))
     if config.mtp_layers:
-        what = "modules for later tokens read the next rank's columns"
-        found.append((what, f"{whole}, or model.mtp_layers=0"))
+        problem = "modules for later tokens read the next rank's columns"
+        found.append((problem, f"{whole}, or model.mtp_layers=0"))
     if config.has_experts and config.moe_capacity:
-        what = "the places of experts are given to tokens in their order, which no rank has whole"
-        found.append((what, f"{whole}, or model.moe_capacity=0"))
+        problem = (
+            "the places of experts are given to tokens in their order, which no rank has whole"
+        )
+        found.append((problem, f"{whole}, or model.moe_capacity=0"))
     return found
 
 
@@ -58,22 +60,22 @@ def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal
     is_dense = config.moe_dense_layers > 0 or not config.has_experts
     for name in ("num_heads", *["num_kv_heads"] * grouped, *["mlp_width"] * is_dense):
         if (size := getattr(sized, name) or 1) % ranks:
-            what = f"{ranks} ranks don't divide model.{name}={size}"
-            found.append((what, f"choose a divisor of model.{name}"))
+            problem = f"{ranks} ranks don't divide model.{name}={size}"
+            found.append((problem, f"choose a divisor of model.{name}"))
     mixers = {name: MIXERS[name] for name in config.mixers_used}
     for name, part in (mixers | {"attention": CROSS} if config.has_encoder else mixers).items():
         if not part.divided(known):
             over = " with qk_norm_over=layer" if part.heads else ""
-            what = f"the matrices of mixer {name}{over} are not divided"
-            found.append((what, f"{whole}, or choose another mixer"))
+            problem = f"the matrices of mixer {name}{over} are not divided"
+            found.append((problem, f"{whole}, or choose another mixer"))
     if config.has_experts:
         if (inner := config.moe_shared * known.expert_width) % ranks:
-            what = f"{ranks} ranks don't divide the {inner} channels of shared experts"
-            found.append((what, "choose a divisor of model.moe_shared x moe_width"))
+            problem = f"{ranks} ranks don't divide the {inner} channels of shared experts"
+            found.append((problem, "choose a divisor of model.moe_shared x moe_width"))
         if config.moe_capacity:
-            what = "the places of experts are given to tokens in their order, of which each rank"
-            found.append((f"{what} has a part", f"{whole}, or model.moe_capacity=0"))
+            problem = "the places of experts are given to tokens in their order, of which each rank"
+            found.append((f"{problem} has a part", f"{whole}, or model.moe_capacity=0"))
     elif not MLPS[config.mlp].divided(known):
-        what = f"the matrices of mlp {config.mlp} are not divided"
-        found.append((what, f"{whole}, or choose another model.mlp"))
+        problem = f"the matrices of mlp {config.mlp} are not divided"
+        found.append((problem, f"{whole}, or choose another model.mlp"))
     return found

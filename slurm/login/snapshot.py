@@ -34,8 +34,8 @@ def own_packages(job: TrainJob) -> list[Path]:
     for key, target in targets(job).items():
         top = target.partition(".")[0]
         if find_package(top) is None:
-            what = f"Python finds no module {top} from here"
-            raise UserError(key, what, "submit from the directory that holds it")
+            problem = f"Python finds no module {top} from here"
+            raise UserError(key, problem, "submit from the directory that holds it")
         new = [path] if (path := _own_place(top)) else []
         while new:
             if (path := new.pop(0)) in found:
@@ -92,11 +92,11 @@ def _refuse_large(own: list[Path], key: str) -> None:
     sizes = {path: sum(file.stat().st_size for file in _sources(path)) for path in own}
     if sum(sizes.values()) > _LARGEST:
         largest = max(own, key=lambda path: sizes[path])
-        what = (
+        problem = (
             f"more than {_LARGEST >> 20} MiB of files would be frozen with the job, of which "
             f"{sizes[largest] / 2**20:,.1f} are in {largest}"
         )
-        raise UserError(key, what, "move data out of the package, or install it with pip")
+        raise UserError(key, problem, "move data out of the package, or install it with pip")
 
 
 def write_code(target: Path, more: list[Path]) -> None:
@@ -137,8 +137,8 @@ def pack_environment(root: Path) -> Path:
     """A tar of the virtual environment that runs this, under `root`; made once for each state of
     it. Raises UserError outside of one."""
     if sys.prefix == sys.base_prefix:
-        what = "this Python is not in a virtual environment, and only one of those can be packed"
-        raise UserError("slurm.pack", what, "install forescale in one (python3 -m venv)")
+        problem = "this Python is not in a virtual environment, and only one of those can be packed"
+        raise UserError("slurm.pack", problem, "install forescale in one (python3 -m venv)")
     packages = Path(sysconfig.get_paths()["purelib"])
     newest = max(p.stat().st_mtime_ns for p in (packages, *packages.glob("*.dist-info")))
     target = root / f"{Path(sys.prefix).name}-{newest}.tar"

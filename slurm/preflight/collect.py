@@ -65,8 +65,8 @@ class _Node:
     broken: NodeFault | None = None  # a failure of the measurement
     lost: bool = False  # `broken` only means that a peer did not answer
 
-    def fault(self, what: str, todo: str, kind: str) -> NodeFault:
-        return NodeFault(self.host, what, todo, kind)
+    def fault(self, problem: str, todo: str, kind: str) -> NodeFault:
+        return NodeFault(self.host, problem, todo, kind)
 
     @property
     def failed(self) -> bool:
@@ -247,8 +247,8 @@ class Preflight:
         if abs(skew) > self.wanted.skew:
             way = "ahead of" if skew > 0 else "behind"
             fake = " (a fake: FORESCALE_FAKE_CLOCK)" if "fake_clock" in node.facts else ""
-            what = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
-            node.faults.append(node.fault(what, "set its clock, or exclude the node", "clock"))
+            problem = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
+            node.faults.append(node.fault(problem, "set its clock, or exclude the node", "clock"))
 
     def _report(
         self, seconds: float, over: bool, phase: Callable[[str], str | None]
@@ -292,16 +292,16 @@ class Preflight:
             at = f" ({last})" if not n.came and (last := phase(n.host)) else ""
             if n.line:
                 took = time.monotonic() - n.connected
-                what = f"did not finish its checks in {took:.0f} s{beside}"
+                problem = f"did not finish its checks in {took:.0f} s{beside}"
                 todo = "see preflight.log, raise slurm.check_time, or exclude the node"
             elif n.came:
-                what = f"its preflight process ended without a report{beside}"
+                problem = f"its preflight process ended without a report{beside}"
             elif over:
-                what = f"its preflight process never connected{at}{beside}"
+                problem = f"its preflight process never connected{at}{beside}"
             else:
-                what = f"its preflight process did not start in {seconds:.0f} s{at}"
+                problem = f"its preflight process did not start in {seconds:.0f} s{at}"
                 todo = "see preflight.log, raise slurm.start_time, or exclude the node"
-            found.append(n.fault(what, todo, "silent"))
+            found.append(n.fault(problem, todo, "silent"))
         return found
 
     def _broken(self, n: _Node, seconds: float) -> tuple[_Node, NodeFault] | None:
@@ -309,8 +309,8 @@ class Preflight:
             return None
         if n.broken is None:
             did = "had not measured" if n.line else "ended while it measured"
-            what = f"{did} the network after {seconds:.0f} s"
-            return n, n.fault(what, "see the job's log, or exclude the node", "network")
+            problem = f"{did} the network after {seconds:.0f} s"
+            return n, n.fault(problem, "see the job's log, or exclude the node", "network")
         return n, n.broken
 
     def _judge_rates(self, notes: list[str]) -> list[NodeFault]:
@@ -330,12 +330,12 @@ class Preflight:
                 beside = f", below the required {least:g}"
             else:
                 continue
-            what = f"{rate:.2f} GB/s at best with its neighbours{beside}"
+            problem = f"{rate:.2f} GB/s at best with its neighbours{beside}"
             todo = "exclude the node, or have its network checked"
-            found.append(NodeFault(host, what, todo, "slow"))
+            found.append(NodeFault(host, problem, todo, "slow"))
         if len(best) == 2 and found:  # the rate doesn't show which of the two is slow
-            what = f"{min(best.values()):.2f} GB/s between them, below {least:g}"
-            notes.append(f"{' and '.join(best)}: {what}; have their network checked")
+            problem = f"{min(best.values()):.2f} GB/s between them, below {least:g}"
+            notes.append(f"{' and '.join(best)}: {problem}; have their network checked")
             return []
         return found
 

@@ -43,12 +43,12 @@ class Wanted:
 class NodeFault:
     """A fault of a node.
 
-    kind: faults of one kind on several nodes count as one, even if numbers in `what` differ; note:
+    kind: faults of one kind on several nodes count as one, even if their numbers differ; note:
     True if training is still possible.
     """
 
     host: str
-    what: str
+    problem: str
     todo: str
     kind: str = ""
     note: bool = False
@@ -56,12 +56,12 @@ class NodeFault:
     @property
     def sentence(self) -> str:
         """The host, what is wrong, and what to do."""
-        return f"{self.host}: {self.what}; {self.todo}"
+        return f"{self.host}: {self.problem}; {self.todo}"
 
     @property
     def identity(self) -> tuple[str, bool]:
         """Equal for faults that count as the same."""
-        return self.kind or self.what, self.note
+        return self.kind or self.problem, self.note
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class PreflightReport:
         """By host: the faults that not all nodes have, as a sentence without the host."""
         found: dict[str, str] = {}
         for f in merged(self.faults, self.nodes)[1]:
-            rest = f"; also {f.what}"
-            found[f.host] = found[f.host] + rest if f.host in found else f"{f.what}; {f.todo}"
+            rest = f"; also {f.problem}"
+            found[f.host] = found[f.host] + rest if f.host in found else f"{f.problem}; {f.todo}"
         return found
 
 
@@ -110,11 +110,11 @@ def merged(
             own += group
         elif len(among) == 1:
             common += group
-        elif len({f.what for f in group}) == 1:
+        elif len({f.problem for f in group}) == 1:
             common.append(replace(first, host=ALL))
         else:
-            what = f"{first.what} (on {first.host}; similar on the others)"
-            common.append(replace(first, host=ALL, what=what))
+            problem = f"{first.problem} (on {first.host}; similar on the others)"
+            common.append(replace(first, host=ALL, problem=problem))
     return common, own
 
 

@@ -38,8 +38,8 @@ class Here:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def fault(self, kind: str, what: str, todo: str, note: bool = False) -> NodeFault:
-        return NodeFault(self.host, what, todo, kind, note)
+    def fault(self, kind: str, problem: str, todo: str, note: bool = False) -> NodeFault:
+        return NodeFault(self.host, problem, todo, kind, note)
 
 
 def run_directory(here: Here) -> Iterator[NodeFault]:
@@ -54,11 +54,11 @@ def run_directory(here: Here) -> Iterator[NodeFault]:
     free = room.f_bavail * room.f_frsize
     here.facts |= {"run_free": free, "run_inodes": room.f_favail if room.f_files else None}
     if free < _LITTLE:
-        what = f"only {free / _GIB:.2f} GiB are free at {run}"
-        yield here.fault("room", what, "free some before checkpoints fail", note=True)
+        problem = f"only {free / _GIB:.2f} GiB are free at {run}"
+        yield here.fault("room", problem, "free some before checkpoints fail", note=True)
     if room.f_files and room.f_favail < _FEW:
-        what = f"only {room.f_favail:,} more files can be created at {run}"
-        yield here.fault("inodes", what, "remove some before checkpoints fail", note=True)
+        problem = f"only {room.f_favail:,} more files can be created at {run}"
+        yield here.fault("inodes", problem, "remove some before checkpoints fail", note=True)
 
 
 def _unwritable(directory: Path, host: str) -> str:
@@ -76,15 +76,15 @@ def _unwritable(directory: Path, host: str) -> str:
 
 def _words(error: OSError) -> str:
     known = storage_error(error)
-    return known.what if known else (error.strerror or repr(error)).lower()
+    return known.problem if known else (error.strerror or repr(error)).lower()
 
 
 def datasets(here: Here) -> Iterator[NodeFault]:
     """Check that all files of every dataset exist with the right sizes."""
     for path in here.wanted.data:
-        if "://" not in path and (what := _dataset_fault(Path(path).expanduser())):
+        if "://" not in path and (problem := _dataset_fault(Path(path).expanduser())):
             todo = "make data.path readable on all nodes, or exclude the node"
-            yield here.fault(f"data {path}", f"{path}: {what}", todo)
+            yield here.fault(f"data {path}", f"{path}: {problem}", todo)
 
 
 def _dataset_fault(path: Path) -> str:
@@ -125,8 +125,10 @@ def memory(here: Here) -> Iterator[NodeFault]:
     if needs is not None and bounds[which] < needs:
         ranks = f"its {tasks} ranks need" if tasks > 1 else "its rank needs"
         of = "is free" if which == "free" else "for the job"
-        what = f"{bounds[which] / _GIB:.1f} GiB of memory {of} where {ranks} {needs / _GIB:.1f} GiB"
-        yield here.fault("memory", what, "ask for more with slurm.mem, or exclude the node")
+        problem = (
+            f"{bounds[which] / _GIB:.1f} GiB of memory {of} where {ranks} {needs / _GIB:.1f} GiB"
+        )
+        yield here.fault("memory", problem, "ask for more with slurm.mem, or exclude the node")
 
 
 def _memory_bounds(root: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, int]]:
@@ -166,8 +168,8 @@ def gpus(here: Here) -> Iterator[NodeFault]:
     if count < here.wanted.gpus:
         have = f"sees {count} GPU{'s' if count > 1 else ''}" if count else "no GPU visible"
         verb = "are" if here.wanted.gpus > 1 else "is"
-        what = f"{have}{why} where {here.wanted.gpus} {verb} needed"
-        yield here.fault("gpus", what, "ask with slurm.gpus_per_node, or exclude the node")
+        problem = f"{have}{why} where {here.wanted.gpus} {verb} needed"
+        yield here.fault("gpus", problem, "ask with slurm.gpus_per_node, or exclude the node")
 
 
 def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
@@ -215,8 +217,8 @@ def scratch(here: Here) -> Iterator[NodeFault]:
         return
     free = here.facts["scratch_free"] = shutil.disk_usage(path).free
     if free < needs:
-        what = f"{free / _GIB:.1f} GiB are free at {path} where {needs / _GIB:.1f} are needed"
-        yield here.fault("scratch", what, todo)
+        problem = f"{free / _GIB:.1f} GiB are free at {path} where {needs / _GIB:.1f} are needed"
+        yield here.fault("scratch", problem, todo)
 
 
 def cpus(here: Here) -> Iterator[NodeFault]:
@@ -228,9 +230,11 @@ def cpus(here: Here) -> Iterator[NodeFault]:
     count = int(given) if given.isdigit() else len(os.sched_getaffinity(0))
     here.facts["cpus"] = count
     if count < here.wanted.tasks:
-        what = f"{count} CPU{'s' if count > 1 else ''} for the job where it has "
-        what += f"{here.wanted.tasks} ranks, which need one each"
-        yield here.fault("cpus", what, "ask for more with slurm.cpus_per_task, or exclude the node")
+        problem = f"{count} CPU{'s' if count > 1 else ''} for the job where it has "
+        problem += f"{here.wanted.tasks} ranks, which need one each"
+        yield here.fault(
+            "cpus", problem, "ask for more with slurm.cpus_per_task, or exclude the node"
+        )
 
 
 LOOKS = {
@@ -254,8 +258,8 @@ def look(
         try:
             found[subject] = list(work(here))
         except Exception as e:
-            what = f"the check of {subject} failed: {e!r}"
-            found[subject] = [here.fault(subject, what, "fix the cause, or exclude the node")]
+            problem = f"the check of {subject} failed: {e!r}"
+            found[subject] = [here.fault(subject, problem, "fix the cause, or exclude the node")]
 
     threads = [threading.Thread(target=one, args=item, daemon=True) for item in looks.items()]
     for thread in threads:

@@ -52,8 +52,8 @@ class Network:
 
     def broken(self, how: str, lost: bool) -> dict[str, Any]:
         """Return the message for a failed measurement. lost: a peer is the likely cause."""
-        what = f"measuring the network failed while {self.at}: {how}"
-        fault = {"what": what, "todo": "have its network looked at, or exclude it"}
+        problem = f"measuring the network failed while {self.at}: {how}"
+        fault = {"problem": problem, "todo": "have its network looked at, or exclude it"}
         return {"broken": {**fault, "kind": "network"}, "lost": lost}
 
     def result(self) -> dict[str, Any]:

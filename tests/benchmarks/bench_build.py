@@ -90,8 +90,8 @@ def compare(rounds: int, folder: Path, workers: int) -> list[Result]:
         "nothing held out, the phase tokenise": [(ours[1], bare) for bare, _, ours in turns],
     }
     return [
-        Result(f"{name}, {what}", "tokens/s", labels, pairs, "at least 0.8")
-        for what, pairs in rows.items()
+        Result(f"{name}, {problem}", "tokens/s", labels, pairs, "at least 0.8")
+        for problem, pairs in rows.items()
     ]
 
 

@@ -68,9 +68,9 @@ def activations(seeds: int, sizes: Sizes) -> Iterator[Result]:
             found = over(axis, values, kind, settings, seeds, sizes.updates)
             title = f"{settings.kind}, {kind}, {axis}"
             curves[title] = found
-            for what in ("size", "move"):
-                row = tuple(slopes(found, what).values())
-                yield Result(f"slope of {what}, {title}", "", LAYERS, [row])
+            for problem in ("size", "move"):
+                row = tuple(slopes(found, problem).values())
+                yield Result(f"slope of {problem}, {title}", "", LAYERS, [row])
     draw(curves)
 
 

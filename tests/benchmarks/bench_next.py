@@ -71,8 +71,8 @@ def replay(
     """
     distinct = np.unique(budgets)
     if len(distinct) < START + 2:
-        what = f"{len(distinct)} budgets leave no runs to choose from"
-        raise UserError(points.where, what, "give four or more")
+        problem = f"{len(distinct)} budgets leave no runs to choose from"
+        raise UserError(points.where, problem, "give four or more")
     known = np.flatnonzero(budgets <= distinct[START - 1])
     held, between = budgets == distinct[-1], (budgets > distinct[START - 1])
     target = points.take(held)

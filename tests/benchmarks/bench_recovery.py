@@ -71,9 +71,9 @@ def coverage(
     truth = quantities(CHINCHILLA.vector(PUBLISHED))
     inside: dict[tuple[str, str], list[Array]] = {}
     for seed in range(studies):
-        for what, (low, high) in intervals(noise, goal, replicates, seed, draws):
-            inside.setdefault(what, []).append((low <= truth) & (truth <= high))
-    return {what: np.mean(each, axis=0) for what, each in inside.items()}
+        for problem, (low, high) in intervals(noise, goal, replicates, seed, draws):
+            inside.setdefault(problem, []).append((low <= truth) & (truth <= high))
+    return {problem: np.mean(each, axis=0) for problem, each in inside.items()}
 
 
 def intervals(

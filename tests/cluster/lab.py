@@ -207,10 +207,10 @@ class Lab:
         found = re.search(r" State=(\S+)", told)
         return found[1] if found else ""
 
-    def wait(self, what: Callable[[], T], seconds: float = 60, every: float = 0.1) -> T:
+    def wait(self, problem: Callable[[], T], seconds: float = 60, every: float = 0.1) -> T:
         """The first true value of `what()`; fails, and shows what SLURM thinks, if none comes."""
         deadline = time.monotonic() + seconds
-        while not (value := what()):
+        while not (value := problem()):
             assert time.monotonic() < deadline, f"not in {seconds:g} s.\n{self.report()}"
             time.sleep(every)
         return value

@@ -87,9 +87,9 @@ class Job:
     def lives(self) -> list[dict]:
         return [told for a in self.attempts() if (told := launch_of(a.path))]
 
-    def until(self, what: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, problem: Callable[[], object], seconds: float = 90) -> None:
         try:
-            self.lab.wait(what, seconds)
+            self.lab.wait(problem, seconds)
         except AssertionError as e:
             for node in self.lab.nodes:  # where do they stand?
                 for pid in self.lab.pids(node, "-m forescale.slurm."):

@@ -25,7 +25,7 @@ def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:
     return {"facts": found, "said": said, "tolerance": check.tolerance}
 
 
-def corrupt(stage: int, what: str) -> str | None:
+def corrupt(stage: int, problem: str) -> str | None:
     """The result of the self-check after something went wrong on the last rank."""
     engine = small.build(stage, "adamw", "bf16")
     check, last = SelfCheck(engine, "here", exact=True), int(os.environ["WORLD_SIZE"]) - 1
@@ -33,11 +33,11 @@ def corrupt(stage: int, what: str) -> str | None:
 
     def before_update(batch, losses):
         if batch.step and engine.world.rank == last:
-            if what == "weight":
+            if problem == "weight":
                 flip(next(p for p in engine.names if p.dim() == 2))
-            elif what == "loss":
+            elif problem == "loss":
                 losses = losses * (1 + 1e-4)
-            elif what == "compute":
+            elif problem == "compute":
                 wrong_now_and_then(engine)
         said.append(fault_of(check(batch, losses)))
 

@@ -13,7 +13,7 @@ from tests.matrix import more
 pytestmark = pytest.mark.distributed
 
 LENGTH = ("train.tokens=null", "train.steps=8", "checkpoint.every=4", "validation.every=8")
-LORA = ("lora.rank=4", "lora.dropout=0.1", "optimizer=adamw", "run.from.what=weights")
+LORA = ("lora.rank=4", "lora.dropout=0.1", "optimizer=adamw", "run.from.load=weights")
 TWO = ("launch.processes=2", "train.micro_batch=2")
 
 
@@ -59,7 +59,7 @@ def test_they_resume_bit_for_bit_and_freeze_all_else(dataset, tmp_path, stage, p
     one = launching.trajectory(tmp_path / "alone")
     assert whole[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-4)
     still = ("optimizer.learning_rate=1e-30", "optimizer.adam_learning_rate=1e-30")
-    onward = ("run.name=onward", f"run.from.run={tmp_path / 'whole'}", "run.from.what=weights")
+    onward = ("run.name=onward", f"run.from.run={tmp_path / 'whole'}", "run.from.load=weights")
     launching.train(tmp_path, *data, *onward, *still, *TWO, "engine=zero3")
     merged, onward = (open_run(tmp_path / name).model() for name in ("whole", "onward"))
     with torch.no_grad():

@@ -27,7 +27,7 @@ def command(tmp_path):
     data = make_conversations(tmp_path / "examples").path
     origin = make_run(data, tmp_path / "origin", "origin", *launching.TINY)
     preferences = make_preferences(tmp_path / "data").path
-    begins = (f"run.from.run={origin.path}", "run.from.what=weights")
+    begins = (f"run.from.run={origin.path}", "run.from.load=weights")
     return (f"data.path={preferences}", *LENGTH, *KIND, *MODEL, *begins)
 
 

@@ -61,7 +61,7 @@ PARTS = [
     [3, "adamw", "fp32", zero(SMALL), *BERT],
     [3, "muon", "fp32", zero(SMALL), *RECURRENT],
 ]
-LORA = ["lora.rank=3", "run.from.run=base", "run.from.what=weights"]
+LORA = ["lora.rank=3", "run.from.run=base", "run.from.load=weights"]
 PARTS += [
     [0, "adamw", "bf16", *LORA],
     [1, "adamw", "bf16", *LORA],

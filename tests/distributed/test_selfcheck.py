@@ -24,7 +24,7 @@ def test_the_self_check_does_not_change_the_training(stage, optimizer, precision
 
 
 @pytest.mark.parametrize(
-    ("stage", "what", "says"),
+    ("stage", "problem", "says"),
     [
         (1, "weight", "rank 2 on here: its weights differ from the others'"),
         (0, "weight", "rank 2 on here: its weights differ from the others'"),
@@ -32,10 +32,10 @@ def test_the_self_check_does_not_change_the_training(stage, optimizer, precision
         (1, "compute", "rank 2 on here: a micro-batch computed again differs"),
     ],
 )
-def test_the_rank_that_computes_wrong_is_named(stage, what, says):
-    assert says in ranks.run("selfcheck_scenarios:corrupt", 3, stage=stage, what=what)
+def test_the_rank_that_computes_wrong_is_named(stage, problem, says):
+    assert says in ranks.run("selfcheck_scenarios:corrupt", 3, stage=stage, problem=problem)
 
 
 def test_if_two_ranks_differ_both_are_named():
-    said = ranks.run("selfcheck_scenarios:corrupt", 2, stage=1, what="weight")
+    said = ranks.run("selfcheck_scenarios:corrupt", 2, stage=1, problem="weight")
     assert "ranks 0 on here, 1 on here differ" in said

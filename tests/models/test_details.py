@@ -169,9 +169,9 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
     ],
 )
 def test_nonsense_has_its_sentence(wrong, field, said):
-    ((name, what, _),) = replace(BASE, **wrong).problems()
+    ((name, problem, _),) = replace(BASE, **wrong).problems()
     assert name == field
-    assert said in what
+    assert said in problem
 
 
 def test_a_fraction_of_a_head_need_not_be_exact_in_binary():

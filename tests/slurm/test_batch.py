@@ -42,8 +42,8 @@ def report(*faults, nodes=2):
     return PreflightReport(list(faults), [], {f"n{i}": {} for i in range(1, nodes + 1)}, None, 1.0)
 
 
-def fault(host, what="has no GPU", kind=""):
-    return NodeFault(host, what, "mend it", kind)
+def fault(host, problem="has no GPU", kind=""):
+    return NodeFault(host, problem, "mend it", kind)
 
 
 def test_nodes_that_are_well_are_told_in_a_line(make, capsys):

@@ -257,5 +257,5 @@ def test_the_lead_follows_what_the_run_has_measured(tmp_path):
 def test_a_secret_among_the_variables_of_the_ranks_is_refused():
     """It would be stored in job.sbatch; sbatch passes the environment on without that."""
     found = SlurmConfig(exports={"WANDB_API_KEY": "x", "HF_TOKEN": "y", "TOKENS": "3", "A": "b"})
-    names = [what.split()[0] for key, what, _ in found.problems() if key == "exports"]
+    names = [problem.split()[0] for key, problem, _ in found.problems() if key == "exports"]
     assert names == ["WANDB_API_KEY", "HF_TOKEN"]

@@ -85,9 +85,11 @@ def expect_fitting(found: Sequence[Questions], length: int, key: str, limit: str
     config's keys of the examples and of the length, for the sentence."""
     for each in found:
         if each.longest > length:
-            what = f"{each.shots} examples of {each.task} and a question need {each.longest} tokens"
+            problem = (
+                f"{each.shots} examples of {each.task} and a question need {each.longest} tokens"
+            )
             todo = f"give fewer examples, or {limit} of at least {each.longest}"
-            raise UserError(key, f"{what}, and {limit} is {length}", todo)
+            raise UserError(key, f"{problem}, and {limit} is {length}", todo)
 
 
 def _row(

@@ -71,11 +71,11 @@ def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -
         todo = f"train it: forescale train run.name={run.name}"
         raise UserError(str(run.path), "this run has no checkpoint yet", todo)
     if last is not None and len(found) < last:
-        what = f"is {last:,}, and {run.path} has checkpoints at steps {_listed(known)} alone"
-        raise UserError("last", what, f"write last={len(found)}, or {more}")
+        problem = f"is {last:,}, and {run.path} has checkpoints at steps {_listed(known)} alone"
+        raise UserError("last", problem, f"write last={len(found)}, or {more}")
     if last is None and len(found) == 1:
-        what = f"has one checkpoint, of step {found[0]:,}, and an average needs two"
-        raise UserError(str(run.path), what, f"{more}, or write last=1 for its weights alone")
+        problem = f"has one checkpoint, of step {found[0]:,}, and an average needs two"
+        raise UserError(str(run.path), problem, f"{more}, or write last=1 for its weights alone")
     return found
 
 
@@ -83,8 +83,8 @@ def _existing(run: Run, steps: Sequence[int]) -> list[int]:
     known = run.checkpoint_steps()
     for step in steps:
         if step not in known:
-            what, todo = "no such checkpoint", f"choose of these steps: {_listed(known)}"
-            raise UserError(str(run.checkpoint_path(step)), what, todo)
+            problem, todo = "no such checkpoint", f"choose of these steps: {_listed(known)}"
+            raise UserError(str(run.checkpoint_path(step)), problem, todo)
     if len(set(steps)) < len(steps):
         raise UserError("steps", f"{_listed(steps)} has a step twice", "name each once")
     return sorted(steps)

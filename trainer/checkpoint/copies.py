@@ -31,12 +31,12 @@ def expect_own(run: Run, folder: Folder, there: dict[str, int]) -> set[str]:
         raise Taken(folder.where, f"holds another run of the name {run.name}", todo)
     missing = found - {a.path.name for a in run.attempts()}
     if strange := sorted(missing) or [a for a in sorted(found) if _differs(run, a, folder, there)]:
-        what = f"holds attempt {strange[-1]} of {run.name}, which isn't the one in {run.path}"
+        problem = f"holds attempt {strange[-1]} of {run.name}, which isn't the one in {run.path}"
         todo = (
             "another copy of the run went on: go on with that one, or move this directory away and "
             "give the command again to restore it, or set another checkpoint.mirror"
         )
-        raise Taken(folder.where, what, todo)
+        raise Taken(folder.where, problem, todo)
     return found
 
 

@@ -236,8 +236,10 @@ class Mirror:
 
     def _send_part(self, checkpoint: Path, name: str, entry: FileEntry) -> None:
         if self._send(checkpoint / name) != entry:
-            what = "was changed since it was written (its sha256 differs from the table's)"
-            raise UserError(str(checkpoint / name), what, f"see forescale check {self._run.path}")
+            problem = "was changed since it was written (its sha256 differs from the table's)"
+            raise UserError(
+                str(checkpoint / name), problem, f"see forescale check {self._run.path}"
+            )
 
     def _send_run(self) -> None:
         """Send the files of the run that have changed: config, identity, history, pins."""
@@ -261,8 +263,8 @@ class Mirror:
         """Raise Taken if an attempt that began since `expect_own` is there already."""
         if attempt not in self._own:
             if any(self._folder.has(f"attempts/{attempt}/{n}") for n in (LAUNCH, PARENT)):
-                what = f"got attempt {attempt} of {self._run.name} from another copy of the run"
-                raise Taken(self._folder.where, what, "stop one of them")
+                problem = f"got attempt {attempt} of {self._run.name} from another copy of the run"
+                raise Taken(self._folder.where, problem, "stop one of them")
             self._own.add(attempt)
 
     def _send(self, path: Path) -> FileEntry:

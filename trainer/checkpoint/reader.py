@@ -77,8 +77,8 @@ class Checkpoint:
             todo = "load it with the version of forescale that wrote it"
             raise UserError(str(self.path), f"checkpoint format {found}, not {FORMAT}", todo)
         if missing := _KEYS - self.state.keys():
-            what = f"its {STATE} has no {', '.join(sorted(missing))}"
-            raise UserError(str(self.path), what, _RESTORE)
+            problem = f"its {STATE} has no {', '.join(sorted(missing))}"
+            raise UserError(str(self.path), problem, _RESTORE)
 
     @property
     def position(self) -> Position:
@@ -134,8 +134,8 @@ class Checkpoint:
         for name in sorted(model.keys() | stored_shapes.keys()):
             ours = list(model[name]) if name in model else None
             if ours != (stored := stored_shapes.get(name)):
-                what = f"parameter {name} is {stored} there and {ours} in this model"
-                raise UserError(str(self.path), what, "use the model of the run that saved it")
+                problem = f"parameter {name} is {stored} there and {ours} in this model"
+                raise UserError(str(self.path), problem, "use the model of the run that saved it")
 
 
 class Weights(Mapping[str, "Tensor"]):
@@ -216,8 +216,10 @@ def newest_before(
     later = [] if strictly else [s for s in steps if s > newest]
     if found := _first_complete(run, early + later, report, ranks):
         return found
-    what = f"has no complete checkpoint of step {newest:,} or before to roll back to"
-    raise UserError(str(run.path), what, "keep more with checkpoint.keep or checkpoint.keep_every")
+    problem = f"has no complete checkpoint of step {newest:,} or before to roll back to"
+    raise UserError(
+        str(run.path), problem, "keep more with checkpoint.keep or checkpoint.keep_every"
+    )
 
 
 def _steps(run: Run, ranks: Ranks) -> list[int]:

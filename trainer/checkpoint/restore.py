@@ -48,9 +48,9 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
         todo = "choose another run.name, or run.resume=auto to restore and resume it"
         raise UserError(folder.where, "holds a run of this name already", todo)
     if found := next(_files(run.path), None):
-        what = f"has no config.yaml, but other files, such as {found.relative_to(run.path)}"
+        problem = f"has no config.yaml, but other files, such as {found.relative_to(run.path)}"
         todo = f"move it away and give the command again to restore the run from {folder.where}"
-        raise UserError(str(run.path), what, todo)
+        raise UserError(str(run.path), problem, todo)
     for name in names:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             todo = "it is no mirror: check the address"
@@ -69,9 +69,9 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        what = "another command has made this run at the same moment"
+        problem = "another command has made this run at the same moment"
         todo = "give the same command again to resume it later, or choose another run.name"
-        raise UserError(str(run.path), what, todo) from None
+        raise UserError(str(run.path), problem, todo) from None
     report(f"Restored {run.path} from {folder.where}: step {step:,}.")
     return True
 

@@ -139,17 +139,17 @@ def _expect_eligible(run: Run, attempt: int, step: int) -> None:
     never be loaded. (This one was suspended, or cut off from the others.)"""
     if not run.is_eligible(attempt, step):
         newest = run.attempts()[-1].number
-        what = f"attempt {newest} started before step {step:,}, and this is attempt {attempt}"
-        raise UserError(str(run.path), what, "do nothing: the newer attempt goes on")
+        problem = f"attempt {newest} started before step {step:,}, and this is attempt {attempt}"
+        raise UserError(str(run.path), problem, "do nothing: the newer attempt goes on")
 
 
 def _expect_room(run: Run, size: int) -> None:
     """Raises UserError if the disk has no room. (A quota can't be seen here.)"""
     needed, free = size + _SLACK, shutil.disk_usage(run.path).free
     if free < needed:
-        what = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
+        problem = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
         todo = "free some space, then give the same command again"
-        raise UserError(str(run.checkpoints), what, todo)
+        raise UserError(str(run.checkpoints), problem, todo)
 
 
 def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
@@ -190,8 +190,8 @@ def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
 def _expect_older(present: Checkpoint | None, attempt: int) -> None:
     """Raise UserError if a newer attempt has saved the checkpoint that is to be replaced."""
     if present and present.attempt > attempt:
-        what = f"attempt {present.attempt} has saved this step, and this is attempt {attempt}"
-        raise UserError(str(present.path), what, "do nothing: the newer attempt goes on")
+        problem = f"attempt {present.attempt} has saved this step, and this is attempt {attempt}"
+        raise UserError(str(present.path), problem, "do nothing: the newer attempt goes on")
 
 
 def _merged_counters(parts: list[dict]) -> dict:

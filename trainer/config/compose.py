@@ -130,8 +130,8 @@ def _secrets(job: Any) -> list[Problem]:
     found = []
     for path, value in flatten(plain(job), ""):
         for text in _texts(value):
-            if what := secret_in(re.sub(r"^[\w.+]+=(?=\w+://)", "", text)):
-                found.append(Problem(path, f"{masked(text)} has {what} in it", _NAME_IT))
+            if problem := secret_in(re.sub(r"^[\w.+]+=(?=\w+://)", "", text)):
+                found.append(Problem(path, f"{masked(text)} has {problem} in it", _NAME_IT))
     return found
 
 
@@ -164,8 +164,8 @@ def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str,
                 raise UserError(str(root), "no such directory", f"correct {VARIABLE}")
             for path in sorted((root / name).glob("*.yaml")):
                 if path.stem in files:
-                    what = f"{name}={path.stem} is also defined in {files[path.stem].parent}"
-                    raise UserError(str(path), what, "rename this file")
+                    problem = f"{name}={path.stem} is also defined in {files[path.stem].parent}"
+                    raise UserError(str(path), problem, "rename this file")
                 files[path.stem] = path
         found[name] = Group(name, default, files)
     return found
@@ -246,8 +246,8 @@ def _tree(primary: str, chosen: tuple[str, ...]) -> DictConfig:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else " ".join(chosen)
-        what = f"the config can't be composed ({' '.join(str(e).split())[:300]})"
-        raise UserError(where, what, "correct the file named there") from e
+        problem = f"the config can't be composed ({' '.join(str(e).split())[:300]})"
+        raise UserError(where, problem, "correct the file named there") from e
     OmegaConf.set_struct(config, False)
     return config
 
@@ -291,7 +291,7 @@ def _lay_over(
             OmegaConf.update(config, name, value, merge=True, force_add=True)
             laid += [path for path, _ in flatten(value, name)] if is_section else [name]
         except UserError as e:
-            faults.append(Problem(e.where, e.what, e.todo))
+            faults.append(Problem(e.where, e.problem, e.todo))
         except OmegaConfBaseException:
             faults.append(_no_reference(name, text))
     return unknown, laid
@@ -345,5 +345,5 @@ def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
 
 
 def _no_reference(name: str, text: str) -> Problem:
-    what = f"{text} refers to a key that doesn't exist"
-    return Problem(name, what, r"correct the reference, or write \${ for a literal ${")
+    problem = f"{text} refers to a key that doesn't exist"
+    return Problem(name, problem, r"correct the reference, or write \${ for a literal ${")

@@ -77,8 +77,8 @@ class ScoreJob(RunJob):
             found.append(("tasks", "abilities is given too", "give one of them"))
         for name in self.tasks:  # to look for it would read the list of lm_eval, 12 s
             if "/" not in name and not any(map(str.isalpha, name)):
-                what = f"{name!r} is neither the name of a task nor a file"
-                found.append(("tasks", what, "write names, such as [arc_easy,mine.yaml]"))
+                problem = f"{name!r} is neither the name of a task nor a file"
+                found.append(("tasks", problem, "write names, such as [arc_easy,mine.yaml]"))
         if self.chat and not self.tasks:
             found.append(("chat", *_NO_TASKS))
         if not self.tasks and not self.abilities:
@@ -112,8 +112,8 @@ class EvalJob(ScoreJob):
         tasks, and those of ScoreJob."""
         found = super().problems()
         if self.details and (self.abilities or self.tasks):
-            what = "are of losses, instead of which abilities or tasks are measured"
-            found.append(("details", what, "leave it out"))
+            problem = "are of losses, instead of which abilities or tasks are measured"
+            found.append(("details", problem, "leave it out"))
         if self.answers is not None and not self.tasks:
             found.append(("answers", *_NO_TASKS))
         return found

@@ -74,13 +74,13 @@ def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
     tree = _read_yaml(source, where)
     job, unknown, wrong = build(schema, tree)
     for key, target in targets(job).items() if not trust else ():
-        what = f"{key} would run the class {target}"
-        raise UserError(where, what, "add trust=true if you trust this file")
+        problem = f"{key} would run the class {target}"
+        raise UserError(where, problem, "add trust=true if you trust this file")
     found = (
         [unknown_key(p, leaves(schema), schema.VERB) for p in unknown] + wrong + check(job, wrong)
     )
     if found:
-        raise ConfigError(Problem(f"{where}: {p.key}", p.what, p.todo) for p in found)
+        raise ConfigError(Problem(f"{where}: {p.key}", p.problem, p.todo) for p in found)
     return job
 
 
@@ -103,9 +103,9 @@ def _verify(raw: bytes, where: str) -> None:
     if found := _FIRST_LINE.match(raw):
         end, text = raw[found.end() : found.end() + 1], raw[found.end() + 1 :]
         if end != b"\n" or hashlib.sha256(text).hexdigest().encode() != found[1]:
-            what = "was changed since it was written (its checksum differs)"
+            problem = "was changed since it was written (its checksum differs)"
             todo = "restore it from a copy; or, if you changed it on purpose, remove its first line"
-            raise UserError(where, what, todo)
+            raise UserError(where, problem, todo)
 
 
 def diff(old: Any, new: Any) -> list[Change]:

@@ -76,8 +76,8 @@ def check_fp8(recipe: str) -> None:
     found = capability()
     if found is None or found < _FP8:
         has = "no NVIDIA GPU" if found is None else f"a GPU of {found[0]}.{found[1]}"
-        what = f"needs GPUs of CUDA capability {least} or more, and this machine has {has}"
-        raise UserError(where, what, "leave it out")
+        problem = f"needs GPUs of CUDA capability {least} or more, and this machine has {has}"
+        raise UserError(where, problem, "leave it out")
     if find_spec("torchao") is None:
         raise UserError(where, "torchao is not installed", 'pip install "forescale[fp8]"')
 
@@ -94,8 +94,8 @@ def exactness(deterministic: bool, on_gpu: bool) -> Exactness:
     of each operation, is in engine/determinism.py."""
     if not on_gpu:
         too = "" if deterministic else ", with train.deterministic=false too"
-        what = "on a CPU a resumed run repeats the unbroken one bit for bit"
-        return Exactness(True, f"Exact: {what}{too}.")
+        problem = "on a CPU a resumed run repeats the unbroken one bit for bit"
+        return Exactness(True, f"Exact: {problem}{too}.")
     if deterministic:
         return Exactness(
             True,

@@ -94,8 +94,8 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     names = [f"engine.{axis}_parallel" for axis, size in given.items() if size > 1]
     how = getattr(job.model, "activation_checkpointing", "none")
     if how == "selective" and mesh.experts > 1:
-        what = "selective doesn't keep the rows that ranks exchange for their experts"
-        return [("model.activation_checkpointing", what, "choose none or full")]
+        problem = "selective doesn't keep the rows that ranks exchange for their experts"
+        return [("model.activation_checkpointing", problem, "choose none or full")]
     if not names:
         return []
     if ranks and ranks % mesh.near:
@@ -104,8 +104,10 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
         group = f"{mesh.near}" if len(names) == 1 else f"{mesh.near} ({product})"
         return [(names[0], f"the job's {ranks} ranks are not a multiple of {group}", todo)]
     if not isinstance(job.model, ModelConfig):
-        what = "a model of your own is not divided"
-        return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]
+        problem = "a model of your own is not divided"
+        return [
+            (name, problem, f"write {name}=1, or choose a model of conf/model") for name in names
+        ]
     length = job.train.sequence_length
     if job.model.problems(sequence_length=length):
         return []  # reported with the model's
@@ -116,8 +118,8 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     if mesh.tensor > 1:
         broken = of_matrices(job.model, mesh.tensor, length) + _of_engine(job)
         if job.model.has_experts and mesh.experts == 1:
-            what = "ranks that divide matrices don't have all experts each"
-            broken.append((what, "divide them too, as by engine.expert_parallel=2"))
+            problem = "ranks that divide matrices don't have all experts each"
+            broken.append((problem, "divide them too, as by engine.expert_parallel=2"))
         found += [("engine.tensor_parallel", *problem) for problem in broken]
     return found
 
@@ -126,13 +128,13 @@ def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
     """Return why the engine can't divide matrices; each (what, todo)."""
     whole, found = "write engine.tensor_parallel=1", []
     if job.optimizer.target is not None:
-        what = "an optimizer of your own may need whole matrices, of which a rank has a part"
-        found.append((what, f"{whole}, or optimizer=adamw"))
+        problem = "an optimizer of your own may need whole matrices, of which a rank has a part"
+        found.append((problem, f"{whole}, or optimizer=adamw"))
     if job.engine.offload_optimizer or job.engine.offload_parameters:
         found.append(("offload is for whole matrices", f"{whole}, or leave offload out"))
     if job.engine.hierarchical_partition > 1:
-        what = "a hierarchical partition is of whole matrices"
-        found.append((what, f"{whole}, or engine.hierarchical_partition=1"))
+        problem = "a hierarchical partition is of whole matrices"
+        found.append((problem, f"{whole}, or engine.hierarchical_partition=1"))
     return found
 
 
@@ -142,16 +144,16 @@ def expert_problems(job: "TrainJob", ranks: int | None) -> Problems:
     if parallel == 1:
         return []
     if not isinstance(job.model, ModelConfig):
-        what = "a model of your own is not divided"
-        return [(name, what, f"write {name}=1, or choose a model of conf/model")]
+        problem = "a model of your own is not divided"
+        return [(name, problem, f"write {name}=1, or choose a model of conf/model")]
     if not getattr(job.model, "has_experts", False):
         return [(name, "the model has no experts", "leave it out, or choose model.mlp=moe")]
     found: Problems = []
     experts = getattr(job.model, "moe_experts", 0)
     if experts % parallel:
-        what = f"{parallel} ranks can't have {experts} experts in equal parts"
-        found.append((name, what, "give a divisor of model.moe_experts"))
+        problem = f"{parallel} ranks can't have {experts} experts in equal parts"
+        found.append((name, problem, "give a divisor of model.moe_experts"))
     if ranks and ranks % parallel:
-        what = f"{ranks} ranks are no whole number of groups of {parallel}"
-        found.append((name, what, "give a divisor of the number of ranks"))
+        problem = f"{ranks} ranks are no whole number of groups of {parallel}"
+        found.append((name, problem, "give a divisor of the number of ranks"))
     return found

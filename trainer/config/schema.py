@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     """One problem of a config: the key, what is wrong, what to do."""
 
     key: str
-    what: str
+    problem: str
     todo: str
 
     def __str__(self) -> str:
@@ -169,8 +169,8 @@ def build(
         inner = section_class(type_)
         if inner and not isinstance(value, Mapping):
             first = next(iter(leaves(inner, path + ".")))
-            what = f"is a section and takes no value, got {shown(value)}"
-            wrong.append(Problem(path, what, f"set one of its keys, such as {first}=VALUE"))
+            problem = f"is a section and takes no value, got {shown(value)}"
+            wrong.append(Problem(path, problem, f"set one of its keys, such as {first}=VALUE"))
         elif inner and "_target_" in value and TargetConfig in options(type_):
             rest = {k: v for k, v in value.items() if k != "_target_"}
             values[f.name] = TargetConfig(value["_target_"], rest)
@@ -216,7 +216,9 @@ def _reported(node: Any, method: str, faults: list[Problem], prefix: str = "") -
             found += _reported(value, method, faults, f"{prefix}{name_of(f)}.")
     wrong = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
     if not wrong and hasattr(node, method):
-        found += [Problem(prefix + k, what, todo) for k, what, todo in getattr(node, method)()]
+        found += [
+            Problem(prefix + k, problem, todo) for k, problem, todo in getattr(node, method)()
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -269,8 +271,8 @@ def _target(value: Any) -> TargetConfig:
     if not isinstance(value, Mapping) or "_target_" not in value:
         raise ValueError(f"expects a mapping with _target_, got {shown(value)}")
     made = TargetConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
-    for _, what, _ in made.problems():
-        raise ValueError(what)
+    for _, problem, _ in made.problems():
+        raise ValueError(problem)
     return made
 
 
@@ -278,8 +280,8 @@ def _plain(kind: Any, value: Any) -> Any:
     if kind in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
         number = _number(value)
         if math.isfinite(number) and number and not SMALLEST <= abs(number) <= LARGEST:
-            what = "large" if abs(number) > 1 else "close to 0"
-            raise ValueError(f"{shown(value)} is too {what}")
+            problem = "large" if abs(number) > 1 else "close to 0"
+            raise ValueError(f"{shown(value)} is too {problem}")
         if kind is int and math.isfinite(number) and number == int(number):
             is_exact = isinstance(value, int) or (isinstance(value, str) and _digits(value))
             whole = int(value) if is_exact else int(number)

@@ -47,8 +47,8 @@ def refuse_targets(job: Any, trust: bool) -> None:
     """Raise UserError if a job whose arguments are stored in a file names a class of the user's
     own, and `trust` is False: it would run code that no command has named."""
     for key, target in targets(job).items() if not trust else ():
-        what = f"would run the class {target}, which a stored file names, and not your command"
-        raise UserError(key, what, "give launch.trust=true if you trust the study")
+        problem = f"would run the class {target}, which a stored file names, and not your command"
+        raise UserError(key, problem, "give launch.trust=true if you trust the study")
 
 
 def refuse_stored(job: Any, run: Path, typed: Collection[str]) -> None:
@@ -59,8 +59,10 @@ def refuse_stored(job: Any, run: Path, typed: Collection[str]) -> None:
         return
     for key, target in named.items():
         if not any(key.startswith(f"{path}.") or key == path for path in typed):
-            what = f"the run's config names the class {target}, and your command doesn't"
-            raise UserError(key, what, f"give {key}={target}, or trust=true if you trust the run")
+            problem = f"the run's config names the class {target}, and your command doesn't"
+            raise UserError(
+                key, problem, f"give {key}={target}, or trust=true if you trust the run"
+            )
 
 
 def remember(job: Any, run: Path) -> None:
@@ -120,6 +122,6 @@ def make(where: str, config: TargetConfig, **offered: Any) -> Any:
         added = {k: v for k, v in offered.items() if k in parameters and k not in config.arguments}
         return cls(**config.arguments, **added)
     except (TypeError, ValueError) as e:
-        what = f"can't be instantiated ({e})"
+        problem = f"can't be instantiated ({e})"
         todo = f"check the keys of section {where}"
-        raise UserError(f"{where}._target_={config.target}", what, todo) from e
+        raise UserError(f"{where}._target_={config.target}", problem, todo) from e

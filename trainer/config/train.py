@@ -190,28 +190,28 @@ class TrainJob(Lengths, Job):
         found += faults_problems(self.faults, ranks, steps)
         again = getattr(self.model, "activation_checkpointing", "none")
         if self.train.activation_memory_budget is not None and again != "none":
-            what = f"model.activation_checkpointing={again} has chosen what is made again"
-            found.append(("train.activation_memory_budget", what, "give one of the two"))
+            problem = f"model.activation_checkpointing={again} has chosen what is made again"
+            found.append(("train.activation_memory_budget", problem, "give one of the two"))
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
-            found += [(f"model.{name}", what, todo) for name, what, todo in broken]
+            found += [(f"model.{name}", problem, todo) for name, problem, todo in broken]
         elif self.precision.fp8 != "none":
-            what = "multiplies the matrices of our models, and this is a class of your own"
-            found.append(("precision.fp8", what, "leave it out"))
+            problem = "multiplies the matrices of our models, and this is a class of your own"
+            found.append(("precision.fp8", problem, "leave it out"))
         found += expert_problems(self, ranks) + objective_problems(self) + lora_problems(self)
         found += length_ramp_conflicts(self)
         if not has_length:
             return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
-            what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
-            found.append(("train.tokens", what, "train longer or lower train.global_batch"))
+            problem = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
+            found.append(("train.tokens", problem, "train longer or lower train.global_batch"))
         return found + self._place_problems()
 
     def _place_problems(self) -> Problems:
         """Rules of what lies at certain steps of a run, whose length is known."""
         found, total = self.length_problems(), self.total_steps
         if self.profile.interval and self.profile.interval[1] > total:
-            what = f"{self.profile.steps} reaches beyond the run's {total} steps"
-            found.append(("profile.steps", what, "choose earlier steps"))
+            problem = f"{self.profile.steps} reaches beyond the run's {total} steps"
+            found.append(("profile.steps", problem, "choose earlier steps"))
         stages = self.data.order_problems(self.steps_of)
-        return found + [(f"data.{name}", what, todo) for name, what, todo in stages]
+        return found + [(f"data.{name}", problem, todo) for name, problem, todo in stages]

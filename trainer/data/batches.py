@@ -53,8 +53,8 @@ class Batches(IterableDataset):
         if not 0 <= rank < world_size:
             raise UserError("rank", f"{rank} is none of {world_size} ranks", "count them from 0")
         if batch % world_size:
-            what = f"{batch} windows can't be divided among {world_size} ranks"
-            raise UserError("batch", what, f"make it a multiple of {world_size}")
+            problem = f"{batch} windows can't be divided among {world_size} ranks"
+            raise UserError("batch", problem, f"make it a multiple of {world_size}")
         split = dataset.split("train")
         order = Order(split.shard_tokens, sequence_length, seed, SHUFFLE_SHARDS)
         mixture = Mixture({_NAME: order}, [MixtureStage.of(0, [1])], seed)
@@ -81,9 +81,9 @@ class Batches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the batches that are left, from the one after the last that was taken."""
         if get_worker_info() is not None:
-            what = "would be read once by each worker process of the DataLoader"
+            problem = "would be read once by each worker process of the DataLoader"
             todo = "write DataLoader(batches, batch_size=None, num_workers=0): it has threads"
-            raise UserError("num_workers", what, todo)
+            raise UserError("num_workers", problem, todo)
         size = self._share.global_batch
         steps = range(self._taken, 1 << 62 if self._count is None else self._count)
         found = stream(self._feed, self._share, steps, self._taken * size, workers=self._threads)
@@ -107,6 +107,6 @@ class Batches(IterableDataset):
         it is of other data, or of another order."""
         for name, value in self._settings.items():
             if state.get(name) != value:
-                what = f"the state is of {state.get(name)}, these batches of {value}"
-                raise UserError(name, what, "open the data as when the state was taken")
+                problem = f"the state is of {state.get(name)}, these batches of {value}"
+                raise UserError(name, problem, "open the data as when the state was taken")
         self._taken = int(state["batches"])

@@ -59,8 +59,8 @@ class Dataset:
         self.path = Path(self.where)  # only valid for a local dataset
         if not self._store.exists(MANIFEST):
             there = "://" not in self.where and self.path.is_dir()
-            what = f"not a dataset (no {MANIFEST})" if there else "no such dataset"
-            raise UserError(self.where, what, "make one with `forescale shards`")
+            problem = f"not a dataset (no {MANIFEST})" if there else "no such dataset"
+            raise UserError(self.where, problem, "make one with `forescale shards`")
         self._table = self._json(TABLE, self._store.read(TABLE))
         self.manifest: dict[str, Any] = self._json(MANIFEST, self._verified(MANIFEST))
         version = self.manifest.get("format")
@@ -109,8 +109,8 @@ class Dataset:
             name: [(s["tokens"], s["sha256"] or s["content"]) for s in split["shards"]]
             for name, split in m["splits"].items()
         }
-        what = [m["format"], m["dtype"], m["tokenizer"]["sha256"], shards]
-        return _sha256(json.dumps(what, sort_keys=True).encode())
+        problem = [m["format"], m["dtype"], m["tokenizer"]["sha256"], shards]
+        return _sha256(json.dumps(problem, sort_keys=True).encode())
 
     @property
     def corpus_hash(self) -> str:

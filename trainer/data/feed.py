@@ -270,10 +270,12 @@ class Feed:
                     if not self.substitute:
                         raise
                     known.add(LostMember(name, e.shard, e.member))
-        what = f"{_TRIES} substitutes in a row touch damaged members"
+        problem = f"{_TRIES} substitutes in a row touch damaged members"
         if self.are_whole:
-            what = f"a {self.unit} is damaged, and no intact one has as many targets, {size - 1:,}"
-        raise UserError(f"source {name}", what, "restore the dataset from a copy")
+            problem = (
+                f"a {self.unit} is damaged, and no intact one has as many targets, {size - 1:,}"
+            )
+        raise UserError(f"source {name}", problem, "restore the dataset from a copy")
 
     @staticmethod
     def _touches(

@@ -164,8 +164,8 @@ class _WorkerPool:
         if not doing:
             return f"no batch for {seconds:.0f} s: waiting for the data of other ranks"
         longest, worker, source, shard = max(doing)
-        what = f"{worker} has been reading {shard} of {source} for {longest:.0f} s"
-        return f"no batch for {seconds:.0f} s: {what}"
+        problem = f"{worker} has been reading {shard} of {source} for {longest:.0f} s"
+        return f"no batch for {seconds:.0f} s: {problem}"
 
     def _on_read(self, source: str, shard: str) -> None:
         self._doing[threading.current_thread().name] = (time.monotonic(), source, shard)

@@ -40,9 +40,15 @@ class Damaged(UserError):
     """
 
     def __init__(
-        self, where: str, what: str, todo: str, split: str = "", shard: int = -1, member: str = ""
+        self,
+        where: str,
+        problem: str,
+        todo: str,
+        split: str = "",
+        shard: int = -1,
+        member: str = "",
     ):
-        super().__init__(where, what, todo)
+        super().__init__(where, problem, todo)
         self.split, self.shard, self.member = split, shard, member
 
 
@@ -114,8 +120,8 @@ class Shard:
             raise self._damaged(where, fault, RESTORE)
         return members
 
-    def _damaged(self, where: str, what: str, todo: str, member: str = "") -> Damaged:
-        return Damaged(where, what, todo, self.split, self.number, member)
+    def _damaged(self, where: str, problem: str, todo: str, member: str = "") -> Damaged:
+        return Damaged(where, problem, todo, self.split, self.number, member)
 
     def touched(self, start: int, length: int) -> range:
         """Return the numbers of the members that hold tokens [start, start + length)."""
@@ -235,10 +241,10 @@ class Shard:
 
         if not read() and not (self.file.forget(offset, len(into)) and read()):
             key, end = self.members[at].key, offset + len(into)
-            what = (
+            problem = (
                 f"member {key} is damaged: bytes {offset:,} to {end:,} don't match their checksum"
             )
-            raise self._damaged(self.where, what, RESTORE, key)
+            raise self._damaged(self.where, problem, RESTORE, key)
         self._verified[of_shard] = 1
 
     def _fetch(self, at: int, skip: int, into: memoryview) -> None:
@@ -254,8 +260,8 @@ class Shard:
         replace these."""
         if not isinstance(e, WrongFile):
             return e
-        what = f"member {member}: {e.what}" if member else e.what
-        return self._damaged(e.where, what, e.todo, member)
+        problem = f"member {member}: {e.problem}" if member else e.problem
+        return self._damaged(e.where, problem, e.todo, member)
 
     def ends(self, at: int) -> np.ndarray:
         """Return the exclusive ends of the documents that end in member `at`, counted from the
@@ -287,8 +293,8 @@ class Shard:
             raise self._unusable(e, member.key) from e
         if not good:
             where = _path(self._store, doc["file"]) if "file" in doc else self.where
-            what = f"member {member.key} is damaged: its {what_does_not} match their checksum"
-            raise self._damaged(where, what, RESTORE, member.key)
+            problem = f"member {member.key} is damaged: its {what_does_not} match their checksum"
+            raise self._damaged(where, problem, RESTORE, member.key)
         return data
 
     def _file_of(self, doc: dict[str, Any]) -> File:

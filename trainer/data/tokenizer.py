@@ -149,8 +149,8 @@ def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> in
         if (found := tokenizer.token_to_id(token)) is None:
             continue
         if found not in added and tokenizer.encode(token, add_special_tokens=False).ids == [found]:
-            what = f"{token!r} can't end documents: it is an ordinary token of texts"
-            raise UserError(where, what, "set end_of_text to its end-of-text token")
+            problem = f"{token!r} can't end documents: it is an ordinary token of texts"
+            raise UserError(where, problem, "set end_of_text to its end-of-text token")
         return found
     special = [t.content for t in added.values() if t.special]
     raise UserError(

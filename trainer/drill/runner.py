@@ -60,8 +60,8 @@ class Drill:
             made = self._run(command, run, name)
             if made.code != DONE:
                 log = self.directory / f"{name}.log"
-                what = f"a run without faults ended with code {made.code}"
-                raise UserError(str(log), what, "fix the error in this log first")
+                problem = f"a run without faults ended with code {made.code}"
+                raise UserError(str(log), problem, "fix the error in this log first")
             self._undisturbed[key] = Evidence(run, [made])
         return self._undisturbed[key]
 

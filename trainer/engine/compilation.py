@@ -44,11 +44,13 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     if job.train.compile == "off":
         return Compilation(False)
     if missing and job.train.compile == "on":
-        what = f"this machine lacks {missing}"
-        raise UserError("train.compile=on", what, "install it, or set train.compile=auto")
+        problem = f"this machine lacks {missing}"
+        raise UserError("train.compile=on", problem, "install it, or set train.compile=auto")
     if missing and budget is not None:
-        what = f"is for compiled blocks, and this machine lacks {missing}"
-        raise UserError("train.activation_memory_budget", what, "install it, or leave the key out")
+        problem = f"is for compiled blocks, and this machine lacks {missing}"
+        raise UserError(
+            "train.activation_memory_budget", problem, "install it, or leave the key out"
+        )
     if missing:
         notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
         return Compilation(False, notice=notice)
@@ -56,8 +58,10 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     is_whole = job.engine.stage < 3 or isinstance(job.model, ModelConfig)
     wanted = is_whole or job.train.compile == "on"
     if not wanted and budget is not None:
-        what = "is for compiled blocks, and a class of your own isn't compiled at stage 3"
-        raise UserError("train.activation_memory_budget", what, "leave it out, or train.compile=on")
+        problem = "is for compiled blocks, and a class of your own isn't compiled at stage 3"
+        raise UserError(
+            "train.activation_memory_budget", problem, "leave it out, or train.compile=on"
+        )
     return Compilation(wanted, by_part=world_size > 1 or device != "cpu", budget=budget)
 
 

@@ -175,6 +175,6 @@ def _matrix_names(every: dict[str, Any], given: Collection[str] | None) -> set[s
         return {n for n in matrices if not any(_matches(pattern, n) for pattern in tables)}
     for name in sorted(given):
         if name not in every or len(shape_of(every[name])) < 2:
-            what = f"muon_parameters() returns {name!r}, which is not a matrix of the model"
-            raise UserError("model", what, "return only parameters of two or more dimensions")
+            problem = f"muon_parameters() returns {name!r}, which is not a matrix of the model"
+            raise UserError("model", problem, "return only parameters of two or more dimensions")
     return set(given)

@@ -144,7 +144,7 @@ def error_fields(error: UserError | OSError | None) -> dict[str, Any] | None:
         return {"errno": error.errno, "strerror": error.strerror or str(error), "filename": name}
     if isinstance(error, ConfigError):
         return {"problems": error.problems}
-    return {"code": error.code, "where": error.where, "what": error.what, "todo": error.todo}
+    return {"code": error.code, "where": error.where, "problem": error.problem, "todo": error.todo}
 
 
 def error_of(fields: dict[str, Any]) -> UserError | OSError:
@@ -155,7 +155,7 @@ def error_of(fields: dict[str, Any]) -> UserError | OSError:
     if "problems" in fields:
         return ConfigError(Problem(*problem) for problem in fields["problems"])
     kind = Transient if fields["code"] == Transient.code else UserError
-    return kind(fields["where"], fields["what"], fields["todo"])
+    return kind(fields["where"], fields["problem"], fields["todo"])
 
 
 ALONE = Ranks()

@@ -307,8 +307,8 @@ def checked_losses(
             if isinstance(loss, Tensor)
             else type(loss).__name__
         )
-        what = f"with targets it returns {got} for {windows} windows, not ({windows},)"
-        raise UserError(where, what, todo)
+        problem = f"with targets it returns {got} for {windows} windows, not ({windows},)"
+        raise UserError(where, problem, todo)
     if isinstance(penalty, Tensor) and penalty.numel() != 1:
         raise UserError(where, f"its penalty has the shape {tuple(penalty.shape)}", todo)
     return loss, penalty
@@ -319,8 +319,8 @@ def _number(name: str, value: Any) -> float | Tensor:
         return value.detach().reshape(()).clone()  # the update comes before it is shared
     if isinstance(value, int | float):
         return float(value)
-    what = f"returns {name!r} as {type(value).__name__}, which is not one number"
-    raise UserError("the model's metrics()", what, "return floats or tensors of one element")
+    problem = f"returns {name!r} as {type(value).__name__}, which is not one number"
+    raise UserError("the model's metrics()", problem, "return floats or tensors of one element")
 
 
 def _seed(value: int) -> None:

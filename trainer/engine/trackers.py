@@ -48,8 +48,8 @@ def check_trackers(logging: Any) -> None:
             raise UserError("logging.wandb.enabled", "wandb is not installed", todo)
         if logging.wandb.mode == "online" and not has_account():
             todo = "run `wandb login`, or set logging.wandb.mode=offline"
-            what = "no wandb account is logged in on this machine"
-            raise UserError("logging.wandb.mode=online", what, todo)
+            problem = "no wandb account is logged in on this machine"
+            raise UserError("logging.wandb.mode=online", problem, todo)
 
 
 def _is_installed(package: str) -> bool:

@@ -210,8 +210,10 @@ class World(Ranks):
         if self._extra is None:
             self._extra = names
         if names != self._extra:
-            what = f"are {', '.join(names) or 'none'}, and were {', '.join(self._extra) or 'none'}"
-            raise UserError("metrics(): the names", what, _SAME_NAMES)
+            problem = (
+                f"are {', '.join(names) or 'none'}, and were {', '.join(self._extra) or 'none'}"
+            )
+            raise UserError("metrics(): the names", problem, _SAME_NAMES)
         return names
 
     def summaries(self, behind: int) -> Iterator[StepSummary]:
@@ -231,8 +233,8 @@ class World(Ranks):
         """From the slots behind a summary's own: the hash of the names, then a sum for each."""
         names = self._extra or ()
         if names and sums[0] != self.size * _hash_of(names):
-            what = f"differ between ranks (here: {', '.join(names)})"
-            raise UserError("metrics(): the names", what, _SAME_NAMES)
+            problem = f"differ between ranks (here: {', '.join(names)})"
+            raise UserError("metrics(): the names", problem, _SAME_NAMES)
         return {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
 
     def close(self) -> None:

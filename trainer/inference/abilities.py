@@ -22,8 +22,8 @@ def abilities_of(
     """
     config = view.config
     if not config.continues_text:
-        what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
-        raise UserError("abilities", what, "leave it out, or name a run that continues text")
+        problem = f"was trained with objective.kind={config.objective.kind}, and continues no text"
+        raise UserError("abilities", problem, "leave it out, or name a run that continues text")
     device = best_device()
     model = model.to(device)
 

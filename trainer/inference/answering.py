@@ -73,12 +73,14 @@ def question_of(view: RunView, text: str) -> Question:
             ids = first + text_ids(view.tokenizer, text)
         return Question(text, text, ids, ids, end, "document", config.train.sequence_length)
     if not spec.source:
-        what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
-        raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
+        problem = f"was trained with objective.kind={config.objective.kind}, and continues no text"
+        raise UserError(
+            view.name, problem, "score it with `forescale eval`, or name a causal model"
+        )
     if not isinstance(config.model, ModelConfig):
         target = config.model.target
-        what = f"is your own class {target}, of which only you know how it reads a source"
-        raise UserError("model._target_", what, f"call forescale.open_run({view.name!r})")
+        problem = f"is your own class {target}, of which only you know how it reads a source"
+        raise UserError("model._target_", problem, f"call forescale.open_run({view.name!r})")
     objective = objective_of(config, identity["vocab_size"])
     if isinstance(objective, Prefix):
         return _of_start(view, text, objective, config.model.has_encoder)
@@ -138,8 +140,10 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
     if not source:
         raise UserError("prompt", "is empty, and no source of training is", "give a text")
     if separator in source:
-        what = f"holds the separator {shown_separator(pairs.separator)}, with which a source ends"
-        raise UserError("prompt", what, "take it out")
+        problem = (
+            f"holds the separator {shown_separator(pairs.separator)}, with which a source ends"
+        )
+        raise UserError("prompt", problem, "take it out")
     return Question(
         prompt=text,
         shown="",
@@ -156,8 +160,8 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
 def _check_length(source: list[int], most: int) -> None:
     """Raise UserError if a source is longer than in training."""
     if len(source) > most:
-        what = f"has {len(source):,} tokens, and in training a source has {most:,}"
-        raise UserError("prompt", what, "give less text")
+        problem = f"has {len(source):,} tokens, and in training a source has {most:,}"
+        raise UserError("prompt", problem, "give less text")
 
 
 def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Question:
@@ -189,12 +193,12 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
 def _check_sentinels(numbers: list[int], most: int) -> None:
     """Raise UserError if the sentinels of a text are not the first ones in order, or too many."""
     if not numbers:
-        what = "has no <extra_id_0>, the place of a span that the model fills in"
-        raise UserError("prompt", what, "write it into the text")
+        problem = "has no <extra_id_0>, the place of a span that the model fills in"
+        raise UserError("prompt", problem, "write it into the text")
     if numbers != [*range(len(numbers))]:
         i = next(i for i, n in enumerate(numbers) if n != i)
-        what = f"has <extra_id_{numbers[i]}> where the next one is <extra_id_{i}>"
-        raise UserError("prompt", what, "number them from 0 on, in order")
+        problem = f"has <extra_id_{numbers[i]}> where the next one is <extra_id_{i}>"
+        raise UserError("prompt", problem, "number them from 0 on, in order")
     if len(numbers) > most:
-        what = f"has {len(numbers):,} spans to fill in, and in training a text has {most:,}"
-        raise UserError("prompt", what, "give fewer")
+        problem = f"has {len(numbers):,} spans to fill in, and in training a text has {most:,}"
+        raise UserError("prompt", problem, "give fewer")

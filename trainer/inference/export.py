@@ -39,14 +39,16 @@ def family(view: RunView) -> str:
     """
     model = view.config.model
     if not isinstance(model, ModelConfig):
-        what = f"is your own class {model.target}, which transformers doesn't know"
-        raise UserError("model._target_", what, f"load it with forescale.open_run({view.name!r})")
+        problem = f"is your own class {model.target}, which transformers doesn't know"
+        raise UserError(
+            "model._target_", problem, f"load it with forescale.open_run({view.name!r})"
+        )
     try:
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
-        what = str(e).rstrip(".")
+        problem = str(e).rstrip(".")
         todo = f"train with those keys, or load it with forescale.open_run({view.name!r})"
-        raise UserError("model", what[0].lower() + what[1:], todo) from None
+        raise UserError("model", problem[0].lower() + problem[1:], todo) from None
 
 
 def is_exportable(view: RunView) -> bool:
@@ -123,8 +125,8 @@ def _rounded(kind: torch.dtype, named: tuple[str, Tensor]) -> tuple[str, Tensor]
     if (lost := rounded.isinf() & tensor.isfinite()).any():
         largest, most = torch.finfo(kind).max, float(tensor[lost].abs().max())
         short = next(short for short, each in _DTYPES.items() if each == kind)
-        what = f"{short} holds numbers up to {largest:.6g}, and {name} has one of {most:.6g}"
-        raise UserError("dtype", what, f"give dtype={'bf16' if short == 'fp16' else 'fp32'}")
+        problem = f"{short} holds numbers up to {largest:.6g}, and {name} has one of {most:.6g}"
+        raise UserError("dtype", problem, f"give dtype={'bf16' if short == 'fp16' else 'fp32'}")
     return name, rounded
 
 

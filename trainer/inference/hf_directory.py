@@ -55,8 +55,8 @@ class HfDirectory:
     def __init__(self, path: Path):
         self.path = path
         if not path.is_dir():
-            what = "no such directory"
-            raise UserError(str(path), what, "name one with config.json and model.safetensors")
+            problem = "no such directory"
+            raise UserError(str(path), problem, "name one with config.json and model.safetensors")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -72,8 +72,8 @@ class HfDirectory:
             try:
                 found[_TEMPLATE] = template.read_text("utf-8")
             except UnicodeDecodeError as e:
-                what = f"isn't UTF-8 (byte {e.start})"
-                raise UserError(str(template), what, _AGAIN) from None
+                problem = f"isn't UTF-8 (byte {e.start})"
+                raise UserError(str(template), problem, _AGAIN) from None
         return found
 
     @cached_property
@@ -87,14 +87,14 @@ class HfDirectory:
                 there = set(file.keys())
                 for name in there if names is None else names:
                     if name not in there:
-                        what = f"lacks the weight {name}, which {_INDEX} says is in it"
-                        raise UserError(str(path), what, _AGAIN)
+                        problem = f"lacks the weight {name}, which {_INDEX} says is in it"
+                        raise UserError(str(path), problem, _AGAIN)
                     part = file.get_slice(name)
                     kind = part.get_dtype()
                     if kind not in _DTYPES:
-                        what = f"its weight {name} is {kind}, not {', '.join(_DTYPES)}"
+                        problem = f"its weight {name} is {kind}, not {', '.join(_DTYPES)}"
                         todo = "import the model as it was before it was quantised"
-                        raise UserError(str(path), what, todo)
+                        raise UserError(str(path), problem, todo)
                     yield Stored(name, path, tuple(part.get_shape()), _DTYPES[kind])
 
     def _files(self) -> dict[Path, list[str] | None]:
@@ -110,8 +110,8 @@ class HfDirectory:
         found: dict[Path, list[str] | None] = {}
         for name, file in where.items():
             if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*", file):
-                what = f"names a file outside its directory, {file!r}"
-                raise UserError(str(index), what, _AGAIN)
+                problem = f"names a file outside its directory, {file!r}"
+                raise UserError(str(index), problem, _AGAIN)
             names = found.setdefault(self.path / file, [])
             assert names is not None
             names.append(name)
@@ -119,9 +119,9 @@ class HfDirectory:
 
     def _without_weights(self) -> tuple[str, str]:
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
-            what = f"holds its weights in pickle files, which run code, and no {_WEIGHTS}"
+            problem = f"holds its weights in pickle files, which run code, and no {_WEIGHTS}"
             todo = "load it with transformers and write it with save_pretrained"
-            return what, f"{todo}, if you trust it"
+            return problem, f"{todo}, if you trust it"
         return f"holds no {_WEIGHTS} and no {_INDEX}", _AGAIN
 
 

@@ -106,8 +106,8 @@ def _model_of(theirs: HfDirectory) -> ModelConfig:
     try:
         return config_of(theirs.config)
     except ValueError as e:
-        where, what = str(theirs.path / "config.json"), str(e).rstrip(".")
-        raise UserError(where, what, "import another model; nothing was written") from None
+        where, problem = str(theirs.path / "config.json"), str(e).rstrip(".")
+        raise UserError(where, problem, "import another model; nothing was written") from None
 
 
 def _parts(theirs: HfDirectory, model: ModelConfig) -> Iterator[Part]:
@@ -136,16 +136,16 @@ def _vocabulary(
     than the model."""
     where = tokenizer or str(theirs.path)
     if tokenizer is None and not (theirs.path / "tokenizer.json").is_file():
-        what = "holds no tokenizer.json"
+        problem = "holds no tokenizer.json"
         todo = "give tokenizer=FILE, or make one with transformers: AutoTokenizer, save_pretrained"
-        raise UserError(where, what, todo)
+        raise UserError(where, problem, todo)
     raw = given_tokenizer(where)
     if raw is None:
         raise UserError("tokenizer", f"{where} names no file", "give a tokenizer.json")
     found = vocabulary_of(raw, where, end)
     if found.size > model.sizes.vocab_size:
-        what = f"its tokenizer has {found.size:,} tokens, the model {model.sizes.vocab_size:,}"
-        raise UserError(where, what, "give the model's own with tokenizer=FILE")
+        problem = f"its tokenizer has {found.size:,} tokens, the model {model.sizes.vocab_size:,}"
+        raise UserError(where, problem, "give the model's own with tokenizer=FILE")
     return found
 
 

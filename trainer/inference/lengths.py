@@ -47,22 +47,22 @@ def at_length(model: nn.Module, length: int, trained: int, scaling: str | None) 
     """
     if not isinstance(model, Transformer):
         if scaling:
-            what = "only positions of forescale's own model can be scaled"
-            raise UserError("rope_scaling", what, "leave it out")
+            problem = "only positions of forescale's own model can be scaled"
+            raise UserError("rope_scaling", problem, "leave it out")
         return model
     config, longest = model.config, model.sizes.max_sequence_length
     if config.position == "learned" and length > longest:
-        what = f"the model has {longest} learned positions, and none beyond"
-        raise UserError("sequence_length", what, f"give at most {longest}")
+        problem = f"the model has {longest} learned positions, and none beyond"
+        raise UserError("sequence_length", problem, f"give at most {longest}")
     if scaling is None:
         return model
     if config.position != "rotary" or config.rope_scaling != "none":
         has = config.position if config.position != "rotary" else config.rope_scaling
-        what = f"the model was trained with {has}, and not with plain rotary positions"
-        raise UserError("rope_scaling", what, "leave it out")
+        problem = f"the model was trained with {has}, and not with plain rotary positions"
+        raise UserError("rope_scaling", problem, "leave it out")
     if length <= trained:
-        what = f"there is nothing to scale: the model was trained at {trained} tokens"
-        raise UserError("rope_scaling", what, f"give sequence_length above {trained}")
+        problem = f"there is nothing to scale: the model was trained at {trained} tokens"
+        raise UserError("rope_scaling", problem, f"give sequence_length above {trained}")
     original = trained if scaling == "yarn" else None
     scaled = replace(
         config,

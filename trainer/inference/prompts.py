@@ -71,8 +71,8 @@ def _raw_input() -> bytes:
         raise UserError("prompt", "standard input is closed", "write prompt=TEXT")
     raw = sys.stdin.buffer.read(_MOST + 1)
     if len(raw) > _MOST:
-        what = f"standard input has more than {_MOST:,} bytes"
-        raise UserError("prompt", what, "give its last part, such as with tail -c 100000")
+        problem = f"standard input has more than {_MOST:,} bytes"
+        raise UserError("prompt", problem, "give its last part, such as with tail -c 100000")
     return raw
 
 
@@ -91,8 +91,8 @@ def _decoded(raw: bytes, where: str, source: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        what = f"{source} isn't UTF-8 (byte {e.start})".strip()
-        raise UserError(where, what, "convert it with iconv -t utf-8") from None
+        problem = f"{source} isn't UTF-8 (byte {e.start})".strip()
+        raise UserError(where, problem, "convert it with iconv -t utf-8") from None
 
 
 def _without_end(text: str) -> str:

@@ -41,8 +41,8 @@ def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
     for name, stored in view.identity["dataset"]["sources"].items():
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
-            what = f"the dataset that the run was trained on is not at {path}"
-            raise UserError(str(view.path), what, "give its new place with data.path=DIR")
+            problem = f"the dataset that the run was trained on is not at {path}"
+            raise UserError(str(view.path), problem, "give its new place with data.path=DIR")
         found[name] = _checked(view, open_dataset(path, data))
     return found
 
@@ -145,8 +145,10 @@ def references_of(view: RunView, dataset: Dataset, split: str) -> np.ndarray | N
     stored = read_references(view.run)
     found = None if stored is None else stored.of(dataset.identity, split)
     if found is None:
-        what = "what the reference says of its preferences is not known, only of the run's own data"
-        raise UserError(dataset.where, what, "leave data.path out")
+        problem = (
+            "what the reference says of its preferences is not known, only of the run's own data"
+        )
+        raise UserError(dataset.where, problem, "leave data.path out")
     return found
 
 
@@ -156,8 +158,8 @@ def _count(
     """Return how many windows are scored. Raises UserError if there are none."""
     count = num_windows(dataset.split(split), length, bins)
     if not count:
-        what = f"its split {split} {'is empty' if bins is None else f'has no {bins.unit}'}"
-        raise UserError(dataset.where, what, "choose another split")
+        problem = f"its split {split} {'is empty' if bins is None else f'has no {bins.unit}'}"
+        raise UserError(dataset.where, problem, "choose another split")
     return min(count, windows or count)
 
 

@@ -82,8 +82,8 @@ class RunView:
             return at_step(self.run, step)
         found = verified(self.chosen)
         if step not in (None, found.position.step):
-            what = f"is of step {found.position.step}, not {step}"
-            raise UserError(str(self.chosen), what, "leave step out, or name the run")
+            problem = f"is of step {found.position.step}, not {step}"
+            raise UserError(str(self.chosen), problem, "leave step out, or name the run")
         return found
 
     def model(self, step: int | None = None, trust: bool = False) -> "nn.Module":
@@ -200,8 +200,8 @@ def open_view(target: str | Path, root: str | Path = "runs") -> RunView:
         return RunView(Run.existing(path, Path(root).expanduser()))
     run = Run(path.resolve().parent.parent)
     if not run.config.is_file():
-        what = "this checkpoint is not in the directory of its run, so its config is unknown"
-        raise UserError(str(target), what, "move it back to RUN/checkpoints")
+        problem = "this checkpoint is not in the directory of its run, so its config is unknown"
+        raise UserError(str(target), problem, "move it back to RUN/checkpoints")
     return RunView(run, path)
 
 

@@ -82,11 +82,13 @@ def expect_decoder(view: RunView) -> None:
     """Raise UserError for a model whose inside is not that of a decoder of ours."""
     config = view.config
     if not isinstance(config.model, ModelConfig):
-        what = "its model is a class of your own, whose parts are not known here"
-        raise UserError(view.name, what, "inspect a run with a model of conf/model")
+        problem = "its model is a class of your own, whose parts are not known here"
+        raise UserError(view.name, problem, "inspect a run with a model of conf/model")
     if not config.continues_text or config.model.has_encoder or not config.model.causal:
-        what = f"was trained with objective.kind={config.objective.kind}, and is no decoder alone"
-        raise UserError(view.name, what, "inspect a run that continues text")
+        problem = (
+            f"was trained with objective.kind={config.objective.kind}, and is no decoder alone"
+        )
+        raise UserError(view.name, problem, "inspect a run that continues text")
 
 
 def read(

@@ -38,8 +38,8 @@ def found_in(pieces: Sequence[str], subject: str) -> tuple[int, int]:
     text = "".join(pieces[1:])
     start = text.find(subject)
     if not subject or start < 0:
-        what = f"{subject!r} is not in the {len(pieces) - 1} tokens that are read"
-        raise UserError("subject", what, "copy it from the text")
+        problem = f"{subject!r} is not in the {len(pieces) - 1} tokens that are read"
+        raise UserError("subject", problem, "copy it from the text")
     ends, at = [], 0
     for piece in pieces[1:]:
         at += len(piece)

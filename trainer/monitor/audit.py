@@ -160,7 +160,7 @@ def _check_rows(
 
 def _origin(run: Run, job: TrainJob | None) -> Position:
     """Return where the first step began: at 0, or at the checkpoint that the run branched from."""
-    if job is None or job.run.origin.run is None or job.run.origin.what == "weights":
+    if job is None or job.run.origin.run is None or job.run.origin.load == "weights":
         return Position()
     parent = next((a.parent for a in run.attempts() if a.parent), None)
     if parent is None or parent.checkpoint is None:
@@ -233,18 +233,18 @@ def feed_of_run(
     of the user's own without `trust`, because making it runs code that a stored file names.
     """
     if job.objective.target and not trust:
-        what = f"names code to run, {job.objective.target}"
-        raise UserError("objective._target_", what, "give trust=true if you trust the run")
+        problem = f"names code to run, {job.objective.target}"
+        raise UserError("objective._target_", problem, "give trust=true if you trust the run")
     found = {}
     for name, stored in identity["dataset"]["sources"].items():
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
-            what = f"the dataset {name} is not at {path} any more"
-            raise UserError("run.json", what, "restore it there to compare its tokens")
+            problem = f"the dataset {name} is not at {path} any more"
+            raise UserError("run.json", problem, "restore it there to compare its tokens")
         found[name] = open_dataset(path, job.data)
         if found[name].identity != stored["identity"]:
-            what = f"is not the dataset any more on which the run was trained as {name}"
-            raise UserError(path, what, "restore that dataset")
+            problem = f"is not the dataset any more on which the run was trained as {name}"
+            raise UserError(path, problem, "restore that dataset")
     return feed_of(job, Sources(found), skipped)
 
 

@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
     level: Literal["ok", "note", "fault"]
     name: str
-    what: str
+    text: str
     fix: str = ""
 
 
@@ -62,10 +62,10 @@ def examine(root: Path, data: CorpusConfig) -> Iterator[Finding]:
 
 def python() -> Finding:
     """Check the version of Python."""
-    what = f"{platform.python_version()} at {sys.executable}"
+    text = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info < PYTHON:
-        return Finding("fault", "python", what, "use Python 3.11 or newer")
-    return Finding("ok", "python", what)
+        return Finding("fault", "python", text, "use Python 3.11 or newer")
+    return Finding("ok", "python", text)
 
 
 def package_version(package: str, wanted: str) -> Finding:
@@ -92,9 +92,9 @@ def graphics() -> Finding:
         return Finding("ok", "gpu", f"{len(cards)}: {names}; CUDA {torch.version.cuda}")
     if any(Path("/proc/driver/nvidia/gpus").glob("*")):
         why = "is built without CUDA" if torch.version.cuda is None else "can't start CUDA"
-        what = f"present, but torch {torch.__version__} {why}"
+        text = f"present, but torch {torch.__version__} {why}"
         fix = "install a build of torch for this driver's CUDA (see pytorch.org)"
-        return Finding("fault", "gpu", what, fix)
+        return Finding("fault", "gpu", text, fix)
     return Finding("note", "gpu", "none; training on the CPU", "fine for small models")
 
 
@@ -105,8 +105,8 @@ def compiler() -> Finding:
     missing = compiler_missing()
     if missing is None:
         return Finding("ok", "compiler", "torch.compile can compile")
-    what = f"this machine lacks {missing}: training takes about twice as long"
-    return Finding("note", "compiler", what, "apt-get install g++ python3-dev, or the like")
+    text = f"this machine lacks {missing}: training takes about twice as long"
+    return Finding("note", "compiler", text, "apt-get install g++ python3-dev, or the like")
 
 
 def ninja() -> Finding:
@@ -114,8 +114,8 @@ def ninja() -> Finding:
     if shutil.which("ninja"):
         return Finding("ok", "ninja", str(shutil.which("ninja")))
     if importlib.util.find_spec("ninja"):
-        what = "installed, but not on the PATH; builds of DeepSpeed's own kernels need it there"
-        return Finding("note", "ninja", what, f'export PATH="{Path(sys.executable).parent}:$PATH"')
+        text = "installed, but not on the PATH; builds of DeepSpeed's own kernels need it there"
+        return Finding("note", "ninja", text, f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return Finding("note", "ninja", "not installed", "pip install ninja, for offload to the CPU")
 
 
@@ -132,10 +132,10 @@ def build_lock(root: Path) -> Finding:
         return Finding("ok", "builds", f"no lock in {root}")
     oldest = min(locks, key=lambda p: p.stat().st_mtime)
     age = time.time() - oldest.stat().st_mtime
-    what = f"a lock of {age / 60:.0f} minutes at {oldest}"
+    text = f"a lock of {age / 60:.0f} minutes at {oldest}"
     if age < _BUILD:
-        return Finding("note", "builds", what, "a build is running or was just killed")
-    return Finding("fault", "builds", f"{what}, left by a killed build", f"rm {oldest}")
+        return Finding("note", "builds", text, "a build is running or was just killed")
+    return Finding("fault", "builds", f"{text}, left by a killed build", f"rm {oldest}")
 
 
 def cores() -> Finding:
@@ -154,10 +154,10 @@ def memory() -> Finding:
     import psutil
 
     facts = psutil.virtual_memory()
-    what = f"{facts.available / _GIB:.1f} of {facts.total / _GIB:.1f} GiB free"
+    text = f"{facts.available / _GIB:.1f} of {facts.total / _GIB:.1f} GiB free"
     if facts.available < _MEMORY_NEEDS:
-        return Finding("note", "memory", what, "end other programs; a rank takes about 1 GiB")
-    return Finding("ok", "memory", what)
+        return Finding("note", "memory", text, "end other programs; a rank takes about 1 GiB")
+    return Finding("ok", "memory", text)
 
 
 def disk(key: str, path: Path, needs: int) -> Finding:
@@ -170,11 +170,11 @@ def disk(key: str, path: Path, needs: int) -> Finding:
     if not os.access(there, os.W_OK | os.X_OK):
         return Finding("fault", key, f"{there} is not writable", f"choose another {key}")
     free = shutil.disk_usage(there).free
-    what = f"{free / _GIB:.1f} GiB free at {path}"
+    text = f"{free / _GIB:.1f} GiB free at {path}"
     if free < needs:
         fix = f"free some space (about {needs / _GIB:.2f} GiB), or choose another {key}"
-        return Finding("fault", key, what, fix)
-    return Finding("ok", key, what)
+        return Finding("fault", key, text, fix)
+    return Finding("ok", key, text)
 
 
 def corpus(data: CorpusConfig) -> Finding:
@@ -186,18 +186,18 @@ def corpus(data: CorpusConfig) -> Finding:
         if data.path is None:
             path = embedded_path(PythonSource(), data.cache_directory)
             if not path.exists():
-                what = f"the embedded one is not prepared yet in {path.parent}"
+                text = f"the embedded one is not prepared yet in {path.parent}"
                 return Finding(
-                    "note", "corpus", what, "forescale train prepares it, in about a minute"
+                    "note", "corpus", text, "forescale train prepares it, in about a minute"
                 )
         else:
             path = Path(data.path).expanduser()
         dataset = Dataset(path)
     except UserError as e:
-        return Finding("fault", "corpus", f"{e.where}: {e.what}", e.todo)
+        return Finding("fault", "corpus", f"{e.where}: {e.problem}", e.todo)
     tokens = dataset.split("train").num_tokens
-    what = f"{path} ({tokens:,} tokens to train on, corpus hash {dataset.corpus_hash[:16]})"
-    return Finding("ok", "corpus", what)
+    text = f"{path} ({tokens:,} tokens to train on, corpus hash {dataset.corpus_hash[:16]})"
+    return Finding("ok", "corpus", text)
 
 
 def wandb() -> Finding:
@@ -209,5 +209,5 @@ def wandb() -> Finding:
     version = importlib.metadata.version("wandb")
     if has_account():
         return Finding("ok", "wandb", f"{version}, logged in; switch it on with logging=wandb")
-    what = f"{version}, not logged in; logging=wandb writes offline"
-    return Finding("note", "wandb", what, "run wandb login to send them online")
+    text = f"{version}, not logged in; logging=wandb writes offline"
+    return Finding("note", "wandb", text, "run wandb login to send them online")

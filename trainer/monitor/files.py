@@ -94,8 +94,8 @@ def check_attempts(found: Findings, run: Run) -> None:
         except (KeyError, TypeError) as e:
             found.faults.append(f"{attempt.metrics.path}: a row lacks a field ({e!r})")
     if attempts and len(found.faults) == before:
-        what = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
-        found.verified.append(f"{what}: parents, launches and {rows:,} other rows, as written")
+        problem = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
+        found.verified.append(f"{problem}: parents, launches and {rows:,} other rows, as written")
         found.notes += [line.rstrip(".") for line in promises(run)]
 
 
@@ -107,8 +107,8 @@ def _train_rows(attempt: Attempt) -> Iterator[int]:
         if row.get("kind") != "train":
             continue
         if before is not None and row["step"] != before + 1:
-            what = f"step {row['step']:,} follows step {before:,}"
-            raise UserError(str(attempt.metrics.path), what, "restore the file from a copy")
+            problem = f"step {row['step']:,} follows step {before:,}"
+            raise UserError(str(attempt.metrics.path), problem, "restore the file from a copy")
         before = row["step"]
         yield row["step"]
     if before is not None and not attempt.has_begun:

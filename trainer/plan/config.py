@@ -178,18 +178,18 @@ class PlanJob(TrainJob):
         found = super().problems(world_size or self.world_size)
         plan, each = self.plan, self.machine.gpus_per_node
         if self.precision.fp8 != "none" and not self.machine.fp8:
-            what = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
+            problem = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
             todo = "choose another machine, such as machine=h100-sxm, or leave it out"
-            found.append(("precision.fp8", what, todo))
+            found.append(("precision.fp8", problem, todo))
         if plan.gpus and plan.nodes and each and plan.gpus > plan.nodes * each:
-            what = f"{plan.gpus} GPUs don't fit {plan.nodes} nodes of {each}"
-            found.append(("plan.nodes", what, f"write plan.nodes={-(-plan.gpus // each)}"))
+            problem = f"{plan.gpus} GPUs don't fit {plan.nodes} nodes of {each}"
+            found.append(("plan.nodes", problem, f"write plan.nodes={-(-plan.gpus // each)}"))
         if each and self.world_size > each and self.world_size % each:
             whole = -(-self.world_size // each) * each
-            what = f"{self.world_size} GPUs don't fill nodes of {each}"
-            found.append(("plan.gpus", what, f"write plan.gpus={whole}"))
+            problem = f"{self.world_size} GPUs don't fill nodes of {each}"
+            found.append(("plan.gpus", problem, f"write plan.gpus={whole}"))
         near = self.engine.hierarchical_partition
         if near > 1 and self.world_size % near:
-            what = f"{near} ranks don't divide {self.world_size}"
-            found.append(("engine.hierarchical_partition", what, f"choose {self.per_node}"))
+            problem = f"{near} ranks don't divide {self.world_size}"
+            found.append(("engine.hierarchical_partition", problem, f"choose {self.per_node}"))
         return found

@@ -108,7 +108,7 @@ class Plan:
         try:
             return make()
         except UserError as e:
-            self.problems.append(Problem(e.where, e.what, e.todo))
+            self.problems.append(Problem(e.where, e.problem, e.todo))
             return None
 
     @property
@@ -317,14 +317,14 @@ class Plan:
         need, have = self.chosen.memory.total / 2**30, self.available / 2**30
         found = self.chosen.memory.states
         states = max(found.backward, found.updating) / 2**30
-        what = (
+        problem = (
             f"a rank needs {need:,.1f} GiB ({states:,.1f} of them for model states), "
             f"but a GPU has {have:,.1f}"
         )
         todo = self._options.smallest_fix(self.job) or (
             "no sharding option fits: choose a smaller model or a machine with more memory"
         )
-        return Problem("memory", what, todo)
+        return Problem("memory", problem, todo)
 
     @property
     def deepspeed(self) -> dict[str, Any]:

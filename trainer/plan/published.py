@@ -134,9 +134,9 @@ def _length(job: TrainJob, parameters: float) -> Iterator[str]:
 def _warmup(job: TrainJob) -> Iterator[str]:
     steps, total = job.warmup_steps, job.total_steps
     if not 0 < steps <= _LONGEST_WARMUP * total:
-        what = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
+        length = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
         yield (
-            f"The warm-up {what}, and in published runs it takes 0.1 % (TinyLlama) to 1 % (BERT, "
+            f"The warm-up {length}, and in published runs it takes 0.1 % (TinyLlama) to 1 % (BERT, "
             "Pythia) of them: set schedule.warmup='1 %'."
         )
 

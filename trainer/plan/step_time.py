@@ -179,9 +179,11 @@ def measure(target: str, root: str) -> MeasuredSpeed:
             "set plan.mfu instead",
         )
     if len(rows) < 5 or not status.checkpoints:
-        what = f"it has {len(rows)} rows and {len(status.checkpoints)} checkpoints"
+        problem = f"it has {len(rows)} rows and {len(status.checkpoints)} checkpoints"
         raise UserError(
-            where, what, "let it train for a few dozen steps and save a checkpoint, then plan again"
+            where,
+            problem,
+            "let it train for a few dozen steps and save a checkpoint, then plan again",
         )
     rows = rows[max(1, len(rows) // 10) :]
     seconds = median(r["seconds"].get("compute", 0.0) + r["seconds"].get("data", 0.0) for r in rows)

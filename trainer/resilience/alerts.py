@@ -38,5 +38,5 @@ def tell(run: Run, code: int, why: str, report: Callable[[str], object]) -> None
         request = urllib.request.Request(address, json.dumps(facts).encode(), headers)
         urllib.request.urlopen(request, timeout=_SECONDS).close()
     except (OSError, ValueError, HTTPException) as e:
-        what = str(e).replace(address, "the address")
-        report(f"The webhook of {VARIABLE} could not be told: {what}. The run is not affected.")
+        problem = str(e).replace(address, "the address")
+        report(f"The webhook of {VARIABLE} could not be told: {problem}. The run is not affected.")

@@ -81,8 +81,8 @@ def _exit_after_grace(received: int, grace: float) -> None:
         pass
     time.sleep(grace)
     rank = os.environ.get("RANK", "0")
-    what = f"rank {rank} could not save and exit in {grace:.0f} s; the last checkpoint remains."
-    print(f"forescale: {what}", file=sys.stderr, flush=True)
+    problem = f"rank {rank} could not save and exit in {grace:.0f} s; the last checkpoint remains."
+    print(f"forescale: {problem}", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
@@ -155,8 +155,8 @@ def _expect_no_newer_launch(newer: list[Attempt]) -> None:
     attempt that began with a rollback has no launcher: the ranks of this one made it."""
     for attempt in newer:
         if outcome.launch_of(attempt.path):
-            what = f"another launcher has started attempt {attempt.number} meanwhile"
-            raise UserError(str(attempt.path), what, "do nothing: the newer attempt goes on")
+            problem = f"another launcher has started attempt {attempt.number} meanwhile"
+            raise UserError(str(attempt.path), problem, "do nothing: the newer attempt goes on")
 
 
 def start_ranks(

@@ -83,8 +83,8 @@ def report_error(
     one is gone; then nothing is recorded, because that one's error is the cause.
     """
     if lost_peer:
-        what = f"rank {rank} has lost another rank ({str(error).splitlines()[0]})"
-        print(f"forescale: {what}; see the last lines of that rank.", file=sys.stderr)
+        problem = f"rank {rank} has lost another rank ({str(error).splitlines()[0]})"
+        print(f"forescale: {problem}; see the last lines of that rank.", file=sys.stderr)
         return CRASHED
     error = (storage_error(error) if isinstance(error, OSError) else None) or error
     if attempt is not None:

@@ -88,8 +88,8 @@ class Watchdog:
         if not suspects or self._waited <= self.patience + _ANSWER:
             return False
         if hang := diagnose(ranks, len(ranks), self.waits):
-            what = f"{hang.sentence}; and the run's storage doesn't answer"
-            print(f"forescale: hang: {what}.", file=sys.stderr, flush=True)
+            problem = f"{hang.sentence}; and the run's storage doesn't answer"
+            print(f"forescale: hang: {problem}.", file=sys.stderr, flush=True)
         return hang is not None
 
     def _run(self) -> None:

@@ -17,9 +17,9 @@ def questions_of_job(job: TrainJob, sources: Sources) -> list[Questions]:
     if not wanted.abilities:
         return []
     if not any(split.num_tokens for split in sources.split("validation").values()):
-        what = "the data has no held-out text, in whose rows they would stand"
+        problem = "the data has no held-out text, in whose rows they would stand"
         todo = "leave it out, or make a dataset with validation_fraction above 0"
-        raise UserError("validation.abilities", what, todo)
+        raise UserError("validation.abilities", problem, todo)
     found = questions_of(
         lambda text: text_ids(tokenizer, text),
         sources.end_of_text,

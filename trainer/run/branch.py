@@ -50,27 +50,27 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
     if run is None:
         return
     if _tokenizer_of(run) != hashlib.sha256(sources.first.tokenizer_json).hexdigest():
-        what = f"{origin.run} was trained with another tokenizer than that of {sources.where}"
+        problem = f"{origin.run} was trained with another tokenizer than that of {sources.where}"
         todo = f"build the data with `forescale shards ... tokenizer={run.tokenizer}`"
-        raise UserError("run.from", what, todo)
-    if origin.what == "weights":
+        raise UserError("run.from", problem, todo)
+    if origin.load == "weights":
         return
     if how := run.weights_alone:
-        what = f"{origin.run} holds {how} weights alone, no optimizer state and no place in data"
-        raise UserError("run.from", what, "write run.from.what=weights")
+        problem = f"{origin.run} holds {how} weights alone, no optimizer state and no place in data"
+        raise UserError("run.from", problem, "write run.from.load=weights")
     stored = data_of(run)
     if stored["identity"] != sources.identity:
-        what = f"{origin.run} was trained on other data ({stored['path']}) than {sources.where}"
-        raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
+        problem = f"{origin.run} was trained on other data ({stored['path']}) than {sources.where}"
+        raise UserError("run.from", problem, "give its data.path, or run.from.load=weights")
     step, total = origin.step, job.total_steps
     if step is not None and step >= total:
-        what = (
+        problem = (
             f"this run would end at step {total:,}, and {origin.run} is at step {step:,} already: "
             "the length counts from the origin's first step"
         )
         longer = step + max(1, total - job.decay_begins)
-        todo = f"write train.steps={longer} or more, or run.from.what=weights to begin at step 0"
-        raise UserError("run.from", what, todo)
+        todo = f"write train.steps={longer} or more, or run.from.load=weights to begin at step 0"
+        raise UserError("run.from", problem, todo)
     if step is not None:
         _check_ramp(run, job, step)
     if job.objective.are_preferences:
@@ -85,27 +85,29 @@ def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
     read, counted = theirs.batch_ramp.samples(step), job.batch_ramp.samples(step)
     if read == counted or not (theirs.batch_ramp.lengths or job.batch_ramp.lengths):
         return
-    what = f"{job.run.origin.run} has read {read:,} windows at step {step:,}, where the batch of "
-    what += f"this run would have read {counted:,}"
+    problem = (
+        f"{job.run.origin.run} has read {read:,} windows at step {step:,}, where the batch of "
+    )
+    problem += f"this run would have read {counted:,}"
     todo = "give the batches of its steps"
     if (same := job.with_ramp_of(theirs)) is not None:
         first, length = same.train.first_batch, same.train.batch_ramp
         todo = "leave train.first_batch and train.batch_ramp out, as it does"
         if first is not None:
             todo = f"write train.first_batch={first} train.batch_ramp='{length}', as it does"
-    raise UserError("run.from", what, f"{todo}, or run.from.what=weights to begin at step 0")
+    raise UserError("run.from", problem, f"{todo}, or run.from.load=weights to begin at step 0")
 
 
 def _check_references(origin: Run, job: TrainJob, sources: Sources) -> None:
     name, stored = job.run.origin.run, stored_references(origin)
-    begin = "run.from.what=weights to begin at step 0 with its weights as the reference"
+    begin = "run.from.load=weights to begin at step 0 with its weights as the reference"
     if stored is None:
-        what = f"{name} has no {origin.references.name}, so there is no reference to go on with"
-        raise UserError("run.from", what, f"write {begin}")
+        problem = f"{name} has no {origin.references.name}, so there is no reference to go on with"
+        raise UserError("run.from", problem, f"write {begin}")
     if differs := misfit(stored["made"], job, sources):
-        what = f"the {origin.references.name} of {name} {differs}"
+        problem = f"the {origin.references.name} of {name} {differs}"
         raise UserError(
-            "run.from", what, f"give the data and the length of {name}, or write {begin}"
+            "run.from", problem, f"give the data and the length of {name}, or write {begin}"
         )
 
 
@@ -115,8 +117,8 @@ def data_of(run: Run) -> dict[str, str]:
     try:
         return {key: stored["dataset"][key] for key in ("path", "identity")}
     except (KeyError, TypeError):
-        what = "has no path and identity of the run's data"
-        raise UserError(str(run.identity), what, "restore the file from a copy") from None
+        problem = "has no path and identity of the run's data"
+        raise UserError(str(run.identity), problem, "restore the file from a copy") from None
 
 
 def _tokenizer_of(run: Run) -> str:

@@ -126,8 +126,8 @@ class Run:
             if (path / "config.yaml").is_file():
                 return cls(path)
         if is_hf(Path(target)):
-            what = "holds a Hugging Face model, and no run"
-            raise UserError(str(target), what, f"make one: forescale import hf {target} NAME")
+            problem = "holds a Hugging Face model, and no run"
+            raise UserError(str(target), problem, f"make one: forescale import hf {target} NAME")
         names = sorted(p.parent.name for p in Path(root).glob("[!.]*/config.yaml"))
         known = f"the runs in {root} are: {', '.join(names)}" if names else "train one first"
         raise UserError(str(target), f"no run has this name or path (searched {root} too)", known)
@@ -138,8 +138,8 @@ class Run:
         path = self.tokenizer
         expected = read_json(self.identity).get("tokenizer_sha256")  # None: an earlier version
         if expected is not None and path.is_file() and hash_file(path).sha256 != expected:
-            what = "was changed since it was written (run.json has another checksum)"
-            raise UserError(str(path), what, "restore it from the dataset")
+            problem = "was changed since it was written (run.json has another checksum)"
+            raise UserError(str(path), problem, "restore it from the dataset")
         return path
 
     def checkpoint_path(self, step: int) -> Path:
@@ -180,8 +180,8 @@ class Run:
         """Raise UserError if another launch has started an attempt after this one."""
         newest = self.attempts()[-1].number
         if newest > attempt.number:
-            what = f"attempt {newest} was started after this one, attempt {attempt.number}"
-            raise UserError(str(self.path), what, "do nothing: the newer attempt goes on")
+            problem = f"attempt {newest} was started after this one, attempt {attempt.number}"
+            raise UserError(str(self.path), problem, "do nothing: the newer attempt goes on")
 
     def jobs(self) -> list[Path]:
         """Return the directories of all submissions to SLURM, oldest first."""
@@ -246,8 +246,8 @@ def new_run(run: Run, mode: int) -> Iterator[Run]:
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        what = "another command has made it at the same moment"
-        raise UserError(str(run.path), what, "choose another name") from None
+        problem = "another command has made it at the same moment"
+        raise UserError(str(run.path), problem, "choose another name") from None
 
 
 def is_hf(path: Path) -> bool:
@@ -319,8 +319,8 @@ class Attempt:
         try:
             return Parent.of(read_json(path))
         except TypeError as e:
-            what = f"is not a parent that this version can read ({e})"
-            raise UserError(str(path), what, "use the version that wrote the run") from None
+            problem = f"is not a parent that this version can read ({e})"
+            raise UserError(str(path), problem, "use the version that wrote the run") from None
 
     def own_steps(self) -> list[Row]:
         """Return the train rows of the steps that this attempt made itself."""

@@ -84,8 +84,8 @@ def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Obje
     offered = {"seed": seed, "vocab_size": vocab_size, "sequence_length": length}
     made = make("objective", job.objective.made_with, **offered)
     if not (getattr(job.model, "causal", True) or hasattr(made, "padding_mask")):
-        what = "its class does not hide padding, which a model with model.causal=false would see"
-        raise UserError("objective._target_", what, "give the class a method padding_mask")
+        problem = "its class does not hide padding, which a model with model.causal=false would see"
+        raise UserError("objective._target_", problem, "give the class a method padding_mask")
     return made
 
 
@@ -102,24 +102,24 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
     assert isinstance(model, ModelConfig)
     if model.has_encoder:
         split = getattr(objective_of(job, vocab_size), "split", None)
-        what = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
+        problem = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
         if split is None:
             todo = "write objective.kind=seq2seq, prefix or pairs, or give your class a split"
-            raise UserError("model.encoder_layers", what, todo)
+            raise UserError("model.encoder_layers", problem, todo)
         if (model.source_length or split) != split:
-            what = f"{model.source_length} is given, and {what}"
-            raise UserError("model.source_length", what, "leave it out, it follows from those")
+            problem = f"{model.source_length} is given, and {problem}"
+            raise UserError("model.source_length", problem, "leave it out, it follows from those")
         model = replace(model, source_length=split)
     vocabulary = vocabulary_of(job, vocab_size)
-    for name, what, todo in model.problems(vocabulary, length):
-        raise UserError(f"model.{name}", what, todo)
+    for name, problem, todo in model.problems(vocabulary, length):
+        raise UserError(f"model.{name}", problem, todo)
     model = model.resolved(vocabulary, length)
     if job.precision.fp8 != "none":
         tensor, sequence = job.engine.tensor_parallel, job.engine.sequence_parallel
         refused = sizes_refused(model, tensor)
         refused += rows_refused(model, job.rows_at_once, length, sequence)
-        for what, todo in refused:
-            raise UserError(f"precision.fp8={job.precision.fp8}", what, todo)
+        for problem, todo in refused:
+            raise UserError(f"precision.fp8={job.precision.fp8}", problem, todo)
     return model
 
 
@@ -187,8 +187,8 @@ def _check_examples(job: TrainJob, dataset: Dataset) -> None:
     wanted = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
     found = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
     if wanted and found != wanted and (found in ("examples", "preferences")):
-        what = f"holds {found}, which objective.kind={job.objective.kind} doesn't read"
-        raise UserError(dataset.where, what, "give other data, or another objective.kind")
+        problem = f"holds {found}, which objective.kind={job.objective.kind} doesn't read"
+        raise UserError(dataset.where, problem, "give other data, or another objective.kind")
 
 
 def row_kind(
@@ -222,8 +222,8 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
     if bins.counts.any():
         return
     if not isinstance(bins, PairBins):
-        what = f"has no {bins.unit} to train on: {bins.left_out() or 'it is empty'}"
-        raise UserError(where, what, "give other data, or a longer train.sequence_length")
+        problem = f"has no {bins.unit} to train on: {bins.left_out() or 'it is empty'}"
+        raise UserError(where, problem, "give other data, or a longer train.sequence_length")
     facts, text = bins.facts, job.objective.pairs_separator or ""
     count = facts["documents"]
     if facts["without_separator"] == count:
@@ -231,12 +231,12 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
         if not text.isdecimal():
             separator += f" (token {bins.kind.separator})"
         none = "its only document lacks" if count == 1 else f"none of its {count:,} documents has"
-        what = f"{none} the separator {separator}"
+        problem = f"{none} the separator {separator}"
         todo = "give another objective.pairs_separator, or data whose documents have it"
     else:
-        what = f"has no pair: {bins.left_out()}"
+        problem = f"has no pair: {bins.left_out()}"
         todo = "give more columns, with train.sequence_length and objective.pairs_source"
-    raise UserError(where, what, todo)
+    raise UserError(where, problem, todo)
 
 
 def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: int) -> Mixture:
@@ -247,7 +247,7 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
         try:
             orders[name] = Order(split.shard_tokens, length, own, block, bins.get(name))
         except UserError as e:
-            raise UserError(sources.datasets[name].where, e.what, e.todo) from None
+            raise UserError(sources.datasets[name].where, e.problem, e.todo) from None
     weights = job.data.weights or {n: o.windows_per_epoch for n, o in orders.items()}
     firsts = [
         0,

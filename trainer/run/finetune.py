@@ -71,7 +71,7 @@ def first_config(
     return plain(
         replace(
             origin,
-            run=replace(origin.run, origin=OriginConfig(what="weights")),
+            run=replace(origin.run, origin=OriginConfig(load="weights")),
             train=replace(
                 origin.train,
                 steps=_OPEN,

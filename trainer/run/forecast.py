@@ -162,15 +162,15 @@ def prediction_interval_of(job: TrainJob) -> PredictionInterval | None:
         return None
     forecast = find(job.forecast)
     if not (intervals := forecast.intervals):
-        what = "predicts no loss with intervals at an N and a D"
-        raise UserError(str(forecast.path), what, "make a forecast with forescale study predict")
+        problem = "predicts no loss with intervals at an N and a D"
+        raise UserError(str(forecast.path), problem, "make a forecast with forescale study predict")
     _refuse_other_size(job, forecast, intervals[0].parameters)
     tokens = job.total_tokens
     near = min(intervals, key=lambda i: abs(math.log(i.tokens / tokens)))
     if not _same(near.tokens, tokens):
         theirs = " and ".join(f"{i.tokens:,.0f}" for i in intervals)
-        what = f"{forecast.path} is for D = {theirs} tokens, but this run ends after {tokens:,}"
-        raise UserError("forecast", what, "give the forecast of this run, or change its length")
+        problem = f"{forecast.path} is for D = {theirs} tokens, but this run ends after {tokens:,}"
+        raise UserError("forecast", problem, "give the forecast of this run, or change its length")
     return near
 
 
@@ -201,11 +201,11 @@ def read_forecasts(folder: Path) -> list[Forecast]:
     for number, path in enumerate(names, 1):
         facts = read_json(path)
         if int(path.stem) != number:
-            what = f"forecast {number:04d} is missing"
-            raise UserError(str(folder), what, "restore it from a copy")
+            problem = f"forecast {number:04d} is missing"
+            raise UserError(str(folder), problem, "restore it from a copy")
         if not _is_intact(facts, previous):
-            what = "this forecast, or the one before it, was changed after it was written"
-            raise UserError(str(path), what, "restore it from a copy")
+            problem = "this forecast, or the one before it, was changed after it was written"
+            raise UserError(str(path), problem, "restore it from a copy")
         found.append(Forecast(path, facts))
         previous = facts["hash"]
     return found
@@ -229,8 +229,8 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, wanted: float) -> None
     If the forecast is of a table with its own convention, any of ours may match.
     """
     if not isinstance(job.model, ModelConfig):
-        what = "the size of a model class of your own is unknown, so no forecast applies to it"
-        raise UserError("forecast", what, "leave out forecast=")
+        problem = "the size of a model class of your own is unknown, so no forecast applies to it"
+        raise UserError("forecast", problem, "leave out forecast=")
     counts = count(job.model)
     named = str(forecast.facts.get("convention")).partition(",")[0].removeprefix("N ")
     names = (named,) if named in _SIZES else _SIZES
@@ -240,8 +240,8 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, wanted: float) -> None
     if counts.active == counts.total - counts.mtp and len(names) > 1:
         del ours["active"]  # as of every model without experts
     has = ", ".join(f"{n:,} ({name})" for name, n in ours.items())
-    what = f"{forecast.path} is for N = {wanted:,.0f}, but this run's model has {has}"
-    raise UserError("forecast", what, "give the forecast of this run, or change the model")
+    problem = f"{forecast.path} is for N = {wanted:,.0f}, but this run's model has {has}"
+    raise UserError("forecast", problem, "give the forecast of this run, or change the model")
 
 
 def _same(a: float, b: float) -> bool:

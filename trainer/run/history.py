@@ -45,7 +45,7 @@ def history_of(run: Run, saved: Saved) -> Prefix:
         except _Incomplete as e:
             reasons.append(str(e))
         except UserError as e:  # a damaged row
-            reasons.append(f"{e.where.removeprefix(f'{path}, ')}: {e.what}")
+            reasons.append(f"{e.where.removeprefix(f'{path}, ')}: {e.problem}")
     where = run.path / "attempts" / f"{saved.attempt:04d}" / "metrics.jsonl"
     why = f" ({reasons[0]})" if own else ""
     raise UserError(
@@ -135,18 +135,18 @@ def expect_whole(run: Run, own: Attempt, saved: Saved | None) -> None:
     restore = "restore it from a copy, or choose another run.name"
     if missing := sorted(set(range(1, own.number)) - set(numbers)):
         where = run.path / "attempts" / f"{missing[0]:04d}"
-        what = "is missing, so it isn't known which checkpoints and samples count"
-        raise UserError(str(where), what, restore)
+        problem = "is missing, so it isn't known which checkpoints and samples count"
+        raise UserError(str(where), problem, restore)
     begun = [a for a in run.attempts() if a.has_begun]
     if saved is not None:
         if saved.attempt not in [a.number for a in begun]:
             where = run.path / "attempts" / f"{saved.attempt:04d}"
-            what = f"is missing or empty, but it has saved the checkpoint of step {saved.step:,}"
-            raise UserError(str(where), what, restore)
+            problem = f"is missing or empty, but it has saved the checkpoint of step {saved.step:,}"
+            raise UserError(str(where), problem, restore)
         return
     if not begun and run.has_links:
-        what = "is empty, but the run has trained"
-        raise UserError(str(run.path / "attempts"), what, restore)
+        problem = "is empty, but the run has trained"
+        raise UserError(str(run.path / "attempts"), problem, restore)
     if steps := [e["step"] for e in run.read_events(kind="checkpoint_saved")]:
-        what = f"is empty or missing, but step {max(steps):,} of the run was saved"
-        raise UserError(str(run.checkpoints), what, restore)
+        problem = f"is empty or missing, but step {max(steps):,} of the run was saved"
+        raise UserError(str(run.checkpoints), problem, restore)

@@ -35,8 +35,8 @@ def code_and_id() -> dict[str, Any]:
 def expect_data(run: Run) -> None:
     """Raise UserError if a run has no data of its own, as one that holds imported weights."""
     if not read_json(run.identity)["dataset"]["sources"]:
-        what = "holds imported weights, and was trained on no data that is known here"
-        raise UserError(str(run.path), what, "give data.path=DIR")
+        problem = "holds imported weights, and was trained on no data that is known here"
+        raise UserError(str(run.path), problem, "give data.path=DIR")
 
 
 def data_fields(sources: Sources) -> dict[str, Any]:

@@ -94,10 +94,10 @@ def start(
 def expect_trainable(run: Run) -> None:
     """Raise UserError if a run holds weights alone: other runs begin with them."""
     if how := run.weights_alone:
-        branch = f"run.name=NEW run.from.run={run.path} run.from.what=weights"
+        branch = f"run.name=NEW run.from.run={run.path} run.from.load=weights"
         branch += " data.path=DIR" if how == "imported" else ""
-        what = f"holds {how} weights, which no training changes"
-        raise UserError(str(run.path), what, f"begin a run with them: forescale train {branch}")
+        problem = f"holds {how} weights, which no training changes"
+        raise UserError(str(run.path), problem, f"begin a run with them: forescale train {branch}")
 
 
 def has_stepped(run: Run) -> bool:
@@ -133,21 +133,23 @@ def _allowed(run: Run, old: TrainJob, job: TrainJob) -> list[Change]:
     refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
     if not refusals:
         return [*itertools.chain(*taken)]
-    what = "the run was started with another config: " + "; ".join(map(str, refusals))
+    problem = "the run was started with another config: " + "; ".join(map(str, refusals))
     todo = "undo these changes, or choose another run.name"
     before = [step for step in run.checkpoint_steps() if step <= old.decay_begins]
     is_longer = {change.key for change in refusals} <= {*LENGTHS}
     if is_longer and old.batch_ramp != job.batch_ramp:
-        what += f"; and its steps would be of {job.batch_ramp}, where they are of {old.batch_ramp}"
+        problem += (
+            f"; and its steps would be of {job.batch_ramp}, where they are of {old.batch_ramp}"
+        )
         todo = "undo these changes, or write train.batch_ramp in steps or tokens next time"
         if (same := job.with_ramp_of(old)) is not None:
             todo = f"write train.batch_ramp='{same.train.batch_ramp}' too, or undo these changes"
     elif is_longer and job.total_steps > old.total_steps:
-        what += "; and its learning rate has begun to decay"
+        problem += "; and its learning rate has begun to decay"
         if before:  # a longer run branches off there
             branch = f"run.name=NEW run.from.run={run.name} run.from.step={before[-1]}"
             todo = f"go on from before the decay with {branch}, or undo these changes"
-    raise UserError(str(run.path), what, todo)
+    raise UserError(str(run.path), problem, todo)
 
 
 def _freeze(run: Run, job: TrainJob, changed: list[str]) -> None:
@@ -166,7 +168,7 @@ def _keep(run: Run, job: TrainJob, sources: Sources) -> None:
     else:
         _copy(origin.chat if origin else None, run.chat)
     _copy(origin.imported if origin else None, run.imported)  # `export` reads it
-    goes_on = job.objective.are_preferences and job.run.origin.what != "weights"
+    goes_on = job.objective.are_preferences and job.run.origin.load != "weights"
     _copy(origin.references if origin and goes_on else None, run.references)
 
 
@@ -249,8 +251,8 @@ def _check_resume(job: TrainJob, run: Run) -> None:
         raise UserError(str(run.path), "the run exists already", todo)
     made = run.path.exists() and any(run.path.iterdir())
     if made and not run.config.exists():  # asked anew: another command may make the run just now
-        what = "is neither empty nor a run (no config.yaml)"
-        raise UserError(str(run.path), what, "choose another run.name or run.root")
+        problem = "is neither empty nor a run (no config.yaml)"
+        raise UserError(str(run.path), problem, "choose another run.name or run.root")
 
 
 def _check_data(run: Run, sources: Sources) -> None:
@@ -282,9 +284,9 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not run.config.exists():
             raise
-        what = "another command has made this run at the same moment, and trains it"
+        problem = "another command has made this run at the same moment, and trains it"
         todo = "give the same command again to resume it later, or choose another run.name"
-        raise UserError(str(run.path), what, todo) from None
+        raise UserError(str(run.path), problem, todo) from None
 
 
 def _of_data(sources: Sources) -> dict[str, Any]:

@@ -111,8 +111,8 @@ def messages_of(found: Mapping[str, Any]) -> list[dict[str, str]]:
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "developer", "user", "assistant"):
-            what = "must be an object whose role is system, user or assistant."
-            raise Refused(400, f"Message {i} {what}", f"messages[{i}].role")
+            problem = "must be an object whose role is system, user or assistant."
+            raise Refused(400, f"Message {i} {problem}", f"messages[{i}].role")
         content = message.get("content")
         if isinstance(content, list):  # of parts
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -149,8 +149,8 @@ def _number(
     value = found.get(key, default)
     is_kind = isinstance(value, int) or (kind is float and isinstance(value, float))
     if not is_kind or isinstance(value, bool) or not least <= value <= most:
-        what = "a whole number" if kind is int else "a number"
-        raise Refused(400, f"{key!r} must be {what} from {least:g} to {most:g}.", key)
+        problem = "a whole number" if kind is int else "a number"
+        raise Refused(400, f"{key!r} must be {problem} from {least:g} to {most:g}.", key)
     return kind(value)
 
 
@@ -166,6 +166,6 @@ def _stops(found: Mapping[str, Any]) -> tuple[str, ...]:
     texts = [stop] if isinstance(stop, str) else stop
     fits = isinstance(texts, list) and len(texts) <= _MOST_STOPS
     if not fits or not all(isinstance(t, str) and 0 < len(t) <= _LONGEST_STOP for t in texts):
-        what = f"a text or at most {_MOST_STOPS} texts, none empty or beyond {_LONGEST_STOP:,}"
-        raise Refused(400, f"`stop` must be {what} characters.", "stop")
+        problem = f"a text or at most {_MOST_STOPS} texts, none empty or beyond {_LONGEST_STOP:,}"
+        raise Refused(400, f"`stop` must be {problem} characters.", "stop")
     return tuple(texts)

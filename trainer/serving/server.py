@@ -53,7 +53,7 @@ class Service:
             try:
                 question = self.question(prompt)
             except UserError as e:
-                raise Refused(400, f"The prompt {e.what}; {e.todo}.", "prompt") from None
+                raise Refused(400, f"The prompt {e.problem}; {e.todo}.", "prompt") from None
             tokens, most = len(question.source or question.start), question.max_context
             if tokens > most:
                 message = f"The prompt has {tokens:,} tokens, and the model reads {most:,}."

@@ -80,6 +80,6 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        what = "needs the package peft, which is not installed"
-        raise UserError("lora.rank", what, "pip install 'forescale[lora]'") from None
+        problem = "needs the package peft, which is not installed"
+        raise UserError("lora.rank", problem, "pip install 'forescale[lora]'") from None
     return peft

@@ -88,8 +88,8 @@ class Own(Callback):
         except Anomaly as raised:
             anomaly = raised
             if isinstance(raised, Rollback) and self._left <= 0:
-                what = f"{raised.reason}, and the run may not roll back any more"
-                anomaly = Halt(raised.step, what)
+                problem = f"{raised.reason}, and the run may not roll back any more"
+                anomaly = Halt(raised.step, problem)
             self._event(anomaly.kind, step=anomaly.step, reason=anomaly.reason)
             raise anomaly from None
 

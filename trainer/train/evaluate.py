@@ -191,9 +191,9 @@ class Abilities:
         logits_BLV = self._engine.logits(tokens_BL)
         own_BL = targets_BL.chunk(group.size, -1)[group.rank]
         if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != own_BL.shape:
-            what = f"without targets it returns no logits of {len(own_BL)} rows"
+            problem = f"without targets it returns no logits of {len(own_BL)} rows"
             todo = "return logits (B, L, V), or leave out validation.abilities"
-            raise UserError("the model's forward()", what, todo)
+            raise UserError("the model's forward()", problem, todo)
         wrong_B, nats_B = judged(logits_BLV, own_BL)
         if group.size > 1:  # each rank has judged its own columns
             both = torch.stack([wrong_B, nats_B]).to(self._engine.world.device)

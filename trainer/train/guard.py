@@ -156,14 +156,14 @@ class Guard:
         """Apply the limits on anomalous steps in a row and on rollbacks."""
         rules = self.rules
         if self._anomalous_in_a_row > rules.patience:
-            what = f"{found.reason}, and the {rules.patience} steps before were anomalous too"
-            return Decision("halt", what)
+            problem = f"{found.reason}, and the {rules.patience} steps before were anomalous too"
+            return Decision("halt", problem)
         if found.action == "rollback" and self.rollbacks:
             if step - self.rollbacks[-1] <= rules.cooldown:
                 return Decision("skip", f"{found.reason}; the last rollback was only just before")
             if len(self.rollbacks) >= rules.most_rollbacks:
-                what = f"{found.reason}, and the run has rolled back {len(self.rollbacks)} times"
-                return Decision("halt", what)
+                problem = f"{found.reason}, and the run has rolled back {len(self.rollbacks)} times"
+                return Decision("halt", problem)
         return found
 
 

@@ -31,8 +31,8 @@ def as_users(error: Exception, classes: Collection[str]) -> UserError | None:
         return None
     if (line := _users_line(error, classes)) is None:
         return None
-    what = f"{type(error).__name__}: {_first_line(error)}"
-    return UserError(line, what, "correct it, and give the same command again")
+    problem = f"{type(error).__name__}: {_first_line(error)}"
+    return UserError(line, problem, "correct it, and give the same command again")
 
 
 def described(error: BaseException, classes: Collection[str]) -> str:

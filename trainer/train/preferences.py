@@ -160,7 +160,7 @@ class Reference:
         has_begun = bool(world.from_main(self.run.checkpoint_steps, self.run.checkpoints))
         stored = world.from_main(lambda: stored_references(self.run), self.run.path)
         found = None if stored is None else References.from_stored(stored)
-        if origin.what != "weights" or (has_begun and found is not None):
+        if origin.load != "weights" or (has_begun and found is not None):
             return self._checked(found)
         old = Run.existing(origin.run or "", self.job.run.root)
         start = reader.at_step(old, origin.step, world)
@@ -179,12 +179,12 @@ class Reference:
         """Return references of the job's data. Raises UserError."""
         where, origin = str(self.run.references), self.job.run.origin
         todo = "restore it from a copy"
-        if origin.what != "weights":
+        if origin.load != "weights":
             todo += f", or copy that of {origin.run}, with which this run goes on"
         if found is None:
             raise UserError(where, "no such file", todo)
-        if what := misfit(found.made, self.job, self.sources):
-            raise UserError(where, what, todo)
+        if problem := misfit(found.made, self.job, self.sources):
+            raise UserError(where, problem, todo)
         return found
 
     @property

@@ -72,8 +72,8 @@ def _expect_arguments(where: str, config: TargetConfig) -> None:
     try:
         inspect.signature(cls).bind_partial(**config.arguments)
     except TypeError as e:
-        what, todo = f"can't be instantiated ({e})", f"check the keys of section {where}"
-        raise UserError(f"{where}._target_={config.target}", what, todo) from None
+        problem, todo = f"can't be instantiated ({e})", f"check the keys of section {where}"
+        raise UserError(f"{where}._target_={config.target}", problem, todo) from None
     except ValueError:  # a class without a signature
         return
 
@@ -118,8 +118,8 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
     except Exception as e:
         if _is_certain(e):
             size = f"{shape[0]} windows of {shape[1]} tokens"
-            what = f"its forward fails on {size} ({described(e, named)})"
-            raise UserError(where, what, "correct the class") from e
+            problem = f"its forward fails on {size} ({described(e, named)})"
+            raise UserError(where, problem, "correct the class") from e
         return
     checked_losses(output, shape[0], where)
 
@@ -142,7 +142,7 @@ def _main(words: list[str]) -> None:
     try:
         _examine(job, vocab_size)
     except UserError as e:
-        os.write(sent, json.dumps([e.where, e.what, e.todo]).encode())
+        os.write(sent, json.dumps([e.where, e.problem, e.todo]).encode())
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def resume(
     history = _history(run, found, report, engine, attempt)
     if found is None and origin.run is not None:
         found = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
-        weights_only = origin.what == "weights"
+        weights_only = origin.load == "weights"
     skipped = (*map(tuple, job.data.skip), *ranks.from_main(run.skipped, run.path))
     if found is None:
         return ResumePoint(Position(skipped=merged_intervals(skipped)))

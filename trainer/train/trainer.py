@@ -177,8 +177,8 @@ class Trainer:
     def _begin(self, point: ResumePoint) -> ResumePoint:
         """Begin the attempt at `point`, and report it."""
         if point.checkpoint is None and self.reads_weights:
-            what = "its checkpoints were deleted while the run started"
-            raise UserError(str(self.run.checkpoints), what, "restore them and start it again")
+            problem = "its checkpoints were deleted while the run started"
+            raise UserError(str(self.run.checkpoints), problem, "restore them and start it again")
         self.reporter.move(self.attempt)
         if self.injector:
             self.injector.begin(self.attempt, point.position.step)

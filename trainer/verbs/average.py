@@ -110,5 +110,5 @@ def _page(found: "Averaged", origin: Run) -> str:
         f"Next:\n"
         f"  forescale eval {run.path}\n"
         f"  forescale generate {run.path} prompt=TEXT\n"
-        f"  forescale train run.name=NEW run.from.run={run.path} run.from.what=weights"
+        f"  forescale train run.name=NEW run.from.run={run.path} run.from.load=weights"
     )

@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     for found in examine(Path(job.run.root).expanduser(), job.data):
         counts[found.level] += 1
         fix = f"; {found.fix}" if found.fix else ""
-        print(f"{found.level:<5}  {found.name:<10}  {found.what}{fix}.", flush=True)
+        print(f"{found.level:<5}  {found.name:<10}  {found.text}{fix}.", flush=True)
     if counts["fault"]:
         one = counts["fault"] == 1
         print(f"\n{counts['fault']} fault{'' if one else 's'} to fix before `forescale train`.")

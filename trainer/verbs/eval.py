@@ -109,8 +109,8 @@ def _length(job: EvalJob, config: TrainJob) -> int:
     layers, spec = getattr(config.model, "encoder_layers", 0), config.objective.spec
     are_fixed = layers or spec.source
     if (length != trained and are_fixed) or (job.sequence_length and spec.whole and not are_fixed):
-        what = f"rows of {config.objective.kind} have the length of the training"
-        raise UserError("sequence_length", what, "leave it out")
+        problem = f"rows of {config.objective.kind} have the length of the training"
+        raise UserError("sequence_length", problem, "leave it out")
     return length
 
 

@@ -83,13 +83,13 @@ class FinetuneJob(TrainJob):
         if not self.run.origin.run:
             found.append(("run.from.run", "names no run to go on from", todo))
         if self.train.first_batch is not None:
-            what = "a fine-tuning counts epochs of examples, with one batch in all steps"
-            found.append(("train.first_batch", what, "leave it out, and train.batch_ramp"))
+            problem = "a fine-tuning counts epochs of examples, with one batch in all steps"
+            found.append(("train.first_batch", problem, "leave it out, and train.batch_ramp"))
         if not self.file:
             found.append(("data", "names no file of examples", todo))
-        if self.run.origin.what != "weights" and self.run.origin.run:
-            what = "a fine-tuning begins at step 0, with the weights alone"
-            found.append(("run.from.what", what, "leave it out"))
+        if self.run.origin.load != "weights" and self.run.origin.run:
+            problem = "a fine-tuning begins at step 0, with the weights alone"
+            found.append(("run.from.load", problem, "leave it out"))
         return found
 
 

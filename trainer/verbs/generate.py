@@ -178,7 +178,7 @@ def _answers(
         except UserError as e:
             if len(prompts) == 1 or e.where != "prompt":
                 raise
-            raise UserError(f"prompt {number} of {len(prompts)}", e.what, e.todo) from None
+            raise UserError(f"prompt {number} of {len(prompts)}", e.problem, e.todo) from None
         for _ in range(job.samples):
             found.append(Answer(view.tokenizer, question, wanted, job.seed + len(found)))
     return found
@@ -216,13 +216,13 @@ def _stream(model: "nn.Module", answer: "Answer") -> None:
 
 def _note(answer: "Answer") -> str:
     """Return why an answer is shorter than was wanted, as a sentence, or an empty text."""
-    count, what = _tokens(answer.num_tokens), answer.question.ends
+    count, problem = _tokens(answer.num_tokens), answer.question.ends
     if answer.reason == "end":
-        return f"The {what} ends after {count}."
+        return f"The {problem} ends after {count}."
     if answer.reason == "stop":
         return f"A stop text ends it after {count}."
     if answer.num_tokens < answer.wanted.num_tokens:
-        return f"The {what} has no end within {count}, the most that it has in training."
+        return f"The {problem} has no end within {count}, the most that it has in training."
     return ""
 
 

@@ -111,6 +111,6 @@ def _page(found: "Imported", source: Path) -> str:
         f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):\n"
         f"  forescale generate {run.path} prompt=TEXT\n"
         f"  forescale eval {run.path} data.path=DATA\n"
-        f"  forescale train run.name=NEW run.from.run={run.path} run.from.what=weights "
+        f"  forescale train run.name=NEW run.from.run={run.path} run.from.load=weights "
         f"data=dataset data.path=DATA"
     )

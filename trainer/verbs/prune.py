@@ -78,14 +78,14 @@ def main(words: list[str]) -> int:
 
 def _expect_not_running(status: Status) -> None:
     if status.state == "running":
-        what = "the run is training; it deletes checkpoints itself, by checkpoint.keep"
-        raise UserError(str(status.run.path), what, "stop it first, or set checkpoint.keep")
+        problem = "the run is training; it deletes checkpoints itself, by checkpoint.keep"
+        raise UserError(str(status.run.path), problem, "stop it first, or set checkpoint.keep")
 
 
 def _expect_complete(run: Run, steps: list[int]) -> None:
     if faults := verify(run, steps):
-        what = f"nothing is deleted, because a checkpoint that stays is damaged ({faults[0]})"
-        raise UserError(str(run.path), what, f"see forescale check {run.path}")
+        problem = f"nothing is deleted, because a checkpoint that stays is damaged ({faults[0]})"
+        raise UserError(str(run.path), problem, f"see forescale check {run.path}")
 
 
 def _bytes_in(path: Path) -> int:

@@ -64,8 +64,8 @@ def main(words: list[str]) -> int:
         data = picture(runs, job.x, form)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data)
-    what = "open it in a browser; it needs no network" if form == ".html" else "the loss"
-    print(f"{path}: {', '.join(run.name for run in runs)}; {what}.")
+    problem = "open it in a browser; it needs no network" if form == ".html" else "the loss"
+    print(f"{path}: {', '.join(run.name for run in runs)}; {problem}.")
     return DONE
 
 

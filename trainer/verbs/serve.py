@@ -102,8 +102,8 @@ def opened(job: ServeJob) -> "Server":
     try:
         return Server((job.host, job.port), service)
     except OSError as e:
-        what = f"can't listen at {job.host}:{job.port} ({e.strerror or e})"
-        raise UserError("port", what, "choose another port or host") from None
+        problem = f"can't listen at {job.host}:{job.port} ({e.strerror or e})"
+        raise UserError("port", problem, "choose another port or host") from None
 
 
 def _question(view: RunView, template: ChatTemplate, prompt: "str | Messages") -> "Question":

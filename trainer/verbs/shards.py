@@ -77,12 +77,12 @@ class ShardsJob(Job):
         if not self.output:
             found.append(("output", "is empty", "write output=DIR"))
         if self.shard_tokens < self.member_tokens:
-            what = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
-            found.append(("shard_tokens", what, "make it a multiple of member_tokens"))
+            problem = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
+            found.append(("shard_tokens", problem, "make it a multiple of member_tokens"))
         if (self.long == "keep") != (self.max_document_bytes is None):
-            what = f"{self.max_document_bytes} doesn't fit long={self.long}"
+            problem = f"{self.max_document_bytes} doesn't fit long={self.long}"
             todo = "set both max_document_bytes and long (cut, skip or fail), or neither"
-            found.append(("max_document_bytes", what, todo))
+            found.append(("max_document_bytes", problem, todo))
         return found
 
 
@@ -141,8 +141,10 @@ def _are_tokenised(inputs: list[str]) -> bool:
         return False
     if text := [path for path, kind in kinds.items() if kind is None]:
         tokens = next(path for path, kind in kinds.items() if kind)
-        what = f"is text, but {tokens} is tokenised already"
-        raise UserError(text[0], what, "build a dataset from each, and mix them with data.sources")
+        problem = f"is text, but {tokens} is tokenised already"
+        raise UserError(
+            text[0], problem, "build a dataset from each, and mix them with data.sources"
+        )
     return True
 
 
@@ -150,8 +152,8 @@ def _index(job: ShardsJob, output: Path, progress: Any) -> None:
     from forescale.data.tokenised.inplace import index_corpus
 
     if job.tokenizer is None:
-        what = "is required, because a tokenised corpus doesn't name its tokenizer"
-        raise UserError("tokenizer", what, "write tokenizer=PATH/tokenizer.json")
+        problem = "is required, because a tokenised corpus doesn't name its tokenizer"
+        raise UserError("tokenizer", problem, "write tokenizer=PATH/tokenizer.json")
     index_corpus(
         job.input,
         output,

@@ -47,8 +47,8 @@ def main(words: list[str]) -> int:
     found = waiting_or_running(run) if run.jobs() else None
     if found:
         if Status(run).state == "complete":
-            what = f"the run is complete, and its job {found[1].id} ends by itself"
-            raise UserError(str(run.path), what, f"if it doesn't: scancel {found[1].id}")
+            problem = f"the run is complete, and its job {found[1].id} ends by itself"
+            raise UserError(str(run.path), problem, f"if it doesn't: scancel {found[1].id}")
         expect_own(*found)
         _stop_job(*found, job.now)
     elif process := _launcher(run):
@@ -89,8 +89,8 @@ def _launcher(run: Run) -> psutil.Process | None:
                 if record.get("process") not in (None, process_mark(pid)):
                     return None  # the id belongs to another process by now
                 if (owner := process.uids().real) != os.getuid():
-                    what = f"process {pid}, which started it, belongs to user {owner}"
-                    raise UserError(str(run.path), what, "ask them to stop it")
+                    problem = f"process {pid}, which started it, belongs to user {owner}"
+                    raise UserError(str(run.path), problem, "ask them to stop it")
                 return process if _trains(process, attempt.path) else None
         if record:
             return None

@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
     if action not in ACTIONS:
         if "=" not in action:
             todo = f"write forescale study ACTION; the actions are {', '.join(ACTIONS)}"
-            what = "is no action of a study" if action else "needs an action"
-            raise UserError(action or "study", what, todo)
+            problem = "is no action of a study" if action else "needs an action"
+            raise UserError(action or "study", problem, todo)
         action, rest = "fit", own
     overrides = overrides_of(StudyJob, rest)
     refuse_other_keys(action, overrides)
@@ -84,9 +84,9 @@ def _of_recipes(action: str, job: StudyJob, table: pd.DataFrame, where: str) -> 
     """Run an action on records of several recipes, to which no single law can be fitted."""
     if action in _OF_RECIPES:
         return _OF_RECIPES[action](job, table, where)
-    what = f"has several recipes, and study {action} is for one"
+    problem = f"has several recipes, and study {action} is for one"
     todo = "compare them with study fit; of a table, keep one with rows={recipe: NAME}"
-    raise UserError(where, what, todo)
+    raise UserError(where, problem, todo)
 
 
 def refuse_other_keys(action: str, overrides: Sequence[str]) -> None:
@@ -96,8 +96,8 @@ def refuse_other_keys(action: str, overrides: Sequence[str]) -> None:
         path = override.partition("=")[0]
         if path in known and not ACTIONS[action].reads(path):
             users = ", ".join(name for name, other in ACTIONS.items() if other.reads(path))
-            what = f"is no key of forescale study {action}"
-            raise UserError(path, what, f"leave it out; the actions with this key are {users}")
+            problem = f"is no key of forescale study {action}"
+            raise UserError(path, problem, f"leave it out; the actions with this key are {users}")
 
 
 def _with_arguments(job: StudyJob, action: str, arguments: list[str]) -> StudyJob:

@@ -83,6 +83,6 @@ def test_queries_keys_and_values_have_a_part_of_those_before():
     ],
 )
 def test_what_they_need_is_said(more, field, message):
-    found = [what for name, what, _ in replace(BASE, **more).problems() if name == field]
+    found = [problem for name, problem, _ in replace(BASE, **more).problems() if name == field]
     assert len(found) == 1
     assert message in found[0]

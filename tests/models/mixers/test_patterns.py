@@ -68,7 +68,7 @@ SMALL = dict(depth=2, max_sequence_length=128)
 )
 def test_a_bad_key_gets_its_sentence(given, field, said):
     problems = ModelConfig(**SMALL | given).problems()
-    assert [(name, said in what) for name, what, _ in problems] == [(field, True)], problems
+    assert [(name, said in problem) for name, problem, _ in problems] == [(field, True)], problems
 
 
 def test_good_keys_have_no_problem():

@@ -96,14 +96,14 @@ def test_what_all_nodes_lack_is_told_once_and_a_step_that_is_over_is_not_waited_
     run, memory = report.common
     assert run.sentence.startswith(f"{ALL}: {tmp_path}/file/run can't be written to: is a file")
     assert memory.host == ALL
-    assert "its rank needs" in memory.what
+    assert "its rank needs" in memory.problem
     assert report.of_nodes == {}
 
     looks = preflight(PLAIN, "a", "b")
     began = time.monotonic()
     report = looks.collect(lambda: True, 20)
     assert time.monotonic() - began < 2
-    assert "never connected" in report.common[0].what
+    assert "never connected" in report.common[0].problem
 
 
 def test_strangers_are_not_believed(wanted):
@@ -118,7 +118,7 @@ def test_strangers_are_not_believed(wanted):
     for line, lie in zip(lines, lies, strict=True):
         line.sendall(json.dumps(lie).encode() + b"\n")
     report = looks.collect(lambda: False, 0.5)
-    assert "did not start" in report.faults[0].what
+    assert "did not start" in report.faults[0].problem
     for line in lines:
         line.settimeout(5)
         assert line.recv(100) == b""
@@ -169,11 +169,11 @@ def play(looks: Preflight, host: str, *words: dict) -> threading.Thread:
 
 
 CHECKED = {"facts": {}, "faults": [], "port": 1}
-LOST = {"broken": {"what": "closed by peer", "todo": "look", "kind": "network"}, "lost": True}
+LOST = {"broken": {"problem": "closed by peer", "todo": "look", "kind": "network"}, "lost": True}
 
 
 def test_who_breaks_off_the_measuring_is_blamed_and_not_those_that_lost_it(wanted):
-    broken = {"what": "CUDA error", "todo": "look", "kind": "network"}
+    broken = {"problem": "CUDA error", "todo": "look", "kind": "network"}
     looks = preflight(replace(wanted, reduce=True), "a", "b", "c")
     threads = [
         play(looks, "a", CHECKED, LOST),

@@ -123,7 +123,7 @@ def test_run_directory(tmp_path, wanted, monkeypatch):
     monkeypatch.setattr(looks_of, "_LITTLE", 2**80)
     little = list(looks_of.run_directory(here(wanted)))
     assert little[0].note
-    assert "GiB are free at" in little[0].what
+    assert "GiB are free at" in little[0].problem
 
 
 def memory_root(root: Path, available: int, cgroup: str = "", **files: str) -> Path:
@@ -162,8 +162,8 @@ def test_memory_is_what_the_job_may_use(tmp_path, cgroup, files, share, gib, bou
     found = sentences(looks_of.memory(look))
     assert look.facts == {"memory": gib << 30, "memory_bound": bound}
     of = "is free" if bound == "free" else "for the job"
-    what = f"n3: {gib}.0 GiB of memory {of} where its 2 ranks need 5.0 GiB; ask for more"
-    assert [s.startswith(what) for s in found] == ([True] if gib < 5 else [])
+    problem = f"n3: {gib}.0 GiB of memory {of} where its 2 ranks need 5.0 GiB; ask for more"
+    assert [s.startswith(problem) for s in found] == ([True] if gib < 5 else [])
 
 
 def test_gpus(tmp_path):
@@ -175,7 +175,7 @@ def test_gpus(tmp_path):
             environment["PATH"] = str(tmp_path)
         wanted = replace(PLAIN, gpus=count)
         return [
-            f.what for f in looks_of.gpus(here(wanted, tmp_path, **{"PATH": "", **environment}))
+            f.problem for f in looks_of.gpus(here(wanted, tmp_path, **{"PATH": "", **environment}))
         ]
 
     eight = "\n".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i})" for i in range(8))

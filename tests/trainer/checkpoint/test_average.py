@@ -142,7 +142,7 @@ def test_an_average_serves_every_verb(own, forescale):
         code, _, err = forescale(verb, name)
         assert code == 2
         assert "holds averaged weights, which no training changes" in err
-        assert f"run.from.run=runs/{name} run.from.what=weights" in err
+        assert f"run.from.run=runs/{name} run.from.load=weights" in err
     code, _, err = forescale("average", name)
     assert code == 2
     assert "has one checkpoint, of step 0" in err
@@ -154,7 +154,7 @@ def test_runs_begin_with_an_average(own, forescale):
     job = make_job(Path(data), Path("runs"), "new", *MODEL, "run.from.run=mean")
     with pytest.raises(UserError, match="holds averaged weights alone"):
         start(job)
-    words = ["run.name=new", "run.from.run=mean", "run.from.what=weights", f"data.path={data}"]
+    words = ["run.name=new", "run.from.run=mean", "run.from.load=weights", f"data.path={data}"]
     begun = start(job_of(TrainJob, [*words, "train.sequence_length=32", "train.steps=4"]))
     assert begun.job.model == open_run("runs/mean").config.model
     assert not begun.run.averaged.exists()

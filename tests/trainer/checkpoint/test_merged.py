@@ -23,7 +23,7 @@ from tests.trainer.small_run import make_dataset, make_job, make_run, save
 
 WIDTH = ("model.num_layers=2", "model.width=32", "model.num_heads=2")
 OF_EACH = (("lora", 4), ("lora", 7), ("mean", 0))
-LORA = ("lora.rank=3", "lora.alpha=6", "optimizer=adamw", "run.from.what=weights")
+LORA = ("lora.rank=3", "lora.alpha=6", "optimizer=adamw", "run.from.load=weights")
 
 
 @pytest.fixture(scope="module")

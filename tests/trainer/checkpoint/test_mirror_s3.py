@@ -21,8 +21,8 @@ def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_pat
     process = launching.start(tmp_path, *mirrored, "faults=[freeze@21]")
     there, run = Folder("s3://books/runs/cut"), tmp_path / "cut"
     try:
-        what = "checkpoints/step-00000015/files.json"
-        launching.wait_until(process, lambda: what in there.list(), what, every=0.5)
+        problem = "checkpoints/step-00000015/files.json"
+        launching.wait_until(process, lambda: problem in there.list(), problem, every=0.5)
     finally:
         process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -35,4 +35,4 @@ def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_pat
     assert f"Restored {run} from s3://books/runs/cut: step" in output
     assert "Mirrored to s3://books/runs/cut up to step 60." in output
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
-    assert what not in there.list()  # pruned as in the run
+    assert problem not in there.list()  # pruned as in the run

@@ -42,7 +42,7 @@ def test_all_mistakes_at_once_with_suggestions():
     )
     lines = str(error).splitlines()
     assert len(lines) == len(error.problems) == 17
-    said = {p.key: f"{p.what}; {p.todo}" for p in error.problems}
+    said = {p.key: f"{p.problem}; {p.todo}" for p in error.problems}
     for key, words in {
         "train.stpes": "did you mean train.steps",
         "new.key": "--help",
@@ -107,7 +107,7 @@ def test_whatever_is_typed_ends_in_a_job_or_in_our_words(overrides):
         compose(TrainJob, overrides)
     except ConfigError as e:
         found = e.problems
-    assert all(p.key and p.what and p.todo for p in found)
+    assert all(p.key and p.problem and p.todo for p in found)
 
 
 def test_it_is_a_user_error():

@@ -46,12 +46,12 @@ def test_each_part_of_the_experts_is_once_in_a_group_and_in_every_group(world, p
 def test_the_ranks_of_a_group_count_once_in_the_batch():
     command = [*TWO, "train.global_batch=16", "train.micro_batch=8", "model.num_heads=2"]
     assert compose(TrainJob, command).mesh(4).data == 2
-    (what,) = problems(*command[:-3], "train.global_batch=24", "train.micro_batch=8").values()
-    assert what.startswith("24 windows don't divide by 2 groups of 2 ranks that feed 8 at once")
+    (problem,) = problems(*command[:-3], "train.global_batch=24", "train.micro_batch=8").values()
+    assert problem.startswith("24 windows don't divide by 2 groups of 2 ranks that feed 8 at once")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "what"),
+    ("overrides", "problem"),
     [
         (["launch.processes=3"], "the job's 3 ranks are not a multiple of 2"),
         (["train.sequence_length=255"], "2 ranks don't divide train.sequence_length=255"),
@@ -63,10 +63,10 @@ def test_the_ranks_of_a_group_count_once_in_the_batch():
         (["model=custom", "model._target_=mine.Model"], "a model of your own is not divided"),
     ],
 )
-def test_what_does_not_divide_is_refused(overrides, what):
+def test_what_does_not_divide_is_refused(overrides, problem):
     found = problems(*TWO, "train.global_batch=16", "train.micro_batch=8", *overrides)
     assert [*found] == ["engine.sequence_parallel"]
-    assert found["engine.sequence_parallel"].startswith(what)
+    assert found["engine.sequence_parallel"].startswith(problem)
 
 
 EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2"]
@@ -74,7 +74,7 @@ MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw",
 
 
 @pytest.mark.parametrize(
-    ("overrides", "what"),
+    ("overrides", "problem"),
     [
         (["launch.processes=6"], "the job's 6 ranks are not a multiple of 4"),
         (["model.num_heads=2"], "4 ranks don't divide model.num_heads=2"),
@@ -97,10 +97,10 @@ MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw",
         (["model=custom", "model._target_=mine.Model"], "a model of your own is not divided"),
     ],
 )
-def test_matrices_that_do_not_divide_are_refused(overrides, what):
+def test_matrices_that_do_not_divide_are_refused(overrides, problem):
     found = problems(*MATRICES, "train.global_batch=16", *overrides)
     assert [*found] == ["engine.tensor_parallel"]
-    assert found["engine.tensor_parallel"].startswith(what)
+    assert found["engine.tensor_parallel"].startswith(problem)
 
 
 def test_ranks_that_divide_matrices_are_fed_the_same_windows():
@@ -108,8 +108,8 @@ def test_ranks_that_divide_matrices_are_fed_the_same_windows():
     assert compose(TrainJob, command).mesh(4).data == 1
     both = [*command, "engine.sequence_parallel=2", "launch.processes=8"]
     assert compose(TrainJob, both).mesh(8).data == 1
-    (what,) = problems(*both, "model.num_heads=4").values()
-    assert what.startswith("2 ranks don't divide a tensor-parallel rank's 1 head")
+    (problem,) = problems(*both, "model.num_heads=4").values()
+    assert problem.startswith("2 ranks don't divide a tensor-parallel rank's 1 head")
 
 
 @pytest.mark.parametrize("axis", ["sequence", "tensor"])

@@ -17,7 +17,7 @@ def problems(*overrides, schema=TrainJob):
     """key -> what is wrong and what to do, of a config that is refused."""
     with pytest.raises(ConfigError) as caught:
         compose(schema, overrides)
-    return {p.key: f"{p.what}; {p.todo}" for p in caught.value.problems}
+    return {p.key: f"{p.problem}; {p.todo}" for p in caught.value.problems}
 
 
 def test_lengths_of_a_run():
@@ -85,9 +85,9 @@ def test_rules(overrides, key):
 def test_the_real_world_size_is_checked_again():
     job = compose(TrainJob, [])
     assert job.problems(world_size=1) == []
-    ((key, what, todo),) = job.problems(world_size=3)
+    ((key, problem, todo),) = job.problems(world_size=3)
     assert key == "train.global_batch"
-    assert "3 ranks" in what
+    assert "3 ranks" in problem
     assert "multiple of 12" in todo
 
 
@@ -239,12 +239,12 @@ UNREAD = {
 
 @pytest.mark.parametrize("words", UNREAD)
 def test_a_typed_key_without_an_effect_is_refused(words):
-    key, what, todo = UNREAD[words]
+    key, problem, todo = UNREAD[words]
     found = problems(*words.split(), "model.widht=3")
     assert set(found) == {f"model.{key}", "model.widht"}, "with all other problems"
     said, _, remedy = found[f"model.{key}"].partition("; ")
     assert said.startswith("has no effect ")
-    assert what in said
+    assert problem in said
     assert todo in remedy
 
 
@@ -278,13 +278,13 @@ def test_a_row_has_room_for_a_span():
 
 
 @pytest.mark.parametrize(
-    ("settings", "key", "what"),
+    ("settings", "key", "problem"),
     [
         ("{zero_optimization: 3}", "zero_optimization", "3 is not a section of settings"),
         ("{zero_optimization: null}", "zero_optimization", "None is not a section of settings"),
         ("{communication_data_type: fp8}", "communication_data_type", "unknown value 'fp8'"),
     ],
 )
-def test_settings_that_deepspeed_would_only_refuse_later_are_refused(settings, key, what):
+def test_settings_that_deepspeed_would_only_refuse_later_are_refused(settings, key, problem):
     found = problems(f"engine.deepspeed={settings}")
-    assert found[f"engine.deepspeed.{key}"].startswith(what)
+    assert found[f"engine.deepspeed.{key}"].startswith(problem)

@@ -136,8 +136,8 @@ def test_two_concatenated_tars_with_valid_checksums_are_found(data):
     seal(data, TAR)
     assert content(Dataset(data)) == want
     (fault,) = check(data)
-    what = r"truncated or damaged: its members end at byte [\d,]+, but no end of a tar follows"
-    assert re.search(f"{TAR}: {what}", fault)
+    problem = r"truncated or damaged: its members end at byte [\d,]+, but no end of a tar follows"
+    assert re.search(f"{TAR}: {problem}", fault)
 
 
 def damaged(path: Path, step: int) -> Iterator[int]:

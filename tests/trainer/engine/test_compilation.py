@@ -157,11 +157,11 @@ def test_a_budget_that_nothing_can_keep_to_is_refused(monkeypatch):
     monkeypatch.setattr(module, "compiler_missing", lambda: "a compiler")
     with pytest.raises(UserError, match="this machine lacks a compiler"):
         compilation(job(words), 1, "cpu")
-    for more, what in [
+    for more, problem in [
         ("train.compile=off", "is for blocks that are compiled"),
         ("model.activation_checkpointing=full", "full has chosen what is made again"),
     ]:
-        with pytest.raises(ConfigError, match=what):
+        with pytest.raises(ConfigError, match=problem):
             job(words, more)
 
 

@@ -35,7 +35,7 @@ def make(folder, model, *lora):
     """Return (the run with adapters, its model with them, the run that it began with)."""
     data = make_dataset(folder / "data")
     origin = make_run(data, folder / "runs", "base", *model)
-    words = (*model, *lora, "optimizer=adamw", "run.from.what=weights", "run.from.step=8")
+    words = (*model, *lora, "optimizer=adamw", "run.from.load=weights", "run.from.step=8")
     job = make_job(data, folder / "runs", "lora", *words, f"run.from.run={origin.path}")
     started = start(job)
     job = thaw(TrainJob, started.run.config, False)

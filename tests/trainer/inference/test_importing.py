@@ -306,13 +306,13 @@ def test_an_import_serves_every_verb(llama, forescale):
     for verb in ("train", "plan"):
         code, _, err = forescale(verb, "it")
         assert code == 2
-        assert "run.name=NEW run.from.run=runs/it run.from.what=weights" in err
+        assert "run.name=NEW run.from.run=runs/it run.from.load=weights" in err
 
     branch = ["run.name=new", "run.from.run=it", f"data.path={data}", "train.sequence_length=32"]
     branch += ["train.steps=4", "model.dropout=0.1"]
-    with pytest.raises(UserError, match=r"write run\.from\.what=weights"):
+    with pytest.raises(UserError, match=r"write run\.from\.load=weights"):
         start(job_of(TrainJob, branch))
-    begun = start(job_of(TrainJob, [*branch, "run.from.what=weights"]))
+    begun = start(job_of(TrainJob, [*branch, "run.from.load=weights"]))
     imported = open_run("runs/it").config.model
     assert begun.job.model.width == imported.width == 32
     assert begun.job.model.vocab_size == 320

@@ -73,8 +73,8 @@ def test_no_compiler_is_a_note_that_says_what_it_costs(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     found = doctor.compiler()
     assert found.level == "note"
-    assert "no-such-compiler" in found.what
-    assert "twice as long" in found.what
+    assert "no-such-compiler" in found.text
+    assert "twice as long" in found.text
     assert "g++" in found.fix
 
 
@@ -112,7 +112,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: iter([Path("0000:00")]))
     found = doctor.graphics()
     assert found.level == "fault"
-    assert "torch" in found.what
+    assert "torch" in found.text
 
 
 def test_fewer_threads_than_cores(monkeypatch):

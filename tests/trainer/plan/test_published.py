@@ -66,7 +66,7 @@ def test_each_number_is_compared(words, expected):
 
 
 def test_a_run_from_another_s_weights_may_be_short():
-    origin = ["run.from.run=trunk", "run.from.step=8", "run.from.what=weights"]
+    origin = ["run.from.run=trunk", "run.from.step=8", "run.from.load=weights"]
     assert keys(*GOOD, *origin, "train.tokens=5e8", "schedule.warmup=0") == []
 
 

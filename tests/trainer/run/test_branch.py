@@ -35,15 +35,15 @@ def test_a_branch_needs_the_data_of_its_trunk(branch, tmp_path):
     with pytest.raises(UserError, match=r"first was trained on other data"):
         start(branch())
     assert not Run(tmp_path / "runs" / "branch").path.exists()
-    start(branch("run.from.what=weights"))
+    start(branch("run.from.load=weights"))
 
 
-@pytest.mark.parametrize("what", ["weights", "everything"])
-def test_a_branch_needs_the_tokenizer_of_its_trunk(branch, tmp_path, what):
+@pytest.mark.parametrize("load", ["weights", "everything"])
+def test_a_branch_needs_the_tokenizer_of_its_trunk(branch, tmp_path, load):
     """The same ids would be other text, and nothing would show it but the loss."""
     other = make_dataset(tmp_path / "foreign", vocab_size=280)
     with pytest.raises(UserError, match=r"first was trained with another tokenizer than that of"):
-        start(branch(f"data.path={other}", f"run.from.what={what}"))
+        start(branch(f"data.path={other}", f"run.from.load={load}"))
     assert not Run(tmp_path / "runs" / "branch").path.exists()
 
 
@@ -65,7 +65,7 @@ def test_a_branch_counts_the_windows_that_its_trunk_has_read(job, small_data):
         caught.value
     )
     assert "have read 64; write train.first_batch=4 train.batch_ramp='6 steps'" in str(caught.value)
-    start(job(*off, "run.from.what=weights"))
+    start(job(*off, "run.from.load=weights"))
     assert start(job(*off, *ramp, "run.name=other"), newest=lambda run: 8).job.total_windows == 136
 
 
@@ -98,7 +98,7 @@ def preferring(tmp_path):
         return make_job(dataset.path, root, name, *words)
 
     for number, name in enumerate("ab", 1):
-        run = start(make(name, "base", "run.from.what=weights")).run
+        run = start(make(name, "base", "run.from.load=weights")).run
         train_a_step(run)
         made = {"data": {"data": dataset.identity}, "columns": 64, "origin": {"run": "base"}}
         count = {"train": 48, "validation": 12}
@@ -113,7 +113,7 @@ def test_a_corrected_branch_has_the_references_of_its_new_origin(preferring, tmp
     assert run.references.read_bytes() == kept["a"] != kept["b"]
     assert start(preferring("branch", "b")).notes
     assert run.references.read_bytes() == kept["b"]
-    start(preferring("branch", "b", "run.from.what=weights"))
+    start(preferring("branch", "b", "run.from.load=weights"))
     assert not run.references.exists(), "they are computed with the weights of b"
     start(preferring("branch", "a"))
     assert run.references.read_bytes() == kept["a"]
@@ -125,10 +125,10 @@ def test_without_the_references_of_its_rows_a_branch_is_refused(preferring, tmp_
     said = "of a is of rows of 64 columns, and train.sequence_length is 128; "
     assert said in str(caught.value)
     Run(tmp_path / "runs" / "a").references.unlink()
-    with pytest.raises(UserError, match=r"a has no references\.json, .*run\.from\.what=weights to"):
+    with pytest.raises(UserError, match=r"a has no references\.json, .*run\.from\.load=weights to"):
         start(preferring("branch", "a"))
     assert not Run(tmp_path / "runs" / "branch").path.exists()
-    start(preferring("branch", "a", "run.from.what=weights", "train.sequence_length=128"))
+    start(preferring("branch", "a", "run.from.load=weights", "train.sequence_length=128"))
 
 
 def test_a_run_that_learns_conversations_no_more_has_no_chat_template(small_data, tmp_path):

@@ -120,7 +120,7 @@ class Stop(Exception):
 def reference(models, dataset, tmp_path, monkeypatch):
     """Of a run without a checkpoint, whose origin's weights are those of a model here."""
     words = [f"run.root={tmp_path}", "run.name=run", f"data.path={dataset.path}"]
-    words += ["run.from.run=origin", "run.from.what=weights", "objective.kind=preferences"]
+    words += ["run.from.run=origin", "run.from.load=weights", "objective.kind=preferences"]
     words += ["train.steps=1", "train.sequence_length=64", f"data.cache={tmp_path}"]
     words += ["train.global_batch=4", "train.micro_batch=4"]
     start = SimpleNamespace(path=tmp_path, position=SimpleNamespace(step=7))
@@ -178,14 +178,14 @@ def test_a_damaged_file_and_one_that_is_gone_are_sentences(reference, monkeypatc
     with pytest.raises(UserError, match="was changed since it was written"):
         find(reference)
     path.unlink()
-    reference.job.run.origin.what = "everything"
+    reference.job.run.origin.load = "everything"
     with pytest.raises(UserError, match=r"references\.json: no such file; .*copy that of origin"):
         find(reference)
 
 
 def test_references_of_other_rows_or_data_are_refused(reference, dataset, tmp_path):
     find(reference)
-    reference.job.run.origin.what = "everything"
+    reference.job.run.origin.load = "everything"
     reference.job.train.sequence_length = 128
     with pytest.raises(UserError, match=r"is of rows of 64 columns, and train\.sequence_length is"):
         find(reference)

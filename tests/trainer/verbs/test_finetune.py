@@ -21,7 +21,7 @@ def test_the_run_has_the_config_of_its_origin_and_the_defaults_of_fine_tuning(
     )
     made, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
     assert made.model == old.model
-    assert made.run.origin.what == "weights"
+    assert made.run.origin.load == "weights"
     assert made.optimizer.learning_rate == pytest.approx(old.optimizer.learning_rate / 15, rel=0.01)
     assert made.total_steps == math.ceil(3 * 57 / old.train.global_batch)
     assert made.steps_of(made.validation.every) == math.ceil(57 / old.train.global_batch)
@@ -99,10 +99,10 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "problem"),
     [
         (["data=none.jsonl"], "none.jsonl: no such file"),
-        (["run.from.what=everything"], "run.from.what: a fine-tuning begins at step 0"),
+        (["run.from.load=everything"], "run.from.load: a fine-tuning begins at step 0"),
         (["train.first_batch=1", "train.batch_ramp=1"], "first_batch: a fine-tuning counts epochs"),
         (["template=none.jinja"], "none.jinja: no such file"),
         (["faults=[kill@5000:rank0]"], "comes after the run's last step, "),
@@ -116,10 +116,10 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
         (["lora.rank=4", "precision.fp8=rowwise"], "precision.fp8: "),
     ],
 )
-def test_what_can_not_be_is_a_sentence(make, words, what):
+def test_what_can_not_be_is_a_sentence(make, words, problem):
     code, out, err = make(*words)
     assert (code, out) == (2, "")
-    assert what in err
+    assert problem in err
 
 
 def test_a_run_that_is_none_is_a_sentence(make, forescale):

@@ -55,19 +55,19 @@ def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "problem"),
     [
         (["objective.kind=responses"], "60 that are not {"),
         (["objective.beta=0"], "objective.beta"),
         (["model.mtp_layers=1"], "would learn the rejected responses"),
         (["engine.sequence_parallel=2"], "needs whole responses"),
-        (["run.from.what=everything"], "run.from.what: a fine-tuning begins at step 0"),
+        (["run.from.load=everything"], "run.from.load: a fine-tuning begins at step 0"),
     ],
 )
-def test_what_can_not_be_is_a_sentence(make, words, what):
+def test_what_can_not_be_is_a_sentence(make, words, problem):
     code, _, err = make(*words)
     assert code == 2
-    assert what in err
+    assert problem in err
 
 
 def test_a_mixed_file_is_a_sentence(make, tmp_path):
@@ -82,7 +82,7 @@ def test_a_dataset_of_examples_is_no_dataset_of_preferences(make, tmp_path, fore
     examples = write_rows(tmp_path / "examples.jsonl", rows())
     assert make(f"data={examples}", "run.name=examples")[0] == 0
     path = open_run(tmp_path / "examples").config.data.path
-    words = (f"run.from.run={origin.path}", "run.from.what=weights", f"data.path={path}")
+    words = (f"run.from.run={origin.path}", "run.from.load=weights", f"data.path={path}")
     more = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective.kind=preferences")
     code, _, err = forescale("plan", "train", *words, *more)
     assert code == 2

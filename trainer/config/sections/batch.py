@@ -151,31 +151,31 @@ def batch_ramp_problems(train: "TrainConfig") -> Problems:
     if first is None:
         if length is None:
             return []
-        what = "is the length of a ramp, whose first batch is not given"
-        return [("batch_ramp", what, "give train.first_batch, or leave it out")]
+        problem = "is the length of a ramp, whose first batch is not given"
+        return [("batch_ramp", problem, "give train.first_batch, or leave it out")]
     found: Problems = []
     if (stages := _stages(train)) is None and full:
-        what = f"{first} windows are not doubled to the {full} of train.global_batch"
+        problem = f"{first} windows are not doubled to the {full} of train.global_batch"
         half = full // 2 or 1
         todo = f"divide those by a power of two, as by train.first_batch={half}"
-        found.append(("first_batch", what, todo))
+        found.append(("first_batch", problem, todo))
     elif first % train.micro_batch:
-        what = f"{first} windows are not a multiple of the micro-batch, {train.micro_batch}"
+        problem = f"{first} windows are not a multiple of the micro-batch, {train.micro_batch}"
         todo = "change train.first_batch or train.micro_batch"
-        found.append(("first_batch", what, todo))
+        found.append(("first_batch", problem, todo))
     written = "'1000 steps' or '1e9 tokens'"
     if length is None:
-        what = "is not given, and says when the batch is the one of train.global_batch"
-        found.append(("batch_ramp", what, f"write {written}, or '10 %' of train.tokens"))
+        problem = "is not given, and says when the batch is the one of train.global_batch"
+        found.append(("batch_ramp", problem, f"write {written}, or '10 %' of train.tokens"))
     elif length.unit == "seconds":
-        what = "must not be a wall time, on which the trajectory would depend"
-        found.append(("batch_ramp", what, "write it in steps, tokens or percent"))
+        problem = "must not be a wall time, on which the trajectory would depend"
+        found.append(("batch_ramp", problem, "write it in steps, tokens or percent"))
     elif length.unit == "percent" and train.tokens is None:
-        what = "percent are of train.tokens, which this run doesn't have"
-        found.append(("batch_ramp", what, f"write {written}"))
+        problem = "percent are of train.tokens, which this run doesn't have"
+        found.append(("batch_ramp", problem, f"write {written}"))
     elif length.amount == 0 or (length.unit == "steps" and length.amount < (stages or 0)):
-        what = f"{length} are too few for {stages or 1} stages of a doubling batch"
-        found.append(("batch_ramp", what, "write more, or a larger train.first_batch"))
+        problem = f"{length} are too few for {stages or 1} stages of a doubling batch"
+        found.append(("batch_ramp", problem, "write more, or a larger train.first_batch"))
     return found
 
 
@@ -188,6 +188,6 @@ def ranks_problems(train: "TrainConfig", mesh: "Mesh") -> Problems:
     if windows % at_once == 0 or windows % train.micro_batch:
         return []
     each = f"groups of {mesh.near} ranks" if mesh.near > 1 else "ranks"
-    what = f"{windows} windows don't divide by {mesh.data} {each} that feed"
+    problem = f"{windows} windows don't divide by {mesh.data} {each} that feed"
     todo = f"make it a multiple of {at_once}, or change train.micro_batch or the ranks"
-    return [(f"train.{name}", f"{what} {train.micro_batch} at once", todo)]
+    return [(f"train.{name}", f"{problem} {train.micro_batch} at once", todo)]

@@ -103,8 +103,8 @@ class DataConfig(CorpusConfig):
         found += self._names("max_epochs", self.max_epochs)
         for name, limit in self.max_epochs.items():
             if not _is_number(limit) or limit <= 0:
-                what = f"{limit!r} isn't a positive number of epochs"
-                found.append((f"max_epochs.{name}", what, "write a number, such as 4"))
+                problem = f"{limit!r} isn't a positive number of epochs"
+                found.append((f"max_epochs.{name}", problem, "write a number, such as 4"))
         return found + self._skip() + self._stages()
 
     def _skip(self) -> Problems:
@@ -172,8 +172,8 @@ class DataConfig(CorpusConfig):
         total = sum(weights.values()) if weights and not found else 0
         for name, weight in weights.items() if total else ():
             if 0 < weight / total < 1e-6:
-                what = f"{weight!r} is below a millionth of the total"
-                found.append((f"{where}.{name}", what, "increase it, or set it to 0"))
+                problem = f"{weight!r} is below a millionth of the total"
+                found.append((f"{where}.{name}", problem, "increase it, or set it to 0"))
         return found
 
     def _names(self, where: str, named: Mapping[str, Any]) -> Problems:

@@ -96,24 +96,24 @@ class EngineConfig:
             if getattr(self, name) != off and self.stage != 3:
                 found.append((name, "needs ZeRO stage 3", "choose engine.stage=3"))
         if self.expert_parallel > 1 and self.hierarchical_partition > 1:
-            what = "a hierarchical partition is of parameters that all ranks have"
-            found.append(("expert_parallel", what, "leave out one of the two"))
+            problem = "a hierarchical partition is of parameters that all ranks have"
+            found.append(("expert_parallel", problem, "leave out one of the two"))
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
-            path, what = "deepspeed.zero_optimization", f"{zero!r} is not a section of settings"
+            path, problem = "deepspeed.zero_optimization", f"{zero!r} is not a section of settings"
             return [
                 *found,
-                (path, what, "write, for example, {zero_optimization: {overlap_comm: true}}"),
+                (path, problem, "write, for example, {zero_optimization: {overlap_comm: true}}"),
             ]
         sent = self.deepspeed.get("communication_data_type")
         if sent not in (None, *_SENT):
-            path, what = "deepspeed.communication_data_type", f"unknown value {sent!r}"
-            found.append((path, what, f"choose from {', '.join(_SENT)}"))
+            path, problem = "deepspeed.communication_data_type", f"unknown value {sent!r}"
+            found.append((path, problem, f"choose from {', '.join(_SENT)}"))
         scattered = zero.get("reduce_scatter", True)
         if self.expert_parallel > 1 and not scattered:
-            what = "DeepSpeed can't reduce the gradients of divided experts without it"
+            problem = "DeepSpeed can't reduce the gradients of divided experts without it"
             path = "deepspeed.zero_optimization.reduce_scatter"
-            found.append((path, what, "leave it out, or engine.expert_parallel"))
+            found.append((path, problem, "leave it out, or engine.expert_parallel"))
         for path, _ in flatten(self.deepspeed, ""):
             for taken, ours in _OURS.items():
                 if path == taken or path.startswith(taken + "."):
@@ -145,5 +145,5 @@ class PrecisionConfig:
     def problems(self) -> Problems:
         if self.fp8 == "none" or self.kind in ("auto", "bf16"):
             return []
-        what = f"is for precision bf16 on GPUs that multiply fp8, and this is {self.kind}"
-        return [("fp8", what, "write precision=bf16, or leave precision.fp8 out")]
+        problem = f"is for precision bf16 on GPUs that multiply fp8, and this is {self.kind}"
+        return [("fp8", problem, "write precision=bf16, or leave precision.fp8 out")]

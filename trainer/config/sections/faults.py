@@ -56,8 +56,8 @@ def read(text: str) -> Fault:
     kind = match[1] if match else re.split(r"\W", text.strip())[0]
     near = nearest_first(kind, KINDS)[0]
     if not match:
-        what = f"{text!r} is not KIND@STEP[:rankN][:PLACE]"
-        raise UserError("faults", what, f"write, for example, {near}@120:rank1")
+        problem = f"{text!r} is not KIND@STEP[:rankN][:PLACE]"
+        raise UserError("faults", problem, f"write, for example, {near}@120:rank1")
     if kind not in KINDS:
         others = ", ".join(sorted(KINDS.keys() - {near}))
         todo = f"the nearest is {near}; the others are {others}"
@@ -76,8 +76,8 @@ def read(text: str) -> Fault:
         todo = f"the nearest is {near}; places are {', '.join(PLACES)}"
         raise UserError("faults", f"{text!r}: there is no place {place}", todo)
     if "place" in given and kind not in _PLACED:
-        what = f"{text!r}: {kind} takes no place"
-        raise UserError("faults", what, f"leave out :{place}")
+        problem = f"{text!r}: {kind} takes no place"
+        raise UserError("faults", problem, f"leave out :{place}")
     return Fault(kind, step, int(given.get("rank", "rank0").removeprefix("rank")), place)
 
 
@@ -90,19 +90,19 @@ def problems(faults: Sequence[str], ranks: int | None = None, steps: int | None 
         try:
             fault = read(text)
         except UserError as e:
-            found.append((e.where, e.what, e.todo))
+            found.append((e.where, e.problem, e.todo))
             continue
         if fault in seen:
-            what, todo = (
+            problem, todo = (
                 "is given twice, but a fault happens once per run",
                 "give another step or rank",
             )
-            found.append(("faults", f"{text!r} {what}", todo))
+            found.append(("faults", f"{text!r} {problem}", todo))
         seen.add(fault)
         if ranks is not None and fault.rank >= ranks:
             last = f"choose a rank from 0 to {ranks - 1}, or more ranks" if ranks > 1 else "take 0"
             found.append(("faults", f"{text!r}: there is no rank {fault.rank}", last))
         if steps is not None and fault.step > steps:
-            what = f"{text!r} comes after the run's last step, {steps:,}"
-            found.append(("faults", what, "choose an earlier step"))
+            problem = f"{text!r} comes after the run's last step, {steps:,}"
+            found.append(("faults", problem, "choose an earlier step"))
     return found

@@ -145,17 +145,17 @@ class Lengths:
         total, tokens = self.total_steps, self.total_tokens
         if tokens > _MOST_TOKENS:
             name = "train.steps" if self.train.steps is not None else "train.tokens"
-            what = f"the run reads {tokens:.3g} tokens"
-            return [(name, what, f"train on at most {_MOST_TOKENS:.0e}")]
+            problem = f"the run reads {tokens:.3g} tokens"
+            return [(name, problem, f"train on at most {_MOST_TOKENS:.0e}")]
         if self.batch_ramp.steps >= total and self.batch_ramp.lengths:
-            what = f"the batch grows for {self.batch_ramp.steps:,} steps of a run of {total:,}"
-            found.append(("train.batch_ramp", what, "shorten it, or train longer"))
+            problem = f"the batch grows for {self.batch_ramp.steps:,} steps of a run of {total:,}"
+            found.append(("train.batch_ramp", problem, "shorten it, or train longer"))
         if self.decay_steps > total:
-            what = f"the decay takes {self.decay_steps:,} steps of a run of {total:,}"
-            found.append(("schedule.decay", what, "shorten schedule.decay, or train longer"))
+            problem = f"the decay takes {self.decay_steps:,} steps of a run of {total:,}"
+            found.append(("schedule.decay", problem, "shorten schedule.decay, or train longer"))
         elif self.warmup_steps + self.decay_steps > total and self.warmup_that_fits() is None:
             ramps = f"{self.warmup_steps + self.decay_steps:,} steps of a run of {total:,}"
-            what = f"warm-up and decay take {ramps}"
+            problem = f"warm-up and decay take {ramps}"
             todo = "shorten schedule.warmup or schedule.decay"
-            found.append(("schedule.warmup", what, todo))
+            found.append(("schedule.warmup", problem, todo))
         return found

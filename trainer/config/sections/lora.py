@@ -87,21 +87,21 @@ def problems(job: "TrainJob") -> Problems:
     if not lora.rank:
         return found
     if not job.run.origin.run:
-        what = "adapters stand beside the weights of a trained run, and run.from names none"
-        found.append(("lora.rank", what, "write forescale finetune FROM, or run.from.run=NAME"))
+        problem = "adapters stand beside the weights of a trained run, and run.from names none"
+        found.append(("lora.rank", problem, "write forescale finetune FROM, or run.from.run=NAME"))
     if not isinstance(model, ModelConfig):
-        what = "adapters are for our models, and this is a class of your own"
-        return [*found, ("lora.rank", what, "make them in your class")]
+        problem = "adapters are for our models, and this is a class of your own"
+        return [*found, ("lora.rank", problem, "make them in your class")]
     for name in ("tensor_parallel", "expert_parallel"):
         if (ranks := getattr(job.engine, name)) > 1:
-            what = f"{name}={ranks} divides the matrices that adapters stand beside"
-            found.append((f"engine.{name}", what, "leave it out, and take engine=zero3"))
+            problem = f"{name}={ranks} divides the matrices that adapters stand beside"
+            found.append((f"engine.{name}", problem, "leave it out, and take engine=zero3"))
     if job.optimizer.spec.matrices:
-        what = "updates whole matrices, of which an adapter has two halves"
-        found.append(("optimizer.kind", what, "write optimizer=adamw"))
+        problem = "updates whole matrices, of which an adapter has two halves"
+        found.append(("optimizer.kind", problem, "write optimizer=adamw"))
     if job.precision.fp8 != "none":
-        what = "multiplies our matrices itself, without their adapters"
-        found.append(("precision.fp8", what, "leave it out"))
+        problem = "multiplies our matrices itself, without their adapters"
+        found.append(("precision.fp8", problem, "leave it out"))
     length = job.train.sequence_length
     if model.problems(sequence_length=length):
         return found

@@ -207,50 +207,50 @@ def objective_problems(job: "TrainJob") -> Problems:
     kind, layers = job.objective.kind, getattr(job.model, "encoder_layers", 0)
     found: Problems = []
     if job.validation.abilities and not job.continues_text:
-        what = f"a model of objective.kind={kind} continues no text"
+        problem = f"a model of objective.kind={kind} continues no text"
         if job.objective.spec.continues_text:
-            what = "are for a model that reads a text as one row and sees no later token"
-        found.append(("validation.abilities", what, "leave it out"))
+            problem = "are for a model that reads a text as one row and sees no later token"
+        found.append(("validation.abilities", problem, "leave it out"))
     has_source = bool(job.objective.spec.source)
     has_one_row = job.objective.is_next_token or kind in ("responses", "preferences")
     writes = has_one_row or (has_source and not layers)
     if not getattr(job.model, "causal", True) and writes:
-        what = "a model that sees later tokens is shown the token that it must predict"
+        problem = "a model that sees later tokens is shown the token that it must predict"
         todo = "leave it out, or give objective.kind=masked, which hides its targets"
-        found.append(("model.causal", what, todo))
+        found.append(("model.causal", problem, todo))
     if getattr(job.model, "causal", False) and job.objective.spec.sees_both_sides:
-        what = f"objective {kind} is for a model that sees both sides"
-        found.append(("model.causal", what, "write model.causal=false"))
+        problem = f"objective {kind} is for a model that sees both sides"
+        found.append(("model.causal", problem, "write model.causal=false"))
     if layers and has_one_row:
-        what = "an encoder-decoder needs rows of a source and a target"
+        problem = "an encoder-decoder needs rows of a source and a target"
         found.append(
-            ("model.encoder_layers", what, "write objective.kind=seq2seq, prefix or pairs")
+            ("model.encoder_layers", problem, "write objective.kind=seq2seq, prefix or pairs")
         )
     if (columns := job.train.sequence_length) < (least := job.objective.spec.shortest):
-        what = f"{columns} columns are too few for a row of objective {kind}"
-        found.append(("train.sequence_length", what, f"give at least {least}"))
+        problem = f"{columns} columns are too few for a row of objective {kind}"
+        found.append(("train.sequence_length", problem, f"give at least {least}"))
     source = job.objective.pairs_source
     if kind == "pairs" and source is not None and columns <= source:
-        what = f"{source} of {columns} columns leave none for the target"
-        found.append(("objective.pairs_source", what, f"give at most {columns - 1}"))
+        problem = f"{source} of {columns} columns leave none for the target"
+        found.append(("objective.pairs_source", problem, f"give at most {columns - 1}"))
     if job.data.document_mask and (has_source or job.objective.spec.whole):
-        what = f"a row of {kind} has no documents of its own, as a window has"
-        found.append(("data.document_mask", what, "leave it out"))
+        problem = f"a row of {kind} has no documents of its own, as a window has"
+        found.append(("data.document_mask", problem, "leave it out"))
     if job.data.packing == "best_fit" and not job.objective.is_next_token:
-        what = f"best_fit counts next tokens, not the targets of objective {kind}"
-        found.append(("data.packing", what, "write data.packing=windows"))
+        problem = f"best_fit counts next tokens, not the targets of objective {kind}"
+        found.append(("data.packing", problem, "write data.packing=windows"))
     return found + (_preference_problems(job) if job.objective.are_preferences else [])
 
 
 def _preference_problems(job: "TrainJob") -> Problems:
     found: Problems = []
     if not job.run.origin.run:
-        what = "preferences are learned beside a reference, the weights that a run begins with"
-        found.append(("run.from.run", what, "name the run to go on from"))
+        problem = "preferences are learned beside a reference, the weights that a run begins with"
+        found.append(("run.from.run", problem, "name the run to go on from"))
     if getattr(job.model, "mtp_layers", 0):
-        what = "modules for later tokens would learn the rejected responses too"
-        found.append(("model.mtp_layers", what, "choose a model without them"))
+        problem = "modules for later tokens would learn the rejected responses too"
+        found.append(("model.mtp_layers", problem, "choose a model without them"))
     if job.engine.sequence_parallel > 1:
-        what = "the loss of a preference needs whole responses, not a rank's columns of them"
-        found.append(("engine.sequence_parallel", what, "leave it out"))
+        problem = "the loss of a preference needs whole responses, not a rank's columns of them"
+        found.append(("engine.sequence_parallel", problem, "leave it out"))
     return found

@@ -72,16 +72,16 @@ def length_ramp_problems(train: "TrainConfig") -> Problems:
         return []
     found: Problems = []
     if doublings(first, last) is None:
-        what = f"rows of {first} targets can't be doubled to train.sequence_length={last}"
+        problem = f"rows of {first} targets can't be doubled to train.sequence_length={last}"
         near = [last // 2**n for n in (3, 2, 1) if last % 2**n == 0]
         todo = f"choose one of {', '.join(map(str, near))}" if near else "leave it out"
-        found.append(("first_length", what, todo))
+        found.append(("first_length", problem, todo))
     if ramp.unit == "seconds":
-        what = "must not be a wall time, on which the trajectory would depend"
-        found.append(("length_ramp", what, "write it in steps, tokens or percent"))
+        problem = "must not be a wall time, on which the trajectory would depend"
+        found.append(("length_ramp", problem, "write it in steps, tokens or percent"))
     elif not ramp.amount:
-        what = "is 0, so that rows would never have their first length"
-        found.append(("length_ramp", what, "write more, such as '20 %', or leave both keys out"))
+        problem = "is 0, so that rows would never have their first length"
+        found.append(("length_ramp", problem, "write more, such as '20 %', or leave both keys out"))
     return found
 
 
@@ -94,14 +94,14 @@ def length_ramp_conflicts(job: "TrainJob") -> Problems:
     if not job.objective.is_next_token:
         found.append((name, f"objective {kind} can't cut its rows", "leave it out"))
     if job.data.packing == "best_fit":
-        what = "best_fit packs whole documents, which shorter rows would cut"
-        found.append((name, what, "leave it out, or write data.packing=windows"))
+        problem = "best_fit packs whole documents, which shorter rows would cut"
+        found.append((name, problem, "leave it out, or write data.packing=windows"))
     if job.engine.sequence_parallel > 1:
-        what = "ranks that divide a window's tokens divide them at one length alone"
-        found.append((name, what, "leave it out, or engine.sequence_parallel"))
+        problem = "ranks that divide a window's tokens divide them at one length alone"
+        found.append((name, problem, "leave it out, or engine.sequence_parallel"))
     if isinstance(job.model, ModelConfig):
-        for key, what, todo in job.model.problems(sequence_length=train.first_length):
-            found.append((f"model.{key}", f"at train.first_length: {what}", todo))
+        for key, problem, todo in job.model.problems(sequence_length=train.first_length):
+            found.append((f"model.{key}", f"at train.first_length: {problem}", todo))
     return found
 
 

@@ -43,8 +43,8 @@ def ability_problems(abilities: Sequence[str], shots: Sequence[int]) -> Problems
             near = ", ".join(nearest_first(name, TASKS))
             found.append(("abilities", f"{name!r} is no task", f"choose among {near}"))
     if any(count < 0 for count in shots):
-        what = f"{shots} are no numbers of examples"
-        found.append(("shots", what, "write shots=[0,4]"))
+        problem = f"{shots} are no numbers of examples"
+        found.append(("shots", problem, "write shots=[0,4]"))
     for name, given in (("abilities", abilities), ("shots", shots)):
         if len(set(given)) < len(given):
             found.append((name, f"{[*given]} names one twice", "leave it out once"))
@@ -80,11 +80,13 @@ class CheckpointConfig:
     def problems(self) -> Problems:
         found = _positive(every=self.every, keep_every=self.keep_every)
         if self.mirror is not None and not re.match(r"/|~|[a-z][\w+.-]*://[^?#]+$", self.mirror):
-            what = f"{self.mirror} is neither an address nor an absolute path"
-            found.append(("mirror", what, "write, for example, s3://bucket/runs or /backup/runs"))
+            problem = f"{self.mirror} is neither an address nor an absolute path"
+            found.append(
+                ("mirror", problem, "write, for example, s3://bucket/runs or /backup/runs")
+            )
         elif re.match(r"(https?|file|local)://", self.mirror or ""):
-            what = f"{self.mirror} can't be written to"
-            found.append(("mirror", what, "use the address of a bucket, or a path"))
+            problem = f"{self.mirror} can't be written to"
+            found.append(("mirror", problem, "use the address of a bucket, or a path"))
         if self.keep_every is not None and self.keep_every.unit == "seconds":
             todo = "write it in steps, tokens or percent"
             found.append(("keep_every", "can't be a wall time", todo))
@@ -138,8 +140,8 @@ class GuardConfig:
         if self.replay is not None and self.replay.unit == "seconds":
             found.append(("replay", "can't be a wall time", "write it in steps or tokens"))
         if self.warmup > self.window:
-            what = f"{self.warmup} steps don't fit in a window of {self.window}"
-            found.append(("warmup", what, "lower it or raise guard.window"))
+            problem = f"{self.warmup} steps don't fit in a window of {self.window}"
+            found.append(("warmup", problem, "lower it or raise guard.window"))
         return found
 
 

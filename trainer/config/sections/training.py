@@ -27,7 +27,7 @@ STEP_LAW_BATCH = (0.58, 0.571)
 class OriginConfig:
     run: str | None = key(None, "run to branch from: its name or its directory")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    what: Literal["everything", "weights"] = key(
+    load: Literal["everything", "weights"] = key(
         "everything", "everything: continue at its step; weights: begin at step 0 with its weights"
     )
 
@@ -61,8 +61,8 @@ class RunConfig:
     def problems(self) -> Problems:
         if re.fullmatch(r"\w[\w.+-]*", self.name):
             return []
-        what = f"{self.name!r} can't be the name of a directory in run.root"
-        return [("name", what, "use letters, digits and . _ - +")]
+        problem = f"{self.name!r} can't be the name of a directory in run.root"
+        return [("name", problem, "use letters, digits and . _ - +")]
 
 
 @dataclass
@@ -153,26 +153,26 @@ class TrainConfig:
     def problems(self) -> Problems:
         found: Problems = []
         if self.tokens_per_parameter is not None:
-            what, todo = "needs a model of ours, whose layers are known", "give train.tokens"
+            problem, todo = "needs a model of ours, whose layers are known", "give train.tokens"
             if self._lengths:
-                what = f"can't be combined with {' and '.join(self._lengths)}"
+                problem = f"can't be combined with {' and '.join(self._lengths)}"
                 todo = "give one of them"
-            found.append(("tokens_per_parameter", what, todo))
+            found.append(("tokens_per_parameter", problem, todo))
         elif not self._lengths:
             found.append(("steps", "the run has no length", "give train.steps or train.tokens"))
         if self.global_batch == 0:
-            what, todo = "follows from a length in tokens", "give train.tokens, or the windows"
-            found.append(("global_batch", what, todo))
+            problem, todo = "follows from a length in tokens", "give train.tokens, or the windows"
+            found.append(("global_batch", problem, todo))
         if len(self._lengths) == 2:
             todo = "set one of them to null, such as train.tokens=null"
             found.append(("steps", "can't be combined with train.tokens", todo))
         if self.activation_memory_budget is not None and self.compile == "off":
-            what, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
-            found.append(("activation_memory_budget", what, todo))
+            problem, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
+            found.append(("activation_memory_budget", problem, todo))
         if self.global_batch % self.micro_batch:
-            what = f"{self.global_batch} windows are not a multiple of the micro-batch"
+            problem = f"{self.global_batch} windows are not a multiple of the micro-batch"
             todo = "change train.global_batch or train.micro_batch"
-            found.append(("global_batch", f"{what}, {self.micro_batch}", todo))
+            found.append(("global_batch", f"{problem}, {self.micro_batch}", todo))
         return found + length_ramp_problems(self) + batch_ramp_problems(self)
 
 

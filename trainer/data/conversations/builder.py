@@ -61,8 +61,8 @@ def prepare_conversations(
     those are skipped.
     """
     if not Path(path).is_file():
-        what = "no such file" if not Path(path).exists() else "is no file"
-        raise UserError(path, what, "give JSON lines: data=FILE.jsonl")
+        problem = "no such file" if not Path(path).exists() else "is no file"
+        raise UserError(path, problem, "give JSON lines: data=FILE.jsonl")
     described = _described(path, request)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     output = cache / f"conversations-{digest[:16]}"

@@ -64,8 +64,8 @@ class ChatTemplate:
         try:
             self.pieces(_SHORT)
         except (TemplateError, Unfit) as e:
-            what = f"this chat template can't write a question and its answer ({e})"
-            raise UserError(self.where, what, "give another one with template=FILE") from e
+            problem = f"this chat template can't write a question and its answer ({e})"
+            raise UserError(self.where, problem, "give another one with template=FILE") from e
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text after which the model writes its next response. Raises Unfit."""
@@ -140,8 +140,8 @@ class ChatTemplate:
         try:
             return room.from_string(self.source)
         except TemplateError as e:
-            what = f"this chat template can't be read ({e})"
-            raise UserError(self.where, what, "give another one with template=FILE") from e
+            problem = f"this chat template can't be read ({e})"
+            raise UserError(self.where, problem, "give another one with template=FILE") from e
 
 
 def _as_json(value: Any, indent: int | None = None, **_: Any) -> str:

@@ -111,9 +111,9 @@ class Scan:
         for shard, tokens in enumerate(self._split.shard_tokens):
             learned = self._split.learned(shard) if tokens else np.empty(0, np.bool_)
             if learned is None:
-                what = "doesn't say which of its tokens are responses"
+                problem = "doesn't say which of its tokens are responses"
                 todo = "make such a dataset with forescale finetune FROM data=FILE.jsonl"
-                raise UserError(self._split.shard_name(shard), what, todo)
+                raise UserError(self._split.shard_name(shard), problem, todo)
             ends = self._split.document_ends(shard, 0, tokens).tolist()
             runs: list[np.ndarray] = []
             for first, end in zip([0, *ends], ends, strict=False):

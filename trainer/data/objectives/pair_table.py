@@ -65,18 +65,18 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
     if separator.isdecimal():
         found = int(separator) if len(separator) < 10 else -1  # beyond every vocabulary
         if found < 0 or tokenizer.id_to_token(found) is None:
-            what = f"{shown} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
-            raise UserError(where, what, "give the id of a token, or its text")
+            problem = f"{shown} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
+            raise UserError(where, problem, "give the id of a token, or its text")
     else:
         ids = _ids_of(tokenizer, separator)
         if len(ids) != 1:
-            what = f"{shown} is {len(ids)} tokens in this dataset's tokenizer"
+            problem = f"{shown} is {len(ids)} tokens in this dataset's tokenizer"
             todo = "give a text that is one token, such as \\t, or the id of a token"
-            raise UserError(where, what, todo)
+            raise UserError(where, problem, todo)
         found = ids[0]
     if found == end_of_text:
-        what = f"{shown} is the token that ends each document"
-        raise UserError(where, what, "give another one, which stands inside the documents")
+        problem = f"{shown} is the token that ends each document"
+        raise UserError(where, problem, "give another one, which stands inside the documents")
     return found
 
 

@@ -185,6 +185,6 @@ def embedded_path(
     size, so that an upgrade, or another installation that shares the cache, makes a new one.
     """
     sizes = [(name, path.stat().st_size) for name, path in source.files]
-    what = json.dumps([source.describe(), asdict(_config(tokens)), sizes], sort_keys=True)
+    problem = json.dumps([source.describe(), asdict(_config(tokens)), sizes], sort_keys=True)
     kind = "python" if tokens == "bpe" else f"python-{tokens}"
-    return cache_directory(cache) / f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    return cache_directory(cache) / f"{kind}-{hashlib.sha256(problem.encode()).hexdigest()[:12]}"

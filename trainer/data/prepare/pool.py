@@ -152,8 +152,8 @@ class _Worker:
         )
 
     def _no_memory(self) -> UserError:
-        what = "its worker process was killed, probably because memory ran out"
-        return UserError(self._label, what, "run the same command again with fewer workers")
+        problem = "its worker process was killed, probably because memory ran out"
+        return UserError(self._label, problem, "run the same command again with fewer workers")
 
 
 def serve(fd: int) -> None:

@@ -124,5 +124,5 @@ def _reasons(left_out: dict[str, Any]) -> Iterable[str]:
         yield f"  {found['count']:>8,}  {reason}: {names}{more}"
 
 
-def _counted(count: int, what: str) -> str:
-    return f"1 {what}" if count == 1 else f"{count:,} {what}s"
+def _counted(count: int, problem: str) -> str:
+    return f"1 {problem}" if count == 1 else f"{count:,} {problem}s"

@@ -30,9 +30,11 @@ _ALL = 1 << 64  # above every key
 class ChangedError(UserError):
     """The source gave other documents than before: everything made from it is invalid."""
 
-    def __init__(self, where: str, what: str = "changed while it was being read", todo: str = ""):
+    def __init__(
+        self, where: str, problem: str = "changed while it was being read", todo: str = ""
+    ):
         """where: the unit or file that changed."""
-        super().__init__(where, what, todo or "run the same command again")
+        super().__init__(where, problem, todo or "run the same command again")
 
 
 class NoTextError(UserError):

@@ -135,5 +135,5 @@ def expect_same(output: Path, request: dict[str, Any]) -> None:
     """Raise UserError if the dataset at `output` was built from another request."""
     have = Dataset(output).manifest["build"]
     if differing := [key for key in request if have.get(key) != request[key]]:
-        what = f"holds a dataset that was built with different {', '.join(differing)}"
-        raise UserError(str(output), what, "choose another output or remove it")
+        problem = f"holds a dataset that was built with different {', '.join(differing)}"
+        raise UserError(str(output), problem, "choose another output or remove it")

@@ -48,8 +48,8 @@ class FsspecOrigin(Origin):
         if info.get("type") == "directory":
             raise UserError(self.shown, "is a folder, not a file", "check the address")
         if info.get("size") is None:
-            what = "its store doesn't report the file size"
-            raise UserError(self.shown, what, "copy the file to a local disk")
+            problem = "its store doesn't report the file size"
+            raise UserError(self.shown, problem, "copy the file to a local disk")
         tag = next((info[k] for k in ("ETag", "etag", "generation") if info.get(k)), "")
         self.learn(info["size"], str(tag))
         self._asked = True
@@ -99,8 +99,8 @@ def _opened(url: str) -> tuple[Any, str]:
     if "://" not in url:  # a path, in which fsspec would read :: as a chain, too
         return LocalFileSystem(), url
     if "::" in url:
-        what = "has :: in it, which stands for a chain of addresses"
-        raise UserError(masked(url), what, "give an address without it")
+        problem = "has :: in it, which stands for a chain of addresses"
+        raise UserError(masked(url), problem, "give an address without it")
     return fsspec.url_to_fs(for_request(url), use_listings_cache=False)
 
 

@@ -58,9 +58,9 @@ class BlockCache:
                 if taken > self.limit:
                     _set(usage, self._evict(self.limit))
         except OSError as e:
-            what = f"can't be used as cache of remote files ({e.strerror})"
+            problem = f"can't be used as cache of remote files ({e.strerror})"
             todo = "set data.cache to a writable directory on a local disk of the node"
-            raise UserError(str(directory), what, todo) from e
+            raise UserError(str(directory), problem, todo) from e
 
     def read(self, name: str, length: int, skip: int, into: memoryview) -> bool:
         """Fill `into` with a block's bytes from `skip` on; return False if the block is missing or
@@ -191,8 +191,8 @@ class BlockCache:
         self.failing = True
         if not self._warned:
             self._warned = True
-            what = f"{self._directory}: the cache of remote files failed ({error.strerror})"
-            warnings.warn(f"{what}; reading continues without it", RuntimeWarning, stacklevel=2)
+            problem = f"{self._directory}: the cache of remote files failed ({error.strerror})"
+            warnings.warn(f"{problem}; reading continues without it", RuntimeWarning, stacklevel=2)
 
 
 def _read_checked(fd: int, name: str, length: int, skip: int, into: memoryview) -> bool:

@@ -202,9 +202,9 @@ class RemoteStore:
         if origin.size is None or not (version or origin.tag):
             persist(origin.shown, self._patience, partial(origin.ask, self._patience.timeout))
         if origin.size is None:
-            what = "the server doesn't report the file size"
+            problem = "the server doesn't report the file size"
             todo = "serve it with a Content-Length, or copy it to a local disk"
-            raise UserError(origin.shown, what, todo)
+            raise UserError(origin.shown, problem, todo)
         # Without any version the next process couldn't know whether the file is still the same.
         version = version or origin.tag or uuid.uuid4().hex
         key = hashlib.sha256(f"{url} {origin.size} {version}".encode()).hexdigest()[:32]
@@ -300,7 +300,7 @@ def _persist(path: Path, work: Callable[[], T]) -> T:
             raise _unreadable(path, e) from e
 
     def failed(error: Transient, pause: float) -> None:
-        text = f"{error.where}: {error.what}; next try in {pause:g} s"
+        text = f"{error.where}: {error.problem}; next try in {pause:g} s"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     return retried(tried, failed)
@@ -315,8 +315,8 @@ def _unreadable(path: Path, e: OSError) -> UserError:
     e.filename = e.filename or str(path)
     if isinstance(error := storage_error(e), Transient):
         return error
-    what = f"can't be read ({e.strerror})"
-    return UserError(str(path), what, "check the storage and its permissions")
+    problem = f"can't be read ({e.strerror})"
+    return UserError(str(path), problem, "check the storage and its permissions")
 
 
 def _has_files(folder: Path) -> bool:
@@ -328,8 +328,8 @@ def _has_files(folder: Path) -> bool:
 
 
 def _other_size(path: Path, size: int, expected: int) -> WrongFile:
-    what = f"has {size:,} bytes, expected {expected:,}"
-    return WrongFile(str(path), what, "restore it from a copy or build the dataset again")
+    problem = f"has {size:,} bytes, expected {expected:,}"
+    return WrongFile(str(path), problem, "restore it from a copy or build the dataset again")
 
 
 def _ends(where: str, size: int, lacks: int) -> WrongFile:

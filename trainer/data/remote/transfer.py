@@ -55,10 +55,10 @@ class Missing(WrongFile):
 class RetryableError(Exception):
     """One try failed; another may succeed. wait: seconds that the server asks for."""
 
-    def __init__(self, what: str, wait: float = 0.0):
+    def __init__(self, problem: str, wait: float = 0.0):
         """what: a part of a sentence for messages."""
-        super().__init__(what)
-        self.what, self.wait = masked(what), wait
+        super().__init__(problem)
+        self.problem, self.wait = masked(problem), wait
 
 
 class Origin:
@@ -87,11 +87,11 @@ class Origin:
     def learn(self, size: int | None, tag: str) -> None:
         """Store size and version. Raises UserError if they differ from those of earlier answers."""
         if size is not None and self.size is not None and size != self.size:
-            what = f"has {size:,} bytes on the server, expected {self.size:,}"
-            raise WrongFile(self.shown, what, _CHANGED)
+            problem = f"has {size:,} bytes on the server, expected {self.size:,}"
+            raise WrongFile(self.shown, problem, _CHANGED)
         if tag and self.tag and tag != self.tag:
-            what = f"changed on the server between two requests (from {self.tag} to {tag})"
-            raise WrongFile(self.shown, what, _CHANGED)
+            problem = f"changed on the server between two requests (from {self.tag} to {tag})"
+            raise WrongFile(self.shown, problem, _CHANGED)
         self.size, self.tag = self.size if size is None else size, self.tag or tag
 
 
@@ -103,11 +103,11 @@ def is_url(name: str | Path) -> bool:
     """
     text = str(name)
     if found := re.match(r"(pipe|exec|shell|cmd|sh|bash):|\w+::", text):
-        what = f"{found[0]!r} would run a command or a chain of addresses, which isn't allowed"
-        raise UserError(text, what, "give a path, or an address such as https:// or s3://")
+        problem = f"{found[0]!r} would run a command or a chain of addresses, which isn't allowed"
+        raise UserError(text, problem, "give a path, or an address such as https:// or s3://")
     if found := re.match(r"(file|local)://", text):
-        what = f"{found[0]!r} isn't the address of a server"
-        raise UserError(text, what, "give the path without it")
+        problem = f"{found[0]!r} isn't the address of a server"
+        raise UserError(text, problem, "give the path without it")
     found = re.match(r"[a-zA-Z][\w+.-]*://", text)
     if found and found[0] == text:
         raise UserError(
@@ -123,8 +123,8 @@ def for_request(url: str) -> str:
         return with_secrets(url)
     except LookupError as e:
         name = e.args[0]
-        what = f"needs the environment variable {name}, which is not set"
-        raise UserError(masked(url), what, f"set it: export {name}=VALUE") from None
+        problem = f"needs the environment variable {name}, which is not set"
+        raise UserError(masked(url), problem, f"set it: export {name}=VALUE") from None
 
 
 def receive(
@@ -207,9 +207,9 @@ class _Trying:
             asks = f" and asks to wait {fault.wait:,.0f} s" if fault.wait and over else ""
             tried = "once" if self.tries == 1 else f"{self.tries} times"
             todo = "check the address, the network and the server, then run the command again"
-            raise Unreachable(self.shown, f"{fault.what}{asks} (tried {tried})", todo) from fault
+            raise Unreachable(self.shown, f"{fault.problem}{asks} (tried {tried})", todo) from fault
         if self.in_a_row == 3:  # by now people may wonder about the delay
-            text = f"{self.shown}: {fault.what}; trying again"
+            text = f"{self.shown}: {fault.problem}; trying again"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         time.sleep(pause)
         self.waited += pause

@@ -85,11 +85,11 @@ class HttpOrigin(Origin):
         if status == 200:
             self.learn(_number(headers.get("Content-Length", "")), tag)
             if not whole and (self.size is None or self.size > _WHOLE):
-                what = "the server ignores ranges (it sends the whole file for a part of it)"
+                problem = "the server ignores ranges (it sends the whole file for a part of it)"
                 todo = (
                     "use a server with ranges (nginx, caddy, S3), or copy the files to a local disk"
                 )
-                raise UserError(self.shown, what, todo)
+                raise UserError(self.shown, problem, todo)
             return start
         if status == 416:
             self.learn(_number(spread.removeprefix("bytes */")), tag)
@@ -137,11 +137,11 @@ def _faults(shown: str, timeout: float) -> Iterator[None]:
         causes = list(_causes(e))
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
-                what = f"its certificate isn't trusted ({cause.verify_message})"
+                problem = f"its certificate isn't trusted ({cause.verify_message})"
                 todo = (
                     "check the address, or set REQUESTS_CA_BUNDLE to your authority's certificates"
                 )
-                raise UserError(shown, what, todo) from e
+                raise UserError(shown, problem, todo) from e
         if isinstance(e, requests.TooManyRedirects):
             raise UserError(shown, "it redirects without end", "check the address") from e
         if isinstance(e, ValueError):  # no host, an invalid port, an unknown scheme

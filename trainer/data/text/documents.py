@@ -91,11 +91,11 @@ class Policy:
                     key, f"{have!r} isn't a valid policy", f"choose {' or '.join(known)}"
                 )
         if self.long == "keep" and self.max_document_bytes is not None:
-            what = f"{self.max_document_bytes} has no effect while long documents are kept"
-            raise UserError("max_document_bytes", what, "set long to cut, skip or fail")
+            problem = f"{self.max_document_bytes} has no effect while long documents are kept"
+            raise UserError("max_document_bytes", problem, "set long to cut, skip or fail")
         if self.long != "keep" and (self.max_document_bytes or 0) < 1:
-            what = f"must be at least 1 with long={self.long}"
-            raise UserError("max_document_bytes", what, "set a limit, or set long to keep")
+            problem = f"must be at least 1 with long={self.long}"
+            raise UserError("max_document_bytes", problem, "set a limit, or set long to keep")
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,14 @@ def may_replace(name: str, fault: UnicodeError, report: ReadingReport, policy: P
     return replaced
 
 
-def expect_not_long(name: str, report: ReadingReport, policy: Policy, what: str = "long") -> None:
+def expect_not_long(
+    name: str, report: ReadingReport, policy: Policy, problem: str = "long"
+) -> None:
     """Report a document that is skipped as too long. Raises UserError if the policy is to fail."""
     if policy.long == "fail":
         todo = "raise max_document_bytes, or choose long=cut or skip"
         raise UserError(name, f"is longer than {policy.max_document_bytes:,} bytes", todo)
-    report.add(what, name)
+    report.add(problem, name)
 
 
 def _within(name: str, raw: bytes, report: ReadingReport, policy: Policy) -> bytes | None:

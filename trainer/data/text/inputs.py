@@ -86,8 +86,8 @@ def clean_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
         if not re.fullmatch(r"(\.[\w+-]+)+", suffix):
             raise UserError("suffixes", f"{given!r} isn't a suffix", "write such as [.log, .nfo]")
         if suffix in (*COMPRESSED, ".parquet", ".tar", ".jsonl"):
-            what = f"{given!r} has its own meaning and can't be plain text"
-            raise UserError("suffixes", what, "leave it out")
+            problem = f"{given!r} has its own meaning and can't be plain text"
+            raise UserError("suffixes", problem, "leave it out")
     return found
 
 
@@ -145,8 +145,8 @@ def _expect_text(name: str, where: str) -> None:
     """Raise UserError if the one file of an input has no suffix and isn't text."""
     with open_stream(name, where) as stream:
         if not is_text(stream):
-            what = "has no suffix, and its content isn't text"
-            raise UserError(shown(where), what, f"expected {KNOWN}")
+            problem = "has no suffix, and its content isn't text"
+            raise UserError(shown(where), problem, f"expected {KNOWN}")
 
 
 def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:

@@ -49,7 +49,7 @@ class TextKey:
         self._array |= isinstance(row, list) and self.rows == 1
         return None
 
-    def check(self, where: str, what: str) -> None:
+    def check(self, where: str, problem: str) -> None:
         """Raise UserError if there were rows (`what`: line or member) but none had the key."""
         if self._found or not self.rows:
             return
@@ -61,9 +61,9 @@ class TextKey:
                 where, f"the values of key {self.key!r} aren't text", "choose another text_key"
             )
         there = ", ".join(sorted(self._keys)[:_KEYS])
-        have = f"keys: {there}" if there else f"see the first {what}"
-        what = f"no {what} has a text under {self.key!r}"
-        raise UserError(where, what, f"set text_key ({have})")
+        have = f"keys: {there}" if there else f"see the first {problem}"
+        problem = f"no {problem} has a text under {self.key!r}"
+        raise UserError(where, problem, f"set text_key ({have})")
 
 
 def read_lines(

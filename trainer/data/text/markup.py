@@ -56,11 +56,11 @@ def _pieces(page: str) -> Iterator[str]:
     yield page[at:]
 
 
-def _after(text: str, what: str, start: int, endless: set[str]) -> int | None:
+def _after(text: str, problem: str, start: int, endless: set[str]) -> int | None:
     """Return where `what` ends, at or after `start`; None if it doesn't come any more."""
-    if what in endless:
+    if problem in endless:
         return None
-    if (found := text.find(what, start)) < 0:
-        endless.add(what)
+    if (found := text.find(problem, start)) < 0:
+        endless.add(problem)
         return None
-    return found + len(what)
+    return found + len(problem)

@@ -58,21 +58,21 @@ def reading(where: str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError) as e:
         if "too much memory" in str(e):
-            what = "unpacking it needs more memory than the file is large"
-            raise UserError(shown(where), what, "decompress it first: zstd -d --long=31") from e
-        what = f"truncated or damaged ({e})"
-        raise UserError(shown(where), what, "restore the file from its source") from e
+            problem = "unpacking it needs more memory than the file is large"
+            raise UserError(shown(where), problem, "decompress it first: zstd -d --long=31") from e
+        problem = f"truncated or damaged ({e})"
+        raise UserError(shown(where), problem, "restore the file from its source") from e
     except OSError as e:
         e.filename = e.filename or where
         if isinstance(error := storage_error(e), Transient):
-            raise Transient(shown(error.where), error.what, error.todo) from e
+            raise Transient(shown(error.where), error.problem, error.todo) from e
         name = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else where
-        what, todo = f"can't be read ({e.strerror or e})", "check the storage"
+        problem, todo = f"can't be read ({e.strerror or e})", "check the storage"
         if isinstance(e, FileNotFoundError):
-            what, todo = "doesn't exist", "check the path, and the target if it is a link"
+            problem, todo = "doesn't exist", "check the path, and the target if it is a link"
         elif isinstance(e, PermissionError):
-            what, todo = "permission denied", "change its permissions"
-        raise UserError(shown(name), what, todo) from e
+            problem, todo = "permission denied", "change its permissions"
+        raise UserError(shown(name), problem, todo) from e
 
 
 def open_raw(where: str) -> BinaryIO:
@@ -181,9 +181,11 @@ class Budget:
             return False
         if size > self._large:
             if size > _RATIO * self._stored:
-                what = f"unpacks to more than {_RATIO} times the {self._stored:,} bytes of its file"
+                problem = (
+                    f"unpacks to more than {_RATIO} times the {self._stored:,} bytes of its file"
+                )
                 todo = "remove it; or set max_document_bytes and long (cut or skip)"
-                raise UserError(self._name, what, todo)
+                raise UserError(self._name, problem, todo)
             self._large = _RATIO * self._stored
         return True
 

@@ -158,8 +158,8 @@ def read_tar(
             yield from decoded(name, b"", report, policy)
             return
         ends = ", ".join(suffix for suffix, _ in others.most_common(_SUFFIXES))
-        what = f"holds no text: its members end in {ends}"
-        raise UserError(shown(where), what, f"expected {KNOWN}")
+        problem = f"holds no text: its members end in {ends}"
+        raise UserError(shown(where), problem, f"expected {KNOWN}")
 
 
 def _whole_json(

@@ -107,9 +107,11 @@ class Indexer:
         size = self._vocabulary.size
         if int(ids.max()) >= size or (ids.dtype.kind == "i" and int(ids.min()) < 0):
             first = int(np.flatnonzero((ids >= size) | (ids < 0))[0])
-            what = f"token {at + first:,} is {int(ids[first])}, the vocabulary has {size:,} entries"
+            problem = (
+                f"token {at + first:,} is {int(ids[first])}, the vocabulary has {size:,} entries"
+            )
             todo = "give the tokenizer and the dtype of the corpus"
-            raise UserError(shown(file.where), what, todo)
+            raise UserError(shown(file.where), problem, todo)
         return ids
 
     def _ends(self, file: TokenFile, ids: np.ndarray, at: int) -> tuple[np.ndarray, int]:

@@ -86,8 +86,8 @@ def index_corpus(
     output = Path(output)
     raw = given_tokenizer(tokenizer)
     if raw is None:
-        what = "can't be trained for a corpus that is tokenised already"
-        raise UserError("tokenizer", what, "give the corpus's tokenizer.json")
+        problem = "can't be trained for a corpus that is tokenised already"
+        raise UserError("tokenizer", problem, "give the corpus's tokenizer.json")
     vocabulary = vocabulary_of(raw, tokenizer, end_of_text)
     left_out = ReadingReport()
     found = [_files(path, left_out) for path in inputs]
@@ -192,14 +192,16 @@ def _one_dtype(files: list[TokenFile], given: np.dtype | None) -> np.dtype:
     first = files[0]
     for file in files:
         if file.dtype != first.dtype:
-            what = f"holds {dtype_name(file.dtype)}, but {shown(first.where)} holds "
-            what += dtype_name(first.dtype)
+            problem = f"holds {dtype_name(file.dtype)}, but {shown(first.where)} holds "
+            problem += dtype_name(first.dtype)
             raise UserError(
-                shown(file.where), what, "build a dataset from each, and mix them with data.sources"
+                shown(file.where),
+                problem,
+                "build a dataset from each, and mix them with data.sources",
             )
     if given is not None and first.dtype != given:
-        what = f"is {given.name}, but {shown(first.where)} holds {dtype_name(first.dtype)}"
-        raise UserError("dtype", what, "remove it: only raw ids need it")
+        problem = f"is {given.name}, but {shown(first.where)} holds {dtype_name(first.dtype)}"
+        raise UserError("dtype", problem, "remove it: only raw ids need it")
     return first.dtype
 
 

@@ -108,17 +108,17 @@ def _idx(where: str) -> str:
 
 def _given_dtype(where: str, dtype: np.dtype | None) -> np.dtype:
     if dtype is None:
-        what = "holds raw token ids, whose dtype must be given"
-        raise UserError(shown(where), what, "write such as dtype=uint16")
+        problem = "holds raw token ids, whose dtype must be given"
+        raise UserError(shown(where), problem, "write such as dtype=uint16")
     return dtype
 
 
 def _raw(where: str, offset: int, size: int, dtype: np.dtype) -> Extent:
     if size % dtype.itemsize or not size:
-        what = (
+        problem = (
             f"{size:,} bytes aren't a whole number of {dtype.name} tokens" if size else "is empty"
         )
-        raise UserError(shown(where), what, f"give the correct dtype, or {RESTORE}")
+        raise UserError(shown(where), problem, f"give the correct dtype, or {RESTORE}")
     return Extent(offset, size // dtype.itemsize)
 
 
@@ -136,13 +136,13 @@ def _npy(f: BinaryIO, where: str, offset: int, size: int) -> tuple[np.dtype, Ext
         raise UserError(shown(where), f"its .npy header is damaged ({e})", RESTORE) from e
     if dtype.name not in _DTYPES or len(shape) not in (1, 2) or (by_columns and len(shape) > 1):
         order = " in columns" * by_columns
-        what = f"holds {dtype.name} of shape {shape}{order}, which can't be token ids"
-        raise UserError(shown(where), what, "give integers, in one dimension or in rows")
+        problem = f"holds {dtype.name} of shape {shape}{order}, which can't be token ids"
+        raise UserError(shown(where), problem, "give integers, in one dimension or in rows")
     begin = f.tell()
     tokens, have = int(np.prod(shape)), offset + size - begin
     if have != tokens * dtype.itemsize or not tokens:
-        what = f"has {have:,} bytes of tokens, but its header says {tokens * dtype.itemsize:,}"
-        raise UserError(shown(where), what, RESTORE)
+        problem = f"has {have:,} bytes of tokens, but its header says {tokens * dtype.itemsize:,}"
+        raise UserError(shown(where), problem, RESTORE)
     return dtype, Extent(begin, tokens), int(shape[-1])
 
 
@@ -162,8 +162,8 @@ def _tar(
             others[suffix] += 1
             left_out.add("no token ids", f"{Path(where).name}/{info.name}")
     if len(kinds := {suffix for suffix, _ in arrays}) != 1:
-        what = f"its members hold arrays of {len(kinds)} kinds ({', '.join(sorted(kinds))})"
-        raise UserError(shown(where), what, "make tars with one array of token ids per sample")
+        problem = f"its members hold arrays of {len(kinds)} kinds ({', '.join(sorted(kinds))})"
+        raise UserError(shown(where), problem, "make tars with one array of token ids per sample")
     extents, dtypes = [], set()
     for suffix, info in arrays:
         named = f"{where}: member {info.name}"
@@ -175,8 +175,8 @@ def _tar(
         extents.append(extent)
         dtypes.add(found)
     if len(dtypes) != 1:
-        what = f"its members have different dtypes ({', '.join(sorted(d.str for d in dtypes))})"
-        raise UserError(shown(where), what, "make tars with one dtype")
+        problem = f"its members have different dtypes ({', '.join(sorted(d.str for d in dtypes))})"
+        raise UserError(shown(where), problem, "make tars with one dtype")
     ends = np.cumsum([extent.tokens for extent in extents], dtype=np.int64)
     return TokenFile(where, size, dtypes.pop(), extents, ends)
 
@@ -195,8 +195,10 @@ def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
     rest = size - end
     zeros = all(not block.strip(b"\0") for block in iter(lambda: f.read(1 << 16), b""))
     if rest < 2 * tarfile.BLOCKSIZE or not zeros:
-        what = f"truncated or damaged: its members end at byte {end:,}, but no end of a tar follows"
-        raise UserError(shown(where), what, RESTORE)
+        problem = (
+            f"truncated or damaged: its members end at byte {end:,}, but no end of a tar follows"
+        )
+        raise UserError(shown(where), problem, RESTORE)
     return members
 
 

@@ -43,24 +43,24 @@ def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.nda
     if version != 1:
         raise fault
     if code not in _CODES:
-        what = f"its dtype code {code} isn't one of integers"
-        raise UserError(shown(path), what, _TODO)
+        problem = f"its dtype code {code} isn't one of integers"
+        raise UserError(shown(path), problem, _TODO)
     want = begin + 12 * sequences + 8 * bounds
     if len(raw) != want:
-        what = f"has {len(raw):,} bytes, but its header says {want:,}"
+        problem = f"has {len(raw):,} bytes, but its header says {want:,}"
         if len(raw) == want + sequences:
-            what = "belongs to a multimodal corpus"
-        raise UserError(shown(path), what, _TODO)
+            problem = "belongs to a multimodal corpus"
+        raise UserError(shown(path), problem, _TODO)
     dtype = np.dtype(_CODES[code]).newbyteorder("<")
     sizes = np.frombuffer(raw, "<i4", sequences, begin)
     pointers = np.frombuffer(raw, "<i8", sequences, begin + 4 * sequences)
     firsts = np.frombuffer(raw, "<i8", bounds, begin + 12 * sequences)
     ends = np.cumsum(sizes, dtype=np.int64)
-    if what := _disagreement(sizes, pointers, firsts, ends, dtype.itemsize):
-        raise UserError(shown(path), f"damaged: {what}", _TODO)
+    if problem := _disagreement(sizes, pointers, firsts, ends, dtype.itemsize):
+        raise UserError(shown(path), f"damaged: {problem}", _TODO)
     if int(ends[-1]) * dtype.itemsize != bin_size:
-        what = f"has {bin_size:,} bytes, but its index says {int(ends[-1]) * dtype.itemsize:,}"
-        raise UserError(shown(bin_where), what, _TODO)
+        problem = f"has {bin_size:,} bytes, but its index says {int(ends[-1]) * dtype.itemsize:,}"
+        raise UserError(shown(bin_where), problem, _TODO)
     found = np.concatenate([np.zeros(1, np.int64), ends])[firsts[1:]]
     return dtype, found[np.diff(found, prepend=0) > 0]
 

@@ -26,6 +26,6 @@ def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
         todo = "check optimizer.arguments"
         raise UserError(where, f"the class can't be built ({e})", todo) from e
     if not isinstance(made, torch.optim.Optimizer):
-        what = f"this builds a {type(made).__name__}, which is not an optimizer"
-        raise UserError(where, what, "set it to a subclass of torch.optim.Optimizer")
+        problem = f"this builds a {type(made).__name__}, which is not an optimizer"
+        raise UserError(where, problem, "set it to a subclass of torch.optim.Optimizer")
     return made

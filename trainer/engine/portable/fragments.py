@@ -89,9 +89,9 @@ class HostCopy:
             try:
                 self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
             except RuntimeError as e:
-                what = f"a copy of the state needs {size:,} bytes of host memory ({e})"
+                problem = f"a copy of the state needs {size:,} bytes of host memory ({e})"
                 todo = "set it to false: training then waits for each save, and copies nothing"
-                raise UserError("checkpoint.background", what, todo) from None
+                raise UserError("checkpoint.background", problem, todo) from None
         return self._memory
 
 
@@ -148,8 +148,8 @@ class FragmentReader:
         self._where: dict[tuple[str, str], list[tuple[Strip, str, str]]] = {}
         for file, entries in rows.items():
             if Path(file).name != file:
-                what = f"names a file outside its directory, {file!r}"
-                raise UserError(str(self.directory), what, "restore it, or choose another")
+                problem = f"names a file outside its directory, {file!r}"
+                raise UserError(str(self.directory), problem, "restore it, or choose another")
             for name, state, *place in entries:
                 found = strip_of(place), f"{name}|{state}|{place[0]}", file
                 self._where.setdefault((name, state), []).append(found)

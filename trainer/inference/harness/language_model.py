@@ -59,8 +59,10 @@ class LanguageModel(TemplateLM):
         super().__init__()
         config = view.config
         if not config.continues_text:
-            what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
-            raise UserError("tasks", what, "leave it out, or name a run that continues text")
+            problem = (
+                f"was trained with objective.kind={config.objective.kind}, and continues no text"
+            )
+            raise UserError("tasks", problem, "leave it out, or name a run that continues text")
         self._view = view
         self._device = best_device()
         self._model = model.to(self._device)
@@ -113,8 +115,8 @@ class LanguageModel(TemplateLM):
         """Return a conversation as the text after which the model writes its next response. Raises
         UserError for one that the template can't write."""
         if not add_generation_prompt:
-            what = "begins the response itself (gen_prefix), which isn't done in chats"
-            raise UserError(self.title or "tasks", what, "ask without chat")
+            problem = "begins the response itself (gen_prefix), which isn't done in chats"
+            raise UserError(self.title or "tasks", problem, "ask without chat")
         try:
             return self._template.prompt(chat_history)
         except Unfit as e:
@@ -171,9 +173,9 @@ class LanguageModel(TemplateLM):
         """Return what the model reads: all but the last token, and of too many the last ones.
         Raises UserError if not even the continuation fits."""
         if len(continuation) > self.max_length:
-            what = f"an answer has {len(continuation):,} tokens, and the model reads at most "
+            problem = f"an answer has {len(continuation):,} tokens, and the model reads at most "
             todo = "leave the task out, or name a model that reads more"
-            raise UserError(self.title or "tasks", f"{what}{self.max_length:,}", todo)
+            raise UserError(self.title or "tasks", f"{problem}{self.max_length:,}", todo)
         return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
 
     def _count_cut(self, request: Instance, tokens: int) -> None:
@@ -239,12 +241,12 @@ class LanguageModel(TemplateLM):
         wanted = normalize_gen_kwargs(dict(given), _MOST_TOKENS)
         most = wanted["max_gen_toks"]
         if other := [key for key in wanted if key not in _READ and wanted[key] not in (None, 1)]:
-            what = f"its generation_kwargs hold {', '.join(other)}, and this model reads only "
-            raise UserError(self.title or "tasks", what + ", ".join(_READ), "take it out")
+            problem = f"its generation_kwargs hold {', '.join(other)}, and this model reads only "
+            raise UserError(self.title or "tasks", problem + ", ".join(_READ), "take it out")
         if most >= self.max_length:
-            what = f"wants answers of {most:,} tokens, and the model reads {self.max_length:,}"
+            problem = f"wants answers of {most:,} tokens, and the model reads {self.max_length:,}"
             todo = "set max_gen_toks to less in generation_kwargs of its file"
-            raise UserError(self.title or "tasks", what, todo)
+            raise UserError(self.title or "tasks", problem, todo)
         ids = self.tok_encode(prompt) or [self._prefix]
         self._count_cut(request, len(ids) + most - self.max_length)
         ids = ids[-(self.max_length - most) :]
@@ -258,8 +260,8 @@ class LanguageModel(TemplateLM):
         return self._spelling.decode([token], skip_special_tokens=False)
 
     def _without_tokens(self, context: str, continuation: str) -> UserError:
-        what = f"its answer {continuation!r} has no token of its own after {context[-20:]!r}"
-        return UserError(self.title or "tasks", what, 'set target_delimiter in its file to " "')
+        problem = f"its answer {continuation!r} has no token of its own after {context[-20:]!r}"
+        return UserError(self.title or "tasks", problem, 'set target_delimiter in its file to " "')
 
 
 def special_ids(view: RunView, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -296,11 +298,11 @@ def _sampler(wanted: Mapping[str, Any]) -> Sampler:
     sample is wanted without a temperature: HFLM refuses that too."""
     how = {key: wanted[key] for key in _SAMPLING if wanted.get(key) is not None}
     if wanted.get("do_sample") and not how.get("temperature"):
-        what = "do_sample is true, without a temperature above 0"
+        problem = "do_sample is true, without a temperature above 0"
         todo = "set temperature in the task's file, such as temperature: 1.0, or take do_sample out"
-        raise UserError("generation_kwargs", what, todo)
+        raise UserError("generation_kwargs", problem, todo)
     try:
         return Sampler(**{"temperature": 0.0, **how})
     except ValueError as e:
-        what = str(e).partition(";")[0].rstrip(".")
-        raise UserError("generation_kwargs", what, "change it in the task's file") from None
+        problem = str(e).partition(";")[0].rstrip(".")
+        raise UserError("generation_kwargs", problem, "change it in the task's file") from None

@@ -97,8 +97,10 @@ def _prepare(found: Loaded, own: dict[str, int | None], shots: int | None) -> No
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         given = own[task.task_name]
         if given == 0 and shots:
-            what = f"the task {task.task_name} always has 0 examples: its file says num_fewshot: 0"
-            raise UserError("shots", what, "leave shots out, or take that line out of its file")
+            problem = (
+                f"the task {task.task_name} always has 0 examples: its file says num_fewshot: 0"
+            )
+            raise UserError("shots", problem, "leave shots out, or take that line out of its file")
         task.set_config(key="num_fewshot", value=(given or 0) if shots is None else shots)
 
 

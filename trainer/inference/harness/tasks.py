@@ -46,8 +46,8 @@ def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
     for name in names:
         if name not in files and name not in manager.task_index:
             near = ", ".join(nearest_first(name, manager.all_tasks)[:_NEAR])
-            what = f"{name!r} is neither a task of lm_eval nor a file"
-            raise UserError("tasks", what, f"did you mean one of {near}?")
+            problem = f"{name!r} is neither a task of lm_eval nor a file"
+            raise UserError("tasks", problem, f"did you mean one of {near}?")
         found[name] = _loaded(manager, name, files.get(name), contents.get(name))
     return found
 
@@ -59,15 +59,15 @@ def _is_file(name: str) -> bool:
 def _content(name: str, path: Path) -> dict[str, Any]:
     """Return what is in a task's file, its functions as their names. Raises UserError."""
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "there is no such file"
-        raise UserError(name, what, "name the .yaml file of a task, or a task of lm_eval")
+        problem = "is a directory" if path.is_dir() else "there is no such file"
+        raise UserError(name, problem, "name the .yaml file of a task, or a task of lm_eval")
     try:
         found = load_yaml(path, resolve_func=False)
     except (yaml.YAMLError, ValueError, OSError) as e:
         raise UserError(name, f"can't be read as YAML ({_line(e)})", "correct it") from None
     if not any(isinstance(found.get(key), str) for key in ("task", "group")):
-        what = "is no task of lm_eval: it has neither the key `task` nor `group`"
-        raise UserError(name, what, "give the task a name, such as task: mine")
+        problem = "is no task of lm_eval: it has neither the key `task` nor `group`"
+        raise UserError(name, problem, "give the task a name, such as task: mine")
     return found
 
 
@@ -82,18 +82,18 @@ def _loaded(
         # `load` would name tasks of two files that are alike.
         found = _group_of(manager, file, content) or manager._load_spec(name)
     except ModuleNotFoundError as e:
-        what = f"needs the package {e.name}, which isn't installed"
-        raise UserError(name, what, f"pip install {e.name}") from None
+        problem = f"needs the package {e.name}, which isn't installed"
+        raise UserError(name, problem, f"pip install {e.name}") from None
     except (OSError, DatasetsError) as e:
         raise _without_data(name, content, e) from None
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, TemplateError) as e:
-        what = f"lm_eval can't make a task of it ({type(e).__name__}: {_line(e)})"
-        raise UserError(name, what, "correct its file") from e
+        problem = f"lm_eval can't make a task of it ({type(e).__name__}: {_line(e)})"
+        raise UserError(name, problem, "correct its file") from e
     for task in leaves(found):
         if getattr(task, "UNSAFE_CODE", False):
-            what = "runs code that the model writes"
+            problem = "runs code that the model writes"
             todo = "run it in a container, by lm_eval with forescale.open_run(...).language_model()"
-            raise UserError(name, what, todo)
+            raise UserError(name, problem, todo)
         if getattr(task, "MULTIMODAL", False):
             raise UserError(name, "asks about pictures or sounds", "name a task of text")
     return found
@@ -112,15 +112,17 @@ def _without_data(name: str, content: dict[str, Any], error: Exception) -> UserE
     """Return the error of a task whose data is not on this machine."""
     where = content.get("dataset_path")
     if where in _FILES or (isinstance(where, str) and Path(where).exists()):
-        what = f"its data can't be read ({_line(error)})"
-        return UserError(name, what, "name files that exist, as seen from the current directory")
-    what = f"needs the dataset {where or 'of its tasks'} of the Hugging Face hub, which isn't here"
+        problem = f"its data can't be read ({_line(error)})"
+        return UserError(name, problem, "name files that exist, as seen from the current directory")
+    problem = (
+        f"needs the dataset {where or 'of its tasks'} of the Hugging Face hub, which isn't here"
+    )
     loads = f"`datasets.load_dataset({where!r})`" if where else "datasets.load_dataset"
     todo = (
         f"run {loads} where there is a network and copy its cache (HF_HOME), "
         "or write a task file with dataset_path: json and data_files of your own"
     )
-    return UserError(name, what, todo)
+    return UserError(name, problem, todo)
 
 
 def leaves(found: Loaded) -> list[Task]:

@@ -41,7 +41,7 @@ class Event:
     since the epoch, None if unknown."""
 
     sort: str
-    what: str
+    text: str
     step: int | None
     time: float | None
 
@@ -69,10 +69,10 @@ def _beginning(attempt: Attempt, launch: Launch, is_first: bool) -> Event | None
     if is_first and parent.checkpoint is None:
         return None
     if is_first:
-        what = f"began with step {parent.step:,} of another run, {masked(parent.checkpoint or '')}"
-        return Event("note", what, parent.step, launch.begun)
-    what = f"attempt {attempt.number} resumed from step {parent.step:,}"
-    return Event("restart", what, parent.step, launch.begun)
+        text = f"began with step {parent.step:,} of another run, {masked(parent.checkpoint or '')}"
+        return Event("note", text, parent.step, launch.begun)
+    text = f"attempt {attempt.number} resumed from step {parent.step:,}"
+    return Event("restart", text, parent.step, launch.begun)
 
 
 def _rollback(attempt: Attempt, before: list[Row]) -> Event:
@@ -81,13 +81,13 @@ def _rollback(attempt: Attempt, before: list[Row]) -> Event:
     rows = select(before, kind="rollback")
     if parent is None:
         return Event("rollback", "rolled back", None, None)
-    what = f"rolled back from step {parent.rolled_back_from:,} to {parent.step:,}"
+    text = f"rolled back from step {parent.rolled_back_from:,} to {parent.step:,}"
     if rows and rows[-1].get("reason"):
-        what += f": {rows[-1]['reason']}"
+        text += f": {rows[-1]['reason']}"
     if parent.skipped:
         first, end = parent.skipped[-1]
-        what += f"; samples {first:,} to {end - 1:,} are skipped for good"
-    return Event("rollback", what, parent.rolled_back_from, rows[-1]["time"] if rows else None)
+        text += f"; samples {first:,} to {end - 1:,} are skipped for good"
+    return Event("rollback", text, parent.rolled_back_from, rows[-1]["time"] if rows else None)
 
 
 def _end(launch: Launch, status: Status, rows: list[Row]) -> Event | None:
@@ -116,10 +116,10 @@ def _recorded(rows: list[Row], status: Status, attempt: Attempt) -> Iterator[Eve
             continue
         facts = {name: x for name, x in row.items() if name not in _OWN and x is not None}
         said = ", ".join(f"{name.replace('_', ' ')} {_short(x)}" for name, x in facts.items())
-        what = kind.replace("_", " ") + (f": {said}" if said else "")
+        text = kind.replace("_", " ") + (f": {said}" if said else "")
         step = row.get("step")
         is_step = isinstance(step, int) and not isinstance(step, bool)
-        yield Event(_SORTS.get(kind, "note"), what, step if is_step else None, row.get("time"))
+        yield Event(_SORTS.get(kind, "note"), text, step if is_step else None, row.get("time"))
 
 
 def _short(value: Any) -> str:

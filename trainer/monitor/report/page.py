@@ -163,17 +163,17 @@ def picture(runs: Sequence[Run], x: str, form: str) -> bytes:
         for run, label in zip(runs, labels(runs), strict=True)
     ]
     if not any(run.curves.lines for run in drawn):
-        what = "has made no step yet, so there is no loss to draw"
-        raise UserError(_joined([run.label for run in drawn]), what, "look again later")
+        problem = "has made no step yet, so there is no loss to draw"
+        raise UserError(_joined([run.label for run in drawn]), problem, "look again later")
     made = laid_out(drawn, x)
     if form == ".svg":
         return svg(made)
     try:
         return png(made)
     except ModuleNotFoundError as e:
-        what = f"a PNG is drawn by {e.name}, which isn't installed"
+        problem = f"a PNG is drawn by {e.name}, which isn't installed"
         todo = "give a name that ends with .svg, or pip install 'forescale[study]'"
-        raise UserError("output", what, todo) from None
+        raise UserError("output", problem, todo) from None
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:

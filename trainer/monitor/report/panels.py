@@ -139,7 +139,7 @@ def _run(run: Drawn, colour: str, dash: str) -> dict[str, Any]:
         "dropped": [{"x": _places(line.x), **_line(line)} for line in curves.dropped],
         "broken": [_place(curves, step) for step in curves.broken[:_MOST_EVENTS]],
         "events": [
-            {"sort": e.sort, "what": e.what, "x": _place(curves, e.step)}
+            {"sort": e.sort, "what": e.text, "x": _place(curves, e.step)}
             for e in _drawn(run.events)
         ],
         "saves": [_place(curves, step) for step in run.saves],

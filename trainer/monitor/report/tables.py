@@ -148,9 +148,9 @@ def happened(runs: Sequence[Shown]) -> Section:
     made.rows = [[*["run"] * several, "step", "when (UTC)", "what"]]
     for label, e in found[:_MOST_ROWS]:
         sign, colour, _ = LOOKS[e.sort]
-        what = Markup('<b style="color: {}">{}</b> {}').format(colour, sign, e.what)
+        text = Markup('<b style="color: {}">{}</b> {}').format(colour, sign, e.text)
         step = _whole(e.step) if e.step is not None else "-"
-        made.rows.append([*[label] * several, step, moment(e.time), what])
+        made.rows.append([*[label] * several, step, moment(e.time), text])
     if len(found) > _MOST_ROWS:
         made.after = [f"And {len(found) - _MOST_ROWS:,} more, in the runs' events.jsonl."]
     return made
@@ -184,7 +184,7 @@ def key_of_events(runs: Sequence[Shown]) -> list[tuple[Cell, str]]:
     """Return the signs that the charts use, with their colours."""
     sorts = {e.sort for run in runs for e in run.events if e.step is not None}
     return [
-        (Markup("{} {}").format(escape(sign), what), colour)
-        for sort, (sign, colour, what) in LOOKS.items()
+        (Markup("{} {}").format(escape(sign), text), colour)
+        for sort, (sign, colour, text) in LOOKS.items()
         if sort in sorts
     ]

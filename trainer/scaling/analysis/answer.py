@@ -84,8 +84,8 @@ class StudyFit:
             self.notes.append("The table has no tokens: D is computed as C / 6N.")
         size, form = self.job.size, laws.FORMS[self.job.form]
         if "expansion" in form.columns and "parameters" not in table and size != "active":
-            what = f"{size} counts experts that a token doesn't use, the law {form.name} doesn't"
-            raise UserError("size", what, "write size=active")
+            problem = f"{size} counts experts that a token doesn't use, the law {form.name} doesn't"
+            raise UserError("size", problem, "write size=active")
         return points(table, size, self.job.cost, where)
 
     def _group(self) -> None:
@@ -111,8 +111,8 @@ class StudyFit:
             budgets = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
         kept = near_best(table["loss"].to_numpy(), budgets, near)
         if not kept.all():
-            what = f"within {near:.0%} of the least loss of their budget, or its best three"
-            self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {what}.")
+            problem = f"within {near:.0%} of the least loss of their budget, or its best three"
+            self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {problem}.")
         return kept
 
     @property
@@ -173,8 +173,8 @@ class StudyFit:
 
     def _note_weights(self) -> None:
         if self.job.weights in ("noise", "both") and not self.noise.freedom:
-            what = "No two runs differ by their seed alone"
-            self.notes.append(f"{what}: a noise of {self.noise.at:.1%} is assumed for all runs.")
+            problem = "No two runs differ by their seed alone"
+            self.notes.append(f"{problem}: a noise of {self.noise.at:.1%} is assumed for all runs.")
         if self.job.weights != "none" and "budget" in self.table:
             self.notes.append("The backtests fit the law without weights.")
 
@@ -276,9 +276,9 @@ class StudyFit:
         if kind != "noise":
             c = t.flops or self.per_token() * (t.parameters or 0.0) * (t.tokens or 0.0)
             if not c:
-                what = f"weights={kind} needs the target's compute"
+                problem = f"weights={kind} needs the target's compute"
                 todo = "write target.flops=, or target.parameters= and target.tokens="
-                raise UserError("weights", what, todo)
+                raise UserError("weights", problem, todo)
         return weigh(spent(points), None if kind == "distance" else self.noise, c)
 
     @cached_property

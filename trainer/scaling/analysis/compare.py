@@ -126,8 +126,8 @@ class Comparison:
             f"{side.name} goes from {side.losses[0]:.4g} to {side.losses[1]:.4g}"
             for side in (self.a, self.b)
         ]
-        what = f"no loss is reached by both within the compute of their runs: {', '.join(spans)}"
-        return what, "add runs to one of them, or compare beyond the runs with target.flops="
+        problem = f"no loss is reached by both within the compute of their runs: {', '.join(spans)}"
+        return problem, "add runs to one of them, or compare beyond the runs with target.flops="
 
     def _target(self) -> Array:
         """Return the loss that A reaches at the target, (1,) or (0,)."""
@@ -290,7 +290,7 @@ def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> C
                 laws.allocation(made.form, made.fit.vector)
         except UserError as e:
             todo = "compare with form=chinchilla, or another law of N and D"
-            raise UserError(f"form={job.form}", e.what, todo) from None
+            raise UserError(f"form={job.form}", e.problem, todo) from None
         c = spent(made.points)
         least, greatest = np.log(c.min() / BEYOND), np.log(c.max() * BEYOND)
         own = None if made.form.columns == ("flops",) else ratio
@@ -306,8 +306,10 @@ def _expect_comparable(tables: Sequence[pd.DataFrame]) -> None:
             continue
         one, other = (sorted(map(str, table[name].dropna().unique())) for table in tables)
         if one != other and one and other:
-            what = f"losses are not comparable: {name} is {', '.join(one)} and {', '.join(other)}"
-            raise UserError("study compare", what, "compare runs that share it")
+            problem = (
+                f"losses are not comparable: {name} is {', '.join(one)} and {', '.join(other)}"
+            )
+            raise UserError("study compare", problem, "compare runs that share it")
 
 
 def as_dict(made: Comparison) -> dict[str, Any]:

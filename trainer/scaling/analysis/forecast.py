@@ -55,8 +55,8 @@ def write_forecast(
     branches = _branches(made, predicted, target or made.job.target, run)
     earlier = read_forecasts(folder)
     if any(forecast.facts["target"]["run"] == run for forecast in earlier):
-        what = f"has a forecast already, in {folder}"
-        raise UserError(run, what, "name another run: a run is forecast once")
+        problem = f"has a forecast already, in {folder}"
+        raise UserError(run, problem, "name another run: a run is forecast once")
     factor = predicted.extrapolation_factor
     facts: dict[str, Any] = {
         "target": {
@@ -95,8 +95,10 @@ def _branches(made: StudyFit, end: Prediction, target: TargetPoint, run: str) ->
     found = []
     for tokens in target.branches:
         if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
-            what = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
-            raise UserError("target.branches", what, "give the tokens at which shorter decays end")
+            problem = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
+            raise UserError(
+                "target.branches", problem, "give the tokens at which shorter decays end"
+            )
         point = made.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
         assert point is not None  # both N and D are given
         _refuse_known(made.records, run, end.parameters, tokens, made.job.size)
@@ -110,16 +112,16 @@ def _point(p: Prediction) -> dict[str, Any]:
 
 
 def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) -> None:
-    what = "has a record already, so it can't be predicted"
+    problem = "has a record already, so it can't be predicted"
     if "name" in table and (table["name"] == run).any():
-        raise UserError(run, what, "make a forecast before the run is trained")
+        raise UserError(run, problem, "make a forecast before the run is trained")
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     if sizes is None or "tokens" not in table:
         return
     near = (np.abs(np.log(sizes / n)) < SAME) & (np.abs(np.log(table["tokens"] / d)) < SAME)
     if near.any():
-        what = f"a run of {n:.4g} parameters on {d:.4g} tokens {what}"
-        raise UserError("target", what, "choose an N or D that no run has")
+        problem = f"a run of {n:.4g} parameters on {d:.4g} tokens {problem}"
+        raise UserError("target", problem, "choose an N or D that no run has")
 
 
 def data_hash(points: Points) -> str:

@@ -68,8 +68,8 @@ def finished(table: pd.DataFrame, job: StudyJob, name: str) -> Finished:
         todo = "name the column of each run's compute budget, such as columns={budget: C}"
         raise UserError(name, "has no column 'budget'", todo)
     if (count := table["budget"].nunique()) <= _LEAST:
-        what = f"has {count} budgets with a finite loss, too few for a backtest"
-        raise UserError(name, what, f"give a table with {_LEAST + 1} budgets or more")
+        problem = f"has {count} budgets with a finite loss, too few for a backtest"
+        raise UserError(name, problem, f"give a table with {_LEAST + 1} budgets or more")
     made = points(with_tokens(table, job.size), job.size, job.cost, name)
     for column in ("parameters", "tokens"):
         made.log(column)  # raises UserError if it is missing

@@ -112,12 +112,12 @@ def predict(made: "StudyFit", target: TargetPoint) -> Prediction | None:
     columns, n, d, c = run_of(made, target)
     factor = c / float(spent(made.points).max())
     if factor > FAR and not target.far:
-        what = f"needs {factor:.0f} times the compute of the largest run"
+        problem = f"needs {factor:.0f} times the compute of the largest run"
         todo = (
             f"add larger runs, or write target.far=true for a prediction beyond {FAR:.0f} times, "
             "where errors are known only from much nearer forecasts"
         )
-        raise UserError("target", what, todo)
+        raise UserError("target", problem, todo)
 
     def loss(values: Array) -> Array:
         return made.form.predict(values, **columns)[..., 0]
@@ -162,18 +162,18 @@ def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, f
     form, per = made.form, made.per_token()
     held = {"expansion": t.expansion} if "expansion" in form.columns else {}
     if held and t.expansion is None:
-        what = f"has no expansion, which the law {form.name} reads"
-        raise UserError("target", what, "write target.expansion=, 1 for a dense model")
+        problem = f"has no expansion, which the law {form.name} reads"
+        raise UserError("target", problem, "write target.expansion=, 1 for a dense model")
     if form.columns == ("flops",):
         if c is None:
-            what = f"has no flops, which the law {form.name} reads"
-            raise UserError("target", what, "write target.flops=")
+            problem = f"has no flops, which the law {form.name} reads"
+            raise UserError("target", problem, "write target.flops=")
         return {"flops": c}, float("nan"), float("nan"), c
     if n is None and d is None and c is not None:
         if "unique_tokens" in form.columns:
-            what = "does not say how often data is repeated, which the law reads"
+            problem = "does not say how often data is repeated, which the law reads"
             todo = "write target.parameters= and target.tokens= instead"
-            raise UserError("target.flops", what, todo)
+            raise UserError("target.flops", problem, todo)
         best = laws.compute_optimal(form, made.fit.vector, c, per, **held)
         n, d = float(best[0][0]), float(best[1][0])
     elif n is None or d is None:

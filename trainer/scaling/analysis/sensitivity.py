@@ -99,14 +99,14 @@ def _row(
     return SensitivityRow(*names, p, law.values, a, (low, high), loss)
 
 
-def conventions(table: pd.DataFrame, what: str) -> dict[str, Array]:
+def conventions(table: pd.DataFrame, problem: str) -> dict[str, Array]:
     """Return the ways in which a table counts "parameters" or "flops", (n,) each, by name.
 
     Conventions with equal numbers are one, under all of their names. A convention that some run
     lacks is absent.
     """
-    prefix = f"{what}_"
-    found = {_OWN: table[what]} if what in table else {}
+    prefix = f"{problem}_"
+    found = {_OWN: table[problem]} if problem in table else {}
     found |= {c.removeprefix(prefix): table[c] for c in map(str, table) if c.startswith(prefix)}
     groups: dict[tuple[float, ...], list[str]] = {}
     for name, column in found.items():

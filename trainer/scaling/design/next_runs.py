@@ -59,10 +59,10 @@ def recommend(
     if the law's runs have no N or D, or if no candidate costs less than the cap.
     """
     if not (candidates.flops <= cap).any():
-        what = (
+        problem = (
             f"the cheapest candidate costs {candidates.flops.min():.3g} FLOPs, more than the cap "
         )
-        raise UserError("cap", f"{what}of {cap:.3g}", "raise it")
+        raise UserError("cap", f"{problem}of {cap:.3g}", "raise it")
     own, variances = choose(law, candidates, target, cap)
     deviations = np.sqrt(variances)
     return [
@@ -82,8 +82,8 @@ def candidates_of(common: Common, low: float, high: float, known: Points) -> Run
     runs in `known`. Raises UserError if none is left.
     """
     if not 0 < low <= high:
-        what = f"{high:.3g} FLOPs are less than the cheapest run of the study, {low:.3g}"
-        raise UserError("cap", what, "raise it")
+        problem = f"{high:.3g} FLOPs are less than the cheapest run of the study, {low:.3g}"
+        raise UserError("cap", problem, "raise it")
     shapes = dict[int, float]()
     for n in _steps(common.centre(low) / _SPREAD, common.centre(high) * _SPREAD, 10**0.2):
         with suppress(UserError):
@@ -98,8 +98,8 @@ def candidates_of(common: Common, low: float, high: float, known: Points) -> Run
         and not _is_known(known, n, budget / per)
     ]
     if not rows:
-        what = f"no model of this family has {low:.3g} to {high:.3g} FLOPs within one epoch"
-        raise UserError("cap", what, "change it, or train on more data")
+        problem = f"no model of this family has {low:.3g} to {high:.3g} FLOPs within one epoch"
+        raise UserError("cap", problem, "change it, or train on more data")
     n, d, c = np.array(rows).T
     return RunSet(n, d, c)
 

@@ -102,9 +102,11 @@ class StudyPlan:
         Raises UserError if the plan would cost more than its cap."""
         found = self.with_stage(stage)
         if found.high > self.cap:
-            what = f"stage {stage.number}{around} raises the plan's cost to {found.high:.3g} FLOPs,"
-            what += f" more than the cap of {self.cap:.3g}"
-            raise UserError("cap", what, "plan a new study with more, or end this one here")
+            problem = (
+                f"stage {stage.number}{around} raises the plan's cost to {found.high:.3g} FLOPs,"
+            )
+            problem += f" more than the cap of {self.cap:.3g}"
+            raise UserError("cap", problem, "plan a new study with more, or end this one here")
         return found
 
     def centre_next_stage(
@@ -167,8 +169,8 @@ class Grid:
         powers = [2 * i / (self.sizes - 1) - 1 for i in range(self.sizes)]
         shapes = common.family.nearest([centre * self.spread**p for p in powers])
         if len(shapes) < _SIZES:
-            what = f"only {len(shapes)} different models exist around {centre:.3g} parameters"
-            raise UserError("sizes", what, "raise plan.spread, or take larger budgets")
+            problem = f"only {len(shapes)} different models exist around {centre:.3g} parameters"
+            raise UserError("sizes", problem, "raise plan.spread, or take larger budgets")
         sizes = enumerate(shapes)
         drafts = [partial(make_cell, common, f"s{stage}-n{i}", stage, s, budget) for i, s in sizes]
         found = with_rate_sweeps(drafts)
@@ -205,18 +207,18 @@ def isoflop_grid(common: Common, grid: Grid, cap: float) -> StudyPlan:
     costs more than the cap (the message says what would fit).
     """
     if len(grid.budgets) < _BUDGETS or list(grid.budgets) != sorted(set(grid.budgets)):
-        what = f"{len(grid.budgets)} are given; they must be {_BUDGETS} or more and increase"
-        raise UserError("budgets", what, "give 5 or more, half a decade apart")
+        problem = f"{len(grid.budgets)} are given; they must be {_BUDGETS} or more and increase"
+        raise UserError("budgets", problem, "give 5 or more, half a decade apart")
     if grid.sizes < _SIZES or grid.spread <= 1:
-        what = f"{grid.sizes} sizes over a factor of {grid.spread:g} determine no parabola"
-        raise UserError("sizes", what, "give 5 to 7, over a factor of 2 to 4")
+        problem = f"{grid.sizes} sizes over a factor of {grid.spread:g} determine no parabola"
+        raise UserError("sizes", problem, "give 5 to 7, over a factor of 2 to 4")
 
     def made(g: Grid) -> StudyPlan:
         try:
             stages = tuple(g.stage(common, i + 1) for i in range(len(g.budgets)))
         except UserError as e:
-            what = f"no grid can start at {g.budgets[0]:.3g} FLOPs ({e.where}: {e.what})"
-            raise UserError("cap", what, "raise it, or plan fewer budgets or sizes") from None
+            problem = f"no grid can start at {g.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
+            raise UserError("cap", problem, "raise it, or plan fewer budgets or sizes") from None
         notes = [f"{len(g.budgets)} budgets; 5 or more are better"] * (len(g.budgets) < 5)
         notes += [f"{g.sizes} sizes per budget; 5 to 7 are better"] * (not 5 <= g.sizes <= 7)
         return StudyPlan("isoflop", common, stages, cap, g, tuple(notes))
@@ -239,8 +241,8 @@ def ladder(
     them. Raises UserError as `isoflop_grid` does.
     """
     if len(sizes) < _SIZES or len(set(multiples)) < 2 or min(multiples) <= 0:
-        what = f"{len(sizes)} sizes and {len(set(multiples))} multiples determine no law"
-        raise UserError("sizes", what, "give three or more sizes, and two or more multiples")
+        problem = f"{len(sizes)} sizes and {len(set(multiples))} multiples determine no law"
+        raise UserError("sizes", problem, "give three or more sizes, and two or more multiples")
 
     def made(ns: Sequence[float], ms: Sequence[float]) -> StudyPlan:
         middle = RATIO * geometric_mean(ms)
@@ -271,8 +273,8 @@ def explicit(common: Common, runs: Sequence[tuple[float, float]], cap: float) ->
     size branch off one trunk. Raises UserError as `isoflop_grid` does."""
     ns = sorted({n for n, _ in runs})
     if len(ns) < _SIZES:
-        what = f"{len(runs)} runs have fewer than {_SIZES} different sizes"
-        raise UserError("runs", what, "give (N, D) of three or more sizes")
+        problem = f"{len(runs)} runs have fewer than {_SIZES} different sizes"
+        raise UserError("runs", problem, "give (N, D) of three or more sizes")
     shapes, cells = dict(zip(ns, common.family.series(ns), strict=True)), list[Cell]()
     for i, (n, d) in enumerate(runs):
         aim = geometric_mean([other for size, other in runs if size == n])
@@ -297,21 +299,21 @@ def _within_cap(plan: StudyPlan, cheaper: Iterator[tuple[str, StudyPlan]]) -> St
     that fits, or with the cheapest."""
     if plan.high <= plan.cap:
         return plan
-    what = f"the plan costs up to {plan.high:.3g} FLOPs, more than the cap of {plan.cap:.3g}"
+    problem = f"the plan costs up to {plan.high:.3g} FLOPs, more than the cap of {plan.cap:.3g}"
     todo = "raise it, or remove runs"
     for text, other in cheaper:
         if other.high <= plan.cap:
-            raise UserError("cap", what, f"{text} cost {other.high:.3g} and fit")
+            raise UserError("cap", problem, f"{text} cost {other.high:.3g} and fit")
         todo = f"raise it; the cheapest such plan, {text}, costs {other.high:.3g}"
-    raise UserError("cap", what, todo)
+    raise UserError("cap", problem, todo)
 
 
 def _sweep_cells(stage: StudyStage, losses: Mapping[str, float]) -> list[Cell]:
     """The cells of the learning-rate sweeps. Raises UserError if some have no loss yet."""
     swept = {name for c in stage.cells for name in c.waits_for}
     if missing := sorted(swept - set(losses)):
-        what = f"{len(missing)} cells have no loss yet, such as {missing[0]}"
-        raise UserError(f"stage {stage.number}", what, "wait until they have ended")
+        problem = f"{len(missing)} cells have no loss yet, such as {missing[0]}"
+        raise UserError(f"stage {stage.number}", problem, "wait until they have ended")
     return [c for c in stage.cells if c.name in swept]
 
 

@@ -94,19 +94,21 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
             raise UserError("plan.arguments", f"{key} is set by the study itself", todo)
     train = compose(TrainJob, keys.shared)
     if train.train.first_batch is not None:
-        what = "would make runs shorter than their cells, whose steps have one batch each"
-        raise UserError("train.first_batch", what, "leave it out, and train.batch_ramp")
+        problem = "would make runs shorter than their cells, whose steps have one batch each"
+        raise UserError("train.first_batch", problem, "leave it out, and train.batch_ramp")
     if not isinstance(train.model, ModelConfig):
         todo = "choose a model=CHOICE whose width and layers forescale sets"
         raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
     if not train.objective.is_next_token:
-        what = f"objective {train.objective.kind} has other targets than each next token, which D, "
-        what += "C and the laws of a study count"
+        problem = (
+            f"objective {train.objective.kind} has other targets than each next token, which D, "
+        )
+        problem += "C and the laws of a study count"
         todo = "take it out, and compare runs of it by `forescale eval`"
-        raise UserError("plan.arguments", what, todo)
+        raise UserError("plan.arguments", problem, todo)
     if keys.micro_batch % keys.ranks:
-        what = f"{keys.micro_batch} windows don't divide by plan.ranks={keys.ranks}"
-        raise UserError("plan.micro_batch", what, f"make it a multiple of {keys.ranks}")
+        problem = f"{keys.micro_batch} windows don't divide by plan.ranks={keys.ranks}"
+        raise UserError("plan.micro_batch", problem, f"make it a multiple of {keys.ranks}")
     vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate
     embedded = embedded_vocabulary(train.data)

@@ -64,10 +64,10 @@ class Recipe:
     def _expect_windows(self, unit: int, ranks: int) -> None:
         least = unit * min(1.0, self.batch)
         if least % ranks or least * self.first_batch % ranks:
-            what = f"of {unit} windows makes no whole ones a rank of batch={self.batch:g}"
-            what += f" first_batch={self.first_batch:g}" if self.first_batch < 1 else ""
+            problem = f"of {unit} windows makes no whole ones a rank of batch={self.batch:g}"
+            problem += f" first_batch={self.first_batch:g}" if self.first_batch < 1 else ""
             todo = f"write another factor, or plan.micro_batch={8 * ranks}"
-            raise UserError("plan.micro_batch", what, todo)
+            raise UserError("plan.micro_batch", problem, todo)
 
 
 def recipes_of(
@@ -85,8 +85,8 @@ def recipes_of(
     for name, given in named.items():
         dials = {k: _factor(name, k, given) for k in _DIALS}
         if name == BASE and set(dials.values()) != {1.0}:
-            what = "has batch=, first_batch= or aspect=, which are factors of its own"
-            raise UserError("plan.base", what, "give them to a candidate")
+            problem = "has batch=, first_batch= or aspect=, which are factors of its own"
+            raise UserError("plan.base", problem, "give them to a candidate")
         own = tuple(a for a in given if a.partition("=")[0] not in dials)
         for argument in own:
             key = argument.partition("=")[0].lstrip("+")
@@ -98,14 +98,14 @@ def recipes_of(
                 raise UserError(f"recipe {name}", f"{key} is set by the study itself", todo)
         job = compose(TrainJob, ["train.steps=1000", *shared, *own])
         if not isinstance(job.model, ModelConfig) or not job.objective.is_next_token:
-            what = (
+            problem = (
                 "has a model or an objective whose compute and loss the base's can't be compared to"
             )
-            raise UserError(f"recipe {name}", what, "leave it out")
+            raise UserError(f"recipe {name}", problem, "leave it out")
         if job.train.first_batch is not None:
-            what = "train.first_batch is a number of windows, for batches of any size"
+            problem = "train.first_batch is a number of windows, for batches of any size"
             todo = f"write first_batch=0.25: a quarter at first, over {GROWS:.0%} of the tokens"
-            raise UserError(f"recipe {name}", what, todo)
+            raise UserError(f"recipe {name}", problem, todo)
         base = base or job
         optimizer = job.optimizer
         is_typed = any(a.startswith(f"{_RATE}=") for a in own)

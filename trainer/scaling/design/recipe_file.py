@@ -30,8 +30,10 @@ def read_recipes(
     found = {BASE: own}
     for name in candidates:
         if name in found:
-            what = f"names {name} twice" if name != BASE else f"can't have a recipe called {BASE}"
-            raise UserError("plan.candidates", what, "give each candidate once, by another name")
+            problem = (
+                f"names {name} twice" if name != BASE else f"can't have a recipe called {BASE}"
+            )
+            raise UserError("plan.candidates", problem, "give each candidate once, by another name")
         found[name] = own + [t for part in name.split("+") for t in _named(where, known, part)]
     return found
 
@@ -40,14 +42,14 @@ def _read(path: Path) -> dict[str, list[str]]:
     try:
         known = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        what = f"can't be read as YAML ({' '.join(str(e).split())[:200]})"
-        raise UserError(str(path), what, "correct plan.recipes=FILE") from None
+        problem = f"can't be read as YAML ({' '.join(str(e).split())[:200]})"
+        raise UserError(str(path), problem, "correct plan.recipes=FILE") from None
     if not isinstance(known, dict):
         raise UserError(str(path), "holds no recipes", "write NAME: [KEY=VALUE, ...]")
     for name, given in known.items():
         if not isinstance(given, list) or not all(isinstance(t, str) and "=" in t for t in given):
-            what = f"{name} is no list of arguments"
-            raise UserError(str(path), what, f"write {name}: [KEY=VALUE, ...]")
+            problem = f"{name} is no list of arguments"
+            raise UserError(str(path), problem, f"write {name}: [KEY=VALUE, ...]")
     return {str(name): given for name, given in known.items()}
 
 

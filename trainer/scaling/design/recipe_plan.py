@@ -96,12 +96,12 @@ def recipe_plan(
         try:
             recipe.common(common).family  # noqa: B018 - raises UserError for sizes without a ratio
         except UserError as e:
-            raise UserError(f"recipe {recipe.name}", f"{e.where} {e.what}", e.todo) from None
+            raise UserError(f"recipe {recipe.name}", f"{e.where} {e.problem}", e.todo) from None
     try:
         stages = [recipe_stage(common, grid, recipes, i + 1) for i in range(len(grid.budgets))]
     except UserError as e:
-        what = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.what})"
-        raise UserError("plan.cap", what, "raise it, or plan fewer recipes or budgets") from None
+        problem = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
+        raise UserError("plan.cap", problem, "raise it, or plan fewer recipes or budgets") from None
     number, highest = len(stages) + 1, stages[grid.top - 1]
     once = sum({c.recipe: c.cost for c in highest.cells}.values())
     fresh = StudyStage(number, highest.budget, (), 0.0, grid.fresh * once, exact=False)
@@ -122,10 +122,10 @@ def _expect_within_cap(plan: StudyPlan) -> None:
     if plan.high <= plan.cap:
         return
     over = max(plan.cells, key=lambda c: c.cost - (c.budget or 0.0))
-    what = f"the plan costs up to {plan.high:.3g} FLOPs, more than the cap of {plan.cap:.3g}: "
-    what += f"{over.name} costs {over.cost:.3g}, and its budget is {over.budget:.3g}"
+    problem = f"the plan costs up to {plan.high:.3g} FLOPs, more than the cap of {plan.cap:.3g}: "
+    problem += f"{over.name} costs {over.cost:.3g}, and its budget is {over.budget:.3g}"
     todo = "raise it, or plan fewer budgets or recipes with smaller batches"
-    raise UserError("plan.cap", what, todo)
+    raise UserError("plan.cap", problem, todo)
 
 
 def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:

@@ -104,8 +104,8 @@ class Family:
         aspect: Aspect = GPT3,
     ):
         if convention not in SIZES:
-            what = f"'{convention}' is no convention of N"
-            raise UserError("size", what, f"choose from {', '.join(SIZES)}")
+            problem = f"'{convention}' is no convention of N"
+            raise UserError("size", problem, f"choose from {', '.join(SIZES)}")
         if not (base.vocab_size or vocab_size):
             todo = "give plan.vocab_size, the vocabulary size of the tokenizer"
             raise UserError("model.vocab_size", "is not known, but sizes depend on it", todo)
@@ -149,8 +149,8 @@ class Family:
         heads make no whole groups, which those of `widths` do."""
         head = self.head_dim(width)
         if width % (self._group * head):
-            what = f"of width {width} has no whole groups of {self._group} heads"
-            raise UserError("model", what, "change the base model")
+            problem = f"of width {width} has no whole groups of {self._group} heads"
+            raise UserError("model", problem, "change the base model")
         over, under = self._mlp
         if not over:
             over, under = (8, 3) if MLPS[self._base.mlp].is_gated else (4, 1)
@@ -224,9 +224,11 @@ class Family:
         best = self.model(*min(sizes, key=lambda s: abs(math.log(self._size(*s) / wanted))))
         found = Shape(float(wanted), self.convention, best)
         if abs(found.error) > most:
-            what = f"no model has about {wanted:.3g} parameters ({self.convention}); the nearest "
-            what += f"has {found.parameters:,} with a vocabulary of {best.sizes.vocab_size:,}"
-            raise UserError("N", what, "choose another size, or a smaller vocabulary")
+            problem = (
+                f"no model has about {wanted:.3g} parameters ({self.convention}); the nearest "
+            )
+            problem += f"has {found.parameters:,} with a vocabulary of {best.sizes.vocab_size:,}"
+            raise UserError("N", problem, "choose another size, or a smaller vocabulary")
         return found
 
     def nearest(self, wanted: Sequence[float]) -> list[Shape]:
@@ -241,10 +243,10 @@ class Family:
         found = [self.solve(n) for n in wanted]
         for one, other in pairwise(found):
             if other.parameters <= one.parameters:
-                what = f"{one.wanted:.4g} and {other.wanted:.4g} parameters give the same model"
+                problem = f"{one.wanted:.4g} and {other.wanted:.4g} parameters give the same model"
                 if other.wanted <= one.wanted:
-                    what = f"{other.wanted:.4g} comes after {one.wanted:.4g}"
-                raise UserError("sizes", what, "give sizes in increasing order, further apart")
+                    problem = f"{other.wanted:.4g} comes after {one.wanted:.4g}"
+                raise UserError("sizes", problem, "give sizes in increasing order, further apart")
         return found
 
 

@@ -168,8 +168,8 @@ def expected(
         except UserError:
             continue
     if len(rows) * 2 < draws:
-        what = f"in {draws - len(rows)} of {draws} draws its runs could not determine the law"
-        raise UserError("design", what, "plan more sizes and budgets, further apart")
+        problem = f"in {draws - len(rows)} of {draws} draws its runs could not determine the law"
+        raise UserError("design", problem, "plan more sizes and budgets, further apart")
     found = np.array(rows)
     return Expected(
         half=dict(zip(_LEVELS, np.median(found[:, 0:2], axis=0).tolist(), strict=True)),

@@ -101,9 +101,9 @@ def law_doubts(replicates: Replicates, level: float = 0.9) -> list[str]:
     found += [f"The fit is not certified: {p}." for p in certificate.problems]
     rivals = [m for m in certificate.minima[1:] if m.objective < _RIVAL * made.value]
     if rivals:
-        what = ", ".join(f"{k} {v:.4g}" for k, v in rivals[0].values.items())
+        problem = ", ".join(f"{k} {v:.4g}" for k, v in rivals[0].values.items())
         found.append(
-            f"Another minimum is nearly as low: {what}. Add runs that tell them apart, of other "
+            f"Another minimum is nearly as low: {problem}. Add runs that tell them apart, of other "
             "N and D."
         )
     return found
@@ -119,8 +119,8 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
         gone = [s for s in symbols if s != "E" and (s in edges or _lost(replicates, s) > _ABSENT)]
     ends = dict(zip(symbols, replicates.interval(level).T, strict=True))
     if gone:
-        what = [f"{edges[s]} of its range" for s in gone if s in edges]
-        what += [
+        problem = [f"{edges[s]} of its range" for s in gone if s in edges]
+        problem += [
             f"{s} at an end of its range in {_lost(replicates, s):.0%} of refits"
             for s in gone
             if s not in edges
@@ -128,7 +128,7 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
         a = _allocation(replicates, level)
         means = f" N* ∝ C^{a[0]:.2f} then means nothing." if a else ""
         found.append(
-            f"The runs don't determine the law: {', '.join(what)}.{means} Add runs with other N "
+            f"The runs don't determine the law: {', '.join(problem)}.{means} Add runs with other N "
             "and D, or fit a law with fewer parameters, such as form=shared-exponent."
         )
     elif (a := _allocation(replicates, level)) and a[2] - a[1] > _WIDE:
@@ -185,7 +185,7 @@ def target_doubts(points: Points, target: Target) -> list[str]:
     if n is not None and d is not None:
         cases.append(("D/N", target.tokens / target.parameters, d / n, _FAR_RATIO))
     found = []
-    for what, value, runs, limit in cases:
+    for name, value, runs, limit in cases:
         if runs is None or not np.isfinite(value):
             continue
         low, high = float(runs.min()), float(runs.max())
@@ -195,8 +195,8 @@ def target_doubts(points: Points, target: Target) -> list[str]:
             low / value, "below the least"
         )  # fmt: skip
         found.append(
-            f"The target's {what}, {value:.3g}, is {by:.2g} times {side} of the {len(points)} runs "
-            f"({low:.3g} to {high:.3g}), where nothing tests the law. Add runs with {what} nearer "
+            f"The target's {name}, {value:.3g}, is {by:.2g} times {side} of the {len(points)} runs "
+            f"({low:.3g} to {high:.3g}), where nothing tests the law. Add runs with {name} nearer "
             "to the target's."
         )
     return found

@@ -164,8 +164,8 @@ def clusters(
     """
     names, place = np.unique(np.asarray(groups), return_inverse=True)
     if place.shape != (len(fit.points),) or len(names) < 2:
-        what = f"{len(place)} runs in {len(names)} groups, for a fit of {len(fit.points)} runs"
-        raise UserError("groups", what, "name the trunk of each run; there must be two or more")
+        problem = f"{len(place)} runs in {len(names)} groups, for a fit of {len(fit.points)} runs"
+        raise UserError("groups", problem, "name the trunk of each run; there must be two or more")
     rng = np.random.default_rng(seed)
     parts = [
         replicates(fit, weights=counts(rng, len(names), part)[:, place])
@@ -275,8 +275,8 @@ def replicates(
     y = np.asarray(fit.points.loss)[None] if losses is None else np.asarray(losses, dtype=float)
     for name, given in (("weights", w), ("losses", y)):
         if given.ndim != 2 or given.shape[1] != n:
-            what = f"the shape is {given.shape}, for a fit of {n} runs"
-            raise UserError(name, what, f"give (replicates, {n})")
+            problem = f"the shape is {given.shape}, for a fit of {n} runs"
+            raise UserError(name, problem, f"give (replicates, {n})")
     w, y = w * fit.weights, np.log(y)
     R = max(len(w), len(y))
     w, y = np.broadcast_to(w, (R, n)), (y if len(y) == 1 else np.broadcast_to(y, (R, n)))

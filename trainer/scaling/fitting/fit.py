@@ -179,8 +179,8 @@ def task_of(form: Form, points: Points, goal: Objective, fixed: Mapping[str, flo
     at = design(form, points)
     low, high = form.bounds(at, np.log(points.loss))
     if strange := set(fixed) - set(form.symbols):
-        what = f"the law has no parameter {', '.join(sorted(strange))}"
-        raise UserError(form.name, what, f"fix some of {', '.join(form.symbols)}")
+        problem = f"the law has no parameter {', '.join(sorted(strange))}"
+        raise UserError(form.name, problem, f"fix some of {', '.join(form.symbols)}")
     if fixed:
         held = np.array([float(fixed.get(s, np.nan)) for s in form.symbols])
         theta = form.internal(held[None], at.centre)[0]
@@ -323,8 +323,8 @@ def certificate_of(
 def _weights(points: Points, given: ArrayLike | None) -> Array:
     w = np.ones(len(points)) if given is None else np.array(given, dtype=float)
     if w.shape != (len(points),) or not np.isfinite(w).all() or (w < 0).any():
-        what = "the weights are not one finite number per run, zero or more"
-        raise UserError(points.where, what, "leave them out, or give one per run")
+        problem = "the weights are not one finite number per run, zero or more"
+        raise UserError(points.where, problem, "leave them out, or give one per run")
     return w
 
 
@@ -335,11 +335,11 @@ def _refuse_underdetermined(task: Task, points: Points, w: Array) -> None:
     seen = np.stack([at.logs[c] for c in form.columns])[:, w > 0]
     different = np.unique(seen, axis=1).shape[1]
     if different < free:
-        what = f"{different} different runs don't determine the {free} parameters of {form.name}"
-        raise UserError(points.where, what, "add runs, or fit a law with fewer parameters")
+        problem = f"{different} different runs don't determine the {free} parameters of {form.name}"
+        raise UserError(points.where, problem, "add runs, or fit a law with fewer parameters")
     if np.ptp(points.loss[w > 0]) == 0:
-        what = "all runs have the same loss, which determines no law"
-        raise UserError(points.where, what, "check its column; add runs with other losses")
+        problem = "all runs have the same loss, which determines no law"
+        raise UserError(points.where, problem, "check its column; add runs with other losses")
     for c, x in zip(form.columns, seen, strict=True):
         if np.ptp(x) == 0 and c != "unique_tokens" and free == form.size:
             todo = "add runs with others"
@@ -349,5 +349,5 @@ def _refuse_underdetermined(task: Task, points: Points, w: Array) -> None:
     if "unique_tokens" in form.columns and "tokens" in form.columns:
         repeats = points.log("tokens") > points.log("unique_tokens")
         if not repeats[w > 0].any():
-            what = "no run repeats its data"
-            raise UserError(points.where, what, "fit a law without repeated data")
+            problem = "no run repeats its data"
+            raise UserError(points.where, problem, "fit a law without repeated data")

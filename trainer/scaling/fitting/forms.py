@@ -125,8 +125,8 @@ class Form(ABC):
         if not isinstance(values, Mapping):
             return np.asarray(values, dtype=float)
         if set(values) != set(self.symbols):
-            what = f"the parameters are {', '.join(self.symbols)}, not {', '.join(values)}"
-            raise UserError(self.name, what, "give exactly these")
+            problem = f"the parameters are {', '.join(self.symbols)}, not {', '.join(values)}"
+            raise UserError(self.name, problem, "give exactly these")
         return np.array([values[s] for s in self.symbols], dtype=float)
 
     def predict(self, values: Mapping[str, float] | ArrayLike, **columns: ArrayLike) -> Array:
@@ -138,8 +138,8 @@ class Form(ABC):
         vector = self.vector(values)
         given = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}
         if missing := set(self.columns) - set(given):
-            what = f"the law reads {', '.join(self.columns)}; missing: {', '.join(missing)}"
-            raise UserError(self.name, what, "give all of them")
+            problem = f"the law reads {', '.join(self.columns)}; missing: {', '.join(missing)}"
+            raise UserError(self.name, problem, "give all of them")
         logs = dict(zip(given, np.broadcast_arrays(*given.values()), strict=True))
         zero = dict.fromkeys(self.columns, 0.0)
         theta = self.internal(vector.reshape(-1, self.size), zero)

@@ -135,8 +135,8 @@ def isoflop(
             fits.append((x[rows], points.loss[rows]))
     if len(vertices) < 2:
         whys = "; ".join(f"{r.budget:.2g} FLOPs: {r.why}" for r in refusals)
-        what = f"{len(vertices)} of {len(groups)} budgets have a vertex ({whys})"
-        raise UserError(points.where, what, "add runs on both sides of each optimum")
+        problem = f"{len(vertices)} of {len(groups)} budgets have a vertex ({whys})"
+        raise UserError(points.where, problem, "add runs on both sides of each optimum")
     c, best = np.log([v.budget for v in vertices]), np.log([v.parameters for v in vertices])
     rng = np.random.default_rng(seed)
     drawn = _redrawn(fits, count, rng)

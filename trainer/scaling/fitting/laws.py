@@ -287,8 +287,8 @@ def compute_optimal(
     others = [c for c in form.columns if c not in ("parameters", "tokens")]
     for name in others:
         if not held.get(name):
-            what = f"the law reads the {name.replace('_', ' ')}"
-            raise UserError(form.name, what, f"give {name}=")
+            problem = f"the law reads the {name.replace('_', ' ')}"
+            raise UserError(form.name, problem, f"give {name}=")
     vector = form.vector(values)
     budget = np.log(np.atleast_1d(np.asarray(flops, dtype=float)) / per_parameter_token)
     zero = dict.fromkeys(form.columns, 0.0)

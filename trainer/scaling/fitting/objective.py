@@ -34,8 +34,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.on not in ("log", "loss") or not self.delta >= 0:
-            what = f"there is no objective with delta={self.delta} on '{self.on}'"
-            raise UserError("objective", what, "give a delta of 0 to inf, on 'log' or 'loss'")
+            problem = f"there is no objective with delta={self.delta} on '{self.on}'"
+            raise UserError("objective", problem, "give a delta of 0 to inf, on 'log' or 'loss'")
 
     @classmethod
     def of(cls, delta: float | None, on: str) -> "Objective":

@@ -45,21 +45,23 @@ class Points:
             found = sorted(set(self.convention))
             if len(found) > 1:
                 counts = ", ".join(f"{list(self.convention).count(c)} by '{c}'" for c in found)
-                what = f"the runs have different conventions ({counts})"
-                raise UserError(self.where, what, "count N, D, C and loss alike for all runs")
+                problem = f"the runs have different conventions ({counts})"
+                raise UserError(self.where, problem, "count N, D, C and loss alike for all runs")
             object.__setattr__(self, "convention", found[0] if found else "")
 
     def _checked(self, name: str, given: ArrayLike) -> Array:
         values = np.array(given, dtype=float)
         where = f"{self.where}: {name}"
         if values.ndim != 1 or values.shape != np.shape(self.loss):
-            what = f"the shape is {values.shape}, but that of the losses is {np.shape(self.loss)}"
-            raise UserError(where, what, "give one number per run")
+            problem = (
+                f"the shape is {values.shape}, but that of the losses is {np.shape(self.loss)}"
+            )
+            raise UserError(where, problem, "give one number per run")
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if bad.size:
             more = f" and {bad.size - 1} more" if bad.size > 1 else ""
-            what = f"{values[bad[0]]} of run {bad[0]}{more} is not a finite positive number"
-            raise UserError(where, what, "leave such runs out")
+            problem = f"{values[bad[0]]} of run {bad[0]}{more} is not a finite positive number"
+            raise UserError(where, problem, "leave such runs out")
         values.flags.writeable = False
         return values
 

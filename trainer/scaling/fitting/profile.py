@@ -48,11 +48,11 @@ def profiles(made: Fit, level: float) -> list[Profile]:
     if not isinstance(form, PowerSum):
         raise UserError(form.name, "is no sum of power laws", "profile another law")
     if made.objective.delta == 0:
-        what = "least absolute deviations have no profile interval"
-        raise UserError("delta=0", what, "give delta=1e-3, or delta=null for least squares")
+        problem = "least absolute deviations have no profile interval"
+        raise UserError("delta=0", problem, "give delta=1e-3, or delta=null for least squares")
     if n <= form.size:
-        what = f"{n} runs leave none to tell the scatter of {form.size} parameters"
-        raise UserError(made.points.where, what, "add runs")
+        problem = f"{n} runs leave none to tell the scatter of {form.size} parameters"
+        raise UserError(made.points.where, problem, "add runs")
     limit = float(fdtri(1, n - form.size, level)) / _scale(made)
     alone = [t.coefficient for t in form.terms if not t.exponent]
     return [_profile(made, symbol, limit) for symbol in (*alone, *form.exponents)]
@@ -70,8 +70,8 @@ def _scale(made: Fit) -> float:
     size = float((w**2 * np.clip(r[used], -goal.delta, goal.delta) ** 2).sum()) / (n - p)
     bend = float((w * (np.abs(r[used]) <= goal.delta)).mean())
     if not size > 0 or not bend > 0:
-        what = "the scatter of its residuals can't be told"
-        raise UserError(made.points.where, what, "give a larger delta, or delta=null")
+        problem = "the scatter of its residuals can't be told"
+        raise UserError(made.points.where, problem, "give a larger delta, or delta=null")
     return 2 * bend / size / float(made.weights[used].mean())
 
 

@@ -97,12 +97,12 @@ def read_export(path: Path) -> Export:
         raise UserError(str(path), "there is no such file", "check the path") from None
     except (OSError, EOFError, zlib.error, ValueError, ImportError, RecursionError,
             OverflowError) as e:  # fmt: skip
-        what = f"can't be read as a table ({(str(e).splitlines() or [type(e).__name__])[0]})"
+        problem = f"can't be read as a table ({(str(e).splitlines() or [type(e).__name__])[0]})"
         todo = (
             "give a CSV or TSV with a header (.csv, .tsv, .csv.gz, .tsv.gz), parquet, JSON lines, "
             "or a directory of JSON files"
         )
-        raise UserError(str(path), what, todo) from None
+        raise UserError(str(path), problem, todo) from None
     if {"config", "summary", "name"} <= set(table.columns):  # the example in wandb's manual
         return _of_objects(path, [_parsed(path, row) for row in table.to_dict("records")])
     if metrics := _metrics(table):
@@ -174,8 +174,10 @@ def _of_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> Export:
     if not any(of_wandb):
         return _of_runs_table(pd.json_normalize(objects))
     if not all(of_wandb):
-        what = f"{of_wandb.count(False)} of its {len(objects)} objects have no config and summary"
-        raise UserError(str(path), what, "leave them out")
+        problem = (
+            f"{of_wandb.count(False)} of its {len(objects)} objects have no config and summary"
+        )
+        raise UserError(str(path), problem, "leave them out")
     table = pd.DataFrame([_row(o) for o in objects])
     return Export(table, "name", "state" if "state" in table else None)
 
@@ -247,5 +249,5 @@ def _parsed(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
         trees = {name: ast.parse(row[name], mode="eval") for name in ("config", "summary")}
         return row | {k: ast.literal_eval(_Numbers().visit(tree)) for k, tree in trees.items()}
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # "[" * 1000
-        what = f"config and summary of {row['name']} are not dicts"
-        raise UserError(str(path), what, "write them as Python dicts or JSON objects") from None
+        problem = f"config and summary of {row['name']} are not dicts"
+        raise UserError(str(path), problem, "write them as Python dicts or JSON objects") from None

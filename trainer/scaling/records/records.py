@@ -249,8 +249,8 @@ def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
     """
     mixed = [(name, table[name].nunique()) for name in HELD if name in table]
     if found := [f"{n} different values of {name}" for name, n in mixed if n > 1]:
-        what = f"losses are not comparable: the runs have {' and '.join(found)}"
-        raise UserError(where, what, "fit only runs that share them")
+        problem = f"losses are not comparable: the runs have {' and '.join(found)}"
+        raise UserError(where, problem, "fit only runs that share them")
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     costs = table.get("flops", table.get(f"flops_{cost}"))
     columns = {"parameters": sizes, "flops": costs, "tokens": table.get("tokens")}

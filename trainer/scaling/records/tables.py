@@ -50,8 +50,10 @@ def of_export(
         raise UserError(str(path), "has no rows", "give a table with a row for each run")
     if kept.empty:
         why = next(iter(refused.values())).why
-        what = f"none of its {len(table)} runs is finished and has {', '.join(chosen)}"
-        raise UserError(str(path), f"{what}; of the first, {why}", "choose other rows or columns")
+        problem = f"none of its {len(table)} runs is finished and has {', '.join(chosen)}"
+        raise UserError(
+            str(path), f"{problem}; of the first, {why}", "choose other rows or columns"
+        )
     made = {o: _numbers(path, t, kept[t]) if o in NUMERIC else kept[t] for o, t in chosen.items()}
     return _expect_budgets(path, pd.DataFrame(made)), list(refused.values())
 
@@ -73,10 +75,10 @@ def _expect_budgets(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         return table.drop(columns="budget", errors="ignore")
     if (bad := table.index[~table["budget"].between(SMALLEST, LARGEST)]).size:
         cell = table["budget"][bad[0]]
-        what = "is empty" if math.isnan(cell) else f"{cell:g} is not a positive number"
+        problem = "is empty" if math.isnan(cell) else f"{cell:g} is not a positive number"
         where = f"{path}, budget of row {bad[0]}"
         todo = "give each run the budget that it belongs to, or leave out the column"
-        raise UserError(where, what, todo)
+        raise UserError(where, problem, todo)
     return table
 
 
@@ -113,5 +115,7 @@ def _must_have(path: Path, table: pd.DataFrame, names: Sequence[str]) -> None:
     for name in names:
         if name not in table.columns:
             near = ", ".join(map(repr, nearest_first(name, map(str, table.columns))[:3]))
-            what = f"has no column {name!r}"
-            raise UserError(str(path), what, f"the nearest of its {len(table.columns)} are {near}")
+            problem = f"has no column {name!r}"
+            raise UserError(
+                str(path), problem, f"the nearest of its {len(table.columns)} are {near}"
+            )

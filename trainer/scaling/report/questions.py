@@ -79,7 +79,7 @@ def backtest_task(job: StudyJob) -> int:
     with shown() as progress:
         rows, refused = judge.forecasts_of(read_ladders(job), job, progress)
     for one in refused:
-        print(f"Note: {one.where} is left out: {one.what}.", file=sys.stderr)
+        print(f"Note: {one.where} is left out: {one.problem}.", file=sys.stderr)
     found = judge.scores(rows)
     if job.json:
         return _print(judge.as_dict(found))

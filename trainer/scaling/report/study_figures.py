@@ -103,7 +103,7 @@ def _text(forecast: Forecast) -> str:
 
 
 def sweep_responses(
-    found: Sequence[SweepResponse], what: str, shades: Mapping[float, str]
+    found: Sequence[SweepResponse], problem: str, shades: Mapping[float, str]
 ) -> go.Figure:
     """Responses to learning rates or batches. what: "learning rate" or "batch".
 
@@ -113,7 +113,7 @@ def sweep_responses(
     every = np.concatenate([c.values / c.best for c in found])
     highest = max(100 * float(c.rise[np.isfinite(c.rise)].max()) for c in found)
     top = max(highest, _HALF) * _ABOVE
-    title = f"{what}, relative to the best"
+    title = f"{problem}, relative to the best"
     figure = style.axes(title, "loss above the least of its sweep (%)",
                           {**style.logarithmic(every), **_multiples(every)},
                           {"zeroline": True, "zerolinecolor": FAINT,
@@ -130,7 +130,7 @@ def sweep_responses(
                 figure.add_trace(thin.update(line_width=0.7))
     for c in found:
         colour = shades.get(c.budget, INK) if c.budget else INK
-        texts, there = _texts(c, what), np.isfinite(c.losses)
+        texts, there = _texts(c, problem), np.isfinite(c.losses)
         edge = np.zeros(len(c.values), dtype=bool)
         edge[c.found] = not c.inside
         x, y = c.values / c.best, np.where(there, 100 * c.rise, top)
@@ -159,14 +159,14 @@ def _dashes(found: Sequence[SweepResponse]) -> list[str]:
     return [_LINES[sizes[c.stage].index(c.parameters) % len(_LINES)] for c in found]
 
 
-def _texts(c: SweepResponse, what: str) -> list[str]:
+def _texts(c: SweepResponse, problem: str) -> list[str]:
     lines = [f"<b>{wrapped(c.cell)}</b>", f"stage {c.stage}", f"N {c.parameters:,.0f}"]
     found = []
     for i, (value, loss) in enumerate(zip(c.values, c.losses, strict=True)):
         own = f"loss {loss:.5g}" if math.isfinite(loss) else "diverged"
         edge = [wrapped("The best of the sweep, but at its edge: no optimum.")]
         more = edge if i == c.found and not c.inside else []
-        found.append("<br>".join([*lines, f"{what} {value:.4g}", own, *more]))
+        found.append("<br>".join([*lines, f"{problem} {value:.4g}", own, *more]))
     return found
 
 

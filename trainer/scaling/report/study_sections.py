@@ -98,8 +98,8 @@ def _response(seen: StudyEvidence, shades: Shades) -> Section:
     section.rows = [
         ["cell", "sweep", "N", "D", "runs", "from", "to", "best", "gap", "optimum inside"]
     ]
-    for what, found in (("learning rate", seen.rate_sweeps), ("batch", seen.batch_sweeps)):
-        section.rows += [_row(what, c) for c in found]
+    for problem, found in (("learning rate", seen.rate_sweeps), ("batch", seen.batch_sweeps)):
+        section.rows += [_row(problem, c) for c in found]
     section.after = [*_edges(seen), *_gap(seen)]
     n = sum(len(c.values) for c in (*seen.rate_sweeps, *seen.batch_sweeps))
     section.rests = f"From {n} runs of {_cells(len(seen.rate_sweeps) + len(seen.batch_sweeps))}."
@@ -110,25 +110,25 @@ def _budgets(seen: StudyEvidence) -> set[float | None]:
     return {c.budget for c in (*seen.rate_sweeps, *seen.batch_sweeps)}
 
 
-def _row(what: str, c: SweepResponse) -> list[Cell]:
+def _row(problem: str, c: SweepResponse) -> list[Cell]:
     left = "" if c.gap is None else percent(c.gap)
     ends = [number(c.values[0], 3), number(c.values[-1], 3)]
     best, inside = number(c.best, 3), "yes" if c.inside else "no"
     size: list[Cell] = [number(c.parameters), number(c.tokens)]
-    return [c.cell, what, *size, str(len(c.values)), *ends, best, left, inside]
+    return [c.cell, problem, *size, str(len(c.values)), *ends, best, left, inside]
 
 
 def _edges(seen: StudyEvidence) -> list[Cell]:
     found: list[Cell] = []
-    for what, sweeps in (("learning rates", seen.rate_sweeps), ("batches", seen.batch_sweeps)):
+    for problem, sweeps in (("learning rates", seen.rate_sweeps), ("batches", seen.batch_sweeps)):
         for c in sweeps:
             if not c.inside:
                 found.append(
                     Markup("{}: the best of {} {}, {}, is at the edge of the sweep; it is no "
-                           "optimum.").format(c.cell, len(c.values), what, number(c.best, 3))
+                           "optimum.").format(c.cell, len(c.values), problem, number(c.best, 3))
                 )  # fmt: skip
             if gone := sum(math.isinf(x) for x in c.losses):
-                found.append(f"{c.cell}: {gone} of {len(c.values)} {what} diverged.")
+                found.append(f"{c.cell}: {gone} of {len(c.values)} {problem} diverged.")
     return found
 
 

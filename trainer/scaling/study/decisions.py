@@ -115,9 +115,9 @@ def _expect_a_loss(stage: StudyStage, losses: dict[str, float]) -> None:
             tried.setdefault(c.shape.parameters, []).append(losses[c.name])
     for n, found in tried.items():
         if not np.isfinite(found).any():
-            what = f"none of {len(found)} learning rates at N={n:,} gave a loss"
+            problem = f"none of {len(found)} learning rates at N={n:,} gave a loss"
             todo = "see forescale study status; then launch with launch.retry=true, or plan anew"
-            raise UserError(f"stage {stage.number}", what, todo)
+            raise UserError(f"stage {stage.number}", problem, todo)
 
 
 def _centre(study: Study, stage: StudyStage, log: Log) -> None:
@@ -230,8 +230,8 @@ def add_target(study: Study, log: Log) -> None:
     cell = make_cell(ruled, TARGET, number, shape, tokens=tokens, role="target")
     forecast_cells(study, table, [cell], log)
     if not any(c.facts["target"]["run"] == TARGET for c in read_forecasts(study.forecasts)):
-        what = "has no forecast, so it is not trained"
-        raise UserError("target", what, "see the reason above")
+        problem = "has no forecast, so it is not trained"
+        raise UserError("target", problem, "see the reason above")
     stage = StudyStage(number, None, (cell,), cell.cost, cell.cost, exact=True)
     made = replace(study.plan, stages=(*study.plan.stages, stage))
     study.revise(made, "target_added", stage=number, cell=cell.name)

@@ -51,8 +51,8 @@ class Study:
     def __init__(self, folder: Path):
         self.folder, self._ended = folder, dict[str, CellState]()
         if not self._plan.is_file():
-            what = "holds no plan of a study"
-            raise UserError(str(folder), what, "make one: forescale study plan study=NAME")
+            problem = "holds no plan of a study"
+            raise UserError(str(folder), problem, "make one: forescale study plan study=NAME")
         self.rows = RowWriter(folder / "events.jsonl")
 
     @classmethod
@@ -86,8 +86,8 @@ class Study:
         try:
             return plan_file.load(read_json(self._plan))
         except (KeyError, TypeError, ValueError) as e:
-            what = f"is no plan that this version can read ({e})"
-            raise UserError(str(self._plan), what, "restore it, or plan a new study") from None
+            problem = f"is no plan that this version can read ({e})"
+            raise UserError(str(self._plan), problem, "restore it, or plan a new study") from None
 
     @property
     def forecasts(self) -> Path:
@@ -102,9 +102,9 @@ class Study:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            what = "is being launched by another process"
+            problem = "is being launched by another process"
             todo = "see forescale study status, or stop that process first"
-            raise UserError(str(self.folder), what, todo) from None
+            raise UserError(str(self.folder), problem, todo) from None
         try:
             yield
         finally:
@@ -149,9 +149,9 @@ class Study:
         made = [*shared, *typed]
         for text in made:
             if not text.isprintable() or text.startswith("-"):
-                what = f"{text!r} is no argument KEY=VALUE of forescale train"
+                problem = f"{text!r} is no argument KEY=VALUE of forescale train"
                 todo = "restore the files of the study, or plan it again"
-                raise UserError(str(self.folder), what, todo)
+                raise UserError(str(self.folder), problem, todo)
         return made
 
     def _recipe_of(self, cell: Cell) -> list[str]:
@@ -255,8 +255,8 @@ class Study:
 def must_be_free(folder: Path) -> None:
     """Raise UserError if a study has been launched in this directory."""
     if any((folder / "cells").glob("*/config.yaml")):
-        what = "has been launched, so its plan can't be replaced"
-        raise UserError(str(folder), what, "choose another study=NAME")
+        problem = "has been launched, so its plan can't be replaced"
+        raise UserError(str(folder), problem, "choose another study=NAME")
 
 
 def _is_set_by(recipe: Sequence[str], key: str) -> bool:

@@ -85,6 +85,6 @@ def _two(where: str, table: pd.DataFrame, column: str, groups: list[str]) -> tup
         todo = f"use two of {', '.join(values[:8])}"
         raise UserError("groups", f"no run has {column}={unknown[0]}", todo)
     if len(chosen) != 2 or chosen[0] == chosen[1]:
-        what = f"has {len(values)} values of {column}: {', '.join(values[:8])}"
-        raise UserError(where, what, "name two of them: groups=[A,B]")
+        problem = f"has {len(values)} values of {column}: {', '.join(values[:8])}"
+        raise UserError(where, problem, "name two of them: groups=[A,B]")
     return chosen[0], chosen[1]

@@ -44,8 +44,8 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
     table, refused = of_runs(runs)
     _print_refused(refused)
     if table.empty:
-        what = f"none of {len(runs)} runs is complete and evaluated"
-        raise UserError(" ".join(job.input), what, "train them to their end")
+        problem = f"none of {len(runs)} runs is complete and evaluated"
+        raise UserError(" ".join(job.input), problem, "train them to their end")
     return table, f"{len(table)} runs"
 
 
@@ -77,12 +77,12 @@ def read_each(
             made = judged(table, own, where)
         except UserError as e:
             errors.append(e)
-            print(f"Note: {path} is left out: {e.what}.", file=sys.stderr)
+            print(f"Note: {path} is left out: {e.problem}.", file=sys.stderr)
             continue
         found.append(replace(made, name=stem if stems.count(stem) == 1 else where))
     if not found:
-        what = f"none of {len(paths)} tables can be judged; the first {errors[0].what}"
-        raise UserError("input", what, errors[0].todo)
+        problem = f"none of {len(paths)} tables can be judged; the first {errors[0].problem}"
+        raise UserError("input", problem, errors[0].todo)
     return found
 
 

@@ -52,9 +52,11 @@ def expect_within_cap(study: Study, cell: Cell, under_way: Collection[str]) -> N
     )
     left = cell.cost * (1 - states[cell.name].done)
     if spent + left > study.plan.cap:
-        what = f"{spent:.4g} of {study.plan.cap:.4g} FLOPs are spent or under way"
-        what = f"{what}, and {cell.name} needs {left:.3g} more"
-        raise UserError("plan.cap", what, "end the study here, or plan a new one with a larger cap")
+        problem = f"{spent:.4g} of {study.plan.cap:.4g} FLOPs are spent or under way"
+        problem = f"{problem}, and {cell.name} needs {left:.3g} more"
+        raise UserError(
+            "plan.cap", problem, "end the study here, or plan a new one with a larger cap"
+        )
 
 
 class Launcher:
@@ -170,9 +172,11 @@ class Launcher:
 def _expect_gpus(found: int, at_once: int, ranks: int) -> None:
     if not found or at_once * ranks <= found:
         return
-    what = f"{at_once} at once, {ranks} ranks each, need {at_once * ranks} GPUs; here are {found}"
+    problem = (
+        f"{at_once} at once, {ranks} ranks each, need {at_once * ranks} GPUs; here are {found}"
+    )
     todo = f"write launch.at_once={found // ranks}" if ranks <= found else "use a larger machine"
-    raise UserError("launch.at_once", what, todo)
+    raise UserError("launch.at_once", problem, todo)
 
 
 def summary(study: Study, s: CellState) -> str:

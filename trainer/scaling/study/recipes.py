@@ -106,8 +106,8 @@ def _choose(study: Study, stage: StudyStage, recipe: str, best: Tuned, log: Log)
 def _drop(study: Study, recipe: str, number: int, why: str, log: Log) -> None:
     """Take a recipe without a loss out of the runs that have not begun."""
     if recipe == BASE:
-        what = f"has no rate of the base in stage {number}: {why}"
-        raise UserError(str(study.folder), what, "see forescale study status; then plan anew")
+        problem = f"has no rate of the base in stage {number}: {why}"
+        raise UserError(str(study.folder), problem, "see forescale study status; then plan anew")
     stages = [
         replace(s, cells=tuple(
             c for c in s.cells

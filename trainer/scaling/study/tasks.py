@@ -107,8 +107,8 @@ def _numbers(cells: pd.Series, where: str) -> pd.Series:
     """Return the cells as numbers, NaN if empty. Raises UserError for anything else."""
     numbers = pd.to_numeric(cells, errors="coerce")
     if (bad := numbers.isna() & cells.notna()).any():
-        what = f"{cells[bad].iloc[0]!r} of column {cells.name!r} is no number"
-        raise UserError(where, what, "write plain numbers, and nothing in an empty cell")
+        problem = f"{cells[bad].iloc[0]!r} of column {cells.name!r} is no number"
+        raise UserError(where, problem, "write plain numbers, and nothing in an empty cell")
     return numbers
 
 
@@ -118,11 +118,13 @@ def _outcomes(cells: pd.Series, job: StudyJob, where: str) -> pd.Series:
     values = _numbers(cells, where)
     if job.metric == "loss":
         if (bad := (values <= 0) | np.isinf(values)).any():
-            what = f"{values[bad].iloc[0]:g} of column {cells.name!r} is not a positive number"
-            raise UserError(where, what, "a metric without an upper end is positive, as a loss is")
+            problem = f"{values[bad].iloc[0]:g} of column {cells.name!r} is not a positive number"
+            raise UserError(
+                where, problem, "a metric without an upper end is positive, as a loss is"
+            )
         return values
     if (bad := (values < 0) | (values > 1)).any():
-        what = f"{values[bad].iloc[0]:g} of column {cells.name!r} is not between 0 and 1"
+        problem = f"{values[bad].iloc[0]:g} of column {cells.name!r} is not between 0 and 1"
         todo = "give shares, not percentages; of a task's loss, write metric=loss"
-        raise UserError(where, what, todo)
+        raise UserError(where, problem, todo)
     return 1 - values if job.metric == "error" else values

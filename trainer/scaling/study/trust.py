@@ -21,13 +21,13 @@ def expect_no_code(study: Study) -> None:
     for cell in study.plan.cells:
         for text in study.arguments(cell):
             if re.search(r"\$\{.*:", text) or f"${PREFIX}" in text:
-                what = f"the stored argument {text} reads more than the study's own files"
+                problem = f"the stored argument {text} reads more than the study's own files"
                 todo = "give launch.trust=true if you trust the study"
-                raise UserError(str(study.folder), what, todo)
+                raise UserError(str(study.folder), problem, todo)
     each = [r.arguments for r in study.plan.recipes] or [()]
     jobs = [compose(TrainJob, [*study.job.plan.shared, *own]) for own in each]
     if named := {k: v for job in jobs for k, v in targets(job).items()}:
         key, target = next(iter(named.items()))
-        what = f"plan.arguments names code to run, {key}={target}"
+        problem = f"plan.arguments names code to run, {key}={target}"
         todo = "give launch.trust=true if you trust the study"
-        raise UserError(str(study.folder / "study.yaml"), what, todo)
+        raise UserError(str(study.folder / "study.yaml"), problem, todo)

@@ -119,9 +119,9 @@ class TaskFit:
         self.ideal = form.name == SIGMOID
         if not self.ideal and np.ptp(self.metric) == 0:
             value, count = self.shown(self.metric[0]), len(self.metric)
-            what = f"the metric is {value:.4g} in all {count} rows: the data can't tell how it "
-            what += "changes with the loss"
-            raise UserError(f"{task.where}, {task.name}", what, "add runs whose metric differs")
+            problem = f"the metric is {value:.4g} in all {count} rows: the data can't tell how it "
+            problem += "changes with the loss"
+            raise UserError(f"{task.where}, {task.name}", problem, "add runs whose metric differs")
         if self.ideal:  # as its source: no loss is an accuracy of 1
             loss, metric = np.append(loss, NO_LOSS), np.append(metric, 1.0)
         self.points = Outcomes(metric, task_loss=loss, where=f"{task.where}, {task.name}")

@@ -56,8 +56,8 @@ def ladder(table: pd.DataFrame, job: StudyJob, name: str) -> Ladder:
         raise UserError(name, "no run has a finite loss and the metric", todo)
     found = Ladder(name, table, budgets_of(table, job, name), flops_of(table, job, name))
     if (count := len(np.unique(found.budgets))) < FEWEST:
-        what = f"has {count} budgets with the metric, too few for a backtest"
-        raise UserError(name, what, f"give a table with {FEWEST} budgets or more")
+        problem = f"has {count} budgets with the metric, too few for a backtest"
+        raise UserError(name, problem, f"give a table with {FEWEST} budgets or more")
     return found
 
 
@@ -79,8 +79,10 @@ def forecasts(one: Ladder, job: StudyJob, progress: Progress = silent) -> pd.Dat
             why = made
         progress("backtest", k - FEWEST + 2, len(distinct) - FEWEST + 1, "fits")
     if not rows:
-        what = f"at no origin do the runs determine a law and a link ({why[:1].lower()}{why[1:]})"
-        raise UserError(one.name, what, "add budgets, or runs whose metric differs")
+        problem = (
+            f"at no origin do the runs determine a law and a link ({why[:1].lower()}{why[1:]})"
+        )
+        raise UserError(one.name, problem, "add budgets, or runs whose metric differs")
     return pd.concat(rows, ignore_index=True)
 
 
@@ -98,8 +100,8 @@ def forecasts_of(
     if len(each) == 1 and refused:
         raise refused[0]
     if not found:
-        what = f"none of {len(each)} tables can be judged; the first: {refused[0].what}"
-        raise UserError("input", what, refused[0].todo)
+        problem = f"none of {len(each)} tables can be judged; the first: {refused[0].problem}"
+        raise UserError("input", problem, refused[0].todo)
     return pd.concat(found), refused
 
 
@@ -110,7 +112,7 @@ def _task(one: Ladder, job: StudyJob, known: Array) -> TaskFit | str:
         law = law_of(runs, job, one.name)
         made = TaskFit(Task(OUTCOME, runs, law.table, one.name), job, law)
     except UserError as e:
-        return e.what
+        return e.problem
     return made.unseen.rstrip(".") if made.unseen else made
 
 

@@ -13,7 +13,7 @@ def problems(*overrides):
     """key -> what is wrong and what to do."""
     with pytest.raises(ConfigError) as caught:
         compose(TrainJob, overrides)
-    return {p.key: f"{p.what}; {p.todo}" for p in caught.value.problems}
+    return {p.key: f"{p.problem}; {p.todo}" for p in caught.value.problems}
 
 
 @pytest.mark.parametrize(

@@ -150,4 +150,4 @@ def test_what_is_no_separator_is_one_sentence(separator, said):
     with pytest.raises(UserError) as error:
         separator_id(byte_tokenizer(), separator, END)
     assert error.value.where == "objective.pairs_separator"
-    assert said in error.value.what
+    assert said in error.value.problem

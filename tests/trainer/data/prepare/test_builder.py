@@ -233,7 +233,7 @@ def test_finished_units_of_changed_files_are_not_used(tmp_path):
         source = Files([folder], policy=Policy(undecodable="fail"), unit_bytes=1)
         said = []
         path = build_dataset(
-            source, tmp_path / "d", config, lambda what, *a, **k: said.append(what)
+            source, tmp_path / "d", config, lambda problem, *a, **k: said.append(problem)
         )
         return path, said[0]
 

@@ -46,14 +46,14 @@ def test_a_path_is_taken_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("address", "what"),
+    ("address", "problem"),
     [
         ("s3://bucket/a::b", "has :: in it, which stands for a chain of addresses"),
         ("s3://$FORESCALE_SECRET_NOWHERE@bucket", "FORESCALE_SECRET_NOWHERE, which is not set"),
     ],
 )
-def test_an_address_that_can_not_be_used_is_not_tried_again(address, what):
-    with pytest.raises(UserError, match=what) as caught:
+def test_an_address_that_can_not_be_used_is_not_tried_again(address, problem):
+    with pytest.raises(UserError, match=problem) as caught:
         Folder(address, QUICK).list()
     assert "tried" not in str(caught.value)
 

@@ -115,7 +115,7 @@ def test_a_server_that_hangs_now_and_then_changes_no_token(server, local, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "problem"),
     [
         ("reset", "the connection was interrupted (tried 4 times)"),
         ("close", "closes the connection without an answer (tried 4 times)"),
@@ -126,7 +126,9 @@ def test_a_server_that_hangs_now_and_then_changes_no_token(server, local, tmp_pa
     ],
 )
 @pytest.mark.usefixtures("patient")
-def test_a_lasting_error_ends_the_stream_and_names_file_and_server(server, tmp_path, fault, what):
+def test_a_lasting_error_ends_the_stream_and_names_file_and_server(
+    server, tmp_path, fault, problem
+):
     dataset = Dataset(f"{server.url}/d", tmp_path)
     feed = feed_of(dataset)
     server.always("/d/train-000001.tar", fault)
@@ -134,7 +136,7 @@ def test_a_lasting_error_ends_the_stream_and_names_file_and_server(server, tmp_p
         list(stream(feed, StepShare(BATCH, 4), range(STEPS), 0, workers=2))
     text = sentence(caught)
     assert text.startswith(f"{server.url}/d/train-000001.tar: ")
-    assert what in text
+    assert problem in text
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")

@@ -117,7 +117,7 @@ def test_the_network_fails_in_the_middle_of_a_run(server, opened):
 
 
 @pytest.mark.parametrize(
-    ("fault", "what", "kind"),
+    ("fault", "problem", "kind"),
     [
         (401, "access denied (the server answers 401 Unauthorized)", UserError),
         (403, "access denied (the server answers 403 Forbidden)", UserError),
@@ -127,18 +127,18 @@ def test_the_network_fails_in_the_middle_of_a_run(server, opened):
         (416, "the server answers 416", UserError),
     ],
 )
-def test_errors_that_no_retry_can_fix_are_raised_at_once(server, opened, fault, what, kind):
+def test_errors_that_no_retry_can_fix_are_raised_at_once(server, opened, fault, problem, kind):
     server.always("/d/a.tar", fault)
     with pytest.raises(kind) as caught:
         read(opened())
     text = sentence(caught)
-    assert text.startswith(f"{server.url}/d/a.tar: {what}")
+    assert text.startswith(f"{server.url}/d/a.tar: {problem}")
     assert "check the address" in text
     assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "problem"),
     [
         ("reset", "the connection was interrupted"),
         ("close", "the server closes the connection without an answer"),
@@ -151,24 +151,24 @@ def test_errors_that_no_retry_can_fix_are_raised_at_once(server, opened, fault, 
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_lasting_errors_are_raised_with_the_number_of_tries(server, opened, fault, what):
+def test_lasting_errors_are_raised_with_the_number_of_tries(server, opened, fault, problem):
     server.always("/d/a.tar", fault)
     with pytest.raises(Unreachable) as caught:
         read(opened())
     text = sentence(caught)
-    assert text.startswith(f"{server.url}/d/a.tar: {what}")
+    assert text.startswith(f"{server.url}/d/a.tar: {problem}")
     assert "(tried 4 times); check the address" in text
     assert len(server.asked) == 4
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "problem"),
     [("hang", "the server sent nothing for 0.2 s"), ("half_then_hang", "the server sent nothing")],
 )
-def test_a_server_that_always_hangs_is_reported(server, opened, fault, what):
+def test_a_server_that_always_hangs_is_reported(server, opened, fault, problem):
     server.next_time("/d/small", fault)
     server.always("/d/small", "hang")
-    with pytest.raises(Unreachable, match=what) as caught:
+    with pytest.raises(Unreachable, match=problem) as caught:
         read(opened("small", HASTY))
     assert "tried" in sentence(caught)
 

@@ -101,7 +101,7 @@ def test_starts_ends_rollbacks_and_faults_are_told_in_order(run):
     assert [(e.sort, e.step) for e in found] == [
         ("skipped", 3), ("rollback", 7), ("failure", 9), ("restart", 8), ("interrupted", 10),
     ]  # fmt: skip
-    said = [e.what for e in found]
+    said = [e.text for e in found]
     assert said[1] == (
         "rolled back from step 7 to 4: a loss spike; samples 12 to 19 are skipped for good"
     )

@@ -87,16 +87,16 @@ class Multipliers:
         self.cells, self.lost = cells_of(table, job, where)
         names = sorted({c.recipe for c in self.cells})
         if self.base not in names:
-            what = f"has no recipe {self.base!r} to compare with"
-            raise UserError(where, what, f"write reference=NAME, one of {', '.join(names)}")
+            problem = f"has no recipe {self.base!r} to compare with"
+            raise UserError(where, problem, f"write reference=NAME, one of {', '.join(names)}")
         if len(names) < 2:
             gone = "".join(f"; {lost}".rstrip(".") for lost in self.lost)
-            what = f"has no recipe beside {self.base}{' with a loss' * bool(gone)}{gone}"
-            raise UserError(where, what, "train the others first")
+            problem = f"has no recipe beside {self.base}{' with a loss' * bool(gone)}{gone}"
+            raise UserError(where, problem, "train the others first")
         own = self.of(self.base)
         if len(own) < _BUDGETS:
-            what = f"has {len(own)} budgets of {self.base}, which are no curve"
-            raise UserError(where, what, f"train {self.base} at {_BUDGETS} or more")
+            problem = f"has {len(own)} budgets of {self.base}, which are no curve"
+            raise UserError(where, problem, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
         self._of_base = [_pooled(c) for c in own]
         self.curve = _curve(own, self._of_base)
@@ -264,7 +264,7 @@ def _uneven(cells: Sequence[RecipeCell]) -> list[str]:
 def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
     """Return a sentence for each way in which learning rates are not tuned."""
     found = []
-    for is_so, what in (
+    for is_so, problem in (
         (False, "the best learning rate is at the edge of those that were tried, so that its loss "
                 "may be too high"),
         (None, "fewer than three learning rates were tried, so that its loss may be too high"),
@@ -272,7 +272,7 @@ def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
         at = [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]
         if at:
             more = f" and {len(at) - 4} more" if len(at) > 4 else ""
-            found.append(f"Of {', '.join(at[:4])}{more} {what}.")
+            found.append(f"Of {', '.join(at[:4])}{more} {problem}.")
     return found
 
 

@@ -87,8 +87,8 @@ def cells_of(
             raise UserError(where, f"has no {column} of each run", todo)
     for name in set(HELD) - set(_FREE):
         if name in table and len(kinds := sorted(map(str, table[name].dropna().unique()))) > 1:
-            what = f"losses are not comparable: {name} is {' and '.join(kinds[:2])}"
-            raise UserError(where, what, "compare recipes that share it")
+            problem = f"losses are not comparable: {name} is {' and '.join(kinds[:2])}"
+            raise UserError(where, problem, "compare recipes that share it")
     # A table may say nothing of rates and roles.
     rates = table.get("learning_rate", pd.Series(1.0, table.index)).fillna(1.0).astype(float)
     roles = table.get("role", pd.Series("", table.index))

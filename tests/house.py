@@ -1,0 +1,147 @@
+"""Measures the house and holds its budgets: lines, names, arrows between rooms, small files.
+
+    python tests/house.py                     # the table; exit code 1 if a budget is broken
+    python tests/house.py --names trainer/run # each name that names nothing, with its line
+
+Invariant: reads files as text and syntax trees; imports nothing of the project.
+"""
+
+import argparse
+import ast
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ("trainer", "models", "slurm", "conf")
+# Words that say nothing of what a value is: a name is a noun of the field.
+BANNED = {
+    *("found", "made", "own", "what", "told", "said", "asked", "wanted", "wish", "kept", "given"),
+    *("passed", "shown", "written", "theirs", "ours", "more", "seen"),
+}
+BUDGETS = {
+    "lines of source": 60_000,
+    "lines of tests": 52_000,
+    "lines of the largest room": 9_000,
+    "names that name nothing": 0,
+    "file names that occur twice below a room": 0,
+    "arrows between rooms": 110,
+}
+SHORT = 80  # lines; a file as short that only one other imports belongs into that one
+
+
+def files(*tops: str) -> list[Path]:
+    """Return the Python files below some folders or files of the project, sorted."""
+    roots = [ROOT / top for top in tops]
+    return sorted(p for r in roots for p in ([r] if r.is_file() else r.rglob("*.py")))
+
+
+def lines(path: Path) -> int:
+    """Return the number of lines of a file."""
+    return path.read_text().count("\n")
+
+
+def room(path: Path) -> str:
+    """Return the room of a source file: models, slurm, conf, or a folder or file of trainer."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] != "trainer" else parts[1]
+
+
+def module(path: Path) -> str:
+    """Return the name by which a source file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    inside = parts[1:] if parts[0] == "trainer" else parts
+    return ".".join(("forescale", *(inside[:-1] if inside[-1] == "__init__" else inside)))
+
+
+def names(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) of each definition in a file whose name names nothing."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = node.name
+        else:
+            continue
+        if name.strip("_").lower() in BANNED:
+            yield node.lineno, name
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[Path]:
+    """Return the source files that a file imports, lazily or not."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= (below & known.keys()) or {node.module}
+    return {known[name] for name in modules & known.keys()} - {path}
+
+
+def repeated(paths: list[Path]) -> list[str]:
+    """Return the file names that occur twice below a room, as room/name."""
+    counts = Counter((room(p), p.name) for p in paths if p.name != "__init__.py")
+    return sorted(f"{place}/{name}" for (place, name), n in counts.items() if n > 1)
+
+
+def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Return the numbers of the house, and for some of them the places behind it."""
+    paths, tests = files(*SOURCE), files("tests")
+    known = {module(p): p for p in paths}
+    by_room: Counter[str] = Counter()
+    for p in paths:
+        by_room[room(p)] += lines(p)
+    importers: defaultdict[Path, set[Path]] = defaultdict(set)
+    arrows: set[tuple[str, str]] = set()
+    for p in paths:
+        for target in imports(p, known):
+            importers[target].add(p)
+            arrows |= {(room(p), room(target))} if room(p) != room(target) else set()
+    lonely = [p for p in paths if len(importers[p]) == 1 and lines(p) < SHORT]
+    vague = [f"{p.relative_to(ROOT)}:{n} {x}" for p in [*paths, *tests] for n, x in names(p)]
+    twice = repeated(paths)
+    numbers = {
+        "lines of source": sum(by_room.values()),
+        "lines of tests": sum(map(lines, tests)),
+        "lines of the largest room": max(by_room.values()),
+        "files of source": len(paths),
+        "names that name nothing": len(vague),
+        "file names that occur twice below a room": len(twice),
+        "arrows between rooms": len(arrows),
+        f"files under {SHORT} lines that one file imports": len(lonely),
+    }
+    places = {
+        "lines by room": [f"{n:6,} {name}" for name, n in by_room.most_common()],
+        "file names that occur twice below a room": twice,
+        "short files that one file imports": [str(p.relative_to(ROOT)) for p in lonely],
+    }
+    return numbers, places
+
+
+def main() -> int:
+    """Print the numbers beside their budgets; return 1 if a budget is broken."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--names", nargs="+", metavar="PATH", help="list the names in these places")
+    parser.add_argument("--places", action="store_true", help="list what is behind the numbers")
+    options = parser.parse_args()
+    if options.names:
+        for path in files(*options.names):
+            for line, name in names(path):
+                print(f"{path.relative_to(ROOT)}:{line} {name}")
+        return 0
+    numbers, places = measure()
+    broken = [name for name, most in BUDGETS.items() if numbers[name] > most]
+    for name, number in numbers.items():
+        budget = f" of at most {BUDGETS[name]:,}" if name in BUDGETS else ""
+        print(f"{number:8,}{budget:20} {name}{'  TOO MANY' if name in broken else ''}")
+    for title, rows in places.items() if options.places else ():
+        print(f"\n{title}", *rows, sep="\n  ")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
