@@ -15,17 +15,14 @@ FILES = sorted(
 
 # From which rooms a room may import, beside itself: the whole plan of the house. A room stands
 # below those that are allowed to see it. GROUND is seen by all but models and conf.
-GROUND = "errors storage console progress rendezvous addresses imports"
+GROUND = "errors storage console rendezvous"
 ALLOWED = {
     "models": "",
     "conf": "",
-    "addresses": "",
-    "errors": "addresses",
+    "errors": "",
     "storage": "errors",
     "console": "errors",
-    "progress": "console",
     "rendezvous": "",
-    "imports": "",
     "abilities": "",
     "config": "models conf abilities",
     "data": "",

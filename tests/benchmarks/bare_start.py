@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.imports import first_imports
+from forescale.verbs.train import first_imports
 
 
 def main(config: str) -> None:

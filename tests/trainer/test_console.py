@@ -1,4 +1,4 @@
-"""Lengths of time, tables and the console, as every page uses them."""
+"""The terminal: lengths of time, tables, the console, progress."""
 
 import sys
 
@@ -6,8 +6,13 @@ import pytest
 from rich.text import Text
 
 from forescale.console import (
+    Meter,
+    Rates,
+    amount,
     is_terminal,
+    log_line,
     open_console,
+    progress_display,
     span,
     table,
     unchanged_output,
@@ -28,17 +33,17 @@ def test_a_length_of_time_reads_in_its_largest_unit(seconds, text):
 
 
 def test_a_pipe_cuts_nothing_and_numbers_stand_to_the_right(capsys):
-    made = table("run", "loss", left=("run",))
-    made.add_row("a-long-name" * 10, "1.5")
-    made.add_row("b", "12.25")
-    open_console().print(made)
+    columns = table("run", "loss", left=("run",))
+    columns.add_row("a-long-name" * 10, "1.5")
+    columns.add_row("b", "12.25")
+    open_console().print(columns)
     lines = capsys.readouterr().out.splitlines()
     assert "a-long-name" * 10 in lines[1]
     assert [line.rstrip()[-5:].lstrip() for line in lines] == ["loss", "1.5", "12.25"]
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "visible_text"),
     [
         ("a\tb\nc\r\n", "a\tb\nc\r\n"),
         ("\x1b[2J", r"\x1b[2J"),
@@ -48,16 +53,16 @@ def test_a_pipe_cuts_nothing_and_numbers_stand_to_the_right(capsys):
         ("naïve 数据 🙂", "naïve 数据 🙂"),
     ],
 )
-def test_control_characters_are_shown_as_text(text, shown):
-    assert visible(text) == shown
+def test_control_characters_are_shown_as_text(text, visible_text):
+    assert visible(text) == visible_text
 
 
 def test_tables_measure_what_they_show(capsys):
-    made = table("run", "loss", left=("run",))
-    made.add_row(Text("a\x1b[1m"), "1.5")
-    made.add_row("\x1b[31mb", "2.5")
+    columns = table("run", "loss", left=("run",))
+    columns.add_row(Text("a\x1b[1m"), "1.5")
+    columns.add_row("\x1b[31mb", "2.5")
     console = open_console(force_terminal=True, width=40)
-    console.print(made)
+    console.print(columns)
     console.print("[bold]ours[/]")
     out = capsys.readouterr().out
     assert r"a\x1b[1m " in out
@@ -80,3 +85,46 @@ def test_text_for_programs_reaches_a_pipe_unchanged(capsys):
         print("a\x0cb", file=unchanged_output())
         print("a\x0cb")
     assert capsys.readouterr().out == "a\x0cb\na\\x0cb\n"
+
+
+def test_a_rate_covers_the_last_30_seconds_and_gives_the_time_left():
+    rates = Rates(now=100.0)
+    assert rates.text(1000, "bytes") == ""  # nothing was measured yet
+    for second in range(61):
+        fast = max(0, second - 30)  # ten times as fast in the second half
+        rates.see(100.0 + second, 1_000_000 * (second + 9 * fast), 250_000 * (second + 9 * fast))
+    assert rates.text(400_000_000, "bytes") == "10.0 MB/s, 2,500,000 tokens/s, 7 s left"
+    done = 1_000_000 * (60 + 9 * 30)
+    # At the end of a phase the rate covers the whole phase.
+    assert rates.text(done, "bytes") == "5.5 MB/s, 1,375,000 tokens/s"
+
+
+def test_a_few_slow_units_give_a_rate_and_no_time_left_yet():
+    rates = Rates(now=0.0)
+    rates.see(20.0, 1, 0)
+    assert rates.text(8, "fits") == "0.05 fits/s"
+    rates.see(24.0, 4, 0)
+    assert rates.text(8, "fits") == "0.17 fits/s, 24 s left"
+
+
+def test_amounts_are_readable():
+    assert amount(12_000_000, 40_000_000, "bytes") == "12.0 of 40.0 MB (30%)"
+    assert amount(1_234, 1_234, "bytes") == "1,234 bytes"
+    assert amount(5_000, None, "documents") == "5,000 documents"
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys):
+    with progress_display(every=0) as progress:
+        meter = Meter(progress, "tokenise", 3_000_000, "bytes")
+        meter(1_500_000, 400_000)
+        meter(1_400_000, 400_000)
+        meter.end()
+        log_line(progress, "a sentence")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        "tokenise: 1.5 of 3.0 MB",
+        "tokenise: 2.9 of 3.0 MB",
+        "tokenise: 3.0 MB",
+        "a sentence",
+    ]
+    assert not any("\x1b" in line or "\r" in line for line in lines)

@@ -6,7 +6,7 @@ import sys
 _PROCESS = """
 import gc, sys
 import forescale.verbs.train, forescale.cli
-from forescale.imports import first_imports
+from forescale.verbs.train import first_imports
 
 assert "torch" not in sys.modules  # the launcher only starts ranks
 with first_imports():

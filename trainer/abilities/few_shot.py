@@ -14,7 +14,7 @@ from torch import Tensor
 
 from forescale.abilities.columns import KINDS, Column
 from forescale.abilities.questions import Questions, passes_of
-from forescale.progress import Progress, silent
+from forescale.console import Progress, silent
 
 # tokens (B, L) and targets (B, L) int64, IGNORED but at answers -> what `judged` returns
 Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

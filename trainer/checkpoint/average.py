@@ -25,9 +25,9 @@ from forescale.checkpoint.reader import Checkpoint, open_readable, verified
 from forescale.checkpoint.weights import Part, write_weights
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
+from forescale.console import Meter, Progress, silent
 from forescale.engine.portable.fragments import WEIGHT
 from forescale.errors import UserError
-from forescale.progress import Meter, Progress, silent
 from forescale.run.directory import Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions

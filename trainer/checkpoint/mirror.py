@@ -20,7 +20,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from forescale.addresses import masked
 from forescale.checkpoint.copies import LAUNCH, PARENT, Taken, expect_own
 from forescale.checkpoint.retention import (
     CheckpointFacts,
@@ -33,7 +32,7 @@ from forescale.checkpoint.retention import (
 )
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
-from forescale.errors import Transient, UserError, storage_error
+from forescale.errors import Transient, UserError, masked, storage_error
 from forescale.run.directory import Run, step_named
 from forescale.storage import TABLE, FileEntry, read_table, write_json
 

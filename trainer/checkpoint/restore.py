@@ -18,9 +18,9 @@ from forescale.checkpoint.copies import LAUNCH, PARENT, ROWS
 from forescale.checkpoint.mirror import folder_of, steps_in
 from forescale.checkpoint.reader import STATE, open_readable
 from forescale.config.train import TrainJob
+from forescale.console import Meter, progress_display
 from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
-from forescale.progress import Meter, shown
 from forescale.run.directory import Run
 from forescale.storage import TABLE, check_table, read_json, read_table, staged, write_file
 
@@ -145,7 +145,7 @@ def _bring_whole(folder: Folder, names: dict[str, int], made: Run, step: int) ->
         return [f"{place}/{STATE} is damaged"]
     if not made.is_eligible(found.attempt, step):
         return [f"a later attempt started before step {step:,}"]
-    with shown() as progress:
+    with progress_display() as progress:
         size = sum(entry.size for entry in table.values())
         meter = Meter(progress, f"step {step:,} from the mirror", size, "bytes")
         for name in table:

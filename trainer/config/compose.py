@@ -24,7 +24,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from forescale import conf
-from forescale.addresses import PREFIX, masked, secret_in
 from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
 from forescale.config.job import Find, Job, overrides_of
 from forescale.config.layers import LENGTHS, keep_one_length, keys_of, over_frozen, over_origin
@@ -44,7 +43,7 @@ from forescale.config.schema import (
 )
 from forescale.config.suggest import nearest_first
 from forescale.config.target import refuse_stored
-from forescale.errors import UserError, shortened
+from forescale.errors import PREFIX, UserError, masked, secret_in, shortened
 
 __all__ = [
     "Change",

@@ -24,11 +24,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import xxhash
 
+from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing, pack
 from forescale.data.remote.store import LocalFile
 from forescale.errors import UserError
-from forescale.progress import Progress, silent
 from forescale.storage import HashingFile, fsync_path
 
 _VERSION = 1  # increase it also if the result of `pack` changes

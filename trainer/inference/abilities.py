@@ -6,10 +6,10 @@ from forescale.abilities.few_shot import Accuracy, accuracies, judged
 from forescale.abilities.questions import questions_of
 from forescale.abilities.tasks import QUESTIONS, SHOTS
 from forescale.config.eval import ScoreJob
+from forescale.console import Progress, silent
 from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
 from forescale.inference.view import RunView, best_device
-from forescale.progress import Progress, silent
 
 
 def abilities_of(

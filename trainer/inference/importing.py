@@ -19,6 +19,7 @@ from forescale.checkpoint.weights import Part, write_weights
 from forescale.config.compose import compose
 from forescale.config.frozen import frozen_file
 from forescale.config.train import TrainJob
+from forescale.console import Meter, Progress, progress_display, silent
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.errors import UserError
 from forescale.inference.hf_directory import HfDirectory, Stored
@@ -26,7 +27,6 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES
 from forescale.models.hf.pieces import Piece, config_of, pieces_of
-from forescale.progress import Meter, Progress, shown, silent
 from forescale.run.directory import Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions
@@ -93,7 +93,7 @@ def imported(source: Path) -> Run:
     run = Run(cache_directory() / "imported" / digest.hexdigest()[:12] / name)
     if not run.config.is_file():
         try:
-            with shown() as progress:
+            with progress_display() as progress:
                 import_hf(source, run, progress=progress)
         except UserError:
             if not run.config.is_file():  # else another command has made it at the same moment

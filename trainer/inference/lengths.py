@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forescale.console import Progress, silent
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.packing_table import num_windows
@@ -19,7 +20,6 @@ from forescale.data.stream import MicroBatch, validation_windows
 from forescale.errors import UserError
 from forescale.models.positions.position import document_starts, positions_of
 from forescale.models.transformer import Transformer
-from forescale.progress import Progress, silent
 from forescale.train.evaluate import ratio_stderr
 
 

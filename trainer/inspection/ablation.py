@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forescale.console import Progress, silent
 from forescale.inspection.edits import blocks_of, edited, has_heads, in_parts, token_losses
 from forescale.models.transformer import Transformer
-from forescale.progress import Progress, silent
 
 
 @dataclass(frozen=True)

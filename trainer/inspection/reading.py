@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forescale.console import Progress, silent
 from forescale.errors import UserError
 from forescale.inference.details.induction import repeated_tokens
 from forescale.inference.view import RunView
@@ -20,7 +21,6 @@ from forescale.inspection.tracing import Trace, trace
 from forescale.models.config import ModelConfig
 from forescale.models.flops import layers_of
 from forescale.models.transformer import Transformer
-from forescale.progress import Progress, silent
 
 _BEST = 5  # of the most likely tokens, shown at each token
 

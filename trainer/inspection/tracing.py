@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forescale.console import Progress, silent
 from forescale.inspection.edits import Edit, edited, in_parts
 from forescale.models.transformer import Transformer
-from forescale.progress import Progress, silent
 
 PLACES = ("stream", "mixer", "mlp")
 _NOISE = 3.0

@@ -19,8 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forescale.addresses import masked
-from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError, storage_error
+from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError, masked, storage_error
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
 from forescale.storage import read_json, write_checked_json

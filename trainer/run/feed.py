@@ -13,6 +13,7 @@ import numpy as np
 
 from forescale.config.target import make
 from forescale.config.train import TrainJob
+from forescale.console import progress_display
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
@@ -33,7 +34,6 @@ from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.costs.fp8 import rows_refused, sizes_refused
-from forescale.progress import shown
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 
@@ -175,7 +175,7 @@ def whole_rows_of(
     for name, part in sources.split(split).items():
         dataset = sources.datasets[name]
         _check_examples(job, dataset)
-        with shown() as progress:
+        with progress_display() as progress:
             found[name] = kind.open(part, dataset.identity, cache, progress)
         if split == "train":
             _check_rows(job, dataset.where, found[name])

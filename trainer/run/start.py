@@ -23,11 +23,11 @@ from forescale.config.layers import LENGTHS
 from forescale.config.schema import leaves, plain
 from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
 from forescale.config.train import TrainJob
+from forescale.console import progress_display
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.progress import shown
 from forescale.run.abilities import questions_of_job
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
 from forescale.run.directory import Run
@@ -210,7 +210,7 @@ def open_sources(data: DataConfig) -> Sources:
     elif data.path:
         opened = {ONLY: open_dataset(data.path, data)}
     else:
-        with shown() as progress:
+        with progress_display() as progress:
             path = prepare_embedded(data.cache_directory, progress, data.embedded)
         opened = {ONLY: Dataset(path)}
     sources = Sources(opened)

@@ -21,6 +21,7 @@ from torch import Tensor
 from forescale.checkpoint import reader, writer
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.train import TrainJob
+from forescale.console import Progress, silent
 from forescale.data.dataset import Sources, Split
 from forescale.data.objective import IGNORED, Objective, window_length
 from forescale.data.packing_table import Bins
@@ -29,7 +30,6 @@ from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.step import Engine
 from forescale.errors import UserError
 from forescale.models.heads.preferences import preference_losses, preference_numbers, rewards
-from forescale.progress import Progress, silent
 from forescale.run.directory import Run
 from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.references import References, identities, misfit, stored_references

@@ -19,6 +19,7 @@ from forescale.checkpoint.restore import restore
 from forescale.config.hardware import exactness
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
+from forescale.console import progress_display, silent
 from forescale.engine.build import build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
@@ -28,7 +29,6 @@ from forescale.engine.optimizers.uncompiled import without_compiler
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
 from forescale.errors import DONE, INTERRUPTED, UserError
-from forescale.progress import shown, silent
 from forescale.resilience.diagnosis import waiting_places
 from forescale.resilience.injector import injector_of
 from forescale.resilience.launcher import ATTEMPT, StopRequest
@@ -164,7 +164,10 @@ class Trainer:
         stop before it was."""
         reference = Reference(self.run, self.job, self.sources, self.engine)
         main = self.world.is_main
-        with shown() if main else nullcontext(silent) as progress, self.phases("evaluation"):
+        with (
+            progress_display() if main else nullcontext(silent) as progress,
+            self.phases("evaluation"),
+        ):
             found = reference.find(self.stop_request.__bool__, self.phases.mark, progress)
         self.builder.references = found
         self.engine.combine = Comparison(self.job.objective.beta)

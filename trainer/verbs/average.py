@@ -12,8 +12,8 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RootConfig, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.training import RunConfig
+from forescale.console import progress_display
 from forescale.errors import DONE
-from forescale.progress import shown
 from forescale.run.directory import Run
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     from forescale.checkpoint.average import average, chosen_steps
 
     steps = chosen_steps(origin, job.last, job.steps)
-    with shown() as progress:
+    with progress_display() as progress:
         found = average(origin, steps, run, progress)
     print(json.dumps(_facts(found), indent=2) if job.json else _page(found, origin))
     return DONE

@@ -14,9 +14,9 @@ from forescale.checkpoint.reader import STATE
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.console import progress_display
 from forescale.errors import DONE, USER, UserError
 from forescale.monitor.audit import Findings, check_checkpoint, check_run, size_of
-from forescale.progress import shown
 from forescale.run.directory import Run
 from forescale.storage import TABLE, read_table
 
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     total, done, began = sum(map(size_of, directories)), 0, time.monotonic()
     tokens = 0
     lock = Lock()
-    with shown() as progress:
+    with progress_display() as progress:
 
         def tick(count: int) -> None:  # files are hashed by several threads
             nonlocal done

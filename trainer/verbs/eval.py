@@ -8,11 +8,11 @@ from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
 from forescale.config.train import TrainJob
+from forescale.console import progress_display
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
-from forescale.progress import shown
 from forescale.run.feed import objective_of
 from forescale.run.rows import to_json
 
@@ -66,7 +66,7 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     model = model.to(best_device())
     scored = replace(view.config, train=replace(view.config.train, sequence_length=length))
     for dataset in datasets.values():
-        with shown() as progress:
+        with progress_display() as progress:
             found, left_out = score_of(
                 scored,
                 model,
@@ -130,7 +130,7 @@ def _positions(
         if not job.json:
             print("\nNo loss by position: a target here is predicted from both sides.")
         return
-    with shown() as progress:
+    with progress_display() as progress:
         buckets = loss_by_position(
             model,
             dataset,
@@ -161,7 +161,7 @@ def _details(
     from forescale.inference.details.measure import measure
     from forescale.inference.details.page import details_text
 
-    with shown() as progress:
+    with progress_display() as progress:
         found = measure(
             scored,
             model,
@@ -201,7 +201,7 @@ def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     trained = view.config.train.sequence_length
     length = job.sequence_length or trained
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
-    with shown() as progress:
+    with progress_display() as progress:
         asked = LanguageModel(view, model, batch=job.micro_batch, length=length, progress=progress)
         scores = list(scores_of(asked, tasks, job.shots, job.questions, job.chat))
     if job.json:
@@ -222,7 +222,7 @@ def _abilities(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     """Print the accuracy on each task, a line each, by the number of examples."""
     from forescale.inference.abilities import abilities_of
 
-    with shown() as progress:
+    with progress_display() as progress:
         found = abilities_of(view, view.load(checkpoint, job.trust), job, progress)
     if job.json:
         for one in (one for row in found.values() for one in row if one is not None):

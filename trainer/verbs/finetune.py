@@ -19,12 +19,12 @@ from forescale.config.job import Problems, overrides_of
 from forescale.config.schema import ConfigError, Problem, key, plain
 from forescale.config.target import remember
 from forescale.config.train import TrainJob
+from forescale.console import progress_display
 from forescale.data.conversations.builder import Request, faults_sentence, prepare_conversations
 from forescale.data.conversations.lines import has_preferences
 from forescale.data.dataset import Dataset
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
-from forescale.progress import shown
 from forescale.resilience import launcher
 from forescale.run.directory import Run, is_hf
 from forescale.run.feed import whole_rows_of
@@ -179,7 +179,7 @@ def _dataset(job: FinetuneJob, view: RunView) -> Dataset:
         unusable=job.unusable,
         are_preferences=job.objective.are_preferences,
     )
-    with shown() as progress:
+    with progress_display() as progress:
         return prepare_conversations(job.file or "", job.data.cache_directory, request, progress)
 
 

@@ -12,8 +12,8 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key, section
 from forescale.config.sections.training import RunConfig
+from forescale.console import progress_display
 from forescale.errors import DONE, UserError
-from forescale.progress import shown
 from forescale.run.directory import Run
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
 
     run = Run(Path(job.run.root).expanduser() / job.run.name)
     source = Path(job.path).expanduser()
-    with shown() as progress:
+    with progress_display() as progress:
         found = import_hf(source, run, job.tokenizer, job.end_of_text, progress)
     print(json.dumps(_facts(found), indent=2) if job.json else _page(found, source))
     return DONE

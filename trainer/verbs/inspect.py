@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.console import progress_display
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
-from forescale.progress import shown
 from forescale.storage import write_file
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if job.answer is not None:
         answer = _first(view, job.answer, is_used=subject is not None)
     model: Transformer = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
-    with shown() as progress:
+    with progress_display() as progress:
         found = read(model, ids, subject, answer, job.seed, progress)
     if job.json:
         json.dump({"pieces": pieces, **found.as_dict()}, sys.stdout)

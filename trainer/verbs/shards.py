@@ -14,6 +14,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
+from forescale.console import progress_display
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
@@ -21,7 +22,6 @@ from forescale.data.prepare.report import summary_lines
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
 from forescale.errors import DONE, UserError
-from forescale.progress import shown
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
     if output.exists() and not was_there:
         raise UserError(str(output), "exists and isn't a dataset", "choose another output")
     make = _index if _are_tokenised(job.input) else _build
-    with shown() as progress:
+    with progress_display() as progress:
         make(job, output, progress)
     print(_summary(Dataset(output), was_there))
     return DONE

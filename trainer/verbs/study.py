@@ -15,9 +15,8 @@ from rich.live import Live
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.schema import leaves
-from forescale.console import open_console
+from forescale.console import open_console, progress_display
 from forescale.errors import DONE, UserError
-from forescale.progress import shown
 from forescale.scaling.actions import ACTIONS
 from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import StudyFit
@@ -309,7 +308,7 @@ def _backtest(job: StudyJob) -> int:
     if job.task is not None:
         return questions.backtest_task(job)
     studies = read_finished(job)
-    with shown() as progress:
+    with progress_display() as progress:
         found = judge.scores(judge.forecasts(studies, job, progress=progress))
     if job.json:
         json.dump(judge.as_dict(found), sys.stdout, indent=2)

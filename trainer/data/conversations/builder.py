@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from forescale.console import Progress, silent
 from forescale.data.conversations.lines import FORMS, Example, Reader
 from forescale.data.conversations.preferences import FORMS as PREFERENCES
 from forescale.data.conversations.template import ChatTemplate
@@ -25,7 +26,6 @@ from forescale.data.prepare.writer import ShardWriter
 from forescale.data.text.documents import ReadingReport
 from forescale.data.tokenizer import Vocabulary, token_bytes
 from forescale.errors import UserError
-from forescale.progress import Progress, silent
 from forescale.storage import FileEntry, hash_file, staged, write_file, write_json, write_table
 
 _RECIPE = 1  # increase it whenever the same lines become other tokens

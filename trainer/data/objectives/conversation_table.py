@@ -16,11 +16,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing
 from forescale.data.packing_table import Bins, write_tables
 from forescale.errors import UserError
-from forescale.progress import Progress, silent
 
 _VERSION = 1  # increase it also if other documents become conversations, or facts change
 LEFT_OUT = {

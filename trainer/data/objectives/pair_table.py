@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing
 from forescale.data.packing_table import Bins, write_tables
 from forescale.errors import UserError, shortened
-from forescale.progress import Progress, silent
 
 _VERSION = 3  # increase it also if other documents become pairs, or facts change
 _SHOWN = 60  # characters of a separator in a message

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.objectives.conversation_table import ConversationBins, Scan
 from forescale.data.packing import Packing
 from forescale.data.packing_table import write_tables
-from forescale.progress import Progress, silent
 
 _VERSION = 1  # increase it also if other documents become preferences, or facts change
 

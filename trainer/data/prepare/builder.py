@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from forescale.console import Meter, Progress, silent
 from forescale.data.dataset import FORMAT, MANIFEST, ORIGINS, TOKENIZER
 from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
@@ -48,7 +49,6 @@ from forescale.data.prepare.work import Work, build_lock, expect_same, work_path
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
 from forescale.errors import UserError
-from forescale.progress import Meter, Progress, silent
 from forescale.storage import FileEntry, write_file, write_json, write_table
 
 

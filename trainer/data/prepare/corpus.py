@@ -24,11 +24,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from forescale.console import Progress, silent
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
 from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
 from forescale.errors import UserError
-from forescale.progress import Progress, silent
 from forescale.storage import cache_directory
 
 PACKAGES = ("torch", "networkx")

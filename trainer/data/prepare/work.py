@@ -25,10 +25,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from forescale.console import Progress, log_line
 from forescale.data.dataset import Dataset
 from forescale.data.text.documents import DocumentSource, Unit
 from forescale.errors import UserError
-from forescale.progress import Progress, log_line
 from forescale.storage import fsync_path, publish, read_json, write_json
 
 _FORMAT = 2  # increase it whenever units are made differently: older ones are then not used

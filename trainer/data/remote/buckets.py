@@ -1,7 +1,7 @@
 """Files behind all other protocols of fsspec: s3, gs, and more.
 
 Credentials and endpoints come from the environment (AWS_*, FSSPEC_S3_ENDPOINT_URL, ...), or by a
-name in the address (see addresses.py), so that none is stored in a config. Listings are never
+name in the address (see errors.py), so that none is stored in a config. Listings are never
 cached: a folder is listed as it is now.
 
 Invariant: a call ends within its timeout if the file system is asynchronous (s3 and gs are), and
@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forescale.addresses import masked
 from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
-from forescale.errors import UserError
+from forescale.errors import UserError, masked
 from forescale.storage import blocks_of, write_file
 
 _PIECE = 4 * MIB

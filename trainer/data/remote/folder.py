@@ -10,7 +10,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from forescale.addresses import masked
 from forescale.data.remote.buckets import FsspecOrigin, call, listed, upload
 from forescale.data.remote.transfer import (
     PATIENCE,
@@ -20,6 +19,7 @@ from forescale.data.remote.transfer import (
     persist,
     receive,
 )
+from forescale.errors import masked
 from forescale.storage import FileEntry, hash_file
 
 _LONGEST = 3600.0  # seconds that sending one file may take

@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 from typing import BinaryIO
 from urllib.parse import urljoin
 
-from forescale.addresses import masked
 from forescale.data.remote.buckets import call
 from forescale.data.remote.store import origin_of
 from forescale.data.remote.transfer import (
@@ -25,7 +24,7 @@ from forescale.data.remote.transfer import (
     persist,
     receive,
 )
-from forescale.errors import UserError
+from forescale.errors import UserError, masked
 
 _WINDOW = 4 * MIB  # bytes requested at a time after a seek
 

@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from forescale.addresses import masked
 from forescale.data.remote.buckets import FsspecOrigin
 from forescale.data.remote.cache import BlockCache
 from forescale.data.remote.prefetch import BLOCK, RemoteBlocks
@@ -30,7 +29,7 @@ from forescale.data.remote.transfer import (
     receive,
 )
 from forescale.data.remote.web import HttpOrigin
-from forescale.errors import Transient, UserError, retried, storage_error
+from forescale.errors import Transient, UserError, masked, retried, storage_error
 
 CACHE_BYTES = 8 << 30
 T = TypeVar("T")

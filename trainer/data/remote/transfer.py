@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from forescale.addresses import masked, with_secrets
-from forescale.errors import Transient, UserError
+from forescale.errors import Transient, UserError, masked, with_secrets
 
 MIB = 1 << 20
 _LONGEST = 30.0  # maximum seconds between two tries, unless the server asks for more

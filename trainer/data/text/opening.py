@@ -23,10 +23,9 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from forescale.addresses import masked
 from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import Policy
-from forescale.errors import Transient, UserError, storage_error
+from forescale.errors import Transient, UserError, masked, storage_error
 
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20

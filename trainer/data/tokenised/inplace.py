@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from forescale.console import Meter, Progress, silent
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
 from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.work import build_lock, expect_same
@@ -36,7 +37,6 @@ from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.errors import UserError
-from forescale.progress import Meter, Progress, silent
 from forescale.storage import staged, write_file, write_json, write_table
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from forescale.config.train import TrainJob
+from forescale.console import Progress, silent
 from forescale.data.dataset import Dataset
 from forescale.errors import UserError
 from forescale.inference.details.in_context import InContext, InContextSums
 from forescale.inference.details.origins import DocumentSums, Part
 from forescale.inference.details.tokens import window_losses
-from forescale.progress import Progress, silent
 
 
 @dataclass(frozen=True)

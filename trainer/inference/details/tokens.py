@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.stream import held_out_places, spread, validation_windows
 from forescale.models.positions.position import document_starts, positions_of
-from forescale.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from forescale.console import Progress, silent
 from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.data.tokenizer import load_tokenizer
 from forescale.errors import UserError
@@ -26,7 +27,6 @@ from forescale.inference.view import RunView, best_device
 from forescale.inference.writing import Answer, Wanted, written
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
-from forescale.progress import Progress, silent
 from forescale.run.finetune import chat_template, vocabulary_of_run
 from forescale.storage import read_json
 

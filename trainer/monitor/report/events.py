@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from forescale.addresses import masked
-from forescale.errors import DONE, INTERRUPTED
+from forescale.errors import DONE, INTERRUPTED, masked
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
 from forescale.run.directory import Attempt

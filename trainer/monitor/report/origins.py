@@ -9,10 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from forescale.addresses import masked
 from forescale.config.frozen import freeze
 from forescale.config.schema import flatten, plain, shown
-from forescale.errors import UserError
+from forescale.errors import UserError, masked
 from forescale.monitor.report.sections import Cell, Section
 from forescale.monitor.report.tables import Shown, moment
 from forescale.resilience.outcome import launch_of

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from forescale.addresses import masked
-from forescale.errors import UserError
+from forescale.errors import UserError, masked
 from forescale.monitor.report import origins, panels, tables
 from forescale.monitor.report.curves import X, read_curves
 from forescale.monitor.report.events import events_of

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from forescale.console import Progress, silent
 from forescale.errors import UserError
-from forescale.progress import Progress, silent
 from forescale.scaling.analysis.prediction import LAW, LEVEL
 from forescale.scaling.analysis.rivals import FRONTIER, LINE, rivals
 from forescale.scaling.analysis.tables import with_tokens

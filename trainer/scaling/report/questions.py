@@ -11,9 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from forescale.console import open_console
+from forescale.console import open_console, progress_display
 from forescale.errors import DONE
-from forescale.progress import shown
 from forescale.scaling.analysis import compare
 from forescale.scaling.analysis.recipes import multipliers
 from forescale.scaling.analysis.selection import law_of
@@ -76,7 +75,7 @@ def predict_tasks(job: StudyJob) -> int:
 def backtest_task(job: StudyJob) -> int:
     """Judge what the two steps would have predicted of a metric; of several tables together. One
     that can't be judged is left out with a note."""
-    with shown() as progress:
+    with progress_display() as progress:
         rows, refused = judge.forecasts_of(read_ladders(job), job, progress)
     for one in refused:
         print(f"Note: {one.where} is left out: {one.problem}.", file=sys.stderr)

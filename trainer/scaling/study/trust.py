@@ -6,11 +6,10 @@ written.
 
 import re
 
-from forescale.addresses import PREFIX
 from forescale.config.compose import compose
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.errors import PREFIX, UserError
 from forescale.scaling.study.directory import Study
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from forescale.console import Progress, silent
 from forescale.errors import UserError
-from forescale.progress import Progress, silent
 from forescale.scaling.analysis.judge import AHEAD, Coverage
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.tables import with_tokens

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from forescale.console import progress_display
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import corpus
 from forescale.data.prepare.builder import BuildConfig
 from forescale.data.text.files import ReadingReport
 from forescale.errors import UserError
-from forescale.progress import shown
 
 SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Name{0}:\n    pass\n"
 
@@ -67,7 +67,7 @@ def test_the_corpus_is_built_once_and_again_after_an_upgrade(roots, tmp_path, mo
     monkeypatch.setattr(corpus, "installed_roots", lambda missing: roots)
     monkeypatch.setattr(corpus, "EMBEDDED", BuildConfig(vocab_size=300, validation=0.2))
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
-    with shown() as progress:
+    with progress_display() as progress:
         path = corpus.prepare_embedded(progress=progress)
     assert path.parent == tmp_path / "cache"
     said = capsys.readouterr().err

@@ -2,8 +2,7 @@
 
 import pytest
 
-from forescale.addresses import masked, secret_in, with_secrets
-from forescale.errors import UserError
+from forescale.errors import UserError, masked, secret_in, with_secrets
 
 SECRETS = [
     "https://me:pw123@host/d",
