@@ -39,8 +39,7 @@ ALLOWED = {
     "plan": "models abilities config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
-    "scaling.actions": "config",
-    "scaling.config": "config scaling.actions",
+    "scaling.config": "config",
     "scaling.fitting": "",
     "scaling.records": "models abilities config data run resilience monitor scaling.fitting",
     "scaling.forecasting": "scaling.fitting",
@@ -60,10 +59,13 @@ ALLOWED = {
         "monitor scaling.config scaling.fitting scaling.analysis scaling.design scaling.tasks "
         "scaling.study"
     ),
+    "scaling.actions": (
+        "config scaling.config scaling.fitting scaling.analysis scaling.design scaling.tasks "
+        "scaling.study scaling.report"
+    ),
     "verbs": (
         "abilities config data engine run resilience checkpoint monitor train drill inference "
-        "inspection serving plan slurm scaling.actions scaling.config scaling.records "
-        "scaling.analysis scaling.design scaling.tasks scaling.study scaling.report"
+        "inspection serving plan slurm scaling.config scaling.study scaling.actions"
     ),
     "cli": "config run verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",

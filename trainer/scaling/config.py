@@ -1,4 +1,4 @@
-"""The config keys of `forescale study`; actions.py says which action reads which.
+"""The config keys of `forescale study`. The file of each action says which of them it reads.
 
 Invariant: the defaults follow the literature that the laws come from: N counts the blocks and the
 output head, C counts the FLOPs of a causal model, and the objective is Huber's with delta 1e-3 on
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from forescale.config.job import Action, Job, Problems, RootConfig
+from forescale.config.job import Job, RootConfig
 from forescale.config.schema import key, section
-from forescale.scaling.actions import ACTIONS
 
 
 @dataclass
@@ -160,14 +159,13 @@ class LaunchKeys:
 
 @dataclass
 class StudyJob(Job):
-    """All keys of `forescale study`; ACTIONS says which action reads which."""
+    """All keys of `forescale study`. Each action reads some of them."""
 
     VERB: ClassVar[str] = "study"
     TARGET: ClassVar[str] = "input"
     FLAGS: ClassVar[Mapping[str, str]] = {
         "--json": "json", "--live": "live", "--sensitivity": "sensitivity",
     }  # fmt: skip
-    ACTIONS: ClassVar[Mapping[str, Action]] = ACTIONS
 
     study: str = key("first", "name of the study; its directory is studies/NAME")
     studies: str = key("studies", "the directory that holds the studies")
@@ -300,10 +298,3 @@ class StudyJob(Job):
     def forecasts(self) -> Path:
         """The directory of the study's forecast files."""
         return self.folder / "forecasts"
-
-    def problems(self) -> Problems:
-        """A problem if there is nothing to read: no input, and no planned study."""
-        if self.input or self.plan.cap or (self.folder / "plan.json").is_file():
-            return []
-        todo = "name runs or a table (forescale study fit 'runs/*'), or plan a study first"
-        return [("input", f"names no runs, and {self.folder} holds no plan", todo)]

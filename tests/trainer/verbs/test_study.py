@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from forescale.config.schema import leaves
+from forescale.scaling.actions import ACTIONS
 from forescale.scaling.config import StudyJob
 from tests.trainer.small_run import make_run
 
@@ -159,15 +160,15 @@ def test_a_mistake_is_refused_with_a_sentence(tmp_path, monkeypatch, forescale, 
 def test_the_help_of_a_study_lists_its_actions(forescale):
     code, out, _ = forescale("study", "--help")
     assert code == 0
-    assert all(f"  {name} " in out for name in StudyJob.ACTIONS)
+    assert all(f"  {name} " in out for name in ACTIONS)
     assert "forescale study ACTION --help" in out
     assert "plan.cap" not in out
 
 
-@pytest.mark.parametrize("name", StudyJob.ACTIONS)
+@pytest.mark.parametrize("name", ACTIONS)
 def test_the_help_of_an_action_has_its_keys_alone(forescale, name):
     code, out, _ = forescale("study", name, "--help")
-    action = StudyJob.ACTIONS[name]
+    action = ACTIONS[name]
     assert code == 0
     assert action.purpose in out
     assert all(example in out for example in action.examples)
@@ -177,8 +178,8 @@ def test_the_help_of_an_action_has_its_keys_alone(forescale, name):
 
 def test_every_key_is_read_by_an_action():
     for path in leaves(StudyJob):
-        assert any(action.reads(path) for action in StudyJob.ACTIONS.values()), path
-    for action in StudyJob.ACTIONS.values():
+        assert any(action.reads(path) for action in ACTIONS.values()), path
+    for action in ACTIONS.values():
         for key in action.keys:
             assert any(path == key or key.endswith(".*") for path in leaves(StudyJob)), key
 

@@ -53,7 +53,7 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
     t = job.target
     if not t.is_given:
         return made, None
-    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
+    target = Target.of(common, t)
     return made, expected(RunSet.of(made), target, seed=job.seed, near=job.near)
 
 

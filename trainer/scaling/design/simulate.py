@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from forescale.errors import UserError
+from forescale.scaling.config import TargetPoint
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, fit_calibrated
@@ -90,18 +91,12 @@ class Target:
     flops: float
 
     @classmethod
-    def of(
-        cls,
-        common: Common,
-        flops: float | None = None,
-        parameters: float | None = None,
-        tokens: float | None = None,
-        device_hours: float | None = None,
-    ) -> "Target":
+    def of(cls, common: Common, point: TargetPoint) -> "Target":
         """Return the target of C, or of device-hours at common.rate, with D/N = 20; or of N and D.
         Raises UserError for anything else."""
-        if device_hours is not None and common.rate is not None and flops is None:
-            flops = device_hours * 3600 * common.rate
+        flops, parameters, tokens = point.flops, point.parameters, point.tokens
+        if point.device_hours is not None and common.rate is not None and flops is None:
+            flops = point.device_hours * 3600 * common.rate
         if flops is not None and parameters is None and tokens is None:
             (shape,) = common.family.nearest([common.centre(flops)])
             tokens = flops / common.per_token(shape.model)[common.cost]

@@ -143,8 +143,7 @@ def _measure(study: Study, table: pd.DataFrame, log: Log) -> None:
     """Record the noise that the first stage measured, and the precision of the prediction with it
     in place of the assumed noise."""
     found = noise_of(table, f"flops_{study.job.cost}")
-    t, common = study.job.target, study.plan.common
-    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
+    target = Target.of(study.plan.common, study.job.target)
     try:
         job = study.job
         design, noise = RunSet.of(study.plan), found.assumed()

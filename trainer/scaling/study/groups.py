@@ -15,8 +15,7 @@ from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.exports import is_export, read_export
-from forescale.scaling.study.directory import Study
-from forescale.scaling.study.inputs import read
+from forescale.scaling.study.inputs import cells_of, read
 
 Group = tuple[str, pd.DataFrame, str]  # its name, its records, and how messages call them
 
@@ -43,11 +42,7 @@ def _read(job: StudyJob, name: str) -> tuple[pd.DataFrame, str]:
     """Return the records of a study, if it is one, or of a table or of runs."""
     for folder in (Path(name).expanduser(), Path(job.studies).expanduser() / name):
         if (folder / "plan.json").is_file():
-            table = Study(folder).table()
-            if table.empty:
-                todo = f"forescale study launch study={folder.name}"
-                raise UserError(str(folder), "none of its cells is complete", todo)
-            return table, f"{len(table)} cells of {folder}"
+            return cells_of(folder)
     return read(replace(job, input=[name]))
 
 

@@ -28,11 +28,10 @@ Judged = TypeVar("Judged", Finished, Ladder)
 def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
     """Return the records, and how messages call them. Raises UserError if there are none."""
     if not job.input:
-        table = Study(job.folder).table()
-        if table.empty:
-            todo = f"forescale study launch study={job.study}"
-            raise UserError(str(job.folder), "none of its cells is complete", todo)
-        return table, f"{len(table)} cells of {job.folder}"
+        if not (job.folder / "plan.json").is_file():
+            todo = "name runs or a table (forescale study fit 'runs/*'), or plan a study first"
+            raise UserError("input", f"names no runs, and {job.folder} holds no plan", todo)
+        return cells_of(job.folder)
     paths = [Path(name).expanduser() for name in job.input]
     if any(map(is_export, paths)):
         if len(paths) > 1:
@@ -47,6 +46,16 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
         problem = f"none of {len(runs)} runs is complete and evaluated"
         raise UserError(" ".join(job.input), problem, "train them to their end")
     return table, f"{len(table)} runs"
+
+
+def cells_of(folder: Path) -> tuple[pd.DataFrame, str]:
+    """Return the records of a planned study's complete cells, and their name in messages. Raises
+    UserError if there are none."""
+    table = Study(folder).table()
+    if table.empty:
+        todo = f"forescale study launch study={folder.name}"
+        raise UserError(str(folder), "none of its cells is complete", todo)
+    return table, f"{len(table)} cells of {folder}"
 
 
 def read_finished(job: StudyJob) -> list[Finished]:

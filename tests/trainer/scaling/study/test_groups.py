@@ -6,7 +6,7 @@ import pytest
 
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
-from forescale.scaling.study import groups
+from forescale.scaling.study import groups, inputs
 from forescale.scaling.study.groups import read_groups
 
 
@@ -62,7 +62,7 @@ class FakeStudy:
 
 
 def test_studies_are_given_by_name_or_by_directory(folder, monkeypatch):
-    monkeypatch.setattr(groups, "Study", FakeStudy)
+    monkeypatch.setattr(inputs, "Study", FakeStudy)
     for name, factor in (("one", 1), ("two", 2)):
         own = folder / "studies" / name
         own.mkdir(parents=True)

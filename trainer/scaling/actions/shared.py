@@ -1,0 +1,42 @@
+"""What actions of `forescale study` share: groups of keys, the reading of runs, output as JSON."""
+
+import json
+import sys
+from typing import Any
+
+import pandas as pd
+
+from forescale.errors import DONE, UserError
+from forescale.scaling.analysis.recipes.table import has_recipes
+from forescale.scaling.config import StudyJob
+from forescale.scaling.study.inputs import read
+from forescale.scaling.study.tasks import with_outcome
+
+STUDY = ("study", "studies")
+RUNS = ("input", "columns", "rows", "run.root")
+LAW = (
+    "form", "method", "size", "cost", "delta", "residual", "weights", "drop_largest", "near",
+    "bootstraps", "resample", "level", "seed",
+)  # fmt: skip
+TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
+TARGET_OF_LAW = (*TARGET, "target.expansion")
+LINK = ("metric", "link", "chance")
+TASK = ("task", *LINK)
+
+
+def read_one_recipe(job: StudyJob, action: str) -> tuple[pd.DataFrame, str]:
+    """Return the records, with the metric of `task`, and their name in messages. Raises UserError
+    for records of several recipes, to which no single law can be fitted."""
+    table, where = read(job)
+    if has_recipes(table):
+        problem = f"has several recipes, and study {action} is for one"
+        todo = "compare them with study fit; of a table, keep one with rows={recipe: NAME}"
+        raise UserError(where, problem, todo)
+    return with_outcome(table, job, where), where
+
+
+def print_json(document: Any) -> int:
+    """Print one JSON document, and nothing else, to standard output; return exit code 0."""
+    json.dump(document, sys.stdout, indent=2)
+    print()
+    return DONE

@@ -1,0 +1,51 @@
+"""`forescale study backtest`: how far off forecasts of finished studies would have been."""
+
+import sys
+
+from forescale.config.job import Action
+from forescale.console import open_console, progress_display
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import RUNS, STUDY, TASK, print_json
+from forescale.scaling.analysis import judge
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.tasks.terminal import show_task_scores
+from forescale.scaling.report.terminal import show_scores
+from forescale.scaling.study.inputs import read_finished
+from forescale.scaling.study.tasks import read_ladders
+from forescale.scaling.tasks import judge as judge_tasks
+
+ACTION = Action(
+    "Judge forecasts by finished studies: what each method would have said, and how far off.",
+    (*STUDY, *RUNS, "form", "size", "cost", "delta", "residual", "near", *TASK, "json"),
+    (
+        "study backtest study=mine",
+        "study backtest points.csv columns='{parameters: Model Size, budget: C}'",
+        "study backtest 'tables/*.csv' --json   (of every table, and of all together)",
+        "study backtest runs.csv task=acc_arc   (the metric of a task, by two steps)",
+    ),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Score each method, of several tables apart and together; with `task`, the two steps."""
+    if job.task is not None:
+        return _backtest_task(job)
+    studies = read_finished(job)
+    with progress_display() as progress:
+        scores = judge.scores(judge.forecasts(studies, job, progress=progress))
+    if job.json:
+        return print_json(judge.as_dict(scores))
+    show_scores(scores, open_console())
+    return DONE
+
+
+def _backtest_task(job: StudyJob) -> int:
+    with progress_display() as progress:
+        rows, refused = judge_tasks.forecasts_of(read_ladders(job), job, progress)
+    for one in refused:
+        print(f"Note: {one.where} is left out: {one.problem}.", file=sys.stderr)
+    scores = judge_tasks.scores(rows)
+    if job.json:
+        return print_json(judge_tasks.as_dict(scores))
+    show_task_scores(scores, job, open_console())
+    return DONE

@@ -1,0 +1,39 @@
+"""`forescale study compare`: the compute multiplier between two groups of runs."""
+
+import sys
+from pathlib import Path
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, print_json
+from forescale.scaling.analysis.compare import as_dict, compare
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.answers import show_comparison
+from forescale.scaling.study.groups import read_groups
+
+ACTION = Action(
+    "Compare two recipes or datasets: how many times less compute reaches the same loss.",
+    (*STUDY, *RUNS, *LAW, *TARGET, "by", "groups", "to", "json"),
+    (
+        "study compare old.csv new.csv target.flops=1e21 to=compare.html",
+        "study compare 'runs/adamw-*' 'runs/muon-*'   (or two studies by name)",
+        "study compare points.csv by=dataset groups=[c4,web]",
+    ),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Print the comparison; with `to`, also write its picture."""
+    comparison = compare(read_groups(job), job)
+    if job.to:
+        from forescale.scaling.report.compare import write  # plotly and matplotlib are slow
+
+        path = Path(job.to).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in write(comparison, path, ["forescale", *sys.argv[1:]]):
+            print(file, file=sys.stderr)
+    if job.json:
+        return print_json(as_dict(comparison))
+    show_comparison(comparison, open_console())
+    return DONE

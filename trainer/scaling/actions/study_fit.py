@@ -1,0 +1,57 @@
+"""`forescale study fit`: fits the law, or compares recipes."""
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import (
+    LAW,
+    RUNS,
+    STUDY,
+    TARGET_OF_LAW,
+    TASK,
+    print_json,
+)
+from forescale.scaling.analysis.export import as_dict
+from forescale.scaling.analysis.recipes import multipliers
+from forescale.scaling.analysis.recipes.table import has_recipes
+from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.recipes.terminal import show_recipes
+from forescale.scaling.report.tasks.terminal import show_task
+from forescale.scaling.report.terminal import show
+from forescale.scaling.study.inputs import read
+from forescale.scaling.study.tasks import with_outcome
+from forescale.scaling.tasks.answer import answer_as_dict, task_of
+
+ACTION = Action(
+    "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
+    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, *TASK, "sensitivity", "reference", "json"),
+    (
+        "study fit study=mine",
+        "study fit 'runs/*' target.flops=1e18",
+        "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
+        "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12",
+        "study fit study=mine task=ability/copy/4 chance=0 target.flops=1e18",
+        "study fit recipes.csv reference=adamw   (columns recipe, flops, learning_rate, loss)",
+    ),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Print the law; of runs of several recipes, the compute multiplier of each."""
+    table, where = read(job)
+    if has_recipes(table):
+        recipes = multipliers.Multipliers(table, job, where)
+        if job.json:
+            return print_json(multipliers.as_dict(recipes))
+        show_recipes(recipes, open_console())
+        return DONE
+    law = law_of(with_outcome(table, job, where), job, where)
+    law.predict()  # raises UserError for a bad target before anything is printed
+    task = task_of(law, where)
+    if job.json:
+        return print_json(as_dict(law) | ({} if task is None else {"task": answer_as_dict(task)}))
+    show(law, open_console(), where)
+    if task is not None:
+        show_task(task, open_console())
+    return DONE

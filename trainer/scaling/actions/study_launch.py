@@ -1,0 +1,70 @@
+"""`forescale study launch`: trains the planned runs, on this machine or in SLURM's queue."""
+
+from dataclasses import replace
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE, UserError
+from forescale.scaling.actions.shared import STUDY
+from forescale.scaling.analysis.forecast import read_forecasts, score
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.terminal import show_score
+from forescale.scaling.study.directory import Study
+from forescale.scaling.study.local import Launcher
+from forescale.scaling.study.queue import Queue
+from forescale.scaling.study.trust import expect_no_code
+
+ACTION = Action(
+    "Train the planned runs, here or in SLURM's queue; the same command again resumes them.",
+    (*STUDY, "launch.*"),
+    (
+        "study launch study=mine launch.at_once=2",
+        "study launch study=mine launch.slurm=PROFILE -- slurm.time='2 h'   (as job arrays)",
+    ),
+)
+
+
+def with_arguments(job: StudyJob, arguments: list[str]) -> StudyJob:
+    """Return the job with these arguments of `submit`."""
+    if not job.launch.slurm:
+        problem = "study launch takes arguments after it only with launch.slurm=PROFILE"
+        raise UserError("--", problem, "add it: the arguments are those of forescale submit")
+    return replace(job, launch=replace(job.launch, arguments=arguments))
+
+
+def main(job: StudyJob) -> int:
+    """Launch until nothing is left to run, and score the forecasts."""
+    study, keys = Study(job.folder), job.launch
+    if not keys.trust:
+        expect_no_code(study)
+    with study.deciding():
+        if keys.retry:
+            for state in study.states():
+                if state.status in ("diverged", "failed"):
+                    study.retry(state.cell.name)
+        launcher: Launcher | Queue = Launcher(study, keys.at_once, _log, keys.target, keys.trust)
+        if keys.slurm:
+            arguments = [f"slurm={keys.slurm}", *keys.arguments]
+            launcher = Queue(
+                study, arguments, keys.at_once, _log, keys.follow, keys.target, keys.trust
+            )
+        code = launcher.go()
+    if code == DONE:
+        _conclude(study, may_be_queued=bool(keys.slurm and not keys.follow))
+    return code
+
+
+def _conclude(study: Study, may_be_queued: bool) -> None:
+    """Print what is left to run, and the score of the forecasts."""
+    left = study.wanted()
+    if not left:
+        _log(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
+    elif not may_be_queued:
+        trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))
+        _log(f"{len(left)} cells can't start: {trunks} saved no checkpoint where they branch off.")
+    if forecasts := read_forecasts(study.forecasts):
+        show_score(forecasts, score(forecasts, study.table()), open_console())
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,35 @@
+"""`forescale study profile`: profile intervals of a law's parameters."""
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import LAW, RUNS, STUDY, print_json, read_one_recipe
+from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.config import StudyJob
+from forescale.scaling.fitting.profile import profiles
+from forescale.scaling.report.answers import show_profiles
+
+ACTION = Action(
+    "Find how far E and each exponent can go before the fit becomes clearly worse.",
+    (*STUDY, *RUNS, *LAW, "json"),
+    ("study profile study=mine", "study profile points.csv delta=null level=0.95"),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Print the profile intervals beside those of the resampled fits."""
+    table, where = read_one_recipe(job, "profile")
+    law = law_of(table, job, where)
+    intervals = profiles(law.fit, job.level)
+    if job.json:
+        return print_json(
+            {
+                "form": law.form.name,
+                "level": job.level,
+                "doubts": law.doubts,
+                "notes": law.notes,
+                "profiles": [vars(interval) for interval in intervals],
+            }
+        )
+    show_profiles(intervals, law, open_console(), where)
+    return DONE

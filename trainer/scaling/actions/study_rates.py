@@ -1,0 +1,28 @@
+"""`forescale study rates`: laws of the best learning rate and batch."""
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import RUNS, STUDY, TARGET, print_json, read_one_recipe
+from forescale.scaling.config import StudyJob
+from forescale.scaling.design.rate_laws import as_dict, rate_laws
+from forescale.scaling.report.answers import show_rates
+
+ACTION = Action(
+    "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",
+    (*STUDY, *RUNS, "size", "cost", "level", *TARGET, "against", "json"),
+    (
+        "study rates sweeps.csv target.parameters=7e9 target.tokens=1e12",
+        "study rates 'runs/*' against=[flops] target.flops=1e21",
+    ),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Print both laws, and their values for the target."""
+    table, where = read_one_recipe(job, "rates")
+    laws = rate_laws(table, job, where)
+    if job.json:
+        return print_json(as_dict(laws))
+    show_rates(laws, open_console(), where)
+    return DONE

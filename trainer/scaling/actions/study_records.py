@@ -1,0 +1,21 @@
+"""`forescale study records`: prints runs as a table."""
+
+import sys
+
+from forescale.config.job import Action
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import RUNS, STUDY
+from forescale.scaling.config import StudyJob
+from forescale.scaling.study.inputs import read
+
+ACTION = Action(
+    "Print the runs as CSV, one row each.",
+    (*STUDY, *RUNS),
+    ("study records 'runs/*' > records.csv",),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Print a row for each run."""
+    read(job)[0].to_csv(sys.stdout, index=False)
+    return DONE

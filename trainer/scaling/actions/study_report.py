@@ -1,0 +1,74 @@
+"""`forescale study report`: writes the HTML page of a study, of other runs or of recipes.
+
+The report of a planned study is written even before a law can be fitted.
+"""
+
+import sys
+
+import pandas as pd
+
+from forescale.config.job import Action
+from forescale.errors import DONE, UserError
+from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET_OF_LAW, TASK
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.recipes.multipliers import Multipliers
+from forescale.scaling.analysis.recipes.table import has_recipes
+from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.config import StudyJob
+from forescale.scaling.study.inputs import read
+from forescale.scaling.study.tasks import with_outcome
+from forescale.scaling.tasks.answer import TaskAnswer, task_of
+
+ACTION = Action(
+    "Write the fit, its figures and its doubts as one HTML file.",
+    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, *TASK, "reference", "to"),
+    ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Write the page that fits the records."""
+    table, where = read(job)
+    job.report.parent.mkdir(parents=True, exist_ok=True)
+    if has_recipes(table):
+        return _report_recipes(job, table, where)
+    return _report_law(job, with_outcome(table, job, where), where)
+
+
+def _report_recipes(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    from forescale.scaling.report.recipes.page import write  # plotly and matplotlib are slow
+
+    recipes = Multipliers(table, job, where)
+    page, *_ = write(recipes, table, job.report, ["forescale", *sys.argv[1:]])
+    print(
+        f"{page}: {len(recipes.candidates)} recipes against {recipes.base}; open it in a browser."
+    )
+    return DONE
+
+
+def _report_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    from forescale.scaling.report.evidence import gather
+    from forescale.scaling.report.html import beside, write
+
+    evidence = gather(job, table)
+    task: TaskAnswer | str | None = None
+    law: StudyFit | str
+    try:
+        law = law_of(evidence.fitted, job, where)
+        if not evidence.stages:
+            law.predict()  # raises UserError; the page of a planned study shows the reason instead
+    except UserError as e:
+        if not evidence.stages:
+            raise
+        law = str(e)
+    if isinstance(law, StudyFit):
+        try:
+            task = task_of(law, where)
+        except UserError as e:
+            if not evidence.stages:
+                raise
+            task = str(e)
+    write(law, evidence, job.report, where, ["forescale", *sys.argv[1:]], task)
+    runs = "no law yet" if isinstance(law, str) else f"{len(law.points)} runs"
+    print(f"{job.report}: {runs}; open it in a browser. Figures for papers: {beside(job.report)}/")
+    return DONE

@@ -1,0 +1,36 @@
+"""`forescale study score`: compares forecasts with the observed losses."""
+
+from dataclasses import asdict
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE, UserError
+from forescale.scaling.actions.shared import RUNS, STUDY, print_json, read_one_recipe
+from forescale.scaling.analysis.forecast import read_forecasts, score
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.tasks.terminal import show_task_forecasts
+from forescale.scaling.report.terminal import show_score
+from forescale.scaling.study.tasks import with_columns
+from forescale.scaling.tasks.forecast import columns_of, score_tasks
+
+ACTION = Action(
+    "Compare the stored forecasts with the losses observed since.",
+    (*STUDY, *RUNS, "json"),
+    ("study score 'runs/*'",),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Print each forecast beside its outcome."""
+    table, _ = read_one_recipe(job, "score")
+    forecasts = read_forecasts(job.forecasts)
+    if not forecasts:
+        todo = "make one with forescale study predict"
+        raise UserError(str(job.forecasts), "holds no forecasts", todo)
+    losses = score(forecasts, table)
+    tasks = score_tasks(forecasts, with_columns(table, job, columns_of(forecasts)))
+    if job.json:
+        return print_json(vars(losses) | {"tasks": [asdict(task) for task in tasks]})
+    show_score(forecasts, losses, open_console())
+    show_task_forecasts(tasks, open_console())
+    return DONE

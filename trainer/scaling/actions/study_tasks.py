@@ -1,0 +1,29 @@
+"""`forescale study tasks`: predicts the accuracy of tasks."""
+
+from forescale.config.job import Action
+from forescale.console import open_console
+from forescale.errors import DONE
+from forescale.scaling.actions.shared import LAW, LINK, RUNS, STUDY, TARGET_OF_LAW, print_json
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.tasks.terminal import show_tasks
+from forescale.scaling.study.tasks import read_tasks
+from forescale.scaling.tasks.answer import as_dict, fit_tasks
+
+ACTION = Action(
+    "Predict the accuracy of tasks in two steps: N and D to a loss, the loss to the accuracy.",
+    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, "tasks", "task_losses", *LINK, "json"),
+    (
+        "study tasks runs.csv tasks='{arc: acc}' task_losses='{arc: bpb}' target.flops=1e24",
+        "study tasks runs.csv tasks='{average: err_avg}' metric=error link=exponential",
+        "study tasks runs.csv checkpoints.csv tasks='{arc: acc_arc}'   (step 2 by checkpoints)",
+    ),
+)
+
+
+def main(job: StudyJob) -> int:
+    """Fit the link from loss to accuracy of each task, and predict the target's metrics."""
+    answers = fit_tasks(read_tasks(job), job)
+    if job.json:
+        return print_json(as_dict(answers))
+    show_tasks(answers, open_console())
+    return DONE
