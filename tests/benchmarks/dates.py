@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import forescale
-from forescale.data.objectives.conversation_table import ConversationKind
+from forescale.data.bins import ConversationKind
 
 COUNT, DAYS, Z = 4_000, 73_000, 1.96
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from forescale.data.bins import Bins
 from forescale.data.dataset import Damaged, Split
 from forescale.data.mixture import Interval, Mixture, Places, unskipped
 from forescale.data.objective import NEXT_TOKEN, Objective
 from forescale.data.order import mix64
-from forescale.data.packing_table import Bins
 from forescale.errors import UserError
 
 OnRead = Callable[[str, str], None]  # called with source and shard before a read

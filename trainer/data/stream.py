@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from forescale.data.bins import Bins
 from forescale.data.dataset import Split
 from forescale.data.feed import Feed, LostMember, OnRead, Samples, cuts_of
 from forescale.data.mixture import Interval
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, rows_of
-from forescale.data.packing_table import Bins
 from forescale.data.pipeline import Agree, Log, prefetched
 from forescale.errors import UserError
 

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 
 from forescale.data.conversations.ids import asked_ids
 from forescale.data.conversations.template import ChatTemplate, Message
-from forescale.data.objectives.pair_table import separator_id, shown_separator
-from forescale.data.objectives.pairs import Pairs
+from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
 from forescale.data.tokenizer import text_ids

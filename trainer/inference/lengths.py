@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forescale.console import Progress, silent
+from forescale.data.bins import num_windows
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
-from forescale.data.packing_table import num_windows
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.errors import UserError
 from forescale.models.positions.position import document_starts, positions_of

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.config.train import TrainJob
 from forescale.console import Progress, silent
+from forescale.data.bins import Bins, num_windows
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import NEXT_TOKEN, Objective, window_length
-from forescale.data.packing_table import Bins, num_windows
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.errors import UserError
 from forescale.inference.view import RunView

@@ -12,9 +12,9 @@ from typing import Any
 
 from forescale.abilities.questions import Questions
 from forescale.config.train import TrainJob
+from forescale.data.bins import num_windows
 from forescale.data.dataset import Sources
 from forescale.data.objective import window_length
-from forescale.data.packing_table import num_windows
 from forescale.run.abilities import questions_of_job
 from forescale.run.feed import (
     epochs,

@@ -14,6 +14,14 @@ import numpy as np
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.console import progress_display
+from forescale.data.bins import (
+    BinKind,
+    Bins,
+    ConversationKind,
+    PackedKind,
+    PairKind,
+    PreferenceKind,
+)
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
@@ -23,14 +31,10 @@ from forescale.data.objective import (
     extra_ids,
     window_length,
 )
-from forescale.data.objectives.conversation_table import ConversationKind
-from forescale.data.objectives.pair_table import PairBins, PairKind, separator_id, shown_separator
-from forescale.data.objectives.pairs import Pairs
-from forescale.data.objectives.preference_table import PreferenceKind
+from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.preferences import Preferences
 from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
-from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.costs.fp8 import rows_refused, sizes_refused
@@ -191,9 +195,7 @@ def _check_examples(job: TrainJob, dataset: Dataset) -> None:
         raise UserError(dataset.where, problem, "give other data, or another objective.kind")
 
 
-def row_kind(
-    job: TrainJob, sources: Sources
-) -> PairKind | ConversationKind | PreferenceKind | None:
+def row_kind(job: TrainJob, sources: Sources) -> BinKind | None:
     """Return what a whole row of a job is; None if it reads windows, which is decided here alone:
     all others ask for its tables. Raises UserError if the tokenizer of its data has no such
     separator."""
@@ -212,7 +214,7 @@ def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
     """Return the packing tables of each source; those missing from the cache are made."""
     length, cache = job.train.sequence_length, job.data.cache_directory
     return {
-        name: open_bins(split, length, sources.datasets[name].identity, cache)
+        name: PackedKind(length).open(split, sources.datasets[name].identity, cache)
         for name, split in sources.split("train").items()
     }
 
@@ -221,7 +223,7 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
     """Raise UserError if no document is a row."""
     if bins.counts.any():
         return
-    if not isinstance(bins, PairBins):
+    if not isinstance(bins.kind, PairKind):
         problem = f"has no {bins.unit} to train on: {bins.left_out() or 'it is empty'}"
         raise UserError(where, problem, "give other data, or a longer train.sequence_length")
     facts, text = bins.facts, job.objective.pairs_separator or ""

@@ -20,10 +20,10 @@ from forescale.config.schema import plain
 from forescale.config.sections.ramp import length_ramp
 from forescale.config.target import make
 from forescale.config.train import TrainJob
+from forescale.data.bins import Bins
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
 from forescale.data.objective import Objective, window_length
-from forescale.data.packing_table import Bins
 from forescale.data.stream import Batch, MicroBatch, StepShare, stream, validation_windows
 from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck

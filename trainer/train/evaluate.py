@@ -16,9 +16,9 @@ from torch import Tensor
 
 from forescale.abilities.few_shot import Accuracy, accuracies, judged
 from forescale.abilities.questions import ROWS, Questions
+from forescale.data.bins import Bins
 from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
-from forescale.data.packing_table import Bins
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.errors import UserError

@@ -22,9 +22,9 @@ from forescale.checkpoint import reader, writer
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.train import TrainJob
 from forescale.console import Progress, silent
+from forescale.data.bins import Bins
 from forescale.data.dataset import Sources, Split
 from forescale.data.objective import IGNORED, Objective, window_length
-from forescale.data.packing_table import Bins
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.step import Engine

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forescale.data.bins import PackedKind
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
 from forescale.data.order import Order
-from forescale.data.packing_table import open_bins
 from forescale.data.stream import StepShare, stream
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import collect
@@ -25,7 +25,7 @@ SHARDS = st.lists(DOCUMENTS, min_size=1, max_size=4).filter(lambda s: max(map(ma
 
 def packed_feed(datasets: dict[str, Dataset], cache: Path, L: int, seed=3, block=2, **more) -> Feed:
     splits = {name: d.split("train") for name, d in datasets.items()}
-    bins = {n: open_bins(s, L, datasets[n].identity, cache) for n, s in splits.items()}
+    bins = {n: PackedKind(L).open(s, datasets[n].identity, cache) for n, s in splits.items()}
     orders = {n: Order(s.shard_tokens, L, seed, block, bins[n]) for n, s in splits.items()}
     mixture = Mixture(orders, [MixtureStage.of(0, [1] * len(splits))], seed)
     return Feed(splits, mixture, 257, seed=seed, bins=bins, **more)

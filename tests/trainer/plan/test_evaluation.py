@@ -9,9 +9,9 @@ from forescale.abilities.few_shot import accuracies
 from forescale.abilities.questions import ROWS
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
+from forescale.data.bins import num_windows
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import IGNORED
-from forescale.data.packing_table import num_windows
 from forescale.data.stream import validation_windows
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import estimate_evaluation

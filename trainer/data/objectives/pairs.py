@@ -5,8 +5,13 @@ the row on its lengths; nothing is drawn.
 """
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from forescale.data.objective import IGNORED
+from forescale.errors import UserError, shortened
+
+_LONGEST = 60  # characters of a separator in a message
+_ESCAPES = {r"\t": "\t", r"\n": "\n"}
 
 
 class Pairs:
@@ -20,7 +25,7 @@ class Pairs:
     source at the end of columns [0, split)
     separator and target, less its last token, at the start of columns [split, columns)
 
-    A window is a pair (data/objectives/pair_table.py): sizes are those of its tokens, cuts, (n, 1),
+    A window is a pair (PairKind of data/bins.py): sizes are those of its tokens, cuts, (n, 1),
     those of its source, 0 for a row of padding. The length of a window in the data order, which
     num_targets takes, is that of separator and target.
     """
@@ -53,3 +58,53 @@ class Pairs:
         columns = np.arange(self.columns)  # beside cuts, (n, 1)
         first, end = self.split - cuts, self.split + sizes[:, None] - 1 - cuts
         return (columns >= first) & (columns < end) & (cuts > 0)
+
+
+def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
+    """Return the id of a separator: of an id, itself, and of a text, that of its one token; \\t and
+    \\n stand for a tab and the end of a line.
+
+    Raises UserError if the tokenizer has no such token, or documents end with it.
+    """
+    where, quoted = "objective.pairs_separator", shown_separator(separator)
+    if separator.isdecimal():
+        token = int(separator) if len(separator) < 10 else -1  # beyond every vocabulary
+        if token < 0 or tokenizer.id_to_token(token) is None:
+            what = f"{quoted} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
+            raise UserError(where, what, "give the id of a token, or its text")
+    else:
+        ids = _ids_of(tokenizer, separator)
+        if len(ids) != 1:
+            what = f"{quoted} is {len(ids)} tokens in this dataset's tokenizer"
+            todo = "give a text that is one token, such as \\t, or the id of a token"
+            raise UserError(where, what, todo)
+        token = ids[0]
+    if token == end_of_text:
+        what = f"{quoted} is the token that ends each document"
+        raise UserError(where, what, "give another one, which stands inside the documents")
+    return token
+
+
+def shown_separator(separator: str) -> str:
+    """Return a separator as a message shows it, in quotes: a tab, however it is named, as \\t."""
+    return shortened(repr(_unescaped(separator)), _LONGEST)
+
+
+def _unescaped(separator: str) -> str:
+    """Return the text that a separator's name stands for."""
+    for escape, character in _ESCAPES.items():
+        separator = separator.replace(escape, character)
+    return separator
+
+
+def _ids_of(tokenizer: Tokenizer, separator: str) -> list[int]:
+    """Return the tokens of a text, as it would stand in a document; of the name of a special token,
+    which no text has but a corpus of token ids may, that token."""
+    text = _unescaped(separator)
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        if added.content == text:
+            return [index]
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return []  # not UTF-8
+    tokenizer.encode_special_tokens = True  # as in documents
+    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -15,7 +15,7 @@ class Preferences:
     tokens of the response and the one that ends it.
 
     A window has the tokens of both conversations, one after the other
-    (data/objectives/preference_table.py): at most 2 * (columns + 1). In the data order it has one
+    (PreferenceKind of data/bins.py): at most 2 * (columns + 1). In the data order it has one
     target, as the loss of a preference is one number, so that a step's loss is the mean over its
     preferences. What the loss makes of the rows is in models/heads/preferences.py.
     """

@@ -12,10 +12,10 @@ from forescale.data.objective import NextToken
 class Responses(NextToken):
     """Predict each next token of a response, and the one that ends it; all others are only read.
 
-    A window is a conversation (data/objectives/conversation_table.py), padded on the right. The
+    A window is a conversation (ConversationKind of data/bins.py), padded on the right. The
     length of a window in the data order, which num_targets takes, is that of its targets + 1.
     `examples` returns all next tokens; who reads the table leaves out those that don't count
-    (ConversationBins.mark_ignored).
+    (ConversationKind.mark_ignored).
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken
 
 from forescale.config.sections.objective import OBJECTIVES
+from forescale.data.bins import PairKind
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED, NextToken
-from forescale.data.objectives.pair_table import PairKind
-from forescale.data.objectives.pairs import Pairs
+from forescale.data.objectives.pairs import Pairs, separator_id
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream, validation_windows
+from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 from forescale.models import ModelConfig, Transformer
 from tests.reversed_words import NO_PAIRS, make_pairs
@@ -213,3 +215,37 @@ def test_the_shortest_row_is_that_of_its_spec():
     assert Pairs(shortest, "\t").split == 1
     with pytest.raises(ValueError, match="too few"):
         Pairs(shortest - 1, "\t")
+
+
+@pytest.mark.parametrize(
+    ("separator", "token"), [(r"\t", 9), ("\t", 9), (r"\n", 10), ("|", 124), ("255", 255)]
+)
+def test_a_separator_is_an_id_or_a_text_of_one_token(separator, token):
+    assert separator_id(byte_tokenizer(), separator, END) == token
+
+
+def test_a_token_that_no_text_has_is_a_separator_too():
+    """Others' tokenised corpora may hold it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<sep>", special=True)])
+    assert separator_id(tokenizer, "<sep>", END) == 257
+
+
+@pytest.mark.parametrize(
+    ("separator", "fact"),
+    [
+        ("=>", "'=>' is 2 tokens"),
+        ("999", "'999' is no id of the tokenizer, which has 257"),
+        ("9" * 5000, "is no id of the tokenizer"),
+        ("\u00e9", "'\u00e9' is 2 tokens"),  # though a byte is written so in the vocabulary
+        ("\udcff", "is 0 tokens"),  # not UTF-8
+        (str(END), "ends each document"),
+        (r"\t=", r"'\t=' is 2 tokens"),
+        ("<|endoftext|>", "'<|endoftext|>' is the token that ends each document"),
+    ],
+)
+def test_what_is_no_separator_is_one_sentence(separator, fact):
+    with pytest.raises(UserError) as error:
+        separator_id(byte_tokenizer(), separator, END)
+    assert error.value.where == "objective.pairs_separator"
+    assert fact in error.value.problem

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from forescale.data.bins import PreferenceKind
 from forescale.data.conversations import builder
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
-from forescale.data.objectives.preference_table import PreferenceKind
 from forescale.data.objectives.preferences import Preferences
 from forescale.data.order import Order
 from forescale.data.stream import validation_windows

@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from forescale.data.bins import ConversationKind
 from forescale.data.conversations import builder
 from forescale.data.dataset import Dataset
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
-from forescale.data.objectives.conversation_table import ConversationKind
 from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
 from forescale.data.stream import validation_windows

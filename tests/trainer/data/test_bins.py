@@ -1,8 +1,8 @@
-"""Packing tables of a split: the bins of real shards, stored in a file whose damage is always
-found."""
+"""Tables of bins: packed documents and pairs, in files whose damage is found."""
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import forescale.data.bins
+from forescale.data.bins import Bins, PackedKind, PairKind
 from forescale.data.dataset import Dataset, Split
 from forescale.data.packing import pack
-from forescale.data.packing_table import Bins, open_bins
 from forescale.data.prepare.writer import ShardWriter
 from forescale.data.remote.store import open_store
 from forescale.errors import UserError
-from tests.trainer.data.small_dataset import write_dataset
+from tests.reversed_words import NO_PAIRS, make_pairs
+from tests.trainer.data.small_dataset import END, write_dataset
 
 # Uneven shards, down to those without a target; members of 64 tokens cut documents in two.
 SHARDS = st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -28,8 +30,8 @@ def opened(tmp_path):
     return Dataset(write_dataset(tmp_path / "d", DOCUMENTS, [[5, 6]]))
 
 
-def bins_of(dataset: Dataset, cache: Path, L: int = 8, split: str = "train", **more) -> Bins:
-    return open_bins(dataset.split(split), L, dataset.identity, cache, **more)
+def bins_of(dataset: Dataset, cache: Path, L: int = 8, split: str = "train", **options) -> Bins:
+    return PackedKind(L).open(dataset.split(split), dataset.identity, cache, **options)
 
 
 def all_pieces(bins: Bins) -> list[list[list[tuple[int, int]]]]:
@@ -96,16 +98,16 @@ def test_a_bin_can_be_cut_to_a_number_of_targets(opened, tmp_path):
 
 
 def test_tables_are_computed_once_per_dataset_split_and_length(opened, tmp_path):
-    told = []
+    calls = []
 
     def progress(phase, done, total, unit, *, tokens=0):
-        told.append((phase, done, total))
+        calls.append((phase, done, total))
 
     first = all_pieces(bins_of(opened, tmp_path, progress=progress))
-    assert told[-1] == ("pack documents", 220, 220)
-    told.clear()
+    assert calls[-1] == ("pack documents", 220, 220)
+    calls.clear()
     again = bins_of(opened, tmp_path, progress=progress)
-    assert not told
+    assert not calls
     assert all_pieces(again) == first
     assert all_pieces(bins_of(opened, tmp_path, 9)) != first
     assert len(all_pieces(bins_of(opened, tmp_path, split="validation"))) == 1
@@ -143,7 +145,7 @@ def test_a_document_that_continues_in_another_shard_is_packed_too(tmp_path):
     row, _ = writer.finish()
     whole = {"tokens": 50, "documents": 1, "bytes": 49, "shards": [row]}
     split = Split(open_store(tmp_path), "train", whole, "uint16")
-    bins = open_bins(split, 30, "0" * 64, tmp_path)
+    bins = PackedKind(30).open(split, "0" * 64, tmp_path)
     assert all_pieces(bins) == [[[(0, 30)], [(30, 20)]]]
 
 
@@ -157,7 +159,7 @@ def test_damage_is_reported_before_a_table_is_used(opened, tmp_path):
     for raw in bad:
         path.write_bytes(raw)
         with pytest.raises(
-            UserError, match=r"\.v1: damaged: .*; delete the file; it is computed again\."
+            UserError, match=r"\.v2: damaged: .*; delete the file; it is computed again\."
         ):
             bins_of(opened, tmp_path).short(np.arange(3))
     path.unlink()
@@ -169,3 +171,103 @@ def test_a_table_of_something_else_is_refused(opened, tmp_path):
     shutil.copy(eight, nine)
     with pytest.raises(UserError, match="its contents don't match its name"):
         bins_of(opened, tmp_path, 9)
+
+
+@dataclass
+class Tokens:
+    """A split of shards in memory; no document need end with its shard."""
+
+    shards: list[list[int]]
+    name = "train"
+
+    @property
+    def shard_tokens(self):
+        return [len(shard) for shard in self.shards]
+
+    def read(self, shard, start, length):
+        return np.array(self.shards[shard][start : start + length], np.uint16)
+
+    def document_ends(self, shard, start, length):
+        return 1 + np.flatnonzero(self.read(shard, start, length) == END)
+
+
+# 7 is the separator; a shard may break a document, or be empty.
+BROKEN = st.lists(
+    st.lists(st.sampled_from([1, 1, 2, 7, END]), max_size=40).map(list), min_size=1, max_size=4
+)
+
+
+def expected(shards, source, target) -> tuple[list[list[tuple[list[int], list[int]]]], int]:
+    """Pairs of each shard, by a loop over tokens, and the number of parts of documents."""
+    shards_of_pairs, parts, goes_on = [], 0, False
+    for shard in shards:
+        of_shard, document = [], []
+        for place, token in enumerate(shard):
+            document.append(token)
+            if token != END and place + 1 < len(shard):
+                continue
+            parts += 1
+            is_whole = token == END and not goes_on
+            goes_on = token != END
+            if is_whole and 7 in document:
+                cut = document.index(7)
+                a, b = document[:cut], document[cut + 1 :]
+                if 0 < len(a) <= source and 0 < len(b) <= target:
+                    of_shard.append((a, b))
+            document = []
+        shards_of_pairs.append(of_shard)
+    return shards_of_pairs, parts
+
+
+@given(BROKEN, st.integers(1, 5), st.integers(1, 6), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_pairs_are_those_that_a_loop_over_tokens_finds(shards, source, target, block):
+    split = Tokens(shards)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forescale.data.bins, "_BLOCK", block)  # a document lies in several
+        bins = PairKind(7, source, target).open(split, "0" * 64, Path(folder))
+        pairs_of, parts = expected(shards, source, target)
+        assert bins.counts.tolist() == [len(pairs) for pairs in pairs_of]
+        for shard, pairs in enumerate(pairs_of):
+            assert bins.targets[shard] == sum(len(b) for _, b in pairs)
+            for number, (a, b) in enumerate(pairs):
+                (first, before), (cut, after) = bins.pieces(shard, number)
+                assert first + before == cut
+                assert shards[shard][first:cut] == a
+                assert shards[shard][cut : cut + after] == [7, *b]
+        facts = bins.facts
+        tokens = sum(len(a) + 1 + len(b) for pairs in pairs_of for a, b in pairs)
+        assert facts["row_tokens"] == tokens
+        assert facts["documents"] == parts
+        assert sum(facts[reason] for reason in PairKind.reasons) == parts - bins.counts.sum()
+
+
+def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
+    dataset = Dataset(make_pairs(tmp_path / "words", NO_PAIRS))
+    kind = PairKind(9, 6, 6)
+    bins = [
+        kind.open(dataset.split(s), dataset.identity, tmp_path) for s in ("train", "validation")
+    ]
+    facts = {name: sum(b.facts[name] for b in bins) for name in PairKind.reasons}
+    assert facts.pop("too_long") == 2
+    assert {name for name, count in facts.items() if count} == {
+        "without_separator",
+        "without_source",
+    }
+    assert max(b.facts["longest_source"] for b in bins) == len("too long") * 9
+    assert max(b.facts["longest_target"] for b in bins) == len("too long") * 9 + 1
+
+
+def test_a_table_is_made_once_and_never_believed_if_it_is_damaged(tmp_path):
+    dataset = Dataset(make_pairs(tmp_path / "words"))
+    split, kind = dataset.split("train"), PairKind(9, 6, 6)
+    kind.open(split, dataset.identity, tmp_path)
+    (path,) = (tmp_path / "pairs").iterdir()
+    assert kind.open(Tokens([[]]), dataset.identity, tmp_path).counts.any(), "not scanned"
+    other = PairKind(9, 1, 6).open(split, dataset.identity, tmp_path)
+    assert other.facts["too_long"] > 100, "a table of its own"
+    raw = bytearray(path.read_bytes())
+    raw[8] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="delete the file"):
+        kind.open(split, dataset.identity, tmp_path).pieces(0, 0)
