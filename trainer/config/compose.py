@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from forescale import conf
 from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
 from forescale.config.job import Find, Job, overrides_of
-from forescale.config.layers import LENGTHS, keep_one_length, keys_of, over_frozen, over_origin
+from forescale.config.layers import LENGTHS, keep_one_length, keys_of, lay, over_frozen, over_origin
 from forescale.config.schema import (
     ConfigError,
     Leaf,
@@ -104,12 +104,14 @@ def compose(
     keep_one_length(config, chosen)
     run = _named(config, typed) if find else None
     frozen = find(run) if find and run else None
-    unknown, laid = _lay_over(config, typed, schema, faults, frozen or {})
+    config, unknown, laid = _lay_over(config, typed, schema, faults, frozen or {})
     tree = _resolve(config, "", faults)
     taken = {*chosen, *laid}
-    if find:
-        tree = over_frozen(tree, frozen, taken) if frozen else over_origin(tree, find, taken)
-    job, more, wrong = build(schema, tree)
+    if frozen:
+        tree = over_frozen(schema, tree, frozen, taken)
+    elif find:
+        tree = over_origin(schema, tree, find, taken)
+    job, more, wrong = build(schema, tree, typed=laid)
     faults += wrong
     job = job.for_machine(find)
     unknowns = [unknown_key(p, [*known, *leaves(schema)], schema.VERB) for p in unknown + more]
@@ -143,10 +145,10 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def defaults(schema: type[Job]) -> dict[str, Any]:
-    """Return the default of every key, by its full path."""
-    job, _, _ = build(schema, _resolve(_hydra(schema, {}, ()), "", []))
-    return dict(flatten(plain(job), ""))
+def defaults(schema: type[J]) -> J:
+    """Return the job of a verb with the default of every key."""
+    job: J = build(schema, _resolve(_hydra(schema, {}, ()), "", []))[0]
+    return job
 
 
 def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
@@ -268,8 +270,8 @@ def _lay_over(
     schema: type,
     faults: list[Problem],
     frozen: Mapping[str, Any],
-) -> tuple[list[str], list[str]]:
-    """Set the values of the command line in `config`; return its unknown keys, and those set."""
+) -> tuple[DictConfig, list[str], list[str]]:
+    """Return `config` with the values of the command line, its unknown keys, and those set."""
     known = leaves(schema)
     free = [p for p, leaf in known.items() if get_origin(leaf.type) is dict]
     composed: Any = OmegaConf.to_container(config, resolve=False)
@@ -277,9 +279,10 @@ def _lay_over(
         free.append("model")
     unknown: list[str] = []
     laid: list[str] = []
+    values: dict[str, Any] = {}
     if len(given := [name for name in LENGTHS if typed.get(name, "null") != "null"]) == 1:
         for other in {*LENGTHS} - {*given}:  # giving one length unsets the others
-            OmegaConf.update(config, other, None, force_add=True)
+            _nest(composed, other, None)
     for name, text in typed.items():
         is_section = any(path.startswith(name + ".") for path in known)
         if not (name in known or is_section or any(name.startswith(f + ".") for f in free)):
@@ -287,13 +290,36 @@ def _lay_over(
             continue
         try:
             value = _value(name, text, known[name].type if name in known else None)
-            OmegaConf.update(config, name, value, merge=True, force_add=True)
-            laid += [path for path, _ in flatten(value, name)] if is_section else [name]
+            OmegaConf.create({"value": value})  # raises an error for a reference without an end
+            _nest(values, name, value)
+            is_argument = "model" in free and name.startswith("model.")
+            if is_section and not is_argument:
+                below = lay(schema, {}, _nest({}, name, value))
+                laid += [path for path, _ in flatten(below, "")]
+            else:
+                laid.append(name)
         except UserError as e:
             faults.append(Problem(e.where, e.problem, e.todo))
         except OmegaConfBaseException:
             faults.append(_no_reference(name, text))
-    return unknown, laid
+    tree = lay(schema, lay(schema, {}, composed), values)
+    return OmegaConf.create(tree), unknown, laid
+
+
+def _nest(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Set the value of a full path in a tree, and return it. A word with keys below its path is
+    their kind, in any order."""
+    *sections, name = path.split(".")
+    above = tree
+    for section in sections:
+        below = above.get(section)
+        above[section] = {"kind": below} if isinstance(below, str) else below or {}
+        above = above[section]
+    below = above.get(name)
+    if isinstance(below, Mapping) and isinstance(value, str | Mapping):
+        value = lay(None, below, {"kind": value} if isinstance(value, str) else value)
+    above[name] = value
+    return tree
 
 
 def _value(name: str, text: str, type_: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from forescale.config.compose import Group, defaults, groups
 from forescale.config.job import Job
-from forescale.config.schema import Leaf, leaves, options
+from forescale.config.schema import Leaf, flatten, leaves, options, plain
 from forescale.models.config import ModelConfig
 
 _TARGET = {"run.name": "RUN", "input": "INPUT", "target": "RUN|PATH", "run.from.run": "FROM"}
@@ -37,7 +37,8 @@ def explain(
     For a verb with actions: the keys of this action, or the list of actions if it is none of them.
     """
     verb, choices = schema.VERB, groups(schema, conf_dirs)
-    found, composed = leaves(schema), defaults(schema)
+    job = defaults(schema)
+    found, composed = leaves(schema, job=job), dict(flatten(plain(job), ""))
     if schema.ACTIONS:
         if action not in schema.ACTIONS:
             return _actions(schema, purpose)

@@ -6,7 +6,8 @@ command resumes, or what it trusts, never comes from there.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from forescale.config.job import Find
-from forescale.config.schema import flatten
+from forescale.config.schema import (
+    TargetConfig,
+    flatten,
+    hints,
+    is_block,
+    kinds_of,
+    name_of,
+    options,
+    section_class,
+)
 
 LENGTHS = ("train.steps", "train.tokens", "train.tokens_per_parameter")  # a run has one of them
 _OF_COMMAND = ("run.name", "run.root", "run.resume", "trust")
@@ -61,25 +71,74 @@ def keep_one_length(config: DictConfig, chosen: Sequence[str]) -> None:
             OmegaConf.update(config, other, None, force_add=True)
 
 
-def over_frozen(tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]) -> dict[str, Any]:
+def lay(cls: type | None, tree: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tree` with nested `values` laid over it; both are of the schema `cls`, and blocks
+    that are a word alone become mappings with a kind. None: without blocks.
+
+    If `values` choose another kind of a block than `tree` has, the keys of the block in `tree` fall
+    away, but for those that both kinds have from a base class, such as a learning rate.
+    """
+    return _lay((cls,) if cls else (), tree, values)
+
+
+def _lay(classes: Collection[type], tree: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay over a section; classes: those that it may have, of which the first with a key counts."""
+    result = dict(tree) if isinstance(tree, Mapping) else {}
+    known = {
+        name_of(f): (f, hints(cls)[f.name]) for cls in reversed([*classes]) for f in fields(cls)
+    }
+    for name, value in values.items():
+        f, type_ = known.get(name, (None, None))
+        below = result.get(name)
+        if f and is_block(f, type_) and isinstance(value, str | Mapping):
+            result[name] = _lay_block(f, below, value)
+        elif isinstance(value, Mapping):
+            inner = section_class(type_) if f else None
+            is_foreign = TargetConfig in options(type_) and "_target_" in {**value, **(below or {})}
+            result[name] = _lay((inner,) if inner and not is_foreign else (), below, value)
+        else:
+            result[name] = value
+    return result
+
+
+def _lay_block(f: Field[Any], tree: Any, value: str | Mapping[str, Any]) -> dict[str, Any]:
+    below, part = (
+        v if isinstance(v, Mapping) else {} if v is None else {"kind": v} for v in (tree, value)
+    )
+    kinds = kinds_of(f)
+    old, new = (kinds.get(str(v.get("kind"))) for v in (below, {**below, **part}))
+    if old and new and old is not new:
+        bases = [cls for cls in new.__mro__ if cls in old.__mro__ and is_dataclass(cls)]
+        shared = {name_of(f) for cls in bases for f in fields(cls)}
+        below = {name: inner for name, inner in below.items() if name in shared}
+    return _lay([new] if new else kinds.values(), below, part)
+
+
+def over_frozen(
+    schema: type, tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]
+) -> dict[str, Any]:
     """Return the frozen config with the values that `tree` has at the paths `taken`, and with the
     sections of `tree` that it lacks. Paths are of keys, or of sections with all their keys."""
-    made = {**tree, **copy.deepcopy(dict(frozen))}
-    given = [*taken, *_OF_COMMAND]
-    given += LENGTHS if any(name in given for name in LENGTHS) else ()
-    for path in given:
+    result = {**tree, **copy.deepcopy(dict(frozen))}
+    paths = [*taken, *_OF_COMMAND]
+    paths += LENGTHS if any(name in paths for name in LENGTHS) else ()
+    values: dict[str, Any] = {}
+    for path in paths:
         *sections, name = path.split(".")
-        here, there = tree, made
+        here, there, above = tree, result, values
         for section in sections:
             here, there = here.get(section) or {}, there.setdefault(section, {})
+            above = above.setdefault(section, {})
+        if name not in here or isinstance(here[name], Mapping):
+            there.pop(name, None)  # a section is replaced as a whole
         if name in here:
-            there[name] = copy.deepcopy(here[name])
-        else:
-            there.pop(name, None)
-    return made
+            above[name] = copy.deepcopy(here[name])
+    return lay(schema, result, values)
 
 
-def over_origin(tree: dict[str, Any], find: Find, taken: Iterable[str]) -> dict[str, Any]:
+def over_origin(
+    schema: type, tree: dict[str, Any], find: Find, taken: Iterable[str]
+) -> dict[str, Any]:
     """Return `tree` with the model of the run that it branches from, and what `taken` says of the
     model over it. The whole model is that of `tree` if a file is chosen; and if the origin's is a
     class of the user's own, which is to be typed. What followed from the length of the origin's
@@ -102,4 +161,4 @@ def over_origin(tree: dict[str, Any], find: Find, taken: Iterable[str]) -> dict[
     is_free = model["position"] != "learned" and model["rope_scaling"] == "none"
     if is_free and longest and isinstance(length, int) and length > longest:
         model["max_sequence_length"] = None
-    return {**tree, "model": over_frozen(tree, {"model": model}, typed)["model"]}
+    return {**tree, "model": over_frozen(schema, tree, {"model": model}, typed)["model"]}

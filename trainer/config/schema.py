@@ -3,6 +3,10 @@
 The metadata of a field hold its help text, kind and bounds. A rule over several fields belongs into
 the `problems()` method of their dataclass, which returns (field, what is wrong, what to do).
 
+A block is a section whose keys follow from its kind: the metadata `kinds` of its field map each
+word to the dataclass of that kind's keys. Its value is an instance of one of them. In a tree a
+block is a mapping with the key `kind`, or the word alone. A list with `kinds` has blocks as items.
+
 The kind of a key decides whether it may change when a run resumes: *identity* keys change the
 trajectory, *numerics* keys only its last bits, *free* keys nothing.
 
@@ -13,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union
@@ -82,6 +86,18 @@ def section(cls: type, help: str, kind: Kind | None = None, name: str = "") -> A
     return field(default_factory=cls, metadata={"help": help, "kind": kind, "name": name})
 
 
+def block(
+    kinds: Mapping[str, type], default: type, help: str, kind: Kind | None = None, name: str = ""
+) -> Any:
+    """Return a dataclass field for a block, which has an instance of `default` if none is chosen.
+
+    kinds: each kind's dataclass by its word, or a function that returns this mapping. models/ has
+    no imports from here and writes the same metadata by hand: {"kinds": kinds}.
+    """
+    metadata = {"help": help, "kind": kind, "name": name, "kinds": kinds}
+    return field(default_factory=default, metadata=metadata)
+
+
 @dataclass
 class TargetConfig:
     """The user's own class, named by the key `_target_`, and its keyword arguments."""
@@ -130,61 +146,137 @@ def section_class(type_: Any) -> type | None:
     return typing.cast(type, found[0]) if found else None
 
 
-def leaves(cls: type, prefix: str = "", kind: Kind = "free") -> dict[str, Leaf]:
-    """Return every key of a schema by its full path, in the order of the fields."""
-    return _leaves(cls, prefix, kind)
+def kinds_of(f: Field[Any]) -> Mapping[str, type]:
+    """Return the kinds of a block, or of a list's items, by their words; else an empty mapping."""
+    kinds = f.metadata.get("kinds") or {}
+    return kinds() if callable(kinds) else kinds
 
 
-@cache
-def _leaves(cls: type, prefix: str, kind: Kind) -> dict[str, Leaf]:
-    found: dict[str, Leaf] = {}
+def is_block(f: Field[Any], type_: Any) -> bool:
+    """Return True if the field is a block, and not a list of blocks."""
+    return "kinds" in f.metadata and not _is_list(type_)
+
+
+def _is_list(type_: Any) -> bool:
+    return any(list in (t, typing.get_origin(t)) for t in options(type_))
+
+
+def word_of(f: Field[Any], part: Any) -> str:
+    """Return the word of a block's kind. part: the block's value, or the class of one."""
+    cls = part if isinstance(part, type) else type(part)
+    return next(word for word, inner in kinds_of(f).items() if inner is cls)
+
+
+def leaves(cls: type, prefix: str = "", kind: Kind = "free", job: Any = None) -> dict[str, Leaf]:
+    """Return every key of a schema by its full path, in the order of the fields.
+
+    job: an instance of `cls`; with it, only the keys of its blocks' kinds. Without it, those of all
+    kinds; a key that several kinds have is that of the first.
+    """
+    result: dict[str, Leaf] = {}
     for f in fields(cls):
-        path, type_ = prefix + name_of(f), hints(cls)[f.name]
-        own: Kind = f.metadata.get("kind") or kind
-        if inner := section_class(type_):
-            found |= leaves(inner, path + ".", own)
+        path, type_, text = prefix + name_of(f), hints(cls)[f.name], f.metadata.get("help", "")
+        own_kind: Kind = f.metadata.get("kind") or kind
+        part = getattr(job, f.name, None)
+        if is_block(f, type_):
+            words = Literal[tuple(kinds_of(f))]  # type: ignore[valid-type]
+            result[path + ".kind"] = Leaf(path + ".kind", words, own_kind, text, {})
+            for inner in [type(part)] if is_dataclass(part) else kinds_of(f).values():
+                of_kind = leaves(inner, path + ".", own_kind, part)
+                result |= {name: leaf for name, leaf in of_kind.items() if name not in result}
+        elif (section := section_class(type_)) and "kinds" not in f.metadata:
+            result |= leaves(section, path + ".", own_kind, part)
         else:
-            bounds = f.metadata.get("bounds", {})
-            found[path] = Leaf(path, type_, own, f.metadata.get("help", ""), bounds)
-    return found
+            result[path] = Leaf(path, type_, own_kind, text, f.metadata.get("bounds", {}))
+    return result
 
 
 def build(
-    cls: type, tree: Mapping[str, Any], prefix: str = ""
+    cls: type, tree: Mapping[str, Any], prefix: str = "", typed: Collection[str] | None = None
 ) -> tuple[Any, list[str], list[Problem]]:
     """Build `cls` from an untyped tree: return (object, paths of unknown keys, wrong values).
 
-    In the object, a key that is missing or wrong has its default.
+    In the object, a key that is missing or wrong has its default. typed: the keys that a command
+    sets. A key of another kind of a block is wrong if it is one of them; else it falls away,
+    because a file or a run below set it for the kind there. None: each of them is wrong.
     """
-    unknown: list[str] = []
-    wrong: list[Problem] = []
-    values: dict[str, Any] = {}
-    known = {name_of(f): f for f in fields(cls)}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        if (f := known.get(name)) is None:
-            unknown += [inner for inner, _ in flatten(value, path)]
-            continue
-        type_ = hints(cls)[f.name]
+    builder = _Builder(typed)
+    return builder.section(cls, tree, prefix), builder.unknown, builder.wrong
+
+
+class _Builder:
+    """Builds sections and blocks, and collects unknown keys and wrong values."""
+
+    def __init__(self, typed: Collection[str] | None):
+        self.typed = typed
+        self.unknown: list[str] = []
+        self.wrong: list[Problem] = []
+
+    def section(self, cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
+        """Return an instance of `cls`."""
+        values: dict[str, Any] = {}
+        known = {name_of(f): f for f in fields(cls)}
+        for name, value in tree.items():
+            path = f"{prefix}{name}"
+            if (f := known.get(name)) is None:
+                self.unknown += [inner for inner, _ in flatten(value, path)]
+            elif (result := self._value(f, hints(cls)[f.name], value, path)) is not MISSING:
+                values[f.name] = result
+        return cls(**values)
+
+    def _value(self, f: Field[Any], type_: Any, value: Any, path: str) -> Any:
+        """Return the value of a field; MISSING if it is wrong."""
         inner = section_class(type_)
-        if inner and not isinstance(value, Mapping):
-            first = next(iter(leaves(inner, path + ".")))
-            problem = f"is a section and takes no value, got {shown(value)}"
-            wrong.append(Problem(path, problem, f"set one of its keys, such as {first}=VALUE"))
-        elif inner and "_target_" in value and TargetConfig in options(type_):
-            rest = {k: v for k, v in value.items() if k != "_target_"}
-            values[f.name] = TargetConfig(value["_target_"], rest)
-        elif inner:
-            values[f.name], more, faults = build(inner, value, path + ".")
-            unknown, wrong = unknown + more, wrong + faults
-        else:
-            try:
-                values[f.name] = convert(type_, value, f.metadata.get("bounds", {}))
-            except ValueError as e:
-                wrong.append(
-                    Problem(path, str(e), f"write, for example, {path}={example(type_, f)}")
-                )
-    return cls(**values), unknown, wrong
+        if is_block(f, type_) and not (value is None and type(None) in options(type_)):
+            return self._block(f, value, path, word_of(f, f.default_factory()))  # type: ignore[operator]
+        if "kinds" in f.metadata and value is not None:
+            items = value if isinstance(value, list | tuple) else [value]
+            parts = [self._block(f, item, f"{path}.{i}") for i, item in enumerate(items)]
+            return MISSING if MISSING in parts else parts
+        if inner and "kinds" not in f.metadata:
+            if not isinstance(value, Mapping):
+                first = next(iter(leaves(inner, path + ".")))
+                problem = f"is a section and takes no value, got {shown(value)}"
+                todo = f"set one of its keys, such as {first}=VALUE"
+                self.wrong.append(Problem(path, problem, todo))
+                return MISSING
+            if "_target_" in value and TargetConfig in options(type_):
+                rest = {k: v for k, v in value.items() if k != "_target_"}
+                return TargetConfig(value["_target_"], rest)
+            return self.section(inner, value, path + ".")
+        try:
+            return convert(type_, value, f.metadata.get("bounds", {}))
+        except ValueError as e:
+            todo = f"write, for example, {path}={example(type_, f)}"
+            self.wrong.append(Problem(path, str(e), todo))
+            return MISSING
+
+    def _block(self, f: Field[Any], value: Any, path: str, default: str = "") -> Any:
+        """Return the part that a word or a mapping describes; MISSING if it has no kind. default:
+        the word of a mapping that names no kind; an item of a list has none."""
+        kinds = kinds_of(f)
+        tree = dict(value) if isinstance(value, Mapping) else {"kind": value}
+        word = tree.pop("kind", default)
+        is_kind = isinstance(word, str) and word in kinds
+        for name in [name for name in tree if not is_kind or name not in _names(kinds[word])]:
+            keys = [inner for inner, _ in flatten(tree.pop(name), f"{path}.{name}")]
+            if not (owners := [w for w, cls in kinds.items() if name in _names(cls)]):
+                self.unknown += keys
+            elif is_kind and (not default or self.typed is None or {*keys} & {*self.typed}):
+                where = path.rpartition(".")[2] if default else "kind"
+                problem = f"is a key of {where}={' or '.join(owners)}, and this is {word}"
+                todo = "choose it, or leave the key out"
+                self.wrong.append(Problem(f"{path}.{name}", problem, todo))
+        if is_kind:
+            return self.section(kinds[word], tree, path + ".")
+        nearest = nearest_first(str(word), kinds)
+        problem, todo = f"{shown(word)} is not one of {', '.join(nearest)}", f"{path}={nearest[0]}"
+        self.wrong.append(Problem(path, problem, f"write, for example, {todo}"))
+        return MISSING
+
+
+def _names(cls: type) -> set[str]:
+    return {name_of(f) for f in fields(cls)}
 
 
 def check(job: Any, faults: Iterable[Problem] = ()) -> list[Problem]:
@@ -211,9 +303,12 @@ def _reported(node: Any, method: str, faults: list[Problem], prefix: str = "") -
     """Return what the methods of this name report, in a job and its sections, each problem once."""
     found: list[Problem] = []
     for f in fields(node):
-        value = getattr(node, f.name)
-        if is_dataclass(value) and not isinstance(value, Duration):
-            found += _reported(value, method, faults, f"{prefix}{name_of(f)}.")
+        value, path = getattr(node, f.name), f"{prefix}{name_of(f)}."
+        if isinstance(value, list) and "kinds" in f.metadata:
+            for i, part in enumerate(value):
+                found += _reported(part, method, faults, f"{path}{i}.")
+        elif is_dataclass(value) and not isinstance(value, Duration):
+            found += _reported(value, method, faults, path)
     wrong = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
     if not wrong and hasattr(node, method):
         found += [
@@ -361,10 +456,19 @@ def plain(node: Any) -> Any:
     if isinstance(node, TargetConfig):
         return {"_target_": node.target, **node.arguments}
     if is_dataclass(node):
-        return {name_of(f): plain(getattr(node, f.name)) for f in fields(node)}
+        return {name_of(f): _plain_field(f, getattr(node, f.name)) for f in fields(node)}
     if isinstance(node, list):
         return [plain(item) for item in node]
     return node
+
+
+def _plain_field(f: Field[Any], value: Any) -> Any:
+    """Return the value of a field, as plain has it; a block with its kind in front."""
+    if "kinds" not in f.metadata or value is None:
+        return plain(value)
+    if isinstance(value, list):
+        return [_plain_field(f, part) for part in value]
+    return {"kind": word_of(f, value), **plain(value)}
 
 
 def unknown_key(path: str, paths: Iterable[str], verb: str) -> Problem:

@@ -138,7 +138,8 @@ def _values(schema: type[Job], name: str, before: Sequence[str]) -> list[str]:
     if name in _RUNS:
         return _runs(before)
     found: list[str] = []
-    leaf = leaves(schema).get(name)
+    known = leaves(schema)
+    leaf = known.get(name) or known.get(f"{name}.kind")  # a block's word is short for its kind
     types = options(leaf.type) if leaf else ()
     for type_ in types if str not in types else ():  # a text may be a path: the shell completes it
         if get_origin(type_) is Literal:

@@ -1,0 +1,173 @@
+"""Sections whose keys follow from their kind: what is typed, what lies below, what is refused."""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.frozen import diff, freeze, thaw
+from forescale.config.job import Job
+from forescale.config.layers import lay, over_frozen
+from forescale.config.schema import ConfigError, block, key, leaves, plain, section
+
+
+@dataclass
+class Mixer:
+    heads: int = key(4, "number of heads")
+
+
+@dataclass
+class Attention(Mixer):
+    pass
+
+
+@dataclass
+class Window(Mixer):
+    window: int = key(8, "tokens that a token sees", ge=1)
+
+
+@dataclass
+class Lstm:
+    size: int = key(3, "width of the state", kind="numerics")
+
+
+MIXERS = {"attention": Attention, "window": Window, "lstm": Lstm}
+
+
+@dataclass
+class Sizes:
+    width: int = key(2, "width")
+    mixer: Mixer | Lstm = block(MIXERS, Attention, "how tokens exchange information")
+    pattern: list[Mixer | Lstm] = field(default_factory=list, metadata={"kinds": lambda: MIXERS})
+
+
+@dataclass
+class BlockJob(Job):
+    VERB: ClassVar[str] = "blocks"
+
+    run: dict = key({}, "a run")
+    model: Sizes = section(Sizes, "the model", "identity")
+
+
+def mixer(*words: str):
+    return compose(BlockJob, [f"model.{word}" for word in words]).model.mixer
+
+
+def refusals(*words: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(BlockJob, words)
+    return {p.key: f"{p.problem}; {p.todo}" for p in caught.value.problems}
+
+
+def test_a_word_is_short_for_a_kind_and_its_keys_follow_in_any_order():
+    assert mixer() == Attention()
+    assert mixer("mixer=window") == Window()
+    for words in (
+        ["mixer=window", "mixer.window=5"],
+        ["mixer.window=5", "mixer=window"],
+        ["mixer.kind=window", "mixer.window=5"],
+        ["mixer={kind: window, window: 5}"],
+        ["mixer={kind: window}", "mixer.window=5"],
+    ):
+        assert mixer(*words) == Window(window=5), words
+    job = compose(BlockJob, ["model={width: 3, mixer: lstm}"])
+    assert (job.model.width, job.model.mixer) == (3, Lstm())
+
+
+def test_a_list_has_words_and_blocks():
+    job = compose(BlockJob, ["model.pattern=[lstm,{kind: window, window: 5},attention]"])
+    assert job.model.pattern == [Lstm(), Window(window=5), Attention()]
+    assert thaw(BlockJob, freeze(job)) == job
+
+
+def test_all_problems_of_blocks_at_once():
+    problems = refusals(
+        "model.width=x",
+        "model.mixer=windw",
+        "model.mixer.haeds=3",
+        "model.pattern=[windw,{kind: window, window: 0},{size: 3},5,{kind: lstm, heads: 1}]",
+    )
+    for path, words in {
+        "model.width": "whole number",
+        "model.mixer": "'windw' is not one of window, attention, lstm",
+        "model.mixer.haeds": "did you mean model.mixer.heads",
+        "model.pattern.0": "not one of window",
+        "model.pattern.1.window": "at least 1",
+        "model.pattern.2": "not one of",
+        "model.pattern.3": "5 is not one of",
+        "model.pattern.4.heads": "is a key of kind=attention or window",
+    }.items():
+        assert words in problems.pop(path)
+    assert not problems
+
+
+@pytest.mark.parametrize("word", ["5", "null", "[1]", "{kind: [1]}", "{kind: null}", "''"])
+def test_no_kind_at_all(word):
+    assert "is not one of" in refusals(f"model.mixer={word}")["model.mixer"]
+
+
+def test_a_key_of_another_kind_is_refused_by_its_name():
+    problems = refusals("model.mixer.window=5")
+    assert problems == {
+        "model.mixer.window": "is a key of mixer=window, and this is attention; "
+        "choose it, or leave the key out"
+    }
+    assert (
+        "mixer=attention or window"
+        in refusals("model.mixer=lstm", "model.mixer.heads=2").popitem()[1]
+    )
+    frozen = freeze(BlockJob()).replace("kind: attention", "kind: lstm")
+    with pytest.raises(ConfigError, match=r"model\.mixer\.heads: is a key of"):
+        thaw(BlockJob, frozen)
+
+
+def test_of_another_kind_below_only_keys_of_a_common_base_stay():
+    below = {"model": {"mixer": {"kind": "window", "window": 5, "heads": 2}}}
+    for kind, rest in (
+        ("window", {"window": 5, "heads": 2}),
+        ("attention", {"heads": 2}),
+        ("lstm", {}),
+    ):
+        tree = lay(BlockJob, below, {"model": {"mixer": kind}})
+        assert tree == {"model": {"mixer": {"kind": kind, **rest}}}
+    tree = lay(BlockJob, {"model": {"mixer": "lstm"}}, {"model": {"mixer": {"size": 1}}})
+    assert tree == {"model": {"mixer": {"kind": "lstm", "size": 1}}}
+
+
+def test_over_a_frozen_run():
+    """The other keys of the run stay; those of another kind fall away."""
+    run = plain(compose(BlockJob, ["model.width=7", "model.mixer=window", "model.mixer.heads=2"]))
+
+    def model(*paths: str, **values):
+        return over_frozen(BlockJob, {"model": values}, run, paths)["model"]
+
+    assert model("model.mixer.window", mixer={"window": 3})["mixer"] == {
+        "kind": "window",
+        "heads": 2,
+        "window": 3,
+    }
+    changed = model("model.mixer.kind", mixer={"kind": "attention"})
+    assert changed == {"width": 7, "mixer": {"kind": "attention", "heads": 2}, "pattern": []}
+
+
+def test_the_keys_of_a_job_are_those_of_its_kinds():
+    assert [path for path in leaves(BlockJob) if "mixer" in path] == [
+        "model.mixer.kind",
+        "model.mixer.heads",
+        "model.mixer.window",
+        "model.mixer.size",
+    ]
+    job = compose(BlockJob, ["model.mixer=lstm"])
+    assert [path for path in leaves(BlockJob, job=job) if "mixer" in path] == [
+        "model.mixer.kind",
+        "model.mixer.size",
+    ]
+    changes = {change.key: change.kind for change in diff(BlockJob(), job)}
+    assert changes == {
+        "model.mixer.kind": "identity",
+        "model.mixer.size": "numerics",
+        "model.mixer.heads": "identity",
+    }
