@@ -2,21 +2,20 @@
 
 from torch import Tensor, nn
 
-from forescale.abilities.few_shot import Accuracy, accuracies, judged
-from forescale.abilities.questions import questions_of
-from forescale.abilities.tasks import QUESTIONS, SHOTS
 from forescale.config.eval import ScoreJob
 from forescale.console import Progress, silent
 from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
 from forescale.inference.view import RunView, best_device
+from forescale.run.abilities import Accuracy, questions_of
+from forescale.train.abilities import accuracies, judged
 
 
 def abilities_of(
     view: RunView, model: nn.Module, job: ScoreJob, progress: Progress = silent
 ) -> dict[str, list[Accuracy | None]]:
-    """Return for each of job.abilities its accuracy at each of job.shots (if there are none, of
-    SHOTS); None where the examples don't fit the run's windows.
+    """Return for each of job.abilities its accuracy at each number of examples (job.shots); None
+    where the examples don't fit the run's windows.
 
     Raises UserError for a model that doesn't continue text.
     """
@@ -30,20 +29,20 @@ def abilities_of(
     def judge(tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
         return judged(model(tokens_BL.to(device)), targets_BL)
 
-    found: dict[str, list[Accuracy | None]] = {name: [] for name in job.abilities}
-    every = questions_of(
+    questions = questions_of(
         lambda text: text_ids(view.tokenizer, text),
         view.identity["dataset"]["end_of_text"],
-        [*found],
-        job.shots or SHOTS,
-        questions=job.questions or QUESTIONS,
+        job.abilities,
+        job.shots,
+        job.questions,
     )
-    total, done = sum(len(each.rows) for each in every), 0
-    for each in every:
+    results: dict[str, list[Accuracy | None]] = {name: [] for name in job.abilities}
+    total, done = sum(len(each.rows) for each in questions), 0
+    for each in questions:
         if each.longest > config.train.sequence_length:
-            found[each.task].append(None)
+            results[each.task].append(None)
         else:
-            found[each.task] += accuracies(judge, [each], rows=job.micro_batch)
+            results[each.task] += accuracies(judge, [each], rows=job.micro_batch)
         done += len(each.rows)
         progress("abilities", done, total, "questions")
-    return found
+    return results

@@ -7,10 +7,10 @@ value; seconds, bytes and fractions are not rounded. A key is never renamed, and
 import math
 from typing import TYPE_CHECKING, Any
 
-from forescale.abilities.columns import parsed
 from forescale.checkpoint.reader import Checkpoint
 from forescale.errors import UserError
 from forescale.monitor.status import Status
+from forescale.run.abilities import column_of
 from forescale.run.rows import Row
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
 
 def _validation(scored: Row) -> dict[str, Any]:
     """The last evaluation: what each has, and the abilities if they are measured."""
-    names = [*_VALIDATION, *filter(parsed, scored)]
+    names = [*_VALIDATION, *filter(column_of, scored)]
     return {name: _finite(scored.get(name)) for name in names}
 
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.abilities.columns import in_words
 from forescale.config.duration import Duration
 from forescale.console import span, table
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
@@ -23,6 +22,7 @@ from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
+from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
 from forescale.run.rows import Row

@@ -8,10 +8,10 @@ data/stream.py, `validation_windows`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forescale.abilities.questions import ROWS, Questions, passes_of
 from forescale.config.train import TrainJob
 from forescale.console import span
 from forescale.plan.step_time import StepTime, TokenFlops
+from forescale.run.abilities import Questions, passes_of
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def estimate_evaluation(
     asks, asked = bool(job.validation.abilities), None
     if asks and questions:
         mesh = job.mesh(world)
-        tokens = passes_of(questions, ROWS, mesh.sequence).tokens(mesh.data)
+        tokens = passes_of(questions, multiple=mesh.sequence).tokens(mesh.data)
         flops = per_token.forward * tokens
         seconds = None if step.seconds is None else step.seconds * flops / of_step
         asked = Asked(sum(len(each.rows) for each in questions), tokens, flops, seconds)

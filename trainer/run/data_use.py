@@ -10,12 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from forescale.abilities.questions import Questions
 from forescale.config.train import TrainJob
 from forescale.data.bins import num_windows
 from forescale.data.dataset import Sources
 from forescale.data.objective import window_length
-from forescale.run.abilities import questions_of_job
+from forescale.run.abilities import Questions, questions_of_job
 from forescale.run.feed import (
     epochs,
     feed_of,

@@ -39,8 +39,9 @@ from forescale.run.forecast import PredictionInterval
 from forescale.run.identity import complete
 from forescale.run.references import References
 from forescale.run.scores import is_evaluated
+from forescale.train.abilities import Abilities
 from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
-from forescale.train.evaluate import Abilities, Score, Scored, evaluate, pooled
+from forescale.train.evaluate import Score, Scored, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
 from forescale.train.metrics import Metrics, Prices, ProgressLine
 from forescale.train.model import prices_of
@@ -99,8 +100,8 @@ class Builder:
 
     @cached_property
     def _abilities(self) -> Abilities | None:
-        asked = questions_of_job(self.job, self.sources)
-        return Abilities(asked, self.engine, self.phases.mark) if asked else None
+        questions = questions_of_job(self.job, self.sources)
+        return Abilities(questions, self.engine, self.phases.mark) if questions else None
 
     @property
     def _window_length(self) -> int:

@@ -13,12 +13,11 @@ A callback of the user's own is any class with one method, named in the config b
 Invariant: a callback decides from the step and its summary alone, so every rank decides alike.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
@@ -128,8 +127,11 @@ class Every:
 
 
 class Validation(Callback):
-    """Scores the held-out splits when due. `log` receives the position after the step, the scores
-    by the splits' names, and what `abilities` returns (None: nothing more is measured)."""
+    """Scores the held-out splits when due.
+
+    log: receives the position after the step, the scores by the splits' names, and the columns that
+    `abilities` returns (None: abilities are not measured).
+    """
 
     phase = "evaluation"
 
@@ -137,8 +139,8 @@ class Validation(Callback):
         self,
         due: Every,
         score: Callable[[bool], Mapping[str, Scored]],
-        log: Callable[[Position, Mapping[str, Scored], Sequence[Accuracy]], None],
-        abilities: Callable[[], Sequence[Accuracy]] | None = None,
+        log: Callable[[Position, Mapping[str, Scored], Mapping[str, float]], None],
+        abilities: Callable[[], Mapping[str, float]] | None = None,
     ):
         self._due, self._score, self._log, self._abilities = due, score, log, abilities
 
@@ -154,7 +156,7 @@ class Validation(Callback):
     def score(self, position: Position) -> None:
         """Score now. Every rank calls it together."""
         scores = self._score(position.step == self._due.last)
-        self._log(position, scores, self._abilities() if self._abilities else ())
+        self._log(position, scores, self._abilities() if self._abilities else {})
 
 
 class Checkpoints(Callback):

@@ -1,4 +1,4 @@
-"""Losses on held-out text, and bits per byte; and accuracy on small tasks.
+"""Losses on held-out text, and bits per byte.
 
 Invariant: every target of the split is scored exactly once, and sums are added in the order of the
 windows, so the result is the same at any world size. With the next token as objective, every token
@@ -8,23 +8,17 @@ but a shard's first is a target.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forescale.abilities.few_shot import Accuracy, accuracies, judged
-from forescale.abilities.questions import ROWS, Questions
 from forescale.data.bins import Bins
 from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
-from forescale.errors import UserError
-
-if TYPE_CHECKING:
-    from forescale.engine.step import Engine
 
 
 class Scored(Protocol):
@@ -157,45 +151,3 @@ def ratio_stderr(sums: np.ndarray, counts: np.ndarray, ratio: float) -> float:
         return math.nan
     residuals = sums - ratio * counts
     return float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
-
-
-class Abilities:
-    """Asks the questions when called; every rank calls it together, and has the results. Ranks
-    share the questions as they share windows. Nothing of it touches the training: no data is read,
-    no random state is used, no graph is compiled.
-
-    mark: receives the place of this rank, as in evaluate. Raises UserError if a class of the user's
-    own returns no logits.
-    """
-
-    def __init__(
-        self, questions: Sequence[Questions], engine: "Engine", mark: Callable[[str], None]
-    ):
-        self._questions, self._engine, self._mark = questions, engine, mark
-
-    def __call__(self) -> list[Accuracy]:
-        """Measure now."""
-        world = self._engine.world
-        return accuracies(
-            self._judge,
-            self._questions,
-            rows=ROWS,
-            multiple=world.sequence.size,
-            share=(world.data.rank, world.data.size),
-            gather=world.data.gather,
-        )
-
-    def _judge(self, tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-        self._mark("evaluation")
-        group = self._engine.world.sequence
-        logits_BLV = self._engine.logits(tokens_BL)
-        own_BL = targets_BL.chunk(group.size, -1)[group.rank]
-        if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != own_BL.shape:
-            problem = f"without targets it returns no logits of {len(own_BL)} rows"
-            todo = "return logits (B, L, V), or leave out validation.abilities"
-            raise UserError("the model's forward()", problem, todo)
-        wrong_B, nats_B = judged(logits_BLV, own_BL)
-        if group.size > 1:  # each rank has judged its own columns
-            both = torch.stack([wrong_B, nats_B]).to(self._engine.world.device)
-            wrong_B, nats_B = group.sum(both).cpu()
-        return wrong_B, nats_B

@@ -6,16 +6,15 @@ Invariant: metrics.jsonl holds one `train` row per step, with all digits, whatev
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forescale.abilities.columns import in_words
-from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.console import is_terminal, open_console
 from forescale.engine.world import StepSummary
 from forescale.resilience.phases import training_seconds
+from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt
 from forescale.run.forecast import PredictionInterval, describe
 from forescale.train.callbacks import Callback, Every, Step
@@ -139,13 +138,14 @@ class Metrics(Callback):
         self,
         position: Position,
         scores: Mapping[str, Scored],
-        abilities: Sequence[Accuracy] = (),
+        abilities: Mapping[str, float] | None = None,
     ) -> None:
         """Log the scores of held-out splits by their names; "validation" is all of them pooled, in
-        whose row the abilities stand, so that a step has both or none."""
+        whose row the columns of the abilities stand, so that a step has both or none."""
         for dataset, score in scores.items() if self.is_main else ():
-            self._scored(position, dataset, score, abilities if dataset == "validation" else ())
-            if dataset == "validation" and position.step == self.line.total:
+            is_pooled = dataset == "validation"
+            self._scored(position, dataset, score, (is_pooled and abilities) or {})
+            if is_pooled and position.step == self.line.total:
                 self._compare_with_forecast(position, score)
 
     def _compare_with_forecast(self, position: Position, score: Scored) -> None:
@@ -162,7 +162,7 @@ class Metrics(Callback):
             self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
 
     def _scored(
-        self, position: Position, dataset: str, score: Scored, abilities: Sequence[Accuracy]
+        self, position: Position, dataset: str, score: Scored, abilities: Mapping[str, float]
     ) -> None:
         if not score.windows:
             self.attempt.event("nothing_to_validate", step=position.step, dataset=dataset)
@@ -175,7 +175,7 @@ class Metrics(Callback):
             "tokens": position.tokens,
             "dataset": dataset,
             **score.row(),
-            **{name: x for one in abilities for name, x in one.columns.items()},
+            **abilities,
         }
         of = ""
         if self.targets != "tokens":

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
+from forescale.abilities import QUESTIONS, SHOTS, TASKS
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
@@ -19,8 +19,8 @@ from forescale.run.rows import to_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from forescale.abilities.few_shot import Accuracy
     from forescale.inference.lengths import Bucket
+    from forescale.run.abilities import Accuracy
     from forescale.train.evaluate import Score
     from forescale.train.preferences import PreferenceScore
 
@@ -313,7 +313,7 @@ def _print(
 
 
 def _print_preferences(found: "PreferenceScore", beta: float) -> None:
-    from forescale.abilities.few_shot import interval_of
+    from forescale.run.abilities import interval_of
 
     numbers, n = found.numbers, found.windows
     low, high = interval_of(round(found.accuracy * n), n)

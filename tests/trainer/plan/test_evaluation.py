@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 
-from forescale.abilities.few_shot import accuracies
-from forescale.abilities.questions import ROWS
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
 from forescale.data.bins import num_windows
@@ -17,6 +15,7 @@ from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import estimate_evaluation
 from forescale.plan.step_time import StepTime, TokenFlops
 from forescale.run.abilities import questions_of_job
+from forescale.train.abilities import accuracies
 from forescale.train.callbacks import Every
 
 PRICE = TokenFlops(full=300.0, causal=200.0, six_n=100.0, forward=100.0, recomputed=100.0)
@@ -119,9 +118,7 @@ def test_questions_cost_the_tokens_that_ranks_really_compute(small_data, world, 
         def gather(own):
             return [[(i, 0, 0.0) for i in range(sum(len(q.rows) for q in questions))]]
 
-        accuracies(
-            judge, questions, rows=ROWS, multiple=sequence, share=(rank, ranks), gather=gather
-        )
+        accuracies(judge, questions, multiple=sequence, share=(rank, ranks), gather=gather)
     step = StepTime(8.0, 0.0, 0.0, job.tokens_per_step, 300.0 * job.tokens_per_step, None)
     found = estimate_evaluation(job, [10], PRICE, step, world, questions=questions)
     alone = estimate_evaluation(job, [10], PRICE, step, world)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
 from forescale.config.sections.batch import Cadence
 from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary
+from forescale.run.abilities import Accuracy
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.train.callbacks import Every, Step
@@ -151,7 +151,8 @@ def test_a_validation_row_and_its_line(metrics, capsys):
 def test_abilities_stand_in_the_row_of_all_held_out_text(metrics, capsys):
     made, score = metrics(), Score(2.5, 0.125, 1.75, 1000, 2000, 1234)
     able = [Accuracy("copy", 0, 4, 8, 1.5, 0.25), Accuracy("copy", 4, 6, 8, 0.5, 0.125)]
-    made.scored(step(7).position, {"web": score, "validation": score}, able)
+    columns = able[0].columns | able[1].columns
+    made.scored(step(7).position, {"web": score, "validation": score}, columns)
     web, together = read_rows(made.attempt.metrics.path)
     assert not [name for name in web if "/" in name]
     assert (together["ability/copy/4"], together["ability/copy/4_nats"]) == (0.75, 0.5)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from forescale.abilities.tasks import QUESTIONS, TASKS
+from forescale.abilities import QUESTIONS, TASKS
 from forescale.config.duration import Duration
 from forescale.config.schema import key, section
 from forescale.config.sections.data import Problems

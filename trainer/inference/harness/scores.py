@@ -18,10 +18,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
 
-from forescale.abilities.few_shot import interval_of
 from forescale.errors import UserError
 from forescale.inference.harness.language_model import LanguageModel
 from forescale.inference.harness.tasks import Loaded, content_hash, leaves, quiet
+from forescale.run.abilities import interval_of
 
 _RESAMPLES = 1000  # of a standard error that has no formula
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from forescale.abilities.columns import parsed
 from forescale.monitor.ledger import first_of
+from forescale.run.abilities import column_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, each_row
 
@@ -139,7 +139,7 @@ def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[
         at = [curves.at(row["step"]) for row in own]
         x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
         measured = dict.fromkeys(key for row in own for key in row)
-        abilities = (k for k in measured if (c := parsed(k)) and c.kind in ("share", "nats"))
+        abilities = (k for k in measured if (c := column_of(k)) and c.kind in ("share", "nats"))
         for key in ("loss", "bits_per_byte", *abilities):
             y = np.array([row.get(key, np.nan) for row in own], dtype=float)
             y[~np.isfinite(y)] = np.nan

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from forescale.abilities.columns import parsed
 from forescale.monitor.report.colours import LINES
 from forescale.monitor.report.curves import Array, Curves, Line
 from forescale.monitor.report.events import LOOKS, Event
+from forescale.run.abilities import column_of
 
 _DIGITS = 6
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")  # of the runs after those that differ by colour
@@ -89,7 +89,7 @@ def _of_abilities(runs: Sequence[Drawn]) -> list[Panel]:
     names = dict.fromkeys(n for run in runs for of in run.curves.scores.values() for n in of)
     made = []
     for name in names:
-        if (column := parsed(name)) is None:
+        if (column := column_of(name)) is None:
             continue
         after = f"{column.task} after {column.shots} example{'s' * (column.shots != 1)}"
         if column.kind == "nats":

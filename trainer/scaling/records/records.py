@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forescale.abilities.columns import parsed
 from forescale.config.sections.ramp import length_ramp
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
@@ -28,6 +27,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import count, expansion, flops_6n, flops_per_token
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
+from forescale.run.abilities import column_of
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.scaling.fitting.points import COLUMNS, Points
@@ -94,7 +94,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "loss": scored["loss"],
         "loss_stderr": scored["loss_stderr"],
         "bits_per_byte": scored["bits_per_byte"],
-        **{name: x for name, x in scored.items() if parsed(name)},
+        **{name: x for name, x in scored.items() if column_of(name)},
         **(_by_source(run, status.step) if len(dataset["sources"]) > 1 else {}),
         "loss_definition": _definition(job, scored, dataset["identity"]),
         "train_loss": last["loss"],

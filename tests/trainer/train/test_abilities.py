@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from forescale.abilities.few_shot import IGNORED, Accuracy, accuracies, judged
-from forescale.abilities.questions import _row, expect_fitting, questions_of
-from forescale.abilities.tasks import TASKS
+from forescale.abilities import TASKS, question_row
 from forescale.errors import UserError
+from forescale.run.abilities import Accuracy, expect_fitting, questions_of
+from forescale.train.abilities import IGNORED, accuracies, judged
 
 
 def encode(text):
@@ -66,7 +66,7 @@ def test_who_guesses_is_at_chance(task):
 
 
 def test_a_question_is_the_same_after_any_number_of_examples():
-    rows = [_row("recall", 7, shots, encode, 1, 0) for shots in (0, 2, 5)]
+    rows = [question_row("recall", 7, shots, encode, 1, 0) for shots in (0, 2, 5)]
     assert len({tuple(ids[-count - 20 :]) for ids, count in rows}) == 1
     assert [chr_count(ids) for ids, _ in rows] == [1, 3, 6]
 

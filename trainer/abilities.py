@@ -1,7 +1,10 @@
-"""The tasks: each makes questions with one right answer, all that are needed, from random numbers.
+"""Small tasks whose questions are made from random numbers, as rows of tokens:
 
-Invariant: a task is one function here and one line of TASKS; equal random numbers give equal
-questions, on any machine and for any model. The config reads this file, so it imports no numpy.
+    <begin> question -> answer \\n ... question -> | answer \\n
+
+Invariant: a task is one function here and one line of TASKS. Question i of a task is the same for
+all models, machines and numbers of examples, so that accuracies compare in pairs. The config reads
+this file, so it imports numpy only where questions are made.
 """
 
 from collections.abc import Callable
@@ -11,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from numpy.random import Generator as Rng
 
+Encode = Callable[[str], list[int]]
 SHOTS = (0, 1, 2, 4, 8, 16)  # solved examples before a question
 QUESTIONS = 128
 
+_ARROW = " ->"
 _LETTERS = list(ascii_lowercase)
 _LENGTH = 5  # letters of a word
 _PAIRS = 4  # of a recall
@@ -21,7 +26,7 @@ _PAIRS = 4  # of a recall
 
 class Task(NamedTuple):
     """make: random numbers -> (question, answer), each one line of text. chance: the accuracy of
-    who knows the form of an answer and guesses."""
+    guesses in the right form."""
 
     make: Callable[["Rng"], tuple[str, str]]
     chance: float
@@ -49,9 +54,9 @@ def _addition(rng: "Rng") -> tuple[str, str]:
 
 def _recall(rng: "Rng") -> tuple[str, str]:
     keys, values = _letters(rng, _PAIRS, False), rng.choice(10, _PAIRS, replace=False).tolist()
-    asked = int(rng.integers(_PAIRS))
-    known = ", ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
-    return f"{known}; {keys[asked]}", str(values[asked])
+    index = int(rng.integers(_PAIRS))
+    pairs = ", ".join(f"{k} {v}" for k, v in zip(keys, values, strict=True))
+    return f"{pairs}; {keys[index]}", str(values[index])
 
 
 TASKS = {
@@ -60,3 +65,21 @@ TASKS = {
     "addition": Task(_addition, 1 / 10, "add two digits modulo 10"),
     "recall": Task(_recall, 1 / _PAIRS, f"give the value of one of {_PAIRS} keys"),
 }
+
+
+def question_row(
+    task: str, number: int, shots: int, encode: Encode, begin: int, seed: int
+) -> tuple[list[int], int]:
+    """Return question `number` of a task after `shots` examples: a row of tokens, and how many of
+    its last are the answer. encode: text to ids; begin: the id that begins a document."""
+    from numpy.random import default_rng
+
+    make, index = TASKS[task].make, [*TASKS].index(task)
+    ids, answer_ids = [begin], list[int]()
+    # The question first: it doesn't depend on the number of examples.
+    question = make(default_rng([seed, index, number]))
+    rng = default_rng([seed, index, number, 1])
+    for text, answer in [*(make(rng) for _ in range(shots)), question]:
+        answer_ids = encode(f" {answer}\n")
+        ids += encode(text + _ARROW) + answer_ids
+    return ids, len(answer_ids)

@@ -2,17 +2,16 @@
 
 import pytest
 
-from forescale.abilities.columns import KINDS, Column, in_words, parsed
-from forescale.abilities.few_shot import Accuracy
-from forescale.abilities.tasks import SHOTS, TASKS
+from forescale.abilities import SHOTS, TASKS
+from forescale.run.abilities import KINDS, Accuracy, Column, column_of, in_words
 
 
-def test_every_name_that_is_written_is_read_back():
+def test_every_name_of_a_column_is_read_back():
     for task in TASKS:
         for shots in SHOTS:
-            read = [parsed(name) for name in Accuracy(task, shots, 3, 40, 1.5, 0.1).columns]
+            read = [column_of(name) for name in Accuracy(task, shots, 3, 40, 1.5, 0.1).columns]
             assert read == [(task, shots, kind) for kind in KINDS]
-    assert parsed("ability/my_own_nats/16_nats") == Column("my_own_nats", 16, "nats")
+    assert column_of("ability/my_own_nats/16_nats") == Column("my_own_nats", 16, "nats")
 
 
 @pytest.mark.parametrize(
@@ -21,12 +20,12 @@ def test_every_name_that_is_written_is_read_back():
      "ability/copy/04", "ability/copy/4_share", "validation/ability/copy/4"],
 )  # fmt: skip
 def test_other_names_are_of_something_else(name):
-    assert parsed(name) is None
+    assert column_of(name) is None
 
 
 def test_a_row_in_words_has_the_shares_alone_in_the_order_of_the_examples():
-    found = [Accuracy("copy", 4, 3, 40, 1.5), Accuracy("copy", 8, 20, 40, 1.0)]
-    found.append(Accuracy("recall", 8, 10, 40, 1.0))  # its 4 examples were not measured
-    row = {"loss": 2.5, **{name: x for one in found for name, x in one.columns.items()}}
+    results = [Accuracy("copy", 4, 3, 40, 1.5), Accuracy("copy", 8, 20, 40, 1.0)]
+    results.append(Accuracy("recall", 8, 10, 40, 1.0))  # its 4 examples were not measured
+    row = {"loss": 2.5, **{name: x for one in results for name, x in one.columns.items()}}
     assert in_words(row) == "right answers after 4, 8 examples: copy 8 %, 50 %; recall -, 25 %"
     assert in_words({"loss": 2.5}) == ""

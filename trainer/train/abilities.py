@@ -1,0 +1,138 @@
+"""Answers questions with a model: its accuracy on small tasks after so many solved examples.
+
+Invariant: an answer counts if each of its tokens, the line end included, is the most likely one
+after the tokens before it: exactly when greedy decoding would write it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from forescale.console import Progress, silent
+from forescale.errors import UserError
+from forescale.run.abilities import ROWS, Accuracy, Questions, passes_of
+
+if TYPE_CHECKING:
+    from forescale.engine.step import Engine
+
+# tokens (B, L) and targets (B, L) int64, IGNORED but at answers -> what `judged` returns
+Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Gather = Callable[[list], list[list]]  # a rank's values -> those of all ranks, in their order
+IGNORED = -100  # not a target, as in the losses of models
+
+
+@torch.no_grad()
+def accuracies(
+    judge: Judge,
+    questions: Sequence[Questions],
+    *,
+    rows: int = ROWS,
+    multiple: int = 1,
+    share: tuple[int, int] = (0, 1),
+    gather: Gather = lambda answers: [answers],
+    progress: Progress = silent,
+) -> list[Accuracy]:
+    """Return the accuracies of a model on questions.
+
+    rows: of a forward pass; multiple: the width of a pass is a multiple of it; share: (rank, number
+    of ranks) that answer together, for `gather`. All passes have the same shape and composition at
+    any number of ranks, and every rank makes as many, because they may be collectives.
+    """
+    all_rows = [row for each in questions for row in each.rows]
+    passes, (rank, size) = passes_of(questions, rows, multiple), share
+    count, width = passes.count, passes.width
+    answers: list[tuple[int, int, float]] = []
+    for index in range(rank, passes.of_each(size) * size, size):
+        # Beyond the last questions a rank answers the first ones, which nobody counts.
+        first = index * rows if index < count else 0
+        wrong_B, nats_B = judge(*_padded(all_rows[first : first + rows], rows, width))
+        if index < count:
+            results = zip(wrong_B.tolist(), nats_B.tolist(), strict=True)
+            answers += [(first + i, int(w), x) for i, (w, x) in enumerate(results)]
+        progress("abilities", min((index + 1) * rows, len(all_rows)), len(all_rows), "questions")
+    # Padding has the highest numbers.
+    in_order = iter(sorted(tuple(answer) for part in gather(answers) for answer in part))
+    return [_accuracy(each, [next(in_order) for _ in each.rows]) for each in questions]
+
+
+def _accuracy(of: Questions, answers: list[tuple[int, int, float]]) -> Accuracy:
+    right = sum(not wrong for _, wrong, _ in answers)
+    nats, n = [x for _, _, x in answers], len(answers)
+    mean = math.fsum(nats) / n
+    square = math.fsum((x - mean) ** 2 for x in nats)
+    stderr = math.sqrt(square / (n - 1) / n) if n > 1 else math.nan
+    return Accuracy(of.task, of.shots, right, n, mean, stderr)
+
+
+def _padded(
+    questions: Sequence[tuple[list[int], int]], rows: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets, (rows, width) int64: the target of a column is the next token."""
+    tokens = torch.zeros(rows, width, dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
+    # Padding behind a row changes nothing before it: the model is causal.
+    for row, (ids, count) in enumerate(questions):
+        row_tokens = torch.tensor(ids)
+        tokens[row, : len(ids)] = row_tokens
+        targets[row, len(ids) - count - 1 : len(ids) - 1] = row_tokens[len(ids) - count :]
+    return tokens, targets
+
+
+def judged(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return of each row how many targets are not the most likely token, and the nats of all its
+    targets, (B,) fp64 each, on the CPU."""
+    targets_BL = targets_BL.to(logits_BLV.device)
+    is_target_BL = targets_BL != IGNORED
+    target_K = targets_BL[is_target_BL]
+    log_probs_KV = logits_BLV[is_target_BL].float().log_softmax(-1)
+    wrong_K = log_probs_KV.argmax(-1) != target_K
+    nats_K = -log_probs_KV.gather(-1, target_K[:, None])[:, 0]
+    row_K = is_target_BL.nonzero()[:, 0].cpu()
+    empty_B = torch.zeros(len(targets_BL), dtype=torch.float64)
+    wrong_B = empty_B.index_add(0, row_K, wrong_K.double().cpu())
+    return wrong_B, empty_B.index_add(0, row_K, nats_K.double().cpu())
+
+
+class Abilities:
+    """Measures abilities when called: the columns that a row of metrics gets. Every rank calls it
+    together; ranks share the questions as they share windows. It changes nothing of the training:
+    no data is read, no random state is used, no graph is compiled.
+
+    mark: receives the place of this rank, as in evaluate. Raises UserError if a class of the user's
+    own returns no logits.
+    """
+
+    def __init__(
+        self, questions: Sequence[Questions], engine: "Engine", mark: Callable[[str], None]
+    ):
+        self._questions, self._engine, self._mark = questions, engine, mark
+
+    def __call__(self) -> dict[str, float]:
+        """Measure now."""
+        world = self._engine.world
+        results = accuracies(
+            self._judge,
+            self._questions,
+            multiple=world.sequence.size,
+            share=(world.data.rank, world.data.size),
+            gather=world.data.gather,
+        )
+        return {name: value for result in results for name, value in result.columns.items()}
+
+    def _judge(self, tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+        self._mark("evaluation")
+        group = self._engine.world.sequence
+        logits_BLV = self._engine.logits(tokens_BL)
+        targets_BC = targets_BL.chunk(group.size, -1)[group.rank]  # the columns of this rank
+        if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != targets_BC.shape:
+            problem = f"without targets it returns no logits of {len(targets_BC)} rows"
+            todo = "return logits (B, L, V), or leave out validation.abilities"
+            raise UserError("the model's forward()", problem, todo)
+        wrong_B, nats_B = judged(logits_BLV, targets_BC)
+        if group.size > 1:
+            both = torch.stack([wrong_B, nats_B]).to(self._engine.world.device)
+            wrong_B, nats_B = group.sum(both).cpu()
+        return wrong_B, nats_B
