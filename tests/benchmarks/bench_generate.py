@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from forescale.inference.answering import Question
-from forescale.inference.writing import Answer, Wanted, written
+from forescale.inference.generation import Answer, GenerationConfig, complete
+from forescale.inference.question import Question
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.products import prepare
 from forescale.models.decoding.sampler import Sampler
@@ -79,15 +79,15 @@ def compare(
     real = torch.tensor([[0] * (prompt - len(row)) + [1] * len(row) for row in prompts])
     how: dict[str, Any] = dict(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, "0"))
-    wanted = Wanted(num_tokens, Sampler(temperature=0))
+    config = GenerationConfig(num_tokens, Sampler(temperature=0))
     found: dict[str, list[str]] = {}
 
     def ours() -> float:
         context = config.sizes.max_sequence_length
         began = time.process_time()
         questions = [Question("", "", row, row, -1, "document", context) for row in prompts]
-        answers = [Answer(tokenizer, question, wanted, 0) for question in questions]
-        found["ours"] = [answer.text for answer in written(model, answers, batch)]
+        answers = [Answer(tokenizer, question, config, 0) for question in questions]
+        found["ours"] = [answer.text for answer in complete(model, answers, batch)]
         spent = time.process_time() - began
         return batch * num_tokens / spent
 

@@ -5,10 +5,10 @@ import math
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
 from forescale.errors import UserError
-from forescale.inference.answering import question_of
 from forescale.inference.export import is_exportable
+from forescale.inference.generation import Answer, GenerationConfig, stream
+from forescale.inference.question import question_of
 from forescale.inference.view import RunView
-from forescale.inference.writing import Answer, Wanted, write
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.sampler import Sampler
 from forescale.run.rows import read_rows
@@ -111,9 +111,9 @@ def sample(started: Start, prompt: str, seed: int = 0) -> str:
     document. Raises UserError if its logits are not finite."""
     view = RunView(started.run)
     model = view.model(trust=True)  # the user's command has just trained this class
-    wanted = Wanted(SAMPLE_TOKENS, Sampler(temperature=1.0, top_k=50))
-    answer = Answer(view.tokenizer, question_of(view, prompt), wanted, seed)
-    return prompt + "".join(piece for _, piece in write(model, [answer]))
+    config = GenerationConfig(SAMPLE_TOKENS, Sampler(temperature=1.0, top_k=50))
+    answer = Answer(view.tokenizer, question_of(view, prompt), config, seed)
+    return prompt + "".join(piece for _, piece in stream(model, [answer]))
 
 
 def _indented(text: str) -> str:

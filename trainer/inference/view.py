@@ -80,11 +80,11 @@ class RunView:
         """
         if self.chosen is None:
             return at_step(self.run, step)
-        found = verified(self.chosen)
-        if step not in (None, found.position.step):
-            problem = f"is of step {found.position.step}, not {step}"
+        checkpoint = verified(self.chosen)
+        if step not in (None, checkpoint.position.step):
+            problem = f"is of step {checkpoint.position.step}, not {step}"
             raise UserError(str(self.chosen), problem, "leave step out, or name the run")
-        return found
+        return checkpoint
 
     def model(self, step: int | None = None, trust: bool = False) -> "nn.Module":
         """Return the model with the fp32 weights of a checkpoint, in eval mode, on the CPU.
@@ -142,26 +142,26 @@ class RunView:
         batch: int = 16,
         step: int | None = None,
         trust: bool = False,
-        **more: float,
+        **sampling: float,
     ) -> list[str]:
         """Return the texts that a checkpoint writes to the prompts, in their order, as `forescale
         generate` does with these keys.
 
-        more: top_p, min_p, repetition_penalty. Raises UserError for a prompt that the model can't
-        read, ValueError for a number that leaves no token.
+        sampling: top_p, min_p, repetition_penalty. Raises UserError for a prompt that the model
+        can't read, ValueError for a number that leaves no token.
         """
-        from forescale.inference.answering import question_of
-        from forescale.inference.writing import Answer, Wanted, written
+        from forescale.inference.generation import Answer, GenerationConfig, complete
+        from forescale.inference.question import question_of
         from forescale.models.decoding.sampler import Sampler
 
-        wanted = Wanted(num_tokens, Sampler(temperature, top_k, **more), tuple(stop))
-        asked = [prompts] if isinstance(prompts, str) else prompts
+        config = GenerationConfig(num_tokens, Sampler(temperature, top_k, **sampling), tuple(stop))
+        texts = [prompts] if isinstance(prompts, str) else prompts
         answers = [
-            Answer(self.tokenizer, question_of(self, prompt), wanted, seed + i)
-            for i, prompt in enumerate(asked)
+            Answer(self.tokenizer, question_of(self, prompt), config, seed + i)
+            for i, prompt in enumerate(texts)
         ]
         model = ready_to_write(self.model(step, trust))
-        return [answer.text for answer in written(model, answers, batch)]
+        return [answer.text for answer in complete(model, answers, batch)]
 
     def language_model(
         self, step: int | None = None, *, batch: int = 8, trust: bool = False
@@ -227,14 +227,12 @@ def set_weights(model: "nn.Module", checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    kept = model.state_dict(keep_vars=True)
-    own: dict[str, torch.Tensor] = dict(
-        model.named_parameters()
-    )  # without repeats of tied parameters
-    own |= {name: b for name, b in model.named_buffers() if name in kept}
-    checkpoint.expect_shapes({name: tensor.shape for name, tensor in own.items()}, merged=True)
+    saved = model.state_dict(keep_vars=True)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())  # tied ones once
+    tensors |= {name: b for name, b in model.named_buffers() if name in saved}
+    checkpoint.expect_shapes({name: tensor.shape for name, tensor in tensors.items()}, merged=True)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(checkpoint.merged(name))
 
 

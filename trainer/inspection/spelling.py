@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from forescale.errors import UserError
-from forescale.inference.spelling import pieces
+from forescale.inference.generation import pieces
 
 BEGIN = "<begin>"
 

@@ -22,8 +22,8 @@ from forescale.run.finetune import chat_template, vocabulary_of_run
 if TYPE_CHECKING:
     from torch import nn
 
-    from forescale.inference.answering import Question
-    from forescale.inference.writing import Answer
+    from forescale.inference.generation import Answer
+    from forescale.inference.question import Question
 
 
 @dataclass
@@ -162,52 +162,53 @@ def _answers(
     prompts: list[str],
     before: Sequence[Message] = (),
 ) -> list["Answer"]:
-    """Return the answers that are wanted, none of them begun. template: of a chat; before: the
-    turns of it until now. Raises UserError for a prompt that the model can't read."""
-    from forescale.inference.answering import question_of
-    from forescale.inference.writing import Answer, Sampler, Wanted
+    """Return the answers, all empty. template: of a chat; before: its turns until now.
+    Raises UserError for a prompt that the model can't read."""
+    from forescale.inference.generation import Answer, GenerationConfig, Sampler
+    from forescale.inference.question import question_of
 
     sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
     stops = [text.replace("\\n", "\n").replace("\\t", "\t") for text in job.stop]
-    wanted = Wanted(job.num_tokens, sampler, tuple(stops))
-    found: list[Answer] = []
-    asked = partial(question_of, view) if template is None else _chat(view, template, before)
+    config = GenerationConfig(job.num_tokens, sampler, tuple(stops))
+    answers: list[Answer] = []
+    ask = partial(question_of, view) if template is None else _chat(view, template, before)
     for number, prompt in enumerate(prompts, 1):
         try:
-            question = asked(prompt)
+            question = ask(prompt)
         except UserError as e:
             if len(prompts) == 1 or e.where != "prompt":
                 raise
             raise UserError(f"prompt {number} of {len(prompts)}", e.problem, e.todo) from None
         for _ in range(job.samples):
-            found.append(Answer(view.tokenizer, question, wanted, job.seed + len(found)))
-    return found
+            answers.append(Answer(view.tokenizer, question, config, job.seed + len(answers)))
+    return answers
 
 
 def _chat(
     view: RunView, template: ChatTemplate, before: Sequence[Message]
 ) -> Callable[[str], "Question"]:
-    """Return what makes the next message of a conversation a question. It raises UserError."""
-    from forescale.inference.answering import chat_question
+    """Return a function from the next message of a conversation to its question. It raises
+    UserError."""
+    from forescale.inference.question import chat_question
 
-    def asked(prompt: str) -> "Question":
+    def ask(prompt: str) -> "Question":
         messages = [*before, {"role": "user", "content": prompt}]
         try:
-            found = chat_question(view, template, messages)
+            question = chat_question(view, template, messages)
         except Unfit as e:
             raise UserError("prompt", f"is a message {e}", "write another one") from None
-        return replace(found, prompt=prompt, shown="")
+        return replace(question, prompt=prompt, echo="")
 
-    return asked
+    return ask
 
 
 def _stream(model: "nn.Module", answer: "Answer") -> None:
     """Print a prompt, and its text as it comes."""
-    from forescale.inference.writing import write
+    from forescale.inference.generation import stream
 
     out = unchanged_output()
-    print(answer.question.shown, end="", flush=True, file=out)
-    for _, piece in write(model, [answer]):
+    print(answer.question.echo, end="", flush=True, file=out)
+    for _, piece in stream(model, [answer]):
         print(piece, end="", flush=True, file=out)
     print(file=out)
     if note := _note(answer):
@@ -215,14 +216,14 @@ def _stream(model: "nn.Module", answer: "Answer") -> None:
 
 
 def _note(answer: "Answer") -> str:
-    """Return why an answer is shorter than was wanted, as a sentence, or an empty text."""
-    count, problem = _tokens(answer.num_tokens), answer.question.ends
+    """Return why an answer is shorter than num_tokens, as a sentence, or an empty text."""
+    count, unit = _tokens(answer.num_tokens), answer.question.unit
     if answer.reason == "end":
-        return f"The {problem} ends after {count}."
+        return f"The {unit} ends after {count}."
     if answer.reason == "stop":
         return f"A stop text ends it after {count}."
-    if answer.num_tokens < answer.wanted.num_tokens:
-        return f"The {problem} has no end within {count}, the most that it has in training."
+    if answer.num_tokens < answer.config.num_tokens:
+        return f"The {unit} has no end within {count}, the most that it has in training."
     return ""
 
 
@@ -232,19 +233,19 @@ def _tokens(count: int) -> str:
 
 def _print_all(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> None:
     """Print several texts in their order, each under a line that says which it is, or as JSON."""
-    from forescale.inference.writing import written
+    from forescale.inference.generation import complete
 
     out = unchanged_output()
-    for number, answer in enumerate(written(model, answers, job.batch), 1):
+    for number, answer in enumerate(complete(model, answers, job.batch), 1):
         if job.json:
             print(_as_json(answer), flush=True, file=out)
             continue
         print(f"--- {number} of {len(answers)}, seed {answer.seed}", file=out)
-        print(answer.question.shown + answer.text, flush=True, file=out)
+        print(answer.question.echo + answer.text, flush=True, file=out)
 
 
 def _as_json(answer: "Answer") -> str:
-    """Return an answer as one line of JSON; trainer/inference/README.md has the keys."""
+    """Return an answer as one line of JSON."""
     facts = {
         "prompt": answer.question.prompt,
         "text": answer.text,
@@ -258,7 +259,7 @@ def _as_json(answer: "Answer") -> str:
 def _converse(
     job: GenerateJob, view: RunView, template: ChatTemplate | None, model: "nn.Module"
 ) -> None:
-    """Answer each line of standard input. What is wrong with one is said, and the next is read."""
+    """Answer each line of standard input; a problem with one is printed, and the next is read."""
     seed, turns = job.seed, list[Message]()
     for line in typed_lines("> "):
         if job.chat and not line:
@@ -270,8 +271,8 @@ def _converse(
                 _stream(model, answers[0])
             else:
                 _print_all(job, model, answers)
-            said = ("user", line), ("assistant", answers[0].text)
-            turns += [{"role": role, "content": text} for role, text in said if job.chat]
+            messages = ("user", line), ("assistant", answers[0].text)
+            turns += [{"role": role, "content": text} for role, text in messages if job.chat]
         except KeyboardInterrupt:
             print(file=unchanged_output())
         except UserError as e:

@@ -1,8 +1,9 @@
 """`forescale serve`: a trained model behind HTTP, as OpenAI's clients expect it."""
 
+# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
+
 import os
 import signal
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -16,8 +17,8 @@ from forescale.inference.view import RunView, open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run
 
 if TYPE_CHECKING:
-    from forescale.inference.answering import Question
-    from forescale.serving.asked import Messages
+    from forescale.inference.question import Question
+    from forescale.serving.request import Messages
     from forescale.serving.server import Server
 
 KEY = "FORESCALE_API_KEY"  # environment variable: what clients must show
@@ -35,17 +36,20 @@ class ServeJob(RunJob):
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     host: str = key("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine")
     port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)
+    hosts: list[str] = key(
+        [], "names by which clients may reach this server, beside localhost and its address; *: any"
+    )
     template: str | None = key(
         None,
         "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run "
         "or its tokenizer, else the plain one of forescale finetune",
     )
     max_tokens: int = key(1024, "the most tokens of an answer", ge=1)
-    batch: int = key(16, "answers that are written at once, and the most of a request", ge=1)
+    batch: int = key(16, "the most answers that are decoded at once, and of one request", ge=1)
     queue: int = key(64, "requests that may wait; further ones get error 429", ge=1)
     connections: int = key(128, "connections at once; further ones get error 503", ge=1)
     body: int = key(1 << 20, "the most bytes of a request", ge=1)
-    seconds: float = key(300.0, "the longest that a request may take", gt=0)
+    seconds: float = key(300.0, "the most seconds that a request may take", gt=0)
     trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
 
 
@@ -59,28 +63,25 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM; say on stdout where."""
-    job = compose(ServeJob, overrides_of(ServeJob, arguments))
-    server = opened(job)
-    host, port = server.server_address[:2]
-    where = f"[{host!s}]" if ":" in str(host) else str(host)
-    print(f"Serving {server.service.name} at http://{where}:{port}/v1 (Ctrl-C ends it).")
+    server = open_server(compose(ServeJob, overrides_of(ServeJob, arguments)))
+    host, port = server.address
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"Serving {server.service.name} at http://{address}/v1 (Ctrl-C ends it).")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         print("Stopped.")
-    finally:
-        server.service.desk.close()
-        server.server_close()
     return DONE
 
 
-def opened(job: ServeJob) -> "Server":
+def open_server(job: ServeJob) -> "Server":
     """Return the server of a job, which listens. Raises UserError."""
-    from forescale.inference.writing import Answer
-    from forescale.serving.asked import Limits
-    from forescale.serving.desk import Desk
-    from forescale.serving.server import Server, Service
+    from forescale.inference.generation import Answer
+    from forescale.serving.app import Service
+    from forescale.serving.request import Limits
+    from forescale.serving.scheduler import Scheduler
+    from forescale.serving.server import Server
 
     view = open_view(job.target or "", job.run.root)
     template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
@@ -89,18 +90,19 @@ def opened(job: ServeJob) -> "Server":
     model = ready_to_write(view.load(view.checkpoint(job.step), job.trust))
     service = Service(
         name=view.name,
-        desk=Desk(model, job.batch, job.queue),
-        begin=lambda question, wish, seed: Answer(view.tokenizer, question, wish.wanted, seed),
+        scheduler=Scheduler(model, job.batch, job.queue),
         question=lambda prompt: _question(view, template, prompt),
+        answer=lambda question, request, seed: Answer(
+            view.tokenizer, question, request.generation, seed
+        ),
         limits=Limits(job.max_tokens, job.batch),
         body=job.body,
         seconds=job.seconds,
-        connections=job.connections,
+        hosts=job.hosts,
         key=os.environ.get(KEY) or None,
-        created=int(time.time()),
     )
     try:
-        return Server((job.host, job.port), service)
+        return Server(job.host, job.port, service, job.connections)
     except OSError as e:
         problem = f"can't listen at {job.host}:{job.port} ({e.strerror or e})"
         raise UserError("port", problem, "choose another port or host") from None
@@ -108,8 +110,8 @@ def opened(job: ServeJob) -> "Server":
 
 def _question(view: RunView, template: ChatTemplate, prompt: "str | Messages") -> "Question":
     """Return a prompt or a chat as the model reads it. Raises Refused, and UserError."""
-    from forescale.inference.answering import chat_question, question_of
-    from forescale.serving.asked import Refused
+    from forescale.inference.question import chat_question, question_of
+    from forescale.serving.request import Refused
 
     try:
         if isinstance(prompt, str):

@@ -15,8 +15,8 @@ from forescale import open_run
 from forescale.config.train import TrainJob
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
-from forescale.inference.answering import question_of
 from forescale.inference.hf_directory import Stored
+from forescale.inference.question import question_of
 from forescale.models.hf.pieces import Piece
 from forescale.monitor.status import runs_under
 from forescale.run.command import job_of

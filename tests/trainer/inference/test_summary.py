@@ -4,7 +4,7 @@ import pytest
 
 from forescale.inference import summary
 from forescale.run.start import start
-from tests.trainer.inference.test_writing import Constant
+from tests.trainer.inference.test_generation import Constant
 from tests.trainer.small_run import make_job
 
 

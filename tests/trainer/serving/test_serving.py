@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,24 +24,21 @@ LIKELIEST = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
 SMALL = ["max_tokens=40", "batch=4", "queue=2", "connections=6", "body=4000", "seconds=60"]
 
 
-def served(trained, *words) -> Iterator[Server]:
+def serving(trained, *words) -> Iterator[Server]:
     """A server of the run, at some port."""
-    named = [f"target={trained.path.name}", f"run.root={trained.path.parent}"]
-    job = compose(serve.ServeJob, [*named, "port=0", *SMALL, *words])
-    server = serve.opened(job)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    target = [f"target={trained.path.name}", f"run.root={trained.path.parent}"]
+    server = serve.open_server(compose(serve.ServeJob, [*target, "port=0", *SMALL, *words]))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
-    server.shutdown()
-    server.service.desk.close()
-    server.server_close()
+    server.should_exit = True
     thread.join()
 
 
 @pytest.fixture(scope="module")
 def port(trained):
-    for server in served(trained):
-        yield server.server_address[1]
+    for server in serving(trained):
+        yield server.address[1]
 
 
 def ask(port, path, body=None, method="POST", **headers):
@@ -47,10 +47,10 @@ def ask(port, path, body=None, method="POST", **headers):
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} | headers
     connection.request(method, path, raw, headers)
-    answer = connection.getresponse()
-    found = answer.read()
+    response = connection.getresponse()
+    content = response.read()
     connection.close()
-    return answer.status, json.loads(found)
+    return response.status, json.loads(content)
 
 
 def streamed(port, path, body):
@@ -106,14 +106,14 @@ def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
     path = tmp_path / "tokenizer_config.json"
     template = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}{{ eos_token }}"
     path.write_text(json.dumps({"chat_template": template}))
-    for server in served(trained, f"template={path}"):
-        own = server.server_address[1]
-        found = ask(own, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
+    for server in serving(trained, f"template={path}"):
+        templated = server.address[1]
+        found = ask(templated, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
         tokenizer = open_run(trained.path).tokenizer  # to it a special token is one
         want = tokenizer.encode("<system>a<user>b<|endoftext|>").ids
         assert found["usage"]["prompt_tokens"] == len(want)
         messages[1]["content"] = "b<|endoftext|>"
-        status, found = ask(own, "/v1/chat/completions", {"messages": messages})
+        status, found = ask(templated, "/v1/chat/completions", {"messages": messages})
         assert (status, found["error"]["param"]) == (400, "messages")
         assert "with a special token in a message" in found["error"]["message"]
 
@@ -132,14 +132,18 @@ def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "message"),
     [
-        (b"{", 400, "no JSON"),
+        (b"{", 400, "not valid JSON"),
+        (b'{"prompt": "\\ud800"}', 400, "not valid JSON"),
+        (b'{"prompt": "\xff"}', 400, "not valid JSON"),
+        (b'{"temperature": NaN}', 400, "not valid JSON"),
+        (b"[" * 3000, 400, "not valid JSON"),
         ([], 400, "must be a JSON object"),
         ({"prompt": 3}, 400, "`prompt` must be"),
         ({"max_tokens": 41}, 400, "'max_tokens' must be a whole number from 1 to 40"),
         ({"n": 5}, 400, "'n' must be"),
-        ({"prompt": ["a"] * 5}, 400, "5 answers are asked for; at most 4"),
+        ({"prompt": ["a"] * 5}, 400, "5 answers; at most 4"),
         ({"temperature": "hot"}, 400, "'temperature' must be a number"),
         ({"stop": ""}, 400, "`stop` must be"),
         ({"stream": "yes"}, 400, "'stream' must be true or false"),
@@ -150,10 +154,10 @@ def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
         ({"prompt": "a" * 4000}, 413, "more than 4,000 bytes"),
     ],
 )
-def test_what_is_refused_has_the_form_of_openai_s_errors(port, body, status, said):
+def test_what_is_refused_has_the_form_of_openai_s_errors(port, body, status, message):
     found = ask(port, "/v1/completions", body)
     assert found[0] == status
-    assert said in found[1]["error"]["message"]
+    assert message in found[1]["error"]["message"]
     assert found[1]["error"].keys() == {"message", "type", "param", "code"}
 
 
@@ -165,17 +169,60 @@ def test_only_known_paths_kinds_and_lengths_are_taken(port):
     assert ask(port, "/v1/none", {})[0] == 404
     assert ask(port, "/v1/completions", LIKELIEST, **{"Content-Type": "text/plain"})[0] == 415
     assert ask(port, "/v1/chat/completions", {"messages": [{"role": "x"}]})[0] == 400
-    with socket.create_connection(("127.0.0.1", port)) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n\r\n")
-        assert b" 411 " in raw.recv(100)
 
 
-def test_a_key_is_asked_for_where_one_is_set(trained, monkeypatch):
+def exchange(port, head: str, body: bytes = b"") -> bytes:
+    """What the server sends, until it has sent a whole answer or closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+        return client.recv(1000)
+
+
+def test_a_body_is_bounded_however_its_length_is_given(port):
+    head = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+    chunked = head + "Transfer-Encoding: chunked"
+    body = json.dumps(LIKELIEST).encode()
+    chunk = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    assert b" 200 " in exchange(port, chunked, chunk)
+    assert b" 413 " in exchange(port, chunked, b"fff\r\n" + b" " * 4095 + b"\r\n")
+    assert b" 413 " in exchange(port, head + "Content-Length: 4001")  # of which nothing comes
+    assert b" 400 " in exchange(port, f"{chunked}\nContent-Length: 5", chunk)
+    assert b" 400 " in exchange(port, head + "Content-Length: 5_0")
+
+
+def test_only_this_machine_is_answered_unless_hosts_names_others(port, trained):
+    hosts = {"localhost": 200, "LOCALHOST:8000": 200, "[::1]:80": 200, "127.0.0.1": 200}
+    hosts |= {"evil.example": 403, "evil.example:8000": 403, "": 403, "localhost.evil.example": 403}
+    for host, status in hosts.items():
+        assert ask(port, "/health", method="GET", Host=host)[0] == status, host
+    for server in serving(trained, "hosts=[node7.cluster]"):
+        for host, status in {"Node7.cluster:8000": 200, "node8.cluster": 403}.items():
+            assert ask(server.address[1], "/health", method="GET", Host=host)[0] == status
+
+
+def test_a_key_is_checked_before_the_body_is_read(trained, monkeypatch):
     monkeypatch.setenv(serve.KEY, "sesame")
-    for server in served(trained):
-        port = server.server_address[1]
+    for server in serving(trained):
+        port = server.address[1]
         assert ask(port, "/v1/models", method="GET")[0] == 401
         assert ask(port, "/v1/models", method="GET", Authorization="Bearer sesame")[0] == 200
+        head = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Length: 3000"
+        assert b" 401 " in exchange(port, head)  # of the body nothing has come
+
+
+def test_slow_and_too_many_clients_are_left(trained, monkeypatch):
+    monkeypatch.setattr("forescale.serving.server._DEADLINE", 0.3)
+    for server in serving(trained, "connections=2"):
+        port = server.address[1]
+        for start in (b"", b"POST /v1/comp", b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+                client.sendall(start)
+                while client.recv(1000):
+                    pass  # the server ends the connection
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(3)]
+        assert b"Too many connections" in clients[2].recv(1000)
+        for client in clients:
+            client.close()
 
 
 class Gate(torch.nn.Module):
@@ -205,8 +252,8 @@ def waited_for(condition) -> None:
 def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):
     gate = Gate()
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
-    for server in served(trained):
-        port, found = server.server_address[1], []
+    for server in serving(trained):
+        port, found = server.address[1], []
 
         def one(port=port, found=found):
             found.append(ask(port, "/v1/completions", LIKELIEST)[0])
@@ -214,8 +261,8 @@ def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):
         threads = [threading.Thread(target=one) for _ in range(3)]
         for number, thread in enumerate(threads):
             thread.start()
-            desk = server.service.desk
-            waited_for(lambda: gate.entered and len(desk._waiting) == number)  # noqa: B023
+            scheduler = server.service.scheduler
+            waited_for(lambda: gate.entered and len(scheduler._waiting) == number)  # noqa: B023
         assert ask(port, "/v1/completions", LIKELIEST)[0] == 429
         for _ in range(24):
             gate.open.release()
@@ -227,8 +274,8 @@ def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):
 def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_comes(trained, monkeypatch):
     gate = Gate()
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
-    for server in served(trained, "seconds=0.2"):
-        port = server.server_address[1]
+    for server in serving(trained, "seconds=0.2"):
+        port = server.address[1]
         status, found = ask(port, "/v1/completions", LIKELIEST)
         assert (status, found["error"]["code"]) == (503, "timeout")
         for _ in range(8):
@@ -243,19 +290,19 @@ def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_comes(trained
 def test_a_client_that_goes_away_ends_its_answer(trained, monkeypatch):
     gate = Gate()
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
-    for server in served(trained, "max_tokens=100000"):
-        port = server.server_address[1]
+    for server in serving(trained, "max_tokens=100000"):
+        port = server.address[1]
         raw = json.dumps(LIKELIEST | {"max_tokens": 100_000, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(raw)}\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n"
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
             gate.open.release()
             client.settimeout(60)
-            seen = b""
-            while b"data" not in seen:
+            received = b""
+            while b"data" not in received:
                 part = client.recv(1000)
-                assert part, seen
-                seen += part
+                assert part, received
+                received += part
         found = []
         body = LIKELIEST | {"max_tokens": 1}
         second = threading.Thread(target=lambda: found.append(ask(port, "/v1/completions", body)))  # noqa: B023
@@ -280,8 +327,8 @@ def test_openai_s_own_client_is_served(port):
     chat = client.chat.completions.create(messages=messages, **how)
     usage = {"stream_options": {"include_usage": True}, "stream": True}
     parts = [*client.chat.completions.create(messages=messages, **how, **usage)]
-    said = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
-    assert said == chat.choices[0].message.content
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == chat.choices[0].message.content
     assert parts[-1].usage == chat.usage
     with pytest.raises(openai.BadRequestError, match="'max_tokens' must be"):
         client.completions.create(prompt=PROMPT, **how | {"max_tokens": 9999})
@@ -292,17 +339,17 @@ def test_openai_s_own_client_is_served(port):
 def test_a_short_request_is_answered_while_a_longer_one_is_written(trained, monkeypatch):
     gate = Gate()
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
-    for server in served(trained):
-        port, found = server.server_address[1], []
-        asked = [LIKELIEST | {"max_tokens": count} for count in (40, 2)]
+    for server in serving(trained):
+        port, found = server.address[1], []
+        bodies = [LIKELIEST | {"max_tokens": count} for count in (40, 2)]
         threads = [
             threading.Thread(target=lambda b=body: found.append(ask(port, "/v1/completions", b)))  # noqa: B023
-            for body in asked
+            for body in bodies
         ]
         threads[0].start()
         waited_for(lambda: gate.entered)
         threads[1].start()
-        waited_for(lambda: server.service.desk._waiting)  # noqa: B023
+        waited_for(lambda: server.service.scheduler._waiting)  # noqa: B023
         while threads[1].is_alive():
             gate.open.release()
             time.sleep(0.01)
@@ -321,8 +368,8 @@ def test_clients_at_once_get_the_answers_that_each_gets_alone(port):
 
     def text(number: int) -> str:
         how = dict(max_tokens=6 + 5 * number, temperature=0.9 * (number % 2), seed=number)
-        made = client.completions.create(model="small", prompt=prompts[number], **how)
-        return made.choices[0].text
+        completion = client.completions.create(model="small", prompt=prompts[number], **how)
+        return completion.choices[0].text
 
     alone = [text(number) for number in range(2)]
     found: dict[int, str] = {}
@@ -334,3 +381,34 @@ def test_clients_at_once_get_the_answers_that_each_gets_alone(port):
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(3)] == [*alone, alone[0]]
+
+
+def test_clients_that_wait_are_forgotten_when_they_leave_or_are_late(trained, monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in serving(trained, "seconds=5"):
+        port, waiting = server.address[1], server.service.scheduler._waiting
+        first = threading.Thread(target=lambda: ask(port, "/v1/completions", LIKELIEST))  # noqa: B023
+        first.start()
+        waited_for(lambda: gate.entered)
+        raw = json.dumps(LIKELIEST).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(head.encode() + raw)
+            waited_for(lambda: len(waiting) == 1)  # noqa: B023
+        waited_for(lambda: not waiting)  # noqa: B023
+        assert ask(port, "/v1/completions", LIKELIEST)[1]["error"]["code"] == "timeout"
+        assert not waiting
+        gate.open.release(8)
+        first.join()
+
+
+def test_the_server_stops_on_a_signal_and_ends_open_requests(trained):
+    words = [sys.executable, "-m", "forescale", "serve", trained.path, "port=0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline().partition("127.0.0.1:")[2].partition("/")[0])
+        assert ask(port, "/health", method="GET")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "Stopped.\n"
+    assert process.returncode == 0

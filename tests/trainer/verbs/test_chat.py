@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from forescale import open_run
-from forescale.inference.answering import chat_question
+from forescale.inference.generation import Answer, GenerationConfig, complete
+from forescale.inference.question import chat_question
 from forescale.inference.view import RunView
-from forescale.inference.writing import Answer, Wanted, written
 from forescale.models.decoding.sampler import Sampler
 from forescale.storage import read_json
 from tests.questions import KIND, make_conversations, plain_template, rows, write_rows
@@ -61,9 +61,9 @@ def test_lines_are_a_conversation_until_an_empty_one(chat, forescale, monkeypatc
     first, second, third = (json.loads(line) for line in lines)
     assert first["text"] == third["text"]
     view = open_run(chat.path)
-    asked = chat_question(view, plain_template(), messages("1?", first["text"], "sure?"))
-    answer = Answer(view.tokenizer, asked, Wanted(6, Sampler(0.0, None)), 1)
-    assert second["text"] == next(iter(written(view.model(), [answer], 1))).text
+    question = chat_question(view, plain_template(), messages("1?", first["text"], "sure?"))
+    answer = Answer(view.tokenizer, question, GenerationConfig(6, Sampler(0.0, None)), 1)
+    assert second["text"] == next(iter(complete(view.model(), [answer], 1))).text
     assert second["prompt"] == "sure?"
 
 

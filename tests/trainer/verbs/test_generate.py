@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from forescale import open_run
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.inference.answering import Question, prompt_ids
-from forescale.inference.spelling import pieces
-from forescale.inference.writing import Answer, Wanted, write
+from forescale.inference.generation import Answer, GenerationConfig, pieces, stream
+from forescale.inference.question import Question, prompt_ids
 from forescale.models.decoding.generate import generate
 from forescale.models.decoding.sampler import Sampler
 
@@ -208,8 +207,8 @@ def test_a_long_text_sees_only_the_context_that_was_trained():
             return super().forward(tokens_BL)
 
     question = Question("", "", [1, 2, 3], [], -1, "document", max_context=8)
-    answer = Answer(byte_tokenizer(), question, Wanted(20, SAMPLER), seed=3)
-    assert "".join(piece for _, piece in write(Watched(*range(20)), [answer])) == answer.text
+    answer = Answer(byte_tokenizer(), question, GenerationConfig(20, SAMPLER), seed=3)
+    assert "".join(piece for _, piece in stream(Watched(*range(20)), [answer])) == answer.text
     assert max(seen) == 8
     assert len(seen) == 20
 

@@ -22,9 +22,9 @@ from forescale.console import Progress, silent
 from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.data.tokenizer import load_tokenizer
 from forescale.errors import UserError
-from forescale.inference.answering import Question
+from forescale.inference.generation import Answer, GenerationConfig, complete
+from forescale.inference.question import Question
 from forescale.inference.view import RunView, best_device
-from forescale.inference.writing import Answer, Wanted, written
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 from forescale.run.finetune import chat_template, vocabulary_of_run
@@ -228,19 +228,18 @@ class LanguageModel(TemplateLM):
         answers = [self._answer(i, request) for i, request in enumerate(requests)]
         # The longest first: memory that lacks is missed at once.
         order = sorted(answers, key=lambda answer: -len(answer.question.start))
-        for done, _ in enumerate(written(self._model, order, self.batch), 1):
+        for done, _ in enumerate(complete(self._model, order, self.batch), 1):
             self._progress(f"{self.title} answers", done, len(answers), "texts")
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer.text)
         return [answer.text for answer in answers]
 
     def _answer(self, number: int, request: Instance) -> Answer:
-        """Return an answer that is wanted, not begun. Raises UserError for what this model can't
-        do."""
-        prompt, given = request.args
-        wanted = normalize_gen_kwargs(dict(given), _MOST_TOKENS)
-        most = wanted["max_gen_toks"]
-        if other := [key for key in wanted if key not in _READ and wanted[key] not in (None, 1)]:
+        """Return the empty answer to a request. Raises UserError for an unsupported option."""
+        prompt, kwargs = request.args
+        options = normalize_gen_kwargs(dict(kwargs), _MOST_TOKENS)
+        most = options["max_gen_toks"]
+        if other := [key for key in options if key not in _READ and options[key] not in (None, 1)]:
             problem = f"its generation_kwargs hold {', '.join(other)}, and this model reads only "
             raise UserError(self.title or "tasks", problem + ", ".join(_READ), "take it out")
         if most >= self.max_length:
@@ -252,9 +251,9 @@ class LanguageModel(TemplateLM):
         ids = ids[-(self.max_length - most) :]
         # Decoded without the prompt, as HFLM does: a first space may be lost with SentencePiece.
         question = Question(prompt, "", ids, [], self._end, "document", self.max_length)
-        stops = tuple(text for text in [*wanted["until"], self._text_of(self._end)] if text)
-        how = Wanted(most, _sampler(wanted), stops)
-        return Answer(self._spelling, question, how, seed=number)
+        stops = tuple(text for text in [*options["until"], self._text_of(self._end)] if text)
+        config = GenerationConfig(most, _sampler(options), stops)
+        return Answer(self._spelling, question, config, seed=number)
 
     def _text_of(self, token: int) -> str:
         return self._spelling.decode([token], skip_special_tokens=False)
@@ -293,16 +292,16 @@ def _judged(tail: Tensor, continuation: list[int]) -> tuple[float, bool]:
     return float(nats), bool((tail.argmax(-1) == target).all())
 
 
-def _sampler(wanted: Mapping[str, Any]) -> Sampler:
-    """Return how tokens are chosen. Raises UserError for a number that leaves none, and where to
-    sample is wanted without a temperature: HFLM refuses that too."""
-    how = {key: wanted[key] for key in _SAMPLING if wanted.get(key) is not None}
-    if wanted.get("do_sample") and not how.get("temperature"):
+def _sampler(options: Mapping[str, Any]) -> Sampler:
+    """Return the sampler of generation_kwargs. Raises UserError for a number that leaves no token,
+    and for do_sample without a temperature, which HFLM refuses too."""
+    sampling = {key: options[key] for key in _SAMPLING if options.get(key) is not None}
+    if options.get("do_sample") and not sampling.get("temperature"):
         problem = "do_sample is true, without a temperature above 0"
         todo = "set temperature in the task's file, such as temperature: 1.0, or take do_sample out"
         raise UserError("generation_kwargs", problem, todo)
     try:
-        return Sampler(**{"temperature": 0.0, **how})
+        return Sampler(**{"temperature": 0.0, **sampling})
     except ValueError as e:
         problem = str(e).partition(";")[0].rstrip(".")
         raise UserError("generation_kwargs", problem, "change it in the task's file") from None

@@ -12,9 +12,8 @@ from forescale.data.stream import StepShare, stream
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 from forescale.inference import summary
-from forescale.inference.answering import chat_question, question_of
-from forescale.inference.spelling import pieces
-from forescale.inference.writing import Answer, Wanted
+from forescale.inference.generation import Answer, GenerationConfig, pieces
+from forescale.inference.question import chat_question, question_of
 from forescale.models import Transformer
 from forescale.models.decoding.sampler import Sampler
 from forescale.run.start import start
@@ -246,7 +245,7 @@ def test_an_answer_in_a_chat_ends_with_the_token_that_ends_turns(trained):
     question = chat_question(view, template, [*turns, turns[0]])
     last = view.tokenizer.token_to_id("<|end|>")
     assert [i for i, token in enumerate(question.start) if token == last] == [1, 3, 5]
-    answer = Answer(view.tokenizer, question, Wanted(9, Sampler()), seed=0)
+    answer = Answer(view.tokenizer, question, GenerationConfig(9, Sampler()), seed=0)
     answer.add(question.start[0])
     assert answer.reason is None
     answer.add(last)

@@ -33,22 +33,23 @@ _SENTINEL = re.compile("<extra_id_([0-9]{1,9})>")
 class Question:
     """A prompt as a model reads it.
 
-    prompt: its text; shown: what is printed before the answer; start: the ids after which the model
-    writes; source: those that an encoder reads, None without one; before: those after which the
-    answer is spelled; end: the id that ends it; ends: what that is, in a word; most: the most
-    tokens that training has, None where there is no such limit; names: of ids beyond the
-    tokenizer's; turn_end: of a chat, the id that ends a turn, which ends the answer too.
+    prompt: its text; echo: what is printed before the answer; start: the ids after which the model
+    writes; source: the ids that an encoder reads, None without one; previous: the ids before the
+    answer, with which its first tokens are decoded; end: the id that ends the answer; unit: what
+    that id ends, in a word; max_tokens: the most of an answer in training, None without such a
+    limit; names: the texts of ids beyond the tokenizer's; turn_end: of a chat, the id that ends a
+    turn, which ends the answer too.
     """
 
     prompt: str
-    shown: str
+    echo: str
     start: list[int]
-    before: list[int]
+    previous: list[int]
     end: int
-    ends: str
+    unit: str
     max_context: int
     source: list[int] | None = None
-    most: int | None = None
+    max_tokens: int | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     turn_end: int | None = None
 
@@ -145,14 +146,14 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
         raise UserError("prompt", problem, "take it out")
     return Question(
         prompt=text,
-        shown="",
+        echo="",
         start=[separator] if has_encoder else [*source, separator],
-        before=[separator],
+        previous=[separator],
         end=end,
-        ends="answer",
+        unit="answer",
         max_context=pairs.columns,
         source=source if has_encoder else None,
-        most=pairs.columns - pairs.split,
+        max_tokens=pairs.columns - pairs.split,
     )
 
 
@@ -177,14 +178,14 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
     names = {size + i: f"<extra_id_{i}>" for i in range(spans.extra_ids)}
     return Question(
         prompt=text,
-        shown=names[size],
+        echo=names[size],
         start=[size] if has_encoder else [*source, size],
-        before=source,
+        previous=source,
         end=size + len(numbers),
-        ends="answer",
+        unit="answer",
         max_context=spans.columns,
         source=source if has_encoder else None,
-        most=int(spans.num_targets(np.array(spans.window_length + 1))),
+        max_tokens=int(spans.num_targets(np.array(spans.window_length + 1))),
         names=names,
     )
 

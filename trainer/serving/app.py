@@ -1,0 +1,369 @@
+"""The HTTP application: OpenAI's paths, errors and event streams.
+
+Invariant: whatever a client sends or leaves out, it costs bounded memory and time. Host and key are
+checked before a body is read; bodies, the queue and answers have limits; a request is validated,
+tokenised and its length checked before it reaches the decoding thread; and a client that goes away,
+or is too late, cancels its request wherever it is.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from forescale.errors import UserError
+from forescale.inference.generation import Answer
+from forescale.inference.question import Question
+from forescale.serving.request import (
+    CompletionRequest,
+    Limits,
+    Messages,
+    Refused,
+    parse_json,
+    parse_request,
+)
+from forescale.serving.scheduler import Event, Generation, Scheduler
+
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served. question: returns what the model reads of a prompt or a chat; answer: returns
+    an empty answer to it, with its request and seed; hosts: names by which clients may reach this
+    server beside localhost and the address of the connection, "*": any; key: what clients must
+    show, None: nothing; body: the most bytes of a request; seconds: the most until its answers are
+    complete."""
+
+    name: str
+    scheduler: Scheduler
+    question: Callable[[str | Messages], Question]
+    answer: Callable[[Question, CompletionRequest, int], Answer]
+    limits: Limits
+    body: int
+    seconds: float
+    hosts: Collection[str] = ()
+    key: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    # One thread: tokenizers have a mode, see data/tokenizer.py.
+    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def answers(self, request: CompletionRequest) -> list[Answer]:
+        """Return the answers to a request, all empty. Raises Refused."""
+        answers: list[Answer] = []
+        for prompt in request.prompts:
+            try:
+                question = self.question(prompt)
+            except UserError as e:
+                raise Refused(400, f"The prompt {e.problem}; {e.todo}.", "prompt") from None
+            tokens, context = len(question.source or question.start), question.max_context
+            if tokens > context:
+                message = f"The prompt has {tokens:,} tokens, and the model reads {context:,}."
+                raise Refused(400, message, "prompt", "context_length_exceeded")
+            for _ in range(request.samples):
+                answers.append(self.answer(question, request, request.seed + len(answers)))
+        return answers
+
+
+def app_of(service: Service) -> Starlette:
+    """Return the application of a service."""
+    model = {"id": service.name, "object": "model", "created": service.created}
+    model["owned_by"] = "forescale"
+
+    def get(path: str, content: Any) -> Route:
+        async def endpoint(request: Request) -> JSONResponse:
+            return JSONResponse(content)
+
+        return Route(path, endpoint)
+
+    routes = [
+        get("/health", {"status": "ok"}),
+        get("/v1/models", {"object": "list", "data": [model]}),
+        get(f"/v1/models/{service.name}", model),
+        Route("/v1/completions", Completions(service, is_chat=False), methods=["POST"]),
+        Route("/v1/chat/completions", Completions(service, is_chat=True), methods=["POST"]),
+    ]
+    handlers = {HTTPException: _not_found}
+    guard = Middleware(Guard, service=service)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"There is nothing at {request.method} {request.url.path}."
+    return _refusal(Refused(error.status_code, message, code="not_found"))
+
+
+def _refusal(refused: Refused) -> JSONResponse:
+    return JSONResponse(refused.body(), refused.status)
+
+
+class Guard:
+    """What comes before every endpoint: checks of the headers, errors as OpenAI has them, and one
+    line a request on standard error."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a request and pass it on, or refuse it."""
+        status = 0
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self.app(scope, receive, send_noting)
+        except Refused as e:
+            await _refusal(e)(scope, receive, send_noting)
+        except ClientDisconnect:
+            pass
+        client = (scope.get("client") or ("-",))[0]
+        line = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"
+        print(f'{client} "{line}" {status or "-"}', file=sys.stderr)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise Refused for a host that isn't this server, or a wrong key."""
+        headers = Headers(scope=scope)
+        host = host_of(headers.get("host", ""))
+        address = (scope.get("server") or ("",))[0]
+        known = {*_LOCAL_HOSTS, address, *map(str.lower, self.service.hosts)}
+        if host not in known and "*" not in known:  # a page of another site, by its own DNS
+            message = f"This server is not {host!r}; start it with hosts=[{host}] if it is."
+            raise Refused(403, message, code="unknown_host")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise Refused(400, "Transfer-Encoding and Content-Length exclude each other.")
+        key, prefix = self.service.key, "Bearer "
+        shown_key = headers.get("authorization", "").removeprefix(prefix)
+        if key is not None and not hmac.compare_digest(shown_key.encode(), key.encode()):
+            raise Refused(401, "Incorrect API key.", code="invalid_api_key")
+
+
+def host_of(header: str) -> str:
+    """Return the host of a header Host in lower case: without its port, an address of IPv6 without
+    its brackets."""
+    host = header.strip().lower()
+    name, _, port = host.rpartition(":")
+    host = name if port.isdigit() and (name.endswith("]") or ":" not in name) else host
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+    return host.removesuffix(".")
+
+
+class Completions:
+    """The endpoint that decodes: completions, or the next message of a chat."""
+
+    def __init__(self, service: Service, is_chat: bool):
+        self.service, self.is_chat = service, is_chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, until its client goes away."""
+        service = self.service
+        body = await _read_json(Request(scope, receive), service.body)
+        request = parse_request(body, service.name, service.limits, self.is_chat)
+        answering = asyncio.create_task(self._answer(request, scope, receive, send))
+        leaving = asyncio.create_task(_disconnect(receive))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not answering.done():
+                answering.cancel()
+        with suppress(asyncio.CancelledError):
+            await answering
+
+    async def _answer(
+        self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Send the answers to a request. Raises Refused, unless a stream has begun."""
+        service, form = self.service, _Form(request, self.service.name)
+        deadline = asyncio.get_running_loop().time() + service.seconds
+        generation, events = await _submitted(service, request, deadline)
+        try:
+            pieces = _pieces(events, service.seconds, deadline)
+            first = await anext(pieces, None)  # a request that is refused has no stream
+            if request.is_stream:
+                await _stream(request, generation.answers, first, pieces, form, send)
+                return
+            async for _ in pieces:
+                pass
+        finally:
+            service.scheduler.cancel(generation)
+        await JSONResponse(form.whole(generation.answers))(scope, receive, send)
+
+
+async def _read_json(request: Request, limit: int) -> Any:
+    """Return the JSON body of a request. Raises Refused for more than `limit` bytes."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # so that no page of a browser can send it without permission
+        raise Refused(415, f"The body must be application/json, not {kind or 'of no type'}.")
+    length, raw = request.headers.get("content-length", "0"), bytearray()
+    too_large = Refused(413, f"The body has more than {limit:,} bytes.", code="body_too_large")
+    if len(length) > 15 or int(length) > limit:  # h11 has refused what is no number
+        raise too_large
+    async for part in request.stream():
+        raw += part
+        if len(raw) > limit:
+            raise too_large
+    return parse_json(bytes(raw))
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _submitted(
+    service: Service, request: CompletionRequest, deadline: float
+) -> tuple[Generation, asyncio.Queue[Event]]:
+    """Tokenise a request and put it in the queue; return it with the queue of its events. Raises
+    Refused."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+    def deliver(event: Event) -> None:
+        with suppress(RuntimeError):  # the server has stopped
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    service.scheduler.refuse_if_full()
+    try:
+        async with asyncio.timeout_at(deadline):
+            answers = await loop.run_in_executor(service.tokenizing, service.answers, request)
+    except TimeoutError:
+        raise _too_late(service.seconds) from None
+    generation = Generation(answers, deliver)
+    service.scheduler.submit(generation)
+    return generation, events
+
+
+async def _pieces(
+    events: asyncio.Queue[Event], seconds: float, deadline: float
+) -> AsyncIterator[tuple[int, str]]:
+    """Yield the pieces of a request's answers until all are complete. Raises Refused after the
+    deadline, or if the model fails."""
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                event = await events.get()
+        except TimeoutError:
+            raise _too_late(seconds) from None
+        if event is None:
+            return
+        if isinstance(event, Refused):
+            raise event
+        if isinstance(event, Exception):
+            message = str(event) if isinstance(event, UserError) else "The model failed."
+            raise Refused(500, message, code="failed") from event
+        yield event
+
+
+def _too_late(seconds: float) -> Refused:
+    message = f"No complete answer within {seconds:g} s; ask for fewer tokens."
+    return Refused(503, message, code="timeout")
+
+
+async def _stream(
+    request: CompletionRequest,
+    answers: Sequence[Answer],
+    first: tuple[int, str] | None,
+    pieces: AsyncIterator[tuple[int, str]],
+    form: "_Form",
+    send: Send,
+) -> None:
+    """Send the answers as events, piece by piece."""
+
+    async def event(content: dict[str, Any] | str) -> None:
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        body = f"data: {text}\n\n".encode()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    headers.append((b"cache-control", b"no-cache"))
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    try:
+        for number in range(len(answers) if request.is_chat else 0):
+            await event(form.part(number, None))
+        if first is not None and first[1]:
+            await event(form.part(*first))
+        async for number, piece in pieces:
+            if piece:
+                await event(form.part(number, piece))
+        for number, answer in enumerate(answers):
+            await event(form.part(number, "", answer))
+        if request.has_usage:
+            await event(form.usage(answers))
+        await event("[DONE]")
+    except Refused as e:
+        await event(e.body())
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Form:
+    """The objects of an answer: whole, or in parts."""
+
+    def __init__(self, request: CompletionRequest, name: str):
+        self.is_chat, self.has_usage = request.is_chat, request.has_usage
+        self.kind = "chat.completion" if request.is_chat else "text_completion"
+        self.part_kind = self.kind + (".chunk" if request.is_chat else "")
+        id_ = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.head = {"id": id_, "created": int(time.time()), "model": name}
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the complete answers."""
+        choices = []
+        for number, answer in enumerate(answers):
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            text = {"message": message} if self.is_chat else {"text": answer.text}
+            choices.append(_choice(number, text, _reason(answer)))
+        return {**self.head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
+
+    def part(self, number: int, piece: str | None, ended: Answer | None = None) -> dict[str, Any]:
+        """Return the part that brings a piece of an answer; None begins it, and `ended` ends it."""
+        delta = {"role": "assistant", "content": ""} if piece is None else {"content": piece}
+        delta = {} if ended is not None else delta
+        text = {"delta": delta} if self.is_chat else {"text": piece or ""}
+        choices = [_choice(number, text, None if ended is None else _reason(ended))]
+        usage = {"usage": None} if self.has_usage else {}
+        return {**self.head, "object": self.part_kind, "choices": choices, **usage}
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the last part of a stream that ends with its usage."""
+        usage = _usage(answers)
+        return {**self.head, "object": self.part_kind, "choices": [], "usage": usage}
+
+
+def _choice(number: int, text: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    return {"index": number, **text, "logprobs": None, "finish_reason": reason}
+
+
+def _reason(answer: Answer) -> str:
+    return "length" if answer.reason == "length" else "stop"
+
+
+def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+    # Answers to one prompt share their question.
+    questions = {id(answer.question): answer.question for answer in answers}.values()
+    prompt = sum(len(question.source or question.start) for question in questions)
+    completion = sum(answer.num_tokens for answer in answers)
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
