@@ -10,7 +10,7 @@ from forescale.cli import main
 from forescale.run.directory import Run
 from forescale.storage import read_json
 from tests import launching
-from tests.trainer.data.hostile_server import HostileServer
+from tests.trainer.remote.hostile_server import HostileServer
 
 pytestmark = pytest.mark.slow  # a real run of two ranks
 LOGIN, SIGNATURE = "me:pA55-word", "sv=1&sig=s1gNature%2F"

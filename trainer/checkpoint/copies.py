@@ -7,8 +7,8 @@ Imports no torch.
 import json
 from typing import Any
 
-from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
+from forescale.remote.buckets import Folder
 from forescale.run.directory import Run
 from forescale.storage import read_json
 

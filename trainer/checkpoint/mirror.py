@@ -31,8 +31,8 @@ from forescale.checkpoint.retention import (
     survey,
 )
 from forescale.config.train import TrainJob
-from forescale.data.remote.folder import Folder
 from forescale.errors import Transient, UserError, masked, storage_error
+from forescale.remote.buckets import Folder
 from forescale.run.directory import Run, step_named
 from forescale.storage import TABLE, FileEntry, read_table, write_json
 
@@ -315,7 +315,7 @@ class Mirror:
         for step in sorted(s for s in gone if s not in stay and s < newest):
             name = self._name_of(step)
             self._remove(f"{name}/{TABLE}")  # first: what is left of it doesn't count
-            self._folder.remove_all(name)
+            self._folder.remove(name, recursive=True)
             self._there = {n: s for n, s in self._there.items() if not n.startswith(f"{name}/")}
             self._whole.pop(step, None)
 

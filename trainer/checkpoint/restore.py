@@ -19,8 +19,8 @@ from forescale.checkpoint.mirror import folder_of, steps_in
 from forescale.checkpoint.reader import STATE, open_readable
 from forescale.config.train import TrainJob
 from forescale.console import Meter, progress_display
-from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
+from forescale.remote.buckets import Folder
 from forescale.run.directory import Run
 from forescale.storage import TABLE, check_table, read_json, read_table, staged, write_file
 

@@ -33,8 +33,8 @@ import xxhash
 from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing, pack
-from forescale.data.remote.store import LocalFile
 from forescale.errors import UserError
+from forescale.remote.store import LocalFile
 from forescale.storage import HashingFile, fsync_path
 
 _DTYPES = tuple(map(np.dtype, ("<i8", "<i8", "<i4")))  # offsets, starts, lengths

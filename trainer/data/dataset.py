@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from forescale.data.remote.store import CACHE_BYTES, Store, open_store
 from forescale.data.shard import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard
 from forescale.data.tokenizer import token_bytes
 from forescale.errors import UserError
+from forescale.remote.store import CACHE_BYTES, Store
 from forescale.storage import TABLE
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Dataset:
 
     def __init__(self, path: str | Path, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
         """Read and verify the manifest."""
-        self._store = open_store(path, cache, cache_bytes)
+        self._store = Store(path, cache, cache_bytes)
         self.where = self._store.where  # for messages
         self.path = Path(self.where)  # only valid for a local dataset
         if not self._store.exists(MANIFEST):

@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 
 from forescale.data.memory import BUFFERS, CHUNK, MEMORY, Resident
-from forescale.data.remote.store import File, LocalFile, Store
-from forescale.data.remote.transfer import WrongFile
 from forescale.errors import UserError
+from forescale.remote.store import File, LocalFile, Store
+from forescale.remote.transfer import WrongFile
 
 FORMAT = 2  # version of the dataset format
 MANIFEST = "manifest.json"

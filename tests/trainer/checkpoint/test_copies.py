@@ -7,8 +7,8 @@ import pytest
 from forescale.checkpoint.copies import Taken
 from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.retention import Keep
-from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
+from forescale.remote.buckets import Folder
 from forescale.run.directory import Parent, Run
 from forescale.storage import read_json, write_checked_json, write_json
 from tests.trainer.checkpoint.mirrored import contents, mirror_job

@@ -10,9 +10,9 @@ from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import Keep, delete, pin
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
-from forescale.data.remote.folder import Folder
-from forescale.data.remote.transfer import Unreachable
 from forescale.errors import UserError
+from forescale.remote.buckets import Folder
+from forescale.remote.transfer import Unreachable
 from forescale.run.directory import Parent
 from forescale.storage import check_table
 from tests.trainer.checkpoint.mirrored import contents, mirror_job

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from forescale.data.remote.folder import Folder
+from forescale.remote.buckets import Folder
 from tests import launching
-from tests.trainer.data.remote.test_s3 import bucket, endpoint  # noqa: F401
+from tests.trainer.remote.test_s3 import bucket, endpoint  # noqa: F401
 
 # An S3 server of its own, whose environment may have to be made, and three short trainings.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -7,9 +7,9 @@ import pytest
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.restore import restore
-from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
 from forescale.monitor.audit import check_run
+from forescale.remote.buckets import Folder
 from forescale.run.directory import Parent, Run
 from forescale.slurm.submit import _refuse_second
 from forescale.storage import write_json

@@ -15,8 +15,8 @@ from forescale.data.bins import Bins, PackedKind, PairKind
 from forescale.data.dataset import Dataset, Split
 from forescale.data.packing import pack
 from forescale.data.prepare.writer import ShardWriter
-from forescale.data.remote.store import open_store
 from forescale.errors import UserError
+from forescale.remote.store import Store
 from tests.reversed_words import NO_PAIRS, make_pairs
 from tests.trainer.data.small_dataset import END, write_dataset
 
@@ -144,7 +144,7 @@ def test_a_document_that_continues_in_another_shard_is_packed_too(tmp_path):
     writer.documents = 1
     row, _ = writer.finish()
     whole = {"tokens": 50, "documents": 1, "bytes": 49, "shards": [row]}
-    split = Split(open_store(tmp_path), "train", whole, "uint16")
+    split = Split(Store(tmp_path), "train", whole, "uint16")
     bins = PackedKind(30).open(split, "0" * 64, tmp_path)
     assert all_pieces(bins) == [[[(0, 30)], [(30, 20)]]]
 

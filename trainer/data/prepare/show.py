@@ -20,9 +20,9 @@ from forescale.console import open_console
 from forescale.data.dataset import MANIFEST, Dataset, Split
 from forescale.data.order import Order
 from forescale.data.prepare.report import summary_lines
-from forescale.data.remote.transfer import is_url
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
+from forescale.remote.transfer import is_url
 from forescale.storage import cache_directory
 
 SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards

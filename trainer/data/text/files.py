@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import (
     Document,
     DocumentSource,
@@ -38,6 +37,7 @@ from forescale.data.text.tables import (
     read_parquet,
 )
 from forescale.data.text.tars import read_plain, read_tar
+from forescale.remote.transfer import is_url
 
 __all__ = ["Document", "DocumentSource", "Files", "Policy", "ReadingReport", "Unit", "decoded"]
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import (
     COMPRESSED,
@@ -27,6 +26,7 @@ from forescale.data.text.opening import (
     shown,
 )
 from forescale.errors import UserError
+from forescale.remote.transfer import is_url
 
 HUB = "hf://"
 _TEXT = (
@@ -215,7 +215,7 @@ def clean(name: str) -> str:
 
 
 def _remote(url: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int | None]]:
-    from forescale.data.remote.listing import list_files
+    from forescale.remote.listing import list_files
 
     listed = list_files(url)
     path = _path_of(url)

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import Policy
 from forescale.errors import Transient, UserError, masked, storage_error
+from forescale.remote.transfer import is_url
 
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20
@@ -77,7 +77,7 @@ def reading(where: str) -> Iterator[None]:
 def open_raw(where: str) -> BinaryIO:
     """Return the stored bytes of a local or remote file; seekable. Raises UserError."""
     if is_url(where):
-        from forescale.data.remote.listing import open_input
+        from forescale.remote.listing import open_input
 
         return open_input(where)
     with reading(where):

@@ -29,7 +29,6 @@ from forescale.console import Meter, Progress, silent
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
 from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.work import build_lock, expect_same
-from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HUB, input_name, kind_of
 from forescale.data.text.opening import reading, shown
@@ -37,6 +36,7 @@ from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.errors import UserError
+from forescale.remote.transfer import is_url
 from forescale.storage import staged, write_file, write_json, write_table
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"
@@ -225,7 +225,7 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
     A path without .bin and .idx, as accepted by Megatron's tools, stands for both files.
     """
     if is_url(path):
-        from forescale.data.remote.listing import list_files
+        from forescale.remote.listing import list_files
 
         yield from ((where, size or 0) for where, size in list_files(path))
         return

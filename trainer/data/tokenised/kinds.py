@@ -19,13 +19,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HTML, PLAIN
 from forescale.data.text.opening import open_raw, reading, shown
 from forescale.data.text.tars import BoundedTar, BrokenTarError
 from forescale.data.tokenised.megatron import read_idx
 from forescale.errors import UserError
+from forescale.remote.transfer import is_url
 
 RESTORE = "restore it from its source"
 _RAW = (".bin", ".tok")

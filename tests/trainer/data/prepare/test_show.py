@@ -11,9 +11,9 @@ from forescale.data.dataset import Dataset
 from forescale.data.order import Order
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.show import SHUFFLE_SHARDS, show
-from tests.trainer.data.hostile_server import HostileServer
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.synthetic_text import SMALL, Texts
+from tests.trainer.remote.hostile_server import HostileServer
 
 BYTES = BuildConfig(tokenizer="bytes", validation=0.0, shard_tokens=1000, member_tokens=300)
 

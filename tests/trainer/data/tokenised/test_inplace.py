@@ -16,7 +16,6 @@ from forescale.data.dataset import Dataset
 from forescale.data.tokenised.inplace import in_place_kind, index_corpus
 from forescale.errors import UserError
 from forescale.verbs import shards as verb
-from tests.trainer.data.hostile_server import HostileServer
 from tests.trainer.data.tokenised_files import (
     END,
     FLAT,
@@ -28,6 +27,7 @@ from tests.trainer.data.tokenised_files import (
     write,
     write_megatron,
 )
+from tests.trainer.remote.hostile_server import HostileServer
 
 
 @pytest.fixture(scope="module")

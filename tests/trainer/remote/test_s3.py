@@ -14,12 +14,12 @@ import pytest
 from filelock import FileLock
 
 from forescale.data.dataset import Damaged, Dataset
-from forescale.data.remote.listing import list_files, open_input
-from forescale.data.remote.store import open_store
-from forescale.data.remote.transfer import Missing
 from forescale.errors import UserError
-from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence
+from forescale.remote.listing import list_files, open_input
+from forescale.remote.store import Store
+from forescale.remote.transfer import Missing
 from tests.trainer.data.small_dataset import write_dataset
+from tests.trainer.remote.remote_files import DATA, QUICK, SMALL, read, sentence
 
 # The first makes an environment for the server.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -122,7 +122,7 @@ def test_damage_in_a_bucket_is_reported_and_not_cached(put, bucket, tmp_path):
 @pytest.mark.parametrize("size", [100, len(DATA) - 1, len(DATA) + 1])
 def test_a_file_of_another_size_is_reported(bucket, tmp_path, size):
     bucket.pipe("books/a", (DATA + b"x")[:size])
-    file = open_store("s3://books", tmp_path, 1 << 26, QUICK).open("a", len(DATA), "v1")
+    file = Store("s3://books", tmp_path, 1 << 26, QUICK).open("a", len(DATA), "v1")
     with pytest.raises(UserError, match=f"s3://books/a: has {size:,} bytes on the server"):
         read(file)
 
@@ -131,7 +131,7 @@ def test_a_changed_file_is_fetched_again(bucket, tmp_path):
     """Without a known checksum, the bucket's own name for a version is the cache key."""
     for content in (SMALL, SMALL[::-1], SMALL):
         bucket.pipe("books/a", content)
-        store = open_store("s3://books", tmp_path, 1 << 26, QUICK)
+        store = Store("s3://books", tmp_path, 1 << 26, QUICK)
         assert read(store.open("a")) == content
 
 
@@ -166,7 +166,7 @@ def test_a_missing_dataset_is_reported(tmp_path):
         with pytest.raises(UserError, match=f"{url}: no such dataset"):
             Dataset(url, tmp_path)
     with pytest.raises(Missing):
-        open_store("s3://books", tmp_path, 1 << 26, QUICK).read("nothing")
+        Store("s3://books", tmp_path, 1 << 26, QUICK).read("nothing")
 
 
 def test_missing_credentials_are_reported(put, bucket, tmp_path, monkeypatch):

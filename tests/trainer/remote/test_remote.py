@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from forescale.data.remote.listing import list_files, open_input
-from forescale.data.remote.store import LocalStore, open_store
-from forescale.data.remote.transfer import Missing
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import find_files
 from forescale.errors import UserError
-from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence, serving
+from forescale.remote.listing import list_files, open_input
+from forescale.remote.store import Store
+from forescale.remote.transfer import Missing
+from tests.trainer.remote.remote_files import DATA, QUICK, SMALL, read, sentence, serving
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def server():
 
 def test_a_local_file_is_read_at_any_offset(tmp_path):
     (tmp_path / "a").write_bytes(SMALL)
-    file = open_store(tmp_path).open("a", len(SMALL))
+    file = Store(tmp_path).open("a", len(SMALL))
     assert file.size == len(SMALL)
     assert read(file, 17, 4711) == SMALL[17:4711]
     assert read(file, 0, 0) == b""
@@ -34,7 +34,7 @@ def test_a_local_file_is_read_at_any_offset(tmp_path):
 @pytest.mark.parametrize(("start", "stop"), [(4990, 5001), (5000, 5001), (6000, 6010)])
 def test_a_local_read_beyond_the_end_names_the_file(tmp_path, start, stop):
     (tmp_path / "a").write_bytes(SMALL)
-    file = open_store(tmp_path).open("a")
+    file = Store(tmp_path).open("a")
     with pytest.raises(UserError, match=f"{tmp_path}/a: ends") as caught:
         read(file, start, stop)
     sentence(caught)
@@ -42,7 +42,7 @@ def test_a_local_read_beyond_the_end_names_the_file(tmp_path, start, stop):
 
 def test_a_local_file_that_shrinks_while_open_is_reported(tmp_path):
     (tmp_path / "a").write_bytes(SMALL)
-    file = open_store(tmp_path).open("a")
+    file = Store(tmp_path).open("a")
     os.truncate(tmp_path / "a", 100)
     with pytest.raises(UserError, match=r"a: ends after 100 bytes, 4,900 too early"):
         read(file)
@@ -51,7 +51,7 @@ def test_a_local_file_that_shrinks_while_open_is_reported(tmp_path):
 def test_errors_of_local_files_are_reported(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
-    store = open_store(tmp_path)
+    store = Store(tmp_path)
     assert store.exists("a")
     assert not store.exists("b")
     for act in (store.open, store.read):
@@ -65,8 +65,8 @@ def test_errors_of_local_files_are_reported(tmp_path):
 
 def test_absolute_names_are_used_as_they_are(server, tmp_path):
     (tmp_path / "elsewhere").write_bytes(b"there")
-    local = open_store(tmp_path / "d", tmp_path / "cache", 1 << 26, QUICK)
-    remote = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
+    local = Store(tmp_path / "d", tmp_path / "cache", 1 << 26, QUICK)
+    remote = Store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
     for store in (local, remote):
         assert read(store.open(str(tmp_path / "elsewhere"))) == b"there"
         assert store.exists(str(tmp_path / "elsewhere"))
@@ -89,8 +89,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("address", REFUSED)
 def test_addresses_that_are_refused(tmp_path, address):
-    store = open_store(tmp_path, tmp_path / "cache")
-    acts = (open_store, store.open, store.read, store.exists, list_files, open_input, find)
+    store = Store(tmp_path, tmp_path / "cache")
+    acts = (Store, store.open, store.read, store.exists, list_files, open_input, find)
     for act in acts:
         with pytest.raises(UserError) as caught:
             act(address)
@@ -103,7 +103,7 @@ def find(address):
 
 def test_passwords_and_signatures_are_used_and_never_shown(server, tmp_path):
     url = server.url.replace("://", "://me:secret@") + "/d?signature=secret"
-    store = open_store(url, tmp_path, 1 << 26, QUICK)
+    store = Store(url, tmp_path, 1 << 26, QUICK)
     assert store.read("small") == SMALL
     with pytest.raises(Missing) as caught:
         store.read("nothing")
@@ -115,12 +115,12 @@ def test_secrets_by_name_are_used_and_the_cache_outlives_them(server, tmp_path, 
     """Another signature of the same file is no other file."""
     address = server.url.replace("://", "://$FORESCALE_SECRET_LOGIN@") + "/d?$FORESCALE_SECRET_SAS"
     monkeypatch.setenv("FORESCALE_SECRET_LOGIN", "me:secret")
-    store = open_store(address, tmp_path, 1 << 26, QUICK)
+    store = Store(address, tmp_path, 1 << 26, QUICK)
     with pytest.raises(UserError, match="needs the environment variable FORESCALE_SECRET_SAS"):
         store.read("small")
     for signature in ("sig=one", "sig=two"):
         monkeypatch.setenv("FORESCALE_SECRET_SAS", signature)
-        again = open_store(address, tmp_path, 1 << 26, QUICK)
+        again = Store(address, tmp_path, 1 << 26, QUICK)
         assert again.read("small", len(SMALL), "v1") == SMALL
         assert signature not in again.where
     assert len(server.requests("/d/small")) == 1
@@ -131,7 +131,7 @@ def test_secrets_by_name_are_used_and_the_cache_outlives_them(server, tmp_path, 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
 def test_small_files_are_read_whole(server, tmp_path):
-    store = open_store(f"{server.url}/d/", tmp_path / "cache", 1 << 26, QUICK)
+    store = Store(f"{server.url}/d/", tmp_path / "cache", 1 << 26, QUICK)
     server.next_time("/d/small", "half", "reset", 500, "half_chunk")
     assert store.read("small") == SMALL
     assert store.read("empty") == b""
@@ -143,7 +143,7 @@ def test_small_files_are_read_whole(server, tmp_path):
 
 
 def test_a_small_file_is_always_fetched_unless_its_version_is_known(server, tmp_path):
-    store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
+    store = Store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
     for _ in range(2):
         assert store.read("small") == SMALL
     assert len(server.asked) == 2
@@ -153,7 +153,7 @@ def test_a_small_file_is_always_fetched_unless_its_version_is_known(server, tmp_
 
 
 def test_an_unknown_size_is_requested(server, tmp_path):
-    store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
+    store = Store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
     file = store.open("a.tar")
     assert file.size == len(DATA)
     assert server.sent["/d/a.tar"] == 1
@@ -164,7 +164,7 @@ def test_an_unknown_size_is_requested(server, tmp_path):
 
 
 def test_a_read_beyond_the_end_names_the_file(server, tmp_path):
-    file = open_store(f"{server.url}/d", tmp_path, 1 << 26, QUICK).open("a.tar")
+    file = Store(f"{server.url}/d", tmp_path, 1 << 26, QUICK).open("a.tar")
     with pytest.raises(UserError, match=r"a\.tar: ends after 3,000,000 bytes, 10 too early"):
         read(file, 2_999_990, 3_000_010)
 
@@ -175,7 +175,7 @@ def test_any_protocol_of_fsspec_is_read(tmp_path):
     memory = fsspec.filesystem("memory")
     for name in ("b", "a", "x/c"):
         memory.pipe(f"/forescale-test/{name}", SMALL)
-    store = open_store("memory://forescale-test", tmp_path, 1 << 26, QUICK)
+    store = Store("memory://forescale-test", tmp_path, 1 << 26, QUICK)
     assert store.exists("a")
     assert not store.exists("nothing")
     assert store.read("a") == SMALL
@@ -197,14 +197,14 @@ def test_any_protocol_of_fsspec_is_read(tmp_path):
 def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"pip install 'forescale\[gs\]'"):
-        open_store("gs://bucket/d", tmp_path).read("manifest.json")
+        Store("gs://bucket/d", tmp_path).read("manifest.json")
 
 
 def test_an_unknown_protocol_is_reported(tmp_path):
     with pytest.raises(UserError, match="magic://bucket"):
-        open_store("magic://bucket/d", tmp_path).read("manifest.json")
+        Store("magic://bucket/d", tmp_path).read("manifest.json")
 
 
 def test_a_path_gives_a_local_store(tmp_path):
-    assert isinstance(open_store(tmp_path), LocalStore)
+    assert Store(tmp_path).where == str(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from forescale.data.remote.listing import list_files, open_input
-from forescale.data.remote.transfer import Missing
 from forescale.errors import UserError
-from tests.trainer.data.remote_files import DATA, QUICK, serving
+from forescale.remote.listing import list_files, open_input
+from forescale.remote.transfer import Missing
+from tests.trainer.remote.remote_files import DATA, QUICK, serving
 
 
 @pytest.fixture

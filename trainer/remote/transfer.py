@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -169,6 +170,15 @@ def persist(shown: str, patience: Patience, attempt: Callable[[], T]) -> T:
             return attempt()
         except RetryableError as fault:
             trying.failed(fault)
+
+
+def exists(origin: Origin, patience: Patience) -> bool:
+    """Return True if there is such a file now. Raises UserError."""
+    try:
+        persist(origin.shown, patience, partial(origin.ask, patience.timeout))
+    except Missing:
+        return False
+    return True
 
 
 class _Trying:

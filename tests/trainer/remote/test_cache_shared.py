@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.data.cached_blocks import BLOCK, FILE, STORED, Blocks, taken
-from tests.trainer.data.remote_files import DATA, serving
+from tests.trainer.remote.cached_blocks import BLOCK, FILE, STORED, Blocks, taken
+from tests.trainer.remote.remote_files import DATA, serving
 
 ROOT = Path(__file__).parents[4]
 
 
 DIES = """
 import os, signal, sys
-from forescale.data.remote.cache import BlockCache
+from forescale.remote.cache import BlockCache
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 def half(fd, parts, at):
@@ -66,10 +66,10 @@ def test_blocks_published_by_a_killed_process_are_complete(tmp_path):
 READS = """
 import random, sys
 from pathlib import Path
-from forescale.data.remote.store import open_store
-from forescale.data.remote.transfer import Patience
+from forescale.remote.store import Store
+from forescale.remote.transfer import Patience
 url, cache, size, seed = sys.argv[1:]
-store = open_store(url, Path(cache), 1 << 28, Patience(tries=4, seconds=60))
+store = Store(url, Path(cache), 1 << 28, Patience(tries=4, seconds=60))
 file = store.open("a.tar", int(size), "v1")
 starts = list(range(0, file.size, 100_000))
 random.Random(int(seed)).shuffle(starts)

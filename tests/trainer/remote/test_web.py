@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from forescale.data.remote.store import open_store
-from forescale.data.remote.transfer import Missing, Patience, Unreachable
 from forescale.errors import UserError
-from tests.trainer.data.remote_files import DATA, HASTY, QUICK, SMALL, read, sentence, serving
+from forescale.remote.store import Store
+from forescale.remote.transfer import Missing, Patience, Unreachable
+from tests.trainer.remote.remote_files import DATA, HASTY, QUICK, SMALL, read, sentence, serving
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def opened(server, tmp_path):
     """Open a file of /d with a Patience."""
 
     def open_one(name="a.tar", patience=QUICK, size=None):
-        store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, patience)
+        store = Store(f"{server.url}/d", tmp_path / "cache", 1 << 26, patience)
         return store.open(name, len(server.files[f"/d/{name}"]) if size is None else size, "v1")
 
     return open_one
@@ -182,14 +182,14 @@ def test_a_very_slow_server_is_reported(server, opened):
 
 def test_a_requested_wait_is_respected(server, opened, monkeypatch):
     slept = []
-    monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", slept.append)
+    monkeypatch.setattr("forescale.remote.transfer.time.sleep", slept.append)
     server.next_time("/d/a.tar", "503:7")
     assert read(opened(), 0, 10) == DATA[:10]
     assert slept == [7.0]
 
 
 def test_a_requested_wait_that_is_too_long_raises_at_once(server, opened, monkeypatch):
-    monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", pytest.fail)
+    monkeypatch.setattr("forescale.remote.transfer.time.sleep", pytest.fail)
     server.always("/d/a.tar", "429:3600")
     with pytest.raises(Unreachable, match=r"429 .* and asks to wait 3,600 s \(tried once\)"):
         read(opened())
@@ -197,7 +197,7 @@ def test_a_requested_wait_that_is_too_long_raises_at_once(server, opened, monkey
 
 def test_pauses_double_and_differ_between_ranks(server, opened, monkeypatch):
     slept = []
-    monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", slept.append)
+    monkeypatch.setattr("forescale.remote.transfer.time.sleep", slept.append)
     server.always("/d/a.tar", 500)
     with (
         pytest.warns(RuntimeWarning, match="a.tar: the server answers 500"),
@@ -216,7 +216,7 @@ def test_a_missing_server(tmp_path):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(Unreachable, match=r"the server refuses the connection \(tried 4 times\)"):
-        open_store(url, tmp_path, patience=QUICK).read("manifest.json")
+        Store(url, tmp_path, patience=QUICK).read("manifest.json")
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -228,13 +228,13 @@ def test_an_unknown_host_name(tmp_path, monkeypatch):
     with pytest.raises(
         Unreachable, match=r"http://nowhere.invalid/a: the name of the server can't"
     ):
-        open_store("http://nowhere.invalid", tmp_path, patience=QUICK).read("a")
+        Store("http://nowhere.invalid", tmp_path, patience=QUICK).read("a")
 
 
 @pytest.mark.parametrize("url", ["http:///d", "http://host:port/"])
 def test_invalid_addresses(tmp_path, url):
     with pytest.raises(UserError, match="isn't a valid address") as caught:
-        open_store(url, tmp_path, patience=QUICK).read("a")
+        Store(url, tmp_path, patience=QUICK).read("a")
     sentence(caught)
 
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from forescale.data.remote.store import open_store
-from forescale.data.remote.transfer import Missing
-from tests.trainer.data.cached_blocks import taken
-from tests.trainer.data.hostile_server import HostileServer
-from tests.trainer.data.remote_files import QUICK, read
+from forescale.remote.store import Store
+from forescale.remote.transfer import Missing
+from tests.trainer.remote.cached_blocks import taken
+from tests.trainer.remote.hostile_server import HostileServer
+from tests.trainer.remote.remote_files import QUICK, read
 
 BLOCK = 1 << 20
 COUNT = 40
@@ -35,7 +35,7 @@ def opened(server, tmp_path):
     stores = []
 
     def open_one(limit=LIMIT):
-        stores.append(open_store(f"{server.url}/d", tmp_path / "cache", limit, QUICK))
+        stores.append(Store(f"{server.url}/d", tmp_path / "cache", limit, QUICK))
         return stores[-1].open("a.tar", len(DATA), "v1")
 
     yield open_one
@@ -235,7 +235,7 @@ def test_a_cache_that_stores_nothing_stops_prefetching(server, opened, tmp_path)
 
 def test_a_closed_store_prefetches_nothing(server, tmp_path):
     server.always("/d/a.tar", "wait")
-    store = open_store(f"{server.url}/d", tmp_path, LIMIT, QUICK)
+    store = Store(f"{server.url}/d", tmp_path, LIMIT, QUICK)
     announce(store.open("a.tar", len(DATA), "v1"), range(COUNT))
     for _ in range(THREADS):
         assert server.arrived.acquire(timeout=30)

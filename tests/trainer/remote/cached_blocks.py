@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from forescale.data.remote.cache import BlockCache
+from forescale.remote.cache import BlockCache
 
 FILE = "0123456789abcdef" * 2  # part of a block's name that stands for its file
 BLOCK = 10_000
@@ -22,7 +22,7 @@ class Blocks:
         return random.Random(number).randbytes(self.length)
 
     def get(self, number: int, skip: int = 0, stop: int | None = None) -> bytes:
-        """Read a block like forescale.data.remote.prefetch does."""
+        """Read a block like forescale.remote.prefetch does."""
         name = f"{FILE}-{number}"
         data = bytearray((self.length if stop is None else stop) - skip)
         if self.cache.read(name, self.length, skip, memoryview(data)):

@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from forescale.data.remote.transfer import Patience
-from tests.trainer.data.hostile_server import HostileServer
+from forescale.remote.transfer import Patience
+from tests.trainer.remote.hostile_server import HostileServer
 
 QUICK = Patience(tries=4, seconds=30, timeout=10, pause=0.01)
 HASTY = Patience(tries=2, seconds=30, timeout=0.2, pause=0.01)  # for servers that hang

@@ -11,13 +11,13 @@ from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
-from forescale.data.remote.store import open_store
-from forescale.data.remote.transfer import Patience
 from forescale.data.stream import StepShare, stream
 from forescale.errors import UserError
-from tests.trainer.data.hostile_server import HostileServer
-from tests.trainer.data.remote_files import QUICK, sentence
+from forescale.remote.store import Store
+from forescale.remote.transfer import Patience
 from tests.trainer.data.small_dataset import write_dataset
+from tests.trainer.remote.hostile_server import HostileServer
+from tests.trainer.remote.remote_files import QUICK, sentence
 
 L = 1024
 BATCH = 32
@@ -45,9 +45,7 @@ def patient(monkeypatch):
     """Open datasets with a shorter patience than a cluster needs."""
 
     def with_patience(patience):
-        monkeypatch.setattr(
-            "forescale.data.dataset.open_store", partial(open_store, patience=patience)
-        )
+        monkeypatch.setattr("forescale.data.dataset.Store", partial(Store, patience=patience))
 
     with_patience(QUICK)
     return with_patience

@@ -16,8 +16,8 @@ from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
 
-from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 from forescale.errors import UserError, masked
+from forescale.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 
 _WHOLE = 8 * MIB  # a file up to this size is read even if the server ignores ranges
 _PIECE = 1 << 17

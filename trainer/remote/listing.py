@@ -13,9 +13,10 @@ from html.parser import HTMLParser
 from typing import BinaryIO
 from urllib.parse import urljoin
 
-from forescale.data.remote.buckets import call
-from forescale.data.remote.store import origin_of
-from forescale.data.remote.transfer import (
+from forescale.errors import UserError, masked
+from forescale.remote.buckets import call
+from forescale.remote.store import origin_of
+from forescale.remote.transfer import (
     MIB,
     PATIENCE,
     Origin,
@@ -24,7 +25,6 @@ from forescale.data.remote.transfer import (
     persist,
     receive,
 )
-from forescale.errors import UserError, masked
 
 _WINDOW = 4 * MIB  # bytes requested at a time after a seek
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from forescale.data.remote.cache import BlockCache
-from forescale.data.remote.store import open_store
 from forescale.errors import UserError
+from forescale.remote.cache import BlockCache
+from forescale.remote.store import Store
 from tests.disks import fill, make_read_only, small_disk
-from tests.trainer.data.cached_blocks import BLOCK, FILE, STORED, Blocks, taken
-from tests.trainer.data.remote_files import DATA, QUICK, read, sentence, serving
+from tests.trainer.remote.cached_blocks import BLOCK, FILE, STORED, Blocks, taken
+from tests.trainer.remote.remote_files import DATA, QUICK, read, sentence, serving
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_an_unusable_cache_is_reported(tmp_path):
     with pytest.raises(
         UserError, match=r"file/cache: can't be used as cache of remote files"
     ) as caught:
-        open_store("http://127.0.0.1:1/d", tmp_path / "file" / "cache", 1 << 20, QUICK)
+        Store("http://127.0.0.1:1/d", tmp_path / "file" / "cache", 1 << 20, QUICK)
     assert re.search("set data.cache to", sentence(caught))
 
 
@@ -216,7 +216,7 @@ def test_a_block_that_a_dataset_finds_damaged_is_not_kept(tmp_path):
     with serving() as server:
         server.files["/d/a.tar"] = DATA[::-1]
         server.etags["/d/a.tar"] = "always"
-        file = open_store(f"{server.url}/d", tmp_path, 1 << 26, QUICK).open("a.tar", len(DATA), "v")
+        file = Store(f"{server.url}/d", tmp_path, 1 << 26, QUICK).open("a.tar", len(DATA), "v")
         assert read(file) == DATA[::-1]
         server.files["/d/a.tar"] = DATA
         assert file.forget(1 << 20, 10)

@@ -10,9 +10,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from forescale.data.remote.cache import BlockCache
-from forescale.data.remote.transfer import MIB, Origin, Patience, fetch
 from forescale.errors import UserError
+from forescale.remote.cache import BlockCache
+from forescale.remote.transfer import MIB, Origin, Patience, fetch
 
 BLOCK = MIB  # bytes that are fetched, kept and evicted together
 _THREADS = 8

@@ -1,4 +1,4 @@
-"""Access to the files of a dataset: in a local directory, or at a server through a cache.
+"""The files of a dataset: in a local directory, or at a server through a cache.
 
 Invariant: `read_at` fills the whole buffer with the bytes at that position of the file, or raises a
 UserError that names the file; it never returns fewer. All reads of a dataset go through here, so
@@ -11,69 +11,53 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from forescale.data.remote.buckets import FsspecOrigin
-from forescale.data.remote.cache import BlockCache
-from forescale.data.remote.prefetch import BLOCK, RemoteBlocks
-from forescale.data.remote.transfer import (
+from forescale.errors import Transient, UserError, masked, retried, storage_error
+from forescale.remote.buckets import FsspecOrigin
+from forescale.remote.cache import BlockCache
+from forescale.remote.prefetch import BLOCK, RemoteBlocks
+from forescale.remote.transfer import (
     PATIENCE,
     Missing,
     Origin,
     Patience,
     WrongFile,
+    exists,
     is_url,
     persist,
     receive,
 )
-from forescale.data.remote.web import HttpOrigin
-from forescale.errors import Transient, UserError, masked, retried, storage_error
+from forescale.remote.web import HttpOrigin
 
 CACHE_BYTES = 8 << 30
+_RESTORE = "restore it from a copy or build the dataset again"
 T = TypeVar("T")
 
 
-class File(Protocol):
-    """One file, open for reading at any position; safe from several threads."""
+class File:
+    """One file, open for reading at any position; safe from several threads. size: in bytes."""
 
-    size: int  # bytes
+    size: int
 
     def read_at(self, offset: int, into: memoryview) -> None:
         """Fill `into` (bytes, one dimension) from `offset`. Raises UserError naming the file."""
+        raise NotImplementedError
 
     def forget(self, offset: int, size: int) -> bool:
         """Drop cached copies of these bytes; return False if there is no cache (a local file)."""
+        return False
 
     def will_read(self, ranges: list[tuple[int, int]]) -> None:
-        """Announce that these (offset, size) come next, in this order. Costs nothing for local
-        files."""
+        """Announce that these (offset, size) come next, in this order; free for local files."""
 
     def close(self) -> None:
         """Close the file."""
 
 
-class Store(Protocol):
-    """A directory of files. A name that is an absolute path or a URL is used as it is."""
-
-    where: str
-
-    def read(self, name: str, size: int | None = None, version: str = "") -> bytes:
-        """Return the whole of a small file; it is cached only if size and version are given.
-
-        Raises UserError.
-        """
-
-    def open(self, name: str, size: int | None = None, version: str = "") -> File:
-        """Open a file. `size` in bytes, if given, is checked; `version` distinguishes contents (a
-        sha256)."""
-
-    def exists(self, name: str) -> bool:
-        """Return whether the file exists."""
-
-
-class LocalFile:
+class LocalFile(File):
     """A File of the local file system. Where reading fails for a moment, the file is opened again
     and read again, several times: a handle that a file server has forgotten stays useless."""
 
@@ -87,7 +71,6 @@ class LocalFile:
             raise _other_size(path, self.size, size)
 
     def read_at(self, offset: int, into: memoryview) -> None:
-        """See File."""
         try:
             self._fill(offset, into)
         except OSError as e:
@@ -99,11 +82,11 @@ class LocalFile:
         # Not mmap: a storage error would kill the process (SIGBUS) without a message.
         count = os.preadv(self._fd, (into,), offset)
         while count < len(into):  # a signal, a read of 2 GiB, or the end of the file
-            more = os.preadv(self._fd, (into[count:],), offset + count)
-            if not more:
+            step = os.preadv(self._fd, (into[count:],), offset + count)
+            if not step:
                 size = os.fstat(self._fd).st_size
                 raise _ends(str(self._path), size, offset + len(into) - size)
-            count += more
+            count += step
 
     def _fill_afresh(self, offset: int, into: memoryview) -> None:
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -115,16 +98,7 @@ class LocalFile:
             os.close(fd)
         self._fill(offset, into)
 
-    def forget(self, offset: int, size: int) -> bool:
-        """See File."""
-        return False
-
-    def will_read(self, ranges: list[tuple[int, int]]) -> None:
-        """See File."""
-        pass
-
     def close(self) -> None:
-        """See File."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -134,16 +108,14 @@ class LocalFile:
             self.close()
 
 
-class RemoteFile:
-    """A File at a server, read through the node's cache."""
+class RemoteFile(File):
+    """A File at a server, read through the node's cache. key: name of the file in the cache."""
 
     def __init__(self, origin: Origin, key: str, blocks: RemoteBlocks):
-        """key: name of the file in the cache."""
         self._origin, self._key, self._blocks = origin, key, blocks
         self.size = origin.size or 0
 
     def read_at(self, offset: int, into: memoryview) -> None:
-        """See File."""
         end = offset + len(into)
         if end > self.size:
             raise _ends(self._origin.shown, self.size, end - self.size)
@@ -155,48 +127,63 @@ class RemoteFile:
             at += len(part)
 
     def forget(self, offset: int, size: int) -> bool:
-        """See File."""
         self._blocks.forget(self._key, _numbers(offset, size))
         return True
 
     def will_read(self, ranges: list[tuple[int, int]]) -> None:
-        """See File."""
         numbers = (number for offset, size in ranges for number in _numbers(offset, size))
         self._blocks.will_read(self._origin, self._key, numbers)
 
-    def close(self) -> None:
-        """See File."""
-        pass  # there is nothing to close
 
+class Store:
+    """A directory of files, local or at a server. A name that is an absolute path or an address is
+    used as it is.
 
-class RemoteStore:
-    """A Store that is a folder of a server.
-
-    url: of any protocol; its query (a signature) is kept for every file; cache: a directory on a
-    local disk of the node; cache_bytes: maximum that all processes of the node keep there.
+    path: a directory, or an address of any protocol, whose query (a signature) is used for every
+    file; cache: a directory on a local disk of the node, shared by its processes, default
+    forescale-UID in $TMPDIR or /tmp; cache_bytes: the most that they store there together. Nothing
+    is read yet. Raises UserError for anything that is neither a path nor an address (such as a
+    command), and for a cache that can't be used.
     """
 
-    def __init__(self, url: str, cache: Path, cache_bytes: int, patience: Patience):
-        """Open the cache; nothing is requested yet."""
-        self._url, self.where, self._patience = url, masked(url), patience
-        self._blocks = RemoteBlocks(BlockCache(cache, cache_bytes), patience)
+    def __init__(
+        self,
+        path: str | Path,
+        cache: Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        patience: Patience = PATIENCE,
+    ):
+        self._path, self._patience, self._is_remote = str(path), patience, is_url(path)
+        self.where = masked(self._path) if self._is_remote else str(Path(path))  # for messages
+        self._cache = cache or Path(tempfile.gettempdir()) / f"forescale-{os.getuid()}"
+        self._cache_bytes = cache_bytes
         self._origins: dict[tuple[str, str], Origin] = {}
+        if self._is_remote:
+            self._blocks  # noqa: B018 - opens the cache
+
+    @cached_property
+    def _blocks(self) -> RemoteBlocks:
+        return RemoteBlocks(BlockCache(self._cache, self._cache_bytes), self._patience)
 
     def read(self, name: str, size: int | None = None, version: str = "") -> bytes:
-        """See Store."""
+        """Return the whole of a small file; it is cached only if size and version are given."""
+        place = self._place(name)
+        if isinstance(place, Path):
+            return _persist(place, place.read_bytes)
         if size is not None and version:  # useful and safe to cache
             data = bytearray(size)
             self.open(name, size, version).read_at(0, memoryview(data))
             return bytes(data)
-        origin = origin_of(self._address(name), size)
+        origin = origin_of(place, size)
         return b"".join(receive(origin, 0, size, self._patience, whole=True))
 
     def open(self, name: str, size: int | None = None, version: str = "") -> File:
-        """See Store."""
-        if not is_url(name) and name.startswith("/"):
-            return LocalFile(Path(name), size)
-        url = self._address(name)
-        origin = self._origins.setdefault((url, version), origin_of(url, size))
+        """Open a file. `size` in bytes, if given, is checked; `version` distinguishes contents (a
+        sha256)."""
+        place = self._place(name)
+        if isinstance(place, Path):
+            return LocalFile(place, size)
+        origin = self._origins.setdefault((place, version), origin_of(place, size))
         origin.learn(size, "")
         if origin.size is None or not (version or origin.tag):
             persist(origin.shown, self._patience, partial(origin.ask, self._patience.timeout))
@@ -206,76 +193,29 @@ class RemoteStore:
             raise UserError(origin.shown, problem, todo)
         # Without any version the next process couldn't know whether the file is still the same.
         version = version or origin.tag or uuid.uuid4().hex
-        key = hashlib.sha256(f"{url} {origin.size} {version}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{place} {origin.size} {version}".encode()).hexdigest()[:32]
         return RemoteFile(origin, key, self._blocks)
 
     def exists(self, name: str) -> bool:
-        """See Store."""
-        if not is_url(name) and name.startswith("/"):
-            return Path(name).is_file()
-        origin = origin_of(self._address(name))
-        try:
-            persist(origin.shown, self._patience, partial(origin.ask, self._patience.timeout))
-        except Missing:
-            return False
-        return True
+        """Return whether the file exists."""
+        place = self._place(name)
+        if isinstance(place, Path):
+            return _persist(place, place.is_file)
+        return exists(origin_of(place), self._patience)
 
     def close(self) -> None:
         """Stop prefetching."""
-        self._blocks.close()
+        if "_blocks" in self.__dict__:
+            self._blocks.close()
 
-    def _address(self, name: str) -> str:
+    def _place(self, name: str) -> Path | str:
+        """Return the path of a file, or its address."""
         if is_url(name):
             return name
-        head, mark, query = self._url.partition("?")
+        if not self._is_remote or name.startswith("/"):
+            return Path(self._path, name)
+        head, mark, query = self._path.partition("?")
         return f"{head.rstrip('/')}/{name}{mark}{query}"
-
-
-class LocalStore:
-    """A Store that is a local directory; `remote` opens names in it that are addresses."""
-
-    def __init__(self, directory: Path, remote: Callable[[], RemoteStore]):
-        """remote: called at most once."""
-        self.directory, self.where = Path(directory), str(directory)
-        self._remote = cache(remote)
-
-    def read(self, name: str, size: int | None = None, version: str = "") -> bytes:
-        """See Store."""
-        if is_url(name):
-            return self._remote().read(name, size, version)
-        path = self.directory / name
-        return _persist(path, path.read_bytes)
-
-    def open(self, name: str, size: int | None = None, version: str = "") -> File:
-        """See Store."""
-        if is_url(name):
-            return self._remote().open(name, size, version)
-        return LocalFile(self.directory / name, size)
-
-    def exists(self, name: str) -> bool:
-        """See Store."""
-        if is_url(name):
-            return self._remote().exists(name)
-        path = self.directory / name
-        return _persist(path, path.is_file)
-
-
-def open_store(
-    path: str | Path,
-    cache: Path | None = None,
-    cache_bytes: int = CACHE_BYTES,
-    patience: Patience = PATIENCE,
-) -> Store:
-    """Return the Store of a directory: local for a path, through the node's cache for an address.
-
-    cache: a directory on a local disk of the node, shared by its processes; None: forescale-UID in
-    $TMPDIR or /tmp. Nothing is read yet. Raises UserError for anything that is neither a path nor
-    an address (such as a command), and for a cache that can't be used.
-    """
-    chosen = cache or Path(tempfile.gettempdir()) / f"forescale-{os.getuid()}"
-    if is_url(path):
-        return RemoteStore(str(path), chosen, cache_bytes, patience)
-    return LocalStore(Path(path), lambda: RemoteStore("", chosen, cache_bytes, patience))
 
 
 def origin_of(url: str, size: int | None = None) -> Origin:
@@ -292,7 +232,7 @@ def _persist(path: Path, work: Callable[[], T]) -> T:
     """Return the result of `work` on a local file, done again if the storage fails for a moment.
     Raises UserError."""
 
-    def tried() -> T:
+    def attempt() -> T:
         try:
             return work()
         except OSError as e:
@@ -302,7 +242,7 @@ def _persist(path: Path, work: Callable[[], T]) -> T:
         text = f"{error.where}: {error.problem}; next try in {pause:g} s"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    return retried(tried, failed)
+    return retried(attempt, failed)
 
 
 def _unreadable(path: Path, e: OSError) -> UserError:
@@ -327,10 +267,8 @@ def _has_files(folder: Path) -> bool:
 
 
 def _other_size(path: Path, size: int, expected: int) -> WrongFile:
-    problem = f"has {size:,} bytes, expected {expected:,}"
-    return WrongFile(str(path), problem, "restore it from a copy or build the dataset again")
+    return WrongFile(str(path), f"has {size:,} bytes, expected {expected:,}", _RESTORE)
 
 
 def _ends(where: str, size: int, lacks: int) -> WrongFile:
-    todo = "restore it from a copy or build the dataset again"
-    return WrongFile(where, f"ends after {size:,} bytes, {lacks:,} too early", todo)
+    return WrongFile(where, f"ends after {size:,} bytes, {lacks:,} too early", _RESTORE)

@@ -4,12 +4,11 @@ memory is fsspec's own; a real S3 server is in test_s3.py."""
 import fsspec
 import pytest
 
-from forescale.data.remote.buckets import FsspecOrigin
-from forescale.data.remote.folder import Folder
-from forescale.data.remote.transfer import RetryableError, Unreachable
 from forescale.errors import UserError
+from forescale.remote.buckets import Folder, FsspecOrigin
+from forescale.remote.transfer import RetryableError, Unreachable
 from forescale.storage import hash_file
-from tests.trainer.data.remote_files import QUICK
+from tests.trainer.remote.remote_files import QUICK
 
 
 @pytest.fixture(params=["a directory", "memory://there"])
@@ -30,8 +29,8 @@ def test_what_is_put_is_found_read_and_deleted(folder, tmp_path):
     assert not folder.has("b")
     folder.remove("a")
     folder.remove("a")
-    folder.remove_all("x")
-    folder.remove_all("x")
+    folder.remove("x", recursive=True)
+    folder.remove("x", recursive=True)
     assert folder.list() == {}
 
 
@@ -41,7 +40,7 @@ def test_a_path_is_taken_as_it_is(tmp_path):
     folder = Folder(str(tmp_path / "there::x#?%20*[y]"), QUICK)
     folder.put("c/d", tmp_path / "there")
     assert folder.list() == {"c/d": 16}
-    folder.remove_all("c")
+    folder.remove("c", recursive=True)
     assert (tmp_path / "there").read_bytes() == b"of somebody else"
 
 
