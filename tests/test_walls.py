@@ -49,20 +49,24 @@ ALLOWED = {
         "run scaling.config scaling.fitting scaling.forecasting scaling.records scaling.doubts"
     ),
     "scaling.design": (
-        "models config run scaling.config scaling.fitting scaling.records scaling.analysis"
+        "models config run scaling.config scaling.fitting scaling.records scaling.forecasting "
+        "scaling.analysis"
     ),
-    "scaling.tasks": "scaling.config scaling.fitting scaling.records scaling.analysis",
+    "scaling.tasks": (
+        "scaling.config scaling.fitting scaling.records scaling.doubts scaling.forecasting "
+        "scaling.analysis"
+    ),
     "scaling.study": (
         "config run resilience monitor slurm scaling.config scaling.fitting scaling.records "
         "scaling.analysis scaling.design scaling.tasks"
     ),
     "scaling.report": (
-        "monitor scaling.config scaling.fitting scaling.analysis scaling.design scaling.tasks "
-        "scaling.study"
+        "monitor scaling.config scaling.fitting scaling.forecasting scaling.analysis "
+        "scaling.design scaling.tasks scaling.study"
     ),
     "scaling.actions": (
-        "config scaling.config scaling.fitting scaling.analysis scaling.design scaling.tasks "
-        "scaling.study scaling.report"
+        "config scaling.config scaling.fitting scaling.forecasting scaling.analysis scaling.design "
+        "scaling.tasks scaling.study scaling.report"
     ),
     "verbs": (
         "abilities config data engine run resilience checkpoint monitor train drill inference "

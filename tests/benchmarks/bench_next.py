@@ -26,12 +26,12 @@ from forescale.scaling.analysis.weights import RunNoise, weigh
 from forescale.scaling.design.next_runs import NOISE, choose, posterior, run_set
 from forescale.scaling.design.simulate import PUBLISHED
 from forescale.scaling.fitting import bootstrap
-from forescale.scaling.fitting.backtest import PRIOR, CalibratedLaw, Discrepancy, calibrate, spent
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import Array, Points, spent
+from forescale.scaling.forecasting.calibrated import PRIOR, CalibratedLaw, Discrepancy, calibrate
 from tests.benchmarks.pairing import Result
 
 ROOT = Path(__file__).parents[2]

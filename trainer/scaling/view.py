@@ -18,8 +18,8 @@ from forescale.scaling.study.inputs import read
 if TYPE_CHECKING:
     import pandas as pd
 
-    from forescale.scaling.analysis.answer import StudyFit
     from forescale.scaling.analysis.prediction import Prediction
+    from forescale.scaling.analysis.table_fit import StudyFit
 
 
 class StudyView:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import read_forecasts, score, write_forecast
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.report.evidence import StageCost, StudyEvidence, evidence

@@ -6,7 +6,7 @@ from forescale.config.job import Action
 from forescale.console import open_console, progress_display
 from forescale.errors import DONE
 from forescale.scaling.actions.shared import RUNS, STUDY, TASK, print_json
-from forescale.scaling.analysis import judge
+from forescale.scaling.analysis import backtest
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.tasks.terminal import show_task_scores
 from forescale.scaling.report.terminal import show_scores
@@ -32,9 +32,9 @@ def main(job: StudyJob) -> int:
         return _backtest_task(job)
     studies = read_finished(job)
     with progress_display() as progress:
-        scores = judge.scores(judge.forecasts(studies, job, progress=progress))
+        scores = backtest.scores(backtest.forecasts(studies, job, progress=progress))
     if job.json:
-        return print_json(judge.as_dict(scores))
+        return print_json(backtest.as_dict(scores))
     show_scores(scores, open_console())
     return DONE
 

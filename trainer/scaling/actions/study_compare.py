@@ -7,7 +7,7 @@ from forescale.config.job import Action
 from forescale.console import open_console
 from forescale.errors import DONE
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, print_json
-from forescale.scaling.analysis.compare import as_dict, compare
+from forescale.scaling.analysis.comparison import as_dict, compare
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.answers import show_comparison
 from forescale.scaling.study.groups import read_groups

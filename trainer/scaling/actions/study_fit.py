@@ -11,10 +11,10 @@ from forescale.scaling.actions.shared import (
     TASK,
     print_json,
 )
-from forescale.scaling.analysis.export import as_dict
-from forescale.scaling.analysis.recipes import multipliers
-from forescale.scaling.analysis.recipes.table import has_recipes
+from forescale.scaling.analysis import multipliers
+from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.analysis.table_fit import as_dict
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.recipes.terminal import show_recipes
 from forescale.scaling.report.tasks.terminal import show_task

@@ -10,10 +10,10 @@ import pandas as pd
 from forescale.config.job import Action
 from forescale.errors import DONE, UserError
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET_OF_LAW, TASK
-from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.recipes.multipliers import Multipliers
-from forescale.scaling.analysis.recipes.table import has_recipes
+from forescale.scaling.analysis.multipliers import Multipliers
+from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read
 from forescale.scaling.study.tasks import with_outcome

@@ -24,11 +24,10 @@ import pandas as pd
 
 from forescale.errors import UserError
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
-from forescale.scaling.analysis import rivals as simple
-from forescale.scaling.analysis.answer import Prediction, StudyFit
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.config import TargetPoint
-from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import COLUMNS, Points
+from forescale.scaling.fitting.points import COLUMNS, Points, spent
+from forescale.scaling.forecasting import predictor
 from forescale.storage import write_json
 
 __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
@@ -144,7 +143,7 @@ def rivals(points: Points, extrapolation_factor: float) -> dict[str, dict[str, f
     order = np.argsort(cost)
     groups = np.split(order, np.flatnonzero(np.diff(np.log(cost[order])) > np.log1p(0.05)) + 1)
     best = np.array([g[np.argmin(points.loss[g])] for g in groups])
-    found = simple.rivals(cost[best], points.loss[best])
+    found = predictor.rivals(cost[best], points.loss[best])
     return {name: {"loss": loss(wanted)} for name, loss in found.items()}
 
 

@@ -18,9 +18,7 @@ import numpy as np
 from forescale.errors import UserError
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import Array
-from forescale.scaling.fitting.predicted import Predicted
+from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.forecasting.forecaster import (
     BUDGETS,
     SIZES,
@@ -28,11 +26,11 @@ from forescale.scaling.forecasting.forecaster import (
     continued,
     forecasters,
 )
+from forescale.scaling.forecasting.predictor import LAW, LEVEL, Predicted
 
 if TYPE_CHECKING:
-    from forescale.scaling.analysis.answer import StudyFit
+    from forescale.scaling.analysis.table_fit import StudyFit
 
-LEVEL, LAW = "level", "law"
 FAR = 30.0  # greatest extrapolation factor of a prediction without target.far
 _OF_SIZE = ("parameters", "tokens")
 

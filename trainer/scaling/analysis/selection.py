@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.prediction import run_of
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import LawName, StudyJob
-from forescale.scaling.fitting.backtest import Backtest, spent
+from forescale.scaling.fitting.points import spent
+from forescale.scaling.forecasting.calibrated import Backtest
 
 AUTO = "auto"
 # Laws of N and D.

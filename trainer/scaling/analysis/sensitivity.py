@@ -23,7 +23,7 @@ from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.points import Array
 
 if TYPE_CHECKING:
-    from forescale.scaling.analysis.answer import StudyFit
+    from forescale.scaling.analysis.table_fit import StudyFit
 
 COUNT = 200  # resampled fits per convention
 _OWN = "the table's"

@@ -22,10 +22,10 @@ from forescale.errors import UserError
 from forescale.run.forecast import SAME
 from forescale.scaling.design.shapes import RATIO, Common
 from forescale.scaling.design.simulate import RunSet, Target
-from forescale.scaling.fitting.backtest import CalibratedLaw, spent
 from forescale.scaling.fitting.fit import Fit
 from forescale.scaling.fitting.forms import Design as At
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import Array, Points, spent
+from forescale.scaling.forecasting.calibrated import CalibratedLaw
 
 _SHARED = 1.0  # decades of D/N over which the shared discrepancy of two runs falls to 1/e
 _OPEN = 1.0  # prior standard deviation of the parameters: a factor of e, an exponent of 1

@@ -21,8 +21,7 @@ from scipy.special import stdtrit
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.tuning import rate_batch_response, tuned
-from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import Array, Points, spent
 from forescale.scaling.records.records import points
 
 SYMBOLS = {"parameters": "N", "tokens": "D", "flops": "C"}

@@ -25,10 +25,10 @@ from forescale.errors import UserError
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, fit_calibrated
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
+from forescale.scaling.forecasting.calibrated import BELIEF, PRIOR, Discrepancy, fit_calibrated
 
 # Besiroglu et al. 2024, arXiv 2404.10102: the refit of Hoffmann et al. 2022.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}

@@ -56,8 +56,7 @@ class Replicates:
     @property
     def certified(self) -> Array:
         """Return True for each replicate that is at a minimum, (R,)."""
-        found: Array = (self.gradient <= TOLERANCE) & (self.curvature > 0)
-        return found
+        return (self.gradient <= TOLERANCE) & (self.curvature > 0)
 
     @property
     def uncertified(self) -> int:
@@ -72,8 +71,7 @@ class Replicates:
     @cached_property
     def _drawn(self) -> Array:
         """Return the groups with a weight, (G,)."""
-        found: Array = np.unique(self._groups[self.fit.weights > 0])
-        return found
+        return np.unique(self._groups[self.fit.weights > 0])
 
     @property
     def _groups(self) -> Array:
@@ -91,8 +89,7 @@ class Replicates:
         if len(self._drawn) > _REFITS:
             return _without_by_a_step(self.fit, self._groups)[self._drawn]
         found = _left_out(self.fit, self._groups, self._drawn)
-        values: Array = found.values[found.certified]
-        return values
+        return found.values[found.certified]
 
     def interval(
         self,
@@ -116,8 +113,7 @@ class Replicates:
         found = np.asarray(function(self.values))
         tails = np.array([1 - level, 1 + level]) / 2
         if method == "percentile":
-            ends: Array = np.quantile(found, tails, axis=0)
-            return ends
+            return np.quantile(found, tails, axis=0)
         flat, shape = found.reshape(len(found), -1), found.shape[1:]
         made = np.asarray(function(self.fit.vector[None])).reshape(1, -1)
         without = np.empty((0, flat.shape[1]))
@@ -140,8 +136,7 @@ def _accelerated(found: Array, made: Array, without: Array, tails: Array) -> Arr
     size = (pull**2).sum(0) ** 1.5
     skew = (pull**3).sum(0) / np.where(size > 0, 6 * size, 1.0)
     z = bias + ndtri(tails)[:, None]
-    at: Array = ndtr(bias + z / np.maximum(1 - skew * z, 1e-3))
-    return at
+    return ndtr(bias + z / np.maximum(1 - skew * z, 1e-3))
 
 
 def _quantiles(found: Array, at: Array) -> Array:
@@ -258,8 +253,7 @@ def influence(fit: Fit, of: Callable[[Array], Array] | None = None) -> Array:
     n = len(fit.points)
     values = _without_by_a_step(fit, np.arange(n)) if n > _REFITS else leave_one_out(fit).values
     without = np.asarray(function(values))
-    found: Array = np.asarray(function(fit.vector[None])) - without
-    return found
+    return np.asarray(function(fit.vector[None])) - without
 
 
 def replicates(

@@ -32,8 +32,7 @@ def effective_expansion(log_expansion: Array) -> Array:
     arXiv 2202.01169), over its value at 1.
     """
     rest = 1 / (1 / _START - 1 / _MOST)
-    found: Array = -np.log(1 / (np.expm1(log_expansion) + rest) + 1 / _MOST) - np.log(_START)
-    return found
+    return -np.log(1 / (np.expm1(log_expansion) + rest) + 1 / _MOST) - np.log(_START)
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,7 @@ class Fit:
     def residuals(self) -> Array:
         """Return observed minus fitted log loss of the runs, (n,)."""
         fitted = self.form.evaluate(self.theta, self.task.at)[0][0]
-        found: Array = np.log(self.points.loss) - fitted
-        return found
+        return np.log(self.points.loss) - fitted
 
     def predict(self, **columns: ArrayLike) -> Array:
         """Return the loss of m runs, (m,); see Form.predict."""

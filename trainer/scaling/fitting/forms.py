@@ -144,8 +144,7 @@ class Form(ABC):
         zero = dict.fromkeys(self.columns, 0.0)
         theta = self.internal(vector.reshape(-1, self.size), zero)
         m, _ = self.evaluate(theta, Design(logs, zero))
-        found: Array = np.exp(m).reshape(*vector.shape[:-1], -1)
-        return found
+        return np.exp(m).reshape(*vector.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

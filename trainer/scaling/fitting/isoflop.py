@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.errors import UserError
-from forescale.scaling.fitting.points import Array, Points, near_best
+from forescale.scaling.fitting.points import Array, Points, near_best, spent
 
 SPREAD = 0.05  # greatest spread of compute in a budget; more moves the loss as much as a parabola
 
@@ -45,8 +45,7 @@ class Vertex:
     def tokens_at(self, parameters: ArrayLike) -> Array:
         """Return D of runs of this budget with other N, by `path`; inside `sizes` only."""
         away = np.log(np.asarray(parameters, dtype=float) / self.parameters)
-        found: Array = np.exp(np.polyval(self.path, away))
-        return found
+        return np.exp(np.polyval(self.path, away))
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,12 @@ def isoflop(
     and to the sizes beside the best one. Raises UserError, with every refusal, if fewer than two
     budgets have a vertex.
     """
-    x, z, spent = points.log("parameters"), points.log("tokens"), _spent(points)
-    groups = _grouped(points, spent, budgets)
+    x, z, cost = points.log("parameters"), points.log("tokens"), spent(points)
+    groups = _grouped(points, cost, budgets)
     vertices, refusals, fits = [], [], []
     for budget, rows in groups:
         rows = rows[_kept(x[rows], points.loss[rows], near)]
-        found = vertex(budget, x[rows], z[rows], points.loss[rows], spent[rows])
+        found = vertex(budget, x[rows], z[rows], points.loss[rows], cost[rows])
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -146,13 +145,6 @@ def isoflop(
     return IsoFlop(tuple(vertices), tuple(refusals), parameters, tokens)
 
 
-def _spent(points: Points) -> Array:
-    if points.flops is not None:
-        return points.flops
-    found: Array = 6 * np.exp(points.log("parameters") + points.log("tokens"))
-    return found
-
-
 def _kept(x: Array, loss: Array, near: float | None) -> Array:
     """Return the mask of the runs of one budget that its parabola is fitted to, (m,).
 
@@ -161,31 +153,30 @@ def _kept(x: Array, loss: Array, near: float | None) -> Array:
     kept = near_best(loss, np.zeros_like(loss), near)
     sizes = np.unique(x)
     best = int(np.searchsorted(sizes, x[np.argmin(loss)]))
-    beside: Array = kept | np.isin(x, sizes[max(0, best - 1) : best + 2])
-    return beside
+    return kept | np.isin(x, sizes[max(0, best - 1) : best + 2])
 
 
-def _grouped(points: Points, spent: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
+def _grouped(points: Points, cost: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
     if budgets is not None:
         named = np.asarray(budgets, dtype=float)
-        if named.shape != spent.shape or not (np.isfinite(named) & (named > 0)).all():
+        if named.shape != cost.shape or not (np.isfinite(named) & (named > 0)).all():
             raise UserError(points.where, "a budget is missing", "give every run one, in FLOPs")
         return [(float(b), np.flatnonzero(named == b)) for b in np.unique(named)]
-    order = np.argsort(spent, kind="stable")
-    breaks = np.flatnonzero(np.diff(np.log(spent[order])) > np.log1p(SPREAD)) + 1
-    return [(float(np.exp(np.log(spent[r]).mean())), r) for r in np.split(order, breaks)]
+    order = np.argsort(cost, kind="stable")
+    breaks = np.flatnonzero(np.diff(np.log(cost[order])) > np.log1p(SPREAD)) + 1
+    return [(float(np.exp(np.log(cost[r]).mean())), r) for r in np.split(order, breaks)]
 
 
-def vertex(budget: float, x: Array, z: Array, loss: Array, spent: Array) -> Vertex | Refusal:
+def vertex(budget: float, x: Array, z: Array, loss: Array, flops: Array) -> Vertex | Refusal:
     """Return the vertex of one budget, or the refusal.
 
-    budget: as named; x, z: log N and log D; spent: C, FLOPs; all but the budget: (m,).
+    budget: as named; x, z: log N and log D; flops: C; all but the budget: (m,).
     """
 
     def no(why: str) -> Refusal:
         return Refusal(budget, len(x), why)
 
-    low, high = float(spent.min()), float(spent.max())
+    low, high = float(flops.min()), float(flops.max())
     if high > low * (1 + SPREAD):
         return no(f"its runs range from {low:.3g} to {high:.3g} FLOPs, which is not one budget")
     if (sizes := len(np.unique(x))) < 3:
@@ -202,7 +193,7 @@ def vertex(budget: float, x: Array, z: Array, loss: Array, spent: Array) -> Vert
         return no("the lowest loss is at its smallest or largest size")
     path = np.polyfit(x - at, z, 2 if sizes > 3 else 1)  # C/ND may change with N
     return Vertex(
-        budget, float(np.exp(np.log(spent).mean())), len(x), _ends(np.exp(x)), n,
+        budget, float(np.exp(np.log(flops).mean())), len(x), _ends(np.exp(x)), n,
         float(np.exp(path[-1])), float(level - slope**2 / (4 * bend)), float(bend),
         tuple(map(float, path)),
     )  # fmt: skip

@@ -258,14 +258,12 @@ def allocation(form: Form, values: Mapping[str, float] | ArrayLike) -> Array:
     vector = form.vector(values)
     if isinstance(form, Kaplan):
         alpha, beta = vector[..., 2], vector[..., 3]
-        share: Array = beta / (alpha + beta)
-        return share
+        return beta / (alpha + beta)
     if not isinstance(form, PowerSum) or form.columns != ("parameters", "tokens"):
         raise UserError(form.name, "the optimum is no power law of compute", "fit another law")
     places = {t.column: form.symbols.index(t.exponent) for t in form.terms if t.exponent}
     alpha, beta = vector[..., places["parameters"]], vector[..., places["tokens"]]
-    share = beta / (alpha + beta)
-    return share
+    return beta / (alpha + beta)
 
 
 def compute_optimal(

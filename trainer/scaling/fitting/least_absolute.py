@@ -79,8 +79,7 @@ class _Kink:
         found = task.form.curvature(theta, task.at, J, -pull[None])[0]
         if self.here.scale is None:  # the residual is of log L
             found = found + (J[0] * pull) @ J[0].T
-        own: Array = found[np.ix_(self.free, self.free)]
-        return own
+        return found[np.ix_(self.free, self.free)]
 
 
 def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink:

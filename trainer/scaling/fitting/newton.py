@@ -79,8 +79,7 @@ class Task:
     def frozen(self, theta: Array, gradient: Array) -> Array:
         """Return True for parameters that are fixed, or at an end and pushed outwards, (R, p)."""
         out = (theta <= self.low) & (gradient > 0) | (theta >= self.high) & (gradient < 0)
-        found: Array = out | (self.low == self.high)
-        return found
+        return out | (self.low == self.high)
 
     def left(self, theta: Array, here: Local) -> Array:
         """Return the scaled gradient of the free parameters, (R,)."""

@@ -54,8 +54,7 @@ class Objective:
         else:
             clipped = np.clip(residual, -self.delta, self.delta)
             each = weight * clipped * (residual - clipped / 2)
-        found: Array = each.sum(-1)
-        return found
+        return each.sum(-1)
 
 
 LEAST_SQUARES = Objective(np.inf)
@@ -157,5 +156,4 @@ def scaled_gradient(gradient: Array, pulls: Array, free: Array) -> Array:
     contributions after they cancel, over the sum of their sizes.
     """
     share = np.abs(gradient) / np.maximum(pulls, 1e-300)
-    found: Array = np.where(free, share, 0.0).max(-1, initial=0.0)
-    return found
+    return np.where(free, share, 0.0).max(-1, initial=0.0)

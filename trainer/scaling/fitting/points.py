@@ -74,13 +74,19 @@ class Points:
         values = getattr(self, column)
         if values is None:
             raise UserError(self.where, f"there is no column '{column}'", "give it for every run")
-        found: Array = np.log(values)
-        return found
+        return np.log(values)
 
     def take(self, which: Any) -> "Points":
         """Return the runs of an index or a mask."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return Points(**own | {k: own[k][which] for k in COLUMNS if own[k] is not None})
+
+
+def spent(points: Points) -> Array:
+    """Return C of each run, (n,): as counted, or 6 N D if the points have no FLOPs."""
+    if points.flops is not None:
+        return points.flops
+    return 6 * np.exp(points.log("parameters") + points.log("tokens"))
 
 
 def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
@@ -103,8 +109,7 @@ def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
 def ranks(values: Array) -> Array:
     """Return the rank of each value, (n,), from 1; equal values share their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    found: Array = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return found
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", "expansion")

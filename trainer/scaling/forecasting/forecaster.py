@@ -7,7 +7,7 @@
 Invariant: a forecaster reads the runs of the budgets that it knows, and nothing beyond them; its
 doubt too. Errors are of log loss.
 
-The constants were chosen by backtests on nine public tables (analysis/judge.py).
+The constants were chosen by backtests on nine public tables (analysis/backtest.py).
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from forescale.scaling.fitting.points import Array, Points
-from forescale.scaling.fitting.predicted import Predicted
 from forescale.scaling.forecasting.level import Levels, extrapolate, levels
+from forescale.scaling.forecasting.predictor import Predicted
 from forescale.scaling.forecasting.shape import Shape, fit_shape
 
 LEVEL = 0.0015  # deviation of a level that is not extrapolated: half of a level's noise
@@ -90,8 +90,7 @@ def continued(budgets: Array, parameters: Array) -> Array:
     sizes = np.log(parameters).round(3)
     distinct = np.unique(budgets)
     kept = [c for c in distinct if len(np.unique(sizes[budgets == c])) >= SIZES]
-    found: Array = np.isin(budgets, kept if len(kept) >= BUDGETS else [])
-    return found
+    return np.isin(budgets, kept if len(kept) >= BUDGETS else [])
 
 
 def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:

@@ -8,7 +8,7 @@
 Invariant: a level reads the runs of its own budget alone. Units of N and C change nothing.
 
 The constants are of log loss, per decade of C. They were chosen by backtests on nine public tables
-(analysis/judge.py), so that errors on those tables are a little smaller than on new ones.
+(analysis/backtest.py), so that errors on those tables are a little smaller than on new ones.
 They suit curves with noise and bends: a power law without either is not continued exactly.
 """
 

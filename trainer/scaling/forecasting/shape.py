@@ -7,7 +7,7 @@
 Invariant: a factor on all losses of one budget hardly changes the shape. Units change nothing.
 
 The constants are of log loss; they were chosen by backtests on nine public tables
-(analysis/judge.py).
+(analysis/backtest.py).
 """
 
 from collections.abc import Callable
@@ -46,8 +46,7 @@ class Shape:
     def log_loss(self, log_n: Array, log_d: Array) -> Array:
         """Return log loss at log N and log D, up to a constant of each budget."""
         x, z = log_n - self.centre[0], log_d - self.centre[1]
-        found: Array = np.logaddexp.reduce(_logs(self.theta, x, z), axis=0)
-        return found
+        return np.logaddexp.reduce(_logs(self.theta, x, z), axis=0)
 
     def optimum(self, log_c: Array | float) -> Array:
         """Return log N* at log C, where alpha A N^-alpha = beta B D^-beta and C = per N D."""
@@ -55,8 +54,7 @@ class Shape:
         log_nd = log_c - np.log(self.per)
         left = a + np.log(alpha) + alpha * self.centre[0]
         right = b + np.log(beta) - beta * (log_nd - self.centre[1])
-        found: Array = (left - right) / (alpha + beta)
-        return found
+        return (left - right) / (alpha + beta)
 
     def excess(self, log_n: Array, log_d: Array, log_c: Array | float) -> Array:
         """Return log loss at log N and log D above that of the optimum at log C; at least 0."""
@@ -158,5 +156,4 @@ def _lowest(
         )
         for start in starts
     ]  # fmt: skip
-    best: Array = min(made, key=lambda one: float(one.cost)).x
-    return best
+    return min(made, key=lambda one: float(one.cost)).x

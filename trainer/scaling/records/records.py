@@ -13,6 +13,7 @@ Imports no torch.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,8 @@ from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import column_of
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.scaling.fitting.points import COLUMNS, Points
-from forescale.scaling.records.exports import Refused
+from forescale.scaling.fitting.points import COLUMNS, Array, Points
 from forescale.storage import hash_file, read_json
-
-__all__ = ["Refused"]
 
 SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
 COSTS = ("causal", "full", "6nd")  # conventions of C
@@ -45,11 +43,21 @@ RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedul
           "decay_steps", "precision", "width", "layers", "parametrization", "data",
           "expansion")  # fmt: skip
 EXTRA = ("trunk", "budget", "name", "seed", "init_seed", "recipe")  # further columns of a table
+PER = 6.0  # FLOPs per parameter and token, of C = 6 N D
+_BUDGETS_A_DECADE = 2  # of runs without named budgets, as plan.step has
 _N = tuple(f"parameters_{name}" for name in SIZES)
 _C = tuple(f"flops_{name}" for name in COSTS)
 # Columns of numbers that a fit reads.
 NUMERIC = {*COLUMNS, "budget", *_N, *_C}
 KNOWN = tuple(dict.fromkeys((*COLUMNS, *EXTRA, *_N, *_C, *HELD, *RECIPE)))
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A run that can't be used as a record, and the reason."""
+
+    name: str
+    why: str
 
 
 def record(run: Run) -> dict[str, Any] | Refused:
@@ -245,21 +253,35 @@ def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
     """Return the points of records for a fit.
 
     size, cost: conventions of N and C; a table that has plain `parameters` or `flops` keeps those.
-    Raises UserError if the runs differ in a column that must be equal (HELD).
+    A table with both and without tokens gets D = C / 6N. Raises UserError if the runs differ in a
+    column that must be equal (HELD).
     """
     mixed = [(name, table[name].nunique()) for name in HELD if name in table]
-    if found := [f"{n} different values of {name}" for name, n in mixed if n > 1]:
-        problem = f"losses are not comparable: the runs have {' and '.join(found)}"
+    if different := [f"{n} different values of {name}" for name, n in mixed if n > 1]:
+        problem = f"losses are not comparable: the runs have {' and '.join(different)}"
         raise UserError(where, problem, "fit only runs that share them")
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     costs = table.get("flops", table.get(f"flops_{cost}"))
-    columns = {"parameters": sizes, "flops": costs, "tokens": table.get("tokens")}
+    tokens = table.get("tokens")
+    if tokens is None and sizes is not None and "flops" in table:
+        tokens = table["flops"] / PER / sizes
+    columns = {"parameters": sizes, "flops": costs, "tokens": tokens}
     for name in ("unique_tokens", "expansion"):
-        known = table.get(name)
-        columns[name] = None if known is None or known.isna().any() else known
-    given = {name: column.to_numpy() for name, column in columns.items() if column is not None}
-    counted = (
+        column = table.get(name)
+        columns[name] = None if column is None or column.isna().any() else column
+    arrays = {name: column.to_numpy() for name, column in columns.items() if column is not None}
+    counts = (
         "N " + ("as the table counts" if "parameters" in table else size),
         "C " + ("as the table counts" if "flops" in table else cost),
     )
-    return Points(table["loss"].to_numpy(), **given, convention=", ".join(counted), where=where)
+    return Points(table["loss"].to_numpy(), **arrays, convention=", ".join(counts), where=where)
+
+
+def budgets_of(table: pd.DataFrame, flops: Array) -> Array:
+    """Return the budget of each run, (n,): that of the table, or half a decade of C.
+
+    Ladders of sizes and tokens have no two runs of one C, so their budgets are made by rounding.
+    """
+    if "budget" in table:
+        return table["budget"].to_numpy(dtype=float)
+    return 10 ** (np.round(np.log10(flops) * _BUDGETS_A_DECADE) / _BUDGETS_A_DECADE)

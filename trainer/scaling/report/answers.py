@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
-from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.compare import Comparison, Place
+from forescale.scaling.analysis.comparison import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaw, RateLaws
 from forescale.scaling.fitting.profile import Profile
 

@@ -18,10 +18,9 @@ from plotly.offline import get_plotlyjs
 from forescale.monitor.report import colours
 from forescale.monitor.report.rendering import render
 from forescale.monitor.report.sections import Cell, number, span
-from forescale.scaling.analysis.compare import Comparison, Place, Side
+from forescale.scaling.analysis.comparison import Comparison, Place, Side
 from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.report import style
 from forescale.scaling.report.answers import path_of, trend_of
 from forescale.scaling.report.html import beside

@@ -17,12 +17,11 @@ from plotly.colors import sample_colorscale
 
 from forescale.errors import UserError
 from forescale.monitor.report import colours
-from forescale.scaling.analysis import judge
-from forescale.scaling.analysis.answer import Prediction, StudyFit
+from forescale.scaling.analysis import backtest
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.backtest import spent
 from forescale.scaling.fitting.isoflop import IsoFlop
-from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.report import style
 from forescale.scaling.report.style import axes, logarithmic, wrapped
 
@@ -326,7 +325,7 @@ class Figures:
             has = "no budgets" if "budget" not in made.table else "fewer than four budgets"
             return f"The table has {has}, so cheap ones can't predict more expensive ones."
         rows = made.earlier[made.earlier["method"] == made.method]
-        rows = rows[rows["group"] != judge.MINIMA]
+        rows = rows[rows["group"] != backtest.MINIMA]
         x = np.geomspace(1, rows["beyond"].max() * 1.1, _GRID)
         figure = axes(
             "compute, relative to the largest known budget",
@@ -334,7 +333,7 @@ class Figures:
             logarithmic(x),
             {"zeroline": True},
         )
-        for level, colour in ((judge.OUTER, style.WIDE), (judge.INNER, style.NARROW)):
+        for level, colour in ((backtest.OUTER, style.WIDE), (backtest.INNER, style.NARROW)):
             ends = 100 * (self._along(x, level) - 1)
             figure.add_trace(style.band(x, ends, colour, f"today's {level:.0%} interval"))
         shades = list(self.shades.values())

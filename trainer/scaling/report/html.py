@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from forescale.monitor.report.rendering import render
 from forescale.monitor.report.sections import Cell, number, percent, span
-from forescale.scaling.analysis.answer import Prediction, StudyFit
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.report import study_sections, style
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.figures import Figures

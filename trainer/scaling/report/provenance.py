@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from forescale.monitor.report.sections import Cell, number
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.sections import Section
 from forescale.storage import hash_file

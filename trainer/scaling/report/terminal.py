@@ -11,12 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.backtest import GROUPS, METHODS, RIVALS, Scores
 from forescale.scaling.analysis.forecast import Forecast, Score
-from forescale.scaling.analysis.judge import GROUPS, METHODS, RIVALS, Scores
-from forescale.scaling.analysis.prediction import LEVEL
-from forescale.scaling.analysis.rivals import LINE
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.weights import effective
+from forescale.scaling.forecasting.predictor import LEVEL, LINE
 from forescale.scaling.report.words import doubt_of, skill_lines
 
 _AHEAD = {1: "One budget ahead", 2: "Two budgets ahead"}

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.judge import MINIMA, Scores
-from forescale.scaling.analysis.prediction import LAW, LEVEL, Prediction
-from forescale.scaling.analysis.rivals import LINE
+from forescale.scaling.analysis.backtest import MINIMA, Scores
+from forescale.scaling.analysis.prediction import Prediction
+from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.forecasting.predictor import LAW, LEVEL, LINE
 
 _AHEAD = {1: "one budget", 2: "two budgets"}
 

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import read_forecasts, write_forecast
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.design.cells import Cell, make_cell
 from forescale.scaling.design.next_runs import NextRun

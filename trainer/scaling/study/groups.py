@@ -14,7 +14,7 @@ import pandas as pd
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
-from forescale.scaling.records.exports import is_export, read_export
+from forescale.scaling.records.tables import is_export, read_export
 from forescale.scaling.study.inputs import cells_of, read
 
 Group = tuple[str, pd.DataFrame, str]  # its name, its records, and how messages call them

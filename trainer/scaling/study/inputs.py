@@ -14,11 +14,10 @@ import pandas as pd
 
 from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.scaling.analysis.judge import Finished, finished
+from forescale.scaling.analysis.backtest import Finished, finished
 from forescale.scaling.config import StudyJob
-from forescale.scaling.records.exports import SUFFIXES, is_export
 from forescale.scaling.records.records import Refused, of_runs
-from forescale.scaling.records.tables import of_export
+from forescale.scaling.records.tables import SUFFIXES, is_export, of_export
 from forescale.scaling.study.directory import Study
 from forescale.scaling.tasks.judge import Ladder
 

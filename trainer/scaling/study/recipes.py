@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.recipes.multipliers import Multipliers
+from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.design.cells import FACTOR, Cell, extra_rate
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.recipe import BASE, RATES

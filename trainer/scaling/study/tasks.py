@@ -14,10 +14,10 @@ import pandas as pd
 
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
+from forescale.scaling.analysis.task_fit import OUTCOME, Task
 from forescale.scaling.config import StudyJob
-from forescale.scaling.records.exports import is_export, read_export
+from forescale.scaling.records.tables import is_export, read_export
 from forescale.scaling.study.inputs import read, read_each
-from forescale.scaling.tasks.chained import OUTCOME, Task
 from forescale.scaling.tasks.judge import Ladder, ladder
 
 

@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.analysis.task_fit import Task, TaskFit
 from forescale.scaling.config import StudyJob
-from forescale.scaling.tasks.chained import Task, TaskFit
 from forescale.scaling.tasks.judge import Scores, forecasts, ladder, scores
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from forescale.scaling.analysis.forecast import Forecast
-from forescale.scaling.tasks.chained import TaskFit
+from forescale.scaling.analysis.task_fit import TaskFit
 
 
 def facts_of(one: TaskFit) -> dict[str, Any]:

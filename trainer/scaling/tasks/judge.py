@@ -19,15 +19,13 @@ import pandas as pd
 
 from forescale.console import Progress, silent
 from forescale.errors import UserError
-from forescale.scaling.analysis.judge import AHEAD, Coverage
+from forescale.scaling.analysis.backtest import AHEAD, Coverage
 from forescale.scaling.analysis.selection import law_of
-from forescale.scaling.analysis.tables import with_tokens
+from forescale.scaling.analysis.task_fit import OUTCOME, Task, TaskFit
 from forescale.scaling.config import StudyJob, TargetPoint
-from forescale.scaling.fitting.points import Array
-from forescale.scaling.records.records import points
-from forescale.scaling.tasks.budgets import budgets_of, flops_of
-from forescale.scaling.tasks.chained import OUTCOME, Task, TaskFit
-from forescale.scaling.tasks.doubts import FEWEST
+from forescale.scaling.doubts.metric import FEWEST
+from forescale.scaling.fitting.points import Array, spent
+from forescale.scaling.records.records import budgets_of, points
 
 TWO_STEPS, LINE, LAST = "two steps", "line", "last value"
 METHODS = (TWO_STEPS, LINE, LAST)
@@ -54,7 +52,8 @@ def ladder(table: pd.DataFrame, job: StudyJob, name: str) -> Ladder:
     if table.empty:
         todo = "give runs that are evaluated on the task"
         raise UserError(name, "no run has a finite loss and the metric", todo)
-    found = Ladder(name, table, budgets_of(table, job, name), flops_of(table, job, name))
+    flops = spent(points(table, job.size, job.cost, name))
+    found = Ladder(name, table, budgets_of(table, flops), flops)
     if (count := len(np.unique(found.budgets))) < FEWEST:
         problem = f"has {count} budgets with the metric, too few for a backtest"
         raise UserError(name, problem, f"give a table with {FEWEST} budgets or more")
@@ -144,8 +143,7 @@ def _best(one: Ladder, budget: float) -> int:
 def _losses(one: Ladder, made: TaskFit, which: Array) -> Any:
     """Return the predicted losses of some runs, of which only N, D and C are read."""
     job, law = made.job, made.law
-    runs = with_tokens(one.runs.iloc[which], job.size)
-    own = points(runs, job.size, job.cost, one.name)
+    own = points(one.runs.iloc[which], job.size, job.cost, one.name)
     columns = {c: np.exp(own.log(c)) for c in law.form.columns}
     return law.predicted(columns, one.flops[which])
 

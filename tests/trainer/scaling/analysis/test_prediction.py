@@ -8,8 +8,8 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.errors import UserError
-from forescale.scaling.analysis import judge
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis import backtest
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from tests.trainer.scaling.analysis.test_forecast import loss_of, study, table
 
@@ -60,8 +60,8 @@ def test_runs_that_share_no_budgets_are_predicted_by_the_law():
 
 def test_a_study_is_judged_by_the_forecasters_that_predict_its_target(made, monkeypatch):
     """They forecast the origins as those that are made anew without the last budget."""
-    anew = judge.earlier(made.table, made.job, "level")
-    monkeypatch.setattr(judge, "forecasters", None)
+    anew = backtest.earlier(made.table, made.job, "level")
+    monkeypatch.setattr(backtest, "forecasters", None)
     pd.testing.assert_frame_equal(made.earlier, anew)
 
 

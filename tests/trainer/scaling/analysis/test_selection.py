@@ -6,8 +6,8 @@ import pytest
 
 from forescale.scaling.analysis.selection import judge, law_of
 from forescale.scaling.config import StudyJob, TargetPoint
-from forescale.scaling.fitting.backtest import Backtest
 from forescale.scaling.fitting.laws import CHINCHILLA, KAPLAN
+from forescale.scaling.forecasting.calibrated import Backtest
 
 CHINCHILLAS = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.28, "beta": 0.42}
 KAPLANS = {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}  # as published

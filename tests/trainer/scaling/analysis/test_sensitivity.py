@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.sensitivity import conventions
+from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.report.terminal import show

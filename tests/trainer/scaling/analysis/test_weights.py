@@ -8,8 +8,7 @@ import pytest
 from scipy import optimize
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.export import as_dict
+from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.analysis.weights import NOISE, effective, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.bootstrap import counts, pairs

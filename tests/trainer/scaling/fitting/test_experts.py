@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.bootstrap import pairs
 from forescale.scaling.fitting.experts import EXPERTS

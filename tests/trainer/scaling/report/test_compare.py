@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from forescale.scaling.analysis.compare import Comparison
+from forescale.scaling.analysis.comparison import Comparison
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.report import compare as pictures
-from tests.trainer.scaling.analysis.test_compare import compared, table
+from tests.trainer.scaling.analysis.test_comparison import compared, table
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.report import html as module

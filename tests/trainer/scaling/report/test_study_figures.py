@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from forescale import cli
-from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.report import html as module
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import evidence, gather, sweep_response

@@ -9,7 +9,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.scaling.analysis.recipes.table import cells_of
+from forescale.scaling.analysis.recipe_cells import cells_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
 from forescale.scaling.design.recipe_plan import recipe_plan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from forescale import cli
-from forescale.scaling.analysis.recipes.multipliers import Multipliers
+from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.design.plan_file import dump, load
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling import fake_training as fakes

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from forescale import cli
-from forescale.scaling.analysis.recipes.multipliers import Multipliers
+from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.study import local
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import FakeTraining

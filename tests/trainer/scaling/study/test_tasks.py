@@ -10,7 +10,7 @@ from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study import inputs
 from forescale.scaling.study.tasks import read_tasks, with_outcome
-from tests.trainer.scaling.tasks.test_chained import table
+from tests.trainer.scaling.analysis.test_task_fit import table
 
 
 @pytest.fixture

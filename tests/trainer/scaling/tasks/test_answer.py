@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import Forecast
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.report.figures import Figures
 from forescale.scaling.report.tasks.section import task_section
@@ -17,7 +17,7 @@ from forescale.scaling.report.tasks.terminal import show_task, show_task_forecas
 from forescale.scaling.report.tasks.words import prediction_of
 from forescale.scaling.tasks.answer import answer_as_dict, task_of
 from forescale.scaling.tasks.forecast import columns_of, facts_of, score_tasks
-from tests.trainer.scaling.tasks.test_chained import table
+from tests.trainer.scaling.analysis.test_task_fit import table
 
 TARGET = TargetPoint(parameters=1e9, tokens=5e10)
 

@@ -18,7 +18,7 @@ from forescale.scaling.tasks.judge import (
     ladder,
     scores,
 )
-from tests.trainer.scaling.tasks.test_chained import table
+from tests.trainer.scaling.analysis.test_task_fit import table
 
 JOB = StudyJob(input=["none"])
 

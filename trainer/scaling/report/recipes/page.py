@@ -20,9 +20,9 @@ from plotly.offline import get_plotlyjs
 from forescale.monitor.report.colours import FAINT, INK, LINES
 from forescale.monitor.report.rendering import render
 from forescale.monitor.report.sections import Cell, number, span
+from forescale.scaling.analysis.multipliers import Candidate, Multipliers, Place
 from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.analysis.recipes.multipliers import Candidate, Multipliers, Place
-from forescale.scaling.analysis.recipes.table import RecipeCell
+from forescale.scaling.analysis.recipe_cells import RecipeCell
 from forescale.scaling.report import style
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.html import beside

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
+from forescale.scaling.analysis.multipliers import Candidate, Multipliers, Place
 from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.analysis.recipes.multipliers import Candidate, Multipliers, Place
-from forescale.scaling.analysis.recipes.table import RecipeCell
+from forescale.scaling.analysis.recipe_cells import RecipeCell
 
 
 def show_recipes(made: Multipliers, console: Console) -> None:

@@ -7,14 +7,13 @@ import numpy as np
 
 from forescale.monitor.report import colours
 from forescale.monitor.report.sections import Cell, number, span
-from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import Array
+from forescale.scaling.analysis.task_fit import OUTCOME, TaskFit
+from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.report import style
 from forescale.scaling.report.figures import Figures, Picture
 from forescale.scaling.report.sections import Section
 from forescale.scaling.report.tasks.words import KINDS, prediction_of, skill_lines
 from forescale.scaling.tasks.answer import TaskAnswer
-from forescale.scaling.tasks.chained import OUTCOME, TaskFit
 
 _GRID = 61
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
+from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.tasks.words import (
     KINDS,
@@ -20,7 +21,6 @@ from forescale.scaling.report.tasks.words import (
     value,
 )
 from forescale.scaling.tasks.answer import TaskAnswer, doubts_of_law
-from forescale.scaling.tasks.chained import TaskFit
 from forescale.scaling.tasks.forecast import TaskScore
 from forescale.scaling.tasks.judge import BEST, LAST, LINE, OTHER, Scores
 

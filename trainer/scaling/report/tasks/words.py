@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import StudyJob
-from forescale.scaling.tasks.chained import TaskFit
 from forescale.scaling.tasks.judge import BEST, LAST, LINE, TWO_STEPS, Scores
 
 KINDS = {"accuracy": "accuracy", "error": "share of errors", "loss": "loss"}

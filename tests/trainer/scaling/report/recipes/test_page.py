@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from forescale.config.compose import compose
-from forescale.scaling.analysis.recipes.multipliers import Multipliers
+from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.recipes.page import curves, multipliers, page
 from tests.trainer.scaling.simulated_recipes import runs

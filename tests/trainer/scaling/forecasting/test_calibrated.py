@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from forescale.errors import UserError
-from forescale.scaling.fitting.backtest import (
+from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.fitting.objective import Objective
+from forescale.scaling.fitting.points import Points
+from forescale.scaling.forecasting.calibrated import (
     BELIEF,
     PRIOR,
     Discrepancy,
@@ -12,9 +15,6 @@ from forescale.scaling.fitting.backtest import (
     fit_calibrated,
     laws_of_origins,
 )
-from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Points
 from forescale.scaling.records.records import points
 from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs

@@ -11,35 +11,34 @@ say what was done with the table.
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis import judge, prediction
-from forescale.scaling.analysis.prediction import LAW, LEVEL, Prediction
+from forescale.scaling.analysis import backtest, prediction
+from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
-from forescale.scaling.analysis.tables import PER, with_tokens
 from forescale.scaling.analysis.weights import RunNoise, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.doubts.budgets import grouped
-from forescale.scaling.doubts.fit import Target, doubts
+from forescale.scaling.doubts.law import Target, doubts
 from forescale.scaling.fitting import bootstrap, laws
-from forescale.scaling.fitting.backtest import (
+from forescale.scaling.fitting.fit import Fit, fit
+from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
+from forescale.scaling.fitting.objective import Objective
+from forescale.scaling.fitting.points import Array, Points, near_best, spent
+from forescale.scaling.forecasting.calibrated import (
     Backtest,
     CalibratedLaw,
     Discrepancy,
     backtests,
     calibrate,
-    spent,
 )
-from forescale.scaling.fitting.fit import Fit, fit
-from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
-from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Array, Points, near_best
-from forescale.scaling.fitting.predicted import Predicted
 from forescale.scaling.forecasting.forecaster import Forecaster
-from forescale.scaling.records.records import points
+from forescale.scaling.forecasting.predictor import LAW, LEVEL, Predicted
+from forescale.scaling.records.records import PER, points
 
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
 
@@ -79,14 +78,14 @@ class StudyFit:
         return table.reset_index(drop=True)
 
     def _points(self, where: str) -> Points:
-        table = with_tokens(self.table, self.job.size)
-        if table is not self.table:
-            self.notes.append("The table has no tokens: D is computed as C / 6N.")
         size, form = self.job.size, laws.FORMS[self.job.form]
-        if "expansion" in form.columns and "parameters" not in table and size != "active":
+        if "expansion" in form.columns and "parameters" not in self.table and size != "active":
             problem = f"{size} counts experts that a token doesn't use, the law {form.name} doesn't"
             raise UserError("size", problem, "write size=active")
-        return points(table, size, self.job.cost, where)
+        runs = points(self.table, size, self.job.cost, where)
+        if "tokens" not in self.table and runs.tokens is not None:
+            self.notes.append("The table has no tokens: D is computed as C / 6N.")
+        return runs
 
     def _group(self) -> None:
         """Take the budgets that the runs' C shows, if the table names none."""
@@ -137,13 +136,13 @@ class StudyFit:
     @cached_property
     def earlier(self) -> pd.DataFrame | None:
         """Return what this method and its rivals would have predicted at earlier origins; None with
-        few budgets. See judge.forecasts."""
-        return judge.earlier(self.table, self.job, self.method, self._forecasters)
+        few budgets. See backtest.forecasts."""
+        return backtest.earlier(self.table, self.job, self.method, self._forecasters)
 
     @cached_property
-    def skill(self) -> list[judge.Scores]:
+    def skill(self) -> list[backtest.Scores]:
         """Return how far off those predictions were; empty with few budgets."""
-        return [] if self.earlier is None else judge.scores(self.earlier)
+        return [] if self.earlier is None else backtest.scores(self.earlier)
 
     @cached_property
     def discrepancy(self) -> Discrepancy:
@@ -308,3 +307,55 @@ class StudyFit:
             (str(names[i]), dict(zip(symbols, map(float, moved[i]), strict=True)))
             for i in np.argsort(-score)[:most]
         ]
+
+
+def as_dict(made: StudyFit) -> dict[str, Any]:
+    """Return all results of a fit."""
+    c, r, prediction = made.fit.certificate, made.replicates, made.predict()
+    ends = zip(made.form.symbols, r.interval(made.job.level).T.tolist(), strict=True)
+    return {
+        "runs": len(made.points),
+        "convention": made.points.convention,
+        "weights": None if made.weights is None else made.weights.tolist(),
+        "noise": vars(made.noise),
+        "form": made.form.name,
+        "source": made.form.source,
+        "objective": made.fit.value,
+        "values": made.fit.values,
+        "errors": r.errors,
+        "interval": dict(ends),
+        "level": made.job.level,
+        "certificate": {
+            "holds": c.holds,
+            "scaled_gradient": c.scaled_gradient,
+            "curvature": c.curvature,
+            "method": c.method,
+            "edges": list(c.edges),
+            "minima": [vars(m) for m in c.minima],
+            "failed_starts": c.failed_starts,
+        },
+        "uncertified_replicates": r.uncertified,
+        "others": {name: other.values for name, other in made.others.items()},
+        "allocation": None if made.allocation is None else [
+            made.allocation[0], *map(float, made.allocation[1])
+        ],
+        "prediction": vars(prediction) if prediction else None,
+        "sensitivity": None if made.sensitivity is None else [
+            vars(row) for row in made.sensitivity
+        ],
+        "discrepancy_per_decade": made.discrepancy.per_decade,
+        "backtests": [
+            {
+                "budgets": b.budgets,
+                "runs": b.runs,
+                "factors": b.factors.tolist(),
+                "errors": b.errors.tolist(),
+                "inside_resampled": b.inside_resampled.tolist(),
+                "inside": b.inside_calibrated.tolist(),
+            }
+            for b in made.backtests
+        ],
+        "skill": backtest.as_dict(made.skill)["scores"],
+        "doubts": made.doubts,
+        "notes": made.notes,
+    }  # fmt: skip

@@ -1,15 +1,43 @@
-"""The simple forecasts that a method must beat, from the lowest run of each budget alone."""
+"""A prediction of log loss with its doubt: what every method of prediction returns."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from forescale.errors import UserError
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.points import Array, Points
 
-LINE, FRONTIER = "line", "L(C)"
+LEVEL, LAW, LINE, FRONTIER = "level", "law", "line", "L(C)"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predicted log losses, (m,), each with Student's t about it.
+
+    deviation: the scale of t, (m,); freedom: its degrees of freedom, one number or (m,).
+    """
+
+    log_loss: Array
+    deviation: Array
+    freedom: Array | float
+
+    @property
+    def loss(self) -> Array:
+        """Return the median loss, (m,)."""
+        return np.exp(self.log_loss)
+
+    def half(self, level: float) -> Array:
+        """Return half of the width of the interval of log loss, (m,)."""
+        return stdtrit(self.freedom, (1 + level) / 2) * self.deviation
+
+    def interval(self, level: float) -> Array:
+        """Return the low and high ends of the interval of the loss, (2, m)."""
+        half = self.half(level)
+        return np.exp(np.stack((self.log_loss - half, self.log_loss + half)))
 
 
 def rivals(flops: Array, lowest: Array) -> dict[str, Callable[[float], float]]:

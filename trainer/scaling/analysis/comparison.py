@@ -19,18 +19,78 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import Prediction, StudyFit
-from forescale.scaling.analysis.loss_path import BEYOND, LossPath
 from forescale.scaling.analysis.ratio import Ratio, inverse, ratios
 from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.forms import Form
+from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.records.records import HELD
 
+BEYOND = 1e6  # compute is looked for up to this many times below and above the runs
+_STEPS = 50  # of the bisection
 GRID = 25  # losses of the range
 _NEAR = 1e-6  # log C this near an end of where it is looked for is beyond it
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """The loss of a law as a function of C alone, and its inverse.
+
+    per_token: FLOPs per parameter and token; ratio: D/N, or None for the law's own optimum;
+    least, greatest: ends of log C between which the inverse is looked for. Raises UserError for a
+    law whose optimum is no power law of C.
+    """
+
+    form: Form
+    per_token: float
+    ratio: float | None
+    least: float
+    greatest: float
+
+    def log_loss(self, values: Array, log_c: Array) -> Array:
+        """Return log loss, (R, m), by published parameters, (R, p), at log C, (m,) or (R, m)."""
+        return self._log_loss(values, self._line(values), log_c)
+
+    def log_compute(self, values: Array, loss: Array) -> Array:
+        """Return log C at which each law has these losses, (R, m), for losses (m,).
+
+        It is `least` or `greatest` where the law has the loss at no C between them.
+        """
+        shape, line = (len(values), len(loss)), self._line(values)
+        low, high, aim = np.full(shape, self.least), np.full(shape, self.greatest), np.log(loss)
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            above = self._log_loss(values, line, middle) > aim
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        low[high >= self.greatest] = self.greatest  # never reached
+        low[low <= self.least] = self.least
+        return low
+
+    def _log_loss(self, values: Array, line: tuple[Array, Array], log_c: Array) -> Array:
+        if self.form.columns == ("flops",):
+            columns = {"flops": np.exp(log_c)}
+        else:
+            level, slope = line
+            log_n = level + slope * log_c
+            columns = {"parameters": np.exp(log_n), "tokens": np.exp(self._log_nd(log_c) - log_n)}
+        return np.log(self.form.predict(values, **columns))
+
+    def _log_nd(self, log_c: Array) -> Array:
+        return log_c - np.log(self.per_token)
+
+    def _line(self, values: Array) -> tuple[Array, Array]:
+        """Return level and slope of log N = level + slope log C along the path, (R, 1) each."""
+        ones = np.ones((len(values), 1))
+        if self.form.columns == ("flops",):
+            return ones, ones
+        if self.ratio is not None:
+            return (self._log_nd(0 * ones) - np.log(self.ratio)) / 2, ones / 2
+        middle = (self.least + self.greatest) / 2
+        best, _ = laws.compute_optimal(self.form, values, np.exp(middle), self.per_token)
+        slope = laws.allocation(self.form, values)[:, None]
+        return np.log(best) - slope * middle, slope
 
 
 @dataclass(frozen=True)
@@ -55,21 +115,18 @@ class Side:
 
     def loss(self, flops: Array) -> Array:
         """Return the loss by the law at C, (m,)."""
-        found: Array = np.exp(self.path.log_loss(self.made.fit.vector[None], np.log(flops))[0])
-        return found
+        return np.exp(self.path.log_loss(self.made.fit.vector[None], np.log(flops))[0])
 
     def band(self, flops: Array) -> Array:
         """Return the interval of the loss from the resampled fits at C, (2, m)."""
-        found: Array = np.exp(self.made.replicates.interval(
+        return np.exp(self.made.replicates.interval(
             self.made.job.level, lambda values: self.path.log_loss(values, np.log(flops))
         ))  # fmt: skip
-        return found
 
     def flops(self, loss: Array) -> Array:
         """Return C at which the law has these losses, (m,); infinite for a loss it never has."""
         log_c = self.path.log_compute(self.made.fit.vector[None], loss)[0]
-        found: Array = np.exp(np.where(log_c >= self.path.greatest - _NEAR, np.inf, log_c))
-        return found
+        return np.exp(np.where(log_c >= self.path.greatest - _NEAR, np.inf, log_c))
 
 
 @dataclass(frozen=True)

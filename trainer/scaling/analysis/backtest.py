@@ -20,22 +20,18 @@ import pandas as pd
 
 from forescale.console import Progress, silent
 from forescale.errors import UserError
-from forescale.scaling.analysis.prediction import LAW, LEVEL
-from forescale.scaling.analysis.rivals import FRONTIER, LINE, rivals
-from forescale.scaling.analysis.tables import with_tokens
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.backtest import (
+from forescale.scaling.fitting.objective import Objective
+from forescale.scaling.fitting.points import Array, Points, near_best, spent
+from forescale.scaling.forecasting.calibrated import (
     BELIEF,
     CalibratedLaw,
     Discrepancy,
     laws_of_origins,
-    spent,
 )
-from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Array, Points, near_best
-from forescale.scaling.fitting.predicted import Predicted
 from forescale.scaling.forecasting.forecaster import Forecaster, forecasters
+from forescale.scaling.forecasting.predictor import FRONTIER, LAW, LEVEL, LINE, Predicted, rivals
 from forescale.scaling.records.records import points
 
 LAST = "last minimum"
@@ -70,7 +66,7 @@ def finished(table: pd.DataFrame, job: StudyJob, name: str) -> Finished:
     if (count := table["budget"].nunique()) <= _LEAST:
         problem = f"has {count} budgets with a finite loss, too few for a backtest"
         raise UserError(name, problem, f"give a table with {_LEAST + 1} budgets or more")
-    made = points(with_tokens(table, job.size), job.size, job.cost, name)
+    made = points(table, job.size, job.cost, name)
     for column in ("parameters", "tokens"):
         made.log(column)  # raises UserError if it is missing
     return Finished(name, made, table["budget"].to_numpy())

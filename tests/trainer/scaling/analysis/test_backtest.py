@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.judge import (
+from forescale.scaling.analysis.backtest import (
     LAST,
     LAW,
     LEVEL,
@@ -20,8 +20,8 @@ from forescale.scaling.analysis.judge import (
     forecasts,
     scores,
 )
-from forescale.scaling.analysis.rivals import FRONTIER, LINE
 from forescale.scaling.config import StudyJob
+from forescale.scaling.forecasting.predictor import FRONTIER, LINE
 from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.scaling.doubts.fit import Target, doubts
+from forescale.scaling.doubts.law import Target, doubts
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.isoflop import isoflop

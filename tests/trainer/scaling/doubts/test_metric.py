@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forescale.scaling.tasks.doubts import others, unseen
+from forescale.scaling.doubts.metric import others, unseen
 
 LOSS = np.linspace(2.5, 4.5, 20)
 NOISE = 0.01 * np.random.default_rng(0).standard_normal(20)

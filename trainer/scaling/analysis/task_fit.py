@@ -18,18 +18,15 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.config import StudyJob
+from forescale.scaling.doubts.metric import others, unseen
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import Form
-from forescale.scaling.fitting.points import Array
-from forescale.scaling.fitting.predicted import Predicted
-from forescale.scaling.tasks.budgets import count_of
-from forescale.scaling.tasks.doubts import others, unseen
-from forescale.scaling.tasks.links import (
+from forescale.scaling.fitting.links import (
     LEAST,
     LINKS,
     NO_LOSS,
@@ -40,6 +37,9 @@ from forescale.scaling.tasks.links import (
     from_chance,
     goal_of,
 )
+from forescale.scaling.fitting.points import Array, spent
+from forescale.scaling.forecasting.predictor import Predicted
+from forescale.scaling.records.records import budgets_of, points
 
 OUTCOME = "outcome"  # the column of a metric, as links read it: an accuracy, or a loss
 INNER = 0.5  # level of the inner interval
@@ -230,7 +230,7 @@ class TaskFit:
         found = list(self.notes)
         if self.unseen:
             return [self.unseen, *found]
-        budgets = count_of(self.outcomes, self.job, self.task.where)
+        budgets = self._budgets()
         found += others(self.loss, self.metric, self._is_log, budgets, self.job.metric)
         if (made := self.chained) is not None:
             least = float(self.loss.min())
@@ -241,11 +241,21 @@ class TaskFit:
                 )
         return found
 
+    def _budgets(self) -> int | None:
+        """Return the number of different budgets; None if the rows don't say what they cost."""
+        job, rows = self.job, self.outcomes
+        if "budget" in rows:
+            return rows["budget"].nunique()
+        try:
+            flops = spent(points(rows, job.size, job.cost, self.task.where))
+        except UserError:
+            return None
+        return len(np.unique(budgets_of(rows, flops)))
+
 
 def _groups(outcomes: pd.DataFrame) -> Array:
     """Return the group that each row is drawn with: its trunk, or its run, or itself, (n,)."""
     for column in ("trunk", "name"):
         if column in outcomes and 1 < outcomes[column].nunique() < len(outcomes):
-            found: Array = outcomes[column].astype(str).factorize()[0]
-            return found
+            return outcomes[column].astype(str).factorize()[0]
     return np.arange(len(outcomes))

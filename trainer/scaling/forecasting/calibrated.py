@@ -22,8 +22,8 @@ from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Array, Points
-from forescale.scaling.fitting.predicted import Predicted
+from forescale.scaling.fitting.points import Array, Points, spent
+from forescale.scaling.forecasting.predictor import Predicted
 
 PRIOR = 0.02  # standard deviation of log loss per decade of compute
 BELIEF = 3  # the prior counts as this many origins; with fewer origins the result is "prior only"
@@ -79,8 +79,7 @@ class CalibratedLaw:
 
     def resampled(self, columns: dict[str, Array]) -> Array:
         """Return the log losses of m runs by the resampled fits, (R, m)."""
-        found: Array = np.log(self.fit.form.predict(self.replicates.values, **columns))
-        return found
+        return np.log(self.fit.form.predict(self.replicates.values, **columns))
 
     def about(self, columns: dict[str, Array], flops: Array, resampled: Array) -> Predicted:
         """Return the same as `predicted`, from the log losses by the resampled fits, (R, m)."""
@@ -108,10 +107,7 @@ class CalibratedLaw:
             return np.zeros(len(next(iter(columns.values()))))
         both = columns["parameters"] * columns["tokens"]
         n, d = laws.compute_optimal(form, vector, both, 1.0)
-        found: Array = np.log(
-            self.fit.predict(**columns) / self.fit.predict(parameters=n, tokens=d)
-        )
-        return found
+        return np.log(self.fit.predict(**columns) / self.fit.predict(parameters=n, tokens=d))
 
     def errors(self, later: Points) -> tuple[Array, Array]:
         """Return the log of predicted over observed loss, and the extrapolation factors, (m,)."""
@@ -144,14 +140,6 @@ def calibrate(
     free = max(1, len(points) - made.form.size) / len(points)
     noise = 1.4826 * float(np.median(np.abs(rest))) / np.sqrt(free)
     return CalibratedLaw(made, replicates, noise, float(np.max(spent(points))), discrepancy)
-
-
-def spent(points: Points) -> Array:
-    """Return C of each run, (n,): as counted, or 6 N D if the points have no FLOPs."""
-    if points.flops is not None:
-        return points.flops
-    found: Array = 6 * np.exp(points.log("parameters") + points.log("tokens"))
-    return found
 
 
 @dataclass(frozen=True)

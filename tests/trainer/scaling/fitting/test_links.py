@@ -9,7 +9,7 @@ from forescale.errors import UserError
 from forescale.scaling.fitting.bootstrap import pairs
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.forms import design
-from forescale.scaling.tasks.links import (
+from forescale.scaling.fitting.links import (
     COLUMN,
     GOAL,
     LINKS,

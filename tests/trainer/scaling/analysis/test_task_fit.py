@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 
 from forescale.errors import UserError
+from forescale.scaling.analysis.task_fit import Task, TaskFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.fitting.links import LINKS
 from forescale.scaling.tasks.answer import as_dict, fit_tasks
-from forescale.scaling.tasks.chained import Task, TaskFit
-from forescale.scaling.tasks.links import LINKS
 from tests.matrix import FULL
 from tests.trainer.scaling.iso_flop_runs import TRUTH
 
