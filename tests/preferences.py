@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from forescale.data.conversations.builder import prepare_conversations
+from forescale.data.conversations.prepare import prepare_conversations
 from forescale.data.dataset import Dataset
 from tests.questions import request_of, write_rows
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from forescale.data.conversations.builder import Request, prepare_conversations
+from forescale.data.conversations.prepare import Request, prepare_conversations
 from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset
 from forescale.data.tokenizer import END_OF_TEXT, byte_tokenizer, vocabulary_of

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from forescale.data.conversations.ids import asked_ids
-from forescale.data.conversations.template import ChatTemplate, Message
+from forescale.data.conversations.template import ChatTemplate, Message, chat_ids
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
@@ -109,7 +108,7 @@ def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Mess
     if not view.config.continues_text:
         return question_of(view, text)
     end = view.identity["dataset"]["end_of_text"]
-    ids = asked_ids(view.tokenizer, template, messages, end)
+    ids = chat_ids(view.tokenizer, template, messages, end)
     name = template.turn_end
     turn_end = None if name is None else view.tokenizer.token_to_id(name)
     most = view.config.train.sequence_length

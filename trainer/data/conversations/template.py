@@ -1,13 +1,15 @@
-"""How the messages of a conversation become one text: a chat template, in the format of Hugging
-Face tokenizers (Jinja), or the plain one of this file.
+"""Chat templates: the messages of a conversation become one text, and its ids.
+
+A template is Jinja, in the format of Hugging Face tokenizers, or the plain one of this file.
 
 Invariant: a response is the text that a template adds after the prompt for generation, up to the
-token that ends it, so that a model learns to write what it is asked to write later. A template runs
-in Jinja's sandbox: it may come from a download.
+token that ends it. Training and generation have the same ids, piece by piece: a model is prompted
+with what it read before each response. A template runs in Jinja's sandbox: it may come from a
+download.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
 
 from forescale.errors import UserError
 
@@ -72,19 +75,18 @@ class ChatTemplate:
         self._check_special(messages)
         return self._rendered(messages, is_prompt=True)
 
-    def asked(self, messages: Sequence[Message]) -> list[Piece]:
-        """Return the parts of `prompt`: those of the turns so far as `pieces` has them, and the
-        rest. One part where the template writes a turn in another way once others follow. Raises
-        Unfit."""
+    def prompt_pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """Return the parts of `prompt`: the turns so far as in `pieces`, and the rest. One part
+        where the template writes a turn in another way once others follow. Raises Unfit."""
         whole = self.prompt(messages)
         try:
-            found = self.pieces(messages)
+            turns = self.pieces(messages)
         except Unfit:
             return [Piece(whole, False)]
-        done = "".join(piece.text for piece in found)
+        done = "".join(piece.text for piece in turns)
         if not whole.startswith(done):
             return [Piece(whole, False)]
-        return [*found, Piece(whole[len(done) :], False)]
+        return [*turns, Piece(whole[len(done) :], False)]
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -100,7 +102,7 @@ class ChatTemplate:
         """Return the parts of a conversation up to its last response, read and learned in turn.
         Raises Unfit."""
         self._check_special(messages)
-        found: list[Piece] = []
+        turns: list[Piece] = []
         done = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -112,9 +114,9 @@ class ChatTemplate:
             response = after[len(before) :]
             ends = [response.rfind(s) + len(s) for s in self.special if s in response]
             response = response[: max(ends)] if ends else response
-            found += [Piece(before[len(done) :], False), Piece(response, True)]
+            turns += [Piece(before[len(done) :], False), Piece(response, True)]
             done = before + response
-        return found
+        return turns
 
     def _check_special(self, messages: Sequence[Message]) -> None:
         """Raise Unfit where a message spells a special token: it would become that token, and a
@@ -132,13 +134,13 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Template:
-        room = ImmutableSandboxedEnvironment(
+        environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
-        room.filters["tojson"] = _as_json
-        room.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = _as_json
+        environment.globals["raise_exception"] = _refuse
         try:
-            return room.from_string(self.source)
+            return environment.from_string(self.source)
         except TemplateError as e:
             problem = f"this chat template can't be read ({e})"
             raise UserError(self.where, problem, "give another one with template=FILE") from e
@@ -151,3 +153,43 @@ def _as_json(value: Any, indent: int | None = None, **_: Any) -> str:
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def chat_ids(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], end: int
+) -> list[int]:
+    """Return the ids after which the model writes its next response. end: of the token that ends a
+    text. Raises Unfit if the template can't write the conversation."""
+    pieces = template.prompt_pieces(messages)
+    parts = encoded_parts(tokenizer, [piece.text for piece in pieces], has_special=True)
+    return joined(pieces, parts, end, special_ids(tokenizer))[0]
+
+
+def encoded_parts(tokenizer: Tokenizer, texts: Sequence[str], has_special: bool) -> list[list[int]]:
+    """Return the ids of each text. has_special: the texts of special tokens become these tokens."""
+    tokenizer.encode_special_tokens = not has_special
+    encoded = tokenizer.encode_batch_fast([*texts], add_special_tokens=False)
+    return [one.ids for one in encoded]
+
+
+def joined(
+    pieces: Sequence[Piece], parts: Sequence[list[int]], end: int, special: Collection[int]
+) -> tuple[list[int], list[bool]]:
+    """Return the ids of a conversation and which of them are learned, from those of its pieces. A
+    response that ends with no special token gets `end`, which a model must learn to write."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for piece, part in zip(pieces, parts, strict=True):
+        if piece.learned and not (part and part[-1] in special):
+            part = [*part, end]
+        if not ids and not part:
+            part = [end]  # the token before a text: an empty prompt is this token, too
+        ids += part
+        learned += [piece.learned] * len(part)
+    return ids, learned
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids of the special tokens."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {index for index, token in added.items() if token.special}

@@ -20,7 +20,6 @@ and about 50 bytes per document.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -28,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from forescale.console import Meter, Progress, silent
-from forescale.data.dataset import FORMAT, MANIFEST, ORIGINS, TOKENIZER
+from forescale.data.dataset import ORIGINS
 from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.dedupe import HashJob, HashRun, RangeJob, range_edges
 from forescale.data.prepare.encode import EncodeJob, TokenRun
 from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.report import Totals
-from forescale.data.prepare.sample import TOKENIZER as TOKENIZER_SAMPLE
-from forescale.data.prepare.sample import BaselinesJob, SampleJob, texts
+from forescale.data.prepare.sample import TOKENIZER, BaselinesJob, SampleJob, texts
 from forescale.data.prepare.selection import (
     SPLITS,
     VALIDATION,
@@ -45,11 +43,12 @@ from forescale.data.prepare.selection import (
     Selection,
     choose,
 )
-from forescale.data.prepare.work import Work, build_lock, expect_same, work_path, work_request
+from forescale.data.prepare.work import Work, build_once, expect_same, work_request
+from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
 from forescale.errors import UserError
-from forescale.storage import FileEntry, write_file, write_json, write_table
+from forescale.storage import FileEntry, write_json
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,14 @@ class BuildConfig:
     def check(self) -> None:
         """Raise UserError for an invalid value."""
         if not 0 <= self.validation <= 0.5:
-            raise UserError(
-                "validation", f"{self.validation} is out of range", "set it to 0 to 0.5"
-            )
+            problem = f"{self.validation} is out of range"
+            raise UserError("validation", problem, "set it to 0 to 0.5")
         if not 1 <= self.member_tokens <= self.shard_tokens:
             todo = "choose 1 <= member_tokens <= shard_tokens"
             raise UserError("member_tokens, shard_tokens", "are inconsistent", todo)
         if self.tokenizer_bytes < 1:
-            raise UserError(
-                "tokenizer_bytes", f"{self.tokenizer_bytes} is too small", "set it to 1 or more"
-            )
+            problem = f"{self.tokenizer_bytes} is too small"
+            raise UserError("tokenizer_bytes", problem, "set it to 1 or more")
 
 
 def build_dataset(
@@ -101,43 +98,38 @@ def build_dataset(
     config.check()
     if workers < 1:
         raise UserError("workers", f"{workers} is too small", "set it to 1 or more")
-    given = given_tokenizer(config.tokenizer)
-    if given is not None:
+    tokenizer = given_tokenizer(config.tokenizer)
+    if tokenizer is not None:
         # Here already, so that its errors are raised before any work.
-        vocabulary_of(given, config.tokenizer, config.end_of_text)
-    request = _request(source, config, given)
-    if not output.exists() or work_path(output).exists():
-        # A finished dataset needs no lock, and may be in a read-only directory.
-        with build_lock(output, progress):
-            if not output.exists():
-                _build(source, output, config, given, request, progress, workers)
-            elif (left := work_path(output)).exists():  # killed between rename and removal
-                shutil.rmtree(left)
+        vocabulary_of(tokenizer, config.tokenizer, config.end_of_text)
+    request = _request(source, config, tokenizer)
+
+    def build() -> None:
+        units = source.units()
+        work = Work(output, work_request(request, source, units), progress)
+        try:
+            with Pool(workers) as pool:
+                _Build(source, units, config, tokenizer, request, work, pool, progress).run()
+            work.publish()
+        except (ChangedError, NoTextError):
+            work.remove()  # otherwise the next attempt would use it again
+            raise
+        except BaseException:
+            work.remove_if_empty()
+            raise
+
+    build_once(output, progress, build)
     expect_same(output, request)
     return output
 
 
-def _build(
-    source: DocumentSource,
-    output: Path,
-    config: BuildConfig,
-    given: bytes | None,
-    request: dict[str, Any],
-    progress: Progress,
-    workers: int,
-) -> None:
-    units = source.units()
-    work = Work(output, work_request(request, source, units), progress)
-    try:
-        with Pool(workers) as pool:
-            _Build(source, units, config, given, request, work, pool, progress).run()
-        work.publish()
-    except (ChangedError, NoTextError):
-        work.remove()  # otherwise the next attempt would use it again
-        raise
-    except BaseException:
-        work.remove_if_empty()
-        raise
+def _request(source: DocumentSource, config: BuildConfig, raw: bytes | None) -> dict[str, Any]:
+    """Return the request, without machine paths: an equal request finds the finished dataset."""
+    request = {"source": source.describe(), **asdict(config)}
+    if raw is not None and config.tokenizer != "bytes":
+        name = Path(config.tokenizer).name
+        request["tokenizer"] = f"{name} {hashlib.sha256(raw).hexdigest()}"
+    return json.loads(json.dumps(request))
 
 
 @dataclass
@@ -147,7 +139,7 @@ class _Build:
     source: DocumentSource
     units: list[Unit]
     config: BuildConfig
-    given: bytes | None  # a tokenizer.json, if none is trained
+    tokenizer: bytes | None  # a tokenizer.json, if none is trained
     request: dict[str, Any]
     work: Work
     pool: Pool
@@ -158,10 +150,10 @@ class _Build:
         runs, sizes = self._hash()
         selection = self._select(runs)
         self._sample(selection)
-        raw = self._tokenizer()
+        raw = self.tokenizer or self._trained_tokenizer()
         vocabulary = vocabulary_of(raw, self.config.tokenizer, self.config.end_of_text)
         self._encode(selection, vocabulary, sizes)
-        encoded = [[TokenRun(*r) for r in found["runs"]] for found in self._facts(self.work.tokens)]
+        encoded = [[TokenRun(*r) for r in unit["runs"]] for unit in self._facts(self.work.tokens)]
         rows, entries = self._assemble(encoded, vocabulary)
         entries |= self._write_origins(encoded)
         self._finish(selection, vocabulary, rows, entries)
@@ -171,8 +163,8 @@ class _Build:
         self.pool.run(tasks, meter)
         meter.end()
 
-    def _each_unit(self, job: Any, *more: Sequence[Any]) -> list[Task]:
-        items = zip(range(len(self.units)), self.units, *more, strict=True)
+    def _each_unit(self, job: Any, *columns: Sequence[Any]) -> list[Task]:
+        items = zip(range(len(self.units)), self.units, *columns, strict=True)
         return [Task(item[1].label, job, item, item[1].size) for item in items]
 
     def _facts(self, directory: Path) -> Iterator[dict[str, Any]]:
@@ -185,10 +177,10 @@ class _Build:
         job = HashJob(self.source, self.work.hashes)
         self._phase("read and hash", "bytes", total, self._each_unit(job))
         left_out, runs, sizes = ReadingReport(), [], []
-        for found in self._facts(self.work.hashes):
-            runs.append([HashRun(*run) for run in found["runs"]])
-            sizes.append(found["bytes"])
-            left_out.merge(ReadingReport(**found["report"]))
+        for unit in self._facts(self.work.hashes):
+            runs.append([HashRun(*run) for run in unit["runs"]])
+            sizes.append(unit["bytes"])
+            left_out.merge(ReadingReport(**unit["report"]))
         if not any(runs):
             why = ", ".join(f"{count} {reason}" for reason, count in left_out.counts.items())
             todo = f"left out: {why or 'nothing'}"
@@ -205,7 +197,7 @@ class _Build:
         ]
         self._phase("find duplicates", "documents", count, tasks)
         ranges = [self.work.ranges / f"{i:04d}" for i in range(len(tasks))]
-        sampled = self.config.tokenizer_bytes if self.given is None else 0
+        sampled = self.config.tokenizer_bytes if self.tokenizer is None else 0
         bounds = choose(ranges, self.config.validation, sampled)
         return Selection(self.work.hashes, ranges, bounds, self.config.validation)
 
@@ -216,17 +208,15 @@ class _Build:
         total = sum(unit.size for unit in self.units)
         self._phase("sample", "bytes", total, self._each_unit(job))
 
-    def _tokenizer(self) -> bytes:
+    def _trained_tokenizer(self) -> bytes:
         """Return the bytes of the tokenizer.json."""
-        if self.given is not None:
-            return self.given
         path, done = self.work.tokenizer, 0
-        if found := finished(path):
-            return found["json"].encode()
+        if unit := finished(path):
+            return unit["json"].encode()
 
         def sampled() -> Iterator[str]:
             nonlocal done
-            for text in texts(self.work.samples, len(self.units), TOKENIZER_SAMPLE):
+            for text in texts(self.work.samples, len(self.units), TOKENIZER):
                 yield text.decode("utf-8")
                 done += len(text)
                 self.progress("train the tokenizer", done, None, "bytes")
@@ -249,8 +239,8 @@ class _Build:
     def _assemble(
         self, runs: list[list[TokenRun]], vocabulary: Vocabulary
     ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-        """Return the manifest's rows of every split, and the entries of the files that were
-        written. runs: of every unit."""
+        """Return the manifest's rows of every split, and the entries of the new files. runs: of
+        every unit."""
         work, dtype, members = self.work, vocabulary.dtype, self.config.member_tokens
         # A worker gets them with each shard, and needs no file types.
         runs = [[run._replace(kinds=()) for run in of] for of in runs]
@@ -261,19 +251,19 @@ class _Build:
         rows: dict[str, Any] = {}
         entries: dict[str, FileEntry] = {}
         for split in SPLITS:
-            found = [facts(work.rows / shard.name) for shard in shards[split]]
-            rows[split] = [f["row"] for f in found]
-            entries |= {n: FileEntry(**e) for f in found for n, e in f["files"].items()}
+            units = [facts(work.rows / shard.name) for shard in shards[split]]
+            rows[split] = [unit["row"] for unit in units]
+            entries |= {n: FileEntry(**e) for unit in units for n, e in unit["files"].items()}
         return rows, entries
 
     def _write_origins(self, runs: list[list[TokenRun]]) -> dict[str, FileEntry]:
         """Write where each held-out document comes from; return the entry of the file. runs: of
         every unit."""
         if any(r.split == VALIDATION and len(r.kinds) != r.documents for of in runs for r in of):
-            return {}  # made by an earlier version that was interrupted
-        known = [unit.source for unit in self.units]
-        found = origins(self.work.tokens, runs, known, self.source.sources)
-        return {ORIGINS: write_json(self.work.stage / ORIGINS, found, compact=True)}
+            return {}  # units of an earlier version that was interrupted
+        inputs = [unit.source for unit in self.units]
+        rows = origins(self.work.tokens, runs, inputs, self.source.sources)
+        return {ORIGINS: write_json(self.work.stage / ORIGINS, rows, compact=True)}
 
     def _finish(
         self,
@@ -282,41 +272,15 @@ class _Build:
         rows: dict[str, Any],
         entries: dict[str, FileEntry],
     ) -> None:
-        """Write the files that describe the whole dataset: tokenizer, manifest, table of files."""
-        totals, corpus, stage = Totals(self.source.sources), hashlib.sha256(), self.work.stage
-        both = (self._facts(self.work.hashes), self._facts(self.work.tokens))
+        """Write the files that describe the whole dataset."""
+        totals, corpus, work = Totals(self.source.sources), hashlib.sha256(), self.work
+        both = (self._facts(work.hashes), self._facts(work.tokens))
         for unit, hashed, encoded in zip(self.units, *both, strict=True):
             totals.add(unit, hashed, encoded)
             corpus.update(encoded["digest"].encode())
-        entries[TOKENIZER] = write_file(stage / TOKENIZER, vocabulary.raw)
-        manifest = {
-            "format": FORMAT,
-            "dtype": vocabulary.dtype.name,
-            "tokenizer": {
-                "file": TOKENIZER,
-                "sha256": entries[TOKENIZER].sha256,
-                "vocab_size": vocabulary.size,
-                "end_of_text": vocabulary.end,
-            },
-            "splits": {s: {**totals.splits[s], "shards": rows[s]} for s in SPLITS},
-            "corpus": {
-                "sha256": corpus.hexdigest(),
-                "documents": sum(split["documents"] for split in totals.splits.values()),
-            },
-            "build": self.request,
-            "report": totals.as_dict(),
-            "baselines": (facts(self.work.baselines) or None)
-            if selection.bounds.compared
-            else None,
-        }
-        entries[MANIFEST] = write_json(stage / MANIFEST, manifest)
-        write_table(stage, entries)
-
-
-def _request(source: DocumentSource, config: BuildConfig, given: bytes | None) -> dict[str, Any]:
-    """Return the request, without machine paths: an equal request finds the finished dataset."""
-    request = {"source": source.describe(), **asdict(config)}
-    if given is not None and config.tokenizer != "bytes":
-        name = Path(config.tokenizer).name
-        request["tokenizer"] = f"{name} {hashlib.sha256(given).hexdigest()}"
-    return json.loads(json.dumps(request))
+        splits = {s: {**totals.splits[s], "shards": rows[s]} for s in SPLITS}
+        compared = (facts(work.baselines) or None) if selection.bounds.compared else None
+        digest, report = corpus.hexdigest(), totals.as_dict()
+        write_manifest(
+            work.stage, entries, vocabulary, splits, digest, self.request, report, compared
+        )

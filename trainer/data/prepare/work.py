@@ -6,9 +6,9 @@ output.
     tokenizer  baselines                        one finished unit each
     dataset/        the unfinished output; one rename gives it its name
 
-Invariants: everything here was made for this request and these inputs; otherwise the directory is
+Invariants: everything here belongs to this request and these inputs; otherwise the directory is
 removed, which is logged, and the build starts again. So a finished unit that is intact can be used,
-whenever it was made. At most one process builds at an output, and an existing dataset is accepted
+whenever it was built. At most one process builds at an output, and an existing dataset is accepted
 only if it was built from an equal request.
 """
 
@@ -16,8 +16,7 @@ import hashlib
 import json
 import shutil
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
@@ -39,11 +38,11 @@ _REQUEST = "request.json"
 class Work:
     """The work directory for `output`, new or continued. Only one process may use it at a time."""
 
-    def __init__(self, output: Path, wanted: dict[str, Any], progress: Progress):
-        """Remove a directory that was made for something else, then create what is missing."""
+    def __init__(self, output: Path, request: dict[str, Any], progress: Progress):
+        """Remove a directory of another request, then create what is missing."""
         self.output = output
         self.path = work_path(output)
-        if self.path.exists() and (why := self._why_not(wanted)):
+        if self.path.exists() and (why := self._why_not(request)):
             log_line(progress, f"{self.path}: {why}; starting again")
             self.remove()
         for folder in _FOLDERS:
@@ -51,20 +50,20 @@ class Work:
         for torn in self.path.rglob(".*.tmp"):
             torn.unlink()
         if not (self.path / _REQUEST).exists():
-            write_json(self.path / _REQUEST, wanted)
+            write_json(self.path / _REQUEST, request)
             fsync_path(self.path.parent)
         self.hashes, self.ranges, self.samples, self.tokens, self.rows, self.stage = (
             self.path / folder for folder in _FOLDERS
         )
         self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"
 
-    def _why_not(self, wanted: dict[str, Any]) -> str:
+    def _why_not(self, whole: dict[str, Any]) -> str:
         """Return why the existing directory can't be used; "" if it can."""
         try:
             have = read_json(self.path / _REQUEST)
         except UserError:
             return "the interrupted build has no readable request"
-        want = json.loads(json.dumps(wanted))
+        want = json.loads(json.dumps(whole))
         if have == want:
             return ""
         if not isinstance(have, dict) or have.get("request") == want["request"]:
@@ -115,9 +114,11 @@ def work_request(
     }
 
 
-@contextmanager
-def build_lock(output: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of an output; the kernel releases it when the process ends, however it ends."""
+def build_once(output: Path, progress: Progress, build: Callable[[], None]) -> None:
+    """Call `build` unless the output exists. A second process with this output waits for the first;
+    the kernel releases the lock when a process ends, however it ends."""
+    if output.exists() and not work_path(output).exists():
+        return  # it needs no lock, and may be in a read-only directory
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output.parent / f".{output.name}.lock")
     try:
@@ -126,7 +127,10 @@ def build_lock(output: Path, progress: Progress) -> Iterator[None]:
         log_line(progress, f"{output}: waiting for another process that is building it")
         lock.acquire()
     try:
-        yield
+        if not output.exists():
+            build()
+        elif (left := work_path(output)).exists():  # killed between rename and removal
+            shutil.rmtree(left)
     finally:
         lock.release()
 

@@ -1,4 +1,4 @@
-"""Write shards: token ids are added document by document and become tars with their indexes.
+"""Write a dataset: token ids become tars with their indexes, which a manifest describes.
 
 Invariant: the bytes of a shard depend only on its documents and their order; a tar contains nothing
 about the machine, the time or the user.
@@ -13,7 +13,9 @@ import numpy as np
 import xxhash
 
 from forescale.data.memory import CHUNK
-from forescale.storage import FileEntry, HashingFile, write_file
+from forescale.data.shard import FORMAT, MANIFEST, TOKENIZER
+from forescale.data.tokenizer import Vocabulary
+from forescale.storage import FileEntry, HashingFile, write_file, write_json, write_table
 
 
 def chunk_sums(payload: bytes | memoryview) -> str:
@@ -145,3 +147,43 @@ def write_index(
         "documents": index["documents"],
     }
     return row, entry
+
+
+def write_manifest(
+    stage: Path,
+    entries: dict[str, FileEntry],
+    vocabulary: Vocabulary,
+    splits: dict[str, Any],
+    corpus: str,
+    request: dict[str, Any],
+    report: dict[str, Any],
+    baselines: dict[str, Any] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write the files that describe a whole dataset: tokenizer, manifest, table of files.
+
+    entries: of the files that are in `stage`; splits: by name, totals and the rows of the shards;
+    corpus: a sha256 of the documents; request: an equal one finds this dataset; baselines: sizes of
+    compressed held-out text; dtype: of the ids, default the vocabulary's.
+    """
+    tokenizer = write_file(stage / TOKENIZER, vocabulary.raw)
+    manifest = {
+        "format": FORMAT,
+        "dtype": dtype or vocabulary.dtype.name,
+        "tokenizer": {
+            "file": TOKENIZER,
+            "sha256": tokenizer.sha256,
+            "vocab_size": vocabulary.size,
+            "end_of_text": vocabulary.end,
+        },
+        "splits": splits,
+        "corpus": {
+            "sha256": corpus,
+            "documents": sum(split["documents"] for split in splits.values()),
+        },
+        "build": request,
+        "report": report,
+        "baselines": baselines,
+    }
+    entries = {**entries, TOKENIZER: tokenizer, MANIFEST: write_json(stage / MANIFEST, manifest)}
+    write_table(stage, entries)

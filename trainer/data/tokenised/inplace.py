@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 
 from forescale.console import Meter, Progress, silent
-from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
-from forescale.data.prepare.selection import SPLITS
-from forescale.data.prepare.work import build_lock, expect_same
+from forescale.data.prepare.work import build_once, expect_same
+from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HUB, input_name, kind_of
 from forescale.data.text.opening import reading, shown
@@ -37,7 +36,7 @@ from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.errors import UserError
 from forescale.remote.transfer import is_url
-from forescale.storage import staged, write_file, write_json, write_table
+from forescale.storage import staged
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"
 
@@ -90,9 +89,9 @@ def index_corpus(
         raise UserError("tokenizer", problem, "give the corpus's tokenizer.json")
     vocabulary = vocabulary_of(raw, tokenizer, end_of_text)
     left_out = ReadingReport()
-    found = [_files(path, left_out) for path in inputs]
+    files = [_files(path, left_out) for path in inputs]
     request = {
-        "source": _described(found),
+        "source": _described(files),
         "tokenizer": hashlib.sha256(raw).hexdigest(),
         "end_of_text": vocabulary.end,
         "dtype": dtype,
@@ -100,17 +99,18 @@ def index_corpus(
         "shard_tokens": shard_tokens,
         "member_tokens": member_tokens,
     }
-    if not output.exists():
-        with build_lock(output, progress):
-            if not output.exists():
-                names = [input_name(path) for path in inputs]
-                _build(found, names, output, vocabulary, request, left_out, progress)
+    names = [input_name(path) for path in inputs]
+    build_once(
+        output,
+        progress,
+        lambda: _build(files, names, output, vocabulary, request, left_out, progress),
+    )
     expect_same(output, request)
     return output
 
 
 def _build(
-    found: list[list[tuple[str, str]]],
+    inputs: list[list[tuple[str, str]]],
     names: list[str],
     output: Path,
     vocabulary: Vocabulary,
@@ -118,16 +118,16 @@ def _build(
     left_out: ReadingReport,
     progress: Progress,
 ) -> None:
-    given = np.dtype(request["dtype"]).newbyteorder("<") if request["dtype"] else None
-    corpus = [[describe(where, kind, given, left_out) for where, kind in files] for files in found]
-    dtype = _one_dtype([file for files in corpus for file in files], given)
-    tokens = sum(file.tokens for files in corpus for file in files)
+    raw = np.dtype(request["dtype"]).newbyteorder("<") if request["dtype"] else None
+    described = [[describe(where, kind, raw, left_out) for where, kind in i] for i in inputs]
+    dtype = _one_dtype([file for files in described for file in files], raw)
+    tokens = sum(file.tokens for files in described for file in files)
     with staged(output, tag="index") as stage:
         sizes = [request[key] for key in ("validation", "shard_tokens", "member_tokens")]
         indexer = Indexer(stage, vocabulary, tokens, *sizes)
         meter = Meter(progress, "index the corpus", tokens * dtype.itemsize, "bytes")
         sources = []
-        for name, files in zip(names, corpus, strict=True):
+        for name, files in zip(names, described, strict=True):
             before = _totals(indexer)
             for file in files:
                 indexer.add(file, f"{name}: {Path(file.where).name}", meter)
@@ -136,59 +136,33 @@ def _build(
         indexer.finish()
         meter.end()
         left_out.merge(indexer.report)
-        _publish(stage, indexer, vocabulary, dtype, request, sources, left_out)
+        entries, corpus = {}, hashlib.sha256()
+        for split, part in indexer.splits.items():
+            entries |= part.files
+            for row in part.rows:
+                corpus.update(f"{split} {row['content']}\n".encode())
+        longest = int(np.flatnonzero(indexer.lengths)[-1])
+        write_manifest(
+            stage,
+            entries,
+            vocabulary,
+            {split: {**part.totals, "shards": part.rows} for split, part in indexer.splits.items()},
+            corpus.hexdigest(),
+            request,
+            {
+                "lengths": indexer.lengths[: longest + 1].tolist(),
+                "sources": sources,
+                "left_out": left_out.as_dict(),
+            },
+            dtype=dtype_name(dtype),
+        )
 
 
 def _totals(indexer: Indexer) -> Counter[str]:
     return sum((Counter(split.totals) for split in indexer.splits.values()), Counter[str]())
 
 
-def _publish(
-    stage: Path,
-    indexer: Indexer,
-    vocabulary: Vocabulary,
-    dtype: np.dtype,
-    request: dict[str, Any],
-    sources: list[dict[str, Any]],
-    left_out: ReadingReport,
-) -> None:
-    """Write the files that describe the whole dataset: tokenizer, manifest, table of files."""
-    entries = {TOKENIZER: write_file(stage / TOKENIZER, vocabulary.raw)}
-    corpus = hashlib.sha256()
-    for name in SPLITS:
-        entries |= indexer.splits[name].files
-        for row in indexer.splits[name].rows:
-            corpus.update(f"{name} {row['content']}\n".encode())
-    longest = int(np.flatnonzero(indexer.lengths)[-1])
-    manifest = {
-        "format": FORMAT,
-        "dtype": dtype_name(dtype),
-        "tokenizer": {
-            "file": TOKENIZER,
-            "sha256": entries[TOKENIZER].sha256,
-            "vocab_size": vocabulary.size,
-            "end_of_text": vocabulary.end,
-        },
-        "splits": {
-            name: {**split.totals, "shards": split.rows} for name, split in indexer.splits.items()
-        },
-        "corpus": {
-            "sha256": corpus.hexdigest(),
-            "documents": sum(split.totals["documents"] for split in indexer.splits.values()),
-        },
-        "build": request,
-        "report": {
-            "lengths": indexer.lengths[: longest + 1].tolist(),
-            "sources": sources,
-            "left_out": left_out.as_dict(),
-        },
-        "baselines": None,
-    }
-    entries[MANIFEST] = write_json(stage / MANIFEST, manifest)
-    write_table(stage, entries)
-
-
-def _one_dtype(files: list[TokenFile], given: np.dtype | None) -> np.dtype:
+def _one_dtype(files: list[TokenFile], raw: np.dtype | None) -> np.dtype:
     first = files[0]
     for file in files:
         if file.dtype != first.dtype:
@@ -199,23 +173,23 @@ def _one_dtype(files: list[TokenFile], given: np.dtype | None) -> np.dtype:
                 problem,
                 "build a dataset from each, and mix them with data.sources",
             )
-    if given is not None and first.dtype != given:
-        problem = f"is {given.name}, but {shown(first.where)} holds {dtype_name(first.dtype)}"
+    if raw is not None and first.dtype != raw:
+        problem = f"is {raw.name}, but {shown(first.where)} holds {dtype_name(first.dtype)}"
         raise UserError("dtype", problem, "remove it: only raw ids need it")
     return first.dtype
 
 
 def _files(path: str, left_out: ReadingReport) -> list[tuple[str, str]]:
     """Return the files of an input in order, each with its kind; an .idx belongs to its .bin."""
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for where, _ in _listed(path):
         if kind := kind_of_file(where):
-            found[bin_of(where)] = kind
+            kinds[bin_of(where)] = kind
         else:
             left_out.add("no token ids", f"{input_name(path)}: {Path(where).name}")
-    if not found:
+    if not kinds:
         raise UserError(shown(path), "holds no tokens", f"expected {_KINDS}")
-    return list(found.items())
+    return list(kinds.items())
 
 
 def _listed(path: str) -> Iterator[tuple[str, int]]:
@@ -242,10 +216,10 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
                 yield name, os.path.getsize(name)
 
 
-def _described(found: list[list[tuple[str, str]]]) -> dict[str, Any]:
+def _described(inputs: list[list[tuple[str, str]]]) -> dict[str, Any]:
     """Return what distinguishes these files from others, including their paths, because the dataset
     refers to them."""
-    rows = [(where, kind, _size(where)) for files in found for where, kind in files]
+    rows = [(where, kind, _size(where)) for files in inputs for where, kind in files]
     return {
         "kind": "in place",
         "formats": sorted({kind for _, kind, _ in rows}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forescale.data.bins import PreferenceKind
-from forescale.data.conversations import builder
+from forescale.data.conversations import prepare
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
@@ -27,7 +27,7 @@ OBJECTIVE = Preferences(COLUMNS, beta=0.1)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "_SHARD_TOKENS", 500)
+        patch.setattr(prepare, "_SHARD_TOKENS", 500)
         yield make_preferences(tmp_path_factory.mktemp("preferences"))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from forescale.data.bins import ConversationKind
-from forescale.data.conversations import builder
+from forescale.data.conversations import prepare
 from forescale.data.dataset import Dataset
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
@@ -16,7 +16,7 @@ from forescale.data.order import Order
 from forescale.data.stream import validation_windows
 from forescale.errors import UserError
 from tests.questions import make_conversations
-from tests.trainer.data.conversations.test_builder import texts
+from tests.trainer.data.conversations.test_prepare import texts
 from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import collect
@@ -27,7 +27,7 @@ COLUMNS = 64
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "_SHARD_TOKENS", 300)
+        patch.setattr(prepare, "_SHARD_TOKENS", 300)
         yield make_conversations(tmp_path_factory.mktemp("conversations"))
 
 

@@ -154,9 +154,9 @@ def test_a_corpus_at_a_server_is_indexed_and_read_remotely(kind, made, tmp_path)
 KILLED = """
 import os, signal, sys
 from forescale.data.tokenised import inplace
-def table(stage, entries):
+def write_manifest(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
-inplace.write_table = table
+inplace.write_manifest = write_manifest
 inplace.index_corpus([sys.argv[1]], sys.argv[2], "bytes")
 """
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from forescale.data.conversations.lines import has_preferences
+from forescale.data.conversations.examples import has_preferences
 from forescale.errors import UserError
 from tests.preferences import make_preferences, message, preferences
 from tests.questions import make_conversations, rows, write_rows
-from tests.trainer.data.conversations.test_builder import texts
+from tests.trainer.data.conversations.test_prepare import texts
 
 ASKED, GOOD, BAD = message("user", "2+2"), message("assistant", "4"), message("assistant", "5")
 CHATS = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from forescale.data.check import check
-from forescale.data.conversations import builder
-from forescale.data.conversations.builder import faults_sentence
+from forescale.data.conversations import prepare
+from forescale.data.conversations.prepare import faults_sentence
 from forescale.errors import UserError
 from tests.questions import make_conversations, plain_template, rows
 
@@ -48,8 +48,8 @@ def expected(row) -> tuple[bytes, bytes]:
 
 
 def test_every_example_is_there_once_with_its_responses(tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "_SHARD_TOKENS", 300)
-    monkeypatch.setattr(builder, "_MEMBER_TOKENS", 50)  # examples go on in the next member
+    monkeypatch.setattr(prepare, "_SHARD_TOKENS", 300)
+    monkeypatch.setattr(prepare, "_MEMBER_TOKENS", 50)  # examples go on in the next member
     dataset = make_conversations(tmp_path)
     found = [texts(dataset, split) for split in ("train", "validation")]
     assert sorted(found[0] + found[1]) == sorted(map(expected, rows()))
@@ -94,7 +94,7 @@ def test_lines_left_out_are_kept_in_the_report(tmp_path):
 
 def test_the_same_file_and_request_are_built_once(tmp_path, monkeypatch):
     first = make_conversations(tmp_path)
-    monkeypatch.setattr(builder, "_build", lambda *given: pytest.fail("built again"))
+    monkeypatch.setattr(prepare, "_build", lambda *given: pytest.fail("built again"))
     assert make_conversations(tmp_path).identity == first.identity
 
 
