@@ -280,6 +280,7 @@ class SubmitJob(PlanJob):
 
     VERB: ClassVar[str] = "submit"
     FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+    RESUMES: ClassVar[bool] = True
 
     slurm: SlurmConfig = section(SlurmConfig, "nodes of the cluster and their setup", "free")
     submit: SubmitConfig = section(SubmitConfig, "how to submit", "free")

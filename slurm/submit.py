@@ -51,14 +51,17 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     command. With submit.dry_run, only print the script. Raises ConfigError with all problems of all
     runs before anything is written, and UserError if SLURM refuses the job.
     """
-    jobs = _jobs(overrides)
+    notes: list[str] = []
+    jobs = _jobs(overrides, notes)
     for each in jobs:
         refuse_targets(each, trust)
     dry = jobs[0].submit.dry_run
     if not dry and queue.is_here() and any([restore(each.training, print) for each in jobs]):
-        jobs = _jobs(overrides)  # over the configs of the runs, as for any run
+        notes.clear()
+        jobs = _jobs(overrides, notes)  # over the configs of the runs, as for any run
     plans = [Plan(job) for job in jobs]
     if not dry:
+        plans[0].notes[:0] = notes
         plans[0].notes += notes_on_cpus(jobs[0])
         if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
             print(
@@ -92,12 +95,13 @@ def notes_on_cpus(job: SubmitJob) -> list[str]:
     return []
 
 
-def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
-    """Return one job, or one for each line of the file slurm.runs, on top of `overrides`."""
+def _jobs(overrides: Sequence[str], notes: list[str]) -> list[SubmitJob]:
+    """Return one job, or one for each line of the file slurm.runs, on top of `overrides`; add to
+    `notes` what they have from existing runs."""
     # The runs of an array share their settings, so none has its last ones.
     is_array = any(word.startswith("slurm.runs=") for word in overrides)
     last = None if is_array else remembered.recall
-    first = on_nodes(job_of(SubmitJob, overrides, last))
+    first = on_nodes(job_of(SubmitJob, overrides, last, notes))
     if first.slurm.runs is None:
         return [first]
     path = Path(first.slurm.runs).expanduser()
@@ -115,7 +119,9 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
             problem = "sets a key of slurm or submit, which all runs of an array share"
             raise UserError(where, problem, "set it on the command line")
         try:
-            job = on_nodes(job_of(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)]))
+            job = on_nodes(
+                job_of(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)], notes=notes)
+            )
         except ConfigError as e:
             raise ConfigError(p._replace(key=f"{where}: {p.key}") for p in e.problems) from None
         if job.run.name in found:

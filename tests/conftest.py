@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,30 @@ gc.disable()
 # A shell that starts us in the background has this signal ignored, and so would all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# pytest-xdist sets it in its workers: pages would be as wide as the terminal that tests run in.
-os.environ.pop("COLUMNS", None)
+# What a shell, a job of SLURM or another tool may have set, and the project or its libraries read:
+# no test means it. COLUMNS is pytest-xdist's, and would make pages as wide as the terminal. The
+# variables of tests/README.md stay.
+_FOREIGN = (
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TERM", "RANK", "LOCAL_", "WORLD_SIZE"),
+    *("GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM", "SBATCH_", "SRUN_"),
+    *("PMI", "OMPI_", "CUDA_", "NCCL_", "DS_", "DEEPSPEED_", "ACCELERATE_", "WANDB_", "AWS_"),
+    *("S3_", "FSSPEC_", "HF_", "TRANSFORMERS_", "HYDRA_", "XDG_", "HTTP_", "HTTPS_", "ALL_PROXY"),
+    *("http_", "https_", "all_proxy", "FORESCALE_"),
+)
+_OF_TESTS = {
+    *("CACHE", "MATRIX", "DRILL", "KILLS", "REPLICATES", "WORDS", "DATA", "CLUSTER", "BROWSER"),
+    *("NEEDS_BROWSER", "NEEDS_CLUSTER", "JOB_KILLS", "FAULTS"),
+}
+for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+    if _name.removeprefix("FORESCALE_") not in _OF_TESTS:
+        del os.environ[_name]
+for _name in ("FORESCALE_DATA", "FORESCALE_CACHE"):  # tests run in a directory of their own
+    if _name in os.environ:
+        os.environ[_name] = str(Path(os.environ[_name]).absolute())
 
-# A worker for each core: more threads would only wait for each other.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread: the sums of a product depend on how many share it, and beside other workers more
+# threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # How long an example takes is the machine's affair.
 # The fast tests are to take four minutes; FORESCALE_MATRIX=full draws as many as hypothesis would.
@@ -46,6 +65,16 @@ def pytest_collection_finish() -> None:
     """Look for no garbage in what is imported and collected: it took a tenth of the time."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workplace(tmp_path_factory) -> Iterator[Path]:
+    """An empty current directory: no test sees the runs of a user, and none leaves a file in it."""
+    before, here = Path.cwd(), tmp_path_factory.mktemp("workplace")
+    os.chdir(here)
+    yield here
+    os.chdir(before)
+    assert not [*here.iterdir()], "a test wrote into the current directory instead of tmp_path"
 
 
 def built(source: Path, output: Path) -> Path:

@@ -47,6 +47,7 @@ class TrainJob(Lengths, Job):
 
     VERB: ClassVar[str] = "train"
     TARGET: ClassVar[str] = "run.name"
+    RESUMES: ClassVar[bool] = True  # without a name, the verb continues the run in run.directory
 
     run: RunConfig = section(RunConfig, "name and place of the run", "free")
     train: TrainConfig = section(TrainConfig, "length and batch", "identity")
@@ -127,16 +128,19 @@ class TrainJob(Lengths, Job):
         return has_gpu()
 
     def for_machine(self, find: Find | None = None) -> Self:
-        """Return the job with a precision that is settled: that of the run, if it exists, and else
-        of the machine. A run that goes on elsewhere doesn't change it by itself. So are a rate, a
-        length and a batch that follow from the model's size."""
+        """Return the job with the values that follow from the machine and from the model's size:
+        the precision, and a rate, a length and a batch.
+
+        A command that continues a run without naming it (RESUMES) keeps the run's precision, so
+        that a run does not change its precision when it moves to another machine.
+        """
         optimizer = self.optimizer.for_width(self._tuned_width)
         train = self.train.by_rule(self._layer_parameters)
         job = replace(self, optimizer=optimizer, train=train)
         if self.precision.kind != "auto":
             return job
         with suppress(UserError):  # of a damaged config: `start` reports it
-            if frozen := find(self.run.directory) if find else None:
+            if frozen := find(self.run.directory) if find and self.RESUMES else None:
                 return job._computing_in(frozen["precision"]["kind"])
         return job._computing_in(self.native_precision)
 

@@ -120,6 +120,7 @@ class PlanConfig:
 class PlanJob(TrainJob):
     VERB: ClassVar[str] = "plan"
     FLAGS: ClassVar = {"--json": "plan.json"}
+    RESUMES: ClassVar[bool] = False  # a plan is for another machine; it knows a run by its name
 
     machine: MachineConfig = section(MachineConfig, "what it runs on", "free")
     plan: PlanConfig = section(PlanConfig, "what is planned with", "free")

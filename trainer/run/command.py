@@ -19,20 +19,41 @@ J = TypeVar("J", bound=TrainJob)
 More = Callable[[Path], dict[str, Any]]
 
 
-def job_of(schema: type[J], overrides: Sequence[str], more: More | None = None) -> J:
+def job_of(
+    schema: type[J],
+    overrides: Sequence[str],
+    more: More | None = None,
+    notes: list[str] | None = None,
+) -> J:
     """Return the job that `key=value` overrides describe. If run.name is one of them and the run
     exists, they are laid over its frozen config, and over the sections that `more` returns for the
     directory of the run.
 
-    Raises ConfigError with all problems; and UserError if the frozen config can't be read, or names
-    a class of the user's own that this user has named in no command (unless trust=true).
+    notes: takes a sentence for each thing that the job has from an existing run. Raises ConfigError
+    with all problems; and UserError if the frozen config can't be read, or names a class of the
+    user's own that this user has named in no command (unless trust=true).
     """
+    sources: list[Path] = []
 
-    def found(directory: Path) -> dict[str, Any] | None:
+    def frozen(directory: Path) -> dict[str, Any] | None:
         run = Run(directory)
         if not run.config.exists():
             return None
+        sources.append(directory)
         return plain(thaw(TrainJob, run.config, trust=True)) | (more(directory) if more else {})
 
     # What is typed now is trusted now; nothing stored says so.
-    return replace(compose(schema, overrides, find=found), trust=False)
+    job = replace(compose(schema, overrides, find=frozen), trust=False)
+    if notes is not None:
+        is_named = any(word.startswith("run.name=") for word in overrides)
+        notes += [_source_note(job, directory, is_named) for directory in dict.fromkeys(sources)]
+    return job
+
+
+def _source_note(job: TrainJob, directory: Path, is_named: bool) -> str:
+    """Return the sentence that says what a job has from the run in a directory."""
+    if directory != job.run.directory:
+        return f"The model is that of {directory}, where this run branches off."
+    if is_named:
+        return f"{directory} exists: keys that this command does not set are as in its config.yaml."
+    return f"precision={job.precision.kind} is that of {directory}, which this command continues."

@@ -31,10 +31,14 @@ def main(words: list[str]) -> int:
     Raises ConfigError (exit code 2) with all problems, after the page.
     """
     overrides = overrides_of(PlanJob, words)
-    job = job_of(PlanJob, overrides)
-    expect_trainable(Run(job.run.directory))
+    notes: list[str] = []
+    job = job_of(PlanJob, overrides, notes=notes)
+    is_named = any(word.startswith("run.name=") for word in overrides)
+    if is_named:
+        expect_trainable(Run(job.run.directory))
     plan = Plan(job)
-    if any(word.startswith("run.name=") for word in overrides):
+    plan.notes[:0] = notes
+    if is_named:
         plan.check(lambda: check_changes(plan.job.training))
     if job.plan.json:
         json.dump(as_json(plan), sys.stdout, indent=2)

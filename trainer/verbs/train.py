@@ -50,7 +50,11 @@ def main(words: list[str]) -> int:
     began = time.monotonic()
     is_stored = STORED in words
     words = [word for word in words if word != STORED]
-    job = _frozen(words) if _FROZEN in words else job_of(TrainJob, overrides_of(TrainJob, words))
+    from_run: list[str] = []
+    if _FROZEN in words:
+        job = _frozen(words)
+    else:
+        job = job_of(TrainJob, overrides_of(TrainJob, words), notes=from_run)
     refuse_targets(job, trust=not is_stored)
     if launcher.started_as_rank():
         return _rank(job, began)
@@ -60,7 +64,7 @@ def main(words: list[str]) -> int:
     if problems := job.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
     check_fp8(job.precision.fp8)
-    for note in job.notes():
+    for note in (*from_run, *job.notes()):
         print(f"Note: {note}")
     if launcher.asked_of_accelerate():
         print(f"Note: accelerate launch has started one process; it starts {processes} ranks.")

@@ -28,12 +28,12 @@ def test_settings_are_those_of_the_last_submission(named):
         "slurm.after=[7]",
     ]
     remembered.remember(on_nodes(job_of(SubmitJob, [*named, *words])))
-    (job,) = _jobs([*named, "train.micro_batch=1"])
+    (job,) = _jobs([*named, "train.micro_batch=1"], [])
     assert (job.machine.name, job.slurm.nodes, job.slurm.setup) == ("CPU", 2, ["source x"])
     assert job.slurm.after == [], "that was for one submission"
-    (job,) = _jobs([*named, "slurm.nodes=1", "train.steps=9"])
+    (job,) = _jobs([*named, "slurm.nodes=1", "train.steps=9"], [])
     assert (job.slurm.nodes, job.slurm.mem, job.train.steps) == (1, "3G", 9)
-    (job,) = _jobs([*named, "machine=cpu", "slurm=plain"])
+    (job,) = _jobs([*named, "machine=cpu", "slurm=plain"], [])
     assert (job.slurm.nodes, job.slurm.setup) == (1, [])
 
 

@@ -61,12 +61,12 @@ def test_buckets_are_counted_in_elements_there():
 @pytest.mark.parametrize(("stage", "accumulates"), [(0, None), (1, None), (2, None), (3, "fp32")])
 def test_gradients_of_many_micro_batches_are_added_up_in_fp32(stage, accumulates):
     few, many, asked, never, fp32 = (
-        derived(f"engine=zero{stage}", "engine.bucket_bytes=1000", "train.micro_batch=1", *more)
-        for more in (
-            ["train.global_batch=128"],  # 64 of each of 2 ranks
-            ["train.global_batch=130"],
-            ["engine.gradient_dtype=fp32"],
-            ["train.global_batch=130", "engine.gradient_dtype=precision"],
+        derived(f"engine=zero{stage}", "engine.bucket_bytes=1000", "train.micro_batch=1", *words)
+        for words in (
+            ["precision=bf16", "train.global_batch=128"],  # 64 of each of 2 ranks
+            ["precision=bf16", "train.global_batch=130"],
+            ["precision=bf16", "engine.gradient_dtype=fp32"],
+            ["precision=bf16", "train.global_batch=130", "engine.gradient_dtype=precision"],
             ["train.global_batch=130", "precision=fp32"],
         )
     )

@@ -98,11 +98,11 @@ def test_out_of_memory_is_one_message_with_numbers(error):
 
 
 def test_the_message_names_other_settings_if_no_micro_batch_fits():
-    one, full = "train.micro_batch=1", "model.activation_checkpointing=full"
-    with pytest.raises(UserError, match=r"set model\.\w+=selective"), explained(job(one)):
+    words = ("precision=bf16", "train.micro_batch=1")
+    with pytest.raises(UserError, match=r"set model\.\w+=selective"), explained(job(*words)):
         raise MemoryError
-    others = "use a higher engine stage or engine"
-    with pytest.raises(UserError, match=others), explained(job(one, full)):
+    others, full = "use a higher engine stage or engine", "model.activation_checkpointing=full"
+    with pytest.raises(UserError, match=others), explained(job(*words, full)):
         raise MemoryError
 
 

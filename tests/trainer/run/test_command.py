@@ -11,7 +11,9 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.plan.config import PlanJob
 from forescale.run.command import job_of
+from forescale.run.start import start
 from forescale.slurm.config import SubmitJob
+from tests.trainer.small_run import make_job
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,30 @@ def test_a_name_alone_is_diffed_only_in_what_is_typed(own_run, forescale):
         "forescale: runs/small: the run was started with another config: train.seed: 1337 -> 5; "
         "undo these changes, or choose another run.name.\n"
     )
+
+
+def test_what_a_job_has_from_an_existing_run_is_said(own_run):
+    def notes(schema, *words):
+        sentences: list[str] = []
+        job_of(schema, words, notes=sentences)
+        return sentences
+
+    assert "small" in notes(TrainJob, "run.name=small")[0]
+    assert "small" in notes(TrainJob, "run.name=new", "run.from.run=small")[0]
+    assert notes(TrainJob, "run.name=new") == notes(PlanJob) == []
+
+
+def test_a_plan_without_a_name_knows_no_run(dataset, tmp_path, monkeypatch):
+    """Not even one of the default name, whose precision is that of the laptop that trained it."""
+    monkeypatch.chdir(tmp_path)
+    start(make_job(dataset, tmp_path / "runs", "first", "precision=fp32"))
+    words = ("machine=h100-sxm", "plan.gpus=1")
+    assert job_of(PlanJob, words).precision.kind == "bf16"
+    sentences: list[str] = []
+    assert job_of(PlanJob, [*words, "run.name=first"], notes=sentences).precision.kind == "fp32"
+    assert "runs/first" in sentences[0]
+    assert job_of(TrainJob, [], notes=sentences).precision.kind == "fp32"
+    assert "fp32" in sentences[1]
 
 
 def test_a_branch_has_the_model_of_its_origin_unless_one_is_chosen(own_run):

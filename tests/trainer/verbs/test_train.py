@@ -91,14 +91,18 @@ def test_fp8_is_refused_before_a_file_is_written(
         ((), 16, 2),
         (("train.micro_batch=8",), 16, 1),
         (("train.micro_batch=1",), 16, 4),
-        (("train.micro_batch=1",), 4.5, 2),  # the largest that divides the batch and fits
+        (
+            ("train.micro_batch=1", "precision=bf16"),
+            4.5,
+            2,
+        ),  # the largest that divides the batch and fits
         (("launch.processes=1",), 16, 1),
         (("engine.sequence_parallel=2", "train.micro_batch=8"), 16, 2),
     ],
 )
 def test_cores_are_ranks_as_far_as_batch_and_memory_go(words, gib, ranks, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
     memory = SimpleNamespace(available=gib * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
