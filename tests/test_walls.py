@@ -24,6 +24,7 @@ ALLOWED = {
     "console": "errors",
     "rendezvous": "",
     "abilities": "",
+    "pages": "",
     "config": "models conf abilities",
     "remote": "",
     "data": "remote",
@@ -31,12 +32,12 @@ ALLOWED = {
     "run": "models abilities config data",
     "resilience": "config run",
     "checkpoint": "remote config engine models run",
-    "monitor": "config data engine run resilience checkpoint",
+    "monitor": "pages config data engine run resilience checkpoint",
     "train": "models config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",
     "inference": "models config data run checkpoint train",
     "serving": "models inference",
-    "inspection": "models data inference",
+    "inspection": "pages models data inference",
     "plan": "models config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
@@ -61,7 +62,7 @@ ALLOWED = {
         "scaling.analysis scaling.design scaling.tasks"
     ),
     "scaling.report": (
-        "monitor scaling.config scaling.fitting scaling.forecasting scaling.analysis "
+        "pages monitor scaling.config scaling.fitting scaling.forecasting scaling.analysis "
         "scaling.design scaling.tasks scaling.study"
     ),
     "scaling.actions": (

@@ -23,9 +23,7 @@ from forescale.verbs import VERBS, load, schema_of
 _NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody
 _python_warning = warnings.formatwarning
 # What only some verbs import, and the extra of pyproject.toml that installs it.
-_EXTRAS = {name: "study" for name in ("pandas", "scipy", "plotly", "matplotlib")} | {
-    "lm_eval": "harness"
-}
+_EXTRAS = {"pandas": "study", "scipy": "study", "lm_eval": "harness"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

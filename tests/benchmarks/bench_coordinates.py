@@ -11,14 +11,15 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-import plotly.graph_objects as go
+import numpy as np
 import torch
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.models import Transformer
 from forescale.models.rules import PARAMETRIZATIONS
+from forescale.pages.document import Section, render
+from forescale.pages.figure import Axis, Figure, line
 from tests.benchmarks.coordinates import (
     ADAMW,
     LAYERS,
@@ -91,22 +92,23 @@ def learning_rates(sizes: Sizes) -> Iterator[Result]:
 
 
 def draw(curves: dict[str, dict[int, list[Coordinates]]]) -> None:
-    """How far each layer has moved against size: a row a title, a column a layer, a line a step."""
-    titles = [f"{title}: {layer}" for title in curves for layer in LAYERS]
-    figure = make_subplots(len(curves), len(LAYERS), subplot_titles=titles)
-    for (row, found), (column, layer) in product(
-        enumerate(curves.values(), 1), enumerate(LAYERS, 1)
-    ):
-        moves = [of_seed[0].move[layer] for of_seed in found.values()]
-        for step, ys in list(enumerate(zip(*moves, strict=True)))[1:]:
-            shade = f"rgba(31, 119, 180, {0.2 + 0.8 * step / len(moves[0]):.2f})"
-            line = go.Scatter(x=list(found), y=ys, line_color=shade, name=f"step {step}")
-            figure.add_trace(line, row=row, col=column)
-    figure.update_xaxes(type="log").update_yaxes(type="log").update_annotations(font_size=10)
+    """How far each layer has moved against size: a section a title, a chart a layer, a line a
+    step."""
+    sections = []
+    for title, seeds_of in curves.items():
+        charts = []
+        for layer in LAYERS:
+            chart = Figure(Axis("size", log=True), Axis(layer, log=True), height=240)
+            moves = [of_seed[0].move[layer] for of_seed in seeds_of.values()]
+            for step, ys in list(enumerate(zip(*moves, strict=True)))[1:]:
+                shade = f"#1f77b4{round(255 * (0.2 + 0.8 * step / len(moves[0]))):02x}"
+                texts = [f"step {step}"] * len(ys)
+                chart.add(line(np.array([*seeds_of]), np.array(ys), shade, texts=texts))
+            charts.append((f"chart-{len(sections)}-{layer}", chart, ""))
+        sections.append(Section(f"section-{len(sections)}", title, charts))
     heading = "Mean |activation - initial| after each update: flat is what transfers"
-    figure.update_layout(height=240 * len(curves), width=1500, showlegend=False, title=heading)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(PICTURE)
+    PICTURE.write_text(render(title=heading, sections=sections))
     print(f"Drawn in {PICTURE}.")
 
 

@@ -10,7 +10,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
 from forescale.errors import DONE
-from forescale.monitor.report.page import distinct, page, picture
+from forescale.monitor.report.html import distinct, page
 from forescale.run.directory import Run
 from forescale.storage import write_file
 
@@ -61,7 +61,9 @@ def main(words: list[str]) -> int:
     if form == ".html":
         data = page(runs, job.x, ["forescale", "report", *words]).encode()
     else:
-        data = picture(runs, job.x, form)
+        from forescale.monitor.report.loss_picture import picture  # imports matplotlib
+
+        data = picture(runs, job.x, form[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data)
     problem = "open it in a browser; it needs no network" if form == ".html" else "the loss"

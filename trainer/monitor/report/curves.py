@@ -20,7 +20,7 @@ from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, each_row
 
 Array = NDArray[np.float64]
-X = ("step", "tokens", "flops", "time")  # what the curves can be drawn over
+X = ("step", "tokens", "flops", "time")  # the x axes
 _FIELDS = {"loss": "loss", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second"}
 _FIELDS |= {"mfu": "mfu", "memory": "memory_bytes"}
 _RATE, _EXTRA = "learning_rate.", "extra."
@@ -39,12 +39,13 @@ class Line:
 
 @dataclass
 class Curves:
-    """What is drawn of a run.
+    """The curves of a run.
 
-    lines: by the name of what they show, such as "loss" or "learning_rate.muon"; scores: of each
-    held-out dataset, its losses and bits per byte, and abilities; dropped: losses of steps that
-    were made but not kept; broken: steps whose loss was not finite; per_point: steps that a point
-    stands for.
+    lines: by name, such as "loss" or "learning_rate.muon"
+    scores: for each held-out dataset its losses, bits per byte and abilities
+    dropped: losses of steps that a rollback or restart discarded
+    broken: steps whose loss was not finite
+    per_point: steps of a point
     """
 
     lines: dict[str, Line] = field(default_factory=dict)
@@ -59,8 +60,8 @@ class Curves:
         """Return the place of a step on each x axis; between steps by a straight line."""
         if not len(self.steps):
             return {"step": step}
-        found = {name: float(np.interp(step, self.steps, x)) for name, x in self.places.items()}
-        return {**found, "step": float(step)}
+        place = {name: float(np.interp(step, self.steps, x)) for name, x in self.places.items()}
+        return {**place, "step": float(step)}
 
 
 class _Columns:
@@ -76,12 +77,12 @@ class _Columns:
 
     def add(self, row: Row) -> None:
         self.seconds += sum(row.get("seconds", {}).values())
-        found = {"step": row["step"], "tokens": row.get("tokens"), "time": self.seconds}
-        found["flops"] = row.get("flops_causal")
-        found |= {name: row.get(of) for name, of in _FIELDS.items()}
-        found |= {_RATE + name: x for name, x in row.get("learning_rate", {}).items()}
-        found |= {name: x for name, x in row.items() if name.startswith(_EXTRA)}
-        for name, value in found.items():
+        numbers = {"step": row["step"], "tokens": row.get("tokens"), "time": self.seconds}
+        numbers["flops"] = row.get("flops_causal")
+        numbers |= {name: row.get(of) for name, of in _FIELDS.items()}
+        numbers |= {_RATE + name: x for name, x in row.get("learning_rate", {}).items()}
+        numbers |= {name: x for name, x in row.items() if name.startswith(_EXTRA)}
+        for name, value in numbers.items():
             self._all[name].append(np.nan if value is None else value)
         self.count += 1
         for column in self._all.values():
@@ -101,19 +102,19 @@ def read_curves(run: Run, most: int = 3000) -> Curves:
             columns.add(row)
         elif row.get("kind") == "validation":
             scores[row.get("dataset", "validation"), row["step"]] = row
-    found = columns.arrays()
-    made = Curves()
+    arrays = columns.arrays()
+    curves = Curves()
     if not columns.count:
-        return made
-    made.steps, made.places = found["step"], {name: found[name] for name in X}
-    made.per_point = -(-columns.count // most)
-    made.broken = [int(step) for step in found["step"][~np.isfinite(found["loss"])]]
-    for name, values in found.items():
+        return curves
+    curves.steps, curves.places = arrays["step"], {name: arrays[name] for name in X}
+    curves.per_point = -(-columns.count // most)
+    curves.broken = [int(step) for step in arrays["step"][~np.isfinite(arrays["loss"])]]
+    for name, values in arrays.items():
         if name not in X and np.isfinite(values).any():
-            made.lines[name] = _thinned(made.places, values, made.per_point)
-    made.scores = _scores(scores, made)
-    made.dropped = [*_dropped(run, made, most)]
-    return made
+            curves.lines[name] = _thinned(curves.places, values, curves.per_point)
+    curves.scores = _scores(scores, curves)
+    curves.dropped = [*_dropped(run, curves, most)]
+    return curves
 
 
 def _thinned(places: dict[str, Array], values: Array, per: int) -> Line:
@@ -133,39 +134,39 @@ def _thinned(places: dict[str, Array], values: Array, per: int) -> Line:
 
 def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[str, Line]]:
     """Return a line for each number of each held-out dataset."""
-    found: dict[str, dict[str, Line]] = {}
+    lines: dict[str, dict[str, Line]] = {}
     for dataset in dict.fromkeys(name for name, _ in rows):
-        own = [row for (name, _), row in sorted(rows.items()) if name == dataset]
-        at = [curves.at(row["step"]) for row in own]
+        scores = [row for (name, _), row in sorted(rows.items()) if name == dataset]
+        at = [curves.at(row["step"]) for row in scores]
         x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
-        measured = dict.fromkeys(key for row in own for key in row)
+        measured = dict.fromkeys(key for row in scores for key in row)
         abilities = (k for k in measured if (c := column_of(k)) and c.kind in ("share", "nats"))
         for key in ("loss", "bits_per_byte", *abilities):
-            y = np.array([row.get(key, np.nan) for row in own], dtype=float)
+            y = np.array([row.get(key, np.nan) for row in scores], dtype=float)
             y[~np.isfinite(y)] = np.nan
             if np.isfinite(y).any():
-                found.setdefault(dataset, {})[key] = Line(x, y)
-    return found
+                lines.setdefault(dataset, {})[key] = Line(x, y)
+    return lines
 
 
 def _dropped(run: Run, curves: Curves, most: int) -> Iterable[Line]:
-    """Yield the losses of the steps that an attempt made beyond where a later one began."""
+    """Yield the losses of an attempt's steps beyond the first step of a later attempt."""
     begun = [a for a in run.attempts() if a.has_begun]
     for attempt, _ in pairwise(begun):
-        kept = min(_began(later) for later in begun if later.number > attempt.number)
+        first = min(_began(later) for later in begun if later.number > attempt.number)
         path = attempt.metrics.path
         if not path.exists():
             continue
         columns = _Columns()
         for row, _ in each_row(path, first_of(path, attempt.number)):
-            if row.get("kind") == "train" and row["step"] > kept:
+            if row.get("kind") == "train" and row["step"] > first:
                 columns.add(row)
         if not columns.count:
             continue
-        found = columns.arrays()
-        places = {name: found[name] for name in X}
-        places["time"] = places["time"] + curves.at(kept)["time"]
-        yield _thinned(places, found["loss"], -(-columns.count // most))
+        arrays = columns.arrays()
+        places = {name: arrays[name] for name in X}
+        places["time"] = places["time"] + curves.at(first)["time"]
+        yield _thinned(places, arrays["loss"], -(-columns.count // most))
 
 
 def _began(attempt: Attempt) -> int:

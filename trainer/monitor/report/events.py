@@ -1,7 +1,7 @@
-"""What happened to a run, each with its step and in words: starts, ends, rollbacks, faults.
+"""The events of a run, each with its step and a sentence: starts, ends, rollbacks, faults.
 
-Invariant: everything that the run recorded is an event here, except what every run does all the
-time: saving, deleting, ending well.
+Invariant: everything that the run recorded is an event here, except the ordinary: saving, deleting,
+a good end.
 """
 
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from forescale.monitor.status import Status
 from forescale.run.directory import Attempt
 from forescale.run.rows import Row, select
 
-# What an event is drawn as; see LOOKS. An event that isn't named here is a note.
+# The sort of an event, of LOOKS; an event that isn't named here is a note.
 _SORTS = {
     "halt": "failure", "hang": "failure", "silent_corruption": "failure",
     "fault_injected": "failure", "update_dropped": "skipped", "member_quarantined": "skipped",
 }  # fmt: skip
-# Told otherwise, or what every run does all the time.
+# Events that are told otherwise, or that every run has all the time.
 _ELSEWHERE = ("checkpoint_saved", "checkpoint_deleted", "exactness", "ended", "rollback")
 _LONGEST = 200  # characters of one fact
-_OWN = ("kind", "attempt", "time", "step", "crc")  # what a row says beside its facts
+_COMMON = ("kind", "attempt", "time", "step", "crc")  # of every row, beside its facts
 # The sorts, in the order of the key: a sign, a colour, and what it means.
 LOOKS = {
     "rollback": ("↶", "#a0478a", "rolled back"),
@@ -36,8 +36,8 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Event:
-    """One event. sort: of LOOKS; step: where it belongs on a curve, None if nowhere; time: seconds
-    since the epoch, None if unknown."""
+    """One event. sort: of LOOKS; step: its place on a curve, None for none; time: seconds since the
+    epoch, None if unknown."""
 
     sort: str
     text: str
@@ -48,17 +48,17 @@ class Event:
 def events_of(status: Status) -> list[Event]:
     """Return the events of a run, oldest first. Raises UserError for a damaged row."""
     rows = {a.number: status.rows_of_events(a) for a in status.attempts}
-    found: list[Event] = []
+    events: list[Event] = []
     for number, launch in enumerate(status.goodput.launches):
         for i, attempt in enumerate(launch.attempts):
             if i:
-                found.append(_rollback(attempt, rows[launch.attempts[i - 1].number]))
+                events.append(_rollback(attempt, rows[launch.attempts[i - 1].number]))
             elif began := _beginning(attempt, launch, is_first=not number):
-                found.append(began)
-            found += _recorded(rows[attempt.number], status, attempt)
+                events.append(began)
+            events += _recorded(rows[attempt.number], status, attempt)
         if end := _end(launch, status, rows[launch.attempts[-1].number]):
-            found.append(end)
-    return found
+            events.append(end)
+    return events
 
 
 def _beginning(attempt: Attempt, launch: Launch, is_first: bool) -> Event | None:
@@ -75,7 +75,7 @@ def _beginning(attempt: Attempt, launch: Launch, is_first: bool) -> Event | None
 
 
 def _rollback(attempt: Attempt, before: list[Row]) -> Event:
-    """The rollback that began an attempt. before: the events of the attempt before it."""
+    """Return the rollback that began an attempt. before: the events of the attempt before it."""
     parent = attempt.parent
     rows = select(before, kind="rollback")
     if parent is None:
@@ -90,12 +90,11 @@ def _rollback(attempt: Attempt, before: list[Row]) -> Event:
 
 
 def _end(launch: Launch, status: Status, rows: list[Row]) -> Event | None:
-    """How a launch ended, unless it was done or is alive. (Without a launcher of ours, no end is
-    recorded.)"""
+    """Return the end of a launch that is neither done nor alive. (Only our launcher records it.)"""
     is_last = launch is status.goodput.launches[-1]
     if launch.code == DONE or (is_last and status.state == "complete"):
         return None
-    step = max([made.last for made in launch.made[-1:]], default=None)
+    step = max([steps.last for steps in launch.made[-1:]], default=None)
     for row in select(rows, kind="ended"):
         step = row.get("step", step)
     number = launch.attempts[-1].number
@@ -108,14 +107,14 @@ def _end(launch: Launch, status: Status, rows: list[Row]) -> Event | None:
 
 
 def _recorded(rows: list[Row], status: Status, attempt: Attempt) -> Iterator[Event]:
-    """What an attempt recorded itself, in words."""
+    """Yield the events that an attempt recorded itself."""
     for row in rows:
         kind = row["kind"]
         if kind in _ELSEWHERE or (kind == "hang" and attempt.number in status.hangs()):
             continue
-        facts = {name: x for name, x in row.items() if name not in _OWN and x is not None}
-        said = ", ".join(f"{name.replace('_', ' ')} {_short(x)}" for name, x in facts.items())
-        text = kind.replace("_", " ") + (f": {said}" if said else "")
+        facts = {name: x for name, x in row.items() if name not in _COMMON and x is not None}
+        text_of = ", ".join(f"{name.replace('_', ' ')} {_short(x)}" for name, x in facts.items())
+        text = kind.replace("_", " ") + (f": {text_of}" if text_of else "")
         step = row.get("step")
         is_step = isinstance(step, int) and not isinstance(step, bool)
         yield Event(_SORTS.get(kind, "note"), text, step if is_step else None, row.get("time"))

@@ -1,4 +1,4 @@
-"""The charts of the page: which there are, and the numbers that page.js draws.
+"""The charts of the page: which there are, and the numbers that runs.js draws.
 
 Invariant: a chart without numbers is a sentence that says why. Numbers keep six digits; what isn't
 finite is null.
@@ -8,14 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from forescale.monitor.report.colours import LINES
 from forescale.monitor.report.curves import Array, Curves, Line
 from forescale.monitor.report.events import LOOKS, Event
+from forescale.pages.figure import LINES, rounded
 from forescale.run.abilities import column_of
 
-_DIGITS = 6
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")  # of the runs after those that differ by colour
 _MOST_EVENTS = 500  # that are drawn of one run
 _RATES, _EXTRA = "learning_rate.", "extra."
@@ -23,10 +20,12 @@ _RATES, _EXTRA = "learning_rate.", "extra."
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. lines: the names of the lines that it shows, of each run those that it has; held:
-    the number of held-out datasets that it shows instead, "" for none; log, zero: its y axis is
-    logarithmic, begins at 0; factor: what its numbers are multiplied with; events: it shows what
-    happened; smooth: it shows a running median beside the numbers; absent: why it has no numbers.
+    """One chart.
+
+    lines: the names of its lines; a run is drawn with those that it has; held: the score of
+    held-out datasets that is drawn instead, "" for none; log: the y axis is logarithmic; zero: it
+    begins at 0; factor: multiplies the numbers; events: rollbacks, failures and the like are
+    marked; smooth: a running median is drawn too; absent: the sentence if there are no numbers.
     """
 
     name: str
@@ -42,8 +41,8 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What is drawn of one run. saves: the steps of its checkpoints."""
+class RunCurves:
+    """The curves of one run. saves: the steps of its checkpoints."""
 
     label: str
     curves: Curves
@@ -67,40 +66,40 @@ _MAIN = (
 )  # fmt: skip
 
 
-def panels(runs: Sequence[Drawn]) -> list[Panel]:
+def panels(runs: Sequence[RunCurves]) -> list[Panel]:
     """Return the charts, in the order of the page."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves.lines))
     rates = tuple(name for name in names if name.startswith(_RATES))
     rate = Panel("learning-rate", "Learning rate", rates, zero=True,
                  absent="No row has a learning rate.")  # fmt: skip
-    more = [Panel("memory", "Memory of rank 0 (GiB)", ("memory",), zero=True, factor=2**-30)] * (
+    others = [Panel("memory", "Memory of rank 0 (GiB)", ("memory",), zero=True, factor=2**-30)] * (
         "memory" in names
     )
-    more += [
+    others += [
         Panel(f"extra-{i}", name.removeprefix(_EXTRA).replace("_", " "), (name,), smooth=True)
         for i, name in enumerate(n for n in names if n.startswith(_EXTRA))
     ]
-    return [*_MAIN[:3], rate, *_MAIN[3:], *more, *_of_abilities(runs)]
+    return [*_MAIN[:3], rate, *_MAIN[3:], *others, *_of_abilities(runs)]
 
 
-def _of_abilities(runs: Sequence[Drawn]) -> list[Panel]:
-    """Return the charts of what the runs can do (validation.abilities): of each task and number of
-    examples the accuracy, and the loss of an answer. None if nothing was measured."""
+def _of_abilities(runs: Sequence[RunCurves]) -> list[Panel]:
+    """Return the charts of abilities (validation.abilities): for each task and number of examples
+    the accuracy, and the loss of an answer. Empty if nothing was measured."""
     names = dict.fromkeys(n for run in runs for of in run.curves.scores.values() for n in of)
-    made = []
+    charts = []
     for name in names:
         if (column := column_of(name)) is None:
             continue
         after = f"{column.task} after {column.shots} example{'s' * (column.shots != 1)}"
         if column.kind == "nats":
-            made.append(Panel(name.replace("/", "-"), f"{after}: nats an answer", held=name))
+            charts.append(Panel(name.replace("/", "-"), f"{after}: nats an answer", held=name))
         else:
             title = f"{after}: right answers (%)"
-            made.append(Panel(name.replace("/", "-"), title, held=name, zero=True, factor=100))
-    return made
+            charts.append(Panel(name.replace("/", "-"), title, held=name, zero=True, factor=100))
+    return charts
 
 
-def has_numbers(panel: Panel, runs: Sequence[Drawn]) -> bool:
+def has_numbers(panel: Panel, runs: Sequence[RunCurves]) -> bool:
     """Return True if a run has a number that the chart shows."""
     if panel.held:
         return any(panel.held in of for run in runs for of in run.curves.scores.values())
@@ -112,17 +111,17 @@ def look(number: int) -> tuple[str, str]:
     return LINES[number % len(LINES)], _DASHES[number // len(LINES) % len(_DASHES)]
 
 
-def payload(runs: Sequence[Drawn], shown: Sequence[Panel], x: str) -> dict[str, Any]:
-    """Return all that page.js reads. x: what the curves are drawn over at first."""
+def payload(runs: Sequence[RunCurves], charts: Sequence[Panel], x: str) -> dict[str, Any]:
+    """Return the data of runs.js. x: what the curves are drawn over at first."""
     return {
         "x": x,
         "looks": LOOKS,
-        "panels": [vars(panel) for panel in shown],
+        "panels": [vars(panel) for panel in charts],
         "runs": [_run(run, *look(i)) for i, run in enumerate(runs)],
     }
 
 
-def _run(run: Drawn, colour: str, dash: str) -> dict[str, Any]:
+def _run(run: RunCurves, colour: str, dash: str) -> dict[str, Any]:
     curves = run.curves
     at = next((line.x for line in curves.lines.values()), {})
     return {
@@ -139,44 +138,31 @@ def _run(run: Drawn, colour: str, dash: str) -> dict[str, Any]:
         "dropped": [{"x": _places(line.x), **_line(line)} for line in curves.dropped],
         "broken": [_place(curves, step) for step in curves.broken[:_MOST_EVENTS]],
         "events": [
-            {"sort": e.sort, "what": e.text, "x": _place(curves, e.step)}
-            for e in _drawn(run.events)
+            {"sort": e.sort, "text": e.text, "x": _place(curves, e.step)}
+            for e in _placed(run.events)
         ],
         "saves": [_place(curves, step) for step in run.saves],
     }
 
 
-def _drawn(events: Iterable[Event]) -> list[Event]:
-    """Return the events that have a place; of very many, those that matter most."""
+def _placed(events: Iterable[Event]) -> list[Event]:
+    """Return the events that have a step; of very many, the most important ones."""
     order = [*LOOKS]
     placed = [e for e in events if e.step is not None]
-    kept = sorted(placed, key=lambda e: order.index(e.sort))[:_MOST_EVENTS]
-    return sorted(kept, key=lambda e: e.step or 0)
+    first = sorted(placed, key=lambda e: order.index(e.sort))[:_MOST_EVENTS]
+    return sorted(first, key=lambda e: e.step or 0)
 
 
 def _places(x: dict[str, Array]) -> dict[str, list[float | None]]:
-    return {name: _numbers(values) for name, values in x.items()}
+    return {name: rounded(values) for name, values in x.items()}
 
 
 def _place(curves: Curves, step: int | None) -> dict[str, float | None]:
-    found = curves.at(step or 0)
-    return {name: _number(x) for name, x in found.items()}
+    return {name: rounded([x])[0] for name, x in curves.at(step or 0).items()}
 
 
 def _line(line: Line) -> dict[str, Any]:
-    made = {"y": _numbers(line.y)}
+    numbers = {"y": rounded(line.y)}
     if line.low is not None and line.high is not None:
-        made |= {"low": _numbers(line.low), "high": _numbers(line.high)}
-    return made
-
-
-def _numbers(values: Array) -> list[float | None]:
-    return [*map(_number, values.tolist())]
-
-
-def _number(value: float) -> float | None:
-    if not np.isfinite(value):
-        return None
-    short = float(f"{value:.{_DIGITS}g}")
-    whole = float(f"{value:.12g}")  # a step or a number of tokens stays whole
-    return int(whole) if whole.is_integer() and abs(whole) < 2**53 else short
+        numbers |= {"low": rounded(line.low), "high": rounded(line.high)}
+    return numbers

@@ -1,4 +1,4 @@
-"""The tables of the page: what the runs have reached, where their time went, what happened.
+"""The tables of the page: the progress of the runs, where their time went, their events.
 
 Invariant: every number of a table is there in full (<data value=>); moments are in UTC.
 """
@@ -13,8 +13,8 @@ from forescale.console import span
 from forescale.monitor.goodput import BUCKETS
 from forescale.monitor.page import ranks_of
 from forescale.monitor.report.events import LOOKS, Event
-from forescale.monitor.report.sections import Cell, Section, number, percent
 from forescale.monitor.status import Status
+from forescale.pages.document import Cell, Section, number, percent, whole
 
 # The colours of the buckets of time, in their order; what is not in it is grey.
 _SHADES = {
@@ -29,16 +29,16 @@ _COLUMNS = 4  # so many runs are columns of the summary; more are its rows
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One run of the page: its status, its events, and what it is called here."""
+class ReportedRun:
+    """One run of the page: its label, status and events."""
 
     label: str
     status: Status
     events: Sequence[Event]
 
 
-def summary(runs: Sequence[Shown]) -> Section:
-    """Return what the runs have reached: a column each if they are few, else a row each."""
+def summary(runs: Sequence[ReportedRun]) -> Section:
+    """Return the progress of the runs: a column for each if they are few, else a row for each."""
     facts = [_reached(run.status) for run in runs]
     if all(of[_ACCURACY] == _MISSING for of in facts):
         facts = [{k: v for k, v in of.items() if k != _ACCURACY} for of in facts]
@@ -66,22 +66,18 @@ def _reached(s: Status) -> dict[str, Cell]:
     bits, accuracy = ((scored or {}).get(k) for k in ("bits_per_byte", "rewards/accuracies"))
     return {
         "state": s.state,
-        "step": Markup("{} of {}").format(_whole(s.step), _whole(s.job.total_steps)),
-        "tokens": _whole(s.tokens),
+        "step": Markup("{} of {}").format(whole(s.step), whole(s.job.total_steps)),
+        "tokens": whole(s.tokens),
         "training loss": number(last["loss"]) if last else _MISSING,
         "held-out loss": held,
         "bits per byte": number(bits) if bits is not None else _MISSING,
         _ACCURACY: percent(accuracy, 1) if accuracy is not None else _MISSING,
-        "tokens/s": _whole(round(rate)) if rate else _MISSING,
+        "tokens/s": whole(round(rate)) if rate else _MISSING,
         "MFU": percent(mfu, 1) if mfu else _MISSING,
         "ETTR": number(goodput.ettr, 3) if goodput.wall else _MISSING,
         "wall clock": span(goodput.wall) if goodput.wall else _MISSING,
         "last seen (UTC)": moment(s.last_seen),
     }
-
-
-def _whole(value: int) -> Markup:
-    return Markup('<data value="{}">{}</data>').format(value, f"{value:,}")
 
 
 def moment(seconds: float | None) -> str:
@@ -91,37 +87,37 @@ def moment(seconds: float | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
-def time_use(runs: Sequence[Shown]) -> Section:
+def time_use(runs: Sequence[ReportedRun]) -> Section:
     """Return where the wall clock of each run went."""
-    known = [run for run in runs if run.status.goodput.wall]
-    made = Section("time", "Where the time went", head=True, columns="last")
-    if not known:
-        made.absent = "No run has spent any time yet."
-        return made
-    buckets = [run.status.goodput.buckets for run in known]
+    started = [run for run in runs if run.status.goodput.wall]
+    section = Section("time", "Where the time went", head=True, columns="last")
+    if not started:
+        section.absent = "No run has spent any time yet."
+        return section
+    buckets = [run.status.goodput.buckets for run in started]
     names = [name for name in dict.fromkeys([*BUCKETS, *(n for of in buckets for n in of)])
              if any(name in of for of in buckets)]  # fmt: skip
-    made.key = [(name, _SHADES.get(name, "#59636e")) for name in names]
-    for run in known:
-        made.pictures.append((run.label, _bar(run, names), ""))
-    made.rows = [["seconds", *(run.label for run in known), "what it is"]]
+    section.key = [(name, _SHADES.get(name, "#59636e")) for name in names]
+    for run in started:
+        section.pictures.append((run.label, _bar(run, names), ""))
+    section.rows = [["seconds", *(run.label for run in started), "what it is"]]
     for name in names:
         cells = []
-        for run, of in zip(known, buckets, strict=True):
+        for run, of in zip(started, buckets, strict=True):
             spent, wall = of.get(name, 0.0), run.status.goodput.wall
             cells.append(Markup("{} ({})").format(number(spent, 4), percent(spent / wall, 1)))
-        made.rows.append([name, *cells, BUCKETS.get(name, "a phase of this run")])
-    for run in known:
+        section.rows.append([name, *cells, BUCKETS.get(name, "a phase of this run")])
+    for run in started:
         goodput, lost = run.status.goodput, run.status.lost()
         fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}"
-        made.after.append(
+        section.after.append(
             f"{run.label}: ETTR {goodput.ettr:.3f} (compute of kept steps / wall clock), {fails}, "
-            f"{lost.steps:,} steps made but not kept."
+            f"{lost.steps:,} steps discarded by rollbacks and restarts."
         )
-    return made
+    return section
 
 
-def _bar(run: Shown, names: Sequence[str]) -> Markup:
+def _bar(run: ReportedRun, names: Sequence[str]) -> Markup:
     goodput = run.status.goodput
     parts = Markup("").join(
         Markup('<i style="width: {:.3f}%; background: {}" title="{}"></i>').format(
@@ -131,56 +127,56 @@ def _bar(run: Shown, names: Sequence[str]) -> Markup:
         for name in names
         if name in goodput.buckets
     )  # fmt: skip
-    return Markup('<h3>{}</h3><div class="bar">{}</div>').format(
+    return Markup('<h3>{}</h3><div class="bar drawn">{}</div>').format(
         f"{run.label}: {span(goodput.wall)}", parts
     )
 
 
-def happened(runs: Sequence[Shown]) -> Section:
+def events(runs: Sequence[ReportedRun]) -> Section:
     """Return all events, the oldest first."""
-    made = Section("events", "What happened", head=True, columns="last")
-    found = [(run.label, e) for run in runs for e in run.events]
-    if not found:
-        made.absent = "Nothing but steps, evaluations and saves."
-        return made
-    found.sort(key=lambda pair: pair[1].time or 0.0)
+    section = Section("events", "What happened", head=True, columns="last")
+    rows = [(run.label, e) for run in runs for e in run.events]
+    if not rows:
+        section.absent = "Nothing but steps, evaluations and saves."
+        return section
+    rows.sort(key=lambda pair: pair[1].time or 0.0)
     several = len(runs) > 1
-    made.rows = [[*["run"] * several, "step", "when (UTC)", "what"]]
-    for label, e in found[:_MOST_ROWS]:
+    section.rows = [[*["run"] * several, "step", "when (UTC)", "what"]]
+    for label, e in rows[:_MOST_ROWS]:
         sign, colour, _ = LOOKS[e.sort]
-        text = Markup('<b style="color: {}">{}</b> {}').format(colour, sign, e.text)
-        step = _whole(e.step) if e.step is not None else "-"
-        made.rows.append([*[label] * several, step, moment(e.time), text])
-    if len(found) > _MOST_ROWS:
-        made.after = [f"And {len(found) - _MOST_ROWS:,} more, in the runs' events.jsonl."]
-    return made
+        text = Markup('<b class="drawn" style="color: {}">{}</b> {}').format(colour, sign, e.text)
+        step = whole(e.step) if e.step is not None else "-"
+        section.rows.append([*[label] * several, step, moment(e.time), text])
+    if len(rows) > _MOST_ROWS:
+        section.after = [f"And {len(rows) - _MOST_ROWS:,} more, in the runs' events.jsonl."]
+    return section
 
 
-def checkpoints(runs: Sequence[Shown]) -> Section:
+def checkpoints(runs: Sequence[ReportedRun]) -> Section:
     """Return the checkpoints that can be read."""
-    made = Section("checkpoints", "Checkpoints", head=True)
+    section = Section("checkpoints", "Checkpoints", head=True)
     several = len(runs) > 1
     head = ["step", "tokens", "MiB", "ranks", "attempt", "eligible", "pinned", "saved (UTC)"]
-    made.rows = [[*["run"] * several, *head]]
+    section.rows = [[*["run"] * several, *head]]
     for run in runs:
         s = run.status
         for c in s.checkpoints:
-            words = ["yes" if yes else "no" for yes in (s.is_eligible(c), s.is_pinned(c))]
-            cells = [_whole(c.position.step), _whole(c.position.tokens), number(c.size / 2**20, 4),
-                     ranks_of(c.state), str(c.attempt), *words,
+            answers = ["yes" if yes else "no" for yes in (s.is_eligible(c), s.is_pinned(c))]
+            cells = [whole(c.position.step), whole(c.position.tokens), number(c.size / 2**20, 4),
+                     ranks_of(c.state), str(c.attempt), *answers,
                      moment(c.path.stat().st_mtime)]  # fmt: skip
-            made.rows.append([*[run.label] * several, *cells])
+            section.rows.append([*[run.label] * several, *cells])
         unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
         if unreadable:
-            made.after.append(
+            section.after.append(
                 f"{run.label}: {unreadable} more can't be read: forescale check {s.run.path}"
             )
-    if len(made.rows) == 1:
-        made.rows, made.absent = [], "No checkpoint was saved yet, or none is left."
-    return made
+    if len(section.rows) == 1:
+        section.rows, section.absent = [], "No checkpoint was saved yet, or none is left."
+    return section
 
 
-def key_of_events(runs: Sequence[Shown]) -> list[tuple[Cell, str]]:
+def key_of_events(runs: Sequence[ReportedRun]) -> list[tuple[Cell, str]]:
     """Return the signs that the charts use, with their colours."""
     sorts = {e.sort for run in runs for e in run.events if e.step is not None}
     return [

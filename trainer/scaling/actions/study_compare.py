@@ -9,7 +9,7 @@ from forescale.errors import DONE
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, print_json
 from forescale.scaling.analysis.comparison import as_dict, compare
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.answers import show_comparison
+from forescale.scaling.report.answers_text import show_comparison
 from forescale.scaling.study.groups import read_groups
 
 ACTION = Action(
@@ -27,7 +27,7 @@ def main(job: StudyJob) -> int:
     """Print the comparison; with `to`, also write its picture."""
     comparison = compare(read_groups(job), job)
     if job.to:
-        from forescale.scaling.report.compare import write  # plotly and matplotlib are slow
+        from forescale.scaling.report.comparison_page import write  # matplotlib is slow
 
         path = Path(job.to).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,9 @@ from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import as_dict
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.recipes.terminal import show_recipes
-from forescale.scaling.report.tasks.terminal import show_task
-from forescale.scaling.report.terminal import show
+from forescale.scaling.report.fit_text import show
+from forescale.scaling.report.recipes_text import show_recipes
+from forescale.scaling.report.task_text import show_task
 from forescale.scaling.study.inputs import read
 from forescale.scaling.study.tasks import with_outcome
 from forescale.scaling.tasks.answer import answer_as_dict, task_of

@@ -8,7 +8,7 @@ from forescale.errors import DONE, UserError
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.terminal import show_score
+from forescale.scaling.report.fit_text import show_score
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.local import Launcher
 from forescale.scaling.study.queue import Queue

@@ -13,7 +13,7 @@ from forescale.scaling.actions.shared import (
 from forescale.scaling.analysis.forecast import write_forecast
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.tasks.words import prediction_of
+from forescale.scaling.report.task_text import prediction_of
 from forescale.scaling.tasks.answer import task_of
 from forescale.scaling.tasks.forecast import facts_of
 

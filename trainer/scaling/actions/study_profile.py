@@ -7,7 +7,7 @@ from forescale.scaling.actions.shared import LAW, RUNS, STUDY, print_json, read_
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.profile import profiles
-from forescale.scaling.report.answers import show_profiles
+from forescale.scaling.report.answers_text import show_profiles
 
 ACTION = Action(
     "Find how far E and each exponent can go before the fit becomes clearly worse.",

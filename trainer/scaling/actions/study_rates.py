@@ -6,7 +6,7 @@ from forescale.errors import DONE
 from forescale.scaling.actions.shared import RUNS, STUDY, TARGET, print_json, read_one_recipe
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.rate_laws import as_dict, rate_laws
-from forescale.scaling.report.answers import show_rates
+from forescale.scaling.report.answers_text import show_rates
 
 ACTION = Action(
     "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",

@@ -36,7 +36,7 @@ def main(job: StudyJob) -> int:
 
 
 def _report_recipes(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    from forescale.scaling.report.recipes.page import write  # plotly and matplotlib are slow
+    from forescale.scaling.report.recipes_page import write  # matplotlib is slow
 
     recipes = Multipliers(table, job, where)
     page, *_ = write(recipes, table, job.report, ["forescale", *sys.argv[1:]])
@@ -48,7 +48,7 @@ def _report_recipes(job: StudyJob, table: pd.DataFrame, where: str) -> int:
 
 def _report_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     from forescale.scaling.report.evidence import gather
-    from forescale.scaling.report.html import beside, write
+    from forescale.scaling.report.fit_page import beside, write
 
     evidence = gather(job, table)
     task: TaskAnswer | str | None = None

@@ -8,8 +8,8 @@ from forescale.errors import DONE, UserError
 from forescale.scaling.actions.shared import RUNS, STUDY, print_json, read_one_recipe
 from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.tasks.terminal import show_task_forecasts
-from forescale.scaling.report.terminal import show_score
+from forescale.scaling.report.fit_text import show_score
+from forescale.scaling.report.task_text import show_task_forecasts
 from forescale.scaling.study.tasks import with_columns
 from forescale.scaling.tasks.forecast import columns_of, score_tasks
 

@@ -1,4 +1,4 @@
-"""What a report shows besides the law: all records, the forecasts, sweeps, noise and costs.
+"""The evidence of a report besides the law: all records, the forecasts, sweeps, noise and costs.
 
     records        every record, with repeats and sweeps, to which the law is not fitted
     forecasts      with the observed losses and their score
@@ -62,7 +62,7 @@ class SweepResponse:
         return np.log(self.losses) - self.least
 
     @property
-    def found(self) -> int:
+    def lowest(self) -> int:
         """The index of the best run."""
         return int(np.argmin(self.losses))
 
@@ -101,7 +101,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class StudyEvidence:
-    """All that a report shows besides the law.
+    """All evidence of a report besides the law.
 
     folder, cap, statuses: of a planned study: its directory, FLOPs, and number of cells by status;
     versions: package versions of its runs; times: first start and last end, seconds since 1970.
@@ -128,19 +128,19 @@ class StudyEvidence:
 
 
 def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
-    """Return what a report shows of these records, and of the planned study that they belong to.
-    Raises UserError if the hash chain of the forecasts is broken."""
-    found = read_forecasts(job.forecasts)
-    scored = score(found, table) if found else None
+    """Return the evidence of these records, and of their study if it is a planned one. Raises
+    UserError if the hash chain of the forecasts is broken."""
+    forecasts = read_forecasts(job.forecasts)
+    scored = score(forecasts, table) if forecasts else None
     if job.input or not (job.folder / "plan.json").is_file():
-        return evidence(job, table, (), forecasts=found, score=scored)
+        return evidence(job, table, (), forecasts=forecasts, score=scored)
     study = Study(job.folder)
     states = study.states()
     runs = {s.cell.name: study.run(s.cell.name) for s in states}
     started = {name: Status(run) for name, run in runs.items() if run.config.is_file()}
     launches = [x for status in started.values() for x in status.goodput.launches]
     return evidence(
-        job, table, states, forecasts=found, score=scored,
+        job, table, states, forecasts=forecasts, score=scored,
         stages=[_stage(s.number, study, states, started, table) for s in study.plan.stages],
         folder=str(job.folder), cap=study.plan.cap, statuses=Counter(s.status for s in states),
         versions=_versions([read_json(runs[name].identity)["versions"] for name in started]),
@@ -151,13 +151,13 @@ def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
 def evidence(
     job: StudyJob, table: pd.DataFrame, states: Sequence[CellState] = (), **known: Any
 ) -> StudyEvidence:
-    """Return what the records show themselves; states: to add the cells that diverged."""
+    """Return the evidence of the records alone. states: of the cells; some may have diverged."""
     if "role" not in table:
         return StudyEvidence(table, **known)
-    bad = [s.cell for s in states if s.status == "diverged"]
+    diverged = [s.cell for s in states if s.status == "diverged"]
     size, gone = f"parameters_{job.size}", {
-        "learning_rate": [(c.cell_of, c.learning_rate) for c in bad if c.role in _RATES],
-        "batch": [(c.cell_of, float(c.global_batch)) for c in bad if c.role == "batch"],
+        "learning_rate": [(c.cell_of, c.learning_rate) for c in diverged if c.role in _RATES],
+        "batch": [(c.cell_of, float(c.global_batch)) for c in diverged if c.role == "batch"],
     }  # fmt: skip
     noise = noise_of(table, f"flops_{job.cost}")
     rates = list(_sweeps(table, size, "learning_rate", _RATES, 3, gone["learning_rate"]))
@@ -170,12 +170,12 @@ def _sweeps(
     diverged: Sequence[tuple[str, float]],
 ) -> Iterator[SweepResponse]:  # fmt: skip
     """The sweeps with `least` or more values, diverged runs included."""
-    own = table[table["role"].isin(roles)]
-    for cell, runs in own.groupby("cell_of", sort=False):
+    rows = table[table["role"].isin(roles)]
+    for cell, runs in rows.groupby("cell_of", sort=False):
         runs = runs.drop_duplicates(column)
-        more = [value for name, value in diverged if name == cell]
-        values = np.array([*runs[column].astype(float), *more])
-        losses = np.array([*runs["loss"], *[math.inf] * len(more)])
+        gone = [value for name, value in diverged if name == cell]
+        values = np.array([*runs[column].astype(float), *gone])
+        losses = np.array([*runs["loss"], *[math.inf] * len(gone)])
         if len(np.unique(values)) >= least:
             order, first = np.argsort(values), runs.iloc[0]
             budget = float(first["budget"]) if "budget" in runs else None
@@ -190,14 +190,14 @@ def sweep_response(
     """Return the response of one sweep. values: (n,), increasing; losses: inf if diverged. The best
     value is the minimum of the parabola through the best run and its neighbours (see `tuned`)."""
     i = int(np.argmin(losses))
-    own = float(values[i])
-    t = Tuned(own, 0.0, False)
+    lowest = float(values[i])
+    t = Tuned(lowest, 0.0, False)
     if len(values) >= 3:
         t = tuned(values.tolist(), losses.tolist())
     floor = float(np.log(losses[i])) - t.gap
     at = (cell, stage, budget, parameters, tokens)
     return SweepResponse(
-        *at, values, losses, t.learning_rate, floor, t.inside, t.bend, t.ends or (own, own)
+        *at, values, losses, t.learning_rate, floor, t.inside, t.bend, t.ends or (lowest, lowest)
     )
 
 
@@ -206,17 +206,18 @@ def _stage(
     table: pd.DataFrame,
 ) -> StageCost:  # fmt: skip
     planned = next(s for s in study.plan.stages if s.number == number)
-    own = [s for s in states if s.cell.stage == number]
+    cells = [s for s in states if s.cell.stage == number]
     seconds = Counter[str]()
-    for s in own:
+    for s in cells:
         if s.cell.name in started:
             seconds.update(started[s.cell.name].goodput.buckets)
     hours = None
     if "device_hours" in table and table["device_hours"].notna().all():
         hours = float(table.loc[table["stage"] == number, "device_hours"].sum())
     return StageCost(
-        number, planned.budget, len(own), sum(s.has_ended for s in own), sum(s.spent for s in own),
-        planned.low, planned.high, seconds, hours, all(s.cell.role == "target" for s in own),
+        number, planned.budget, len(cells), sum(s.has_ended for s in cells),
+        sum(s.spent for s in cells), planned.low, planned.high, seconds, hours,
+        all(s.cell.role == "target" for s in cells),
     )  # fmt: skip
 
 

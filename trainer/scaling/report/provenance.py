@@ -16,14 +16,13 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from forescale.monitor.report.sections import Cell, number
+from forescale.pages.document import Cell, Section, code, number
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.report.evidence import StudyEvidence
-from forescale.scaling.report.sections import Section
 from forescale.storage import hash_file
 
 RECORDS = "records.csv"
-_PACKAGES = ("forescale", "numpy", "scipy", "pandas", "plotly")
+_PACKAGES = ("forescale", "numpy", "scipy", "pandas")
 # Columns of the records by their label on the page: one value for all, or each with its count.
 _SHARED = {
     "Loss": "loss_definition",
@@ -42,7 +41,7 @@ _SHARED = {
     "Hardware": "device",
     "Ranks per run": "world_size",
 }
-_MOST = 4  # of the different values, this many are listed
+_MOST = 4  # different values that are listed
 
 
 def as_csv(records: pd.DataFrame) -> bytes:
@@ -51,7 +50,7 @@ def as_csv(records: pd.DataFrame) -> bytes:
 
 
 def provenance(
-    made: StudyFit | str, seen: StudyEvidence, where: str, command: Sequence[str]
+    study: StudyFit | str, evidence: StudyEvidence, where: str, command: Sequence[str]
 ) -> Section:  # fmt: skip
     """Return the section. where: the file, or how to call the runs; command: the command line that
     made the page."""
@@ -59,26 +58,26 @@ def provenance(
     rows: list[list[Cell]] = [
         ["Runs", where],
         ["SHA-256", hash_file(file).sha256 if file.is_file() else "the runs are not one file"],
-        ["Records", _link(seen.records)],
+        ["Records", _link(evidence.records)],
     ]
-    if isinstance(made, StudyFit):
-        rows += _of_fit(made, seen)
-    rows += _of_runs(seen)
+    if isinstance(study, StudyFit):
+        rows += _of_fit(study, evidence)
+    rows += _of_runs(evidence)
     rows += [
         ["Made with", ", ".join(f"{name} {v}" for name, v in _versions().items())],
-        ["Command", Markup("<code>{}</code>").format(shlex.join(command))],
+        ["Command", code(shlex.join(command))],
     ]
     return Section("provenance", "Where the numbers come from", rows=rows)
 
 
-def counted(made: StudyFit) -> tuple[str, str, str]:
+def counted(study: StudyFit) -> tuple[str, str, str]:
     """Return how N, C and the loss are counted. The columns of a foreign table count as they
     say."""
-    table, p = made.table, made.all_points
-    size = "as the table counts" if "parameters" in table else made.job.size.replace("_", " ")
-    cost = "as the table counts" if "flops" in table else made.job.cost
-    ours = "validation" in table or "loss_definition" in table
-    unit = "nats a token" if ours else "the table's unit"
+    table, p = study.table, study.all_points
+    size = "as the table counts" if "parameters" in table else study.job.size.replace("_", " ")
+    cost = "as the table counts" if "flops" in table else study.job.cost
+    is_native = "validation" in table or "loss_definition" in table
+    unit = "nats a token" if is_native else "the table's unit"
     return size, "6 N D" if p.flops is None else cost, unit
 
 
@@ -90,42 +89,42 @@ def _link(records: pd.DataFrame) -> Cell:
     return Markup(text).format(RECORDS, coded, RECORDS, *records.shape, digest)
 
 
-def _of_fit(made: StudyFit, seen: StudyEvidence) -> list[list[Cell]]:
-    job, (size, cost, unit) = made.job, counted(made)
+def _of_fit(study: StudyFit, evidence: StudyEvidence) -> list[list[Cell]]:
+    job, (size, cost, unit) = study.job, counted(study)
     chosen = [f"{k} = {v}" for k, v in job.rows.items()]
-    chosen += [f"{ours} is its {theirs!r}" for ours, theirs in job.columns.items()]
-    aside = len(seen.records) - len(made.all_points)
-    more = f"; {aside} more are sweeps, repeats, or have no loss" if aside > 0 else ""
-    own = [["Rows and columns", "; ".join(chosen) or "all, by its own names"]]
+    chosen += [f"{name} is its {column!r}" for name, column in job.columns.items()]
+    aside = len(evidence.records) - len(study.all_points)
+    others = f"; {aside} more are sweeps, repeats, or have no loss" if aside > 0 else ""
+    rows_of = [["Rows and columns", "; ".join(chosen) or "all, by its own names"]]
     return [
-        *(own if not seen.folder else []),
-        ["Fitted to", f"{len(made.points)} of {len(made.all_points)} runs{more}"],
+        *(rows_of if not evidence.folder else []),
+        ["Fitted to", f"{len(study.points)} of {len(study.all_points)} runs{others}"],
         ["N", size],
         ["C", cost],
-        ["D", "tokens of training, repeated ones included" if "steps" in made.table
-         else "as the table counts" if "tokens" in made.table else "C / 6 N"],
-        *([["Loss", unit]] if "loss_definition" not in seen.records else []),
-        ["Law", made.form.source],
-        ["Objective", str(made.fit.objective)],
+        ["D", "tokens of training, repeated ones included" if "steps" in study.table
+         else "as the table counts" if "tokens" in study.table else "C / 6 N"],
+        *([["Loss", unit]] if "loss_definition" not in evidence.records else []),
+        ["Law", study.form.source],
+        ["Objective", str(study.fit.objective)],
         ["Resampling", f"{job.bootstraps} fits, of {job.resample} if it applies, seed {job.seed}"],
     ]  # fmt: skip
 
 
-def _of_runs(seen: StudyEvidence) -> list[list[Cell]]:
-    table = seen.records
+def _of_runs(evidence: StudyEvidence) -> list[list[Cell]]:
+    table = evidence.records
     rows: list[list[Cell]] = [
         [label, _values(table[column])] for label, column in _SHARED.items() if column in table
     ]
-    if seen.versions:
-        each = (f"{name} {' and '.join(found)}" for name, found in seen.versions.items())
-        rows.append(["Packages of the runs", ", ".join(each)])
+    if evidence.versions:
+        packages = (f"{name} {' and '.join(each)}" for name, each in evidence.versions.items())
+        rows.append(["Packages of the runs", ", ".join(packages)])
     if "device_hours" in table and table["device_hours"].notna().all():
         hours = number(float(table["device_hours"].sum()), 4)
         rows.append(["Device-hours", Markup("{} in {} runs").format(hours, len(table))])
-    if seen.times:
-        rows.append(["Trained", " to ".join(map(_utc, seen.times))])
-    if seen.folder:
-        text = f"{seen.folder}: study.yaml, plan.json, events.jsonl, cells, forecasts"
+    if evidence.times:
+        rows.append(["Trained", " to ".join(map(_utc, evidence.times))])
+    if evidence.folder:
+        text = f"{evidence.folder}: study.yaml, plan.json, events.jsonl, cells, forecasts"
         rows.append(["Study", text])
     return rows
 
@@ -134,9 +133,9 @@ def _values(column: pd.Series) -> str:
     counts = column.astype(object).where(column.notna(), "not known").value_counts(sort=True)
     if len(counts) == 1:
         return str(counts.index[0])
-    found = [f"{value} ({n} runs)" for value, n in counts.items()]
-    more = f" and {len(found) - _MOST} others" if len(found) > _MOST else ""
-    return "; ".join(found[:_MOST]) + more
+    texts = [f"{value} ({n} runs)" for value, n in counts.items()]
+    rest = f" and {len(texts) - _MOST} others" if len(texts) > _MOST else ""
+    return "; ".join(texts[:_MOST]) + rest
 
 
 def _utc(seconds: float) -> str:
@@ -144,10 +143,10 @@ def _utc(seconds: float) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
+    versions = {"Python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions

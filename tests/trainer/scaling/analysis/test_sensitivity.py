@@ -12,7 +12,7 @@ from forescale.scaling.analysis.sensitivity import conventions
 from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.report.terminal import show
+from forescale.scaling.report.fit_text import show
 
 LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 

@@ -12,7 +12,7 @@ from forescale.scaling.fitting.experts import EXPERTS
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.report.figures import Figures
+from forescale.scaling.report.fit_figures import Figures
 from tests.trainer.scaling.some_laws import MIXTURE
 
 DENSE = {s: MIXTURE[s] for s in CHINCHILLA.symbols}

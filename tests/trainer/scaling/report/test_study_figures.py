@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from forescale import cli
+from forescale.pages.figure import shades
 from forescale.scaling.analysis.table_fit import StudyFit
-from forescale.scaling.report import html as module
+from forescale.scaling.report import fit_page as module
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import evidence, gather, sweep_response
-from forescale.scaling.report.style import shades
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import train
 from tests.trainer.scaling.simulated_study import BEND, BEST, BUDGETS, job, known, records
@@ -40,9 +40,13 @@ def text(html):
 
 
 def dots(figure):
-    """(symbol, x, y) of each dot."""
-    marked = [t for t in figure.data if t.mode == "markers"]
-    return [d for t in marked for d in zip(t.marker.symbol, t.x, t.y, strict=True)]
+    """(shape, x, y) of each dot; the shape of a hollow one is with a ring."""
+    return [
+        (t.shapes[0] + " ring" * hollow, x, y)
+        for t in figure.traces
+        if t.kind == "dots"
+        for hollow, x, y in zip(t.hollow, t.x, t.y, strict=True)
+    ]
 
 
 def of_cell(seen, name):
@@ -65,8 +69,8 @@ def test_a_best_rate_at_an_edge_is_hollow_and_noted(seen, html):
     assert not edge.inside
     assert edge.bend is None
     drawn = dots(figures.sweep_responses([edge], "learning rate", {}))
-    assert ("circle-open", 1.0, 0.0) in drawn
-    assert [s for s, *_ in drawn].count("circle-open") == 1
+    assert ("circle ring", 1.0, 0.0) in drawn
+    assert [s for s, *_ in drawn].count("circle ring") == 1
     assert "s3-n4: the best of 4 learning rates, 0.02, is at the edge" in text(html)
     inside = dots(figures.sweep_responses([of_cell(seen, "s1-n0")], "learning rate", {}))
     assert {s for s, *_ in inside} == {"circle"}
@@ -77,16 +81,16 @@ def test_a_diverged_run_is_a_cross_at_the_top(seen, html):
     assert edge.values[-1] == 0.08
     assert edge.losses[-1] == np.inf
     drawn = dots(figures.sweep_responses([edge], "learning rate", {}))
-    highest = max(y for s, _, y in drawn if s != "x")
-    assert [(x, y > highest) for s, x, y in drawn if s == "x"] == [(4.0, True)]
+    highest = max(y for s, _, y in drawn if s != "cross")
+    assert [(x, y > highest) for s, x, y in drawn if s == "cross"] == [(4.0, True)]
     assert "s3-n4: 1 of 4 learning rates diverged" in text(html)
 
 
 def test_curves_pass_through_the_runs_in_the_colour_of_their_budget(seen):
     colours = shades(np.array(BUDGETS))
     found = of_cell(seen, "s2-n0")
-    (curve, *_) = figures.sweep_responses([found], "learning rate", colours).data
-    assert curve.line.color == colours[BUDGETS[1]]
+    (curve, *_) = figures.sweep_responses([found], "learning rate", colours).traces
+    assert curve.colours[0] == colours[BUDGETS[1]]
     assert curve.y[[0, -1]] == pytest.approx(100 * found.rise[[0, -1]])
 
 
@@ -95,7 +99,7 @@ def test_runs_beyond_the_parabola_are_joined_by_thin_lines():
         "a", 1, None, 1e5, 1e6, np.array([1, 2, 4, 8.0]), np.array([9, 2, 1.9, 2.5])
     )
     assert found.ends == (2.0, 8.0)
-    thin = [t for t in figures.sweep_responses([found], "batch", {}).data if t.line.width == 0.7]
+    thin = [t for t in figures.sweep_responses([found], "batch", {}).traces if t.width == 0.7]
     assert [t.x.tolist() for t in thin] == [[1 / found.best, 2 / found.best]]
 
 
@@ -110,28 +114,29 @@ def test_two_batches_give_no_optimum():
     table = records()
     (check,) = evidence(job(), table[table["name"] != "s2-n2-batch-4"]).batch_sweeps
     assert not check.inside
-    assert dots(figures.sweep_responses([check], "batch", {}))[0][0] == "circle-open"
+    assert dots(figures.sweep_responses([check], "batch", {}))[0][0] == "circle ring"
 
 
 def test_forecasts_are_ordered_by_compute_and_show_the_observed_losses(seen, html):
     figure = figures.forecasts(seen.forecasts)
     order = ("s3-n2", "s3-n1", "target")
-    assert set(figure.layout.yaxis.ticktext[:2]) == set(order[:2])
-    assert figure.layout.yaxis.ticktext[2] == "target"
-    drawn = {figure.layout.yaxis.ticktext[int(y)]: (s, x) for s, x, y in dots(figure)}
+    labels = [label for _, label in figure.y.ticks]
+    assert set(labels[:2]) == set(order[:2])
+    assert labels[2] == "target"
+    drawn = {labels[int(y)]: (s, x) for s, x, y in dots(figure)}
     for forecast in seen.forecasts:
         f, outcome = forecast.facts, forecast.outcome
         symbol, error = drawn[f["target"]["run"]]
         if outcome is None:
-            assert (symbol, error) == ("circle-open", 0.0)
+            assert (symbol, error) == ("circle ring", 0.0)
             continue
         inside = f["interval"][0] <= outcome["loss"] <= f["interval"][1]
         assert symbol == ("circle" if inside else "diamond")
         assert error == pytest.approx(100 * (outcome["loss"] / f["loss"] - 1))
-    assert sorted(s for s, _ in drawn.values()) == ["circle", "circle-open", "diamond"]
-    outer, inner = (t for t in figure.data if t.mode == "lines")
+    assert sorted(s for s, _ in drawn.values()) == ["circle", "circle ring", "diamond"]
+    outer, inner = (t for t in figure.traces if t.kind == "line")
     first = next(c for c in seen.forecasts if c.facts["target"]["run"] == order[0])
-    at = 3 * list(figure.layout.yaxis.ticktext).index(order[0])
+    at = 3 * labels.index(order[0])
     for drawn_ends, name in ((outer, "interval"), (inner, "interval_50")):
         ends = [100 * (x / first.facts["loss"] - 1) for x in first.facts[name]]
         assert drawn_ends.x[at : at + 2].tolist() == pytest.approx(ends)
@@ -146,7 +151,7 @@ def test_coverage_and_skill_are_in_the_caption(seen, html):
 
 def test_seeds_of_weights_and_of_data_have_different_symbols(seen, html):
     figure = figures.repeats(seen.records, seen.noise.levels)
-    kinds = {t.marker.symbol[0]: t.x.tolist() for t in figure.data}
+    kinds = {t.shapes[0]: t.x.tolist() for t in figure.traces}
     assert {symbol: len(x) for symbol, x in kinds.items()} == {
         "circle": 1,
         "square": 2,
@@ -157,7 +162,7 @@ def test_seeds_of_weights_and_of_data_have_different_symbols(seen, html):
     own = seen.records[seen.records["cell_of"] == "s2-n2"]
     own = own[own["role"] != "batch"]
     y = 100 * np.log(own["loss"].to_numpy())
-    assert sorted(v for t in figure.data for v in t.y) == pytest.approx(sorted(y - y.mean()))
+    assert sorted(v for t in figure.traces for v in t.y) == pytest.approx(sorted(y - y.mean()))
     assert repr(level.weights.sd) in section(html, "noise")
 
 
@@ -166,9 +171,9 @@ def test_costs_are_compared_with_the_plan_and_the_cap(seen, html):
     assert repr(sum(s.spent for s in seen.stages)) in shown
     assert [s.ettr for s in seen.stages] == pytest.approx([0.6, 0.75, 9 / 11])
     assert all(repr(s.ettr) in shown for s in seen.stages)
-    bars = figures.hours(seen.stages).data
+    bars = figures.hours(seen.stages).traces
     for i in range(3):
-        assert sum(bar.x[i] for bar in bars) == pytest.approx(100)
+        assert sum(bar.high[i] - bar.x[i] for bar in bars) == pytest.approx(100)
 
 
 def test_provenance_names_data_code_hardware_and_time(html):
@@ -205,8 +210,6 @@ def test_names_of_runs_are_shown_as_text(tmp_path):
     html = module.page("no", own, "cells", COMMAND).split("</head>")[1]
     assert "onerror" in html
     assert "<img" not in html
-    for made in (figures.forecasts(own.forecasts), figures.repeats(own.records, own.noise.levels)):
-        assert "<img" not in str(made)
 
 
 def test_runs_without_a_plan_bring_no_forecasts_or_costs(tmp_path, seen):

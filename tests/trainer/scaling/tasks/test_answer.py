@@ -11,10 +11,9 @@ from rich.console import Console
 from forescale.scaling.analysis.forecast import Forecast
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
-from forescale.scaling.report.figures import Figures
-from forescale.scaling.report.tasks.section import task_section
-from forescale.scaling.report.tasks.terminal import show_task, show_task_forecasts
-from forescale.scaling.report.tasks.words import prediction_of
+from forescale.scaling.report.fit_figures import Figures
+from forescale.scaling.report.task_section import task_section
+from forescale.scaling.report.task_text import prediction_of, show_task, show_task_forecasts
 from forescale.scaling.tasks.answer import answer_as_dict, task_of
 from forescale.scaling.tasks.forecast import columns_of, facts_of, score_tasks
 from tests.trainer.scaling.analysis.test_task_fit import table
@@ -94,13 +93,12 @@ def test_the_figures_show_the_runs_the_link_and_the_prediction(made):
     by_loss, by_compute = (picture for _, picture, _ in section.pictures)
     rows = made.fit.law.table
     for picture, x in ((by_loss, rows.loss), (by_compute, 6 * rows.parameters * rows.tokens)):
-        dots = next(t for t in picture.data if t.mode == "markers" and len(t.x) == len(rows))
+        dots = next(t for t in picture.traces if t.kind == "dots" and len(t.x) == len(rows))
         assert list(dots.x) == pytest.approx(list(x))
         assert list(dots.y) == pytest.approx(list(rows.outcome))
-        star = next(t for t in picture.data if t.name == "target")
+        star = next(t for t in picture.traces if t.name == "target")
         assert star.y[0] == pytest.approx(made.fit.chained.value)
-        ends = star.y[0] - star.error_y.arrayminus[0], star.y[0] + star.error_y.array[0]
-        assert ends == pytest.approx(made.fit.chained.outer)
-    predicted = next(t for t in by_compute.data if t.name == "predicted")
+        assert star.ends == pytest.approx(made.fit.chained.outer)
+    predicted = next(t for t in by_compute.traces if t.name == "predicted")
     assert np.all(np.diff(predicted.y) > 0)
     assert task_section("no runs", figures).absent == "The metric can't be fitted: no runs"

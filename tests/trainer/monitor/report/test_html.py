@@ -8,7 +8,7 @@ from html import unescape
 
 import pytest
 
-from forescale.monitor.report.page import labels, page
+from forescale.monitor.report.html import labels, page
 from forescale.run.directory import Run
 from tests.trainer.monitor.changed_run import changed_rows
 from tests.trainer.offline_tab import offline_tab
@@ -93,7 +93,7 @@ def test_text_of_a_run_is_text_on_the_page(own_run):
     assert html.count("<script") == 2 == html.count("</script>")
     assert HOSTILE in section(html, "events") or HOSTILE in unescape(html)
     (event,) = data_of(html)["runs"][0]["events"]
-    assert HOSTILE in event["what"]
+    assert HOSTILE in event["text"]
 
 
 def test_a_run_without_a_step_or_an_evaluation_says_so(own_run, forescale):

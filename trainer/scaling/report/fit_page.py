@@ -1,57 +1,73 @@
-"""`study report`: one HTML file of a fit that opens anywhere, without a network.
+"""`study report`: the page of a fit, and beside it the main figures for papers and the records.
 
-Its order: the answer, the doubts, the figures, the numbers, and where they come from.
+The order of the page: the answer, the doubts, the figures, the numbers, and where they come from.
 
 Invariant: the same study and versions give the same bytes. Every number in a table is there in full
 (<data value=>). A section without data says why. Nothing is loaded from elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from forescale.monitor.report.rendering import render
-from forescale.monitor.report.sections import Cell, number, percent, span
+from forescale.pages.document import Cell, Section, number, percent, render, span
+from forescale.pages.figure import Figure, shades
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
-from forescale.scaling.report import study_sections, style
+from forescale.scaling.report import study_sections
 from forescale.scaling.report.evidence import StudyEvidence
-from forescale.scaling.report.figures import Figures
+from forescale.scaling.report.fit_figures import Figures, flops_key
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
-from forescale.scaling.report.sections import Section, flops_key
-from forescale.scaling.report.tasks.section import task_section
+from forescale.scaling.report.task_section import task_section
 from forescale.scaling.report.words import doubt_of, skill_lines
 from forescale.scaling.tasks.answer import TaskAnswer
 from forescale.storage import write_file
 
+MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # sections for papers
 _SYMBOLS = (
     "N: model parameters. D: training tokens. C: training compute in FLOPs. L: loss. A star, as in "
     "N*, marks the best value for a given compute."
 )
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write(
-    made: StudyFit | str,
-    seen: StudyEvidence,
+    study: StudyFit | str,
+    evidence: StudyEvidence,
     path: Path,
     where: str,
     command: Sequence[str],
     task: TaskAnswer | str | None = None,
-) -> None:
-    """Write the report, each file atomically: the page, and in the folder `beside(path)` the main
-    figures for papers and the records. For the arguments see `page`."""
-    # matplotlib is slow to import.
-    from forescale.scaling.report.paper import write_pictures
+) -> list[Path]:
+    """Write the report, and return the paths. For the arguments see `page`."""
+    sections = _sections(study, evidence, where, command, task)
+    main = {s.name: s for s in sections if s.name in MAIN}
+    html = _rendered(study, sections, where)
+    return write_report(path, html, main, evidence.records)
 
-    sections = _sections(made, seen, where, command, task)
+
+def write_report(
+    path: Path, html: str, figures: Mapping[str, Section], records: pd.DataFrame | None = None
+) -> list[Path]:
+    """Write a page, and in the folder `beside(path)` the figures of sections as NAME.png and
+    NAME.svg, those of one section below each other, and the records; each file atomically. Return
+    the paths."""
+    from forescale.pages.picture import pictures  # matplotlib is slow to import
+
+    files = {path: html.encode()}
     folder = beside(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(path, _rendered(made, sections, where).encode())
-    write_file(folder / RECORDS, as_csv(seen.records))
-    write_pictures(sections, folder)
+    if records is not None:
+        files[folder / RECORDS] = as_csv(records)
+    for name, section in figures.items():
+        panels = [p for _, p, _ in section.pictures if isinstance(p, Figure)]
+        if panels:
+            drawn = pictures(panels, section.key)
+            files |= {folder / f"{name}.{form}": data for form, data in drawn.items()}
+    for file, data in files.items():
+        write_file(file, data)
+    return [*files]
 
 
 def beside(path: Path) -> Path:
@@ -60,103 +76,102 @@ def beside(path: Path) -> Path:
 
 
 def page(
-    made: StudyFit | str,
-    seen: StudyEvidence,
+    study: StudyFit | str,
+    evidence: StudyEvidence,
     where: str,
     command: Sequence[str],
     task: TaskAnswer | str | None = None,
 ) -> str:
     """Return the report as HTML.
 
-    made: the fit, or why there is none yet; where: the file, or how to call the runs; command: the
-    command line that made the report; task: the answer about a metric, or why there is none.
+    study: the fit, or why there is none yet; where: the file, or a name of the runs; command: the
+    command line that study the report; task: the answer about a metric, or why there is none.
     """
-    return _rendered(made, _sections(made, seen, where, command, task), where)
+    return _rendered(study, _sections(study, evidence, where, command, task), where)
 
 
-def _rendered(made: StudyFit | str, sections: Sequence[Section], where: str) -> str:
+def _rendered(study: StudyFit | str, sections: Sequence[Section], where: str) -> str:
     return render(
-        _TEMPLATE,
-        title=Path(where).name if Path(where).is_file() else where,
-        source="" if isinstance(made, str) else made.form.source,
-        lead=[] if isinstance(made, str) else _lead(made),
+        title=f"Scaling law of {Path(where).name if Path(where).is_file() else where}",
+        intro="" if isinstance(study, str) else study.form.source,
+        lead=[] if isinstance(study, str) else _lead(study),
         sections=sections,
-        plotly=Markup(get_plotlyjs()),
     )
 
 
 def _sections(
-    made: StudyFit | str,
-    seen: StudyEvidence,
+    study: StudyFit | str,
+    evidence: StudyEvidence,
     where: str,
     command: Sequence[str],
     task: TaskAnswer | str | None,
 ) -> list[Section]:
-    """In the order of the page: the law's figures, the study's, the law's tables, provenance."""
-    origin = provenance(made, seen, where, command)
-    if isinstance(made, str):
-        shades = style.shades(seen.records["budget"].dropna()) if "budget" in seen.records else {}
-        why = Section("prediction", "Prediction", absent=f"There is no law yet: {made}")
-        return [why, *study_sections.sections(seen, shades), origin]
-    figures = Figures(made, *counted(made))
+    """Return the sections: the law's figures, the study's, the law's tables, provenance."""
+    origin = provenance(study, evidence, where, command)
+    if isinstance(study, str):
+        has_budgets = "budget" in evidence.records
+        colours = shades(evidence.records["budget"].dropna()) if has_budgets else {}
+        why = Section("prediction", "Prediction", absent=f"There is no law yet: {study}")
+        return [why, *study_sections.sections(evidence, colours), origin]
+    figures = Figures(study, *counted(study))
     law = [
-        _answer(made, figures),
-        _doubts(made),
-        *_pictures(made, figures),
+        _answer(study, figures),
+        _doubts(study),
+        *_pictures(study, figures),
         *([] if task is None else [task_section(task, figures)]),
-        _parameters(made),
-        _certificate(made),
-        _backtests(made),
-        _influence(made),
-        _notes(made),
+        _parameters(study),
+        _certificate(study),
+        _backtests(study),
+        _influence(study),
+        _notes(study),
     ]
-    size, cost, unit = counted(made)
-    runs = f"{len(made.points)} of {len(made.all_points)} runs"
+    size, cost, unit = counted(study)
+    runs = f"{len(study.points)} of {len(study.all_points)} runs"
     for section in law:
         section.rests = f"From {runs}. N: {size}; C: {cost}; loss in {unit}."
     first = next(i for i, section in enumerate(law) if section.name == "parameters")
-    return [*law[:first], *study_sections.sections(seen, figures.shades), *law[first:], origin]
+    return [*law[:first], *study_sections.sections(evidence, figures.shades), *law[first:], origin]
 
 
-def _lead(made: StudyFit) -> list[Cell]:
-    p = made.points
-    given = (("N", p.parameters), ("D", p.tokens), ("C", p.flops), ("loss", p.loss))
+def _lead(study: StudyFit) -> list[Cell]:
+    p = study.points
+    columns = (("N", p.parameters), ("D", p.tokens), ("C", p.flops), ("loss", p.loss))
     ranges = [
         Markup("{} {}").format(name, span((x.min(), x.max()), 4))
-        for name, x in given
+        for name, x in columns
         if x is not None
     ]
     return [_SYMBOLS, Markup("; ").join([f"{len(p)} runs", *ranges]) + "."]
 
 
-def _answer(made: StudyFit, figures: Figures) -> Section:
+def _answer(study: StudyFit, figures: Figures) -> Section:
     """The prediction with its doubt, the law in numbers, and the note that matters most."""
-    section = Section("prediction", "Answer")
+    section = Section("prediction", "Answer", strong=True)
     f = figures.prediction
     if isinstance(f, Prediction):
-        section.rows = _predicted(made, f)
-        section.after = [doubt_of(made, f)]
+        section.rows = _predicted(study, f)
+        section.after = [doubt_of(study, f)]
     else:
         why = f or "No target is given (target.flops, target.parameters, target.tokens)."
         section.rows = [["Loss", why]]
     values = Markup(", ").join(
         Markup("{} = {}").format(symbol, number(value, 4))
-        for symbol, value in made.fit.values.items()
+        for symbol, value in study.fit.values.items()
     )
-    verdict = "certified" if made.fit.certificate.holds else "not certified"
+    verdict = "certified" if study.fit.certificate.holds else "not certified"
     section.rows.append(["Law", values])
-    section.rows += [["", made.form.source], ["Fit", f"{verdict} as the global optimum"]]
-    section.rows += [["N* grows as", text] for text in _allocation(made)]
-    count = len(made.doubts) - 1
-    more = f" ({count} more below)" if count > 0 else ""
-    first = f"{made.doubts[0]}{more}" if made.doubts else "none was found"
+    section.rows += [["", study.form.source], ["Fit", f"{verdict} as the global optimum"]]
+    section.rows += [["N* grows as", text] for text in _allocation(study)]
+    count = len(study.doubts) - 1
+    others = f" ({count} others below)" if count > 0 else ""
+    first = f"{study.doubts[0]}{others}" if study.doubts else "none was found"
     section.rows.append(["First doubt", first])
-    section.after += skill_lines(made.skill)
+    section.after += skill_lines(study.skill)
     return section
 
 
-def _predicted(made: StudyFit, f: Prediction) -> list[list[Cell]]:
-    level = f"{made.job.level:.0%}"
+def _predicted(study: StudyFit, f: Prediction) -> list[list[Cell]]:
+    level = f"{study.job.level:.0%}"
     rows: list[list[Cell]] = [
         ["Loss", number(f.loss)],
         ["50% interval", span(f.inner)],
@@ -175,18 +190,18 @@ def _predicted(made: StudyFit, f: Prediction) -> list[list[Cell]]:
     return [*rows, ["Compute", compute]]
 
 
-def _doubts(made: StudyFit) -> Section:
-    absent = "" if made.doubts else "No reason was found to doubt the numbers."
-    return Section("doubts", "Reasons for doubt", after=[*made.doubts], absent=absent)
+def _doubts(study: StudyFit) -> Section:
+    absent = "" if study.doubts else "No reason was found to doubt the numbers."
+    return Section("doubts", "Reasons for doubt", after=[*study.doubts], absent=absent)
 
 
-def _notes(made: StudyFit) -> Section:
-    absent = "" if made.notes else "All rows of the table are used as they are."
-    return Section("notes", "What was done with the table", after=[*made.notes], absent=absent)
+def _notes(study: StudyFit) -> Section:
+    absent = "" if study.notes else "All rows of the table are used as they are."
+    return Section("notes", "How the table was used", after=[*study.notes], absent=absent)
 
 
-def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
-    level, key = f"{made.job.level:.0%}", flops_key(figures.shades)
+def _pictures(study: StudyFit, figures: Figures) -> list[Section]:
+    level, key = f"{study.job.level:.0%}", flops_key(figures.shades)
     return [
         Section("isoflop", "Loss against model size, for each compute budget", [
             ("isoflop-curves", figures.isoflop(),
@@ -194,7 +209,7 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
              "runs, and the diamond its minimum: the best size for this compute. Hollow dots are "
              "runs of a budget whose parabola was rejected, or runs that the law is not fitted to "
              "(the parabola is). Hover over a dot for the reason." + figures.above()),
-        ], after=_isoflop_numbers(made), key=key),
+        ], after=_isoflop_numbers(study), key=key),
         Section("optimum", "Best model size and number of tokens for a compute budget", [
             ("best-parameters", figures.optimum("parameters"), ""),
             ("best-tokens", figures.optimum("tokens"),
@@ -213,7 +228,7 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
         ], key=key),
         Section("surface", "Predicted loss over model size and tokens", [
             ("contours", figures.contours(),
-             "Each grey contour joins points with the same predicted loss. Dots: the runs. Dashed "
+             "Each grey line joins points with the same predicted loss. Dots: the runs. Dashed "
              "line: the best N and D for each compute. Star: the target; if it is far from the "
              "dots, the prediction extrapolates far."),
         ], key=key),
@@ -234,48 +249,48 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
     ]  # fmt: skip
 
 
-def _isoflop_numbers(made: StudyFit) -> list[Cell]:
-    iso = made.isoflop
+def _isoflop_numbers(study: StudyFit) -> list[Cell]:
+    iso = study.isoflop
     if iso is None:
         return []
     if isinstance(iso, str):
         return [iso]
-    found: list[Cell] = []
+    lines: list[Cell] = []
     for name, law in (("N*", iso.parameters), ("D*", iso.tokens)):
-        ends = law.interval(made.job.level)[:, 1]
+        ends = law.interval(study.job.level)[:, 1]
         wide = Markup(" ({})").format(span(ends, 4)) if np.isfinite(ends).all() else ""
-        found.append(
+        lines.append(
             Markup("{} = {} C<sup>a</sup>, a = {}{}, through the minima of {} parabolas.").format(
                 name, number(law.k, 4), number(law.a, 4), wide, len(iso.vertices)
             )
         )
     refused = [Markup("No parabola at {} FLOPs: {}.").format(number(r.budget, 3), r.why)
                for r in iso.refusals]  # fmt: skip
-    return [*found, *refused]
+    return [*lines, *refused]
 
 
-def _allocation(made: StudyFit) -> list[Cell]:
-    if made.allocation is None:
+def _allocation(study: StudyFit) -> list[Cell]:
+    if study.allocation is None:
         return []
-    a, ends = made.allocation
+    a, ends = study.allocation
     return [Markup("C<sup>a</sup>, a = {} ({})").format(number(a, 4), span(ends.tolist(), 4))]
 
 
-def _parameters(made: StudyFit) -> Section:
-    low, high = made.replicates.interval(made.job.level)
-    errors, level = made.replicates.errors, f"{made.job.level:.0%}"
-    head: list[Cell] = ["", "value", "std. error", f"{level} low", "high", *map(str, made.others)]
+def _parameters(study: StudyFit) -> Section:
+    low, high = study.replicates.interval(study.job.level)
+    errors, level = study.replicates.errors, f"{study.job.level:.0%}"
+    head: list[Cell] = ["", "value", "std. error", f"{level} low", "high", *map(str, study.others)]
     rows = [head]
-    for i, (symbol, value) in enumerate(made.fit.values.items()):
-        others = [other.values[symbol] for other in made.others.values()]
+    for i, (symbol, value) in enumerate(study.fit.values.items()):
+        others = [other.values[symbol] for other in study.others.values()]
         cells = (value, errors[symbol], low[i], high[i], *others)
         rows.append([symbol, *(number(x) for x in cells)])
     text = "The last columns are fits of the same law with other objectives, and to all runs."
     return Section("parameters", "Parameters of the law", rows=rows, head=True, after=[text])
 
 
-def _certificate(made: StudyFit) -> Section:
-    c, fit = made.fit.certificate, made.fit
+def _certificate(study: StudyFit) -> Section:
+    c, fit = study.fit.certificate, study.fit
     minima = f"{len(c.minima)} from {sum(b.starts for b in c.minima) + c.failed_starts} starts"
     rows: list[list[Cell]] = [
         ["Is it the global optimum?", "yes" if c.holds else "; ".join(c.problems)],
@@ -291,16 +306,16 @@ def _certificate(made: StudyFit) -> Section:
         ["Method", c.method],
         [
             "Resampled fits that are not certified",
-            f"{made.replicates.uncertified} of {made.job.bootstraps}",
+            f"{study.replicates.uncertified} of {study.job.bootstraps}",
         ],
     ]
     return Section("certificate", "Certificate of the fit", rows=rows)
 
 
-def _backtests(made: StudyFit) -> Section:
-    level = f"{made.job.level:.0%}"
+def _backtests(study: StudyFit) -> Section:
+    level = f"{study.job.level:.0%}"
     section = Section("backtest-table", "Backtests of the law alone", head=True)
-    if not made.backtests:
+    if not study.backtests:
         section.absent = "There are no backtests; the section with their figure says why."
         return section
     section.rows = [
@@ -312,7 +327,7 @@ def _backtests(made: StudyFit) -> Section:
         "the more expensive budgets. Resampled: the interval of resampling alone. Calibrated: the "
         "interval with noise and discrepancy."
     ]
-    for r in made.backtests:
+    for r in study.backtests:
         section.rows.append([
             str(r.budgets), str(r.runs), span((r.factors.min(), r.factors.max()), 3),
             percent(float(np.sqrt(np.mean(r.errors**2)))),
@@ -322,8 +337,8 @@ def _backtests(made: StudyFit) -> Section:
     return section
 
 
-def _influence(made: StudyFit) -> Section:
-    rows: list[list[Cell]] = [["run", *made.form.symbols]]
-    rows += [[name, *(number(moved[s], 3) for s in moved)] for name, moved in made.influence()]
+def _influence(study: StudyFit) -> Section:
+    rows: list[list[Cell]] = [["run", *study.form.symbols]]
+    rows += [[name, *(number(moved[s], 3) for s in moved)] for name, moved in study.influence()]
     text = "The change of each parameter by including the run; the most influential run first."
     return Section("influence", "Most influential runs", rows=rows, head=True, after=[text])

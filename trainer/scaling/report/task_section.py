@@ -5,14 +5,25 @@ Invariant: figures show the numbers of the TaskFit; a run without the metric has
 
 import numpy as np
 
-from forescale.monitor.report import colours
-from forescale.monitor.report.sections import Cell, number, span
+from forescale.pages.document import Cell, Section, number, span
+from forescale.pages.figure import (
+    BAND,
+    INK,
+    NARROW,
+    TARGET,
+    WIDE,
+    Axis,
+    Figure,
+    Trace,
+    band,
+    dots,
+    line,
+    star,
+)
 from forescale.scaling.analysis.task_fit import OUTCOME, TaskFit
 from forescale.scaling.fitting.points import Array, spent
-from forescale.scaling.report import style
-from forescale.scaling.report.figures import Figures, Picture
-from forescale.scaling.report.sections import Section
-from forescale.scaling.report.tasks.words import KINDS, prediction_of, skill_lines
+from forescale.scaling.report.fit_figures import Figures, Picture
+from forescale.scaling.report.task_text import KINDS, prediction_of, skill_lines
 from forescale.scaling.tasks.answer import TaskAnswer
 
 _GRID = 61
@@ -58,25 +69,21 @@ def _rows(one: TaskFit) -> list[list[Cell]]:
     return rows
 
 
-def _name(one: TaskFit) -> str:
-    return f"{one.task.name} ({KINDS[one.job.metric]})"
-
-
 def _by_loss(one: TaskFit, figures: Figures) -> Picture:
     """The metric of runs over their loss, with the link."""
     least = float(one.loss.min())
     if one.chained is not None:
         least = min(least, one.chained.loss.loss)
     x = np.geomspace(0.98 * least, float(one.loss.max()), _GRID)
-    figure = style.axes(figures.loss, _name(one), style.logarithmic(x), _of_metric(one))
+    figure = Figure(Axis(figures.loss, log=True), _metric_axis(one))
     tail = (1 - one.job.level) / 2
     many = one.shown(one.link.form.predict(one.replicates.values, task_loss=x))
-    figure.add_trace(style.band(x, np.quantile(many, [tail, 1 - tail], axis=0), style.BAND))
+    figure.add(band(x, np.quantile(many, [tail, 1 - tail], axis=0), BAND))
     value = one.shown(one.link.predict(task_loss=x))
-    figure.add_trace(style.line(x, value, colours.INK, name="link"))
-    figure.add_trace(_dots(one, one.loss, figures))
+    figure.add(line(x, value, INK, name="link"))
+    figure.add(_dots(one, one.loss, figures))
     if (p := one.chained) is not None:
-        figure.add_trace(style.star(p.loss.loss, p.value, "<b>target</b>", p.outer))
+        figure.add(star(p.loss.loss, p.value, "target", p.outer))
     return figure
 
 
@@ -87,39 +94,37 @@ def _by_compute(one: TaskFit, figures: Figures) -> Picture:
     if one.unseen:
         return one.unseen
     law, x = one.law, figures.grid
-    made = one.curve(law.predicted(figures.best(law.fit.vector, x), x))
-    of_c = style.logarithmic(x, power=True)
-    figure = style.axes(figures.c, _name(one), of_c, _of_metric(one))
+    curve = one.curve(law.predicted(figures.best(law.fit.vector, x), x))
+    figure = Figure(Axis(figures.c, log=True, power=True), _metric_axis(one))
     level = f"{one.job.level:.0%}"
-    figure.add_trace(style.band(x, made.outer, style.WIDE, f"{level} prediction"))
-    figure.add_trace(style.band(x, made.inner, style.NARROW, "50% prediction"))
-    figure.add_trace(style.line(x, made.value, colours.TARGET, "dot", name="predicted"))
-    figure.add_trace(_dots(one, spent(law.all_points)[_with_metric(one)], figures))
+    figure.add(band(x, curve.outer, WIDE, f"{level} prediction"))
+    figure.add(band(x, curve.inner, NARROW, "50% prediction"))
+    figure.add(line(x, curve.value, TARGET, "dot", name="predicted"))
+    figure.add(_dots(one, spent(law.all_points)[_with_metric(one)], figures))
     if (p := one.chained) is not None:
-        figure.add_trace(style.star(p.loss.flops, p.value, "<b>target</b>", p.outer))
+        figure.add(star(p.loss.flops, p.value, "target", p.outer))
     return figure
 
 
-def _of_metric(one: TaskFit) -> dict[str, str]:
-    return {"type": "log"} if one.job.metric == "loss" else {"tickformat": ".0%"}
+def _metric_axis(one: TaskFit) -> Axis:
+    is_loss = one.job.metric == "loss"
+    return Axis(f"{one.task.name} ({KINDS[one.job.metric]})", log=is_loss, percent=not is_loss)
 
 
 def _with_metric(one: TaskFit) -> Array:
     """Return the mask of the law's runs that have the metric, (n,)."""
-    found: Array = one.law.table[OUTCOME].notna().to_numpy()
-    return found
+    has_metric: Array = one.law.table[OUTCOME].notna().to_numpy()
+    return has_metric
 
 
-def _dots(one: TaskFit, x: Array, figures: Figures):
+def _dots(one: TaskFit, x: Array, figures: Figures) -> Trace:
     """Return a dot for each run with the metric, in the colour of its budget."""
     rows = one.law.table[_with_metric(one)]
-    y = one.shown(one.metric)
-    shades = figures.shades
-    plain = colours.INK
-    shown = [shades[float(b)] for b in rows["budget"]] if shades else [plain] * len(rows)
+    y, shades = one.shown(one.metric), figures.shades
+    colours = [shades[float(b)] for b in rows["budget"]] if shades else [INK]
     names = rows["name"].astype(str) if "name" in rows else [f"run {i}" for i in rows.index]
-    text = [
-        f"<b>{style.wrapped(name)}</b><br>loss {loss:.5g}<br>metric {metric:.5g}"
+    texts = [
+        f"{name}\nloss {loss:.5g}\nmetric {metric:.5g}"
         for name, loss, metric in zip(names, one.loss, y, strict=True)
     ]
-    return style.dots(x, y, shown, np.zeros(len(rows), dtype=bool), text)
+    return dots(x, y, colours, texts)

@@ -1,4 +1,4 @@
-"""Prints the metrics of tasks: links, predictions, and the scores of backtests.
+"""The metrics of tasks as text: links, predictions, and the scores of backtests.
 
 Invariant: everything that makes the numbers doubtful is printed with them.
 """
@@ -12,18 +12,12 @@ from rich.table import Table
 from forescale.console import table
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.tasks.words import (
-    KINDS,
-    change,
-    prediction_of,
-    skill_lines,
-    span,
-    value,
-)
 from forescale.scaling.tasks.answer import TaskAnswer, doubts_of_law
 from forescale.scaling.tasks.forecast import TaskScore
-from forescale.scaling.tasks.judge import BEST, LAST, LINE, OTHER, Scores
+from forescale.scaling.tasks.judge import BEST, LAST, LINE, OTHER, TWO_STEPS, Scores
 
+KINDS = {"accuracy": "accuracy", "error": "share of errors", "loss": "loss"}
+_DISTANCE = {1: "one budget", 2: "two budgets"}
 _AHEAD = {1: "One budget ahead", 2: "Two budgets ahead"}
 _INTERVAL = (
     "The intervals are for one new run: they have the doubt of its loss, that of the link, and the "
@@ -151,3 +145,54 @@ def _scored(found: Sequence[Scores], job: StudyJob) -> Table:
         )
         made.add_row(one.method, str(one.count), *sizes, *inside, *skill)
     return made
+
+
+def value(number: float, metric: str) -> str:
+    """Return a metric for reading: a share as a percentage. metric: its kind."""
+    return f"{number:.4f}" if metric == "loss" else f"{number:.1%}"
+
+
+def span(ends: tuple[float, float], metric: str) -> str:
+    """Return an interval for reading."""
+    return " to ".join(value(end, metric) for end in ends)
+
+
+def change(error: float, metric: str, sign: str = "") -> str:
+    """Return an error for reading: of a loss its share, of a share its points of a percentage."""
+    return f"{error:{sign}.2%}" if metric == "loss" else f"{100 * error:{sign}.2f} points"
+
+
+def prediction_of(one: TaskFit) -> str:
+    """Return the prediction as a sentence, or why there is none."""
+    job, p = one.job, one.chained
+    if one.unseen:
+        return f"No prediction. {one.unseen}"
+    if p is None:
+        return "No target is given (target.flops, target.parameters, target.tokens)."
+    inner, outer = span(p.inner, job.metric), span(p.outer, job.metric)
+    return (
+        f"Prediction: {KINDS[job.metric]} {value(p.value, job.metric)} at loss {p.loss.loss:.4f}; "
+        f"50% interval {inner}, {job.level:.0%} interval {outer}."
+    )
+
+
+def skill_lines(scores: Sequence[Scores], job: StudyJob) -> list[str]:
+    """Return a sentence for each distance ahead: how far off such predictions would have been."""
+    lines = []
+    by = {(one.ahead, one.method): one for one in scores if one.table is None}
+    for ahead, words in _DISTANCE.items():
+        if (mine := by.get((ahead, TWO_STEPS))) is None:
+            continue
+        held, size = mine.coverage[BEST], change(mine.median, job.metric)
+        others = ", ".join(
+            f"{name} by {change(by[ahead, rival].median, job.metric)} (skill "
+            f"{mine.skill[rival]:+.2f})"
+            for rival, name in ((LINE, "a straight line in log C"), (LAST, "the last value"))
+        )
+        times = f"{mine.count} times" if mine.count > 1 else "once"
+        lines.append(
+            f"Backtest, {words} ahead, {times}: off by {size} (median) at the "
+            f"best run of a budget, {others}; {round(held.outer * held.count)} of {held.count} "
+            "were inside the 90% interval."
+        )
+    return lines

@@ -8,42 +8,39 @@ import pytest
 
 from forescale.scaling.analysis.comparison import Comparison
 from forescale.scaling.config import TargetPoint
-from forescale.scaling.report import compare as pictures
+from forescale.scaling.report import comparison_page as pictures
 from tests.trainer.scaling.analysis.test_comparison import compared, table
 
 
 @pytest.fixture(scope="module")
-def made() -> Comparison:
+def comparison() -> Comparison:
     noisy = table(noise=0.002, seed=1), table(gain=2.0, noise=0.002, seed=2)
     return compared(*noisy, TargetPoint(flops=4e21))
 
 
-def test_both_curves_have_a_line_a_band_and_the_runs(made):
-    curves, multipliers = pictures.panels(made)
-    assert [t.mode for t in curves.data] == ["lines", "lines", "markers"] * 2
-    assert [t.fill for t in curves.data] == ["toself", None, None] * 2
-    assert list(curves.data[2].y) == made.a.made.all_points.loss.tolist()
-    assert {t.line.color for t in curves.data if t.text is not None and t.mode == "lines"} == set(
-        pictures.COLOURS
-    )
-    level, _, values, star = multipliers.data
+def test_both_curves_have_a_line_a_band_and_the_runs(comparison):
+    curves, multipliers = pictures.panels(comparison)
+    assert [t.kind for t in curves.traces] == ["band", "line", "dots"] * 2
+    assert list(curves.traces[2].y) == comparison.a.made.all_points.loss.tolist()
+    assert [t.colours[0] for t in curves.traces if t.kind == "line"] == [*pictures.COLOURS]
+    level, _, values, star = multipliers.traces
     assert list(level.y) == [1, 1]
-    assert list(values.y) == [p.multiplier.value for p in made.places]
-    assert list(values.x) == [p.flops[0] for p in made.places]
-    assert list(star.y) == [made.target.multiplier.value]
+    assert list(values.y) == [p.multiplier.value for p in comparison.places]
+    assert list(values.x) == [p.flops[0] for p in comparison.places]
+    assert list(star.y) == [comparison.target.multiplier.value]
 
 
-def test_the_page_has_every_number_in_full_and_loads_nothing(made):
-    page = pictures.page(made, ["forescale", "study", "compare"])
-    for ratio in (made.mean, made.target.multiplier, made.places[3].multiplier):
+def test_the_page_has_every_number_in_full_and_loads_nothing(comparison):
+    page = pictures.page(comparison, ["forescale", "study", "compare"])
+    for ratio in (comparison.mean, comparison.target.multiplier, comparison.places[3].multiplier):
         assert f'<data value="{ratio.value!r}">' in page
-    assert made.summary in page.replace("&#39;", "'")
+    assert comparison.summary in page.replace("&#39;", "'")
     assert not re.search(r'(src|href)="(?!data:|#)', page[page.index("<header>") :])
-    assert page == pictures.page(made, ["forescale", "study", "compare"])
+    assert page == pictures.page(comparison, ["forescale", "study", "compare"])
 
 
-def test_names_are_escaped(made):
-    evil = Comparison(made.a, replace(made.b, name="<b>$x"))
+def test_names_are_escaped(comparison):
+    evil = Comparison(comparison.a, replace(comparison.b, name="<b>$x"))
     assert "<b>$x" not in pictures.page(evil, ["x"])
 
 

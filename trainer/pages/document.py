@@ -1,0 +1,136 @@
+"""Pages: one HTML file with sections of charts, tables and sentences that opens without a network.
+
+All pages share this file, `page.html.j2` (skeleton, tables, light and dark theme) and one script of
+our own for charts, `chart.js`. The alternatives weigh more than they bring: plotly.js makes each
+page 4.6 MB where chart.js makes it 15 kB, and the pages of runs would need as much script of their
+own above it (medians, one zoom for all charts, what happened, hidden runs); pictures of matplotlib
+alone say nothing about the point under the pointer.
+
+Invariant: whatever a value says stands on the page as text (autoescape, textContent), and the page
+may load nothing (its Content-Security-Policy), so that opening it sends nothing to anybody. Every
+number of a table is there in full (<data value=>), however it is rounded.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from markupsafe import Markup
+
+from forescale.pages.figure import Figure
+
+Cell = Markup | str
+_HERE = Path(__file__).parent
+PAGE = _HERE / "page.html.j2"
+
+
+@dataclass
+class Section:
+    """One section of a page.
+
+    pictures: (name, figure, HTML or why there is none, caption); rows: the table; head: whether its
+    first row is the header; key: labels and their colours; after: sentences below; absent: why the
+    section is empty; rests: which runs its numbers come from, and how they count; columns: how
+    those of a table with a header stand: "numbers" to the right; "words" to the left, and broken
+    where they are long; "last" only the last one so; strong: its first value is set large.
+    """
+
+    name: str
+    title: str
+    pictures: list[tuple[str, Figure | Markup | str, str]] = field(default_factory=list)
+    rows: list[list[Cell]] = field(default_factory=list)
+    head: bool = False
+    key: Sequence[tuple[Cell, str]] = ()
+    after: list[Cell] = field(default_factory=list)
+    absent: str = ""
+    rests: str = ""
+    columns: Literal["numbers", "words", "last"] = "numbers"
+    strong: bool = False
+
+    def drawn(self) -> Iterator[tuple[Markup, str]]:
+        """Yield each picture as HTML, or the sentence in its place, with its caption."""
+        for name, picture, caption in self.pictures:
+            if isinstance(picture, Markup):
+                yield picture, caption
+            elif isinstance(picture, str):
+                yield Markup('<p class="absent">No figure: {}</p>').format(picture), ""
+            else:
+                yield (
+                    Markup('<div class="chart" id="{0}" data-figure="{0}"></div>').format(name),
+                    caption,
+                )
+
+
+def render(template: Path = PAGE, *, title: str, sections: Sequence[Section] = (),
+           data: Mapping[str, Any] | None = None, scripts: Sequence[Path] = (),
+           **values: Any) -> str:  # fmt: skip
+    """Return a page as HTML.
+
+    template: page.html.j2, or one that extends it; data: what the scripts read beside the figures;
+    scripts: files that run after chart.js; values: what the template reads beside: intro, a
+    sentence below the title; lead: smaller ones.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, _HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = {
+        name: picture.as_dict()
+        for section in sections
+        for name, picture, _ in section.pictures
+        if isinstance(picture, Figure)
+    }
+    code = "\n".join(path.read_text() for path in (_HERE / "chart.js", *scripts))
+    return environment.get_template(template.name).render(
+        title=title,
+        sections=sections,
+        data=Markup(_json({"figures": figures, **(data or {})})),
+        script=Markup(code),
+        **{"intro": "", "lead": (), **values},
+    )
+
+
+def _json(data: Any) -> str:
+    """Return data as JSON that can stand inside of a script element."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for mark in "<>&\u2028\u2029":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return text
+
+
+def code(text: str) -> Markup:
+    """Return text in the letters of a program."""
+    return Markup("<code>{}</code>").format(text)
+
+
+def number(value: float, digits: int = 5) -> Markup:
+    """Return the number rounded for reading, with its full value for programs."""
+    text = f"{value:.{digits}g}"
+    if "e" in text:
+        mantissa, power = text.split("e")
+        text = f"{mantissa}×10<sup>{int(power)}</sup>"
+    rounded = Markup(text.replace("-", "−"))
+    return Markup('<data value="{}">{}</data>').format(repr(float(value)), rounded)
+
+
+def whole(value: int) -> Markup:
+    """Return a whole number with its thousands apart."""
+    return Markup('<data value="{}">{}</data>').format(value, f"{value:,}")
+
+
+def span(ends: Iterable[float], digits: int = 5) -> Markup:
+    """Return `LOW to HIGH`."""
+    return Markup("{} to {}").format(*(number(x, digits) for x in ends))
+
+
+def percent(value: float, digits: int = 2, sign: str = "") -> Markup:
+    """Return a fraction as a percentage, with its full value for programs."""
+    return Markup('<data value="{}">{}</data>').format(
+        repr(float(value)), f"{value:{sign}.{digits}%}".replace("-", "−")
+    )

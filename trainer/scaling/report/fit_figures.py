@@ -1,0 +1,391 @@
+"""The figures of a fit: each a figure, or a sentence that says why there is none.
+
+    budgets   one colour each, darker if more expensive; without budgets all runs have one colour
+    hollow    not used: a rejected budget, or a run that the law is not fitted to
+    star      the target; grey bands belong to the law, orange ones are prediction intervals
+
+Invariant: figures show the numbers of the StudyFit and its law on a grid of points; nothing is
+smoothed or left out.
+"""
+
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from contourpy import contour_generator
+
+from forescale.errors import UserError
+from forescale.pages.document import Cell, number
+from forescale.pages.figure import (
+    BAND,
+    FAINT,
+    INK,
+    NARROW,
+    OTHER,
+    OTHER_BAND,
+    TARGET,
+    WIDE,
+    Axis,
+    Figure,
+    Trace,
+    band,
+    clipped,
+    dots,
+    line,
+    marks,
+    shades,
+    star,
+    viridis,
+    wrapped,
+)
+from forescale.scaling.analysis import backtest
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
+from forescale.scaling.fitting import laws
+from forescale.scaling.fitting.isoflop import IsoFlop
+from forescale.scaling.fitting.points import Array, spent
+
+_GRID, _FINE = 61, 72
+_AHEAD = 10.0  # the law is drawn to this multiple of the most expensive run, or to the target
+_UNREPEATED = 1e30  # unique tokens, so many that none is repeated
+
+Picture: TypeAlias = Figure | str
+
+
+def flops_key(shades: dict[float, str]) -> list[tuple[Cell, str]]:
+    """Return the label and colour of each budget."""
+    return [(number(budget, 3) + " FLOPs" * (i == 0), c)
+            for i, (budget, c) in enumerate(shades.items())]  # fmt: skip
+
+
+class Figures:
+    """The figures of one fit. size, cost, unit: how N, C and the loss are counted, for the axes."""
+
+    def __init__(self, study: StudyFit, size: str, cost: str, unit: str):
+        self.study, self.iso = study, study.isoflop
+        self.n = f"N (parameters, {size})"
+        self.c, self.d = f"C (FLOPs, {cost})", "D (tokens)"
+        self.loss = f"loss ({unit})"
+        try:
+            self.prediction: Prediction | str | None = study.predict()
+        except UserError as e:
+            self.prediction = str(e)
+        every = study.all_points
+        self.compute: Array | None = None
+        if every.flops is not None or (every.parameters is not None and every.tokens is not None):
+            self.compute = spent(every)
+        self.fitted = _predicted(study)
+
+    @cached_property
+    def shades(self) -> dict[float, str]:
+        """The colour of each budget."""
+        if "budget" not in self.study.table:
+            return {}
+        return shades(self.study.table["budget"].to_numpy())
+
+    @cached_property
+    def _colours(self) -> Array:
+        """The colour of each run, (n,)."""
+        if not self.shades:
+            return np.full(len(self.study.all_points), viridis([0.35])[0])
+        return np.array([self.shades[float(b)] for b in self.study.table["budget"]])
+
+    @cached_property
+    def _refused(self) -> dict[float, str]:
+        if isinstance(self.iso, str):
+            return dict.fromkeys(self.shades, "no budget has a usable parabola")
+        return {r.budget: r.why for r in self.iso.refusals} if self.iso else {}
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """The text of each run."""
+        study = self.study
+        names = study.table.get("name", study.table.index)
+        texts = []
+        for i, name in enumerate(names):
+            lines = [str(name) if "name" in study.table else f"run {name}"]
+            for symbol, x in (("N", study.all_points.parameters), ("D", study.all_points.tokens),
+                              ("C", self.compute), ("loss", study.all_points.loss)):  # fmt: skip
+                if x is not None:
+                    lines.append(f"{symbol} {x[i]:.5g}")
+            if not study.is_fitted[i]:
+                why = f"more than {study.job.near:.0%} above the lowest loss of its budget"
+                lines.append(wrapped(f"The law is not fitted to it: {why}."))
+            texts.append("\n".join(lines))
+        return texts
+
+    def _runs(
+        self, x: Array, y: Array, notes: list[str] | None = None, hollow: Array | None = None
+    ):
+        """Return a dot for each run. notes: more lines of its text; hollow: (n,), by default the
+        runs that the law is not fitted to."""
+        empty = ~self.study.is_fitted if hollow is None else hollow
+        texts = self._texts
+        if notes is not None:
+            texts = [f"{t}\n{note}" if note else t for t, note in zip(texts, notes, strict=True)]
+        return dots(x, y, self._colours, texts, empty)
+
+    @cached_property
+    def grid(self) -> Array:
+        """C from the cheapest run to the target, at least to _AHEAD times the most expensive
+        run."""
+        assert self.compute is not None
+        most = float(self.compute.max()) * _AHEAD
+        if isinstance(f := self.prediction, Prediction):
+            most = max(most, f.extrapolation_factor * self.study.calibrated.greatest)
+        return np.geomspace(float(self.compute.min()), most, _GRID)
+
+    @cached_property
+    def frontier(self) -> dict[str, tuple[Array, Array]] | str:
+        """The best "parameters", "tokens" and "loss" for each C of the grid by the law, (m,), and
+        the interval from the resampled fits, (2, m)."""
+        study = self.study
+        if self.compute is None:
+            return "The runs have neither C nor both N and D."
+        ways = []
+        for values in (study.fit.vector[None], study.replicates.values):
+            try:
+                columns = self.best(values, self.grid)
+            except UserError as e:
+                return str(e)
+            ways.append(columns | {"loss": study.form.predict(values, **columns)})
+        one, many = ways
+        known = [name for name in ("parameters", "tokens", "loss") if name in one]
+        return {name: (one[name][0], self._band(many[name])) for name in known}
+
+    def best(self, values: Array, flops: Array) -> dict[str, Array]:
+        """The columns that the law reads, for the best run of each C. values: (..., p),
+        parameters."""
+        form = self.study.form
+        if form.columns == ("flops",):
+            return {"flops": flops}
+        fixed = self._held
+        n, d = laws.compute_optimal(form, values, flops, self.study.per_token(), **fixed)
+        rest = {name: np.full_like(n, value) for name, value in fixed.items()}
+        return {"parameters": n, "tokens": d, **rest}
+
+    @cached_property
+    def _held(self) -> dict[str, float]:
+        """The columns that the law reads beside N and D, at one value: the target's expansion, or
+        that of most runs."""
+        study, values_of = self.study, dict[str, float]()
+        if "unique_tokens" in study.form.columns:
+            values_of["unique_tokens"] = _UNREPEATED
+        if "expansion" in study.form.columns and study.points.expansion is not None:
+            values, counts = np.unique(study.points.expansion, return_counts=True)
+            values_of["expansion"] = study.job.target.expansion or float(values[counts.argmax()])
+        return values_of
+
+    def _band(self, values: Array) -> Array:
+        tail = 50 * (1 - self.study.job.level)
+        return np.percentile(values, [tail, 100 - tail], axis=0)
+
+    def isoflop(self) -> Picture:
+        """Loss over N, for each budget."""
+        study, table = self.study, self.study.table
+        if "budget" not in table:
+            return (
+                "The table has no budgets, so no parabola can be fitted to runs of equal compute."
+            )
+        if (n := study.all_points.parameters) is None:
+            return "The table has no N."
+        budgets = table["budget"].to_numpy(dtype=float)
+        figure = Figure(Axis(self.n, log=True), self._loss_axis())
+        if isinstance(self.iso, IsoFlop):
+            usable = [b for b in self.shades if b not in self._refused]
+            for budget, v in zip(usable, self.iso.vertices, strict=True):
+                x = np.geomspace(*v.sizes, _FINE)
+                y = v.floor + v.bend * np.log(x / v.parameters) ** 2
+                figure.add(line(x, y, self.shades[budget]))
+        whys = {b: wrapped(f"No parabola: {w}") for b, w in self._refused.items()}
+        why = [whys.get(float(b), "") for b in budgets]
+        hollow = ~study.is_fitted | np.isin(budgets, list(self._refused))
+        figure.add(self._runs(n, study.all_points.loss, why, hollow))
+        if isinstance(self.iso, IsoFlop):
+            text = [
+                f"{v.budget:.3g} FLOPs\nN* {v.parameters:.5g}\nD* {v.tokens:.5g}\n"
+                f"loss {v.floor:.5g}\n{v.runs} runs"
+                for v in self.iso.vertices
+            ]
+            at = [v.parameters for v in self.iso.vertices], [v.floor for v in self.iso.vertices]
+            figure.add(marks(*at, text, "minimum of a parabola"))
+        return figure
+
+    def _loss_axis(self) -> Axis:
+        """The axis of the losses, clipped above the minima where the runs share budgets."""
+        study, losses = self.study, self.study.all_points.loss
+        if not self.shades:
+            return Axis(self.loss, log=True)
+        budgets = study.table["budget"].to_numpy(dtype=float)
+        lowest = np.array([losses[budgets == b].min() for b in self.shades])
+        return clipped(self.loss, losses, lowest)
+
+    def above(self) -> str:
+        """Return a sentence about runs above the axis of the losses; empty if there are none."""
+        top = (self._loss_axis().ends or (0, np.inf))[1]
+        count = int((self.study.all_points.loss > top).sum())
+        return f" {count} runs with a loss above {top:.4g} are beyond the edge." if count else ""
+
+    def optimum(self, which: str) -> Picture:
+        """N* or D* over C. which: "parameters" or "tokens"."""
+        symbol = {"parameters": "N", "tokens": "D"}[which]
+        label = {"parameters": self.n, "tokens": self.d}[which].replace(symbol, f"{symbol}*", 1)
+        frontier = self.frontier
+        known = None if isinstance(frontier, str) else frontier.get(which)
+        if known is None and not isinstance(self.iso, IsoFlop):
+            law = frontier if isinstance(frontier, str) else f"This law has no {symbol}."
+            return f"{self.iso or 'The table has no budgets.'} {law}"
+        figure = Figure(Axis(self.c, log=True, power=True), Axis(label, log=True))
+        if known is not None:
+            value, ends = known
+            figure.add(band(self.grid, ends, BAND))
+            text = [f"by the law\nC {c:.4g}\n{symbol}* {x:.4g}" for c, x in
+                    zip(self.grid, value, strict=True)]  # fmt: skip
+            figure.add(line(self.grid, value, INK, texts=text, name="law"))
+        if isinstance(self.iso, IsoFlop):
+            law_of = getattr(self.iso, which)
+            ends = law_of.interval(self.study.job.level, self.grid)
+            if np.isfinite(ends).all():
+                figure.add(band(self.grid, ends, OTHER_BAND))
+            name = "line of the minima"
+            figure.add(line(self.grid, law_of(self.grid), OTHER, "dash", name=name))
+            text = [f"{v.budget:.3g} FLOPs\n{symbol}* {getattr(v, which):.5g}"
+                    for v in self.iso.vertices]  # fmt: skip
+            at = (
+                [v.budget for v in self.iso.vertices],
+                [getattr(v, which) for v in self.iso.vertices],
+            )
+            figure.add(marks(*at, text, "minimum of a parabola"))
+        if isinstance(f := self.prediction, Prediction) and np.isfinite(getattr(f, which)):
+            flops = f.extrapolation_factor * self.study.calibrated.greatest
+            figure.add(self._star(flops, getattr(f, which), f))
+        return figure
+
+    def loss_by_compute(self) -> Picture:
+        """Loss over C, with the prediction intervals beyond the runs."""
+        if isinstance(frontier := self.frontier, str):
+            return frontier
+        assert self.compute is not None
+        study = self.study
+        figure = Figure(Axis(self.c, log=True, power=True), Axis(self.loss, log=True))
+        value, ends = frontier["loss"]
+        greatest = study.calibrated.greatest
+        on = np.append(greatest, self.grid[self.grid > greatest])
+        at = self.best(study.fit.vector, on)
+        ahead = study.predicted(at, on)
+        for level, colour in ((study.job.level, WIDE), (0.5, NARROW)):
+            figure.add(band(on, ahead.interval(level), colour, f"{level:.0%} prediction"))
+        figure.add(line(on, ahead.loss, TARGET, "dot", name="predicted"))
+        figure.add(band(self.grid, ends, BAND))
+        text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
+        figure.add(line(self.grid, value, INK, texts=text, name="law"))
+        figure.add(self._runs(self.compute, study.all_points.loss))
+        if isinstance(f := self.prediction, Prediction):
+            flops = f.extrapolation_factor * study.calibrated.greatest
+            figure.add(self._star(flops, f.loss, f, f.outer))
+        return figure
+
+    def contours(self) -> Picture:
+        """Contours of L(N, D)."""
+        study, n, d = self.study, self.study.all_points.parameters, self.study.all_points.tokens
+        if not {"parameters", "tokens"} <= set(study.form.columns) or n is None or d is None:
+            return f"The law ({study.form.name}) doesn't depend on both N and D."
+        ends = [[n.min(), n.max()], [d.min(), d.max()]]
+        if isinstance(f := self.prediction, Prediction):
+            for end, value in zip(ends, (f.parameters, f.tokens), strict=True):
+                end[:] = min(end[0], value), max(end[1], value)
+        x, y = (np.geomspace(low / 1.6, high * 1.6, _GRID) for low, high in ends)
+        at = {"parameters": np.tile(x, _GRID), "tokens": np.repeat(y, _GRID)}
+        at |= {name: np.full(_GRID**2, value) for name, value in self._held.items()}
+        z = study.fit.predict(**at).reshape(_GRID, _GRID)
+        figure = Figure(
+            Axis(self.n, log=True, ends=(float(x[0]), float(x[-1]))),
+            Axis(self.d, log=True, ends=(float(y[0]), float(y[-1]))),
+        )
+        low, high = float(z.min()), max(float(study.all_points.loss.max()), float(np.median(z)))
+        step = _nice((high - low) / 14)
+        contours = contour_generator(np.log(x), np.log(y), z)
+        for level in np.arange(np.ceil(low / step) * step, high, step):
+            for points in contours.lines(level):
+                figure.add(_contour(*np.exp(points).T, float(level)))
+        if not isinstance(frontier := self.frontier, str):
+            best = frontier["parameters"][0], frontier["tokens"][0]
+            figure.add(line(*best, INK, "dash"))
+        figure.add(self._runs(n, d))
+        if isinstance(f, Prediction):
+            figure.add(self._star(f.parameters, f.tokens, f))
+        return figure
+
+    def residuals(self, over: str) -> Picture:
+        """Residuals over C or N. over: "flops" or "parameters"."""
+        x = self.compute if over == "flops" else self.study.all_points.parameters
+        if x is None:
+            return f"The runs have no {'C' if over == 'flops' else 'N'}."
+        label = self.c if over == "flops" else self.n
+        across = Axis(label, log=True, power=over == "flops")
+        figure = Figure(across, Axis("residual of log loss (%)", zero=True))
+        percent = 100 * np.log(self.study.all_points.loss / self.fitted)
+        figure.add(self._runs(x, percent, [f"residual {p:+.3f} %" for p in percent]))
+        return figure
+
+    def backtests(self) -> Picture:
+        """Errors of the predictions that the fit's method would have study at earlier origins."""
+        study = self.study
+        if study.earlier is None:
+            has = "no budgets" if "budget" not in study.table else "fewer than four budgets"
+            return f"The table has {has}, so cheap ones can't predict more expensive ones."
+        rows = study.earlier[study.earlier["method"] == study.method]
+        rows = rows[rows["group"] != backtest.MINIMA]
+        x = np.geomspace(1, rows["beyond"].max() * 1.1, _GRID)
+        figure = Figure(
+            Axis("compute, relative to the largest known budget", log=True),
+            Axis("observed loss relative to predicted loss (%)", zero=True),
+        )
+        for level, colour in ((backtest.OUTER, WIDE), (backtest.INNER, NARROW)):
+            ends = 100 * (self._along(x, level) - 1)
+            figure.add(band(x, ends, colour, f"today's {level:.0%} interval"))
+        colours = list(self.shades.values())
+        for origin, ahead in rows.groupby("origin"):
+            outside = (ahead["error"].abs() > ahead["outer"]).to_numpy()
+            texts = [
+                f"predicted {y * np.exp(e):.5g} from {origin} budgets\nobserved {y:.5g}\n"
+                f"{'outside' if out else 'inside'} the 90% interval"
+                for y, e, out in zip(ahead["observed"], ahead["error"], outside, strict=True)
+            ]
+            observed = 100 * np.expm1(-ahead["error"].to_numpy())
+            shade = [colours[int(origin) - 1]]
+            figure.add(dots(ahead["beyond"].to_numpy(), observed, shade, texts, outside))
+        return figure
+
+    def _along(self, factors: Array, level: float) -> Array:
+        """Today's interval divided by the predicted loss, (2, m), along the best runs, at these
+        multiples of the most expensive run."""
+        flops = factors * self.study.calibrated.greatest
+        predicted = self.study.predicted(self.best(self.study.fit.vector, flops), flops)
+        return predicted.interval(level) / predicted.loss
+
+    def _star(self, x: float, y: float, f: Prediction, ends: tuple[float, float] | None = None):
+        level = f"{self.study.job.level:.0%}"
+        text = (
+            f"target\nN {f.parameters:.4g}\nD {f.tokens:.4g}\nloss {f.loss:.5g}"
+            f"\n50%: {f.inner[0]:.5g} to {f.inner[1]:.5g}"
+            f"\n{level}: {f.outer[0]:.5g} to {f.outer[1]:.5g}"
+        )
+        return star(x, y, text, ends)
+
+
+def _contour(x: Array, y: Array, level: float) -> Trace:
+    """Return the line of runs with the same predicted loss."""
+    texts = [f"L(N, D) {level:.5g}\nN {n:.4g}\nD {d:.4g}" for n, d in zip(x, y, strict=True)]
+    return line(x, y, FAINT, width=1.0, texts=texts, label=f"{level:.4g}")
+
+
+def _predicted(study: StudyFit) -> Array:
+    """The loss by the law of every run, fitted or not."""
+    every = study.all_points
+    return study.fit.predict(**{c: np.exp(every.log(c)) for c in study.form.columns})
+
+
+def _nice(step: float) -> float:
+    """The step rounded down to 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** np.floor(np.log10(step))
+    return float(max(m for m in (1, 2, 5) if m * power <= step * (1 + 1e-9)) * power)

@@ -1,1 +1,0 @@
-"""Shows metrics of tasks: in the terminal, and as a section of the report."""
