@@ -31,17 +31,20 @@ _FEW_CPUS = 4
 class SlurmConfig:
     """Section `slurm`."""
 
-    partition: str | None = key(None, "partition; null: the cluster's default")
-    account: str | None = key(None, "account to charge")
+    partition: str | None = key(None, "partition; null: the cluster's default", common=True)
+    account: str | None = key(None, "account to charge", common=True)
     qos: str | None = key(None, "quality of service")
     constraint: str | None = key(None, "features that nodes must have")
     reservation: str | None = key(None, "reservation to use")
-    nodes: int = key(1, "number of nodes", ge=1)
+    nodes: int = key(1, "number of nodes", ge=1, common=True)
     spares: int = key(
         0, "more nodes than the run needs, which replace lost or faulty ones inside the job", ge=0
     )
     gpus_per_node: int = key(
-        0, "GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs", ge=0
+        0,
+        "GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs",
+        ge=0,
+        common=True,
     )
     gres: str | None = key(
         None, "generic resources per node, such as gpu:a100:4, if the cluster needs GPUs so"
@@ -55,7 +58,9 @@ class SlurmConfig:
     )
     mem: str | None = key(None, "memory per node, such as 64G; 0: all; null: the cluster's default")
     time: Duration | None = key(
-        None, "time limit of one job, such as 24 h; a run may take many jobs"
+        None,
+        "time limit of one job, such as 24 h; a run may take many jobs",
+        common=True,
     )
     exclusive: bool = key(False, "do not share the nodes with other jobs")
     exclude: list[str] = key([], "names of nodes not to use")

@@ -70,7 +70,9 @@ class EvaluationsJob(ScoreJob):
 
     target: str | None = key(None, "a run (its name or its directory)")
     steps: list[int] = key(
-        [], "the checkpoints of these steps, also of those to come; empty: all that exist now"
+        [],
+        "the checkpoints of these steps, also of those to come; empty: all that exist now",
+        common=True,
     )
     slurm: EvaluationSlurm = section(EvaluationSlurm, "what each evaluation gets of the cluster")
     submit: SubmitConfig = section(SubmitConfig, "how to submit")

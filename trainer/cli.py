@@ -87,13 +87,13 @@ def _dispatch(arguments: list[str]) -> int:
         return DONE
     name, rest = arguments[0], arguments[1:]
     verb = load(name)
-    if any(argument in ("-h", "--help") for argument in rest):
+    if helps := [i for i, argument in enumerate(rest) if argument in ("-h", "--help")]:
         from forescale.config.help import explain
 
-        schema = schema_of(verb, rest)
+        schema, section = schema_of(verb, rest), "".join(rest[helps[0] + 1 : helps[0] + 2])
         purpose = VERBS[name] if schema is verb.JOB else str(schema.__doc__)
         examples = [line for line in verb.EXAMPLES if line.startswith(schema.VERB)]
-        print(explain(schema, purpose, examples, action=rest[0]), end="")
+        print(explain(schema, purpose, examples, action=rest[0], section=section), end="")
         return DONE
     return verb.main(rest)
 

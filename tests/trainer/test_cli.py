@@ -236,7 +236,8 @@ def test_a_verb_shows_control_characters_as_text(hostile, forescale, words):
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     """As in an installation without it: the import fails, whatever is installed here."""
-    for name in [n for n in sys.modules if n.startswith("forescale.verbs.study")]:
+    names = ("forescale.verbs.study", "forescale.scaling")
+    for name in [n for n in sys.modules if n.startswith(names)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert cli.main(["study", "fit"]) == 2

@@ -27,11 +27,16 @@ class ScoreJob(RunJob):
     """A run and the windows to score it on."""
 
     target: str | None = key(
-        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
+        None,
+        "a run (its name or its directory), a checkpoint or a Hugging Face directory",
+        common=True,
     )
-    split: Literal["train", "validation"] = key("validation", "part of the dataset")
+    split: Literal["train", "validation"] = key("validation", "part of the dataset", common=True)
     windows: int | None = key(
-        None, "number of windows, evenly spread over the split; null: all", ge=1
+        None,
+        "number of windows, evenly spread over the split; null: all",
+        ge=1,
+        common=True,
     )
     sequence_length: int | None = key(
         None, "tokens in a window, and a table of loss by position; null: as in training", ge=1
@@ -45,16 +50,19 @@ class ScoreJob(RunJob):
         [],
         "instead of losses, the accuracy on small tasks that are made, not read: "
         f"{', '.join(TASKS)}",
+        common=True,
     )
     tasks: list[str] = key(
         [],
         "instead of losses, the scores on tasks of EleutherAI's lm-evaluation-harness: their "
         "files (.yaml) or their names",
+        common=True,
     )
     shots: list[int] = key(
         [],
         "abilities, tasks: numbers of solved examples before a question; each is measured; []: "
         f"{', '.join(map(str, SHOTS))} for abilities, and what the files of tasks say",
+        common=True,
     )
     questions: int | None = key(
         None,

@@ -1,28 +1,53 @@
-"""The page of `forescale VERB --help`: every key with its default, every group with its choices.
+"""The pages of `forescale VERB --help`: a short one, one of a section, and one of everything.
 
 Invariant: every help text has one source. That of a key is its field in the schema (for
-`model.*` the comment beside the field), that of a choice the first comment of its file; defaults
-come from the composed config.
+`model.*` the comment beside the field), that of a choice the first sentence of its file; defaults
+come from the composed config, and a key is on the short page if its field is marked `common`.
 """
 
 import inspect
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from forescale.config.compose import Group, defaults, groups
 from forescale.config.job import Job
-from forescale.config.schema import Leaf, flatten, leaves, options, plain
+from forescale.config.schema import (
+    Kind,
+    Leaf,
+    flatten,
+    kinds_of,
+    leaves,
+    name_of,
+    options,
+    plain,
+    word_of,
+)
+from forescale.config.suggest import nearest_first
+from forescale.errors import UserError
 from forescale.models.config import ModelConfig
+
+ALL = "all"  # the word after --help that shows everything
+SCREENS = 60  # lines of the short page
+_WIDTH = 100
 
 _TARGET = {"run.name": "RUN", "input": "INPUT", "target": "RUN|PATH", "run.from.run": "FROM"}
 _MARK = {"identity": "!", "numerics": "~", "free": " "}
-_LEGEND = """\
+_LEGEND = """
 Between two starts of a run, a key marked ! must not change. If a key marked ~ changes, the run
 prints a note and is no longer exact to the last bit. All other keys may change."""
+
+
+class _Keys(NamedTuple):
+    """Some keys, and the default of each. title: the kind of a block that has them; "": any."""
+
+    title: str
+    leaves: dict[str, Leaf]
+    values: Mapping[str, Any]
 
 
 def explain(
@@ -31,64 +56,171 @@ def explain(
     examples: Sequence[str] = (),
     conf_dirs: Sequence[str | Path] = (),
     action: str = "",
+    section: str = "",
 ) -> str:
-    """Return the page of `forescale VERB [ACTION] --help`.
+    """Return the page of `forescale VERB [ACTION] --help [SECTION]`.
 
     For a verb with actions: the keys of this action, or the list of actions if it is none of them.
+    section: "" gives the page of at most SCREENS lines, "all" everything, else the keys of this
+    section and the choices of this group. Raises UserError if there is no such section.
     """
-    verb, choices = schema.VERB, groups(schema, conf_dirs)
-    job = defaults(schema)
-    found, composed = leaves(schema, job=job), dict(flatten(plain(job), ""))
+    verb, choices, job = schema.VERB, groups(schema, conf_dirs), defaults(schema)
+    keys = _Keys("", leaves(schema, job=job), dict(flatten(plain(job), "")))
     if schema.ACTIONS:
+        action = section if section in schema.ACTIONS else action
         if action not in schema.ACTIONS:
             return _actions(schema, purpose)
         verb, (purpose, _, examples) = f"{verb} {action}", schema.ACTIONS[action]
-        found = {path: leaf for path, leaf in found.items() if schema.ACTIONS[action].reads(path)}
+        reads = schema.ACTIONS[action].reads
+        keys = keys._replace(leaves={p: leaf for p, leaf in keys.leaves.items() if reads(p)})
+        section = "" if section == action else section
+    tables = [keys, *(t for t in _other_kinds(schema, job) if not schema.ACTIONS)]
+    if section not in ("", ALL):
+        return _section(f"forescale {verb}", section, choices, tables)
     target = _TARGET.get(schema.TARGET, schema.TARGET.upper())
-    target = f" [{target}]" if schema.TARGET in found else ""
-    flags = "".join(f" [{flag}]" for flag, name in schema.FLAGS.items() if name in found)
-    usage = f"forescale {verb}{target} [KEY=VALUE ...]{flags}"
-    parts = [f"{usage}\n\n{purpose}", "Examples\n" + _lines(examples)]
-    if choices:
-        tables = "\n".join(_choices(group) for group in choices.values())
-        parts.append("Choices, written GROUP=CHOICE (* is the default)\n" + tables)
-    sections: dict[str, list[str]] = {}
-    for leaf in found.values():
-        title = leaf.path.partition(".")[0] if "." in leaf.path else ""
-        sections.setdefault(title, []).append(_key(leaf, composed.get(leaf.path)))
-    legend = f"\n{_LEGEND}" if verb == "train" else ""
-    parts.append("Keys, written KEY=VALUE, with their defaults" + legend)
-    return "\n\n".join(parts + ["\n".join(lines) for lines in sections.values()]) + "\n"
+    target = f" [{target}]" if schema.TARGET in keys.leaves else ""
+    flags = "".join(f" [{flag}]" for flag, name in schema.FLAGS.items() if name in keys.leaves)
+    usage = f"forescale {verb}{target} [KEY=VALUE ...]{flags}\n\n{purpose}"
+    lines = "\n".join(f"  forescale {example}" for example in examples)
+    head = [usage, "Examples\n" + lines]
+    page = "\n\n".join([*head, *_everything(choices, tables)]) + "\n"
+    if section == ALL or page.count("\n") <= SCREENS:
+        return page
+    return "\n\n".join([*head, *_short(f"forescale {verb}", choices, keys)]) + "\n"
 
 
 def _actions(schema: type[Job], purpose: str) -> str:
     """Return the page of a verb with actions: one line for each."""
     verb = schema.VERB
     rows = [_row(f"  {name:<10} ", action.purpose) for name, action in schema.ACTIONS.items()]
-    more = f"forescale {verb} ACTION --help shows the keys and examples of an action."
+    note = f"forescale {verb} ACTION --help shows the keys and examples of an action."
     head = f"forescale {verb} ACTION [KEY=VALUE ...]\n\n{purpose}"
-    return "\n\n".join([head, "Actions\n" + "\n".join(rows), more]) + "\n"
+    return "\n\n".join([head, "Actions\n" + "\n".join(rows), note]) + "\n"
 
 
-def _lines(examples: Sequence[str]) -> str:
-    return "\n".join(f"  forescale {example}" for example in examples)
+def _everything(choices: Mapping[str, Group], tables: Sequence[_Keys]) -> list[str]:
+    """Return the paragraphs of all choices and all keys."""
+    parts = []
+    if choices:
+        rows = "\n".join(_choices(group) for group in choices.values())
+        parts.append("Choices, written GROUP=CHOICE (* is the default)\n" + rows)
+    sections: dict[str, list[str]] = {}
+    for leaf in tables[0].leaves.values():
+        title = leaf.path.partition(".")[0] if "." in leaf.path else ""
+        sections.setdefault(title, []).append(_key(leaf, tables[0].values))
+    parts.append("Keys, written KEY=VALUE, with their defaults" + _legend(tables[0].leaves))
+    return [*parts, *map("\n".join, sections.values()), *map(_of_kind, tables[1:])]
+
+
+def _short(command: str, choices: Mapping[str, Group], keys: _Keys) -> list[str]:
+    """Return the paragraphs of the short page."""
+    parts = []
+    if choices:
+        rows = []
+        for name, group in choices.items():
+            words = sorted(group.files, key=lambda word: (word != group.default, word))
+            words = [word + " *" * (word == group.default) for word in words]
+            rows.append(_row(f"  {name:<12}", ", ".join(words)))
+        parts.append("Choices, written GROUP=CHOICE (* is the default)\n" + "\n".join(rows))
+    rows = [_key(leaf, keys.values, short=True) for leaf in keys.leaves.values() if leaf.common]
+    parts.append("The keys that most users set, written KEY=VALUE\n" + "\n".join(rows))
+    sections = dict.fromkeys(path.partition(".")[0] for path in keys.leaves if "." in path)
+    names = ", ".join(dict.fromkeys([*choices, *sections]))
+    rest = [
+        (f"{command} --help SECTION", f"its keys and choices; SECTION is one of {names}"),
+        (f"{command} --help {ALL}", "everything"),
+        ("forescale help", "the pages of the manual"),
+    ]
+    wide = max(len(line) for line, _ in rest)
+    rows = [_row(f"  {line:<{wide}}  ", text) for line, text in rest]
+    return [*parts, "To read on\n" + "\n".join(rows)]
+
+
+def _section(
+    command: str, section: str, choices: Mapping[str, Group], tables: Sequence[_Keys]
+) -> str:
+    """Return the page of one section, which may be a group, a section within another, or a key.
+    Raises UserError if there is none of this name."""
+    chosen = []
+    for table in tables:
+        of_section = {
+            path: leaf
+            for path, leaf in table.leaves.items()
+            if path == section or path.startswith(section + ".")
+        }
+        if of_section:
+            chosen.append(table._replace(leaves=of_section))
+    parts = []
+    if section in choices:
+        title = f"Choices, written {section}=CHOICE (* is the default)\n"
+        parts.append(title + _choices(choices[section]))
+    if chosen and not chosen[0].title:
+        table = chosen.pop(0)
+        rows = [_key(leaf, table.values) for leaf in table.leaves.values()]
+        legend = _legend({path: leaf for t in tables for path, leaf in t.leaves.items()})
+        parts.append(f"Keys, written KEY=VALUE, with their defaults{legend}\n\n" + "\n".join(rows))
+    parts += map(_of_kind, chosen)
+    if not parts:
+        paths = tables[0].leaves
+        names = {*choices, ALL, *paths, *(path.partition(".")[0] for path in paths if "." in path)}
+        near = nearest_first(section, sorted(names))[0]
+        problem = "no such section, group or key"
+        raise UserError(f"--help {section}", problem, f"did you mean {command} --help {near}?")
+    return "\n\n".join([f"{command}: {section}", *parts]) + "\n"
+
+
+def _other_kinds(schema: type, job: Any, prefix: str = "", kind: Kind = "free") -> Iterator[_Keys]:
+    """Yield the keys of each kind of each block that the job hasn't chosen."""
+    for f in fields(schema):
+        path, part = prefix + name_of(f), getattr(job, f.name, None)
+        own_kind: Kind = f.metadata.get("kind") or kind
+        if kinds := kinds_of(f):
+            word = word_of(f, part) if is_dataclass(part) else ""
+            for other, inner in kinds.items():
+                default = inner()
+                keys = leaves(inner, path + ".", own_kind, default)
+                if other != word and keys:
+                    yield _Keys(f"{path}={other}", keys, dict(flatten(plain(default), path)))
+        if is_dataclass(part):
+            yield from _other_kinds(type(part), part, path + ".", own_kind)
+
+
+def _of_kind(table: _Keys) -> str:
+    """Return the paragraph of the keys of a kind."""
+    rows = [_key(leaf, table.values) for leaf in table.leaves.values()]
+    return "\n".join([f"With {table.title}", *rows])
+
+
+def _legend(keys: Mapping[str, Leaf]) -> str:
+    return _LEGEND if any(leaf.kind == "identity" for leaf in keys.values()) else ""
 
 
 def _choices(group: Group) -> str:
     rows = []
     for n, (choice, path) in enumerate(sorted(group.files.items())):
         name = choice + (" *" if choice == group.default else "")
-        rows.append(_row(f"  {group.name if n == 0 else '':<11} {name:<15} ", _first_comment(path)))
+        head = f"  {group.name if n == 0 else '':<11} {name:<15} "
+        rows.append(_row(head, first_sentence(path)))
     return "\n".join(rows)
 
 
-def _first_comment(path: Path) -> str:
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of the comment that opens a file of a choice."""
     lines = (line for line in path.read_text().splitlines() if not line.startswith("# @package"))
-    return next(lines, "").removeprefix("#").strip()
+    comment: list[str] = []
+    for line in lines:
+        if not line.startswith("#") or not line.strip("# "):
+            break
+        comment.append(line.removeprefix("#").strip())
+    text = " ".join(comment)
+    match = re.match(r".*?[.!?](?=\s+[A-Z`]|$)", text)
+    return match[0] if match else text
 
 
-def _key(leaf: Leaf, default: Any) -> str:
-    return _row(f"{_MARK[leaf.kind]} {leaf.path:<30} {_value(default):<12} ", _help(leaf))
+def _key(leaf: Leaf, values: Mapping[str, Any], short: bool = False) -> str:
+    """Return the row of a key. short: without its mark, and the help up to its first semicolon."""
+    mark, text = (" ", _help(leaf).partition(";")[0]) if short else (_MARK[leaf.kind], _help(leaf))
+    return _row(f"{mark} {leaf.path:<30} {_value(values.get(leaf.path)):<12} ", text)
 
 
 def _value(default: Any) -> str:
@@ -120,5 +252,5 @@ def _comments() -> dict[str, str]:
 
 def _row(head: str, text: str) -> str:
     """Return `head` followed by `text`, wrapped in the column beside it."""
-    lines = textwrap.wrap(text, max(30, 100 - len(head))) or [""]
+    lines = textwrap.wrap(text, max(30, _WIDTH - len(head))) or [""]
     return "\n".join([head + lines[0], *(" " * len(head) + line for line in lines[1:])]).rstrip()

@@ -61,7 +61,7 @@ class Job:
 class RootConfig:
     """Where runs are looked for."""
 
-    root: str = key("runs", "the directory that holds the runs")
+    root: str = key("runs", "the directory that holds the runs", common=True)
 
 
 @dataclass

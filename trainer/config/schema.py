@@ -68,17 +68,25 @@ class ConfigError(UserError):
 
 
 def key(
-    default: Any, help: str, *, kind: Kind | None = None, name: str = "", **bounds: float
+    default: Any,
+    help: str,
+    *,
+    kind: Kind | None = None,
+    name: str = "",
+    common: bool = False,
+    **bounds: float,
 ) -> Any:
     """Return a dataclass field for a key.
 
     kind: None takes the kind of the section. name: the key's name where the field can't have it,
-    such as `from`. bounds: ge, gt, le, lt (at least, more than, at most, less than).
+    such as `from`. common: it is on the short page of --help. bounds: ge, gt, le, lt (at least,
+    more than, at most, less than).
     """
-    made: dict[str, Any] = {"help": help, "kind": kind, "name": name, "bounds": bounds}
+    metadata: dict[str, Any] = {"help": help, "kind": kind, "name": name, "bounds": bounds}
+    metadata["common"] = common
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=made)
-    return field(default=default, metadata=made)
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def section(cls: type, help: str, kind: Kind | None = None, name: str = "") -> Any:
@@ -121,6 +129,7 @@ class Leaf(NamedTuple):
     kind: Kind
     help: str
     bounds: Mapping[str, float]
+    common: bool = False
 
 
 def name_of(f: Field[Any]) -> str:
@@ -187,7 +196,8 @@ def leaves(cls: type, prefix: str = "", kind: Kind = "free", job: Any = None) ->
         elif (section := section_class(type_)) and "kinds" not in f.metadata:
             result |= leaves(section, path + ".", own_kind, part)
         else:
-            result[path] = Leaf(path, type_, own_kind, text, f.metadata.get("bounds", {}))
+            bounds, common = f.metadata.get("bounds", {}), f.metadata.get("common", False)
+            result[path] = Leaf(path, type_, own_kind, text, bounds, common)
     return result
 
 

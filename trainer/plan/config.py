@@ -68,7 +68,9 @@ class MachineConfig:
 
 @dataclass
 class PlanConfig:
-    gpus: int | None = key(None, "GPUs, one rank each; null: those of plan.nodes, or one", ge=1)
+    gpus: int | None = key(
+        None, "GPUs, one rank each; null: those of plan.nodes, or one", ge=1, common=True
+    )
     nodes: int | None = key(None, "number of nodes; null: as many as plan.gpus need", ge=1)
     mfu: float | None = key(
         None,
@@ -79,7 +81,9 @@ class PlanConfig:
     from_run: str | None = key(
         None, "a run on the same kind of device (name or directory) whose measured speed is used"
     )
-    gpu_hour: float | None = key(None, "price of one GPU for one hour, in any currency", ge=0)
+    gpu_hour: float | None = key(
+        None, "price of one GPU for one hour, in any currency", ge=0, common=True
+    )
     kilowatt_hour: float | None = key(None, "price of a kilowatt-hour", ge=0)
     margin: float = key(
         0.08,

@@ -20,10 +20,13 @@ from forescale.config.schema import key, section
 class TargetPoint:
     """The run whose loss is predicted: by N and D, by C alone, or by device-hours."""
 
-    parameters: float | None = key(None, "N, parameters of the target run", gt=0)
-    tokens: float | None = key(None, "D, training tokens of the target run", gt=0)
+    parameters: float | None = key(None, "N, parameters of the target run", gt=0, common=True)
+    tokens: float | None = key(None, "D, training tokens of the target run", gt=0, common=True)
     flops: float | None = key(
-        None, "C, FLOPs of the target run; given alone, the law chooses the best N and D", gt=0
+        None,
+        "C, FLOPs of the target run; given alone, the law chooses the best N and D",
+        gt=0,
+        common=True,
     )
     expansion: float | None = key(
         None,
@@ -36,7 +39,9 @@ class TargetPoint:
     branches: list[float] = key(
         [], "D of shorter runs that branch off the target; each is predicted too"
     )
-    run: str | None = key(None, "name that the target run will have; its loss scores the forecast")
+    run: str | None = key(
+        None, "name that the target run will have; its loss scores the forecast", common=True
+    )
     far: bool = key(False, "predict beyond 30 times the compute of the largest run too")
 
     @property
@@ -60,17 +65,25 @@ class PlanKeys:
     """Which runs a study trains, and what all of them share."""
 
     cap: float | None = key(
-        None, "FLOPs that the whole study may spend, counted as `cost` says", gt=0
+        None,
+        "FLOPs that the whole study may spend, counted as `cost` says",
+        gt=0,
+        common=True,
     )
     kind: Literal["isoflop", "ladder", "list", "recipes"] = key(
         "isoflop",
         "isoflop: sizes within each compute budget; ladder: sizes times multiples of 20 N tokens; "
         "list: the runs in plan.runs; recipes: a base and candidates at equal compute",
+        common=True,
     )
     candidates: list[str] = key(
-        [], "recipes: names of the file's recipes to compare with the base; A+B: both at once"
+        [],
+        "recipes: names of the file's recipes to compare with the base; A+B: both at once",
+        common=True,
     )
-    base: list[str] = key([], "recipes: names of the file's recipes that make up the base")
+    base: list[str] = key(
+        [], "recipes: names of the file's recipes that make up the base", common=True
+    )
     recipes: str | None = key(
         None,
         "recipes: YAML file with the arguments of each recipe, as NAME: [KEY=VALUE, ...]; null: "
@@ -88,8 +101,8 @@ class PlanKeys:
         "arguments of `forescale train` that all runs share; better written after `--`, as in "
         "-- data.path=DIR; without any: the embedded corpus as bytes, AdamW, evaluation at the end",
     )
-    budgets: int = key(5, "isoflop, recipes: number of compute budgets", ge=3)
-    sizes: int = key(5, "isoflop: number of model sizes in each budget", ge=3)
+    budgets: int = key(5, "isoflop, recipes: number of compute budgets", ge=3, common=True)
+    sizes: int = key(5, "isoflop: number of model sizes in each budget", ge=3, common=True)
     ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "ladder: the model sizes N")
     multiples: list[float] = key([1, 2, 4], "ladder: training tokens D in multiples of 20 N")
     model: str = key("tiny", "model=CHOICE whose kind of layers all sizes have")
@@ -99,7 +112,7 @@ class PlanKeys:
         "vocabulary size; null: the data's; a large vocabulary dominates N of small models",
         ge=2,
     )
-    sequence_length: int = key(256, "sequence length of all runs", ge=1)
+    sequence_length: int = key(256, "sequence length of all runs", ge=1, common=True)
     micro_batch: int = key(
         8, "windows that all ranks feed at once; larger batches are multiples of it", ge=1
     )
@@ -167,18 +180,20 @@ class StudyJob(Job):
         "--json": "json", "--live": "live", "--sensitivity": "sensitivity",
     }  # fmt: skip
 
-    study: str = key("first", "name of the study; its directory is studies/NAME")
+    study: str = key("first", "name of the study; its directory is studies/NAME", common=True)
     studies: str = key("studies", "the directory that holds the studies")
     input: list[str] = key(
         [],
         "runs (names, directories, glob patterns), or one table (.csv, .tsv, .csv.gz, .tsv.gz, "
         ".parquet, .json, .jsonl; several for backtest; two inputs for compare, also studies); "
         "none: the cells of the study",
+        common=True,
     )
     columns: dict[str, str] = key(
         {},
         "which columns of the table to read, as {OUR NAME: ITS NAME}, such as {parameters: Model "
         "Size, loss: final}",
+        common=True,
     )
     rows: dict[str, str] = key(
         {}, "read only the table's rows with these values, such as {dataset: c4}, by its own names"
@@ -191,7 +206,9 @@ class StudyJob(Job):
     )
     reference: str = key("base", "of recipes: the one that the others are compared with")
     tasks: dict[str, str] = key(
-        {}, "the columns with the metric of each task, as {TASK: COLUMN}; shares from 0 to 1"
+        {},
+        "the columns with the metric of each task, as {TASK: COLUMN}; shares from 0 to 1",
+        common=True,
     )
     task_losses: dict[str, str] = key(
         {}, "the columns with each task's own loss, as {TASK: COLUMN}; without it, the loss"
@@ -199,6 +216,7 @@ class StudyJob(Job):
     task: str | None = key(
         None,
         "the column with the metric of a task, of the table or of the records; predicted too",
+        common=True,
     )
     metric: Literal["accuracy", "error", "loss"] = key(
         "accuracy",
@@ -221,6 +239,7 @@ class StudyJob(Job):
         "chinchilla",
         "the law to fit; auto: the one with the lowest backtest error near the target's "
         "extrapolation factor",
+        common=True,
     )
     method: Literal["auto", "level", "law"] = key(
         "auto",
@@ -263,7 +282,9 @@ class StudyJob(Job):
         "what the bootstrap resamples; clusters: a trunk with all its branches (pairs where no run "
         "has branches)",
     )
-    level: float = key(0.9, "level of the confidence and prediction intervals", gt=0, lt=1)
+    level: float = key(
+        0.9, "level of the confidence and prediction intervals", gt=0, lt=1, common=True
+    )
     sensitivity: bool = key(
         False, "fit with each way to count N and C, and compare; --sensitivity does the same"
     )
@@ -271,13 +292,19 @@ class StudyJob(Job):
         0, "seed of the bootstrap, of simulated studies, and, unless 0, of planned runs", ge=0
     )
     to: str | None = key(
-        None, "the HTML file to write; null: studies/STUDY/report.html (compare writes none)"
+        None,
+        "the HTML file to write; null: studies/STUDY/report.html (compare writes none)",
+        common=True,
     )
-    json: bool = key(False, "print the result as JSON; --json does the same")
+    json: bool = key(False, "print the result as JSON; --json does the same", common=True)
     plan: PlanKeys = section(PlanKeys, "which runs a study trains")
     launch: LaunchKeys = section(LaunchKeys, "how the runs of a study are launched")
-    cap: float | None = key(None, "FLOPs that the additional runs may spend together", gt=0)
-    add: bool = key(False, "add the chosen runs to the plan, and their cost to its cap")
+    cap: float | None = key(
+        None, "FLOPs that the additional runs may spend together", gt=0, common=True
+    )
+    add: bool = key(
+        False, "add the chosen runs to the plan, and their cost to its cap", common=True
+    )
     cells: list[str] = key([], "names of the cells to exclude")
     why: str | None = key(None, "why the cells are excluded; the reason is stored with the study")
     live: bool = key(False, "redraw the table every two seconds; --live does the same")

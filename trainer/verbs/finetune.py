@@ -56,12 +56,14 @@ class FinetuneJob(TrainJob):
         'the examples, typed as data=FILE.jsonl: lines {"prompt": TEXT, "response": TEXT} or '
         '{"messages": [{"role": "user", "content": TEXT}, ...]}, or preferences, lines '
         '{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}',
+        common=True,
     )
     epochs: float | None = key(
         None,
         f"how often each example is read, unless train.steps is typed; null: {EPOCHS:g} times, "
         f"preferences {LATER_EPOCHS:g}",
         gt=0,
+        common=True,
     )
     held_out: float = key(0.05, "share of the examples that only validation reads", ge=0, le=0.5)
     unusable: Literal["fail", "skip"] = key(

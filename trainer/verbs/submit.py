@@ -14,15 +14,12 @@ FIRST = ("train", "eval")
 JOB = SubmitJob
 JOBS = {"eval": evaluations.EvaluationsJob}
 EXAMPLES = (
-    "submit train big slurm.nodes=8 slurm.gpus_per_node=8 model=llama-7b engine=zero3 "
-    "train.global_batch=1024   (the same command again resumes the run)",
+    "submit train big recipe=llama-7b slurm.nodes=8 slurm.gpus_per_node=8",
     "submit train slurm.gpus_per_node=1 --dry-run   (print the script, write nothing)",
-    "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 train.micro_batch=2 "
-    "slurm.time='2 h'",
-    "submit train slurm.runs=sweep.txt slurm.at_once=4 slurm.gpus_per_node=1   "
-    "(one array; a line of the file is a run)",
+    "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 slurm.time='2 h'",
+    "submit train slurm.runs=sweep.txt slurm.at_once=4   (one array; a line of the file is a run)",
     "submit eval big   (all its checkpoints; keys: forescale submit eval --help)",
-    "submit eval big steps=[10000,20000] slurm.at_once=1   (also those that are yet to be saved)",
+    "submit eval big steps=[10000,20000]   (also those that are yet to be saved)",
 )
 
 

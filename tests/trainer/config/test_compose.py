@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.config.compose import CONF, compose, defaults, groups
-from forescale.config.help import explain
+from forescale.config.help import ALL, explain
 from forescale.config.schema import ConfigError, TargetConfig, leaves
 from forescale.config.train import TrainJob
 from forescale.errors import USER, UserError
@@ -194,7 +194,7 @@ def test_choices_of_the_user_s_own(mine):
     with pytest.raises(UserError, match=r"torn\.yaml"):
         compose(TrainJob, ["model=torn"], conf_dirs=[mine])
     assert "refers to a key that doesn't exist" in str(refusal("model=unset", conf_dirs=[mine]))
-    assert "mine" in explain(TrainJob, "", conf_dirs=[mine])
+    assert "mine" in explain(TrainJob, "", conf_dirs=[mine], section=ALL)
 
 
 def test_a_choice_that_exists_already_and_a_missing_directory(mine):
@@ -216,7 +216,9 @@ def test_the_manual_says_every_key_and_every_choice():
     for verb in VERBS:
         schema = load(verb).JOB
         actions = schema.ACTIONS or ("",)
-        page = "\n".join(explain(schema, VERBS[verb], action=action) for action in actions)
+        page = "\n".join(
+            explain(schema, VERBS[verb], action=action, section=ALL) for action in actions
+        )
         assert max(map(len, page.splitlines())) <= 100
         known = leaves(schema, job=defaults(schema))
         assert all(f" {path} " in page for path in known)
@@ -224,7 +226,7 @@ def test_the_manual_says_every_key_and_every_choice():
         rows = {words[0]: words for words in begun}
         assert not [path for path in known if len(rows[path]) < 3], "keys without help"
         assert all(choice in page for g in groups(schema).values() for choice in g.files)
-    page = " ".join(explain(TrainJob, "").split())
+    page = " ".join(explain(TrainJob, "", section=ALL).split())
     assert "! optimizer.learning_rate 0.02 " in page
     assert "pre pre | post | sandwich: before a part" in page, "a comment of several lines is whole"
 
@@ -252,7 +254,7 @@ def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("FORESCALE_CONF", str(tmp_path))
     job = compose(SubmitJob, words)
     assert (job.slurm.partition, job.slurm.nodes) == ("gpu", 3)
-    main(["submit", "--help"])
+    main(["submit", "--help", "slurm"])
     assert "The cluster upstairs." in capsys.readouterr().out
 
 

@@ -1,25 +1,60 @@
-"""Every verb explains itself, and takes a bad command for a sentence."""
+"""Every verb explains itself, in two screens and in full; a bad command gets a sentence."""
 
 import pytest
 
 from forescale.cli import VERBS
+from forescale.config.compose import CONF
+from forescale.config.help import SCREENS, first_sentence
+from forescale.verbs import load
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_examples_and_keys(verb, forescale):
-    code, out, _ = forescale(verb, "--help")
+def pages() -> list[tuple[str, ...]]:
+    """The command lines before --help: each verb, its words with other keys, its actions."""
+    verbs = [(name, load(name)) for name in VERBS]
+    words = [(name, word) for name, verb in verbs for word in getattr(verb, "JOBS", {})]
+    return [
+        *((name,) for name in VERBS),
+        *words,
+        *((n, a) for n, v in verbs for a in v.JOB.ACTIONS),
+    ]
+
+
+@pytest.mark.parametrize("words", pages(), ids=" ".join)
+def test_help_fits_two_screens_and_leads_to_everything(words, forescale):
+    code, out, _ = forescale(*words, "--help")
     assert code == 0
-    assert f"forescale {verb}" in out
-    assert "run.root" in out or verb in ("shards", "drill", "study", "completion")
+    assert out.startswith(f"forescale {' '.join(words)} ")
+    assert len(out.splitlines()) <= SCREENS
+    lines = [line for line in out.splitlines() if not line.startswith("  forescale ")]
+    assert max(map(len, lines)) <= 100
+    everything = forescale(*words, "--help", "all")[1]
+    if everything != out:
+        assert f"forescale {' '.join(words)} --help all" in out
+        assert out.count("\n  ") > 10, "the keys that most users set"
+
+
+def test_a_section_shows_its_keys_and_its_choices(forescale):
+    out = forescale("train", "--help", "engine")[1]
+    assert " engine.stage " in out
+    assert "optimizer state is sharded over the ranks, at no extra" in out
+    assert "train.tokens" not in out
+    assert forescale("train", "--help", "train.tokens")[1].count("train.") >= 2
+    code, out, err = forescale("train", "--help", "engin")
+    assert (code, out) == (2, "")
+    assert "forescale train --help engine" in err
 
 
 def test_a_first_word_with_keys_of_its_own_has_a_page_of_its_own(forescale):
-    code, out, _ = forescale("submit", "eval", "--help")
-    assert code == 0
+    out = forescale("submit", "eval", "--help", "all")[1]
     assert out.startswith("forescale submit eval [RUN|PATH] ")
     assert "\n  steps " in out
     assert "train.steps" not in out
-    assert "steps=" not in forescale("submit", "train", "--help")[1].partition("Keys")[2]
+    assert "steps=" not in forescale("submit", "train", "--help", "all")[1].partition("Keys")[2]
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_the_text_of_a_choice_is_a_whole_sentence(path):
+    assert first_sentence(path)[-1] in ".?"
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -167,7 +167,7 @@ def test_the_help_of_a_study_lists_its_actions(forescale):
 
 @pytest.mark.parametrize("name", ACTIONS)
 def test_the_help_of_an_action_has_its_keys_alone(forescale, name):
-    code, out, _ = forescale("study", name, "--help")
+    code, out, _ = forescale("study", name, "--help", "all")
     action = ACTIONS[name]
     assert code == 0
     assert action.purpose in out

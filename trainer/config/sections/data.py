@@ -27,7 +27,9 @@ class CorpusConfig:
     """Which dataset to read and where to cache it."""
 
     path: str | None = key(
-        None, "dataset built by `forescale shards`: directory or URL; null: the embedded corpus"
+        None,
+        "dataset built by `forescale shards`: directory or URL; null: the embedded corpus",
+        common=True,
     )
     cache: str | None = key(
         None,

@@ -31,7 +31,10 @@ class LoraConfig:
     # 32 with a product that is divided by the rank: then the best learning rate hardly depends on
     # the rank (Schulman 2025, thinkingmachines.ai/blog/lora).
     rank: int = key(
-        0, "rank of the adapters beside frozen weights; 0: none, all weights are trained", ge=0
+        0,
+        "rank of the adapters beside frozen weights; 0: none, all weights are trained",
+        ge=0,
+        common=True,
     )
     alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", gt=0)
     targets: list[str] = key(

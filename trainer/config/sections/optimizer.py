@@ -103,7 +103,9 @@ class OptimizerConfig:
         name="_target_",
     )
     arguments: dict[str, Any] = key({}, "own: keyword arguments of your class")
-    learning_rate: float = key(3e-4, "peak learning rate; muon: of the hidden matrices", gt=0)
+    learning_rate: float = key(
+        3e-4, "peak learning rate; muon: of the hidden matrices", gt=0, common=True
+    )
     adam_learning_rate: float | None = key(
         None,
         "muon: peak learning rate of the parameters that AdamW updates, those of tables, head and "

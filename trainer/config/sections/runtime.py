@@ -54,7 +54,9 @@ def ability_problems(abilities: Sequence[str], shots: Sequence[int]) -> Problems
 @dataclass
 class CheckpointConfig:
     every: Duration = key(
-        Duration(500), "time between two checkpoints; the last step is always saved"
+        Duration(500),
+        "time between two checkpoints; the last step is always saved",
+        common=True,
     )
     keep: int = key(
         2,
@@ -179,7 +181,9 @@ class HeartbeatConfig:
 @dataclass
 class ValidationConfig:
     every: Duration = key(
-        Duration(500), "time between two evaluations; the last step is always evaluated"
+        Duration(500),
+        "time between two evaluations; the last step is always evaluated",
+        common=True,
     )
     # Losses of windows of 256 tokens of code have a standard deviation of about 0.55 nats.
     windows: int | None = key(
@@ -242,6 +246,7 @@ class LaunchConfig:
         None,
         "local ranks; null: one per GPU; on CPUs one per core, or fewer by batch and memory",
         ge=1,
+        common=True,
     )
     timeout: Duration = key(
         Duration(1800, "seconds"), "longest time that a rank waits for the others in a collective"

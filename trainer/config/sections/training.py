@@ -39,7 +39,7 @@ class OriginConfig:
 
 @dataclass
 class RunConfig:
-    name: str = key("first", "the run's name; its directory is run.root/run.name")
+    name: str = key("first", "the run's name; its directory is run.root/run.name", common=True)
     root: str = key("runs", "the directory that holds the runs")
     resume: Literal["auto", "must", "never"] = key(
         "auto", "auto: resume the run if it exists; must: refuse a new run; never: refuse to resume"
@@ -69,12 +69,17 @@ class RunConfig:
 class TrainConfig:
     steps: int | None = key(None, "length in optimizer steps, instead of train.tokens", ge=1)
     tokens: int | None = key(
-        None, "length in tokens, rounded up to whole steps, instead of train.steps", ge=1
+        None,
+        "length in tokens, rounded up to whole steps, instead of train.steps",
+        ge=1,
+        common=True,
     )
     tokens_per_parameter: float | None = key(
         None, "length in tokens for each parameter of the layers, instead of train.tokens", gt=0
     )
-    sequence_length: int = key(256, "targets per window; a window has one token more", ge=1)
+    sequence_length: int = key(
+        256, "targets per window; a window has one token more", ge=1, common=True
+    )
     first_length: int | None = key(
         None,
         "targets per row at first: windows are cut into rows of so many, which double up to "
@@ -85,7 +90,10 @@ class TrainConfig:
         None, "length of the run over which rows grow from first_length; each length as long"
     )
     global_batch: int = key(
-        8, "windows per optimizer step, over all ranks; 0: by the length in tokens", ge=0
+        8,
+        "windows per optimizer step, over all ranks; 0: by the length in tokens",
+        ge=0,
+        common=True,
     )
     first_batch: int | None = key(
         None, "windows of the first steps, which double to global_batch; null: global_batch", ge=1
@@ -100,8 +108,9 @@ class TrainConfig:
         "windows per rank and forward pass; gradient accumulation follows from it",
         kind="numerics",
         ge=1,
+        common=True,
     )
-    seed: int = key(1337, "seed of initial weights, data order and dropout", ge=0)
+    seed: int = key(1337, "seed of initial weights, data order and dropout", ge=0, common=True)
     init_seed: int | None = key(None, "seed of the initial weights; null: train.seed", ge=0)
     compile: Literal["auto", "on", "off"] = key(
         "auto", "torch.compile; auto: on if there is a compiler", kind="numerics"
@@ -182,7 +191,9 @@ class ScheduleConfig:
         "constant", "shape of the learning rate after the warm-up"
     )
     warmup: Duration = key(
-        Duration(0), "length of the linear warm-up from 0 to the peak learning rate"
+        Duration(0),
+        "length of the linear warm-up from 0 to the peak learning rate",
+        common=True,
     )
     decay: Duration | None = key(None, "wsd: length of the linear decay at the end")
     final: float = key(0.0, "learning rate at the end, as a fraction of the peak", ge=0, le=1)
