@@ -16,13 +16,13 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a small disk needs Linux and root")
     path.mkdir(exist_ok=True)
-    made = subprocess.run(
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "forescale-test", path],
         capture_output=True,
         text=True,
     )
-    if made.returncode:
-        pytest.skip(f"mounting a small disk isn't allowed here: {made.stderr.strip()}")
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk isn't allowed here: {mounted.stderr.strip()}")
     try:
         yield path
     finally:

@@ -76,23 +76,23 @@ def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> s
 
 def ranks_of(process):
     """The ranks of a launcher that exist at this moment, by their numbers."""
-    found = {}
+    ranks = {}
     for child in psutil.Process(process.pid).children():
         try:
             if "RANK" in (environment := child.environ()):
-                found[int(environment["RANK"])] = child
+                ranks[int(environment["RANK"])] = child
         except psutil.Error:
             continue
-    return found
+    return ranks
 
 
 def processes(folder: Path) -> list[int]:
     """Return the ids of the launchers and ranks that train under `folder`, after 0.2 s."""
     time.sleep(0.2)
-    found = subprocess.run(
+    listing = subprocess.run(
         ["pgrep", "-f", f"forescale train .*{folder}"], capture_output=True, text=True
     )
-    return [int(word) for word in found.stdout.split()]
+    return [int(word) for word in listing.stdout.split()]
 
 
 def rows(run: Path, kind: str = "train") -> list[dict]:

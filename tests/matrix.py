@@ -5,4 +5,4 @@ import os
 import pytest
 
 FULL = os.environ.get("FORESCALE_MATRIX") == "full"
-more = pytest.mark.skipif(not FULL, reason="one of the cases that FORESCALE_MATRIX=full adds")
+full_only = pytest.mark.skipif(not FULL, reason="one of the cases that FORESCALE_MATRIX=full adds")

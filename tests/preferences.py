@@ -13,17 +13,17 @@ def message(role: str, content: str) -> dict[str, str]:
 
 def preferences(count: int = 60) -> list[dict]:
     """Every third one is a chat whose earlier answer is no target; all are different."""
-    found = []
+    rows = []
     for i in range(count):
         if i % 3:
             right = {"chosen": str(2 * i), "rejected": f"{2 * i + 1}!"}
-            found.append({"prompt": f"{i}+{i}=", **right})
+            rows.append({"prompt": f"{i}+{i}=", **right})
             continue
         before = [message("user", f"{i}?"), message("assistant", "yes"), message("user", "sure?")]
         last = {"chosen": f"{i}!", "rejected": "no"}
         sides = {side: [message("assistant", text)] for side, text in last.items()}
-        found.append({"prompt": before, **sides})
-    return found
+        rows.append({"prompt": before, **sides})
+    return rows
 
 
 def make_preferences(folder: Path, lines: list | None = None, **changes) -> Dataset:

@@ -19,14 +19,14 @@ def plain_template() -> ChatTemplate:
 
 def rows(count: int = 60) -> list[dict]:
     """Every third one is a chat of two turns; all are different."""
-    found = []
+    pairs = []
     for i in range(count):
         if i % 3:
-            found.append({"prompt": f"{i}+{i}=", "response": str(2 * i)})
+            pairs.append({"prompt": f"{i}+{i}=", "response": str(2 * i)})
             continue
         turns = [("user", f"{i}?"), ("assistant", "yes"), ("user", "sure?"), ("assistant", f"{i}!")]
-        found.append({"messages": [{"role": r, "content": c} for r, c in turns]})
-    return found
+        pairs.append({"messages": [{"role": r, "content": c} for r, c in turns]})
+    return pairs
 
 
 def write_rows(path: Path, lines: list) -> Path:
@@ -38,8 +38,8 @@ def write_rows(path: Path, lines: list) -> Path:
 
 def request_of(**changes) -> Request:
     vocabulary = vocabulary_of(byte_tokenizer().to_str().encode(), "bytes")
-    given = {"most": 65, "held_out": 0.2, "unusable": "fail"} | changes
-    return Request(vocabulary, plain_template(), **given)
+    keys = {"most": 65, "held_out": 0.2, "unusable": "fail"} | changes
+    return Request(vocabulary, plain_template(), **keys)
 
 
 def make_conversations(folder: Path, lines: list | None = None, **changes) -> Dataset:

@@ -59,12 +59,12 @@ def spans(text: str) -> list[str]:
 @cache
 def keys() -> set[str]:
     """Every key of every verb, with the sections that hold them."""
-    found = {"model._target_", "optimizer._target_"}
+    names = {"model._target_", "optimizer._target_"}
     for verb in VERBS:
         for path in leaves(load(verb).JOB):
             parts = path.split(".")
-            found |= {".".join(parts[: n + 1]) for n in range(len(parts))}
-    return found
+            names |= {".".join(parts[: n + 1]) for n in range(len(parts))}
+    return names
 
 
 def test_the_table_of_verbs_is_the_registry():
@@ -116,7 +116,7 @@ def test_every_command_line_of_a_block_is_one(path):
     for words in commands(path.read_text()):
         verb, *rest = words
         job = schema_of(load(verb), rest)
-        rest, more = divided(rest)
+        rest, second = divided(rest)
         rest = [word for word in rest if not word.startswith("--")]  # flags stand for keys
         if verb == "study":
             action, *rest = rest
@@ -133,7 +133,7 @@ def test_every_command_line_of_a_block_is_one(path):
             rest.append("optimizer=adamw")  # which the config of a fine-tuning has
         compose(job, overrides_of(job, rest))
         known = SubmitJob if any(w.startswith("launch.slurm") for w in rest) else TrainJob
-        for word in more:
+        for word in second:
             assert word.partition("=")[0] in {*leaves(known), *groups(known)}, word
 
 
@@ -155,18 +155,18 @@ def test_every_command_of_a_sentence_names_a_verb(path):
 
 def test_every_choice_of_every_group_is_named():
     rows = re.findall(r"^\| `(\w+)` \|.*", (text := (ROOT / "conf/README.md").read_text()), re.M)
-    for group, found in groups(SubmitJob).items():
+    for group, group_of in groups(SubmitJob).items():
         assert group in rows
-        for choice in found.files:
+        for choice in group_of.files:
             assert f"`{choice}`" in text, f"{group}={choice}"
 
 
 def test_the_model_that_is_shown_follows_the_protocol():
     text = (ROOT / "conf/README.md").read_text()
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Model" in b)
-    found: dict[str, Any] = {}
-    exec(compile(block, "conf/README.md", "exec"), found)
-    model = found["Model"](vocab_size=11, width=8)
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "conf/README.md", "exec"), namespace)
+    model = namespace["Model"](vocab_size=11, width=8)
     tokens = torch.arange(10).reshape(2, 5)
     assert model(tokens).shape == (2, 5, 11)
     targets = torch.tensor([[1, 2, 3, 4, -100], [-100] * 5])

@@ -107,8 +107,8 @@ def test_a_mixer_stays_within_its_documents(shift):
 def test_a_mixer_decodes_with_a_cache(shift):
     model, tokens = Transformer(shift).eval(), torch.randint(0, 512, (2, 8))
     cache = model.new_cache()
-    found = [model(piece, cache=cache) for piece in tokens.split([3, 1, 4], 1)]
-    torch.testing.assert_close(torch.cat(found, 1), model(tokens))
+    pieces = [model(piece, cache=cache) for piece in tokens.split([3, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens))
 
 
 def test_a_mixer_is_parametrised_and_has_no_export(shift):
@@ -130,8 +130,8 @@ def test_a_mixer_is_planned_and_trained_by_its_word(shift):
     ]
     job = compose(TrainJob, [*words, "schedule.warmup=0"])
     other = compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer=attention"])
-    ours, theirs = (memory(j, inventory(j), 2) for j in (job, other))
-    assert ours.states.weights < theirs.states.weights
+    mixed, plain = (memory(j, inventory(j), 2) for j in (job, other))
+    assert mixed.states.weights < plain.states.weights
     model = build_model(job, 512)
     tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
     groups = parameter_groups(model.named_parameters(), job.optimizer, model.muon_parameters())
@@ -167,9 +167,9 @@ def test_an_optimizer_is_planned_and_built_by_its_spec(monkeypatch):
     assert memory(adam, inventory(adam), 1).states.moments > 2 * moments
     model = nn.Linear(3, 4)
     groups = parameter_groups(model.named_parameters(), sgd.optimizer)
-    made = build_optimizer(sgd.optimizer, [g.as_dict() for g in groups])
-    assert isinstance(made, torch.optim.SGD)
-    assert [g["name"] for g in made.param_groups] == ["decayed", "undecayed"]
+    built = build_optimizer(sgd.optimizer, [g.as_dict() for g in groups])
+    assert isinstance(built, torch.optim.SGD)
+    assert [g["name"] for g in built.param_groups] == ["decayed", "undecayed"]
 
 
 class Halving(torch.optim.SGD):
@@ -184,9 +184,9 @@ def test_an_optimizer_of_the_users_own():
     words = ["train.steps=20", "schedule.warmup=0", "optimizer=own"]
     job = compose(TrainJob, [*words, target, "optimizer.arguments={half: true}"])
     groups = parameter_groups(nn.Linear(2, 2).named_parameters(), job.optimizer)
-    made = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
-    assert isinstance(made, Halving)
-    assert made.param_groups[0]["lr"] == 0.5
+    built = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
+    assert isinstance(built, Halving)
+    assert built.param_groups[0]["lr"] == 0.5
     with pytest.raises(ConfigError, match=r"optimizer\._target_"):
         compose(TrainJob, words)
     wrong = compose(TrainJob, [*words, target, "optimizer.arguments={third: 1}"])
@@ -209,8 +209,8 @@ class EveryOther:
 def test_an_objective_says_what_is_a_target(dataset):
     words = [f"data.path={dataset}", "train.steps=20", "schedule.warmup=0"]
     words += ["train.sequence_length=64", "objective.kind=own"]
-    own = [*words, f"objective._target_={__name__}.EveryOther"]
-    job = compose(TrainJob, own)
+    typed = [*words, f"objective._target_={__name__}.EveryOther"]
+    job = compose(TrainJob, typed)
     feed = feed_of(job, open_sources(job.data))
     alone, many = (collect(feed, (0, 3), 0, world, 8, 2) for world in (1, 2))
     for (one, micro, _), (_, same, _) in zip(alone, many, strict=True):
@@ -222,12 +222,12 @@ def test_an_objective_says_what_is_a_target(dataset):
     assert targets(job) == {"objective._target_": f"{__name__}.EveryOther"}
     with pytest.raises(UserError, match="trust=true"):
         thaw(TrainJob, freeze(job))
-    for wrong, said in (
+    for wrong, problem in (
         (words, r"objective\._target_"),
-        ([*own, "data.packing=best_fit"], r"data\.packing"),
+        ([*typed, "data.packing=best_fit"], r"data\.packing"),
         (["objective.kind=nxt"], r"objective\.kind: 'nxt' is no objective"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=problem):
             compose(TrainJob, wrong)
 
 
@@ -254,9 +254,9 @@ def test_a_verb_is_one_file_and_one_line(monkeypatch, capsys):
     assert cli.main(["hello", "--help"]) == 0
     assert cli.main(["hello", "nmae=you"]) == 2
     assert cli.main(["--help"]) == 0
-    said = capsys.readouterr()
-    assert "Hello, you." in said.out
-    assert "forescale hello name=you" in said.out
-    assert "whom to greet" in said.out
-    assert "Greet somebody." in said.out
-    assert "did you mean name" in said.err
+    output = capsys.readouterr()
+    assert "Hello, you." in output.out
+    assert "forescale hello name=you" in output.out
+    assert "whom to greet" in output.out
+    assert "Greet somebody." in output.out
+    assert "did you mean name" in output.err

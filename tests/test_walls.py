@@ -105,14 +105,14 @@ def imports(path: Path, everywhere: bool = True) -> frozenset[str]:
         hidden = [n for n in nodes if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
         unseen = {id(inner) for n in hidden for inner in ast.walk(n)}
         nodes = [n for n in nodes if id(n) not in unseen]
-    found = set()
+    modules = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             below = {f"{node.module}.{a.name}" for a in node.names}
-            found |= (below & KNOWN.keys()) or {node.module}
-    return frozenset(found)
+            modules |= (below & KNOWN.keys()) or {node.module}
+    return frozenset(modules)
 
 
 def tops(names: frozenset[str]) -> set[str]:
@@ -128,10 +128,10 @@ def room_of(module: str) -> str:
 
 def test_a_file_imports_from_the_rooms_that_its_room_may_see():
     for path in FILES:  # one test: a test a file took longer to report than to run
-        own = room_of(module_of(path))
-        assert own in ALLOWED, f"{own} is a new room: say in ALLOWED what it may import"
-        ground = set() if own in ("models", "conf", *GROUND.split()) else set(GROUND.split())
-        allowed = {own, *ground, *ALLOWED[own].split()}
+        room = room_of(module_of(path))
+        assert room in ALLOWED, f"{room} is a new room: say in ALLOWED what it may import"
+        ground = set() if room in ("models", "conf", *GROUND.split()) else set(GROUND.split())
+        allowed = {room, *ground, *ALLOWED[room].split()}
         for name in (imports(path) & KNOWN.keys()) - {"forescale"}:
             assert room_of(name) in allowed, f"{module_of(path)} may not import {name}"
 
@@ -175,19 +175,19 @@ def test_runs_and_retries_know_no_torch():
 def test_one_name_is_imported():
     """Not `trainer`, `models`, `conf` or `slurm`: they are folders of a checkout, and a file of the
     user's may have any of these names."""
-    ours = {"trainer", "models", "conf", "slurm"}
+    folders = {"trainer", "models", "conf", "slurm"}
     for path in FILES:
-        assert not tops(imports(path)) & ours, path
+        assert not tops(imports(path)) & folders, path
 
 
 @pytest.mark.parametrize("name", LIGHT.split())
 def test_what_answers_in_a_second_loads_no_torch(name):
     """Transitively, over the imports at the top of each file."""
-    seen, todo = set(), [f"forescale.{name}"]
+    done, todo = set(), [f"forescale.{name}"]
     while todo:
         module = todo.pop()
-        if module in KNOWN and module not in seen:
-            seen.add(module)
+        if module in KNOWN and module not in done:
+            done.add(module)
             names = imports(KNOWN[module], everywhere=False)
             assert "torch" not in tops(names), f"forescale.{name} loads torch through {module}"
             todo += names

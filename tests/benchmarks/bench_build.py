@@ -81,13 +81,13 @@ def compare(rounds: int, folder: Path, workers: int) -> list[Result]:
     """Compare tokens per second of whole builds, and of the phase that corresponds to the bare
     side."""
     sides = [lambda share=share: build(folder, workers, share) for share in (HELD_OUT, 0.0)]
-    with Side(bare, folder, workers) as theirs:
-        turns = [(theirs(), *(side() for side in sides)) for _ in range(rounds + 1)][1:]
+    with Side(bare, folder, workers) as bare_side:
+        turns = [(bare_side(), *(side() for side in sides)) for _ in range(rounds + 1)][1:]
     name, labels = f"building shards, {workers} worker{'s' * (workers > 1)}", ("ours", "bare")
     rows = {
-        "as a user calls it": [(ours[0], bare) for bare, ours, _ in turns],
-        "nothing held out": [(ours[0], bare) for bare, _, ours in turns],
-        "nothing held out, the phase tokenise": [(ours[1], bare) for bare, _, ours in turns],
+        "as a user calls it": [(product[0], bare) for bare, product, _ in turns],
+        "nothing held out": [(product[0], bare) for bare, _, product in turns],
+        "nothing held out, the phase tokenise": [(product[1], bare) for bare, _, product in turns],
     }
     return [
         Result(f"{name}, {problem}", "tokens/s", labels, pairs, "at least 0.8")
@@ -102,9 +102,9 @@ def bare(turn: Callable, folder: Path, workers: int) -> None:
     turn()
     while True:
         began = time.perf_counter()
-        found = tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         seconds = time.perf_counter() - began
-        turn(sum(len(encoding.ids) for encoding in found) / seconds)
+        turn(sum(len(encoding.ids) for encoding in encodings) / seconds)
 
 
 def read(source: Files) -> Iterator[Any]:
@@ -143,10 +143,10 @@ def write_text(folder: Path, size: int) -> None:
     rng = np.random.default_rng(0)
     words = sorted({w for text in islice(documents(), 500) for w in text.split() if len(w) < 20})
     rng.shuffle(words)
-    written = number = 0
-    while written < size:
+    total = number = 0
+    while total < size:
         with open(folder / f"{number:04d}.jsonl", "w") as f:
-            while f.tell() < 1 << 27 and written + f.tell() < size:
+            while f.tell() < 1 << 27 and total + f.tell() < size:
                 count = int(np.clip(rng.lognormal(5, 1.2), 2, 15_000))
                 if not number and not f.tell():
                     count = 1_500_000
@@ -154,7 +154,7 @@ def write_text(folder: Path, size: int) -> None:
                 text = " ".join([words[i] for i in chosen.tolist()])
                 row = json.dumps({"text": text}) + "\n"
                 f.write(row * (1 + (rng.random() < 0.01)))
-            written += f.tell()
+            total += f.tell()
         number += 1
 
 
@@ -176,8 +176,8 @@ def watched(folder: Path, workers: int, tokenizer: str | None) -> dict[str, floa
 
     threading.Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
-    wanted = config(folder, HELD_OUT, tokenizer)
-    build_dataset(Files([folder / "text"]), folder / "built", wanted, workers=workers)
+    build = config(folder, HELD_OUT, tokenizer)
+    build_dataset(Files([folder / "text"]), folder / "built", build, workers=workers)
     seconds = time.perf_counter() - began
     stop.set()
     return {"seconds": seconds, "parent": peak_memory(), "worker": max(highest.values(), default=0)}
@@ -191,21 +191,21 @@ def main() -> None:
         "--folder", type=Path, help="folder with free space for four times --gigabytes"
     )
     parser.add_argument("--tokenizer", help="bytes, or a path; default: a BPE of 4,096 entries")
-    wanted = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=wanted.folder) as name:
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         isolated(prepare, folder, REAL)
         shutil.rmtree(folder / "text")
         (folder / "text").mkdir()
-        isolated(write_text, folder / "text", int(wanted.gigabytes * 1e9))
-        found = isolated(watched, folder, wanted.workers, wanted.tokenizer)
+        isolated(write_text, folder / "text", int(options.gigabytes * 1e9))
+        seconds = isolated(watched, folder, options.workers, options.tokenizer)
         manifest = Dataset(folder / "built").manifest
     read_mb = sum(s["read_bytes"] for s in manifest["report"]["sources"]) / 1e6
     print(
         f"{read_mb:,.0f} MB, {manifest['corpus']['documents']:,} documents, "
-        f"{manifest['report']['duplicates']['documents']:,} duplicates, {wanted.workers} workers: "
-        f"{found['seconds']:,.0f} s ({read_mb / found['seconds']:.1f} MB/s); most resident: "
-        f"parent {found['parent'] / 1e6:,.0f} MB, a worker {found['worker'] / 1e6:,.0f} MB"
+        f"{manifest['report']['duplicates']['documents']:,} duplicates, {options.workers} workers: "
+        f"{seconds['seconds']:,.0f} s ({read_mb / seconds['seconds']:.1f} MB/s); most resident: "
+        f"parent {seconds['parent'] / 1e6:,.0f} MB, a worker {seconds['worker'] / 1e6:,.0f} MB"
     )
 
 

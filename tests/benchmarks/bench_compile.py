@@ -28,18 +28,18 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
 def compare(rounds: int, sizes: Sizes) -> Result:
     import torch
 
-    from tests.benchmarks.training import Ours, make_job
+    from tests.benchmarks.training import Product, make_job
 
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(make_job(Path(folder), sizes.training, "train.compile=on"))
+        product = Product(make_job(Path(folder), sizes.training, "train.compile=on"))
 
         def eager() -> float:
             with torch.compiler.set_stance("force_eager"):
-                return ours(sizes.training.steps)
+                return product(sizes.training.steps)
 
         def compiled() -> float:
             with torch.compiler.set_stance("default", force_backend=sizes.backend):
-                return ours(sizes.training.steps)
+                return product(sizes.training.steps)
 
         rows = interleaved(rounds, compiled, eager)
     return Result("compile, default model", "tokens/s", ("compiled", "eager"), rows)

@@ -66,11 +66,11 @@ def activations(seeds: int, sizes: Sizes) -> Iterator[Result]:
     axes = {"width": sizes.width, "depth": sizes.depth}
     for settings, (axis, values) in product((ADAMW, MUON), axes.items()):
         for kind in PARAMETRIZATIONS:
-            found = over(axis, values, kind, settings, seeds, sizes.updates)
+            sizes_of = over(axis, values, kind, settings, seeds, sizes.updates)
             title = f"{settings.kind}, {kind}, {axis}"
-            curves[title] = found
+            curves[title] = sizes_of
             for problem in ("size", "move"):
-                row = tuple(slopes(found, problem).values())
+                row = tuple(slopes(sizes_of, problem).values())
                 yield Result(f"slope of {problem}, {title}", "", LAYERS, [row])
     draw(curves)
 
@@ -118,15 +118,15 @@ def final_loss(parametrization: str, width: int, rate: float, steps: int) -> flo
     config = model_of(parametrization, width, vocab_size=256, max_sequence_length=LENGTH)
     torch.manual_seed(0)
     model = Transformer(config)
-    made = optimizers(model, OptimizerConfig(learning_rate=rate))
-    groups = [(group, group["lr"]) for o in made for group in o.param_groups]
+    built = optimizers(model, OptimizerConfig(learning_rate=rate))
+    groups = [(group, group["lr"]) for o in built for group in o.param_groups]
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         x, y = windows(_text()[:-HELD_OUT], WINDOWS, generator)
         (model(x, y).sum() / y.numel()).backward()
         for group, peak in groups:
             group["lr"] = peak * min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
-        for optimizer in made:
+        for optimizer in built:
             optimizer.step()
             optimizer.zero_grad()
     with torch.no_grad():
@@ -137,8 +137,8 @@ def final_loss(parametrization: str, width: int, rate: float, steps: int) -> flo
 def windows(text: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens and targets, (count, LENGTH) each, from anywhere in the text."""
     starts = torch.randint(len(text) - LENGTH, (count, 1), generator=generator)
-    found = text[starts + torch.arange(LENGTH + 1)].long()
-    return found[:, :-1], found[:, 1:]
+    rows = text[starts + torch.arange(LENGTH + 1)].long()
+    return rows[:, :-1], rows[:, 1:]
 
 
 @cache

@@ -49,25 +49,25 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     rows, boots, worst, fewer = [], [], 0.0, 0
     for i in range(rounds):
         began = time.perf_counter()
-        ours = fit(CHINCHILLA, points)
+        fitted = fit(CHINCHILLA, points)
         took = time.perf_counter() - began
-        theirs, loop, made = published_loop(points, sizes.share, offset=i)
+        published, loop, starts = published_loop(points, sizes.share, offset=i)
         rows.append((took, loop))
-        fewer += ours.value <= theirs
+        fewer += fitted.value <= published
         began = time.perf_counter()
-        found = pairs(ours, sizes.bootstraps, seed=i)
+        replicates = pairs(fitted, sizes.bootstraps, seed=i)
         boots.append((time.perf_counter() - began,))
-        worst = max(worst, float(found.gradient.max()))
+        worst = max(worst, float(replicates.gradient.max()))
     facts = {
         "runs": f"{len(points)}, {source}",
-        "starts run, of 4,500": made,
+        "starts run, of 4,500": starts,
         "objective no higher than the loop's": f"{fewer} of {rounds}",
-        "scaled gradient": ours.certificate.scaled_gradient,
-        "minima": len(ours.certificate.minima),
+        "scaled gradient": fitted.certificate.scaled_gradient,
+        "minima": len(fitted.certificate.minima),
     }
     required = "at most 1/500, and 0.5 s"
     labels = ("certified fit", "4,500 starts of L-BFGS-B")
-    bound = {"largest scaled gradient": worst, "uncertified": found.uncertified}
+    bound = {"largest scaled gradient": worst, "uncertified": replicates.uncertified}
     return [
         Result("fit of 5 parameters", "s", labels, rows, required, facts),
         Result(

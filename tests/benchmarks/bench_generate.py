@@ -73,33 +73,33 @@ def compare(
     lengths = [max(1, prompt - i) for i in range(batch)]
     size = config.sizes.vocab_size
     prompts = [torch.randint(1, size, (n,), generator=drawn).tolist() for n in lengths]
-    theirs = exported(model)
+    rival = exported(model)
     prepare(model)
     tokens = torch.tensor([[0] * (prompt - len(row)) + row for row in prompts])
     real = torch.tensor([[0] * (prompt - len(row)) + [1] * len(row) for row in prompts])
     how: dict[str, Any] = dict(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, "0"))
     config = GenerationConfig(num_tokens, Sampler(temperature=0))
-    found: dict[str, list[str]] = {}
+    results: dict[str, list[str]] = {}
 
-    def ours() -> float:
+    def product() -> float:
         context = config.sizes.max_sequence_length
         began = time.process_time()
         questions = [Question("", "", row, row, -1, "document", context) for row in prompts]
         answers = [Answer(tokenizer, question, config, 0) for question in questions]
-        found["ours"] = [answer.text for answer in complete(model, answers, batch)]
+        results["ours"] = [answer.text for answer in complete(model, answers, batch)]
         spent = time.process_time() - began
         return batch * num_tokens / spent
 
     def peer() -> float:
         began = time.process_time()
-        rows = theirs.generate(tokens, attention_mask=real, **how)
+        rows = rival.generate(tokens, attention_mask=real, **how)
         spent = time.process_time() - began
-        found["theirs"] = ["".join(f" {i}" for i in row) for row in rows[:, prompt:].tolist()]
+        results["theirs"] = ["".join(f" {i}" for i in row) for row in rows[:, prompt:].tolist()]
         return batch * num_tokens / spent
 
-    rows = interleaved(rounds, ours, peer)
-    pairs = zip(found["ours"], found["theirs"], strict=True)
+    rows = interleaved(rounds, product, peer)
+    pairs = zip(results["ours"], results["theirs"], strict=True)
     equal = sum(a == b for a, b in pairs) / batch
     labels = ("ours", "transformers")
     where = f"generate, {name}, {batch} at once"
@@ -118,8 +118,8 @@ def exported(model: Transformer) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "config.json").write_text(json.dumps(hf_config))
-        kept = {name: tensor.contiguous() for name, tensor in tensors}
-        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs.generation_config.eos_token_id = None  # neither side may end early
-    return theirs
+        tensors_of = {name: tensor.contiguous() for name, tensor in tensors}
+        save_file(tensors_of, path / "model.safetensors", metadata={"format": "pt"})
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    peer.generation_config.eos_token_id = None  # neither side may end early
+    return peer

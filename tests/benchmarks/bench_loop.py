@@ -24,15 +24,15 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
 
 
 def compare(optimizer: str, clips: bool, rounds: int, sizes: TrainingSizes) -> Result:
-    from tests.benchmarks.training import Bare, Ours, make_job
+    from tests.benchmarks.training import Bare, Product, make_job
 
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), sizes, f"optimizer={optimizer}")
-        ours, bare = Ours(job), Bare(job, clips)
-        ours.watch()
+        product, bare = Product(job), Bare(job, clips)
+        product.watch()
         rows = interleaved(
-            rounds, lambda: ours(sizes.steps), lambda: bare(sizes.steps), ours.forget
+            rounds, lambda: product(sizes.steps), lambda: bare(sizes.steps), product.forget
         )
-        facts = ours.facts()
+        facts = product.facts()
     labels = ("ours", "DeepSpeed that clips" if clips else "bare DeepSpeed")
     return Result(f"loop, {optimizer}", "tokens/s", labels, rows, "at least 0.97", facts)

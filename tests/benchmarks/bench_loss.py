@@ -39,13 +39,13 @@ TOY = Sizes(((64, 256, 16),), compiled=False, seconds=0.0)
 
 def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     ways = (True, False) if sizes.compiled and compiler_missing() is None else (False,)
-    found = list[Result]()
+    results = list[Result]()
     for compiled, head in product(ways, sizes.heads):
         few = rounds if head is sizes.heads[0] else max(1, rounds // 2)  # the larger takes seconds
         config = ModelConfig(depth=1, vocab_size=head[1], max_sequence_length=1)
         chunk = config.targets_at_once(on_gpu=False)
-        found += isolated(compare, few, *head, chunk, compiled, sizes.seconds)
-    return found
+        results += isolated(compare, few, *head, chunk, compiled, sizes.seconds)
+    return results
 
 
 def chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:

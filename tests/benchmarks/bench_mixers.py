@@ -48,9 +48,11 @@ class Sizes:
     windows: int
 
 
-def _training(steps: int, length: int, batch: int, *more: str, **options: bool) -> TrainingSizes:
+def _training(
+    steps: int, length: int, batch: int, *overrides: str, **options: bool
+) -> TrainingSizes:
     words = (f"train.sequence_length={length}", f"train.global_batch={batch}")
-    return TrainingSizes(steps, (*words, f"train.micro_batch={batch}", *more), **options)
+    return TrainingSizes(steps, (*words, f"train.micro_batch={batch}", *overrides), **options)
 
 
 REAL = Sizes(
@@ -79,29 +81,29 @@ TOY = Sizes(
 
 def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     """Return a result for each quantity and length, share of the budget, or positions."""
-    made, results = _speeds(min(rounds, 3), sizes)
-    panels = [*made]
-    made, more = _losses(sizes)
-    panels += made
+    tables, results = _speeds(min(rounds, 3), sizes)
+    panels = [*tables]
+    tables, losses = _losses(sizes)
+    panels += tables
     for panel in panels:
         _tell(panel)
     draw(panels, PICTURE)
     print(f"Drawn in {PICTURE}.")
-    return results + more
+    return results + losses
 
 
 def _speeds(rounds: int, sizes: Sizes) -> tuple[list[Panel], list[Result]]:
     """Measure all mixers in turns, each in a process of its own."""
     longest = replace(sizes.speed, max_sequence_length=2 * max(sizes.lengths))
     configs = {name: model_of(name, longest, sizes.settings) for name in sizes.mixers}
-    found: dict[int, list[list[Speed]]] = {}
+    by_length: dict[int, list[list[Speed]]] = {}
     with ExitStack() as stack:
         arguments = (sizes.lengths, rounds)
         sides = [stack.enter_context(Side(speeds, c, *arguments)) for c in configs.values()]
         for length in sizes.lengths:
             for side in sides:
                 side()  # warms up, and measures memory
-            found[length] = [[side() for side in sides] for _ in range(rounds)]
+            by_length[length] = [[side() for side in sides] for _ in range(rounds)]
     kinds = {
         "training": ("training step, tokens/s", "tokens/s"),
         "decoding": ("decoding with a cache, tokens/s", "tokens/s"),
@@ -110,13 +112,16 @@ def _speeds(rounds: int, sizes: Sizes) -> tuple[list[Panel], list[Result]]:
     }
     panels, results = [], []
     for kind, (title, unit) in kinds.items():
-        rows = {n: [tuple(getattr(s, kind) for s in row) for row in found[n]] for n in found}
+        rows = {
+            n: [tuple(getattr(s, kind) for s in row) for row in by_length[n]] for n in by_length
+        }
         results += [
-            Result(f"{title.split(',')[0]}, {n} tokens", unit, sizes.mixers, rows[n]) for n in found
+            Result(f"{title.split(',')[0]}, {n} tokens", unit, sizes.mixers, rows[n])
+            for n in by_length
         ]
         best = max if unit == "tokens/s" else min
         lines = {
-            name: [best(row[i] for row in rows[n]) for n in found]
+            name: [best(row[i] for row in rows[n]) for n in by_length]
             for i, name in enumerate(sizes.mixers)
         }
         panels.append(Panel(title, "tokens of a sequence", sizes.lengths, lines))

@@ -41,7 +41,7 @@ def compare(rounds: int, sizes: Sizes) -> list[Result]:
 
     momenta = [torch.zeros(shape, dtype=torch.bfloat16) for shape in sizes.shapes]
 
-    def ours() -> None:
+    def product() -> None:
         with together():
             for gradient, momentum in zip(drawn(sizes.shapes), momenta, strict=True):
                 muon_update(gradient, momentum, ns_method="standard")
@@ -58,13 +58,13 @@ def compare(rounds: int, sizes: Sizes) -> list[Result]:
             weight.grad = gradient.float()
         optimizer.step()
 
-    found = []
+    results = []
     with torch.no_grad():
         for name, other in (("DeepSpeed, one by one", deepspeeds), ("torch.optim.Muon", torchs)):
-            sides = (rate(one, sizes.steps) for one in (ours, other))
+            sides = (rate(one, sizes.steps) for one in (product, other))
             rows = interleaved(rounds, *sides)
-            found.append(Result("muon", "steps/s of processor time", ("ours", name), rows))
-    return found
+            results.append(Result("muon", "steps/s of processor time", ("ours", name), rows))
+    return results
 
 
 def drawn(shapes: Shapes) -> list[torch.Tensor]:

@@ -88,8 +88,8 @@ def replay(
                 for way in ways
             ]
         )
-    found = np.array(rows)  # (seeds, 2, 1 + shares)
-    return Replay(shares, found[:, 0, 1:], found[:, 1, 1:], found[:, 0, 0])
+    curves = np.array(rows)  # (seeds, 2, 1 + shares)
+    return Replay(shares, curves[:, 0, 1:], curves[:, 1, 1:], curves[:, 0, 0])
 
 
 def _errors(
@@ -119,26 +119,26 @@ def _refit(
     known: Points, target: Points, by: By, form: Form, goal: Objective | None
 ) -> tuple[CalibratedLaw, float]:
     """Fit the known runs; return the law and its mean error at the target."""
-    made = fit(form, known, goal)
-    law = calibrate(made, bootstrap.pairs(made, 1), Discrepancy())
+    refit = fit(form, known, goal)
+    law = calibrate(refit, bootstrap.pairs(refit, 1), Discrepancy())
     if by == "process":
         mean = posterior(law, run_set(target))[0]
     else:
         if by == "toward":
             aim = float(np.exp(np.log(spent(target)).mean()))
             noise = RunNoise(max(law.noise, NOISE))
-            made = fit(form, known, goal, weigh(spent(known), noise, aim))
-        mean = np.log(made.predict(**{c: np.exp(target.log(c)) for c in form.columns}))
+            refit = fit(form, known, goal, weigh(spent(known), noise, aim))
+        mean = np.log(refit.predict(**{c: np.exp(target.log(c)) for c in form.columns}))
     return law, float(np.abs(mean - np.log(target.loss)).mean())
 
 
 def _random_choice(cost: Array, cap: float, rng: np.random.Generator) -> list[int]:
-    found = list[int]()
+    indices = list[int]()
     for i in rng.permutation(len(cost)).tolist():
         if cost[i] <= cap:
-            found.append(i)
+            indices.append(i)
             cap -= cost[i]
-    return found
+    return indices
 
 
 @dataclass(frozen=True)
@@ -165,24 +165,24 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
         "| runs | predicted by | " + " | ".join(f"{s:.0%} of the pool" for s in sizes.shares) + " |"
     )
     print("|" + "---|" * (2 + len(sizes.shares)), flush=True)
-    found = []
+    results = []
     names = (*(public() if sizes.public else ()), *sizes.surfaces)
     for by, name in product(get_args(By), names):
         row = []
         for share in sizes.shares:
-            made = replay_of(name, sizes.seeds, by, share)
-            row.append(cell(made))
-            pairs = zip(made.rule[:, 0].tolist(), made.random[:, 0].tolist(), strict=True)
+            replay = replay_of(name, sizes.seeds, by, share)
+            row.append(cell(replay))
+            pairs = zip(replay.rule[:, 0].tolist(), replay.random[:, 0].tolist(), strict=True)
             title = f"{name}, {by}, {share:.0%} of the pool"
-            found.append(Result(title, "of loss", ("by the rule", "at random"), list(pairs)))
+            results.append(Result(title, "of loss", ("by the rule", "at random"), list(pairs)))
         print(f"| {name} | {by} | " + " | ".join(row) + " |", flush=True)
-    return found
+    return results
 
 
-def cell(made: Replay) -> str:
-    gap = (made.rule - made.random)[:, 0]
+def cell(replay: Replay) -> str:
+    gap = (replay.rule - replay.random)[:, 0]
     error = gap.std(ddof=1) / np.sqrt(len(gap))
-    ends = f"{made.rule.mean():.2%} {made.random.mean():.2%}"
+    ends = f"{replay.rule.mean():.2%} {replay.random.mean():.2%}"
     return f"{ends} ({gap.mean():+.2%} ± {error:.2%})"
 
 
@@ -218,16 +218,16 @@ def surface(kind: str, seed: int, noise: float = 2e-3) -> tuple[Points, Array]:
 def public() -> dict[str, tuple[Points, Array]]:
     """Return points and budgets of the public data that is there."""
     data = Path(os.environ.get("FORESCALE_DATA", ROOT.parent / "shared" / "data")) / "scaling"
-    found = {}
+    tables = {}
     if (path := data / "llama3_isoflops" / "llama_3.csv").exists():
         table = pd.read_csv(path)
         table = table[table.experiment == "llama_3__raw_loss"]
         columns = (table[k].to_numpy() for k in ("loss", "params", "tokens", "budget"))
-        found["Llama 3"] = (points := Points(*columns)), points.flops
+        tables["Llama 3"] = (points := Points(*columns)), points.flops
     if (path := data / "epoch_chinchilla" / "svg_extracted_data.csv").exists():
         table = pd.read_csv(path)
         N, C, loss = (table[k].to_numpy() for k in ("Model Size", "Training FLOP", "loss"))
         keep = loss < np.sort(loss)[-5]
         nearest = np.abs(np.log(C[:, None] / EPOCH)).argmin(1)
-        found["Chinchilla"] = Points(loss, N, C / 6 / N, C).take(keep), EPOCH[nearest][keep]
-    return found
+        tables["Chinchilla"] = Points(loss, N, C / 6 / N, C).take(keep), EPOCH[nearest][keep]
+    return tables

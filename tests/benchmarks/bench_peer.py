@@ -16,17 +16,17 @@ SAME = ("optimizer=adamw",)
 
 
 def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
-    with Side(ours, sizes, *SAME) as a, Side(theirs, sizes, (rounds + 1) * sizes.steps) as b:
+    with Side(product, sizes, *SAME) as a, Side(rival, sizes, (rounds + 1) * sizes.steps) as b:
         rows = interleaved(rounds, a, b)
     return by_both_clocks("peer, adamw", ("ours", "HF Trainer"), rows, "at least 1.3")
 
 
-def ours(turn, sizes: TrainingSizes, *overrides: str) -> None:
+def product(turn, sizes: TrainingSizes, *overrides: str) -> None:
     """Our loop over the job with these overrides, in turns."""
-    from tests.benchmarks.training import Ours, make_job
+    from tests.benchmarks.training import Product, make_job
 
     with tempfile.TemporaryDirectory() as folder:
-        loop = Ours(make_job(Path(folder), sizes, *overrides))
+        loop = Product(make_job(Path(folder), sizes, *overrides))
         turn()
         clocks, tokens = Clocks(), sizes.steps * loop.rank.job.tokens_per_step
         while True:
@@ -35,7 +35,7 @@ def ours(turn, sizes: TrainingSizes, *overrides: str) -> None:
             turn(clocks.rates(tokens))
 
 
-def theirs(turn, sizes: TrainingSizes, steps: int) -> None:
+def rival(turn, sizes: TrainingSizes, steps: int) -> None:
     """transformers.Trainer for so many steps. Weights are fp32 under autocast, as its bf16 is."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -51,7 +51,7 @@ def theirs(turn, sizes: TrainingSizes, steps: int) -> None:
         sources = open_sources(job.data)
         job = settle(job, sources)
         assert isinstance(job.model, ModelConfig)
-        kept = batches(job, sources, 64)
+        batch_list = batches(job, sources, 64)
         config, tensors = to_hf(job.model, build_model(job, sources.vocab_size).state_dict())
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         model.load_state_dict(dict(tensors))
@@ -77,7 +77,7 @@ def theirs(turn, sizes: TrainingSizes, steps: int) -> None:
             disable_tqdm=True,
             seed=job.train.seed,
         )
-        rows = [row for b in kept for micro in b.micro for row in micro.tokens]
+        rows = [row for b in batch_list for micro in b.micro for row in micro.tokens]
         windows = [{"input_ids": row, "labels": row} for row in rows]
         trainer = Trainer(
             model=model,

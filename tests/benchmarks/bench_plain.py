@@ -23,13 +23,13 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
 
 def compare(optimizer: str, way: str, rounds: int, sizes: TrainingSizes) -> list[Result]:
     words = f"optimizer={optimizer}", "precision=bf16"
-    with Side(ours, sizes, *words) as a, Side(theirs, sizes, way, *words) as b:
+    with Side(ours, sizes, *words) as a, Side(rival, sizes, way, *words) as b:
         rows = interleaved(rounds, a, b)
     labels = ("ours", f"plain PyTorch, {way}")
     return by_both_clocks(f"plain, {optimizer}, {way}", labels, rows, "at least 0.95")
 
 
-def theirs(turn, sizes: TrainingSizes, way: str, *overrides: str) -> None:
+def rival(turn, sizes: TrainingSizes, way: str, *overrides: str) -> None:
     """The plain loop over the job with these overrides, in turns."""
     from tests.benchmarks.plain import Plain
     from tests.benchmarks.training import make_job

@@ -44,9 +44,9 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
         "held out, A100 of 40 GB": [row for row in rows if row.machine == "a100-40g"],
         "of all, not MosaicML's": [row for row in rows if row.source != "mosaic"],
     }
-    found = [compared(row) for row in rows]
-    found += [summed(name, part) for name, part in parts.items() if part]
-    return found + [crossing(nodes) for nodes in sizes.nodes]
+    comparisons = [compared(row) for row in rows]
+    comparisons += [summed(name, part) for name, part in parts.items() if part]
+    return comparisons + [crossing(nodes) for nodes in sizes.nodes]
 
 
 def compared(row: Row) -> Result:
@@ -68,13 +68,13 @@ def crossing(nodes: int) -> Result:
     """Return the time of a step at ZeRO-3 and ZeRO-1 on `nodes` nodes of 8 H100."""
     batch = f"train.global_batch={8 * nodes}"
     plan = Plan(compose(PlanJob, [*LLAMA_3_8B, *COMMON, f"plan.nodes={nodes}", batch]))
-    found = {option.name: option for option in plan.options}
+    options = {option.name: option for option in plan.options}
     names = ("zero3", "zero1")
-    seconds = [found[name].step.seconds for name in names]
+    seconds = [options[name].step.seconds for name in names]
     facts = {
-        "collectives": {n: sum(c.calls for c in found[n].traffic) for n in names},
-        "their latency, s": {n: found[n].latency_seconds for n in names},
-        "waiting, s": {n: found[n].step.waiting for n in names},
+        "collectives": {n: sum(c.calls for c in options[n].traffic) for n in names},
+        "their latency, s": {n: options[n].latency_seconds for n in names},
+        "waiting, s": {n: options[n].step.waiting for n in names},
     }
     several = "s" if nodes > 1 else ""
     title = f"Llama 3 8B on {nodes} node{several} of 8 h100-sxm"

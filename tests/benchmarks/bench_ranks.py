@@ -96,8 +96,8 @@ _WEIGHTS = {  # once for FLAT, once for CUT
 }
 _KINDS = {FLAT: "ranks", CUT: "ranks x weights"}
 for _kind, _growth in _KINDS.items():
-    for _key, (_what, *_rest) in _WEIGHTS.items():
-        ROWS[f"{_key}, {_kind}"] = (f"{_what}, {_kind}", *_rest, _growth)
+    for _key, (_name, *_rest) in _WEIGHTS.items():
+        ROWS[f"{_key}, {_kind}"] = (f"{_name}, {_kind}", *_rest, _growth)
 _COUNTED = {"shares": "files", "logs": "files", "mesh": "files", "store": "open"}
 _LINE = "{:40}| {:15}| {:20}| {:16}"
 
@@ -118,13 +118,13 @@ def measure(rounds: int, worlds: Sequence[int] = REAL) -> list[Result]:
     cells = isolated(simulate, tuple(worlds), min(rounds, 3))
     columns = "".join(f"|{n:>13,} ranks" for n in worlds)
     print(_LINE.format("what", "where", "how often", "growth") + columns, flush=True)
-    labels, found = tuple(f"{n:,} ranks" for n in worlds), []
+    labels, results = tuple(f"{n:,} ranks" for n in worlds), []
     for key, (problem, where, often, growth) in ROWS.items():
         row, sizes = zip(*(cells[key, n] for n in worlds), strict=True)
         facts = {"where": where, "often": often, "growth": growth, "sizes": sizes}
         facts["unit"] = _COUNTED.get(key, "B")
-        found.append(Line(problem, "s", labels, [row], facts=facts))
-    return found
+        results.append(Line(problem, "s", labels, [row], facts=facts))
+    return results
 
 
 def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]:
@@ -144,22 +144,22 @@ def _beats(
 ) -> list[RankStatus]:
     """All nodes say what a run says, its last rank that it is at `last_at`; the first's ranks."""
     places = ("data", "forward", "backward", "norm", "update", "summary", "compute", "logging")
-    found, now, pace = [], time.time(), dict.fromkeys(places, 0.0123456)
+    beats, now, pace = [], time.time(), dict.fromkeys(places, 0.0123456)
     for rank in range(world):
         at = last_at if rank == world - 1 else "backward"
-        said = (rank, f"node-{rank // EACH:04d}", 10_000 + rank, now - 9e3, now, 123_456)
-        beat = Heartbeat(*said, "compute", at, here, 300.0, 300.0, False, pace, 29)
-        found.append(RankStatus(beat, 0.123))
+        fields = (rank, f"node-{rank // EACH:04d}", 10_000 + rank, now - 9e3, now, 123_456)
+        beat = Heartbeat(*fields, "compute", at, here, 300.0, 300.0, False, pace, 29)
+        beats.append(RankStatus(beat, 0.123))
     for i in range(0, world, EACH):
-        write_node(folder, found[i].heartbeat.host, found[i : i + EACH])
-    return found[:EACH]
+        write_node(folder, beats[i].heartbeat.host, beats[i : i + EACH])
+    return beats[:EACH]
 
 
 def beating(world: int, folder: Path, rounds: int) -> Cells:
     first, node = _beats(world, folder), NodeDirectory(folder)
     host = first[0].heartbeat.host
-    written = _seconds(rounds, lambda: [node.write(s.heartbeat) for s in first]) / EACH
-    yield "beat", written, (size := (node.path / "rank-0.json").stat().st_size)
+    seconds = _seconds(rounds, lambda: [node.write(s.heartbeat) for s in first]) / EACH
+    yield "beat", seconds, (size := (node.path / "rank-0.json").stat().st_size)
     yield "beats", _seconds(rounds, node.read), size * EACH
     node.remove()
     files = [path.stat().st_size for path in (folder / "heartbeat").iterdir()]
@@ -197,21 +197,21 @@ def lives(world: int, folder: Path, rounds: int) -> Cells:
     yield "past", _seconds(rounds, lambda: past(run, "0001")), size
     yield "lineage", _seconds(rounds, lambda: run.is_eligible(1, 0)), None
     bad = "srun: error: n{:04d}: task {}: Exited with exit code 1\n"
-    said = "".join(bad.format(rank // EACH, rank) for rank in range(world))
-    assert len(failures(said)) == world
-    yield "srun", _seconds(rounds, lambda: failures(said)), len(said)
+    report = "".join(bad.format(rank // EACH, rank) for rank in range(world))
+    assert len(failures(report)) == world
+    yield "srun", _seconds(rounds, lambda: failures(report)), len(report)
 
 
 def preflight(world: int, folder: Path, rounds: int) -> Cells:
     hosts = [f"node-{i:04d}" for i in range(world // EACH)]
-    wanted = Wanted(str(folder), [], EACH, 0, None, None, 0, skew=60.0, reduce=False)
+    order = Wanted(str(folder), [], EACH, 0, None, None, 0, skew=60.0, reduce=False)
 
     def heard() -> PreflightReport:
-        server = Preflight(wanted, hosts, "127.0.0.1")
+        server = Preflight(order, hosts, "127.0.0.1")
         with ThreadPoolExecutor(len(hosts)) as pool:
-            told = [pool.submit(_node, server, host) for host in hosts]
+            answers = [pool.submit(_node, server, host) for host in hosts]
             report = server.collect(lambda: False, 30.0)
-        assert [node.result() for node in told] == [b""] * len(hosts)
+        assert [node.result() for node in answers] == [b""] * len(hosts)
         assert not report.faults, report.faults[0].sentence
         return report
 
@@ -260,9 +260,9 @@ def meetings(world: int, folder: Path, rounds: int) -> Cells:
     before, keys = len(os.listdir("/proc/self/fd")), dist.HashStore()
     meet = lambda rank: dist.ProcessGroupGloo(keys, rank, _MESH, timedelta(seconds=30))  # noqa: E731
     with ThreadPoolExecutor(_MESH) as pool:
-        made = list(pool.map(meet, range(_MESH)))
-    more = round((len(os.listdir("/proc/self/fd")) - before) / len(made)) - _MESH
-    yield "mesh", None, world + more
+        stores = list(pool.map(meet, range(_MESH)))
+    extra = round((len(os.listdir("/proc/self/fd")) - before) / len(stores)) - _MESH
+    yield "mesh", None, world + extra
     yield "met", None, world**2 * (8 * (world - _MESH) + len(keys.get(keys.list_keys()[0])))
     began, ranks = time.perf_counter(), []
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -324,23 +324,23 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
             for state in STATES
         ]
 
-    def written(value: Any) -> list | None:
+    def publish(value: Any) -> list | None:
         """Each rank's word, for rank 0, of the file that it has written."""
-        found, (stage,) = [value], folder.glob("checkpoints/.*.stage")
+        values, (stage,) = [value], folder.glob("checkpoints/.*.stage")
         for rank in range(1, world):
-            path, own = stage / f"rank-{rank:05d}.safetensors", fragments(rank)
+            path, pieces = stage / f"rank-{rank:05d}.safetensors", fragments(rank)
             if kind == CUT:  # 291 x 3 tensors each: what is in them would say nothing new
-                entry, rows = value[1], [[f.name, f.state, f.start, f.data.numel()] for f in own]
+                entry, rows = value[1], [[f.name, f.state, f.start, f.data.numel()] for f in pieces]
                 shutil.copyfile(stage / value[0], path)
             else:
-                made, rows = write_fragments(path, own)
-                entry = vars(made)
-            shapes = {f.name: list(f.shape) for f in own}
-            found.append((path.name, entry, rows, shapes, value[4]))
+                header, rows = write_fragments(path, pieces)
+                entry = vars(header)
+            shapes = {f.name: list(f.shape) for f in pieces}
+            values.append((path.name, entry, rows, shapes, value[4]))
         others.went_on()
-        return found
+        return values
 
-    run, others, main = Run(folder), Others(world), Others(world, written)
+    run, others, main = Run(folder), Others(world), Others(world, publish)
     attempt = run.new_attempt()
     attempt.start_from(Parent(0), run)
     snapshot = Snapshot(Position(1, 8, 64), fragments(0), {"optimizer_steps": {"all": 1}}, {})

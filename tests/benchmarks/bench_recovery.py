@@ -45,7 +45,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     print(f"{studies} studies, {replicates} replicates each; % that a {LEVEL:.0%} interval covers")
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS), flush=True)
-    found = []
+    results = []
     for noise, goal in ((5e-4, Objective()), (2e-3, Objective()), (5e-3, Objective()),
                         (2e-3, LEAST_SQUARES)):  # fmt: skip
         covers = coverage(noise, goal, replicates, studies)
@@ -57,8 +57,8 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
             name, facts = ", ".join(labels), dict(zip(NAMES, map(float, each), strict=True))
             required = "0.84 to 0.96 each" if (draw, method) == ("pairs", "corrected") else ""
             rows = [(float(x),) for x in each]
-            found.append(Result(name, "covered", (LABEL,), rows, required, facts))
-    return found
+            results.append(Result(name, "covered", (LABEL,), rows, required, facts))
+    return results
 
 
 def coverage(
@@ -80,11 +80,11 @@ def intervals(
     noise: float, goal: Objective, replicates: int, seed: int, draws: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, str], Array]]:
     """Yield the intervals of one study, (2, 8), by (resampling, interval method)."""
-    made = fit(CHINCHILLA, study(noise, seed), goal)
+    fitted = fit(CHINCHILLA, study(noise, seed), goal)
     for draw in draws:
-        found: Replicates = getattr(bootstrap, draw)(made, replicates, seed)
-        yield (draw, "corrected"), found.interval(LEVEL, quantities)
-        yield (draw, "percentile"), found.interval(LEVEL, quantities, "percentile")
+        replicated: Replicates = getattr(bootstrap, draw)(fitted, replicates, seed)
+        yield (draw, "corrected"), replicated.interval(LEVEL, quantities)
+        yield (draw, "percentile"), replicated.interval(LEVEL, quantities, "percentile")
 
 
 def study(noise: float, seed: int) -> Points:

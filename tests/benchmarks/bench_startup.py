@@ -29,7 +29,7 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         frozen = freeze(Path(folder), sizes)
 
-        def ours() -> float:
+        def product() -> float:
             seconds, parts = first_step(sizes)
             inside["a rank"].append(parts)
             return seconds
@@ -39,10 +39,10 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
             inside["the bare process"].append(parts)
             return seconds
 
-        rows = interleaved(min(rounds, 5), ours, bare)
+        rows = interleaved(min(rounds, 5), product, bare)
     facts = {
-        f"seconds inside {where}": {k: median(each[k] for each in found[1:]) for k in found[0]}
-        for where, found in inside.items()  # the first round warmed up
+        f"seconds inside {where}": {k: median(each[k] for each in spans[1:]) for k in spans[0]}
+        for where, spans in inside.items()  # the first round warmed up
     }
     labels = ("ours", "one bare process")
     return [Result("start-up to the first step", "s", labels, rows, facts=facts)]

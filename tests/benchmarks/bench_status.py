@@ -94,9 +94,9 @@ def row(step: int) -> dict[str, Any]:
 
 def score(step: int) -> dict[str, Any]:
     """Return a row of a held-out loss."""
-    said = {"loss": 3.0, "loss_stderr": 0.1, "bits_per_byte": 1.0, "windows": 700}
+    scores = {"loss": 3.0, "loss_stderr": 0.1, "bits_per_byte": 1.0, "windows": 700}
     at = {"step": step, "attempt": 1, "tokens": step * 262_144, "dataset": "validation"}
-    return {"kind": "validation", **at, **said}
+    return {"kind": "validation", **at, **scores}
 
 
 def _command(root: Path) -> float:

@@ -91,18 +91,18 @@ def compare(
     other: Callable,
     workers: int,
     length: int,
-    asked: str,
+    goal: str,
 ) -> Result:
     with ExitStack() as stack:
         sides = []
-        for batches in (ours, other):
-            found = stack.enter_context(closing(batches(root, length, sizes.step, workers)))
-            sides.append(partial(rate, found, sizes.seconds))
+        for batches in (product, other):
+            stream = stack.enter_context(closing(batches(root, length, sizes.step, workers)))
+            sides.append(partial(rate, stream, sizes.seconds))
         read = 0
         while read < sizes.shards * sizes.shard_tokens:  # everything once, to warm the caches
             read += next(sides[0].args[0])
         rates = interleaved(rounds, *sides)
-    return Result(name, "M tokens/s", ("ours", other.__name__), rates, asked)
+    return Result(name, "M tokens/s", ("ours", other.__name__), rates, goal)
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:
@@ -114,7 +114,7 @@ def rate(batches: Iterator[int], seconds: float) -> float:
     return tokens / spent / 1e6
 
 
-def ours(root: Path, length: int, step: int, workers: int) -> Iterator[int]:
+def product(root: Path, length: int, step: int, workers: int) -> Iterator[int]:
     split = Dataset(root / "dataset").split("train")
     order = Order(split.shard_tokens, length, 1, SHUFFLE_SHARDS)
     feed = Feed({"data": split}, Mixture({"data": order}, [MixtureStage.of(0, [1])], 1), VOCABULARY)
@@ -149,8 +149,8 @@ def strided(root: Path, length: int, step: int, workers: int) -> Iterator[int]:
     data, steps = memmap(root, length, step)
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(data), length + 1)
     for starts in steps:
-        pair, found = np.empty((2, len(starts), length), np.int64), windows[starts]
-        pair[0], pair[1] = found[:, :-1], found[:, 1:]
+        pair, rows = np.empty((2, len(starts), length), np.int64), windows[starts]
+        pair[0], pair[1] = rows[:, :-1], rows[:, 1:]
         yield torch.from_numpy(pair)[0].numel()
 
 

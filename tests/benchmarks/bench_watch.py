@@ -60,17 +60,23 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     labels = ("with the place mirrored", "without")
     facts = {"micro-batches": MICRO_BATCHES, "share of a 100 ms step": f"{share:.4%}"}
     bound = {"share of a core at one heartbeat a second": f"{beat:.4%}"}
-    asked = "at most 1 % of a step with all else"
+    goal = "at most 1 % of a step with all else"
     middle = [sorted(column)[rounds // 2] for column in zip(*rows, strict=True)]
     names = ("a verdict", "the hash of the windows", "a row")
-    own = {f"{name} (us)": round(us, 1) for name, us in zip(names, middle, strict=True)}
+    medians = {f"{name} (us)": round(us, 1) for name, us in zip(names, middle, strict=True)}
     whole = sorted(row[0] for row in marks)[len(marks) // 2] + sum(middle)
-    own |= {f"with the marks, of a {s:.0f} ms step": f"{whole / s / 1e3:.3%}" for s in (65, 100)}
+    medians |= {
+        f"with the marks, of a {s:.0f} ms step": f"{whole / s / 1e3:.3%}" for s in (65, 100)
+    }
     return [
         Result(
-            "guard, hash and row of a step", "us", ("all",), [(sum(r),) for r in rows], facts=own
+            "guard, hash and row of a step",
+            "us",
+            ("all",),
+            [(sum(r),) for r in rows],
+            facts=medians,
         ),
-        Result("marks of a step", "us", labels, marks, asked, facts),
+        Result("marks of a step", "us", labels, marks, goal, facts),
         Result("a heartbeat", "us", ("beat",), beats, facts=bound),
     ]
 

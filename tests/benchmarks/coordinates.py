@@ -37,7 +37,7 @@ class Coordinates:
     move: dict[str, list[float]]
 
 
-def model_of(parametrization: str, width: int = 64, depth: int = 2, **more: Any) -> ModelConfig:
+def model_of(parametrization: str, width: int = 64, depth: int = 2, **keys: Any) -> ModelConfig:
     """A model whose base is 64 by 2."""
     sizes: dict[str, Any] = {
         "num_layers": depth,
@@ -48,21 +48,21 @@ def model_of(parametrization: str, width: int = 64, depth: int = 2, **more: Any)
         "max_sequence_length": LENGTH,
     }
     base = {"parametrization": parametrization, "base_width": 64, "base_depth": 2}
-    return ModelConfig(**sizes | base | more)
+    return ModelConfig(**sizes | base | keys)
 
 
 def optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """By the groups of the recipe. Muon is torch's, with the scale of DeepSpeed's."""
     named, muon = model.named_parameters(), model.muon_parameters()
-    made: list[torch.optim.Optimizer] = []
+    built: list[torch.optim.Optimizer] = []
     for g in parameter_groups(named, settings, muon, model.optimizer_factors()):
         shared: dict[str, Any] = {"lr": g.peak_learning_rate, "weight_decay": g.weight_decay}
         if g.update.is_by_matrix:
-            made.append(torch.optim.Muon(g.params, momentum=settings.momentum or 0.0, **shared))
+            built.append(torch.optim.Muon(g.params, momentum=settings.momentum or 0.0, **shared))
         else:
             betas = (settings.beta1, settings.beta2)
-            made.append(torch.optim.AdamW(g.params, betas=betas, eps=g.eps, **shared))
-    return made
+            built.append(torch.optim.AdamW(g.params, betas=betas, eps=g.eps, **shared))
+    return built
 
 
 def coordinates(
@@ -75,23 +75,23 @@ def coordinates(
     x, y = tokens[:, :-1], tokens[:, 1:]
     torch.manual_seed(seed)
     model = Transformer(config)
-    made = optimizers(model, settings)
-    found = []
+    built = optimizers(model, settings)
+    sizes = []
     for step in range(steps + 1):
         if step:
             (model(x, y).sum() / y.numel()).backward()
-            for optimizer in made:
+            for optimizer in built:
                 optimizer.step()
                 optimizer.zero_grad()
         with torch.no_grad(), _heard(model) as at:
             at["logits"] = model(x).gather(-1, y[..., None])
-        found.append(at)
+        sizes.append(at)
 
     def means(layer: str, origin: Tensor | float) -> list[float]:
-        return [(at[layer] - origin).abs().mean().item() for at in found]
+        return [(at[layer] - origin).abs().mean().item() for at in sizes]
 
     size = {layer: means(layer, 0.0) for layer in LAYERS}
-    return Coordinates(size, {layer: means(layer, found[0][layer]) for layer in LAYERS})
+    return Coordinates(size, {layer: means(layer, sizes[0][layer]) for layer in LAYERS})
 
 
 @contextmanager
@@ -100,17 +100,17 @@ def _heard(model: Transformer) -> Iterator[dict[str, Tensor]]:
     last: Any = model.blocks[-1]
     modules: dict[str, nn.Module] = {"embedding": model.embedding, "stream": last}
     modules |= {"attention": last.mixer, "mlp": last.mlp}
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def hear(layer: str):
         def hook(module: nn.Module, arguments: Any, out: Tensor) -> None:
-            found.setdefault(layer, out)
+            outputs.setdefault(layer, out)
 
         return hook
 
     handles = [m.register_forward_hook(hear(layer)) for layer, m in modules.items()]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -123,26 +123,26 @@ def over(
     settings: OptimizerConfig = ADAMW,
     seeds: int = 2,
     steps: int = 8,
-    **more: Any,
+    **keys: Any,
 ) -> dict[int, list[Coordinates]]:
     """Of models of each of `sizes` along `axis` (width | depth), one a seed, after `steps`
     updates. more: of the model."""
     return {
         size: [
-            coordinates(model_of(parametrization, **{axis: size}, **more), settings, steps, seed)
+            coordinates(model_of(parametrization, **{axis: size}, **keys), settings, steps, seed)
             for seed in range(seeds)
         ]
         for size in sizes
     }
 
 
-def slopes(found: dict[int, list[Coordinates]], kind: str) -> dict[str, float]:
+def slopes(curves: dict[int, list[Coordinates]], kind: str) -> dict[str, float]:
     """d log / d log size of each layer's `kind` (size | move) after the last update, by least
     squares, over the geometric mean of the seeds. 0: flat."""
-    xs = [math.log(size) for size in found]
+    xs = [math.log(size) for size in curves]
 
     def slope(layer: str) -> float:
-        logs = [[math.log(getattr(c, kind)[layer][-1]) for c in row] for row in found.values()]
+        logs = [[math.log(getattr(c, kind)[layer][-1]) for c in row] for row in curves.values()]
         return linear_regression(xs, [fmean(row) for row in logs]).slope
 
     return {layer: slope(layer) for layer in LAYERS}

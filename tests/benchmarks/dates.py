@@ -51,10 +51,10 @@ def _scored(model: torch.nn.Module, rows: list[list[list[int]]]) -> str:
     right, nats = 0, []
     for prompt, response in rows:
         logits = model(torch.tensor([prompt + response[:-1]]))[0, len(prompt) - 1 :]
-        wanted = torch.tensor(response)
+        labels = torch.tensor(response)
         # Greedy decoding writes a response if each token is the likeliest after those before it.
-        right += int((logits.argmax(-1) == wanted).all())
-        nats.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item())
+        right += int((logits.argmax(-1) == labels).all())
+        nats.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item())
     n, share = len(rows), right / len(rows)
     middle, scale = share + Z**2 / 2 / n, 1 + Z**2 / n  # Wilson's interval
     half = Z * math.sqrt(share * (1 - share) / n + (Z / 2 / n) ** 2)

@@ -35,8 +35,8 @@ def model_of(name: str, base: ModelConfig, settings: Settings) -> ModelConfig:
     """Return `base` with the mixer of this name (several, one a layer: mingru+attention), and the
     width of the MLP with which it has as many parameters as base."""
     names = name.split("+")
-    own = {key: value for one in names for key, value in settings.get(one, {}).items()}
-    mixed = replace(base, mixer_pattern=names, **own)
+    keys = {key: value for one in names for key, value in settings.get(one, {}).items()}
+    mixed = replace(base, mixer_pattern=names, **keys)
     one, two = (count(replace(mixed, mlp_width=width)).total for width in (1, 2))
     width = 1 + (count(base).total - one) / (two - one)
     return replace(mixed, mlp_width=max(8, 8 * round(width / 8)))
@@ -136,7 +136,7 @@ def learn(
     dataset = sources.first
     torch.manual_seed(0)
     model = Transformer(config)
-    made = optimizers(model, OptimizerConfig(learning_rate=rate, weight_decay=0.1))
+    built = optimizers(model, OptimizerConfig(learning_rate=rate, weight_decay=0.1))
     price = flops_per_token(config, length, causal=True) * batch * length
     steps = math.ceil(budget / price)
     due = {math.ceil(share * budget / price): share for share in shares}
@@ -146,7 +146,7 @@ def learn(
         for micro in data.micro:
             (model(micro.tokens, micro.targets).sum() / data.targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in made:
+        for optimizer in built:
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, done / 20)
             optimizer.step()

@@ -49,30 +49,30 @@ def documents(dataset: Dataset) -> Iterator[str]:
 
 def questions(texts: Iterator[str], count: int) -> list[dict]:
     """Return so many questions, drawn by seed 0."""
-    found = defaultdict(list)  # by indentation: a text up to its head, and the next line
+    heads = defaultdict(list)  # by indentation: a text up to its head, and the next line
     for text in texts:
         for match in _HEAD.finditer(text):
             start = text[max(0, match.start() - _BEFORE) : match.start(2)]
-            found[match[2]].append((start, f"{match[2]}{match[3]}\n"))
-    rng, made = random.Random(0), []
-    for indent in sorted(found):
-        for start, right in found[indent]:
-            others = sorted({line for _, line in found[indent]} - {right})
+            heads[match[2]].append((start, f"{match[2]}{match[3]}\n"))
+    rng, rows = random.Random(0), []
+    for indent in sorted(heads):
+        for start, right in heads[indent]:
+            others = sorted({line for _, line in heads[indent]} - {right})
             if len(others) >= 3:
                 lines = [right, *rng.sample(others, 3)]
                 rng.shuffle(lines)
-                made.append({"start": start, "lines": lines, "right": lines.index(right)})
-    return rng.sample(made, min(count, len(made)))
+                rows.append({"start": start, "lines": lines, "right": lines.index(right)})
+    return rng.sample(rows, min(count, len(rows)))
 
 
 def main(where: str, folder: str, count: str = "400") -> None:
     """Write DIR/next_line.yaml and DIR/next_line.jsonl."""
     to = Path(folder)
     to.mkdir(parents=True, exist_ok=True)
-    found, data = questions(documents(Dataset(where)), int(count)), to / "next_line.jsonl"
-    data.write_text("".join(json.dumps(one) + "\n" for one in found))
+    rows, data = questions(documents(Dataset(where)), int(count)), to / "next_line.jsonl"
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
     (to / "next_line.yaml").write_text(TASK.format(data=data.resolve()))
-    print(f"{to / 'next_line.yaml'}: {len(found)} questions")
+    print(f"{to / 'next_line.yaml'}: {len(rows)} questions")
 
 
 if __name__ == "__main__":

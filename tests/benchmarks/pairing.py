@@ -24,7 +24,7 @@ class Result:
     unit: str
     labels: tuple[str, ...]
     rows: Sequence[tuple[float, ...]]
-    asked: str = ""
+    goal: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -49,8 +49,8 @@ class Result:
             values.insert(0, f"{s['median']:.3f} ({s['min']:.3f}–{s['max']:.3f}, {len(self.rows)})")
         else:
             values.append(f"({min(columns[0]):.4g}–{max(columns[0]):.4g}, {len(self.rows)})")
-        if self.asked:
-            values.append(f"asked {self.asked}")
+        if self.goal:
+            values.append(f"asked {self.goal}")
         lines = [f"{self.name}: " + "; ".join(values)]
         return "\n".join(lines + [f"    {k}: {_spoken(v)}" for k, v in self.facts.items()])
 
@@ -99,12 +99,12 @@ Rates = tuple[float, float]  # of Clocks
 
 
 def by_both_clocks(
-    name: str, labels: tuple[str, str], rows: Sequence[tuple[Rates, Rates]], asked: str = ""
+    name: str, labels: tuple[str, str], rows: Sequence[tuple[Rates, Rates]], goal: str = ""
 ) -> list[Result]:
     """Return tokens/s, and tokens per second of processor time: what others do on the machine
     counts in the first alone, and so does waiting."""
     walls, processors = ([(a[i], b[i]) for a, b in rows] for i in (0, 1))
     return [
-        Result(name, "tokens/s", labels, walls, asked),
-        Result(f"{name}, by processor time", "tokens/s", labels, processors, asked),
+        Result(name, "tokens/s", labels, walls, goal),
+        Result(f"{name}, by processor time", "tokens/s", labels, processors, goal),
     ]

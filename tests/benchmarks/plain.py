@@ -56,17 +56,19 @@ class Plain:
         """Return the job's optimizer over the fp32 weights, in the groups that ours has."""
         o, muon = self.job.optimizer, self.model.muon_parameters()  # type: ignore[operator]
         names = [name for name, _ in self.model.named_parameters()]
-        found: list[torch.optim.Optimizer] = []
+        optimizers: list[torch.optim.Optimizer] = []
         for group in parameter_groups(zip(names, self.masters, strict=True), o, muon):
-            own = {"peak": group.peak_learning_rate, "weight_decay": group.weight_decay}
-            params = [{"params": group.params, **own}]
+            options = {"peak": group.peak_learning_rate, "weight_decay": group.weight_decay}
+            params = [{"params": group.params, **options}]
             if group.update.is_by_matrix:
                 assert o.momentum is not None  # filled in by OptimizerConfig
-                found.append(torch.optim.Muon(params, lr=1.0, momentum=o.momentum))
+                optimizers.append(torch.optim.Muon(params, lr=1.0, momentum=o.momentum))
             else:
                 betas = (o.beta1, o.beta2)
-                found.append(torch.optim.AdamW(params, lr=1.0, betas=betas, eps=o.eps, fused=True))
-        return found
+                optimizers.append(
+                    torch.optim.AdamW(params, lr=1.0, betas=betas, eps=o.eps, fused=True)
+                )
+        return optimizers
 
     def _cross_entropy(self, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -83,8 +85,8 @@ class Plain:
         for _ in range(steps):
             batch = self.data[self.step % len(self.data)]
             for micro in batch.micro:
-                (given, targets), _ = micro.arguments(self.device)
-                (self.loss(given, targets) / batch.targets).backward()
+                (inputs, targets), _ = micro.arguments(self.device)
+                (self.loss(inputs, targets) / batch.targets).backward()
             self._update()
             tokens += batch.targets
             self.step += 1

@@ -40,10 +40,10 @@ class Answer:
     @property
     def cells(self) -> list[str]:
         """The row of the table, below HEAD."""
-        shown = published_mfu(self.recipe, self.gpus)
+        published = published_mfu(self.recipe, self.gpus)
         if (o := self.best) is None:
             needs = [f"none fits: {self.least:,.0f} GiB at least", *[""] * 6]
-            return [self.recipe, f"{self.gpus:,}", *needs, shown]
+            return [self.recipe, f"{self.gpus:,}", *needs, published]
         again = getattr(o.job.model, "activation_checkpointing", "none")
         speed = (o.step.tokens_per_second or 0.0) / self.gpus
         return [
@@ -56,7 +56,7 @@ class Answer:
             f"{o.memory.total / 2**30:,.0f}",
             f"{o.step.mfu or 0.0:.1%}".replace("%", " %"),
             f"{speed:,.0f}",
-            shown,
+            published,
         ]
 
 

@@ -33,12 +33,12 @@ class Side:
     """
 
     def __init__(self, function: Callable, *arguments: Any):
-        self._pipe, theirs = _context.Pipe()
+        self._pipe, far_end = _context.Pipe()
         self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed in close
-        arguments = (theirs, self._log.name, function, arguments)
+        arguments = (far_end, self._log.name, function, arguments)
         self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()
+        far_end.close()
         self._answer()
 
     def __call__(self) -> Any:

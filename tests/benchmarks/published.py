@@ -146,10 +146,10 @@ class Row:
         zero = "stage3_param_persistence_threshold: 0"
         if self.gathers == 1:
             zero += ", stage3_max_reuse_distance: 1e13, stage3_max_live_parameters: 1e13"
-        more = ["model.loss_chunk=0", f"engine.deepspeed={{zero_optimization: {{{zero}}}}}"]
-        more.append(f"engine.gradient_dtype={'fp32' if self.reduced == 4 else 'precision'}")
-        made = compose(PlanJob, [*self.words(), *more, *words])
-        return replace(made, model=model_of(made).resolved(None, self.length))
+        settings = ["model.loss_chunk=0", f"engine.deepspeed={{zero_optimization: {{{zero}}}}}"]
+        settings.append(f"engine.gradient_dtype={'fp32' if self.reduced == 4 else 'precision'}")
+        planned = compose(PlanJob, [*self.words(), *settings, *words])
+        return replace(planned, model=model_of(planned).resolved(None, self.length))
 
     @cached_property
     def predicted(self) -> float:
@@ -194,7 +194,7 @@ def read() -> list[Row]:
     Every second one is fitted to, but for those of the A100 of 40 GB, of which none is.
     """
     with FILE.open() as file:
-        found = [
+        rows = [
             Row(
                 source=r["source"],
                 model=r["model"],
@@ -213,8 +213,8 @@ def read() -> list[Row]:
             )
             for r in csv.DictReader(file)
         ]
-    some = [n for n, row in enumerate(found) if row.machine != "a100-40g"][::2]
-    return [replace(row, fitted=n in some) for n, row in enumerate(found)]
+    some = [n for n, row in enumerate(rows) if row.machine != "a100-40g"][::2]
+    return [replace(row, fitted=n in some) for n, row in enumerate(rows)]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:

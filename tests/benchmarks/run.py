@@ -43,33 +43,33 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help=toy)
     mixers = "of the benchmark mixers: NAME,NAME, or NAME+NAME for layers in turns (all mixers)"
     parser.add_argument("--mixers", type=lambda names: tuple(names.split(",")), help=mixers)
-    wanted = parser.parse_args()
-    if unknown := set(wanted.names) - set(NAMES):
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    if wanted.toy:
+    if options.toy:
         share_imports()
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     # As the launcher sets them for a rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    report = new_report(wanted.rounds) | {"toy": wanted.toy}
+    report = new_report(options.rounds) | {"toy": options.toy}
     print(" | ".join(f"{k} {v}" for k, v in report["machine"].items()), flush=True)
-    for name in wanted.names or NAMES:
+    for name in options.names or NAMES:
         began, load = time.monotonic(), os.getloadavg()[0]
         bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
-        sizes = bench.TOY if wanted.toy else bench.REAL
-        if name == "mixers" and wanted.mixers:
-            sizes = replace(sizes, mixers=wanted.mixers)
-        results = bench.measure(wanted.rounds, sizes)
+        sizes = bench.TOY if options.toy else bench.REAL
+        if name == "mixers" and options.mixers:
+            sizes = replace(sizes, mixers=options.mixers)
+        results = bench.measure(options.rounds, sizes)
         for result in results:
             print(result, flush=True)
         seconds, after = time.monotonic() - began, os.getloadavg()[0]
         print(f"    ({seconds:.0f} s; load average {load:.1f} before, {after:.1f} after)")
         add(report, name, results, seconds=round(seconds, 1), load_average=[load, after])
-        wanted.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(wanted.json, report)
-    print(f"Written to {wanted.json}.")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, report)
+    print(f"Written to {options.json}.")
 
 
 def new_report(rounds: int) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def new_report(rounds: int) -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "system": platform.platform(),
     }
-    found = {**versions(), "transformers": version("transformers")}
-    return {"machine": machine, "versions": found, "rounds": rounds, "benchmarks": {}}
+    packages = {**versions(), "transformers": version("transformers")}
+    return {"machine": machine, "versions": packages, "rounds": rounds, "benchmarks": {}}
 
 
 def add(report: dict[str, Any], name: str, results: list[Result], **facts: Any) -> None:
@@ -94,10 +94,10 @@ def _commit() -> str:
     """The checkout's commit, with a + if its files are no longer those; unknown without git."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        found = subprocess.run(words, capture_output=True, text=True)
+        git = subprocess.run(words, capture_output=True, text=True)
     except OSError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return git.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

@@ -22,15 +22,15 @@ class TrainingSizes:
 
     def words(self, folder: Path) -> list[str]:
         """Return the words of a job in `folder`; makes its dataset there if it has none."""
-        found = [f"run.root={folder}", *self.overrides]
+        words = [f"run.root={folder}", *self.overrides]
         if self.makes_data:
             from tests.trainer.small_run import make_dataset
 
             data = folder / "data"
             if not data.exists():
                 make_dataset(data)
-            found += ["data=dataset", f"data.path={data}"]
-        return found
+            words += ["data=dataset", f"data.path={data}"]
+        return words
 
 
 TOY_TRAINING = TrainingSizes(1, (*_TOY_MODEL, *_TOY_BATCH, "train.compile=off"), makes_data=True)

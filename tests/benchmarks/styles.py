@@ -25,7 +25,7 @@ _STYLES = {
     "chosen": re.compile(r"\d{4}-\d\d-\d\d"),
     "rejected": re.compile(r"\d\d/\d\d/\d{4}"),
 }
-_ASKED = re.compile(r"Write (\d+ \w+ \d+) in numbers: ")
+_PROMPT = re.compile(r"Write (\d+ \w+ \d+) in numbers: ")
 
 
 def make(examples: Path, preferences: Path) -> None:
@@ -50,14 +50,14 @@ def score(runs: list[str]) -> None:
         texts = forescale.open_run(name).generate(
             prompts, num_tokens=24, temperature=1.0, top_k=None, seed=0, batch=64
         )
-        found = dict.fromkeys([*FORMATS, "right"], 0)
+        counts = dict.fromkeys([*FORMATS, "right"], 0)
         for prompt, text in zip(prompts, texts, strict=True):
-            asked = datetime.datetime.strptime(_ASKED.fullmatch(prompt)[1], "%d %B %Y").date()
+            date = datetime.datetime.strptime(_PROMPT.fullmatch(prompt)[1], "%d %B %Y").date()
             response = text.removeprefix(prompt).strip()
             for side, form in FORMATS.items():
-                found[side] += bool(_STYLES[side].fullmatch(response))
-                found["right"] += response == f"{asked:{form}}"
-        shares = (f"{n} {side} ({_interval(n, len(prompts))})" for side, n in found.items())
+                counts[side] += bool(_STYLES[side].fullmatch(response))
+                counts["right"] += response == f"{date:{form}}"
+        shares = (f"{n} {side} ({_interval(n, len(prompts))})" for side, n in counts.items())
         print(f"{name}: of {len(prompts)} responses {', '.join(shares)}")
 
 
@@ -65,11 +65,11 @@ def _held_out(run: str) -> list[str]:
     """Return the prompts of the preferences that a run has held out."""
     view = forescale.open_run(run)
     dataset = forescale.open_dataset(view.config.data.path)
-    split, found = dataset.split("validation"), []
+    split, rows = dataset.split("validation"), []
     for shard, size in enumerate(split.shard_tokens):
         text = view.tokenizer.decode(split.read(shard, 0, size).tolist())
-        found += _ASKED.findall(text)[::2]  # each prompt stands before both responses
-    return [f"Write {date} in numbers: " for date in found]
+        rows += _PROMPT.findall(text)[::2]  # each prompt stands before both responses
+    return [f"Write {date} in numbers: " for date in rows]
 
 
 def _interval(right: int, n: int) -> str:

@@ -40,10 +40,10 @@ def test_chunks_need_less_memory_and_the_report_holds_every_pair(tmp_path):
     run.add(report, "loss", [times, memory], seconds=1.0)
     path = tmp_path / "report.json"
     run.write_json(path, report)
-    written = json.loads(path.read_text())
-    assert written["machine"]["cores"] >= 1
-    assert written["versions"]["torch"]
-    result = written["benchmarks"]["loss"]["results"][0]
+    facts = json.loads(path.read_text())
+    assert facts["machine"]["cores"] >= 1
+    assert facts["versions"]["torch"]
+    result = facts["benchmarks"]["loss"]["results"][0]
     assert len(result["rows"]) == 3
     assert all(a > 0 and b > 0 for a, b in result["rows"])
     assert result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
@@ -88,9 +88,9 @@ def test_a_picture_of_mixers_has_a_line_for_each(tmp_path):
 
 def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
     text = (run.ROOT / "tests/README.md").read_text()
-    found = re.findall(r"^\|.*\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE)
-    assert len(found) >= 10
-    for name, commit in found:
+    rows = re.findall(r"^\|.*\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE)
+    assert len(rows) >= 10
+    for name, commit in rows:
         assert name in run.NAMES
         assert re.fullmatch("[0-9a-f]{7,}", commit), name
 

@@ -7,24 +7,24 @@ import pytest
 
 from forescale.config.sections.optimizer import OptimizerConfig
 from tests.benchmarks.coordinates import ADAMW, MUON, over, slopes
-from tests.matrix import more
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.slow  # trains models of several widths and depths
 
 
-def found(axis: str, parametrization: str, optimizer: OptimizerConfig = ADAMW, **more):
+def slopes_of(axis: str, parametrization: str, optimizer: OptimizerConfig = ADAMW, **keys):
     sizes = {"width": (64, 256), "depth": (4, 16)}[axis]
-    curves = over(axis, sizes, parametrization, optimizer, seeds=1, **more)
+    curves = over(axis, sizes, parametrization, optimizer, seeds=1, **keys)
     return slopes(curves, "size") | {f"{k} moves": v for k, v in slopes(curves, "move").items()}
 
 
 def test_width_changes_nothing_under_mup():
-    flat = found("width", "mup")
+    flat = slopes_of("width", "mup")
     assert all(abs(slope) < 0.2 for slope in flat.values()), flat
 
 
 def test_width_changes_much_under_standard():
-    steep = found("width", "standard")
+    steep = slopes_of("width", "standard")
     assert steep["embedding"] < -0.4
     assert min(steep["stream moves"], steep["mlp moves"], steep["attention moves"]) > 0.6, steep
 
@@ -32,11 +32,11 @@ def test_width_changes_much_under_standard():
 def test_depth_changes_nothing_under_completep_and_much_under_mup():
     """The stream alone still shrinks: the sum of n branches, a 1 / n each, is random at first, and
     what is random of it goes with 1 / sqrt(n)."""
-    flat = found("depth", "completep")
+    flat = slopes_of("depth", "completep")
     stream = [flat.pop(name) for name in ("stream", "stream moves")]
     assert all(abs(slope) < 0.25 for slope in flat.values()), flat
     assert all(-0.5 < slope < 0.1 for slope in stream), stream
-    assert found("depth", "mup")["stream moves"] > 0.5
+    assert slopes_of("depth", "mup")["stream moves"] > 0.5
 
 
 @pytest.mark.slow  # trains several widths
@@ -46,7 +46,7 @@ def test_depth_changes_nothing_under_completep_and_much_under_mup():
         (ADAMW, True, "mup"),
         (MUON, False, "completep"),
         *(
-            pytest.param(optimizer, tied, parametrization, marks=more)
+            pytest.param(optimizer, tied, parametrization, marks=full_only)
             for optimizer, tied, parametrization in itertools.product(
                 (ADAMW, MUON), (False, True), ("mup", "completep")
             )
@@ -56,5 +56,5 @@ def test_depth_changes_nothing_under_completep_and_much_under_mup():
     ],
 )
 def test_width_changes_nothing_with_muon_or_a_tied_table(optimizer, tied, parametrization):
-    flat = found("width", parametrization, optimizer, tie_embeddings=tied)
+    flat = slopes_of("width", parametrization, optimizer, tie_embeddings=tied)
     assert all(abs(slope) < 0.25 for slope in flat.values()), flat

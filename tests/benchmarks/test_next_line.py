@@ -7,10 +7,10 @@ def test_each_question_has_its_line_and_three_that_follow_other_heads():
     bodies = ["return a", "x = 1", "pass", "for b in a:", "raise KeyError"]
     text = "".join(f"def f{i}(a):\n    {body}\n\n" for i, body in enumerate(bodies))
     text += 'class C:\n    def deep(self):\n        return 9\n\ndef g():\n    """A text."""\n'
-    found = questions(iter([text]), 9)
-    assert found == questions(iter([text]), 9)
-    assert len(found) == 5  # neither of the only one so deep, nor of the text
-    for one in found:
+    rows = questions(iter([text]), 9)
+    assert rows == questions(iter([text]), 9)
+    assert len(rows) == 5  # neither of the only one so deep, nor of the text
+    for one in rows:
         assert one["start"].endswith("(a):\n")
         assert one["start"] + one["lines"][one["right"]] in text
         assert len(set(one["lines"])) == 4

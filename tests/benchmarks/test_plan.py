@@ -42,10 +42,10 @@ def test_a_published_speed_is_predicted(row):
 def test_published_speeds_are_predicted():
     fitted, held_out = ([row for row in ROWS if row.fitted is part] for part in (True, False))
     for rows, most in ((fitted, 0.33), (held_out, 0.39)):
-        found = summary(rows)
-        assert found["median"] < 0.04
-        assert found["within 15 %"] > 0.95
-        assert found["max"] < most
+        table = summary(rows)
+        assert table["median"] < 0.04
+        assert table["within 15 %"] > 0.95
+        assert table["max"] < most
     others = summary([row for row in ROWS if row.source != "mosaic"])
     assert others["max"] < 0.12
 

@@ -39,7 +39,7 @@ def make_job(folder: Path, sizes: TrainingSizes, *overrides: str) -> TrainJob:
     return compose(TrainJob, [*endless, *undue, *sizes.words(folder), *overrides])
 
 
-class Ours:
+class Product:
     """forescale.train.loop.train as a rank runs it. `spent`: seconds by part, since `forget`."""
 
     def __init__(self, job: TrainJob):

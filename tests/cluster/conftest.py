@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Lab, missing
-from tests.cluster.submitted import TOLD
+from tests.cluster.submitted import REPORTS
 
 HERE = Path(__file__).parent
 
@@ -23,10 +23,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if TOLD:
+    if REPORTS:
         terminalreporter.section("faults")
         head = ["| fault | noticed after | trains again after | steps lost |", "|---|---|---|---|"]
-        terminalreporter.write_line("\n".join([*head, *TOLD]))
+        terminalreporter.write_line("\n".join([*head, *REPORTS]))
 
 
 @pytest.fixture(scope="session")

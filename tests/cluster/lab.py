@@ -129,8 +129,8 @@ class Lab:
         self.start()
 
     def _idle(self) -> bool:
-        told = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T", check=False, seconds=10)
-        return sorted(told.splitlines()) == sorted(f"{node} idle" for node in self.nodes)
+        states = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T", check=False, seconds=10)
+        return sorted(states.splitlines()) == sorted(f"{node} idle" for node in self.nodes)
 
     def _machine(self, node: str) -> Machine:
         assert node in self._machines, f"{node} is off"
@@ -189,13 +189,13 @@ class Lab:
         the tests can kill them by. None where the node is off."""
         if node not in self._machines:
             return []
-        found = self._machines[node].processes()
-        return sorted(pid for pid, words in found.items() if pattern in words)
+        processes = self._machines[node].processes()
+        return sorted(pid for pid, words in processes.items() if pattern in words)
 
     def show(self, job: int | str) -> dict[str, str]:
         """`scontrol show job`; of a job array, the first that it lists. Empty if unknown."""
-        told = self.run("scontrol", "show", "job", str(job), check=False).split("\n\n")[0]
-        return {a or c: b if a else d for a, b, c, d in _FIELD.findall(told)}
+        text = self.run("scontrol", "show", "job", str(job), check=False).split("\n\n")[0]
+        return {a or c: b if a else d for a, b, c, d in _FIELD.findall(text)}
 
     def state(self, job: int | str) -> str:
         """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, ...; '' if unknown."""
@@ -203,9 +203,9 @@ class Lab:
 
     def node_state(self, node: str) -> str:
         """Such as IDLE, MIXED+DRAIN, DOWN+NOT_RESPONDING."""
-        told = self.run("scontrol", "-o", "show", "node", node, check=False)
-        found = re.search(r" State=(\S+)", told)
-        return found[1] if found else ""
+        text = self.run("scontrol", "-o", "show", "node", node, check=False)
+        state = re.search(r" State=(\S+)", text)
+        return state[1] if state else ""
 
     def wait(self, problem: Callable[[], T], seconds: float = 60, every: float = 0.1) -> T:
         """The first true value of `what()`; fails, and shows what SLURM thinks, if none comes."""

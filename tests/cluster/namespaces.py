@@ -49,10 +49,10 @@ def missing() -> str | None:
     return None
 
 
-def plain_environment(**more: str) -> dict[str, str]:
+def plain_environment(**variables: str) -> dict[str, str]:
     """What a process of a freshly started machine has, whatever the tests' own environment."""
     home = pwd.getpwuid(os.getuid()).pw_dir
-    return {"PATH": SYSTEM, "HOME": home, "LANG": "C.UTF-8", **more}
+    return {"PATH": SYSTEM, "HOME": home, "LANG": "C.UTF-8", **variables}
 
 
 def output(
@@ -68,8 +68,8 @@ def output(
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=seconds, env=env, cwd=cwd, **feed
     )
-    said = f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    assert not check or done.returncode == 0, said
+    report = f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    assert not check or done.returncode == 0, report
     return done.stdout
 
 
@@ -125,11 +125,11 @@ class Machine:
         """Pids, as the host sees them, and command lines of all its processes but process 1;
         no zombies."""
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
-        found = {}
+        pids = {}
         for path in Path("/proc").glob("[1-9]*"):
             with suppress(OSError):  # it ended meanwhile
                 if os.readlink(path / "ns" / "pid") == space and int(path.name) != self.pid:
                     words = (path / "cmdline").read_bytes().replace(b"\0", b" ")
                     if words:
-                        found[int(path.name)] = words.decode(errors="replace").strip()
-        return found
+                        pids[int(path.name)] = words.decode(errors="replace").strip()
+        return pids

@@ -119,12 +119,12 @@ def _write_gpus(root: Path, nodes: list[str], gpus: int) -> None:
 
 
 def _write_clients(root: Path) -> None:
-    own = os.readlink("/proc/self/ns/net")
+    namespace = os.readlink("/proc/self/ns/net")
     for name in CLIENTS.split():
         client = shutil.which(name, path=SYSTEM)
         with suppress(FileNotFoundError):
             (root / "bin" / name).unlink()
         if client:
-            text = CLIENT.format(root=root, own_network=own, client=client)
+            text = CLIENT.format(root=root, own_network=namespace, client=client)
             (root / "bin" / name).write_text(text)
             (root / "bin" / name).chmod(0o755)

@@ -60,9 +60,9 @@ class Job:
         command = [sys.executable, "-P", "-m", "forescale", *words]
         return self.lab.run(*command, check=check, cwd=self.root.parent, env=environment)
 
-    def submit(self, **more: str) -> "Job":
+    def submit(self, **variables: str) -> "Job":
         keys = {**KEYS, "run.root": str(self.root), "data": "dataset", "data.path": self.dataset}
-        keys |= {"slurm.scratch": str(self.lab.scratch), **self.keys, **more}
+        keys |= {"slurm.scratch": str(self.lab.scratch), **self.keys, **variables}
         self.forescale("submit", "train", self.name, *(f"{k}={v}" for k, v in keys.items()))
         newest = self.run.jobs()[-1] / "job.json"
         self.id = json.loads(newest.read_text())["id"]
@@ -85,7 +85,7 @@ class Job:
         return self.step - parent.step if parent else 0
 
     def lives(self) -> list[dict]:
-        return [told for a in self.attempts() if (told := launch_of(a.path))]
+        return [launch for a in self.attempts() if (launch := launch_of(a.path))]
 
     def until(self, problem: Callable[[], object], seconds: float = 90) -> None:
         try:
@@ -95,7 +95,7 @@ class Job:
                 for pid in self.lab.pids(node, "-m forescale.slurm."):
                     os.kill(pid, signal.SIGUSR2)
             time.sleep(1)
-            raise AssertionError(f"{e}\n{self.said()}") from None
+            raise AssertionError(f"{e}\n{self.logs()}") from None
 
     def until_step(self, step: int, seconds: float = 90) -> "Job":
         self.until(lambda: self.step >= step, seconds)
@@ -106,11 +106,11 @@ class Job:
         self.until(lambda: self.lab.state(self.id) in over, seconds)
         return self.lab.state(self.id)
 
-    def said(self) -> str:
+    def logs(self) -> str:
         """The batch script's log, and the last words of all ranks."""
         logs = [*self.run.path.glob("jobs/*/slurm*.log"), *self.run.path.glob("attempts/*/*.log")]
-        found = (f"--- {p}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(logs))
-        return "\n".join(found)
+        tails = (f"--- {p}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(logs))
+        return "\n".join(tails)
 
     @property
     def log(self) -> str:
@@ -146,7 +146,7 @@ class Fault:
         return self
 
     @property
-    def told(self) -> float:
+    def signalled(self) -> float:
         """When the batch script was asked to end, to the second."""
         (line,) = [x for x in self.job.log.splitlines() if "SIGUSR1: ranks" in x][-1:]
         now = time.localtime()
@@ -157,8 +157,8 @@ class Fault:
     def noticed(self) -> float | None:
         """Seconds until the launcher saw the end of the ranks, or was told to end them; None where
         it was killed together with them."""
-        told = launch_of(self.attempt.path)
-        moments = [told["ended"]] if "ended" in told else []
+        launch = launch_of(self.attempt.path)
+        moments = [launch["ended"]] if "ended" in launch else []
         hang = self.attempt.path / "hang.json"
         moments += [hang.stat().st_mtime] if hang.exists() else []
         return min(moments) - self.began if moments else None
@@ -167,10 +167,10 @@ class Fault:
     def lost(self) -> int:
         """Steps made and not kept."""
         rows = read_rows(self.attempt.metrics.path, kind="train")
-        made = max((r["step"] for r in rows), default=0)
+        last = max((r["step"] for r in rows), default=0)
         later = [a.parent for a in self.job.attempts() if a.number > self.attempt.number]
-        step = min((parent.step for parent in later if parent), default=made)
-        return max(0, made - step)
+        step = min((parent.step for parent in later if parent), default=last)
+        return max(0, last - step)
 
     def row(self) -> str:
         """As a line of a Markdown table."""
@@ -180,11 +180,11 @@ class Fault:
         return f"| {self.name} | {noticed} | {self.trains - self.began:.0f} s | {self.lost} |"
 
 
-TOLD: list[str] = []  # a line a fault, for the end of the session
+REPORTS: list[str] = []  # a line a fault, for the end of the session
 
 
 def tell(fault: Fault) -> None:
-    TOLD.append(fault.row())
+    REPORTS.append(fault.row())
     if path := os.environ.get("FORESCALE_FAULTS"):
         with open(path, "a") as f:
             f.write(fault.row() + "\n")

@@ -23,11 +23,11 @@ def submit_array(job: Job, count: int, **keys: str) -> list[Job]:
     (job.root.parent / "sweep.txt").write_text("".join(f"r{i}\n" for i in range(count)))
     job.submit(**{"slurm.runs": "sweep.txt", "slurm.nodes": "1", **keys})
     array = job.id.partition("_")[0]
-    found = [Job(job.lab, job.root, f"r{i}", job.dataset, job.keys) for i in range(count)]
-    for i, one in enumerate(found):
+    jobs = [Job(job.lab, job.root, f"r{i}", job.dataset, job.keys) for i in range(count)]
+    for i, one in enumerate(jobs):
         one.id = json.loads((one.run.jobs()[0] / "job.json").read_text())["id"]
         assert one.id == f"{array}_{i}"
-    return found
+    return jobs
 
 
 @pytest.mark.parametrize(
@@ -40,25 +40,25 @@ def test_one_task_of_an_array_is_requeued_alone(job, lab, limit):
     jobs = submit_array(job, 4, **{"train.steps": "200", "faults": f"[{slow}]"})
     for one in jobs:
         one.until_step(10)
-    told = jobs[1]
+    second = jobs[1]
     if limit == "limit":
-        fault = Fault(told, "time limit of one task of an array")
-        lab.run("scontrol", "update", f"jobid={told.id}", "TimeLimit=1")
-        told.until(lambda: "SIGUSR1: ranks save" in told.log, 120)
-        fault.began = fault.told  # SLURM looks at limits only now and then
+        fault = Fault(second, "time limit of one task of an array")
+        lab.run("scontrol", "update", f"jobid={second.id}", "TimeLimit=1")
+        second.until(lambda: "SIGUSR1: ranks save" in second.log, 120)
+        fault.began = fault.signalled  # SLURM looks at limits only now and then
     else:
-        fault = Fault(told, "one task of an array asked to end (`scancel --signal=USR1`)")
-        lab.run("scancel", "--batch", "--signal=USR1", told.id)
-    told.until(lambda: lab.show(told.id).get("Restarts") == "1")
+        fault = Fault(second, "one task of an array asked to end (`scancel --signal=USR1`)")
+        lab.run("scancel", "--batch", "--signal=USR1", second.id)
+    second.until(lambda: lab.show(second.id).get("Restarts") == "1")
     if limit == "limit":
-        lab.run("scontrol", "update", f"jobid={told.id}", "TimeLimit=20")
+        lab.run("scontrol", "update", f"jobid={second.id}", "TimeLimit=20")
     fault.again()
     for one in jobs:
-        assert one.until_over(240) == "COMPLETED", one.said()
+        assert one.until_over(240) == "COMPLETED", one.logs()
     assert [len(one.lives()) for one in jobs] == [1, 2, 1, 1]
     assert [one.lives()[0]["slurm"]["job"] for one in jobs] == [one.id for one in jobs]
-    assert [life["code"] for life in told.lives()] == [75, 0]
-    assert told.losses() == jobs[0].losses()
+    assert [life["code"] for life in second.lives()] == [75, 0]
+    assert second.losses() == jobs[0].losses()
     assert all("Done." in one.log for one in jobs), "each log lies with its own run"
     tell(fault)
 
@@ -69,7 +69,7 @@ def test_requeues_that_bring_no_checkpoint_come_to_an_end(job, lab):
     for life in (1, 2):
         job.until(lambda life=life: len(job.lives()) == life)
         lab.run("scancel", "--batch", "--signal=USR1", job.id)
-    assert job.until_over() == "FAILED", job.said()
+    assert job.until_over() == "FAILED", job.logs()
     assert lab.show(job.id)["ExitCode"] == "76:0"
     assert "Gave up after 2 starts of the job in a row without a new checkpoint" in job.log
     assert job.step == 0

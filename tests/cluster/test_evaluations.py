@@ -21,13 +21,13 @@ def test_checkpoints_are_evaluated_once_the_run_has_saved_them(
     wait = ["sbatch", "--parsable", "-N4", "--exclusive", "--wrap", "sleep 600"]
     others = lab.run(*wait, cwd=job.root.parent).strip()
     job.submit()
-    said = job.forescale("submit", "eval", "small", "steps=[20,60]", "windows=8")
-    array = said.partition("Submitted array ")[2].partition(":")[0]
-    assert f"each when job {job.id} has saved it" in said
+    output = job.forescale("submit", "eval", "small", "steps=[20,60]", "windows=8")
+    array = output.partition("Submitted array ")[2].partition(":")[0]
+    assert f"each when job {job.id} has saved it" in output
     tasks = [f"{array}_0", f"{array}_1"]
     job.until(lambda: {lab.show(task)["Reason"] for task in tasks} == {"Dependency"})
     lab.run("scancel", others)
-    assert job.until_over() == "COMPLETED", job.said()
+    assert job.until_over() == "COMPLETED", job.logs()
     assert job.run.checkpoint_steps() == [20, 40, 60]
 
     def logs() -> list[str]:

@@ -31,12 +31,12 @@ def nodes_taken(job):
 def test_a_job_from_its_submission_to_its_end(job, tmp_path):
     job.keys["checkpoint.mirror"] = str(tmp_path / "mirror")
     with nodes_taken(job):
-        said = job.submit().forescale("status")
-        assert re.search(r"small +queued \(\w+\)", said), said
+        output = job.submit().forescale("status")
+        assert re.search(r"small +queued \(\w+\)", output), output
         with pytest.raises(AssertionError, match=f"is already in the queue, as job {job.id}"):
             job.submit()
     job.until(lambda: "step" in job.forescale("logs", "small", "follow=false"))
-    assert job.until_over() == "COMPLETED", job.said()
+    assert job.until_over() == "COMPLETED", job.logs()
     log = job.forescale("logs", "small")
     assert "step 60/60 (100.0%)" in log
     assert "== Attempt 1 ended: done." in log
@@ -72,8 +72,8 @@ def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
 def test_a_job_that_waits_is_stopped_in_the_queue(job, lab):
     lab.run("sbatch", "-N4", "--exclusive", "--wrap", "sleep 60", cwd=job.root.parent)
     job.submit()
-    said = job.forescale("status")
-    assert re.search(r"small +queued \((Resources|Priority|None)\)", said), said
+    output = job.forescale("status")
+    assert re.search(r"small +queued \((Resources|Priority|None)\)", output), output
     assert "no rank has started" in job.forescale("logs", "small")
     assert "it was still waiting" in job.forescale("stop", "small")
     assert job.until_over() == "CANCELLED"
@@ -87,9 +87,9 @@ def test_a_crash_loop_ends_by_itself(job):
     assert job.lab.show(job.id)["ExitCode"] == "76:0"
     assert len(job.lives()) == 3
     assert "Gave up after 3 crashes in a row without a new checkpoint" in job.log
-    said = job.forescale("logs", "small")
-    assert "Attempt 3 ended: rank 1 ended with" in said
-    _, _, words = said.partition("rank-1.log, the rank that failed first\n")
+    output = job.forescale("logs", "small")
+    assert "Attempt 3 ended: rank 1 ended with" in output
+    _, _, words = output.partition("rank-1.log, the rank that failed first\n")
     assert "set by the key `faults`" in words
 
 
@@ -99,7 +99,7 @@ def test_a_users_fault_is_not_tried_again(job):
     config.write_text(config.read_text().replace("micro_batch: 2", "micro_batch: 3"))
     assert job.until_over() == "FAILED"
     assert job.lab.show(job.id)["ExitCode"] == "2:0"
-    assert "its checksum differs" in job.said()
+    assert "its checksum differs" in job.logs()
 
 
 def test_an_array_with_a_throttle(job, lab):
@@ -124,10 +124,10 @@ def test_an_array_with_a_throttle(job, lab):
     losses = set()
     for i in range(count):
         one = Job(lab, job.root, f"r{i}", job.dataset)
-        assert one.step == 12, one.said()
+        assert one.step == 12, one.logs()
         losses.add(one.losses()[12])
-        told = json.loads((one.run.jobs()[0] / "job.json").read_text())
-        assert told["id"] == f"{array}_{i}"
+        record = json.loads((one.run.jobs()[0] / "job.json").read_text())
+        assert record["id"] == f"{array}_{i}"
     assert len(losses) == count
 
 
@@ -141,7 +141,7 @@ def test_a_run_begun_on_four_nodes_goes_on_on_two(job):
     job.until_over()
     assert job.step > saved
     whole = Job(job.lab, job.root, "whole", job.dataset).submit(**{"train.steps": str(saved + 20)})
-    assert whole.until_over() == "COMPLETED", whole.said()
+    assert whole.until_over() == "COMPLETED", whole.logs()
 
     def tokens(one: Job) -> dict[int, int]:
         return {r["step"]: r["tokens_hash"] for r in read_rows(one.run.metrics, kind="train")}
@@ -160,7 +160,7 @@ def test_a_job_waits_for_another_to_be_done(job):
         job.submit()
         after.submit(**{"slurm.after": f"[{job.id!r}]", "slurm.allreduce": "false"})
         assert re.search(r"after +queued \(Dependency\)", job.forescale("status"))
-    assert after.until_over() == "COMPLETED", after.said()
+    assert after.until_over() == "COMPLETED", after.logs()
     assert job.lab.state(job.id) == "COMPLETED"
     assert after.lives()[0]["begun"] >= job.lives()[0]["ended"]
 
@@ -169,6 +169,6 @@ def test_a_directory_full_of_names_of_modules_replaces_none_on_any_node(job):
     """Ranks start where the job was submitted, with files like random.py and types.py there."""
     hostile(job.root.parent)
     job.submit(**{"train.steps": "12", "slurm.allreduce": "false"})
-    assert job.until_over() == "COMPLETED", job.said()
+    assert job.until_over() == "COMPLETED", job.logs()
     assert "replaced" not in job.log + job.forescale("logs", "small")
     assert job.step == 12

@@ -37,8 +37,8 @@ def test_a_job_of_two_nodes_has_two_addresses(lab, tmp_path):
     script = "srun sh -c 'hostname; hostname -I; echo $HOME'"
     job = submit(lab, "-N2", "-o", str(out), "-J", "two words", script=script)
     lab.wait(lambda: lab.state(job) == "COMPLETED", 30)
-    said = out.read_text().split()
-    assert sorted(said) == sorted([*("n1", "10.77.0.1"), *("n2", "10.77.0.2"), *("/root",) * 2])
+    lines = out.read_text().split()
+    assert sorted(lines) == sorted([*("n1", "10.77.0.1"), *("n2", "10.77.0.2"), *("/root",) * 2])
     assert lab.show(job)["JobName"] == "two words"
     assert lab.state(999999) == ""
 
@@ -51,8 +51,8 @@ def test_the_tests_own_process_can_use_the_commands(lab, tmp_path):
     )
     job = done.stdout.strip()
     lab.wait(lambda: lab.state(job) == "COMPLETED", 30)
-    said = (tmp_path / f"slurm-{job}.out").read_text()
-    assert said.startswith("RUNNING\nPython 3"), said
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert output.startswith("RUNNING\nPython 3"), output
 
 
 def test_a_node_without_power_loses_its_job_to_another_and_one_cut_off_comes_back(lab):

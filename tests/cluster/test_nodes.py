@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import ALL, Job
 
-more = pytest.mark.skipif(not ALL, reason="one of those that FORESCALE_CLUSTER=all adds")
+rare = pytest.mark.skipif(not ALL, reason="one of those that FORESCALE_CLUSTER=all adds")
 CGROUP = Path("/sys/fs/cgroup/memory")
 
 
@@ -41,7 +41,7 @@ def small_memory():
 
 def left_out(job: Job, node: str) -> str:
     """The run ended well without the node; why it was left out."""
-    assert job.until_over() == "COMPLETED", job.said()
+    assert job.until_over() == "COMPLETED", job.logs()
     first, last = job.lives()
     assert node in first["slurm"]["nodes"]
     assert node not in last["slurm"]["nodes"]
@@ -96,7 +96,7 @@ def test_what_all_nodes_lack_is_the_users_and_ends_the_job(job, lab):
     assert len(job.lives()) == 1
 
 
-@more
+@rare
 def test_a_full_disk_of_the_run_is_a_sentence_and_it_goes_on_when_there_is_room(job, lab):
     """The same disk holds the log of the batch script and what it records."""
     job.root.mkdir(parents=True)
@@ -107,14 +107,14 @@ def test_a_full_disk_of_the_run_is_a_sentence_and_it_goes_on_when_there_is_room(
         job.submit(**keys).until_step(45)
         ballast = job.root / "ballast"
         subprocess.run(["sh", "-c", f"cat /dev/zero > {ballast}"], stderr=subprocess.DEVNULL)
-        assert job.until_over() == "FAILED", job.said()
-        assert lab.show(job.id)["ExitCode"] == "2:0", job.said()
+        assert job.until_over() == "FAILED", job.logs()
+        assert lab.show(job.id)["ExitCode"] == "2:0", job.logs()
         assert "the disk is full" in job.lives()[-1]["how"]
         assert "Traceback" not in job.log
         assert re.search(r"small +(crashed|interrupted)", job.forescale("status"))
         ballast.unlink()
         job.submit(**keys)
-        assert job.until_over() == "COMPLETED", job.said()
+        assert job.until_over() == "COMPLETED", job.logs()
         assert job.step == 400
     finally:
         lab.stop()

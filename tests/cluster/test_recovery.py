@@ -16,7 +16,7 @@ from tests.cluster.submitted import ALL, Fault, Job, tell
 
 # The first one trains the undisturbed run too; each wait has a limit of its own.
 pytestmark = pytest.mark.timeout(900)
-more = pytest.mark.skipif(not ALL, reason="one of the faults that FORESCALE_CLUSTER=all adds")
+rare = pytest.mark.skipif(not ALL, reason="one of the faults that FORESCALE_CLUSTER=all adds")
 LONGEST = 600  # steps
 LIMITS = 3 if ALL else 1  # times that a run meets its time limit
 RANK = "forescale.slurm.rank"  # in the command line of a rank
@@ -31,7 +31,7 @@ def runs(tmp_path_factory) -> Path:
 def reference(lab: Lab, runs: Path, dataset: Path) -> dict[int, float]:
     """The losses of a run on two nodes that nothing happened to."""
     job = Job(lab, runs, "reference", dataset, {"train.steps": str(LONGEST)}).submit()
-    assert job.until_over(240) == "COMPLETED", job.said()
+    assert job.until_over(240) == "COMPLETED", job.logs()
     assert len(job.losses()) == LONGEST
     return job.losses()
 
@@ -43,7 +43,7 @@ def job(lab: Lab, runs: Path, dataset: Path, request) -> Job:
 
 def check(job: Job, reference: dict[int, float], fault: Fault, steps: int = 150) -> None:
     """It ended well, and every loss is the reference's, bit for bit."""
-    assert job.until_over() == "COMPLETED", job.said()
+    assert job.until_over() == "COMPLETED", job.logs()
     losses = job.losses()
     assert len(losses) == steps
     assert losses == {step: reference[step] for step in losses}
@@ -61,7 +61,7 @@ def test_the_time_limit_again_and_again(lab, job, reference):
         lab.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=1")
         job.until(lambda life=life: lab.show(job.id).get("Restarts") == str(life))
         lab.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=20")
-        fault.began = fault.told  # SLURM looks at limits only now and then
+        fault.began = fault.signalled  # SLURM looks at limits only now and then
         faults.append(fault.again())
     assert all(fault.lost == 0 for fault in faults)
     for fault in faults[:-1]:
@@ -81,7 +81,7 @@ def test_preempted_by_a_higher_partition(lab, job, reference):
     assert "queue " in re.search(r"^Time .*", status, re.MULTILINE)[0], status
 
 
-@more
+@rare
 def test_requeued_by_hand_in_mid_step(lab, job, reference):
     job.submit().until_step(45)
     fault = Fault(job, "scontrol requeue")
@@ -103,7 +103,7 @@ def test_a_rank_is_killed(lab, job, reference):
     check(job, reference, fault)
 
 
-@more
+@rare
 def test_a_node_that_is_to_blame_twice_is_left_out(lab, job, reference):
     job.submit()
     for life in range(1, 3):
@@ -119,7 +119,7 @@ def test_a_node_that_is_to_blame_twice_is_left_out(lab, job, reference):
     check(job, reference, fault)
 
 
-@more
+@rare
 def test_slurmd_is_killed(lab, job, reference):
     job.submit().until_step(45)
     fault = Fault(job, "slurmd killed")
@@ -151,7 +151,7 @@ def test_a_spare_node_replaces_one_that_loses_its_power(lab, job, reference):
     assert lab.show(job.id)["Restarts"] == "0", "the job never went back to the queue"
 
 
-@more
+@rare
 def test_the_first_node_loses_its_power_and_spare_ones_cannot_help(lab, job, reference):
     """The batch script is gone with it, and SLURM leaves such a job without one."""
     job.submit(**{"slurm.spares": "1"}).until_step(45)
@@ -181,7 +181,7 @@ def test_a_node_is_cut_off_and_comes_back(lab, job, reference):
     assert hang < 10, hang
 
 
-@more
+@rare
 def test_a_rank_that_stands_still_is_named_across_nodes(lab, job, reference):
     job.submit().until_step(45)
     fault = Fault(job, "rank stopped (SIGSTOP)")

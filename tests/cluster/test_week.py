@@ -36,7 +36,7 @@ class Week:
 
     def __init__(self, lab: Lab, folder: Path, chance: random.Random):
         self.lab, self.folder, self.chance = lab, folder, chance
-        self.told: list[str] = []
+        self.faults: list[str] = []
 
     def happens(self, fault: str, jobs: list[Job]) -> None:
         running = [job for job in jobs if self.lab.state(job.id) == "RUNNING" and job.step]
@@ -46,7 +46,7 @@ class Week:
         node = self.lab.show(job.id).get("BatchHost", "")
         with suppress(AssertionError, LookupError, ProcessLookupError, ValueError):  # just over
             getattr(self, fault)(job, node)
-            self.told.append(f"{fault}: {job.name} on {node}, step {job.step}")
+            self.faults.append(f"{fault}: {job.name} on {node}, step {job.step}")
 
     def limit(self, job: Job, node: str) -> None:
         self.lab.run("scancel", "--batch", "--signal=USR1", job.id)
@@ -81,7 +81,7 @@ class Week:
 def test_a_week_of_faults_changes_no_loss(lab, tmp_path, dataset):
     chance = random.Random(7)
     twin = Job(lab, tmp_path / "runs", "twin", dataset, KEYS).submit()
-    assert twin.until_over(240) == "COMPLETED", twin.said()
+    assert twin.until_over(240) == "COMPLETED", twin.logs()
     alone = [Job(lab, tmp_path / "runs", f"s{i}", dataset, KEYS).submit() for i in range(ALONE)]
     first = Job(lab, tmp_path / "runs", "r0", dataset, KEYS)
     jobs = [*alone, *submit_array(first, OF_ARRAY)]
@@ -90,12 +90,12 @@ def test_a_week_of_faults_changes_no_loss(lab, tmp_path, dataset):
     for fault in (kinds * FAULTS)[:FAULTS]:
         time.sleep(chance.uniform(2, 6))
         week.happens(fault, jobs)
-    said = "\n".join(week.told)
-    assert len(week.told) >= FAULTS // 2, said
+    output = "\n".join(week.faults)
+    assert len(week.faults) >= FAULTS // 2, output
     for job in jobs:
-        assert job.until_over(600) == "COMPLETED", f"{said}\n{job.said()}"
-        assert job.losses() == twin.losses(), f"{said}\n{job.said()}"
+        assert job.until_over(600) == "COMPLETED", f"{output}\n{job.logs()}"
+        assert job.losses() == twin.losses(), f"{output}\n{job.logs()}"
         assert "Gave up" not in job.log
     assert not lab.run("squeue", "-h").strip()
     for node in lab.nodes:
-        assert not lab.pids(node, "forescale"), said
+        assert not lab.pids(node, "forescale"), output

@@ -52,18 +52,18 @@ def test_a_recipe_fits_its_gpus_and_is_near_what_was_published(name):
 
 def test_the_manual_s_table_has_the_numbers_of_the_files():
     rows = [row.split("|")[1:-1] for row in MANUAL.read_text().splitlines() if row.startswith("|")]
-    found = set()
+    recipes = set()
     for names, _, step, tokens, rate, gpus in (row for row in rows if len(row) == 6):
         for name in re.findall(r"`([\w-]+)`", names):
             job = compose(TrainJob, [f"recipe={name}"])
             assert job.optimizer.learning_rate == float(rate)
             assert int(gpus) == PUBLISHED[name][0]
-            ours = job.tokens_per_step / 1e6
-            assert float(step.strip().rstrip("M")) == pytest.approx(ours, abs=0.05)
+            batch = job.tokens_per_step / 1e6
+            assert float(step.strip().rstrip("M")) == pytest.approx(batch, abs=0.05)
             billions = float(tokens.strip()[:-1]) * {"B": 1, "T": 1000}[tokens.strip()[-1]]
             assert billions == pytest.approx(PUBLISHED[name][2], rel=0.01)
-            found.add(name)
-    assert found == PUBLISHED.keys()
+            recipes.add(name)
+    assert recipes == PUBLISHED.keys()
 
 
 def test_t5_s_recipe_reads_windows_of_t5_s_length():

@@ -38,7 +38,7 @@ def test_it_has_the_parameters_that_were_published(name):
     job = compose(TrainJob, [*words, f"objective.kind={OBJECTIVES.get(name, 'next_token')}"])
     assert not job.problems()
     config = replace(job.model, source_length=256 if name == "t5-small" else None)
-    found = count(config.resolved(sequence_length=512))
-    assert found.total == PUBLISHED[name] - LEFT_OUT.get(name, 0)
+    counts = count(config.resolved(sequence_length=512))
+    assert counts.total == PUBLISHED[name] - LEFT_OUT.get(name, 0)
     if name == "mixtral-8x7b":
-        assert round(found.active / 1e9, 1) == 12.9
+        assert round(counts.active / 1e9, 1) == 12.9

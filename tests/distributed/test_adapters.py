@@ -8,7 +8,7 @@ from forescale import open_run
 from forescale.checkpoint.reader import Checkpoint
 from forescale.models.adapters import is_adapter
 from tests import launching
-from tests.matrix import more
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.distributed
 
@@ -28,9 +28,9 @@ def flops(run):
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        pytest.param(0, "bf16", marks=more),
+        pytest.param(0, "bf16", marks=full_only),
         (1, "bf16"),
-        pytest.param(2, "bf16", marks=more),
+        pytest.param(2, "bf16", marks=full_only),
         (3, "fp32"),
     ],
 )

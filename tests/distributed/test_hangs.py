@@ -14,7 +14,7 @@ from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.storage import read_json
 from tests import launching
-from tests.matrix import more
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.distributed
 
@@ -43,18 +43,18 @@ def struck(run):
         pytest.param(
             "freeze@25:rank1:data",
             "rank 1 on host .* not answered .* last seen in data at step 25",
-            marks=more,
+            marks=full_only,
         ),
         ("freeze@25:rank1:forward", "rank 1 .* last seen in forward at step 25; rank 0 waits in"),
         pytest.param(
             "freeze@25:rank1:backward",
             "rank 1 .* last seen in backward at step 25; rank 0 waits in",
-            marks=more,
+            marks=full_only,
         ),
         pytest.param(
             "freeze@20:rank1:checkpoint",
             "rank 1 .* last seen in checkpoint at step 20",
-            marks=more,
+            marks=full_only,
         ),
         ("freeze@25:rank0:backward", "rank 0 .* last seen in backward at step 25; rank 1 waits in"),
         ("hang@25:rank1:data", "rank 1 .* been in data for [34] s at step 25; rank 0 waits in"),

@@ -4,7 +4,7 @@ and they read the same targets at another stage, world size and micro-batch."""
 import pytest
 
 from tests import launching, questions, reversed_words
-from tests.matrix import more
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.distributed
 
@@ -23,9 +23,9 @@ PAIRS = (*reversed_words.KIND, "model.encoder_layers=2", "train.sequence_length=
     ("kind", "stage"),
     # BERT is masked too, and T5 is seq2seq.
     [
-        pytest.param(MASKED, 1, marks=more),
+        pytest.param(MASKED, 1, marks=full_only),
         (BERT, 3),
-        pytest.param(SEQ2SEQ, 1, marks=more),
+        pytest.param(SEQ2SEQ, 1, marks=full_only),
         (T5, 3),
         (PREFIX, 1),
         (PAIRS, 1),

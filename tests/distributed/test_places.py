@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from tests import disks, launching
-from tests.matrix import FULL, more
+from tests.matrix import FULL, full_only
 
 LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=10", "validation.every=30")
 
@@ -53,7 +53,7 @@ def checkpoints(run):
 
 
 @pytest.mark.slow  # runs on several disks
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=more), 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=full_only), 2])
 def test_a_disk_that_fills_up_during_a_save(dataset, undisturbed, tmp_path, ranks):
     """One sentence and code 2; the last checkpoint is complete, and with room the run resumes."""
     from forescale.storage import check_table

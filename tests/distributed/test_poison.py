@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests import launching
-from tests.matrix import more
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +71,7 @@ def parents(run):
     ("ruin", "policies"),
     [
         ("-1", ("guard.non_finite=rollback",)),
-        pytest.param("1000", ("guard.loss_spike=rollback",), marks=more),
+        pytest.param("1000", ("guard.loss_spike=rollback",), marks=full_only),
         ("1000", ("guard.gradient_spike=rollback", "engine=zero3")),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from forescale.run.directory import Run
 from forescale.run.references import read_references
 from tests import launching
-from tests.matrix import more
+from tests.matrix import full_only
 from tests.preferences import make_preferences
 from tests.questions import make_conversations
 from tests.trainer.small_run import make_run
@@ -31,7 +31,7 @@ def command(tmp_path):
     return (f"data.path={preferences}", *LENGTH, *KIND, *MODEL, *begins)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=more), 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=full_only), 3])
 def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
     command = ("run.name=whole", "checkpoint.keep=9", *command, f"engine=zero{stage}")
     command = (*command, "launch.processes=2")

@@ -8,7 +8,7 @@ optimizer is saved and loaded at each stage is in test_state.py, to the bit.)
 import pytest
 
 from tests import launching
-from tests.matrix import FULL, more
+from tests.matrix import FULL, full_only
 
 pytestmark = pytest.mark.distributed
 
@@ -61,7 +61,7 @@ ALL_PARTS = (
 @pytest.mark.timeout(900)  # seven kinds of layers, none of them compiled
 @pytest.mark.parametrize(
     ("stage", "optimizer"),
-    [(3, "muon"), *(pytest.param(*kind, marks=more) for kind in KINDS if kind != (3, "muon"))],
+    [(3, "muon"), *(pytest.param(*kind, marks=full_only) for kind in KINDS if kind != (3, "muon"))],
 )
 def test_a_model_of_all_parts_repeats_its_steps_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")

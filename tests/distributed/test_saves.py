@@ -15,7 +15,7 @@ from forescale.checkpoint.reader import Checkpoint
 from forescale.run.directory import Run
 from forescale.storage import check_table
 from tests import launching
-from tests.matrix import more
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.distributed
 
@@ -139,7 +139,7 @@ def ulps(a: float, b: float) -> int:
 @pytest.mark.timeout(1200)  # a CPU without AVX-512 or AMX computes bf16 100 times slower than fp32
 @pytest.mark.parametrize(
     ("precision", "optimizer", "bound"),
-    [("fp32", "adamw", 8), pytest.param("bf16", "muon", 1 << 14, marks=more)],
+    [("fp32", "adamw", 8), pytest.param("bf16", "muon", 1 << 14, marks=full_only)],
 )
 def test_a_chain_over_worlds_of_4_2_1_and_2_ranks(dataset, tmp_path, precision, optimizer, bound):
     """The same tokens at each step, and the same losses within `bound` ULP of fp32 against a run

@@ -10,7 +10,7 @@ from forescale.models import ModelConfig, Transformer
 from forescale.models.mixers.masks import visible_keys
 from forescale.models.positions.position import document_starts, positions_of
 from forescale.models.rules import POSITIONS
-from tests.matrix import more
+from tests.matrix import full_only
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
 SOME = VARIANTS
@@ -179,7 +179,7 @@ def test_activation_checkpointing_changes_no_gradient():
     "change",
     [
         {"position": "learned", "norm": "layernorm", "activation_checkpointing": "full"},
-        pytest.param({}, marks=more),
+        pytest.param({}, marks=full_only),
     ],
 )
 def test_compiles_as_one_graph(change, backend):

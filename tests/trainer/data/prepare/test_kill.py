@@ -15,7 +15,7 @@ import pytest
 
 from forescale.data.check import check
 from forescale.data.prepare.builder import build_dataset
-from tests.matrix import more
+from tests.matrix import full_only
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
 SOURCE = Texts([*synthetic(), *synthetic(5), b"\xff"], per_unit=11)  # duplicates and a faulty one
@@ -203,7 +203,7 @@ def test_a_killed_worker_is_reported_and_the_next_attempt_continues(expect_same,
 
 
 @pytest.mark.slow  # kills a build again and again
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=more) for n in (2, 3))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=full_only) for n in (2, 3))])
 def test_a_build_killed_at_random_moments(tmp_path, seed):
     whole = digest(build_dataset(MANY, tmp_path / "whole", SMALL))
     rng = random.Random(seed)

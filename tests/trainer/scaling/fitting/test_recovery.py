@@ -10,7 +10,7 @@ import pytest
 
 from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective
 from tests.benchmarks.bench_recovery import NAMES, coverage
-from tests.matrix import more
+from tests.matrix import full_only
 
 REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
 
@@ -20,7 +20,7 @@ REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
 @pytest.mark.parametrize(
     ("noise", "goal"),
     [
-        pytest.param(2e-3, Objective(), marks=more),
+        pytest.param(2e-3, Objective(), marks=full_only),
         (5e-3, Objective()),
         (2e-3, LEAST_SQUARES),
     ],
