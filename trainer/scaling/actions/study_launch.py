@@ -10,9 +10,9 @@ from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show_score
 from forescale.scaling.study.directory import Study
-from forescale.scaling.study.local import Launcher
-from forescale.scaling.study.queue import Queue
-from forescale.scaling.study.trust import expect_no_code
+from forescale.scaling.study.launching import expect_no_code
+from forescale.scaling.study.local import LocalLauncher
+from forescale.scaling.study.queue import QueueLauncher
 
 ACTION = Action(
     "Train the planned runs, here or in SLURM's queue; the same command again resumes them.",
@@ -42,12 +42,7 @@ def main(job: StudyJob) -> int:
             for state in study.states():
                 if state.status in ("diverged", "failed"):
                     study.retry(state.cell.name)
-        launcher: Launcher | Queue = Launcher(study, keys.at_once, _log, keys.target, keys.trust)
-        if keys.slurm:
-            arguments = [f"slurm={keys.slurm}", *keys.arguments]
-            launcher = Queue(
-                study, arguments, keys.at_once, _log, keys.follow, keys.target, keys.trust
-            )
+        launcher = (QueueLauncher if keys.slurm else LocalLauncher)(study, keys, _log)
         code = launcher.go()
     if code == DONE:
         _conclude(study, may_be_queued=bool(keys.slurm and not keys.follow))
@@ -56,7 +51,7 @@ def main(job: StudyJob) -> int:
 
 def _conclude(study: Study, may_be_queued: bool) -> None:
     """Print what is left to run, and the score of the forecasts."""
-    left = study.wanted()
+    left = study.unfinished()
     if not left:
         _log(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
     elif not may_be_queued:

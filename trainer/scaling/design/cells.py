@@ -19,6 +19,7 @@ from typing import Any, Literal
 from forescale.config.sections.batch import BatchRamp
 from forescale.scaling.design.shapes import Common, Shape, overrides
 
+RATES = 3  # learning rates of a sweep
 FACTOR = 2.0  # between the learning rates of a sweep, and between its batches
 GROWS = 0.2  # the share of a run's tokens over which a batch that is smaller at first grows
 # Limits of the flags: fewest steps, shortest warm-up, its largest share of the run, and the largest

@@ -131,6 +131,8 @@ def best_rates(runs: Iterable[tuple[int, float, float]]) -> tuple[dict[int, Tune
 def interpolated_rate(rates: Mapping[int, Tuned], parameters: float) -> float:
     """Return the learning rate of a size between swept ones: log rate is linear in log N."""
     n = sorted(rates)
+    if len(n) == 1:
+        return rates[n[0]].learning_rate
     logs = [math.log(rates[k].learning_rate) for k in n]
     return float(np.exp(np.interp(math.log(parameters), np.log(n), logs)))
 

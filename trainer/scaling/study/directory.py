@@ -31,12 +31,11 @@ from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import build, plain
 from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.run.forecast import Forecast, read_forecasts
+from forescale.run.forecast import read_forecasts
 from forescale.run.rows import RowWriter, read_rows
 from forescale.scaling.config import StudyJob
-from forescale.scaling.design import plan_file
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.design.plan import StudyPlan
+from forescale.scaling.design.plan import StudyPlan, dump, load
 from forescale.scaling.records.records import of_runs
 from forescale.scaling.study.states import CellState, state_of
 from forescale.storage import read_json, write_file, write_json
@@ -61,10 +60,10 @@ class Study:
         must_be_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "study.yaml", freeze(job).encode())
-        write_json(folder / "plan.json", {**plan_file.dump(plan), **more})
-        made = cls(folder)
-        made.event("planned", cap=plan.cap)
-        return made
+        write_json(folder / "plan.json", {**dump(plan), **more})
+        study = cls(folder)
+        study.event("planned", cap=plan.cap)
+        return study
 
     @property
     def _plan(self) -> Path:
@@ -84,7 +83,7 @@ class Study:
     def plan(self) -> StudyPlan:
         """The plan as it is now."""
         try:
-            return plan_file.load(read_json(self._plan))
+            return load(read_json(self._plan))
         except (KeyError, TypeError, ValueError) as e:
             problem = f"is no plan that this version can read ({e})"
             raise UserError(str(self._plan), problem, "restore it, or plan a new study") from None
@@ -120,13 +119,12 @@ class Study:
     def events(self) -> list[dict[str, Any]]:
         """All events since the study was last planned."""
         rows = read_rows(self.rows.path)
-        plans_made = [i for i, row in enumerate(rows) if row["kind"] == "planned"]
-        return rows[plans_made[-1] :] if plans_made else rows
+        return _since_last(rows, "planned")
 
     def revise(self, plan: StudyPlan, kind: str, **facts: Any) -> None:
         """Replace the plan, and record the reason as an event."""
-        kept = {k: v for k, v in read_json(self._plan).items() if k == "expected"}
-        write_json(self._plan, {**plan_file.dump(plan), **kept})
+        expected = {k: v for k, v in read_json(self._plan).items() if k == "expected"}
+        write_json(self._plan, {**dump(plan), **expected})
         self.plan = plan
         self.event(kind, **facts)
 
@@ -137,49 +135,41 @@ class Study:
     def arguments(self, cell: Cell) -> list[str]:
         """Return the arguments of `forescale train` for a cell. Raises UserError if the study's
         files name one that no command line has."""
-        own = {**cell.keys, "run.root": str(self.folder / "cells")}
+        keys = {**cell.keys, "run.root": str(self.folder / "cells")}
         if not any(text.startswith("logging.wandb.group=") for text in self.job.plan.shared):
-            own["logging.wandb.group"] = self.folder.name
-        if forecast := self._forecast_of(cell.name):
-            own["forecast"] = str(forecast.path)
-        recipe = self._recipe_of(cell)
-        typed = [f"{k}={_quoted(v)}" for k, v in own.items() if not _is_set_by(recipe, k)]
-        # Each cell has sizes of its own, beside which a dial would have no effect.
+            keys["logging.wandb.group"] = self.folder.name
+        forecasts = {f.facts["target"]["run"]: f for f in reversed(read_forecasts(self.forecasts))}
+        if cell.name in forecasts:
+            keys["forecast"] = str(forecasts[cell.name].path)
+        recipes = {r.name: r.arguments for r in self.plan.recipes}
+        rates = ("optimizer.learning_rate=", "optimizer.adam_learning_rate=")
+        recipe = [text for text in recipes.get(cell.recipe, ()) if not text.startswith(rates)]
+        # Each cell has its sizes, beside which model.depth would be refused.
         shared = [t for t in self.job.plan.shared + recipe if not t.startswith("model.depth=")]
-        made = [*shared, *typed]
-        for text in made:
+        planned = [f"{k}={_quoted(v)}" for k, v in keys.items() if not _is_set_by(recipe, k)]
+        for text in (arguments := [*shared, *planned]):
             if not text.isprintable() or text.startswith("-"):
                 problem = f"{text!r} is no argument KEY=VALUE of forescale train"
                 todo = "restore the files of the study, or plan it again"
                 raise UserError(str(self.folder), problem, todo)
-        return made
-
-    def _recipe_of(self, cell: Cell) -> list[str]:
-        """Return the arguments of the cell's recipe, without the rate that each cell has."""
-        own = next((r.arguments for r in self.plan.recipes if r.name == cell.recipe), ())
-        rates = ("optimizer.learning_rate=", "optimizer.adam_learning_rate=")
-        return [text for text in own if not text.startswith(rates)]
-
-    def _forecast_of(self, name: str) -> Forecast | None:
-        return next(
-            (c for c in read_forecasts(self.forecasts) if c.facts["target"]["run"] == name), None
-        )
+        return arguments
 
     def state(self, cell: Cell) -> CellState:
         """Return the state of a cell. Once it has ended, the state is kept until `retry`."""
         if cell.name not in self._ended:
-            own, cost = self._since_retry(cell.name), self.plan.common.cost
-            found = state_of(cell, self.run(cell.name), own, cost)
-            if not found.has_ended:
-                return found
-            self._ended[cell.name] = found
+            events = [e for e in self.events if e.get("cell") == cell.name]
+            events = _since_last(events, "cell_retried")
+            state = state_of(cell, self.run(cell.name), events, self.plan.common.cost)
+            if not state.has_ended:
+                return state
+            self._ended[cell.name] = state
         return self._ended[cell.name]
 
     def states(self) -> list[CellState]:
         """Return the states of all cells, in the plan's order."""
         return [self.state(c) for c in self.plan.cells]
 
-    def wanted(self) -> list[Cell]:
+    def unfinished(self) -> list[Cell]:
         """Return the cells to start or resume, in the plan's order, trunks before their branches.
 
         Cells of draft stages are left out. Cells that seem to run are included: the launcher knows
@@ -187,8 +177,8 @@ class Study:
         """
         exact = {s.number for s in self.plan.stages if s.exact}
         todo = ("ready", "running", "interrupted", "crashed")
-        found = [s.cell for s in self.states() if s.status in todo and s.cell.stage in exact]
-        return sorted(found, key=lambda c: (c.stage, c.trunk is not None))
+        cells = [s.cell for s in self.states() if s.status in todo and s.cell.stage in exact]
+        return sorted(cells, key=lambda c: (c.stage, c.trunk is not None))
 
     @property
     def spent(self) -> float:
@@ -197,14 +187,8 @@ class Study:
 
     def losses(self) -> dict[str, float]:
         """Return the losses of all cells that ended, by name; nan for those without a loss."""
-        found = {s.cell.name: s.loss for s in self.states() if s.has_ended}
-        return {name: math.nan if loss is None else loss for name, loss in found.items()}
-
-    def _since_retry(self, name: str) -> list[dict[str, Any]]:
-        """Return the events of a cell since it was last let start again."""
-        own = [e for e in self.events if e.get("cell") == name]
-        retries = [i for i, e in enumerate(own) if e["kind"] == "cell_retried"]
-        return own[retries[-1] :] if retries else own
+        losses = {s.cell.name: s.loss for s in self.states() if s.has_ended}
+        return {name: math.nan if loss is None else loss for name, loss in losses.items()}
 
     def retry(self, name: str) -> None:
         """Let a cell that ended without a loss start again."""
@@ -222,19 +206,19 @@ class Study:
         table, _ = of_runs([self.run(name) for name in cells])
         if table.empty:
             return table
-        own = [cells[name] for name in table["name"]]
+        planned = [cells[name] for name in table["name"]]
         table = table.assign(
-            stage=[c.stage for c in own],
-            role=[c.role for c in own],
-            cell_of=[c.cell_of for c in own],
-            batch=[c.global_batch for c in own],
+            stage=[c.stage for c in planned],
+            role=[c.role for c in planned],
+            cell_of=[c.cell_of for c in planned],
+            batch=[c.global_batch for c in planned],
         )
         if self.plan.recipes:
-            table["recipe"] = [c.recipe for c in own]
-            table["budget"] = [c.budget for c in own]
+            table["recipe"] = [c.recipe for c in planned]
+            table["budget"] = [c.budget for c in planned]
             table = pd.concat((table, self._diverged()), ignore_index=True)
         if self.plan.grid is not None:
-            table["budget"] = [c.budget or c.cost for c in own]
+            table["budget"] = [c.budget or c.cost for c in planned]
         best = table[table["role"].isin(("grid", "rate"))].groupby("cell_of")["loss"].idxmin()
         return table.assign(fitted=table.index.isin(best))
 
@@ -264,9 +248,15 @@ def _is_set_by(recipe: Sequence[str], key: str) -> bool:
     was planned and priced with them."""
     if not key.startswith("schedule."):
         return False
-    given = dict(text.lstrip("+").split("=", 1) for text in recipe)
-    is_other = "schedule" in given or given.get("schedule.kind", "wsd") != "wsd"
-    return key in given or (is_other and key in ("schedule.kind", "schedule.decay"))
+    settings = dict(text.lstrip("+").split("=", 1) for text in recipe)
+    is_other = "schedule" in settings or settings.get("schedule.kind", "wsd") != "wsd"
+    return key in settings or (is_other and key in ("schedule.kind", "schedule.decay"))
+
+
+def _since_last(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the last event of this kind and those after it; all events if there is none."""
+    starts = [i for i, row in enumerate(rows) if row["kind"] == kind]
+    return rows[starts[-1] :] if starts else rows
 
 
 def _quoted(value: Any) -> str:
@@ -287,7 +277,7 @@ def settings(job: StudyJob, overrides: Sequence[str]) -> StudyJob:
     if not frozen.is_file():
         return job
     tree, typed = plain(thaw(StudyJob, frozen)), plain(job)
-    tree["launch"] = typed["launch"]  # how to launch is the command's own, never a stored file's
+    tree["launch"] = typed["launch"]  # the command says how to launch, never a stored file
     for override in (*overrides, "study=", "studies=", "input="):
         *path, name = override.partition("=")[0].split(".")
         into, source = tree, typed

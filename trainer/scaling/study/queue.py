@@ -9,14 +9,14 @@ cells are within the cap. Jobs outlive the launcher; the same command follows th
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from forescale.errors import DONE, INTERRUPTED
 from forescale.resilience.launcher import stop_signals_handled_by
+from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.study.decisions import Log, add_target, advance
 from forescale.scaling.study.directory import Study
-from forescale.scaling.study.local import expect_within_cap
+from forescale.scaling.study.launching import Launcher, expect_within_cap, summary
 from forescale.slurm.submission import in_queue, newest
 from forescale.slurm.submit import submit
 from forescale.storage import write_file
@@ -24,37 +24,25 @@ from forescale.storage import write_file
 _POLL = 15.0  # seconds between two questions to the queue
 
 
-class Queue:
-    """Runs one study in the queue. arguments: of `submit`, the profile's first; follow: stay until
-    nothing is left; the rest as for Launcher."""
+class QueueLauncher(Launcher):
+    """Runs one study in the queue. With keys.follow, it stays until nothing is left."""
 
-    def __init__(
-        self,
-        study: Study,
-        arguments: Sequence[str],
-        at_once: int,
-        log: Log,
-        follow: bool = True,
-        target: bool = False,
-        trust: bool = False,
-    ):
-        self.study, self._arguments, self._at_once = study, list(arguments), at_once
-        self.log, self._follow, self._target = log, follow, target
-        self._trust = trust
-        self._stop_signal: int | None = None
+    def __init__(self, study: Study, keys: LaunchKeys, log: Callable[[str], None]):
+        super().__init__(study, keys, log)
         self._ended = {s.cell.name for s in study.states() if s.has_ended}
 
     def go(self) -> int:
         """Return 0 when nothing is left, or after submitting without `follow`; 75 after a stop
         signal, while the jobs go on."""
         with stop_signals_handled_by(self._on_signal):
-            while self._stop_signal is None:
-                held = self._go_on()
-                if not held:
+            while self.stop_signal is None:
+                self._log_ended()
+                self.advance()
+                if not (jobs := self.running()):
                     return DONE
-                if not self._follow:
+                if not self.keys.follow:
                     self.log(
-                        f"{len(held)} cells are in the queue. Run the same command again to go on."
+                        f"{len(jobs)} cells are in the queue. Run the same command again to go on."
                     )
                     return DONE
                 self._wait()
@@ -62,61 +50,47 @@ class Queue:
         return INTERRUPTED
 
     def _on_signal(self, number: int, frame) -> None:
-        self._stop_signal = number
+        self.stop_signal = number
 
     def _wait(self) -> None:
         end = time.monotonic() + _POLL
-        while self._stop_signal is None and time.monotonic() < end:
+        while self.stop_signal is None and time.monotonic() < end:
             time.sleep(0.2)
 
-    def _go_on(self) -> dict[str, str]:
-        """Decide and submit; return the cells in the queue with their job ids."""
-        self._log_ended()
-        advance(self.study, self.log)
-        held = self._held()
-        self._submit_all(held)
-        held = self._held()
-        if self._target and not held and not self.study.has_target:
-            add_target(self.study, self.log)
-            self._submit_all(held)
-            held = self._held()
-        return held
-
-    def _held(self) -> dict[str, str]:
+    def running(self) -> dict[str, str]:
+        """Return the job ids of the cells in the queue, by name."""
         runs = [self.study.run(c.name) for c in self.study.plan.cells]
-        found = in_queue(s for run in runs if run.config.exists() for s in newest(run))
-        return {s.run.name: job.id for s, job in found}
+        jobs = in_queue(s for run in runs if run.config.exists() for s in newest(run))
+        return {s.run.name: job.id for s, job in jobs}
 
-    def _submit_all(self, held: dict[str, str]) -> None:
+    def start_ready(self) -> None:
+        """Submit the cells that are not in the queue."""
+        jobs = self.running()
         waves: dict[str | None, list[Cell]] = {}
-        states, under_way = {s.cell.name: s for s in self.study.states()}, set(held)
-        for cell in self.study.wanted():
-            if cell.name not in held:
+        states, under_way = {s.cell.name: s for s in self.study.states()}, set(jobs)
+        for cell in self.study.unfinished():
+            if cell.name not in jobs:
                 expect_within_cap(self.study, cell, under_way)
                 under_way.add(cell.name)
                 awaited = cell.trunk if cell.trunk and not states[cell.trunk].has_ended else None
                 waves.setdefault(awaited, []).append(cell)
         if None in waves:
-            self._wave(waves.pop(None), None)
-            held = self._held() if waves else held
+            self._submit(waves.pop(None), None)
+            jobs = self.running() if waves else jobs
         for trunk, cells in waves.items():
-            if trunk in held:
-                self._wave(cells, held[trunk])
+            if trunk in jobs:
+                self._submit(cells, jobs[trunk])
 
-    def _wave(self, cells: Sequence[Cell], after: str | None) -> None:
-        folder = self.study.folder / "waves"
+    def _submit(self, cells: Sequence[Cell], after: str | None) -> None:
+        folder, keys = self.study.folder / "waves", self.keys
         folder.mkdir(exist_ok=True)
         path = folder / f"{len(list(folder.glob('*.txt'))) + 1:04d}.txt"
         lines = [shlex.join(self.study.arguments(cell)) for cell in cells]
         write_file(path, ("\n".join(lines) + "\n").encode())
         wait = [f"slurm.after=['{after}']"] if after else []
-        arguments = [
-            *self._arguments,
-            f"slurm.runs={path}",
-            f"slurm.at_once={self._at_once}",
-            *wait,
-        ]
-        submit(arguments, self._trust)
+        options = [f"slurm={keys.slurm}", *keys.arguments]
+        options += [f"slurm.runs={path}", f"slurm.at_once={keys.at_once}", *wait]
+        submit(options, keys.trust)
         for cell in cells:
             self.study.event("cell_submitted", cell=cell.name, wave=path.name, after=after)
 
@@ -124,5 +98,4 @@ class Queue:
         for s in self.study.states():
             if s.has_ended and s.cell.name not in self._ended:
                 self._ended.add(s.cell.name)
-                loss = f"loss {s.loss:.4f}" if s.status == "complete" else f"{s.status} ({s.why})"
-                self.log(f"{s.cell.name}: {loss}")
+                self.log(summary(self.study, s))

@@ -5,7 +5,7 @@ Invariant: a state is derived, never stored.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
@@ -49,53 +49,59 @@ class CellState:
 def state_of(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str) -> CellState:
     """Return the state of a cell. events: the study's of it, since it was last let start again;
     cost: the convention of FLOPs that the study counts by."""
-    excluded = next((e for e in events if e["kind"] == "cell_excluded"), None)
+    state = _state(cell, run, events, cost)
+    for event in events:
+        if event["kind"] == "cell_excluded":
+            return replace(state, status="excluded", why=event["why"])
+    return state
+
+
+def _state(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str) -> CellState:
     status: CellStatus
     if not run.config.is_file():
-        status, why = "waiting" if cell.waits_for else "ready", ""
-        if excluded:
-            status, why = "excluded", excluded["why"]
-        elif status == "ready":  # it may have ended before its run directory was made
-            status, why = _given_up(events, run) or (status, why)
+        if cell.waits_for:
+            return CellState(cell, "waiting")
+        # It may have ended before its run directory was created.
+        status, why = _failure(events, run) or ("ready", "")
         return CellState(cell, status, why=why)
-    seen = Status(run)
-    total, per = seen.job.total_steps, cell.flops[cost] / cell.tokens
-    first, last = cell.trunk_step or 0, seen.step + seen.lost().steps
-    windows = seen.job.batch_ramp.samples(last) - seen.job.batch_ramp.samples(first)
-    known = {
-        "spent": max(0, windows) * seen.job.tokens_per_window * per,
-        "done": seen.step / total,
-        "seconds": seen.goodput.wall,
-    }
-    scored = seen.validation
-    loss = scored["loss"] if scored and scored["step"] == total else None
-    state, why = seen.state, ""
-    status = "ready" if state == "new" or state == "imported" or state == "averaged" else state
-    if status == "complete":
-        status, loss, why = _judged(loss, seen)
-    elif status != "running":
-        status, why = _given_up(events, run) or (status, "")
-    if excluded:
-        status, why = "excluded", excluded["why"]
-    return CellState(cell, status, loss, why=why, **known)
+    view = Status(run)
+    job, per = view.job, cell.flops[cost] / cell.tokens
+    first, last = cell.trunk_step or 0, view.step + view.lost().steps
+    windows = job.batch_ramp.samples(last) - job.batch_ramp.samples(first)
+    state = CellState(
+        cell,
+        "ready",
+        spent=max(0, windows) * job.tokens_per_window * per,
+        done=view.step / job.total_steps,
+        seconds=view.goodput.wall,
+    )
+    last_score = view.validation
+    if last_score and last_score["step"] == job.total_steps:
+        state = replace(state, loss=last_score["loss"])
+    if view.state == "complete":
+        return _complete(state, getattr(job.model, "vocab_size", None) or math.inf)
+    if view.state == "running":
+        return replace(state, status="running")
+    if failure := _failure(events, run):
+        return replace(state, status=failure[0], why=failure[1])
+    if view.state == "new" or view.state == "imported" or view.state == "averaged":
+        return state
+    return replace(state, status=view.state)
 
 
-def _judged(loss: float | None, seen: Status) -> tuple[CellStatus, float | None, str]:
-    """Status, loss and reason of a run that has made all its steps."""
-    chance = math.log(getattr(seen.job.model, "vocab_size", None) or math.inf)
+def _complete(state: CellState, vocab_size: float) -> CellState:
+    """Return the state of a run that has made all its steps."""
+    loss, chance = state.loss, math.log(vocab_size)
     if loss is None:
-        return "failed", None, "its last step was not evaluated"
+        return replace(state, status="failed", why="its last step was not evaluated")
     if not loss < chance:
-        return (
-            "diverged",
-            math.nan,
-            f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}",
-        )
-    return "complete", loss, ""
+        why = f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}"
+        return replace(state, status="diverged", loss=math.nan, why=why)
+    return replace(state, status="complete")
 
 
-def _given_up(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus, str] | None:
-    """Status and reason if another start would end the same way, else None."""
+def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus, str] | None:
+    """Return status and reason if another start would end the same way, else None."""
     ends = [e for e in events if e["kind"] == "cell_ended"] or _ends_in_queue(events, run)
     if not ends:
         return None
@@ -109,8 +115,9 @@ def _given_up(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus
 
 
 def _ends_in_queue(events: Sequence[Mapping[str, Any]], run: Run) -> list[dict[str, Any]]:
-    """One end for each submitted job, all with the code of the last attempt that has one."""
-    times = sum(e["kind"] == "cell_submitted" for e in events)
-    launch = next((t for a in reversed(run.attempts()) if (t := launch_of(a.path))), {})
+    """Return one end for each submitted job, all with the code of the last attempt that has one."""
+    count = sum(e["kind"] == "cell_submitted" for e in events)
+    launches = (launch_of(attempt.path) for attempt in reversed(run.attempts()))
+    launch = next((one for one in launches if one), {})
     code = launch.get("code")
-    return [] if code is None else [{"code": code, "why": launch.get("how", "")}] * times
+    return [] if code is None else [{"code": code, "why": launch.get("how", "")}] * count

@@ -11,32 +11,45 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import flops_per_token
-from forescale.scaling.design.plan import (
-    Grid,
-    explicit,
-    extra_rates,
-    isoflop_grid,
-    ladder,
-    share_trunks,
-    with_chosen_rates,
-)
+from forescale.scaling.config import PlanKeys, StudyJob
+from forescale.scaling.design.cells import share_trunks
+from forescale.scaling.design.kinds import isoflop_plan, ladder_plan, list_plan
+from forescale.scaling.design.plan import extra_rates
 from forescale.scaling.design.shapes import SEEDS, Common
+from forescale.scaling.design.tuning import best_rates
 
 BASE = ModelConfig(width=128, num_layers=3, num_heads=2)
 COMMON = Common(BASE, 512, 256, rate=1e10, unique=1e8)
-GRID = Grid(tuple(3e12 * 10 ** (i / 2) for i in range(5)))
 CAP = 1e16
 SIZES, MULTIPLES = [1e5, 2e5, 4e5, 8e5], [0.5, 1, 2, 4]
 
 
+def isoflop(common=COMMON, cap=CAP, **keys):
+    return isoflop_plan(StudyJob(plan=PlanKeys(cap, **keys)), common)
+
+
+def ladder(sizes=SIZES, multiples=MULTIPLES, cap=CAP):
+    return ladder_plan(StudyJob(plan=PlanKeys(cap, ladder=sizes, multiples=multiples)), COMMON)
+
+
+def listed(runs, cap=CAP):
+    return list_plan(StudyJob(plan=PlanKeys(cap, runs=runs)), COMMON)
+
+
 @pytest.fixture(scope="module")
 def grid():
-    return isoflop_grid(COMMON, GRID, CAP)
+    return isoflop(cap=8e15)
 
 
 @pytest.fixture(scope="module")
 def rungs():
-    return ladder(COMMON, SIZES, MULTIPLES, CAP)
+    return ladder()
+
+
+def best_of_sizes(stage, losses):
+    """The best learning rate of each swept size, and the tuning gap."""
+    runs = [(c.shape.parameters, c.learning_rate, losses[c.name]) for c in stage.sweep("")]
+    return best_rates(runs)
 
 
 def of(cells, role):
@@ -148,13 +161,13 @@ def test_the_keys_of_a_cell_compose_into_a_job_of_its_length(rungs):
 @pytest.mark.slow  # seconds
 def test_doubtful_cells_are_flagged():
     few = replace(COMMON, unique=1e6, micro_batch=128)
-    flags = {f for c in isoflop_grid(few, GRID, CAP).cells for f in c.flags}
+    flags = {f for c in isoflop(few).cells for f in c.flags}
     assert "fewer than 500 steps" in flags
     assert "D beyond one epoch" in flags
     assert "warm-up of fewer than 20 steps" in flags
     assert "batch and learning rate outside the range of their rule" in flags
     large = Common(ModelConfig(depth=12), 50_304, 2048, micro_batch=64)
-    big = isoflop_grid(large, Grid((1e19, 2e19, 4e19)), 1e22)
+    big = isoflop(large, 1.5e21, budgets=3, step=2.0)
     inner = [c for c in of(big.cells, "grid") if c.name[-1] in "123"]
     assert not any("beyond" in f or "outside" in f for c in inner for f in c.flags)
     assert big.notes
@@ -193,25 +206,20 @@ def test_the_cost_of_an_exact_stage_is_within_the_range_of_its_draft(grid):
 
 @pytest.mark.slow  # a plan of a whole study
 def test_a_plan_above_the_cap_is_refused_with_one_that_fits(grid):
-    with pytest.raises(UserError, match=r"4 budgets up to .* of 5 sizes cost .* and fit"):
-        isoflop_grid(COMMON, GRID, grid.high * 0.5)
-    with pytest.raises(UserError, match=r"the cheapest such plan, 3 budgets"):
-        isoflop_grid(COMMON, GRID, 1e12)
-    with pytest.raises(UserError, match=r"no grid can start at 1e\+07 FLOPs \(N: "):
-        isoflop_grid(COMMON, Grid((1e7, 1e8, 1e9)), 1e12)
+    with pytest.raises(UserError, match=r"no grid can start at .* FLOPs \(N: "):
+        isoflop(cap=1e9)
     with pytest.raises(UserError, match=r"3 sizes .* and fit"):
-        ladder(COMMON, SIZES, MULTIPLES, 1.5e14)
+        ladder(cap=1.5e14)
     with pytest.raises(UserError, match="remove runs"):
-        explicit(COMMON, [(n, 20 * n) for n in SIZES], 1e10)
-    tight = isoflop_grid(COMMON, GRID, grid.high)
-    cut = replace(tight, cap=grid.high * 0.9)
+        listed([(n, 20 * n) for n in SIZES], 1e10)
+    cut = replace(grid, cap=grid.high * 0.9)
     with pytest.raises(UserError, match="end this one here"):
         cut.centre_next_stage(lambda c: 4e5)
 
 
 @pytest.mark.parametrize("budgets", [3, 5, 7])
 def test_budgets_within_a_cap_use_it_up(budgets):
-    plan = isoflop_grid(COMMON, Grid.within_cap(1e16, budgets), 1e16)
+    plan = isoflop(budgets=budgets)
     assert 0.9e16 < plan.high <= 1e16
     assert len(plan.stages) == budgets
 
@@ -248,7 +256,7 @@ def test_runs_with_other_seeds_share_no_trunk(rungs):
 
 def test_a_list_has_the_given_runs():
     runs = [(n, m * n) for n in SIZES for m in (20, 60)]
-    plan = explicit(COMMON, runs, CAP)
+    plan = listed(runs)
     cells = of(plan.cells, "grid")
     assert [c.tokens for c in cells] == pytest.approx([d for _, d in runs], rel=0.02)
     assert [c.trunk is not None for c in cells] == [True, False] * 4
@@ -263,32 +271,29 @@ def test_learning_rates_are_chosen_by_the_losses_of_the_sweeps(grid):
         c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / best[c.shape.parameters]) ** 2)
         for c in stage.cells
     }
-    made = with_chosen_rates(stage, losses)
+    made = stage.with_rates("", *best_of_sizes(stage, losses))
     for c in of(made.cells, "grid")[1:-1]:
         assert c.learning_rate == pytest.approx(best[c.shape.parameters], rel=1e-6)
     assert [c.cost for c in made.cells] == [c.cost for c in stage.cells]
     assert 0 < made.gap < 0.01 * np.log(2) ** 2
     assert not any(c.waits_for for c in made.cells)
     assert made.high == made.cost, "the reserve for extra rates is free again"
-    with pytest.raises(UserError, match="no loss yet"):
-        with_chosen_rates(stage, {})
 
 
 def test_a_best_rate_at_an_edge_adds_the_next_rate(grid):
     stage = grid.stages[0]
     losses = {c.name: 3 - 0.1 * np.log(c.learning_rate) for c in stage.cells}
-    more = extra_rates(stage, losses, room=stage.high - stage.cost)
+    best, _ = best_of_sizes(stage, losses)
+    swept = stage.sweep("")
+    more = extra_rates(swept, best, 2, room=stage.high - stage.cost)
     assert [c.learning_rate for c in more] == pytest.approx([4e-2, 4e-2])
     assert {c.cell_of for c in more} == {"s1-n0", "s1-n4"}
-    assert not extra_rates(stage, losses, room=0.0), "not above the cap"
-    wide = replace(stage, cells=(*stage.cells, *more))
-    names = tuple(c.name for c in more)
-    wide = replace(wide, cells=tuple(replace(c, waits_for=c.waits_for + names) if c.waits_for else c
-                                     for c in wide.cells))  # fmt: skip
-    losses |= {name: 9.0 for name in names}
-    assert not extra_rates(wide, losses, room=1e30), "the best is inside now"
-    with pytest.raises(UserError, match="no loss yet"):
-        extra_rates(stage, {}, 1e30)
+    assert not extra_rates(swept, best, 2, room=0.0), "not above the cap"
+    wide = stage.with_extra_rates("", more)
+    losses |= {c.name: 9.0 for c in more}
+    best, _ = best_of_sizes(wide, losses)
+    assert {c.name for c in more} <= {c.name for c in wide.sweep("")}
+    assert not extra_rates(wide.sweep(""), best, 2, room=1e30), "the best is inside now"
 
 
 def test_a_trunk_keeps_the_checkpoints_of_its_branches(rungs):
@@ -301,17 +306,11 @@ def test_a_trunk_keeps_the_checkpoints_of_its_branches(rungs):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: isoflop_grid(COMMON, Grid((1e13, 1e14)), CAP), "budgets"),
-        (lambda: isoflop_grid(COMMON, Grid((1e14, 1e13, 1e12)), CAP), "increase"),
-        (lambda: isoflop_grid(COMMON, replace(GRID, sizes=2), CAP), "parabola"),
-        (
-            lambda: isoflop_grid(COMMON, replace(GRID, sizes=7, spread=1.05), CAP),
-            "only 2 different models",
-        ),
-        (lambda: isoflop_grid(replace(COMMON, vocab_size=None), GRID, CAP), "vocab_size"),
-        (lambda: ladder(COMMON, [1e5, 2e5], MULTIPLES, CAP), "determine no law"),
-        (lambda: ladder(COMMON, SIZES, [1], CAP), "determine no law"),
-        (lambda: explicit(COMMON, [(1e5, 1e6)] * 4, CAP), "three or more sizes"),
+        (lambda: isoflop(sizes=7, spread=1.05), "only 2 different models"),
+        (lambda: isoflop(replace(COMMON, vocab_size=None)), "vocab_size"),
+        (lambda: ladder([1e5, 2e5]), "determine no law"),
+        (lambda: ladder(multiples=[1]), "determine no law"),
+        (lambda: listed([(1e5, 1e6)] * 4), "three or more sizes"),
     ],
 )
 def test_impossible_plans_are_refused(made, message):
@@ -320,7 +319,7 @@ def test_impossible_plans_are_refused(made, message):
 
 
 def test_a_joint_sweep_has_three_rates_at_each_batch():
-    grid = isoflop_grid(replace(COMMON, joint_sweep=True, micro_batch=2), GRID, CAP)
+    grid = isoflop(replace(COMMON, joint_sweep=True, micro_batch=2), 8e15)
     for stage in (grid.stages[0], grid.stages[-1]):
         tried = [c for c in stage.cells if c.role in ("batch", "rate-batch")]
         (own,) = {c.cell_of for c in tried}
@@ -330,7 +329,8 @@ def test_a_joint_sweep_has_three_rates_at_each_batch():
         assert len({c.global_batch for c in tried} | {middle.global_batch}) == 3
         assert all(c.waits_for == middle.waits_for for c in tried)
         losses = {c.name: 3.0 + np.log(c.learning_rate / 5e-3) ** 2 for c in stage.cells}
-        made = {c.name: c for c in with_chosen_rates(stage, losses).cells}
+        best = best_of_sizes(stage, losses)
+        made = {c.name: c for c in stage.with_rates("", *best).cells}
         for c in tried:
             rate = made[own].learning_rate * c.rate_factor
             assert made[c.name].learning_rate == pytest.approx(rate)

@@ -7,8 +7,8 @@ import pytest
 
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.scaling.config import TargetPoint
-from forescale.scaling.design.plan import Grid, isoflop_grid, ladder
+from forescale.scaling.config import PlanKeys, StudyJob, TargetPoint
+from forescale.scaling.design.kinds import isoflop_plan, ladder_plan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.design.simulate import Assumptions, RunSet, Target, expected
 
@@ -18,7 +18,7 @@ CAP = 1e21
 
 @pytest.fixture(scope="module")
 def design():
-    return RunSet.of(isoflop_grid(COMMON, Grid.within_cap(CAP), CAP))
+    return RunSet.of(isoflop_plan(StudyJob(plan=PlanKeys(CAP)), COMMON))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def test_seed_noise_fades_to_its_floor():
 
 
 def test_a_ladder_without_budgets_is_simulated_too():
-    plan = ladder(COMMON, [1e7, 2e7, 4e7, 8e7, 1.6e8], [0.5, 1, 2, 4], 1e22)
+    keys = PlanKeys(1e22, ladder=[1e7, 2e7, 4e7, 8e7, 1.6e8], multiples=[0.5, 1, 2, 4])
+    plan = ladder_plan(StudyJob(plan=keys), COMMON)
     design = RunSet.of(plan)
     assert design.budgets is None
     assert len(design.flops) == 20

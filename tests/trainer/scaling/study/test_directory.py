@@ -10,8 +10,7 @@ from forescale.config.target import STORED
 from forescale.config.train import TrainJob
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.plan import StudyPlan, StudyStage
-from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
-from forescale.scaling.design.recipe_plan import recipe_cells
+from forescale.scaling.design.recipes import BASE, RecipeGrid, recipes_of
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.study.directory import Study
 
@@ -200,7 +199,7 @@ def test_a_recipe_changes_the_schedule_of_its_cells_and_never_their_sizes(
     job = StudyJob(studies=str(tmp_path), study="own", plan=PlanKeys(arguments=shared))
     common = Common(compose(TrainJob, job.plan.shared).model, 257, 64)
     made = recipes_of(job.plan.shared, {BASE: [], "new": own}, frozenset())
-    stage = StudyStage(1, 1e12, tuple(recipe_cells(common, GRID, made[1], 1)), 0.0, 0.0, True)
+    stage = StudyStage(1, 1e12, tuple(GRID.cells(common, made[1], 1)), 0.0, 0.0, True)
     study = Study.make(
         job.folder, job, StudyPlan("recipes", common, (stage,), 8e12, recipes=made), {}
     )

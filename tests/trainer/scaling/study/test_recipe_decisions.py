@@ -10,13 +10,12 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.scaling.analysis.recipe_cells import cells_of
-from forescale.scaling.config import StudyJob
-from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
-from forescale.scaling.design.recipe_plan import recipe_plan
+from forescale.scaling.config import PlanKeys, StudyJob
+from forescale.scaling.design.kinds import recipes_plan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.study import directory
+from forescale.scaling.study.decisions import advance
 from forescale.scaling.study.directory import Study
-from forescale.scaling.study.recipes import advance_recipes
 from forescale.scaling.study.states import CellState
 from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
 
@@ -24,13 +23,13 @@ CAP = 8e12
 
 
 @pytest.fixture(scope="module")
-def planned():
+def planned(tmp_path_factory):
     """The plan of the base and one recipe, `new`, at two budgets."""
-    shared = StudyJob().plan.shared
-    common = Common(compose(TrainJob, shared).model, 257, 64)
-    recipes = recipes_of(shared, {BASE: [], "new": ["model.norm=layernorm"]}, frozenset())
-    grid = RecipeGrid.within_cap(CAP, 2, 2, 2.0, 20.0, (2, 2), 2)
-    return recipe_plan(common, grid, recipes, CAP)
+    file = tmp_path_factory.mktemp("recipes") / "own.yaml"
+    file.write_text("new: [model.norm=layernorm]")
+    keys = PlanKeys(CAP, "recipes", ["new"], recipes=str(file), budgets=2, step=2.0, fresh=2)
+    common = Common(compose(TrainJob, keys.shared).model, 257, 64, seeds=(2, 2))
+    return recipes_plan(StudyJob(plan=keys), common)
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
     is_gone = (table["recipe"] == "new") & (table["flops"] == BUDGETS[-1])
     monkeypatch.setattr(study, "table", lambda: table[~is_gone] if diverged else table)
     monkeypatch.setattr(study, "states", list)
-    advance_recipes(study, lambda line: None)
+    advance(study, lambda line: None)
     fresh = [(c.recipe, c.seed) for c in study.plan.stages[-1].cells]
     assert study.plan.stages[-1].exact
     assert [name for name, _ in fresh] == ([] if diverged else ["base", "base", "new", "new"])
@@ -78,17 +77,17 @@ def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
         return {c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / first / best) ** 2)
                 for c in study.plan.stages[0].cells if not c.waits_for}  # fmt: skip
 
-    said = list[str]()
+    lines = list[str]()
     monkeypatch.setattr(study, "losses", losses)
     for _ in range(8):
-        advance_recipes(study, said.append)
+        advance(study, lines.append)
     own = study.plan.stages[0]
     tried = [c.learning_rate / first for c in own.cells if c.role in ("grid", "rate")]
     assert len(tried) == rates
     assert (min(tried) < best < max(tried)) == is_inside
     (event,) = (e for e in study.events if e["kind"] == "rates_chosen")
-    assert event["inside"] == is_inside
-    assert any("not an optimum" in line for line in said) != is_inside
+    assert (event["edges"] == []) == is_inside
+    assert any("not an optimum" in line for line in lines) != is_inside
     assert own.cost <= own.high
 
 
@@ -103,10 +102,10 @@ def test_a_sweep_that_is_excluded_gets_no_more_rates_and_its_recipe_ends_there(s
     swept = [c for c in study.plan.stages[1].cells if c.recipe == "new" and not c.waits_for]
     for cell in swept:
         study.event("cell_excluded", cell=cell.name, why="no time")
-    said = list[str]()
-    advance_recipes(study, said.append)
+    lines = list[str]()
+    advance(study, lines.append)
     assert [c for s in study.plan.stages for c in s.cells if c.recipe == "new"] == swept
-    assert said == ["new: each of its learning rates is excluded in stage 2; it is left out from "
+    assert lines == ["new: each of its learning rates is excluded in stage 2; it is left out from "
                     "here on."]  # fmt: skip
 
 
@@ -118,10 +117,10 @@ def test_a_next_budget_above_the_cap_is_refused_before_it_begins(study, monkeypa
     plan = study.plan
     study.plan = replace(plan, cap=plan.high * 0.99)
     with pytest.raises(UserError, match=r"cap: stage 2 raises the plan's cost to .*end this one"):
-        advance_recipes(study, lambda line: None)
+        advance(study, lambda line: None)
     assert not study.plan.stages[1].exact
     study.plan = plan
-    advance_recipes(study, lambda line: None)
+    advance(study, lambda line: None)
     assert study.plan.stages[1].exact
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from forescale import cli
 from forescale.scaling.analysis.multipliers import Multipliers
-from forescale.scaling.design.plan_file import dump, load
+from forescale.scaling.design.plan import dump, load
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling import fake_training as fakes
 from tests.trainer.scaling.simulated_recipes import law

@@ -6,7 +6,7 @@ import pytest
 
 from forescale import cli
 from forescale.scaling.analysis.forecast import read_forecasts
-from forescale.scaling.design.plan_file import dump, load
+from forescale.scaling.design.plan import dump, load
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import FakeTraining, best_rate
 

@@ -1,6 +1,8 @@
 """Recipes: each of the project's own is one that `train` takes, and none sets what a cell sets."""
 
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -8,11 +10,9 @@ import yaml
 from forescale.config.compose import CONF, compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.scaling.config import PlanKeys
-from forescale.scaling.design.planning import _STUDY_OWNED
-from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
-from forescale.scaling.design.recipe_file import read_recipes
-from forescale.scaling.design.recipe_plan import highest_seeds, recipe_plan
+from forescale.scaling.config import PlanKeys, StudyJob
+from forescale.scaling.design.kinds import STUDY_KEYS, highest_seeds, recipes_plan
+from forescale.scaling.design.recipes import BASE, read_recipes, recipes_of
 from forescale.scaling.design.shapes import Common
 
 SHARED = PlanKeys().shared
@@ -20,22 +20,25 @@ OURS = [name for name in yaml.safe_load((CONF / "candidates.yaml").read_text()) 
 
 
 def recipes(**named):
-    return recipes_of(SHARED, {BASE: [], **named}, frozenset(_STUDY_OWNED))
+    return recipes_of(SHARED, {BASE: [], **named}, STUDY_KEYS)
 
 
 @cache
 def planned(*own, beyond=1):
     """The plan of the base and a recipe `new`. beyond: budgets of the base alone at the top."""
-    made = recipes(new=own)
-    common = Common(compose(TrainJob, SHARED).model, 257, 64)
-    grid = RecipeGrid.within_cap(8e12, len(made), 3, 2.0, 20.0, (2, 2), 1, beyond)
-    return recipe_plan(common, grid, made, 8e12)
+    common = Common(compose(TrainJob, SHARED).model, 257, 64, seeds=(2, 2))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "own.yaml"
+        file.write_text(yaml.safe_dump({"new": list(own)}))
+        keys = PlanKeys(8e12, "recipes", ["new"], recipes=str(file), budgets=3, step=2.0)
+        keys.fresh, keys.beyond = 1, beyond
+        return recipes_plan(StudyJob(plan=keys), common)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_each_of_our_candidates_is_a_recipe_over_gpt2(name):
     named = read_recipes(None, ["gpt2"], [name])
-    base, one = recipes_of(SHARED, named, frozenset(_STUDY_OWNED))
+    base, one = recipes_of(SHARED, named, STUDY_KEYS)
     assert one.arguments[: len(base.arguments)] == base.arguments
     assert one != base
 
