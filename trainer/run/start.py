@@ -52,35 +52,31 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def start(
-    job: TrainJob,
-    again: bool = False,
-    examine: Examine | None = None,
-    newest: NewestStep | None = None,
-) -> Start:
-    """Prepare the data, then open or make the run directory of `job`.
+def start(job: TrainJob, examine: Examine | None = None, newest: NewestStep | None = None) -> Start:
+    """Prepare the data, then open or make the run directory of `job`: once a command, before there
+    are ranks, or on rank 0 alone.
 
-    again: this command has started the run before (in the launcher, or on rank 0), so `run.resume`
-    is not checked again, and the frozen config stays as it is. examine: raises UserError if the
-    job's own classes don't work, before the config of a run without a step is written. newest: the
-    newest step of a run that the job branches off, see branch.with_step. Raises UserError if the
-    directory belongs to another config or dataset, or another command makes it at the same moment.
+    examine: raises UserError if the job's own classes don't work, before the config of a run
+    without a step is written. newest: the newest step of a run that the job branches off, see
+    branch.with_step. Raises UserError if the directory belongs to another config or dataset, or
+    another command makes it at the same moment.
     """
     run = Run(job.run.directory)
     expect_trainable(run)
-    if not again:
-        _check_resume(job, run)
+    _check_resume(job, run)
     sources = open_sources(job.data)
     job = settle(job, sources)
     feed_of(job, sources)  # errors of the mixture are reported before anything is written
-    whole_rows_of(job, sources, "validation")  # made once, before there are ranks
-    questions_of_job(job, sources)  # that can't be asked are reported here
-    prediction_interval_of(job)  # likewise for a forecast that does not fit the job
+    whole_rows_of(job, sources, "validation")  # the same of their tables
+    questions_of_job(job, sources)
+    prediction_interval_of(job)
     # Compared, not run: the typed job is.
     old = thaw(TrainJob, run.config, trust=True) if run.config.exists() else None
     job = with_step(job, old, newest)
-    if old is not None and (again or has_stepped(run)):
-        _go_on(run, old, job, sources, again)
+    if old is not None and has_stepped(run):
+        _check_data(run, sources)
+        if changes := _allowed(run, old, job):
+            _freeze(run, job, [change.key for change in changes])
         return Start(run, job, sources)
     check_origin(job, sources)
     if examine is not None:
@@ -89,6 +85,22 @@ def start(
         _make(run, job, sources)
         return Start(run, job, sources)
     return Start(run, job, sources, _correct(run, old, job, sources))
+
+
+def reopen(job: TrainJob) -> Start:
+    """Return the run of a job that `start` has returned in another process: what a rank needs. Its
+    data is opened; nothing is checked that `start` has checked, and nothing is written, because
+    another launch may have changed the config meanwhile.
+
+    job: the frozen config, or the command that rank 0 has too. Raises UserError if the command or
+    its data differ from the run's.
+    """
+    run, sources = Run(job.run.directory), open_sources(job.data)
+    frozen = thaw(TrainJob, run.config, trust=True)  # compared, not run
+    job = with_step(settle(job, sources), frozen, None)
+    _check_data(run, sources)
+    _allowed(run, frozen, job)
+    return Start(run, job, sources)
 
 
 def expect_trainable(run: Run) -> None:
@@ -109,14 +121,6 @@ def has_stepped(run: Run) -> bool:
         return True  # attempts were deleted
     files = (attempt.metrics.path for attempt in attempts)
     return any(row.get("kind") == "train" for path in files for row, _ in each_row(path))
-
-
-def _go_on(run: Run, old: TrainJob, job: TrainJob, sources: Sources, again: bool) -> None:
-    """Compare a job with the run's frozen config, and freeze the changes that are allowed."""
-    _check_data(run, sources)
-    taken = _allowed(run, old, job)
-    if taken and not again:  # a rank may wake up after another launch has changed it
-        _freeze(run, job, [change.key for change in taken])
 
 
 def check_changes(job: TrainJob) -> None:

@@ -96,7 +96,10 @@ class Builder:
 
     @cached_property
     def _held_out_rows(self) -> dict[str, Bins]:
-        return whole_rows_of(self.job, self.sources, "validation")
+        """Tables of the held-out text; rank 0 makes those that are missing from the cache."""
+        return self.engine.world.main_first(
+            lambda: whole_rows_of(self.job, self.sources, "validation")
+        )
 
     @cached_property
     def _abilities(self) -> Abilities | None:
@@ -111,7 +114,9 @@ class Builder:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
         ranks, began = self.engine.world, point.position.step
         given = self.references.values["train"] if self.references else None
-        feed = feed_of(self.job, self.sources, point.position.skipped, references=given)
+        feed = ranks.main_first(  # rank 0 makes tables that are missing from the cache
+            lambda: feed_of(self.job, self.sources, point.position.skipped, references=given)
+        )
         rollbacks = ranks.from_main(self.run.rollbacks, self.run.path)
         tables = dict(zip(feed.names, feed.bins or (), strict=False))
         for name, sentence in left_out(feed).items() if ranks.is_main else ():

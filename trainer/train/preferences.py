@@ -204,7 +204,9 @@ class Reference:
         values: dict[str, dict[str, np.ndarray]] = {}
         for split in SPLITS:
             values[split] = {}
-            bins = whole_rows_of(self.job, self.sources, split)
+            bins = self.engine.world.main_first(
+                partial(whole_rows_of, self.job, self.sources, split)
+            )
             for name, part in self.sources.split(split).items():
                 found = self._of_split(part, bins[name], objective, (stops, mark, progress))
                 if found is None:

@@ -36,7 +36,7 @@ from forescale.resilience.phases import PhaseTimer
 from forescale.resilience.reporter import HeartbeatReporter
 from forescale.run.directory import Attempt
 from forescale.run.forecast import prediction_interval_of
-from forescale.run.start import Start, numerics, start
+from forescale.run.start import Start, numerics, reopen, start
 from forescale.train.adapters import adapting, freeze
 from forescale.train.build import Builder
 from forescale.train.guard import Anomaly, Halt, Rollback
@@ -60,10 +60,9 @@ class Trainer:
         check_world(job, size)
         seconds = job.launch.timeout.seconds or 1800.0
         self.world: World = join(deepspeed_config(job, size), size, seconds, job.mesh(size))
-        again = ATTEMPT in os.environ or not self.world.is_main
         self.mirror: Mirror | None = None
-        started = self.world.main_first(lambda: self._start(job, again))
-        self.run, self.job, self.sources = started.run, started.job, started.sources
+        start = self.world.main_first(lambda: self._start(job))
+        self.run, self.job, self.sources = start.run, start.job, start.sources
         use_kernels(self.job.train.deterministic, self._on_gpu)
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
         launched = os.environ.get(ATTEMPT)  # numbered by our launcher; other launchers don't
@@ -84,19 +83,19 @@ class Trainer:
         """True if this process has made a step."""
         return hasattr(self, "engine") and self.engine.has_stepped
 
-    def _start(self, job: TrainJob, again: bool) -> Start:
-        """Open the run, or make it where no launcher of ours has."""
-        if again:
-            return start(job, again)
+    def _start(self, job: TrainJob) -> Start:
+        """Open the run; on rank 0 start it first, where no launcher of ours has."""
+        if ATTEMPT in os.environ or not self.world.is_main:
+            return reopen(job)
         restore(job, print)
-        started = start(job, examine=examine, newest=newest_step)
-        held = hold(started.run, started.job.run.origin, started.job.run.root)
-        for note in (*job.notes(), *started.notes, *held):
+        new = start(job, examine=examine, newest=newest_step)
+        held = hold(new.run, new.job.run.origin, new.job.run.root)
+        for note in (*job.notes(), *new.notes, *held):
             print(f"Note: {note}", flush=True)
-        if mirror := mirror_of(started.run, started.job, self._print):
+        if mirror := mirror_of(new.run, new.job, self._print):
             # Our own launcher copies the run in its process, which outlives the ranks.
             self.mirror = mirror.check().start()
-        return started
+        return new
 
     def train(self) -> int:
         """Train to the end, or until a signal requests a stop. Return DONE or INTERRUPTED."""

@@ -13,7 +13,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.run import start as start_module
 from forescale.run.directory import Parent
-from forescale.run.start import numerics, start
+from forescale.run.start import numerics, reopen, start
 from forescale.storage import write_json
 from tests.trainer.small_run import make_dataset, make_job, train_a_step
 
@@ -219,7 +219,7 @@ def test_a_rank_does_not_write_the_config(job):
     run = start(job()).run
     start(job("checkpoint.keep=5"))
     before = listing(run.path)
-    assert start(job(), again=True).job.checkpoint.keep == 2
+    assert reopen(job()).job.checkpoint.keep == 2
     assert listing(run.path) == before
 
 
@@ -248,13 +248,13 @@ def test_never_refuses_a_run_that_has_trained(job):
     """But not one that was killed before it did: the same command goes on."""
     never = job("run.resume=never")
     run = start(never).run
-    start(never, again=True)  # as a rank does
+    reopen(never)  # as a rank does
     run.new_attempt()
     start(never)
     train_a_step(run)
     with pytest.raises(UserError, match=r"the run exists already; choose another run\.name"):
         start(never)
-    start(never, again=True)  # a restart after a crash
+    reopen(never)  # a restart after a crash
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused_before_anything_is_made(job):
@@ -296,7 +296,7 @@ def test_a_rank_corrects_nothing(job):
     run = start(job()).run
     before = listing(run.path)
     with pytest.raises(UserError, match="another config"):
-        start(job("train.seed=5"), again=True)
+        reopen(job("train.seed=5"))
     assert listing(run.path) == before
 
 
