@@ -28,19 +28,19 @@ _EXTRAS = {"pandas": "study", "scipy": "study", "lm_eval": "harness"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: sys.argv) and return its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _warning
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Also in a pipe or a log file, lines of stdout and stderr keep the order of printing. What
         # the locale can't show is an escape, and no error.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     with visible_output():
-        return _run(given)
+        return _run(words)
 
 
-def _run(given: list[str]) -> int:
+def _run(words: list[str]) -> int:
     try:
-        return _dispatch(given)
+        return _dispatch(words)
     except UserError as e:
         print(f"forescale: {e}", file=sys.stderr)
         return e.code
@@ -49,25 +49,25 @@ def _run(given: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has closed it: no error, but a training stops
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED if given[:1] == ["train"] else DONE
+        return INTERRUPTED if words[:1] == ["train"] else DONE
     except ModuleNotFoundError as e:
         name = (e.name or "").partition(".")[0]
         if name not in _EXTRAS:
             raise
-        verb = f"forescale: forescale {given[0]}: needs {name}, which isn't installed"
+        verb = f"forescale: forescale {words[0]}: needs {name}, which isn't installed"
         print(f"{verb}; pip install 'forescale[{_EXTRAS[name]}]'.", file=sys.stderr)
         return USER
     except RuntimeError as e:
         if str(e) != _NO_HOME:
             raise
         problem = "a path begins with ~ and a name that is no user's"
-        print(f"forescale: {given[0]}: {problem}; write the full path.", file=sys.stderr)
+        print(f"forescale: {words[0]}: {problem}; write the full path.", file=sys.stderr)
         return USER
     except MemoryError as e:
-        if given[0] == "train":  # others on the machine may have taken it: tried again
+        if words[0] == "train":  # others on the machine may have taken it: tried again
             raise
         problem = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
-        print(f"forescale: {given[0]}: {problem}; make what you gave smaller.", file=sys.stderr)
+        print(f"forescale: {words[0]}: {problem}; make what you gave smaller.", file=sys.stderr)
         return USER
     except OSError as e:
         if (fault := storage_error(e)) is None:

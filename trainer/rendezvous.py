@@ -57,17 +57,17 @@ def own_address(host: str) -> str | None:
             family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as s:
                 s.connect(address)  # sends nothing; chooses a route
-                own = s.getsockname()[0].partition("%")[0]
-            if not is_loopback(own):
-                return own
+                address_here = s.getsockname()[0].partition("%")[0]
+            if not is_loopback(address_here):
+                return address_here
     return None
 
 
 def interface_to(host: str) -> str | None:
     """Return the network interface with `own_address(host)`, for gloo and NCCL; None if there is
     none."""
-    own = own_address(host)
-    return _interface_of(own) if own else None
+    address = own_address(host)
+    return _interface_of(address) if address else None
 
 
 def _interface_of(address: str) -> str | None:
@@ -94,10 +94,10 @@ def meeting_address(host: str) -> str:
     if is_loopback(host):
         return LOOPBACK if host == "localhost" else host
     try:
-        found = socket.getaddrinfo(host, 9, type=socket.SOCK_STREAM)[0][4][0]
+        resolved = socket.getaddrinfo(host, 9, type=socket.SOCK_STREAM)[0][4][0]
     except OSError:  # a machine may not know its own name
         return own_address(host) or host
-    address = str(found).partition("%")[0]
+    address = str(resolved).partition("%")[0]
     return (own_address(host) or address) if is_loopback(address) else address
 
 
@@ -123,10 +123,10 @@ def open_store(host: str, port: int, rank: int, size: int, seconds: float) -> An
     )
 
 
-def _listen(address: str, port: int, own: str | None) -> int:
+def _listen(address: str, port: int, fallback: str | None) -> int:
     """Return the descriptor of a socket that listens at this address alone; the store closes it.
 
-    own: this machine's address, if `address` is that of a gateway that passes connections on.
+    fallback: this machine's address, if `address` is that of a gateway that passes connections on.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as s:
@@ -134,8 +134,8 @@ def _listen(address: str, port: int, own: str | None) -> int:
         try:
             s.bind((address, port))
         except OSError as e:
-            if e.errno != errno.EADDRNOTAVAIL or own is None:
+            if e.errno != errno.EADDRNOTAVAIL or fallback is None:
                 raise
-            return _listen(own, port, None)
+            return _listen(fallback, port, None)
         s.listen(4096)
         return s.detach()

@@ -187,9 +187,9 @@ def _loaded(path: Path) -> tuple[bytes, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key: a flipped bit can turn one key into another, which would hide it."""
-    if len(made := dict(pairs)) < len(pairs):
+    if len(unique := dict(pairs)) < len(pairs):
         raise ValueError("a key appears twice")
-    return made
+    return unique
 
 
 def write_table(directory: Path, entries: dict[str, FileEntry]) -> None:

@@ -47,7 +47,7 @@ class Product:
         self.rank = rank = Trainer(job, time.monotonic())
         rank._build()
         point = rank._begin(resume(rank.run, rank.job, rank.engine, rank._warn, rank.attempt))
-        if rank.compilation.wanted:
+        if rank.compilation.enabled:
             rank.engine.compile(rank.compilation.by_part)
         self.position, self.parts = point.position, rank.builder.parts(rank.attempt, point)
         self.forget()
@@ -130,7 +130,7 @@ class Bare:
             zero = {"zero_optimization": {"compute_grad_norm": True}}
             config = merged(config, {"gradient_clipping": o.clip, **zero})
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        if compilation(job, 1, "cpu").wanted:
+        if compilation(job, 1, "cpu").enabled:
             self.engine.compile()
         self.step = 0
 

@@ -49,7 +49,7 @@ def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
     assert "(step 5)" in output
     assert "read preferences" not in output
     assert launching.trajectory(run) == whole
-    assert read_references(Run(run)).made == kept.made
+    assert read_references(Run(run)).source == kept.source
 
 
 def test_one_rank_reads_the_same_preferences_and_reference(tmp_path, command):

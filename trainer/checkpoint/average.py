@@ -46,14 +46,14 @@ MOST = 5  # checkpoints that are averaged where nothing is asked; LAWA took 6
 @dataclass(frozen=True)
 class Averaged:
     """A run that holds averaged weights. steps: of the checkpoints, ascending; parameters: their
-    number; bytes: of the weights; kept: names of what is no mean, but as at the last of the steps:
-    whole numbers, such as the steps of the bias of experts."""
+    number; bytes: of the weights; copied: names of the whole numbers, such as the steps of the bias
+    of experts, which are no means but copied from the last checkpoint."""
 
     run: Run
     steps: list[int]
     parameters: int
     bytes: int
-    kept: list[str]
+    copied: list[str]
 
 
 def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:
@@ -65,18 +65,20 @@ def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -
     if steps:
         return _existing(run, steps)
     known = [step for step in run.checkpoint_steps() if _is_of_history(run, step)]
-    found = known[-(last or MOST) :]
-    more = "keep more with checkpoint.keep"
-    if not found:
+    chosen = known[-(last or MOST) :]
+    todo_more = "keep more with checkpoint.keep"
+    if not chosen:
         todo = f"train it: forescale train run.name={run.name}"
         raise UserError(str(run.path), "this run has no checkpoint yet", todo)
-    if last is not None and len(found) < last:
+    if last is not None and len(chosen) < last:
         problem = f"is {last:,}, and {run.path} has checkpoints at steps {_listed(known)} alone"
-        raise UserError("last", problem, f"write last={len(found)}, or {more}")
-    if last is None and len(found) == 1:
-        problem = f"has one checkpoint, of step {found[0]:,}, and an average needs two"
-        raise UserError(str(run.path), problem, f"{more}, or write last=1 for its weights alone")
-    return found
+        raise UserError("last", problem, f"write last={len(chosen)}, or {todo_more}")
+    if last is None and len(chosen) == 1:
+        problem = f"has one checkpoint, of step {chosen[0]:,}, and an average needs two"
+        raise UserError(
+            str(run.path), problem, f"{todo_more}, or write last=1 for its weights alone"
+        )
+    return chosen
 
 
 def _existing(run: Run, steps: Sequence[int]) -> list[int]:
@@ -92,8 +94,8 @@ def _existing(run: Run, steps: Sequence[int]) -> list[int]:
 
 def _is_of_history(run: Run, step: int) -> bool:
     """True unless a later attempt started before a checkpoint. (A damaged one is met later.)"""
-    found = open_readable(run.checkpoint_path(step))
-    return found is None or run.is_eligible(found.attempt, step)
+    checkpoint = open_readable(run.checkpoint_path(step))
+    return checkpoint is None or run.is_eligible(checkpoint.attempt, step)
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -111,21 +113,21 @@ def average(origin: Run, steps: Sequence[int], run: Run, progress: Progress = si
     job = replace(job, run=replace(job.run, name=run.name, root=str(run.path.parent)))
     tokenizer = origin.verified_tokenizer().read_bytes()
     checkpoints = _opened(origin, steps, progress)
-    parts, kept = _parts(checkpoints)
-    means = [part for part in parts if part.name not in kept]
+    parts, copied = _parts(checkpoints)
+    means = [part for part in parts if part.name not in copied]
     numbers = sum(part.described.numel() for part in means)
-    found = Averaged(run, [*steps], numbers, sum(part.size for part in parts), kept)
-    source = _source(origin, checkpoints, kept)
-    meter = Meter(progress, "average weights", found.bytes, "bytes")
+    averaged = Averaged(run, [*steps], numbers, sum(part.size for part in parts), copied)
+    source = _source(origin, checkpoints, copied)
+    meter = Meter(progress, "average weights", averaged.bytes, "bytes")
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))
         write_file(new.tokenizer, tokenizer)
         _keep(origin, new)
         write_checked_json(new.averaged, source)
-        write_checked_json(new.identity, _identity(origin, found, tokenizer))
+        write_checked_json(new.identity, _identity(origin, averaged, tokenizer))
         write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
     meter.end()
-    return found
+    return averaged
 
 
 def _opened(run: Run, steps: Sequence[int], progress: Progress) -> list[Checkpoint]:
@@ -139,27 +141,27 @@ def _opened(run: Run, steps: Sequence[int], progress: Progress) -> list[Checkpoi
         with lock:
             meter(read, 0)
 
-    found = [verified(path, tick=tick) for path in paths]
+    checkpoints = [verified(path, tick=tick) for path in paths]
     meter.end()
-    for checkpoint in found:
-        checkpoint.expect_shapes(found[-1].weights().shapes, merged=True)
-    return found
+    for checkpoint in checkpoints:
+        checkpoint.expect_shapes(checkpoints[-1].weights().shapes, merged=True)
+    return checkpoints
 
 
 def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Part], list[str]]:
     """Return the averaged tensors, each made when it is written, and the names of those that are
     the last checkpoint's."""
-    last, parts, kept = checkpoints[-1], [], []
+    last, parts, copied = checkpoints[-1], [], []
     for name, shape in last.weights().shapes.items():
         dtype, read = last.reader.dtype(name, WEIGHT), partial(_mean, checkpoints, name)
         if dtype.is_floating_point:
             dtype = torch.float32
         else:
-            kept.append(name)
+            copied.append(name)
             read = partial(_as_stored, last, name, dtype)
         described = torch.empty(math.prod(shape), dtype=dtype, device="meta")
         parts.append(Part(name, tuple(shape), 0, described, read))
-    return parts, kept
+    return parts, copied
 
 
 def _mean(checkpoints: Sequence[Checkpoint], name: str) -> Tensor:
@@ -172,10 +174,10 @@ def _mean(checkpoints: Sequence[Checkpoint], name: str) -> Tensor:
 
 
 def _as_stored(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    found = torch.empty(checkpoint.shapes[name], dtype=dtype)
+    tensor = torch.empty(checkpoint.shapes[name], dtype=dtype)
     with _still_there(checkpoint):
-        checkpoint.reader.read_into(name, WEIGHT, 0, found.view(-1))
-    return found
+        checkpoint.reader.read_into(name, WEIGHT, 0, tensor.view(-1))
+    return tensor
 
 
 @contextmanager
@@ -204,7 +206,7 @@ def _keep(origin: Run, new: Run) -> None:
             write_file(path, old.read_bytes())
 
 
-def _source(origin: Run, checkpoints: Sequence[Checkpoint], kept: list[str]) -> dict[str, Any]:
+def _source(origin: Run, checkpoints: Sequence[Checkpoint], copied: list[str]) -> dict[str, Any]:
     """Return the content of averaged.json. table: the sha256 of the checkpoint's files.json, which
     has those of all its files."""
     return {
@@ -218,7 +220,7 @@ def _source(origin: Run, checkpoints: Sequence[Checkpoint], kept: list[str]) -> 
             }
             for checkpoint in checkpoints
         ],
-        "kept": kept,
+        "kept": copied,
     }
 
 
@@ -227,13 +229,13 @@ def _table_of(checkpoint: Checkpoint) -> str:
         return hash_file(checkpoint.path / TABLE).sha256
 
 
-def _identity(origin: Run, found: Averaged, tokenizer: bytes) -> dict[str, Any]:
+def _identity(origin: Run, averaged: Averaged, tokenizer: bytes) -> dict[str, Any]:
     """Return the content of run.json: the data is that of the origin."""
     return {
-        "name": found.run.name,
+        "name": averaged.run.name,
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         "dataset": read_json(origin.identity)["dataset"],
         "versions": versions(),
         **code_and_id(),
-        "parameters": found.parameters,
+        "parameters": averaged.parameters,
     }

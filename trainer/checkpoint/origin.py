@@ -16,8 +16,8 @@ def newest_step(run: Run) -> int:
     """Return the step of the newest eligible checkpoint of a run, not yet verified byte by byte: a
     rank does that when it loads it. Raises UserError if there is none."""
     for step in reversed(run.checkpoint_steps()):
-        found = open_readable(run.checkpoint_path(step))
-        if found is not None and run.is_eligible(found.attempt, step):
+        checkpoint = open_readable(run.checkpoint_path(step))
+        if checkpoint is not None and run.is_eligible(checkpoint.attempt, step):
             return step
     todo = f"train it: forescale train {run.path}"
     raise UserError(str(run.path), "this run has no checkpoint yet", todo)

@@ -72,10 +72,10 @@ class Checkpoint:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.state: dict[str, Any] = read_json(self.path / STATE)
-        found = self.state.get("format") if isinstance(self.state, dict) else None
-        if found != FORMAT:
+        version = self.state.get("format") if isinstance(self.state, dict) else None
+        if version != FORMAT:
             todo = "load it with the version of forescale that wrote it"
-            raise UserError(str(self.path), f"checkpoint format {found}, not {FORMAT}", todo)
+            raise UserError(str(self.path), f"checkpoint format {version}, not {FORMAT}", todo)
         if missing := _KEYS - self.state.keys():
             problem = f"its {STATE} has no {', '.join(sorted(missing))}"
             raise UserError(str(self.path), problem, _RESTORE)
@@ -117,10 +117,10 @@ class Checkpoint:
 
     def merged(self, name: str) -> "Tensor":
         """Return a full parameter as `tensor` does, with what its adapter adds to it, if any."""
-        found, (down, up) = self.tensor(name), adapter_of(name)
+        weight, (down, up) = self.tensor(name), adapter_of(name)
         if down in self.shapes:
-            found.addmm_(self.tensor(up), self.tensor(down), alpha=self.state["adapter_scale"])
-        return found
+            weight.addmm_(self.tensor(up), self.tensor(down), alpha=self.state["adapter_scale"])
+        return weight
 
     def weights(self) -> "Weights":
         """Return all parameters and buffers by name, fp32, adapters merged into what they stand
@@ -132,9 +132,9 @@ class Checkpoint:
         are those of the checkpoint; merged: of its `weights`."""
         stored_shapes = self.weights().shapes if merged else self.shapes
         for name in sorted(model.keys() | stored_shapes.keys()):
-            ours = list(model[name]) if name in model else None
-            if ours != (stored := stored_shapes.get(name)):
-                problem = f"parameter {name} is {stored} there and {ours} in this model"
+            shape = list(model[name]) if name in model else None
+            if shape != (stored := stored_shapes.get(name)):
+                problem = f"parameter {name} is {stored} there and {shape} in this model"
                 raise UserError(str(self.path), problem, "use the model of the run that saved it")
 
 
@@ -160,16 +160,16 @@ class Weights(Mapping[str, "Tensor"]):
 def coverage_faults(state: dict[str, Any]) -> list[str]:
     """Return where the fragments of a state.json don't cover every element of every state exactly
     once, a sentence each."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    runs_by_state: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for rows in state["fragments"].values():
         for name, kind, *place in rows:
             strip = strip_of(place)
             runs = ((at, size) for at, _, size in strip.overlaps(strip.low, strip.high))
-            found.setdefault((name, kind), []).extend(runs)
+            runs_by_state.setdefault((name, kind), []).extend(runs)
     shapes = state["shapes"]
-    stored = {name for name, kind in found if kind == "weight"}
+    stored = {name for name, kind in runs_by_state if kind == "weight"}
     faults = [f"weight of {name}: no fragment" for name in sorted(shapes.keys() - stored)]
-    for (name, kind), parts in found.items():
+    for (name, kind), parts in runs_by_state.items():
         if name not in shapes:
             faults.append(f"{kind} of {name}: a fragment of no known parameter")
             continue
@@ -193,14 +193,14 @@ def newest_complete(run: Run, report: Report, ranks: Ranks = ALONE) -> Checkpoin
     Raises UserError if there are checkpoints but none can be used: never back to step 0.
     """
     steps = _steps(run, ranks)
-    found = _first_complete(run, reversed(steps), report, ranks)
-    if found is None and steps:
+    checkpoint = _first_complete(run, reversed(steps), report, ranks)
+    if checkpoint is None and steps:
         raise UserError(
             str(run.checkpoints),
             f"none of its {len(steps)} checkpoints can be used",
             f"see `forescale check {run.path}`; restore one, or choose another run.name",
         )
-    return found
+    return checkpoint
 
 
 def newest_before(
@@ -214,8 +214,8 @@ def newest_before(
     steps = _steps(run, ranks)
     early = [s for s in reversed(steps) if s <= newest]
     later = [] if strictly else [s for s in steps if s > newest]
-    if found := _first_complete(run, early + later, report, ranks):
-        return found
+    if checkpoint := _first_complete(run, early + later, report, ranks):
+        return checkpoint
     problem = f"has no complete checkpoint of step {newest:,} or before to roll back to"
     raise UserError(
         str(run.path), problem, "keep more with checkpoint.keep or checkpoint.keep_every"
@@ -239,16 +239,16 @@ def _first_complete(
         elif faults := faults or find_faults(path, ranks):
             report("checkpoint_damaged", step=step, faults=faults)
         else:
-            return _own(path, ranks)
+            return _open_on_each(path, ranks)
     return None
 
 
-def _own(path: Path, ranks: Ranks) -> Checkpoint:
+def _open_on_each(path: Path, ranks: Ranks) -> Checkpoint:
     """Open the checkpoint on each rank. Its state.json grows with the number of ranks that wrote
     it, so each rank reads it instead of receiving it."""
-    found: list[Checkpoint] = []
-    ranks.together(lambda: found.append(Checkpoint(path)), path)
-    return found[0]
+    opened: list[Checkpoint] = []
+    ranks.together(lambda: opened.append(Checkpoint(path)), path)
+    return opened[0]
 
 
 def _first_look(run: Run, step: int) -> tuple[list[str], bool]:
@@ -257,8 +257,8 @@ def _first_look(run: Run, step: int) -> tuple[list[str], bool]:
     if faults := check_table(path, only=STATE):
         return faults, False
     checkpoint = Checkpoint(path)
-    if (own := checkpoint.position.step) != step:
-        return [f"{path}: holds step {own:,}"], False
+    if (stored_step := checkpoint.position.step) != step:
+        return [f"{path}: holds step {stored_step:,}"], False
     return [], run.is_eligible(checkpoint.attempt, step)
 
 
@@ -268,8 +268,8 @@ def find_faults(
     """Check every byte of a published directory against its table, each rank a share of the files;
     return the faults of all ranks on every rank. afresh, tick: as in storage.hash_file."""
     mine = partial(check_table, path, tick, part=(ranks.rank, ranks.size), afresh=afresh)
-    found = ranks.together(mine, path)
-    return list(dict.fromkeys(fault for faults in found for fault in faults))
+    faults_by_rank = ranks.together(mine, path)
+    return list(dict.fromkeys(fault for faults in faults_by_rank for fault in faults))
 
 
 def at_step(run: Run, step: int | None, ranks: Ranks = ALONE) -> Checkpoint:

@@ -64,9 +64,9 @@ def keep_of(job: TrainJob, newest: int | None = None) -> Keep:
     )
 
 
-def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
+def reasons(checkpoints: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
     """Return the steps of the checkpoints to keep, each with the reason. Pure."""
-    good = sorted((f for f in found if f.eligible), key=lambda f: f.step)
+    good = sorted((f for f in checkpoints if f.eligible), key=lambda f: f.step)
     scored = [f for f in good if f.loss is not None]
     newest = max(((f.attempt, f.step) for f in good), default=(0, 0))
     stay: dict[int, str] = {}
@@ -83,7 +83,7 @@ def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
     if keep.best and scored:
         best = min(scored, key=lambda f: (f.loss, f.step))
         stay.setdefault(best.step, "the lowest validation loss")
-    for f in found:
+    for f in checkpoints:
         if f.pinned:
             stay[f.step] = "pinned"
         elif not f.eligible and (f.attempt, f.step) > newest:
@@ -92,9 +92,9 @@ def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
     return stay
 
 
-def steps_to_verify(found: Sequence[CheckpointFacts], keep: Keep) -> list[int]:
+def steps_to_verify(checkpoints: Sequence[CheckpointFacts], keep: Keep) -> list[int]:
     """Return the steps that must be verified before anything is deleted, newest first. Pure."""
-    return sorted((f.step for f in found if f.eligible), reverse=True)[: keep.newest]
+    return sorted((f.step for f in checkpoints if f.eligible), reverse=True)[: keep.newest]
 
 
 def survey(
@@ -108,16 +108,16 @@ def survey(
     losses: by step; damaged: steps known to be damaged; known: the attempt that wrote each step.
     `known` is added to, because a state.json can be long and slow to read.
     """
-    found, known = [], {} if known is None else known
+    checkpoints, known = [], {} if known is None else known
     for step in run.checkpoint_steps():
         if step not in known and (checkpoint := open_readable(run.checkpoint_path(step))):
             known[step] = checkpoint.attempt
         if (attempt := known.get(step)) is not None:
             eligible = step not in damaged and run.is_eligible(attempt, step)
-            found.append(
+            checkpoints.append(
                 CheckpointFacts(step, attempt, eligible, is_pinned(run, step), losses.get(step))
             )
-    return found
+    return checkpoints
 
 
 class ValidationLosses:
@@ -172,10 +172,10 @@ class Retention:
         if not self._is_newest():
             return [], []
         losses = self._losses() if self.keep.best else {}
-        found = survey(self.run, losses, self._damaged, self._attempts)
-        stay = reasons(found, self.keep)
-        unread = [s for s in steps_to_verify(found, self.keep) if s not in self._verified]
-        return [f.step for f in found if f.step not in stay], unread
+        checkpoints = survey(self.run, losses, self._damaged, self._attempts)
+        stay = reasons(checkpoints, self.keep)
+        unread = [s for s in steps_to_verify(checkpoints, self.keep) if s not in self._verified]
+        return [f.step for f in checkpoints if f.step not in stay], unread
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
@@ -212,12 +212,12 @@ def leftovers(run: Run, attempt: int | None = None) -> list[Path]:
     and nothing unless it is the newest: what a newer one writes is not left over."""
     if attempt is not None and run.attempts()[-1].number != attempt:
         return []
-    found = []
+    paths = []
     for path in sorted(run.checkpoints.glob(".step-*")) if run.checkpoints.is_dir() else []:
         match = _LEFTOVER.fullmatch(path.name)
         if match and (attempt is None or int(match[2] or 0) < attempt):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def _pin_path(run: Run, step: int) -> Path:

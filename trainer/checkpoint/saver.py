@@ -107,12 +107,12 @@ class Saver:
         ranks, step = self._ranks, snapshot.position.step
         self._retried(step, self._prepare)
         number, midway = self._attempt.number, self._midway
-        written = self._retried(step, lambda: write(self._run, number, snapshot, ranks, midway))
+        published = self._retried(step, lambda: write(self._run, number, snapshot, ranks, midway))
         self._retention.saved(step)
         seconds = time.perf_counter() - began
         facts = {
             "step": step,
-            "bytes": written.bytes,
+            "bytes": published.bytes,
             "seconds": round(seconds, 6),
             "stall_seconds": round(seconds if stall is None else stall, 6),
         }

@@ -65,7 +65,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Written:
+class Published:
     """A published checkpoint; bytes: of the tensors of all ranks, None on ranks but 0."""
 
     path: Path
@@ -78,7 +78,7 @@ def write(
     snapshot: Snapshot,
     ranks: Ranks,
     midway: Callable[[int, Path], None] = lambda step, path: None,
-) -> Written:
+) -> Published:
     """Write and publish the snapshots of all ranks; every rank calls it.
 
     midway: called with the step and this rank's file when half of the file is written. Raises
@@ -131,7 +131,7 @@ def write(
         if ranks.is_main:
             shutil.rmtree(stage, ignore_errors=True)
         raise
-    return Written(final, sum(p[1]["size"] for p in parts) if ranks.is_main else None)
+    return Published(final, sum(p[1]["size"] for p in parts) if ranks.is_main else None)
 
 
 def _expect_eligible(run: Run, attempt: int, step: int) -> None:
@@ -179,9 +179,9 @@ def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
             aside.rename(final)
         raise
     if present is not None and pinned:
-        kept = final.with_name(f".{final.name}.attempt-{present.attempt:04d}.pinned")
-        shutil.rmtree(kept, ignore_errors=True)
-        aside.rename(kept)
+        pinned_path = final.with_name(f".{final.name}.attempt-{present.attempt:04d}.pinned")
+        shutil.rmtree(pinned_path, ignore_errors=True)
+        aside.rename(pinned_path)
     publish(stage, final)
     if present is None or not pinned:
         shutil.rmtree(aside, ignore_errors=True)
@@ -218,6 +218,6 @@ def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> 
 
 def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     shapes = shapes_of(engine)
-    kept = engine.module.state_dict(keep_vars=True)
-    shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in kept}
+    persistent = engine.module.state_dict(keep_vars=True)
+    shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in persistent}
     return shapes

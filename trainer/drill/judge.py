@@ -79,14 +79,14 @@ class Evidence:
     def step_times(self) -> dict[int, float]:
         """The time of each step's last output line."""
         lines = [line for c in self.commands for line in c.lines]
-        found = ((_STEP_LINE.match(line.text), line.time) for line in lines)
-        return {int(match[1]): time for match, time in found if match}
+        matches = ((_STEP_LINE.match(line.text), line.time) for line in lines)
+        return {int(match[1]): time for match, time in matches if match}
 
     def lines(self) -> list[Line]:
         """Return output lines and events by time; an event as its kind and its JSON."""
         events = self.run.read_events()
-        found = [Line(row["time"], f"{row['kind']} {json.dumps(row)}") for row in events]
-        return sorted([*found, *(t for c in self.commands for t in c.lines)], key=lambda t: t.time)
+        rows = [Line(row["time"], f"{row['kind']} {json.dumps(row)}") for row in events]
+        return sorted([*rows, *(t for c in self.commands for t in c.lines)], key=lambda t: t.time)
 
 
 @dataclass(frozen=True)

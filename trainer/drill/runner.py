@@ -57,20 +57,20 @@ class Drill:
         if key not in self._undisturbed:
             name = f"undisturbed-{len(self._undisturbed) + 1}"
             run, command = self._command(name, settings)
-            made = self._run(command, run, name)
-            if made.code != DONE:
+            finished = self._run(command, run, name)
+            if finished.code != DONE:
                 log = self.directory / f"{name}.log"
-                problem = f"a run without faults ended with code {made.code}"
+                problem = f"a run without faults ended with code {finished.code}"
                 raise UserError(str(log), problem, "fix the error in this log first")
-            self._undisturbed[key] = Evidence(run, [made])
+            self._undisturbed[key] = Evidence(run, [finished])
         return self._undisturbed[key]
 
     def run(self, scenario: Scenario) -> Judgement:
         """Run a scenario and return its judgement."""
         undisturbed = self.undisturbed(scenario.settings)
         faults = f"faults=[{','.join(scenario.faults)}]"
-        given = (*scenario.settings, *scenario.overrides, faults)
-        run, command = self._command(scenario.name, given)
+        overrides = (*scenario.settings, *scenario.overrides, faults)
+        run, command = self._command(scenario.name, overrides)
         commands: list[Command] = []
         signalled = None
         for code in scenario.codes:

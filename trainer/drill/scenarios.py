@@ -160,9 +160,9 @@ BY_NAME = {s.name: s for s in SCENARIOS}
 
 def problems(names: Iterable[str]) -> list[tuple[str, str, str]]:
     """Return a problem for each name that is not a scenario."""
-    found = []
+    unknown = []
     for name in names:
         if name not in BY_NAME:
             near = ", ".join(nearest_first(name, BY_NAME))
-            found.append(("scenarios", f"{name!r} is not a scenario", f"choose some of {near}"))
-    return found
+            unknown.append(("scenarios", f"{name!r} is not a scenario", f"choose some of {near}"))
+    return unknown

@@ -75,15 +75,15 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision.kind, torch.float32)
     among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.states.group}
 
-    def made(module: nn.Module) -> nn.Module:
+    def shared(module: nn.Module) -> nn.Module:
         # Init keeps the type that it finds, and the engine later refuses any but its own; of a
         # divided model it moves no buffers.
         module.to(world.device, dtype)
-        more = among if world.tensor.size > 1 else {}
-        Init(module=module, config_dict_or_path=config, **more)  # of what is not divided yet
+        among_ranks = among if world.tensor.size > 1 else {}
+        Init(module=module, config_dict_or_path=config, **among_ranks)  # of what is not divided yet
         return module
 
-    return made
+    return shared
 
 
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
@@ -92,8 +92,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
-    own = {name for name, p in model.named_parameters() if experts.is_expert(p)}
-    groups = divided_groups(groups, own, job.engine.expert_parallel)
+    expert_names = {name for name, p in model.named_parameters() if experts.is_expert(p)}
+    groups = divided_groups(groups, expert_names, job.engine.expert_parallel)
     for group in groups:
         if group.update.is_by_matrix:  # as DeepSpeed's Muon does, which can't see divided shapes
             group.params.sort(key=shape_of, reverse=True)
@@ -114,8 +114,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
 
 def _call_optional(model: nn.Module, method: str) -> Any:
     """Return the result of an optional method of the model; None if it has no such method."""
-    own = getattr(model, method, None)
-    return own() if own is not None else None
+    bound = getattr(model, method, None)
+    return bound() if bound is not None else None
 
 
 def device_name(world: World) -> str:

@@ -26,7 +26,7 @@ class Compilation(NamedTuple):
     """Whether to compile the model, each of its parts alone or as a whole, and a notice for the
     user."""
 
-    wanted: bool
+    enabled: bool
     by_part: bool = False
     notice: str | None = None
     budget: float | None = None  # train.activation_memory_budget
@@ -56,13 +56,13 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
         return Compilation(False, notice=notice)
     # At stage 3 the hooks inside of what is compiled break its graph; our blocks have none.
     is_whole = job.engine.stage < 3 or isinstance(job.model, ModelConfig)
-    wanted = is_whole or job.train.compile == "on"
-    if not wanted and budget is not None:
+    enabled = is_whole or job.train.compile == "on"
+    if not enabled and budget is not None:
         problem = "is for compiled blocks, and a class of your own isn't compiled at stage 3"
         raise UserError(
             "train.activation_memory_budget", problem, "leave it out, or train.compile=on"
         )
-    return Compilation(wanted, by_part=world_size > 1 or device != "cpu", budget=budget)
+    return Compilation(enabled, by_part=world_size > 1 or device != "cpu", budget=budget)
 
 
 def keep_to(budget: float | None) -> None:
@@ -123,11 +123,11 @@ def compiler_missing() -> str | None:
     Python's headers.
     """
     if torch.cuda.is_available():
-        given, language = os.environ.get("CC"), "C"
-        known = [given] if given else ["gcc", "clang"]  # in Triton's order
+        compiler, language = os.environ.get("CC"), "C"
+        known = [compiler] if compiler else ["gcc", "clang"]  # in Triton's order
     else:
-        given, language = os.environ.get("CXX"), "C++"
-        known = [given or "g++"]
+        compiler, language = os.environ.get("CXX"), "C++"
+        known = [compiler or "g++"]
     if not any(shutil.which(name) for name in known):
         return f"a {language} compiler ({' or '.join(known)})"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -142,10 +142,10 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> bool:
     to be reduced beside it, or to be freed by stage 2. Of parts, those of the last block come
     first. Blocks that are alike are compiled once, so that the first step takes less time.
     """
-    own = getattr(type(model), "compiled_parts", None)
-    if own is None:
+    compiled_parts = getattr(type(model), "compiled_parts", None)
+    if compiled_parts is None:
         return False
-    for part in own(model):
+    for part in compiled_parts(model):
         # Not the call: DeepSpeed's hooks, which gather and release weights, stay outside.
         part.forward = torch.compile(part.forward, backend=backend)
     return True

@@ -62,12 +62,12 @@ def mode_of(deterministic: bool, on_gpu: bool) -> str:
 def attention_backends(deterministic: bool, on_gpu: bool) -> set[SDPBackend]:
     """Return the kernels that scaled_dot_product_attention may choose from. On a CPU there are two;
     memory-efficient and cuDNN's are for GPUs alone."""
-    found = {SDPBackend.FLASH_ATTENTION, SDPBackend.MATH}
+    backends = {SDPBackend.FLASH_ATTENTION, SDPBackend.MATH}
     if on_gpu:
-        found.add(SDPBackend.EFFICIENT_ATTENTION)
+        backends.add(SDPBackend.EFFICIENT_ATTENTION)
     if not exactness(deterministic, on_gpu).holds:
-        found.add(SDPBackend.CUDNN_ATTENTION)
-    return found
+        backends.add(SDPBackend.CUDNN_ATTENTION)
+    return backends
 
 
 def use_kernels(deterministic: bool, on_gpu: bool) -> None:
@@ -96,10 +96,10 @@ def set_compiler_mode() -> None:
 def as_refused(error: Exception) -> UserError | None:
     """Return the UserError for an operation that has no deterministic kernel; None for any other
     error."""
-    if not isinstance(error, RuntimeError) or not (found := _REFUSED.search(str(error))):
+    if not isinstance(error, RuntimeError) or not (match := _REFUSED.search(str(error))):
         return None
     return UserError(
         "train.deterministic=true",
-        f"the model uses {found[1]}, which has no kernel that gives the same bits each time",
+        f"the model uses {match[1]}, which has no kernel that gives the same bits each time",
         "set train.deterministic=false, or use another operation in the model",
     )

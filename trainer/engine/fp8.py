@@ -48,8 +48,8 @@ def fp8_product(recipe: str, emulates: bool = False) -> Callable[[Tensor, Tensor
         like: Any = convert_to_float8_training(nn.Linear(16, 16), config=config)
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        found: Tensor = Product.apply(x, weight, like.linear_mm_config, like.config)
-        return found
+        output: Tensor = Product.apply(x, weight, like.linear_mm_config, like.config)
+        return output
 
     return product
 
@@ -89,10 +89,10 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Return the gradients of x and weight."""
         x, weight = ctx.saved_tensors
-        seen = SimpleNamespace(
+        context = SimpleNamespace(
             saved_tensors=(x, weight.t()), linear_mm_config=ctx.products, config=ctx.config
         )
-        of_x, of_weight_t, *_ = _torchao().backward(seen, gradient)
+        of_x, of_weight_t, *_ = _torchao().backward(context, gradient)
         return of_x, of_weight_t.t(), None, None
 
 

@@ -161,8 +161,8 @@ class Replicated(Layout):
         total = torch.zeros((), dtype=torch.float64, device=device)
         for parts in sorted({whole_of(p).parts for p in self._params()}):
             grads = (p.grad for p in self._params() if whole_of(p).parts == parts)
-            found = fp32_square_sum((g for g in grads if g is not None), device).double()
-            total += found / (world_size // parts)
+            square = fp32_square_sum((g for g in grads if g is not None), device).double()
+            total += square / (world_size // parts)
         return total
 
     def _params(self) -> Iterator[nn.Parameter]:

@@ -86,23 +86,23 @@ class Ranks:
         UserError that names `where`; without `where` it stays as it is, unless storage_error knows
         what to do about it.
         """
-        result, own = _tried(work, where)
-        found = self.gather((result, error_fields(own)))
-        self._raise_first([error for _, error in found], own)
-        return [theirs for theirs, _ in found]
+        result, local_error = _tried(work, where)
+        results = self.gather((result, error_fields(local_error)))
+        self._raise_first([error for _, error in results], local_error)
+        return [value for value, _ in results]
 
     def together_for_main(self, work: Callable[[], Any], where: Path) -> list[Any] | None:
         """As `together`, but only rank 0 receives the results; the others get None. A result that
         all ranks receive costs time and memory that grow with the square of their number."""
-        result, own = _tried(work, where)
-        self._raise_first(self.gather(error_fields(own)), own)
+        result, local_error = _tried(work, where)
+        self._raise_first(self.gather(error_fields(local_error)), local_error)
         return self.gather_to_main(result)
 
-    def _raise_first(self, errors: Sequence[Any], own: Exception | None) -> None:
-        """Raise the error of the first rank that has one. own: this rank's, with its traceback."""
+    def _raise_first(self, errors: Sequence[Any], local_error: Exception | None) -> None:
+        """Raise the error of the first rank that has one; local_error: that of this rank."""
         for rank, error in enumerate(errors):
             if error is not None:
-                raise own if own and rank == self.rank else error_of(error)
+                raise local_error if local_error and rank == self.rank else error_of(error)
 
     def from_main(self, work: Callable[[], Any], where: Path | None = None) -> Any:
         """Do `work` on rank 0; return its result, or raise its error, on every rank. The result is
@@ -112,9 +112,9 @@ class Ranks:
     def main_first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0, then on the others, which find on disk what rank 0 has made. Return
         each rank's own result. Raises rank 0's UserError on all ranks."""
-        own: list[Any] = []
-        self.from_main(lambda: own.append(work()))
-        return own[0] if own else work()
+        results: list[Any] = []
+        self.from_main(lambda: results.append(work()))
+        return results[0] if results else work()
 
 
 def _tried(work: Callable[[], Any], where: Path | None) -> tuple[Any, UserError | OSError | None]:

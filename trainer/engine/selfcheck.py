@@ -52,14 +52,14 @@ _ODD = 0x9E3779B97F4A7C15  # makes the hash depend on the parameter (golden rati
 @dataclass(frozen=True)
 class Finding:
     """The result on one rank. fault: a sentence, or None; weights: the hash of the weights that all
-    ranks have, or None at stage 3; own: of those that ranks divide (matrices, experts), each as
-    (parts, part, hash), where ranks with the same part of as many parts have the same."""
+    ranks have, or None at stage 3; divided_weights: (parts, part, hash) of the matrices and experts
+    that ranks divide; ranks with the same part of as many parts have the same hash."""
 
     rank: int
     host: str
     fault: str | None
     weights: int | None
-    own: tuple[tuple[int, int, int | None], ...] = ()
+    divided_weights: tuple[tuple[int, int, int | None], ...] = ()
 
 
 class Noise:
@@ -74,13 +74,13 @@ class Noise:
 
     def fault(self, values: list[Tensor]) -> float | None:
         """Return the deviation that is a fault, or None; values: of each replay."""
-        found = deviations(torch.stack([v.detach().double().reshape(-1) for v in values]))
+        gaps = deviations(torch.stack([v.detach().double().reshape(-1) for v in values]))
         past = torch.tensor([*self._past], dtype=torch.float64)
-        tolerance, is_fault = judged(found, past, self.floor)
+        tolerance, is_fault = judged(gaps, past, self.floor)
         self.tolerance = float(tolerance)
         if is_fault:
-            return float(found.max())
-        self._past.append(float(_usual(found)))
+            return float(gaps.max())
+        self._past.append(float(_usual(gaps)))
         return None
 
 
@@ -100,23 +100,23 @@ def deviations(values: Tensor) -> Tensor:
     return gap.amax(-1) / largest[..., None]
 
 
-def judged(found: Tensor, past: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def judged(values: Tensor, past: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """Return the tolerance of a check, (...), and whether it has found a fault, (...).
 
     found: the deviations of its M replays, (..., M); past: the medians of those of earlier checks,
     (..., N), of which there may be none.
     """
-    usual = _usual(found)
+    usual = _usual(values)
     before = past.median(-1).values if past.shape[-1] else usual
     tolerance = (_FACTOR * torch.maximum(usual, before)).clamp(min=floor, max=_CEILING)
     grown = (usual > _FACTOR * before) & (usual > floor)
-    return tolerance, (found.amax(-1) > tolerance) | grown
+    return tolerance, (values.amax(-1) > tolerance) | grown
 
 
-def _usual(found: Tensor) -> Tensor:
+def _usual(values: Tensor) -> Tensor:
     """Return the median of deviations, (..., M), the larger of two: the smaller is smallest by
     chance more often."""
-    return found.sort(-1).values[..., found.shape[-1] // 2]
+    return values.sort(-1).values[..., values.shape[-1] // 2]
 
 
 class SelfCheck:
@@ -141,14 +141,14 @@ class SelfCheck:
         world = self.engine.world
         fault = self._fault(batch, losses[0])
         places = {(whole_of(p).parts, whole_of(p).part) for p in self.engine.names}
-        own = [(*place, self._weights_hash(place)) for place in sorted(places) if place[0] > 1]
-        mine = (world.rank, self.host, fault, self._weights_hash(), tuple(own))
+        hashes = [(*place, self._weights_hash(place)) for place in sorted(places) if place[0] > 1]
+        mine = (world.rank, self.host, fault, self._weights_hash(), tuple(hashes))
         return [Finding(*fields) for fields in world.gather(mine)]
 
     def _fault(self, batch, loss: Tensor) -> str | None:
         replays = [self._replay(batch) for _ in range(2 if self.exact else REPLAYS)]
-        found = dict(zip(("loss", "gradient"), zip(*replays, strict=True), strict=False))
-        values = {name: [*each] for name, each in found.items()}
+        by_name = dict(zip(("loss", "gradient"), zip(*replays, strict=True), strict=False))
+        values = {name: [*each] for name, each in by_name.items()}
         # At stage 3 the losses are computed in eval mode; of ranks that divide matrices only the
         # first reports its loss, the others 0 (Engine.backward).
         if not self.partitioned and self.engine.world.tensor.is_main:
@@ -231,10 +231,12 @@ def fault_of(findings: list[Finding]) -> str | None:
     """Return one sentence that names the faulty rank and host, or None if nothing was found."""
     faults = [f"rank {f.rank} on {f.host}: {f.fault}" for f in findings if f.fault]
     faults += _differing_weights(findings, [f.weights for f in findings])
-    divided = [((parts, part), f, own) for f in findings for parts, part, own in f.own]
+    divided = [
+        ((parts, part), f, weights) for f in findings for parts, part, weights in f.divided_weights
+    ]
     for place in sorted({place for place, *_ in divided}):
-        same = [(f, own) for at, f, own in divided if at == place]
-        faults += _differing_weights([f for f, _ in same], [own for _, own in same])
+        same = [(f, weights) for at, f, weights in divided if at == place]
+        faults += _differing_weights([f for f, _ in same], [weights for _, weights in same])
     return "; ".join(dict.fromkeys(faults)) or None
 
 
@@ -245,7 +247,7 @@ def _differing_weights(findings: list[Finding], hashes: list[int | None]) -> lis
         return []
     usual = max(set(hashes), key=hashes.count)
     if hashes.count(usual) * 2 > len(hashes):
-        odd = [f for f, own in zip(findings, hashes, strict=True) if own != usual]
+        odd = [f for f, hashed in zip(findings, hashes, strict=True) if hashed != usual]
         where = [f"rank {f.rank} on {f.host}" for f in odd]
         return [f"{one}: its weights differ from the others'" for one in where]
     names = ", ".join(f"{f.rank} on {f.host}" for f in findings)

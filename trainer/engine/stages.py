@@ -88,7 +88,7 @@ class Unfused(Replicated):
 
     def add_in_fp32(self):
         super().add_in_fp32()
-        found = self.engine._get_gradients_for_reduction
+        gradients_of = self.engine._get_gradients_for_reduction
 
         def filled():
             # Where a parameter has no gradient, DeepSpeed would give it one of the weight's type.
@@ -96,7 +96,7 @@ class Unfused(Replicated):
                 for p in group:
                     if p.grad is None:
                         p.grad = torch.zeros_like(p, dtype=torch.float32)
-            return found()
+            return gradients_of()
 
         self.engine._get_gradients_for_reduction = filled
 
@@ -179,8 +179,8 @@ class Zero12(Layout):
             grads, arguments, _ = self._held[i]
             for p, grad in zip(arguments[0], grads, strict=True):
                 if p._hp_mapping is not None and self.counts(p):
-                    own = p._hp_mapping.lp_fragment_address
-                    yield grad.reshape(-1)[own.start : own.start + own.numel]
+                    address = p._hp_mapping.lp_fragment_address
+                    yield grad.reshape(-1)[address.start : address.start + address.numel]
 
     def prepare_step(self, factor):
         super().prepare_step(factor)
@@ -254,10 +254,10 @@ class Zero3(Layout):
         gather = self.optimizer._partitioned_buffers_all_gather
 
         def gathered(params, *args, **kwargs):
-            found = gather(params, *args, **kwargs)
-            for param, buffer in zip(params, found, strict=True):  # gradients, or momenta
+            buffers = gather(params, *args, **kwargs)
+            for param, buffer in zip(params, buffers, strict=True):  # gradients, or momenta
                 self.mark(param, buffer)
-            return found
+            return buffers
 
         self.optimizer._partitioned_buffers_all_gather = gathered
 

@@ -82,8 +82,8 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
         states |= {k: v for k, v in base.state.get(unit.master, {}).items() if _is_moment(v)}
         for piece in unit.pieces:
             for state, tensor in states.items():
-                if own := _owned(engine, piece, _held(engine, unit, piece, state, tensor)):
-                    yield own
+                if fragment := _owned(engine, piece, _held(engine, unit, piece, state, tensor)):
+                    yield fragment
     yield from _untrained(engine, writing=True)
 
 
@@ -94,9 +94,9 @@ def _is_moment(value: Any) -> bool:
 def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
     """Yield persistent buffers and frozen parameters."""
     main, rank = engine.world.is_main or not writing, engine.world.rank
-    kept = engine.module.state_dict(keep_vars=True)
+    persistent = engine.module.state_dict(keep_vars=True)
     for name, buffer in engine.module.named_buffers():
-        if main and name in kept:
+        if main and name in persistent:
             yield Fragment(name, tuple(buffer.shape), WEIGHT, 0, buffer.detach().view(-1))
     for param in engine.names:
         if param.requires_grad:
@@ -137,8 +137,8 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def _scaler(layout: Layout) -> dict[str, Any]:
     """Return the state of the fp16 loss scale that DeepSpeed adapts; {} in every other engine."""
     scaler = _scaler_object(layout)
-    found = {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)} if scaler else {}
-    return found if _adapts(found) else {}
+    fields = {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)} if scaler else {}
+    return fields if _adapts(fields) else {}
 
 
 def _adapts(scaler: dict[str, Any]) -> bool:
@@ -150,8 +150,8 @@ def _adapts(scaler: dict[str, Any]) -> bool:
 def _load_scaler(layout: Layout, stored: dict[str, Any]) -> None:
     """Set the loss scale from a checkpoint, from fp16 to fp16 alone: in bf16 a large scale would
     make gradients wrong, in fp16 a scale of 1.0 would make them vanish."""
-    own = _scaler(layout)
-    for key in own.keys() & stored.keys() if _adapts(stored) else ():
+    current = _scaler(layout)
+    for key in current.keys() & stored.keys() if _adapts(stored) else ():
         setattr(_scaler_object(layout), key, stored[key])
 
 

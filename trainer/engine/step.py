@@ -27,7 +27,7 @@ from forescale.engine.compilation import (
 )
 from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.layout import Layout
-from forescale.engine.parallel.experts import shown_to_deepspeed
+from forescale.engine.parallel.experts import visible_to_deepspeed
 from forescale.engine.parallel.tensor import Mpu
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
@@ -80,7 +80,7 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
             group["peak_weight_decay"] = group.get("weight_decay", 0.0)
-        with shown_to_deepspeed(model, optimizer.param_groups):
+        with visible_to_deepspeed(model, optimizer.param_groups):
             self._deepspeed = _under_deepspeed(world, model, optimizer)
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed, fp32_gradients)
@@ -190,8 +190,8 @@ class Engine:
 
     def _counters(self) -> Tensor | None:
         """Return the model's own `counters()`; None without such a method."""
-        own = getattr(type(self.module), "counters", None)
-        return None if own is None else own(self.module)
+        counters = getattr(type(self.module), "counters", None)
+        return None if counters is None else counters(self.module)
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Return the numbers of the model's own `metrics()`, detached, and the means of those of
@@ -199,10 +199,10 @@ class Engine:
 
         Raises UserError if one isn't a number or a tensor of one element.
         """
-        own = getattr(type(self.module), "metrics", None)
-        found = {} if own is None else own(self.module)
+        metrics = getattr(type(self.module), "metrics", None)
+        numbers = {} if metrics is None else metrics(self.module)
         means = {name: torch.stack(each).mean() for name, each in self._numbers.items()}
-        return means | {name: _number(name, value) for name, value in found.items()}
+        return means | {name: _number(name, value) for name, value in numbers.items()}
 
     def seed_for(self, step: int, micro_batch: int) -> None:
         """Set the random state for a micro-batch, or for this rank's columns of it."""
@@ -276,8 +276,8 @@ class Engine:
         """
         self.module.eval()
         with torch.compiler.set_stance("force_eager"):
-            found: Tensor = self._deepspeed(tokens_BL.to(self.world.device))
-        return found
+            logits_BLV: Tensor = self._deepspeed(tokens_BL.to(self.world.device))
+        return logits_BLV
 
 
 def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
@@ -289,8 +289,8 @@ def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
         return world.accelerator.prepare(model, optimizer)[0]
     # Accelerate hands over no Mpu, except for models of transformers.
     config = world.accelerator.state.deepspeed_plugin.deepspeed_config
-    more = {"model": model, "optimizer": optimizer, "config_params": config}
-    return deepspeed.initialize(**more, mpu=Mpu(world))[0]
+    arguments = {"model": model, "optimizer": optimizer, "config_params": config}
+    return deepspeed.initialize(**arguments, mpu=Mpu(world))[0]
 
 
 def checked_losses(

@@ -120,10 +120,10 @@ def _blame(blamed: Sequence[RankStatus], seconds: Sequence[float], silent: bool)
     places: dict[tuple[int, str], list[int]] = {}
     for s in blamed:
         places.setdefault((_step(s), s.heartbeat.at), []).append(s.heartbeat.rank)
-    ((step, at), *more) = sorted(places)
-    if silent and not more:
+    ((step, at), *others) = sorted(places)
+    if silent and not others:
         return f"{have} not answered for {_span(seconds)}; last seen in {at} at step {step:,}"
-    if not more:
+    if not others:
         return f"{have} been in {at} for {_span(seconds)} at step {step:,}"
     each = ", ".join(
         f"{_format_ranks(ranks)} in {at} at step {step:,}"
@@ -173,8 +173,8 @@ def _format_ranks(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank, rank])
     texts = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a} to {b}" for a, b in runs]
-    shown = texts if len(texts) <= 6 else [*texts[:6], f"{len(texts) - 6} more groups"]
-    text = ", ".join(shown[:-1]) + " and " + shown[-1] if len(shown) > 1 else shown[0]
+    groups = texts if len(texts) <= 6 else [*texts[:6], f"{len(texts) - 6} more groups"]
+    text = ", ".join(groups[:-1]) + " and " + groups[-1] if len(groups) > 1 else groups[0]
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
@@ -268,7 +268,7 @@ def stragglers(
     if len(running) < 2:
         return []
     step = median_low([sum(b.pace.values()) for b in running])
-    found = []
+    slow = []
     for at in OWN_WORK:
         if at in waits:
             continue
@@ -276,5 +276,5 @@ def stragglers(
         for b in running:
             seconds = b.pace.get(at, 0.0)
             if seconds > factor * median and seconds - median > _LEAST_SHARE * step:
-                found.append(Straggler(b.rank, b.host, at, seconds, median, b.steps))
-    return sorted(found, key=lambda s: s.median - s.seconds)
+                slow.append(Straggler(b.rank, b.host, at, seconds, median, b.steps))
+    return sorted(slow, key=lambda s: s.median - s.seconds)

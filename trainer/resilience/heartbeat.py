@@ -146,14 +146,14 @@ class NodeDirectory:
 
         If the rank has moved on since, or was stopped after that, the heartbeat has the new place.
         """
-        found = {}
+        heartbeats = {}
         for path in self.path.glob("rank-*.json"):
             with suppress(OSError, ValueError, TypeError):  # it has just been removed
                 changed = path.stat().st_mtime_ns
                 stored = _from_json(json.loads(path.read_bytes()))
                 heartbeat = _at_newest_place(stored, path.with_suffix(".place"))
-                found[heartbeat.rank] = (heartbeat, changed)
-        return dict(sorted(found.items()))
+                heartbeats[heartbeat.rank] = (heartbeat, changed)
+        return dict(sorted(heartbeats.items()))
 
     def request_stacks(self) -> None:
         """Ask the ranks of the node to write their Python stacks."""
@@ -219,13 +219,13 @@ def read_nodes(attempt: Path, without: str = "", every: float = 0.0) -> list[Ran
     every: seconds between two writes of a node. What a file's age exceeds twice that is added to
     the silence of its ranks, by the clocks of the two nodes.
     """
-    found, now = [], time.time()
+    statuses, now = [], time.time()
     for path in (attempt / "heartbeat").glob("*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
             stored = json.loads(path.read_bytes())
             late = max(0.0, now - stored["time"] - 2 * every)
             if stored["host"] != without:
-                found += [
+                statuses += [
                     RankStatus(_from_json(row), row["silence"] + late) for row in stored["ranks"]
                 ]
-    return sorted(found, key=lambda s: s.heartbeat.rank)
+    return sorted(statuses, key=lambda s: s.heartbeat.rank)

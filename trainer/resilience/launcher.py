@@ -40,8 +40,8 @@ def started_as_rank() -> bool:
     # The batch script itself has SLURM_PROCID too, but it is no job step.
     if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         names = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
-        for ours, theirs in names.items():
-            os.environ.setdefault(ours, os.environ[f"SLURM_{theirs}"])
+        for name, slurm_name in names.items():
+            os.environ.setdefault(name, os.environ[f"SLURM_{slurm_name}"])
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -200,11 +200,11 @@ def start_ranks(
                 rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
 
     def start(rank: int) -> subprocess.Popen:
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        rank_environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = open(attempt / f"rank-{rank}.log", "ab") if rank else None  # noqa: SIM115
         started = subprocess.Popen(
             command,
-            env={**environment, **own},
+            env={**environment, **rank_environment},
             stdout=log or ends["stdout"],
             stderr=log or ends["stderr"],
             start_new_session=True,
@@ -230,12 +230,12 @@ def start_ranks(
     shutil.rmtree(node_path(attempt, environment["MASTER_PORT"]), ignore_errors=True)
     # A signal before the rank handled it kills the rank there: nothing is lost by that.
     result = INTERRUPTED if stop and code not in (DONE, USER) else code
-    how, more = outcome.describe_end(attempt, rank, result, outcome.kills_for_memory() > kills)
+    how, hint = outcome.describe_end(attempt, rank, result, outcome.kills_for_memory() > kills)
     outcome.record_end(attempt, result, how, rank)
     if result == USER and rank:
         report(_last_message(attempt / f"rank-{rank}.log"))
     elif result not in (DONE, USER, INTERRUPTED):
-        report(f"{how}; {more}")
+        report(f"{how}; {hint}")
     return result
 
 
@@ -249,8 +249,9 @@ def _wait(
         if failed or too_late():
             patient = not set(failed.values()).isdisjoint((USER, INTERRUPTED)) and not too_late()
             killed = _stop(ranks, grace=5.0 if patient else 1.0)
-            own = {i: r.returncode for i, r in enumerate(ranks) if r.returncode and i not in killed}
-            rank = outcome.first_failed(attempt, own) if own else min(killed)
+            ended = {i: r.returncode for i, r in enumerate(ranks) if i not in killed}
+            failures = {i: code for i, code in ended.items() if code}
+            rank = outcome.first_failed(attempt, failures) if failures else min(killed)
             return rank, ranks[rank].returncode
         if None not in codes:
             return 0, DONE
@@ -295,8 +296,8 @@ def asked_of_accelerate() -> int | None:
 
     parent = psutil.Process().parent()
     words = " ".join(parent.cmdline()) if parent else ""
-    found = re.search(r"--num[-_]processes[ =](\d+)", words)
-    return int(found[1]) if found and int(found[1]) > 1 else None
+    match = re.search(r"--num[-_]processes[ =](\d+)", words)
+    return int(match[1]) if match and int(match[1]) > 1 else None
 
 
 def default_processes(can: Callable[[int], bool]) -> int:
@@ -308,10 +309,10 @@ def default_processes(can: Callable[[int], bool]) -> int:
     beside other work. One rank where OMP_NUM_THREADS is set, for then the user has divided the
     cores. Doesn't import torch.
     """
-    if (asked := asked_of_accelerate()) is not None:
-        return asked
-    if found := gpus():
-        return len(found)
+    if (number := asked_of_accelerate()) is not None:
+        return number
+    if devices := gpus():
+        return len(devices)
     if "OMP_NUM_THREADS" in os.environ:
         return 1
     return next((n for n in range(len(os.sched_getaffinity(0)), 1, -1) if can(n)), 1)

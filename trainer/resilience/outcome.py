@@ -29,12 +29,12 @@ _ROOM = ".room"  # a file that is removed to make room for the end in launch.jso
 _LONGEST = 500  # characters of an error
 
 
-def record_start(attempt: Path, command: Sequence[str], processes: int, **more: Any) -> None:
-    """Write launch.json when the ranks are started; `more` fields as given."""
+def record_start(attempt: Path, command: Sequence[str], processes: int, **fields: Any) -> None:
+    """Write launch.json when the ranks are started. fields: further ones."""
     facts = {"begun": time.time(), "command": list(command), "host": socket.gethostname()}
-    own = os.getpid()
-    facts |= {"pid": own, "process": process_mark(own), "processes": processes}
-    write_checked_json(attempt / LAUNCH, {**facts, **more})
+    pid = os.getpid()
+    facts |= {"pid": pid, "process": process_mark(pid), "processes": processes}
+    write_checked_json(attempt / LAUNCH, {**facts, **fields})
     with suppress(OSError):
         (attempt / _ROOM).write_bytes(bytes(1 << 16))
 
@@ -52,19 +52,19 @@ def process_mark(pid: int) -> str | None:
         return None
 
 
-def record_end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:
+def record_end(attempt: Path, code: int, how: str, rank: int = 0, **fields: Any) -> None:
     """Add the end to launch.json. rank: the one that failed first.
 
     Room for it was kept since the start: a full disk is one of the ends to be recorded.
     """
     with suppress(OSError):
         (attempt / _ROOM).unlink(missing_ok=True)
-    add_to_launch(attempt, ended=time.time(), code=code, rank=rank, how=how, **more)
+    add_to_launch(attempt, ended=time.time(), code=code, rank=rank, how=how, **fields)
 
 
-def add_to_launch(attempt: Path, **more: Any) -> None:
+def add_to_launch(attempt: Path, **fields: Any) -> None:
     """Add fields to launch.json; for the launcher alone."""
-    write_checked_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **more})
+    write_checked_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **fields})
 
 
 def launch_of(attempt: Path) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def hang_of(attempt: Path) -> tuple[Hang, Path] | None:
     """Return the hang that ended a launch and the attempt in which it happened: the launch may have
     rolled back into a newer attempt than its first."""
     newer = [a.path for a in Run(attempt.parents[1]).attempts() if a.path.name > attempt.name]
-    found = ((hang, path) for path in (attempt, *newer) if (hang := read_hang(path)))
-    return next(found, None)
+    hangs = ((hang, path) for path in (attempt, *newer) if (hang := read_hang(path)))
+    return next(hangs, None)
 
 
 def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -> tuple[str, str]:
@@ -151,14 +151,15 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
     read more. rank, code: of the rank that failed first."""
     if code in (DONE, INTERRUPTED):
         return "done" if code == DONE else "interrupted", ""
-    if found := hang_of(attempt):
-        return found[0].sentence, f"see {found[1]}/hang-*.txt"
-    more = f"see {attempt / f'rank-{rank}.log'}" if rank else "its message is above"
+    if match := hang_of(attempt):
+        hang, path = match
+        return hang.sentence, f"see {path}/hang-*.txt"
+    hint = f"see {attempt / f'rank-{rank}.log'}" if rank else "its message is above"
     with suppress(OSError):
         error = _error_path(attempt, rank).read_text(errors="replace").strip()
         if error:
-            return error if code == USER else f"rank {rank} ended with {error}", more
-    return f"rank {rank} ended with {_describe_code(code, killed_for_memory)}", more
+            return error if code == USER else f"rank {rank} ended with {error}", hint
+    return f"rank {rank} ended with {_describe_code(code, killed_for_memory)}", hint
 
 
 def _describe_code(code: int, killed_for_memory: bool) -> str:

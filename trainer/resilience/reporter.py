@@ -182,10 +182,10 @@ class HeartbeatReporter:
 
     def _read_node(self, elapsed: float) -> list[RankStatus]:
         """Return the ranks of this node; silence counts only while this process runs."""
-        found = []
+        statuses = []
         for rank, (heartbeat, changed) in self.node.read().items():
             before, silence = self._last.get(rank, (0, 0.0))
             silence = 0.0 if changed != before or rank == self.rank else silence + elapsed
             self._last[rank] = (changed, silence)
-            found.append(RankStatus(heartbeat, silence))
-        return found
+            statuses.append(RankStatus(heartbeat, silence))
+        return statuses

@@ -164,12 +164,12 @@ class Watchdog:
                 if s.is_silent and process.create_time() <= s.heartbeat.time:
                     os.kill(s.heartbeat.pid, signal.SIGUSR2)
         time.sleep(_ANSWER + 2 * self.interval if others else 0.0)
-        found = {self.rank: python_stacks().rstrip()}
+        stacks = {self.rank: python_stacks().rstrip()}
         for rank, path in files.items():
             with suppress(OSError):
                 if text := path.read_bytes()[before[rank] :].decode(errors="replace"):
-                    found[rank] = text.rstrip()
-        return found
+                    stacks[rank] = text.rstrip()
+        return stacks
 
     def _find_stragglers(self, ranks: list[RankStatus]) -> None:
         now = time.monotonic()

@@ -81,16 +81,16 @@ def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
     """Raise UserError if a batch that grows, of the branch or of its origin, would have given the
     branch another number of windows than its origin has read: its length would not be what it
     reads."""
-    theirs = thaw(TrainJob, origin.config, trust=True)  # looked at, not run
-    read, counted = theirs.batch_ramp.samples(step), job.batch_ramp.samples(step)
-    if read == counted or not (theirs.batch_ramp.lengths or job.batch_ramp.lengths):
+    origin_job = thaw(TrainJob, origin.config, trust=True)  # looked at, not run
+    read, counted = origin_job.batch_ramp.samples(step), job.batch_ramp.samples(step)
+    if read == counted or not (origin_job.batch_ramp.lengths or job.batch_ramp.lengths):
         return
     problem = (
         f"{job.run.origin.run} has read {read:,} windows at step {step:,}, where the batch of "
     )
     problem += f"this run would have read {counted:,}"
     todo = "give the batches of its steps"
-    if (same := job.with_ramp_of(theirs)) is not None:
+    if (same := job.with_ramp_of(origin_job)) is not None:
         first, length = same.train.first_batch, same.train.batch_ramp
         todo = "leave train.first_batch and train.batch_ramp out, as it does"
         if first is not None:

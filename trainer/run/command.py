@@ -16,37 +16,40 @@ from forescale.config.train import TrainJob
 from forescale.run.directory import Run
 
 J = TypeVar("J", bound=TrainJob)
-More = Callable[[Path], dict[str, Any]]
+Sections = Callable[[Path], dict[str, Any]]
 
 
 def job_of(
     schema: type[J],
     overrides: Sequence[str],
-    more: More | None = None,
+    sections: Sections | None = None,
     notes: list[str] | None = None,
 ) -> J:
     """Return the job that `key=value` overrides describe. If run.name is one of them and the run
-    exists, they are laid over its frozen config, and over the sections that `more` returns for the
+    exists, they are laid over its frozen config, and over what `sections` returns for the
     directory of the run.
 
     notes: takes a sentence for each thing that the job has from an existing run. Raises ConfigError
     with all problems; and UserError if the frozen config can't be read, or names a class of the
     user's own that this user has named in no command (unless trust=true).
     """
-    sources: list[Path] = []
+    directories: list[Path] = []
 
     def frozen(directory: Path) -> dict[str, Any] | None:
         run = Run(directory)
         if not run.config.exists():
             return None
-        sources.append(directory)
-        return plain(thaw(TrainJob, run.config, trust=True)) | (more(directory) if more else {})
+        directories.append(directory)
+        config = plain(thaw(TrainJob, run.config, trust=True))
+        return config | (sections(directory) if sections else {})
 
     # What is typed now is trusted now; nothing stored says so.
     job = replace(compose(schema, overrides, find=frozen), trust=False)
     if notes is not None:
         is_named = any(word.startswith("run.name=") for word in overrides)
-        notes += [_source_note(job, directory, is_named) for directory in dict.fromkeys(sources)]
+        notes += [
+            _source_note(job, directory, is_named) for directory in dict.fromkeys(directories)
+        ]
     return job
 
 

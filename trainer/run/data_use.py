@@ -62,20 +62,20 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
     """
     with TemporaryDirectory() as scratch:
         where = check(lambda: _tables(job, sources, Path(scratch)))
-        feed, held_out, found = None, None, []
+        feed, held_out, sentences = None, None, []
         if where is not None:
             if job.data.packing == "windows":
                 feed = check(lambda: feed_of(job, sources, cache=where))
             if job.data.packing != "windows" or feed is not None:
                 held_out = check(lambda: _held_out(job, sources, where))
         elif check(lambda: row_kind(job, sources)) is not None:
-            found.append(
+            sentences.append(
                 "The rows of the data are not counted yet, so its epochs and the tokens read are "
                 "estimates, as if no document were left out and no column were padding, and "
                 "evaluations are not counted; `forescale train` counts them."
             )
         if feed is not None:
-            found += notes(job, feed)
+            sentences += notes(job, feed)
             times = epochs(job, feed)
         else:
             times = _estimated(job, sources)
@@ -88,7 +88,7 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
     if job.objective.are_preferences and feed is not None and held_out is not None:
         compared = [*(int(bins.counts.sum()) for bins in feed.bins or ()), *held_out]
     questions = check(lambda: questions_of_job(job, sources))
-    return DataUse(of, held_out, found, compared, questions)
+    return DataUse(of, held_out, sentences, compared, questions)
 
 
 def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:

@@ -150,8 +150,8 @@ class Run:
         """Return the steps of all published checkpoints, ascending, eligible or not. Other names
         (`cp -r` of a checkpoint to step-00000083.bak) are no checkpoints."""
         paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
-        found = {step_named(p.name) for p in paths if p.is_dir()}
-        return sorted(step for step in found if step is not None)
+        steps = {step_named(p.name) for p in paths if p.is_dir()}
+        return sorted(step for step in steps if step is not None)
 
     def attempts(self) -> list["Attempt"]:
         """Return all attempts, oldest first."""

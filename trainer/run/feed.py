@@ -86,11 +86,11 @@ def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Obje
         return NEXT_TOKEN
     length, seed = job.train.sequence_length, 0 if held_out else job.train.seed
     offered = {"seed": seed, "vocab_size": vocab_size, "sequence_length": length}
-    made = make("objective", job.objective.made_with, **offered)
-    if not (getattr(job.model, "causal", True) or hasattr(made, "padding_mask")):
+    objective = make("objective", job.objective.made_with, **offered)
+    if not (getattr(job.model, "causal", True) or hasattr(objective, "padding_mask")):
         problem = "its class does not hide padding, which a model with model.causal=false would see"
         raise UserError("objective._target_", problem, "give the class a method padding_mask")
-    return made
+    return objective
 
 
 def vocabulary_of(job: TrainJob, vocab_size: int) -> int:
@@ -156,8 +156,8 @@ def left_out(feed: Feed) -> dict[str, str]:
     """Return which documents of each source are no rows, in words; of sources that have any."""
     if feed.bins is None:
         return {}
-    found = {name: bins.left_out() for name, bins in zip(feed.names, feed.bins, strict=True)}
-    return {name: sentence for name, sentence in found.items() if sentence}
+    sentences = {name: bins.left_out() for name, bins in zip(feed.names, feed.bins, strict=True)}
+    return {name: sentence for name, sentence in sentences.items() if sentence}
 
 
 def row_tokens(feed: Feed) -> dict[str, int]:
@@ -175,23 +175,23 @@ def whole_rows_of(
     to train on."""
     if (kind := row_kind(job, sources)) is None:
         return {}
-    cache, found = cache or job.data.cache_directory, dict[str, Bins]()
+    cache, tables = cache or job.data.cache_directory, dict[str, Bins]()
     for name, part in sources.split(split).items():
         dataset = sources.datasets[name]
         _check_examples(job, dataset)
         with progress_display() as progress:
-            found[name] = kind.open(part, dataset.identity, cache, progress)
+            tables[name] = kind.open(part, dataset.identity, cache, progress)
         if split == "train":
-            _check_rows(job, dataset.where, found[name])
-    return found
+            _check_rows(job, dataset.where, tables[name])
+    return tables
 
 
 def _check_examples(job: TrainJob, dataset: Dataset) -> None:
     """Raise UserError if a dataset of finetune's is one of examples for another objective."""
-    wanted = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
-    found = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
-    if wanted and found != wanted and (found in ("examples", "preferences")):
-        problem = f"holds {found}, which objective.kind={job.objective.kind} doesn't read"
+    kind = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
+    data_kind = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
+    if kind and data_kind != kind and (data_kind in ("examples", "preferences")):
+        problem = f"holds {data_kind}, which objective.kind={job.objective.kind} doesn't read"
         raise UserError(dataset.where, problem, "give other data, or another objective.kind")
 
 
@@ -244,10 +244,10 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
 def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: int) -> Mixture:
     seed, orders = job.train.seed, {}
     for name, split in sources.split("train").items():
-        own = _own_seed(seed, name) if sources.is_mixture else seed
+        source_seed = _own_seed(seed, name) if sources.is_mixture else seed
         block = job.data.shuffle_shards
         try:
-            orders[name] = Order(split.shard_tokens, length, own, block, bins.get(name))
+            orders[name] = Order(split.shard_tokens, length, source_seed, block, bins.get(name))
         except UserError as e:
             raise UserError(sources.datasets[name].where, e.problem, e.todo) from None
     weights = job.data.weights or {n: o.windows_per_epoch for n, o in orders.items()}

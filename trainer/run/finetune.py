@@ -126,8 +126,8 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
 
 def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
     rate = LORA * old.learning_rate * (_OF_MUON if old.spec.matrices else 1.0)
-    made = OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0)
-    return replace(made, beta1=old.beta1, beta2=old.beta2) if old.kind == "adamw" else made
+    adamw = OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0)
+    return replace(adamw, beta1=old.beta1, beta2=old.beta2) if old.kind == "adamw" else adamw
 
 
 def _rounded(rate: float) -> float:
@@ -159,8 +159,8 @@ def vocabulary_of_run(run: Run) -> Vocabulary:
     return Vocabulary(raw, described["vocab_size"], described["end_of_text"])
 
 
-def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTemplate:
-    """Return the template in the file `given`, Jinja or a tokenizer_config.json, else the one that
+def chat_template(run: Run, vocabulary: Vocabulary, path: str | None) -> ChatTemplate:
+    """Return the template in the file `path`, Jinja or a tokenizer_config.json, else the one that
     the run was trained with, else the one that came with its tokenizer, else the plain one. Raises
     UserError if it can't be read."""
     tokenizer = vocabulary.load()
@@ -171,10 +171,11 @@ def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTe
     tokens = {"bos_token": "", "eos_token": tokenizer.id_to_token(vocabulary.end) or ""}
     tokens |= {k: text for k, v in config.items() if k.endswith("_token") and (text := _text(v))}
     where, source = "the plain chat template", PLAIN
-    if own := kept_template(run) or stored.get(_TEMPLATE) or _default(config.get("chat_template")):
-        where, source = f"the chat template of {run.name}", own
-    if given is not None:
-        where, source = given, _read(given)
+    stored_template = stored.get(_TEMPLATE) or _default(config.get("chat_template"))
+    if template := kept_template(run) or stored_template:
+        where, source = f"the chat template of {run.name}", template
+    if path is not None:
+        where, source = path, _read(path)
     return ChatTemplate(source, where, special, tokens)
 
 
@@ -182,8 +183,8 @@ def kept_template(run: Run) -> str | None:
     """Return the chat template that a run was trained with; None if with no conversations."""
     if not run.chat.is_file():
         return None
-    found: str = read_json(run.chat)["chat_template"]
-    return found
+    template: str = read_json(run.chat)["chat_template"]
+    return template
 
 
 def _text(token: Any) -> str | None:
@@ -211,10 +212,10 @@ def _read(path: str) -> str:
     if file.suffix != ".json":
         return source
     try:
-        found = json.loads(source)
+        config = json.loads(source)
     except ValueError:
         raise UserError(path, "is no JSON", todo) from None
-    own = _default(found.get("chat_template")) if isinstance(found, dict) else None
-    if own is None:
+    template = _default(config.get("chat_template")) if isinstance(config, dict) else None
+    if template is None:
         raise UserError(path, "has no chat_template", todo)
-    return own
+    return template

@@ -35,10 +35,10 @@ def history_of(run: Run, saved: Saved) -> Prefix:
     Raises UserError if no attempt has them whole.
     """
     attempts, origin = run.attempts(), step_before(run)
-    own = [a for a in attempts if a.number == saved.attempt]
+    savers = [a for a in attempts if a.number == saved.attempt]
     others = [a for a in reversed(attempts) if a.number != saved.attempt and a.has_begun]
     reasons = []
-    for attempt in (*own, *others):
+    for attempt in (*savers, *others):
         path = attempt.metrics.path
         try:
             return _history_in(path, saved, origin)
@@ -47,7 +47,7 @@ def history_of(run: Run, saved: Saved) -> Prefix:
         except UserError as e:  # a damaged row
             reasons.append(f"{e.where.removeprefix(f'{path}, ')}: {e.problem}")
     where = run.path / "attempts" / f"{saved.attempt:04d}" / "metrics.jsonl"
-    why = f" ({reasons[0]})" if own else ""
+    why = f" ({reasons[0]})" if savers else ""
     raise UserError(
         str(where),
         f"the rows up to step {saved.step:,}, to resume after, are damaged or missing{why}",
@@ -106,14 +106,14 @@ def _contiguous(path: Path, step: int, origin: int) -> Prefix:
 
 def _last_step(path: Path, size: int) -> int | None:
     """Return the step of the last train row in the first `size` bytes; None without one."""
-    found = None
+    last = None
     begin = max(0, size - _TAIL)
     for row, _ in each_row(path, begin, size):
         if row.get("kind") == "train":
-            found = row["step"]
-    if found is None and begin:  # rows that long are possible
-        found = next((row["step"] for row, _ in each_row(path, 0, size) if "loss" in row), None)
-    return found
+            last = row["step"]
+    if last is None and begin:  # rows that long are possible
+        last = next((row["step"] for row, _ in each_row(path, 0, size) if "loss" in row), None)
+    return last
 
 
 def _end_of_step(path: Path, size: int, step: int) -> int:
@@ -125,15 +125,15 @@ def _end_of_step(path: Path, size: int, step: int) -> int:
     return size
 
 
-def expect_whole(run: Run, own: Attempt, saved: Saved | None) -> None:
+def expect_whole(run: Run, attempt: Attempt, saved: Saved | None) -> None:
     """Raise UserError unless the attempts of a run tell where it goes on, or it is a new one.
 
-    own: the attempt that is starting; saved: of the checkpoint that it has found, if any.
+    attempt: the one that is starting; saved: of the checkpoint that it resumes from, if any.
     """
-    run.expect_newest(own)
+    run.expect_newest(attempt)
     numbers = [a.number for a in run.attempts()]
     restore = "restore it from a copy, or choose another run.name"
-    if missing := sorted(set(range(1, own.number)) - set(numbers)):
+    if missing := sorted(set(range(1, attempt.number)) - set(numbers)):
         where = run.path / "attempts" / f"{missing[0]:04d}"
         problem = "is missing, so it isn't known which checkpoints and samples count"
         raise UserError(str(where), problem, restore)

@@ -26,14 +26,14 @@ _DTYPE = np.dtype("<f4")
 @dataclass(frozen=True)
 class References:
     """Nats of each preference's chosen and rejected response: of each split and source float32 of
-    shape (preferences, 2). made: what they were computed of."""
+    shape (preferences, 2). source: what they were computed of."""
 
-    made: dict[str, Any]
+    source: dict[str, Any]
     values: dict[str, dict[str, np.ndarray]]
 
     def of(self, identity: str, split: str) -> np.ndarray | None:
         """Return those of the dataset with an identity; None if it is none of the run's."""
-        for name, known in self.made["data"].items():
+        for name, known in self.source["data"].items():
             if known == identity and name in self.values.get(split, {}):
                 return self.values[split][name]
         return None
@@ -44,7 +44,7 @@ class References:
             split: {name: _encoded(array) for name, array in sources.items()}
             for split, sources in self.values.items()
         }
-        write_checked_json(run.references, {"made": self.made, "values": encoded})
+        write_checked_json(run.references, {"made": self.source, "values": encoded})
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any]) -> "References":
@@ -73,17 +73,17 @@ def identities(sources: Sources) -> dict[str, str]:
     return {name: dataset.identity for name, dataset in sources.datasets.items()}
 
 
-def misfit(made: dict[str, Any], job: TrainJob, sources: Sources) -> str | None:
-    """Return in what references, made of `made`, are not those of a job, as the rest of a sentence;
+def misfit(source: dict[str, Any], job: TrainJob, sources: Sources) -> str | None:
+    """Return why references with this source are not those of a job, as the rest of a sentence;
     None if they are."""
-    old, new = made["data"], identities(sources)
+    old, new = source["data"], identities(sources)
     if sorted(old.values()) != sorted(new.values()):
         return f"is of other data than {sources.where}"
     if old != new:
         return f"is of data.sources {', '.join(old)}, and this job names the same {', '.join(new)}"
-    columns, wanted = made["columns"], job.train.sequence_length
-    if columns != wanted:
-        return f"is of rows of {columns:,} columns, and train.sequence_length is {wanted:,}"
+    columns, length = source["columns"], job.train.sequence_length
+    if columns != length:
+        return f"is of rows of {columns:,} columns, and train.sequence_length is {length:,}"
     return None
 
 

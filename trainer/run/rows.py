@@ -162,12 +162,12 @@ def select(
 
     after, until: only rows of steps in (after, until]; a row without a step counts as step 0.
     """
-    found = [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+    selected = [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
     if after is not None:
-        found = [row for row in found if row.get("step", 0) > after]
+        selected = [row for row in selected if row.get("step", 0) > after]
     if until is not None:
-        found = [row for row in found if row.get("step", 0) <= until]
-    return found
+        selected = [row for row in selected if row.get("step", 0) <= until]
+    return selected
 
 
 class RowReader:
@@ -211,9 +211,9 @@ def _encoded(row: Row) -> bytes:
 def parse_row(line: bytes) -> Row:
     """Return a row; numbers that were not finite are NaN again. Raises ValueError if it is damaged.
     (Lines of earlier versions carry no checksum.)"""
-    if found := _CRC.search(line):
-        line = line[: found.start()] + b"}"
-        if zlib.crc32(line) != int(found[1], 16):
+    if match := _CRC.search(line):
+        line = line[: match.start()] + b"}"
+        if zlib.crc32(line) != int(match[1], 16):
             raise ValueError("its checksum differs")
     row = json.loads(line)
     if not isinstance(row, dict):

@@ -188,23 +188,24 @@ def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[
     """Replace the config, and where it differs the data, of a run that has made no step. Return a
     sentence for what that changes, if anything does."""
     changes = diff(old, job)
-    told = [str(change) for change in changes if change.kind == "identity"]
+    differences = [str(change) for change in changes if change.kind == "identity"]
     stored, tokenizer = data_of(run), sources.first.tokenizer_json
     if stored["identity"] != sources.identity:
-        told.append(f"data: {stored['path']} -> {sources.where}")
+        differences.append(f"data: {stored['path']} -> {sources.where}")
     # A kill in between leaves a run that the same command corrects again.
     if not run.tokenizer.exists() or run.tokenizer.read_bytes() != tokenizer:
         write_file(run.tokenizer, tokenizer)
-    if told:
+    if differences:
         _keep(run, job, sources)
         measured = ("parameters", "device")  # of the old config; the next attempt adds them
-        kept = {k: v for k, v in read_json(run.identity).items() if k not in measured}
-        write_checked_json(run.identity, kept | _of_data(sources) | {"versions": versions()})
+        fields = {k: v for k, v in read_json(run.identity).items() if k not in measured}
+        write_checked_json(run.identity, fields | _of_data(sources) | {"versions": versions()})
     if changes:
         _freeze(run, job, [change.key for change in changes])
-    if not told:
+    if not differences:
         return ()
-    return (f"{run.path} has made no step yet, so its config is replaced: {'; '.join(told)}.",)
+    text = "; ".join(differences)
+    return (f"{run.path} has made no step yet, so its config is replaced: {text}.",)
 
 
 def open_sources(data: DataConfig) -> Sources:
@@ -253,8 +254,8 @@ def _check_resume(job: TrainJob, run: Run) -> None:
     if job.run.resume == "never" and any(a.parent for a in run.attempts()):
         todo = "choose another run.name, or run.resume=auto to resume it"
         raise UserError(str(run.path), "the run exists already", todo)
-    made = run.path.exists() and any(run.path.iterdir())
-    if made and not run.config.exists():  # asked anew: another command may make the run just now
+    is_occupied = run.path.exists() and any(run.path.iterdir())
+    if is_occupied and not run.config.exists():  # again: another command may make it just now
         problem = "is neither empty nor a run (no config.yaml)"
         raise UserError(str(run.path), problem, "choose another run.name or run.root")
 
@@ -300,13 +301,13 @@ def _of_data(sources: Sources) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that isn't installed
-            found[package] = "unknown"
-    return found
+            numbers[package] = "unknown"
+    return numbers
 
 
 def numerics(

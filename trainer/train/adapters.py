@@ -17,18 +17,18 @@ from forescale.models.adapters import is_adapter, is_target, stored_name
 from forescale.models.block import Block
 from forescale.models.init import Linear
 
-Made = Callable[[nn.Module], nn.Module]
+Division = Callable[[nn.Module], nn.Module]
 
 
-def adapting(job: TrainJob, made: Made | None) -> Made | None:
+def adapting(job: TrainJob, divide: Division | None) -> Division | None:
     """Return what puts adapters into a block that has its weights, freezes any large part of a
-    model, and then does `made`; that alone if the job has none.
+    model, and then does `divide`; that alone if the job has none.
 
     So ranks that divide the parts divide the adapters too. Raises UserError without peft.
     """
     lora = job.lora
     if not lora.rank:
-        return made
+        return divide
     peft = _peft()
     seed = job.train.seed if job.train.init_seed is None else job.train.init_seed
     draws = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def adapting(job: TrainJob, made: Made | None) -> Made | None:
                 with torch.random.fork_rng(devices=[]):  # later blocks draw as without adapters
                     peft.inject_adapter_in_model(config, module)
                 _draw(module, draws)
-        return made(module) if made else module
+        return divide(module) if divide else module
 
     return adapted
 

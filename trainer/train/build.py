@@ -40,7 +40,7 @@ from forescale.run.identity import complete
 from forescale.run.references import References
 from forescale.run.scores import is_evaluated
 from forescale.train.abilities import Abilities
-from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
+from forescale.train.callbacks import Callback, Checkpoints, Every, UserCallback, Validation
 from forescale.train.evaluate import Score, Scored, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
 from forescale.train.metrics import Metrics, Prices, ProgressLine
@@ -59,14 +59,14 @@ class Parts:
     guard: StepGuard
     metrics: Metrics
     validation: Validation
-    own: list[Own]
+    user_callbacks: list[UserCallback]
     checkpoints: Checkpoints
 
     @property
     def callbacks(self) -> list[Callback]:
         """All callbacks in their order: a step is logged first; it is saved before it is scored,
         which may take an hour."""
-        return [self.metrics, *self.own, self.checkpoints, self.validation]
+        return [self.metrics, *self.user_callbacks, self.checkpoints, self.validation]
 
     def close(self) -> None:
         """End the workers of the data stream, and write what the metrics still hold."""
@@ -113,9 +113,9 @@ class Builder:
     def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
         ranks, began = self.engine.world, point.position.step
-        given = self.references.values["train"] if self.references else None
+        references = self.references.values["train"] if self.references else None
         feed = ranks.main_first(  # rank 0 makes tables that are missing from the cache
-            lambda: feed_of(self.job, self.sources, point.position.skipped, references=given)
+            lambda: feed_of(self.job, self.sources, point.position.skipped, references=references)
         )
         rollbacks = ranks.from_main(self.run.rollbacks, self.run.path)
         tables = dict(zip(feed.names, feed.bins or (), strict=False))
@@ -131,14 +131,16 @@ class Builder:
             judge, attempt, began, lambda: began > 0 or checkpoints.saved is not None
         )
         batches = self._batches(attempt, point.position, feed)
-        own = self._own(attempt, self.job.guard.most_rollbacks - len(rollbacks))
-        return Parts(batches, guard, metrics, validation, own, checkpoints)
+        user_callbacks = self._user_callbacks(
+            attempt, self.job.guard.most_rollbacks - len(rollbacks)
+        )
+        return Parts(batches, guard, metrics, validation, user_callbacks, checkpoints)
 
     def lacks_score(self, point: ResumePoint) -> bool:
         """True if the run ended between the save that it resumes from and the evaluation of the
         same step. Every rank calls it, after the attempt has taken over the earlier rows."""
-        step, found = point.position.step, point.checkpoint
-        if found is None or found.path.parent != self.run.checkpoints:
+        step, checkpoint = point.position.step, point.checkpoint
+        if checkpoint is None or checkpoint.path.parent != self.run.checkpoints:
             return False  # the rows of another run tell nothing of this one
         if not self._every(self.job.validation.every)(step):
             return False
@@ -229,8 +231,8 @@ class Builder:
 
         @cache
         def of(length: int) -> Prices:
-            found = prices_of(self.job, self.model, length)
-            return Prices(**{name: each * flops for name, flops in found.items()}, peak=peak)
+            flops_of = prices_of(self.job, self.model, length)
+            return Prices(**{name: each * flops for name, flops in flops_of.items()}, peak=peak)
 
         def prices(step: int) -> tuple[Prices, Prices]:
             shares = ramp.shares(step, samples)
@@ -242,15 +244,15 @@ class Builder:
 
         return prices
 
-    def _own(self, attempt: Attempt, rollbacks_left: int) -> list[Own]:
+    def _user_callbacks(self, attempt: Attempt, rollbacks_left: int) -> list[UserCallback]:
         """The callbacks of the user's own."""
         main = self.engine.world.is_main
         event = attempt.event if main else lambda *_, **__: None
-        found = []
+        callbacks = []
         for i, config in enumerate(self.job.callbacks):
-            own = make(f"callbacks.{i}", config, engine=self.engine, folder=attempt.path)
-            found.append(Own(own, event, rollbacks_left))
-        return found
+            callback = make(f"callbacks.{i}", config, engine=self.engine, folder=attempt.path)
+            callbacks.append(UserCallback(callback, event, rollbacks_left))
+        return callbacks
 
     def _checkpoints(self, attempt: Attempt, judge: Guard) -> Checkpoints:
         job, rules = self.job, self.job.checkpoint
@@ -294,7 +296,7 @@ class Builder:
 
     def _preference_scores(self, windows: int | None) -> Mapping[str, PreferenceScore]:
         assert self.references is not None
-        ranks, found = self.engine.world.data, {}
+        ranks, scores = self.engine.world.data, {}
         for name, split in self.sources.split("validation").items():
             micros = validation_windows(
                 split,
@@ -307,8 +309,8 @@ class Builder:
                 bins=self._held_out_rows[name],
                 references=self.references.values["validation"][name],
             )
-            found[name] = evaluate_preferences(self._nats, micros, self.job.objective.beta, ranks)
-        return with_pooled(found, pooled_preferences)
+            scores[name] = evaluate_preferences(self._nats, micros, self.job.objective.beta, ranks)
+        return with_pooled(scores, pooled_preferences)
 
     def _nats(self, micro: MicroBatch) -> Tensor:
         self.phases.mark("evaluation")

@@ -70,20 +70,20 @@ class Callback:
         raise NotImplementedError
 
 
-class Own(Callback):
+class UserCallback(Callback):
     """A callback of the user's own, which has `see` alone.
 
     event: records why it ended the attempt, as the guard records it. rollbacks_left: with 0, a
     rollback becomes a halt, as guard.most_rollbacks says.
     """
 
-    def __init__(self, own: Any, event: Callable[..., None], rollbacks_left: int):
-        self._own, self._event, self._left = own, event, rollbacks_left
+    def __init__(self, callback: Any, event: Callable[..., None], rollbacks_left: int):
+        self._callback, self._event, self._left = callback, event, rollbacks_left
 
     def see(self, step: Step, summary: StepSummary) -> None:
         """Pass on to the user's method."""
         try:
-            self._own.see(step, summary)
+            self._callback.see(step, summary)
         except Anomaly as raised:
             anomaly = raised
             if isinstance(raised, Rollback) and self._left <= 0:

@@ -126,15 +126,15 @@ class Guard:
         """Return the decision on a step from its mean loss and gradient norm. Call it once a step,
         in order."""
         faults = self._faults(loss, norm)
-        found = max(faults, key=lambda fault: _SEVERITY[fault.action], default=None)
-        if found is None or found.action == "note":
+        decision = max(faults, key=lambda fault: _SEVERITY[fault.action], default=None)
+        if decision is None or decision.action == "note":
             # A noted value is remembered too: a level that has changed for good becomes usual.
             self._losses.values.append(loss)
             self._norms.values.append(norm)
             self._anomalous_in_a_row = 0
-            return found or HEALTHY
+            return decision or HEALTHY
         self._anomalous_in_a_row += 1
-        return self._limited(step, found)
+        return self._limited(step, decision)
 
     def _faults(self, loss: float, norm: float) -> Iterator[Decision]:
         rules = self.rules
@@ -152,19 +152,23 @@ class Guard:
                     how = f"{score:.1f} standard deviations above the median"
                     yield Decision(policy, f"the {name} is {value:.4g}, {how}")
 
-    def _limited(self, step: int, found: Decision) -> Decision:
+    def _limited(self, step: int, decision: Decision) -> Decision:
         """Apply the limits on anomalous steps in a row and on rollbacks."""
         rules = self.rules
         if self._anomalous_in_a_row > rules.patience:
-            problem = f"{found.reason}, and the {rules.patience} steps before were anomalous too"
+            problem = f"{decision.reason}, and the {rules.patience} steps before were anomalous too"
             return Decision("halt", problem)
-        if found.action == "rollback" and self.rollbacks:
+        if decision.action == "rollback" and self.rollbacks:
             if step - self.rollbacks[-1] <= rules.cooldown:
-                return Decision("skip", f"{found.reason}; the last rollback was only just before")
+                return Decision(
+                    "skip", f"{decision.reason}; the last rollback was only just before"
+                )
             if len(self.rollbacks) >= rules.most_rollbacks:
-                problem = f"{found.reason}, and the run has rolled back {len(self.rollbacks)} times"
+                problem = (
+                    f"{decision.reason}, and the run has rolled back {len(self.rollbacks)} times"
+                )
                 return Decision("halt", problem)
-        return found
+        return decision
 
 
 _SEVERITY: dict[str, int] = {"note": 0, "skip": 1, "rollback": 2, "halt": 3}
@@ -209,15 +213,15 @@ class StepGuard:
             return
         self.phases.mark("selfcheck")
         measured = self._check.tolerance is not None
-        found = fault_of(self._check(batch, losses))
+        fault = fault_of(self._check(batch, losses))
         if not measured and self._check.tolerance:
             self._event("selfcheck_inexact", tolerance=self._check.tolerance)
-        if found is None:
+        if fault is None:
             self._trusted = self._step - 1
             return
         policy = self.rules.corruption
-        self._event("silent_corruption", what=found, policy=policy, trusted=self._trusted)
-        self._corrupt = found if policy != "note" else None
+        self._event("silent_corruption", what=fault, policy=policy, trusted=self._trusted)
+        self._corrupt = fault if policy != "note" else None
 
     def may_apply(self, loss: float, norm: float) -> bool:
         """Decide, from the step's mean loss and gradient norm; True if the weights are updated."""

@@ -50,12 +50,12 @@ from forescale.run.feed import vocabulary_of
 def build_model(
     job: TrainJob,
     vocab_size: int,
-    made: Callable[[nn.Module], nn.Module] | None = None,
+    divide: Callable[[nn.Module], nn.Module] | None = None,
     draws: bool = True,
 ) -> nn.Module:
     """Return the model with its initial weights, drawn from `train.init_seed`, else `train.seed`.
 
-    made: see models.Transformer; draws: False if all weights are read from a checkpoint next. A
+    divide: see models.Transformer; draws: False if all weights are read from a checkpoint next. A
     class of the user's own draws in any case: what it makes of the draws may be more than weights.
     Raises UserError if a class of the user's own can't be imported or made.
     """
@@ -66,7 +66,7 @@ def build_model(
         from forescale.models.init import Undrawn
 
         with nullcontext() if draws else Undrawn():
-            return made(Transformer(job.model, made)) if made else Transformer(job.model)
+            return divide(Transformer(job.model, divide)) if divide else Transformer(job.model)
     whole = vocabulary_of(job, vocab_size)
     return _build_target(job.model, whole, job.train.sequence_length)
 
@@ -89,8 +89,8 @@ def prices_of(job: TrainJob, model: nn.Module, length: int | None = None) -> dic
         causal = lora.flops_per_token(config, length, causal=True)
         return {"full": full, "causal": causal, "six_n": lora.flops_6n(config)}
     six_n = 6 * num_parameters(model)
-    own = getattr(model, "flops_per_token", None)
-    full = own(length) if own else six_n
+    flops = getattr(model, "flops_per_token", None)
+    full = flops(length) if flops else six_n
     return {"full": full, "causal": full, "six_n": six_n}
 
 

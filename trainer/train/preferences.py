@@ -81,8 +81,8 @@ class PreferenceScore:
 
     def row(self) -> dict[str, Any]:
         """Return it as the fields of a row of metrics."""
-        kept = {"loss": self.loss, "loss_stderr": self.loss_stderr}
-        return {**kept, **self.numbers, "targets": self.targets, "windows": self.windows}
+        losses = {"loss": self.loss, "loss_stderr": self.loss_stderr}
+        return {**losses, **self.numbers, "targets": self.targets, "windows": self.windows}
 
     def text(self, of: str = "") -> str:
         """Return it as a part of a sentence."""
@@ -159,39 +159,39 @@ class Reference:
         world, origin = self.engine.world, self.job.run.origin
         has_begun = bool(world.from_main(self.run.checkpoint_steps, self.run.checkpoints))
         stored = world.from_main(lambda: stored_references(self.run), self.run.path)
-        found = None if stored is None else References.from_stored(stored)
-        if origin.load != "weights" or (has_begun and found is not None):
-            return self._checked(found)
+        references = None if stored is None else References.from_stored(stored)
+        if origin.load != "weights" or (has_begun and references is not None):
+            return self._checked(references)
         old = Run.existing(origin.run or "", self.job.run.root)
         start = reader.at_step(old, origin.step, world)
-        made = world.from_main(lambda: self._made(start), start.path)
-        if found is not None and found.made == made:
-            return found
+        made_of = world.from_main(lambda: self._source(start), start.path)
+        if references is not None and references.source == made_of:
+            return references
         writer.load(start, self.engine, weights_only=True)
         values = self._computed(stops, mark, progress)
         if values is None:
             return None
-        fresh = References(made, values)
+        fresh = References(made_of, values)
         world.from_main(lambda: fresh.write(self.run), self.run.path)
         return fresh
 
-    def _checked(self, found: References | None) -> References:
+    def _checked(self, references: References | None) -> References:
         """Return references of the job's data. Raises UserError."""
         where, origin = str(self.run.references), self.job.run.origin
         todo = "restore it from a copy"
         if origin.load != "weights":
             todo += f", or copy that of {origin.run}, with which this run goes on"
-        if found is None:
+        if references is None:
             raise UserError(where, "no such file", todo)
-        if problem := misfit(found.made, self.job, self.sources):
+        if problem := misfit(references.source, self.job, self.sources):
             raise UserError(where, problem, todo)
-        return found
+        return references
 
     @property
     def _columns(self) -> int:
         return self.job.train.sequence_length
 
-    def _made(self, start: Checkpoint) -> dict[str, Any]:
+    def _source(self, start: Checkpoint) -> dict[str, Any]:
         """Return what references are made of; the checkpoint's table has a hash of each file."""
         origin = {"run": self.job.run.origin.run, "step": start.position.step}
         origin["table"] = hash_file(start.path / TABLE).sha256
@@ -208,10 +208,10 @@ class Reference:
                 partial(whole_rows_of, self.job, self.sources, split)
             )
             for name, part in self.sources.split(split).items():
-                found = self._of_split(part, bins[name], objective, (stops, mark, progress))
-                if found is None:
+                nats = self._of_split(part, bins[name], objective, (stops, mark, progress))
+                if nats is None:
                     return None
-                values[split][name] = found
+                values[split][name] = nats
         return values
 
     def _of_split(

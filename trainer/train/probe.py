@@ -109,12 +109,12 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
         ) from e
     shape = (job.rows_at_once, job.train.sequence_length)
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
-    more = {"documents_BL": ids.int()} if job.data.document_mask else {}
+    masks = {"documents_BL": ids.int()} if job.data.document_mask else {}
     if not job.objective.spec.continues_text:
-        more["padding_mask_BL"] = ids.bool()
+        masks["padding_mask_BL"] = ids.bool()
     try:
         with torch.no_grad(), torch.device("meta"):
-            output = model(ids, ids, **more)
+            output = model(ids, ids, **masks)
     except Exception as e:
         if _is_certain(e):
             size = f"{shape[0]} windows of {shape[1]} tokens"

@@ -55,48 +55,48 @@ def resume(
     saved or logged is missing or damaged, or if a newer attempt was started.
     """
     ranks, origin, weights_only = engine.world, job.run.origin, False
-    found = reader.newest_complete(run, report, ranks)
-    history = _history(run, found, report, engine, attempt)
-    if found is None and origin.run is not None:
-        found = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
+    checkpoint = reader.newest_complete(run, report, ranks)
+    history = _history(run, checkpoint, report, engine, attempt)
+    if checkpoint is None and origin.run is not None:
+        checkpoint = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
         weights_only = origin.load == "weights"
     skipped = (*map(tuple, job.data.skip), *ranks.from_main(run.skipped, run.path))
-    if found is None:
+    if checkpoint is None:
         return ResumePoint(Position(skipped=merged_intervals(skipped)))
-    writer.load(found, engine, weights_only)
+    writer.load(checkpoint, engine, weights_only)
     if weights_only:
-        return ResumePoint(Position(skipped=merged_intervals(skipped)), found)
-    position = found.position
+        return ResumePoint(Position(skipped=merged_intervals(skipped)), checkpoint)
+    position = checkpoint.position
     position = replace(position, skipped=merged_intervals((*position.skipped, *skipped)))
-    return ResumePoint(position, found, found.state.get("guard"), history=history)
+    return ResumePoint(position, checkpoint, checkpoint.state.get("guard"), history=history)
 
 
 def _history(
     run: Run,
-    found: Checkpoint | None,
+    checkpoint: Checkpoint | None,
     report: Report,
     engine: Engine,
     starting: Attempt | None = None,
 ) -> Prefix | None:
     """Return the rows to begin with, on rank 0, verified; raise its UserError on every rank."""
-    own: list[Prefix] = []
+    prefixes: list[Prefix] = []
 
     def judge() -> None:
-        saved = None if found is None else _saved(found)
+        saved = None if checkpoint is None else _saved(checkpoint)
         if starting is not None:
             expect_whole(run, starting, saved)
         if saved is not None:
-            own.append(history_of(run, saved))
-            if (path := own[0].path).parent.name != f"{saved.attempt:04d}":
+            prefixes.append(history_of(run, saved))
+            if (path := prefixes[0].path).parent.name != f"{saved.attempt:04d}":
                 report("history_restored", attempt=saved.attempt, file=str(path))
 
     engine.world.from_main(judge, run.path)
-    return own[0] if own else None
+    return prefixes[0] if prefixes else None
 
 
-def _saved(found: Checkpoint) -> Saved:
-    rows = found.state.get("logged", {}).get("metrics.jsonl")
-    return Saved(found.position.step, found.attempt, FileEntry(**rows) if rows else None)
+def _saved(checkpoint: Checkpoint) -> Saved:
+    rows = checkpoint.state.get("logged", {}).get("metrics.jsonl")
+    return Saved(checkpoint.position.step, checkpoint.attempt, FileEntry(**rows) if rows else None)
 
 
 def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> ResumePoint:
@@ -107,10 +107,10 @@ def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> R
     no checkpoint to load.
     """
     strictly = rollback.interval is None
-    found = reader.newest_before(run, rollback.newest, strictly, report, engine.world)
-    more = (rollback.interval,) if rollback.interval else ()
-    writer.load(found, engine)
-    skipped = merged_intervals((*rollback.position.skipped, *more))
-    position = replace(found.position, skipped=skipped)
-    guard, history = found.state.get("guard"), _history(run, found, report, engine)
-    return ResumePoint(position, found, guard, rollback.step, history)
+    checkpoint = reader.newest_before(run, rollback.newest, strictly, report, engine.world)
+    skips = (rollback.interval,) if rollback.interval else ()
+    writer.load(checkpoint, engine)
+    skipped = merged_intervals((*rollback.position.skipped, *skips))
+    position = replace(checkpoint.position, skipped=skipped)
+    guard, history = checkpoint.state.get("guard"), _history(run, checkpoint, report, engine)
+    return ResumePoint(position, checkpoint, guard, rollback.step, history)

@@ -109,7 +109,7 @@ class Trainer:
             return DONE
         if any(self.world.gather(bool(self.stop_request))):
             return INTERRUPTED  # during start-up: there is nothing new to save
-        if self.compilation.wanted:
+        if self.compilation.enabled:
             self.engine.compile(self.compilation.by_part, self.compilation.budget)
         if self.compilation.notice:
             self._print(self.compilation.notice)
@@ -133,18 +133,18 @@ class Trainer:
         for key, name in targets(job).items():
             import_target(key, name)  # a wrong name is reported before anything is built
         self.reads_weights = self.world.from_main(self._has_weights, self.run.path)
-        made = adapting(job, partition_of(job, self.world))
-        model = build_model(job, self.sources.vocab_size, made, draws=not self.reads_weights)
+        divide = adapting(job, partition_of(job, self.world))
+        model = build_model(job, self.sources.vocab_size, divide, draws=not self.reads_weights)
         freeze(job, model)
         device, threads = self.world.device.type, torch.get_num_threads()
         self.compilation = compilation(job, self.world.size, device)
-        if not self.compilation.wanted:
+        if not self.compilation.enabled:
             without_compiler()
         self.engine: Engine = build_engine(self.world, model, job)
         self.engine.mark = self.phases.mark
         if self.injector:
             self.engine.disturb = self.injector.disturb
-        compiled = "parts" if self.compilation.by_part else self.compilation.wanted
+        compiled = "parts" if self.compilation.by_part else self.compilation.enabled
         self.numerics = numerics(job, self.world.size, device, threads, compiled)
         self.builder = Builder(
             job,
@@ -167,10 +167,10 @@ class Trainer:
             progress_display() if main else nullcontext(silent) as progress,
             self.phases("evaluation"),
         ):
-            found = reference.find(self.stop_request.__bool__, self.phases.mark, progress)
-        self.builder.references = found
+            references = reference.find(self.stop_request.__bool__, self.phases.mark, progress)
+        self.builder.references = references
         self.engine.combine = Comparison(self.job.objective.beta)
-        return found is not None
+        return references is not None
 
     def _has_weights(self) -> bool:
         """True if `resume` will read the weights from a checkpoint, or raise an error."""
@@ -275,8 +275,8 @@ class Trainer:
         promise = exactness(self.job.train.deterministic, self._on_gpu)
         self.attempt.event("exactness", exact=promise.holds, what=promise.sentence)
         self._print(promise.sentence)
-        found = point.checkpoint
-        old, new = (found.state.get("numerics") or {}) if found else {}, self.numerics
+        checkpoint = point.checkpoint
+        old, new = (checkpoint.state.get("numerics") or {}) if checkpoint else {}, self.numerics
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key]:
                 changed = {"step": point.position.step, "old": old[key], "new": new[key]}

@@ -88,7 +88,7 @@ def _facts(found: "Averaged") -> dict[str, Any]:
         "path": str(found.run.path),
         "checkpoint": str(found.run.checkpoint_path(0)),
         "steps": found.steps,
-        "kept": found.kept,
+        "kept": found.copied,
         "parameters": found.parameters,
         "bytes": found.bytes,
     }
@@ -100,9 +100,9 @@ def _page(found: "Averaged", origin: Run) -> str:
     if len(steps) == 1:
         of = f"the weights of {origin.path} at step {steps[0]}"
     kept = ""
-    if found.kept:
-        more = f" and {len(found.kept) - 1} more" if len(found.kept) > 1 else ""
-        whole = f"whole numbers ({found.kept[0]}{more})"
+    if found.copied:
+        more = f" and {len(found.copied) - 1} more" if len(found.copied) > 1 else ""
+        whole = f"whole numbers ({found.copied[0]}{more})"
         kept = f"Not averaged, but as at step {steps[-1]}: {whole}.\n"
     return (
         f"The run {run.path} is {of}: {found.parameters:,} parameters, "

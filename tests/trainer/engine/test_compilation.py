@@ -38,8 +38,8 @@ def test_what_is_compiled_on_which_device(monkeypatch):
     assert compilation(job("engine=zero3"), 2, "cpu") == (True, True, None, None)
     assert compilation(job("train.compile=off"), 2, "cpu") == (False, False, None, None)
     own = ("engine=zero3", "model=custom", "model._target_=a.B")
-    assert not compilation(job(*own), 2, "cpu").wanted
-    assert compilation(job(*own, "train.compile=on"), 2, "cpu").wanted
+    assert not compilation(job(*own), 2, "cpu").enabled
+    assert compilation(job(*own, "train.compile=on"), 2, "cpu").enabled
 
 
 @pytest.mark.parametrize(

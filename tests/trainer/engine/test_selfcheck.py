@@ -167,7 +167,8 @@ def test_weights_that_ranks_divide_are_compared_among_those_that_have_the_same(k
         for rank in range(12)
     ]
     assert fault_of(healthy) is None
-    own = list(healthy[3].own)
-    own[kind] = (*own[kind][:2], 90)
-    findings = [*healthy[:3], replace(healthy[3], own=tuple(own)), *healthy[4:]]
+    hashes = list(healthy[3].divided_weights)
+    hashes[kind] = (*hashes[kind][:2], 90)
+    damaged = replace(healthy[3], divided_weights=tuple(hashes))
+    findings = [*healthy[:3], damaged, *healthy[4:]]
     assert fault_of(findings) == "rank 3 on here: its weights differ from the others'"

@@ -19,7 +19,7 @@ from forescale.errors import UserError
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Run
 from forescale.train.build import Parts
-from forescale.train.callbacks import Checkpoints, Every, Own, Validation
+from forescale.train.callbacks import Checkpoints, Every, UserCallback, Validation
 from forescale.train.evaluate import Score
 from forescale.train.guard import HEALTHY, Halt, Rollback
 from forescale.train.loop import train
@@ -317,11 +317,13 @@ def test_a_callback_of_the_users_own_leaves_an_event_before_it_ends_the_attempt(
     error, left, kind, reason
 ):
     events = []
-    own = Own(Raises(3, error), lambda kind, **facts: events.append((kind, facts)), left)
+    callback = UserCallback(
+        Raises(3, error), lambda kind, **facts: events.append((kind, facts)), left
+    )
     summaries = [StepSummary(t, [1.0], 0, False, False, 0.0) for t in (2, 3)]
-    own.see(None, summaries[0])
+    callback.see(None, summaries[0])
     with pytest.raises(Halt if kind == "halt" else Rollback):
-        own.see(None, summaries[1])
+        callback.see(None, summaries[1])
     assert events == [(kind, {"step": 3, "reason": reason})]
 
 

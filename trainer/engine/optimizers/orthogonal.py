@@ -124,7 +124,7 @@ def _orthogonalise(matrices: Sequence[_Matrix]) -> None:
     if rows > columns:
         found *= math.sqrt(rows / columns)
     for matrix, whole in zip(matrices, found if len(wholes) > 1 else [found], strict=True):
-        matrix.blend.copy_(matrix.part.kept(whole) if matrix.part else whole)
+        matrix.blend.copy_(matrix.part.cut_from(whole) if matrix.part else whole)
 
 
 def _standard(given: Tensor, steps: int) -> Tensor:

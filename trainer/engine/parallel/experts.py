@@ -67,22 +67,22 @@ def is_expert(param: Any) -> bool:
 
 
 @contextmanager
-def shown_to_deepspeed(model: nn.Module, param_groups: list[dict[str, Any]]) -> Iterator[None]:
+def visible_to_deepspeed(model: nn.Module, param_groups: list[dict[str, Any]]) -> Iterator[None]:
     """While DeepSpeed builds its engine, let it see that there are experts: it looks for modules of
     its own class, and takes the name of a group of parameters for the name of their ranks. At stage
     3 it refuses such modules, and needs none: there the marks of a parameter say all."""
-    own = [(group, group["name"]) for group in param_groups if group.get("moe")]
-    if not own or hasattr(own[0][0]["params"][0], "ds_id"):
+    expert_groups = [(group, group["name"]) for group in param_groups if group.get("moe")]
+    if not expert_groups or hasattr(expert_groups[0][0]["params"][0], "ds_id"):
         yield
         return
     model.add_module("_experts", _layer())
-    for group, _ in own:
+    for group, _ in expert_groups:
         group["name"] = group["params"][0].group_name
     try:
         yield
     finally:
         del model._modules["_experts"]
-        for group, name in own:
+        for group, name in expert_groups:
             group["name"] = name
 
 

@@ -29,6 +29,6 @@ class Part(NamedTuple):
         dist.all_gather(every, x.contiguous(), group=self.ranks.group)
         return torch.cat(every, self.whole.dim)
 
-    def kept(self, x: Tensor) -> Tensor:
+    def cut_from(self, x: Tensor) -> Tensor:
         """Return this rank's part of a whole matrix."""
         return x.chunk(self.whole.parts, self.whole.dim)[self.whole.part].contiguous()

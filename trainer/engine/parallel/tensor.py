@@ -132,8 +132,8 @@ def _divide_part(
         part.dividing = group  # type: ignore[assignment]
     for name in heads:
         owner, _, count = name.rpartition(".")
-        found = part.get_submodule(owner)
-        setattr(found, count, getattr(found, count) // group.size)
+        module = part.get_submodule(owner)
+        setattr(module, count, getattr(module, count) // group.size)
     part.register_forward_pre_hook(lambda _, inputs: (group.copied(inputs[0]), *inputs[1:]))
 
 

@@ -69,14 +69,14 @@ class HostCopy:
 
         Raises UserError if there isn't enough memory.
         """
-        found, starts, end = list(fragments), [], 0
-        for f in found:
+        sources, starts, end = list(fragments), [], 0
+        for f in sources:
             starts.append(end)
             end += -(-f.data.nbytes // _ALIGNMENT) * _ALIGNMENT
-        on_gpu = any(f.data.is_cuda for f in found)
+        on_gpu = any(f.data.is_cuda for f in sources)
         memory = self._room(end, on_gpu)
         copies = []
-        for f, start in zip(found, starts, strict=True):
+        for f, start in zip(sources, starts, strict=True):
             target = memory[start : start + f.data.nbytes].view(f.data.dtype)
             copies.append(replace(f, data=target.copy_(f.data, non_blocking=True)))
         if on_gpu:
@@ -151,8 +151,8 @@ class FragmentReader:
                 problem = f"names a file outside its directory, {file!r}"
                 raise UserError(str(self.directory), problem, "restore it, or choose another")
             for name, state, *place in entries:
-                found = strip_of(place), f"{name}|{state}|{place[0]}", file
-                self._where.setdefault((name, state), []).append(found)
+                location = strip_of(place), f"{name}|{state}|{place[0]}", file
+                self._where.setdefault((name, state), []).append(location)
         self._open: dict[str, Any] = {}
 
     def states(self, name: str) -> list[str]:

@@ -51,7 +51,7 @@ class Strip:
 def strip_of(row: Sequence[int]) -> Strip:
     """Return the strip of a row of a checkpoint's table: [start, size] of a parameter that is not
     divided, or all fields of a Strip."""
-    start, size, *more = row
-    if more:
-        return Strip(start, size, *more)
+    start, size, *division = row
+    if division:
+        return Strip(start, size, *division)
     return Strip(0, size, max(1, size), max(1, size), start)
