@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forescale.console import visible_output
 from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
-from forescale.verbs import VERBS, load, schema_of
+from forescale.verbs import VERBS, help_page, load
 
 _NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody
 _python_warning = warnings.formatwarning
@@ -77,7 +77,7 @@ def _run(words: list[str]) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return DONE
     if arguments[0] == "--version":
@@ -86,16 +86,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(versions()["forescale"])
         return DONE
     name, rest = arguments[0], arguments[1:]
-    verb = load(name)
     if helps := [i for i, argument in enumerate(rest) if argument in ("-h", "--help")]:
-        from forescale.config.help import explain
-
-        schema, section = schema_of(verb, rest), "".join(rest[helps[0] + 1 : helps[0] + 2])
-        purpose = VERBS[name] if schema is verb.JOB else str(schema.__doc__)
-        examples = [line for line in verb.EXAMPLES if line.startswith(schema.VERB)]
-        print(explain(schema, purpose, examples, action=rest[0], section=section), end="")
+        print(help_page(name, rest, section="".join(rest[helps[0] + 1 : helps[0] + 2])), end="")
         return DONE
-    return verb.main(rest)
+    return load(name).main(rest)
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:
@@ -116,6 +110,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "forescale VERB --help shows a verb's keys, choices and examples.",
+            "forescale VERB --help shows a verb's keys, choices and examples,",
+            "forescale help the pages of the manual.",
         ]
     )

@@ -46,14 +46,26 @@ VERBS = {
     "study": "Plan runs, launch them, fit a scaling law, predict a larger run, score predictions.",
     "doctor": "Show what this machine offers for training, and how to fix what is missing.",
     "drill": "Inject faults into a tiny run, and show what it survives and at what cost.",
+    "help": "Show a page of the manual, offline, or the list of its pages.",
     "completion": "Print the shell completion script for bash, zsh or fish.",
 }
 
 
 def schema_of(verb: "Verb", words: Sequence[str]) -> type[Job]:
     """Return the job of a verb that is followed by `words`: their first one may have its own."""
-    found: Mapping[str, type[Job]] = getattr(verb, "JOBS", {})
-    return found.get(words[0] if words else "", verb.JOB)
+    jobs: Mapping[str, type[Job]] = getattr(verb, "JOBS", {})
+    return jobs.get(words[0] if words else "", verb.JOB)
+
+
+def help_page(name: str, words: Sequence[str], section: str = "") -> str:
+    """Return the page of `forescale NAME WORDS --help SECTION`. Raises UserError."""
+    from forescale.config.help import explain
+
+    verb = load(name)
+    schema = schema_of(verb, words)
+    purpose = VERBS[name] if schema is verb.JOB else str(schema.__doc__)
+    examples = [line for line in verb.EXAMPLES if line.startswith(schema.VERB)]
+    return explain(schema, purpose, examples, action=words[0] if words else "", section=section)
 
 
 class Verb(Protocol):

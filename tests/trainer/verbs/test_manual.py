@@ -1,11 +1,18 @@
 """Every verb explains itself, in two screens and in full; a bad command gets a sentence."""
 
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from forescale.cli import VERBS
 from forescale.config.compose import CONF
 from forescale.config.help import SCREENS, first_sentence
 from forescale.verbs import load
+
+help_verb = importlib.import_module("forescale.verbs.help")
 
 
 def pages() -> list[tuple[str, ...]]:
@@ -63,3 +70,37 @@ def test_an_unknown_key_is_a_sentence(verb, forescale):
     assert (code, out) == (2, "")
     assert "zzz.yyy: no such key" in err
     assert "Traceback" not in err
+
+
+def test_the_manual_has_a_topic_for_each_page_of_the_project(forescale):
+    code, out, _ = forescale("help")
+    assert code == 0
+    for topic in help_verb.TOPICS:
+        assert f"\n  {topic} " in out
+    root = Path(__file__).parents[3]
+    pages = {
+        path.read_text()
+        for top in ("trainer", "models", "slurm", "conf")
+        for path in (root / top).rglob("README.md")
+    }
+    assert {help_verb.page_of(topic) for topic in help_verb.TOPICS} >= pages
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "README.md" in data["package-data"]["*"]
+    assert {*help_verb.TOPICS.values()} <= {"", *data["packages"]}
+
+
+@pytest.mark.parametrize("topic", help_verb.TOPICS)
+def test_a_page_names_topics_and_no_files_that_an_installation_lacks(topic, forescale):
+    code, out, _ = forescale("help", topic)
+    assert code == 0
+    assert out.startswith("# ")
+    assert not re.findall(r"\]\((?!https?://)", out)
+    named = re.findall(r"forescale help (\w+)", out)
+    assert {*named} <= {*help_verb.TOPICS, *VERBS}
+
+
+def test_help_of_a_verb_and_of_nothing(forescale):
+    assert forescale("help", "train")[1] == forescale("train", "--help")[1]
+    code, out, err = forescale("help", "slrum")
+    assert (code, out) == (2, "")
+    assert "forescale help slurm" in err
