@@ -42,7 +42,7 @@ class StatusJob(Job):
     target: str | None = key(None, "a run (name or directory); null: all of them")
     live: bool = key(False, "refresh every two seconds; --live does the same")
     json: bool = key(
-        False, "print JSON, for programs (keys: trainer/monitor/README.md); --json does the same"
+        False, "print JSON, for programs (its keys: forescale help monitor); --json does the same"
     )
     run: RootConfig = section(RootConfig, "where the runs are stored")
 
