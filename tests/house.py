@@ -156,9 +156,11 @@ class Walk:
 
     @staticmethod
     def _module(frame: FrameType) -> str:
-        """Return the name of a frame's module; "" for one of a library."""
+        """Return the name of a frame's module; "" for one of a library, and for the methods that
+        dataclasses generate."""
         name = str(frame.f_globals.get("__name__", ""))
-        return name if name.partition(".")[0] == "forescale" else ""
+        is_file = frame.f_code.co_filename.endswith(".py")
+        return name if is_file and name.partition(".")[0] == "forescale" else ""
 
 
 def walk() -> dict[str, int]:
