@@ -30,10 +30,10 @@ def suspended_in_its_start(dataset, tmp_path):
     for name in ("first", "second", "third", "fourth"):
         command = (f"run.name={name}", f"data.path={dataset}", *QUICK)
         process, run = launching.start(tmp_path, *command), Run(tmp_path / name)
-        while not (found := launching.ranks_of(process)) or not run.attempts():
+        while not (ranks := launching.ranks_of(process)) or not run.attempts():
             assert process.poll() is None
             time.sleep(0.01)
-        found[0].suspend()
+        ranks[0].suspend()
         if not run.attempts()[0].has_begun:
             return process, run, command
         process.kill()
@@ -75,10 +75,10 @@ GONE = {
 
 @pytest.mark.parametrize("name", GONE)
 def test_what_is_gone_is_missed(dataset, tmp_path, whole, name):
-    harm, said = GONE[name]
+    harm, message = GONE[name]
     shutil.copytree(whole / "first", tmp_path / "first", symlinks=True)
     harm(Run(tmp_path / "first"))
     command = ("run.name=first", f"data.path={dataset}", *QUICK)
     output = launching.train(tmp_path, *command, code=2)
-    assert said in output
+    assert message in output
     assert "Traceback" not in output

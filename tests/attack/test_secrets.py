@@ -27,15 +27,17 @@ def stopped(dataset, tmp_path_factory):
         server.files |= {f"/d/{p.name}": p.read_bytes() for p in dataset.iterdir()}
         host = server.url.partition("://")[2]
         address = f"http://$FORESCALE_SECRET_LOGIN@{host}/d?$FORESCALE_SECRET_SAS"
-        more = {**secrets, "WANDB_MODE": "offline", "FORESCALE_CACHE": str(folder / "cache")}
-        process = launching.start(folder, "run.name=one", f"data.path={address}", *KEYS, **more)
+        variables = {**secrets, "WANDB_MODE": "offline", "FORESCALE_CACHE": str(folder / "cache")}
+        process = launching.start(
+            folder, "run.name=one", f"data.path={address}", *KEYS, **variables
+        )
         run = folder / "one"
         while not any(row["step"] >= 8 for row in launching.rows(run)):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
         for child in psutil.Process(process.pid).children(recursive=True):
-            found = child.net_connections("inet")
-            listening |= {c.laddr.ip for c in found if c.status == "LISTEN"}
+            connections = child.net_connections("inet")
+            listening |= {c.laddr.ip for c in connections if c.status == "LISTEN"}
         assert main(["stop", str(run)]) == 0
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 75, output

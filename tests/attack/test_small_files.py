@@ -103,8 +103,8 @@ def attack(run, forescale, file, places, verbs, seed=0):
             if code == 0 and words in SAME:
                 assert out == before[words], (file, place, words)
             if code == 2 and words[0] != "check":
-                said = [line for line in err.splitlines() if line.startswith("forescale: ")]
-                assert len(said) == 1, (file, place, words, err)
+                messages = [line for line in err.splitlines() if line.startswith("forescale: ")]
+                assert len(messages) == 1, (file, place, words, err)
     path.write_bytes(whole)
 
 

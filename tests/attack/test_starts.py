@@ -109,18 +109,18 @@ def test_a_run_that_decayed_grows_from_the_checkpoint_before_the_decay(trunk, ru
     assert is_pinned(trunk, 12)
 
 
-OWN = ("train", "own", "model._target_=netz.Model", "optimizer=adamw", *launching.SHORT)
+USERS_MODEL = ("train", "own", "model._target_=netz.Model", "optimizer=adamw", *launching.SHORT)
 
 
 def test_a_mistake_in_a_class_leaves_nothing_or_a_run_that_takes_the_corrected_command(
     run, place, dataset
 ):
     data = (f"data.path={dataset}", "train.steps=4")
-    code, output = run(*OWN, "model.widht=3", *data)
+    code, output = run(*USERS_MODEL, "model.widht=3", *data)
     assert code == 2
     assert "unexpected keyword argument 'widht'" in output
     assert not (place / "runs" / "own").exists()
-    code, output = run(*OWN, "model._target_=netz.Late", *data)
+    code, output = run(*USERS_MODEL, "model._target_=netz.Late", *data)
     assert code == 2
     line = (
         f"forescale: {place / 'netz.py'}, line {MODEL.splitlines().index(_BROKEN) + 1}: TypeError: "
@@ -128,7 +128,7 @@ def test_a_mistake_in_a_class_leaves_nothing_or_a_run_that_takes_the_corrected_c
     assert line in output
     assert len(Run(place / "runs" / "own").attempts()) == 1, "it is not tried again"
     assert "Traceback" not in output
-    code, output = run(*OWN, *data)
+    code, output = run(*USERS_MODEL, *data)
     assert code == 0, output
     assert "has made no step yet, so its config is replaced: model._target_: 'netz.Late'" in output
     code, output = run("train", "own")

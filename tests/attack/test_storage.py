@@ -31,7 +31,7 @@ def test_a_run_whose_saves_meet_failing_storage_goes_on(tmp_path):
     output = train(tmp_path, *words, **shaken)
     assert not list(faults.iterdir()), "not every fault has struck"
     rows = (tmp_path / "a" / "events.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, rows) if row["kind"] == "save_retried"]
-    assert len(found) == len(FAULTS)
+    retries = [row for row in map(json.loads, rows) if row["kind"] == "save_retried"]
+    assert len(retries) == len(FAULTS)
     assert sorted(p.name for p in (tmp_path / "a" / "attempts").iterdir()) == ["0001"]
     assert output.count("next try in") == len(FAULTS)

@@ -39,8 +39,8 @@ from forescale.config.schema import leaves, options
 from forescale.errors import DONE, USER
 from forescale.verbs import VERBS, load
 
-MORE = int(os.environ.get("FORESCALE_WORDS", "0"))
-KEPT = {  # what comes last, so that nothing real starts
+EXAMPLES = int(os.environ.get("FORESCALE_WORDS", "0"))
+HARMLESS = {  # what comes last, so that nothing real starts
     "train": ["data.path=missing", "data.sources={}"],
     "submit": ["--dry-run"],
     "drill": ["scenarios=[none]"],
@@ -62,7 +62,7 @@ HEAVY = (
     "generate",
     "eval",
 )  # a tenth of a second or more
-WRITTEN = {"to", "output", "json", "data.cache", "run.root", "studies"}
+OUTPUTS = {"to", "output", "json", "data.cache", "run.root", "studies"}
 _TABLE = ["points.csv", "bootstraps=100"]
 _TARGET = ["target.parameters=1e7", "target.tokens=3e8"]
 STARTS = {
@@ -240,7 +240,7 @@ def fill(path):
 
 def values(name, leaf=None):
     """A strategy for what is typed behind `name=`; of a known key mostly what its type takes."""
-    paths = PATHS if name in WRITTEN else [*PATHS, *DEVICES]
+    paths = PATHS if name in OUTPUTS else [*PATHS, *DEVICES]
     usual = st.one_of(
         st.integers(0, 40).map(lambda n: 2**n), st.integers(-12, 24).map(lambda n: 10.0**n)
     )
@@ -248,7 +248,7 @@ def values(name, leaf=None):
         st.sampled_from(NUMBERS), usual.map(str), usual.map(str), st.floats().map(repr)
     )
     texts = st.sampled_from([*TEXTS, *paths])
-    if name not in WRITTEN:
+    if name not in OUTPUTS:
         texts = st.one_of(texts, texts, st.text(st.characters(), max_size=30))
     anything = st.one_of(texts, texts, numbers)
     types = options(leaf.type) if leaf else ()
@@ -274,9 +274,9 @@ def keys(verb):
     return st.integers(0, 15).flatmap(lambda n: st.one_of(right) if n else wrong).map("=".join)
 
 
-def kept(verb, *words):
+def harmless(verb, *words):
     """What comes last in a command."""
-    return KEPT.get(" ".join([verb, *words[:1]]), KEPT.get(verb, []))
+    return HARMLESS.get(" ".join([verb, *words[:1]]), HARMLESS.get(verb, []))
 
 
 @cache
@@ -287,7 +287,7 @@ def commands(verb):
     odd = st.integers(0, 7).flatmap(lambda n: keys(verb) if n else bare)
     start = st.sampled_from(STARTS.get(verb, [["small"]]))
     return st.tuples(start, st.lists(odd, max_size=2)).map(
-        lambda made: [*made[0], *made[1], *kept(verb, *made[0])]
+        lambda parts: [*parts[0], *parts[1], *harmless(verb, *parts[0])]
     )
 
 
@@ -307,11 +307,11 @@ def expect_a_sentence(words):
     assert code in (DONE, USER)
     assert "Traceback" not in out.getvalue() + printed
     assert not set("\x1b\x07\x9b") & set(out.getvalue() + printed)
-    _, begins, said = printed.partition("forescale: ")
+    _, begins, message = printed.partition("forescale: ")
     if code == USER and not begins:
         assert words[0] in ("check", "doctor")  # they list the faults that they find
         assert "ault" in out.getvalue() + printed
-    for sentence in said.splitlines() if code == USER else ():
+    for sentence in message.splitlines() if code == USER else ():
         assert sentence.endswith((".", "?"))
         assert len(sentence) < 4000
 
@@ -320,8 +320,8 @@ def drawn(count):
     """The settings of a test of so many commands: always the same, unless more are asked for."""
     odd = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
-        max_examples=MORE or count,
-        derandomize=not MORE,
+        max_examples=EXAMPLES or count,
+        derandomize=not EXAMPLES,
         database=None,
         deadline=None,
         suppress_health_check=odd,
@@ -335,7 +335,7 @@ def test_some_words_end_in_a_sentence(scratch, words):
 
 
 @pytest.mark.slow  # a thousand commands, about a minute
-@pytest.mark.timeout(0 if MORE else 1200)  # a hang; how long it takes is the machine's affair
+@pytest.mark.timeout(0 if EXAMPLES else 1200)  # a hang; how long it takes is the machine's affair
 @drawn(1000)
 @given(lines([*VERBS]))
 def test_a_thousand_words_end_in_a_sentence(scratch, words):

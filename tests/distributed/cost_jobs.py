@@ -15,8 +15,8 @@ def job_of(case, world):
     """case: [stage, optimizer, precision, more overrides]."""
     from forescale.config.compose import compose
 
-    stage, optimizer, precision, *more = case
-    near = {"engine.tensor_parallel=2", "engine.sequence_parallel=2"} & set(more)
+    stage, optimizer, precision, *words = case
+    near = {"engine.tensor_parallel=2", "engine.sequence_parallel=2"} & set(words)
     fed = world // 2 ** len(near)
     overrides = [
         *MODEL,
@@ -27,7 +27,7 @@ def job_of(case, world):
         "engine.bucket_bytes=4096",
         f"precision={precision}",
         f"optimizer={optimizer}",
-        *more,
+        *words,
     ]
     job = compose(TrainJob, [*overrides, f"launch.processes={world}"])
     return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))

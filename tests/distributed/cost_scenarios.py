@@ -34,10 +34,10 @@ def build(case):
     job = job_of(case, size)
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(0)
-    made = partition_of(job, world) if job.mesh(size).exchanges else None
-    model = Transformer(job.model, adapting(job, made))
+    divide = partition_of(job, world) if job.mesh(size).exchanges else None
+    model = Transformer(job.model, adapting(job, divide))
     freeze(job, model)
-    return build_engine(world, made(model) if made else model, job)
+    return build_engine(world, divide(model) if divide else model, job)
 
 
 def batch(engine, step):
@@ -111,7 +111,7 @@ def _sorted(engine, before):
 
 
 def _sums(engine, before):
-    kinds = {pointer: kind for kind, found in _kinds(engine).items() for pointer in found}
+    kinds = {pointer: kind for kind, pointers in _kinds(engine).items() for pointer in pointers}
     sums = defaultdict(int)
     for pointer, size in _storages().items():
         if pointer in kinds or pointer not in before:
@@ -131,8 +131,8 @@ def _storage(tensor):
 
 
 def _by_kind(engine):
-    found = {kind: sum(sizes.values()) for kind, sizes in _kinds(engine).items()}
-    return defaultdict(int, found)
+    totals = {kind: sum(sizes.values()) for kind, sizes in _kinds(engine).items()}
+    return defaultdict(int, totals)
 
 
 def _kinds(engine):
@@ -165,16 +165,16 @@ def _kinds(engine):
     }
     if not buckets and base is o:
         tensors["masters"] = []
-    seen: set = set()
-    found: dict = {kind: {} for kind in tensors}
+    storages: set = set()
+    pointers: dict = {kind: {} for kind in tensors}
     for kind, every in tensors.items():
         for t in every:
             if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes():
                 pointer, size = _storage(t)
-                if pointer not in seen:
-                    seen.add(pointer)
-                    found[kind][pointer] = size
-    return found
+                if pointer not in storages:
+                    storages.add(pointer)
+                    pointers[kind][pointer] = size
+    return pointers
 
 
 def _flat(values):
@@ -205,9 +205,9 @@ def traffic(cases):
                 sums[f"{operation}/{ranks}"] += size
         every = engine.world.gather(dict(sums))
         for name in sums:
-            found = [of[name] for of in every]
+            counts = [of[name] for of in every]
             mean = name.startswith("all_to_all")
-            sums[name] = sum(found) / len(every) if mean else max(found)
+            sums[name] = sum(counts) / len(every) if mean else max(counts)
         results.append(dict(sums))
     return results
 

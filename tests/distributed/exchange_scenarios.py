@@ -33,7 +33,7 @@ def exchange() -> dict:
     size = int(os.environ["WORLD_SIZE"])
     world = join(deepspeed_config(small.job(1, "adamw", "fp32"), size), size, 60.0)
     background = world.in_background("another")
-    found = {
+    values = {
         "gather": world.gather({"rank": world.rank, "loss": [0.1 + world.rank, float("inf")]}),
         "to_main": background.gather_to_main("x" * (world.rank * 1000)),
         "from_main": background.from_main(lambda: [world.rank, None, True, "ü"]),
@@ -42,14 +42,14 @@ def exchange() -> dict:
     union = world.union_in_background(LostMember)
     lost = union(frozenset({LostMember("a", world.rank, "m")}))
     assert all(isinstance(item, LostMember) for item in lost)
-    found["union"] = sorted(lost)
+    values["union"] = sorted(lost)
     total = world.sum(torch.ones(3))
     connections = psutil.Process().net_connections("inet")
     listening = world.gather([c.laddr.ip for c in connections if c.status == "LISTEN"])
     connected = [c.laddr.ip for c in connections if c.status == "ESTABLISHED"]
     world.close()
     return {
-        **found,
+        **values,
         "sum": total.tolist(),
         "listening": listening,
         "connected": connected,

@@ -21,7 +21,7 @@ def job_of(case, world):
     from forescale.config.compose import compose
     from forescale.config.train import TrainJob
 
-    stage, optimizer, parallel, *more = case
+    stage, optimizer, parallel, *overrides = case
     words = [
         *MODEL,
         *TRAIN,
@@ -34,7 +34,7 @@ def job_of(case, world):
         f"optimizer={optimizer}",
         # At the default of so narrow a model, rounding moves weights by more than is compared.
         *["optimizer.adam_learning_rate=0.004"] * (optimizer == "muon"),
-        *more,
+        *overrides,
     ]
     job = compose(TrainJob, [*words, f"launch.processes={world}"])
     return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
@@ -58,8 +58,8 @@ def build(case, seed=0):
     job = job_of(case, size)
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(seed)
-    made = partition_of(job, world) or (lambda module: module)
-    return build_engine(world, made(Transformer(job.model, made)), job)
+    divide = partition_of(job, world) or (lambda module: module)
+    return build_engine(world, divide(Transformer(job.model, divide)), job)
 
 
 def compiled(cases, backend):
@@ -91,20 +91,20 @@ def whole(engine):
     from forescale.engine.state import owned_fragments
 
     rows = [[f.row, f.shape, f.data.tolist()] for f in owned_fragments(engine)]
-    found, held = {}, {}
+    weights, held = {}, {}
     for (name, state, *place), shape, values in (
         r for part in engine.world.gather(rows) for r in part
     ):
         strip = strip_of(place)
         key, numel = f"{name}|{state}", int(torch.tensor(shape).prod())
-        found.setdefault(key, torch.zeros(numel, dtype=torch.float64))
+        weights.setdefault(key, torch.zeros(numel, dtype=torch.float64))
         held.setdefault(key, torch.zeros(numel, dtype=torch.int64))
         values = torch.tensor(values, dtype=torch.float64)
         for first, at, size in strip.overlaps(0, numel):
-            found[key][first : first + size] = values[at : at + size]
+            weights[key][first : first + size] = values[at : at + size]
             held[key][first : first + size] += 1
     assert all(bool((times == 1).all()) for times in held.values())
-    return {key: values.tolist() for key, values in found.items()}
+    return {key: values.tolist() for key, values in weights.items()}
 
 
 def trained(cases, steps):
@@ -124,9 +124,9 @@ def _trained(case, steps):
             engine.train_step(data, 1.0, may_apply=lambda loss, norm: False)
         facts = engine.train_step(data, 1.0)
         every = [x for part in world.gather(facts.losses.tolist()) for x in part]
-        found = {name: float(value) for name, value in facts.extra.items()}
+        numbers = {name: float(value) for name, value in facts.extra.items()}
         load = engine.module.tallies.total("experts").tolist()
-        rows.append([sum(every) / data.targets, facts.grad_norm, found, load])
+        rows.append([sum(every) / data.targets, facts.grad_norm, numbers, load])
         if step in (0, steps - 1):
             states.append(whole(engine))
     held_out = [engine.losses(micro).tolist() for micro in fed(world, 99).micro]
@@ -142,19 +142,19 @@ def checked(cases):
 
     results = []
     for case in cases:
-        engine, said = build(case), []
+        engine, faults = build(case), []
         check = SelfCheck(engine, "here", exact=True)
 
-        def before_update(data, losses, engine=engine, said=said, check=check):
+        def before_update(data, losses, engine=engine, faults=faults, check=check):
             if data.step == 2 and engine.world.rank == engine.world.size - 1:
-                own = engine.module.blocks[0].mlp.up.weight.detach()
-                own.view(-1).view(torch.int32)[5] ^= 1
-            said.append(fault_of(check(data, losses)))
+                weight = engine.module.blocks[0].mlp.up.weight.detach()
+                weight.view(-1).view(torch.int32)[5] ^= 1
+            faults.append(fault_of(check(data, losses)))
 
         for step in range(3):
             data = fed(engine.world, step)
             engine.train_step(data, 1.0, before_update=before_update)
-        results.append(said)
+        results.append(faults)
     return results
 
 
@@ -189,19 +189,19 @@ def _loaded(case, sources, folder):
     from forescale.checkpoint import writer
     from forescale.checkpoint.reader import Checkpoint
 
-    engine, found = build(case, seed=2), []
+    engine, losses = build(case, seed=2), []
     for source in sources:
         _steps(engine, range(10, 12))
         writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
-        found.append([whole(engine), _steps(engine, range(3, 5))])
-    return found
+        losses.append([whole(engine), _steps(engine, range(3, 5))])
+    return losses
 
 
 def _steps(engine, steps):
-    found = []
+    numbers = []
     for step in steps:
         data = fed(engine.world, step)
         facts = engine.train_step(data, 1.0)
         every = [x for part in engine.world.gather(facts.losses.tolist()) for x in part]
-        found.append([sum(every) / data.targets, facts.grad_norm])
-    return found
+        numbers.append([sum(every) / data.targets, facts.grad_norm])
+    return numbers

@@ -28,9 +28,9 @@ def errors(cases):
     update, tied = original_muon.muon_update, small.Model
     original_muon.muon_update = lambda grad, *args, **kwargs: grad  # as it came
     small.Model = Model
-    found = [_error(*case) for case in cases]
+    results = [_error(*case) for case in cases]
     original_muon.muon_update, small.Model = update, tied
-    return found
+    return results
 
 
 def _error(stage, optimizer, precision, offload, gradients):
@@ -42,9 +42,9 @@ def _error(stage, optimizer, precision, offload, gradients):
     norm = engine.gradient_norm()
     wrong = right = 0.0
     for name, start, values in _of_update(engine):
-        wanted = expected[name][start : start + values.numel()]
-        wrong += (values - wanted).square().sum().item()
-        right += wanted.square().sum().item()
+        values_expected = expected[name][start : start + values.numel()]
+        wrong += (values - values_expected).square().sum().item()
+        right += values_expected.square().sum().item()
     times = world.size if engine.layout.replicated else 1
     wrong, right = (world.sum(torch.tensor([wrong, right]).double()) / times).tolist()
     return [math.sqrt(wrong / right), norm, math.sqrt(right)]
@@ -68,21 +68,21 @@ def _summed(batch, world):
 
 def _of_update(engine):
     """(parameter, start, values) of each piece of the gradient that this rank's optimizer takes."""
-    base, found = engine.layout.base, []
+    base, gradients = engine.layout.base, []
 
     def noted(*args, **kwargs):
         mine = {id(p) for group in base.param_groups for p in group["params"]}
         for unit in engine.layout.units():
             if id(unit.master) in mine:
                 flat = unit.master.grad.flatten().clone()
-                found.extend(
+                gradients.extend(
                     (engine.names[p.param], p.start, flat[p.at : p.at + p.size])
                     for p in unit.pieces
                 )
 
     base.step = noted
     engine.apply(0.0)
-    return found
+    return gradients
 
 
 def losses(cases):
@@ -107,14 +107,14 @@ def resumed(cases, folder):
 
     results = []
     for stage, optimizer, precision, offload, gradients in cases:
-        more = {"offload": offload, "gradients": gradients}
-        engine = small.build(stage, optimizer, precision, seed=1, **more)
+        keys = {"offload": offload, "gradients": gradients}
+        engine = small.build(stage, optimizer, precision, seed=1, **keys)
         small.train(engine, range(2))
         directory = Path(folder) / f"{stage}-{offload}"
         run = Run(directory)
         writer.write(run, 1, writer.Snapshot.of(engine, Position(2, 16, 0), {}), engine.world)
         whole = small.train(engine, range(2, 4))
-        engine = small.build(stage, optimizer, precision, seed=2, **more)
+        engine = small.build(stage, optimizer, precision, seed=2, **keys)
         small.train(engine, range(10, 11))
         writer.load(Checkpoint(directory / "checkpoints/step-00000002"), engine)
         again = []

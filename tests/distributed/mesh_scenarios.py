@@ -18,7 +18,7 @@ def carry(cases, folder, known):
     cases: [name, sequence ranks, stage, more overrides]. known: what was returned so far. Returns
     the rows of the last two steps by "case" or "case<source".
     """
-    folder, found = Path(folder), {}
+    folder, losses = Path(folder), {}
     for name, near, *case in cases:
         engine = build(case, near)
         if name in known:
@@ -26,15 +26,15 @@ def carry(cases, folder, known):
         else:
             _steps(engine, [0, 1])
             _save(engine, folder / "first" / name)
-            found[name] = _steps(engine, [2, 3])
-        for source in sorted(known | found):
+            losses[name] = _steps(engine, [2, 3])
+        for source in sorted(known | losses):
             key = f"{name}<{source}"
             if "<" in source or key in known:
                 continue
             writer.load(Checkpoint(folder / "first" / source / STATE), engine)
             _save(engine, folder / "again" / key)
-            found[key] = _steps(engine, [2, 3])
-    return found
+            losses[key] = _steps(engine, [2, 3])
+    return losses
 
 
 def _save(engine, path):

@@ -72,9 +72,9 @@ def trained(cases, steps):
                 engine.train_step(data, 1.0, may_apply=lambda loss, norm: False)
             facts = engine.train_step(data, 1.0)
             every = [x for part in world.gather(facts.losses.tolist()) for x in part]
-            found = {name: float(value) for name, value in facts.extra.items()}
+            numbers = {name: float(value) for name, value in facts.extra.items()}
             load = engine.module.tallies.total("experts").tolist()
-            rows.append([sum(every) / data.targets, facts.grad_norm, found, load])
+            rows.append([sum(every) / data.targets, facts.grad_norm, numbers, load])
         biases = [block.mlp.bias_steps.tolist() for block in engine.module.blocks]
         results.append([rows, world.gather(biases)])
     return results

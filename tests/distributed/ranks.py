@@ -39,7 +39,7 @@ def run(scenario: str, size: int, timeout: float = 280, **arguments):
             "LOCAL_WORLD_SIZE": str(size),
             **FIXED,
         }
-        asked = {
+        request = {
             "scenario": scenario,
             "arguments": arguments,
             "environment": environment,
@@ -47,7 +47,7 @@ def run(scenario: str, size: int, timeout: float = 280, **arguments):
             "scratch": scratch,
         }
         try:
-            print(json.dumps(asked), file=server.stdin, flush=True)
+            print(json.dumps(request), file=server.stdin, flush=True)
             answer = server.stdout.readline()
         except BaseException:  # the test's own timeout, too
             _end()
@@ -109,22 +109,22 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        asked = json.loads(line)
-        failure = _failure(asked)
+        request = json.loads(line)
+        failure = _failure(request)
         if failure:
-            (Path(asked["scratch"]) / "failure.txt").write_text(failure)
+            (Path(request["scratch"]) / "failure.txt").write_text(failure)
         print("done", file=answers, flush=True)
 
 
-def _failure(asked: dict) -> str:
+def _failure(request: dict) -> str:
     """Run a scenario on all its ranks; return what the first that failed says, or ""."""
-    scratch, size = Path(asked["scratch"]), int(asked["environment"]["WORLD_SIZE"])
-    deadline = time.monotonic() + asked["timeout"]
+    scratch, size = Path(request["scratch"]), int(request["environment"]["WORLD_SIZE"])
+    deadline = time.monotonic() + request["timeout"]
     ranks = {}
     for rank in range(size):
         ranks[rank] = os.fork()
         if not ranks[rank]:
-            _rank(rank, asked)
+            _rank(rank, request)
     ended: dict[int, int] = {}
     while len(ended) < size and not any(ended.values()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -147,24 +147,24 @@ def _failure(asked: dict) -> str:
     return f"rank {failed} {how}:\n{text}"
 
 
-def _rank(rank: int, asked: dict) -> None:
+def _rank(rank: int, request: dict) -> None:
     """Be a rank, in a fork; never returns."""
     import importlib
 
     try:
-        log = os.open(Path(asked["scratch"]) / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY)
-        for own, other in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
-            os.dup2(own, other)
+        log = os.open(Path(request["scratch"]) / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY)
+        for source, other in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
+            os.dup2(source, other)
         os.environ.clear()
-        os.environ.update(asked["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(request["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
         from forescale.engine.world import set_environment
 
         set_environment()
-        module, function = asked["scenario"].split(":")
+        module, function = request["scenario"].split(":")
         scenario = importlib.import_module(f"tests.distributed.{module}")
-        result = getattr(scenario, function)(**asked["arguments"])
+        result = getattr(scenario, function)(**request["arguments"])
         if not rank:
-            (Path(asked["scratch"]) / "result.json").write_text(json.dumps(result))
+            (Path(request["scratch"]) / "result.json").write_text(json.dumps(result))
         code = 0
     except BaseException:
         traceback.print_exc()

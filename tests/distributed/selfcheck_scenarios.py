@@ -11,25 +11,25 @@ from tests.distributed import small
 def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:
     """Losses and norms of some steps, and the results of the self-checks between them."""
     engine = small.build(stage, optimizer, precision)
-    check, said = SelfCheck(engine, "here", exact=True), []
+    check, faults = SelfCheck(engine, "here", exact=True), []
 
     def before_update(batch, losses):
-        said.append(fault_of(check(batch, losses)))
+        faults.append(fault_of(check(batch, losses)))
 
-    found = []
+    step_losses = []
     for step in range(6):
         data = small.batch(step, engine.world.rank, engine.world.size)
         extra = {"before_update": before_update} if checks and step % 2 else {}
         facts = engine.train_step(data, 1.0, **extra)
-        found.append([facts.losses.tolist(), facts.grad_norm])
-    return {"facts": found, "said": said, "tolerance": check.tolerance}
+        step_losses.append([facts.losses.tolist(), facts.grad_norm])
+    return {"facts": step_losses, "said": faults, "tolerance": check.tolerance}
 
 
 def corrupt(stage: int, problem: str) -> str | None:
     """The result of the self-check after something went wrong on the last rank."""
     engine = small.build(stage, "adamw", "bf16")
     check, last = SelfCheck(engine, "here", exact=True), int(os.environ["WORLD_SIZE"]) - 1
-    said: list[str | None] = []
+    faults: list[str | None] = []
 
     def before_update(batch, losses):
         if batch.step and engine.world.rank == last:
@@ -39,13 +39,13 @@ def corrupt(stage: int, problem: str) -> str | None:
                 losses = losses * (1 + 1e-4)
             elif problem == "compute":
                 wrong_now_and_then(engine)
-        said.append(fault_of(check(batch, losses)))
+        faults.append(fault_of(check(batch, losses)))
 
     for step in range(2):
         data = small.batch(step, engine.world.rank, engine.world.size)
         engine.train_step(data, 1.0, before_update=before_update)
-    assert said[0] is None
-    return said[1]
+    assert faults[0] is None
+    return faults[1]
 
 
 @torch.no_grad()

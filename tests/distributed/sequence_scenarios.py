@@ -22,7 +22,7 @@ def job_of(case, world, near):
     from forescale.config.compose import compose
     from forescale.config.train import TrainJob
 
-    stage, *more = case
+    stage, *overrides = case
     words = [
         *MODEL,
         *TRAIN,
@@ -33,7 +33,7 @@ def job_of(case, world, near):
         SMALL,
         "precision=fp32",
         "optimizer=adamw",
-        *(word for word in more if word != "documents"),
+        *(word for word in overrides if word != "documents"),
     ]
     job = compose(TrainJob, [*words, f"launch.processes={world}"])
     return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
@@ -67,9 +67,9 @@ def build(case, near):
     job = job_of(case, size, near)
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(0)
-    made = partition_of(job, world)
-    model = Transformer(job.model, made)
-    return build_engine(world, made(model) if made else model, job)
+    divide = partition_of(job, world)
+    model = Transformer(job.model, divide)
+    return build_engine(world, divide(model) if divide else model, job)
 
 
 def trained(cases, near, steps, documents=False, compiled=False):
@@ -87,18 +87,18 @@ def _trained(engine, steps, documents, compiled):
         nats = world.sum(facts.losses.double().sum())
         rows.append([float(nats) / data.targets, facts.grad_norm])
     held_out = batch(99, world.data.rank, world.data.size, documents)
-    found = [engine.losses(micro).tolist() for micro in held_out.micro]
-    return rows, [losses for part in world.data.gather(found) for losses in part]
+    results = [engine.losses(micro).tolist() for micro in held_out.micro]
+    return rows, [losses for part in world.data.gather(results) for losses in part]
 
 
 def gradients(cases, near):
     """For each case at stage 0, the gradient of each parameter, by name."""
-    found = []
+    results = []
     for case in cases:
         engine = build(case, near)
         engine.backward(batch(0, engine.world.data.rank, engine.world.data.size, True))
-        found.append({name: p.grad.tolist() for p, name in engine.names.items()})
-    return found
+        results.append({name: p.grad.tolist() for p, name in engine.names.items()})
+    return results
 
 
 def checked(cases, near):
@@ -108,15 +108,15 @@ def checked(cases, near):
     faults = []
     for case in cases:
         engine = build(case, near)
-        check, found = SelfCheck(engine, "here", exact=True), []
+        check, step_faults = SelfCheck(engine, "here", exact=True), []
 
-        def look(batch, losses, check=check, found=found):
-            found.append(fault_of(check(batch, losses)))
+        def look(batch, losses, check=check, step_faults=step_faults):
+            step_faults.append(fault_of(check(batch, losses)))
 
         for step in range(2):
             data = batch(step, engine.world.data.rank, engine.world.data.size)
             engine.train_step(data, 1.0, before_update=look)
-        faults.append(found)
+        faults.append(step_faults)
     return faults
 
 
@@ -129,10 +129,10 @@ def costs(cases, near):
 def _costs(engine, documents):
     data = batch(0, engine.world.data.rank, engine.world.data.size, documents)
     positional, named = data.micro[0].arguments(engine.world.device)
-    kept = kept_bytes(engine.module, lambda: objective(engine.module(*positional, **named)))
+    bytes_kept = kept_bytes(engine.module, lambda: objective(engine.module(*positional, **named)))
     with Sent() as sent:
         engine.train_step(data, 1.0)
-    return kept, sent.bytes, sent.calls
+    return bytes_kept, sent.bytes, sent.calls
 
 
 class Sent(TorchDispatchMode):

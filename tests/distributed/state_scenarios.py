@@ -52,7 +52,7 @@ def between_precisions(stage, folder):
     """Save an fp16 engine whose loss scale has been lowered by overflows, and a bf16 one; load each
     into the other kind and into its own. Returns by "target<source" the scale, whether a step
     without a finite gradient was applied, and whether one with a finite one was."""
-    found = {}
+    scales = {}
     for kind in ("fp16", "bf16"):
         engine = small.build(stage, "adamw", kind, seed=1)
         small.train(engine, range(2))
@@ -60,15 +60,15 @@ def between_precisions(stage, folder):
             poisoned(engine, step)
         run = Run(Path(folder) / kind)
         writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
-        found[kind] = engine.layout.loss_scale
+        scales[kind] = engine.layout.loss_scale
     for target in ("fp16", "bf16"):
         for source in ("fp16", "bf16"):
             engine = small.build(stage, "adamw", target, seed=2)
             fresh = engine.layout.loss_scale
             writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
             scale = engine.layout.loss_scale
-            found[f"{target}<{source}"] = [scale, fresh, poisoned(engine, 6), applied(engine, 7)]
-    return found
+            scales[f"{target}<{source}"] = [scale, fresh, poisoned(engine, 6), applied(engine, 7)]
+    return scales
 
 
 def applied(engine, step):

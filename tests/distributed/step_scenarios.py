@@ -66,14 +66,14 @@ def extra():
     facts = engine.train_step(small.batch(0, world.rank, world.size), 1.0)
     world.share(1, facts.losses, 2 * world.rank, 4, 7, False, extra=facts.extra)
     (summary,) = world.summaries(0)
-    own = world.gather(float(facts.extra["largest"]))
+    largest = world.gather(float(facts.extra["largest"]))
     world._extra = None
     mine = {f"of rank {world.rank}": torch.tensor(1.0)}
     world.share(2, facts.losses, 2 * world.rank, 4, 7, False, extra=mine)
     try:
         list(world.summaries(0))
     except UserError as e:
-        return [summary.extra, own, str(e)]
+        return [summary.extra, largest, str(e)]
 
 
 def _newton_schulz_in_fp32():

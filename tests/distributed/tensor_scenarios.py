@@ -21,7 +21,7 @@ def parts(cases):
     dynamo.config.disable = False
     dist.init_process_group("gloo")
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
-    found = []
+    results = []
     for words, compiled in cases:
         config = ModelConfig(**{**SMALL, **words})
         models = []
@@ -38,14 +38,14 @@ def parts(cases):
         targets[0, -3:] = -100
         losses = [_backward(model, tokens, targets) for model in models]
         pairs = [(losses[0], losses[1])]
-        for own, p in zip(part.parameters(), whole.parameters(), strict=True):
-            whole = whole_of(own)
-            pairs.append((p.grad.chunk(whole.parts, whole.dim)[whole.part], own.grad))
+        for part_p, p in zip(part.parameters(), whole.parameters(), strict=True):
+            whole = whole_of(part_p)
+            pairs.append((p.grad.chunk(whole.parts, whole.dim)[whole.part], part_p.grad))
         worst = max(float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in pairs)
         every = [None] * group.size
         dist.all_gather_object(every, worst)
-        found.append(max(every))
-    return found
+        results.append(max(every))
+    return results
 
 
 def everything(cases, drops):
@@ -72,12 +72,16 @@ def dropped(words):
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
     torch.manual_seed(0)
     model = divide(Transformer(ModelConfig(**{**SMALL, "dropout": 0.3, **words})), group)
-    mixer, seen = model.blocks[0].mixer, {}
+    mixer, masks_seen = model.blocks[0].mixer, {}
     for p in mixer.parameters():  # those of the first rank on all
         dist.broadcast(p.data, 0)
-    mixer.output.register_forward_pre_hook(lambda _, x: seen.__setitem__("heads", x[0].detach()))
+    mixer.output.register_forward_pre_hook(
+        lambda _, x: masks_seen.__setitem__("heads", x[0].detach())
+    )
     for i, block in enumerate(model.blocks):
-        keep = partial(lambda name, _, __, y: seen.__setitem__(name, y.detach()), f"stream.{i}")
+        keep = partial(
+            lambda name, _, __, y: masks_seen.__setitem__(name, y.detach()), f"stream.{i}"
+        )
         block.register_forward_hook(keep)
     tokens = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
     passes = []
@@ -87,10 +91,10 @@ def dropped(words):
         losses = model(tokens, tokens)
         losses.sum().backward()
         whole = {n: p.grad for n, p in model.named_parameters() if not hasattr(p, "whole")}
-        passes.append({**seen, "losses": losses.detach(), "after": torch.rand(9), **whole})
+        passes.append({**masks_seen, "losses": losses.detach(), "after": torch.rand(9), **whole})
     differ = set()
-    for found in passes[1:]:
-        for name, tensor in found.items():
+    for masks in passes[1:]:
+        for name, tensor in masks.items():
             every = [torch.empty_like(tensor) for _ in range(group.size)]
             dist.all_gather(every, tensor.contiguous())
             if name != "heads" and not torch.equal(*every):
@@ -102,8 +106,8 @@ def dropped(words):
 
 
 def _backward(model, tokens, targets):
-    found = model(tokens, targets)
-    losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+    output = model(tokens, targets)
+    losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
     (losses.sum() + penalty).backward()
     return losses.detach()
 

@@ -44,14 +44,14 @@ def test_they_resume_bit_for_bit_and_freeze_all_else(dataset, tmp_path, stage, p
     assert len(whole) == 8
     assert again == whole
     assert flops(tmp_path / "whole") < flops(tmp_path / "base")
-    base, found = last(tmp_path / "base"), last(tmp_path / "whole")
-    assert {n for n in found.shapes if not is_adapter(n)} == base.shapes.keys()
+    base, adapted = last(tmp_path / "base"), last(tmp_path / "whole")
+    assert {n for n in adapted.shapes if not is_adapter(n)} == base.shapes.keys()
     rounding = 2**-8 if precision == "bf16" else 0.0  # the engine keeps them in its precision
     for name in base.shapes:
-        torch.testing.assert_close(found.tensor(name), base.tensor(name), rtol=rounding, atol=0)
-    ups = [name for name in found.shapes if name.endswith("lora_B.weight")]
+        torch.testing.assert_close(adapted.tensor(name), base.tensor(name), rtol=rounding, atol=0)
+    ups = [name for name in adapted.shapes if name.endswith("lora_B.weight")]
     assert len(ups) == 14
-    assert all(found.tensor(name).abs().max() > 0 for name in ups)
+    assert all(adapted.tensor(name).abs().max() > 0 for name in ups)
     if stage != 3:
         return
     alone = ("run.name=alone", "engine=zero0", "launch.processes=1", "train.micro_batch=8")

@@ -22,7 +22,7 @@ STEP_TARGETS = 8 * 32
 @pytest.fixture
 def sources(tmp_path) -> dict[str, Path]:
     """Two datasets of one tokenizer, of several shards each."""
-    made = {}
+    datasets = {}
     for name in ("prose", "code"):
         folder = tmp_path / "text" / name
         folder.mkdir(parents=True)
@@ -32,8 +32,8 @@ def sources(tmp_path) -> dict[str, Path]:
         config = BuildConfig(
             tokenizer="bytes", validation=0.1, shard_tokens=8192, member_tokens=1024
         )
-        made[name] = build_dataset(Files([folder]), tmp_path / name, config)
-    return made
+        datasets[name] = build_dataset(Files([folder]), tmp_path / name, config)
+    return datasets
 
 
 def mixture(sources: dict[str, Path]) -> tuple[str, ...]:
@@ -93,9 +93,9 @@ def test_damage_is_reported_and_never_trained_on(sources, tmp_path):
     shard = sources["prose"] / "train-000001.tar"
     for member in range(4):
         flip(shard, member)
-    said = launching.train(tmp_path, "run.name=fails", *command, code=2)
-    assert "train-000001.tar: member 00000" in said
-    assert "Traceback" not in said
+    output = launching.train(tmp_path, "run.name=fails", *command, code=2)
+    assert "train-000001.tar: member 00000" in output
+    assert "Traceback" not in output
 
 
 def test_all_ranks_use_the_same_substitutes_also_after_a_kill(sources, tmp_path):

@@ -39,7 +39,7 @@ MESHES = {  # beside the 2 that divide the experts in each of KINDS; there are g
 
 
 def cases(parallel):
-    return [[stage, kind, parallel, *more] for stage, kind, *more in KINDS]
+    return [[stage, kind, parallel, *words] for stage, kind, *words in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +52,32 @@ def test_divided_experts_train_as_those_of_one_rank(alone, size):
     """2 ranks divide the experts, of 2 and of 4: there each expert is on two ranks. Then also
     columns of windows or matrices are divided."""
     every = cases(2) + MESHES[size]
-    found = ranks.run("expert_scenarios:trained", size, cases=every, steps=STEPS)
+    results = ranks.run("expert_scenarios:trained", size, cases=every, steps=STEPS)
     same = {kind: alone[KINDS.index([1, kind])] for kind in ("adamw", "muon")}  # at any stage
     expected = alone + [same[kind] for _, kind, *_ in MESHES[size]]
-    for case, own, one in zip(every, found, expected, strict=True):
-        first = [{k: v for k, v in of["states"][0].items() if "|weight" in k} for of in (own, one)]
+    for case, divided, one in zip(every, results, expected, strict=True):
+        first = [
+            {k: v for k, v in of["states"][0].items() if "|weight" in k} for of in (divided, one)
+        ]
         assert first[0] == first[1], case  # the initial weights, to the bit
-        for state, expected in zip(own["states"][1:], one["states"][1:], strict=True):
+        for state, expected in zip(divided["states"][1:], one["states"][1:], strict=True):
             assert state.keys() == expected.keys(), case
             for key, values in state.items():
-                own_values, wanted = torch.tensor(values), torch.tensor(expected[key])
+                own_values, expected_values = torch.tensor(values), torch.tensor(expected[key])
                 # Adam divides a gradient near 0 by its own size, and other sums round it otherwise.
                 least = 1e-4 if MATRICES in case else 1e-5
-                assert torch.allclose(own_values, wanted, rtol=1e-4, atol=least), (case, key)
-        for row, expected in zip(own["rows"], one["rows"], strict=True):
+                assert torch.allclose(own_values, expected_values, rtol=1e-4, atol=least), (
+                    case,
+                    key,
+                )
+        for row, expected in zip(divided["rows"], one["rows"], strict=True):
             assert row[:2] == pytest.approx(expected[:2], rel=1e-5, abs=1e-5), case
             assert row[2] == pytest.approx(expected[2], rel=1e-5), case
             loads = [[layer[:-1] for layer in counts] for counts in (row[3], expected[3])]
             assert loads[0] == loads[1], case  # all but the sums of entropies, in millionths
-        for losses, expected in zip(own["held_out"], one["held_out"], strict=True):
+        for losses, expected in zip(divided["held_out"], one["held_out"], strict=True):
             assert losses == pytest.approx(expected, rel=1e-5), case
-        assert own["biases"] == one["biases"] * size, case
+        assert divided["biases"] == one["biases"] * size, case
 
 
 def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_path):
@@ -86,13 +91,15 @@ def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_pat
     }
     names = {n: [f"{s}-{k}-{e}-w{n}" for s, k, e, *_ in meshes[n]] for n in meshes}
     after, states = {}, {}
-    for size, own in meshes.items():
-        after[size] = ranks.run("expert_scenarios:saved", size, cases=own, folder=str(tmp_path))
-    for size, own in meshes.items():
-        every = [[case, [names[of][i] for of in names]] for i, case in enumerate(own)]
-        found = ranks.run("expert_scenarios:loaded", size, cases=every, folder=str(tmp_path))
+    for size, cases_of in meshes.items():
+        after[size] = ranks.run(
+            "expert_scenarios:saved", size, cases=cases_of, folder=str(tmp_path)
+        )
+    for size, cases_of in meshes.items():
+        every = [[case, [names[of][i] for of in names]] for i, case in enumerate(cases_of)]
+        results = ranks.run("expert_scenarios:loaded", size, cases=every, folder=str(tmp_path))
         for (i, of), (state, steps) in zip(
-            product(range(2), names), [pair for pairs in found for pair in pairs], strict=True
+            product(range(2), names), [pair for pairs in results for pair in pairs], strict=True
         ):
             assert state == states.setdefault((i, of), state), (i, of, size)
             if of == size:

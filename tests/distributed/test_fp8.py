@@ -16,7 +16,7 @@ EXPERTS = ["model.mlp=moe", "model.moe_width=32", "model.moe_experts=4"]
 
 
 def trained(*cases, near=1):
-    found = ranks.run(
+    results = ranks.run(
         "sequence_scenarios:trained",
         2,
         580,
@@ -24,20 +24,20 @@ def trained(*cases, near=1):
         near=near,
         steps=4,
     )
-    return [torch.tensor([row for row, _ in case[0]]) for case in found]
+    return [torch.tensor([row for row, _ in case[0]]) for case in results]
 
 
 def test_every_stage_and_every_axis_trains():
     stages = [[stage, FP8] for stage in range(4)]
     others = [[1, FP8, TENSOR], [3, FP8, TENSOR], [3, FP8, "model.activation_checkpointing=full"]]
-    plain, *found = trained([1], *stages, *others)
+    plain, *results = trained([1], *stages, *others)
     assert plain[-1] < plain[0]
-    for losses in (*found, *trained([2, FP8], near=2)):
+    for losses in (*results, *trained([2, FP8], near=2)):
         assert not torch.equal(losses, plain)
         torch.testing.assert_close(losses, plain, rtol=0.01, atol=0)
-    for losses in found[:4]:
-        torch.testing.assert_close(losses, found[0], rtol=2e-3, atol=0)
-    assert torch.equal(found[3], found[-1])
+    for losses in results[:4]:
+        torch.testing.assert_close(losses, results[0], rtol=2e-3, atol=0)
+    assert torch.equal(results[3], results[-1])
 
 
 def test_experts_and_their_axis_train():
@@ -48,16 +48,16 @@ def test_experts_and_their_axis_train():
 
 def test_a_checkpoint_does_not_say_that_its_run_multiplied_in_fp8(tmp_path):
     cases = [["fp8", 1, 1, FP8, *MODEL], ["plain", 1, 3, *MODEL]]
-    found = ranks.run("mesh_scenarios:carry", 2, cases=cases, folder=str(tmp_path), known={})
-    assert found["fp8<fp8"] == found["fp8"]  # to the bit
+    results = ranks.run("mesh_scenarios:carry", 2, cases=cases, folder=str(tmp_path), known={})
+    assert results["fp8<fp8"] == results["fp8"]  # to the bit
     fp8, plain = (Checkpoint(tmp_path / "first" / name / STATE) for name in ("fp8", "plain"))
     assert fp8.shapes == plain.shapes
     again = Checkpoint(tmp_path / "again" / "plain<fp8" / STATE)
     for name in fp8.shapes:
         assert fp8.reader.states(name) == plain.reader.states(name)
         for state in fp8.reader.states(name):
-            ours = fp8.tensor(name, state)
-            assert ours.dtype == plain.tensor(name, state).dtype
-            assert torch.equal(again.tensor(name, state), ours)
-    for row, expected in zip(found["plain<fp8"], found["fp8"], strict=True):
+            stored = fp8.tensor(name, state)
+            assert stored.dtype == plain.tensor(name, state).dtype
+            assert torch.equal(again.tensor(name, state), stored)
+    for row, expected in zip(results["plain<fp8"], results["fp8"], strict=True):
         assert row[0] == pytest.approx(expected[0], rel=0.01)

@@ -38,7 +38,7 @@ def struck(run):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "sentence"),
     [
         pytest.param(
             "freeze@25:rank1:data",
@@ -60,14 +60,14 @@ def struck(run):
         ("hang@25:rank1:data", "rank 1 .* been in data for [34] s at step 25; rank 0 waits in"),
     ],
 )
-def test_a_rank_that_hangs_is_named_and_the_run_resumes(dataset, tmp_path, whole, fault, said):
+def test_a_rank_that_hangs_is_named_and_the_run_resumes(dataset, tmp_path, whole, fault, sentence):
     command = ("run.name=cut", f"data.path={dataset}", *TWO, *QUICK, f"faults=[{fault}]")
     output = launching.train(tmp_path, *command)
     run, rank = tmp_path / "cut", int(fault.split("rank")[1][0])
-    found = read_hang(run / "attempts/0001")
-    assert found.ranks == (rank,)
-    assert re.search(said, found.sentence), found.sentence
-    assert found.sentence in output
+    hang = read_hang(run / "attempts/0001")
+    assert hang.ranks == (rank,)
+    assert re.search(sentence, hang.sentence), hang.sentence
+    assert hang.sentence in output
     assert (run / "attempts/0001/hang.json").stat().st_mtime - struck(run) < 10
     reports = list(run.glob("attempts/0001/hang-*.txt"))
     assert len(reports) == 1, output
@@ -144,19 +144,19 @@ def test_every_second_falls_in_a_bucket(dataset, tmp_path):
     launching.interrupt(process, tmp_path / "cut", 33, signal.SIGKILL)
     launching.train(tmp_path, *command)
     ended = time.time()
-    found = Goodput(Run(tmp_path / "cut"))
-    assert len(found.launches) == 4
-    assert found.failures == 3
-    wall = found.launches[-1].ended - found.launches[0].begun
-    assert sum(found.buckets.values()) == pytest.approx(wall, rel=0.01)
-    assert began < found.launches[0].begun < found.launches[-1].ended < ended
-    assert min(found.buckets.values()) >= 0
-    assert found.buckets["lost"] > 3, "the hang"
-    assert found.lost_steps >= 3 + 3 + 3  # a row is written when its step is known to all
-    assert 0 < found.ettr < 1
-    last = found.launches[-1]
+    goodput = Goodput(Run(tmp_path / "cut"))
+    assert len(goodput.launches) == 4
+    assert goodput.failures == 3
+    wall = goodput.launches[-1].ended - goodput.launches[0].begun
+    assert sum(goodput.buckets.values()) == pytest.approx(wall, rel=0.01)
+    assert began < goodput.launches[0].begun < goodput.launches[-1].ended < ended
+    assert min(goodput.buckets.values()) >= 0
+    assert goodput.buckets["lost"] > 3, "the hang"
+    assert goodput.lost_steps >= 3 + 3 + 3  # a row is written when its step is known to all
+    assert 0 < goodput.ettr < 1
+    last = goodput.launches[-1]
     assert last.recorded > 0.5 * (last.ended - last.begun), "what no row tells of is small"
     rows = launching.rows(tmp_path / "cut")
-    kept = sum(row["seconds"]["compute"] for row in rows)
-    after = sum(launch.after.get("compute", 0.0) for launch in found.launches)
-    assert found.buckets["compute"] == pytest.approx(kept + after)
+    compute = sum(row["seconds"]["compute"] for row in rows)
+    after = sum(launch.after.get("compute", 0.0) for launch in goodput.launches)
+    assert goodput.buckets["compute"] == pytest.approx(compute + after)

@@ -21,15 +21,15 @@ MESHES = {  # by the number of ranks: name, sequence ranks, stage, more
 
 
 def test_every_mesh_loads_every_other_and_continues_its_own_to_the_bit(tmp_path):
-    found = {}
+    losses = {}
     for size in (4, 2, 1, 2, 4):  # on the way back, what was not saved yet on the way there
         cases = [[*case, *MODEL] for case in MESHES[size]]
-        arguments = {"cases": cases, "folder": str(tmp_path), "known": found}
-        found |= ranks.run("mesh_scenarios:carry", size, **arguments)
+        arguments = {"cases": cases, "folder": str(tmp_path), "known": losses}
+        losses |= ranks.run("mesh_scenarios:carry", size, **arguments)
     names = [name for cases in MESHES.values() for name, *_ in cases]
     first = {name: Checkpoint(tmp_path / "first" / name / STATE) for name in names}
     assert not any(coverage_faults(checkpoint.state) for checkpoint in first.values())
-    pairs = [key.split("<") for key in found if "<" in key]
+    pairs = [key.split("<") for key in losses if "<" in key]
     assert sorted(pairs) == sorted([a, b] for a in names for b in names)
     for target, source in pairs:
         again = Checkpoint(tmp_path / "again" / f"{target}<{source}" / STATE)
@@ -38,7 +38,7 @@ def test_every_mesh_loads_every_other_and_continues_its_own_to_the_bit(tmp_path)
         for name in old.shapes:
             for state in old.reader.states(name):
                 assert torch.equal(again.tensor(name, state), old.tensor(name, state))
-        after, expected = found[f"{target}<{source}"], found[source]
+        after, expected = losses[f"{target}<{source}"], losses[source]
         if target == source:
             assert after == expected
         elif DROPS[0] in (target, source):  # others draw other numbers

@@ -54,8 +54,8 @@ def plainly(kind):
                     if p.ndim == 3
                     else [(p, p.grad, momentum)]
                 )
-                for matrix, grad, own in matrices:
-                    matrix.sub_(o.learning_rate * orthogonal_update(grad, own))
+                for matrix, grad, buffer in matrices:
+                    matrix.sub_(o.learning_rate * orthogonal_update(grad, buffer))
         model.counted(model.counters().clone())
         model.updated()
         rows.append([nats / data.targets, norm.item(), model.tallies.total("experts").tolist()])
@@ -69,8 +69,10 @@ def test_every_stage_trains_experts_like_plain_pytorch(size):
     for case, (rows, biases) in zip(
         CASES, ranks.run("moe_scenarios:trained", size, cases=CASES, steps=STEPS), strict=True
     ):
-        wanted, bias = expected[case[1]]
-        for (loss, norm, extra, load), (nats, plain_norm, totals) in zip(rows, wanted, strict=True):
+        expected_losses, bias = expected[case[1]]
+        for (loss, norm, extra, load), (nats, plain_norm, totals) in zip(
+            rows, expected_losses, strict=True
+        ):
             assert loss == pytest.approx(nats, abs=1e-4), case
             assert norm == pytest.approx(plain_norm, rel=1e-3), case
             assert [layer[:-1] for layer in load] == [layer[:-1] for layer in totals], case

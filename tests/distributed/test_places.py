@@ -42,9 +42,9 @@ def test_torchrun_starts_the_same_run_as_our_launcher(dataset, undisturbed, tmp_
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    ours = undisturbed(2)
-    assert len(ours) == 60
-    assert launching.trajectory(tmp_path / "theirs") == ours
+    run_of_ours = undisturbed(2)
+    assert len(run_of_ours) == 60
+    assert launching.trajectory(tmp_path / "theirs") == run_of_ours
     assert (tmp_path / "theirs" / "attempts" / "0001").is_dir()
 
 
@@ -68,9 +68,9 @@ def test_a_disk_that_fills_up_during_a_save(dataset, undisturbed, tmp_path, rank
         filling = disks.fill(disk, leave=40_000)  # for rows, not for a checkpoint
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 2, output
-        said = [line for line in output.splitlines() if "the disk is full" in line]
-        assert len(said) == 1, output
-        assert str(run) in said[0]
+        messages = [line for line in output.splitlines() if "the disk is full" in line]
+        assert len(messages) == 1, output
+        assert str(run) in messages[0]
         assert "Traceback" not in output
         assert checkpoints(run) == ["step-00000010"]
         assert check_table(run / "checkpoints" / "step-00000010") == []

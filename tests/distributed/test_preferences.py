@@ -41,7 +41,7 @@ def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
     whole = launching.trajectory(run)
     assert whole[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert whole[-1]["loss"] < 0.68
-    kept = read_references(Run(run))
+    references = read_references(Run(run))
 
     launching.keep_only(run, 5)
     shutil.rmtree(tmp_path / "origin")
@@ -49,7 +49,7 @@ def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
     assert "(step 5)" in output
     assert "read preferences" not in output
     assert launching.trajectory(run) == whole
-    assert read_references(Run(run)).source == kept.source
+    assert read_references(Run(run)).source == references.source
 
 
 def test_one_rank_reads_the_same_preferences_and_reference(tmp_path, command):
@@ -61,6 +61,6 @@ def test_one_rank_reads_the_same_preferences_and_reference(tmp_path, command):
         assert [row[key] for row in two] == [row[key] for row in one]
     for key in ("loss", "extra.rewards/margins", "extra.logps/chosen"):
         assert two[-1][key] == pytest.approx(one[-1][key], rel=1e-3)
-    found = [read_references(Run(tmp_path / name)).values for name in ("two", "one")]
+    values = [read_references(Run(tmp_path / name)).values for name in ("two", "one")]
     for split in ("train", "validation"):
-        np.testing.assert_allclose(*(each[split]["data"] for each in found), rtol=1e-5)
+        np.testing.assert_allclose(*(each[split]["data"] for each in values), rtol=1e-5)

@@ -89,34 +89,34 @@ def chosen(cases, size, parts):
 
 
 def test_the_chosen_cases_have_every_stage_optimizer_and_precision():
-    found = chosen(CASES, 4, [])
-    assert {case[0] for case in found} == {0, 1, 2, 3}
-    assert {tuple(case[1:3]) for case in found} == {tuple(kind) for kind in KINDS}
+    cases = chosen(CASES, 4, [])
+    assert {case[0] for case in cases} == {0, 1, 2, 3}
+    assert {tuple(case[1:3]) for case in cases} == {tuple(kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_states_are_the_tensors_of_real_ranks(size):
     cases = chosen(CASES, size, PARTS) + (DIVIDED_STATES if size > 1 else [])
-    found = ranks.run("cost_scenarios:states", size, 580, cases=cases)
-    for case, measured in zip(cases, found, strict=True):
+    results = ranks.run("cost_scenarios:states", size, 580, cases=cases)
+    for case, measured in zip(cases, results, strict=True):
         job = job_of(case, size)
         held = inventory(job)
-        for rank, found in enumerate(measured):
+        for rank, results in enumerate(measured):
             s = states(job, held, size, rank)
             where = f"{case} on rank {rank} of {size}"
             for moment in ("held", "after"):
-                now = found[moment]
+                now = results[moment]
                 assert now.get("weights", 0) == s.weights, where
                 assert now.get("resident", 0) == s.resident, where
                 assert now.get("masters", 0) == s.masters, where
                 assert now.get("moments", 0) == s.moments, where
                 assert now.get("buckets", 0) <= s.buckets, where
                 assert now.get("other", 0) <= FLAGS, where
-            assert found["held"].get("gradients", 0) == s.held, where
-            assert found["accumulating"] == s.gradients, where
-            assert case[0] not in (1, 2) or found["buckets"] == s.buckets, where
+            assert results["held"].get("gradients", 0) == s.held, where
+            assert results["accumulating"] == s.gradients, where
+            assert case[0] not in (1, 2) or results["buckets"] == s.buckets, where
             as_they_are = case[0] == 0 and (case[2] == "fp32" or IN_FP32 in case)
-            assert found["updating"] == (s.held if as_they_are else s.update), where
+            assert results["updating"] == (s.held if as_they_are else s.update), where
         most = states(job, held, size)
         every = [states(job, held, size, rank) for rank in range(size)]
         assert most.backward == max(s.backward for s in every), case
@@ -129,13 +129,13 @@ SELECTIVE = "model.activation_checkpointing=selective"
 TRAFFIC = [
     *[[stage, kind, "bf16"] for stage in range(4) for kind in ("adamw", "muon")],
     *[[3, kind, "bf16", zero(SMALL)] for kind in ("adamw", "muon")],
-    *[[3, "adamw", "bf16", zero(SMALL, reuse), *more]
-      for reuse in (FAR, SOME) for more in ([], [CHECKPOINTING], [SELECTIVE])],
+    *[[3, "adamw", "bf16", zero(SMALL, reuse), *words]
+      for reuse in (FAR, SOME) for words in ([], [CHECKPOINTING], [SELECTIVE])],
     [3, "adamw", "bf16", zero(SMALL, SOME), "model.tie_embeddings=true"],
     [3, "adamw", "bf16", zero(SMALL, SOME), *TOKENS],
     [3, "adamw", "bf16", zero(SMALL), *TOKENS, CHECKPOINTING],
-    *[[3, "adamw", "bf16", zero(SMALL, SOME), "model.mtp_layers=2", *more]
-      for more in ([], [CHECKPOINTING, "model.tie_embeddings=true"])],
+    *[[3, "adamw", "bf16", zero(SMALL, SOME), "model.mtp_layers=2", *words]
+      for words in ([], [CHECKPOINTING, "model.tie_embeddings=true"])],
     [2, "adamw", "fp32", "model.tie_embeddings=true"],
 ]  # fmt: skip
 PARTS_TRAFFIC = [
@@ -175,7 +175,7 @@ def test_traffic_is_what_real_ranks_send(size):
         near = "engine.hierarchical_partition=2"
         cases = cases + [[3, "adamw", "bf16", zero(SMALL, reuse), near] for reuse in (FAR, SOME)]
     measured = ranks.run("cost_scenarios:traffic", size, 580, cases=cases)
-    for case, found in zip(cases, measured, strict=True):
+    for case, counts in zip(cases, measured, strict=True):
         job = job_of(case, size)
         expected: dict[str, int] = {}
         for c in collectives(job, inventory(job), size):
@@ -183,4 +183,4 @@ def test_traffic_is_what_real_ranks_send(size):
                 continue
             name = f"{c.kind}/{c.ranks}"
             expected[name] = expected.get(name, 0) + c.payload
-        assert found == expected, f"{case} on {size} ranks, {MICRO_BATCHES} micro-batches"
+        assert counts == expected, f"{case} on {size} ranks, {MICRO_BATCHES} micro-batches"

@@ -45,10 +45,10 @@ def await_attempt(process, trains):
 
 def expect_whole(run):
     """Everything with a checkpoint's name, while the next one may be being written."""
-    found = Run(run)
-    for step in found.checkpoint_steps():
-        faults = check_table(found.checkpoint_path(step))
-        assert not faults or not found.checkpoint_path(step).exists(), faults
+    stored = Run(run)
+    for step in stored.checkpoint_steps():
+        faults = check_table(stored.checkpoint_path(step))
+        assert not faults or not stored.checkpoint_path(step).exists(), faults
 
 
 @pytest.mark.timeout(7200)
@@ -118,15 +118,15 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
             process.resume()
     output, _ = new.communicate(timeout=240)
     assert new.returncode == 0, output
-    said, _ = old.communicate(timeout=240)
-    assert old.returncode == 2, said
-    assert "attempt 2 started before step" in said
-    assert "Traceback" not in said
+    last_output, _ = old.communicate(timeout=240)
+    assert old.returncode == 2, last_output
+    assert "attempt 2 started before step" in last_output
+    assert "Traceback" not in last_output
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
     assert len(list((run / "attempts").iterdir())) == 2
-    kept = [Checkpoint(p) for p in sorted((run / "checkpoints").glob("step-*"))]
+    checkpoints = [Checkpoint(p) for p in sorted((run / "checkpoints").glob("step-*"))]
     # Two as checkpoint.keep says, and the last one before the decay.
-    assert [(c.position.step, c.attempt) for c in kept] == [(95, 2), (115, 2), (120, 2)]
+    assert [(c.position.step, c.attempt) for c in checkpoints] == [(95, 2), (115, 2), (120, 2)]
     assert not list((run / "checkpoints").glob(".*"))
 
 

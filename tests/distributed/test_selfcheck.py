@@ -37,5 +37,5 @@ def test_the_rank_that_computes_wrong_is_named(stage, problem, says):
 
 
 def test_if_two_ranks_differ_both_are_named():
-    said = ranks.run("selfcheck_scenarios:corrupt", 2, stage=1, problem="weight")
-    assert "ranks 0 on here, 1 on here differ" in said
+    faults = ranks.run("selfcheck_scenarios:corrupt", 2, stage=1, problem="weight")
+    assert "ranks 0 on here, 1 on here differ" in faults

@@ -79,8 +79,8 @@ def plain_gradients(case):
     torch.manual_seed(0)
     model, data = Transformer(job.model), scenario.batch(0, 0, 1, True)
     for micro in data.micro:
-        found = model(micro.tokens, micro.targets, documents_BL=micro.documents)
-        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        output = model(micro.tokens, micro.targets, documents_BL=micro.documents)
+        losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
         ((losses.sum() + penalty) / data.targets).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -90,18 +90,18 @@ def plain_gradients(case):
 )
 def test_every_stage_trains_a_divided_sequence_as_one_rank(size, near, documents):
     arguments = {"cases": STAGES, "near": near, "steps": STEPS, "documents": documents}
-    found = ranks.run("sequence_scenarios:trained", size, 580, **arguments)
+    results = ranks.run("sequence_scenarios:trained", size, 580, **arguments)
     expected, held_out = plainly(STAGES[0], documents)
     assert any(norm > 0.5 for _, norm in expected), "clipping must take part"
-    for case, (rows, scores) in zip(STAGES, found, strict=True):
+    for case, (rows, scores) in zip(STAGES, results, strict=True):
         for row, plain in zip(rows, expected, strict=True):
             assert row == pytest.approx(plain, rel=1e-5), case
         torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")
 
 
 def test_gradients_of_each_mixer_are_those_of_one_rank():
-    found = ranks.run("sequence_scenarios:gradients", 2, 580, cases=MIXERS, near=2)
-    for case, gradients in zip(MIXERS, found, strict=True):
+    results = ranks.run("sequence_scenarios:gradients", 2, 580, cases=MIXERS, near=2)
+    for case, gradients in zip(MIXERS, results, strict=True):
         for name, plain in plain_gradients(case).items():
             torch.testing.assert_close(
                 torch.tensor(gradients[name]), plain, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}"
@@ -115,14 +115,14 @@ COSTS += [[1, "model.num_kv_heads=2", WIDE, "documents"]]
 
 @pytest.mark.parametrize("near", [2, *[4] * FULL])
 def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
-    found = ranks.run("sequence_scenarios:costs", near, 580, cases=COSTS, near=near)
-    for case, (kept, sent, calls) in zip(COSTS, found, strict=True):
+    results = ranks.run("sequence_scenarios:costs", near, 580, cases=COSTS, near=near)
+    for case, (bytes_kept, sent, calls) in zip(COSTS, results, strict=True):
         job = scenario.job_of(case, near, near)
         planned = [c for c in collectives(job, inventory(job), near) if c.kind == "all_to_all"]
         assert [(c.payload, c.ranks, c.calls) for c in planned] == [(sent, near, calls)], case
         masked, size = "documents" in case, scenario.LENGTH
         planned = activations(job.model, 2, size, 4, masked, fused_norms=False, ranks=near)
-        assert kept == pytest.approx(planned.saved, rel=0.07), case
+        assert bytes_kept == pytest.approx(planned.saved, rel=0.07), case
 
 
 def test_a_block_with_its_exchange_is_one_graph():
@@ -130,8 +130,8 @@ def test_a_block_with_its_exchange_is_one_graph():
     cases += [[2, CLIP, "model.activation_checkpointing=full", "model.mlp_chunk=3"]]
     cases += [[3, CLIP, "model.activation_checkpointing=selective"]]
     arguments = {"near": 2, "steps": 2, "documents": True, "compiled": True}
-    found = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)
-    for case, (rows, _) in zip(cases, found, strict=True):
+    results = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)
+    for case, (rows, _) in zip(cases, results, strict=True):
         expected, _ = plainly(case, True)
         for row, plain in zip(rows, expected[:2], strict=True):
             assert row == pytest.approx(plain, rel=1e-5), case

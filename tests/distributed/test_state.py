@@ -43,8 +43,10 @@ def met(cases, sources, size: int) -> list:
     So every stage meets the saves of every stage and world size."""
     pairs = []
     for i, case in enumerate(cases):
-        own = f"{name(case)}-w{size}"
-        every = [s for s in sources if FULL or s == own or (size != 2 and not s.endswith("w2"))]
+        name_here = f"{name(case)}-w{size}"
+        every = [
+            s for s in sources if FULL or s == name_here or (size != 2 and not s.endswith("w2"))
+        ]
         pairs.append((case, [s for j, s in enumerate(sources) if s in every or (i + j) % 2 == 0]))
     return pairs
 
@@ -57,7 +59,7 @@ def saved(tmp_path_factory):
         losses = ranks.run(
             "state_scenarios:save", size, LIMIT, cases=chosen(size), folder=str(folder)
         )
-        after |= {f"{case}-w{size}": found for case, found in losses.items()}
+        after |= {f"{case}-w{size}": case_losses for case, case_losses in losses.items()}
     return folder, after
 
 
@@ -70,8 +72,8 @@ def test_the_chosen_cases_have_every_pair_of_stages_and_every_value():
     for optimizer, size in itertools.product(OPTIMIZERS, SIZES):
         cases = [c for c in chosen(size) if c[1] == optimizer]
         sources = [source for source in saves if f"-{optimizer}-" in source]
-        found = {(c[0], s[0], s[-1]) for c, of in met(cases, sources, size) for s in of}
-        assert found == set(itertools.product(range(4), "0123", "124"))
+        pairs = {(c[0], s[0], s[-1]) for c, of in met(cases, sources, size) for s in of}
+        assert pairs == set(itertools.product(range(4), "0123", "124"))
 
 
 @pytest.mark.parametrize(("optimizer", "size"), list(itertools.product(OPTIMIZERS, SIZES)))
@@ -82,7 +84,7 @@ def test_a_checkpoint_loads_anywhere(saved, optimizer, size):
     sources = [source for source in continued if f"-{optimizer}-" in source]
     pairs = met(cases, sources, size)
     losses = ranks.run("state_scenarios:load", size, LIMIT, pairs=pairs, folder=str(folder))
-    assert len(losses) == sum(len(found) for _, found in pairs)
+    assert len(losses) == sum(len(of) for _, of in pairs)
     for key, after in losses.items():
         target, source = key.split("<")
         assert_same_state(folder / source / STATE, folder / "again" / key / STATE, target)
@@ -130,13 +132,13 @@ HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_support
 def test_a_loss_scale_goes_from_fp16_to_fp16_alone(tmp_path, stage):
     """In a bf16 engine a stored scale of 65,536 was taken for DeepSpeed's own check of overflows:
     a step with a NaN gradient was applied."""
-    found = ranks.run("state_scenarios:between_precisions", 1, stage=stage, folder=str(tmp_path))
-    lowered = found["fp16"]
-    assert found["bf16"] == 1.0 < lowered
+    scales = ranks.run("state_scenarios:between_precisions", 1, stage=stage, folder=str(tmp_path))
+    lowered = scales["fp16"]
+    assert scales["bf16"] == 1.0 < lowered
     for case in ("bf16<fp16", "bf16<bf16"):
-        assert found[case][0] == 1.0
-    assert found["fp16<fp16"][0] == lowered
-    scale, fresh, *_ = found["fp16<bf16"]
+        assert scales[case][0] == 1.0
+    assert scales["fp16<fp16"][0] == lowered
+    scale, fresh, *_ = scales["fp16<bf16"]
     assert scale == fresh > lowered
     for case in ("bf16<fp16", "bf16<bf16", "fp16<fp16", "fp16<bf16"):
-        assert found[case][2:] == [False, True], case
+        assert scales[case][2:] == [False, True], case

@@ -19,8 +19,8 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
     model = small.Model()
     groups = small.groups(model, kind)
     elementwise = Lion if kind == "lion" else torch.optim.AdamW
-    own = [g | {"lr": g["peak_learning_rate"]} for g in groups if not g["use_muon"]]
-    rest = elementwise([g | {"of_all": g["weight_decay"]} for g in own], betas=(0.9, 0.95))
+    adamw_groups = [g | {"lr": g["peak_learning_rate"]} for g in groups if not g["use_muon"]]
+    rest = elementwise([g | {"of_all": g["weight_decay"]} for g in adamw_groups], betas=(0.9, 0.95))
     muon = [p for g in groups if g["use_muon"] for p in g["params"]]
     momenta = [torch.zeros_like(p) for p in muon]
     rows = []
@@ -114,7 +114,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
 
 
 def test_a_models_own_numbers_are_means_over_ranks():
-    extra, own, error = ranks.run("step_scenarios:extra", 2)
-    assert own[0] != own[1]
-    assert extra == {"rank": 0.5, "largest": sum(own) / 2}
+    extra, largest, error = ranks.run("step_scenarios:extra", 2)
+    assert largest[0] != largest[1]
+    assert extra == {"rank": 0.5, "largest": sum(largest) / 2}
     assert "the names: differ between ranks (here: of rank 0)" in error

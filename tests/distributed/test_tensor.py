@@ -39,8 +39,8 @@ DROPPED = [
 
 def test_ranks_compute_what_the_whole_model_does_and_drop_what_they_should():
     cases = [[words, compiled] for words in MODELS for compiled in (False, True)]
-    found = ranks.run("tensor_scenarios:everything", 2, cases=cases, drops=DROPPED)
-    parts, dropped = found["parts"], found["dropped"]
+    results = ranks.run("tensor_scenarios:everything", 2, cases=cases, drops=DROPPED)
+    parts, dropped = results["parts"], results["dropped"]
     assert len(parts) == len(cases)
     assert max(parts) < 1e-5, list(zip(cases, parts, strict=True))
     for words, (differ, without, with_dropout, again) in zip(DROPPED, dropped, strict=True):
@@ -51,8 +51,8 @@ def test_ranks_compute_what_the_whole_model_does_and_drop_what_they_should():
 
 
 CLIP = "optimizer.clip=0.5"
-OWN = ["model.num_kv_heads=2", "model.mlp_width=42", CLIP]
-STAGES = [[stage, *OWN, "model.qk_norm=true", "model.position=relative"] for stage in range(4)]
+KEYS = ["model.num_kv_heads=2", "model.mlp_width=42", CLIP]
+STAGES = [[stage, *KEYS, "model.qk_norm=true", "model.position=relative"] for stage in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near, wit
     parts = T5 if near == 1 else []
     muon = [[*STAGES[stage], *parts, "optimizer=muon"] for stage in with_muon]
     cases = [[*case, f"engine.tensor_parallel={tensor}"] for case in STAGES + muon]
-    found = ranks.run("sequence_scenarios:trained", size, cases=cases, near=near, steps=STEPS)
+    results = ranks.run("sequence_scenarios:trained", size, cases=cases, near=near, steps=STEPS)
     whole = [plainly(STAGES[0], False)] * len(STAGES) + [plainly(muon[0], False)] * len(muon)
-    for case, (rows, scores), (expected, held_out) in zip(cases, found, whole, strict=True):
+    for case, (rows, scores), (expected, held_out) in zip(cases, results, whole, strict=True):
         for row, plain in zip(rows, expected, strict=True):
             assert row == pytest.approx(plain, rel=1e-5), case
         torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")
@@ -74,8 +74,8 @@ def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near, wit
 def test_the_self_check_finds_no_fault_in_healthy_ranks():
     cases = [[*STAGES[stage], "engine.tensor_parallel=2"] for stage in (0, 2, 3)]
     cases[1] += ["optimizer=muon"]
-    found = ranks.run("sequence_scenarios:checked", 4, cases=cases, near=2)
-    assert found == [[None, None]] * 3
+    results = ranks.run("sequence_scenarios:checked", 4, cases=cases, near=2)
+    assert results == [[None, None]] * 3
 
 
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
@@ -109,11 +109,11 @@ def test_the_plan_knows_what_divided_matrices_keep_and_send():
         [*case[:1], "engine.tensor_parallel=2", "model.mlp_width=84", *WIDE, *case[1:]]
         for case in COSTS
     ]
-    found = ranks.run("sequence_scenarios:costs", 2, cases=cases, near=1)
-    for case, (kept, sent, calls) in zip(cases, found, strict=True):
+    results = ranks.run("sequence_scenarios:costs", 2, cases=cases, near=1)
+    for case, (bytes_kept, sent, calls) in zip(cases, results, strict=True):
         job, size = scenario.job_of(case, 2, 1), scenario.LENGTH
         masked = "documents" in case
         planned = activations(job.model, 2, size, 4, masked, fused_norms=False, tensor=2)
-        assert kept == pytest.approx(planned.saved, rel=0.03), case
+        assert bytes_kept == pytest.approx(planned.saved, rel=0.03), case
         (planned,) = (c for c in collectives(job, inventory(job), 2) if "stream" in c.what)
         assert (planned.payload, planned.calls) == (sent, calls), case

@@ -12,13 +12,13 @@ from tests.distributed import small
 class _Reads(TorchDispatchMode):
     """Counts operations that read a value, by the file that asks: on a GPU each waits for it."""
 
-    def __init__(self, found: Counter):
+    def __init__(self, counter: Counter):
         super().__init__()
-        self.found = found
+        self.counter = counter
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            self.found[_where()] += 1
+            self.counter[_where()] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -33,14 +33,14 @@ def waits(cases):
     """For each case, how often one step reads from the device or waits for it, by place."""
     from deepspeed.accelerator import get_accelerator
 
-    found: Counter = Counter()
+    counter: Counter = Counter()
 
     def counted(owner, name):
-        own = getattr(owner, name)
+        original = getattr(owner, name)
 
         def method(*args, **kwargs):
-            found[f"{name} in {_where()}"] += 1
-            return own(*args, **kwargs)
+            counter[f"{name} in {_where()}"] += 1
+            return original(*args, **kwargs)
 
         setattr(owner, name, method)
 
@@ -53,12 +53,12 @@ def waits(cases):
         engine = small.build(stage, optimizer, precision, clip=1.0)
         world = engine.world
         for step in range(4):
-            found.clear()
+            counter.clear()
             data = small.batch(step, world.rank, world.size, 4)
-            with _Reads(found):
+            with _Reads(counter):
                 facts = engine.train_step(data, 1.0)
                 first = data.micro[0].index
                 world.share(step, facts.losses, first, 4, 0, False)
                 list(world.summaries(behind=1))
-        results.append(dict(found))
+        results.append(dict(counter))
     return results

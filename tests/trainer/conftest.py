@@ -77,8 +77,8 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 def browser():
     """An open browser. Without one the test skips, or fails if FORESCALE_NEEDS_BROWSER=1."""
     names = (os.environ.get("FORESCALE_BROWSER", ""), *_BROWSERS)
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    reason = None if found else "no browser is installed (tests/browser.sh installs one)"
+    program = next((path for name in names if name and (path := shutil.which(name))), None)
+    reason = None if program else "no browser is installed (tests/browser.sh installs one)"
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -88,7 +88,7 @@ def browser():
             pytest.fail(f"FORESCALE_NEEDS_BROWSER is set, but {reason}", pytrace=False)
         pytest.skip(reason)
     with sync_playwright() as p:
-        own = ["--no-sandbox"] if os.geteuid() == 0 else []
-        opened = p.chromium.launch(executable_path=found, args=own)
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = p.chromium.launch(executable_path=program, args=options)
         yield opened
         opened.close()

@@ -32,9 +32,9 @@ class Exchange:
     def gather(self, rank: int, value):
         self._slots[rank] = json.loads(json.dumps(value))  # as between processes
         self._gate.wait(60)
-        found = list(self._slots)
+        values = list(self._slots)
         self._gate.wait(60)
-        return found
+        return values
 
 
 class World(Ranks):
@@ -53,14 +53,14 @@ class World(Ranks):
         return [value] if self.size == 1 else self._exchanges[0].gather(self.rank, value)
 
     def gather_to_main(self, value):
-        found = self.gather(value)
-        return found if self.is_main else None
+        values = self.gather(value)
+        return values if self.is_main else None
 
     def in_background(self, name):
         """Return ranks with an exchange of their own."""
         self._groups += 1
-        own = self._exchanges and [self._exchanges[self._groups]]
-        return World(self.rank, self.size, own)
+        exchanges = self._exchanges and [self._exchanges[self._groups]]
+        return World(self.rank, self.size, exchanges)
 
 
 def worlds(size: int) -> list[World]:
@@ -70,13 +70,13 @@ def worlds(size: int) -> list[World]:
 
 def on_all(parts, work):
     """Call work(part) in a thread each; return what it returned or raised, in order."""
-    found = [None] * len(parts)
+    results = [None] * len(parts)
 
     def run(i, part):
         try:
-            found[i] = work(part)
+            results[i] = work(part)
         except Exception as e:
-            found[i] = e
+            results[i] = e
 
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(parts)]
     for t in threads:
@@ -84,7 +84,7 @@ def on_all(parts, work):
     for t in threads:
         t.join(60)
         assert not t.is_alive(), "a rank waits forever"
-    return found
+    return results
 
 
 def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
@@ -92,14 +92,14 @@ def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
     module = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width))
     module.register_buffer("offset", torch.zeros(3))
     optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "name": "all"}])
-    made = SimpleNamespace(
+    new = SimpleNamespace(
         world=world or World(),
         module=module,
         names={p: n for n, p in module.named_parameters()},
         layout=Bare(SimpleNamespace(optimizer=optimizer, basic_optimizer=optimizer)),
     )
-    set_step(made, 0)
-    return made
+    set_step(new, 0)
+    return new
 
 
 @torch.no_grad()
@@ -148,8 +148,8 @@ class Gate:
         assert self.opened.wait(60)
 
 
-def saver(run, attempt, engine, **more):
-    return Saver(run, attempt, engine, more.pop("facts", dict), Keep(2), **more)
+def saver(run, attempt, engine, **options):
+    return Saver(run, attempt, engine, options.pop("facts", dict), Keep(2), **options)
 
 
 def write_checkpoint(run, attempt, position, engine):
@@ -165,8 +165,8 @@ def save(saver, engine, step):
 
 def newest(run):
     """Return the step of the newest checkpoint, after checking it; 0 if there is none."""
-    found = newest_complete(run, lambda kind, **facts: pytest.fail(f"{kind} {facts}"))
-    return step_in(found) if found else 0
+    checkpoint = newest_complete(run, lambda kind, **facts: pytest.fail(f"{kind} {facts}"))
+    return step_in(checkpoint) if checkpoint else 0
 
 
 def hidden(run):

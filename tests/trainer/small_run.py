@@ -92,11 +92,11 @@ def feed(run: Path) -> Feed:
 
 def change_rows(path: Path, change: Callable[[list[dict]], list[dict]]) -> None:
     """Put the rows of a file through `change`, as if they had been written so."""
-    written = RowWriter(path.with_name("changed.jsonl"))
+    changed = RowWriter(path.with_name("changed.jsonl"))
     for row in change(read_rows(path)):
-        written.add(row)
-    path.write_bytes(written.path.read_bytes() if written.path.exists() else b"")
-    written.path.unlink(missing_ok=True)
+        changed.add(row)
+    path.write_bytes(changed.path.read_bytes() if changed.path.exists() else b"")
+    changed.path.unlink(missing_ok=True)
 
 
 def tokens(attempt: Attempt, step: int) -> int:

@@ -41,7 +41,7 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (UserError("a.yaml", "is bad", "mend it"), USER, "forescale: a.yaml: is bad; mend it.\n"),
         (OSError(errno.ENOSPC, "x", "/d/f"), USER, "forescale: /d/f: the disk is full; free some"),
@@ -68,11 +68,11 @@ def failing(error):
         ),
     ],
 )
-def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, said):
+def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, message):
     verb("status", failing(error))
     got, out, err = forescale("status")
     assert (got, out) == (code, "")
-    assert err.startswith(said)
+    assert err.startswith(message)
     assert err.count("\n") == 1
 
 
@@ -155,14 +155,14 @@ def test_a_bare_word_is_the_target(verb_name, words, overrides):
 
 
 @pytest.mark.parametrize(
-    ("verb_name", "words", "said"),
+    ("verb_name", "words", "message"),
     [
         ("train", ["a", "b"], "train takes one name, not 2"),
         ("doctor", ["a"], "doctor takes no name"),
     ],
 )
-def test_words_too_many_are_refused(verb_name, words, said):
-    with pytest.raises(UserError, match=said):
+def test_words_too_many_are_refused(verb_name, words, message):
+    with pytest.raises(UserError, match=message):
         overrides_of(load(verb_name).JOB, words)
 
 
@@ -196,7 +196,7 @@ def test_what_is_said_stands_in_a_log_in_the_order_in_which_it_was_said(tmp_path
 
 
 CONTROL = "\x1b]0;title\x07\x1b[2J\x9b31m"
-SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m"
+VISIBLE = r"\x1b]0;title\x07\x1b[2J\x9b31m"
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_verb_shows_control_characters_as_text(hostile, forescale, words):
     (hostile.path.parent.parent / "points.csv").write_text(f"los{CONTROL}\n1\n")
     name = str(hostile.path)
     _, out, err = forescale(*(name if word == "RUN" else word for word in words))
-    assert SHOWN in out + err
+    assert VISIBLE in out + err
     assert not set("\x1b\x07\x9b") & set(out + err)
     assert words[0] == "study" or r"\xff" in out + err
 

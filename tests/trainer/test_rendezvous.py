@@ -38,12 +38,12 @@ def test_a_free_port_is_none_that_another_connection_may_get_before_rank_0_liste
 
 def test_ranks_of_several_nodes_meet_at_the_address_of_the_node(monkeypatch):
     """Debian's own name of a machine is 127.0.1.1 there, and another address from everywhere."""
-    own = "192.0.2.7"
-    monkeypatch.setattr(rendezvous, "own_address", lambda host: own)
+    address = "192.0.2.7"
+    monkeypatch.setattr(rendezvous, "own_address", lambda host: address)
     known = {"n1": "127.0.1.1", "n2": "192.0.2.9"}
     find = lambda host, *_, **__: [(None, None, None, "", (known[host], 9))]  # noqa: E731
     monkeypatch.setattr(rendezvous.socket, "getaddrinfo", find)
-    assert (meeting_address("n1"), meeting_address("n2")) == (own, "192.0.2.9")
+    assert (meeting_address("n1"), meeting_address("n2")) == (address, "192.0.2.9")
     assert (meeting_address("localhost"), meeting_address("::1")) == ("127.0.0.1", "::1")
 
 

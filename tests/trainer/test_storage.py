@@ -115,11 +115,11 @@ def test_every_flipped_bit_of_a_checked_file_is_found(tmp_path, value):
         harmed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(harmed)
         try:
-            found = read_json(path)
+            content = read_json(path)
         except UserError:
             continue
         hidden += 1
-        assert list(found.items())[1:] == list(value.items())
+        assert list(content.items())[1:] == list(value.items())
         assert not storage.has_checksum(path)
     assert hidden <= 8 * len(storage.CHECKSUM)
 
@@ -230,13 +230,13 @@ def test_a_full_disk_is_named_with_its_file(tmp_path):
 
 
 def test_a_file_can_be_read_from_the_storage_and_not_from_the_page_cache(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *problem: told.append(problem))
+    advice = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *problem: advice.append(problem))
     entry = write_file(tmp_path / "a", b"abc")
     assert storage.hash_file(tmp_path / "a") == entry
-    assert told == []
+    assert advice == []
     assert storage.hash_file(tmp_path / "a", afresh=True) == entry
-    assert told == [(0, 0, os.POSIX_FADV_DONTNEED)]  # all of it
+    assert advice == [(0, 0, os.POSIX_FADV_DONTNEED)]  # all of it
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [5_000_000] * 7, [0, 3, 1 << 22, 7]])

@@ -95,15 +95,15 @@ def test_the_module_does_too_without_a_safe_path(without_types, verb):
 
 
 @pytest.fixture(scope="module")
-def own(here, small_data):
+def words(here, small_data):
     """A run of the user's own model, trained in this directory by a launcher and its rank."""
     keys = (f"data.path={small_data}", "model=custom", "model._target_=mypackage.Model")
     return "own", (*keys, "model.width=16", *SHORT)
 
 
 @pytest.fixture(scope="module")
-def trained_here(here, own):
-    name, keys = own
+def trained_here(here, words):
+    name, keys = words
     run(here, "train", name, *(k for k in keys if not k.startswith("machine")))
     return name
 
@@ -113,27 +113,27 @@ def test_train_finds_the_users_own_model(here, trained_here):
 
 
 @pytest.mark.slow  # a second real start
-def test_a_start_as_a_module_finds_it_too(without_types, own):
-    keys = (k for k in own[1] if not k.startswith(("machine", "train.steps")))
+def test_a_start_as_a_module_finds_it_too(without_types, words):
+    keys = (k for k in words[1] if not k.startswith(("machine", "train.steps")))
     run(without_types, "train", "again", *keys, "train.steps=2", command=AS_MODULE)
 
 
 @pytest.mark.slow  # two ranks under another launcher
 @pytest.mark.parametrize("command", ["program", "module"])
-def test_torchrun_starts_ranks_that_find_it(without_types, own, command):
+def test_torchrun_starts_ranks_that_find_it(without_types, words, command):
     """Started as `torchrun $(which forescale)`, and as `torchrun -m forescale`."""
     torchrun = (str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2")
     started = {"program": ("--no-python", FORESCALE), "module": ("-m", "forescale")}[command]
     swapped = ("machine", "train.steps", "train.micro_batch", "launch")
-    keys = (k for k in own[1] if not k.startswith(swapped))
-    more = ("train.steps=2", "train.micro_batch=4", "checkpoint.every=1 steps")
-    run(without_types, "train", command, *keys, *more, command=(*torchrun, *started))
+    keys = (k for k in words[1] if not k.startswith(swapped))
+    overrides = ("train.steps=2", "train.micro_batch=4", "checkpoint.every=1 steps")
+    run(without_types, "train", command, *keys, *overrides, command=(*torchrun, *started))
     state = without_types / "runs" / command / "checkpoints" / "step-00000002" / "state.json"
     assert json.loads(state.read_text())["world_size"] == 2
 
 
-def test_plan_finds_it(here, own):
-    assert "parameters" in run(here, "plan", own[0], *own[1]).lower()
+def test_plan_finds_it(here, words):
+    assert "parameters" in run(here, "plan", words[0], *words[1]).lower()
 
 
 def test_generate_and_eval_find_it(here, trained_here):

@@ -17,10 +17,10 @@ def job(own_run, place):
 
 
 @pytest.fixture
-def said():
+def lines():
     return []
 
 
 @pytest.fixture
-def mirror(own_run, job, said):
-    return mirror_of(own_run, job, said.append)
+def mirror(own_run, job, lines):
+    return mirror_of(own_run, job, lines.append)

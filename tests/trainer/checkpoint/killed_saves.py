@@ -37,19 +37,19 @@ def never(kind, **facts):
     raise AssertionError(f"{kind}: {facts}")
 
 
-def train(run: Run, steps: int, said: int) -> None:
-    """One attempt, of `steps` saves; writes each step to the pipe `said` when its save begins: when
+def train(run: Run, steps: int, pipe: int) -> None:
+    """One attempt, of `steps` saves; writes each step to the pipe `pipe` when its save begins: when
     the one before it has been published."""
     attempt = run.new_attempt()
-    found = newest_complete(run, passed_over)
-    first = found.position.step if found else 0
+    newest = newest_complete(run, passed_over)
+    first = newest.position.step if newest else 0
     attempt.start_from(plain.Parent(first), run)
     engine = plain.engine()
-    if found:
-        writer.load(found, engine)
+    if newest:
+        writer.load(newest, engine)
 
     def facts() -> dict:
-        os.write(said, f"{step}\n".encode())
+        os.write(pipe, f"{step}\n".encode())
         return {}
 
     saver = Saver(run, attempt, engine, facts, Keep(KEEP))
@@ -77,8 +77,8 @@ class Witness:
         run, names = self.run, self.run.checkpoint_steps()
         for step in names:  # whatever has a name is whole, counted or not
             assert check_table(run.checkpoint_path(step)) == [], step
-        found = newest_complete(run, passed_over)
-        step = plain.step_in(found) if found else 0
+        newest = newest_complete(run, passed_over)
+        step = plain.step_in(newest) if newest else 0
         allowed = {begun, begun - 1} if begun else {self.newest}
         assert step in allowed, f"{step} is the newest, {begun} was begun, {self.newest} before"
         rows = [row["step"] for row in read_rows(run.metrics)]
@@ -92,7 +92,7 @@ class Witness:
         self.newest = step
 
 
-def undisturbed(child: int, said) -> str:
+def undisturbed(child: int, pipe) -> str:
     return ""
 
 
@@ -114,10 +114,10 @@ def attempt(run: Run, steps: int, end=undisturbed, hook=None) -> tuple[int, bool
             os._exit(1)
         os._exit(0)
     os.close(write)
-    with open(read) as said:
-        words = end(child, said).split()
+    with open(read) as pipe:
+        words = end(child, pipe).split()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        words += said.read().split()
+        words += pipe.read().split()
     assert status in (0, -signal.SIGKILL), status
     return (int(words[-1]) if words else 0), status != 0
 
@@ -127,8 +127,8 @@ def at_random(folder: Path, kills: int, seed: int) -> Counter[str]:
     run.path.mkdir()
     witness = Witness(run)
 
-    def end(child: int, said) -> str:
-        first = said.readline() if rng.random() < 0.9 else ""  # until it saves, but for some
+    def end(child: int, pipe) -> str:
+        first = pipe.readline() if rng.random() < 0.9 else ""  # until it saves, but for some
         time.sleep(rng.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         return first
@@ -148,11 +148,11 @@ def at_random(folder: Path, kills: int, seed: int) -> Counter[str]:
 
 def forget_old_attempts(run: Run) -> None:
     for old in run.attempts()[:-1]:
-        if not any(old.number == c.attempt for c in kept(run)):
+        if not any(old.number == c.attempt for c in kept_rows(run)):
             shutil.rmtree(old.path)
 
 
-def kept(run: Run) -> list:
+def kept_rows(run: Run) -> list:
     return [writer.Checkpoint(run.checkpoint_path(s)) for s in run.checkpoint_steps()]
 
 
@@ -172,11 +172,11 @@ def at_every_change(folder: Path) -> Counter[str]:
         run = Run(folder / "run")
         shutil.rmtree(run.path, ignore_errors=True)
         shutil.copytree(base.path, run.path, symlinks=True)
-        seen = count()
+        calls = count()
 
-        def hook(event, args, seen=seen, kills=kills):
+        def hook(event, args, calls=calls, kills=kills):
             writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if (event in CHANGES or writes) and next(seen) == kills:
+            if (event in CHANGES or writes) and next(calls) == kills:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         witness = Witness(run)
@@ -189,9 +189,9 @@ def at_every_change(folder: Path) -> Counter[str]:
             return total
         before = witness.newest
         attempt(run, 3)
-        found = newest_complete(run, passed_over)
-        assert found is not None
-        assert plain.step_in(found) == before + 3
+        newest = newest_complete(run, passed_over)
+        assert newest is not None
+        assert plain.step_in(newest) == before + 3
         assert not list(run.checkpoints.glob(".*")), "leftovers stay"
 
 

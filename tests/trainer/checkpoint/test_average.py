@@ -41,7 +41,7 @@ def drifted(small_data, tmp_path_factory) -> Run:
 
 
 @pytest.fixture
-def own(drifted, tmp_path, monkeypatch) -> Run:
+def trunk(drifted, tmp_path, monkeypatch) -> Run:
     """A copy under runs/small of the current directory."""
     monkeypatch.chdir(tmp_path)
     return Run(shutil.copytree(drifted.path, "runs/small", symlinks=True))
@@ -51,68 +51,68 @@ def weights_at(run: Run, step: int) -> dict[str, torch.Tensor]:
     return dict(Checkpoint(run.checkpoint_path(step)).weights())
 
 
-def test_the_mean_is_that_of_plain_torch(own, forescale):
+def test_the_mean_is_that_of_plain_torch(trunk, forescale):
     code, out, err = forescale("average", "small")
     assert code == 0, err
     assert "mean of the weights of runs/small at steps 4, 8, 12" in out
-    every = [weights_at(own, step) for step in (4, 8, 12)]
-    found = weights_at(Run("runs/small-average"), 0)
-    assert found.keys() == every[0].keys()
-    for name, mean in found.items():
+    every = [weights_at(trunk, step) for step in (4, 8, 12)]
+    weights = weights_at(Run("runs/small-average"), 0)
+    assert weights.keys() == every[0].keys()
+    for name, mean in weights.items():
         expected = torch.stack([each[name] for each in every]).double().mean(0).float()
         assert torch.equal(mean, expected), name
         assert not torch.equal(mean, every[1][name])
 
 
-def test_one_checkpoint_is_itself(own, forescale):
+def test_one_checkpoint_is_itself(trunk, forescale):
     for words, step in ((["last=1"], 12), (["steps=[8]"], 8)):
         name = f"run.name=of-{step}"
         code, out, err = forescale("average", "runs/small", *words, name, "--json")
         assert code == 0, err
         facts = json.loads(out)
         assert facts["steps"] == [step]
-        found, expected = weights_at(Run(facts["path"]), 0), weights_at(own, step)
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        weights, expected = weights_at(Run(facts["path"]), 0), weights_at(trunk, step)
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
         assert facts["parameters"] == sum(t.numel() for t in expected.values())
 
 
-def test_the_newest_of_the_history_are_chosen(own):
-    assert chosen_steps(own) == [4, 8, 12]
-    assert chosen_steps(own, last=2) == [8, 12]
-    assert chosen_steps(own, steps=[12, 4]) == [4, 12]
-    own.new_attempt().start_from(Parent(4, str(own.checkpoint_path(4))), own)
-    assert chosen_steps(own, last=1) == [4]  # the others are of a former attempt
+def test_the_newest_of_the_history_are_chosen(trunk):
+    assert chosen_steps(trunk) == [4, 8, 12]
+    assert chosen_steps(trunk, last=2) == [8, 12]
+    assert chosen_steps(trunk, steps=[12, 4]) == [4, 12]
+    trunk.new_attempt().start_from(Parent(4, str(trunk.checkpoint_path(4))), trunk)
+    assert chosen_steps(trunk, last=1) == [4]  # the others are of a former attempt
 
 
-def test_it_is_known_where_an_average_comes_from(own, forescale):
-    before = {p: p.read_bytes() for p in own.path.rglob("*") if p.is_file()}
+def test_it_is_known_where_an_average_comes_from(trunk, forescale):
+    before = {p: p.read_bytes() for p in trunk.path.rglob("*") if p.is_file()}
     assert forescale("average", "small", "last=2", "run.name=mean")[0] == 0
-    assert before == {p: p.read_bytes() for p in own.path.rglob("*") if p.is_file()}
-    made = Run("runs/mean")
-    source, identity = read_json(made.averaged), read_json(made.identity)
-    assert source["run"] == str(own.path.resolve())
+    assert before == {p: p.read_bytes() for p in trunk.path.rglob("*") if p.is_file()}
+    mean = Run("runs/mean")
+    source, identity = read_json(mean.averaged), read_json(mean.identity)
+    assert source["run"] == str(trunk.path.resolve())
     assert source["checkpoints"] == [
         {
             "step": step,
             "attempt": 1,
-            "table": hash_file(own.checkpoint_path(step) / "files.json").sha256,
+            "table": hash_file(trunk.checkpoint_path(step) / "files.json").sha256,
         }
         for step in (8, 12)
     ]
-    assert identity["dataset"] == read_json(own.identity)["dataset"]
-    assert identity["wandb_id"] != source["wandb_id"] == read_json(own.identity)["wandb_id"]
+    assert identity["dataset"] == read_json(trunk.identity)["dataset"]
+    assert identity["wandb_id"] != source["wandb_id"] == read_json(trunk.identity)["wandb_id"]
     code, out, _ = forescale("status", "mean")
     assert code == 0
-    assert f"averaged, the mean of {own.path.resolve()} at steps 8, 12;" in " ".join(out.split())
+    assert f"averaged, the mean of {trunk.path.resolve()} at steps 8, 12;" in " ".join(out.split())
     assert forescale("check", "mean")[0] == 0
-    made.averaged.write_text(made.averaged.read_text().replace("12", "13"))
+    mean.averaged.write_text(mean.averaged.read_text().replace("12", "13"))
     for verb in ("check", "status"):
         code, _, err = forescale(verb, "mean")
         assert code == 2
         assert "averaged.json: was changed" in err
 
 
-def test_an_average_serves_every_verb(own, forescale):
+def test_an_average_serves_every_verb(trunk, forescale):
     """On the data of its run, whose held-out text it is scored on as a plain loop over the mean."""
     assert forescale("average", "small")[0] == 0
     name = "small-average"
@@ -122,7 +122,7 @@ def test_an_average_serves_every_verb(own, forescale):
     expected = build_model(view.config, view.identity["dataset"]["vocab_size"]).eval()
     with torch.no_grad():
         for weight, tensor in expected.named_parameters():
-            weights = [weights_at(own, step)[weight] for step in (4, 8, 12)]
+            weights = [weights_at(trunk, step)[weight] for step in (4, 8, 12)]
             tensor.copy_(sum(w.double() for w in weights) / 3)
     tokens = torch.arange(32)[None] % 300
     assert torch.equal(view.model()(tokens), expected(tokens))
@@ -148,9 +148,9 @@ def test_an_average_serves_every_verb(own, forescale):
     assert "has one checkpoint, of step 0" in err
 
 
-def test_runs_begin_with_an_average(own, forescale):
-    average(own, [8, 12], Run("runs/mean"))
-    data = read_json(own.identity)["dataset"]["path"]
+def test_runs_begin_with_an_average(trunk, forescale):
+    average(trunk, [8, 12], Run("runs/mean"))
+    data = read_json(trunk.identity)["dataset"]["path"]
     job = make_job(Path(data), Path("runs"), "new", *MODEL, "run.from.run=mean")
     with pytest.raises(UserError, match="holds averaged weights alone"):
         start(job)
@@ -181,12 +181,12 @@ def test_whole_numbers_are_those_of_the_last_checkpoint(small_data, tmp_path, fo
     assert "Not averaged, but as at step 7: whole numbers (blocks.0.mlp.bias_steps and 1 more)" in (
         out
     )
-    found = open_run(tmp_path / "moe-average").model()
-    for name, buffer in found.named_buffers():
+    model = open_run(tmp_path / "moe-average").model()
+    for name, buffer in model.named_buffers():
         if name in steps:
             assert buffer.tolist() == [7, -7, 2**20 + 1, 0]
     router = "blocks.0.mlp.router.weight"
-    mean = dict(found.named_parameters())[router]
+    mean = dict(model.named_parameters())[router]
     assert torch.allclose(mean, dict(module.named_parameters())[router] - 3.5)
 
 
@@ -198,33 +198,33 @@ class Named:
         return self.tensors.items()
 
 
-def test_what_a_run_keeps_beside_its_weights_goes_with_them(own, forescale):
-    write_checked_json(own.chat, {"chat_template": "{{ messages[0].content }}"})
+def test_what_a_run_keeps_beside_its_weights_goes_with_them(trunk, forescale):
+    write_checked_json(trunk.chat, {"chat_template": "{{ messages[0].content }}"})
     assert forescale("average", "small")[0] == 0
-    assert Run("runs/small-average").chat.read_bytes() == own.chat.read_bytes()
-    own.chat.write_text(own.chat.read_text().replace("messages[0]", "messages[1]"))
+    assert Run("runs/small-average").chat.read_bytes() == trunk.chat.read_bytes()
+    trunk.chat.write_text(trunk.chat.read_text().replace("messages[0]", "messages[1]"))
     code, _, err = forescale("average", "small", "run.name=other")
     assert code == 2
     assert "chat.json: was changed" in err
     assert [path.name for path in sorted(Path("runs").iterdir())] == ["small", "small-average"]
 
 
-def test_one_tensor_is_held_at_a_time(own, monkeypatch):
+def test_one_tensor_is_held_at_a_time(trunk, monkeypatch):
     held, most, merged = [0], [0], Checkpoint.merged
 
     def counted(self, name):
-        found = merged(self, name)
-        held[0] += found.nbytes
+        weight = merged(self, name)
+        held[0] += weight.nbytes
         most[0] = max(most[0], held[0])
-        weakref.finalize(found, lambda size: held.__setitem__(0, held[0] - size), found.nbytes)
-        return found
+        weakref.finalize(weight, lambda size: held.__setitem__(0, held[0] - size), weight.nbytes)
+        return weight
 
     monkeypatch.setattr(Checkpoint, "merged", counted)
-    average(own, [4, 8, 12], Run("runs/mean"))
-    assert most[0] == max(t.nbytes for t in weights_at(own, 4).values())
+    average(trunk, [4, 8, 12], Run("runs/mean"))
+    assert most[0] == max(t.nbytes for t in weights_at(trunk, 4).values())
 
 
-def test_a_kill_leaves_nothing_that_looks_like_a_run(own, monkeypatch, forescale):
+def test_a_kill_leaves_nothing_that_looks_like_a_run(trunk, monkeypatch, forescale):
     read, count = averaging._mean, [0]
 
     def killed(*words):
@@ -281,26 +281,26 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cant_be_averaged_is_a_sentence(case, own, forescale):
-    words, change, said = REFUSED[case]
+def test_what_cant_be_averaged_is_a_sentence(case, trunk, forescale):
+    words, change, message = REFUSED[case]
     if change:
-        change(own)
+        change(trunk)
     code, out, err = forescale("average", *words)
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert [path.name for path in Path("runs").iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize("after", ["_parts", "_source"])
-def test_a_checkpoint_that_is_deleted_meanwhile_is_a_sentence(own, monkeypatch, forescale, after):
+def test_a_checkpoint_that_is_deleted_meanwhile_is_a_sentence(trunk, monkeypatch, forescale, after):
     """As a run that trains on deletes it."""
-    made = getattr(averaging, after)
+    real = getattr(averaging, after)
 
     def then_deleted(*words):
-        found = made(*words)
-        shutil.rmtree(own.checkpoint_path(4))
-        return found
+        result = real(*words)
+        shutil.rmtree(trunk.checkpoint_path(4))
+        return result
 
     monkeypatch.setattr(averaging, after, then_deleted)
     code, _, err = forescale("average", "small")

@@ -67,12 +67,12 @@ def test_the_merged_model_computes_what_the_model_with_adapters_does(adapted):
 @pytest.mark.parametrize("cut", [None, (10, 32, 10)], ids=["range", "columns"])
 def test_any_range_of_a_matrix_is_read_merged(adapted, cut):
     run, _ = adapted
-    found = Checkpoint(run.checkpoint_path(4))
+    checkpoint = Checkpoint(run.checkpoint_path(4))
     name = "blocks.1.mixer.key.weight"
-    down, up = (found.tensor(part) for part in adapter_of(name))
-    whole = found.tensor(name) + 2 * up @ down
+    down, up = (checkpoint.tensor(part) for part in adapter_of(name))
+    whole = checkpoint.tensor(name) + 2 * up @ down
     data = torch.empty(57)
-    MergedReader(found).fill(Fragment(name, (32, 32), WEIGHT, 13, data, cut))
+    MergedReader(checkpoint).fill(Fragment(name, (32, 32), WEIGHT, 13, data, cut))
     flat = whole.flatten() if cut is None else whole[:, 10:20].flatten()
     torch.testing.assert_close(data, flat[13:70])
 
@@ -80,13 +80,13 @@ def test_any_range_of_a_matrix_is_read_merged(adapted, cut):
 def test_an_average_is_of_merged_weights(adapted, tmp_path):
     """The mean of products isn't the product of means."""
     run, model = adapted
-    own, changed = Run(shutil.copytree(run.path, tmp_path / "lora")), deepcopy(model)
+    copy, changed = Run(shutil.copytree(run.path, tmp_path / "lora")), deepcopy(model)
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     named = {stored_name(n): p for n, p in changed.named_parameters()}
-    save(own, own.attempts()[0], 7, Stored(named), {"adapter_scale": 2.0})
-    average(own, [4, 7], Run(tmp_path / "mean"))
+    save(copy, copy.attempts()[0], 7, Stored(named), {"adapter_scale": 2.0})
+    average(copy, [4, 7], Run(tmp_path / "mean"))
     before, after, mean = (open_run(tmp_path / at).model(step) for at, step in OF_EACH)
     weights = dict(after.named_parameters())
     for name, weight in before.named_parameters():
@@ -103,8 +103,8 @@ def test_adapters_of_an_engine_are_left_as_they_are(adapted):
 
 
 def test_another_model_is_refused_by_its_merged_shapes(adapted):
-    found = Checkpoint(adapted[0].checkpoint_path(4))
-    plain = dict(found.weights().shapes)
-    found.expect_shapes(plain, merged=True)
+    checkpoint = Checkpoint(adapted[0].checkpoint_path(4))
+    plain = dict(checkpoint.weights().shapes)
+    checkpoint.expect_shapes(plain, merged=True)
     with pytest.raises(UserError, match=r"lora_A\.weight is .* there and None"):
-        found.expect_shapes(plain)
+        checkpoint.expect_shapes(plain)

@@ -19,7 +19,7 @@ from tests.trainer.checkpoint.mirrored import contents, mirror_job
 from tests.trainer.small_run import make_job, save, train_row
 
 
-def test_nothing_is_sent_twice(own_run, job, mirror, said, monkeypatch):
+def test_nothing_is_sent_twice(own_run, job, mirror, lines, monkeypatch):
     sent = []
     put = Folder.put
     monkeypatch.setattr(Folder, "put", lambda f, n, p: (sent.append(n), put(f, n, p))[1])
@@ -28,7 +28,7 @@ def test_nothing_is_sent_twice(own_run, job, mirror, said, monkeypatch):
     sent.clear()
     mirror.sync()
     assert sent == []
-    mirror_of(own_run, job, said.append).sync()  # another process, later
+    mirror_of(own_run, job, lines.append).sync()  # another process, later
     assert not [name for name in sent if name.startswith("checkpoints/")]
 
 
@@ -53,8 +53,8 @@ def test_a_checkpoint_that_was_made_anew_replaces_the_old_one(own_run, mirror, p
     assert not check_table(there)
 
 
-def test_what_the_run_deleted_goes_once_something_newer_is_there(own_run, said, place):
-    mirror = Mirror(own_run, Folder(str(place)), Keep(newest=1), said.append)
+def test_what_the_run_deleted_goes_once_something_newer_is_there(own_run, lines, place):
+    mirror = Mirror(own_run, Folder(str(place)), Keep(newest=1), lines.append)
     mirror.sync()
     delete(own_run, 4)
     mirror.sync()
@@ -95,14 +95,14 @@ def test_a_checkpoint_that_is_replaced_while_it_is_sent_is_sent_again(
     assert contents(there) == contents(path)
 
 
-def test_half_a_checkpoint_takes_no_place_of_a_whole_one(own_run, said, place):
-    mirror = Mirror(own_run, Folder(str(place)), Keep(newest=2), said.append)
+def test_half_a_checkpoint_takes_no_place_of_a_whole_one(own_run, lines, place):
+    mirror = Mirror(own_run, Folder(str(place)), Keep(newest=2), lines.append)
     mirror.sync()
     half = place / "checkpoints" / "step-00000006"
     half.mkdir()
     (half / "state.json").write_text("{}")
     shutil.rmtree(own_run.checkpoint_path(4))  # not by the rule
-    Mirror(own_run, Folder(str(place)), Keep(newest=2), said.append).sync()
+    Mirror(own_run, Folder(str(place)), Keep(newest=2), lines.append).sync()
     assert not check_table(place / "checkpoints" / "step-00000004")
     assert not half.exists()
 
@@ -122,19 +122,19 @@ def test_an_interrupted_process_does_not_wait_for_what_is_sent(own_run, mirror, 
     mirror.close(finish=False)
 
 
-def test_an_error_that_nobody_foresaw_harms_nothing(own_run, mirror, said, monkeypatch):
+def test_an_error_that_nobody_foresaw_harms_nothing(own_run, mirror, lines, monkeypatch):
     def broken(folder, name, file):
         raise ValueError("an answer that the package can't read")
 
     monkeypatch.setattr(Folder, "put", broken)
     mirror.close(finish=True)
-    assert said[-1].startswith("The mirror is incomplete, the run is not affected: ValueError")
+    assert lines[-1].startswith("The mirror is incomplete, the run is not affected: ValueError")
 
 
 @pytest.mark.parametrize("why", ["keep", "pin", "nothing newer"])
-def test_what_the_rule_keeps_stays_though_the_run_lost_it(own_run, said, place, why):
+def test_what_the_rule_keeps_stays_though_the_run_lost_it(own_run, lines, place, why):
     """A restored run has the newest checkpoint alone, and a purged scratch perhaps none."""
-    mirror = Mirror(own_run, Folder(str(place)), Keep(2 if why == "keep" else 1), said.append)
+    mirror = Mirror(own_run, Folder(str(place)), Keep(2 if why == "keep" else 1), lines.append)
     mirror.sync()
     if why == "pin":
         pin(own_run, 4)
@@ -144,13 +144,13 @@ def test_what_the_rule_keeps_stays_though_the_run_lost_it(own_run, said, place, 
     assert not check_table(place / "checkpoints" / "step-00000004")
 
 
-def test_a_pin_that_was_purged_with_its_checkpoint_still_holds(own_run, job, mirror, said, place):
+def test_a_pin_that_was_purged_with_its_checkpoint_still_holds(own_run, job, mirror, lines, place):
     pin(own_run, 4)
     mirror.sync()
     there = place / own_run.name / "checkpoints" / "step-00000004"
     (own_run.checkpoints / "step-00000004.pin").unlink()
     shutil.rmtree(own_run.checkpoint_path(4))
-    Mirror(own_run, Folder(str(there.parents[1])), Keep(newest=1), said.append).sync()
+    Mirror(own_run, Folder(str(there.parents[1])), Keep(newest=1), lines.append).sync()
     assert not check_table(there)
 
 
@@ -163,13 +163,13 @@ def test_what_was_unpinned_is_unpinned_there(own_run, mirror, place):
     assert not list(place.rglob("*.pin"))
 
 
-def test_a_job_that_is_to_end_waits_for_no_copy(own_run, mirror, said, monkeypatch):
+def test_a_job_that_is_to_end_waits_for_no_copy(own_run, mirror, lines, monkeypatch):
     """Such as at its time limit: it must still say how the run ended."""
     held = threading.Event()
     monkeypatch.setattr(Folder, "put", lambda f, n, p: held.wait(60))
     mirror.close(True, stop=lambda: True)
     held.set()
-    assert said[-1] == "The mirror is incomplete: the job is to end now."
+    assert lines[-1] == "The mirror is incomplete: the job is to end now."
 
 
 def test_status_says_what_is_there_and_what_fails(own_run, job, mirror, place, forescale):
@@ -182,26 +182,26 @@ def test_status_says_what_is_there_and_what_fails(own_run, job, mirror, place, f
     assert "nothing yet. It fails now:" in forescale("status", "small")[1]
 
 
-def test_a_place_that_fails_is_told_of_once_and_harms_nothing(own_run, said, tmp_path):
+def test_a_place_that_fails_is_told_of_once_and_harms_nothing(own_run, lines, tmp_path):
     (tmp_path / "full").write_text("a file where a directory should be")
-    mirror = Mirror(own_run, Folder(str(tmp_path / "full" / "x")), Keep(), said.append)
+    mirror = Mirror(own_run, Folder(str(tmp_path / "full" / "x")), Keep(), lines.append)
     with pytest.raises(UserError):
         mirror.check()
     mirror.close(finish=True)
-    assert len(said) == 2
-    assert "The mirror is incomplete, the run is not affected" in said[1]
+    assert len(lines) == 2
+    assert "The mirror is incomplete, the run is not affected" in lines[1]
 
 
 def test_a_place_that_is_away_keeps_only_a_new_run_from_beginning(
-    own_run, mirror, said, monkeypatch
+    own_run, mirror, lines, monkeypatch
 ):
     def away(folder):
         raise Unreachable(folder.where, "no answer", "check the network")
 
     monkeypatch.setattr(Folder, "list", away)
     mirror.check()
-    assert len(said) == 1
-    assert said[0].startswith("The mirror fails now, training goes on: ")
+    assert len(lines) == 1
+    assert lines[0].startswith("The mirror fails now, training goes on: ")
     shutil.rmtree(own_run.path / "attempts")
     with pytest.raises(Unreachable):
         mirror.check()

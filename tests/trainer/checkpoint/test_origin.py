@@ -27,8 +27,8 @@ def test_what_a_branch_came_from_is_kept(own_run):
     for _ in range(2):
         assert hold(Run("runs/branch"), branched(4), "runs") == []
     assert retention.is_pinned(own_run, 4)
-    found = retention.survey(own_run, {})
-    assert retention.reasons(found, retention.Keep(newest=1)) == {
+    checkpoints = retention.survey(own_run, {})
+    assert retention.reasons(checkpoints, retention.Keep(newest=1)) == {
         4: "pinned",
         8: "one of the newest 1",
     }

@@ -28,23 +28,23 @@ from forescale.storage import hash_file
 from forescale.train.callbacks import Checkpoints, Every
 from tests.trainer import plain_engine as plain
 
-FOUND = [CheckpointFacts(step, 1, True) for step in (10, 20, 30, 40, 50, 60)]
+CHECKPOINTS = [CheckpointFacts(step, 1, True) for step in (10, 20, 30, 40, 50, 60)]
 
 
-def kept(found, **keep):
-    return sorted(reasons(found, Keep(**keep)))
+def kept_steps(checkpoints, **keep):
+    return sorted(reasons(checkpoints, Keep(**keep)))
 
 
 def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
-    assert kept(FOUND) == [50, 60]
-    assert kept(FOUND, newest=3) == [40, 50, 60]
-    assert kept(FOUND, every=Cadence(20)) == [20, 40, 50, 60]
-    assert kept(FOUND, at=frozenset({10, 15, 40})) == [10, 40, 50, 60]
+    assert kept_steps(CHECKPOINTS) == [50, 60]
+    assert kept_steps(CHECKPOINTS, newest=3) == [40, 50, 60]
+    assert kept_steps(CHECKPOINTS, every=Cadence(20)) == [20, 40, 50, 60]
+    assert kept_steps(CHECKPOINTS, at=frozenset({10, 15, 40})) == [10, 40, 50, 60]
     losses = {10: 3.0, 20: 2.5, 30: 2.25, 40: 2.75}
-    scored = [CheckpointFacts(f.step, 1, True, loss=losses.get(f.step)) for f in FOUND]
-    assert kept(scored, best=True) == [30, 50, 60]
-    assert kept(scored) == [50, 60]
-    assert kept([CheckpointFacts(10, 1, True, pinned=True), *FOUND[1:]]) == [10, 50, 60]
+    scored = [CheckpointFacts(f.step, 1, True, loss=losses.get(f.step)) for f in CHECKPOINTS]
+    assert kept_steps(scored, best=True) == [30, 50, 60]
+    assert kept_steps(scored) == [50, 60]
+    assert kept_steps([CheckpointFacts(10, 1, True, pinned=True), *CHECKPOINTS[1:]]) == [10, 50, 60]
     assert reasons(scored, Keep(2, Cadence(20), True)) == {
         20: "a multiple of 20 steps",
         30: "the lowest validation loss",
@@ -56,32 +56,34 @@ def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
 
 def test_the_last_one_before_the_decay_stays():
     """A longer run can only go on from there."""
-    assert kept(FOUND, decay=35) == [30, 50, 60]
-    assert kept(FOUND, decay=30) == [30, 50, 60]
-    assert kept(FOUND, decay=70) == [50, 60]
-    assert kept(FOUND, decay=5) == [50, 60]
-    damaged = [CheckpointFacts(f.step, 1, f.step != 30) for f in FOUND]
-    assert kept(damaged, decay=35) == [20, 50, 60]
+    assert kept_steps(CHECKPOINTS, decay=35) == [30, 50, 60]
+    assert kept_steps(CHECKPOINTS, decay=30) == [30, 50, 60]
+    assert kept_steps(CHECKPOINTS, decay=70) == [50, 60]
+    assert kept_steps(CHECKPOINTS, decay=5) == [50, 60]
+    damaged = [CheckpointFacts(f.step, 1, f.step != 30) for f in CHECKPOINTS]
+    assert kept_steps(damaged, decay=35) == [20, 50, 60]
 
 
 def test_what_does_not_count_is_no_safety_and_goes_once_something_newer_counts():
     """Such a one can never be loaded again, but it may be all that a human has."""
     stale = [CheckpointFacts(30, 1, False), CheckpointFacts(40, 1, False)]
-    assert kept([CheckpointFacts(10, 1, True), CheckpointFacts(20, 1, True), *stale]) == [
+    assert kept_steps([CheckpointFacts(10, 1, True), CheckpointFacts(20, 1, True), *stale]) == [
         10,
         20,
         30,
         40,
     ]
-    assert kept([CheckpointFacts(20, 2, True), *stale]) == [20]
-    assert kept(stale) == [30, 40]
-    assert kept(
+    assert kept_steps([CheckpointFacts(20, 2, True), *stale]) == [20]
+    assert kept_steps(stale) == [30, 40]
+    assert kept_steps(
         [CheckpointFacts(20, 1, True), CheckpointFacts(30, 2, False), CheckpointFacts(40, 3, False)]
     ) == [20, 30, 40]
-    assert kept(
+    assert kept_steps(
         [CheckpointFacts(20, 1, True), CheckpointFacts(30, 1, False), CheckpointFacts(40, 1, True)]
     ) == [20, 40]
-    assert kept([CheckpointFacts(20, 2, True), CheckpointFacts(30, 1, False, pinned=True)]) == [
+    assert kept_steps(
+        [CheckpointFacts(20, 2, True), CheckpointFacts(30, 1, False, pinned=True)]
+    ) == [
         20,
         30,
     ]
@@ -105,15 +107,15 @@ keeps = st.builds(
 
 @given(st.lists(facts, max_size=12, unique_by=lambda f: f.step), keeps)
 def test_whatever_there_is_the_newest_and_the_pinned_stay_and_deleting_twice_is_deleting_once(
-    found, keep
+    checkpoints, keep
 ):
-    found.sort(key=lambda f: f.step)
-    stay = reasons(found, keep)
-    good = [f.step for f in found if f.eligible]
-    assert set(good[-keep.newest :]) <= stay.keys() <= {f.step for f in found}
-    assert {f.step for f in found if f.pinned} <= stay.keys()
-    assert steps_to_verify(found, keep) == good[-keep.newest :][::-1]
-    left = [f for f in found if f.step in stay]
+    checkpoints.sort(key=lambda f: f.step)
+    stay = reasons(checkpoints, keep)
+    good = [f.step for f in checkpoints if f.eligible]
+    assert set(good[-keep.newest :]) <= stay.keys() <= {f.step for f in checkpoints}
+    assert {f.step for f in checkpoints if f.pinned} <= stay.keys()
+    assert steps_to_verify(checkpoints, keep) == good[-keep.newest :][::-1]
+    left = [f for f in checkpoints if f.step in stay]
     assert reasons(left, keep).keys() == stay.keys()
 
 
@@ -134,12 +136,12 @@ def publish(run, attempt, *steps):
 
 def retain(run, attempt, keep=Keep(), ranks=ALONE, parts=None):  # noqa: B008
     """(what is told, what is left)"""
-    told = []
+    events = []
     part = parts or Retention(
-        run, attempt.number, keep, attempt.metrics.path, lambda kind, **f: told.append((kind, f))
+        run, attempt.number, keep, attempt.metrics.path, lambda kind, **f: events.append((kind, f))
     )
     part(ranks)
-    return [(kind.removeprefix("checkpoint_"), f["step"]) for kind, f in told]
+    return [(kind.removeprefix("checkpoint_"), f["step"]) for kind, f in events]
 
 
 def test_the_older_ones_go_and_what_does_not_count(run):
@@ -218,25 +220,25 @@ def test_each_rank_reads_back_its_share_and_one_that_finds_damage_stops_all(run,
         plain.on_all(worlds, save)
     path = run.checkpoint_path(30) / "rank-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    told = plain.on_all(worlds, lambda w: retain(run, attempt, ranks=w))
-    assert told == [[("damaged", 30)], [], []]
+    results = plain.on_all(worlds, lambda w: retain(run, attempt, ranks=w))
+    assert results == [[("damaged", 30)], [], []]
     assert run.checkpoint_steps() == [10, 20, 30]
 
 
 def test_losses_are_read_on_from_where_they_ended(tmp_path):
-    rows, found = tmp_path / "metrics.jsonl", ValidationLosses(tmp_path / "metrics.jsonl")
-    assert found() == {}
+    rows, losses = tmp_path / "metrics.jsonl", ValidationLosses(tmp_path / "metrics.jsonl")
+    assert losses() == {}
     row = '{{"kind": "{}", "step": {}, "dataset": "{}", "loss": {}}}\n'
     first = row.format("validation", 4, "validation", 2.5)
     others = row.format("train", 5, "validation", 1.0) + row.format("validation", 6, "web", 1.0)
     others += row.format("validation", 2, "validation", "null")  # it was no number: never the best
     rows.write_text(first + others + first[:20])
-    assert found() == {4: 2.5}
+    assert losses() == {4: 2.5}
     with open(rows, "a") as f:
         f.write(first[20:].replace('"step": 4', '"step": 8'))
-    assert found() == {4: 2.5, 8: 2.5}
+    assert losses() == {4: 2.5, 8: 2.5}
     rows.write_text("x" * (len(first + others) + len(first)))  # it is not read again
-    assert found() == {4: 2.5, 8: 2.5}
+    assert losses() == {4: 2.5, 8: 2.5}
 
 
 def test_the_part_keeps_multiples_the_best_and_the_pinned(run):
@@ -276,9 +278,9 @@ def test_a_pin_is_no_checkpoint_and_holds_for_what_is_deleted_at_that_moment(run
     pin(run, 10, off=True)
     whole = retention.find_faults
 
-    def pinned_meanwhile(*args, **more):
+    def pinned_meanwhile(*args, **options):
         pin(run, 10)
-        return whole(*args, **more)
+        return whole(*args, **options)
 
     monkeypatch.setattr(retention, "find_faults", pinned_meanwhile)
     assert retain(run, attempt) == []

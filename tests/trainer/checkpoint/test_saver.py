@@ -25,8 +25,8 @@ def run(tmp_path):
 
 def test_it_holds_the_step_that_it_was_begun_at_however_the_training_goes_on(run):
     engine, gate = plain.engine(), Gate()
-    seen = iter([{"guard": "then"}, {"guard": "later"}])
-    part = saver(run, plain.begin(run), engine, midway=gate, facts=lambda: next(seen))
+    states = iter([{"guard": "then"}, {"guard": "later"}])
+    part = saver(run, plain.begin(run), engine, midway=gate, facts=lambda: next(states))
     save(part, engine, 1)
     assert gate.reached.wait(60)
     plain.set_step(engine, 2)  # the training has gone on, half of the file is written

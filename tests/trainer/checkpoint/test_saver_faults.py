@@ -59,10 +59,10 @@ def test_what_fails_on_one_rank_fails_on_all_in_the_same_words(run, rank):
         assert part.failed
         return str(caught.value)
 
-    said = plain.on_all(ranks, train)
-    assert len({*said}) == 1
-    assert "the disk quota is used up; free some space" in said[0]
-    assert f"rank-{rank:05d}" in said[0]
+    errors = plain.on_all(ranks, train)
+    assert len({*errors}) == 1
+    assert "the disk quota is used up; free some space" in errors[0]
+    assert f"rank-{rank:05d}" in errors[0]
     assert newest(run) == 1
     assert hidden(run) == []
 
@@ -103,9 +103,9 @@ def test_storage_that_fails_for_a_moment_is_tried_again_on_all_ranks(
     assert newest(run) == 2
     assert hidden(run) == []
     assert check_table(run.checkpoint_path(2)) == []
-    found = events(run, "save_retried")
-    assert [event["step"] for event in found] == [2, 2]
-    assert all(os.strerror(error) in e["error"] or "I/O error" in e["error"] for e in found)
+    retries = events(run, "save_retried")
+    assert [event["step"] for event in retries] == [2, 2]
+    assert all(os.strerror(error) in e["error"] or "I/O error" in e["error"] for e in retries)
     assert capsys.readouterr().err.count("the save of step 2 failed, next try in 0 s") == 2
 
 
@@ -145,10 +145,10 @@ def test_no_room_is_said_before_anything_is_written(run, monkeypatch, background
         save(part, engines[world.rank], 1)
         part.finish()
 
-    said = [str(e) for e in plain.on_all(ranks, train)]
-    assert said[0] == said[1]
-    assert "the disk is full: a checkpoint needs " in said[0]
-    assert f"{needed:,} are free; free some space" in said[0]
+    messages = [str(e) for e in plain.on_all(ranks, train)]
+    assert messages[0] == messages[1]
+    assert "the disk is full: a checkpoint needs " in messages[0]
+    assert f"{needed:,} are free; free some space" in messages[0]
     assert list(run.checkpoints.iterdir()) == []
 
 
@@ -307,9 +307,9 @@ def test_a_checkpoint_knows_what_was_logged_before_it(run):
     attempt.metrics.add({"kind": "train", "step": 3})
     logged = Checkpoint(run.checkpoint_path(2)).state["logged"]
     saved = Saved(2, attempt.number, storage.FileEntry(**logged["metrics.jsonl"]))
-    found = history_of(run, saved)
-    assert found.path == attempt.metrics.path
-    lines = attempt.metrics.path.read_bytes()[: found.size].splitlines()
+    history = history_of(run, saved)
+    assert history.path == attempt.metrics.path
+    lines = attempt.metrics.path.read_bytes()[: history.size].splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
     assert logged["events.jsonl"]["size"] == 0
 

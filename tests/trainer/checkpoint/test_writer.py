@@ -41,16 +41,16 @@ def run(tmp_path):
     return run
 
 
-class Told(list):
+class Reports(list):
     def __call__(self, kind, **facts):
         self.append((kind, facts["step"]))
 
 
-def chosen(run, **more):
+def chosen(run, **options):
     """(the step that is loaded, what was said on the way)"""
-    told = Told()
-    found = newest_complete(run, told, **more)
-    return found and plain.step_in(found), told
+    reports = Reports()
+    checkpoint = newest_complete(run, reports, **options)
+    return checkpoint and plain.step_in(checkpoint), reports
 
 
 def files(run, step=20):
@@ -100,19 +100,19 @@ def test_without_a_whole_one_it_never_starts_anew(run):
     plain.harm(run, 10)
     plain.harm(run, 20)
     with pytest.raises(UserError, match=r"none of its 2 .* can be used; .*forescale check"):
-        newest_complete(run, Told())
+        newest_complete(run, Reports())
     shutil.rmtree(run.checkpoints)
-    assert newest_complete(run, Told()) is None
+    assert newest_complete(run, Reports()) is None
 
 
 def test_storage_that_gives_an_error_in_place_of_bytes_is_a_damage(run, monkeypatch):
     """A bad sector: the older one is taken, and no traceback is seen."""
     real = open
 
-    def failing(path, *args, **more):
+    def failing(path, *args, **options):
         if "step-00000020/rank" in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return real(path, *args, **more)
+        return real(path, *args, **options)
 
     monkeypatch.setattr(storage, "open", failing, raising=False)
     monkeypatch.setattr(errors, "PAUSES", (0.0,))
@@ -128,20 +128,20 @@ def test_a_checkpoint_under_another_name_is_a_damage(run):
 
 def test_what_does_not_count_is_passed_over_without_being_read(run, monkeypatch):
     plain.begin(run, 10)
-    seen = []
+    paths = []
     whole = reader.find_faults
     monkeypatch.setattr(
-        reader, "find_faults", lambda path, *more: seen.append(path) or whole(path, *more)
+        reader, "find_faults", lambda path, *options: paths.append(path) or whole(path, *options)
     )
     assert chosen(run) == (10, [("checkpoint_passed_over", 20)])
-    assert seen == [run.checkpoint_path(10)]
+    assert paths == [run.checkpoint_path(10)]
 
 
 def test_going_back_takes_the_newest_that_is_early_enough(run):
     save(run, run.attempts()[0], 30)
 
     def back(newest, strictly=False):
-        return reader.newest_before(run, newest, strictly, Told()).position.step
+        return reader.newest_before(run, newest, strictly, Reports()).position.step
 
     assert [back(n) for n in (30, 29, 10, 9)] == [30, 20, 10, 10]
     with pytest.raises(UserError, match="no complete checkpoint of step 9 or before"):
@@ -161,10 +161,10 @@ def test_ranks_share_the_reading_and_all_hear_of_a_fault_that_one_has_found(
         plain.on_all(worlds, lambda w, step=step: save(run, attempt, step, engines[w.rank]))
     read, lock, real = [], threading.Lock(), storage.hash_file
 
-    def noted(path, *more):
+    def noted(path, *options):
         with lock:
             read.append((path.parent.name[-2:], path.name))
-        return real(path, *more)
+        return real(path, *options)
 
     monkeypatch.setattr(storage, "hash_file", noted)
 
@@ -179,9 +179,9 @@ def test_ranks_share_the_reading_and_all_hear_of_a_fault_that_one_has_found(
     file.write_bytes(file.read_bytes()[:-1])
     assert plain.on_all(worlds, load) == [(10, [("checkpoint_damaged", 20)])] * size
     shutil.rmtree(run.checkpoint_path(10))
-    said = plain.on_all(worlds, load)
-    assert {str(e) for e in said} == {str(said[0])}
-    assert "none of its 1 checkpoints can be used" in str(said[0])
+    messages = plain.on_all(worlds, load)
+    assert {str(e) for e in messages} == {str(messages[0])}
+    assert "none of its 1 checkpoints can be used" in str(messages[0])
 
 
 def test_ranks_hand_nothing_on_that_grows_with_ranks(tmp_path):
@@ -273,11 +273,11 @@ def test_a_planted_pickle_is_refused_and_never_run(run, tmp_path, kind):
     mark = tmp_path / "it-ran"
     data = kind(Bomb(mark))
     planted(run, lambda path: (path / "rank-00000.safetensors").write_bytes(data))
-    found = newest_complete(run, Told())
+    checkpoint = newest_complete(run, Reports())
     for look in (
-        lambda: writer.load(found, plain.engine(width=2)),
-        lambda: dict(found.weights()),
-        lambda: found.tensor("offset"),
+        lambda: writer.load(checkpoint, plain.engine(width=2)),
+        lambda: dict(checkpoint.weights()),
+        lambda: checkpoint.tensor("offset"),
     ):
         with pytest.raises(UserError, match="not a safetensors file"):
             look()
@@ -296,7 +296,7 @@ def test_a_pickle_in_place_of_json_is_refused_and_never_run(run, tmp_path, name)
     else:
         planted(run, lambda path: (path / name).write_bytes(data))
         with pytest.raises(UserError, match=r"state\.json: not valid JSON"):
-            newest_complete(run, Told())
+            newest_complete(run, Reports())
     assert not mark.exists()
 
 
@@ -312,7 +312,7 @@ def test_a_state_that_names_files_elsewhere_is_refused(run, tmp_path):
 
     planted(run, point_there)
     with pytest.raises(UserError, match="names a file outside its directory"):
-        writer.load(newest_complete(run, Told()), plain.engine(width=2))
+        writer.load(newest_complete(run, Reports()), plain.engine(width=2))
 
 
 def test_a_stored_config_that_names_a_target_imports_nothing(own_run, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ KILL = Scenario("kill", "a rank is killed", ("kill@6",), "^rank 0 ended with", "
 
 
 def row(step: int, attempt: int = 1, **changed) -> dict:
-    made = {
+    fields = {
         "kind": "train",
         "step": step,
         "attempt": attempt,
@@ -38,7 +38,7 @@ def row(step: int, attempt: int = 1, **changed) -> dict:
         "applied": True,
         "seconds": {"compute": 0.5, "data": 0.1},
     }
-    return {**made, **changed}
+    return {**fields, **changed}
 
 
 def line(step: int, time: float) -> Line:
@@ -61,8 +61,8 @@ def strike(run: Run, fault: str, time: float, attempt: int = 0) -> None:
     path.write_text(json.dumps({"fault": str(read(fault)), "time": time, "at": "forward"}) + "\n")
 
 
-def command(code: int | None, said: list[Line], began: float = BEGIN, seconds: float = 30.0):
-    return Command(code, began, began + seconds, said)
+def command(code: int | None, output: list[Line], began: float = BEGIN, seconds: float = 30.0):
+    return Command(code, began, began + seconds, output)
 
 
 def rows(*steps: int, **changed) -> list[dict]:
@@ -75,14 +75,14 @@ def undisturbed(tmp_path) -> Evidence:
     return Evidence(run, [command(0, [line(s, BEGIN + s) for s in range(1, 11)])])
 
 
-def killed(path: Path, second=None, code: int = 0, said: str = "rank 0 ended with SIGKILL"):
+def killed(path: Path, second=None, code: int = 0, message: str = "rank 0 ended with SIGKILL"):
     """Killed while it makes step 6, ten seconds later there again, from the checkpoint at 3."""
     after = rows(*range(4, 11)) if second is None else second
     run = make(path / "killed", (Parent(0), rows(*range(1, 6))), (Parent(3, "c"), after))
     strike(run, "kill@6", BEGIN + 5.5)
-    told = [line(s, BEGIN + s) for s in range(1, 6)] + [Line(BEGIN + 5.75, said)]
-    told += [line(s, BEGIN + 12 + s) for s in range(4, 11)]
-    return Evidence(run, [command(code, told)])
+    output = [line(s, BEGIN + s) for s in range(1, 6)] + [Line(BEGIN + 5.75, message)]
+    output += [line(s, BEGIN + 12 + s) for s in range(4, 11)]
+    return Evidence(run, [command(code, output)])
 
 
 def no_fresh(skipped):
@@ -126,7 +126,7 @@ def test_a_wrong_end_is_not_survived(tmp_path, undisturbed, code, says):
 
 
 def test_a_fault_that_nobody_notices_is_not_survived(tmp_path, undisturbed):
-    verdict = judge(KILL, killed(tmp_path, said="all is well"), undisturbed, no_fresh)
+    verdict = judge(KILL, killed(tmp_path, message="all is well"), undisturbed, no_fresh)
     assert verdict.wrong == ["no fault was noticed"]
     assert verdict.noticed is None
 
@@ -158,12 +158,12 @@ DISK = Scenario("disk", "full", ("enospc@6",), "the disk is full", "the write", 
 SENTENCE = "forescale: rank-00000.safetensors: the disk is full; free some space."
 
 
-def full(path: Path, *said: str, torn=()) -> Evidence:
+def full(path: Path, *lines: str, torn=()) -> Evidence:
     run = make(
         path / "full", (Parent(0), rows(*range(1, 8))), (Parent(3, "c"), rows(*range(4, 11)))
     )
     strike(run, "enospc@6", BEGIN + 6)
-    first = Command(2, BEGIN, BEGIN + 9, [Line(BEGIN + 7, text) for text in said], torn)
+    first = Command(2, BEGIN, BEGIN + 9, [Line(BEGIN + 7, text) for text in lines], torn)
     return Evidence(run, [first, command(0, [], BEGIN + 9)])
 
 
@@ -172,7 +172,7 @@ def test_a_full_disk_needs_one_sentence(tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize(
-    ("said", "torn", "says"),
+    ("lines", "torn", "says"),
     [
         ((SENTENCE, "Traceback (most recent call last):"), (), "a traceback"),
         ((), (), "did not print exactly one error message"),
@@ -180,20 +180,20 @@ def test_a_full_disk_needs_one_sentence(tmp_path, undisturbed):
         ((SENTENCE,), ("step-00000003/state.json: missing",), "left a damaged checkpoint (step-"),
     ],
 )
-def test_and_no_more_than_that(tmp_path, undisturbed, said, torn, says):
-    assert says in str(judge(DISK, full(tmp_path, *said, torn=torn), undisturbed, no_fresh))
+def test_and_no_more_than_that(tmp_path, undisturbed, lines, torn, says):
+    assert says in str(judge(DISK, full(tmp_path, *lines, torn=torn), undisturbed, no_fresh))
 
 
 NAN = replace(KILL, name="nan", faults=("nan@6",), noticed="^update_dropped", rows="skipped")
 
 
 def skipped(path: Path, **changed) -> Evidence:
-    made = rows(*range(1, 11))
-    made[5] |= {"grad_norm": math.nan, "applied": False}
-    for one in made[6:]:
+    all_rows = rows(*range(1, 11))
+    all_rows[5] |= {"grad_norm": math.nan, "applied": False}
+    for one in all_rows[6:]:
         one["loss"] += 0.01  # what is learnt later differs
-    made[changed.pop("at", 7)] |= changed
-    run = make(path / "nan", (Parent(0), made))
+    all_rows[changed.pop("at", 7)] |= changed
+    run = make(path / "nan", (Parent(0), all_rows))
     strike(run, "nan@6", BEGIN + 6)
     run.attempts()[0].events.add({"kind": "update_dropped", "time": BEGIN + 7, "step": 6})
     return Evidence(run, [command(0, [line(s, BEGIN + s) for s in range(1, 11)])])
@@ -227,14 +227,14 @@ def test_a_rollback_is_compared_with_a_run_that_never_read_the_samples(tmp_path,
     run = make(tmp_path / "back", (Parent(0), rows(*range(1, 6))), (parent, other[3:]))
     strike(run, "spike@6", BEGIN + 6)
     run.attempts()[0].events.add({"kind": "rollback", "time": BEGIN + 6.5, "step": 6})
-    evidence, asked = Evidence(run, [command(0, [])]), []
+    evidence, requests = Evidence(run, [command(0, [])]), []
 
     def fresh(intervals):
-        asked.append(intervals)
+        requests.append(intervals)
         return Evidence(make(tmp_path / "fresh", (Parent(0), other)), [command(0, [])])
 
     assert judge(scenario, evidence, undisturbed, fresh).survived
-    assert asked == [((40, 48),)]
+    assert requests == [((40, 48),)]
     assert not judge(scenario, evidence, undisturbed, lambda i: undisturbed).survived
     nothing = Evidence(make(tmp_path / "no", (Parent(0), rows(*range(1, 11)))), [command(0, [])])
     strike(nothing.run, "spike@6", BEGIN)
@@ -246,9 +246,9 @@ def test_scenarios_ask_for_what_there_is(dataset):
     assert set(KINDS) == {read(text).kind for s in SCENARIOS for text in s.faults}
     for scenario in SCENARIOS:
         assert not problems(scenario.faults, 2, STEPS)
-        given = (*BASE, "launch.processes=2", *scenario.settings, *scenario.overrides)
+        overrides = (*BASE, "launch.processes=2", *scenario.settings, *scenario.overrides)
         faults = f"faults=[{','.join(scenario.faults)}]"
-        job = compose(TrainJob, [*given, f"data.path={dataset}", faults])
+        job = compose(TrainJob, [*overrides, f"data.path={dataset}", faults])
         assert job.faults == list(scenario.faults)
     assert len(BY_NAME) == len(SCENARIOS)
 
@@ -284,10 +284,10 @@ def stubbed(tmp_path, monkeypatch):
 def test_lines_are_heard_when_they_are_said(stubbed):
     drill = stubbed("import time; print('one'); time.sleep(1); print('two'); raise SystemExit(3)")
     run, command = drill._command("x", ())
-    made = drill._run(command, run, "x")
-    assert made.code == 3
-    assert [line.text for line in made.lines] == ["one", "two"]
-    assert made.lines[1].time - made.lines[0].time > 0.9
+    finished = drill._run(command, run, "x")
+    assert finished.code == 3
+    assert [line.text for line in finished.lines] == ["one", "two"]
+    assert finished.lines[1].time - finished.lines[0].time > 0.9
     assert "two" in (drill.directory / "x.log").read_text()
 
 
@@ -295,9 +295,9 @@ def test_a_command_that_hangs_is_ended(stubbed):
     drill = stubbed("import time; print('on'); time.sleep(1000)")
     drill.limit = 1.0
     run, command = drill._command("x", ())
-    made = drill._run(command, run, "x")
-    assert made.code is None
-    assert made.seconds < 20
+    finished = drill._run(command, run, "x")
+    assert finished.code is None
+    assert finished.seconds < 20
 
 
 def test_an_undisturbed_run_that_fails_is_told(stubbed):
@@ -324,7 +324,7 @@ def test_the_drill(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(results.read_text())
-    assert [s["name"] for s in found["scenarios"]] == CHOSEN
-    assert all(s["survived"] for s in found["scenarios"])
+    report = json.loads(results.read_text())
+    assert [s["name"] for s in report["scenarios"]] == CHOSEN
+    assert all(s["survived"] for s in report["scenarios"])
     assert f"{len(CHOSEN)} of {len(CHOSEN)} survived" in done.stdout

@@ -37,9 +37,9 @@ def test_what_is_compiled_on_which_device(monkeypatch):
     assert compilation(job(), 2, "cpu") == compilation(job(), 1, "cuda") == (True, True, None, None)
     assert compilation(job("engine=zero3"), 2, "cpu") == (True, True, None, None)
     assert compilation(job("train.compile=off"), 2, "cpu") == (False, False, None, None)
-    own = ("engine=zero3", "model=custom", "model._target_=a.B")
-    assert not compilation(job(*own), 2, "cpu").enabled
-    assert compilation(job(*own, "train.compile=on"), 2, "cpu").enabled
+    users_model = ("engine=zero3", "model=custom", "model._target_=a.B")
+    assert not compilation(job(*users_model), 2, "cpu").enabled
+    assert compilation(job(*users_model, "train.compile=on"), 2, "cpu").enabled
 
 
 @pytest.mark.parametrize(
@@ -59,17 +59,17 @@ def test_each_device_needs_its_own_compiler(monkeypatch, on_gpu, variable, words
 def arrivals(model) -> list[int]:
     """Watch a backward pass: how many parameters have a gradient when that of each block's output
     comes, from the last block to the first, and how many do at the end of the list."""
-    arrived, found = [], []
+    arrived, gradients = [], []
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(arrived.append)
 
     def watch(_, __, output):
         x = output[0] if isinstance(output, tuple) else output
-        x.register_hook(lambda _: found.append(len(arrived)))
+        x.register_hook(lambda _: gradients.append(len(arrived)))
 
     for block in model.blocks:
         block.register_forward_hook(watch)
-    return found
+    return gradients
 
 
 @pytest.mark.slow  # seconds each
@@ -91,16 +91,16 @@ def test_parts_give_gradients_early_and_equal_those_without(change):
     rows = torch.randint(0, 50, (2, 17))
 
     def total(of):
-        found = of(rows[:, :-1], rows[:, 1:])
-        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        output = of(rows[:, :-1], rows[:, 1:])
+        losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
         return losses.sum() + penalty
 
     expected = torch.autograd.grad(total(model), list(model.parameters()))
     assert compile_parts(model, backend="aot_eager")
-    found = arrivals(model)
+    order = arrivals(model)
     total(model).backward()
     behind = [len(list(block.parameters())) for block in model.blocks[::-1]]
-    assert [n - found[0] for n in found] == [sum(behind[:i]) for i in range(3)]
+    assert [n - order[0] for n in order] == [sum(behind[:i]) for i in range(3)]
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_rows_of_another_length_have_graphs_of_their_own():
 def test_compiled_blocks_keep_the_part_that_the_budget_says():
     config = ModelConfig(**SIZES | dict(width=64, num_heads=4, max_sequence_length=64))
     rows = torch.randint(0, 50, (2, 65), generator=torch.Generator().manual_seed(1))
-    found = []
+    results = []
     for budget in (None, 0.5, 0.1):
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -136,16 +136,16 @@ def test_compiled_blocks_keep_the_part_that_the_budget_says():
         def loss(model=model):
             return model(rows[:, :-1], rows[:, 1:]).sum()
 
-        kept = kept_bytes(model, loss)
+        bytes_kept = kept_bytes(model, loss)
         loss().backward()
         planned = activations(config, 2, 64, 4, fused_norms=False, budget=budget).saved
-        found.append((kept, planned, [p.grad for p in model.parameters()]))
+        results.append((bytes_kept, planned, [p.grad for p in model.parameters()]))
     keep_to(None)
-    assert found[0][0] > 1.5 * found[1][0] > 3 * found[2][0]
-    for kept, planned, gradients in found:
-        assert kept <= planned <= 1.5 * kept
-        for ours, plain in zip(gradients, found[0][2], strict=True):
-            torch.testing.assert_close(ours, plain)
+    assert results[0][0] > 1.5 * results[1][0] > 3 * results[2][0]
+    for bytes_kept, planned, gradients in results:
+        assert bytes_kept <= planned <= 1.5 * bytes_kept
+        for compiled, plain in zip(gradients, results[0][2], strict=True):
+            torch.testing.assert_close(compiled, plain)
 
 
 def test_a_budget_that_nothing_can_keep_to_is_refused(monkeypatch):
@@ -157,12 +157,12 @@ def test_a_budget_that_nothing_can_keep_to_is_refused(monkeypatch):
     monkeypatch.setattr(module, "compiler_missing", lambda: "a compiler")
     with pytest.raises(UserError, match="this machine lacks a compiler"):
         compilation(job(words), 1, "cpu")
-    for more, problem in [
+    for extra, problem in [
         ("train.compile=off", "is for blocks that are compiled"),
         ("model.activation_checkpointing=full", "full has chosen what is made again"),
     ]:
         with pytest.raises(ConfigError, match=problem):
-            job(words, more)
+            job(words, extra)
 
 
 @pytest.mark.slow  # the compiler compiles C++
@@ -183,8 +183,8 @@ def test_a_later_start_finds_the_graphs_of_the_loss_on_disk():
         total = torch.compile(partial(window_losses, softcap=softcap))(
             hidden, weight, targets
         ).sum()
-        found = torch.autograd.grad(total, [hidden, weight])
-        return found, counters["aot_autograd"]["autograd_cache_hit"]
+        gradients = torch.autograd.grad(total, [hidden, weight])
+        return gradients, counters["aot_autograd"]["autograd_cache_hit"]
 
     reuse_graphs()
     with fresh_cache():
@@ -204,14 +204,14 @@ def test_the_compiler_finds_the_same_vector_instructions_in_this_process(monkeyp
     from torch._inductor import cpu_vec_isa
     from torch._inductor.cpu_vec_isa import VecISA
 
-    own, code = VecISA._probe_load, VecISA._avx_code
+    probe, code = VecISA._probe_load, VecISA._avx_code
     names = cpu_vec_isa.x86_isa_checker()
     known = [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*names}]
-    theirs = [isa.check_build(code) for isa in known]
-    monkeypatch.setattr(VecISA, "_probe_load", own)  # what it is again afterwards
+    apart = [isa.check_build(code) for isa in known]
+    monkeypatch.setattr(VecISA, "_probe_load", probe)  # what it is again afterwards
     probe_here()
     monkeypatch.setattr(cpu_vec_isa.subprocess, "run", None)  # no process is started
-    assert [isa.check_build(code) for isa in known] == theirs
+    assert [isa.check_build(code) for isa in known] == apart
     (tmp_path / "broken.so").write_bytes(b"no library")
     assert not any(isa._probe_load(str(tmp_path / "broken.so")) for isa in known)
     lacks = "extern void no_such(); void* there = (void*)no_such;"

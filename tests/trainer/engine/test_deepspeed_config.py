@@ -19,15 +19,15 @@ def derived(*overrides, world_size=2):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage(stage):
-    made = derived(f"engine=zero{stage}", "train.micro_batch=2", world_size=4)
-    assert made["zero_optimization"]["stage"] == stage
+    config = derived(f"engine=zero{stage}", "train.micro_batch=2", world_size=4)
+    assert config["zero_optimization"]["stage"] == stage
     # Accumulation, clipping and schedules are ours, so DeepSpeed must not add its own.
-    assert made["train_micro_batch_size_per_gpu"] == 2
-    assert made["gradient_accumulation_steps"] == 1
-    assert made["train_batch_size"] == 8
-    assert made["gradient_clipping"] == 0.0
-    assert not made.keys() & {"optimizer", "scheduler", "fp16"}
-    json.dumps(made)
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["train_batch_size"] == 8
+    assert config["gradient_clipping"] == 0.0
+    assert not config.keys() & {"optimizer", "scheduler", "fp16"}
+    json.dumps(config)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def test_every_stage(stage):
     [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())],
 )
 def test_every_precision(precision, says):
-    made = derived(f"precision={precision}")
-    assert made.keys() & {"bf16", "fp16"} == says
-    assert all(made[name]["enabled"] for name in says)
+    config = derived(f"precision={precision}")
+    assert config.keys() & {"bf16", "fp16"} == says
+    assert all(config[name]["enabled"] for name in says)
 
 
 def test_offload():
@@ -48,9 +48,9 @@ def test_offload():
     assert three["zero_optimization"]["offload_param"] == {"device": "cpu"}
     assert not derived("engine=zero2")["zero_optimization"].keys() & {"offload_optimizer"}
     # A client optimizer: or DeepSpeed refuses it beside offload, and compiles its own.
-    for made in (two, three):
-        assert made["zero_allow_untested_optimizer"] is True
-        assert made["zero_force_ds_cpu_optimizer"] is False
+    for config in (two, three):
+        assert config["zero_allow_untested_optimizer"] is True
+        assert config["zero_force_ds_cpu_optimizer"] is False
 
 
 def test_buckets_are_counted_in_elements_there():
@@ -60,7 +60,7 @@ def test_buckets_are_counted_in_elements_there():
 
 @pytest.mark.parametrize(("stage", "accumulates"), [(0, None), (1, None), (2, None), (3, "fp32")])
 def test_gradients_of_many_micro_batches_are_added_up_in_fp32(stage, accumulates):
-    few, many, asked, never, fp32 = (
+    few, many, requested, never, fp32 = (
         derived(f"engine=zero{stage}", "engine.bucket_bytes=1000", "train.micro_batch=1", *words)
         for words in (
             ["precision=bf16", "train.global_batch=128"],  # 64 of each of 2 ranks
@@ -70,44 +70,44 @@ def test_gradients_of_many_micro_batches_are_added_up_in_fp32(stage, accumulates
             ["train.global_batch=130", "precision=fp32"],
         )
     )
-    for made in (many, asked):
-        assert made["communication_data_type"] == "fp32"
+    for config in (many, requested):
+        assert config["communication_data_type"] == "fp32"
         # DeepSpeed refuses the word at the other stages, whose optimizers are made to do it.
-        assert made.get("data_types", {}).get("grad_accum_dtype") == accumulates
-        assert made["zero_optimization"]["reduce_bucket_size"] == 250  # elements of 4 bytes
-    for made in (few, never, fp32):
-        assert not made.keys() & {"communication_data_type", "data_types"}
-        assert made["zero_optimization"]["reduce_bucket_size"] == 500
+        assert config.get("data_types", {}).get("grad_accum_dtype") == accumulates
+        assert config["zero_optimization"]["reduce_bucket_size"] == 250  # elements of 4 bytes
+    for config in (few, never, fp32):
+        assert not config.keys() & {"communication_data_type", "data_types"}
+        assert config["zero_optimization"]["reduce_bucket_size"] == 500
 
 
 def test_only_stage_2_on_a_gpu_is_told_to_reduce_beside_the_backward_pass():
-    def found(*overrides):
+    def overlaps(*overrides):
         job = compose(PlanJob, ["train.steps=10", "schedule.warmup=0", *overrides])
         return deepspeed_config(job, 8)["zero_optimization"].get("overlap_comm")
 
-    gpu, own = "machine=h100-sxm", ["model=custom", "model._target_=a.B"]
-    assert found("engine=zero2", gpu) is True
-    assert found("engine=zero2", gpu, *own, "train.compile=off") is True
+    gpu, users_model = "machine=h100-sxm", ["model=custom", "model._target_=a.B"]
+    assert overlaps("engine=zero2", gpu) is True
+    assert overlaps("engine=zero2", gpu, *users_model, "train.compile=off") is True
     for others in (
         ["engine=zero2", "machine=cpu"],
         ["engine=zero2-offload", gpu],
-        ["engine=zero2", gpu, *own],  # compiled as a whole: all gradients come at the end
+        ["engine=zero2", gpu, *users_model],  # compiled as a whole: all gradients come at the end
         ["engine=zero1", gpu],
         ["engine=zero3", gpu],  # which does it by itself
     ):
-        assert found(*others) is None, others
+        assert overlaps(*others) is None, others
     mine = "engine.deepspeed={zero_optimization: {overlap_comm: false}}"
-    assert found("engine=zero2", gpu, mine) is False
+    assert overlaps("engine=zero2", gpu, mine) is False
 
 
 def test_the_second_partition_of_stage_3():
-    made = derived("engine=zero3", "engine.hierarchical_partition=2")
-    assert made["zero_optimization"]["zero_hpz_partition_size"] == 2
+    config = derived("engine=zero3", "engine.hierarchical_partition=2")
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 2
     assert "zero_hpz_partition_size" not in derived("engine=zero3")["zero_optimization"]
 
 
 def test_only_blocks_of_our_own_models_are_gathered_as_one():
-    found = [
+    classes = [
         derived(*words)["zero_optimization"].get("leaf_module")
         for words in (
             ["engine=zero3"],
@@ -115,20 +115,20 @@ def test_only_blocks_of_our_own_models_are_gathered_as_one():
             ["engine=zero3", "model=custom", "model._target_=a.B"],
         )
     ]
-    assert found == [{"classes": [BLOCK]}, None, None]
+    assert classes == [{"classes": [BLOCK]}, None, None]
     module, _, name = BLOCK.rpartition(".")
     assert hasattr(importlib.import_module(module), name)
 
 
 def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
     extra = "{comms_logger: {enabled: true}, zero_optimization: {round_robin_gradients: true}}"
-    made = derived("engine=zero2", f"engine.deepspeed={extra}")
-    assert made["comms_logger"] == {"enabled": True}
-    assert made["zero_optimization"]["round_robin_gradients"] is True
-    assert made["zero_optimization"]["stage"] == 2
+    config = derived("engine=zero2", f"engine.deepspeed={extra}")
+    assert config["comms_logger"] == {"enabled": True}
+    assert config["zero_optimization"]["round_robin_gradients"] is True
+    assert config["zero_optimization"]["stage"] == 2
     plain = derived("engine=zero2")
-    del made["comms_logger"], made["zero_optimization"]["round_robin_gradients"]
-    assert made == plain
+    del config["comms_logger"], config["zero_optimization"]["round_robin_gradients"]
+    assert config == plain
 
 
 @pytest.mark.parametrize(

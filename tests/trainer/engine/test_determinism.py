@@ -60,29 +60,29 @@ def test_torch_and_its_compiler_have_the_same_mode(deterministic, on_gpu):
         assert torch.is_deterministic_algorithms_warn_only_enabled() == (mode == "warn")
         set_compiler_mode()
     assert inductor.deterministic == (mode != "default")
-    found = attention_backends(deterministic, on_gpu)
-    assert torch.backends.cuda.cudnn_sdp_enabled() == (CUDNN in found)
+    backends = attention_backends(deterministic, on_gpu)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == (CUDNN in backends)
 
 
 @pytest.mark.parametrize(
-    "more",
+    "words",
     [
         dict(mlp="moe", dropout=0.1, position="relative"),
         dict(mixer="window", window=4),
         *(dict(mixer=name) for name in ("gated_deltanet", "latent", "mingru", "lstm")),
     ],
 )
-def test_our_models_train_in_the_raising_form(more):
+def test_our_models_train_in_the_raising_form(words):
     """And so twice to the same bits; what only CUDA refuses is listed in the module."""
     use_kernels(True, on_gpu=False)
     sizes = dict(num_layers=2, width=32, num_heads=2, vocab_size=50, max_sequence_length=16)
-    model = Transformer(ModelConfig(**sizes, **more))
+    model = Transformer(ModelConfig(**sizes, **words))
     tokens = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
 
     def gradients():
         torch.manual_seed(0)
-        found = model(tokens[:, :-1], tokens[:, 1:])
-        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        output = model(tokens[:, :-1], tokens[:, 1:])
+        losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
         return torch.autograd.grad(losses.sum() + penalty, [*model.parameters()], allow_unused=True)
 
     for a, b in zip(gradients(), gradients(), strict=True):

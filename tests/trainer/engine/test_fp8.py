@@ -47,7 +47,7 @@ def test_the_three_products_are_those_of_rounded_numbers(recipe, device):
     x, weight, g = operands(device)
     y = fp8_product(recipe)(x, weight)
     of_x, of_weight = torch.autograd.grad(y, (x, weight), g)
-    assert all(found.dtype == torch.bfloat16 for found in (y, of_x, of_weight))
+    assert all(products.dtype == torch.bfloat16 for products in (y, of_x, of_weight))
     x, weight, g = x.detach().double().flatten(0, 1), weight.detach().double(), g.double()
     g = g.flatten(0, 1)
     kind = E5M2 if recipe == "tensorwise" else E4M3
@@ -60,33 +60,37 @@ def test_the_three_products_are_those_of_rounded_numbers(recipe, device):
     # Each of the two numbers of a term is off by half of its last bit: 1/16, of e5m2 1/8.
     bounds = [1 / 8, (1 / 8 if kind is E4M3 else 3 / 16), (1 / 8 if kind is E4M3 else 3 / 16)]
     terms = [x.abs() @ weight.abs().T, g.abs() @ weight.abs(), g.abs().T @ x.abs()]
-    found = (y.flatten(0, 1), of_x.flatten(0, 1), of_weight)
-    for ours, own, exact, bound, sizes in zip(found, expected, plain, bounds, terms, strict=True):
-        torch.testing.assert_close(ours.double(), own, rtol=2**-8, atol=1e-3 * float(own.std()))
-        assert ((ours - exact).abs() <= 1.05 * bound * sizes).all()
-        assert (ours - exact).norm() > 0.02 * exact.norm()  # it is fp8
-    assert 0.034 < (found[0] - plain[0]).norm() / plain[0].norm() < 0.040  # conf/README.md
+    products = (y.flatten(0, 1), of_x.flatten(0, 1), of_weight)
+    for product, emulated, exact, bound, sizes in zip(
+        products, expected, plain, bounds, terms, strict=True
+    ):
+        torch.testing.assert_close(
+            product.double(), emulated, rtol=2**-8, atol=1e-3 * float(emulated.std())
+        )
+        assert ((product - exact).abs() <= 1.05 * bound * sizes).all()
+        assert (product - exact).norm() > 0.02 * exact.norm()  # it is fp8
+    assert 0.034 < (products[0] - plain[0]).norm() / plain[0].norm() < 0.040  # conf/README.md
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_kernels_and_emulation_agree(recipe, device):
-    found = []
+    results = []
     for emulates in (False, True):
         x, weight, g = operands(device)
         y = fp8_product(recipe, emulates)(x, weight)
-        found.append([y, *torch.autograd.grad(y, (x, weight), g)])
-    for ours, emulated in zip(*found, strict=True):
-        assert (ours - emulated).norm() < 1e-3 * emulated.norm()
+        results.append([y, *torch.autograd.grad(y, (x, weight), g)])
+    for real, emulated in zip(*results, strict=True):
+        assert (real - emulated).norm() < 1e-3 * emulated.norm()
 
 
 SIZES = dict(num_layers=1, width=32, num_heads=2, mlp_width=48, vocab_size=50)
 
 
-def trained(recipe=None, backend=None, **more):
+def trained(recipe=None, backend=None, **keys):
     """A model after a backward pass, and its losses."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES | dict(max_sequence_length=16) | more)).bfloat16()
+    model = Transformer(ModelConfig(**SIZES | dict(max_sequence_length=16) | keys)).bfloat16()
     if recipe:
         use_fp8(model, recipe)
     if backend:
@@ -100,27 +104,29 @@ def trained(recipe=None, backend=None, **more):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_model_keeps_names_weights_and_optimizers_and_its_gradients_are_close(recipe):
-    (plain, expected), (ours, losses) = trained(num_layers=2), trained(recipe, num_layers=2)
-    for (name, p), (own, q) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
-        assert name == own
+    (plain, expected), (model, losses) = trained(num_layers=2), trained(recipe, num_layers=2)
+    for (name, p), (name_in_fp8, q) in zip(
+        plain.named_parameters(), model.named_parameters(), strict=True
+    ):
+        assert name == name_in_fp8
         assert torch.equal(p, q)
         assert p.dtype == q.dtype == q.grad.dtype == torch.bfloat16
-    assert [*plain.state_dict()] == [*ours.state_dict()]
-    assert plain.muon_parameters() == ours.muon_parameters()
+    assert [*plain.state_dict()] == [*model.state_dict()]
+    assert plain.muon_parameters() == model.muon_parameters()
     torch.testing.assert_close(losses, expected, rtol=0.01, atol=0)
     assert not torch.equal(losses, expected)
-    a, b = (torch.cat([p.grad.flatten() for p in m.parameters()]).double() for m in (plain, ours))
+    a, b = (torch.cat([p.grad.flatten() for p in m.parameters()]).double() for m in (plain, model))
     assert 0.02 < (a - b).norm() / a.norm() < 0.25
 
 
 @pytest.mark.parametrize(
-    "more", [{"activation_checkpointing": "selective"}, {"mlp_chunk": 8}], ids=str
+    "keys", [{"activation_checkpointing": "selective"}, {"mlp_chunk": 8}], ids=str
 )
-def test_what_is_made_again_is_the_same(more):
+def test_what_is_made_again_is_the_same(keys):
     plain, expected = trained("rowwise")
-    ours, losses = trained("rowwise", **more)
+    model, losses = trained("rowwise", **keys)
     assert torch.equal(losses, expected)
-    for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0.02, atol=0.02)
 
 
@@ -137,26 +143,26 @@ def test_what_is_no_matrix_of_a_block_stays_as_it_is():
 def test_the_backward_pass_keeps_no_view_of_a_weight():
     """At stage 3 a view would keep what was gathered; a parameter is gathered again."""
     x, weight, _ = operands()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fp8_product("tensorwise")(x, weight)
-    assert [id(t) for t in kept] == [id(x), id(weight)]
+    assert [id(t) for t in saved] == [id(x), id(weight)]
 
 
 @pytest.mark.slow  # seconds each
-@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": "selective"}], ids=str)
-def test_compiled_blocks_compute_the_same_and_keep_no_weights(more):
-    plain, expected = trained("tensorwise", **more)
-    ours, losses = trained("tensorwise", "aot_eager_decomp_partition", **more)
+@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": "selective"}], ids=str)
+def test_compiled_blocks_compute_the_same_and_keep_no_weights(keys):
+    plain, expected = trained("tensorwise", **keys)
+    model, losses = trained("tensorwise", "aot_eager_decomp_partition", **keys)
     torch.testing.assert_close(losses, expected, rtol=0.01, atol=0)
-    a, b = (torch.cat([p.grad.flatten() for p in m.parameters()]).double() for m in (plain, ours))
+    a, b = (torch.cat([p.grad.flatten() for p in m.parameters()]).double() for m in (plain, model))
     assert (a - b).norm() < 0.1 * a.norm()
-    if not more:  # the count doesn't see through a selective checkpoint that is compiled
+    if not keys:  # the count doesn't see through a selective checkpoint that is compiled
         rows = torch.randint(0, 50, (2, 17))
-        kept = [
-            kept_bytes(m, lambda m=m: m(rows[:, :-1], rows[:, 1:]).sum()) for m in (plain, ours)
+        saved = [
+            kept_bytes(m, lambda m=m: m(rows[:, :-1], rows[:, 1:]).sum()) for m in (plain, model)
         ]
-        assert kept[1] <= kept[0]
+        assert saved[1] <= saved[0]
 
 
 @pytest.mark.slow  # imports torch again

@@ -19,8 +19,8 @@ def test_main_first_does_the_work_on_rank_0_before_the_others(tmp_path):
         (tmp_path / "run").mkdir(exist_ok=not ranks.is_main)
         return ranks.rank, (tmp_path / "run").exists()
 
-    found = on_all(worlds(3), lambda ranks: ranks.main_first(lambda: work(ranks)))
-    assert found == [(0, True), (1, True), (2, True)]
+    results = on_all(worlds(3), lambda ranks: ranks.main_first(lambda: work(ranks)))
+    assert results == [(0, True), (1, True), (2, True)]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,6 @@ def test_an_error_of_rank_0_ends_all_ranks_alike(error):
             raise error
         return pytest.fail("rank 0 has failed")
 
-    found = on_all(worlds(3), lambda ranks: ranks.main_first(lambda: work(ranks)))
-    assert [type(e) for e in found] == [type(error)] * 3
-    assert {str(e) for e in found} == {str(error)}
+    results = on_all(worlds(3), lambda ranks: ranks.main_first(lambda: work(ranks)))
+    assert [type(e) for e in results] == [type(error)] * 3
+    assert {str(e) for e in results} == {str(error)}

@@ -28,10 +28,10 @@ def test_a_healthy_check_fails_less_than_once_in_10_000(kind):
     the noise may grow threefold between two."""
     rng = np.random.default_rng(7)
     noise = torch.from_numpy(DRAWS[kind](rng, (CHECKS, REPLAYS + 1, 1)))
-    found = deviations(1 + 1e-9 * noise)
-    first = judged(found, found[:, :0], 0.0)[1]
-    before = found.sort(-1).values[:, found.shape[-1] // 2].view(-1, PAST)
-    later = judged(3 * found[: len(before)], before.roll(1, 0), 0.0)[1]
+    gaps = deviations(1 + 1e-9 * noise)
+    first = judged(gaps, gaps[:, :0], 0.0)[1]
+    before = gaps.sort(-1).values[:, gaps.shape[-1] // 2].view(-1, PAST)
+    later = judged(3 * gaps[: len(before)], before.roll(1, 0), 0.0)[1]
     assert float(first.double().mean()) < 1e-4
     assert float(later.double().mean()) < 1e-4
     # Why not the difference of two replays, at a run's first check, and ten times that: of runs of
@@ -46,10 +46,10 @@ def test_replays_that_stand_out_are_found(kind, wrong):
     """Up to three, by 2,000 times the noise; or all with much more noise than before."""
     noise = torch.from_numpy(DRAWS[kind](np.random.default_rng(8), (2_000, REPLAYS, 32)))
     noise[:, :wrong, 5] += 20_000.0
-    found = deviations(1 + 1e-6 * noise)
-    assert float(judged(found, found[:, :0], 0.0)[1].double().mean()) > 0.99
-    found = deviations(1 + 1e-3 * noise[:, wrong:])
-    assert judged(found, torch.full((2_000, 4), 1e-7, dtype=torch.float64), 1e-5)[1].all()
+    gaps = deviations(1 + 1e-6 * noise)
+    assert float(judged(gaps, gaps[:, :0], 0.0)[1].double().mean()) > 0.99
+    gaps = deviations(1 + 1e-3 * noise[:, wrong:])
+    assert judged(gaps, torch.full((2_000, 4), 1e-7, dtype=torch.float64), 1e-5)[1].all()
 
 
 def test_rounding_is_no_fault_and_its_floor_hides_no_large_one():
@@ -89,14 +89,14 @@ class Checked:
             index=0, arguments=lambda device: ((tokens[:, :-1], tokens[:, 1:]), {})
         )
 
-    def _forward(self, model, given, losses):
+    def _forward(self, model, tokens, losses):
         self.calls += 1
         return losses * self.disturb(self.calls)
 
     def __call__(self) -> str | None:
         """Make the step's forward pass, then check it."""
-        (given, _) = self.micro.arguments(None)
-        loss = self.model(*given).sum().detach().float()
+        (positional, _) = self.micro.arguments(None)
+        loss = self.model(*positional).sum().detach().float()
         batch = SimpleNamespace(step=0, micro=[self.micro])
         return fault_of(self.check(batch, loss[None]))
 
@@ -127,15 +127,15 @@ def test_a_flipped_upper_bit_of_a_weight_is_found_in_a_noisy_run(dtype, scale, b
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     weight = checked.model.blocks[0].mlp.down.weight.detach().view(-1).view(bits)
 
-    def flip(module, given):
+    def flip(module, inputs):
         if checked.calls + 1 in (flipped, flipped + 1):
             weight[3] ^= 1 << bit  # in this pass, and back in the next
 
     checked.model.register_forward_pre_hook(flip)
     assert checked() is None
-    said = checked()
-    assert said is not None
-    assert said.startswith("rank 0 on here: a micro-batch computed again differs by ")
+    fault = checked()
+    assert fault is not None
+    assert fault.startswith("rank 0 on here: a micro-batch computed again differs by ")
 
 
 def test_an_exact_run_tolerates_no_bit_and_says_so_at_the_first_check():

@@ -80,11 +80,11 @@ def test_a_wrong_one_is_a_sentence(text, says):
 
 
 def test_all_problems_come_at_once():
-    found = problems(["kil@1", "kill@3", "kill@3:rank0", "nan@9:rank2", "nan@41", "ok"], 2, 40)
-    sentences = "\n".join(": ".join(p) for p in found)
+    faults = problems(["kil@1", "kill@3", "kill@3:rank0", "nan@9:rank2", "nan@41", "ok"], 2, 40)
+    sentences = "\n".join(": ".join(p) for p in faults)
     for says in ("kil@1", "is given twice", "there is no rank 2", "last step, 40", "'ok'"):
         assert says in sentences
-    assert len(found) == 5
+    assert len(faults) == 5
     assert problems(["kill@99:rank7"]) == []  # as long as ranks and steps are not known
 
 
@@ -93,8 +93,8 @@ SHORT = ("train.steps=40", "schedule.warmup=2", "schedule.decay=10", "train.micr
 
 def test_the_command_line_takes_a_list_of_them():
     faults = ["kill@12:rank1", "freeze@30:rank1:data", "nan@40"]
-    given = [f"faults=[{','.join(faults)}]", "launch.processes=2"]
-    assert compose(TrainJob, [*given, *SHORT]).faults == faults
+    overrides = [f"faults=[{','.join(faults)}]", "launch.processes=2"]
+    assert compose(TrainJob, [*overrides, *SHORT]).faults == faults
 
 
 def test_the_command_line_refuses_wrong_ones():
@@ -107,9 +107,9 @@ def test_the_command_line_refuses_wrong_ones():
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    made = Run(tmp_path / "run")
-    made.new_attempt()
-    return made
+    new = Run(tmp_path / "run")
+    new.new_attempt()
+    return new
 
 
 def inject(run, *faults, rank=0, phases=None):
@@ -119,11 +119,11 @@ def inject(run, *faults, rank=0, phases=None):
 
 def make(phases: PhaseTimer, injector, step: int, micro_batches: int = 1) -> list[str]:
     """Make a step as the loop does: the places that the rank comes to."""
-    seen: list[str] = []
+    calls: list[str] = []
     hook = phases.hook
 
     def hear():
-        seen.append(phases.at)
+        calls.append(phases.at)
         hook()
 
     phases.hook = hear
@@ -146,7 +146,7 @@ def make(phases: PhaseTimer, injector, step: int, micro_batches: int = 1) -> lis
                 pass
     finally:
         phases.hook = hook
-    return seen
+    return calls
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if p != "write"])
@@ -313,7 +313,7 @@ print("went on", flush=True)
 @pytest.fixture
 def child(run):
     """Starts a process that makes step 5 under a fault, as soon as it is ready."""
-    made = []
+    injectors = []
 
     def begin(fault):
         process = subprocess.Popen(
@@ -321,12 +321,12 @@ def child(run):
             stdout=subprocess.PIPE,
             text=True,
         )
-        made.append(process)
+        injectors.append(process)
         assert process.stdout.readline() == "ready\n"
         return process
 
     yield begin
-    for process in made:
+    for process in injectors:
         process.kill()
         process.wait()
         process.stdout.close()

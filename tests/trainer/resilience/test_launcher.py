@@ -186,9 +186,9 @@ def children(process, count=2):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     every = psutil.Process(process.pid).children()
-    found = [p for p in every if "output.py" not in " ".join(p.cmdline())]
-    assert len(found) == count
-    return found
+    ranks = [p for p in every if "output.py" not in " ".join(p.cmdline())]
+    assert len(ranks) == count
+    return ranks
 
 
 def gone(processes):

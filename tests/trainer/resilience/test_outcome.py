@@ -15,10 +15,10 @@ RECORD = "from pathlib import Path\nfrom forescale.resilience.outcome import wri
 def test_start_and_end_are_recorded(ranks, tmp_path):
     before = time.time()
     ranks("raise SystemExit(75 * rank)")
-    found = launched(tmp_path)
-    assert before <= found["begun"] <= found["ended"] <= time.time()
-    assert (found["code"], found["how"], found["processes"]) == (75, "interrupted", 2)
-    assert found["command"][0] == sys.executable
+    launch = launched(tmp_path)
+    assert before <= launch["begun"] <= launch["ended"] <= time.time()
+    assert (launch["code"], launch["how"], launch["processes"]) == (75, "interrupted", 2)
+    assert launch["command"][0] == sys.executable
     ranks("pass")
     assert (launched(tmp_path)["code"], launched(tmp_path)["how"]) == (0, "done")
 

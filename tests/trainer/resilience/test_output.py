@@ -39,11 +39,11 @@ def test_a_line_that_is_redrawn_is_logged_as_it_is_left(cuts):
     """However the output is cut into pieces; the first state of it, and then one an interval."""
     borders = [0, *sorted(cuts), len(DRAWN)]
     pieces = [DRAWN[a:b] for a, b in pairwise(borders)]
-    found = logged(*pieces, every=1e9)
-    states = [line for line in found if line != "validation loss 2.5 ± 0.1"]
-    assert len(states) == len(found) - 1, "what was printed above is there, once"
+    text = logged(*pieces, every=1e9)
+    states = [line for line in text if line != "validation loss 2.5 ± 0.1"]
+    assert len(states) == len(text) - 1, "what was printed above is there, once"
     assert states in (["step 4"], *([f"step {n}", "step 4"] for n in (1, 2, 3)))
-    assert not any("\x1b" in line or "━" in line for line in found)
+    assert not any("\x1b" in line or "━" in line for line in text)
 
 
 def test_states_of_a_line_are_logged_at_their_interval():
@@ -120,25 +120,25 @@ def test_on_a_terminal_rank_0_draws_its_line_and_the_log_has_lines(tmp_path):
         "        shown.update(task, text=f'step {n}', refresh=True)\n"
         "        shown.console.print(f'above {n}')\n"
     )
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 77, 0, 0))
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 77, 0, 0))
     environment = {**os.environ, "TERM": "xterm"}
     environment.pop("COLUMNS", None)
-    process = launch(snippet, tmp_path, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    seen = b""
+    process = launch(snippet, tmp_path, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    screen = b""
     while True:
         try:
-            data = os.read(ours, 65536)
+            data = os.read(master, 65536)
         except OSError:  # the last process that had it is gone
             break
         if not data:
             break
-        seen += data
-    os.close(ours)
-    assert process.wait(60) == 0, seen
-    assert b"\x1b[2K" in seen, "it is drawn anew"
-    assert b"columns 77\r\n" in seen
+        screen += data
+    os.close(master)
+    assert process.wait(60) == 0, screen
+    assert b"\x1b[2K" in screen, "it is drawn anew"
+    assert b"columns 77\r\n" in screen
     lines = (tmp_path / "rank-0.log").read_text().splitlines()
     assert [line for line in lines if "above" in line] == ["above 1", "above 2", "above 3"]
     assert lines[0] == "columns 77"

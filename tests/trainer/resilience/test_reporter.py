@@ -47,9 +47,9 @@ def attempt(tmp_path):
 def reporter(memory, clock, attempt):
     """The reporter of rank 0 of two, without threads: the test makes it tick."""
     left = []
-    made = HeartbeatReporter(PhaseTimer("startup"), attempt, 0, 2, SETTINGS, leave=left.append)
-    made.left, made.interval = left, 1.0
-    return made
+    new = HeartbeatReporter(PhaseTimer("startup"), attempt, 0, 2, SETTINGS, leave=left.append)
+    new.left, new.interval = left, 1.0
+    return new
 
 
 def tick(reporter, clock, seconds=1.0):
@@ -97,9 +97,9 @@ def test_rare_phases_have_the_long_limit(reporter, clock):
         with reporter.phases(phase):
             pass  # not due: this says nothing of how long it takes when it is
         with reporter.phases(phase):
-            found = tick(reporter, clock)
-        assert found.limit == 60
-        assert found.quiet == 10, "but it must answer"
+            beat = tick(reporter, clock)
+        assert beat.limit == 60
+        assert beat.quiet == 10, "but it must answer"
 
 
 def test_a_long_evaluation_lives_as_long_as_its_micro_batches_go_on(reporter, clock):
@@ -108,19 +108,19 @@ def test_a_long_evaluation_lives_as_long_as_its_micro_batches_go_on(reporter, cl
     with reporter.phases("evaluation"):
         for _ in range(4):
             reporter.phases.mark("evaluation")
-            seen = [RankStatus(tick(reporter, clock), 0.0) for _ in range(50)]
-            assert not any(status.is_stuck for status in seen)
-        seen = [RankStatus(tick(reporter, clock), 0.0) for _ in range(101)]
-        assert seen[-1].is_stuck, "beyond three times the longest micro-batch without a mark"
+            statuses = [RankStatus(tick(reporter, clock), 0.0) for _ in range(50)]
+            assert not any(status.is_stuck for status in statuses)
+        statuses = [RankStatus(tick(reporter, clock), 0.0) for _ in range(101)]
+        assert statuses[-1].is_stuck, "beyond three times the longest micro-batch without a mark"
 
 
 def test_time_while_the_process_was_suspended_does_not_count(reporter, clock):
     run_steps(reporter, clock, 1, 1)
     reporter.phases.mark("backward")
     tick(reporter, clock)
-    found = tick(reporter, clock, 10_000.0)
-    assert found.here <= 3.0
-    assert not RankStatus(found, 0.0).is_stuck
+    beat = tick(reporter, clock, 10_000.0)
+    assert beat.here <= 3.0
+    assert not RankStatus(beat, 0.0).is_stuck
 
 
 def test_silence_counts_only_while_this_process_runs(reporter, clock):
@@ -144,15 +144,15 @@ def test_the_place_of_a_stopped_rank_is_where_it_stopped(reporter, clock):
     assert reporter.node.read()[1][0] == other, "no newer place is known yet"
     phases.step = 29
     phases.mark("data")
-    found = reporter.node.read()[1][0]
-    assert (found.step, found.at, found.here) == (29, "data", 0.0)
+    beat = reporter.node.read()[1][0]
+    assert (beat.step, beat.at, beat.here) == (29, "data", 0.0)
 
 
 def test_the_pace_covers_the_last_steps(reporter, clock):
     run_steps(reporter, clock, 40, *[2] * 20)
-    found = tick(reporter, clock)
-    assert found.steps == 19
-    assert found.pace["forward"] == pytest.approx(2.0, abs=0.1)
+    beat = tick(reporter, clock)
+    assert beat.steps == 19
+    assert beat.pace["forward"] == pytest.approx(2.0, abs=0.1)
     reporter.phases.step = 3  # rolled back
     assert tick(reporter, clock).steps == 0
 
@@ -204,13 +204,13 @@ def test_a_failing_reporter_announces_its_end(reporter, clock, monkeypatch, caps
 
 
 def test_one_file_per_node(tmp_path, reporter, clock):
-    found = tick(reporter, clock)
-    write_node(tmp_path, "a", [RankStatus(found, 0.0), RankStatus(replace(found, rank=1), 2.5)])
-    write_node(tmp_path, "b", [RankStatus(replace(found, rank=2), 0.0)])
-    write_node(tmp_path, "a", [RankStatus(found, 0.0), RankStatus(replace(found, rank=1), 3.5)])
+    beat = tick(reporter, clock)
+    write_node(tmp_path, "a", [RankStatus(beat, 0.0), RankStatus(replace(beat, rank=1), 2.5)])
+    write_node(tmp_path, "b", [RankStatus(replace(beat, rank=2), 0.0)])
+    write_node(tmp_path, "a", [RankStatus(beat, 0.0), RankStatus(replace(beat, rank=1), 3.5)])
     assert sorted(p.name for p in (tmp_path / "heartbeat").iterdir()) == ["a.json", "b.json"]
-    seen = read_nodes(tmp_path, every=60.0)
-    assert [(s.heartbeat.rank, s.silence) for s in seen] == [(0, 0.0), (1, 3.5), (2, 0.0)]
+    statuses = read_nodes(tmp_path, every=60.0)
+    assert [(s.heartbeat.rank, s.silence) for s in statuses] == [(0, 0.0), (1, 3.5), (2, 0.0)]
     assert [s.heartbeat.rank for s in read_nodes(tmp_path, without="a")] == [2]
 
 

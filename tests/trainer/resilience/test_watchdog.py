@@ -28,33 +28,33 @@ LIMIT = 10.0
 NOBODY = 2**22 + 1  # more than any process
 
 
-def seen(rank, at, here=0.0, step=30, silence=0.0, host="a", phase="compute", **more):
+def status(rank, at, here=0.0, step=30, silence=0.0, host="a", phase="compute", **fields):
     facts = dict(rank=rank, host=host, pid=NOBODY, began=0.0, time=time.time(), step=step)
     facts |= dict(phase=phase, at=at, here=here, limit=LIMIT, quiet=LIMIT, starting=False)
-    return RankStatus(Heartbeat(**(facts | more)), silence)
+    return RankStatus(Heartbeat(**(facts | fields)), silence)
 
 
 def sentence(*ranks, waits=WAITING_PLACES, size=None):
-    found = diagnose(ranks, size or len(ranks), waits)
-    return found and found.sentence
+    hang = diagnose(ranks, size or len(ranks), waits)
+    return hang and hang.sentence
 
 
 def test_nobody_is_named_while_ranks_work():
-    assert sentence(seen(0, "backward", 9), seen(1, "data", 9, step=29)) is None
-    assert sentence(seen(0, "backward", 9, silence=9), seen(1, "summary", 9)) is None
+    assert sentence(status(0, "backward", 9), status(1, "data", 9, step=29)) is None
+    assert sentence(status(0, "backward", 9, silence=9), status(1, "summary", 9)) is None
 
 
 def test_the_one_that_is_in_data_while_others_wait():
     """Its step has not begun: the phases still stands at the one before."""
-    said = sentence(seen(0, "backward", 12), seen(1, "data", 12, step=29, host="b"))
-    assert said == (
+    text = sentence(status(0, "backward", 12), status(1, "data", 12, step=29, host="b"))
+    assert text == (
         "rank 1 on host b has been in data for 12 s at step 30; rank 0 waits in backward"
     )
 
 
 def test_the_one_that_does_not_answer_comes_first():
-    ranks = [seen(0, "data", 40, step=29), seen(1, "forward", silence=11, host="b")]
-    ranks += [seen(2, "backward", 12), seen(3, "backward", 12)]
+    ranks = [status(0, "data", 40, step=29), status(1, "forward", silence=11, host="b")]
+    ranks += [status(2, "backward", 12), status(3, "backward", 12)]
     assert sentence(*ranks) == (
         "rank 1 on host b has not answered for 11 s; last seen in forward at step 30; "
         "ranks 2, 3 wait in backward, rank 0 is in data"
@@ -63,24 +63,24 @@ def test_the_one_that_does_not_answer_comes_first():
 
 def test_one_that_is_silent_for_half_its_time_while_another_is_stuck():
     """A rank that waits for it is stuck a moment before it has been silent for long enough."""
-    said = sentence(seen(0, "backward", 12), seen(1, "forward", silence=6, host="b"))
-    assert said.startswith("rank 1 on host b has not answered for 6 s; last seen in forward at")
+    text = sentence(status(0, "backward", 12), status(1, "forward", silence=6, host="b"))
+    assert text.startswith("rank 1 on host b has not answered for 6 s; last seen in forward at")
 
 
 def test_the_one_at_the_lowest_step():
-    found = diagnose([seen(0, "summary", 12), seen(1, "backward", 12, step=28)], 2)
-    assert (found.ranks, found.at, found.step, found.host) == ((1,), "backward", 28, "a")
+    hang = diagnose([status(0, "summary", 12), status(1, "backward", 12, step=28)], 2)
+    assert (hang.ranks, hang.at, hang.step, hang.host) == ((1,), "backward", 28, "a")
 
 
 def test_of_those_at_the_lowest_step_the_one_with_work_of_its_own():
-    found = diagnose(
-        [seen(0, "norm", 12), seen(1, "forward", 12), seen(2, "summary", 1, step=31)], 3
+    hang = diagnose(
+        [status(0, "norm", 12), status(1, "forward", 12), status(2, "summary", 1, step=31)], 3
     )
-    assert found.ranks == (1,)
+    assert hang.ranks == (1,)
 
 
 def test_at_stage_3_forward_waits_too():
-    ranks = [seen(0, "forward", 12), seen(1, "data", 12, step=29)]
+    ranks = [status(0, "forward", 12), status(1, "data", 12, step=29)]
     assert sentence(*ranks, waits=waiting_places(3)).endswith("rank 0 waits in forward")
     exchanging = sentence(*ranks, waits=waiting_places(1, exchanges=True))
     assert exchanging.endswith("rank 0 waits in forward")
@@ -88,16 +88,16 @@ def test_at_stage_3_forward_waits_too():
 
 
 def test_whoever_waits_for_a_legitimate_long_phase_is_not_at_fault_nor_is_the_other():
-    saving = seen(0, "checkpoint", 12, limit=1800.0)
-    assert sentence(saving, seen(1, "summary", 12), seen(2, "summary", 12)) is None
-    saving = seen(0, "checkpoint", 1801, limit=1800.0)
-    assert sentence(saving, seen(1, "summary", 1800)).startswith(
+    saving = status(0, "checkpoint", 12, limit=1800.0)
+    assert sentence(saving, status(1, "summary", 12), status(2, "summary", 12)) is None
+    saving = status(0, "checkpoint", 1801, limit=1800.0)
+    assert sentence(saving, status(1, "summary", 1800)).startswith(
         "rank 0 on host a has been in check"
     )
 
 
 def test_where_all_wait_the_collective_itself_hangs():
-    assert sentence(*(seen(r, "backward", 12, host=f"n{r}") for r in range(3))) == (
+    assert sentence(*(status(r, "backward", 12, host=f"n{r}") for r in range(3))) == (
         "ranks 0 to 2 on hosts n0, n1, n2 have been in backward for 12 s at step 30; "
         "no rank is behind: the collective itself hangs"
     )
@@ -105,29 +105,31 @@ def test_where_all_wait_the_collective_itself_hangs():
 
 def test_each_rank_that_is_named_has_its_own_place_and_step():
     """And not those of the one that has been there longest."""
-    ranks = [seen(0, "backward", 12), seen(1, "data", 12, step=29), seen(2, "forward", 14)]
-    found = diagnose(ranks, 3)
-    assert found.sentence == (
+    ranks = [status(0, "backward", 12), status(1, "data", 12, step=29), status(2, "forward", 14)]
+    hang = diagnose(ranks, 3)
+    assert hang.sentence == (
         "ranks 1, 2 on host a have not moved for 12 to 14 s: rank 1 in data at step 30, "
         "rank 2 in forward at step 30; rank 0 waits in backward"
     )
-    assert (found.ranks, found.at, found.step, found.seconds) == ((1, 2), "forward", 30, 14)
-    silent = [seen(r, "norm", step=step, silence=20 + r) for r, step in ((1, 30), (2, 31), (3, 31))]
-    assert sentence(seen(0, "backward", 12), *silent).startswith(
+    assert (hang.ranks, hang.at, hang.step, hang.seconds) == ((1, 2), "forward", 30, 14)
+    silent = [
+        status(r, "norm", step=step, silence=20 + r) for r, step in ((1, 30), (2, 31), (3, 31))
+    ]
+    assert sentence(status(0, "backward", 12), *silent).startswith(
         "ranks 1 to 3 on host a have not answered for 21 to 23 s; last seen: rank 1 in norm at "
         "step 30, ranks 2, 3 in norm at step 31; rank 0 waits in backward"
     )
 
 
 def test_one_rank_alone():
-    assert sentence(seen(0, "data", 12, step=29)) == (
+    assert sentence(status(0, "data", 12, step=29)) == (
         "rank 0 on host a has been in data for 12 s at step 30; no other rank waits"
     )
 
 
 def test_a_rank_that_never_started():
     begun = dict(step=0, starting=True)
-    ranks = [seen(0, "startup", 12, **begun), seen(2, "startup", 11, **begun)]
+    ranks = [status(0, "startup", 12, **begun), status(2, "startup", 11, **begun)]
     assert (
         sentence(*ranks, size=4) == "ranks 1 and 3 never started; "
         "ranks 0 and 2 have waited for 11 to 12 s in startup"
@@ -136,9 +138,9 @@ def test_a_rank_that_never_started():
 
 
 def test_ended_ranks_are_not_waited_for():
-    gone = seen(1, "data", 99, step=3, silence=99, phase=ENDED)
-    assert sentence(gone, seen(0, "summary", 1)) is None
-    assert diagnose([gone, seen(0, "data", 12)], 2).ranks == (0,)
+    gone = status(1, "data", 99, step=3, silence=99, phase=ENDED)
+    assert sentence(gone, status(0, "summary", 1)) is None
+    assert diagnose([gone, status(0, "data", 12)], 2).ranks == (0,)
 
 
 @pytest.fixture
@@ -163,15 +165,15 @@ def watchdogs(attempt, monkeypatch):
         def leave(code):
             left.append((rank, code))
 
-        made = Watchdog(node, attempt, rank, size, SETTINGS, WAITING_PLACES, leave)
-        made.host = "a"
-        return made
+        watchdog = Watchdog(node, attempt, rank, size, SETTINGS, WAITING_PLACES, leave)
+        watchdog.host = "a"
+        return watchdog
 
     make.left = left
     return make
 
 
-STUCK = [seen(0, "backward", 12), seen(1, "data", 12, step=29)]
+STUCK = [status(0, "backward", 12), status(1, "data", 12, step=29)]
 
 
 def look(watchdog, ranks):
@@ -193,7 +195,7 @@ def test_the_lowest_answering_rank_reports_and_all_ranks_exit(watchdogs, attempt
 
 
 def test_the_next_rank_reports_if_rank_0_does_not_answer(watchdogs, attempt):
-    ranks = [seen(0, "data", silence=12, step=29), seen(1, "backward", 12)]
+    ranks = [status(0, "data", silence=12, step=29), status(1, "backward", 12)]
     look(watchdogs(1, 2), ranks)
     assert watchdogs.left == [(1, CRASHED)]
     assert read_hang(attempt.path).ranks == (0,)
@@ -201,7 +203,7 @@ def test_the_next_rank_reports_if_rank_0_does_not_answer(watchdogs, attempt):
 
 
 def test_a_report_has_the_stacks_of_the_ranks_that_answer(watchdogs, attempt):
-    look(watchdogs(0, 2), [seen(0, "backward", 12, pid=os.getpid()), STUCK[1]])
+    look(watchdogs(0, 2), [status(0, "backward", 12, pid=os.getpid()), STUCK[1]])
     text = (attempt.path / "hang-a.txt").read_text()
     mine, other = text.split("Python stacks of rank 1:")
     assert "test_a_report_has_the_stacks" in mine
@@ -218,31 +220,31 @@ def test_the_first_diagnosis_stands(attempt):
 
 def test_a_node_that_reads_a_diagnosis_reports_and_exits_too(watchdogs, attempt):
     publish_hang(attempt.path, Hang((7,), "b", "data", 30, 12.0, "rank 7 on host b ..."))
-    look(watchdogs(0, 8), [seen(0, "backward", 1)])
+    look(watchdogs(0, 8), [status(0, "backward", 1)])
     assert watchdogs.left == [(0, CRASHED)]
     assert "rank 7 on host b" in (attempt.path / "hang-a.txt").read_text()
 
 
 def test_across_nodes_the_shared_heartbeats_show_the_hanging_rank(watchdogs, attempt):
     """NodeDirectory a waits; node b, with the guilty one, is read from the run's storage."""
-    write_node(attempt.path, "b", [seen(1, "data", 12, step=29, host="b")])
-    look(watchdogs(0, 2), [seen(0, "backward", 12)])
+    write_node(attempt.path, "b", [status(1, "data", 12, step=29, host="b")])
+    look(watchdogs(0, 2), [status(0, "backward", 12)])
     assert read_hang(attempt.path).sentence.startswith("rank 1 on host b has been in data")
 
 
 def test_other_nodes_give_the_first_node_time_to_diagnose(watchdogs, attempt):
-    write_node(attempt.path, "b", [seen(0, "data", 12, step=29, host="b")])
+    write_node(attempt.path, "b", [status(0, "data", 12, step=29, host="b")])
     watchdog = watchdogs(1, 2)
-    look(watchdog, [seen(1, "backward", 12)])
+    look(watchdog, [status(1, "backward", 12)])
     assert not watchdogs.left
     for _ in range(10):  # seconds: four times share_interval, the second node's turn
-        look(watchdog, [seen(1, "backward", 12)])
+        look(watchdog, [status(1, "backward", 12)])
     assert read_hang(attempt.path).ranks == (0,), "but not for ever"
 
 
 def test_a_hang_of_the_storage_ends_the_rank_without_a_report(watchdogs, capfd):
     watchdog = watchdogs(0, 2)
-    assert not any(watchdog.is_stuck_on_storage([seen(0, "backward", 1)], 1.0) for _ in range(30))
+    assert not any(watchdog.is_stuck_on_storage([status(0, "backward", 1)], 1.0) for _ in range(30))
     watchdog = watchdogs(0, 2)
     assert [watchdog.is_stuck_on_storage(STUCK, 1.0) for _ in range(11)][-1]
     assert "the run's storage doesn't answer" in capfd.readouterr().err
@@ -257,7 +259,7 @@ def test_a_report_states_what_every_rank_did():
 
 
 def pace(rank, steps=20, **seconds):
-    return seen(rank, "forward", pace={"backward": 1.0, **seconds}, steps=steps).heartbeat
+    return status(rank, "forward", pace={"backward": 1.0, **seconds}, steps=steps).heartbeat
 
 
 def test_slow_ranks_are_reported_by_place():

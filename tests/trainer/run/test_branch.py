@@ -71,10 +71,10 @@ def test_a_branch_counts_the_windows_that_its_trunk_has_read(job, small_data):
 
 def test_a_branch_freezes_the_step_that_it_came_from(branch, small_data):
     """And keeps it, whatever its origin saves later and whether the command names it or not."""
-    made = branch(f"data.path={small_data}", "train.steps=20")
-    run = start(made, newest=lambda run: 8).run
+    new_job = branch(f"data.path={small_data}", "train.steps=20")
+    run = start(new_job, newest=lambda run: 8).run
     for _ in range(2):
-        assert start(made, newest=lambda run: 12).job.run.origin.step == 8
+        assert start(new_job, newest=lambda run: 12).job.run.origin.step == 8
         assert thaw(TrainJob, run.config).run.origin.step == 8
         train_a_step(run)
     named = branch(f"data.path={small_data}", "train.steps=20", "run.from.step=4")
@@ -100,30 +100,30 @@ def preferring(tmp_path):
     for number, name in enumerate("ab", 1):
         run = start(make(name, "base", "run.from.load=weights")).run
         train_a_step(run)
-        made = {"data": {"data": dataset.identity}, "columns": 64, "origin": {"run": "base"}}
+        source = {"data": {"data": dataset.identity}, "columns": 64, "origin": {"run": "base"}}
         count = {"train": 48, "validation": 12}
         values = {s: {"data": np.full((n, 2), number, np.float32)} for s, n in count.items()}
-        References(made, values).write(run)
+        References(source, values).write(run)
     return make
 
 
 def test_a_corrected_branch_has_the_references_of_its_new_origin(preferring, tmp_path):
     run = start(preferring("branch", "a")).run
-    kept = {name: Run(tmp_path / "runs" / name).references.read_bytes() for name in "ab"}
-    assert run.references.read_bytes() == kept["a"] != kept["b"]
+    bytes_of = {name: Run(tmp_path / "runs" / name).references.read_bytes() for name in "ab"}
+    assert run.references.read_bytes() == bytes_of["a"] != bytes_of["b"]
     assert start(preferring("branch", "b")).notes
-    assert run.references.read_bytes() == kept["b"]
+    assert run.references.read_bytes() == bytes_of["b"]
     start(preferring("branch", "b", "run.from.load=weights"))
     assert not run.references.exists(), "they are computed with the weights of b"
     start(preferring("branch", "a"))
-    assert run.references.read_bytes() == kept["a"]
+    assert run.references.read_bytes() == bytes_of["a"]
 
 
 def test_without_the_references_of_its_rows_a_branch_is_refused(preferring, tmp_path):
     with pytest.raises(UserError) as caught:
         start(preferring("branch", "a", "train.sequence_length=128"))
-    said = "of a is of rows of 64 columns, and train.sequence_length is 128; "
-    assert said in str(caught.value)
+    message = "of a is of rows of 64 columns, and train.sequence_length is 128; "
+    assert message in str(caught.value)
     Run(tmp_path / "runs" / "a").references.unlink()
     with pytest.raises(UserError, match=r"a has no references\.json, .*run\.from\.load=weights to"):
         start(preferring("branch", "a"))

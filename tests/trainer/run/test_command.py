@@ -34,8 +34,8 @@ def typed(*words, schema=TrainJob):
 def test_what_is_not_typed_is_the_runs(own_run, schema):
     for words in ((), ("logging.every=3", "train.steps=9")):
         nodes = () if schema is TrainJob else ("machine=cpu",)
-        made = typed(*words, *nodes, schema=schema)
-        changed = {c.key for c in diff(frozen(own_run), trained(made))} - {"run.root"}
+        job = typed(*words, *nodes, schema=schema)
+        changed = {c.key for c in diff(frozen(own_run), trained(job))} - {"run.root"}
         assert changed == {word.partition("=")[0] for word in words}
 
 
@@ -98,16 +98,16 @@ def test_a_run_that_is_not_named_is_not_taken(own_run):
 
 
 def test_the_length_that_is_typed_unsets_the_runs(own_run):
-    made = typed("train.tokens=5120")
-    assert (made.train.steps, made.train.tokens) == (None, 5120)
+    job = typed("train.tokens=5120")
+    assert (job.train.steps, job.train.tokens) == (None, 5120)
 
 
 def test_a_choice_of_a_group_sets_its_whole_section(own_run):
     own_run.config.write_bytes(frozen_file(replace(frozen(own_run), engine=offloaded(own_run))))
     assert typed().engine.offload_parameters
-    made = typed("engine=zero2")
-    assert (made.engine.stage, made.engine.offload_parameters) == (2, False)
-    assert made.data.path == frozen(own_run).data.path
+    job = typed("engine=zero2")
+    assert (job.engine.stage, job.engine.offload_parameters) == (2, False)
+    assert job.data.path == frozen(own_run).data.path
 
 
 def offloaded(run):
@@ -115,12 +115,12 @@ def offloaded(run):
 
 
 def test_an_experiment_sets_its_keys_and_no_others(own_run):
-    made, old = typed("experiment=quick"), frozen(own_run)
-    assert made.train.tokens == 500_000
-    assert made.train.steps is None
-    assert made.train.sequence_length == old.train.sequence_length
-    assert made.model.width == 128  # it chooses model=tiny
-    assert made.optimizer == old.optimizer
+    job, old = typed("experiment=quick"), frozen(own_run)
+    assert job.train.tokens == 500_000
+    assert job.train.steps is None
+    assert job.train.sequence_length == old.train.sequence_length
+    assert job.model.width == 128  # it chooses model=tiny
+    assert job.optimizer == old.optimizer
 
 
 def test_how_the_first_command_resumed_is_not_frozen(own_run):
@@ -132,8 +132,8 @@ def test_how_the_first_command_resumed_is_not_frozen(own_run):
 
 def test_a_moved_run_keeps_its_new_place(own_run, tmp_path):
     own_run.path.rename(tmp_path / "other")
-    made = job_of(TrainJob, [f"run.root={tmp_path}", "run.name=other"])
-    assert (made.run.root, made.run.name) == (str(tmp_path), "other")
+    job = job_of(TrainJob, [f"run.root={tmp_path}", "run.name=other"])
+    assert (job.run.root, job.run.name) == (str(tmp_path), "other")
 
 
 def test_wrong_keys_over_a_run_are_reported_together(own_run):
@@ -213,10 +213,10 @@ def test_an_experiments_length_replaces_that_of_the_files_below(
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(f"# @package _global_\ntrain:\n  {mine}\n")
     monkeypatch.setenv("FORESCALE_CONF", str(tmp_path / "my"))
-    made = job_of(TrainJob, ["experiment=mine"]).train
-    assert (made.steps, made.tokens) == length
-    made = job_of(TrainJob, ["experiment=mine", "train.steps=3"]).train
-    assert (made.steps, made.tokens) == (3, None)
+    train = job_of(TrainJob, ["experiment=mine"]).train
+    assert (train.steps, train.tokens) == length
+    train = job_of(TrainJob, ["experiment=mine", "train.steps=3"]).train
+    assert (train.steps, train.tokens) == (3, None)
 
 
 def test_a_run_with_a_key_that_has_no_effect_goes_on_by_the_same_command(own_run):
@@ -228,13 +228,13 @@ def test_a_run_with_a_key_that_has_no_effect_goes_on_by_the_same_command(own_run
 
 
 def test_a_recipe_sets_its_keys_and_no_others(own_run):
-    made, old = typed("recipe=llama-1b"), frozen(own_run)
-    assert (made.optimizer.learning_rate, made.train.global_batch) == (4e-4, 1024)
-    assert (made.train.seed, made.data) == (old.train.seed, old.data)
-    assert made.logging == old.logging
+    job, old = typed("recipe=llama-1b"), frozen(own_run)
+    assert (job.optimizer.learning_rate, job.train.global_batch) == (4e-4, 1024)
+    assert (job.train.seed, job.data) == (old.train.seed, old.data)
+    assert job.logging == old.logging
 
 
 def test_an_experiment_sets_the_keys_of_the_recipe_that_it_chooses(own_run):
-    made = typed("experiment=gpus64", "data.path=/data/web")
-    assert (made.optimizer.learning_rate, made.train.global_batch) == (3e-4, 2048)
-    assert made.guard.loss_spike == "rollback"
+    job = typed("experiment=gpus64", "data.path=/data/web")
+    assert (job.optimizer.learning_rate, job.train.global_batch) == (3e-4, 2048)
+    assert job.guard.loss_spike == "rollback"

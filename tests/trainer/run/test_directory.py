@@ -26,25 +26,25 @@ def begin(run, step, name=None):
     return attempt
 
 
-def row(step, **more):
-    return {"kind": "train", "step": step, **more}
+def row(step, **fields):
+    return {"kind": "train", "step": step, **fields}
 
 
 def test_launches_that_race_never_share_an_attempt(tmp_path):
     run = Run(tmp_path / "first")
-    found, gate = [], threading.Barrier(8)
+    attempts, gate = [], threading.Barrier(8)
 
     def launch():
         gate.wait()
-        found.extend(run.new_attempt().number for _ in range(10))
+        attempts.extend(run.new_attempt().number for _ in range(10))
 
     threads = [threading.Thread(target=launch) for _ in range(8)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert sorted(found) == list(range(1, 81))
-    assert [a.number for a in run.attempts()] == sorted(found)
+    assert sorted(attempts) == list(range(1, 81))
+    assert [a.number for a in run.attempts()] == sorted(attempts)
     assert run.new_attempt().path.name == "0081"
 
 
@@ -102,9 +102,9 @@ def test_an_attempt_begins_with_the_rows_up_to_its_parent(tmp_path):
         if step == 4:
             first.metrics.add({"kind": "validation", "step": 4, "loss": 2.5})
     second = begin(run, 4, "step-00000004")
-    kept = read_rows(second.metrics.path)
-    assert [r["step"] for r in kept] == [1, 2, 3, 4, 4]
-    assert kept[:4] == read_rows(first.metrics.path)[:4]  # with all digits
+    rows = read_rows(second.metrics.path)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 4]
+    assert rows[:4] == read_rows(first.metrics.path)[:4]  # with all digits
     assert second.parent == Parent(4, "step-00000004")
     second.metrics.add(row(5))
     assert [r["step"] for r in read_rows(run.metrics)] == [1, 2, 3, 4, 4, 5]
@@ -137,9 +137,9 @@ def test_an_attempt_that_was_overtaken_while_it_started_takes_nothing(tmp_path):
         newer.metrics.add(row(step))
 
     def outside():
-        found = (p for p in tmp_path.rglob("*") if late.path not in (p, *p.parents))
+        paths = (p for p in tmp_path.rglob("*") if late.path not in (p, *p.parents))
         return {
-            p: p.readlink() if p.is_symlink() else p.is_file() and p.read_bytes() for p in found
+            p: p.readlink() if p.is_symlink() else p.is_file() and p.read_bytes() for p in paths
         }
 
     before = outside()
@@ -192,11 +192,13 @@ def test_a_flipped_byte_of_a_row_is_a_sentence_or_changes_nothing(tmp_path):
     for _, harmed in flipped(whole):
         writer.path.write_bytes(harmed)
         try:
-            found = read_rows(writer.path)
+            flipped_rows = read_rows(writer.path)
         except UserError:
             continue
-        found = [{k: r.get(k) for k in rows[0]} for r in found]  # without a key like "crb"
-        assert found in (rows, rows[:1])
+        flipped_rows = [
+            {k: r.get(k) for k in rows[0]} for r in flipped_rows
+        ]  # without a key like "crb"
+        assert flipped_rows in (rows, rows[:1])
 
 
 def test_a_writer_knows_size_and_checksum_of_its_file(tmp_path):
@@ -231,35 +233,35 @@ def test_a_row_that_a_full_disk_cuts_short_is_an_error_and_no_silence(tmp_path):
     with disks.small_disk(tmp_path / "disk", "64k") as disk:
         rows = RowWriter(disk / "metrics.jsonl")
         rows.add(row(1))
-        written = [1]
+        steps = [1]
         filling = disks.fill(disk)
 
         def write_on():
             for step in range(2, 200):
                 rows.add(row(step, text="x" * 300))
-                written.append(step)
+                steps.append(step)
 
         with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
             write_on()
         filling.unlink()
-        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == written
+        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == steps
 
 
 def test_after_a_failed_row_the_next_ones_are_whole(tmp_path):
     with disks.small_disk(tmp_path / "disk", "64k") as disk:
-        rows, written = RowWriter(disk / "metrics.jsonl"), []
+        rows, steps = RowWriter(disk / "metrics.jsonl"), []
         filling = disks.fill(disk)
         step = 0
         while step < 200:  # more than fits into the page that the disk still has
             step += 1
             try:
                 rows.add(row(step, text="x" * 300))
-                written.append(step)
+                steps.append(step)
             except OSError:
                 break
         filling.unlink()
         rows.add(row(1000))
-        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == [*written, 1000]
+        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == [*steps, 1000]
 
 
 def test_rows_that_a_failed_sync_lost_are_written_again(tmp_path, monkeypatch):
@@ -314,7 +316,7 @@ def test_links_do_not_depend_on_how_the_paths_are_written(tmp_path, monkeypatch)
 def test_numbers_that_were_not_finite_come_back_as_nan(tmp_path):
     row = {"kind": "train", "step": 1, "loss": math.inf, "extra.width": math.nan, "why": None}
     RowWriter(tmp_path / "m.jsonl").add(row)
-    (found,) = read_rows(tmp_path / "m.jsonl")
-    assert math.isnan(found["loss"])
-    assert math.isnan(found["extra.width"])
-    assert found["why"] is None
+    (row_read,) = read_rows(tmp_path / "m.jsonl")
+    assert math.isnan(row_read["loss"])
+    assert math.isnan(row_read["extra.width"])
+    assert row_read["why"] is None

@@ -72,9 +72,9 @@ def test_harm_to_the_rows_is_a_sentence(run, name, recorded):
     harm(attempt.metrics.path)
     with pytest.raises(UserError, match=why) as caught:
         history_of(run, at)
-    said = str(caught.value)
-    assert said.startswith(f"{attempt.metrics.path}: the rows up to step 4")
-    assert "run.from.run=first run.from.step=4" in said
+    message = str(caught.value)
+    assert message.startswith(f"{attempt.metrics.path}: the rows up to step 4")
+    assert "run.from.run=first run.from.step=4" in message
 
 
 @pytest.mark.parametrize("name", HARM)
@@ -82,9 +82,9 @@ def test_another_attempt_that_began_with_the_same_rows_has_them_still(run, name)
     first, saved = train(run, 0, 6, save=(4,))
     second, _ = train(run, 4, 5, history_of(run, saved[4]))
     HARM[name][0](first.metrics.path)
-    found = history_of(run, saved[4])
-    assert found.path == second.metrics.path
-    third, _ = train(run, 4, 4, found)
+    history = history_of(run, saved[4])
+    assert history.path == second.metrics.path
+    third, _ = train(run, 4, 4, history)
     assert steps(third.metrics.path) == [1, 2, 3, 4, 4]
 
 
@@ -128,20 +128,20 @@ def test_copying_a_long_history_reads_no_row(run, monkeypatch):
 def test_what_is_missing_of_a_run_is_named_and_never_a_fresh_start(run):
     _, saved = train(run, 0, 6, save=(4,))
     train(run, 4, 5, history_of(run, saved[4]))
-    own = run.new_attempt()
-    expect_whole(run, own, saved[4])
+    attempt = run.new_attempt()
+    expect_whole(run, attempt, saved[4])
     with pytest.raises(UserError, match=r"checkpoints: is empty or missing, but step 4 of the run"):
-        expect_whole(run, own, None)
+        expect_whole(run, attempt, None)
     shutil.move(run.path / "attempts/0002", run.path / "kept")
     with pytest.raises(UserError, match=r"attempts/0002: is missing"):
-        expect_whole(run, own, saved[4])
+        expect_whole(run, attempt, saved[4])
     shutil.move(run.path / "kept", run.path / "attempts/0002")
     shutil.rmtree(run.path / "attempts")
-    own = run.new_attempt()
+    attempt = run.new_attempt()
     with pytest.raises(UserError, match=r"attempts/0001: is missing or empty, but it has saved"):
-        expect_whole(run, own, saved[4])
+        expect_whole(run, attempt, saved[4])
     with pytest.raises(UserError, match=r"attempts: is empty, but the run has trained"):
-        expect_whole(run, own, None)
+        expect_whole(run, attempt, None)
 
 
 def test_a_run_that_never_saved_may_begin_again(run):

@@ -18,9 +18,9 @@ def test_runs_of_one_name_in_two_places_have_two_ids(small_data, tmp_path):
 
 def test_the_first_rank_adds_what_only_ranks_know_and_nothing_changes_later(small_data, tmp_path):
     run = start(make_job(small_data, tmp_path)).run
-    made = read_json(run.identity)
+    stored = read_json(run.identity)
     known = identity.complete(run, 7, "H100")
-    assert known == read_json(run.identity) == {**made, "parameters": 7, "device": "H100"}
+    assert known == read_json(run.identity) == {**stored, "parameters": 7, "device": "H100"}
     assert identity.complete(run, 8, "cpu") == known
     old = {k: v for k, v in known.items() if k not in ("wandb_id", "git")}
     write_checked_json(run.identity, old)  # as an older version wrote it

@@ -55,15 +55,15 @@ def test_what_changes_the_trajectory_is_refused_with_the_list(job):
     changes = ("train.seed=5", "optimizer.learning_rate=0.5", "train.global_batch=8")
     with pytest.raises(UserError) as caught:
         start(job(*changes, "logging.every=1"))
-    said = str(caught.value)
-    assert said.startswith(f"{run.path}: the run was started with another config: ")
+    message = str(caught.value)
+    assert message.startswith(f"{run.path}: the run was started with another config: ")
     for words in (
         "train.seed: 1337 -> 5",
         "optimizer.learning_rate: ",
         "train.global_batch: 4 -> 8",
     ):
-        assert words in said
-    assert "logging" not in said
+        assert words in message
+    assert "logging" not in message
     assert listing(run.path) == before
 
 
@@ -175,7 +175,7 @@ def test_a_kill_while_it_is_made_leaves_no_half_run(job, monkeypatch, at):
 
 def test_of_two_first_launches_one_wins_and_the_run_is_whole(job):
     """Each in a process, let go at the same time. A loser gets a message, or finds the run made."""
-    made = job().run.directory
+    path = job().run.directory
     begin, gate = os.pipe()
     children = []
     for _ in range(3):
@@ -194,7 +194,7 @@ def test_of_two_first_launches_one_wins_and_the_run_is_whole(job):
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert set(codes) <= {0, 2}
     assert 0 in codes
-    assert [p.name for p in made.parent.iterdir()] == ["first"]
+    assert [p.name for p in path.parent.iterdir()] == ["first"]
     assert start(job()).job.run.name == "first"
 
 
@@ -202,10 +202,10 @@ def test_the_second_of_two_first_launches_says_so(job, monkeypatch):
     """The other one publishes while this one writes."""
     real, other = start_module.frozen_file, job().run.directory
 
-    def overtaken(made):
+    def overtaken(new_job):
         monkeypatch.setattr(start_module, "frozen_file", real)
         start(job())
-        return real(made)
+        return real(new_job)
 
     monkeypatch.setattr(start_module, "frozen_file", overtaken)
     with pytest.raises(UserError, match=r"another command has made this run.*run\.name"):
@@ -319,8 +319,8 @@ def test_a_run_that_lost_its_history_is_not_taken_for_one_without_a_step(job, lo
 
 
 def test_what_does_not_work_is_found_before_anything_is_written(job):
-    def examine(made, sources):
-        assert made.model.vocab_size == sources.vocab_size
+    def examine(new_job, sources):
+        assert new_job.model.vocab_size == sources.vocab_size
         raise UserError("model", "does not work", "correct it")
 
     with pytest.raises(UserError, match="does not work"):
@@ -336,8 +336,8 @@ def test_what_does_not_work_is_found_before_anything_is_written(job):
 
 
 def test_numerics_change_with_what_changes_bits(job):
-    def of(made, world=1, device="cpu", threads=1, compiled=False):
-        return numerics(made, world, device, threads, compiled)
+    def of(settled, world=1, device="cpu", threads=1, compiled=False):
+        return numerics(settled, world, device, threads, compiled)
 
     base = of(job())
     assert of(job("train.deterministic=false")) == base, "a CPU is exact either way"
@@ -354,12 +354,12 @@ def test_numerics_change_with_what_changes_bits(job):
 def test_another_guard_is_told_as_what_ends_exactness():
     """And not what only says how often it looks."""
 
-    def found(*overrides):
+    def numbers(*overrides):
         job = compose(TrainJob, ["train.steps=400", "train.tokens=null", *overrides])
         return numerics(job, 1, "cpu", 1, False)
 
-    usual = found()
-    changed = found("guard.loss_spike=rollback", "guard.replay=5 steps")
+    usual = numbers()
+    changed = numbers("guard.loss_spike=rollback", "guard.replay=5 steps")
     assert {k for k in usual if usual[k] != changed[k]} == {"guard.loss_spike"}
 
 

@@ -16,8 +16,8 @@ def encode(text):
 
 
 def measured(logits, tasks, shots, questions):
-    found = questions_of(encode, 1, tasks, shots, questions=questions)
-    return accuracies(lambda tokens, targets: judged(logits(tokens), targets), found)
+    questions_made = questions_of(encode, 1, tasks, shots, questions=questions)
+    return accuracies(lambda tokens, targets: judged(logits(tokens), targets), questions_made)
 
 
 class Solver:
@@ -49,9 +49,9 @@ RULES = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_who_knows_the_rule_answers_all(task):
-    found = measured(Solver(RULES[task]), [task], [0, 3], questions=32)
-    assert [(a.task, a.shots, a.right) for a in found] == [(task, 0, 32), (task, 3, 32)]
-    assert found[0].nats < 1e-6
+    results = measured(Solver(RULES[task]), [task], [0, 3], questions=32)
+    assert [(a.task, a.shots, a.right) for a in results] == [(task, 0, 32), (task, 3, 32)]
+    assert results[0].nats < 1e-6
 
 
 @pytest.mark.parametrize("task", ["addition", "recall"])
@@ -61,8 +61,8 @@ def test_who_guesses_is_at_chance(task):
         "addition": lambda q: str(rng.integers(10)),
         "recall": lambda q: rng.choice([p.split(" ")[1] for p in q.split("; ")[0].split(", ")]),
     }[task]
-    (found,) = measured(Solver(guess), [task], [1], questions=400)
-    assert binomtest(found.right, 400, TASKS[task].chance).pvalue > 0.01
+    (result,) = measured(Solver(guess), [task], [1], questions=400)
+    assert binomtest(result.right, 400, TASKS[task].chance).pvalue > 0.01
 
 
 def test_a_question_is_the_same_after_any_number_of_examples():
@@ -76,17 +76,17 @@ def chr_count(ids):
 
 
 def test_examples_that_do_not_fit_are_refused_with_the_length_that_they_need():
-    found = questions_of(encode, 1, ["copy"], [0, 16], questions=4)
-    longest = found[1].longest
-    expect_fitting(found, longest, "shots", "length")
+    questions = questions_of(encode, 1, ["copy"], [0, 16], questions=4)
+    longest = questions[1].longest
+    expect_fitting(questions, longest, "shots", "length")
     with pytest.raises(UserError, match=f"shots: 16 examples of copy .* at least {longest}"):
-        expect_fitting(found, longest - 1, "shots", "length")
+        expect_fitting(questions, longest - 1, "shots", "length")
 
 
 def test_ranks_that_share_the_questions_find_the_same_as_one():
     """Each makes as many passes, all of one shape, because at ZeRO stage 3 they are collectives."""
     model, shapes = Solver(lambda question: question[:1]), [[] for _ in range(4)]
-    found = questions_of(encode, 1, ["recall", "addition"], [0, 2], questions=5)
+    questions = questions_of(encode, 1, ["recall", "addition"], [0, 2], questions=5)
     parts = []
 
     def answer(rank, gather):
@@ -94,16 +94,16 @@ def test_ranks_that_share_the_questions_find_the_same_as_one():
             shapes[rank].append(tuple(tokens.shape))
             return judged(model(tokens), targets)
 
-        return accuracies(judge, found, rows=4, multiple=7, share=(rank, 4), gather=gather)
+        return accuracies(judge, questions, rows=4, multiple=7, share=(rank, 4), gather=gather)
 
     for rank in range(4):
         with pytest.raises(StopIteration):  # its part alone is not all
-            answer(rank, lambda own: [parts.append(own) or []])
+            answer(rank, lambda answers: [parts.append(answers) or []])
     assert all(of == shapes[0] for of in shapes)
     assert len(set(shapes[0])) == 1
     assert shapes[0][0][1] % 7 == 0
     alone = measured(model, ["recall", "addition"], [0, 2], questions=5)
-    assert answer(0, lambda own: parts) == alone
+    assert answer(0, lambda answers: parts) == alone
 
 
 def test_who_is_nearly_right_is_wrong_and_the_nats_are_those_of_the_answer_alone():
@@ -118,11 +118,11 @@ def test_who_is_nearly_right_is_wrong_and_the_nats_are_those_of_the_answer_alone
 
 
 def test_columns_are_named_by_task_and_examples():
-    found = Accuracy("copy", 4, 3, 40, 1.5, 0.1)
-    named = found.columns
+    accuracy = Accuracy("copy", 4, 3, 40, 1.5, 0.1)
+    named = accuracy.columns
     assert [*named] == [f"ability/copy/4{end}" for end in ("", "_stderr", "_nats", "_nats_stderr")]
     assert named["ability/copy/4"] == 3 / 40
-    low, high = found.interval
+    low, high = accuracy.interval
     assert named["ability/copy/4_stderr"] == pytest.approx((high - low) / 2 / 1.6448536)
     assert Accuracy("copy", 4, 0, 40, 1.5).stderr > 0
 

@@ -42,12 +42,12 @@ class Engine:
     """Its weights are the number of updates that were made."""
 
     world: World = field(default_factory=Clock)
-    made: int = 0
+    steps_made: int = 0
 
     def train_step(self, batch, rate, may_apply, before_update, decay):
         before_update(batch, torch.tensor([1.0]))
         applied = may_apply(1.0, 1.0)
-        self.made += applied
+        self.steps_made += applied
         return Facts(torch.tensor([1.0]), 1.0, applied)
 
 
@@ -78,7 +78,7 @@ class Recorder:
 
     def see(self, step, summary):
         if self.is_due.update(step.position.step, summary):
-            self.acted.append((step.position.step, self.engine.made))
+            self.acted.append((step.position.step, self.engine.steps_made))
 
 
 def batches(total, first=0):
@@ -95,11 +95,11 @@ def batches(total, first=0):
         )
 
 
-def trained(engine, total, callbacks, asked=lambda: False):
+def trained(engine, total, callbacks, stops=lambda: False):
     """What the loop returns after `total` healthy steps at a rate of 1 with these callbacks."""
     timer = PhaseTimer("startup")
     return train(
-        engine, batches(total), lambda t: (1.0, 1.0), callbacks, Position(), timer, asked, Healthy()
+        engine, batches(total), lambda t: (1.0, 1.0), callbacks, Position(), timer, stops, Healthy()
     )
 
 
@@ -110,8 +110,8 @@ def run_loop(total, *lengths, stop_at=None, per_step=1.0):
         steps = length.steps(10, total)
         every = Every(Cadence(steps) if steps else None, total, seconds=length.seconds)
         callbacks.append(Recorder(every, engine))
-    asked = (lambda: engine.made >= stop_at) if stop_at else (lambda: False)
-    where = trained(engine, total, callbacks, asked)
+    stops = (lambda: engine.steps_made >= stop_at) if stop_at else (lambda: False)
+    where = trained(engine, total, callbacks, stops)
     return where, [callback.acted for callback in callbacks], engine
 
 
@@ -141,14 +141,14 @@ def test_a_wall_time_is_due_two_steps_after_the_clock_says_so():
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_garbage_collector_runs_between_steps_alone_and_every_hundred(monkeypatch, fails):
     engine, collected, enabled = Engine(), [], set()
-    monkeypatch.setattr(gc, "collect", lambda: collected.append(engine.made))
-    own = engine.train_step
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(engine.steps_made))
+    real_step = engine.train_step
 
     def train_step(*arguments):
         enabled.add(gc.isenabled())
-        if fails and engine.made == 150:
+        if fails and engine.steps_made == 150:
             raise RuntimeError("a fault")
-        return own(*arguments)
+        return real_step(*arguments)
 
     engine.train_step = train_step
     with pytest.raises(RuntimeError, match="a fault") if fails else nullcontext():
@@ -180,32 +180,32 @@ def test_a_callback_that_is_due_sees_the_weights_of_its_step(lengths, total, per
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_a_stop_request_ends_training_within_a_step_at_the_position_of_the_weights(total, stop_at):
     (position, stopped), (acted,), engine = run_loop(total, "3 steps", stop_at=stop_at)
-    assert position.step == engine.made
-    assert engine.made <= min(total, stop_at + 1)
-    assert stopped or engine.made == total
+    assert position.step == engine.steps_made
+    assert engine.steps_made <= min(total, stop_at + 1)
+    assert stopped or engine.steps_made == total
     assert all(step == weights for step, weights in acted)
 
 
 def test_every_step_is_seen_once_and_in_order_whatever_is_due():
-    seen = []
+    steps = []
     watcher = SimpleNamespace(phase="test", failed=False, is_due=lambda step: step in (2, 5, 6))
-    watcher.see = lambda step, summary: seen.append((step.position.step, summary.step))
+    watcher.see = lambda step, summary: steps.append((step.position.step, summary.step))
     trained(Engine(), 9, [watcher])
-    assert seen == [(t, t) for t in range(1, 10)]
+    assert steps == [(t, t) for t in range(1, 10)]
 
 
 def test_the_periodic_score_is_capped_and_the_last_is_complete():
-    asked, logged = [], []
+    requests, logged = [], []
     engine = Engine()
     score = Score(1.0, 0.1, 2.0, 10, 20, 3)
     callback = Validation(
         Every(Cadence(4), 10),
-        lambda complete: asked.append(complete) or score,
-        lambda position, found, able: logged.append((position.step, found, able)),
-        lambda: [engine.made],
+        lambda complete: requests.append(complete) or score,
+        lambda position, scores, able: logged.append((position.step, scores, able)),
+        lambda: [engine.steps_made],
     )
     trained(engine, 10, [callback])
-    assert asked == [False, False, True]
+    assert requests == [False, False, True]
     assert logged == [(4, score, [4]), (8, score, [8]), (10, score, [10])]
 
 
@@ -299,7 +299,7 @@ def test_after_an_anomaly_of_a_callback_the_steps_made_are_logged_and_nothing_is
     callbacks = [first, raises, last]
     with pytest.raises(Rollback) as caught:
         trained(engine, 9, callbacks)
-    assert caught.value.position.step == engine.made == 5, "the summary is read one step late"
+    assert caught.value.position.step == engine.steps_made == 5, "the summary is read one step late"
     assert first.seen == [1, 2, 3, 4, 5], "every step has its row"
     assert raises.seen == [1, 2, 3, 4]
     assert last.seen == [1, 2, 3]

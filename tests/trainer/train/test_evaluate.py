@@ -37,15 +37,15 @@ def losses(micro):
     return (nats * (targets != -100)).sum(1).float()
 
 
-def score(dataset, **more):
+def score(dataset, **options):
     split = dataset.split("validation")
-    settings = {"sequence_length": LENGTH, "micro_batch": 3} | more
+    settings = {"sequence_length": LENGTH, "micro_batch": 3} | options
     return evaluate(losses, split, dataset.token_bytes, **settings)
 
 
-def score_on_ranks(dataset, size, **more):
+def score_on_ranks(dataset, size, **options):
     """The score that each of `size` ranks gets, in a thread each."""
-    return on_all(worlds(size), lambda ranks: score(dataset, ranks=ranks, **more))
+    return on_all(worlds(size), lambda ranks: score(dataset, ranks=ranks, **options))
 
 
 def test_it_tells_at_every_micro_batch_that_it_lives_and_then_that_it_waits(dataset):
@@ -66,15 +66,15 @@ def test_it_tells_at_every_micro_batch_that_it_lives_and_then_that_it_waits(data
 
 def windows(dataset):
     """(nats, targets, bytes) of each window, token by token, from the text of each."""
-    split, found = dataset.split("validation"), []
+    split, rows = dataset.split("validation"), []
     for shard, size in enumerate(split.shard_tokens):
         tokens = [int(t) for t in split.read(shard, 0, size)]
         for start in range(0, size - 1, LENGTH):
             pairs = list(zip(tokens[start:], tokens[start + 1 : start + LENGTH + 1], strict=False))
             # A token may hold part of a character: its bytes are those of the tokenizer's alphabet.
             count = sum(0 if t == dataset.end_of_text else _bytes(dataset, t) for _, t in pairs)
-            found.append((sum(surprise(p, t) for p, t in pairs), len(pairs), count))
-    return found
+            rows.append((sum(surprise(p, t) for p, t in pairs), len(pairs), count))
+    return rows
 
 
 def _bytes(dataset, token):
@@ -83,17 +83,17 @@ def _bytes(dataset, token):
 
 def test_it_equals_a_plain_computation(dataset):
     nats, targets, count = np.array(windows(dataset)).T
-    found = score(dataset)
+    result = score(dataset)
     assert len(dataset.split("validation").shard_tokens) > 2
-    assert (found.targets, found.bytes, found.windows) == (targets.sum(), count.sum(), len(nats))
-    assert found.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / count.sum(), rel=1e-6)
+    assert (result.targets, result.bytes, result.windows) == (targets.sum(), count.sum(), len(nats))
+    assert result.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / count.sum(), rel=1e-6)
     # The held-out text is all of these bytes, but for the first token of each shard.
     split = dataset.split("validation")
     firsts = sum(
         _bytes(dataset, int(split.read(s, 0, 1)[0])) for s in range(len(split.shard_tokens))
     )
-    assert found.bytes == split.num_bytes - firsts
+    assert result.bytes == split.num_bytes - firsts
 
 
 def test_its_standard_error_is_that_of_resampled_windows(dataset):
@@ -108,8 +108,8 @@ def test_its_standard_error_is_that_of_resampled_windows(dataset):
 @pytest.mark.parametrize("size", [2, 3])
 def test_it_is_equal_to_the_bit_at_any_world_size(dataset, size, limit):
     alone = asdict(score(dataset, windows=limit))
-    for found in score_on_ranks(dataset, size, windows=limit):
-        assert repr(asdict(found)) == repr(alone)
+    for result in score_on_ranks(dataset, size, windows=limit):
+        assert repr(asdict(result)) == repr(alone)
 
 
 def test_it_is_the_same_at_any_micro_batch(dataset):
@@ -119,9 +119,9 @@ def test_it_is_the_same_at_any_micro_batch(dataset):
 def test_a_limit_takes_windows_from_the_whole_split(dataset):
     every = windows(dataset)
     nats, targets, _ = np.array([every[i * len(every) // 5] for i in range(5)]).T
-    found = score(dataset, windows=5)
-    assert (found.windows, found.targets) == (5, targets.sum())
-    assert found.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
+    result = score(dataset, windows=5)
+    assert (result.windows, result.targets) == (5, targets.sum())
+    assert result.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
     assert math.isnan(score(dataset, windows=1).loss_stderr)
 
 
@@ -131,9 +131,9 @@ def test_an_empty_split_gives_nan_over_no_windows(tmp_path):
     (text / "a.py").write_text("x = 1\n" * 99)
     (text / "b.py").write_text("y = 2\n" * 99)
     built = build_dataset(Files([text]), tmp_path / "d", BuildConfig(vocab_size=260, validation=0))
-    found = score(Dataset(built))
-    assert (found.windows, found.targets, found.bytes) == (0, 0, 0)
-    assert math.isnan(found.loss)
+    result = score(Dataset(built))
+    assert (result.windows, result.targets, result.bytes) == (0, 0, 0)
+    assert math.isnan(result.loss)
 
 
 def test_pooled_equals_the_score_of_one_split_of_both(dataset):
@@ -156,8 +156,8 @@ def test_pooled_equals_the_score_of_one_split_of_both(dataset):
 
 
 def test_perplexity_is_of_the_mean_loss(dataset):
-    found = score(dataset)
-    assert found.perplexity == math.exp(found.loss)
+    result = score(dataset)
+    assert result.perplexity == math.exp(result.loss)
 
 
 def test_all_ranks_make_the_same_number_of_calls(dataset):

@@ -119,8 +119,8 @@ def test_a_guard_restored_anywhere_decides_as_one_that_was_never_stopped(values,
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=8))
 def test_united_intervals_hold_the_same_samples_sorted_and_apart(pairs):
     intervals = [(a, a + n) for a, n in pairs]
-    made = merged_intervals(intervals)
-    assert {g for a, b in made for g in range(a, b)} == {
+    united = merged_intervals(intervals)
+    assert {g for a, b in united for g in range(a, b)} == {
         g for a, b in intervals for g in range(a, b)
     }
-    assert all(b < c for (_, b), (c, _) in pairwise(made))
+    assert all(b < c for (_, b), (c, _) in pairwise(united))

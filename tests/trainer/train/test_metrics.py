@@ -37,7 +37,7 @@ class Tracker:
 def metrics(tmp_path):
     """Metrics of rank 0 with one tracker; `.attempt`, `.trackers`."""
 
-    def make(every="10 steps", is_main=True, **more):
+    def make(every="10 steps", is_main=True, **options):
         run = Run(tmp_path / "first")
         attempt = run.new_attempt()
         length = Duration.parse(every)
@@ -64,10 +64,10 @@ def summary(t, losses=(30.0, 50.0), seconds=0.5):
 
 
 def test_a_row_holds_every_key_with_all_digits(metrics):
-    made = metrics()
+    new = metrics()
     losses = (1 / 3, 1 / 7)
-    made.see(step(5), summary(5, losses))
-    (row,) = read_rows(made.attempt.metrics.path)
+    new.see(step(5), summary(5, losses))
+    (row,) = read_rows(new.attempt.metrics.path)
     assert row.pop("seconds") == {"data": 0.05, "compute": 0.2, "logging": 1.0}
     assert row == {
         "kind": "train",
@@ -92,31 +92,31 @@ def test_a_row_holds_every_key_with_all_digits(metrics):
 
 
 def test_extra_numbers_are_a_key_each(metrics):
-    made = metrics()
-    made.see(step(5), replace(summary(5), extra={"entropy": 0.25, "routed": 3.0}))
-    (row,) = read_rows(made.attempt.metrics.path)
+    new = metrics()
+    new.see(step(5), replace(summary(5), extra={"entropy": 0.25, "routed": 3.0}))
+    (row,) = read_rows(new.attempt.metrics.path)
     assert (row["extra.entropy"], row["extra.routed"]) == (0.25, 3.0)
-    assert made.trackers[0].rows[0][1]["train/extra.entropy"] == 0.25
+    assert new.trackers[0].rows[0][1]["train/extra.entropy"] == 0.25
 
 
 def test_a_dropped_update_is_an_event(metrics):
-    made = metrics()
-    made.see(step(1), summary(1))
-    made.see(step(2, applied=False, norm=math.inf), summary(2))
-    (event,) = read_rows(made.attempt.events.path)
+    new = metrics()
+    new.see(step(1), summary(1))
+    new.see(step(2, applied=False, norm=math.inf), summary(2))
+    (event,) = read_rows(new.attempt.events.path)
     assert (event["kind"], event["step"]) == ("update_dropped", 2)
-    rows = read_rows(made.attempt.metrics.path)
+    rows = read_rows(new.attempt.metrics.path)
     assert [row["applied"] for row in rows] == [True, False]
     assert math.isnan(rows[1]["grad_norm"])
-    assert '"grad_norm": null' in made.attempt.metrics.path.read_text()  # JSON knows no infinity
+    assert '"grad_norm": null' in new.attempt.metrics.path.read_text()  # JSON knows no infinity
 
 
 def test_the_reason_of_a_decision_is_logged(metrics, capsys):
-    made = metrics()
-    made.see(replace(step(1), decision=Decision("note", "the loss is odd")), summary(1))
+    new = metrics()
+    new.see(replace(step(1), decision=Decision("note", "the loss is odd")), summary(1))
     anomalous = replace(step(2, applied=False), decision=Decision("skip", "the loss is worse"))
-    made.see(anomalous, summary(2))
-    events = [(e["kind"], e["step"], e["reason"]) for e in read_rows(made.attempt.events.path)]
+    new.see(anomalous, summary(2))
+    events = [(e["kind"], e["step"], e["reason"]) for e in read_rows(new.attempt.events.path)]
     assert events == [
         ("spike_noted", 1, "the loss is odd"),
         ("update_dropped", 2, "the loss is worse"),
@@ -125,22 +125,22 @@ def test_the_reason_of_a_decision_is_logged(metrics, capsys):
 
 
 def test_a_damaged_member_is_reported_once(metrics, capsys):
-    made = metrics()
+    new = metrics()
     for t in (1, 2):
         lost = replace(step(t), position=Position(t, 8 * t, 20 * t, (), (("web", 3, "000001"),)))
-        made.see(lost, summary(t))
-    (event,) = read_rows(made.attempt.events.path)
+        new.see(lost, summary(t))
+    (event,) = read_rows(new.attempt.events.path)
     assert (event["kind"], event["step"]) == ("member_quarantined", 1)
     assert (event["source"], event["shard"], event["member"]) == ("web", 3, "000001")
     assert capsys.readouterr().out.count("Damaged: member 000001 of shard 3 of web") == 1
-    rows = read_rows(made.attempt.metrics.path)
+    rows = read_rows(new.attempt.metrics.path)
     assert rows[1]["quarantined"] == [["web", 3, "000001"]]
 
 
 def test_a_validation_row_and_its_line(metrics, capsys):
-    made = metrics()
-    made.scored(step(7).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
-    (row,) = read_rows(made.attempt.metrics.path)
+    new = metrics()
+    new.scored(step(7).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    (row,) = read_rows(new.attempt.metrics.path)
     assert row["kind"] == "validation"
     assert (row["step"], row["tokens"], row["dataset"]) == (7, 140, "validation")
     assert (row["loss"], row["loss_stderr"], row["bits_per_byte"]) == (2.5, 0.125, 1.75)
@@ -149,31 +149,31 @@ def test_a_validation_row_and_its_line(metrics, capsys):
 
 
 def test_abilities_stand_in_the_row_of_all_held_out_text(metrics, capsys):
-    made, score = metrics(), Score(2.5, 0.125, 1.75, 1000, 2000, 1234)
+    new, score = metrics(), Score(2.5, 0.125, 1.75, 1000, 2000, 1234)
     able = [Accuracy("copy", 0, 4, 8, 1.5, 0.25), Accuracy("copy", 4, 6, 8, 0.5, 0.125)]
     columns = able[0].columns | able[1].columns
-    made.scored(step(7).position, {"web": score, "validation": score}, columns)
-    web, together = read_rows(made.attempt.metrics.path)
+    new.scored(step(7).position, {"web": score, "validation": score}, columns)
+    web, together = read_rows(new.attempt.metrics.path)
     assert not [name for name in web if "/" in name]
     assert (together["ability/copy/4"], together["ability/copy/4_nats"]) == (0.75, 0.5)
     line = "step 7: right answers after 0, 4 examples: copy 50 %, 75 %\n"
     assert capsys.readouterr().out.endswith(line)
-    assert made.trackers[0].rows[1][1]["validation/ability/copy/0"] == 0.5
+    assert new.trackers[0].rows[1][1]["validation/ability/copy/0"] == 0.5
 
 
 def test_an_empty_split_is_printed_and_an_event(metrics, capsys):
-    made = metrics()
-    made.scored(step(7).position, {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
-    assert not made.attempt.metrics.path.exists()
-    assert [row["kind"] for row in read_rows(made.attempt.events.path)] == ["nothing_to_validate"]
+    new = metrics()
+    new.scored(step(7).position, {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
+    assert not new.attempt.metrics.path.exists()
+    assert [row["kind"] for row in read_rows(new.attempt.events.path)] == ["nothing_to_validate"]
     assert "web has no held-out text" in capsys.readouterr().out
 
 
 def test_a_sink_gets_numbers_by_flat_names(metrics):
-    made = metrics()
-    made.see(step(5), summary(5))
-    made.scored(step(5).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
-    (first, train), (second, validation) = made.trackers[0].rows
+    new = metrics()
+    new.see(step(5), summary(5))
+    new.scored(step(5).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    (first, train), (second, validation) = new.trackers[0].rows
     assert first == second == 5
     assert train["train/loss"] == 4.0
     assert train["train/learning_rate/muon"] == 0.01
@@ -184,18 +184,18 @@ def test_a_sink_gets_numbers_by_flat_names(metrics):
 
 
 def test_other_ranks_write_and_print_nothing(metrics, capsys):
-    made = metrics(is_main=False)
-    made.see(step(5), summary(5))
-    made.scored(step(5).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
-    assert not made.attempt.metrics.path.exists()
-    assert made.trackers[0].rows == []
+    new = metrics(is_main=False)
+    new.see(step(5), summary(5))
+    new.scored(step(5).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    assert not new.attempt.metrics.path.exists()
+    assert new.trackers[0].rows == []
     assert capsys.readouterr().out == ""
 
 
 def test_plain_lines_come_at_their_interval(metrics, capsys):
-    made = metrics("10 steps")
+    new = metrics("10 steps")
     for t in range(1, 32):
-        made.see(step(t), summary(t))
+        new.see(step(t), summary(t))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in lines] == ["step   10", "step   20", "step   30"]
     # 20 tokens in the 1.25 seconds that a step takes with all that belongs to it.
@@ -208,11 +208,11 @@ def test_plain_lines_come_at_their_interval(metrics, capsys):
 
 
 def test_speed_and_time_left_are_of_steps_without_evaluations_and_saves(metrics, capsys):
-    made = metrics("10 steps")
+    new = metrics("10 steps")
     for t in range(1, 11):
         one = step(t)
         beside = {"startup": 90.0} if t == 1 else {"evaluation": 500.0, "checkpoint": 50.0}
-        made.see(replace(one, seconds=one.seconds | beside), summary(t))
+        new.see(replace(one, seconds=one.seconds | beside), summary(t))
     eta = clock((TOTAL - 10) * 1.25)
     line = capsys.readouterr().out
     assert "| 16 tokens/s |" in line
@@ -220,8 +220,8 @@ def test_speed_and_time_left_are_of_steps_without_evaluations_and_saves(metrics,
 
 
 def test_the_first_line_has_no_estimate_yet(metrics, capsys):
-    made = metrics("1 steps")
-    made.see(step(1), summary(1))
+    new = metrics("1 steps")
+    new.see(step(1), summary(1))
     assert capsys.readouterr().out == (
         "step    1/1954 (  0.1%) | loss 4.0000 | lr 1.0e-02 | norm 2 | 80 tokens/s | mfu 4.8% | "
         "eta --:--\n"
@@ -234,13 +234,13 @@ def test_the_live_line_fits_a_terminal_of_80_columns(metrics, capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    made = metrics("10 steps")
+    new = metrics("10 steps")
     assert module.sys.stdout.isatty()
     for t in (1, 2, 1953):
-        made.see(step(t, seconds=1 / 3000), summary(t))
-    made.line.print("above the line")
-    made.line.close()
-    made.line.close()  # twice does no harm
+        new.see(step(t, seconds=1 / 3000), summary(t))
+    new.line.print("above the line")
+    new.line.close()
+    new.line.close()  # twice does no harm
     out = capsys.readouterr().out
     assert "above the line" in out
     frames = [f for f in out.replace("\r", "\n").split("\n") if "1953/1954" in f]
@@ -294,9 +294,9 @@ def test_clock(seconds, text):
 
 
 def test_rows_are_json_a_line(metrics):
-    made = metrics()
+    new = metrics()
     for t in range(1, 4):
-        made.see(step(t), summary(t))
-    lines = made.attempt.metrics.path.read_text().splitlines()
+        new.see(step(t), summary(t))
+    lines = new.attempt.metrics.path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert SimpleNamespace(**json.loads(lines[0])).kind == "train"

@@ -55,24 +55,28 @@ MODEL = (
 
 
 def test_it_receives_its_keys_and_the_sizes_that_the_data_decide(job):
-    made = build_model(job("Model", "width=6", source=MODEL), 300)
-    assert made.given == (300, 32, 6)
+    model = build_model(job("Model", "width=6", source=MODEL), 300)
+    assert model.given == (300, 32, 6)
     assert build_model(job("Model", "vocab_size=512", source=MODEL), 300).given[0] == 512
     weights = build_model(job("Model", source=MODEL), 300).embedding.weight
     assert torch.equal(weights, build_model(job("Model", source=MODEL), 300).embedding.weight)
 
 
 def test_its_parameters_are_counted_and_priced(job):
-    made = job("Model", source=MODEL)
-    model = build_model(made, 300)
-    assert num_parameters(model) == describe(made, model)["total"] == 300 * 4
-    assert prices_of(made, model) == dict.fromkeys(("full", "causal", "six_n"), 6 * 1200)
-    own = (
+    users_job = job("Model", source=MODEL)
+    model = build_model(users_job, 300)
+    assert num_parameters(model) == describe(users_job, model)["total"] == 300 * 4
+    assert prices_of(users_job, model) == dict.fromkeys(("full", "causal", "six_n"), 6 * 1200)
+    source_with_flops = (
         MODEL
         + "    def flops_per_token(self, sequence_length):\n        return 1000 + sequence_length\n"
     )
-    made = job("Model", source=own)
-    assert prices_of(made, build_model(made, 300)) == {"full": 1032, "causal": 1032, "six_n": 7200}
+    users_job = job("Model", source=source_with_flops)
+    assert prices_of(users_job, build_model(users_job, 300)) == {
+        "full": 1032,
+        "causal": 1032,
+        "six_n": 7200,
+    }
 
 
 def test_a_class_that_cannot_be_imported(job):
@@ -82,9 +86,9 @@ def test_a_class_that_cannot_be_imported(job):
         "'Missing'",
         "run the command in the directory that contains it",
     )
-    made = job("Model", source=MODEL)
-    made.model.target = "nowhere.Model"
-    expect_error(made, "can't be imported (No module named 'nowhere')", "install the package")
+    users_job = job("Model", source=MODEL)
+    users_job.model.target = "nowhere.Model"
+    expect_error(users_job, "can't be imported (No module named 'nowhere')", "install the package")
 
 
 def test_a_module_that_fails_while_it_is_imported(job):

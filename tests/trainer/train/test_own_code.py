@@ -111,7 +111,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def own(place, small_data):
+def job_with(place, small_data):
     """Make a job of the user's own classes: own("Model", "key=value", ...)."""
 
     def make(name, *overrides):
@@ -125,8 +125,8 @@ DATA = types.SimpleNamespace(vocab_size=300)
 
 
 @pytest.mark.parametrize("name", ["Model", "Penalty", "Looks", "LooksLater"])
-def test_a_class_that_works_is_taken_and_so_is_one_that_needs_values(own, name):
-    examine(own(name), DATA)
+def test_a_class_that_works_is_taken_and_so_is_one_that_needs_values(job_with, name):
+    examine(job_with(name), DATA)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_a_class_that_works_is_taken_and_so_is_one_that_needs_values(own, name):
         ("Nothing", r"can't be imported"),
     ],
 )
-def test_a_class_that_can_not_train_is_one_sentence(own, name, message):
+def test_a_class_that_can_not_train_is_one_sentence(job_with, name, message):
     with pytest.raises(UserError, match=rf"model\._target_=ownclasses\.{name}: .*{message}"):
-        examine(own(name), DATA)
+        examine(job_with(name), DATA)
 
 
 @pytest.mark.parametrize(
@@ -160,21 +160,21 @@ def test_a_class_that_can_not_train_is_one_sentence(own, name, message):
         ),
     ],
 )
-def test_misspelt_arguments_and_wrong_classes_are_found(own, overrides, message):
+def test_misspelt_arguments_and_wrong_classes_are_found(job_with, overrides, message):
     with pytest.raises(UserError, match=message):
-        examine(own("Model", *overrides), DATA)
+        examine(job_with("Model", *overrides), DATA)
 
 
-def test_good_arguments_are_taken(own):
-    examine(own("Model", "callbacks=[{_target_: ownclasses.Callback, factor: 2}]"), DATA)
+def test_good_arguments_are_taken(job_with):
+    examine(job_with("Model", "callbacks=[{_target_: ownclasses.Callback, factor: 2}]"), DATA)
 
 
-def test_a_missing_tracker_is_found_too(own, monkeypatch):
+def test_a_missing_tracker_is_found_too(job_with, monkeypatch):
     from forescale.engine import trackers
 
     monkeypatch.setattr(trackers, "_is_installed", lambda package: False)
     with pytest.raises(UserError, match="tensorboard is not installed"):
-        examine_apart(own("Model", "logging.tensorboard=true"), DATA)
+        examine_apart(job_with("Model", "logging.tensorboard=true"), DATA)
 
 
 def test_our_own_models_start_no_process(small_data, place, monkeypatch):
@@ -183,14 +183,14 @@ def test_our_own_models_start_no_process(small_data, place, monkeypatch):
 
 
 @pytest.mark.slow  # a process that imports torch, twice
-def test_a_process_of_its_own_says_the_same_and_leaves_nothing_behind(own, capfd):
+def test_a_process_of_its_own_says_the_same_and_leaves_nothing_behind(job_with, capfd):
     with pytest.raises(UserError, match=r"a loss of shape \(\)"):
-        examine_apart(own("Mean"), DATA)
+        examine_apart(job_with("Mean"), DATA)
     assert "ownclasses" not in sys.modules
-    (own("Model").run.directory.parent.parent / "ownclasses.py").write_text(
+    (job_with("Model").run.directory.parent.parent / "ownclasses.py").write_text(
         "import os; os._exit(3)"
     )
-    examine_apart(own("Model"), DATA)  # what ends it otherwise is left to the ranks
+    examine_apart(job_with("Model"), DATA)  # what ends it otherwise is left to the ranks
     assert capfd.readouterr() == ("", "")
 
 

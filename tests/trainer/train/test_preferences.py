@@ -73,8 +73,8 @@ def plain_dpo(policy, reference, micro) -> torch.Tensor:
 
 
 def known(model, dataset) -> np.ndarray:
-    found = [-log_probabilities(model, m).view(-1, 2) for m in windows(dataset)]
-    return torch.cat(found)[: int(bins_of(dataset).counts.sum())].numpy()
+    nats = [-log_probabilities(model, m).view(-1, 2) for m in windows(dataset)]
+    return torch.cat(nats)[: int(bins_of(dataset).counts.sum())].numpy()
 
 
 def test_the_loss_of_a_batch_is_plain_dpo(models, dataset):
@@ -82,9 +82,9 @@ def test_the_loss_of_a_batch_is_plain_dpo(models, dataset):
     micro = next(windows(dataset, known(reference, dataset)))
     nats = policy(micro.tokens, micro.targets)
     losses, penalty, numbers = Comparison(BETA)(nats, 0.0, micro)
-    wanted = plain_dpo(policy, reference, micro)
-    torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-5)
-    assert float(wanted.std()) > 1e-3, "the models differ"
+    expected = plain_dpo(policy, reference, micro)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+    assert float(expected.std()) > 1e-3, "the models differ"
     assert penalty == 0
     assert {len(each) for each in numbers.values()} == {5}
     assert not numbers["rewards/chosen"].requires_grad
@@ -102,11 +102,11 @@ def test_a_score_is_the_mean_of_all_preferences(models, dataset):
     policy, reference = models
     micros = list(windows(dataset, known(reference, dataset)))
     score = evaluate_preferences(lambda m: policy(m.tokens, m.targets).detach(), micros, BETA)
-    wanted = torch.cat([plain_dpo(policy, reference, m) for m in micros])[:48].double()
+    expected = torch.cat([plain_dpo(policy, reference, m) for m in micros])[:48].double()
     assert score.windows == 48
-    assert score.loss == pytest.approx(float(wanted.mean()), abs=1e-6)
-    assert score.loss_stderr == pytest.approx(float(wanted.std()) / math.sqrt(48), abs=1e-6)
-    assert score.accuracy == pytest.approx(float((wanted < math.log(2)).double().mean()))
+    assert score.loss == pytest.approx(float(expected.mean()), abs=1e-6)
+    assert score.loss_stderr == pytest.approx(float(expected.std()) / math.sqrt(48), abs=1e-6)
+    assert score.accuracy == pytest.approx(float((expected < math.log(2)).double().mean()))
     both = pooled_preferences([score, score])
     assert (both.loss, both.windows) == (pytest.approx(score.loss), 96)
     assert both.loss_stderr == pytest.approx(score.loss_stderr / math.sqrt(2))
@@ -125,9 +125,9 @@ def reference(models, dataset, tmp_path, monkeypatch):
     words += ["train.global_batch=4", "train.micro_batch=4"]
     start = SimpleNamespace(path=tmp_path, position=SimpleNamespace(step=7))
     (tmp_path / "files.json").write_text("{}")
-    monkeypatch.setattr(preferences.reader, "at_step", lambda *given: start)
-    monkeypatch.setattr(preferences.writer, "load", lambda *given, **more: None)
-    monkeypatch.setattr(Run, "existing", lambda *given: None)
+    monkeypatch.setattr(preferences.reader, "at_step", lambda *arguments: start)
+    monkeypatch.setattr(preferences.writer, "load", lambda *arguments, **options: None)
+    monkeypatch.setattr(Run, "existing", lambda *arguments: None)
     with torch.no_grad():
         engine = SimpleNamespace(
             world=World(), losses=lambda m: models[1](m.tokens, m.targets).detach()
@@ -142,11 +142,13 @@ def find(reference, stops=lambda: False, mark=lambda at: None):
 
 
 def test_the_reference_is_computed_once_and_kept(reference, models, dataset):
-    found = find(reference)
-    np.testing.assert_allclose(found.values["train"]["data"], known(models[1], dataset), rtol=1e-5)
-    assert found.values["validation"]["data"].shape == (12, 2)
-    kept = read_references(reference.run)
-    assert np.array_equal(kept.values["train"]["data"], found.values["train"]["data"])
+    references = find(reference)
+    np.testing.assert_allclose(
+        references.values["train"]["data"], known(models[1], dataset), rtol=1e-5
+    )
+    assert references.values["validation"]["data"].shape == (12, 2)
+    stored = read_references(reference.run)
+    assert np.array_equal(stored.values["train"]["data"], references.values["train"]["data"])
     reference.engine.losses = lambda micro: pytest.fail("computed again")
     find(reference)
 

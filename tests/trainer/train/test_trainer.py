@@ -41,8 +41,8 @@ def test_a_run_learns_and_writes_its_rows(finished):
     logged = (run / "attempts/0001/rank-0.log").read_text()
     assert "step 60/60 (100.0%) | loss " in logged
     assert logged in output, "the log of rank 0 is what it has printed"
-    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert kept == ["step-00000040", "step-00000060"]
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step-00000040", "step-00000060"]
 
 
 @pytest.mark.slow  # a launch of its own
@@ -97,8 +97,8 @@ def test_a_killed_run_resumes_bit_for_bit(finished, cut):
 
 def weights(run):
     """The weights of the last checkpoint, by name."""
-    found = open_run(run).checkpoint(60)
-    return {name: found.tensor(name).tolist() for name in found.shapes}
+    checkpoint = open_run(run).checkpoint(60)
+    return {name: checkpoint.tensor(name).tolist() for name in checkpoint.shapes}
 
 
 @pytest.mark.slow  # one more run in two parts; SIGTERM is in tests/distributed
@@ -256,8 +256,8 @@ def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
     rows = launching.rows(run)
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    seen = [line.split() for line in (run / "attempts/0002/seen").read_text().splitlines()]
-    assert seen == [[str(row["step"]), str(row["loss"])] for row in rows[46:]]
+    lines = [line.split() for line in (run / "attempts/0002/seen").read_text().splitlines()]
+    assert lines == [[str(row["step"]), str(row["loss"])] for row in rows[46:]]
     assert {row["extra.width"] for row in rows} == {24.0}
     assert 0 < rows[0]["extra.spread"] != rows[-1]["extra.spread"]
     parameters = 512 * 24 + 24 * 24 + 24 + 512 * 24 + 512
