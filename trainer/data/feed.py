@@ -39,18 +39,16 @@ class LostMember(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Windows that were read.
+class Rows:
+    """Windows as arrays, a row each.
 
-    numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) in the feed's dtype, 0
-    beyond the end of a short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32,
-    number of each token's document in its window, or None; ignored: (n, L + 1) bool, True for what
-    is no target of a bin (Bins.mark_ignored), or None; cuts: (n, Bins.edges) int64, the ends of the
-    first pieces of each bin, or None; references: (n, 2) float32, see Feed, or None; hash: sum mod
-    2^64 of the windows' hashes; lost: members found damaged while reading.
+    numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) ids, 0 beyond the end of a
+    short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32, number of each
+    token's document in its window, or None; ignored: (n, L + 1) bool, True for what is no target of
+    a bin (BinKind.mark_ignored), or None; cuts: (n, Bins.edges) int64, the ends of the first pieces
+    of each bin, or None; references: (n, 2) float32, see Feed, or None.
     """
 
-    places: Places
     numbers: np.ndarray
     tokens: np.ndarray
     sizes: np.ndarray
@@ -58,6 +56,49 @@ class Samples:
     ignored: np.ndarray | None
     cuts: np.ndarray | None
     references: np.ndarray | None
+
+    def number_documents(self, i: int, ends: np.ndarray) -> None:
+        """Number the documents of row i, which end before `ends`."""
+        assert self.documents is not None
+        places = np.arange(self.documents.shape[1])
+        self.documents[i] = np.searchsorted(ends, places, side="right")
+
+    def mark_pieces(self, i: int, bins: Bins, ends: np.ndarray) -> None:
+        """Give the objective the ends of the pieces of row i, a bin, or mark what is no target."""
+        if self.cuts is not None:
+            self.cuts[i] = ends[: bins.edges]
+        elif self.ignored is not None:
+            bins.mark_ignored(self.ignored[i], ends)
+
+
+def empty_rows(
+    count: int,
+    sequence_length: int,
+    dtype: np.dtype,
+    documents: bool,
+    bins: Bins | None,
+    references: object | None,
+) -> Rows:
+    """Return rows of one token 0, with the arrays that such windows need."""
+    shape = (count, sequence_length + 1)
+    has_ignored = bins is not None and not bins.edges
+    return Rows(
+        numbers=np.zeros(count, np.int64),
+        tokens=np.zeros(shape, dtype),
+        sizes=np.ones(count, np.int64),
+        documents=np.zeros(shape, np.int32) if documents else None,
+        ignored=np.zeros(shape, np.bool_) if has_ignored else None,
+        cuts=np.zeros((count, bins.edges), np.int64) if bins is not None and bins.edges else None,
+        references=None if references is None else np.zeros((count, 2), np.float32),
+    )
+
+
+@dataclass(frozen=True)
+class Samples(Rows):
+    """Windows of a step. hash: sum mod 2^64 of the windows' hashes; lost: members that proved
+    damaged while they were read."""
+
+    places: Places
     hash: int
     lost: frozenset[LostMember]
 
@@ -78,9 +119,8 @@ class Feed:
 
     splits: the training split of each source, by the mixture's names; skipped: intervals of samples
     that are skipped; substitute: replace damaged windows instead of raising; documents: number the
-    documents of each window; bins: for each source, if windows are packed; objective:
-    what is a target; references: of each source the numbers that belong to its bins, float32 of
-    shape (bins, 2), which samples then have too.
+    documents of each window; bins: of each source, if its windows are bins; objective: chooses the
+    targets; references: of each source two numbers for each bin, float32 of shape (bins, 2).
     """
 
     def __init__(
@@ -138,47 +178,28 @@ class Feed:
         all of a source is damaged.
         """
         places = self._places(intervals)
-        samples = np.concatenate([np.arange(*interval) for interval in intervals])
-        length = self.mixture.sequence_length + 1
-        tokens, short = np.empty((len(samples), length), self.dtype), places.length < length
-        tokens[short] = 0
-        documents = np.zeros((len(samples), length), np.int32) if self.documents else None
-        cuts = None if self.bins is None else cuts_of(self.bins[0], len(samples))
-        has_ignored = self.bins is not None and cuts is None
-        ignored = np.zeros((len(samples), length), np.bool_) if has_ignored else None
-        references = np.zeros((len(samples), 2), np.float32) if self.references else None
-        sizes, known = places.length.copy(), set(quarantine)
-        one_by_one = bool(known) or self.documents or self.bins is not None
-        if one_by_one or not self._read_all(places, tokens, on_read):
-            for i, (g, *place) in enumerate(zip(samples.tolist(), *places.lists(), strict=True)):
-                ends = self._read(g, place, known, tokens[i], on_read)
-                if documents is not None:
-                    documents[i] = np.searchsorted(ends, np.arange(length), side="right")
-                if self.bins is not None:
-                    sizes[i] = ends[-1]
-                    if ignored is not None:
-                        self.bins[place[0]].mark_ignored(ignored[i], ends)
-                if cuts is not None:
-                    cuts[i] = ends[: cuts.shape[1]]
-                if references is not None:
-                    references[i] = self._reference(*place)
-        windows: Iterable[Any] = tokens
-        if short.any():
-            windows = (r[:n] for r, n in zip(tokens, sizes.tolist(), strict=True))
-        digest = sum(map(window_hash, samples.tolist(), windows))
-        lost = frozenset(known - quarantine)
-        return Samples(
-            places,
-            samples,
-            tokens,
-            sizes,
-            documents,
-            ignored,
-            cuts,
-            references,
-            digest % 2**64,
-            lost,
-        )
+        bins = self.bins[0] if self.bins else None
+        length, count = self.mixture.sequence_length, len(places.shard)
+        rows = empty_rows(count, length, self.dtype, self.documents, bins, self.references)
+        rows.numbers[:] = np.concatenate([np.arange(*interval) for interval in intervals])
+        rows.sizes[:] = places.length
+        numbers, known = rows.numbers.tolist(), set(quarantine)
+        one_by_one = bool(known) or self.documents or bins is not None
+        if one_by_one or not self._read_all(places, rows.tokens, on_read):
+            for i, (g, *place) in enumerate(zip(numbers, *places.lists(), strict=True)):
+                ends = self._read(g, place, known, rows.tokens[i], on_read)
+                if rows.documents is not None:
+                    rows.number_documents(i, ends)
+                if bins is not None:
+                    rows.sizes[i] = ends[-1]
+                    rows.mark_pieces(i, bins, ends)
+                if rows.references is not None:
+                    rows.references[i] = self._reference(*place)
+        windows: Iterable[Any] = rows.tokens
+        if (places.length <= length).any():
+            windows = (r[:n] for r, n in zip(rows.tokens, rows.sizes.tolist(), strict=True))
+        digest = sum(map(window_hash, numbers, windows)) % 2**64
+        return Samples(**vars(rows), places=places, hash=digest, lost=frozenset(known - quarantine))
 
     def _reference(self, source: int, shard: int, number: int, size: int) -> np.ndarray:
         """Return the numbers of a bin of a source."""
@@ -251,10 +272,10 @@ class Feed:
         """Read one window or its substitute into `out`. Return the ends of its pieces if it is
         packed, otherwise of its documents if requested. place: of the window; afterwards of what
         was read."""
-        source, *own, size = place
+        source, *window, size = place
         split, name = self.splits[source], self.names[source]
         others = self._whole if self.are_whole else self._windows
-        for shard, start in chain([own], others(g, source, size)):
+        for shard, start in chain([window], others(g, source, size)):
             pieces = self._pieces(source, shard, start, size)
             if not any(self._touches(known, name, split, shard, *piece) for piece in pieces):
                 on_read(name, split.shard_name(shard))
@@ -304,19 +325,13 @@ class Feed:
         first = int(mix64(self._drawn(g, 0))[0]) % order.windows_per_epoch
         for low, high in ((first, order.windows_per_epoch), (0, first)):
             for at in range(low, high, _SPAN):
-                found = order.windows(at, min(at + _SPAN, high))
-                for i in np.flatnonzero(found.length == size).tolist():
-                    yield int(found.shard[i]), int(found.start[i])
+                windows = order.windows(at, min(at + _SPAN, high))
+                for i in np.flatnonzero(windows.length == size).tolist():
+                    yield int(windows.shard[i]), int(windows.start[i])
 
     def _drawn(self, g: int, attempt: int) -> np.ndarray:
         """Return the seed of a draw, uint64 of shape (1,)."""
         return np.array([(self.seed << 32) ^ (attempt << 48) ^ g], np.uint64)
-
-
-def cuts_of(bins: Bins, samples: int) -> np.ndarray | None:
-    """Return room for the ends of pieces that an objective gets of so many bins, zeros of
-    (samples, bins.edges); None if it gets none."""
-    return np.zeros((samples, bins.edges), np.int64) if bins.edges else None
 
 
 def _by_shard(places: Places) -> Iterator[tuple[int, int, np.ndarray]]:

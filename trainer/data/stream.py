@@ -18,7 +18,7 @@ import torch
 
 from forescale.data.bins import Bins
 from forescale.data.dataset import Split
-from forescale.data.feed import Feed, LostMember, OnRead, Samples, cuts_of
+from forescale.data.feed import Feed, LostMember, OnRead, Rows, empty_rows
 from forescale.data.mixture import Interval
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, rows_of
 from forescale.data.pipeline import Agree, Log, prefetched
@@ -39,8 +39,8 @@ class MicroBatch:
     references: torch.Tensor | None = None  # (micro_batch, 2) float32, see Feed; no argument
 
     def cut(self, length: int) -> "MicroBatch":
-        """Return it with each window, of which it has nothing but tokens and targets and perhaps
-        documents, cut into rows of `length` targets: (micro_batch * L / length, length)."""
+        """Return it with each window cut into rows of `length` targets: (micro_batch * L / length,
+        length). Only for windows without padding mask and references."""
         if length == self.tokens.shape[1]:
             return self
         documents = None if self.documents is None else self.documents.reshape(-1, length)
@@ -50,8 +50,8 @@ class MicroBatch:
     def pinned(self) -> "MicroBatch":
         """Return it in pinned memory, from which a copy to a GPU does not wait."""
         fields = ("tokens", "targets", "documents", "padding_mask", "references")
-        given = {name: getattr(self, name) for name in fields}
-        return replace(self, **{k: t.pin_memory() for k, t in given.items() if t is not None})
+        tensors = {name: getattr(self, name) for name in fields}
+        return replace(self, **{k: t.pin_memory() for k, t in tensors.items() if t is not None})
 
     def arguments(self, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return positional and named arguments of the model, on the device."""
@@ -118,14 +118,14 @@ class StepShare:
     def of(self, intervals: Sequence[Interval]) -> list[Interval]:
         """Return this rank's samples out of a step's."""
         low, size = self.first * self.micro_batch, self.count * self.micro_batch
-        found: list[Interval] = []
+        share: list[Interval] = []
         for a, b in intervals:
             start, end = a + low, min(b, a + low + size)
             if start < end:
-                found.append((start, end))
+                share.append((start, end))
                 size -= end - start
             low = max(0, low - (b - a))
-        return found
+        return share
 
 
 _Planned = tuple[int, list[Interval], StepShare]  # a step, its samples, its share
@@ -156,15 +156,15 @@ def stream(
     def plan() -> Iterator[_Planned]:
         nonlocal g
         for step in steps:
-            own = replace(share, global_batch=windows(step)) if windows else share
-            samples = feed.step(g, own.global_batch)
-            yield step, samples, own
+            of_step = replace(share, global_batch=windows(step)) if windows else share
+            samples = feed.step(g, of_step.global_batch)
+            yield step, samples, of_step
             g = samples[-1][1]
 
     def make(job: _Planned, known: frozenset[LostMember], on_read: OnRead) -> Batch:
-        step, samples, own = job
-        rows = feed.read(own.of(samples), known, on_read)
-        micro = _micro_batches(rows, own, feed.objective)
+        step, samples, of_step = job
+        rows = feed.read(of_step.of(samples), known, on_read)
+        micro = _micro_batches(rows, of_step.micro_batch, of_step.first, feed.objective)
         if length is not None:
             micro = [m.cut(length(step)) for m in micro]
         return Batch(
@@ -179,8 +179,8 @@ def stream(
         )
 
     def fetch(job: _Planned) -> None:
-        _, samples, own = job
-        feed.will_read(own.of(samples))
+        _, samples, of_step = job
+        feed.will_read(of_step.of(samples))
 
     return prefetched(plan(), make, fetch, quarantine, workers, agree, log)
 
@@ -198,26 +198,32 @@ def validation_windows(
     references: np.ndarray | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the windows of a split in their fixed order, or `limit` of them, evenly spread over it.
-    bins: the whole rows of the split, such as pairs, if its windows are such; references: of each
-    of them, see Feed.
+    bins: of the split, if its windows are bins, such as pairs; references: of each bin, see Feed.
 
     Rank r takes every world_size-th micro-batch from r on. All ranks get the same number because
     they call collectives together: missing rows and micro-batches are padding without a target.
     """
     places = held_out_places(split, sequence_length, bins)
     numbers = np.array(spread(len(places), limit), np.int64)
-    places = [places[i] for i in numbers.tolist()]
-    micro_batch = min(micro_batch, max(1, len(places)))  # nor more rows than there are windows
-    count = -(-len(places) // micro_batch)
+    micro_batch = min(micro_batch, max(1, len(numbers)))  # no rows beyond the windows
+    count = -(-len(numbers) // micro_batch)
     for index in range(rank, -(-count // world_size) * world_size, world_size):
-        rows = slice(index * micro_batch, (index + 1) * micro_batch)
-        chosen = places[rows], numbers[rows]
-        shape = (micro_batch, sequence_length)
-        micro = _validation_micro_batch(split, index, *chosen, shape, documents, objective, bins)
-        if references is not None:
-            mine = references[numbers[rows]]
-            mine = np.pad(mine, ((0, micro_batch - len(mine)), (0, 0)))
-            micro = replace(micro, references=torch.from_numpy(mine))
+        chosen = numbers[index * micro_batch : (index + 1) * micro_batch]
+        rows = empty_rows(micro_batch, sequence_length, split.dtype, documents, bins, references)
+        rows.numbers[: len(chosen)] = chosen
+        for i, (shard, runs) in enumerate(places[number] for number in chosen.tolist()):
+            start, ends = runs[0][0], np.cumsum([length for _, length in runs])
+            size = rows.sizes[i] = ends[-1]  # runs follow each other
+            rows.tokens[i, :size] = split.read(shard, start, size)
+            if rows.documents is not None:
+                document_ends = split.document_ends(shard, start, size)
+                rows.number_documents(i, document_ends)
+            if bins is not None:
+                rows.mark_pieces(i, bins, ends)
+        if references is not None and rows.references is not None:
+            rows.references[: len(chosen)] = references[chosen]
+        (micro,) = _micro_batches(rows, micro_batch, index, objective)
+        micro.targets[len(chosen) * rows_of(objective) :] = IGNORED
         yield micro
 
 
@@ -248,68 +254,30 @@ def held_out_places(split: Split, sequence_length: int, bins: Bins | None) -> li
     ]
 
 
-def _validation_micro_batch(
-    split: Split,
-    index: int,
-    places: list[_Place],
-    windows: np.ndarray,
-    shape: tuple[int, int],
-    documents: bool,
-    objective: Objective,
-    bins: Bins | None,
-) -> MicroBatch:
-    tokens = np.zeros((shape[0], shape[1] + 1), split.dtype)
-    numbers = np.zeros(tokens.shape, np.int32) if documents else None
-    lengths, ignored = np.ones(shape[0], np.int64), np.zeros(tokens.shape, np.bool_)
-    cuts = None if bins is None else cuts_of(bins, shape[0])
-    for i, (shard, runs) in enumerate(places):
-        first, size = runs[0][0], sum(length for _, length in runs)  # runs follow each other
-        lengths[i] = size
-        ends = np.cumsum([length for _, length in runs])
-        if cuts is not None:
-            cuts[i] = ends[: cuts.shape[1]]
-        elif bins is not None:
-            bins.mark_ignored(ignored[i], ends)
-        tokens[i, :size] = split.read(shard, first, size)
-        if numbers is not None:
-            document_ends = split.document_ends(shard, first, size)
-            numbers[i] = np.searchsorted(document_ends, np.arange(shape[1] + 1), side="right")
-    windows = np.pad(windows, (0, shape[0] - len(places)))  # missing rows are padding
-    edges = () if cuts is None else (cuts,)
-    pair = objective.examples(tokens, lengths, windows, *edges)
-    if bins is not None and cuts is None:
-        pair[1][ignored[:, 1:]] = IGNORED
-    pair[1, len(places) * rows_of(objective) :] = IGNORED
-    inputs, targets = torch.from_numpy(pair)
-    hidden = _padding_mask(objective, lengths, *edges)
-    return MicroBatch(index, inputs, targets, _document_numbers(numbers), hidden)
-
-
-def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> list[MicroBatch]:
+def _micro_batches(rows: Rows, size: int, first: int, objective: Objective) -> list[MicroBatch]:
+    """Return the rows as micro-batches of `size` windows, numbered from `first` on."""
     cuts = () if rows.cuts is None else (rows.cuts,)
     pair = objective.examples(rows.tokens, rows.sizes, rows.numbers, *cuts)
     if rows.ignored is not None:
         pair[1][rows.ignored[:, 1:]] = IGNORED
     inputs, targets = torch.from_numpy(pair)
-    documents, found, each = _document_numbers(rows.documents), [], rows_of(objective)
-    given = None if rows.references is None else torch.from_numpy(rows.references)
-    for i, first in enumerate(range(0, len(rows.tokens), share.micro_batch)):
-        part = slice(first, first + share.micro_batch)
-        own = None if documents is None else documents[part]
-        hidden = _padding_mask(objective, rows.sizes[part], *(c[part] for c in cuts))
+    # The document of each input: (n, L + 1) -> (n, L).
+    documents = None if rows.documents is None else torch.from_numpy(rows.documents[:, :-1].copy())
+    references = None if rows.references is None else torch.from_numpy(rows.references)
+    padding_mask = getattr(objective, "padding_mask", None)
+    micro, each = [], rows_of(objective)
+    for i, start in enumerate(range(0, len(rows.tokens), size)):
+        part = slice(start, start + size)
         of = slice(part.start * each, part.stop * each)
-        mine = None if given is None else given[part]
-        found.append(MicroBatch(share.first + i, inputs[of], targets[of], own, hidden, mine))
-    return found
-
-
-def _padding_mask(objective: Objective, *sizes: np.ndarray) -> torch.Tensor | None:
-    """Return what MicroBatch has of windows of so many tokens, (n,), and of such cuts, if there
-    are any, (n, edges): (n, L) or None."""
-    found = own(*sizes) if (own := getattr(objective, "padding_mask", None)) else None
-    return None if found is None else torch.from_numpy(found)
-
-
-def _document_numbers(documents: np.ndarray | None) -> torch.Tensor | None:
-    """Return the document number of each input: (n, L + 1) -> (n, L)."""
-    return None if documents is None else torch.from_numpy(documents[:, :-1].copy())
+        mask = padding_mask(rows.sizes[part], *(c[part] for c in cuts)) if padding_mask else None
+        micro.append(
+            MicroBatch(
+                first + i,
+                inputs[of],
+                targets[of],
+                None if documents is None else documents[part],
+                None if mask is None else torch.from_numpy(mask),
+                None if references is None else references[part],
+            )
+        )
+    return micro

@@ -36,7 +36,7 @@ from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.errors import UserError
 from forescale.remote.transfer import is_url
-from forescale.storage import staged
+from forescale.storage import FileEntry, staged
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"
 
@@ -136,7 +136,7 @@ def _build(
         indexer.finish()
         meter.end()
         left_out.merge(indexer.report)
-        entries, corpus = {}, hashlib.sha256()
+        entries, corpus = dict[str, FileEntry](), hashlib.sha256()
         for split, part in indexer.splits.items():
             entries |= part.files
             for row in part.rows:
