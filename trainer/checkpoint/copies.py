@@ -22,29 +22,31 @@ class Taken(UserError):
     run went on."""
 
 
-def expect_own(run: Run, folder: Folder, there: dict[str, int]) -> set[str]:
+def expect_same_run(run: Run, folder: Folder, there: dict[str, int]) -> set[str]:
     """Return the names of the attempts in a folder whose files are `there`, all of them the run's.
     Raises Taken if it holds others, UserError if it can't be read."""
-    found = {n.split("/")[1] for n in there if n.startswith("attempts/")}
-    if found and _is_of_another_run(run, folder, there):
+    attempts = {n.split("/")[1] for n in there if n.startswith("attempts/")}
+    if attempts and _is_of_another_run(run, folder, there):
         todo = "set another run.name or checkpoint.mirror"
         raise Taken(folder.where, f"holds another run of the name {run.name}", todo)
-    missing = found - {a.path.name for a in run.attempts()}
-    if strange := sorted(missing) or [a for a in sorted(found) if _differs(run, a, folder, there)]:
+    missing = attempts - {a.path.name for a in run.attempts()}
+    if strange := sorted(missing) or [
+        a for a in sorted(attempts) if _differs(run, a, folder, there)
+    ]:
         problem = f"holds attempt {strange[-1]} of {run.name}, which isn't the one in {run.path}"
         todo = (
             "another copy of the run went on: go on with that one, or move this directory away and "
             "give the command again to restore it, or set another checkpoint.mirror"
         )
         raise Taken(folder.where, problem, todo)
-    return found
+    return attempts
 
 
 def _is_of_another_run(run: Run, folder: Folder, there: dict[str, int]) -> bool:
     name = run.identity.name
     copied = _read(folder, name).get("wandb_id") if name in there else None
-    own = read_json(run.identity).get("wandb_id")  # an early version wrote none
-    return None not in (copied, own) and copied != own
+    local = read_json(run.identity).get("wandb_id")  # an early version wrote none
+    return None not in (copied, local) and copied != local
 
 
 def _differs(run: Run, attempt: str, folder: Folder, there: dict[str, int]) -> bool:
@@ -63,9 +65,9 @@ def _differs(run: Run, attempt: str, folder: Folder, there: dict[str, int]) -> b
 
 
 def _begin_alike(run: Run, folder: Folder, name: str) -> bool:
-    with open(run.path / name, "rb") as own:
+    with open(run.path / name, "rb") as local:
         for piece in folder.get(name):
-            here = own.read(len(piece))
+            here = local.read(len(piece))
             if here != piece[: len(here)]:
                 return False
             if len(here) < len(piece):
@@ -76,7 +78,7 @@ def _begin_alike(run: Run, folder: Folder, name: str) -> bool:
 def _read(folder: Folder, name: str) -> dict[str, Any]:
     """Return a JSON object of the folder; empty if it is none."""
     try:
-        found = json.loads(b"".join(folder.get(name)))
+        value = json.loads(b"".join(folder.get(name)))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

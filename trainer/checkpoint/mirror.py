@@ -20,7 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from forescale.checkpoint.copies import LAUNCH, PARENT, Taken, expect_own
+from forescale.checkpoint.copies import LAUNCH, PARENT, Taken, expect_same_run
 from forescale.checkpoint.retention import (
     CheckpointFacts,
     Keep,
@@ -39,7 +39,7 @@ from forescale.storage import TABLE, FileEntry, read_table, write_json
 _LOOK = 5.0  # seconds between two looks for a new checkpoint
 _PAUSE = 300.0  # most seconds between two tries while the other place fails
 _AT_ONCE = 4  # files that are sent at a time
-_KEPT = {".json", ".jsonl", ".yaml", ".pin"}  # what else a run needs, by suffix
+_SUFFIXES = {".json", ".jsonl", ".yaml", ".pin"}  # what else a run needs, by suffix
 
 
 def folder_of(job: TrainJob) -> Folder | None:
@@ -66,7 +66,7 @@ class Mirror:
     def __init__(self, run: Run, folder: Folder, keep: Keep, report: Callable[[str], object]):
         self._run, self._folder, self._keep, self._report = run, folder, keep, report
         self._there: dict[str, int] | None = None  # size by name
-        self._own: set[str] = set()  # attempts that are known to be of this trajectory
+        self._attempts: set[str] = set()  # attempts that are known to be of this trajectory
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change, by name
         self._whole: dict[int, bytes] = {}  # the table of each checkpoint that is there, by step
         self._known: dict[int, int] = {}  # see `survey`
@@ -74,7 +74,7 @@ class Mirror:
         self._closing = threading.Event()
         self._lock = threading.Lock()
 
-    def expect_own(self) -> None:
+    def expect_same_run(self) -> None:
         """Raise Taken if the folder holds another run, or attempts that this one doesn't have;
         another UserError if it can't be listed, or is the run's own directory."""
         if self._there is None:
@@ -82,7 +82,7 @@ class Mirror:
                 todo = "set another checkpoint.mirror than the directory where runs are"
                 raise UserError(self._folder.where, "is the run itself, not a copy of it", todo)
             there = self._folder.list()
-            self._own = expect_own(self._run, self._folder, there)
+            self._attempts = expect_same_run(self._run, self._folder, there)
             self._there = there
 
     def check(self) -> "Mirror":
@@ -90,7 +90,7 @@ class Mirror:
         that has begun, a fault that may go away is only reported: it must not keep it from going
         on."""
         try:
-            self.expect_own()
+            self.expect_same_run()
             self._send(self._run.identity)
         except Transient as e:
             if not self._run.attempts():
@@ -134,18 +134,18 @@ class Mirror:
             self._report(f"Mirrored to {self._folder.where} up to step {last:,}.")
 
     def _work(self) -> None:
-        said, pause = "", _LOOK
+        reported, pause = "", _LOOK
         while not self._closing.wait(pause):
             try:
                 self.sync()
-                said, pause = "", _LOOK
+                reported, pause = "", _LOOK
             except Exception as e:
                 why = _sentence(e)
                 self._note(why)
-                if why != said:
+                if why != reported:
                     with suppress(OSError):  # such as a closed pipe
                         self._report(f"The mirror failed, training goes on: {why}")
-                said, pause = why, min(2 * pause, _PAUSE)
+                reported, pause = why, min(2 * pause, _PAUSE)
                 if isinstance(e, Taken):
                     return
 
@@ -153,7 +153,7 @@ class Mirror:
         """Copy what is new, newest checkpoint first, and delete what need not be kept. Raises
         UserError, or OSError of the run's own storage; whatever was sent whole by then counts."""
         with self._lock:
-            self.expect_own()
+            self.expect_same_run()
             done: set[int] = set()
             while left := set(self._run.checkpoint_steps()) - done:  # one may be saved meanwhile
                 self._copy(max(left))
@@ -259,12 +259,12 @@ class Mirror:
                 self._sent[name] = now
 
     def _expect_free(self, attempt: str) -> None:
-        """Raise Taken if an attempt that began since `expect_own` is there already."""
-        if attempt not in self._own:
+        """Raise Taken if an attempt that began since `expect_same_run` is there already."""
+        if attempt not in self._attempts:
             if any(self._folder.has(f"attempts/{attempt}/{n}") for n in (LAUNCH, PARENT)):
                 problem = f"got attempt {attempt} of {self._run.name} from another copy of the run"
                 raise Taken(self._folder.where, problem, "stop one of them")
-            self._own.add(attempt)
+            self._attempts.add(attempt)
 
     def _send(self, path: Path) -> FileEntry:
         assert self._there is not None
@@ -325,7 +325,7 @@ def run_files(run: Run) -> Iterator[Path]:
     records of its attempts, and its pins."""
     for folder in (run.path, *(a.path for a in run.attempts()), run.checkpoints):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            is_named = path.suffix in _KEPT and path.name[0] != "." and path != run.mirror
+            is_named = path.suffix in _SUFFIXES and path.name[0] != "." and path != run.mirror
             if is_named and path.is_file() and not path.is_symlink():
                 yield path
 
@@ -341,5 +341,5 @@ def _sentence(error: Exception) -> str:
 def steps_in(names: Iterable[str]) -> set[int]:
     """Return the steps of the checkpoints of which a mirror has any file."""
     parts = (name.split("/") for name in names)
-    found = {step_named(p[1]) for p in parts if len(p) == 3 and p[0] == "checkpoints"}
-    return {step for step in found if step is not None}
+    steps = {step_named(p[1]) for p in parts if len(p) == 3 and p[0] == "checkpoints"}
+    return {step for step in steps if step is not None}

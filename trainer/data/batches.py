@@ -86,9 +86,9 @@ class Batches(IterableDataset):
             raise UserError("num_workers", problem, todo)
         size = self._share.global_batch
         steps = range(self._taken, 1 << 62 if self._count is None else self._count)
-        found = stream(self._feed, self._share, steps, self._taken * size, workers=self._threads)
+        batches = stream(self._feed, self._share, steps, self._taken * size, workers=self._threads)
         try:
-            for batch in found:
+            for batch in batches:
                 (micro,) = batch.micro
                 tensors = {"tokens": micro.tokens, "targets": micro.targets}
                 if micro.documents is not None:
@@ -96,7 +96,7 @@ class Batches(IterableDataset):
                 self._taken = batch.step + 1  # before the consumer has it: it may stop there
                 yield tensors
         finally:
-            found.close()
+            batches.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the reading is: plain values, the same on each rank."""

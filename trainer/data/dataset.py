@@ -153,12 +153,12 @@ class Dataset:
             raise UserError(self.where, f"has no split {name!r}", f"choose one of: {have}")
         return Split(self._store, name, self.manifest["splits"][name], self.manifest["dtype"])
 
-    def stream(self, sequence_length: int, batch: int, **more: Any) -> "Batches":
+    def stream(self, sequence_length: int, batch: int, **options: Any) -> "Batches":
         """Return the training split as a PyTorch IterableDataset in the order of training, with
         exact resume; see `forescale.data.batches.Batches` for the arguments."""
         from forescale.data.batches import Batches  # with torch
 
-        return Batches(self, sequence_length, batch, **more)
+        return Batches(self, sequence_length, batch, **options)
 
 
 class Split:
@@ -214,8 +214,8 @@ class Split:
         dataset doesn't say. Raises Damaged."""
         opened = self.shard(shard)
         parts = [opened.learned(at) for at in range(len(opened.members))]
-        found = [part for part in parts if part is not None]
-        return np.concatenate(found) if found and len(found) == len(parts) else None
+        columns = [part for part in parts if part is not None]
+        return np.concatenate(columns) if columns and len(columns) == len(parts) else None
 
     def members(self, shard: int, start: int, length: int) -> list[str]:
         """Return the keys of the members that hold these tokens; reads only the index."""

@@ -73,9 +73,9 @@ class Buffers(threading.local):
         same."""
         if length != self._length or dtype is not self._dtype:
             tokens = np.empty(length, dtype)
-            self._kept = tokens, tokens.view(np.uint8).data
+            self._buffer = tokens, tokens.view(np.uint8).data
             self._length, self._dtype = length, dtype
-        return self._kept
+        return self._buffer
 
 
 BUFFERS = Buffers()

@@ -93,7 +93,7 @@ class Mixture:
 
     def places(self, g0: int, g1: int) -> Places:
         """Return the windows of [g0, g1), in order."""
-        found = Places(*np.empty((4, g1 - g0), np.int64))
+        places = Places(*np.empty((4, g1 - g0), np.int64))
         at = g0
         while at < g1:
             block = self._block(*self._locate(at))
@@ -104,10 +104,10 @@ class Mixture:
                 if lows[source] < highs[source]:
                     where = np.flatnonzero(labels == source) + (at - g0)
                     windows = order.windows(int(lows[source]), int(highs[source]))
-                    found.source[where] = source
-                    found.shard[where], found.start[where], found.length[where] = windows
+                    places.source[where] = source
+                    places.shard[where], places.start[where], places.length[where] = windows
             at = end
-        return found
+        return places
 
     def targets(self, g0: int, g1: int) -> np.ndarray:
         """Return the targets of each source in the windows of [g0, g1): int64 of shape
@@ -188,15 +188,15 @@ def unskipped(skipped: Sequence[Interval], g: int, count: int) -> list[Interval]
 
     skipped: half-open intervals, sorted, not overlapping.
     """
-    found: list[Interval] = []
+    intervals: list[Interval] = []
     for a, b in _gaps(skipped, g):
         end = min(b, a + count)
         if a < end:
-            found.append((a, end))
+            intervals.append((a, end))
             count -= end - a
         if not count:
             break
-    return found
+    return intervals
 
 
 def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
@@ -211,10 +211,10 @@ def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
 
 def merged_intervals(intervals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Return half-open intervals of samples, sorted and merged so that none overlap or touch."""
-    made: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for first, end in sorted(tuple(i) for i in intervals):
-        if made and first <= made[-1][1]:
-            made[-1] = (made[-1][0], max(made[-1][1], end))
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
-            made.append((first, end))
-    return tuple(made)
+            merged.append((first, end))
+    return tuple(merged)

@@ -103,12 +103,12 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
         pieces = order[done : done + count]
         done += count
         while len(pieces):
-            if (found := rooms.take(size)) is None:
+            if (group := rooms.take(size)) is None:
                 each = capacity // size
                 room, bins = capacity, opened + np.arange(-(-len(pieces) // each))
                 opened += len(bins)
             else:
-                room, bins = found
+                room, bins = group
                 each = room // size
             full, rest = divmod(len(pieces), each)
             taken = np.repeat(bins[: full + 1], each)[: len(pieces)]

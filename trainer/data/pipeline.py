@@ -89,17 +89,17 @@ class _BatchMaker:
         self.make, self.quarantine, self.shared = make, quarantine, agree is not None
         self._agree: Agree = agree or (lambda lost: lost)
 
-    def __call__(self, job: Any, made: Any, on_read: OnRead) -> Any:
+    def __call__(self, job: Any, batch: Any, on_read: OnRead) -> Any:
         """Return the batch that all ranks agree on. made: the batch, if it was already made with an
         earlier quarantine."""
         mine: frozenset[LostMember] = frozenset()
         while True:
-            if made is None or made.quarantine - made.lost != self.quarantine:
-                made = self.make(job, self.quarantine, on_read)
-            mine |= made.lost
-            lost = self._agree(made.lost)
+            if batch is None or batch.quarantine - batch.lost != self.quarantine:
+                batch = self.make(job, self.quarantine, on_read)
+            mine |= batch.lost
+            lost = self._agree(batch.lost)
             if lost <= self.quarantine:
-                return replace(made, lost=mine)
+                return replace(batch, lost=mine)
             self.quarantine |= lost
 
 
@@ -108,7 +108,7 @@ class _Task:
 
     def __init__(self, job: Any, quarantine: frozenset[LostMember]):
         self.job, self.quarantine = job, quarantine
-        self.made: Any = None
+        self.batch: Any = None
         self.error: BaseException | None = None
         self.finished = threading.Event()
 
@@ -133,13 +133,13 @@ class _WorkerPool:
     def batches(self, log: Log) -> Iterator[Any]:
         """Yield the batches in order."""
         while True:
-            made, error = self._next(log)
+            batch, error = self._next(log)
             if error is not None:
                 raise error
-            if made is _END:
+            if batch is _END:
                 return
             self._free.release()
-            yield made
+            yield batch
 
     def close(self) -> None:
         """End the threads. With several ranks the coordinator first makes the batches that the
@@ -174,7 +174,7 @@ class _WorkerPool:
         while (task := self._tasks.get()) is not None:
             try:
                 if not self._closed.is_set():
-                    task.made = self._maker.make(task.job, task.quarantine, self._on_read)
+                    task.batch = self._maker.make(task.job, task.quarantine, self._on_read)
             except BaseException as e:
                 task.error = e
             self._doing.pop(threading.current_thread().name, None)
@@ -188,7 +188,7 @@ class _WorkerPool:
                 task.finished.wait()
                 if task.error is not None:
                     raise task.error
-                self._ready.put((self._maker(task.job, task.made, self._on_read), None))
+                self._ready.put((self._maker(task.job, task.batch, self._on_read), None))
                 self._doing.pop(threading.current_thread().name, None)
             self._ready.put((_END, None))
         except BaseException as e:
@@ -208,11 +208,11 @@ class _WorkerPool:
     def _in_order(self) -> Iterator[_Task]:
         """Yield the jobs as tasks; at any time as many are given to the workers as there are
         workers."""
-        given: deque[_Task] = deque()
+        tasks: deque[_Task] = deque()
         while True:
-            for job in islice(self._plan, self._workers - len(given)):
-                given.append(_Task(job, self._maker.quarantine))
-                self._tasks.put(given[-1])
-            if not given:
+            for job in islice(self._plan, self._workers - len(tasks)):
+                tasks.append(_Task(job, self._maker.quarantine))
+                self._tasks.put(tasks[-1])
+            if not tasks:
                 return
-            yield given.popleft()
+            yield tasks.popleft()

@@ -153,7 +153,7 @@ class Shard:
             self._resident = MEMORY.grant(self.num_tokens, self.dtype, self._chunks[-1])
             self._memory_requested = True
         length, resident = out.shape[1], self._resident
-        if resident is None or (kept := resident.tokens) is None:
+        if resident is None or (memory := resident.tokens) is None:
             tokens, view = BUFFERS.buffer(length, self.dtype)
             for row, start in zip(rows, starts, strict=True):
                 self._read(int(start), length, view)
@@ -166,8 +166,8 @@ class Shard:
         if int(firsts.view(np.uint64).max()) >= shape[0]:  # a negative start becomes large too
             raise ValueError(f"windows of {length} beyond {self.num_tokens} tokens")
         if not resident.complete:
-            self._keep(resident, kept, firsts, length)
-        windows = np.ndarray(shape, self.dtype, kept, strides=(self._item, self._item))
+            self._load(resident, memory, firsts, length)
+        windows = np.ndarray(shape, self.dtype, memory, strides=(self._item, self._item))
         out[rows] = windows[firsts]
 
     @cached_property
@@ -176,7 +176,9 @@ class Shard:
         step = CHUNK // self._item
         return np.concatenate([np.arange(m.first, m.first + m.tokens, step) for m in self.members])
 
-    def _keep(self, resident: Resident, kept: np.ndarray, starts: np.ndarray, length: int) -> None:
+    def _load(
+        self, resident: Resident, memory: np.ndarray, starts: np.ndarray, length: int
+    ) -> None:
         """Load and verify the chunks of these windows into `kept`."""
         first = np.searchsorted(self._chunk_firsts, starts, side="right") - 1
         last = np.searchsorted(self._chunk_firsts, starts + (length - 1), side="right") - 1
@@ -185,18 +187,18 @@ class Shard:
         for a, b in zip(first[lacking].tolist(), last[lacking].tolist(), strict=True):
             for chunk in range(a, b + 1):
                 if not ready[chunk]:
-                    self._keep_chunk(chunk, kept)
+                    self._load_chunk(chunk, memory)
                     ready[chunk] = True
         if len(lacking):
             resident.complete = bool(ready.all())
 
-    def _keep_chunk(self, chunk: int, kept: np.ndarray) -> None:
+    def _load_chunk(self, chunk: int, memory: np.ndarray) -> None:
         begin, at = int(self._chunk_firsts[chunk]), bisect_right(self._chunks, chunk) - 1
         end = min(begin + CHUNK // self._item, self._firsts[at + 1])
         held = BUFFERS.chunk[: (end - begin) * self._item]
         self._read_chunk(at, chunk - self._chunks[at], held)
         # Copied only when verified: another thread may be reading this chunk or its neighbours.
-        kept[begin:end] = np.frombuffer(held, self.dtype)
+        memory[begin:end] = np.frombuffer(held, self.dtype)
 
     def _read(self, start: int, length: int, out: memoryview) -> None:
         """Copy tokens [start, start + length), verified and as they are stored, into `out`."""

@@ -146,12 +146,14 @@ def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> in
     """
     added = tokenizer.get_added_tokens_decoder()
     for token in (name,) if name else (END_OF_TEXT, *_OTHER_ENDS, *_named_in(where)):
-        if (found := tokenizer.token_to_id(token)) is None:
+        if (token_id := tokenizer.token_to_id(token)) is None:
             continue
-        if found not in added and tokenizer.encode(token, add_special_tokens=False).ids == [found]:
+        if token_id not in added and tokenizer.encode(token, add_special_tokens=False).ids == [
+            token_id
+        ]:
             problem = f"{token!r} can't end documents: it is an ordinary token of texts"
             raise UserError(where, problem, "set end_of_text to its end-of-text token")
-        return found
+        return token_id
     special = [t.content for t in added.values() if t.special]
     raise UserError(
         where,

@@ -3,7 +3,7 @@
 import math
 
 from forescale.data.dataset import Dataset, Sources
-from forescale.data.prepare import baselines
+from forescale.data.prepare.sample import bits_per_byte
 from forescale.errors import UserError
 from forescale.inference.export import is_exportable
 from forescale.inference.generation import Answer, GenerationConfig, stream
@@ -97,7 +97,7 @@ def _scores(bits: dict[str, float], sources: Sources) -> str:
 
 def _score(title: str, bits: float, dataset: Dataset) -> str:
     lines = [f"\nHeld-out text, in bits per byte ({title}):"]
-    rows = {"this model": bits, **baselines.bits_per_byte(dataset.manifest)}
+    rows = {"this model": bits, **bits_per_byte(dataset.manifest)}
     widest = max(map(len, rows))
     for name, value in rows.items():
         other = value and name != "this model"  # conditional xz may need 0 bits for a tiny text

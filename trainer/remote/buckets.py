@@ -61,10 +61,10 @@ class FsspecOrigin(Origin):
         """See Origin."""
         info = call(self.url, "info", timeout)
         if info.get("type") == "directory":
-            raise UserError(self.shown, "is a folder, not a file", "check the address")
+            raise UserError(self.where, "is a folder, not a file", "check the address")
         if info.get("size") is None:
             problem = "its store doesn't report the file size"
-            raise UserError(self.shown, problem, "copy the file to a local disk")
+            raise UserError(self.where, problem, "copy the file to a local disk")
         tag = next((info[k] for k in ("ETag", "etag", "generation") if info.get(k)), "")
         self.learn(info["size"], str(tag))
         self._is_known = True
@@ -166,7 +166,7 @@ def _called(fs: Any, method: str, timeout: float, *args: Any, **options: Any) ->
 @contextmanager
 def _faults(url: str, timeout: float) -> Iterator[tuple[Any, str]]:
     """Yield the file system of an address and the path in it; convert exceptions of its package."""
-    shown, protocol = masked(url), url.partition(":")[0]
+    where, protocol = masked(url), url.partition(":")[0]
     try:
         yield _opened(url)
     except UserError:
@@ -174,20 +174,20 @@ def _faults(url: str, timeout: float) -> Iterator[tuple[Any, str]]:
     except ImportError as e:
         extra = _EXTRAS.get(protocol)
         todo = f"pip install 'forescale[{extra}]'" if extra else "install it"
-        raise UserError(shown, f"the package for {protocol}:// isn't installed ({e})", todo) from e
+        raise UserError(where, f"the package for {protocol}:// isn't installed ({e})", todo) from e
     except FileNotFoundError as e:
-        raise Missing(shown, "doesn't exist", "check the address") from e
+        raise Missing(where, "doesn't exist", "check the address") from e
     except PermissionError as e:
-        raise _refused(shown, e) from e
+        raise _refused(where, e) from e
     except TimeoutError as e:
         raise RetryableError(f"no answer within {timeout:g} s") from e
     except (IsADirectoryError, NotADirectoryError) as e:
-        raise UserError(shown, f"is no place for a file ({e.strerror})", "check the path") from e
+        raise UserError(where, f"is no place for a file ({e.strerror})", "check the path") from e
     except (ValueError, TypeError, NotImplementedError) as e:
-        raise UserError(shown, f"can't be used ({e})", "check the address") from e
+        raise UserError(where, f"can't be used ({e})", "check the address") from e
     except Exception as e:  # each package has its own exceptions, few are OSErrors
         if "Credential" in type(e).__name__:
-            raise _refused(shown, e) from e
+            raise _refused(where, e) from e
         raise RetryableError(f"the transfer fails ({e or type(e).__name__})") from e
 
 
@@ -203,6 +203,6 @@ def _opened(url: str) -> tuple[Any, str]:
     return fsspec.url_to_fs(for_request(url), use_listings_cache=False)
 
 
-def _refused(shown: str, error: Exception) -> UserError:
+def _refused(where: str, error: Exception) -> UserError:
     todo = "set your credentials in the environment, as for the store's own tools"
-    return UserError(shown, f"access denied ({error})", todo)
+    return UserError(where, f"access denied ({error})", todo)

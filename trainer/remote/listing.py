@@ -38,10 +38,10 @@ def list_files(url: str, patience: Patience = PATIENCE) -> list[tuple[str, int |
     """
     _check(url)
     web = url.startswith(("http://", "https://"))
-    found = sorted(_web_files(url, patience) if web else _bucket_files(url, patience))
-    if not found:
+    files = sorted(_web_files(url, patience) if web else _bucket_files(url, patience))
+    if not files:
         raise UserError(masked(url), "has no files", "check the address")
-    return found
+    return files
 
 
 def open_input(url: str, patience: Patience = PATIENCE) -> BinaryIO:
@@ -52,7 +52,7 @@ def open_input(url: str, patience: Patience = PATIENCE) -> BinaryIO:
     """
     _check(url)
     origin = origin_of(url)
-    persist(origin.shown, patience, partial(origin.ask, patience.timeout))
+    persist(origin.where, patience, partial(origin.ask, patience.timeout))
     return io.BufferedReader(_Stream(origin, patience), MIB)
 
 
@@ -73,7 +73,7 @@ class _Stream(io.RawIOBase):
 
     @property
     def name(self) -> str:
-        return self._origin.shown
+        return self._origin.where
 
     def readable(self) -> bool:
         return True
@@ -135,9 +135,9 @@ class _Stream(io.RawIOBase):
 def _bucket_files(url: str, patience: Patience) -> Iterator[tuple[str, int | None]]:
     method = "glob" if re.search(r"[*?\[]", url) else "find"
     protocol = url.partition("://")[0]
-    shown = masked(url)
+    where = masked(url)
     attempt = partial(call, url, method, patience.seconds, detail=True)
-    for path, info in persist(shown, patience, attempt).items():
+    for path, info in persist(where, patience, attempt).items():
         if info.get("type") == "file":
             yield f"{protocol}://{path.removeprefix('/')}", info.get("size")
 
@@ -151,16 +151,16 @@ def _web_files(url: str, patience: Patience) -> set[tuple[str, int | None]]:
     folder = url[: url.rindex("/", 0, magic.start()) + 1] if magic else url
     matches = re.compile(glob_translate(url) if magic else ".*", re.DOTALL).fullmatch
     deep = "/" in url[len(folder) :] or not magic
-    found: set[tuple[str, int | None]] = set()
-    seen, todo = {folder}, [folder]
+    files: set[tuple[str, int | None]] = set()
+    visited, todo = {folder}, [folder]
     while todo:
         for link in _links(todo.pop(), patience):
             if not link.endswith("/") and matches(link):
-                found.add((link, None))
-            elif link.endswith("/") and deep and link not in seen:
-                seen.add(link)
+                files.add((link, None))
+            elif link.endswith("/") and deep and link not in visited:
+                visited.add(link)
                 todo.append(link)
-    return found
+    return files
 
 
 def _links(folder: str, patience: Patience) -> Iterator[str]:

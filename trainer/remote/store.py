@@ -118,7 +118,7 @@ class RemoteFile(File):
     def read_at(self, offset: int, into: memoryview) -> None:
         end = offset + len(into)
         if end > self.size:
-            raise _ends(self._origin.shown, self.size, end - self.size)
+            raise _ends(self._origin.where, self.size, end - self.size)
         at = 0
         while at < len(into):
             number, skip = divmod(offset + at, BLOCK)
@@ -186,11 +186,11 @@ class Store:
         origin = self._origins.setdefault((place, version), origin_of(place, size))
         origin.learn(size, "")
         if origin.size is None or not (version or origin.tag):
-            persist(origin.shown, self._patience, partial(origin.ask, self._patience.timeout))
+            persist(origin.where, self._patience, partial(origin.ask, self._patience.timeout))
         if origin.size is None:
             problem = "the server doesn't report the file size"
             todo = "serve it with a Content-Length, or copy it to a local disk"
-            raise UserError(origin.shown, problem, todo)
+            raise UserError(origin.where, problem, todo)
         # Without any version the next process couldn't know whether the file is still the same.
         version = version or origin.tag or uuid.uuid4().hex
         key = hashlib.sha256(f"{place} {origin.size} {version}".encode()).hexdigest()[:32]

@@ -69,7 +69,7 @@ class Origin:
 
     def __init__(self, url: str, size: int | None = None):
         """url: address of the file; it may name variables that hold its secrets."""
-        self.url, self.shown, self.size, self.tag = url, masked(url), size, ""
+        self.url, self.where, self.size, self.tag = url, masked(url), size, ""
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
         """Yield the bytes [start, stop) in one try, up to the end with None. There may be fewer,
@@ -88,10 +88,10 @@ class Origin:
         """Store size and version. Raises UserError if they differ from those of earlier answers."""
         if size is not None and self.size is not None and size != self.size:
             problem = f"has {size:,} bytes on the server, expected {self.size:,}"
-            raise WrongFile(self.shown, problem, _CHANGED)
+            raise WrongFile(self.where, problem, _CHANGED)
         if tag and self.tag and tag != self.tag:
             problem = f"changed on the server between two requests (from {self.tag} to {tag})"
-            raise WrongFile(self.shown, problem, _CHANGED)
+            raise WrongFile(self.where, problem, _CHANGED)
         self.size, self.tag = self.size if size is None else size, self.tag or tag
 
 
@@ -102,18 +102,18 @@ def is_url(name: str | Path) -> bool:
     address (it would be read through a cache, like a remote file).
     """
     text = str(name)
-    if found := re.match(r"(pipe|exec|shell|cmd|sh|bash):|\w+::", text):
-        problem = f"{found[0]!r} would run a command or a chain of addresses, which isn't allowed"
+    if match := re.match(r"(pipe|exec|shell|cmd|sh|bash):|\w+::", text):
+        problem = f"{match[0]!r} would run a command or a chain of addresses, which isn't allowed"
         raise UserError(text, problem, "give a path, or an address such as https:// or s3://")
-    if found := re.match(r"(file|local)://", text):
-        problem = f"{found[0]!r} isn't the address of a server"
+    if match := re.match(r"(file|local)://", text):
+        problem = f"{match[0]!r} isn't the address of a server"
         raise UserError(text, problem, "give the path without it")
-    found = re.match(r"[a-zA-Z][\w+.-]*://", text)
-    if found and found[0] == text:
+    match = re.match(r"[a-zA-Z][\w+.-]*://", text)
+    if match and match[0] == text:
         raise UserError(
             text, "isn't a complete address: the server is missing", "give the full address"
         )
-    return found is not None
+    return match is not None
 
 
 def for_request(url: str) -> str:
@@ -136,7 +136,7 @@ def receive(
     count. If no size is known and the server gives none, a body cut off by a closed connection
     can't be recognised.
     """
-    trying = _Trying(origin.shown, patience)
+    trying = _Trying(origin.where, patience)
     at = start
     while stop is None or at < stop:
         try:
@@ -162,9 +162,9 @@ def fetch(origin: Origin, start: int, stop: int, patience: Patience) -> bytearra
     return data
 
 
-def persist(shown: str, patience: Patience, attempt: Callable[[], T]) -> T:
+def persist(where: str, patience: Patience, attempt: Callable[[], T]) -> T:
     """Return the result of `attempt`, tried again after each RetryableError. Raises UserError."""
-    trying = _Trying(shown, patience)
+    trying = _Trying(where, patience)
     while True:
         try:
             return attempt()
@@ -175,7 +175,7 @@ def persist(shown: str, patience: Patience, attempt: Callable[[], T]) -> T:
 def exists(origin: Origin, patience: Patience) -> bool:
     """Return True if there is such a file now. Raises UserError."""
     try:
-        persist(origin.shown, patience, partial(origin.ask, patience.timeout))
+        persist(origin.where, patience, partial(origin.ask, patience.timeout))
     except Missing:
         return False
     return True
@@ -184,8 +184,8 @@ def exists(origin: Origin, patience: Patience) -> bool:
 class _Trying:
     """The state of one transfer: number of failures, and for how long nothing came."""
 
-    def __init__(self, shown: str, patience: Patience):
-        self.shown, self.patience = shown, patience
+    def __init__(self, where: str, patience: Patience):
+        self.where, self.patience = where, patience
         self.tries = self.in_a_row = self.arrived = 0
         self.waited, self.since = 0.0, time.monotonic()
 
@@ -216,9 +216,9 @@ class _Trying:
             asks = f" and asks to wait {fault.wait:,.0f} s" if fault.wait and over else ""
             tried = "once" if self.tries == 1 else f"{self.tries} times"
             todo = "check the address, the network and the server, then run the command again"
-            raise Unreachable(self.shown, f"{fault.problem}{asks} (tried {tried})", todo) from fault
+            raise Unreachable(self.where, f"{fault.problem}{asks} (tried {tried})", todo) from fault
         if self.in_a_row == 3:  # by now people may wonder about the delay
-            text = f"{self.shown}: {fault.problem}; trying again"
+            text = f"{self.where}: {fault.problem}; trying again"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         time.sleep(pause)
         self.waited += pause

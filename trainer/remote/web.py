@@ -37,16 +37,16 @@ class HttpOrigin(Origin):
             end = self.size if stop is None else stop
             left = None if end is None else end - start
             while left is None or left > 0:
-                with _faults(self.shown, timeout):
+                with _faults(self.where, timeout):
                     # One receive at a time, so that a very slow server is noticed.
                     piece = answer.raw.read1(_PIECE, decode_content=False)
                 if not piece:
                     if left:
                         raise RetryableError(f"the answer is {left:,} bytes too short")
                     return
-                passed = min(skip, len(piece))
-                skip -= passed
-                piece = piece[passed:] if left is None else piece[passed : passed + left]
+                skipped = min(skip, len(piece))
+                skip -= skipped
+                piece = piece[skipped:] if left is None else piece[skipped : skipped + left]
                 if piece:
                     left = None if left is None else left - len(piece)
                     yield piece
@@ -65,7 +65,7 @@ class HttpOrigin(Origin):
         # If the body were compressed in transit, ranges would count other bytes.
         headers = {"Range": spread, "Accept-Encoding": "identity", "User-Agent": "forescale"}
         url = for_request(self.url)
-        with _faults(self.shown, timeout):
+        with _faults(self.where, timeout):
             return _sessions.session.get(url, headers=headers, timeout=timeout, stream=True)
 
     def _judge(self, answer: Any, start: int, whole: bool) -> int:
@@ -74,12 +74,12 @@ class HttpOrigin(Origin):
         tag = headers.get("ETag") or headers.get("Last-Modified") or ""
         spread = headers.get("Content-Range", "")
         if status == 206:
-            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", spread)
-            if not found or int(found[1]) != start:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", spread)
+            if not match or int(match[1]) != start:
                 raise RetryableError(
                     f"requested the bytes from {start:,} on, the server sends {spread!r}"
                 )
-            self.learn(_number(found[2]), tag)
+            self.learn(_number(match[2]), tag)
             return 0
         if status == 200:
             self.learn(_number(headers.get("Content-Length", "")), tag)
@@ -88,7 +88,7 @@ class HttpOrigin(Origin):
                 todo = (
                     "use a server with ranges (nginx, caddy, S3), or copy the files to a local disk"
                 )
-                raise UserError(self.shown, problem, todo)
+                raise UserError(self.where, problem, todo)
             return start
         if status == 416:
             self.learn(_number(spread.removeprefix("bytes */")), tag)
@@ -101,11 +101,11 @@ class HttpOrigin(Origin):
         if status >= 500 or status in (408, 425, 429):
             return RetryableError(answer, _seconds(after))
         if status in (404, 410):
-            return Missing(self.shown, f"doesn't exist ({answer})", "check the address")
+            return Missing(self.where, f"doesn't exist ({answer})", "check the address")
         if status in (401, 403, 407):
             todo = "check the address and your access (user and password go into ~/.netrc)"
-            return UserError(self.shown, f"access denied ({answer})", todo)
-        return UserError(self.shown, answer, "check the address and the server")
+            return UserError(self.where, f"access denied ({answer})", todo)
+        return UserError(self.where, answer, "check the address and the server")
 
 
 def _number(text: str) -> int | None:
@@ -124,7 +124,7 @@ def _seconds(after: str) -> float:
 
 
 @contextmanager
-def _faults(shown: str, timeout: float) -> Iterator[None]:
+def _faults(where: str, timeout: float) -> Iterator[None]:
     """Convert exceptions of requests and urllib3 to a RetryableError, or to a UserError if another
     try is useless."""
     import requests
@@ -140,22 +140,22 @@ def _faults(shown: str, timeout: float) -> Iterator[None]:
                 todo = (
                     "check the address, or set REQUESTS_CA_BUNDLE to your authority's certificates"
                 )
-                raise UserError(shown, problem, todo) from e
+                raise UserError(where, problem, todo) from e
         if isinstance(e, requests.TooManyRedirects):
-            raise UserError(shown, "it redirects without end", "check the address") from e
+            raise UserError(where, "it redirects without end", "check the address") from e
         if isinstance(e, ValueError):  # no host, an invalid port, an unknown scheme
-            raise UserError(shown, f"isn't a valid address ({e})", "check the address") from e
+            raise UserError(where, f"isn't a valid address ({e})", "check the address") from e
         raise RetryableError(_reason(causes, timeout)) from e
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and all that it wraps: urllib3 hides the cause in arguments and
     reasons."""
-    todo, seen = [error], set()
+    todo, visited = [error], set()
     while todo:
-        if id(e := todo.pop()) in seen:
+        if id(e := todo.pop()) in visited:
             continue
-        seen.add(id(e))
+        visited.add(id(e))
         yield e
         inner = (e.__cause__, e.__context__, getattr(e, "reason", None), *e.args)
         todo += [i for i in inner if isinstance(i, BaseException)]

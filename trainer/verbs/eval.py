@@ -10,7 +10,7 @@ from forescale.config.eval import EvalJob
 from forescale.config.train import TrainJob
 from forescale.console import progress_display
 from forescale.data.dataset import Dataset
-from forescale.data.prepare import baselines
+from forescale.data.prepare.sample import bits_per_byte
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
 from forescale.run.feed import objective_of
@@ -299,7 +299,7 @@ def _print(
     )
     if is_other:
         return
-    if job.split == "validation" and (others := baselines.bits_per_byte(dataset.manifest)):
+    if job.split == "validation" and (others := bits_per_byte(dataset.manifest)):
         print("\nCompressors over the whole split, in bits per byte:\n")
         widest = max(map(len, others))
         for name, bits in others.items():

@@ -71,19 +71,19 @@ class ShardsJob(Job):
 
     def problems(self) -> Problems:
         """Return (key, problem, what to do) for every invalid key."""
-        found: Problems = []
+        problems: Problems = []
         if not self.input:
-            found.append(("input", "is empty", "give a path: forescale shards TEXT output=DIR"))
+            problems.append(("input", "is empty", "give a path: forescale shards TEXT output=DIR"))
         if not self.output:
-            found.append(("output", "is empty", "write output=DIR"))
+            problems.append(("output", "is empty", "write output=DIR"))
         if self.shard_tokens < self.member_tokens:
             problem = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
-            found.append(("shard_tokens", problem, "make it a multiple of member_tokens"))
+            problems.append(("shard_tokens", problem, "make it a multiple of member_tokens"))
         if (self.long == "keep") != (self.max_document_bytes is None):
             problem = f"{self.max_document_bytes} doesn't fit long={self.long}"
             todo = "set both max_document_bytes and long (cut, skip or fail), or neither"
-            found.append(("max_document_bytes", problem, todo))
-        return found
+            problems.append(("max_document_bytes", problem, todo))
+        return problems
 
 
 JOB = ShardsJob

@@ -70,18 +70,20 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
     if separator.isdecimal():
         token = int(separator) if len(separator) < 10 else -1  # beyond every vocabulary
         if token < 0 or tokenizer.id_to_token(token) is None:
-            what = f"{quoted} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
-            raise UserError(where, what, "give the id of a token, or its text")
+            problem = (
+                f"{quoted} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
+            )
+            raise UserError(where, problem, "give the id of a token, or its text")
     else:
         ids = _ids_of(tokenizer, separator)
         if len(ids) != 1:
-            what = f"{quoted} is {len(ids)} tokens in this dataset's tokenizer"
+            problem = f"{quoted} is {len(ids)} tokens in this dataset's tokenizer"
             todo = "give a text that is one token, such as \\t, or the id of a token"
-            raise UserError(where, what, todo)
+            raise UserError(where, problem, todo)
         token = ids[0]
     if token == end_of_text:
-        what = f"{quoted} is the token that ends each document"
-        raise UserError(where, what, "give another one, which stands inside the documents")
+        problem = f"{quoted} is the token that ends each document"
+        raise UserError(where, problem, "give another one, which stands inside the documents")
     return token
 
 

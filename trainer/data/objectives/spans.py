@@ -72,9 +72,9 @@ class Spans:
         for i, (text, size, number, drop, count) in enumerate(rows):
             if not count:
                 continue
-            draws, kept = Draws(self.seed, number), size - 1 - drop
+            draws, rest_size = Draws(self.seed, number), size - 1 - drop
             source, target, at = [], [], 0
-            lengths = zip(_cut(draws, kept, count), _cut(draws, drop, count), strict=True)
+            lengths = zip(_cut(draws, rest_size, count), _cut(draws, drop, count), strict=True)
             for sentinel, (rest, span) in enumerate(lengths, self.vocab_size):
                 source += [*text[at : at + rest].tolist(), sentinel]
                 target += [sentinel, *text[at + rest : at + rest + span].tolist()]

@@ -94,20 +94,20 @@ def origins(
 ) -> dict[str, Any]:
     """Return where each held-out document comes from, in the order of the shards, as
     `Dataset.origins` returns it. sources: of each unit, its input; names: of the inputs."""
-    keys, found = [np.empty(0, np.uint64)], list[tuple[int, str]]()
+    keys, documents = [np.empty(0, np.uint64)], list[tuple[int, str]]()
     for number, (runs, source) in enumerate(zip(units, sources, strict=True)):
         for path, run in _runs(directory, {number: runs}, VALIDATION):
             with UnitFile(path) as file:
                 keys.append(run.column(file, "key", 0, run.documents))
-            found += [(source, kind) for kind in run.kinds]
+            documents += [(source, kind) for kind in run.kinds]
     order = np.argsort(np.concatenate(keys), kind="stable")  # runs come in source order
-    kinds = sorted({kind for _, kind in found})
+    kinds = sorted({kind for _, kind in documents})
     place = {kind: i for i, kind in enumerate(kinds)}
     return {
         "sources": names,
         "kinds": kinds,
-        "source": [found[i][0] for i in order.tolist()],
-        "kind": [place[found[i][1]] for i in order.tolist()],
+        "source": [documents[i][0] for i in order.tolist()],
+        "kind": [place[documents[i][1]] for i in order.tolist()],
     }
 
 
@@ -129,7 +129,7 @@ class AssembleJob:
         """item: (split, shard)."""
         split, shard = item
         path = self.rows / shard.name
-        if (found := finished(path)) and _are_intact(self.stage, found["files"]):
+        if (done := finished(path)) and self._are_intact(done["files"]):
             tick(shard.tokens, shard.tokens)
             return
         writer = ShardWriter(self.stage, shard.name, self.dtype, self.member_tokens)
@@ -145,24 +145,32 @@ class AssembleJob:
         with UnitWriter(path) as out:
             out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
 
+    def _are_intact(self, files: dict[str, dict[str, Any]]) -> bool:
+        try:
+            return all(
+                hash_file(self.stage / n) == FileEntry(**entry) for n, entry in files.items()
+            )
+        except FileNotFoundError:
+            return False
+
     def _gathered(self, split: str, low: int, high: int) -> Iterator[np.ndarray]:
         """Yield the documents with shuffle keys in [low, high), in order, each compared with its
         checksum."""
-        found = [
+        slices = [
             piece
             for path, run in _runs(self.directory, dict(enumerate(self.units)), split)
             if (piece := self._slice(path, run, low, high)) is not None
         ]
-        if not found:
+        if not slices:
             return
-        rows = np.concatenate([piece.rows(owner) for owner, piece in enumerate(found)])
-        keys = np.concatenate([piece.keys for piece in found])
+        rows = np.concatenate([piece.rows(owner) for owner, piece in enumerate(slices)])
+        keys = np.concatenate([piece.keys for piece in slices])
         rows = rows[np.argsort(keys, kind="stable")]  # runs come in source order
         for at in range(0, len(rows), _ROWS):
             for owner, start, stop, checksum in rows[at : at + _ROWS].tolist():
-                ids = found[owner].tokens[start:stop]
+                ids = slices[owner].tokens[start:stop]
                 if xxhash.xxh3_64_intdigest(ids.data) != checksum:
-                    with UnitFile(found[owner].path) as file:
+                    with UnitFile(slices[owner].path) as file:
                         raise file.damaged()
                 yield ids
 
@@ -193,10 +201,3 @@ class _Slice(NamedTuple):
         """Return owner, first token, end and checksum of every document, shape (documents, 4)."""
         owners = np.full(len(self.keys), owner, np.uint64)
         return np.stack([owners, self.ends[:-1], self.ends[1:], self.sums], axis=1)
-
-
-def _are_intact(stage: Path, files: dict[str, dict[str, Any]]) -> bool:
-    try:
-        return all(hash_file(stage / name) == FileEntry(**entry) for name, entry in files.items())
-    except FileNotFoundError:
-        return False

@@ -4,9 +4,9 @@
     facts           JSON: offsets of the columns, counts, reports
     trailer         length and XXH3-64 of the facts, XXH3-128 of everything before it, a mark
 
-Invariant: a file with its final name is complete, or `is_intact` returns False: it is written under
-a temporary name and renamed. It isn't flushed to disk: after a power failure it is found missing or
-damaged, and made again. Equal work gives equal bytes, so repeated work may replace the file.
+Invariant: a file with its final name is complete, or `is_intact` returns False: it gets its name by
+a rename. It isn't flushed to disk: after a power failure it is missing or damaged, and built again.
+Equal work gives equal bytes, so repeated work may replace the file.
 """
 
 import json
@@ -73,7 +73,7 @@ class UnitWriter:
 
 
 class UnitFile:
-    """A finished file, open for reading. Raises UserError if it is found damaged."""
+    """A finished file, open for reading. Raises UserError where it proves damaged."""
 
     def __init__(self, path: Path):
         """path: must exist."""
@@ -108,9 +108,8 @@ class UnitFile:
 
     def damaged(self) -> UserError:
         """Return the error to raise for this file."""
-        return UserError(
-            str(self.path), "is damaged", "run the same command again; it makes the file again"
-        )
+        todo = "run the same command again; it makes the file again"
+        return UserError(str(self.path), "is damaged", todo)
 
     def column(self, offset: int, count: int, dtype: Any, first: int = 0) -> np.ndarray:
         """Return entries [first, first + count) of the column that begins at byte `offset`."""
@@ -124,17 +123,21 @@ class UnitFile:
         if count <= _WHOLE:
             column = self.column(offset, count, "<u8")
             return count if key >> 64 else int(np.searchsorted(column, np.uint64(key)))
-        return bisect_left(_OnDisk(self._fd, offset, count), key)
+
+        def entry(index: int) -> int:  # about 20 are read, not all
+            return int.from_bytes(os.pread(self._fd, 8, offset + 8 * index), "little")
+
+        return bisect_left(range(count), key, key=entry)
 
     def is_intact(self) -> bool:
         """Compare the whole file with its checksum."""
         _, size, whole = self._end
-        found, at, end = xxhash.xxh3_128(), 0, size - len(whole) - len(_MARK)
+        digest, at, end = xxhash.xxh3_128(), 0, size - len(whole) - len(_MARK)
         while at < end:
             block = self._read(at, min(_BLOCK, end - at))
-            found.update(block)
+            digest.update(block)
             at += len(block)
-        return found.digest() == whole
+        return digest.digest() == whole
 
     def _read(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
@@ -147,21 +150,8 @@ class UnitFile:
         return data
 
 
-class _OnDisk:
-    """A uint64 column as a sequence for bisect: a search reads about 20 entries, not all."""
-
-    def __init__(self, fd: int, offset: int, count: int):
-        self._fd, self._offset, self._count = fd, offset, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return int.from_bytes(os.pread(self._fd, 8, self._offset + 8 * index), "little")
-
-
 def finished(path: Path) -> dict[str, Any] | None:
-    """Return the facts of a file that exists and is intact; None if it has to be made."""
+    """Return the facts of a file that exists and is intact; None if it has to be built."""
     try:
         with UnitFile(path) as file:
             return file.facts if file.is_intact() else None

@@ -72,15 +72,10 @@ class PythonSource:
         self._missing: list[str] = []
         self._roots = installed_roots(self._missing) if roots is None else roots
         self.files = list(self._walk())
-        self._verdicts: dict[
-            str, str | None
-        ] = {}  # cached, because the rules take longer than reading
+        self._verdicts: dict[str, str | None] = {}  # the rules take longer than reading
         if not self.files:
-            raise UserError(
-                "the embedded corpus",
-                "this installation contains no Python source code",
-                "give your own corpus with data.path",
-            )
+            problem = "this installation contains no Python source code"
+            raise UserError("the embedded corpus", problem, "give your own corpus with data.path")
 
     def state(self) -> Iterator[tuple[str, int, int]]:
         """Yield name, size and modification time in nanoseconds of every file."""
@@ -127,24 +122,19 @@ class PythonSource:
 
     def _walk(self) -> Iterator[tuple[str, Path]]:
         for label, root in self._roots.items():
-            found = []
+            paths = []
             for folder, subfolders, files in os.walk(root):
-                subfolders[:] = [d for d in subfolders if not _left_out(d)]
+                subfolders[:] = [
+                    d
+                    for d in subfolders
+                    if d not in _FOLDERS and not d.startswith((".", "config-"))
+                ]
                 for name in files:
-                    if _wanted(name):
+                    is_source = name.endswith(".py") and name not in _STAMPED
+                    if is_source and not name.startswith(("_sysconfigdata", "test_")):
                         path = Path(folder, name)
-                        found.append((f"{label}/{path.relative_to(root).as_posix()}", path))
-            yield from sorted(found)
-
-
-def _left_out(folder: str) -> bool:
-    return folder in _FOLDERS or folder.startswith((".", "config-"))
-
-
-def _wanted(name: str) -> bool:
-    if not name.endswith(".py"):
-        return False
-    return not (name in _STAMPED or name.startswith(("_sysconfigdata", "test_")))
+                        paths.append((f"{label}/{path.relative_to(root).as_posix()}", path))
+            yield from sorted(paths)
 
 
 def installed_roots(missing: list[str]) -> dict[str, Path]:
@@ -169,11 +159,7 @@ def prepare_embedded(
     """
     source = PythonSource()
     path = embedded_path(source, cache, tokens)
-    return build_dataset(source, path, _config(tokens), progress, available())
-
-
-def _config(tokens: str) -> BuildConfig:
-    return EMBEDDED if tokens == "bpe" else replace(EMBEDDED, tokenizer=tokens)
+    return build_dataset(source, path, replace(EMBEDDED, tokenizer=tokens), progress, available())
 
 
 def embedded_path(
@@ -185,6 +171,7 @@ def embedded_path(
     size, so that an upgrade, or another installation that shares the cache, makes a new one.
     """
     sizes = [(name, path.stat().st_size) for name, path in source.files]
-    problem = json.dumps([source.describe(), asdict(_config(tokens)), sizes], sort_keys=True)
+    config = asdict(replace(EMBEDDED, tokenizer=tokens))
+    text = json.dumps([source.describe(), config, sizes], sort_keys=True)
     kind = "python" if tokens == "bpe" else f"python-{tokens}"
-    return cache_directory(cache) / f"{kind}-{hashlib.sha256(problem.encode()).hexdigest()[:12]}"
+    return cache_directory(cache) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

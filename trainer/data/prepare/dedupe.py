@@ -5,13 +5,13 @@ the ends of lines, no blank lines at the beginning and the end. The SHA-256 of t
 to 128 bits, is the document's hash; its first 64 bits are the document's key, which decides
 everything else: whether the document is held out, is in a sample, and its position in the shuffle.
 
-Invariant: of equal documents the first in source order (unit, then document) is kept, independent
+Invariant: of equal documents the first in source order (unit, then document) stays, independent
 of how the source is cut into units and of the order in which they are hashed.
 
     hashes/000012     per unit, in runs of _RUN documents: hash, number and size of the distinct
                       ones, sorted by hash; XXH3-64 of every document's bytes, in their order
-    ranges/0003       per range of the hashes, over all units: key and size of the documents kept,
-                      sorted by key; unit by unit the documents that equal an earlier one
+    ranges/0003       per range of the hashes, over all units: key and size of the distinct
+                      documents, sorted by key; unit by unit the documents that equal an earlier one
 
 A task holds one run of a unit, or one range: about 100 MB.
 """
@@ -84,8 +84,7 @@ class HashJob:
             tick(unit.size, 0)
             return
         report, runs = ReadingReport(), []
-        first = size = left = 0
-        left = unit.size
+        first, size, left = 0, 0, unit.size
         documents = self.source.read(unit, report)
         with UnitWriter(path) as out:
             while True:
@@ -123,9 +122,9 @@ def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> HashRun:
 
 def is_first(key: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Return for each of the sorted hashes whether it differs from the one before it."""
-    found = np.ones(len(key), bool)
-    found[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
-    return found
+    first = np.ones(len(key), bool)
+    first[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
+    return first
 
 
 def range_edges(documents: int, per_range: int = _RANGE) -> list[int]:
@@ -136,7 +135,7 @@ def range_edges(documents: int, per_range: int = _RANGE) -> list[int]:
 
 @dataclass(frozen=True)
 class RangeJob:
-    """Find the documents to keep in a range of hashes."""
+    """Find the distinct documents in a range of hashes."""
 
     hashes: Path
     directory: Path
@@ -155,13 +154,13 @@ class RangeJob:
             columns = [np.empty((5, 0), np.uint64)]
         key, rest, document, size, unit = np.concatenate(columns, axis=1)
         order = np.lexsort((rest, key))  # stable, so that source order decides among equals
-        is_kept = is_first(key[order], rest[order])
-        kept, dropped = order[is_kept], np.sort(order[~is_kept])  # columns are in source order
+        unique = is_first(key[order], rest[order])
+        first, dropped = order[unique], np.sort(order[~unique])  # columns are in source order
         starts = np.searchsorted(unit[dropped], np.arange(len(self.runs) + 1))
         with UnitWriter(path) as out:
-            found = (key[kept], size[kept], starts.astype("<u8"), document[dropped])
-            offsets = [out.add(column) for column in found]
-            out.finish({"hashes": len(key), "kept": len(kept), "offsets": offsets})
+            results = (key[first], size[first], starts.astype("<u8"), document[dropped])
+            offsets = [out.add(column) for column in results]
+            out.finish({"hashes": len(key), "kept": len(first), "offsets": offsets})
         tick(len(key), 0)
 
     def _of(self, unit: int, low: int, high: int) -> Iterator[np.ndarray]:
@@ -171,12 +170,12 @@ class RangeJob:
                 stop = file.search(run.offset, run.distinct, high)
                 if start < stop:
                     names = ("key", "low", "document", "size")
-                    found = [run.column(file, name, start, stop) for name in names]
-                    yield np.stack([*found, np.full(stop - start, unit, np.uint64)])
+                    columns = [run.column(file, name, start, stop) for name in names]
+                    yield np.stack([*columns, np.full(stop - start, unit, np.uint64)])
 
 
-def kept_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return keys (ascending) and sizes of the documents that a file in ranges/ keeps."""
+def unique_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys (ascending) and sizes of the distinct documents in a file of ranges/."""
     with UnitFile(path) as file:
         count, (keys, sizes, *_) = file.facts["kept"], file.facts["offsets"]
         return file.column(keys, count, "<u8"), file.column(sizes, count, "<u8")

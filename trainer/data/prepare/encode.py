@@ -65,7 +65,7 @@ def kind_of(name: str) -> str:
     """Return the file type of a document by its name, such as `.py`; "" if it has none. That of a
     row is the type of its file."""
     path = bare(_ROW.sub("", name))
-    return path[found.start() :] if (found := _SUFFIX.search(path)) else ""
+    return path[match.start() :] if (match := _SUFFIX.search(path)) else ""
 
 
 def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
@@ -119,8 +119,8 @@ class EncodeJob:
         """item: (number of the unit, unit, bytes of its documents)."""
         number, unit, size = item
         path = self.directory / f"{number:06d}"
-        if found := finished(path):
-            tick(size, sum(split["tokens"] for split in found["splits"].values()))
+        if done := finished(path):
+            tick(size, sum(split["tokens"] for split in done["splits"].values()))
             return
         account, runs = _Account(), []
         left = size
@@ -166,29 +166,23 @@ class EncodeJob:
             return
         rows = (row for batch in _batches(parts) for row in self._encode(batch))
         for _, group in groupby(rows, key=lambda row: row[0]):
-            found = list(group)
-            yield found[0][1], np.concatenate([*(ids for _, _, ids in found), end])
+            pieces_of = list(group)
+            yield pieces_of[0][1], np.concatenate([*(ids for _, _, ids in pieces_of), end])
 
-    def _encode(self, batch: list["_Row"]) -> Iterator[tuple[int, Part, np.ndarray]]:
-        texts = [row.piece for row in batch]
+    def _encode(self, batch: list[tuple[int, Part, str]]) -> Iterator[tuple[int, Part, np.ndarray]]:
+        texts = [piece for _, _, piece in batch]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for row, encoding in zip(batch, encodings, strict=True):
-            yield row.number, row.part, np.array(encoding.ids, self.vocabulary.dtype)
+        for (number, part, _), encoding in zip(batch, encodings, strict=True):
+            yield number, part, np.array(encoding.ids, self.vocabulary.dtype)
 
 
-class _Row(NamedTuple):
-    number: int
-    part: Part
-    piece: str
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[list[_Row]]:
-    """Yield the parts' pieces in lists of about _BATCH bytes."""
-    batch: list[_Row] = []
+def _batches(parts: Iterable[Part]) -> Iterator[list[tuple[int, Part, str]]]:
+    """Yield the parts' pieces, each with the number of its part, in lists of about _BATCH bytes."""
+    batch: list[tuple[int, Part, str]] = []
     held = 0
     for number, part in enumerate(parts):
         for piece in pieces(part.text, _PIECE):
-            batch.append(_Row(number, part, piece))
+            batch.append((number, part, piece))
             held += len(piece)
             if held >= _BATCH:
                 yield batch
@@ -198,31 +192,32 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[_Row]]:
 
 
 class _Pending:
-    """Documents that wait to be written as a run."""
+    """Documents that are collected for a run."""
 
     def __init__(self, out: UnitWriter, dtype: np.dtype, seed: int):
         self._out, self._dtype, self._seed = out, dtype, seed
-        self._held: dict[str, list[tuple[int, np.ndarray, str]]] = {s: [] for s in SPLITS}
-        self._tokens = self._documents = 0
+        self._clear()
 
     def add(self, part: Part, ids: np.ndarray) -> list[TokenRun]:
-        self._held[part.split].append((part.key, ids, kind_of(part.name)))
+        self._documents[part.split].append((part.key, ids, kind_of(part.name)))
         self._tokens += len(ids)
-        self._documents += 1
-        is_full = self._tokens >= _RUN or self._documents >= _RUN_DOCUMENTS
-        return self.flush() if is_full else []
+        count = sum(map(len, self._documents.values()))
+        return self.flush() if self._tokens >= _RUN or count >= _RUN_DOCUMENTS else []
 
     def flush(self) -> list[TokenRun]:
-        """Write the waiting documents, one run for each split that has any."""
-        runs = [self._write(split, held) for split, held in self._held.items() if held]
-        self._held = {split: [] for split in SPLITS}
-        self._tokens = self._documents = 0
+        """Write the documents, one run for each split that has any."""
+        runs = [self._write(split, rows) for split, rows in self._documents.items() if rows]
+        self._clear()
         return runs
 
-    def _write(self, split: str, held: list[tuple[int, np.ndarray, str]]) -> TokenRun:
-        keys = shuffle_keys(np.array([key for key, *_ in held], np.uint64), self._seed)
+    def _clear(self) -> None:
+        self._documents: dict[str, list[tuple[int, np.ndarray, str]]] = {s: [] for s in SPLITS}
+        self._tokens = 0
+
+    def _write(self, split: str, rows: list[tuple[int, np.ndarray, str]]) -> TokenRun:
+        keys = shuffle_keys(np.array([key for key, *_ in rows], np.uint64), self._seed)
         order = np.argsort(keys, kind="stable")
-        documents = [held[i][1] for i in order.tolist()]
+        documents = [rows[i][1] for i in order.tolist()]
         ends = np.cumsum([len(ids) for ids in documents]).astype("<u8")
         sums = np.array([xxhash.xxh3_64_intdigest(ids.data) for ids in documents], "<u8")
         offset = self._out.add(keys[order].astype("<u8"))
@@ -230,5 +225,5 @@ class _Pending:
         self._out.add(sums)
         for ids in documents:
             self._out.add(ids)
-        kinds = [held[i][2] for i in order.tolist()] if split == VALIDATION else []
+        kinds = [rows[i][2] for i in order.tolist()] if split == VALIDATION else []
         return TokenRun(split, offset, len(documents), int(ends[-1]), kinds)

@@ -105,13 +105,13 @@ class _Worker:
     """One process as seen by the parent, and its current task."""
 
     def __init__(self) -> None:
-        self.pipe, theirs = Pipe()
+        self.pipe, child = Pipe()
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        with theirs:
+        with child:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT.format(fd=theirs.fileno())],
+                [sys.executable, "-P", "-c", _BOOT.format(fd=child.fileno())],
                 env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C reaches only the parent, which ends the workers
             )

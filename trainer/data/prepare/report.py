@@ -47,12 +47,11 @@ class Totals:
         duplicates: of their text.
         """
         longest = max((i for i, count in enumerate(self.lengths) if count), default=-1)
-        read = sum(s["read_bytes"] for s in self.sources)
-        kept = sum(split["bytes"] for split in self.splits.values())
         return {
             "duplicates": {
                 "documents": self.left_out.counts.get("duplicate", 0),
-                "bytes": read - kept,
+                "bytes": sum(s["read_bytes"] for s in self.sources)
+                - sum(split["bytes"] for split in self.splits.values()),
             },
             "lengths": self.lengths[: longest + 1],
             "sources": self.sources,
@@ -66,10 +65,10 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     for name, split in manifest["splits"].items():
         tokens, documents, size = (split[k] for k in ("tokens", "documents", "bytes"))
         ratio = f"{size / tokens:.2f} bytes per token" if tokens and size else "empty"
-        shards = _counted(len(split["shards"]), "shard")
+        count = len(split["shards"])
         lines.append(
             f"  {name:<11} {documents:>10,} documents  {size:>15,} bytes  {tokens:>13,} tokens  "
-            f"{ratio}, {shards}"
+            f"{ratio}, {count:,} shard{'s' * (count != 1)}"
         )
     held_out = manifest["splits"].get("validation", {}).get("tokens", 0)
     if 0 < held_out < _FEW:
@@ -80,8 +79,8 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
         lines += ["", "Document lengths in tokens:", *_histogram(lengths)]
     if len(sources := report.get("sources", [])) > 1:
         lines += ["", "Shares of the inputs:", *_shares(sources)]
-    if (found := report.get("duplicates")) and found["documents"]:
-        removed = f"{found['documents']:,} ({found['bytes']:,} bytes)"
+    if (duplicates := report.get("duplicates")) and duplicates["documents"]:
+        removed = f"{duplicates['documents']:,} ({duplicates['bytes']:,} bytes)"
         lines += ["", f"Duplicates removed, the first of each kept: {removed}"]
     if left_out := report.get("left_out"):
         lines += [
@@ -118,11 +117,7 @@ def _shares(sources: Sequence[dict[str, Any]]) -> Iterable[str]:
 
 
 def _reasons(left_out: dict[str, Any]) -> Iterable[str]:
-    for reason, found in left_out.items():
-        names = ", ".join(found["first"][:_NAMED])
-        more = ", ..." if found["count"] > _NAMED else ""
-        yield f"  {found['count']:>8,}  {reason}: {names}{more}"
-
-
-def _counted(count: int, problem: str) -> str:
-    return f"1 {problem}" if count == 1 else f"{count:,} {problem}s"
+    for reason, cases in left_out.items():
+        names = ", ".join(cases["first"][:_NAMED])
+        rest = ", ..." if cases["count"] > _NAMED else ""
+        yield f"  {cases['count']:>8,}  {reason}: {names}{rest}"

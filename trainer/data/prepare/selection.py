@@ -1,4 +1,4 @@
-"""Which documents a dataset keeps, in which split and which samples: decided before encoding.
+"""The documents of a dataset, their splits and samples, chosen before anything is encoded.
 
 Invariant: decided only by the documents' hashes and the config. A document is held out because of
 its own hash, so it stays held out whatever is added to or removed from the corpus. All decisions
@@ -13,22 +13,20 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from forescale.data.prepare.baselines import SAMPLE_FILES
 from forescale.data.prepare.columns import UnitFile
-from forescale.data.prepare.dedupe import HashRun, dropped_of, kept_of
+from forescale.data.prepare.dedupe import HashRun, dropped_of, unique_of
 from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit, cut
 from forescale.errors import UserError
 
 SPLITS = ("train", "validation")
 VALIDATION = SPLITS[1]
-COMPARED = (
-    16_000_000  # maximum bytes of held-out text, and of the sample, for comparison with compressors
-)
+# The most held-out text, and the largest sample, for the comparison with compressors.
+COMPARED, SAMPLE_FILES = 16_000_000, 400  # bytes, documents
 _ALL = 1 << 64  # above every key
 
 
 class ChangedError(UserError):
-    """The source gave other documents than before: everything made from it is invalid."""
+    """The source gave other documents than before: all units made from it are invalid."""
 
     def __init__(
         self, where: str, problem: str = "changed while it was being read", todo: str = ""
@@ -86,17 +84,17 @@ class Selection:
         with UnitFile(self.hashes / f"{number:06d}") as file:
             dropped = np.concatenate([dropped_of(path, number) for path in self.ranges])
             for run in map(HashRun._make, file.facts["runs"]):
-                keys, is_kept = np.zeros((2, run.documents), np.uint64)
+                keys, unique = np.zeros((2, run.documents), np.uint64)
                 places = run.column(file, "document") - np.uint64(run.first)
-                keys[places], is_kept[places] = run.column(file, "key"), 1
+                keys[places], unique[places] = run.column(file, "key"), 1
                 here = dropped - np.uint64(run.first)  # earlier documents wrap to large numbers
-                is_kept[here[here < run.documents]] = 0
-                columns = (run.column(file, "raw").tolist(), keys.tolist(), is_kept.tolist())
-                for raw, key, kept in zip(*columns, strict=True):
+                unique[here[here < run.documents]] = 0
+                columns = (run.column(file, "raw").tolist(), keys.tolist(), unique.tolist())
+                for raw, key, is_first in zip(*columns, strict=True):
                     document = next(documents, None)
                     if document is None or xxhash.xxh3_64_intdigest(document.text) != raw:
                         raise ChangedError(unit.label)
-                    if kept:
+                    if is_first:
                         yield from self._of(key, document)
                     else:
                         report.add("duplicate", document.name)
@@ -123,7 +121,7 @@ def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
     """
     held_out, held_bytes, count, total = int(validation * _ALL), 0, 0, 0
     for path in ranges:
-        keys, sizes = kept_of(path)
+        keys, sizes = unique_of(path)
         if validation and len(keys) and not count:
             held_out = max(held_out, int(keys[0]) + 1)
         count += len(keys)
@@ -149,7 +147,7 @@ def _bound(
     are at most `documents`. inclusive: including the document that reaches the limit."""
     bound = 0
     for path in ranges if limit else ():
-        keys, sizes = kept_of(path)
+        keys, sizes = unique_of(path)
         at = _position(keys, start)
         keys, totals = keys[at:], np.cumsum(sizes[at:].astype(np.int64))
         fits = int(np.searchsorted(totals, limit, side="left" if inclusive else "right"))

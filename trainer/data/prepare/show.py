@@ -90,8 +90,8 @@ def _stored(manifest: dict[str, Any]) -> str:
     files = {row["file"]: row["size"] for row in rows}
     size = f"{sum(files.values()) / 1e6:,.1f} MB"
     if in_place := [name for name in files if "/" in name]:
-        more = f" and {len(in_place) - 1} more" if len(in_place) > 1 else ""
-        return f"{manifest['dtype']}, used in place: {in_place[0]}{more}, {size}"
+        others = f" and {len(in_place) - 1} more" if len(in_place) > 1 else ""
+        return f"{manifest['dtype']}, used in place: {in_place[0]}{others}, {size}"
     return f"{manifest['dtype']} in {len(files):,} tar{'s' * (len(files) != 1)}, {size}"
 
 
@@ -185,17 +185,17 @@ class _Reader:
 
     def text(self, ids: np.ndarray | Sequence[int]) -> Text:
         """Return the text of these ids."""
-        found, raw = Text(), b""
+        text, raw = Text(), b""
         for index in map(int, ids):
             piece = self._tokenizer.id_to_token(index)
             if piece is None or (index in self._added and self._added[index].special):
-                _append(found, raw)
-                found.append(f"⟦{piece or f'id {index}'}⟧", "magenta")
+                _append(text, raw)
+                text.append(f"⟦{piece or f'id {index}'}⟧", "magenta")
                 raw = b""
             else:
                 raw += self._bytes(index, piece)
-        _append(found, raw)
-        return found
+        _append(text, raw)
+        return text
 
     def _bytes(self, index: int, piece: str) -> bytes:
         """Return the bytes that a token stands for; see tokenizer.token_bytes."""

@@ -28,7 +28,7 @@ from forescale.data.text.inputs import (
     is_hub,
 )
 from forescale.data.text.lines import TextKey, lines_between, read_lines
-from forescale.data.text.opening import Budget, bare, open_stream, reading, shown
+from forescale.data.text.opening import Budget, bare, open_stream, printable, reading
 from forescale.data.text.tables import (
     hub_parts,
     load_hub,
@@ -93,11 +93,11 @@ class Files:
 
     def describe(self) -> dict[str, Any]:
         """Return the request, sizes and a hash of the file names; see DocumentSource."""
-        more = {"suffixes": sorted(self.suffixes)} if self.suffixes else {}
+        extra = {"suffixes": sorted(self.suffixes)} if self.suffixes else {}
         return {
             "kind": "files",
             "names": self.sources,
-            **more,
+            **extra,
             "text_key": self.text_key,
             "policy": asdict(self.policy),
             "files": len(self._files),
@@ -171,7 +171,7 @@ class Files:
             lines = lines_between(f, budget, start, stop or None)
             yield from read_lines(file.name, lines, text_key, report, self.policy)
         if start == 0:  # a later part alone can't be judged
-            text_key.check(shown(file.where), "line")
+            text_key.check(printable(file.where), "line")
             if not text_key.rows and not stop:
                 yield from decoded(file.name, b"", report, self.policy)
 
@@ -215,8 +215,8 @@ def _joined(group: list[Unit]) -> list[Unit]:
     """Return consecutive whole files as one unit."""
     if not group:
         return []
-    first, more = group[0], len(group) - 1
-    label = f"{first.label} and {more} more" if more else first.label
+    first, others = group[0], len(group) - 1
+    label = f"{first.label} and {others} more" if others else first.label
     size = sum(unit.size for unit in group)
     return [Unit(label, size, first.source, first.first, group[-1].last)]
 

@@ -22,8 +22,8 @@ from forescale.data.text.opening import (
     is_text,
     open_raw,
     open_stream,
+    printable,
     reading,
-    shown,
 )
 from forescale.errors import UserError
 from forescale.remote.transfer import is_url
@@ -81,14 +81,14 @@ def kind_of(name: str, suffixes: Sequence[str] = ()) -> str | None:
 
 def clean_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
     """Return suffixes in lower case and with their dot. Raises UserError for what is none."""
-    found = tuple(f".{suffix.strip().lower().lstrip('.')}" for suffix in suffixes)
-    for given, suffix in zip(suffixes, found, strict=True):
+    cleaned = tuple(f".{suffix.strip().lower().lstrip('.')}" for suffix in suffixes)
+    for raw, suffix in zip(suffixes, cleaned, strict=True):
         if not re.fullmatch(r"(\.[\w+-]+)+", suffix):
-            raise UserError("suffixes", f"{given!r} isn't a suffix", "write such as [.log, .nfo]")
+            raise UserError("suffixes", f"{raw!r} isn't a suffix", "write such as [.log, .nfo]")
         if suffix in (*COMPRESSED, ".parquet", ".tar", ".jsonl"):
-            problem = f"{given!r} has its own meaning and can't be plain text"
+            problem = f"{raw!r} has its own meaning and can't be plain text"
             raise UserError("suffixes", problem, "leave it out")
-    return found
+    return cleaned
 
 
 def is_hub(path: str) -> bool:
@@ -117,28 +117,28 @@ def find_files(
         )
     if not is_url(path):
         path = str(Path(path).expanduser())
-    found = []
+    files = []
     with reading(path):
         listed = list(_remote(path, skipped) if is_url(path) else _local(path, skipped))
     for name, where, size in listed:
         if kind := kind_of(name, suffixes):
             if kind == "bare" and where == path:
                 _expect_text(name, where)
-            found.append(InputFile(name, where, _known(where, size), kind, source))
+            files.append(InputFile(name, where, _known(where, size), kind, source))
         elif where == path:
             raise _unknown(path)
         else:
             skipped.add("other suffix", name)
-    if not found:
-        raise UserError(shown(path), "holds no text file", f"expected {KNOWN}")
-    return sorted(found, key=lambda file: (file.name, file.where))
+    if not files:
+        raise UserError(printable(path), "holds no text file", f"expected {KNOWN}")
+    return sorted(files, key=lambda file: (file.name, file.where))
 
 
 def _unknown(path: str) -> UserError:
     if path.lower().endswith(".json"):
-        todo = f"convert it to lines: jq -c '.[]' {shown(path)} > rows.jsonl"
-        return UserError(shown(path), "a .json file isn't a list of documents", todo)
-    return UserError(shown(path), "its suffix isn't a known kind of text", f"expected {KNOWN}")
+        todo = f"convert it to lines: jq -c '.[]' {printable(path)} > rows.jsonl"
+        return UserError(printable(path), "a .json file isn't a list of documents", todo)
+    return UserError(printable(path), "its suffix isn't a known kind of text", f"expected {KNOWN}")
 
 
 def _expect_text(name: str, where: str) -> None:
@@ -146,7 +146,7 @@ def _expect_text(name: str, where: str) -> None:
     with open_stream(name, where) as stream:
         if not is_text(stream):
             problem = "has no suffix, and its content isn't text"
-            raise UserError(shown(where), problem, f"expected {KNOWN}")
+            raise UserError(printable(where), problem, f"expected {KNOWN}")
 
 
 def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:

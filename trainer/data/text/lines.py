@@ -98,14 +98,14 @@ def json_document(
             return
         text = raw.decode("utf-8", "replace")
     try:
-        found = text_key.text(json.loads(text.removeprefix("\ufeff")))
+        value = text_key.text(json.loads(text.removeprefix("\ufeff")))
     except (ValueError, RecursionError):
         report.add("malformed", name)
         return
-    if found is None:
+    if value is None:
         report.add(f"no text under {text_key.key!r}", name)
     else:
-        yield from decoded(name, found, report, policy)
+        yield from decoded(name, value, report, policy)
 
 
 def lines_between(

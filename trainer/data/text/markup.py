@@ -60,7 +60,7 @@ def _after(text: str, problem: str, start: int, endless: set[str]) -> int | None
     """Return where `what` ends, at or after `start`; None if it doesn't come any more."""
     if problem in endless:
         return None
-    if (found := text.find(problem, start)) < 0:
+    if (at := text.find(problem, start)) < 0:
         endless.add(problem)
         return None
-    return found + len(problem)
+    return at + len(problem)

@@ -45,7 +45,7 @@ def bare(name: str) -> str:
     return next((name[: -len(s)] for s in COMPRESSED if name.endswith(s)), name)
 
 
-def shown(where: str) -> str:
+def printable(where: str) -> str:
     """Return a path or an address without secrets, for messages."""
     return masked(where) if is_url(where) else where
 
@@ -58,20 +58,22 @@ def reading(where: str) -> Iterator[None]:
     except (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError) as e:
         if "too much memory" in str(e):
             problem = "unpacking it needs more memory than the file is large"
-            raise UserError(shown(where), problem, "decompress it first: zstd -d --long=31") from e
+            raise UserError(
+                printable(where), problem, "decompress it first: zstd -d --long=31"
+            ) from e
         problem = f"truncated or damaged ({e})"
-        raise UserError(shown(where), problem, "restore the file from its source") from e
+        raise UserError(printable(where), problem, "restore the file from its source") from e
     except OSError as e:
         e.filename = e.filename or where
         if isinstance(error := storage_error(e), Transient):
-            raise Transient(shown(error.where), error.problem, error.todo) from e
+            raise Transient(printable(error.where), error.problem, error.todo) from e
         name = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else where
         problem, todo = f"can't be read ({e.strerror or e})", "check the storage"
         if isinstance(e, FileNotFoundError):
             problem, todo = "doesn't exist", "check the path, and the target if it is a link"
         elif isinstance(e, PermissionError):
             problem, todo = "permission denied", "change its permissions"
-        raise UserError(shown(name), problem, todo) from e
+        raise UserError(printable(name), problem, todo) from e
 
 
 def open_raw(where: str) -> BinaryIO:
@@ -108,10 +110,10 @@ def _zstd(start: bytes, where: str) -> Any:
     """Return a decoder of the frame that begins with `start`, in the file `where`."""
     window = _WINDOW
     try:
-        wanted = zstandard.get_frame_parameters(start).window_size
+        needed = zstandard.get_frame_parameters(start).window_size
     except zstandard.ZstdError:  # its header goes on in the next piece
-        wanted = window + 1
-    if wanted > window:
+        needed = window + 1
+    if needed > window:
         window = min(max(window, stored_bytes(where)), 1 << 31)
     return zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
 from forescale.data.text.inputs import HUB
-from forescale.data.text.opening import open_raw, reading, shown
+from forescale.data.text.opening import open_raw, printable, reading
 from forescale.errors import UserError
 
 _ROWS = 128  # rows decoded at once
@@ -148,12 +148,12 @@ def text_path(where: str, schema: Any, key: str) -> list[str]:
         if part not in names:
             inside = f" in {'.'.join(path[:depth])}" if depth else ""
             todo = f"set text_key (columns: {', '.join(names[:_NAMED]) or 'none'}{inside})"
-            raise UserError(shown(where), f"has no column {key!r}", todo)
+            raise UserError(printable(where), f"has no column {key!r}", todo)
         kind = kind.field(part).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in _TEXT:
         raise UserError(
-            shown(where), f"column {key!r} holds {kind}, not text", "choose another text_key"
+            printable(where), f"column {key!r} holds {kind}, not text", "choose another text_key"
         )
     return path
 

@@ -28,9 +28,9 @@ from forescale.data.text.opening import (
     bare,
     is_text,
     open_stream,
+    printable,
     read_document,
     reading,
-    shown,
     unpacked,
 )
 from forescale.errors import UserError
@@ -67,8 +67,8 @@ class _Headers:
 class BoundedTar(tarfile.TarFile):
     """A tar, open for reading. A member whose headers are too long raises BrokenTarError."""
 
-    def __init__(self, name: Any = None, mode: Any = "r", fileobj: Any = None, **more: Any):
-        super().__init__(name, mode, cast(Any, _Headers(fileobj)), **more)
+    def __init__(self, name: Any = None, mode: Any = "r", fileobj: Any = None, **options: Any):
+        super().__init__(name, mode, cast(Any, _Headers(fileobj)), **options)
 
     def next(self) -> tarfile.TarInfo | None:
         """Return the next member, or None at the end."""
@@ -152,14 +152,14 @@ def read_tar(
             others[PurePosixPath(path).suffix or path] += 1
             report.add("other suffix", full)
     if not plain:
-        text_key.check(shown(where), "member")
+        text_key.check(printable(where), "member")
     if not plain and not text_key.rows:
         if not others:
             yield from decoded(name, b"", report, policy)
             return
         ends = ", ".join(suffix for suffix, _ in others.most_common(_SUFFIXES))
         problem = f"holds no text: its members end in {ends}"
-        raise UserError(shown(where), problem, f"expected {KNOWN}")
+        raise UserError(printable(where), problem, f"expected {KNOWN}")
 
 
 def _whole_json(

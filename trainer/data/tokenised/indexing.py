@@ -21,7 +21,7 @@ import xxhash
 from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.writer import chunk_sums, write_index
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.opening import open_raw, reading, shown
+from forescale.data.text.opening import open_raw, printable, reading
 from forescale.data.tokenised.kinds import RESTORE, TokenFile
 from forescale.data.tokenizer import Vocabulary, token_bytes
 from forescale.errors import UserError
@@ -76,8 +76,8 @@ class Indexer:
                 for skip in range(0, extent.tokens, _BLOCK):
                     offset = extent.offset + skip * file.dtype.itemsize
                     ids = self._read(f, file, offset, min(_BLOCK, extent.tokens - skip), at)
-                    ends, found = self._ends(file, ids, at)
-                    ended, unended = ended + found, unended + len(ends) - found
+                    ends, num_marked = self._ends(file, ids, at)
+                    ended, unended = ended + num_marked, unended + len(ends) - num_marked
                     if len(ends):
                         self._count(np.diff(ends, prepend=begun - at))
                         begun = at + int(ends[-1])
@@ -102,7 +102,9 @@ class Indexer:
             f.seek(offset)
             while rest:
                 if not (got := f.readinto(rest)):  # type: ignore[attr-defined]
-                    raise UserError(shown(file.where), f"ends {len(rest):,} bytes early", RESTORE)
+                    raise UserError(
+                        printable(file.where), f"ends {len(rest):,} bytes early", RESTORE
+                    )
                 rest = rest[got:]
         size = self._vocabulary.size
         if int(ids.max()) >= size or (ids.dtype.kind == "i" and int(ids.min()) < 0):
@@ -111,7 +113,7 @@ class Indexer:
                 f"token {at + first:,} is {int(ids[first])}, the vocabulary has {size:,} entries"
             )
             todo = "give the tokenizer and the dtype of the corpus"
-            raise UserError(shown(file.where), problem, todo)
+            raise UserError(printable(file.where), problem, todo)
         return ids
 
     def _ends(self, file: TokenFile, ids: np.ndarray, at: int) -> tuple[np.ndarray, int]:
@@ -120,12 +122,12 @@ class Indexer:
         a, b = np.searchsorted(file.ends, (at, at + len(ids)), side="right")
         ends = file.ends[a:b] - at
         by_id = np.flatnonzero(ids == self._vocabulary.end) + 1
-        found = int((ids[ends - 1] == self._vocabulary.end).sum())
+        num_marked = int((ids[ends - 1] == self._vocabulary.end).sum())
         if file.by_id:
-            ends, found = np.union1d(ends, by_id), len(by_id)
+            ends, num_marked = np.union1d(ends, by_id), len(by_id)
         if at + len(ids) == file.tokens and (not len(ends) or ends[-1] < len(ids)):
             ends = np.append(ends, len(ids))
-        return ends, found
+        return ends, num_marked
 
     def _deal(
         self, file: TokenFile, offset: int, ids: np.ndarray, ends: np.ndarray, at: int, part: bool

@@ -30,7 +30,7 @@ from forescale.data.prepare.work import build_once, expect_same
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HUB, input_name, kind_of
-from forescale.data.text.opening import reading, shown
+from forescale.data.text.opening import printable, reading
 from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
@@ -166,15 +166,15 @@ def _one_dtype(files: list[TokenFile], raw: np.dtype | None) -> np.dtype:
     first = files[0]
     for file in files:
         if file.dtype != first.dtype:
-            problem = f"holds {dtype_name(file.dtype)}, but {shown(first.where)} holds "
+            problem = f"holds {dtype_name(file.dtype)}, but {printable(first.where)} holds "
             problem += dtype_name(first.dtype)
             raise UserError(
-                shown(file.where),
+                printable(file.where),
                 problem,
                 "build a dataset from each, and mix them with data.sources",
             )
     if raw is not None and first.dtype != raw:
-        problem = f"is {raw.name}, but {shown(first.where)} holds {dtype_name(first.dtype)}"
+        problem = f"is {raw.name}, but {printable(first.where)} holds {dtype_name(first.dtype)}"
         raise UserError("dtype", problem, "remove it: only raw ids need it")
     return first.dtype
 
@@ -188,7 +188,7 @@ def _files(path: str, left_out: ReadingReport) -> list[tuple[str, str]]:
         else:
             left_out.add("no token ids", f"{input_name(path)}: {Path(where).name}")
     if not kinds:
-        raise UserError(shown(path), "holds no tokens", f"expected {_KINDS}")
+        raise UserError(printable(path), "holds no tokens", f"expected {_KINDS}")
     return list(kinds.items())
 
 

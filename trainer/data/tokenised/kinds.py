@@ -1,16 +1,25 @@
 """Files of token ids made by other tools: which kind each is, and what it contains.
 
-    NAME.bin + NAME.idx     Megatron-LM and GPT-NeoX (forescale.data.tokenised.megatron)
+    NAME.bin + NAME.idx     Megatron-LM and GPT-NeoX
     NAME.npy                ids in one row, or rows of equal length
     NAME.tar                a webdataset whose members are arrays: .npy, or raw ids in .bin or .tok
     NAME.bin                raw ids; the user gives the dtype
 
+The .idx of Megatron (megatron/core/datasets/indexed_dataset.py), all little-endian:
+
+    MMIDIDX\\0\\0, version (u64, 1), dtype code (u8), sequences (u64), documents + 1 (u64)
+    int32[sequences]        tokens of each sequence
+    int64[sequences]        its first byte in the .bin
+    int64[documents + 1]    the first sequence of each document, and the number of sequences
+
 Invariant: a file is accepted only if every byte of it is accounted for: a header that implies more
-or fewer bytes than there are raises UserError, and so does a tar without its end.
+or fewer bytes than there are raises UserError, and so do an index whose numbers disagree with each
+other or with the size of the .bin, and a tar without its end.
 """
 
 import io
 import re
+import struct
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,9 +30,8 @@ import numpy as np
 
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HTML, PLAIN
-from forescale.data.text.opening import open_raw, reading, shown
+from forescale.data.text.opening import open_raw, printable, reading
 from forescale.data.text.tars import BoundedTar, BrokenTarError
-from forescale.data.tokenised.megatron import read_idx
 from forescale.errors import UserError
 from forescale.remote.transfer import is_url
 
@@ -32,6 +40,11 @@ _RAW = (".bin", ".tok")
 _ARRAYS = (".npy", *_RAW)
 _TEXTS = (*PLAIN, *HTML, ".jsonl")
 _PEEKED = 32  # members of a tar that decide its kind
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")
+# 9 is used by forks; floats and int8 can't be token ids.
+_CODES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16", 9: "uint32"}
+_BOTH = "restore both files from their source"
 _DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64", "uint64")
 
 
@@ -47,8 +60,8 @@ class TokenFile:
     """The contents of one file: extents of ids, in order, and known document ends.
 
     where: a path or an address; ends: of documents, counted in tokens of the file, int64 ascending,
-    none beyond the last extent's end (which always ends one); by_id: an end-of-text id ends one
-    too.
+    none beyond the last extent's end (which always ends one); by_id: each end-of-text id ends a
+    document, too.
     """
 
     where: str
@@ -85,16 +98,16 @@ def describe(where: str, kind: str, dtype: np.dtype | None, left_out: ReadingRep
     with open_raw(where) as f:
         size = f.seek(0, io.SEEK_END)
         if kind == "megatron":
-            found, ends = read_idx(_idx(where), where, size)
-            return TokenFile(where, size, found, [Extent(0, int(ends[-1]))], ends, by_id=False)
+            stored, ends = read_idx(_idx(where), where, size)
+            return TokenFile(where, size, stored, [Extent(0, int(ends[-1]))], ends, by_id=False)
         if kind == "npy":
-            found, extent, rows = _npy(f, where, 0, size)
+            stored, extent, rows = _npy(f, where, 0, size)
             ends = np.arange(1, extent.tokens // rows + 1, dtype=np.int64) * rows
-            return TokenFile(where, size, found, [extent], ends)
+            return TokenFile(where, size, stored, [extent], ends)
         if kind == "tar":
             return _tar(f, where, size, dtype, left_out)
-        given = _given_dtype(where, dtype)
-        return TokenFile(where, size, given, [_raw(where, 0, size, given)])
+        dtype = _required(where, dtype)
+        return TokenFile(where, size, dtype, [_raw(where, 0, size, dtype)])
 
 
 def bin_of(where: str) -> str:
@@ -106,10 +119,10 @@ def _idx(where: str) -> str:
     return where[: -len(".bin")] + ".idx"
 
 
-def _given_dtype(where: str, dtype: np.dtype | None) -> np.dtype:
+def _required(where: str, dtype: np.dtype | None) -> np.dtype:
     if dtype is None:
         problem = "holds raw token ids, whose dtype must be given"
-        raise UserError(shown(where), problem, "write such as dtype=uint16")
+        raise UserError(printable(where), problem, "write such as dtype=uint16")
     return dtype
 
 
@@ -118,7 +131,7 @@ def _raw(where: str, offset: int, size: int, dtype: np.dtype) -> Extent:
         problem = (
             f"{size:,} bytes aren't a whole number of {dtype.name} tokens" if size else "is empty"
         )
-        raise UserError(shown(where), problem, f"give the correct dtype, or {RESTORE}")
+        raise UserError(printable(where), problem, f"give the correct dtype, or {RESTORE}")
     return Extent(offset, size // dtype.itemsize)
 
 
@@ -133,16 +146,16 @@ def _npy(f: BinaryIO, where: str, offset: int, size: int) -> tuple[np.dtype, Ext
         }[version]
         shape, by_columns, dtype = read(f)
     except (ValueError, KeyError, EOFError) as e:
-        raise UserError(shown(where), f"its .npy header is damaged ({e})", RESTORE) from e
+        raise UserError(printable(where), f"its .npy header is damaged ({e})", RESTORE) from e
     if dtype.name not in _DTYPES or len(shape) not in (1, 2) or (by_columns and len(shape) > 1):
         order = " in columns" * by_columns
         problem = f"holds {dtype.name} of shape {shape}{order}, which can't be token ids"
-        raise UserError(shown(where), problem, "give integers, in one dimension or in rows")
+        raise UserError(printable(where), problem, "give integers, in one dimension or in rows")
     begin = f.tell()
     tokens, have = int(np.prod(shape)), offset + size - begin
     if have != tokens * dtype.itemsize or not tokens:
         problem = f"has {have:,} bytes of tokens, but its header says {tokens * dtype.itemsize:,}"
-        raise UserError(shown(where), problem, RESTORE)
+        raise UserError(printable(where), problem, RESTORE)
     return dtype, Extent(begin, tokens), int(shape[-1])
 
 
@@ -163,22 +176,78 @@ def _tar(
             left_out.add("no token ids", f"{Path(where).name}/{info.name}")
     if len(kinds := {suffix for suffix, _ in arrays}) != 1:
         problem = f"its members hold arrays of {len(kinds)} kinds ({', '.join(sorted(kinds))})"
-        raise UserError(shown(where), problem, "make tars with one array of token ids per sample")
+        raise UserError(
+            printable(where), problem, "make tars with one array of token ids per sample"
+        )
     extents, dtypes = [], set()
     for suffix, info in arrays:
         named = f"{where}: member {info.name}"
         if suffix.endswith("npy"):
-            found, extent, _ = _npy(f, named, info.offset_data, info.size)
+            stored, extent, _ = _npy(f, named, info.offset_data, info.size)
         else:
-            found = _given_dtype(where, dtype)
-            extent = _raw(named, info.offset_data, info.size, found)
+            stored = _required(where, dtype)
+            extent = _raw(named, info.offset_data, info.size, stored)
         extents.append(extent)
-        dtypes.add(found)
+        dtypes.add(stored)
     if len(dtypes) != 1:
         problem = f"its members have different dtypes ({', '.join(sorted(d.str for d in dtypes))})"
-        raise UserError(shown(where), problem, "make tars with one dtype")
+        raise UserError(printable(where), problem, "make tars with one dtype")
     ends = np.cumsum([extent.tokens for extent in extents], dtype=np.int64)
     return TokenFile(where, size, dtypes.pop(), extents, ends)
+
+
+def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.ndarray]:
+    """Return the dtype, and the end of each document in tokens, int64 ascending. Raises UserError.
+
+    Documents without a token, which some writers produce, are skipped. Needs about 30 bytes of
+    memory per sequence.
+    """
+    with open_raw(path) as f, reading(path):
+        raw = f.read()
+    fault = UserError(
+        printable(path), "isn't an index of a Megatron corpus, or its header is damaged", _BOTH
+    )
+    begin = len(_MAGIC) + _HEADER.size
+    if len(raw) < begin or not raw.startswith(_MAGIC):
+        raise fault
+    version, code, sequences, bounds = _HEADER.unpack_from(raw, len(_MAGIC))
+    if version != 1:
+        raise fault
+    if code not in _CODES:
+        raise UserError(printable(path), f"its dtype code {code} isn't one of integers", _BOTH)
+    expected = begin + 12 * sequences + 8 * bounds
+    if len(raw) != expected:
+        problem = f"has {len(raw):,} bytes, but its header says {expected:,}"
+        if len(raw) == expected + sequences:
+            problem = "belongs to a multimodal corpus"
+        raise UserError(printable(path), problem, _BOTH)
+    dtype = np.dtype(_CODES[code]).newbyteorder("<")
+    sizes = np.frombuffer(raw, "<i4", sequences, begin)
+    pointers = np.frombuffer(raw, "<i8", sequences, begin + 4 * sequences)
+    firsts = np.frombuffer(raw, "<i8", bounds, begin + 12 * sequences)
+    ends = np.cumsum(sizes, dtype=np.int64)
+    if problem := _disagreement(sizes, pointers, firsts, ends, dtype.itemsize):
+        raise UserError(printable(path), f"damaged: {problem}", _BOTH)
+    if int(ends[-1]) * dtype.itemsize != bin_size:
+        problem = f"has {bin_size:,} bytes, but its index says {int(ends[-1]) * dtype.itemsize:,}"
+        raise UserError(printable(bin_where), problem, _BOTH)
+    document_ends = np.append(0, ends)[firsts[1:]]
+    return dtype, document_ends[np.diff(document_ends, prepend=0) > 0]
+
+
+def _disagreement(
+    sizes: np.ndarray, pointers: np.ndarray, firsts: np.ndarray, ends: np.ndarray, item: int
+) -> str:
+    """Return what is inconsistent in the index, or ""."""
+    if not len(sizes) or not ends[-1]:
+        return "it has no tokens"
+    if (sizes < 0).any():
+        return "a sequence has a negative number of tokens"
+    if not np.array_equal(pointers, (ends - sizes) * item):
+        return "its sequences don't follow each other in the .bin"
+    if len(firsts) < 2 or firsts[0] or firsts[-1] != len(sizes) or (np.diff(firsts) < 0).any():
+        return "its documents don't follow each other"
+    return ""
 
 
 def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
@@ -198,13 +267,13 @@ def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
         problem = (
             f"truncated or damaged: its members end at byte {end:,}, but no end of a tar follows"
         )
-        raise UserError(shown(where), problem, RESTORE)
+        raise UserError(printable(where), problem, RESTORE)
     return members
 
 
 def _holds_arrays(where: str) -> bool:
     """Return whether the first members of a tar are ids and not text."""
-    seen = False
+    has_arrays = False
     with open_raw(where) as f, reading(where):
         try:
             with BoundedTar.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
@@ -214,7 +283,7 @@ def _holds_arrays(where: str) -> bool:
                     name = re.sub(r"\.(gz|zst)$", "", info.name.lower())
                     if name.endswith(_TEXTS):
                         return False
-                    seen = seen or name.endswith(_ARRAYS)
+                    has_arrays = has_arrays or name.endswith(_ARRAYS)
         except (tarfile.TarError, BrokenTarError):
-            return seen  # the reader will report the damage
-    return seen
+            pass  # the reader will report the damage
+    return has_arrays

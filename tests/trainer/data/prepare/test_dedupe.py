@@ -70,7 +70,7 @@ def kept(source: Texts, work: Path, per_range: int) -> tuple[list[str], list[str
     paths = [ranges / f"{number:04d}" for number in range(len(edges) - 1)]
     selection, report = Selection(hashes, paths, Bounds(0, 0, 0, False), 0.0), ReadingReport()
     parts = [part for item in enumerate(units) for part in selection.parts(source, *item, report)]
-    sizes = np.concatenate([dedupe.kept_of(path)[1] for path in paths])
+    sizes = np.concatenate([dedupe.unique_of(path)[1] for path in paths])
     assert sizes.sum() == sum(len(part.text) for part in parts)
     return [part.name for part in parts], report.listed.get("duplicate", [])
 
