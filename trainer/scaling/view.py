@@ -37,8 +37,8 @@ class StudyView:
     def __repr__(self) -> str:
         return f"StudyView({self.where!r})"
 
-    def _job(self, more: Mapping[str, Any]) -> StudyJob:
-        words = words_of({**self._keys, **more})
+    def _job(self, keys: Mapping[str, Any]) -> StudyJob:
+        words = words_of({**self._keys, **keys})
         return settings(compose(StudyJob, words), words)
 
     def fit(self, **keys: Any) -> "StudyFit":
@@ -55,10 +55,10 @@ class StudyView:
         target: flops=, or parameters= and tokens=, as in target.* of `forescale study fit`. Raises
         UserError if they are missing, or the run is too far.
         """
-        found = self.fit(target=target).predict()
-        if found is None:
+        prediction = self.fit(target=target).predict()
+        if prediction is None:
             raise UserError("target", "is not given", "write predict(flops=1e18)")
-        return found
+        return prediction
 
 
 def open_view(source: str | Path, **keys: Any) -> StudyView:

@@ -9,8 +9,7 @@ import pandas as pd
 from forescale.errors import DONE, UserError
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.config import StudyJob
-from forescale.scaling.study.inputs import read
-from forescale.scaling.study.tasks import with_outcome
+from forescale.scaling.study.inputs import read, with_outcome
 
 STUDY = ("study", "studies")
 RUNS = ("input", "columns", "rows", "run.root")

@@ -10,8 +10,7 @@ from forescale.scaling.analysis import backtest
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show_scores
 from forescale.scaling.report.task_text import show_task_scores
-from forescale.scaling.study.inputs import read_finished
-from forescale.scaling.study.tasks import read_ladders
+from forescale.scaling.study.inputs import read_finished, read_ladders
 from forescale.scaling.tasks import judge as judge_tasks
 
 ACTION = Action(

@@ -10,7 +10,7 @@ from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, print_jso
 from forescale.scaling.analysis.comparison import as_dict, compare
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.answers_text import show_comparison
-from forescale.scaling.study.groups import read_groups
+from forescale.scaling.study.inputs import read_groups
 
 ACTION = Action(
     "Compare two recipes or datasets: how many times less compute reaches the same loss.",

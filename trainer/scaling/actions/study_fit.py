@@ -19,8 +19,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show
 from forescale.scaling.report.recipes_text import show_recipes
 from forescale.scaling.report.task_text import show_task
-from forescale.scaling.study.inputs import read
-from forescale.scaling.study.tasks import with_outcome
+from forescale.scaling.study.inputs import read, with_outcome
 from forescale.scaling.tasks.answer import answer_as_dict, task_of
 
 ACTION = Action(

@@ -32,8 +32,8 @@ def main(job: StudyJob) -> int:
         raise UserError("target.run", "is not given", todo)
     law = law_of(table, job, where)
     task = task_of(law, where)
-    more = {} if task is None else {"task": facts_of(task.fit)}
-    forecast = write_forecast(law, job.forecasts, job.target.run, more=more)
+    facts_of_task = {} if task is None else {"task": facts_of(task.fit)}
+    forecast = write_forecast(law, job.forecasts, job.target.run, more=facts_of_task)
     facts = forecast.facts
     (low_50, high_50), (low, high) = facts["interval_50"], facts["interval"]
     print(

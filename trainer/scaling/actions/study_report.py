@@ -15,8 +15,7 @@ from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob
-from forescale.scaling.study.inputs import read
-from forescale.scaling.study.tasks import with_outcome
+from forescale.scaling.study.inputs import read, with_outcome
 from forescale.scaling.tasks.answer import TaskAnswer, task_of
 
 ACTION = Action(

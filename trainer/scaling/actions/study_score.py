@@ -10,7 +10,7 @@ from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show_score
 from forescale.scaling.report.task_text import show_task_forecasts
-from forescale.scaling.study.tasks import with_columns
+from forescale.scaling.study.inputs import with_columns
 from forescale.scaling.tasks.forecast import columns_of, score_tasks
 
 ACTION = Action(

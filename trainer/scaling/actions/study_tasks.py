@@ -6,7 +6,7 @@ from forescale.errors import DONE
 from forescale.scaling.actions.shared import LAW, LINK, RUNS, STUDY, TARGET_OF_LAW, print_json
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.task_text import show_tasks
-from forescale.scaling.study.tasks import read_tasks
+from forescale.scaling.study.inputs import read_tasks
 from forescale.scaling.tasks.answer import as_dict, fit_tasks
 
 ACTION = Action(

@@ -87,19 +87,21 @@ class Cell:
     @property
     def keys(self) -> dict[str, Any]:
         """The config keys of its run, by full name."""
+        share, ramp = self.adam_share, f"{self.ramp_steps} steps"
+        batches = {"train.first_batch": self.first_batch, "train.batch_ramp": ramp}
         return {
             "run.name": self.name,
             **overrides(self.shape.model),
             "train.steps": self.steps,
             "train.tokens": None,
             "train.global_batch": self.global_batch,
-            **self._batch_ramp,
+            **(batches if self.first_batch is not None else {}),
             "train.sequence_length": self.sequence_length,
             "train.micro_batch": self.micro_batch,
             "train.seed": self.seed,
             "train.init_seed": self.init_seed,
             "optimizer.learning_rate": self.learning_rate,
-            **self._adam_rate,
+            **({"optimizer.adam_learning_rate": self.learning_rate * share} if share else {}),
             "schedule.kind": "wsd",
             "schedule.warmup": f"{self.warmup_steps} steps",
             "schedule.decay": f"{self.decay_steps} steps",
@@ -107,20 +109,6 @@ class Cell:
             **({"run.from.step": self.trunk_step} if self.trunk else {}),
             **({"checkpoint.at": list(self.branches)} if self.branches else {}),
         }
-
-    @property
-    def _batch_ramp(self) -> dict[str, Any]:
-        """The keys of a batch that grows."""
-        if self.first_batch is None:
-            return {}
-        length = f"{self.ramp_steps} steps"
-        return {"train.first_batch": self.first_batch, "train.batch_ramp": length}
-
-    @property
-    def _adam_rate(self) -> dict[str, float]:
-        """The Adam learning rate beside Muon's, in a fixed ratio to it."""
-        share = self.adam_share
-        return {"optimizer.adam_learning_rate": self.learning_rate * share} if share else {}
 
 
 def make_cell(
@@ -137,24 +125,24 @@ def make_cell(
     """
     length, rule, n = common.sequence_length, common.rule, shape.counts.non_embedding
     per = common.per_token(shape.model)
-    wanted = tokens or (budget or 0) / per[common.cost]
-    aim = recipe_of or wanted
+    budgeted = tokens or (budget or 0) / per[common.cost]
+    aim = recipe_of or budgeted
     windows, at_once = _batch(common, aim, batch_factor)
-    full = max(1, round(wanted / (windows * length)))
+    full = max(1, round(budgeted / (windows * length)))
     ramp = _ramp(full, windows, first_batch)
     steps = ramp.steps_for(full * ramp.full)
     tokens = ramp.samples(steps) * length
     # Warm-up over N tokens: a constant one is too long for small models (Porian et al. 2024, arXiv
     # 2406.19146). Our bound to a tenth of the run: with D a few times N, N tokens are too long too.
     warmup = ramp.steps_for(math.ceil(min(shape.parameters, _LONG * aim) / length))
-    off = abs(tokens / wanted - 1)
+    off = abs(tokens / budgeted - 1)
     flags = {
         f"fewer than {_STEPS} steps": steps < _STEPS,
         f"warm-up over {_LONG:.0%}": warmup > ramp.steps_for(math.ceil(_LONG * full * ramp.full)),
         f"warm-up of fewer than {_WARMUP} steps": warmup < _WARMUP,
         "D beyond one epoch": common.unique is not None and tokens > common.unique,
         f"rounding to whole steps changes D by {off:.0%}": off > _ROUNDED,
-        "batch and learning rate outside the range of their rule": not rule.covers(n, wanted),
+        "batch and learning rate outside the range of their rule": not rule.covers(n, budgeted),
     }
     flops = {convention: float(tokens * each) for convention, each in per.items()}
     decay, cost = math.ceil(common.decay * full), flops[common.cost]
@@ -196,11 +184,11 @@ def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
 
     drafts: make_cell with all but role and factors, by size.
     """
-    found, factors = [d() for d in drafts], ((1 / FACTOR, "low"), (FACTOR, "high"))
+    cells, factors = [d() for d in drafts], ((1 / FACTOR, "low"), (FACTOR, "high"))
     ends = [(d, by, label) for d in (drafts[0], drafts[-1]) for by, label in factors]
-    more = [d(role="rate", rate_factor=by, suffix=f"-lr-{label}") for d, by, label in ends]
-    sweep = tuple(c.name for c in (found[0], found[-1], *more))
-    return [found[0], *(replace(c, waits_for=sweep) for c in found[1:-1]), found[-1], *more]
+    rates = [d(role="rate", rate_factor=by, suffix=f"-lr-{label}") for d, by, label in ends]
+    sweep = tuple(c.name for c in (cells[0], cells[-1], *rates))
+    return [cells[0], *(replace(c, waits_for=sweep) for c in cells[1:-1]), cells[-1], *rates]
 
 
 def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> list[Cell]:
@@ -211,7 +199,7 @@ def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> lis
     """
     batches = [(1.0, ""), (1 / FACTOR, "-batch-low"), (FACTOR, "-batch-high")]
     rates = [(1.0, ""), (1 / FACTOR, "-rate-low"), (FACTOR, "-rate-high")]
-    found = list[Cell]()
+    cells = list[Cell]()
     for batch_factor, batch in batches:
         for rate_factor, rate in rates if joint else rates[:1]:
             role: Role = "rate-batch" if rate else "batch"
@@ -222,8 +210,8 @@ def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> lis
                 suffix=f"{batch}{rate}",
             )
             if (batch and c.global_batch != middle.global_batch) or (rate and not batch):
-                found.append(replace(c, waits_for=middle.waits_for))
-    return found
+                cells.append(replace(c, waits_for=middle.waits_for))
+    return cells
 
 
 def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
@@ -232,7 +220,7 @@ def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
     Half of them, rounded up, have other initial weights and the same data order, the others the
     same weights and another data order, so that both parts of the noise can be measured.
     """
-    made = list[Cell]()
+    repeats = list[Cell]()
     for i in range(1, seeds):
         number = (i + 1) // 2
         other = replace(cell, role="seed", init_seed=cell.seed)
@@ -240,8 +228,8 @@ def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
             other = replace(other, name=f"{cell.name}-init{number}", init_seed=cell.seed + number)
         else:
             other = replace(other, name=f"{cell.name}-data{number}", seed=cell.seed + number)
-        made.append(other)
-    return made
+        repeats.append(other)
+    return repeats
 
 
 def extra_rate(cells: Sequence[Cell], rate: float) -> Cell:
@@ -256,13 +244,13 @@ def share_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     """Return the cells with those of one trajectory branching off the longest, each where its own
     decay begins. A branch costs its decay alone (Hägele et al. 2024, arXiv 2405.18392)."""
     longest = {c.trajectory: c for c in sorted(cells, key=lambda c: c.steps)}
-    found = list[Cell]()
+    shared = list[Cell]()
     for c in cells:
         trunk, share = longest[c.trajectory], c.decay_steps / c.steps
         if c.steps < trunk.steps:
             seconds, at = c.seconds and c.seconds * share, c.steps - c.decay_steps
             c = replace(c, cost=c.cost * share, seconds=seconds, trunk=trunk.name, trunk_step=at)
-        found.append(c)
-    off = {(c.trunk, c.trunk_step) for c in found if c.trunk and c.trunk_step}
+        shared.append(c)
+    off = {(c.trunk, c.trunk_step) for c in shared if c.trunk and c.trunk_step}
     steps = {name: sorted(at for trunk, at in off if trunk == name) for name, _ in off}
-    return tuple(replace(c, branches=tuple(steps.get(c.name, ()))) for c in found)
+    return tuple(replace(c, branches=tuple(steps.get(c.name, ()))) for c in shared)

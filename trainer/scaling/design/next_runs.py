@@ -63,14 +63,14 @@ def recommend(
             f"the cheapest candidate costs {candidates.flops.min():.3g} FLOPs, more than the cap "
         )
         raise UserError("cap", f"{problem}of {cap:.3g}", "raise it")
-    own, variances = choose(law, candidates, target, cap)
+    chosen, variances = choose(law, candidates, target, cap)
     deviations = np.sqrt(variances)
     return [
         NextRun(
             *(float(x[i]) for x in (candidates.parameters, candidates.tokens, candidates.flops)),
             *map(float, deviations[k : k + 2]),
         )
-        for k, i in enumerate(own)
+        for k, i in enumerate(chosen)
     ]
 
 
@@ -136,41 +136,41 @@ def _greedy(
 ) -> tuple[list[int], list[float]]:
     """Choose greedily. covariance: of the targets followed by the candidates, given the runs;
     power: the decrease of variance is divided by cost^power."""
-    left, free, own = cap, np.ones(len(cost), dtype=bool), list[int]()
-    found = [float(np.trace(covariance[:targets, :targets])) / targets]
+    left, free, chosen = cap, np.ones(len(cost), dtype=bool), list[int]()
+    variances = [float(np.trace(covariance[:targets, :targets])) / targets]
     while (ok := free & (cost <= left)).any():
         rest = covariance[targets:, targets:].diagonal() + noise
         gain = np.square(covariance[:targets, targets:]).sum(0) / rest
         i = int(np.argmax(np.where(ok, gain / cost**power, -1.0)))
-        own.append(i)
+        chosen.append(i)
         free[i], left = False, left - cost[i]
         pull = covariance[:, targets + i]
         covariance = covariance - np.outer(pull, pull) / rest[i]
-        found.append(max(0.0, float(np.trace(covariance[:targets, :targets]))) / targets)
-    return own, found
+        variances.append(max(0.0, float(np.trace(covariance[:targets, :targets]))) / targets)
+    return chosen, variances
 
 
-def posterior(law: CalibratedLaw, wanted: RunSet) -> tuple[Array, Array]:
+def posterior(law: CalibratedLaw, points: RunSet) -> tuple[Array, Array]:
     """Return mean (m,) and covariance (m, m) of log loss at m points, given the runs, without the
     noise of a new run (Rasmussen and Williams 2006, section 2.7: a Gaussian process with explicit
     basis functions)."""
-    made, m = law.fit, len(wanted.flops)
-    runs = run_set(made.points)
-    every = _joined(wanted, runs)
-    mean, jacobian = _linear(made, every)
+    fit, m = law.fit, len(points.flops)
+    runs = run_set(fit.points)
+    every = _joined(points, runs)
+    mean, jacobian = _linear(fit, every)
     prior = _OPEN**2 * jacobian.T @ jacobian + _discrepancy(law, every, float(runs.flops.min()))
-    seen = prior[m:, m:] + max(law.noise, NOISE) ** 2 * np.eye(len(made.points))
-    pull = np.linalg.solve(seen, prior[m:, :m]).T
-    return mean[:m] + pull @ made.residuals, prior[:m, :m] - pull @ prior[m:, :m]
+    observed = prior[m:, m:] + max(law.noise, NOISE) ** 2 * np.eye(len(fit.points))
+    pull = np.linalg.solve(observed, prior[m:, :m]).T
+    return mean[:m] + pull @ fit.residuals, prior[:m, :m] - pull @ prior[m:, :m]
 
 
-def _linear(made: Fit, at: RunSet) -> tuple[Array, Array]:
+def _linear(fit: Fit, at: RunSet) -> tuple[Array, Array]:
     """Log loss (m,) and its derivatives with respect to the internal parameters, (p, m)."""
     columns = {"parameters": at.parameters, "tokens": at.tokens, "flops": at.flops}
     columns["unique_tokens"] = at.tokens  # no data is repeated
-    centre = made.task.at.centre
-    logs = {c: np.log(columns[c]) - centre[c] for c in made.form.columns}
-    mean, jacobian = made.form.evaluate(made.theta, At(logs, centre))
+    centre = fit.task.at.centre
+    logs = {c: np.log(columns[c]) - centre[c] for c in fit.form.columns}
+    mean, jacobian = fit.form.evaluate(fit.theta, At(logs, centre))
     return mean[0], jacobian[0]
 
 

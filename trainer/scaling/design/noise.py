@@ -62,10 +62,10 @@ class Noise:
         noise is that of all levels, scaled to one C.
         """
         before = before or Assumptions()
-        found = before if self.gap is None else replace(before, gap=self.gap)
+        assumptions = before if self.gap is None else replace(before, gap=self.gap)
         known = [level for level in self.levels if level.noise.sd > 0]
         if not known:
-            return found
+            return assumptions
         x = np.log([level.flops / CENTRE for level in known])
         sd = np.array([level.noise.sd for level in known])
         free = np.array([level.noise.free for level in known], dtype=float)
@@ -77,7 +77,7 @@ class Noise:
         fading = (slope + before.fading * prior) / (precision + prior)
         noise = math.sqrt(np.average((sd * np.exp(fading * x)) ** 2, weights=free))
         floor = min(before.floor, float(sd.min()))
-        return replace(found, noise=noise, fading=fading, floor=floor)
+        return replace(assumptions, noise=noise, fading=fading, floor=floor)
 
 
 def noise_of(table: pd.DataFrame, cost: str = "flops_causal") -> Noise:
@@ -109,8 +109,8 @@ def _level(cell: str, runs: pd.DataFrame, cost: str) -> Level:
     whole = _spread([runs])
     weights = data = None
     if {"seed", "init_seed"} <= set(runs.columns):
-        weights = _spread([own for _, own in runs.groupby("seed")])
-        data = _spread([own for _, own in runs.groupby("init_seed")])
+        weights = _spread([rows for _, rows in runs.groupby("seed")])
+        data = _spread([rows for _, rows in runs.groupby("init_seed")])
     if weights and data:
         # Each of these runs has one new seed; runs with two new seeds scatter more.
         whole = Spread(math.hypot(weights.sd, data.sd), weights.free + data.free)
@@ -120,7 +120,7 @@ def _level(cell: str, runs: pd.DataFrame, cost: str) -> Level:
 
 def _spread(groups: Sequence[pd.DataFrame]) -> Spread | None:
     """Pooled over groups of runs; None if no group has two runs."""
-    logs = [np.log(own["loss"].to_numpy()) for own in groups if len(own) > 1]
+    logs = [np.log(rows["loss"].to_numpy()) for rows in groups if len(rows) > 1]
     if not logs:
         return None
     free = sum(len(y) - 1 for y in logs)

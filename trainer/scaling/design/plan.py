@@ -15,7 +15,7 @@ from forescale.models.config import ModelConfig
 from forescale.scaling.design.cells import FACTOR, RATES, Cell, extra_rate
 from forescale.scaling.design.isoflop import EXTRA_RATES, Grid
 from forescale.scaling.design.recipes import Recipe, RecipeGrid
-from forescale.scaling.design.shapes import Common, Rule
+from forescale.scaling.design.shapes import Common, Rule, Shape
 from forescale.scaling.design.tuning import Tuned, interpolated_rate
 
 Kind = Literal["isoflop", "ladder", "list", "recipes"]
@@ -178,7 +178,12 @@ class StudyPlan:
 
 def dump(plan: StudyPlan) -> dict[str, Any]:
     """Return the plan as JSON values."""
-    return asdict(plan)
+    facts = asdict(plan)
+    for stage in facts["stages"]:
+        for cell in stage["cells"]:
+            shape = cell["shape"]
+            cell["shape"] = {"wanted": shape.pop("target"), **shape}
+    return facts
 
 
 def load(facts: Mapping[str, Any]) -> StudyPlan:
@@ -202,6 +207,8 @@ def _typed(type_: Any, value: Any) -> Any:
         return ModelConfig(**value)
     if isinstance(type_, type) and is_dataclass(type_):
         hints = get_type_hints(type_)
+        if type_ is Shape:  # its target is called `wanted` in files
+            value = {**value, "target": value["wanted"]}
         return type_(**{k: _typed(hints[k], v) for k, v in value.items() if k in hints})
     if get_origin(type_) is tuple:
         each = arguments[:1] * len(value) if arguments[-1] is ... else arguments

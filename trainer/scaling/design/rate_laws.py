@@ -59,12 +59,12 @@ class RefusedSweep:
 class RateLaw:
     """A power law of a best value.
 
-    what: RATE or BATCH; columns: what it depends on; values: log of the value at the middle of the
-    sweeps and the exponents, (1 + q,), with their covariance; centre: means of the logs of the
+    quantity: RATE or BATCH; columns: what it depends on; values: log of the value at the middle of
+    the sweeps and the exponents, (1 + q,), with their covariance; centre: means of the logs of the
     columns, (q,); scatter: standard deviation of a log optimum; freedom: sweeps without parameters.
     """
 
-    what: str
+    quantity: str
     columns: tuple[str, ...]
     values: Array
     covariance: Array
@@ -119,12 +119,12 @@ def rate_laws(table: pd.DataFrame, job: StudyJob, where: str) -> RateLaws:
     """
     loss = table["loss"].fillna(np.inf).to_numpy(dtype=float)
     finite = np.where(np.isfinite(loss), loss, 1.0)  # points have no infinite loss
-    own = points(table.assign(loss=finite), job.size, job.cost, where)
+    runs = points(table.assign(loss=finite), job.size, job.cost, where)
     rates = _numbers(table, "learning_rate", where)
     batches = _numbers(table, "batch_tokens", where) if "batch_tokens" in table else None
-    found = list(_sweeps(own, loss, rates, batches))
-    optima = tuple(one for one in found if isinstance(one, Optimum))
-    refused = tuple(one for one in found if isinstance(one, RefusedSweep))
+    sweeps = list(_sweeps(runs, loss, rates, batches))
+    optima = tuple(one for one in sweeps if isinstance(one, Optimum))
+    refused = tuple(one for one in sweeps if isinstance(one, RefusedSweep))
     columns, notes = _columns(job, optima)
     rate = _law(RATE, [o.learning_rate for o in optima], optima, columns, where, refused)
     with_batch = [o for o in optima if o.batch is not None]
@@ -135,8 +135,8 @@ def rate_laws(table: pd.DataFrame, job: StudyJob, where: str) -> RateLaws:
         notes.append(f"{len(with_batch)} sweeps that vary the batch are too few for its law.")
     bends = [o.bend for o in optima if o.bend is not None]
     cost = float(np.expm1(np.median(bends) * np.log(2) ** 2)) if bends else None
-    made = [law for law in (rate, batch) if law is not None]
-    return RateLaws(job, optima, refused, rate, batch, _target(made, job), cost, tuple(notes))
+    laws = [law for law in (rate, batch) if law is not None]
+    return RateLaws(job, optima, refused, rate, batch, _target(laws, job), cost, tuple(notes))
 
 
 def _numbers(table: pd.DataFrame, column: str, where: str) -> Array:
@@ -144,19 +144,19 @@ def _numbers(table: pd.DataFrame, column: str, where: str) -> Array:
     if column not in table:
         todo = f"name it, such as columns='{{{column}: lr}}'"
         raise UserError(where, f"has no column '{column}'", todo)
-    found: Array = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
-    if not (found > 0).all():
-        row = int(np.flatnonzero(~(found > 0))[0])
-        what = f"{table[column].iloc[row]!r} is no positive number"
-        raise UserError(f"{where}, {column} of row {row}", what, "give every run its own")
-    return found
+    numbers: Array = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
+    if not (numbers > 0).all():
+        row = int(np.flatnonzero(~(numbers > 0))[0])
+        problem = f"{table[column].iloc[row]!r} is no positive number"
+        raise UserError(f"{where}, {column} of row {row}", problem, "give every run its own")
+    return numbers
 
 
 def _sweeps(
-    own: Points, loss: Array, rates: Array, batches: Array | None
+    runs: Points, loss: Array, rates: Array, batches: Array | None
 ) -> Iterator[Optimum | RefusedSweep]:
     """Yield the optimum of each N and D, or why there is none."""
-    n, log_d, c = np.exp(own.log("parameters")), own.log("tokens"), spent(own)
+    n, log_d, c = np.exp(runs.log("parameters")), runs.log("tokens"), spent(runs)
     for size in np.unique(n):
         rows = np.flatnonzero(n == size)
         rows = rows[np.argsort(log_d[rows], kind="stable")]
@@ -167,8 +167,8 @@ def _sweeps(
                 "flops": float(np.exp(np.log(c[sweep]).mean())),
             }
             several = batches is not None and len(np.unique(batches[sweep])) > 1
-            own_batches = batches[sweep] if batches is not None and several else None
-            yield _optimum(at, rates[sweep], own_batches, loss[sweep])
+            tried = batches[sweep] if batches is not None and several else None
+            yield _optimum(at, rates[sweep], tried, loss[sweep])
 
 
 def _optimum(
@@ -221,7 +221,7 @@ def _columns(job: StudyJob, optima: Sequence[Optimum]) -> tuple[tuple[str, ...],
 
 
 def _law(
-    what: str,
+    quantity: str,
     values: Sequence[float],
     optima: Sequence[Optimum],
     columns: tuple[str, ...],
@@ -232,9 +232,10 @@ def _law(
     if (freedom := len(optima) - len(columns) - 1) < 1:
         whys = "; ".join(f"N {r.at['parameters']:.3g}, D {r.at['tokens']:.3g}: {r.why}"
                          for r in refused[:3])  # fmt: skip
-        what = f"{len(optima)} sweeps have a best {what} inside" + (f" ({whys})" if whys else "")
+        problem = f"{len(optima)} sweeps have a best {quantity} inside"
+        problem += f" ({whys})" if whys else ""
         todo = f"give {len(columns) + 2} or more, each with worse runs on both sides"
-        raise UserError(where, what, todo)
+        raise UserError(where, problem, todo)
     logs = np.log([[o.at[c] for c in columns] for o in optima])
     centre = logs.mean(0)
     X = np.column_stack((np.ones(len(logs)), logs - centre))
@@ -243,41 +244,41 @@ def _law(
         raise UserError(where, f"the sweeps don't tell {names} apart", "give against=[parameters]")
     y = np.log(values)
     gram = np.linalg.inv(X.T @ X)
-    found = gram @ X.T @ y
-    variance = float(np.square(y - X @ found).sum() / freedom)
-    return RateLaw(what, columns, found, variance * gram, centre, variance**0.5, freedom)
+    coefficients = gram @ X.T @ y
+    variance = float(np.square(y - X @ coefficients).sum() / freedom)
+    return RateLaw(quantity, columns, coefficients, variance * gram, centre, variance**0.5, freedom)
 
 
-def _target(made: Sequence[RateLaw], job: StudyJob) -> dict[str, tuple[float, float, float]]:
+def _target(laws: Sequence[RateLaw], job: StudyJob) -> dict[str, tuple[float, float, float]]:
     """Return the best values for the target. Raises UserError if it lacks what the laws read."""
     t = job.target
-    given = {"parameters": t.parameters, "tokens": t.tokens, "flops": t.flops}
-    point = {name: value for name, value in given.items() if value is not None}
+    values = {"parameters": t.parameters, "tokens": t.tokens, "flops": t.flops}
+    point = {name: value for name, value in values.items() if value is not None}
     if not point:
         return {}
-    if missing := [c for c in made[0].columns if c not in point]:
-        what = f"the laws read {', '.join(made[0].columns)}"
-        raise UserError(f"target.{missing[0]}", f"is not given; {what}", "give it too")
-    return {law.what: law.at(point, job.level) for law in made}
+    if missing := [c for c in laws[0].columns if c not in point]:
+        problem = f"is not given; the laws read {', '.join(laws[0].columns)}"
+        raise UserError(f"target.{missing[0]}", problem, "give it too")
+    return {law.quantity: law.at(point, job.level) for law in laws}
 
 
-def as_dict(made: RateLaws) -> dict[str, Any]:
+def as_dict(laws: RateLaws) -> dict[str, Any]:
     """Return the laws as plain values, for JSON."""
 
     def law(one: RateLaw | None) -> dict[str, Any] | None:
         if one is None:
             return None
-        exponents = {c: list(v) for c, v in one.exponents(made.job.level).items()}
+        exponents = {c: list(v) for c, v in one.exponents(laws.job.level).items()}
         return {"k": one.k, "exponents": exponents, "scatter": one.scatter,
                 "freedom": one.freedom}  # fmt: skip
 
     return {
-        "level": made.job.level,
-        "learning_rate": law(made.rate),
-        "batch_tokens": law(made.batch),
-        "target": {name.replace(" ", "_"): list(v) for name, v in made.target.items()},
-        "cost_of_twice_the_rate": made.cost,
-        "sweeps": [vars(o) for o in made.optima],
-        "refused": [vars(r) for r in made.refused],
-        "notes": list(made.notes),
+        "level": laws.job.level,
+        "learning_rate": law(laws.rate),
+        "batch_tokens": law(laws.batch),
+        "target": {name.replace(" ", "_"): list(v) for name, v in laws.target.items()},
+        "cost_of_twice_the_rate": laws.cost,
+        "sweeps": [vars(o) for o in laws.optima],
+        "refused": [vars(r) for r in laws.refused],
+        "notes": list(laws.notes),
     }

@@ -1,4 +1,4 @@
-"""Turns a wanted number of parameters into a model: width, layers, heads and MLP of one family.
+"""Turns a number of parameters into a model: width, layers, heads and MLP of one family.
 
 Also holds what all cells of a study have in common (Common): the family, FLOPs per token, and the
 rule for batch and learning rate.
@@ -10,7 +10,7 @@ rule for batch and learning rate.
     MLP      the base model's ratio, or the rule of ModelConfig, rounded up to heads (at most 64)
 
 Invariant: the possible shapes are one fixed list, and the one with the nearest log N is taken. So a
-larger wanted N never gives a smaller model.
+larger requested N never gives a smaller model.
 """
 
 import math
@@ -65,10 +65,9 @@ GPT3 = Aspect()
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the family. model: resolved; wanted: the parameters asked for, by the
-    convention."""
+    """A model of the family. model: resolved; target: the requested N, by the convention."""
 
-    wanted: float
+    target: float
     convention: str
     model: ModelConfig
 
@@ -84,8 +83,8 @@ class Shape:
 
     @property
     def error(self) -> float:
-        """Relative difference of N from the wanted one."""
-        return self.parameters / self.wanted - 1
+        """Relative difference of N from the requested one."""
+        return self.parameters / self.target - 1
 
 
 class Family:
@@ -202,52 +201,52 @@ class Family:
         width = self.widths[0]
         return min(self._size(width, layers) for layers in self._layers(width))
 
-    def solve(self, wanted: float, most: float = _OFF) -> Shape:
+    def solve(self, target: float, most: float = _OFF) -> Shape:
         """Return the model with the nearest N.
 
         Measured errors: within 15 % from 70k parameters on (vocabularies of 257 and 512), 9 % from
         1M, 3 % from 100M on; with groups of two heads 18, 10 and 10 %. Raises UserError if the
         relative error is more than `most`.
         """
-        if not 0 < wanted < math.inf:
-            raise UserError("N", f"{wanted} is no size of a model", "give a positive number")
+        if not 0 < target < math.inf:
+            raise UserError("N", f"{target} is no size of a model", "give a positive number")
         widths = self.widths
 
         def size(which: Callable[[range], int]) -> Callable[[int], int]:
             return lambda w: self._size(w, which(self._layers(w)))
 
         # N grows with the width along both edges of the trend; the nearest lie between the two.
-        first = bisect_left(widths, wanted, key=size(max))
-        last = bisect_left(widths, wanted, key=size(min))
+        first = bisect_left(widths, target, key=size(max))
+        last = bisect_left(widths, target, key=size(min))
         near = widths[max(0, first - 1) : last + 1]
         sizes = [(w, layers) for w in near for layers in self._layers(w)]
-        best = self.model(*min(sizes, key=lambda s: abs(math.log(self._size(*s) / wanted))))
-        found = Shape(float(wanted), self.convention, best)
-        if abs(found.error) > most:
+        best = self.model(*min(sizes, key=lambda s: abs(math.log(self._size(*s) / target))))
+        shape = Shape(float(target), self.convention, best)
+        if abs(shape.error) > most:
             problem = (
-                f"no model has about {wanted:.3g} parameters ({self.convention}); the nearest "
+                f"no model has about {target:.3g} parameters ({self.convention}); the nearest "
             )
-            problem += f"has {found.parameters:,} with a vocabulary of {best.sizes.vocab_size:,}"
+            problem += f"has {shape.parameters:,} with a vocabulary of {best.sizes.vocab_size:,}"
             raise UserError("N", problem, "choose another size, or a smaller vocabulary")
-        return found
+        return shape
 
-    def nearest(self, wanted: Sequence[float]) -> list[Shape]:
+    def nearest(self, targets: Sequence[float]) -> list[Shape]:
         """Return the nearest shapes in increasing order, each once; their N may differ much from
-        the wanted. Small models are few: between 8k and 15k parameters there are two."""
-        found = {s.parameters: s for n in wanted for s in [self.solve(n, most=_FAR_OFF)]}
-        return [found[n] for n in sorted(found)]
+        the requested. Small models are few: between 8k and 15k parameters there are two."""
+        shapes = {s.parameters: s for n in targets for s in [self.solve(n, most=_FAR_OFF)]}
+        return [shapes[n] for n in sorted(shapes)]
 
-    def series(self, wanted: Sequence[float]) -> list[Shape]:
+    def series(self, targets: Sequence[float]) -> list[Shape]:
         """Return one shape for each N, strictly increasing. Raises UserError if two become the same
-        shape, or if the wanted N do not increase."""
-        found = [self.solve(n) for n in wanted]
-        for one, other in pairwise(found):
+        shape, or if the targets do not increase."""
+        shapes = [self.solve(n) for n in targets]
+        for one, other in pairwise(shapes):
             if other.parameters <= one.parameters:
-                problem = f"{one.wanted:.4g} and {other.wanted:.4g} parameters give the same model"
-                if other.wanted <= one.wanted:
-                    problem = f"{other.wanted:.4g} comes after {one.wanted:.4g}"
+                problem = f"{one.target:.4g} and {other.target:.4g} parameters give the same model"
+                if other.target <= one.target:
+                    problem = f"{other.target:.4g} comes after {one.target:.4g}"
                 raise UserError("sizes", problem, "give sizes in increasing order, further apart")
-        return found
+        return shapes
 
 
 _SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")

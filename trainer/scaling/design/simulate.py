@@ -165,13 +165,13 @@ def expected(
     if len(rows) * 2 < draws:
         problem = f"in {draws - len(rows)} of {draws} draws its runs could not determine the law"
         raise UserError("design", problem, "plan more sizes and budgets, further apart")
-    found = np.array(rows)
+    answers = np.array(rows)
     return Expected(
-        half=dict(zip(_LEVELS, np.median(found[:, 0:2], axis=0).tolist(), strict=True)),
-        coverage=dict(zip(_LEVELS, found[:, 2:4].mean(0).tolist(), strict=True)),
-        error=float(np.median(found[:, 4])),
+        half=dict(zip(_LEVELS, np.median(answers[:, 0:2], axis=0).tolist(), strict=True)),
+        coverage=dict(zip(_LEVELS, answers[:, 2:4].mean(0).tolist(), strict=True)),
+        error=float(np.median(answers[:, 4])),
         without_discrepancy=dict(
-            zip(_LEVELS, np.median(found[:, 5:7], axis=0).tolist(), strict=True)
+            zip(_LEVELS, np.median(answers[:, 5:7], axis=0).tolist(), strict=True)
         ),
         extrapolation_factor=target.flops / greatest,
         draws=draws,
@@ -220,9 +220,9 @@ def _answer(
     if design.budgets is not None:
         points = points.take(near_best(loss, design.budgets, near))
     law = fit_calibrated(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
-    found = law.predicted(dict(at), flops)
+    predicted = law.predicted(dict(at), flops)
     bare = replace(law, discrepancy=Discrepancy(0.0)).predicted(dict(at), flops)
-    error = abs(float(found.log_loss[0]) - truth)
-    halves = [float(found.half(level)[0]) for level in _LEVELS]
+    error = abs(float(predicted.log_loss[0]) - truth)
+    halves = [float(predicted.half(level)[0]) for level in _LEVELS]
     inside = [float(error <= half) for half in halves]
     return [*halves, *inside, error, *(float(bare.half(level)[0]) for level in _LEVELS)]

@@ -53,14 +53,14 @@ def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
     x, y = np.log(np.asarray(rates, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
     y = np.log(np.where(np.isfinite(y), y, np.inf))
     best, sorted_rates = int(np.argmin(y)), sorted(map(float, rates))
-    own, tried = sorted_rates[best], (sorted_rates[0], sorted_rates[-1])
+    rate, tried = sorted_rates[best], (sorted_rates[0], sorted_rates[-1])
     is_inside, near = 0 < best < len(x) - 1, slice(max(best - 1, 0), best + 2)
     if not is_inside or not np.isfinite(y[near]).all():
-        return Tuned(own, 0.0, is_inside, tried)
+        return Tuned(rate, 0.0, is_inside, tried)
     bend, slope, _ = np.polyfit(x[near] - x[best], y[near], 2)
     at = -slope / (2 * bend) if bend > 0 else np.inf
     if not x[near][0] < x[best] + at < x[near][-1]:  # by rounding, of losses all but equal
-        return Tuned(own, 0.0, True, tried)
+        return Tuned(rate, 0.0, True, tried)
     ends = sorted_rates[near.start], sorted_rates[near.stop - 1]
     gap = float(bend * at**2)
     return Tuned(float(np.exp(x[best] + at)), gap, True, tried, float(bend), ends)
@@ -97,23 +97,23 @@ def rate_batch_response(
     best = int(np.argmin(z))
     varied = {"learning rate": x, "batch": y} if np.ptp(x) else {"batch": y}
     edges = tuple(name for name, v in varied.items() if v[best] in (v.min(), v.max()))
-    own = RateBatchResponse(float(rates[best]), float(batches[best]), not edges, edges, 0.0)
+    best_run = RateBatchResponse(float(rates[best]), float(batches[best]), not edges, edges, 0.0)
     if edges:
-        return own
+        return best_run
     if not np.ptp(x):
         line = tuned(batches, losses)
         return RateBatchResponse(float(rates[best]), line.learning_rate, True, (), line.gap)
-    a, b, kept = x - x[best], y - y[best], np.isfinite(z)
-    X = np.stack((np.ones_like(a), a, b, a * a, a * b, b * b), axis=1)[kept]
+    a, b, finite = x - x[best], y - y[best], np.isfinite(z)
+    X = np.stack((np.ones_like(a), a, b, a * a, a * b, b * b), axis=1)[finite]
     if np.linalg.matrix_rank(X) < X.shape[1]:
-        return own
-    level, p, q, r, s, t = np.linalg.lstsq(X, z[kept], rcond=None)[0]
+        return best_run
+    level, p, q, r, s, t = np.linalg.lstsq(X, z[finite], rcond=None)[0]
     bend = np.array([[2 * r, s], [s, 2 * t]])
     if not (np.linalg.eigvalsh(bend) > 0).all():
-        return own
+        return best_run
     at = -np.linalg.solve(bend, [p, q])
     if not all(v.min() <= d <= v.max() for v, d in zip((a, b), at, strict=True)):
-        return own
+        return best_run
     lowest = level + np.array([p, q]) @ at / 2
     rate, batch = np.exp(x[best] + at[0]), np.exp(y[best] + at[1])
     return RateBatchResponse(float(rate), float(batch), True, (), max(0.0, float(level - lowest)))
@@ -137,18 +137,18 @@ def interpolated_rate(rates: Mapping[int, Tuned], parameters: float) -> float:
     return float(np.exp(np.interp(math.log(parameters), np.log(n), logs)))
 
 
-def updated_rule(rule: Rule, found: Sequence[tuple[float, float, float]]) -> Rule:
-    """Return the rule with its learning rate fitted to the best rates found so far.
+def updated_rule(rule: Rule, best: Sequence[tuple[float, float, float]]) -> Rule:
+    """Return the rule with its learning rate fitted to the best rates so far.
 
-    found: (non-embedding N, D, best rate). The log rate is linear in log N and log D. The prior of
+    best: (non-embedding N, D, best rate). The log rate is linear in log N and log D. The prior of
     the exponents is Gaussian with standard deviation 0.3, around the rule's exponents if the rule
-    covers all of `found`, else around 0; the noise of a log rate is 0.3. So a few sweeps move the
+    covers all of them, else around 0; the noise of a log rate is 0.3. So a few sweeps move the
     level, and many the exponents.
     """
-    if not found:
+    if not best:
         return rule
-    n, d, rates = np.log(np.array(found, dtype=float)).T
-    covered = all(rule.covers(size, tokens) for size, tokens, _ in found)
+    n, d, rates = np.log(np.array(best, dtype=float)).T
+    covered = all(rule.covers(size, tokens) for size, tokens, _ in best)
     prior = np.array(rule.rate[1:]) if covered else np.zeros(2)
     X = np.stack((n - n.mean(), d - d.mean()), axis=1)
     level = float(rates.mean())

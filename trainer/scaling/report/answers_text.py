@@ -142,7 +142,7 @@ def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
             for cell in (f"{value:.3f}", f"{low:.3f} to {high:.3f}")
         ]
         count = str(law.freedom + len(law.columns) + 1)
-        made.add_row(law.what, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
+        made.add_row(law.quantity, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
     return made
 
 

@@ -24,23 +24,20 @@ _COLUMNS = (
 
 def board(study: Study) -> Group:
     """Return the table of all cells but those of draft stages."""
-    states = [s for s in study.states() if _is_exact(study, s)]
+    exact = {stage.number for stage in study.plan.stages if stage.exact}
+    states = [s for s in study.states() if s.cell.stage in exact]
     counts = Counter(s.status for s in states)
     summary = ", ".join(f"{n} {status}" for status, n in counts.most_common())
     drafts = len(study.plan.cells) - len(states)
     later = f"; {drafts} more in later stages, which depend on these" if drafts else ""
     spent, cap = study.spent, study.plan.cap
     paid = f"Spent {spent:.3g} of {cap:.3g} FLOPs ({spent / cap:.1%})."
-    made = table(*_COLUMNS, left=("cell", "role", "state"))
+    rows = table(*_COLUMNS, left=("cell", "role", "state"))
     for s in states:
-        made.add_row(*_row(s))
+        rows.add_row(*_row(s))
     whys = [f"{s.cell.name} {s.status}: {s.why}" for s in states if s.why]
     head = f"{study.folder}: {summary}{later}. {paid}"
-    return Group(Text(head), made, *map(Text, whys))
-
-
-def _is_exact(study: Study, s: CellState) -> bool:
-    return next(t for t in study.plan.stages if t.number == s.cell.stage).exact
+    return Group(Text(head), rows, *map(Text, whys))
 
 
 def _row(s: CellState) -> list[str]:

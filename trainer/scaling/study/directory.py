@@ -55,12 +55,15 @@ class Study:
         self.rows = RowWriter(folder / "events.jsonl")
 
     @classmethod
-    def make(cls, folder: Path, job: StudyJob, plan: StudyPlan, more: Mapping[str, Any]) -> "Study":
-        """Write the directory of a new study. Raises UserError if one has been launched there."""
+    def make(
+        cls, folder: Path, job: StudyJob, plan: StudyPlan, facts: Mapping[str, Any]
+    ) -> "Study":
+        """Write the directory of a new study. facts: further entries of plan.json. Raises UserError
+        if a study has been launched there."""
         must_be_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "study.yaml", freeze(job).encode())
-        write_json(folder / "plan.json", {**dump(plan), **more})
+        write_json(folder / "plan.json", {**dump(plan), **facts})
         study = cls(folder)
         study.event("planned", cap=plan.cap)
         return study

@@ -1,36 +1,46 @@
-"""What an action of a study reads: the study's cells, runs, or tables of others.
+"""What an action of a study reads: the study's cells, runs, or tables of others; the two groups of
+a comparison; the metric of tasks.
 
-Notes about what gives no record go to standard error.
+    A B            two groups: tables, studies (by name or directory), or names of runs
+    one, by=COL    one table, the runs or the cells of a study, told apart by a column
+
+Invariant: a loss and a metric are of the same row. A metric is a share, never a percentage, or a
+loss. Of two groups, the first is the reference. Notes about what gives no record go to standard
+error.
 """
 
 import glob
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pandas as pd
 
+from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.backtest import Finished, finished
+from forescale.scaling.analysis.task_fit import OUTCOME, Task
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.records import Refused, of_runs
-from forescale.scaling.records.tables import SUFFIXES, is_export, of_export
+from forescale.scaling.records.tables import SUFFIXES, is_export, of_export, read_export
 from forescale.scaling.study.directory import Study
-from forescale.scaling.tasks.judge import Ladder
+from forescale.scaling.tasks.judge import Ladder, ladder
 
+Group = tuple[str, pd.DataFrame, str]  # its name, its records, and their name in messages
 Judged = TypeVar("Judged", Finished, Ladder)
 
 
 def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
-    """Return the records, and how messages call them. Raises UserError if there are none."""
+    """Return the records, and their name in messages. Raises UserError if there are none."""
     if not job.input:
         if not (job.folder / "plan.json").is_file():
             todo = "name runs or a table (forescale study fit 'runs/*'), or plan a study first"
             raise UserError("input", f"names no runs, and {job.folder} holds no plan", todo)
-        return cells_of(job.folder)
+        return _cells_of(job.folder)
     paths = [Path(name).expanduser() for name in job.input]
     if any(map(is_export, paths)):
         if len(paths) > 1:
@@ -47,9 +57,8 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
     return table, f"{len(table)} runs"
 
 
-def cells_of(folder: Path) -> tuple[pd.DataFrame, str]:
-    """Return the records of a planned study's complete cells, and their name in messages. Raises
-    UserError if there are none."""
+def _cells_of(folder: Path) -> tuple[pd.DataFrame, str]:
+    """Return the records of a planned study's complete cells, and their name in messages."""
     table = Study(folder).table()
     if table.empty:
         todo = f"forescale study launch study={folder.name}"
@@ -57,54 +66,18 @@ def cells_of(folder: Path) -> tuple[pd.DataFrame, str]:
     return table, f"{len(table)} cells of {folder}"
 
 
-def read_finished(job: StudyJob) -> list[Finished]:
-    """Return a finished study for each table of the input; see read_each."""
-    return read_each(job, lambda table, own, where: finished(table, own, where))
-
-
-def read_each(
-    job: StudyJob, judged: Callable[[pd.DataFrame, StudyJob, str], Judged]
-) -> list[Judged]:
-    """Return what `judged` makes of each table of the input: of its records, the job of this table
-    alone, and its name; one for runs or the study's own cells.
-
-    Names may be glob patterns of tables. Of several tables, one that can't be judged is left out
-    with a note. Raises UserError if none is left.
-    """
-    paths = _tables(job.input)
-    if len(paths) < 2:
-        own = replace(job, input=list(map(str, paths)) or job.input)
-        table, where = read(own)
-        return [judged(table, own, where)]
-    stems = [path.stem for path in paths]
-    found, errors = list[Judged](), list[UserError]()
-    for path, stem in zip(paths, stems, strict=True):
-        try:
-            own = replace(job, input=[str(path)])
-            table, where = read(own)
-            made = judged(table, own, where)
-        except UserError as e:
-            errors.append(e)
-            print(f"Note: {path} is left out: {e.problem}.", file=sys.stderr)
-            continue
-        found.append(replace(made, name=stem if stems.count(stem) == 1 else where))
-    if not found:
-        problem = f"none of {len(paths)} tables can be judged; the first {errors[0].problem}"
-        raise UserError("input", problem, errors[0].todo)
-    return found
-
-
-def _tables(names: list[str]) -> list[Path]:
-    """Return the tables of names and glob patterns, each once; none if the names are of runs."""
-    found = list[Path]()
-    for name in names:
-        path = str(Path(name).expanduser())
-        found += map(Path, sorted(glob.glob(path)) or [path])
-    tables = [path for path in dict.fromkeys(found) if is_export(path)]
-    if tables and len(tables) < len(set(found)):
-        other = next(path for path in found if path not in tables)
-        raise UserError(str(other), "is no table, as others of the input are", "give tables alone")
-    return tables
+def _runs(name: str, root: Path) -> list[Run]:
+    """Return the runs of a name: a run, a directory of runs, or a glob pattern of either."""
+    for base in (Path(), root):
+        paths = sorted(map(Path, glob.glob(str(base / name))))
+        runs = [Run(path) for path in paths if (path / "config.yaml").is_file()]
+        inside = [Run(c.parent) for path in paths for c in sorted(path.glob("[!.]*/config.yaml"))]
+        if runs or inside:
+            return runs or inside
+    if Path(name).is_file():
+        todo = f"give a file with one of the endings {', '.join(SUFFIXES)}"
+        raise UserError(name, "is no table by the ending of its name", todo)
+    raise UserError(name, f"names no run (looked in {root} too)", "see forescale status")
 
 
 def _print_refused(refused: list[Refused]) -> None:
@@ -112,15 +85,223 @@ def _print_refused(refused: list[Refused]) -> None:
         print(f"Note: {one.name} gives no record: {one.why}.", file=sys.stderr)
 
 
-def _runs(name: str, root: Path) -> list[Run]:
-    """The runs of a name: a run, a directory of runs, or a glob pattern of either."""
-    for base in (Path(), root):
-        found = sorted(map(Path, glob.glob(str(base / name))))
-        runs = [Run(path) for path in found if (path / "config.yaml").is_file()]
-        inside = [Run(c.parent) for path in found for c in sorted(path.glob("[!.]*/config.yaml"))]
-        if runs or inside:
-            return runs or inside
-    if Path(name).is_file():
-        todo = f"give a file with one of the endings {', '.join(SUFFIXES)}"
-        raise UserError(name, "is no table by the ending of its name", todo)
-    raise UserError(name, f"names no run (looked in {root} too)", "see forescale status")
+def read_finished(job: StudyJob) -> list[Finished]:
+    """Return a finished study for each table of the input; see _read_each."""
+    return _read_each(job, finished)
+
+
+def read_ladders(job: StudyJob) -> list[Ladder]:
+    """Return the runs of each table of the input with their metric; see _read_each."""
+    return _read_each(
+        job, lambda table, one, where: ladder(with_outcome(table, one, where), one, where)
+    )
+
+
+def _read_each(
+    job: StudyJob, judged: Callable[[pd.DataFrame, StudyJob, str], Judged]
+) -> list[Judged]:
+    """Return what `judged` gives for each table of the input: of its records, the job of this table
+    alone, and its name; one for runs or the study's cells.
+
+    Names may be glob patterns of tables. Of several tables, one that can't be judged is left out
+    with a note. Raises UserError if none is left.
+    """
+    paths = _tables(job.input)
+    if len(paths) < 2:
+        one = replace(job, input=list(map(str, paths)) or job.input)
+        table, where = read(one)
+        return [judged(table, one, where)]
+    stems = [path.stem for path in paths]
+    results, errors = list[Judged](), list[UserError]()
+    for path, stem in zip(paths, stems, strict=True):
+        one = replace(job, input=[str(path)])
+        try:
+            table, where = read(one)
+            result = judged(table, one, where)
+        except UserError as e:
+            errors.append(e)
+            print(f"Note: {path} is left out: {e.problem}.", file=sys.stderr)
+            continue
+        results.append(replace(result, name=stem if stems.count(stem) == 1 else where))
+    if not results:
+        problem = f"none of {len(paths)} tables can be judged; the first {errors[0].problem}"
+        raise UserError("input", problem, errors[0].todo)
+    return results
+
+
+def _tables(names: list[str]) -> list[Path]:
+    """Return the tables of names and glob patterns, each once; none if the names are of runs."""
+    paths = list[Path]()
+    for name in names:
+        pattern = str(Path(name).expanduser())
+        paths += map(Path, sorted(glob.glob(pattern)) or [pattern])
+    tables = [path for path in dict.fromkeys(paths) if is_export(path)]
+    if tables and len(tables) < len(set(paths)):
+        other = next(path for path in paths if path not in tables)
+        raise UserError(str(other), "is no table, as others of the input are", "give tables alone")
+    return tables
+
+
+def read_groups(job: StudyJob) -> tuple[Group, Group]:
+    """Return the two groups to compare. Raises UserError if there are not two, or if one can't be
+    read."""
+    if job.by is not None:
+        return _groups_by_column(job, job.by)
+    if job.groups:
+        todo = "name the column that tells the groups apart, by=COLUMN"
+        raise UserError("groups", "are given without a column", todo)
+    if len(job.input) != 2:
+        todo = "give two tables, studies or names of runs, or one with by=COLUMN"
+        raise UserError("study compare", f"has {len(job.input)} inputs, not two", todo)
+    if job.input[0] == job.input[1]:
+        raise UserError(job.input[0], "is given twice", "give two different groups")
+    stems = [Path(name).stem for name in job.input]
+    names = stems if len(set(stems)) == 2 and is_export(Path(job.input[0])) else job.input
+    one, other = ((name, *_read_group(job, i)) for name, i in zip(names, job.input, strict=True))
+    return one, other
+
+
+def _read_group(job: StudyJob, name: str) -> tuple[pd.DataFrame, str]:
+    """Return the records of a study, if it is one, or of a table or of runs."""
+    for folder in (Path(name).expanduser(), Path(job.studies).expanduser() / name):
+        if (folder / "plan.json").is_file():
+            return _cells_of(folder)
+    return read(replace(job, input=[name]))
+
+
+def _groups_by_column(job: StudyJob, column: str) -> tuple[Group, Group]:
+    """Return the runs of two values of a column."""
+    path = Path(job.input[0]).expanduser() if len(job.input) == 1 else None
+    if path is not None and is_export(path):
+        # Records have no columns of the table's, so that the values are read from the file.
+        raw = read_export(path).table
+        for name, value in job.rows.items():
+            raw = raw[raw[name].astype(str) == value] if name in raw else raw
+        one, other = _two_values(str(path), raw, column, job.groups)
+
+        def group(value: str) -> Group:
+            table, where = read(replace(job, rows={**job.rows, column: value}))
+            return value, table, f"{where}, {column}={value}"
+
+        return group(one), group(other)
+    table, where = read(job)
+    one, other = _two_values(where, table, column, job.groups)
+    values = table[column].astype(str)
+    first, second = ((v, table[values == v], f"{where}, {column}={v}") for v in (one, other))
+    return first, second
+
+
+def _two_values(where: str, table: pd.DataFrame, column: str, groups: list[str]) -> tuple[str, str]:
+    """Return the two values to compare. Raises UserError if the column doesn't give two."""
+    values = [str(v) for v in _column(table, column, where).dropna().unique()]
+    chosen = groups or values
+    if unknown := [v for v in groups if v not in values]:
+        todo = f"use two of {', '.join(values[:8])}"
+        raise UserError("groups", f"no run has {column}={unknown[0]}", todo)
+    if len(chosen) != 2 or chosen[0] == chosen[1]:
+        problem = f"has {len(values)} values of {column}: {', '.join(values[:8])}"
+        raise UserError(where, problem, "name two of them: groups=[A,B]")
+    return chosen[0], chosen[1]
+
+
+def read_tasks(job: StudyJob) -> list[Task]:
+    """Return the losses and metrics of each task. Raises UserError for other inputs or missing
+    columns."""
+    if not job.tasks:
+        todo = "name their columns, such as tasks='{arc: acc_arc}'"
+        raise UserError("tasks", "are not given", todo)
+    if unknown := set(job.task_losses) - set(job.tasks):
+        todo = f"name some of {', '.join(job.tasks)}"
+        raise UserError(f"task_losses.{min(unknown)}", "is no task", todo)
+    if not 1 <= len(job.input) <= 2 or not all(is_export(Path(name)) for name in job.input):
+        todo = "give a table of runs, and perhaps a second one of their checkpoints"
+        raise UserError("study tasks", "reads tables alone", todo)
+    tables = [_read_with_columns(job, name) for name in job.input]
+    (runs, raw_of_runs, where), (rows, raw, where_of_rows) = tables[0], tables[-1]
+    tasks = []
+    for name, column in job.tasks.items():
+        loss = job.task_losses.get(name)
+        outcomes = _with_loss(rows, raw, loss, where_of_rows)
+        cells = _column(raw, column, where_of_rows).loc[rows.index]
+        outcomes = outcomes.assign(**{OUTCOME: _outcomes(cells, job, where_of_rows)})
+        tasks.append(Task(name, _with_loss(runs, raw_of_runs, loss, where), outcomes, where))
+    return tasks
+
+
+def with_outcome(table: pd.DataFrame, job: StudyJob, where: str) -> pd.DataFrame:
+    """Return records with the column `task` of the job as `outcome`; unchanged if it names none.
+
+    Raises UserError if there is no such column, or if it doesn't hold the job's metric.
+    """
+    if job.task is None:
+        return table
+    cells = _column(_raw(table, job), job.task, where).loc[table.index]
+    return table.assign(**{OUTCOME: _outcomes(cells, job, where)})
+
+
+def with_columns(table: pd.DataFrame, job: StudyJob, names: Sequence[str]) -> pd.DataFrame:
+    """Return records with further columns of their table, as far as it has them."""
+    raw = _raw(table, job)
+    return table.assign(**{name: raw[name].loc[table.index] for name in names if name in raw})
+
+
+def _raw(table: pd.DataFrame, job: StudyJob) -> pd.DataFrame:
+    """Return the table that records are from, with all its columns, or the records themselves."""
+    if len(job.input) == 1 and is_export(path := Path(job.input[0]).expanduser()):
+        return read_export(path).table
+    return table
+
+
+def _read_with_columns(job: StudyJob, name: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return the records of a table, the table itself with the same index, and its name."""
+    raw = read_export(Path(name).expanduser()).table
+    columns = dict(job.columns)
+    if "loss" not in columns and "loss" not in raw and job.task_losses:
+        columns["loss"] = next(iter(job.task_losses.values()))
+    table, where = read(replace(job, input=[name], columns=columns))
+    return table, raw, where
+
+
+def _with_loss(
+    table: pd.DataFrame, raw: pd.DataFrame, column: str | None, where: str
+) -> pd.DataFrame:
+    """Return the records with a task's loss, or with that of the table."""
+    if column is None:
+        return table
+    return table.assign(loss=_numbers(_column(raw, column, where).loc[table.index], where))
+
+
+def _column(raw: pd.DataFrame, name: str, where: str) -> pd.Series:
+    """Return a column of the file. Raises UserError, with the nearest names, if there is none."""
+    if name not in raw:
+        near = ", ".join(map(repr, nearest_first(name, map(str, raw.columns))[:3]))
+        raise UserError(where, f"has no column {name!r}", f"the nearest are {near}")
+    column: pd.Series = raw[name]
+    return column
+
+
+def _numbers(cells: pd.Series, where: str) -> pd.Series:
+    """Return the cells as numbers, NaN if empty. Raises UserError for anything else."""
+    numbers = pd.to_numeric(cells, errors="coerce")
+    if (bad := numbers.isna() & cells.notna()).any():
+        problem = f"{cells[bad].iloc[0]!r} of column {cells.name!r} is no number"
+        raise UserError(where, problem, "write plain numbers, and nothing in an empty cell")
+    return numbers
+
+
+def _outcomes(cells: pd.Series, job: StudyJob, where: str) -> pd.Series:
+    """Return the cells as links read them: accuracies, or losses. Raises UserError for other
+    values."""
+    values = _numbers(cells, where)
+    if job.metric == "loss":
+        bad = (values <= 0) | np.isinf(values)
+        problem = "is not a positive number"
+        todo = "a metric without an upper end is positive, as a loss is"
+    else:
+        bad = (values < 0) | (values > 1)
+        problem = "is not between 0 and 1"
+        todo = "give shares, not percentages; of a task's loss, write metric=loss"
+    if bad.any():
+        problem = f"{values[bad].iloc[0]:g} of column {cells.name!r} {problem}"
+        raise UserError(where, problem, todo)
+    return 1 - values if job.metric == "error" else values

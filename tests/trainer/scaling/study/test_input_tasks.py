@@ -9,7 +9,7 @@ import pytest
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study import inputs
-from forescale.scaling.study.tasks import read_tasks, with_outcome
+from forescale.scaling.study.inputs import read_tasks, with_outcome
 from tests.trainer.scaling.analysis.test_task_fit import table
 
 

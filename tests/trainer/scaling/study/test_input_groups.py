@@ -6,8 +6,8 @@ import pytest
 
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
-from forescale.scaling.study import groups, inputs
-from forescale.scaling.study.groups import read_groups
+from forescale.scaling.study import inputs
+from forescale.scaling.study.inputs import read_groups
 
 
 def rows(**more) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def test_studies_are_given_by_name_or_by_directory(folder, monkeypatch):
 def test_a_column_of_records_tells_runs_apart(folder, monkeypatch):
     """The input is runs, or the cells of the study."""
     records = rows(optimizer=["adamw", "muon"] * 3, schedule=["wsd", "cosine", "linear"] * 2)
-    monkeypatch.setattr(groups, "read", lambda job: (records, "6 runs"))
+    monkeypatch.setattr(inputs, "read", lambda job: (records, "6 runs"))
     (one, a, where), (other, b, _) = read_groups(StudyJob(input=["runs/*"], by="optimizer"))
     assert (one, other, where) == ("adamw", "muon", "6 runs, optimizer=adamw")
     assert (a.loss.tolist(), b.loss.tolist()) == (
