@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
         json.dump({"pieces": pieces, **found.as_dict()}, sys.stdout)
         print()
         return DONE
-    from forescale.inspection.page import page
+    from forescale.inspection.html import page
 
     step = checkpoint.position.step
     to = Path(job.to or f"{view.name}-{step}-inspect.html").expanduser()

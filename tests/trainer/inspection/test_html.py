@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from forescale.inspection.heads import maps_of
-from forescale.inspection.page import page
+from forescale.inspection.html import page
 from forescale.inspection.reading import read
 from forescale.inspection.spelling import found_in, spelled
 from tests.trainer.inspection.test_numbers import build, text
@@ -38,7 +38,7 @@ def test_the_page_has_all_and_nothing_of_a_text_is_code(made, tokenizer):
     html = html_of(found, tokenizer)
     assert HOSTILE not in html
     assert not re.search(r"(src|href)=[\"']?http", html)
-    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.S)[1])
+    data = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     assert data["tokens"][0] == HOSTILE.replace(" ", "·")
     assert data["losses"] == found.losses
     first = torch.tensor(list(__import__("base64").b64decode(data["layers"][0]["maps"][0])))
