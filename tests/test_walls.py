@@ -38,7 +38,7 @@ ALLOWED = {
     "inference": "models config data run checkpoint train",
     "serving": "models inference",
     "inspection": "pages models data inference",
-    "plan": "models config data engine run monitor train",
+    "plan": "pages models config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
     "scaling.config": "config",

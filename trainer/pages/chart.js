@@ -4,7 +4,7 @@
 // A chart is {x, y, height, traces} (figure.py): axes with ends, and lines, bands, dots and bars.
 "use strict";
 const kit = (() => {
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(document.querySelector("script[type='application/json']").textContent);
 const NS = "http://www.w3.org/2000/svg";
 const INK = "#1f2328", SOFT = "#59636e", GRID = "#eceef0", FAINT = "#b4bac2";
 const DASHES = {"": "", dash: "7 4", dot: "1.5 2.5", dashdot: "9 3 2 3"};

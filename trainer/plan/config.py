@@ -107,6 +107,7 @@ class PlanConfig:
     )
     deepspeed: bool = key(False, "show the DeepSpeed JSON that is derived from the config")
     json: bool = key(False, "print the plan as JSON, for programs; --json does the same")
+    to: str | None = key(None, "an HTML file to which the plan is written too")
 
     def problems(self) -> Problems:
         found: Problems = []

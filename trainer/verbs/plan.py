@@ -1,18 +1,19 @@
-"""`forescale plan`: print what a training job needs and costs, as a page or as JSON."""
+"""`forescale plan`: print what a training job needs and costs; as text, JSON or an HTML page."""
 
 import json
 import sys
+from pathlib import Path
 
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.errors import DONE
 from forescale.plan.config import PlanJob
-from forescale.plan.json_page import as_json
-from forescale.plan.page import show
 from forescale.plan.plan import Plan
+from forescale.plan.rows import as_json, page, show
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.start import check_changes, expect_trainable
+from forescale.storage import write_file
 
 JOB = PlanJob
 EXAMPLES = (
@@ -45,6 +46,10 @@ def main(words: list[str]) -> int:
         print()
     else:
         show(plan)
+    if job.plan.to is not None:
+        path = Path(job.plan.to).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, page(plan, ["forescale", "plan", *words]).encode())
     if plan.problems:
         raise ConfigError(plan.problems)
     return DONE

@@ -352,3 +352,13 @@ def test_fp8_is_planned_for_a_machine_that_has_it(planned, forescale):
     code, _, err = forescale("plan", *fp8, "model.mlp_width=40")
     assert code == 2
     assert "multiples of 16" in err
+
+
+def test_the_page_has_the_rows_of_the_text(forescale, small_data, tmp_path):
+    words = ["plan", "night", "data=dataset", f"data.path={small_data}", *BIG, BATCH]
+    code, out, _ = forescale(*words, "engine=zero3", "plan.gpus=64", f"plan.to={tmp_path}/p.html")
+    html = (tmp_path / "p.html").read_text()
+    assert code == 0
+    for fact in ("6,738,415,616 parameters", "zero3-hpz8", "16,384 ranks", "machine.node_write"):
+        assert fact in out
+        assert fact in html

@@ -1,0 +1,497 @@
+"""A plan as one table of rows, for the terminal, for a page and for programs alike.
+
+    row     a key in the JSON, a label, a value, its unit, and a text for people
+    block   rows below one title; a row of a table has a value and a text for each of its columns
+
+Invariant: this file only formats numbers that `Plan` computed; values are not rounded. A number
+that nobody measured is in the block "Guess", with the key that sets it.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+
+from forescale.config.schema import plain
+from forescale.console import open_console, span, table
+from forescale.pages.document import Section, code, render
+from forescale.plan.bytes.memory import as_dict
+from forescale.plan.evaluation import Evaluation
+from forescale.plan.options import ShardingOption, cheapest, engine_keys
+from forescale.plan.plan import Plan
+
+CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also estimated
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fact of a plan. key: its path in the JSON, "" if people alone read it; label: "" if
+    programs alone read it; text: a sentence with the value, "" for the value in its unit."""
+
+    key: str
+    label: str
+    value: Any = None
+    unit: str = ""
+    text: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """The text, or one for each value of a table."""
+        return [self.text] if self.text else [_in_unit(value, self.unit) for value in self.value]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows below one title. columns: of a table; path: of the table in the JSON; chosen: the column
+    of the job itself; after: sentences below."""
+
+    title: str
+    rows: Sequence[Row]
+    columns: Sequence[str] = ()
+    path: str = ""
+    chosen: int = -1
+    after: Sequence[str] = ()
+
+
+def show(plan: Plan) -> None:
+    """Print the plan."""
+    console = open_console()
+    console.print(f"[bold]{escape(_title(plan))}[/]")
+    for block in blocks(plan):
+        rows = [row for row in block.rows if row.label]
+        if block.columns or block.title == "Time":
+            console.print()
+        if block.columns and rows:
+            grid = table(block.title, *block.columns, left=[block.title])
+            grid.columns[1 + block.chosen].style = "bold" if block.chosen >= 0 else ""
+            for row in rows:
+                texts = ["[red]no[/]" if text == "no" else text for text in row.texts]
+                grid.add_row(row.label, *texts)
+            console.print(grid)
+        for n, row in enumerate(() if block.columns else rows):
+            head = block.title if n == 0 else ""
+            console.print(f"{head:<6} {escape(row.text)}", soft_wrap=True)
+        for line in block.after:
+            console.print(escape(line), soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+    if plan.job.plan.deepspeed:
+        console.print("DeepSpeed", json.dumps(plan.deepspeed, indent=2))
+    console.file.flush()  # before the problems, which go to stderr
+
+
+def page(plan: Plan, command: Sequence[str]) -> str:
+    """Return the plan as an HTML page. command: the command line that made it."""
+    sections = []
+    for block in blocks(plan):
+        rows = [[row.label, *row.texts] for row in block.rows if row.label]
+        head = [[block.title, *block.columns]] if block.columns and rows else []
+        name = block.title.split()[0].lower() if block.title else ""
+        if rows or block.after:
+            sections.append(Section(name, block.title, rows=head + rows, head=bool(head),
+                                    after=[*block.after]))  # fmt: skip
+    problems = [f"{p.where}: {p.problem}; {p.todo}." for p in plan.problems]
+    sections.append(Section("notes", "Problems and notes", after=[*problems, *plan.notes],
+                            absent="" if problems or plan.notes else "None."))  # fmt: skip
+    lead = [code(shlex.join(command))]
+    return render(title=f"Plan of {_title(plan)}", lead=lead, sections=sections)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the whole plan as plain values; bytes and seconds are not rounded."""
+    facts: dict[str, Any] = {
+        "problems": [p._asdict() for p in plan.problems],
+        "notes": plan.notes,
+        "config": plain(plan.job),
+        "deepspeed": plan.deepspeed,
+        "gpus": plan.world,
+        "nodes": plan.nodes,
+    }
+    for block in blocks(plan):
+        for row in (row for row in block.rows if row.key):
+            if not block.path:
+                _put(facts, row.key, row.value)
+            for column, value in zip(block.columns, row.value if block.path else (), strict=True):
+                name = column.split()[0].replace(",", "")
+                _put(facts, f"{block.path}.{name}.{row.key}", value)
+    return facts
+
+
+def _put(facts: dict[str, Any], path: str, value: Any) -> None:
+    *folders, name = path.split(".")
+    for folder in folders:
+        facts = facts.setdefault(folder, {})
+    facts[name] = None if isinstance(value, float) and abs(value) == float("inf") else value
+
+
+def _title(plan: Plan) -> str:
+    job, nodes = plan.job, f" in {plan.nodes:,} nodes" if plan.nodes > 1 else ""
+    return (
+        f"{job.run.directory} on {plan.world:,} {plan.machine.name}{nodes}: {plan.chosen.name}, "
+        f"{job.precision.label}, {job.optimizer.kind}"
+    )
+
+
+def blocks(plan: Plan) -> list[Block]:
+    """Return the whole plan."""
+    best = cheapest(plan.options, plan.available)
+    return [
+        Block("Model", _model(plan)),
+        Block("Run", _run(plan)),
+        Block("Data", _data(plan)),
+        Block("", [
+            Row("available_bytes", "", plan.available),
+            Row("chosen", "", plan.chosen.name),
+            Row("cheapest", "", best.name if best else None),
+        ]),
+        _options(plan),
+        Block("Time", _time(plan)),
+        Block("Evals", _evaluations(plan)),
+        Block("Saves", _saves(plan)),
+        _failures(plan),
+        Block("Guess", [Row("", "guess", text=text) for text in _guesses(plan)]),
+    ]  # fmt: skip
+
+
+def _model(plan: Plan) -> list[Row]:
+    kinds, flops = plan.parameters, plan.per_token
+    names = ("embedding", "tables", "position", "blocks", "trained adapters", "head")
+    parts = [f"{k} {_short(kinds[k])}" for k in names if kinds.get(k)]
+    if getattr(plan.job.model, "tie_embeddings", False):
+        parts[-1] += " (tied: counted once)"
+    if later := kinds.get("mtp"):
+        parts.append(f"later tokens {_short(later)} (in training alone)")
+    has_experts = kinds.get("active", kinds["total"]) < kinds["total"] - (later or 0)
+    active = f", {kinds['active']:,} active for a token" if has_experts else ""
+    rows = [
+        Row("parameters", "parameters", kinds, "count", f"{kinds['total']:,} parameters{active}"
+            + (": " + ", ".join(parts) if parts else "")),
+        Row("flops_per_token", "FLOPs", vars(flops), "FLOP",
+            f"{_flops(flops.full)} per token (causal {_flops(flops.causal)}, 6N "
+            f"{_flops(flops.six_n)}), {_work(flops.full * plan.job.total_tokens)} in total; "
+            f"{_flops(flops.recomputed)} per token recomputed"),
+    ]  # fmt: skip
+    if plan.cache_bytes is None:
+        return [*rows, Row("decoding_cache_bytes", "")]
+    length = plan.job.train.sequence_length
+    has_source = getattr(plan.job.model, "has_encoder", False)
+    of = "row of source and target" if has_source else "sequence"
+    text = f"decoding keeps {_bytes(plan.cache_bytes)} for a {of} of {length:,} tokens"
+    return [*rows, Row("decoding_cache_bytes", "decoding", plan.cache_bytes, "bytes", text)]
+
+
+def _run(plan: Plan) -> list[Row]:
+    job, train, unit = plan.job, plan.job.train, plan.job.objective.unit
+    mesh, rows = job.mesh(plan.world), job.objective.spec.rows
+    micro = train.global_batch // (train.micro_batch * mesh.data)
+    each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
+    grows = f"; {job.batch_ramp}, the batch of the table below" if job.batch_ramp.lengths else ""
+    size = f"{train.sequence_length:,}" if rows == 1 else f"{rows} x {train.sequence_length:,}"
+    return [
+        Row("steps", "steps", job.total_steps, "count",
+            f"{job.total_steps:,} steps of {job.tokens_per_step:,} {unit}: {train.global_batch:,} "
+            f"windows of {size}, {micro} x {train.micro_batch} per {each}; "
+            f"{_short(job.total_tokens)} {unit} in total{grows}"),
+        Row("tokens", "", job.total_tokens),
+        Row("exact", "exactness", job.exactness.holds, "", job.exactness.sentence),
+    ]  # fmt: skip
+
+
+def _data(plan: Plan) -> list[Row]:
+    texts = [
+        f"{s.name}: {_short(s.tokens)} tokens, {_short(s.read)} tokens read, {s.epochs:,.2f} epochs"
+        + (" (repeated)" if s.epochs > 1 else "")
+        for s in plan.data
+    ]
+    return [Row("sources", "", [vars(s) for s in plan.data]),
+            *(Row("", "source", text=text) for text in texts)]  # fmt: skip
+
+
+def _options(plan: Plan) -> Block:
+    """Return the table of memory, traffic and time, with a column for each sharding option."""
+    chosen = plan.chosen
+    options = [*plan.options, *([] if chosen in plan.options else [chosen])]
+    unit = "GiB" if chosen.memory.peak > 2**31 else "MiB"
+
+    rows: list[Row] = []
+
+    def add(key: str, label: str, of: Callable[[ShardingOption], Any], unit: str = "",
+            when: bool = True) -> None:  # fmt: skip
+        """Add a row. when: whether people see it too."""
+        values = [of(option) for option in options]
+        rows.append(Row(key, label if when else "", values, unit))
+
+    for kind in chosen.memory.rows():
+        used = any(option.memory.rows()[kind] for option in options)
+        add(f"bytes.{kind}", f"  {kind}", lambda o, kind=kind: o.memory.rows()[kind], unit, used)
+    add("states", "", lambda o: as_dict(o.memory.states))
+    add("activations", "", lambda o: o.memory.activations and vars(o.memory.activations))
+    total = f"  total, of {_in_unit(plan.available, unit)}"
+    add("total_bytes", total, lambda o: o.memory.total, unit)
+    add("fits", "", lambda o: o.fits(plan.available))
+    add("", "fits", lambda o: "yes" if o.fits(plan.available) else "no")
+    add("largest_micro_batch", "", lambda o: o.largest_micro_batch)
+    add("", "largest micro-batch", lambda o: o.largest_micro_batch or "none")
+    is_limited = any(option.is_limited_by_batch for option in options)
+    add("", "  limited by", lambda o: "global batch" if o.is_limited_by_batch else "memory",
+        when=is_limited)  # fmt: skip
+    add("memory_micro_batch", "  with a larger global batch", lambda o: o.memory_micro_batch,
+        "count", is_limited)  # fmt: skip
+    add("longest_window", "longest window, one at a time", lambda o: o.longest_window, "count",
+        bool(chosen.other_activations))  # fmt: skip
+    for how in chosen.other_activations:
+        add(f"other_activation_bytes.{how}", f"activations, checkpointing {how}",
+            lambda o, how=how: o.other_activations[how], unit)  # fmt: skip
+    add("host_bytes", "in CPU memory", lambda o: o.memory.states.host, unit,
+        any(option.memory.states.host for option in options))  # fmt: skip
+    add("start_bytes", "CPU memory to start", lambda o: o.memory.start, unit)
+    many, crossing = plan.world > 1, plan.world > 1 and plan.nodes > 1
+    add("traffic", "", lambda o: [
+        {**vars(t), "sent_by_gpu": t.sent, "sent_by_node": t.between(plan.per_node)}
+        for t in o.traffic
+    ])  # fmt: skip
+    add("sent_bytes", "sent by a rank per step, GB", lambda o: sum(t.sent for t in o.traffic),
+        "GB", many)  # fmt: skip
+    add("inside_seconds", "  time inside a node, s", lambda o: o.inside_seconds, "s", many)
+    add("between_seconds", "  time between nodes, s", lambda o: o.between_seconds, "s", crossing)
+    add("collectives", "  collectives per step", lambda o: sum(t.calls for t in o.traffic),
+        "count", many)  # fmt: skip
+    add("latency_seconds", "  their latency, s", lambda o: o.latency_seconds, "s", many)
+    # A measured speed and an MFU already include the waiting.
+    is_whole = plan.measured is not None or plan.given.plan.mfu is not None
+    add("step", "", lambda o: dict(vars(o.step)))
+    add("", "  not overlapped, s", lambda o: o.step.waiting, "s",
+        many and chosen.step.computing is not None and not is_whole)  # fmt: skip
+    timed = chosen.step.seconds is not None
+    add("step.seconds", "time of a step, s", lambda o: o.step.seconds, "s", timed)
+    add("step.tokens_per_second", "tokens/s", lambda o: o.step.tokens_per_second, "per second",
+        timed)  # fmt: skip
+    add("step.mfu", "MFU", lambda o: o.step.mfu, "%", timed and bool(chosen.step.mfu))
+    names = [option.name for option in options]
+    after = [_cheapest(plan), _assumptions(plan)]
+    return Block(f"Memory of a rank, {unit}", rows, names, "options", options.index(chosen), after)
+
+
+def _cheapest(plan: Plan) -> str:
+    """Return which option that fits is the cheapest, and the keys that choose it."""
+    best = cheapest(plan.options, plan.available)
+    if best is None:
+        return "No ZeRO stage fits."
+    text = f"Cheapest that fits: {best.name}"
+    if best.step.seconds is not None:
+        text += f", {best.step.seconds:,.3g} s a step"
+    if best.name == plan.chosen.name:
+        return f"{text}, as configured."
+    if plan.chosen.fits(plan.available) and plan.chosen.is_as_fast_as(best):
+        return f"{text}; {plan.chosen.name}, as configured, is as fast."
+    return f"{text}: set {engine_keys(plan.job, best.job).strip()}"
+
+
+def _assumptions(plan: Plan) -> str:
+    """Return the assumptions behind the table."""
+    m, p = plan.machine, plan.given.plan
+    links = f"links of {m.intra_node / 1e9:,.0f} GB/s per GPU in a node"
+    if plan.nodes > 1:
+        links += f" and {m.inter_node / 1e9:,.0f} GB/s per node between nodes"
+    if plan.measured is not None:
+        speed = f"the speed of run {plan.measured.run}, which includes waiting"
+    elif p.mfu is not None:
+        speed = f"an MFU of {p.mfu:.0%} (plan.mfu), which includes waiting"
+    elif plan.chosen.step.peak is None:
+        todo = "set plan.from_run or logging.peak_flops"
+        return f"The peak FLOP/s of the device are not known: {todo}. Assumed: {links}."
+    else:
+        speed = f"a peak of {plan.chosen.step.peak / plan.world / 1e12:,.0f} TFLOP/s per GPU"
+    overlap = "stages 2 and 3 overlap communication by default" if m.overlap else "no overlap"
+    return f"Assumed: {speed}; {links}; {overlap}. Activations and times are estimates."
+
+
+def _guesses(plan: Plan) -> list[str]:
+    """Return the numbers that nobody measured for this job, unless the user set their keys."""
+    m, p = plan.machine, plan.given.plan
+    guesses = []
+    if plan.measured is None and p.mfu is None and plan.chosen.step.peak is not None:
+        guesses.append(
+            f"matrix products reach {m.efficiency:.0%} of the peak (machine.efficiency), attention "
+            f"{m.attention_efficiency or m.efficiency:.0%} (machine.attention_efficiency); "
+            "plan.from_run=NAME measures them"
+        )
+    if plan.world > 1:
+        links = (
+            f"links reach {m.link_efficiency:.0%} of their speed (machine.link_efficiency); a step "
+            f"of a collective takes {m.intra_latency * 1e6:g} us in a node (machine.intra_latency)"
+        )
+        if plan.nodes > 1:
+            links += f", {m.inter_latency * 1e6:g} us between nodes (machine.inter_latency)"
+        guesses.append(links)
+    guesses.append(f"a node writes {_bytes(m.node_write)}/s (machine.node_write)")
+    if p.failures:
+        guesses.append(
+            f"{p.failures:g} failures per 1,000 node-days (plan.failures); {p.restart} from when "
+            "one is noticed until it trains again (plan.restart)"
+        )
+    return guesses
+
+
+def _time(plan: Plan) -> list[Row]:
+    rows = []
+    measured, predicted = plan.measured, plan.predicted_for_measured
+    if measured is None or predicted is None:
+        rows.append(Row("measured", ""))
+    else:
+        facts = {"run": measured.run, "ranks": measured.world, "step_seconds": measured.seconds,
+                 "predicted_step_seconds": predicted.seconds,
+                 "flops_per_second": measured.rate}  # fmt: skip
+        without = f"; predicted without it: {predicted.seconds:.4g} s" if predicted.seconds else ""
+        text = (
+            f"{measured.run}: a step took {measured.seconds:.4g} s on {measured.world} ranks "
+            f"(median of {measured.steps}){without}"
+        )
+        rows.append(Row("measured", "measured", facts, "s", text))
+    hours, p = plan.gpu_hours or 0.0, plan.given.plan
+    rows.append(Row("gpu_hours", "", plan.gpu_hours, "h"))
+    if plan.seconds is None:
+        text = "not known, because no speed is known"
+        return [*rows, Row("seconds", "steps", None, "s", text)]
+    text = (
+        f"{_days(plan.seconds)} for all steps; {hours:,.{1 if hours < 1000 else 0}f} GPU-hours, "
+        "with evaluations and failures"
+    )
+    rows.append(Row("seconds", "steps", plan.seconds, "s", text))
+    if p.gpu_hour is not None:
+        cost = hours * p.gpu_hour
+        text = f"cost: {cost:,.2f} at {p.gpu_hour:g} per GPU-hour"
+        rows.append(Row("cost", "cost", cost, text=text))
+    if plan.machine.watts:
+        energy = hours * plan.machine.watts / 1000
+        paid = "" if p.kilowatt_hour is None else f", cost: {energy * p.kilowatt_hour:,.2f}"
+        used = f"{energy:,.0f} kWh" if energy < 1e5 else f"{energy / 1e3:,.0f} MWh"
+        text = f"{used} at {plan.machine.watts:,.0f} W per GPU{paid}"
+        rows.append(Row("kilowatt_hours", "energy", energy, "kWh", text))
+    return rows
+
+
+def _evaluations(plan: Plan) -> list[Row]:
+    if (cost := plan.evaluation) is None:
+        text = "not known: the data can't be read, and validation.windows is not set"
+        return [Row("evaluation", "evaluations", None, "", text)]
+
+    def one(evaluation: Evaluation) -> str:
+        seconds, n = evaluation.seconds, evaluation.windows
+        took = "" if seconds is None else f", {span(seconds)}"
+        return f"{n:,} window{'s' * (n != 1)}, {_flops(evaluation.flops)}{took}"
+
+    parts = {"periodic": cost.periodic, "at_end": cost.at_end, "abilities": cost.asked,
+             "reference": cost.reference}  # fmt: skip
+    facts: dict[str, Any] = {name: part and vars(part) for name, part in parts.items()}
+    facts |= {"times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
+    last = f"all {one(cost.at_end)}" if cost.at_end else "all, not known without the data"
+    every = plan.job.validation.every
+    text = f"every {every}: {one(cost.periodic)} each; at the end {last}"
+    rows = [Row("evaluation", "evaluations", facts, "", text)]
+    rows += [Row("", "abilities", text=line) for line in cost.asked_lines]
+    if cost.reference:
+        text = f"the reference reads before the first step {one(cost.reference)}"
+        rows.append(Row("", "reference", text=text))
+    if cost.flops is not None and cost.times is not None:
+        n = cost.times + bool(cost.at_end) + bool(cost.reference)
+        text = f"{n:,} evaluation{'s' * (n != 1)}: {_flops(cost.flops)}"
+        if cost.seconds is not None and plan.seconds:
+            share = cost.seconds / (cost.seconds + plan.seconds)
+            text += f", {span(cost.seconds)}, {share:.1%} of the time with the steps"
+        rows.append(Row("", "in total", text=text))
+    return rows
+
+
+def _saves(plan: Plan) -> list[Row]:
+    size, most = plan.checkpoint_bytes, plan.checkpoints_kept
+    every, is_counted = plan.interval, plan.job.checkpoint.every.seconds is None
+    often = f" (every {span(every)})" if every and is_counted else ""
+    grace = plan.job.launch.grace.seconds or 0.0
+    copy = f"; its copy keeps {_bytes(plan.copy_bytes)} of a node's CPU memory"
+    facts = {"bytes": size, "max_on_disk": most, "copy_bytes_of_node": plan.copy_bytes,
+             "stall_seconds": plan.stall_seconds, "save_seconds": plan.save_seconds,
+             "signal_lead_seconds": plan.lead_seconds, "interval_seconds": every}  # fmt: skip
+    return [
+        Row("checkpoint", "checkpoint", facts, "bytes",
+            f"{_bytes(size)} every {plan.job.checkpoint.every}{often}; at most {most} on disk: "
+            f"{_bytes(most * size)}{copy if plan.copy_bytes else ''}"),
+        Row("", "a save", text=
+            f"a save pauses training for {span(plan.stall_seconds)} and is written after "
+            f"{span(plan.save_seconds)}; after a signal the run is saved within "
+            f"{span(plan.lead_seconds)} (allowed: {span(grace)}, launch.grace)"),
+    ]  # fmt: skip
+
+
+def _failures(plan: Plan) -> Block:
+    """Return the table of failures, with a column for each cluster size. ETTR: effective training
+    time ratio, the fraction of the wall time that is kept training."""
+    expected = plan.given.plan.failures
+    others = [n for n in CLUSTERS if n != plan.world and plan.machine.gpus_per_node]
+    estimates = {f"{n:,} rank{'s' * (n > 1)}": plan.failures(n) for n in [plan.world, *others]}
+    after = []
+    labels = {
+        "mtbf": ("  mean time between failures", "time"),
+        "restart": ("  time until training resumes", "time"),
+        "ettr": ("  useful time (ETTR), as configured", "%"),
+        "best": ("  best save interval (Daly 2006)", "time"),
+        "best_ettr": ("  useful time (ETTR) with it", "%"),
+    }
+    if not expected:
+        labels, useful = {}, plan.failures(plan.world).ettr
+        text = f"none expected (plan.failures=0); saves leave {useful:.1%} useful time"
+        after = [f"Failures: {text}"]
+    rest = [key for key in vars(plan.failures(plan.world)) if key not in labels]
+    rows = [
+        Row(key, label, [vars(e)[key] for e in estimates.values()], unit)
+        for key, (label, unit) in (labels | dict.fromkeys(rest, ("", ""))).items()
+    ]
+    title = f"Failures ({expected:g} per 1,000 node-days)"
+    return Block(title, rows, [*estimates], "failures", after=after)
+
+
+def _in_unit(value: Any, unit: str) -> str:
+    if unit in ("GiB", "MiB"):
+        number = value / (2**30 if unit == "GiB" else 2**20)
+        return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"
+    if unit == "GB":
+        return f"{value / 1e9:,.3g}" if value < 1e9 else f"{value / 1e9:,.1f}"
+    if unit == "time":
+        return span(value)
+    forms = {"": "", "count": ",", "s": ",.3f", "%": ".1%", "per second": ",.0f"}
+    return f"{value if unit == '' else value or 0:{forms[unit]}}"
+
+
+def _bytes(number: float) -> str:
+    units = zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True)
+    return _scaled(number, units) + ("B" if number >= 1e3 else "bytes")
+
+
+def _days(seconds: float) -> str:
+    """Return a length of time; of two days and more, days and hours: 12 h, 2 d 4 h, 38 d."""
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h" if 2 <= days < 10 and hours else span(seconds)
+
+
+def _work(flops: float) -> str:
+    """Return the FLOPs of a run; large ones also in PFLOP-days."""
+    days = flops / 1e15 / 86_400
+    return _flops(flops) + (f" ({days:,.3g} PFLOP-days)" if days >= 0.1 else "")
+
+
+def _short(number: float) -> str:
+    return _scaled(number, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)), digits=4).rstrip()
+
+
+def _flops(number: float) -> str:
+    return f"{_scaled(number, zip('ZEPTGM', (1e21, 1e18, 1e15, 1e12, 1e9, 1e6), strict=True))}FLOP"
+
+
+def _scaled(number: float, units: Iterable[tuple[str, float]], digits: int = 3) -> str:
+    """Return a number in the largest unit that it reaches; a smaller one has a space and no
+    unit."""
+    unit, size = next(((u, s) for u, s in units if number >= s), ("", 0.0))
+    return f"{number / size:.{digits}g} {unit}" if size else f"{number:,.0f} "
