@@ -23,8 +23,8 @@ from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, plain
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.errors import UserError
-from forescale.plan.rows import show
 from forescale.plan.plan import Plan
+from forescale.plan.rows import show
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.forecast import find

@@ -24,7 +24,11 @@ _MARKS = str.maketrans({"\n": "↵", "\t": "⇥", " ": "·"})  # where a token s
 
 
 def page(
-    reading: Reading, pieces: Sequence[str], tokenizer: Tokenizer, title: str, command: Sequence[str]
+    reading: Reading,
+    pieces: Sequence[str],
+    tokenizer: Tokenizer,
+    title: str,
+    command: Sequence[str],
 ) -> str:
     """Return the page as HTML. pieces: the text of each token; title: the run and its step;
     command: the words of the command that made it."""
