@@ -103,7 +103,7 @@ class ModelConfig:
     delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
     latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half of all
     latent_query_rank: int | None = None  # latent: width of the queries' latent; None: no latent
-    # Layers of an encoder before the num_layers of the decoder (objective.kind=seq2seq or prefix);
+    # Layers of an encoder before the num_layers of the decoder (objective=seq2seq or prefix);
     # 0: none.
     encoder_layers: int = 0
     source_length: int | None = None  # columns that the encoder reads; None: as the objective says
@@ -114,7 +114,7 @@ class ModelConfig:
     sparse_local: int = 4  # mixer=block_sparse: blocks of the neighbourhood; strided, fixed: stride
     sparse_global: int = 1  # bigbird: first blocks of a document that all its tokens see
     sparse_random: int = 2  # bigbird: random blocks that a block sees
-    causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
+    causal: bool = True  # a token sees no later one; false: an encoder, for objective=masked
     # swiglu | geglu | gelu (tanh) | gelu_exact | relu | relu2 | moe: experts, models/experts/moe.py
     mlp: str = "swiglu"
     moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)

@@ -10,7 +10,7 @@ from forescale.data.tokenizer import END_OF_TEXT, byte_tokenizer, vocabulary_of
 
 SPECIAL = (END_OF_TEXT,)
 TOKENS = {"bos_token": "", "eos_token": END_OF_TEXT}
-KIND = ("objective.kind=responses", "train.sequence_length=64")
+KIND = ("objective=responses", "train.sequence_length=64")
 
 
 def plain_template() -> ChatTemplate:

@@ -10,7 +10,7 @@ from forescale.data.text.files import Files
 LETTERS = "abc"
 LONGEST = 4  # letters of a word
 NO_PAIRS = ("no tab", "\tno source", "too long" * 9 + "\ttoo long", "short\t" + "too long" * 9)
-KIND = ["objective.kind=pairs", r"objective.pairs_separator=\t"]
+KIND = ["objective=pairs", r"objective.separator=\t"]
 
 
 def words(longest: int = LONGEST) -> list[str]:

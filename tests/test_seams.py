@@ -23,7 +23,7 @@ from forescale.config.frozen import freeze, thaw
 from forescale.config.job import Job
 from forescale.config.schema import ConfigError, key
 from forescale.config.sections import optimizer as optimizers
-from forescale.config.sections.optimizer import OptimizerSpec, Update
+from forescale.config.sections.optimizer import OptimizerConfig, Update
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.data.objective import IGNORED, NEXT_TOKEN
@@ -148,17 +148,26 @@ def test_a_mixer_is_planned_and_trained_by_its_word(shift):
         compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer=none-such"])
 
 
-def build_sgd(config, groups: list[dict]) -> torch.optim.Optimizer:
+@dataclass
+class SgdConfig(OptimizerConfig):
     """An optimizer."""
-    return torch.optim.SGD(groups, lr=1.0, momentum=config.beta1)
+
+    kind = "sgd"
+    build = f"{__name__}.build_sgd"
+    update = Update(moments=1)
+
+    momentum: float = key(0.9, "decay of the momentum", ge=0, lt=1)
+
+
+def build_sgd(config: SgdConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=1.0, momentum=config.momentum)
 
 
 def test_an_optimizer_is_planned_and_built_by_its_spec(monkeypatch):
-    spec = OptimizerSpec(f"{__name__}.build_sgd", Update(moments=1))
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", spec)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", SgdConfig)
     words = ["train.steps=20", "schedule.warmup=0", "precision=fp32", "optimizer=adamw"]
     adam = compose(TrainJob, words)
-    sgd = compose(TrainJob, [*words, "optimizer.kind=sgd"])
+    sgd = compose(TrainJob, [*words, "optimizer.kind=sgd", "optimizer.momentum=0.5"])
     for job in (adam, sgd):
         job.model = job.model.resolved(512, 256)
     held = inventory(sgd)
@@ -169,6 +178,7 @@ def test_an_optimizer_is_planned_and_built_by_its_spec(monkeypatch):
     groups = parameter_groups(model.named_parameters(), sgd.optimizer)
     built = build_optimizer(sgd.optimizer, [g.as_dict() for g in groups])
     assert isinstance(built, torch.optim.SGD)
+    assert built.param_groups[0]["momentum"] == 0.5
     assert [g["name"] for g in built.param_groups] == ["decayed", "undecayed"]
 
 
@@ -208,7 +218,7 @@ class EveryOther:
 
 def test_an_objective_says_what_is_a_target(dataset):
     words = [f"data.path={dataset}", "train.steps=20", "schedule.warmup=0"]
-    words += ["train.sequence_length=64", "objective.kind=own"]
+    words += ["train.sequence_length=64", "objective=own"]
     typed = [*words, f"objective._target_={__name__}.EveryOther"]
     job = compose(TrainJob, typed)
     feed = feed_of(job, open_sources(job.data))
@@ -225,7 +235,7 @@ def test_an_objective_says_what_is_a_target(dataset):
     for wrong, problem in (
         (words, r"objective\._target_"),
         ([*typed, "data.packing=best_fit"], r"data\.packing"),
-        (["objective.kind=nxt"], r"objective\.kind: 'nxt' is no objective"),
+        (["objective=nxt"], r"objective: 'nxt' is not one of"),
     ):
         with pytest.raises(ConfigError, match=problem):
             compose(TrainJob, wrong)

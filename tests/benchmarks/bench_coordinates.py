@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import AdamWConfig
 from forescale.models import Transformer
 from forescale.models.rules import PARAMETRIZATIONS
 from forescale.pages.document import Section, render
@@ -118,7 +118,7 @@ def final_loss(parametrization: str, width: int, rate: float, steps: int) -> flo
     config = model_of(parametrization, width, vocab_size=256, max_sequence_length=LENGTH)
     torch.manual_seed(0)
     model = Transformer(config)
-    built = optimizers(model, OptimizerConfig(learning_rate=rate))
+    built = optimizers(model, AdamWConfig(learning_rate=rate))
     groups = [(group, group["lr"]) for o in built for group in o.param_groups]
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 
 HEAD_DIM, VOCABULARY, LENGTH, WINDOWS = 16, 64, 32, 4
-ADAMW = OptimizerConfig(learning_rate=4e-3)
-MUON = OptimizerConfig("muon", learning_rate=0.02, adam_learning_rate=4e-3, momentum=0.95)
+ADAMW = AdamWConfig(learning_rate=4e-3)
+MUON = MuonConfig(adam_learning_rate=4e-3)
 LAYERS = ("embedding", "attention", "mlp", "stream", "logits")  # the inner three: the last block's
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import AdamWConfig
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.data.stream import StepShare, stream
@@ -136,7 +136,7 @@ def learn(
     dataset = sources.first
     torch.manual_seed(0)
     model = Transformer(config)
-    built = optimizers(model, OptimizerConfig(learning_rate=rate, weight_decay=0.1))
+    built = optimizers(model, AdamWConfig(learning_rate=rate, weight_decay=0.1))
     price = flops_per_token(config, length, causal=True) * batch * length
     steps = math.ceil(budget / price)
     due = {math.ceil(share * budget / price): share for share in shares}

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forescale.config.sections.optimizer import AdamWConfig, MuonConfig
 from forescale.config.train import TrainJob
 from forescale.engine.compilation import reuse_graphs
 from forescale.engine.determinism import set_compiler_mode, use_kernels
-from forescale.engine.optim import learning_rate, parameter_groups
+from forescale.engine.optim import parameter_groups
 from forescale.run.start import open_sources, settle
 from forescale.train.model import build_model
 from tests.benchmarks.training import batches
@@ -61,9 +62,10 @@ class Plain:
             options = {"peak": group.peak_learning_rate, "weight_decay": group.weight_decay}
             params = [{"params": group.params, **options}]
             if group.update.is_by_matrix:
-                assert o.momentum is not None  # filled in by OptimizerConfig
+                assert isinstance(o, MuonConfig)
                 optimizers.append(torch.optim.Muon(params, lr=1.0, momentum=o.momentum))
             else:
+                assert isinstance(o, AdamWConfig)
                 betas = (o.beta1, o.beta2)
                 optimizers.append(
                     torch.optim.AdamW(params, lr=1.0, betas=betas, eps=o.eps, fused=True)
@@ -102,9 +104,8 @@ class Plain:
                 master.grad = weight.grad.float()  # type: ignore[union-attr]
         if job.optimizer.clip:
             nn.utils.clip_grad_norm_(self.masters, job.optimizer.clip)
-        rate = learning_rate(
-            job.schedule, self.step, job.total_steps, job.warmup_steps, job.decay_steps
-        )
+        lengths = (job.total_steps, job.warmup_steps, job.decay_steps)
+        rate = job.schedule.rate(self.step, *lengths)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate

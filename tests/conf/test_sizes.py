@@ -35,7 +35,7 @@ def test_every_size_is_here():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_has_the_parameters_that_were_published(name):
     words = [f"model={name}", "train.sequence_length=512", "train.steps=100"]
-    job = compose(TrainJob, [*words, f"objective.kind={OBJECTIVES.get(name, 'next_token')}"])
+    job = compose(TrainJob, [*words, f"objective={OBJECTIVES.get(name, 'next_token')}"])
     assert not job.problems()
     config = replace(job.model, source_length=256 if name == "t5-small" else None)
     counts = count(config.resolved(sequence_length=512))

@@ -6,13 +6,14 @@ The model has what makes states hard to carry: tied embeddings, a matrix cut by 
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from forescale.config.mesh import Mesh
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OPTIMIZERS, OptimizerConfig
 from forescale.data.stream import MicroBatch
 
 VOCABULARY, WIDTH, LENGTH = 101, 24, 16
@@ -81,8 +82,10 @@ SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}  # of a plain l
 
 def settings(optimizer: str) -> OptimizerConfig:
     """The same, as a config."""
-    muon = {"momentum": 0.95, "adam_learning_rate": 3e-3} if optimizer == "muon" else {}
-    return OptimizerConfig(optimizer, beta1=0.9, beta2=0.95, eps=1e-8, **muon)
+    muon = {"adam_learning_rate": 3e-3} if optimizer == "muon" else {}
+    cls: type[Any] = OPTIMIZERS[optimizer]
+    config: OptimizerConfig = cls(learning_rate=3e-4, beta1=0.9, beta2=0.95, **muon)
+    return config
 
 
 def job(

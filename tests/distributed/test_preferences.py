@@ -18,7 +18,7 @@ from tests.trainer.small_run import make_run
 pytestmark = pytest.mark.distributed
 
 LENGTH = ("train.tokens=null", "train.steps=12", "checkpoint.every=5", "validation.every=12")
-KIND = ("objective.kind=preferences", "train.sequence_length=64", "precision=fp32")
+KIND = ("objective=preferences", "train.sequence_length=64", "precision=fp32")
 MODEL = (*launching.TINY, "optimizer.learning_rate=0.003")
 
 

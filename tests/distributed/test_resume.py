@@ -96,8 +96,7 @@ def test_a_run_whose_rows_grow_repeats_its_steps_bit_for_bit(dataset, tmp_path):
 
 def test_a_decay_branches_off_a_run(dataset, tmp_path):
     """run.from: the branch keeps g, and repeats the trunk until its own decay begins."""
-    trunk = ("run.name=trunk", f"data.path={dataset}", *LENGTH, "schedule=constant")
-    trunk += ("schedule.decay=null",)
+    trunk = ("run.name=trunk", f"data.path={dataset}", *LENGTH, "schedule.decay=0")
     launching.train(tmp_path, *trunk, "checkpoint.keep=5")
     branch = ("run.name=branch", f"data.path={dataset}", *LENGTH, "train.steps=40")
     branch += ("schedule=wsd", "schedule.warmup=2", "schedule.decay=15", "run.from.run=trunk")

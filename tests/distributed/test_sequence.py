@@ -33,7 +33,7 @@ MIXERS = [
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
     [0, "model.activation_checkpointing=full", "model.mlp_chunk=3"],  # as for long windows
     [0, "model.activation_checkpointing=selective", "model.num_kv_heads=1"],
-    [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
+    [0, "model.causal=false", "objective=masked", "model.head=dense"],
     [
         0,
         "model.mlp=moe",

@@ -79,7 +79,7 @@ def test_the_self_check_finds_no_fault_in_healthy_ranks():
 
 
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
-T5 = ["model.encoder_layers=1", "model.source_length=6", "objective.kind=seq2seq"]
+T5 = ["model.encoder_layers=1", "model.source_length=6", "objective=seq2seq"]
 ALIBI = "model.position=alibi"
 EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2", "model.moe_width=40"]
 EXPERTS += ["model.moe_shared=1", "model.moe_scores=sigmoid"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import AdamWConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 from forescale.models.parametrization import Factors, factors, folds, scales
@@ -76,7 +76,7 @@ def trained(config: ModelConfig, steps: int = 3) -> tuple[list[float], dict[str,
     torch.manual_seed(0)
     model = Transformer(config)
     named = model.named_parameters()
-    groups = parameter_groups(named, OptimizerConfig(), factors=model.optimizer_factors())
+    groups = parameter_groups(named, AdamWConfig(), factors=model.optimizer_factors())
     settings = [
         {"params": g.params, "lr": g.peak_learning_rate, "weight_decay": g.weight_decay}
         | {"eps": g.eps}
@@ -123,7 +123,7 @@ def test_the_multipliers_are_in_the_forward():
 def test_decay_of_a_step_is_the_same_at_every_width():
     def decay(config: ModelConfig) -> dict[str, float]:
         groups = parameter_groups(
-            Transformer(config).named_parameters(), OptimizerConfig(), factors=factors(config)
+            Transformer(config).named_parameters(), AdamWConfig(), factors=factors(config)
         )
         return {g.name: g.peak_learning_rate * g.weight_decay for g in groups}
 

@@ -149,7 +149,7 @@ def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
     weight decay doesn't follow from the length."""
     return (
         old.schedule == new.schedule
-        and new.schedule.kind in ("wsd", "constant")
+        and new.schedule.may_grow
         and new.optimizer.final_weight_decay == 1
         and new.total_steps >= old.total_steps
         and old.warmup_steps == new.warmup_steps

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forescale.config.job import Problems
+from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.models.config import ModelConfig
 from forescale.models.parallel.division import of_columns, of_matrices
 
@@ -127,7 +128,7 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
 def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
     """Return why the engine can't divide matrices; each (what, todo)."""
     whole, found = "write engine.tensor_parallel=1", []
-    if job.optimizer.target is not None:
+    if isinstance(job.optimizer, OwnOptimizerConfig):
         problem = "an optimizer of your own may need whole matrices, of which a rank has a part"
         found.append((problem, f"{whole}, or optimizer=adamw"))
     if job.engine.offload_optimizer or job.engine.offload_parameters:

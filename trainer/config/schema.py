@@ -13,6 +13,8 @@ trajectory, *numerics* keys only its last bits, *free* keys nothing.
 Invariant: nothing here stops at the first problem, and nothing here knows a key by name.
 """
 
+# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
+
 import math
 import re
 import types
@@ -110,8 +112,8 @@ def block(
 class TargetConfig:
     """The user's own class, named by the key `_target_`, and its keyword arguments."""
 
-    target: str = ""
-    arguments: dict[str, Any] = field(default_factory=dict)
+    target: str = key("", "your class, such as mypackage.Mine", name="_target_")
+    arguments: dict[str, Any] = key({}, "keyword arguments of your class")
 
     def problems(self) -> list[tuple[str, str, str]]:
         """Return a problem if `target` can't name a class."""
@@ -234,6 +236,9 @@ class _Builder:
                 values[f.name] = result
         return cls(**values)
 
+    def _is_typed(self, path: str) -> bool:
+        return self.typed is None or any(f"{path}.".startswith(f"{key}.") for key in self.typed)
+
     def _value(self, f: Field[Any], type_: Any, value: Any, path: str) -> Any:
         """Return the value of a field; MISSING if it is wrong."""
         inner = section_class(type_)
@@ -272,7 +277,7 @@ class _Builder:
             keys = [inner for inner, _ in flatten(tree.pop(name), f"{path}.{name}")]
             if not (owners := [w for w, cls in kinds.items() if name in _names(cls)]):
                 self.unknown += keys
-            elif is_kind and (not default or self.typed is None or {*keys} & {*self.typed}):
+            elif is_kind and (not default or any(map(self._is_typed, keys))):
                 where = path.rpartition(".")[2] if default else "kind"
                 problem = f"is a key of {where}={' or '.join(owners)}, and this is {word}"
                 todo = "choose it, or leave the key out"
@@ -463,7 +468,7 @@ def plain(node: Any) -> Any:
     """Return a job as dicts, lists and scalars, for YAML."""
     if isinstance(node, Duration):
         return str(node)
-    if isinstance(node, TargetConfig):
+    if type(node) is TargetConfig:
         return {"_target_": node.target, **node.arguments}
     if is_dataclass(node):
         return {name_of(f): _plain_field(f, getattr(node, f.name)) for f in fields(node)}

@@ -24,8 +24,6 @@ from typing import Any
 from platformdirs import user_state_path
 
 from forescale.config.schema import TargetConfig, plain
-from forescale.config.sections.objective import ObjectiveConfig
-from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.errors import UserError
 
 STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code
@@ -38,8 +36,7 @@ def targets(job: Any) -> dict[str, str]:
         value = getattr(job, f.name)
         is_list = isinstance(value, list)
         found |= {f"{f.name}.{i}": v for i, v in enumerate(value)} if is_list else {f.name: value}
-    kinds = (TargetConfig, OptimizerConfig, ObjectiveConfig)
-    named = {k: v.target for k, v in found.items() if isinstance(v, kinds) and v.target}
+    named = {k: v.target for k, v in found.items() if isinstance(v, TargetConfig) and v.target}
     return {f"{key}._target_": target for key, target in named.items()}
 
 

@@ -15,7 +15,7 @@ from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
 from forescale.config.job import Find, Job, Problems
 from forescale.config.mesh import Mesh, expert_problems, mesh_problems
-from forescale.config.schema import TargetConfig, key, section
+from forescale.config.schema import TargetConfig, block, key, section
 from forescale.config.sections.batch import ranks_problems
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.engine import MOST_ROUNDED_SUMS, EngineConfig, PrecisionConfig
@@ -23,8 +23,13 @@ from forescale.config.sections.faults import problems as faults_problems
 from forescale.config.sections.lengths import Lengths
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.lora import problems as lora_problems
-from forescale.config.sections.objective import ObjectiveConfig, objective_problems
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.objective import (
+    OBJECTIVES,
+    NextTokenConfig,
+    ObjectiveConfig,
+    objective_problems,
+)
+from forescale.config.sections.optimizer import OPTIMIZERS, AdamWConfig, OptimizerConfig
 from forescale.config.sections.ramp import length_ramp_conflicts, length_ramp_notes
 from forescale.config.sections.runtime import (
     CheckpointConfig,
@@ -35,7 +40,8 @@ from forescale.config.sections.runtime import (
     ProfileConfig,
     ValidationConfig,
 )
-from forescale.config.sections.training import RunConfig, ScheduleConfig, TrainConfig
+from forescale.config.sections.schedule import SCHEDULES, ConstantConfig, ScheduleConfig
+from forescale.config.sections.training import RunConfig, TrainConfig
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
@@ -53,12 +59,14 @@ class TrainJob(Lengths, Job):
     train: TrainConfig = section(TrainConfig, "length and batch", "identity")
     model: ModelConfig | TargetConfig = section(ModelConfig, "the transformer", "identity")
     data: DataConfig = section(DataConfig, "training data", "free")
-    objective: ObjectiveConfig = section(
-        ObjectiveConfig, "what the model learns to predict", "identity"
+    objective: ObjectiveConfig = block(
+        OBJECTIVES, NextTokenConfig, "what the model learns to predict", "identity"
     )
     lora: LoraConfig = section(LoraConfig, "adapters beside frozen weights", "identity")
-    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer", "identity")
-    schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time", "identity")
+    optimizer: OptimizerConfig = block(OPTIMIZERS, AdamWConfig, "the update rule", "identity")
+    schedule: ScheduleConfig = block(
+        SCHEDULES, ConstantConfig, "the learning rate after the warm-up", "identity"
+    )
     engine: EngineConfig = section(EngineConfig, "DeepSpeed", "numerics")
     precision: PrecisionConfig = section(PrecisionConfig, "number formats", "numerics")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints", "free")
@@ -97,7 +105,7 @@ class TrainJob(Lengths, Job):
         """True if the model reads a text as one row and continues it: its losses are a text's."""
         reads_one_row = not getattr(self.model, "encoder_layers", 0)
         sees_earlier = getattr(self.model, "causal", True)
-        return self.objective.spec.continues_text and sees_earlier and reads_one_row
+        return self.objective.continues_text and sees_earlier and reads_one_row
 
     @property
     def training(self) -> "TrainJob":

@@ -26,7 +26,7 @@ class Objective(Protocol):
     them. split: the first columns of a row that are its source, which an encoder-decoder's encoder
     reads (model.encoder_layers); no target is among them. rows: the rows that a window becomes, if
     not 1; examples are then (2, n * rows, L), and the run must know what their losses make
-    (objective.kind=preferences).
+    (objective=preferences).
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
 
 
 def _zero(job, world_size: int) -> dict[str, Any]:
-    engine, optimizer = job.engine, job.optimizer.spec
+    engine, optimizer = job.engine, job.optimizer
     # Bytes of an element in the reduce bucket; of fp32 weights it holds twice engine.bucket_bytes.
     gradient = 4 if job.adds_in_fp32(world_size) else 2
     zero: dict[str, Any] = {

@@ -1,47 +1,18 @@
-"""The learning rate of each step, the parameter groups, and the construction of the optimizer.
+"""The weight decay of each step, the parameter groups, and the construction of the optimizer.
 
 Invariant: these are pure functions of the config and the step. So a run that resumes, gets longer
 or branches off needs no scheduler state. Imports no torch: a parameter is anything with a `shape`.
 """
 
 import importlib
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forescale.config.sections.optimizer import OptimizerConfig, Update
-from forescale.config.sections.training import ScheduleConfig
 from forescale.errors import UserError
 from forescale.models.parametrization import Factors
-
-
-def learning_rate(
-    schedule: ScheduleConfig, step: int, total_steps: int, warmup: int, decay: int = 0
-) -> float:
-    """Return the learning rate of update `step` (from 0) as a fraction of the peak, in [0, 1].
-    warmup, decay: in steps.
-
-    1. Warm-up over W steps: linear, (step + 1) / W, so that the first rate is above 0 (Goyal
-       et al. 2017, arXiv 1706.02677, section 2.2).
-    2. wsd: the peak, then linear to `final` over the last D steps (the name: MiniCPM, Hu et al.
-       2024, arXiv 2404.06395, section 4; linear: Hägele et al. 2024, arXiv 2405.18392). Caveat:
-       Hägele et al. find 1 - sqrt slightly better than linear for long decays.
-    3. cosine: half a period from the peak to `final` (Loshchilov & Hutter 2017, arXiv 1608.03983).
-    4. constant: the peak.
-
-    `final` belongs to step `total_steps`, which is never run; so the last update has a higher rate.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule.kind == "constant":
-        return 1.0
-    if schedule.kind == "cosine":
-        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * done)) / 2
-    left = min(1.0, max(0, total_steps - step) / decay) if decay else 1.0
-    return schedule.final + (1 - schedule.final) * left
 
 
 def decay_multiplier(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -88,7 +59,7 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> An
 
     Raises UserError if a class of the user's own can't be built.
     """
-    module, _, name = config.spec.build.rpartition(".")
+    module, _, name = config.build.rpartition(".")
     return getattr(importlib.import_module(module), name)(config, groups)
 
 
@@ -122,21 +93,21 @@ def parameter_groups(
     """
     every = dict(named_parameters)
     trained = {n: p for n, p in every.items() if getattr(p, "requires_grad", True)}
-    spec = optimizer.spec
-    matrices = _matrix_names(every, muon_names) if spec.matrices else set()
-    adam_rate = optimizer.adam_learning_rate or optimizer.learning_rate
+    matrices = _matrix_names(every, muon_names) if optimizer.matrices else set()
+    eps_of_all = getattr(optimizer, "eps", Group.eps)
     groups: dict[str, dict[str, Group]] = {"muon": {}, "decayed": {}, "undecayed": {}}
     for name, parameter in trained.items():
-        if spec.matrices and name in matrices:
-            kind, rates = "muon", (optimizer.learning_rate, optimizer.weight_decay, optimizer.eps)
-            group = Group("muon", spec.matrices, *rates)
+        if optimizer.matrices and name in matrices:
+            kind, rates = "muon", (optimizer.learning_rate, optimizer.weight_decay, eps_of_all)
+            group = Group("muon", optimizer.matrices, *rates)
         else:
             by = (factors or {}).get(name, Factors(""))
             is_decayed = len(shape_of(parameter)) > 1 and not _matches(_POSITIONS, name)
             kind = "decayed" if is_decayed else "undecayed"
             decay = optimizer.weight_decay * by.weight_decay if is_decayed else 0.0
-            rate, eps = adam_rate * by.learning_rate, optimizer.eps * by.epsilon
-            group = Group(f"{kind}_{by.of}" if by.of else kind, spec.update, rate, decay, eps)
+            rate, eps = optimizer.rate_of_the_rest * by.learning_rate, eps_of_all * by.epsilon
+            name_of_group = f"{kind}_{by.of}" if by.of else kind
+            group = Group(name_of_group, optimizer.update, rate, decay, eps)
         group = groups[kind].setdefault(group.name, group)
         group.names.append(name)
         group.params.append(parameter)

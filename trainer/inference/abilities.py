@@ -21,7 +21,7 @@ def abilities_of(
     """
     config = view.config
     if not config.continues_text:
-        problem = f"was trained with objective.kind={config.objective.kind}, and continues no text"
+        problem = f"was trained with objective={config.objective.kind}, and continues no text"
         raise UserError("abilities", problem, "leave it out, or name a run that continues text")
     device = best_device()
     model = model.to(device)

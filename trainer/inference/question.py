@@ -1,9 +1,9 @@
 """How a run's model reads a prompt, and what it writes then.
 
-A model of the next token continues it, and so does one of objective.kind=prefix, whose encoder
-reads it. One of objective.kind=seq2seq writes the spans that it lacks: sentinels are written as
+A model of the next token continues it, and so does one of objective=prefix, whose encoder
+reads it. One of objective=seq2seq writes the spans that it lacks: sentinels are written as
 T5's tokenizer has them, <extra_id_0>, <extra_id_1>, ..., in the prompt and in the answer. One of
-objective.kind=pairs reads the prompt as a source, and writes its target.
+objective=pairs reads the prompt as a source, and writes its target.
 Invariant: what the model reads, and where it begins to write, are those of training, see
 data/objectives/.
 """
@@ -65,14 +65,14 @@ def question_of(view: RunView, text: str) -> Question:
     source and the model is a class of the user's own.
     """
     config, identity = view.config, view.identity["dataset"]
-    spec, end = config.objective.spec, identity["end_of_text"]
+    end = identity["end_of_text"]
     if config.continues_text:
         ids = prompt_ids(view.tokenizer, text, end)
         if view.run.is_import and (first := _first_ids(view.tokenizer)):
             ids = first + text_ids(view.tokenizer, text)
         return Question(text, text, ids, ids, end, "document", config.train.sequence_length)
-    if not spec.source:
-        problem = f"was trained with objective.kind={config.objective.kind}, and continues no text"
+    if not config.objective.source_kind:
+        problem = f"was trained with objective={config.objective.kind}, and continues no text"
         raise UserError(
             view.name, problem, "score it with `forescale eval`, or name a causal model"
         )

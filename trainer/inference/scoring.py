@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from forescale.config.sections.data import ONLY, CorpusConfig
+from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
 from forescale.console import Progress, silent
 from forescale.data.bins import Bins, num_windows
@@ -91,6 +92,7 @@ def score_of(
             references=references,
         )
         losses = _losses(model, split, total * objective.rows, progress)  # type: ignore[attr-defined]
+        assert isinstance(job.objective, PreferencesConfig)
         scored = evaluate_preferences(losses, micros, job.objective.beta)
         return scored, rows.left_out()
     found = score(

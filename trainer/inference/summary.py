@@ -23,7 +23,7 @@ def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
     run = started.run
     scores = read_rows(run.metrics, kind="validation")
-    if not started.job.continues_text or started.job.objective.spec.whole:
+    if not started.job.continues_text or started.job.objective.whole:
         _summarize_other(started, scores)
         return
     if scores:
@@ -53,21 +53,23 @@ def summarize(started: Start) -> None:
 def _summarize_other(started: Start, scores: list[dict]) -> None:
     """Print the last scores of a model that continues no text, or learns parts of one alone: they
     compare with no compressor."""
-    name, spec = started.run.name, started.job.objective.spec
+    name, objective = started.run.name, started.job.objective
     for dataset, row in {row["dataset"]: row for row in scores}.items():
-        if spec.rows > 1:
+        if objective.rows > 1:
             accuracy = row.get("rewards/accuracies", math.nan)
-            print(f"\nHeld-out {spec.targets} ({dataset}): {accuracy:.1%} accuracy.")
+            print(f"\nHeld-out {objective.targets} ({dataset}): {accuracy:.1%} accuracy.")
             continue
         print(
             f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of "
-            f"{spec.targets}."
+            f"{objective.targets}."
         )
     prompt, purpose = {
         "gaps": ("def <extra_id_0>(self):", "fill in spans"),
         "prompt": ("SOURCE", "write its target"),
-    }.get(spec.source, ("PROMPT", "write its response") if spec.whole else _WRITE)
-    writes = (spec.source or spec.whole) and isinstance(started.job.model, ModelConfig)
+    }.get(objective.source_kind, ("PROMPT", "write its response") if objective.whole else _WRITE)
+    writes = (objective.source_kind or objective.whole) and isinstance(
+        started.job.model, ModelConfig
+    )
     _next(
         [
             (f"report {name}", "a page with its curves"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.checkpoint.reader import Checkpoint, Position, coverage_faults
+from forescale.config.sections.objective import OwnObjectiveConfig
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
@@ -232,7 +233,7 @@ def feed_of_run(
     Raises UserError if a dataset isn't there any more, or is another one now; and for an objective
     of the user's own without `trust`, because making it runs code that a stored file names.
     """
-    if job.objective.target and not trust:
+    if isinstance(job.objective, OwnObjectiveConfig) and not trust:
         problem = f"names code to run, {job.objective.target}"
         raise UserError("objective._target_", problem, "give trust=true if you trust the run")
     found = {}

@@ -204,7 +204,7 @@ def wandb() -> Finding:
     """Check whether Weights & Biases can be used."""
     if not importlib.util.find_spec("wandb"):
         return Finding("note", "wandb", "not installed", "pip install wandb, if you need it")
-    from forescale.engine.trackers import has_account
+    from forescale.config.sections.trackers import has_account
 
     version = importlib.metadata.version("wandb")
     if has_account():

@@ -115,7 +115,7 @@ def estimate_evaluation(
     of_step = (per_token.full + per_token.recomputed) * job.tokens_per_step
 
     def evaluation(windows: list[int]) -> Evaluation:
-        flops = per_token.forward * length * job.objective.spec.rows
+        flops = per_token.forward * length * job.objective.rows
         # All ranks make the same number of micro-batches, the last of them partly padding.
         at_once = job.train.micro_batch * job.mesh(world).data
         rows = at_once * sum(-(-n // at_once) for n in windows)

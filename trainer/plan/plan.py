@@ -17,7 +17,6 @@ from forescale.console import span
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
 from forescale.engine.deepspeed_config import deepspeed_config
-from forescale.engine.trackers import check_trackers
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
@@ -64,7 +63,7 @@ class Plan:
         self.sources = self._open(job)
         self.job: PlanJob = self._settled(job)
         self.check(lambda: prediction_interval_of(self.job))
-        self.check(lambda: check_trackers(job.logging))
+        self.check(job.logging.check_trackers)
         if (sources := self.sources) is not None:
             self.check(lambda: check_origin(self.job, sources))
         self.machine, self.world = job.machine, job.world_size

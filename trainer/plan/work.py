@@ -97,7 +97,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
         micro,
         length,
         size,
-        masked=job.data.document_mask or not job.objective.spec.continues_text,
+        masked=job.data.document_mask or not job.objective.continues_text,
         ranks=mesh.sequence,
         tensor=mesh.tensor,
     )

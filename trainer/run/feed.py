@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from forescale.config.sections.objective import PairsConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.console import progress_display
@@ -108,7 +109,7 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
         split = getattr(objective_of(job, vocab_size), "split", None)
         problem = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
         if split is None:
-            todo = "write objective.kind=seq2seq, prefix or pairs, or give your class a split"
+            todo = "write objective=seq2seq, prefix or pairs, or give your class a split"
             raise UserError("model.encoder_layers", problem, todo)
         if (model.source_length or split) != split:
             problem = f"{model.source_length} is given, and {problem}"
@@ -191,8 +192,8 @@ def _check_examples(job: TrainJob, dataset: Dataset) -> None:
     kind = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
     data_kind = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
     if kind and data_kind != kind and (data_kind in ("examples", "preferences")):
-        problem = f"holds {data_kind}, which objective.kind={job.objective.kind} doesn't read"
-        raise UserError(dataset.where, problem, "give other data, or another objective.kind")
+        problem = f"holds {data_kind}, which objective={job.objective.kind} doesn't read"
+        raise UserError(dataset.where, problem, "give other data, or another objective")
 
 
 def row_kind(job: TrainJob, sources: Sources) -> BinKind | None:
@@ -226,7 +227,8 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
     if not isinstance(bins.kind, PairKind):
         problem = f"has no {bins.unit} to train on: {bins.left_out() or 'it is empty'}"
         raise UserError(where, problem, "give other data, or a longer train.sequence_length")
-    facts, text = bins.facts, job.objective.pairs_separator or ""
+    assert isinstance(job.objective, PairsConfig)
+    facts, text = bins.facts, job.objective.separator or ""
     count = facts["documents"]
     if facts["without_separator"] == count:
         separator = shown_separator(text)
@@ -234,10 +236,10 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
             separator += f" (token {bins.kind.separator})"
         none = "its only document lacks" if count == 1 else f"none of its {count:,} documents has"
         problem = f"{none} the separator {separator}"
-        todo = "give another objective.pairs_separator, or data whose documents have it"
+        todo = "give another objective.separator, or data whose documents have it"
     else:
         problem = f"has no pair: {bins.left_out()}"
-        todo = "give more columns, with train.sequence_length and objective.pairs_source"
+        todo = "give more columns, with train.sequence_length and objective.source"
     raise UserError(where, problem, todo)
 
 

@@ -16,10 +16,11 @@ from forescale.config.duration import Duration
 from forescale.config.schema import plain
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.lora import LoraConfig
-from forescale.config.sections.objective import ObjectiveConfig
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.objective import PreferencesConfig, ResponsesConfig
+from forescale.config.sections.optimizer import AdamWConfig, OptimizerConfig
 from forescale.config.sections.runtime import LaunchConfig, ProfileConfig
-from forescale.config.sections.training import OriginConfig, ScheduleConfig
+from forescale.config.sections.schedule import CosineConfig
+from forescale.config.sections.training import OriginConfig
 from forescale.config.train import TrainJob
 from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset
@@ -40,7 +41,7 @@ RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
 # Rafailov et al. 2023 (arXiv 2305.18290, appendix B), and no dropout, as in TRL's DPOTrainer: it
 # would differ between the model and its reference.
 LATER_RATE, LATER_EPOCHS, LATER_BATCH, LATER_WARMUP = 1 / 40, 1.0, 64, Duration(10, "percent")
-IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_decay=0.0)
+IMPORTED = AdamWConfig(learning_rate=2e-5, beta2=0.999, weight_decay=0.0)
 # Adapters learn best at ten times the rate of all weights (Schulman 2025,
 # thinkingmachines.ai/blog/lora); of imported weights that is the 2e-4 of QLoRA (Dettmers et al.
 # 2023, arXiv 2305.14314, table 9), which has no weight decay either.
@@ -87,10 +88,10 @@ def first_config(
                 cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged
             ),
             model=model,
-            objective=ObjectiveConfig("preferences" if are_preferences else "responses"),
+            objective=PreferencesConfig() if are_preferences else ResponsesConfig(),
             lora=LoraConfig(),  # of FROM, adapters are merged
             optimizer=_of_adapters(optimizer) if has_adapters else optimizer,
-            schedule=ScheduleConfig("cosine", LATER_WARMUP if are_preferences else WARMUP),
+            schedule=CosineConfig(LATER_WARMUP if are_preferences else WARMUP),
             launch=LaunchConfig(),
             profile=ProfileConfig(),
             checkpoint=replace(origin.checkpoint, at=[]),
@@ -116,22 +117,14 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
     if origin.lora.rank:  # its rate is one of adapters
         factor /= LORA
     old = IMPORTED if is_import else origin.optimizer
-    adam = old.adam_learning_rate
-    return replace(
-        old,
-        learning_rate=_rounded(old.learning_rate * factor),
-        adam_learning_rate=None if adam is None else _rounded(adam * factor),
-    )
+    return old.scaled(factor)
 
 
 def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
-    rate = LORA * old.learning_rate * (_OF_MUON if old.spec.matrices else 1.0)
-    adamw = OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0)
-    return replace(adamw, beta1=old.beta1, beta2=old.beta2) if old.kind == "adamw" else adamw
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.3g}")
+    factor = LORA * (_OF_MUON if old.matrices else 1.0)
+    betas = {"beta1": old.beta1, "beta2": old.beta2} if type(old) is AdamWConfig else {}
+    adamw = AdamWConfig(learning_rate=old.learning_rate, weight_decay=0.0, **betas)
+    return adamw.scaled(factor)
 
 
 def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> TrainJob:

@@ -240,7 +240,7 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     sequence, and the weights of a mixture), and with a warm-up that fits its length."""
     job = job.fitted()
     # Those of whole rows are their numbers, unknown before their tables (run/feed.py).
-    if sources.is_mixture and not job.data.weights and not job.objective.spec.whole:
+    if sources.is_mixture and not job.data.weights and not job.objective.whole:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
         return job

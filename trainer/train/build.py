@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
 from forescale.config.schema import plain
+from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.sections.ramp import length_ramp
 from forescale.config.target import make
 from forescale.config.train import TrainJob
@@ -29,7 +30,6 @@ from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck
 from forescale.engine.state import num_parameters
 from forescale.engine.step import Engine
-from forescale.engine.trackers import open_trackers
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.abilities import questions_of_job
@@ -199,11 +199,12 @@ class Builder:
         trackers = []
         if main:
             known = complete(self.run, num_parameters(self.engine), device_name(world))
-            trackers = open_trackers(job.logging, self.run.path, known, plain(job), position.step)
+            opening = (self.run.path, known, plain(job), position.step)
+            trackers = [tracker.open(*opening) for tracker in job.logging.trackers]
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
         each = 1.0
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
-            columns = job.train.sequence_length * job.objective.spec.rows
+            columns = job.train.sequence_length * job.objective.rows
             each = columns / targets_of_a_window(job, feed)
         return Metrics(
             attempt,
@@ -222,7 +223,7 @@ class Builder:
             main,
             position.quarantined,
             self.prediction,
-            job.objective.spec.targets,
+            job.objective.targets,
         )
 
     def _prices(self, each: float, peak: float) -> Callable[[int], tuple[Prices, Prices]]:
@@ -309,7 +310,9 @@ class Builder:
                 bins=self._held_out_rows[name],
                 references=self.references.values["validation"][name],
             )
-            scores[name] = evaluate_preferences(self._nats, micros, self.job.objective.beta, ranks)
+            assert isinstance(self.job.objective, PreferencesConfig)
+            beta = self.job.objective.beta
+            scores[name] = evaluate_preferences(self._nats, micros, beta, ranks)
         return with_pooled(scores, pooled_preferences)
 
     def _nats(self, micro: MicroBatch) -> Tensor:

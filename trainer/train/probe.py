@@ -16,10 +16,10 @@ from typing import Any
 
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import TargetConfig
+from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
-from forescale.engine.trackers import check_trackers
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.train.own_code import described, is_of_shapes
@@ -28,14 +28,14 @@ from forescale.train.own_code import described, is_of_shapes
 def examine(job: TrainJob, sources: Sources) -> None:
     """Raise UserError if a class of the user's own in `job` can't be made or doesn't work, or if a
     tracker's package is missing."""
-    check_trackers(job.logging)
+    job.logging.check_trackers()
     _examine(job, sources.vocab_size)
 
 
 def examine_apart(job: TrainJob, sources: Sources) -> None:
     """Do the same, the user's classes in a process of its own. What ends that process otherwise is
     left to the ranks."""
-    check_trackers(job.logging)
+    job.logging.check_trackers()
     if not targets(job):
         return
     received, sent = os.pipe()
@@ -61,8 +61,8 @@ def _examine(job: TrainJob, vocab_size: int) -> None:
         import_target(key, name)
     for i, callback in enumerate(job.callbacks):
         _expect_arguments(f"callbacks.{i}", callback)
-    if job.optimizer.target:
-        _examine_optimizer(job)
+    if isinstance(job.optimizer, OwnOptimizerConfig):
+        _examine_optimizer(job.optimizer)
     if not isinstance(job.model, ModelConfig):
         examine_model(job, vocab_size)
 
@@ -78,13 +78,13 @@ def _expect_arguments(where: str, config: TargetConfig) -> None:
         return
 
 
-def _examine_optimizer(job: TrainJob) -> None:
+def _examine_optimizer(optimizer: OwnOptimizerConfig) -> None:
     import torch
 
     from forescale.engine.optimizers.own import build
 
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0, "name": "all"}
-    build(job.optimizer, [group])
+    build(optimizer, [group])
 
 
 def examine_model(job: TrainJob, vocab_size: int) -> None:
@@ -110,7 +110,7 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
     shape = (job.rows_at_once, job.train.sequence_length)
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
     masks = {"documents_BL": ids.int()} if job.data.document_mask else {}
-    if not job.objective.spec.continues_text:
+    if not job.objective.continues_text:
         masks["padding_mask_BL"] = ids.bool()
     try:
         with torch.no_grad(), torch.device("meta"):

@@ -17,6 +17,7 @@ from forescale.checkpoint.origin import hold, newest_step
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.restore import restore
 from forescale.config.hardware import exactness
+from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
 from forescale.console import progress_display, silent
@@ -24,7 +25,7 @@ from forescale.engine.build import build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.determinism import as_refused, use_kernels
-from forescale.engine.optim import decay_multiplier, learning_rate
+from forescale.engine.optim import decay_multiplier
 from forescale.engine.optimizers.uncompiled import without_compiler
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
@@ -169,6 +170,7 @@ class Trainer:
         ):
             references = reference.find(self.stop_request.__bool__, self.phases.mark, progress)
         self.builder.references = references
+        assert isinstance(self.job.objective, PreferencesConfig)
         self.engine.combine = Comparison(self.job.objective.beta)
         return references is not None
 
@@ -266,7 +268,7 @@ class Trainer:
 
     def _multipliers(self, step: int) -> tuple[float, float]:
         job, total = self.job, self.job.total_steps
-        rate = learning_rate(job.schedule, step, total, job.warmup_steps, job.decay_steps)
+        rate = job.schedule.rate(step, total, job.warmup_steps, job.decay_steps)
         return rate, decay_multiplier(job.optimizer, step, total)
 
     def _report_numerics(self, point: ResumePoint) -> None:

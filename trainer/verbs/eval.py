@@ -7,6 +7,7 @@ from forescale.abilities import QUESTIONS, SHOTS, TASKS
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
+from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
 from forescale.console import progress_display
 from forescale.data.dataset import Dataset
@@ -80,7 +81,7 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
             )
         if job.json:
             facts = {"dataset": dataset.where, "split": job.split, **found.row()}
-            if view.config.objective.spec.rows == 1:
+            if view.config.objective.rows == 1:
                 facts["perplexity"] = cast("Score", found).perplexity
             facts["corpus_hash"] = dataset.corpus_hash
             _print_json(view, checkpoint, facts)
@@ -106,9 +107,9 @@ def _length(job: EvalJob, config: TrainJob) -> int:
     """Return the targets of a window. Raises UserError if they can't be chosen."""
     trained = config.train.sequence_length
     length = job.sequence_length or trained
-    layers, spec = getattr(config.model, "encoder_layers", 0), config.objective.spec
-    are_fixed = layers or spec.source
-    if (length != trained and are_fixed) or (job.sequence_length and spec.whole and not are_fixed):
+    layers, objective = getattr(config.model, "encoder_layers", 0), config.objective
+    are_fixed, is_typed = layers or objective.source_kind, job.sequence_length is not None
+    if (length != trained and are_fixed) or (is_typed and objective.whole and not are_fixed):
         problem = f"rows of {config.objective.kind} have the length of the training"
         raise UserError("sequence_length", problem, "leave it out")
     return length
@@ -282,12 +283,12 @@ def _print(
         f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n"
     )
     print(head)
-    if objective.are_preferences:
+    if isinstance(objective, PreferencesConfig):
         return _print_preferences(cast("PreferenceScore", found), objective.beta)
     found = cast("Score", found)
-    is_other, targets = not view.config.continues_text, objective.spec.targets
+    is_other, targets = not view.config.continues_text, objective.targets
     # What a decoder writes of spans has a probability of its own; masked tokens have none together.
-    name = "pseudo-perplexity" if objective.spec.sees_both_sides else "perplexity"
+    name = "pseudo-perplexity" if objective.sees_both_sides else "perplexity"
     wide = max(len("bits per byte"), len(name), len(targets))
     of = f" of {targets}; not comparable with a causal model's" if is_other else ""
     print(

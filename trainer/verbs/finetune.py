@@ -163,7 +163,8 @@ def _found(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
     run = Run(directory)
     if run.config.exists():
         return plain(thaw(TrainJob, run.config, trust=True))
-    kind, file = _typed(words, "objective.kind"), _typed(words, "file")
+    kind = _typed(words, "objective") or _typed(words, "objective.kind")
+    file = _typed(words, "file")
     are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
     has_adapters = (_typed(words, "lora.rank") or "0") != "0"
     return first_config(view.config, view.run.is_import, are_preferences, has_adapters)

@@ -81,6 +81,6 @@ def test_what_they_take_is_not():
 
 
 def test_each_half_of_an_encoder_decoders_row_counts():
-    words = ["model.encoder_layers=1", "objective.kind=prefix", "train.sequence_length=48"]
+    words = ["model.encoder_layers=1", "objective=prefix", "train.sequence_length=48"]
     assert "1 x 24 = 24 tokens" in refusal(*words, "train.micro_batch=1")
     assert refusal(*words, "train.micro_batch=2") is None

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import MuonConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 from forescale.models.mixers.lstm import Recurrence
@@ -69,7 +69,7 @@ def test_it_begins_with_open_forget_gates_and_the_scale_of_hidden_matrices():
 
 def test_muon_takes_the_output_and_leaves_the_gates_to_adamw():
     model = Transformer(CONFIG)
-    muon = OptimizerConfig("muon", learning_rate=0.02, adam_learning_rate=4e-3)
+    muon = MuonConfig(learning_rate=0.02, adam_learning_rate=4e-3)
     found = parameter_groups(model.named_parameters(), muon, model.muon_parameters())
     groups = {name: group.name for group in found for name in group.names}
     mixer = {n.removeprefix("blocks.0.mixer."): g for n, g in groups.items() if "0.mixer." in n}

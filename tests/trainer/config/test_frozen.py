@@ -15,8 +15,8 @@ NEEDS = {
     "dataset": "data.path=/data/x",
     "mixture": "data.sources={web: /data/x, code: /data/y}",
     "custom": "model._target_=my.Model",
-    "bert-base": "objective.kind=masked",
-    "t5-small": "objective.kind=seq2seq",
+    "bert-base": "objective=masked",
+    "t5-small": "objective=seq2seq",
     "own": "optimizer._target_=my.Optimizer",
 }
 # They set keys of several groups: tests/conf/test_recipe.py, test_experiment.py.

@@ -59,7 +59,7 @@ def test_the_ranks_of_a_group_count_once_in_the_batch():
         (["model.mixer=mingru"], "mixer mingru carries a state from column to column"),
         (["model.mtp_layers=1"], "modules for later tokens read the next rank's columns"),
         (["model.mlp=moe", "model.moe_capacity=1.25"], "the places of experts are given"),
-        (["model.encoder_layers=1", "objective.kind=seq2seq"], "an encoder-decoder has rows"),
+        (["model.encoder_layers=1", "objective=seq2seq"], "an encoder-decoder has rows"),
         (["model=custom", "model._target_=mine.Model"], "a model of your own is not divided"),
     ],
 )

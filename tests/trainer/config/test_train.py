@@ -184,31 +184,30 @@ def test_a_warm_up_that_is_longer_than_the_run_is_shortened_and_said(overrides, 
         assert f"doesn't fit in a run of {job.total_steps} steps" in note
 
 
-MASKED = ["objective.kind=masked", "model.causal=false"]
-PAIRS = ["objective.kind=pairs", "objective.pairs_separator=|", "train.sequence_length=256"]
+MASKED = ["objective=masked", "model.causal=false"]
+PAIRS = ["objective=pairs", "objective.separator=|", "train.sequence_length=256"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "key", "said"),
     [
-        (["objective.kind=masked"], "model.causal", "write model.causal=false"),
-        (["model.causal=false"], "model.causal", "objective.kind=masked"),
-        (["objective.kind=seq2seq", "model.causal=false"], "model.causal", "objective.kind=masked"),
-        (["objective.masked_rate=0.3"], "objective.masked_rate", "no such setting"),
-        ([*MASKED, "objective.masked_hidden=0.95"], "objective.masked_hidden", "at most 1"),
-        ([*MASKED, "objective.masked_rate=0"], "objective.masked_rate", "more than 0"),
-        (["objective.spans_rate=0.3"], "objective.spans_rate", "no such setting"),
-        (["objective.kind=seq2seq", "data.document_mask=true"], "data.document_mask", "leave it"),
-        (["objective.kind=prefix", "data.document_mask=true"], "data.document_mask", "of prefix"),
-        (["objective.kind=prefix", "model.causal=false"], "model.causal", "objective.kind=masked"),
-        (["objective.prefix_share=0.3"], "objective.prefix_share", "no such setting"),
+        (["objective=masked"], "model.causal", "write model.causal=false"),
+        (["model.causal=false"], "model.causal", "objective=masked"),
+        (["objective=seq2seq", "model.causal=false"], "model.causal", "objective=masked"),
+        ([*MASKED, "objective.hidden=0.95"], "objective.hidden", "at most 1"),
+        ([*MASKED, "objective.rate=0"], "objective.rate", "more than 0"),
+        (["objective.rate=0.3"], "objective.rate", "of objective=masked or seq2seq"),
+        (["objective=seq2seq", "data.document_mask=true"], "data.document_mask", "leave it"),
+        (["objective=prefix", "data.document_mask=true"], "data.document_mask", "of prefix"),
+        (["objective=prefix", "model.causal=false"], "model.causal", "objective=masked"),
+        (["objective.share=0.3"], "objective.share", "of objective=prefix"),
         (["model.encoder_layers=2"], "model.encoder_layers", "seq2seq, prefix or pairs"),
-        (["objective.kind=pairs"], "objective.pairs_separator", "pairs need one"),
-        (["objective.pairs_separator=|"], "objective.pairs_separator", "no such setting"),
-        ([*PAIRS, "objective.pairs_source=256"], "objective.pairs_source", "at most 255"),
+        (["objective=pairs"], "objective.separator", "pairs need one"),
+        (["objective.separator=|"], "objective.separator", "of objective=pairs"),
+        ([*PAIRS, "objective.source=256"], "objective.source", "at most 255"),
         ([*PAIRS, "data.document_mask=true"], "data.document_mask", "of pairs"),
         ([*PAIRS, "data.packing=best_fit"], "data.packing", "windows"),
-        ([*PAIRS, "model.causal=false"], "model.causal", "objective.kind=masked"),
+        ([*PAIRS, "model.causal=false"], "model.causal", "objective=masked"),
         ([*MASKED, "model.mixer=mingru"], "model.causal", "later ones"),
         ([*MASKED, "data.packing=best_fit"], "data.packing", "windows"),
     ],
@@ -250,8 +249,7 @@ def test_a_typed_key_without_an_effect_is_refused(words):
 
 def test_arguments_are_those_of_the_users_own_objective():
     for word in ("objective.arguments={every: 2}", "objective.arguments.every=2"):
-        found = problems(word, "objective.kind=seq2seq")
-        assert "objective.kind=own" in found["objective.arguments"]
+        assert "objective=own" in problems(word, "objective=seq2seq")["objective.arguments"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +261,7 @@ def test_arguments_are_those_of_the_users_own_objective():
         "model.mixer=mingru model.width=100",  # of no head
         "model.num_kv_heads=1 model.mixer_pattern=[mingru,attention]",
         "model.num_kv_heads=1 model.mixer_pattern=[latent] model.encoder_layers=2 "
-        "objective.kind=seq2seq",  # of the attention to the encoder
+        "objective=seq2seq",  # of the attention to the encoder
         "model.base_width=128 model.parametrization=mup",
         "model=depth model.depth=2 model.width=64",
     ],
@@ -273,7 +271,7 @@ def test_a_typed_key_with_an_effect_is_not_refused(words):
 
 
 def test_a_row_has_room_for_a_span():
-    found = problems("objective.kind=seq2seq", "train.sequence_length=3")
+    found = problems("objective=seq2seq", "train.sequence_length=3")
     assert "give at least 4" in found["train.sequence_length"]
 
 

@@ -6,12 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.duration import Duration
-from forescale.config.sections.optimizer import OPTIMIZERS, OptimizerConfig
-from forescale.config.sections.training import ScheduleConfig
+from forescale.config.sections.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig
+from forescale.config.sections.schedule import ConstantConfig, CosineConfig, WsdConfig
 from forescale.engine.optim import (
     build_optimizer,
     decay_multiplier,
-    learning_rate,
     parameter_groups,
 )
 from forescale.errors import UserError
@@ -25,10 +24,10 @@ def schedules(draw):
     """(schedule, total steps) that keep the schedule's rules."""
     total = draw(st.integers(2, 400))
     warmup = draw(st.integers(0, total - 1))
-    kind = draw(st.sampled_from(["wsd", "cosine", "constant"]))
-    decay = Duration(draw(st.integers(0, total - warmup))) if kind == "wsd" else None
-    final = draw(st.floats(0, 1))
-    return ScheduleConfig(kind, Duration(warmup), decay, final), total
+    decay, final = Duration(draw(st.integers(0, total - warmup))), draw(st.floats(0, 1))
+    start = Duration(warmup)
+    kinds = [WsdConfig(start, final, decay), CosineConfig(start, final), ConstantConfig(start)]
+    return draw(st.sampled_from(kinds)), total
 
 
 def curve(schedule, total):
@@ -36,10 +35,8 @@ def curve(schedule, total):
 
 
 def rate(schedule, step, total):
-    lengths = [
-        length.steps(TOKENS, total) for length in (schedule.warmup, schedule.decay) if length
-    ]
-    return learning_rate(schedule, step, total, *lengths)
+    lengths = (schedule.warmup, schedule.decay_length)
+    return schedule.rate(step, total, *(n.steps(TOKENS, total) for n in lengths if n))
 
 
 def test_muon_orthogonalises_the_matrix_of_each_expert():
@@ -62,7 +59,8 @@ def test_a_fraction_of_the_peak_that_is_reached_and_never_left_upwards(case):
 def test_no_jump(case):
     schedule, total = case
     warmup = schedule.warmup.steps(TOKENS, total)
-    decay = schedule.decay.steps(TOKENS, total) if schedule.decay else total - warmup
+    length = schedule.decay_length
+    decay = length.steps(TOKENS, total) if length else total - warmup
     # a cosine falls at most pi/2 times as fast as the line between its ends
     steepest = max(1 / max(1, warmup), 1.571 / max(1, decay))
     rates = curve(schedule, total)
@@ -71,7 +69,7 @@ def test_no_jump(case):
 
 @given(st.integers(0, 50), st.floats(0, 100), st.integers(100, 500), st.integers(0, 5000))
 def test_a_longer_wsd_has_the_same_past(warmup, percent, total, more):
-    schedule = ScheduleConfig("wsd", Duration(warmup), Duration(percent, "percent"))
+    schedule = WsdConfig(Duration(warmup), decay=Duration(percent, "percent"))
     stable = total - schedule.decay.steps(TOKENS, total)
     for step in range(max(0, stable) + 1):
         before = rate(schedule, step, total)
@@ -79,19 +77,19 @@ def test_a_longer_wsd_has_the_same_past(warmup, percent, total, more):
 
 
 def test_weight_decay_falls_in_a_line_or_stays():
-    falls = OptimizerConfig("adamw", final_weight_decay=0.2)
+    falls = AdamWConfig(final_weight_decay=0.2)
     found = [decay_multiplier(falls, t, 100) for t in (0, 50, 99, 100, 120)]
     assert found == pytest.approx([1, 0.6, 0.208, 0.2, 0.2])
-    assert {decay_multiplier(OptimizerConfig("adamw"), t, 100) for t in range(100)} == {1.0}
+    assert {decay_multiplier(AdamWConfig(), t, 100) for t in range(100)} == {1.0}
 
 
 def test_the_shapes():
-    wsd = ScheduleConfig("wsd", Duration(10), Duration(50, "percent"))
+    wsd = WsdConfig(Duration(10), decay=Duration(50, "percent"))
     assert curve(wsd, 100)[:11] == [(t + 1) / 10 for t in range(10)] + [1.0]
     assert curve(wsd, 100)[50:52] == [1.0, 0.98]
     assert curve(wsd, 100)[99] == pytest.approx(0.02)
     assert rate(wsd, 100, 100) == 0
-    cosine = ScheduleConfig("cosine", Duration(10 * TOKENS, "tokens"), final=0.1)
+    cosine = CosineConfig(Duration(10 * TOKENS, "tokens"), final=0.1)
     assert rate(cosine, 55, 100) == pytest.approx(0.55)
     assert rate(cosine, 100, 100) == pytest.approx(0.1)
     assert rate(cosine, 120, 100) == pytest.approx(0.1)
@@ -108,9 +106,7 @@ SHAPES = {
     "head.weight": 2,
 }
 NAMED = [(name, SimpleNamespace(shape=(2,) * n)) for name, n in SHAPES.items()]
-MUON = OptimizerConfig(
-    "muon", learning_rate=0.02, adam_learning_rate=0.004, weight_decay=0.1, momentum=0.95
-)
+MUON = MuonConfig(adam_learning_rate=0.004)
 
 
 def names(groups):
@@ -118,7 +114,7 @@ def names(groups):
 
 
 def test_adamw_decays_matrices_alone():
-    decayed, undecayed = parameter_groups(NAMED, OptimizerConfig(weight_decay=0.1))
+    decayed, undecayed = parameter_groups(NAMED, AdamWConfig(weight_decay=0.1))
     assert (decayed.weight_decay, undecayed.weight_decay) == (0.1, 0)
     assert undecayed.names == [
         "position.weight",
@@ -162,7 +158,7 @@ def test_classes_of_a_parametrisation_are_groups_of_their_own():
     for name in SHAPES:
         if name.startswith("blocks."):
             factors[name] = Factors("block", 0.5, 2, 0.25)
-    adamw = OptimizerConfig(learning_rate=0.004, weight_decay=0.1, eps=1e-8)
+    adamw = AdamWConfig(learning_rate=0.004, weight_decay=0.1, eps=1e-8)
     groups = parameter_groups(NAMED, adamw, factors=factors)
     found = {g.name: (g.peak_learning_rate, g.weight_decay, g.eps) for g in groups}
     assert list(found) == [
@@ -190,7 +186,7 @@ def test_a_group_s_own_eps_reaches_its_optimizer(kind):
 
     model = nn.ModuleDict({"head": nn.Linear(2, 3), "up": nn.Linear(2, 3)})
     factors = {"head.weight": Factors("head", epsilon=0.5)}
-    settings = MUON if kind == "muon" else OptimizerConfig()
+    settings = MUON if kind == "muon" else AdamWConfig()
     groups = parameter_groups(model.named_parameters(), settings, factors=factors)
     made = build_optimizer(settings, [g.as_dict() for g in groups])
     found = {g["name"]: g["eps"] for g in made.param_groups if not g["use_muon"]}

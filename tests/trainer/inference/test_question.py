@@ -23,7 +23,7 @@ from tests.trainer.small_run import LENGTH, feed, make_job, make_run
 
 SMALL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.init_std=0.3"]
 # 4 spans a window, in 24 + 8 columns.
-WORDS = [*SMALL, "objective.kind=seq2seq", "objective.spans_mean=1"]
+WORDS = [*SMALL, "objective=seq2seq", "objective.mean=1"]
 TEXT = "def <extra_id_0>(x):\n    return <extra_id_1>"
 
 
@@ -123,7 +123,7 @@ def test_a_model_of_a_user_s_own_is_refused(run):
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["decoder", "encoder-decoder"])
 def started(request, small_data, tmp_path_factory):
-    words = [*SMALL, "objective.kind=prefix", f"model.encoder_layers={request.param}"]
+    words = [*SMALL, "objective=prefix", f"model.encoder_layers={request.param}"]
     return make_run(small_data, tmp_path_factory.mktemp("prefix"), "prefix", *words)
 
 
@@ -154,7 +154,7 @@ def test_an_answer_is_no_longer_than_in_training(started, forescale):
     assert is_limited == open_run(started.path).config.model.has_encoder
 
 
-SHAPE = ["train.sequence_length=12", "objective.pairs_source=6", "model.encoder_layers=1"]
+SHAPE = ["train.sequence_length=12", "objective.source=6", "model.encoder_layers=1"]
 
 
 @pytest.fixture(scope="module")
@@ -216,14 +216,14 @@ def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(
     small_data, tmp_path, forescale, capsys
 ):
     """Nothing says how its model would read a prompt."""
-    own = ["objective.kind=own", "objective._target_=forescale.data.objectives.prefix.Prefix"]
+    own = ["objective=own", "objective._target_=forescale.data.objectives.prefix.Prefix"]
     job = make_job(small_data, tmp_path, "own", *SMALL, *own, "model.encoder_layers=1")
     summary.summarize(start(job))
     assert "generate" not in capsys.readouterr().out
     path = make_run(small_data, tmp_path, "made", *SMALL, *own, "model.encoder_layers=1").path
     code, _, err = forescale("generate", path, "prompt=def")
     assert (code, err.count("\n")) == (2, 1)
-    assert "was trained with objective.kind=own, and continues no text" in err
+    assert "was trained with objective=own, and continues no text" in err
     assert forescale("eval", path, "trust=true")[0] == 0
     code, _, err = forescale("eval", path, "trust=true", "sequence_length=64")
     assert code == 2

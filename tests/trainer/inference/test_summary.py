@@ -42,7 +42,7 @@ def test_the_summary_names_what_each_objective_s_model_can_do(small_data, tmp_pa
     words = {"masked": ["model.causal=false"], "seq2seq": ["model.encoder_layers=1"]}
     for kind, more in words.items():
         sizes = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
-        made = make_job(small_data, tmp_path, kind, *sizes, f"objective.kind={kind}", *more)
+        made = make_job(small_data, tmp_path, kind, *sizes, f"objective={kind}", *more)
         summary.summarize(start(made))
     out = capsys.readouterr().out
     assert "forescale eval masked" in out

@@ -326,14 +326,14 @@ def test_the_plan_of_a_branch_is_judged_as_train_would(own_run, forescale, small
 
 
 def test_an_encoder_does_not_decode(planned):
-    code, plan, _ = planned(*SHORT, "model.causal=false", "objective.kind=masked")
+    code, plan, _ = planned(*SHORT, "model.causal=false", "objective=masked")
     assert code == 0
     assert plan["decoding_cache_bytes"] is None
 
 
 def test_decoding_keeps_the_source_and_its_keys_and_values(planned):
     row, source = 512, 419  # of a window of 466 tokens 70 are noise, in 23 spans
-    words = ["model.encoder_layers=2", "objective.kind=seq2seq", f"train.sequence_length={row}"]
+    words = ["model.encoder_layers=2", "objective=seq2seq", f"train.sequence_length={row}"]
     code, plan, _ = planned(*SHORT, *words, "model.num_layers=3", "model.width=128")
     assert code == 0
     values = source * 128 + 3 * 2 * 128 * row

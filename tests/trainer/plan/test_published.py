@@ -75,8 +75,8 @@ def test_the_recipe_that_is_named_fits_the_kind_of_model():
         return re.search(r"recipe=(\S+),", notes(*words, "train.global_batch=8", size=100e6)[0])[1]
 
     assert named("model=llama-160m") == "gpt2-124m"
-    assert named("model=bert-base", "objective.kind=masked") == "bert-base"
-    assert named("model=t5-small", "objective.kind=seq2seq") == "t5-small"
+    assert named("model=bert-base", "objective=masked") == "bert-base"
+    assert named("model=t5-small", "objective=seq2seq") == "t5-small"
     assert named("model=depth", "model.mlp=moe") == "mixtral-8x7b"
     own = notes("model._target_=mine.Model", size=1e9)
     assert own

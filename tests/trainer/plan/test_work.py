@@ -64,7 +64,7 @@ def test_adapters_are_computed_again_too():
     "words",
     [
         ["model.mlp=moe", "model.bias=false"],
-        ["model.encoder_layers=2", "objective.kind=seq2seq", "model.source_length=838"],
+        ["model.encoder_layers=2", "objective=seq2seq", "model.source_length=838"],
         ["model.mixer=gated_deltanet"],
         ["model.mtp_layers=1"],
     ],

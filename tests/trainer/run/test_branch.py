@@ -94,7 +94,7 @@ def preferring(tmp_path):
     train_a_step(start(make_job(examples.path, root, "base", *SIZES, *KIND)).run)
 
     def make(name, origin, *overrides):
-        words = (*SIZES, *KIND, "objective.kind=preferences", f"run.from.run={origin}", *overrides)
+        words = (*SIZES, *KIND, "objective=preferences", f"run.from.run={origin}", *overrides)
         return make_job(dataset.path, root, name, *words)
 
     for number, name in enumerate("ab", 1):

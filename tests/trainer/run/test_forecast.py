@@ -11,10 +11,10 @@ import torch
 
 from forescale.checkpoint.reader import Position
 from forescale.config.compose import compose
-from forescale.config.duration import Duration
 from forescale.config.frozen import freeze, may_resume, thaw
 from forescale.config.schema import TargetConfig
 from forescale.config.sections.batch import Cadence
+from forescale.config.sections.schedule import ConstantConfig, WsdConfig
 from forescale.config.train import TrainJob
 from forescale.engine.step import Facts
 from forescale.errors import UserError
@@ -40,7 +40,7 @@ NARROW = {"loss": 2.0, "interval_50": [1.98, 2.02], "interval": [1.9, 2.1]}
 
 def job(forecast=None, **train):
     made = TrainJob(model=MODEL, forecast=None if forecast is None else str(forecast))
-    made.schedule.kind, made.schedule.decay = "wsd", Duration(20, "percent")
+    made.schedule = WsdConfig()
     sizes = {"steps": STEPS, "sequence_length": 32, "global_batch": 4, "micro_batch": 4}
     return replace(made, train=replace(made.train, **sizes | train))
 
@@ -149,7 +149,7 @@ def test_the_message_before_the_run(tmp_path):
     made = job(path)
     text = "Forecast 0001: loss 2.0000 expected at step 40 (90 % interval 1.9000 to 2.1000)"
     assert prediction_interval_of(made).due_message(made) == text + "."
-    flat = replace(made, schedule=replace(made.schedule, kind="constant", decay=None))
+    flat = replace(made, schedule=ConstantConfig())
     assert f"{text}; the learning rate" in prediction_interval_of(flat).due_message(flat)
 
 

@@ -170,11 +170,11 @@ def test_good_arguments_are_taken(job_with):
 
 
 def test_a_missing_tracker_is_found_too(job_with, monkeypatch):
-    from forescale.engine import trackers
+    from forescale.config.sections import trackers
 
     monkeypatch.setattr(trackers, "_is_installed", lambda package: False)
     with pytest.raises(UserError, match="tensorboard is not installed"):
-        examine_apart(job_with("Model", "logging.tensorboard=true"), DATA)
+        examine_apart(job_with("Model", "logging.tensorboard.enabled=true"), DATA)
 
 
 def test_our_own_models_start_no_process(small_data, place, monkeypatch):

@@ -120,7 +120,7 @@ class Stop(Exception):
 def reference(models, dataset, tmp_path, monkeypatch):
     """Of a run without a checkpoint, whose origin's weights are those of a model here."""
     words = [f"run.root={tmp_path}", "run.name=run", f"data.path={dataset.path}"]
-    words += ["run.from.run=origin", "run.from.load=weights", "objective.kind=preferences"]
+    words += ["run.from.run=origin", "run.from.load=weights", "objective=preferences"]
     words += ["train.steps=1", "train.sequence_length=64", f"data.cache={tmp_path}"]
     words += ["train.global_batch=4", "train.micro_batch=4"]
     start = SimpleNamespace(path=tmp_path, position=SimpleNamespace(step=7))

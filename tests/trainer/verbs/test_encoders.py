@@ -22,7 +22,7 @@ from forescale.train.model import build_model
 from tests.trainer.small_run import LENGTH, make_job, make_run
 
 ENCODER = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
-ENCODER += ["objective.kind=masked", "model.causal=false"]
+ENCODER += ["objective=masked", "model.causal=false"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
 @pytest.mark.parametrize(
     ("verb", "said"),
     [
-        ("generate", "objective.kind=masked, and continues no text"),
+        ("generate", "objective=masked, and continues no text"),
         ("export", "causal=true \\(not false\\)"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, said):
 
 
 def test_no_study_of_it(encoder):
-    words = ["data=bytes", "objective.kind=masked", "model.causal=false"]
+    words = ["data=bytes", "objective=masked", "model.causal=false"]
     shared = f"plan.arguments={words}"
     with pytest.raises(UserError, match="other targets than each next token"):
         common_of(compose(StudyJob, ["input=[none]", shared]))
@@ -118,7 +118,7 @@ class Seeing:
 
 
 def test_an_own_objective_of_an_encoder_must_hide_padding(small_data, tmp_path):
-    own = [*ENCODER[:3], "model.causal=false", "objective.kind=own"]
+    own = [*ENCODER[:3], "model.causal=false", "objective=own"]
     job = make_job(small_data, tmp_path, "a", *own, f"objective._target_={__name__}.Seeing")
     with pytest.raises(UserError, match="a method padding_mask"):
         feed_of(job, open_sources(job.data))
@@ -133,12 +133,12 @@ class Own(torch.nn.Module):
 
 
 def test_a_model_of_a_user_s_own_gets_room_for_the_mask_token(small_data, tmp_path):
-    words = ["objective.kind=masked", f"model._target_={__name__}.Own"]
+    words = ["objective=masked", f"model._target_={__name__}.Own"]
     job = make_job(small_data, tmp_path, "own", *words)
     assert build_model(job, 300).table.num_embeddings == 301
 
 
-SPANS = [*ENCODER[:3], "objective.kind=seq2seq"]
+SPANS = [*ENCODER[:3], "objective=seq2seq"]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_eval_scores_the_spans_of_the_whole_split(spans, small_data, forescale):
     assert forescale("check", spans.path)[0] == 0
 
 
-@pytest.mark.parametrize("words", [SPANS, [*ENCODER[:3], "objective.kind=prefix"]])
+@pytest.mark.parametrize("words", [SPANS, [*ENCODER[:3], "objective=prefix"]])
 def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
     small_data, tmp_path, forescale, words
 ):

@@ -20,7 +20,7 @@ from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.small_run import BATCH, STEPS, make_job, make_run
 
 MODEL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.encoder_layers=1"]
-SHAPE = ["train.sequence_length=14", "objective.pairs_source=6"]
+SHAPE = ["train.sequence_length=14", "objective.source=6"]
 LEFT_OUT = r"(\d+) of (\d+) documents are left out, because they are no pairs: "
 
 
@@ -153,9 +153,9 @@ def test_flops_of_the_rows_are_those_of_whole_rows(run, data):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["objective.pairs_separator=z"], r"none of its \d+ documents has the separator 'z'"),
-        (["objective.pairs_separator=zz"], "'zz' is 2 tokens in this dataset's tokenizer"),
-        (["train.sequence_length=2", "objective.pairs_source=1"], r"has no pair: .* longer than"),
+        (["objective.separator=z"], r"none of its \d+ documents has the separator 'z'"),
+        (["objective.separator=zz"], "'zz' is 2 tokens in this dataset's tokenizer"),
+        (["train.sequence_length=2", "objective.source=1"], r"has no pair: .* longer than"),
     ],
 )
 def test_data_without_a_pair_is_one_sentence(data, tmp_path, forescale, words, said):
@@ -172,7 +172,7 @@ def test_a_separator_that_the_only_document_lacks_is_shown_as_one_types_it(
     tmp_path, forescale, tab
 ):
     path = write_dataset(tmp_path / "d", [[3]])
-    words = [f"data.path={path}", *MODEL, *KIND, *SHAPE, f"objective.pairs_separator={tab}"]
+    words = [f"data.path={path}", *MODEL, *KIND, *SHAPE, f"objective.separator={tab}"]
     code, out, err = forescale("plan", *words)
     assert code == 2
     assert r"its only document lacks the separator '\t' (token 9)" in out + err
@@ -185,4 +185,4 @@ def test_the_columns_of_a_source_that_are_not_the_objective_s_are_refused(data, 
     assert code == 2
     found = "5 is given, and the source of objective pairs has 6 columns; leave it out"
     assert f"model.source_length: {found}" in err
-    assert "objective.kind=" not in err
+    assert "objective=" not in err

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from forescale import open_run
+from forescale.config.sections.objective import ResponsesConfig
 from forescale.run.finetune import first_config
 from forescale.run.references import read_references
 from tests.preferences import preferences
@@ -33,7 +34,7 @@ def test_the_lines_say_that_they_are_preferences_and_the_run_has_their_defaults(
 
 def test_after_a_fine_tuning_the_rate_is_a_fortieth_of_its_own(origin):
     config = open_run(origin.path).config
-    config.objective.kind = "responses"
+    config.objective = ResponsesConfig()
     rate = config.optimizer.learning_rate
     found = first_config(config, is_import=False, are_preferences=True)
     assert found["optimizer"]["learning_rate"] == pytest.approx(rate / 40, rel=0.01)
@@ -57,7 +58,7 @@ def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["objective.kind=responses"], "60 that are not {"),
+        (["objective=responses"], "60 that are not {"),
         (["objective.beta=0"], "objective.beta"),
         (["model.mtp_layers=1"], "would learn the rejected responses"),
         (["engine.sequence_parallel=2"], "needs whole responses"),
@@ -83,14 +84,14 @@ def test_a_dataset_of_examples_is_no_dataset_of_preferences(make, tmp_path, fore
     assert make(f"data={examples}", "run.name=examples")[0] == 0
     path = open_run(tmp_path / "examples").config.data.path
     words = (f"run.from.run={origin.path}", "run.from.load=weights", f"data.path={path}")
-    more = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective.kind=preferences")
+    more = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective=preferences")
     code, _, err = forescale("plan", "train", *words, *more)
     assert code == 2
-    assert "holds examples, which objective.kind=preferences doesn't read" in err
+    assert "holds examples, which objective=preferences doesn't read" in err
 
 
 def test_without_a_run_to_go_on_from_there_is_no_reference(forescale, tmp_path):
-    code, _, err = forescale("train", "objective.kind=preferences", f"run.root={tmp_path}")
+    code, _, err = forescale("train", "objective=preferences", f"run.root={tmp_path}")
     assert code == 2
     assert "run.from.run: preferences are learned beside a reference" in err
 

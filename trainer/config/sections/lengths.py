@@ -13,7 +13,8 @@ from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.sections.batch import BatchRamp, Cadence
 from forescale.config.sections.objective import ObjectiveConfig
-from forescale.config.sections.training import ScheduleConfig, TrainConfig
+from forescale.config.sections.schedule import ScheduleConfig
+from forescale.config.sections.training import TrainConfig
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
 
@@ -28,7 +29,7 @@ class Lengths:
     @property
     def tokens_per_window(self) -> int:
         """The targets of a full window, in all its rows."""
-        return self.train.sequence_length * self.objective.spec.rows
+        return self.train.sequence_length * self.objective.rows
 
     @property
     def tokens_per_step(self) -> int:
@@ -38,7 +39,7 @@ class Lengths:
     @property
     def rows_at_once(self) -> int:
         """The rows that a rank computes at once: those of the windows of its micro-batch."""
-        return self.train.micro_batch * self.objective.spec.rows
+        return self.train.micro_batch * self.objective.rows
 
     @property
     def batch_ramp(self) -> BatchRamp:
@@ -105,7 +106,7 @@ class Lengths:
     @property
     def decay_steps(self) -> int:
         """Steps of the decay, the last ones of the run; 0 without one."""
-        decay, total = self.schedule.decay, self.total_steps
+        decay, total = self.schedule.decay_length, self.total_steps
         if decay is not None and decay.unit == "tokens":
             return self.batch_ramp.last_steps_for(self._windows_of(decay), total)
         return self.steps_of(decay) or 0 if decay else 0

@@ -99,7 +99,7 @@ def problems(job: "TrainJob") -> Problems:
         if (ranks := getattr(job.engine, name)) > 1:
             problem = f"{name}={ranks} divides the matrices that adapters stand beside"
             found.append((f"engine.{name}", problem, "leave it out, and take engine=zero3"))
-    if job.optimizer.spec.matrices:
+    if job.optimizer.matrices:
         problem = "updates whole matrices, of which an adapter has two halves"
         found.append(("optimizer.kind", problem, "write optimizer=adamw"))
     if job.precision.fp8 != "none":

@@ -1,23 +1,19 @@
-"""The specs of the optimizers, which the rest of the project reads, and the config section.
+"""The optimizers: the keys of each, and what the rest of the project must know of it.
 
-To add an optimizer, write a file in engine/optimizers/ with a `build` function, its spec in
-OPTIMIZERS here, and its defaults in conf/optimizer/NAME.yaml. Parameter groups, memory,
-communication, FLOPs and checkpoint sizes follow from the spec. Invariant: imports no torch, because
-plans run on login nodes.
+To add an optimizer, write its class here with a line in OPTIMIZERS, its `build` function in
+engine/optimizers/, and its defaults in conf/optimizer/NAME.yaml. Parameter groups, memory,
+communication, FLOPs and checkpoint sizes follow from the class. Invariant: imports no torch,
+because plans run on login nodes.
 """
-
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import ClassVar, Self
 
-from forescale.config.job import Problems
 from forescale.config.schema import TargetConfig, key
-from forescale.config.suggest import nearest_first
 
 _NEWTON_SCHULZ = 5  # iterations of Muon
-_TABLE_RATE, _TABLE_WIDTH = 0.04, 128  # see OptimizerConfig.for_width
+_TABLE_RATE, _TABLE_WIDTH = 0.04, 128  # see MuonConfig.for_width
 _ANY_RATE = 0.004  # of a model of any width
 
 
@@ -56,70 +52,27 @@ class Update:
     flops: Callable[[Sequence[int]], float] = _no_flops
 
 
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """What the rest of the project must know about an optimizer.
-
-    build: the dotted name of a function (config, groups) -> torch.optim.Optimizer; groups: dicts
-        in torch's format.
-    update: of all parameters except those of `matrices`.
-    matrices: of the hidden matrices, if they are a separate group.
-    needs: required keys of the section, with a suggested value; other optimizers refuse these keys.
-    reduce_scatter: whether ZeRO stage 3 may reduce-scatter its gradients.
-    """
-
-    build: str
-    update: Update
-    matrices: Update | None = None
-    needs: tuple[tuple[str, float], ...] = ()
-    reduce_scatter: bool = True
-
-
 ADAM = Update(moments=2, has_counter=True)
-OPTIMIZERS = {
-    "adamw": OptimizerSpec("forescale.engine.optimizers.adamw.build", ADAM),
-    "lion": OptimizerSpec("forescale.engine.optimizers.lion.build", Update(moments=1)),
-    "muon": OptimizerSpec(
-        "forescale.engine.optimizers.muon.build",
-        ADAM,
-        matrices=Update(1, is_by_matrix=True, flops=_orthogonalisation),
-        needs=(("adam_learning_rate", _ANY_RATE), ("momentum", 0.95)),
-        reduce_scatter=False,  # DeepSpeed refuses Muon with it
-    ),
-    # A plan assumes that a class of the user's own has the same state as AdamW.
-    "own": OptimizerSpec("forescale.engine.optimizers.own.build", ADAM),
-}
 
 
 @dataclass
 class OptimizerConfig:
-    """The config section `optimizer`."""
+    """The keys of every optimizer.
 
-    kind: str = key("adamw", f"the update rule: {', '.join(OPTIMIZERS)}")
-    target: str | None = key(
-        None,
-        "own: your class, such as mypackage.MyOptimizer, a torch.optim.Optimizer that updates each "
-        "element alone (see engine/optimizers/own.py)",
-        name="_target_",
-    )
-    arguments: dict[str, Any] = key({}, "own: keyword arguments of your class")
-    learning_rate: float = key(
-        3e-4, "peak learning rate; muon: of the hidden matrices", gt=0, common=True
-    )
-    adam_learning_rate: float | None = key(
-        None,
-        "muon: peak learning rate of the parameters that AdamW updates, those of tables, head and "
-        "norms; null: by the model's width, 0.04 up to 128, from there on 5.12 / width",
-        gt=0,
-    )
-    beta1: float = key(0.9, "decay of the mean of the gradients (AdamW, Lion)", ge=0, lt=1)
-    beta2: float = key(
-        0.95,
-        "AdamW: decay of the mean of squared gradients; Lion: decay of the momentum",
-        ge=0,
-        lt=1,
-    )
-    eps: float = key(1e-8, "AdamW: added to the root of the mean square", gt=0)
+    kind: its word. build: the dotted name of a function (config, groups) -> torch.optim.Optimizer;
+        groups: dicts in torch's format.
+    update: of all parameters except those of `matrices`; the default is that of AdamW.
+    matrices: of the hidden matrices, if they are a separate group.
+    reduce_scatter: whether ZeRO stage 3 may reduce-scatter its gradients.
+    """
+
+    kind: ClassVar[str]
+    build: ClassVar[str]
+    update: ClassVar[Update] = ADAM
+    matrices: ClassVar[Update | None] = None
+    reduce_scatter: ClassVar[bool] = True
+
+    learning_rate: float = key(3e-4, "peak learning rate", gt=0, common=True)
     weight_decay: float = key(0.1, "decoupled weight decay, of matrices only", ge=0)
     final_weight_decay: float = key(
         1.0,
@@ -127,12 +80,75 @@ class OptimizerConfig:
         "first step on; 1: it stays",
         ge=0,
     )
-    momentum: float | None = key(None, "muon: decay of the momentum", ge=0, lt=1)
     clip: float | None = key(1.0, "maximum norm of the gradient; null: no clipping", gt=0)
 
+    @property
+    def rate_of_the_rest(self) -> float:
+        """The peak learning rate of all parameters but the hidden matrices."""
+        return self.learning_rate
+
+    def scaled(self, factor: float) -> Self:
+        """Return it with its peak learning rates times a factor, to three digits."""
+        return replace(self, learning_rate=_rounded(self.learning_rate * factor))
+
     def for_width(self, width: int | None) -> Self:
-        """Return it with Muon's adam_learning_rate, if that is to follow from the model's width.
-        width: None for a model whose width isn't known.
+        """Return it with the rates that follow from a model's width; None: it isn't known."""
+        return self
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
+    kind = "adamw"
+    build = "forescale.engine.optimizers.adamw.build"
+
+    beta1: float = key(0.9, "decay of the mean of the gradients", ge=0, lt=1)
+    beta2: float = key(0.95, "decay of the mean of squared gradients", ge=0, lt=1)
+    eps: float = key(1e-8, "added to the root of the mean square", gt=0)
+
+
+@dataclass
+class LionConfig(OptimizerConfig):
+    kind = "lion"
+    build = "forescale.engine.optimizers.lion.build"
+    update = Update(moments=1)
+
+    beta1: float = key(0.9, "share of the momentum in an update", ge=0, lt=1)
+    beta2: float = key(0.99, "decay of the momentum", ge=0, lt=1)
+
+
+@dataclass
+class MuonConfig(AdamWConfig):
+    """Muon for the hidden matrices, AdamW for all other parameters."""
+
+    kind = "muon"
+    build = "forescale.engine.optimizers.muon.build"
+    matrices = Update(1, is_by_matrix=True, flops=_orthogonalisation)
+    reduce_scatter = False  # DeepSpeed refuses Muon with it
+
+    learning_rate: float = key(0.02, "peak learning rate of the hidden matrices", gt=0, common=True)
+    momentum: float = key(0.95, "decay of the momentum of the hidden matrices", ge=0, lt=1)
+    adam_learning_rate: float | None = key(
+        None,
+        "peak learning rate of the parameters that AdamW updates, those of tables, head and norms; "
+        "null: by the model's width, 0.04 up to 128, from there on 5.12 / width",
+        gt=0,
+    )
+
+    @property
+    def rate_of_the_rest(self) -> float:
+        return self.adam_learning_rate or self.learning_rate
+
+    def scaled(self, factor: float) -> Self:
+        adam = self.adam_learning_rate
+        rates = replace(self, adam_learning_rate=None if adam is None else _rounded(adam * factor))
+        return replace(rates, learning_rate=_rounded(self.learning_rate * factor))
+
+    def for_width(self, width: int | None) -> Self:
+        """Return it with the adam_learning_rate that follows from the model's width, if it is null.
 
         Sweeps at widths of 48 to 128 have their optimum at 0.04 to 0.06 (models/README.md). The
         steps of a head's output grow with the width, so that its rate must fall as 1 / width (Yang
@@ -140,36 +156,20 @@ class OptimizerConfig:
         0.004. Doubt: an embedding could learn faster there, and nanochat's does, at 0.2; at 256 a
         short run (0.5M tokens) loses 0.4 % by 0.02 instead of 0.08, within its error.
         """
-        spec = OPTIMIZERS.get(self.kind)  # problems() reports one that doesn't exist
-        if self.adam_learning_rate is not None or not (spec and spec.matrices):
+        if self.adam_learning_rate is not None:
             return self
         rate = _TABLE_RATE * min(1.0, _TABLE_WIDTH / width) if width else _ANY_RATE
-        return replace(self, adam_learning_rate=float(f"{rate:.3g}"))
+        return replace(self, adam_learning_rate=_rounded(rate))
 
-    @property
-    def spec(self) -> OptimizerSpec:
-        """The spec of the chosen optimizer."""
-        return OPTIMIZERS[self.kind]
 
-    def problems(self) -> Problems:
-        """Return the broken rules as (key, what, todo)."""
-        if self.kind not in OPTIMIZERS:
-            near = ", ".join(nearest_first(self.kind, OPTIMIZERS))
-            return [("kind", f"{self.kind!r} is not an optimizer", f"choose one of {near}")]
-        if self.kind == "own":
-            return TargetConfig(self.target or "").problems()
-        found: Problems = []
-        if self.target:
-            todo = "choose optimizer=own, or remove the key"
-            found.append(("_target_", f"{self.kind} has no such setting", todo))
-        known = {name: like for spec in OPTIMIZERS.values() for name, like in spec.needs}
-        needed = {name for name, _ in self.spec.needs}
-        for name, like in known.items():
-            is_given = getattr(self, name) is not None
-            if name in needed and not is_given:
-                todo = f"set optimizer.{name}, such as {like}"
-                found.append((name, f"{self.kind} needs a value", todo))
-            elif name not in needed and is_given:
-                todo = "remove the key, or choose optimizer=muon"
-                found.append((name, f"{self.kind} has no such setting", todo))
-        return found
+@dataclass
+class OwnOptimizerConfig(TargetConfig, OptimizerConfig):
+    """A class of the user's own (engine/optimizers/own.py). A plan assumes the state of AdamW."""
+
+    kind = "own"
+    build = "forescale.engine.optimizers.own.build"
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    cls.kind: cls for cls in (AdamWConfig, MuonConfig, LionConfig, OwnOptimizerConfig)
+}

@@ -8,13 +8,14 @@ so they are of kind "numerics" (a change is recorded as an event); all others ar
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from forescale.abilities import QUESTIONS, TASKS
 from forescale.config.duration import Duration
 from forescale.config.schema import key, section
 from forescale.config.sections.data import Problems
+from forescale.config.sections.trackers import TensorboardConfig, TrackerConfig, WandbConfig
 from forescale.config.suggest import nearest_first
 
 
@@ -212,29 +213,26 @@ class ValidationConfig:
 
 
 @dataclass
-class WandbConfig:
-    enabled: bool = key(False, "send metrics to Weights & Biases")
-    project: str = key("forescale", "the project there")
-    entity: str | None = key(None, "the account or team; null: yours")
-    group: str | None = key(
-        None, "the group of the run there; null: the study of a cell, else none"
-    )
-    tags: list[str] = key([], "tags of the run there")
-    mode: Literal["auto", "online", "offline"] = key(
-        "auto", "auto: online if an account is logged in, else offline"
-    )
-
-
-@dataclass
 class LoggingConfig:
     every: Duration = key(
         Duration(10), "time between two printed lines; metrics.jsonl has every step"
     )
-    tensorboard: bool = key(False, "also write TensorBoard files")
     peak_flops: float | None = key(
         None, "peak FLOP/s of a device, for the MFU; null: from a table, else measured", gt=0
     )
+    tensorboard: TensorboardConfig = section(TensorboardConfig, "TensorBoard")
     wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
+
+    @property
+    def trackers(self) -> list[TrackerConfig]:
+        """The trackers that are enabled."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return [value for value in values if isinstance(value, TrackerConfig) and value.enabled]
+
+    def check_trackers(self) -> None:
+        """Raise UserError if a tracker's package or account is missing."""
+        for tracker in self.trackers:
+            tracker.check()
 
     def problems(self) -> Problems:
         return _positive(every=self.every)

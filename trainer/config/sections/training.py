@@ -1,5 +1,4 @@
-"""Config sections `run`, `train` and `schedule`: what a run is called, how long it is, and its
-learning rate by step.
+"""Config sections `run` and `train`: what a run is called, its length and its batch.
 
 Invariant: a rule about one section is in its class.
 """
@@ -183,32 +182,3 @@ class TrainConfig:
             todo = "change train.global_batch or train.micro_batch"
             found.append(("global_batch", f"{problem}, {self.micro_batch}", todo))
         return found + length_ramp_problems(self) + batch_ramp_problems(self)
-
-
-@dataclass
-class ScheduleConfig:
-    kind: Literal["wsd", "cosine", "constant"] = key(
-        "constant", "shape of the learning rate after the warm-up"
-    )
-    warmup: Duration = key(
-        Duration(0),
-        "length of the linear warm-up from 0 to the peak learning rate",
-        common=True,
-    )
-    decay: Duration | None = key(None, "wsd: length of the linear decay at the end")
-    final: float = key(0.0, "learning rate at the end, as a fraction of the peak", ge=0, le=1)
-
-    def problems(self) -> Problems:
-        found: Problems = []
-        for name, length in (("warmup", self.warmup), ("decay", self.decay)):
-            if length is not None and length.unit == "seconds":
-                todo = "write it in steps, tokens or percent"
-                found.append(
-                    (name, "must not be a wall time, on which the trajectory would depend", todo)
-                )
-        if self.kind == "wsd" and self.decay is None:
-            found.append(("decay", "is required for schedule=wsd", "write schedule.decay='20 %'"))
-        if self.kind != "wsd" and self.decay is not None:
-            todo = "set schedule.decay=null, or choose schedule=wsd"
-            found.append(("decay", f"schedule.kind={self.kind} has no decay", todo))
-        return found

@@ -1,4 +1,4 @@
 """The objectives other than the prediction of each next token, one file each.
 
-`objective.kind` chooses one; config/sections/objective.py has their names and keys.
+`objective` chooses one; config/sections/objective.py has their names and keys.
 """

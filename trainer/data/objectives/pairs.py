@@ -66,7 +66,7 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
 
     Raises UserError if the tokenizer has no such token, or documents end with it.
     """
-    where, quoted = "objective.pairs_separator", shown_separator(separator)
+    where, quoted = "objective.separator", shown_separator(separator)
     if separator.isdecimal():
         token = int(separator) if len(separator) < 10 else -1  # beyond every vocabulary
         if token < 0 or tokenizer.id_to_token(token) is None:

@@ -2,10 +2,10 @@
 
 import torch
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import AdamWConfig
 
 
-def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
+def build(config: AdamWConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """Return AdamW over `groups`."""
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=1.0, fused=True, betas=betas, eps=config.eps)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import LionConfig
 
 
 class Lion(torch.optim.Optimizer):
@@ -40,6 +40,6 @@ class Lion(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - beta2)
 
 
-def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
+def build(config: LionConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """Return Lion over `groups`."""
     return Lion(groups, betas=(config.beta1, config.beta2))

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import MuonConfig
 from forescale.engine.optimizers.orthogonal import MuonUpdate
 
 
-def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
+def build(config: MuonConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """Return DeepSpeed's Muon, with torch's AdamW for the other parameters.
 
     If DeepSpeed built Muon from its JSON, it would compile its own FusedAdam, which takes half a

@@ -8,18 +8,18 @@ their names.
 
 import torch
 
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.config.target import import_target
 from forescale.errors import UserError
 
 
-def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
+def build(config: OwnOptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """Return the user's optimizer over `groups`.
 
     Raises UserError if the class can't be imported or built, or is not an optimizer.
     """
     where = f"optimizer._target_={config.target}"
-    cls = import_target("optimizer._target_", config.target or "")
+    cls = import_target("optimizer._target_", config.target)
     try:
         made = cls(groups, lr=1.0, **config.arguments)
     except (TypeError, ValueError) as e:

@@ -25,7 +25,7 @@ def expect_continuing(config: TrainJob) -> None:
     """Raise UserError for a run without these details: they are of each next token of a text."""
     if not config.continues_text or not config.objective.is_next_token:
         kind = config.objective.kind
-        problem = f"are of each next token of a text, and the run has objective.kind={kind}"
+        problem = f"are of each next token of a text, and the run has objective={kind}"
         raise UserError("details", problem, "leave it out, or name a run that continues text")
 
 

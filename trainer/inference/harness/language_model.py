@@ -59,9 +59,7 @@ class LanguageModel(TemplateLM):
         super().__init__()
         config = view.config
         if not config.continues_text:
-            problem = (
-                f"was trained with objective.kind={config.objective.kind}, and continues no text"
-            )
+            problem = f"was trained with objective={config.objective.kind}, and continues no text"
             raise UserError("tasks", problem, "leave it out, or name a run that continues text")
         self._view = view
         self._device = best_device()

@@ -290,7 +290,7 @@ def memory(
             job.rows_at_once,
             job.train.sequence_length,
             BYTES[job.precision.kind],
-            masked=job.data.document_mask or not job.objective.spec.continues_text,
+            masked=job.data.document_mask or not job.objective.continues_text,
             fused_norms=fused_norms,
             ranks=job.engine.sequence_parallel,
             tensor=job.engine.tensor_parallel,

@@ -70,7 +70,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         todo = "write plan.seeds=[5,3], for the cheapest cell and for an expensive one"
         raise UserError("plan.seeds", f"{keys.seeds} are not two counts of 1 or more", todo)
     vocabulary, unique = keys.vocab_size, keys.unique
-    adam = train.optimizer.adam_learning_rate
+    adam = getattr(train.optimizer, "adam_learning_rate", None)
     embedded = embedded_vocabulary(train.data)
     if embedded and not opened:
         vocabulary = vocabulary or embedded

@@ -155,7 +155,7 @@ def recipes_of(
         optimizer = job.optimizer
         kind = kind or optimizer.kind
         has_rate = any(a.startswith(f"{_RATE}=") for a in arguments) or optimizer.kind != kind
-        adam = optimizer.adam_learning_rate
+        adam = getattr(optimizer, "adam_learning_rate", None)
         share = adam / optimizer.learning_rate if adam else None
         rate = optimizer.learning_rate if has_rate else None
         assert isinstance(job.model, ModelConfig)

@@ -10,7 +10,7 @@ TWO_HEADS = "model.num_heads=2"
 
 
 def rate(*words, find=None):
-    return compose(TrainJob, words, find=find).optimizer.adam_learning_rate
+    return getattr(compose(TrainJob, words, find=find).optimizer, "adam_learning_rate", None)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,16 @@ def test_the_rate_of_tables_falls_with_the_width_of_larger_models(words, expecte
     assert rate(*words) == expected
 
 
-def test_an_optimizer_that_does_not_exist_is_a_problem_of_its_key():
-    with pytest.raises(ConfigError, match=r"^optimizer\.kind: '' is not an optimizer"):
+def test_an_optimizer_that_does_not_exist_is_a_problem_of_its_section():
+    with pytest.raises(ConfigError, match=r"^optimizer: an empty text is not one of adamw, muon"):
         rate("optimizer.kind=")
+
+
+def test_keys_of_another_optimizer_are_refused_if_they_are_typed_and_fall_away_in_a_recipe():
+    with pytest.raises(ConfigError, match=r"^optimizer\.momentum: is a key of optimizer=muon"):
+        compose(TrainJob, ["optimizer=adamw", "optimizer.momentum=0.9"])
+    words = ["recipe=gpt2-124m", "optimizer=lion"]  # the recipe sets AdamW's eps
+    assert compose(TrainJob, words).optimizer.learning_rate == 6e-4
 
 
 def test_a_branch_has_the_rate_of_its_origins_width():

@@ -61,7 +61,7 @@ def test_a_note_says_when_rows_are_whole():
         (["train.length_ramp=5 min"], "length_ramp: must not be a wall time"),
         (["train.length_ramp=0 %"], "length_ramp: is 0, so that rows would never"),
         (["train.sequence_length=99"], "rows of 64 .* train.sequence_length=99; leave it out"),
-        (["objective.kind=infill"], "objective infill can't cut its rows"),
+        (["objective=prefix"], "objective prefix can't cut its rows"),
         (["data.packing=best_fit"], "best_fit packs whole documents"),
         (["engine.sequence_parallel=2"], "at one length alone"),
     ],

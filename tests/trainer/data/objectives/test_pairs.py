@@ -247,5 +247,5 @@ def test_a_token_that_no_text_has_is_a_separator_too():
 def test_what_is_no_separator_is_one_sentence(separator, fact):
     with pytest.raises(UserError) as error:
         separator_id(byte_tokenizer(), separator, END)
-    assert error.value.where == "objective.pairs_separator"
+    assert error.value.where == "objective.separator"
     assert fact in error.value.problem

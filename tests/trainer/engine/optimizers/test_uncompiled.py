@@ -6,13 +6,13 @@ import sys
 
 _UPDATES = """
 import torch
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import AdamWConfig
 from forescale.engine.optimizers import adamw, lion
 
 found = []
 for made in (adamw, lion):
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
-    optimizer = made.build(OptimizerConfig(), [{"params": [weight], "lr": 0.25}])
+    optimizer = made.build(AdamWConfig(), [{"params": [weight], "lr": 0.25}])
     for step in range(3):
         (weight * torch.tensor([1.0, -2.0, 0.5])).square().sum().backward()
         optimizer.step()

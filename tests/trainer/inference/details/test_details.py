@@ -162,7 +162,7 @@ def test_eval_prints_them_and_json_has_them_all(trained, forescale):
 
 
 def test_details_of_a_model_that_continues_no_text_are_refused(small_data, tmp_path, forescale):
-    masked = ("objective.kind=masked", "model.causal=false", "model.num_layers=1")
+    masked = ("objective=masked", "model.causal=false", "model.num_layers=1")
     run = make_run(small_data, tmp_path / "runs", "masked", *masked, "model.width=32")
     code, out, err = forescale("eval", run.path, "--details")
     assert (code, out) == (2, "")

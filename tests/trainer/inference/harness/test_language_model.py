@@ -130,7 +130,7 @@ def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):
 
 
 def test_a_model_that_continues_no_text_is_refused(small_data, tmp_path):
-    words = [*SIZES, "objective.kind=masked", "model.causal=false"]
+    words = [*SIZES, "objective=masked", "model.causal=false"]
     run = make_run(small_data, tmp_path / "runs", "masked", *words)
     with pytest.raises(
         UserError, match=r"^tasks: was trained with objective\.kind=masked, and continues no"

@@ -1,4 +1,4 @@
-"""TensorBoard, wandb and traces: whose package is asked for what, and what a real run leaves."""
+"""TensorBoard, wandb and traces: which package must be there, and what a real run leaves."""
 
 import json
 import struct
@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.sections import trackers
 from forescale.config.train import TrainJob
-from forescale.engine import trackers
 from forescale.errors import UserError
 from forescale.storage import read_json
 from forescale.train.profiler import traced
@@ -22,68 +22,61 @@ def logging_of(*overrides):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def calls(monkeypatch):
     """Record the arguments that wandb is started with; no account is logged in."""
+    import wandb
+
     calls = []
 
-    class Tracker:
-        name = "wandb"
+    def init(project, **settings):
+        calls.append((project, settings))
+        return SimpleNamespace(config=SimpleNamespace(update=lambda c, **_: calls.append(c)))
 
-        def __init__(self, project, **settings):
-            calls.append((project, settings))
-
-        def start(self):
-            pass
-
-        def store_init_configuration(self, config):
-            calls.append(config)
-
-    import accelerate.tracking
-
-    monkeypatch.setattr(accelerate.tracking, "WandBTracker", Tracker)
+    monkeypatch.setattr(wandb, "init", init)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/nonexistent")
     return calls
 
 
-def started(asked, run, *overrides, **identity):
-    asked.clear()
+def started(calls, run, *overrides, **identity):
+    calls.clear()
     logging = logging_of("logging.wandb.enabled=true", *overrides)
     known = {"wandb_id": "0a1b", **identity}
-    trackers.open_trackers(logging, run, known, {"train": {"seed": 1}}, 0)
-    return asked[0]
+    logging.check_trackers()
+    (tracker,) = logging.trackers
+    tracker.open(run, known, {"train": {"seed": 1}}, 0)
+    return calls[0]
 
 
-def test_nothing_is_opened_unless_asked_for(tmp_path):
-    assert trackers.open_trackers(logging_of(), tmp_path, {}, {}, 0) == []
-    assert list(tmp_path.iterdir()) == []
+def test_no_tracker_is_enabled_by_default():
+    assert logging_of().trackers == []
 
 
-def test_a_run_is_one_curve_under_the_id_of_its_run_json(asked, tmp_path):
-    more = ("logging.wandb.project=mine", "logging.wandb.group=wide", "logging.wandb.tags=[a,b]")
+def test_a_run_is_one_curve_under_the_id_of_its_run_json(calls, tmp_path):
+    words = ("logging.wandb.project=mine", "logging.wandb.group=wide", "logging.wandb.tags=[a,b]")
     data = {"identity": "f00d"}
     known = {"parameters": 7, "dataset": data, "git": {"commit": "c0de"}, "device": "H100"}
-    project, first = started(asked, tmp_path / "first", *more, **known)
+    project, first = started(calls, tmp_path / "first", *words, **known)
     assert (project, first["name"], first["resume"]) == ("mine", "first", "allow")
     assert (first["id"], first["group"], first["tags"]) == ("0a1b", "wide", ["a", "b"])
     assert first["dir"] == str(tmp_path / "first")
     facts = {"parameters": 7, "dataset_hash": "f00d", "git_commit": "c0de", "gpu": "H100"}
-    assert asked[1] == {"train": {"seed": 1}, **facts, "versions": None}
+    assert calls[1] == {"train": {"seed": 1}, **facts, "versions": None}
 
 
-def test_without_an_account_nothing_is_asked(asked, tmp_path, monkeypatch):
-    assert started(asked, tmp_path)[1]["mode"] == "offline"
+def test_without_an_account_it_is_offline(calls, tmp_path, monkeypatch):
+    assert started(calls, tmp_path)[1]["mode"] == "offline"
     with pytest.raises(UserError, match=r"no wandb account .*wandb login.*mode=offline"):
-        started(asked, tmp_path, "logging.wandb.mode=online")
+        started(calls, tmp_path, "logging.wandb.mode=online")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert started(asked, tmp_path)[1]["mode"] == "online"
-    assert started(asked, tmp_path, "logging.wandb.mode=offline")[1]["mode"] == "offline"
+    assert started(calls, tmp_path)[1]["mode"] == "online"
+    assert started(calls, tmp_path, "logging.wandb.mode=offline")[1]["mode"] == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert started(asked, tmp_path)[1]["mode"] == "disabled"
+    assert started(calls, tmp_path)[1]["mode"] == "disabled"
 
 
-def test_an_account_may_be_in_netrc_for_the_server_that_is_used(asked, tmp_path, monkeypatch):
+def test_an_account_may_be_in_netrc_for_the_server_that_is_used(calls, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / ".netrc"
     file.write_text("machine wandb.example login user password secret\n")
@@ -93,11 +86,10 @@ def test_an_account_may_be_in_netrc_for_the_server_that_is_used(asked, tmp_path,
     assert trackers.has_account()
 
 
-def test_a_missing_package_is_a_sentence(tmp_path, monkeypatch):
-
+def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "forescale\[tensorboard\]"'):
-        trackers.open_trackers(logging_of("logging.tensorboard=true"), tmp_path, {}, {}, 0)
+        logging_of("logging.tensorboard.enabled=true").check_trackers()
 
 
 def batches(first, end):
@@ -134,9 +126,13 @@ def test_without_an_interval_the_batches_are_the_same_object():
 
 @pytest.fixture(scope="module")
 def logged(dataset, tmp_path_factory):
-    """A real run that everything was asked of: (run directory, output)."""
+    """A real run that has all of them: (run directory, output)."""
     folder = tmp_path_factory.mktemp("logged")
-    everything = ("profile.steps=3:5", "logging.tensorboard=true", "logging.wandb.enabled=true")
+    everything = (
+        "profile.steps=3:5",
+        "logging.tensorboard.enabled=true",
+        "logging.wandb.enabled=true",
+    )
     everything += ("logging.wandb.group=g", "logging.wandb.tags=[t]")
     command = ("run.name=all", f"data.path={dataset}", *LENGTH, *everything)
     return folder / "all", launching.train(folder, *command, WANDB_MODE="offline")
