@@ -30,7 +30,7 @@ from forescale.resilience import alerts, outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
-from forescale.slurm.preflight.collect import Preflight, PreflightReport, Wanted
+from forescale.slurm.preflight.collect import Preflight, PreflightReport, Requirements
 from forescale.slurm.submission import Submission
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -75,8 +75,8 @@ class Batch:
             self._say(decision)
             if decision.action == "end":
                 if not self.submission.is_stopped:
-                    more = "" if decision.code == DONE else f"; {decision.why}"
-                    alerts.tell(self.run, decision.code, f"{self._how}{more}.", self._log)
+                    reason = "" if decision.code == DONE else f"; {decision.why}"
+                    alerts.tell(self.run, decision.code, f"{self._how}{reason}.", self._log)
                 if mirror:
                     ended = self.stop_signal is not None
                     mirror.close(not ended, lambda: self.stop_signal is not None)
@@ -115,9 +115,9 @@ class Batch:
 
         After a network failure, an old supervisor may still run while the job runs elsewhere.
         """
-        found = queue.show(self.id)
-        is_current = found.get("Restarts") == str(self.restart)
-        return found.get("JobState", "") if is_current else ""
+        facts = queue.show(self.id)
+        is_current = facts.get("Restarts") == str(self.restart)
+        return facts.get("JobState", "") if is_current else ""
 
     def _is_over(self) -> policy.JobDecision | None:
         """Return why no rank needs to start, and the exit code of the job; or None.
@@ -208,7 +208,7 @@ class Batch:
     def _environment(self, attempt: Attempt, port: str) -> dict[str, str]:
         """Return environment variables for all ranks."""
         each = str(self.settings.ranks_per_node)
-        found = {
+        variables = {
             "MASTER_ADDR": self.hosts[0],
             "MASTER_PORT": port,
             "LOCAL_WORLD_SIZE": each,
@@ -217,15 +217,15 @@ class Batch:
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         if "OMP_NUM_THREADS" not in os.environ:
-            found["OMP_NUM_THREADS"] = str(steps.cpus_per_rank(self.settings))
-        return found
+            variables["OMP_NUM_THREADS"] = str(steps.cpus_per_rank(self.settings))
+        return variables
 
     def _end(self, attempt: Attempt, end: policy.AttemptOutcome) -> int:
-        more = {"blamed": end.blamed, "faulty": end.faulty, "stop_signal": self.stop_signal}
+        facts = {"blamed": end.blamed, "faulty": end.faulty, "stop_signal": self.stop_signal}
         self._how = f"Attempt {attempt.number}: {end.how.rstrip('.')}"
         self._log(f"{self._how}.")
         try:
-            outcome.record_end(attempt.path, end.code, end.how, end.rank, **more)
+            outcome.record_end(attempt.path, end.code, end.how, end.rank, **facts)
         except UserError as e:  # such as a full disk; what follows was decided by then
             self._log(f"Its end could not be recorded: {e}")
         return end.code
@@ -237,7 +237,7 @@ class Batch:
         not hold up an attempt that doesn't need it.
         """
         facts = self.submission.facts
-        wanted = Wanted(
+        requirements = Requirements(
             run=str(self.run.path),
             data=facts["data"],
             tasks=self.settings.ranks_per_node,
@@ -249,7 +249,7 @@ class Batch:
             cuda=self.settings.has_gpus,
         )
         log = attempt.path / "preflight.log"
-        looks = Preflight(wanted, self.hosts, self.job_hosts[0])
+        looks = Preflight(requirements, self.hosts, self.job_hosts[0])
         step = steps.JobStep(steps.nodes(self.submission, self.hosts), looks.environment, log)
         if self.settings.preflight:
             report = looks.collect(

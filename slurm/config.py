@@ -134,8 +134,8 @@ class SlurmConfig:
     @property
     def gpus_of_gres(self) -> int:
         """GPUs per node that slurm.gres requests."""
-        found = map(_GPUS.fullmatch, (self.gres or "").split(","))
-        return sum(int(match["count"] or 1) for match in found if match)
+        matches = map(_GPUS.fullmatch, (self.gres or "").split(","))
+        return sum(int(match["count"] or 1) for match in matches if match)
 
     @property
     def has_gpus(self) -> bool:
@@ -156,18 +156,18 @@ class SlurmConfig:
 
     def problems(self) -> Problems:
         """Return the wrong keys of this section."""
-        found: Problems = []
+        problems: Problems = []
         if self.mem is not None and not _SIZE.fullmatch(self.mem):
-            found.append(
+            problems.append(
                 ("mem", f"{self.mem!r} is not a size", "write, for example, slurm.mem=64G")
             )
         for name in ("time", "lead", "start_time", "check_time"):
             length = getattr(self, name)
             if length is not None and (length.unit != "seconds" or not length.amount):
-                found.append((name, "must be a wall time", f"write slurm.{name}='24 h'"))
+                problems.append((name, "must be a wall time", f"write slurm.{name}='24 h'"))
         for name in self.exports:
             if not _NAME.fullmatch(name):
-                found.append(
+                problems.append(
                     (
                         "exports",
                         f"{name!r} is not a name of a variable",
@@ -176,32 +176,34 @@ class SlurmConfig:
                 )
             elif _SECRET.search(name):
                 todo = "export it in your shell before you submit: sbatch passes it on"
-                found.append(("exports", f"{name} would be stored in job.sbatch", todo))
+                problems.append(("exports", f"{name} would be stored in job.sbatch", todo))
         for job in self.after:
             if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
-                found.append(("after", f"{job!r} is not a job id", "see squeue --me"))
+                problems.append(("after", f"{job!r} is not a job id", "see squeue --me"))
         if self.at_once is not None and self.runs is None:
-            found.append(("at_once", "needs slurm.runs", "set slurm.runs=FILE"))
+            problems.append(("at_once", "needs slurm.runs", "set slurm.runs=FILE"))
         for name in ("mounts", "runtime"):
             if getattr(self, name) and self.container is None:
-                found.append((name, "needs a container", "set slurm.container"))
+                problems.append((name, "needs a container", "set slurm.container"))
         if self.pack and self.container:
             problem = "is for nodes without containers: an image has its own Python"
-            found.append(("pack", problem, "leave out slurm.pack or slurm.container"))
+            problems.append(("pack", problem, "leave out slurm.pack or slurm.container"))
         try:
             words = shlex.split(self.python) if self.python is not None else ["python"]
             problem = "" if words else "has no word"
         except ValueError as e:
             problem = f"{self.python!r} can't be read ({e})"
         if problem:
-            found.append(("python", problem, "write it as for a shell, such as 'conda run python'"))
-        return found + self._paths() + self._gpus()
+            problems.append(
+                ("python", problem, "write it as for a shell, such as 'conda run python'")
+            )
+        return problems + self._paths() + self._gpus()
 
     def _paths(self) -> Problems:
         """Return values that can't stand in one line of the batch script."""
-        found: Problems = []
+        problems: Problems = []
         if not self.scratch.startswith("/"):
-            found.append(
+            problems.append(
                 ("scratch", f"{self.scratch} is not an absolute path", "write slurm.scratch=/tmp")
             )
         for f in fields(self):
@@ -209,8 +211,8 @@ class SlurmConfig:
             texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             if f.name != "setup" and any(not text.isprintable() for text in texts):
                 problem = "has a line break or another control character"
-                found.append((f.name, problem, "write it in one line"))
-        return found
+                problems.append((f.name, problem, "write it in one line"))
+        return problems
 
     def _gpus(self) -> Problems:
         for part in (self.gres or "").split(","):
@@ -250,26 +252,26 @@ class SlurmConfig:
 
     def notes(self) -> list[str]:
         """Return sentences about what follows from keys that aren't set."""
-        found = []
+        notes = []
         if self.gpus and not self.gpus_per_node:
             ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
-            found.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
+            notes.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
         if self.spares:
-            found.append(
+            notes.append(
                 f"slurm.spares={self.spares}: the job holds {self.nodes + self.spares} nodes and "
                 f"trains on {self.nodes}; plans and prices leave out the others."
             )
         if self.cpus_per_task is None and self.exclusive:
-            found.append("slurm.cpus_per_task is not set: ranks share all CPUs of a node equally.")
+            notes.append("slurm.cpus_per_task is not set: ranks share all CPUs of a node equally.")
         elif self.cpus_per_task is None:
             # sbatch's manual: "Without this option, the controller will just try to allocate one
             # processor per task." DefCpuPerGPU of a partition may change that. A guess from the
             # nodes' sizes could ask for more than the cluster gives, and the job would never start.
-            found.append(
+            notes.append(
                 "slurm.cpus_per_task is not set: a rank gets 1 CPU, unless the partition gives "
                 "more; set it, or slurm.exclusive=true for all CPUs of the nodes."
             )
-        return found
+        return notes
 
 
 @dataclass
@@ -317,17 +319,17 @@ class SubmitJob(PlanJob):
 
     def problems(self, world_size: int | None = None) -> Problems:
         """Return the problems of the training job, and those over several sections."""
-        found = super().problems(self.world_size)
+        problems = super().problems(self.world_size)
         limit = self.slurm.time.seconds if self.slurm.time else None
         if limit and limit <= self.lead(0.0):
             problem = (
                 f"{self.slurm.time} is not longer than the {self.lead(0.0)} s reserved for saving"
             )
             todo = "set a longer time, or lower launch.grace or slurm.lead"
-            found.append(("slurm.time", problem, todo))
+            problems.append(("slurm.time", problem, todo))
         wants_gpus = self.machine.memory_bytes is not None
         if wants_gpus and not self.slurm.has_gpus:
             problem = f"no GPU is requested, but machine is {self.machine.name}"
             todo = "set the number of GPUs, or choose machine=cpu"
-            found.append(("slurm.gpus_per_node", problem, todo))
-        return found
+            problems.append(("slurm.gpus_per_node", problem, todo))
+        return problems

@@ -17,7 +17,7 @@ from forescale.slurm.submission import Submission
 
 # Of a variable that an image sets, too, the image's value wins, in Pyxis and in Apptainer. For an
 # image with PYTORCH_VERSION, Enroot's hook 50-slurm-pytorch.sh adds values of its own to these.
-_OURS = (
+_PASSED_ON = (
     *("PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"),
     *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_HOME"),
 )
@@ -32,7 +32,7 @@ def options(submission: Submission) -> list[str]:
         f"--container-image={settings.container}",
         f"--container-mounts={','.join(mounts(submission))}",
         f"--container-workdir={os.getcwd()}",
-        f"--container-env={','.join((*_OURS, *settings.exports))}",
+        f"--container-env={','.join((*_PASSED_ON, *settings.exports))}",
     ]
 
 
@@ -41,11 +41,11 @@ def prefix(submission: Submission) -> list[str]:
     settings = submission.settings
     if settings.container is None or settings.container_runtime != "apptainer":
         return []
-    ours = [name for name in (*_OURS, *settings.exports) if name in os.environ]
+    names = [name for name in (*_PASSED_ON, *settings.exports) if name in os.environ]
     return [
         *("apptainer", "exec", *(["--nv"] if settings.has_gpus else [])),
         *("--bind", ",".join(mounts(submission)), "--pwd", os.getcwd(), settings.container),
-        *("env", *(f"{name}={os.environ[name]}" for name in ours)),
+        *("env", *(f"{name}={os.environ[name]}" for name in names)),
     ]
 
 
@@ -67,8 +67,8 @@ def mounts(submission: Submission) -> list[str]:
         if not {",", ":"}.isdisjoint(path):
             todo = "move it, or give a path without them: a list of mounts can't hold it"
             raise UserError(path, "has a comma or a colon, and a container must show it", todo)
-    more = submission.settings.mounts
-    return [*(f"{path}:{path}" for path in paths), *(m if ":" in m else f"{m}:{m}" for m in more)]
+    extra = submission.settings.mounts
+    return [*(f"{path}:{path}" for path in paths), *(m if ":" in m else f"{m}:{m}" for m in extra)]
 
 
 def python(settings: SlurmConfig) -> list[str]:

@@ -109,7 +109,7 @@ class Evaluations:
 
     def _options(self) -> list[tuple[str, str]]:
         s = self.settings
-        found = [
+        options = [
             (f"--job-name={shlex.quote(f'{self.run.name}-eval')}", ""),
             (f"--output={escaped(self.submission.links / '%a')}", "a link to step-N.log"),
             ("--open-mode=truncate", "a task that starts again writes a new log"),
@@ -122,10 +122,10 @@ class Evaluations:
         waits = [f"after:{self.training}"] if self.training else []  # until it has begun
         if s.after:
             waits.append(f"afterok:{':'.join(s.after)}")
-            found.append(("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay"))
+            options.append(("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay"))
         if waits:
-            found.append((f"--dependency={','.join(waits)}", ""))
-        return in_lines([*found, *((option, "") for option in s.options)])
+            options.append((f"--dependency={','.join(waits)}", ""))
+        return in_lines([*options, *((option, "") for option in s.options)])
 
 
 def submit(arguments: Sequence[str]) -> None:
@@ -145,28 +145,28 @@ def submit(arguments: Sequence[str]) -> None:
     groups += [(to_come, _training(run, to_come))] if to_come else []
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
 
-    def made(found: Sequence[int], waits: str | None, folder: Path) -> Evaluations:
+    def evaluations(steps: Sequence[int], waits: str | None, folder: Path) -> Evaluations:
         at, target = Submission(folder.resolve()), str(run.path.resolve())
-        return Evaluations(run, found, at, settings, [target, *_of_eval(words)], profile, waits)
+        return Evaluations(run, steps, at, settings, [target, *_of_eval(words)], profile, waits)
 
     if job.submit.dry_run:
         for group in groups:
-            print(made(*group, run.path / "evaluations" / "NNNN").script(), end="")
+            print(evaluations(*group, run.path / "evaluations" / "NNNN").script(), end="")
         return
-    if own := own_packages(trained):
-        print(f"Note: {described(own)}")
-    _enter([made(*group, run.new_evaluations()) for group in groups], trained, job)
+    if packages := own_packages(trained):
+        print(f"Note: {described(packages)}")
+    _enter([evaluations(*group, run.new_evaluations()) for group in groups], trained, job)
 
 
-def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[int], list[int]]:
+def _divided(run: Run, trained: TrainJob, steps: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the wanted steps whose checkpoints exist, and those still to come. Raises ConfigError
     for the others."""
     known, total = run.checkpoint_steps(), trained.total_steps
-    if not wanted and not known:
+    if not steps and not known:
         todo = "name steps that it is going to save, such as steps=[1000,2000]"
         raise UserError(str(run.path), "this run has no checkpoint yet", todo)
-    here = sorted({*wanted} & {*known}) if wanted else known
-    to_come = sorted({*wanted} - {*known})
+    here = sorted({*steps} & {*known}) if steps else known
+    to_come = sorted({*steps} - {*known})
     newest, every = max(known, default=0), trained.cadence(trained.checkpoint.every)
     sure = {total, *trained.checkpoint.at}
     problems = []
@@ -189,13 +189,13 @@ def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[i
 
 def _training(run: Run, to_come: Sequence[int]) -> str:
     """Return the id of the run's job in the queue. Raises UserError if there is none."""
-    if (found := waiting_or_running(run)) is None:
+    if (submission := waiting_or_running(run)) is None:
         problem = (
             f"no job of this run is in the queue, and it has no checkpoint of step {to_come[0]}"
         )
         raise UserError(str(run.path), problem, f"give first: forescale submit train {run.name}")
-    expect_own(*found)
-    return found[1].id
+    expect_own(*submission)
+    return submission[1].id
 
 
 def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfig:
@@ -211,18 +211,20 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
     )
     if wrong := [name for name in _OF_RANKS if name in typed]:
         raise ConfigError(Problem(f"slurm.{name}", problem, todo) for name in wrong)
-    found: SlurmConfig = job.slurm
+    settings: SlurmConfig = job.slurm
     last = remembered.recall(run.path).get("slurm")
     if last and not any(w.startswith("slurm=") for w in words):
-        found, _, _ = build(EvaluationSlurm, last)
-        found = replace(found, **{name: getattr(job.slurm, name) for name in typed})
+        settings, _, _ = build(EvaluationSlurm, last)
+        settings = replace(settings, **{name: getattr(job.slurm, name) for name in typed})
     one: dict[str, Any] = {"nodes": 1, "spares": 0, "tasks_per_node": 1, "exclusive": False}
-    one |= {"pack": False, "gpus_per_node": min(1, found.gpus_per_node)}
-    one["gres"] = _GPUS.sub(r"\1:1", found.gres) if found.gres else None
-    found = replace(found, **{name: value for name, value in one.items() if name not in typed})
-    if problems := [Problem(f"slurm.{name}", *rest) for name, *rest in found.problems()]:
+    one |= {"pack": False, "gpus_per_node": min(1, settings.gpus_per_node)}
+    one["gres"] = _GPUS.sub(r"\1:1", settings.gres) if settings.gres else None
+    settings = replace(
+        settings, **{name: value for name, value in one.items() if name not in typed}
+    )
+    if problems := [Problem(f"slurm.{name}", *rest) for name, *rest in settings.problems()]:
         raise ConfigError(problems)
-    return found
+    return settings
 
 
 def _of_eval(words: Iterable[str]) -> list[str]:
@@ -256,8 +258,8 @@ def _enter(groups: Sequence[Evaluations], trained: TrainJob, job: EvaluationsJob
 
 def _write(group: Evaluations, trained: TrainJob, job: EvaluationsJob) -> None:
     """Write the files of an array, and the links by which sbatch names its logs after steps."""
-    submission, more = group.submission, own_packages(trained)
-    write_code(submission.code, more)
+    submission, packages = group.submission, own_packages(trained)
+    write_code(submission.code, packages)
     sources = read_json(group.run.identity)["dataset"]["sources"].values()
     data = [job.data.path] if job.data.path else [source["path"] for source in sources]
     submission.write(
@@ -268,7 +270,7 @@ def _write(group: Evaluations, trained: TrainJob, job: EvaluationsJob) -> None:
         directory=str(Path.cwd()),
         data=[path if "://" in path else str(Path(path).expanduser().resolve()) for path in data],
         versions={**versions(), **version_of_checkout()},
-        packages=[str(path) for path in more],
+        packages=[str(path) for path in packages],
     )
     submission.links.mkdir()
     for i, step in enumerate(group.steps):

@@ -86,8 +86,8 @@ def _first(attempt: Path, failures: Sequence[Failure]) -> Failure | None:
 
 
 def _blamed(attempt: Path, first: Failure, how: str) -> dict[str, str]:
-    if found := outcome.hang_of(attempt):
-        hang = found[0]
+    if hung := outcome.hang_of(attempt):
+        hang = hung[0]
         # If ranks of several nodes wait in a collective, none of them is known to be faulty.
         return {hang.host: hang.sentence} if "," not in hang.host else {}
     if first.code < 0 and not first.how.startswith("Out Of Memory"):
@@ -118,23 +118,25 @@ class Past:
 def past(run: Run, submission: str) -> Past:
     """Return the summary of a submission's attempts."""
     launches = [(a.number, launch_of(a.path)) for a in run.attempts()]
-    own = [(n, t) for n, t in launches if t.get("slurm", {}).get("submission") == submission]
+    of_submission = [
+        (n, t) for n, t in launches if t.get("slurm", {}).get("submission") == submission
+    ]
     saved = [number for step in run.checkpoint_steps() if (number := _author(run, step))]
     crashes = 0
     blamed: dict[str, list[str]] = {}
     faulty: dict[str, str] = {}
-    for i, (number, launch) in enumerate(own):
-        after = own[i + 1][0] if i + 1 < len(own) else float("inf")
+    for i, (number, launch) in enumerate(of_submission):
+        after = of_submission[i + 1][0] if i + 1 < len(of_submission) else float("inf")
         if any(number <= author < after for author in saved):
             crashes = 0
         crashes += is_crash(launch)
         for host, reason in launch.get("blamed", {}).items():
             blamed.setdefault(host, []).append(reason)
         faulty |= launch.get("faulty", {})
-    return Past(crashes, blamed, faulty, _idle(own, saved))
+    return Past(crashes, blamed, faulty, _idle(of_submission, saved))
 
 
-def _idle(own: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> int:
+def _idle(launches: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> int:
     """Return how many of the last starts of the job, in a row, brought no new checkpoint.
 
     own: numbers and launch records of the submission's attempts; saved: numbers of attempts that
@@ -142,9 +144,11 @@ def _idle(own: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> in
     hand) doesn't count, because that may happen often without any fault.
     """
     count, after = 0, float("inf")
-    ended_by_slurm = {t["slurm"].get("restart"): t.get("stop_signal") == "SIGTERM" for _, t in own}
+    ended_by_slurm = {
+        t["slurm"].get("restart"): t.get("stop_signal") == "SIGTERM" for _, t in launches
+    }
     for restart, is_exempt in reversed(ended_by_slurm.items()):
-        first = min(n for n, t in own if t["slurm"].get("restart") == restart)
+        first = min(n for n, t in launches if t["slurm"].get("restart") == restart)
         if any(first <= author < after for author in saved):
             break
         count, after = count + (not is_exempt), first

@@ -80,15 +80,19 @@ def submit(script: Path) -> str:
     Within another job (salloc) sbatch gets none of its variables: as defaults of options they would
     contradict the script, and the new job would start with them.
     """
-    own = {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
-    return _once(["sbatch", "--parsable", str(script)], environment=own).strip().partition(";")[0]
+    variables = {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
+    return (
+        _once(["sbatch", "--parsable", str(script)], environment=variables)
+        .strip()
+        .partition(";")[0]
+    )
 
 
 def cluster() -> str | None:
     """Return the name of the cluster whose controller answers here; None if it doesn't say."""
     settings = _run(["scontrol", "show", "config"])
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", settings, re.MULTILINE)
-    return found[1] if found else None
+    name = re.search(r"^ClusterName\s*=\s*(\S+)", settings, re.MULTILINE)
+    return name[1] if name else None
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
@@ -161,8 +165,8 @@ def newest_step(job: str, besides: str) -> str | None:
     """Return JOB.STEP of the newest step of a job, except those named `besides`; None if it has no
     step."""
     lines = _run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j"])
-    found = [line.split(maxsplit=1) for line in lines.splitlines()]
-    others = [words[0].rpartition(".")[2] for words in found if words[1:] != [besides]]
+    fields = [line.split(maxsplit=1) for line in lines.splitlines()]
+    others = [words[0].rpartition(".")[2] for words in fields if words[1:] != [besides]]
     numbers = [int(n) for n in others if n.isdigit()]
     return f"{job}.{max(numbers)}" if numbers else None
 
@@ -170,8 +174,8 @@ def newest_step(job: str, besides: str) -> str | None:
 def lost(job: str, nodes: Sequence[str]) -> list[str]:
     """Return those of a job's nodes that it no longer has (see --no-kill of sbatch), or that are
     unusable."""
-    kept = show(job).get("NodeList", "")
-    left = hosts(kept) if re.match(r"\w", kept) else nodes
+    node_list = show(job).get("NodeList", "")
+    left = hosts(node_list) if re.match(r"\w", node_list) else nodes
     down = unusable(nodes)
     return [node for node in nodes if node not in left or node in down]
 

@@ -16,11 +16,11 @@ def adopt() -> None:
     The supervisor has set MASTER_ADDR, MASTER_PORT and LOCAL_WORLD_SIZE.
     """
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
-    if found := interface_to(os.environ["MASTER_ADDR"]):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    os.environ.update({name: os.environ[source] for name, source in names.items()})
+    if interface := interface_to(os.environ["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # With =, NCCL uses this interface alone, not all whose names begin with it.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={found}")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def options(order: Order) -> list[tuple[str, str]]:
     """Return sbatch's options, each with a comment, or "" if it needs none."""
     s, several = order.settings, len(order.names) > 1
     log = order.log
-    found: list[tuple[str, str]] = [
+    options: list[tuple[str, str]] = [
         (f"--job-name={shlex.quote(order.names[0] + ('+' if several else ''))}", ""),
         (
             f"--output={escaped(log)}",
@@ -98,57 +98,59 @@ def options(order: Order) -> list[tuple[str, str]]:
         (f"--ntasks-per-node={s.ranks_per_node}", "one task per rank"),
     ]
     if s.outlives_nodes:
-        found.append(("--no-kill", "the job goes on when it loses a node, with a spare one"))
+        options.append(("--no-kill", "the job goes on when it loses a node, with a spare one"))
     if several:
         throttle = f"%{s.at_once}" if s.at_once else ""
-        found.append(
+        options.append(
             (f"--array=0-{len(order.names) - 1}{throttle}", "one task of the array per run")
         )
-    found += resources(s)
+    options += resources(s)
     if s.time is not None:
         why = "this many seconds before the limit, ranks save and end"
-        found.append((f"--signal=B:USR1@{order.lead}", why))
+        options.append((f"--signal=B:USR1@{order.lead}", why))
     if s.after:
-        found.append((f"--dependency=afterok:{':'.join(s.after)}", ""))
-        found.append(
+        options.append((f"--dependency=afterok:{':'.join(s.after)}", ""))
+        options.append(
             ("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay in the queue")
         )
-    found.append(("--requeue" if s.requeue else "--no-requeue", ""))
-    return in_lines([*found, *((option, "") for option in s.options)])
+    options.append(("--requeue" if s.requeue else "--no-requeue", ""))
+    return in_lines([*options, *((option, "") for option in s.options)])
 
 
 def resources(s: SlurmConfig) -> list[tuple[str, str]]:
     """Return sbatch's options for what a job gets, for how long, and who hears of its end."""
-    found: list[tuple[str, str]] = []
+    options: list[tuple[str, str]] = []
     if s.gres:
-        found.append((f"--gres={shlex.quote(s.gres)}", ""))
+        options.append((f"--gres={shlex.quote(s.gres)}", ""))
     if s.gpus_per_node and not s.gpus_of_gres:
-        found.append((f"--gpus-per-node={s.gpus_per_node}", "all ranks of a node see all its GPUs"))
+        options.append(
+            (f"--gpus-per-node={s.gpus_per_node}", "all ranks of a node see all its GPUs")
+        )
     for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
         if (value := getattr(s, name)) is not None:
-            found.append((f"--{name}={shlex.quote(value)}", ""))
+            options.append((f"--{name}={shlex.quote(value)}", ""))
     if s.cpus_per_task:
-        found.append((f"--cpus-per-task={s.cpus_per_task}", ""))
+        options.append((f"--cpus-per-task={s.cpus_per_task}", ""))
     if s.time is not None:
-        found.append((f"--time={_time(s.time.seconds or 0.0)}", ""))
+        options.append((f"--time={_time(s.time.seconds or 0.0)}", ""))
     if s.exclusive:
-        found.append(("--exclusive", ""))
+        options.append(("--exclusive", ""))
     if s.exclude:
-        found.append((f"--exclude={shlex.quote(','.join(s.exclude))}", ""))
+        options.append((f"--exclude={shlex.quote(','.join(s.exclude))}", ""))
     if s.mail:
-        found.append((f"--mail-user={shlex.quote(s.mail)}", ""))
-        found.append(("--mail-type=END,FAIL", "not for each requeue"))
-    return found
+        options.append((f"--mail-user={shlex.quote(s.mail)}", ""))
+        options.append(("--mail-type=END,FAIL", "not for each requeue"))
+    return options
 
 
-def in_lines(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def in_lines(options: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the options. Raises UserError for one that doesn't fit in one line."""
-    for option, _ in found:
+    for option, _ in options:
         if not option.isprintable():
             problem = "has a line break or another control character, which sbatch can't read"
             todo = "choose another directory or value"
             raise UserError(_in_one_line(option), problem, todo)
-    return found
+    return options
 
 
 def _in_one_line(value: object) -> str:

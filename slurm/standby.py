@@ -26,11 +26,11 @@ def watch(job: str, restart: str, action: str, every: float = _EVERY) -> None:
     while True:
         time.sleep(every)
         with suppress(UserError):  # the controller may be away for long
-            found = queue.show(job)
-            if found.get("Restarts") != restart:
+            facts = queue.show(job)
+            if facts.get("Restarts") != restart:
                 return
-            first = found["BatchHost"]
-            if found["JobState"] == "RUNNING" and first not in queue.hosts(found["NodeList"]):
+            first = facts["BatchHost"]
+            if facts["JobState"] == "RUNNING" and first not in queue.hosts(facts["NodeList"]):
                 print(f"The job has lost its first node, {first}: {action}.", flush=True)
                 queue.cancel(job) if action == "cancel" else queue.requeue(job)
 

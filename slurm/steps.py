@@ -31,7 +31,7 @@ _NOW, _ENVIRONMENT = "forescale-now", "environment"
 _PATIENCE = 60.0  # seconds from the first failure until the other tasks are killed
 _LINES = 10_000  # the last ones of srun that are kept
 _LAST = 30.0  # seconds from then until srun itself is killed
-_MORE = 5.0  # seconds after a failure in which other tasks may still report
+_REPORT_SECONDS = 5.0  # seconds after a failure in which other tasks may still report
 # Set if slurm.options has --cpus-per-gpu, which excludes --cpus-per-task, or another count of CPUs.
 _OWN_COUNT = {"SLURM_CPUS_PER_GPU", "SLURM_THREADS_PER_CORE", "SLURM_HINT"}
 _SIBLINGS = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
@@ -53,7 +53,7 @@ def failures(output: str) -> list[Failure]:
     A line is, for example: `srun: error: n2: tasks 2-3: Exited with exit code 1`. What follows the
     loss of a node is left out: then SLURM kills the tasks of all nodes.
     """
-    found = []
+    failures = []
     for host, tasks, how in _FAILED.findall(_LOST.split(output, maxsplit=1)[0]):
         code = next((-n for word, n in _KILLS.items() if how.startswith(word)), None)
         if how.startswith("Out Of Memory"):
@@ -62,14 +62,14 @@ def failures(output: str) -> list[Failure]:
             match = re.search(r"exit code (\d+)", how)
             code = int(match[1]) if match else CRASHED
         ranks = [part.partition("-")[0] for part in tasks.replace(" ", "").split(",")]
-        found += [Failure(int(r), _first(host), code, how.strip()) for r in ranks if r]
-    return found
+        failures += [Failure(int(r), _first(host), code, how.strip()) for r in ranks if r]
+    return failures
 
 
 def lost_node(output: str) -> str | None:
     """Return the node that SLURM lost during the step, by srun's output; None if it lost none."""
-    found = _LOST.search(output)
-    return found[1] if found else None
+    match = _LOST.search(output)
+    return match[1] if match else None
 
 
 def _first(hosts: str) -> str:
@@ -114,7 +114,7 @@ class JobStep:
     def has_failed(self) -> bool:
         """True if a task failed, and the others had some seconds to report."""
         self._look()
-        return self._failed is not None and time.monotonic() - self._failed > _MORE
+        return self._failed is not None and time.monotonic() - self._failed > _REPORT_SECONDS
 
     @property
     def failures(self) -> list[Failure]:
@@ -132,8 +132,8 @@ class JobStep:
 
     def phase_of(self, host: str) -> str:
         """What a host was doing last, by what the command of `nodes` prints."""
-        said = re.findall(rf"^{_NOW} (\S+) (.*)$", self._output, re.MULTILINE)
-        return dict(said).get(host, "starting the step, or its container")
+        phases = re.findall(rf"^{_NOW} (\S+) (.*)$", self._output, re.MULTILINE)
+        return dict(phases).get(host, "starting the step, or its container")
 
     def request_stop(self) -> None:
         """Send all ranks the signal to save and end; srun forwards it."""
@@ -194,8 +194,8 @@ def cpus_per_rank(settings: SlurmConfig, threads: int | None = None) -> int:
         return settings.cpus_per_task
     if not _OWN_COUNT.isdisjoint(os.environ):
         return 1
-    given = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")  # such as 72(x2),36
-    least = min((int(n) for n in re.findall(r"(?:^|,)([0-9]+)", given)), default=1)
+    cpus = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")  # such as 72(x2),36
+    least = min((int(n) for n in re.findall(r"(?:^|,)([0-9]+)", cpus)), default=1)
     threads = threads or _threads_per_core()
     return max(1, least // settings.ranks_per_node // threads * threads)
 
@@ -227,10 +227,10 @@ def ranks(
 ) -> list[str]:
     """Return the command that runs all ranks of the training on these hosts of the job."""
     settings = submission.settings
-    own = ["--kill-on-bad-exit=1", _on(hosts), f"--output={_escaped(attempt)}/rank-%t.log"]
-    own += containers.options(submission)
+    options = ["--kill-on-bad-exit=1", _on(hosts), f"--output={_escaped(attempt)}/rank-%t.log"]
+    options += containers.options(submission)
     bound = replace(settings, srun=[*_binding(settings), *settings.srun])  # of two the last holds
-    begin = srun(bound, settings.ranks_per_node, *own)
+    begin = srun(bound, settings.ranks_per_node, *options)
     rank = [*python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
     return [*begin, *containers.prefix(submission), *rank]
 
@@ -261,9 +261,9 @@ def nodes(submission: Submission, hosts: Sequence[str]) -> list[str]:
         lines.append(f"touch {shlex.quote(place)}")
     lines += ["now starting Python", f"exec {shlex.join(look)}"]
     # A node that fails must not end the reports of the others.
-    own = ["--kill-on-bad-exit=0", _on(hosts)]
-    inside = srun(settings, 1, *own, *containers.options(submission))
-    host = srun(replace(settings, srun=_outside(settings)), 1, *own)
+    options = ["--kill-on-bad-exit=0", _on(hosts)]
+    inside = srun(settings, 1, *options, *containers.options(submission))
+    host = srun(replace(settings, srun=_outside(settings)), 1, *options)
     return containers.prepared(
         submission,
         host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],

@@ -75,8 +75,8 @@ class Submission:
     @property
     def job(self) -> str | None:
         """The id of the job; None if sbatch did not accept it."""
-        found = self.accepted.get("id")
-        return None if found is None else str(found)
+        job = self.accepted.get("id")
+        return None if job is None else str(job)
 
     @property
     def accepted(self) -> dict[str, Any]:
@@ -99,9 +99,9 @@ class Submission:
         A job keeps its script, and it is never older than when it was taken. (Some versions of
         SLURM set its time anew when it is requeued.)
         """
-        told = self.accepted
-        script = told.get("script", str(self.script))
-        return job.script == script and job.submitted >= told.get("accepted", "")
+        accepted = self.accepted
+        script = accepted.get("script", str(self.script))
+        return job.script == script and job.submitted >= accepted.get("accepted", "")
 
     @property
     def is_stopped(self) -> bool:
@@ -127,10 +127,10 @@ def newest(run: Run) -> list[Submission]:
     return [s for s in reversed(submissions(run)) if s.job][:1]
 
 
-def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
+def in_queue(submissions: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
     """Return the submissions whose jobs are in the queue, with one query for all of them. A job
     that only has the id of one is left out."""
-    by_id = {s.job: s for s in found if s.job}
+    by_id = {s.job: s for s in submissions if s.job}
     if not by_id or not queue.is_here():
         return []
     jobs = {j.id: j for j in queue.jobs(sorted({str(i).partition("_")[0] for i in by_id}))}

@@ -77,14 +77,14 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
         folders = [run.path / "jobs" / "NNNN" for run in runs]
         print(render(order(plans, runs, folders, profile)), end="")
         return
-    for note in {described(own): "" for each in jobs if (own := own_packages(each))}:
+    for note in {described(packages): "" for each in jobs if (packages := own_packages(each))}:
         print(f"Note: {note}")
-    made, job = enter(plans, profile)
+    array, job = enter(plans, profile)
     for plan in plans:
-        remembered.remember(_given(plan))
+        remembered.remember(_settings_typed(plan))
         if trust:
             remember(plan.given, plan.given.run.directory)
-    _report(made, job)
+    _report(array, job)
 
 
 def notes_on_cpus(job: SubmitJob) -> list[str]:
@@ -106,7 +106,7 @@ def _jobs(overrides: Sequence[str], notes: list[str]) -> list[SubmitJob]:
         return [first]
     path = Path(first.slurm.runs).expanduser()
     lines = _text_of(path).splitlines()
-    found: dict[str, SubmitJob] = {}
+    jobs: dict[str, SubmitJob] = {}
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
@@ -124,14 +124,14 @@ def _jobs(overrides: Sequence[str], notes: list[str]) -> list[SubmitJob]:
             )
         except ConfigError as e:
             raise ConfigError(p._replace(key=f"{where}: {p.key}") for p in e.problems) from None
-        if job.run.name in found:
+        if job.run.name in jobs:
             raise UserError(where, f"a second run is named {job.run.name}", "set run.name=NAME")
-        found[job.run.name] = job
-    if not found:
+        jobs[job.run.name] = job
+    if not jobs:
         raise UserError(
             str(path), "names no run", "write one line of KEY=VALUE arguments for each run"
         )
-    return list(found.values())
+    return list(jobs.values())
 
 
 def _text_of(path: Path) -> str:
@@ -151,13 +151,13 @@ def _text_of(path: Path) -> str:
         raise UserError(str(path), problem, "give a text file") from None
 
 
-def _report(made: Order, job: str) -> None:
-    several = len(made.names) > 1
-    problem = f"{len(made.names)} runs as array {job}" if several else f"as job {job}"
-    time = made.settings.time
-    limit = f"; it saves {made.lead} s before its time limit of {time}" if time else ""
-    print(f"\nSubmitted {problem}{limit}. Script: {made.submissions[0].script}")
-    name = made.names[0]
+def _report(order: Order, job: str) -> None:
+    several = len(order.names) > 1
+    problem = f"{len(order.names)} runs as array {job}" if several else f"as job {job}"
+    time = order.settings.time
+    limit = f"; it saves {order.lead} s before its time limit of {time}" if time else ""
+    print(f"\nSubmitted {problem}{limit}. Script: {order.submissions[0].script}")
+    name = order.names[0]
     print(f"Follow it: forescale status, forescale logs {name}. Stop it: forescale stop {name}")
 
 
@@ -165,8 +165,10 @@ def order(
     plans: Sequence[Plan], runs: Sequence[Run], folders: Sequence[Path], profile: str
 ) -> Order:
     """Return what to submit. All plans have the SLURM settings of the first."""
-    job = _given(plans[0])
-    lead = max(_given(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True))
+    job = _settings_typed(plans[0])
+    lead = max(
+        _settings_typed(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True)
+    )
     return Order(
         names=[r.name for r in runs],
         runs=[r.path.resolve() for r in runs],
@@ -185,12 +187,14 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
-    started = [start(_given(plan).training, newest=newest_step) for plan in plans]
+    started = [start(_settings_typed(plan).training, newest=newest_step) for plan in plans]
     for begun in started:
         if mirror := mirror_of(begun.run, begun.job, print):
             mirror.check()
     for begun in started:
-        waits = bool(_given(plans[0]).slurm.after)  # perhaps for the run that it branches off
+        waits = bool(
+            _settings_typed(plans[0]).slurm.after
+        )  # perhaps for the run that it branches off
         held = hold(begun.run, begun.job.run.origin, begun.job.run.root, ahead=waits)
         for note in (*begun.notes, *held):
             print(f"Note: {note}")
@@ -199,18 +203,18 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     try:
         for run, folder in zip(runs, folders, strict=True):
             _refuse_second(run, folder)
-        made = order(plans, runs, folders, profile)
-        for plan, begun, submission in zip(plans, started, made.submissions, strict=True):
-            _describe(plan, begun, submission, made)
-            write_file(submission.script, render(made).encode())
-        _link_logs(made.submissions)
-        job = queue.submit(made.submissions[0].script)
+        array = order(plans, runs, folders, profile)
+        for plan, begun, submission in zip(plans, started, array.submissions, strict=True):
+            _describe(plan, begun, submission, array)
+            write_file(submission.script, render(array).encode())
+        _link_logs(array.submissions)
+        job = queue.submit(array.submissions[0].script)
     except BaseException:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    _accepted(made, job)
-    return made, job
+    _accepted(array, job)
+    return array, job
 
 
 def _link_logs(tasks: Sequence[Submission]) -> None:
@@ -222,25 +226,25 @@ def _link_logs(tasks: Sequence[Submission]) -> None:
             (links / str(i)).symlink_to(os.path.relpath(task.log, links))
 
 
-def _accepted(made: Order, job: str) -> None:
+def _accepted(order: Order, job: str) -> None:
     """Write the job of each submission."""
-    several, at, cluster = len(made.names) > 1, "", None
+    several, at, cluster = len(order.names) > 1, "", None
     with suppress(UserError):  # a controller that is slow to answer
         at = queue.show(f"{job}_0" if several else job).get("SubmitTime", "")
         cluster = queue.cluster()
-    for i, submission in enumerate(made.submissions):
-        script = made.submissions[0].script
+    for i, submission in enumerate(order.submissions):
+        script = order.submissions[0].script
         submission.submitted(f"{job}_{i}" if several else job, script, cluster, at)
 
 
-def _given(plan: Plan) -> SubmitJob:
+def _settings_typed(plan: Plan) -> SubmitJob:
     assert isinstance(plan.given, SubmitJob)
     return plan.given
 
 
 def _refuse_twice(run: Run) -> None:
-    if found := waiting_or_running(run):
-        job = found[1]
+    if submission := waiting_or_running(run):
+        job = submission[1]
         problem = f"is already in the queue, as job {job.id} ({job.state.lower()})"
         raise UserError(
             str(run.path), problem, f"see forescale status, or run: forescale stop {run.name}"
@@ -261,11 +265,11 @@ def _refuse_second(run: Run, folder: Path) -> None:
             raise UserError(str(run.path), problem, todo)
 
 
-def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> None:
+def _describe(plan: Plan, begun: Start, submission: Submission, order: Order) -> None:
     """Write the code and all facts that the job needs beside the run's config."""
-    job = _given(plan)
-    more = own_packages(begun.job)
-    write_code(submission.code, more)
+    job = _settings_typed(plan)
+    packages = own_packages(begun.job)
+    write_code(submission.code, packages)
     facts: dict[str, Any] = {
         "slurm": plain(job.slurm),
         "submitted": time.time(),
@@ -275,7 +279,7 @@ def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> 
         "memory": _host_memory(plan, job),
         "trust": bool(targets(begun.job)),
         "versions": {**versions(), **version_of_checkout()},
-        "packages": [str(path) for path in more],
+        "packages": [str(path) for path in packages],
     }
     if job.slurm.pack:
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))

@@ -40,11 +40,11 @@ def recall(run: Path) -> dict[str, Any]:
     there was none."""
     with suppress(OSError, UserError):
         path = _file(run)
-        found = read_json(path) if path.exists() else {}
+        stored = read_json(path) if path.exists() else {}
         return {
-            name: {f.name: found[name][f.name] for f in fields(kind) if f.name in found[name]}
+            name: {f.name: stored[name][f.name] for f in fields(kind) if f.name in stored[name]}
             for name, kind in (("slurm", SlurmConfig), ("machine", MachineConfig))
-            if name in found
+            if name in stored
         }
     return {}
 

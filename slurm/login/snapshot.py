@@ -30,7 +30,7 @@ def own_packages(job: TrainJob) -> list[Path]:
 
     Raises UserError if Python doesn't find the module of a class, or if all are too large.
     """
-    found: list[Path] = []
+    packages: list[Path] = []
     for key, target in targets(job).items():
         top = target.partition(".")[0]
         if find_package(top) is None:
@@ -38,21 +38,21 @@ def own_packages(job: TrainJob) -> list[Path]:
             raise UserError(key, problem, "submit from the directory that holds it")
         new = [path] if (path := _own_place(top)) else []
         while new:
-            if (path := new.pop(0)) in found:
+            if (path := new.pop(0)) in packages:
                 continue
-            found.append(path)
-            _refuse_large(found, key)
+            packages.append(path)
+            _refuse_large(packages, key)
             beside = (place for name in sorted(_imports(path)) if (place := _own_place(name)))
             new += [place for place in beside if place.parent == path.parent]
-    return found
+    return packages
 
 
-def described(own: list[Path]) -> str:
+def described(packages: list[Path]) -> str:
     """Return a sentence that names what `own_packages` found."""
-    names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in own)
-    files = [file for path in own for file in _sources(path)]
+    names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in packages)
+    files = [file for path in packages for file in _sources(path)]
     size = sum(file.stat().st_size for file in files)
-    where = ", ".join(sorted({str(path.parent) for path in own}))
+    where = ", ".join(sorted({str(path.parent) for path in packages}))
     count = f"{len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e3:,.1f} kB"
     return f"your own code is frozen with the job: {names} from {where} ({count})."
 
@@ -88,10 +88,10 @@ def _imports(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def _refuse_large(own: list[Path], key: str) -> None:
-    sizes = {path: sum(file.stat().st_size for file in _sources(path)) for path in own}
+def _refuse_large(packages: list[Path], key: str) -> None:
+    sizes = {path: sum(file.stat().st_size for file in _sources(path)) for path in packages}
     if sum(sizes.values()) > _LARGEST:
-        largest = max(own, key=lambda path: sizes[path])
+        largest = max(packages, key=lambda path: sizes[path])
         problem = (
             f"more than {_LARGEST >> 20} MiB of files would be frozen with the job, of which "
             f"{sizes[largest] / 2**20:,.1f} are in {largest}"
@@ -99,27 +99,27 @@ def _refuse_large(own: list[Path], key: str) -> None:
         raise UserError(key, problem, "move data out of the package, or install it with pip")
 
 
-def write_code(target: Path, more: list[Path]) -> None:
+def write_code(target: Path, packages: list[Path]) -> None:
     """Pack our packages, and `more` packages or modules, under code/."""
     with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, file in sorted(_members(more).items()):
+        for name, file in sorted(_members(packages).items()):
             info = tarfile.TarInfo(str(Path("code") / name))
             content = file.read_bytes()
             info.size, info.mode = len(content), 0o644
             tar.addfile(info, io.BytesIO(content))
 
 
-def _members(more: list[Path]) -> dict[Path, Path]:
+def _members(packages: list[Path]) -> dict[Path, Path]:
     """The file of each name in the tar. In a checkout our packages are in several folders, when
     installed in one. Each file is packed once, at its import path."""
-    found = dict[Path, Path]()
+    members = dict[Path, Path]()
     for package in _PACKAGES:
         root = Path(next(iter(importlib.import_module(package).__path__)))
         place = Path(*package.split("."))
-        found |= {place / file.relative_to(root): file for file in _sources(root)}
-    for path in more:
-        found |= {file.relative_to(path.parent): file for file in _sources(path)}
-    return found
+        members |= {place / file.relative_to(root): file for file in _sources(root)}
+    for path in packages:
+        members |= {file.relative_to(path.parent): file for file in _sources(path)}
+    return members
 
 
 def _sources(path: Path) -> Iterator[Path]:

@@ -31,14 +31,14 @@ from forescale.rendezvous import meeting_address
 from forescale.slurm.preflight.findings import (
     NodeFault,
     PreflightReport,
-    Wanted,
+    Requirements,
     best_pairs,
     merged,
     skew_of,
     slow_nodes,
 )
 
-__all__ = ["ADDRESS", "NodeFault", "Preflight", "PreflightReport", "Wanted"]
+__all__ = ["ADDRESS", "NodeFault", "Preflight", "PreflightReport", "Requirements"]
 
 ADDRESS = "FORESCALE_PREFLIGHT"  # host:port:token of the supervisor
 _GRACE = 2.0  # seconds for other reports after a node has failed to measure
@@ -91,8 +91,8 @@ class Preflight:
     hosts: SLURM's names of the nodes; address: a name or address of this host.
     """
 
-    def __init__(self, wanted: Wanted, hosts: list[str], address: str):
-        self.wanted, self.hosts = wanted, list(hosts)
+    def __init__(self, requirements: Requirements, hosts: list[str], address: str):
+        self.requirements, self.hosts = requirements, list(hosts)
         self.address = meeting_address(address)
         self.token = secrets.token_hex(16)
         self._nodes = {host: _Node(host) for host in hosts}
@@ -101,7 +101,7 @@ class Preflight:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ, None)
         self._measuring = 0.0  # when it began, by our monotonic clock
-        self._mark = Path(wanted.run) / f".preflight-{self.token[:8]}"
+        self._mark = Path(requirements.run) / f".preflight-{self.token[:8]}"
         try:  # a node that doesn't see this file has another directory of that name
             self._mark.touch()
         except OSError:
@@ -172,7 +172,7 @@ class Preflight:
         if any(n.seconds is None and (n.line or not n.came) for n in nodes):
             return False
         well = all(n.line and all(f.note for f in n.faults) for n in nodes)
-        if not (self.wanted.reduce and len(nodes) > 1 and well):
+        if not (self.requirements.reduce and len(nodes) > 1 and well):
             return True
         self._measuring = time.monotonic()
         first = self._nodes[self.hosts[0]]
@@ -227,7 +227,7 @@ class Preflight:
             here, there = line.socket.getsockname()[0], line.socket.getpeername()[0]
             node.facts["address"] = self.address if here == there else there
             node.connected, node.answered = time.monotonic(), time.time()
-            answer = {"wanted": asdict(self.wanted), "mark": self._mark.name}
+            answer = {"requirements": asdict(self.requirements), "mark": self._mark.name}
             # Until the last node has come, all have checked, and all have measured.
             wait = self._began + self._starting + 2 * self._timeout - time.monotonic()
             line.send({**answer, "seconds": self._timeout - 1.0, "wait": wait})
@@ -244,7 +244,7 @@ class Preflight:
     def _judge_clock(self, node: _Node, received: float) -> None:
         skew = skew_of(node.sent, node.answered, received)
         node.facts |= {"skew_seconds": round(skew, 3), "seconds": round(node.seconds or 0.0, 3)}
-        if abs(skew) > self.wanted.skew:
+        if abs(skew) > self.requirements.skew:
             way = "ahead of" if skew > 0 else "behind"
             fake = " (a fake: FORESCALE_FAKE_CLOCK)" if "fake_clock" in node.facts else ""
             problem = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
@@ -268,10 +268,10 @@ class Preflight:
             if not broken:
                 reduce = min(n.reduce for n in nodes)
             faults += self._judge_rates(notes)
-        elif self.wanted.reduce and len(nodes) > 1:
+        elif self.requirements.reduce and len(nodes) > 1:
             notes.append("the network was not measured, because some nodes are missing or faulty")
-        common, own = merged([f for f in faults if f.note], self._nodes)
-        notes = [f.sentence for f in common + own] + notes
+        common, of_nodes = merged([f for f in faults if f.note], self._nodes)
+        notes = [f.sentence for f in common + of_nodes] + notes
         facts = {n.host: n.facts for n in nodes}
         return PreflightReport(
             [f for f in faults if not f.note], notes, facts, reduce, round(seconds, 3)
@@ -284,7 +284,7 @@ class Preflight:
         nodes = self._nodes.values()
         others = max((n.seconds for n in nodes if n.seconds is not None), default=None)
         beside = f"; the others did in {others:.0f} s" if others is not None else ""
-        found = []
+        faults = []
         for n in nodes:
             if n.seconds is not None or (over and n.line):  # it was interrupted by us
                 continue
@@ -301,8 +301,8 @@ class Preflight:
             else:
                 problem = f"its preflight process did not start in {seconds:.0f} s{at}"
                 todo = "see preflight.log, raise slurm.start_time, or exclude the node"
-            found.append(n.fault(problem, todo, "silent"))
-        return found
+            faults.append(n.fault(problem, todo, "silent"))
+        return faults
 
     def _broken(self, n: _Node, seconds: float) -> tuple[_Node, NodeFault] | None:
         if n.pairs is not None:
@@ -320,8 +320,8 @@ class Preflight:
             for other, rate in (n.pairs or {}).items():
                 a, b = sorted((n.host, other))
                 pairs[a, b] = min(rate, pairs.get((a, b), rate))
-        best, least = best_pairs(pairs), self.wanted.min_gb_per_second or 0.0
-        slow, found = slow_nodes(pairs, self.wanted.slow), []
+        best, least = best_pairs(pairs), self.requirements.min_gb_per_second or 0.0
+        slow, slow_notes = slow_nodes(pairs, self.requirements.slow), []
         for host, rate in best.items():
             self._nodes[host].facts["gb_per_second"] = round(rate, 4)
             if host in slow:
@@ -332,12 +332,12 @@ class Preflight:
                 continue
             problem = f"{rate:.2f} GB/s at best with its neighbours{beside}"
             todo = "exclude the node, or have its network checked"
-            found.append(NodeFault(host, problem, todo, "slow"))
-        if len(best) == 2 and found:  # the rate doesn't show which of the two is slow
+            slow_notes.append(NodeFault(host, problem, todo, "slow"))
+        if len(best) == 2 and slow_notes:  # the rate doesn't show which of the two is slow
             problem = f"{min(best.values()):.2f} GB/s between them, below {least:g}"
             notes.append(f"{' and '.join(best)}: {problem}; have their network checked")
             return []
-        return found
+        return slow_notes
 
 
 def _listen(address: str, hosts: int) -> socket.socket:

@@ -13,7 +13,7 @@ ALL = "all nodes"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a node must have. Sizes in bytes.
 
     run: the run's directory, absolute; data: datasets (URLs are skipped); tasks: ranks per node;
@@ -88,11 +88,13 @@ class PreflightReport:
     @property
     def of_nodes(self) -> dict[str, str]:
         """By host: the faults that not all nodes have, as a sentence without the host."""
-        found: dict[str, str] = {}
+        sentences: dict[str, str] = {}
         for f in merged(self.faults, self.nodes)[1]:
             rest = f"; also {f.problem}"
-            found[f.host] = found[f.host] + rest if f.host in found else f"{f.problem}; {f.todo}"
-        return found
+            sentences[f.host] = (
+                sentences[f.host] + rest if f.host in sentences else f"{f.problem}; {f.todo}"
+            )
+        return sentences
 
 
 def merged(
@@ -103,11 +105,11 @@ def merged(
     for fault in faults:
         groups.setdefault(fault.identity, []).append(fault)
     common: list[NodeFault] = []
-    own: list[NodeFault] = []
+    of_nodes: list[NodeFault] = []
     for group in groups.values():
         first, among = group[0], {f.host for f in group}
         if not among.issuperset(hosts):
-            own += group
+            of_nodes += group
         elif len(among) == 1:
             common += group
         elif len({f.problem for f in group}) == 1:
@@ -115,7 +117,7 @@ def merged(
         else:
             problem = f"{first.problem} (on {first.host}; similar on the others)"
             common.append(replace(first, host=ALL, problem=problem))
-    return common, own
+    return common, of_nodes
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:

@@ -25,9 +25,9 @@ from functools import partial
 from typing import Any
 
 from forescale.rendezvous import free_port, interface_to, open_store
+from forescale.slurm.preflight.checks import Here, run_checks
 from forescale.slurm.preflight.collect import ADDRESS
-from forescale.slurm.preflight.findings import Wanted, rounds
-from forescale.slurm.preflight.looks import Here, look
+from forescale.slurm.preflight.findings import Requirements, rounds
 
 _CONNECT = 20.0  # seconds to reach the supervisor
 _ANSWER = 120.0  # seconds for its first answer
@@ -72,20 +72,20 @@ class Network:
         import torch
         import torch.distributed as dist
 
-        go, wanted = self.go, self.here.wanted
+        go, requirements = self.go, self.here.requirements
         self.at = f"meeting the others at {go['address']}"
-        device = torch.device("cuda:0" if wanted.cuda else "cpu")
+        device = torch.device("cuda:0" if requirements.cuda else "cpu")
         seconds, size = max(1.0, go["seconds"] * 0.8), len(self.hosts)
         store = open_store(go["address"], go["port"], self.rank, size, seconds)
         dist.init_process_group(
-            "nccl" if wanted.cuda else "gloo",
+            "nccl" if requirements.cuda else "gloo",
             store=store,
             rank=self.rank,
             world_size=size,
             timeout=timedelta(seconds=seconds),
         )
-        mine = torch.ones(max(1, wanted.reduce_bytes // 4), device=device)
-        theirs = torch.empty_like(mine)
+        mine = torch.ones(max(1, requirements.reduce_bytes // 4), device=device)
+        received = torch.empty_like(mine)
         self.at = "reducing over all nodes"
         # First, because NCCL's pairs need a group that is already connected.
         reduce = self._rate(partial(dist.all_reduce, mine))
@@ -93,7 +93,7 @@ class Network:
         for pair in (p for r in rounds(len(self.hosts)) for p in r if self.rank in p):
             other = sum(pair) - self.rank
             self.at = f"exchanging with {self.hosts[other]}"
-            pairs[self.hosts[other]] = self._rate(partial(_exchange, mine, theirs, other))
+            pairs[self.hosts[other]] = self._rate(partial(_exchange, mine, received, other))
         return {"pairs": pairs, "reduce": reduce}
 
     def _rate(self, work: Callable[[], object]) -> float:
@@ -104,17 +104,17 @@ class Network:
         for repeat in range(_REPEATS + 1):
             began = time.perf_counter()
             work()
-            if self.here.wanted.cuda:
+            if self.here.requirements.cuda:
                 torch.cuda.synchronize()
             if repeat:
                 best = min(best, time.perf_counter() - began)
-        return self.here.wanted.reduce_bytes / best / 1e9
+        return self.here.requirements.reduce_bytes / best / 1e9
 
 
-def _exchange(mine: Any, theirs: Any, other: int) -> None:
+def _exchange(mine: Any, received: Any, other: int) -> None:
     import torch.distributed as dist
 
-    both = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, theirs, other)]
+    both = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, received, other)]
     for work in dist.batch_isend_irecv(both):
         work.wait()
 
@@ -169,11 +169,13 @@ def serve(connection: Connection, token: str, host: str, supervisor: str) -> Non
     seconds = message["seconds"]
     end = time.monotonic() + message["wait"]
     faulthandler.dump_traceback_later(message["wait"] + _LATE, exit=True)
-    here = Here(host, Wanted(**message["wanted"]), message["mark"])
+    here = Here(host, Requirements(**message["requirements"]), message["mark"])
     if moved is not None:
         here.facts["fake_clock"] = moved
     began = time.monotonic()
-    faults = [{k: v for k, v in asdict(f).items() if k != "host"} for f in look(here, seconds / 2)]
+    faults = [
+        {k: v for k, v in asdict(f).items() if k != "host"} for f in run_checks(here, seconds / 2)
+    ]
     here.facts["look_seconds"] = round(time.monotonic() - began, 3)
     report = {"facts": here.facts, "faults": faults, "received": received, "port": free_port()}
     connection.send(report)

@@ -47,7 +47,7 @@ from forescale.resilience.heartbeat import (
 from forescale.run.directory import Parent, Run
 from forescale.slurm.policy import past
 from forescale.slurm.preflight.collect import Preflight
-from forescale.slurm.preflight.findings import PreflightReport, Wanted
+from forescale.slurm.preflight.findings import PreflightReport, Requirements
 from forescale.slurm.steps import failures
 from forescale.storage import TABLE, check_table
 from tests.benchmarks.pairing import Result
@@ -204,7 +204,7 @@ def lives(world: int, folder: Path, rounds: int) -> Cells:
 
 def preflight(world: int, folder: Path, rounds: int) -> Cells:
     hosts = [f"node-{i:04d}" for i in range(world // EACH)]
-    order = Wanted(str(folder), [], EACH, 0, None, None, 0, skew=60.0, reduce=False)
+    order = Requirements(str(folder), [], EACH, 0, None, None, 0, skew=60.0, reduce=False)
 
     def heard() -> PreflightReport:
         server = Preflight(order, hosts, "127.0.0.1")

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from forescale.slurm.preflight.findings import Wanted
-from tests.slurm.plain_wanted import PLAIN
+from forescale.slurm.preflight.findings import Requirements
+from tests.slurm.plain_requirements import PLAIN
 
 
 @pytest.fixture
-def wanted(tmp_path) -> Wanted:
+def requirements(tmp_path) -> Requirements:
     return replace(PLAIN, run=str(tmp_path))

@@ -22,7 +22,7 @@ from forescale.slurm.submission import Submission
 def make(tmp_path, monkeypatch):
     """A life of a job on so many nodes."""
 
-    def made(nodes=2, spares=0, **keys):
+    def batch(nodes=2, spares=0, **keys):
         hosts = [f"n{i}" for i in range(1, nodes + spares + 1)]
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(hosts))
@@ -35,7 +35,7 @@ def make(tmp_path, monkeypatch):
         submission.write(slurm=plain(slurm), log=str(submission.path / "log"))
         return Batch(run, submission)
 
-    return made
+    return batch
 
 
 def report(*faults, nodes=2):
@@ -52,16 +52,16 @@ def test_nodes_that_are_well_are_told_in_a_line(make, capsys):
 
 
 def test_a_fault_of_one_node_is_the_nodes(make, capsys):
-    found = make()._judge(report(fault("n2")))
-    assert found.faulty == {"n2": "has no GPU; mend it"}
-    assert found.code == CRASHED
+    verdict = make()._judge(report(fault("n2")))
+    assert verdict.faulty == {"n2": "has no GPU; mend it"}
+    assert verdict.code == CRASHED
     assert "n2: has no GPU; mend it" in capsys.readouterr().out
 
 
 def test_a_fault_of_all_nodes_is_the_users(make):
-    found = make()._judge(report(fault("n1"), fault("n2")))
-    assert (found.code, found.faulty) == (USER, {})
-    assert "all nodes: has no GPU" in found.how
+    verdict = make()._judge(report(fault("n1"), fault("n2")))
+    assert (verdict.code, verdict.faulty) == (USER, {})
+    assert "all nodes: has no GPU" in verdict.how
 
 
 def test_that_nobody_came_is_not(make):
@@ -81,7 +81,7 @@ def test_a_single_node_gets_one_chance_on_another(make):
 
 
 @pytest.mark.parametrize(
-    ("faulty", "lost", "nodes", "said"),
+    ("faulty", "lost", "nodes", "sentence"),
     [
         ([], [], ["n1", "n2"], ""),
         ([], ["n2"], ["n1", "n3"], "Node n3 takes the place of n2 (it is down)."),
@@ -89,7 +89,7 @@ def test_a_single_node_gets_one_chance_on_another(make):
     ],
 )
 def test_spare_nodes_replace_others_in_the_next_attempt(
-    make, monkeypatch, capsys, faulty, lost, nodes, said
+    make, monkeypatch, capsys, faulty, lost, nodes, sentence
 ):
     job, stood = make(nodes=2, spares=2), []
     monkeypatch.setattr(queue, "lost", lambda job, nodes: lost)
@@ -100,7 +100,7 @@ def test_spare_nodes_replace_others_in_the_next_attempt(
     job._choose_nodes()
     assert job.hosts == nodes
     assert job._environment(attempt, "1")["MASTER_ADDR"] == nodes[0]
-    assert said in capsys.readouterr().out
+    assert sentence in capsys.readouterr().out
     assert stood == [nodes[1]], "never the first node, which it watches"
 
 
@@ -119,29 +119,29 @@ def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):
 
 
 @pytest.mark.parametrize(
-    ("told", "state"),
+    ("signal", "state"),
     [
         ({"Restarts": "0", "JobState": "RUNNING"}, "RUNNING"),
         ({"Restarts": "1", "JobState": "RUNNING"}, ""),
         ({}, ""),
     ],
 )
-def test_a_life_that_another_one_overtook_knows_it(make, monkeypatch, told, state):
-    monkeypatch.setattr(queue, "show", lambda job: told)
+def test_a_life_that_another_one_overtook_knows_it(make, monkeypatch, signal, state):
+    monkeypatch.setattr(queue, "show", lambda job: signal)
     assert make()._state() == state
 
 
 def test_a_signal_is_passed_to_the_ranks_and_bounds_their_time(make):
     class Step:
-        told = 0
+        signals = 0
 
         def request_stop(self):
-            self.told += 1
+            self.signals += 1
 
     job = make()
     job._step = step = Step()
     assert not job._is_late()
     job._receive(signal.SIGUSR1, None)
     job._receive(signal.SIGTERM, None)
-    assert (job.stop_signal, step.told) == ("SIGUSR1", 2)
+    assert (job.stop_signal, step.signals) == ("SIGUSR1", 2)
     assert job._deadline < float("inf")

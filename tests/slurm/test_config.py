@@ -30,13 +30,13 @@ def test_each_gpu_of_gres_gets_a_rank(gres, gpus):
 
 
 def test_what_gres_gives_is_said():
-    (said,) = SlurmConfig(gres="gpu:h100:8", cpus_per_task=2).notes()
-    assert said == "slurm.gres=gpu:h100:8 is 8 GPUs per node: 8 ranks on each."
+    (note,) = SlurmConfig(gres="gpu:h100:8", cpus_per_task=2).notes()
+    assert note == "slurm.gres=gpu:h100:8 is 8 GPUs per node: 8 ranks on each."
     assert SlurmConfig(gres="gpu:8", gpus_per_node=8, cpus_per_task=2).notes() == []
 
 
 @pytest.mark.parametrize(
-    ("keys", "cpus", "said"),
+    ("keys", "cpus", "words"),
     [
         ({"cpus_per_task": 12}, 96, None),
         ({"cpus_per_task": 16}, 96, "which ask for 16 each: set slurm.cpus_per_task=12."),
@@ -47,13 +47,13 @@ def test_what_gres_gives_is_said():
         ({"cpus_per_task": 2}, 4, "ask for another partition"),
     ],
 )
-def test_too_few_cpus_for_the_gpus_of_a_node_are_noted(keys, cpus, said):
+def test_too_few_cpus_for_the_gpus_of_a_node_are_noted(keys, cpus, words):
     note = SlurmConfig(gres="gpu:h100:8", partition="big", **keys).note_on_cpus(cpus)
-    if said is None:
+    if words is None:
         assert note is None
     else:
         assert f"partition big have {cpus} CPUs for 8 ranks" in note
-        assert said in note
+        assert words in note
 
 
 def test_ranks_on_cpus_choose_their_own_number():
@@ -88,7 +88,7 @@ def test_ranks_on_cpus_choose_their_own_number():
     ],
 )
 def test_keys_that_contradict_each_other_are_a_problem(keys, problem):
-    assert [found[:2] for found in SlurmConfig(**keys).problems()] == [problem]
+    assert [broken[:2] for broken in SlurmConfig(**keys).problems()] == [problem]
 
 
 def test_a_spare_node_is_no_node_of_the_run():

@@ -66,10 +66,10 @@ def bench(tmp_path, monkeypatch):
 
 
 def submission(bench: Path, **keys) -> Submission:
-    made = Submission(Run(bench / "root/first").new_job())
-    subprocess.run(["tar", "-cf", made.code, "-T", "/dev/null"], check=True)
-    made.write(slurm=plain(SlurmConfig(**keys)), data=[str(bench / "data"), "s3://bucket/more"])
-    return made
+    job = Submission(Run(bench / "root/first").new_job())
+    subprocess.run(["tar", "-cf", job.code, "-T", "/dev/null"], check=True)
+    job.write(slurm=plain(SlurmConfig(**keys)), data=[str(bench / "data"), "s3://bucket/more"])
+    return job
 
 
 def calls(bench: Path) -> list[list[str]]:
@@ -86,20 +86,20 @@ def calls(bench: Path) -> list[list[str]]:
     ],
 )
 def test_the_image_says_what_runs_it(bench, keys, runtime):
-    made = submission(bench, **keys)
-    assert bool(containers.prefix(made)) == (runtime == "apptainer")
-    assert bool(containers.options(made)) == (runtime == "pyxis")
-    assert containers.python(made.settings) == ["python3"]
+    job = submission(bench, **keys)
+    assert bool(containers.prefix(job)) == (runtime == "apptainer")
+    assert bool(containers.options(job)) == (runtime == "pyxis")
+    assert containers.python(job.settings) == ["python3"]
 
 
 def test_what_a_rank_reads_and_writes_is_mounted_where_it_is(bench):
-    made = submission(bench, container="x", mounts=["/opt", "/a:/b"])
-    own = [bench / name for name in ("data", "here", "root", "scratch/forescale-0")]
-    expected = ",".join([*(f"{path}:{path}" for path in own), "/opt:/opt", "/a:/b"])
-    command = steps.ranks(made, ["n1"], made.run.path, bench, [])
+    job = submission(bench, container="x", mounts=["/opt", "/a:/b"])
+    folders = [bench / name for name in ("data", "here", "root", "scratch/forescale-0")]
+    expected = ",".join([*(f"{path}:{path}" for path in folders), "/opt:/opt", "/a:/b"])
+    command = steps.ranks(job, ["n1"], job.run.path, bench, [])
     assert f"--container-mounts={expected}" in command
     assert f"--container-workdir={bench / 'here'}" in command
-    assert command[-5:] == ["python3", "-P", "-m", "forescale.slurm.rank", str(made.run.path)]
+    assert command[-5:] == ["python3", "-P", "-m", "forescale.slurm.rank", str(job.run.path)]
 
 
 def test_a_path_that_a_list_of_mounts_can_not_hold_is_a_sentence(bench, monkeypatch):
@@ -110,12 +110,12 @@ def test_a_path_that_a_list_of_mounts_can_not_hold_is_a_sentence(bench, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("image", "more"), [("x.sqsh", ["--container-writable"]), ("x.sif", ["--mpi=none"])]
+    ("image", "srun"), [("x.sqsh", ["--container-writable"]), ("x.sif", ["--mpi=none"])]
 )
-def test_the_scratch_directory_is_there_before_it_is_mounted(bench, image, more):
+def test_the_scratch_directory_is_there_before_it_is_mounted(bench, image, srun):
     """On each node the host makes it; a mount of what is missing would fail."""
-    made = submission(bench, container=image, preflight=False, srun=more)
-    done = subprocess.run(steps.nodes(made, ["n1"]), capture_output=True, text=True)
+    job = submission(bench, container=image, preflight=False, srun=srun)
+    done = subprocess.run(steps.nodes(job, ["n1"]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (bench / "scratch/forescale-0/job-1").is_dir()
     first, last = calls(bench)
@@ -127,9 +127,9 @@ def test_in_apptainer_the_code_is_that_of_the_job_and_gpus_are_shown(bench):
     (bench / "scratch/forescale-0").mkdir(parents=True)
     code = "import json, os; e = os.environ; "
     code += "print(json.dumps([os.getcwd(), e['PYTHONPATH'], e['MINE']]))"
-    made = submission(bench, container="x.sif", gres="gpu:2")
+    job = submission(bench, container="x.sif", gres="gpu:2")
     done = subprocess.run(
-        [*containers.prefix(made), sys.executable, "-c", code], capture_output=True, text=True
+        [*containers.prefix(job), sys.executable, "-c", code], capture_output=True, text=True
     )
     assert json.loads(done.stdout) == [str(bench / "here"), "/code,frozen", "of the image"]
     assert calls(bench)[0][:3] == ["apptainer", "exec", "--nv"]
@@ -137,8 +137,8 @@ def test_in_apptainer_the_code_is_that_of_the_job_and_gpus_are_shown(bench):
 
 
 def batch_words(bench: Path, **keys) -> list[str]:
-    made = Submission(bench / "root/first/jobs/0001")
-    script = render(Order(["first"], [made.run.path], [made], SlurmConfig(**keys), 70))
+    job = Submission(bench / "root/first/jobs/0001")
+    script = render(Order(["first"], [job.run.path], [job], SlurmConfig(**keys), 70))
     return shlex.split(script.splitlines()[-1])
 
 
@@ -146,16 +146,16 @@ def test_python_of_several_words_is_kept_as_words(bench):
     text = "conda run -n 'my $env' python"
     words = ["conda", "run", "-n", "my $env", "python", "-P", "-m"]
     assert batch_words(bench, python=text)[1:8] == words
-    made = submission(bench, python=text)
-    command = steps.ranks(made, ["n1"], made.run.path, bench, [])
+    job = submission(bench, python=text)
+    command = steps.ranks(job, ["n1"], job.run.path, bench, [])
     assert command[command.index("conda") :][:7] == words
-    look = steps.nodes(made, ["n1"])[-1].splitlines()[-1]
+    look = steps.nodes(job, ["n1"])[-1].splitlines()[-1]
     assert shlex.split(look)[1:8] == words
 
 
 def test_the_standby_stays_outside_of_an_image(bench):
-    made = submission(bench, container="x.sqsh", srun=["--container-writable", "--mpi=none"])
-    words = steps.standby(made, "n2", ["7", "0", "requeue"])
+    job = submission(bench, container="x.sqsh", srun=["--container-writable", "--mpi=none"])
+    words = steps.standby(job, "n2", ["7", "0", "requeue"])
     assert "--mpi=none" in words
     assert not any(word.startswith("--container") for word in words)
     assert shlex.split(words[-1].splitlines()[-1])[1] == sys.executable

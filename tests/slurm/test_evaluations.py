@@ -31,10 +31,10 @@ def run(dataset, tmp_path, monkeypatch) -> Run:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     (tmp_path / "bin").mkdir()
     start(make_job(dataset, tmp_path / "runs", "small", "checkpoint.every=2 steps"))
-    made = Run(tmp_path / "runs/small")
+    small = Run(tmp_path / "runs/small")
     for step in (2, 4):
-        made.checkpoint_path(step).mkdir(parents=True)
-    return made
+        small.checkpoint_path(step).mkdir(parents=True)
+    return small
 
 
 @pytest.fixture
@@ -63,12 +63,12 @@ def in_queue(run, commands):
 
 @pytest.fixture
 def submit(run, capsys):
-    def given(*words: str) -> tuple[int, str, str]:
+    def command(*words: str) -> tuple[int, str, str]:
         code = main(["submit", "eval", "small", *words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
-    return given
+    return command
 
 
 def options(script: str) -> list[str]:
@@ -82,8 +82,8 @@ def files(run: Run) -> set[Path]:
 
 def test_each_checkpoint_that_exists_is_a_task_and_a_dry_run_writes_nothing(submit, run, tmp_path):
     before = files(run)
-    own = (f"slurm.python={tmp_path}/say", f"slurm.scratch={tmp_path}/scratch")
-    code, script, _ = submit("--dry-run", "windows=4", "slurm.at_once=1", *own)
+    settings = (f"slurm.python={tmp_path}/say", f"slurm.scratch={tmp_path}/scratch")
+    code, script, _ = submit("--dry-run", "windows=4", "slurm.at_once=1", *settings)
     assert code == 0
     assert "--array=0-1%1" in options(script)
     assert not [x for x in options(script) if x.startswith(("--dependency", "--signal"))]
@@ -96,8 +96,8 @@ def test_each_checkpoint_that_exists_is_a_task_and_a_dry_run_writes_nothing(subm
     body = script.replace("tar -xf", "true")
     done = subprocess.run(["bash", "-c", body], env=environment, capture_output=True, text=True)
     folder = run.path / "evaluations/NNNN"
-    said = f"-P -m forescale.slurm.evaluation_task {folder} 4 {run.path} windows=4 step=4\n"
-    assert done.stdout == said, done.stderr
+    line = f"-P -m forescale.slurm.evaluation_task {folder} 4 {run.path} windows=4 step=4\n"
+    assert done.stdout == line, done.stderr
 
 
 def test_steps_to_come_wait_for_the_training_job_and_the_others_do_not(submit, in_queue):
@@ -195,8 +195,8 @@ def test_an_evaluation_takes_one_gpu_where_the_training_took_many(submit, run, m
     file.write_text(json.dumps({"slurm": plain(trained)}))
     code, script, _ = submit("--dry-run", "slurm.account=them", "slurm.mem=8G")
     assert code == 0
-    wanted = {"--gres=gpu:h100:1", "--nodes=1", "--account=them", "--mem=8G"}
-    assert wanted <= set(options(script))
+    lines = {"--gres=gpu:h100:1", "--nodes=1", "--account=them", "--mem=8G"}
+    assert lines <= set(options(script))
     assert "--exclusive" not in options(script)
     assert "\nsource x\n" in script
     code, _, err = submit("--dry-run", "slurm.nodes=2")
@@ -252,8 +252,8 @@ def test_a_task_whose_checkpoint_is_to_come_is_requeued_by_the_pace_of_the_run(
     attempt.metrics.add({"kind": "train", "step": 4, "attempt": 1, "seconds": seconds})
     # As SLURM does, it ends this start of the task, at once.
     commands(scontrol=f'echo "$@" >> {tmp_path}/calls; [ $1 = requeue ] && kill -TERM $PPID; true')
-    _, said = task(8)
-    assert "at step 4 and has not saved step 8 yet; this task looks again in 13 min." in said
+    _, output = task(8)
+    assert "at step 4 and has not saved step 8 yet; this task looks again in 13 min." in output
     assert (tmp_path / "calls").read_text() == (
         "requeue 40_2\nupdate JobId=40_2 StartTime=now+800\n"
     )

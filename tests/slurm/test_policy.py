@@ -11,10 +11,10 @@ from forescale.slurm.policy import Past, chosen, decide, give_up, past
 NODES = ["a", "b"]
 
 
-def decided(code, crashes=0, *, blamed=None, faulty=None, idle=0, state="RUNNING", **more):
-    found = {"is_stopped": False, "may_requeue": True, **more}
-    made = Past(crashes, blamed or {}, faulty or {}, idle)
-    return decide(code, made, NODES, state=state, **found)
+def decided(code, crashes=0, *, blamed=None, faulty=None, idle=0, state="RUNNING", **facts):
+    state_of = {"is_stopped": False, "may_requeue": True, **facts}
+    past = Past(crashes, blamed or {}, faulty or {}, idle)
+    return decide(code, past, NODES, state=state, **state_of)
 
 
 def test_a_run_that_is_done_ends_well():
@@ -30,14 +30,14 @@ def test_an_interrupted_run_goes_on_in_the_queue():
 
 
 def test_where_the_queue_may_not_be_used_it_ends_resumable():
-    found = decided(INTERRUPTED, may_requeue=False)
-    assert (found.action, found.code) == ("end", INTERRUPTED)
-    assert "submit it again" in found.why
+    decision = decided(INTERRUPTED, may_requeue=False)
+    assert (decision.action, decision.code) == ("end", INTERRUPTED)
+    assert "submit it again" in decision.why
 
 
 def test_a_stopped_run_is_not_requeued():
-    found = decided(INTERRUPTED, is_stopped=True)
-    assert (found.action, found.code) == ("end", INTERRUPTED)
+    decision = decided(INTERRUPTED, is_stopped=True)
+    assert (decision.action, decision.code) == ("end", INTERRUPTED)
 
 
 def test_a_run_that_was_done_before_it_was_stopped_is_done():
@@ -53,28 +53,28 @@ def test_a_job_that_slurm_ends_is_left_to_it(code, state):
 
 def test_a_crash_starts_again_on_the_same_nodes_and_not_for_ever():
     assert decided(1, 1).action == decided(-9, 2).action == "restart"
-    found = decided(1, 3)
-    assert (found.action, found.code) == ("end", GAVE_UP)
-    assert "3 crashes in a row without a new checkpoint" in found.why
+    decision = decided(1, 3)
+    assert (decision.action, decision.code) == ("end", GAVE_UP)
+    assert "3 crashes in a row without a new checkpoint" in decision.why
 
 
 def test_a_node_is_left_out_when_it_was_blamed_twice():
     assert decided(-9, 1, blamed={"b": ["killed"]}).action == "restart"
-    found = decided(-9, 2, blamed={"b": ["killed", "hung"]})
-    assert (found.action, found.exclude) == ("requeue", ("b",))
-    assert "b (killed; hung)" in found.why
+    decision = decided(-9, 2, blamed={"b": ["killed", "hung"]})
+    assert (decision.action, decision.exclude) == ("requeue", ("b",))
+    assert "b (killed; hung)" in decision.why
 
 
 def test_a_node_that_the_preflight_refused_is_left_out_at_once():
-    found = decided(1, 0, faulty={"a": "has no GPU"})
-    assert (found.action, found.exclude) == ("requeue", ("a",))
+    decision = decided(1, 0, faulty={"a": "has no GPU"})
+    assert (decision.action, decision.exclude) == ("requeue", ("a",))
 
 
 def test_a_node_that_was_left_out_before_stays_out():
     """SLURM replaces the whole list with each requeue."""
-    found = decided(1, 0, faulty={"z": "has no GPU", "a": "no clock"})
-    assert (found.action, set(found.exclude)) == ("requeue", {"a", "z"})
-    assert "z" not in found.why.replace("requeued", "")
+    decision = decided(1, 0, faulty={"z": "has no GPU", "a": "no clock"})
+    assert (decision.action, set(decision.exclude)) == ("requeue", {"a", "z"})
+    assert "z" not in decision.why.replace("requeued", "")
 
 
 def test_a_node_that_is_not_of_this_job_is_no_reason_to_requeue():
@@ -82,32 +82,32 @@ def test_a_node_that_is_not_of_this_job_is_no_reason_to_requeue():
 
 
 def test_a_node_that_is_down_asks_for_others():
-    found = decided(1, 1, down=["b"])
-    assert (found.action, found.exclude) == ("requeue", ())
+    decision = decided(1, 1, down=["b"])
+    assert (decision.action, decision.exclude) == ("requeue", ())
 
 
 def test_a_spare_node_takes_the_place_of_one_that_is_left_out():
     """In the same job: it neither waits in the queue nor counts as a requeue."""
-    found = decided(-9, 2, blamed={"b": ["killed", "hung"]}, others=["c"], idle=6)
-    assert (found.action, found.pause) == ("restart", 0)
-    assert found.why == "starting again with a spare node in the place of b"
-    found = decided(1, 1, down=["a", "b"], others=["c", "d"], may_requeue=False, enough=False)
-    assert found.action == "restart"
-    assert found.why == "starting again with spare nodes in the places of a, b"
+    decision = decided(-9, 2, blamed={"b": ["killed", "hung"]}, others=["c"], idle=6)
+    assert (decision.action, decision.pause) == ("restart", 0)
+    assert decision.why == "starting again with a spare node in the place of b"
+    decision = decided(1, 1, down=["a", "b"], others=["c", "d"], may_requeue=False, enough=False)
+    assert decision.action == "restart"
+    assert decision.why == "starting again with spare nodes in the places of a, b"
 
 
 @pytest.mark.parametrize(
     ("down", "faulty"), [(["b", "c"], {}), (["b"], {"c": "x"}), ([], {"a": "x", "b": "y"})]
 )
 def test_where_spare_nodes_are_too_few_the_queue_gives_others(down, faulty):
-    found = decided(1, 0, down=down, faulty=faulty, others=["c"])
-    assert found.action == "requeue"
-    assert set(found.exclude) == faulty.keys()
+    decision = decided(1, 0, down=down, faulty=faulty, others=["c"])
+    assert decision.action == "requeue"
+    assert set(decision.exclude) == faulty.keys()
 
 
 def test_what_becomes_of_a_spare_node_moves_no_rank():
-    found = decided(1, 1, down=["c"], others=["c", "d"], faulty={"d": "has no GPU"})
-    assert found.why == "starting again on the same nodes"
+    decision = decided(1, 1, down=["c"], others=["c", "d"], faulty={"d": "has no GPU"})
+    assert decision.why == "starting again on the same nodes"
 
 
 def test_spare_nodes_do_not_make_crashes_endless():
@@ -132,26 +132,27 @@ def test_the_nodes_of_the_next_attempt(current, out, down, nodes):
 def test_requeues_that_bring_nothing_wait_longer_and_longer_and_then_end():
     pauses = [decided(INTERRUPTED, idle=n, most=5).pause for n in range(1, 6)]
     assert pauses == [0, 30, 60, 120, 240]
-    found = decided(INTERRUPTED, idle=6, most=5)
-    assert (found.action, found.code) == ("end", GAVE_UP)
+    decision = decided(INTERRUPTED, idle=6, most=5)
+    assert (decision.action, decision.code) == ("end", GAVE_UP)
     assert (
-        "6 starts of the job in a row without a new checkpoint (slurm.max_requeues=5)" in found.why
+        "6 starts of the job in a row without a new checkpoint (slurm.max_requeues=5)"
+        in decision.why
     )
-    assert "set a longer slurm.time" in found.why
+    assert "set a longer slurm.time" in decision.why
     assert decided(INTERRUPTED, idle=1, most=0).action == "end"
 
 
 def test_a_job_that_slurm_requeues_for_ever_is_ended_at_its_next_start():
     assert give_up(Past(idle=5), 5) is None
-    found = give_up(Past(faulty={"n1": "too little room"}, idle=6), 5)
-    assert found.code == GAVE_UP
-    assert "repair or exclude the nodes at fault (n1)" in found.why
+    decision = give_up(Past(faulty={"n1": "too little room"}, idle=6), 5)
+    assert decision.code == GAVE_UP
+    assert "repair or exclude the nodes at fault (n1)" in decision.why
 
 
 def test_where_too_few_other_nodes_remain_none_is_promised():
-    found = decided(1, 0, faulty={"a": "has no GPU"}, enough=False)
-    assert (found.action, found.exclude) == ("requeue", ())
-    assert "though too few nodes remain without those at fault: a (has no GPU)" in found.why
+    decision = decided(1, 0, faulty={"a": "has no GPU"}, enough=False)
+    assert (decision.action, decision.exclude) == ("requeue", ())
+    assert "though too few nodes remain without those at fault: a (has no GPU)" in decision.why
 
 
 class Attempts:
@@ -160,12 +161,12 @@ class Attempts:
     def __init__(self, path):
         self.run = Run(path)
 
-    def add(self, code=None, *, saves=None, submission="0001", restart=0, **more):
+    def add(self, code=None, *, saves=None, submission="0001", restart=0, **facts):
         attempt = self.run.new_attempt()
         start = {"submission": submission, "restart": restart}
         outcome.record_start(attempt.path, ["x"], 2, slurm=start)
         if code is not None:
-            outcome.record_end(attempt.path, code, "", **more)
+            outcome.record_end(attempt.path, code, "", **facts)
         if saves is not None:
             _checkpoint(self.run, saves, attempt.number)
         return self

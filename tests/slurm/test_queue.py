@@ -48,9 +48,9 @@ def test_the_step_that_only_stands_by_is_not_the_one_to_kill(commands):
 
 
 def test_a_node_is_lost_when_slurm_took_it_from_the_job_even_if_it_came_back(commands):
-    told = 'show) echo "JobId=7 ReqNodeList=(null) NodeList=$left BatchHost=n1" ;;'
+    output = 'show) echo "JobId=7 ReqNodeList=(null) NodeList=$left BatchHost=n1" ;;'
     commands(
-        scontrol=f'left="n[1,3-4]"\ncase "$1$2" in --oneliner{told} *) printf "n1 n3 n4" ;; esac',
+        scontrol=f'left="n[1,3-4]"\ncase "$1$2" in --oneliner{output} *) printf "n1 n3 n4" ;; esac',
         sinfo="echo 'n1 mixed'; echo 'n2 idle'; echo 'n3 mixed*'; echo 'n4 mixed'",
     )
     assert queue.lost("7", ["n1", "n2", "n3", "n4"]) == ["n2", "n3"]
@@ -70,14 +70,14 @@ def test_the_cpus_of_the_smallest_node_of_a_partition(commands):
 def test_a_job_submitted_within_another_takes_over_nothing_of_it(commands, tmp_path, monkeypatch):
     of_the_other = ["SLURM_JOB_ID", "SLURM_NNODES", "SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "RANK"]
     of_the_other += ["LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "PMI_RANK", "FORESCALE_ATTEMPT"]
-    kept = ["SLURM_CONF", "SBATCH_ACCOUNT", "HOME", "FORESCALE_CONF"]
-    for name in (*of_the_other, *kept):
+    names = ["SLURM_CONF", "SBATCH_ACCOUNT", "HOME", "FORESCALE_CONF"]
+    for name in (*of_the_other, *names):
         monkeypatch.setenv(name, "x")
     commands(sbatch=f"env > {tmp_path}/seen; echo '17;lab'")
     assert queue.submit(tmp_path / "job.sbatch") == "17"
-    seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
-    assert seen.isdisjoint(of_the_other)
-    assert seen.issuperset(kept)
+    variables = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
+    assert variables.isdisjoint(of_the_other)
+    assert variables.issuperset(names)
 
 
 def test_a_requeued_job_waits_where_it_is_told_to(commands, tmp_path):
@@ -92,9 +92,9 @@ def test_a_requeued_job_waits_where_it_is_told_to(commands, tmp_path):
 
 @pytest.fixture
 def submission(tmp_path):
-    found = Submission(Run(tmp_path / "runs/x").new_job())
-    found.submitted("12", found.script, "lab", "2026-11-26T16:01:45")
-    return found
+    job = Submission(Run(tmp_path / "runs/x").new_job())
+    job.submitted("12", job.script, "lab", "2026-11-26T16:01:45")
+    return job
 
 
 @pytest.mark.parametrize(

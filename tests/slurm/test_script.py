@@ -13,20 +13,20 @@ from forescale.slurm.script import Order, render
 from forescale.slurm.submission import Submission
 
 
-def order(settings=None, names=("first",), root="/runs", lead=70, **more):
+def order(settings=None, names=("first",), root="/runs", lead=70, **facts):
     paths = [Path(root) / name for name in names]
     folders = [Submission(path / "jobs/0001") for path in paths]
-    return Order(names, paths, folders, replace(settings or SlurmConfig(), **more), lead, "plain")
+    return Order(names, paths, folders, replace(settings or SlurmConfig(), **facts), lead, "plain")
 
 
 def lines(script):
     """sbatch's options, without the comments beside them."""
-    found = (x for x in script.splitlines() if x.startswith("#SBATCH "))
-    return [x.removeprefix("#SBATCH ").partition("  #")[0] for x in found]
+    options = (x for x in script.splitlines() if x.startswith("#SBATCH "))
+    return [x.removeprefix("#SBATCH ").partition("  #")[0] for x in options]
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "option"),
     [
         ("partition", "gpu", "--partition=gpu"),
         ("account", "us", "--account=us"),
@@ -52,8 +52,8 @@ def lines(script):
         ("mail", "me@example.org", "--mail-type=END,FAIL"),
     ],
 )
-def test_a_key_becomes_an_option(key, value, said):
-    assert said in lines(render(order(**{key: value})))
+def test_a_key_becomes_an_option(key, value, option):
+    assert option in lines(render(order(**{key: value})))
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_slurm_ends_no_job_that_can_replace_the_node_it_lost(nodes, spares, goes
 
 def test_no_value_reaches_the_shell_unquoted(tmp_path):
     evil = "x'; touch pwned; '$(touch pwned)"
-    made = order(
+    array = order(
         names=("first",), root=str(tmp_path / evil), exports={"X": evil}, modules=[evil],
         scratch=str(tmp_path / evil), python="true",
     )  # fmt: skip
-    body = render(made).replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
+    body = render(array).replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
     body = body.replace('mkdir "$FORESCALE_NODE"', ":")
     run = ["bash", "-c", body + "\n"]
     subprocess.run(run, cwd=tmp_path, check=True, env={"SLURM_JOB_ID": "1", "PATH": "/bin"})
@@ -85,8 +85,8 @@ def test_bash_takes_it_and_ends_in_the_batch_program():
 
 
 def test_an_array_gives_each_task_its_run(tmp_path):
-    made = order(names=("a", "b", "c"), runs="x", at_once=2)
-    script = render(made)
+    array = order(names=("a", "b", "c"), runs="x", at_once=2)
+    script = render(array)
     assert "--array=0-2%2" in lines(script)
     assert "--output=/runs/a/jobs/0001/logs/%a" in lines(script)
     head = script[: script.index("set -u")] + 'echo "$run $job"'
@@ -129,5 +129,5 @@ def test_a_line_break_in_a_name_adds_no_line_to_the_script(end):
 @pytest.mark.parametrize("key", ["partition", "gres", "options", "exclude", "modules", "scratch"])
 def test_a_value_of_several_lines_is_refused(key):
     value = ["/a\rb"] if isinstance(getattr(SlurmConfig(), key), list) else "/a\nb"
-    found = replace(SlurmConfig(), **{key: value}).problems()
-    assert (key, "has a line break or another control character") in [f[:2] for f in found]
+    problems = replace(SlurmConfig(), **{key: value}).problems()
+    assert (key, "has a line break or another control character") in [f[:2] for f in problems]

@@ -20,8 +20,8 @@ def watched(monkeypatch):
             if answer is None:
                 raise UserError("scontrol", "timed out", "check sinfo")
             state, nodes, restarts = answer
-            told = {"JobState": state, "NodeList": nodes, "Restarts": str(restarts)}
-            return {**told, "BatchHost": "n1"}
+            facts = {"JobState": state, "NodeList": nodes, "Restarts": str(restarts)}
+            return {**facts, "BatchHost": "n1"}
 
         monkeypatch.setattr(queue, "show", show)
         monkeypatch.setattr(queue, "hosts", str.split)

@@ -26,7 +26,7 @@ from forescale.slurm.steps import (
 from forescale.slurm.submission import Submission
 
 # As srun 24.11 wrote them.
-SAID = """\
+OUTPUT = """\
 srun: error: n1: task 0: Exited with exit code 75
 srun: Terminating StepId=1.0
 srun: error: n2: task 1: Killed
@@ -47,18 +47,18 @@ srun: Force Terminated StepId=1.0
 def test_a_node_that_slurm_lost_explains_what_follows(attempt):
     """SLURM kills the other ranks then: no node but the lost one is to blame."""
     assert (failures(LOST), lost_node(LOST)) == ([], "n2")
-    found = outcome_of(attempt, 1, failures(LOST), False, lost_node(LOST))
-    assert (found.code, found.how) == (CRASHED, "SLURM lost node n2")
-    assert found.blamed.keys() == {"n2"}
+    outcome = outcome_of(attempt, 1, failures(LOST), False, lost_node(LOST))
+    assert (outcome.code, outcome.how) == (CRASHED, "SLURM lost node n2")
+    assert outcome.blamed.keys() == {"n2"}
     noticed = "srun: error: n1: task 0: Exited with exit code 1\n" + LOST
-    found = outcome_of(attempt, 1, failures(noticed), False, lost_node(noticed))
-    assert found.how == "rank 0 ended with code 1 (on n1)"
+    outcome = outcome_of(attempt, 1, failures(noticed), False, lost_node(noticed))
+    assert outcome.how == "rank 0 ended with code 1 (on n1)"
     assert outcome_of(attempt, 1, failures(LOST), True, lost_node(LOST)).code == INTERRUPTED
 
 
 def test_each_kind_of_end():
-    found = [(f.rank, f.host, f.code) for f in failures(SAID)]
-    assert found == [
+    ends = [(f.rank, f.host, f.code) for f in failures(OUTPUT)]
+    assert ends == [
         (0, "n1", 75),
         (1, "n2", -9),
         (2, "n2", -15),
@@ -83,23 +83,25 @@ def test_all_is_well(attempt):
 
 def test_a_users_fault_counts_whatever_the_others_die_of(attempt):
     write_error(attempt, 1, UserError("data.path", "is gone", "bring it back"))
-    found = outcome_of(attempt, 143, [failed(0, 75), failed(2, -9), failed(1, USER)], False)
-    assert (found.code, found.how) == (USER, "data.path: is gone; bring it back.")
-    assert not found.blamed
+    outcome = outcome_of(attempt, 143, [failed(0, 75), failed(2, -9), failed(1, USER)], False)
+    assert (outcome.code, outcome.how) == (USER, "data.path: is gone; bring it back.")
+    assert not outcome.blamed
 
 
 def test_who_only_lost_a_peer_explains_nothing(attempt):
-    found = outcome_of(attempt, 137, [failed(0, CRASHED), failed(1, -9)], False)
-    assert (found.code, found.rank) == (-9, 1)
-    assert found.blamed.keys() == {"n1"}
+    outcome = outcome_of(attempt, 137, [failed(0, CRASHED), failed(1, -9)], False)
+    assert (outcome.code, outcome.rank) == (-9, 1)
+    assert outcome.blamed.keys() == {"n1"}
 
 
 def test_a_python_error_is_not_the_nodes(attempt):
     write_error(attempt, 1, ValueError("x"))
-    found = outcome_of(attempt, 1, [failed(0, CRASHED), failed(1, CRASHED), failed(2, -15)], False)
-    assert found.rank == 1
-    assert "ValueError: x" in found.how
-    assert not found.blamed
+    outcome = outcome_of(
+        attempt, 1, [failed(0, CRASHED), failed(1, CRASHED), failed(2, -15)], False
+    )
+    assert outcome.rank == 1
+    assert "ValueError: x" in outcome.how
+    assert not outcome.blamed
 
 
 def test_a_device_error_is_the_nodes(attempt):
@@ -108,9 +110,9 @@ def test_a_device_error_is_the_nodes(attempt):
 
 
 def test_memory_that_runs_out_is_not_the_nodes(attempt):
-    found = outcome_of(attempt, 1, [failed(1, -9, "Out Of Memory")], False)
-    assert "memory ran out" in found.how
-    assert not found.blamed
+    outcome = outcome_of(attempt, 1, [failed(1, -9, "Out Of Memory")], False)
+    assert "memory ran out" in outcome.how
+    assert not outcome.blamed
 
 
 def test_a_hang_blames_the_host_that_is_waited_for(attempt):
@@ -126,8 +128,8 @@ def test_ranks_that_were_asked_are_interrupted_however_they_end(attempt):
 
 
 def test_srun_that_fails_by_itself_is_a_crash(attempt):
-    found = outcome_of(attempt, 1, [], False)
-    assert (found.code, found.how) == (CRASHED, "srun ended with code 1, and no task did")
+    outcome = outcome_of(attempt, 1, [], False)
+    assert (outcome.code, outcome.how) == (CRASHED, "srun ended with code 1, and no task did")
 
 
 def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
@@ -149,16 +151,16 @@ def test_a_failed_task_does_not_wait_for_ever_for_the_others(tmp_path, monkeypat
     monkeypatch.setattr(queue, "end_step", lambda step: None)
     monkeypatch.setattr(steps, "_PATIENCE", 0.2)
     monkeypatch.setattr(steps, "_LAST", 0.2)
-    said = "print('srun: error: n2: task 1: Killed', flush=True); import time; time.sleep(60)"
-    step = JobStep([sys.executable, "-c", said], {}, tmp_path / "srun.log")
+    code = "print('srun: error: n2: task 1: Killed', flush=True); import time; time.sleep(60)"
+    step = JobStep([sys.executable, "-c", code], {}, tmp_path / "srun.log")
     assert step.wait(lambda: False, lambda: "7.1") == -9
     assert step.failures == [Failure(1, "n2", -9, "Killed")]
 
 
 def test_a_collective_that_hangs_over_several_nodes_blames_none(attempt):
     publish_hang(attempt, Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand"))
-    found = outcome_of(attempt, 1, [failed(0, CRASHED)], False)
-    assert (found.how, found.blamed) == ("ranks 0, 1 stand (on n0)", {})
+    outcome = outcome_of(attempt, 1, [failed(0, CRASHED)], False)
+    assert (outcome.how, outcome.blamed) == ("ranks 0, 1 stand (on n0)", {})
 
 
 def test_the_scratch_on_a_nodes_disk_is_the_users_own(tmp_path):
@@ -177,7 +179,7 @@ def test_the_scratch_on_a_nodes_disk_is_the_users_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "ranks", "threads", "share"),
+    ("variable", "ranks", "threads", "share"),
     [
         ("128", 8, 1, 16),
         ("72(x2),36", 4, 1, 9),  # the node with the fewest
@@ -187,9 +189,9 @@ def test_the_scratch_on_a_nodes_disk_is_the_users_own(tmp_path):
         (None, 8, 1, 1),
     ],
 )
-def test_ranks_share_the_cpus_of_the_job(monkeypatch, given, ranks, threads, share):
-    if given:
-        monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", given)
+def test_ranks_share_the_cpus_of_the_job(monkeypatch, variable, ranks, threads, share):
+    if variable:
+        monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", variable)
     assert cpus_per_rank(SlurmConfig(tasks_per_node=ranks), threads) == share
     assert cpus_per_rank(SlurmConfig(tasks_per_node=ranks, cpus_per_task=3), threads) == 3
 
@@ -206,10 +208,10 @@ def command(run, settings, monkeypatch, cpus="1"):
     """The options of srun for ranks, and for the nodes before them."""
     monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", cpus)
     monkeypatch.setattr(steps, "_SIBLINGS", run / "none")  # of a node with a thread a core
-    made = Submission(Run(run / "run").new_job())
-    made.write(slurm=plain(settings), data=[])
-    ranks = steps.ranks(made, ["n1", "n3"], made.run.path, run, [])
-    nodes = steps.nodes(made, ["n1", "n3"])
+    submission = Submission(Run(run / "run").new_job())
+    submission.write(slurm=plain(settings), data=[])
+    ranks = steps.ranks(submission, ["n1", "n3"], submission.run.path, run, [])
+    nodes = steps.nodes(submission, ["n1", "n3"])
     return ranks[: ranks.index("-P") - 1], nodes[: nodes.index("bash")]
 
 

@@ -27,8 +27,8 @@ def submit(tmp_path, monkeypatch, capsys, dataset):
     def run(*words):
         data = ("data=dataset", f"data.path={dataset}")
         code = main(["submit", *words, *KEYS, *data])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run
 
@@ -36,12 +36,12 @@ def submit(tmp_path, monkeypatch, capsys, dataset):
 def test_all_problems_at_once_and_nothing_is_written(submit, tmp_path):
     code, _, err = submit("train", "x", "slurm.partion=p", "slurm.mem=lots", "slurm.time='5 steps'")
     assert code == 2
-    for said in (
+    for sentence in (
         "slurm.partion: no such key; did you mean slurm.partition",
         "slurm.mem",
         "slurm.time",
     ):
-        assert said in err
+        assert sentence in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -115,7 +115,7 @@ def test_a_file_of_runs_is_an_array(submit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "sentence"),
     [
         ("a\na\n", "line 2: a second run is named a"),
         ("a train.sed=1\n", "line 1: train.sed: no such key; did you mean train.seed"),
@@ -123,11 +123,11 @@ def test_a_file_of_runs_is_an_array(submit, tmp_path):
         ("# nothing\n", "names no run"),
     ],
 )
-def test_a_bad_line_is_named(submit, tmp_path, lines, said):
+def test_a_bad_line_is_named(submit, tmp_path, lines, sentence):
     (tmp_path / "sweep.txt").write_text(lines)
     code, _, err = submit("train", "slurm.runs=sweep.txt", "--dry-run")
     assert code == 2
-    assert said in err
+    assert sentence in err
 
 
 def test_a_file_of_runs_that_can_not_be_read_is_a_sentence(submit, tmp_path):
@@ -138,10 +138,10 @@ def test_a_file_of_runs_that_can_not_be_read_is_a_sentence(submit, tmp_path):
         sparse.truncate(1 << 40)
     files = {"none.txt": "can't be read", "/dev/zero": "is not a regular file", "pipe": "regular"}
     files |= {"latin": "can't be read", "large": "has more than", ".": "regular"}
-    for name, said in files.items():
+    for name, sentence in files.items():
         code, _, err = submit("train", f"slurm.runs={name}", "--dry-run")
         assert code == 2
-        assert said in err
+        assert sentence in err
         assert err.count("\n") == 1
 
 
@@ -174,9 +174,9 @@ def test_the_users_own_model_and_callbacks_are_packed(tmp_path, monkeypatch):
     (tmp_path / "loud.py").write_text("class Loud: ...\n")
     callbacks = "callbacks=[{_target_: loud.Loud}, {_target_: ownmodels.Other}]"
     job = compose(TrainJob, ["model._target_=ownmodels.deep.net.Net", callbacks, "run.name=x"])
-    more = own_packages(job)
-    assert more == [package, tmp_path / "loud.py"]
-    write_code(tmp_path / "code.tar", more)
+    packages = own_packages(job)
+    assert packages == [package, tmp_path / "loud.py"]
+    write_code(tmp_path / "code.tar", packages)
     with tarfile.open(tmp_path / "code.tar") as tar:
         assert {"code/ownmodels/deep/net.py", "code/loud.py"} <= set(tar.getnames())
 
@@ -256,6 +256,6 @@ def test_the_lead_follows_what_the_run_has_measured(tmp_path):
 
 def test_a_secret_among_the_variables_of_the_ranks_is_refused():
     """It would be stored in job.sbatch; sbatch passes the environment on without that."""
-    found = SlurmConfig(exports={"WANDB_API_KEY": "x", "HF_TOKEN": "y", "TOKENS": "3", "A": "b"})
-    names = [problem.split()[0] for key, problem, _ in found.problems() if key == "exports"]
+    problems = SlurmConfig(exports={"WANDB_API_KEY": "x", "HF_TOKEN": "y", "TOKENS": "3", "A": "b"})
+    names = [problem.split()[0] for key, problem, _ in problems.problems() if key == "exports"]
     assert names == ["WANDB_API_KEY", "HF_TOKEN"]

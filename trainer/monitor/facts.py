@@ -14,8 +14,8 @@ from forescale.run.abilities import column_of
 from forescale.run.rows import Row
 
 if TYPE_CHECKING:
-    from forescale.slurm.asked import EarlyEnd
     from forescale.slurm.queue import Job
+    from forescale.slurm.queue_cache import EarlyEnd
 
 KEYS = (
     "name", "path", "state", "error", "job", "attempt", "step", "total_steps", "tokens", "loss",

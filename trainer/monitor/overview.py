@@ -17,8 +17,8 @@ from forescale.monitor.page import runs_now, state_of
 from forescale.monitor.status import Status
 
 if TYPE_CHECKING:
-    from forescale.slurm.asked import EarlyEnd
     from forescale.slurm.queue import Job
+    from forescale.slurm.queue_cache import EarlyEnd
 
 _COLUMNS = (
     "run", "state", "attempt", "step", "done", "loss", "bits/byte", "tokens/s", "MFU", "ETTR",

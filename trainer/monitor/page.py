@@ -29,8 +29,8 @@ from forescale.run.rows import Row
 from forescale.storage import read_json
 
 if TYPE_CHECKING:
-    from forescale.slurm.asked import EarlyEnd
     from forescale.slurm.queue import Job
+    from forescale.slurm.queue_cache import EarlyEnd
 
 _COLOURS = {
     "running": "green",

@@ -16,7 +16,7 @@ from forescale.config.schema import key
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
-from forescale.slurm import asked, queue
+from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import newest, submissions
 
 _EVERY = 0.3  # seconds between two reads
@@ -77,7 +77,7 @@ def _attempt(run: Run, job: LogsJob) -> Attempt | None:
 def _job(run: Run) -> queue.Job | None:
     """Return the run's job in the queue; None without one, or if the queue can't be read."""
     with suppress(UserError):
-        return next((job for _, job in asked.in_queue(newest(run))), None)
+        return next((job for _, job in queue_cache.in_queue(newest(run))), None)
     return None
 
 
@@ -86,14 +86,14 @@ class _JobIsGone:
     False where SLURM can't be asked."""
 
     def __init__(self, run: Run):
-        self._newest, self._asked, self._answer = newest(run), -asked.EVERY, False
+        self._newest, self._asked_at, self._answer = newest(run), -queue_cache.EVERY, False
 
     def __call__(self) -> bool:
         now = time.monotonic()
-        if not self._answer and now - self._asked >= asked.EVERY and queue.is_here():
-            self._asked = now
+        if not self._answer and now - self._asked_at >= queue_cache.EVERY and queue.is_here():
+            self._asked_at = now
             with suppress(UserError):
-                self._answer = bool(self._newest) and not asked.in_queue(self._newest)
+                self._answer = bool(self._newest) and not queue_cache.in_queue(self._newest)
         return self._answer
 
     def of(self, attempt: Attempt) -> bool:
@@ -102,16 +102,16 @@ class _JobIsGone:
         return own in [s.name for s in self._newest] and self()
 
 
-def _early_end(run: Run) -> asked.EarlyEnd | None:
+def _early_end(run: Run) -> queue_cache.EarlyEnd | None:
     """Return the end of the run's newest job, if no rank of it began."""
     with suppress(UserError):  # the queue can't be read
         found = newest(run)
-        if found and not asked.in_queue(found):
-            return asked.early_end(found[0])
+        if found and not queue_cache.in_queue(found):
+            return queue_cache.early_end(found[0])
     return None
 
 
-def _told(early: asked.EarlyEnd) -> str:
+def _told(early: queue_cache.EarlyEnd) -> str:
     """Return how a job ended of which no rank began, and the end of its log."""
     lines = early.tail(_LAST_LINES)
     log = f"== {early.submission.log}" if lines else f"No log: {early.submission.log}"

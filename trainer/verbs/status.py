@@ -27,7 +27,7 @@ from forescale.monitor.overview import show_runs
 from forescale.monitor.page import show_run
 from forescale.monitor.status import Status, Statuses, runs_under
 from forescale.run.directory import Run
-from forescale.slurm import asked, queue
+from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import newest
 
 _REDRAW = 2.0  # seconds
@@ -114,14 +114,14 @@ def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = Fal
 
 def _jobs(
     runs: Sequence[Run], console: Console
-) -> tuple[dict[str, queue.Job], dict[str, asked.EarlyEnd]]:
+) -> tuple[dict[str, queue.Job], dict[str, queue_cache.EarlyEnd]]:
     """Return the jobs of these runs in the queue, with one query for all, and those that ended
     before a rank began; by the run's name."""
     found = {run.name: last for run in runs for last in newest(run)}
     try:
-        jobs = {s.run.name: job for s, job in asked.in_queue(found.values())}
+        jobs = {s.run.name: job for s, job in queue_cache.in_queue(found.values())}
     except UserError as e:  # the files show the runs without it
         console.print(escape(f"The queue can't be read: {e}"), soft_wrap=True)
         return {}, {}
-    ends = {name: asked.early_end(last) for name, last in found.items() if name not in jobs}
+    ends = {name: queue_cache.early_end(last) for name, last in found.items() if name not in jobs}
     return jobs, {name: end for name, end in ends.items() if end}

@@ -46,9 +46,9 @@ def job(target="net.Net"):
 
 
 def test_a_model_runs_elsewhere_with_all_that_it_imports_from_beside_it(here, tmp_path):
-    own = own_packages(job())
-    assert own == [here / "net.py", here / "helpers.py", here / "pieces"]
-    write_code(tmp_path / "code.tar", own)
+    packages = own_packages(job())
+    assert packages == [here / "net.py", here / "helpers.py", here / "pieces"]
+    write_code(tmp_path / "code.tar", packages)
     with tarfile.open(tmp_path / "code.tar") as tar:
         tar.extractall(tmp_path, filter="data")
         own_files = {n for n in tar.getnames() if not n.startswith("code/forescale/")}
@@ -70,9 +70,9 @@ def test_a_file_that_the_library_or_an_installed_package_hides_is_not_taken(here
 
 
 def test_a_sentence_names_what_is_frozen(here):
-    own = own_packages(job())
+    packages = own_packages(job())
     size = sum(len(FILES[n]) for n in FILES if n.startswith(("net", "help", "pieces/"))) - 1
-    assert described(own) == (
+    assert described(packages) == (
         "your own code is frozen with the job: net.py, helpers.py, pieces/ "
         f"from {here} (5 files, {size / 1e3:.1f} kB)."
     )

@@ -15,8 +15,8 @@ import pytest
 
 from forescale.slurm.preflight import node
 from forescale.slurm.preflight.collect import Preflight
-from forescale.slurm.preflight.findings import ALL, Wanted
-from tests.slurm.plain_wanted import PLAIN
+from forescale.slurm.preflight.findings import ALL, Requirements
+from tests.slurm.plain_requirements import PLAIN
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,19 +46,19 @@ def nodes(looks: Preflight, *hosts: str, **environment: str):
             p.wait()
 
 
-def preflight(wanted: Wanted, *hosts: str) -> Preflight:
-    return Preflight(wanted, list(hosts), "127.0.0.1")
+def preflight(requirements: Requirements, *hosts: str) -> Preflight:
+    return Preflight(requirements, list(hosts), "127.0.0.1")
 
 
-def sentences(found) -> list[str]:
-    return [fault.sentence for fault in found]
+def sentences(faults) -> list[str]:
+    return [fault.sentence for fault in faults]
 
 
 # Real processes
 
 
-def test_nodes_that_are_well(wanted, tmp_path):
-    looks = preflight(replace(wanted, memory=1, scratch=str(tmp_path / "scratch")), "a", "b")
+def test_nodes_that_are_well(requirements, tmp_path):
+    looks = preflight(replace(requirements, memory=1, scratch=str(tmp_path / "scratch")), "a", "b")
     with nodes(looks, "a", "b") as is_over:
         report = looks.collect(is_over, 20)
     assert (report.faults, report.notes, report.common, report.of_nodes) == ([], [], [], {})
@@ -73,8 +73,8 @@ def test_nodes_that_are_well(wanted, tmp_path):
 
 
 @pytest.mark.slow  # waits for a node that never comes
-def test_a_node_that_never_comes_is_named_and_so_is_a_clock(wanted):
-    looks = preflight(replace(wanted, reduce=True), "a", "b", "c")
+def test_a_node_that_never_comes_is_named_and_so_is_a_clock(requirements):
+    looks = preflight(replace(requirements, reduce=True), "a", "b", "c")
     fake = {"FORESCALE_FAKE_CLOCK": "-30", "FORESCALE_FAKE_CLOCK_NODE": "b"}
     with nodes(looks, "a", "b", **fake):
         report = looks.collect(lambda: False, 3, phase=lambda host: "unpacking")
@@ -106,8 +106,8 @@ def test_what_all_nodes_lack_is_told_once_and_a_step_that_is_over_is_not_waited_
     assert "never connected" in report.common[0].problem
 
 
-def test_strangers_are_not_believed(wanted):
-    looks = preflight(wanted, "a")
+def test_strangers_are_not_believed(requirements):
+    looks = preflight(requirements, "a")
     lies = [
         {"token": "wrong", "host": "a", "time": 0.0},
         {"token": "ü", "host": "a", "time": 0.0},
@@ -136,9 +136,9 @@ def test_a_node_without_a_supervisor_says_so(monkeypatch, capfd):
 
 
 @pytest.mark.slow  # nodes in processes of their own
-def test_the_network_is_measured(wanted):
+def test_the_network_is_measured(requirements):
     hosts = ["a", "b", "c"]
-    looks = preflight(replace(wanted, reduce=True, reduce_bytes=1 << 20, slow=1e6), *hosts)
+    looks = preflight(replace(requirements, reduce=True, reduce_bytes=1 << 20, slow=1e6), *hosts)
     with nodes(looks, *hosts) as is_over:
         report = looks.collect(is_over, 60)
     assert report.faults == []
@@ -172,9 +172,9 @@ CHECKED = {"facts": {}, "faults": [], "port": 1}
 LOST = {"broken": {"problem": "closed by peer", "todo": "look", "kind": "network"}, "lost": True}
 
 
-def test_who_breaks_off_the_measuring_is_blamed_and_not_those_that_lost_it(wanted):
+def test_who_breaks_off_the_measuring_is_blamed_and_not_those_that_lost_it(requirements):
     broken = {"problem": "CUDA error", "todo": "look", "kind": "network"}
-    looks = preflight(replace(wanted, reduce=True), "a", "b", "c")
+    looks = preflight(replace(requirements, reduce=True), "a", "b", "c")
     threads = [
         play(looks, "a", CHECKED, LOST),
         play(looks, "b", CHECKED, {"broken": broken, "lost": False}),
@@ -187,8 +187,8 @@ def test_who_breaks_off_the_measuring_is_blamed_and_not_those_that_lost_it(wante
         thread.join()
 
 
-def test_a_network_that_fails_for_all_is_a_fault_of_all(wanted):
-    looks = preflight(replace(wanted, reduce=True), "a", "b")
+def test_a_network_that_fails_for_all_is_a_fault_of_all(requirements):
+    looks = preflight(replace(requirements, reduce=True), "a", "b")
     threads = [play(looks, host, CHECKED, LOST) for host in ("a", "b")]
     report = looks.collect(lambda: False, 10)
     assert sentences(report.common) == ["all nodes: closed by peer; look"]
@@ -196,9 +196,9 @@ def test_a_network_that_fails_for_all_is_a_fault_of_all(wanted):
         thread.join()
 
 
-def test_of_two_nodes_nobody_is_called_slow(wanted):
-    wanted = replace(wanted, reduce=True, min_gb_per_second=2.0)
-    looks = preflight(wanted, "a", "b")
+def test_of_two_nodes_nobody_is_called_slow(requirements):
+    requirements = replace(requirements, reduce=True, min_gb_per_second=2.0)
+    looks = preflight(requirements, "a", "b")
     threads = [
         play(looks, "a", CHECKED, {"pairs": {"b": 0.5}, "reduce": 0.4}),
         play(looks, "b", CHECKED, {"pairs": {"a": 0.6}, "reduce": 0.3}),
@@ -211,9 +211,9 @@ def test_of_two_nodes_nobody_is_called_slow(wanted):
         thread.join()
 
 
-def test_a_slow_node_is_named(wanted):
+def test_a_slow_node_is_named(requirements):
     rates = {"a": {"b": 1.0, "c": 9.0}, "b": {"a": 1.0, "c": 1.1}, "c": {"a": 9.0, "b": 1.1}}
-    looks = preflight(replace(wanted, reduce=True), *rates)
+    looks = preflight(replace(requirements, reduce=True), *rates)
     threads = [
         play(looks, host, CHECKED, {"pairs": pairs, "reduce": 1.0}) for host, pairs in rates.items()
     ]
@@ -224,8 +224,8 @@ def test_a_slow_node_is_named(wanted):
         thread.join()
 
 
-def test_a_process_that_dies_before_it_has_spoken_is_named(wanted):
-    looks = preflight(wanted, "a", "b")
+def test_a_process_that_dies_before_it_has_spoken_is_named(requirements):
+    looks = preflight(requirements, "a", "b")
     threads = [play(looks, "a"), play(looks, "b", CHECKED)]
     report = looks.collect(lambda: False, 10)
     assert "ended without a report" in report.of_nodes["a"]

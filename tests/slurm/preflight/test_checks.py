@@ -10,26 +10,28 @@ from pathlib import Path
 import pytest
 
 from forescale.rendezvous import interface_to
-from forescale.slurm.preflight import looks as looks_of
+from forescale.slurm.preflight import checks
 from forescale.slurm.preflight.findings import (
     NodeFault,
     PreflightReport,
-    Wanted,
+    Requirements,
     rounds,
     skew_of,
     slow_nodes,
 )
-from tests.slurm.plain_wanted import PLAIN
+from tests.slurm.plain_requirements import PLAIN
 
 DATASET = {"file": "train-000000.tar", "size": 7, "index": "train-000000.index.json"}
 
 
-def here(wanted: Wanted, root: Path = Path("/nothing"), mark: str = "", **environment: str):
-    return looks_of.Here("n3", wanted, mark, root, environment)
+def here(
+    requirements: Requirements, root: Path = Path("/nothing"), mark: str = "", **environment: str
+):
+    return checks.Here("n3", requirements, mark, root, environment)
 
 
-def sentences(found) -> list[str]:
-    return [fault.sentence for fault in found]
+def sentences(faults) -> list[str]:
+    return [fault.sentence for fault in faults]
 
 
 @pytest.fixture
@@ -61,12 +63,12 @@ def test_common_faults_and_those_of_nodes():
 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_rounds_are_a_ring_of_disjoint_pairs(count):
-    found = rounds(count)
-    for pairs in found:
+    turns = rounds(count)
+    for pairs in turns:
         ends = [end for pair in pairs for end in pair]
         assert len(ends) == len(set(ends))
     ring = {frozenset((i, (i + 1) % count)) for i in range(count)} if count > 1 else set()
-    pairs = [frozenset(p) for pairs in found for p in pairs]
+    pairs = [frozenset(p) for pairs in turns for p in pairs]
     assert set(pairs) == ring
     assert len(pairs) == len(ring)
 
@@ -90,9 +92,9 @@ def test_delays_are_no_skew():
     assert skew_of(70.0, 100.0, 70.5) == -29.5
 
 
-def test_datasets(shards, wanted):
+def test_datasets(shards, requirements):
     def look(*paths) -> list[str]:
-        return sentences(looks_of.datasets(here(replace(wanted, data=[*map(str, paths)]))))
+        return sentences(checks.datasets(here(replace(requirements, data=[*map(str, paths)]))))
 
     tar = shards / "train-000000.tar"
     assert look(shards, "s3://bucket/data") == []
@@ -100,28 +102,26 @@ def test_datasets(shards, wanted):
     assert f"n3: {shards}: train-000000.tar has 5 bytes instead of 7" in look(shards)[0]
     tar.unlink()
     (shards / "train-000000.index.json").unlink()
-    found = look(shards, shards / "elsewhere")
-    assert "train-000000.tar: no such file or directory (and 1 more of 2 files)" in found[0]
-    assert "elsewhere: its manifest.json can't be read: no such file" in found[1]
+    problems = look(shards, shards / "elsewhere")
+    assert "train-000000.tar: no such file or directory (and 1 more of 2 files)" in problems[0]
+    assert "elsewhere: its manifest.json can't be read: no such file" in problems[1]
     (shards / "manifest.json").write_text("{")
     assert "its manifest.json is damaged" in look(shards)[0]
 
 
-def test_a_real_dataset_is_well(dataset, wanted):
-    assert sentences(looks_of.datasets(here(replace(wanted, data=[str(dataset)])))) == []
+def test_a_real_dataset_is_well(dataset, requirements):
+    assert sentences(checks.datasets(here(replace(requirements, data=[str(dataset)])))) == []
 
 
-def test_run_directory(tmp_path, wanted, monkeypatch):
-    assert [f for f in looks_of.run_directory(here(wanted)) if not f.note] == []
+def test_run_directory(tmp_path, requirements, monkeypatch):
+    assert [f for f in checks.run_directory(here(requirements)) if not f.note] == []
     assert list(tmp_path.iterdir()) == []
-    missing = replace(wanted, run=str(tmp_path / "missing"))
-    assert (
-        "can't be written to: no such file" in sentences(looks_of.run_directory(here(missing)))[0]
-    )
-    other = sentences(looks_of.run_directory(here(wanted, mark="mark")))
+    missing = replace(requirements, run=str(tmp_path / "missing"))
+    assert "can't be written to: no such file" in sentences(checks.run_directory(here(missing)))[0]
+    other = sentences(checks.run_directory(here(requirements, mark="mark")))
     assert "is not the directory that the first node sees" in other[0]
-    monkeypatch.setattr(looks_of, "_LITTLE", 2**80)
-    little = list(looks_of.run_directory(here(wanted)))
+    monkeypatch.setattr(checks, "_LITTLE", 2**80)
+    little = list(checks.run_directory(here(requirements)))
     assert little[0].note
     assert "GiB are free at" in little[0].problem
 
@@ -157,13 +157,13 @@ V1 = {
 )
 def test_memory_is_what_the_job_may_use(tmp_path, cgroup, files, share, gib, bound):
     root = memory_root(tmp_path, 8 << 20, cgroup, **files)
-    wanted = replace(PLAIN, memory=5 << 30, tasks=2)
-    look = here(wanted, root, SLURM_MEM_PER_NODE=share)
-    found = sentences(looks_of.memory(look))
+    requirements = replace(PLAIN, memory=5 << 30, tasks=2)
+    look = here(requirements, root, SLURM_MEM_PER_NODE=share)
+    problems = sentences(checks.memory(look))
     assert look.facts == {"memory": gib << 30, "memory_bound": bound}
     of = "is free" if bound == "free" else "for the job"
     problem = f"n3: {gib}.0 GiB of memory {of} where its 2 ranks need 5.0 GiB; ask for more"
-    assert [s.startswith(problem) for s in found] == ([True] if gib < 5 else [])
+    assert [s.startswith(problem) for s in problems] == ([True] if gib < 5 else [])
 
 
 def test_gpus(tmp_path):
@@ -173,9 +173,10 @@ def test_gpus(tmp_path):
             tool.write_text(f"#!/bin/sh\ncat <<'E'\n{listed}\nE\nexit {code}\n")
             tool.chmod(0o755)
             environment["PATH"] = str(tmp_path)
-        wanted = replace(PLAIN, gpus=count)
+        requirements = replace(PLAIN, gpus=count)
         return [
-            f.problem for f in looks_of.gpus(here(wanted, tmp_path, **{"PATH": "", **environment}))
+            f.problem
+            for f in checks.gpus(here(requirements, tmp_path, **{"PATH": "", **environment}))
         ]
 
     eight = "\n".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i})" for i in range(8))
@@ -196,12 +197,12 @@ def test_gpus(tmp_path):
 def test_scratch_and_cpus(tmp_path):
     (tmp_path / "file").touch()
     full = replace(PLAIN, scratch=str(tmp_path), scratch_bytes=2**60)
-    assert "are free at" in sentences(looks_of.scratch(here(full)))[0]
+    assert "are free at" in sentences(checks.scratch(here(full)))[0]
     wrong = replace(PLAIN, scratch=str(tmp_path / "file/x"))
-    assert "can't be written to: is a file" in sentences(looks_of.scratch(here(wrong)))[0]
+    assert "can't be written to: is a file" in sentences(checks.scratch(here(wrong)))[0]
     two = replace(PLAIN, tasks=2)
-    assert sentences(looks_of.cpus(here(two, SLURM_CPUS_ON_NODE="2"))) == []
-    assert "1 CPU for the job" in sentences(looks_of.cpus(here(two, SLURM_CPUS_ON_NODE="1")))[0]
+    assert sentences(checks.cpus(here(two, SLURM_CPUS_ON_NODE="2"))) == []
+    assert "1 CPU for the job" in sentences(checks.cpus(here(two, SLURM_CPUS_ON_NODE="1")))[0]
 
 
 def test_a_look_that_hangs_or_breaks_is_a_fault():
@@ -213,11 +214,11 @@ def test_a_look_that_hangs_or_breaks_is_a_fault():
         raise RuntimeError("bang")
         yield
 
-    looks = {"the disk": hangs, "the card": breaks, "the CPUs": looks_of.cpus}
-    found = sentences(looks_of.look(here(PLAIN), 0.2, looks))
-    assert "n3: the disk did not answer in 0 s" in found[0]
-    assert "the check of the card failed: RuntimeError('bang')" in found[1]
-    assert len(found) == 2
+    looks = {"the disk": hangs, "the card": breaks, "the CPUs": checks.cpus}
+    problems = sentences(checks.run_checks(here(PLAIN), 0.2, looks))
+    assert "n3: the disk did not answer in 0 s" in problems[0]
+    assert "the check of the card failed: RuntimeError('bang')" in problems[1]
+    assert len(problems) == 2
 
 
 def test_the_interface_of_a_host():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.errors import storage_error
-from forescale.slurm.preflight.findings import NodeFault, Wanted
+from forescale.slurm.preflight.findings import NodeFault, Requirements
 
 _GIB = 2**30
 _LITTLE, _FEW = _GIB, 10_000  # warn below these free bytes and inodes of the run's storage
@@ -32,7 +32,7 @@ class Here:
     """
 
     host: str
-    wanted: Wanted
+    requirements: Requirements
     mark: str = ""
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -44,7 +44,7 @@ class Here:
 
 def run_directory(here: Here) -> Iterator[NodeFault]:
     """Check that the run's directory is writable, is the supervisor's, and has free space."""
-    run, todo = Path(here.wanted.run), "put run.root on a storage that all nodes share"
+    run, todo = Path(here.requirements.run), "put run.root on a storage that all nodes share"
     if error := _unwritable(run, here.host):
         yield here.fault("run", f"{run} can't be written to: {error}", f"{todo}, and writable")
         return
@@ -81,7 +81,7 @@ def _words(error: OSError) -> str:
 
 def datasets(here: Here) -> Iterator[NodeFault]:
     """Check that all files of every dataset exist with the right sizes."""
-    for path in here.wanted.data:
+    for path in here.requirements.data:
         if "://" not in path and (problem := _dataset_fault(Path(path).expanduser())):
             todo = "make data.path readable on all nodes, or exclude the node"
             yield here.fault(f"data {path}", f"{path}: {problem}", todo)
@@ -110,8 +110,8 @@ def _dataset_fault(path: Path) -> str:
                 bad.append(f"{name} is not readable")
         except OSError as e:
             bad.append(f"{name}: {_words(e)}")
-    more = f" (and {len(bad) - 1} more of {len(files)} files)" if len(bad) > 1 else ""
-    return bad[0] + more if bad else ""
+    rest = f" (and {len(bad) - 1} more of {len(files)} files)" if len(bad) > 1 else ""
+    return bad[0] + rest if bad else ""
 
 
 def memory(here: Here) -> Iterator[NodeFault]:
@@ -121,7 +121,7 @@ def memory(here: Here) -> Iterator[NodeFault]:
         return
     which = min(bounds, key=lambda name: bounds[name])
     here.facts |= {"memory": bounds[which], "memory_bound": which}
-    needs, tasks = here.wanted.memory, here.wanted.tasks
+    needs, tasks = here.requirements.memory, here.requirements.tasks
     if needs is not None and bounds[which] < needs:
         ranks = f"its {tasks} ranks need" if tasks > 1 else "its rank needs"
         of = "is free" if which == "free" else "for the job"
@@ -161,14 +161,14 @@ def _memory_bounds(root: Path, environment: Mapping[str, str]) -> Iterator[tuple
 
 def gpus(here: Here) -> Iterator[NodeFault]:
     """Check that a task sees enough GPUs."""
-    if not here.wanted.gpus:
+    if not here.requirements.gpus:
         return
     count, why = count_gpus(here.root, here.environment)
     here.facts["gpus"] = count
-    if count < here.wanted.gpus:
+    if count < here.requirements.gpus:
         have = f"sees {count} GPU{'s' if count > 1 else ''}" if count else "no GPU visible"
-        verb = "are" if here.wanted.gpus > 1 else "is"
-        problem = f"{have}{why} where {here.wanted.gpus} {verb} needed"
+        verb = "are" if here.requirements.gpus > 1 else "is"
+        problem = f"{have}{why} where {here.requirements.gpus} {verb} needed"
         yield here.fault("gpus", problem, "ask with slurm.gpus_per_node, or exclude the node")
 
 
@@ -203,9 +203,9 @@ def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
 
 def scratch(here: Here) -> Iterator[NodeFault]:
     """Check that the local disk is writable and has free space."""
-    if here.wanted.scratch is None:
+    if here.requirements.scratch is None:
         return
-    path, needs = Path(here.wanted.scratch), here.wanted.scratch_bytes
+    path, needs = Path(here.requirements.scratch), here.requirements.scratch_bytes
     todo = "choose another slurm.scratch, or exclude the node"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -226,18 +226,18 @@ def cpus(here: Here) -> Iterator[NodeFault]:
 
     SLURM's count is preferred: this process may be bound to fewer CPUs than the ranks will have.
     """
-    given = here.environment.get("SLURM_CPUS_ON_NODE", "")
-    count = int(given) if given.isdigit() else len(os.sched_getaffinity(0))
+    share = here.environment.get("SLURM_CPUS_ON_NODE", "")
+    count = int(share) if share.isdigit() else len(os.sched_getaffinity(0))
     here.facts["cpus"] = count
-    if count < here.wanted.tasks:
+    if count < here.requirements.tasks:
         problem = f"{count} CPU{'s' if count > 1 else ''} for the job where it has "
-        problem += f"{here.wanted.tasks} ranks, which need one each"
+        problem += f"{here.requirements.tasks} ranks, which need one each"
         yield here.fault(
             "cpus", problem, "ask for more with slurm.cpus_per_task, or exclude the node"
         )
 
 
-LOOKS = {
+CHECKS = {
     "the run's storage": run_directory,
     "the storage of the data": datasets,
     "the GPU driver": gpus,
@@ -247,29 +247,29 @@ LOOKS = {
 }
 
 
-def look(
-    here: Here, seconds: float, looks: Mapping[str, Callable[[Here], Iterator[NodeFault]]] = LOOKS
+def run_checks(
+    here: Here, seconds: float, checks: Mapping[str, Callable[[Here], Iterator[NodeFault]]] = CHECKS
 ) -> list[NodeFault]:
     """Run all checks at the same time; one that doesn't end in `seconds` is a fault."""
-    found: dict[str, list[NodeFault]] = {}
+    results: dict[str, list[NodeFault]] = {}
     end = time.monotonic() + seconds
 
     def one(subject: str, work: Callable[[Here], Iterator[NodeFault]]) -> None:
         try:
-            found[subject] = list(work(here))
+            results[subject] = list(work(here))
         except Exception as e:
             problem = f"the check of {subject} failed: {e!r}"
-            found[subject] = [here.fault(subject, problem, "fix the cause, or exclude the node")]
+            results[subject] = [here.fault(subject, problem, "fix the cause, or exclude the node")]
 
-    threads = [threading.Thread(target=one, args=item, daemon=True) for item in looks.items()]
+    threads = [threading.Thread(target=one, args=item, daemon=True) for item in checks.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
     faults = []
-    for subject in looks:
+    for subject in checks:
         late = here.fault(
             subject, f"{subject} did not answer in {seconds:.0f} s", "exclude the node"
         )
-        faults += found.get(subject, [late])
+        faults += results.get(subject, [late])
     return faults

@@ -11,7 +11,7 @@ import pytest
 from forescale.errors import UserError
 from forescale.resilience import outcome
 from forescale.run.directory import Run
-from forescale.slurm import asked, queue
+from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import Submission
 
 QUEUED = "{}|RUNNING|None|1:00|2:00|n1|N/A|2026-01-01T00:00:00|{}\n"
@@ -49,9 +49,9 @@ class Slurm:
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(asked, "time", made)
-    return made
+    clock = Clock()
+    monkeypatch.setattr(queue_cache, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def slurm(tmp_path, monkeypatch, clock):
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
-    made = Slurm(tmp_path / "bin")
-    made.says("squeue", QUEUED.format(12, "s") + QUEUED.format("40_1", "s"))
-    return made
+    stub = Slurm(tmp_path / "bin")
+    stub.says("squeue", QUEUED.format(12, "s") + QUEUED.format("40_1", "s"))
+    return stub
 
 
 def stored(tmp_path):
@@ -69,8 +69,8 @@ def stored(tmp_path):
     return path
 
 
-def ids(*wanted):
-    return [job.id for job in asked.jobs(wanted)]
+def ids(*numbers):
+    return [job.id for job in queue_cache.jobs(numbers)]
 
 
 def test_the_queue_is_asked_once_in_ten_seconds(slurm, clock):
@@ -88,7 +88,7 @@ def test_a_new_question_waits_for_its_turn(slurm, clock):
     began = clock.now
     ids("12")
     assert ids("40") == ["40_1"]
-    assert clock.now - began >= asked.EVERY
+    assert clock.now - began >= queue_cache.EVERY
     assert len(slurm.calls("squeue")) == 2
     clock.sleep(300)
     ids("12")
@@ -99,10 +99,10 @@ def test_a_queue_that_does_not_answer_is_left_alone_too(slurm, clock):
     os.remove(slurm.folder / "squeue.says")
     for _ in range(3):
         with pytest.raises(UserError, match="squeue: SLURM says"):
-            asked.jobs(["12"])
+            queue_cache.jobs(["12"])
     assert len(slurm.calls("squeue")) == 1
     slurm.says("squeue", QUEUED.format(12, "s"))
-    clock.sleep(asked.EVERY)
+    clock.sleep(queue_cache.EVERY)
     assert ids("12") == ["12"]
 
 
@@ -152,11 +152,11 @@ def test_where_nothing_can_be_kept_slurm_is_asked_each_time(slurm, tmp_path):
 
 @pytest.fixture
 def submission(tmp_path, slurm) -> Submission:
-    made = Submission(Run(tmp_path / "run").new_job())
-    made.submitted("12", made.script, None, "2026-01-01T00:00:00")
-    made.write(slurm={}, log=str(made.path / "slurm.log"))
-    ended(slurm, made)
-    return made
+    submission = Submission(Run(tmp_path / "run").new_job())
+    submission.submitted("12", submission.script, None, "2026-01-01T00:00:00")
+    submission.write(slurm={}, log=str(submission.path / "slurm.log"))
+    ended(slurm, submission)
+    return submission
 
 
 def ended(slurm, submission, state="FAILED", code="127:0", restarts=0):
@@ -173,51 +173,53 @@ def start(submission, restart=0):
 
 def test_a_job_that_ended_before_any_rank_is_told_with_its_code_and_log(slurm, clock, submission):
     (submission.path / "slurm.log").write_text("one\ntwo\nbash: python: command not found\n")
-    found = asked.early_end(submission)
-    assert found.sentence == "Job 12 ended before any rank of it began: FAILED, exit code 127."
-    assert found.tail(2) == ["two", "bash: python: command not found"]
+    end = queue_cache.early_end(submission)
+    assert end.sentence == "Job 12 ended before any rank of it began: FAILED, exit code 127."
+    assert end.tail(2) == ["two", "bash: python: command not found"]
     slurm.says("scontrol", "")
     clock.sleep(3 * 3600)
-    assert asked.early_end(submission) == found
+    assert queue_cache.early_end(submission) == end
     assert len(slurm.calls("scontrol")) == 1, "an end stays as it is"
 
 
 def test_the_signal_that_ended_it_is_told(slurm, submission):
     ended(slurm, submission, "OUT_OF_MEMORY", "0:9")
-    assert asked.early_end(submission).sentence.endswith("OUT_OF_MEMORY, exit code 0 (signal 9).")
-    assert asked.early_end(submission).tail(5) == [], "it has no log"
+    assert queue_cache.early_end(submission).sentence.endswith(
+        "OUT_OF_MEMORY, exit code 0 (signal 9)."
+    )
+    assert queue_cache.early_end(submission).tail(5) == [], "it has no log"
 
 
 def test_of_a_job_that_slurm_has_forgotten_no_more_is_said_than_is_known(slurm, submission):
     slurm.says("scontrol", "JobId=12 JobState=FAILED Command=/somebody/elses WorkDir=/tmp\n")
     sentence = "Job 12 is no longer in the queue, and no rank of it began."
-    assert asked.early_end(submission).sentence == sentence
+    assert queue_cache.early_end(submission).sentence == sentence
 
 
 def test_a_job_of_which_ranks_began_did_not_end_early(slurm, submission):
     start(submission)
-    assert asked.early_end(submission) is None
+    assert queue_cache.early_end(submission) is None
 
 
 def test_only_the_last_start_of_a_job_counts(slurm, submission):
     """SLURM started it again, on a node that lacks what the first one had."""
     start(submission)
     ended(slurm, submission, restarts=1)
-    assert asked.early_end(submission).code == "127"
+    assert queue_cache.early_end(submission).code == "127"
     start(submission, restart=1)
-    assert asked.early_end(submission) is None
+    assert queue_cache.early_end(submission) is None
 
 
 def test_what_is_in_the_queue_after_all_or_was_stopped_has_not_ended(slurm, submission):
     ended(slurm, submission, "PENDING", "0:0")
-    assert asked.early_end(submission) is None
+    assert queue_cache.early_end(submission) is None
     ended(slurm, submission)
-    assert asked.early_end(submission) is not None
+    assert queue_cache.early_end(submission) is not None
     submission.stop()
-    assert asked.early_end(submission) is None
+    assert queue_cache.early_end(submission) is None
 
 
 def test_without_slurm_nothing_is_asked(submission, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert asked.in_queue([submission]) == []
-    assert asked.early_end(submission) is None
+    assert queue_cache.in_queue([submission]) == []
+    assert queue_cache.early_end(submission) is None

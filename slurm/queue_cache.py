@@ -30,8 +30,8 @@ from forescale.slurm.submission import Submission
 from forescale.storage import cache_directory
 
 EVERY = 10.0  # seconds
-_WANTED = 60.0  # seconds that a job is asked about after it was last shown
-_KEPT = 7 * 86_400.0  # seconds that the end of a job is kept
+_SHOWN_LATELY = 60.0  # seconds that a job is asked about after it was last shown
+_ENDS_KEPT = 7 * 86_400.0  # seconds that the end of a job is kept
 _REMEMBERED = 3_600.0  # seconds after the last sign of a job in which scontrol may know it
 _LONGEST = 90.0  # seconds to wait for another process that asks
 _MOST = 1 << 24  # bytes of a file that is read
@@ -50,10 +50,10 @@ class Answer:
     """
 
     at: float = 0.0
-    asked: list[str] = field(default_factory=list)
+    ids_asked: list[str] = field(default_factory=list)
     jobs: list[queue.Job] = field(default_factory=list)
     error: list[str] | None = None
-    wanted: dict[str, float] = field(default_factory=dict)
+    viewed: dict[str, float] = field(default_factory=dict)
     ends: dict[str, tuple[float, dict[str, str]]] = field(default_factory=dict)
 
     @classmethod
@@ -61,15 +61,15 @@ class Answer:
         """Return an answer that was stored. Raises an error of some kind if it is damaged."""
         stored: dict[str, Any] = json.loads(text)
         error = stored["error"]
-        made = cls(
+        answer = cls(
             float(stored["at"]),
-            [str(job) for job in stored["asked"]],
+            [str(job) for job in stored["ids_asked"]],
             [queue.Job(**{k: str(v) for k, v in job.items()}) for job in stored["jobs"]],
             None if error is None else [str(text) for text in error[:3]],
-            {str(job): float(at) for job, at in stored["wanted"].items()},
+            {str(job): float(at) for job, at in stored["viewed"].items()},
             {str(job): (float(at), dict(facts)) for job, (at, facts) in stored["ends"].items()},
         )
-        return made if made.at <= time.time() else cls()
+        return answer if answer.at <= time.time() else cls()
 
     def text(self) -> str:
         """Return what is stored."""
@@ -78,10 +78,10 @@ class Answer:
     def ask(self) -> None:
         """Ask squeue about all jobs that were shown lately."""
         self.at = time.time()
-        self.wanted = {job: at for job, at in self.wanted.items() if self.at - at < _WANTED}
-        self.asked, self.jobs, self.error = sorted(self.wanted), [], None
+        self.viewed = {job: at for job, at in self.viewed.items() if self.at - at < _SHOWN_LATELY}
+        self.ids_asked, self.jobs, self.error = sorted(self.viewed), [], None
         try:
-            self.jobs = queue.jobs(self.asked)
+            self.jobs = queue.jobs(self.ids_asked)
         except UserError as e:
             self.error = [e.where, e.problem, e.todo]
 
@@ -89,25 +89,25 @@ class Answer:
 def jobs(ids: Iterable[str]) -> list[queue.Job]:
     """Return those of the jobs that are in the queue, as it was at most EVERY seconds ago. Waits so
     long if others were asked about just now. Raises UserError if squeue fails."""
-    wanted = set(ids)
+    viewed = set(ids)
     while True:
         with _answer() as answer:
             now = time.time()
-            answer.wanted |= dict.fromkeys(wanted, now)
+            answer.viewed |= dict.fromkeys(viewed, now)
             wait = answer.at + EVERY - now
             if wait <= 0:
                 answer.ask()
-            if wanted <= set(answer.asked):
+            if viewed <= set(answer.ids_asked):
                 break
         time.sleep(min(wait, EVERY))
     if answer.error:
         raise UserError(*answer.error)
-    return [job for job in answer.jobs if {job.id, job.id.partition("_")[0]} & wanted]
+    return [job for job in answer.jobs if {job.id, job.id.partition("_")[0]} & viewed]
 
 
-def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
+def in_queue(submissions: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
     """Return the submissions whose jobs are in the queue, as `submission.in_queue`."""
-    by_id = {s.job: s for s in found if s.job}
+    by_id = {s.job: s for s in submissions if s.job}
     if not by_id or not queue.is_here():
         return []
     known = {job.id: job for job in jobs({str(i).partition("_")[0] for i in by_id})}
@@ -173,7 +173,7 @@ def _end_of(submission: Submission) -> dict[str, str]:
     asked once."""
     job, now = str(submission.job), time.time()
     with _answer() as answer:
-        answer.ends = {k: v for k, v in answer.ends.items() if 0 <= now - v[0] < _KEPT}
+        answer.ends = {k: v for k, v in answer.ends.items() if 0 <= now - v[0] < _ENDS_KEPT}
         if job in answer.ends:
             return answer.ends[job][1]
         facts = queue.show(job) if _is_recent(submission) else {}
@@ -218,11 +218,11 @@ def _load(path: Path) -> Answer:
         return Answer()
 
 
-def _expect_own(found: os.stat_result | None) -> None:
+def _expect_own(status: os.stat_result | None) -> None:
     """Raise OSError unless a file is this user's own, and closed to all others."""
-    if found and (found.st_uid != os.getuid() or found.st_mode & 0o077):
+    if status and (status.st_uid != os.getuid() or status.st_mode & 0o077):
         raise PermissionError("of another user, or open to others")
-    if found and not stat.S_ISREG(found.st_mode):
+    if status and not stat.S_ISREG(status.st_mode):
         raise PermissionError("no file")
 
 
@@ -238,8 +238,8 @@ def _store(path: Path, answer: Answer) -> None:
 def _cluster() -> str:
     """Return what tells the cluster from others whose nodes share the home directory."""
     names = [os.environ.get("SLURM_CLUSTERS", "")]
-    own = os.environ.get("SLURM_CONF")
-    for config in [own] if own else ["/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf"]:
+    path = os.environ.get("SLURM_CONF")
+    for config in [path] if path else ["/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf"]:
         with suppress(OSError):
             text = Path(config).read_text(errors="replace")
             names += re.findall(r"(?im)^\s*ClusterName\s*=\s*(\S+)", text)
