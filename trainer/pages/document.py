@@ -23,6 +23,7 @@ from markupsafe import Markup
 from forescale.pages.figure import Figure
 
 Cell = Markup | str
+Picture = tuple[str, Figure | Markup | str, str]
 _HERE = Path(__file__).parent
 PAGE = _HERE / "page.html.j2"
 
@@ -40,7 +41,7 @@ class Section:
 
     name: str
     title: str
-    pictures: list[tuple[str, Figure | Markup | str, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
     rows: list[list[Cell]] = field(default_factory=list)
     head: bool = False
     key: Sequence[tuple[Cell, str]] = ()

@@ -93,7 +93,7 @@ def page(plan: Plan, command: Sequence[str]) -> str:
         if rows or block.after:
             sections.append(Section(name, block.title, rows=head + rows, head=bool(head),
                                     after=[*block.after]))  # fmt: skip
-    problems = [f"{p.where}: {p.problem}; {p.todo}." for p in plan.problems]
+    problems = [f"{p.key}: {p.problem}; {p.todo}." for p in plan.problems]
     sections.append(Section("notes", "Problems and notes", after=[*problems, *plan.notes],
                             absent="" if problems or plan.notes else "None."))  # fmt: skip
     lead = [code(shlex.join(command))]
@@ -225,16 +225,14 @@ def _options(plan: Plan) -> Block:
         rows.append(Row(key, label if when else "", values, unit))
 
     for kind in chosen.memory.rows():
-        used = any(option.memory.rows()[kind] for option in options)
-        add(f"bytes.{kind}", f"  {kind}", lambda o, kind=kind: o.memory.rows()[kind], unit, used)
+        values = [option.memory.rows()[kind] for option in options]
+        rows.append(Row(f"bytes.{kind}", f"  {kind}" if any(values) else "", values, unit))
     add("states", "", lambda o: as_dict(o.memory.states))
     add("activations", "", lambda o: o.memory.activations and vars(o.memory.activations))
     total = f"  total, of {_in_unit(plan.available, unit)}"
     add("total_bytes", total, lambda o: o.memory.total, unit)
-    add("fits", "", lambda o: o.fits(plan.available))
-    add("", "fits", lambda o: "yes" if o.fits(plan.available) else "no")
-    add("largest_micro_batch", "", lambda o: o.largest_micro_batch)
-    add("", "largest micro-batch", lambda o: o.largest_micro_batch or "none")
+    add("fits", "fits", lambda o: o.fits(plan.available), "yes or no")
+    add("largest_micro_batch", "largest micro-batch", lambda o: o.largest_micro_batch, "or none")
     is_limited = any(option.is_limited_by_batch for option in options)
     add("", "  limited by", lambda o: "global batch" if o.is_limited_by_batch else "memory",
         when=is_limited)  # fmt: skip
@@ -243,8 +241,9 @@ def _options(plan: Plan) -> Block:
     add("longest_window", "longest window, one at a time", lambda o: o.longest_window, "count",
         bool(chosen.other_activations))  # fmt: skip
     for how in chosen.other_activations:
-        add(f"other_activation_bytes.{how}", f"activations, checkpointing {how}",
-            lambda o, how=how: o.other_activations[how], unit)  # fmt: skip
+        values = [option.other_activations[how] for option in options]
+        label = f"activations, checkpointing {how}"
+        rows.append(Row(f"other_activation_bytes.{how}", label, values, unit))
     add("host_bytes", "in CPU memory", lambda o: o.memory.states.host, unit,
         any(option.memory.states.host for option in options))  # fmt: skip
     add("start_bytes", "CPU memory to start", lambda o: o.memory.start, unit)
@@ -461,6 +460,10 @@ def _in_unit(value: Any, unit: str) -> str:
         return f"{value / 1e9:,.3g}" if value < 1e9 else f"{value / 1e9:,.1f}"
     if unit == "time":
         return span(value)
+    if unit == "yes or no":
+        return "yes" if value else "no"
+    if unit == "or none":
+        return str(value or "none")
     forms = {"": "", "count": ",", "s": ",.3f", "%": ".1%", "per second": ",.0f"}
     return f"{value if unit == '' else value or 0:{forms[unit]}}"
 

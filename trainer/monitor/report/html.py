@@ -18,7 +18,7 @@ from forescale.monitor.report.events import events_of
 from forescale.monitor.report.panels import Panel, RunCurves
 from forescale.monitor.report.tables import ReportedRun
 from forescale.monitor.status import Status
-from forescale.pages.document import Section, code, render
+from forescale.pages.document import Picture, Section, code, render
 from forescale.run.directory import Run
 
 AXES = dict(zip(X, ("steps", "tokens", "FLOPs", "time"), strict=True))
@@ -112,9 +112,7 @@ def _charts(
     return [main, held, *([abilities] if measured else []), training]
 
 
-def _chart(
-    panel: Panel, curves: Sequence[RunCurves], heading: bool = True
-) -> tuple[str, Markup, str]:
+def _chart(panel: Panel, curves: Sequence[RunCurves], heading: bool = True) -> Picture:
     title = Markup("<h3>{}</h3>").format(panel.title) if heading else Markup("")
     if not panels.has_numbers(panel, curves):
         return panel.name, title + Markup('<p class="absent">{}</p>').format(panel.absent), ""

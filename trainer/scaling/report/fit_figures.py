@@ -9,7 +9,7 @@ smoothed or left out.
 """
 
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from contourpy import contour_generator
@@ -303,10 +303,11 @@ class Figures:
         )
         low, high = float(z.min()), max(float(study.all_points.loss.max()), float(np.median(z)))
         step = _nice((high - low) / 14)
-        contours = contour_generator(np.log(x), np.log(y), z)
+        contours: Any = contour_generator(np.log(x), np.log(y), z)
         for level in np.arange(np.ceil(low / step) * step, high, step):
             for points in contours.lines(level):
-                figure.add(_contour(*np.exp(points).T, float(level)))
+                n_line, d_line = np.exp(points).T
+                figure.add(_contour(n_line, d_line, float(level)))
         if not isinstance(frontier := self.frontier, str):
             best = frontier["parameters"][0], frontier["tokens"][0]
             figure.add(line(*best, INK, "dash"))

@@ -134,8 +134,8 @@ def multipliers(results: Multipliers) -> Figure:
                 figure.add(dots(x, np.array([at]), [colour], [_text(one, p)]))
             if (fresh := p.confirmed) is not None:
                 text = f"{one.name}\nfresh seeds {fresh.value:.4g}\n{interval(fresh)}"
-                x = float(np.clip(fresh.value, low, high))
-                figure.add(star(x, at, text, name="fresh seeds"))
+                middle = float(np.clip(fresh.value, low, high))
+                figure.add(star(middle, at, text, name="fresh seeds"))
     return figure
 
 
