@@ -291,9 +291,9 @@ def _report(groups: Sequence[Evaluations], ids: Sequence[str]) -> None:
     run, settings = groups[0].run, groups[0].settings
     for group, id in zip(groups, ids, strict=True):
         several = f"steps {', '.join(f'{s:,}' for s in group.steps)}"
-        problem = several if len(group.steps) > 1 else f"step {group.steps[0]:,}"
+        checkpoints = several if len(group.steps) > 1 else f"step {group.steps[0]:,}"
         waits = f", each when job {group.training} has saved it" if group.training else ""
-        print(f"Submitted array {id}: {problem} of {run.name}{waits}.")
+        print(f"Submitted array {id}: {checkpoints} of {run.name}{waits}.")
         print(f"  Script: {group.submission.script}")
         print(f"  Scores: {group.log(group.steps[0])}{', ...' if len(group.steps) > 1 else ''}")
     device = {0: "on CPUs", 1: "with one GPU"}.get(settings.gpus, f"with {settings.gpus} GPUs")

@@ -153,10 +153,10 @@ def _text_of(path: Path) -> str:
 
 def _report(order: Order, job: str) -> None:
     several = len(order.names) > 1
-    problem = f"{len(order.names)} runs as array {job}" if several else f"as job {job}"
+    job_text = f"{len(order.names)} runs as array {job}" if several else f"as job {job}"
     time = order.settings.time
     limit = f"; it saves {order.lead} s before its time limit of {time}" if time else ""
-    print(f"\nSubmitted {problem}{limit}. Script: {order.submissions[0].script}")
+    print(f"\nSubmitted {job_text}{limit}. Script: {order.submissions[0].script}")
     name = order.names[0]
     print(f"Follow it: forescale status, forescale logs {name}. Stop it: forescale stop {name}")
 

@@ -49,7 +49,10 @@ def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environmen
 
 
 def wait_until(
-    process: subprocess.Popen, condition: Callable[[], object], problem: str, every: float = 0.002
+    process: subprocess.Popen,
+    condition: Callable[[], object],
+    description: str,
+    every: float = 0.002,
 ) -> None:
     """Return as soon as `condition` is true of a run that goes on; look `every` so many seconds.
     Fails with the run's output if it ends before, or after four minutes (a machine with other work
@@ -58,7 +61,9 @@ def wait_until(
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"{problem} didn't come, and the run printed:\n{process.communicate()[0]}")
+            pytest.fail(
+                f"{description} didn't come, and the run printed:\n{process.communicate()[0]}"
+            )
         time.sleep(every)
 
 

@@ -70,7 +70,7 @@ def keys() -> set[str]:
 def test_the_table_of_verbs_is_the_registry():
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert dict(rows[: len(VERBS)]) == VERBS, "\n" + "\n".join(
-        f"| `{verb}` | {problem} |" for verb, problem in VERBS.items()
+        f"| `{verb}` | {purpose} |" for verb, purpose in VERBS.items()
     )
 
 

@@ -101,7 +101,7 @@ def _warning(message, category, filename, lineno, line=None) -> str:
 
 def usage() -> str:
     """Return the page of `forescale --help`."""
-    lines = [f"  {verb:<10} {problem}" for verb, problem in VERBS.items()]
+    lines = [f"  {verb:<10} {purpose}" for verb, purpose in VERBS.items()]
     return "\n".join(
         [
             "forescale VERB [TARGET] [KEY=VALUE ...] [--FLAG]",

@@ -90,8 +90,8 @@ def compare(rounds: int, folder: Path, workers: int) -> list[Result]:
         "nothing held out, the phase tokenise": [(product[1], bare) for bare, _, product in turns],
     }
     return [
-        Result(f"{name}, {problem}", "tokens/s", labels, pairs, "at least 0.8")
-        for problem, pairs in rows.items()
+        Result(f"{name}, {row}", "tokens/s", labels, pairs, "at least 0.8")
+        for row, pairs in rows.items()
     ]
 
 

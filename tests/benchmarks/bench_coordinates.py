@@ -69,9 +69,9 @@ def activations(seeds: int, sizes: Sizes) -> Iterator[Result]:
             sizes_of = over(axis, values, kind, settings, seeds, sizes.updates)
             title = f"{settings.kind}, {kind}, {axis}"
             curves[title] = sizes_of
-            for problem in ("size", "move"):
-                row = tuple(slopes(sizes_of, problem).values())
-                yield Result(f"slope of {problem}, {title}", "", LAYERS, [row])
+            for measure in ("size", "move"):
+                row = tuple(slopes(sizes_of, measure).values())
+                yield Result(f"slope of {measure}, {title}", "", LAYERS, [row])
     draw(curves)
 
 

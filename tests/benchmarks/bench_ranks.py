@@ -119,11 +119,11 @@ def measure(rounds: int, worlds: Sequence[int] = REAL) -> list[Result]:
     columns = "".join(f"|{n:>13,} ranks" for n in worlds)
     print(_LINE.format("what", "where", "how often", "growth") + columns, flush=True)
     labels, results = tuple(f"{n:,} ranks" for n in worlds), []
-    for key, (problem, where, often, growth) in ROWS.items():
+    for key, (name, where, often, growth) in ROWS.items():
         row, sizes = zip(*(cells[key, n] for n in worlds), strict=True)
         facts = {"where": where, "often": often, "growth": growth, "sizes": sizes}
         facts["unit"] = _COUNTED.get(key, "B")
-        results.append(Line(problem, "s", labels, [row], facts=facts))
+        results.append(Line(name, "s", labels, [row], facts=facts))
     return results
 
 

@@ -37,10 +37,10 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
         root = make_runs(Path(folder), sizes)
         first = [(_command(root),) for _ in range(min(rounds, 3))]
         same, grown, megabytes = _redraws(root, rounds, sizes.steps)
-    problem = f"{sizes.runs} runs of {sizes.steps:,} steps"
+    size = f"{sizes.runs} runs of {sizes.steps:,} steps"
     facts = {"megabytes of rows": megabytes}
     return [
-        Result(f"table of {problem}", "CPU s", ("first",), first, "at most 2", facts),
+        Result(f"table of {size}", "CPU s", ("first",), first, "at most 2", facts),
         Result("redraw, nothing new", "ms", ("redraw",), same, "at most 50"),
         Result("redraw, a new step in each run", "ms", ("redraw",), grown),
     ]

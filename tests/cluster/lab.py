@@ -207,10 +207,10 @@ class Lab:
         state = re.search(r" State=(\S+)", text)
         return state[1] if state else ""
 
-    def wait(self, problem: Callable[[], T], seconds: float = 60, every: float = 0.1) -> T:
+    def wait(self, condition: Callable[[], T], seconds: float = 60, every: float = 0.1) -> T:
         """The first true value of `what()`; fails, and shows what SLURM thinks, if none comes."""
         deadline = time.monotonic() + seconds
-        while not (value := problem()):
+        while not (value := condition()):
             assert time.monotonic() < deadline, f"not in {seconds:g} s.\n{self.report()}"
             time.sleep(every)
         return value

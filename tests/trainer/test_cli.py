@@ -119,9 +119,9 @@ def test_a_wrong_verb_is_answered_with_the_nearest(forescale):
 def test_the_page(forescale, words):
     code, out, err = forescale(*words)
     assert (code, err) == (0, "")
-    for name, problem in cli.VERBS.items():
+    for name, purpose in cli.VERBS.items():
         assert f"{name} " in out
-        assert problem in out
+        assert purpose in out
 
 
 def test_the_version(forescale):

@@ -231,7 +231,7 @@ def test_a_full_disk_is_named_with_its_file(tmp_path):
 
 def test_a_file_can_be_read_from_the_storage_and_not_from_the_page_cache(tmp_path, monkeypatch):
     advice = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *problem: advice.append(problem))
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *arguments: advice.append(arguments))
     entry = write_file(tmp_path / "a", b"abc")
     assert storage.hash_file(tmp_path / "a") == entry
     assert advice == []

@@ -94,8 +94,8 @@ def exactness(deterministic: bool, on_gpu: bool) -> Exactness:
     of each operation, is in engine/determinism.py."""
     if not on_gpu:
         too = "" if deterministic else ", with train.deterministic=false too"
-        problem = "on a CPU a resumed run repeats the unbroken one bit for bit"
-        return Exactness(True, f"Exact: {problem}{too}.")
+        promise = "on a CPU a resumed run repeats the unbroken one bit for bit"
+        return Exactness(True, f"Exact: {promise}{too}.")
     if deterministic:
         return Exactness(
             True,

@@ -109,8 +109,8 @@ class Dataset:
             name: [(s["tokens"], s["sha256"] or s["content"]) for s in split["shards"]]
             for name, split in m["splits"].items()
         }
-        problem = [m["format"], m["dtype"], m["tokenizer"]["sha256"], shards]
-        return _sha256(json.dumps(problem, sort_keys=True).encode())
+        content = [m["format"], m["dtype"], m["tokenizer"]["sha256"], shards]
+        return _sha256(json.dumps(content, sort_keys=True).encode())
 
     @property
     def corpus_hash(self) -> str:

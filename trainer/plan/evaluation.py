@@ -85,8 +85,8 @@ class EvaluationCost:
             return ["abilities: not known without the data"] if self.asks else []
         a = self.asked
         took = "" if a.seconds is None else f", {span(a.seconds)}"
-        problem = f"{a.questions:,} questions, {a.tokens:,} tokens with padding"
-        return [f"abilities, each time: {problem}{took}"]
+        counts = f"{a.questions:,} questions, {a.tokens:,} tokens with padding"
+        return [f"abilities, each time: {counts}{took}"]
 
 
 def estimate_evaluation(

@@ -103,14 +103,14 @@ def _hang(
     nobody = "no rank is behind: the collective itself hangs"
     if at not in waits or silent:
         nobody = "no other rank waits"
-    problem = _blame(blamed, [*longest.values()], silent)
+    blame = _blame(blamed, [*longest.values()], silent)
     return Hang(
         tuple(longest),
         ", ".join(hosts),
         at,
         _step(first),
         round(seconds, 3),
-        f"{who} {where} {problem}; {_waiting(others, waits) or nobody}",
+        f"{who} {where} {blame}; {_waiting(others, waits) or nobody}",
     )
 
 

@@ -81,8 +81,8 @@ def _exit_after_grace(received: int, grace: float) -> None:
         pass
     time.sleep(grace)
     rank = os.environ.get("RANK", "0")
-    problem = f"rank {rank} could not save and exit in {grace:.0f} s; the last checkpoint remains."
-    print(f"forescale: {problem}", file=sys.stderr, flush=True)
+    sentence = f"rank {rank} could not save and exit in {grace:.0f} s; the last checkpoint remains."
+    print(f"forescale: {sentence}", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 

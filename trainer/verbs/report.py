@@ -66,8 +66,8 @@ def main(words: list[str]) -> int:
         data = picture(runs, job.x, form[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data)
-    problem = "open it in a browser; it needs no network" if form == ".html" else "the loss"
-    print(f"{path}: {', '.join(run.name for run in runs)}; {problem}.")
+    hint = "open it in a browser; it needs no network" if form == ".html" else "the loss"
+    print(f"{path}: {', '.join(run.name for run in runs)}; {hint}.")
     return DONE
 
 

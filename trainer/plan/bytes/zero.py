@@ -98,9 +98,9 @@ class ZeroSettings:
             whole=BLOCK in (self.zero.get("leaf_module") or {}).get("classes", ()),
         )
 
-    def offloads(self, problem: str) -> bool:
+    def offloads(self, state: str) -> bool:
         """Whether `what` (offload_optimizer, offload_param) is kept outside the device."""
-        device = (self.zero.get(problem) or {}).get("device", "none")
+        device = (self.zero.get(state) or {}).get("device", "none")
         return device not in ("none", None)
 
 

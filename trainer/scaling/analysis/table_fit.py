@@ -110,8 +110,8 @@ class StudyFit:
             budgets = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
         kept = near_best(table["loss"].to_numpy(), budgets, near)
         if not kept.all():
-            problem = f"within {near:.0%} of the least loss of their budget, or its best three"
-            self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {problem}.")
+            rule = f"within {near:.0%} of the least loss of their budget, or its best three"
+            self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {rule}.")
         return kept
 
     @property
@@ -172,8 +172,10 @@ class StudyFit:
 
     def _note_weights(self) -> None:
         if self.job.weights in ("noise", "both") and not self.noise.freedom:
-            problem = "No two runs differ by their seed alone"
-            self.notes.append(f"{problem}: a noise of {self.noise.at:.1%} is assumed for all runs.")
+            sentence = "No two runs differ by their seed alone"
+            self.notes.append(
+                f"{sentence}: a noise of {self.noise.at:.1%} is assumed for all runs."
+            )
         if self.job.weights != "none" and "budget" in self.table:
             self.notes.append("The backtests fit the law without weights.")
 

@@ -151,7 +151,7 @@ def make_cell(
         math.gcd(at_once, ramp.first) // common.ranks, rule.learning_rate(n, aim) * rate_factor,
         min(warmup, steps - decay), decay, common.seed, flops, cost,
         cost / common.rate if common.rate else None,
-        tuple(problem for problem, is_so in flags.items() if is_so), cell_of=name,
+        tuple(flag for flag, is_so in flags.items() if is_so), cell_of=name,
         rate_factor=rate_factor, adam_share=common.adam_share,
         first_batch=ramp.first if ramp.lengths else None, ramp_steps=ramp.steps,
     )  # fmt: skip

@@ -59,8 +59,8 @@ def grouped(flops: Array, parameters: Array) -> Budgets | None:
     for g in found:
         of_run[g] = float(f"{np.exp(log_c[g].mean()):.3g}")
     more = f"; {alone} of {len(flops)} runs are in none" if alone else ""
-    problem = f"C of the runs falls into {len(found)} groups, which are taken as budgets"
-    return Budgets(of_run, f"The table names no budgets: {problem}{more}.")
+    sentence = f"C of the runs falls into {len(found)} groups, which are taken as budgets"
+    return Budgets(of_run, f"The table names no budgets: {sentence}{more}.")
 
 
 def mismatch(
@@ -83,7 +83,7 @@ def mismatch(
         return _renamed(budgets, flops)
     worst = max(wide, key=lambda b: float(np.ptp(np.log(flops[budgets == b]))))
     own = flops[budgets == worst]
-    problem = (
+    sentence = (
         f"In {len(wide)} of {len(distinct)} budgets C differs by more than {SPREAD:.0%} (at "
         f"{worst:.3g} FLOPs from {own.min():.3g} to {own.max():.3g}), so that they have no "
         "parabola"
@@ -92,21 +92,21 @@ def mismatch(
     if agree:
         names = " and of ".join(agree)
         return (
-            f"{problem}. The budgets are those of {names}, and C is counted otherwise. Count C as "
+            f"{sentence}. The budgets are those of {names}, and C is counted otherwise. Count C as "
             f"the budgets do: choose it by cost= for runs of ours, {_TAKE}."
         )
     by_c = grouped(flops, parameters)
     if by_c is not None:
         return (
-            f"{problem}. C itself falls into {len(np.unique(by_c.of_run))} groups: leave out the "
+            f"{sentence}. C itself falls into {len(np.unique(by_c.of_run))} groups: leave out the "
             "column 'budget' to use these."
         )
     if np.ptp(np.log(flops / budgets)) <= np.log(_CONVENTION):
         return (
-            f"{problem}. The budgets are rounded, or counted otherwise than C. If they are right, "
+            f"{sentence}. The budgets are rounded, or counted otherwise than C. If they are right, "
             f"count C as they do, {_TAKE}."
         )
-    return f"{problem}. Correct C or the budgets of these runs, or leave out the column 'budget'."
+    return f"{sentence}. Correct C or the budgets of these runs, or leave out the column 'budget'."
 
 
 def _wide(budgets: Array, flops: Array) -> list[float]:
@@ -122,12 +122,10 @@ def _renamed(budgets: Array, flops: Array) -> str | None:
     if np.abs(logs).max() <= np.log1p(_ROUNDED):
         return None
     if np.ptp(logs) <= np.log1p(SPREAD):
-        problem = f"C of the runs is {np.exp(logs.mean()):.3g} times the budget that they name"
+        sentence = f"C of the runs is {np.exp(logs.mean()):.3g} times the budget that they name"
         why = "they are counted by different conventions"
     else:
         low, high = np.exp(logs.min()), np.exp(logs.max())
-        problem = f"C of the runs is {low:.3g} to {high:.3g} times the budget that they name"
+        sentence = f"C of the runs is {low:.3g} to {high:.3g} times the budget that they name"
         why = "the names are rounded, or counted by another convention"
-    return (
-        f"{problem}: {why}. Parabolas use C. If the budgets are right, count C as they do, {_TAKE}."
-    )
+    return f"{sentence}: {why}. Parabolas use C. If the budgets are right, count C as they do, {_TAKE}."

@@ -39,7 +39,7 @@ def unseen(loss: Array, metric: Array, fitted: Array, free: int) -> str | None:
     )
 
 
-def others(loss: Array, metric: Array, rises: bool, budgets: int | None, problem: str) -> list[str]:
+def others(loss: Array, metric: Array, rises: bool, budgets: int | None, name: str) -> list[str]:
     """Return what else makes a link doubtful.
 
     rises: whether the metric should rise with the loss; budgets: number of different budgets, if
@@ -63,7 +63,7 @@ def others(loss: Array, metric: Array, rises: bool, budgets: int | None, problem
             "prediction can be far off."
         )
     elif _direction(loss, good) < 0:
-        other = {"accuracy": "error", "error": "accuracy"}.get(problem)
+        other = {"accuracy": "error", "error": "accuracy"}.get(name)
         hint = f"if the column holds {other}, write metric={other}; else " if other else ""
         found.append(f"The metric gets worse as the loss falls: {hint}it isn't tied to this loss.")
     return found

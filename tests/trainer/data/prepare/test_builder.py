@@ -233,7 +233,7 @@ def test_finished_units_of_changed_files_are_not_used(tmp_path):
         source = Files([folder], policy=Policy(undecodable="fail"), unit_bytes=1)
         said = []
         path = build_dataset(
-            source, tmp_path / "d", config, lambda problem, *a, **k: said.append(problem)
+            source, tmp_path / "d", config, lambda event, *a, **k: said.append(event)
         )
         return path, said[0]
 

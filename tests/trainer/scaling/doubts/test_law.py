@@ -68,12 +68,12 @@ def test_runs_of_one_ratio_of_tokens_are_named():
 
 
 @pytest.mark.parametrize(
-    ("n", "ratio", "problem"),
+    ("n", "ratio", "quantity"),
     [(1e12, 30, "The target's N, 1e+12,"), (2e9, 3e4, "The target's D/N, 3e+04,")],
 )
-def test_a_target_far_from_the_runs_is_named(n, ratio, problem):
+def test_a_target_far_from_the_runs_is_named(n, ratio, quantity):
     (one,) = said(table(), Target(n, ratio * n, 6 * ratio * n * n))
-    assert one.startswith(problem)
+    assert one.startswith(quantity)
     assert "above the greatest of the 42 runs" in one
 
 

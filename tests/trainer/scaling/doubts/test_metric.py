@@ -9,15 +9,15 @@ LOSS = np.linspace(2.5, 4.5, 20)
 NOISE = 0.01 * np.random.default_rng(0).standard_normal(20)
 
 
-def sentences(metric, rises=False, budgets=6, problem="accuracy"):
-    return others(LOSS, metric, rises, budgets, problem)
+def sentences(metric, rises=False, budgets=6, name="accuracy"):
+    return others(LOSS, metric, rises, budgets, name)
 
 
 def test_a_metric_that_follows_the_loss_leaves_no_doubt():
     metric = 0.9 - 0.1 * LOSS
     assert unseen(LOSS, metric + NOISE, metric, 3) is None
     assert sentences(metric + NOISE) == []
-    assert sentences(1 - metric, rises=True, problem="loss") == []
+    assert sentences(1 - metric, rises=True, name="loss") == []
 
 
 def test_a_metric_at_the_level_of_guessing_is_not_predicted():
