@@ -26,7 +26,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.monitor.status import Status
 from forescale.rendezvous import free_port
-from forescale.resilience import alerts, outcome
+from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
@@ -76,7 +76,7 @@ class Batch:
             if decision.action == "end":
                 if not self.submission.is_stopped:
                     reason = "" if decision.code == DONE else f"; {decision.why}"
-                    alerts.tell(self.run, decision.code, f"{self._how}{reason}.", self._log)
+                    outcome.notify(self.run, decision.code, f"{self._how}{reason}.", self._log)
                 if mirror:
                     ended = self.stop_signal is not None
                     mirror.close(not ended, lambda: self.stop_signal is not None)

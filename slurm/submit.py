@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from forescale.checkpoint.mirror import mirror_of
-from forescale.checkpoint.origin import hold, newest_step
+from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
+from forescale.checkpoint.retention import hold
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, plain
 from forescale.config.target import refuse_targets, remember, targets

@@ -75,8 +75,7 @@ ALLOWED = {
     ),
     "cli": "config run verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",
-    "notebook": "config run resilience inference",
-    "__init__": "data inference scaling.view notebook",
+    "__init__": "data resilience inference scaling.view",
     "__main__": "cli",
     "slurm.rank": "slurm cli",  # a rank of SLURM's is the command line's, by another door
 }

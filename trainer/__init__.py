@@ -32,14 +32,15 @@ __all__ = ["open_dataset", "open_run", "open_study", "train_run"]
 
 # Not `train`: importing forescale.train, a room of this package, would put itself there.
 def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: Any) -> "RunView":
-    """Train a run to its end, or go on with it, and return it; see `forescale.notebook.train_run`.
+    """Train a run to its end, or go on with it, and return it; see resilience/notebook.py.
 
     Raises UserError for wrong keys, TrainingFailed if the run fails, KeyboardInterrupt when it was
     interrupted and has saved.
     """
-    from forescale import notebook
+    from forescale.inference.view import open_view
+    from forescale.resilience import notebook
 
-    return notebook.train_run(*words, show=show, **keys)
+    return open_view(notebook.train_run(*words, show=show, **keys))
 
 
 def open_run(path: str | Path, root: str | Path = "runs") -> "RunView":

@@ -27,7 +27,7 @@ def build(case):
     from forescale.engine.deepspeed_config import deepspeed_config
     from forescale.engine.world import join
     from forescale.models import Transformer
-    from forescale.train.adapters import adapting, freeze
+    from forescale.train.model import adapting, freeze
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])

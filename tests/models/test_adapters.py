@@ -21,7 +21,7 @@ from forescale.models.adapters import (
     stored_name,
     with_adapters,
 )
-from forescale.train.adapters import adapting, freeze
+from forescale.train.model import adapting, freeze
 
 BASE = ModelConfig(
     num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint, open_readable, verified
-from forescale.checkpoint.weights import Part, write_weights
+from forescale.checkpoint.writer import Part, write_weights
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
 from forescale.console import Meter, Progress, silent

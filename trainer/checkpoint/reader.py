@@ -297,6 +297,17 @@ def open_readable(path: Path) -> Checkpoint | None:
         return None
 
 
+def newest_step(run: Run) -> int:
+    """Return the step of the newest eligible checkpoint of a run, not yet verified byte by byte: a
+    rank does that when it loads it. Raises UserError if there is none."""
+    for step in reversed(run.checkpoint_steps()):
+        checkpoint = open_readable(run.checkpoint_path(step))
+        if checkpoint is not None and run.is_eligible(checkpoint.attempt, step):
+            return step
+    todo = f"train it: forescale train {run.path}"
+    raise UserError(str(run.path), "this run has no checkpoint yet", todo)
+
+
 def verified(path: Path | str, ranks: Ranks = ALONE, tick: Tick = lambda n: None) -> Checkpoint:
     """Return the checkpoint at a path, every byte verified. Called as `newest_complete`. tick: as
     in storage.hash_file, from several threads. Raises UserError if it is damaged."""

@@ -6,7 +6,6 @@ byte by byte against its table; a kill before leaves none. Only names that a mir
 and of a checkpoint only what its table lists. Imports no torch.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -21,8 +20,8 @@ from forescale.config.train import TrainJob
 from forescale.console import Meter, progress_display
 from forescale.errors import UserError
 from forescale.remote.buckets import Folder
-from forescale.run.directory import Run
-from forescale.storage import TABLE, check_table, read_json, read_table, staged, write_file
+from forescale.run.directory import Run, new_run
+from forescale.storage import TABLE, check_table, read_json, read_table, write_file
 
 _FILE = r"[^/.][^/]*\.(json|jsonl|yaml)"
 _OF_RUN = re.compile(
@@ -47,31 +46,22 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
     if job.run.resume == "never":
         todo = "choose another run.name, or run.resume=auto to restore and resume it"
         raise UserError(folder.where, "holds a run of this name already", todo)
-    if found := next(_files(run.path), None):
-        problem = f"has no config.yaml, but other files, such as {found.relative_to(run.path)}"
+    if file := next(_files(run.path), None):
+        problem = f"has no config.yaml, but other files, such as {file.relative_to(run.path)}"
         todo = f"move it away and give the command again to restore the run from {folder.where}"
         raise UserError(str(run.path), problem, todo)
     for name in names:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             todo = "it is no mirror: check the address"
             raise UserError(folder.where, f"has a file {name!r}", todo)
-    try:
-        with staged(run.path.resolve(), tag="restored") as stage:
-            stage.chmod(job.run.mode)
-            made = Run(stage)
-            for name in filter(_OF_RUN.fullmatch, names):
-                if not _is_half(name, names):
-                    _bring(folder, name, stage)
-            step = _bring_checkpoint(folder, names, made)
-            made.link()
-            _reserve(made)
-            _clear(run.path)
-    except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        problem = "another command has made this run at the same moment"
-        todo = "give the same command again to resume it later, or choose another run.name"
-        raise UserError(str(run.path), problem, todo) from None
+    with new_run(run, job.run.mode, tag="restored") as new:
+        for name in filter(_OF_RUN.fullmatch, names):
+            if not _is_half(name, names):
+                _bring(folder, name, new.path)
+        step = _bring_checkpoint(folder, names, new)
+        new.link()
+        _reserve(new)
+        _clear(run.path)
     report(f"Restored {run.path} from {folder.where}: step {step:,}.")
     return True
 
@@ -93,12 +83,12 @@ def _clear(directory: Path) -> None:
             path.rmdir()
 
 
-def _reserve(made: Run) -> None:
+def _reserve(new: Run) -> None:
     """Reserve the names of the run's submissions to SLURM: crashes and faulty nodes are counted by
     submission, and those before are no longer of interest."""
-    names = [_submission_of(attempt.path / LAUNCH) for attempt in made.attempts()]
+    names = [_submission_of(attempt.path / LAUNCH) for attempt in new.attempts()]
     if known := [name for name in names if _SUBMISSION.fullmatch(name)]:
-        place = made.path / "jobs" / max(known, key=int)
+        place = new.path / "jobs" / max(known, key=int)
         place.mkdir(parents=True)
         os.utime(place, (0, 0))  # an empty one that is new is a submission that is under way
 
@@ -110,14 +100,14 @@ def _submission_of(launch: Path) -> str:
         return ""
 
 
-def _bring_checkpoint(folder: Folder, names: dict[str, int], made: Run) -> int:
+def _bring_checkpoint(folder: Folder, names: dict[str, int], new: Run) -> int:
     """Bring the newest whole checkpoint on the run's trajectory; return its step."""
     reasons = []
     for step in sorted(steps_in(names), reverse=True):
-        path = made.checkpoint_path(step)
-        place = path.relative_to(made.path).as_posix()
+        path = new.checkpoint_path(step)
+        place = path.relative_to(new.path).as_posix()
         if f"{place}/{TABLE}" in names:
-            if not (faults := _bring_whole(folder, names, made, step)):
+            if not (faults := _bring_whole(folder, names, new, step)):
                 return step
             reasons += faults[:1]
             shutil.rmtree(path)
@@ -126,12 +116,12 @@ def _bring_checkpoint(folder: Folder, names: dict[str, int], made: Run) -> int:
     raise UserError(folder.where, f"holds no whole checkpoint of the run{why}", todo)
 
 
-def _bring_whole(folder: Folder, names: dict[str, int], made: Run, step: int) -> list[str]:
+def _bring_whole(folder: Folder, names: dict[str, int], new: Run, step: int) -> list[str]:
     """Bring a checkpoint, its small files first: they may make the rest unnecessary. Return why it
     can't be used, if it can't."""
-    path = made.checkpoint_path(step)
-    place = path.relative_to(made.path).as_posix()
-    _bring(folder, f"{place}/{TABLE}", made.path)
+    path = new.checkpoint_path(step)
+    place = path.relative_to(new.path).as_posix()
+    _bring(folder, f"{place}/{TABLE}", new.path)
     try:
         table = read_table(path)
     except UserError as e:
@@ -140,16 +130,16 @@ def _bring_whole(folder: Folder, names: dict[str, int], made: Run, step: int) ->
     if wrong := [name for name in table if sizes[name] != table[name].size]:
         return [f"{place}/{wrong[0]} is not as long as the table says"]
     if STATE in table:
-        _bring(folder, f"{place}/{STATE}", made.path)
-    if (found := open_readable(path)) is None:
+        _bring(folder, f"{place}/{STATE}", new.path)
+    if (checkpoint := open_readable(path)) is None:
         return [f"{place}/{STATE} is damaged"]
-    if not made.is_eligible(found.attempt, step):
+    if not new.is_eligible(checkpoint.attempt, step):
         return [f"a later attempt started before step {step:,}"]
     with progress_display() as progress:
         size = sum(entry.size for entry in table.values())
         meter = Meter(progress, f"step {step:,} from the mirror", size, "bytes")
         for name in table:
-            _bring(folder, f"{place}/{name}", made.path, lambda n: meter(n, 0))
+            _bring(folder, f"{place}/{name}", new.path, lambda n: meter(n, 0))
         meter.end()
     return check_table(path)
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forescale.checkpoint.reader import find_faults, open_readable
 from forescale.config.sections.batch import Cadence
@@ -250,6 +251,24 @@ def pin(run: Run, step: int, off: bool = False, ahead: bool = False) -> bool:
         run.checkpoints.mkdir(exist_ok=True)
         write_file(_pin_path(run, step), b"")
     return True
+
+
+def hold(branch: Run, origin: Any, root: str, ahead: bool = False) -> list[str]:
+    """Pin the checkpoint that a branch begins with, unless it has one of its own. Return a sentence
+    if it can't be pinned, such as in the run of somebody else.
+
+    origin: `run.from` of its job, with the step; root: where runs are looked for; ahead: the branch
+    waits for a job that may have yet to make it. Raises UserError if there is no such checkpoint.
+    """
+    if origin.run is None or origin.step is None or branch.checkpoint_steps():
+        return []
+    run = Run.existing(origin.run, root)
+    try:
+        pin(run, origin.step, ahead=ahead)
+    except OSError as e:
+        where = run.checkpoint_path(origin.step)
+        return [f"{where} can't be pinned ({e.strerror}); it may be deleted there."]
+    return []
 
 
 def verify(run: Run, steps: Sequence[int]) -> list[str]:

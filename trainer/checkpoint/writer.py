@@ -1,4 +1,5 @@
-"""Writes checkpoints from all ranks, publishes them by one rename, and loads them into any engine.
+"""Writes checkpoints from all ranks, publishes them by one rename, and loads them into any engine;
+and writes weights that no engine holds as a checkpoint of step 0, which runs begin with.
 
 saver.py decides when and in which thread; reader.py reads what is on disk; retention.py deletes.
 
@@ -8,12 +9,13 @@ the table and renames. Loading runs no code from the checkpoint: safetensors and
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forescale.checkpoint.merged import MergedReader
+from torch import Tensor
+
 from forescale.checkpoint.reader import (
     FORMAT,
     STATE,
@@ -23,17 +25,19 @@ from forescale.checkpoint.reader import (
     open_readable,
 )
 from forescale.checkpoint.retention import is_pinned
-from forescale.engine.portable.fragments import Fragment
+from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.engine.portable.fragments import write_fragments as write_rank_file
-from forescale.engine.ranks import Ranks
+from forescale.engine.portable.strips import strip_of
+from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
 from forescale.engine.step import Engine
 from forescale.errors import UserError
-from forescale.models.adapters import is_adapter
+from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
 from forescale.storage import FileEntry, fsync_path, publish, write_json, write_table
 
 _SLACK = 1 << 20  # bytes that must be free on the disk besides the tensors and their descriptions
+_NO_ATTEMPT = 0  # has saved weights that no engine holds
 _HEADER = 512  # about this many bytes describe a fragment, in its file and in state.json
 
 
@@ -221,3 +225,71 @@ def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     persistent = engine.module.state_dict(keep_vars=True)
     shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in persistent}
     return shapes
+
+
+class MergedReader:
+    """Fills fragments of weights as a FragmentReader does, adapters merged: any range is that range
+    of W + scale B A, added in fp32. The engine's own adapters stay as they are."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._last: tuple[str, Tensor] | None = None  # ranges of a matrix are read in turn
+
+    def states(self, name: str) -> list[str]:
+        """Return the names of a parameter's stored states."""
+        return self._checkpoint.reader.states(name)
+
+    def fill(self, fragment: Fragment) -> None:
+        """Fill the data of a fragment, of any division, unless it is of an adapter."""
+        f = fragment
+        if is_adapter(f.name):
+            return
+        if adapter_of(f.name)[0] not in self._checkpoint.shapes:
+            self._checkpoint.reader.fill(f)
+            return
+        if self._last is None or self._last[0] != f.name:
+            self._last = None  # before the next is made
+            self._last = f.name, self._checkpoint.merged(f.name).view(-1)
+        whole = self._last[1]
+        strip = strip_of([f.start, f.data.numel(), *(f.cut or ())])
+        for at, place, size in strip.overlaps(strip.low, strip.high):
+            f.data[place : place + size].copy_(whole[at : at + size])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous part of parameter `name`, which as a whole has `shape`, from element `start`.
+
+    described: a tensor on the meta device with the part's number of elements and number format;
+    read: returns the part, in any shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    described: Tensor
+    read: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.described.nbytes
+
+
+def write_weights(run: Run, parts: Sequence[Part], tick: Callable[[int], None]) -> None:
+    """Publish the parts, which are all parameters of a model, as the run's checkpoint of step 0.
+
+    tick: called with the bytes of a part when it is read. Raises UserError as `writer.write` does.
+    """
+
+    def fragment(part: Part) -> Fragment:
+        def read() -> Tensor:
+            tick(part.size)
+            return part.read()
+
+        data = part.described.view(-1)
+        return Fragment(part.name, part.shape, WEIGHT, part.start, data, read=read)
+
+    counters: dict[str, Any] = {"optimizer_steps": {}, "loss_scaler": {}}
+    snapshot = Snapshot(Position(), [fragment(part) for part in parts], counters, {})
+    write(run, _NO_ATTEMPT, snapshot, ALONE)

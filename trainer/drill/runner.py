@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 
-import forescale
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
 from forescale.drill.judge import Command, Evidence, Interval, Judgement, Line, judge
@@ -46,7 +45,7 @@ class Drill:
             vocab_size=512, validation=0.1, shard_tokens=_TOKENS, member_tokens=_TOKENS // 3
         )
         self.dataset = self.directory / "dataset"
-        build_dataset(Files([Path(next(iter(forescale.__path__)))]), self.dataset, config)
+        build_dataset(Files([Path(__file__).parents[1]]), self.dataset, config)
 
     def undisturbed(self, settings: Sequence[str] = ()) -> Evidence:
         """Return a run without faults; made once for the same settings.

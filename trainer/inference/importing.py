@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from forescale.checkpoint.weights import Part, write_weights
+from forescale.checkpoint.writer import Part, write_weights
 from forescale.config.compose import compose
 from forescale.config.frozen import frozen_file
 from forescale.config.train import TrainJob

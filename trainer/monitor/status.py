@@ -28,7 +28,6 @@ from forescale.resilience.outcome import launch_of
 from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
-from forescale.run.scores import is_evaluated
 
 State = Literal["new", "imported", "averaged", "running", "interrupted", "crashed", "complete"]
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
@@ -207,7 +206,7 @@ class Status:
 
     def _is_evaluated(self, step: int) -> bool:
         known = select(self._tail.scores, step=step, dataset="validation")
-        return bool(known) or is_evaluated(self.run, step)
+        return bool(known) or self.run.is_evaluated(step)
 
     @property
     def _may_live(self) -> bool:

@@ -1,31 +1,51 @@
-"""How launches end, and the likely cause of a failure.
+"""How launches end, the likely cause of a failure, and the message to a webhook.
 
     attempts/0003/launch.json      begun, command, host, pid, process, processes; ended, code, rank,
                                    how (seconds since the epoch). Written by the launcher alone
     attempts/0003/rank-1.error     one line by the rank itself: the error that ended it
 
 Invariant: a cause is something observed (a rank's own exception, a diagnosed hang, a signal), never
-a guess. Imports no torch.
+a guess. No run depends on the webhook: one try, and a failure is a line in the log. Its address is
+a secret: it stands in the environment, and in no config, log or file of a run. Imports no torch.
+
+    FORESCALE_WEBHOOK=https://...   gets a POST of JSON: text (a sentence; Slack, Mattermost and
+                                    Teams show it), content (the same, for Discord), run, event and
+                                    code
 """
 
+import json
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError, masked, storage_error
+from forescale.errors import (
+    CRASHED,
+    DONE,
+    GAVE_UP,
+    INTERRUPTED,
+    USER,
+    UserError,
+    masked,
+    storage_error,
+)
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
 from forescale.storage import read_json, write_checked_json
 
 LAUNCH = "launch.json"
 _ROOM = ".room"  # a file that is removed to make room for the end in launch.json
+WEBHOOK = "FORESCALE_WEBHOOK"
+EVENTS = {DONE: "complete", CRASHED: "crashed", USER: "stopped", GAVE_UP: "gave up"}
+_WEBHOOK_SECONDS = 10.0
 _LONGEST = 500  # characters of an error
 
 
@@ -171,6 +191,25 @@ def _describe_code(code: int, killed_for_memory: bool) -> str:
     if killed_for_memory:
         return f"{name}: memory ran out, and the kernel killed it"
     return f"{name} (the kernel sends it when memory runs out)"
+
+
+def notify(run: Run, code: int, why: str, report: Callable[[str], object]) -> None:
+    """Send the end of a run, if the environment says where to. why: a sentence; report: prints a
+    line. An interrupted run, which resumes, is not told of."""
+    address = os.environ.get(WEBHOOK)
+    if not address or (event := EVENTS.get(code)) is None:
+        return
+    text = f"forescale run {run.name}: {event}. {why}"
+    facts = {"text": text, "content": text, "run": run.name, "event": event, "code": code}
+    try:
+        if not address.startswith(("https://", "http://")):
+            raise ValueError("its address doesn't begin with https://")
+        headers = {"Content-Type": "application/json", "User-Agent": "forescale"}
+        request = urllib.request.Request(address, json.dumps(facts).encode(), headers)
+        urllib.request.urlopen(request, timeout=_WEBHOOK_SECONDS).close()
+    except (OSError, ValueError, HTTPException) as e:
+        problem = str(e).replace(address, "the address")
+        report(f"The webhook of {WEBHOOK} could not be told: {problem}. The run is not affected.")
 
 
 def kills_for_memory() -> int:

@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from forescale.abilities import QUESTIONS, SHOTS, Encode, question_row
 from forescale.config.train import TrainJob
-from forescale.data.dataset import Sources
-from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
+
+if TYPE_CHECKING:
+    from forescale.data.dataset import Sources
 
 ROWS = 8  # of a forward pass in training
 # share: of right answers; nats: mean loss of an answer; of each its standard error.
@@ -62,12 +63,14 @@ def questions_of(
     ]
 
 
-def questions_of_job(job: TrainJob, sources: Sources) -> list[Questions]:
+def questions_of_job(job: TrainJob, sources: "Sources") -> list[Questions]:
     """Return the questions of a job's evaluations, none without validation.abilities.
 
     Raises UserError if examples don't fit the training windows, or if there is no held-out text:
     the results stand in its rows.
     """
+    from forescale.data.tokenizer import text_ids  # `status` reads columns without numpy
+
     validation, tokenizer = job.validation, sources.tokenizer
     if not validation.abilities:
         return []

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forescale.errors import UserError
-from forescale.run.rows import Prefix, Row, RowWriter, prefix_until, read_rows
+from forescale.run.rows import Prefix, Row, RowReader, RowWriter, prefix_until, read_rows, select
 from forescale.storage import (
     blocks_of,
     hash_file,
@@ -205,6 +205,16 @@ class Run:
         later = (a.parent for a in self.attempts() if a.number > attempt)
         return all(parent is None or step <= parent.step for parent in later)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Return True if the rows hold the loss of `step` over all held-out text, or the events say
+        that there is none. A step is saved before it is evaluated: a run that is killed in between
+        isn't complete, and the next attempt evaluates first."""
+        rows = RowReader(self.metrics, kind="validation").read()
+        if select(rows, step=step, dataset="validation"):
+            return True
+        empty = self.read_events(kind="nothing_to_validate", step=step)
+        return any(event.get("dataset", "validation") == "validation" for event in empty)
+
     def skipped(self) -> tuple[tuple[int, int], ...]:
         """Return all intervals of samples that some attempt skips for good. (A checkpoint that was
         saved earlier doesn't contain them.)"""
@@ -236,18 +246,20 @@ def expect_free(run: Run) -> None:
 
 
 @contextmanager
-def new_run(run: Run, mode: int) -> Iterator[Run]:
+def new_run(run: Run, mode: int, tag: str = "new") -> Iterator[Run]:
     """Yield a run in a stage directory, to be filled; after the block it appears as `run`, whole,
-    by one rename. mode: of the directory. Raises UserError if something is there by then."""
+    by one rename, so that a kill or a full disk leaves no partial run. mode: of the directory; tag:
+    see storage.staged. Raises UserError if something is there by then."""
     try:
-        with staged(run.path.resolve()) as stage:
+        with staged(run.path.resolve(), tag) as stage:
             stage.chmod(mode)
             yield Run(stage)
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        problem = "another command has made it at the same moment"
-        raise UserError(str(run.path), problem, "choose another name") from None
+        problem = "another command has made this run at the same moment"
+        todo = "give the same command again to resume it later, or choose another name"
+        raise UserError(str(run.path), problem, todo) from None
 
 
 def is_hf(path: Path) -> bool:

@@ -11,13 +11,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import forescale
 from forescale.data.dataset import Sources
 from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.storage import read_json, write_checked_json
 
-CHECKOUT = Path(next(iter(forescale.__path__))).resolve().parent  # of an editable install
+CHECKOUT = Path(__file__).resolve().parents[2]  # of an editable install
 
 
 def code_and_id() -> dict[str, Any]:

@@ -7,7 +7,6 @@ start. (Ranks write an event for each change that ends bit-exactness.) Until the
 corrected command replaces the config. Imports no torch, so that a refusal comes in a second.
 """
 
-import errno
 import hashlib
 import itertools
 import platform
@@ -30,12 +29,12 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.abilities import questions_of_job
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
-from forescale.run.directory import Run
+from forescale.run.directory import Run, new_run
 from forescale.run.feed import feed_of, resolved_model, whole_rows_of
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
 from forescale.run.rows import each_row
-from forescale.storage import read_json, staged, write_checked_json, write_file
+from forescale.storage import read_json, write_checked_json, write_file
 
 Examine = Callable[[TrainJob, Sources], None]
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
@@ -271,27 +270,17 @@ def _check_data(run: Run, sources: Sources) -> None:
 
 
 def _make(run: Run, job: TrainJob, sources: Sources) -> None:
-    """Publish the run directory at once, so that a kill or a full disk leaves no partial run."""
     identity = {
         "name": run.name,
         **_of_data(sources),
         "versions": versions(),
         **code_and_id(),
     }
-    try:
-        with staged(run.path.resolve()) as stage:
-            stage.chmod(job.run.mode)
-            new = Run(stage)
-            write_file(new.tokenizer, sources.first.tokenizer_json)
-            _keep(new, job, sources)
-            write_checked_json(new.identity, identity)
-            write_file(new.config, frozen_file(job))
-    except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not run.config.exists():
-            raise
-        problem = "another command has made this run at the same moment, and trains it"
-        todo = "give the same command again to resume it later, or choose another run.name"
-        raise UserError(str(run.path), problem, todo) from None
+    with new_run(run, job.run.mode) as new:
+        write_file(new.tokenizer, sources.first.tokenizer_json)
+        _keep(new, job, sources)
+        write_checked_json(new.identity, identity)
+        write_file(new.config, frozen_file(job))
 
 
 def _of_data(sources: Sources) -> dict[str, Any]:

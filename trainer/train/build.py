@@ -38,7 +38,6 @@ from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_win
 from forescale.run.forecast import PredictionInterval
 from forescale.run.identity import complete
 from forescale.run.references import References
-from forescale.run.scores import is_evaluated
 from forescale.train.abilities import Abilities
 from forescale.train.callbacks import Callback, Checkpoints, Every, UserCallback, Validation
 from forescale.train.evaluate import Score, Scored, evaluate, pooled
@@ -145,7 +144,7 @@ class Builder:
         if not self._every(self.job.validation.every)(step):
             return False
         return not self.engine.world.from_main(
-            lambda: is_evaluated(self.run, step), self.run.metrics
+            lambda: self.run.is_evaluated(step), self.run.metrics
         )
 
     def _every(self, length: Duration, at: tuple[int, ...] = ()) -> Every:

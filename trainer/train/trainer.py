@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from forescale.checkpoint.mirror import Mirror, mirror_of
-from forescale.checkpoint.origin import hold, newest_step
-from forescale.checkpoint.reader import Position
+from forescale.checkpoint.reader import Position, newest_step
 from forescale.checkpoint.restore import restore
+from forescale.checkpoint.retention import hold
 from forescale.config.hardware import exactness
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.target import import_target, targets
@@ -38,14 +38,12 @@ from forescale.resilience.reporter import HeartbeatReporter
 from forescale.run.directory import Attempt
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import Start, numerics, reopen, start
-from forescale.train.adapters import adapting, freeze
 from forescale.train.build import Builder
 from forescale.train.guard import Anomaly, Halt, Rollback
 from forescale.train.loop import train
-from forescale.train.model import build_model
-from forescale.train.own_code import as_users
+from forescale.train.model import adapting, build_model, freeze
 from forescale.train.preferences import Comparison, Reference
-from forescale.train.probe import examine
+from forescale.train.probe import as_users, examine
 from forescale.train.profiler import traced
 from forescale.train.resume import ResumePoint, resume, roll_back
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from forescale.checkpoint.mirror import mirror_of
-from forescale.checkpoint.origin import hold, newest_step
+from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
+from forescale.checkpoint.retention import hold
 from forescale.config.frozen import thaw
 from forescale.config.hardware import check_fp8
 from forescale.config.job import overrides_of
@@ -23,8 +24,8 @@ from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, INTERRUPTED, UserError
-from forescale.resilience import alerts, launcher
-from forescale.resilience.outcome import report_error
+from forescale.resilience import launcher
+from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.feed import epochs, feed_of, notes
@@ -83,7 +84,7 @@ def main(words: list[str]) -> int:
     code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace)
     if mirror:
         mirror.close(finish=code != INTERRUPTED)
-    alerts.tell(started.run, code, launcher.last_end(started.run), print)
+    notify(started.run, code, launcher.last_end(started.run), print)
     if code == DONE:
         with first_imports():
             from forescale.inference.summary import summarize

@@ -8,8 +8,8 @@ import torch
 
 from forescale import open_run
 from forescale.checkpoint.average import average
-from forescale.checkpoint.merged import MergedReader
 from forescale.checkpoint.reader import Checkpoint
+from forescale.checkpoint.writer import MergedReader
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.engine.portable.fragments import WEIGHT, Fragment
@@ -17,8 +17,7 @@ from forescale.errors import UserError
 from forescale.models.adapters import adapter_of, is_adapter, stored_name
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start
-from forescale.train.adapters import adapting, freeze
-from forescale.train.model import build_model
+from forescale.train.model import adapting, build_model, freeze
 from tests.trainer.small_run import make_dataset, make_job, make_run, save
 
 WIDTH = ("model.num_layers=2", "model.width=32", "model.num_heads=2")

@@ -11,8 +11,7 @@ from forescale.config.train import TrainJob
 from forescale.models.adapters import stored_name
 from forescale.run.directory import Parent
 from forescale.run.start import start
-from forescale.train.adapters import adapting, freeze
-from forescale.train.model import build_model
+from forescale.train.model import adapting, build_model, freeze
 from tests.trainer.small_run import make_dataset, make_job, make_run, save
 
 LLAMA = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.num_kv_heads=1")

@@ -12,8 +12,7 @@ import torch
 
 from forescale.config.schema import TargetConfig
 from forescale.errors import UserError
-from forescale.train.own_code import as_users
-from forescale.train.probe import examine, examine_apart
+from forescale.train.probe import as_users, examine, examine_apart
 from tests.trainer.small_run import make_job
 
 MODULE = """

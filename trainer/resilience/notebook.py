@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from forescale.config.job import overrides_of, words_of
 from forescale.config.target import targets
@@ -17,9 +18,6 @@ from forescale.config.train import TrainJob
 from forescale.errors import DONE, INTERRUPTED, UserError
 from forescale.resilience.launcher import die_with_parent
 from forescale.run.command import job_of
-
-if TYPE_CHECKING:
-    from forescale.inference.view import RunView
 
 _LINES = 20  # of the output that an error repeats
 
@@ -33,8 +31,8 @@ class TrainingFailed(Exception):
         self.code = code
 
 
-def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: Any) -> "RunView":
-    """Train a run to its end, or go on with it, and return it.
+def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: Any) -> Path:
+    """Train a run to its end, or go on with it, and return its directory.
 
     words: of the command line, such as "experiment=quick" or "train.tokens=5e6"; keys: the same as
     values and dicts, such as run={"name": "first"}. show: called with each line of the output; by
@@ -51,9 +49,7 @@ def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: An
         raise KeyboardInterrupt("the run is saved; the same call goes on")
     if code != DONE:
         raise TrainingFailed(code, lines)
-    from forescale.inference.view import open_view
-
-    return open_view(job.run.directory)
+    return job.run.directory
 
 
 def _must_be_found_by_ranks(job: TrainJob) -> None:

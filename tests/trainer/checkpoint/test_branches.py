@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from forescale.checkpoint import retention
-from forescale.checkpoint.origin import hold, newest_step
+from forescale.checkpoint.reader import newest_step
+from forescale.checkpoint.retention import hold
 from forescale.errors import UserError
 from forescale.run.directory import Parent, Run
 
