@@ -78,21 +78,21 @@ class ScoreJob(RunJob):
     )
 
     def problems(self) -> Problems:
-        """Return a problem for each ability and number that there is not, for what can be no task's
-        name, and for each key without what it is of."""
-        found = super().problems() + ability_problems(self.abilities, self.shots)
+        """Return a problem for each unknown ability, for what can't be a task's name, and for each
+        key of abilities or tasks where none is named."""
+        result = [*super().problems(), *ability_problems(self.abilities, self.shots)]
         if self.abilities and self.tasks:
-            found.append(("tasks", "abilities is given too", "give one of them"))
+            result.append(("tasks", "abilities is given too", "give one of them"))
         for name in self.tasks:  # to look for it would read the list of lm_eval, 12 s
             if "/" not in name and not any(map(str.isalpha, name)):
                 problem = f"{name!r} is neither the name of a task nor a file"
-                found.append(("tasks", problem, "write names, such as [arc_easy,mine.yaml]"))
+                result.append(("tasks", problem, "write names, such as [arc_easy,mine.yaml]"))
         if self.chat and not self.tasks:
-            found.append(("chat", *_NO_TASKS))
+            result.append(("chat", *_NO_TASKS))
         if not self.tasks and not self.abilities:
-            given = {"shots": self.shots != [], "questions": self.questions is not None}
-            found += [(name, *_NEITHER) for name, is_given in given.items() if is_given]
-        return found
+            is_set = {"shots": self.shots != [], "questions": self.questions is not None}
+            result += [(name, *_NEITHER) for name, value in is_set.items() if value]
+        return result
 
 
 @dataclass
@@ -116,12 +116,10 @@ class EvalJob(ScoreJob):
     )
 
     def problems(self) -> Problems:
-        """Return a problem for details of something else than losses, one for answers without
-        tasks, and those of ScoreJob."""
-        found = super().problems()
+        result = super().problems()
         if self.details and (self.abilities or self.tasks):
             problem = "are of losses, instead of which abilities or tasks are measured"
-            found.append(("details", problem, "leave it out"))
+            result.append(("details", problem, "leave it out"))
         if self.answers is not None and not self.tasks:
-            found.append(("answers", *_NO_TASKS))
-        return found
+            result.append(("answers", *_NO_TASKS))
+        return result

@@ -7,7 +7,7 @@ field whose type is a dataclass is a section, and its fields are keys `section.n
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -17,6 +17,7 @@ from forescale.errors import UserError
 
 Find = Callable[[Path], Mapping[str, Any] | None]
 Problems = list[tuple[str, str, str]]  # (key, what is wrong, what to do)
+ProblemIterator = Iterator[tuple[str, str, str]]
 
 
 class Action(NamedTuple):

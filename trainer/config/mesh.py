@@ -9,7 +9,7 @@ ranks (`world`).
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator
 from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.models.config import ModelConfig
 from forescale.models.parallel.division import of_columns, of_matrices
@@ -88,73 +88,72 @@ class Mesh:
         return [*range(rank % self.experts, self.world, self.experts)]
 
 
-def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
-    """Return the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
+def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
+    """Yield the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
     mesh = job.mesh(ranks or 1)
-    given = {"sequence": mesh.sequence, "tensor": mesh.tensor}
-    names = [f"engine.{axis}_parallel" for axis, size in given.items() if size > 1]
+    sizes = {"sequence": mesh.sequence, "tensor": mesh.tensor}
+    names = [f"engine.{axis}_parallel" for axis, size in sizes.items() if size > 1]
     how = getattr(job.model, "activation_checkpointing", "none")
     if how == "selective" and mesh.experts > 1:
         problem = "selective doesn't keep the rows that ranks exchange for their experts"
-        return [("model.activation_checkpointing", problem, "choose none or full")]
+        yield "model.activation_checkpointing", problem, "choose none or full"
+        return
     if not names:
-        return []
+        return
     if ranks and ranks % mesh.near:
         todo = f"start a multiple of {mesh.near} (launch.processes), or choose a smaller group"
-        product = " x ".join(f"{name}={size}" for name, size in given.items() if size > 1)
+        product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         group = f"{mesh.near}" if len(names) == 1 else f"{mesh.near} ({product})"
-        return [(names[0], f"the job's {ranks} ranks are not a multiple of {group}", todo)]
+        yield names[0], f"the job's {ranks} ranks are not a multiple of {group}", todo
+        return
     if not isinstance(job.model, ModelConfig):
-        problem = "a model of your own is not divided"
-        return [
-            (name, problem, f"write {name}=1, or choose a model of conf/model") for name in names
-        ]
+        for name in names:
+            todo = f"write {name}=1, or choose a model of conf/model"
+            yield name, "a model of your own is not divided", todo
+        return
     length = job.train.sequence_length
     if job.model.problems(sequence_length=length):
-        return []  # reported with the model's
-    found: Problems = []
+        return  # reported with the model's
     if mesh.sequence > 1:
-        broken = of_columns(job.model, mesh.sequence, length, mesh.tensor)
-        found += [("engine.sequence_parallel", *problem) for problem in broken]
+        for problem, todo in of_columns(job.model, mesh.sequence, length, mesh.tensor):
+            yield "engine.sequence_parallel", problem, todo
     if mesh.tensor > 1:
-        broken = of_matrices(job.model, mesh.tensor, length) + _of_engine(job)
+        for problem, todo in of_matrices(job.model, mesh.tensor, length) + _of_engine(job):
+            yield "engine.tensor_parallel", problem, todo
         if job.model.has_experts and mesh.experts == 1:
             problem = "ranks that divide matrices don't have all experts each"
-            broken.append((problem, "divide them too, as by engine.expert_parallel=2"))
-        found += [("engine.tensor_parallel", *problem) for problem in broken]
-    return found
+            todo = "divide them too, as by engine.expert_parallel=2"
+            yield "engine.tensor_parallel", problem, todo
 
 
 def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
-    """Return why the engine can't divide matrices; each (what, todo)."""
-    whole, found = "write engine.tensor_parallel=1", []
+    """Return why the engine can't divide matrices; each (problem, todo)."""
+    whole, reasons = "write engine.tensor_parallel=1", []
     if isinstance(job.optimizer, OwnOptimizerConfig):
         problem = "an optimizer of your own may need whole matrices, of which a rank has a part"
-        found.append((problem, f"{whole}, or optimizer=adamw"))
+        reasons.append((problem, f"{whole}, or optimizer=adamw"))
     if job.engine.offload_optimizer or job.engine.offload_parameters:
-        found.append(("offload is for whole matrices", f"{whole}, or leave offload out"))
+        reasons.append(("offload is for whole matrices", f"{whole}, or leave offload out"))
     if job.engine.hierarchical_partition > 1:
         problem = "a hierarchical partition is of whole matrices"
-        found.append((problem, f"{whole}, or engine.hierarchical_partition=1"))
-    return found
+        reasons.append((problem, f"{whole}, or engine.hierarchical_partition=1"))
+    return reasons
 
 
-def expert_problems(job: "TrainJob", ranks: int | None) -> Problems:
-    """Return the broken rules of ranks that divide experts; `ranks` of the job, None if unknown."""
+def expert_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
+    """Yield the broken rules of ranks that divide experts; `ranks` of the job, None if unknown."""
     parallel, name = job.engine.expert_parallel, "engine.expert_parallel"
     if parallel == 1:
-        return []
+        return
     if not isinstance(job.model, ModelConfig):
-        problem = "a model of your own is not divided"
-        return [(name, problem, f"write {name}=1, or choose a model of conf/model")]
-    if not getattr(job.model, "has_experts", False):
-        return [(name, "the model has no experts", "leave it out, or choose model.mlp=moe")]
-    found: Problems = []
-    experts = getattr(job.model, "moe_experts", 0)
-    if experts % parallel:
-        problem = f"{parallel} ranks can't have {experts} experts in equal parts"
-        found.append((name, problem, "give a divisor of model.moe_experts"))
-    if ranks and ranks % parallel:
-        problem = f"{ranks} ranks are no whole number of groups of {parallel}"
-        found.append((name, problem, "give a divisor of the number of ranks"))
-    return found
+        todo = f"write {name}=1, or choose a model of conf/model"
+        yield name, "a model of your own is not divided", todo
+    elif not job.model.has_experts:
+        yield name, "the model has no experts", "leave it out, or choose model.mlp=moe"
+    else:
+        if (experts := job.model.moe_experts) % parallel:
+            problem = f"{parallel} ranks can't have {experts} experts in equal parts"
+            yield name, problem, "give a divisor of model.moe_experts"
+        if ranks and ranks % parallel:
+            problem = f"{ranks} ranks are no whole number of groups of {parallel}"
+            yield name, problem, "give a divisor of the number of ranks"

@@ -82,7 +82,7 @@ def key(
 
     kind: None takes the kind of the section. name: the key's name where the field can't have it,
     such as `from`. common: it is on the short page of --help. bounds: ge, gt, le, lt (at least,
-    more than, at most, less than).
+    more than, at most, less than); of a Duration: gt=0, and wall_time: whether it must be one.
     """
     metadata: dict[str, Any] = {"help": help, "kind": kind, "name": name, "bounds": bounds}
     metadata["common"] = common
@@ -346,7 +346,7 @@ def convert(
     if typing.get_origin(kind) is Literal:
         return _choice(typing.get_args(kind), value)
     if kind is Duration:
-        return Duration.parse(value)
+        return _duration(value, bounds)
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
         (inner,) = typing.get_args(kind)
@@ -368,6 +368,17 @@ def convert(
         if not holds(made, bound):
             raise ValueError(f"must be {words} {bound:g}, got {shown(value)}")
     return made
+
+
+def _duration(value: Any, bounds: Mapping[str, float]) -> Duration:
+    length = Duration.parse(value)
+    if bounds.get("wall_time") == 1 and length.unit != "seconds":
+        raise ValueError(f"must be a wall time, got {shown(value)}")
+    if bounds.get("wall_time") == 0 and length.unit == "seconds":
+        raise ValueError("must not be a wall time, on which the trajectory would depend")
+    if "gt" in bounds and not length.amount:
+        raise ValueError("must be longer than zero")
+    return length
 
 
 def _text(value: Any) -> str:

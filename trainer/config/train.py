@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
-from forescale.config.job import Find, Job, Problems
+from forescale.config.job import Find, Job, ProblemIterator, Problems
 from forescale.config.mesh import Mesh, expert_problems, mesh_problems
 from forescale.config.schema import TargetConfig, block, key, section
 from forescale.config.sections.batch import ranks_problems
@@ -119,12 +119,10 @@ class TrainJob(Lengths, Job):
 
     def gradient_dtype(self, world_size: int) -> str:
         """Return the number format in which so many ranks add up their gradients."""
-        wanted, lowest = self.engine.gradient_dtype, self.precision.kind
-        among = self.mesh(world_size).data
-        micro_batches = self.train.global_batch // (self.train.micro_batch * among)
-        if wanted == "auto" and micro_batches > MOST_ROUNDED_SUMS:
-            wanted = "fp32"
-        return "fp32" if wanted == "fp32" else lowest
+        groups, dtype = self.mesh(world_size).data, self.engine.gradient_dtype
+        micro_batches = self.train.global_batch // (self.train.micro_batch * groups)
+        adds_many = dtype == "auto" and micro_batches > MOST_ROUNDED_SUMS
+        return "fp32" if dtype == "fp32" or adds_many else self.precision.kind
 
     def adds_in_fp32(self, world_size: int) -> bool:
         """Return whether so many ranks add up gradients in fp32 that the model makes in less."""
@@ -177,53 +175,57 @@ class TrainJob(Lengths, Job):
 
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
-        found = length_ramp_notes(self)
+        notes = length_ramp_notes(self)
         if self.precision.kind == "fp16":
-            found.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
+            notes.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
         if self.precision.fp8 != "none":
-            found.append("precision.fp8 has not been proven: it never ran on a GPU in our tests.")
+            notes.append("precision.fp8 has not been proven: it never ran on a GPU in our tests.")
         if (steps := self.warmup_that_fits()) is not None:
-            found.append(
+            notes.append(
                 f"schedule.warmup={self.schedule.warmup} doesn't fit in a run of "
                 f"{self.total_steps:,} steps; its warm-up is {Duration(steps)}."
             )
-        return found
+        return notes
 
     def problems(self, world_size: int | None = None) -> Problems:
-        """Rules over several sections. `world_size`: the ranks that are really there; without it,
-        `launch.processes`."""
-        ranks = world_size or self.launch.processes
-        found = mesh_problems(self, ranks)
+        """Return the broken rules over several sections. `world_size`: the number of ranks that
+        have started; without it, `launch.processes`."""
+        return [*self._problems(world_size or self.launch.processes)]
+
+    def _problems(self, ranks: int | None) -> ProblemIterator:
+        yield from mesh_problems(self, ranks)
         if (ranks or self.mesh(1).near) % self.mesh(1).near:
-            return found  # what follows counts groups
+            return  # what follows counts groups
         has_length = self.train.has_length
-        steps = self.total_steps if has_length else None
-        found += ranks_problems(self.train, self.mesh(ranks or self.mesh(1).near))
-        found += faults_problems(self.faults, ranks, steps)
+        yield from ranks_problems(self.train, self.mesh(ranks or self.mesh(1).near))
+        yield from faults_problems(self.faults, ranks, self.total_steps if has_length else None)
         again = getattr(self.model, "activation_checkpointing", "none")
         if self.train.activation_memory_budget is not None and again != "none":
             problem = f"model.activation_checkpointing={again} has chosen what is made again"
-            found.append(("train.activation_memory_budget", problem, "give one of the two"))
+            yield "train.activation_memory_budget", problem, "give one of the two"
         if isinstance(self.model, ModelConfig):
-            broken = self.model.problems(sequence_length=self.train.sequence_length)
-            found += [(f"model.{name}", problem, todo) for name, problem, todo in broken]
+            for name, problem, todo in self.model.problems(
+                sequence_length=self.train.sequence_length
+            ):
+                yield f"model.{name}", problem, todo
         elif self.precision.fp8 != "none":
             problem = "multiplies the matrices of our models, and this is a class of your own"
-            found.append(("precision.fp8", problem, "leave it out"))
-        found += expert_problems(self, ranks) + objective_problems(self) + lora_problems(self)
-        found += length_ramp_conflicts(self)
-        if not has_length:
-            return found  # the train section reports it; what follows needs the length
+            yield "precision.fp8", problem, "leave it out"
+        yield from expert_problems(self, ranks)
+        yield from objective_problems(self)
+        yield from lora_problems(self)
+        yield from length_ramp_conflicts(self)
+        if has_length:  # without one, the section `train` has a problem
+            yield from self._place_problems()
+
+    def _place_problems(self) -> ProblemIterator:
+        """Yield the rules of what lies at certain steps of a run, whose length is known."""
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             problem = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
-            found.append(("train.tokens", problem, "train longer or lower train.global_batch"))
-        return found + self._place_problems()
-
-    def _place_problems(self) -> Problems:
-        """Rules of what lies at certain steps of a run, whose length is known."""
-        found, total = self.length_problems(), self.total_steps
-        if self.profile.interval and self.profile.interval[1] > total:
-            problem = f"{self.profile.steps} reaches beyond the run's {total} steps"
-            found.append(("profile.steps", problem, "choose earlier steps"))
-        stages = self.data.order_problems(self.steps_of)
-        return found + [(f"data.{name}", problem, todo) for name, problem, todo in stages]
+            yield "train.tokens", problem, "train longer or lower train.global_batch"
+        yield from self.length_problems()
+        if self.profile.interval and self.profile.interval[1] > self.total_steps:
+            problem = f"{self.profile.steps} reaches beyond the run's {self.total_steps} steps"
+            yield "profile.steps", problem, "choose earlier steps"
+        for name, problem, todo in self.data.order_problems(self.steps_of):
+            yield f"data.{name}", problem, todo

@@ -17,7 +17,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator, Problems
 
 if TYPE_CHECKING:
     from forescale.config.mesh import Mesh
@@ -81,11 +81,11 @@ class BatchRamp:
 
     def samples(self, step: int) -> int:
         """Return the windows of all steps before `step`."""
-        found = 0
+        samples = 0
         for windows, steps in self.stages():
-            found += windows * min(step, steps)
+            samples += windows * min(step, steps)
             step -= min(step, steps)
-        return found + step * self.full
+        return samples + step * self.full
 
     def steps_for(self, samples: int) -> int:
         """Return the fewest steps, from the first on, that have at least so many windows."""
@@ -145,38 +145,31 @@ def _stages(train: "TrainConfig") -> int | None:
     return 0 if first is None else doublings(first, train.global_batch)
 
 
-def batch_ramp_problems(train: "TrainConfig") -> Problems:
-    """Return the broken rules of the keys of a ramp, relative to the section."""
+def batch_ramp_problems(train: "TrainConfig") -> ProblemIterator:
+    """Yield the broken rules of the keys of a ramp, relative to the section."""
     first, length, full = train.first_batch, train.batch_ramp, train.global_batch
     if first is None:
-        if length is None:
-            return []
-        problem = "is the length of a ramp, whose first batch is not given"
-        return [("batch_ramp", problem, "give train.first_batch, or leave it out")]
-    found: Problems = []
+        if length is not None:
+            problem = "is the length of a ramp, whose first batch is not given"
+            yield "batch_ramp", problem, "give train.first_batch, or leave it out"
+        return
     if (stages := _stages(train)) is None and full:
         problem = f"{first} windows are not doubled to the {full} of train.global_batch"
-        half = full // 2 or 1
-        todo = f"divide those by a power of two, as by train.first_batch={half}"
-        found.append(("first_batch", problem, todo))
+        todo = f"divide those by a power of two, as by train.first_batch={full // 2 or 1}"
+        yield "first_batch", problem, todo
     elif first % train.micro_batch:
         problem = f"{first} windows are not a multiple of the micro-batch, {train.micro_batch}"
-        todo = "change train.first_batch or train.micro_batch"
-        found.append(("first_batch", problem, todo))
-    written = "'1000 steps' or '1e9 tokens'"
+        yield "first_batch", problem, "change train.first_batch or train.micro_batch"
+    examples = "'1000 steps' or '1e9 tokens'"
     if length is None:
         problem = "is not given, and says when the batch is the one of train.global_batch"
-        found.append(("batch_ramp", problem, f"write {written}, or '10 %' of train.tokens"))
-    elif length.unit == "seconds":
-        problem = "must not be a wall time, on which the trajectory would depend"
-        found.append(("batch_ramp", problem, "write it in steps, tokens or percent"))
+        yield "batch_ramp", problem, f"write {examples}, or '10 %' of train.tokens"
     elif length.unit == "percent" and train.tokens is None:
         problem = "percent are of train.tokens, which this run doesn't have"
-        found.append(("batch_ramp", problem, f"write {written}"))
+        yield "batch_ramp", problem, f"write {examples}"
     elif length.amount == 0 or (length.unit == "steps" and length.amount < (stages or 0)):
         problem = f"{length} are too few for {stages or 1} stages of a doubling batch"
-        found.append(("batch_ramp", problem, "write more, or a larger train.first_batch"))
-    return found
+        yield "batch_ramp", problem, "write more, or a larger train.first_batch"
 
 
 def ranks_problems(train: "TrainConfig", mesh: "Mesh") -> Problems:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forescale.config.duration import Duration
+from forescale.config.job import ProblemIterator
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
 from forescale.storage import cache_directory
 
-Problems = list[tuple[str, str, str]]
 ONLY = "data"  # the name of a single source
 
 
@@ -87,105 +87,91 @@ class DataConfig(CorpusConfig):
         "fail", "damaged data: fail, or substitute other windows and log it"
     )
 
-    def problems(self) -> Problems:
-        """Return (key, problem, what to do) for every invalid key of this section."""
-        found: Problems = []
+    def problems(self) -> ProblemIterator:
         if self.sources and self.path:
             todo = "remove one of them, such as with data.path=null"
-            found.append(("sources", "can't be combined with data.path", todo))
+            yield "sources", "can't be combined with data.path", todo
         for name, path in self.sources.items():
             if not re.fullmatch(r"[\w-]+", str(name)):
-                found.append(
-                    ("sources", f"{name!r} isn't a valid name", "use letters, digits, _ and -")
-                )
+                yield "sources", f"{name!r} isn't a valid name", "use letters, digits, _ and -"
             if not isinstance(path, str) or not path:
-                todo = f"write data.sources.{name}=DIR"
-                found.append((f"sources.{name}", "names no dataset", todo))
-        found += self._weights("weights", self.weights)
-        found += self._names("max_epochs", self.max_epochs)
+                yield f"sources.{name}", "names no dataset", f"write data.sources.{name}=DIR"
+        yield from self._weights("weights", self.weights)
+        yield from self._names("max_epochs", self.max_epochs)
         for name, limit in self.max_epochs.items():
             if not _is_number(limit) or limit <= 0:
                 problem = f"{limit!r} isn't a positive number of epochs"
-                found.append((f"max_epochs.{name}", problem, "write a number, such as 4"))
-        return found + self._skip() + self._stages()
+                yield f"max_epochs.{name}", problem, "write a number, such as 4"
+        yield from self._skip()
+        yield from self._stages()
 
-    def _skip(self) -> Problems:
+    def _skip(self) -> ProblemIterator:
         end = 0
         for pair in self.skip:
             whole = len(pair) == 2 and all(isinstance(n, int) and _is_number(n) for n in pair)
             if not whole or not end <= pair[0] < pair[1]:
                 todo = "write [[FIRST, END], ...] as integers, ascending and not overlapping"
-                return [("skip", f"{pair!r} isn't an interval after sample {end:,}", todo)]
+                yield "skip", f"{pair!r} isn't an interval after sample {end:,}", todo
+                return
             end = pair[1]
-        return []
 
     def stage_starts(self) -> list[Duration]:
         """Return when each of `stages` begins. Raises ValueError if one isn't a length."""
         return [Duration.parse(stage["from"]) for stage in self.stages]
 
-    def order_problems(self, steps_of: Callable[[Duration], int | None]) -> Problems:
-        """Return problems for stages that aren't in ascending order. steps_of: converts a length to
-        optimizer steps."""
-        if self._stages():
-            return []  # reported by `problems`
+    def order_problems(self, steps_of: Callable[[Duration], int | None]) -> ProblemIterator:
+        """Yield a problem for each stage that isn't behind the one before. steps_of: converts a
+        length to optimizer steps."""
+        if any(self._stages()):
+            return  # reported by `problems`
         starts = [steps_of(start) or 0 for start in self.stage_starts()]
-        return [
-            (
-                f"stages[{i}].from",
-                f"{self.stages[i]['from']} is step {starts[i]:,}, but the previous stage begins at "
-                f"step {starts[i - 1]:,}",
-                "choose a later start",
-            )
-            for i in range(1, len(starts))
-            if starts[i] <= starts[i - 1]
-        ]
+        for i in range(1, len(starts)):
+            if starts[i] <= starts[i - 1]:
+                problem = f"{self.stages[i]['from']} is step {starts[i]:,}, but the previous stage "
+                problem += f"begins at step {starts[i - 1]:,}"
+                yield f"stages[{i}].from", problem, "choose a later start"
 
-    def _stages(self) -> Problems:
-        found: Problems = []
+    def _stages(self) -> ProblemIterator:
         for i, stage in enumerate(self.stages):
             where = f"stages[{i}]"
             if not isinstance(stage, Mapping) or set(stage) != {"from", "weights"}:
                 todo = "write it like {from: 2e9 tokens, weights: {NAME: 1}}"
-                return [*found, (where, "is not a stage", todo)]
+                yield where, "is not a stage", todo
+                return
             try:
                 start = Duration.parse(stage["from"])
             except ValueError as e:
-                found.append((f"{where}.from", str(e), "write it like from: 2e9 tokens"))
+                yield f"{where}.from", str(e), "write it like from: 2e9 tokens"
             else:
                 if start.unit not in ("steps", "tokens") or not start.amount:
                     todo = "give a positive number of steps or tokens since the start of training"
-                    found.append((f"{where}.from", f"{start} isn't a fixed position", todo))
+                    yield f"{where}.from", f"{start} isn't a fixed position", todo
             if not isinstance(stage["weights"], Mapping) or not stage["weights"]:
-                todo = "write it like weights: {NAME: 1}"
-                found.append((f"{where}.weights", "aren't shares", todo))
+                yield f"{where}.weights", "aren't shares", "write it like weights: {NAME: 1}"
             else:
-                found += self._weights(f"{where}.weights", stage["weights"])
-        return found
+                yield from self._weights(f"{where}.weights", stage["weights"])
 
-    def _weights(self, where: str, weights: Mapping[str, Any]) -> Problems:
-        found = self._names(where, weights)
+    def _weights(self, where: str, weights: Mapping[str, Any]) -> ProblemIterator:
+        names = [*self._names(where, weights)]
+        yield from names
+        wrong = {n: w for n, w in weights.items() if not _is_number(w) or w < 0}
+        for name, weight in wrong.items():
+            yield f"{where}.{name}", f"{weight!r} isn't a share", "write a number of 0 or more"
+        if names or wrong or not weights:
+            return
+        if not (total := sum(weights.values())):
+            yield where, "are all 0", "give at least one source a positive share"
         for name, weight in weights.items():
-            if not _is_number(weight) or weight < 0:
-                found.append(
-                    (f"{where}.{name}", f"{weight!r} isn't a share", "write a number of 0 or more")
-                )
-        if weights and not found and not any(weights.values()):
-            found.append((where, "are all 0", "give at least one source a positive share"))
-        total = sum(weights.values()) if weights and not found else 0
-        for name, weight in weights.items() if total else ():
-            if 0 < weight / total < 1e-6:
+            if total and 0 < weight / total < 1e-6:
                 problem = f"{weight!r} is below a millionth of the total"
-                found.append((f"{where}.{name}", problem, "increase it, or set it to 0"))
-        return found
+                yield f"{where}.{name}", problem, "increase it, or set it to 0"
 
-    def _names(self, where: str, named: Mapping[str, Any]) -> Problems:
-        found: Problems = []
-        for name in named:
+    def _names(self, where: str, names: Mapping[str, Any]) -> ProblemIterator:
+        for name in names:
             if name not in self.sources:
                 near = nearest_first(str(name), self.sources)
                 todo = f"data.sources has {', '.join(near)}" if near else "set data.sources"
-                found.append((f"{where}.{name}", "isn't a source", todo))
-        return found
+                yield f"{where}.{name}", "isn't a source", todo
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ Invariant: a rule about one section is in its class.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator
 from forescale.config.schema import flatten, key
 
 # Micro-batches whose gradients a rank adds up in bf16 by default. In a small model's first step the
@@ -17,7 +17,7 @@ from forescale.config.schema import flatten, key
 MOST_ROUNDED_SUMS = 64
 
 # Settings of DeepSpeed that our own keys control, so that engine.deepspeed must not set them.
-_OURS = {
+_OUR_KEYS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
@@ -88,39 +88,32 @@ class EngineConfig:
         {}, "settings of DeepSpeed that have no key here, in its JSON format"
     )
 
-    def problems(self) -> Problems:
-        found: Problems = []
+    def problems(self) -> ProblemIterator:
         if self.offload_optimizer and self.stage == 0:
-            found.append(("offload_optimizer", "needs ZeRO", "choose engine.stage=1, 2 or 3"))
+            yield "offload_optimizer", "needs ZeRO", "choose engine.stage=1, 2 or 3"
         for name, off in (("offload_parameters", False), ("hierarchical_partition", 1)):
             if getattr(self, name) != off and self.stage != 3:
-                found.append((name, "needs ZeRO stage 3", "choose engine.stage=3"))
+                yield name, "needs ZeRO stage 3", "choose engine.stage=3"
         if self.expert_parallel > 1 and self.hierarchical_partition > 1:
             problem = "a hierarchical partition is of parameters that all ranks have"
-            found.append(("expert_parallel", problem, "leave out one of the two"))
+            yield "expert_parallel", problem, "leave out one of the two"
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
-            path, problem = "deepspeed.zero_optimization", f"{zero!r} is not a section of settings"
-            return [
-                *found,
-                (path, problem, "write, for example, {zero_optimization: {overlap_comm: true}}"),
-            ]
-        sent = self.deepspeed.get("communication_data_type")
-        if sent not in (None, *_SENT):
-            path, problem = "deepspeed.communication_data_type", f"unknown value {sent!r}"
-            found.append((path, problem, f"choose from {', '.join(_SENT)}"))
-        scattered = zero.get("reduce_scatter", True)
-        if self.expert_parallel > 1 and not scattered:
+            todo = "write, for example, {zero_optimization: {overlap_comm: true}}"
+            yield "deepspeed.zero_optimization", f"{zero!r} is not a section of settings", todo
+            return
+        dtype = self.deepspeed.get("communication_data_type")
+        if dtype not in (None, *_SENT):
+            todo = f"choose from {', '.join(_SENT)}"
+            yield "deepspeed.communication_data_type", f"unknown value {dtype!r}", todo
+        if self.expert_parallel > 1 and not zero.get("reduce_scatter", True):
             problem = "DeepSpeed can't reduce the gradients of divided experts without it"
-            path = "deepspeed.zero_optimization.reduce_scatter"
-            found.append((path, problem, "leave it out, or engine.expert_parallel"))
+            todo = "leave it out, or engine.expert_parallel"
+            yield "deepspeed.zero_optimization.reduce_scatter", problem, todo
         for path, _ in flatten(self.deepspeed, ""):
-            for taken, ours in _OURS.items():
-                if path == taken or path.startswith(taken + "."):
-                    found.append(
-                        (f"deepspeed.{path}", "is controlled by other keys", f"use {ours}")
-                    )
-        return found
+            for setting, name in _OUR_KEYS.items():
+                if path == setting or path.startswith(setting + "."):
+                    yield f"deepspeed.{path}", "is controlled by other keys", f"use {name}"
 
 
 @dataclass
@@ -142,8 +135,7 @@ class PrecisionConfig:
         """The number formats in a word, such as bf16 or bf16+fp8-rowwise."""
         return self.kind if self.fp8 == "none" else f"{self.kind}+fp8-{self.fp8}"
 
-    def problems(self) -> Problems:
-        if self.fp8 == "none" or self.kind in ("auto", "bf16"):
-            return []
-        problem = f"is for precision bf16 on GPUs that multiply fp8, and this is {self.kind}"
-        return [("fp8", problem, "write precision=bf16, or leave precision.fp8 out")]
+    def problems(self) -> ProblemIterator:
+        if self.fp8 != "none" and self.kind not in ("auto", "bf16"):
+            problem = f"is for precision bf16 on GPUs that multiply fp8, and this is {self.kind}"
+            yield "fp8", problem, "write precision=bf16, or leave precision.fp8 out"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forescale.config.sections.data import Problems
+from forescale.config.job import Problems
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 
@@ -64,45 +64,42 @@ def read(text: str) -> Fault:
         raise UserError("faults", f"{text!r} is not a known kind of fault", todo)
     if (step := int(match[2])) < 1:
         raise UserError("faults", f"{text!r} never happens", "the first step is 1")
-    given: dict[str, str] = {}
+    slots: dict[str, str] = {}
     for word in match[3].split(":")[1:]:
         slot = "rank" if re.fullmatch(r"rank\d+", word) else "place"
-        if slot in given:
+        if slot in slots:
             raise UserError("faults", f"{text!r} names two {slot}s", f"leave out :{word}")
-        given[slot] = word
-    place = given.get("place", "forward")
+        slots[slot] = word
+    place = slots.get("place", "forward")
     if place not in PLACES:
         near = nearest_first(place, (*PLACES, "rank1"))[0]
         todo = f"the nearest is {near}; places are {', '.join(PLACES)}"
         raise UserError("faults", f"{text!r}: there is no place {place}", todo)
-    if "place" in given and kind not in _PLACED:
+    if "place" in slots and kind not in _PLACED:
         problem = f"{text!r}: {kind} takes no place"
         raise UserError("faults", problem, f"leave out :{place}")
-    return Fault(kind, step, int(given.get("rank", "rank0").removeprefix("rank")), place)
+    return Fault(kind, step, int(slots.get("rank", "rank0").removeprefix("rank")), place)
 
 
 def problems(faults: Sequence[str], ranks: int | None = None, steps: int | None = None) -> Problems:
     """What is wrong with a run's list of faults, a sentence each. ranks, steps: of the run, where
     they are known."""
-    found: Problems = []
-    seen: set[Fault] = set()
+    result: Problems = []
+    earlier: set[Fault] = set()
     for text in faults:
         try:
             fault = read(text)
         except UserError as e:
-            found.append((e.where, e.problem, e.todo))
+            result.append((e.where, e.problem, e.todo))
             continue
-        if fault in seen:
-            problem, todo = (
-                "is given twice, but a fault happens once per run",
-                "give another step or rank",
-            )
-            found.append(("faults", f"{text!r} {problem}", todo))
-        seen.add(fault)
+        if fault in earlier:
+            problem = f"{text!r} is given twice, but a fault happens once per run"
+            result.append(("faults", problem, "give another step or rank"))
+        earlier.add(fault)
         if ranks is not None and fault.rank >= ranks:
             last = f"choose a rank from 0 to {ranks - 1}, or more ranks" if ranks > 1 else "take 0"
-            found.append(("faults", f"{text!r}: there is no rank {fault.rank}", last))
+            result.append(("faults", f"{text!r}: there is no rank {fault.rank}", last))
         if steps is not None and fault.step > steps:
             problem = f"{text!r} comes after the run's last step, {steps:,}"
-            found.append(("faults", problem, "choose an earlier step"))
-    return found
+            result.append(("faults", problem, "choose an earlier step"))
+    return result

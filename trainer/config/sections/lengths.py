@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Self
 
 from forescale.config.duration import Duration
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator
 from forescale.config.sections.batch import BatchRamp, Cadence
 from forescale.config.sections.objective import ObjectiveConfig
 from forescale.config.sections.schedule import ScheduleConfig
@@ -54,8 +54,8 @@ class Lengths:
             tokens = Fraction(repr(float(length.amount))) * (other.train.tokens or 0) / 100
             length = Duration(math.ceil(tokens), "tokens")
         train = replace(self.train, first_batch=first, batch_ramp=length)
-        made: Self = replace(self, train=train)  # type: ignore[type-var]
-        return made if made.batch_ramp == other.batch_ramp else None
+        job: Self = replace(self, train=train)  # type: ignore[type-var]
+        return job if job.batch_ramp == other.batch_ramp else None
 
     @property
     def total_steps(self) -> int:
@@ -140,23 +140,20 @@ class Lengths:
             return None
         return min(max(1, total // 10), left)
 
-    def length_problems(self) -> Problems:
-        """Return the broken rules of what begins and ends in the run's length, which is known."""
-        found: Problems = []
+    def length_problems(self) -> ProblemIterator:
+        """Yield the broken rules of what begins and ends in the run's length, which is known."""
         total, tokens = self.total_steps, self.total_tokens
         if tokens > _MOST_TOKENS:
             name = "train.steps" if self.train.steps is not None else "train.tokens"
-            problem = f"the run reads {tokens:.3g} tokens"
-            return [(name, problem, f"train on at most {_MOST_TOKENS:.0e}")]
+            yield name, f"the run reads {tokens:.3g} tokens", f"train on at most {_MOST_TOKENS:.0e}"
+            return
         if self.batch_ramp.steps >= total and self.batch_ramp.lengths:
             problem = f"the batch grows for {self.batch_ramp.steps:,} steps of a run of {total:,}"
-            found.append(("train.batch_ramp", problem, "shorten it, or train longer"))
+            yield "train.batch_ramp", problem, "shorten it, or train longer"
         if self.decay_steps > total:
             problem = f"the decay takes {self.decay_steps:,} steps of a run of {total:,}"
-            found.append(("schedule.decay", problem, "shorten schedule.decay, or train longer"))
+            yield "schedule.decay", problem, "shorten schedule.decay, or train longer"
         elif self.warmup_steps + self.decay_steps > total and self.warmup_that_fits() is None:
-            ramps = f"{self.warmup_steps + self.decay_steps:,} steps of a run of {total:,}"
-            problem = f"warm-up and decay take {ramps}"
+            steps = f"{self.warmup_steps + self.decay_steps:,} steps of a run of {total:,}"
             todo = "shorten schedule.warmup or schedule.decay"
-            found.append(("schedule.warmup", problem, todo))
-        return found
+            yield "schedule.warmup", f"warm-up and decay take {steps}", todo

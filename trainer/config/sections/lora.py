@@ -8,7 +8,7 @@ Invariant: imports no torch.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator
 from forescale.config.schema import key
 from forescale.models.adapters import (
     candidates,
@@ -52,12 +52,12 @@ class LoraConfig:
     def counts(self, model: ModelConfig) -> dict[str, int]:
         """Return the numbers of parameters by kind, as models.flops.Counts, with those of adapters
         among total, active, blocks and non_embedding, and alone as `trained adapters`."""
-        found = vars(count(model))
+        counts = vars(count(model))
         if not self.rank:
-            return found
-        own = num_adapters(model, self.rank, self.targets)
-        among = ("total", "active", "blocks", "non_embedding")
-        return found | {kind: found[kind] + own for kind in among} | {"trained adapters": own}
+            return counts
+        number = num_adapters(model, self.rank, self.targets)
+        kinds = ("total", "active", "blocks", "non_embedding")
+        return counts | {k: counts[k] + number for k in kinds} | {"trained adapters": number}
 
     def flops_per_token(self, model: ModelConfig, length: int, causal: bool = False) -> float:
         """Return what models.flops.flops_per_token does, with what adapters add and spare."""
@@ -84,33 +84,33 @@ class LoraConfig:
         return flops_6n_with_adapters(model, self.rank, self.targets)
 
 
-def problems(job: "TrainJob") -> Problems:
-    """Return the rules of adapters with the other sections, in words of the whole job."""
-    lora, model, found = job.lora, job.model, Problems()
+def problems(job: "TrainJob") -> ProblemIterator:
+    """Yield the rules of adapters with the other sections, in keys of the job."""
+    lora, model = job.lora, job.model
     if not lora.rank:
-        return found
+        return
     if not job.run.origin.run:
         problem = "adapters stand beside the weights of a trained run, and run.from names none"
-        found.append(("lora.rank", problem, "write forescale finetune FROM, or run.from.run=NAME"))
+        yield "lora.rank", problem, "write forescale finetune FROM, or run.from.run=NAME"
     if not isinstance(model, ModelConfig):
         problem = "adapters are for our models, and this is a class of your own"
-        return [*found, ("lora.rank", problem, "make them in your class")]
+        yield "lora.rank", problem, "make them in your class"
+        return
     for name in ("tensor_parallel", "expert_parallel"):
         if (ranks := getattr(job.engine, name)) > 1:
             problem = f"{name}={ranks} divides the matrices that adapters stand beside"
-            found.append((f"engine.{name}", problem, "leave it out, and take engine=zero3"))
+            yield f"engine.{name}", problem, "leave it out, and take engine=zero3"
     if job.optimizer.matrices:
         problem = "updates whole matrices, of which an adapter has two halves"
-        found.append(("optimizer.kind", problem, "write optimizer=adamw"))
+        yield "optimizer.kind", problem, "write optimizer=adamw"
     if job.precision.fp8 != "none":
         problem = "multiplies our matrices itself, without their adapters"
-        found.append(("precision.fp8", problem, "leave it out"))
+        yield "precision.fp8", problem, "leave it out"
     length = job.train.sequence_length
     if model.problems(sequence_length=length):
-        return found
+        return
     names = candidates(model.resolved(model.vocab_size or 1 << 16, length))
     for target in lora.targets:
         if not any(is_target(name, [target]) for name in names):
             todo = f"choose from {', '.join(names)}"
-            found.append(("lora.targets", f"no matrix of the model is {target!r}", todo))
-    return found
+            yield "lora.targets", f"no matrix of the model is {target!r}", todo

@@ -7,7 +7,7 @@ the class of its keys here with a line in OBJECTIVES. Invariant: imports no torc
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator
 from forescale.config.schema import TargetConfig, key
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class ObjectiveConfig:
         """The class of the objective and its keyword arguments."""
         return TargetConfig(self.builder, {f.name: getattr(self, f.name) for f in fields(self)})
 
-    def conflicts(self, job: "TrainJob") -> Problems:
-        """Return what is wrong between this objective alone and its job, in keys of the job."""
-        return []
+    def conflicts(self, job: "TrainJob") -> ProblemIterator:
+        """Yield what is wrong between this objective alone and its job, in keys of the job."""
+        yield from ()
 
 
 @dataclass
@@ -91,11 +91,10 @@ class MaskedConfig(ObjectiveConfig):
         0.1, "share of the targets that a random token replaces; all others stay", ge=0, le=1
     )
 
-    def problems(self) -> Problems:
-        if self.hidden + self.random <= 1:
-            return []
-        problem = f"{self.hidden:g} and random={self.random:g} are more than all targets"
-        return [("hidden", problem, "give shares whose sum is at most 1")]
+    def problems(self) -> ProblemIterator:
+        if self.hidden + self.random > 1:
+            problem = f"{self.hidden:g} and random={self.random:g} are more than all targets"
+            yield "hidden", problem, "give shares whose sum is at most 1"
 
 
 @dataclass
@@ -140,18 +139,16 @@ class PairsConfig(ObjectiveConfig):
         None, "columns of the source; null: half of train.sequence_length", ge=1
     )
 
-    def problems(self) -> Problems:
-        if self.separator:
-            return []
-        todo = r"name the token between source and target, such as objective.separator='\t'"
-        return [("separator", "pairs need one", todo)]
+    def problems(self) -> ProblemIterator:
+        if not self.separator:
+            todo = r"name the token between source and target, such as objective.separator='\t'"
+            yield "separator", "pairs need one", todo
 
-    def conflicts(self, job: "TrainJob") -> Problems:
+    def conflicts(self, job: "TrainJob") -> ProblemIterator:
         columns = job.train.sequence_length
-        if self.source is None or columns > self.source:
-            return []
-        problem = f"{self.source} of {columns} columns leave none for the target"
-        return [("objective.source", problem, f"give at most {columns - 1}")]
+        if self.source is not None and columns <= self.source:
+            problem = f"{self.source} of {columns} columns leave none for the target"
+            yield "objective.source", problem, f"give at most {columns - 1}"
 
 
 @dataclass
@@ -176,20 +173,18 @@ class PreferencesConfig(ObjectiveConfig):
         gt=0,
     )
 
-    def conflicts(self, job: "TrainJob") -> Problems:
-        result: Problems = []
+    def conflicts(self, job: "TrainJob") -> ProblemIterator:
         if not job.run.origin.run:
             problem = (
                 "preferences are learned beside a reference, the weights that a run begins with"
             )
-            result.append(("run.from.run", problem, "name the run to go on from"))
+            yield "run.from.run", problem, "name the run to go on from"
         if getattr(job.model, "mtp_layers", 0):
             problem = "modules for later tokens would learn the rejected responses too"
-            result.append(("model.mtp_layers", problem, "choose a model without them"))
+            yield "model.mtp_layers", problem, "choose a model without them"
         if job.engine.sequence_parallel > 1:
             problem = "the loss of a preference needs whole responses, not a rank's columns of them"
-            result.append(("engine.sequence_parallel", problem, "leave it out"))
-        return result
+            yield "engine.sequence_parallel", problem, "leave it out"
 
 
 @dataclass
@@ -213,37 +208,36 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 }
 
 
-def objective_problems(job: "TrainJob") -> Problems:
-    """Return what is wrong between the objective, the model that it trains and the data that it
+def objective_problems(job: "TrainJob") -> ProblemIterator:
+    """Yield what is wrong between the objective, the model that it trains and the data that it
     reads, in keys of the job."""
     objective, layers = job.objective, getattr(job.model, "encoder_layers", 0)
-    kind, result = objective.kind, Problems()
+    kind = objective.kind
     if job.validation.abilities and not job.continues_text:
         problem = f"a model of objective={kind} continues no text"
         if objective.continues_text:
             problem = "are for a model that reads a text as one row and sees no later token"
-        result.append(("validation.abilities", problem, "leave it out"))
+        yield "validation.abilities", problem, "leave it out"
     has_source = bool(objective.source_kind)
     has_one_row = objective.is_next_token or kind in ("responses", "preferences")
     writes = has_one_row or (has_source and not layers)
     if not getattr(job.model, "causal", True) and writes:
         problem = "a model that sees later tokens is shown the token that it must predict"
         todo = "leave it out, or give objective=masked, which hides its targets"
-        result.append(("model.causal", problem, todo))
+        yield "model.causal", problem, todo
     if getattr(job.model, "causal", False) and objective.sees_both_sides:
         problem = f"objective {kind} is for a model that sees both sides"
-        result.append(("model.causal", problem, "write model.causal=false"))
+        yield "model.causal", problem, "write model.causal=false"
     if layers and has_one_row:
         problem = "an encoder-decoder needs rows of a source and a target"
-        todo = "write objective=seq2seq, prefix or pairs"
-        result.append(("model.encoder_layers", problem, todo))
+        yield "model.encoder_layers", problem, "write objective=seq2seq, prefix or pairs"
     if (columns := job.train.sequence_length) < objective.shortest:
         problem = f"{columns} columns are too few for a row of objective {kind}"
-        result.append(("train.sequence_length", problem, f"give at least {objective.shortest}"))
+        yield "train.sequence_length", problem, f"give at least {objective.shortest}"
     if job.data.document_mask and (has_source or objective.whole):
         problem = f"a row of {kind} has no documents of its own, as a window has"
-        result.append(("data.document_mask", problem, "leave it out"))
+        yield "data.document_mask", problem, "leave it out"
     if job.data.packing == "best_fit" and not objective.is_next_token:
         problem = f"best_fit counts next tokens, not the targets of objective {kind}"
-        result.append(("data.packing", problem, "write data.packing=windows"))
-    return result + objective.conflicts(job)
+        yield "data.packing", problem, "write data.packing=windows"
+    yield from objective.conflicts(job)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator
 from forescale.config.sections.batch import doublings
 from forescale.models.config import ModelConfig
 
@@ -60,49 +60,38 @@ def length_ramp(job: "TrainJob") -> LengthRamp:
     return LengthRamp(first, last, job.steps_of(ramp) or 0)
 
 
-def length_ramp_problems(train: "TrainConfig") -> Problems:
-    """Return the broken rules of the keys of a ramp, relative to the section."""
+def length_ramp_problems(train: "TrainConfig") -> ProblemIterator:
+    """Yield the broken rules of the keys of a ramp, relative to the section."""
     first, last, ramp = train.first_length, train.sequence_length, train.length_ramp
     if (first is None) != (ramp is None):
         missing = "first_length" if first is None else "length_ramp"
         like = str(max(1, last // 4)) if first is None else "'20 %'"
         todo = f"set train.{missing}, such as {like}, or leave the other out"
-        return [(missing, "rows that grow need a first length and a ramp", todo)]
-    if first is None or ramp is None:
-        return []
-    found: Problems = []
-    if doublings(first, last) is None:
+        yield missing, "rows that grow need a first length and a ramp", todo
+    elif first is not None and doublings(first, last) is None:
         problem = f"rows of {first} targets can't be doubled to train.sequence_length={last}"
         near = [last // 2**n for n in (3, 2, 1) if last % 2**n == 0]
         todo = f"choose one of {', '.join(map(str, near))}" if near else "leave it out"
-        found.append(("first_length", problem, todo))
-    if ramp.unit == "seconds":
-        problem = "must not be a wall time, on which the trajectory would depend"
-        found.append(("length_ramp", problem, "write it in steps, tokens or percent"))
-    elif not ramp.amount:
-        problem = "is 0, so that rows would never have their first length"
-        found.append(("length_ramp", problem, "write more, such as '20 %', or leave both keys out"))
-    return found
+        yield "first_length", problem, todo
 
 
-def length_ramp_conflicts(job: "TrainJob") -> Problems:
-    """Return what a job's ramp, which is in order by itself, can't go with."""
-    train, found = job.train, Problems()
+def length_ramp_conflicts(job: "TrainJob") -> ProblemIterator:
+    """Yield what a job's ramp, which is in order by itself, can't go with."""
+    train = job.train
     if train.first_length is None:
-        return []
-    name, kind = "train.first_length", job.objective.kind
+        return
     if not job.objective.is_next_token:
-        found.append((name, f"objective {kind} can't cut its rows", "leave it out"))
+        problem = f"objective {job.objective.kind} can't cut its rows"
+        yield "train.first_length", problem, "leave it out"
     if job.data.packing == "best_fit":
         problem = "best_fit packs whole documents, which shorter rows would cut"
-        found.append((name, problem, "leave it out, or write data.packing=windows"))
+        yield "train.first_length", problem, "leave it out, or write data.packing=windows"
     if job.engine.sequence_parallel > 1:
         problem = "ranks that divide a window's tokens divide them at one length alone"
-        found.append((name, problem, "leave it out, or engine.sequence_parallel"))
+        yield "train.first_length", problem, "leave it out, or engine.sequence_parallel"
     if isinstance(job.model, ModelConfig):
         for key, problem, todo in job.model.problems(sequence_length=train.first_length):
-            found.append((f"model.{key}", f"at train.first_length: {problem}", todo))
-    return found
+            yield f"model.{key}", f"at train.first_length: {problem}", todo
 
 
 def length_ramp_notes(job: "TrainJob") -> list[str]:

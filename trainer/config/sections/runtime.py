@@ -13,43 +13,24 @@ from typing import Literal
 
 from forescale.abilities import QUESTIONS, TASKS
 from forescale.config.duration import Duration
+from forescale.config.job import ProblemIterator
 from forescale.config.schema import key, section
-from forescale.config.sections.data import Problems
 from forescale.config.sections.trackers import TensorboardConfig, TrackerConfig, WandbConfig
 from forescale.config.suggest import nearest_first
 
 
-def _positive(**lengths: Duration | None) -> Problems:
-    return [
-        (name, "must be longer than zero", f"write {name}='500 steps' or another length")
-        for name, length in lengths.items()
-        if length is not None and length.amount == 0
-    ]
-
-
-def _wall_times(prefix: str = "", **lengths: Duration) -> Problems:
-    return [
-        (name, "must be a wall time", f"write {prefix}{name}='5 min'")
-        for name, length in lengths.items()
-        if length.unit != "seconds" or not length.amount
-    ]
-
-
-def ability_problems(abilities: Sequence[str], shots: Sequence[int]) -> Problems:
-    """Return a problem for each ability and number of examples that there is not, by the keys
+def ability_problems(abilities: Sequence[str], shots: Sequence[int]) -> ProblemIterator:
+    """Yield a problem for each ability and number of examples that there is not, by the keys
     `abilities` and `shots`."""
-    found: Problems = []
     for name in abilities:
         if name not in TASKS:
             near = ", ".join(nearest_first(name, TASKS))
-            found.append(("abilities", f"{name!r} is no task", f"choose among {near}"))
+            yield "abilities", f"{name!r} is no task", f"choose among {near}"
     if any(count < 0 for count in shots):
-        problem = f"{shots} are no numbers of examples"
-        found.append(("shots", problem, "write shots=[0,4]"))
-    for name, given in (("abilities", abilities), ("shots", shots)):
-        if len(set(given)) < len(given):
-            found.append((name, f"{[*given]} names one twice", "leave it out once"))
-    return found
+        yield "shots", f"{shots} are no numbers of examples", "write shots=[0,4]"
+    for name, values in (("abilities", abilities), ("shots", shots)):
+        if len(set(values)) < len(values):
+            yield name, f"{[*values]} names one twice", "leave it out once"
 
 
 @dataclass
@@ -58,6 +39,7 @@ class CheckpointConfig:
         Duration(500),
         "time between two checkpoints; the last step is always saved",
         common=True,
+        gt=0,
     )
     keep: int = key(
         2,
@@ -66,7 +48,10 @@ class CheckpointConfig:
         ge=2,
     )
     keep_every: Duration | None = key(
-        None, "keep every checkpoint at a multiple of this for good; null: none"
+        None,
+        "keep every checkpoint at a multiple of this for good; null: none",
+        gt=0,
+        wall_time=False,
     )
     at: list[int] = key([], "steps at which a checkpoint is saved and kept for good")
     keep_best: bool = key(False, "also keep the checkpoint with the lowest validation loss")
@@ -80,28 +65,16 @@ class CheckpointConfig:
         kind="free",
     )
 
-    def problems(self) -> Problems:
-        found = _positive(every=self.every, keep_every=self.keep_every)
+    def problems(self) -> ProblemIterator:
         if self.mirror is not None and not re.match(r"/|~|[a-z][\w+.-]*://[^?#]+$", self.mirror):
             problem = f"{self.mirror} is neither an address nor an absolute path"
-            found.append(
-                ("mirror", problem, "write, for example, s3://bucket/runs or /backup/runs")
-            )
+            yield "mirror", problem, "write, for example, s3://bucket/runs or /backup/runs"
         elif re.match(r"(https?|file|local)://", self.mirror or ""):
             problem = f"{self.mirror} can't be written to"
-            found.append(("mirror", problem, "use the address of a bucket, or a path"))
-        if self.keep_every is not None and self.keep_every.unit == "seconds":
-            todo = "write it in steps, tokens or percent"
-            found.append(("keep_every", "can't be a wall time", todo))
+            yield "mirror", problem, "use the address of a bucket, or a path"
         if any(step < 1 for step in self.at):
-            found.append(
-                (
-                    "at",
-                    f"{self.at} has values below 1, which are no steps",
-                    "write checkpoint.at=[1000, 2000]",
-                )
-            )
-        return found
+            problem = f"{self.at} has values below 1, which are no steps"
+            yield "at", problem, "write checkpoint.at=[1000, 2000]"
 
 
 Policy = Literal["note", "skip", "rollback", "halt"]
@@ -133,31 +106,35 @@ class GuardConfig:
         "how often to compute a micro-batch again and compare weights across ranks, which finds "
         "silent corruption; null: never",
         kind="free",
+        gt=0,
+        wall_time=False,
     )
     corruption: Literal["note", "rollback", "halt"] = key(
         "halt", "what to do if bits differ that must be equal", kind="free"
     )
 
-    def problems(self) -> Problems:
-        found = _positive(replay=self.replay)
-        if self.replay is not None and self.replay.unit == "seconds":
-            found.append(("replay", "can't be a wall time", "write it in steps or tokens"))
+    def problems(self) -> ProblemIterator:
         if self.warmup > self.window:
             problem = f"{self.warmup} steps don't fit in a window of {self.window}"
-            found.append(("warmup", problem, "lower it or raise guard.window"))
-        return found
+            yield "warmup", problem, "lower it or raise guard.window"
 
 
 @dataclass
 class HeartbeatConfig:
     patience: Duration = key(
-        Duration(300, "seconds"), "shortest time after which a rank counts as hanging"
+        Duration(300, "seconds"),
+        "shortest time after which a rank counts as hanging",
+        gt=0,
+        wall_time=True,
     )
     factor: float = key(
         10.0, "a rank hangs only beyond this multiple of its longest time at the place", ge=2
     )
     startup: Duration = key(
-        Duration(1800, "seconds"), "patience for start-up and the first step, which compiles"
+        Duration(1800, "seconds"),
+        "patience for start-up and the first step, which compiles",
+        gt=0,
+        wall_time=True,
     )
     straggler: float = key(1.5, "report ranks slower than this multiple of the median", gt=1)
 
@@ -175,9 +152,6 @@ class HeartbeatConfig:
         # With 2,000 nodes 10 s are 200 small files a second, which shared storage can take.
         return min(10.0, self.patience.seconds / 4)  # type: ignore[operator]
 
-    def problems(self) -> Problems:
-        return _wall_times("heartbeat.", patience=self.patience, startup=self.startup)
-
 
 @dataclass
 class ValidationConfig:
@@ -185,6 +159,7 @@ class ValidationConfig:
         Duration(500),
         "time between two evaluations; the last step is always evaluated",
         common=True,
+        gt=0,
     )
     # Losses of windows of 256 tokens of code have a standard deviation of about 0.55 nats.
     windows: int | None = key(
@@ -205,17 +180,16 @@ class ValidationConfig:
     )
     questions: int = key(QUESTIONS, "abilities: questions of a task, at each number", ge=1)
 
-    def problems(self) -> Problems:
-        found = _positive(every=self.every) + ability_problems(self.abilities, self.shots)
+    def problems(self) -> ProblemIterator:
+        yield from ability_problems(self.abilities, self.shots)
         if self.abilities and not self.shots:
-            found.append(("shots", "names no number of examples", "write shots=[0,4]"))
-        return found
+            yield "shots", "names no number of examples", "write shots=[0,4]"
 
 
 @dataclass
 class LoggingConfig:
     every: Duration = key(
-        Duration(10), "time between two printed lines; metrics.jsonl has every step"
+        Duration(10), "time between two printed lines; metrics.jsonl has every step", gt=0
     )
     peak_flops: float | None = key(
         None, "peak FLOP/s of a device, for the MFU; null: from a table, else measured", gt=0
@@ -234,9 +208,6 @@ class LoggingConfig:
         for tracker in self.trackers:
             tracker.check()
 
-    def problems(self) -> Problems:
-        return _positive(every=self.every)
-
 
 @dataclass
 class LaunchConfig:
@@ -247,15 +218,17 @@ class LaunchConfig:
         common=True,
     )
     timeout: Duration = key(
-        Duration(1800, "seconds"), "longest time that a rank waits for the others in a collective"
+        Duration(1800, "seconds"),
+        "longest time that a rank waits for the others in a collective",
+        gt=0,
+        wall_time=True,
     )
     grace: Duration = key(
         Duration(120, "seconds"),
         "time to save and exit after a stop signal; then ranks exit without saving",
+        gt=0,
+        wall_time=True,
     )
-
-    def problems(self) -> Problems:
-        return _wall_times("launch.", timeout=self.timeout, grace=self.grace)
 
 
 @dataclass
@@ -268,7 +241,6 @@ class ProfileConfig:
         match = re.fullmatch(r"(\d+):(\d+)", self.steps or "")
         return (int(match[1]), int(match[2])) if match else None
 
-    def problems(self) -> Problems:
-        if self.steps is None or (self.interval and self.interval[0] < self.interval[1]):
-            return []
-        return [("steps", f"{self.steps!r} is not FIRST:LAST", "write profile.steps=100:105")]
+    def problems(self) -> ProblemIterator:
+        if self.steps is not None and not (self.interval and self.interval[0] < self.interval[1]):
+            yield "steps", f"{self.steps!r} is not FIRST:LAST", "write profile.steps=100:105"

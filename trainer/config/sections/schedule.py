@@ -8,11 +8,10 @@ resumes, gets longer or branches off needs no scheduler state.
 # ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from forescale.config.duration import Duration
-from forescale.config.job import Problems
 from forescale.config.schema import key
 
 
@@ -30,6 +29,7 @@ class ScheduleConfig:
         Duration(0),
         "length of the linear warm-up from 0 to the peak learning rate",
         common=True,
+        wall_time=False,
     )
 
     @property
@@ -51,15 +51,6 @@ class ScheduleConfig:
     def rate_after_warmup(self, step: int, total_steps: int, warmup: int, decay: int) -> float:
         """Return the rate of a step after the warm-up, as `rate` does."""
         raise NotImplementedError
-
-    def problems(self) -> Problems:
-        problem = "must not be a wall time, on which the trajectory would depend"
-        lengths = {f.name: getattr(self, f.name) for f in fields(self)}
-        return [
-            (name, problem, "write it in steps, tokens or percent")
-            for name, length in lengths.items()
-            if isinstance(length, Duration) and length.unit == "seconds"
-        ]
 
 
 @dataclass
@@ -103,7 +94,9 @@ class WsdConfig(FallingConfig):
 
     kind = "wsd"
 
-    decay: Duration = key(Duration(20, "percent"), "length of the linear decay at the end")
+    decay: Duration = key(
+        Duration(20, "percent"), "length of the linear decay at the end", wall_time=False
+    )
 
     @property
     def decay_length(self) -> Duration | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from forescale.config.duration import Duration
-from forescale.config.job import Problems
+from forescale.config.job import ProblemIterator, Problems
 from forescale.config.schema import key, section
 from forescale.config.sections.batch import batch_ramp_problems
 from forescale.config.sections.ramp import length_ramp_problems
@@ -30,10 +30,9 @@ class OriginConfig:
         "everything", "everything: continue at its step; weights: begin at step 0 with its weights"
     )
 
-    def problems(self) -> Problems:
+    def problems(self) -> ProblemIterator:
         if self.run is None and self.step is not None:
-            return [("step", "needs run.from.run", "set run.from.run=NAME")]
-        return []
+            yield "step", "needs run.from.run", "set run.from.run=NAME"
 
 
 @dataclass
@@ -86,7 +85,10 @@ class TrainConfig:
         ge=1,
     )
     length_ramp: Duration | None = key(
-        None, "length of the run over which rows grow from first_length; each length as long"
+        None,
+        "length of the run over which rows grow from first_length; each length as long",
+        gt=0,
+        wall_time=False,
     )
     global_batch: int = key(
         8,
@@ -101,6 +103,7 @@ class TrainConfig:
         None,
         "with first_batch: length until the batch is global_batch; each doubling takes as many "
         "steps, or tokens; percent are of train.tokens",
+        wall_time=False,
     )
     micro_batch: int = key(
         4,
@@ -133,8 +136,8 @@ class TrainConfig:
 
     @property
     def _lengths(self) -> list[str]:
-        given = {"train.steps": self.steps, "train.tokens": self.tokens}
-        return [name for name, value in given.items() if value is not None]
+        lengths = {"train.steps": self.steps, "train.tokens": self.tokens}
+        return [name for name, value in lengths.items() if value is not None]
 
     @property
     def has_length(self) -> bool:
@@ -147,38 +150,38 @@ class TrainConfig:
         parameters: of the model's layers, None if they aren't known. A batch is a power of two in
         windows, so that micro-batches and ranks divide it, and a micro-batch at least.
         """
-        made = self
-        if made.tokens_per_parameter is not None and parameters and not made._lengths:
-            tokens = round(made.tokens_per_parameter * parameters)
-            made = replace(made, tokens=tokens, tokens_per_parameter=None)
-        if made.global_batch == 0 and made.tokens:
+        train = self
+        if train.tokens_per_parameter is not None and parameters and not train._lengths:
+            tokens = round(train.tokens_per_parameter * parameters)
+            train = replace(train, tokens=tokens, tokens_per_parameter=None)
+        if train.global_batch == 0 and train.tokens:
             scale, power = STEP_LAW_BATCH
-            windows = scale * made.tokens**power / made.sequence_length
+            windows = scale * train.tokens**power / train.sequence_length
             batch = 2 ** max(0, round(math.log2(windows)))
-            made = replace(made, global_batch=max(batch, made.micro_batch))
-        return made
+            train = replace(train, global_batch=max(batch, train.micro_batch))
+        return train
 
-    def problems(self) -> Problems:
-        found: Problems = []
+    def problems(self) -> ProblemIterator:
         if self.tokens_per_parameter is not None:
             problem, todo = "needs a model of ours, whose layers are known", "give train.tokens"
             if self._lengths:
                 problem = f"can't be combined with {' and '.join(self._lengths)}"
                 todo = "give one of them"
-            found.append(("tokens_per_parameter", problem, todo))
+            yield "tokens_per_parameter", problem, todo
         elif not self._lengths:
-            found.append(("steps", "the run has no length", "give train.steps or train.tokens"))
+            yield "steps", "the run has no length", "give train.steps or train.tokens"
         if self.global_batch == 0:
-            problem, todo = "follows from a length in tokens", "give train.tokens, or the windows"
-            found.append(("global_batch", problem, todo))
+            todo = "give train.tokens, or the windows"
+            yield "global_batch", "follows from a length in tokens", todo
         if len(self._lengths) == 2:
             todo = "set one of them to null, such as train.tokens=null"
-            found.append(("steps", "can't be combined with train.tokens", todo))
+            yield "steps", "can't be combined with train.tokens", todo
         if self.activation_memory_budget is not None and self.compile == "off":
             problem, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
-            found.append(("activation_memory_budget", problem, todo))
+            yield "activation_memory_budget", problem, todo
         if self.global_batch % self.micro_batch:
             problem = f"{self.global_batch} windows are not a multiple of the micro-batch"
             todo = "change train.global_batch or train.micro_batch"
-            found.append(("global_batch", f"{problem}, {self.micro_batch}", todo))
-        return found + length_ramp_problems(self) + batch_ramp_problems(self)
+            yield "global_batch", f"{problem}, {self.micro_batch}", todo
+        yield from length_ramp_problems(self)
+        yield from batch_ramp_problems(self)

@@ -59,7 +59,7 @@ def test_a_note_says_when_rows_are_whole():
         (["train.first_length=100"], "first_length: rows of 100 .* choose one of 32, 64, 128"),
         (["train.first_length=null"], "first_length: .* set train.first_length, such as 64"),
         (["train.length_ramp=5 min"], "length_ramp: must not be a wall time"),
-        (["train.length_ramp=0 %"], "length_ramp: is 0, so that rows would never"),
+        (["train.length_ramp=0 %"], "length_ramp: must be longer than zero"),
         (["train.sequence_length=99"], "rows of 64 .* train.sequence_length=99; leave it out"),
         (["objective=prefix"], "objective prefix can't cut its rows"),
         (["data.packing=best_fit"], "best_fit packs whole documents"),
