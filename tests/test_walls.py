@@ -53,21 +53,17 @@ ALLOWED = {
         "models config run scaling.config scaling.fitting scaling.records scaling.forecasting "
         "scaling.analysis"
     ),
-    "scaling.tasks": (
-        "scaling.config scaling.fitting scaling.records scaling.doubts scaling.forecasting "
-        "scaling.analysis"
-    ),
     "scaling.study": (
         "config run resilience monitor slurm scaling.config scaling.fitting scaling.records "
-        "scaling.analysis scaling.design scaling.tasks"
+        "scaling.analysis scaling.design"
     ),
     "scaling.report": (
         "pages monitor scaling.config scaling.fitting scaling.forecasting scaling.analysis "
-        "scaling.design scaling.tasks scaling.study"
+        "scaling.design scaling.study"
     ),
     "scaling.actions": (
         "config scaling.config scaling.fitting scaling.forecasting scaling.analysis scaling.design "
-        "scaling.tasks scaling.study scaling.report"
+        "scaling.study scaling.report"
     ),
     "verbs": (
         "abilities config data engine run resilience checkpoint monitor train drill inference "

@@ -31,7 +31,8 @@ from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, spent
-from forescale.scaling.forecasting.calibrated import PRIOR, CalibratedLaw, Discrepancy, calibrate
+from forescale.scaling.forecasting.calibrated import CalibratedLaw, calibrate
+from forescale.scaling.forecasting.predictor import PRIOR, Discrepancy
 from tests.benchmarks.pairing import Result
 
 ROOT = Path(__file__).parents[2]

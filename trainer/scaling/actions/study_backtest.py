@@ -7,11 +7,11 @@ from forescale.console import open_console, progress_display
 from forescale.errors import DONE
 from forescale.scaling.actions.shared import RUNS, STUDY, TASK, print_json
 from forescale.scaling.analysis import backtest
+from forescale.scaling.analysis.task_fit import forecasts_of, task_scores
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show_scores
 from forescale.scaling.report.task_text import show_task_scores
-from forescale.scaling.study.inputs import read_finished, read_ladders
-from forescale.scaling.tasks import judge as judge_tasks
+from forescale.scaling.study.inputs import read_finished
 
 ACTION = Action(
     "Judge forecasts by finished studies: what each method would have said, and how far off.",
@@ -27,24 +27,24 @@ ACTION = Action(
 
 def main(job: StudyJob) -> int:
     """Score each method, of several tables apart and together; with `task`, the two steps."""
+    tables = read_finished(job)
     if job.task is not None:
-        return _backtest_task(job)
-    studies = read_finished(job)
+        return _backtest_task(tables, job)
     with progress_display() as progress:
-        scores = backtest.scores(backtest.forecasts(studies, job, progress=progress))
+        scores = backtest.scores(backtest.forecasts(tables, job, progress=progress))
     if job.json:
         return print_json(backtest.as_dict(scores))
     show_scores(scores, open_console())
     return DONE
 
 
-def _backtest_task(job: StudyJob) -> int:
+def _backtest_task(tables: list[backtest.Finished], job: StudyJob) -> int:
     with progress_display() as progress:
-        rows, refused = judge_tasks.forecasts_of(read_ladders(job), job, progress)
+        rows, refused = forecasts_of(tables, job, progress)
     for one in refused:
         print(f"Note: {one.where} is left out: {one.problem}.", file=sys.stderr)
-    scores = judge_tasks.scores(rows)
+    scores = task_scores(rows)
     if job.json:
-        return print_json(judge_tasks.as_dict(scores))
+        return print_json(backtest.as_dict(scores))
     show_task_scores(scores, job, open_console())
     return DONE

@@ -15,12 +15,12 @@ from forescale.scaling.analysis import multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import as_dict
+from forescale.scaling.analysis.task_fit import task_as_dict, task_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show
 from forescale.scaling.report.recipes_text import show_recipes
 from forescale.scaling.report.task_text import show_task
 from forescale.scaling.study.inputs import read, with_outcome
-from forescale.scaling.tasks.answer import answer_as_dict, task_of
 
 ACTION = Action(
     "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
@@ -49,7 +49,7 @@ def main(job: StudyJob) -> int:
     law.predict()  # raises UserError for a bad target before anything is printed
     task = task_of(law, where)
     if job.json:
-        return print_json(as_dict(law) | ({} if task is None else {"task": answer_as_dict(task)}))
+        return print_json(as_dict(law) | ({} if task is None else {"task": task_as_dict(task)}))
     show(law, open_console(), where)
     if task is not None:
         show_task(task, open_console())

@@ -12,10 +12,9 @@ from forescale.scaling.actions.shared import (
 )
 from forescale.scaling.analysis.forecast import write_forecast
 from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.analysis.task_fit import task_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.task_text import prediction_of
-from forescale.scaling.tasks.answer import task_of
-from forescale.scaling.tasks.forecast import facts_of
 
 ACTION = Action(
     "Store a forecast of a run before it is trained.",
@@ -32,8 +31,7 @@ def main(job: StudyJob) -> int:
         raise UserError("target.run", "is not given", todo)
     law = law_of(table, job, where)
     task = task_of(law, where)
-    facts_of_task = {} if task is None else {"task": facts_of(task.fit)}
-    forecast = write_forecast(law, job.forecasts, job.target.run, more=facts_of_task)
+    forecast = write_forecast(law, job.forecasts, job.target.run, task=task)
     facts = forecast.facts
     (low_50, high_50), (low, high) = facts["interval_50"], facts["interval"]
     print(
@@ -43,5 +41,5 @@ def main(job: StudyJob) -> int:
         "forescale study score RUNS"
     )
     if task is not None:
-        print(f"{job.task}: {prediction_of(task.fit)}")
+        print(f"{job.task}: {prediction_of(task)}")
     return DONE

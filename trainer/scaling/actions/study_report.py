@@ -14,9 +14,9 @@ from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.analysis.task_fit import TaskFit, task_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read, with_outcome
-from forescale.scaling.tasks.answer import TaskAnswer, task_of
 
 ACTION = Action(
     "Write the fit, its figures and its doubts as one HTML file.",
@@ -50,7 +50,7 @@ def _report_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     from forescale.scaling.report.fit_page import beside, write
 
     evidence = gather(job, table)
-    task: TaskAnswer | str | None = None
+    task: TaskFit | str | None = None
     law: StudyFit | str
     try:
         law = law_of(evidence.fitted, job, where)

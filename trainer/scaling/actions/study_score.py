@@ -6,12 +6,11 @@ from forescale.config.job import Action
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.scaling.actions.shared import RUNS, STUDY, print_json, read_one_recipe
-from forescale.scaling.analysis.forecast import read_forecasts, score
+from forescale.scaling.analysis.forecast import columns_of, read_forecasts, score, score_tasks
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show_score
 from forescale.scaling.report.task_text import show_task_forecasts
 from forescale.scaling.study.inputs import with_columns
-from forescale.scaling.tasks.forecast import columns_of, score_tasks
 
 ACTION = Action(
     "Compare the stored forecasts with the losses observed since.",

@@ -4,10 +4,10 @@ from forescale.config.job import Action
 from forescale.console import open_console
 from forescale.errors import DONE
 from forescale.scaling.actions.shared import LAW, LINK, RUNS, STUDY, TARGET_OF_LAW, print_json
+from forescale.scaling.analysis.task_fit import fit_tasks, tasks_as_dict
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.task_text import show_tasks
 from forescale.scaling.study.inputs import read_tasks
-from forescale.scaling.tasks.answer import as_dict, fit_tasks
 
 ACTION = Action(
     "Predict the accuracy of tasks in two steps: N and D to a loss, the loss to the accuracy.",
@@ -24,6 +24,6 @@ def main(job: StudyJob) -> int:
     """Fit the link from loss to accuracy of each task, and predict the target's metrics."""
     answers = fit_tasks(read_tasks(job), job)
     if job.json:
-        return print_json(as_dict(answers))
+        return print_json(tasks_as_dict(answers))
     show_tasks(answers, open_console())
     return DONE

@@ -1,19 +1,21 @@
-"""The judge of forecasts: what each method would have forecast at every origin of finished studies.
+"""Backtests: what each method would have predicted at every origin of finished runs.
 
-    origin     the first k budgets of a table, three or more; each method knows their runs alone
-    forecasts  the lowest loss of the next budget and of the one after, and each of their runs
-    methods    "level" (forecasting/forecaster.py); "law", as `study fit` fits and calibrates it;
-               and rivals with intervals by their own earlier errors: "line", "L(C)" (rivals.py),
-               "last minimum"
-    scores     by method and budgets ahead, for every table and pooled over all
+    origin   the first k budgets of a table, three or more; each method knows their runs alone
+    methods  of a loss: "level" (forecasting/forecaster.py); "law", as `study fit` fits and
+             calibrates it; "line", "L(C)" and "last minimum" (forecasting/predictor.py). Of a
+             task's metric: those of task_fit.py
+    rows     of the next budget and the one after: the lowest loss, and the loss of each run; or
+             the metric of each run
+    scores   by method and budgets ahead, for every table and pooled over all
 
-Invariant: no forecast, interval or calibration at an origin reads a loss beyond it. Errors are log
-of predicted over observed loss, which is about the relative error.
+Invariant: no prediction, interval or calibration at an origin reads anything beyond it. Errors are
+log of predicted over observed loss, which is about the relative error; of a metric that is a share
+they are differences.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,185 +26,109 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best, spent
-from forescale.scaling.forecasting.calibrated import (
-    BELIEF,
-    CalibratedLaw,
-    Discrepancy,
-    laws_of_origins,
-)
+from forescale.scaling.forecasting.calibrated import laws_of_origins
 from forescale.scaling.forecasting.forecaster import Forecaster, forecasters
-from forescale.scaling.forecasting.predictor import FRONTIER, LAW, LEVEL, LINE, Predicted, rivals
-from forescale.scaling.records.records import points
+from forescale.scaling.forecasting.predictor import (
+    AHEAD,
+    FRONTIER,
+    LAST,
+    LAW,
+    LEAST,
+    LEVEL,
+    LINE,
+    Distribution,
+    Predictor,
+    simple_predictors,
+)
+from forescale.scaling.records.records import OUTCOME, budgets_of, points
 
-LAST = "last minimum"
-METHODS = (LEVEL, LAW, LINE, FRONTIER, LAST)
 RIVALS = (LINE, FRONTIER, LAST)
+METHODS = (LEVEL, LAW, *RIVALS)
 GROUPS = MINIMA, NEAR, OTHER = "minima", "near", "other"
-INNER, OUTER = 0.5, 0.9  # levels of the intervals
-AHEAD = (1, 2)  # budgets between an origin and what it forecasts
-JUDGED = ("chinchilla", "shared-exponent", "over-training", "kaplan", "frontier")
-_LEAST = 3  # budgets of an origin
+BEST = "best"  # of a metric, in place of the minima: the run with the lowest loss of its budget
+LAWS = ("chinchilla", "shared-exponent", "over-training", "kaplan", "frontier")  # with a backtest
+RESAMPLED = 100  # refits of a law at an origin
 _NEAR = 0.01  # a run is near the optimum if its loss is at most this much above its budget's lowest
-_RESAMPLED = 100  # refits of a law at an origin
+
+Origin = tuple[int, str, Predictor]  # number of known budgets, name of the method, the method
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The runs of a finished study. budgets: the nominal budget of each run, (n,)."""
+    """The finished runs of one table.
+
+    runs: their records; budgets: the nominal budget of each, (n,); metric: of a task, (n,), if it
+    is the metric that is predicted; None: their loss is.
+    """
 
     name: str
+    runs: pd.DataFrame
     points: Points
     budgets: Array
+    metric: Array | None = None
+
+    def observed(self, at: Array) -> tuple[Array, Array]:
+        """Return what was observed of the runs of a mask, and the group of each, (m,) each."""
+        loss = self.points.loss[at]
+        if self.metric is not None:
+            return self.metric[at], np.where(np.arange(len(loss)) == loss.argmin(), BEST, OTHER)
+        return loss, np.where(np.log(loss) - np.log(loss.min()) <= np.log1p(_NEAR), NEAR, OTHER)
 
 
-def finished(table: pd.DataFrame, job: StudyJob, name: str) -> Finished:
-    """Return the runs of a table that have a finite loss. Raises UserError if it has no column of
-    budgets, if they are fewer than four, or if N, D or C is missing."""
+def finished(table: pd.DataFrame, job: StudyJob, name: str, has_metric: bool = False) -> Finished:
+    """Return the runs of a table that have a finite loss and, if asked for, the metric.
+
+    Raises UserError if they have fewer than four budgets, if the budgets are not named (those of
+    runs with a metric may be half decades of C), or if N, D or C is missing.
+    """
     table = table[table["fitted"]] if "fitted" in table else table
-    table = table[table["loss"] < np.inf]
-    if "budget" not in table:
+    table = table[(table["loss"] < np.inf) & (table[OUTCOME].notna() if has_metric else True)]
+    if has_metric and table.empty:
+        todo = "give runs that are evaluated on the task"
+        raise UserError(name, "no run has a finite loss and the metric", todo)
+    if not has_metric and "budget" not in table:
         todo = "name the column of each run's compute budget, such as columns={budget: C}"
         raise UserError(name, "has no column 'budget'", todo)
-    if (count := table["budget"].nunique()) <= _LEAST:
-        problem = f"has {count} budgets with a finite loss, too few for a backtest"
-        raise UserError(name, problem, f"give a table with {_LEAST + 1} budgets or more")
-    made = points(table, job.size, job.cost, name)
-    for column in ("parameters", "tokens"):
-        made.log(column)  # raises UserError if it is missing
-    return Finished(name, made, table["budget"].to_numpy())
+    table = table.reset_index(drop=True)
+    if not has_metric:
+        _expect_budgets(table["budget"].nunique(), name, "a finite loss")
+    runs = points(table, job.size, job.cost, name)
+    if not has_metric:
+        runs.columns(("parameters", "tokens"))  # raises UserError if one is missing
+        return Finished(name, table, runs, table["budget"].to_numpy())
+    budgets = budgets_of(table, spent(runs))
+    _expect_budgets(len(np.unique(budgets)), name, "the metric")
+    metric = table[OUTCOME].to_numpy(dtype=float)
+    return Finished(name, table, runs, budgets, 1 - metric if job.metric == "error" else metric)
 
 
-class Method(Protocol):
-    """A method that knows the runs of an origin."""
-
-    def minimum(self, budget: float) -> Predicted:
-        """Return the forecast of the lowest loss of a budget, (1,)."""
-
-    def of_runs(self, later: Points, budget: float) -> Predicted | None:
-        """Return the forecasts of a budget's runs, (m,), or None; it reads no loss of `later`."""
-
-
-@dataclass(frozen=True)
-class _Level:
-    made: Forecaster
-
-    def minimum(self, budget: float) -> Predicted:
-        return self.made.minimum(budget)
-
-    def of_runs(self, later: Points, budget: float) -> Predicted:
-        n, d = np.exp(later.log("parameters")), np.exp(later.log("tokens"))
-        return self.made.of_runs(n, d, budget)
-
-
-@dataclass(frozen=True)
-class _Law:
-    made: CalibratedLaw
-
-    def minimum(self, budget: float) -> Predicted:
-        law, flops = self.made.fit, np.array([budget])
-        if law.form.columns == ("flops",):
-            return self.made.predicted({"flops": flops}, flops)
-        p, per = law.points, 6.0
-        if p.flops is not None:
-            per = float(np.exp(np.mean(p.log("flops") - p.log("parameters") - p.log("tokens"))))
-        n, d = laws.compute_optimal(law.form, law.vector, flops, per)
-        return self.made.predicted({"parameters": n, "tokens": d}, flops)
-
-    def of_runs(self, later: Points, budget: float) -> Predicted:
-        columns = {c: np.exp(later.log(c)) for c in self.made.fit.form.columns}
-        return self.made.predicted(columns, spent(later))
-
-
-@dataclass(frozen=True)
-class _Rival:
-    """loss: from a budget to its lowest loss; last: the last known budget; doubt: what the errors
-    of the same rival at earlier origins show."""
-
-    loss: Callable[[float], float]
-    last: float
-    doubt: Discrepancy
-
-    def minimum(self, budget: float) -> Predicted:
-        deviation = self.doubt.per_decade * np.log10([budget / self.last])
-        return Predicted(np.log([self.loss(budget)]), deviation, BELIEF + self.doubt.origins)
-
-    def of_runs(self, later: Points, budget: float) -> None:
-        return None
-
-
-def _levels(one: Finished, made: Iterable[Forecaster] | None) -> Iterator[tuple[int, Method]]:
-    if made is None:
-        known = one.budgets < one.budgets.max()  # the largest budget is none that an origin knows
-        made = forecasters(one.points.take(known), one.budgets[known])
-    for k, found in enumerate(made, start=2):
-        if k >= _LEAST:
-            yield k, _Level(found)
-
-
-def _laws(one: Finished, job: StudyJob) -> Iterator[tuple[int, Method]]:
-    kept = near_best(one.points.loss, one.budgets, job.near)
-    goal = Objective.of(job.delta, job.residual)
-    runs, budgets = one.points.take(kept), one.budgets[kept]
-    for k, law in laws_of_origins(laws.FORMS[job.form], runs, budgets, goal, _RESAMPLED):
-        yield k, _Law(law)
-
-
-def _rivals(one: Finished) -> Iterator[tuple[int, str, Method]]:
-    distinct = np.unique(one.budgets)
-    lowest = np.array([one.points.loss[one.budgets == c].min() for c in distinct])
-    seen: dict[str, list[tuple[int, Callable[[float], float]]]] = {name: [] for name in RIVALS}
-    for k in range(_LEAST - 1, len(distinct)):
-        found = rivals(distinct[:k], lowest[:k]) | {LAST: _constant(float(lowest[k - 1]))}
-        for name, loss in found.items():
-            errors = [
-                abs(np.log(old(distinct[j]) / lowest[j])) / np.log10(distinct[j] / distinct[i - 1])
-                for i, old in seen[name]
-                for j in range(i, min(i + len(AHEAD), k))
-            ]
-            seen[name].append((k, loss))
-            if k >= _LEAST:
-                yield k, name, _Rival(loss, distinct[k - 1], Discrepancy().after(errors))
-
-
-def _constant(loss: float) -> Callable[[float], float]:
-    return lambda budget: loss
-
-
-def _methods(
-    one: Finished, job: StudyJob, chosen: Sequence[str], made: Iterable[Forecaster] | None
-) -> Iterator[tuple[int, str, Method]]:
-    """Yield the number of known budgets, the name and the method of every origin."""
-    if LEVEL in chosen:
-        yield from ((k, LEVEL, method) for k, method in _levels(one, made))
-    yield from (found for found in _rivals(one) if found[1] in chosen)
-    if LAW in chosen:
-        yield from ((k, LAW, method) for k, method in _laws(one, job))
+def _expect_budgets(count: int, name: str, property: str) -> None:
+    if count <= LEAST:
+        problem = f"has {count} budgets with {property}, too few for a backtest"
+        raise UserError(name, problem, f"give a table with {LEAST + 1} budgets or more")
 
 
 def forecasts(
     studies: Sequence[Finished],
     job: StudyJob,
-    chosen: Sequence[str] = METHODS,
+    methods: Sequence[str] = METHODS,
     progress: Progress = silent,
-    made: Iterable[Forecaster] | None = None,
+    levels: Iterable[Forecaster] | None = None,
 ) -> pd.DataFrame:
-    """Return all forecasts, a row each.
+    """Return all predictions of losses, a row each, as `rows_of` makes them.
 
-    table, method; origin: its number of budgets; ahead: budgets beyond it; beyond: the budget over
-    the last known one; group: "minima", or of a run "near" or "other"; observed: the loss; error:
-    log of predicted over observed loss; inner, outer: half of the width of the intervals in log
-    loss. chosen: the methods; made: the forecasters of the origins of a single study, if they are
-    there. Raises UserError for a law that has no forecast of a budget's minimum.
+    methods: their names; levels: the forecasters of the origins of a single study, if they are
+    known. Raises UserError for a law that predicts no budget's minimum.
     """
-    if job.form not in JUDGED:
-        todo = f"give one of {', '.join(JUDGED)}"
+    if job.form not in LAWS:
+        todo = f"give one of {', '.join(LAWS)}"
         raise UserError("form", f"{job.form} can't be judged", todo)
     rows = list[pd.DataFrame]()
-    total = sum(len(np.unique(one.budgets)) - _LEAST for one in studies) * len(chosen)
+    total = sum(len(np.unique(one.budgets)) - LEAST for one in studies) * len(methods)
     done = 0
     for one in studies:
-        for k, name, method in _methods(one, job, chosen, made):
-            rows += _rows(one, k, name, method)
+        for origin in _origins(one, job, methods, levels):
+            rows += rows_of(one, origin)
             done += 1
             progress("backtest", done, total, "fits")
     if done < total:  # a method that needs more runs has no fit at some origins
@@ -210,30 +136,54 @@ def forecasts(
     return pd.concat(rows, ignore_index=True)
 
 
-def _rows(one: Finished, k: int, name: str, method: Method) -> Iterator[pd.DataFrame]:
-    """Yield the forecasts of a method at an origin."""
+def _origins(
+    one: Finished, job: StudyJob, methods: Sequence[str], levels: Iterable[Forecaster] | None
+) -> Iterator[Origin]:
+    if LEVEL in methods:
+        if levels is None:
+            known = one.budgets < one.budgets.max()  # no origin knows the largest budget
+            levels = forecasters(one.points.take(known), one.budgets[known])
+        yield from ((k, LEVEL, each) for k, each in enumerate(levels, start=2) if k >= LEAST)
+    yield from (each for each in simple_predictors(one.points, one.budgets) if each[1] in methods)
+    if LAW in methods:
+        near = near_best(one.points.loss, one.budgets, job.near)
+        form, goal = laws.FORMS[job.form], Objective.of(job.delta, job.residual)
+        runs, budgets = one.points.take(near), one.budgets[near]
+        for k, law in laws_of_origins(form, runs, budgets, goal, RESAMPLED):
+            yield k, LAW, law
+
+
+def rows_of(one: Finished, origin: Origin) -> Iterator[pd.DataFrame]:
+    """Yield the predictions of a method at an origin, a row each.
+
+    table, method; origin: its number of budgets; ahead: budgets beyond it; beyond: the budget over
+    the last known one; group: "minima", or of a run "near" or "other", of a metric "best" or
+    "other"; observed: the loss or the metric; the other columns: see Distribution.against.
+    """
+    k, method, predictor = origin
     distinct = np.unique(one.budgets)
     for ahead, budget in zip(AHEAD, distinct[k:].tolist(), strict=False):
-        later = one.points.take(one.budgets == budget)
+        at = one.budgets == budget
+        later, (observed, groups) = one.points.take(at), one.observed(at)
         beyond = budget / float(distinct[k - 1])
-        own = {"table": one.name, "method": name, "origin": k, "ahead": ahead, "beyond": beyond}
-        y, lowest = later.log("loss"), float(np.log(later.loss.min()))
-        least = method.minimum(budget)
-        yield pd.DataFrame({**own, "group": MINIMA, **_against(least, np.array([lowest]))})
-        if (each := method.of_runs(later, budget)) is not None:
-            group = np.where(y - lowest <= np.log1p(_NEAR), NEAR, OTHER)
-            yield pd.DataFrame({**own, "group": group, **_against(each, y)})
+        keys = {"table": one.name, "method": method, "origin": k, "ahead": ahead, "beyond": beyond}
+        if (minimum := predictor.minimum(budget)) is not None:
+            yield _row(keys, MINIMA, minimum, later.loss.min(keepdims=True))
+        each = predictor.of_runs(later.columns(), spent(later), budget)
+        if each is not None:
+            yield _row(keys, groups, each, observed)
 
 
-def _against(found: Predicted, observed: Array) -> dict[str, Array]:
-    error = np.atleast_1d(found.log_loss - observed)
-    half = {"inner": found.half(INNER), "outer": found.half(OUTER)}
-    return {"observed": np.exp(observed), "error": error, **half}
+def _row(
+    keys: Mapping[str, Any], group: Any, predicted: Distribution, observed: Array
+) -> pd.DataFrame:
+    errors = predicted.against(observed)
+    return pd.DataFrame({**keys, "group": group, "observed": observed, **errors})
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The shares of observed losses inside the 50 and the 90 % interval, of a number of them."""
+    """The shares of observed values inside the 50 and the 90 % interval, of a number of them."""
 
     count: int
     inner: float
@@ -244,12 +194,12 @@ class Coverage:
 class Scores:
     """The scores of a method, so many budgets ahead. table: None for all tables together.
 
-    count: forecasts of a minimum; median, bias: median absolute and mean signed error of them;
-    bias_error: standard error of the bias, None for one table: those of a table err alike, so it is
-    of tables as wholes (clusters: Cameron and Miller 2015); interval_score: of their 90 % intervals
-    in log loss, lower is better (Gneiting and Raftery 2007, eq. 43), None without intervals;
-    coverage: by group; skill: by rival, 1 - mean absolute error over the rival's, at the origins
-    that both forecast.
+    count: predictions of a minimum, or of the metric of the best run; median, bias: median absolute
+    and mean signed error of them; bias_error: standard error of the bias, None for one table: those
+    of a table err alike, so it is of tables as wholes (clusters: Cameron and Miller 2015);
+    interval_score: mean of their 90 % intervals, None without intervals; coverage: by group; skill:
+    by rival, 1 - mean absolute error over the rival's, at the origins that both predict; mean: mean
+    absolute error, of a metric.
     """
 
     table: str | None
@@ -262,41 +212,47 @@ class Scores:
     interval_score: float | None
     coverage: Mapping[str, Coverage]
     skill: Mapping[str, float]
+    mean: float | None = None
 
 
-def scores(rows: pd.DataFrame) -> list[Scores]:
+def scores(
+    rows: pd.DataFrame, methods: Sequence[str] = METHODS, rivals: Sequence[str] = RIVALS
+) -> list[Scores]:
     """Return the scores of all tables together, then of each apart."""
-    parts = [(None, rows), *((name, own) for name, own in rows.groupby("table", sort=False))]
+    parts = [(None, rows), *((str(name), part) for name, part in rows.groupby("table", sort=False))]
     return [
-        _scores(None if name is None else str(name), method, ahead, own[own["ahead"] == ahead])
-        for name, own in parts
+        _scores(name, method, ahead, part[part["ahead"] == ahead], rivals)
+        for name, part in parts
         for ahead in AHEAD
-        for method in METHODS
-        if ((own["ahead"] == ahead) & (own["method"] == method)).any()
+        for method in methods
+        if ((part["ahead"] == ahead) & (part["method"] == method)).any()
     ]
 
 
-def _scores(name: str | None, method: str, ahead: int, rows: pd.DataFrame) -> Scores:
-    minima = rows[rows["group"] == MINIMA]
-    errors = minima.pivot(index=["table", "origin"], columns="method", values="error")
-    mine = rows[rows["method"] == method]
-    own = mine[mine["group"] == MINIMA]
-    miss = np.maximum(own["error"].abs() - own["outer"], 0)
-    mark = float((2 * own["outer"] + 2 / (1 - OUTER) * miss).mean())
+def _scores(
+    name: str | None, method: str, ahead: int, rows: pd.DataFrame, rivals: Sequence[str]
+) -> Scores:
+    best = rows[rows["group"].isin((MINIMA, BEST))]
+    errors = best.pivot(index=["table", "origin"], columns="method", values="error")
+    of_method = rows[rows["method"] == method]
+    best = best[best["method"] == method]
+    mark = float(best["interval_score"].mean())
     return Scores(
         name,
         method,
         ahead,
-        len(own),
-        float(own["error"].abs().median()),
-        float(own["error"].mean()),
-        _error_of_mean(own["error"], own["table"]),
+        len(best),
+        float(best["error"].abs().median()),
+        float(best["error"].mean()),
+        _error_of_mean(best["error"], best["table"]),
         None if np.isnan(mark) else mark,
         {} if np.isnan(mark) else {
-            g: _coverage(each) for g in GROUPS if len(each := mine[mine["group"] == g])
+            group: _coverage(part) for group in (BEST, *GROUPS)
+            if len(part := of_method[of_method["group"] == group])
         },
-        {rival: _skill(errors[[method, rival]].dropna().abs().mean().to_numpy())
-         for rival in RIVALS if rival in errors and rival != method},
+        {rival: _skill(*errors[[method, rival]].dropna().abs().mean())
+         for rival in rivals if rival in errors and rival != method},
+        float(best["error"].abs().mean()) if (best["group"] == BEST).any() else None,
     )  # fmt: skip
 
 
@@ -307,39 +263,37 @@ def _error_of_mean(errors: pd.Series, tables: pd.Series) -> float | None:
 
 
 def _coverage(rows: pd.DataFrame) -> Coverage:
-    inside = (float((rows["error"].abs() <= rows[at]).mean()) for at in ("inner", "outer"))
-    return Coverage(len(rows), *inside)
+    return Coverage(len(rows), float(rows["inside_50"].mean()), float(rows["inside_90"].mean()))
 
 
-def _skill(means: Array) -> float:
-    ours, theirs = means
-    return float(1 - ours / theirs) if theirs else 0.0
+def _skill(error: float, of_rival: float) -> float:
+    return float(1 - error / of_rival) if of_rival else 0.0
 
 
 def earlier(
-    table: pd.DataFrame, job: StudyJob, method: str, made: Sequence[Forecaster] = ()
+    table: pd.DataFrame, job: StudyJob, method: str, levels: Sequence[Forecaster] = ()
 ) -> pd.DataFrame | None:
-    """Return the forecasts of one method and of the rivals at the origins of one table; None if its
-    budgets are too few, or if its law can't be judged.
+    """Return the predictions of one method and of the rivals at the origins of one table; None if
+    its budgets are too few, or if its law has no backtest.
 
-    made: the forecasters of its budgets. They are made anew if they know only some budgets.
+    levels: the forecasters of its budgets. They are made anew if they know only some budgets.
     """
-    if job.form not in JUDGED:
+    if job.form not in LAWS:
         return None
     try:
         one = finished(table, job, "runs")
     except UserError:
         return None
-    all_known = len(made) == len(np.unique(one.budgets)) - 1  # the first knows two budgets
-    return forecasts([one], job, (method, *RIVALS), made=made[:-1] if all_known else None)
+    all_known = len(levels) == len(np.unique(one.budgets)) - 1  # the first knows two budgets
+    return forecasts([one], job, (method, *RIVALS), levels=levels[:-1] if all_known else None)
 
 
-def as_dict(found: Sequence[Scores]) -> dict[str, Any]:
+def as_dict(scores: Sequence[Scores]) -> dict[str, Any]:
     """Return the scores as plain values, for JSON; a share of no runs is None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
+            return {k: plain(v) for k, v in value.items() if (k, v) != ("mean", None)}
         return None if isinstance(value, float) and np.isnan(value) else value
 
-    return {"scores": [plain(asdict(one)) for one in found]}
+    return {"scores": [plain(asdict(one)) for one in scores]}

@@ -2,8 +2,8 @@
 
     studies/<name>/forecasts/
       0001.json            a forecast: target, predicted loss and intervals, those of each branch of
-                           the target, predictions of simpler methods, fit, hashes, time;
-                           run/forecast.py reads it
+                           the target, predictions of simpler methods, the metric of a task, fit,
+                           hashes, time; run/forecast.py reads it
       0001.outcome.json    the observed loss; `score` writes it, and leaves the forecast unchanged
 
 Invariant: a forecast is written once, before its target has a record, and holds the hash of the
@@ -14,7 +14,7 @@ names the place. A forecast whose target has no record counts as abandoned; a sc
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,62 +25,63 @@ import pandas as pd
 from forescale.errors import UserError
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
+from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting.points import COLUMNS, Points, spent
-from forescale.scaling.forecasting import predictor
+from forescale.scaling.forecasting.predictor import LAST, simple_losses
 from forescale.storage import write_json
 
 __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
 
 
 def write_forecast(
-    made: StudyFit,
+    law: StudyFit,
     folder: Path,
     run: str,
     target: TargetPoint | None = None,
-    more: Mapping[str, Any] | None = None,
+    task: TaskFit | None = None,
 ) -> Forecast:
     """Write the forecast of `run`, with a prediction for its end and for each branch.
 
-    target: that of the fit unless given; more: further facts of it. Raises UserError if no target
-    is given, if the run or a branch has a record already, if the run has a forecast already, or if
-    a branch is not shorter than the run.
+    target: by default that of the fit; task: the metric to predict too. Raises UserError if there
+    is no target, if the run or a branch has a record already, if the run has a forecast already, or
+    if a branch is not shorter than the run.
     """
-    predicted = made.predict(target)
-    if predicted is None:
+    end = law.predict(target)
+    if end is None:
         todo = "write target.parameters= and target.tokens=, or target.flops="
         raise UserError("target", "is not given", todo)
-    _refuse_known(made.records, run, predicted.parameters, predicted.tokens, made.job.size)
-    branches = _branches(made, predicted, target or made.job.target, run)
+    _refuse_known(law.records, run, end.parameters, end.tokens, law.job.size)
+    branches = _branches(law, end, target or law.job.target, run)
     earlier = read_forecasts(folder)
     if any(forecast.facts["target"]["run"] == run for forecast in earlier):
         problem = f"has a forecast already, in {folder}"
         raise UserError(run, problem, "name another run: a run is forecast once")
-    factor = predicted.extrapolation_factor
+    factor = end.extrapolation_factor
     facts: dict[str, Any] = {
         "target": {
             "run": run,
-            "parameters": predicted.parameters,
-            "tokens": predicted.tokens,
+            "parameters": end.parameters,
+            "tokens": end.tokens,
             "extrapolation_factor": factor,
         },
-        "loss": predicted.loss,
-        "interval_50": list(predicted.inner),
-        "interval": list(predicted.outer),
-        "level": made.job.level,
-        "points": [_point(p) for p in (predicted, *branches) if math.isfinite(p.tokens)],
-        "rivals": rivals(made.points, factor)
-        | {"law alone": {"loss": predicted.law, "interval": list(predicted.resampled)}},
-        "method": predicted.method,
-        "backtests": predicted.origins,
-        "form": made.form.name,
-        "values": made.fit.values,
-        "certified": made.fit.certificate.holds,
-        "convention": made.points.convention,
-        "data": data_hash(made.points),
+        "loss": end.loss,
+        "interval_50": list(end.inner),
+        "interval": list(end.outer),
+        "level": law.job.level,
+        "points": [_point(p) for p in (end, *branches) if math.isfinite(p.tokens)],
+        "rivals": rivals(law.points, factor)
+        | {"law alone": {"loss": end.law, "interval": list(end.resampled)}},
+        "method": end.method,
+        "backtests": end.origins,
+        "form": law.form.name,
+        "values": law.fit.values,
+        "certified": law.fit.certificate.holds,
+        "convention": law.points.convention,
+        "data": data_hash(law.points),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "previous_hash": earlier[-1].facts["hash"] if earlier else GENESIS,
-        **(more or {}),
+        **({} if task is None else {"task": task_facts(task)}),
     }
     facts["hash"] = hash_of(facts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,20 +90,19 @@ def write_forecast(
     return forecast
 
 
-def _branches(made: StudyFit, end: Prediction, target: TargetPoint, run: str) -> list[Prediction]:
+def _branches(law: StudyFit, end: Prediction, target: TargetPoint, run: str) -> list[Prediction]:
     """Return the predictions of the branches: runs of the target's N that decay earlier."""
-    found = []
+    branches = []
     for tokens in target.branches:
         if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
             problem = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
-            raise UserError(
-                "target.branches", problem, "give the tokens at which shorter decays end"
-            )
-        point = made.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
-        assert point is not None  # both N and D are given
-        _refuse_known(made.records, run, end.parameters, tokens, made.job.size)
-        found.append(point)
-    return found
+            todo = "give the tokens at which shorter decays end"
+            raise UserError("target.branches", problem, todo)
+        branch = law.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
+        assert branch is not None  # both N and D are given
+        _refuse_known(law.records, run, end.parameters, tokens, law.job.size)
+        branches.append(branch)
+    return branches
 
 
 def _point(p: Prediction) -> dict[str, Any]:
@@ -125,26 +125,34 @@ def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) 
 
 def data_hash(points: Points) -> str:
     """Return the SHA-256 of everything that the fit read."""
-    found = hashlib.sha256(str(points.convention).encode())
+    digest = hashlib.sha256(str(points.convention).encode())
     for name in COLUMNS:
         if (column := getattr(points, name)) is not None:
-            found.update(name.encode() + np.ascontiguousarray(column).tobytes())
-    return found.hexdigest()
+            digest.update(name.encode() + np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 def rivals(points: Points, extrapolation_factor: float) -> dict[str, dict[str, float]]:
-    """Return the losses that simpler methods predict for the target, by method.
+    """Return the losses that the line and L(C) predict for the target, by method.
 
-    extrapolation_factor: compute of the target over the greatest of the runs. The methods, of
-    rivals.py, read the best run of every budget; one for which there are too few runs is absent.
+    extrapolation_factor: compute of the target over the greatest of the runs. The methods read the
+    best run of every budget; one for which there are too few runs is absent.
     """
     cost = spent(points)
-    wanted = float(cost.max()) * extrapolation_factor
+    target = float(cost.max()) * extrapolation_factor
     order = np.argsort(cost)
     groups = np.split(order, np.flatnonzero(np.diff(np.log(cost[order])) > np.log1p(0.05)) + 1)
     best = np.array([g[np.argmin(points.loss[g])] for g in groups])
-    found = predictor.rivals(cost[best], points.loss[best])
-    return {name: {"loss": loss(wanted)} for name, loss in found.items()}
+    methods = simple_losses(cost[best], points.loss[best])
+    return {name: {"loss": loss(target)} for name, loss in methods.items() if name != LAST}
+
+
+def task_facts(task: TaskFit) -> dict[str, Any]:
+    """Return what a forecast says of the metric; without a value if the data can't tell."""
+    link = {"column": task.task.name, "metric": task.job.metric, "link": task.link.form.name}
+    if (p := task.chained) is None:
+        return link | {"unseen": task.unseen}
+    return link | {"value": p.value, "interval_50": list(p.inner), "interval": list(p.outer)}
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,8 @@ class Score:
 
     errors: log of predicted over observed loss, by forecast; inside, inside_50: number of observed
     losses inside the interval and the 50 % interval; interval_score: mean, in loss, at the
-    forecasts' level, lower is better (Gneiting and Raftery 2007, eq. 43); skill: by rival, 1 - our
-    mean absolute error over theirs, on the forecasts that both made; abandoned: forecasts whose
+    forecasts' level, lower is better (Gneiting and Raftery 2007, eq. 43); skill: by rival, 1 - mean
+    absolute error over the rival's, on the forecasts that both have; abandoned: forecasts whose
     target has no record.
     """
 
@@ -166,15 +174,15 @@ class Score:
     abandoned: list[str]
 
 
-def score(found: Sequence[Forecast], table: pd.DataFrame) -> Score:
+def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
     """Record the outcomes that are in `table`, and score all forecasts that have an outcome."""
     losses = dict(zip(table["name"], table["loss"], strict=True)) if "name" in table else {}
-    for forecast in found:
+    for forecast in forecasts:
         run = forecast.facts["target"]["run"]
         if run in losses:
             forecast.record_outcome(run, float(losses[run]))
-    observed = [(forecast, o["loss"]) for forecast in found if (o := forecast.outcome)]
-    marks, rival = [], dict[str, list[tuple[float, float]]]()
+    observed = [(forecast, o["loss"]) for forecast in forecasts if (o := forecast.outcome)]
+    marks, pairs = [], dict[str, list[tuple[float, float]]]()
     errors: dict[str, float] = {}
     for forecast, loss in observed:
         f = forecast.facts
@@ -182,19 +190,64 @@ def score(found: Sequence[Forecast], table: pd.DataFrame) -> Score:
         low, high = f["interval"]
         miss = max(low - loss, loss - high, 0.0)
         marks.append(high - low + 2 / (1 - f["level"]) * miss)
-        for name, theirs in f["rivals"].items():
-            both = (abs(errors[forecast.id]), abs(math.log(theirs["loss"] / loss)))
-            rival.setdefault(name, []).append(both)
+        for name, rival in f["rivals"].items():
+            both = (abs(errors[forecast.id]), abs(math.log(rival["loss"] / loss)))
+            pairs.setdefault(name, []).append(both)
     return Score(
         errors,
         sum(f.facts["interval"][0] <= x <= f.facts["interval"][1] for f, x in observed),
         sum(f.facts["interval_50"][0] <= x <= f.facts["interval_50"][1] for f, x in observed),
         float(np.mean(marks)) if marks else math.nan,
-        {name: _skill(pairs) for name, pairs in rival.items()},
-        [forecast.id for forecast in found if forecast.outcome is None],
+        {name: _skill(each) for name, each in pairs.items()},
+        [forecast.id for forecast in forecasts if forecast.outcome is None],
     )
 
 
 def _skill(pairs: Sequence[tuple[float, float]]) -> float:
-    ours, theirs = np.array(pairs).mean(0)
-    return float(1 - ours / theirs) if theirs else 0.0
+    error, of_rival = np.array(pairs).mean(0)
+    return float(1 - error / of_rival) if of_rival else 0.0
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The metric of one forecast. observed: None before its run has a record with it."""
+
+    forecast: str
+    run: str
+    column: str
+    metric: str
+    predicted: float
+    interval: tuple[float, float]
+    observed: float | None
+
+    @property
+    def inside(self) -> bool | None:
+        """Return whether the observed metric is inside the interval."""
+        if self.observed is None:
+            return None
+        return self.interval[0] <= self.observed <= self.interval[1]
+
+
+def columns_of(forecasts: Sequence[Forecast]) -> list[str]:
+    """Return the columns of metrics that forecasts predict, each once."""
+    columns = (one.facts.get("task", {}).get("column") for one in forecasts)
+    return list(dict.fromkeys(column for column in columns if column))
+
+
+def score_tasks(forecasts: Sequence[Forecast], table: pd.DataFrame) -> list[TaskScore]:
+    """Return the metric of each forecast that predicts one, with that of the run in `table`."""
+    scores = []
+    for one in forecasts:
+        task = one.facts.get("task", {})
+        if "value" not in task:
+            continue
+        run, column = one.facts["target"]["run"], task["column"]
+        observed = None
+        if "name" in table and column in table:
+            cells = pd.to_numeric(table.loc[table["name"] == run, column], errors="coerce").dropna()
+            observed = float(cells.iloc[-1]) if len(cells) else None
+        low, high = task["interval"]
+        scores.append(
+            TaskScore(one.id, run, column, task["metric"], task["value"], (low, high), observed)
+        )
+    return scores

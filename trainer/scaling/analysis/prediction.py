@@ -94,7 +94,8 @@ def predicted(made: "StudyFit", columns: Mapping[str, Array], flops: Array) -> P
     freedom = np.full(len(n), float(by_law.freedom))
     for i, budget in enumerate((found.shape.per * n * d).tolist()):
         if found.is_beyond(budget):
-            one = found.of_runs(n[i : i + 1], d[i : i + 1], budget)
+            run = {"parameters": n[i : i + 1], "tokens": d[i : i + 1]}
+            one = found.of_runs(run, flops[i : i + 1], budget)
             center[i], deviation[i] = one.log_loss[0], one.deviation[0]
             freedom[i] = one.freedom
     return Predicted(center, deviation, freedom)

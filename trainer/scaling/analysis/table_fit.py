@@ -29,15 +29,9 @@ from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best, spent
-from forescale.scaling.forecasting.calibrated import (
-    Backtest,
-    CalibratedLaw,
-    Discrepancy,
-    backtests,
-    calibrate,
-)
+from forescale.scaling.forecasting.calibrated import Backtest, CalibratedLaw, backtests, calibrate
 from forescale.scaling.forecasting.forecaster import Forecaster
-from forescale.scaling.forecasting.predictor import LAW, LEVEL, Predicted
+from forescale.scaling.forecasting.predictor import LAW, LEVEL, Discrepancy, Predicted
 from forescale.scaling.records.records import PER, points
 
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}

@@ -1,15 +1,18 @@
 """The metric of a task, predicted in two steps: N and D to a loss, the loss to the metric.
 
     step 1    a law of the task's own loss, or of the table's, as `study fit` makes it
-    step 2    a link from that loss to the metric (links.py), fitted to observed losses
+    step 2    a link from that loss to the metric (fitting/links.py), fitted to observed losses
     chained   the loss predicted for a run, put into the link
+    backtest  these two steps at every origin, beside a straight line in log C through the best runs
+              of the last three budgets, and beside the metric of the last budget's best run
 
-Invariant: accuracies are shares from 0 to 1; errors are 1 - accuracy, and results are given as the
+Invariant: accuracies are shares from 0 to 1; errors are 1 - accuracy, and results are those of the
 job's metric. The interval of a chained prediction has what is known of both steps, draw by draw: a
 draw of the predicted loss, put into a resampled fit of the link, and the scatter of runs around it.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +20,14 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from forescale.console import Progress, silent
 from forescale.errors import UserError
+from forescale.scaling.analysis import backtest
+from forescale.scaling.analysis.backtest import RESAMPLED, Finished, Origin, Scores, rows_of
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
-from forescale.scaling.config import StudyJob
+from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.doubts.metric import others, unseen
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import Fit, fit
@@ -38,16 +44,18 @@ from forescale.scaling.fitting.links import (
     goal_of,
 )
 from forescale.scaling.fitting.points import Array, spent
-from forescale.scaling.forecasting.predictor import Predicted
-from forescale.scaling.records.records import budgets_of, points
+from forescale.scaling.forecasting.predictor import ERRORS, INNER, LINE, OUTER, Predicted
+from forescale.scaling.forecasting.predictor import LEAST as LEAST_BUDGETS
+from forescale.scaling.records.records import OUTCOME, budgets_of, points
 
-OUTCOME = "outcome"  # the column of a metric, as links read it: an accuracy, or a loss
-INNER = 0.5  # level of the inner interval
+TWO_STEPS, LAST_VALUE = "two steps", "last value"
+METHODS = (TWO_STEPS, LINE, LAST_VALUE)
+_LINE = 3  # budgets that the line goes through
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is known of one task.
+    """The data of one task.
 
     runs: records for step 1, with the loss that is predicted as `loss`; outcomes: rows for step 2,
     with `loss` and `outcome`, each row a run or one of its checkpoints; where: names them in
@@ -71,12 +79,45 @@ class Chained:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The predicted metric of m runs: value, (m,); inner and outer interval, (2, m) each."""
+class PredictedMetric:
+    """The predicted metric of m runs.
+
+    value: (m,); inner, outer: the 50 % interval and that of the job's level, (2, m) each, None
+    without intervals; is_log: True if errors are logs of ratios, as those of losses are.
+    """
 
     value: Array
-    inner: Array
-    outer: Array
+    inner: Array | None = None
+    outer: Array | None = None
+    is_log: bool = False
+
+    def against(self, observed: Array) -> dict[str, Array]:
+        """Compare with observed metrics, (m,); see forecasting/predictor.py, Distribution."""
+        error = np.log(self.value / observed) if self.is_log else self.value - observed
+        inside, width, score = [np.full(len(error), np.nan)] * 2, error * np.nan, error * np.nan
+        if self.inner is not None and self.outer is not None:
+            inside = [((low <= observed) & (observed <= high)).astype(float)
+                      for low, high in (self.inner, self.outer)]  # fmt: skip
+            ends = np.stack((*self.outer, observed))
+            low, high, y = np.log(np.maximum(ends, LEAST)) if self.is_log else ends
+            miss = np.maximum(np.maximum(low - y, y - high), 0)
+            width, score = high - low, high - low + 2 / (1 - OUTER) * miss
+        return dict(zip(ERRORS, (self.value, error, *inside, width, score), strict=True))
+
+
+@dataclass(frozen=True)
+class SimpleMetric:
+    """A simple method: the metric as a function of log C alone."""
+
+    of: Callable[[Array], Array]
+    is_log: bool
+
+    def minimum(self, budget: float) -> None:
+        """Return None: it predicts no loss."""
+
+    def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> PredictedMetric:
+        """Return the metric of runs; see forecasting/predictor.py, Predictor."""
+        return PredictedMetric(self.of(np.log(flops)), is_log=self.is_log)
 
 
 def link_of(job: StudyJob) -> Form:
@@ -104,10 +145,9 @@ class TaskFit:
 
     def __init__(self, task: Task, job: StudyJob, law: StudyFit | None = None):
         self.task, self.job, self.notes = task, job, list[str]()
-        form = link_of(job)
-        own = task.outcomes
-        self.outcomes = own[(own["loss"] < np.inf) & own[OUTCOME].notna()].reset_index(drop=True)
-        if left := len(own) - len(self.outcomes):
+        form, rows = link_of(job), task.outcomes
+        self.outcomes = rows[(rows["loss"] < np.inf) & rows[OUTCOME].notna()].reset_index(drop=True)
+        if left := len(rows) - len(self.outcomes):
             self.notes.append(
                 f"{left} rows without a finite loss or without the metric are left out."
             )
@@ -118,7 +158,7 @@ class TaskFit:
         loss, metric = self.loss, np.maximum(self.metric, LEAST)
         self.ideal = form.name == SIGMOID
         if not self.ideal and np.ptp(self.metric) == 0:
-            value, count = self.shown(self.metric[0]), len(self.metric)
+            value, count = self.in_metric(self.metric[0]), len(self.metric)
             problem = f"the metric is {value:.4g} in all {count} rows: the data can't tell how it "
             problem += "changes with the loss"
             raise UserError(f"{task.where}, {task.name}", problem, "add runs whose metric differs")
@@ -128,9 +168,6 @@ class TaskFit:
         self.link: Fit = fit(form, self.points, goal_of(form))
         if law is not None:
             self.law = law
-        self._note_certificate()
-
-    def _note_certificate(self) -> None:
         certificate = self.link.certificate
         self.notes += [f"The link is not certified: {p}." for p in certificate.problems]
         self.notes += [
@@ -139,7 +176,7 @@ class TaskFit:
 
     @cached_property
     def law(self) -> StudyFit:
-        """The law of the task's loss."""
+        """Return the law of the task's loss."""
         return law_of(self.task.runs, self.job, f"{self.task.where}, the loss of {self.task.name}")
 
     @cached_property
@@ -155,48 +192,53 @@ class TaskFit:
         return replace(bootstrap.replicates(self.link, weights=weights), groups=groups)
 
     @property
-    def _is_log(self) -> bool:
-        """True if runs scatter around the link by a share of the metric, as losses do."""
+    def is_log(self) -> bool:
+        """Return True if runs scatter around the link by a share of the metric, as losses do."""
         return self.link.form.name == POWER
 
     @cached_property
     def residuals(self) -> Array:
         """Return observed minus fitted metric of each row, (n,); of a loss, of its log."""
         fitted = self.link.predict(task_loss=self.loss)
-        if self._is_log:
+        if self.is_log:
             return np.log(self.metric) - np.log(fitted)
         return self.metric - fitted
 
-    def shown(self, outcome: Array | float) -> Any:
+    def in_metric(self, outcome: Array | float) -> Any:
         """Return an outcome, as links read it, as the job's metric."""
         return 1 - outcome if self.job.metric == "error" else outcome
 
     @cached_property
     def unseen(self) -> str | None:
-        """Why no metric is predicted: the data can't tell; None if it can."""
-        if self._is_log:
-            y = np.log(self.metric)
-            fitted = y - self.residuals
-        else:
-            y, fitted = self.metric, self.metric - self.residuals
-        return unseen(self.loss, y, fitted, self.link.form.size)
+        """Return why no metric is predicted: the data can't tell; None if it can."""
+        y = np.log(self.metric) if self.is_log else self.metric
+        return unseen(self.loss, y, y - self.residuals, self.link.form.size)
 
     @cached_property
     def chained(self) -> Chained | None:
         """Return the prediction for the target; None without one, or if the data can't tell."""
         if not self.job.target.is_given:
             return None
-        found = self.law.predict()
-        assert found is not None  # there is a target
+        loss = self.law.predict()
+        assert loss is not None  # there is a target
         if self.unseen:
             return None
         columns, _, _, c = run_of(self.law, self.job.target)
-        one = self.law.predicted({k: np.array([v]) for k, v in columns.items()}, np.array([c]))
-        made = self.curve(one)
-        inner, outer = ((float(low[0]), float(high[0])) for low, high in (made.inner, made.outer))
-        return Chained(found, float(made.value[0]), inner, outer)
+        metric = self.of_runs({k: np.array([v]) for k, v in columns.items()}, np.array([c]))
+        inner, outer = (tuple(ends[:, 0].tolist()) for ends in (metric.inner, metric.outer))
+        return Chained(loss, float(metric.value[0]), inner, outer)
 
-    def curve(self, loss: Predicted) -> Curve:
+    def minimum(self, budget: float) -> None:
+        """Return None: a metric is predicted of runs alone; see Predictor."""
+
+    def of_runs(
+        self, columns: Mapping[str, Array], flops: Array, budget: float = np.nan
+    ) -> PredictedMetric:
+        """Return the metric of runs by both steps; see forecasting/predictor.py, Predictor."""
+        read = {c: columns[c] for c in self.law.form.columns}
+        return self.curve(self.law.predicted(read, flops))
+
+    def curve(self, loss: Predicted) -> PredictedMetric:
         """Return the metric of runs whose loss is predicted.
 
         A draw is one of how far all losses are off together, one fit of the link, and one run's
@@ -207,50 +249,64 @@ class TaskFit:
         rng = np.random.default_rng(self.job.seed + 1)
         off = stdtrit(loss.freedom, rng.uniform(size=(len(values), 1))) * loss.deviation
         losses = np.exp(loss.log_loss + off)  # (R, m)
-        drawn = self.link.form.predict(values, task_loss=losses)
+        draws = self.link.form.predict(values, task_loss=losses)
         n, free = len(self.residuals), max(1, len(self.residuals) - self.link.form.size)
         # Student's t: a few residuals, drawn themselves, have no tails (85 to 91 % inside for 90).
         spread = self.residuals.std() * np.sqrt(n / free)
         scatter = spread * stdtrit(free, rng.uniform(size=(len(values), 1)))
         value = self.link.predict(task_loss=loss.loss)
-        if self._is_log:
-            drawn = drawn * np.exp(scatter)
+        if self.is_log:
+            draws = draws * np.exp(scatter)
         else:
-            drawn, value = np.clip(drawn + scatter, 0, 1), np.clip(value, 0, 1)
-        drawn = self.shown(drawn)
+            draws, value = np.clip(draws + scatter, 0, 1), np.clip(value, 0, 1)
+        draws = self.in_metric(draws)
         inner, outer = (
-            np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+            np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
             for level in (INNER, self.job.level)
         )
-        return Curve(self.shown(value), inner, outer)
+        return PredictedMetric(self.in_metric(value), inner, outer, self.is_log)
 
     @property
     def doubts(self) -> list[str]:
         """Return what makes the numbers doubtful, as sentences."""
-        found = list(self.notes)
         if self.unseen:
-            return [self.unseen, *found]
-        budgets = self._budgets()
-        found += others(self.loss, self.metric, self._is_log, budgets, self.job.metric)
-        if (made := self.chained) is not None:
+            return [self.unseen, *self.notes]
+        kind = self.job.metric
+        sentences = others(self.loss, self.metric, self.is_log, self._count_budgets(), kind)
+        if (chained := self.chained) is not None:
             least = float(self.loss.min())
-            if made.loss.loss < least:
-                found.append(
+            if chained.loss.loss < least:
+                sentences.append(
                     f"The link is extrapolated: it has seen no loss below {least:.4g}, and "
-                    f"{made.loss.loss:.4g} is predicted."
+                    f"{chained.loss.loss:.4g} is predicted."
                 )
-        return found
+        return self.notes + sentences
 
-    def _budgets(self) -> int | None:
+    @property
+    def doubts_of_law(self) -> list[str]:
+        """Return what makes the law of the loss doubtful, if a prediction needs it."""
+        return [*self.law.doubts, *self.law.notes] if self.chained is not None else []
+
+    def _count_budgets(self) -> int | None:
         """Return the number of different budgets; None if the rows don't say what they cost."""
         job, rows = self.job, self.outcomes
         if "budget" in rows:
-            return rows["budget"].nunique()
+            return int(rows["budget"].nunique())
         try:
             flops = spent(points(rows, job.size, job.cost, self.task.where))
         except UserError:
             return None
         return len(np.unique(budgets_of(rows, flops)))
+
+    @cached_property
+    def skill(self) -> list[Scores]:
+        """Return the scores of a backtest on the runs of the law; empty with few budgets."""
+        job, where = self.law.job, self.task.where
+        try:
+            runs = backtest.finished(self.law.table, job, where, has_metric=True)
+            return task_scores(forecasts(runs, job))
+        except UserError:
+            return []
 
 
 def _groups(outcomes: pd.DataFrame) -> Array:
@@ -259,3 +315,130 @@ def _groups(outcomes: pd.DataFrame) -> Array:
         if column in outcomes and 1 < outcomes[column].nunique() < len(outcomes):
             return outcomes[column].astype(str).factorize()[0]
     return np.arange(len(outcomes))
+
+
+def task_of(law: StudyFit, where: str) -> TaskFit | None:
+    """Return the fit of the job's `task` from the runs of a law, or None if it names none.
+
+    The records hold the metric as `outcome`. Raises UserError as TaskFit.
+    """
+    if law.job.task is None:
+        return None
+    return TaskFit(Task(law.job.task, law.records, law.table, where), law.job, law)
+
+
+def fit_tasks(tasks: Sequence[Task], job: StudyJob) -> list[TaskFit]:
+    """Return the fit of each task, with its prediction. Raises UserError as TaskFit."""
+    fits = [TaskFit(task, job) for task in tasks]
+    for one in fits:
+        _ = one.chained  # a target that can't be predicted is refused before anything is printed
+    return fits
+
+
+def tasks_as_dict(fits: Sequence[TaskFit]) -> dict[str, Any]:
+    """Return the results of several tasks as plain values, for JSON."""
+    job, form = fits[0].job, fits[0].link.form
+    rows = [_as_dict(one) | {"notes": [*one.doubts, *one.doubts_of_law]} for one in fits]
+    common = {"link": form.name, "source": form.source, "metric": job.metric, "level": job.level}
+    return common | {"tasks": rows}
+
+
+def task_as_dict(one: TaskFit) -> dict[str, Any]:
+    """Return the results of one metric beside its law as plain values, for JSON."""
+    return _as_dict(one) | {"skill": [asdict(each) for each in one.skill]}
+
+
+def _as_dict(one: TaskFit) -> dict[str, Any]:
+    low, high = one.replicates.interval(one.job.level)
+    p = one.chained
+    return {
+        "task": one.task.name, "rows": len(one.outcomes), "link": one.link.form.name,
+        "metric": one.job.metric,
+        "values": one.link.values, "errors": one.replicates.errors,
+        "interval": {s: [float(low[i]), float(high[i])]
+                     for i, s in enumerate(one.link.form.symbols)},
+        "certified": one.link.certificate.holds, "scatter": float(one.residuals.std()),
+        "unseen": one.unseen,
+        "prediction": None if p is None else {
+            "loss": p.loss.loss, "loss_interval": list(p.loss.outer), "value": p.value,
+            "interval_50": list(p.inner), "interval": list(p.outer),
+            "extrapolation_factor": p.loss.extrapolation_factor,
+        },
+        "law": None if p is None else one.law.fit.values,
+        "notes": one.doubts,
+    }  # fmt: skip
+
+
+def forecasts(one: Finished, job: StudyJob, progress: Progress = silent) -> pd.DataFrame:
+    """Return the predictions of each method at the origins of one table; see backtest.rows_of.
+
+    Origins that determine no law or link, or whose data can't tell, have no row. Raises UserError,
+    with the reason of the last origin, if none has one.
+    """
+    job = replace(job, bootstraps=RESAMPLED, target=TargetPoint(), sensitivity=False, level=OUTER)
+    distinct, rows, why = np.unique(one.budgets), list[pd.DataFrame](), ""
+    for k in range(LEAST_BUDGETS, len(distinct)):
+        task = _task(one, job, one.budgets <= distinct[k - 1])
+        if isinstance(task, TaskFit):
+            rows += [row for origin in _origins(one, task, k) for row in rows_of(one, origin)]
+        else:
+            why = task
+        progress("backtest", k - LEAST_BUDGETS + 1, len(distinct) - LEAST_BUDGETS, "fits")
+    if not rows:
+        why = f"{why[:1].lower()}{why[1:]}"
+        problem = f"at no origin do the runs determine a law and a link ({why})"
+        raise UserError(one.name, problem, "add budgets, or runs whose metric differs")
+    return pd.concat(rows, ignore_index=True)
+
+
+def _task(one: Finished, job: StudyJob, known: Array) -> TaskFit | str:
+    """Return the fit of the known runs, or why there is none."""
+    runs = one.runs[known]
+    try:
+        law = law_of(runs, job, one.name)
+        task = TaskFit(Task(OUTCOME, runs, law.table, one.name), job, law)
+    except UserError as e:
+        return e.problem
+    return task.unseen.rstrip(".") if task.unseen else task
+
+
+def _origins(one: Finished, task: TaskFit, k: int) -> Iterator[Origin]:
+    """Yield the methods that know the first k budgets."""
+    assert one.metric is not None
+    is_loss = task.job.metric == "loss"
+    rows = [np.flatnonzero(one.budgets == budget) for budget in np.unique(one.budgets)[:k]]
+    best = np.array([each[one.points.loss[each].argmin()] for each in rows])
+    log_c, metric = np.log(spent(one.points)[best]), one.metric[best]
+    y = np.log(metric) if is_loss else metric
+    slope, level = np.polyfit(log_c[-_LINE:], y[-_LINE:], 1)
+
+    def line(x: Array) -> Array:
+        return np.exp(level + slope * x) if is_loss else np.clip(level + slope * x, 0, 1)
+
+    yield k, TWO_STEPS, task
+    yield k, LINE, SimpleMetric(line, is_loss)
+    yield k, LAST_VALUE, SimpleMetric(lambda x: np.full(len(x), metric[-1]), is_loss)
+
+
+def forecasts_of(
+    tables: Sequence[Finished], job: StudyJob, progress: Progress = silent
+) -> tuple[pd.DataFrame, list[UserError]]:
+    """Return the predictions of all tables, and why the others have none. Raises UserError if no
+    table has any."""
+    rows, refused = list[pd.DataFrame](), list[UserError]()
+    for one in tables:
+        try:
+            rows.append(forecasts(one, job, progress))
+        except UserError as e:
+            refused.append(e)
+    if len(tables) == 1 and refused:
+        raise refused[0]
+    if not rows:
+        problem = f"none of {len(tables)} tables can be judged; the first: {refused[0].problem}"
+        raise UserError("input", problem, refused[0].todo)
+    return pd.concat(rows), refused
+
+
+def task_scores(rows: pd.DataFrame) -> list[Scores]:
+    """Return the scores of predicted metrics; see backtest.scores."""
+    return backtest.scores(rows, METHODS, (LINE, LAST_VALUE))

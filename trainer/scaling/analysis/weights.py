@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import optimize
 
 from forescale.scaling.fitting.points import Array, Points, spent
-from forescale.scaling.forecasting.calibrated import PRIOR
+from forescale.scaling.forecasting.predictor import PRIOR
 from forescale.scaling.records.records import RECIPE
 
 NOISE = 0.003  # of log loss, without repeats; fits of public data are the same from 0.001 to 0.005

@@ -28,7 +28,8 @@ from forescale.scaling.design.shapes import Common
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
-from forescale.scaling.forecasting.calibrated import BELIEF, PRIOR, Discrepancy, fit_calibrated
+from forescale.scaling.forecasting.calibrated import fit_calibrated
+from forescale.scaling.forecasting.predictor import BELIEF, PRIOR, Discrepancy
 
 # Besiroglu et al. 2024, arXiv 2404.10102: the refit of Hoffmann et al. 2022.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}

@@ -76,6 +76,11 @@ class Points:
             raise UserError(self.where, f"there is no column '{column}'", "give it for every run")
         return np.log(values)
 
+    def columns(self, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Return what a law reads of the runs, (n,) each: all columns but the loss, or these."""
+        present = [c for c in COLUMNS[1:] if getattr(self, c) is not None]
+        return {c: np.exp(self.log(c)) for c in (present if names is None else names)}
+
     def take(self, which: Any) -> "Points":
         """Return the runs of an index or a mask."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -11,7 +11,7 @@ on runs that were unknown when it was made: origin k is calibrated by the errors
 before it made at budgets up to k.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,37 +23,9 @@ from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, spent
-from forescale.scaling.forecasting.predictor import Predicted
+from forescale.scaling.forecasting.predictor import BELIEF, LEAST, Discrepancy, Predicted
 
-PRIOR = 0.02  # standard deviation of log loss per decade of compute
-BELIEF = 3  # the prior counts as this many origins; with fewer origins the result is "prior only"
 EXCESS = 0.2  # of what a run loses off the optimum beyond that of fitted runs, as forecaster.py has
-_LEAST = 3  # budgets that a law is fitted to at least
-
-
-@dataclass(frozen=True)
-class Discrepancy:
-    """The error of the law itself beyond its runs.
-
-    per_decade: standard deviation of log loss per decade of compute; origins: number observed.
-    """
-
-    per_decade: float = PRIOR
-    origins: int = 0
-
-    @property
-    def is_prior(self) -> bool:
-        """Return True if the prior counts more than the observed origins."""
-        return self.origins < BELIEF
-
-    def after(self, seen: Sequence[float]) -> "Discrepancy":
-        """Return the discrepancy after origins with these errors per decade.
-
-        It is the root of the mean of the squares, the prior's included: the estimate of a variance
-        with a scaled inverse chi-squared prior (Gelman et al. 2013, section 2.6).
-        """
-        squares = BELIEF * PRIOR**2 + float(np.square(seen).sum())
-        return Discrepancy(float(np.sqrt(squares / (BELIEF + len(seen)))), len(seen))
 
 
 @dataclass(frozen=True)
@@ -69,6 +41,21 @@ class CalibratedLaw:
     noise: float
     greatest: float
     discrepancy: Discrepancy
+
+    def minimum(self, budget: float) -> Predicted:
+        """Return the prediction of the best N and D of a budget; see Predictor."""
+        law, flops = self.fit, np.array([budget])
+        if law.form.columns == ("flops",):
+            return self.predicted({"flops": flops}, flops)
+        p, per = law.points, 6.0
+        if p.flops is not None:
+            per = float(np.exp(np.mean(p.log("flops") - p.log("parameters") - p.log("tokens"))))
+        n, d = laws.compute_optimal(law.form, law.vector, flops, per)
+        return self.predicted({"parameters": n, "tokens": d}, flops)
+
+    def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> Predicted:
+        """Return the predictions of runs; see Predictor."""
+        return self.predicted({c: columns[c] for c in self.fit.form.columns}, flops)
 
     def predicted(self, columns: dict[str, Array], flops: Array) -> Predicted:
         """Return the predicted log loss of m runs.
@@ -97,7 +84,7 @@ class CalibratedLaw:
     def _reach(self) -> float:
         """The greatest excess of the fitted runs."""
         points = self.fit.points
-        return float(self._excess({c: np.exp(points.log(c)) for c in self.fit.form.columns}).max())
+        return float(self._excess(points.columns(self.fit.form.columns)).max())
 
     def _excess(self, columns: Mapping[str, Array]) -> Array:
         """Log loss of m runs above that of the best N and D of the same N D, (m,), by the law; 0
@@ -111,7 +98,7 @@ class CalibratedLaw:
 
     def errors(self, later: Points) -> tuple[Array, Array]:
         """Return the log of predicted over observed loss, and the extrapolation factors, (m,)."""
-        columns = {c: np.exp(later.log(c)) for c in self.fit.form.columns}
+        columns = later.columns(self.fit.form.columns)
         found = np.log(self.fit.predict(**columns)) - np.log(later.loss)
         return found, spent(later) / self.greatest
 
@@ -197,7 +184,7 @@ def laws_of_origins(
     A law knows nothing beyond its origin: those before it count by their errors up to there.
     """
     distinct, made = np.unique(budgets), list[tuple[float, CalibratedLaw]]()
-    for k in range(_LEAST, len(distinct)):
+    for k in range(LEAST, len(distinct)):
         known = budgets <= distinct[k - 1]
         seen = [law.per_decade(points.take(known & (budgets > last))) for last, law in made]
         before = Discrepancy().after(seen)
@@ -211,7 +198,7 @@ def laws_of_origins(
 
 def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> Backtest:
     flops = spent(later)
-    columns = {c: np.exp(later.log(c)) for c in law.fit.form.columns}
+    columns = later.columns(law.fit.form.columns)
     resampled = law.resampled(columns)
     low, high = law.about(columns, flops, resampled).interval(level)
     least, most = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)

@@ -10,14 +10,14 @@ doubt too. Errors are of log loss.
 The constants were chosen by backtests on nine public tables (analysis/backtest.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import Array, Points, spent
 from forescale.scaling.forecasting.level import Levels, extrapolate, levels
-from forescale.scaling.forecasting.predictor import Predicted
+from forescale.scaling.forecasting.predictor import AHEAD, BELIEF, Predicted
 from forescale.scaling.forecasting.shape import Shape, fit_shape
 
 LEVEL = 0.0015  # deviation of a level that is not extrapolated: half of a level's noise
@@ -25,7 +25,7 @@ LEVEL = 0.0015  # deviation of a level that is not extrapolated: half of a level
 # 1, a drifting one 3/2; the errors on the tables are between.
 PER_DECADE, POWER = 0.0125, 1.25
 RUN, EXCESS = 0.001, 0.2  # of a run about its level: a floor, and a share of its excess
-BELIEF = 3  # a prior scale counts as this many earlier forecasts, as in backtest.py
+
 FADE = 0.5  # weight of an earlier forecast, for every budget that has been added since
 FREEDOM = 4  # of Student's t: a few errors are known, and some tables break
 _LEAST = 2  # budgets that a curve is continued from
@@ -33,7 +33,6 @@ _SAME = 1.001  # a budget within this factor of the last known one isn't larger
 # Budgets that can be continued, and sizes that each must have: with fewer sizes the lowest loss of
 # a budget isn't known.
 BUDGETS, SIZES = 3, 3
-_AHEAD = 2  # an origin is judged by the next budget and the one after
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,11 @@ class Forecaster:
         level = self._level(budget)
         return replace(level, log_loss=level.log_loss + self.levels.offset)
 
-    def of_runs(self, parameters: Array, tokens: Array, budget: float) -> Predicted:
-        """Return the forecast of runs of one budget. parameters, tokens: N and D, (m,)."""
+    def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> Predicted:
+        """Return the forecast of runs of one budget, by their N and D; see Predictor."""
         level = self._level(budget)
-        excess = self.shape.excess(np.log(parameters), np.log(tokens), np.log(budget))
+        n, d = np.log(columns["parameters"]), np.log(columns["tokens"])
+        excess = self.shape.excess(n, d, np.log(budget))
         about = self.scales[1] * np.hypot(RUN, EXCESS * excess)
         return Predicted(level.log_loss + excess, np.hypot(level.deviation, about), FREEDOM)
 
@@ -76,8 +76,8 @@ class Forecaster:
         The first is that of the minimum. The second is the mean over runs of the error of a run
         less that of the minimum, over the deviation of the run about its level.
         """
-        n, d = np.exp(later.log("parameters")), np.exp(later.log("tokens"))
-        lowest, each = self.minimum(budget), self.of_runs(n, d, budget)
+        lowest = self.minimum(budget)
+        each = self.of_runs(later.columns(("parameters", "tokens")), spent(later), budget)
         at_minimum = lowest.log_loss - np.log(later.loss.min())
         about = np.sqrt(np.maximum(each.deviation**2 - lowest.deviation**2, RUN**2))
         apart = np.abs(each.log_loss - np.log(later.loss) - at_minimum)
@@ -109,7 +109,7 @@ def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
         ages = ages + 1
         if made:
             at_last = points.take(budgets == last)
-            new = [one.errors(at_last, float(last)) for one in made[-_AHEAD:]]
+            new = [one.errors(at_last, float(last)) for one in made[-len(AHEAD) :]]
             errors, ages = np.vstack((errors, new)), np.append(ages, np.zeros(len(new)))
         known = budgets <= last
         own = points.take(known)

@@ -43,6 +43,7 @@ RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedul
           "decay_steps", "precision", "width", "layers", "parametrization", "data",
           "expansion")  # fmt: skip
 EXTRA = ("trunk", "budget", "name", "seed", "init_seed", "recipe")  # further columns of a table
+OUTCOME = "outcome"  # the column of a task's metric, as links read it: an accuracy, or a loss
 PER = 6.0  # FLOPs per parameter and token, of C = 6 N D
 _BUDGETS_A_DECADE = 2  # of runs without named budgets, as plan.step has
 _N = tuple(f"parameters_{name}" for name in SIZES)

@@ -43,6 +43,7 @@ from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.points import Array, spent
+from forescale.scaling.forecasting.predictor import INNER, OUTER
 
 _GRID, _FINE = 61, 72
 _AHEAD = 10.0  # the law is drawn to this multiple of the most expensive run, or to the target
@@ -329,7 +330,7 @@ class Figures:
         return figure
 
     def backtests(self) -> Picture:
-        """Errors of the predictions that the fit's method would have study at earlier origins."""
+        """Errors of the predictions that the fit's method would have made at earlier origins."""
         study = self.study
         if study.earlier is None:
             has = "no budgets" if "budget" not in study.table else "fewer than four budgets"
@@ -341,12 +342,12 @@ class Figures:
             Axis("compute, relative to the largest known budget", log=True),
             Axis("observed loss relative to predicted loss (%)", zero=True),
         )
-        for level, colour in ((backtest.OUTER, WIDE), (backtest.INNER, NARROW)):
+        for level, colour in ((OUTER, WIDE), (INNER, NARROW)):
             ends = 100 * (self._along(x, level) - 1)
             figure.add(band(x, ends, colour, f"today's {level:.0%} interval"))
         colours = list(self.shades.values())
         for origin, ahead in rows.groupby("origin"):
-            outside = (ahead["error"].abs() > ahead["outer"]).to_numpy()
+            outside = (ahead["inside_90"] == 0).to_numpy()
             texts = [
                 f"predicted {y * np.exp(e):.5g} from {origin} budgets\nobserved {y:.5g}\n"
                 f"{'outside' if out else 'inside'} the 90% interval"

@@ -16,13 +16,13 @@ from markupsafe import Markup
 from forescale.pages.document import Cell, Section, number, percent, render, span
 from forescale.pages.figure import Figure, shades
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
+from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.report import study_sections
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import Figures, flops_key
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.task_section import task_section
 from forescale.scaling.report.words import doubt_of, skill_lines
-from forescale.scaling.tasks.answer import TaskAnswer
 from forescale.storage import write_file
 
 MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # sections for papers
@@ -38,7 +38,7 @@ def write(
     path: Path,
     where: str,
     command: Sequence[str],
-    task: TaskAnswer | str | None = None,
+    task: TaskFit | str | None = None,
 ) -> list[Path]:
     """Write the report, and return the paths. For the arguments see `page`."""
     sections = _sections(study, evidence, where, command, task)
@@ -80,7 +80,7 @@ def page(
     evidence: StudyEvidence,
     where: str,
     command: Sequence[str],
-    task: TaskAnswer | str | None = None,
+    task: TaskFit | str | None = None,
 ) -> str:
     """Return the report as HTML.
 
@@ -104,7 +104,7 @@ def _sections(
     evidence: StudyEvidence,
     where: str,
     command: Sequence[str],
-    task: TaskAnswer | str | None,
+    task: TaskFit | str | None,
 ) -> list[Section]:
     """Return the sections: the law's figures, the study's, the law's tables, provenance."""
     origin = provenance(study, evidence, where, command)

@@ -24,18 +24,16 @@ from forescale.scaling.analysis.task_fit import OUTCOME, TaskFit
 from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.report.fit_figures import Figures, Picture
 from forescale.scaling.report.task_text import KINDS, prediction_of, skill_lines
-from forescale.scaling.tasks.answer import TaskAnswer
 
 _GRID = 61
 
 
-def task_section(answer: TaskAnswer | str, figures: Figures) -> Section:
-    """Return the section of a task. answer: its fit, or why there is none."""
+def task_section(one: TaskFit | str, figures: Figures) -> Section:
+    """Return the section of a task. one: its fit, or why there is none."""
     section = Section("task", "Metric of the task")
-    if isinstance(answer, str):
-        section.absent = f"The metric can't be fitted: {answer}"
+    if isinstance(one, str):
+        section.absent = f"The metric can't be fitted: {one}"
         return section
-    one = answer.fit
     level = f"{one.job.level:.0%}"
     section.title = f"Metric of the task: {one.task.name}"
     section.pictures = [
@@ -49,7 +47,7 @@ def task_section(answer: TaskAnswer | str, figures: Figures) -> Section:
          "than the line. Star: the target."),
     ]  # fmt: skip
     section.rows = _rows(one)
-    section.after = [*skill_lines(answer.skill, one.job), *one.doubts]
+    section.after = [*skill_lines(one.skill, one.job), *one.doubts]
     return section
 
 
@@ -77,9 +75,9 @@ def _by_loss(one: TaskFit, figures: Figures) -> Picture:
     x = np.geomspace(0.98 * least, float(one.loss.max()), _GRID)
     figure = Figure(Axis(figures.loss, log=True), _metric_axis(one))
     tail = (1 - one.job.level) / 2
-    many = one.shown(one.link.form.predict(one.replicates.values, task_loss=x))
+    many = one.in_metric(one.link.form.predict(one.replicates.values, task_loss=x))
     figure.add(band(x, np.quantile(many, [tail, 1 - tail], axis=0), BAND))
-    value = one.shown(one.link.predict(task_loss=x))
+    value = one.in_metric(one.link.predict(task_loss=x))
     figure.add(line(x, value, INK, name="link"))
     figure.add(_dots(one, one.loss, figures))
     if (p := one.chained) is not None:
@@ -120,7 +118,7 @@ def _with_metric(one: TaskFit) -> Array:
 def _dots(one: TaskFit, x: Array, figures: Figures) -> Trace:
     """Return a dot for each run with the metric, in the colour of its budget."""
     rows = one.law.table[_with_metric(one)]
-    y, shades = one.shown(one.metric), figures.shades
+    y, shades = one.in_metric(one.metric), figures.shades
     colours = [shades[float(b)] for b in rows["budget"]] if shades else [INK]
     names = rows["name"].astype(str) if "name" in rows else [f"run {i}" for i in rows.index]
     texts = [

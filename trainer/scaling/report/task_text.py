@@ -10,11 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
-from forescale.scaling.analysis.task_fit import TaskFit
+from forescale.scaling.analysis.backtest import BEST, OTHER, Scores
+from forescale.scaling.analysis.forecast import TaskScore
+from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, TWO_STEPS, TaskFit
 from forescale.scaling.config import StudyJob
-from forescale.scaling.tasks.answer import TaskAnswer, doubts_of_law
-from forescale.scaling.tasks.forecast import TaskScore
-from forescale.scaling.tasks.judge import BEST, LAST, LINE, OTHER, TWO_STEPS, Scores
 
 KINDS = {"accuracy": "accuracy", "error": "share of errors", "loss": "loss"}
 _DISTANCE = {1: "one budget", 2: "two budgets"}
@@ -25,9 +24,8 @@ _INTERVAL = (
 )
 
 
-def show_task(made: TaskAnswer, console: Console) -> None:
+def show_task(one: TaskFit, console: Console) -> None:
     """Print one metric beside its law: the link, the prediction, and what makes them doubtful."""
-    one = made.fit
     console.print(
         f"\n[bold]Task {escape(one.task.name)}[/]: {KINDS[one.job.metric]}. Its link to the loss: "
         f"{escape(one.link.form.source)}",
@@ -36,7 +34,7 @@ def show_task(made: TaskAnswer, console: Console) -> None:
     console.print(escape(prediction_of(one)), soft_wrap=True)
     if one.chained is not None:
         console.print(_INTERVAL, soft_wrap=True)
-    for line in skill_lines(made.skill, one.job):
+    for line in skill_lines(one.skill, one.job):
         console.print(escape(line), soft_wrap=True)
     console.print(_links([one]))
     for note in one.doubts:
@@ -53,7 +51,7 @@ def show_tasks(found: Sequence[TaskFit], console: Console) -> None:
         console.print(_predicted_tasks(found, f"{job.level:.0%}"))
         console.print(_INTERVAL, soft_wrap=True)
     for one in found:
-        for note in [*one.doubts, *doubts_of_law(one)]:
+        for note in [*one.doubts, *one.doubts_of_law]:
             console.print(f"[yellow]Note:[/] {escape(one.task.name)}: {escape(note)}",
                           soft_wrap=True)  # fmt: skip
 
@@ -131,13 +129,13 @@ def show_task_scores(found: Sequence[Scores], job: StudyJob, console: Console) -
 
 def _scored(found: Sequence[Scores], job: StudyJob) -> Table:
     made = table("method", "forecasts", "error", "mean", "bias", BEST, OTHER, f"vs {LINE}",
-                 f"vs {LAST}", left=("method",))  # fmt: skip
+                 f"vs {LAST_VALUE}", left=("method",))  # fmt: skip
     for one in found:
         inside = (
             f"{c.inner:.0%} {c.outer:.0%}" if (c := one.coverage.get(g)) else "-"
             for g in (BEST, OTHER)
         )
-        skill = (f"{one.skill[r]:+.2f}" if r in one.skill else "-" for r in (LINE, LAST))
+        skill = (f"{one.skill[r]:+.2f}" if r in one.skill else "-" for r in (LINE, LAST_VALUE))
         sizes = (
             change(one.median, job.metric),
             change(one.mean, job.metric),
@@ -187,7 +185,7 @@ def skill_lines(scores: Sequence[Scores], job: StudyJob) -> list[str]:
         others = ", ".join(
             f"{name} by {change(by[ahead, rival].median, job.metric)} (skill "
             f"{mine.skill[rival]:+.2f})"
-            for rival, name in ((LINE, "a straight line in log C"), (LAST, "the last value"))
+            for rival, name in ((LINE, "a straight line in log C"), (LAST_VALUE, "the last value"))
         )
         times = f"{mine.count} times" if mine.count > 1 else "once"
         lines.append(

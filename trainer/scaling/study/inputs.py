@@ -11,10 +11,9 @@ error.
 
 import glob
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,10 +27,8 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.records.records import Refused, of_runs
 from forescale.scaling.records.tables import SUFFIXES, is_export, of_export, read_export
 from forescale.scaling.study.directory import Study
-from forescale.scaling.tasks.judge import Ladder, ladder
 
 Group = tuple[str, pd.DataFrame, str]  # its name, its records, and their name in messages
-Judged = TypeVar("Judged", Finished, Ladder)
 
 
 def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
@@ -86,47 +83,34 @@ def _print_refused(refused: list[Refused]) -> None:
 
 
 def read_finished(job: StudyJob) -> list[Finished]:
-    """Return a finished study for each table of the input; see _read_each."""
-    return _read_each(job, finished)
-
-
-def read_ladders(job: StudyJob) -> list[Ladder]:
-    """Return the runs of each table of the input with their metric; see _read_each."""
-    return _read_each(
-        job, lambda table, one, where: ladder(with_outcome(table, one, where), one, where)
-    )
-
-
-def _read_each(
-    job: StudyJob, judged: Callable[[pd.DataFrame, StudyJob, str], Judged]
-) -> list[Judged]:
-    """Return what `judged` gives for each table of the input: of its records, the job of this table
-    alone, and its name; one for runs or the study's cells.
+    """Return the finished runs of each table of the input, with `task` those that have its metric;
+    one for runs or the study's cells.
 
     Names may be glob patterns of tables. Of several tables, one that can't be judged is left out
     with a note. Raises UserError if none is left.
     """
     paths = _tables(job.input)
     if len(paths) < 2:
-        one = replace(job, input=list(map(str, paths)) or job.input)
-        table, where = read(one)
-        return [judged(table, one, where)]
+        return [_finished(replace(job, input=list(map(str, paths)) or job.input))]
     stems = [path.stem for path in paths]
-    results, errors = list[Judged](), list[UserError]()
+    tables, errors = list[Finished](), list[UserError]()
     for path, stem in zip(paths, stems, strict=True):
-        one = replace(job, input=[str(path)])
         try:
-            table, where = read(one)
-            result = judged(table, one, where)
+            one = _finished(replace(job, input=[str(path)]))
         except UserError as e:
             errors.append(e)
             print(f"Note: {path} is left out: {e.problem}.", file=sys.stderr)
             continue
-        results.append(replace(result, name=stem if stems.count(stem) == 1 else where))
-    if not results:
+        tables.append(replace(one, name=stem) if stems.count(stem) == 1 else one)
+    if not tables:
         problem = f"none of {len(paths)} tables can be judged; the first {errors[0].problem}"
         raise UserError("input", problem, errors[0].todo)
-    return results
+    return tables
+
+
+def _finished(job: StudyJob) -> Finished:
+    table, where = read(job)
+    return finished(with_outcome(table, job, where), job, where, has_metric=job.task is not None)
 
 
 def _tables(names: list[str]) -> list[Path]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import stdtrit
 
 from forescale.errors import UserError
 from forescale.scaling.analysis.backtest import (
@@ -21,7 +22,7 @@ from forescale.scaling.analysis.backtest import (
     scores,
 )
 from forescale.scaling.config import StudyJob
-from forescale.scaling.forecasting.predictor import FRONTIER, LINE
+from forescale.scaling.forecasting.predictor import ERRORS, FRONTIER, LINE, Predicted
 from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 
@@ -40,6 +41,14 @@ def judged(rows, methods=QUICK, **keys):
     """The forecasts of a table."""
     job = StudyJob(**keys)
     return forecasts([finished(rows, job, "mine")], job, methods)
+
+
+def row(error, **keys):
+    """The row of a prediction of this error, with half widths of 1 % (50 %) and 2 % (90 %)."""
+    scale = 0.02 / stdtrit(4, 0.95)
+    predicted = Predicted(np.array([error]), np.array([scale]), 4).against(np.ones(1))
+    inside = {"inside_50": float(abs(error) <= 0.01)}
+    return {**keys, **{k: v[0] for k, v in predicted.items()}, **inside}
 
 
 def test_each_method_forecasts_the_next_two_budgets_of_every_origin():
@@ -66,7 +75,7 @@ def test_losses_beyond_an_origin_change_none_of_its_forecasts(methods):
     one, two = (f[f.origin <= 4] for f in found)
     beyond = (one.origin + one.ahead > 4).to_numpy()
     assert two.error.to_numpy() == pytest.approx(one.error - beyond * np.log(1.2), abs=1e-12)
-    np.testing.assert_array_equal(one[["inner", "outer"]], two[["inner", "outer"]])
+    np.testing.assert_array_equal(one.width, two.width)
     assert beyond.sum() > 3
 
 
@@ -75,20 +84,24 @@ def test_the_law_of_an_exact_surface_forecasts_it_exactly():
     found = judged(table(noise=0), (LAW,), near=None)
     assert set(found.origin) == {3, 4}
     assert found.error.abs().max() < 2e-3  # the lowest run is a little above the optimum
-    assert (found.outer > found.inner).all()
+    assert (found.width > 0).all()
 
 
 def test_the_scores_of_given_errors():
     """Two minima and four runs, each with half widths of 1 % (50 %) and 2 % (90 %)."""
-    own = {"table": "t", "ahead": 1, "inner": 0.01, "outer": 0.02}
+    keys = {"table": "t", "ahead": 1}
     rows = [
-        *({**own, "method": LEVEL, "origin": k, "group": MINIMA, "error": e}
-          for k, e in ((3, 0.005), (4, -0.03))),
-        *({**own, "method": LEVEL, "origin": 3, "group": g, "error": e}
-          for g, e in ((NEAR, 0.015), (NEAR, 0.0), (OTHER, 0.05), (OTHER, 0.015))),
-        *({**own, "method": LINE, "origin": k, "group": MINIMA, "error": e,
-           "inner": np.nan, "outer": np.nan} for k, e in ((3, 0.04), (4, 0.03))),
+        row(e, **keys, method=LEVEL, origin=k, group=group)
+        for k, group, e in [
+            (3, MINIMA, 0.005), (4, MINIMA, -0.03),
+            (3, NEAR, 0.015), (3, NEAR, 0.0), (3, OTHER, 0.05), (3, OTHER, 0.015),
+        ]
     ]  # fmt: skip
+    none = dict.fromkeys(ERRORS, np.nan)
+    rows += [
+        {**none, **keys, "method": LINE, "origin": k, "group": MINIMA, "error": e}
+        for k, e in ((3, 0.04), (4, 0.03))
+    ]
     found = {(s.table, s.method): s for s in scores(pd.DataFrame(rows))}
     level, line = found[None, LEVEL], found[None, LINE]
     assert (level.count, level.median, level.bias) == pytest.approx((2, 0.0175, -0.0125))
@@ -101,11 +114,11 @@ def test_the_scores_of_given_errors():
 
 
 def test_the_error_of_the_bias_is_that_of_resampled_tables():
-    own = {"method": LEVEL, "ahead": 1, "group": MINIMA, "inner": 0.01, "outer": 0.02}
+    keys = {"method": LEVEL, "ahead": 1, "group": MINIMA}
     rng = np.random.default_rng(5)
     each = [rng.normal(0, 0.02) + rng.normal(0, 0.005, n) for n in rng.integers(3, 8, 40)]
     rows = [
-        {**own, "table": str(t), "origin": k, "error": e}
+        row(e, **keys, table=str(t), origin=k)
         for t, errors in enumerate(each)
         for k, e in enumerate(errors)
     ]
@@ -134,7 +147,7 @@ def test_a_rival_is_as_sure_as_its_own_earlier_errors_allow():
     found = judged(rows.assign(loss=rows.loss / lowest * level), (LINE,))
     own = found[found.ahead == 1].set_index("origin")
     assert own.error[3] == pytest.approx(0, abs=1e-9)
-    assert own.outer[4] < own.outer[3] < own.outer[6]
+    assert own.width[4] < own.width[3] < own.width[6]
 
 
 def test_tables_are_scored_together_and_apart():

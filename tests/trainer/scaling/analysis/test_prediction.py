@@ -32,9 +32,10 @@ def test_a_run_beyond_the_budgets_is_predicted_by_their_levels(made, by_law):
     target = TargetPoint(parameters=5e9, tokens=1e11)
     one, other = made.predict(target), by_law.predict(target)
     f = made.forecaster
-    (want,) = f.of_runs(np.array([5e9]), np.array([1e11]), 6 * 5e9 * 1e11).loss
+    run = {"parameters": np.array([5e9]), "tokens": np.array([1e11])}
+    (loss,) = f.of_runs(run, np.array([3e21]), 6 * 5e9 * 1e11).loss
     assert (one.method, other.method) == ("level", "law")
-    assert one.loss == pytest.approx(want, rel=1e-9)
+    assert one.loss == pytest.approx(loss, rel=1e-9)
     assert one.law == other.loss == other.law
     assert made.fit.values == by_law.fit.values, "the law is the same"
     assert one.loss == pytest.approx(loss_of(5e9, 1e11), rel=0.02)

@@ -1,15 +1,38 @@
 """Accuracies predicted in two steps: the link, the chained prediction and its interval."""
 
+import io
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.task_fit import Task, TaskFit
+from forescale.scaling.analysis.backtest import Finished, as_dict, finished
+from forescale.scaling.analysis.forecast import Forecast, columns_of, score_tasks, task_facts
+from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.analysis.task_fit import (
+    LAST_VALUE,
+    LINE,
+    TWO_STEPS,
+    Task,
+    TaskFit,
+    fit_tasks,
+    forecasts,
+    forecasts_of,
+    task_as_dict,
+    task_of,
+    task_scores,
+    tasks_as_dict,
+)
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.links import LINKS
-from forescale.scaling.tasks.answer import as_dict, fit_tasks
+from forescale.scaling.fitting.points import spent
+from forescale.scaling.report.fit_figures import Figures
+from forescale.scaling.report.task_section import task_section
+from forescale.scaling.report.task_text import prediction_of, show_task, show_task_forecasts
 from tests.matrix import FULL
 from tests.trainer.scaling.iso_flop_runs import TRUTH
 
@@ -17,6 +40,7 @@ SIGMOID = {"a": -0.72, "L_0": 2.9, "k": 3.0, "b": 1.0}
 TO_ONE = {"c": 0.24, "L_0": 2.5, "k": 3.0}
 EXPONENTIAL = {"epsilon": 0.86, "k": 2.2, "gamma": 0.71}
 TRUTHS = {"sigmoid-to-1": TO_ONE, "sigmoid": SIGMOID, "exponential": EXPONENTIAL}
+NEAR = TargetPoint(parameters=1e9, tokens=5e10)
 TARGET = TargetPoint(parameters=4e9, tokens=2e11)
 
 
@@ -118,7 +142,7 @@ def test_without_a_target_only_links_are_fitted():
     rows = table(noise=1e-4)[["loss", "outcome"]]
     (found,) = fit_tasks([Task("arc", rows, rows, "mine")], StudyJob(input=["x"], bootstraps=100))
     assert found.chained is None
-    made = as_dict([found])
+    made = tasks_as_dict([found])
     assert made["tasks"][0]["prediction"] is None
     assert made["tasks"][0]["values"] == pytest.approx(TO_ONE, rel=0.01)
 
@@ -156,3 +180,214 @@ def test_the_interval_of_a_task_covers_new_runs():
     beyond, within = np.mean(inside, axis=0)
     assert beyond > 0.85
     assert within > (0.8 if FULL else 0.75)
+
+
+JOB = StudyJob(input=["none"])
+
+
+def ladder(rows, job=JOB, name="mine") -> Finished:
+    """The finished runs of a table with a metric."""
+    return finished(rows, job, name, has_metric=True)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """A ladder whose compute spans five budgets of half a decade."""
+    return table(noise=0.001)
+
+
+@pytest.fixture(scope="module")
+def rows(runs):
+    return forecasts(ladder(runs), JOB)
+
+
+def test_runs_of_half_a_decade_are_one_budget_if_the_table_names_none(runs):
+    found = ladder(runs)
+    assert np.abs(np.log10(spent(found.points) / found.budgets)).max() <= 0.25 + 1e-9
+    named = ladder(runs.assign(budget=np.repeat([1e18, 2e18, 4e18, 8e18], 4)))
+    assert np.unique(named.budgets).tolist() == [1e18, 2e18, 4e18, 8e18]
+
+
+def test_nothing_beyond_an_origin_changes_a_forecast(runs, rows):
+    made = ladder(runs)
+    first = rows["origin"].min()
+    beyond = made.budgets > np.unique(made.budgets)[first - 1]
+    moved = runs.assign(outcome=np.where(beyond, runs.outcome / 2, runs.outcome))
+    again = forecasts(ladder(moved), JOB)
+    pair = [found.loc[found["origin"] == first, "predicted"].tolist() for found in (rows, again)]
+    assert pair[0] == pair[1]
+
+
+def test_the_rivals_are_the_line_of_the_last_three_budgets_and_the_last_value(runs, rows):
+    made = ladder(runs)
+    distinct = np.unique(made.budgets)
+    k = int(rows["origin"].min())
+    best = [runs[made.budgets == c]["loss"].idxmin() for c in distinct]
+    x, y = np.log(spent(made.points)[best]), runs["outcome"].to_numpy()[best]
+    line = np.polyval(np.polyfit(x[k - 3 : k], y[k - 3 : k], 1), x[k])
+    own = rows[(rows["origin"] == k) & (rows["ahead"] == 1) & (rows["group"] == "best")]
+    found = own.set_index("method")
+    assert found.loc[LINE, "predicted"] == pytest.approx(line)
+    assert found.loc[LAST_VALUE, "predicted"] == pytest.approx(y[k - 1])
+    assert found.loc[TWO_STEPS, "observed"] == pytest.approx(y[k])
+
+
+def test_where_runs_follow_a_law_and_a_link_two_steps_are_nearest(rows):
+    found = {(s.method, s.ahead): s for s in task_scores(rows) if s.table is None}
+    two = found[TWO_STEPS, 1]
+    assert two.median < 0.01
+    assert two.skill[LAST_VALUE] > 0.5
+    assert two.skill[LINE] > 0
+    assert found[LINE, 1].coverage == {}
+    assert two.coverage["best"].outer >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.assign(budget=1e18), "has 1 budgets with the metric, too few for a backtest"),
+        (lambda t: t.assign(outcome=np.nan), "no run has a finite loss and the metric"),
+        (lambda t: t.drop(columns="tokens"), "there is no column 'tokens'"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_with_a_sentence(runs, change, message):
+    with pytest.raises(UserError) as refused:
+        ladder(change(runs))
+    assert message in str(refused.value)
+
+
+def test_a_metric_without_a_tie_to_the_loss_has_no_backtest(runs):
+    rng = np.random.default_rng(0)
+    noisy = runs.assign(outcome=0.25 + 0.01 * rng.standard_normal(len(runs)))
+    with pytest.raises(UserError, match="at no origin do the runs determine a law and a link"):
+        forecasts(ladder(noisy), JOB)
+
+
+def flat(runs):
+    """The runs of four budgets, so of one origin, with one metric."""
+    budgets = ladder(runs).budgets
+    return runs[budgets <= np.unique(budgets)[3]].assign(outcome=0.25)
+
+
+def test_a_table_whose_metric_is_flat_is_named_and_the_others_are_scored(
+    runs, rows, tmp_path, monkeypatch, forescale
+):
+    monkeypatch.chdir(tmp_path)
+    runs.to_csv("good.csv", index=False)
+    flat(runs).to_csv("flat.csv", index=False)
+    own = ("study", "backtest", "flat.csv", "good.csv", "task=outcome")
+    code, out, err = forescale(*own, "--json")
+    assert code == 0
+    assert "Note: flat is left out: at no origin do the runs determine a law and a link" in err
+    assert "(the metric is 0.25 in all 6 rows: the data can't tell how it changes " in err
+    found = json.loads(out)["scores"]
+    assert {one["table"] for one in found} == {None, "good"}
+    assert found == as_dict(task_scores(rows.assign(table="good")))["scores"]
+
+
+def test_if_no_table_can_be_judged_the_reason_of_the_first_is_said(runs):
+    few = ladder(flat(runs), name="few")
+    with pytest.raises(UserError, match="input: none of 2 tables can be judged; the first: at no"):
+        forecasts_of([few, few], JOB)
+    with pytest.raises(UserError, match="few: at no origin"):
+        forecasts_of([few], JOB)
+
+
+@pytest.mark.slow  # a law at each of 25 origins
+def test_on_public_tables_the_two_steps_beat_the_line_and_the_last_value(published):
+    """The runs of Gadre et al. 2024 on three training sets: the mean error rate of their tasks."""
+    rows = pd.read_csv(published / "gadre2024" / "gadre_104_models.csv")
+    job = StudyJob(input=["none"], metric="error")
+    own = {"parameters": rows["N"], "tokens": rows["D"], "loss": rows["loss_c4_val"]}
+    runs = pd.DataFrame({**own, "outcome": 1 - rows["err_avg_subset"]}).astype(float)
+    each = [ladder(part, job, name) for name, part in runs.groupby(rows["dataset"])]
+    made = pd.concat([forecasts(one, job) for one in each])
+    found = {(s.method, s.ahead): s for s in task_scores(made) if s.table is None}
+    for ahead in (1, 2):
+        two = found[TWO_STEPS, ahead]
+        assert two.median < min(found[LINE, ahead].median, found[LAST_VALUE, ahead].median)
+        assert two.coverage["best"].outer > 0.75
+        assert two.coverage["other"].outer > 0.85
+
+
+def answer(rows: pd.DataFrame, **keys):
+    keys = {"task": "acc", "bootstraps": 100, "target": NEAR} | keys
+    job = StudyJob(input=["x"], **keys)
+    return task_of(StudyFit(rows, job, "mine"), "mine")
+
+
+@pytest.fixture(scope="module")
+def ladder_fit():
+    """The answer of a ladder of four budgets, so that its backtest has one origin."""
+    rows = table(noise=0.002)
+    return answer(rows[6 * rows.parameters * rows.tokens < 5e19].reset_index(drop=True))
+
+
+def printed(show, *arguments) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show(*arguments, console)
+    return console.file.getvalue()
+
+
+def test_a_job_without_a_task_has_no_answer():
+    assert answer(table(), task=None) is None
+
+
+def test_the_values_are_plain_and_complete(ladder_fit):
+    found = json.loads(json.dumps(task_as_dict(ladder_fit)))
+    assert (found["task"], found["link"], found["unseen"]) == ("acc", "sigmoid-to-1", None)
+    low, high = found["prediction"]["interval"]
+    assert low < found["prediction"]["value"] < high
+    assert {one["method"] for one in found["skill"]} == {"two steps", "line", "last value"}
+
+
+def test_the_page_says_value_interval_and_backtest(ladder_fit):
+    said = printed(show_task, ladder_fit)
+    p = ladder_fit.chained
+    assert f"Prediction: accuracy {p.value:.1%} at loss {p.loss.loss:.4f}" in said
+    assert "Backtest, one budget ahead, once: off by " in said
+    assert "Doubt: The link is extrapolated" in said
+
+
+def test_a_metric_at_the_level_of_guessing_has_no_prediction(ladder_fit):
+    rng = np.random.default_rng(0)
+    rows = ladder_fit.law.records
+    flat = answer(rows.assign(outcome=0.25 + 0.01 * rng.standard_normal(len(rows))))
+    assert flat.chained is None
+    assert prediction_of(flat).startswith("No prediction. The metric is 0.2")
+    assert flat.skill == []
+    assert task_facts(flat)["unseen"] == flat.unseen
+
+
+def test_a_forecast_holds_the_metric_and_is_scored_by_what_came(ladder_fit, tmp_path):
+    facts = {"target": {"run": "big"}, "task": task_facts(ladder_fit)}
+    found = [Forecast(tmp_path / "0001.json", facts),
+             Forecast(tmp_path / "0002.json", {"target": {"run": "other"}})]  # fmt: skip
+    assert columns_of(found) == ["acc"]
+    (waiting,) = score_tasks(found, pd.DataFrame({"name": ["small"], "acc": [0.3]}))
+    assert (waiting.observed, waiting.inside) == (None, None)
+    value = ladder_fit.chained.value
+    (scored,) = score_tasks(found, pd.DataFrame({"name": ["big"], "acc": [value]}))
+    assert scored.inside
+    (missed,) = score_tasks(found, pd.DataFrame({"name": ["big"], "acc": [0.0]}))
+    assert missed.inside is False
+    said = printed(show_task_forecasts, [waiting, scored, missed])
+    assert said.count(f"{value:.1%}") >= 4
+    assert printed(show_task_forecasts, []) == ""
+
+
+def test_the_figures_show_the_runs_the_link_and_the_prediction(ladder_fit):
+    figures = Figures(ladder_fit.law, "as the table counts", "6 N D", "nats")
+    section = task_section(ladder_fit, figures)
+    by_loss, by_compute = (picture for _, picture, _ in section.pictures)
+    rows = ladder_fit.law.table
+    for picture, x in ((by_loss, rows.loss), (by_compute, 6 * rows.parameters * rows.tokens)):
+        dots = next(t for t in picture.traces if t.kind == "dots" and len(t.x) == len(rows))
+        assert list(dots.x) == pytest.approx(list(x))
+        assert list(dots.y) == pytest.approx(list(rows.outcome))
+        star = next(t for t in picture.traces if t.name == "target")
+        assert star.y[0] == pytest.approx(ladder_fit.chained.value)
+        assert star.ends == pytest.approx(ladder_fit.chained.outer)
+    predicted = next(t for t in by_compute.traces if t.name == "predicted")
+    assert np.all(np.diff(predicted.y) > 0)
+    assert task_section("no runs", figures).absent == "The metric can't be fitted: no runs"

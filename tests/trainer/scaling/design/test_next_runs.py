@@ -16,7 +16,8 @@ from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.forecasting.calibrated import Discrepancy, calibrate
+from forescale.scaling.forecasting.calibrated import calibrate
+from forescale.scaling.forecasting.predictor import Discrepancy
 from tests.benchmarks.bench_next import public, replay, replay_of, surface
 
 COMMON = Common(ModelConfig(width=128, num_layers=3, num_heads=2), 512, 256, rate=1e10)

@@ -7,14 +7,8 @@ from forescale.errors import UserError
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.forecasting.calibrated import (
-    BELIEF,
-    PRIOR,
-    Discrepancy,
-    backtests,
-    fit_calibrated,
-    laws_of_origins,
-)
+from forescale.scaling.forecasting.calibrated import backtests, fit_calibrated, laws_of_origins
+from forescale.scaling.forecasting.predictor import BELIEF, PRIOR, Discrepancy
 from forescale.scaling.records.records import points
 from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs

@@ -24,13 +24,18 @@ def forecaster(points, budgets):
     return list(forecasters(points, budgets))[-1]
 
 
+def of_runs(one, n, d, budget):
+    """The forecast of runs by N and D."""
+    return one.of_runs({"parameters": n, "tokens": d}, 6 * n * d, budget)
+
+
 def forecasts_of(one, units=(1.0, 1.0, 1.0)):
     """All that a forecaster says of a budget beyond all runs."""
     c = 1e21
     n = 0.1 * c**0.5 * np.geomspace(0.3, 3, 6)
     d = c / (6 * n)
     lowest = one.minimum(c * units[2])
-    each = one.of_runs(n * units[0], d * units[1], c * units[2])
+    each = of_runs(one, n * units[0], d * units[1], c * units[2])
     return np.r_[lowest.log_loss, lowest.deviation, each.log_loss, each.deviation]
 
 
@@ -39,7 +44,7 @@ def test_runs_of_a_law_without_noise_are_continued():
     one, c = forecaster(Points(LOSS, N, D), BUDGETS), 10**20.5
     n = 0.1 * c**0.5 * np.geomspace(0.3, 3, 6)
     observed = np.log(CHINCHILLA.predict(TRUTH, parameters=n, tokens=c / (6 * n)))
-    assert one.of_runs(n, c / (6 * n), c).log_loss == pytest.approx(observed, abs=0.01)
+    assert of_runs(one, n, c / (6 * n), c).log_loss == pytest.approx(observed, abs=0.01)
     assert one.minimum(c).log_loss == pytest.approx(observed.min(), abs=0.01)
 
 
@@ -75,7 +80,7 @@ def test_intervals_widen_with_distance_excess_and_level():
     assert (np.diff(widths) > 0).all()
     assert one.minimum(1e21).half(0.5) < one.minimum(1e21).half(0.9)
     n = 0.1 * 1e21**0.5 * np.array([1, 4, 16.0])
-    assert (np.diff(one.of_runs(n, 1e21 / (6 * n), 1e21).deviation) > 0).all()
+    assert (np.diff(of_runs(one, n, 1e21 / (6 * n), 1e21).deviation) > 0).all()
 
 
 def test_a_study_that_broke_its_own_forecasts_has_wider_intervals():
