@@ -128,8 +128,8 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
         a = _allocation(replicates, level)
         means = f" N* ∝ C^{a[0]:.2f} then means nothing." if a else ""
         found.append(
-            f"The runs don't determine the law: {', '.join(edges_met)}.{means} Add runs with other N "
-            "and D, or fit a law with fewer parameters, such as form=shared-exponent."
+            f"The runs don't determine the law: {', '.join(edges_met)}.{means} Add runs with other "
+            "N and D, or fit a law with fewer parameters, such as form=shared-exponent."
         )
     elif (a := _allocation(replicates, level)) and a[2] - a[1] > _WIDE:
         found.append(
