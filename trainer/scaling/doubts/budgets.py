@@ -128,4 +128,7 @@ def _renamed(budgets: Array, flops: Array) -> str | None:
         low, high = np.exp(logs.min()), np.exp(logs.max())
         sentence = f"C of the runs is {low:.3g} to {high:.3g} times the budget that they name"
         why = "the names are rounded, or counted by another convention"
-    return f"{sentence}: {why}. Parabolas use C. If the budgets are right, count C as they do, {_TAKE}."
+    return (
+        f"{sentence}: {why}. Parabolas use C. If the budgets are right, count C as they do, "
+        f"{_TAKE}."
+    )
