@@ -53,7 +53,6 @@ class Dataset:
     """
 
     def __init__(self, path: str | Path, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
-        """Read and verify the manifest."""
         self._store = Store(path, cache, cache_bytes)
         self.where = self._store.where  # for messages
         self.path = Path(self.where)  # only valid for a local dataset
@@ -241,7 +240,6 @@ class Sources:
     """
 
     def __init__(self, datasets: Mapping[str, Dataset]):
-        """datasets: not empty."""
         self.datasets = dict(datasets)
         (_, self.first), *rest = self.datasets.items()
         for name, dataset in rest:
@@ -254,12 +252,10 @@ class Sources:
 
     @property
     def names(self) -> list[str]:
-        """Names of the sources."""
         return list(self.datasets)
 
     @property
     def is_mixture(self) -> bool:
-        """True if there is more than one source."""
         return len(self.datasets) > 1
 
     @property
@@ -274,7 +270,6 @@ class Sources:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The common tokenizer."""
         return self.first.tokenizer
 
     @property
@@ -285,7 +280,6 @@ class Sources:
 
     @property
     def where(self) -> str:
-        """The paths, for messages."""
         return ", ".join(d.where for d in self.datasets.values())
 
     @property

@@ -137,7 +137,6 @@ class Feed:
         references: Mapping[str, np.ndarray] | None = None,
         seed: int = 0,
     ):
-        """Nothing is read yet."""
         self.names, self.splits = list(splits), list(splits.values())
         self.mixture, self.skipped = mixture, tuple(skipped)
         self.dtype = narrow_dtype(vocab_size)

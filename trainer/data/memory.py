@@ -24,7 +24,6 @@ class Resident:
     """
 
     def __init__(self, num_tokens: int, dtype: np.dtype, chunks: int):
-        """Reserve memory for `num_tokens` tokens in `chunks` chunks."""
         # The system provides pages of this size on first write: only what is read takes memory.
         self.tokens: np.ndarray | None = np.empty(num_tokens, dtype)
         self.size = self.tokens.nbytes
@@ -35,7 +34,6 @@ class ShardMemory:
     """Grants memory to shards, at most `limit` bytes in total; safe from several threads."""
 
     def __init__(self, limit: int = _LIMIT):
-        """Nothing is allocated before the first grant."""
         self.limit = limit
         self._lock = threading.Lock()
         self._granted: list[weakref.ref[Resident]] = []

@@ -110,7 +110,6 @@ class Strides:
     """Cuts windows with stride L; the last window of a shard holds the rest."""
 
     def __init__(self, shard_tokens: Sequence[int], sequence_length: int):
-        """shard_tokens: tokens of every shard."""
         self._length, self._tokens = sequence_length, np.array(shard_tokens, np.int64)
         self.targets = np.maximum(self._tokens - 1, 0)
         self.counts = -(-self.targets // sequence_length)

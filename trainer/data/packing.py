@@ -37,7 +37,6 @@ class Packing:
 
     @property
     def num_bins(self) -> int:
-        """Number of bins."""
         return len(self.offsets) - 1
 
     @property
@@ -51,7 +50,6 @@ class Packing:
         return np.add.reduceat(self.lengths - 1, self.offsets[:-1], dtype=np.int64)
 
     def pieces(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts and lengths of a bin's pieces."""
         of = slice(self.offsets[number], self.offsets[number + 1])
         return self.starts[of], self.lengths[of]
 

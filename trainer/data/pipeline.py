@@ -131,7 +131,6 @@ class _WorkerPool:
             thread.start()
 
     def batches(self, log: Log) -> Iterator[Any]:
-        """Yield the batches in order."""
         while True:
             batch, error = self._next(log)
             if error is not None:

@@ -112,7 +112,6 @@ class StepShare:
 
     @property
     def count(self) -> int:
-        """The number of this rank's micro-batches."""
         return self.global_batch // self.micro_batch // self.world_size
 
     def of(self, intervals: Sequence[Interval]) -> list[Interval]:

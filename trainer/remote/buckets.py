@@ -43,7 +43,6 @@ class FsspecOrigin(Origin):
     _is_known = False
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
-        """See Origin."""
         if not self._is_known:  # answers to ranges don't contain the file's size
             self.ask(timeout)
         assert self.size is not None
@@ -58,7 +57,6 @@ class FsspecOrigin(Origin):
             start = end
 
     def ask(self, timeout: float) -> None:
-        """See Origin."""
         info = call(self.url, "info", timeout)
         if info.get("type") == "directory":
             raise UserError(self.where, "is a folder, not a file", "check the address")

@@ -136,7 +136,6 @@ class BlockCache:
             self._fails(e)
 
     def _publish(self, part: int, name: str, data: bytearray) -> None:
-        """Write a fetched block and rename it to its final name."""
         sums = b"".join(_checksums(name, memoryview(data), 0))
         size = len(data) + len(sums)
         try:

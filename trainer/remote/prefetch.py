@@ -25,7 +25,6 @@ class RemoteBlocks:
     """Blocks of files by number, from the cache or from their origins."""
 
     def __init__(self, cache: BlockCache, patience: Patience):
-        """No thread is started yet."""
         self._cache, self._patience = cache, patience
         self._ahead = min(_AHEAD, cache.limit // (_SHARE * BLOCK))
         self._lock = threading.Lock()
@@ -56,12 +55,10 @@ class RemoteBlocks:
             self._start()
 
     def forget(self, key: str, numbers: Iterable[int]) -> None:
-        """Drop these blocks from the cache."""
         for number in numbers:
             self._cache.drop(f"{key}-{number}")
 
     def close(self) -> None:
-        """Stop prefetching."""
         with self._lock:
             self._hints.clear()
 

@@ -204,12 +204,10 @@ class Store:
         return exists(origin_of(place), self._patience)
 
     def close(self) -> None:
-        """Stop prefetching."""
         if "_blocks" in self.__dict__:
             self._blocks.close()
 
     def _place(self, name: str) -> Path | str:
-        """Return the path of a file, or its address."""
         if is_url(name):
             return name
         if not self._is_remote or name.startswith("/"):

@@ -56,7 +56,6 @@ class RetryableError(Exception):
     """One try failed; another may succeed. wait: seconds that the server asks for."""
 
     def __init__(self, problem: str, wait: float = 0.0):
-        """what: a part of a sentence for messages."""
         super().__init__(problem)
         self.problem, self.wait = masked(problem), wait
 

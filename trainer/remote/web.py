@@ -29,7 +29,6 @@ class HttpOrigin(Origin):
     """A file at a web server. Proxies, ~/.netrc and certificates are taken from the environment."""
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
-        """See Origin."""
         # A range for the whole file too: the answer contains the file's size, even if its body is
         # cut off.
         with self._get(f"bytes={start}-{'' if stop is None else stop - 1}", timeout) as answer:
@@ -52,7 +51,6 @@ class HttpOrigin(Origin):
                     yield piece
 
     def ask(self, timeout: float) -> None:
-        """See Origin."""
         # Not HEAD: a signed address may allow GET alone.
         with self._get("bytes=0-0", timeout) as answer:
             self._judge(answer, 0, whole=True)

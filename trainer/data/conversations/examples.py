@@ -120,7 +120,6 @@ class Reader:
         return [Piece(prompt, False), Piece(response, True)]
 
     def _encoded(self, lines: Sequence[_Line]) -> list[Iterator[list[int]]]:
-        """Return the ids of each piece of each line."""
         encoded: dict[bool, Iterator[list[int]]] = {}
         for has_special in (False, True):
             same = [line for line in lines if line.has_special == has_special]
@@ -220,7 +219,6 @@ def _parsed(raw: bytes) -> Any:
 
 
 def _example_fields(row: Any) -> dict[str, Any]:
-    """Return the fields of an example that are read."""
     has_messages = isinstance(row, dict) and "messages" in row
     has_texts = isinstance(row, dict) and {"prompt", "response"} <= row.keys()
     if has_messages == has_texts:

@@ -190,6 +190,5 @@ def joined(
 
 
 def special_ids(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of the special tokens."""
     added = tokenizer.get_added_tokens_decoder()
     return {index for index, token in added.items() if token.special}

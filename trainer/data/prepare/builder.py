@@ -66,7 +66,6 @@ class BuildConfig:
     tokenizer_bytes: int = 64_000_000  # of training text, chosen by hash, that a BPE is trained on
 
     def check(self) -> None:
-        """Raise UserError for an invalid value."""
         if not 0 <= self.validation <= 0.5:
             problem = f"{self.validation} is out of range"
             raise UserError("validation", problem, "set it to 0 to 0.5")
@@ -146,7 +145,6 @@ class _Build:
     progress: Progress
 
     def run(self) -> None:
-        """Run all phases."""
         runs, sizes = self._hash()
         selection = self._select(runs)
         self._sample(selection)
@@ -209,7 +207,6 @@ class _Build:
         self._phase("sample", "bytes", total, self._each_unit(job))
 
     def _trained_tokenizer(self) -> bytes:
-        """Return the bytes of the tokenizer.json."""
         path, done = self.work.tokenizer, 0
         if unit := finished(path):
             return unit["json"].encode()
@@ -272,7 +269,6 @@ class _Build:
         rows: dict[str, Any],
         entries: dict[str, FileEntry],
     ) -> None:
-        """Write the files that describe the whole dataset."""
         totals, corpus, work = Totals(self.source.sources), hashlib.sha256(), self.work
         both = (self._facts(work.hashes), self._facts(work.tokens))
         for unit, hashed, encoded in zip(self.units, *both, strict=True):

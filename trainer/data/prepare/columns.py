@@ -76,13 +76,11 @@ class UnitFile:
     """A finished file, open for reading. Raises UserError where it proves damaged."""
 
     def __init__(self, path: Path):
-        """path: must exist."""
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """The facts at the end of the file."""
         return json.loads(self._end[0])
 
     @cached_property
@@ -107,7 +105,6 @@ class UnitFile:
         os.close(self._fd)
 
     def damaged(self) -> UserError:
-        """Return the error to raise for this file."""
         todo = "run the same command again; it makes the file again"
         return UserError(str(self.path), "is damaged", todo)
 
@@ -130,7 +127,6 @@ class UnitFile:
         return bisect_left(range(count), key, key=entry)
 
     def is_intact(self) -> bool:
-        """Compare the whole file with its checksum."""
         _, size, whole = self._end
         digest, at, end = xxhash.xxh3_128(), 0, size - len(whole) - len(_MARK)
         while at < end:

@@ -84,7 +84,6 @@ class PythonSource:
             yield name, facts.st_size, facts.st_mtime_ns
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, recipe and package versions."""
         # The local part of a version (+cpu, +cu128) names a build of the same Python source.
         versions = {}
         for name in self._roots:

@@ -78,7 +78,6 @@ class HashJob:
     directory: Path
 
     def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
-        """item: (number of the unit, unit)."""
         number, unit = item
         if finished(path := self.directory / f"{number:06d}"):
             tick(unit.size, 0)

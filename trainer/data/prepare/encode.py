@@ -57,7 +57,6 @@ class TokenRun(NamedTuple):
         return file.column(self.offset + 8 * place * self.documents, stop - start, "<u8", start)
 
     def tokens_of(self, file: UnitFile, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
-        """Return tokens [start, stop) of the run."""
         return file.column(self.offset + 24 * self.documents, stop - start, dtype, start)
 
 

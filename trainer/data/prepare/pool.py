@@ -56,7 +56,6 @@ class Pool:
     """
 
     def __init__(self, workers: int):
-        """No process is started yet."""
         self._workers = workers
         self._idle: list[_Worker] = []
         self._busy: dict[Any, _Worker] = {}  # by the worker's pipe

@@ -19,7 +19,6 @@ class Totals:
     """Adds up the facts of the units' files, in source order."""
 
     def __init__(self, sources: Sequence[str]):
-        """sources: names of the inputs."""
         self.splits = {s: dict.fromkeys(("documents", "tokens", "bytes"), 0) for s in SPLITS}
         self.lengths: list[int] = [0] * 64
         self.sources: list[dict[str, Any]] = [

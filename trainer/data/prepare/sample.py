@@ -48,7 +48,6 @@ class SampleJob:
     limit: int
 
     def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
-        """item: (number of the unit, unit)."""
         number, unit = item
         path = self.directory / f"{number:06d}"
         if not finished(path) and self._wants(number):
@@ -112,7 +111,6 @@ class BaselinesJob:
     units: int
 
     def __call__(self, item: Path, tick: Tick) -> None:
-        """item: path of the result."""
         if finished(item):
             return
         held_out = list(texts(self.directory, self.units, HELD_OUT))

@@ -63,7 +63,6 @@ def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str
 
 
 def _facts(dataset: Dataset, console: Console) -> Iterator[Text]:
-    """Yield lines with the dataset's properties."""
     manifest, tokenizer = dataset.manifest, dataset.manifest["tokenizer"]
     end = dataset.tokenizer.id_to_token(dataset.end_of_text)
     facts = {
@@ -96,7 +95,6 @@ def _stored(manifest: dict[str, Any]) -> str:
 
 
 def _listed(facts: dict[str, Any]) -> str:
-    """Return such as "kind embedded, packages (torch 2.13.0)"."""
     parts = []
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -159,7 +157,6 @@ def _window(
 
 
 def _lines(text: Text, first: str, colour: str, console: Console) -> Iterator[Text]:
-    """Yield the lines of one document with a gutter, long lines wrapped."""
     glyph = first
     for line in text.split("\n", allow_blank=True):
         for part in line.wrap(console, console.width - 4, overflow="fold", tab_size=4) or [Text()]:
@@ -184,7 +181,6 @@ class _Reader:
         self._alphabet = {character: bytes([byte]) for character, byte in alphabet.items()}
 
     def text(self, ids: np.ndarray | Sequence[int]) -> Text:
-        """Return the text of these ids."""
         text, raw = Text(), b""
         for index in map(int, ids):
             piece = self._tokenizer.id_to_token(index)

@@ -78,7 +78,6 @@ class Work:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the directory."""
         shutil.rmtree(self.path)
 
     def remove_if_empty(self) -> None:

@@ -55,7 +55,6 @@ class ShardWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens added so far."""
         return self._written + self._held
 
     def add(self, document: np.ndarray, learned: np.ndarray | None = None) -> None:

@@ -32,7 +32,6 @@ class ReadingReport:
     listed: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
-        """Count one case of `reason`."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.listed.setdefault(reason, [])
         if len(names) < _LISTED:
@@ -70,7 +69,6 @@ class Policy:
 
     @property
     def is_cut(self) -> bool:
-        """True if long documents are cut."""
         return self.long == "cut"
 
     def is_long(self, size: int) -> bool:

@@ -138,7 +138,6 @@ class Files:
         return list(self._units)
 
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
-        """Yield the documents of a unit."""
         if unit.first == 0 and unit.start == 0:
             report.merge(self._skipped)
         for file in self._files[unit.first : unit.last]:
@@ -212,7 +211,6 @@ class Files:
 
 
 def _joined(group: list[Unit]) -> list[Unit]:
-    """Return consecutive whole files as one unit."""
     if not group:
         return []
     first, others = group[0], len(group) - 1

@@ -222,11 +222,9 @@ class Blocks(io.RawIOBase):
     """Consecutive blocks of bytes as a file; errors become UserErrors."""
 
     def __init__(self, where: str, blocks: Iterator[bytes]):
-        """where: for messages."""
         self._where, self._blocks, self._rest = where, blocks, memoryview(b"")
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, into) -> int:
@@ -242,7 +240,6 @@ class Blocks(io.RawIOBase):
         return taken
 
     def readall(self) -> bytes:
-        """Return all remaining bytes."""
         with reading(self._where):
             whole = b"".join([self._rest, *self._blocks])
         self._rest = memoryview(b"")

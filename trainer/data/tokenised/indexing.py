@@ -46,7 +46,6 @@ class Indexer:
         shard_tokens: int,
         member_tokens: int,
     ):
-        """directory: where indexes are written."""
         sizes = token_bytes(vocabulary.load())
         train, held_out = SPLITS
         self.splits = {

@@ -73,7 +73,6 @@ class TokenFile:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the file."""
         return sum(extent.tokens for extent in self.extents)
 
 
