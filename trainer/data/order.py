@@ -218,10 +218,7 @@ class Order:
     def _make_block(self, epoch: int, block: int) -> "_Block":
         shards = self._epoch(epoch).blocks[block]
         return _Block(
-            shards,
-            self._windows[shards],
-            self._cut.short(shards),
-            (self.seed, epoch, block),
+            shards, self._windows[shards], self._cut.short(shards), (self.seed, epoch, block)
         )
 
 

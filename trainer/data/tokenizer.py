@@ -36,9 +36,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
         raise UserError(
-            "vocab_size",
-            f"{vocab_size} is too small",
-            "set at least 257 (bytes and end of text)",
+            "vocab_size", f"{vocab_size} is too small", "set at least 257 (bytes and end of text)"
         )
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(

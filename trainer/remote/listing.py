@@ -16,15 +16,7 @@ from urllib.parse import urljoin
 from forescale.errors import UserError, masked
 from forescale.remote.buckets import call
 from forescale.remote.store import origin_of
-from forescale.remote.transfer import (
-    MIB,
-    PATIENCE,
-    Origin,
-    Patience,
-    is_url,
-    persist,
-    receive,
-)
+from forescale.remote.transfer import MIB, PATIENCE, Origin, Patience, is_url, persist, receive
 
 _WINDOW = 4 * MIB  # bytes requested at a time after a seek
 

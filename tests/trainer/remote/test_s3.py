@@ -76,9 +76,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "forescale", *words],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-P", "-m", "forescale", *words], capture_output=True, text=True
     )
 
 

@@ -82,11 +82,7 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
         removed = f"{duplicates['documents']:,} ({duplicates['bytes']:,} bytes)"
         lines += ["", f"Duplicates removed, the first of each kept: {removed}"]
     if left_out := report.get("left_out"):
-        lines += [
-            "",
-            "Left out or changed (more names in manifest.json):",
-            *_reasons(left_out),
-        ]
+        lines += ["", "Left out or changed (more names in manifest.json):", *_reasons(left_out)]
     return lines
 
 

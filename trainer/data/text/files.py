@@ -20,22 +20,10 @@ from forescale.data.text.documents import (
     Unit,
     decoded,
 )
-from forescale.data.text.inputs import (
-    InputFile,
-    clean_suffixes,
-    find_files,
-    input_name,
-    is_hub,
-)
+from forescale.data.text.inputs import InputFile, clean_suffixes, find_files, input_name, is_hub
 from forescale.data.text.lines import TextKey, lines_between, read_lines
 from forescale.data.text.opening import Budget, bare, open_stream, printable, reading
-from forescale.data.text.tables import (
-    hub_parts,
-    load_hub,
-    parquet_parts,
-    read_hub,
-    read_parquet,
-)
+from forescale.data.text.tables import hub_parts, load_hub, parquet_parts, read_hub, read_parquet
 from forescale.data.text.tars import read_plain, read_tar
 from forescale.remote.transfer import is_url
 

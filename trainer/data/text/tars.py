@@ -12,13 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from forescale.data.text.documents import (
-    Document,
-    Policy,
-    ReadingReport,
-    decoded,
-    expect_not_long,
-)
+from forescale.data.text.documents import Document, Policy, ReadingReport, decoded, expect_not_long
 from forescale.data.text.inputs import KNOWN, clean, kind_of
 from forescale.data.text.lines import TextKey, json_document, lines_between, read_lines
 from forescale.data.text.markup import text_of

@@ -74,11 +74,7 @@ def test_each_comes_once_an_epoch_as_two_rows_with_the_last_response_as_targets(
         found.append(twos([row for m in micro for row in rows_of(m, dataset.end_of_text)]))
     held_out = bins_of(dataset, "validation")
     micros = validation_windows(
-        dataset.split("validation"),
-        OBJECTIVE.window_length,
-        5,
-        objective=OBJECTIVE,
-        bins=held_out,
+        dataset.split("validation"), OBJECTIVE.window_length, 5, objective=OBJECTIVE, bins=held_out
     )
     last = twos([row for m in micros for row in rows_of(m, dataset.end_of_text)])
     assert Counter(found[0] + last) == Counter(map(expected, preferences()))
