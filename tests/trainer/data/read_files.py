@@ -9,8 +9,8 @@ def read(*paths, **options):
     """Return [(name, text)] of all documents, and the report."""
     report = ReadingReport()
     files = Files(paths, **options)
-    found = [(d.name, d.text) for unit in files.units() for d in files.read(unit, report)]
-    return found, report
+    documents = [(d.name, d.text) for unit in files.units() for d in files.read(unit, report)]
+    return documents, report
 
 
 def lines(*rows) -> bytes:

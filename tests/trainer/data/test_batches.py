@@ -19,21 +19,21 @@ def data(small_data):
 
 
 def rows(batches, count=None):
-    found = []
+    tokens = []
     for batch in batches:
-        found.append(batch["tokens"])
-        if len(found) == count:
+        tokens.append(batch["tokens"])
+        if len(tokens) == count:
             break
-    return torch.cat(found)
+    return torch.cat(tokens)
 
 
 def test_batches_are_those_of_a_run(data, small_data, tmp_path):
     job = make_job(small_data, tmp_path)
     feed = feed_of(job, open_sources(job.data))
     expected = feed.read([(0, 3 * BATCH)]).tokens.astype("int64")
-    found = list(zip(range(3), data.stream(LENGTH, BATCH, seed=job.train.seed), strict=False))
-    assert torch.cat([b["tokens"] for _, b in found]).tolist() == expected[:, :-1].tolist()
-    full = torch.cat([b["targets"] for _, b in found])
+    batches = list(zip(range(3), data.stream(LENGTH, BATCH, seed=job.train.seed), strict=False))
+    assert torch.cat([b["tokens"] for _, b in batches]).tolist() == expected[:, :-1].tolist()
+    full = torch.cat([b["targets"] for _, b in batches])
     assert (full[full >= 0] == torch.from_numpy(expected[:, 1:])[full >= 0]).all()
 
 
@@ -61,16 +61,16 @@ def test_a_loader_passes_the_batches_on(data):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("options", "message"),
     [
         (dict(world_size=3), "4 windows can't be divided among 3 ranks"),
         (dict(rank=2, world_size=2), "2 is none of 2 ranks"),
         (dict(world_size=0), "0 is not a number"),
     ],
 )
-def test_what_can_not_be_read_is_refused(data, more, message):
+def test_what_can_not_be_read_is_refused(data, options, message):
     with pytest.raises(UserError, match=message):
-        data.stream(LENGTH, 4, **more)
+        data.stream(LENGTH, 4, **options)
 
 
 def test_a_state_of_another_order_is_refused(data):

@@ -166,9 +166,9 @@ def test_every_flipped_byte_and_every_length_of_the_small_files(data, name):
             got = content(dataset)
         except UserError as e:
             got = None
-            said = str(e)
+            sentence = str(e)
         if got is None:
-            assert str(data) in said, at
+            assert str(data) in sentence, at
         else:  # entries of files that reading doesn't need
             assert name == TABLE
             assert got == want

@@ -29,29 +29,29 @@ def path(tmp_path):
 def damage(path, shard, member):
     """Flip a byte in the middle of a member's tokens."""
     tar = path / f"train-{shard:06d}.tar"
-    found = Dataset(path).split("train").shard(shard).members[member]
+    damaged = Dataset(path).split("train").shard(shard).members[member]
     raw = bytearray(tar.read_bytes())
-    raw[found.tok["offset"] + found.tok["size"] // 2] ^= 1
+    raw[damaged.tok["offset"] + damaged.tok["size"] // 2] ^= 1
     tar.write_bytes(raw)
-    return LostMember("data", shard, found.key)
+    return LostMember("data", shard, damaged.key)
 
 
-def feed_of(path, substitute=True, **more):
+def feed_of(path, substitute=True, **options):
     split = Dataset(path).split("train")
-    return make_feed({"data": split}, L, 5, 2, substitute=substitute, **more)
+    return make_feed({"data": split}, L, 5, 2, substitute=substitute, **options)
 
 
 def run(path, world=1, workers=1, quarantine=frozenset(), steps=STEPS):
     """Return all ranks' batches by step, with ranks as threads that agree like real ranks."""
-    barrier, said = threading.Barrier(world), [frozenset()] * world
+    barrier, lost_by_rank = threading.Barrier(world), [frozenset()] * world
 
     def rank(number):
         def agree(mine):
-            said[number] = mine
+            lost_by_rank[number] = mine
             barrier.wait(20)
-            found = frozenset().union(*said)
+            damaged = frozenset().union(*lost_by_rank)
             barrier.wait(20)
-            return found
+            return damaged
 
         share = StepShare(BATCH, BATCH // 12, number, world)
         feed = feed_of(path)  # each rank verifies its own reads
@@ -136,14 +136,14 @@ def test_a_truncated_shard_is_lost_completely(path):
 
 
 def test_windows_with_damaged_document_ends_are_substituted_too(path):
-    found = Dataset(path).split("train").shard(1).members[1]
+    damaged = Dataset(path).split("train").shard(1).members[1]
     tar = path / "train-000001.tar"
     raw = bytearray(tar.read_bytes())
-    raw[found.doc["offset"]] ^= 1
+    raw[damaged.doc["offset"]] ^= 1
     tar.write_bytes(raw)
     feed = feed_of(path, documents=True)
     rows = list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
-    assert rows[-1].quarantine == {LostMember("data", 1, found.key)}
+    assert rows[-1].quarantine == {LostMember("data", 1, damaged.key)}
     with pytest.raises(Damaged, match="document ends"):
         list(stream(feed_of(path, False, documents=True), StepShare(BATCH, 1), STEPS, 0))
 
@@ -229,14 +229,14 @@ def test_a_stale_handle_is_opened_again_and_its_tokens_are_read(path, without_pa
 @pytest.mark.filterwarnings("ignore:.*next try")
 def test_a_file_system_that_is_gone_is_no_damage_but_a_file_that_is_gone_is(path, without_pauses):
     feed = feed_of(path)
-    kept = path.rename(path.with_name("elsewhere"))
+    moved = path.rename(path.with_name("elsewhere"))
     for left in (False, True):  # the place where it was mounted is there, and empty
         if left:
             path.mkdir()
         with pytest.raises(Transient, match=r"folder is gone or empty \(tried 3 times\)"):
             list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
     path.rmdir()
-    kept.rename(path)
+    moved.rename(path)
     (path / "train-000002.tar").unlink()
     rows = list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
     assert rows[-1].quarantine == {LostMember("data", 2, "")}

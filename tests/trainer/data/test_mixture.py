@@ -33,8 +33,8 @@ def test_every_source_keeps_its_own_order_for_any_cuts_of_the_samples(stages, se
     whole = mixture.places(0, total)
     for source, order in enumerate(ORDERS.values()):
         mine = whole.source == source
-        own = order.windows(0, int(mine.sum()))
-        for got, want in zip(whole[1:], own, strict=True):
+        of_source = order.windows(0, int(mine.sum()))
+        for got, want in zip(whole[1:], of_source, strict=True):
             assert np.array_equal(got[mine], want)
     g = 0
     for count in [*cuts, 1000]:
@@ -59,16 +59,16 @@ def test_shares_are_exact_at_the_end_of_every_block(stages, seed):
         ends = list(range(stage.first + 1024, end, 1024))
         ends = [g for g in ends if end - g >= 1024 or i + 1 == len(stages)]
         for g in [*ends, end]:
-            given = mixture.samples(g) - before
+            counts = mixture.samples(g) - before
             exact = [s * (g - stage.first) for s in share]
-            assert sum(given) == g - stage.first
-            assert all(abs(n - e) < 1 for n, e in zip(given.tolist(), exact, strict=True))
+            assert sum(counts) == g - stage.first
+            assert all(abs(n - e) < 1 for n, e in zip(counts.tolist(), exact, strict=True))
 
 
 def test_a_small_share_gets_a_longer_block_and_is_not_lost():
     mixture = Mixture(ORDERS, [MixtureStage.of(0, [0.9999, 0.0001, 0])], 0)
-    given = mixture.samples(200_000)
-    assert given.tolist() == [199_980, 20, 0]
+    counts = mixture.samples(200_000)
+    assert counts.tolist() == [199_980, 20, 0]
 
 
 def test_sources_are_mixed_inside_a_block_and_depend_on_the_seed():
@@ -123,6 +123,6 @@ def test_exactly_the_skipped_samples_are_skipped(skipped, g, count):
             merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
         else:
             merged.append((a, b))
-    found = [s for a, b in unskipped(merged, g, count) for s in range(a, b)]
+    rest = [s for a, b in unskipped(merged, g, count) for s in range(a, b)]
     want = [s for s in range(g, 1000) if s not in gone][:count]
-    assert found == want
+    assert rest == want

@@ -16,6 +16,7 @@ from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream
+from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import collect
 
@@ -23,17 +24,19 @@ DOCUMENTS = st.lists(st.integers(1, 90), min_size=1, max_size=6)
 SHARDS = st.lists(DOCUMENTS, min_size=1, max_size=4).filter(lambda s: max(map(max, s)) > 1)
 
 
-def packed_feed(datasets: dict[str, Dataset], cache: Path, L: int, seed=3, block=2, **more) -> Feed:
+def packed_feed(
+    datasets: dict[str, Dataset], cache: Path, L: int, seed=3, block=2, **options
+) -> Feed:
     splits = {name: d.split("train") for name, d in datasets.items()}
     bins = {n: PackedKind(L).open(s, datasets[n].identity, cache) for n, s in splits.items()}
     orders = {n: Order(s.shard_tokens, L, seed, block, bins[n]) for n, s in splits.items()}
     mixture = Mixture(orders, [MixtureStage.of(0, [1] * len(splits))], seed)
-    return Feed(splits, mixture, 257, seed=seed, bins=bins, **more)
+    return Feed(splits, mixture, 257, seed=seed, bins=bins, **options)
 
 
-def triples(found) -> list[tuple[int, int]]:
+def triples(pairs) -> list[tuple[int, int]]:
     """Return (input, target) wherever there is a target."""
-    pairs = ((x.tokens.numpy(), x.targets.numpy()) for x in found)
+    pairs = ((x.tokens.numpy(), x.targets.numpy()) for x in pairs)
     return [p for i, t in pairs for p in zip(i[t != IGNORED], t[t != IGNORED], strict=True)]
 
 
@@ -45,14 +48,14 @@ def test_an_epoch_has_each_next_token_of_each_document_once(shards, L, block, ma
         feed = packed_feed({"d": dataset}, Path(folder), L, block=block, documents=masked)
         order = feed.mixture.orders[0]
         rows = collect(feed, (0, order.windows_per_epoch), 0, 1, 1, 1)
-        found = [pair for _, micro, _ in rows for pair in triples(micro)]
+        pairs = [pair for _, micro, _ in rows for pair in triples(micro)]
         split, expected = dataset.split("train"), []
         for shard, lengths in enumerate(shards):
             tokens = split.read(shard, 0, sum(lengths)) if sum(lengths) else []
             for document in np.split(tokens, np.cumsum(lengths)[:-1]):
                 expected += pairwise(document)
-        assert sorted(found) == sorted(expected)
-        assert order.targets_per_epoch == len(found)
+        assert sorted(pairs) == sorted(expected)
+        assert order.targets_per_epoch == len(pairs)
         for batch, micro, _ in rows:
             assert batch.targets == len(triples(micro))
             if masked:
@@ -61,31 +64,12 @@ def test_an_epoch_has_each_next_token_of_each_document_once(shards, L, block, ma
                 assert not (within & (np.diff(numbers) != 0)).any()
 
 
-@given(
-    st.lists(SHARDS, min_size=1, max_size=2),
-    st.integers(1, 60),
-    st.integers(0, 10**12),
-    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(1, 3)), max_size=3),
-)
-@settings(max_examples=4, deadline=None)
-def test_any_chain_of_restarts_reads_one_sequence(sources, L, first, chain):
-    with TemporaryDirectory() as folder:
-        datasets = {
-            f"s{i}": Dataset(write_dataset(Path(folder, str(i)), s)) for i, s in enumerate(sources)
-        }
-        feed = packed_feed(datasets, Path(folder), L, documents=True)
-        total = sum(steps for _, _, steps in chain)
-        whole = collect(feed, (0, total), first, 1, 12, 1, workers=0)
-        step, g, parts = 0, first, []
-        for world, workers, steps in chain:
-            again = packed_feed(datasets, Path(folder), L, documents=True)
-            parts += collect(again, (step, step + steps), g, world, 12, 1, workers)
-            step, g = step + steps, parts[-1][0].g1
-        for (a, found_a, hash_a), (b, found_b, hash_b) in zip(whole, parts, strict=True):
-            assert (a.g0, a.g1, a.shares, hash_a) == (b.g0, b.g1, b.shares, hash_b)
-            for x, y in zip(found_a, found_b, strict=True):
-                for name in ("tokens", "targets", "documents"):
-                    assert getattr(x, name).equal(getattr(y, name))
+@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 2, 1), (4, 1, 2)])
+def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
+    dataset, tmp_path, world, micro, workers
+):
+    feed = packed_feed({"d": Dataset(dataset)}, tmp_path, 64, documents=True)
+    assert_same_anywhere(feed, world, micro, workers)
 
 
 def test_a_damaged_bin_is_substituted_by_one_with_as_many_targets(tmp_path):
@@ -105,9 +89,9 @@ def test_a_damaged_bin_is_substituted_by_one_with_as_many_targets(tmp_path):
     assert {lost for b in rows for lost in b.lost} == {LostMember("d", 1, member.key)}
     for batch, before in zip(rows, sound, strict=True):
         assert batch.targets == before.targets == len(triples(batch.micro))
-    kept = sum(
+    num_equal = sum(
         a.tokens.equal(b.tokens)
         for x, y in zip(rows, sound, strict=True)
         for a, b in zip(x.micro, y.micro, strict=True)
     )
-    assert 0 < kept < 20
+    assert 0 < num_equal < 20

@@ -21,10 +21,10 @@ from forescale.errors import UserError
 from tests.trainer.data.small_dataset import END, write_dataset
 
 
-def make_feed(splits, L, seed, block, stages=None, **more) -> Feed:
+def make_feed(splits, L, seed, block, stages=None, **options) -> Feed:
     orders = {name: Order(s.shard_tokens, L, seed, block) for name, s in splits.items()}
     stages = stages or [MixtureStage.of(0, [1] * len(splits))]
-    return Feed(splits, Mixture(orders, stages, seed), 257, seed=seed, **more)
+    return Feed(splits, Mixture(orders, stages, seed), 257, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +39,23 @@ def feed(split):
 
 def collect(feed, steps, g, world, batch, micro, workers=1, windows=None):
     """Return for steps [a, b) on all ranks: the first rank's batch, the micro-batches, the hash."""
-    more = {"workers": workers, "windows": windows}
+    options = {"workers": workers, "windows": windows}
     ranks = [
-        list(stream(feed, StepShare(batch, micro, r, world), range(*steps), g, **more))
+        list(stream(feed, StepShare(batch, micro, r, world), range(*steps), g, **options))
         for r in range(world)
     ]
     rows = []
     for batches in zip(*ranks, strict=True):
         assert len({(x.step, x.g0, x.g1, x.targets) for x in batches}) == 1
-        found = [m for x in batches for m in x.micro]
+        micros = [m for x in batches for m in x.micro]
         size = windows(batches[0].step) if windows else batch
-        assert [m.index for m in found] == list(range(size // micro))
-        real = [m.targets != IGNORED for m in found]
+        assert [m.index for m in micros] == list(range(size // micro))
+        real = [m.targets != IGNORED for m in micros]
         if feed.unit == "preference":
             assert sum(int(rows.any(1).sum()) for rows in real) == 2 * batches[0].targets
         else:
             assert sum(int(rows.sum()) for rows in real) == batches[0].targets
-        rows.append((batches[0], found, sum(x.window_hash for x in batches) % 2**64))
+        rows.append((batches[0], micros, sum(x.window_hash for x in batches) % 2**64))
     return rows
 
 
@@ -99,7 +99,7 @@ def test_any_chain_of_restarts_reads_one_sequence(
 
         samples = [s for s in range(first, whole[-1][0].g1) if not _in(skipped, s)]
         assert len(samples) == total * batch
-        windows = [w for _, found, _ in whole for w in _windows(found)]
+        windows = [w for _, micros, _ in whole for w in _windows(micros)]
         for g, got in zip(samples, windows, strict=True):
             places = feed.mixture.places(g, g + 1)
             source, *place = (int(column[0]) for column in places)
@@ -144,34 +144,14 @@ def _in(intervals, sample) -> bool:
     return any(a <= sample < b for a, b in intervals)
 
 
-def _windows(found):
+def _windows(micros):
     """Return the windows of micro-batches, joined again from inputs and targets."""
-    for m in found:
+    for m in micros:
         for inputs, targets in zip(m.tokens.tolist(), m.targets.tolist(), strict=True):
             real = [t for t in targets if t != IGNORED]
             assert inputs[1 : len(real)] == real[:-1]
             assert not any(inputs[len(real) :])
             yield [inputs[0], *real]
-
-
-@given(sources=st.lists(shards, min_size=1, max_size=3), L=st.integers(1, 60))
-@settings(max_examples=10, deadline=None)
-def test_every_token_except_a_shards_first_is_a_target_once_per_epoch(sources, L):
-    with TemporaryDirectory() as folder:
-        for i, source in enumerate(sources):
-            split = Dataset(write_dataset(Path(folder, str(i)), source)).split("train")
-            feed = make_feed({"data": split}, L, i, 2)
-            n = feed.mixture.orders[0].windows_per_epoch
-            seen = [
-                target
-                for _, found, _ in collect(feed, (0, n), 0, 1, 1, 1, workers=i)
-                for m in found
-                for target in m.targets[m.targets != IGNORED].tolist()
-            ]
-            want = np.concatenate(
-                [split.read(s, 1, t - 1) for s, t in enumerate(split.shard_tokens) if t]
-            )
-            assert sorted(seen) == sorted(want.tolist())
 
 
 def test_shares_of_a_step_are_its_targets_by_source(tmp_path):
@@ -190,8 +170,8 @@ def test_shares_of_a_step_are_its_targets_by_source(tmp_path):
 def test_documents_are_numbered_within_their_window(tmp_path):
     split = Dataset(write_dataset(tmp_path / "d", [[5, 9, 1, 30, 3]])).split("train")
     feed = make_feed({"data": split}, 12, 0, 1, documents=True)
-    for _, found, _ in collect(feed, (0, 4), 0, 1, 1, 1):
-        (m,) = found
+    for _, micros, _ in collect(feed, (0, 4), 0, 1, 1, 1):
+        (m,) = micros
         for tokens, numbers in zip(m.tokens.tolist(), m.documents.tolist(), strict=True):
             number = 0
             for token, got in zip(tokens, numbers, strict=True):
@@ -306,8 +286,8 @@ def test_validation_windows_cover_the_split_evenly(dataset, world, limit):
         for start in range(0, tokens - 1, L)
     ]
     chosen = places if limit is None else [places[i * len(places) // limit] for i in range(limit)]
-    found = [w for w in _windows(every) if len(w) > 1]
-    assert found == [split.read(*place).tolist() for place in chosen]
+    micros = [w for w in _windows(every) if len(w) > 1]
+    assert micros == [split.read(*place).tolist() for place in chosen]
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -316,9 +296,9 @@ def test_shorter_rows_hold_the_windows_of_whole_ones(split, documents):
     (whole,) = stream(feed, share, range(1), 0)
     (cut,) = stream(feed, share, range(1), 0, length=lambda step: 16)
     assert (cut.g1, cut.targets, cut.window_hash) == (whole.g1, whole.targets, whole.window_hash)
-    for ours, theirs in zip(cut.micro, whole.micro, strict=True):
+    for short, long in zip(cut.micro, whole.micro, strict=True):
         for name in ("tokens", "targets", "documents"):
-            rows, windows = getattr(ours, name), getattr(theirs, name)
+            rows, windows = getattr(short, name), getattr(long, name)
             if windows is None:
                 assert rows is None
                 continue

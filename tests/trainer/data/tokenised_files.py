@@ -46,13 +46,13 @@ def write_tar(path: Path, windows: np.ndarray, suffix="npy") -> Path:
 
 def placed(split) -> list[np.ndarray]:
     """Return the tokens of a split, read with numpy's memmap from the positions in the index."""
-    found = []
+    parts_of_split = []
     for number in range(len(split.shard_tokens)):
         shard = split.shard(number)
         data = np.memmap(shard.where, np.uint8, "r")
         extents = [data[m.tok["offset"] :][: m.tok["size"]] for m in shard.members]
-        found.append(np.concatenate(extents).view(shard.dtype))
-    return found
+        parts_of_split.append(np.concatenate(extents).view(shard.dtype))
+    return parts_of_split
 
 
 FLAT = np.concatenate(corpus())

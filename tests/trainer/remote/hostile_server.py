@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """One request; stop is exclusive, None if no range was requested."""
 
     path: str
@@ -31,7 +31,7 @@ class HostileServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.etags: dict[str, str] = {}
-        self.asked: list[Asked] = []
+        self.log: list[Request] = []
         self.sent: dict[str, int] = defaultdict(int)  # bytes of bodies, by path
         self.gate = threading.Event()  # event that `wait` waits for
         self.arrived = threading.Semaphore(0)  # released by every request
@@ -46,7 +46,7 @@ class HostileServer:
         self._always[path] = str(fault)
 
     def requests(self, path: str) -> list[tuple[int, int | None]]:
-        return [(a.start, a.stop) for a in self.asked if a.path == path]
+        return [(a.start, a.stop) for a in self.log if a.path == path]
 
     def fault_of(self, path: str) -> str:
         with self._lock:
@@ -96,13 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None and self.path.endswith("/"):
             data = self.page()
         self.data = data or b""
-        self.start, self.stop, asked = 0, len(self.data), None
+        self.start, self.stop, stop = 0, len(self.data), None
         if spread := self.headers.get("Range"):
             first, _, last = spread.removeprefix("bytes=").partition("-")
             self.start = int(first)
-            asked = int(last) + 1 if last else None
-            self.stop = min(len(self.data), asked or len(self.data))
-        self.hostile.asked.append(Asked(self.path, self.start, asked, self.client_address))
+            stop = int(last) + 1 if last else None
+            self.stop = min(len(self.data), stop or len(self.data))
+        self.hostile.log.append(Request(self.path, self.start, stop, self.client_address))
         self.hostile.arrived.release()
         fault, _, argument = self.hostile.fault_of(self.path).partition(":")
         self.body = self.data[self.start : self.stop]

@@ -84,14 +84,6 @@ def test_damaged_blocks_are_fetched_again(blocks, damage):
     assert blocks.fetched == [0, 1, 0]
 
 
-def test_a_dropped_block_is_fetched_again(blocks):
-    blocks.get(0)
-    blocks.cache.drop(f"{FILE}-0")
-    blocks.cache.drop(f"{FILE}-9")  # doesn't exist
-    assert blocks.get(0) == blocks.origin(0)
-    assert blocks.fetched == [0, 0]
-
-
 # -- the limit
 
 
@@ -170,15 +162,6 @@ def test_a_full_disk_gives_a_warning(tmp_path):
         assert len(blocks.fetched) == fetched
 
 
-def test_a_disk_that_is_full_from_the_start_gives_a_warning(tmp_path):
-    with small_disk(tmp_path / "disk", "1m") as disk:
-        (disk / "cache").mkdir()
-        fill(disk, leave=50_000)
-        blocks = Blocks(disk / "cache", length=100_000)
-        [warning] = fails(blocks, range(5))
-        assert "failed (No space left on device); reading continues without it" in warning
-
-
 def test_a_cache_never_fills_the_whole_disk(tmp_path):
     with small_disk(tmp_path / "disk", "2m") as disk:
         blocks = Blocks(disk / "cache", limit=1 << 40, length=100_000)
@@ -193,13 +176,6 @@ def test_a_disk_that_becomes_read_only_gives_a_warning(tmp_path):
         make_read_only(disk)
         [warning] = fails(blocks, range(5))
         assert "Read-only file system" in warning
-
-
-def test_a_removed_cache_gives_a_warning(blocks):
-    blocks.get(0)
-    shutil.rmtree(blocks.cache._directory)
-    [warning] = fails(blocks, range(5))
-    assert "No such file or directory" in warning
 
 
 def test_an_unusable_cache_is_reported(tmp_path):

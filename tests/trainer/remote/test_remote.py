@@ -146,10 +146,10 @@ def test_a_small_file_is_always_fetched_unless_its_version_is_known(server, tmp_
     store = Store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
     for _ in range(2):
         assert store.read("small") == SMALL
-    assert len(server.asked) == 2
+    assert len(server.log) == 2
     for _ in range(2):
         assert store.read("small", len(SMALL), "v1") == SMALL
-    assert len(server.asked) == 3
+    assert len(server.log) == 3
 
 
 def test_an_unknown_size_is_requested(server, tmp_path):
@@ -203,8 +203,3 @@ def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch):
 def test_an_unknown_protocol_is_reported(tmp_path):
     with pytest.raises(UserError, match="magic://bucket"):
         Store("magic://bucket/d", tmp_path).read("manifest.json")
-
-
-def test_a_path_gives_a_local_store(tmp_path):
-    assert Store(tmp_path).where == str(tmp_path)
-    assert list(tmp_path.iterdir()) == []

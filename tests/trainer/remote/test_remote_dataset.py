@@ -62,17 +62,17 @@ def batches(dataset: Dataset, rank=0, world=1, workers=1, steps=range(STEPS)) ->
     return list(stream(feed_of(dataset), share, steps, BATCH * steps.start, workers=workers))
 
 
-def assert_equal(found: list, want: list) -> None:
-    assert len(found) == len(want)
-    for a, b in zip(found, want, strict=True):
+def assert_equal(actual: list, want: list) -> None:
+    assert len(actual) == len(want)
+    for a, b in zip(actual, want, strict=True):
         assert (a.g0, a.g1, a.window_hash) == (b.g0, b.g1, b.window_hash)
         for x, y in zip(a.micro, b.micro, strict=True):
             assert torch.equal(x.tokens, y.tokens)
             assert torch.equal(x.targets, y.targets)
 
 
-def asked(server, suffix=".tar") -> list[tuple[str, int]]:
-    return [(a.path, a.start) for a in server.asked if a.path.endswith(suffix)]
+def requested(server, suffix=".tar") -> list[tuple[str, int]]:
+    return [(a.path, a.start) for a in server.log if a.path.endswith(suffix)]
 
 
 @pytest.mark.usefixtures("patient")
@@ -80,13 +80,13 @@ def asked(server, suffix=".tar") -> list[tuple[str, int]]:
 def test_a_cold_cache_and_a_warm_one_give_the_local_tokens(server, local, tmp_path, workers):
     want = batches(Dataset(local))
     assert_equal(batches(Dataset(f"{server.url}/d", tmp_path), workers=workers), want)
-    assert len(asked(server)) == len(set(asked(server)))  # each block once
-    server.asked.clear()
+    assert len(requested(server)) == len(set(requested(server)))  # each block once
+    server.log.clear()
     for name in server.files:
         if name.endswith((".tar", ".index.json")):
             server.always(name, 404)
     assert_equal(batches(Dataset(f"{server.url}/d/", tmp_path), workers=workers), want)
-    assert sorted(a.path for a in server.asked) == ["/d/files.json", *["/d/manifest.json"] * 2]
+    assert sorted(a.path for a in server.log) == ["/d/files.json", *["/d/manifest.json"] * 2]
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -100,7 +100,7 @@ def test_errors_of_every_kind_on_every_file_change_no_token(server, local, tmp_p
     for rank, dataset in enumerate(ranks):
         want = batches(Dataset(local), rank, 2)
         assert_equal(batches(dataset, rank, 2, workers=rank + 1), want)
-    assert len(server.asked) > 40
+    assert len(server.log) > 40
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -213,8 +213,8 @@ def test_a_resumed_stream_fetches_only_what_its_step_needs(server, local, tmp_pa
         for offset, size in feed.splits[0].shard(shard).byte_ranges(start, length)
         for at in (offset, offset + size - 1)
     }
-    assert set(asked(server)) == needed
-    assert len(asked(server)) == len(needed)
+    assert set(requested(server)) == needed
+    assert len(requested(server)) == len(needed)
     assert_equal(
         [batch], list(stream(feed_of(Dataset(local)), StepShare(2, 2), range(10**9, 10**9 + 1), g))
     )

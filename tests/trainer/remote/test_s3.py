@@ -70,8 +70,8 @@ def bucket(endpoint, monkeypatch):
 def environment(endpoint: str) -> dict[str, str]:
     keys = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
     nowhere = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
-    more = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    return {"AWS_ENDPOINT_URL": endpoint, **keys, **nowhere, **more}
+    region = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    return {"AWS_ENDPOINT_URL": endpoint, **keys, **nowhere, **region}
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -113,8 +113,8 @@ def test_damage_in_a_bucket_is_reported_and_not_cached(put, bucket, tmp_path):
     with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member 000000 is damaged"):
         Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
     bucket.pipe("books/d/train-000000.tar", whole)
-    found = Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
-    assert np.array_equal(found, Dataset(put).split("train").read(0, 0, 140_000))
+    tokens = Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
+    assert np.array_equal(tokens, Dataset(put).split("train").read(0, 0, 140_000))
 
 
 @pytest.mark.parametrize("size", [100, len(DATA) - 1, len(DATA) + 1])

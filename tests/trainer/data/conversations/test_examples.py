@@ -8,16 +8,16 @@ from tests.preferences import make_preferences, message, preferences
 from tests.questions import make_conversations, rows, write_rows
 from tests.trainer.data.conversations.test_prepare import texts
 
-ASKED, GOOD, BAD = message("user", "2+2"), message("assistant", "4"), message("assistant", "5")
+QUESTION, GOOD, BAD = message("user", "2+2"), message("assistant", "4"), message("assistant", "5")
 CHATS = {
-    "texts after messages": {"messages": [ASKED], "chosen": "4", "rejected": "5"},
-    "messages after messages": {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
-    "TRL, with a prompt": {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
-    "TRL, without": {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    "texts after messages": {"messages": [QUESTION], "chosen": "4", "rejected": "5"},
+    "messages after messages": {"messages": [QUESTION], "chosen": GOOD, "rejected": BAD},
+    "TRL, with a prompt": {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]},
+    "TRL, without": {"chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
     "whole chats beside a prompt": {
         "prompt": "2+2",
-        "chosen": [ASKED, GOOD],
-        "rejected": [ASKED, BAD],
+        "chosen": [QUESTION, GOOD],
+        "rejected": [QUESTION, BAD],
         "score_chosen": 7.5,
     },
     "a prompt that is a text": {"prompt": "2+2", "chosen": [GOOD], "rejected": [BAD]},
@@ -49,7 +49,7 @@ def test_preferences_of_one_prompt_are_in_one_split(tmp_path):
     lines = [{"prompt": f"{i % 6}?", "chosen": str(i), "rejected": f"not {i}"} for i in range(48)]
     dataset = make_preferences(tmp_path, lines, held_out=0.5)
     prompts = [{text[:2] for text, _ in texts(dataset, s)} for s in ("train", "validation")]
-    assert [len(found) for found in prompts] == [3, 3]
+    assert [len(prompts_of_split) for prompts_of_split in prompts] == [3, 3]
     assert not prompts[0] & prompts[1]
 
 
@@ -63,8 +63,8 @@ def test_preferences_of_one_prompt_are_in_one_split(tmp_path):
             "longer than the 65 tokens of a row",
         ),
         ({"chosen": [GOOD], "rejected": [BAD]}, "without a prompt"),
-        ({"chosen": [ASKED, GOOD], "rejected": [message("user", "3+3"), BAD]}, "differ before"),
-        ({"chosen": [ASKED, ASKED], "rejected": [ASKED, BAD]}, "is not the assistant's"),
+        ({"chosen": [QUESTION, GOOD], "rejected": [message("user", "3+3"), BAD]}, "differ before"),
+        ({"chosen": [QUESTION, QUESTION], "rejected": [QUESTION, BAD]}, "is not the assistant's"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "that are not "),
         ({"prompt": "a", "chosen": [], "rejected": []}, "that are not "),
         (rows(2)[1], 'that are not {"prompt": ..., "chosen": ..., "rejected": ...}'),

@@ -27,7 +27,7 @@ BAD = [
 
 def texts(dataset, split) -> list[tuple[bytes, bytes]]:
     """All text of each document and that of what is learned, an end of text written as $."""
-    part, found = dataset.split(split), []
+    part, documents = dataset.split(split), []
     for shard, size in enumerate(part.shard_tokens):
         ends = part.document_ends(shard, 0, size)
         raw, learned = part.read(shard, 0, size), part.learned(shard)
@@ -35,8 +35,8 @@ def texts(dataset, split) -> list[tuple[bytes, bytes]]:
         for ids, is_learned in zip(
             np.split(raw, ends)[:-1], np.split(learned, ends)[:-1], strict=True
         ):
-            found.append((bytes(ids.tolist()), bytes(ids[is_learned].tolist())))
-    return found
+            documents.append((bytes(ids.tolist()), bytes(ids[is_learned].tolist())))
+    return documents
 
 
 def expected(row) -> tuple[bytes, bytes]:
@@ -51,12 +51,12 @@ def test_every_example_is_there_once_with_its_responses(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_SHARD_TOKENS", 300)
     monkeypatch.setattr(prepare, "_MEMBER_TOKENS", 50)  # examples go on in the next member
     dataset = make_conversations(tmp_path)
-    found = [texts(dataset, split) for split in ("train", "validation")]
-    assert sorted(found[0] + found[1]) == sorted(map(expected, rows()))
-    assert len(found[1]) == 12
+    documents = [texts(dataset, split) for split in ("train", "validation")]
+    assert sorted(documents[0] + documents[1]) == sorted(map(expected, rows()))
+    assert len(documents[1]) == 12
     assert len(dataset.split("train").shard_tokens) > 1
     assert check(dataset.path) == []
-    assert not set(found[0]) & set(found[1])
+    assert not set(documents[0]) & set(documents[1])
 
 
 def test_equal_examples_are_in_one_split(tmp_path):
@@ -94,7 +94,7 @@ def test_lines_left_out_are_kept_in_the_report(tmp_path):
 
 def test_the_same_file_and_request_are_built_once(tmp_path, monkeypatch):
     first = make_conversations(tmp_path)
-    monkeypatch.setattr(prepare, "_build", lambda *given: pytest.fail("built again"))
+    monkeypatch.setattr(prepare, "_build", lambda *arguments: pytest.fail("built again"))
     assert make_conversations(tmp_path).identity == first.identity
 
 

@@ -13,5 +13,5 @@ def assert_same_anywhere(feed, world: int, micro: int, workers: int) -> None:
     for (a, one, _), (b, many, _) in zip(whole, parts, strict=True):
         assert (a.step, a.targets) == (b.step, b.targets)
         for name in ("tokens", "targets"):
-            found = torch.cat([getattr(m, name) for m in many])
-            assert torch.equal(getattr(one[0], name), found)
+            joined = torch.cat([getattr(m, name) for m in many])
+            assert torch.equal(getattr(one[0], name), joined)

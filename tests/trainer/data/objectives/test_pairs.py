@@ -46,13 +46,13 @@ def feed_of(dataset, substitute=False, cache=None) -> Feed:
     order = Order(split.shard_tokens, COLUMNS, 3, 2, bins)
     mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
     objective = Pairs(COLUMNS, "\t", SOURCE)
-    more = {"substitute": substitute, "objective": objective, "seed": 3}
-    return Feed({"d": split}, mixture, dataset.vocab_size, bins={"d": bins}, **more)
+    options = {"substitute": substitute, "objective": objective, "seed": 3}
+    return Feed({"d": split}, mixture, dataset.vocab_size, bins={"d": bins}, **options)
 
 
 def texts_of(micro, split) -> list[tuple[bytes, bytes]]:
     """Source and target of each row that has any, after the rules of a row."""
-    found = []
+    texts = []
     for tokens, targets, real in zip(micro.tokens, micro.targets, micro.padding_mask, strict=True):
         tokens, targets, real = tokens.numpy(), targets.numpy(), real.numpy()
         is_target = targets != IGNORED
@@ -62,20 +62,20 @@ def texts_of(micro, split) -> list[tuple[bytes, bytes]]:
         if not real.any():
             continue
         assert real[split - 1], "the source ends at the split"
-        inputs, wanted = tokens[split:][real[split:]], targets[is_target]
+        inputs, expected = tokens[split:][real[split:]], targets[is_target]
         assert inputs[0] == TAB, "the decoder begins with the separator"
-        assert inputs[1:].tolist() == wanted[:-1].tolist()
-        assert wanted[-1] == END
-        found.append((bytes(tokens[:split][real[:split]].tolist()), bytes(wanted[:-1].tolist())))
-    return found
+        assert inputs[1:].tolist() == expected[:-1].tolist()
+        assert expected[-1] == END
+        texts.append((bytes(tokens[:split][real[:split]].tolist()), bytes(expected[:-1].tolist())))
+    return texts
 
 
 def documents_of(dataset, split) -> list[bytes]:
-    part, found = dataset.split(split), []
+    part, texts = dataset.split(split), []
     for shard, size in enumerate(part.shard_tokens):
         cuts = part.document_ends(shard, 0, size)
-        found += [bytes((t[:-1]).tolist()) for t in np.split(part.read(shard, 0, size), cuts)[:-1]]
-    return found
+        texts += [bytes((t[:-1]).tolist()) for t in np.split(part.read(shard, 0, size), cuts)[:-1]]
+    return texts
 
 
 def wanted_of(dataset, split) -> list[tuple[bytes, bytes]]:
@@ -109,15 +109,17 @@ def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
 @pytest.mark.parametrize("limit", [None, 5])
 def test_held_out_pairs_come_in_their_order_at_any_world_size(words, limit):
     bins, objective = pairs_of(words, "validation"), Pairs(COLUMNS, "\t", SOURCE)
-    wanted = wanted_of(words, "validation")
+    expected = wanted_of(words, "validation")
     if limit is not None:
-        wanted = [wanted[i] for i in np.arange(limit) * len(wanted) // limit]
+        expected = [expected[i] for i in np.arange(limit) * len(expected) // limit]
     for world in (1, 3):
-        given = (words.split("validation"), COLUMNS, 2)
-        more = {"limit": limit, "objective": objective, "bins": bins, "world_size": world}
-        micros = [m for r in range(world) for m in validation_windows(*given, rank=r, **more)]
+        arguments = (words.split("validation"), COLUMNS, 2)
+        options = {"limit": limit, "objective": objective, "bins": bins, "world_size": world}
+        micros = [
+            m for r in range(world) for m in validation_windows(*arguments, rank=r, **options)
+        ]
         micros.sort(key=lambda m: m.index)
-        assert [text for m in micros for text in texts_of(m, SOURCE)] == wanted
+        assert [text for m in micros for text in texts_of(m, SOURCE)] == expected
 
 
 class Recording(NextToken):
@@ -143,8 +145,8 @@ def test_a_class_is_given_the_cuts_in_training_and_validation_alike(words):
             feed = Feed({"d": split}, mixture, words.vocab_size, objective=objective)
         next(stream(feed, StepShare(2, 2), range(1), 0, workers=0))
         bins = pairs_of(words, "validation") if is_with else None
-        given = (words.split("validation"), COLUMNS, 2)
-        next(validation_windows(*given, objective=objective, bins=bins))
+        arguments = (words.split("validation"), COLUMNS, 2)
+        next(validation_windows(*arguments, objective=objective, bins=bins))
         assert objective.given == [[(2, 1)] * is_with] * 2
 
 
@@ -159,13 +161,13 @@ def test_a_loss_is_that_of_the_target_alone_whatever_the_padding(words, encoder_
     positional, named = micro.arguments(torch.device("cpu"))
     losses = model(*positional, **named)
     for loss, (source, target) in zip(losses, texts_of(micro, SOURCE), strict=True):
-        own = replace(config, source_length=len(source) if encoder_layers else None)
-        alone = Transformer(own.resolved(257, COLUMNS)).eval()
+        config_of_length = replace(config, source_length=len(source) if encoder_layers else None)
+        alone = Transformer(config_of_length.resolved(257, COLUMNS)).eval()
         alone.load_state_dict(model.state_dict())
         row = torch.tensor([[*source, TAB, *target]])
         logits = alone(row)[0, -len(target) - 1 :]
-        wanted = F.cross_entropy(logits, torch.tensor([*target, END]), reduction="sum")
-        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        expected = F.cross_entropy(logits, torch.tensor([*target, END]), reduction="sum")
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture
@@ -183,12 +185,12 @@ def damaged(words, tmp_path):
 
 def test_a_damaged_pair_is_replaced_by_a_whole_pair_of_as_many_targets(words, damaged):
     dataset, lost = damaged
-    kept = {"cache": words.path.parent}
+    options_of_cache = {"cache": words.path.parent}
     share, steps = StepShare(8, 8), range(30)
     sound = list(stream(feed_of(words), share, steps, 0))
     with pytest.raises(Damaged, match=f"member {lost.member}"):
-        list(stream(feed_of(dataset, **kept), share, steps, 0))
-    rows = list(stream(feed_of(dataset, True, **kept), share, steps, 0))
+        list(stream(feed_of(dataset, **options_of_cache), share, steps, 0))
+    rows = list(stream(feed_of(dataset, True, **options_of_cache), share, steps, 0))
     assert {member for b in rows for member in b.lost} == {lost}
     known, changed = wanted_of(words, "train"), 0
     for batch, before in zip(rows, sound, strict=True):
@@ -198,7 +200,7 @@ def test_a_damaged_pair_is_replaced_by_a_whole_pair_of_as_many_targets(words, da
         assert [len(b) for _, b in texts] == [len(b) for _, b in old]
         changed += texts != old
     assert 0 < changed < 30
-    again = list(stream(feed_of(dataset, True, **kept), share, steps, 0, workers=0))
+    again = list(stream(feed_of(dataset, True, **options_of_cache), share, steps, 0, workers=0))
     assert [b.window_hash for b in again] == [b.window_hash for b in rows]
 
 

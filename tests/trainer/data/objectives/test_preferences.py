@@ -36,12 +36,12 @@ def bins_of(dataset, split="train", columns=COLUMNS):
     return kind.open(dataset.split(split), dataset.identity, dataset.path.parent)
 
 
-def feed_of(dataset, **more) -> Feed:
+def feed_of(dataset, **options) -> Feed:
     split, bins = dataset.split("train"), bins_of(dataset)
     order = Order(split.shard_tokens, OBJECTIVE.window_length, 3, 2, bins)
     mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
-    given = {"bins": {"d": bins}, "objective": OBJECTIVE, "seed": 3}
-    return Feed({"d": split}, mixture, dataset.vocab_size, **given, **more)
+    settings = {"bins": {"d": bins}, "objective": OBJECTIVE, "seed": 3}
+    return Feed({"d": split}, mixture, dataset.vocab_size, **settings, **options)
 
 
 def expected(row) -> tuple[tuple[bytes, bytes], ...]:
@@ -66,20 +66,20 @@ def test_each_comes_once_an_epoch_as_two_rows_with_the_last_response_as_targets(
     feed = feed_of(dataset)
     count = feed.mixture.orders[0].windows_per_epoch
     assert count == 48
-    found = []
+    pairs = []
     for first in (0, count):
         ((batch, micro, _),) = collect(feed, (0, 1), first, 1, count, 8)
         assert [len(m.tokens) for m in micro] == [16] * 6
         assert batch.targets == count, "a preference is one target"
-        found.append(twos([row for m in micro for row in rows_of(m, dataset.end_of_text)]))
+        pairs.append(twos([row for m in micro for row in rows_of(m, dataset.end_of_text)]))
     held_out = bins_of(dataset, "validation")
     micros = validation_windows(
         dataset.split("validation"), OBJECTIVE.window_length, 5, objective=OBJECTIVE, bins=held_out
     )
     last = twos([row for m in micros for row in rows_of(m, dataset.end_of_text)])
-    assert Counter(found[0] + last) == Counter(map(expected, preferences()))
-    assert Counter(found[0]) == Counter(found[1])
-    assert found[0] != found[1], "in another order"
+    assert Counter(pairs[0] + last) == Counter(map(expected, preferences()))
+    assert Counter(pairs[0]) == Counter(pairs[1])
+    assert pairs[0] != pairs[1], "in another order"
 
 
 def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(dataset):
@@ -110,14 +110,14 @@ def test_a_reference_follows_its_preference_in_every_order(dataset):
             known[rows.numpy().tobytes()] = reference.tolist()
     feed = feed_of(dataset, references={"d": numbered(dataset, "train")})
     ((_, micros, _),) = collect(feed, (0, 1), 5, 1, 40, 8)
-    seen = 0
+    count = 0
     for micro in micros:
         for rows, reference in zip(
             micro.tokens.view(-1, 2, COLUMNS), micro.references, strict=True
         ):
             assert known[rows.numpy().tobytes()] == reference.tolist()
-            seen += 1
-    assert seen == 40
+            count += 1
+    assert count == 40
 
 
 def test_missing_rows_of_held_out_preferences_are_padding(dataset):

@@ -68,15 +68,15 @@ def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
 
 def test_held_out_targets_are_the_ends_of_the_windows(dataset):
     split, objective = Dataset(dataset).split("validation"), Prefix(64, 0.75)
-    found, wanted = [], []
+    targets_of_rows, expected = [], []
     for m in validation_windows(split, 64, 3, objective=objective):
-        found += m.targets[m.targets != IGNORED].tolist()
+        targets_of_rows += m.targets[m.targets != IGNORED].tolist()
     for shard, size in enumerate(split.shard_tokens):
         for start in range(0, size - 1, 64):
             length = min(65, size - start)
             count = int(objective.num_targets(np.array(length)))
-            wanted += split.read(shard, start + length - count, count).tolist() if count else []
-    assert found == wanted
+            expected += split.read(shard, start + length - count, count).tolist() if count else []
+    assert targets_of_rows == expected
 
 
 def test_the_shortest_row_is_that_of_its_spec():

@@ -40,13 +40,13 @@ def feed_of(dataset) -> Feed:
     split, bins = dataset.split("train"), bins_of(dataset)
     order = Order(split.shard_tokens, COLUMNS, 3, 2, bins)
     mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
-    given = {"bins": {"d": bins}, "objective": Responses(), "seed": 3}
-    return Feed({"d": split}, mixture, dataset.vocab_size, **given)
+    options = {"bins": {"d": bins}, "objective": Responses(), "seed": 3}
+    return Feed({"d": split}, mixture, dataset.vocab_size, **options)
 
 
 def rows_of(micro, end) -> list[tuple[bytes, bytes]]:
     """All text of each row, as far as it is read or learned, and the text of its targets."""
-    found = []
+    conversations = []
     for tokens, targets in zip(micro.tokens.numpy(), micro.targets.numpy(), strict=True):
         at = np.flatnonzero(targets != IGNORED)
         if not len(at):
@@ -54,9 +54,9 @@ def rows_of(micro, end) -> list[tuple[bytes, bytes]]:
         assert np.array_equal(targets[at[:-1]][np.diff(at) == 1], tokens[at[1:]][np.diff(at) == 1])
         whole = [*tokens[: at[-1] + 1], targets[at[-1]]]
         assert not tokens[at[-1] + 1 :].any(), "padding"
-        text, wanted = ([ord("$") if i == end else i for i in ids] for ids in (whole, targets[at]))
-        found.append((bytes(text), bytes(wanted)))
-    return found
+        text, answer = ([ord("$") if i == end else i for i in ids] for ids in (whole, targets[at]))
+        conversations.append((bytes(text), bytes(answer)))
+    return conversations
 
 
 def test_each_example_comes_once_an_epoch_with_its_responses_as_targets(dataset):
@@ -79,8 +79,8 @@ def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(datase
 def test_held_out_conversations_come_in_their_order(dataset):
     split, bins = dataset.split("validation"), bins_of(dataset, "validation")
     micros = validation_windows(split, COLUMNS, 5, objective=Responses(), bins=bins)
-    found = [row for m in micros for row in rows_of(m, dataset.end_of_text)]
-    assert found == texts(dataset, "validation")
+    conversations = [row for m in micros for row in rows_of(m, dataset.end_of_text)]
+    assert conversations == texts(dataset, "validation")
 
 
 def test_what_is_longer_than_a_row_is_left_out_and_counted(dataset):

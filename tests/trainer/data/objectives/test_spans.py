@@ -27,11 +27,11 @@ def rebuilt(inputs, real, split, vocab=V):
             spans[key] = []
         else:
             spans[key].append(token)
-    found = []
+    tokens_of_window = []
     for token in source.tolist():
-        found += spans.pop(token) if token >= vocab else [token]
+        tokens_of_window += spans.pop(token) if token >= vocab else [token]
     assert not spans
-    return found
+    return tokens_of_window
 
 
 @given(
@@ -122,7 +122,7 @@ def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
 def test_held_out_rows_rebuild_the_split(dataset):
     data = Dataset(dataset)
     split, objective = data.split("validation"), Spans(data.vocab_size, 0, 64)
-    length, found = objective.window_length, []
+    length, tokens_of_window = objective.window_length, []
     for m in validation_windows(split, length, 3, objective=objective):
         mask = torch.ones_like(m.targets, dtype=torch.bool)
         for i in range(3):
@@ -131,12 +131,14 @@ def test_held_out_rows_rebuild_the_split(dataset):
                 real[objective.split :] = m.targets[i, objective.split :] != IGNORED
             if (m.targets[i] != IGNORED).any():
                 row = (m.tokens[i].numpy(), real.numpy(), objective.split, data.vocab_size)
-                found += rebuilt(*row)
+                tokens_of_window += rebuilt(*row)
     text = []
     for shard, size in enumerate(split.shard_tokens):
-        kept = size - 1 - ((size - 1) % length == 1)  # a last window of one token has no span
-        text += split.read(shard, 0, kept).tolist()
-    assert found == text
+        length_of_text = (
+            size - 1 - ((size - 1) % length == 1)
+        )  # a last window of one token has no span
+        text += split.read(shard, 0, length_of_text).tolist()
+    assert tokens_of_window == text
 
 
 def test_spans_depend_on_seed_and_number_alone():

@@ -30,16 +30,16 @@ def digest(directory: Path) -> dict[str, str]:
 def texts_of(path: Path, split: str) -> list[str]:
     """Return the documents of a split as read from its shards."""
     dataset = Dataset(path)
-    part, found = dataset.split(split), []
+    part, documents = dataset.split(split), []
     for shard, tokens in enumerate(part.shard_tokens):
         ids = part.read(shard, 0, tokens)
         ends = np.flatnonzero(ids == dataset.end_of_text)
         assert ends[-1] == tokens - 1  # documents are never split between shards
-        found += [
+        documents += [
             dataset.tokenizer.decode(d[:-1], skip_special_tokens=False)
             for d in np.split(ids, ends + 1)[:-1]
         ]
-    return found
+    return documents
 
 
 def test_the_same_text_gives_the_same_bytes(texts, dataset, tmp_path):
@@ -99,10 +99,10 @@ def test_every_document_comes_out_once_and_counts_agree(texts, dataset):
     train, validation = texts_of(dataset, "train"), texts_of(dataset, "validation")
     assert sorted(train + validation) == sorted(t.decode() for t in texts)
     assert train != [t.decode() for t in texts if t.decode() in set(train)]  # shuffled
-    for name, found in (("train", train), ("validation", validation)):
+    for name, documents in (("train", train), ("validation", validation)):
         split = manifest["splits"][name]
-        assert split["documents"] == len(found)
-        assert split["bytes"] == sum(len(t.encode()) for t in found)
+        assert split["documents"] == len(documents)
+        assert split["bytes"] == sum(len(t.encode()) for t in documents)
     assert len(manifest["splits"]["train"]["shards"]) >= 3
     assert manifest["dtype"] == "uint16"
     assert check(dataset) == []
@@ -153,11 +153,13 @@ def test_given_tokenizer_and_wide_vocabulary(texts, dataset, tmp_path):
         {**spec["added_tokens"][0], "id": 70_000, "content": "<|far|>"}
     )  # an id beyond uint16
     spec["model"]["vocab"]["<|far|>"] = 70_000
-    given = tmp_path / "tokenizer.json"
-    given.write_text(json.dumps(spec))
-    path = build_dataset(Texts(texts), tmp_path / "d", replace(SMALL, tokenizer=str(given)))
+    tokenizer_file = tmp_path / "tokenizer.json"
+    tokenizer_file.write_text(json.dumps(spec))
+    path = build_dataset(
+        Texts(texts), tmp_path / "d", replace(SMALL, tokenizer=str(tokenizer_file))
+    )
     assert Dataset(path).manifest["dtype"] == "uint32"
-    assert (path / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert (path / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     assert sorted(texts_of(path, "train")) == sorted(texts_of(dataset, "train"))
     assert check(path) == []
     assert str(tmp_path) not in (path / "manifest.json").read_text()
@@ -167,10 +169,12 @@ def test_a_tokenizer_that_loses_text_is_reported(texts, dataset, tmp_path):
     spec = json.loads((dataset / "tokenizer.json").read_text())
     spec["normalizer"] = {"type": "Lowercase"}
     spec["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
-    given = tmp_path / "tokenizer.json"
-    given.write_text(json.dumps(spec))
+    tokenizer_file = tmp_path / "tokenizer.json"
+    tokenizer_file.write_text(json.dumps(spec))
     lossy = [*texts, b"  space before"]
-    path = build_dataset(Texts(lossy), tmp_path / "d", replace(SMALL, tokenizer=str(given)))
+    path = build_dataset(
+        Texts(lossy), tmp_path / "d", replace(SMALL, tokenizer=str(tokenizer_file))
+    )
     row = Dataset(path).manifest["report"]["left_out"]["not lossless in this tokenizer"]
     assert "text-60" in row["first"]
 
@@ -231,19 +235,19 @@ def test_finished_units_of_changed_files_are_not_used(tmp_path):
 
     def build():
         source = Files([folder], policy=Policy(undecodable="fail"), unit_bytes=1)
-        said = []
+        lines = []
         path = build_dataset(
-            source, tmp_path / "d", config, lambda event, *a, **k: said.append(event)
+            source, tmp_path / "d", config, lambda event, *a, **k: lines.append(event)
         )
-        return path, said[0]
+        return path, lines[0]
 
     with pytest.raises(UserError, match=r"in/d\.txt: isn't UTF-8"):
         build()
     assert (tmp_path / ".d.building" / "hashes" / "000000").exists()
     (folder / "a.txt").write_text("the text a, of later\n")  # as long as before
     (folder / "d.txt").write_bytes(b"now is UTF8\n")
-    path, said = build()
-    assert "the inputs or package versions have changed since" in said
+    path, lines = build()
+    assert "the inputs or package versions have changed since" in lines
     assert sorted(texts_of(path, "train"))[1] == "the text a, of later\n"
     (folder / "b.txt").rename(folder / "e.txt")
     with pytest.raises(UserError, match=r"built with different source"):
@@ -251,7 +255,7 @@ def test_finished_units_of_changed_files_are_not_used(tmp_path):
 
 
 def test_a_second_builder_waits_and_finds_the_result(texts, tmp_path):
-    began, waits, said = threading.Event(), threading.Event(), []
+    began, waits, lines = threading.Event(), threading.Event(), []
 
     class Slow(Texts):
         def read(self, unit, report):
@@ -263,8 +267,8 @@ def test_a_second_builder_waits_and_finds_the_result(texts, tmp_path):
         def read(self, unit, report):
             raise AssertionError("read by the second builder")
 
-    def second(sentence, *rest, **more):
-        said.append(sentence)
+    def second(sentence, *rest, **options):
+        lines.append(sentence)
         waits.set()
 
     first = threading.Thread(target=build_dataset, args=(Slow(texts), tmp_path / "d", SMALL))
@@ -272,7 +276,7 @@ def test_a_second_builder_waits_and_finds_the_result(texts, tmp_path):
     assert began.wait(60)
     path = build_dataset(Unread(texts), tmp_path / "d", SMALL, second)
     first.join()
-    assert said == [f"{path}: waiting for another process that is building it"]
+    assert lines == [f"{path}: waiting for another process that is building it"]
 
 
 def test_pieces_join_to_the_text_and_split_no_character():

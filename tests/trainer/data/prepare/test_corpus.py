@@ -42,8 +42,8 @@ def test_names_order_and_exclusions(roots):
     report = ReadingReport()
     source = corpus.PythonSource(roots)
     names = [d.name for unit in source.units() for d in source.read(unit, report)]
-    own = [f"{f}m{i}.py" for f in ("inner/", "") for i in range(4)]
-    assert names == [f"{p}/{n}" for p in roots for n in own]
+    sources = [f"{f}m{i}.py" for f in ("inner/", "") for i in range(4)]
+    assert names == [f"{p}/{n}" for p in roots for n in sources]
     assert report.listed == {
         "over 200,000 bytes": ["alpha/huge.py"],
         "undecodable": ["alpha/latin.py (byte 5)"],
@@ -70,9 +70,9 @@ def test_the_corpus_is_built_once_and_again_after_an_upgrade(roots, tmp_path, mo
     with progress_display() as progress:
         path = corpus.prepare_embedded(progress=progress)
     assert path.parent == tmp_path / "cache"
-    said = capsys.readouterr().err
-    assert "find duplicates: 16 documents" in said
-    assert "tokenise: " in said
+    output = capsys.readouterr().err
+    assert "find duplicates: 16 documents" in output
+    assert "tokenise: " in output
 
     built = path.stat().st_mtime_ns
     assert corpus.prepare_embedded() == path

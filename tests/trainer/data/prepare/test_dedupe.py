@@ -55,7 +55,7 @@ def plain(text: bytes) -> str:
     return "\n".join(line.rstrip(" \t") for line in lines).strip("\n")
 
 
-def kept(source: Texts, work: Path, per_range: int) -> tuple[list[str], list[str]]:
+def deduplicated(source: Texts, work: Path, per_range: int) -> tuple[list[str], list[str]]:
     """Return the names of the documents that are kept and of the others, in source order."""
     hashes, ranges = work / "hashes", work / "ranges"
     hashes.mkdir()
@@ -84,14 +84,14 @@ def test_the_first_in_source_order_is_kept(texts, per_unit, per_range, data):
         first.setdefault(plain(text), name)
     with TemporaryDirectory() as work, pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedupe, "_RUN", data.draw(st.integers(1, 9)))
-        found = kept(Texts(texts, per_unit), Path(work), per_range)
-    assert found == (list(first.values()), [n for n in names if n not in first.values()])
+        result = deduplicated(Texts(texts, per_unit), Path(work), per_range)
+    assert result == (list(first.values()), [n for n in names if n not in first.values()])
 
 
 def test_datasets_of_units_of_any_size_hold_the_same(tmp_path):
     texts = [*synthetic(), *synthetic(20), *synthetic(9)]
-    found = {
+    result = {
         Dataset(build_dataset(Texts(texts, size), tmp_path / str(size), SMALL)).identity
         for size in (1, 7, 1000)
     }
-    assert len(found) == 1
+    assert len(result) == 1

@@ -194,10 +194,10 @@ def test_a_killed_worker_is_reported_and_the_next_attempt_continues(expect_same,
     build = start(AT_A_REPORT, tmp_path / "d", "SOURCE", at, "worker")
     _, err = build.communicate(timeout=100)
     assert build.returncode == 1
-    said = (
+    sentence = (
         "its worker process was killed, probably because memory ran out; run the same command again"
     )
-    assert said in err
+    assert sentence in err
     expect_gone(build.pid)
     expect_same()
 

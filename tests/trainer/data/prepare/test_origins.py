@@ -45,12 +45,12 @@ def built(tmp_path):
 
 def test_each_held_out_document_has_its_input_and_its_kind(built):
     dataset = Dataset(built)
-    found, texts = dataset.origins, texts_of(built, "validation")
+    origins, texts = dataset.origins, texts_of(built, "validation")
     assert len(dataset.split("validation").shard_tokens) > 1
-    assert len(texts) == len(found["source"]) == len(found["kind"]) > 20
-    for text, source, kind in zip(texts, found["source"], found["kind"], strict=True):
-        assert text.split(" ")[:2] == [found["sources"][source], found["kinds"][kind]]
-    assert len(np.unique(found["source"])) == len(np.unique(found["kind"])) == 2
+    assert len(texts) == len(origins["source"]) == len(origins["kind"]) > 20
+    for text, source, kind in zip(texts, origins["source"], origins["kind"], strict=True):
+        assert text.split(" ")[:2] == [origins["sources"][source], origins["kinds"][kind]]
+    assert len(np.unique(origins["source"])) == len(np.unique(origins["kind"])) == 2
     assert check(built) == []
 
 
@@ -65,7 +65,7 @@ def test_it_is_no_part_of_the_identity_and_need_not_be_there(built):
 
 
 def test_a_changed_file_is_a_fault(built):
-    found = json.loads((built / ORIGINS).read_text())
-    found["kind"][0] = 1 - found["kind"][0]
-    (built / ORIGINS).write_text(json.dumps(found))
+    origins = json.loads((built / ORIGINS).read_text())
+    origins["kind"][0] = 1 - origins["kind"][0]
+    (built / ORIGINS).write_text(json.dumps(origins))
     assert any(ORIGINS in fault for fault in check(built))

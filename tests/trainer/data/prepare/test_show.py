@@ -28,21 +28,21 @@ def built(tmp_path):
     return build
 
 
-def windows_of(shown: str) -> list[list[str]]:
+def windows_of(page: str) -> list[list[str]]:
     """Return the lines of each window, with their gutters."""
-    return [part.split("\n")[1:] for part in shown.split("\n\nsample ")[1:]]
+    return [part.split("\n")[1:] for part in page.split("\n\nsample ")[1:]]
 
 
 def test_the_facts_are_those_of_the_manifest(dataset):
-    opened, shown = Dataset(dataset), show(dataset, 0, 8, 0)
+    opened, page = Dataset(dataset), show(dataset, 0, 8, 0)
     for split in map(opened.split, ("train", "validation")):
         assert re.search(
             f"{split.name} +{split.num_documents} documents +{split.num_bytes:,} bytes +"
             f"{split.num_tokens:,} tokens  {split.num_bytes / split.num_tokens:.2f} bytes per token"
             f", {len(split.shard_tokens)} shard",
-            shown,
+            page,
         )
-    said = " ".join(shown.split())
+    sentence = " ".join(page.split())
     for fact in (
         f"identity {opened.identity}",
         f"corpus {opened.corpus_hash}",
@@ -53,8 +53,8 @@ def test_the_facts_are_those_of_the_manifest(dataset):
         f"built with tokenizer bpe, vocab_size {SMALL.vocab_size}, validation 0.2, seed 0",
         "report manifest.json, under report",
     ):
-        assert fact in said
-    assert "sample" not in shown
+        assert fact in sentence
+    assert "sample" not in page
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -62,28 +62,28 @@ def test_windows_are_the_first_that_training_reads(dataset, seed):
     opened = Dataset(dataset)
     split, L = opened.split("train"), 20
     order = Order(split.shard_tokens, L, seed, DataConfig().shuffle_shards)
-    shown = show(dataset, 4, L, seed)
-    heads = re.findall(r"sample (\d+)  (\S+), tokens ([\d,]+) to ([\d,]+), member(.*)", shown)
+    page = show(dataset, 4, L, seed)
+    heads = re.findall(r"sample (\d+)  (\S+), tokens ([\d,]+) to ([\d,]+), member(.*)", page)
     assert len(heads) == 4
     for g, (number, name, first, last, members) in enumerate(heads):
         shard, start, length = order.window(g)
         assert (int(number), name) == (g, split.shard_name(shard))
         assert (first, last) == (f"{start:,}", f"{start + length - 1:,}")
         assert members.removeprefix("s").strip().split(", ") == split.members(shard, start, length)
-    assert f"The first 4 of {order.windows_per_epoch:,} windows" in shown
+    assert f"The first 4 of {order.windows_per_epoch:,} windows" in page
     assert (
-        f"train.sequence_length=20 train.seed={seed} data.shuffle_shards={SHUFFLE_SHARDS}" in shown
+        f"train.sequence_length=20 train.seed={seed} data.shuffle_shards={SHUFFLE_SHARDS}" in page
     )
 
 
 def test_documents_are_marked_and_complete(built):
     texts = ["one\n\n  two", "[bold]three[/]", "x" * 40]
-    shown = show(built(*texts), 9, 500, 0)
-    [lines] = windows_of(shown)
-    assert "The first 1 of 1 windows" in shown
+    page = show(built(*texts), 9, 500, 0)
+    [lines] = windows_of(page)
+    assert "The first 1 of 1 windows" in page
     documents = [part.removesuffix("⟦<|endoftext|>⟧") for part in "\n".join(lines).split("  ◆ ")]
-    found = sorted(d.strip("\n").removesuffix("⟦<|endoftext|>⟧") for d in documents[1:])
-    assert found == sorted(["one\n  │\n  │   two", "[bold]three[/]", "x" * 40])
+    documents_of_page = sorted(d.strip("\n").removesuffix("⟦<|endoftext|>⟧") for d in documents[1:])
+    assert documents_of_page == sorted(["one\n  │\n  │   two", "[bold]three[/]", "x" * 40])
 
 
 def test_a_document_that_continues_is_marked_in_both_windows(tmp_path):
@@ -91,9 +91,9 @@ def test_a_document_that_continues_is_marked_in_both_windows(tmp_path):
     path = write_dataset(tmp_path / "d", [[40, 61, 10]])
     split = Dataset(path).split("train")
     order = Order(split.shard_tokens, 20, 0, SHUFFLE_SHARDS)
-    shown = windows_of(show(path, 6, 20, 0))
-    assert len(shown) == 6
-    for g, lines in enumerate(shown):
+    page = windows_of(show(path, 6, 20, 0))
+    assert len(page) == 6
+    for g, lines in enumerate(page):
         _, start, length = order.window(g)
         begins = {0, 40, 101}
         marks = [line[2] for line in lines if line[2] in "◆⋯"]
@@ -107,9 +107,9 @@ def test_anything_but_text_is_shown_by_name(built):
     """Control characters, characters that change the writing direction, and characters without
     width."""
     text = "a\x1b[31mb\x00\r\n\u202ec\ufeffd\te"
-    shown = show(built(text), 1, 100, 0)
-    assert "a⟦U+001B⟧[31mb⟦U+0000⟧⟦U+000D⟧\n  │ ⟦U+202E⟧c⟦U+FEFF⟧d  e⟦<|endoftext|>⟧" in shown
-    assert not re.search("[\x00-\x09\x0b-\x1f\u202e\ufeff]", shown)
+    page = show(built(text), 1, 100, 0)
+    assert "a⟦U+001B⟧[31mb⟦U+0000⟧⟦U+000D⟧\n  │ ⟦U+202E⟧c⟦U+FEFF⟧d  e⟦<|endoftext|>⟧" in page
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e\ufeff]", page)
 
 
 def test_a_character_cut_in_two_shows_its_bytes(built):
@@ -168,7 +168,7 @@ def test_errors_are_one_sentence(dataset, tmp_path, forescale):
         for at in range(512, len(raw), 512):
             raw[at] ^= 1
         tar.write_bytes(raw)
-    for words, said in (
+    for words, sentence in (
         ((dataset, "sequence_length=0"), "sequence_length: must be at least 1"),
         ((tmp_path,), "not a dataset (no manifest.json)"),
         ((broken,), "is damaged"),
@@ -177,5 +177,5 @@ def test_errors_are_one_sentence(dataset, tmp_path, forescale):
     ):
         code, _, err = forescale("shards", "show", *words)
         assert code == 2
-        assert said in err
+        assert sentence in err
         assert "Traceback" not in err

@@ -84,7 +84,7 @@ def tar_of(path: Path, name: str, payload: bytes) -> Path:
 
 def bombs(folder: Path, size: int) -> list[Path]:
     """Files of kilobytes, or that take none on the disk, with one document of `size` bytes each."""
-    made = []
+    rows = []
     for name, raw in {
         "a.txt.zst": zst(size),
         "b.txt.gz": gz(size),
@@ -94,9 +94,9 @@ def bombs(folder: Path, size: int) -> list[Path]:
         "f.tar.zst": zstandard.compress(sparse_tar(folder / "inner", "a.txt", size).read_bytes()),
     }.items():
         (folder / name).write_bytes(raw)
-        made.append(folder / name)
+        rows.append(folder / name)
     (folder / "inner").unlink()
-    made += [
+    rows += [
         sparse_tar(folder / "g.tar", "a.txt", size),
         sparse_tar(folder / "h.tar", "a.html", size),
         tar_of(folder / "j.tar", "a.txt.zst", zst(size)),
@@ -104,15 +104,15 @@ def bombs(folder: Path, size: int) -> list[Path]:
         hole(folder / "l.txt", size),
         hole(folder / "m.jsonl", size, ROW),
     ]
-    return made
+    return rows
 
 
 def read_apart(policy: str, paths) -> tuple[list[str], int]:
     """Read files in another process: a line for each, and the MiB by which its memory grew."""
     words = [sys.executable, "-c", READ, policy, *map(str, paths)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
-    *said, grown = done.stdout.splitlines()
-    return said, int(grown)
+    *output, grown = done.stdout.splitlines()
+    return output, int(grown)
 
 
 ROOT = Path(__file__).parents[4]
@@ -124,8 +124,8 @@ def test_a_bomb_is_read_in_little_memory(tmp_path):
     tar, rows = sparse_tar(tmp_path / "g.tar", "a.txt", size), hole(tmp_path / "m.jsonl", size, ROW)
     paths = [tmp_path / "a.txt.zst", tar, rows]
     assert all(path.stat().st_blocks * 512 <= 16 << 10 for path in paths)
-    said, grown = read_apart("cut", paths)
-    assert said == ["1 1000 long, cut", "1 1000 long, cut", "1 1 long line"]
+    output, grown = read_apart("cut", paths)
+    assert output == ["1 1000 long, cut", "1 1000 long, cut", "1 1 long line"]
     assert grown < 130  # MiB
 
 
@@ -134,8 +134,8 @@ def test_a_bomb_is_read_in_little_memory(tmp_path):
 def test_every_bomb_is_read_in_little_memory(tmp_path, policy):
     paths = bombs(tmp_path, 512 * MIB)
     assert all(path.stat().st_blocks * 512 <= 1 << 20 for path in paths)
-    said, grown = read_apart(policy, paths)
-    for path, line in zip(paths, said, strict=True):
+    output, grown = read_apart(policy, paths)
+    for path, line in zip(paths, output, strict=True):
         assert "long" in line, path
         assert int(line.split()[1]) <= 1001, path
     assert grown < 130
@@ -149,8 +149,8 @@ def test_without_a_limit_a_bomb_is_refused_and_honest_text_is_not(tmp_path):
     with pytest.raises(UserError, match=r"m\.jsonl: unpacks to more than 100 times the 0 bytes"):
         read(tmp_path / "m.jsonl")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"abc " * 5_000_000))  # 1,000 times its size
-    found, _ = read(tmp_path / "b.txt.gz")
-    assert len(found[0][1]) == 20_000_000
+    documents, _ = read(tmp_path / "b.txt.gz")
+    assert len(documents[0][1]) == 20_000_000
 
 
 def test_a_limit_that_fails_reads_no_further(tmp_path):

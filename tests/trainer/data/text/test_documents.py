@@ -33,8 +33,8 @@ def test_undecodable():
 def test_half_a_surrogate_pair_is_undecodable_too():
     halved = "a (half a surrogate pair)"
     assert take("x\ud800y") == ([], counted("undecodable", halved))
-    found = take("x\ud800y\ud83d", undecodable="replace")
-    assert found == (["x\ufffdy\ufffd".encode()], counted("undecodable, replaced", halved))
+    documents = take("x\ud800y\ud83d", undecodable="replace")
+    assert documents == (["x\ufffdy\ufffd".encode()], counted("undecodable, replaced", halved))
     with pytest.raises(UserError, match="half a surrogate pair"):
         take("\udfff", undecodable="fail")
 
@@ -73,8 +73,8 @@ def test_text_beyond_the_limit_is_not_examined_and_before_it_it_is():
 
 
 def test_the_text_left_after_a_cut_may_be_blank():
-    found, report = take("  ü", long="cut", max_document_bytes=3)
-    assert found == []
+    documents, report = take("  ü", long="cut", max_document_bytes=3)
+    assert documents == []
     assert report == counted("long, cut") | counted("empty")
 
 

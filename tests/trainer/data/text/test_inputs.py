@@ -36,8 +36,8 @@ def test_a_folder_is_read_in_sorted_order_and_the_rest_is_reported(tmp_path):
     (root / "gone.txt").symlink_to("nowhere")
     (root / "linked").symlink_to("b")
     os.mkfifo(root / "pipe.txt")
-    found, report = read(root)
-    assert found == [
+    documents, report = read(root)
+    assert documents == [
         ("corpus/B.TXT", b"B.TXT"),
         ("corpus/b/a.md", b"b/a.md"),
         ("corpus/z.txt", b"z.txt"),
@@ -165,9 +165,9 @@ def bucket(tmp_path):
 def test_a_bucket_gives_the_same_as_a_folder(bucket):
     local, remote = bucket
     for options in ({}, {"unit_bytes": 100}):
-        found, report = read(remote, **options)
+        documents, report = read(remote, **options)
         want, account = read(local, **options)
-        assert found == want
+        assert documents == want
         assert report.counts == account.counts
     assert Files([remote]).units() == Files([local]).units()
     assert Files([remote]).describe() == Files([local]).describe()
@@ -190,8 +190,10 @@ def test_files_at_a_web_server(bucket):
             assert read(f"{root}/corpus/")[0] == want
             # A signature in the address doesn't affect the kind of file, and is never shown.
             signed = Files([f"{root}/corpus/rows.jsonl.gz?key=secret"])
-            found = [d for unit in signed.units() for d in signed.read(unit, ReadingReport())]
-            assert [d.name for d in found] == [n for n, _ in read(bucket[0] / "rows.jsonl.gz")[0]]
+            documents = [d for unit in signed.units() for d in signed.read(unit, ReadingReport())]
+            assert [d.name for d in documents] == [
+                n for n, _ in read(bucket[0] / "rows.jsonl.gz")[0]
+            ]
             assert "secret" not in str(signed.describe())
             with pytest.raises(UserError, match=r"no line has a text under 'body'") as e:
                 read(f"{root}/corpus/rows.jsonl?key=secret", text_key="body")
@@ -224,16 +226,16 @@ def test_text_of_many_suffixes_and_without_one(tmp_path):
     (tmp_path / "log.nfo").write_text("more")
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
     root = tmp_path.name
-    found, report = read(tmp_path)
-    assert {name.removeprefix(f"{root}/") for name, _ in found} == {*names, "LICENSE.gz"}
-    assert dict(found)[f"{root}/README"] == b"text of README\n"
+    documents, report = read(tmp_path)
+    assert {name.removeprefix(f"{root}/") for name, _ in documents} == {*names, "LICENSE.gz"}
+    assert dict(documents)[f"{root}/README"] == b"text of README\n"
     assert report.listed == {
         "no suffix and not text": [f"{root}/binary", f"{root}/latin"],
         "other suffix": [f"{root}/log.nfo", f"{root}/photo.jpg"],
         "empty": [f"{root}/empty"],
     }
-    found, report = read(tmp_path, suffixes=["NFO"])
-    assert dict(found)[f"{root}/log.nfo"] == b"more"
+    documents, report = read(tmp_path, suffixes=["NFO"])
+    assert dict(documents)[f"{root}/log.nfo"] == b"more"
     assert report.listed["other suffix"] == [f"{root}/photo.jpg"]
 
 

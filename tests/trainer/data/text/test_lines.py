@@ -26,12 +26,12 @@ def test_ranges_of_any_size_hold_the_lines_of_the_whole(pieces, size):
     raw = b"".join(pieces)
     whole = list(lines_between(io.BytesIO(raw), FREE))
     assert b"".join(line for _, line in whole) == raw
-    found = []
+    documents = []
     for start in range(0, len(raw), size):
         f = io.BytesIO(raw)
         f.seek(max(0, start - 1))
-        found += lines_between(f, FREE, start, start + size)
-    assert found == whole
+        documents += lines_between(f, FREE, start, start + size)
+    assert documents == whole
 
 
 @given(st.data())
@@ -72,9 +72,9 @@ def test_rows_that_give_no_document_are_counted(tmp_path, suffix):
     }[suffix]
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(pack(raw))
-    found, report = read(path)
+    documents, report = read(path)
     name = path.name
-    assert found == [
+    assert documents == [
         (f"{name}@0", b"one"),
         (f"{name}@16", "zwei ü".encode()),
         (f"{name}@{raw.index(b'end') - 10}", b"end"),
@@ -92,8 +92,8 @@ def test_replacing_what_is_not_utf8(tmp_path):
     from forescale.data.text.files import Policy
 
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xffb"}\n{"text": "\\udc00"}\n')
-    found, report = read(tmp_path / "a.jsonl", policy=Policy(undecodable="replace"))
-    assert [text.decode() for _, text in found] == ["a\ufffdb", "\ufffd"]
+    documents, report = read(tmp_path / "a.jsonl", policy=Policy(undecodable="replace"))
+    assert [text.decode() for _, text in documents] == ["a\ufffdb", "\ufffd"]
     assert report.counts == {"undecodable, replaced": 2}
     with pytest.raises(UserError, match=r"a\.jsonl@0: isn't UTF-8 \(byte 11\)"):
         read(tmp_path / "a.jsonl", policy=Policy(undecodable="fail"))
@@ -107,15 +107,15 @@ def test_a_byte_order_mark_before_the_first_row(tmp_path):
 def test_long_lines_cross_blocks(tmp_path):
     text = "word " * 700_000
     (tmp_path / "long.jsonl.gz").write_bytes(gzip.compress(lines({"t": text}, {"t": "b"}), 1))
-    found, _ = read(tmp_path / "long.jsonl.gz", text_key="t")
-    assert [t.decode() for _, t in found] == [text, "b"]
+    documents, _ = read(tmp_path / "long.jsonl.gz", text_key="t")
+    assert [t.decode() for _, t in documents] == [text, "b"]
 
 
 def test_a_key_inside_another(tmp_path):
     rows = lines({"meta": {"text": "a"}}, {"meta": 1}, {"meta.text": "b"}, {"text": "c"})
     (tmp_path / "a.jsonl").write_bytes(rows)
-    found, report = read(tmp_path / "a.jsonl", text_key="meta.text")
-    assert [text for _, text in found] == [b"a", b"b"]
+    documents, report = read(tmp_path / "a.jsonl", text_key="meta.text")
+    assert [text for _, text in documents] == [b"a", b"b"]
     assert report.counts == {"no text under 'meta.text'": 2}
 
 
@@ -123,8 +123,8 @@ def test_a_file_without_rows_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n\n")
     (tmp_path / "b.jsonl").write_bytes(b"")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b""))
-    found, report = read(tmp_path)
-    assert found == []
+    documents, report = read(tmp_path)
+    assert documents == []
     folder = tmp_path.name
     empty = [f"{folder}/{name}" for name in ("a.jsonl", "b.jsonl", "c.jsonl.gz")]
     assert report.listed == {"empty": empty}

@@ -17,16 +17,16 @@ PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title><style>p { x: "<b>"
 
 def test_a_page_is_read_as_its_text(tmp_path):
     (tmp_path / "a.html").write_text(PAGE)
-    found, report = read(tmp_path / "a.html")
+    documents, report = read(tmp_path / "a.html")
     text = "A & B\n\nHead\n\nOne bold word, 1 < 2 and 3 < 4\nnext\xa0line\n\na\nb\n"
-    assert [(name, raw.decode()) for name, raw in found] == [("a.html", text)]
+    assert [(name, raw.decode()) for name, raw in documents] == [("a.html", text)]
     assert report.listed == {"markup removed": ["a.html"]}
 
 
 def test_a_page_without_text_is_empty(tmp_path):
     (tmp_path / "a.htm").write_text("<p><!-- -->\n<br>")
-    found, report = read(tmp_path / "a.htm")
-    assert (found, report.counts) == ([], {"markup removed": 1, "empty": 1})
+    documents, report = read(tmp_path / "a.htm")
+    assert (documents, report.counts) == ([], {"markup removed": 1, "empty": 1})
 
 
 @given(st.text(alphabet="<>/!-abp &;'\"\nİ", max_size=60))

@@ -46,10 +46,10 @@ def test_every_flipped_byte_of_a_checksummed_file_is_found_or_harmless(tmp_path,
     for at in range(len(packed)):
         path.write_bytes(packed[:at] + bytes([packed[at] ^ 0x10]) + packed[at + 1 :])
         try:
-            found, _ = read(path)
+            documents, _ = read(path)
         except UserError:
             continue
-        assert found == [(name, TEXT)], at  # such as a time stamp in a header
+        assert documents == [(name, TEXT)], at  # such as a time stamp in a header
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -24,8 +24,8 @@ def parquet(path, texts=TEXTS, group=10, kind=None, **columns):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.string_view()])
 def test_rows_are_documents(tmp_path, kind):
     path = parquet(tmp_path / "a.parquet", kind=kind)
-    found, report = read(path)
-    assert found == [(f"a.parquet:{i}", text.encode()) for i, text in enumerate(TEXTS)]
+    documents, report = read(path)
+    assert documents == [(f"a.parquet:{i}", text.encode()) for i, text in enumerate(TEXTS)]
     assert report.counts == {}
 
 
@@ -58,8 +58,8 @@ def test_nulls_blanks_and_faults_are_counted(tmp_path):
     for kind, values in (("binary", pa.array(rows)), ("string", column)):
         path = tmp_path / f"{kind}.parquet"
         pq.write_table(pa.table({"text": values}), path)
-        found, report = read(path)
-        assert found == [(f"{path.name}:0", b"a"), (f"{path.name}:4", b"b")]
+        documents, report = read(path)
+        assert documents == [(f"{path.name}:0", b"a"), (f"{path.name}:4", b"b")]
         assert report.listed == {
             "no text under 'text'": [f"{path.name}:1"],
             "empty": [f"{path.name}:2"],
@@ -72,8 +72,8 @@ def test_nulls_blanks_and_faults_are_counted(tmp_path):
 def test_a_column_inside_another(tmp_path):
     column = pa.array([{"text": "a", "n": 1}, None, {"text": None, "n": 2}, {"text": "b", "n": 3}])
     pq.write_table(pa.table({"meta": column}), tmp_path / "a.parquet")
-    found, report = read(tmp_path / "a.parquet", text_key="meta.text")
-    assert [text for _, text in found] == [b"a", b"b"]
+    documents, report = read(tmp_path / "a.parquet", text_key="meta.text")
+    assert [text for _, text in documents] == [b"a", b"b"]
     assert report.counts == {"no text under 'meta.text'": 2}
     with pytest.raises(UserError, match=r"no column 'meta.body'.*columns: text, n in meta"):
         read(tmp_path / "a.parquet", text_key="meta.body")
@@ -124,13 +124,13 @@ def datasets(tmp_path, monkeypatch):
 def test_a_data_set_saved_to_disk(tmp_path, datasets):
     table = datasets.Dataset.from_dict({"id": list(range(100)), "text": TEXTS})
     table.save_to_disk(tmp_path / "saved")
-    found, _ = read(f"hf://{tmp_path}/saved")
-    assert found == [(f"saved:{i}", text.encode()) for i, text in enumerate(TEXTS)]
+    documents, _ = read(f"hf://{tmp_path}/saved")
+    assert documents == [(f"saved:{i}", text.encode()) for i, text in enumerate(TEXTS)]
 
     both = datasets.DatasetDict(train=table, test=table.select(range(90, 100)))
     both.save_to_disk(tmp_path / "both")
-    found, _ = read(f"hf://{tmp_path}/both:test", unit_bytes=100)
-    assert found == [(f"both:test:{i}", text.encode()) for i, text in enumerate(TEXTS[90:])]
+    documents, _ = read(f"hf://{tmp_path}/both:test", unit_bytes=100)
+    assert documents == [(f"both:test:{i}", text.encode()) for i, text in enumerate(TEXTS[90:])]
     assert len(read(f"hf://{tmp_path}/both")[0]) == 100
     with pytest.raises(UserError, match="has no split 'dev'; choose one of train, test"):
         read(f"hf://{tmp_path}/both:dev")
@@ -142,10 +142,10 @@ def test_a_folder_that_datasets_can_read(tmp_path, datasets):
     (tmp_path / "folder").mkdir()
     rows = lines(*({"text": text, "n": 1} for text in TEXTS), {"text": None, "n": 2})
     (tmp_path / "folder" / "train.jsonl").write_bytes(rows)
-    found, report = read(f"hf://{tmp_path}/folder:train[:50%]")
-    assert [text.decode() for _, text in found] == TEXTS[:50]
-    found, report = read(f"hf://{tmp_path}/folder")
-    assert [text.decode() for _, text in found] == TEXTS
+    documents, report = read(f"hf://{tmp_path}/folder:train[:50%]")
+    assert [text.decode() for _, text in documents] == TEXTS[:50]
+    documents, report = read(f"hf://{tmp_path}/folder")
+    assert [text.decode() for _, text in documents] == TEXTS
     assert report.counts == {"no text under 'text'": 1}
 
 
@@ -156,8 +156,8 @@ def test_units_of_a_data_set_are_fixed_and_picklable(tmp_path, datasets):
     assert len(units) > 2
     assert units == Files([f"hf://{tmp_path}/saved"], unit_bytes=400).units()
     other = pickle.loads(pickle.dumps(files))
-    found = [d.text.decode() for unit in units for d in other.read(unit, ReadingReport())]
-    assert found == TEXTS
+    documents = [d.text.decode() for unit in units for d in other.read(unit, ReadingReport())]
+    assert documents == TEXTS
 
 
 def test_a_missing_data_set(tmp_path, datasets):

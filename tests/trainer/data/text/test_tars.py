@@ -25,7 +25,7 @@ def tar(members: dict[str, bytes], **options) -> bytes:
 
 
 SMALL = {"a.txt": b"first", "b.json": b'{"text": "second"}', "c.jsonl": lines({"text": "third"})}
-FOUND = [("x.tar/a.txt", b"first"), ("x.tar/b.json", b"second"), ("x.tar/c.jsonl@0", b"third")]
+DOCUMENTS = [("x.tar/a.txt", b"first"), ("x.tar/b.json", b"second"), ("x.tar/c.jsonl@0", b"third")]
 
 
 def test_tars_written_by_webdataset(tmp_path):
@@ -33,8 +33,8 @@ def test_tars_written_by_webdataset(tmp_path):
         writer.write({"__key__": "000", "txt": "eins ü", "json": {"text": "zwei", "n": 1}})
         writer.write({"__key__": "sub/001", "jsonl": lines({"text": "drei"}, {"n": 1})})
         writer.write({"__key__": "002", "txt": "", "cls": 3})
-    found, report = read(tmp_path / "x.tar")
-    assert sorted(found) == [
+    documents, report = read(tmp_path / "x.tar")
+    assert sorted(documents) == [
         ("x.tar/000.json", b"zwei"),
         ("x.tar/000.txt", "eins ü".encode()),
         ("x.tar/sub/001.jsonl@0", b"drei"),
@@ -57,17 +57,17 @@ def test_formats_and_compressions(tmp_path, form, suffix):
     )
     pack = {".tar": bytes, ".tar.zst": zstandard.compress}.get(suffix, gzip.compress)
     (tmp_path / f"x{suffix}").write_bytes(pack(raw))
-    found, _ = read(tmp_path / f"x{suffix}")
-    want = [*FOUND, (f"x.tar/{deep}", b"deep")]
-    assert found == [(name.replace("x.tar", f"x{suffix}"), text) for name, text in want]
+    documents, _ = read(tmp_path / f"x{suffix}")
+    want = [*DOCUMENTS, (f"x.tar/{deep}", b"deep")]
+    assert documents == [(name.replace("x.tar", f"x{suffix}"), text) for name, text in want]
 
 
 def test_compressed_members(tmp_path):
     rows = zstandard.compress(lines({"text": "rows"}))
     packed = {"a.txt.gz": gzip.compress(b"text"), "b.jsonl.zst": rows}
     (tmp_path / "x.tar").write_bytes(tar(packed))
-    found, _ = read(tmp_path / "x.tar")
-    assert found == [("x.tar/a.txt.gz", b"text"), ("x.tar/b.jsonl.zst@0", b"rows")]
+    documents, _ = read(tmp_path / "x.tar")
+    assert documents == [("x.tar/a.txt.gz", b"text"), ("x.tar/b.jsonl.zst@0", b"rows")]
     packed["a.txt.gz"] = packed["a.txt.gz"][:-1]
     (tmp_path / "x.tar").write_bytes(tar(packed))
     with pytest.raises(UserError, match=r"x\.tar.*truncated or damaged"):
@@ -84,8 +84,8 @@ def test_folders_links_and_hidden_members(tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size = 1
             f.addfile(entry, io.BytesIO(b"a"))
-    found, report = read(tmp_path / "x.tar")
-    assert found == [("x.tar/sub/a.txt", b"a")]
+    documents, report = read(tmp_path / "x.tar")
+    assert documents == [("x.tar/sub/a.txt", b"a")]
     hidden, link = ["x.tar/sub/._a.txt"], ["x.tar/sub/l.txt"]
     assert report.listed == {"hidden": hidden, "no regular file": link}
 
@@ -120,12 +120,12 @@ def test_every_flipped_byte_of_a_header_is_found_or_harmless(tmp_path):
     for block in (0, 1024, 2048):  # header, payload, header, ...
         for at in range(block, block + 512):
             path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
-            fault, found = None, []
+            fault, documents = None, []
             try:
-                found, _ = read(path)
+                documents, _ = read(path)
             except UserError as e:
                 fault = str(e)
-            assert found == FOUND if fault is None else "truncated or damaged" in fault, at
+            assert documents == DOCUMENTS if fault is None else "truncated or damaged" in fault, at
 
 
 def test_every_zeroed_block_is_found(tmp_path):
@@ -164,18 +164,11 @@ def test_tars_without_text(tmp_path):
         read(path)
 
 
-def test_metadata_beside_the_text_is_counted_and_not_an_error(tmp_path):
-    (tmp_path / "x.tar").write_bytes(tar({"a.txt": b"a", "a.json": b'{"url": "x"}'}))
-    found, report = read(tmp_path / "x.tar")
-    assert found == [("x.tar/a.txt", b"a")]
-    assert report.counts == {"no text under 'text'": 1}
-
-
 def test_policies_apply_to_members(tmp_path):
     broken = json.dumps({"text": "?"}).encode().replace(b"?", b"\xff")
     (tmp_path / "x.tar").write_bytes(tar({"a.txt": b"\xff", "b.json": broken}))
-    found, report = read(tmp_path / "x.tar", policy=Policy(undecodable="replace"))
-    assert [text.decode() for _, text in found] == ["\ufffd", "\ufffd"]
+    documents, report = read(tmp_path / "x.tar", policy=Policy(undecodable="replace"))
+    assert [text.decode() for _, text in documents] == ["\ufffd", "\ufffd"]
     assert report.counts == {"undecodable, replaced": 2}
     with pytest.raises(UserError, match=r"x\.tar/a\.txt: isn't UTF-8"):
         read(tmp_path / "x.tar", policy=Policy(undecodable="fail"))
@@ -185,8 +178,8 @@ def test_members_of_many_suffixes_and_without_one(tmp_path):
     page = b"<p>one<script>no()</script><p>two &amp; three"
     members = {"README": b"plain", "a.rst": b"rst", "b.html": page, "c.nfo": b"more", "d": b"\0"}
     (tmp_path / "x.tar").write_bytes(tar(members))
-    found, report = read(tmp_path / "x.tar", suffixes=[".nfo"])
-    assert found == [
+    documents, report = read(tmp_path / "x.tar", suffixes=[".nfo"])
+    assert documents == [
         ("x.tar/README", b"plain"),
         ("x.tar/a.rst", b"rst"),
         ("x.tar/b.html", b"one\ntwo & three\n"),

@@ -31,15 +31,15 @@ from tests.trainer.remote.hostile_server import HostileServer
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def built(tmp_path_factory):
     """A corpus of each kind and its dataset, made once and only read."""
     done: dict[str, tuple[Path, Path]] = {}
 
     def make(kind: str) -> tuple[Path, Path]:
         if kind not in done:
             folder = tmp_path_factory.mktemp("corpus")
-            path, more = write(kind, folder / "in")
-            index_corpus([str(path)], folder / "dataset", "bytes", **SIZES, **more)
+            path, options = write(kind, folder / "in")
+            index_corpus([str(path)], folder / "dataset", "bytes", **SIZES, **options)
             done[kind] = path, folder / "dataset"
         return done[kind]
 
@@ -47,8 +47,8 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_windows_are_those_of_numpys_memmap(kind, made):
-    path, output = made(kind)
+def test_the_windows_are_those_of_numpys_memmap(kind, built):
+    path, output = built(kind)
     dataset, total = Dataset(output), 0
     assert in_place_kind(str(path)) == IN_PLACE.get(kind, "npy")
     rng = np.random.default_rng(0)
@@ -71,20 +71,20 @@ def test_the_windows_are_those_of_numpys_memmap(kind, made):
     ] == []
 
 
-def test_documents_are_complete_in_one_split_and_end_as_in_the_corpus(made):
-    output = made("uint16")[1]
+def test_documents_are_complete_in_one_split_and_end_as_in_the_corpus(built):
+    output = built("uint16")[1]
     dataset, ends = Dataset(output), set(np.flatnonzero(END == FLAT) + 1)
-    seen = []
+    places = []
     for name in ("train", "validation"):
         split = dataset.split(name)
         for number, tokens in enumerate(placed(split)):
-            found = split.document_ends(number, 0, len(tokens))
-            assert found.tolist() == (np.flatnonzero(tokens == END) + 1).tolist()
-            assert found[-1] == len(tokens)
+            ends_of_shard = split.document_ends(number, 0, len(tokens))
+            assert ends_of_shard.tolist() == (np.flatnonzero(tokens == END) + 1).tolist()
+            assert ends_of_shard[-1] == len(tokens)
             for m in split.shard(number).members:
-                seen.append((m.tok["offset"] // 2, m.tokens))
+                places.append((m.tok["offset"] // 2, m.tokens))
     at = 0
-    for first, tokens in sorted(seen):
+    for first, tokens in sorted(places):
         assert first == at
         at += tokens
     assert at == len(FLAT)
@@ -99,8 +99,8 @@ def test_documents_are_complete_in_one_split_and_end_as_in_the_corpus(made):
     assert sum(s["bytes"] for s in dataset.manifest["splits"].values()) == len(FLAT) - len(ends)
 
 
-def test_held_out_documents_follow_the_rule_in_the_docstring(made):
-    dataset = Dataset(made("uint16")[1])
+def test_held_out_documents_follow_the_rule_in_the_docstring(built):
+    dataset = Dataset(built("uint16")[1])
     stretch = len(FLAT) // 16
     starts = np.concatenate([[0], np.flatnonzero(END == FLAT)[:-1] + 1])
     out = starts % stretch >= stretch - round(0.1 * stretch)
@@ -109,31 +109,31 @@ def test_held_out_documents_follow_the_rule_in_the_docstring(made):
     assert (np.concatenate(placed(dataset.split("validation"))) == want).all()
 
 
-def test_rows_and_members_of_foreign_files_end_documents(made):
+def test_rows_and_members_of_foreign_files_end_documents(built):
     for kind in ("npy rows", "tar"):
-        split = Dataset(made(kind)[1]).split("train")
+        split = Dataset(built(kind)[1]).split("train")
         for number, tokens in enumerate(placed(split)):
             ends = set(split.document_ends(number, 0, len(tokens)).tolist())
             assert set((np.flatnonzero(tokens == END) + 1).tolist()) < ends
 
 
 def test_an_equal_request_finds_the_dataset_and_another_is_refused(tmp_path):
-    path, more = write("flat", tmp_path / "in")
-    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **more)
+    path, options = write("flat", tmp_path / "in")
+    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **options)
     before = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
-    index_corpus([str(path)], output, "bytes", **SIZES, **more)
+    index_corpus([str(path)], output, "bytes", **SIZES, **options)
     assert {p.name: p.stat().st_mtime_ns for p in output.iterdir()} == before
     with pytest.raises(UserError, match=r"built with different validation"):
-        index_corpus([str(path)], output, "bytes", **{**SIZES, "validation_fraction": 0}, **more)
-    other = index_corpus([str(path)], tmp_path / "other", "bytes", **SIZES, **more)
+        index_corpus([str(path)], output, "bytes", **{**SIZES, "validation_fraction": 0}, **options)
+    other = index_corpus([str(path)], tmp_path / "other", "bytes", **SIZES, **options)
     assert {p.name: p.read_bytes() for p in other.iterdir()} == {
         p.name: p.read_bytes() for p in output.iterdir()
     }
 
 
 @pytest.mark.parametrize("kind", ["uint16", "npy", "tar"])
-def test_a_corpus_at_a_server_is_indexed_and_read_remotely(kind, made, tmp_path):
-    path, local = made(kind)
+def test_a_corpus_at_a_server_is_indexed_and_read_remotely(kind, built, tmp_path):
+    path, local = built(kind)
     with HostileServer() as server:
         for file in path.parent.iterdir():
             server.files[f"/c/{file.name}"] = file.read_bytes()
@@ -172,9 +172,9 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_attempt_makes_it(tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", ".out.lock"}
 
 
-def fails(match: str, *paths: Path, **more) -> None:
+def fails(match: str, *paths: Path, **options) -> None:
     with pytest.raises(UserError, match=match):
-        index_corpus([str(p) for p in paths], paths[0].parent / "none", "bytes", **more)
+        index_corpus([str(p) for p in paths], paths[0].parent / "none", "bytes", **options)
     assert not (paths[0].parent / "none").exists()
 
 
@@ -216,18 +216,20 @@ def test_unusual_and_left_out_data_is_reported(tmp_path):
     (folder / "README.md").write_text("tokens of mine")
     np.save(folder / "whole.npy", np.arange(250, dtype="<u2"))
     output = index_corpus([str(folder)], tmp_path / "out", "bytes", **SIZES)
-    found = Dataset(output).manifest["report"]["left_out"]
-    assert {reason: value["count"] for reason, value in found.items()} == {
+    left_out = Dataset(output).manifest["report"]["left_out"]
+    assert {reason: value["count"] for reason, value in left_out.items()} == {
         "no token ids": len(FLAT) // 256 + 1,
         "files without an end-of-text token, taken for one document": 1,
     }
     documents = [np.append(d[:-1], 7) for d in corpus(tokens=500)]
     write_megatron(tmp_path / "bare", documents)
     output = index_corpus([str(tmp_path / "bare")], tmp_path / "out2", "bytes", **SIZES)
-    found = Dataset(output).manifest["report"]["left_out"]
+    left_out = Dataset(output).manifest["report"]["left_out"]
     reason = "documents that end without the end-of-text token"
     assert (
-        found[reason]["count"] == len(documents) == Dataset(output).manifest["corpus"]["documents"]
+        left_out[reason]["count"]
+        == len(documents)
+        == Dataset(output).manifest["corpus"]["documents"]
     )
     assert check(output) == []
 
@@ -255,9 +257,9 @@ def test_the_command_makes_the_dataset_and_warns_about_moving_files(tmp_path, ca
     words = [str(path), f"output={tmp_path / 'out'}", "tokenizer=bytes", "shard_tokens=4000"]
     words += ["member_tokens=1500", "validation_fraction=0.1"]
     assert verb.main(words) == 0
-    said = capsys.readouterr().out
-    assert "were not copied" in said
-    assert "was built" in said
+    output_text = capsys.readouterr().out
+    assert "were not copied" in output_text
+    assert "was built" in output_text
     assert verb.main(words) == 0
     assert "existed already" in capsys.readouterr().out
     with pytest.raises(UserError, match="tokenizer: is required"):

@@ -27,7 +27,7 @@ from tests.trainer.data.tokenised_files import (
 @pytest.mark.parametrize("kind", ["uint16", "npy", pytest.param("tar", marks=pytest.mark.slow)])
 def test_every_flipped_byte_of_a_token_is_caught(kind, tmp_path):
     """Every byte of the ids of a small corpus: reading raises, and check names member and file."""
-    path, more = write(kind, tmp_path / "in")
+    path, options = write(kind, tmp_path / "in")
     if kind == "uint16":
         path = write_megatron(tmp_path / "in" / "small", corpus(tokens=300))
     elif kind == "npy":
@@ -35,7 +35,7 @@ def test_every_flipped_byte_of_a_token_is_caught(kind, tmp_path):
     else:
         path = write_tar(tmp_path / "in" / "s.tar", FLAT[:96].astype("<u2").reshape(3, 32))
     sizes = {**SIZES, "validation_fraction": 0.0}
-    output = index_corpus([str(path)], tmp_path / "out", "bytes", **sizes, **more)
+    output = index_corpus([str(path)], tmp_path / "out", "bytes", **sizes, **options)
     good = path.read_bytes()
     dataset = Dataset(output)
     tokens = placed(dataset.split("train"))[0].copy()
@@ -64,8 +64,8 @@ def test_every_flipped_byte_of_a_token_is_caught(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["uint16", "flat", "npy", "npy rows", "tar"])
 def test_every_truncation_is_caught_at_indexing_and_at_reading(kind, tmp_path):
-    path, more = write(kind, tmp_path / "in")
-    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **more)
+    path, options = write(kind, tmp_path / "in")
+    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **options)
     good = path.read_bytes()
     rng = np.random.default_rng(0)
     for size in sorted({0, 1, 10, 512, len(good) - 1, *rng.integers(0, len(good), 30).tolist()}):
@@ -78,7 +78,7 @@ def test_every_truncation_is_caught_at_indexing_and_at_reading(kind, tmp_path):
         ):
             continue  # the length of raw ids isn't stored; a tar may lose some of its final zeros
         with pytest.raises(UserError, match=re.escape(str(path))):
-            index_corpus([str(path)], tmp_path / "again", "bytes", **SIZES, **more)
+            index_corpus([str(path)], tmp_path / "again", "bytes", **SIZES, **options)
         assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["in", "out"]
 
 
