@@ -58,7 +58,7 @@ class Averaged:
 
 def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:
     """Return the steps of the checkpoints to average, ascending: `steps`, or the `last` ones of the
-    run's history; without either the last MOST, or all that there are, of which one is too few.
+    run's history; without either the last MOST, or all if there are fewer, but at least two.
 
     Raises UserError if the run doesn't have them.
     """
@@ -93,7 +93,7 @@ def _existing(run: Run, steps: Sequence[int]) -> list[int]:
 
 
 def _is_of_history(run: Run, step: int) -> bool:
-    """True unless a later attempt started before a checkpoint. (A damaged one is met later.)"""
+    """True unless a later attempt started before a checkpoint. A damaged one is reported later."""
     checkpoint = open_readable(run.checkpoint_path(step))
     return checkpoint is None or run.is_eligible(checkpoint.attempt, step)
 
@@ -103,10 +103,11 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def average(origin: Run, steps: Sequence[int], run: Run, progress: Progress = silent) -> Averaged:
-    """Make `run` of the mean of the weights of `origin` at `steps`, and return what it holds.
+    """Make `run` with the mean of the weights of `origin` at `steps`, and return a description of
+    it.
 
-    It has the config, the data and the tokenizer of `origin`. Every byte of the checkpoints is
-    verified first. Raises UserError if `run` exists, or if a checkpoint can't be read.
+    It has the config, data and tokenizer of `origin`. Every byte of the checkpoints is verified
+    first. Raises UserError if `run` exists, or if a checkpoint can't be read.
     """
     expect_free(run)
     job = thaw(TrainJob, origin.config, trust=True)  # read, not run: nothing of it is imported
@@ -149,8 +150,8 @@ def _opened(run: Run, steps: Sequence[int], progress: Progress) -> list[Checkpoi
 
 
 def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Part], list[str]]:
-    """Return the averaged tensors, each made when it is written, and the names of those that are
-    the last checkpoint's."""
+    """Return the averaged tensors, each computed when it is written, and the names of those that
+    are copied from the last checkpoint."""
     last, parts, copied = checkpoints[-1], [], []
     for name, shape in last.weights().shapes.items():
         dtype, read = last.reader.dtype(name, WEIGHT), partial(_mean, checkpoints, name)
@@ -193,8 +194,8 @@ def _still_there(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _keep(origin: Run, new: Run) -> None:
-    """Copy what verbs read of a run beside its weights, if it has them: the chat template, the
-    references of preferences, and the files that came with imported weights."""
+    """Copy the other files that verbs read, if the origin has them: the chat template, the
+    references of preferences, and the files of imported weights."""
     pairs = (
         (origin.chat, new.chat),
         (origin.references, new.references),

@@ -116,15 +116,15 @@ class Checkpoint:
         return out
 
     def merged(self, name: str) -> "Tensor":
-        """Return a full parameter as `tensor` does, with what its adapter adds to it, if any."""
+        """Return a full parameter as `tensor` does, with its adapter merged, if it has one."""
         weight, (down, up) = self.tensor(name), adapter_of(name)
         if down in self.shapes:
             weight.addmm_(self.tensor(up), self.tensor(down), alpha=self.state["adapter_scale"])
         return weight
 
     def weights(self) -> "Weights":
-        """Return all parameters and buffers by name, fp32, adapters merged into what they stand
-        beside; each is read on access."""
+        """Return all parameters and buffers by name, fp32, adapters merged; each is read on
+        access."""
         return Weights(self)
 
     def expect_shapes(self, model: Mapping[str, Sequence[int]], merged: bool = False) -> None:

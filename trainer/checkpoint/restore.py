@@ -31,11 +31,11 @@ _SUBMISSION = re.compile(r"[0-9]{4,9}")
 
 
 def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
-    """Bring back the run of a job, if its directory is missing and its mirror has it. Reports what
-    it did in a line. Returns True if it did: what was typed belongs over the run's own config then.
+    """Bring back the run of a job, if its directory is missing and its mirror has it, and report
+    that in a line. Returns True if it did: the typed keys are then laid over the run's own config.
 
     Raises UserError if the mirror can't be read, holds no whole checkpoint, or `run.resume=never`;
-    and if the directory lacks its config.yaml, but not all files.
+    and if the directory has files but no config.yaml.
     """
     folder, run = folder_of(job), Run(job.run.directory)
     if folder is None or run.config.exists():
@@ -67,7 +67,8 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
 
 
 def _is_half(name: str, names: dict[str, int]) -> bool:
-    """True for rows of an attempt whose parent.json, which is sent last, a kill has kept back."""
+    """True for rows of an attempt without its parent.json, which is sent last and which a kill has
+    kept back."""
     attempt, _, file = name.rpartition("/")
     return file == ROWS and f"{attempt}/{PARENT}" not in names
 
@@ -77,15 +78,15 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def _clear(directory: Path) -> None:
-    """Remove a directory without files: what purges old files leaves their directories."""
+    """Remove a directory without files: a purge of old files leaves directories."""
     if next(_files(directory), None) is None:
         for path in sorted(directory.resolve().rglob("*"), reverse=True):
             path.rmdir()
 
 
 def _reserve(new: Run) -> None:
-    """Reserve the names of the run's submissions to SLURM: crashes and faulty nodes are counted by
-    submission, and those before are no longer of interest."""
+    """Reserve the numbers of the run's submissions to SLURM: crashes and faulty nodes are counted
+    by submission, and earlier ones don't count any more."""
     names = [_submission_of(attempt.path / LAUNCH) for attempt in new.attempts()]
     if known := [name for name in names if _SUBMISSION.fullmatch(name)]:
         place = new.path / "jobs" / max(known, key=int)
@@ -117,7 +118,7 @@ def _bring_checkpoint(folder: Folder, names: dict[str, int], new: Run) -> int:
 
 
 def _bring_whole(folder: Folder, names: dict[str, int], new: Run, step: int) -> list[str]:
-    """Bring a checkpoint, its small files first: they may make the rest unnecessary. Return why it
+    """Bring a checkpoint, its small files first, which may make the rest unnecessary. Return why it
     can't be used, if it can't."""
     path = new.checkpoint_path(step)
     place = path.relative_to(new.path).as_posix()

@@ -30,9 +30,10 @@ _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.(stage|replaced)|replaced|d
 
 @dataclass(frozen=True)
 class Keep:
-    """What to keep. newest: number of newest eligible checkpoints; every: all at the steps of
-    this cadence; best: the one with the lowest validation loss; at: these steps; decay: the newest
-    one up to this step, where the decay begins: a longer run can only go on from there."""
+    """The rule of what to keep. newest: number of newest eligible checkpoints; every: all at the
+    steps of this cadence; best: the one with the lowest validation loss; at: these steps; decay:
+    the newest one up to this step, where the decay begins, because a longer run can only continue
+    from there."""
 
     newest: int = 2
     every: Cadence | None = None
@@ -43,8 +44,8 @@ class Keep:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What retention must know of a checkpoint. eligible: on the current trajectory and not known
-    to be damaged; loss: the validation loss at its step, None if unknown."""
+    """The properties of a checkpoint that retention reads. eligible: on the current trajectory and
+    not known to be damaged; loss: the validation loss at its step, None if unknown."""
 
     step: int
     attempt: int
@@ -190,7 +191,7 @@ class Retention:
 def delete(run: Run, step: int, may: Callable[[], bool] = lambda: True) -> bool:
     """Delete a checkpoint unless it was pinned meanwhile. Returns True if it was deleted.
 
-    may: asked when no other attempt can reach the checkpoint any more. If False (this attempt was
+    may: called when no other attempt can reach the checkpoint any more. If False (this attempt was
     suspended and overtaken), it goes back.
     """
     if is_pinned(run, step):
@@ -209,8 +210,8 @@ def delete(run: Run, step: int, may: Callable[[], bool] = lambda: True) -> bool:
 
 
 def leftovers(run: Run, attempt: int | None = None) -> list[Path]:
-    """Return what interrupted saves and deletions left; with `attempt`, only of earlier attempts,
-    and nothing unless it is the newest: what a newer one writes is not left over."""
+    """Return unfinished saves and deletions; with `attempt`, only of earlier attempts, and nothing
+    unless it is the newest: a newer one may still be writing."""
     if attempt is not None and run.attempts()[-1].number != attempt:
         return []
     paths = []
@@ -254,11 +255,12 @@ def pin(run: Run, step: int, off: bool = False, ahead: bool = False) -> bool:
 
 
 def hold(branch: Run, origin: Any, root: str, ahead: bool = False) -> list[str]:
-    """Pin the checkpoint that a branch begins with, unless it has one of its own. Return a sentence
-    if it can't be pinned, such as in the run of somebody else.
+    """Pin the checkpoint that a branch begins with, unless the branch has one of its own. So
+    retention there deletes nothing that the branch needs. Return a sentence if it can't be pinned,
+    as in a run of somebody else.
 
-    origin: `run.from` of its job, with the step; root: where runs are looked for; ahead: the branch
-    waits for a job that may have yet to make it. Raises UserError if there is no such checkpoint.
+    origin: `run.from` of its job, with the step; root: where runs are looked for; ahead: the
+    checkpoint may not be made yet. Raises UserError if there is no such checkpoint.
     """
     if origin.run is None or origin.step is None or branch.checkpoint_steps():
         return []

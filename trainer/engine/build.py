@@ -45,8 +45,8 @@ def check_world(job: TrainJob, size: int) -> None:
 
 
 def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module] | None:
-    """Return what divides a module with its initial weights among the ranks, and returns it; None
-    if it stays whole.
+    """Return a function that divides a module with its initial weights among the ranks, and returns
+    it; None if models stay whole.
 
     So no rank ever holds the whole model. All ranks draw the same weights in the same order, in
     fp32 and on the host, so the initial model depends neither on the stage nor on the ranks.
@@ -68,7 +68,7 @@ def _one_by_one(steps: list[Callable[[nn.Module], nn.Module]], module: nn.Module
 
 
 def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
-    """Return what leaves each rank its part of every parameter, for stage 3."""
+    """Return a function that leaves each rank its part of every parameter, for stage 3."""
     from deepspeed.runtime.zero import Init
 
     config = deepspeed_config(job, world.size)

@@ -99,11 +99,11 @@ class Layout:
                 param.grad_dtype = torch.float32
 
     def divided_among(self, ranks: Ranks) -> None:
-        """Take the matrices that `ranks` divide as parts: Muon needs whole ones."""
+        """Register the ranks that divide matrices: Muon needs whole ones."""
         self.dividing = ranks
 
     def mark(self, param: nn.Parameter, gradient: Tensor | None) -> None:
-        """Note on a gradient that Muon is about to take of which matrix it is a part, if it is."""
+        """Mark the gradient of a part of a divided matrix, for Muon."""
         whole = whole_of(param)
         is_part = whole.parts > 1 and not is_expert(param)  # a rank has whole matrices of experts
         if self.dividing is not None and gradient is not None and is_part:
@@ -138,8 +138,8 @@ class Layout:
 
 
 class Replicated(Layout):
-    """The common base at stage 0: every rank holds every element; of a divided parameter, every
-    rank that has the same part."""
+    """The common base at stage 0: every rank holds every element, of a divided parameter those of
+    its part."""
 
     replicated = True
 
@@ -153,11 +153,11 @@ class Replicated(Layout):
                 self.mark(unit.pieces[0].param, unit.master.grad)
 
     def gradients(self):
-        """Yield those of the forward weights."""
+        """Yield the gradients of the forward weights."""
         yield from (p.grad for p in self._params() if p.grad is not None)
 
     def square_sum(self, device, world_size):
-        """Return an equal share of what each rank that has the same elements returns."""
+        """Return the sum of squares, divided by the number of ranks with the same elements."""
         total = torch.zeros((), dtype=torch.float64, device=device)
         for parts in sorted({whole_of(p).parts for p in self._params()}):
             grads = (p.grad for p in self._params() if whole_of(p).parts == parts)

@@ -101,10 +101,10 @@ def deviations(values: Tensor) -> Tensor:
 
 
 def judged(values: Tensor, past: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Return the tolerance of a check, (...), and whether it has found a fault, (...).
+    """Return the tolerance of a check, (...), and whether it has a fault, (...).
 
-    found: the deviations of its M replays, (..., M); past: the medians of those of earlier checks,
-    (..., N), of which there may be none.
+    values: the deviations of its M replays, (..., M); past: the medians of earlier checks, (...,
+    N), where N may be 0.
     """
     usual = _usual(values)
     before = past.median(-1).values if past.shape[-1] else usual
@@ -203,8 +203,8 @@ class SelfCheck:
     @torch.no_grad()
     def _weights_hash(self, place: tuple[int, int] = (1, 0)) -> int | None:
         """Return a hash of the bits of the parameters that all ranks have, as the forward uses
-        them, or of those of which this one has such a part of so many, (parts, part); any flipped
-        bit changes it."""
+        them; with `place` (parts, part), of those of which this rank has that part. Any flipped bit
+        changes it."""
         if self.partitioned:
             return None
         total = 0

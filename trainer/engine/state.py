@@ -25,7 +25,7 @@ MOMENTUM = "momentum_buffer"
 
 
 class Fills(Protocol):
-    """What reads a checkpoint; see FragmentReader."""
+    """A reader of a checkpoint; see FragmentReader."""
 
     def states(self, name: str) -> list[str]: ...
 
@@ -113,8 +113,8 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
 
 
 def scalars(engine: Engine) -> dict[str, Any]:
-    """Return what isn't a tensor range: each group's step count, by its name, and the state of an
-    fp16 loss scale.
+    """Return the state that isn't a tensor: each group's step count, by its name, and an fp16 loss
+    scale.
 
     The count is the base optimizer's own, which may differ from the run's step.
     """

@@ -94,8 +94,8 @@ class Engine:
         # For injected faults: may damage the weights before a step, given its number, and returns
         # a factor for its gradient.
         self.disturb: Callable[[int, nn.Module], float] | None = None
-        # Makes of the losses of a micro-batch's rows, its penalty and itself the losses of its
-        # windows, (B,), the penalty, and numbers to log, (B,) each. None: a row is a window.
+        # None: a row is a window. Else a function of the row losses of a micro-batch, its penalty
+        # and the micro-batch: it returns the window losses, (B,), the penalty, and numbers to log.
         self.combine: Callable[..., tuple[Tensor, Any, dict[str, Tensor]]] | None = None
         self._numbers: dict[str, list[Tensor]] = {}  # of the step's micro-batches
         self.has_stepped = False  # True once this process has made a step
@@ -183,7 +183,7 @@ class Engine:
         return torch.stack(losses)
 
     def combined(self, output: Any, micro: Any) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
-        """Return the losses of a micro-batch's windows, (B,), its penalty, and numbers to log, of
+        """Return the window losses of a micro-batch, (B,), its penalty, and numbers to log. output:
         what the model returned for it."""
         rows, penalty = checked_losses(output, len(micro.tokens))
         return (rows, penalty, {}) if self.combine is None else self.combine(rows, penalty, micro)
@@ -296,9 +296,9 @@ def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
 def checked_losses(
     output, windows: int, where: str = "the model's forward()"
 ) -> tuple[Tensor, Tensor | float]:
-    """Return a model's losses, for a forward pass of so many windows, and its penalty, 0.0 if it
-    returns none. Raises UserError if the losses are not one number a window, or the penalty is not
-    one number; `where` for its message."""
+    """Return a model's losses for `windows` windows, and its penalty, 0.0 if it returns none.
+    Raises UserError, which names `where`, if the losses are not one number a window, or the penalty
+    is not one number."""
     loss, penalty = output if isinstance(output, tuple) and len(output) == 2 else (output, 0.0)
     todo = "return each window's summed loss in nats, or that and a penalty of one number"
     if not isinstance(loss, Tensor) or tuple(loss.shape) != (windows,):

@@ -273,7 +273,7 @@ def _stop(ranks: list[subprocess.Popen], grace: float) -> set[int]:
 
 
 def _last_message(log: Path) -> str:
-    """Return the last message of ours in a rank's log."""
+    """Return the last message of forescale in a rank's log."""
     _, mark, text = log.read_text(errors="replace").rpartition("forescale: ")
     return (mark + text).strip() if mark else f"see {log}"
 
@@ -288,8 +288,8 @@ def die_with_parent() -> None:
 
 
 def asked_of_accelerate() -> int | None:
-    """Return the number of ranks that `accelerate launch` was asked for, if it has started this one
-    process instead, as it does without GPUs; it tells its process nothing of the number."""
+    """Return the number of ranks in the command of `accelerate launch`, if it has started this one
+    process instead, as it does without GPUs: it doesn't tell its process the number."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or started_as_rank():
         return None
     import psutil

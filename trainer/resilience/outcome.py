@@ -60,9 +60,9 @@ def record_start(attempt: Path, command: Sequence[str], processes: int, **fields
 
 
 def process_mark(pid: int) -> str | None:
-    """Return what tells a process from all others that had or will have its id on this machine: the
-    boot, and the clock ticks from it to the start of the process. None if there is no such process,
-    or this system doesn't say."""
+    """Return a text that no other process on this machine ever has: the boot, and the clock ticks
+    from it to the start of the process. None if there is no such process, or this system doesn't
+    say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         # The second field is the name in parentheses, which may hold spaces and parentheses.
@@ -75,7 +75,7 @@ def process_mark(pid: int) -> str | None:
 def record_end(attempt: Path, code: int, how: str, rank: int = 0, **fields: Any) -> None:
     """Add the end to launch.json. rank: the one that failed first.
 
-    Room for it was kept since the start: a full disk is one of the ends to be recorded.
+    The room for it was reserved at the start: a full disk is one of the ends to be recorded.
     """
     with suppress(OSError):
         (attempt / _ROOM).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def report_error(
 
 def write_error(attempt: Path, rank: int, error: BaseException) -> None:
     """Write the error that ends a rank for its launcher to read; never raises. On a full disk it
-    takes the room that was kept for the end of the attempt, and leaves most of it."""
+    uses the room that is reserved for the end of the attempt, and leaves most of it."""
     text = _sentence(error)[:_LONGEST] + "\n"
     try:
         _error_path(attempt, rank).write_text(text)
@@ -194,8 +194,8 @@ def _describe_code(code: int, killed_for_memory: bool) -> str:
 
 
 def notify(run: Run, code: int, why: str, report: Callable[[str], object]) -> None:
-    """Send the end of a run, if the environment says where to. why: a sentence; report: prints a
-    line. An interrupted run, which resumes, is not told of."""
+    """Post the end of a run to the webhook, if the environment has one. why: a sentence; report:
+    prints a line. An interrupted run, which resumes, is not posted."""
     address = os.environ.get(WEBHOOK)
     if not address or (event := EVENTS.get(code)) is None:
         return

@@ -112,8 +112,8 @@ def _prepare() -> None:
 
 
 class Lines:
-    """The lines of a terminal as text: without escape sequences, and of a line that is drawn again
-    and again the last state and one each `every` seconds."""
+    """The lines of a terminal as text: without escape sequences; of a line that is drawn again and
+    again, the last state and one each `every` seconds."""
 
     def __init__(self, file: IO[bytes], every: float = _EVERY):
         self._file, self._every = file, every
@@ -134,7 +134,7 @@ class Lines:
             self.end()
 
     def end(self) -> None:
-        """Write the line that has not ended."""
+        """Write the unfinished line."""
         self._add(self._line.rpartition(b"\r")[2])
         self._line = b""
 
@@ -148,7 +148,7 @@ class Lines:
 
 
 def _copy(log: Path, ways: dict[int, int]) -> None:
-    """Copy until every source has ended, or until SIGTERM and nothing more is there."""
+    """Copy until every source has ended, or after SIGTERM until nothing is left to read."""
     stopped = False
 
     def stop(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""A run that begins with the state of another one (`run.from`): at which step, and what must fit.
+"""A run that begins with the state of another one (`run.from`): its step, and what must fit.
 
 Invariant: a branch belongs to one checkpoint of its origin. Its step is frozen with the config of
 the branch, so that no later checkpoint takes its place. Its data has the tokenizer of the origin:
@@ -27,7 +27,7 @@ def origin_of(job: TrainJob) -> Run | None:
 
 
 def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None) -> TrainJob:
-    """Return the job with the step that it branches off at: the one of its frozen config, else the
+    """Return the job with the step at which it branches off: that of its frozen config, else the
     newest of its origin.
 
     newest: returns the step of a run's newest checkpoint; None leaves the step open.
@@ -43,9 +43,9 @@ def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None)
 
 
 def check_origin(job: TrainJob, sources: Sources) -> None:
-    """Raise UserError if a branch can't begin with its origin's state: it has another tokenizer, it
-    keeps its position in the data and has other data, or it ends before it begins; or it goes on
-    with a reference that its origin doesn't have, or has for other rows."""
+    """Raise UserError if a branch can't begin with its origin's state: its tokenizer differs; it
+    keeps the position in the data, and the data differ; it would end before it begins; or it
+    continues with references that its origin doesn't have, or has for other rows."""
     run, origin = origin_of(job), job.run.origin
     if run is None:
         return
@@ -78,9 +78,8 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
 
 
 def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
-    """Raise UserError if a batch that grows, of the branch or of its origin, would have given the
-    branch another number of windows than its origin has read: its length would not be what it
-    reads."""
+    """Raise UserError if the batch ramps of branch and origin give different numbers of windows up
+    to a step: the length of the branch would not be what it reads."""
     origin_job = thaw(TrainJob, origin.config, trust=True)  # looked at, not run
     read, counted = origin_job.batch_ramp.samples(step), job.batch_ramp.samples(step)
     if read == counted or not (origin_job.batch_ramp.lengths or job.batch_ramp.lengths):

@@ -1,7 +1,6 @@
-"""What a job reads of its data, counted before it starts.
+"""How much a job reads of its data, counted before it starts.
 
-Invariant: nothing is kept: tables of pairs that are not in the cache are made in a folder that is
-deleted again.
+Invariant: no file stays: tables of pairs that are not in the cache are made in a temporary folder.
 """
 
 from collections.abc import Callable
@@ -31,8 +30,8 @@ _SCANNED = 1 << 30  # tokens whose pairs are found in seconds
 
 @dataclass(frozen=True)
 class SourceUse:
-    """A data source: the tokens it has, the tokens that the run reads, those of an epoch times the
-    epochs, and the epochs. Of pairs an epoch has only their tokens, and no document left out."""
+    """A data source. tokens: that it has; read: tokens that the run reads, those of an epoch times
+    the epochs. An epoch of pairs has only their tokens, without the documents that are left out."""
 
     name: str
     tokens: int
@@ -42,11 +41,14 @@ class SourceUse:
 
 @dataclass(frozen=True)
 class DataUse:
-    """What a run reads. held_out: windows of the held-out split of each source, None if they are
-    pairs that are not counted yet; notes: a sentence each; compared: the windows that the
-    reference of preferences reads before the first step, those of each source's training split and
-    then those of each held-out split; None without preferences, or if they are not counted yet.
-    questions: what an evaluation asks (validation.abilities); None if that can't be asked."""
+    """What a run reads.
+
+    held_out: windows of the held-out split of each source, None if its pairs are not counted yet;
+    notes: sentences for the user; compared: windows that the reference of preferences reads before
+    the first step, of each source's training split and then of each held-out split, None without
+    preferences or if they are not counted yet; questions: of an evaluation of abilities, None if
+    they can't be made.
+    """
 
     sources: list[SourceUse]
     held_out: list[int] | None
@@ -56,9 +58,9 @@ class DataUse:
 
 
 def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
-    """Return what a settled job reads; where that takes long to count, it is estimated from sizes.
+    """Return what a settled job reads; an estimate from sizes where counting takes long.
 
-    check: returns what a function returns, None if it raises UserError, which it records.
+    check: returns what a function returns; None if it raises UserError, which it records.
     """
     with TemporaryDirectory() as scratch:
         where = check(lambda: _tables(job, sources, Path(scratch)))
@@ -92,8 +94,8 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
 
 
 def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:
-    """Return where tables of pairs are: in the cache if they are there, or there are no pairs, in
-    `scratch` if they are made in seconds, else nowhere."""
+    """Return the folder of the tables of pairs: the cache if they are there or none are needed,
+    `scratch` if they can be made in seconds, else None."""
     cache, kind = job.data.cache_directory, row_kind(job, sources)
     parts = [
         (part, sources.datasets[name].identity)
@@ -115,7 +117,7 @@ def _held_out(job: TrainJob, sources: Sources, tables: Path) -> list[int]:
 
 
 def _estimated(job: TrainJob, sources: Sources) -> dict[str, float]:
-    """Return the epochs of each source by its share and its tokens."""
+    """Return the epochs of each source, estimated from its weight and its tokens."""
     splits = sources.split("train")
     total = job.total_tokens
     weights = job.data.weights or {n: s.num_tokens for n, s in splits.items()}

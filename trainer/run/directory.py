@@ -95,13 +95,13 @@ class Run:
 
     @property
     def has_links(self) -> bool:
-        """True if an attempt has once begun to train here."""
+        """True if an attempt has ever begun to train here."""
         return os.path.lexists(self.path / _METRICS)
 
     @property
     def weights_alone(self) -> Literal["imported", "averaged"] | None:
-        """How the run came by its weights if it holds nothing else, for others to begin with; None
-        if it is one that is trained. Only a run of weights alone has a checkpoint of step 0."""
+        """Where the weights come from, of a run that holds nothing else for others to begin with;
+        None if it is trained. Only a run of weights alone has a checkpoint of step 0."""
         if not self.checkpoint_path(0).is_dir():
             return None
         if self.averaged.is_file():  # first: the average of a run that began with imported weights
@@ -110,7 +110,7 @@ class Run:
 
     @property
     def is_import(self) -> bool:
-        """True if the run holds imported weights, of whose training nothing is known here."""
+        """True if the run holds imported weights, whose training is unknown here."""
         return self.weights_alone == "imported"
 
     @property
@@ -240,7 +240,7 @@ class Run:
 
 
 def expect_free(run: Run) -> None:
-    """Raise UserError if there is something at the path of a run that is to be made."""
+    """Raise UserError if there is something at the path of a new run."""
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise UserError(str(run.path), "exists already", "choose another name")
 
@@ -268,7 +268,7 @@ def is_hf(path: Path) -> bool:
 
 
 def step_named(name: str) -> int | None:
-    """Return the step of a checkpoint by the name of its directory; None if it is no such name."""
+    """Return the step in the name of a checkpoint's directory; None for other names."""
     step = int(name.removeprefix(_PREFIX)) if _STEP.fullmatch(name) else None
     return step if step is not None and name == f"{_PREFIX}{step:08d}" else None
 

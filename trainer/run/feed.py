@@ -52,9 +52,8 @@ def feed_of(
 ) -> Feed:
     """Return the training feed of a settled job.
 
-    cache: where tables of pairs are kept, if not in the job's; references: see Feed. Raises
-    UserError if a source has no window, or the run would read it more often than data.max_epochs
-    allows.
+    cache: the folder of tables of pairs, if not the job's; references: see Feed. Raises UserError
+    if a source has no window, or the run would read it more often than data.max_epochs allows.
     """
     is_packed = job.data.packing == "best_fit"
     bins = _bins(job, sources) if is_packed else whole_rows_of(job, sources, "train", cache)
@@ -77,8 +76,8 @@ def feed_of(
 
 
 def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Objective:
-    """The objective of a job, made. held_out: for the text of scores, whose random choices are the
-    same in all runs, so that their losses compare models and not masks.
+    """Return a new objective of a job. held_out: for held-out text: its random choices are the same
+    in all runs, so that losses compare models and not masks.
 
     Raises UserError if a class of the user's own can't be made, or hides no padding from a model
     that would see it.
@@ -95,14 +94,14 @@ def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Obje
 
 
 def vocabulary_of(job: TrainJob, vocab_size: int) -> int:
-    """Return the ids that a job's model must have: the tokenizer's vocab_size, and those that the
-    objective adds."""
+    """Return the number of ids that a job's model needs: the tokenizer's vocab_size, and those that
+    the objective adds."""
     return vocab_size + extra_ids(objective_of(job, vocab_size))
 
 
 def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
-    """Return the config of a job's model, with all that follows from the tokenizer's vocab_size and
-    from the objective. Raises UserError for one that doesn't fit them."""
+    """Return the config of a job's model, completed from the tokenizer's vocab_size and the
+    objective. Raises UserError if it doesn't fit them."""
     model, length = job.model, job.train.sequence_length
     assert isinstance(model, ModelConfig)
     if model.has_encoder:
@@ -143,7 +142,7 @@ def targets_of_a_window(job: TrainJob, feed: Feed) -> float:
 
 
 def notes(job: TrainJob, feed: Feed) -> list[str]:
-    """Return what a user should know about the data although nothing is wrong, a sentence each."""
+    """Return sentences for the user about data that is unusual but not wrong."""
     many = len(feed.names) > 1
     return [
         f"{name if many else 'The data'} is read {times:.1f} times; more than "
@@ -154,7 +153,8 @@ def notes(job: TrainJob, feed: Feed) -> list[str]:
 
 
 def left_out(feed: Feed) -> dict[str, str]:
-    """Return which documents of each source are no rows, in words; of sources that have any."""
+    """Return a sentence about the documents of each source that are in no row; none for sources
+    without any."""
     if feed.bins is None:
         return {}
     sentences = {name: bins.left_out() for name, bins in zip(feed.names, feed.bins, strict=True)}
@@ -162,7 +162,7 @@ def left_out(feed: Feed) -> dict[str, str]:
 
 
 def row_tokens(feed: Feed) -> dict[str, int]:
-    """Return the tokens of each source's whole rows; nothing of windows that are none."""
+    """Return the tokens of each source's whole rows; nothing for a job that reads windows."""
     if not feed.are_whole or feed.bins is None:
         return {}
     return {n: bins.facts["row_tokens"] for n, bins in zip(feed.names, feed.bins, strict=True)}
@@ -188,7 +188,7 @@ def whole_rows_of(
 
 
 def _check_examples(job: TrainJob, dataset: Dataset) -> None:
-    """Raise UserError if a dataset of finetune's is one of examples for another objective."""
+    """Raise UserError if `finetune` has built a dataset for another objective."""
     kind = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
     data_kind = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
     if kind and data_kind != kind and (data_kind in ("examples", "preferences")):
@@ -197,9 +197,8 @@ def _check_examples(job: TrainJob, dataset: Dataset) -> None:
 
 
 def row_kind(job: TrainJob, sources: Sources) -> BinKind | None:
-    """Return what a whole row of a job is; None if it reads windows, which is decided here alone:
-    all others ask for its tables. Raises UserError if the tokenizer of its data has no such
-    separator."""
+    """Return the kind of whole rows that a job reads; None if it reads windows. Raises UserError if
+    the tokenizer of its data has no such separator."""
     objective = objective_of(job, sources.vocab_size)
     if isinstance(objective, Preferences):
         return PreferenceKind(job.train.sequence_length)
@@ -266,7 +265,7 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
 
 
 def _own_seed(seed: int, name: str) -> int:
-    """Return a source's own seed: two sources with the same shards must not run in lockstep."""
+    """Return the seed of a source: two sources with the same shards must not run in lockstep."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

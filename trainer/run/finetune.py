@@ -1,8 +1,8 @@
-"""A run that goes on from the weights of another with examples of prompts and responses: the config
-that it begins with, its chat template, its length.
+"""Fine-tuning: the config, the chat template and the length of a run that begins with the weights
+of another, and learns from prompts and responses.
 
-Invariant: what fine-tuning changes in the config of the origin is written here, with its source;
-all other keys are those of the origin, except of what belongs to one run or one machine.
+Invariant: what fine-tuning changes in the config of the origin stands here, with its source; all
+other keys are those of the origin, but for those of one run or one machine.
 """
 
 import json
@@ -57,9 +57,11 @@ _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 def first_config(
     origin: TrainJob, is_import: bool, are_preferences: bool = False, has_adapters: bool = False
 ) -> dict[str, Any]:
-    """Return the config that a run begins with, as plain values. Its length and its data follow
-    from the examples (`with_examples`). is_import: of imported weights the config says nothing of
-    how they were trained. has_adapters: these alone are trained."""
+    """Return the config of a fine-tuning as plain values; `with_examples` sets its length and data.
+
+    is_import: the weights are imported, and the config doesn't say how they were trained.
+    has_adapters: only adapters are trained.
+    """
     optimizer = _optimizer(origin, is_import, are_preferences)
     batch, each = origin.train.global_batch, origin.train.micro_batch
     most = LATER_BATCH if are_preferences else BATCH
@@ -103,13 +105,13 @@ def first_config(
 
 
 def default_epochs(are_preferences: bool) -> float:
-    """Return how often examples are read where nothing is typed."""
+    """Return the default number of epochs."""
     return LATER_EPOCHS if are_preferences else EPOCHS
 
 
 def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> OptimizerConfig:
-    """Return the optimizer of a new run; preferences come after a fine-tuning, whose rate is what
-    they have a part of."""
+    """Return the optimizer of a fine-tuning. For preferences its rate is a fraction of the rate of
+    the fine-tuning before."""
     factor = 1.0 if is_import else RATE
     if are_preferences:
         before = {"responses": 1.0, "preferences": 1 / LATER_RATE}
@@ -128,8 +130,8 @@ def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
 
 
 def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> TrainJob:
-    """Return the job that reads a dataset; epochs: its length, None if that is settled. A cadence
-    that is longer than an epoch becomes an epoch."""
+    """Return the job with a dataset; epochs: its length, None if the length is set already. A
+    cadence that is longer than an epoch becomes an epoch."""
     job = replace(job, data=replace(job.data, path=str(dataset.path.resolve()), sources={}))
     if epochs is None:
         return job
@@ -153,9 +155,9 @@ def vocabulary_of_run(run: Run) -> Vocabulary:
 
 
 def chat_template(run: Run, vocabulary: Vocabulary, path: str | None) -> ChatTemplate:
-    """Return the template in the file `path`, Jinja or a tokenizer_config.json, else the one that
-    the run was trained with, else the one that came with its tokenizer, else the plain one. Raises
-    UserError if it can't be read."""
+    """Return the template in the file `path` (Jinja or a tokenizer_config.json), else that of the
+    run's training, else that of its tokenizer, else the plain one. Raises UserError if it can't be
+    read."""
     tokenizer = vocabulary.load()
     added = tokenizer.get_added_tokens_decoder().values()
     special = tuple(token.content for token in added if token.special)
@@ -173,7 +175,7 @@ def chat_template(run: Run, vocabulary: Vocabulary, path: str | None) -> ChatTem
 
 
 def kept_template(run: Run) -> str | None:
-    """Return the chat template that a run was trained with; None if with no conversations."""
+    """Return the chat template that a run was trained with; None if it read no conversations."""
     if not run.chat.is_file():
         return None
     template: str = read_json(run.chat)["chat_template"]

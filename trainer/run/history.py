@@ -20,8 +20,8 @@ _TAIL = 1 << 16  # bytes in which the last train row is looked for
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint says of its history: its step, the number of its attempt, and the attempt's
-    metrics.jsonl when it was saved (None: written by a version that didn't record it)."""
+    """What a checkpoint records of its history: its step, its attempt, and the attempt's
+    metrics.jsonl at that time (None: written by a version that didn't record it)."""
 
     step: int
     attempt: int
@@ -117,7 +117,8 @@ def _last_step(path: Path, size: int) -> int | None:
 
 
 def _end_of_step(path: Path, size: int, step: int) -> int:
-    """Return where the rows of a step end that was saved at `size`: its evaluation comes later."""
+    """Return where the rows of the step end that was saved at `size`: its evaluation comes
+    later."""
     for row, end in each_row(path, size):
         if row.get("step", 0) > step:
             break
@@ -126,7 +127,8 @@ def _end_of_step(path: Path, size: int, step: int) -> int:
 
 
 def expect_whole(run: Run, attempt: Attempt, saved: Saved | None) -> None:
-    """Raise UserError unless the attempts of a run tell where it goes on, or it is a new one.
+    """Raise UserError if attempts or rows of a run are missing, so that it isn't known where it
+    continues; a new run may have none.
 
     attempt: the one that is starting; saved: of the checkpoint that it resumes from, if any.
     """

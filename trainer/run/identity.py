@@ -32,7 +32,8 @@ def code_and_id() -> dict[str, Any]:
 
 
 def expect_data(run: Run) -> None:
-    """Raise UserError if a run has no data of its own, as one that holds imported weights."""
+    """Raise UserError if a run was trained on no data that is known here, as one with imported
+    weights."""
     if not read_json(run.identity)["dataset"]["sources"]:
         problem = "holds imported weights, and was trained on no data that is known here"
         raise UserError(str(run.path), problem, "give data.path=DIR")
@@ -51,7 +52,7 @@ def data_fields(sources: Sources) -> dict[str, Any]:
 
 
 def complete(run: Run, parameters: int, device: str) -> dict[str, Any]:
-    """Return run.json with the fields that it lacked, which are added to the file. Only for rank 0.
+    """Return run.json, to which the fields that it lacked are added. Only for rank 0.
 
     parameters: their number in the model; device: the name of the rank's GPU, or "cpu".
     """
@@ -64,7 +65,7 @@ def complete(run: Run, parameters: int, device: str) -> dict[str, Any]:
 
 
 def version_of_checkout() -> dict[str, str]:
-    """Return the commit that the code stands on, and whether files differ from it; empty where it
+    """Return the commit of the code's checkout, and whether files differ from it; empty where there
     is no checkout."""
     if not (CHECKOUT / ".git").exists() or (commit := _git(CHECKOUT, "rev-parse", "HEAD")) is None:
         return {}

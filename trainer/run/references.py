@@ -1,10 +1,11 @@
-"""What the reference of a run of preferences says of its data: minus the log-probability of each
-response, computed once with the weights that the run begins with (train/preferences.py).
+"""The reference of a run of preferences: minus the log-probability of each response, computed once
+with the weights that the run begins with (train/preferences.py).
 
-    references.json    made: of which data, columns and checkpoint; values: split -> source -> the
-                       preferences in the order of the split, float32 of (n, 2), base64
+    references.json    made: the data, columns and checkpoint that they were computed from;
+                       values: split -> source -> the preferences in the order of the split,
+                       float32 of (n, 2), base64
 
-So no second model is held while the run is trained, and the run needs its origin no more.
+So training holds no second model, and needs the origin no more.
 Invariant: the file is written whole, with its checksum, before the first step, and never changed
 after it.
 """
@@ -25,21 +26,22 @@ _DTYPE = np.dtype("<f4")
 
 @dataclass(frozen=True)
 class References:
-    """Nats of each preference's chosen and rejected response: of each split and source float32 of
-    shape (preferences, 2). source: what they were computed of."""
+    """Nats of each preference's chosen and rejected response: for each split and source float32 of
+    shape (preferences, 2). source: the data, columns and checkpoint that they were computed
+    from."""
 
     source: dict[str, Any]
     values: dict[str, dict[str, np.ndarray]]
 
     def of(self, identity: str, split: str) -> np.ndarray | None:
-        """Return those of the dataset with an identity; None if it is none of the run's."""
+        """Return the nats of the dataset with an identity; None if it isn't one of the run's."""
         for name, known in self.source["data"].items():
             if known == identity and name in self.values.get(split, {}):
                 return self.values[split][name]
         return None
 
     def write(self, run: Run) -> None:
-        """Keep them in a run's directory."""
+        """Write them to a run directory."""
         encoded = {
             split: {name: _encoded(array) for name, array in sources.items()}
             for split, sources in self.values.items()
@@ -48,7 +50,7 @@ class References:
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any]) -> "References":
-        """Return the references of what `stored_references` returns."""
+        """Return the references in the JSON that `stored_references` returns."""
         values = {
             split: {name: _decoded(text) for name, text in sources.items()}
             for split, sources in stored["values"].items()
@@ -57,8 +59,8 @@ class References:
 
 
 def stored_references(run: Run) -> dict[str, Any] | None:
-    """Return the content of a run's references.json, JSON alone, which rank 0 sends to the others;
-    None if there is none. Raises UserError if it is damaged."""
+    """Return the JSON of a run's references.json, which rank 0 can send to the others; None if
+    there is none. Raises UserError if it is damaged."""
     return read_json(run.references) if run.references.is_file() else None
 
 
@@ -69,7 +71,7 @@ def read_references(run: Run) -> References | None:
 
 
 def identities(sources: Sources) -> dict[str, str]:
-    """Return the data that references are of: the identity of each source."""
+    """Return the identity of each source, which references record."""
     return {name: dataset.identity for name, dataset in sources.datasets.items()}
 
 

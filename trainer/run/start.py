@@ -42,8 +42,8 @@ PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizer
 
 @dataclass(frozen=True)
 class Start:
-    """A run that is ready to be trained, with its job as frozen and its opened data. notes: what
-    the user should know of how it was started, a sentence each."""
+    """A run that is ready to be trained, its frozen job and its opened data. notes: sentences for
+    the user about the start."""
 
     run: Run
     job: TrainJob
@@ -87,9 +87,9 @@ def start(job: TrainJob, examine: Examine | None = None, newest: NewestStep | No
 
 
 def reopen(job: TrainJob) -> Start:
-    """Return the run of a job that `start` has returned in another process: what a rank needs. Its
-    data is opened; nothing is checked that `start` has checked, and nothing is written, because
-    another launch may have changed the config meanwhile.
+    """Return the run of a job that `start` has returned in another process: what a rank needs. The
+    data is opened; nothing is written, because another launch may have changed the config
+    meanwhile.
 
     job: the frozen config, or the command that rank 0 has too. Raises UserError if the command or
     its data differ from the run's.
@@ -103,7 +103,8 @@ def reopen(job: TrainJob) -> Start:
 
 
 def expect_trainable(run: Run) -> None:
-    """Raise UserError if a run holds weights alone: other runs begin with them."""
+    """Raise UserError if a run holds weights alone: other runs begin with them, and none trains
+    them."""
     if how := run.weights_alone:
         branch = f"run.name=NEW run.from.run={run.path} run.from.load=weights"
         branch += " data.path=DIR" if how == "imported" else ""
@@ -112,7 +113,7 @@ def expect_trainable(run: Run) -> None:
 
 
 def has_stepped(run: Run) -> bool:
-    """Return True if an attempt of the run has made a step, or if that can't be known any more."""
+    """Return True if an attempt of the run has made a step, or if its files can't tell any more."""
     attempts = run.attempts()
     if run.checkpoint_steps() or run.read_events(kind="checkpoint_saved"):
         return True
@@ -162,9 +163,9 @@ def _freeze(run: Run, job: TrainJob, changed: list[str]) -> None:
 
 
 def _keep(run: Run, job: TrainJob, sources: Sources) -> None:
-    """Write what a run keeps of its origin and of its data, and delete what it has of former ones:
-    the chat template of the conversations that it learns, else that of its origin; the files that
-    came with imported weights; and the references, if it goes on from a run of preferences."""
+    """Copy to a run what it needs of its data and its origin, and delete files of an earlier
+    origin: the chat template of the data, else of the origin; the files of imported weights; and
+    the references, if both learn preferences."""
     origin, build = origin_of(job), sources.first.manifest.get("build") or {}
     if template := build.get("template"):
         write_checked_json(run.chat, {"chat_template": template})
@@ -176,7 +177,7 @@ def _keep(run: Run, job: TrainJob, sources: Sources) -> None:
 
 
 def _copy(old: Path | None, new: Path) -> None:
-    """Make one file like another, and delete it where there is no other."""
+    """Copy a file; without it, delete the copy."""
     if old is not None and old.is_file():
         write_file(new, old.read_bytes())
     else:
@@ -184,8 +185,8 @@ def _copy(old: Path | None, new: Path) -> None:
 
 
 def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[str, ...]:
-    """Replace the config, and where it differs the data, of a run that has made no step. Return a
-    sentence for what that changes, if anything does."""
+    """Replace the config, and the data if they differ, of a run that has made no step. Return a
+    sentence about the changes, if there are any."""
     changes = diff(old, job)
     differences = [str(change) for change in changes if change.kind == "identity"]
     stored, tokenizer = data_of(run), sources.first.tokenizer_json
@@ -229,14 +230,14 @@ def embedded_vocabulary(data: DataConfig) -> int | None:
 
 
 def open_dataset(path: str, data: CorpusConfig) -> Dataset:
-    """Open the dataset in a directory, or at a URL, which is cached as it is read."""
+    """Open the dataset in a directory, or at a URL through the cache."""
     where = path if "://" in path else Path(path).expanduser()
     return Dataset(where, data.cache_directory / "remote", data.cache_bytes)
 
 
 def settle(job: TrainJob, sources: Sources) -> TrainJob:
-    """Return the job with the values that depend on its data (the model's vocabulary and longest
-    sequence, and the weights of a mixture), and with a warm-up that fits its length."""
+    """Return the job with the values that follow from its data (vocabulary, longest sequence,
+    weights of a mixture), and with a warm-up that fits its length."""
     job = job.fitted()
     # Those of whole rows are their numbers, unknown before their tables (run/feed.py).
     if sources.is_mixture and not job.data.weights and not job.objective.whole:
@@ -302,7 +303,8 @@ def versions() -> dict[str, str]:
 def numerics(
     job: TrainJob, world_size: int, device: str, threads: int, compiled: bool | str
 ) -> dict[str, Any]:
-    """Return all that must stay equal for a resumed run to be bit-identical to an unbroken one.
+    """Return the settings and versions that must stay equal for a resumed run to be bit-identical
+    to an unbroken one.
 
     compiled: "parts" where each is compiled alone.
     """

@@ -90,7 +90,7 @@ class Builder:
 
     @cached_property
     def objective(self) -> Objective:
-        """What counts as a target, of the scores and of the rows."""
+        """The objective of held-out text, which decides what its targets are."""
         return objective_of(self.job, self.sources.vocab_size, held_out=True)
 
     @cached_property
@@ -245,7 +245,7 @@ class Builder:
         return prices
 
     def _user_callbacks(self, attempt: Attempt, rollbacks_left: int) -> list[UserCallback]:
-        """The callbacks of the user's own."""
+        """Return the callbacks of the user's own."""
         main = self.engine.world.is_main
         event = attempt.event if main else lambda *_, **__: None
         callbacks = []
@@ -273,7 +273,8 @@ class Builder:
         )
 
     def _score(self, complete: bool) -> Mapping[str, Scored]:
-        """Scores of the held-out split of each source of a mixture, and of all together."""
+        """Return the scores of the held-out split of each source of a mixture, and of all
+        together."""
         job, world = self.job, self.engine.world
         if self.references is not None:
             return self._preference_scores(None if complete else job.validation.windows)
@@ -326,8 +327,8 @@ def with_pooled(scores: dict[str, S], pooled: Callable[[list[S]], S]) -> dict[st
 
 
 def _memory_of(device: torch.device) -> Callable[[], int]:
-    """A function that returns bytes: the peak of the GPU's allocator, else what this process has
-    resident."""
+    """Return a function that returns bytes: the peak of the GPU allocator, else the resident memory
+    of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated
     process = psutil.Process()

@@ -1,4 +1,4 @@
-"""The callbacks of the training loop: what looks at each step (metrics.py holds one more).
+"""The callbacks of the training loop, which see each step (metrics.py holds one more).
 
 A callback of the user's own is any class with one method, named in the config by
 `callbacks=[{_target_: mypackage.Mine, ...}]`:
@@ -52,11 +52,8 @@ class Step:
 
 
 class Callback:
-    """Looks at every step, in order, on every rank.
-
-    phase: what its time is counted as. failed: work that it does in the background has failed on
-    this rank.
-    """
+    """Looks at every step, in order, on every rank. phase: the phase to which its time is counted.
+    failed: work in the background has failed on this rank."""
 
     phase = "logging"
     failed = False
@@ -71,9 +68,9 @@ class Callback:
 
 
 class UserCallback(Callback):
-    """A callback of the user's own, which has `see` alone.
+    """A callback of the user's own, which has only `see`.
 
-    event: records why it ended the attempt, as the guard records it. rollbacks_left: with 0, a
+    event: records the end of the attempt, as the guard's events do. rollbacks_left: with 0, a
     rollback becomes a halt, as guard.most_rollbacks says.
     """
 

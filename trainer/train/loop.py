@@ -88,8 +88,9 @@ def train(
 
 @contextmanager
 def _garbage_held() -> Iterator[Callable[[int], None]]:
-    """Keep Python's collector out of the steps, where it stops one rank and so all that wait for
-    it. Yields a function of the step, which collects at the same steps on all ranks."""
+    """Keep Python's garbage collector out of the steps, where it would stop one rank and so all
+    that wait for it. Yields a function of the step, which collects at the same steps on all
+    ranks."""
     gc.freeze()  # what was built at the start is not looked at again
     gc.disable()
 

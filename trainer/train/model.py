@@ -118,10 +118,11 @@ def describe(job: TrainJob, model: nn.Module) -> dict[str, Any]:
 
 
 def adapting(job: TrainJob, divide: Divide | None) -> Divide | None:
-    """Return what puts adapters into a block that has its weights, freezes any large part of a
-    model, and then does `divide`; that alone if the job has none.
+    """Return a function that puts adapters into a block with its weights, freezes the rest, and
+    then calls `divide`; `divide` itself if the job has no adapters. So ranks that divide the parts
+    divide the adapters too. It is called for each large part of a model.
 
-    So ranks that divide the parts divide the adapters too. Raises UserError without peft.
+    Raises UserError without peft.
     """
     lora = job.lora
     if not lora.rank:
@@ -146,10 +147,10 @@ def adapting(job: TrainJob, divide: Divide | None) -> Divide | None:
 
 
 def freeze(job: TrainJob, model: nn.Module) -> None:
-    """Freeze what is no adapter, if the job has some: what is in no large part, such as norms.
+    """Freeze what is in no large part of a model, such as norms, if the job has adapters.
 
-    At stage 3 the first block's input gets a gradient, though nothing needs it: DeepSpeed sees by
-    it that the block's backward pass is over, and else takes away its weights before.
+    At stage 3 the first block's input gets a gradient, though nothing needs it: by it DeepSpeed
+    sees that the block's backward pass is over, and would release its weights too early otherwise.
     """
     if not job.lora.rank:
         return

@@ -1,8 +1,8 @@
-"""Training and scoring on preferences: what the rows of a window become, and the reference.
+"""Training and scoring on preferences: the losses of their pairs of rows, and the reference.
 
-The reference is the model that the run begins with. It never changes, so what it says of each
-response is computed once, before the first step, with the engine, the precision and the
-micro-batch of the training, and kept with the run (run/references.py).
+The reference is the model that the run begins with. It never changes, so its log-probability of
+each response is computed once, before the first step, with the engine, the precision and the
+micro-batch of the training, and stored with the run (run/references.py).
 
 Invariant: the values of a preference depend on the weights and its two rows alone, so that any
 order, number of ranks and resume point gives the same losses.
@@ -42,7 +42,7 @@ _EVERY = 32  # micro-batches of the reference between two looks at whether to st
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the engine makes of the rows of a micro-batch (engine.step.Engine.combine)."""
+    """The DPO losses of the rows of a micro-batch (engine.step.Engine.combine)."""
 
     beta: float
 
@@ -142,7 +142,7 @@ def _number(name: str, score: PreferenceScore) -> float:
 
 
 class Reference:
-    """Finds or computes the references of a run, with all ranks of an engine together."""
+    """Reads or computes the references of a run, with all ranks of an engine together."""
 
     def __init__(self, run: Run, job: TrainJob, sources: Sources, engine: Engine):
         self.run, self.job, self.sources, self.engine = run, job, sources, engine
@@ -150,11 +150,12 @@ class Reference:
     def find(
         self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress = silent
     ) -> References | None:
-        """Return the references; compute and keep them first if they are missing, which loads the
-        weights of the run's origin into the engine. None if a rank was asked to stop (`stops`).
+        """Return the references; if they are missing, compute and write them first, for which the
+        weights of the run's origin are loaded into the engine. None if a rank was asked to stop
+        (`stops`).
 
         mark: receives the place of this rank at every micro-batch. Raises UserError if they are
-        missing, and the origin is gone.
+        missing and the origin is gone.
         """
         world, origin = self.engine.world, self.job.run.origin
         has_begun = bool(world.from_main(self.run.checkpoint_steps, self.run.checkpoints))
@@ -192,7 +193,8 @@ class Reference:
         return self.job.train.sequence_length
 
     def _source(self, start: Checkpoint) -> dict[str, Any]:
-        """Return what references are made of; the checkpoint's table has a hash of each file."""
+        """Return what the references are computed from; the checkpoint's table has a hash of each
+        file."""
         origin = {"run": self.job.run.origin.run, "step": start.position.step}
         origin["table"] = hash_file(start.path / TABLE).sha256
         return {"data": identities(self.sources), "columns": self._columns, "origin": origin}

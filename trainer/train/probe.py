@@ -48,8 +48,8 @@ def examine(job: TrainJob, sources: Sources) -> None:
 
 
 def examine_apart(job: TrainJob, sources: Sources) -> None:
-    """Do the same, the user's classes in a process of its own. What ends that process otherwise is
-    left to the ranks."""
+    """Do the same, with the user's classes in a process of its own. If that process dies otherwise,
+    the ranks decide."""
     job.logging.check_trackers()
     if not targets(job):
         return
@@ -153,9 +153,9 @@ def _is_certain(error: Exception) -> bool:
 
 def as_users(error: Exception, classes: Collection[str]) -> UserError | None:
     """Return the UserError for an error of the user's own code, with the last line of it that ran;
-    None if it isn't one, or if another try may not meet it.
+    None if it isn't one, or if another try may succeed.
 
-    classes: dotted names of the user's own classes. What lies in their packages is the user's.
+    classes: dotted names of the user's own classes; all code of their packages is the user's.
     """
     if isinstance(error, UserError) or not _recurs(error):
         return None

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def traced(interval: tuple[int, int] | None, folder: Path, batches: Any) -> Iterator[Any]:
-    """Give the batches; record steps [first, end) of `interval` to folder/rank-N.json."""
+    """Yield the batches; record steps [first, end) of `interval` to folder/rank-N.json."""
     if interval is None:
         yield batches
         return

@@ -83,7 +83,7 @@ class Trainer:
         return hasattr(self, "engine") and self.engine.has_stepped
 
     def _start(self, job: TrainJob) -> Start:
-        """Open the run; on rank 0 start it first, where no launcher of ours has."""
+        """Open the run. Where no launcher of ours has started it, rank 0 starts it first."""
         if ATTEMPT in os.environ or not self.world.is_main:
             return reopen(job)
         restore(job, print)
@@ -158,8 +158,8 @@ class Trainer:
         )
 
     def _has_reference(self) -> bool:
-        """Find or compute what preferences are compared with. Return False if a rank was asked to
-        stop before it was."""
+        """Read or compute the references of preferences. Return False if a rank was asked to stop
+        first."""
         reference = Reference(self.run, self.job, self.sources, self.engine)
         main = self.world.is_main
         with (
@@ -270,8 +270,8 @@ class Trainer:
         return rate, decay_multiplier(job.optimizer, step, total)
 
     def _report_numerics(self, point: ResumePoint) -> None:
-        """Report what the run promises of its bits, and what has changed since the checkpoint that
-        costs the last ones."""
+        """Report whether the run is bit-exact, and the changes since the checkpoint that end
+        that."""
         promise = exactness(self.job.train.deterministic, self._on_gpu)
         self.attempt.event("exactness", exact=promise.holds, what=promise.sentence)
         self._print(promise.sentence)
