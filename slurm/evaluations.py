@@ -29,8 +29,9 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import ScoreJob
 from forescale.config.frozen import thaw
 from forescale.config.job import Problems
-from forescale.config.schema import ConfigError, Problem, build, key, plain, section
+from forescale.config.schema import ConfigError, Problem, key, plain, section
 from forescale.config.train import TrainJob
+from forescale.config.tree import build
 from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.run.identity import expect_data, version_of_checkout

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forescale.config.schema import build
+from forescale.config.tree import build
 from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import queue

@@ -48,7 +48,7 @@ def compare(rounds: int, sizes: Sizes) -> list[Result]:
 
     def deepspeeds() -> None:
         for gradient, momentum in zip(drawn(sizes.shapes), momenta, strict=True):
-            muon_update.own(gradient, momentum, ns_method="standard")
+            muon_update.original(gradient, momentum, ns_method="standard")
 
     weights = [nn.Parameter(torch.zeros(shape)) for shape in sizes.shapes]
     optimizer = torch.optim.Muon(weights)

@@ -31,18 +31,18 @@ from forescale.config.schema import (
     ConfigError,
     Leaf,
     Problem,
-    build,
     check,
+    display,
     flatten,
     leaves,
     options,
     plain,
-    shown,
     unknown_key,
     unread,
 )
 from forescale.config.suggest import nearest_first
 from forescale.config.target import refuse_stored
+from forescale.config.tree import build
 from forescale.errors import PREFIX, UserError, masked, secret_in, shortened
 
 __all__ = [
@@ -111,10 +111,10 @@ def compose(
         tree = over_frozen(schema, tree, frozen, taken)
     elif find:
         tree = over_origin(schema, tree, find, taken)
-    job, more, wrong = build(schema, tree, typed=laid)
+    job, unbuilt, wrong = build(schema, tree, typed=laid)
     faults += wrong
     job = job.for_machine(find)
-    unknowns = [unknown_key(p, [*known, *leaves(schema)], schema.VERB) for p in unknown + more]
+    unknowns = [unknown_key(p, [*known, *leaves(schema)], schema.VERB) for p in unknown + unbuilt]
     problems = unknowns + faults + check(job, faults) + _secrets(job)
     if frozen is None:  # an existing run has had these keys since it began
         refused = {problem.key for problem in problems}
@@ -128,12 +128,12 @@ def compose(
 
 def _secrets(job: Any) -> list[Problem]:
     """Return a problem for each address with a secret in it: what a job says is stored."""
-    found = []
+    problems = []
     for path, value in flatten(plain(job), ""):
         for text in _texts(value):
             if problem := secret_in(re.sub(r"^[\w.+]+=(?=\w+://)", "", text)):
-                found.append(Problem(path, f"{masked(text)} has {problem} in it", _NAME_IT))
-    return found
+                problems.append(Problem(path, f"{masked(text)} has {problem} in it", _NAME_IT))
+    return problems
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -157,10 +157,10 @@ def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str,
     Raises UserError if a directory is missing, or holds a choice that another directory holds too
     (Hydra would silently take one of them).
     """
-    found: dict[str, Group] = {}
+    result: dict[str, Group] = {}
     for name, default in _choices_of(_primary(schema)).items():
         files: dict[str, Path] = {}
-        for root in (CONF, *_own(conf_dirs)):
+        for root in (CONF, *_user_directories(conf_dirs)):
             if not root.is_dir():
                 raise UserError(str(root), "no such directory", f"correct {VARIABLE}")
             for path in sorted((root / name).glob("*.yaml")):
@@ -168,14 +168,14 @@ def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str,
                     problem = f"{name}={path.stem} is also defined in {files[path.stem].parent}"
                     raise UserError(str(path), problem, "rename this file")
                 files[path.stem] = path
-        found[name] = Group(name, default, files)
-    return found
+        result[name] = Group(name, default, files)
+    return result
 
 
-def _own(conf_dirs: Sequence[str | Path]) -> list[Path]:
+def _user_directories(conf_dirs: Sequence[str | Path]) -> list[Path]:
     """Return the user's directories: `conf_dirs`, or those in FORESCALE_CONF if it is empty."""
-    given = conf_dirs or [d for d in os.environ.get(VARIABLE, "").split(os.pathsep) if d]
-    return [Path(d).expanduser() for d in given]
+    folders = conf_dirs or [d for d in os.environ.get(VARIABLE, "").split(os.pathsep) if d]
+    return [Path(d).expanduser() for d in folders]
 
 
 def _primary(schema: type[Job]) -> str:
@@ -223,7 +223,9 @@ def _read(
             faults.append(Problem(name, f"got several choices, {value}", _STUDY))
         else:
             near = ", ".join(nearest_first(value, known[name].files))
-            faults.append(Problem(name, f"{shown(value)} is not a choice", f"choose one of {near}"))
+            faults.append(
+                Problem(name, f"{display(value)} is not a choice", f"choose one of {near}")
+            )
     return picks, typed
 
 
@@ -233,8 +235,10 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
     if not (CONF / f"{primary}.yaml").exists():
         return OmegaConf.create()
     chosen = tuple(f"{group}={choice}" for group, choice in picks.items())
-    if own := _own(conf_dirs):  # whose files may change while this process lives
-        paths = ",".join(f'"file://{path.resolve()}"' for path in own)
+    if directories := _user_directories(
+        conf_dirs
+    ):  # whose files may change while this process lives
+        paths = ",".join(f'"file://{path.resolve()}"' for path in directories)
         return _tree(primary, (*chosen, f"hydra.searchpath=[{paths}]"))
     return deepcopy(_tree_of_ours(primary, chosen))
 
@@ -280,8 +284,8 @@ def _lay_over(
     unknown: list[str] = []
     laid: list[str] = []
     values: dict[str, Any] = {}
-    if len(given := [name for name in LENGTHS if typed.get(name, "null") != "null"]) == 1:
-        for other in {*LENGTHS} - {*given}:  # giving one length unsets the others
+    if len(lengths := [name for name in LENGTHS if typed.get(name, "null") != "null"]) == 1:
+        for other in {*LENGTHS} - {*lengths}:  # giving one length unsets the others
             _nest(composed, other, None)
     for name, text in typed.items():
         is_section = any(path.startswith(name + ".") for path in known)
@@ -347,7 +351,7 @@ def _value(name: str, text: str, type_: Any) -> Any:
     if is_several:
         raise UserError(name, f"got several values, {shortened(text, _LONGEST)}", _STUDY)
     if not readable:
-        raise UserError(name, f"{shown(text)} can't be read as a value", "put it in '\"quotes\"'")
+        raise UserError(name, f"{display(text)} can't be read as a value", "put it in '\"quotes\"'")
     return value
 
 
@@ -357,16 +361,16 @@ def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
         return node
     names: Any = node if isinstance(node, DictConfig) else range(len(node))
     raw: Any = OmegaConf.to_container(node, resolve=False)
-    made: dict[Any, Any] = {}
+    result: dict[Any, Any] = {}
     for name in names:
         here = f"{path}.{name}" if path else str(name)
         try:
-            made[name] = _resolve(node[name], here, faults)
+            result[name] = _resolve(node[name], here, faults)
         except MissingMandatoryValue:
             faults.append(Problem(here, "is required", f"give {here}=VALUE"))
         except OmegaConfBaseException:
             faults.append(_no_reference(here, raw[name]))
-    return made if isinstance(node, DictConfig) else list(made.values())
+    return result if isinstance(node, DictConfig) else list(result.values())
 
 
 def _no_reference(name: str, text: str) -> Problem:

@@ -16,17 +16,17 @@ from forescale.config.schema import (
     ConfigError,
     Kind,
     Problem,
-    build,
     check,
+    display,
     flatten,
     leaves,
     plain,
-    shown,
     unknown_key,
 )
 from forescale.config.sections.ramp import length_ramp
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
+from forescale.config.tree import build
 from forescale.config.yaml_text import read_yaml
 from forescale.errors import UserError
 
@@ -43,7 +43,7 @@ class Change(NamedTuple):
     kind: Kind
 
     def __str__(self) -> str:
-        return f"{self.key}: {shown(self.old)} -> {shown(self.new)}"
+        return f"{self.key}: {display(self.old)} -> {display(self.new)}"
 
 
 def freeze(job: Any) -> str:
@@ -76,11 +76,11 @@ def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
     for key, target in targets(job).items() if not trust else ():
         problem = f"{key} would run the class {target}"
         raise UserError(where, problem, "add trust=true if you trust this file")
-    found = (
+    problems = (
         [unknown_key(p, leaves(schema), schema.VERB) for p in unknown] + wrong + check(job, wrong)
     )
-    if found:
-        raise ConfigError(Problem(f"{where}: {p.key}", p.problem, p.todo) for p in found)
+    if problems:
+        raise ConfigError(Problem(f"{where}: {p.key}", p.problem, p.todo) for p in problems)
     return job
 
 
@@ -100,9 +100,9 @@ def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
 
 def _verify(raw: bytes, where: str) -> None:
     """Raise UserError if the file has a checksum, and it is that of another content."""
-    if found := _FIRST_LINE.match(raw):
-        end, text = raw[found.end() : found.end() + 1], raw[found.end() + 1 :]
-        if end != b"\n" or hashlib.sha256(text).hexdigest().encode() != found[1]:
+    if line := _FIRST_LINE.match(raw):
+        end, text = raw[line.end() : line.end() + 1], raw[line.end() + 1 :]
+        if end != b"\n" or hashlib.sha256(text).hexdigest().encode() != line[1]:
             problem = "was changed since it was written (its checksum differs)"
             todo = "restore it from a copy; or, if you changed it on purpose, remove its first line"
             raise UserError(where, problem, todo)

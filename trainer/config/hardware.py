@@ -21,8 +21,8 @@ _FLAGS = {"avx512bw", "amx_bf16", "bf16"}
 def has_gpu(root: Path = Path("/")) -> bool:
     """Return whether this machine has a GPU that ranks may use. root: replaced in tests."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
-    found = visible and any((root / "dev").glob("nvidia[0-9]*"))
-    return found or (root / "dev/kfd").exists()
+    has_nvidia = visible and any((root / "dev").glob("nvidia[0-9]*"))
+    return has_nvidia or (root / "dev/kfd").exists()
 
 
 @cache
@@ -58,14 +58,14 @@ def capability(driver: Any = None) -> tuple[int, int] | None:
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return None
-    found = []
+    capabilities = []
     for i in range(count.value):
         device, major, minor = (ctypes.c_int() for _ in range(3))
         driver.cuDeviceGet(ctypes.byref(device), i)
         driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-        found.append((major.value, minor.value))
-    return min(found, default=None)
+        capabilities.append((major.value, minor.value))
+    return min(capabilities, default=None)
 
 
 def check_fp8(recipe: str) -> None:
@@ -73,9 +73,9 @@ def check_fp8(recipe: str) -> None:
     if recipe == "none":
         return
     where, least = f"precision.fp8={recipe}", ".".join(map(str, _FP8))
-    found = capability()
-    if found is None or found < _FP8:
-        has = "no NVIDIA GPU" if found is None else f"a GPU of {found[0]}.{found[1]}"
+    lowest = capability()
+    if lowest is None or lowest < _FP8:
+        has = "no NVIDIA GPU" if lowest is None else f"a GPU of {lowest[0]}.{lowest[1]}"
         problem = f"needs GPUs of CUDA capability {least} or more, and this machine has {has}"
         raise UserError(where, problem, "leave it out")
     if find_spec("torchao") is None:

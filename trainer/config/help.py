@@ -246,8 +246,8 @@ def _comments() -> dict[str, str]:
     beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
     above = re.findall(r"^((?:    # .*\n)+)    (\w+): [^#\n]*$", source, re.MULTILINE)
     joined = {name: " ".join(re.findall("# (.*)", lines)) for lines, name in above}
-    found = {**joined, **dict(beside)}
-    return {f"model.{name}": text.replace("None:", "null:") for name, text in found.items()}
+    comments = {**joined, **dict(beside)}
+    return {f"model.{name}": text.replace("None:", "null:") for name, text in comments.items()}
 
 
 def _row(head: str, text: str) -> str:

@@ -110,13 +110,13 @@ def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
 
 def words_of(keys: Mapping[str, Any], above: str = "") -> list[str]:
     """Return nested keys as words of a command line: {"run": {"name": "a"}} -> ["run.name=a"]."""
-    found: list[str] = []
+    words: list[str] = []
     for name, value in keys.items():
         if isinstance(value, Mapping):
-            found += words_of(value, f"{above}{name}.")
+            words += words_of(value, f"{above}{name}.")
         else:
-            found.append(f"{above}{name}={_text(value)}")
-    return found
+            words.append(f"{above}{name}={_text(value)}")
+    return words
 
 
 def _text(value: Any) -> str:

@@ -37,7 +37,7 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
     picks: the choice of each group; files: all choices of each group, in the order in which they
         are laid over each other.
     """
-    found: list[str] = []
+    keys: list[str] = []
 
     def visit(group: str, path: Path) -> None:
         text = path.read_text()
@@ -52,22 +52,22 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
                     if choice in files.get(named, {}):
                         visit(named, files[named][choice])
                     else:
-                        found.append(named)
+                        keys.append(named)
             elif entry in files[group]:
                 visit(group, files[group][entry])
-        found.extend(p for p, _ in flatten(tree, "") if p) if is_global else found.append(group)
+        keys.extend(p for p, _ in flatten(tree, "") if p) if is_global else keys.append(group)
 
     for group, choices in files.items():
         if picks.get(group) in choices:
             visit(group, choices[picks[group]])
-    return found
+    return keys
 
 
 def keep_one_length(config: DictConfig, chosen: Sequence[str]) -> None:
     """Unset the length that a file below an experiment gives, if the experiment gives another."""
     lengths = {name: OmegaConf.select(config, name) for name in chosen if name in LENGTHS}
-    if given := [name for name, value in lengths.items() if value is not None]:
-        for other in {*LENGTHS} - {given[-1]}:
+    if changed := [name for name, value in lengths.items() if value is not None]:
+        for other in {*LENGTHS} - {changed[-1]}:
             OmegaConf.update(config, other, None, force_add=True)
 
 
@@ -152,7 +152,7 @@ def over_origin(
     if not origin or "model" in typed:
         return tree
     places = (Path(origin), Path(str(run.get("root"))).expanduser() / origin)
-    frozen = next((found for place in places if (found := find(place))), None)
+    frozen = next(filter(None, map(find, places)), None)
     if frozen is None or "_target_" in frozen["model"]:
         return tree
     model = copy.deepcopy(frozen["model"])

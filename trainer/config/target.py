@@ -31,12 +31,12 @@ STORED = "--stored"  # of `train`: the arguments come from a file, which may nam
 
 def targets(job: Any) -> dict[str, str]:
     """Return the classes of the user's own that a job names, by their keys."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for f in fields(job):
         value = getattr(job, f.name)
         is_list = isinstance(value, list)
-        found |= {f"{f.name}.{i}": v for i, v in enumerate(value)} if is_list else {f.name: value}
-    named = {k: v.target for k, v in found.items() if isinstance(v, TargetConfig) and v.target}
+        values |= {f"{f.name}.{i}": v for i, v in enumerate(value)} if is_list else {f.name: value}
+    named = {k: v.target for k, v in values.items() if isinstance(v, TargetConfig) and v.target}
     return {f"{key}._target_": target for key, target in named.items()}
 
 

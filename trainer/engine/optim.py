@@ -119,15 +119,15 @@ def divided_groups(groups: list[Group], experts: Collection[str], parts: int) ->
     the same order. parts: of Group; 1 splits nothing."""
     if parts == 1:
         return groups
-    found = []
+    result = []
     for group in groups:
         pairs = list(zip(group.names, group.params, strict=True))
         for of in (1, parts):
-            own = [(name, p) for name, p in pairs if (name in experts) == (of > 1)]
-            names, params = [name for name, _ in own], [p for _, p in own]
-            if own:
-                found.append(replace(group, names=names, params=params, parts=of))
-    return found
+            members = [(name, p) for name, p in pairs if (name in experts) == (of > 1)]
+            names, params = [name for name, _ in members], [p for _, p in members]
+            if members:
+                result.append(replace(group, names=names, params=params, parts=of))
+    return result
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
@@ -139,13 +139,13 @@ def _matches(pattern: re.Pattern, name: str) -> bool:
     return any(pattern.fullmatch(part) for part in name.lower().split("."))
 
 
-def _matrix_names(every: dict[str, Any], given: Collection[str] | None) -> set[str]:
-    if given is None:
+def _matrix_names(every: dict[str, Any], names: Collection[str] | None) -> set[str]:
+    if names is None:
         tables = (_TABLES, _POSITIONS)
         matrices = (n for n, p in every.items() if len(shape_of(p)) == 2)
         return {n for n in matrices if not any(_matches(pattern, n) for pattern in tables)}
-    for name in sorted(given):
+    for name in sorted(names):
         if name not in every or len(shape_of(every[name])) < 2:
             problem = f"muon_parameters() returns {name!r}, which is not a matrix of the model"
             raise UserError("model", problem, "return only parameters of two or more dimensions")
-    return set(given)
+    return set(names)

@@ -86,12 +86,12 @@ def use_precision(kind: str) -> None:
     import_muon()
     from deepspeed.runtime.zero.muon import original_muon
 
-    own = _chosen_by_deepspeed()
-    original_muon.ns_compute_dtype = (lambda method: torch.float32) if kind == "fp32" else own
+    original = _dtype_of_deepspeed()
+    original_muon.ns_compute_dtype = (lambda method: torch.float32) if kind == "fp32" else original
 
 
 @cache
-def _chosen_by_deepspeed() -> Callable[[str], torch.dtype]:
+def _dtype_of_deepspeed() -> Callable[[str], torch.dtype]:
     """Return DeepSpeed's own function, as it was before it was ever replaced."""
     from deepspeed.runtime.zero.muon import original_muon
 

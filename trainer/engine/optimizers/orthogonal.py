@@ -66,8 +66,8 @@ class MuonUpdate:
     orthogonalise the whole, and the update, like the momentum, is of the part.
     """
 
-    def __init__(self, own: Any):
-        self.own = own  # DeepSpeed's, for what this one doesn't do
+    def __init__(self, original: Any):
+        self.original = original  # DeepSpeed's, for what this one doesn't do
         self._waiting: list[_Matrix] | None = None
 
     def __call__(
@@ -82,9 +82,10 @@ class MuonUpdate:
     ) -> Tensor:
         """Return the update, in the memory of the gradient if that is contiguous."""
         if num_heads is not None or gradient.ndim > 3:
-            more: dict[str, Any] = {"is_expert_group": is_expert_group, "num_heads": num_heads}
-            found: Tensor = self.own(gradient, momentum, beta, ns_method=ns_method, **more)
-            return found
+            options: dict[str, Any] = {"is_expert_group": is_expert_group, "num_heads": num_heads}
+            options["ns_method"] = ns_method
+            update: Tensor = self.original(gradient, momentum, beta, **options)
+            return update
         momentum.lerp_(gradient, 1 - beta)
         blend = gradient.lerp_(momentum, beta).contiguous()  # Nesterov's momentum
         matrix = _Matrix(blend, getattr(gradient, "part", None), ns_method)
@@ -118,22 +119,22 @@ def _orthogonalise(matrices: Sequence[_Matrix]) -> None:
     wholes = [m.part.gathered(m.blend) if m.part else m.blend for m in matrices]
     iterate = {"gram": deepspeeds.zeropower_via_gram_newtonschulz, "standard": _standard}
     # One alone stays a matrix: a product of a stack of one takes longer.
-    given = torch.stack(wholes) if len(wholes) > 1 else wholes[0]
-    found = iterate[matrices[0].method](given, steps=_STEPS)
+    stack = torch.stack(wholes) if len(wholes) > 1 else wholes[0]
+    updates = iterate[matrices[0].method](stack, steps=_STEPS)
     rows, columns = wholes[0].shape[-2:]
     if rows > columns:
-        found *= math.sqrt(rows / columns)
-    for matrix, whole in zip(matrices, found if len(wholes) > 1 else [found], strict=True):
+        updates *= math.sqrt(rows / columns)
+    for matrix, whole in zip(matrices, updates if len(wholes) > 1 else [updates], strict=True):
         matrix.blend.copy_(matrix.part.cut_from(whole) if matrix.part else whole)
 
 
-def _standard(given: Tensor, steps: int) -> Tensor:
+def _standard(matrices: Tensor, steps: int) -> Tensor:
     """Return what DeepSpeed's zeropower_via_newtonschulz5 does, with fused sums as in
     torch.optim.Muon: on a CPU in 0.6 to 0.9 of the time."""
     from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
 
-    stack = given.flatten(end_dim=-3) if given.ndim > 3 else given  # of experts' matrices
-    x, is_tall = stack.to(ns_compute_dtype("standard")), given.size(-2) > given.size(-1)
+    stack = matrices.flatten(end_dim=-3) if matrices.ndim > 3 else matrices  # of experts' matrices
+    x, is_tall = stack.to(ns_compute_dtype("standard")), matrices.size(-2) > matrices.size(-1)
     if is_tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # spectral norm at most 1
@@ -142,4 +143,4 @@ def _standard(given: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = fused(x, fused(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     x = x.mT if is_tall else x
-    return x.unflatten(0, given.shape[:-2]) if given.ndim > 3 else x
+    return x.unflatten(0, matrices.shape[:-2]) if matrices.ndim > 3 else x

@@ -21,11 +21,11 @@ def build(config: OwnOptimizerConfig, groups: list[dict]) -> torch.optim.Optimiz
     where = f"optimizer._target_={config.target}"
     cls = import_target("optimizer._target_", config.target)
     try:
-        made = cls(groups, lr=1.0, **config.arguments)
+        optimizer = cls(groups, lr=1.0, **config.arguments)
     except (TypeError, ValueError) as e:
         todo = "check optimizer.arguments"
         raise UserError(where, f"the class can't be built ({e})", todo) from e
-    if not isinstance(made, torch.optim.Optimizer):
-        problem = f"this builds a {type(made).__name__}, which is not an optimizer"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        problem = f"this builds a {type(optimizer).__name__}, which is not an optimizer"
         raise UserError(where, problem, "set it to a subclass of torch.optim.Optimizer")
-    return made
+    return optimizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forescale.config.frozen import freeze
-from forescale.config.schema import flatten, plain, shown
+from forescale.config.schema import display, flatten, plain
 from forescale.errors import UserError, masked
 from forescale.monitor.report.tables import ReportedRun, moment
 from forescale.pages.document import Cell, Section, code
@@ -45,7 +45,7 @@ def differences(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _cell(value: Any) -> str:
-    text = masked(shown(value))
+    text = masked(display(value))
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 

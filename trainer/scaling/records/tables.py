@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forescale.config.schema import LARGEST, SMALLEST, shown
+from forescale.config.schema import display
 from forescale.config.suggest import nearest_first
+from forescale.config.tree import LARGEST, SMALLEST
 from forescale.errors import UserError
 from forescale.scaling.fitting.points import COLUMNS
 from forescale.scaling.records.records import KNOWN, NUMERIC, Refused
@@ -209,7 +210,7 @@ def _decoded(section: Any) -> dict[str, Any]:
     """Return a section as a dict; the service gives it as text."""
     made = json.loads(section) if isinstance(section, str) else section or {}
     if not isinstance(made, Mapping):
-        raise ValueError(f"config or summary of a run is no object, but {shown(made)}")
+        raise ValueError(f"config or summary of a run is no object, but {display(made)}")
     return dict(made)
 
 
@@ -324,7 +325,7 @@ def _numbers(path: Path, column: str, cells: pd.Series) -> pd.Series:
         row, cell = next((row, cell) for row, cell in cells[wrong].items())
         where = f"{path}, column {column!r}, row {row}"  # 0 is the first below the header
         todo = "write plain numbers, such as 7503872 or 7.5e6, and nothing in an empty cell"
-        raise UserError(where, f"{shown(cell)} is not a number that can be used", todo)
+        raise UserError(where, f"{display(cell)} is not a number that can be used", todo)
     return numbers
 
 

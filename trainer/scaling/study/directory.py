@@ -28,7 +28,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from forescale.config.frozen import freeze, thaw
-from forescale.config.schema import build, plain
+from forescale.config.schema import plain
+from forescale.config.tree import build
 from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.run.forecast import read_forecasts

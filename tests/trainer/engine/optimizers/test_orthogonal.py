@@ -38,7 +38,7 @@ def test_updates_are_the_same_to_the_bit_in_any_stack(monkeypatch, update, metho
     own, ours, alone = ([torch.zeros_like(x) for x in drawn(dtype)] for _ in range(3))
     for step in range(2):
         deepspeeds = [
-            update.own(x, m, 0.9, ns_method=method, is_expert_group=x.ndim == 3)
+            update.original(x, m, 0.9, ns_method=method, is_expert_group=x.ndim == 3)
             for x, m in zip(drawn(dtype, step), own, strict=True)
         ]
         one_by_one = [
@@ -79,13 +79,13 @@ def test_the_standard_iterations_are_deepspeeds_but_for_less_rounding(monkeypatc
 def test_an_update_outside_and_what_we_leave_to_deepspeed(update):
     for more in ({}, {"num_heads": 3}):
         gradient = torch.randn(24, 8)
-        wanted = update.own(gradient.clone(), torch.zeros(24, 8), **more)  # of method gram
+        wanted = update.original(gradient.clone(), torch.zeros(24, 8), **more)  # of method gram
         assert torch.equal(update(gradient.clone(), torch.zeros(24, 8), **more), wanted)
 
 
 def test_a_gradient_in_another_order_of_memory(update):
     gradient = torch.randn(8, 24).mT
-    wanted = update.own(gradient.contiguous(), torch.zeros(24, 8))
+    wanted = update.original(gradient.contiguous(), torch.zeros(24, 8))
     with together():
         found = update(gradient, torch.zeros(24, 8))
         view = found.view(-1)  # as DeepSpeed takes it

@@ -1,0 +1,255 @@
+"""From an untyped tree, such as YAML or a command line, to the dataclasses of a schema.
+
+Invariant: nothing here stops at the first problem. Numbers may be given as text, and whole numbers
+as 1e9 if that is exact.
+"""
+
+import math
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal
+
+from forescale.config.duration import Duration
+from forescale.config.schema import (
+    Problem,
+    TargetConfig,
+    display,
+    flatten,
+    hints,
+    is_block,
+    kinds_of,
+    leaves,
+    name_of,
+    options,
+    section_class,
+    word_of,
+)
+from forescale.config.suggest import nearest_first
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+# Of any number, so that no product of some of them is infinite or 0, and each whole number fits 64
+# bits.
+LARGEST, SMALLEST = 1e40, 1e-40
+_WHOLE = 2**63 - 1
+_BOUNDS = {
+    "ge": ("at least", lambda value, bound: value >= bound),
+    "gt": ("more than", lambda value, bound: value > bound),
+    "le": ("at most", lambda value, bound: value <= bound),
+    "lt": ("less than", lambda value, bound: value < bound),
+}
+
+
+def build(
+    cls: type, tree: Mapping[str, Any], prefix: str = "", typed: Collection[str] | None = None
+) -> tuple[Any, list[str], list[Problem]]:
+    """Build `cls` from an untyped tree: return (object, paths of unknown keys, wrong values).
+
+    In the object, a key that is missing or wrong has its default. typed: the keys that a command
+    sets. A key of another kind of a block is wrong if it is one of them; else it falls away,
+    because a file or a run below set it for the kind there. None: each of them is wrong.
+    """
+    builder = _Builder(typed)
+    return builder.section(cls, tree, prefix), builder.unknown, builder.wrong
+
+
+class _Builder:
+    """Builds sections and blocks, and collects unknown keys and wrong values."""
+
+    def __init__(self, typed: Collection[str] | None):
+        self.typed = typed
+        self.unknown: list[str] = []
+        self.wrong: list[Problem] = []
+
+    def section(self, cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
+        """Return an instance of `cls`."""
+        values: dict[str, Any] = {}
+        known = {name_of(f): f for f in fields(cls)}
+        for name, value in tree.items():
+            path = f"{prefix}{name}"
+            if (f := known.get(name)) is None:
+                self.unknown += [inner for inner, _ in flatten(value, path)]
+            elif (result := self._value(f, hints(cls)[f.name], value, path)) is not MISSING:
+                values[f.name] = result
+        return cls(**values)
+
+    def _is_typed(self, path: str) -> bool:
+        return self.typed is None or any(f"{path}.".startswith(f"{key}.") for key in self.typed)
+
+    def _value(self, f: Field[Any], type_: Any, value: Any, path: str) -> Any:
+        """Return the value of a field; MISSING if it is wrong."""
+        inner = section_class(type_)
+        if is_block(f, type_) and not (value is None and type(None) in options(type_)):
+            return self._block(f, value, path, word_of(f, f.default_factory()))  # type: ignore[operator]
+        if "kinds" in f.metadata and value is not None:
+            items = value if isinstance(value, list | tuple) else [value]
+            parts = [self._block(f, item, f"{path}.{i}") for i, item in enumerate(items)]
+            return MISSING if MISSING in parts else parts
+        if inner and "kinds" not in f.metadata:
+            if not isinstance(value, Mapping):
+                first = next(iter(leaves(inner, path + ".")))
+                problem = f"is a section and takes no value, got {display(value)}"
+                todo = f"set one of its keys, such as {first}=VALUE"
+                self.wrong.append(Problem(path, problem, todo))
+                return MISSING
+            if "_target_" in value and TargetConfig in options(type_):
+                rest = {k: v for k, v in value.items() if k != "_target_"}
+                return TargetConfig(value["_target_"], rest)
+            return self.section(inner, value, path + ".")
+        try:
+            return convert(type_, value, f.metadata.get("bounds", {}))
+        except ValueError as e:
+            todo = f"write, for example, {path}={example(type_, f)}"
+            self.wrong.append(Problem(path, str(e), todo))
+            return MISSING
+
+    def _block(self, f: Field[Any], value: Any, path: str, default: str = "") -> Any:
+        """Return the part that a word or a mapping describes; MISSING if it has no kind. default:
+        the word of a mapping that names no kind; an item of a list has none."""
+        kinds = kinds_of(f)
+        tree = dict(value) if isinstance(value, Mapping) else {"kind": value}
+        word = tree.pop("kind", default)
+        is_kind = isinstance(word, str) and word in kinds
+        for name in [name for name in tree if not is_kind or name not in _names(kinds[word])]:
+            keys = [inner for inner, _ in flatten(tree.pop(name), f"{path}.{name}")]
+            if not (owners := [w for w, cls in kinds.items() if name in _names(cls)]):
+                self.unknown += keys
+            elif is_kind and (not default or any(map(self._is_typed, keys))):
+                where = path.rpartition(".")[2] if default else "kind"
+                problem = f"is a key of {where}={' or '.join(owners)}, and this is {word}"
+                todo = "choose it, or leave the key out"
+                self.wrong.append(Problem(f"{path}.{name}", problem, todo))
+        if is_kind:
+            return self.section(kinds[word], tree, path + ".")
+        nearest = nearest_first(str(word), kinds)
+        problem, todo = (
+            f"{display(word)} is not one of {', '.join(nearest)}",
+            f"{path}={nearest[0]}",
+        )
+        self.wrong.append(Problem(path, problem, f"write, for example, {todo}"))
+        return MISSING
+
+
+def _names(cls: type) -> set[str]:
+    return {name_of(f) for f in fields(cls)}
+
+
+def convert(
+    type_: Any, value: Any, bounds: Mapping[str, float] = types.MappingProxyType({})
+) -> Any:
+    """Return `value` as `type_`. Raises ValueError with what is wrong."""
+    alternatives = options(type_)
+    if value is None and type(None) in alternatives:
+        return None
+    kind = next(t for t in alternatives if t is not type(None))
+    if typing.get_origin(kind) is Literal:
+        return _choice(typing.get_args(kind), value)
+    if kind is Duration:
+        return _duration(value, bounds)
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list | tuple) else [value]
+        (inner,) = typing.get_args(kind)
+        return [_text(item) if inner is str else convert(inner, item) for item in items]
+    if kind is TargetConfig:
+        return _target(value)
+    if kind is list:
+        if isinstance(value, list | tuple):
+            return list(value)
+        raise ValueError(f"expects a list, got {display(value)}")
+    if typing.get_origin(kind) is dict or kind is dict:
+        if isinstance(value, Mapping):
+            inner = typing.get_args(kind)
+            return {k: _text(v) for k, v in value.items()} if inner == (str, str) else dict(value)
+        raise ValueError(f"expects a mapping, got {display(value)}")
+    result = _plain(kind, value)
+    for name, bound in bounds.items():
+        words, holds = _BOUNDS[name]
+        if not holds(result, bound):
+            raise ValueError(f"must be {words} {bound:g}, got {display(value)}")
+    return result
+
+
+def _duration(value: Any, bounds: Mapping[str, float]) -> Duration:
+    length = Duration.parse(value)
+    if bounds.get("wall_time") == 1 and length.unit != "seconds":
+        raise ValueError(f"must be a wall time, got {display(value)}")
+    if bounds.get("wall_time") == 0 and length.unit == "seconds":
+        raise ValueError("must not be a wall time, on which the trajectory would depend")
+    if "gt" in bounds and not length.amount:
+        raise ValueError("must be longer than zero")
+    return length
+
+
+def _text(value: Any) -> str:
+    """Return a value of a list or mapping of texts as it was typed: 3 is a text there too."""
+    if isinstance(value, str | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    raise ValueError(f"expects texts, got {display(value)}")
+
+
+def _target(value: Any) -> TargetConfig:
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        raise ValueError(f"expects a mapping with _target_, got {display(value)}")
+    target = TargetConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
+    for _, problem, _ in target.problems():
+        raise ValueError(problem)
+    return target
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    if kind in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
+        number = _number(value)
+        if math.isfinite(number) and number and not SMALLEST <= abs(number) <= LARGEST:
+            problem = "large" if abs(number) > 1 else "close to 0"
+            raise ValueError(f"{display(value)} is too {problem}")
+        if kind is int and math.isfinite(number) and number == int(number):
+            is_exact = isinstance(value, int) or (isinstance(value, str) and _digits(value))
+            whole = int(value) if is_exact else int(number)
+            if abs(whole) > _WHOLE:
+                raise ValueError(f"{display(value)} is too large")
+            return whole
+        if kind is float and math.isfinite(number):
+            return number
+    elif kind is Any or (kind in (bool, str) and type(value) is kind):
+        return value
+    raise ValueError(f"expects {_TYPES.get(kind, kind)}, got {display(value)}")
+
+
+def _number(value: int | float | str) -> float:
+    """Return a number, or the number that a text means; NaN if it means none."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+    except OverflowError:  # a whole number that no float can be
+        return 2 * LARGEST
+
+
+def _digits(text: str) -> bool:
+    return bool(re.fullmatch(r"\s*[+-]?[0-9_]+\s*", text))
+
+
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
+    if type(value) is bool and "on" in choices:  # YAML reads a bare on or off as a boolean
+        return "on" if value else "off"
+    for choice in choices:
+        if str(value) == str(choice) and type(value) is not bool:
+            return choice
+    nearest = nearest_first(str(value), map(str, choices))
+    raise ValueError(f"{display(value)} is not one of {', '.join(nearest)}")
+
+
+def example(type_: Any, f: Field[Any]) -> str:
+    """Return a value that a user could write for this field."""
+    kind = next(t for t in options(type_) if t is not type(None))
+    if f.default not in (None, MISSING, "") and not isinstance(f.default, bool):
+        text = str(f.default)
+    elif typing.get_origin(kind) is Literal:
+        text = str(typing.get_args(kind)[0])
+    else:
+        texts = {int: "8", float: "0.1", bool: "true", str: "TEXT", Duration: "500 steps"}
+        texts[list[TargetConfig]] = "[{_target_: mypackage.Mine}]"
+        text = texts.get(kind, "[...]" if "list" in str(kind) else "{name: value}")
+    return f"'{text}'" if " " in text else text
