@@ -17,16 +17,21 @@ months reads the settings of the day of its submission.
 
 import os
 import shlex
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from forescale.config.schema import plain
 from forescale.config.tree import build
 from forescale.errors import UserError
 from forescale.run.directory import Run
+from forescale.run.identity import version_of_checkout
+from forescale.run.start import versions
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
 from forescale.storage import read_json, write_json
@@ -70,7 +75,14 @@ class Submission:
         return build(SlurmConfig, self.facts["slurm"])[0]
 
     def write(self, **facts: Any) -> None:
+        """Write the facts that the job needs; see `facts_of`."""
         write_json(self.path / "submission.json", facts)
+
+    def link_logs(self, logs: Sequence[Path]) -> None:
+        """Make links by which sbatch gives the log of each task of an array its place."""
+        self.links.mkdir()
+        for i, log in enumerate(logs):
+            (self.links / str(i)).symlink_to(os.path.relpath(log, self.links))
 
     @property
     def job(self) -> str | None:
@@ -109,6 +121,31 @@ class Submission:
 
     def stop(self) -> None:
         (self.path / "stop").touch()
+
+
+def facts_of(
+    settings: SlurmConfig, data: Iterable[str], packages: Iterable[Path]
+) -> dict[str, Any]:
+    """Return what a job needs to know. data: paths that it reads; packages: the user's code."""
+    return {
+        "slurm": plain(settings),
+        "submitted": time.time(),
+        "command": sys.argv,
+        "directory": str(Path.cwd()),
+        "data": list(data),
+        "versions": {**versions(), **version_of_checkout()},
+        "packages": [str(path) for path in packages],
+    }
+
+
+def accepted(job: str, script: Path, submissions: Mapping[str, Submission]) -> None:
+    """Write the job of each submission, by its id. job: one that SLURM knows the time of."""
+    at, cluster = "", None
+    with suppress(UserError):  # a controller that is slow to answer
+        at = queue.show(job).get("SubmitTime", "")
+        cluster = queue.cluster()
+    for id, submission in submissions.items():
+        submission.submitted(id, script, cluster, at)
 
 
 def submissions(run: Run) -> list[Submission]:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
 from forescale.config.job import overrides_of
-from forescale.config.schema import ConfigError, plain
+from forescale.config.schema import ConfigError
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.errors import UserError
 from forescale.plan.plan import Plan
@@ -29,15 +28,21 @@ from forescale.plan.rows import show
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.forecast import find
-from forescale.run.identity import version_of_checkout
 from forescale.run.rows import read_rows
-from forescale.run.start import Start, start, versions
+from forescale.run.start import Start, start
 from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
 from forescale.slurm.script import Order, render
-from forescale.slurm.submission import Submission, in_queue, submissions, waiting_or_running
+from forescale.slurm.submission import (
+    Submission,
+    accepted,
+    facts_of,
+    in_queue,
+    submissions,
+    waiting_or_running,
+)
 from forescale.storage import write_file
 
 _LARGEST = 16 << 20  # bytes of slurm.runs
@@ -82,7 +87,7 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
         print(f"Note: {note}")
     array, job = enter(plans, profile)
     for plan in plans:
-        remembered.remember(_settings_typed(plan))
+        remembered.remember(_job_of(plan))
         if trust:
             remember(plan.given, plan.given.run.directory)
     _report(array, job)
@@ -166,10 +171,8 @@ def order(
     plans: Sequence[Plan], runs: Sequence[Run], folders: Sequence[Path], profile: str
 ) -> Order:
     """Return what to submit. All plans have the SLURM settings of the first."""
-    job = _settings_typed(plans[0])
-    lead = max(
-        _settings_typed(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True)
-    )
+    job = _job_of(plans[0])
+    lead = max(_job_of(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True))
     return Order(
         names=[r.name for r in runs],
         runs=[r.path.resolve() for r in runs],
@@ -188,14 +191,12 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
-    started = [start(_settings_typed(plan).training, newest=newest_step) for plan in plans]
+    started = [start(_job_of(plan).training, newest=newest_step) for plan in plans]
     for begun in started:
         if mirror := mirror_of(begun.run, begun.job, print):
             mirror.check()
     for begun in started:
-        waits = bool(
-            _settings_typed(plans[0]).slurm.after
-        )  # perhaps for the run that it branches off
+        waits = bool(_job_of(plans[0]).slurm.after)  # perhaps for the run that it branches off
         held = hold(begun.run, begun.job.run.origin, begun.job.run.root, ahead=waits)
         for note in (*begun.notes, *held):
             print(f"Note: {note}")
@@ -206,39 +207,21 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
             _refuse_second(run, folder)
         array = order(plans, runs, folders, profile)
         for plan, begun, submission in zip(plans, started, array.submissions, strict=True):
-            _describe(plan, begun, submission, array)
+            _describe(plan, begun, submission)
             write_file(submission.script, render(array).encode())
-        _link_logs(array.submissions)
+        if len(folders) > 1:
+            array.submissions[0].link_logs([task.log for task in array.submissions])
         job = queue.submit(array.submissions[0].script)
     except BaseException:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    _accepted(array, job)
+    ids = [f"{job}_{i}" for i in range(len(folders))] if len(folders) > 1 else [job]
+    accepted(ids[0], array.submissions[0].script, dict(zip(ids, array.submissions, strict=True)))
     return array, job
 
 
-def _link_logs(tasks: Sequence[Submission]) -> None:
-    """Make links by which sbatch writes the log of each task of an array beside its own run."""
-    if len(tasks) > 1:
-        links = tasks[0].links
-        links.mkdir()
-        for i, task in enumerate(tasks):
-            (links / str(i)).symlink_to(os.path.relpath(task.log, links))
-
-
-def _accepted(order: Order, job: str) -> None:
-    """Write the job of each submission."""
-    several, at, cluster = len(order.names) > 1, "", None
-    with suppress(UserError):  # a controller that is slow to answer
-        at = queue.show(f"{job}_0" if several else job).get("SubmitTime", "")
-        cluster = queue.cluster()
-    for i, submission in enumerate(order.submissions):
-        script = order.submissions[0].script
-        submission.submitted(f"{job}_{i}" if several else job, script, cluster, at)
-
-
-def _settings_typed(plan: Plan) -> SubmitJob:
+def _job_of(plan: Plan) -> SubmitJob:
     assert isinstance(plan.given, SubmitJob)
     return plan.given
 
@@ -266,22 +249,14 @@ def _refuse_second(run: Run, folder: Path) -> None:
             raise UserError(str(run.path), problem, todo)
 
 
-def _describe(plan: Plan, begun: Start, submission: Submission, order: Order) -> None:
+def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     """Write the code and all facts that the job needs beside the run's config."""
-    job = _settings_typed(plan)
+    job = _job_of(plan)
     packages = own_packages(begun.job)
     write_code(submission.code, packages)
-    facts: dict[str, Any] = {
-        "slurm": plain(job.slurm),
-        "submitted": time.time(),
-        "command": sys.argv,
-        "directory": str(Path.cwd()),
-        "data": [source["path"] for source in begun.sources.describe().values()],
-        "memory": _host_memory(plan, job),
-        "trust": bool(targets(begun.job)),
-        "versions": {**versions(), **version_of_checkout()},
-        "packages": [str(path) for path in packages],
-    }
+    data = [source["path"] for source in begun.sources.describe().values()]
+    facts = facts_of(job.slurm, data, packages)
+    facts |= {"memory": _host_memory(plan, job), "trust": bool(targets(begun.job))}
     if job.slurm.pack:
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))
     submission.write(**facts)

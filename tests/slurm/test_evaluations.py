@@ -15,7 +15,7 @@ from forescale.config.schema import plain
 from forescale.errors import UserError
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start
-from forescale.slurm import evaluation_task
+from forescale.slurm import command_task
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.login import remembered
 from forescale.slurm.submission import Submission
@@ -96,17 +96,17 @@ def test_each_checkpoint_that_exists_is_a_task_and_a_dry_run_writes_nothing(subm
     body = script.replace("tar -xf", "true")
     done = subprocess.run(["bash", "-c", body], env=environment, capture_output=True, text=True)
     folder = run.path / "evaluations/NNNN"
-    line = f"-P -m forescale.slurm.evaluation_task {folder} 4 {run.path} windows=4 step=4\n"
-    assert done.stdout == line, done.stderr
+    words = f"4 eval {run.path} windows=4 step=4"
+    assert done.stdout == f"-P -m forescale.slurm.command_task {folder} {words}\n", done.stderr
 
 
-def test_steps_to_come_wait_for_the_training_job_and_the_others_do_not(submit, in_queue):
+def test_steps_to_come_wait_for_the_training_job_and_the_others_do_not(submit, run, in_queue):
     code, out, _ = submit("--dry-run", "steps=[4,6,8]", "slurm.after=[12]")
     assert code == 0
     _, here, to_come = out.split("#!/bin/bash\n")
-    assert "steps=(4)" in here
+    assert f"0) set -- 4 eval {run.path} step=4 ;;" in here
     assert "--dependency=afterok:12" in options(here)
-    assert "steps=(6 8)" in to_come
+    assert f"1) set -- 8 eval {run.path} step=8 ;;" in to_come
     assert "--dependency=after:17,afterok:12" in options(to_come)
 
 
@@ -213,15 +213,20 @@ def task(run, commands, tmp_path):
     environment = {**os.environ, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2"}
     environment |= {"SLURM_JOB_ID": "43", "FORESCALE_NODE": str(tmp_path / "node")}
 
-    def start(step: int) -> tuple[int, str]:
-        command = [sys.executable, "-P", "-m", "forescale.slurm.evaluation_task"]
+    def start(step: int | str, *words: str) -> tuple[int, str]:
+        words = words or ("eval", "small", f"step={step}")
+        command = [sys.executable, "-P", "-m", "forescale.slurm.command_task"]
         done = subprocess.run(
-            [*command, str(submission.path), str(step), "small", f"step={step}"],
+            [*command, str(submission.path), str(step), *words],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr
 
     return start
+
+
+def test_a_command_of_another_verb_needs_no_checkpoint(task):
+    assert task("-", "export", "small") == (0, "-P -m forescale export small\n")
 
 
 def test_a_task_becomes_the_evaluation_of_its_checkpoint(task):
@@ -237,7 +242,7 @@ def test_a_task_scores_in_the_container_of_the_run(run, monkeypatch, tmp_path, i
     submission = Submission(run.new_evaluations())
     settings = SlurmConfig(container=image, tasks_per_node=1)
     submission.write(slurm=plain(settings), data=["/data/books"])
-    command = evaluation_task._command(submission, ["small", "step=4"])
+    command = command_task._command(submission, ["eval", "small", "step=4"])
     assert command[: len(begin)] == begin
     assert command[-7:] == ["python3", "-P", "-m", "forescale", "eval", "small", "step=4"]
     assert "/data/books:/data/books" in " ".join(command)
@@ -261,9 +266,9 @@ def test_a_task_whose_checkpoint_is_to_come_is_requeued_by_the_pace_of_the_run(
 
 def test_a_task_whose_checkpoint_never_comes_ends_with_a_sentence(run, in_queue, commands):
     folder = str(Submission(run.new_evaluations()).path)
-    with pytest.raises(UserError, match="no such checkpoint, and no job of the run that will make"):
-        evaluation_task.main([folder, "3", "small"])  # the run is past it
+    with pytest.raises(UserError, match="no such checkpoint, and no job of the run that will save"):
+        command_task.main([folder, "3", "eval", "small"])  # the run is past it
     commands(squeue="true", sbatch="true")
     again = r"give forescale submit train small, and forescale submit eval small steps=\[8\]"
     with pytest.raises(UserError, match=again):
-        evaluation_task.main([folder, "8", "small"])
+        command_task.main([folder, "8", "eval", "small"])

@@ -1,5 +1,5 @@
-"""A task of an array of evaluations: `python -P -m forescale.slurm.evaluation_task JOB STEP
-ARGUMENTS` becomes `forescale eval` of the checkpoint of that step.
+"""A task of an array of commands: `python -P -m forescale.slurm.command_task JOB STEP VERB WORDS`
+becomes `forescale VERB WORDS` once the run has the checkpoint of STEP (- for none).
 
 Invariant: it reads the run and writes its log alone, so it may end, or start again, at any time.
 """
@@ -22,28 +22,35 @@ _SOONEST = 60.0  # seconds until a task looks again for its checkpoint
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Become `forescale eval` of the checkpoint; or be requeued, if the run has yet to make it.
+    """Become the command; or be requeued, if the run has yet to save the checkpoint.
 
     Raises UserError if it never will.
     """
-    submission, step, words = Submission(Path(arguments[0])), int(arguments[1]), arguments[2:]
-    run = submission.run
-    if step not in run.checkpoint_steps():
-        goes_on = waiting_or_running(run) is not None
-        known = run.checkpoint_steps()  # only now: the job may have ended with this checkpoint
-        if step not in known and goes_on and step > max(known, default=0):
-            return _look_again(run, step)
-        if step not in known:
-            problem = "no such checkpoint, and no job of the run that will make it"
-            again = f"forescale submit train {run.name}, and forescale submit eval {run.name}"
-            raise UserError(str(run.checkpoint_path(step)), problem, f"give {again} steps=[{step}]")
+    submission, step, words = Submission(Path(arguments[0])), arguments[1], arguments[2:]
+    if step != "-" and _must_wait(submission.run, int(step), words[0]):
+        return _look_again(submission.run, int(step))
     command = _command(submission, words)
     os.execvp(command[0], command)
 
 
+def _must_wait(run: Run, step: int, verb: str) -> bool:
+    """True if the run has yet to save this checkpoint. Raises UserError if it never will."""
+    if step in run.checkpoint_steps():
+        return False
+    is_training = waiting_or_running(run) is not None
+    known = run.checkpoint_steps()  # only now: the job may have ended with this checkpoint
+    if step in known:
+        return False
+    if is_training and step > max(known, default=0):
+        return True
+    problem = "no such checkpoint, and no job of the run that will save it"
+    todo = f"give forescale submit train {run.name}, and forescale submit {verb} {run.name}"
+    raise UserError(str(run.checkpoint_path(step)), problem, f"{todo} steps=[{step}]")
+
+
 def _look_again(run: Run, step: int) -> int:
-    """Requeue this task until half of the time has passed that the run needs up to `step`, by its
-    present pace. Return the code with which the task ends, if SLURM doesn't end it first."""
+    """Requeue this task, to start again after half of the time that the run needs up to `step` at
+    its present pace. Return the exit code of the task, if SLURM doesn't end it first."""
     status = Status(run)
     pause = max(_SOONEST, (step - status.step) * (status.step_seconds or 0.0) / 2)
     print(
@@ -62,10 +69,10 @@ def _look_again(run: Run, step: int) -> int:
 
 
 def _command(submission: Submission, words: Sequence[str]) -> list[str]:
-    """Return the command of the evaluation, in the container if there is one."""
+    """Return the command, in the container if there is one."""
     settings = submission.settings
-    score = [*containers.python(settings), "-P", "-m", "forescale", "eval", *words]
-    inside = [*containers.prefix(submission), *score]
+    command = [*containers.python(settings), "-P", "-m", "forescale", *words]
+    inside = [*containers.prefix(submission), *command]
     of_pyxis = containers.options(submission)  # of srun
     return [*steps.srun(settings, 1, *of_pyxis), *inside] if of_pyxis else inside
 
