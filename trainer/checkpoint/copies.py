@@ -1,7 +1,7 @@
-"""Whether a folder holds a copy of this very run: the same run, with no history but its own.
+"""Checks that a folder holds a copy of this very run: the same run with the same history.
 
-Invariant: a copy that lacks what the run has is the run's; one that has something else is not.
-Imports no torch.
+Invariant: a copy that lacks files of the run is the run's; one with other files is not. Imports no
+torch.
 """
 
 import json
@@ -19,11 +19,11 @@ ROWS = "metrics.jsonl"
 
 class Taken(UserError):
     """The folder holds another run, or attempts that this run directory lacks: another copy of the
-    run went on."""
+    run continued."""
 
 
 def expect_same_run(run: Run, folder: Folder, there: dict[str, int]) -> set[str]:
-    """Return the names of the attempts in a folder whose files are `there`, all of them the run's.
+    """Return the names of the attempts in a folder; `there`: its files, all of them the run's.
     Raises Taken if it holds others, UserError if it can't be read."""
     attempts = {n.split("/")[1] for n in there if n.startswith("attempts/")}
     if attempts and _is_of_another_run(run, folder, there):
@@ -76,7 +76,7 @@ def _begin_alike(run: Run, folder: Folder, name: str) -> bool:
 
 
 def _read(folder: Folder, name: str) -> dict[str, Any]:
-    """Return a JSON object of the folder; empty if it is none."""
+    """Return a JSON object of the folder; {} for anything else."""
     try:
         value = json.loads(b"".join(folder.get(name)))
     except ValueError:

@@ -1,4 +1,4 @@
-"""A copy of a run at another place, kept up while it trains: its checkpoints and their history.
+"""A mirror of a run: its checkpoints and their history are copied elsewhere while it trains.
 
     checkpoint published -> files of the run -> files of the checkpoint -> its table, last
 
@@ -6,10 +6,10 @@
     ADDRESS/NAME/attempts/0003/metrics.jsonl ...
     ADDRESS/NAME/checkpoints/step-00001000/
 
-Invariant: a checkpoint counts there once its table is there, which is sent after every other file
-was read back and had the sha256 of the table. Nothing of another trajectory is replaced: a copy
-that has attempts which this directory lacks is refused. Training never waits for it, nor fails by
-it. Imports no torch.
+Invariant: a copied checkpoint counts once its table is there, which is sent after every other file
+was read back and had the sha256 of the table. Files of another trajectory are never replaced: a
+folder with attempts that this run directory lacks is refused. Training never waits for the mirror,
+nor fails because of it. Imports no torch.
 """
 
 import hashlib
@@ -57,10 +57,9 @@ def mirror_of(run: Run, job: TrainJob, report: Callable[[str], object]) -> "Mirr
 
 
 class Mirror:
-    """Copies one run to a folder, of which it is the only writer.
+    """Copies one run to a folder, as its only writer.
 
-    keep: by which rule checkpoints are deleted there that the run itself no longer has; report:
-    prints a line.
+    keep: the rule by which copies of deleted checkpoints are deleted, too; report: prints a line.
     """
 
     def __init__(self, run: Run, folder: Folder, keep: Keep, report: Callable[[str], object]):
@@ -75,8 +74,8 @@ class Mirror:
         self._lock = threading.Lock()
 
     def expect_same_run(self) -> None:
-        """Raise Taken if the folder holds another run, or attempts that this one doesn't have;
-        another UserError if it can't be listed, or is the run's own directory."""
+        """Raise Taken if the folder holds another run, or attempts that this run lacks; another
+        UserError if it can't be listed, or is the run's own directory."""
         if self._there is None:
             if self._folder.is_at(self._run.path):
                 todo = "set another checkpoint.mirror than the directory where runs are"
@@ -86,9 +85,8 @@ class Mirror:
             self._there = there
 
     def check(self) -> "Mirror":
-        """Raise UserError if the folder is another run's, or can't be written to and read. Of a run
-        that has begun, a fault that may go away is only reported: it must not keep it from going
-        on."""
+        """Raise UserError if the folder is another run's, or can't be written to and read. A
+        transient fault is only reported once the run has begun: it must not stop a resumed run."""
         try:
             self.expect_same_run()
             self._send(self._run.identity)
@@ -104,8 +102,8 @@ class Mirror:
         return self
 
     def close(self, finish: bool, stop: Callable[[], bool] = lambda: False) -> None:
-        """Stop. finish: first copy what is missing, which may take as long as a checkpoint takes,
-        until `stop` returns True; otherwise what is being sent is left incomplete, and doesn't
+        """Stop. finish: first copy all missing files, until `stop` returns True, which may take as
+        long as a checkpoint; otherwise a partly sent checkpoint stays incomplete, and doesn't
         count."""
         self._closing.set()
         if not finish:
@@ -150,8 +148,8 @@ class Mirror:
                     return
 
     def sync(self) -> None:
-        """Copy what is new, newest checkpoint first, and delete what need not be kept. Raises
-        UserError, or OSError of the run's own storage; whatever was sent whole by then counts."""
+        """Copy new files, newest checkpoint first, and delete copies by the rule. Raises UserError,
+        or OSError of the run's own storage; checkpoints that were sent whole by then count."""
         with self._lock:
             self.expect_same_run()
             done: set[int] = set()
@@ -163,7 +161,7 @@ class Mirror:
             self._note(None)
 
     def _note(self, error: str | None) -> None:
-        """Write for `status` what is there."""
+        """Write a list of the copies for `status`."""
         noted = {"where": self._folder.where, "steps": sorted(self._whole), "error": error}
         if noted != self._noted:
             with suppress(OSError, UserError):  # such as a full disk, of which the run itself tells
@@ -209,8 +207,8 @@ class Mirror:
         return b"".join(self._folder.get(f"{name}/{TABLE}")) == raw
 
     def _send_parts(self, checkpoint: Path, table: dict[str, FileEntry]) -> None:
-        """Send the files of a checkpoint, some at a time, by daemon threads: those of an executor
-        would finish all files before an interrupted process can exit."""
+        """Send the files of a checkpoint, some at a time, by daemon threads: with an executor an
+        interrupted process would send all files before it exits."""
         left: SimpleQueue[tuple[str, FileEntry]] = SimpleQueue()
         for item in table.items():
             left.put(item)
@@ -286,7 +284,7 @@ class Mirror:
         return self._name(self._run.checkpoint_path(step))
 
     def _is_pinned(self, step: int) -> bool:
-        """True if it is pinned here or there: what purges a directory takes the pins, too."""
+        """True if it is pinned here or there: a purge of the run directory removes pins, too."""
         assert self._there is not None
         return is_pinned(self._run, step) or f"{self._name_of(step)}.pin" in self._there
 
@@ -297,8 +295,8 @@ class Mirror:
                 self._remove(f"{self._name_of(step)}.pin")
 
     def _prune(self) -> None:
-        """Delete there what the run no longer has and its rule would not keep; never anything while
-        the run has no newer checkpoint that is there whole."""
+        """Delete copies of checkpoints that the run no longer has, by its rule; none that is newer
+        than the newest complete copy of a checkpoint of the run."""
         assert self._there is not None
         gone = steps_in(self._there) - set(self._run.checkpoint_steps())
         if not gone:
@@ -321,8 +319,8 @@ class Mirror:
 
 
 def run_files(run: Run) -> Iterator[Path]:
-    """Yield what a run needs beside its checkpoints to go on elsewhere: its own files, the rows and
-    records of its attempts, and its pins."""
+    """Yield the files that a run needs beside its checkpoints to continue elsewhere: its own files,
+    the rows and records of its attempts, and its pins."""
     for folder in (run.path, *(a.path for a in run.attempts()), run.checkpoints):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             is_named = path.suffix in _SUFFIXES and path.name[0] != "." and path != run.mirror
@@ -331,7 +329,7 @@ def run_files(run: Run) -> Iterator[Path]:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what went wrong. Whatever it is, it must not end the training."""
+    """Return the message of an error, which must not end the training, whatever it is."""
     known = (storage_error(error) if isinstance(error, OSError) else None) or error
     return (
         str(known) if isinstance(known, UserError) else masked(f"{type(error).__name__}: {error}")
@@ -339,7 +337,7 @@ def _sentence(error: Exception) -> str:
 
 
 def steps_in(names: Iterable[str]) -> set[int]:
-    """Return the steps of the checkpoints of which a mirror has any file."""
+    """Return the steps of the checkpoints with at least one file in a mirror."""
     parts = (name.split("/") for name in names)
     steps = {step_named(p[1]) for p in parts if len(p) == 3 and p[0] == "checkpoints"}
     return {step for step in steps if step is not None}

@@ -1,9 +1,8 @@
-"""A dataset as PyTorch reads it: an IterableDataset of batches in the order of training, which goes
-on exactly where its state was taken.
+"""A dataset as a PyTorch IterableDataset: batches in the order of training, with exact resume.
 
-Invariant: the windows are those that a run with the same train.sequence_length, train.global_batch
-and train.seed reads from this dataset alone; they depend neither on ranks and threads, nor on where
-the reading was interrupted. The state is a number of batches taken, never of batches prefetched.
+Invariant: the windows are those of a run with the same train.sequence_length, train.global_batch
+and train.seed on this dataset alone; they depend neither on ranks and threads nor on interruptions.
+The state counts the batches that the consumer took, never prefetched ones.
 """
 
 from collections.abc import Iterator
@@ -24,13 +23,13 @@ _NAME = "data"
 
 
 class Batches(IterableDataset):
-    """Batches of the training split, each a dict of tensors: tokens and targets (B, L) int64, and
-    with documents=True documents (B, L) int32; a target of -100 is none.
+    """Batches of the training split, each a dict of tensors: tokens and targets (B, L) int64, -100
+    where there is no target, and with documents=True documents (B, L) int32.
 
-    sequence_length: L; batch: windows of a batch over all ranks, of which rank r of world_size gets
-    the r-th run. epochs: how often all is read, rounded down to whole batches; None: without end.
-    documents: number the documents of each window. threads: that read ahead. Raises UserError if a
-    size is none, or the split has no window.
+    sequence_length: L; batch: windows of a batch over all ranks: rank r of world_size gets the r-th
+    run of them. epochs: passes over the split, rounded down to whole batches; None: without end.
+    documents: number the documents of each window. threads: number of threads that read ahead.
+    Raises UserError for invalid sizes, and if the split has no window.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Batches(IterableDataset):
         return self._count
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the batches that are left, from the one after the last that was taken."""
+        """Yield the remaining batches, from the one after the last that was taken."""
         if get_worker_info() is not None:
             problem = "would be read once by each worker process of the DataLoader"
             todo = "write DataLoader(batches, batch_size=None, num_workers=0): it has threads"
@@ -103,8 +102,8 @@ class Batches(IterableDataset):
         return {**self._settings, "batches": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches of a state, at any rank and number of ranks. Raises UserError if
-        it is of other data, or of another order."""
+        """Continue after the batches of a state, at any rank and number of ranks. Raises UserError
+        for a state of other data or another order."""
         for name, value in self._settings.items():
             if state.get(name) != value:
                 problem = f"the state is of {state.get(name)}, these batches of {value}"

@@ -1,6 +1,6 @@
 """Reading datasets: a manifest, shards of tokens, and an index beside every shard.
 
-    manifest.json               contents of the dataset and how it was made
+    manifest.json               contents of the dataset, and the request of its build
     files.json                  size and sha256 of every other file (forescale.storage)
     tokenizer.json
     train-000000.tar            plain USTAR, readable by webdataset.WebDataset
@@ -92,9 +92,9 @@ class Dataset:
 
     @property
     def origins(self) -> dict[str, Any] | None:
-        """Where the held-out documents come from, in their order: `source` and `kind` are numbers
-        of `sources`, the inputs' names, and of `kinds`, file types such as ".py" ("" for none).
-        None if the dataset doesn't say."""
+        """Where the held-out documents come from, in their order: `source` and `kind` index
+        `sources`, the inputs' names, and `kinds`, file types such as ".py" ("" for none). None if
+        the dataset doesn't record it."""
         return self._json(ORIGINS, self._verified(ORIGINS)) if ORIGINS in self._table else None
 
     @cached_property
@@ -113,7 +113,7 @@ class Dataset:
 
     @property
     def corpus_hash(self) -> str:
-        """sha256 over the ordered names and hashes of the documents that were kept."""
+        """sha256 over the ordered names and hashes of the documents."""
         return self.manifest["corpus"]["sha256"]
 
     @property
@@ -192,8 +192,7 @@ class Split:
     def read(self, shard: int, start: int, length: int) -> np.ndarray:
         """Return tokens [start, start + length) of a shard, shape (length,).
 
-        Raises Damaged, naming file and member, if they can't be read or differ from what was
-        written.
+        Raises Damaged, naming file and member, if they are missing or fail their checksum.
         """
         tokens = np.empty(length, self.dtype)
         self.shard(shard).read_into(start, tokens)
@@ -209,8 +208,8 @@ class Split:
         return self.shard(shard).document_ends(start, length)
 
     def learned(self, shard: int) -> np.ndarray | None:
-        """Return which tokens of a shard count in the loss: bool of shape (tokens,); None if the
-        dataset doesn't say. Raises Damaged."""
+        """Return True for the tokens of a shard that count in the loss: bool of shape (tokens,);
+        None without such a column. Raises Damaged."""
         opened = self.shard(shard)
         parts = [opened.learned(at) for at in range(len(opened.members))]
         columns = [part for part in parts if part is not None]

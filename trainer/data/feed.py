@@ -318,8 +318,8 @@ class Feed:
             yield shard, start
 
     def _whole(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
-        """Yield shard and number of the source's bins with exactly size - 1 targets, all of them,
-        as of some sizes there are few. Where the first one lies is drawn by (seed, g)."""
+        """Yield shard and number of all bins of the source with exactly size - 1 targets: of some
+        sizes there are few. The first one is drawn by (seed, g)."""
         order = self.mixture.orders[source]
         first = int(mix64(self._drawn(g, 0))[0]) % order.windows_per_epoch
         for low, high in ((first, order.windows_per_epoch), (0, first)):

@@ -3,7 +3,7 @@
 The data order alternates between the windows of a few shards until all of them are read. So a
 shard's tokens are fetched and verified once, in large pieces, instead of window by window.
 
-Invariant: tokens are `ready` only after they were compared with their checksum, in memory; at most
+Invariant: tokens are `ready` only after their checksum was compared, in memory; at most
 `limit` bytes are held, and the memory of the oldest shard is released first.
 """
 

@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """From sample `first` on, sources are drawn by `weights` (with any sum; 0: not at all)."""
+    """From sample `first` on, sources have shares in proportion to `weights` (0: none)."""
 
     first: int
     weights: tuple[Fraction, ...]

@@ -14,19 +14,18 @@ IGNORED = -100  # marks positions without a target; the default of torch.nn.func
 
 
 class Objective(Protocol):
-    """What an objective must do. It is made with the keyword arguments of the config; a class whose
-    signature has `seed`, `vocab_size` or `sequence_length` gets these of the run; vocab_size is the
-    tokenizer's. For held-out text it is made with seed 0, so that all runs are scored on the same
-    examples.
+    """The interface of an objective. It is created with the keyword arguments of the config; a
+    class whose signature has `seed`, `vocab_size` (the tokenizer's) or `sequence_length` gets these
+    of the run. For held-out text the seed is 0, so that all runs are scored on the same examples.
 
-    These are optional. padding_mask(sizes): bool of (n, L), False where a row has no token, or None
-    if the model needn't know; needed if the model sees later tokens. window_length: the tokens of a
+    Optional members. padding_mask(sizes): bool of (n, L), False where a row has no token, or None
+    if no mask is needed; required if the model sees later tokens. window_length: the tokens of a
     window, less one, if not the run's sequence_length, which is the L of the examples. extra_ids:
-    the number of ids in the examples beyond the tokenizer's vocabulary; the model has room for
-    them. split: the first columns of a row that are its source, which an encoder-decoder's encoder
-    reads (model.encoder_layers); no target is among them. rows: the rows that a window becomes, if
-    not 1; examples are then (2, n * rows, L), and the run must know what their losses make
-    (objective=preferences).
+    the number of ids in the examples beyond the tokenizer's vocabulary; the model gets embeddings
+    for them. split: the number of columns at the start of a row that are its source, which the
+    encoder of an encoder-decoder reads (model.encoder_layers); they have no targets. rows: the rows
+    that a window becomes, if not 1; examples are then (2, n * rows, L), and the run must combine
+    their losses (objective=preferences).
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:

@@ -3,12 +3,12 @@
     plan -> workers (threads, several steps at once) -> coordinator (agrees, in order) -> consumer
 
 Workers are threads: reading, hashing and copying release the interpreter's lock, nothing is copied
-between processes, and a thread can't be killed unnoticed. At most `workers` + _READY batches are
-held.
+between processes, and a thread can't be killed unnoticed. At most `workers` + _READY batches are in
+memory.
 
-Invariant: batches come in the order of the plan, each made with the quarantine that all ranks
-agreed on at that step; so a member that one rank finds damaged is substituted on all ranks from the
-same step on, however far each had read ahead.
+Invariant: batches come in the order of the plan, with the quarantine that all ranks agreed on at
+that step. So a member that proves damaged on one rank is substituted on all ranks from the same
+step on, however far each had read ahead.
 """
 
 import threading
@@ -43,15 +43,15 @@ def prefetched(
     agree: Agree | None,
     log: Log,
 ) -> Generator[Any, None, None]:
-    """Yield what `make` returns for each job of the plan, in order; with 0 workers, made when
-    requested.
+    """Yield the result of `make` for each job of the plan, in order; with 0 workers it is called on
+    request.
 
     make(job, quarantine, on_read) returns a dataclass with `lost` and `quarantine`, and calls
-    `on_read` with the source and shard that it is about to read. fetch(job): a hint, called some
-    steps before. agree: returns the union of what the ranks have lost; called once a step (and
-    again if there is any) by every rank, from a thread other than the consumer's; None for one
-    rank. log: called with the reason if no batch has come for some seconds. An error of `make` is
-    raised where its batch would have come.
+    `on_read` with the source and shard before each read. fetch(job): a hint, called some steps
+    before. agree: returns the union of the members that the ranks have lost; called once a step
+    (and again if there are any) by every rank, from a thread other than the consumer's; None for
+    one rank. log: called with the reason if no batch has come for some seconds. An error of `make`
+    is raised in place of its batch.
     """
     maker = _BatchMaker(make, quarantine, agree)
     if not workers:
@@ -90,8 +90,8 @@ class _BatchMaker:
         self._agree: Agree = agree or (lambda lost: lost)
 
     def __call__(self, job: Any, batch: Any, on_read: OnRead) -> Any:
-        """Return the batch that all ranks agree on. made: the batch, if it was already made with an
-        earlier quarantine."""
+        """Return the batch that all ranks agree on. batch: one made with an earlier quarantine, if
+        there is one."""
         mine: frozenset[LostMember] = frozenset()
         while True:
             if batch is None or batch.quarantine - batch.lost != self.quarantine:
@@ -205,8 +205,7 @@ class _WorkerPool:
         return self._maker.shared or not self._closed.is_set()
 
     def _in_order(self) -> Iterator[_Task]:
-        """Yield the jobs as tasks; at any time as many are given to the workers as there are
-        workers."""
+        """Yield the jobs as tasks; each worker has one."""
         tasks: deque[_Task] = deque()
         while True:
             for job in islice(self._plan, self._workers - len(tasks)):

@@ -33,8 +33,8 @@ RESTORE = "restore it from a copy or build the dataset again"
 
 
 class Damaged(UserError):
-    """A part of a shard that can't be used: missing, truncated, or different from what was written.
-    The content proves it; storage that only fails to read raises other errors.
+    """A part of a shard that can't be used: missing, truncated, or with a wrong checksum. The
+    content proves it; storage that only fails to read raises other errors.
 
     split, shard: which shard; member: its key, or "" if the shard as a whole is damaged.
     """
@@ -179,7 +179,7 @@ class Shard:
     def _load(
         self, resident: Resident, memory: np.ndarray, starts: np.ndarray, length: int
     ) -> None:
-        """Load and verify the chunks of these windows into `kept`."""
+        """Load and verify the chunks of these windows into `memory`."""
         first = np.searchsorted(self._chunk_firsts, starts, side="right") - 1
         last = np.searchsorted(self._chunk_firsts, starts + (length - 1), side="right") - 1
         ready = resident.ready
@@ -257,9 +257,8 @@ class Shard:
             raise self._unusable(e, self.members[at].key) from e
 
     def _unusable(self, e: UserError, member: str = "") -> UserError:
-        """Return the error to raise for a storage error. Storage or a server that fails, or denies
-        access, says nothing about the bytes, so it isn't reported as damage: other windows must not
-        replace these."""
+        """Return the error to raise for a storage error. A failing or refusing storage proves no
+        damage of the bytes: other windows must not replace these."""
         if not isinstance(e, WrongFile):
             return e
         problem = f"member {member}: {e.problem}" if member else e.problem
@@ -274,14 +273,15 @@ class Shard:
         return self._ends[at]
 
     def learned(self, at: int) -> np.ndarray | None:
-        """Return which tokens of member `at` count in the loss: bool (tokens,); or None."""
+        """Return True for the tokens of member `at` that count in the loss, bool (tokens,); or
+        None."""
         if (member := self.members[at]).learned is None:
             return None
         raw = self._read_whole(at, member.learned, "learned tokens don't")
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=member.tokens) > 0
 
-    def _read_whole(self, at: int, doc: dict[str, Any], what_does_not: str) -> memoryview:
-        """Return a file of member `at`, verified. what_does_not: match, in words."""
+    def _read_whole(self, at: int, doc: dict[str, Any], mismatch: str) -> memoryview:
+        """Return a file of member `at`, verified. mismatch: the start of a message."""
         member, data = self.members[at], memoryview(bytearray(doc["size"]))
 
         def read() -> bool:
@@ -295,7 +295,7 @@ class Shard:
             raise self._unusable(e, member.key) from e
         if not good:
             where = _path(self._store, doc["file"]) if "file" in doc else self.where
-            problem = f"member {member.key} is damaged: its {what_does_not} match their checksum"
+            problem = f"member {member.key} is damaged: its {mismatch} match their checksum"
             raise self._damaged(where, problem, RESTORE, member.key)
         return data
 

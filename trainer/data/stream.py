@@ -5,7 +5,7 @@ use tensors.
 
 Invariant: micro-batch j of a step holds its windows [j * micro_batch, (j + 1) * micro_batch) and is
 the same tensor at any world size; rank r of W gets the r-th of W contiguous runs of them. The
-position in the data is the step that the consumer has taken, never what was prefetched
+position in the data is the step that the consumer has taken, never a prefetched one
 (forescale.data.pipeline).
 """
 
@@ -66,7 +66,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step whose windows are those of [g0, g1) that are not skipped."""
+    """One rank's part of a step: the samples of [g0, g1) without skipped ones."""
 
     step: int
     g0: int
@@ -74,7 +74,7 @@ class Batch:
     micro: list[MicroBatch]
     shares: dict[str, int]  # targets of the whole step, over all ranks, by source
     window_hash: int  # sum mod 2^64 over this rank's windows; the ranks' sum is the step's
-    lost: frozenset[LostMember]  # members that this rank found damaged while reading this batch
+    lost: frozenset[LostMember]  # damaged members that this rank met while reading this batch
     quarantine: frozenset[LostMember]  # members treated as damaged on all ranks from this step on
 
     @property
@@ -149,7 +149,7 @@ def stream(
     workers, agree, log: see `prefetched`. quarantine: members that are known to be damaged. Errors
     of reading are raised here, at the step that they belong to. Closing the generator ends the
     workers. pin: give pinned tensors, for a GPU. length: targets of a row by step, into which
-    windows are cut; None: a row is a window. windows: by step; None: always those of `share`.
+    windows are cut; None: a row is a window. windows: number by step; None: always that of `share`.
     """
 
     def plan() -> Iterator[_Planned]:

@@ -64,7 +64,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text, as it would stand in a document."""
+    """Return the ids of a text in a document."""
     # As in training, the text "<|endoftext|>" in a document is not a special token.
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids
@@ -110,7 +110,7 @@ class Vocabulary:
 def vocabulary_of(raw: bytes, where: str, end: str | None = None) -> Vocabulary:
     """Return the Vocabulary of a tokenizer.json.
 
-    where: the name it was given by; if that is a Hugging Face directory, its config may name the
+    where: the user's name for it; if that is a Hugging Face directory, its config may name the
     end-of-text token. Raises UserError if it isn't a tokenizer.json, has no such token, or its
     tokens have no fixed number of bytes.
     """

@@ -1,8 +1,10 @@
 """Inputs of a build at a server: list the files, and open each as a stream.
 
+fsspec's http client could list folders too, but knows neither ~/.netrc nor retries, and would put
+the secrets of an address into the names that it returns.
+
 Invariant: a list is sorted and holds every file of a folder or glob once, or an error is raised; a
-stream gives the bytes of one version of its file, or raises. Both retry after server errors like
-datasets do.
+stream gives the bytes of one version of its file, or raises. Both retry after server errors.
 """
 
 import io

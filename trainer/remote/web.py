@@ -1,7 +1,8 @@
 """Files behind http and https: ranges read with requests, every answer checked before use.
 
 requests is used instead of fsspec's http client: if a server ignores ranges, that client takes the
-head of the file for the range; it never retries; and it waits five minutes for a server that hangs.
+head of the file for the range; it never compares Content-Range or ETag, never retries, and waits
+five minutes for a server that hangs.
 
 Invariant: a byte is returned only if status and Content-Range confirm that it is the requested
 byte, in a file of the size and version known so far.

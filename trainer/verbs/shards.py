@@ -1,4 +1,4 @@
-"""`forescale shards`: build a dataset from text, with a report of what was left out.
+"""`forescale shards`: build a dataset from text, with a report of all skipped text.
 
 Corpora that are tokenised already are indexed in place; `forescale shards show` displays the
 contents of a dataset.

@@ -1,8 +1,8 @@
 """Random draws of a window: a pure function of the seed and the window's number.
 
-Invariant: they are made of the bits of Philox (Salmon et al. 2011), whose key is (seed, number).
-numpy promises that these bits never change, which it doesn't of the methods of Generator; so every
-world size, micro-batch, resume point and version of numpy draws the same.
+Invariant: they come from the bits of Philox (Salmon et al. 2011) with the key (seed, number). numpy
+promises that these bits never change (unlike the methods of Generator), so every world size,
+micro-batch, resume point and version of numpy draws the same.
 """
 
 import numpy as np
@@ -24,5 +24,5 @@ class Draws:
         return (self._bits.random_raw(count) % np.uint64(limit)).astype(np.int64)
 
     def chosen(self, size: int, count: int) -> np.ndarray:
-        """Return `count` different ones of the numbers 0 to size - 1, in random order, int64."""
+        """Return `count` different numbers from 0 to size - 1, in random order, int64."""
         return np.argsort(self._bits.random_raw(size), kind="stable")[:count]

@@ -1,7 +1,7 @@
 """Masked tokens: the objective of an encoder, which sees the tokens on both sides of its targets.
 
 Invariant: the mask of a window is a pure function of the seed, the window's number and its length;
-the number of its targets depends on its length alone.
+the number of its targets depends on the length alone.
 """
 
 import numpy as np
@@ -14,15 +14,15 @@ class MaskedTokens:
     """BERT's masks (Devlin et al. 2019, arXiv 1810.04805, section 3.1).
 
     A window of L + 1 tokens gives L inputs, all but its last token. So every token but a shard's
-    last is an input exactly once an epoch. Of these, round(rate * L), but at least one, are
-    targets. In the inputs a share `hidden` of the targets is replaced by the mask token, a share
-    `random` by a token drawn from the whole vocabulary, and the rest stays. BERT masks no special
-    token; here the ends of documents are tokens as others.
+    last is an input exactly once an epoch. round(rate * L) of them, at least one, are targets. In
+    the inputs a share `hidden` of the targets is replaced by the mask token, a share `random` by a
+    token drawn from the whole vocabulary, and the rest is unchanged. BERT masks no special token;
+    here end-of-text tokens are masked like others.
 
-    The mask token is the first id beyond the vocabulary, vocab_size: no text has it, whatever the
-    tokenizer, so also one of bytes; a tokenizer's own mask token, if any, is not used. The model
-    needs that id, so it is built with vocab_size + 1. Each epoch has
-    new masks of the same text ("dynamic", Liu et al. 2019, arXiv 1907.11692, section 4.1).
+    The mask token is the first id beyond the vocabulary, vocab_size, which occurs in no text,
+    whatever the tokenizer; a mask token of the tokenizer is not used. So the model is built with
+    vocab_size + 1. Each epoch masks the same text anew ("dynamic", Liu et al. 2019, arXiv
+    1907.11692, section 4.1).
     """
 
     extra_ids = 1

@@ -18,21 +18,21 @@ class Pairs:
     """A document is source, separator, target, and the token that ends it; the model writes the
     target, to its end, after the source and the separator.
 
-    An encoder reads the source, from both sides; the decoder reads the separator and the target,
-    and predicts the token after each. (T5 begins with an id of padding instead of the separator.)
+    An encoder reads the source, in both directions; the decoder reads the separator and the target,
+    and predicts the token after each. (T5 begins with a padding id instead of the separator.)
     Without an encoder a decoder reads source, separator and target as one row.
 
     source at the end of columns [0, split)
     separator and target, less its last token, at the start of columns [split, columns)
 
-    A window is a pair (PairKind of data/bins.py): sizes are those of its tokens, cuts, (n, 1),
-    those of its source, 0 for a row of padding. The length of a window in the data order, which
-    num_targets takes, is that of separator and target.
+    A window is a pair (PairKind of data/bins.py): `sizes` count its tokens, `cuts`, (n, 1), the
+    tokens of its source, 0 for a row of padding. Its length in the data order, which num_targets
+    takes, is that of separator and target.
     """
 
     def __init__(self, sequence_length: int, separator: str, source: int | None = None):
-        """separator: as the config names it; source: the columns of a source, half of them if left
-        out. Raises ValueError if they leave no column for the target."""
+        """separator: as in the config; source: columns for the source, default half of them. Raises
+        ValueError if no column is left for the target."""
         self.columns, self.separator = sequence_length, separator
         self.split = sequence_length // 2 if source is None else source
         if not 0 < self.split < sequence_length:
@@ -61,10 +61,10 @@ class Pairs:
 
 
 def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
-    """Return the id of a separator: of an id, itself, and of a text, that of its one token; \\t and
-    \\n stand for a tab and the end of a line.
+    """Return the id of a separator, which is an id, or a text of one token; \\t and \\n stand for a
+    tab and a line end.
 
-    Raises UserError if the tokenizer has no such token, or documents end with it.
+    Raises UserError if the tokenizer has no such token, or if the token ends documents.
     """
     where, quoted = "objective.separator", shown_separator(separator)
     if separator.isdecimal():
@@ -88,20 +88,19 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
 
 
 def shown_separator(separator: str) -> str:
-    """Return a separator as a message shows it, in quotes: a tab, however it is named, as \\t."""
+    """Return a separator in quotes, for messages: a tab is always \\t."""
     return shortened(repr(_unescaped(separator)), _LONGEST)
 
 
 def _unescaped(separator: str) -> str:
-    """Return the text that a separator's name stands for."""
     for escape, character in _ESCAPES.items():
         separator = separator.replace(escape, character)
     return separator
 
 
 def _ids_of(tokenizer: Tokenizer, separator: str) -> list[int]:
-    """Return the tokens of a text, as it would stand in a document; of the name of a special token,
-    which no text has but a corpus of token ids may, that token."""
+    """Return the tokens of a text in a document; of the name of a special token, which occurs in no
+    text but may occur in a corpus of token ids, that token."""
     text = _unescaped(separator)
     for index, added in tokenizer.get_added_tokens_decoder().items():
         if added.content == text:

@@ -1,8 +1,8 @@
-"""Preferences: of two responses to a prompt the model learns to favour the chosen one, beside a
-reference that doesn't change (DPO, Rafailov et al. 2023, arXiv 2305.18290).
+"""Preferences: the model learns to prefer the chosen of two responses, compared with a fixed
+reference model (DPO, Rafailov et al. 2023, arXiv 2305.18290).
 
-Invariant: a window is a preference, and becomes two rows, the chosen conversation and after it the
-rejected one; nothing is drawn.
+Invariant: a window is a preference, and becomes two rows, the chosen conversation and then the
+rejected one; nothing is random.
 """
 
 import numpy as np
@@ -11,19 +11,18 @@ from forescale.data.objective import IGNORED
 
 
 class Preferences:
-    """Two rows a window, each [prompt | response], padded on the right, whose targets are the
-    tokens of the response and the one that ends it.
+    """Two rows a window, each [prompt | response], padded on the right. Targets are the tokens of
+    the response and the token that ends it.
 
-    A window has the tokens of both conversations, one after the other
-    (PreferenceKind of data/bins.py): at most 2 * (columns + 1). In the data order it has one
-    target, as the loss of a preference is one number, so that a step's loss is the mean over its
-    preferences. What the loss makes of the rows is in models/heads/preferences.py.
+    A window has the tokens of both conversations, one after the other (PreferenceKind of
+    data/bins.py): at most 2 * (columns + 1). In the data order it has one target: a step's loss is
+    the mean over its preferences. models/heads/preferences.py computes it from the rows.
     """
 
     rows = 2
 
     def __init__(self, sequence_length: int, beta: float):
-        """beta: how much a response's log-probability ratio to the reference counts."""
+        """beta: factor of the log-probability ratio to the reference."""
         self.columns, self.beta = sequence_length, beta
         self.window_length = 2 * sequence_length + 1
 

@@ -1,7 +1,7 @@
-"""The rest of a text: a row is [source | target], and the model continues what the source begins.
+"""Prefix language modelling: a row is [source | target], and the model continues the source.
 
-Invariant: which columns are source and target, and the number of targets, depend on the window's
-length alone; nothing is drawn.
+Invariant: the columns of source and target and the number of targets depend on the window's length
+alone; nothing is random.
 """
 
 import numpy as np
@@ -14,18 +14,18 @@ class Prefix:
     fixed cut.
 
     A window of L + 1 tokens gives L inputs, all but its last. The first round(share * L) of them
-    are the source, which an encoder reads from both sides. The decoder reads the others, and
-    predicts the token after each, of the window's last one too. So the row is that of the next
-    token, without the targets of the source; the decoder begins with the text's own token, where T5
-    begins with an id of padding and predicts that token too.
+    are the source, which an encoder reads in both directions. The decoder reads the others and
+    predicts the token after each. So the row is that of next-token prediction, without the targets
+    of the source; the decoder begins with a token of the text, where T5 begins with a padding id
+    and predicts that token too.
 
     source of round(share * inputs) tokens, at the end of columns [0, split)
     target of the other inputs, at the start of columns [split, L)
 
-    T5 cuts each text at a random place. Here all windows of a length are cut at one place, because
-    the number of targets must follow from the length; where in a document it lies is random
-    nevertheless, since windows don't begin with documents. Doubt: so the encoder learns sources of
-    one length only.
+    T5 cuts each text at a random place. Here all windows of a length are cut at the same place,
+    because the number of targets must follow from the length; its place in a document is random
+    nevertheless, since windows don't begin with documents. A limit of this choice: the encoder
+    learns sources of one length only.
     """
 
     def __init__(self, sequence_length: int, share: float = 0.5):
@@ -36,8 +36,8 @@ class Prefix:
         self.split = int(self._source(np.array(sequence_length)))
 
     def _source(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the source's part of so many inputs, at least one of each; less than two inputs
-        are all its own."""
+        """Return the source's share of `inputs`, at least one for source and target each; a single
+        input is the source."""
         inputs = np.asarray(inputs, np.int64)
         share = np.rint(self.share * inputs).astype(np.int64)
         return np.minimum(np.maximum(share, 1), np.maximum(inputs - 1, 0))

@@ -1,4 +1,4 @@
-"""Conversations: the model learns to write the responses, and reads all that stands before them.
+"""Conversations: the model learns to write the responses, given all earlier text.
 
 Invariant: a row is one conversation from its first token on, so that attention needs no mask of
 documents and a recurrence no reset; nothing is drawn.
@@ -10,12 +10,11 @@ from forescale.data.objective import NextToken
 
 
 class Responses(NextToken):
-    """Predict each next token of a response, and the one that ends it; all others are only read.
+    """Predict each next token of a response, and the token that ends it; other tokens are context.
 
-    A window is a conversation (ConversationKind of data/bins.py), padded on the right. The
-    length of a window in the data order, which num_targets takes, is that of its targets + 1.
-    `examples` returns all next tokens; who reads the table leaves out those that don't count
-    (ConversationKind.mark_ignored).
+    A window is a conversation (ConversationKind of data/bins.py), padded on the right. Its length
+    in the data order, which num_targets takes, is the number of its targets + 1. `examples` returns
+    all next tokens; ConversationKind.mark_ignored marks those that are no targets.
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:

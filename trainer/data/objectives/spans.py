@@ -1,8 +1,7 @@
-"""Span corruption: a row is [source | target], and the model writes what the source lacks.
+"""Span corruption: a row is [source | target], and the model writes the missing spans.
 
 Invariant: the spans of a window are a pure function of the seed, the window's number and its
-length; where source and target lie in the row, and the number of targets, depend on the window's
-length alone.
+length; the columns of source and target and the number of targets depend on the length alone.
 """
 
 import numpy as np
@@ -14,12 +13,12 @@ from forescale.data.objectives.draws import Draws
 class Spans:
     """T5's span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4).
 
-    Of a window's n tokens, round(rate * n) are noise, in round(noise / mean) spans; noise and the
-    rest are cut at random places into as many parts each, which take turns, the rest first
+    Of a window's n tokens, round(rate * n) are noise, in round(noise / mean) spans. Noise and the
+    rest are cut at random places into equally many parts, which alternate, the rest first
     (random_spans_noise_mask of T5's code). In the source each span is replaced by its sentinel, s0,
-    s1, ...; the target is s0 span0 s1 span1 ... of which the decoder predicts all but s0, which is
-    always first, and at last the next sentinel, which ends it. (T5 predicts s0 too, from an id of
-    padding, and ends both parts with its end-of-text token.)
+    s1, ...; the target is s0 span0 s1 span1 ... The decoder predicts all of it but s0, which always
+    comes first, and then the next sentinel as an end. (T5 predicts s0 too, from a padding id, and
+    ends both parts with its end-of-text token.)
 
     source of n - noise + spans tokens, at the end of columns [0, split)
     target of noise + spans tokens, at the start of columns [split, sequence_length)
@@ -52,7 +51,7 @@ class Spans:
         self.extra_ids = int(spans[0]) + 1
 
     def _counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the noise tokens and the spans of windows of so many tokens; 0 of less than 2."""
+        """Return the noise tokens and the spans of windows of these lengths; 0 below 2 tokens."""
         lengths = np.asarray(lengths, np.int64)
         noise = np.clip(np.rint(self.rate * lengths), 1, np.maximum(lengths - 1, 1))
         spans = np.maximum(np.rint(noise / self.mean), 1)
@@ -87,7 +86,7 @@ class Spans:
 
     def padding_mask(self, sizes: np.ndarray) -> np.ndarray | None:
         """Return (n, sequence_length), False before the source and beyond the target; None if all
-        windows are full: then all there is are columns without a target at the end."""
+        windows are full: then only columns without a target follow the target."""
         if (sizes > self.window_length).all():
             return None
         noise, spans = self._counts(sizes - 1)
@@ -97,7 +96,7 @@ class Spans:
 
 
 def _cut(draws: Draws, size: int, parts: int) -> np.ndarray:
-    """Return the lengths, all at least 1, of `parts` parts of `size` tokens; each way to cut is as
-    likely (random_segmentation of T5's code)."""
+    """Return the lengths, all at least 1, of `parts` parts of `size` tokens; all ways to cut are
+    equally likely (random_segmentation of T5's code)."""
     cuts = 1 + np.sort(draws.chosen(size - 1, parts - 1))
     return np.diff(np.concatenate([[0], cuts, [size]]))

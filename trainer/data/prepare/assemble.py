@@ -32,7 +32,7 @@ _ROWS = 1 << 12  # documents whose positions are converted to Python integers at
 
 
 class ShardPlan(NamedTuple):
-    """A shard to be made: its name, and the keys that bound what is gathered at a time."""
+    """A planned shard: its name, and the keys between which documents are gathered at a time."""
 
     name: str
     edges: list[int]

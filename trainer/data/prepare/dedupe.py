@@ -36,7 +36,7 @@ _RANGE = 1 << 20  # approximate documents per range
 
 
 def normalised(text: bytes) -> bytes:
-    """Return the text (valid UTF-8) as it is compared; see the head of this file."""
+    """Return the normalised text (valid UTF-8); see the head of this file."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.decode("utf-8")).encode("utf-8")
     if b"\r" in text:

@@ -1,7 +1,6 @@
-"""Summary of a build for people: totals, lengths, duplicates, what was left out, shares of inputs.
+"""Summary of a build for people: totals, lengths, duplicates, skipped text, shares of inputs.
 
-Invariant: everything printed here is stored in the manifest, so it can be printed again at any
-time.
+Invariant: all printed numbers are stored in the manifest, so they can be printed again later.
 """
 
 from collections.abc import Iterable, Sequence

@@ -65,8 +65,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """The documents that are kept, picklable: paths of hashes and ranges, and the bounds on
-    keys."""
+    """The selected documents, picklable: paths of hashes and ranges, and the bounds on keys."""
 
     hashes: Path
     ranges: Sequence[Path]
@@ -76,7 +75,7 @@ class Selection:
     def parts(
         self, source: DocumentSource, number: int, unit: Unit, report: ReadingReport
     ) -> Iterator[Part]:
-        """Yield a unit's documents that are kept, in order. Duplicates are added to the report.
+        """Yield a unit's selected documents, in order. Duplicates are added to the report.
 
         Raises ChangedError if a document isn't the one that was hashed.
         """
@@ -113,7 +112,7 @@ class Selection:
 
 
 def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
-    """Return the bounds for the documents kept by the files in ranges/.
+    """Return the bounds for the distinct documents in ranges/.
 
     validation: fraction of the documents to hold out; at least one is held out, the one with the
     lowest key. sampled: bytes of training text for the tokenizer's sample, 0 for none; both samples

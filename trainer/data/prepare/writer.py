@@ -41,8 +41,8 @@ class ShardWriter:
         member_tokens: int,
         has_learned: bool = False,
     ):
-        """dtype: of the stored ids; they are written little-endian. has_learned: with a column that
-        says of each token whether it counts in the loss."""
+        """dtype: of the stored ids, which are little-endian. has_learned: adds a column with a bit
+        for each token, 1 if it counts in the loss."""
         self._directory, self._name = directory, name
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._file = HashingFile(directory / f"{name}.tar")
@@ -59,7 +59,7 @@ class ShardWriter:
 
     def add(self, document: np.ndarray, learned: np.ndarray | None = None) -> None:
         """Append a document's ids including its end-of-text token, shape (tokens,), not empty.
-        learned: of the same shape, which of them count in the loss, if the shard has that."""
+        learned: bool of the same shape, for a shard that has this column."""
         while (room := len(self._member) - self._held) < len(document):
             self._put(document[:room], learned)
             self._flush()

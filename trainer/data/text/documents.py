@@ -1,8 +1,7 @@
 """Types for reading text: documents, units of work, the policy for faulty text, the report.
 
-Invariant: a Document's text is valid UTF-8 and not blank; everything that gives no document, or
-another text than its file holds, is listed in the ReadingReport with its reason. Nothing is left
-out silently.
+Invariant: a Document's text is valid UTF-8 and not blank; everything that gives no document, or a
+changed text, is listed in the ReadingReport with its reason. Nothing is left out silently.
 """
 
 import re
@@ -154,9 +153,9 @@ def decoded(
 ) -> Iterator[Document]:
     """Yield the document, or nothing, according to the policy. Raises UserError if that is `fail`.
 
-    A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair. Of
-    bytes, what is beyond the policy's limit by more than 3 bytes may be left out. convert: makes
-    the document's text from the decoded one.
+    A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair.
+    Bytes more than 3 beyond the policy's limit needn't be passed. convert: applied to the decoded
+    text.
     """
     is_cut = False
     if isinstance(text, bytes) and policy.is_long(len(text)):
@@ -225,8 +224,8 @@ def _replaced(text: bytes | str) -> bytes:
 
 
 def character_end(text: bytes, limit: int) -> int:
-    """Return the largest end of a character that is at most `limit`. In bytes that aren't UTF-8 it
-    is an end within 3 bytes of it."""
+    """Return the largest end of a character that is at most `limit`; in bytes that aren't UTF-8 an
+    end within 3 bytes of it."""
     end = min(limit, len(text))
     while max(0, limit - 3) < end < len(text) and text[end] & 0xC0 == 0x80:
         end -= 1

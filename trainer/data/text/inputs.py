@@ -80,7 +80,7 @@ def kind_of(name: str, suffixes: Sequence[str] = ()) -> str | None:
 
 
 def clean_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
-    """Return suffixes in lower case and with their dot. Raises UserError for what is none."""
+    """Return suffixes in lower case and with their dot. Raises UserError for an invalid one."""
     cleaned = tuple(f".{suffix.strip().lower().lstrip('.')}" for suffix in suffixes)
     for raw, suffix in zip(suffixes, cleaned, strict=True):
         if not re.fullmatch(r"(\.[\w+-]+)+", suffix):

@@ -56,11 +56,11 @@ def _pieces(page: str) -> Iterator[str]:
     yield page[at:]
 
 
-def _after(text: str, problem: str, start: int, endless: set[str]) -> int | None:
-    """Return where `what` ends, at or after `start`; None if it doesn't come any more."""
-    if problem in endless:
+def _after(text: str, part: str, start: int, endless: set[str]) -> int | None:
+    """Return the end of the next `part` from `start` on; None if there is none."""
+    if part in endless:
         return None
-    if (at := text.find(problem, start)) < 0:
-        endless.add(problem)
+    if (at := text.find(part, start)) < 0:
+        endless.add(part)
         return None
-    return at + len(problem)
+    return at + len(part)

@@ -5,9 +5,9 @@ truncated compressed file is never taken for a shorter one: the decoder must rea
 the format. (If a file of several members or frames is cut exactly between two, there is no such
 mark.)
 
-What is unpacked passes through in pieces of at most some 30 MB, and of one document no more is held
-than its policy asks for. Without a limit a document may be large, but not a hundred times as large
-as the file that it comes from: that is no text, but a file made to fill the memory.
+Unpacked data passes through in pieces of at most some 30 MB, and of one document no more is in
+memory than its policy needs. Without a limit a document may be large, but not a hundred times as
+large as its file: that is not text but an attempt to fill the memory.
 """
 
 import codecs
@@ -159,9 +159,10 @@ def stored_bytes(where: str) -> int:
 
 
 class Budget:
-    """How many bytes of one document, or of one line, are held in memory.
+    """The limit of one document, or of one line, in memory.
 
-    most: by its policy, None without a limit; large: so many in any case, unless most is less.
+    most: bytes by its policy, None without a limit; large: bytes that are always allowed, unless
+    `most` is less.
     """
 
     def __init__(self, name: str, where: str, most: int | None, large: int = _LARGE):
@@ -176,8 +177,8 @@ class Budget:
         return cls(name, where, most, _LARGE_LINE)
 
     def allows(self, size: int) -> bool:
-        """Return True if `size` bytes may be held. Raises UserError for more than honest text can
-        have in such a file."""
+        """Return True if `size` bytes may be held. Raises UserError for more than text can have in
+        such a file."""
         if self._most is not None and size > self._most:
             return False
         if size > self._large:
@@ -196,9 +197,8 @@ class Budget:
 
 
 def read_document(name: str, where: str, stream: BinaryIO, policy: Policy) -> bytes:
-    """Return the bytes of a document, to the end of the stream; beyond the policy's limit perhaps
-    not all, but some: then it is known to be long, and the rest is only verified. Raises
-    UserError."""
+    """Return the bytes of a document, to the end of the stream; beyond the policy's limit some may
+    be left out, which are only verified. Raises UserError."""
     budget, held, size = Budget(name, where, policy.max_document_bytes), [], 0
     while block := stream.read(_BLOCK):
         if budget.allows(size):
@@ -208,8 +208,8 @@ def read_document(name: str, where: str, stream: BinaryIO, policy: Policy) -> by
 
 
 def is_text(stream: io.BufferedReader) -> bool:
-    """Return True if a stream begins like text: valid UTF-8 without a zero byte. Nothing of it is
-    consumed."""
+    """Return True if a stream begins like text: valid UTF-8 without a zero byte. Consumes
+    nothing."""
     head = stream.peek(_SNIFFED)[:_SNIFFED]
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut

@@ -99,7 +99,7 @@ def read_plain(
     report: ReadingReport,
     policy: Policy,
 ) -> Iterator[Document]:
-    """Yield the document that a stream holds. kind: plain, html or bare, as of `inputs.kind_of`."""
+    """Yield the document of a stream. kind: plain, html or bare, from `inputs.kind_of`."""
     if kind == "bare" and not is_text(stream):
         while stream.read(_BLOCK):  # verify the rest: it may be compressed
             pass

@@ -1,4 +1,4 @@
-"""Make a dataset of corpora that are already tokenised: they are indexed, not copied.
+"""Build a dataset of corpora that are already tokenised: they are indexed, not copied.
 
     inputs -> files (kinds) -> documents assigned to splits, indexes (indexing)
 
@@ -72,7 +72,7 @@ def index_corpus(
     member_tokens: int = 1 << 20,
     progress: Progress = silent,
 ) -> Path:
-    """Make a dataset at `output` of the tokens in `inputs`, or find one there that was made from
+    """Build a dataset at `output` of the tokens in `inputs`, or find one there that was built from
     the same request.
 
     tokenizer: of the tokens, as accepted by `given_tokenizer`; end_of_text: its token that ends a

@@ -1,4 +1,4 @@
-"""Files of token ids made by other tools: which kind each is, and what it contains.
+"""Files of token ids of other tools: their kinds and contents.
 
     NAME.bin + NAME.idx     Megatron-LM and GPT-NeoX
     NAME.npy                ids in one row, or rows of equal length
