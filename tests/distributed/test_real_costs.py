@@ -179,7 +179,7 @@ def test_traffic_is_what_real_ranks_send(size):
         job = job_of(case, size)
         expected: dict[str, int] = {}
         for c in collectives(job, inventory(job), size):
-            if "stream" in c.what or "columns" in c.what:  # test_tensor.py, test_sequence.py
+            if "stream" in c.label or "columns" in c.label:  # test_tensor.py, test_sequence.py
                 continue
             name = f"{c.kind}/{c.ranks}"
             expected[name] = expected.get(name, 0) + c.payload

@@ -115,5 +115,5 @@ def test_the_plan_knows_what_divided_matrices_keep_and_send():
         masked = "documents" in case
         planned = activations(job.model, 2, size, 4, masked, fused_norms=False, tensor=2)
         assert bytes_kept == pytest.approx(planned.saved, rel=0.03), case
-        (planned,) = (c for c in collectives(job, inventory(job), 2) if "stream" in c.what)
+        (planned,) = (c for c in collectives(job, inventory(job), 2) if "stream" in c.label)
         assert (planned.payload, planned.calls) == (sent, calls), case

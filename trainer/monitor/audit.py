@@ -47,24 +47,26 @@ def size_of(directory: Path) -> int:
 
 def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
     """Check every byte against the table of files, then state.json and the fragments' coverage."""
-    found = Findings(faults=check_table(path, tick))
+    findings = Findings(faults=check_table(path, tick))
     try:
         checkpoint = Checkpoint(path)
         shapes, fragments = len(checkpoint.shapes), checkpoint.state["fragments"]
-        found.faults += [f"{path}: {fault}" for fault in coverage_faults(checkpoint.state)]
+        findings.faults += [f"{path}: {fault}" for fault in coverage_faults(checkpoint.state)]
         listed = read_table(path)
-        found.faults += [f"{path}: {f} is not in the table" for f in fragments if f not in listed]
+        findings.faults += [
+            f"{path}: {f} is not in the table" for f in fragments if f not in listed
+        ]
         position = checkpoint.position
     except UserError as e:
-        found.faults += [str(e)] if str(e) not in found.faults else []
+        findings.faults += [str(e)] if str(e) not in findings.faults else []
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        found.faults.append(f"{path}: state.json is not that of a checkpoint ({e!r})")
-    if not found.faults:
-        found.verified.append(
+        findings.faults.append(f"{path}: state.json is not that of a checkpoint ({e!r})")
+    if not findings.faults:
+        findings.verified.append(
             f"checkpoint {path.name}: step {position.step:,}, {shapes} parameters in "
             f"{len(fragments)} file{'s' * (len(fragments) != 1)}, each element once"
         )
-    return found
+    return findings
 
 
 def check_run(
@@ -79,52 +81,52 @@ def check_run(
     compared with the shards. trust: allow running an objective of the user's own that the run's
     config names.
     """
-    found = Findings()
-    job, identity = check_identity(found, run)
-    check_attempts(found, run)
+    findings = Findings()
+    job, identity = check_identity(findings, run)
+    check_attempts(findings, run)
     eligible: list[Position] = []
     for step in run.checkpoint_steps():
         path = run.checkpoint_path(step)
-        more = check_checkpoint(path, tick)
-        found.verified += more.verified
-        found.faults += more.faults
-        if more.faults:
+        of_checkpoint = check_checkpoint(path, tick)
+        findings.verified += of_checkpoint.verified
+        findings.faults += of_checkpoint.faults
+        if of_checkpoint.faults:
             continue
         checkpoint = Checkpoint(path)
-        check_logged(found, run, checkpoint)
+        check_logged(findings, run, checkpoint)
         if checkpoint.position.step != step:
-            found.faults.append(f"{path}: holds step {checkpoint.position.step:,}")
+            findings.faults.append(f"{path}: holds step {checkpoint.position.step:,}")
         elif run.is_eligible(checkpoint.attempt, step):
             eligible.append(checkpoint.position)
         else:
-            found.notes.append(f"{path}: not eligible, a later attempt started before this step")
-    found.notes += strangers(run)
-    rows = _check_rows(found, run, job, eligible)
-    if job and identity and rows and not found.faults:
-        _replay(found, job, identity, rows, _skipped(run), replayed, trust)
-    return found
+            findings.notes.append(f"{path}: not eligible, a later attempt started before this step")
+    findings.notes += strangers(run)
+    rows = _check_rows(findings, run, job, eligible)
+    if job and identity and rows and not findings.faults:
+        _replay(findings, job, identity, rows, _skipped(run), replayed, trust)
+    return findings
 
 
 def _replay(
-    found: Findings, job: TrainJob, identity: dict, rows: list, skipped, tick: Tick, trust: bool
+    findings: Findings, job: TrainJob, identity: dict, rows: list, skipped, tick: Tick, trust: bool
 ) -> None:
     """Compare the rows with the tokens in the shards."""
     try:
         feed = feed_of_run(job, identity, skipped, trust)
     except UserError as e:
-        found.notes.append(f"the tokens were not compared: {str(e).rstrip('.')}")
+        findings.notes.append(f"the tokens were not compared: {str(e).rstrip('.')}")
         return
-    found.notes += [f"{name}: {sentence}" for name, sentence in left_out(feed).items()]
+    findings.notes += [f"{name}: {sentence}" for name, sentence in left_out(feed).items()]
     try:
         faults = list(replay_faults(rows, feed, tick))
     except UserError as e:
         faults = [str(e)]
-    found.faults += faults
+    findings.faults += faults
     if not faults:
         first, last = rows[0]["g0"], rows[-1]["g1"]
-        passed = sum(min(b, last) - max(a, first) for a, b in skipped if a < last and b > first)
-        note = f", {passed:,} of them skipped" if passed else ""
-        found.verified.append(
+        lost = sum(min(b, last) - max(a, first) for a, b in skipped if a < last and b > first)
+        note = f", {lost:,} of them skipped" if lost else ""
+        findings.verified.append(
             f"samples {first:,} to {last:,}{note}: each step's tokens are those in the shards"
         )
 
@@ -139,7 +141,7 @@ def _skipped(run: Run) -> list[tuple[int, int]]:
 
 
 def _check_rows(
-    found: Findings, run: Run, job: TrainJob | None, eligible: list[Position]
+    findings: Findings, run: Run, job: TrainJob | None, eligible: list[Position]
 ) -> list[dict[str, Any]]:
     """Check the train rows and return them; none if they can't be read."""
     rows: list[dict[str, Any]] = []
@@ -150,12 +152,12 @@ def _check_rows(
         faults += _disagreements(rows, eligible)
         steps = f"steps {rows[0]['step']:,} to {rows[-1]['step']:,}" if rows else "none"
     except (AttributeError, KeyError, TypeError) as e:
-        found.faults.append(f"{run.metrics}: a row lacks a field ({e!r})")
+        findings.faults.append(f"{run.metrics}: a row lacks a field ({e!r})")
     except UserError as e:
-        found.faults.append(str(e))
+        findings.faults.append(str(e))
     else:
-        found.faults += [f"{run.metrics}: {fault}" for fault in faults]
-        found.verified.append(f"{run.metrics.name}: {len(rows):,} train rows, {steps}")
+        findings.faults += [f"{run.metrics}: {fault}" for fault in faults]
+        findings.verified.append(f"{run.metrics.name}: {len(rows):,} train rows, {steps}")
     return rows
 
 
@@ -236,17 +238,17 @@ def feed_of_run(
     if isinstance(job.objective, OwnObjectiveConfig) and not trust:
         problem = f"names code to run, {job.objective.target}"
         raise UserError("objective._target_", problem, "give trust=true if you trust the run")
-    found = {}
+    datasets = {}
     for name, stored in identity["dataset"]["sources"].items():
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
             problem = f"the dataset {name} is not at {path} any more"
             raise UserError("run.json", problem, "restore it there to compare its tokens")
-        found[name] = open_dataset(path, job.data)
-        if found[name].identity != stored["identity"]:
+        datasets[name] = open_dataset(path, job.data)
+        if datasets[name].identity != stored["identity"]:
             problem = f"is not the dataset any more on which the run was trained as {name}"
             raise UserError(path, problem, "restore that dataset")
-    return feed_of(job, Sources(found), skipped)
+    return feed_of(job, Sources(datasets), skipped)
 
 
 def replay_faults(
@@ -261,7 +263,7 @@ def replay_faults(
     def compare(row: Row) -> tuple[str, str] | None:
         samples = samples_of(row, feed)
         lost = frozenset(LostMember(*member) for member in row.get("quarantined", ()))
-        found = feed.read(samples, lost)
+        windows = feed.read(samples, lost)
         shares = dict(zip(feed.names, feed.targets(samples).tolist(), strict=True))
         where = f"step {row['step']:,}"
         if shares != row["shares"]:
@@ -269,9 +271,9 @@ def replay_faults(
                 "shares",
                 f"{where} has {row['shares']} targets in its row, {shares} in its samples",
             )
-        if found.hash != row["tokens_hash"]:
+        if windows.hash != row["tokens_hash"]:
             return "hash", f"{where} was trained on other tokens than the shards hold now"
-        if unknown := found.lost:
+        if unknown := windows.lost:
             return "lost", f"{where} read {sorted(unknown)[0]}, which is damaged now"
         return None
 
@@ -288,5 +290,5 @@ def replay_faults(
 def samples_of(row: Row, feed: Feed) -> list[Interval]:
     """Return the samples of a row's step: [g0, g1) without the skipped intervals."""
     width = row["g1"] - row["g0"]
-    passed = sum(max(0, min(b, row["g1"]) - max(a, row["g0"])) for a, b in feed.skipped)
-    return feed.step(row["g0"], width - passed)
+    skipped = sum(max(0, min(b, row["g1"]) - max(a, row["g0"])) for a, b in feed.skipped)
+    return feed.step(row["g0"], width - skipped)

@@ -37,8 +37,8 @@ def needs_ascii(encoding: str, terminal: str) -> bool:
 def losses_of(path: Path) -> list[tuple[int, float]]:
     """Return steps and finite losses of a file of rows: all, or some at even distances. Raises
     UserError for a damaged row among those that are read."""
-    found = {row["step"]: row.get("loss", math.nan) for row in _some_rows(path)}
-    return [(step, found[step]) for step in sorted(found) if math.isfinite(found[step])]
+    losses = {row["step"]: row.get("loss", math.nan) for row in _some_rows(path)}
+    return [(step, losses[step]) for step in sorted(losses) if math.isfinite(losses[step])]
 
 
 def _some_rows(path: Path) -> Iterator[Row]:
@@ -75,9 +75,9 @@ def lines(
     numbers = [""] * height
     numbers[0], numbers[-1] = f"{high:.4g}", f"{low:.4g}"
     edge = "|" if in_ascii else "│"
-    made = [f"{n:>{left - 1}} {edge}{row}".rstrip() for n, row in zip(numbers, drawn, strict=True)]
+    rows = [f"{n:>{left - 1}} {edge}{row}".rstrip() for n, row in zip(numbers, drawn, strict=True)]
     end = f"step {last:,}"
-    return [*made, f"{'loss':>{left - 1}}  0{end:>{len(drawn[0]) - 1}}"]
+    return [*rows, f"{'loss':>{left - 1}}  0{end:>{len(drawn[0]) - 1}}"]
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -100,12 +100,12 @@ def _heights(
         column: min(high, max(low, median(losses))) for column, losses in sorted(inside.items())
     }
     scale = (levels - 1) / (high - low) if high > low else 0.0
-    found = {column: round((loss - low) * scale) for column, loss in known.items()}
+    levels_of = {column: round((loss - low) * scale) for column, loss in known.items()}
     for (begin, first), (end, second) in pairwise(known.items()):
         for between in range(begin + 1, end):
             value = first + (second - first) * (between - begin) / (end - begin)
-            found[between] = round((value - low) * scale)
-    return found
+            levels_of[between] = round((value - low) * scale)
+    return levels_of
 
 
 def _braille(heights: dict[int, int], height: int) -> list[str]:

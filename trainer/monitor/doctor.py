@@ -45,8 +45,8 @@ def examine(root: Path, data: CorpusConfig) -> Iterator[Finding]:
     """Yield all findings, in the order of a fresh installation. root: where runs will be stored;
     data: what they will train on."""
     yield python()
-    for package, wanted in SUPPORTED.items():
-        yield package_version(package, wanted)
+    for package, supported in SUPPORTED.items():
+        yield package_version(package, supported)
     if importlib.util.find_spec("torch"):
         yield graphics()
         yield compiler()
@@ -68,18 +68,18 @@ def python() -> Finding:
     return Finding("ok", "python", text)
 
 
-def package_version(package: str, wanted: str) -> Finding:
+def package_version(package: str, supported: str) -> Finding:
     """Check that a package is installed in a supported version."""
     from packaging.specifiers import SpecifierSet
 
-    fix = f"pip install '{package}{wanted}'"
+    fix = f"pip install '{package}{supported}'"
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return Finding("fault", package, "not installed", fix)
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        return Finding("fault", package, f"{version}, not {wanted}", fix)
-    return Finding("ok", package, f"{version} (supported: {wanted})")
+    if not SpecifierSet(supported).contains(version, prereleases=True):
+        return Finding("fault", package, f"{version}, not {supported}", fix)
+    return Finding("ok", package, f"{version} (supported: {supported})")
 
 
 def graphics() -> Finding:
@@ -121,8 +121,8 @@ def ninja() -> Finding:
 
 def extensions_directory() -> Path:
     """Return where torch and DeepSpeed build their extensions."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given or "~/.cache/torch_extensions").expanduser()
+    directory = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(directory or "~/.cache/torch_extensions").expanduser()
 
 
 def build_lock(root: Path) -> Finding:

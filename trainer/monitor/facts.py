@@ -34,15 +34,15 @@ def facts(
     rank of it began. A run that can't be read has the state "unreadable", and the reason as
     `error`."""
     run, status.job_runs = status.run, job is not None and not job.is_waiting
-    found: dict[str, Any] = {"name": run.name, "path": str(run.path)}
+    values: dict[str, Any] = {"name": run.name, "path": str(run.path)}
     try:
-        found |= _facts(status, job)
+        values |= _facts(status, job)
         if end is not None and status.state != "complete":
             ended = {"id": end.submission.job, "state": end.state, "nodes": "", "exit": end.code}
-            found |= {"state": "crashed", "job": ended}
+            values |= {"state": "crashed", "job": ended}
     except UserError as e:
-        found |= {"state": "unreadable", "error": str(e)}
-    return {key: _finite(found.get(key)) for key in KEYS}
+        values |= {"state": "unreadable", "error": str(e)}
+    return {key: _finite(values.get(key)) for key in KEYS}
 
 
 def _facts(s: Status, job: "Job | None") -> dict[str, Any]:

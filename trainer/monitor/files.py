@@ -29,23 +29,23 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def check_identity(found: Findings, run: Run) -> tuple[TrainJob | None, dict[str, Any] | None]:
+def check_identity(findings: Findings, run: Run) -> tuple[TrainJob | None, dict[str, Any] | None]:
     """Check config.yaml, run.json and tokenizer.json; return the job and the content of run.json,
     each None if it is damaged."""
-    job = _read(found, run.config, _thawed, frozen.has_checksum)
-    identity = _read(found, run.identity, read_json, has_checksum)
+    job = _read(findings, run.config, _thawed, frozen.has_checksum)
+    identity = _read(findings, run.identity, read_json, has_checksum)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
-        found.faults.append(f"{run.identity}: has no section dataset")
+        findings.faults.append(f"{run.identity}: has no section dataset")
     for path in (run.imported, run.averaged, run.chat, run.references):
         if path.exists():
-            _read(found, path, read_json, has_checksum)
+            _read(findings, path, read_json, has_checksum)
     needs_reference = job is not None and job.objective.are_preferences and run.checkpoint_steps()
     if needs_reference and not run.references.is_file():
-        found.faults.append(f"{run.references}: missing")
+        findings.faults.append(f"{run.references}: missing")
     if not run.tokenizer.is_file():
-        found.faults.append(f"{run.tokenizer}: missing")
+        findings.faults.append(f"{run.tokenizer}: missing")
     elif identity is not None:
-        _read(found, run.tokenizer, lambda path: run.verified_tokenizer())
+        _read(findings, run.tokenizer, lambda path: run.verified_tokenizer())
     return job, identity
 
 
@@ -54,7 +54,7 @@ def _thawed(path: Path) -> TrainJob:
 
 
 def _read(
-    found: Findings,
+    findings: Findings,
     path: Path,
     read: Callable[[Path], Any],
     checked: Callable[[Path], bool] = lambda path: True,
@@ -62,41 +62,43 @@ def _read(
     try:
         value, whole = read(path), checked(path)
     except UserError as e:
-        found.faults.append(str(e))
+        findings.faults.append(str(e))
         return None
     if whole:
-        found.verified.append(f"{path.name}: as it was written")
+        findings.verified.append(f"{path.name}: as it was written")
     else:
-        found.notes.append(f"{path}: readable, but without a checksum: of an earlier version")
+        findings.notes.append(f"{path}: readable, but without a checksum: of an earlier version")
     return value
 
 
-def check_attempts(found: Findings, run: Run) -> None:
+def check_attempts(findings: Findings, run: Run) -> None:
     """Check the files of each attempt; their rows only one by one (see `check_logged`)."""
     attempts, history, rows = run.attempts(), run.begun(), 0
-    before = len(found.faults)
+    before = len(findings.faults)
     last = attempts[-1].number if attempts else 0
     for number in sorted(set(range(1, last)) - {a.number for a in attempts}):
-        found.faults.append(f"{run.path / 'attempts' / f'{number:04d}'}: missing")
+        findings.faults.append(f"{run.path / 'attempts' / f'{number:04d}'}: missing")
     for attempt in attempts:
-        own = Findings()
+        of_attempt = Findings()
         for name in (attempt.parent_path, attempt.path / LAUNCH):
             if name.exists():
-                _read(own, name, read_json, has_checksum)
-        found.faults += own.faults
-        found.notes += own.notes
+                _read(of_attempt, name, read_json, has_checksum)
+        findings.faults += of_attempt.faults
+        findings.notes += of_attempt.notes
         try:
             rows += sum(1 for _ in each_row(attempt.events.path))
             if attempt != history:  # whose rows are compared with the shards
                 rows += sum(1 for _ in _train_rows(attempt))
         except UserError as e:
-            found.faults.append(str(e))
+            findings.faults.append(str(e))
         except (KeyError, TypeError) as e:
-            found.faults.append(f"{attempt.metrics.path}: a row lacks a field ({e!r})")
-    if attempts and len(found.faults) == before:
+            findings.faults.append(f"{attempt.metrics.path}: a row lacks a field ({e!r})")
+    if attempts and len(findings.faults) == before:
         problem = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
-        found.verified.append(f"{problem}: parents, launches and {rows:,} other rows, as written")
-        found.notes += [line.rstrip(".") for line in promises(run)]
+        findings.verified.append(
+            f"{problem}: parents, launches and {rows:,} other rows, as written"
+        )
+        findings.notes += [line.rstrip(".") for line in promises(run)]
 
 
 def _train_rows(attempt: Attempt) -> Iterator[int]:
@@ -115,7 +117,7 @@ def _train_rows(attempt: Attempt) -> Iterator[int]:
         raise UserError(str(attempt.parent_path), "missing", "restore the file from a copy")
 
 
-def check_logged(found: Findings, run: Run, checkpoint: Checkpoint) -> None:
+def check_logged(findings: Findings, run: Run, checkpoint: Checkpoint) -> None:
     """Compare the files of rows with what a checkpoint says of them: their beginning is as it was
     when it was saved."""
     folder = run.path / "attempts" / f"{checkpoint.attempt:04d}"
@@ -123,30 +125,32 @@ def check_logged(found: Findings, run: Run, checkpoint: Checkpoint) -> None:
         entry = FileEntry(**stored)
         path = folder / name
         if not path.exists():
-            found.faults.append(f"{path}: missing")
+            findings.faults.append(f"{path}: missing")
         elif hash_file(path, size=entry.size) != entry:
             at = f"{checkpoint.path.name} was saved"
-            found.faults.append(f"{path}: its first {entry.size:,} bytes were changed since {at}")
+            findings.faults.append(
+                f"{path}: its first {entry.size:,} bytes were changed since {at}"
+            )
 
 
 def promises(run: Run) -> list[str]:
     """Return what the newest attempt promises of its bits, and where the run wasn't bit-exact, a
     sentence each; none of a run that has not begun, or of an earlier version."""
-    found = [row["what"] for row in run.read_events(kind="exactness")][-1:]
+    notes = [row["what"] for row in run.read_events(kind="exactness")][-1:]
     for row in run.read_events(kind="numerics_changed"):
         where = f"from step {row['step']:,}" if "step" in row else "from a resumption"
-        found.append(f"Not bit-exact {where}: {row['key']} was {row['old']}, then {row['new']}.")
-    return found
+        notes.append(f"Not bit-exact {where}: {row['key']} was {row['old']}, then {row['new']}.")
+    return notes
 
 
 def strangers(run: Run) -> list[str]:
     """Return what lies between the checkpoints and is none, a sentence each."""
     known = {run.checkpoint_path(step).name for step in run.checkpoint_steps()}
     known |= {f"{name}.pin" for name in known}
-    found = []
+    sentences = []
     for path in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []:
         if path.name.startswith("."):
-            found.append(f"{path}: left by an interrupted save; forescale prune removes it")
+            sentences.append(f"{path}: left by an interrupted save; forescale prune removes it")
         elif path.name not in known:
-            found.append(f"{path}: not the name of a checkpoint, so nothing uses it")
-    return found
+            sentences.append(f"{path}: not the name of a checkpoint, so nothing uses it")
+    return sentences

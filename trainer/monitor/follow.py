@@ -45,25 +45,25 @@ class Follower:
     def update(self) -> Self:
         """Read what was added since the last call. Raises UserError for a damaged row."""
         try:
-            found = self.path.stat()
+            stat = self.path.stat()
         except FileNotFoundError:
             self._forget()
             self._seen = ()
             return self
-        seen = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-        if seen != self._seen:
+        stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if stamp != self._seen:
             self._seen = ()  # if a row is damaged, look again next time
             with naming(self.path), open(self.path, "rb") as f:
-                if not self._goes_on(seen, f):
+                if not self._goes_on(stamp, f):
                     self._forget()
-                    self._offset, self._file = self._begin(f), seen[:2]
+                    self._offset, self._file = self._begin(f), stamp[:2]
                 self._read(f)
-            self._seen = seen
+            self._seen = stamp
         return self
 
-    def _goes_on(self, seen: tuple[int, ...], f: IO[bytes]) -> bool:
+    def _goes_on(self, stamp: tuple[int, ...], f: IO[bytes]) -> bool:
         """Return True if the file is the one that was read before, and has only grown."""
-        if seen[:2] != self._file or seen[2] <= self._offset:
+        if stamp[:2] != self._file or stamp[2] <= self._offset:
             return False
         f.seek(self._offset - len(self._last))
         return f.read(len(self._last)) == self._last
@@ -93,10 +93,10 @@ class Follower:
                 except (ValueError, RecursionError) as e:
                     raise damaged(f"{self.path}, line {self._number(line):,}", e) from None
 
-    def _number(self, wanted: bytes) -> int:
+    def _number(self, lines: bytes) -> int:
         """Return the number of the first line with this content, from 1."""
         with open(self.path, "rb") as f:
-            return next((n for n, line in enumerate(f, 1) if line[:-1] == wanted), 0)
+            return next((n for n, line in enumerate(f, 1) if line[:-1] == lines), 0)
 
 
 def lines_of(kind: bytes, lines: list[bytes]) -> Iterator[bytes]:

@@ -44,7 +44,7 @@ _START = ("startup", "recovery")
 class Launch:
     """One start of the ranks, until their end. Times in seconds since the epoch.
 
-    made: the steps that each of its attempts made itself; lost: those of them that were not kept;
+    steps: those of each of its attempts; lost: those of them that were not kept;
     after: seconds by phase after the last row, if it ended well; eligible: since when it could have
     started, if it was in a queue.
     """
@@ -56,14 +56,14 @@ class Launch:
     code: int | None  # None: no launcher recorded the end
     how: str = ""
     eligible: float | None = None
-    made: list[Steps] = field(default_factory=list)
+    steps: list[Steps] = field(default_factory=list)
     lost: list[Steps] = field(default_factory=list)
     after: dict[str, float] = field(default_factory=dict)
 
     @property
     def recorded(self) -> float:
         """Seconds that its rows and its end account for."""
-        return sum(steps.total for steps in self.made) + sum(self.after.values())
+        return sum(steps.total for steps in self.steps) + sum(self.after.values())
 
     @property
     def head(self) -> float:
@@ -109,18 +109,18 @@ class Goodput:
     @cached_property
     def launches(self) -> list[Launch]:
         """All launches, oldest first."""
-        found: list[Launch] = []
+        launches: list[Launch] = []
         for attempt in self.run.attempts():
             parent = attempt.parent
-            if found and parent is not None and parent.rolled_back_from is not None:
-                self._prolong(found[-1], attempt)
+            if launches and parent is not None and parent.rolled_back_from is not None:
+                self._prolong(launches[-1], attempt)
             elif launch := self._launch(attempt):
-                found.append(launch)
-        for launch in found:
+                launches.append(launch)
+        for launch in launches:
             launch.ended = max(launch.ended, launch.begun + launch.recorded)
-        if found and self.running and found[-1].code is None:
-            found[-1].code = DONE  # so far
-        return found
+        if launches and self.running and launches[-1].code is None:
+            launches[-1].code = DONE  # so far
+        return launches
 
     def _launch(self, attempt: Attempt) -> Launch | None:
         """Return the launch that an attempt began; None if its directory was never used."""
@@ -129,15 +129,15 @@ class Goodput:
         began = main[0].began if main else None
         begun = record.get("begun", began)
         ended, code = record.get("ended"), record.get("code")
-        made = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
-        made.eligible = record.get("slurm", {}).get("eligible")
-        self._prolong(made, attempt)
+        launch = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
+        launch.eligible = record.get("slurm", {}).get("eligible")
+        self._prolong(launch, attempt)
         if begun is None:  # neither launcher nor heartbeats: count back from the last row
             path = attempt.metrics.path
-            if not made.made or not path.exists():
+            if not launch.steps or not path.exists():
                 return None
-            made.begun = path.stat().st_mtime - made.recorded
-        return made
+            launch.begun = path.stat().st_mtime - launch.recorded
+        return launch
 
     def _prolong(self, launch: Launch, attempt: Attempt) -> None:
         """Add an attempt to its launch."""
@@ -149,8 +149,8 @@ class Goodput:
                 launch.after[phase] = launch.after.get(phase, 0.0) + seconds
             if launch.code is None and event["reason"] in ("complete", "interrupted"):
                 launch.code = DONE if event["reason"] == "complete" else INTERRUPTED
-        if (own := self._memory.own(attempt, self.run)).count:
-            launch.made.append(own)
+        if (steps := self._memory.steps_of(attempt, self.run)).count:
+            launch.steps.append(steps)
             launch.lost.append(self._memory.lost(attempt, self.run))
         if not launch_of(launch.attempts[0].path).get("ended"):
             launch.ended = max([launch.ended, *_signs(launch, attempt, events)])
@@ -158,13 +158,13 @@ class Goodput:
     @cached_property
     def counted(self) -> list[Launch]:
         """The launches without those that found the run complete, and did nothing."""
-        found: list[Launch] = []
+        launches: list[Launch] = []
         for launch in self.launches:
-            was_done = any(earlier.code == DONE for earlier in found)
+            was_done = any(earlier.code == DONE for earlier in launches)
             did_nothing = not launch.recorded and launch.code in (None, DONE, INTERRUPTED, USER)
             if not (was_done and did_nothing):
-                found.append(launch)
-        return found
+                launches.append(launch)
+        return launches
 
     @cached_property
     def buckets(self) -> dict[str, float]:
@@ -182,8 +182,8 @@ class Goodput:
         return {k: sums[k] for k in (*BUCKETS, *sorted(sums.keys() - BUCKETS)) if sums[k]}
 
     def _spent(self, launch: Launch, start: str) -> Iterable[tuple[str, float]]:
-        for made, lost in zip(launch.made, launch.lost, strict=True):
-            for phase, seconds in made.seconds.items():
+        for done, lost in zip(launch.steps, launch.lost, strict=True):
+            for phase, seconds in done.seconds.items():
                 bucket = start if phase == "startup" else phase
                 gone = 0.0 if bucket in _START else lost.seconds.get(phase, 0.0)
                 yield bucket, seconds - gone
@@ -192,7 +192,7 @@ class Goodput:
             yield (start if phase == "startup" else phase), seconds
         rest = launch.ended - launch.begun - launch.recorded
         # Its last row was written when all the recorded time had passed on rank 0.
-        tail = (rest - min(launch.head, rest) if launch.made else rest) if launch.failed else 0.0
+        tail = (rest - min(launch.head, rest) if launch.steps else rest) if launch.failed else 0.0
         yield start, rest - tail
         yield "lost", tail
 
@@ -238,20 +238,23 @@ class Goodput:
 
         A launch that failed before its first step says nothing of how often training fails.
         """
-        trained = [launch for launch in self.counted if launch.made]
+        trained = [launch for launch in self.counted if launch.steps]
         failures = sum(launch.failed and launch.code != USER for launch in trained)
-        made = [steps for launch in self.launches for steps in launch.made]
+        steps_of = [steps for launch in self.launches for steps in launch.steps]
         by_phase: dict[str, float] = defaultdict(float)
-        for seconds_of in [*(steps.seconds for steps in made), *(x.after for x in self.launches)]:
+        for seconds_of in [
+            *(steps.seconds for steps in steps_of),
+            *(x.after for x in self.launches),
+        ]:
             for phase, spent in seconds_of.items():
                 by_phase[phase] += spent
         stall = by_phase["checkpoint"] / max(1, self._saves())
         if not stall or not failures:
             return None
         mtbf = sum(launch.ended - launch.begun for launch in trained) / failures
-        step = (by_phase["compute"] + by_phase["data"]) / sum(steps.count for steps in made)
+        step = (by_phase["compute"] + by_phase["data"]) / sum(steps.count for steps in steps_of)
         last = trained[-1]
-        restart = last.head + last.made[0].first.get("startup", 0.0)
+        restart = last.head + last.steps[0].first.get("startup", 0.0)
         seconds = optimal_interval(stall, mtbf)
         return SaveInterval(
             seconds=seconds,

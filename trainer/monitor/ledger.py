@@ -32,26 +32,26 @@ class Steps:
         """Seconds of all of them, in all phases."""
         return sum(self.seconds.values())
 
-    def without(self, kept: "Steps | None") -> "Steps":
-        """Return the steps that are not in `kept`, which is how another file has these steps, or
+    def without(self, later: "Steps | None") -> "Steps":
+        """Return the steps that are not in `later`, which is how another file has these steps, or
         the first of them; None: it has none of them."""
-        if kept is None:
+        if later is None:
             return self
-        if kept.last >= self.last:
+        if later.last >= self.last:
             return Steps()
-        left = {k: max(0.0, v - kept.seconds.get(k, 0.0)) for k, v in self.seconds.items()}
-        return Steps(self.count - kept.count, self.last, {}, left)
+        left = {k: max(0.0, v - later.seconds.get(k, 0.0)) for k, v in self.seconds.items()}
+        return Steps(self.count - later.count, self.last, {}, left)
 
 
 class Ledger(Follower):
     """The steps in a metrics.jsonl, by the number of the attempt that made them.
 
-    own: only rows from the first one of this attempt on; the copied ones before it are skipped.
+    attempt: only rows from the first one of this attempt on; the copied ones before it are skipped.
     longest: seconds of the longest step with its evaluation and save.
     """
 
-    def __init__(self, path: Path, own: int | None = None):
-        self.own = own
+    def __init__(self, path: Path, attempt: int | None = None):
+        self.attempt = attempt
         super().__init__(path)
 
     def _forget(self) -> None:
@@ -60,7 +60,7 @@ class Ledger(Follower):
         self.longest = 0.0
 
     def _begin(self, f: IO[bytes]) -> int:
-        return 0 if self.own is None else first_of(self.path, self.own)
+        return 0 if self.attempt is None else first_of(self.path, self.attempt)
 
     def _take(self, lines: list[bytes]) -> None:
         trains = [line for line in lines if line.startswith(TRAIN)]
@@ -106,11 +106,11 @@ class Ledger(Follower):
         seconds: Mapping[str, float],
         longest: float,
     ) -> None:
-        made = self.by_attempt.setdefault(last["attempt"], Steps(first=first))
-        made.count += count
-        made.last = last["step"]
+        steps = self.by_attempt.setdefault(last["attempt"], Steps(first=first))
+        steps.count += count
+        steps.last = last["step"]
         for phase, spent in seconds.items():
-            made.seconds[phase] = made.seconds.get(phase, 0.0) + spent
+            steps.seconds[phase] = steps.seconds.get(phase, 0.0) + spent
         self.longest = max(self.longest, longest)
 
 
@@ -122,7 +122,7 @@ def first_of(path: Path, attempt: int) -> int:
     while high - low > BLOCK:
         middle = (low + high) // 2
         rows = each_row(path, middle)
-        row = next((found for found in rows if "attempt" in found[0]), None)
+        row = next((each for each in rows if "attempt" in each[0]), None)
         if row is not None and row[0]["attempt"] < attempt:
             low = row[1]
         else:

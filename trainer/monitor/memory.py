@@ -29,13 +29,13 @@ class Memory:
         self._tails: dict[Path, Tail] = {}
         self._read: dict[Path, tuple[list[Mark], object]] = {}
 
-    def ledger(self, path: Path, own: int | None = None) -> Ledger:
-        """Return the ledger of a file, up to date. own: only the rows of this attempt are needed.
+    def ledger(self, path: Path, attempt: int | None = None) -> Ledger:
+        """Return the ledger of a file, up to date. attempt: only the rows of this one are needed.
         Raises UserError for a damaged row."""
-        found = self._ledgers.get(path)
-        if found is None or (own is None and found.own is not None):
-            found = self._ledgers[path] = Ledger(path, own)
-        return found.update()
+        ledger = self._ledgers.get(path)
+        if ledger is None or (attempt is None and ledger.attempt is not None):
+            ledger = self._ledgers[path] = Ledger(path, attempt)
+        return ledger.update()
 
     def tail(self, path: Path) -> Tail:
         """Return the last rows of a file. Raises UserError if one is damaged."""
@@ -45,16 +45,16 @@ class Memory:
         """Return the events of an attempt. Raises UserError for a damaged row."""
         return self.once(attempt.events.path, read_rows)
 
-    def own(self, attempt: Attempt, run: Run) -> Steps:
+    def steps_of(self, attempt: Attempt, run: Run) -> Steps:
         """Return the steps that an attempt made itself, as they are now."""
         path = attempt.metrics.path
-        found = self.ledger(path, None if path == run.metrics else attempt.number)
-        return deepcopy(found.by_attempt.get(attempt.number, Steps()))
+        ledger = self.ledger(path, None if path == run.metrics else attempt.number)
+        return deepcopy(ledger.by_attempt.get(attempt.number, Steps()))
 
     def lost(self, attempt: Attempt, run: Run) -> Steps:
         """Return the steps that an attempt made, and that a later one did not start from."""
-        kept = self.ledger(run.metrics).by_attempt.get(attempt.number)
-        return self.own(attempt, run).without(kept)
+        later = self.ledger(run.metrics).by_attempt.get(attempt.number)
+        return self.steps_of(attempt, run).without(later)
 
     def once(self, path: Path, read: Callable[[Path], T]) -> T:
         """Return `read(path)`, which is called again only if the file has changed since."""
@@ -66,12 +66,12 @@ class Memory:
 
 def marks(paths: list[Path]) -> list[Mark]:
     """Return name, number, size and time of those of the files that exist."""
-    found = []
+    values = []
     for path in paths:
         with suppress(OSError):
-            seen = path.stat()
-            found.append((str(path), seen.st_ino, seen.st_size, seen.st_mtime_ns))
-    return found
+            stat = path.stat()
+            values.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return values
 
 
 def marks_of(run: Run) -> list[Mark]:

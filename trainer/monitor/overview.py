@@ -52,10 +52,10 @@ def show_runs(
     names = _columns([cells for _, cells in rows], console.width)
     if "ETTR" in names:
         faults += [fault for status, cells in rows if (fault := _add_ettr(status, cells))]
-    made = table(*names, left=("run", "state", "last event"))
+    grid = table(*names, left=("run", "state", "last event"))
     for _, cells in rows:
-        made.add_row(*(cells.get(name, "-") for name in names))
-    console.print(made)
+        grid.add_row(*(cells.get(name, "-") for name in names))
+    console.print(grid)
     for fault in faults:
         console.print(escape(fault), soft_wrap=True)
 
@@ -92,7 +92,7 @@ def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:
 def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, str]:
     total, last = s.job.total_steps, s.validation
     steps = {"step": f"{s.step:,}/{total:,}", "done": f"{s.step / total:.1%}"}
-    found = {
+    cells = {
         "state": state_of(s, job, end),
         "attempt": str(s.attempts[-1].number) if s.attempts else "-",
         **({} if s.run.weights_alone else steps),
@@ -104,10 +104,10 @@ def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, st
     }
     if s.last:
         mfu, rate, left = s.last.get("mfu"), s.tokens_per_second, s.seconds_left
-        found |= {
+        cells |= {
             "loss": f"{s.last['loss']:.4f}",
             "tokens/s": f"{rate:,.0f}" if rate else "-",
             "MFU": f"{mfu:.1%}" if mfu else "-",
             "ETA": span(left) if left else "-",
         }
-    return found
+    return cells

@@ -189,9 +189,9 @@ def _show_checkpoints(s: Status, console: Console) -> None:
         "pinned",
         "age",
     )
-    made = table(*names)
+    grid = table(*names)
     for c in s.checkpoints:
-        made.add_row(
+        grid.add_row(
             f"{c.position.step:,}",
             f"{c.position.tokens:,}",
             f"{c.size / 2**20:,.1f}",
@@ -202,7 +202,7 @@ def _show_checkpoints(s: Status, console: Console) -> None:
             "yes" if s.is_pinned(c) else "no",
             span(s.now - c.path.stat().st_mtime),
         )
-    _print(made, console)
+    _print(grid, console)
     unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
     if unreadable:
         console.print(f"{unreadable} more can't be read: forescale check {s.run.path}")
@@ -219,7 +219,7 @@ def ranks_of(state: Mapping[str, Any]) -> str:
 def _show_attempts(s: Status, console: Console) -> None:
     lives = {a.number: launch_of(a.path).get("slurm") for a in s.attempts}
     names = ("attempt", "started from", "begun", "end", *(["nodes"] * any(lives.values())))
-    made = table(*names, left=("started from", "end", "nodes"))
+    grid = table(*names, left=("started from", "end", "nodes"))
     ends = {a.number: _end(launch, a, s) for launch in s.goodput.launches for a in launch.attempts}
     for attempt in s.attempts:
         parent = attempt.parent
@@ -235,8 +235,8 @@ def _show_attempts(s: Status, console: Console) -> None:
         begun = launch_of(attempt.path).get("begun", begun)
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
         row = [str(attempt.number), escape(came), moment, ends.get(attempt.number, "-")]
-        made.add_row(*row, *([_nodes(lives[attempt.number])] * (len(names) - len(row))))
-    _print(made, console)
+        grid.add_row(*row, *([_nodes(lives[attempt.number])] * (len(names) - len(row))))
+    _print(grid, console)
     for launch in s.goodput.launches:
         numbers = [attempt.number for attempt in launch.attempts]
         if launch.failed and launch.how and not s.hangs().keys() & set(numbers):
@@ -278,14 +278,14 @@ def _show_ranks(s: Status, console: Console) -> None:
     # Of a divided model, and at stage 3, the forward is no work of a rank alone.
     waits = waiting_places(s.job.engine.stage, s.job.mesh(1).exchanges)
     alone = [at for at in OWN_WORK if at not in waits]
-    own = {b.rank: sum(b.pace.get(at, 0.0) for at in alone) for b in ranks}
-    slowest = max(own, key=lambda rank: own[rank])
+    seconds = {b.rank: sum(b.pace.get(at, 0.0) for at in alone) for b in ranks}
+    slowest = max(seconds, key=lambda rank: seconds[rank])
     places = Counter(b.at for b in ranks).most_common(4)
     where = ", ".join(f"{n} in {at}" for at, n in places)
     line = f"Ranks {len(ranks)}: {where}; the last is rank {last.rank} on {last.host} "
     line += f"(step {last.step:,}, {last.at} for {last.here:.1f} s)"
-    if own[slowest]:
-        line += f"; the slowest is rank {slowest} ({own[slowest] * 1e3:.1f} ms per step alone)"
+    if seconds[slowest]:
+        line += f"; the slowest is rank {slowest} ({seconds[slowest] * 1e3:.1f} ms per step alone)"
     console.print(escape(line), soft_wrap=True)
 
 
@@ -311,13 +311,13 @@ def _show_time(s: Status, console: Console) -> None:
 
 def _show_interval(s: Status, console: Console) -> None:
     """Print the best interval between checkpoints by the run's own times and failures."""
-    if (found := s.goodput.interval()) is None:
+    if (best := s.goodput.interval()) is None:
         return
     console.print(
-        f"Saving stalls {found.stall:.2f} s, a restart takes {span(found.restart)}, a failure came "
-        f"every {span(found.mtbf)}: "
-        f"checkpoint.every='{Duration(found.steps)}' (about {span(found.seconds)}; Daly 2006) "
-        f"loses least, {found.waste:.1%}; it is {s.job.checkpoint.every}",
+        f"Saving stalls {best.stall:.2f} s, a restart takes {span(best.restart)}, a failure came "
+        f"every {span(best.mtbf)}: "
+        f"checkpoint.every='{Duration(best.steps)}' (about {span(best.seconds)}; Daly 2006) "
+        f"loses least, {best.waste:.1%}; it is {s.job.checkpoint.every}",
         soft_wrap=True,
     )
 

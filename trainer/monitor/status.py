@@ -146,8 +146,8 @@ class Status:
         """The readable checkpoints, oldest first. (`check` reports the faults of the others.)"""
         read = lambda path: open_readable(path.parent)  # noqa: E731
         paths = map(self.run.checkpoint_path, self.run.checkpoint_steps())
-        found = [self._memory.once(path / "state.json", read) for path in paths]
-        return [checkpoint for checkpoint in found if checkpoint]
+        readable = [self._memory.once(path / "state.json", read) for path in paths]
+        return [checkpoint for checkpoint in readable if checkpoint]
 
     @property
     def saved(self) -> float | None:
@@ -196,8 +196,8 @@ class Status:
         if any(select(self._memory.events(a), kind="ended") for a in self.attempts[-1:]):
             return "interrupted"
         if ended := self._launch_that_ended():
-            kept = saved and saved == self.step
-            return "interrupted" if kept or ended.get("code") == INTERRUPTED else "crashed"
+            is_saved = saved and saved == self.step
+            return "interrupted" if is_saved or ended.get("code") == INTERRUPTED else "crashed"
         if self.attempts and self._may_live:
             return "running"
         if not self.attempts:
@@ -215,12 +215,12 @@ class Status:
         beyond = (self.age - _PATIENCE) / 2
         if beyond < 0:
             return True
-        if beyond > self.last_seen - self._made:  # no step was longer than the run's whole life
+        if beyond > self.last_seen - self._created:  # no step was longer than the run's whole life
             return False
         return beyond < self._memory.ledger(self.run.metrics).longest
 
     @property
-    def _made(self) -> float:
+    def _created(self) -> float:
         """When the run was made, by the oldest of its files: seconds since the epoch."""
         first = self.attempts[0].path
         paths = (self.run.config, self.run.identity, first / "parent.json", first)
@@ -245,8 +245,8 @@ class Status:
 
     def hangs(self) -> dict[int, Hang]:
         """Return the hangs, by the number of the attempt."""
-        found = ((a.number, read_hang(a.path)) for a in self.attempts)
-        return {number: hang for number, hang in found if hang}
+        hangs = ((a.number, read_hang(a.path)) for a in self.attempts)
+        return {number: hang for number, hang in hangs if hang}
 
     def faults(self) -> list[str]:
         """Return the injected faults, in the order of time."""
@@ -254,8 +254,8 @@ class Status:
 
     def ranks(self) -> list[RankStatus]:
         """Return the running ranks of the newest attempt, while the run is running."""
-        seen = read_nodes(self.attempts[-1].path, every=60.0) if self.state == "running" else []
-        return [s for s in seen if not s.heartbeat.has_ended]
+        nodes = read_nodes(self.attempts[-1].path, every=60.0) if self.state == "running" else []
+        return [s for s in nodes if not s.heartbeat.has_ended]
 
     def lost(self) -> Lost:
         """Return the steps that attempts made beyond the step from which a later one started."""

@@ -44,14 +44,14 @@ _STAGE_0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
     """Return the collectives of one optimizer step, without those that send nothing."""
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
-    own = trained.of_rank(mesh)
+    local = trained.of_rank(mesh)
     if s.stage < 3:
-        zero = _replicated(s, own, mesh)
+        zero = _replicated(s, local, mesh)
     else:
-        zero = [c for part in _parts(s, own, mesh) for c in _partitioned(*part, job, own)]
-    found = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
-    found += _whole_matrices(s, own, mesh)
-    return [c for c in found if c.payload and c.ranks > 1]
+        zero = [c for part in _parts(s, local, mesh) for c in _partitioned(*part, job, local)]
+    traffic = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
+    traffic += _whole_matrices(s, local, mesh)
+    return [c for c in traffic if c.payload and c.ranks > 1]
 
 
 def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
@@ -76,19 +76,19 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     if tensor == 1 or not isinstance(c, ModelConfig):
         return []
     rows, length = job.rows_at_once, job.train.sequence_length
-    own = length // job.engine.sequence_parallel
-    sums = [one for block in _blocks(c) for one in _of_block(c, *block, rows, own)]
+    columns = length // job.engine.sequence_parallel
+    sums = [one for block in _blocks(c) for one in _of_block(c, *block, rows, columns)]
     if c.has_encoder:
-        sums.append(c.sizes.width * rows * columns_of(c, 0, own))
-    heads, read = 0, rows * columns_of(c, c.encoder_layers, own)
+        sums.append(c.sizes.width * rows * columns_of(c, 0, columns))
+    heads, read = 0, rows * columns_of(c, c.encoder_layers, columns)
     if c.sizes.vocab_size % tensor == 0:
         heads = 1 + c.mtp_layers
         # The vectors of tokens, and the gradient of what the heads read.
-        sums += [c.sizes.width * rows * own] + [c.sizes.width * read] * heads
+        sums += [c.sizes.width * rows * columns] + [c.sizes.width * read] * heads
     # Two fp32 numbers of each rank for each target.
     payload = s.size * sum(sums) + 8 * tensor * read * heads
-    n, calls, what = s.accumulation, len(sums) + heads, "parts of the residual stream"
-    return [Collective(what, "all_reduce", n * payload, tensor, n * calls)]
+    n, calls, name = s.accumulation, len(sums) + heads, "parts of the residual stream"
+    return [Collective(name, "all_reduce", n * payload, tensor, n * calls)]
 
 
 def _blocks(config: ModelConfig) -> list[tuple[int, dict[str, Part]]]:
@@ -113,7 +113,7 @@ def _of_block(
         ends_normed = block == config.encoder_layers - 1 and config.norms_stream
         sums += outputs if c.norms_after or ends_normed else outputs[:-1]
     whole = [numel for part in parts.values() for numel in _summed(part, c)]
-    return [rows * own * config.sizes.width for each in sums for own in each] + whole
+    return [rows * length * config.sizes.width for each in sums for length in each] + whole
 
 
 def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collective]:
@@ -134,7 +134,7 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     elif s.stage == 3:
         every = [one for rounds in _muon_rounds(s, group.params) for one in rounds]
         taken = [[one[rank] for one in every if rank < len(one)] for rank in range(s.world)]
-    cut = [[tensor * p.numel for p in own if p.name in trained.cut] for own in taken]
+    cut = [[tensor * p.numel for p in params if p.name in trained.cut] for params in taken]
     most = max(cut, key=sum)
     payload = size * sum(most)
     return [Collective("Muon's whole matrices", "all_gather", payload, tensor, len(most))]
@@ -144,9 +144,9 @@ def _summed(part: Part, config: ModelConfig) -> list[int]:
     """Return the sizes of the parameters that every rank has whole, for its own heads alone, or
     for tokens of its own."""
     cut = {**part.divided(config), **dict.fromkeys(part.stacked)}
-    written = {f"{name}.bias" for name in part.writes}
+    biases = {f"{name}.bias" for name in part.writes}
     shapes = part.shapes(config).items()
-    return [prod(shape) for name, shape in shapes if name not in cut and name not in written]
+    return [prod(shape) for name, shape in shapes if name not in cut and name not in biases]
 
 
 def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
@@ -176,22 +176,22 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
     # only in the backward pass of the last micro-batch.
     beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
     bucket = s.bucket if s.stage else _STAGE_0_BUCKET
-    found = []
+    sums = []
     experts = trained.experts if mesh.experts > 1 else frozenset[str]()
     # All other parameters, then the experts, each with the ranks that have different ones.
-    for what, apart in (("", mesh.tensor), (" of experts", mesh.experts)):
-        own = [p for p in trained.trained if (p.name in experts) == bool(what)]
-        groups = [g for g in trained.groups if (g.names[0] in experts) == bool(what)]
-        ranks, calls = mesh.world // apart, times * _buckets(own, bucket)
-        sent = s.sent * sum(p.numel for p in own) * times
+    for of, apart in (("", mesh.tensor), (" of experts", mesh.experts)):
+        params = [p for p in trained.trained if (p.name in experts) == bool(of)]
+        groups = [g for g in trained.groups if (g.names[0] in experts) == bool(of)]
+        ranks, calls = mesh.world // apart, times * _buckets(params, bucket)
+        sent = s.sent * sum(p.numel for p in params) * times
         kind: Kind = "all_reduce"
-        found.append(Collective(f"gradients{what}", kind, sent, ranks, calls, beside, apart))
+        sums.append(Collective(f"gradients{of}", kind, sent, ranks, calls, beside, apart))
         if s.stage:
             each = [partition(group, mesh.world) for group in groups]
             weights, kind = s.size * ranks * sum(each), "all_gather"
-            name = f"weights{what} after the update"
-            found.append(Collective(name, kind, weights, ranks, len(each), stride=apart))
-    return found
+            name = f"weights{of} after the update"
+            sums.append(Collective(name, kind, weights, ranks, len(each), stride=apart))
+    return sums
 
 
 def _buckets(parameters: Sequence[Parameter], most: int) -> int:
@@ -206,11 +206,11 @@ def _buckets(parameters: Sequence[Parameter], most: int) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """The parameters that the same ranks divide at stage 3: those of `names`. what: a word for
-    their collectives; stride: as of a Collective."""
+    """The parameters that the same ranks divide at stage 3: those of `names`. label: a word
+    for their collectives; stride: as of a Collective."""
 
     names: frozenset[str]
-    what: str
+    label: str
     stride: int
 
 
@@ -231,15 +231,15 @@ def _parts(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[tuple[ZeroSe
 def _partitioned(
     s: ZeroSettings, part: _Part, job: TrainJob, trained: Inventory
 ) -> list[Collective]:
-    own = [p for p in trained.parameters if p.name in part.names]
-    small = [p for p in own if p.numel <= s.persistence]
+    params = [p for p in trained.parameters if p.name in part.names]
+    small = [p for p in params if p.numel <= s.persistence]
     trace = s.gathers(trained.parameters, recomputes(job), trained.experts, part.names)
     first, again = s.size * trace.first, s.size * trace.again
     beside = 1.0 if s.overlap else 0.0
     near, n = s.near, s.accumulation
     payload, calls = n * (first + again), n * trace.calls
     far = (first, trace.calls - trace.calls_again) if near > 1 else (payload, calls)
-    found = [
+    traffic = [
         Collective(
             "weights in forward and backward", "all_gather", far[0], s.world, far[1], beside
         ),
@@ -253,19 +253,19 @@ def _partitioned(
     ]
     if near > 1:
         close = payload - far[0], calls - far[1]
-        found.append(
+        traffic.append(
             Collective(
                 "weights from the nearer partition", "all_gather", close[0], near, close[1], beside
             )
         )
-    found += _reduced(s, trained, part.names, beside)
+    traffic += _reduced(s, trained, part.names, beside)
     updated = [p for g in trained.groups if g.update.is_by_matrix for p in g.params]
     if muon := [p for p in updated if p.name in part.names]:
         calls, updates = _muon_gathers(s, muon)
         gathers = 2 * s.sent * (_padded(s, muon) + updates)
-        what = "Muon's gradients and momenta"
-        found.append(Collective(what, "all_gather", gathers, s.world, calls))
-    return [replace(c, what=c.what + part.what, stride=part.stride) for c in found]
+        name = "Muon's gradients and momenta"
+        traffic.append(Collective(name, "all_gather", gathers, s.world, calls))
+    return [replace(c, label=c.label + part.label, stride=part.stride) for c in traffic]
 
 
 def _reduced(
@@ -276,8 +276,9 @@ def _reduced(
     What is larger than a bucket is alone in one, and scattered whatever the settings say. A bucket
     is of parameters that the same ranks divide.
     """
-    runs = [(own, [*run]) for own, run in groupby(trained.trained, lambda p: p.name in names)]
-    calls = sum(_buckets(run, s.bucket) for own, run in runs if own)
+    groups = groupby(trained.trained, lambda p: p.name in names)
+    runs = [(is_inside, [*run]) for is_inside, run in groups]
+    calls = sum(_buckets(run, s.bucket) for is_inside, run in runs if is_inside)
     every = [p for p in trained.trained if p.name in names]
     large = [p for p in every if p.numel > s.bucket]
     if s.zero.get("reduce_scatter", True):

@@ -110,15 +110,15 @@ class PlanConfig:
     to: str | None = key(None, "an HTML file to which the plan is written too")
 
     def problems(self) -> Problems:
-        found: Problems = []
+        problems: Problems = []
         for name in ("detect", "restart"):
             length = getattr(self, name)
             if length is not None and length.unit != "seconds":
-                found.append((name, "must be a wall time", f"write plan.{name}='10 min'"))
+                problems.append((name, "must be a wall time", f"write plan.{name}='10 min'"))
         if self.mfu is not None and self.from_run is not None:
             todo = "take one of them out: plan.mfu=null"
-            found.append(("mfu", "is given beside plan.from_run", todo))
-        return found
+            problems.append(("mfu", "is given beside plan.from_run", todo))
+        return problems
 
 
 @dataclass
@@ -158,9 +158,9 @@ class PlanJob(TrainJob):
         return -(-self.world_size // self.per_node)
 
     def notes(self) -> list[str]:
-        found, mesh = super().notes(), self.mesh(1)
+        notes, mesh = super().notes(), self.mesh(1)
         if self.precision.fp8 != "none":
-            found.append(
+            notes.append(
                 "plan counts products in fp8 at the speed of bf16: a step takes less time than it "
                 "says."
             )
@@ -168,12 +168,12 @@ class PlanJob(TrainJob):
         for axis, size in groups.items():
             ranks = mesh.near if axis == "sequence" else size
             if size > 1 and self.per_node % ranks:
-                found.append(
+                notes.append(
                     f"engine.{axis}_parallel={size}: {ranks} ranks don't divide the "
                     f"{self.per_node} of a node: some groups cross nodes, and every layer waits "
                     "for the links between them."
                 )
-        return found
+        return notes
 
     @property
     def per_node(self) -> int:
@@ -181,21 +181,21 @@ class PlanJob(TrainJob):
         return min(self.machine.gpus_per_node or self.world_size, self.world_size)
 
     def problems(self, world_size: int | None = None) -> Problems:
-        found = super().problems(world_size or self.world_size)
+        problems = super().problems(world_size or self.world_size)
         plan, each = self.plan, self.machine.gpus_per_node
         if self.precision.fp8 != "none" and not self.machine.fp8:
             problem = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
             todo = "choose another machine, such as machine=h100-sxm, or leave it out"
-            found.append(("precision.fp8", problem, todo))
+            problems.append(("precision.fp8", problem, todo))
         if plan.gpus and plan.nodes and each and plan.gpus > plan.nodes * each:
             problem = f"{plan.gpus} GPUs don't fit {plan.nodes} nodes of {each}"
-            found.append(("plan.nodes", problem, f"write plan.nodes={-(-plan.gpus // each)}"))
+            problems.append(("plan.nodes", problem, f"write plan.nodes={-(-plan.gpus // each)}"))
         if each and self.world_size > each and self.world_size % each:
             whole = -(-self.world_size // each) * each
             problem = f"{self.world_size} GPUs don't fill nodes of {each}"
-            found.append(("plan.gpus", problem, f"write plan.gpus={whole}"))
+            problems.append(("plan.gpus", problem, f"write plan.gpus={whole}"))
         near = self.engine.hierarchical_partition
         if near > 1 and self.world_size % near:
             problem = f"{near} ranks don't divide {self.world_size}"
-            found.append(("engine.hierarchical_partition", problem, f"choose {self.per_node}"))
-        return found
+            problems.append(("engine.hierarchical_partition", problem, f"choose {self.per_node}"))
+        return problems

@@ -24,7 +24,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AbilityCost:
     """The questions of validation.abilities in one evaluation. tokens: that all ranks compute,
     padding included; flops: of their forward, a token as in whole windows, so the attention of
     shorter rows counts too much; seconds: None without a known speed."""
@@ -41,14 +41,14 @@ class EvaluationCost:
     all held-out windows. times: None if they come by the clock and no speed is known. at_end: None
     if the data isn't known; then the sums leave it out. reference: what reads all preferences
     before the first step, None of other objectives. asks: whether each evaluation asks questions
-    too; asked: these, None if they aren't known."""
+    too; abilities: their cost, None if it is not known."""
 
     periodic: Evaluation
     times: int | None
     at_end: Evaluation | None
     reference: Evaluation | None = None
     asks: bool = False
-    asked: Asked | None = None
+    abilities: AbilityCost | None = None
 
     @property
     def flops(self) -> float | None:
@@ -56,7 +56,7 @@ class EvaluationCost:
         if self.times is None:
             return None
         once = (self.at_end, self.reference)
-        asking = (self.times + 1) * self.asked.flops if self.asked else 0.0
+        asking = (self.times + 1) * self.abilities.flops if self.abilities else 0.0
         return self.times * self.periodic.flops + sum(one.flops for one in once if one) + asking
 
     @property
@@ -65,25 +65,25 @@ class EvaluationCost:
         if self.times is None or self.periodic.seconds is None:
             return None
         once = (self.at_end, self.reference)
-        found = self.times * (self.periodic_seconds or 0.0) + self._asking
-        return found + sum(one.seconds or 0.0 for one in once if one)
+        total = self.times * (self.periodic_seconds or 0.0) + self._asking
+        return total + sum(one.seconds or 0.0 for one in once if one)
 
     @property
     def periodic_seconds(self) -> float | None:
         """Seconds of one periodic evaluation with its questions."""
-        found = self.periodic.seconds
-        return None if found is None else found + self._asking
+        seconds = self.periodic.seconds
+        return None if seconds is None else seconds + self._asking
 
     @property
     def _asking(self) -> float:
-        return (self.asked.seconds if self.asked else None) or 0.0
+        return (self.abilities.seconds if self.abilities else None) or 0.0
 
     @property
-    def asked_lines(self) -> list[str]:
+    def ability_lines(self) -> list[str]:
         """What a page says of the questions; nothing if none are asked."""
-        if self.asked is None:
+        if self.abilities is None:
             return ["abilities: not known without the data"] if self.asks else []
-        a = self.asked
+        a = self.abilities
         took = "" if a.seconds is None else f", {span(a.seconds)}"
         counts = f"{a.questions:,} questions, {a.tokens:,} tokens with padding"
         return [f"abilities, each time: {counts}{took}"]
@@ -124,15 +124,15 @@ def estimate_evaluation(
 
     at_end = None if complete is None else evaluation(complete)
     reference = evaluation(compared) if compared else None
-    asks, asked = bool(job.validation.abilities), None
+    asks, abilities = bool(job.validation.abilities), None
     if asks and questions:
         mesh = job.mesh(world)
         tokens = passes_of(questions, multiple=mesh.sequence).tokens(mesh.data)
         flops = per_token.forward * tokens
         seconds = None if step.seconds is None else step.seconds * flops / of_step
-        asked = Asked(sum(len(each.rows) for each in questions), tokens, flops, seconds)
+        abilities = AbilityCost(sum(len(each.rows) for each in questions), tokens, flops, seconds)
     times = _times(job, step)
-    return EvaluationCost(evaluation(capped), times, at_end, reference, asks, asked)
+    return EvaluationCost(evaluation(capped), times, at_end, reference, asks, abilities)
 
 
 def _times(job: TrainJob, step: StepTime) -> int | None:

@@ -36,7 +36,7 @@ class Collective:
     time.
     """
 
-    what: str
+    label: str
     kind: Kind
     payload: int
     ranks: int
@@ -102,7 +102,7 @@ class Collective:
 
 
 def exposed(
-    found: Sequence[Collective], machine: MachineConfig, per_node: int, computing: float
+    traffic: Sequence[Collective], machine: MachineConfig, per_node: int, computing: float
 ) -> float:
     """Return the seconds of a step in which ranks wait for communication.
 
@@ -114,7 +114,7 @@ def exposed(
     up. computing: seconds of forward and backward per step.
     """
     hidden = waiting = room = taken = 0.0
-    for c in found:
+    for c in traffic:
         seconds = c.seconds(machine, per_node)
         if machine.overlap and c.beside:
             hidden += seconds

@@ -44,9 +44,9 @@ def fits_here(job: TrainJob, ranks: int) -> bool:
     if job.model.has_encoder:
         guesses["source_length"] = length // 2
     unknown = {name: by for name, by in guesses.items() if getattr(job.model, name) is None}
-    found = bytes_of(replace(job, model=replace(job.model, **unknown)), ranks)
-    assert found is not None, "of our own model with a vocabulary"
-    return ranks * (found.total + _IMPORTS) < psutil.virtual_memory().available
+    needs = bytes_of(replace(job, model=replace(job.model, **unknown)), ranks)
+    assert needs is not None, "of our own model with a vocabulary"
+    return ranks * (needs.total + _IMPORTS) < psutil.virtual_memory().available
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def explained(job: TrainJob) -> Iterator[None]:
     except Exception as e:
         if not _is_out_of_memory(e):
             raise
-        raise UserError("memory", _what(job), _todo(job)) from e
+        raise UserError("memory", _shortage(job), _todo(job)) from e
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -93,7 +93,7 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _what(job: TrainJob) -> str:
+def _shortage(job: TrainJob) -> str:
     planned = bytes_of(job, _world_size())
     plan = f"planned: {_gib(planned.total)}, " if planned else ""
     return f"a rank ran out of memory ({plan}used: {_gib(_peak())} of {_gib(_available())})"
@@ -102,14 +102,14 @@ def _what(job: TrainJob) -> str:
 def _todo(job: TrainJob) -> str:
     fits = largest_micro_batch(job, _world_size(), _available())
     how = cheapest_checkpointing(job, _world_size(), _available())
-    kept = f"model.activation_checkpointing={how}"
+    key = f"model.activation_checkpointing={how}"
     if fits:
-        return f"set train.micro_batch={fits}" + (f", or {kept}" if how else "")
+        return f"set train.micro_batch={fits}" + (f", or {key}" if how else "")
     if how:
-        return f"set {kept}"
+        return f"set {key}"
     left = ", model.activation_checkpointing=full" if more_checkpointing(job) else ""
-    more = f"a higher engine stage{left} or engine.offload_optimizer"
-    return f"lower train.micro_batch, or use {more}"
+    stage = f"a higher engine stage{left} or engine.offload_optimizer"
+    return f"lower train.micro_batch, or use {stage}"
 
 
 def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int | None:

@@ -51,8 +51,8 @@ class ShardingOption:
 
     def is_as_fast_as(self, other: "ShardingOption") -> bool:
         """Whether a step takes at most a percent longer; False if a time isn't known."""
-        ours, theirs = self.step.seconds, other.step.seconds
-        return ours is not None and theirs is not None and ours <= _SAME_SPEED * theirs
+        mine, others = self.step.seconds, other.step.seconds
+        return mine is not None and others is not None and mine <= _SAME_SPEED * others
 
     @property
     def is_limited_by_batch(self) -> bool:
@@ -124,17 +124,17 @@ class ShardingOptions:
         if option.step.seconds is None:
             return None
         job, ramp = option.job, option.job.batch_ramp
-        found = option.step.seconds * (job.total_steps - ramp.steps)
+        seconds = option.step.seconds * (job.total_steps - ramp.steps)
         for windows, steps in ramp.stages():
             one = _of_batch(job, windows)
             step = self._step(one, collectives(one, self.trained, one.world_size))
-            found += steps * (step.seconds or 0.0)
-        return found
+            seconds += steps * (step.seconds or 0.0)
+        return seconds
 
     def _other_activations(self, job: PlanJob) -> dict[str, int]:
         jobs = {how: with_checkpointing(job, how) for how in CHECKPOINTINGS if _has_other(job, how)}
-        found = {how: self.memory(other).activations for how, other in jobs.items()}
-        return {how: each.total - each.logits for how, each in found.items() if each}
+        needs = {how: self.memory(other).activations for how, other in jobs.items()}
+        return {how: each.total - each.logits for how, each in needs.items() if each}
 
     def memory(self, job: PlanJob) -> Memory:
         """Return the memory of a rank, including the reserved bytes and the margin."""
@@ -205,8 +205,8 @@ class ShardingOptions:
         for how in more_checkpointing(job):
             keys = f"model.activation_checkpointing={how} "
             variants.append((keys, with_checkpointing(job, how)))
-        own = job.engine.stage  # a small model may only fit below it, where there are no buckets
-        for stage in (*range(own, 4), *reversed(range(own))):
+        first = job.engine.stage  # a small model may only fit below it, where there are no buckets
+        for stage in (*range(first, 4), *reversed(range(first))):
             for keys, variant in variants:
                 staged = _staged(variant, stage)
                 if (micro := self.largest_micro_batch(staged)) is not None:
@@ -236,8 +236,8 @@ def name_of(job: PlanJob) -> str:
     near = job.engine.hierarchical_partition
     offload = "-offload" if job.engine.offload_optimizer or job.engine.offload_parameters else ""
     parts = job.engine.expert_parallel
-    more = (f"-hpz{near}" if near > 1 else "") + (f"-ep{parts}" if parts > 1 else "")
-    return f"zero{job.engine.stage}{offload}{more}"
+    suffix = (f"-hpz{near}" if near > 1 else "") + (f"-ep{parts}" if parts > 1 else "")
+    return f"zero{job.engine.stage}{offload}{suffix}"
 
 
 def engine_keys(old: TrainJob, new: TrainJob) -> str:

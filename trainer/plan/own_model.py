@@ -24,5 +24,7 @@ def own_model(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops]:
     every = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
     names = getattr(model, "muon_parameters", None)
     prices = prices_of(job, model)
-    made = inventory(job, every, names() if names else None)
-    return made, TokenFlops(prices["full"], prices["causal"], prices["six_n"], prices["full"] / 3)
+    parameters = inventory(job, every, names() if names else None)
+    return parameters, TokenFlops(
+        prices["full"], prices["causal"], prices["six_n"], prices["full"] / 3
+    )

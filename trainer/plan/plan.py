@@ -134,9 +134,9 @@ class Plan:
     def _use(self) -> DataUse | None:
         if self.sources is None:
             return None
-        found = data_use(self.job, self.sources, self.check)
-        self.notes += found.notes
-        return found
+        use = data_use(self.job, self.sources, self.check)
+        self.notes += use.notes
+        return use
 
     @property
     def data(self) -> list[SourceUse]:
@@ -159,8 +159,8 @@ class Plan:
     def chosen(self) -> ShardingOption:
         """The option that the job configures."""
         name = name_of(self.job)
-        found = next((option for option in self.options if option.name == name), None)
-        return found or self._options.evaluate(self.job)
+        named = next((option for option in self.options if option.name == name), None)
+        return named or self._options.evaluate(self.job)
 
     @cached_property
     def predicted_for_measured(self) -> StepTime | None:
@@ -171,9 +171,9 @@ class Plan:
         world = self.measured.world
         trained = inventory(run)
         per_node = min(self.machine.gpus_per_node or world, world)
-        found = collectives(run, trained, world)
+        traffic = collectives(run, trained, world)
         return predict_step_time(
-            run, trained, self.measured.flops, found, self.machine, world, per_node
+            run, trained, self.measured.flops, traffic, self.machine, world, per_node
         )
 
     # Time, checkpoints, failures
@@ -314,8 +314,8 @@ class Plan:
 
     def _memory_problem(self) -> Problem:
         need, have = self.chosen.memory.total / 2**30, self.available / 2**30
-        found = self.chosen.memory.states
-        states = max(found.backward, found.updating) / 2**30
+        states_of = self.chosen.memory.states
+        states = max(states_of.backward, states_of.updating) / 2**30
         problem = (
             f"a rank needs {need:,.1f} GiB ({states:,.1f} of them for model states), "
             f"but a GPU has {have:,.1f}"

@@ -61,10 +61,10 @@ def published_notes(job: TrainJob, parameters: float) -> list[str]:
     if parameters < _LEAST_PARAMETERS:
         return []
     recipe = _recipe_of(job, parameters)
-    found = [*_window(job, recipe), *_batch(job, parameters, recipe)]
+    notes = [*_window(job, recipe), *_batch(job, parameters, recipe)]
     if not job.run.origin.run:
-        found += [*_length(job, parameters), *_warmup(job)]
-    return found + list(_rate(job, parameters, recipe))
+        notes += [*_length(job, parameters), *_warmup(job)]
+    return notes + list(_rate(job, parameters, recipe))
 
 
 def interpolated(parameters: float, name: str) -> float:
@@ -109,11 +109,11 @@ def _window(job: TrainJob, recipe: str) -> Iterator[str]:
 
 
 def _batch(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
-    ours, theirs = job.tokens_per_step, interpolated(parameters, "step_tokens")
-    if not theirs / _BATCH_FACTOR <= ours <= theirs * _BATCH_FACTOR:
-        windows = max(1, int(job.train.global_batch * 2 ** round(math.log2(theirs / ours))))
+    tokens, published = job.tokens_per_step, interpolated(parameters, "step_tokens")
+    if not published / _BATCH_FACTOR <= tokens <= published * _BATCH_FACTOR:
+        windows = max(1, int(job.train.global_batch * 2 ** round(math.log2(published / tokens))))
         yield (
-            f"A step has {ours:,} tokens, and about {_rounded(theirs)} in published models of "
+            f"A step has {tokens:,} tokens, and about {_rounded(published)} in published models of "
             f"this size (nearest: {_nearest(parameters).name}): {recipe}set "
             f"train.global_batch={windows}."
         )
@@ -142,14 +142,14 @@ def _warmup(job: TrainJob) -> Iterator[str]:
 
 
 def _rate(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
-    ours, theirs = job.optimizer.learning_rate, _published_rate(job, parameters)
-    if theirs is not None and ours > _RATE_FACTOR * theirs:
+    rate, published = job.optimizer.learning_rate, _published_rate(job, parameters)
+    if published is not None and rate > _RATE_FACTOR * published:
         kind = job.optimizer.kind
         basis = "" if kind == "adamw" else f", as {kind}'s follows from AdamW's"
         yield (
-            f"optimizer.learning_rate={ours:g} is {ours / theirs:.2g} times that of published "
-            f"models of this size (about {theirs:.2g}; nearest: {_nearest(parameters).name}"
-            f"{basis}): {recipe}set optimizer.learning_rate={theirs:.1g}."
+            f"optimizer.learning_rate={rate:g} is {rate / published:.2g} times that of published "
+            f"models of this size (about {published:.2g}; nearest: {_nearest(parameters).name}"
+            f"{basis}): {recipe}set optimizer.learning_rate={published:.1g}."
         )
 
 

@@ -17,7 +17,6 @@ from rich.markup import escape
 
 from forescale.config.schema import plain
 from forescale.console import open_console, span, table
-from forescale.pages.document import Section, code, render
 from forescale.plan.bytes.memory import as_dict
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.options import ShardingOption, cheapest, engine_keys
@@ -85,6 +84,8 @@ def show(plan: Plan) -> None:
 
 def page(plan: Plan, command: Sequence[str]) -> str:
     """Return the plan as an HTML page. command: the command line that made it."""
+    from forescale.pages.document import Section, code, render  # with numpy, which is slow
+
     sections = []
     for block in blocks(plan):
         rows = [[row.label, *row.texts] for row in block.rows if row.label]
@@ -249,7 +250,8 @@ def _options(plan: Plan) -> Block:
     add("start_bytes", "CPU memory to start", lambda o: o.memory.start, unit)
     many, crossing = plan.world > 1, plan.world > 1 and plan.nodes > 1
     add("traffic", "", lambda o: [
-        {**vars(t), "sent_by_gpu": t.sent, "sent_by_node": t.between(plan.per_node)}
+        {"what": t.label, **vars(t), "sent_by_gpu": t.sent,
+         "sent_by_node": t.between(plan.per_node)}
         for t in o.traffic
     ])  # fmt: skip
     add("sent_bytes", "sent by a rank per step, GB", lambda o: sum(t.sent for t in o.traffic),
@@ -383,7 +385,7 @@ def _evaluations(plan: Plan) -> list[Row]:
         took = "" if seconds is None else f", {span(seconds)}"
         return f"{n:,} window{'s' * (n != 1)}, {_flops(evaluation.flops)}{took}"
 
-    parts = {"periodic": cost.periodic, "at_end": cost.at_end, "abilities": cost.asked,
+    parts = {"periodic": cost.periodic, "at_end": cost.at_end, "abilities": cost.abilities,
              "reference": cost.reference}  # fmt: skip
     facts: dict[str, Any] = {name: part and vars(part) for name, part in parts.items()}
     facts |= {"times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
@@ -391,7 +393,7 @@ def _evaluations(plan: Plan) -> list[Row]:
     every = plan.job.validation.every
     text = f"every {every}: {one(cost.periodic)} each; at the end {last}"
     rows = [Row("evaluation", "evaluations", facts, "", text)]
-    rows += [Row("", "abilities", text=line) for line in cost.asked_lines]
+    rows += [Row("", "abilities", text=line) for line in cost.ability_lines]
     if cost.reference:
         text = f"the reference reads before the first step {one(cost.reference)}"
         rows.append(Row("", "reference", text=text))

@@ -99,15 +99,15 @@ class StepTime:
 
 def peak_of(job: TrainJob, machine: MachineConfig) -> float | None:
     """Return the peak FLOP/s of one device in the precision of the job; None if not known."""
-    own = machine.peak_fp32 if job.precision.kind == "fp32" else machine.peak_bf16
-    return job.logging.peak_flops or own
+    peak = machine.peak_fp32 if job.precision.kind == "fp32" else machine.peak_bf16
+    return job.logging.peak_flops or peak
 
 
 def predict_step_time(
     job: TrainJob,
     trained: Inventory,
     per_token: TokenFlops,
-    found: Sequence[Collective],
+    traffic: Sequence[Collective],
     machine: MachineConfig,
     world: int,
     per_node: int,
@@ -116,11 +116,11 @@ def predict_step_time(
 ) -> StepTime:
     """Return the StepTime of a job on `world` ranks, `per_node` of them on each node.
 
-    found: the collectives of a step. `measured` has precedence over `mfu`, `mfu` over the speeds of
-    the machine.
+    traffic: the collectives of a step. `measured` has precedence over `mfu`, and `mfu` over the
+    speeds of the machine.
     """
     tokens = job.tokens_per_step
-    links = sum(c.seconds(machine, per_node) for c in found)
+    links = sum(c.seconds(machine, per_node) for c in traffic)
     peak = peak_of(job, machine)
     all_peaks = peak * world if peak else None
     flops, recomputed = per_token.full * tokens, per_token.recomputed * tokens
@@ -138,7 +138,7 @@ def predict_step_time(
         computing = rounds * work.seconds(machine, peak)
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
-    waiting = exposed(found, machine, per_node, computing)
+    waiting = exposed(traffic, machine, per_node, computing)
     computing += update_seconds(of_rank, machine, peak, world if job.engine.stage else None)
     return StepTime(computing, links, waiting, tokens, flops, all_peaks)
 
@@ -148,14 +148,14 @@ def update_seconds(
 ) -> float:
     """Return the seconds in which one GPU updates every parameter once; with `world`, its part of
     what it divides with those of so many that have the same parameters."""
-    found = 0.0
+    total = 0.0
     for group in trained.groups:
         seconds = update_flops(group) / (peak * machine.efficiency)
         if machine.memory_bandwidth is not None:
             size = sum(p.numel for p in group.params) * (_UPDATE + _MOMENT * group.update.moments)
             seconds += size / machine.memory_bandwidth
-        found += seconds / (holders(group, world) if world else 1)
-    return found
+        total += seconds / (holders(group, world) if world else 1)
+    return total
 
 
 def update_flops(group: Group) -> float:

@@ -136,12 +136,12 @@ def _scores(config: ModelConfig, length: int, causal: bool = True) -> float:
     the columns of a row."""
     blocks = [*enumerate(layers_of(config))]
     blocks += [blocks[-1]] * config.mtp_layers  # the blocks of modules for later tokens
-    found = 0.0
+    total = 0.0
     for i, parts in blocks:
-        own, columns = config.of_block(i), columns_of(config, i, length)
+        block, columns = config.of_block(i), columns_of(config, i, length)
         source = columns_of(config, 0, length)
-        for name, seen in (("mixer", columns), ("cross", source)):
+        for name, keys in (("mixer", columns), ("cross", source)):
             if part := parts.get(name):
-                matrices = matrix_flops(part.shapes(own)) - part.source_flops(own)
-                found += max(0, part.flops(own, seen, causal) - matrices) * columns / length
-    return found
+                matrices = matrix_flops(part.shapes(block)) - part.source_flops(block)
+                total += max(0, part.flops(block, keys, causal) - matrices) * columns / length
+    return total

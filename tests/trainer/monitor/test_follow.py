@@ -95,7 +95,7 @@ def known(run, memory):
     """What a run's views show of its rows, by a memory."""
     tail, whole = memory.tail(run.metrics), memory.ledger(run.metrics)
     lost = [memory.lost(attempt, run) for attempt in run.attempts()]
-    own = [memory.own(attempt, run) for attempt in run.attempts()]
+    own = [memory.steps_of(attempt, run) for attempt in run.attempts()]
     return {
         "recent": tail.steps,
         "score": tail.scores[-1:],
@@ -196,7 +196,7 @@ def test_a_row_is_read_once_for_all_sums(tmp_path, monkeypatch):
     taken.clear()
     life.start()
     life.grow()
-    assert Goodput(life.run).launches[1].made[0].count == len(life.run.attempts()[1].own_steps())
+    assert Goodput(life.run).launches[1].steps[0].count == len(life.run.attempts()[1].own_steps())
     assert len(taken) < len(own) + len(read_rows(life.run.metrics)) + len(newest) / 2
 
 

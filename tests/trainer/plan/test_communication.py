@@ -111,7 +111,7 @@ def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
     def sent(stage, batch):
         engine, train = replace(made.engine, stage=stage), replace(made.train, global_batch=batch)
         staged = replace(made, engine=engine, train=train)
-        return {c.what: c.sent for c in collectives(staged, held, 8)}
+        return {c.label: c.sent for c in collectives(staged, held, 8)}
 
     for stage, name, times in ((0, "gradients", 1), (1, "gradients", 1), (2, "gradients", 4)):
         assert sent(stage, 32)[name] == times * sent(stage, 8)[name]
@@ -156,7 +156,7 @@ def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_hav
     words += ["train.global_batch=48", "engine=zero1", "plan.gpus=8", "machine.gpus_per_node=4"]
     made = job(*words, "engine.expert_parallel=4")
     held = inventory(made)
-    found = {c.what: c for c in collectives(made, held, 8)}
+    found = {c.label: c for c in collectives(made, held, 8)}
     rows, numbers = found["rows of experts"], found["numbers of rows"]
     assert (rows.ranks, rows.calls) == (4, 3 * 2 * 4)
     assert rows.payload == rows.calls * 2 * 512 * 128 * 2
@@ -170,7 +170,7 @@ def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_hav
     rest = sum(p.numel for p in held.parameters) - experts
     assert found["gradients"].payload == 2 * rest
     alone = job(*words)
-    before = {c.what: c for c in collectives(alone, held, 8)}
+    before = {c.label: c for c in collectives(alone, held, 8)}
     assert before["gradients"].payload == 2 * (rest + experts)
     assert "rows of experts" not in before
 
@@ -184,7 +184,7 @@ def test_at_stage_3_experts_are_gathered_among_those_that_have_the_same():
     for tensor in (1, 2):
         made = job(*words, f"engine.tensor_parallel={tensor}", "optimizer=adamw")
         held = inventory(made)
-        found = {c.what: c for c in collectives(made, held, 8)}
+        found = {c.label: c for c in collectives(made, held, 8)}
         rounds = tensor  # micro-batches of 2 windows, for the same 16
         experts = sum(p.numel for p in held.parameters if p.name in held.experts) // 4
         gathered = found["weights in forward and backward of experts"]
@@ -214,7 +214,7 @@ def test_ranks_that_divide_matrices_sum_streams_and_share_states_with_the_same_p
     words += ["engine=zero1", "optimizer=adamw", "machine.gpus_per_node=4", "model.vocab_size=512"]
     made = job(*words, "engine.tensor_parallel=4")
     held = inventory(made)
-    found = {c.what: c for c in collectives(made, held, 8)}
+    found = {c.label: c for c in collectives(made, held, 8)}
     streams = found["parts of the residual stream"]
     assert (streams.ranks, streams.calls) == (4, 2 * (2 * 2 * 2 + 2 + 1))
     assert streams.payload == 2 * (10 * 512 * 256 * 2 + 512 * 4 * 8)

@@ -122,11 +122,11 @@ def test_questions_cost_the_tokens_that_ranks_really_compute(small_data, world, 
     step = StepTime(8.0, 0.0, 0.0, job.tokens_per_step, 300.0 * job.tokens_per_step, None)
     found = estimate_evaluation(job, [10], PRICE, step, world, questions=questions)
     alone = estimate_evaluation(job, [10], PRICE, step, world)
-    assert found.asked.questions == 2 * 2 * 9  # two tasks after 0 and 4 examples
-    assert found.asked.tokens == tokens > 0
-    assert found.asked.flops == tokens * 100.0
+    assert found.abilities.questions == 2 * 2 * 9  # two tasks after 0 and 4 examples
+    assert found.abilities.tokens == tokens > 0
+    assert found.abilities.flops == tokens * 100.0
     took = 8.0 * tokens * 100 / (400 * job.tokens_per_step)
-    assert found.asked.seconds == pytest.approx(took)
+    assert found.abilities.seconds == pytest.approx(took)
     assert found.periodic_seconds == pytest.approx(alone.periodic.seconds + took)
     assert found.seconds == pytest.approx(alone.seconds + 5 * took)  # steps 2, 4, 6, 8 and 10
     assert found.flops == pytest.approx(alone.flops + 5 * tokens * 100)

@@ -94,7 +94,7 @@ def _end(launch: Launch, status: Status, rows: list[Row]) -> Event | None:
     is_last = launch is status.goodput.launches[-1]
     if launch.code == DONE or (is_last and status.state == "complete"):
         return None
-    step = max([steps.last for steps in launch.made[-1:]], default=None)
+    step = max([steps.last for steps in launch.steps[-1:]], default=None)
     for row in select(rows, kind="ended"):
         step = row.get("step", step)
     number = launch.attempts[-1].number

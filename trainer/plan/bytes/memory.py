@@ -147,12 +147,12 @@ def overlapping(group: Group, world: int) -> list[list[Parameter]]:
     """Return for each rank the parameters that overlap its partition of a group at stages 1 and
     2."""
     part, start = partition(group, world), 0
-    found: list[list[Parameter]] = [[] for _ in range(holders(group, world))]
+    shares: list[list[Parameter]] = [[] for _ in range(holders(group, world))]
     for p in group.params:
         for rank in range(start // part, (start + p.numel - 1) // part + 1):
-            found[rank].append(p)
+            shares[rank].append(p)
         start += p.numel
-    return [found[rank // group.parts] for rank in range(world)]
+    return [shares[rank // group.parts] for rank in range(world)]
 
 
 def touched(group: Group, world: int) -> list[int]:
@@ -164,8 +164,8 @@ def touched(group: Group, world: int) -> list[int]:
         change[start // part] += p.numel
         start += p.numel
         change[(start - 1) // part + 1] -= p.numel
-    found = list(accumulate(change))
-    return [found[rank // group.parts] for rank in range(world)]
+    sums = list(accumulate(change))
+    return [sums[rank // group.parts] for rank in range(world)]
 
 
 def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:
@@ -175,7 +175,7 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     part_of = {p.name: -(-p.numel // ranks[p.name]) for p in every}
     among = [ranks[g.params[0].name] for g in trained.groups]
     sizes = [sum(part_of[p.name] for p in g.params) for g in trained.groups]
-    groups, own = [*zip(trained.groups, among, sizes, strict=True)], sum(sizes)
+    groups, total = [*zip(trained.groups, among, sizes, strict=True)], sum(sizes)
     alone = s.world == 1  # then the partition is the whole parameter, and nothing is copied
     resident = [p for p in every if p.numel <= s.persistence and ranks[p.name] > 1]
     # The second partition of a parameter exists from its first use in a step until the update.
@@ -187,9 +187,9 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
         weights=s.size * sum(part_of.values()),
         resident=s.size * (sum(part_of[p.name] * ranks[p.name] for p in resident) + second),
         gathered=s.size * most,
-        gradients=s.gradient * own,
-        held=s.gradient * own,
-        masters=4 * own,
+        gradients=s.gradient * total,
+        held=s.gradient * total,
+        masters=4 * total,
         moments=sum(
             s.sent * part if g.update.is_by_matrix else _moments(g, part, _sub_groups(g))
             for g, _, part in groups
@@ -217,17 +217,23 @@ def _offloaded(s: ZeroSettings, trained: Inventory, on_device: States) -> States
 
     Derived from the structure of DeepSpeed; not compared with real ranks.
     """
-    found = on_device
+    states = on_device
     if s.offloads("offload_optimizer"):
         largest = s.gradient * max(p.numel for p in trained.trained)
-        gradients = 2 * found.masters if s.stage < 3 else found.masters
-        host = found.masters + found.moments + gradients
-        found = replace(
-            found, masters=0, moments=0, update=0, held=0, gradients=largest, host=found.host + host
+        gradients = 2 * states.masters if s.stage < 3 else states.masters
+        host = states.masters + states.moments + gradients
+        states = replace(
+            states,
+            masters=0,
+            moments=0,
+            update=0,
+            held=0,
+            gradients=largest,
+            host=states.host + host,
         )
     if s.offloads("offload_param"):
-        found = replace(found, weights=0, host=found.host + found.weights)
-    return found
+        states = replace(states, weights=0, host=states.host + states.weights)
+    return states
 
 
 @dataclass(frozen=True)
@@ -283,9 +289,9 @@ def memory(
     margin: int = 0,
 ) -> Memory:
     """Return the memory of the rank that holds the most, for a job whose model sizes are known."""
-    found = None
+    of_activations = None
     if isinstance(job.model, ModelConfig):
-        found = activations(
+        of_activations = activations(
             job.model,
             job.rows_at_once,
             job.train.sequence_length,
@@ -296,7 +302,9 @@ def memory(
             tensor=job.engine.tensor_parallel,
             budget=job.train.activation_memory_budget,
         )
-    return Memory(states(job, trained, world), found, _start(job, trained), reserved, margin)
+    return Memory(
+        states(job, trained, world), of_activations, _start(job, trained), reserved, margin
+    )
 
 
 def _start(job: TrainJob, trained: Inventory) -> int:
@@ -304,12 +312,12 @@ def _start(job: TrainJob, trained: Inventory) -> int:
     whole model; at stage 3 of the largest part that the ranks divide as soon as it is drawn
     (engine/build.py, partition_of), and so, beside what a rank keeps, of the experts' others."""
     parts: dict[str, int] = {}
-    own = {p.name: p.numel for p in trained.of_rank(job.mesh(1)).parameters}
+    sizes = {p.name: p.numel for p in trained.of_rank(job.mesh(1)).parameters}
     divides = job.engine.stage == 3 and isinstance(job.model, ModelConfig)
     for p in trained.parameters:
         part = block_of(p.name) or p.name.partition(".")[0]
-        parts[part] = parts.get(part, 0) + 4 * (p.numel - own[p.name] * (not divides))
-    return max(parts.values()) + (0 if divides else 4 * sum(own.values()))
+        parts[part] = parts.get(part, 0) + 4 * (p.numel - sizes[p.name] * (not divides))
+    return max(parts.values()) + (0 if divides else 4 * sum(sizes.values()))
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
@@ -323,8 +331,8 @@ def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
     def each(group: Group) -> int:
         return 4 + (size if group.update.is_by_matrix else 4 * group.update.moments)
 
-    found = sum(p.numel * each(g) for g in trained.groups for p in g.params)
-    return found + s.size * trained.num_frozen
+    total = sum(p.numel * each(g) for g in trained.groups for p in g.params)
+    return total + s.size * trained.num_frozen
 
 
 def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> int:
@@ -343,12 +351,12 @@ def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> i
 def checkpoints_kept(job: TrainJob) -> int:
     """Return the maximum number of checkpoints on disk, including one that is being written."""
     keep = job.checkpoint
-    found = keep.keep + 1 + int(keep.keep_best) + int(job.has_decay) + len(keep.at)
+    count = keep.keep + 1 + int(keep.keep_best) + int(job.has_decay) + len(keep.at)
     if keep.keep_every is not None and (every := job.cadence(keep.keep_every)):
-        found += every.times(job.total_steps)
-    return found
+        count += every.times(job.total_steps)
+    return count
 
 
-def as_dict(found: States) -> dict[str, int]:
+def as_dict(states: States) -> dict[str, int]:
     """Return the bytes by the name of the field."""
-    return {f.name: getattr(found, f.name) for f in fields(found)}
+    return {f.name: getattr(states, f.name) for f in fields(states)}

@@ -78,14 +78,16 @@ class Inventory:
         dims = {**self.cut, **dict.fromkeys(self.experts, 0)}
         parts = {n: mesh.experts if n in self.experts else mesh.tensor for n in dims}
 
-        def own(p: Parameter) -> Parameter:
+        def divided(p: Parameter) -> Parameter:
             if p.name not in dims:
                 return p
             shape = [n // parts[p.name] if i == dims[p.name] else n for i, n in enumerate(p.shape)]
             return replace(p, shape=tuple(shape))
 
         groups = [
-            replace(g, params=[*map(own, g.params)], parts=g.parts if g.parts > 1 else mesh.tensor)
+            replace(
+                g, params=[*map(divided, g.params)], parts=g.parts if g.parts > 1 else mesh.tensor
+            )
             for g in divided_groups(self.groups, self.experts, mesh.experts)
         ]
         places = {p.name: i for i, p in enumerate(self.parameters)}
@@ -94,7 +96,7 @@ class Inventory:
                 group.params.sort(key=lambda p: places[p.name])
                 group.params.sort(key=lambda p: p.shape, reverse=True)
                 group.names = [p.name for p in group.params]
-        return Inventory([*map(own, self.parameters)], groups, self.experts, self.cut)
+        return Inventory([*map(divided, self.parameters)], groups, self.experts, self.cut)
 
 
 def inventory(

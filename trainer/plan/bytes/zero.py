@@ -62,8 +62,8 @@ class ZeroSettings:
     @property
     def overlap(self) -> bool:
         """Whether communication overlaps with the backward pass."""
-        given = self.zero.get("overlap_comm")
-        return self.stage == 3 if given is None else bool(given)
+        overlap = self.zero.get("overlap_comm")
+        return self.stage == 3 if overlap is None else bool(overlap)
 
     @property
     def near(self) -> int:
@@ -161,26 +161,26 @@ def trace_gathers(
     soon = _kept_for_reuse(calls, sizes, reuse, {m for m in held if whole and block_of(m)})
     ahead = [(at, n, k) for at, c in enumerate(calls) for n, k in held.get(c.module, {}).items()]
     gathered = _Gathered(resident, ranks, counted)
-    seen: dict[str, int] = {}  # the last call of each parameter that the look ahead has passed
+    last_calls: dict[str, int] = {}  # of each parameter that the look ahead has passed
     start = 0  # of the look ahead
     for at, call in enumerate(calls):
-        own = held.get(call.module, {})
-        gathered.gather(own)
-        if any(seen.get(name, -1) < at for name in own):
+        weights = held.get(call.module, {})
+        gathered.gather(weights)
+        if any(last_calls.get(name, -1) < at for name in weights):
             while start < len(ahead) and ahead[start][0] <= at:
                 start += 1
-            seen.update((name, max(at, seen.get(name, -1))) for name in own)
+            last_calls.update((name, max(at, last_calls.get(name, -1))) for name in weights)
         room, chosen, size = min(live - gathered.standing, prefetch), {}, 0
         while start < len(ahead) and size < room:
             used, name, numel = ahead[start]
             start += 1
-            seen[name] = used
+            last_calls[name] = used
             if not gathered.has(name) and name not in chosen:
                 chosen[name] = numel
                 size += numel
         gathered.gather(chosen)
         if not call.is_kept and not soon[at]:
-            gathered.release(name for name in own if seen[name] <= at + 1)
+            gathered.release(name for name in weights if last_calls[name] <= at + 1)
     return gathered.trace
 
 
@@ -201,16 +201,16 @@ class _Gathered:
     def has(self, name: str) -> bool:
         return name in self._here or name in self._resident
 
-    def gather(self, wanted: Mapping[str, int]) -> None:
-        """Gather those of `wanted`, elements by name, that don't exist whole, in one collective."""
-        missing = {name: numel for name, numel in wanted.items() if not self.has(name)}
+    def gather(self, weights: Mapping[str, int]) -> None:
+        """Gather the weights (elements by name) that don't exist whole, in one collective."""
+        missing = {name: numel for name, numel in weights.items() if not self.has(name)}
         for name, numel in missing.items():
             which = "again" if name in self._ever else "first"
             self._elements[which] += self._whole(name, numel)
             self._padded += self._whole(name, numel)
-        own = [name for name in missing if name in self._counted]
-        self._calls += bool(own)
-        self._calls_again += any(name in self._ever for name in own)
+        counted = [name for name in missing if name in self._counted]
+        self._calls += bool(counted)
+        self._calls_again += any(name in self._ever for name in counted)
         self._ever.update(missing)
         self._here.update(missing)
         self.standing += sum(missing.values())
@@ -251,11 +251,11 @@ def _kept_for_reuse(
         for m in (every if leaves else ())
     }
     alone = {module: n for module, n in sizes.items() if module not in leaves}
-    own = _soon(calls, alone, reuse)
-    of_leaves = _soon(calls, within, reuse, inside) if leaves else own
+    soon = _soon(calls, alone, reuse)
+    of_leaves = _soon(calls, within, reuse, inside) if leaves else soon
     return [
         there if call.module in leaves else here
-        for call, here, there in zip(calls, own, of_leaves, strict=True)
+        for call, here, there in zip(calls, soon, of_leaves, strict=True)
     ]
 
 
@@ -269,17 +269,17 @@ def _soon(
 
     inside: the modules that a call uses; without it, its own alone.
     """
-    found: list[bool] = []
+    flags: list[bool] = []
     later: dict[str, int] = {}  # elements from the module's next use to the end
     rest = 0  # elements behind the call
     for call in reversed(calls):
         again = later.get(call.module)
         # Between the two calls lies what is behind this one, without the next one and its rest.
-        found.append(again is not None and rest - again < reuse)
+        flags.append(again is not None and rest - again < reuse)
         rest += sizes.get(call.module, 0)
         used = [call.module] if inside is None else inside[call.module]
         later.update(dict.fromkeys(used, rest))
-    return found[::-1]
+    return flags[::-1]
 
 
 def _in_order(held: Collection[str]) -> list[str]:
@@ -300,10 +300,10 @@ def _in_order(held: Collection[str]) -> list[str]:
         trunk.insert(at, table)
     inner = ("blocks.", "value_embeddings.", "encoder_relative", "relative")
     first = next(i for i, m in enumerate(trunk) if m.startswith(inner))
-    found = [*trunk[:first], "dropout", *trunk[first:], *head]  # it looks ahead too
+    modules = [*trunk[:first], "dropout", *trunk[first:], *head]  # it looks ahead too
     for _, module in groupby((m for m in order if m.startswith("mtp.")), key=_of_mtp):
-        found += [*module, *head]
-    return found
+        modules += [*module, *head]
+    return modules
 
 
 def _of_mtp(module: str) -> list[str]:
@@ -328,14 +328,14 @@ def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
 
 def _with_parents(order: Sequence[str]) -> list[str]:
     """Return the modules, each preceded by those that contain it where they are first met."""
-    found: list[str] = []
+    modules: list[str] = []
     met = {"blocks", "mtp"}  # a list isn't called
     for module in order:
         parts = module.split(".")
         parents = [".".join(parts[:n]) for n in range(1, len(parts))]
-        found += [*(parent for parent in parents if parent not in met), module]
+        modules += [*(parent for parent in parents if parent not in met), module]
         met.update(parents)
-    return found
+    return modules
 
 
 def _blocks(order: Sequence[str]) -> list[list[str]]:

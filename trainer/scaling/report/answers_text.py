@@ -16,12 +16,12 @@ from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaw, RateLaws
 from forescale.scaling.fitting.profile import Profile
 
-_SHOWN = 5  # losses of the range that are printed
+_PLACES = 5  # losses of the range that are printed
 
 
-def show_comparison(made: Comparison, console: Console) -> None:
+def show_comparison(comparison: Comparison, console: Console) -> None:
     """Print the multiplier over the range and at the target, and what makes it doubtful."""
-    for letter, side in (("A", made.a), ("B", made.b)):
+    for letter, side in (("A", comparison.a), ("B", comparison.b)):
         low, high = side.ends
         high_loss, low_loss = side.losses
         verdict = "certified" if side.made.fit.certificate.holds else "[red]not certified[/]"
@@ -31,64 +31,66 @@ def show_comparison(made: Comparison, console: Console) -> None:
             f"from {high_loss:.4g} to {low_loss:.4g}",
             soft_wrap=True,
         )
-    console.print(path_of(made) + "\n", soft_wrap=True)
-    console.print(_places(made))
+    console.print(path_of(comparison) + "\n", soft_wrap=True)
+    console.print(_places(comparison))
     console.print(
         "A over B: the compute that A needs for the loss over that of B, the multiplier. Loss of "
         "B: relative to the loss of A, at A's compute.",
         soft_wrap=True,
     )
-    if made.mean is not None:
-        console.print(f"\n[bold]Over the common range[/]: {escape(made.summary)}",
+    if comparison.mean is not None:
+        console.print(f"\n[bold]Over the common range[/]: {escape(comparison.summary)}",
                       soft_wrap=True)  # fmt: skip
-        if (text := trend_of(made)) is not None:
+        if (text := trend_of(comparison)) is not None:
             console.print(escape(text), soft_wrap=True)
     else:
         console.print("\nNo loss is reached by both within the compute of their runs.")
-    if made.target is not None and made.predictions is not None:
-        console.print(f"[bold]At the target[/]: {escape(made.verdict(made.target.multiplier))}",
-                      soft_wrap=True)  # fmt: skip
-        for side, f in zip((made.a, made.b), made.predictions, strict=True):
+    if comparison.target is not None and comparison.predictions is not None:
+        verdict = escape(comparison.verdict(comparison.target.multiplier))
+        console.print(f"[bold]At the target[/]: {verdict}", soft_wrap=True)
+        for side, f in zip((comparison.a, comparison.b), comparison.predictions, strict=True):
             console.print(
-                f"  {escape(side.name)}, trained with it: loss {f.loss:.4f}, {made.level:.0%} "
-                f"interval {f.outer[0]:.4f} to {f.outer[1]:.4f}",
+                f"  {escape(side.name)}, trained with it: loss {f.loss:.4f}, "
+                f"{comparison.level:.0%} interval {f.outer[0]:.4f} to {f.outer[1]:.4f}",
                 soft_wrap=True,
             )
-    for note in made.notes:
+    for note in comparison.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
 
 
-def path_of(made: Comparison) -> str:
+def path_of(comparison: Comparison) -> str:
     """Return along which runs the two are compared, as a sentence."""
-    if (ratio := made.a.path.ratio) is not None:
+    if (ratio := comparison.a.path.ratio) is not None:
         return f"Compared at {ratio:.4g} tokens per parameter, those of the target."
     return "Compared along the compute-optimal runs of each."
 
 
-def trend_of(made: Comparison) -> str | None:
+def trend_of(comparison: Comparison) -> str | None:
     """Return whether the multiplier changes with scale, as a sentence; None without a range."""
-    if (trend := made.trend) is None:
+    if (trend := comparison.trend) is None:
         return None
-    first, last = (place.multiplier.value for place in (made.places[0], made.places[-1]))
+    first, last = (
+        place.multiplier.value for place in (comparison.places[0], comparison.places[-1])
+    )
     moves = f"from {first:.3g} at the highest loss to {last:.3g} at the lowest"
     if trend.includes_one:
         return f"It goes {moves}; a multiplier that stays the same is inside the interval."
     return f"It goes {moves}: it changes with scale, so quote it at the scale that you need."
 
 
-def _places(made: Comparison) -> Table:
+def _places(comparison: Comparison) -> Table:
     """Return a row for some losses of the range, the mean of all, and the target."""
-    level = f"{made.level:.0%}"
+    level = f"{comparison.level:.0%}"
     names = ("loss", "C of A", "C of B", "A over B", f"{level} low", "high", "loss of B")
-    found = table(*names, f"{level} low", "high", "", left=("",))
-    step = max(1, (len(made.places) - 1) // (_SHOWN - 1))
-    for place in made.places[::step]:
-        found.add_row(*_cells(place), "")
-    if made.mean is not None:
-        found.add_row("", "", "", *_ratio(made.mean), "", "", "", "mean of the range")
-    if made.target is not None:
-        found.add_row(*_cells(made.target), "target")
-    return found
+    grid = table(*names, f"{level} low", "high", "", left=("",))
+    step = max(1, (len(comparison.places) - 1) // (_PLACES - 1))
+    for place in comparison.places[::step]:
+        grid.add_row(*_cells(place), "")
+    if comparison.mean is not None:
+        grid.add_row("", "", "", *_ratio(comparison.mean), "", "", "", "mean of the range")
+    if comparison.target is not None:
+        grid.add_row(*_cells(comparison.target), "target")
+    return grid
 
 
 def _cells(place: Place) -> list[str]:
@@ -104,29 +106,29 @@ def _ratio(ratio: Ratio) -> list[str]:
     return [f"{ratio.value:.3g}", f"{ratio.low:.3g}" if ratio.low > 0 else "-", high]
 
 
-def show_rates(made: RateLaws, console: Console, where: str) -> None:
+def show_rates(laws: RateLaws, console: Console, where: str) -> None:
     """Print the laws of the best learning rate and batch, their values for the target, refusals."""
-    console.print(f"[bold]{escape(where)}[/]: {len(made.optima)} sweeps with an optimum inside")
+    console.print(f"[bold]{escape(where)}[/]: {len(laws.optima)} sweeps with an optimum inside")
     console.print()
-    level = f"{made.job.level:.0%}"
-    console.print(_rate_laws([law for law in (made.rate, made.batch) if law], made.job.level))
-    if made.cost is not None:
+    level = f"{laws.job.level:.0%}"
+    console.print(_rate_laws([law for law in (laws.rate, laws.batch) if law], laws.job.level))
+    if laws.cost is not None:
         console.print(
-            f"At twice the best learning rate the loss is {made.cost:.2%} higher (median)."
+            f"At twice the best learning rate the loss is {laws.cost:.2%} higher (median)."
         )
-    for what, (value, low, high) in made.target.items():
-        unit = " tokens" if what == BATCH else ""
+    for name, (value, low, high) in laws.target.items():
+        unit = " tokens" if name == BATCH else ""
         console.print(
-            f"[bold]For the target[/]: best {what} {value:.3g}{unit}, {level} interval "
+            f"[bold]For the target[/]: best {name} {value:.3g}{unit}, {level} interval "
             f"{low:.3g} to {high:.3g}",
             soft_wrap=True,
         )
-    for one in made.refused:
+    for one in laws.refused:
         console.print(
             f"  no optimum at N {one.at['parameters']:.3g}, D {one.at['tokens']:.3g}: {one.why}",
             soft_wrap=True,
         )
-    for note in made.notes:
+    for note in laws.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
 
 
@@ -134,7 +136,7 @@ def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
     """Return a row for each law: its coefficient and its exponents with intervals."""
     names = [f"exponent of {SYMBOLS[c]}" for c in laws[0].columns]
     ends = [column for name in names for column in (name, f"{level:.0%} interval")]
-    made = table("best", "sweeps", "k", *ends, "scatter", left=("best",))
+    grid = table("best", "sweeps", "k", *ends, "scatter", left=("best",))
     for law in laws:
         cells = [
             cell
@@ -142,22 +144,26 @@ def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
             for cell in (f"{value:.3f}", f"{low:.3f} to {high:.3f}")
         ]
         count = str(law.freedom + len(law.columns) + 1)
-        made.add_row(law.quantity, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
-    return made
+        grid.add_row(law.quantity, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
+    return grid
 
 
-def show_profiles(found: Sequence[Profile], made: StudyFit, console: Console, where: str) -> None:
-    """Print each profile interval beside that of the resampled fits, and what is not determined."""
-    level = f"{made.job.level:.0%}"
-    console.print(f"[bold]{escape(where)}[/]: {len(made.points)} runs, {escape(made.form.source)}")
-    low, high = made.replicates.interval(made.job.level)
+def show_profiles(
+    profiles: Sequence[Profile], study: StudyFit, console: Console, where: str
+) -> None:
+    """Print each profile interval beside that of the resampled fits, and what stays open."""
+    level = f"{study.job.level:.0%}"
+    console.print(
+        f"[bold]{escape(where)}[/]: {len(study.points)} runs, {escape(study.form.source)}"
+    )
+    low, high = study.replicates.interval(study.job.level)
     rows = table("", "value", f"{level} low", "high", "resampled low", "high", left=("",))
-    for one in found:
-        i = made.form.symbols.index(one.symbol)
+    for one in profiles:
+        i = study.form.symbols.index(one.symbol)
         ends = ("open" if end is None else f"{end:.5g}" for end in (one.low, one.high))
         rows.add_row(one.symbol, f"{one.value:.5g}", *ends, f"{low[i]:.5g}", f"{high[i]:.5g}")
     console.print(rows)
-    for one in found:
+    for one in profiles:
         sides = [side for side, end in (("below", one.low), ("above", one.high)) if end is None]
         if sides:
             console.print(
@@ -165,5 +171,5 @@ def show_profiles(found: Sequence[Profile], made: StudyFit, console: Console, wh
                 "range the fit is not clearly worse, so these runs don't determine it there.",
                 soft_wrap=True,
             )
-    for note in (*made.doubts, *made.notes):
+    for note in (*study.doubts, *study.notes):
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)

@@ -20,9 +20,9 @@ from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.report import study_sections
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import Figures, flops_key
+from forescale.scaling.report.fit_text import doubt_of, skill_lines
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.task_section import task_section
-from forescale.scaling.report.words import doubt_of, skill_lines
 from forescale.storage import write_file
 
 MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # sections for papers

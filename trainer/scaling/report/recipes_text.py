@@ -1,4 +1,4 @@
-"""Prints the compute multipliers of recipes in the terminal.
+"""The compute multipliers of recipes as text for the terminal.
 
 Invariant: everything that makes the numbers doubtful is printed with them.
 """
@@ -14,60 +14,62 @@ from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.recipe_cells import RecipeCell
 
 
-def show_recipes(made: Multipliers, console: Console) -> None:
+def show_recipes(results: Multipliers, console: Console) -> None:
     """Print the multiplier of each recipe at each budget, its mean and trend, and the doubts."""
-    console.print(head_of(made) + "\n", soft_wrap=True)
-    console.print(_table(made))
-    console.print("\n" + read_as(made), soft_wrap=True)
-    for one in made.candidates:
-        console.print(f"[bold]{escape(one.name)}[/]: {escape(verdict(one, made))}", soft_wrap=True)
-    for doubt in made.doubts:
+    console.print(head_of(results) + "\n", soft_wrap=True)
+    console.print(_table(results))
+    console.print("\n" + read_as(results), soft_wrap=True)
+    for one in results.candidates:
+        console.print(
+            f"[bold]{escape(one.name)}[/]: {escape(verdict(one, results))}", soft_wrap=True
+        )
+    for doubt in results.doubts:
         console.print(f"[yellow]Note:[/] {escape(doubt)}", soft_wrap=True)
 
 
-def head_of(made: Multipliers) -> str:
+def head_of(results: Multipliers) -> str:
     """Return what was compared with what, as a sentence."""
-    own = made.of(made.base)
-    runs = sum(len(c.logs) + len(c.fresh) for c in made.cells)
-    noise = f"{made.noise.sd:.2%}" if made.noise.free else "unknown"
+    cells = results.of(results.base)
+    runs = sum(len(c.logs) + len(c.fresh) for c in results.cells)
+    noise = f"{results.noise.sd:.2%}" if results.noise.free else "unknown"
     return (
-        f"{len(made.candidates)} recipes against {made.base}, which has {len(own)} budgets from "
-        f"{own[0].flops:.3g} to {own[-1].flops:.3g} FLOPs; {runs} runs at tuned learning rates; "
-        f"noise of a run by its seed {noise}."
+        f"{len(results.candidates)} recipes against {results.base}, which has {len(cells)} budgets "
+        f"from {cells[0].flops:.3g} to {cells[-1].flops:.3g} FLOPs; {runs} runs at tuned learning "
+        f"rates; noise of a run by its seed {noise}."
     )
 
 
-def read_as(made: Multipliers) -> str:
+def read_as(results: Multipliers) -> str:
     """Return what a multiplier means, and how far these reach."""
-    low, high = (x.flops for x in (made.of(made.base)[0], made.of(made.base)[-1]))
+    low, high = (x.flops for x in (results.of(results.base)[0], results.of(results.base)[-1]))
     return (
-        f"Multiplier: the compute that {made.base} needs for the recipe's loss, over the recipe's "
-        f"own; above 1 the recipe needs less. Shown for small models, {low:.2g} to {high:.2g} "
-        "FLOPs: what a recipe gives beyond them, its trend may hint at and doesn't show."
+        f"Multiplier: the compute that {results.base} needs for the recipe's loss, over the "
+        f"recipe's; above 1 the recipe needs less. Shown for small models, {low:.2g} to {high:.2g} "
+        "FLOPs. The trend of a recipe hints at larger models and proves nothing about them."
     )
 
 
-def verdict(one: Candidate, made: Multipliers) -> str:
+def verdict(one: Candidate, results: Multipliers) -> str:
     """Return in a sentence what is shown about a recipe at its highest budget."""
-    top, level = one.top, f"{made.job.level:.0%}"
+    top, level = one.top, f"{results.job.level:.0%}"
     at = f"at {top.cell.budget:.3g} FLOPs"
-    if not made.noise.free:
-        said = f"{number_of(top)} times {at}; without repeated runs nothing is shown."
+    if not results.noise.free:
+        text = f"{number_of(top)} times {at}; without repeated runs nothing is shown."
     elif top.multiplier.includes_one:
-        said = f"no difference from {made.base} is shown {at} ({level}: {span_of(top)})."
+        text = f"no difference from {results.base} is shown {at} ({level}: {span_of(top)})."
     else:
         less = "less" if top.multiplier.low > 1 else "more"
-        said = f"needs {less} compute than {made.base} {at}: {number_of(top)} ({level}: "
-        said += f"{span_of(top)})."
+        text = f"needs {less} compute than {results.base} {at}: {number_of(top)} ({level}: "
+        text += f"{span_of(top)})."
     if (fresh := top.confirmed) is not None:
         holds = "confirm it" if fresh.low > 1 else "do not confirm it"
-        said += f" Fresh seeds {holds}: {fresh_of(top)} ({interval(fresh)})."
-    return f"{said} {trend_of(one, made)}".strip()
+        text += f" Fresh seeds {holds}: {fresh_of(top)} ({interval(fresh)})."
+    return f"{text} {trend_of(one, results)}".strip()
 
 
-def trend_of(one: Candidate, made: Multipliers) -> str:
+def trend_of(one: Candidate, results: Multipliers) -> str:
     """Return whether the multiplier changes with compute, as a sentence; empty if unknown."""
-    if one.trend is None or not made.noise.free:
+    if one.trend is None or not results.noise.free:
         return ""
     by = f"{one.trend.value:.3g} times a decade ({interval(one.trend)})"
     if one.trend.includes_one:
@@ -104,18 +106,19 @@ def interval(ratio: Ratio) -> str:
     return f"{low} to {ratio.high:.3g}" if ratio.high < np.inf else f"{low} to no upper end"
 
 
-def _table(made: Multipliers) -> Table:
-    names = ("recipe", "C", "loss", "rate", "runs", "multiplier", f"{made.job.level:.0%}", "fresh")
-    found = table(*names, left=("recipe",))
-    for c in made.of(made.base):
-        found.add_row(escape(c.recipe), *_cells(c), "", "", "")
-    for one in made.candidates:
+def _table(results: Multipliers) -> Table:
+    level = f"{results.job.level:.0%}"
+    names = ("recipe", "C", "loss", "rate", "runs", "multiplier", level, "fresh")
+    grid = table(*names, left=("recipe",))
+    for c in results.of(results.base):
+        grid.add_row(escape(c.recipe), *_cells(c), "", "", "")
+    for one in results.candidates:
         for p in one.places:
             numbers = (number_of(p), span_of(p), fresh_of(p))
-            found.add_row(escape(one.name), *_cells(p.cell), *numbers)
+            grid.add_row(escape(one.name), *_cells(p.cell), *numbers)
         if one.mean is not None:
-            found.add_row("", "", "", "", "mean", f"{one.mean.value:.3g}", interval(one.mean), "")
-    return found
+            grid.add_row("", "", "", "", "mean", f"{one.mean.value:.3g}", interval(one.mean), "")
+    return grid
 
 
 def _cells(c: RecipeCell) -> tuple[str, str, str, str]:

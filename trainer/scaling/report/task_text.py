@@ -41,28 +41,28 @@ def show_task(one: TaskFit, console: Console) -> None:
         console.print(f"[yellow]Doubt:[/] {escape(note)}", soft_wrap=True)
 
 
-def show_tasks(found: Sequence[TaskFit], console: Console) -> None:
+def show_tasks(fits: Sequence[TaskFit], console: Console) -> None:
     """Print the link of each task, its prediction, and what makes them doubtful."""
-    job, form = found[0].job, found[0].link.form
+    job, form = fits[0].job, fits[0].link.form
     console.print(escape(form.source) + "\n", soft_wrap=True)
-    console.print(_links(found))
+    console.print(_links(fits))
     if job.target.is_given:
         console.print()
-        console.print(_predicted_tasks(found, f"{job.level:.0%}"))
+        console.print(_predicted_tasks(fits, f"{job.level:.0%}"))
         console.print(_INTERVAL, soft_wrap=True)
-    for one in found:
+    for one in fits:
         for note in [*one.doubts, *one.doubts_of_law]:
             console.print(f"[yellow]Note:[/] {escape(one.task.name)}: {escape(note)}",
                           soft_wrap=True)  # fmt: skip
 
 
-def _links(found: Sequence[TaskFit]) -> Table:
+def _links(fits: Sequence[TaskFit]) -> Table:
     """Return a row for each task: the parameters of its link with their intervals."""
-    job, form = found[0].job, found[0].link.form
+    job, form = fits[0].job, fits[0].link.form
     level = f"{job.level:.0%}"
     ends = [column for symbol in form.symbols for column in (symbol, f"{level} interval")]
     links = table("task", "rows", *ends, "scatter", left=("task",))
-    for one in found:
+    for one in fits:
         low, high = one.replicates.interval(job.level)
         cells = [
             cell
@@ -74,37 +74,37 @@ def _links(found: Sequence[TaskFit]) -> Table:
     return links
 
 
-def _predicted_tasks(found: Sequence[TaskFit], level: str) -> Table:
+def _predicted_tasks(fits: Sequence[TaskFit], level: str) -> Table:
     """Return a row for each task: its predicted loss, and the metric that follows."""
-    job = found[0].job
-    made = table("task", "loss", f"{level} interval", job.metric, "50% interval",
+    job = fits[0].job
+    grid = table("task", "loss", f"{level} interval", job.metric, "50% interval",
                  f"{level} interval", left=("task",))  # fmt: skip
-    for one in found:
+    for one in fits:
         if (p := one.chained) is not None:
             low, high = p.loss.outer
             spans = (span(ends, job.metric) for ends in (p.inner, p.outer))
             loss = (f"{p.loss.loss:.4f}", f"{low:.4f} to {high:.4f}")
-            made.add_row(escape(one.task.name), *loss, value(p.value, job.metric), *spans)
-    return made
+            grid.add_row(escape(one.task.name), *loss, value(p.value, job.metric), *spans)
+    return grid
 
 
-def show_task_forecasts(found: Sequence[TaskScore], console: Console) -> None:
+def show_task_forecasts(scores: Sequence[TaskScore], console: Console) -> None:
     """Print the predicted metrics beside those observed since, if forecasts have any."""
-    if not found:
+    if not scores:
         return
-    made = table("forecast", "run", "task", "predicted", "interval", "observed", "inside",
+    grid = table("forecast", "run", "task", "predicted", "interval", "observed", "inside",
                  left=("run", "task"))  # fmt: skip
-    for one in found:
-        own = value(one.predicted, one.metric), span(one.interval, one.metric)
+    for one in scores:
+        cells = value(one.predicted, one.metric), span(one.interval, one.metric)
         came = "-" if one.observed is None else value(one.observed, one.metric)
         inside = {None: "-", True: "yes", False: "no"}[one.inside]
-        made.add_row(one.forecast, escape(one.run), escape(one.column), *own, came, inside)
-    console.print(made)
+        grid.add_row(one.forecast, escape(one.run), escape(one.column), *cells, came, inside)
+    console.print(grid)
 
 
-def show_task_scores(found: Sequence[Scores], job: StudyJob, console: Console) -> None:
+def show_task_scores(scores: Sequence[Scores], job: StudyJob, console: Console) -> None:
     """Print the scores of the two steps and of their rivals over all tables, then of each apart."""
-    names = list(dict.fromkeys(one.table for one in found if one.table is not None))
+    names = list(dict.fromkeys(one.table for one in scores if one.table is not None))
     console.print(
         f"The {KINDS[job.metric]} {escape(job.task or '')} at every origin of {len(names)} "
         f"table{'s' * (len(names) > 1)}. An origin knows the runs of its budgets, three or more, "
@@ -113,9 +113,9 @@ def show_task_scores(found: Sequence[Scores], job: StudyJob, console: Console) -
     )
     for name in [None, *names] if len(names) > 1 else [None]:
         for ahead, words in _AHEAD.items():
-            if own := [one for one in found if one.table == name and one.ahead == ahead]:
+            if rows := [one for one in scores if one.table == name and one.ahead == ahead]:
                 console.print(f"\n[bold]{words}[/]{'' if name is None else f', {escape(name)}'}")
-                console.print(_scored(own, job))
+                console.print(_scored(rows, job))
     console.print(
         "\nerror: median size of predicted minus observed metric (of a loss: of the log of their "
         "ratio) at the run with the lowest loss of each budget; mean: its mean size; bias: its "
@@ -127,10 +127,10 @@ def show_task_scores(found: Sequence[Scores], job: StudyJob, console: Console) -
     )
 
 
-def _scored(found: Sequence[Scores], job: StudyJob) -> Table:
-    made = table("method", "forecasts", "error", "mean", "bias", BEST, OTHER, f"vs {LINE}",
+def _scored(scores: Sequence[Scores], job: StudyJob) -> Table:
+    grid = table("method", "forecasts", "error", "mean", "bias", BEST, OTHER, f"vs {LINE}",
                  f"vs {LAST_VALUE}", left=("method",))  # fmt: skip
-    for one in found:
+    for one in scores:
         inside = (
             f"{c.inner:.0%} {c.outer:.0%}" if (c := one.coverage.get(g)) else "-"
             for g in (BEST, OTHER)
@@ -141,8 +141,8 @@ def _scored(found: Sequence[Scores], job: StudyJob) -> Table:
             change(one.mean, job.metric),
             change(one.bias, job.metric, "+"),
         )
-        made.add_row(one.method, str(one.count), *sizes, *inside, *skill)
-    return made
+        grid.add_row(one.method, str(one.count), *sizes, *inside, *skill)
+    return grid
 
 
 def value(number: float, metric: str) -> str:
