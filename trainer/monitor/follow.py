@@ -1,4 +1,4 @@
-"""Follow a file of rows while it grows: each look reads only what was added since the last one.
+"""Followers of growing files of rows: each update reads only the rows added since the last one.
 
 Invariant: what a follower knows of a file is what a new one would find. A file that was replaced,
 cut off or changed in place is read again from its beginning; of an old part that changes while the
@@ -6,16 +6,19 @@ file also grows, only the last row is compared.
 """
 
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Self
 
-from forescale.run.rows import damaged, parse_row
+from forescale.run.rows import Row, damaged, parse_row
 from forescale.storage import naming
 
 BLOCK = 1 << 17  # bytes that are read at once
 TRAIN = b'{"kind": "train", '  # how the line of a step begins
+RECENT = 20  # rows of a tail
 _COMPARED = 256  # bytes of the last row
+_SCORE = b'"kind": "validation"'
 
 
 class Follower:
@@ -26,7 +29,7 @@ class Follower:
 
     def __init__(self, path: Path):
         self.path = path
-        self._seen: tuple[int, ...] = ()
+        self._stamp: tuple[int, ...] = ()
         self._forget()
 
     def _forget(self) -> None:
@@ -48,17 +51,17 @@ class Follower:
             stat = self.path.stat()
         except FileNotFoundError:
             self._forget()
-            self._seen = ()
+            self._stamp = ()
             return self
         stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if stamp != self._seen:
-            self._seen = ()  # if a row is damaged, look again next time
+        if stamp != self._stamp:
+            self._stamp = ()  # if a row is damaged, look again next time
             with naming(self.path), open(self.path, "rb") as f:
                 if not self._goes_on(stamp, f):
                     self._forget()
                     self._offset, self._file = self._begin(f), stamp[:2]
                 self._read(f)
-            self._seen = stamp
+            self._stamp = stamp
         return self
 
     def _goes_on(self, stamp: tuple[int, ...], f: IO[bytes]) -> bool:
@@ -93,13 +96,49 @@ class Follower:
                 except (ValueError, RecursionError) as e:
                     raise damaged(f"{self.path}, line {self._number(line):,}", e) from None
 
-    def _number(self, lines: bytes) -> int:
+    def _number(self, content: bytes) -> int:
         """Return the number of the first line with this content, from 1."""
         with open(self.path, "rb") as f:
-            return next((n for n, line in enumerate(f, 1) if line[:-1] == lines), 0)
+            return next((n for n, line in enumerate(f, 1) if line[:-1] == content), 0)
 
 
 def lines_of(kind: bytes, lines: list[bytes]) -> Iterator[bytes]:
     """Yield the lines of rows of a kind."""
     mark = b'"kind": "%s"' % kind
     return (line for line in lines if mark in line)
+
+
+class Tail(Follower):
+    """The last train rows and validation rows of a metrics.jsonl, RECENT of each at most; at least
+    one validation row, if there is any. Rows before them are not read, nor verified."""
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._steps: deque[bytes] = deque(maxlen=RECENT)
+        self._scores: deque[bytes] = deque(maxlen=RECENT)
+
+    @property
+    def steps(self) -> list[Row]:
+        """The last train rows."""
+        return [*map(parse_row, self._steps)]
+
+    @property
+    def scores(self) -> list[Row]:
+        """The last validation rows."""
+        return [*map(parse_row, self._scores)]
+
+    def _begin(self, f: IO[bytes]) -> int:
+        end = f.seek(0, 2)
+        size = 2 * BLOCK
+        while size < end:
+            f.seek(end - size)
+            block = f.read(size)
+            cut = block.find(b"\n") + 1  # the end of a row that is not whole
+            if block.count(TRAIN, cut) >= RECENT and block.find(_SCORE, cut) >= 0:
+                return end - size + cut
+            size *= 4
+        return 0
+
+    def _take(self, lines: list[bytes]) -> None:
+        self._steps.extend(lines_of(b"train", lines))
+        self._scores.extend(lines_of(b"validation", lines))

@@ -10,8 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TypeVar
 
+from forescale.monitor.follow import Tail
 from forescale.monitor.ledger import Ledger, Steps
-from forescale.monitor.tail import Tail
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from forescale.console import span, table, visible
 from forescale.errors import UserError
-from forescale.monitor.page import runs_now, state_of
+from forescale.monitor.run_text import runs_now, state_of
 from forescale.monitor.status import Status
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.errors import INTERRUPTED
 from forescale.monitor.curve import losses_of
+from forescale.monitor.follow import Tail
 from forescale.monitor.goodput import Goodput
 from forescale.monitor.memory import Mark, Memory, marks_of
-from forescale.monitor.tail import Tail
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.resilience.heartbeat import RankStatus, read_nodes
 from forescale.resilience.injector import records

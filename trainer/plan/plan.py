@@ -21,7 +21,7 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
 from forescale.plan.bytes.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
-from forescale.plan.bytes.parameters import inventory
+from forescale.plan.bytes.parameters import Inventory, Parameter, inventory
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
@@ -34,11 +34,11 @@ from forescale.plan.options import (
     name_of,
     with_checkpointing,
 )
-from forescale.plan.own_model import own_model
 from forescale.plan.published import published_notes
 from forescale.plan.step_time import (
     MeasuredSpeed,
     StepTime,
+    TokenFlops,
     measure,
     predict_step_time,
     token_flops,
@@ -77,7 +77,7 @@ class Plan:
             length, ranks = job.train.sequence_length, job.engine.sequence_parallel
             self.per_token = token_flops(self.job.model, job.lora, length, six_n, ranks)
         else:
-            self.trained, self.per_token = own_model(self.job, self.vocab_size)
+            self.trained, self.per_token = _class_of_user(self.job, self.vocab_size)
             self.notes.append(
                 "The model is a class of your own: the memory of its activations is not known and "
                 "not included."
@@ -345,3 +345,23 @@ class Plan:
         if not isinstance(model, ModelConfig) or not model.causal:
             return None
         return cache_bytes(model, length, BYTES[self.job.precision.kind])
+
+
+def _class_of_user(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops]:
+    """Return parameters and FLOPs of a model that is a class of the user's own, built without
+    values. Loads torch. Raises UserError if it can't be built."""
+    import torch
+
+    from forescale.train.model import build_model, prices_of
+    from forescale.train.probe import examine_model
+
+    examine_model(job, vocab_size)
+    with torch.device("meta"):
+        model = build_model(job, vocab_size)
+    every = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
+    names = getattr(model, "muon_parameters", None)
+    prices = prices_of(job, model)
+    parameters = inventory(job, every, names() if names else None)
+    return parameters, TokenFlops(
+        prices["full"], prices["causal"], prices["six_n"], prices["full"] / 3
+    )

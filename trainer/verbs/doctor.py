@@ -29,10 +29,10 @@ EXAMPLES = ("doctor",)
 def main(words: list[str]) -> int:
     job = compose(DoctorJob, overrides_of(DoctorJob, words))
     counts = {"ok": 0, "note": 0, "fault": 0}
-    for found in examine(Path(job.run.root).expanduser(), job.data):
-        counts[found.level] += 1
-        fix = f"; {found.fix}" if found.fix else ""
-        print(f"{found.level:<5}  {found.name:<10}  {found.text}{fix}.", flush=True)
+    for finding in examine(Path(job.run.root).expanduser(), job.data):
+        counts[finding.level] += 1
+        fix = f"; {finding.fix}" if finding.fix else ""
+        print(f"{finding.level:<5}  {finding.name:<10}  {finding.text}{fix}.", flush=True)
     if counts["fault"]:
         one = counts["fault"] == 1
         print(f"\n{counts['fault']} fault{'' if one else 's'} to fix before `forescale train`.")

@@ -54,7 +54,7 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     they are wanted."""
     from forescale.inference.details.induction import induction
     from forescale.inference.details.measure import expect_continuing
-    from forescale.inference.details.page import induction_text
+    from forescale.inference.details.text import induction_text
     from forescale.inference.lengths import at_length
     from forescale.inference.scoring import datasets_of, references_of, score_of
 
@@ -160,7 +160,7 @@ def _details(
 ) -> None:
     """Print the details of a score. scored: the run's job with the windows' length."""
     from forescale.inference.details.measure import measure
-    from forescale.inference.details.page import details_text
+    from forescale.inference.details.text import details_text
 
     with progress_display() as progress:
         found = measure(
@@ -191,7 +191,7 @@ def _print_json(view: RunView, checkpoint: Checkpoint, facts: dict[str, Any]) ->
 def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     """Print the scores on tasks of lm_eval."""
     from forescale.inference.harness.language_model import LanguageModel
-    from forescale.inference.harness.page import as_facts, new_file, table, write_answers
+    from forescale.inference.harness.results import as_facts, new_file, table, write_answers
     from forescale.inference.harness.scores import lm_eval_version, scores_of
     from forescale.inference.harness.tasks import loaded_tasks, quiet
     from forescale.inference.lengths import at_length

@@ -34,13 +34,13 @@ class ReportJob(Job):
 
     def problems(self) -> Problems:
         """Return the problems of the input and of the output."""
-        found: Problems = []
+        problems: Problems = []
         if not self.input:
-            found.append(("input", "is missing", "name a run or more: forescale report first"))
+            problems.append(("input", "is missing", "name a run or more: forescale report first"))
         if self.output is not None and Path(self.output).suffix.lower() not in _KINDS:
             todo = "end it with .html (the page), .svg or .png (the loss)"
-            found.append(("output", f"{self.output} has no ending that names a format", todo))
-        return found
+            problems.append(("output", f"{self.output} has no ending that names a format", todo))
+        return problems
 
 
 JOB = ReportJob
@@ -72,5 +72,5 @@ def main(words: list[str]) -> int:
 
 
 def _named(runs: list[Run]) -> str:
-    more = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
-    return f"report-{runs[0].path.resolve().name}{more}.html"
+    others = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
+    return f"report-{runs[0].path.resolve().name}{others}.html"

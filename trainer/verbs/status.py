@@ -24,7 +24,7 @@ from forescale.errors import DONE, UserError
 from forescale.monitor.curve import needs_ascii
 from forescale.monitor.facts import facts
 from forescale.monitor.overview import show_runs
-from forescale.monitor.page import show_run
+from forescale.monitor.run_text import show_run
 from forescale.monitor.status import Status, Statuses, runs_under
 from forescale.run.directory import Run
 from forescale.slurm import queue, queue_cache

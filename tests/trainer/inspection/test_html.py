@@ -17,15 +17,15 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def made():
+def read_model():
     """A reading by a model of attention and a recurrence, with a trace."""
     model = build(mixer_pattern=["attention", "mingru"])
     return model, read(model, text().tolist(), subject=(2, 4))
 
 
-def html_of(found, tokenizer):
-    pieces = [HOSTILE, *(chr(97 + i) for i in range(len(found.tokens) - 1))]
-    return page(found, pieces, tokenizer, f"run {HOSTILE}", ["inspect", "x"])
+def html_of(reading, tokenizer):
+    pieces = [HOSTILE, *(chr(97 + i) for i in range(len(reading.tokens) - 1))]
+    return page(reading, pieces, tokenizer, f"run {HOSTILE}", ["inspect", "x"])
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def tokenizer(small_data):
     return Tokenizer.from_file(str(small_data / "tokenizer.json"))
 
 
-def test_the_page_has_all_and_nothing_of_a_text_is_code(made, tokenizer):
-    model, found = made
-    html = html_of(found, tokenizer)
+def test_the_page_has_all_and_nothing_of_a_text_is_code(read_model, tokenizer):
+    model, reading = read_model
+    html = html_of(reading, tokenizer)
     assert HOSTILE not in html
     assert not re.search(r"(src|href)=[\"']?http", html)
     data = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     assert data["tokens"][0] == HOSTILE.replace(" ", "·")
-    assert data["losses"] == found.losses
+    assert data["losses"] == reading.losses
     first = torch.tensor(list(__import__("base64").b64decode(data["layers"][0]["maps"][0])))
     expected = maps_of(model, text())[0][0].flatten() * 255
     assert (first - expected).abs().max() <= 0.5
@@ -48,12 +48,12 @@ def test_the_page_has_all_and_nothing_of_a_text_is_code(made, tokenizer):
     assert "mingru has no heads and no weights" in html
 
 
-def test_numbers_are_those_of_the_model(made):
-    model, found = made
+def test_numbers_are_those_of_the_model(read_model):
+    model, reading = read_model
     x = text()
     loss = torch.nn.functional.cross_entropy(model(x[None])[0, :-1], x[1:])
-    assert found.loss == pytest.approx(loss.item(), rel=1e-5)
-    numbers = found.as_dict()
+    assert reading.loss == pytest.approx(loss.item(), rel=1e-5)
+    numbers = reading.as_dict()
     assert json.loads(json.dumps(numbers))["layers"][1]["heads"] == []
     assert "maps" not in numbers["layers"][0]
     assert [len(row) for row in numbers["lens"]] == [13, 13, 13]
@@ -96,10 +96,10 @@ def test_a_mistake_is_one_sentence(own_run, forescale, words, message, tmp_path)
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_draws_it(browser, made, tokenizer, tmp_path, width):
+def test_a_browser_draws_it(browser, read_model, tokenizer, tmp_path, width):
     """Nothing overflows, fails, or is asked of a network; pointing at a map says what it shows."""
     path = tmp_path / "page.html"
-    path.write_text(html_of(made[1], tokenizer))
+    path.write_text(html_of(read_model[1], tokenizer))
     context = browser.new_context(viewport={"width": width, "height": 740}, offline=True)
     tab, printed, requested = context.new_page(), [], []
     tab.on("console", lambda message: printed.append(message.text))

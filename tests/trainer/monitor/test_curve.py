@@ -14,17 +14,17 @@ _BITS = dict(zip(curve._BITS[0] + curve._BITS[1], [*range(4), *range(4)], strict
 def levels(lines: list[str], in_ascii: bool) -> list[int]:
     """The level of the dot in each column of the text, read back from the characters."""
     rows = [line.split("|" if in_ascii else "│")[1] for line in lines[:-1]]
-    found = {}
+    levels_of = {}
     for i, row in enumerate(reversed(rows)):
         for column, sign in enumerate(row):
             if in_ascii and sign != " ":
-                found[column] = 4 * i + curve._ASCII.index(sign)
+                levels_of[column] = 4 * i + curve._ASCII.index(sign)
             elif not in_ascii:
                 for right, bits in enumerate(curve._BITS):
                     for level, bit in enumerate(bits):
                         if (ord(sign) - 0x2800) & bit:
-                            found[2 * column + right] = 4 * i + level
-    return [found[column] for column in sorted(found)]
+                            levels_of[2 * column + right] = 4 * i + level
+    return [levels_of[column] for column in sorted(levels_of)]
 
 
 @pytest.mark.parametrize("in_ascii", [True, False])

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_the_ranges_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = dict(re.match(r"([\w-]+)(.*)", d).groups() for d in project["dependencies"])
-    assert {name: wanted[name] for name in SUPPORTED} == SUPPORTED
+    required = dict(re.match(r"([\w-]+)(.*)", d).groups() for d in project["dependencies"])
+    assert {name: required[name] for name in SUPPORTED} == SUPPORTED
     assert project["requires-python"] == ">=" + ".".join(map(str, doctor.PYTHON))
 
 
@@ -57,9 +57,9 @@ def test_versions_against_the_range(monkeypatch, version, level):
         return version
 
     monkeypatch.setattr("importlib.metadata.version", of)
-    found = doctor.package_version("deepspeed", SUPPORTED["deepspeed"])
-    assert found.level == level
-    assert level == "ok" or found.fix == "pip install 'deepspeed>=0.19.8,<0.20'"
+    finding = doctor.package_version("deepspeed", SUPPORTED["deepspeed"])
+    assert finding.level == level
+    assert level == "ok" or finding.fix == "pip install 'deepspeed>=0.19.8,<0.20'"
 
 
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "2.14.0.dev20260101+cu128"])
@@ -71,11 +71,11 @@ def test_builds_of_torch_are_in_the_range(monkeypatch, version):
 def test_no_compiler_is_a_note_that_says_what_it_costs(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = doctor.compiler()
-    assert found.level == "note"
-    assert "no-such-compiler" in found.text
-    assert "twice as long" in found.text
-    assert "g++" in found.fix
+    finding = doctor.compiler()
+    assert finding.level == "note"
+    assert "no-such-compiler" in finding.text
+    assert "twice as long" in finding.text
+    assert "g++" in finding.fix
 
 
 def test_a_lock_left_by_a_killed_build(tmp_path):
@@ -85,9 +85,9 @@ def test_a_lock_left_by_a_killed_build(tmp_path):
     lock.touch()
     assert doctor.build_lock(tmp_path).level == "note"  # a build may be running
     os.utime(lock, (time.time() - 3600,) * 2)
-    found = doctor.build_lock(tmp_path)
-    assert found.level == "fault"
-    assert found.fix == f"rm {lock}"
+    finding = doctor.build_lock(tmp_path)
+    assert finding.level == "fault"
+    assert finding.fix == f"rm {lock}"
 
 
 def test_the_build_directory_is_that_of_torch(monkeypatch, tmp_path):
@@ -97,9 +97,9 @@ def test_the_build_directory_is_that_of_torch(monkeypatch, tmp_path):
 
 def test_a_full_disk(monkeypatch, tmp_path):
     assert doctor.disk("run.root", tmp_path / "a" / "b", 1).level == "ok"
-    found = doctor.disk("run.root", tmp_path, 1 << 60)
-    assert found.level == "fault"
-    assert "free some space" in found.fix
+    finding = doctor.disk("run.root", tmp_path, 1 << 60)
+    assert finding.level == "fault"
+    assert "free some space" in finding.fix
 
 
 def test_a_directory_that_may_not_be_written_to(monkeypatch, tmp_path):
@@ -110,9 +110,9 @@ def test_a_directory_that_may_not_be_written_to(monkeypatch, tmp_path):
 def test_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: iter([Path("0000:00")]))
-    found = doctor.graphics()
-    assert found.level == "fault"
-    assert "torch" in found.text
+    finding = doctor.graphics()
+    assert finding.level == "fault"
+    assert "torch" in finding.text
 
 
 def test_fewer_threads_than_cores(monkeypatch):
@@ -133,7 +133,7 @@ def test_wandb_with_and_without_an_account(monkeypatch, tmp_path):
 
 
 def test_an_embedded_corpus_that_is_not_prepared_is_a_note(tmp_path):
-    found = doctor.corpus(CorpusConfig(cache=str(tmp_path)))
-    assert isinstance(found, Finding)
-    assert found.level == "note"
+    finding = doctor.corpus(CorpusConfig(cache=str(tmp_path)))
+    assert isinstance(finding, Finding)
+    assert finding.level == "note"
     assert not list(tmp_path.iterdir())

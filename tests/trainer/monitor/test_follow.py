@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from forescale.errors import UserError
-from forescale.monitor import follow, ledger, tail
+from forescale.monitor import follow, ledger
+from forescale.monitor.follow import RECENT, Tail
 from forescale.monitor.goodput import Goodput
 from forescale.monitor.ledger import Ledger
 from forescale.monitor.memory import Memory
-from forescale.monitor.tail import RECENT, Tail
 from forescale.run.directory import Parent, Run
 from forescale.run.rows import RowWriter, read_rows, select
 
@@ -23,7 +23,7 @@ PHASES = ("data", "compute", "logging", "a b")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """A file of some kB has many blocks, and rows that a block cuts."""
-    for module in (follow, ledger, tail):
+    for module in (follow, ledger):
         monkeypatch.setattr(module, "BLOCK", 1_000)
 
 
@@ -85,22 +85,22 @@ class Life:
 
     def resume(self, path):
         """Rows are added by another process, after the last whole row."""
-        found = read_rows(path)
+        rows = read_rows(path)
         whole = path.read_bytes()
         os.truncate(path, whole.rfind(b"\n") + 1)
-        self.step = found[-1]["step"] if found else 0
+        self.step = rows[-1]["step"] if rows else 0
 
 
 def known(run, memory):
     """What a run's views show of its rows, by a memory."""
     tail, whole = memory.tail(run.metrics), memory.ledger(run.metrics)
     lost = [memory.lost(attempt, run) for attempt in run.attempts()]
-    own = [memory.steps_of(attempt, run) for attempt in run.attempts()]
+    steps_of = [memory.steps_of(attempt, run) for attempt in run.attempts()]
     return {
         "recent": tail.steps,
         "score": tail.scores[-1:],
         "longest": whole.longest,
-        "own": [(s.count, s.last, s.first, s.seconds) for s in own],
+        "own": [(s.count, s.last, s.first, s.seconds) for s in steps_of],
         "lost": [(s.count, s.total) for s in lost],
     }
 
@@ -109,14 +109,14 @@ def read_whole(run):
     """The same by reading every row of every attempt."""
     rows = read_rows(run.metrics)
     steps = select(rows, kind="train")
-    kept = {(row["attempt"], row["step"]) for row in steps}
-    own = [attempt.own_steps() for attempt in run.attempts()]
-    lost = [[r for r in made if (r["attempt"], r["step"]) not in kept] for made in own]
+    places = {(row["attempt"], row["step"]) for row in steps}
+    rows_of = [attempt.own_steps() for attempt in run.attempts()]
+    lost = [[r for r in every if (r["attempt"], r["step"]) not in places] for every in rows_of]
     return {
         "recent": steps[-RECENT:],
         "score": select(rows, kind="validation")[-1:],
         "longest": max((sum(row["seconds"].values()) for row in steps), default=0.0),
-        "own": [(len(r), *_ends(r), _sums(r)) for r in own],
+        "own": [(len(r), *_ends(r), _sums(r)) for r in rows_of],
         "lost": [(len(r), sum(_sums(r).values())) for r in lost],
     }
 
@@ -126,10 +126,10 @@ def _ends(rows):
 
 
 def _sums(rows):
-    found = Counter()
+    counts = Counter()
     for row in rows:
-        found.update(row["seconds"])
-    return found
+        counts.update(row["seconds"])
+    return counts
 
 
 def close(value):
@@ -164,18 +164,18 @@ def test_only_what_was_added_is_read(tmp_path, monkeypatch):
     life = Life(tmp_path, 1)
     for _ in range(100):
         life.grow()
-    found, taken = Ledger(life.run.metrics).update(), []
+    ledger, taken = Ledger(life.run.metrics).update(), []
     last = Tail(life.run.metrics).update()
-    for one in (found, last):
+    for one in (ledger, last):
         take = one._take
         monkeypatch.setattr(
             one, "_take", lambda lines, take=take: taken.append(lines) or take(lines)
         )
-    found.update()
+    ledger.update()
     last.update()
     assert not taken
     life.attempt.metrics.add(life.row(life.step + 1))
-    assert found.update().by_attempt[1].last == last.update().steps[-1]["step"] == life.step + 1
+    assert ledger.update().by_attempt[1].last == last.update().steps[-1]["step"] == life.step + 1
     assert [len(lines) for lines in taken] == [1, 1]
 
 
@@ -191,13 +191,13 @@ def test_a_row_is_read_once_for_all_sums(tmp_path, monkeypatch):
         Ledger, "_take", lambda self, lines: taken.extend(lines) or take(self, lines)
     )
     assert Goodput(life.run).lost_steps
-    own, newest = (read_rows(a.metrics.path) for a in life.run.attempts())
-    assert len(taken) == len(own) + len(newest)
+    older, newest = (read_rows(a.metrics.path) for a in life.run.attempts())
+    assert len(taken) == len(older) + len(newest)
     taken.clear()
     life.start()
     life.grow()
     assert Goodput(life.run).launches[1].steps[0].count == len(life.run.attempts()[1].own_steps())
-    assert len(taken) < len(own) + len(read_rows(life.run.metrics)) + len(newest) / 2
+    assert len(taken) < len(older) + len(read_rows(life.run.metrics)) + len(newest) / 2
 
 
 @pytest.mark.parametrize("kind", [Ledger, Tail])
@@ -214,9 +214,9 @@ def test_a_damaged_row_is_told_as_a_whole_read_tells_it(tmp_path, kind):
     with pytest.raises(UserError) as expected:
         read_rows(path)
     for _ in range(2):
-        with pytest.raises(UserError) as found:
+        with pytest.raises(UserError) as error:
             followed.update()
-        assert str(found.value) == str(expected.value)
+        assert str(error.value) == str(expected.value)
     path.write_bytes(whole + whole)
     followed.update()
 
@@ -232,8 +232,8 @@ def test_rows_of_an_earlier_version_count_too(tmp_path):
     assert Ledger(life.run.metrics).update().longest >= 7.0
 
 
-@pytest.mark.parametrize("more", [0, 1])
-def test_a_file_that_was_written_anew_in_place_is_read_again(tmp_path, more):
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_file_that_was_written_anew_in_place_is_read_again(tmp_path, lines):
     """The same file to the system, as long as before or longer, with other rows."""
     path = tmp_path / "m.jsonl"
 
@@ -246,6 +246,6 @@ def test_a_file_that_was_written_anew_in_place_is_read_again(tmp_path, more):
 
     write("a", 2)  # two rows, of which the last stays the same
     followed = Ledger(path).update()
-    write("b", 2 + more)
+    write("b", 2 + lines)
     os.utime(path, (1, 1))  # the clock of a file system may tick slowly
-    assert followed.update().by_attempt[1].seconds == {"b": 1.0, "c": 1.0 + more}
+    assert followed.update().by_attempt[1].seconds == {"b": 1.0, "c": 1.0 + lines}

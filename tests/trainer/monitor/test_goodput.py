@@ -21,23 +21,23 @@ def run(tmp_path):
     return Run(tmp_path / "run")
 
 
-def launch(run, begun, ended=None, code=None, came=0, rank_began=None, said=None):
+def launch(run, begun, ended=None, code=None, came=0, rank_began=None, how=None):
     """An attempt that our launcher began at T0 + begun; came: the step that it went on from;
-    rank_began: when rank 0 did; said: its last beat, where it left any."""
+    rank_began: when rank 0 did; how: its last beat, where it left any."""
     attempt = run.new_attempt()
     facts = {"begun": T0 + begun, "command": [], "host": "a", "processes": 1}
     if ended is not None:
         facts |= {"ended": T0 + ended, "code": code, "how": "so"}
     write_json(attempt.path / outcome.LAUNCH, facts)
-    if said is not None or rank_began is not None:
-        beat(attempt, rank_began or begun, begun if said is None else said)
+    if how is not None or rank_began is not None:
+        beat(attempt, rank_began or begun, begun if how is None else how)
     attempt.start_from(Parent(came, f"checkpoints/step-{came}" if came else None), run)
     return attempt
 
 
-def beat(attempt, began, said):
+def beat(attempt, began, at):
     facts = dict(host="a", pid=1, step=1, phase="compute", at="norm", here=0.0, starting=False)
-    one = Heartbeat(rank=0, began=T0 + began, time=T0 + said, limit=1.0, quiet=1.0, **facts)
+    one = Heartbeat(rank=0, began=T0 + began, time=T0 + at, limit=1.0, quiet=1.0, **facts)
     write_node(attempt.path, "a", [RankStatus(one, 0.0)])
 
 
@@ -52,12 +52,12 @@ def ended(attempt, reason, at, **seconds):
     os.utime(attempt.events.path, (T0 + at, T0 + at))
 
 
-def buckets(run, **more):
-    found = Goodput(run, **more)
-    assert sum(found.buckets.values()) == pytest.approx(found.wall, abs=1e-6)
-    assert min(found.buckets.values()) >= 0
-    assert found.buckets.keys() <= BUCKETS.keys()
-    return found
+def buckets(run, **options):
+    goodput = Goodput(run, **options)
+    assert sum(goodput.buckets.values()) == pytest.approx(goodput.wall, abs=1e-6)
+    assert min(goodput.buckets.values()) >= 0
+    assert goodput.buckets.keys() <= BUCKETS.keys()
+    return goodput
 
 
 def test_a_run_that_nothing_happened_to(run):
@@ -65,10 +65,10 @@ def test_a_run_that_nothing_happened_to(run):
     row(one, 1, startup=6.0, data=1.0, compute=10.0)
     row(one, 2, data=0.5, compute=5.0, logging=0.5)
     ended(one, "complete", 30, evaluation=3.0, checkpoint=2.0)
-    found = buckets(run)
+    seconds = buckets(run)
     expected = {"compute": 15.0, "data": 1.5, "evaluation": 3.0, "checkpoint": 2.0, "logging": 0.5}
-    assert found.buckets == expected | {"startup": 6.0 + 3.0}
-    assert (found.wall, found.ettr, found.failures, found.mtbf) == (31.0, 15 / 31, 0, None)
+    assert seconds.buckets == expected | {"startup": 6.0 + 3.0}
+    assert (seconds.wall, seconds.ettr, seconds.failures, seconds.mtbf) == (31.0, 15 / 31, 0, None)
 
 
 def test_a_crash_loses_its_steps_and_its_tail(run):
@@ -81,8 +81,8 @@ def test_a_crash_loses_its_steps_and_its_tail(run):
     row(two, 3, startup=6.0, compute=5.0)
     row(two, 4, compute=5.0)
     ended(two, "complete", 70, checkpoint=1.0)
-    found = buckets(run)
-    assert found.buckets == {
+    seconds = buckets(run)
+    assert seconds.buckets == {
         "compute": 5.0 + 4.0 + 10.0,
         "data": 1.0,
         "checkpoint": 1.0,
@@ -91,7 +91,7 @@ def test_a_crash_loses_its_steps_and_its_tail(run):
         "lost": 10.0 + (40 - 2 - 28),
         "waiting": 3.0,
     }
-    assert (found.failures, found.lost_steps, found.mtbf) == (1, 2, 67.0)
+    assert (seconds.failures, seconds.lost_steps, seconds.mtbf) == (1, 2, 67.0)
 
 
 def test_a_launch_that_died_before_its_first_step_is_lost(run):
@@ -99,9 +99,9 @@ def test_a_launch_that_died_before_its_first_step_is_lost(run):
     two = launch(run, 21, 40, INTERRUPTED)
     row(two, 1, startup=8.0, compute=5.0)
     ended(two, "interrupted", 39)
-    found = buckets(run)
-    assert found.buckets["lost"] == 20.0
-    assert found.failures == 1
+    seconds = buckets(run)
+    assert seconds.buckets["lost"] == 20.0
+    assert seconds.failures == 1
 
 
 def test_a_fault_of_the_users_is_no_failure_of_the_machine(run):
@@ -112,19 +112,19 @@ def test_a_fault_of_the_users_is_no_failure_of_the_machine(run):
 
 def test_a_launch_that_nobody_saw_end_ends_with_its_last_sign(run):
     """The launcher was killed too; the last beat that was shared tells how long it lived."""
-    one = launch(run, 0, rank_began=1, said=50)
+    one = launch(run, 0, rank_began=1, how=50)
     row(one, 1, startup=8.0, compute=5.0)
     two = launch(run, 100, 120, DONE, came=0)
     row(two, 1, startup=8.0, compute=5.0)
     ended(two, "complete", 119)
-    found = buckets(run)
-    assert found.buckets["waiting"] == 50.0
-    assert found.buckets["lost"] == (50 - 1 - 13) + 5.0
-    assert found.failures == 1
+    seconds = buckets(run)
+    assert seconds.buckets["waiting"] == 50.0
+    assert seconds.buckets["lost"] == (50 - 1 - 13) + 5.0
+    assert seconds.failures == 1
 
 
 def test_what_runs_now_has_lost_nothing(run):
-    one = launch(run, 0, rank_began=1, said=50)
+    one = launch(run, 0, rank_began=1, how=50)
     row(one, 1, startup=8.0, compute=5.0)
     assert "lost" not in buckets(run, running=True).buckets
     assert buckets(run, running=True).failures == 0
@@ -140,16 +140,16 @@ def test_a_rollback_is_recovery_inside_one_launch(run):
     beat(two, 1, 55)
     row(two, 2, recovery=4.0, compute=10.0)
     ended(two, "complete", 58, checkpoint=2.0)
-    found = buckets(run)
-    assert [len(launch.attempts) for launch in found.launches] == [2]
-    assert found.buckets == {
+    seconds = buckets(run)
+    assert [len(launch.attempts) for launch in seconds.launches] == [2]
+    assert seconds.buckets == {
         "compute": 20.0,
         "checkpoint": 2.0,
         "startup": 60.0 - 46.0,
         "recovery": 4.0,
         "lost": 20.0,
     }
-    assert (found.failures, found.lost_steps) == (0, 2)
+    assert (seconds.failures, seconds.lost_steps) == (0, 2)
 
 
 @pytest.mark.parametrize("code", [DONE, INTERRUPTED, None])
@@ -176,17 +176,17 @@ def test_without_a_launcher_of_ours_the_beats_say_when_it_began(run):
     row(attempt, 1, startup=8.0, compute=5.0)
     ended(attempt, "complete", 14, checkpoint=1.0)
     os.utime(attempt.path)
-    found = Goodput(run)
-    (only,) = found.launches
+    goodput = Goodput(run)
+    (only,) = goodput.launches
     assert only.begun == T0
     assert only.code == DONE
 
 
 def test_an_empty_attempt_counts_for_nothing(run):
     run.new_attempt()
-    found = Goodput(run)
-    assert (found.launches, found.buckets, found.wall, found.ettr) == ([], {}, 0.0, 0.0)
-    assert found.interval() is None
+    goodput = Goodput(run)
+    assert (goodput.launches, goodput.buckets, goodput.wall, goodput.ettr) == ([], {}, 0.0, 0.0)
+    assert goodput.interval() is None
 
 
 @pytest.mark.parametrize(("mtbf", "minutes"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
@@ -220,11 +220,11 @@ def test_a_proposal_from_a_runs_own_numbers(run):
         row(one, step, data=1.0, compute=4.0, checkpoint=0.1)
     for step in (50, 100):
         one.event("checkpoint_saved", step=step)
-    found = Goodput(run).interval()
-    assert found.stall == pytest.approx(9.9 / 2)
-    assert (found.restart, found.mtbf) == (10.0, 1000.0)
-    assert found.seconds == pytest.approx(optimal_interval(9.9 / 2, 1000.0))
-    assert found.steps == round(found.seconds / 5.0)
+    interval = Goodput(run).interval()
+    assert interval.stall == pytest.approx(9.9 / 2)
+    assert (interval.restart, interval.mtbf) == (10.0, 1000.0)
+    assert interval.seconds == pytest.approx(optimal_interval(9.9 / 2, 1000.0))
+    assert interval.steps == round(interval.seconds / 5.0)
     write_json(one.path / outcome.LAUNCH, {"begun": T0, "ended": T0 + 1000, "code": 75})
     assert Goodput(run).interval() is None, "nothing has shown how often failures come"
     launch(run, 1010, 1020, 1, came=100)
@@ -245,9 +245,9 @@ def test_time_in_a_queue_is_not_time_between_launches(run):
     """Eligible at 5 and begun at 25; requeued at 60, eligible once more at 65, begun at 80."""
     for begun, ends, eligible in ((25, 60, 5), (80, 100, 65)):
         attempt = launch(run, begun, ends, INTERRUPTED)
-        told = outcome.launch_of(attempt.path)
-        write_json(attempt.path / outcome.LAUNCH, {**told, "slurm": {"eligible": T0 + eligible}})
-    found = buckets(run)
-    assert found.buckets["queue"] == 20 + 15
-    assert found.buckets["waiting"] == 5
-    assert found.wall == 95
+        record = outcome.launch_of(attempt.path)
+        write_json(attempt.path / outcome.LAUNCH, {**record, "slurm": {"eligible": T0 + eligible}})
+    seconds = buckets(run)
+    assert seconds.buckets["queue"] == 20 + 15
+    assert seconds.buckets["waiting"] == 5
+    assert seconds.wall == 95

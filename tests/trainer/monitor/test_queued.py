@@ -19,10 +19,10 @@ from tests.trainer.small_run import make_run
 
 def submitted(run: Run) -> Submission:
     """Of job 7."""
-    made = Submission(run.new_job())
-    made.submitted("7", made.script, None, "2026-01-01T00:00:00")
-    made.write(slurm={}, log=str(made.path / "slurm.log"))
-    return made
+    submission = Submission(run.new_job())
+    submission.submitted("7", submission.script, None, "2026-01-01T00:00:00")
+    submission.write(slurm={}, log=str(submission.path / "slurm.log"))
+    return submission
 
 
 def queued(submission: Submission, state: str) -> queue.Job:
@@ -62,17 +62,17 @@ def test_an_unreachable_queue_hides_no_run(own_run, forescale, monkeypatch, clus
 
 
 @pytest.mark.parametrize(
-    ("state", "said"), [("PENDING", r"queued \(Resources\)"), ("RUNNING", "running")]
+    ("state", "sentence"), [("PENDING", r"queued \(Resources\)"), ("RUNNING", "running")]
 )
 def test_the_state_of_a_run_in_the_queue(
-    forescale, small_data, tmp_path, monkeypatch, cluster, state, said
+    forescale, small_data, tmp_path, monkeypatch, cluster, state, sentence
 ):
     monkeypatch.chdir(tmp_path)
     run = make_run(small_data, "runs", "other")
     shutil.rmtree(run.checkpoints)
     cluster(queued(submitted(run), state))
     _, out, _ = forescale("status")
-    assert re.search(f"other +{said}", out), out
+    assert re.search(f"other +{sentence}", out), out
     _, out, _ = forescale("status", "other")
     assert ("waits in the queue (Resources)" in out) == (state == "PENDING")
     assert ("runs on n[1-2] for 0:10; 9:50 are left" in out) == (state == "RUNNING")
@@ -90,8 +90,8 @@ def test_a_job_that_died_before_our_process_began_is_told(unfinished, forescale,
     _, out, _ = forescale("status", "small")
     assert f"{sentence} Its log, {submission.log}, ends:" in out
     assert "\n  module load: no module [bold]cuda\n" in out
-    found = json.loads(forescale("status", "small", "--json")[1])
-    assert (found["state"], found["job"]["state"], found["job"]["exit"]) == (
+    status = json.loads(forescale("status", "small", "--json")[1])
+    assert (status["state"], status["job"]["state"], status["job"]["exit"]) == (
         "crashed",
         "FAILED",
         "1",

@@ -40,7 +40,7 @@ def test_a_slow_run_is_running_for_longer(unfinished):
 
 def test_no_row_is_read_of_a_run_that_was_dead_for_longer_than_it_lived(unfinished, monkeypatch):
     age_by(unfinished, 3600)
-    monkeypatch.setattr(Memory, "ledger", lambda self, path, own=None: pytest.fail("all rows"))
+    monkeypatch.setattr(Memory, "ledger", lambda self, path, attempt=None: pytest.fail("all rows"))
     assert Status(unfinished).state == "crashed"
 
 
@@ -58,8 +58,8 @@ def test_what_was_lost_and_what_does_not_count(unfinished, forescale):
     assert status.step == 6
     lost = status.lost()
     assert (lost.steps, lost.seconds) == (STEPS - 4, 2.0 * (STEPS - 4))
-    kept = {k: status.goodput.buckets[k] for k in ("data", "compute", "lost")}
-    assert kept == pytest.approx({"data": 3.0, "compute": 9.0, "lost": 8.0}, abs=1.0)
+    buckets = {k: status.goodput.buckets[k] for k in ("data", "compute", "lost")}
+    assert buckets == pytest.approx({"data": 3.0, "compute": 9.0, "lost": 8.0}, abs=1.0)
     code, out, _ = forescale("status", "small")
     assert code == 0
     assert "; lost 4 steps" in out

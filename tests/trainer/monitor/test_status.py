@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from forescale.config.duration import Duration
-from forescale.monitor import tail
+from forescale.monitor import follow
 from forescale.monitor.memory import Memory
-from forescale.monitor.page import ranks_of
+from forescale.monitor.run_text import ranks_of
 from forescale.monitor.status import Status, Statuses
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent
@@ -30,9 +30,9 @@ def test_it_starts_without_torch(trained):
         f"main(['status', {f'run.root={trained.path.parent}'!r}]); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'numpy', 'pandas')))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "complete" in found.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "complete" in process.stdout
 
 
 def test_all_runs_in_a_table(own_run, forescale, small_data):
@@ -40,8 +40,8 @@ def test_all_runs_in_a_table(own_run, forescale, small_data):
     code, out, _ = forescale("status")
     assert code == 0
     header, *rows = (re.split(r"  +", line.strip()) for line in out.splitlines())
-    told = "run state attempt step done loss bits/byte tokens/s MFU ETTR ETA saved seen"
-    assert header == [*told.split(), "last event"]
+    columns = "run state attempt step done loss bits/byte tokens/s MFU ETTR ETA saved seen"
+    assert header == [*columns.split(), "last event"]
     assert sorted(row[0] for row in rows) == ["another", "small"]
     for row in rows:
         assert row[1:7] == ["complete", "1", "8/8", "100.0%", "0.7500", "2.2500"]
@@ -59,14 +59,14 @@ def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):
 
 def test_a_table_without_ettr_reads_the_last_rows_alone(own_run, forescale, monkeypatch):
     """A month of rows is read only for what needs it. Damage further back hides nothing else."""
-    monkeypatch.setattr(tail, "BLOCK", 300)  # as if the file were long
-    monkeypatch.setattr(tail, "RECENT", 2)
+    monkeypatch.setattr(follow, "BLOCK", 300)  # as if the file were long
+    monkeypatch.setattr(follow, "RECENT", 2)
     with changed_rows(own_run) as rows:
         rows[0]["crc"] = "00000000"
     _, wide, _ = forescale("status")
     assert re.search(r"small +complete .* - ", wide)
     assert "metrics.jsonl, line 1: the row is damaged" in wide
-    monkeypatch.setattr(Memory, "ledger", lambda self, path, own=None: pytest.fail("all rows"))
+    monkeypatch.setattr(Memory, "ledger", lambda self, path, attempt=None: pytest.fail("all rows"))
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = forescale("status")
     assert {"8/8", "2.2500", "complete"} <= set(out.split())
@@ -296,19 +296,19 @@ def test_a_run_of_preferences_has_its_accuracy_wherever_its_score_is_shown(
     change_rows(own_run.metrics, lambda rows: [*map(preferred, rows)])
     make_run(small_data, "runs", "text")
     assert "accuracy 62.5%, loss 3.0000" in forescale("status", "small")[1]
-    found = json.loads(forescale("status", "--json")[1])["runs"]
-    scored = {run["name"]: run["validation"] for run in found}
+    runs = json.loads(forescale("status", "--json")[1])["runs"]
+    scored = {run["name"]: run["validation"] for run in runs}
     assert (scored["small"]["rewards/accuracies"], scored["small"]["bits_per_byte"]) == (
         0.625,
         None,
     )
     assert (scored["text"]["rewards/accuracies"], scored["text"]["bits_per_byte"]) == (None, 2.25)
-    shown = {}
+    states = {}
     for names in (["small"], ["small", "text"], ["text"]):
         assert forescale("report", *names, "output=shown.html")[0] == 0
         html = Path("shown.html").read_text()
         table = html.split('<section id="summary">')[1].split("</section>")[0]
-        shown[len(names), names[0]] = re.sub(r"<[^>]*>|\s+", " ", table)
-    assert re.search(r"held-out accuracy +62.5%", shown[1, "small"])
-    assert re.search(r"held-out accuracy +62.5% +- ", shown[2, "small"])
-    assert "accuracy" not in shown[1, "text"]
+        states[len(names), names[0]] = re.sub(r"<[^>]*>|\s+", " ", table)
+    assert re.search(r"held-out accuracy +62.5%", states[1, "small"])
+    assert re.search(r"held-out accuracy +62.5% +- ", states[2, "small"])
+    assert "accuracy" not in states[1, "text"]

@@ -22,8 +22,8 @@ LATER = ["model.mtp_layers=2", "model.tie_embeddings=true"]
 
 
 def job(*overrides, vocab_size=512):
-    made = compose(PlanJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
-    return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
+    planned = compose(PlanJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    return replace(planned, model=planned.model.resolved(vocab_size, planned.train.sequence_length))
 
 
 def zero(*settings):
@@ -56,11 +56,11 @@ def zero(*settings):
     ],
 )
 def test_collectives_are_those_that_were_counted_on_real_ranks(case, reduced, gathered):
-    made = job_of(case, 2)
-    found = collectives(made, inventory(made), 2)
+    planned = job_of(case, 2)
+    traffic = collectives(planned, inventory(planned), 2)
 
     def sums(is_gather):
-        chosen = [c for c in found if (c.kind == "all_gather") == is_gather]
+        chosen = [c for c in traffic if (c.kind == "all_gather") == is_gather]
         return sum(c.calls for c in chosen), sum(c.payload for c in chosen)
 
     assert (sums(False), sums(True)) == (reduced, gathered)
@@ -82,22 +82,22 @@ def test_collectives_are_those_that_were_counted_on_real_ranks(case, reduced, ga
     ],
 )  # fmt: skip
 def test_bytes_of_other_parts_are_those_that_were_counted_on_real_ranks(case, counted):
-    made = job_of(case, 2)
-    found: dict[str, int] = {}
-    for c in collectives(made, inventory(made), 2):
-        found[c.kind] = found.get(c.kind, 0) + c.payload
-    assert found == counted
+    planned = job_of(case, 2)
+    sent: dict[str, int] = {}
+    for c in collectives(planned, inventory(planned), 2):
+        sent[c.kind] = sent.get(c.kind, 0) + c.payload
+    assert sent == counted
 
 
 def test_only_the_first_gather_of_a_hierarchical_partition_uses_all_ranks():
     """Counted on four real ranks, as above."""
     near = "engine.hierarchical_partition=2"
-    made = job_of([3, "adamw", "bf16", zero(SMALL, SOME, FEW), CHECKPOINTING, near], 4)
-    found: dict[str, tuple[int, int]] = {}
-    for c in collectives(made, inventory(made), 4):
-        calls, payload = found.get(f"{c.kind}/{c.ranks}", (0, 0))
-        found[f"{c.kind}/{c.ranks}"] = calls + c.calls, payload + c.payload
-    assert found == {
+    planned = job_of([3, "adamw", "bf16", zero(SMALL, SOME, FEW), CHECKPOINTING, near], 4)
+    sent: dict[str, tuple[int, int]] = {}
+    for c in collectives(planned, inventory(planned), 4):
+        calls, payload = sent.get(f"{c.kind}/{c.ranks}", (0, 0))
+        sent[f"{c.kind}/{c.ranks}"] = calls + c.calls, payload + c.payload
+    assert sent == {
         "all_gather/4": (15, 28_144),
         "all_gather/2": (15, 87_216),
         "reduce_scatter/4": (24, 84_432),
@@ -105,12 +105,15 @@ def test_only_the_first_gather_of_a_hierarchical_partition_uses_all_ranks():
 
 
 def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
-    made = job("train.micro_batch=1")
-    held = inventory(made)
+    planned = job("train.micro_batch=1")
+    held = inventory(planned)
 
     def sent(stage, batch):
-        engine, train = replace(made.engine, stage=stage), replace(made.train, global_batch=batch)
-        staged = replace(made, engine=engine, train=train)
+        engine, train = (
+            replace(planned.engine, stage=stage),
+            replace(planned.train, global_batch=batch),
+        )
+        staged = replace(planned, engine=engine, train=train)
         return {c.label: c.sent for c in collectives(staged, held, 8)}
 
     for stage, name, times in ((0, "gradients", 1), (1, "gradients", 1), (2, "gradients", 4)):
@@ -121,10 +124,10 @@ def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
 
 
 def test_a_hierarchical_partition_sends_less_between_nodes():
-    made = job("model=llama-7b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
-    held = inventory(made)
-    near = replace(made, engine=replace(made.engine, hierarchical_partition=8))
-    between = [sum(c.between(8) for c in collectives(j, held, 64)) for j in (made, near)]
+    planned = job("model=llama-7b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
+    held = inventory(planned)
+    near = replace(planned, engine=replace(planned.engine, hierarchical_partition=8))
+    between = [sum(c.between(8) for c in collectives(j, held, 64)) for j in (planned, near)]
     assert between[1] < between[0]
 
 
@@ -133,19 +136,21 @@ def test_ranks_that_divide_a_window_exchange_what_its_layers_hold():
     rank; of the one key and value head each of 4 ranks gets a copy."""
     words = ["model.num_layers=2", "model.width=256", "model.num_heads=4", "model.num_kv_heads=1"]
     words += ["train.micro_batch=2", "train.global_batch=8", "precision=bf16", "plan.gpus=8"]
-    made = job(*words, "engine.sequence_parallel=4")
-    (found,) = (c for c in collectives(made, inventory(made), 8) if c.kind == "all_to_all")
+    planned = job(*words, "engine.sequence_parallel=4")
+    (exchange,) = (c for c in collectives(planned, inventory(planned), 8) if c.kind == "all_to_all")
     columns, values = 2 * 256 // 4, 4 * 256  # each head is 64 wide
-    assert (found.ranks, found.calls) == (4, 2 * 2 * 2 * 2)
-    assert found.payload == 2 * 2 * 2 * 2 * columns * values  # layers, passes, micro-batches, bytes
-    assert found.sent == found.payload * 3 // 4
+    assert (exchange.ranks, exchange.calls) == (4, 2 * 2 * 2 * 2)
+    assert (
+        exchange.payload == 2 * 2 * 2 * 2 * columns * values
+    )  # layers, passes, micro-batches, bytes
+    assert exchange.sent == exchange.payload * 3 // 4
     # In nodes of 2, each rank gives half of its values to the other node.
-    assert (found.between(4), found.between(2)) == (0, 2 * found.payload // 2)
+    assert (exchange.between(4), exchange.between(2)) == (0, 2 * exchange.payload // 2)
     again = job(*words, "engine.sequence_parallel=4", CHECKPOINTING)
-    assert collectives(again, inventory(again), 8)[-1].payload == found.payload * 3 // 2
+    assert collectives(again, inventory(again), 8)[-1].payload == exchange.payload * 3 // 2
     crossing = job(*words, "engine.sequence_parallel=4", "machine.gpus_per_node=2")
     assert any("some groups cross nodes" in note for note in crossing.notes())
-    assert not any("some groups cross nodes" in note for note in made.notes())
+    assert not any("some groups cross nodes" in note for note in planned.notes())
 
 
 def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_have_the_same():
@@ -154,21 +159,21 @@ def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_hav
     words = ["model.num_layers=2", "model.width=128", "model.num_heads=2", "model.mlp=moe"]
     words += ["model.moe_experts=8", "model.moe_top_k=2", "train.micro_batch=2", "precision=bf16"]
     words += ["train.global_batch=48", "engine=zero1", "plan.gpus=8", "machine.gpus_per_node=4"]
-    made = job(*words, "engine.expert_parallel=4")
-    held = inventory(made)
-    found = {c.label: c for c in collectives(made, held, 8)}
-    rows, numbers = found["rows of experts"], found["numbers of rows"]
+    planned = job(*words, "engine.expert_parallel=4")
+    held = inventory(planned)
+    traffic = {c.label: c for c in collectives(planned, held, 8)}
+    rows, numbers = traffic["rows of experts"], traffic["numbers of rows"]
     assert (rows.ranks, rows.calls) == (4, 3 * 2 * 4)
     assert rows.payload == rows.calls * 2 * 512 * 128 * 2
     assert (numbers.calls, numbers.payload) == (3 * 2, 3 * 2 * 8 * 8)
     assert rows.between(4) == 0
     experts = sum(p.numel for p in held.parameters if p.name in held.experts)
-    gradients = found["gradients of experts"]
+    gradients = traffic["gradients of experts"]
     assert (gradients.ranks, gradients.payload) == (2, 2 * experts // 4)
-    assert gradients.inside_seconds(made.machine, 4) == 0  # the other rank is on the other node
+    assert gradients.inside_seconds(planned.machine, 4) == 0  # the other rank is on the other node
     assert gradients.between(4) == 4 * gradients.sent
     rest = sum(p.numel for p in held.parameters) - experts
-    assert found["gradients"].payload == 2 * rest
+    assert traffic["gradients"].payload == 2 * rest
     alone = job(*words)
     before = {c.label: c for c in collectives(alone, held, 8)}
     assert before["gradients"].payload == 2 * (rest + experts)
@@ -182,18 +187,18 @@ def test_at_stage_3_experts_are_gathered_among_those_that_have_the_same():
     words += ["train.global_batch=16", "engine=zero3", "plan.gpus=8", "engine.expert_parallel=4"]
     words += ["engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
     for tensor in (1, 2):
-        made = job(*words, f"engine.tensor_parallel={tensor}", "optimizer=adamw")
-        held = inventory(made)
-        found = {c.label: c for c in collectives(made, held, 8)}
+        planned = job(*words, f"engine.tensor_parallel={tensor}", "optimizer=adamw")
+        held = inventory(planned)
+        traffic = {c.label: c for c in collectives(planned, held, 8)}
         rounds = tensor  # micro-batches of 2 windows, for the same 16
         experts = sum(p.numel for p in held.parameters if p.name in held.experts) // 4
-        gathered = found["weights in forward and backward of experts"]
+        gathered = traffic["weights in forward and backward of experts"]
         assert (gathered.ranks, gathered.stride) == (2, 4)
         assert gathered.payload == 2 * experts * rounds  # kept until the backward pass
-        reduced = found["gradients of experts"]
+        reduced = traffic["gradients of experts"]
         assert (reduced.ranks, reduced.payload) == (2, 2 * experts * rounds)
-        assert found["gradients"].ranks == 8 // tensor
-        rows = found["rows of experts"]
+        assert traffic["gradients"].ranks == 8 // tensor
+        rows = traffic["rows of experts"]
         assert rows.payload == rows.calls * 2 * 512 // tensor * 128 * 2
 
 
@@ -212,25 +217,25 @@ def test_ranks_that_divide_matrices_sum_streams_and_share_states_with_the_same_p
     words = ["model.num_layers=2", "model.width=256", "model.num_heads=4", "model.qk_norm=false"]
     words += ["train.micro_batch=2", "train.global_batch=8", "precision=bf16", "plan.gpus=8"]
     words += ["engine=zero1", "optimizer=adamw", "machine.gpus_per_node=4", "model.vocab_size=512"]
-    made = job(*words, "engine.tensor_parallel=4")
-    held = inventory(made)
-    found = {c.label: c for c in collectives(made, held, 8)}
-    streams = found["parts of the residual stream"]
+    planned = job(*words, "engine.tensor_parallel=4")
+    held = inventory(planned)
+    traffic = {c.label: c for c in collectives(planned, held, 8)}
+    streams = traffic["parts of the residual stream"]
     assert (streams.ranks, streams.calls) == (4, 2 * (2 * 2 * 2 + 2 + 1))
     assert streams.payload == 2 * (10 * 512 * 256 * 2 + 512 * 4 * 8)
     assert (streams.between(4), streams.between(2)) == (0, streams.sent)
-    own = held.of_rank(made.mesh(8)).numel
-    assert found["gradients"].ranks == 2
-    assert found["gradients"].payload == 2 * own
-    assert held.numel // 4 < own < held.numel // 4 * 1.01
+    size = held.of_rank(planned.mesh(8)).numel
+    assert traffic["gradients"].ranks == 2
+    assert traffic["gradients"].payload == 2 * size
+    assert held.numel // 4 < size < held.numel // 4 * 1.01
     # The rank with the same parts is on the other node: 4 groups of 2 ranks share the links.
-    assert found["gradients"].between(4) == 4 * found["gradients"].sent
+    assert traffic["gradients"].between(4) == 4 * traffic["gradients"].sent
 
 
 def test_one_rank_sends_nothing():
     for stage in range(4):
-        made = job(f"engine=zero{stage}")
-        assert collectives(made, inventory(made), 1) == []
+        planned = job(f"engine=zero{stage}")
+        assert collectives(planned, inventory(planned), 1) == []
 
 
 def test_times_of_the_slowest_link_and_of_waiting():
@@ -270,18 +275,18 @@ def test_zero1_becomes_faster_than_zero3_on_many_nodes():
     words = ["model=llama-7b", "model.num_kv_heads=8", "model.mlp_width=14336",
              "model.vocab_size=128256", "optimizer=adamw", "train.sequence_length=8192",
              "train.micro_batch=1"]  # fmt: skip
-    made = job(*words, vocab_size=128_256)
-    held, price = inventory(made), token_flops(made.model, made.lora, 8192, 0.0)
+    planned = job(*words, vocab_size=128_256)
+    held, price = inventory(planned), token_flops(planned.model, planned.lora, 8192, 0.0)
 
     def seconds(stage, nodes, **machine):
         staged = replace(
-            made,
-            engine=replace(made.engine, stage=stage),
-            train=replace(made.train, global_batch=8 * nodes),
+            planned,
+            engine=replace(planned.engine, stage=stage),
+            train=replace(planned.train, global_batch=8 * nodes),
         )
-        found = collectives(staged, held, 8 * nodes)
-        machine = replace(made.machine, **machine)
-        return predict_step_time(staged, held, price, found, machine, 8 * nodes, 8).seconds
+        traffic = collectives(staged, held, 8 * nodes)
+        machine = replace(planned.machine, **machine)
+        return predict_step_time(staged, held, price, traffic, machine, 8 * nodes, 8).seconds
 
     nodes = [2**n for n in range(10)]
     zero1, zero3 = ([seconds(stage, n) for n in nodes] for stage in (1, 3))

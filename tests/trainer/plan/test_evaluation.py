@@ -33,17 +33,17 @@ def cost(dataset, *words, seconds=None, world=2):
 @pytest.mark.parametrize("limit", [None, 5, 10_000])
 def test_windows_and_work_are_those_that_ranks_really_evaluate(small_data, limit):
     dataset = Dataset(small_data)
-    found = cost(dataset, "train.steps=10", f"validation.windows={limit or 'null'}", seconds=8.0)
+    estimate = cost(dataset, "train.steps=10", f"validation.windows={limit or 'null'}", seconds=8.0)
     ranks = [
         list(validation_windows(dataset.split("validation"), 32, 2, r, 2, limit)) for r in (0, 1)
     ]
     real = sum(int((m.targets != IGNORED).any(1).sum()) for rank in ranks for m in rank)
-    assert found.periodic.windows == real > 0
-    assert found.periodic.flops == real * 32 * 100.0  # the forward is a third of 300
+    assert estimate.periodic.windows == real > 0
+    assert estimate.periodic.flops == real * 32 * 100.0  # the forward is a third of 300
     # Padding included: as many micro-batches on each rank, of a step's time for 8 windows.
     rows = 2 * 2 * len(ranks[0])
-    assert found.periodic.seconds == pytest.approx(8.0 * rows / 8 * 100 / (300 + 100))
-    assert found.at_end.windows >= found.periodic.windows
+    assert estimate.periodic.seconds == pytest.approx(8.0 * rows / 8 * 100 / (300 + 100))
+    assert estimate.at_end.windows >= estimate.periodic.windows
 
 
 @pytest.mark.parametrize("every", ["3 steps", "5 steps", "20 %", "100 %", "700 tokens"])
@@ -51,9 +51,9 @@ def test_evaluations_are_counted_as_they_are_due(every):
     length = Duration.parse(every)
     job = compose(PlanJob, [*SIZES, "train.steps=20", "schedule.warmup=0"])
     due = Every(job.cadence(length), 20)
-    found = cost(None, "train.steps=20", f"validation.every='{every}'")
-    assert found.times + 1 == sum(due(step) for step in range(1, 21))
-    assert found.seconds is None
+    estimate = cost(None, "train.steps=20", f"validation.every='{every}'")
+    assert estimate.times + 1 == sum(due(step) for step in range(1, 21))
+    assert estimate.seconds is None
 
 
 def test_evaluations_by_the_clock_need_a_speed():
@@ -75,11 +75,11 @@ def test_the_plan_shows_time_and_flops_of_each_and_of_all(forescale, small_data)
     assert "% of the time with the steps" in out
     code, out, _ = forescale(*words, "--json")
     plan = json.loads(out)
-    found = plan["evaluation"]
-    assert found["times"] == 4
-    total = 4 * found["periodic"]["seconds"] + found["at_end"]["seconds"]
-    assert found["seconds"] == pytest.approx(total)
-    assert plan["gpu_hours"] * 3600 > plan["seconds"] + found["seconds"]
+    facts = plan["evaluation"]
+    assert facts["times"] == 4
+    total = 4 * facts["periodic"]["seconds"] + facts["at_end"]["seconds"]
+    assert facts["seconds"] == pytest.approx(total)
+    assert plan["gpu_hours"] * 3600 > plan["seconds"] + facts["seconds"]
 
 
 def test_an_evaluation_longer_than_the_grace_of_a_stop_is_noted(forescale, small_data):
@@ -115,21 +115,21 @@ def test_questions_cost_the_tokens_that_ranks_really_compute(small_data, world, 
     ranks = world // sequence
     for rank in range(ranks):
         # What the others answer is of no interest, but each needs all answers.
-        def gather(own):
+        def gather(value):
             return [[(i, 0, 0.0) for i in range(sum(len(q.rows) for q in questions))]]
 
         accuracies(judge, questions, multiple=sequence, share=(rank, ranks), gather=gather)
     step = StepTime(8.0, 0.0, 0.0, job.tokens_per_step, 300.0 * job.tokens_per_step, None)
-    found = estimate_evaluation(job, [10], PRICE, step, world, questions=questions)
+    estimate = estimate_evaluation(job, [10], PRICE, step, world, questions=questions)
     alone = estimate_evaluation(job, [10], PRICE, step, world)
-    assert found.abilities.questions == 2 * 2 * 9  # two tasks after 0 and 4 examples
-    assert found.abilities.tokens == tokens > 0
-    assert found.abilities.flops == tokens * 100.0
+    assert estimate.abilities.questions == 2 * 2 * 9  # two tasks after 0 and 4 examples
+    assert estimate.abilities.tokens == tokens > 0
+    assert estimate.abilities.flops == tokens * 100.0
     took = 8.0 * tokens * 100 / (400 * job.tokens_per_step)
-    assert found.abilities.seconds == pytest.approx(took)
-    assert found.periodic_seconds == pytest.approx(alone.periodic.seconds + took)
-    assert found.seconds == pytest.approx(alone.seconds + 5 * took)  # steps 2, 4, 6, 8 and 10
-    assert found.flops == pytest.approx(alone.flops + 5 * tokens * 100)
+    assert estimate.abilities.seconds == pytest.approx(took)
+    assert estimate.periodic_seconds == pytest.approx(alone.periodic.seconds + took)
+    assert estimate.seconds == pytest.approx(alone.seconds + 5 * took)  # steps 2, 4, 6, 8 and 10
+    assert estimate.flops == pytest.approx(alone.flops + 5 * tokens * 100)
 
 
 def test_the_plan_shows_what_questions_cost_or_that_it_is_not_known(forescale, small_data):
@@ -140,9 +140,9 @@ def test_the_plan_shows_what_questions_cost_or_that_it_is_not_known(forescale, s
     code, out, _ = forescale(*known)
     assert code == 0
     assert "abilities, each time: 36 questions, " in out
-    asked = json.loads(forescale(*known, "--json")[1])["evaluation"]["abilities"]
-    assert asked["questions"] == 36
-    assert asked["seconds"] > 0
+    abilities = json.loads(forescale(*known, "--json")[1])["evaluation"]["abilities"]
+    assert abilities["questions"] == 36
+    assert abilities["seconds"] > 0
     none = json.loads(forescale(*known, "validation.abilities=[]", "--json")[1])
     assert none["evaluation"]["abilities"] is None
     code, _, err = forescale(*known, "train.sequence_length=32")
@@ -152,10 +152,10 @@ def test_the_plan_shows_what_questions_cost_or_that_it_is_not_known(forescale, s
 
 def test_without_data_the_windows_of_the_config_are_counted(forescale, tmp_path, monkeypatch):
     words = ("train.steps=10", "validation.every=2", "validation.windows=6")
-    found = cost(None, *words, seconds=8.0)
-    assert (found.periodic.windows, found.times, found.at_end) == (6, 4, None)
+    estimate = cost(None, *words, seconds=8.0)
+    assert (estimate.periodic.windows, estimate.times, estimate.at_end) == (6, 4, None)
     rows = 2 * 2 * 2  # 6 windows on two ranks: 2 micro-batches of 2 windows each
-    assert found.seconds == pytest.approx(4 * 8.0 * rows / 8 * 100 / (300 + 100))
+    assert estimate.seconds == pytest.approx(4 * 8.0 * rows / 8 * 100 / (300 + 100))
     assert cost(None, "train.steps=10", "validation.windows=null") is None
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path))
     code, out, _ = forescale("plan", "recipe=llama-7b", "plan.gpus=64", "--json")

@@ -30,8 +30,8 @@ def simulated(interval, stall, restart, mean, work=400_000, seed=1):
     [(100, 5, 60, 2000), (100, 5, 60, 300), (50, 1, 400, 1000), (300, 20, 30, 500)],
 )
 def test_ettr_agrees_with_a_simulation(interval, stall, restart, mean):
-    found = [simulated(interval, stall, restart, mean, seed=s) for s in range(5)]
-    assert ettr(interval, stall, restart, mean) == pytest.approx(sum(found) / 5, rel=0.03)
+    ratios = [simulated(interval, stall, restart, mean, seed=s) for s in range(5)]
+    assert ettr(interval, stall, restart, mean) == pytest.approx(sum(ratios) / 5, rel=0.03)
 
 
 def test_the_default_predicts_the_failures_of_llama_3():
@@ -40,17 +40,17 @@ def test_the_default_predicts_the_failures_of_llama_3():
     rate = compose(PlanJob, []).plan.failures
     assert rate == PlanConfig().failures
     assert 54 * 86_400 / mtbf(16_384 // 8, rate) == pytest.approx(419, rel=0.01)
-    found = estimate_failures(2048, rate, stall=1.0, restart=600, interval=600)
-    assert 0.9 < found.ettr < found.best_ettr < 0.96
+    estimate = estimate_failures(2048, rate, stall=1.0, restart=600, interval=600)
+    assert 0.9 < estimate.ettr < estimate.best_ettr < 0.96
 
 
 @pytest.mark.parametrize("nodes", [1, 8, 128, 2048])
 def test_the_best_interval_loses_the_least_time(nodes):
-    found = estimate_failures(nodes, 6.5, stall=5.0, restart=900, interval=1800)
+    estimate = estimate_failures(nodes, 6.5, stall=5.0, restart=900, interval=1800)
     for factor in (0.5, 0.8, 1.25, 2):
-        assert ettr(factor * found.best, 5.0, 900, found.mtbf) < found.best_ettr
-    assert found.best == pytest.approx(found.young, rel=0.05)
-    assert found.ettr <= found.best_ettr
+        assert ettr(factor * estimate.best, 5.0, 900, estimate.mtbf) < estimate.best_ettr
+    assert estimate.best == pytest.approx(estimate.young, rel=0.05)
+    assert estimate.ettr <= estimate.best_ettr
 
 
 def test_the_shortest_interval_and_a_failure_rate_of_zero():

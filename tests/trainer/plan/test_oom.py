@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def job(*overrides, vocab_size=512):
-    made = compose(TrainJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
-    return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
+    planned = compose(TrainJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    return replace(planned, model=planned.model.resolved(vocab_size, planned.train.sequence_length))
 
 
 def test_each_zero_stage_shards_the_states_of_the_paper():
@@ -30,10 +30,10 @@ def test_each_zero_stage_shards_the_states_of_the_paper():
     stages 1 and 2 both ranks of a border keep the whole gradient of the parameter that it cuts."""
     whole = "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
     for stage, weights, optimizer in ((0, 1, 1), (1, 1, 4), (2, 1, 4), (3, 4, 4)):
-        more = [whole] if stage == 3 else []
+        extra = [whole] if stage == 3 else []
         fixed = ["model=llama-160m", "optimizer=adamw", "precision=bf16"]
-        made = job(*fixed, f"engine=zero{stage}", *more)
-        n, held = count(made.model).total, bytes_of(made, world_size=4).states
+        planned = job(*fixed, f"engine=zero{stage}", *extra)
+        n, held = count(planned.model).total, bytes_of(planned, world_size=4).states
         assert held.weights == pytest.approx(2 * n / weights, rel=1e-4)
         assert held.masters + held.moments == pytest.approx(12 * n / optimizer, rel=1e-4)
         share = 1 if stage == 0 else 4
@@ -48,28 +48,30 @@ def test_activations_grow_with_the_micro_batch():
 
 
 def test_no_estimate_for_a_model_class_of_the_user():
-    made = compose(TrainJob, ["model._target_=mypackage.Model", "train.steps=100"])
-    assert bytes_of(made, 1) is None
-    assert largest_micro_batch(made, 1, 1 << 40) is None
+    planned = compose(TrainJob, ["model._target_=mypackage.Model", "train.steps=100"])
+    assert bytes_of(planned, 1) is None
+    assert largest_micro_batch(planned, 1, 1 << 40) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("available", [1 << 20, 1 << 26, 1 << 27, 1 << 40])
 def test_the_proposed_micro_batch_divides_the_batch_and_fits(ranks, available):
-    made = job("train.global_batch=24", "train.micro_batch=8")
-    proposed = largest_micro_batch(made, ranks, available)
+    planned = job("train.global_batch=24", "train.micro_batch=8")
+    proposed = largest_micro_batch(planned, ranks, available)
     usable = [
         m
         for m in range(1, 8)
-        if 24 % (m * ranks) == 0 and bytes_of(made, ranks, m).total <= 0.9 * available
+        if 24 % (m * ranks) == 0 and bytes_of(planned, ranks, m).total <= 0.9 * available
     ]
     if proposed is None:
         assert not usable
     else:
         assert proposed in usable
-        now, then = (bytes_of(made, ranks, m).activations.total for m in (8, proposed))
+        now, then = (bytes_of(planned, ranks, m).activations.total for m in (8, proposed))
         assert then <= 0.9 * now
-        assert not replace(made, train=replace(made.train, micro_batch=proposed)).problems(ranks)
+        assert not replace(planned, train=replace(planned.train, micro_batch=proposed)).problems(
+            ranks
+        )
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ class Option:
 
 def best(available, *seconds):
     options = [Option(f"zero{n}", 100 - 20 * n, s) for n, s in enumerate(seconds)]
-    found = cheapest(options, available)
-    return found and found.name
+    best = cheapest(options, available)
+    return best and best.name
 
 
 def test_the_fastest_that_fits():
@@ -73,20 +73,20 @@ def longest(*words):
 
 
 def test_the_longest_window_fits_and_a_longer_one_does_not():
-    found, options, job = longest()
-    for length, fits in ((found, True), (found + 256, False)):
+    window, options, job = longest()
+    for length, fits in ((window, True), (window + 256, False)):
         train = replace(job.train, sequence_length=length, micro_batch=1)
         assert options.fits(replace(job, train=train)) == fits
     # Its activations are divided; but for outputs that came back, so is what fits.
     divided, _, _ = longest("engine.sequence_parallel=8")
-    assert 6 * found < divided < 8 * found
+    assert 6 * window < divided < 8 * window
     whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=none")
     chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
     assert whole < divided < chunks
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("window", "words"),
     [
         (384_512, []),
         (2_992_128, ["engine.sequence_parallel=8"]),
@@ -94,10 +94,10 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
         (3_936_256, ["model.mlp_chunk=4096", "engine.sequence_parallel=8"]),
     ],
 )
-def test_the_longest_windows_that_the_readme_names(found, words):
-    assert longest(*words)[0] == found
+def test_the_longest_windows_that_the_readme_names(window, words):
+    assert longest(*words)[0] == window
     readme = Path(__file__).parents[3] / "trainer/plan/README.md"
-    assert f"{found:,}" in readme.read_text()
+    assert f"{window:,}" in readme.read_text()
 
 
 def test_a_longest_window_is_no_longer_than_the_config_allows():
@@ -108,14 +108,14 @@ def test_a_longest_window_is_no_longer_than_the_config_allows():
     # A limit that is too long to fit changes nothing.
     assert longest("model.max_sequence_length=9999999")[0] == longest()[0]
     # The length that the config leaves out is that of training, which is no limit.
-    given = Plan(compose(PlanJob, ["train.steps=10", "model.max_sequence_length=512"]))
-    assert given.chosen.longest_window == 512
+    plan = Plan(compose(PlanJob, ["train.steps=10", "model.max_sequence_length=512"]))
+    assert plan.chosen.longest_window == 512
     assert Plan(compose(PlanJob, ["train.steps=10"])).chosen.longest_window > 512
 
 
 def test_a_table_of_learned_positions_grows_with_the_window():
-    found, _, _ = longest("model.position=learned")
-    for length, fits in ((found, True), (found + 256, False)):
+    window, _, _ = longest("model.position=learned")
+    for length, fits in ((window, True), (window + 256, False)):
         words = ["model.position=learned", f"model.max_sequence_length={length}"]
         _, options, job = longest(*words)
         train = replace(job.train, sequence_length=length, micro_batch=1)
@@ -131,12 +131,12 @@ def test_a_table_of_learned_positions_grows_with_the_window():
     ],
 )
 def test_nothing_is_proposed_that_the_config_refuses(words):
-    more = [
+    keys = [
         "train.steps=10",
         "model.activation_checkpointing=full",
         "plan.gpus=8",
         "train.global_batch=16",
     ]
-    plan = Plan(compose(PlanJob, [*more, "train.micro_batch=1", *words]))
+    plan = Plan(compose(PlanJob, [*keys, "train.micro_batch=1", *words]))
     assert not any("selective" in note for note in plan.notes)
     assert all("hpz" not in option.name for option in plan.options) or "tensor" not in words[0]

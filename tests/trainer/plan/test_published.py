@@ -33,8 +33,8 @@ def test_the_defaults_are_absurd_for_a_billion_parameters_and_fine_for_few():
 def test_setting_all_that_the_notes_say_leaves_none():
     words = ["model=llama-1b", "optimizer=adamw", "schedule.warmup=0"]
     for _ in range(3):  # a longer window, then the batch that fits it
-        said = [re.search(r"set (\S+=(?:'[^']*'|\S+))\.$", n)[1] for n in notes(*words)]
-        words += [word.replace("'", "") for word in said]
+        fixes = [re.search(r"set (\S+=(?:'[^']*'|\S+))\.$", n)[1] for n in notes(*words)]
+        words += [word.replace("'", "") for word in fixes]
     assert keys(*words) == []
     assert RATE in " ".join(words)
 
@@ -78,9 +78,9 @@ def test_the_recipe_that_is_named_fits_the_kind_of_model():
     assert named("model=bert-base", "objective=masked") == "bert-base"
     assert named("model=t5-small", "objective=seq2seq") == "t5-small"
     assert named("model=depth", "model.mlp=moe") == "mixtral-8x7b"
-    own = notes("model._target_=mine.Model", size=1e9)
-    assert own
-    assert "recipe=" not in " ".join(own)
+    lines = notes("model._target_=mine.Model", size=1e9)
+    assert lines
+    assert "recipe=" not in " ".join(lines)
 
 
 def test_between_two_published_sizes_a_number_is_between_theirs():

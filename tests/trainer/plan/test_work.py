@@ -19,24 +19,24 @@ TWO = ["plan.gpus=2", "train.compile=off"]
 
 
 def job(*words):
-    made = compose(PlanJob, [*SIZES, "train.micro_batch=4", *words])
-    vocabulary = made.model.vocab_size
-    return replace(made, model=made.model.resolved(vocabulary, made.train.sequence_length))
+    planned = compose(PlanJob, [*SIZES, "train.micro_batch=4", *words])
+    vocabulary = planned.model.vocab_size
+    return replace(planned, model=planned.model.resolved(vocabulary, planned.train.sequence_length))
 
 
 def work(*words):
-    made = job(*words)
-    found = work_of(made, inventory(made).of_rank(made.mesh(1)).numel, made.mesh(1))
-    assert found is not None
-    return found
+    planned = job(*words)
+    estimate = work_of(planned, inventory(planned).of_rank(planned.mesh(1)).numel, planned.mesh(1))
+    assert estimate is not None
+    return estimate
 
 
 def test_products_and_scores_are_the_flops_of_a_causal_model():
-    made = job("model.loss_chunk=0")
-    found = work("model.loss_chunk=0")
-    whole = flops_per_token(made.model, 1024, causal=True)
-    assert found.scores == TOKENS * SCORES * 3.5  # backward: 5 products where forward has 2
-    assert found.products == pytest.approx(TOKENS * (whole - 3 * SCORES))
+    planned = job("model.loss_chunk=0")
+    estimate = work("model.loss_chunk=0")
+    whole = flops_per_token(planned.model, 1024, causal=True)
+    assert estimate.scores == TOKENS * SCORES * 3.5  # backward: 5 products where forward has 2
+    assert estimate.products == pytest.approx(TOKENS * (whole - 3 * SCORES))
 
 
 def test_what_is_computed_again_is_counted():
@@ -50,11 +50,11 @@ def test_what_is_computed_again_is_counted():
 
 
 def test_adapters_are_computed_again_too():
-    made = [
+    jobs = [
         replace(job("model.loss_chunk=0", f"model.activation_checkpointing={how}"), lora=ADAPTERS)
         for how in ("none", "full")
     ]
-    plain, again = (work_of(one, 0, one.mesh(1)) for one in made)
+    plain, again = (work_of(one, 0, one.mesh(1)) for one in jobs)
     sides = 4 * (768 + 768) + 2 * (768 + 4 * 768)  # inputs and outputs of a block's matrices
     matrices = 12 * 2 * (12 * 768**2 + 8 * sides)
     assert again.products - plain.products == pytest.approx(TOKENS * matrices, rel=1e-12)
@@ -70,27 +70,31 @@ def test_adapters_are_computed_again_too():
     ],
 )
 def test_products_and_scores_add_up_for_other_models(words):
-    made = job(*words, "model.loss_chunk=0")
-    found = work(*words, "model.loss_chunk=0")
-    whole = flops_per_token(made.model, 1024, causal=True)
-    scores = found.scores / 3.5
-    assert 0 < scores < found.products / 3
-    assert found.products / 3 + scores == pytest.approx(TOKENS * whole / 3, rel=0.02)
+    planned = job(*words, "model.loss_chunk=0")
+    estimate = work(*words, "model.loss_chunk=0")
+    whole = flops_per_token(planned.model, 1024, causal=True)
+    scores = estimate.scores / 3.5
+    assert 0 < scores < estimate.products / 3
+    assert estimate.products / 3 + scores == pytest.approx(TOKENS * whole / 3, rel=0.02)
 
 
 def test_seconds_are_those_of_the_three_roofs():
     machine = replace(
         job().machine, efficiency=0.5, attention_efficiency=0.1, memory_bandwidth=1e12
     )
-    found = work()
-    products, scores, traffic = found.products / 0.5e15, found.scores / 0.1e15, found.traffic / 1e12
+    estimate = work()
+    products, scores, traffic = (
+        estimate.products / 0.5e15,
+        estimate.scores / 0.1e15,
+        estimate.traffic / 1e12,
+    )
     scores *= 1 + 500 / 1024  # short sequences attend slowly
-    assert found.seconds(machine, 1e15) == pytest.approx(products + scores + traffic)
+    assert estimate.seconds(machine, 1e15) == pytest.approx(products + scores + traffic)
     blind = replace(machine, memory_bandwidth=None, attention_efficiency=None)
-    assert found.seconds(blind, 1e15) == pytest.approx(products + scores / 5)
+    assert estimate.seconds(blind, 1e15) == pytest.approx(products + scores / 5)
     # At an endless peak, weights and activations still pass through the memory.
-    bound = (found.weights + found.traffic) / 1e12
-    assert found.seconds(machine, 1e30) == pytest.approx(bound)
+    bound = (estimate.weights + estimate.traffic) / 1e12
+    assert estimate.seconds(machine, 1e30) == pytest.approx(bound)
 
 
 def test_compiled_code_passes_less_through_the_memory():

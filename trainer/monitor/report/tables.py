@@ -11,8 +11,8 @@ from markupsafe import Markup, escape
 
 from forescale.console import span
 from forescale.monitor.goodput import BUCKETS
-from forescale.monitor.page import ranks_of
 from forescale.monitor.report.events import LOOKS, Event
+from forescale.monitor.run_text import ranks_of
 from forescale.monitor.status import Status
 from forescale.pages.document import Cell, Section, number, percent, whole
 

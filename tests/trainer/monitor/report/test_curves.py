@@ -16,10 +16,10 @@ from forescale.run.directory import Parent, Run
 @pytest.fixture
 def run(trained, tmp_path) -> Run:
     """With the config of another run, and no attempt yet."""
-    made = Run(tmp_path / "runs" / "made")
-    made.path.mkdir(parents=True)
-    shutil.copy(trained.config, made.config)
-    return made
+    run = Run(tmp_path / "runs" / "made")
+    run.path.mkdir(parents=True)
+    shutil.copy(trained.config, run.config)
+    return run
 
 
 def begun(run: Run, step: int = 0, **parent):
@@ -97,16 +97,16 @@ def test_starts_ends_rollbacks_and_faults_are_told_in_order(run):
     train(third, range(9, 11))
     third.event("ended", step=10, reason="interrupted", seconds={})
     record_end(third.path, 75, "interrupted")
-    found = events_of(Status(run))
-    assert [(e.sort, e.step) for e in found] == [
+    events = events_of(Status(run))
+    assert [(e.sort, e.step) for e in events] == [
         ("skipped", 3), ("rollback", 7), ("failure", 9), ("restart", 8), ("interrupted", 10),
     ]  # fmt: skip
-    said = [e.text for e in found]
-    assert said[1] == (
+    texts = [e.text for e in events]
+    assert texts[1] == (
         "rolled back from step 7 to 4: a loss spike; samples 12 to 19 are skipped for good"
     )
-    assert "rank 1 ended with SIGKILL" in said[2]
-    assert all(e.sort in LOOKS for e in found)
+    assert "rank 1 ended with SIGKILL" in texts[2]
+    assert all(e.sort in LOOKS for e in events)
 
 
 def test_a_run_without_a_row_has_no_curve(run):

@@ -24,8 +24,8 @@ def data_of(html: str) -> dict:
 
 
 def section(html: str, name: str) -> str:
-    found = html.split(f'<section id="{name}">')[1].split("</section>")[0]
-    return unescape(re.sub(r"<[^>]*>", " ", found))
+    part = html.split(f'<section id="{name}">')[1].split("</section>")[0]
+    return unescape(re.sub(r"<[^>]*>", " ", part))
 
 
 def test_the_page_of_a_run_has_its_rows_its_state_and_its_config(own_run, forescale):
@@ -57,8 +57,8 @@ def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescal
     assert "copy after 4 examples: right answers (%)" in words
     assert "copy after 4 examples: nats an answer" in words
     data = data_of(html)
-    shown = {panel["held"]: panel["factor"] for panel in data["panels"] if panel["held"]}
-    assert shown["ability/copy/4"] == 100
+    factors = {panel["held"]: panel["factor"] for panel in data["panels"] if panel["held"]}
+    assert factors["ability/copy/4"] == 100
     scores = data["runs"][0]["scores"]["validation"]
     assert {name: line["y"] for name, line in scores.items() if "/" in name} == {
         "ability/copy/4": [0.25],

@@ -12,8 +12,8 @@ from forescale.plan.config import PlanJob
 
 
 def job(*overrides, vocab_size=512):
-    made = compose(PlanJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
-    return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
+    job_of = compose(PlanJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    return replace(job_of, model=job_of.model.resolved(vocab_size, job_of.train.sequence_length))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
@@ -36,14 +36,14 @@ def test_partition_and_touched_agree_with_counting_each_element(world):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", range(4))
 def test_memory_kinds_add_up_and_shrink_with_more_ranks(stage, optimizer):
-    more = [f"engine=zero{stage}", f"optimizer={optimizer}", "train.global_batch=512"]
-    made = job(*more, "train.micro_batch=1")
-    held, totals = inventory(made), []
+    words = [f"engine=zero{stage}", f"optimizer={optimizer}", "train.global_batch=512"]
+    planned = job(*words, "train.micro_batch=1")
+    held, totals = inventory(planned), []
     for world in (1, 8, 64):
-        found = memory(made, held, world, reserved=10, margin=5)
-        assert sum(found.rows().values()) == found.total
-        assert found.total >= found.states.steady + 15
-        totals.append(found.states.masters + found.states.moments)
+        need = memory(planned, held, world, reserved=10, margin=5)
+        assert sum(need.rows().values()) == need.total
+        assert need.total >= need.states.steady + 15
+        totals.append(need.states.masters + need.states.moments)
     assert totals[0] > totals[1] > totals[2] or stage == 0
 
 
@@ -64,7 +64,7 @@ def test_gradients_in_fp32_take_twice_the_bytes_from_65_micro_batches_on(stage):
         for n in (64, 65)
     )
     held = inventory(few)
-    before, after = (states(made, held, 4) for made in (few, many))
+    before, after = (states(planned, held, 4) for planned in (few, many))
     assert (after.gradients, after.held) == (2 * before.gradients, 2 * before.held)
     assert after.buckets <= before.buckets + 4 or stage == 3  # the same bytes of a bucket
     assert after.masters == before.masters
@@ -90,7 +90,7 @@ def test_offload_moves_states_to_cpu_memory():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_checkpoint_bytes_are_those_of_weights_and_moments(optimizer):
-    made = job(f"optimizer={optimizer}", "precision=fp32")
-    held = inventory(made)
+    planned = job(f"optimizer={optimizer}", "precision=fp32")
+    held = inventory(planned)
     muon = sum(p.numel for g in held.groups if g.update.is_by_matrix for p in g.params)
-    assert checkpoint_bytes(made, held, 1) == 12 * held.numel - 4 * muon
+    assert checkpoint_bytes(planned, held, 1) == 12 * held.numel - 4 * muon

@@ -10,13 +10,13 @@ SIZES = {"a": 0, "b": 1, "c": 5, "d": 9}
 
 def looked_ahead(calls, at, reuse):
     """As DeepSpeed does it: look at one call after the other, until enough elements have passed."""
-    passed = 0
+    elements = 0
     for call in calls[at + 1 :]:
-        if passed >= reuse:
+        if elements >= reuse:
             return False
         if call.module == calls[at].module:
             return True
-        passed += SIZES[call.module]
+        elements += SIZES[call.module]
     return False
 
 

@@ -49,8 +49,8 @@ def test_the_command_prints_the_multiplier_and_writes_the_picture(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     for name, gain, seed in (("old", 1.0, 1), ("new", 2.0, 2)):
         table(gain, noise=0.002, seed=seed).to_csv(f"{name}.csv", index=False)
-    own = ("study", "compare", "old.csv", "new.csv", "bootstraps=100", "near=null")
-    code, out, err = forescale(*own, "to=there/c.html")
+    words = ("study", "compare", "old.csv", "new.csv", "bootstraps=100", "near=null")
+    code, out, err = forescale(*words, "to=there/c.html")
     assert code == 0
     assert re.search(
         r"Over the common range: new reaches the same loss with (1.9|2).* times less .* than old "
@@ -60,7 +60,7 @@ def test_the_command_prints_the_multiplier_and_writes_the_picture(tmp_path, monk
     assert re.search(r"^ +2\.\d+ +1\.\d+ +2\.\d+ +mean of the range$", out, re.MULTILINE)
     assert err.split() == ["there/c.html", "there/c-files/compare.png", "there/c-files/compare.svg"]
     assert (tmp_path / "there/c-files/compare.png").stat().st_size > 10_000
-    code, out, err = forescale(*own, "--json")
+    code, out, err = forescale(*words, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["multiplier"]["includes_one"] is False
 
@@ -69,8 +69,8 @@ def test_equal_recipes_are_said_to_be_equal(tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("old", 3), ("new", 4)):
         table(noise=0.004, seed=seed).to_csv(f"{name}.csv", index=False)
-    own = ("study", "compare", "old.csv", "new.csv", "bootstraps=100", "near=null")
-    code, out, _ = forescale(*own)
+    words = ("study", "compare", "old.csv", "new.csv", "bootstraps=100", "near=null")
+    code, out, _ = forescale(*words)
     assert code == 0
     assert "The 90% interval includes 1: these runs don't show which needs less." in out
     assert forescale("study", "compare", "old.csv")[0] == 2

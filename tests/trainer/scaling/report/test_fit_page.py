@@ -47,21 +47,21 @@ def study(table: pd.DataFrame, **keys) -> StudyFit:
     return StudyFit(table, StudyJob(input=["x.csv"], bootstraps=100, **keys), "x.csv")
 
 
-def page(made: StudyFit, where: str, command=COMMAND) -> str:
+def page(study: StudyFit, where: str, command=COMMAND) -> str:
     """The page of runs that belong to no planned study."""
-    return module.page(made, StudyEvidence(made.table), where, command)
+    return module.page(study, StudyEvidence(study.table), where, command)
 
 
 @pytest.fixture(scope="module")
-def made() -> StudyFit:
+def fit() -> StudyFit:
     """With a run that is there twice, so that there is a doubt."""
     rows = surface(HOSTILE)
     return study(pd.concat([rows, rows.iloc[[3]]]), target=TargetPoint(flops=5e21))
 
 
 @pytest.fixture(scope="module")
-def html(made) -> str:
-    return page(made, f"runs {HOSTILE}", COMMAND)
+def html(fit) -> str:
+    return page(fit, f"runs {HOSTILE}", COMMAND)
 
 
 def section(html: str, name: str) -> str:
@@ -82,53 +82,53 @@ def test_every_section_and_figure_is_there(html):
     assert 'class="absent"' not in html.split("<main>")[1]
 
 
-def test_numbers_are_those_of_the_fit(made, html):
-    f = made.predict()
+def test_numbers_are_those_of_the_fit(fit, html):
+    f = fit.predict()
     sizes = (f.parameters, *f.sizes[0], f.tokens, *f.sizes[1])
     want = [f.loss, *f.inner, *f.outer, *sizes, f.flops, f.extrapolation_factor]
-    want += made.fit.values.values()
+    want += fit.fit.values.values()
     assert values(section(html, "prediction"))[: len(want)] == want
-    low, high = made.replicates.interval(made.job.level)
+    low, high = fit.replicates.interval(fit.job.level)
     rows = [
-        [value, made.replicates.errors[s], low[i], high[i],
-         *(other.values[s] for other in made.others.values())]
-        for i, (s, value) in enumerate(made.fit.values.items())
+        [value, fit.replicates.errors[s], low[i], high[i],
+         *(other.values[s] for other in fit.others.values())]
+        for i, (s, value) in enumerate(fit.fit.values.items())
     ]  # fmt: skip
     assert values(section(html, "parameters")) == np.concatenate(rows).tolist()
-    certificate = [made.fit.value, made.fit.certificate.scaled_gradient]
+    certificate = [fit.fit.value, fit.fit.certificate.scaled_gradient]
     assert values(section(html, "certificate"))[:2] == certificate
-    bare = [float(r.inside_resampled.mean()) for r in made.backtests]
+    bare = [float(r.inside_resampled.mean()) for r in fit.backtests]
     assert values(section(html, "backtest-table"))[4::6] == bare
 
 
-def test_every_doubt_is_on_the_page(made, html):
-    assert made.notes
-    for note in made.notes:
+def test_every_doubt_is_on_the_page(fit, html):
+    assert fit.notes
+    for note in fit.notes:
         assert note in text(section(html, "notes"))
-    assert made.doubts
-    for doubt in made.doubts:
+    assert fit.doubts
+    for doubt in fit.doubts:
         assert doubt in text(section(html, "doubts"))
-    assert made.doubts[0] in text(section(html, "prediction"))
-    (refused,) = made.isoflop.refusals
+    assert fit.doubts[0] in text(section(html, "prediction"))
+    (refused,) = fit.isoflop.refusals
     assert refused.why in text(section(html, "isoflop"))
 
 
-def test_the_page_says_where_the_numbers_come_from(made, html, tmp_path):
-    shown = text(section(html, "provenance"))
+def test_the_page_says_where_the_numbers_come_from(fit, html, tmp_path):
+    words = text(section(html, "provenance"))
     for part in ("Huber 0.001 on log loss", CHINCHILLA.source, "numpy ", "seed 0",
                  "forescale study report 'my runs.csv'", "as the table counts"):  # fmt: skip
-        assert part in shown
+        assert part in words
     path = tmp_path / "x.csv"
     path.write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert known in page(made, str(path), COMMAND)
+    assert known in page(fit, str(path), COMMAND)
 
 
 def test_names_of_runs_are_shown_as_text(html):
-    own = html.split("</style>")[1]
-    assert "alert(1)" in own
-    assert "<img" not in own.split("</head>")[1]
-    assert "<script>alert" not in own
+    body = html.split("</style>")[1]
+    assert "alert(1)" in body
+    assert "<img" not in body.split("</head>")[1]
+    assert "<script>alert" not in body
 
 
 def test_nothing_is_loaded_and_the_page_is_small(html):
@@ -136,8 +136,8 @@ def test_nothing_is_loaded_and_the_page_is_small(html):
     assert not re.search(r'<(script|link|img)[^>]* (src|href)="(?!data:)', html)
 
 
-def test_the_same_study_gives_the_same_bytes(made, html):
-    assert page(made, f"runs {HOSTILE}", COMMAND) == html
+def test_the_same_study_gives_the_same_bytes(fit, html):
+    assert page(fit, f"runs {HOSTILE}", COMMAND) == html
 
 
 def test_sections_without_budgets_or_target_say_why():
@@ -176,41 +176,41 @@ def test_every_law_has_a_report(form):
     assert "nan" not in text(section(html, "prediction"))
 
 
-def test_the_main_figures_and_the_records_are_written_beside_the_page(made, html, tmp_path):
+def test_the_main_figures_and_the_records_are_written_beside_the_page(fit, html, tmp_path):
     where = f"runs {HOSTILE}"
-    module.write(made, StudyEvidence(made.table), tmp_path / "report.html", where, COMMAND)
+    module.write(fit, StudyEvidence(fit.table), tmp_path / "report.html", where, COMMAND)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report-files", "report.html"]
     assert (tmp_path / "report.html").read_text() == html
     names = [f"{name}.{form}" for name in ("envelope", "isoflop", "optimum") for form in FORMATS]
     assert sorted(p.name for p in (tmp_path / "report-files").iterdir()) == sorted(
         [*names, "records.csv"]
     )
-    kept = pd.read_csv(tmp_path / "report-files" / "records.csv")
-    assert kept["loss"].tolist() == made.table["loss"].tolist()
+    records = pd.read_csv(tmp_path / "report-files" / "records.csv")
+    assert records["loss"].tolist() == fit.table["loss"].tolist()
 
 
-def test_the_page_contains_the_records(made, html):
+def test_the_page_contains_the_records(fit, html):
     link = re.search(r'<a download="records.csv" href="data:text/csv;base64,([^"]*)"', html)
-    kept = pd.read_csv(io.BytesIO(base64.b64decode(link[1])))
-    pd.testing.assert_frame_equal(kept, made.table, check_exact=True)
+    records = pd.read_csv(io.BytesIO(base64.b64decode(link[1])))
+    pd.testing.assert_frame_equal(records, fit.table, check_exact=True)
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
+def test_a_browser_draws_it_offline(browser, fit, html, tmp_path, width):
     with opened(browser, html, tmp_path, width, PICTURES) as tab:
         traces = tab.evaluate("kit.data.figures['loss-by-compute'].traces")
         stars = [t["y"][0] for t in traces if t["shapes"] == ["star"]]
-        assert stars == [pytest.approx(made.predict().loss, rel=1e-5)]
+        assert stars == [pytest.approx(fit.predict().loss, rel=1e-5)]
         _point_at_a_refused_run(tab)
         _zoom_and_save(tab)
 
 
 @pytest.mark.browser
 def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
-    seen = simulated_study.known(tmp_path / "forecasts", "s")
-    made = StudyFit(seen.fitted, simulated_study.job(), "x")
-    html = module.page(made, seen, "cells", COMMAND)
+    observed = simulated_study.known(tmp_path / "forecasts", "s")
+    fit = StudyFit(observed.fitted, simulated_study.job(), "x")
+    html = module.page(fit, observed, "cells", COMMAND)
     drawn = tuple(re.findall(r'<div class="chart" id="([^"]*)"', html))
     assert set(drawn) >= {
         "forecast-errors",
@@ -224,7 +224,7 @@ def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
             tab.locator("a[download]").click()
         assert saving.value.suggested_filename == "records.csv"
         saved = pd.read_csv(saving.value.path())
-        assert saved["loss"].tolist() == seen.records["loss"].tolist()
+        assert saved["loss"].tolist() == observed.records["loss"].tolist()
 
 
 @contextmanager

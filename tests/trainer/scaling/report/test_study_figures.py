@@ -22,13 +22,13 @@ COMMAND = ("forescale", "study", "report")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def observed(tmp_path_factory):
     return known(tmp_path_factory.mktemp("forecasts"))
 
 
 @pytest.fixture(scope="module")
-def html(seen):
-    return module.page(StudyFit(seen.fitted, job(), "x"), seen, "27 cells", COMMAND)
+def html(observed):
+    return module.page(StudyFit(observed.fitted, job(), "x"), observed, "27 cells", COMMAND)
 
 
 def section(html, name):
@@ -49,35 +49,35 @@ def dots(figure):
     ]
 
 
-def of_cell(seen, name):
-    return next(c for c in seen.rate_sweeps if c.cell == name)
+def of_cell(observed, name):
+    return next(c for c in observed.rate_sweeps if c.cell == name)
 
 
-def test_the_parabola_of_a_sweep_finds_its_best_rate(seen):
+def test_the_parabola_of_a_sweep_finds_its_best_rate(observed):
     names = ["s1-n0", "s1-n4", "s2-n0", "s2-n4", "s3-n0", "s3-n4"]
-    assert [c.cell for c in seen.rate_sweeps] == names
-    found = of_cell(seen, "s1-n0")
-    assert found.inside
-    assert found.best == pytest.approx(BEST)
-    assert found.bend == pytest.approx(BEND)
-    assert found.gap == pytest.approx(BEND * np.log(0.8) ** 2)
-    assert found.rise == pytest.approx(BEND * np.log(np.array([0.4, 0.8, 1.6])) ** 2)
+    assert [c.cell for c in observed.rate_sweeps] == names
+    sweep = of_cell(observed, "s1-n0")
+    assert sweep.inside
+    assert sweep.best == pytest.approx(BEST)
+    assert sweep.bend == pytest.approx(BEND)
+    assert sweep.gap == pytest.approx(BEND * np.log(0.8) ** 2)
+    assert sweep.rise == pytest.approx(BEND * np.log(np.array([0.4, 0.8, 1.6])) ** 2)
 
 
-def test_a_best_rate_at_an_edge_is_hollow_and_noted(seen, html):
-    edge = of_cell(seen, "s3-n4")
+def test_a_best_rate_at_an_edge_is_hollow_and_noted(observed, html):
+    edge = of_cell(observed, "s3-n4")
     assert not edge.inside
     assert edge.bend is None
     drawn = dots(figures.sweep_responses([edge], "learning rate", {}))
     assert ("circle ring", 1.0, 0.0) in drawn
     assert [s for s, *_ in drawn].count("circle ring") == 1
     assert "s3-n4: the best of 4 learning rates, 0.02, is at the edge" in text(html)
-    inside = dots(figures.sweep_responses([of_cell(seen, "s1-n0")], "learning rate", {}))
+    inside = dots(figures.sweep_responses([of_cell(observed, "s1-n0")], "learning rate", {}))
     assert {s for s, *_ in inside} == {"circle"}
 
 
-def test_a_diverged_run_is_a_cross_at_the_top(seen, html):
-    edge = of_cell(seen, "s3-n4")
+def test_a_diverged_run_is_a_cross_at_the_top(observed, html):
+    edge = of_cell(observed, "s3-n4")
     assert edge.values[-1] == 0.08
     assert edge.losses[-1] == np.inf
     drawn = dots(figures.sweep_responses([edge], "learning rate", {}))
@@ -86,25 +86,25 @@ def test_a_diverged_run_is_a_cross_at_the_top(seen, html):
     assert "s3-n4: 1 of 4 learning rates diverged" in text(html)
 
 
-def test_curves_pass_through_the_runs_in_the_colour_of_their_budget(seen):
+def test_curves_pass_through_the_runs_in_the_colour_of_their_budget(observed):
     colours = shades(np.array(BUDGETS))
-    found = of_cell(seen, "s2-n0")
-    (curve, *_) = figures.sweep_responses([found], "learning rate", colours).traces
+    sweep = of_cell(observed, "s2-n0")
+    (curve, *_) = figures.sweep_responses([sweep], "learning rate", colours).traces
     assert curve.colours[0] == colours[BUDGETS[1]]
-    assert curve.y[[0, -1]] == pytest.approx(100 * found.rise[[0, -1]])
+    assert curve.y[[0, -1]] == pytest.approx(100 * sweep.rise[[0, -1]])
 
 
 def test_runs_beyond_the_parabola_are_joined_by_thin_lines():
-    found = sweep_response(
+    sweep = sweep_response(
         "a", 1, None, 1e5, 1e6, np.array([1, 2, 4, 8.0]), np.array([9, 2, 1.9, 2.5])
     )
-    assert found.ends == (2.0, 8.0)
-    thin = [t for t in figures.sweep_responses([found], "batch", {}).traces if t.width == 0.7]
-    assert [t.x.tolist() for t in thin] == [[1 / found.best, 2 / found.best]]
+    assert sweep.ends == (2.0, 8.0)
+    thin = [t for t in figures.sweep_responses([sweep], "batch", {}).traces if t.width == 0.7]
+    assert [t.x.tolist() for t in thin] == [[1 / sweep.best, 2 / sweep.best]]
 
 
-def test_batches_have_a_figure_of_their_own(seen, html):
-    (check,) = seen.batch_sweeps
+def test_batches_have_a_figure_of_their_own(observed, html):
+    (check,) = observed.batch_sweeps
     assert check.values.tolist() == [4, 8, 16]
     assert check.inside
     assert 'id="response-batch"' in section(html, "response")
@@ -117,14 +117,14 @@ def test_two_batches_give_no_optimum():
     assert dots(figures.sweep_responses([check], "batch", {}))[0][0] == "circle ring"
 
 
-def test_forecasts_are_ordered_by_compute_and_show_the_observed_losses(seen, html):
-    figure = figures.forecasts(seen.forecasts)
+def test_forecasts_are_ordered_by_compute_and_show_the_observed_losses(observed, html):
+    figure = figures.forecasts(observed.forecasts)
     order = ("s3-n2", "s3-n1", "target")
     labels = [label for _, label in figure.y.ticks]
     assert set(labels[:2]) == set(order[:2])
     assert labels[2] == "target"
     drawn = {labels[int(y)]: (s, x) for s, x, y in dots(figure)}
-    for forecast in seen.forecasts:
+    for forecast in observed.forecasts:
         f, outcome = forecast.facts, forecast.outcome
         symbol, error = drawn[f["target"]["run"]]
         if outcome is None:
@@ -135,22 +135,22 @@ def test_forecasts_are_ordered_by_compute_and_show_the_observed_losses(seen, htm
         assert error == pytest.approx(100 * (outcome["loss"] / f["loss"] - 1))
     assert sorted(s for s, _ in drawn.values()) == ["circle", "circle ring", "diamond"]
     outer, inner = (t for t in figure.traces if t.kind == "line")
-    first = next(c for c in seen.forecasts if c.facts["target"]["run"] == order[0])
+    first = next(c for c in observed.forecasts if c.facts["target"]["run"] == order[0])
     at = 3 * labels.index(order[0])
     for drawn_ends, name in ((outer, "interval"), (inner, "interval_50")):
         ends = [100 * (x / first.facts["loss"] - 1) for x in first.facts[name]]
         assert drawn_ends.x[at : at + 2].tolist() == pytest.approx(ends)
 
 
-def test_coverage_and_skill_are_in_the_caption(seen, html):
-    shown = text(section(html, "forecasts"))
-    assert f"2 of 3 forecasts have an observed loss: {seen.score.inside} inside" in shown
-    line = f"{seen.score.skill['line']:+.2f}".replace("-", "−")
-    assert f"line {line}" in shown
+def test_coverage_and_skill_are_in_the_caption(observed, html):
+    words = text(section(html, "forecasts"))
+    assert f"2 of 3 forecasts have an observed loss: {observed.score.inside} inside" in words
+    line = f"{observed.score.skill['line']:+.2f}".replace("-", "−")
+    assert f"line {line}" in words
 
 
-def test_seeds_of_weights_and_of_data_have_different_symbols(seen, html):
-    figure = figures.repeats(seen.records, seen.noise.levels)
+def test_seeds_of_weights_and_of_data_have_different_symbols(observed, html):
+    figure = figures.repeats(observed.records, observed.noise.levels)
     kinds = {t.shapes[0]: t.x.tolist() for t in figure.traces}
     assert {symbol: len(x) for symbol, x in kinds.items()} == {
         "circle": 1,
@@ -158,30 +158,30 @@ def test_seeds_of_weights_and_of_data_have_different_symbols(seen, html):
         "diamond": 2,
     }
     assert kinds["square"][0] < kinds["circle"][0] < kinds["diamond"][0]
-    (level,) = seen.noise.levels
-    own = seen.records[seen.records["cell_of"] == "s2-n2"]
-    own = own[own["role"] != "batch"]
-    y = 100 * np.log(own["loss"].to_numpy())
+    (level,) = observed.noise.levels
+    runs = observed.records[observed.records["cell_of"] == "s2-n2"]
+    runs = runs[runs["role"] != "batch"]
+    y = 100 * np.log(runs["loss"].to_numpy())
     assert sorted(v for t in figure.traces for v in t.y) == pytest.approx(sorted(y - y.mean()))
     assert repr(level.weights.sd) in section(html, "noise")
 
 
-def test_costs_are_compared_with_the_plan_and_the_cap(seen, html):
-    shown = section(html, "costs")
-    assert repr(sum(s.spent for s in seen.stages)) in shown
-    assert [s.ettr for s in seen.stages] == pytest.approx([0.6, 0.75, 9 / 11])
-    assert all(repr(s.ettr) in shown for s in seen.stages)
-    bars = figures.hours(seen.stages).traces
+def test_costs_are_compared_with_the_plan_and_the_cap(observed, html):
+    words = section(html, "costs")
+    assert repr(sum(s.spent for s in observed.stages)) in words
+    assert [s.ettr for s in observed.stages] == pytest.approx([0.6, 0.75, 9 / 11])
+    assert all(repr(s.ettr) in words for s in observed.stages)
+    bars = figures.hours(observed.stages).traces
     for i in range(3):
         assert sum(bar.high[i] - bar.x[i] for bar in bars) == pytest.approx(100)
 
 
 def test_provenance_names_data_code_hardware_and_time(html):
-    shown = text(section(html, "provenance"))
+    words = text(section(html, "provenance"))
     days = "1970-01-01 00:00:00 UTC to 1970-01-02 00:00:00 UTC"
     for part in ("d" * 64, "t" * 64, "v" * 64, "0.1.0", "H100", "torch 2.9 and 2.10", "Command",
                  days, "of 15 runs; 18 more", "records.csv, 33 rows"):  # fmt: skip
-        assert part in shown
+        assert part in words
 
 
 def test_every_section_with_numbers_names_its_runs(html):
@@ -190,44 +190,44 @@ def test_every_section_with_numbers_names_its_runs(html):
             assert re.search(r'class="rests">From .*href="#provenance"', part)
 
 
-def test_sections_without_data_are_left_out(seen):
-    plain = seen.fitted.drop(columns=["role", "cell_of", "stage", "fitted"])
-    made = StudyFit(plain, job(), "x")
-    html = module.page(made, evidence(job(), plain), "runs", COMMAND)
+def test_sections_without_data_are_left_out(observed):
+    plain = observed.fitted.drop(columns=["role", "cell_of", "stage", "fitted"])
+    fit = StudyFit(plain, job(), "x")
+    html = module.page(fit, evidence(job(), plain), "runs", COMMAND)
     for name in ("forecasts", "response", "noise", "costs"):
         assert f'<section id="{name}">' not in html
 
 
-def test_without_a_law_the_rest_is_shown(seen):
-    html = module.page("too few runs.", seen, "cells", COMMAND)
+def test_without_a_law_the_rest_is_shown(observed):
+    html = module.page("too few runs.", observed, "cells", COMMAND)
     assert "There is no law yet: too few runs." in section(html, "prediction")
     assert 'id="response-rate"' in html
     assert 'id="isoflop-curves"' not in html
 
 
 def test_names_of_runs_are_shown_as_text(tmp_path):
-    own = known(tmp_path, HOSTILE)
-    html = module.page("no", own, "cells", COMMAND).split("</head>")[1]
+    hostile = known(tmp_path, HOSTILE)
+    html = module.page("no", hostile, "cells", COMMAND).split("</head>")[1]
     assert "onerror" in html
     assert "<img" not in html
 
 
-def test_runs_without_a_plan_bring_no_forecasts_or_costs(tmp_path, seen):
-    own = gather(job(studies=str(tmp_path), study="none"), seen.records)
-    assert (own.forecasts, own.stages, own.folder) == ([], (), "")
-    assert own.rate_sweeps
+def test_runs_without_a_plan_bring_no_forecasts_or_costs(tmp_path, observed):
+    without = gather(job(studies=str(tmp_path), study="none"), observed.records)
+    assert (without.forecasts, without.stages, without.folder) == ([], (), "")
+    assert without.rate_sweeps
 
 
 @pytest.mark.slow  # draws several reports
 def test_a_planned_study_has_a_report_at_any_time(small_data, tmp_path, capsys):
     """Before there is a law, and when all cells are complete."""
-    own = [f"studies={tmp_path}", "study=own"]
+    where = [f"studies={tmp_path}", "study=own"]
     sizes = "[[2e4,1e5],[3e4,2e5],[4e4,4e5],[6e4,8e5],[9e4,16e5],[13e4,32e5]]"
     shared = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
     plan = ["plan.kind=list", f"plan.runs={sizes}", "plan.cap=1e13", "plan.sequence_length=32"]
-    assert cli.main(["study", "plan", *own, *plan, *shared]) == 0
+    assert cli.main(["study", "plan", *where, *plan, *shared]) == 0
     study = Study(tmp_path / "own")
-    report = ["study", "report", *own, "bootstraps=100", "form=frontier"]
+    report = ["study", "report", *where, "bootstraps=100", "form=frontier"]
     cells = [c for c in study.plan.cells if c.role == "grid"]
     for cell in cells[:2]:
         train(study.arguments(cell))

@@ -30,13 +30,13 @@ def details_text(details: Details) -> str:
     return "\n".join(lines)
 
 
-def induction_text(found: Induction) -> str:
+def induction_text(scores: Induction) -> str:
     """Return how a model copies, in a sentence."""
     return (
-        f"\nInduction score: {found.score:+.4f} ± {found.score_stderr:.4f} nats, the loss of "
-        f"{found.tokens} random tokens as they are read again ({found.again:.4f})\nless that as "
-        f"they are read first ({found.first:.4f}), over {found.rows} rows; "
-        f"{100 * found.share:.1f} ± {100 * found.share_stderr:.1f} % of the\ntokens read again "
+        f"\nInduction score: {scores.score:+.4f} ± {scores.score_stderr:.4f} nats, the loss of "
+        f"{scores.tokens} random tokens as they are read again ({scores.again:.4f})\nless that as "
+        f"they are read first ({scores.first:.4f}), over {scores.rows} rows; "
+        f"{100 * scores.share:.1f} ± {100 * scores.share_stderr:.1f} % of the\ntokens read again "
         "are the most likely next one"
     )
 

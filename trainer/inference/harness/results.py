@@ -25,11 +25,11 @@ def table(scores: Sequence[TaskScore]) -> str:
             rows.append((*first, name, _number(metric)))
             first = ("", "", "")
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    found = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)) for row in rows]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)) for row in rows]
     files = {s.file: s.sha256 for s in scores if s.file and s.sha256}
     notes = [f"{file}: SHA-256 {sha256[:_HASH]}" for file, sha256 in files.items()]
     notes += filter(None, map(_cut, scores))
-    return "\n".join(f"  {line}".rstrip() for line in [*found, *([""] if notes else []), *notes])
+    return "\n".join(f"  {line}".rstrip() for line in [*lines, *([""] if notes else []), *notes])
 
 
 def _number(metric: Metric) -> str:
