@@ -23,13 +23,12 @@ ALLOWED = {
     "storage": "errors",
     "console": "errors",
     "rendezvous": "",
-    "abilities": "",
     "pages": "",
-    "config": "models conf abilities",
+    "config": "models conf",
     "remote": "",
     "data": "remote",
     "engine": "models config",
-    "run": "models abilities config data",
+    "run": "models config data",
     "resilience": "config run",
     "checkpoint": "remote config engine models run",
     "monitor": "pages config data engine run resilience checkpoint",
@@ -66,10 +65,10 @@ ALLOWED = {
         "scaling.study scaling.report"
     ),
     "verbs": (
-        "abilities config data engine run resilience checkpoint monitor train drill inference "
+        "config data engine run resilience checkpoint monitor train drill inference "
         "inspection serving plan slurm scaling.config scaling.study scaling.actions"
     ),
-    "cli": "config run verbs",
+    "cli": "config verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",
     "__init__": "data resilience inference scaling.view",
     "__main__": "cli",

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from forescale.console import visible_output
@@ -81,9 +82,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(usage())
         return DONE
     if arguments[0] == "--version":
-        from forescale.run.start import versions
-
-        print(versions()["forescale"])
+        try:
+            print(version("forescale"))
+        except PackageNotFoundError:  # run from a checkout that isn't installed
+            print("unknown")
         return DONE
     name, rest = arguments[0], arguments[1:]
     if helps := [i for i, argument in enumerate(rest) if argument in ("-h", "--help")]:

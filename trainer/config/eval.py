@@ -9,7 +9,7 @@ hand does.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from forescale.abilities import QUESTIONS, SHOTS, TASKS
+from forescale.config.abilities import QUESTIONS, SHOTS, TASKS
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.data import CorpusConfig

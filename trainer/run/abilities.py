@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from forescale.abilities import QUESTIONS, SHOTS, Encode, question_row
+from forescale.config.abilities import QUESTIONS, SHOTS, Encode, question_row
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from forescale.abilities import QUESTIONS, SHOTS, TASKS
 from forescale.checkpoint.reader import Checkpoint, Position
+from forescale.config.abilities import QUESTIONS, SHOTS, TASKS
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
 from forescale.config.sections.objective import PreferencesConfig

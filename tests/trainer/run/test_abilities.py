@@ -2,7 +2,7 @@
 
 import pytest
 
-from forescale.abilities import SHOTS, TASKS
+from forescale.config.abilities import SHOTS, TASKS
 from forescale.run.abilities import KINDS, Accuracy, Column, column_of, in_words
 
 

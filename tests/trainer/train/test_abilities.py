@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from forescale.abilities import TASKS, question_row
+from forescale.config.abilities import TASKS, question_row
 from forescale.errors import UserError
 from forescale.run.abilities import Accuracy, expect_fitting, questions_of
 from forescale.train.abilities import IGNORED, accuracies, judged

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from forescale.abilities import QUESTIONS, TASKS
+from forescale.config.abilities import QUESTIONS, TASKS
 from forescale.config.duration import Duration
 from forescale.config.job import ProblemIterator
 from forescale.config.schema import key, section
