@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forescale.config.compose import CONF, ConfigError, compose
+from forescale.config.compose import CONF, compose
 from forescale.config.train import TrainJob
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
@@ -97,8 +97,3 @@ def test_an_experiment_can_choose_a_recipe_and_the_command_line_another():
 def test_a_length_that_is_typed_replaces_the_recipe_s():
     job = compose(TrainJob, ["recipe=bert-base", "train.tokens=1e9"])
     assert (job.train.tokens, job.train.steps) == (1e9, None)
-
-
-def test_an_unknown_recipe_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="choose one of llama-1"):
-        compose(TrainJob, ["recipe=llama-1"])

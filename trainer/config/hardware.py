@@ -1,6 +1,6 @@
-"""What this machine computes in, as its kernel describes it, and what a device repeats to the bit.
+"""The number formats that this machine multiplies fast, and whether its results repeat to the bit.
 
-Invariant: reads a few small files, and imports no torch: commands that don't train ask, too.
+Invariant: reads a few small files and imports no torch, because commands that don't train need it.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ def capability(driver: Any = None) -> tuple[int, int] | None:
     """Return the lowest CUDA compute capability of the GPUs that ranks may use, as (8, 9); None if
     there is none. driver: replaced in tests.
 
-    The CUDA driver is asked, which keeps no memory of a GPU for it.
+    It asks the CUDA driver, because a CUDA context would take memory of the GPU.
     """
     try:
         driver = driver or ctypes.CDLL("libcuda.so.1")
@@ -90,8 +90,7 @@ class Exactness(NamedTuple):
 
 
 def exactness(deterministic: bool, on_gpu: bool) -> Exactness:
-    """Return what `train.deterministic` promises on a device. How it is kept, and what torch says
-    of each operation, is in engine/determinism.py."""
+    """Return what `train.deterministic` promises on a device; engine/determinism.py keeps it."""
     if not on_gpu:
         too = "" if deterministic else ", with train.deterministic=false too"
         promise = "on a CPU a resumed run repeats the unbroken one bit for bit"

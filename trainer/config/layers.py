@@ -1,8 +1,7 @@
-"""How the layers of a config lie over each other: the run's frozen config, the files that a command
-chooses, and the keys that it types.
+"""The layers of a config: a run's frozen config, the files that a command chooses, the typed keys.
 
-Invariant: of a frozen config only what the command sets is replaced, and what says how this one
-command resumes, or what it trusts, never comes from there.
+Invariant: a command replaces only those values of a frozen config that it sets. The keys that say
+how one command resumes, and what it trusts, never come from a frozen config.
 """
 
 import copy
@@ -31,11 +30,10 @@ _OF_COMMAND = ("run.name", "run.root", "run.resume", "trust")
 
 
 def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -> list[str]:
-    """Return what the chosen files set: each group's section as a whole, and the keys of a recipe
-    and of an experiment in their order, those of the files that they are laid over first.
+    """Return the paths that the chosen files set: of a group its whole section, of a recipe or an
+    experiment its keys. Files that lie below come first.
 
-    picks: the choice of each group; files: all choices of each group, in the order in which they
-        are laid over each other.
+    picks: the choice of each group; files: all choices of each group, the lowest layer first.
     """
     keys: list[str] = []
 
@@ -64,7 +62,7 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
 
 
 def keep_one_length(config: DictConfig, chosen: Sequence[str]) -> None:
-    """Unset the length that a file below an experiment gives, if the experiment gives another."""
+    """Unset the length of a lower file if a higher one sets another key of the run's length."""
     lengths = {name: OmegaConf.select(config, name) for name in chosen if name in LENGTHS}
     if changed := [name for name, value in lengths.items() if value is not None]:
         for other in {*LENGTHS} - {changed[-1]}:
@@ -117,8 +115,8 @@ def _lay_block(f: Field[Any], tree: Any, value: str | Mapping[str, Any]) -> dict
 def over_frozen(
     schema: type, tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the frozen config with the values that `tree` has at the paths `taken`, and with the
-    sections of `tree` that it lacks. Paths are of keys, or of sections with all their keys."""
+    """Return the frozen config with the values of `tree` at the paths `taken`, and with sections
+    that only `tree` has. A path names a key, or a section with all its keys."""
     result = {**tree, **copy.deepcopy(dict(frozen))}
     paths = [*taken, *_OF_COMMAND]
     paths += LENGTHS if any(name in paths for name in LENGTHS) else ()
@@ -139,10 +137,10 @@ def over_frozen(
 def over_origin(
     schema: type, tree: dict[str, Any], find: Find, taken: Iterable[str]
 ) -> dict[str, Any]:
-    """Return `tree` with the model of the run that it branches from, and what `taken` says of the
-    model over it. The whole model is that of `tree` if a file is chosen; and if the origin's is a
-    class of the user's own, which is to be typed. What followed from the length of the origin's
-    rows follows from that of the branch, if it is longer.
+    """Return `tree` with the model of the run that it branches from, and the keys `taken` of the
+    model over it. `tree` keeps its own model if a file is chosen for it, or if the origin's model
+    is a class of the user's own, which a command must name. Sizes that follow from the origin's
+    sequence length follow from the branch's, if that is longer.
 
     find: returns the frozen config of the run in a directory, or None.
     """

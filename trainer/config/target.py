@@ -2,9 +2,9 @@
 
 Invariant: the working directory is searched last, so a file there never replaces a module of the
 standard library, of a package or of this project. All verbs, ranks and workers search alike. A
-class is run because a command of this user names it, or has named it before for the same run with
-the same arguments: that is remembered in the user's own directory, not in the run's, which another
-may have written.
+class is imported only if a command of this user names it, or has named it before for the same run
+with the same arguments. This is remembered in the user's state directory: somebody else may have
+written the run's.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def refuse_stored(job: Any, run: Path, typed: Collection[str]) -> None:
 
 def remember(job: Any, run: Path) -> None:
     """Remember that this user's command named the classes of `job` for the run in a directory, so
-    that its name alone resumes it. Without a place to remember it in, it is named again."""
+    that the run's name alone resumes it. Without a state directory, they must be named again."""
     if targets(job):
         with suppress(OSError):
             path = _memory(job, run)

@@ -1,8 +1,8 @@
-"""What a training job is: its sections, and the rules about several of them.
+"""A training job: its sections, and the rules about several of them.
 
 Invariant: a rule about one section is in its class (sections/), a rule about several is here;
-`problems()` returns (key, what, what to do) and never raises. A default is the value of a key that
-is not set; recipes are the files of `conf/recipe/`.
+`problems()` returns (key, what is wrong, what to do) and never raises. A default is the value of a
+key that is not set; recipes are the files of `conf/recipe/`.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -102,7 +102,7 @@ class TrainJob(Lengths, Job):
 
     @property
     def continues_text(self) -> bool:
-        """True if the model reads a text as one row and continues it: its losses are a text's."""
+        """True if the model reads a text as one row and continues it."""
         reads_one_row = not getattr(self.model, "encoder_layers", 0)
         sees_earlier = getattr(self.model, "causal", True)
         return self.objective.continues_text and sees_earlier and reads_one_row

@@ -42,7 +42,7 @@ def test_all_mistakes_at_once_with_suggestions():
     )
     lines = str(error).splitlines()
     assert len(lines) == len(error.problems) == 17
-    said = {p.key: f"{p.problem}; {p.todo}" for p in error.problems}
+    message = {p.key: f"{p.problem}; {p.todo}" for p in error.problems}
     for key, words in {
         "train.stpes": "did you mean train.steps",
         "new.key": "--help",
@@ -62,7 +62,7 @@ def test_all_mistakes_at_once_with_suggestions():
         "logging.wandb": "logging.wandb.enabled",
         "schedule.warmup": "must not be a wall time",
     }.items():
-        assert words in said[key], (key, said[key])
+        assert words in message[key], (key, message[key])
     for foreign in ("hydra", "Hydra", "omegaconf", "struct", "Traceback"):
         assert foreign not in str(error)
 
@@ -102,12 +102,12 @@ WORDS = st.builds("{}{}={}".format, st.sampled_from(["", "+", "++", "~"]), KEYS,
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.one_of(WORDS, st.text(max_size=12)), max_size=4))
 def test_whatever_is_typed_ends_in_a_job_or_in_our_words(overrides):
-    found = []
+    reported = []
     try:
         compose(TrainJob, overrides)
     except ConfigError as e:
-        found = e.problems
-    assert all(p.key and p.problem and p.todo for p in found)
+        reported = e.problems
+    assert all(p.key and p.problem and p.todo for p in reported)
 
 
 def test_it_is_a_user_error():
@@ -282,9 +282,9 @@ def test_an_address_with_a_secret_is_refused_and_not_shown(schema, words, monkey
     monkeypatch.setenv("ADDRESS", "https://me:pA55@host/d")
     with pytest.raises(ConfigError) as caught:
         compose(schema, words)
-    said = str(caught.value)
-    assert "export it as FORESCALE_SECRET_NAME and write $FORESCALE_SECRET_NAME" in said
-    assert "pA55" not in said
+    message = str(caught.value)
+    assert "export it as FORESCALE_SECRET_NAME and write $FORESCALE_SECRET_NAME" in message
+    assert "pA55" not in message
 
 
 def test_an_address_that_names_its_secrets_is_kept_as_it_is():

@@ -37,15 +37,15 @@ def combinations():
 
 @pytest.mark.slow  # seconds: every choice
 def test_every_choice_composes_and_survives_freezing():
-    seen = set()
+    composed = set()
     for picks, overrides in combinations():
         job = compose(TrainJob, overrides)
         text = freeze(job)
         assert thaw(TrainJob, text, trust=True) == job, overrides
         assert freeze(thaw(TrainJob, text, trust=True)) == text
-        seen |= picks.items()
+        composed |= picks.items()
     known = [g for g in groups(TrainJob).values() if g.name not in WHOLE]
-    assert seen == {(g.name, choice) for g in known for choice in g.files}
+    assert composed == {(g.name, choice) for g in known for choice in g.files}
 
 
 def test_frozen_is_complete_and_in_the_schema_s_order():
@@ -188,8 +188,8 @@ def test_every_flipped_byte_of_a_frozen_file_is_found(tmp_path):
     for i in places:
         path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
         try:
-            found = thaw(TrainJob, path)
+            thawed = thaw(TrainJob, path)
         except UserError:
             continue
-        assert found == job
+        assert thawed == job
         assert not has_checksum(path)

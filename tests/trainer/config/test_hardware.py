@@ -82,9 +82,9 @@ def test_a_run_that_goes_on_on_another_machine_keeps_its_own(monkeypatch):
     ],
 )
 def test_the_promise_of_bits_depends_on_key_and_device(deterministic, on_gpu, holds, says):
-    found = exactness(deterministic, on_gpu)
-    assert found.holds == holds
-    assert re.match(says, found.sentence)
+    promise = exactness(deterministic, on_gpu)
+    assert promise.holds == holds
+    assert re.match(says, promise.sentence)
 
 
 class Driver:
@@ -117,23 +117,23 @@ def test_the_oldest_gpu_decides():
 
 
 @pytest.mark.parametrize(
-    ("found", "says"),
+    ("lowest", "says"),
     [
         (None, "needs GPUs of CUDA capability 8.9 or more, and this machine has no NVIDIA GPU"),
         ((8, 6), "and this machine has a GPU of 8.6; leave it out"),
         ((8, 9), 'torchao is not installed; pip install "forescale[fp8]"'),
     ],
 )
-def test_fp8_needs_a_gpu_that_has_it_and_torchao(monkeypatch, found, says):
+def test_fp8_needs_a_gpu_that_has_it_and_torchao(monkeypatch, lowest, says):
     check_fp8("none")
-    monkeypatch.setattr(hardware, "capability", lambda: found)
+    monkeypatch.setattr(hardware, "capability", lambda: lowest)
     monkeypatch.setattr(hardware, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         check_fp8("rowwise")
     assert str(caught.value).startswith("precision.fp8=rowwise: ")
     assert says in str(caught.value)
     monkeypatch.setattr(hardware, "find_spec", lambda name: name)
-    if found == (8, 9):
+    if lowest == (8, 9):
         check_fp8("rowwise")
 
 

@@ -64,9 +64,9 @@ def test_the_ranks_of_a_group_count_once_in_the_batch():
     ],
 )
 def test_what_does_not_divide_is_refused(overrides, problem):
-    found = problems(*TWO, "train.global_batch=16", "train.micro_batch=8", *overrides)
-    assert [*found] == ["engine.sequence_parallel"]
-    assert found["engine.sequence_parallel"].startswith(problem)
+    refusals = problems(*TWO, "train.global_batch=16", "train.micro_batch=8", *overrides)
+    assert [*refusals] == ["engine.sequence_parallel"]
+    assert refusals["engine.sequence_parallel"].startswith(problem)
 
 
 EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2"]
@@ -98,9 +98,9 @@ MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw",
     ],
 )
 def test_matrices_that_do_not_divide_are_refused(overrides, problem):
-    found = problems(*MATRICES, "train.global_batch=16", *overrides)
-    assert [*found] == ["engine.tensor_parallel"]
-    assert found["engine.tensor_parallel"].startswith(problem)
+    refusals = problems(*MATRICES, "train.global_batch=16", *overrides)
+    assert [*refusals] == ["engine.tensor_parallel"]
+    assert refusals["engine.tensor_parallel"].startswith(problem)
 
 
 def test_ranks_that_divide_matrices_are_fed_the_same_windows():

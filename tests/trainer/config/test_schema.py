@@ -10,7 +10,7 @@ from forescale.scaling.config import StudyJob
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "words"),
     [
         ("train.steps=" + "9" * 400, "is too large"),
         ("train.steps=9223372036854775808", "is too large"),
@@ -29,11 +29,11 @@ from forescale.scaling.config import StudyJob
         ("machine.peak_fp32=-1", "must be more than 0, got -1"),
     ],
 )
-def test_numbers_and_texts_without_bounds_are_refused_in_a_line(override, said):
+def test_numbers_and_texts_without_bounds_are_refused_in_a_line(override, words):
     with pytest.raises(ConfigError) as caught:
         compose(PlanJob, [override])
     line = str(caught.value)
-    assert said in line
+    assert words in line
     assert "\n" not in line
     assert len(line) < 600
 

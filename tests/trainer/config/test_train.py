@@ -78,8 +78,8 @@ NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
     ],
 )
 def test_rules(overrides, key):
-    found = problems(*overrides)
-    assert list(found) == [key]
+    refusals = problems(*overrides)
+    assert list(refusals) == [key]
 
 
 def test_the_real_world_size_is_checked_again():
@@ -92,7 +92,7 @@ def test_the_real_world_size_is_checked_again():
 
 
 @pytest.mark.parametrize(
-    ("settings", "ours"),
+    ("settings", "name"),
     [
         ({"train_batch_size": 8}, "train.global_batch"),
         ({"gradient_clipping": 1.0}, "optimizer.clip"),
@@ -101,10 +101,10 @@ def test_the_real_world_size_is_checked_again():
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "engine.offload_parameters"),
     ],
 )
-def test_deepspeed_s_words_for_our_keys_are_refused(settings, ours):
+def test_deepspeed_s_words_for_our_keys_are_refused(settings, name):
     ((key, _, todo),) = EngineConfig(deepspeed=settings).problems()
     assert key.startswith("deepspeed.")
-    assert todo == f"use {ours}"
+    assert todo == f"use {name}"
 
 
 def test_deepspeed_s_other_settings_are_free():
@@ -189,7 +189,7 @@ PAIRS = ["objective=pairs", "objective.separator=|", "train.sequence_length=256"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key", "said"),
+    ("overrides", "key", "words"),
     [
         (["objective=masked"], "model.causal", "write model.causal=false"),
         (["model.causal=false"], "model.causal", "objective=masked"),
@@ -212,10 +212,10 @@ PAIRS = ["objective=pairs", "objective.separator=|", "train.sequence_length=256"
         ([*MASKED, "data.packing=best_fit"], "data.packing", "windows"),
     ],
 )
-def test_rules_of_encoders(overrides, key, said):
-    found = problems(*overrides)
-    assert list(found) == [key]
-    assert said in found[key]
+def test_rules_of_encoders(overrides, key, words):
+    refusals = problems(*overrides)
+    assert list(refusals) == [key]
+    assert words in refusals[key]
 
 
 UNREAD = {
@@ -239,11 +239,11 @@ UNREAD = {
 @pytest.mark.parametrize("words", UNREAD)
 def test_a_typed_key_without_an_effect_is_refused(words):
     key, problem, todo = UNREAD[words]
-    found = problems(*words.split(), "model.widht=3")
-    assert set(found) == {f"model.{key}", "model.widht"}, "with all other problems"
-    said, _, remedy = found[f"model.{key}"].partition("; ")
-    assert said.startswith("has no effect ")
-    assert problem in said
+    refusals = problems(*words.split(), "model.widht=3")
+    assert set(refusals) == {f"model.{key}", "model.widht"}, "with all other problems"
+    message, _, remedy = refusals[f"model.{key}"].partition("; ")
+    assert message.startswith("has no effect ")
+    assert problem in message
     assert todo in remedy
 
 
@@ -271,8 +271,8 @@ def test_a_typed_key_with_an_effect_is_not_refused(words):
 
 
 def test_a_row_has_room_for_a_span():
-    found = problems("objective=seq2seq", "train.sequence_length=3")
-    assert "give at least 4" in found["train.sequence_length"]
+    refusals = problems("objective=seq2seq", "train.sequence_length=3")
+    assert "give at least 4" in refusals["train.sequence_length"]
 
 
 @pytest.mark.parametrize(
@@ -284,5 +284,5 @@ def test_a_row_has_room_for_a_span():
     ],
 )
 def test_settings_that_deepspeed_would_only_refuse_later_are_refused(settings, key, problem):
-    found = problems(f"engine.deepspeed={settings}")
-    assert found[f"engine.deepspeed.{key}"].startswith(problem)
+    refusals = problems(f"engine.deepspeed={settings}")
+    assert refusals[f"engine.deepspeed.{key}"].startswith(problem)

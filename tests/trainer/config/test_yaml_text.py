@@ -17,7 +17,7 @@ def test_anchors_are_read():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
         (BOMB, "f: is too large with its anchors written out"),
         ("a: &a [*a]", "f: is too large with its anchors written out"),
@@ -30,7 +30,7 @@ def test_anchors_are_read():
         ("a: \udcff", "f: is not valid YAML"),
     ],
 )
-def test_a_file_that_nobody_needs_is_refused(text, said):
-    with pytest.raises(UserError) as found:
+def test_a_file_that_nobody_needs_is_refused(text, words):
+    with pytest.raises(UserError) as error:
         read_yaml(text.encode(errors="surrogateescape"), "f")
-    assert str(found.value).startswith(said)
+    assert str(error.value).startswith(words)

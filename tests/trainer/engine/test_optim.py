@@ -68,18 +68,18 @@ def test_no_jump(case):
 
 
 @given(st.integers(0, 50), st.floats(0, 100), st.integers(100, 500), st.integers(0, 5000))
-def test_a_longer_wsd_has_the_same_past(warmup, percent, total, more):
+def test_a_longer_wsd_has_the_same_past(warmup, percent, total, steps):
     schedule = WsdConfig(Duration(warmup), decay=Duration(percent, "percent"))
     stable = total - schedule.decay.steps(TOKENS, total)
     for step in range(max(0, stable) + 1):
         before = rate(schedule, step, total)
-        assert before == rate(schedule, step, total + more) or step < warmup
+        assert before == rate(schedule, step, total + steps) or step < warmup
 
 
 def test_weight_decay_falls_in_a_line_or_stays():
     falls = AdamWConfig(final_weight_decay=0.2)
-    found = [decay_multiplier(falls, t, 100) for t in (0, 50, 99, 100, 120)]
-    assert found == pytest.approx([1, 0.6, 0.208, 0.2, 0.2])
+    values = [decay_multiplier(falls, t, 100) for t in (0, 50, 99, 100, 120)]
+    assert values == pytest.approx([1, 0.6, 0.208, 0.2, 0.2])
     assert {decay_multiplier(AdamWConfig(), t, 100) for t in range(100)} == {1.0}
 
 
@@ -160,18 +160,18 @@ def test_classes_of_a_parametrisation_are_groups_of_their_own():
             factors[name] = Factors("block", 0.5, 2, 0.25)
     adamw = AdamWConfig(learning_rate=0.004, weight_decay=0.1, eps=1e-8)
     groups = parameter_groups(NAMED, adamw, factors=factors)
-    found = {g.name: (g.peak_learning_rate, g.weight_decay, g.eps) for g in groups}
-    assert list(found) == [
+    values = {g.name: (g.peak_learning_rate, g.weight_decay, g.eps) for g in groups}
+    assert list(values) == [
         "decayed_table",
         "decayed_block",
         "undecayed_table",
         "undecayed_block",
         "undecayed_norm",
     ]
-    assert found["decayed_table"] == (0.004, 0.1, 1e-8)
-    assert found["decayed_block"] == (0.002, 0.2, 0.25e-8)
-    assert found["undecayed_table"] == (0.004, 0, 0.5e-8)
-    assert found["undecayed_block"] == (0.002, 0, 0.25e-8)
+    assert values["decayed_table"] == (0.004, 0.1, 1e-8)
+    assert values["decayed_block"] == (0.002, 0.2, 0.25e-8)
+    assert values["undecayed_table"] == (0.004, 0, 0.5e-8)
+    assert values["undecayed_block"] == (0.002, 0, 0.25e-8)
     assert sorted(n for g in groups for n in g.names) == sorted(SHAPES)
     muon, *rest = parameter_groups(NAMED, MUON, factors=factors)
     plain, *_ = parameter_groups(NAMED, MUON)
@@ -188,10 +188,10 @@ def test_a_group_s_own_eps_reaches_its_optimizer(kind):
     factors = {"head.weight": Factors("head", epsilon=0.5)}
     settings = MUON if kind == "muon" else AdamWConfig()
     groups = parameter_groups(model.named_parameters(), settings, factors=factors)
-    made = build_optimizer(settings, [g.as_dict() for g in groups])
-    found = {g["name"]: g["eps"] for g in made.param_groups if not g["use_muon"]}
-    assert found["decayed_head"] == 0.5e-8
-    assert found["undecayed"] == 1e-8
+    optimizer = build_optimizer(settings, [g.as_dict() for g in groups])
+    values = {g["name"]: g["eps"] for g in optimizer.param_groups if not g["use_muon"]}
+    assert values["decayed_head"] == 0.5e-8
+    assert values["undecayed"] == 1e-8
 
 
 def test_frozen_parameters_are_left_out():

@@ -1,5 +1,4 @@
-"""The windows of each optimizer step: as many in all, or fewer at first, and the steps at which
-something comes again.
+"""The windows of each optimizer step, which may grow during a run; and what happens every N steps.
 
     train.*          -> BatchRamp     stages of doubling batches, then the full batch
     a step           -> its windows, and the samples (windows) of the steps before it
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchRamp:
-    """The batch of each step, in windows. full: of the steps after the ramp; lengths: the steps of
-    each stage before, whose batch is half of that of the next one. No stages: no ramp."""
+    """The batch of each step, in windows. full: after the ramp; lengths: the number of steps of
+    each stage of the ramp. The batch doubles from stage to stage. No stages: no ramp."""
 
     full: int
     lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, train: "TrainConfig", tokens_per_window: int) -> "BatchRamp":
-        """Return the ramp of a config; none where its keys are refused (`batch_ramp_problems`).
+        """Return the ramp of a config; none if its keys are refused (`batch_ramp_problems`).
 
-        Steps are divided among the stages, the later ones get what is left over; tokens likewise,
-        each stage's rounded up to whole steps.
+        Each stage has the same number of steps, the later ones one more if they don't divide
+        evenly; or the same number of tokens, rounded up to whole steps.
         """
         full, count, length = train.global_batch, _stages(train), train.batch_ramp
         if not count or length is None:
@@ -107,17 +106,17 @@ class BatchRamp:
 
 @dataclass(frozen=True)
 class Cadence:
-    """The steps at which a length has passed once more since the first step.
+    """The steps at which something happens that recurs after a given length.
 
-    steps: of a length in steps, or in tokens at the full batch; ramp: with which tokens are
-    counted; None: steps are.
+    steps: the length, in steps of the full batch. ramp: if given, tokens are counted with it, else
+    steps.
     """
 
     steps: int
     ramp: BatchRamp | None = None
 
     def times(self, step: int) -> int:
-        """Return how often it comes in the first `step` steps."""
+        """Return how often it happens in the first `step` steps."""
         if self.ramp is None:
             return step // self.steps
         return self.ramp.samples(step) // (self.steps * self.ramp.full)
@@ -129,12 +128,12 @@ class Cadence:
         return f"{self.steps * self.ramp.full:,} windows"
 
     def __contains__(self, step: int) -> bool:
-        """Return True if it comes after this many steps."""
+        """Return True if it happens after this many steps."""
         return self.times(step) > self.times(step - 1)
 
 
 def doublings(first: int, last: int) -> int | None:
-    """Return how often `first` is doubled to become `last`; None if that never gives it."""
+    """Return how often `first` is doubled to become `last`; None if doubling never gives it."""
     factor, rest = divmod(last, first)
     return None if rest or factor.bit_count() != 1 else factor.bit_length() - 1
 
@@ -173,7 +172,7 @@ def batch_ramp_problems(train: "TrainConfig") -> ProblemIterator:
 
 
 def ranks_problems(train: "TrainConfig", mesh: "Mesh") -> Problems:
-    """Return the batch that doesn't divide by the ranks that feed, if there is one."""
+    """Return a problem if the batch is no multiple of what the ranks read at once."""
     name, windows = "global_batch", train.global_batch
     if train.first_batch and _stages(train) and not windows % (train.micro_batch * mesh.data):
         name, windows = "first_batch", train.first_batch

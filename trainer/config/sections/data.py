@@ -1,5 +1,4 @@
-"""Config section `data`: one dataset or a mixture of several, the order of their windows, and who
-reads them.
+"""Config section `data`: one dataset or a mixture, the order of its windows, and how it is read.
 
 Invariant: keys that decide which window comes when are `identity`; keys for where the bytes are and
 how they are read are `free`.

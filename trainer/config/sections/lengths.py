@@ -1,7 +1,7 @@
-"""How long a job is: in steps, in windows and in tokens; and what its durations are in steps.
+"""The length of a job in steps, windows and tokens, and its durations in steps.
 
-Invariant: only here is a length turned into steps, so that all that counts them agrees, also where
-the batch grows (batch.py).
+Invariant: only this file turns a length into steps, so that all parts of the project agree on them,
+also if the batch grows (batch.py).
 """
 
 import math
@@ -38,7 +38,7 @@ class Lengths:
 
     @property
     def rows_at_once(self) -> int:
-        """The rows that a rank computes at once: those of the windows of its micro-batch."""
+        """The rows of a rank's micro-batch."""
         return self.train.micro_batch * self.objective.rows
 
     @property
@@ -47,8 +47,8 @@ class Lengths:
         return BatchRamp.of(self.train, self.tokens_per_window)
 
     def with_ramp_of(self, other: "Lengths") -> Self | None:
-        """Return the job with the ramp of another, whose percent are written in tokens: so they are
-        the same in a longer run. None if it is another ramp in this one."""
+        """Return the job with the batch ramp of another job, with percent converted to tokens, so
+        that a longer run has the same ramp. None if the ramps differ all the same."""
         first, length = other.train.first_batch, other.train.batch_ramp
         if length is not None and length.unit == "percent":
             tokens = Fraction(repr(float(length.amount))) * (other.train.tokens or 0) / 100
@@ -71,7 +71,7 @@ class Lengths:
         return self.batch_ramp.samples(self.total_steps)
 
     def windows_after(self, step: int) -> int:
-        """Return the windows that are left of the run after so many steps; negative beyond it."""
+        """Return the number of windows after a step; negative after the last step."""
         ramp = self.batch_ramp
         return ramp.samples(self.total_steps) - ramp.samples(step)
 
@@ -81,14 +81,14 @@ class Lengths:
         return self.total_windows * self.tokens_per_window
 
     def steps_of(self, length: Duration) -> int | None:
-        """A length from the first step on in optimizer steps, rounded up; None for a wall time
-        (`length.seconds`)."""
+        """Return a length, from the first step on, in optimizer steps, rounded up; None for a wall
+        time (`length.seconds`)."""
         if length.unit == "tokens":
             return self.batch_ramp.steps_for(self._windows_of(length))
         return length.steps(self.tokens_per_step, self.total_steps)
 
     def cadence(self, length: Duration) -> Cadence | None:
-        """The steps at which a length comes again and again; None for a wall time."""
+        """Return the steps at which what recurs after a length happens; None for a wall time."""
         steps = length.steps(self.tokens_per_step, self.total_steps)
         if not steps:
             return None
@@ -118,22 +118,20 @@ class Lengths:
 
     @property
     def decay_begins(self) -> int:
-        """The last step before the decay of the learning rate: until there, a longer run would have
-        had the same rates. The last step of all if there is no decay."""
+        """The last step before the decay of the learning rate, up to which a longer run has equal
+        rates; without a decay the last step of the run."""
         return self.total_steps - self.decay_steps
 
     def fitted(self) -> Self:
-        """Return the job, its warm-up shortened where it and the decay are longer than the run."""
+        """Return the job, with a shorter warm-up if it doesn't fit beside the decay."""
         if (steps := self.warmup_that_fits()) is None:
             return self
         schedule = replace(self.schedule, warmup=Duration(steps))
         return replace(self, schedule=schedule)  # type: ignore[type-var]
 
     def warmup_that_fits(self) -> int | None:
-        """Return the steps of a warm-up that was written for a longer run; None if it fits.
-
-        A tenth of the run, but no more than the decay leaves.
-        """
+        """Return the steps of a warm-up that fits: a tenth of the run, or what the decay leaves.
+        None if the job's warm-up fits."""
         total = self.total_steps
         left = total - self.decay_steps
         if self.schedule.warmup.unit == "percent" or left < 0 or self.warmup_steps <= left:
@@ -141,7 +139,7 @@ class Lengths:
         return min(max(1, total // 10), left)
 
     def length_problems(self) -> ProblemIterator:
-        """Yield the broken rules of what begins and ends in the run's length, which is known."""
+        """Yield the broken rules of ramps, warm-up and decay in a run of known length."""
         total, tokens = self.total_steps, self.total_tokens
         if tokens > _MOST_TOKENS:
             name = "train.steps" if self.train.steps is not None else "train.tokens"

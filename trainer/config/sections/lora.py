@@ -36,17 +36,17 @@ class LoraConfig:
         ge=0,
         common=True,
     )
-    alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", gt=0)
+    alpha: float = key(32.0, "an adapter's output is multiplied by alpha / rank", gt=0)
     targets: list[str] = key(
         [],
         "matrices that have an adapter: their names, such as query or mlp.up, or mixer or mlp for "
         "all in it; []: all of the blocks",
     )
-    dropout: float = key(0.0, "dropout of what an adapter reads", ge=0, lt=1)
+    dropout: float = key(0.0, "dropout of the inputs of adapters", ge=0, lt=1)
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter's matrices is multiplied by."""
+        """The factor of the product of an adapter's matrices."""
         return self.alpha / self.rank if self.rank else 0.0
 
     def counts(self, model: ModelConfig) -> dict[str, int]:
@@ -60,25 +60,25 @@ class LoraConfig:
         return counts | {k: counts[k] + number for k in kinds} | {"trained adapters": number}
 
     def flops_per_token(self, model: ModelConfig, length: int, causal: bool = False) -> float:
-        """Return what models.flops.flops_per_token does, with what adapters add and spare."""
+        """Return models.flops.flops_per_token of the model with adapters and frozen weights."""
         if not self.rank:
             return flops_per_token(model, length, causal)
         return flops_with_adapters(model, length, self.rank, self.targets, causal)
 
     def flops_forward(self, model: ModelConfig, length: int) -> float:
-        """Return what models.flops.flops_forward does, with what adapters add."""
+        """Return models.flops.flops_forward of the model with adapters."""
         if not self.rank:
             return flops_forward(model, length)
         return flops_forward_with_adapters(model, length, self.rank, self.targets)
 
     def flops_recomputed(self, model: ModelConfig, length: int, ranks: int = 1) -> float:
-        """Return what models.flops.flops_recomputed does, with what adapters add."""
+        """Return models.flops.flops_recomputed of the model with adapters."""
         if not self.rank:
             return flops_recomputed(model, length, ranks)
         return flops_recomputed_with_adapters(model, length, self.rank, self.targets, ranks)
 
     def flops_6n(self, model: ModelConfig) -> int:
-        """Return what models.flops.flops_6n does, with what adapters add and spare."""
+        """Return models.flops.flops_6n of the model with adapters and frozen weights."""
         if not self.rank:
             return flops_6n(model)
         return flops_6n_with_adapters(model, self.rank, self.targets)

@@ -1,8 +1,8 @@
-"""How long the rows are that a model reads at each step: windows may be cut into shorter ones at
-first (`train.first_length`, `train.length_ramp`).
+"""The length of the rows at each step: windows may be cut into shorter rows at first
+(`train.first_length`, `train.length_ramp`).
 
-Invariant: a pure function of the config and the step. The windows of a step stay those of a run
-without a ramp, and so do their tokens; only what a token sees of the ones before it changes.
+Invariant: a pure function of the config and the step. A step reads the same windows as without a
+ramp; a token only sees fewer of the tokens before it.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LengthRamp:
-    """Rows of `first` targets that double up to `last` in the course of `steps` steps, each length
-    for equally many. `last` is `first` times a power of two."""
+    """Rows of `first` targets that double up to `last` over `steps` steps; each length lasts as
+    long. `last` is `first` times a power of two."""
 
     first: int
     last: int
@@ -41,8 +41,8 @@ class LengthRamp:
     def shares(
         self, steps: int, samples: Callable[[int], int] = lambda steps: steps
     ) -> list[tuple[int, float]]:
-        """Return the lengths of the first `steps` steps, each with its share of their windows; of
-        no step, the first length. samples: the windows of so many steps, if their batch grows."""
+        """Return the lengths of the first `steps` steps, each with its share of their windows; the
+        first length if there are no steps. samples: windows by steps, if the batch grows."""
         if not self.steps or not steps:
             return [(self.length(0), 1.0)]
         n = self._doublings
@@ -76,7 +76,7 @@ def length_ramp_problems(train: "TrainConfig") -> ProblemIterator:
 
 
 def length_ramp_conflicts(job: "TrainJob") -> ProblemIterator:
-    """Yield what a job's ramp, which is in order by itself, can't go with."""
+    """Yield the parts of a job that a ramp of its rows is not supported with."""
     train = job.train
     if train.first_length is None:
         return
@@ -95,7 +95,7 @@ def length_ramp_conflicts(job: "TrainJob") -> ProblemIterator:
 
 
 def length_ramp_notes(job: "TrainJob") -> list[str]:
-    """Return what a user should know of a job's ramp, in no or one sentence."""
+    """Return the sentence that tells a user of a job's ramp, if it has one."""
     ramp = length_ramp(job) if job.train.first_length and job.train.has_length else None
     if ramp is None or not ramp.steps:
         return []

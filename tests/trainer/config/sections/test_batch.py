@@ -20,8 +20,8 @@ def job(*words, length="train.steps=40"):
     return compose(TrainJob, [*GROWS, length, other, *words])
 
 
-def batches(made):
-    return [made.batch_ramp.windows(step) for step in range(made.total_steps)]
+def batches(run):
+    return [run.batch_ramp.windows(step) for step in range(run.total_steps)]
 
 
 ramps = st.builds(
@@ -36,10 +36,10 @@ def test_steps_and_windows_are_those_of_a_plain_sum(ramp, total, data):
     sizes = [ramp.windows(step) for step in range(total + 1)]
     sums = [sum(sizes[:n]) for n in range(total + 1)]
     assert [ramp.samples(step) for step in range(total + 1)] == sums
-    wanted = data.draw(st.integers(0, sums[-1]))
-    assert ramp.steps_for(wanted) == next(n for n, read in enumerate(sums) if read >= wanted)
-    last = ramp.last_steps_for(wanted, total)
-    assert last == next(n for n in range(total + 1) if sums[-1] - sums[total - n] >= wanted)
+    number = data.draw(st.integers(0, sums[-1]))
+    assert ramp.steps_for(number) == next(n for n, read in enumerate(sums) if read >= number)
+    last = ramp.last_steps_for(number, total)
+    assert last == next(n for n in range(total + 1) if sums[-1] - sums[total - n] >= number)
     assert ramp.last_steps_for(sums[-1] + 1, total) > total
 
 
@@ -65,33 +65,33 @@ def test_a_cadence_in_tokens_comes_when_so_many_windows_more_are_read(ramp, ever
     ],
 )
 def test_stages_have_equal_steps_or_equal_tokens(length, ramp, stages):
-    found = batches(job(f"train.batch_ramp='{ramp}'", length=length))
-    assert found == stages + [16] * (len(found) - len(stages))
+    sizes = batches(job(f"train.batch_ramp='{ramp}'", length=length))
+    assert sizes == stages + [16] * (len(sizes) - len(stages))
 
 
 @pytest.mark.parametrize("tokens", [20_480, 20_481, 30_000])
 def test_the_run_reads_its_tokens_up_to_whole_steps(tokens):
-    made = job("train.batch_ramp='25 %'", length=f"train.tokens={tokens}")
-    read = sum(batches(made)) * WINDOW
-    assert made.total_tokens == read
+    run = job("train.batch_ramp='25 %'", length=f"train.tokens={tokens}")
+    read = sum(batches(run)) * WINDOW
+    assert run.total_tokens == read
     assert tokens <= read < tokens + 16 * WINDOW
 
 
 def test_lengths_in_tokens_are_those_of_the_steps_that_read_them():
-    made = job("train.batch_ramp='2048 tokens'", "schedule.warmup='1536 tokens'")
-    assert made.warmup_steps == 10  # 8 steps of 4 windows, and 2 of 8
+    run = job("train.batch_ramp='2048 tokens'", "schedule.warmup='1536 tokens'")
+    assert run.warmup_steps == 10  # 8 steps of 4 windows, and 2 of 8
     words = ("schedule=wsd", "schedule.warmup=0", "schedule.decay='15000 tokens'")
-    made = job("train.batch_ramp='2048 tokens'", *words)
+    run = job("train.batch_ramp='2048 tokens'", *words)
     # Of 40 steps the last 28 have 16 windows: 14,336 tokens; and 3 more of 8 windows.
-    assert made.decay_steps == 31
-    assert made.steps_of(Duration(50, "percent")) == 20
-    assert 12 in made.cadence(Duration(2048, "tokens"))
-    assert made.cadence(Duration(3, "tokens")) == Cadence(1, made.batch_ramp)
+    assert run.decay_steps == 31
+    assert run.steps_of(Duration(50, "percent")) == 20
+    assert 12 in run.cadence(Duration(2048, "tokens"))
+    assert run.cadence(Duration(3, "tokens")) == Cadence(1, run.batch_ramp)
 
 
 def test_the_batch_of_all_steps_is_no_ramp():
-    made = compose(TrainJob, [*SIZES, "train.first_batch=16", "train.batch_ramp='3 steps'"])
-    assert made.batch_ramp == BatchRamp(16)
+    run = compose(TrainJob, [*SIZES, "train.first_batch=16", "train.batch_ramp='3 steps'"])
+    assert run.batch_ramp == BatchRamp(16)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def problems(*overrides):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key", "said"),
+    ("overrides", "key", "words"),
     [
         (["data.sources={web: /x}", "data.path=/z"], "data.sources", "remove one of them"),
         (["data=mixture"], "data.sources", "is required"),
@@ -49,14 +49,14 @@ def problems(*overrides):
         (["data.damaged=ignore"], "data.damaged", "substitute"),
     ],
 )
-def test_mistakes(overrides, key, said):
-    assert said in problems(*overrides)[key]
+def test_mistakes(overrides, key, words):
+    assert words in problems(*overrides)[key]
 
 
 def test_all_mistakes_at_once():
     stages = "data.stages=[{from: 5 steps, weights: {wbe: 1}}]"
-    found = problems(*MIXED, "data.weights={cod: 1}", stages, "data.max_epochs={web: x}")
-    assert {"data.weights.cod", "data.stages[0].weights.wbe", "data.max_epochs.web"} <= set(found)
+    keys = problems(*MIXED, "data.weights={cod: 1}", stages, "data.max_epochs={web: x}")
+    assert {"data.weights.cod", "data.stages[0].weights.wbe", "data.max_epochs.web"} <= set(keys)
 
 
 @pytest.mark.parametrize("second", ["5 steps", "3 steps", "4e3 tokens"])

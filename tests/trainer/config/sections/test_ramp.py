@@ -36,12 +36,12 @@ def test_a_job_without_a_ramp_has_one_length():
 
 
 def test_a_longer_run_keeps_its_ramp():
-    def refused(*more):
-        changes, *_ = may_resume(compose(TrainJob, GROWS), compose(TrainJob, [*GROWS, *more]), 10)
+    def refusals(*words):
+        changes, *_ = may_resume(compose(TrainJob, GROWS), compose(TrainJob, [*GROWS, *words]), 10)
         return [change.key for change in changes]
 
-    assert refused("train.steps=200") == ["train.steps"]  # 40 % would be other steps
-    assert refused("train.first_length=32") == ["train.first_length"]
+    assert refusals("train.steps=200") == ["train.steps"]  # 40 % would be other steps
+    assert refusals("train.first_length=32") == ["train.first_length"]
     in_steps = [*GROWS, "train.length_ramp=40 steps"]
     longer = compose(TrainJob, [*in_steps, "train.steps=200"])
     assert may_resume(compose(TrainJob, in_steps), longer, 10)[0] == []
@@ -77,5 +77,5 @@ def test_where_the_batch_grows_too_lengths_have_shares_of_windows():
     counted = Counter()
     for step, windows in enumerate(sizes):
         counted[ramp.length(step)] += windows
-    found = dict(ramp.shares(len(sizes), batch.samples))
-    assert found == {n: count / sum(sizes) for n, count in counted.items()}
+    shares = dict(ramp.shares(len(sizes), batch.samples))
+    assert shares == {n: count / sum(sizes) for n, count in counted.items()}

@@ -98,11 +98,11 @@ def batches(first, end):
 
 
 @pytest.mark.parametrize(
-    ("first", "end", "written"),
+    ("first", "end", "has_trace"),
     [(0, 10, True), (4, 10, True), (0, 4, True), (0, 3, False), (5, 10, False)],
     ids=["whole", "begins inside", "ends inside", "ends before", "begins after"],
 )
-def test_the_steps_of_a_trace(tmp_path, monkeypatch, first, end, written):
+def test_the_steps_of_a_trace(tmp_path, monkeypatch, first, end, has_trace):
     import torch
 
     monkeypatch.setenv("RANK", "0")
@@ -111,8 +111,8 @@ def test_the_steps_of_a_trace(tmp_path, monkeypatch, first, end, written):
             with torch.profiler.record_function(f"step {batch.step}"):
                 pass
     file = tmp_path / "trace" / "rank-0.json"
-    assert file.exists() == written
-    if written:
+    assert file.exists() == has_trace
+    if has_trace:
         names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
         inside = {f"step {s}" for s in range(max(first, 3), min(end, 5))}
         assert {n for n in names if str(n).startswith("step ")} == inside
@@ -178,10 +178,10 @@ def test_wandb_knows_which_run_it_is_and_what_it_ran_on(logged):
     run, _ = logged
     identity = read_json(run / "run.json")
     (file,) = run.glob(f"wandb/offline-run-*/run-{identity['wandb_id']}.wandb")
-    found = next(r.run for r in wandb_records(file) if r.HasField("run"))
-    assert (found.run_id, found.run_group, list(found.tags)) == (identity["wandb_id"], "g", ["t"])
+    run = next(r.run for r in wandb_records(file) if r.HasField("run"))
+    assert (run.run_id, run.run_group, list(run.tags)) == (identity["wandb_id"], "g", ["t"])
     updates = [r.config for r in wandb_records(file) if r.HasField("config")]
-    config = {i.key: json.loads(i.value_json) for c in (found.config, *updates) for i in c.update}
+    config = {i.key: json.loads(i.value_json) for c in (run.config, *updates) for i in c.update}
     assert config["dataset_hash"] == identity["dataset"]["identity"]
     assert config["parameters"] == identity["parameters"] > 10_000
     assert config["git_commit"] == identity["git"].get("commit")
@@ -193,7 +193,7 @@ def wandb_records(file):
     """The records of an offline run: LevelDB's log format after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, found, parts = file.read_bytes(), 7, [], b""
+    data, at, records, parts = file.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
         if left < 7:
@@ -202,6 +202,6 @@ def wandb_records(file):
         size, kind = struct.unpack_from("<HB", data, at + 4)
         parts, at = parts + data[at + 7 : at + 7 + size], at + 7 + size
         if kind in (1, 4):  # a whole record, or its last part
-            found.append(Record.FromString(parts))
+            records.append(Record.FromString(parts))
             parts = b""
-    return found
+    return records

@@ -35,11 +35,11 @@ def drawn(dtype, seed=0):
 def test_updates_are_the_same_to_the_bit_in_any_stack(monkeypatch, update, method, dtype):
     """Momenta, and the updates of gram, are DeepSpeed's own."""
     monkeypatch.setattr(orthogonal, "_MOST", MOST)
-    own, ours, alone = ([torch.zeros_like(x) for x in drawn(dtype)] for _ in range(3))
+    original, several, alone = ([torch.zeros_like(x) for x in drawn(dtype)] for _ in range(3))
     for step in range(2):
         deepspeeds = [
             update.original(x, m, 0.9, ns_method=method, is_expert_group=x.ndim == 3)
-            for x, m in zip(drawn(dtype, step), own, strict=True)
+            for x, m in zip(drawn(dtype, step), original, strict=True)
         ]
         one_by_one = [
             update(x, m, 0.9, ns_method=method)
@@ -48,21 +48,21 @@ def test_updates_are_the_same_to_the_bit_in_any_stack(monkeypatch, update, metho
         with together():
             at_once = [
                 update(x, m, 0.9, ns_method=method)
-                for x, m in zip(drawn(dtype, step), ours, strict=True)
+                for x, m in zip(drawn(dtype, step), several, strict=True)
             ]
         for i, shape in enumerate(SHAPES):
             assert torch.equal(at_once[i], one_by_one[i]), shape
             assert torch.equal(at_once[i], deepspeeds[i]) or method == "standard", shape
-            assert torch.equal(ours[i], own[i]), shape
+            assert torch.equal(several[i], original[i]), shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_standard_iterations_are_deepspeeds_but_for_less_rounding(monkeypatch, update, dtype):
     from deepspeed.runtime.zero.muon import original_muon
 
-    def iterated(function, kind, given):
+    def iterated(function, kind, matrices):
         monkeypatch.setattr(original_muon, "ns_compute_dtype", lambda method: kind)
-        return function(given, steps=5).double()
+        return function(matrices, steps=5).double()
 
     deepspeeds = original_muon.zeropower_via_newtonschulz5
     exact = [iterated(deepspeeds, torch.float64, x) for x in drawn(dtype)]
@@ -77,28 +77,30 @@ def test_the_standard_iterations_are_deepspeeds_but_for_less_rounding(monkeypatc
 
 
 def test_an_update_outside_and_what_we_leave_to_deepspeed(update):
-    for more in ({}, {"num_heads": 3}):
+    for options in ({}, {"num_heads": 3}):
         gradient = torch.randn(24, 8)
-        wanted = update.original(gradient.clone(), torch.zeros(24, 8), **more)  # of method gram
-        assert torch.equal(update(gradient.clone(), torch.zeros(24, 8), **more), wanted)
+        expected = update.original(
+            gradient.clone(), torch.zeros(24, 8), **options
+        )  # of method gram
+        assert torch.equal(update(gradient.clone(), torch.zeros(24, 8), **options), expected)
 
 
 def test_a_gradient_in_another_order_of_memory(update):
     gradient = torch.randn(8, 24).mT
-    wanted = update.original(gradient.contiguous(), torch.zeros(24, 8))
+    expected = update.original(gradient.contiguous(), torch.zeros(24, 8))
     with together():
-        found = update(gradient, torch.zeros(24, 8))
-        view = found.view(-1)  # as DeepSpeed takes it
-    assert torch.equal(view.view(24, 8), wanted)
+        updates = update(gradient, torch.zeros(24, 8))
+        view = updates.view(-1)  # as DeepSpeed takes it
+    assert torch.equal(view.view(24, 8), expected)
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (4, 16, 64)])
 def test_an_update_is_nearly_orthogonal(update, shape):
     torch.manual_seed(0)
     with together():
-        found = [update(torch.randn(shape), torch.zeros(shape)) for _ in range(3)]
+        updates = [update(torch.randn(shape), torch.zeros(shape)) for _ in range(3)]
     size = 2.0 if shape == (64, 16) else 1.0  # sqrt(rows / columns), if there are more rows
-    for x in found:
+    for x in updates:
         values = torch.linalg.svdvals(x / size)
         assert values.min() > 0.6
         assert values.max() < 1.3
@@ -117,8 +119,8 @@ def test_the_update_of_a_gradient_that_is_not_finite_is_not_finite(update, value
     for shape in [(8, 24), (8, 8)]:
         gradient = torch.ones(shape, dtype=dtype)
         gradient[3, 2] = value
-        found = update(gradient, torch.zeros_like(gradient), ns_method=method)
-        assert not found.isfinite().all()
+        updates = update(gradient, torch.zeros_like(gradient), ns_method=method)
+        assert not updates.isfinite().all()
 
 
 def test_deepspeed_keeps_overflows_out_of_the_momentum_itself():
