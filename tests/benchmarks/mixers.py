@@ -19,7 +19,7 @@ from forescale.config.sections.optimizer import AdamWConfig
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.data.stream import StepShare, stream
-from forescale.inference.lengths import Bucket, loss_by_position
+from forescale.inference.scoring import Bucket, loss_by_position
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import count, flops_per_token
 from forescale.models.memory import cache_bytes

@@ -108,9 +108,11 @@ def export_adapters(
     settings, weights = adapters_to_hf(kind, job.model, state, job.lora.rank, job.lora.alpha)
     weights = dict(map(partial(_rounded, _DTYPES[dtype]), weights.items()))
     known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    more = {"lora_dropout": job.lora.dropout, "inference_mode": True}
+    options = {"lora_dropout": job.lora.dropout, "inference_mode": True}
     with staged(to) as stage:
-        (stage / "adapter_config.json").write_text(as_text({**known, **settings, **more}), "utf-8")
+        (stage / "adapter_config.json").write_text(
+            as_text({**known, **settings, **options}), "utf-8"
+        )
         save_file(weights, stage / "adapter_model.safetensors", metadata={"format": "pt"})
         for path in stage.iterdir():
             fsync_path(path)
@@ -186,15 +188,15 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
         files[_TEMPLATE] = template
     if not view.run.imported.is_file():
         return files
-    theirs = read_json(view.run.imported)
-    before = theirs[CONFIG]
+    imported = read_json(view.run.imported)
+    before = imported[CONFIG]
     if before["model_type"] != config["model_type"]:
         return files
-    kept = {key: value for key, value in before.items() if key not in _OF_THEIR_FILES}
-    own = {key: value for key, value in config.items() if key not in _SPECIAL}
+    settings = {key: value for key, value in before.items() if key not in _OF_THEIR_FILES}
+    sizes = {key: value for key, value in config.items() if key not in _SPECIAL}
     if template:
-        theirs[_TEMPLATE] = template
-    return {**files, **theirs, CONFIG: kept | own}
+        imported[_TEMPLATE] = template
+    return {**files, **imported, CONFIG: settings | sizes}
 
 
 def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:

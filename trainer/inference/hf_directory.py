@@ -22,7 +22,12 @@ from forescale.storage import read_json
 CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 # What `export` writes again as it was, beside tokenizer.json.
-_KEPT = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_SMALL_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 _TEMPLATE = "chat_template.jinja"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _AGAIN = "download it again"
@@ -66,15 +71,15 @@ class HfDirectory:
     @cached_property
     def small_files(self) -> dict[str, Any]:
         """What is in the files about tokens and generation, by file name."""
-        found: dict[str, Any] = {}
-        found |= {name: _object(p) for name in _KEPT if (p := self.path / name).is_file()}
+        contents: dict[str, Any] = {}
+        contents |= {name: _object(p) for name in _SMALL_FILES if (p := self.path / name).is_file()}
         if (template := self.path / _TEMPLATE).is_file():
             try:
-                found[_TEMPLATE] = template.read_text("utf-8")
+                contents[_TEMPLATE] = template.read_text("utf-8")
             except UnicodeDecodeError as e:
                 problem = f"isn't UTF-8 (byte {e.start})"
                 raise UserError(str(template), problem, _AGAIN) from None
-        return found
+        return contents
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
@@ -107,15 +112,15 @@ class HfDirectory:
         where = _object(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise UserError(str(index), "has no weight_map", _AGAIN)
-        found: dict[Path, list[str] | None] = {}
+        files: dict[Path, list[str] | None] = {}
         for name, file in where.items():
             if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*", file):
                 problem = f"names a file outside its directory, {file!r}"
                 raise UserError(str(index), problem, _AGAIN)
-            names = found.setdefault(self.path / file, [])
+            names = files.setdefault(self.path / file, [])
             assert names is not None
             names.append(name)
-        return found
+        return files
 
     def _without_weights(self) -> tuple[str, str]:
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
@@ -126,10 +131,10 @@ class HfDirectory:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
+    content = read_json(path)
+    if not isinstance(content, dict):
         raise UserError(str(path), "is not a JSON object", _AGAIN)
-    return found
+    return content
 
 
 def _opened(path: Path) -> Any:

@@ -58,23 +58,23 @@ def import_hf(
     Raises UserError if the run exists, or if a part of the model can't be carried.
     """
     expect_free(run)
-    theirs = HfDirectory(source)
-    model = _model_of(theirs)
-    parts = list(_parts(theirs, model))
-    vocabulary = _vocabulary(theirs, model, tokenizer, end_of_text)
+    directory = HfDirectory(source)
+    model = _model_of(directory)
+    parts = list(_parts(directory, model))
+    vocabulary = _vocabulary(directory, model, tokenizer, end_of_text)
     job = _job(run, model)
-    architecture = FAMILIES[theirs.config["model_type"]].architecture
+    architecture = FAMILIES[directory.config["model_type"]].architecture
     numbers, size = sum(p.described.numel() for p in parts), sum(p.size for p in parts)
-    found = Imported(run, architecture, model, numbers, size)
+    result = Imported(run, architecture, model, numbers, size)
     meter = Meter(progress, "import weights", size, "bytes")
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))
         write_file(new.tokenizer, vocabulary.raw)
-        write_checked_json(new.imported, theirs.small_files)
-        write_checked_json(new.identity, _identity(found, source, vocabulary))
+        write_checked_json(new.imported, directory.small_files)
+        write_checked_json(new.identity, _identity(result, source, vocabulary))
         write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
     meter.end()
-    return found
+    return result
 
 
 def imported(source: Path) -> Run:
@@ -102,27 +102,27 @@ def imported(source: Path) -> Run:
     return run
 
 
-def _model_of(theirs: HfDirectory) -> ModelConfig:
+def _model_of(directory: HfDirectory) -> ModelConfig:
     try:
-        return config_of(theirs.config)
+        return config_of(directory.config)
     except ValueError as e:
-        where, problem = str(theirs.path / "config.json"), str(e).rstrip(".")
+        where, problem = str(directory.path / "config.json"), str(e).rstrip(".")
         raise UserError(where, problem, "import another model; nothing was written") from None
 
 
-def _parts(theirs: HfDirectory, model: ModelConfig) -> Iterator[Part]:
+def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Part]:
     """Yield the weights, each read when it is written. Raises UserError if the files hold others
     than the model has."""
     whole = shapes(model)
     try:
-        for piece in pieces_of(theirs.config["model_type"], model, theirs.tensors):
-            stored = theirs.tensors[piece.source]
+        for piece in pieces_of(directory.config["model_type"], model, directory.tensors):
+            stored = directory.tensors[piece.source]
             described = piece.taken(stored.described())
             read = partial(_read, piece, stored)
             yield Part(piece.name, whole[piece.name], piece.start, described, read)
     except ValueError as e:
         todo = "download it again, or import another model; nothing was written"
-        raise UserError(str(theirs.path), str(e).rstrip("."), todo) from None
+        raise UserError(str(directory.path), str(e).rstrip("."), todo) from None
 
 
 def _read(piece: Piece, stored: Stored) -> Tensor:
@@ -130,36 +130,38 @@ def _read(piece: Piece, stored: Stored) -> Tensor:
 
 
 def _vocabulary(
-    theirs: HfDirectory, model: ModelConfig, tokenizer: str | None, end: str | None
+    directory: HfDirectory, model: ModelConfig, tokenizer: str | None, end: str | None
 ) -> Vocabulary:
     """Return the model's tokenizer. Raises UserError if there is none, or if it has more tokens
     than the model."""
-    where = tokenizer or str(theirs.path)
-    if tokenizer is None and not (theirs.path / "tokenizer.json").is_file():
+    where = tokenizer or str(directory.path)
+    if tokenizer is None and not (directory.path / "tokenizer.json").is_file():
         problem = "holds no tokenizer.json"
         todo = "give tokenizer=FILE, or make one with transformers: AutoTokenizer, save_pretrained"
         raise UserError(where, problem, todo)
     raw = given_tokenizer(where)
     if raw is None:
         raise UserError("tokenizer", f"{where} names no file", "give a tokenizer.json")
-    found = vocabulary_of(raw, where, end)
-    if found.size > model.sizes.vocab_size:
-        problem = f"its tokenizer has {found.size:,} tokens, the model {model.sizes.vocab_size:,}"
+    vocabulary = vocabulary_of(raw, where, end)
+    if vocabulary.size > model.sizes.vocab_size:
+        problem = (
+            f"its tokenizer has {vocabulary.size:,} tokens, the model {model.sizes.vocab_size:,}"
+        )
         raise UserError(where, problem, "give the model's own with tokenizer=FILE")
-    return found
+    return vocabulary
 
 
-def _identity(found: Imported, source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+def _identity(result: Imported, source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the content of run.json, of a run that has no data."""
     no_data = dict.fromkeys(("path", "identity", "corpus_hash")) | {"sources": {}}
     return {
-        "name": found.run.name,
+        "name": result.run.name,
         "tokenizer_sha256": hashlib.sha256(vocabulary.raw).hexdigest(),
         "dataset": {**no_data, "vocab_size": vocabulary.size, "end_of_text": vocabulary.end},
-        "imported": {"path": str(source.resolve()), "architecture": found.architecture},
+        "imported": {"path": str(source.resolve()), "architecture": result.architecture},
         "versions": versions(),
         **code_and_id(),
-        "parameters": found.parameters,
+        "parameters": result.parameters,
     }
 
 

@@ -56,14 +56,14 @@ def typed_lines(mark: str) -> Iterator[str]:
 
 def _prompt_of(line: str, where: str) -> str:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
-        found = None
-    found = found.get("prompt") if isinstance(found, dict) else found
-    if not isinstance(found, str):
+        value = None
+    value = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(value, str):
         todo = 'write "TEXT" or {"prompt": "TEXT"}'
         raise UserError(where, "is neither a text nor an object with the text `prompt`", todo)
-    return found
+    return value
 
 
 def _raw_input() -> bytes:

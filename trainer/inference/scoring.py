@@ -1,32 +1,42 @@
-"""Score a trained run on a dataset, without an engine: fp32, on one device.
+"""Scores of a trained run, without an engine: fp32, on one device. Its loss on a dataset, also by
+position and at sequences longer than in training, and its accuracy on small tasks.
 
 Invariant: the dataset must have the run's tokenizer, because the same ids mean other text in
-another tokenizer.
+another tokenizer. Weights are those of the checkpoint; only rotary frequencies change, on request.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forescale.config.eval import ScoreJob
 from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
 from forescale.console import Progress, silent
 from forescale.data.bins import Bins, num_windows
 from forescale.data.dataset import Dataset, Sources
-from forescale.data.objective import NEXT_TOKEN, Objective, window_length
+from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, window_length
 from forescale.data.stream import MicroBatch, validation_windows
+from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
-from forescale.inference.view import RunView
+from forescale.inference.view import RunView, best_device
+from forescale.models.positions.position import document_starts, positions_of
+from forescale.models.transformer import Transformer
+from forescale.run.abilities import Accuracy, questions_of
 from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.identity import expect_data
 from forescale.run.references import read_references
 from forescale.run.start import open_dataset
 from forescale.storage import hash_file
-from forescale.train.evaluate import Score, evaluate
+from forescale.train.abilities import accuracies, judged
+from forescale.train.evaluate import Score, evaluate, ratio_stderr
 from forescale.train.preferences import PreferenceScore, evaluate_preferences
 
 
@@ -38,14 +48,14 @@ def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
     if data.path is not None:
         return {ONLY: _checked(view, open_dataset(data.path, data))}
     expect_data(view.run)
-    found = {}
+    datasets = {}
     for name, stored in view.identity["dataset"]["sources"].items():
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
             problem = f"the dataset that the run was trained on is not at {path}"
             raise UserError(str(view.path), problem, "give its new place with data.path=DIR")
-        found[name] = _checked(view, open_dataset(path, data))
-    return found
+        datasets[name] = _checked(view, open_dataset(path, data))
+    return datasets
 
 
 def _checked(view: RunView, dataset: Dataset) -> Dataset:
@@ -95,7 +105,7 @@ def score_of(
         assert isinstance(job.objective, PreferencesConfig)
         scored = evaluate_preferences(losses, micros, job.objective.beta)
         return scored, rows.left_out()
-    found = score(
+    result = score(
         model,
         dataset,
         split,
@@ -107,7 +117,7 @@ def score_of(
         bins=rows,
         progress=progress,
     )
-    return found, rows.left_out() if rows else None
+    return result, rows.left_out() if rows else None
 
 
 def score(
@@ -140,18 +150,16 @@ def score(
 
 
 def references_of(view: RunView, dataset: Dataset, split: str) -> np.ndarray | None:
-    """Return what the reference of a run says of the preferences of a split, (n, 2) nats; None if
-    the run learns none. Raises UserError if it isn't known, as of other data."""
+    """Return the nats of the reference model on the preferences of a split, (n, 2); None if the run
+    learns none. Raises UserError if they aren't known, as of other data."""
     if not view.config.objective.are_preferences:
         return None
     stored = read_references(view.run)
-    found = None if stored is None else stored.of(dataset.identity, split)
-    if found is None:
-        problem = (
-            "what the reference says of its preferences is not known, only of the run's own data"
-        )
+    references = None if stored is None else stored.of(dataset.identity, split)
+    if references is None:
+        problem = "the losses of the reference are known of the run's own preferences alone"
         raise UserError(dataset.where, problem, "leave data.path out")
-    return found
+    return references
 
 
 def _count(
@@ -175,10 +183,174 @@ def _losses(
     def losses(micro: MicroBatch) -> Tensor:
         nonlocal done
         positional, named = micro.arguments(device)
-        found = model(*positional, **named)
+        output = model(*positional, **named)
         done = min(total, done + len(micro.tokens))
         progress(f"score {split}", done, total, "windows")
         # The second is a penalty of the objective.
-        return found[0] if isinstance(found, tuple) else found
+        return output[0] if isinstance(output, tuple) else output
 
     return losses
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The loss at positions first to last, in nats a target.
+
+    A position is the number of tokens that the model sees besides the last one. loss_stderr:
+    standard error, windows taken as independent. An empty bucket has NaN.
+    """
+
+    first: int
+    last: int
+    loss: float
+    loss_stderr: float
+    targets: int
+
+
+def at_length(model: nn.Module, length: int, trained: int, scaling: str | None) -> nn.Module:
+    """Return the model for sequences of `length` tokens; the same object if nothing changes.
+
+    Args: `trained`, the sequence length of its training; `scaling`, ntk or yarn, of rotary
+    positions by length / trained; None: as trained. Raises UserError if the model has no positions
+    beyond its table, or can't be scaled.
+    """
+    if not isinstance(model, Transformer):
+        if scaling:
+            problem = "only positions of forescale's own model can be scaled"
+            raise UserError("rope_scaling", problem, "leave it out")
+        return model
+    config, longest = model.config, model.sizes.max_sequence_length
+    if config.position == "learned" and length > longest:
+        problem = f"the model has {longest} learned positions, and none beyond"
+        raise UserError("sequence_length", problem, f"give at most {longest}")
+    if scaling is None:
+        return model
+    if config.position != "rotary" or config.rope_scaling != "none":
+        has = config.position if config.position != "rotary" else config.rope_scaling
+        problem = f"the model was trained with {has}, and not with plain rotary positions"
+        raise UserError("rope_scaling", problem, "leave it out")
+    if length <= trained:
+        problem = f"there is nothing to scale: the model was trained at {trained} tokens"
+        raise UserError("rope_scaling", problem, f"give sequence_length above {trained}")
+    original = trained if scaling == "yarn" else None
+    scaled = replace(
+        config,
+        rope_scaling=scaling,
+        rope_factor=length / trained,
+        rope_original_length=original,
+    )
+    with torch.device("meta"):
+        longer = Transformer(scaled)
+    longer.load_state_dict(model.state_dict(), assign=True)
+    return longer.train(model.training)
+
+
+def edges_of(length: int, trained: int) -> list[int]:
+    """Return where buckets begin, and `length`: the quarter and half of `trained`, then doubled."""
+    edges = [0, trained // 4, trained // 2, trained]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return [*sorted({edge for edge in edges if edge < length}), length]
+
+
+def loss_by_position(
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    *,
+    sequence_length: int,
+    edges: Sequence[int],
+    windows: int | None = None,
+    documents: bool = False,
+    objective: Objective = NEXT_TOKEN,
+    progress: Progress = silent,
+) -> list[Bucket]:
+    """Return the loss in each bucket of positions, over the windows that `score` takes.
+
+    Args: `edges`, increasing: a bucket holds the positions from one edge to before the next;
+    `documents`, as trained: then positions count from the document's first token in the window.
+    Logits of one window are held at a time, (L, V) fp32.
+    """
+    part = dataset.split(split)
+    count = num_windows(part, sequence_length)
+    total, limits, rows = min(count, windows or count), torch.tensor(edges), []
+    parts = validation_windows(
+        part, sequence_length, 1, limit=windows, documents=documents, objective=objective
+    )
+    for done, window in enumerate(parts, 1):
+        rows.append(_sums(model, window, limits))
+        progress("loss by position", done, total, "windows")
+    nats, targets = (np.array(rows)[:, i].T for i in (0, 1))  # (buckets, windows) each
+    return [
+        _bucket(first, last - 1, *of_bucket)
+        for first, last, *of_bucket in zip(edges[:-1], edges[1:], nats, targets, strict=True)
+    ]
+
+
+def _sums(model: nn.Module, window: MicroBatch, limits: Tensor) -> tuple[list[float], list[int]]:
+    """Return the nats and the targets of one window in each bucket."""
+    nats_L, positions_L = target_losses(model, window)
+    bucket_L = torch.bucketize(positions_L, limits[1:-1], right=True)
+    real_L, size = window.targets[0] != IGNORED, len(limits) - 1
+    sums = torch.zeros(size, dtype=torch.float64).index_add_(0, bucket_L, nats_L)
+    return sums.tolist(), bucket_L[real_L].bincount(minlength=size).tolist()
+
+
+@torch.no_grad()
+def target_losses(model: nn.Module, window: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Return the nats (fp64, 0 where there is no target) and the position of each target of one
+    window, (L,) each, on the CPU."""
+    device = next(model.parameters()).device
+    (tokens_1L, targets_1L), named = window.arguments(device)
+    logits_LV = model(tokens_1L, **named)[0].float()
+    nats_L = F.cross_entropy(logits_LV, targets_1L[0], ignore_index=IGNORED, reduction="none")
+    starts_1L = None if window.documents is None else document_starts(window.documents)
+    length, where = window.tokens.shape[1], window.tokens.device
+    positions_L = positions_of(length, where, None, starts_1L).view(-1)
+    return nats_L.double().cpu(), positions_L.cpu()
+
+
+def _bucket(first: int, last: int, nats: np.ndarray, targets: np.ndarray) -> Bucket:
+    if not targets.sum():
+        return Bucket(first, last, math.nan, math.nan, 0)
+    used = targets > 0
+    loss = math.fsum(nats) / int(targets.sum())
+    stderr = ratio_stderr(nats[used], targets[used], loss)
+    return Bucket(first, last, loss, stderr, int(targets.sum()))
+
+
+def abilities_of(
+    view: RunView, model: nn.Module, job: ScoreJob, progress: Progress = silent
+) -> dict[str, list[Accuracy | None]]:
+    """Return for each of job.abilities its accuracy at each number of examples (job.shots); None
+    where the examples don't fit the run's windows.
+
+    Raises UserError for a model that doesn't continue text.
+    """
+    config = view.config
+    if not config.continues_text:
+        problem = f"was trained with objective={config.objective.kind}, and continues no text"
+        raise UserError("abilities", problem, "leave it out, or name a run that continues text")
+    device = best_device()
+    model = model.to(device)
+
+    def judge(tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return judged(model(tokens_BL.to(device)), targets_BL)
+
+    questions = questions_of(
+        lambda text: text_ids(view.tokenizer, text),
+        view.identity["dataset"]["end_of_text"],
+        job.abilities,
+        job.shots,
+        job.questions,
+    )
+    results: dict[str, list[Accuracy | None]] = {name: [] for name in job.abilities}
+    total, done = sum(len(each.rows) for each in questions), 0
+    for each in questions:
+        if each.longest > config.train.sequence_length:
+            results[each.task].append(None)
+        else:
+            results[each.task] += accuracies(judge, [each], rows=job.micro_batch)
+        done += len(each.rows)
+        progress("abilities", done, total, "questions")
+    return results

@@ -45,15 +45,15 @@ def edited(
     with ExitStack() as stack:
 
         def hook(module: nn.Module, edit: Edit, layer: int) -> None:
-            def after(module: nn.Module, given: Any, found: Any) -> Any:
-                first, *more = found if isinstance(found, tuple) else (found,)
+            def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+                first, *rest = output if isinstance(output, tuple) else (output,)
                 first = edit(layer, first)
-                return (first, *more) if more else first
+                return (first, *rest) if rest else first
 
             stack.callback(module.register_forward_hook(after).remove)
 
-        def before(module: nn.Module, given: Any) -> Any:
-            return (stream(0, given[0]), *given[1:])
+        def before(module: nn.Module, inputs: Any) -> Any:
+            return (stream(0, inputs[0]), *inputs[1:])
 
         stack.callback(blocks_of(model)[0].register_forward_pre_hook(before).remove)
         for i, block in enumerate(blocks_of(model)):
@@ -73,7 +73,7 @@ def has_heads(mixer: nn.Module) -> bool:
 @contextmanager
 def _attending(mixer: Any, edit: Edit, layer: int) -> Iterator[None]:
     attend = mixer._attend
-    mixer._attend = lambda *given: edit(layer, attend(*given))
+    mixer._attend = lambda *inputs: edit(layer, attend(*inputs))
     try:
         yield
     finally:
@@ -88,16 +88,16 @@ def mapped(model: Transformer) -> Iterator[dict[int, Tensor]]:
     They are read by averaging values that are the rows of an identity matrix, K columns at a time,
     with the mixer's own code: whatever a head sees, and by whatever score, its weights are these.
     """
-    found: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for i, block in enumerate(blocks_of(model)):
             if has_heads(block.mixer):
-                stack.enter_context(_reading(block.mixer, found, i))
-        yield found
+                stack.enter_context(_reading(block.mixer, weights, i))
+        yield weights
 
 
 @contextmanager
-def _reading(mixer: Any, found: dict[int, Tensor], layer: int) -> Iterator[None]:
+def _reading(mixer: Any, weights: dict[int, Tensor], layer: int) -> Iterator[None]:
     attend = mixer._attend
 
     def read(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
@@ -106,7 +106,7 @@ def _reading(mixer: Any, found: dict[int, Tensor], layer: int) -> Iterator[None]
             ones = torch.eye(L, device=v.device, dtype=v.dtype)[:, first : first + K]
             ones = nn.functional.pad(ones, (0, K - ones.shape[1]))
             pieces.append(attend(q, k, ones[None, :, None].expand(B, L, G, K), context))
-        found[layer] = torch.cat(pieces, -1)[..., :L].transpose(1, 2)
+        weights[layer] = torch.cat(pieces, -1)[..., :L].transpose(1, 2)
         return attend(q, k, v, context)
 
     mixer._attend = read

@@ -47,15 +47,15 @@ class Copying:
 @torch.no_grad()
 def maps_of(model: Transformer, tokens_L: Tensor) -> dict[int, Tensor]:
     """Return the weights of each layer with heads, (H, L, L)."""
-    with mapped(model) as found:
+    with mapped(model) as maps:
         model(tokens_L[None])
-    return {layer: weights[0].float() for layer, weights in found.items()}
+    return {layer: weights[0].float() for layer, weights in maps.items()}
 
 
 def describe(maps: dict[int, Tensor], repeated: dict[int, Tensor]) -> dict[int, list[Head]]:
     """Return the heads of each layer. maps, repeated: their weights on a text, and on random tokens
     read twice after a first token (repeated_tokens)."""
-    found = {}
+    heads = {}
     for layer, weights_HLL in maps.items():
         length = weights_HLL.shape[1]
         back_LL = torch.arange(length)[:, None] - torch.arange(length)
@@ -68,8 +68,8 @@ def describe(maps: dict[int, Tensor], repeated: dict[int, Tensor]) -> dict[int, 
         first = rows_HLL[:, :, 0].mean(-1)
         induction = _induction(repeated[layer])
         columns = (entropy, distance, previous, first, induction)
-        found[layer] = [Head(*map(float, row)) for row in zip(*columns, strict=True)]
-    return found
+        heads[layer] = [Head(*map(float, row)) for row in zip(*columns, strict=True)]
+    return heads
 
 
 def _induction(weights_HLL: Tensor) -> Tensor:
@@ -96,23 +96,23 @@ def influences_of(model: Transformer, tokens_L: Tensor, seed: int = 0) -> dict[i
     """
     inputs: dict[int, tuple] = {}
     blocks = blocks_of(model)
-    wanted = [i for i, block in enumerate(blocks) if not has_heads(block.mixer)]
+    layers = [i for i, block in enumerate(blocks) if not has_heads(block.mixer)]
 
     def keep(layer: int):
-        return lambda module, given: inputs.__setitem__(layer, given)
+        return lambda module, inputs_of_layer: inputs.__setitem__(layer, inputs_of_layer)
 
-    hooks = [blocks[i].mixer.register_forward_pre_hook(keep(i)) for i in wanted]
+    hooks = [blocks[i].mixer.register_forward_pre_hook(keep(i)) for i in layers]
     with torch.no_grad():
         model(tokens_L[None])
     for hook in hooks:
         hook.remove()
-    return {i: _influence(blocks[i].mixer, inputs[i], seed) for i in wanted}
+    return {i: _influence(blocks[i].mixer, inputs[i], seed) for i in layers}
 
 
 @torch.enable_grad()
-def _influence(mixer, given: tuple, seed: int) -> Tensor:
-    x_1LD = given[0].detach().requires_grad_()
-    y = mixer(x_1LD, *given[1:])
+def _influence(mixer, inputs: tuple, seed: int) -> Tensor:
+    x_1LD = inputs[0].detach().requires_grad_()
+    y = mixer(x_1LD, *inputs[1:])
     y_LD = (y[0] if isinstance(y, tuple) else y)[0]
     length, width = y_LD.shape
     generator = torch.Generator().manual_seed(seed)
@@ -120,8 +120,8 @@ def _influence(mixer, given: tuple, seed: int) -> Tensor:
     for _ in range(_PROBES):
         direction_D = torch.randn(width, generator=generator).to(y_LD)
         for i in range(length):
-            (found_1LD,) = torch.autograd.grad(y_LD[i] @ direction_D, x_1LD, retain_graph=True)
-            squares_LL[i] += found_1LD[0].square().sum(-1).float().cpu()
+            (gradient_1LD,) = torch.autograd.grad(y_LD[i] @ direction_D, x_1LD, retain_graph=True)
+            squares_LL[i] += gradient_1LD[0].square().sum(-1).float().cpu()
     sizes_LL = (squares_LL / _PROBES).sqrt()
     return sizes_LL / sizes_LL.sum(-1, keepdim=True).clamp(min=1e-12)
 

@@ -14,9 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from forescale.inspection.heads import IS_INDUCTION
-from forescale.inspection.reading import Reading
-from forescale.inspection.spelling import name_of
-from forescale.inspection.tracing import DRAWS, PLACES
+from forescale.inspection.interventions import DRAWS, PLACES
+from forescale.inspection.reading import Reading, name_of
 from forescale.pages.document import code, render
 
 _HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""All that is known of one reading of a text by a decoder, as plain values.
+"""One reading of a text by a decoder, as plain values, and its tokens as text.
 
 Invariant: positions are those of `tokens`, the first of which begins the document and has no loss.
 """
@@ -8,20 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from forescale.console import Progress, silent
 from forescale.errors import UserError
 from forescale.inference.details.induction import repeated_tokens
+from forescale.inference.generation import pieces
 from forescale.inference.view import RunView
 from forescale.inspection import heads
-from forescale.inspection.ablation import Ablation, ablate
 from forescale.inspection.heads import Copying, Head
-from forescale.inspection.tracing import Trace, trace
+from forescale.inspection.interventions import Ablation, Trace, ablate, trace
 from forescale.models.config import ModelConfig
 from forescale.models.flops import layers_of
 from forescale.models.transformer import Transformer
 
+BEGIN = "<begin>"  # the token that begins a document
 _BEST = 5  # of the most likely tokens, shown at each token
 
 
@@ -70,12 +72,12 @@ class Reading:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers but the maps, for JSON."""
-        found = asdict(self)
-        for layer, own in zip(found["layers"], self.layers, strict=True):
+        numbers = asdict(self)
+        for layer, layer_facts in zip(numbers["layers"], self.layers, strict=True):
             del layer["maps"]
-            for head, one in zip(layer["heads"], own.heads, strict=True):
+            for head, one in zip(layer["heads"], layer_facts.heads, strict=True):
                 head["is_induction"] = one.is_induction
-        return {"loss": self.loss, **found}
+        return {"loss": self.loss, **numbers}
 
 
 def expect_decoder(view: RunView) -> None:
@@ -154,3 +156,46 @@ def _guesses(logits_LV: Tensor, tokens_L: Tensor) -> list[Guess]:
             best.indices, best.values, [*of_next, None], entropy_L, strict=True
         )
     ]
+
+
+def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Return the piece of text of each token; of the first, which begins the document, BEGIN."""
+    begin, *rest = ids
+    texts: list[str] = [BEGIN]
+    ids_left = iter(rest)
+    taken = 0
+
+    def counted():
+        nonlocal taken
+        for token in ids_left:
+            taken += 1
+            yield token
+
+    for piece in pieces(tokenizer, [begin], counted()):
+        texts += [""] * (taken - len(texts))  # the first tokens of a character
+        texts.append(piece)
+    return texts[: len(ids)] + [""] * (len(ids) - len(texts))
+
+
+def tokens_of(pieces: Sequence[str], subject: str) -> tuple[int, int]:
+    """Return the tokens [first, end) that hold the subject where it stands first. Raises UserError
+    if the text has no such part."""
+    text = "".join(pieces[1:])
+    start = text.find(subject)
+    if not subject or start < 0:
+        problem = f"{subject!r} is not in the {len(pieces) - 1} tokens that are read"
+        raise UserError("subject", problem, "copy it from the text")
+    ends, at = [], 0
+    for piece in pieces[1:]:
+        at += len(piece)
+        ends.append(at)
+    first = next(i for i, end in enumerate(ends) if end > start)
+    last = next(i for i, end in enumerate(ends) if end >= start + len(subject))
+    return first + 1, last + 2
+
+
+def name_of(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token alone as text: its special name, or its characters."""
+    return tokenizer.decode([token], skip_special_tokens=False) or (
+        tokenizer.id_to_token(token) or f"<{token}>"
+    )

@@ -51,12 +51,12 @@ class AverageJob(RunJob):
 
     def problems(self) -> Problems:
         """Return the problems of keys that exclude each other."""
-        found = super().problems()
+        problems = super().problems()
         if self.last is not None and self.steps:
-            found.append(
+            problems.append(
                 ("last", "says which checkpoints, and steps does too", "write one of them")
             )
-        return found
+        return problems
 
 
 JOB = AverageJob
@@ -77,36 +77,36 @@ def main(arguments: list[str]) -> int:
 
     steps = chosen_steps(origin, job.last, job.steps)
     with progress_display() as progress:
-        found = average(origin, steps, run, progress)
-    print(json.dumps(_facts(found), indent=2) if job.json else _page(found, origin))
+        averaged = average(origin, steps, run, progress)
+    print(json.dumps(_facts(averaged), indent=2) if job.json else _page(averaged, origin))
     return DONE
 
 
-def _facts(found: "Averaged") -> dict[str, Any]:
+def _facts(averaged: "Averaged") -> dict[str, Any]:
     return {
-        "name": found.run.name,
-        "path": str(found.run.path),
-        "checkpoint": str(found.run.checkpoint_path(0)),
-        "steps": found.steps,
-        "kept": found.copied,
-        "parameters": found.parameters,
-        "bytes": found.bytes,
+        "name": averaged.run.name,
+        "path": str(averaged.run.path),
+        "checkpoint": str(averaged.run.checkpoint_path(0)),
+        "steps": averaged.steps,
+        "kept": averaged.copied,
+        "parameters": averaged.parameters,
+        "bytes": averaged.bytes,
     }
 
 
-def _page(found: "Averaged", origin: Run) -> str:
-    run, steps = found.run, found.steps
+def _page(averaged: "Averaged", origin: Run) -> str:
+    run, steps = averaged.run, averaged.steps
     of = f"the mean of the weights of {origin.path} at steps {', '.join(map(str, steps))}"
     if len(steps) == 1:
         of = f"the weights of {origin.path} at step {steps[0]}"
-    kept = ""
-    if found.copied:
-        more = f" and {len(found.copied) - 1} more" if len(found.copied) > 1 else ""
-        whole = f"whole numbers ({found.copied[0]}{more})"
-        kept = f"Not averaged, but as at step {steps[-1]}: {whole}.\n"
+    note = ""
+    if averaged.copied:
+        others = f" and {len(averaged.copied) - 1} more" if len(averaged.copied) > 1 else ""
+        whole = f"whole numbers ({averaged.copied[0]}{others})"
+        note = f"Not averaged, but as at step {steps[-1]}: {whole}.\n"
     return (
-        f"The run {run.path} is {of}: {found.parameters:,} parameters, "
-        f"{found.bytes / 2**20:,.1f} MiB.\n{kept}\n"
+        f"The run {run.path} is {of}: {averaged.parameters:,} parameters, "
+        f"{averaged.bytes / 2**20:,.1f} MiB.\n{note}\n"
         f"Next:\n"
         f"  forescale eval {run.path}\n"
         f"  forescale generate {run.path} prompt=TEXT\n"

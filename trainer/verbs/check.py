@@ -40,7 +40,7 @@ EXAMPLES = (
 
 def main(words: list[str]) -> int:
     job = compose(CheckJob, overrides_of(CheckJob, words))
-    kind, path = _what(job)
+    kind, path = _kind_and_path(job)
     run = Run(path)
     directories = map(run.checkpoint_path, run.checkpoint_steps()) if kind == "run" else [path]
     total, done, began = sum(map(size_of, directories)), 0, time.monotonic()
@@ -59,24 +59,24 @@ def main(words: list[str]) -> int:
             tokens += count
             progress("compare tokens", tokens, None, "tokens")
 
-        found = _check(kind, path, tick, replayed, job.trust)
-    for line in found.verified:
+        findings = _check(kind, path, tick, replayed, job.trust)
+    for line in findings.verified:
         print(f"  {line}")
-    for line in found.notes:
+    for line in findings.notes:
         print(f"Note: {line}.")
-    for line in found.faults:
+    for line in findings.faults:
         print(f"Fault: {line.rstrip('.')}.", file=sys.stderr)
     seconds = time.monotonic() - began
-    verdict = f"{len(found.faults)} fault{'s' * (len(found.faults) != 1)}"
+    verdict = f"{len(findings.faults)} fault{'s' * (len(findings.faults) != 1)}"
     print(
-        f"{kind.capitalize()} {path}: {verdict if found.faults else 'complete'} "
+        f"{kind.capitalize()} {path}: {verdict if findings.faults else 'complete'} "
         f"({done:,} bytes read{f', {tokens:,} tokens compared' * bool(tokens)} "
         f"in {seconds:.1f} s)."
     )
-    return USER if found.faults else DONE
+    return USER if findings.faults else DONE
 
 
-def _what(job: CheckJob) -> tuple[str, Path]:
+def _kind_and_path(job: CheckJob) -> tuple[str, Path]:
     """Return "dataset", "checkpoint" or "run", and its path. A missing file may be the fault to
     find, so a file listed in the table is enough."""
     path = Path(job.target or "").expanduser()
@@ -104,17 +104,17 @@ def _check(kind: str, path: Path, tick, replayed, trust: bool) -> Findings:
         return check_checkpoint(path, tick)
     from forescale.data.check import check
 
-    found = Findings(faults=check(path, tick))
-    if not found.faults:
+    findings = Findings(faults=check(path, tick))
+    if not findings.faults:
         from forescale.data.dataset import Dataset
 
         dataset = Dataset(path)
         for name in dataset.manifest["splits"]:
             split = dataset.split(name)
-            found.verified.append(
+            findings.verified.append(
                 f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
                 f"{len(split.shard_tokens)} shard{'s' * (len(split.shard_tokens) != 1)}; "
                 f"tars, indexes, token ids and document ends agree"
             )
-        found.verified.append(f"corpus hash {dataset.corpus_hash[:16]}")
-    return found
+        findings.verified.append(f"corpus hash {dataset.corpus_hash[:16]}")
+    return findings

@@ -104,14 +104,14 @@ def candidates(before: Sequence[str], last: str) -> list[str]:
     schema = schema_of(verb, before[1:])
     name, equals, value = last.partition("=")
     if equals:
-        found = _values(schema, name, before[1:])
-        return sorted(f"{name}={v}" for v in found if v.startswith(value))
-    found = [f"{name}=" for name in groups(schema)]
-    found += [_next_part(path, last) for path in leaves(schema) if _is_read(schema, path, before)]
-    found += [*schema.ACTIONS, *getattr(verb, "FIRST", ())] if len(before) == 1 else []
-    found += [v for v in _values(schema, schema.TARGET, before[1:]) if v != "null"]
-    found += [*schema.FLAGS, "--help"] if last.startswith("-") else []
-    return sorted({word for word in found if word.startswith(last)})
+        words = _values(schema, name, before[1:])
+        return sorted(f"{name}={v}" for v in words if v.startswith(value))
+    words = [f"{name}=" for name in groups(schema)]
+    words += [_next_part(path, last) for path in leaves(schema) if _is_read(schema, path, before)]
+    words += [*schema.ACTIONS, *getattr(verb, "FIRST", ())] if len(before) == 1 else []
+    words += [v for v in _values(schema, schema.TARGET, before[1:]) if v != "null"]
+    words += [*schema.FLAGS, "--help"] if last.startswith("-") else []
+    return sorted({word for word in words if word.startswith(last)})
 
 
 def _is_read(schema: type[Job], path: str, before: Sequence[str]) -> bool:
@@ -137,19 +137,19 @@ def _values(schema: type[Job], name: str, before: Sequence[str]) -> list[str]:
         return list(group.files)
     if name in _RUNS:
         return _runs(before)
-    found: list[str] = []
+    values: list[str] = []
     known = leaves(schema)
     leaf = known.get(name) or known.get(f"{name}.kind")  # a block's word is short for its kind
     types = options(leaf.type) if leaf else ()
     for type_ in types if str not in types else ():  # a text may be a path: the shell completes it
         if get_origin(type_) is Literal:
-            found += map(str, get_args(type_))
-        found += {bool: ["true", "false"], type(None): ["null"]}.get(type_, [])
-    return found
+            values += map(str, get_args(type_))
+        values += {bool: ["true", "false"], type(None): ["null"]}.get(type_, [])
+    return values
 
 
 def _runs(before: Sequence[str]) -> list[str]:
     """Return the names of the runs under run.root."""
-    given = [word.partition("=")[2] for word in before if word.startswith("run.root=")]
-    root = Path(given[-1] if given else "runs").expanduser()
+    roots = [word.partition("=")[2] for word in before if word.startswith("run.root=")]
+    root = Path(roots[-1] if roots else "runs").expanduser()
     return [path.parent.name for path in root.glob("[!.]*/config.yaml")]

@@ -49,10 +49,10 @@ class DrillJob(Job):
 
     def problems(self) -> Problems:
         """Return unknown scenarios, and a limit that is no wall time."""
-        found = problems_of_scenarios(self.scenarios)
+        problems = problems_of_scenarios(self.scenarios)
         if self.limit.unit != "seconds" or not self.limit.amount:
-            found.append(("limit", "must be a wall time", "write limit='3 min'"))
-        return found
+            problems.append(("limit", "must be a wall time", "write limit='3 min'"))
+        return problems
 
 
 JOB = DrillJob

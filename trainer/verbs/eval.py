@@ -20,7 +20,7 @@ from forescale.run.rows import to_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from forescale.inference.lengths import Bucket
+    from forescale.inference.scoring import Bucket
     from forescale.run.abilities import Accuracy
     from forescale.train.evaluate import Score
     from forescale.train.preferences import PreferenceScore
@@ -55,8 +55,7 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     from forescale.inference.details.induction import induction
     from forescale.inference.details.measure import expect_continuing
     from forescale.inference.details.text import induction_text
-    from forescale.inference.lengths import at_length
-    from forescale.inference.scoring import datasets_of, references_of, score_of
+    from forescale.inference.scoring import at_length, datasets_of, references_of, score_of
 
     if job.details:
         expect_continuing(view.config)
@@ -68,7 +67,7 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     scored = replace(view.config, train=replace(view.config.train, sequence_length=length))
     for dataset in datasets.values():
         with progress_display() as progress:
-            found, left_out = score_of(
+            score, left_out = score_of(
                 scored,
                 model,
                 dataset,
@@ -80,13 +79,13 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
                 progress=progress,
             )
         if job.json:
-            facts = {"dataset": dataset.where, "split": job.split, **found.row()}
+            facts = {"dataset": dataset.where, "split": job.split, **score.row()}
             if view.config.objective.rows == 1:
-                facts["perplexity"] = cast("Score", found).perplexity
+                facts["perplexity"] = cast("Score", score).perplexity
             facts["corpus_hash"] = dataset.corpus_hash
             _print_json(view, checkpoint, facts)
         else:
-            _print(job, view, checkpoint.position, dataset, found)
+            _print(job, view, checkpoint.position, dataset, score)
             if left_out:
                 print(f"\nNote: {left_out}.")
         if job.sequence_length is not None:
@@ -124,7 +123,7 @@ def _positions(
     dataset: Dataset,
 ) -> None:
     """Print the loss by position. scored: the run's job with the windows' length."""
-    from forescale.inference.lengths import edges_of, loss_by_position
+    from forescale.inference.scoring import edges_of, loss_by_position
 
     length, trained = scored.train.sequence_length, view.config.train.sequence_length
     if not scored.continues_text:
@@ -163,7 +162,7 @@ def _details(
     from forescale.inference.details.text import details_text
 
     with progress_display() as progress:
-        found = measure(
+        details = measure(
             scored,
             model,
             dataset,
@@ -173,11 +172,11 @@ def _details(
             progress=progress,
         )
     if not job.json:
-        return print(details_text(found))
-    for by, parts in found.parts.items():
+        return print(details_text(details))
+    for by, parts in details.parts.items():
         for part in parts:
             _print_json(view, checkpoint, {"dataset": dataset.where, "of": by, **asdict(part)})
-    facts = {"dataset": dataset.where, "of": "in_context", **asdict(found.in_context)}
+    facts = {"dataset": dataset.where, "of": "in_context", **asdict(details.in_context)}
     _print_json(view, checkpoint, facts)
 
 
@@ -194,7 +193,7 @@ def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     from forescale.inference.harness.results import as_facts, new_file, table, write_answers
     from forescale.inference.harness.scores import lm_eval_version, scores_of
     from forescale.inference.harness.tasks import loaded_tasks, quiet
-    from forescale.inference.lengths import at_length
+    from forescale.inference.scoring import at_length
 
     with quiet():
         tasks = loaded_tasks(job.tasks)
@@ -203,8 +202,10 @@ def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     length = job.sequence_length or trained
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
     with progress_display() as progress:
-        asked = LanguageModel(view, model, batch=job.micro_batch, length=length, progress=progress)
-        scores = list(scores_of(asked, tasks, job.shots, job.questions, job.chat))
+        language_model = LanguageModel(
+            view, model, batch=job.micro_batch, length=length, progress=progress
+        )
+        scores = list(scores_of(language_model, tasks, job.shots, job.questions, job.chat))
     if job.json:
         for score in scores:
             _print_json(view, checkpoint, {**as_facts(score), "chat": job.chat})
@@ -221,12 +222,12 @@ def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
 
 def _abilities(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     """Print the accuracy on each task, a line each, by the number of examples."""
-    from forescale.inference.abilities import abilities_of
+    from forescale.inference.scoring import abilities_of
 
     with progress_display() as progress:
-        found = abilities_of(view, view.load(checkpoint, job.trust), job, progress)
+        results = abilities_of(view, view.load(checkpoint, job.trust), job, progress)
     if job.json:
-        for one in (one for row in found.values() for one in row if one is not None):
+        for one in (one for row in results.values() for one in row if one is not None):
             low, high = one.interval
             _print_json(view, checkpoint, {**asdict(one), "low": low, "high": high})
         return DONE
@@ -235,15 +236,15 @@ def _abilities(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
         f"Run {view.name}, step {checkpoint.position.step:,}: right answers of {questions:,}, "
         "in percent, with 90 % intervals\n(nats: the mean loss of an answer after most examples).\n"
     )
-    wide = max(map(len, found))
+    wide = max(map(len, results))
     counts = "".join(f"{count:>16}" for count in shots)
     print(f"  {'examples':<{wide}}{counts}    nats  by chance")
-    for name, row in found.items():
+    for name, row in results.items():
         cells = "".join(f"{_share(one):>16}" for one in row)
         known = [one for one in row if one is not None]
         nats = f"{known[-1].nats:>8.3f}" if known else f"{'':>8}"
         print(f"  {name:<{wide}}{cells}{nats}  {100 * TASKS[name].chance:9.3g}")
-    if any(one is None for row in found.values() for one in row):
+    if any(one is None for row in results.values() for one in row):
         length = view.config.train.sequence_length
         print(f"\n-: so many examples don't fit into {length:,} tokens.")
     return DONE
@@ -273,30 +274,30 @@ def _print(
     view: RunView,
     position: Position,
     dataset: Dataset,
-    found: "Score | PreferenceScore",
+    score: "Score | PreferenceScore",
 ) -> None:
-    part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
+    part = "" if job.windows is None else f", {score.windows:,} windows spread over it"
     objective = view.config.objective
     head = (
         f"Run {view.name}, step {position.step:,} ({position.tokens:,} {objective.counted}), in "
         f"fp32, on the {job.split} split of {dataset.where}{part}\n"
-        f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n"
+        f"(corpus hash {dataset.corpus_hash[:16]}{_training_note(view, dataset, job.split)}):\n"
     )
     print(head)
     if isinstance(objective, PreferencesConfig):
-        return _print_preferences(cast("PreferenceScore", found), objective.beta)
-    found = cast("Score", found)
+        return _print_preferences(cast("PreferenceScore", score), objective.beta)
+    score = cast("Score", score)
     is_other, targets = not view.config.continues_text, objective.targets
     # What a decoder writes of spans has a probability of its own; masked tokens have none together.
     name = "pseudo-perplexity" if objective.sees_both_sides else "perplexity"
     wide = max(len("bits per byte"), len(name), len(targets))
     of = f" of {targets}; not comparable with a causal model's" if is_other else ""
     print(
-        f"  {'bits per byte':<{wide}}  {found.bits_per_byte:.4f}{of}\n"
-        f"  {'loss':<{wide}}  {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
-        f"  {name:<{wide}}  {found.perplexity:.2f} (only comparable under this tokenizer)\n"
-        f"  {targets:<{wide}}  {found.targets:,}\n"
-        f"  {'bytes':<{wide}}  {found.bytes:,}"
+        f"  {'bits per byte':<{wide}}  {score.bits_per_byte:.4f}{of}\n"
+        f"  {'loss':<{wide}}  {score.loss:.4f} ± {score.loss_stderr:.4f} nats a token\n"
+        f"  {name:<{wide}}  {score.perplexity:.2f} (only comparable under this tokenizer)\n"
+        f"  {targets:<{wide}}  {score.targets:,}\n"
+        f"  {'bytes':<{wide}}  {score.bytes:,}"
     )
     if is_other:
         return
@@ -306,29 +307,29 @@ def _print(
         for name, bits in others.items():
             compared = bits and job.windows is None  # over the same bytes
             ratio = (
-                f"   the model needs {found.bits_per_byte / bits:.3f} times this"
+                f"   the model needs {score.bits_per_byte / bits:.3f} times this"
                 if compared
                 else ""
             )
             print(f"  {name:<{widest}}  {bits:.4f}{ratio}")
 
 
-def _print_preferences(found: "PreferenceScore", beta: float) -> None:
+def _print_preferences(score: "PreferenceScore", beta: float) -> None:
     from forescale.run.abilities import interval_of
 
-    numbers, n = found.numbers, found.windows
-    low, high = interval_of(round(found.accuracy * n), n)
+    numbers, n = score.numbers, score.windows
+    low, high = interval_of(round(score.accuracy * n), n)
     print(
-        f"  accuracy     {found.accuracy:.4f} (90 % interval {low:.4f} to {high:.4f}): the chosen "
+        f"  accuracy     {score.accuracy:.4f} (90 % interval {low:.4f} to {high:.4f}): the chosen "
         "response has the higher reward\n"
         f"  margin       {numbers['rewards/margins']:.4f}: chosen {numbers['rewards/chosen']:.4f}, "
         f"rejected {numbers['rewards/rejected']:.4f}, at beta {beta:g}\n"
-        f"  loss         {found.loss:.4f} ± {found.loss_stderr:.4f} (0.6931 for the reference)\n"
+        f"  loss         {score.loss:.4f} ± {score.loss_stderr:.4f} (0.6931 for the reference)\n"
         f"  preferences  {n:,}"
     )
 
 
-def _seen(view: RunView, dataset: Dataset, split: str) -> str:
+def _training_note(view: RunView, dataset: Dataset, split: str) -> str:
     """Return a remark if the run was trained on this split, or not on this dataset."""
     known = view.identity["dataset"]["sources"].values()
     if not known:

@@ -37,10 +37,10 @@ class ExportJob(RunJob):
 
     def problems(self) -> Problems:
         """Return the problems of keys that need each other."""
-        found = super().problems()
+        problems = super().problems()
         if self.base is not None and not self.adapter:
-            found.append(("base", "is where adapters find a model", "add adapter=true"))
-        return found
+            problems.append(("base", "is where adapters find a model", "add adapter=true"))
+        return problems
 
 
 JOB = ExportJob

@@ -80,19 +80,19 @@ class FinetuneJob(TrainJob):
     )
 
     def problems(self, world_size: int | None = None) -> Problems:
-        found = super().problems(world_size)
+        problems = super().problems(world_size)
         todo = "write forescale finetune FROM data=FILE.jsonl"
         if not self.run.origin.run:
-            found.append(("run.from.run", "names no run to go on from", todo))
+            problems.append(("run.from.run", "names no run to go on from", todo))
         if self.train.first_batch is not None:
             problem = "a fine-tuning counts epochs of examples, with one batch in all steps"
-            found.append(("train.first_batch", problem, "leave it out, and train.batch_ramp"))
+            problems.append(("train.first_batch", problem, "leave it out, and train.batch_ramp"))
         if not self.file:
-            found.append(("data", "names no file of examples", todo))
+            problems.append(("data", "names no file of examples", todo))
         if self.run.origin.load != "weights" and self.run.origin.run:
             problem = "a fine-tuning begins at step 0, with the weights alone"
-            found.append(("run.from.load", problem, "leave it out"))
-        return found
+            problems.append(("run.from.load", problem, "leave it out"))
+        return problems
 
 
 JOB = FinetuneJob
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
         todo = "write prepare_only=true without a launcher, then start forescale train NAME with it"
         raise UserError("finetune", "was started as a rank", todo)
     words, view = _named(arguments)
-    job = compose(FinetuneJob, words, find=lambda directory: _found(directory, view, words))
+    job = compose(FinetuneJob, words, find=lambda directory: _base_config(directory, view, words))
     is_new = not Run(job.run.directory).config.exists()
     dataset = _dataset(job, view)
     has_length = any(word.startswith(("train.steps=", "train.tokens=")) for word in words)
@@ -153,11 +153,11 @@ def _named(arguments: list[str]) -> tuple[list[str], RunView]:
 
 
 def _typed(words: list[str], name: str) -> str | None:
-    found = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
-    return found[-1].strip("'\"") if found else None
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    return values[-1].strip("'\"") if values else None
 
 
-def _found(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
+def _base_config(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
     """Return the config over which the command is laid: of the run itself if it exists. Whether
     examples are preferences their file says, unless the objective is typed."""
     run = Run(directory)

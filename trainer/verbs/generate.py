@@ -87,21 +87,21 @@ class GenerateJob(RunJob):
 
     def problems(self) -> Problems:
         """Return the problems of keys that exclude each other."""
-        found = super().problems()
+        problems = super().problems()
         ways = {
             "prompt": bool(self.prompt),
             "prompts": bool(self.prompts),
             "input": self.input is not None,
             "interactive": self.interactive,
         }
-        given = [name for name, is_given in ways.items() if is_given]
-        if len(given) > 1:
-            found.append((given[1], f"{given[0]} is given too", "give one of them"))
+        named = [name for name, is_given in ways.items() if is_given]
+        if len(named) > 1:
+            problems.append((named[1], f"{named[0]} is given too", "give one of them"))
         if self.template is not None and not self.chat:
-            found.append(("template", "writes conversations, and chat is false", "add --chat"))
+            problems.append(("template", "writes conversations, and chat is false", "add --chat"))
         if "" in self.stop:
-            found.append(("stop", "holds an empty text, which stands everywhere", "take it out"))
-        return found
+            problems.append(("stop", "holds an empty text, which stands everywhere", "take it out"))
+        return problems
 
 
 JOB = GenerateJob

@@ -66,7 +66,7 @@ def page_of(topic: str) -> str:
     if root.name == "trainer":  # a checkout
         return (root.parent / "README.md").read_text(encoding="utf-8")
     try:
-        return str(metadata("forescale").get_payload())
+        return str(metadata("forescale").json["description"])
     except PackageNotFoundError:
         return "# forescale\n\nThis copy of forescale isn't installed, and has no first page.\n"
 

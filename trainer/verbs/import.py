@@ -87,27 +87,27 @@ def main(arguments: list[str]) -> int:
     run = Run(Path(job.run.root).expanduser() / job.run.name)
     source = Path(job.path).expanduser()
     with progress_display() as progress:
-        found = import_hf(source, run, job.tokenizer, job.end_of_text, progress)
-    print(json.dumps(_facts(found), indent=2) if job.json else _page(found, source))
+        imported = import_hf(source, run, job.tokenizer, job.end_of_text, progress)
+    print(json.dumps(_facts(imported), indent=2) if job.json else _page(imported, source))
     return DONE
 
 
-def _facts(found: "Imported") -> dict[str, Any]:
+def _facts(imported: "Imported") -> dict[str, Any]:
     return {
-        "name": found.run.name,
-        "path": str(found.run.path),
-        "checkpoint": str(found.run.checkpoint_path(0)),
-        "architecture": found.architecture,
-        "parameters": found.parameters,
-        "bytes": found.bytes,
+        "name": imported.run.name,
+        "path": str(imported.run.path),
+        "checkpoint": str(imported.run.checkpoint_path(0)),
+        "architecture": imported.architecture,
+        "parameters": imported.parameters,
+        "bytes": imported.bytes,
     }
 
 
-def _page(found: "Imported", source: Path) -> str:
-    run = found.run
+def _page(imported: "Imported", source: Path) -> str:
+    run = imported.run
     return (
-        f"{found.architecture} in {source} is the run {run.path} now: {found.parameters:,} "
-        f"parameters, {found.bytes / 2**20:,.1f} MiB.\n\n"
+        f"{imported.architecture} in {source} is the run {run.path} now: {imported.parameters:,} "
+        f"parameters, {imported.bytes / 2**20:,.1f} MiB.\n\n"
         f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):\n"
         f"  forescale generate {run.path} prompt=TEXT\n"
         f"  forescale eval {run.path} data.path=DATA\n"

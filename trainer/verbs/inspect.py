@@ -56,22 +56,21 @@ def main(arguments: list[str]) -> int:
     """Write the page, or print the numbers."""
     job = compose(InspectJob, overrides_of(InspectJob, arguments))
     view = open_view(job.target or "", job.run.root)
-    from forescale.inspection.reading import expect_decoder, read
-    from forescale.inspection.spelling import found_in, spelled
+    from forescale.inspection.reading import expect_decoder, read, spelled, tokens_of
 
     expect_decoder(view)
     checkpoint = view.checkpoint(job.step)
     ids, text = _ids(view, job)
     pieces = spelled(view.tokenizer, ids)
-    subject = None if job.subject is None else found_in(pieces, job.subject)
+    subject = None if job.subject is None else tokens_of(pieces, job.subject)
     answer = None
     if job.answer is not None:
         answer = _first(view, job.answer, is_used=subject is not None)
     model: Transformer = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
     with progress_display() as progress:
-        found = read(model, ids, subject, answer, job.seed, progress)
+        reading = read(model, ids, subject, answer, job.seed, progress)
     if job.json:
-        json.dump({"pieces": pieces, **found.as_dict()}, sys.stdout)
+        json.dump({"pieces": pieces, **reading.as_dict()}, sys.stdout)
         print()
         return DONE
     from forescale.inspection.html import page
@@ -79,11 +78,11 @@ def main(arguments: list[str]) -> int:
     step = checkpoint.position.step
     to = Path(job.to or f"{view.name}-{step}-inspect.html").expanduser()
     to.parent.mkdir(parents=True, exist_ok=True)
-    html = page(found, pieces, view.tokenizer, f"{view.name}, step {step:,}", sys.argv[1:])
+    html = page(reading, pieces, view.tokenizer, f"{view.name}, step {step:,}", sys.argv[1:])
     write_file(to, html.encode())
-    marked = sum(head.is_induction for layer in found.layers for head in layer.heads)
+    marked = sum(head.is_induction for layer in reading.layers for head in layer.heads)
     print(
-        f"{to}: {len(ids) - 1} tokens of {text}, {found.loss:.4f} nats a token, "
+        f"{to}: {len(ids) - 1} tokens of {text}, {reading.loss:.4f} nats a token, "
         f"{marked} induction head{'s' * (marked != 1)}; open it in a browser."
     )
     return DONE

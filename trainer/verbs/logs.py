@@ -55,7 +55,7 @@ def main(words: list[str]) -> int:
     _show(path, job.lines, lambda: job.follow and not _is_over(run, attempt, is_gone))
     _show_failure(attempt, job.rank)
     if early := _early_end(run):
-        print(_told(early))
+        print(_early_end_text(early))
     elif "ended" not in launch_of(attempt.path) and is_gone.of(attempt):
         how = f"is no longer in the queue; how attempt {attempt.number} ended was not recorded"
         print(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
@@ -68,10 +68,10 @@ def _log(attempt: Attempt, rank: int) -> Path:
 
 def _attempt(run: Run, job: LogsJob) -> Attempt | None:
     """Return the requested attempt, or the newest with a log of the rank; None without a log."""
-    found = [a for a in run.attempts() if job.attempt in (None, a.number)]
-    if job.attempt is not None and not found:
+    attempts = [a for a in run.attempts() if job.attempt in (None, a.number)]
+    if job.attempt is not None and not attempts:
         raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
-    return next((a for a in reversed(found) if _log(a, job.rank or 0).exists()), None)
+    return next((a for a in reversed(attempts) if _log(a, job.rank or 0).exists()), None)
 
 
 def _job(run: Run) -> queue.Job | None:
@@ -98,20 +98,20 @@ class _JobIsGone:
 
     def of(self, attempt: Attempt) -> bool:
         """Return True if an attempt is of this job, which has left the queue."""
-        own = launch_of(attempt.path).get("slurm", {}).get("submission")
-        return own in [s.name for s in self._newest] and self()
+        submission = launch_of(attempt.path).get("slurm", {}).get("submission")
+        return submission in [s.name for s in self._newest] and self()
 
 
 def _early_end(run: Run) -> queue_cache.EarlyEnd | None:
     """Return the end of the run's newest job, if no rank of it began."""
     with suppress(UserError):  # the queue can't be read
-        found = newest(run)
-        if found and not queue_cache.in_queue(found):
-            return queue_cache.early_end(found[0])
+        submission = newest(run)
+        if submission and not queue_cache.in_queue(submission):
+            return queue_cache.early_end(submission[0])
     return None
 
 
-def _told(early: queue_cache.EarlyEnd) -> str:
+def _early_end_text(early: queue_cache.EarlyEnd) -> str:
     """Return how a job ended of which no rank began, and the end of its log."""
     lines = early.tail(_LAST_LINES)
     log = f"== {early.submission.log}" if lines else f"No log: {early.submission.log}"
@@ -119,11 +119,11 @@ def _told(early: queue_cache.EarlyEnd) -> str:
 
 
 def _why_nothing(run: Run, job: LogsJob) -> str:
-    if found := _job(run):
-        reason = f" ({found.reason})" if found.is_waiting else ""
-        return f"Job {found.id} is {found.state.lower()}{reason}; no rank has started."
+    if queued := _job(run):
+        reason = f" ({queued.reason})" if queued.is_waiting else ""
+        return f"Job {queued.id} is {queued.state.lower()}{reason}; no rank has started."
     if early := _early_end(run):
-        return _told(early)
+        return _early_end_text(early)
     records = (launch_of(a.path) for a in reversed(run.attempts()))
     record = next(filter(None, records), {})
     if "slurm" in record:
@@ -142,12 +142,12 @@ def _show(path: Path, lines: int, goes_on) -> None:
     with open(path, errors="replace") as f:
         sys.stdout.writelines(map(_in_words, deque(f, maxlen=lines) if lines else _skipped(f)))
         while True:
-            more = f.read()
-            sys.stdout.write(_in_words(more))
+            text = f.read()
+            sys.stdout.write(_in_words(text))
             sys.stdout.flush()
-            if not more and not goes_on():
+            if not text and not goes_on():
                 break
-            time.sleep(_EVERY if not more else 0.0)
+            time.sleep(_EVERY if not text else 0.0)
         sys.stdout.write(_in_words(f.read()))
 
 
@@ -172,7 +172,7 @@ def _is_over(run: Run, attempt: Attempt, is_gone: _JobIsGone) -> bool:
     return any(launch_of(a.path) for a in newer) or is_gone.of(attempt)
 
 
-def _show_failure(attempt: Attempt, shown: int) -> None:
+def _show_failure(attempt: Attempt, printed_rank: int) -> None:
     """Print how the attempt ended, and the last lines of the rank that failed first."""
     record = launch_of(attempt.path)
     if "ended" not in record:
@@ -180,7 +180,7 @@ def _show_failure(attempt: Attempt, shown: int) -> None:
     print(f"== Attempt {attempt.number} ended: {record['how']}.")
     rank = record.get("rank", 0)
     path = _log(attempt, rank)
-    if record["code"] in (DONE, INTERRUPTED, USER) or rank == shown or not path.exists():
+    if record["code"] in (DONE, INTERRUPTED, USER) or rank == printed_rank or not path.exists():
         return
     print(f"== {path}, the rank that failed first")
     with open(path, errors="replace") as f:
@@ -189,10 +189,10 @@ def _show_failure(attempt: Attempt, shown: int) -> None:
 
 def _show_batch(run: Run, job: LogsJob) -> int:
     """Print the log of the newest submission's batch script."""
-    found = submissions(run)
-    if not found:
+    all_submissions = submissions(run)
+    if not all_submissions:
         raise UserError(str(run.path), "was never submitted", "give a rank, such as rank=0")
-    if not (path := (newest(run) or found[-1:])[0].log).exists():
+    if not (path := (newest(run) or all_submissions[-1:])[0].log).exists():
         print(_why_nothing(run, job))
         return DONE
 

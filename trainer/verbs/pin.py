@@ -20,12 +20,12 @@ class PinJob(RunJob):
     off: bool = key(False, "unpin: treat it like the others again")
 
     def problems(self) -> Problems:
-        found = super().problems()
+        problems = super().problems()
         if self.step is None:
-            found.append(
+            problems.append(
                 ("step", "is missing", "write step=500; forescale status lists the checkpoints")
             )
-        return found
+        return problems
 
 
 JOB = PinJob

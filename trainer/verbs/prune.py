@@ -47,9 +47,9 @@ def main(words: list[str]) -> int:
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     status = Status(run)
     keep = keep_of(status.job, job.keep)
-    found = survey(run, ValidationLosses(run.metrics)())
-    stay = reasons(found, keep)
-    doomed, left = [f.step for f in found if f.step not in stay], leftovers(run)
+    checkpoints = survey(run, ValidationLosses(run.metrics)())
+    stay = reasons(checkpoints, keep)
+    doomed, left = [f.step for f in checkpoints if f.step not in stay], leftovers(run)
     for step in run.checkpoint_steps():
         path = run.checkpoint_path(step)
         why = f"delete ({_megabytes(size_of(path))})" if step in doomed else "keep"
@@ -66,13 +66,13 @@ def main(words: list[str]) -> int:
         return DONE
     _expect_not_running(status)
     if doomed:
-        _expect_complete(run, steps_to_verify(found, keep))
-    kept = [step for step in doomed if not delete(run, step)]
+        _expect_complete(run, steps_to_verify(checkpoints, keep))
+    pinned = [step for step in doomed if not delete(run, step)]
     for path in left:
         shutil.rmtree(path)
-    for step in kept:
+    for step in pinned:
         print(f"Kept {run.checkpoint_path(step)}: it was pinned meanwhile.")
-    print(f"Deleted {len(doomed) - len(kept)} checkpoints, {_megabytes(freed)} in all.")
+    print(f"Deleted {len(doomed) - len(pinned)} checkpoints, {_megabytes(freed)} in all.")
     return DONE
 
 

@@ -83,8 +83,8 @@ def _facts(job: StatusJob) -> dict[str, Any]:
     root, errors = Path(job.run.root).expanduser(), open_console(stderr=True)
     runs = _runs(job, root)
     jobs, ends = _jobs(runs, errors)
-    found = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
-    return found[0] if job.target else {"runs": found}
+    rows = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
+    return rows[0] if job.target else {"runs": rows}
 
 
 def _runs(job: StatusJob, root: Path) -> list[Run]:
@@ -117,11 +117,13 @@ def _jobs(
 ) -> tuple[dict[str, queue.Job], dict[str, queue_cache.EarlyEnd]]:
     """Return the jobs of these runs in the queue, with one query for all, and those that ended
     before a rank began; by the run's name."""
-    found = {run.name: last for run in runs for last in newest(run)}
+    submissions = {run.name: last for run in runs for last in newest(run)}
     try:
-        jobs = {s.run.name: job for s, job in queue_cache.in_queue(found.values())}
+        jobs = {s.run.name: job for s, job in queue_cache.in_queue(submissions.values())}
     except UserError as e:  # the files show the runs without it
         console.print(escape(f"The queue can't be read: {e}"), soft_wrap=True)
         return {}, {}
-    ends = {name: queue_cache.early_end(last) for name, last in found.items() if name not in jobs}
+    ends = {
+        name: queue_cache.early_end(last) for name, last in submissions.items() if name not in jobs
+    }
     return jobs, {name: end for name, end in ends.items() if end}

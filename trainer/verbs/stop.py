@@ -44,13 +44,13 @@ def main(words: list[str]) -> int:
     queue."""
     job = compose(StopJob, overrides_of(StopJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
-    found = waiting_or_running(run) if run.jobs() else None
-    if found:
+    if run.jobs() and (in_queue := waiting_or_running(run)):
+        submission, queued = in_queue
         if Status(run).state == "complete":
-            problem = f"the run is complete, and its job {found[1].id} ends by itself"
-            raise UserError(str(run.path), problem, f"if it doesn't: scancel {found[1].id}")
-        expect_own(*found)
-        _stop_job(*found, job.now)
+            problem = f"the run is complete, and its job {queued.id} ends by itself"
+            raise UserError(str(run.path), problem, f"if it doesn't: scancel {queued.id}")
+        expect_own(submission, queued)
+        _stop_job(submission, queued, job.now)
     elif process := _launcher(run):
         _stop_launcher(process, job.now)
     else:

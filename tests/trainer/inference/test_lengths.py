@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from forescale import open_dataset, open_run
 from forescale.errors import UserError
-from forescale.inference.lengths import at_length, edges_of, loss_by_position
-from forescale.inference.scoring import score
+from forescale.inference.scoring import at_length, edges_of, loss_by_position, score
 from forescale.models import ModelConfig, Transformer
 from tests.trainer.small_run import LENGTH, make_run
 

@@ -17,7 +17,7 @@ from tests.trainer.small_run import SHIFT, STEPS, make_run
 
 
 def test_importing_the_door_is_light():
-    code = "import sys, trainer; sys.exit(any(m in sys.modules for m in ('torch', 'pandas')))"
+    code = "import sys, forescale; sys.exit(any(m in sys.modules for m in ('torch', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

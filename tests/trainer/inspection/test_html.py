@@ -9,8 +9,7 @@ from tokenizers import Tokenizer
 
 from forescale.inspection.heads import maps_of
 from forescale.inspection.html import page
-from forescale.inspection.reading import read
-from forescale.inspection.spelling import found_in, spelled
+from forescale.inspection.reading import read, spelled, tokens_of
 from tests.trainer.inspection.test_numbers import build, text
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -64,7 +63,7 @@ def test_pieces_add_up_to_the_text_and_a_subject_is_found(tokenizer):
     pieces = spelled(tokenizer, ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces[1:]) == "def 数据(x):"
-    first, end = found_in(pieces, "数据")
+    first, end = tokens_of(pieces, "数据")
     assert "数据" in "".join(pieces[first:end])
     assert "数据" not in "".join(pieces[first + 1 : end])
 

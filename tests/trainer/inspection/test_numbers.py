@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
-from forescale.inspection import heads, tracing
-from forescale.inspection.ablation import ablate
+from forescale.inspection import heads, interventions
 from forescale.inspection.edits import edited, token_losses
+from forescale.inspection.interventions import ablate
 from forescale.models.config import ModelConfig
 from forescale.models.hf import to_hf
 from forescale.models.transformer import Transformer
@@ -141,7 +141,7 @@ def test_the_last_row_of_the_lens_is_what_the_model_says():
 
 def test_a_trace_equals_one_state_at_a_time():
     model, x = build(), text()
-    found = tracing.trace(model, x, 2, 4, seed=5)
+    found = interventions.trace(model, x, 2, 4, seed=5)
     streams = []
 
     def keep(layer, values):
@@ -153,7 +153,7 @@ def test_a_trace_equals_one_state_at_a_time():
     assert found.answer == int(after.argmax())
     close(found.clean, after.max())
     generator = torch.Generator().manual_seed(5)
-    noise = 3 * streams[0].std() * torch.randn(tracing.DRAWS, 2, 32, generator=generator)
+    noise = 3 * streams[0].std() * torch.randn(interventions.DRAWS, 2, 32, generator=generator)
     for layer, column in ((0, 3), (1, L - 1), (0, 7)):
         total = 0.0
         for draw in noise:
@@ -168,7 +168,7 @@ def test_a_trace_equals_one_state_at_a_time():
 
             with torch.no_grad(), edited(model, stream=edit):
                 total += model(x[None])[0, -1].softmax(-1)[found.answer].item()
-        close(found.restored["stream"][layer][column], total / tracing.DRAWS)
+        close(found.restored["stream"][layer][column], total / interventions.DRAWS)
     # Behind the last block only the last token's state is read; before the subject all is clean.
     last = found.restored["stream"][-1]
     close(last[-1], found.clean)

@@ -1,16 +1,179 @@
-"""The details of a score: one more pass over its windows."""
+"""The details of a score: one more pass over its windows, token by token.
 
+Bits per byte by the origin of a document (its file type, and the input that it came with), and how
+much the context helps: the in-context-learning score of Olsson et al. 2022 (arXiv 2209.11895), the
+loss of the 500th token of a context minus that of the 50th, a mean over texts. It is negative for a
+model that uses its context. In windows of fewer than 500 tokens, the last token takes the place of
+the 500th, and one a tenth as far that of the 50th; such scores compare only where both places are
+equal.
+
+Invariant: windows and losses are those of `score`, so that the sum over all tokens is its loss.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from forescale.config.train import TrainJob
 from forescale.console import Progress, silent
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Split
+from forescale.data.stream import held_out_places, spread, validation_windows
 from forescale.errors import UserError
-from forescale.inference.details.in_context import InContext, InContextSums
-from forescale.inference.details.origins import DocumentSums, Part
-from forescale.inference.details.tokens import window_losses
+from forescale.inference.scoring import target_losses
+from forescale.train.evaluate import ratio_stderr
+
+LATE, RATIO = 500, 10
+
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """The targets of a window, (n,) each. ids: the tokens; nats: their losses; document: the number
+    of its document in the split; context: how many tokens the model sees before it."""
+
+    ids: np.ndarray
+    nats: np.ndarray
+    document: np.ndarray
+    context: np.ndarray
+
+
+def window_losses(
+    model: nn.Module,
+    split: Split,
+    sequence_length: int,
+    *,
+    windows: int | None = None,
+    documents: bool = False,
+    progress: Progress = silent,
+) -> Iterator[WindowLosses]:
+    """Yield the losses of each window of a split, or of so many, evenly spread, as the next token
+    is the target. documents: attention stays within documents, as trained.
+
+    Logits of one window are held at a time, (L, V) fp32.
+    """
+    places = held_out_places(split, sequence_length, None)
+    chosen = [places[i] for i in spread(len(places), windows)]
+    parts = validation_windows(split, sequence_length, 1, limit=windows, documents=documents)
+    number_of = _Documents(split)
+    for done, (window, (shard, ((start, size),))) in enumerate(zip(parts, chosen, strict=True), 1):
+        n = size - 1
+        nats_L, positions_L = target_losses(model, window)
+        yield WindowLosses(
+            window.targets[0, :n].numpy(),
+            nats_L[:n].numpy(),
+            number_of(shard, np.arange(start + 1, start + size)),
+            positions_L[:n].numpy() + 1,
+        )
+        progress("losses of tokens", done, len(chosen), "windows")
+
+
+class _Documents:
+    """The numbers of documents in a split, by the place of a token."""
+
+    def __init__(self, split: Split):
+        self._split, self._shard = split, -1
+        self._ends, self._before = np.empty(0, np.int64), 0
+
+    def __call__(self, shard: int, tokens: np.ndarray) -> np.ndarray:
+        """Return the number of the document of each token of a shard. Shards come in order."""
+        while self._shard < shard:
+            self._before += len(self._ends)
+            self._shard += 1
+            length = self._split.shard_tokens[self._shard]
+            self._ends = self._split.document_ends(self._shard, 0, length)
+        return self._before + np.searchsorted(self._ends, tokens, side="right")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents of one origin. bits_per_byte: as of Score, of their text alone, with its
+    standard error over documents, which are taken as independent; documents, bytes: how many of
+    each were scored, a document also if only a part of it was."""
+
+    name: str
+    bits_per_byte: float
+    stderr: float
+    documents: int
+    bytes: int
+
+
+class DocumentSums:
+    """Adds up the nats and bytes of each held-out document."""
+
+    def __init__(self, dataset: Dataset, split: str):
+        self._dataset, self._split = dataset, split
+        size = dataset.split(split).num_documents
+        self._nats, self._bytes = np.zeros(size), np.zeros(size, np.int64)
+
+    def add(self, window: WindowLosses) -> None:
+        """Add the targets of a window."""
+        np.add.at(self._nats, window.document, window.nats)
+        np.add.at(self._bytes, window.document, self._dataset.token_bytes[window.ids])
+
+    def parts(self) -> dict[str, list[Part]]:
+        """Return the parts by `kind` (file types) and by `source` (inputs of the dataset), each in
+        the order of their bytes, the most first; empty if the dataset doesn't know them: it knows
+        them of its validation split, if it was built from text by this version."""
+        origins = self._dataset.origins if self._split == "validation" else None
+        if origins is None:
+            return {}
+        named = {"kind": origins["kinds"], "source": origins["sources"]}
+        return {by: self._by(np.array(origins[by], np.int64), names) for by, names in named.items()}
+
+    def _by(self, number: np.ndarray, names: Sequence[str]) -> list[Part]:
+        parts = [self._part(name, number == i) for i, name in enumerate(names)]
+        return sorted((p for p in parts if p.bytes), key=lambda part: -part.bytes)
+
+    def _part(self, name: str, chosen: np.ndarray) -> Part:
+        scored = chosen & ((self._bytes > 0) | (self._nats > 0))
+        nats, count = self._nats[scored], self._bytes[scored]
+        if not (total := int(count.sum())):
+            return Part(name, math.nan, math.nan, len(nats), 0)
+        ratio = math.fsum(nats) / total
+        stderr = ratio_stderr(nats, count, ratio)
+        return Part(name, ratio / math.log(2), stderr / math.log(2), len(nats), total)
+
+
+@dataclass(frozen=True)
+class InContext:
+    """score: the mean difference, in nats, of the losses of tokens before which the model sees
+    `late` and `early` others, of the same document if it keeps documents apart; stderr: its
+    standard error, pairs taken as independent; late_loss, early_loss: the means. NaN without a
+    pair."""
+
+    late: int
+    early: int
+    score: float
+    stderr: float
+    late_loss: float
+    early_loss: float
+    pairs: int
+
+
+class InContextSums:
+    """Collects the pairs of losses. length: the most tokens that the model sees."""
+
+    def __init__(self, length: int):
+        self._late = min(LATE, length)
+        self._early = max(1, self._late // RATIO)
+        self._pairs: list[np.ndarray] = []
+
+    def add(self, window: WindowLosses) -> None:
+        """Take the pairs of a window."""
+        late = np.flatnonzero(window.context == self._late)
+        # Contexts grow by one token, so the early one is as many columns before.
+        early = late - (self._late - self._early)
+        self._pairs.append(np.stack([window.nats[late], window.nats[early]]))
+
+    def score(self) -> InContext:
+        """Return the score over all pairs."""
+        late, early = np.concatenate([np.empty((2, 0)), *self._pairs], 1)
+        n, change = len(late), late - early
+        stderr = float(change.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        means = [float(x.mean()) if n else math.nan for x in (change, late, early)]
+        return InContext(self._late, self._early, means[0], stderr, means[1], means[2], n)
 
 
 @dataclass(frozen=True)
@@ -44,7 +207,7 @@ def measure(
     config: of the run; windows: as of `score`.
     """
     context, sums = InContextSums(sequence_length), DocumentSums(dataset, split)
-    for found in window_losses(
+    for window in window_losses(
         model,
         dataset.split(split),
         sequence_length,
@@ -52,6 +215,6 @@ def measure(
         documents=config.data.document_mask,
         progress=progress,
     ):
-        context.add(found)
-        sums.add(found)
+        context.add(window)
+        sums.add(window)
     return Details(sums.parts(), context.score())

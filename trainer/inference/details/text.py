@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from forescale.inference.details.induction import Induction
-from forescale.inference.details.measure import Details
-from forescale.inference.details.origins import Part
+from forescale.inference.details.measure import Details, Part
 
 _BY = {"kind": "file type", "source": "input"}
 

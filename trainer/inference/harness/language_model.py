@@ -138,10 +138,10 @@ class LanguageModel(TemplateLM):
         for request in requests:
             if not request.args[1]:
                 raise self._without_tokens(*request.args)
-        found = super().loglikelihood(requests, disable_tqdm=True)
+        results = super().loglikelihood(requests, disable_tqdm=True)
         for request, lost in zip(requests, self._lost, strict=True):
             self._count_cut(request, lost)
-        return found
+        return results
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -152,7 +152,7 @@ class LanguageModel(TemplateLM):
             if not continuation:
                 raise self._without_tokens(*pair)
             rows.setdefault(self._row(context, continuation), []).append(i)
-        found = [(0.0, False)] * len(requests)
+        results = [(0.0, False)] * len(requests)
         order, done = sorted(rows, key=lambda row: (-len(row), row)), 0
         for first in range(0, len(order), self.batch):
             part = order[first : first + self.batch]
@@ -160,12 +160,12 @@ class LanguageModel(TemplateLM):
             for row, tail in zip(part, self._tails(part, counts), strict=True):
                 for i in rows[row]:
                     pair, continuation = requests[i][0], requests[i][2]
-                    found[i] = _judged(tail[-len(continuation) :], continuation)
+                    results[i] = _judged(tail[-len(continuation) :], continuation)
                     if pair is not None:
-                        self.cache_hook.add_partial("loglikelihood", pair, found[i])
+                        self.cache_hook.add_partial("loglikelihood", pair, results[i])
                 done += len(rows[row])
             self._progress(f"{self.title} likelihoods", done, len(requests), "texts")
-        return found
+        return results
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         """Return what the model reads: all but the last token, and of too many the last ones.
@@ -191,8 +191,8 @@ class LanguageModel(TemplateLM):
         # Padding behind a row changes nothing before it: the model is causal.
         padded = [[*row, *[0] * (width - len(row))] for row in rows]
         tokens = torch.tensor(padded, device=self._device)
-        own = {"last": width - first} if isinstance(self._model, Transformer) else {}
-        logits = self._model(tokens, **own)[:, first - width :]
+        options = {"last": width - first} if isinstance(self._model, Transformer) else {}
+        logits = self._model(tokens, **options)[:, first - width :]
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             end = len(row) - first
             yield logits[i, end - count : end].float().log_softmax(-1)
@@ -211,14 +211,14 @@ class LanguageModel(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            own = [(None, *make_disjoint_window(piece)) for piece in pieces]
-            windows += own
-            counts.append(len(own))
+            parts = [(None, *make_disjoint_window(piece)) for piece in pieces]
+            windows += parts
+            counts.append(len(parts))
         nats = iter(self._loglikelihood_tokens(windows))
-        found = [sum(next(nats)[0] for _ in range(count)) for count in counts]
-        for request, one in zip(requests, found, strict=True):
+        totals = [sum(next(nats)[0] for _ in range(count)) for count in counts]
+        for request, one in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, one)
-        return found
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that the model writes after each prompt, before the first of its stop

@@ -68,7 +68,7 @@ def as_facts(score: TaskScore) -> dict[str, Any]:
         "task_version": score.version,
         "task_file": score.file,
         "task_sha256": score.sha256,
-        "asked_sha256": score.asked,
+        "asked_sha256": score.questions_hash,
         "lm_eval": lm_eval_version(),
     }
 

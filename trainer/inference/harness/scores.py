@@ -42,7 +42,7 @@ class TaskScore:
 
     metrics: by name, as in acc or exact_match,strict-match, the second part a filter of the task;
     version: of the task, as its file has it; file, sha256: its file, and the hash of that and of
-    those that it includes; asked: a hash of all questions and right answers (None for groups);
+    those that it includes; questions_hash: of all questions and right answers (None for groups);
     cut_rows, cut_tokens: how many rows were too long, and the tokens that they lost.
     """
 
@@ -53,7 +53,7 @@ class TaskScore:
     version: str | None
     file: str | None
     sha256: str | None
-    asked: str | None
+    questions_hash: str | None
     cut_rows: int
     cut_tokens: int
     samples: list[dict[str, Any]]
@@ -72,13 +72,13 @@ def scores_of(
     through the run's chat template, with examples as earlier turns. Raises UserError for a task
     that asks what the model can't do.
     """
-    for name, found in tasks.items():
-        own = {task.task_name: task.get_config("num_fewshot") for task in leaves(found)}
+    for name, loaded in tasks.items():
+        defaults = {task.task_name: task.get_config("num_fewshot") for task in leaves(loaded)}
         for count in shots or (None,):
-            _prepare(found, own, count)
+            _prepare(loaded, defaults, count)
             model.title = Path(name).stem
             model.restart()
-            yield from _scored(model, name, found, questions, chat)
+            yield from _scored(model, name, loaded, questions, chat)
 
 
 def lm_eval_version() -> str:
@@ -86,33 +86,33 @@ def lm_eval_version() -> str:
     return version("lm_eval")
 
 
-def _prepare(found: Loaded, own: dict[str, int | None], shots: int | None) -> None:
+def _prepare(loaded: Loaded, defaults: dict[str, int | None], shots: int | None) -> None:
     """Set the number of examples of these tasks, and lm_eval's seeds, by which it draws them.
 
-    own: the number of each task's file. Raises UserError for a task that takes no other.
+    defaults: the number of each task's file. Raises UserError for a task that takes no other.
     """
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
-    for task in leaves(found):
+    for task in leaves(loaded):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        given = own[task.task_name]
-        if given == 0 and shots:
+        default = defaults[task.task_name]
+        if default == 0 and shots:
             problem = (
                 f"the task {task.task_name} always has 0 examples: its file says num_fewshot: 0"
             )
             raise UserError("shots", problem, "leave shots out, or take that line out of its file")
-        task.set_config(key="num_fewshot", value=(given or 0) if shots is None else shots)
+        task.set_config(key="num_fewshot", value=(default or 0) if shots is None else shots)
 
 
 def _scored(
-    model: LanguageModel, name: str, found: Loaded, questions: int | None, chat: bool
+    model: LanguageModel, name: str, loaded: Loaded, questions: int | None, chat: bool
 ) -> Iterator[TaskScore]:
     try:
         with quiet(), _own_process():
             # Its `simple_evaluate` would do the same, and describe this machine for a minute.
             results = evaluate(
                 model,
-                TaskManager(include_defaults=False).load(found),
+                TaskManager(include_defaults=False).load(loaded),
                 limit=questions,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
@@ -137,7 +137,7 @@ def _scored(
             version=None if known in (None, "Yaml") else str(known),
             file=None if file is None else str(file),
             sha256=None if file is None else content_hash(file),
-            asked=_asked(samples),
+            questions_hash=_questions_hash(samples),
             cut_rows=sum(model.cut_rows[part] for part in parts),
             cut_tokens=sum(model.cut_tokens[part] for part in parts),
             samples=samples,
@@ -170,15 +170,15 @@ def _metrics(
     numbers: dict[str, Any], samples: list[dict[str, Any]]
 ) -> Iterator[tuple[str, Metric]]:
     for key, value in numbers.items():
-        metric, comma, kept = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        stderr = numbers.get(f"{metric}_stderr,{kept}")
+        stderr = numbers.get(f"{metric}_stderr,{filter_name}")
         stderr = float(stderr) if isinstance(stderr, int | float) else None
-        own = [one[metric] for one in samples if one["filter"] == kept and metric in one]
+        values = [one[metric] for one in samples if one["filter"] == filter_name and metric in one]
         yield (
-            metric if kept == "none" else key,
-            Metric(float(value), stderr, _interval(own, float(value))),
+            metric if filter_name == "none" else key,
+            Metric(float(value), stderr, _interval(values, float(value))),
         )
 
 
@@ -196,7 +196,7 @@ def _file_of(config: dict[str, Any]) -> Path | None:
     return path if path.is_file() else None
 
 
-def _asked(samples: list[dict[str, Any]]) -> str | None:
+def _questions_hash(samples: list[dict[str, Any]]) -> str | None:
     """Return what lm_eval calls the hash of a task."""
     if not samples:
         return None

@@ -42,14 +42,14 @@ def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
         # Reading the list of all of them takes seconds.
         include_defaults=len(files) < len(names) or any("group" in c for c in contents.values()),
     )
-    found: dict[str, Loaded] = {}
+    tasks: dict[str, Loaded] = {}
     for name in names:
         if name not in files and name not in manager.task_index:
             near = ", ".join(nearest_first(name, manager.all_tasks)[:_NEAR])
             problem = f"{name!r} is neither a task of lm_eval nor a file"
             raise UserError("tasks", problem, f"did you mean one of {near}?")
-        found[name] = _loaded(manager, name, files.get(name), contents.get(name))
-    return found
+        tasks[name] = _loaded(manager, name, files.get(name), contents.get(name))
+    return tasks
 
 
 def _is_file(name: str) -> bool:
@@ -62,13 +62,13 @@ def _content(name: str, path: Path) -> dict[str, Any]:
         problem = "is a directory" if path.is_dir() else "there is no such file"
         raise UserError(name, problem, "name the .yaml file of a task, or a task of lm_eval")
     try:
-        found = load_yaml(path, resolve_func=False)
+        content = load_yaml(path, resolve_func=False)
     except (yaml.YAMLError, ValueError, OSError) as e:
         raise UserError(name, f"can't be read as YAML ({_line(e)})", "correct it") from None
-    if not any(isinstance(found.get(key), str) for key in ("task", "group")):
+    if not any(isinstance(content.get(key), str) for key in ("task", "group")):
         problem = "is no task of lm_eval: it has neither the key `task` nor `group`"
         raise UserError(name, problem, "give the task a name, such as task: mine")
-    return found
+    return content
 
 
 def _loaded(
@@ -80,7 +80,7 @@ def _loaded(
         content = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
     try:
         # `load` would name tasks of two files that are alike.
-        found = _group_of(manager, file, content) or manager._load_spec(name)
+        loaded = _group_of(manager, file, content) or manager._load_spec(name)
     except ModuleNotFoundError as e:
         problem = f"needs the package {e.name}, which isn't installed"
         raise UserError(name, problem, f"pip install {e.name}") from None
@@ -89,14 +89,14 @@ def _loaded(
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, TemplateError) as e:
         problem = f"lm_eval can't make a task of it ({type(e).__name__}: {_line(e)})"
         raise UserError(name, problem, "correct its file") from e
-    for task in leaves(found):
+    for task in leaves(loaded):
         if getattr(task, "UNSAFE_CODE", False):
             problem = "runs code that the model writes"
             todo = "run it in a container, by lm_eval with forescale.open_run(...).language_model()"
             raise UserError(name, problem, todo)
         if getattr(task, "MULTIMODAL", False):
             raise UserError(name, "asks about pictures or sounds", "name a task of text")
-    return found
+    return loaded
 
 
 def _group_of(manager: TaskManager, file: Path | None, content: dict[str, Any]) -> Group | None:
@@ -125,19 +125,19 @@ def _without_data(name: str, content: dict[str, Any], error: Exception) -> UserE
     return UserError(name, problem, todo)
 
 
-def leaves(found: Loaded) -> list[Task]:
+def leaves(loaded: Loaded) -> list[Task]:
     """Return the tasks that are asked."""
-    if isinstance(found, Group):
-        return list(found.get_all_tasks())
-    return found if isinstance(found, list) else [found]
+    if isinstance(loaded, Group):
+        return list(loaded.get_all_tasks())
+    return loaded if isinstance(loaded, list) else [loaded]
 
 
 def content_hash(path: Path) -> str:
     """Return the SHA-256 of a task's file, and of those that it includes after it."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in _with_included(path):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _with_included(path: Path) -> Iterator[Path]:
@@ -150,11 +150,11 @@ def _with_included(path: Path) -> Iterator[Path]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep lm_eval from writing: bars of its own beside ours, and notes on each default."""
-    logger, made = logging.getLogger("lm_eval"), tqdm.__init__
+    logger, init = logging.getLogger("lm_eval"), tqdm.__init__
     level, had_bars = logger.level, datasets.are_progress_bars_disabled()
 
-    def without_bar(self: Any, *args: Any, **more: Any) -> None:
-        made(self, *args, **more | {"disable": True})
+    def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs | {"disable": True})
 
     logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -162,7 +162,7 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        tqdm.__init__ = made
+        tqdm.__init__ = init
         logger.setLevel(level)
         if not had_bars:
             datasets.enable_progress_bars()

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from forescale import open_dataset, open_run
-from forescale.inference.details.in_context import InContextSums
 from forescale.inference.details.induction import induction
-from forescale.inference.details.measure import measure
-from forescale.inference.details.tokens import WindowLosses, window_losses
+from forescale.inference.details.measure import (
+    InContextSums,
+    WindowLosses,
+    measure,
+    window_losses,
+)
 from forescale.inference.scoring import score
 from tests.trainer.small_run import LENGTH, make_run
 
@@ -48,11 +51,11 @@ def test_each_token_belongs_to_its_document_and_its_place(read):
     plain, masked = losses_of(read), losses_of(read, documents=True)
     assert np.concatenate([w.ids for w in plain]).tolist() == ids[1:].tolist()
     assert np.concatenate([w.document for w in plain]).tolist() == number[1:].tolist()
-    assert plain[0].seen.tolist() == [*range(1, LENGTH + 1)]
+    assert plain[0].context.tolist() == [*range(1, LENGTH + 1)]
     for window in masked:  # the second token of a document is predicted from its first alone
         begins = np.flatnonzero(window.ids[:-2] == dataset.end_of_text) + 2
-        assert (window.seen[begins] == 1).all()
-        assert (window.seen[begins - 1] > 1).all()
+        assert (window.context[begins] == 1).all()
+        assert (window.context[begins - 1] > 1).all()
 
 
 def test_bits_per_byte_of_the_parts_add_up_to_that_of_the_whole(read):

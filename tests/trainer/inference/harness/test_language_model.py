@@ -133,7 +133,7 @@ def test_a_model_that_continues_no_text_is_refused(small_data, tmp_path):
     words = [*SIZES, "objective=masked", "model.causal=false"]
     run = make_run(small_data, tmp_path / "runs", "masked", *words)
     with pytest.raises(
-        UserError, match=r"^tasks: was trained with objective\.kind=masked, and continues no"
+        UserError, match=r"^tasks: was trained with objective=masked, and continues no"
     ):
         open_run(run.path).language_model()
 

@@ -1,5 +1,11 @@
-"""Causal tracing: which states carry a fact from its subject to its answer (Meng et al. 2022, arXiv
-2202.05262, section 2.1).
+"""What a model's output becomes when a part of it is taken away or put back.
+
+Ablation (Michel, Levy and Neubig 2019, arXiv 1905.10650): the mean loss of a text without a head, a
+mixer or an MLP minus that with it, in nats a token. The part then adds 0 to the residual stream,
+and nothing else changes.
+
+Causal tracing (Meng et al. 2022, arXiv 2202.05262, section 2.1): which states carry a fact from its
+subject to its answer.
 
     clean      p of the answer after the text
     corrupted  p after noise is added to the embeddings of the subject's tokens
@@ -15,12 +21,79 @@ import torch
 from torch import Tensor
 
 from forescale.console import Progress, silent
-from forescale.inspection.edits import Edit, edited, in_parts
+from forescale.inspection.edits import Edit, blocks_of, edited, has_heads, in_parts, token_losses
 from forescale.models.transformer import Transformer
 
 PLACES = ("stream", "mixer", "mlp")
 _NOISE = 3.0
 DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """heads: for each layer those of its heads, [] for a mixer without heads; mixers, mlps: one a
+    layer."""
+
+    heads: list[list[float]]
+    mixers: list[float]
+    mlps: list[float]
+
+
+@torch.no_grad()
+def ablate(model: Transformer, tokens_L: Tensor, progress: Progress = silent) -> Ablation:
+    """Return the changes of the loss. tokens (L,): what the model reads; the first has no loss."""
+    whole = float(token_losses(model(tokens_L[None]), tokens_L[None]).mean())
+    blocks, done = blocks_of(model), 0
+    layers = len(blocks)
+    counts = [b.mixer.num_heads if has_heads(b.mixer) else 0 for b in blocks]
+    total = 2 * layers + sum(counts)
+
+    def changes(count: int, **edits) -> list[float]:
+        """Return the changes where row r of a batch has its own edit, edits[...](r)."""
+        nonlocal done
+        differences: list[float] = []
+        for part in in_parts(count, len(tokens_L)):
+            rows_BL = tokens_L.expand(part.stop - part.start, -1)
+            row_edits = {place: edit(part) for place, edit in edits.items()}
+            with edited(model, **row_edits):
+                losses_B = token_losses(model(rows_BL), rows_BL).mean(1)
+            differences += (losses_B - whole).tolist()
+            done += part.stop - part.start
+            progress("ablate", done, total, "parts")
+        return differences
+
+    def without_layer(part: slice):
+        def edit(layer: int, values: Tensor) -> Tensor:
+            if not part.start <= layer < part.stop:
+                return values
+            values = values.clone()
+            values[layer - part.start] = 0
+            return values
+
+        return edit
+
+    def without_head_of(chosen: int):
+        def rows(part: slice):
+            def edit(layer: int, values_BLHK: Tensor) -> Tensor:
+                if layer != chosen:
+                    return values_BLHK
+                values_BLHK = values_BLHK.clone()
+                rows = torch.arange(part.stop - part.start)
+                values_BLHK[rows, :, rows + part.start] = 0
+                return values_BLHK
+
+            return edit
+
+        return rows
+
+    return Ablation(
+        heads=[
+            changes(count, heads=without_head_of(i)) if count else []
+            for i, count in enumerate(counts)
+        ],
+        mixers=changes(layers, mixer=without_layer),
+        mlps=changes(layers, mlp=without_layer),
+    )
 
 
 @dataclass(frozen=True)
