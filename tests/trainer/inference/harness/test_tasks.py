@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import sys
 from functools import cache
@@ -103,7 +104,8 @@ def test_scores_are_printed_before_answers_are_written(trained, forescale, tmp_p
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("forescale.inference.harness.results.write_file", full)
+    results = importlib.import_module("forescale.inference.harness.results")
+    monkeypatch.setattr(results, "write_file", full)
     monkeypatch.setenv("HOME", str(tmp_path))
     words = (f"tasks=[{file}]", "questions=1", "answers=~/there/answers.jsonl")
     code, out, err = forescale("eval", trained.path, *words)
