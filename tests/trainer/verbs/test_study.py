@@ -42,17 +42,17 @@ def fit(tmp_path, monkeypatch, forescale):
 
 def test_a_fit_of_noiseless_runs_recovers_the_law(fit):
     code, out, _ = fit(surface(), "--json", "target.flops=1e22")
-    found = json.loads(out)
+    facts = json.loads(out)
     assert code == 0
-    assert found["certificate"]["holds"]
-    assert found["values"] == pytest.approx(TRUTH, rel=1e-5)
-    assert found["prediction"]["extrapolation_factor"] == pytest.approx(10)
-    n, d = found["prediction"]["parameters"], found["prediction"]["tokens"]
+    assert facts["certificate"]["holds"]
+    assert facts["values"] == pytest.approx(TRUTH, rel=1e-5)
+    assert facts["prediction"]["extrapolation_factor"] == pytest.approx(10)
+    n, d = facts["prediction"]["parameters"], facts["prediction"]["tokens"]
     assert 6 * n * d == pytest.approx(1e22)
     want = TRUTH["E"] + TRUTH["A"] / n ** TRUTH["alpha"] + TRUTH["B"] / d ** TRUTH["beta"]
-    assert found["prediction"]["law"] == pytest.approx(want, rel=1e-8)
-    assert found["prediction"]["loss"] == pytest.approx(want, rel=0.02)
-    assert found["allocation"][0] == pytest.approx(0.37 / 0.72, rel=1e-5)
+    assert facts["prediction"]["law"] == pytest.approx(want, rel=1e-8)
+    assert facts["prediction"]["loss"] == pytest.approx(want, rel=0.02)
+    assert facts["allocation"][0] == pytest.approx(0.37 / 0.72, rel=1e-5)
 
 
 def test_the_output_has_the_law_its_uncertainty_and_its_doubts(fit):
@@ -172,8 +172,8 @@ def test_the_help_of_an_action_has_its_keys_alone(forescale, name):
     assert code == 0
     assert action.purpose in out
     assert all(example in out for example in action.examples)
-    shown = set(re.findall(r"^  ([a-z_][a-z_.]*) {2,}", out, re.MULTILINE))
-    assert shown == {path for path in leaves(StudyJob) if action.reads(path)}
+    keys = set(re.findall(r"^  ([a-z_][a-z_.]*) {2,}", out, re.MULTILINE))
+    assert keys == {path for path in leaves(StudyJob) if action.reads(path)}
 
 
 def test_every_key_is_read_by_an_action():
@@ -189,23 +189,23 @@ def test_a_forecast_is_written_and_scored(tmp_path, monkeypatch, forescale):
     rows = surface(0.003).rename(columns={"N": "parameters"})
     rows = rows.assign(name=[f"cell-{i}" for i in rows.index])
     rows.to_csv("points.csv", index=False)
-    own = ("points.csv", "study=mine")
-    made = (*own, "bootstraps=100")
-    code, out, _ = forescale("study", "predict", *made, "target.run=big", "target.flops=3e21")
+    words = ("points.csv", "study=mine")
+    options = (*words, "bootstraps=100")
+    code, out, _ = forescale("study", "predict", *options, "target.run=big", "target.flops=3e21")
     assert code == 0
     assert out.startswith("studies/mine/forecasts/0001.json: loss 2.")
-    code, out, _ = forescale("study", "score", *own)
+    code, out, _ = forescale("study", "score", *words)
     assert "0 of 1 forecasts have an observed loss" in out
     assert "1 runs have no record yet. The hash chain of the forecasts is intact." in out
     facts = json.loads((tmp_path / "studies/mine/forecasts/0001.json").read_text())
     run = {**facts["target"], "flops": 3e21, "budget": 3e21, "loss": facts["loss"] * 1.001}
     pd.concat([rows, pd.DataFrame([{**run, "name": "big"}])]).to_csv("points.csv", index=False)
-    code, out, _ = forescale("study", "score", *own)
+    code, out, _ = forescale("study", "score", *words)
     assert code == 0
     assert "1 of 1 forecasts have an observed loss: 1 inside the interval, 1 inside the 50%" in out
     assert "-0.10%" in out
-    assert json.loads(forescale("study", "score", *own, "--json")[1])["inside"] == 1
-    assert forescale("study", "predict", *made, "target.flops=1e22")[0] == 2
+    assert json.loads(forescale("study", "score", *words, "--json")[1])["inside"] == 1
+    assert forescale("study", "predict", *options, "target.flops=1e22")[0] == 2
     assert forescale("study", "score", "points.csv", "study=none")[0] == 2
 
 
@@ -230,12 +230,12 @@ def test_forecasts_are_judged_by_several_tables(tables, forescale):
     assert re.search(r"^law +2 +\d\.\d+%.* [+-]\d+\.\d+ +[+-]\d+\.\d+$", out, re.MULTILINE)
     assert re.search(r"^last minimum +2 +\d+\.\d+% +\+\d+\.\d+% +\d+% \d+% +- ", out, re.MULTILINE)
     assert re.search(r"^b +2 +1 +\d\.\d+%", out, re.MULTILINE)
-    own = ("backtest", "a.csv", "near=null", "--json")
-    code, out, _ = forescale("study", *own)
-    found = json.loads(out)["scores"]
+    words = ("backtest", "a.csv", "near=null", "--json")
+    code, out, _ = forescale("study", *words)
+    facts = json.loads(out)["scores"]
     assert code == 0
-    assert {one["table"] for one in found} == {None, "a.csv"}
-    assert {one["method"] for one in found} == {"level", "law", "line", "L(C)", "last minimum"}
+    assert {one["table"] for one in facts} == {None, "a.csv"}
+    assert {one["method"] for one in facts} == {"level", "law", "line", "L(C)", "last minimum"}
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_what_cannot_be_judged_is_refused_with_a_sentence(tables, forescale, arg
 @pytest.mark.slow  # draws a whole report
 def test_a_report_is_one_file(fit, forescale, tmp_path):
     surface(0.003).to_csv("points.csv", index=False)
-    own = ("points.csv", "columns={parameters: N}", "bootstraps=100", "study=mine")
-    code, out, _ = forescale("study", "report", *own)
+    words = ("points.csv", "columns={parameters: N}", "bootstraps=100", "study=mine")
+    code, out, _ = forescale("study", "report", *words)
     assert code == 0
     assert out.startswith("studies/mine/report.html: ")
     assert "residuals-by-size" in (tmp_path / "studies/mine/report.html").read_text()
-    assert forescale("study", "report", *own, "to=here.html")[0] == 0
+    assert forescale("study", "report", *words, "to=here.html")[0] == 0
     assert (tmp_path / "here.html").exists()

@@ -30,8 +30,8 @@ CAP = 1e21
 def law():
     """The law of the three cheapest budgets, to 1e19 FLOPs."""
     points, budgets = surface("nothing", 3)
-    made = fit(CHINCHILLA, points.take(budgets < 1.1e19))
-    return calibrate(made, bootstrap.pairs(made, 10), Discrepancy())
+    results = fit(CHINCHILLA, points.take(budgets < 1.1e19))
+    return calibrate(results, bootstrap.pairs(results, 10), Discrepancy())
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def offered():
 
 def test_chosen_runs_stay_within_the_cap_and_each_lowers_the_variance(law, offered):
     for cap in (5e19, 2e20, 3e21):
-        found = recommend(law, offered, TARGET, cap)
-        assert 0 < sum(c.flops for c in found) <= cap
-        assert len({(c.parameters, c.tokens) for c in found}) == len(found)
-        ends = [found[0].before, *(c.after for c in found)]
+        choices = recommend(law, offered, TARGET, cap)
+        assert 0 < sum(c.flops for c in choices) <= cap
+        assert len({(c.parameters, c.tokens) for c in choices}) == len(choices)
+        ends = [choices[0].before, *(c.after for c in choices)]
         assert (np.diff(ends) < 0).all()
-        assert [c.before for c in found] == ends[:-1]
-        assert all(c.gain > 0 for c in found)
+        assert [c.before for c in choices] == ends[:-1]
+        assert all(c.gain > 0 for c in choices)
 
 
 def test_a_larger_cap_never_leaves_more_variance(law, offered):
@@ -62,10 +62,12 @@ def test_the_choice_leaves_less_variance_than_random_or_cheapest_runs(law, offer
     best = recommend(law, offered, TARGET, CAP)[-1].after
     rng, order = np.random.default_rng(0), np.argsort(offered.flops)
     for drawn in (order, *(rng.permutation(len(order)) for _ in range(50))):
-        kept = drawn[np.cumsum(offered.flops[drawn]) <= CAP]
-        if not len(kept):
+        affordable = drawn[np.cumsum(offered.flops[drawn]) <= CAP]
+        if not len(affordable):
             continue
-        some = RunSet(offered.parameters[kept], offered.tokens[kept], offered.flops[kept])
+        some = RunSet(
+            offered.parameters[affordable], offered.tokens[affordable], offered.flops[affordable]
+        )
         assert best <= recommend(law, some, TARGET, CAP)[-1].after * (1 + 1e-9)
 
 
@@ -82,15 +84,15 @@ def test_discrepancy_moves_the_choice_toward_the_target(law, offered):
 def test_the_promised_variance_is_reached_when_the_runs_are_known(law, offered):
     """Without discrepancy: the variance before any loss is known equals the one afterwards."""
     exact = replace(law, discrepancy=Discrepancy(0.0))
-    found = recommend(exact, offered, TARGET, CAP)
-    n, d, c = np.array([(x.parameters, x.tokens, x.flops) for x in found]).T
+    choices = recommend(exact, offered, TARGET, CAP)
+    n, d, c = np.array([(x.parameters, x.tokens, x.flops) for x in choices]).T
     new = (law.fit.predict(parameters=n, tokens=d), n, d, c)
-    own = law.fit.points
-    old = (own.loss, own.parameters, own.tokens, own.flops)
+    runs = law.fit.points
+    old = (runs.loss, runs.parameters, runs.tokens, runs.flops)
     columns = [np.append(a, b) for a, b in zip(old, new, strict=True)]
     later = replace(exact, fit=fit(CHINCHILLA, Points(*columns)))
     again = recommend(later, offered, TARGET, CAP)
-    assert again[0].before == pytest.approx(found[-1].after, rel=0.05)
+    assert again[0].before == pytest.approx(choices[-1].after, rel=0.05)
 
 
 def test_variances_of_several_targets_are_averaged(law, offered):
@@ -108,31 +110,31 @@ def vars_of(design):
 
 
 def test_candidates_are_models_of_the_family_within_the_cap():
-    found = candidates_of(COMMON, 1e12, 1e14, NONE)
-    assert found.flops.min() == pytest.approx(1e12)
-    assert found.flops.max() <= 1e14
-    assert len(np.unique(found.flops)) == 9
-    ratio = found.tokens / found.parameters
+    choices = candidates_of(COMMON, 1e12, 1e14, NONE)
+    assert choices.flops.min() == pytest.approx(1e12)
+    assert choices.flops.max() <= 1e14
+    assert len(np.unique(choices.flops)) == 9
+    ratio = choices.tokens / choices.parameters
     assert 3 < ratio.min() < 10 < 20 < ratio.max() < 130
-    assert len(found.flops) > 4 * 9
-    for n, d, c in list(zip(*vars_of(found), strict=True))[::10]:
+    assert len(choices.flops) > 4 * 9
+    for n, d, c in list(zip(*vars_of(choices), strict=True))[::10]:
         shape = COMMON.family.solve(n)
         assert shape.parameters == n
         assert d * COMMON.per_token(shape.model)["causal"] == pytest.approx(c)
-    once = Points(np.array([3.0]), found.parameters[:1] * 1.005, found.tokens[:1])
-    assert len(candidates_of(COMMON, 1e12, 1e14, once).flops) == len(found.flops) - 1, "known"
+    once = Points(np.array([3.0]), choices.parameters[:1] * 1.005, choices.tokens[:1])
+    assert len(candidates_of(COMMON, 1e12, 1e14, once).flops) == len(choices.flops) - 1, "known"
     few = candidates_of(replace(COMMON, unique=1e7), 1e12, 1e14, NONE)
     assert few.tokens.max() <= 1e7
 
 
 def test_the_table_shows_the_runs_and_the_remaining_uncertainty(law, offered):
-    found = recommend(law, offered, TARGET, CAP)
+    choices = recommend(law, offered, TARGET, CAP)
     page = StringIO()
-    show(found, Console(file=page, width=120), rate=4e14)
+    show(choices, Console(file=page, width=120), rate=4e14)
     text = page.getvalue()
-    assert f"{found[0].parameters:.4g}" in text
-    assert f"{len(found)} runs" in text
-    assert f"{found[-1].after:.2%}" in text
+    assert f"{choices[0].parameters:.4g}" in text
+    assert f"{len(choices)} runs" in text
+    assert f"{choices[-1].after:.2%}" in text
     assert "device-hours" in text
 
 
@@ -155,8 +157,8 @@ def test_impossible_choices_are_refused(law, offered):
 def test_a_replay_is_reproducible_and_both_choices_start_alike():
     points, budgets = surface("walk", 0)
     near = budgets < 1.1e20  # five of them
-    few, own = points.take(near), budgets[near]
-    one, two = (replay(few, own, (0.3,), seeds=(0,)) for _ in range(2))
+    few, runs = points.take(near), budgets[near]
+    one, two = (replay(few, runs, (0.3,), seeds=(0,)) for _ in range(2))
     assert (one.rule == two.rule).all()
     assert (one.random == two.random).all()
     assert one.rule.shape == (1, 1)
@@ -169,14 +171,14 @@ def test_a_replay_is_reproducible_and_both_choices_start_alike():
 def test_the_choice_beats_a_random_one_when_the_truth_leaves_the_law(kind):
     """At a tenth of the cost of all runs, predicted by the law that chooses. At 3 % it doesn't: see
     tests/benchmarks/bench_next.py."""
-    made = replay_of(kind, 40, "process", 0.1)
-    assert made.rule.mean() < made.random.mean()
+    results = replay_of(kind, 40, "process", 0.1)
+    assert results.rule.mean() < results.random.mean()
 
 
 @pytest.mark.slow  # 40 replays
 def test_the_choice_beats_a_random_one_on_the_chinchilla_runs(published):
     """At 10 % and 30 % of the cost, over twenty pools."""
     points, budgets = public()["Chinchilla"]
-    made = replay(points, budgets, (0.1, 0.3), range(20))
-    assert (made.rule.mean(0) < made.random.mean(0)).all()
-    assert (made.rule.mean(0) < 0.5 * made.start.mean()).all()
+    results = replay(points, budgets, (0.1, 0.3), range(20))
+    assert (results.rule.mean(0) < results.random.mean(0)).all()
+    assert (results.rule.mean(0) < 0.5 * results.start.mean()).all()

@@ -40,9 +40,9 @@ def apart(count):
 
 
 def sweep(cell, losses, rates=(5e-4, 1e-3, 2e-3)):
-    own = {"role": "rate", "cell_of": cell, "flops_causal": 1e18, "seed": 1, "init_seed": 1}
+    columns = {"role": "rate", "cell_of": cell, "flops_causal": 1e18, "seed": 1, "init_seed": 1}
     rows = [
-        {"name": f"{cell}-{r}", **own, "learning_rate": r, "loss": x}
+        {"name": f"{cell}-{r}", **columns, "learning_rate": r, "loss": x}
         for r, x in zip(rates, losses, strict=True)
     ]
     rows[len(rows) // 2] |= {"name": cell, "role": "grid"}
@@ -72,21 +72,21 @@ def test_two_levels_give_the_exponent_of_the_noise():
     rng = np.random.default_rng(1)
     rows = repeats("s1", 1e17, apart(200), rng=rng)
     rows += repeats("s4", 1e19, apart(200), scale=100**-0.3, rng=rng)
-    found = noise_of(pd.DataFrame(rows)).assumed()
-    assert found.fading == pytest.approx(0.3, abs=0.04)
-    assert found.seed_noise(np.array([1e17]))[0] == pytest.approx(5e-3, rel=0.1)
-    assert found.seed_noise(np.array([1e19]))[0] == pytest.approx(5e-3 * 100**-0.3, rel=0.1)
+    noise = noise_of(pd.DataFrame(rows)).assumed()
+    assert noise.fading == pytest.approx(0.3, abs=0.04)
+    assert noise.seed_noise(np.array([1e17]))[0] == pytest.approx(5e-3, rel=0.1)
+    assert noise.seed_noise(np.array([1e19]))[0] == pytest.approx(5e-3 * 100**-0.3, rel=0.1)
 
 
 def test_few_seeds_hardly_move_the_exponent():
     """Five and three runs, as in a study; without the prior the exponent would scatter by 0.2."""
-    assumed, found = Assumptions(), []
+    assumed, noise = Assumptions(), []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         rows = repeats("s1", 1e17, apart(3), rng=rng) + repeats("s4", 3e18, apart(2), rng=rng)
-        found.append(noise_of(pd.DataFrame(rows)).assumed().fading)
-    assert np.std(found) < 0.1
-    assert 0.05 < np.mean(found) < assumed.fading  # the true exponent is 0
+        noise.append(noise_of(pd.DataFrame(rows)).assumed().fading)
+    assert np.std(noise) < 0.1
+    assert 0.05 < np.mean(noise) < assumed.fading  # the true exponent is 0
 
 
 def test_the_tuning_gap_is_the_excess_of_the_best_run_of_a_sweep():
@@ -97,11 +97,11 @@ def test_the_tuning_gap_is_the_excess_of_the_best_run_of_a_sweep():
         return 3 * np.exp(0.02 * np.log(rates / best) ** 2)
 
     rows = sweep("a", losses(1.2e-3)) + sweep("b", losses(0.9e-3)) + sweep("c", losses(9e-3))
-    found = noise_of(pd.DataFrame(rows))
-    assert (found.sweeps, found.edges, found.levels) == (2, 1, ())
+    noise = noise_of(pd.DataFrame(rows))
+    assert (noise.sweeps, noise.edges, noise.levels) == (2, 1, ())
     gaps = 0.02 * np.log(np.array([1.2, 0.9])) ** 2
-    assert found.gap == pytest.approx(np.sqrt((gaps**2).mean()))
-    assert noise_of(pd.DataFrame(rows)).assumed() == Assumptions(gap=found.gap)
+    assert noise.gap == pytest.approx(np.sqrt((gaps**2).mean()))
+    assert noise_of(pd.DataFrame(rows)).assumed() == Assumptions(gap=noise.gap)
 
 
 def test_what_was_not_measured_stays_as_assumed():

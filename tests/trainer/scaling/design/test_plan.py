@@ -91,8 +91,8 @@ def test_both_ends_of_a_budget_have_three_rates_and_the_others_wait_for_them(gri
         tried = {c.shape.parameters: c.learning_rate for c in of(s.cells, "rate")}
         assert set(tried) == {sizes[0].shape.parameters, sizes[-1].shape.parameters}
         for end in (sizes[0], sizes[-1]):
-            own = [c for c in of(s.cells, "rate") if c.shape == end.shape]
-            rates = sorted(c.learning_rate / end.learning_rate for c in own)
+            cells = [c for c in of(s.cells, "rate") if c.shape == end.shape]
+            rates = sorted(c.learning_rate / end.learning_rate for c in cells)
             assert rates == [0.5, 2.0]
             assert not end.waits_for
         assert all(len(c.waits_for) == 6 for c in sizes[1:-1])
@@ -110,12 +110,12 @@ def test_batches_are_swept_at_the_lowest_and_the_highest_budget(grid):
 def test_repeats_are_at_the_cheapest_budget_and_at_the_last_but_one(grid):
     seeds = [of(s.cells, "seed") for s in grid.stages]
     assert [len(each) for each in seeds] == [SEEDS[0] - 1, 0, 0, SEEDS[1] - 1, 0]
-    for own in (seeds[0], seeds[3]):
-        pairs = {(c.keys["train.seed"], c.keys["train.init_seed"]) for c in own}
-        assert len(pairs) == len(own)
+    for cells in (seeds[0], seeds[3]):
+        pairs = {(c.keys["train.seed"], c.keys["train.init_seed"]) for c in cells}
+        assert len(pairs) == len(cells)
         apart = [(seed == COMMON.seed, init == COMMON.seed) for seed, init in pairs]
-        assert apart.count((True, False)) == apart.count((False, True)) == len(own) / 2
-        assert {c.cell_of for c in own} == {own[0].name.rpartition("-")[0]}
+        assert apart.count((True, False)) == apart.count((False, True)) == len(cells) / 2
+        assert {c.cell_of for c in cells} == {cells[0].name.rpartition("-")[0]}
 
 
 def test_names_are_unique_and_cells_wait_for_existing_cells(grid, rungs):
@@ -191,17 +191,17 @@ def test_the_next_stage_is_centred_at_the_found_optimum(grid):
 
 def test_sizes_around_a_very_small_optimum_begin_at_the_smallest_model(grid):
     """A cheap budget's best model may be the smallest there is; the study goes on."""
-    made = grid.centre_next_stage(lambda c: 100.0).stages[1]
-    sizes = [c.shape.parameters for c in of(made.cells, "grid")]
+    planned = grid.centre_next_stage(lambda c: 100.0).stages[1]
+    sizes = [c.shape.parameters for c in of(planned.cells, "grid")]
     assert sizes[0] == COMMON.family.smallest
     assert len(sizes) >= 4
 
 
 def test_the_cost_of_an_exact_stage_is_within_the_range_of_its_draft(grid):
     for factor in (0.6, 1.0, 1.7):
-        made = grid.centre_next_stage(lambda c, f=factor: COMMON.centre(c) * f).stages[1]
+        planned = grid.centre_next_stage(lambda c, f=factor: COMMON.centre(c) * f).stages[1]
         was = grid.stages[1]
-        assert was.low * 0.99 <= made.low <= was.high * 1.01
+        assert was.low * 0.99 <= planned.low <= was.high * 1.01
 
 
 @pytest.mark.slow  # a plan of a whole study
@@ -271,13 +271,13 @@ def test_learning_rates_are_chosen_by_the_losses_of_the_sweeps(grid):
         c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / best[c.shape.parameters]) ** 2)
         for c in stage.cells
     }
-    made = stage.with_rates("", *best_of_sizes(stage, losses))
-    for c in of(made.cells, "grid")[1:-1]:
+    planned = stage.with_rates("", *best_of_sizes(stage, losses))
+    for c in of(planned.cells, "grid")[1:-1]:
         assert c.learning_rate == pytest.approx(best[c.shape.parameters], rel=1e-6)
-    assert [c.cost for c in made.cells] == [c.cost for c in stage.cells]
-    assert 0 < made.gap < 0.01 * np.log(2) ** 2
-    assert not any(c.waits_for for c in made.cells)
-    assert made.high == made.cost, "the reserve for extra rates is free again"
+    assert [c.cost for c in planned.cells] == [c.cost for c in stage.cells]
+    assert 0 < planned.gap < 0.01 * np.log(2) ** 2
+    assert not any(c.waits_for for c in planned.cells)
+    assert planned.high == planned.cost, "the reserve for extra rates is free again"
 
 
 def test_a_best_rate_at_an_edge_adds_the_next_rate(grid):
@@ -285,26 +285,26 @@ def test_a_best_rate_at_an_edge_adds_the_next_rate(grid):
     losses = {c.name: 3 - 0.1 * np.log(c.learning_rate) for c in stage.cells}
     best, _ = best_of_sizes(stage, losses)
     swept = stage.sweep("")
-    more = extra_rates(swept, best, 2, room=stage.high - stage.cost)
-    assert [c.learning_rate for c in more] == pytest.approx([4e-2, 4e-2])
-    assert {c.cell_of for c in more} == {"s1-n0", "s1-n4"}
+    extra = extra_rates(swept, best, 2, room=stage.high - stage.cost)
+    assert [c.learning_rate for c in extra] == pytest.approx([4e-2, 4e-2])
+    assert {c.cell_of for c in extra} == {"s1-n0", "s1-n4"}
     assert not extra_rates(swept, best, 2, room=0.0), "not above the cap"
-    wide = stage.with_extra_rates("", more)
-    losses |= {c.name: 9.0 for c in more}
+    wide = stage.with_extra_rates("", extra)
+    losses |= {c.name: 9.0 for c in extra}
     best, _ = best_of_sizes(wide, losses)
-    assert {c.name for c in more} <= {c.name for c in wide.sweep("")}
+    assert {c.name for c in extra} <= {c.name for c in wide.sweep("")}
     assert not extra_rates(wide.sweep(""), best, 2, room=1e30), "the best is inside now"
 
 
 def test_a_trunk_keeps_the_checkpoints_of_its_branches(rungs):
     for c in rungs.cells:
-        own = sorted(o.trunk_step for o in rungs.cells if o.trunk == c.name)
-        assert list(c.branches) == own
-        assert c.keys.get("checkpoint.at", []) == own
+        cells = sorted(o.trunk_step for o in rungs.cells if o.trunk == c.name)
+        assert list(c.branches) == cells
+        assert c.keys.get("checkpoint.at", []) == cells
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("planned", "message"),
     [
         (lambda: isoflop(sizes=7, spread=1.05), "only 2 different models"),
         (lambda: isoflop(replace(COMMON, vocab_size=None)), "vocab_size"),
@@ -313,24 +313,24 @@ def test_a_trunk_keeps_the_checkpoints_of_its_branches(rungs):
         (lambda: listed([(1e5, 1e6)] * 4), "three or more sizes"),
     ],
 )
-def test_impossible_plans_are_refused(made, message):
+def test_impossible_plans_are_refused(planned, message):
     with pytest.raises(UserError, match=message):
-        made()
+        planned()
 
 
 def test_a_joint_sweep_has_three_rates_at_each_batch():
     grid = isoflop(replace(COMMON, joint_sweep=True, micro_batch=2), 8e15)
     for stage in (grid.stages[0], grid.stages[-1]):
         tried = [c for c in stage.cells if c.role in ("batch", "rate-batch")]
-        (own,) = {c.cell_of for c in tried}
-        middle = next(c for c in stage.cells if c.name == own)
+        (cells,) = {c.cell_of for c in tried}
+        middle = next(c for c in stage.cells if c.name == cells)
         assert len(tried) == 8
         assert {c.rate_factor for c in tried} == {0.5, 1.0, 2.0}
         assert len({c.global_batch for c in tried} | {middle.global_batch}) == 3
         assert all(c.waits_for == middle.waits_for for c in tried)
         losses = {c.name: 3.0 + np.log(c.learning_rate / 5e-3) ** 2 for c in stage.cells}
         best = best_of_sizes(stage, losses)
-        made = {c.name: c for c in stage.with_rates("", *best).cells}
+        planned = {c.name: c for c in stage.with_rates("", *best).cells}
         for c in tried:
-            rate = made[own].learning_rate * c.rate_factor
-            assert made[c.name].learning_rate == pytest.approx(rate)
+            rate = planned[cells].learning_rate * c.rate_factor
+            assert planned[c.name].learning_rate == pytest.approx(rate)

@@ -43,15 +43,15 @@ def test_a_plan_stays_within_its_cap_and_shows_its_precision(plan, tmp_path):
 
 
 def test_the_simulation_uses_the_same_near_as_the_fit(plan, monkeypatch):
-    given = []
+    words = []
 
     def fake_expected(*_, near, **__):
-        given.append(near)
+        words.append(near)
         raise UserError("design", "is enough", "stop")
 
     monkeypatch.setattr(planning, "expected", fake_expected)
     plan("plan.cap=1e15", "target.flops=1e15", "near=0.2")
-    assert given == [0.2]
+    assert words == [0.2]
 
 
 @pytest.mark.slow  # seconds
@@ -116,8 +116,8 @@ def test_stored_arguments_that_name_code_need_trust(plan, tmp_path, capsys):
     tree["launch"]["trust"] = True  # a stored word for itself counts for nothing
     path.write_text(yaml.safe_dump(tree))
     assert main(["study", "launch", "study=mine"]) == 2
-    said = capsys.readouterr().err
-    assert "optimizer._target_=os.system; give launch.trust=true" in said
+    output = capsys.readouterr().err
+    assert "optimizer._target_=os.system; give launch.trust=true" in output
     assert not list(tmp_path.glob("studies/mine/cells/*"))
 
 
@@ -177,8 +177,8 @@ def test_what_follows_a_table_opens_no_corpus_that_is_not_named(monkeypatch):
     monkeypatch.setattr(planning, "open_sources", refuse)
     common = planning.common_of(compose(StudyJob, ["input=[points.csv]"]))
     assert (common.vocab_size, common.unique) == (257, None)
-    given = ["input=[points.csv]", "plan.vocab_size=512", "plan.unique=1e9"]
-    common = planning.common_of(compose(StudyJob, given))
+    words = ["input=[points.csv]", "plan.vocab_size=512", "plan.unique=1e9"]
+    common = planning.common_of(compose(StudyJob, words))
     assert (common.vocab_size, common.unique) == (512, 1e9)
     job = compose(StudyJob, ["input=[points.csv]", "plan.arguments=['data.path=/none']"])
     with pytest.raises(AssertionError, match="a corpus is opened"):

@@ -40,28 +40,28 @@ def sweeps(both=True, noise=0.0, seed=0, cells=None, off=1.0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def made(table, target=None, **keys):
+def laws_of(table, target=None, **keys):
     keys = {"input": ["none"], "target": target or TargetPoint()} | keys
     return rate_laws(table, StudyJob(**keys), "sweeps.csv")
 
 
 def test_exact_sweeps_give_both_laws_back():
-    found = made(sweeps(), TargetPoint(parameters=7e9, tokens=1e12))
-    for law, truth in ((found.rate, STEP_LAW), (found.batch, BATCH_LAW)):
+    laws = laws_of(sweeps(), TargetPoint(parameters=7e9, tokens=1e12))
+    for law, truth in ((laws.rate, STEP_LAW), (laws.batch, BATCH_LAW)):
         assert law.columns == ("parameters", "tokens")
         assert law.k == pytest.approx(truth["k"], rel=1e-6)
         for column, (value, _, _) in law.exponents(0.9).items():
             assert value == pytest.approx(truth[column], abs=1e-8)
-    assert found.target[RATE][0] == pytest.approx(best(STEP_LAW, 7e9, 1e12))
-    assert found.target[BATCH][0] == pytest.approx(best(BATCH_LAW, 7e9, 1e12))
+    assert laws.target[RATE][0] == pytest.approx(best(STEP_LAW, 7e9, 1e12))
+    assert laws.target[BATCH][0] == pytest.approx(best(BATCH_LAW, 7e9, 1e12))
 
 
 def test_sweeps_of_one_batch_give_the_law_of_the_rate_alone():
-    found = made(sweeps(both=False))
-    exponents = [v for v, _, _ in found.rate.exponents(0.9).values()]
+    laws = laws_of(sweeps(both=False))
+    exponents = [v for v, _, _ in laws.rate.exponents(0.9).values()]
     assert exponents == pytest.approx([-0.713, 0.307], abs=1e-6)
-    assert found.batch is None
-    assert found.cost == pytest.approx(np.expm1(BEND * np.log(2) ** 2), rel=1e-6)
+    assert laws.batch is None
+    assert laws.cost == pytest.approx(np.expm1(BEND * np.log(2) ** 2), rel=1e-6)
 
 
 def test_intervals_cover_the_exponents():
@@ -69,8 +69,8 @@ def test_intervals_cover_the_exponents():
     inside = np.zeros(3)
     target = TargetPoint(parameters=2e9, tokens=1e11)
     for seed in range(200):
-        found = made(sweeps(both=False, noise=0.2, seed=seed), target)
-        rows = [found.target[RATE], *found.rate.exponents(0.9).values()]
+        laws = laws_of(sweeps(both=False, noise=0.2, seed=seed), target)
+        rows = [laws.target[RATE], *laws.rate.exponents(0.9).values()]
         truths = [best(STEP_LAW, 2e9, 1e11), STEP_LAW["parameters"], STEP_LAW["tokens"]]
         inside += [low <= x <= high for (_, low, high), x in zip(rows, truths, strict=True)]
     assert (np.abs(inside / 200 - 0.9) < 0.07).all(), inside / 200
@@ -80,10 +80,10 @@ def test_a_best_run_at_the_edge_is_refused_with_the_reason():
     table = sweeps(both=False)
     edge = (table.parameters == SIZES[0]) & (table.tokens == TOKENS[0])
     table.loc[edge, "loss"] = 3 - 0.1 * np.arange(edge.sum())  # it only falls with the rate
-    found = made(table)
-    (refused,) = found.refused
+    laws = laws_of(table)
+    (refused,) = laws.refused
     assert refused.at["parameters"] == pytest.approx(SIZES[0])
-    assert len(found.optima) == 8
+    assert len(laws.optima) == 8
     assert "its best learning rate, " in refused.why
     assert refused.why.endswith("is at the edge")
 
@@ -92,17 +92,17 @@ def test_a_diverged_run_is_worse_than_all_others():
     table = sweeps(both=False)
     high = table.groupby(["parameters", "tokens"])["learning_rate"].transform("max")
     table.loc[table.learning_rate == high, "loss"] = np.nan
-    found = made(table)
-    assert not found.refused
-    assert found.rate.exponents(0.9)["parameters"][0] == pytest.approx(-0.713, abs=1e-6)
+    laws = laws_of(table)
+    assert not laws.refused
+    assert laws.rate.exponents(0.9)["parameters"][0] == pytest.approx(-0.713, abs=1e-6)
 
 
 def test_sweeps_along_one_line_are_fitted_against_n_alone_with_a_note():
-    found = made(sweeps(both=False, cells=[(n, 20 * n) for n in (1e8, 2e8, 4e8, 8e8)]))
-    assert found.rate.columns == ("parameters",)
-    assert found.rate.exponents(0.9)["parameters"][0] == pytest.approx(-0.713 + 0.307)
-    assert "don't tell N and D apart" in found.notes[0]
-    by_flops = made(
+    laws = laws_of(sweeps(both=False, cells=[(n, 20 * n) for n in (1e8, 2e8, 4e8, 8e8)]))
+    assert laws.rate.columns == ("parameters",)
+    assert laws.rate.exponents(0.9)["parameters"][0] == pytest.approx(-0.713 + 0.307)
+    assert "don't tell N and D apart" in laws.notes[0]
+    by_flops = laws_of(
         sweeps(both=False, cells=[(n, 20 * n) for n in (1e8, 2e8, 4e8, 8e8)]), against=["flops"]
     )
     assert by_flops.rate.exponents(0.9)["flops"][0] == pytest.approx((-0.713 + 0.307) / 2)
@@ -111,7 +111,7 @@ def test_sweeps_along_one_line_are_fitted_against_n_alone_with_a_note():
 def test_tokens_that_differ_by_the_rounding_of_a_batch_are_one_sweep():
     table = sweeps(both=False)
     table["tokens"] *= 1 + 0.01 * np.tile(np.linspace(-0.5, 0.5, 5), 9)
-    assert len(made(table).optima) == 9
+    assert len(laws_of(table).optima) == 9
 
 
 @pytest.mark.parametrize(
@@ -135,25 +135,25 @@ def test_tokens_that_differ_by_the_rounding_of_a_batch_are_one_sweep():
 )
 def test_what_gives_no_law_is_refused_with_a_sentence(change, keys, message):
     with pytest.raises(UserError) as refused:
-        made(change(sweeps(both=False)), **keys)
+        laws_of(change(sweeps(both=False)), **keys)
     assert message in str(refused.value)
 
 
 def test_the_command_prints_the_laws_and_the_targets_values(tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     sweeps(noise=0.1).to_csv("sweeps.csv", index=False)
-    own = ("study", "rates", "sweeps.csv", "target.parameters=7e9", "target.tokens=1e12")
-    code, out, _ = forescale(*own)
+    words = ("study", "rates", "sweeps.csv", "target.parameters=7e9", "target.tokens=1e12")
+    code, out, _ = forescale(*words)
     assert code == 0
     assert re.search(r"^learning rate +9 +\S+ +-0\.\d+ +-0\.\d+ to -0\.\d+", out, re.MULTILINE)
     assert re.search(r"^batch +9 ", out, re.MULTILINE)
     assert "For the target: best batch " in out
-    code, out, err = forescale(*own, "--json")
+    code, out, err = forescale(*words, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["target"].keys() == {"learning_rate", "batch"}
 
 
 def test_the_laws_for_programs_have_their_sweeps():
-    found = as_dict(made(sweeps()))
-    assert len(found["sweeps"]) == 9
-    assert found["batch_tokens"]["exponents"]["tokens"][0] == pytest.approx(0.571)
+    laws = as_dict(laws_of(sweeps()))
+    assert len(laws["sweeps"]) == 9
+    assert laws["batch_tokens"]["exponents"]["tokens"][0] == pytest.approx(0.571)

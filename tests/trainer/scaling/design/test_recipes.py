@@ -16,7 +16,9 @@ from forescale.scaling.design.recipes import BASE, read_recipes, recipes_of
 from forescale.scaling.design.shapes import Common
 
 SHARED = PlanKeys().shared
-OURS = [name for name in yaml.safe_load((CONF / "candidates.yaml").read_text()) if name != "gpt2"]
+CANDIDATES = [
+    name for name in yaml.safe_load((CONF / "candidates.yaml").read_text()) if name != "gpt2"
+]
 
 
 def recipes(**named):
@@ -24,18 +26,18 @@ def recipes(**named):
 
 
 @cache
-def planned(*own, beyond=1):
+def planned(*arguments, beyond=1):
     """The plan of the base and a recipe `new`. beyond: budgets of the base alone at the top."""
     common = Common(compose(TrainJob, SHARED).model, 257, 64, seeds=(2, 2))
     with TemporaryDirectory() as folder:
         file = Path(folder) / "own.yaml"
-        file.write_text(yaml.safe_dump({"new": list(own)}))
+        file.write_text(yaml.safe_dump({"new": list(arguments)}))
         keys = PlanKeys(8e12, "recipes", ["new"], recipes=str(file), budgets=3, step=2.0)
         keys.fresh, keys.beyond = 1, beyond
         return recipes_plan(StudyJob(plan=keys), common)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", CANDIDATES)
 def test_each_of_our_candidates_is_a_recipe_over_gpt2(name):
     named = read_recipes(None, ["gpt2"], [name])
     base, one = recipes_of(SHARED, named, STUDY_KEYS)
@@ -59,9 +61,9 @@ def test_a_recipe_with_a_first_batch_in_windows_is_refused():
             recipes(new=[f"first_batch={wrong}"])
 
 
-def cells_of(recipe, *own):
+def cells_of(recipe, *arguments):
     """The planned runs of a recipe by what tells them apart."""
-    cells = [c for c in planned(*own).cells if c.recipe == recipe]
+    cells = [c for c in planned(*arguments).cells if c.recipe == recipe]
     return {(c.stage, c.role, c.seed, c.rate_factor): c for c in cells}
 
 

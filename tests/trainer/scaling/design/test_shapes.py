@@ -34,10 +34,10 @@ FAMILIES = {
 @given(st.sampled_from(list(FAMILIES)), st.floats(math.log(7e4), math.log(7e9)))
 def test_the_nearest_model_is_within_15_percent_over_five_decades(which, log_n):
     """Measured on a grid: at most 15 %, and at most 3 % from 1e8 on."""
-    found = FAMILIES[which].solve(math.exp(log_n))
-    assert abs(found.error) < 0.15
-    assert found.parameters == getattr(count(found.model), which[0])
-    assert not found.model.problems(which[1], 256)
+    shape = FAMILIES[which].solve(math.exp(log_n))
+    assert abs(shape.error) < 0.15
+    assert shape.parameters == getattr(count(shape.model), which[0])
+    assert not shape.model.problems(which[1], 256)
 
 
 @settings(max_examples=40)  # of some 10 ms for each size
@@ -63,9 +63,9 @@ def test_the_trend_goes_through_both_ends_of_its_source():
 
 
 def test_tiny_models_of_a_tiny_vocabulary():
-    found = Family(TINY, 256, 64).series(np.geomspace(5e4, 1e6, 8))
-    assert max(abs(s.error) for s in found) < 0.13
-    assert all(s.model.sizes.num_layers <= 5 for s in found)
+    shape = Family(TINY, 256, 64).series(np.geomspace(5e4, 1e6, 8))
+    assert max(abs(s.error) for s in shape) < 0.13
+    assert all(s.model.sizes.num_layers <= 5 for s in shape)
 
 
 def test_the_ratios_of_the_base_model_are_kept():
@@ -82,10 +82,10 @@ def test_the_ratios_of_the_base_model_are_kept():
 
 
 def test_overrides_turn_the_base_model_into_the_shape():
-    found = Family(TINY, 512, 256, "total").solve(3e6).model
-    assert "model.head_dim" not in overrides(found)
-    named = {name.removeprefix("model."): value for name, value in overrides(found).items()}
-    assert ModelConfig(**named).resolved(512, 256) == found
+    shape = Family(TINY, 512, 256, "total").solve(3e6).model
+    assert "model.head_dim" not in overrides(shape)
+    named = {name.removeprefix("model."): value for name, value in overrides(shape).items()}
+    assert ModelConfig(**named).resolved(512, 256) == shape
 
 
 def test_the_sizes_of_parts_that_the_model_lacks_are_no_overrides():

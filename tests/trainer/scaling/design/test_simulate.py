@@ -28,11 +28,11 @@ def target():
 
 @pytest.mark.slow  # hundreds of fits
 def test_the_interval_covers_as_often_as_its_level(design, target):
-    found = expected(design, target, draws=100)
-    assert found.coverage[0.9] == pytest.approx(0.9, abs=0.08)
-    assert found.coverage[0.5] == pytest.approx(0.5, abs=0.13)
-    assert found.failed == 0
-    assert found.half[0.5] < found.half[0.9] < 0.1
+    precision = expected(design, target, draws=100)
+    assert precision.coverage[0.9] == pytest.approx(0.9, abs=0.08)
+    assert precision.coverage[0.5] == pytest.approx(0.5, abs=0.13)
+    assert precision.failed == 0
+    assert precision.half[0.5] < precision.half[0.9] < 0.1
 
 
 def test_the_simulation_is_reproducible(design, target):
@@ -56,10 +56,10 @@ def test_noise_and_distance_widen_the_interval(design, target):
 @pytest.mark.slow  # simulated studies
 def test_without_discrepancy_only_noise_is_left(design, target):
     assumed = Assumptions(discrepancy=0.0, noise=1e-4, floor=1e-4, gap=0.0)
-    found = expected(design, target, assumed, draws=10)
-    assert found.error < 1e-3
-    assert found.without_discrepancy[0.9] < 5e-3
-    assert found.coverage[0.9] == 1
+    precision = expected(design, target, assumed, draws=10)
+    assert precision.error < 1e-3
+    assert precision.without_discrepancy[0.9] < 5e-3
+    assert precision.coverage[0.9] == 1
 
 
 def test_seed_noise_fades_to_its_floor():
@@ -75,11 +75,11 @@ def test_a_ladder_without_budgets_is_simulated_too():
     design = RunSet.of(plan)
     assert design.budgets is None
     assert len(design.flops) == 20
-    found = expected(
+    precision = expected(
         design, Target.of(COMMON, TargetPoint(flops=10 * design.flops.max())), draws=10
     )
-    assert found.extrapolation_factor == pytest.approx(10)
-    assert 0 < found.half[0.5] < found.half[0.9] < 0.2
+    assert precision.extrapolation_factor == pytest.approx(10)
+    assert 0 < precision.half[0.5] < precision.half[0.9] < 0.2
 
 
 def test_a_target_can_be_given_in_three_ways():

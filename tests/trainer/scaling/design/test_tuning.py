@@ -16,10 +16,10 @@ from forescale.scaling.design.tuning import (
 def test_a_sweep_finds_the_minimum_of_its_parabola():
     rates = [1e-3, 2e-3, 4e-3]
     losses = np.exp(1 + 0.02 * np.log(np.array(rates) / 2.4e-3) ** 2)
-    found = tuned(rates, losses)
-    assert found.inside
-    assert found.learning_rate == pytest.approx(2.4e-3)
-    assert found.gap == pytest.approx(0.02 * np.log(1.2) ** 2)
+    best = tuned(rates, losses)
+    assert best.inside
+    assert best.learning_rate == pytest.approx(2.4e-3)
+    assert best.gap == pytest.approx(0.02 * np.log(1.2) ** 2)
     edge = tuned(rates, [3.0, 2.9, 2.8])
     assert (edge.learning_rate, edge.inside) == (4e-3, False)
 
@@ -43,21 +43,21 @@ def test_a_best_rate_at_an_edge_gives_the_rate_to_try_next():
 
 def test_a_parabola_with_its_minimum_beside_an_edge_is_no_optimum():
     """Seen in a study of recipes: the true optimum was far below the lowest rate."""
-    found = tuned([0.014, 0.028, 0.055], [2.5515, 2.5559, 2.5823])
-    assert (found.learning_rate, found.inside, found.gap) == (0.014, False, 0.0)
-    assert found.next_rate(2.0) == 0.007
+    best = tuned([0.014, 0.028, 0.055], [2.5515, 2.5559, 2.5823])
+    assert (best.learning_rate, best.inside, best.gap) == (0.014, False, 0.0)
+    assert best.next_rate(2.0) == 0.007
 
 
 def test_the_parabola_uses_only_the_best_rate_and_its_neighbours():
     """Far from the optimum the loss is no parabola."""
-    found = tuned([4e-3, 1e-3, 2e-3, 64e-3], [2.8, 2.9, 2.8, 9.0])
-    assert found.inside
-    assert found.learning_rate == pytest.approx(np.sqrt(2e-3 * 4e-3), rel=0.2)
+    best = tuned([4e-3, 1e-3, 2e-3, 64e-3], [2.8, 2.9, 2.8, 9.0])
+    assert best.inside
+    assert best.learning_rate == pytest.approx(np.sqrt(2e-3 * 4e-3), rel=0.2)
 
 
 def test_a_diverged_rate_counts_as_the_worst():
-    found = tuned([1e-3, 2e-3, 4e-3], [2.9, 2.8, np.nan])
-    assert (found.learning_rate, found.inside, found.gap) == (2e-3, True, 0.0)
+    best = tuned([1e-3, 2e-3, 4e-3], [2.9, 2.8, np.nan])
+    assert (best.learning_rate, best.inside, best.gap) == (2e-3, True, 0.0)
     assert not tuned([1e-3, 2e-3, 4e-3], [2.8, 2.9, np.nan]).inside
 
 
@@ -86,10 +86,10 @@ def bowl(rate, batch, best=(2.3e-3, 14.0)):
 
 
 def test_a_joint_sweep_finds_the_minimum_of_its_surface():
-    found = rate_batch_response(*AT, [bowl(*at) for at in SWEEP])
-    assert found.inside
-    assert (found.learning_rate, found.batch) == (pytest.approx(2.3e-3), pytest.approx(14.0))
-    assert found.gap == pytest.approx(np.log(bowl(2e-3, 16) / 2.5), rel=1e-6)
+    best = rate_batch_response(*AT, [bowl(*at) for at in SWEEP])
+    assert best.inside
+    assert (best.learning_rate, best.batch) == (pytest.approx(2.3e-3), pytest.approx(14.0))
+    assert best.gap == pytest.approx(np.log(bowl(2e-3, 16) / 2.5), rel=1e-6)
 
 
 def test_a_best_run_at_the_edge_of_a_joint_sweep_is_no_optimum():
@@ -102,14 +102,14 @@ def test_a_best_run_at_the_edge_of_a_joint_sweep_is_no_optimum():
 
 def test_batches_at_one_rate_give_a_parabola():
     line = [at for at in SWEEP if at[0] == 2e-3]
-    found = rate_batch_response(*zip(*line, strict=True), [bowl(*at) for at in line])
-    assert (found.learning_rate, found.inside) == (2e-3, True)
-    assert 8 < found.batch < 32
+    best = rate_batch_response(*zip(*line, strict=True), [bowl(*at) for at in line])
+    assert (best.learning_rate, best.inside) == (2e-3, True)
+    assert 8 < best.batch < 32
     two = rate_batch_response(*zip(*line[:2], strict=True), [2.0, 2.1])
     assert (two.inside, two.edges) == (False, ("batch",))
 
 
 def test_a_joint_sweep_may_have_diverged_runs():
     losses = [np.nan if at == (4e-3, 8) else bowl(*at) for at in SWEEP]
-    found = rate_batch_response(*AT, losses)
-    assert found.learning_rate == pytest.approx(2.3e-3)
+    best = rate_batch_response(*AT, losses)
+    assert best.learning_rate == pytest.approx(2.3e-3)

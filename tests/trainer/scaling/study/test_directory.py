@@ -103,7 +103,7 @@ def test_a_cell_that_crashes_three_times_has_failed(little, fake_training):
     run, folder = little
     fake_training.codes["r0"] = -9
     assert run("launch") == 0
-    starts = [a for given in fake_training.started for a in given if a == "run.name=r0"]
+    starts = [a for words in fake_training.started for a in words if a == "run.name=r0"]
     assert len(starts) == 3
     assert state(folder, "r0").status == "failed"
 
@@ -184,7 +184,7 @@ SIZES = {"model.num_kv_heads", "model.num_heads", "model.width", "model.num_laye
 
 
 @pytest.mark.parametrize(
-    ("schedule", "own", "kind"),
+    ("schedule", "arguments", "kind"),
     [
         ("wsd", ["model.num_kv_heads=1"], "wsd"),
         ("wsd", ["schedule=cosine"], "cosine"),
@@ -193,20 +193,20 @@ SIZES = {"model.num_kv_heads", "model.num_heads", "model.width", "model.num_laye
     ],
 )
 def test_a_recipe_changes_the_schedule_of_its_cells_and_never_their_sizes(
-    tmp_path, schedule, own, kind
+    tmp_path, schedule, arguments, kind
 ):
     shared = ["data=bytes", "optimizer=adamw", f"schedule={schedule}"]
     job = StudyJob(studies=str(tmp_path), study="own", plan=PlanKeys(arguments=shared))
     common = Common(compose(TrainJob, job.plan.shared).model, 257, 64)
-    made = recipes_of(job.plan.shared, {BASE: [], "new": own}, frozenset())
-    stage = StudyStage(1, 1e12, tuple(GRID.cells(common, made[1], 1)), 0.0, 0.0, True)
+    recipes = recipes_of(job.plan.shared, {BASE: [], "new": arguments}, frozenset())
+    stage = StudyStage(1, 1e12, tuple(GRID.cells(common, recipes[1], 1)), 0.0, 0.0, True)
     study = Study.make(
-        job.folder, job, StudyPlan("recipes", common, (stage,), 8e12, recipes=made), {}
+        job.folder, job, StudyPlan("recipes", common, (stage,), 8e12, recipes=recipes), {}
     )
     cell = study.plan.cells[0]
     run = compose(TrainJob, study.arguments(cell))
     planned = {name: cell.keys[name] for name in SIZES}
     assert {name: getattr(run.model, name.partition(".")[2]) for name in SIZES} == planned
     assert run.schedule.kind == kind
-    decay = f"{cell.decay_steps} steps" if kind == "wsd" else None
-    assert (run.schedule.decay and str(run.schedule.decay)) == decay
+    decay = f"{cell.decay_steps} steps" if kind == "wsd" else "None"
+    assert str(getattr(run.schedule, "decay", None)) == decay

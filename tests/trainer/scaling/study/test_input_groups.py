@@ -10,10 +10,12 @@ from forescale.scaling.study import inputs
 from forescale.scaling.study.inputs import read_groups
 
 
-def rows(**more) -> pd.DataFrame:
+def rows(**columns) -> pd.DataFrame:
     """Six runs; columns of their own by `more`."""
     n = np.geomspace(1e6, 1e8, 6)
-    return pd.DataFrame({"parameters": n, "tokens": 20 * n, "loss": np.linspace(4, 3, 6), **more})
+    return pd.DataFrame(
+        {"parameters": n, "tokens": 20 * n, "loss": np.linspace(4, 3, 6), **columns}
+    )
 
 
 @pytest.fixture
@@ -64,10 +66,10 @@ class FakeStudy:
 def test_studies_are_given_by_name_or_by_directory(folder, monkeypatch):
     monkeypatch.setattr(inputs, "Study", FakeStudy)
     for name, factor in (("one", 1), ("two", 2)):
-        own = folder / "studies" / name
-        own.mkdir(parents=True)
-        (own / "plan.json").write_text("{}")
-        rows().assign(loss=factor * rows().loss).to_csv(own / "cells.csv", index=False)
+        directory = folder / "studies" / name
+        directory.mkdir(parents=True)
+        (directory / "plan.json").write_text("{}")
+        rows().assign(loss=factor * rows().loss).to_csv(directory / "cells.csv", index=False)
     (one, a, where), (other, b, _) = read_groups(StudyJob(input=["one", "studies/two"]))
     assert (one, other, where) == ("one", "studies/two", "6 cells of studies/one")
     assert b.loss.tolist() == pytest.approx((2 * a.loss).tolist())

@@ -17,9 +17,9 @@ from tests.trainer.scaling.analysis.test_task_fit import table
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = table(noise=0.002)
-    more = {"acc_arc": rows.outcome, "err_arc": 1 - rows.outcome, "bpb": rows.loss / 3,
+    columns = {"acc_arc": rows.outcome, "err_arc": 1 - rows.outcome, "bpb": rows.loss / 3,
             "percent": 100 * rows.outcome, "word": "high", "kind": ["a", "b"] * 8}  # fmt: skip
-    rows.drop(columns="outcome").assign(**more).to_csv("runs.csv", index=False)
+    rows.drop(columns="outcome").assign(**columns).to_csv("runs.csv", index=False)
     rows.assign(acc_arc=rows.outcome)[["loss", "acc_arc"]].to_csv("few.csv", index=False)
     return rows
 
@@ -29,35 +29,35 @@ def read(*names, **keys):
 
 
 def test_a_task_has_the_tables_loss_or_its_own(folder):
-    plain, own = read(
+    plain, words = read(
         "runs.csv", tasks={"arc": "acc_arc", "bpb": "acc_arc"}, task_losses={"bpb": "bpb"}
     )
     assert plain.outcomes.loss.tolist() == pytest.approx(folder.loss.tolist())
-    assert own.runs.loss.tolist() == pytest.approx((folder.loss / 3).tolist())
-    assert own.outcomes.outcome.tolist() == pytest.approx(folder.outcome.tolist())
+    assert words.runs.loss.tolist() == pytest.approx((folder.loss / 3).tolist())
+    assert words.outcomes.outcome.tolist() == pytest.approx(folder.outcome.tolist())
 
 
 def test_errors_are_read_as_accuracies(folder):
-    (found,) = read("runs.csv", tasks={"arc": "err_arc"}, metric="error")
-    assert found.outcomes.outcome.tolist() == pytest.approx(folder.outcome.tolist())
+    (result,) = read("runs.csv", tasks={"arc": "err_arc"}, metric="error")
+    assert result.outcomes.outcome.tolist() == pytest.approx(folder.outcome.tolist())
 
 
 def test_chosen_rows_keep_their_own_metrics(folder):
-    (found,) = read("runs.csv", tasks={"arc": "acc_arc"}, rows={"kind": "b"})
-    assert found.outcomes.outcome.tolist() == pytest.approx(folder.outcome[1::2].tolist())
+    (result,) = read("runs.csv", tasks={"arc": "acc_arc"}, rows={"kind": "b"})
+    assert result.outcomes.outcome.tolist() == pytest.approx(folder.outcome[1::2].tolist())
 
 
 def test_a_second_table_has_the_outcomes(folder):
     folder.assign(acc_arc=folder.outcome).head(7).to_csv("few.csv", index=False)
-    (found,) = read("runs.csv", "few.csv", tasks={"arc": "acc_arc"})
-    assert (len(found.runs), len(found.outcomes)) == (16, 7)
+    (result,) = read("runs.csv", "few.csv", tasks={"arc": "acc_arc"})
+    assert (len(result.runs), len(result.outcomes)) == (16, 7)
 
 
 def test_a_task_loss_stands_in_for_a_missing_loss(folder, tmp_path):
     rows = folder.rename(columns={"loss": "bpb"})
     rows.to_csv("own.csv", index=False)
-    (found,) = read("own.csv", tasks={"arc": "outcome"}, task_losses={"arc": "bpb"})
-    assert found.runs.loss.tolist() == pytest.approx(folder.loss.tolist())
+    (result,) = read("own.csv", tasks={"arc": "outcome"}, task_losses={"arc": "bpb"})
+    assert result.runs.loss.tolist() == pytest.approx(folder.loss.tolist())
 
 
 @pytest.mark.parametrize(
@@ -82,29 +82,29 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(folder, names, keys, mes
 
 
 def test_the_command_prints_the_link_and_the_prediction(folder, forescale):
-    own = ("study", "tasks", "runs.csv", "tasks={arc: acc_arc}", "bootstraps=100")
+    words = ("study", "tasks", "runs.csv", "tasks={arc: acc_arc}", "bootstraps=100")
     target = ("target.parameters=4e9", "target.tokens=2e11")
-    code, out, _ = forescale(*own, *target)
+    code, out, _ = forescale(*words, *target)
     assert code == 0
     assert re.search(r"^arc +16 +0\.2\d+ +0\.2\d+ to 0\.2\d+ +2\.\d+", out, re.MULTILINE)
     assert re.search(r"^arc +\d\.\d{4} .* \d\d\.\d% +\d\d\.\d% to \d\d\.\d%", out, re.MULTILINE)
     assert "Note: arc: " in out
-    code, out, err = forescale(*own, *target, "--json")
+    code, out, err = forescale(*words, *target, "--json")
     assert (code, err) == (0, "")
-    made = json.loads(out)
-    assert made["tasks"][0]["prediction"]["interval"][0] < made["tasks"][0]["prediction"]["value"]
+    facts = json.loads(out)
+    assert facts["tasks"][0]["prediction"]["interval"][0] < facts["tasks"][0]["prediction"]["value"]
 
 
 def test_a_metric_is_read_beside_the_records_of_a_table(folder):
     job = StudyJob(input=["runs.csv"], task="err_arc", metric="error", rows={"kind": "b"})
-    found = with_outcome(inputs.read(job)[0], job, "runs.csv")
-    assert found.outcome.tolist() == pytest.approx(folder.outcome.tolist()[1::2])
+    result = with_outcome(inputs.read(job)[0], job, "runs.csv")
+    assert result.outcome.tolist() == pytest.approx(folder.outcome.tolist()[1::2])
 
 
 def test_a_metric_is_a_column_of_records():
     records = pd.DataFrame({"loss": [3.0, 2.0], "ability/copy/4": [0.0, 0.5]})
-    found = with_outcome(records, StudyJob(input=["some-run"], task="ability/copy/4"), "2 runs")
-    assert found.outcome.tolist() == [0.0, 0.5]
+    result = with_outcome(records, StudyJob(input=["some-run"], task="ability/copy/4"), "2 runs")
+    assert result.outcome.tolist() == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(

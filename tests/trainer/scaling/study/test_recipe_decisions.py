@@ -81,14 +81,14 @@ def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
     monkeypatch.setattr(study, "losses", losses)
     for _ in range(8):
         advance(study, lines.append)
-    own = study.plan.stages[0]
-    tried = [c.learning_rate / first for c in own.cells if c.role in ("grid", "rate")]
+    row = study.plan.stages[0]
+    tried = [c.learning_rate / first for c in row.cells if c.role in ("grid", "rate")]
     assert len(tried) == rates
     assert (min(tried) < best < max(tried)) == is_inside
     (event,) = (e for e in study.events if e["kind"] == "rates_chosen")
     assert (event["edges"] == []) == is_inside
     assert any("not an optimum" in line for line in lines) != is_inside
-    assert own.cost <= own.high
+    assert row.cost <= row.high
 
 
 def test_a_sweep_that_is_excluded_gets_no_more_rates_and_its_recipe_ends_there(study):
@@ -137,8 +137,8 @@ def test_a_run_that_diverged_counts_its_compute_by_every_convention(study, monke
     ]  # fmt: skip
     monkeypatch.setattr(study, "states", lambda: states)
     monkeypatch.setattr(directory, "of_runs", lambda runs: (pd.DataFrame(records), []))
-    found, _ = cells_of(study.table(), replace(study.job, cost=cost), "here")
-    assert {c.recipe: c.diverged for c in found} == {"base": 1, "new": 1}
+    recipes, _ = cells_of(study.table(), replace(study.job, cost=cost), "here")
+    assert {c.recipe: c.diverged for c in recipes} == {"base": 1, "new": 1}
     for c in cells:
-        own = study.table().set_index("name").loc[c.name]
-        assert own[f"flops_{cost}"] == c.flops[cost]
+        row = study.table().set_index("name").loc[c.name]
+        assert row[f"flops_{cost}"] == c.flops[cost]

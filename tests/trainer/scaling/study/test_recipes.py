@@ -69,8 +69,8 @@ def test_all_recipes_spend_the_same_compute_and_the_base_goes_beyond_both_ends(w
 def test_every_recipe_is_tuned_until_its_best_rate_has_worse_ones_on_both_sides(whole):
     first = [c.learning_rate for c in of(whole, "base", "grid", "rate") if c.stage == 1]
     assert len(first) > 3, "0.02 was at the edge"
-    made = Multipliers(whole.table(), whole.job, "here")
-    assert all(c.is_bracketed for c in made.cells if c.recipe != "lion")
+    recipes = Multipliers(whole.table(), whole.job, "here")
+    assert all(c.is_bracketed for c in recipes.cells if c.recipe != "lion")
     for cell in of(whole, "base", "seed") + of(whole, "no-decay", "seed"):
         assert cell.learning_rate == pytest.approx(BEST["adamw"], rel=0.2)
     later = [c.learning_rate for c in of(whole, "base", "grid") if c.stage > 2]
@@ -96,12 +96,12 @@ def test_fit_gives_the_true_multipliers(whole, capsys):
     where = [f"studies={whole.folder.parent}", "study=whole"]
     assert cli.main(["study", "fit", *where, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    found = {c["name"]: c for c in facts["candidates"]}
-    assert set(found) == set(TRUE)
+    candidates = {c["name"]: c for c in facts["candidates"]}
+    assert set(candidates) == set(TRUE)
     assert {lost["name"] for lost in facts["without_loss"]} == {"lion"}
     for name, m in TRUE.items():
-        assert found[name]["multiplier"]["value"] == pytest.approx(m, rel=0.06)
-    confirmed = found["muon"]["budgets"][-1]["confirmed"]
+        assert candidates[name]["multiplier"]["value"] == pytest.approx(m, rel=0.06)
+    confirmed = candidates["muon"]["budgets"][-1]["confirmed"]
     assert confirmed["low"] < TRUE["muon"] < confirmed["high"]
     assert confirmed["low"] > 1
     assert cli.main(["study", "fit", *where]) == 0
@@ -118,7 +118,7 @@ def test_the_same_command_again_changes_nothing_and_the_plan_is_read_back(whole)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         (["plan.candidates=[]"], "names no recipe to compare"),
         (["plan.candidates=[mun]"], "has no recipe 'mun'"),
@@ -128,32 +128,34 @@ def test_the_same_command_again_changes_nothing_and_the_plan_is_read_back(whole)
         (["target.flops=1e20"], "is predicted by a law of one recipe"),
     ],
 )
-def test_a_plan_that_compares_nothing_is_refused(given, said, tmp_path, monkeypatch, capsys):
+def test_a_plan_that_compares_nothing_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["study", "plan", *PLAN, *given]) == 2
-    assert said in capsys.readouterr().err
+    assert cli.main(["study", "plan", *PLAN, *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_key_of_the_study_is_refused_in_a_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("short: [train.steps=5]\nlate: ['schedule.decay=50 %']\n")
-    own = ["plan.recipes=own.yaml", "plan.candidates=[short]"]
-    assert cli.main(["study", "plan", *PLAN, *own]) == 2
+    words = ["plan.recipes=own.yaml", "plan.candidates=[short]"]
+    assert cli.main(["study", "plan", *PLAN, *words]) == 2
     assert "train.steps is set by the study itself" in capsys.readouterr().err
-    assert cli.main(["study", "plan", *PLAN, *own[:1], "plan.candidates=[late]"]) == 0
+    assert cli.main(["study", "plan", *PLAN, *words[:1], "plan.candidates=[late]"]) == 0
     study = Study(tmp_path / "studies/first")
     cell = of(study, "late", "grid")[0]
-    given = [a for a in study.arguments(cell) if a.startswith("schedule.")]
-    assert sorted(a.partition("=")[0] for a in given) == [
+    arguments = [a for a in study.arguments(cell) if a.startswith("schedule.")]
+    assert sorted(a.partition("=")[0] for a in arguments) == [
         "schedule.decay", "schedule.kind", "schedule.warmup",
     ]  # fmt: skip
-    assert "schedule.decay=50 %" in given
+    assert "schedule.decay=50 %" in arguments
 
 
 def test_a_printed_plan_has_a_row_for_each_recipe_and_budget(small_data, tmp_path, capsys):
     shared = ["--", f"data.path={small_data}", "optimizer=adamw"]
     assert cli.main(["study", "plan", f"studies={tmp_path}", "study=printed", *PLAN, *shared]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    found = {words[0]: words[1] for words in rows if words and words[0][:2] in ("b1", "b2", "b5")}
+    candidates = {
+        words[0]: words[1] for words in rows if words and words[0][:2] in ("b1", "b2", "b5")
+    }
     of_two = {f"b2-{name}": "5" for name in ("base", "muon", "no-decay", "lion")}
-    assert found == {"b1-base": "5", **of_two, "b5-base": "5"}
+    assert candidates == {"b1-base": "5", **of_two, "b5-base": "5"}

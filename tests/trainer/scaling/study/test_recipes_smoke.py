@@ -18,11 +18,11 @@ class MostlyFake(FakeTraining):
 
     REAL = ("b1-base", "b2-swiglu", "b2-muon")
 
-    def __new__(cls, argv, **more):
+    def __new__(cls, argv, **keys):
         name = next(w.partition("=")[2] for w in argv if w.startswith("run.name="))
         if name in cls.REAL:
             cls.started.append(argv)
-            return subprocess.Popen(argv, **more)
+            return subprocess.Popen(argv, **keys)
         return super().__new__(cls)
 
 
@@ -60,7 +60,7 @@ def test_a_study_of_recipes_resumes_a_killed_cell_and_trains_each_recipe(
     assert len(study.run("b1-base").attempts()) == 2, "it went on where it was killed"
     assert study.run("b1-base").attempts()[1].parent.step > 0
     # A fake says otherwise on how many windows its loss is measured.
-    made = Multipliers(study.table().drop(columns="loss_definition"), study.job, "here")
-    assert {c.name for c in made.candidates} == {"swiglu", "muon"}
+    recipes = Multipliers(study.table().drop(columns="loss_definition"), study.job, "here")
+    assert {c.name for c in recipes.candidates} == {"swiglu", "muon"}
     kinds = study.table().set_index("name")["optimizer"]
     assert (kinds["b2-muon"], kinds["b2-swiglu"]) == ("muon", "adamw")

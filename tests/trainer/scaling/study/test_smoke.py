@@ -51,15 +51,15 @@ def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     assert statuses.count("complete") == len(statuses) >= 11, "nothing failed, and nothing is left"
     assert study.spent <= study.plan.cap
 
-    found = {c.facts["target"]["run"]: c for c in read_forecasts(study.forecasts)}
-    assert set(found) == {"target"}
-    assert found["target"].outcome
+    forecasts = {c.facts["target"]["run"]: c for c in read_forecasts(study.forecasts)}
+    assert set(forecasts) == {"target"}
+    assert forecasts["target"].outcome
     for cell in study.plan.cells:
         # An attempt that was killed while it started has no parent.
         parent = next(a.parent.step for a in study.run(cell.name).attempts() if a.parent)
         assert parent == (cell.trunk_step or 0), "a branch starts where it leaves its trunk"
     (event,) = study.run("target").read_events(kind="forecast_scored")
-    assert event["hash"] == found["target"].facts["hash"], (
+    assert event["hash"] == forecasts["target"].facts["hash"], (
         "the run compares itself with its forecast"
     )
 

@@ -32,7 +32,7 @@ def kinds(study):
 
 
 def test_every_cell_is_run_once_within_the_cap(whole):
-    names = [a for given in FakeTraining.started for a in given if a.startswith("run.name=")]
+    names = [a for words in FakeTraining.started for a in words if a.startswith("run.name=")]
     assert len(names) == len(set(names)) == len(whole.plan.cells)
     assert {s.status for s in whole.states()} == {"complete"}
     assert 0.5 * whole.plan.cap < whole.spent <= whole.plan.cap
@@ -66,10 +66,10 @@ def test_stages_are_centred_one_after_the_other(whole):
 def test_each_run_of_a_later_budget_is_forecast_before_it_starts(whole):
     """From the third budget on: two budgets determine no law here."""
     started = {e["cell"]: e["time"] for e in whole.events if e["kind"] == "cell_started"}
-    found = {c.facts["target"]["run"]: c for c in read_forecasts(whole.forecasts)}
+    forecasts = {c.facts["target"]["run"]: c for c in read_forecasts(whole.forecasts)}
     grid = {c.name for c in whole.plan.cells if c.role == "grid" and c.stage == 3}
-    assert set(found) == grid | {"target"}
-    for name, forecast in found.items():
+    assert set(forecasts) == grid | {"target"}
+    for name, forecast in forecasts.items():
         assert forecast.path.stat().st_mtime <= started[name]
         assert forecast.outcome["run"] == name
 
@@ -101,8 +101,8 @@ def test_the_batch_sweeps_of_the_lowest_and_highest_budget_are_recorded(whole):
 def test_cells_train_against_their_forecasts(whole):
     paths = {c.facts["target"]["run"]: str(c.path) for c in read_forecasts(whole.forecasts)}
     for cell in whole.plan.cells:
-        given = [a for a in whole.arguments(cell) if a.startswith("forecast=")]
-        assert given == ([f"forecast={paths[cell.name]}"] if cell.name in paths else [])
+        words = [a for a in whole.arguments(cell) if a.startswith("forecast=")]
+        assert words == ([f"forecast={paths[cell.name]}"] if cell.name in paths else [])
 
 
 def test_the_target_is_trained_at_the_best_size_of_its_compute(whole):
@@ -116,9 +116,9 @@ def test_the_target_is_trained_at_the_best_size_of_its_compute(whole):
 
 def test_the_law_is_fitted_to_the_best_rate_of_each_size(whole):
     table = whole.table()
-    for _, own in table[table.role.isin(["grid", "rate"])].groupby("cell_of"):
-        assert own.fitted.sum() == 1
-        assert own[own.fitted].loss.iloc[0] == own.loss.min()
+    for _, runs in table[table.role.isin(["grid", "rate"])].groupby("cell_of"):
+        assert runs.fitted.sum() == 1
+        assert runs[runs.fitted].loss.iloc[0] == runs.loss.min()
     assert not table[table.role.isin(["seed", "batch"])].fitted.any()
 
 
