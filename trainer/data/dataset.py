@@ -171,8 +171,8 @@ class Split:
     def __init__(self, store: Store, name: str, manifest: dict[str, Any], dtype: str):
         """manifest: the split's part of the manifest; dtype: of the stored tokens."""
         stored = np.dtype(dtype)
-        self._stored = stored.newbyteorder("<") if dtype == stored.name else stored
-        self.name, self.dtype = name, self._stored.newbyteorder("=")
+        stored = stored.newbyteorder("<") if dtype == stored.name else stored
+        self.name, self.dtype = name, stored.newbyteorder("=")
         self.num_tokens: int = manifest["tokens"]
         self.num_documents: int = manifest["documents"]
         self.num_bytes: int = manifest["bytes"]
@@ -180,10 +180,8 @@ class Split:
         self._store, self._rows = store, manifest["shards"]
         places = [store.where, *(row["file"] for row in self._rows)]
         self.is_remote = any("://" in place for place in places)  # then `will_read` is useful
-        self.shard = lru_cache(_OPEN)(self._open)  # an evicted shard closes with its last reader
-
-    def _open(self, shard: int) -> Shard:
-        return Shard(self._store, self._rows[shard], self._stored, self.name, shard)
+        # An evicted shard closes with its last reader.
+        self.shard = lru_cache(_OPEN)(lambda n: Shard(store, self._rows[n], stored, name, n))
 
     def shard_name(self, shard: int) -> str:
         """Return the name of the file that holds the shard."""

@@ -146,7 +146,7 @@ class Feed:
         self.references = [references[name] for name in splits] if references else None
         self.unit = self.bins[0].unit if self.bins else "window"
         self.are_whole = bool(self.bins and self.bins[0].are_whole)
-        self._span = lru_cache(4)(self._make_span)
+        self._span = lru_cache(4)(lambda n: mixture.places(n * _SPAN, (n + 1) * _SPAN))
 
     def step(self, g: int, count: int) -> list[Interval]:
         """Return the samples of a step of `count` windows that begins at g, without skipped
@@ -192,19 +192,15 @@ class Feed:
                 if bins is not None:
                     rows.sizes[i] = ends[-1]
                     rows.mark_pieces(i, bins, ends)
-                if rows.references is not None:
-                    rows.references[i] = self._reference(*place)
+                if rows.references is not None and self.bins and self.references:
+                    source, shard, number, _ = place
+                    number += int(self.bins[source].counts[:shard].sum())
+                    rows.references[i] = self.references[source][number]
         windows: Iterable[Any] = rows.tokens
         if (places.length <= length).any():
             windows = (r[:n] for r, n in zip(rows.tokens, rows.sizes.tolist(), strict=True))
         digest = sum(map(window_hash, numbers, windows)) % 2**64
         return Samples(**vars(rows), places=places, hash=digest, lost=frozenset(known - quarantine))
-
-    def _reference(self, source: int, shard: int, number: int, size: int) -> np.ndarray:
-        """Return the numbers of a bin of a source."""
-        assert self.references is not None
-        assert self.bins is not None
-        return self.references[source][int(self.bins[source].counts[:shard].sum()) + number]
 
     def _places(self, intervals: Iterable[Interval]) -> Places:
         """Return where these samples lie; computed for _SPAN samples at once, because a few cost
@@ -217,9 +213,6 @@ class Feed:
                 parts.append(Places(*(column[first : first + end - g] for column in span)))
                 g += len(parts[-1].shard)
         return Places(*map(np.concatenate, zip(*parts, strict=True)))
-
-    def _make_span(self, number: int) -> Places:
-        return self.mixture.places(number * _SPAN, (number + 1) * _SPAN)
 
     def will_read(self, intervals: Iterable[Interval]) -> None:
         """Prefetch the remote data of these samples, in order. It is only a hint, but needs the

@@ -11,6 +11,7 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -245,8 +246,9 @@ def _persist(path: Path, work: Callable[[], T]) -> T:
 
 def _unreadable(path: Path, e: OSError) -> UserError:
     if isinstance(e, FileNotFoundError):
-        if _has_files(path.parent):
-            return Missing(str(path), "is missing", "restore it from a copy, or check the path")
+        with suppress(OSError), os.scandir(path.parent) as entries:  # it may be gone itself
+            if any(entries):
+                return Missing(str(path), "is missing", "restore it from a copy, or check the path")
         todo = "check that its file system is mounted, then run the same command again"
         return Transient(str(path), "its folder is gone or empty", todo)
     e.filename = e.filename or str(path)
@@ -254,14 +256,6 @@ def _unreadable(path: Path, e: OSError) -> UserError:
         return error
     problem = f"can't be read ({e.strerror})"
     return UserError(str(path), problem, "check the storage and its permissions")
-
-
-def _has_files(folder: Path) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return any(entries)
-    except OSError:  # it is gone itself, or doesn't answer
-        return False
 
 
 def _other_size(path: Path, size: int, expected: int) -> WrongFile:

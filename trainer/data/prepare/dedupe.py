@@ -29,7 +29,7 @@ import xxhash
 
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit
+from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 
 _RUN = 1 << 17  # documents
 _RANGE = 1 << 20  # approximate documents per range
@@ -89,9 +89,11 @@ class HashJob:
             while True:
                 rows: list[tuple[int, ...]] = []
                 for document in islice(documents, _RUN):
-                    rows.append(_row(first + len(rows), document))
+                    text, index = document.text, first + len(rows)
+                    digest = xxhash.xxh3_64_intdigest(text)
+                    rows.append((*document_hash(text), index, len(text), digest))
                     # At most `left`: a compressed unit holds more bytes than its size.
-                    step = min(left, len(document.text))
+                    step = min(left, len(text))
                     left -= step
                     tick(step, 0)
                 if not rows:
@@ -101,11 +103,6 @@ class HashJob:
                 size += sum(row[3] for row in rows)
             tick(left, 0)
             out.finish({"documents": first, "bytes": size, "runs": runs, "report": asdict(report)})
-
-
-def _row(index: int, document: Document) -> tuple[int, int, int, int, int]:
-    text = document.text
-    return (*document_hash(text), index, len(text), xxhash.xxh3_64_intdigest(text))
 
 
 def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> HashRun:

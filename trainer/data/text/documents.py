@@ -163,11 +163,16 @@ def decoded(
             return
         text, is_cut = short, True
     try:
-        raw = _utf8(text)
+        if isinstance(text, str):
+            raw = text.encode("utf-8")
+        else:
+            text.decode("utf-8")
+            raw = text
     except UnicodeError as e:
         if not may_replace(name, e, report, policy):
             return
-        raw = _replaced(text)
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        raw = _SURROGATES.sub("\ufffd", text).encode("utf-8")
     if policy.is_long(len(raw)):
         unreported = ReadingReport() if is_cut else report
         if (short := _within(name, raw, unreported, policy)) is None:
@@ -209,18 +214,6 @@ def _within(name: str, raw: bytes, report: ReadingReport, policy: Policy) -> byt
     """Return the part of a long document that the policy keeps; None if that is nothing."""
     expect_not_long(name, report, policy, "long, cut" if policy.long == "cut" else "long")
     return raw[: character_end(raw, policy.max_document_bytes or 0)] if policy.is_cut else None
-
-
-def _utf8(text: bytes | str) -> bytes:
-    if isinstance(text, str):
-        return text.encode("utf-8")
-    text.decode("utf-8")
-    return text
-
-
-def _replaced(text: bytes | str) -> bytes:
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    return _SURROGATES.sub("\ufffd", text).encode("utf-8")
 
 
 def character_end(text: bytes, limit: int) -> int:

@@ -122,9 +122,15 @@ def find_files(
         listed = list(_remote(path, skipped) if is_url(path) else _local(path, skipped))
     for name, where, size in listed:
         if kind := kind_of(name, suffixes):
-            if kind == "bare" and where == path:
-                _expect_text(name, where)
-            files.append(InputFile(name, where, _known(where, size), kind, source))
+            if kind == "bare" and where == path:  # the one file of the input
+                with open_stream(name, where) as stream:
+                    if not is_text(stream):
+                        problem = "has no suffix, and its content isn't text"
+                        raise UserError(printable(where), problem, f"expected {KNOWN}")
+            if size is None:  # a web server's list doesn't give it
+                with open_raw(where) as f:
+                    size = f.seek(0, io.SEEK_END)
+            files.append(InputFile(name, where, size, kind, source))
         elif where == path:
             raise _unknown(path)
         else:
@@ -139,14 +145,6 @@ def _unknown(path: str) -> UserError:
         todo = f"convert it to lines: jq -c '.[]' {printable(path)} > rows.jsonl"
         return UserError(printable(path), "a .json file isn't a list of documents", todo)
     return UserError(printable(path), "its suffix isn't a known kind of text", f"expected {KNOWN}")
-
-
-def _expect_text(name: str, where: str) -> None:
-    """Raise UserError if the one file of an input has no suffix and isn't text."""
-    with open_stream(name, where) as stream:
-        if not is_text(stream):
-            problem = "has no suffix, and its content isn't text"
-            raise UserError(printable(where), problem, f"expected {KNOWN}")
 
 
 def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
@@ -238,11 +236,3 @@ def _path_of(url: str) -> str:
     """Return the path in an address: with the bucket as a folder, without a query."""
     scheme, _, rest = url.partition("://")
     return unquote(urlsplit(url).path) if scheme in ("http", "https") else f"/{rest.strip('/')}"
-
-
-def _known(where: str, size: int | None) -> int:
-    """Return the size; if a web server's list doesn't give it, ask for it."""
-    if size is not None:
-        return size
-    with open_raw(where) as f:
-        return f.seek(0, io.SEEK_END)

@@ -91,7 +91,10 @@ def load_hub(spec: str) -> Any:
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(folder))
-            return _split_of(spec, saved, split) if isinstance(saved, dict) else saved
+            if isinstance(saved, dict) and split not in saved:
+                todo = f"choose one of {', '.join(saved)}"
+                raise UserError(spec, f"has no split {split!r}", todo)
+            return saved[split] if isinstance(saved, dict) else saved
         if folder.is_dir():
             return datasets.load_dataset(str(folder), split=split)
         name, _, revision = name.partition("@")
@@ -103,12 +106,6 @@ def load_hub(spec: str) -> Any:
         reason = str(e).strip().partition("\n")[0].rstrip(".") or type(e).__name__
         todo = "check its name, CONFIG and split (hf://NAME/CONFIG:SPLIT) and the network"
         raise UserError(spec, f"can't be loaded ({reason})", todo) from e
-
-
-def _split_of(spec: str, saved: Any, split: str) -> Any:
-    if split not in saved:
-        raise UserError(spec, f"has no split {split!r}", f"choose one of {', '.join(saved)}")
-    return saved[split]
 
 
 def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:

@@ -264,7 +264,11 @@ class _Split:
         row, entry = write_index(self._directory, self._shard_name, index)
         self.files[row["index"]] = entry
         place = {"file": self._file.where, "size": self._file.size, "sha256": None}
-        self.rows.append({**place, "content": _content(self._members), **row})
+        # The same for the same tokens and document ends, wherever they are stored.
+        content = hashlib.sha256()
+        for m in self._members:
+            content.update(f"{m['tokens']} {m['tok']['xxh3']} {m['doc']['xxh3']}\n".encode())
+        self.rows.append({**place, "content": content.hexdigest(), **row})
         self._clear()
 
 
@@ -272,11 +276,3 @@ def dtype_name(dtype: np.dtype) -> str:
     """Return the dtype as written in a manifest: "uint16" for little-endian ids, ">u2" for
     others."""
     return dtype.str if dtype.str.startswith(">") else dtype.name
-
-
-def _content(members: list[dict[str, Any]]) -> str:
-    """Return a sha256 of the tokens and document ends of a shard, wherever they are stored."""
-    digest = hashlib.sha256()
-    for m in members:
-        digest.update(f"{m['tokens']} {m['tok']['xxh3']} {m['doc']['xxh3']}\n".encode())
-    return digest.hexdigest()

@@ -20,6 +20,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -219,17 +220,13 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
 def _described(inputs: list[list[tuple[str, str]]]) -> dict[str, Any]:
     """Return what distinguishes these files from others, including their paths, because the dataset
     refers to them."""
-    rows = [(where, kind, _size(where)) for files in inputs for where, kind in files]
+    rows: list[tuple[str, str, int | None]] = []
+    for where, kind in chain.from_iterable(inputs):
+        with reading(where):
+            rows.append((where, kind, None if is_url(where) else os.path.getsize(where)))
     return {
         "kind": "in place",
         "formats": sorted({kind for _, kind, _ in rows}),
         "files": len(rows),
         "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
-
-
-def _size(where: str) -> int | None:
-    if is_url(where):
-        return None
-    with reading(where):
-        return os.path.getsize(where)
