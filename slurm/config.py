@@ -61,6 +61,8 @@ class SlurmConfig:
         None,
         "time limit of one job, such as 24 h; a run may take many jobs",
         common=True,
+        gt=0,
+        wall_time=True,
     )
     exclusive: bool = key(False, "do not share the nodes with other jobs")
     exclude: list[str] = key([], "names of nodes not to use")
@@ -75,7 +77,10 @@ class SlurmConfig:
         5, "requeues in a row without a new checkpoint; then the job ends with code 76", ge=0
     )
     lead: Duration | None = key(
-        None, "how long before the time limit the run saves; null: from the duration of a save"
+        None,
+        "how long before the time limit the run saves; null: from the duration of a save",
+        gt=0,
+        wall_time=True,
     )
     modules: list[str] = key([], "environment modules to load")
     setup: list[str] = key([], "shell commands to run first, on the first node")
@@ -105,9 +110,14 @@ class SlurmConfig:
     start_time: Duration = key(
         Duration(600, "seconds"),
         "how long a node may take to unpack, or to pull a container, before these checks",
+        gt=0,
+        wall_time=True,
     )
     check_time: Duration = key(
-        Duration(120, "seconds"), "how long these checks may take, and then measuring the network"
+        Duration(120, "seconds"),
+        "how long these checks may take, and then measuring the network",
+        gt=0,
+        wall_time=True,
     )
     runs: str | None = key(
         None, "file with one run per line, as KEY=VALUE ...; all become one array job"
@@ -161,10 +171,6 @@ class SlurmConfig:
             problems.append(
                 ("mem", f"{self.mem!r} is not a size", "write, for example, slurm.mem=64G")
             )
-        for name in ("time", "lead", "start_time", "check_time"):
-            length = getattr(self, name)
-            if length is not None and (length.unit != "seconds" or not length.amount):
-                problems.append((name, "must be a wall time", f"write slurm.{name}='24 h'"))
         for name in self.exports:
             if not _NAME.fullmatch(name):
                 problems.append(

@@ -99,11 +99,12 @@ class PlanConfig:
         ge=0,
     )
     detect: Duration | None = key(
-        None, "time until a lost rank is noticed; null: heartbeat.patience"
+        None, "time until a lost rank is noticed; null: heartbeat.patience", wall_time=True
     )
     restart: Duration = key(
         Duration(600, "seconds"),
         "time from there until it trains again: queue, start, load, compile",
+        wall_time=True,
     )
     deepspeed: bool = key(False, "show the DeepSpeed JSON that is derived from the config")
     json: bool = key(False, "print the plan as JSON, for programs; --json does the same")
@@ -111,10 +112,6 @@ class PlanConfig:
 
     def problems(self) -> Problems:
         problems: Problems = []
-        for name in ("detect", "restart"):
-            length = getattr(self, name)
-            if length is not None and length.unit != "seconds":
-                problems.append((name, "must be a wall time", f"write plan.{name}='10 min'"))
         if self.mfu is not None and self.from_run is not None:
             todo = "take one of them out: plan.mfu=null"
             problems.append(("mfu", "is given beside plan.from_run", todo))
