@@ -66,12 +66,14 @@ class Forecast:
         """
         f = self.facts
         try:
-            own = ("loss", "interval_50", "interval")
-            end = {"tokens": f["target"]["tokens"], **{name: f[name] for name in own}}
-            found = [PredictionInterval.of(self, point) for point in f.get("points") or [end]]
+            fields = ("loss", "interval_50", "interval")
+            end = {"tokens": f["target"]["tokens"], **{name: f[name] for name in fields}}
+            intervals = [PredictionInterval.of(self, point) for point in f.get("points") or [end]]
         except (KeyError, TypeError, ValueError):
             return []
-        return [i for i in found if all(0 < x < math.inf for x in (i.parameters, i.tokens, i.loss))]
+        return [
+            i for i in intervals if all(0 < x < math.inf for x in (i.parameters, i.tokens, i.loss))
+        ]
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ def prediction_interval_of(job: TrainJob) -> PredictionInterval | None:
     tokens = job.total_tokens
     near = min(intervals, key=lambda i: abs(math.log(i.tokens / tokens)))
     if not _same(near.tokens, tokens):
-        theirs = " and ".join(f"{i.tokens:,.0f}" for i in intervals)
-        problem = f"{forecast.path} is for D = {theirs} tokens, but this run ends after {tokens:,}"
+        lengths = " and ".join(f"{i.tokens:,.0f}" for i in intervals)
+        problem = f"{forecast.path} is for D = {lengths} tokens, but this run ends after {tokens:,}"
         raise UserError("forecast", problem, "give the forecast of this run, or change its length")
     return near
 
@@ -197,7 +199,7 @@ def read_forecasts(folder: Path) -> list[Forecast]:
     Raises UserError if a forecast is missing or was changed.
     """
     names = sorted(p for p in folder.glob("*.json") if p.stem.isdigit())
-    found, previous = list[Forecast](), GENESIS
+    forecasts, previous = list[Forecast](), GENESIS
     for number, path in enumerate(names, 1):
         facts = read_json(path)
         if int(path.stem) != number:
@@ -206,9 +208,9 @@ def read_forecasts(folder: Path) -> list[Forecast]:
         if not _is_intact(facts, previous):
             problem = "this forecast, or the one before it, was changed after it was written"
             raise UserError(str(path), problem, "restore it from a copy")
-        found.append(Forecast(path, facts))
+        forecasts.append(Forecast(path, facts))
         previous = facts["hash"]
-    return found
+    return forecasts
 
 
 def hash_of(facts: Mapping[str, Any]) -> str:
@@ -223,8 +225,8 @@ def _is_intact(facts: Any, previous: str) -> bool:
     return facts.get("hash") == hash_of(facts) and facts.get("previous_hash") == previous
 
 
-def _refuse_other_size(job: TrainJob, forecast: Forecast, wanted: float) -> None:
-    """Raise UserError if the model's N, by the forecast's convention, is not `wanted`.
+def _refuse_other_size(job: TrainJob, forecast: Forecast, size: float) -> None:
+    """Raise UserError if the model's N, by the forecast's convention, is not `size`.
 
     If the forecast is of a table with its own convention, any of ours may match.
     """
@@ -234,13 +236,13 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, wanted: float) -> None
     counts = count(job.model)
     named = str(forecast.facts.get("convention")).partition(",")[0].removeprefix("N ")
     names = (named,) if named in _SIZES else _SIZES
-    ours = {name: getattr(counts, name) for name in names}
-    if any(_same(n, wanted) for n in ours.values()):
+    sizes = {name: getattr(counts, name) for name in names}
+    if any(_same(n, size) for n in sizes.values()):
         return
     if counts.active == counts.total - counts.mtp and len(names) > 1:
-        del ours["active"]  # as of every model without experts
-    has = ", ".join(f"{n:,} ({name})" for name, n in ours.items())
-    problem = f"{forecast.path} is for N = {wanted:,.0f}, but this run's model has {has}"
+        del sizes["active"]  # as of every model without experts
+    has = ", ".join(f"{n:,} ({name})" for name, n in sizes.items())
+    problem = f"{forecast.path} is for N = {size:,.0f}, but this run's model has {has}"
     raise UserError("forecast", problem, "give the forecast of this run, or change the model")
 
 

@@ -98,13 +98,13 @@ class Side:
     """One recipe or dataset: its name, its fit and the path of its law."""
 
     name: str
-    made: StudyFit
+    study: StudyFit
     path: LossPath
 
     @property
     def ends(self) -> tuple[float, float]:
         """Return C of its cheapest and of its most expensive fitted run."""
-        c = spent(self.made.points)
+        c = spent(self.study.points)
         return float(c.min()), float(c.max())
 
     @property
@@ -115,17 +115,17 @@ class Side:
 
     def loss(self, flops: Array) -> Array:
         """Return the loss by the law at C, (m,)."""
-        return np.exp(self.path.log_loss(self.made.fit.vector[None], np.log(flops))[0])
+        return np.exp(self.path.log_loss(self.study.fit.vector[None], np.log(flops))[0])
 
     def band(self, flops: Array) -> Array:
         """Return the interval of the loss from the resampled fits at C, (2, m)."""
-        return np.exp(self.made.replicates.interval(
-            self.made.job.level, lambda values: self.path.log_loss(values, np.log(flops))
+        return np.exp(self.study.replicates.interval(
+            self.study.job.level, lambda values: self.path.log_loss(values, np.log(flops))
         ))  # fmt: skip
 
     def flops(self, loss: Array) -> Array:
         """Return C at which the law has these losses, (m,); infinite for a loss it never has."""
-        log_c = self.path.log_compute(self.made.fit.vector[None], loss)[0]
+        log_c = self.path.log_compute(self.study.fit.vector[None], loss)[0]
         return np.exp(np.where(log_c >= self.path.greatest - _NEAR, np.inf, log_c))
 
 
@@ -176,7 +176,7 @@ class Comparison:
     @property
     def level(self) -> float:
         """Return the level of all intervals."""
-        return self.a.made.job.level
+        return self.a.study.job.level
 
     def _apart(self) -> tuple[str, str]:
         spans = [
@@ -188,7 +188,7 @@ class Comparison:
 
     def _target(self) -> Array:
         """Return the loss that A reaches at the target, (1,) or (0,)."""
-        one, other = self.a.made.predict(), self.b.made.predict()
+        one, other = self.a.study.predict(), self.b.study.predict()
         if one is None or other is None:
             return np.empty(0)
         self.predictions = one, other
@@ -203,24 +203,24 @@ class Comparison:
 
         def compute(side: Side) -> Array:
             """Return log C at the losses, their mean and their trend, with both ends, (3, K)."""
-            found = _with_ends(side, lambda v: side.path.log_compute(v, losses) @ weights)
-            own = found[:, : len(losses)]
-            own[own >= side.path.greatest - _NEAR] = np.inf
-            own[own <= side.path.least + _NEAR] = -np.inf
-            return found
+            rows = _with_ends(side, lambda v: side.path.log_compute(v, losses) @ weights)
+            inside = rows[:, : len(losses)]
+            inside[inside >= side.path.greatest - _NEAR] = np.inf
+            inside[inside <= side.path.least + _NEAR] = -np.inf
+            return rows
 
-        found = ratios(compute(self.a), compute(self.b))
+        factors = ratios(compute(self.a), compute(self.b))
         flops = [side.flops(losses) for side in (self.a, self.b)]
         at = np.log(flops[0])
         lost = ratios(*(_with_ends(side, lambda v, s=side: s.path.log_loss(v, at))
                          for side in (self.b, self.a)))  # fmt: skip
         every = [
-            Place(float(losses[i]), (float(flops[0][i]), float(flops[1][i])), found[i], lost[i])
+            Place(float(losses[i]), (float(flops[0][i]), float(flops[1][i])), factors[i], lost[i])
             for i in range(len(losses))
         ]
         self.places = every[:common]
         if common:
-            self.mean, self.trend = found[-2:]
+            self.mean, self.trend = factors[-2:]
         if self.predictions is not None:
             self.target = every[-1]
 
@@ -262,15 +262,15 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """Return what makes the comparison doubtful, as sentences."""
-        found = []
-        if self.a.made.form is not self.b.made.form:
-            names = f"{self.a.made.form.name} for {self.a.name}, {self.b.made.form.name}"
-            found.append(f"The laws differ: {names} for {self.b.name}.")
-        counts = [side.made.points.convention for side in (self.a, self.b)]
+        sentences = []
+        if self.a.study.form is not self.b.study.form:
+            names = f"{self.a.study.form.name} for {self.a.name}, {self.b.study.form.name}"
+            sentences.append(f"The laws differ: {names} for {self.b.name}.")
+        counts = [side.study.points.convention for side in (self.a, self.b)]
         if counts[0] != counts[1]:
-            found.append(f"N or C are counted in different ways: {counts[0]}; {counts[1]}.")
-        if not all("loss_definition" in side.made.table for side in (self.a, self.b)):
-            found.append(
+            sentences.append(f"N or C are counted in different ways: {counts[0]}; {counts[1]}.")
+        if not all("loss_definition" in side.study.table for side in (self.a, self.b)):
+            sentences.append(
                 "The tables don't say what their losses are measured on: the comparison holds only "
                 "if it is the same text and the same tokenizer."
             )
@@ -278,7 +278,7 @@ class Comparison:
             losses = [prediction.loss for prediction in self.predictions]
             if (self.target.multiplier.value > 1) != (losses[1] < losses[0]):
                 better = (self.a, self.b)[losses[1] < losses[0]].name
-                found.append(
+                sentences.append(
                     f"At the target the laws and the predictions disagree: {better} is predicted "
                     "the lower loss."
                 )
@@ -287,13 +287,15 @@ class Comparison:
             if max(factors) > 1:
                 far = " and ".join(f"{f:.2g} times {side.name}'s" for f, side in
                                    zip(factors, (self.a, self.b), strict=True))  # fmt: skip
-                found.append(
+                sentences.append(
                     f"At the target the compute is {far} most expensive run: there the interval, "
                     "of resampled fits alone, leaves out the error of the laws themselves."
                 )
         for side in (self.a, self.b):
-            found += [f"{side.name}: {said}" for said in (*side.made.doubts, *side.made.notes)]
-        return found
+            sentences += [
+                f"{side.name}: {note}" for note in (*side.study.doubts, *side.study.notes)
+            ]
+        return sentences
 
     def verdict(self, ratio: Ratio) -> str:
         """Return in a sentence which side needs less compute, or that it isn't shown."""
@@ -303,19 +305,19 @@ class Comparison:
                 f"{b} needs {_times(ratio, self.level)} the compute of {a} for the same loss. The "
                 f"{level} interval includes 1: these runs don't show which needs less."
             )
-        better, worse, own = (b, a, ratio) if ratio.value > 1 else (a, b, inverse(ratio))
-        if own.value == np.inf:
+        better, worse, factor = (b, a, ratio) if ratio.value > 1 else (a, b, inverse(ratio))
+        if factor.value == np.inf:
             return f"By its law, {worse} never reaches that loss; {better} does."
-        ends = f"{own.low:.3g} to {_open(own.high)}"
+        ends = f"{factor.low:.3g} to {_open(factor.high)}"
         return (
-            f"{better} reaches the same loss with {own.value:.3g} times less compute than {worse} "
-            f"({level}: {ends})."
+            f"{better} reaches the same loss with {factor.value:.3g} times less compute than "
+            f"{worse} ({level}: {ends})."
         )
 
 
 def _times(ratio: Ratio, level: float) -> str:
-    own = inverse(ratio)
-    return f"{own.value:.3g} times ({level:.0%}: {own.low:.3g} to {_open(own.high)})"
+    factor = inverse(ratio)
+    return f"{factor.value:.3g} times ({level:.0%}: {factor.low:.3g} to {_open(factor.high)})"
 
 
 def _open(end: float) -> str:
@@ -324,9 +326,9 @@ def _open(end: float) -> str:
 
 def _with_ends(side: Side, of: Any) -> Array:
     """Return a function of published parameters for the fit, with both ends, (3, K)."""
-    made = side.made
-    ends = made.replicates.interval(made.job.level, of)
-    return np.vstack((of(made.fit.vector[None]), ends))
+    study = side.study
+    ends = study.replicates.interval(study.job.level, of)
+    return np.vstack((of(study.fit.vector[None]), ends))
 
 
 def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> Comparison:
@@ -341,18 +343,18 @@ def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> C
     ratio = t.tokens / t.parameters if t.tokens and t.parameters else None
     sides = []
     for i, (name, table, where) in enumerate(tables):
-        made = law_of(table, replace(job, seed=job.seed + i), where)
+        study = law_of(table, replace(job, seed=job.seed + i), where)
         try:
-            if made.form.columns != ("flops",):
-                laws.allocation(made.form, made.fit.vector)
+            if study.form.columns != ("flops",):
+                laws.allocation(study.form, study.fit.vector)
         except UserError as e:
             todo = "compare with form=chinchilla, or another law of N and D"
             raise UserError(f"form={job.form}", e.problem, todo) from None
-        c = spent(made.points)
+        c = spent(study.points)
         least, greatest = np.log(c.min() / BEYOND), np.log(c.max() * BEYOND)
-        own = None if made.form.columns == ("flops",) else ratio
-        path = LossPath(made.form, made.per_token(), own, float(least), float(greatest))
-        sides.append(Side(name, made, path))
+        at_ratio = None if study.form.columns == ("flops",) else ratio
+        path = LossPath(study.form, study.per_token(), at_ratio, float(least), float(greatest))
+        sides.append(Side(name, study, path))
     return Comparison(*sides)
 
 
@@ -369,7 +371,7 @@ def _expect_comparable(tables: Sequence[pd.DataFrame]) -> None:
             raise UserError("study compare", problem, "compare runs that share it")
 
 
-def as_dict(made: Comparison) -> dict[str, Any]:
+def as_dict(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as plain values, for JSON; what is 0 or unbounded is None."""
 
     def place(p: Place) -> dict[str, Any]:
@@ -380,18 +382,18 @@ def as_dict(made: Comparison) -> dict[str, Any]:
 
     return {
         "sides": [
-            {"name": s.name, "runs": len(s.made.points), "form": s.made.form.name,
-             "values": s.made.fit.values, "flops": list(s.ends)}
-            for s in (made.a, made.b)
+            {"name": s.name, "runs": len(s.study.points), "form": s.study.form.name,
+             "values": s.study.fit.values, "flops": list(s.ends)}
+            for s in (comparison.a, comparison.b)
         ],
-        "level": made.level,
-        "tokens_per_parameter": made.a.path.ratio,
-        "multiplier": made.headline.as_dict(),
-        "crossing": made.crossing,
-        "mean": made.mean and made.mean.as_dict(),
-        "trend": made.trend and made.trend.as_dict(),
-        "range": [place(p) for p in made.places],
-        "target": None if made.target is None else place(made.target),
-        "predictions": None if made.predictions is None else [vars(p) for p in made.predictions],
-        "notes": made.notes,
+        "level": comparison.level,
+        "tokens_per_parameter": comparison.a.path.ratio,
+        "multiplier": comparison.headline.as_dict(),
+        "crossing": comparison.crossing,
+        "mean": comparison.mean and comparison.mean.as_dict(),
+        "trend": comparison.trend and comparison.trend.as_dict(),
+        "range": [place(p) for p in comparison.places],
+        "target": None if comparison.target is None else place(comparison.target),
+        "predictions": comparison.predictions and [vars(p) for p in comparison.predictions],
+        "notes": comparison.notes,
     }  # fmt: skip

@@ -56,19 +56,19 @@ class BaseCurve:
         nodes: (..., k), other log losses of its budgets, such as drawn ones. Where they rise with
         C, they are replaced by the nearest ones that don't.
         """
-        own = np.array(self.log_losses if nodes is None else nodes)
-        for at in map(tuple, np.argwhere((np.diff(own) > 0).any(axis=-1))):
-            own[at] = isotonic_regression(own[at], increasing=False).x
-        heights, wanted = self._height(own), self._height(log_losses)
-        above = (heights[..., None, :] >= wanted[..., None]).sum(axis=-1)  # budgets, (..., m)
+        curve = np.array(self.log_losses if nodes is None else nodes)
+        for at in map(tuple, np.argwhere((np.diff(curve) > 0).any(axis=-1))):
+            curve[at] = isotonic_regression(curve[at], increasing=False).x
+        heights, targets = self._height(curve), self._height(log_losses)
+        above = (heights[..., None, :] >= targets[..., None]).sum(axis=-1)  # budgets, (..., m)
         last = np.clip(above, 1, len(self.log_flops) - 1)
         left, right = (np.take_along_axis(heights, i, axis=-1) for i in (last - 1, last))
         start, end = self.log_flops[last - 1], self.log_flops[last]
         with np.errstate(invalid="ignore", divide="ignore"):
-            share = (left - wanted) / (left - right)  # 0 / 0 where two budgets have one loss
-        found = start + np.nan_to_num(share, nan=0.0) * (end - start)
-        found = np.where(wanted > heights[..., :1], -np.inf, found)
-        return np.asarray(np.where(wanted < heights[..., -1:], np.inf, found))
+            share = (left - targets) / (left - right)  # 0 / 0 where two budgets have one loss
+        log_c = start + np.nan_to_num(share, nan=0.0) * (end - start)
+        log_c = np.where(targets > heights[..., :1], -np.inf, log_c)
+        return np.asarray(np.where(targets < heights[..., -1:], np.inf, log_c))
 
     def _height(self, log_losses: Array) -> Array:
         """Return log(L - floor)."""
@@ -151,13 +151,13 @@ class Multipliers:
             gone = "".join(f"; {lost}".rstrip(".") for lost in self.lost)
             problem = f"has no recipe beside {self.base}{' with a loss' * bool(gone)}{gone}"
             raise UserError(where, problem, "train the others first")
-        own = self.of(self.base)
-        if len(own) < _BUDGETS:
-            problem = f"has {len(own)} budgets of {self.base}, which are no curve"
+        of_base = self.of(self.base)
+        if len(of_base) < _BUDGETS:
+            problem = f"has {len(of_base)} budgets of {self.base}, which are no curve"
             raise UserError(where, problem, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
-        self._of_base = [_pooled(c) for c in own]
-        self.curve = _curve(own, self._of_base)
+        self._of_base = [_pooled(c) for c in of_base]
+        self.curve = _curve(of_base, self._of_base)
 
     def of(self, name: str) -> list[RecipeCell]:
         """Return the cells of a recipe, by compute."""
@@ -167,8 +167,8 @@ class Multipliers:
     def candidates(self) -> list[Candidate]:
         """Return all recipes but the base, the best mean first."""
         names = {c.recipe for c in self.cells} - {self.base}
-        found = [self._candidate(name) for name in sorted(names)]
-        return sorted(found, key=lambda c: -(c.mean or c.top.multiplier).value)
+        candidates = [self._candidate(name) for name in sorted(names)]
+        return sorted(candidates, key=lambda c: -(c.mean or c.top.multiplier).value)
 
     def _candidate(self, name: str) -> Candidate:
         cells = self.of(name)
@@ -202,8 +202,8 @@ class Multipliers:
         if not cells:
             return []
         base = [c.fresh if c.fresh.size else c.logs for c in self.of(self.base)]
-        found = self._ratios(*self._logs(cells, [c.fresh for c in cells], base))
-        return [_within(r, self._reach(c)) for r, c in zip(found, cells, strict=True)]
+        ratios = self._ratios(*self._logs(cells, [c.fresh for c in cells], base))
+        return [_within(r, self._reach(c)) for r, c in zip(ratios, cells, strict=True)]
 
     def _reach(self, cell: RecipeCell) -> tuple[float, float]:
         ends = np.exp(self.curve.log_flops[[0, -1]]) / cell.flops
@@ -214,9 +214,9 @@ class Multipliers:
     ) -> tuple[Array, Array]:
         """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs, base: the log
         losses of the runs to take for each cell, and for each budget of the base."""
-        own, means = np.log([c.flops for c in cells]), np.array([y.mean() for y in logs])
+        log_c, means = np.log([c.flops for c in cells]), np.array([y.mean() for y in logs])
         curve = _curve(self.of(self.base), base)
-        at = curve.log_compute(means) - own
+        at = curve.log_compute(means) - log_c
         if not self.noise.free:
             return at, np.broadcast_to(at, (_DRAWS, len(at)))
         rng = np.random.default_rng(self.job.seed)
@@ -225,7 +225,7 @@ class Multipliers:
         )
         nodes = curve.log_losses + errors * self._scatter(rng, base)
         moved = means + errors * self._scatter(rng, logs)
-        return at, curve.log_compute(moved, nodes) - own
+        return at, curve.log_compute(moved, nodes) - log_c
 
     @staticmethod
     def _scatter(rng: np.random.Generator, logs: Sequence[Array]) -> Array:
@@ -245,37 +245,41 @@ class Multipliers:
     @property
     def doubts(self) -> list[str]:
         """Return what makes the numbers doubtful, as sentences."""
-        found = []
+        sentences = []
         if not self.noise.free:
-            found.append("No run was repeated with another seed: the noise of the losses, and so "
-                         "the intervals, are unknown.")  # fmt: skip
+            sentences.append(
+                "No run was repeated with another seed: the noise of the losses, and so the "
+                "intervals, are unknown."
+            )
         elif self.noise.free < 6:
-            found.append(f"The noise of seeds has {self.noise.free} degrees of freedom: the "
+            sentences.append(f"The noise of seeds has {self.noise.free} degrees of freedom: the "
                          "intervals are wide because it is hardly known.")  # fmt: skip
         if not self.curve.is_falling:
-            found.append(f"The loss of {self.base} does not fall from each budget to the next: "
+            sentences.append(f"The loss of {self.base} does not fall from each budget to the next: "
                          "there it tells little about compute.")  # fmt: skip
-        found += [*map(str, self.lost), *_uneven(self.cells), *_untuned(self.cells)]
+        sentences += [*map(str, self.lost), *_uneven(self.cells), *_untuned(self.cells)]
         for c in self.candidates:
             beyond = [p for p in c.places if not 0 < p.multiplier.value < np.inf]
             if beyond:
-                found.append(f"{c.name} has a loss that {self.base} never has at {len(beyond)} of "
-                             f"{len(c.places)} budgets: there the multiplier is only bounded, and "
-                             "mean and trend leave it out.")  # fmt: skip
+                sentences.append(
+                    f"{c.name} has a loss that {self.base} never has at {len(beyond)} of "
+                    f"{len(c.places)} budgets: there the multiplier is only bounded, and mean and "
+                    "trend leave it out."
+                )
         with_fresh = {c.budget for c in self.of(self.base) if c.fresh.size}
         for one in self.candidates:
             if one.top.confirmed is not None and one.top.cell.budget not in with_fresh:
-                found.append(
+                sentences.append(
                     f"Fresh seeds of {one.name} are compared with runs of {self.base} that chose "
                     f"it: train {self.base} with fresh seeds there too."
                 )
         winners = [c.name for c in self.candidates if c.is_winner and c.top.confirmed is None]
         if winners and len(self.candidates) > 1:
-            found.append(
+            sentences.append(
                 f"{', '.join(winners)} won among {len(self.candidates)} recipes: the best of "
                 "several looks better than it is until fresh seeds confirm it."
             )
-        return found
+        return sentences
 
 
 def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
@@ -305,22 +309,22 @@ def _noise(cells: Sequence[RecipeCell]) -> Noise:
 
 def _uneven(cells: Sequence[RecipeCell]) -> list[str]:
     """Return a sentence for each budget at which seeds scatter far more than at the others."""
-    found = []
+    sentences = []
     for budget in sorted({c.budget for c in cells}):
-        own = _noise([c for c in cells if c.budget == budget])
+        there = _noise([c for c in cells if c.budget == budget])
         rest = _noise([c for c in cells if c.budget != budget])
-        if min(own.free, rest.free) >= 2 and own.sd > _UNEVEN * rest.sd:
-            found.append(
-                f"At {budget:.2g} FLOPs runs scatter by {own.sd:.2%} by their seed, and elsewhere "
-                f"by {rest.sd:.2%}: intervals know the mean of both, and are too narrow there and "
-                "too wide elsewhere."
+        if min(there.free, rest.free) >= 2 and there.sd > _UNEVEN * rest.sd:
+            sentences.append(
+                f"At {budget:.2g} FLOPs runs scatter by {there.sd:.2%} by their seed, and "
+                f"elsewhere by {rest.sd:.2%}: intervals know the mean of both, and are too narrow "
+                "there and too wide elsewhere."
             )
-    return found
+    return sentences
 
 
 def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
     """Return a sentence for each way in which learning rates are not tuned."""
-    found = []
+    sentences = []
     for is_so, problem in (
         (False, "the best learning rate is at the edge of those that were tried, so that its loss "
                 "may be too high"),
@@ -328,12 +332,12 @@ def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
     ):  # fmt: skip
         at = [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]
         if at:
-            more = f" and {len(at) - 4} more" if len(at) > 4 else ""
-            found.append(f"Of {', '.join(at[:4])}{more} {problem}.")
-    return found
+            others = f" and {len(at) - 4} more" if len(at) > 4 else ""
+            sentences.append(f"Of {', '.join(at[:4])}{others} {problem}.")
+    return sentences
 
 
-def as_dict(made: Multipliers) -> dict[str, Any]:
+def as_dict(study: Multipliers) -> dict[str, Any]:
     """Return the comparison as plain values, for JSON; what is 0 or unbounded is None."""
 
     def place(p: Place) -> dict[str, Any]:
@@ -341,20 +345,20 @@ def as_dict(made: Multipliers) -> dict[str, Any]:
                 "confirmed": p.confirmed and p.confirmed.as_dict()}  # fmt: skip
 
     return {
-        "base": made.base,
-        "level": made.job.level,
-        "noise": {"sd": made.noise.sd if made.noise.free else None, "free": made.noise.free},
-        "curve": {"floor": made.curve.floor, "budgets": [_cell(c) for c in made.of(made.base)]},
+        "base": study.base,
+        "level": study.job.level,
+        "noise": {"sd": study.noise.sd if study.noise.free else None, "free": study.noise.free},
+        "curve": {"floor": study.curve.floor, "budgets": [_cell(c) for c in study.of(study.base)]},
         "candidates": [
             {"name": c.name, "multiplier": c.mean and c.mean.as_dict(), "is_winner": c.is_winner,
              "trend_per_decade": c.trend and c.trend.as_dict(),
              "budgets": [place(p) for p in c.places]}
-            for c in made.candidates
+            for c in study.candidates
         ],
         "without_loss": [
-            {"name": c.recipe, "budget": c.budget, "diverged": c.runs} for c in made.lost
+            {"name": c.recipe, "budget": c.budget, "diverged": c.runs} for c in study.lost
         ],
-        "doubts": made.doubts,
+        "doubts": study.doubts,
     }  # fmt: skip
 
 

@@ -62,54 +62,54 @@ class Prediction:
     origins: int
 
 
-def forecasters_of(made: "StudyFit") -> list[Forecaster]:
+def forecasters_of(study: "StudyFit") -> list[Forecaster]:
     """Return the forecasters of the first two budgets, of the first three, and so on up to all;
     none if the job asks for the law, or if the runs have too few budgets with enough sizes. Raises
     UserError if the job asks for `level` all the same."""
-    if made.job.method == LAW:
+    if study.job.method == LAW:
         return []
-    if made.form.columns != _OF_SIZE:
-        why = f"the law {made.form.name} isn't one of N and D"
-    elif "budget" not in made.table:
+    if study.form.columns != _OF_SIZE:
+        why = f"the law {study.form.name} isn't one of N and D"
+    elif "budget" not in study.table:
         why = "the table has no column 'budget'"
     else:
-        points, budgets = made.all_points, made.table["budget"].to_numpy(dtype=float)
-        kept = continued(budgets, np.exp(points.log("parameters")))
-        if kept.any():
-            return list(forecasters(points.take(kept), budgets[kept]))
+        points, budgets = study.all_points, study.table["budget"].to_numpy(dtype=float)
+        usable = continued(budgets, np.exp(points.log("parameters")))
+        if usable.any():
+            return list(forecasters(points.take(usable), budgets[usable]))
         why = f"fewer than {BUDGETS} budgets have {SIZES} sizes"
-    if made.job.method == LEVEL:
+    if study.job.method == LEVEL:
         raise UserError("method", f"level is not possible: {why}", "write method=law")
     return []
 
 
-def predicted(made: "StudyFit", columns: Mapping[str, Array], flops: Array) -> Predicted:
+def predicted(study: "StudyFit", columns: Mapping[str, Array], flops: Array) -> Predicted:
     """Return the prediction for m runs. columns: what the law reads; flops: C; (m,) each."""
-    by_law = made.calibrated.predicted(dict(columns), flops)
-    found = made.forecaster
-    if found is None:
+    by_law = study.calibrated.predicted(dict(columns), flops)
+    forecaster = study.forecaster
+    if forecaster is None:
         return by_law
     n, d = columns["parameters"], columns["tokens"]
     center, deviation = by_law.log_loss.copy(), by_law.deviation.copy()
     freedom = np.full(len(n), float(by_law.freedom))
-    for i, budget in enumerate((found.shape.per * n * d).tolist()):
-        if found.is_beyond(budget):
+    for i, budget in enumerate((forecaster.shape.per * n * d).tolist()):
+        if forecaster.is_beyond(budget):
             run = {"parameters": n[i : i + 1], "tokens": d[i : i + 1]}
-            one = found.of_runs(run, flops[i : i + 1], budget)
+            one = forecaster.of_runs(run, flops[i : i + 1], budget)
             center[i], deviation[i] = one.log_loss[0], one.deviation[0]
             freedom[i] = one.freedom
     return Predicted(center, deviation, freedom)
 
 
-def predict(made: "StudyFit", target: TargetPoint) -> Prediction | None:
+def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
     """Return the prediction for a target, or None if it is empty.
 
     Raises UserError if it is too far beyond the runs, or lacks what the law reads.
     """
     if not target.is_given:
         return None
-    columns, n, d, c = run_of(made, target)
-    factor = c / float(spent(made.points).max())
+    columns, n, d, c = run_of(study, target)
+    factor = c / float(spent(study.points).max())
     if factor > FAR and not target.far:
         problem = f"needs {factor:.0f} times the compute of the largest run"
         todo = (
@@ -119,18 +119,18 @@ def predict(made: "StudyFit", target: TargetPoint) -> Prediction | None:
         raise UserError("target", problem, todo)
 
     def loss(values: Array) -> Array:
-        return made.form.predict(values, **columns)[..., 0]
+        return study.form.predict(values, **columns)[..., 0]
 
-    one = predicted(made, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
-    found = made.forecaster
-    level = found is not None and found.is_beyond(found.shape.per * n * d)
-    earlier = found.earlier if found and level else made.discrepancy.origins
-    low, high = made.replicates.interval(made.job.level, loss)
+    one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
+    forecaster = study.forecaster
+    level = forecaster is not None and forecaster.is_beyond(forecaster.shape.per * n * d)
+    earlier = forecaster.earlier if forecaster and level else study.discrepancy.origins
+    low, high = study.replicates.interval(study.job.level, loss)
     return Prediction(
         LEVEL if level else LAW, n, d, c, float(one.loss[0]),
-        _pair(one.interval(0.5)), _pair(one.interval(made.job.level)),
-        float(made.fit.predict(**columns)[0]), (float(low), float(high)),
-        _sizes(made, target, c), factor, earlier,
+        _pair(one.interval(0.5)), _pair(one.interval(study.job.level)),
+        float(study.fit.predict(**columns)[0]), (float(low), float(high)),
+        _sizes(study, target, c), factor, earlier,
     )  # fmt: skip
 
 
@@ -139,26 +139,26 @@ def _pair(ends: Array) -> Interval:
     return low, high
 
 
-def _sizes(made: "StudyFit", target: TargetPoint, c: float) -> tuple[Interval, Interval] | None:
+def _sizes(study: "StudyFit", target: TargetPoint, c: float) -> tuple[Interval, Interval] | None:
     """Return the intervals of N* and D* by the resampled fits."""
-    if target.parameters or target.tokens or made.form.columns != _OF_SIZE:
+    if target.parameters or target.tokens or study.form.columns != _OF_SIZE:
         return None
 
     def best(values: Array) -> Array:
-        n, d = laws.compute_optimal(made.form, values, np.array([c]), made.per_token())
+        n, d = laws.compute_optimal(study.form, values, np.array([c]), study.per_token())
         return np.log(np.concatenate((n, d), axis=-1))
 
-    ends = np.exp(made.replicates.interval(made.job.level, best))  # (2, 2)
+    ends = np.exp(study.replicates.interval(study.job.level, best))  # (2, 2)
     return _pair(ends[:, 0]), _pair(ends[:, 1])
 
 
-def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
+def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
     """Return the columns that the law reads of a target, and its N, D and C.
 
     FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
     """
     n, d, c = t.parameters, t.tokens, t.flops
-    form, per = made.form, made.per_token()
+    form, per = study.form, study.per_token()
     held = {"expansion": t.expansion} if "expansion" in form.columns else {}
     if held and t.expansion is None:
         problem = f"has no expansion, which the law {form.name} reads"
@@ -173,7 +173,7 @@ def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, f
             problem = "does not say how often data is repeated, which the law reads"
             todo = "write target.parameters= and target.tokens= instead"
             raise UserError("target.flops", problem, todo)
-        best = laws.compute_optimal(form, made.fit.vector, c, per, **held)
+        best = laws.compute_optimal(form, study.fit.vector, c, per, **held)
         n, d = float(best[0][0]), float(best[1][0])
     elif n is None or d is None:
         if c is None:

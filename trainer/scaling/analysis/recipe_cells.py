@@ -93,10 +93,10 @@ def cells_of(
     rates = table.get("learning_rate", pd.Series(1.0, table.index)).fillna(1.0).astype(float)
     roles = table.get("role", pd.Series("", table.index))
     budgets = _budgets(table[cost]) if "budget" not in table else table["budget"]
-    made = table.assign(_cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
-    found = list(_cells(made))
-    cells = [c for c in found if isinstance(c, RecipeCell)]
-    return cells, [c for c in found if isinstance(c, LostCell)]
+    runs = table.assign(_cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
+    cells_or_lost = list(_cells(runs))
+    cells = [c for c in cells_or_lost if isinstance(c, RecipeCell)]
+    return cells, [c for c in cells_or_lost if isinstance(c, LostCell)]
 
 
 def _budgets(costs: pd.Series) -> pd.Series:
@@ -107,13 +107,13 @@ def _budgets(costs: pd.Series) -> pd.Series:
 
 
 def _cells(table: pd.DataFrame) -> Iterator[RecipeCell | LostCell]:
-    for (recipe, budget), own in table.groupby([RECIPE, "_budget"], sort=True):
-        is_fresh = own["_role"] == "confirm"
-        is_finite = np.isfinite(own["loss"].astype(float))
-        is_seed = own["_role"] == "seed"
-        is_swept = own["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
+    for (recipe, budget), rows in table.groupby([RECIPE, "_budget"], sort=True):
+        is_fresh = rows["_role"] == "confirm"
+        is_finite = np.isfinite(rows["loss"].astype(float))
+        is_seed = rows["_role"] == "seed"
+        is_swept = rows["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
         is_counted = is_seed if is_seed.any() else ~is_fresh
-        runs = own[is_counted & is_finite]
+        runs = rows[is_counted & is_finite]
         if runs.empty:
             is_swept_well = (is_swept & is_finite).any()  # so that other seeds alone diverged
             gone = is_counted if is_swept_well else ~is_fresh
@@ -124,11 +124,11 @@ def _cells(table: pd.DataFrame) -> Iterator[RecipeCell | LostCell]:
         logs = np.log(runs["loss"].astype(float))
         by_rate = logs.groupby(runs["_rate"]).agg(["size", "mean"])
         rate = by_rate.sort_values(["size", "mean"], ascending=[False, True]).index[0]
-        fresh = np.log(own[is_fresh & is_finite]["loss"].astype(float).to_numpy())
+        fresh = np.log(rows[is_fresh & is_finite]["loss"].astype(float).to_numpy())
         yield RecipeCell(
             str(recipe), float(budget), float(runs["_cost"].mean()), float(rate),
-            logs[runs["_rate"] == rate].to_numpy(), fresh, tuple(sorted(own["_rate"].unique())),
-            _is_bracketed(own[is_swept]), int((~is_finite).sum()),
+            logs[runs["_rate"] == rate].to_numpy(), fresh, tuple(sorted(rows["_rate"].unique())),
+            _is_bracketed(rows[is_swept]), int((~is_finite).sum()),
         )  # fmt: skip
 
 

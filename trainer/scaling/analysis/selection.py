@@ -33,53 +33,53 @@ def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
     """
     if job.form != AUTO:
         return StudyFit(table, job, where)
-    made, why = dict[str, StudyFit](), list[UserError]()
+    fits, why = dict[str, StudyFit](), list[UserError]()
     for name in CANDIDATES:
         try:
-            made[name] = StudyFit(table, replace(job, form=name), where)
+            fits[name] = StudyFit(table, replace(job, form=name), where)
         except UserError as e:
             why.append(e)
-    if not made:
+    if not fits:
         raise why[0]
-    factor = _extrapolation_factor(next(iter(made.values())), job)
-    judged = {name: judge(m.backtests, factor) for name, m in made.items() if m.backtests}
+    factor = _extrapolation_factor(next(iter(fits.values())), job)
+    judged = {name: judge(m.backtests, factor) for name, m in fits.items() if m.backtests}
     if not judged:
-        first = next(iter(made))
-        made[first].notes.append(f"There are no backtests to choose a law by: {first} is taken.")
-        return made[first]
+        first = next(iter(fits))
+        fits[first].notes.append(f"There are no backtests to choose a law by: {first} is taken.")
+        return fits[first]
     best = min(judged, key=lambda name: judged[name][0])
     low, high = judged[best][1]
     errors = sorted(judged.items(), key=lambda item: item[1][0])
     text = ", ".join(f"{name} {error:.2%}" for name, (error, _) in errors)
-    made[best].notes.append(
+    fits[best].notes.append(
         f"The chosen law is {best}, by the backtest errors at extrapolation factors of {low:.3g} "
         f"to {high:.3g}: {text}."
     )
-    return made[best]
+    return fits[best]
 
 
 def judge(
-    found: Sequence[Backtest], extrapolation_factor: float | None
+    backtests: Sequence[Backtest], extrapolation_factor: float | None
 ) -> tuple[float, tuple[float, float]]:
     """Return the root mean square of log errors, and the least and greatest factor of its runs.
 
     The runs are those near `extrapolation_factor` or, if they are fewer than three, the half with
     the largest factors; all of them if it is None.
     """
-    factors = np.concatenate([b.factors for b in found])
-    errors = np.concatenate([b.errors for b in found])
-    kept = np.ones(len(factors), dtype=bool)
+    factors = np.concatenate([b.factors for b in backtests])
+    errors = np.concatenate([b.errors for b in backtests])
+    near = np.ones(len(factors), dtype=bool)
     if extrapolation_factor is not None:
-        kept = np.abs(np.log(factors / extrapolation_factor)) <= np.log(_NEAR)
-        if kept.sum() < _FEWEST:
-            kept = factors >= np.median(factors)
-    ends = float(factors[kept].min()), float(factors[kept].max())
-    return float(np.sqrt(np.square(errors[kept]).mean())), ends
+        near = np.abs(np.log(factors / extrapolation_factor)) <= np.log(_NEAR)
+        if near.sum() < _FEWEST:
+            near = factors >= np.median(factors)
+    ends = float(factors[near].min()), float(factors[near].max())
+    return float(np.sqrt(np.square(errors[near]).mean())), ends
 
 
-def _extrapolation_factor(made: StudyFit, job: StudyJob) -> float | None:
+def _extrapolation_factor(study: StudyFit, job: StudyJob) -> float | None:
     """Return the target's compute over the greatest of the runs, at least 1; None without one."""
     if not job.target.is_given:
         return None
-    flops = run_of(made, job.target)[3]
-    return max(1.0, flops / float(spent(made.points).max()))
+    flops = run_of(study, job.target)[3]
+    return max(1.0, flops / float(spent(study.points).max()))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from forescale.scaling.analysis.table_fit import StudyFit
 
 COUNT = 200  # resampled fits per convention
-_OWN = "the table's"
+_TABLES = "the table's"
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class SensitivityRow:
     loss: float | None
 
 
-def sensitivity(made: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
+def sensitivity(study: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
     """Return a row for every pair of conventions; conventions with equal numbers share one.
 
     A single row means that the table has one convention.
     """
-    mask, own = made.is_fitted, made.points
+    mask, points_of_table = study.is_fitted, study.points
     sizes: dict[str, Array | None]
     costs: dict[str, Array | None]
-    sizes = {name: c[mask] for name, c in conventions(made.table, "parameters").items()}
-    costs = {name: c[mask] for name, c in conventions(made.table, "flops").items()}
-    if not sizes and own.parameters is not None:
-        sizes = {_OWN: own.parameters}
-    reads = made.form.columns
+    sizes = {name: c[mask] for name, c in conventions(study.table, "parameters").items()}
+    costs = {name: c[mask] for name, c in conventions(study.table, "flops").items()}
+    if not sizes and points_of_table.parameters is not None:
+        sizes = {_TABLES: points_of_table.parameters}
+    reads = study.form.columns
     done: dict[tuple[str, str], tuple[Fit, Replicates]] = {}
     rows: list[SensitivityRow] = []
     costs = costs or {"6 N D" if sizes else "-": None}
@@ -67,35 +67,35 @@ def sensitivity(made: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
         for cost, c in costs.items():
             key = (size if "parameters" in reads else "", cost if "flops" in reads else "")
             if key not in done:
-                points = replace(own, parameters=n, flops=c)
-                law = fit(made.form, points, made.fit.objective, made.weights)
-                done[key] = law, made.resample(law, count)
-            rows.append(_row(made, (size, cost), (n, c), *done[key]))
+                points = replace(points_of_table, parameters=n, flops=c)
+                law = fit(study.form, points, study.fit.objective, study.weights)
+                done[key] = law, study.resample(law, count)
+            rows.append(_row(study, (size, cost), (n, c), *done[key]))
     return rows
 
 
 def _row(
-    made: "StudyFit",
+    study: "StudyFit",
     names: tuple[str, str],
     counts: tuple[Array | None, Array | None],
     law: Fit,
     replicates: Replicates,
 ) -> SensitivityRow:
     """Return a row. names: the conventions of N and C; counts: N and C of the runs, (n,) each."""
-    (n, c), d = counts, made.points.tokens
+    (n, c), d = counts, study.points.tokens
     p = 1.0 if n is None or c is None or d is None else _slope(np.log(n), np.log(c / d))
-    loss = _loss(made, law.values, n, c)
+    loss = _loss(study, law.values, n, c)
 
     def allocation(values: Array) -> Array:
         """Return q / (1 + (p - 1) q), where q = beta / (alpha + beta) is that of p = 1."""
-        q = laws.allocation(made.form, values)
+        q = laws.allocation(study.form, values)
         return q / (1 + (p - 1) * q)
 
     try:
         a = float(allocation(law.vector))
     except UserError:  # a law whose optimum is no power law of C
         return SensitivityRow(*names, p, law.values, None, None, loss)
-    low, high = map(float, replicates.interval(made.job.level, allocation))
+    low, high = map(float, replicates.interval(study.job.level, allocation))
     return SensitivityRow(*names, p, law.values, a, (low, high), loss)
 
 
@@ -106,10 +106,10 @@ def conventions(table: pd.DataFrame, problem: str) -> dict[str, Array]:
     lacks is absent.
     """
     prefix = f"{problem}_"
-    found = {_OWN: table[problem]} if problem in table else {}
-    found |= {c.removeprefix(prefix): table[c] for c in map(str, table) if c.startswith(prefix)}
+    columns = {_TABLES: table[problem]} if problem in table else {}
+    columns |= {c.removeprefix(prefix): table[c] for c in map(str, table) if c.startswith(prefix)}
     groups: dict[tuple[float, ...], list[str]] = {}
-    for name, column in found.items():
+    for name, column in columns.items():
         if column.notna().all():
             groups.setdefault(tuple(column.astype(float)), []).append(name)
     return {", ".join(names): np.array(numbers) for numbers, names in groups.items()}
@@ -120,15 +120,15 @@ def _slope(x: Array, y: Array) -> float:
 
 
 def _loss(
-    made: "StudyFit", values: dict[str, float], n: Array | None, c: Array | None
+    study: "StudyFit", values: dict[str, float], n: Array | None, c: Array | None
 ) -> float | None:
     """Return the loss of the target by the law with these `values`, or None without a target."""
-    if not made.job.target.is_given:
+    if not study.job.target.is_given:
         return None
-    columns, _, _, _ = run_of(made, made.job.target)
+    columns, _, _, _ = run_of(study, study.job.target)
     for name, column in (("parameters", n), ("flops", c)):
         if name in columns and column is not None:
-            own = np.log(getattr(made.points, name))
-            line = np.polynomial.Polynomial.fit(own, np.log(column), 1)
+            log_count = np.log(getattr(study.points, name))
+            line = np.polynomial.Polynomial.fit(log_count, np.log(column), 1)
             columns[name] = float(np.exp(line(np.log(columns[name]))))
-    return float(made.form.predict(values, **columns)[0])
+    return float(study.form.predict(values, **columns)[0])

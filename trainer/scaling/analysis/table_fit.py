@@ -47,7 +47,7 @@ class StudyFit:
 
     def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
         self.job, self.notes, self.records = job, list[str](), table
-        self.table = self._kept(table)
+        self.table = self._usable(table)
         self.all_points = self._points(where)
         self._group()
         self.is_fitted = self._near_best()
@@ -59,7 +59,7 @@ class StudyFit:
         self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
         self._note_weights()
 
-    def _kept(self, table: pd.DataFrame) -> pd.DataFrame:
+    def _usable(self, table: pd.DataFrame) -> pd.DataFrame:
         table = table[table["fitted"]] if "fitted" in table else table
         bad = table[~(table["loss"] < np.inf)]  # NaN too
         if len(bad):
@@ -86,9 +86,9 @@ class StudyFit:
         p = self.all_points
         if "budget" in self.table or p.parameters is None or p.tokens is None:
             return
-        if (found := grouped(spent(p), p.parameters)) is not None:
-            self.table = self.table.assign(budget=found.of_run)
-            self.notes.append(found.note)
+        if (groups := grouped(spent(p), p.parameters)) is not None:
+            self.table = self.table.assign(budget=groups.of_run)
+            self.notes.append(groups.note)
 
     def _near_best(self) -> Array:
         """Return the mask of the runs near the optimum of their budget, (n,).
@@ -102,17 +102,17 @@ class StudyFit:
         if (known := self.all_points.expansion) is not None:  # each has its own optimum
             rows = np.stack((budgets, known), axis=1)
             budgets = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
-        kept = near_best(table["loss"].to_numpy(), budgets, near)
-        if not kept.all():
+        mask = near_best(table["loss"].to_numpy(), budgets, near)
+        if not mask.all():
             rule = f"within {near:.0%} of the least loss of their budget, or its best three"
-            self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {rule}.")
-        return kept
+            self.notes.append(f"The law is fitted to {mask.sum()} of {len(mask)} runs: {rule}.")
+        return mask
 
     @property
     def has_expansions(self) -> bool:
         """Return True if the runs differ in their expansion."""
-        found = self.all_points.expansion
-        return found is not None and bool(np.ptp(found) > 0)
+        expansion = self.all_points.expansion
+        return expansion is not None and bool(np.ptp(expansion) > 0)
 
     @cached_property
     def backtests(self) -> list[Backtest]:
@@ -150,8 +150,8 @@ class StudyFit:
         if self.job.target.is_given:
             target = Target(*prediction.run_of(self, self.job.target)[1:])
         level, columns = self.job.level, self.job.columns
-        own = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
-        return [*self._other_experts(), *doubts(*own), *self.disagreements()]
+        facts = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
+        return [*self._other_experts(), *doubts(*facts), *self.disagreements()]
 
     def _other_experts(self) -> list[str]:
         """Return a sentence if the runs differ in their expansion, and the law doesn't know it."""
@@ -178,14 +178,14 @@ class StudyFit:
         """Return the resampled fits."""
         return self.resample(self.fit, self.job.bootstraps)
 
-    def resample(self, made: Fit, count: int) -> bootstrap.Replicates:
+    def resample(self, law: Fit, count: int) -> bootstrap.Replicates:
         """Resample a fit of these runs, by the method of the job."""
         job, trunks = self.job, self.table[self.is_fitted].get("trunk")
         if job.resample == "residuals":
-            return bootstrap.residuals(made, count, job.seed)
+            return bootstrap.residuals(law, count, job.seed)
         if job.resample == "clusters" and trunks is not None and trunks.nunique() > 1:
-            return bootstrap.clusters(made, trunks.to_numpy(), count, job.seed)
-        return bootstrap.pairs(made, count, job.seed)
+            return bootstrap.clusters(law, trunks.to_numpy(), count, job.seed)
+        return bootstrap.pairs(law, count, job.seed)
 
     @cached_property
     def others(self) -> dict[str, Fit]:
@@ -193,18 +193,18 @@ class StudyFit:
 
         def by(delta: float) -> Fit:
             goal = Objective(delta)
-            own = goal == self.goal
-            return self.fit if own else fit(self.form, self.points, goal, self.weights)
+            is_goal = goal == self.goal
+            return self.fit if is_goal else fit(self.form, self.points, goal, self.weights)
 
-        found = {name: by(delta) for name, delta in _OTHERS.items()}
+        fits = {name: by(delta) for name, delta in _OTHERS.items()}
         if not self.is_fitted.all():
             weights = self._weighed(self.all_points)
-            found["all runs"] = fit(self.form, self.all_points, self.goal, weights)
-        return found
+            fits["all runs"] = fit(self.form, self.all_points, self.goal, weights)
+        return fits
 
     def disagreements(self) -> list[str]:
         """Return a sentence for each fit of `others` that moves a parameter by over its error."""
-        errors, found = self.replicates.errors, []
+        errors, sentences = self.replicates.errors, []
         for name, other in self.others.items():
             moved = [
                 f"{symbol} is {other.values[symbol]:.4g}, not {value:.4g}"
@@ -212,8 +212,8 @@ class StudyFit:
                 if abs(other.values[symbol] - value) > errors[symbol]
             ]
             if moved:
-                found.append(f"With {name}, {'; '.join(moved)}.")
-        return found
+                sentences.append(f"With {name}, {'; '.join(moved)}.")
+        return sentences
 
     @property
     def allocation(self) -> tuple[float, Array] | None:
@@ -305,22 +305,22 @@ class StudyFit:
         ]
 
 
-def as_dict(made: StudyFit) -> dict[str, Any]:
+def as_dict(study: StudyFit) -> dict[str, Any]:
     """Return all results of a fit."""
-    c, r, prediction = made.fit.certificate, made.replicates, made.predict()
-    ends = zip(made.form.symbols, r.interval(made.job.level).T.tolist(), strict=True)
+    c, r, prediction = study.fit.certificate, study.replicates, study.predict()
+    ends = zip(study.form.symbols, r.interval(study.job.level).T.tolist(), strict=True)
     return {
-        "runs": len(made.points),
-        "convention": made.points.convention,
-        "weights": None if made.weights is None else made.weights.tolist(),
-        "noise": vars(made.noise),
-        "form": made.form.name,
-        "source": made.form.source,
-        "objective": made.fit.value,
-        "values": made.fit.values,
+        "runs": len(study.points),
+        "convention": study.points.convention,
+        "weights": None if study.weights is None else study.weights.tolist(),
+        "noise": vars(study.noise),
+        "form": study.form.name,
+        "source": study.form.source,
+        "objective": study.fit.value,
+        "values": study.fit.values,
         "errors": r.errors,
         "interval": dict(ends),
-        "level": made.job.level,
+        "level": study.job.level,
         "certificate": {
             "holds": c.holds,
             "scaled_gradient": c.scaled_gradient,
@@ -331,15 +331,15 @@ def as_dict(made: StudyFit) -> dict[str, Any]:
             "failed_starts": c.failed_starts,
         },
         "uncertified_replicates": r.uncertified,
-        "others": {name: other.values for name, other in made.others.items()},
-        "allocation": None if made.allocation is None else [
-            made.allocation[0], *map(float, made.allocation[1])
+        "others": {name: other.values for name, other in study.others.items()},
+        "allocation": None if study.allocation is None else [
+            study.allocation[0], *map(float, study.allocation[1])
         ],
         "prediction": vars(prediction) if prediction else None,
-        "sensitivity": None if made.sensitivity is None else [
-            vars(row) for row in made.sensitivity
+        "sensitivity": None if study.sensitivity is None else [
+            vars(row) for row in study.sensitivity
         ],
-        "discrepancy_per_decade": made.discrepancy.per_decade,
+        "discrepancy_per_decade": study.discrepancy.per_decade,
         "backtests": [
             {
                 "budgets": b.budgets,
@@ -349,9 +349,9 @@ def as_dict(made: StudyFit) -> dict[str, Any]:
                 "inside_resampled": b.inside_resampled.tolist(),
                 "inside": b.inside_calibrated.tolist(),
             }
-            for b in made.backtests
+            for b in study.backtests
         ],
-        "skill": backtest.as_dict(made.skill)["scores"],
-        "doubts": made.doubts,
-        "notes": made.notes,
+        "skill": backtest.as_dict(study.skill)["scores"],
+        "doubts": study.doubts,
+        "notes": study.notes,
     }  # fmt: skip

@@ -58,9 +58,9 @@ def noise_of_repeats(table: pd.DataFrame, points: Points) -> RunNoise:
 
     def negative_log_posterior(theta: Array) -> float:
         log = theta[0] + theta[1] * x
-        seen = freedom * (log + variance * np.exp(-log))
+        likelihood = freedom * (log + variance * np.exp(-log))
         prior = BELIEF * (theta[0] + NOISE**2 * np.exp(-theta[0])) + (theta[1] / _STEADY) ** 2
-        return float(seen.sum() + prior) / 2
+        return float(likelihood.sum() + prior) / 2
 
     log, slope = optimize.minimize(negative_log_posterior, [2 * np.log(NOISE), 0.0]).x
     power = float(slope) / 2 / np.log(10)  # of a standard deviation, by log C
@@ -79,11 +79,14 @@ def _repeats(table: pd.DataFrame, points: Points) -> tuple[Array, Array, Array]:
         return (np.empty(0),) * 3
     known = table.assign(flops_of=spent(points), log_loss=np.log(table["loss"]))
     known = known.drop_duplicates([*alike, *seeds])
-    found = known.groupby(alike, dropna=False).agg(
+    groups = known.groupby(alike, dropna=False).agg(
         cost=("flops_of", "mean"), variance=("log_loss", "var"), runs=("log_loss", "size")
     )
-    found = found[found["runs"] > 1]
-    return (*(found[c].to_numpy(float) for c in ("cost", "variance")), found["runs"].to_numpy() - 1)
+    groups = groups[groups["runs"] > 1]
+    return (
+        *(groups[c].to_numpy(float) for c in ("cost", "variance")),
+        groups["runs"].to_numpy() - 1,
+    )
 
 
 def weigh(flops: Array, noise: RunNoise | None, target: float | None) -> Array:

@@ -51,16 +51,16 @@ def grouped(flops: Array, parameters: Array) -> Budgets | None:
     far &= ends[:, 0] - np.append(-np.inf, ends[:-1, 1]) > _BETWEEN
     narrow = np.ptp(ends, axis=1) <= np.log1p(SPREAD)
     sized = np.array([len(np.unique(parameters[g])) >= _SIZES for g in groups])
-    found = [g for g, ok in zip(groups, far & narrow & sized, strict=True) if ok]
-    alone = len(flops) - sum(map(len, found))
-    if len(found) < _GROUPS or alone > _ALONE * len(flops):
+    budgets = [g for g, ok in zip(groups, far & narrow & sized, strict=True) if ok]
+    alone = len(flops) - sum(map(len, budgets))
+    if len(budgets) < _GROUPS or alone > _ALONE * len(flops):
         return None
     of_run = np.array(flops, dtype=float)
-    for g in found:
+    for g in budgets:
         of_run[g] = float(f"{np.exp(log_c[g].mean()):.3g}")
-    more = f"; {alone} of {len(flops)} runs are in none" if alone else ""
-    sentence = f"C of the runs falls into {len(found)} groups, which are taken as budgets"
-    return Budgets(of_run, f"The table names no budgets: {sentence}{more}.")
+    others = f"; {alone} of {len(flops)} runs are in none" if alone else ""
+    sentence = f"C of the runs falls into {len(budgets)} groups, which are taken as budgets"
+    return Budgets(of_run, f"The table names no budgets: {sentence}{others}.")
 
 
 def mismatch(
@@ -82,11 +82,10 @@ def mismatch(
     if not wide:
         return _renamed(budgets, flops)
     worst = max(wide, key=lambda b: float(np.ptp(np.log(flops[budgets == b]))))
-    own = flops[budgets == worst]
+    odd = flops[budgets == worst]
     sentence = (
         f"In {len(wide)} of {len(distinct)} budgets C differs by more than {SPREAD:.0%} (at "
-        f"{worst:.3g} FLOPs from {own.min():.3g} to {own.max():.3g}), so that they have no "
-        "parabola"
+        f"{worst:.3g} FLOPs from {odd.min():.3g} to {odd.max():.3g}), so that they have no parabola"
     )
     agree = [n for n, c in (costs or {}).items() if not _wide(budgets, c)]
     if agree:

@@ -20,7 +20,7 @@ _RATIOS = (1e-3, 1e5)  # D/N of usual studies, in the median; compute-optimal ru
 _APART = 2.5  # decades between runs in one unit and runs in another, at least
 _UNITS = {3: "thousands", 6: "millions", 9: "billions", 12: "trillions"}
 _SYMBOLS = {"parameters": "N", "tokens": "D", "flops": "C"}
-_SHOWN = 4  # runs that a sentence names
+_NAMED = 4  # runs that a sentence names
 # A law of usual text in nats per token: A, alpha, B, beta, E of Besiroglu et al. 2024.
 _USUAL_LAW = (482.0, 0.348, 2085.4, 0.366, 1.817)
 # No usual loss of text is so many times that of _USUAL_LAW; a perplexity is, unless of bytes.
@@ -36,11 +36,11 @@ def data_doubts(
     table is which of ours, {ours: theirs}.
     """
     in_units = units(table, points)
-    found = [*in_units, *perplexity(table, points)]
+    sentences = [*in_units, *perplexity(table, points)]
     if not in_units:
-        found += odd_compute(table, points)
-    found += twice(table, points)
-    return found or other_loss(columns or {})
+        sentences += odd_compute(table, points)
+    sentences += twice(table, points)
+    return sentences or other_loss(columns or {})
 
 
 def named(table: pd.DataFrame, which: Array) -> str:
@@ -48,10 +48,10 @@ def named(table: pd.DataFrame, which: Array) -> str:
     their rows, 0 being the first."""
     at = np.flatnonzero(which)
     has_names = "name" in table and table["name"].nunique() == len(table)
-    first = [str(table["name"].iloc[i]) if has_names else str(table.index[i]) for i in at[:_SHOWN]]
-    more = f" and {len(at) - _SHOWN} more" if len(at) > _SHOWN else ""
+    first = [str(table["name"].iloc[i]) if has_names else str(table.index[i]) for i in at[:_NAMED]]
+    others = f" and {len(at) - _NAMED} more" if len(at) > _NAMED else ""
     kind = "" if has_names else "rows " if len(at) > 1 else "row "
-    return f"{len(at)} of {len(table)} runs ({kind}{', '.join(first)}{more})"
+    return f"{len(at)} of {len(table)} runs ({kind}{', '.join(first)}{others})"
 
 
 def twice(table: pd.DataFrame, points: Points) -> list[str]:
@@ -59,8 +59,8 @@ def twice(table: pd.DataFrame, points: Points) -> list[str]:
 
     Losses of few digits are equal by chance, so all columns must be equal then.
     """
-    own = {k: getattr(points, k) for k in ("parameters", "tokens", "flops", "loss")}
-    keys = pd.DataFrame({k: v for k, v in own.items() if v is not None})
+    columns = {k: getattr(points, k) for k in ("parameters", "tokens", "flops", "loss")}
+    keys = pd.DataFrame({k: v for k, v in columns.items() if v is not None})
     keys = keys.assign(**{k: table[k].to_numpy() for k in ("seed", "init_seed") if k in table})
     rounded = bool((np.abs(points.loss - points.loss.round(3)) < 1e-9).all())
     again = (table.astype(str) if rounded else keys).duplicated().to_numpy()
@@ -90,11 +90,11 @@ def units(table: pd.DataFrame, points: Points) -> list[str]:
         if len(others) and (powers != 0).any():
             gap = np.abs(off[powers != 0][:, None] - others).min()
             powers *= int(gap > _APART - 1)
-    found = [
+    sentences = [
         _in_units(table, *_guilty(x, powers == p, int(p)), powers == p)
         for p in np.unique(powers[powers != 0])
     ]
-    return found or _gaps(table, x)
+    return sentences or _gaps(table, x)
 
 
 def _column(table: pd.DataFrame, points: Points, name: str) -> Array | None:
@@ -107,8 +107,8 @@ def _column(table: pd.DataFrame, points: Points, name: str) -> Array | None:
     return values
 
 
-def _guilty(x: Mapping[str, Array], own: Array, power: int) -> tuple[str, int]:
-    """Return the column whose correction makes `own` runs like the others, and its unit's power.
+def _guilty(x: Mapping[str, Array], mask: Array, power: int) -> tuple[str, int]:
+    """Return the column whose correction makes `mask` runs like the others, and its unit's power.
 
     x: log10 of N, D and C; power: that of C / (N D) over the usual. If all runs are the same, it is
     the correction after which D/N is nearest to 20.
@@ -116,11 +116,11 @@ def _guilty(x: Mapping[str, Array], own: Array, power: int) -> tuple[str, int]:
     scores = {}
     for name in _SYMBOLS:
         unit = -power if name == "flops" else power
-        fixed = {k: v[own] + (unit if k == name else 0) for k, v in x.items()}
-        if own.all():
+        fixed = {k: v[mask] + (unit if k == name else 0) for k, v in x.items()}
+        if mask.all():
             scores[name] = abs(np.median(fixed["tokens"] - fixed["parameters"]) - np.log10(20))
         else:
-            scores[name] = sum(abs(np.median(v) - np.median(x[k][~own])) for k, v in fixed.items())
+            scores[name] = sum(abs(np.median(v) - np.median(x[k][~mask])) for k, v in fixed.items())
     name = min(scores, key=lambda k: float(scores[k]))
     return name, -power if name == "flops" else power
 
@@ -145,8 +145,8 @@ def _gaps(table: pd.DataFrame, x: Mapping[str, Array]) -> list[str]:
         if power in _UNITS and abs(abs(step) - power) <= 1:
             if min(abs(other), abs(step + other)) > 1.5:
                 continue  # N and D both grow: larger runs, not another unit
-            own = low if step > 0 else ~low
-            return [_in_units(table, ("parameters", "tokens")[which], power, own)]
+            mask = low if step > 0 else ~low
+            return [_in_units(table, ("parameters", "tokens")[which], power, mask)]
     ratio = float(10 ** np.median(d - n))
     if _RATIOS[0] <= ratio <= _RATIOS[1]:
         return []
@@ -156,12 +156,12 @@ def _gaps(table: pd.DataFrame, x: Mapping[str, Array]) -> list[str]:
     ]
 
 
-def _in_units(table: pd.DataFrame, name: str, power: int, own: Array) -> str:
+def _in_units(table: pd.DataFrame, name: str, power: int, mask: Array) -> str:
     """Return the sentence for a column in units of 10^power; power < 0: it is too large."""
     unit = f"in {_UNITS[power]}" if power in _UNITS else f"in units of 1e{power}"
     if power < 0:
         unit = f"{10.0**-power:.0e} times too large"
-    where = f"all {len(table)} runs" if own.all() else named(table, own)
+    where = f"all {len(table)} runs" if mask.all() else named(table, mask)
     return (
         f"{_SYMBOLS[name]} of {where} is {unit}, judged by N, D and C of the runs. Write all "
         f"{_SYMBOLS[name]} as plain numbers; until then the law has no meaning."
@@ -186,10 +186,10 @@ def odd_compute(table: pd.DataFrame, points: Points) -> list[str]:
             "N, D and C belong to different runs or are counted differently in some. Correct the "
             "columns."
         ]
-    found = []
+    sentences = []
     if odd.any():
         worst = int(np.argmax(np.abs(y - trend)))
-        found.append(
+        sentences.append(
             f"C of {named(table, odd)} is not that of its N and D: at the worst "
             f"{np.exp(y[worst]):.3g} N D, where other runs have {np.exp(trend[worst]):.3g}. Check "
             "their N, D and C."
@@ -197,13 +197,13 @@ def odd_compute(table: pd.DataFrame, points: Points) -> list[str]:
     large = n >= np.quantile(n, 0.75)  # small ones have relatively more embeddings and attention
     usual = float(np.exp(np.median(trend[large])))
     if not _USUAL[0] <= usual <= _USUAL[1]:
-        found.insert(
+        sentences.insert(
             0,
             f"C is {usual:.3g} N D for the largest models, where training costs about 6 N D and by "
             "no usual way to count less than 2 or more than 14. Check the units of N, D and C, and "
             "that D counts the tokens of all epochs.",
         )
-    return found
+    return sentences
 
 
 def _smooth(x: Array, z: Array, y: Array) -> Array:
@@ -232,14 +232,14 @@ def perplexity(table: pd.DataFrame, points: Points) -> list[str]:
     usual = a * n**-alpha + b * d**-beta + e
     with np.errstate(divide="ignore", invalid="ignore"):
         near = np.abs(np.log(np.log(points.loss) / usual)) < np.abs(np.log(points.loss / usual))
-    own = (points.loss > _TOO_HIGH * usual) & near
-    if own.mean() < 0.1:
+    mask = (points.loss > _TOO_HIGH * usual) & near
+    if mask.mean() < 0.1:
         return []
-    where = f"all {len(table)} runs" if own.all() else named(table, own)
-    low, high = points.loss[own].min(), points.loss[own].max()
+    where = f"all {len(table)} runs" if mask.all() else named(table, mask)
+    low, high = points.loss[mask].min(), points.loss[mask].max()
     return [
         f"The loss of {where} looks like a perplexity: {low:.4g} to {high:.4g}, where text has "
-        f"{usual[own].min():.2g} to {usual[own].max():.2g} nats per token at these N and D. The "
+        f"{usual[mask].min():.2g} to {usual[mask].max():.2g} nats per token at these N and D. The "
         "law is one of nats: give the logarithm of a perplexity."
     ]
 

@@ -57,17 +57,19 @@ def doubts(
     fitted to; replicates: the resampled fits of the law; iso: the parabolas, or why there are none;
     level: of intervals; columns: which column of a foreign table is which of ours, {ours: theirs}.
     """
-    found = data_doubts(table, points, columns)
+    sentences = data_doubts(table, points, columns)
     if isinstance(iso, IsoFlop):
-        found += optimum_doubts(replicates, iso, None if target is None else target.flops, level)
+        sentences += optimum_doubts(
+            replicates, iso, None if target is None else target.flops, level
+        )
     elif iso is not None:
-        found.append(f"The runs show no optimum of N. {iso}")
+        sentences.append(f"The runs show no optimum of N. {iso}")
     if "budget" in table:
-        found += order_doubts(points, table["budget"].to_numpy(dtype=float), replicates.fit)
-    found += law_doubts(replicates, level)
+        sentences += order_doubts(points, table["budget"].to_numpy(dtype=float), replicates.fit)
+    sentences += law_doubts(replicates, level)
     if target is not None:
-        found += target_doubts(replicates.fit.points, target)
-    return [*found, *budget_doubts(table, points)]
+        sentences += target_doubts(replicates.fit.points, target)
+    return [*sentences, *budget_doubts(table, points)]
 
 
 def budget_doubts(table: pd.DataFrame, points: Points) -> list[str]:
@@ -75,47 +77,47 @@ def budget_doubts(table: pd.DataFrame, points: Points) -> list[str]:
     if "budget" not in table or points.parameters is None or points.tokens is None:
         return []
     product = 6 * points.parameters * points.tokens
-    own = [c for c in map(str, table) if c.startswith("flops_") and table[c].notna().all()]
-    costs = {f"cost={c.removeprefix('flops_')}": table[c].to_numpy(dtype=float) for c in own}
+    names = [c for c in map(str, table) if c.startswith("flops_") and table[c].notna().all()]
+    costs = {f"cost={c.removeprefix('flops_')}": table[c].to_numpy(dtype=float) for c in names}
     if points.flops is not None:
         costs["6 N D"] = product
     flops = product if points.flops is None else points.flops
-    said = mismatch(table["budget"].to_numpy(dtype=float), flops, points.parameters, costs)
-    return [said] if said else []
+    sentence = mismatch(table["budget"].to_numpy(dtype=float), flops, points.parameters, costs)
+    return [sentence] if sentence else []
 
 
 def law_doubts(replicates: Replicates, level: float = 0.9) -> list[str]:
     """Return the doubts about a law: what it doesn't explain, what its runs don't determine."""
-    made = replicates.fit
-    y = np.log(made.points.loss)
-    share = 1 - float(made.residuals @ made.residuals / max(((y - y.mean()) ** 2).sum(), 1e-300))
-    found = []
+    law = replicates.fit
+    y = np.log(law.points.loss)
+    share = 1 - float(law.residuals @ law.residuals / max(((y - y.mean()) ** 2).sum(), 1e-300))
+    sentences = []
     if share < _EXPLAINED:
-        found.append(
+        sentences.append(
             f"The law explains {max(share, 0):.0%} of the variance of the losses of {len(y)} runs: "
             "their N and D hardly tell their loss. Check that N, D and loss of a row belong to the "
             "same run, and that all runs are trained to their end."
         )
-    found += _undetermined(replicates, level)
-    certificate = made.certificate
-    found += [f"The fit is not certified: {p}." for p in certificate.problems]
-    rivals = [m for m in certificate.minima[1:] if m.objective < _RIVAL * made.value]
+    sentences += _undetermined(replicates, level)
+    certificate = law.certificate
+    sentences += [f"The fit is not certified: {p}." for p in certificate.problems]
+    rivals = [m for m in certificate.minima[1:] if m.objective < _RIVAL * law.value]
     if rivals:
         problem = ", ".join(f"{k} {v:.4g}" for k, v in rivals[0].values.items())
-        found.append(
+        sentences.append(
             f"Another minimum is nearly as low: {problem}. Add runs that tell them apart, of other "
             "N and D."
         )
-    return found
+    return sentences
 
 
 def _undetermined(replicates: Replicates, level: float) -> list[str]:
     """Return sentences on parameters that the runs don't determine."""
-    made, symbols = replicates.fit, replicates.fit.form.symbols
-    edges = {e.split()[0]: e for e in made.certificate.edges}
-    found, gone = [], []
-    if {"parameters", "tokens"} <= set(made.form.columns):
-        found += _one_line(made.points)
+    law, symbols = replicates.fit, replicates.fit.form.symbols
+    edges = {e.split()[0]: e for e in law.certificate.edges}
+    sentences, gone = [], []
+    if {"parameters", "tokens"} <= set(law.form.columns):
+        sentences += _one_line(law.points)
         gone = [s for s in symbols if s != "E" and (s in edges or _lost(replicates, s) > _ABSENT)]
     ends = dict(zip(symbols, replicates.interval(level).T, strict=True))
     if gone:
@@ -127,26 +129,26 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
         ]
         a = _allocation(replicates, level)
         means = f" N* ∝ C^{a[0]:.2f} then means nothing." if a else ""
-        found.append(
+        sentences.append(
             f"The runs don't determine the law: {', '.join(edges_met)}.{means} Add runs with other "
             "N and D, or fit a law with fewer parameters, such as form=shared-exponent."
         )
     elif (a := _allocation(replicates, level)) and a[2] - a[1] > _WIDE:
-        found.append(
+        sentences.append(
             f"The exponent of N*, {a[0]:.2f}, is hardly determined: its {level:.0%} interval is "
             f"{a[1]:.2f} to {a[2]:.2f}. Add runs of other D/N."
         )
     if "E" in ends and (
         "E" in edges
         or _lost(replicates, "E") > _ABSENT
-        or ends["E"][0] < _ABSENT * made.points.loss.min()
+        or ends["E"][0] < _ABSENT * law.points.loss.min()
     ):
-        found.append(
-            f"E has no lower bound: it is {made.values['E']:.3g}, and anything from 0 to "
+        sentences.append(
+            f"E has no lower bound: it is {law.values['E']:.3g}, and anything from 0 to "
             f"{ends['E'][1]:.3g} fits these runs. Predictions far beyond them may be far too low: "
             "add larger runs."
         )
-    return found
+    return sentences
 
 
 def _lost(replicates: Replicates, symbol: str) -> float:
@@ -184,7 +186,7 @@ def target_doubts(points: Points, target: Target) -> list[str]:
     cases = [("N", target.parameters, n, _FAR_SIZE)]
     if n is not None and d is not None:
         cases.append(("D/N", target.tokens / target.parameters, d / n, _FAR_RATIO))
-    found = []
+    sentences = []
     for name, value, runs, limit in cases:
         if runs is None or not np.isfinite(value):
             continue
@@ -194,9 +196,9 @@ def target_doubts(points: Points, target: Target) -> list[str]:
         by, side = (value / high, "above the greatest") if value > high else (
             low / value, "below the least"
         )  # fmt: skip
-        found.append(
+        sentences.append(
             f"The target's {name}, {value:.3g}, is {by:.2g} times {side} of the {len(points)} runs "
             f"({low:.3g} to {high:.3g}), where nothing tests the law. Add runs with {name} nearer "
             "to the target's."
         )
-    return found
+    return sentences

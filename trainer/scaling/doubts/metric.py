@@ -45,9 +45,9 @@ def others(loss: Array, metric: Array, rises: bool, budgets: int | None, name: s
     rises: whether the metric should rise with the loss; budgets: number of different budgets, if
     it is known; what: the kind of the metric.
     """
-    found = []
+    sentences = []
     if budgets is not None and budgets < FEWEST:
-        found.append(
+        sentences.append(
             f"The runs have {budgets} different budgets: fewer than {FEWEST} can't show how far "
             "off such predictions are, so nothing has checked the interval."
         )
@@ -57,7 +57,7 @@ def others(loss: Array, metric: Array, rises: bool, budgets: int | None, name: s
     sides = [_direction(loss[part], good[part]) for part in (order[:half], order[half:])]
     if sides[0] * sides[1] < 0:
         better, worse = ("higher", "lower") if sides[0] < 0 else ("lower", "higher")
-        found.append(
+        sentences.append(
             f"The metric turns: among the runs with {better} losses it gets better as the loss "
             f"falls, among those with {worse} losses it gets worse. No link turns, so the "
             "prediction can be far off."
@@ -65,8 +65,10 @@ def others(loss: Array, metric: Array, rises: bool, budgets: int | None, name: s
     elif _direction(loss, good) < 0:
         other = {"accuracy": "error", "error": "accuracy"}.get(name)
         hint = f"if the column holds {other}, write metric={other}; else " if other else ""
-        found.append(f"The metric gets worse as the loss falls: {hint}it isn't tied to this loss.")
-    return found
+        sentences.append(
+            f"The metric gets worse as the loss falls: {hint}it isn't tied to this loss."
+        )
+    return sentences
 
 
 def _direction(loss: Array, good: Array) -> int:

@@ -49,11 +49,11 @@ def optimum_doubts(
         each = [_span(one[:, 0], ".3f") for one in (law, parabolas)]
         parts.append(f"the exponent of N* is {each[0]} by the law and {each[1]} by the parabolas")
     low, high = replicates.interval(level, lambda values: _along(replicates, iso, values))
-    found = np.log([v.parameters for v in iso.vertices])
-    outside = int(((found < low) | (found > high)).sum())
+    log_n = np.log([v.parameters for v in iso.vertices])
+    outside = int(((log_n < low) | (log_n > high)).sum())
     return [
         f"The law and the parabolas disagree on the optimum beyond their {level:.0%} intervals: "
-        f"{'; '.join(parts)}; {outside} of {len(found)} vertices are outside the law's interval. "
+        f"{'; '.join(parts)}; {outside} of {len(log_n)} vertices are outside the law's interval. "
         "Fit both with near=0.02, to runs nearer the optimum; if they disagree still, trust N* and "
         "D* only as far as both agree.",
         *_bend(iso),
@@ -95,7 +95,7 @@ def _along(replicates: Replicates, iso: IsoFlop, values: Array) -> Array:
     Beyond the sizes of a budget its line of log D over log N is continued straight.
     """
     away = np.linspace(-8, 8, 161)
-    found = np.empty((len(values), len(iso.vertices)))
+    best = np.empty((len(values), len(iso.vertices)))
     for b, v in enumerate(iso.vertices):
         n = v.parameters * np.exp(away)
         d = v.tokens * np.exp(v.path[-2] * away)
@@ -104,8 +104,8 @@ def _along(replicates: Replicates, iso: IsoFlop, values: Array) -> Array:
         low, mid, high = (loss[np.arange(len(values)), i + k] for k in (-1, 0, 1))
         bend = np.maximum(low - 2 * mid + high, 1e-300)
         shift = np.clip((low - high) / (2 * bend), -1, 1) * (away[1] - away[0])
-        found[:, b] = np.log(v.parameters) + away[i] + shift
-    return found
+        best[:, b] = np.log(v.parameters) + away[i] + shift
+    return best
 
 
 def _bend(iso: IsoFlop) -> list[str]:
@@ -128,29 +128,29 @@ def _bend(iso: IsoFlop) -> list[str]:
     ]
 
 
-def order_doubts(points: Points, budgets: Array, made: Fit) -> list[str]:
+def order_doubts(points: Points, budgets: Array, law: Fit) -> list[str]:
     """Return a sentence if the law doesn't tell which runs of a budget are better than others.
 
     budgets: of each run, (n,). Budgets with fewer than four runs don't count.
     """
-    if not {"parameters", "tokens"} >= set(made.form.columns):
+    if not {"parameters", "tokens"} >= set(law.form.columns):
         return []
-    fitted = made.predict(**{c: getattr(points, c) for c in made.form.columns})
-    found = []
+    fitted = law.predict(**{c: getattr(points, c) for c in law.form.columns})
+    pairs = []
     for b in np.unique(budgets):
-        own = budgets == b
-        if own.sum() > 3:
-            both = np.stack([ranks(values[own]) for values in (points.loss, fitted)])
-            found.append((both - both.mean(1, keepdims=True)) / own.sum())
-    if not found:
+        mask = budgets == b
+        if mask.sum() > 3:
+            both = np.stack([ranks(values[mask]) for values in (points.loss, fitted)])
+            pairs.append((both - both.mean(1, keepdims=True)) / mask.sum())
+    if not pairs:
         return []
-    observed, expected = np.concatenate(found, axis=1)
+    observed, expected = np.concatenate(pairs, axis=1)
     scale = np.sqrt((observed @ observed) * (expected @ expected))
     alike = float(observed @ expected / scale) if scale else 0.0
     if alike >= _ORDERED:
         return []
     return [
-        f"Within the {len(found)} budgets, losses don't follow the law: the correlation of "
+        f"Within the {len(pairs)} budgets, losses don't follow the law: the correlation of "
         f"observed and fitted ranks is {alike:.2f}, where 1 is perfect, so that N* and D* mean "
         "nothing. Check that N, D and loss of a row belong to the same run, and add sizes farther "
         "from N*."

@@ -88,8 +88,8 @@ class Replicates:
             return self.values[:0]
         if len(self._drawn) > _REFITS:
             return _without_by_a_step(self.fit, self._groups)[self._drawn]
-        found = _left_out(self.fit, self._groups, self._drawn)
-        return found.values[found.certified]
+        refits = _left_out(self.fit, self._groups, self._drawn)
+        return refits.values[refits.certified]
 
     def interval(
         self,
@@ -110,28 +110,28 @@ class Replicates:
         if not 0 < level < 1:
             raise UserError("interval", f"the level is {level}", "give one between 0 and 1")
         function = of or (lambda values: values)
-        found = np.asarray(function(self.values))
+        draws = np.asarray(function(self.values))
         tails = np.array([1 - level, 1 + level]) / 2
         if method == "percentile":
-            return np.quantile(found, tails, axis=0)
-        flat, shape = found.reshape(len(found), -1), found.shape[1:]
-        made = np.asarray(function(self.fit.vector[None])).reshape(1, -1)
+            return np.quantile(draws, tails, axis=0)
+        flat, shape = draws.reshape(len(draws), -1), draws.shape[1:]
+        fitted = np.asarray(function(self.fit.vector[None])).reshape(1, -1)
         without = np.empty((0, flat.shape[1]))
         if len(self.without):
             without = np.asarray(function(self.without)).reshape(len(self.without), -1)
         G = len(self._drawn)
         tails = ndtr(np.sqrt(G / (G - 1)) * stdtrit(G - 1, tails))
-        return _quantiles(flat, _accelerated(flat, made, without, tails)).reshape(2, *shape)
+        return _quantiles(flat, _accelerated(flat, fitted, without, tails)).reshape(2, *shape)
 
 
-def _accelerated(found: Array, made: Array, without: Array, tails: Array) -> Array:
+def _accelerated(draws: Array, fitted: Array, without: Array, tails: Array) -> Array:
     """Return the probabilities, (2, K), at which BCa takes the quantiles of the draws.
 
-    found: (R, K); made: the fit, (1, K); without: (G, K), no rows to correct for bias alone.
+    draws: (R, K); fitted: the fit, (1, K); without: (G, K), no rows to correct for bias alone.
     """
     # Draws equal to the fit, at an end of the range, don't show bias: half of them count as below.
-    below = (found < made).mean(0) + (found == made).mean(0) / 2
-    bias = ndtri(np.clip(below, 0.5 / len(found), 1 - 0.5 / len(found)))
+    below = (draws < fitted).mean(0) + (draws == fitted).mean(0) / 2
+    bias = ndtri(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws)))
     pull = without.sum(0) / max(1, len(without)) - without
     size = (pull**2).sum(0) ** 1.5
     skew = (pull**3).sum(0) / np.where(size > 0, 6 * size, 1.0)
@@ -139,10 +139,12 @@ def _accelerated(found: Array, made: Array, without: Array, tails: Array) -> Arr
     return ndtr(bias + z / np.maximum(1 - skew * z, 1e-3))
 
 
-def _quantiles(found: Array, at: Array) -> Array:
+def _quantiles(draws: Array, at: Array) -> Array:
     """Return the quantiles of each column of (R, K) at its own probabilities, (2, K)."""
-    columns = zip(found.T, at.T, strict=True)
-    return np.stack([np.quantile(column, own) for column, own in columns], axis=-1)
+    columns = zip(draws.T, at.T, strict=True)
+    return np.stack(
+        [np.quantile(column, probabilities) for column, probabilities in columns], axis=-1
+    )
 
 
 def pairs(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
@@ -184,12 +186,12 @@ def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
     The residuals of runs with a weight are centred, and scaled up to the noise that the fit has
     absorbed in part (Davison and Hinkley 1997, section 6.2.3, with the mean leverage p / n).
     """
-    kept = fit.residuals[fit.weights > 0]
-    kept = (kept - kept.mean()) / np.sqrt(max(1, len(kept) - fit.form.size) / len(kept))
+    rest = fit.residuals[fit.weights > 0]
+    rest = (rest - rest.mean()) / np.sqrt(max(1, len(rest) - fit.form.size) / len(rest))
     rng, n = np.random.default_rng(seed), len(fit.points)
     fitted = np.log(fit.points.loss) - fit.residuals
     parts = [
-        replicates(fit, losses=np.exp(fitted + kept[rng.integers(len(kept), size=(part, n))]))
+        replicates(fit, losses=np.exp(fitted + rest[rng.integers(len(rest), size=(part, n))]))
         for part in _parts(fit, count)
     ]
     return _joined(parts)
@@ -210,15 +212,15 @@ def _joined(parts: Sequence[Replicates]) -> Replicates:
 
 def leave_one_out(fit: Fit) -> Replicates:
     """Return n refits; replicate i leaves out run i."""
-    own = np.arange(len(fit.points))
-    return _left_out(fit, own, own)
+    runs = np.arange(len(fit.points))
+    return _left_out(fit, runs, runs)
 
 
 def _left_out(fit: Fit, groups: Array, left_out: Array) -> Replicates:
     """Return a refit without each of the groups `left_out`; groups: that of each run, (n,)."""
     ends = np.cumsum(_parts(fit, len(left_out)))
     return _joined(
-        [replicates(fit, weights=groups != own[:, None]) for own in np.split(left_out, ends[:-1])]
+        [replicates(fit, weights=groups != part[:, None]) for part in np.split(left_out, ends[:-1])]
     )
 
 
@@ -267,9 +269,9 @@ def replicates(
     n = len(fit.points)
     w = np.ones((1, n)) if weights is None else np.asarray(weights, dtype=float)
     y = np.asarray(fit.points.loss)[None] if losses is None else np.asarray(losses, dtype=float)
-    for name, given in (("weights", w), ("losses", y)):
-        if given.ndim != 2 or given.shape[1] != n:
-            problem = f"the shape is {given.shape}, for a fit of {n} runs"
+    for name, array in (("weights", w), ("losses", y)):
+        if array.ndim != 2 or array.shape[1] != n:
+            problem = f"the shape is {array.shape}, for a fit of {n} runs"
             raise UserError(name, problem, f"give (replicates, {n})")
     w, y = w * fit.weights, np.log(y)
     R = max(len(w), len(y))
@@ -290,29 +292,29 @@ def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
     A replicate with no more runs than parameters is left alone: many laws pass through its runs.
     """
     enough = (w > 0).sum(1) > fit.form.size
-    lost = np.flatnonzero(~_passed(best) & enough)
+    lost = np.flatnonzero(~_at_minimum(best) & enough)
     if not len(lost):
         return best
-    own = [starts(fit.task, y[:1] if len(y) == 1 else y[r : r + 1], w[r : r + 1]) for r in lost]
-    owner = np.repeat(lost, [len(each) for each in own])
-    found = polish(fit.task, y if len(y) == 1 else y[owner], w[owner], np.concatenate(own))
-    place = np.concatenate([np.arange(len(each)) for each in own])
+    grids = [starts(fit.task, y[:1] if len(y) == 1 else y[r : r + 1], w[r : r + 1]) for r in lost]
+    owner = np.repeat(lost, [len(each) for each in grids])
+    solved = polish(fit.task, y if len(y) == 1 else y[owner], w[owner], np.concatenate(grids))
+    place = np.concatenate([np.arange(len(each)) for each in grids])
     for k in range(place.max() + 1):
         rows = np.flatnonzero(place == k)
-        lower = _lower(best.take(owner[rows]), found.take(rows))
+        lower = _lower(best.take(owner[rows]), solved.take(rows))
         order = np.arange(len(best.value))
         order[owner[rows]] = len(order) + np.arange(len(rows))
         best = join([best, lower]).take(order)
     return best
 
 
-def _passed(found: Solved) -> Array:
-    return (found.gradient <= TOLERANCE) & (found.curvature > 0)
+def _at_minimum(solved: Solved) -> Array:
+    return (solved.gradient <= TOLERANCE) & (solved.curvature > 0)
 
 
 def _lower(one: Solved, other: Solved) -> Solved:
     """Return the lower minimum of each row; a minimum is taken before a point that is none."""
-    a, b = _passed(one), _passed(other)
+    a, b = _at_minimum(one), _at_minimum(other)
     take = (b & ~a) | ((b == a) & (other.value < one.value))
     rows = np.where(take, np.arange(len(a)) + len(a), np.arange(len(a)))
     return join([one, other]).take(rows)

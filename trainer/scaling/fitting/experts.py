@@ -47,12 +47,12 @@ class Experts(PowerSum):
         that delta and omega are as published.
         """
         x = effective_expansion(at.logs["expansion"] + at.centre["expansion"])
-        found: dict[int, list[tuple[int, Array]]] = {2: [(2, np.ones_like(x))]}
+        features: dict[int, list[tuple[int, Array]]] = {2: [(2, np.ones_like(x))]}
         for c, e, first, column in ((0, 3, _FIRST, "parameters"), (1, 4, _FIRST + 2, "tokens")):
             log = at.logs[column]
             rows = ((c, np.ones_like(x)), (e, -log), (first, -x))
-            found[c] = [*rows, (first + 1, -x * (log + at.centre[column]))]
-        return found
+            features[c] = [*rows, (first + 1, -x * (log + at.centre[column]))]
+        return features
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
         """Return log loss and its derivatives; see Form.evaluate."""
@@ -68,13 +68,13 @@ class Experts(PowerSum):
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
         """Return the weighted sum of second derivatives in closed form; see PowerSum.curvature."""
-        found = np.zeros((len(theta), self.size, self.size))
+        total = np.zeros((len(theta), self.size, self.size))
         for c, rows in self._features(at).items():
             drawn = jacobian[:, c] * pull
             for i, one in rows:
                 for j, other in rows:
-                    found[:, i, j] += drawn @ (one * other)
-        return found
+                    total[:, i, j] += drawn @ (one * other)
+        return total
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         """Return the least and the greatest theta, (p,) each."""

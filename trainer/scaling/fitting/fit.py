@@ -67,15 +67,15 @@ class Certificate:
     @property
     def problems(self) -> tuple[str, ...]:
         """Return the reasons why the point is not certified; empty if it is."""
-        found = []
+        problems = []
         if not self.scaled_gradient <= TOLERANCE:
             value = f"{self.scaled_gradient:.1e}, above {TOLERANCE:.0e}"
-            found.append(f"the scaled gradient is {value}")
+            problems.append(f"the scaled gradient is {value}")
         if not self.curvature > 0:
-            found.append(f"the curvature is {self.curvature:.1e}: no minimum, or a flat one")
+            problems.append(f"the curvature is {self.curvature:.1e}: no minimum, or a flat one")
         if self.undercut:
-            found.append("a start ended lower without reaching a minimum")
-        return tuple(found)
+            problems.append("a start ended lower without reaching a minimum")
+        return tuple(problems)
 
     @property
     def holds(self) -> bool:
@@ -134,12 +134,12 @@ def fit(
     w = _weights(points, weights)
     y = np.log(points.loss)[None]
     _refuse_underdetermined(task, points, w)
-    found = _searched(task, y, w[None], _BOLD)
-    best, minima, failed, undercut = _minima(task, found, w)
-    if not minima or undercut or found.edge[best].any():
-        found = join([found, _searched(task, y, w[None], _FAINT)])
-        best, minima, failed, undercut = _minima(task, found, w)
-    one = found.take(np.array([best]))
+    solved = _searched(task, y, w[None], _BOLD)
+    best, minima, failed, undercut = _minima(task, solved, w)
+    if not minima or undercut or solved.edge[best].any():
+        solved = join([solved, _searched(task, y, w[None], _FAINT)])
+        best, minima, failed, undercut = _minima(task, solved, w)
+    one = solved.take(np.array([best]))
     certificate = certificate_of(task, one, minima, failed, undercut)
     values = form.published(one.theta, task.at.centre)[0]
     named = dict(zip(form.symbols, map(float, values), strict=True))
@@ -160,9 +160,9 @@ def _thinned(task: Task, y: Array, w: Array) -> tuple[Task, Array, Array]:
     """Return the task, losses and weights of `_MANY` runs, spread evenly over the losses."""
     order = np.flatnonzero(w[0] > 0)
     order = order[np.argsort(y[0, order], kind="stable")]
-    kept = order[np.linspace(0, len(order) - 1, min(_MANY, len(order))).astype(int)]
-    at = Design({c: x[kept] for c, x in task.at.logs.items()}, task.at.centre)
-    return replace(task, at=at), y[:, kept], w[:, kept]
+    chosen = order[np.linspace(0, len(order) - 1, min(_MANY, len(order))).astype(int)]
+    at = Design({c: x[chosen] for c, x in task.at.logs.items()}, task.at.centre)
+    return replace(task, at=at), y[:, chosen], w[:, chosen]
 
 
 def polish(task: Task, y: Array, w: Array, start: Array) -> Solved:
@@ -261,38 +261,38 @@ def _nonnegative(basis: Array, weight: Array) -> Array:
     return best
 
 
-def _minima(task: Task, found: Solved, w: Array) -> tuple[int, tuple[Minimum, ...], int, bool]:
+def _minima(task: Task, solved: Solved, w: Array) -> tuple[int, tuple[Minimum, ...], int, bool]:
     """Return the index of the lowest minimum, all minima, the failed starts, and `undercut`.
 
     Without a minimum the index is that of the lowest point.
     """
-    passed = (found.gradient <= TOLERANCE) & (found.curvature > 0)
-    order = [i for i in np.argsort(found.value, kind="stable").tolist() if passed[i]]
+    is_minimum = (solved.gradient <= TOLERANCE) & (solved.curvature > 0)
+    order = [i for i in np.argsort(solved.value, kind="stable").tolist() if is_minimum[i]]
     if not order:
-        return int(np.nanargmin(found.value)), (), len(passed), False
+        return int(np.nanargmin(solved.value)), (), len(is_minimum), False
     exact = float(task.goal.value(np.full_like(w, ROUNDING), w))
     groups: list[list[int]] = []
     for i in order:
         for group in groups:
             first = group[0]
-            near = found.value[i] <= found.value[first] * (1 + _SAME) + exact
+            near = solved.value[i] <= solved.value[first] * (1 + _SAME) + exact
             # Minima of equal objective and other parameters stay apart: the runs fit both.
-            if near and np.abs(found.theta[i] - found.theta[first]).max() < _APART:
+            if near and np.abs(solved.theta[i] - solved.theta[first]).max() < _APART:
                 group.append(i)
                 break
         else:
             groups.append([i])
-    values = task.form.published(found.theta, task.at.centre)
+    values = task.form.published(solved.theta, task.at.centre)
     minima = tuple(
         Minimum(
-            float(found.value[g[0]]),
+            float(solved.value[g[0]]),
             dict(zip(task.form.symbols, map(float, values[g[0]]), strict=True)),
             len(g),
         )
         for g in groups
     )
-    lower = found.value < found.value[order[0]] * (1 - _SAME) - exact
-    return order[0], minima, int((~passed).sum()), bool((lower & ~passed).any())
+    lower = solved.value < solved.value[order[0]] * (1 - _SAME) - exact
+    return order[0], minima, int((~is_minimum).sum()), bool((lower & ~is_minimum).any())
 
 
 def certificate_of(
@@ -319,8 +319,8 @@ def certificate_of(
     )
 
 
-def _weights(points: Points, given: ArrayLike | None) -> Array:
-    w = np.ones(len(points)) if given is None else np.array(given, dtype=float)
+def _weights(points: Points, weights: ArrayLike | None) -> Array:
+    w = np.ones(len(points)) if weights is None else np.array(weights, dtype=float)
     if w.shape != (len(points),) or not np.isfinite(w).all() or (w < 0).any():
         problem = "the weights are not one finite number per run, zero or more"
         raise UserError(points.where, problem, "leave them out, or give one per run")
@@ -331,15 +331,15 @@ def _refuse_underdetermined(task: Task, points: Points, w: Array) -> None:
     """Raise UserError if the runs can't determine the free parameters."""
     form, at = task.form, task.at
     free = int((task.low < task.high).sum())
-    seen = np.stack([at.logs[c] for c in form.columns])[:, w > 0]
-    different = np.unique(seen, axis=1).shape[1]
+    columns = np.stack([at.logs[c] for c in form.columns])[:, w > 0]
+    different = np.unique(columns, axis=1).shape[1]
     if different < free:
         problem = f"{different} different runs don't determine the {free} parameters of {form.name}"
         raise UserError(points.where, problem, "add runs, or fit a law with fewer parameters")
     if np.ptp(points.loss[w > 0]) == 0:
         problem = "all runs have the same loss, which determines no law"
         raise UserError(points.where, problem, "check its column; add runs with other losses")
-    for c, x in zip(form.columns, seen, strict=True):
+    for c, x in zip(form.columns, columns, strict=True):
         if np.ptp(x) == 0 and c != "unique_tokens" and free == form.size:
             todo = "add runs with others"
             if c == "expansion":

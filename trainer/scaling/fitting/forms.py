@@ -70,14 +70,14 @@ class Form(ABC):
         These are those of m plus J J'; the sum is (R, p, p). By a complex step in the first
         derivatives (Squire and Trapp 1998), which is exact because nothing cancels.
         """
-        found = np.empty((len(theta), self.size, self.size))
+        total = np.empty((len(theta), self.size, self.size))
         for j in range(self.size):
             aside = theta.astype(complex)
             aside[:, j] += 1j * _STEP
             turned = self.evaluate(aside, at)[1].imag / _STEP
-            found[:, :, j] = (turned @ pull[:, :, None])[:, :, 0]
+            total[:, :, j] = (turned @ pull[:, :, None])[:, :, 0]
         both = (jacobian * pull[:, None]) @ jacobian.swapaxes(1, 2)
-        return (found + found.swapaxes(1, 2)) / 2 + both
+        return (total + total.swapaxes(1, 2)) / 2 + both
 
     @abstractmethod
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
@@ -136,11 +136,11 @@ class Form(ABC):
         them. Raises UserError if one is missing.
         """
         vector = self.vector(values)
-        given = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}
-        if missing := set(self.columns) - set(given):
+        inputs = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}
+        if missing := set(self.columns) - set(inputs):
             problem = f"the law reads {', '.join(self.columns)}; missing: {', '.join(missing)}"
             raise UserError(self.name, problem, "give all of them")
-        logs = dict(zip(given, np.broadcast_arrays(*given.values()), strict=True))
+        logs = dict(zip(inputs, np.broadcast_arrays(*inputs.values()), strict=True))
         zero = dict.fromkeys(self.columns, 0.0)
         theta = self.internal(vector.reshape(-1, self.size), zero)
         m, _ = self.evaluate(theta, Design(logs, zero))
@@ -200,17 +200,17 @@ class PowerSum(Form):
         The log of a term is linear in theta, with gradient u, so that L, the sum of terms, has the
         second derivatives sum(share * u u') times L.
         """
-        found = np.zeros((len(theta), self.size, self.size))
+        total = np.zeros((len(theta), self.size, self.size))
         for term, (c, e) in zip(self.terms, self._places(), strict=True):
             drawn = jacobian[:, c] * pull
-            found[:, c, c] += drawn.sum(-1)
+            total[:, c, c] += drawn.sum(-1)
             if e >= 0:
                 x = at.logs[term.column]
                 first, second = drawn @ x, drawn @ x**2
-                found[:, c, e] -= first
-                found[:, e, c] -= first
-                found[:, e, e] += second
-        return found
+                total[:, c, e] -= first
+                total[:, e, c] -= first
+                total[:, e, e] += second
+        return total
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         """Return the least and the greatest theta, (p,) each."""
@@ -229,11 +229,11 @@ class PowerSum(Form):
         """Return the terms without their coefficients, and a power of 1."""
         of = {s: i for i, s in enumerate(self.exponents)}
         n = next(iter(at.logs.values())).shape[-1]
-        found = np.ones((len(grid), len(self.terms), n))
+        basis = np.ones((len(grid), len(self.terms), n))
         for k, term in enumerate(self.terms):
             if term.exponent:
-                found[:, k] = np.exp(-grid[:, of[term.exponent], None] * at.logs[term.column])
-        return found, np.ones(len(grid))
+                basis[:, k] = np.exp(-grid[:, of[term.exponent], None] * at.logs[term.column])
+        return basis, np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
         """Return theta of exponents and coefficients; see Form.assemble."""

@@ -87,10 +87,10 @@ class Law:
                 continue
             log_k, a = draws[:, 0], draws[:, 1]
             if flops is None:
-                found = np.stack((np.exp(log_k), a), axis=1)
+                values = np.stack((np.exp(log_k), a), axis=1)
             else:
-                found = np.exp(log_k[:, None] + a[:, None] * np.log(np.atleast_1d(flops)))
-            ends.append(np.percentile(found, [tail, 100 - tail], axis=0))
+                values = np.exp(log_k[:, None] + a[:, None] * np.log(np.atleast_1d(flops)))
+            ends.append(np.percentile(values, [tail, 100 - tail], axis=0))
         if not ends:
             return np.full((2, 2 if flops is None else np.size(flops)), np.nan)
         low, high = np.array(ends).swapaxes(0, 1)
@@ -125,12 +125,12 @@ def isoflop(
     groups = _grouped(points, cost, budgets)
     vertices, refusals, fits = [], [], []
     for budget, rows in groups:
-        rows = rows[_kept(x[rows], points.loss[rows], near)]
-        found = vertex(budget, x[rows], z[rows], points.loss[rows], cost[rows])
-        if isinstance(found, Refusal):
-            refusals.append(found)
+        rows = rows[_near_vertex(x[rows], points.loss[rows], near)]
+        result = vertex(budget, x[rows], z[rows], points.loss[rows], cost[rows])
+        if isinstance(result, Refusal):
+            refusals.append(result)
         else:
-            vertices.append(found)
+            vertices.append(result)
             fits.append((x[rows], points.loss[rows]))
     if len(vertices) < 2:
         whys = "; ".join(f"{r.budget:.2g} FLOPs: {r.why}" for r in refusals)
@@ -145,15 +145,15 @@ def isoflop(
     return IsoFlop(tuple(vertices), tuple(refusals), parameters, tokens)
 
 
-def _kept(x: Array, loss: Array, near: float | None) -> Array:
+def _near_vertex(x: Array, loss: Array, near: float | None) -> Array:
     """Return the mask of the runs of one budget that its parabola is fitted to, (m,).
 
     A parabola needs runs on both sides: the sizes beside the best one are kept at any distance.
     """
-    kept = near_best(loss, np.zeros_like(loss), near)
+    mask = near_best(loss, np.zeros_like(loss), near)
     sizes = np.unique(x)
     best = int(np.searchsorted(sizes, x[np.argmin(loss)]))
-    return kept | np.isin(x, sizes[max(0, best - 1) : best + 2])
+    return mask | np.isin(x, sizes[max(0, best - 1) : best + 2])
 
 
 def _grouped(points: Points, cost: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
@@ -226,14 +226,14 @@ def _redrawn(fits: Sequence[tuple[Array, Array]], count: int, rng: np.random.Gen
     if len(noise) < 3:
         return np.empty((0, len(fits)))
     noise = noise - noise.mean()
-    found = np.empty((count, len(fits)))
+    optima = np.empty((count, len(fits)))
     for b, (x, _) in enumerate(fits):
         losses = smooth[b] + rng.choice(noise, size=(count, len(x)))
         bend, slope, _ = _parabola(x - x.mean(), losses).T
         with np.errstate(divide="ignore", invalid="ignore"):
             at = x.mean() - slope / (2 * bend)
-        found[:, b] = np.where((bend > 0) & (at >= x.min()) & (at <= x.max()), at, np.nan)
-    return found
+        optima[:, b] = np.where((bend > 0) & (at >= x.min()) & (at <= x.max()), at, np.nan)
+    return optima
 
 
 def _law(c: Array, y: Array, drawn: Array, count: int, rng: np.random.Generator) -> Law:
@@ -244,9 +244,9 @@ def _law(c: Array, y: Array, drawn: Array, count: int, rng: np.random.Generator)
     left = 1 - np.diag(hat)
     rest = y - hat @ y
     level, a = np.linalg.pinv(X) @ y
-    kept = np.isfinite(drawn)
-    w, filled = kept.astype(float), np.where(kept, drawn, 0.0)
-    by_runs = _lines(X, filled[kept.sum(1) > 1], w[kept.sum(1) > 1])
+    valid = np.isfinite(drawn)
+    w, filled = valid.astype(float), np.where(valid, drawn, 0.0)
+    by_runs = _lines(X, filled[valid.sum(1) > 1], w[valid.sum(1) > 1])
     by_vertices = np.empty((0, 2))
     if len(c) > 3:
         noise = rest / np.sqrt(left)

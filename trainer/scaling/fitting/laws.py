@@ -152,13 +152,13 @@ class DataConstrained(PowerSum):
         """
         logs = {c: at.logs[c] + at.centre[c] for c in self.columns}
         unique = np.minimum(logs["tokens"], logs["unique_tokens"])
-        found = [("tokens", 5, unique, np.expm1(logs["tokens"] - unique))]
+        parts = [("tokens", 5, unique, np.expm1(logs["tokens"] - unique))]
         if self.reference is not None:
             A, B, _, alpha, beta = self.reference
             g = np.log(alpha * A / (beta * B)) / (alpha + beta)
             enough = np.minimum(g + beta / alpha * (unique + g), logs["parameters"])
-            found.append(("parameters", 6, enough, np.expm1(logs["parameters"] - enough)))
-        return found
+            parts.append(("parameters", 6, enough, np.expm1(logs["parameters"] - enough)))
+        return parts
 
     def _effective(self, theta: Any, at: Design) -> tuple[dict[str, Any], dict[int, Any]]:
         """Return the centred logs of N' and D', (R, n), and their derivatives by log R*."""

@@ -30,8 +30,8 @@ def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> 
     """Return the minima reached, as newton.solve does, for a task whose delta is 0."""
     theta, steps = start, 0
     for delta in SMOOTHED[:-1]:
-        found = solve(_smoothed(task, delta), log_loss, weight, theta)
-        theta, steps = found.theta, steps + found.steps
+        solved = solve(_smoothed(task, delta), log_loss, weight, theta)
+        theta, steps = solved.theta, steps + solved.steps
     R = len(theta)
     y, w = (np.broadcast_to(v, (R, v.shape[1])) for v in (log_loss, weight))
     done: dict[int, Solved] = {}
@@ -40,13 +40,13 @@ def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> 
         if not rest:
             break
         near = _smoothed(task, delta)
-        found = solve(near, y[rest], w[rest], theta[rest])
-        steps += found.steps
-        theta[rest] = found.theta
+        solved = solve(near, y[rest], w[rest], theta[rest])
+        steps += solved.steps
+        theta[rest] = solved.theta
         for r in rest:
-            own = near, y[r : r + 1], w[r : r + 1]
-            smooth = certified(*own, theta[r : r + 1])
-            exact = certified(*own, _onto_kink(*own, theta[r : r + 1]))
+            problem = near, y[r : r + 1], w[r : r + 1]
+            smooth = certified(*problem, theta[r : r + 1])
+            exact = certified(*problem, _onto_kink(*problem, theta[r : r + 1]))
             # The smoothed minimum is at most delta / 2 per run above that of the sum of |r|.
             lower = exact.value[0] <= smooth.value[0] + delta / 2 * w[r].sum()
             done[r] = exact if lower and exact.gradient[0] <= TOLERANCE else smooth
@@ -76,10 +76,10 @@ class _Kink:
         J = self.here.jacobian
         if self.here.scale is not None:
             pull = pull * self.here.scale[0]
-        found = task.form.curvature(theta, task.at, J, -pull[None])[0]
+        hessian = task.form.curvature(theta, task.at, J, -pull[None])[0]
         if self.here.scale is None:  # the residual is of log L
-            found = found + (J[0] * pull) @ J[0].T
-        return found[np.ix_(self.free, self.free)]
+            hessian = hessian + (J[0] * pull) @ J[0].T
+        return hessian[np.ix_(self.free, self.free)]
 
 
 def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink:

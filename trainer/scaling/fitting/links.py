@@ -107,7 +107,7 @@ class SigmoidToOne(Form):
     chance: float | None = None
 
     @property
-    def _own(self) -> list[int]:
+    def _free(self) -> list[int]:
         """Return which parameters of the sigmoid are free."""
         return [0, 1, 2] if self.chance is None else [1, 2]
 
@@ -116,18 +116,18 @@ class SigmoidToOne(Form):
         whole = np.zeros((len(theta), 4), dtype=theta.dtype)  # log accuracy at no loss: 0
         if self.chance is not None:
             whole[:, 0] = np.log(max(self.chance, LEAST))
-        whole[:, self._own] = theta
+        whole[:, self._free] = theta
         return whole
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
         """Return log accuracy and its derivatives; see Form.evaluate."""
-        found, jacobian = _SIGMOID.evaluate(self._whole(theta), at)
-        return found, jacobian[:, self._own]
+        log_accuracy, jacobian = _SIGMOID.evaluate(self._whole(theta), at)
+        return log_accuracy, jacobian[:, self._free]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         """Return the least and the greatest theta, (p,) each."""
         low, high = _SIGMOID.bounds(at, log_loss)
-        return low[self._own], high[self._own]
+        return low[self._free], high[self._free]
 
     def axes(self) -> tuple[Array, ...]:
         """Return the values of L_0 and k, relative to the mean loss."""
@@ -139,21 +139,21 @@ class SigmoidToOne(Form):
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
         """Return theta of L_0, k and the floor; see Form.assemble."""
-        return _SIGMOID.assemble(grid, coefficients)[:, self._own]
+        return _SIGMOID.assemble(grid, coefficients)[:, self._free]
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         """Return the floor, L_0 and k of theta, as far as they are free."""
         mean, whole = np.exp(centre[COLUMN]), self._whole(theta)
-        found = np.stack((np.exp(whole[:, 0]), whole[:, 1] * mean, whole[:, 2] / mean), axis=1)
-        return found[:, self._own]
+        columns = np.stack((np.exp(whole[:, 0]), whole[:, 1] * mean, whole[:, 2] / mean), axis=1)
+        return columns[:, self._free]
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
         """Return theta of the floor, L_0 and k."""
-        mean, found = np.exp(centre[COLUMN]), np.array(values, dtype=float)
+        mean, theta = np.exp(centre[COLUMN]), np.array(values, dtype=float)
         if self.chance is None:
-            found[:, 0] = np.log(np.maximum(found[:, 0], LEAST))
-        found[:, -2:] *= (1 / mean, mean)
-        return found
+            theta[:, 0] = np.log(np.maximum(theta[:, 0], LEAST))
+        theta[:, -2:] *= (1 / mean, mean)
+        return theta
 
 
 @dataclass(frozen=True)

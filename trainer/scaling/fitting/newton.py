@@ -50,8 +50,8 @@ class Solved:
 
     def take(self, which: Array) -> "Solved":
         """Return the replicates of an index or a mask."""
-        own = {k: v[which] for k, v in vars(self).items() if k != "steps"}
-        return Solved(**own, steps=self.steps)
+        rows = {k: v[which] for k, v in vars(self).items() if k != "steps"}
+        return Solved(**rows, steps=self.steps)
 
 
 def join(parts: list[Solved]) -> Solved:
@@ -95,14 +95,14 @@ def solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     R = max(len(log_loss), len(weight), len(start))
     size = min(_CHUNK, max(1, _LOSSES // log_loss.shape[1]))
     spans = [slice(i, i + size) for i in range(0, R, size)]
-    given = log_loss, weight, start
+    arrays = log_loss, weight, start
     # A step to an infinite loss is rejected, so its overflow needs no warning.
     with np.errstate(over="ignore", invalid="ignore"):
-        return join([_solve(task, *(_rows(each, s) for each in given)) for s in spans])
+        return join([_solve(task, *(_rows(each, s) for each in arrays)) for s in spans])
 
 
-def _rows(given: Array, which: Array | slice) -> Array:
-    return given if len(given) == 1 else given[which]
+def _rows(array: Array, which: Array | slice) -> Array:
+    return array if len(array) == 1 else array[which]
 
 
 def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:

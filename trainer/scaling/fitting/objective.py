@@ -80,8 +80,8 @@ class Local:
 
     def rows(self, which: Array) -> "Local":
         """Return the replicates of an index or a mask."""
-        kept = {k: None if v is None else v[which] for k, v in vars(self).items()}
-        return Local(**kept)  # type: ignore[arg-type]
+        rows = {k: None if v is None else v[which] for k, v in vars(self).items()}
+        return Local(**rows)  # type: ignore[arg-type]
 
     @classmethod
     def join(cls, parts: list["Local"]) -> "Local":
@@ -94,9 +94,9 @@ class Local:
 
     def put(self, which: Array, other: "Local") -> None:
         """Replace the replicates of `which` by the same ones of `other`."""
-        for name, own in vars(self).items():
-            if own is not None:
-                own[which] = getattr(other, name)[which]
+        for name, array in vars(self).items():
+            if array is not None:
+                array[which] = getattr(other, name)[which]
 
 
 def local(

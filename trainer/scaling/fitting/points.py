@@ -39,18 +39,18 @@ class Points:
 
     def __post_init__(self) -> None:
         for name in COLUMNS:
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, self._checked(name, given))
+            if (column := getattr(self, name)) is not None:
+                object.__setattr__(self, name, self._checked(name, column))
         if not isinstance(self.convention, str):
-            found = sorted(set(self.convention))
-            if len(found) > 1:
-                counts = ", ".join(f"{list(self.convention).count(c)} by '{c}'" for c in found)
+            kinds = sorted(set(self.convention))
+            if len(kinds) > 1:
+                counts = ", ".join(f"{list(self.convention).count(c)} by '{c}'" for c in kinds)
                 problem = f"the runs have different conventions ({counts})"
                 raise UserError(self.where, problem, "count N, D, C and loss alike for all runs")
-            object.__setattr__(self, "convention", found[0] if found else "")
+            object.__setattr__(self, "convention", kinds[0] if kinds else "")
 
-    def _checked(self, name: str, given: ArrayLike) -> Array:
-        values = np.array(given, dtype=float)
+    def _checked(self, name: str, column: ArrayLike) -> Array:
+        values = np.array(column, dtype=float)
         where = f"{self.where}: {name}"
         if values.ndim != 1 or values.shape != np.shape(self.loss):
             problem = (
@@ -59,8 +59,8 @@ class Points:
             raise UserError(where, problem, "give one number per run")
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if bad.size:
-            more = f" and {bad.size - 1} more" if bad.size > 1 else ""
-            problem = f"{values[bad[0]]} of run {bad[0]}{more} is not a finite positive number"
+            others = f" and {bad.size - 1} more" if bad.size > 1 else ""
+            problem = f"{values[bad[0]]} of run {bad[0]}{others} is not a finite positive number"
             raise UserError(where, problem, "leave such runs out")
         values.flags.writeable = False
         return values
@@ -83,8 +83,8 @@ class Points:
 
     def take(self, which: Any) -> "Points":
         """Return the runs of an index or a mask."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Points(**own | {k: own[k][which] for k in COLUMNS if own[k] is not None})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Points(**columns | {k: columns[k][which] for k in COLUMNS if columns[k] is not None})
 
 
 def spent(points: Points) -> Array:
@@ -101,14 +101,14 @@ def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
     best three of each budget at any distance: of small models 4 % may leave only one. If `near` is
     None, all runs are kept.
     """
-    kept = np.ones(len(loss), dtype=bool)
+    mask = np.ones(len(loss), dtype=bool)
     if near is None:
-        return kept
+        return mask
     for b in np.unique(budgets):
-        own = np.flatnonzero(budgets == b)
-        kept[own] = loss[own] <= loss[own].min() * (1 + near)
-        kept[own[np.argsort(loss[own], kind="stable")[:_FEWEST]]] = True
-    return kept
+        rows = np.flatnonzero(budgets == b)
+        mask[rows] = loss[rows] <= loss[rows].min() * (1 + near)
+        mask[rows[np.argsort(loss[rows], kind="stable")[:_FEWEST]]] = True
+    return mask
 
 
 def ranks(values: Array) -> Array:

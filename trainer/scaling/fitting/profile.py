@@ -37,60 +37,60 @@ class Profile:
     high: float | None
 
 
-def profiles(made: Fit, level: float) -> list[Profile]:
+def profiles(law: Fit, level: float) -> list[Profile]:
     """Return the profile interval of each exponent and of the irreducible loss.
 
     Coefficients have none: by themselves, without their exponent, they mean nothing. Raises
     UserError for least absolute deviations, whose second derivative is zero, for a law that is no
     sum of power laws, and if no run is left to tell the scatter.
     """
-    form, n = made.form, int((made.weights > 0).sum())
+    form, n = law.form, int((law.weights > 0).sum())
     if not isinstance(form, PowerSum):
         raise UserError(form.name, "is no sum of power laws", "profile another law")
-    if made.objective.delta == 0:
+    if law.objective.delta == 0:
         problem = "least absolute deviations have no profile interval"
         raise UserError("delta=0", problem, "give delta=1e-3, or delta=null for least squares")
     if n <= form.size:
         problem = f"{n} runs leave none to tell the scatter of {form.size} parameters"
-        raise UserError(made.points.where, problem, "add runs")
-    limit = float(fdtri(1, n - form.size, level)) / _scale(made)
+        raise UserError(law.points.where, problem, "add runs")
+    limit = float(fdtri(1, n - form.size, level)) / _scale(law)
     alone = [t.coefficient for t in form.terms if not t.exponent]
-    return [_profile(made, symbol, limit) for symbol in (*alone, *form.exponents)]
+    return [_profile(law, symbol, limit) for symbol in (*alone, *form.exponents)]
 
 
-def _scale(made: Fit) -> float:
+def _scale(law: Fit) -> float:
     """Return the factor from a rise of the objective to the statistic."""
-    w, goal = made.weights, made.objective
-    r = made.residuals
+    w, goal = law.weights, law.objective
+    r = law.residuals
     if goal.on == "loss":
-        r = made.points.loss * -np.expm1(-r)
+        r = law.points.loss * -np.expm1(-r)
     used = w > 0
-    n, p = int(used.sum()), made.form.size
+    n, p = int(used.sum()), law.form.size
     w = w[used] / w[used].mean()
     size = float((w**2 * np.clip(r[used], -goal.delta, goal.delta) ** 2).sum()) / (n - p)
     bend = float((w * (np.abs(r[used]) <= goal.delta)).mean())
     if not size > 0 or not bend > 0:
         problem = "the scatter of its residuals can't be told"
-        raise UserError(made.points.where, problem, "give a larger delta, or delta=null")
-    return 2 * bend / size / float(made.weights[used].mean())
+        raise UserError(law.points.where, problem, "give a larger delta, or delta=null")
+    return 2 * bend / size / float(law.weights[used].mean())
 
 
-def _profile(made: Fit, symbol: str, limit: float) -> Profile:
+def _profile(law: Fit, symbol: str, limit: float) -> Profile:
     """Return the profile interval of one parameter.
 
     limit: the rise of the objective at its ends.
     """
-    value = made.values[symbol]
-    if symbol in made.form.exponents:
+    value = law.values[symbol]
+    if symbol in law.form.exponents:
         least, most = EXPONENTS
     else:
-        lowest = float(made.points.loss.min())
+        lowest = float(law.points.loss.min())
         least, most = _LEAST * lowest, lowest * (1 - _LEAST)
     value = min(max(value, least), most)
 
     def rise(at: float) -> float:
-        held = fit(made.form, made.points, made.objective, made.weights, {symbol: at})
-        return held.value - made.value - limit
+        held = fit(law.form, law.points, law.objective, law.weights, {symbol: at})
+        return held.value - law.value - limit
 
     low, high = (_end(rise, value, end) for end in (least, most))
     return Profile(symbol, value, low, high)

@@ -99,8 +99,8 @@ class CalibratedLaw:
     def errors(self, later: Points) -> tuple[Array, Array]:
         """Return the log of predicted over observed loss, and the extrapolation factors, (m,)."""
         columns = later.columns(self.fit.form.columns)
-        found = np.log(self.fit.predict(**columns)) - np.log(later.loss)
-        return found, spent(later) / self.greatest
+        errors = np.log(self.fit.predict(**columns)) - np.log(later.loss)
+        return errors, spent(later) / self.greatest
 
     def per_decade(self, later: Points) -> float:
         """Return the error per decade of compute at later runs, without the noise of a run."""
@@ -114,19 +114,19 @@ def fit_calibrated(
 
     Raises UserError if the runs don't determine the law.
     """
-    made = fit(form, points, goal)
-    return calibrate(made, bootstrap.pairs(made, count, seed), discrepancy)
+    law = fit(form, points, goal)
+    return calibrate(law, bootstrap.pairs(law, count, seed), discrepancy)
 
 
 def calibrate(
-    made: Fit, replicates: bootstrap.Replicates, discrepancy: Discrepancy
+    law: Fit, replicates: bootstrap.Replicates, discrepancy: Discrepancy
 ) -> CalibratedLaw:
     """Return the calibrated law of a fit that is resampled already."""
-    points, rest = made.points, made.residuals - np.median(made.residuals)
+    points, rest = law.points, law.residuals - np.median(law.residuals)
     # The fit follows its runs, so that residuals are smaller than the noise by this share.
-    free = max(1, len(points) - made.form.size) / len(points)
+    free = max(1, len(points) - law.form.size) / len(points)
     noise = 1.4826 * float(np.median(np.abs(rest))) / np.sqrt(free)
-    return CalibratedLaw(made, replicates, noise, float(np.max(spent(points))), discrepancy)
+    return CalibratedLaw(law, replicates, noise, float(np.max(spent(points))), discrepancy)
 
 
 @dataclass(frozen=True)
@@ -183,16 +183,16 @@ def laws_of_origins(
 
     A law knows nothing beyond its origin: those before it count by their errors up to there.
     """
-    distinct, made = np.unique(budgets), list[tuple[float, CalibratedLaw]]()
+    distinct, earlier = np.unique(budgets), list[tuple[float, CalibratedLaw]]()
     for k in range(LEAST, len(distinct)):
         known = budgets <= distinct[k - 1]
-        seen = [law.per_decade(points.take(known & (budgets > last))) for last, law in made]
-        before = Discrepancy().after(seen)
+        errors = [law.per_decade(points.take(known & (budgets > last))) for last, law in earlier]
+        before = Discrepancy().after(errors)
         try:
             law = fit_calibrated(form, points.take(known), goal, count, k, before)
         except UserError:
             continue  # the runs don't determine the law, so this is no origin
-        made.append((float(distinct[k - 1]), law))
+        earlier.append((float(distinct[k - 1]), law))
         yield k, law
 
 

@@ -89,8 +89,8 @@ def continued(budgets: Array, parameters: Array) -> Array:
     fewer than BUDGETS. budgets, parameters: nominal budget and N of each run, (n,)."""
     sizes = np.log(parameters).round(3)
     distinct = np.unique(budgets)
-    kept = [c for c in distinct if len(np.unique(sizes[budgets == c])) >= SIZES]
-    return np.isin(budgets, kept if len(kept) >= BUDGETS else [])
+    usable = [c for c in distinct if len(np.unique(sizes[budgets == c])) >= SIZES]
+    return np.isin(budgets, usable if len(usable) >= BUDGETS else [])
 
 
 def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
@@ -103,18 +103,18 @@ def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
 
     with an error z for each earlier forecaster at the next budget and the one after.
     """
-    distinct, made = np.unique(budgets), list[Forecaster]()
+    distinct, earlier = np.unique(budgets), list[Forecaster]()
     errors, ages = np.empty((0, 2)), np.empty(0)
     for last in distinct[_LEAST - 1 :]:
         ages = ages + 1
-        if made:
+        if earlier:
             at_last = points.take(budgets == last)
-            new = [one.errors(at_last, float(last)) for one in made[-len(AHEAD) :]]
+            new = [one.errors(at_last, float(last)) for one in earlier[-len(AHEAD) :]]
             errors, ages = np.vstack((errors, new)), np.append(ages, np.zeros(len(new)))
         known = budgets <= last
-        own = points.take(known)
-        made.append(Forecaster(levels(own, budgets[known]), fit_shape(own, budgets[known])))
+        runs = points.take(known)
+        earlier.append(Forecaster(levels(runs, budgets[known]), fit_shape(runs, budgets[known])))
         w = FADE**ages
         scales = (BELIEF + w @ errors) / (BELIEF + w.sum())
         own_scales = float(scales[0]), float(scales[1])
-        yield replace(made[-1], scales=own_scales, earlier=len(ages))
+        yield replace(earlier[-1], scales=own_scales, earlier=len(ages))

@@ -60,8 +60,8 @@ def levels(points: Points, budgets: Array) -> Levels:
     """Return the levels of runs. budgets: the nominal budget of each run, (n,)."""
     x, y, distinct = points.log("parameters"), points.log("loss"), np.unique(budgets)
     groups = [budgets == c for c in distinct]
-    lowest = np.array([y[own].min() for own in groups])
-    at_vertex = np.array([vertex(x[own], y[own]) for own in groups])
+    lowest = np.array([y[mask].min() for mask in groups])
+    at_vertex = np.array([vertex(x[mask], y[mask]) for mask in groups])
     return Levels(np.log(distinct), lowest, (1 - VERTEX) * lowest + VERTEX * at_vertex)
 
 
@@ -73,11 +73,11 @@ def vertex(log_n: Array, log_loss: Array) -> float:
     """
     lowest = float(log_loss.min())
     order = np.argsort(log_loss, kind="stable")
-    kept = np.union1d(np.flatnonzero(log_loss <= lowest + NEAR), order[:FEWEST])
-    x = log_n[kept] - log_n[order[0]]
+    near = np.union1d(np.flatnonzero(log_loss <= lowest + NEAR), order[:FEWEST])
+    x = log_n[near] - log_n[order[0]]
     if len(np.unique(x)) < 4:
         return lowest
-    bend, slope, level = np.polyfit(x, log_loss[kept], 2)
+    bend, slope, level = np.polyfit(x, log_loss[near], 2)
     if bend <= 0 or not x.min() <= -slope / (2 * bend) <= x.max():
         return lowest
     return float(level - slope**2 / (4 * bend))
@@ -105,8 +105,8 @@ def extrapolate(x: Array, y: Array, target: float) -> float:
     log_weight -= 0.5 * (np.log(_GAMMAS / GAMMA) / SPREAD) ** 2
     weight = np.exp(log_weight - log_weight.max())
     drift = (rest / z) @ (inverse @ K[n, :n])
-    found = np.log(np.maximum(ahead * (1 + drift), _LEAST_SHARE))
-    return float(weight @ found / weight.sum() + y[-1])
+    log_loss = np.log(np.maximum(ahead * (1 + drift), _LEAST_SHARE))
+    return float(weight @ log_loss / weight.sum() + y[-1])
 
 
 def _covariance(decades: Array) -> Array:

@@ -65,10 +65,10 @@ class Shape:
 
 def excess(log_loss: Array, budgets: Array) -> Array:
     """Return the log loss of each run minus the lowest of its budget, (n,)."""
-    found = np.empty_like(log_loss)
+    above = np.empty_like(log_loss)
     for c in np.unique(budgets):
-        found[budgets == c] = log_loss[budgets == c] - log_loss[budgets == c].min()
-    return found
+        above[budgets == c] = log_loss[budgets == c] - log_loss[budgets == c].min()
+    return above
 
 
 def fit_shape(points: Points, budgets: Array) -> Shape:
@@ -136,24 +136,24 @@ class _Whitening:
 
 def _starts(x: Array, z: Array, loss: Array, whitened: _Whitening) -> list[Array]:
     """Return theta at the best points of the grid, the best first."""
-    one, found = whitened(np.ones_like(x)[:, None])[:, 0], []
+    one, starts = whitened(np.ones_like(x)[:, None])[:, 0], []
     for alpha, beta in _GRID:
         terms = np.stack((np.exp(-alpha * x), np.exp(-beta * z), np.ones_like(x)), axis=1)
         shares, error = optimize.nnls(whitened(terms / loss[:, None]), one)
         logs = np.log(np.maximum(shares, _LEAST_SHARE * loss.mean()))
-        found.append((error, np.array([*logs, alpha, beta])))
-    return [theta for _, theta in sorted(found, key=lambda start: float(start[0]))[:_STARTS]]
+        starts.append((error, np.array([*logs, alpha, beta])))
+    return [theta for _, theta in sorted(starts, key=lambda start: float(start[0]))[:_STARTS]]
 
 
 def _lowest(
     residual: Callable[[Array], Array], jacobian: Callable[[Array], Array], starts: list[Array]
 ) -> Array:
     """Return theta at the lowest minimum that a search from each start finds."""
-    made = [
+    minima = [
         optimize.least_squares(
             residual, start, jacobian, bounds=(_LOW, _HIGH), loss="huber", f_scale=HUBER,
             max_nfev=200,
         )
         for start in starts
     ]  # fmt: skip
-    return min(made, key=lambda one: float(one.cost)).x
+    return min(minima, key=lambda one: float(one.cost)).x

@@ -139,9 +139,9 @@ def _definition(job: TrainJob, scored: Mapping[str, Any], data: str) -> str:
 def _by_source(run: Run, step: int) -> dict[str, float]:
     """Return the held-out loss of each source of a mixture, with its standard error."""
     rows = read_rows(run.metrics, kind="validation", step=step)
-    found = {r["dataset"]: r for r in rows if r["dataset"] != "validation"}
-    losses = {f"loss_{name}": row["loss"] for name, row in found.items()}
-    return losses | {f"loss_{name}_stderr": row["loss_stderr"] for name, row in found.items()}
+    by_name = {r["dataset"]: r for r in rows if r["dataset"] != "validation"}
+    losses = {f"loss_{name}": row["loss"] for name, row in by_name.items()}
+    return losses | {f"loss_{name}_stderr": row["loss_stderr"] for name, row in by_name.items()}
 
 
 def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
@@ -189,18 +189,18 @@ def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str,
     ]
     digest = hashlib.sha256(json.dumps(held_out).encode()).hexdigest()
     known = unknown | {"validation_hash": digest}
-    seen = {name: status.tokens for name in datasets}
+    tokens = {name: status.tokens for name in datasets}
     if len(datasets) > 1:
-        seen = {name: sum(row["shares"][name] for row in status.train) for name in datasets}
-    if sum(seen.values()) != status.tokens:  # a branch of a mixture: its metrics lack the trunk
+        tokens = {name: sum(row["shares"][name] for row in status.train) for name in datasets}
+    if sum(tokens.values()) != status.tokens:  # a branch of a mixture: its metrics lack the trunk
         return known
     splits = {name: dataset.split("train") for name, dataset in datasets.items()}
-    known["bytes"] = round(sum(seen[n] * s.num_bytes / s.num_tokens for n, s in splits.items()))
+    known["bytes"] = round(sum(tokens[n] * s.num_bytes / s.num_tokens for n, s in splits.items()))
     if status.job.data.packing != "windows":
         return known
     once = {name: sum(n - 1 for n in split.shard_tokens) for name, split in splits.items()}
-    known["unique_tokens"] = sum(min(seen[name], once[name]) for name in once)
-    known["epochs"] = max(seen[name] / once[name] for name in once)
+    known["unique_tokens"] = sum(min(tokens[name], once[name]) for name in once)
+    known["epochs"] = max(tokens[name] / once[name] for name in once)
     return known
 
 
@@ -209,10 +209,10 @@ def _opened(stored: Mapping[str, str]) -> Dataset | None:
     if "://" in stored["path"]:
         return None
     try:
-        found = Dataset(Path(stored["path"]))
+        dataset = Dataset(Path(stored["path"]))
     except UserError:
         return None
-    return found if found.identity == stored["identity"] else None
+    return dataset if dataset.identity == stored["identity"] else None
 
 
 def _made_by(status: Status, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -245,9 +245,9 @@ def device_hours_of(status: Status) -> float | None:
 
 def of_runs(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[Refused]]:
     """Return the records of runs, and the refusals."""
-    found = [record(run) for run in runs]
-    rows = [row for row in found if not isinstance(row, Refused)]
-    return pd.DataFrame(rows), [row for row in found if isinstance(row, Refused)]
+    records = [record(run) for run in runs]
+    rows = [row for row in records if not isinstance(row, Refused)]
+    return pd.DataFrame(rows), [row for row in records if isinstance(row, Refused)]
 
 
 def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:

@@ -65,14 +65,14 @@ class Export:
         """
         if self.name is None:
             return {}
-        found = {}
+        refusals = {}
         for place, row in self.table.iterrows():
             if self.state and str(row[self.state]).lower() != FINISHED:
-                found[place] = Refused(str(row[self.name]), f"its state is {row[self.state]}")
+                refusals[place] = Refused(str(row[self.name]), f"its state is {row[self.state]}")
             elif missing := [name for name in needed if pd.isna(row[name])]:
                 why = f"it has no value of {', '.join(missing)}"
-                found[place] = Refused(str(row[self.name]), why)
-        return found
+                refusals[place] = Refused(str(row[self.name]), why)
+        return refusals
 
 
 def is_export(path: Path) -> bool:
@@ -88,7 +88,7 @@ def is_export(path: Path) -> bool:
 def read_export(path: Path) -> Export:
     """Read a file or directory of any format above. Raises UserError if it can't be read."""
     try:
-        separator = next((own for end, own in _TEXT.items() if path.name.endswith(end)), None)
+        separator = next((sign for end, sign in _TEXT.items() if path.name.endswith(end)), None)
         if path.is_dir() or not (separator or path.suffix == ".parquet"):
             return _of_objects(path, [o for p in _files(path) or [path] for o in _objects(p)])
         table = pd.read_csv(path, sep=separator) if separator else pd.read_parquet(path)
@@ -146,8 +146,8 @@ def _of_chart(table: pd.DataFrame, metrics: Sequence[str]) -> Export:
         groups.setdefault(run, {})[metric] = column
     rows = []
     for run, columns in groups.items():
-        own = ordered[[axis, *columns.values()]].dropna(subset=list(columns.values()), how="all")
-        last = own.ffill().iloc[-1] if len(own) else pd.Series(index=own.columns, dtype=float)
+        part = ordered[[axis, *columns.values()]].dropna(subset=list(columns.values()), how="all")
+        last = part.ffill().iloc[-1] if len(part) else pd.Series(index=part.columns, dtype=float)
         values = {metric: last[column] for metric, column in columns.items()}
         rows.append({"Name": run, axis: last[axis], **values})
     return Export(pd.DataFrame(rows), "Name")
@@ -157,13 +157,13 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON file: one object, a list of them, or one per line."""
     text = path.read_text(encoding="utf-8")
     try:
-        made = json.loads(text)
+        objects = json.loads(text)
     except json.JSONDecodeError:
-        made = [json.loads(line) for line in text.splitlines() if line.strip()]
-    made = made if isinstance(made, list) else [made]
-    if not made or not all(isinstance(one, dict) for one in made):
+        objects = [json.loads(line) for line in text.splitlines() if line.strip()]
+    objects = objects if isinstance(objects, list) else [objects]
+    if not objects or not all(isinstance(one, dict) for one in objects):
         raise ValueError(f"{path.name} holds no objects")
-    return made
+    return objects
 
 
 def _of_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> Export:
@@ -208,10 +208,10 @@ def _row(one: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoded(section: Any) -> dict[str, Any]:
     """Return a section as a dict; the service gives it as text."""
-    made = json.loads(section) if isinstance(section, str) else section or {}
-    if not isinstance(made, Mapping):
-        raise ValueError(f"config or summary of a run is no object, but {display(made)}")
-    return dict(made)
+    value = json.loads(section) if isinstance(section, str) else section or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config or summary of a run is no object, but {display(value)}")
+    return dict(value)
 
 
 def _bare(value: Any) -> Any:
@@ -265,29 +265,31 @@ def of_export(
     export = _only(path, read_export(path), rows or {})
     table = export.table
     _must_have(path, table, [*columns.values()])
-    for ours in columns:
-        if ours not in KNOWN:
+    for field in columns:
+        if field not in KNOWN:
             todo = f"use one of {', '.join(KNOWN)}"
-            raise UserError(f"columns.{ours}", "is not a column of a record", todo)
-    own = {name: name for name in KNOWN if name in table.columns and name not in columns}
-    named = {} if "name" in own or "name" in columns or not export.name else {"name": export.name}
-    chosen = {**named, **own, **columns}
+            raise UserError(f"columns.{field}", "is not a column of a record", todo)
+    alike = {name: name for name in KNOWN if name in table.columns and name not in columns}
+    named = {} if "name" in alike or "name" in columns or not export.name else {"name": export.name}
+    chosen = {**named, **alike, **columns}
     if "loss" not in chosen:
         near = ", ".join(map(repr, nearest_first("loss", map(str, table.columns))[:3]))
         todo = f"name it, such as columns={{loss: final_loss}}; the nearest are {near}"
         raise UserError(str(path), "has no column 'loss'", todo)
-    refused = export.refused([theirs for ours, theirs in columns.items() if ours in COLUMNS])
-    kept = table[~table.index.isin(refused)]
+    refused = export.refused([column for field, column in columns.items() if field in COLUMNS])
+    usable = table[~table.index.isin(refused)]
     if table.empty:
         raise UserError(str(path), "has no rows", "give a table with a row for each run")
-    if kept.empty:
+    if usable.empty:
         why = next(iter(refused.values())).why
         problem = f"none of its {len(table)} runs is finished and has {', '.join(chosen)}"
         raise UserError(
             str(path), f"{problem}; of the first, {why}", "choose other rows or columns"
         )
-    made = {o: _numbers(path, t, kept[t]) if o in NUMERIC else kept[t] for o, t in chosen.items()}
-    return _expect_budgets(path, pd.DataFrame(made)), list(refused.values())
+    cells = {
+        o: _numbers(path, t, usable[t]) if o in NUMERIC else usable[t] for o, t in chosen.items()
+    }
+    return _expect_budgets(path, pd.DataFrame(cells)), list(refused.values())
 
 
 def _number(cell: Any) -> float:

@@ -24,10 +24,10 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
         low, high = side.ends
         high_loss, low_loss = side.losses
-        verdict = "certified" if side.made.fit.certificate.holds else "[red]not certified[/]"
+        verdict = "certified" if side.study.fit.certificate.holds else "[red]not certified[/]"
         console.print(
-            f"{letter} [bold]{escape(side.name)}[/]: {len(side.made.points)} runs, C {low:.3g} to "
-            f"{high:.3g}, {escape(side.made.form.name)}, {verdict}; along its path the loss falls "
+            f"{letter} [bold]{escape(side.name)}[/]: {len(side.study.points)} runs, C {low:.3g} to "
+            f"{high:.3g}, {escape(side.study.form.name)}, {verdict}; along its path the loss falls "
             f"from {high_loss:.4g} to {low_loss:.4g}",
             soft_wrap=True,
         )

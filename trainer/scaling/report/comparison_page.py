@@ -102,7 +102,7 @@ def _curves(comparison: Comparison) -> Figure:
     grid = np.geomspace(low, high, _FINE)
     sides = (comparison.a, comparison.b)
     lines = [side.loss(grid) for side in sides]
-    losses = np.concatenate([*lines, *(side.made.points.loss for side in sides)])
+    losses = np.concatenate([*lines, *(side.study.points.loss for side in sides)])
     figure = Figure(
         Axis("C (FLOPs)", log=True, power=True, ends=(low, high)),
         Axis("loss", log=True, ends=(float(losses.min()) / 1.02, float(losses.max()) * 1.02)),
@@ -115,7 +115,7 @@ def _curves(comparison: Comparison) -> Figure:
 
 
 def _runs(side: Side, colour: str) -> Trace:
-    study = side.made
+    study = side.study
     c, loss = spent(study.all_points), study.all_points.loss
     names = study.table.get("name", study.table.index)
     texts = [f"{name}\n{side.name}\nC {x:.4g}\nloss {y:.5g}"
@@ -202,7 +202,7 @@ def _ratio(ratio: Ratio) -> list[Cell]:
 def _laws(comparison: Comparison) -> list[list[Cell]]:
     rows: list[list[Cell]] = [["", "runs", "law", "parameters", "certified"]]
     for side in (comparison.a, comparison.b):
-        values = ", ".join(f"{k} {v:.5g}" for k, v in side.made.fit.values.items())
-        holds = "yes" if side.made.fit.certificate.holds else "no"
-        rows.append([side.name, str(len(side.made.points)), side.made.form.name, values, holds])
+        values = ", ".join(f"{k} {v:.5g}" for k, v in side.study.fit.values.items())
+        holds = "yes" if side.study.fit.certificate.holds else "no"
+        rows.append([side.name, str(len(side.study.points)), side.study.form.name, values, holds])
     return rows

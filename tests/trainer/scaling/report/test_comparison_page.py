@@ -21,7 +21,7 @@ def comparison() -> Comparison:
 def test_both_curves_have_a_line_a_band_and_the_runs(comparison):
     curves, multipliers = pictures.panels(comparison)
     assert [t.kind for t in curves.traces] == ["band", "line", "dots"] * 2
-    assert list(curves.traces[2].y) == comparison.a.made.all_points.loss.tolist()
+    assert list(curves.traces[2].y) == comparison.a.study.all_points.loss.tolist()
     assert [t.colours[0] for t in curves.traces if t.kind == "line"] == [*pictures.COLOURS]
     level, _, values, star = multipliers.traces
     assert list(level.y) == [1, 1]
