@@ -12,6 +12,7 @@ number of a table is there in full (<data value=>), however it is rounded.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,10 @@ from typing import Any, Literal
 
 import jinja2
 from markupsafe import Markup
+from rich.markup import escape
+from rich.table import Table
 
+from forescale.console import table
 from forescale.pages.figure import Figure
 
 Cell = Markup | str
@@ -135,3 +139,20 @@ def percent(value: float, digits: int = 2, sign: str = "") -> Markup:
     return Markup('<data value="{}">{}</data>').format(
         repr(float(value)), f"{value:{sign}.{digits}%}".replace("-", "−")
     )
+
+
+def grid(rows: Sequence[Sequence[Cell]]) -> Table:
+    """Return the rows of a section, the first of which is the header, as a table for the
+    terminal."""
+    head, *rest = ([escape(_plain(cell)) for cell in row] for row in rows)
+    columns = table(*head, left=head[:1])
+    for row in rest:
+        columns.add_row(*row)
+    return columns
+
+
+def _plain(cell: Cell) -> str:
+    """Return a cell without HTML; powers of ten as 1.5e21."""
+    if not isinstance(cell, Markup):
+        return cell
+    return Markup(re.sub("×10<sup>(.*?)</sup>", r"e\1", cell)).striptags().replace("−", "-")

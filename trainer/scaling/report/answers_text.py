@@ -5,18 +5,18 @@ Invariant: everything that makes the numbers doubtful is printed with them.
 
 from collections.abc import Sequence
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
+from forescale.pages.document import Cell, grid, number, percent, span
 from forescale.scaling.analysis.comparison import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaw, RateLaws
 from forescale.scaling.fitting.profile import Profile
-
-_PLACES = 5  # losses of the range that are printed
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
@@ -32,10 +32,10 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             soft_wrap=True,
         )
     console.print(path_of(comparison) + "\n", soft_wrap=True)
-    console.print(_places(comparison))
+    console.print(grid(place_rows(comparison)))
     console.print(
-        "A over B: the compute that A needs for the loss over that of B, the multiplier. Loss of "
-        "B: relative to the loss of A, at A's compute.",
+        "Multiplier: the compute that A needs for the loss over that of B. Loss of B: relative to "
+        "the loss of A, at A's compute.",
         soft_wrap=True,
     )
     if comparison.mean is not None:
@@ -78,32 +78,33 @@ def trend_of(comparison: Comparison) -> str | None:
     return f"It goes {moves}: it changes with scale, so quote it at the scale that you need."
 
 
-def _places(comparison: Comparison) -> Table:
-    """Return a row for some losses of the range, the mean of all, and the target."""
+def place_rows(comparison: Comparison) -> list[list[Cell]]:
+    """Return a row for each loss of the range, the mean of all, and the target: the compute of
+    both, the multiplier, and the loss of B relative to that of A at equal compute."""
     level = f"{comparison.level:.0%}"
-    names = ("loss", "C of A", "C of B", "A over B", f"{level} low", "high", "loss of B")
-    grid = table(*names, f"{level} low", "high", "", left=("",))
-    step = max(1, (len(comparison.places) - 1) // (_PLACES - 1))
-    for place in comparison.places[::step]:
-        grid.add_row(*_cells(place), "")
+    flops = [f"C of {comparison.a.name}", f"C of {comparison.b.name}"]
+    rows: list[list[Cell]] = [["loss", *flops, "multiplier", level, "loss of B", level]]
+    rows += [[number(place.loss), *_cells(place)] for place in comparison.places]
     if comparison.mean is not None:
-        grid.add_row("", "", "", *_ratio(comparison.mean), "", "", "", "mean of the range")
-    if comparison.target is not None:
-        grid.add_row(*_cells(comparison.target), "target")
-    return grid
+        rows.append(["mean of the range", "", "", *_ratio(comparison.mean), "", ""])
+    if (target := comparison.target) is not None:
+        loss = Markup("{} (target)").format(number(target.loss))
+        rows.append([loss, *_cells(target)])
+    return rows
 
 
-def _cells(place: Place) -> list[str]:
-    """Return the cells of one loss: compute, the multiplier, the change of loss at equal C."""
+def _cells(place: Place) -> list[Cell]:
     losses = place.loss_ratio
-    changes = [f"{x - 1:+.2%}" for x in (losses.value, losses.low, losses.high)]
-    flops = [f"{c:.3g}" for c in place.flops]
-    return [f"{place.loss:.4f}", *flops, *_ratio(place.multiplier), *changes]
+    change, low, high = (percent(x - 1, sign="+") for x in (losses.value, losses.low, losses.high))
+    ends = Markup("{} to {}").format(low, high)
+    return [*(number(c, 4) for c in place.flops), *_ratio(place.multiplier), change, ends]
 
 
-def _ratio(ratio: Ratio) -> list[str]:
-    high = f"{ratio.high:.3g}" if ratio.high < float("inf") else "-"
-    return [f"{ratio.value:.3g}", f"{ratio.low:.3g}" if ratio.low > 0 else "-", high]
+def _ratio(ratio: Ratio) -> list[Cell]:
+    if not 0 < ratio.low <= ratio.high < float("inf"):
+        high = number(ratio.high) if ratio.high < float("inf") else "no upper end"
+        return [number(ratio.value), Markup("{} to {}").format(number(ratio.low), high)]
+    return [number(ratio.value), span((ratio.low, ratio.high))]
 
 
 def show_rates(laws: RateLaws, console: Console, where: str) -> None:
@@ -136,7 +137,7 @@ def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
     """Return a row for each law: its coefficient and its exponents with intervals."""
     names = [f"exponent of {SYMBOLS[c]}" for c in laws[0].columns]
     ends = [column for name in names for column in (name, f"{level:.0%} interval")]
-    grid = table("best", "sweeps", "k", *ends, "scatter", left=("best",))
+    columns = table("best", "sweeps", "k", *ends, "scatter", left=("best",))
     for law in laws:
         cells = [
             cell
@@ -144,8 +145,8 @@ def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
             for cell in (f"{value:.3f}", f"{low:.3f} to {high:.3f}")
         ]
         count = str(law.freedom + len(law.columns) + 1)
-        grid.add_row(law.quantity, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
-    return grid
+        columns.add_row(law.quantity, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
+    return columns
 
 
 def show_profiles(

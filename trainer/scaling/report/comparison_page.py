@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 
-from forescale.pages.document import Cell, Section, code, number, render, span
+from forescale.pages.document import Cell, Section, code, render
 from forescale.pages.figure import (
     BAND,
     FAINT,
@@ -33,7 +32,7 @@ from forescale.pages.figure import (
 from forescale.scaling.analysis.comparison import Comparison, Place, Side
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.fitting.points import Array, spent
-from forescale.scaling.report.answers_text import path_of, trend_of
+from forescale.scaling.report.answers_text import path_of, place_rows, trend_of
 from forescale.scaling.report.fit_page import write_report
 
 COLOURS = (OTHER, TARGET)  # of A and of B
@@ -77,7 +76,7 @@ def sections(comparison: Comparison, command: Sequence[str]) -> list[Section]:
         ], key=key(comparison), after=trend),
         Section("notes", "Reasons for doubt", after=notes,
                 absent="" if notes else "No reason was found to doubt the numbers."),
-        Section("numbers", "In numbers", rows=_numbers(comparison), head=True),
+        Section("numbers", "In numbers", rows=place_rows(comparison), head=True),
         Section("laws", "The two laws", rows=_laws(comparison), head=True),
         Section("provenance", "Where the numbers come from",
                 rows=[["Command", code(" ".join(command))]]),
@@ -168,35 +167,6 @@ def _clipped(places: Sequence[Place], every: Array) -> tuple[Array, Array, Array
 def _text(place: Place) -> str:
     m = place.multiplier
     return f"loss {place.loss:.5g}\nmultiplier {m.value:.4g}\n{m.low:.4g} to {m.high:.4g}"
-
-
-def _numbers(comparison: Comparison) -> list[list[Cell]]:
-    level = f"{comparison.level:.0%}"
-    head: list[Cell] = [
-        "loss",
-        f"C of {comparison.a.name}",
-        f"C of {comparison.b.name}",
-        "multiplier",
-        level,
-    ]
-    rows = [head]
-    for place in comparison.places:
-        rows.append(
-            [number(place.loss), *(number(c) for c in place.flops), *_ratio(place.multiplier)]
-        )
-    if comparison.mean is not None:
-        rows.append(["mean of the range", "", "", *_ratio(comparison.mean)])
-    if (t := comparison.target) is not None:
-        loss = Markup("{} (target)").format(number(t.loss))
-        rows.append([loss, *(number(c) for c in t.flops), *_ratio(t.multiplier)])
-    return rows
-
-
-def _ratio(ratio: Ratio) -> list[Cell]:
-    if not 0 < ratio.low <= ratio.high < np.inf:
-        high = number(ratio.high) if ratio.high < np.inf else "no upper end"
-        return [number(ratio.value), Markup("{} to {}").format(number(ratio.low), high)]
-    return [number(ratio.value), span((ratio.low, ratio.high))]
 
 
 def _laws(comparison: Comparison) -> list[list[Cell]]:

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from forescale.pages.document import Cell, Section, number, percent, render, span
+from forescale.pages.document import Cell, Section, number, render, span
 from forescale.pages.figure import Figure, shades
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.report import study_sections
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import Figures, flops_key
-from forescale.scaling.report.fit_text import doubt_of, skill_lines
+from forescale.scaling.report.fit_text import backtest_rows, doubt_of, parameter_rows, skill_lines
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.task_section import task_section
 from forescale.storage import write_file
@@ -277,15 +277,8 @@ def _allocation(study: StudyFit) -> list[Cell]:
 
 
 def _parameters(study: StudyFit) -> Section:
-    low, high = study.replicates.interval(study.job.level)
-    errors, level = study.replicates.errors, f"{study.job.level:.0%}"
-    head: list[Cell] = ["", "value", "std. error", f"{level} low", "high", *map(str, study.others)]
-    rows = [head]
-    for i, (symbol, value) in enumerate(study.fit.values.items()):
-        others = [other.values[symbol] for other in study.others.values()]
-        cells = (value, errors[symbol], low[i], high[i], *others)
-        rows.append([symbol, *(number(x) for x in cells)])
     text = "The last columns are fits of the same law with other objectives, and to all runs."
+    rows = parameter_rows(study)
     return Section("parameters", "Parameters of the law", rows=rows, head=True, after=[text])
 
 
@@ -313,27 +306,16 @@ def _certificate(study: StudyFit) -> Section:
 
 
 def _backtests(study: StudyFit) -> Section:
-    level = f"{study.job.level:.0%}"
     section = Section("backtest-table", "Backtests of the law alone", head=True)
     if not study.backtests:
         section.absent = "There are no backtests; the section with their figure says why."
         return section
-    section.rows = [
-        ["fitted budgets", "runs", "times their compute", "error", "bias",
-         f"inside resampled {level}", f"inside calibrated {level}"]
-    ]  # fmt: skip
+    section.rows = backtest_rows(study)
     section.after = [
         "Error (root mean square) and bias compare predicted with observed loss over all runs of "
         "the more expensive budgets. Resampled: the interval of resampling alone. Calibrated: the "
         "interval with noise and discrepancy."
     ]
-    for r in study.backtests:
-        section.rows.append([
-            str(r.budgets), str(r.runs), span((r.factors.min(), r.factors.max()), 3),
-            percent(float(np.sqrt(np.mean(r.errors**2)))),
-            percent(float(np.mean(r.errors)), sign="+"),
-            percent(r.inside_resampled.mean(), 0), percent(r.inside_calibrated.mean(), 0),
-        ])  # fmt: skip
     return section
 
 

@@ -6,11 +6,13 @@ Invariant: everything that makes the numbers doubtful is printed with them.
 from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
+from forescale.pages.document import Cell, grid, number, percent, span
 from forescale.scaling.analysis.backtest import GROUPS, METHODS, MINIMA, RIVALS, Scores
 from forescale.scaling.analysis.forecast import Forecast, Score
 from forescale.scaling.analysis.prediction import Prediction
@@ -37,7 +39,7 @@ def show(study: StudyFit, console: Console, where: str) -> None:
     console.print(f"[yellow]First doubt:[/] {escape(first)}" if study.doubts else first,
                   soft_wrap=True)  # fmt: skip
     console.print()
-    console.print(_parameters(study))
+    console.print(grid(parameter_rows(study)))
     c = fit.certificate
     verdict = "certified" if c.holds else "[red]not certified[/]"
     console.print(
@@ -90,17 +92,7 @@ def _show_prediction(study: StudyFit, console: Console) -> None:
 
 def show_score(forecasts: Sequence[Forecast], score: Score, console: Console) -> None:
     """Print the forecasts beside the observed losses, and their score."""
-    names = ("forecast", "run", "beyond", "predicted", "interval", "observed", "error")
-    rows = table(*names, left=("run",))
-    for forecast in forecasts:
-        f, o = forecast.facts, forecast.outcome
-        ends = f"{f['interval'][0]:.4f} to {f['interval'][1]:.4f}"
-        beyond = f"{f['target']['extrapolation_factor']:.3g} x"
-        out = (f"{o['loss']:.4f}", f"{score.errors[forecast.id]:+.2%}") if o else ("-", "-")
-        rows.add_row(
-            forecast.id, escape(f["target"]["run"]), beyond, f"{f['loss']:.4f}", ends, *out
-        )
-    console.print(rows)
+    console.print(grid(forecast_rows(forecasts)))
     n = len(score.errors)
     console.print(
         f"{n} of {len(forecasts)} forecasts have an observed loss: {score.inside} inside the "
@@ -114,6 +106,25 @@ def show_score(forecasts: Sequence[Forecast], score: Score, console: Console) ->
             f"Interval score {score.interval_score:.4f}; skill against simpler predictions: {skill}"
         )
         console.print(line, soft_wrap=True)
+
+
+def forecast_rows(forecasts: Sequence[Forecast]) -> list[list[Cell]]:
+    """Return a row for each forecast, with the observed loss if there is one."""
+    level = f"{forecasts[0].facts['level']:.0%}"
+    rows: list[list[Cell]] = [
+        ["forecast", "run", "beyond", "predicted", f"{level} interval", "observed", "to predicted",
+         "written"]
+    ]  # fmt: skip
+    for forecast in forecasts:
+        f, outcome = forecast.facts, forecast.outcome
+        out: list[Cell] = ["pending", ""]
+        if outcome:
+            out = [number(outcome["loss"]), percent(outcome["loss"] / f["loss"] - 1, sign="+")]
+        beyond = Markup("{} x").format(number(f["target"]["extrapolation_factor"], 3))
+        ends = span(f["interval"])
+        rows.append([forecast.id, f["target"]["run"], beyond, number(f["loss"]), ends, *out,
+                     f["time"]])  # fmt: skip
+    return rows
 
 
 def show_scores(scores: Sequence[Scores], console: Console) -> None:
@@ -145,19 +156,19 @@ def show_scores(scores: Sequence[Scores], console: Console) -> None:
 
 def _pooled(scores: Sequence[Scores]) -> Table:
     skills = [f"vs {rival}" for rival in RIVALS]
-    grid = table("method", "forecasts", "error", "bias", *GROUPS, "score", *skills,
+    columns = table("method", "forecasts", "error", "bias", *GROUPS, "score", *skills,
                  left=("method",))  # fmt: skip
     for one in scores:
         score = "-" if one.interval_score is None else f"{one.interval_score:.2%}"
         inside = (_inside(one, group) for group in GROUPS)
         skill = (f"{one.skill[r]:+.2f}" if r in one.skill else "-" for r in RIVALS)
         errors = f"{one.median:.2%}", f"{one.bias:+.2%}"
-        grid.add_row(one.method, str(one.count), *errors, *inside, score, *skill)
-    return grid
+        columns.add_row(one.method, str(one.count), *errors, *inside, score, *skill)
+    return columns
 
 
 def _apart(scores: Sequence[Scores]) -> Table:
-    grid = table("table", "ahead", "forecasts", *METHODS, "bias", *GROUPS, "vs line",
+    columns = table("table", "ahead", "forecasts", *METHODS, "bias", *GROUPS, "vs line",
                  left=("table",))  # fmt: skip
     by = {(one.table, one.ahead, one.method): one for one in scores}
     for one in scores:
@@ -167,8 +178,8 @@ def _apart(scores: Sequence[Scores]) -> Table:
         errors = ("-" if other is None else f"{other.median:.2%}" for other in beside)
         inside = (_inside(one, group) for group in GROUPS)
         cells = escape(one.table or ""), str(one.ahead), str(one.count)
-        grid.add_row(*cells, *errors, f"{one.bias:+.2%}", *inside, f"{one.skill[LINE]:+.2f}")
-    return grid
+        columns.add_row(*cells, *errors, f"{one.bias:+.2%}", *inside, f"{one.skill[LINE]:+.2f}")
+    return columns
 
 
 def _inside(one: Scores, group: str) -> str:
@@ -188,24 +199,8 @@ def _show_backtests(study: StudyFit, console: Console) -> None:
             )
         return
     level = f"{study.job.level:.0%}"
-    names = (
-        "fitted budgets", "runs", "beyond", "error", "bias", f"inside {level} resampled",
-        "calibrated",
-    )  # fmt: skip
-    grid = table(*names)
-    for r in study.backtests:
-        error, bias = np.sqrt(np.mean(r.errors**2)), np.mean(r.errors)
-        grid.add_row(
-            str(r.budgets),
-            str(r.runs),
-            f"{r.factors.min():.3g} to {r.factors.max():.3g} x",
-            f"{error:.2%}",
-            f"{bias:+.2%}",
-            f"{r.inside_resampled.mean():.0%}",
-            f"{r.inside_calibrated.mean():.0%}",
-        )
     console.print()
-    console.print(grid)
+    console.print(grid(backtest_rows(study)))
     resampled = np.concatenate([r.inside_resampled for r in study.backtests])
     calibrated = np.concatenate([r.inside_calibrated for r in study.backtests])
     console.print(
@@ -216,16 +211,35 @@ def _show_backtests(study: StudyFit, console: Console) -> None:
     )
 
 
-def _parameters(study: StudyFit) -> Table:
+def parameter_rows(study: StudyFit) -> list[list[Cell]]:
+    """Return a row for each parameter of the law: value, error, interval, other fits."""
     low, high = study.replicates.interval(study.job.level)
-    errors = study.replicates.errors
-    names = ("", "value", "std. error", f"{study.job.level:.0%} low", "high", *study.others)
-    grid = table(*names, left=("",))
+    errors, level = study.replicates.errors, f"{study.job.level:.0%}"
+    head: list[Cell] = ["", "value", "std. error", f"{level} low", "high", *map(str, study.others)]
+    rows = [head]
     for i, (symbol, value) in enumerate(study.fit.values.items()):
-        others = [f"{other.values[symbol]:.5g}" for other in study.others.values()]
-        cells = (value, errors[symbol], low[i], high[i])
-        grid.add_row(symbol, *(f"{x:.5g}" for x in cells), *others)
-    return grid
+        others = [other.values[symbol] for other in study.others.values()]
+        cells = (value, errors[symbol], low[i], high[i], *others)
+        rows.append([symbol, *(number(x) for x in cells)])
+    return rows
+
+
+def backtest_rows(study: StudyFit) -> list[list[Cell]]:
+    """Return a row for each number of cheap budgets: how far off laws fitted to them are at the
+    more expensive ones."""
+    level = f"{study.job.level:.0%}"
+    rows: list[list[Cell]] = [
+        ["fitted budgets", "runs", "times their compute", "error", "bias",
+         f"inside resampled {level}", f"inside calibrated {level}"]
+    ]  # fmt: skip
+    for r in study.backtests:
+        rows.append([
+            str(r.budgets), str(r.runs), span((r.factors.min(), r.factors.max()), 3),
+            percent(float(np.sqrt(np.mean(r.errors**2)))),
+            percent(float(np.mean(r.errors)), sign="+"),
+            percent(r.inside_resampled.mean(), 0), percent(r.inside_calibrated.mean(), 0),
+        ])  # fmt: skip
+    return rows
 
 
 def _show_sensitivity(study: StudyFit, console: Console) -> None:
@@ -239,15 +253,15 @@ def _show_sensitivity(study: StudyFit, console: Console) -> None:
         return
     level, exponents = f"{study.job.level:.0%}", study.form.exponents
     names = ["N counts", "C counts", "C ~ N^p D, p", "N* ~ C^a, a", f"{level} low", "high"]
-    grid = table(*names, *exponents, "target's loss", left=("N counts", "C counts"))
+    columns = table(*names, *exponents, "target's loss", left=("N counts", "C counts"))
     for row in rows:
         a = ["-"] * 3 if row.interval is None else [f"{row.allocation:.4f}"]
         a += [] if row.interval is None else [f"{x:.4f}" for x in row.interval]
         cells = [f"{row.values[s]:.4g}" for s in exponents]
         loss = "-" if row.loss is None else f"{row.loss:.4f}"
         counted = (escape(row.size), escape(row.cost), f"{row.compute_exponent:.3f}")
-        grid.add_row(*counted, *a, *cells, loss)
-    console.print(grid)
+        columns.add_row(*counted, *a, *cells, loss)
+    console.print(columns)
 
 
 def _show_isoflop(study: StudyFit, console: Console) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
-from forescale.pages.document import Cell, Section, number, render, span
+from forescale.pages.document import Cell, Section, render
 from forescale.pages.figure import (
     FAINT,
     INK,
@@ -30,17 +29,16 @@ from forescale.pages.figure import (
     star,
 )
 from forescale.scaling.analysis.multipliers import Candidate, Multipliers, Place
-from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.analysis.recipe_cells import RecipeCell
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import flops_key
 from forescale.scaling.report.fit_page import write_report
 from forescale.scaling.report.provenance import provenance
 from forescale.scaling.report.recipes_text import (
-    fresh_of,
     head_of,
     interval,
+    multiplier_rows,
     number_of,
+    rate_rows,
     read_as,
     span_of,
     verdict,
@@ -90,8 +88,8 @@ def sections(results: Multipliers, table: pd.DataFrame, command: Sequence[str]) 
         ], key=_recipes_key(results)),
         Section("notes", "Reasons for doubt", after=doubts,
                 absent="" if doubts else "No reason was found to doubt the numbers."),
-        Section("numbers", "In numbers", rows=_numbers(results), head=True),
-        Section("rates", "How each recipe was tuned", rows=_rates(results), head=True),
+        Section("numbers", "In numbers", rows=multiplier_rows(results), head=True),
+        Section("rates", "How each recipe was tuned", rows=rate_rows(results), head=True),
         provenance("", StudyEvidence(table), results.where, command),
     ]  # fmt: skip
 
@@ -164,47 +162,3 @@ def curves(results: Multipliers) -> Figure:
                  for c in cells]  # fmt: skip
         figure.add(dots(x, y, [colours.get(name, INK)], texts))
     return figure
-
-
-def _numbers(results: Multipliers) -> list[list[Cell]]:
-    level = f"{results.job.level:.0%}"
-    rows: list[list[Cell]] = [["recipe", "C", "loss", "multiplier", level, "fresh seeds", level]]
-    for c in results.of(results.base):
-        rows.append([c.recipe, number(c.flops, 4), number(np.exp(c.log_loss)), "", "", "", ""])
-    for one in results.candidates:
-        for p in one.places:
-            cells = [number(p.cell.flops, 4), number(np.exp(p.cell.log_loss))]
-            fresh = ["", ""] if p.confirmed is None else _ratio(p.confirmed)
-            if p.confirmed is not None and not 0 < p.confirmed.value < np.inf:
-                fresh[0] = fresh_of(p)
-            value = _ratio(p.multiplier)
-            if not 0 < p.multiplier.value < np.inf:
-                value[0] = number_of(p)
-            rows.append([one.name, *cells, *value, *fresh])
-        for label, ratio in (("mean", one.mean), ("a decade", one.trend)):
-            if ratio is not None:
-                rows.append([one.name, label, "", *_ratio(ratio), "", ""])
-    return rows
-
-
-def _ratio(ratio: Ratio) -> list[Cell]:
-    if not 0 < ratio.low <= ratio.high < np.inf:
-        return [number(ratio.value), interval(ratio)]
-    return [number(ratio.value), span((ratio.low, ratio.high))]
-
-
-def _rates(results: Multipliers) -> list[list[Cell]]:
-    rows: list[list[Cell]] = [
-        ["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"],
-    ]
-    for name in (results.base, *(c.name for c in results.candidates)):
-        rows += [_tuning(c) for c in results.of(name)]
-    return rows
-
-
-def _tuning(c: RecipeCell) -> list[Cell]:
-    answers = {True: "yes", False: "no: at the edge", None: "no: fewer than three"}
-    tried = Markup(", ").join(number(rate, 2) for rate in c.rates)
-    bracketed = answers[c.is_bracketed]
-    return [c.recipe, number(c.flops, 4), tried, number(c.learning_rate, 2), bracketed,
-            str(len(c.logs)), str(c.diverged)]  # fmt: skip

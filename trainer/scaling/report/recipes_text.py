@@ -4,11 +4,11 @@ Invariant: everything that makes the numbers doubtful is printed with them.
 """
 
 import numpy as np
+from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from forescale.console import table
+from forescale.pages.document import Cell, grid, number, span
 from forescale.scaling.analysis.multipliers import Candidate, Multipliers, Place
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.recipe_cells import RecipeCell
@@ -17,7 +17,9 @@ from forescale.scaling.analysis.recipe_cells import RecipeCell
 def show_recipes(results: Multipliers, console: Console) -> None:
     """Print the multiplier of each recipe at each budget, its mean and trend, and the doubts."""
     console.print(head_of(results) + "\n", soft_wrap=True)
-    console.print(_table(results))
+    console.print(grid(multiplier_rows(results)))
+    console.print()
+    console.print(grid(rate_rows(results)))
     console.print("\n" + read_as(results), soft_wrap=True)
     for one in results.candidates:
         console.print(
@@ -106,24 +108,47 @@ def interval(ratio: Ratio) -> str:
     return f"{low} to {ratio.high:.3g}" if ratio.high < np.inf else f"{low} to no upper end"
 
 
-def _table(results: Multipliers) -> Table:
+def multiplier_rows(results: Multipliers) -> list[list[Cell]]:
+    """Return a row for each cell of the base, and for each recipe and budget its multiplier."""
     level = f"{results.job.level:.0%}"
-    names = ("recipe", "C", "loss", "rate", "runs", "multiplier", level, "fresh")
-    grid = table(*names, left=("recipe",))
+    rows: list[list[Cell]] = [["recipe", "C", "loss", "multiplier", level, "fresh seeds", level]]
     for c in results.of(results.base):
-        grid.add_row(escape(c.recipe), *_cells(c), "", "", "")
+        rows.append([c.recipe, number(c.flops, 4), number(np.exp(c.log_loss)), "", "", "", ""])
     for one in results.candidates:
         for p in one.places:
-            numbers = (number_of(p), span_of(p), fresh_of(p))
-            grid.add_row(escape(one.name), *_cells(p.cell), *numbers)
-        if one.mean is not None:
-            grid.add_row("", "", "", "", "mean", f"{one.mean.value:.3g}", interval(one.mean), "")
-    return grid
+            cells = [number(p.cell.flops, 4), number(np.exp(p.cell.log_loss))]
+            fresh = ["", ""] if p.confirmed is None else _ratio(p.confirmed)
+            if p.confirmed is not None and not 0 < p.confirmed.value < np.inf:
+                fresh[0] = fresh_of(p)
+            value = _ratio(p.multiplier)
+            if not 0 < p.multiplier.value < np.inf:
+                value[0] = number_of(p)
+            rows.append([one.name, *cells, *value, *fresh])
+        for label, ratio in (("mean", one.mean), ("a decade", one.trend)):
+            if ratio is not None:
+                rows.append([one.name, label, "", *_ratio(ratio), "", ""])
+    return rows
 
 
-def _cells(c: RecipeCell) -> tuple[str, str, str, str]:
-    mark = "" if c.is_bracketed else "?"
-    return (
-        f"{c.flops:.3g}", f"{np.exp(c.log_loss):.4f}", f"{c.learning_rate:.2g}{mark}",
-        f"{len(c.logs)}",
-    )  # fmt: skip
+def _ratio(ratio: Ratio) -> list[Cell]:
+    if not 0 < ratio.low <= ratio.high < np.inf:
+        return [number(ratio.value), interval(ratio)]
+    return [number(ratio.value), span((ratio.low, ratio.high))]
+
+
+def rate_rows(results: Multipliers) -> list[list[Cell]]:
+    """Return a row for each cell: the learning rates that were tried, and the best one."""
+    rows: list[list[Cell]] = [
+        ["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"],
+    ]
+    for name in (results.base, *(c.name for c in results.candidates)):
+        rows += [_tuning(c) for c in results.of(name)]
+    return rows
+
+
+def _tuning(c: RecipeCell) -> list[Cell]:
+    answers = {True: "yes", False: "no: at the edge", None: "no: fewer than three"}
+    tried = Markup(", ").join(number(rate, 2) for rate in c.rates)
+    bracketed = answers[c.is_bracketed]
+    return [c.recipe, number(c.flops, 4), tried, number(c.learning_rate, 2), bracketed,
+            str(len(c.logs)), str(c.diverged)]  # fmt: skip

@@ -14,6 +14,7 @@ from forescale.scaling.design.noise import Level, Spread
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import StageCost, StudyEvidence, SweepResponse
 from forescale.scaling.report.fit_figures import Picture, flops_key
+from forescale.scaling.report.fit_text import forecast_rows
 
 Shades = Mapping[float, str]
 
@@ -37,16 +38,6 @@ def _forecasts(evidence: StudyEvidence) -> Section:
     scored, n = evidence.score, len(evidence.forecasts)
     assert scored is not None
     level = f"{evidence.forecasts[0].facts['level']:.0%}"
-    rows: list[list[Cell]] = [
-        ["forecast", "run", "predicted", f"{level} interval", "observed", "error", "written"]
-    ]
-    for forecast in evidence.forecasts:
-        f, outcome = forecast.facts, forecast.outcome
-        out: list[Cell] = ["pending", ""]
-        if outcome:
-            out = [number(outcome["loss"]), percent(outcome["loss"] / f["loss"] - 1, sign="+")]
-        name = f["target"]["run"]
-        rows.append([forecast.id, name, number(f["loss"]), span(f["interval"]), *out, f["time"]])
     return Section(
         "forecasts", "Forecasts and observed losses", [
             ("forecast-errors", figures.forecasts(evidence.forecasts),
@@ -54,9 +45,9 @@ def _forecasts(evidence: StudyEvidence) -> Section:
              "interval; dark: the 50% interval, both relative to the predicted loss. Dot: the "
              f"observed loss; orange diamond: it is outside the {level} interval; hollow: it is "
              f"not known yet. {_score(scored, n)}"),
-        ], rows, head=True,
+        ], forecast_rows(evidence.forecasts), head=True,
         after=["Each forecast contains the hash of the one before it, and this chain is intact. "
-               "Error: observed loss relative to predicted loss."],
+               "To predicted: observed loss relative to predicted loss."],
         rests=f"From {n} forecast{'s' * (n != 1)}, written before their runs had a record.",
     )  # fmt: skip
 

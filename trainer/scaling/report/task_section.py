@@ -95,6 +95,8 @@ def _by_compute(one: TaskFit, figures: Figures) -> Picture:
     curve = one.curve(law.predicted(figures.best(law.fit.vector, x), x))
     figure = Figure(Axis(figures.c, log=True, power=True), _metric_axis(one))
     level = f"{one.job.level:.0%}"
+    assert curve.outer is not None
+    assert curve.inner is not None
     figure.add(band(x, curve.outer, WIDE, f"{level} prediction"))
     figure.add(band(x, curve.inner, NARROW, "50% prediction"))
     figure.add(line(x, curve.value, TARGET, "dot", name="predicted"))

@@ -138,7 +138,7 @@ def _scored(scores: Sequence[Scores], job: StudyJob) -> Table:
         skill = (f"{one.skill[r]:+.2f}" if r in one.skill else "-" for r in (LINE, LAST_VALUE))
         sizes = (
             change(one.median, job.metric),
-            change(one.mean, job.metric),
+            "-" if one.mean is None else change(one.mean, job.metric),
             change(one.bias, job.metric, "+"),
         )
         grid.add_row(one.method, str(one.count), *sizes, *inside, *skill)

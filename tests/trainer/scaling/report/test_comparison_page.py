@@ -57,7 +57,7 @@ def test_the_command_prints_the_multiplier_and_writes_the_picture(tmp_path, monk
         r"\(90%: 1\.\d+ to 2\.\d+\)\.",
         out,
     )
-    assert re.search(r"^ +2\.\d+ +1\.\d+ +2\.\d+ +mean of the range$", out, re.MULTILINE)
+    assert re.search(r"^mean of the range +2\.\d+ +1\.\d+ to 2\.\d+ *$", out, re.MULTILINE)
     assert err.split() == ["there/c.html", "there/c-files/compare.png", "there/c-files/compare.svg"]
     assert (tmp_path / "there/c-files/compare.png").stat().st_size > 10_000
     code, out, err = forescale(*words, "--json")
