@@ -1,4 +1,4 @@
-"""Adding a mixer, an optimizer, an objective or a verb is one file and one line.
+"""Adding a mixer, an optimizer, a schedule, an objective or a verb is one file and one line.
 
 Each is shown by a throwaway; metrics and callbacks are shown in tests/trainer/train.
 
@@ -24,6 +24,7 @@ from forescale.config.job import Job
 from forescale.config.schema import ConfigError, key
 from forescale.config.sections import optimizer as optimizers
 from forescale.config.sections.optimizer import OptimizerConfig, Update
+from forescale.config.sections.schedule import SCHEDULES, ScheduleConfig
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.data.objective import IGNORED, NEXT_TOKEN
@@ -202,6 +203,31 @@ def test_an_optimizer_of_the_users_own():
     wrong = compose(TrainJob, [*words, target, "optimizer.arguments={third: 1}"])
     with pytest.raises(UserError, match="can't be built"):
         build_optimizer(wrong.optimizer, [g.as_dict() for g in groups])
+
+
+@dataclass
+class PowerConfig(ScheduleConfig):
+    """A schedule."""
+
+    kind = "power"
+    may_grow = False  # its rates depend on the run's length
+
+    power: float = key(1.0, "exponent of the part of the run that is left", gt=0)
+
+    def rate_after_warmup(self, step: int, total_steps: int, warmup: int, decay: int) -> float:
+        return (1 - (step - warmup) / (total_steps - warmup)) ** self.power
+
+
+def test_a_schedule_is_one_class(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "power", PowerConfig)
+    words = ["train.steps=10", "schedule.kind=power", "schedule.power=2", "schedule.warmup=2"]
+    job = compose(TrainJob, words)
+    rates = [job.schedule.rate(step, 10, job.warmup_steps, job.decay_steps) for step in range(10)]
+    assert rates[:3] == [0.5, 1, 1]
+    assert rates[6] == 0.25
+    assert thaw(TrainJob, freeze(job)) == job
+    with pytest.raises(ConfigError, match=r"schedule\.decay: is a key of schedule=wsd"):
+        compose(TrainJob, [*words, "schedule.decay=2"])
 
 
 class EveryOther:

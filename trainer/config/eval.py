@@ -33,10 +33,7 @@ class ScoreJob(RunJob):
     )
     split: Literal["train", "validation"] = key("validation", "part of the dataset", common=True)
     windows: int | None = key(
-        None,
-        "number of windows, evenly spread over the split; null: all",
-        ge=1,
-        common=True,
+        None, "number of windows, evenly spread over the split; null: all", ge=1, common=True
     )
     sequence_length: int | None = key(
         None, "tokens in a window, and a table of loss by position; null: as in training", ge=1

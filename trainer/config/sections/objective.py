@@ -168,9 +168,7 @@ class PreferencesConfig(ObjectiveConfig):
     rows = 2
 
     beta: float = key(
-        0.1,
-        "weight of the change of a response's log-probability from that of the reference",
-        gt=0,
+        0.1, "weight of the change of a response's log-probability from that of the reference", gt=0
     )
 
     def conflicts(self, job: "TrainJob") -> ProblemIterator:
