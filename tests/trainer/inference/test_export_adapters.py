@@ -63,7 +63,7 @@ def make(folder, model, *lora):
 )
 def test_transformers_and_peft_compute_what_the_run_does(tmp_path, forescale, model, lora):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    run, ours, origin = make(tmp_path, model, *lora)
+    run, trained, origin = make(tmp_path, model, *lora)
     whole, base, alone = (tmp_path / name for name in ("whole", "base", "alone"))
     assert forescale("export", run.path, f"to={whole}")[0] == 0
     assert forescale("export", origin.path, f"to={base}")[0] == 0
@@ -73,7 +73,7 @@ def test_transformers_and_peft_compute_what_the_run_does(tmp_path, forescale, mo
     assert f"forescale export {origin.path} step=8 to={base}" in out
     tokens, auto = torch.arange(3, 27)[None], transformers.AutoModelForCausalLM
     with torch.no_grad():
-        expected = ours(tokens)
+        expected = trained(tokens)
         assert (auto.from_pretrained(base)(tokens).logits - expected).abs().max() > 0.01
         merged = auto.from_pretrained(whole)(tokens).logits
         torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
@@ -101,10 +101,10 @@ def test_half_precision_rounds_what_is_merged_and_adapters_alone(tmp_path, fores
     exported("base", origin, half)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     beside = peft.PeftModel.from_pretrained(base, tmp_path / "half1")
-    found = {name.replace(".default", ""): p for name, p in beside.named_parameters()}
-    assert all(torch.equal(found[name], rounded[name].float()) for name in rounded)
-    assert {p.dtype for name, p in found.items() if name in rounded} == {torch.float32}
-    assert {p.dtype for name, p in found.items() if name not in rounded} == {torch.bfloat16}
+    params = {name.replace(".default", ""): p for name, p in beside.named_parameters()}
+    assert all(torch.equal(params[name], rounded[name].float()) for name in rounded)
+    assert {p.dtype for name, p in params.items() if name in rounded} == {torch.float32}
+    assert {p.dtype for name, p in params.items() if name not in rounded} == {torch.bfloat16}
 
 
 def test_what_has_no_adapters_is_a_sentence(tmp_path, forescale):

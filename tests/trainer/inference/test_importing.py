@@ -61,11 +61,11 @@ def model_of(family: str) -> torch.nn.Module:
         **FAMILIES[family],
     )
     torch.manual_seed(0)
-    found = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, weight in found.named_parameters():
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in model.named_parameters():
         if name.endswith("_proj.bias"):  # zeros, which would say nothing
             torch.nn.init.normal_(weight)
-    return found
+    return model
 
 
 def write(model: torch.nn.Module, folder: Path, **how) -> Path:
@@ -78,10 +78,10 @@ def write(model: torch.nn.Module, folder: Path, **how) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 @pytest.fixture
@@ -94,15 +94,15 @@ def llama(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_comes_in_and_goes_out_as_it_was(family, tmp_path, forescale):
     """In several files, as large models are."""
-    theirs = model_of(family)
-    write(theirs, tmp_path / "there", max_shard_size="50KB")
+    original = model_of(family)
+    write(original, tmp_path / "there", max_shard_size="50KB")
     assert (tmp_path / "there/model.safetensors.index.json").exists()
     root = f"run.root={tmp_path}"
     code, out, err = forescale("import", "hf", tmp_path / "there", "it", root)
     assert code == 0, err
-    assert type(theirs).__name__ in out
+    assert type(original).__name__ in out
     with torch.no_grad():
-        logits, expected = open_run(tmp_path / "it").model()(TOKENS), theirs(TOKENS).logits
+        logits, expected = open_run(tmp_path / "it").model()(TOKENS), original(TOKENS).logits
     assert expected.abs().max() > 1  # not a comparison of zeros
     assert (logits - expected).abs().max() < 1e-5
 
@@ -131,38 +131,40 @@ def test_a_prompt_begins_as_the_tokenizer_of_the_weights_begins_texts(llama, for
     first = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
     tokenizer.save(str(llama / "tokenizer.json"))
-    theirs = transformers.AutoTokenizer.from_pretrained(llama)
+    original = transformers.AutoTokenizer.from_pretrained(llama)
     assert forescale("import", "hf", llama, "it")[0] == 0
     for text in ("ab c", ""):
-        assert question_of(open_run("runs/it"), text).start == theirs(text).input_ids, text
-    assert theirs("").input_ids == [first]
+        assert question_of(open_run("runs/it"), text).start == original(text).input_ids, text
+    assert original("").input_ids == [first]
 
 
 def test_half_precision_stays_exact(llama, forescale):
-    theirs = {name: t.bfloat16() for name, t in weights(llama).items()}
-    save_file(theirs, llama / "model.safetensors")
+    original = {name: t.bfloat16() for name, t in weights(llama).items()}
+    save_file(original, llama / "model.safetensors")
     assert forescale("import", "hf", llama, "half")[0] == 0
-    found = open_run("runs/half").checkpoint()
-    table = found.tensor("embedding.weight")
+    taken_tensor = open_run("runs/half").checkpoint()
+    table = taken_tensor.tensor("embedding.weight")
     assert table.dtype == torch.float32
-    assert torch.equal(table, theirs["model.embed_tokens.weight"].float())
-    assert found.size < 1.2 * (llama / "model.safetensors").stat().st_size
+    assert torch.equal(table, original["model.embed_tokens.weight"].float())
+    assert taken_tensor.size < 1.2 * (llama / "model.safetensors").stat().st_size
     assert forescale("export", "half", "to=back", "dtype=bf16")[0] == 0
     back = weights(Path("back"))
-    assert back.keys() == theirs.keys()
-    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], original[name]) for name in original)
 
 
 def test_one_tensor_is_held_at_a_time(llama, monkeypatch, forescale):
     held, most, taken = [0], [0], Piece.taken
 
     def counted(self, source):
-        found = taken(self, source)
-        if found.device.type != "meta":
-            held[0] += found.nbytes
+        tensor = taken(self, source)
+        if tensor.device.type != "meta":
+            held[0] += tensor.nbytes
             most[0] = max(most[0], held[0])
-            weakref.finalize(found, lambda size: held.__setitem__(0, held[0] - size), found.nbytes)
-        return found
+            weakref.finalize(
+                tensor, lambda size: held.__setitem__(0, held[0] - size), tensor.nbytes
+            )
+        return tensor
 
     monkeypatch.setattr(Piece, "taken", counted)
     assert forescale("import", "hf", llama, "it")[0] == 0
@@ -207,9 +209,9 @@ def pickled(folder):
 
 def weights_with(change):
     def rewrite(folder):
-        found = weights(folder)
-        change(found)
-        save_file(found, folder / "model.safetensors")
+        tensors = weights(folder)
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
 
     return rewrite
 
@@ -255,7 +257,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cant_be_carried_is_named_and_nothing_is_written(case, llama, forescale):
-    change, said = REFUSED[case]
+    change, message = REFUSED[case]
     change(llama)
     if case == "vocabulary":
         changed("vocab_size", 200)(llama)
@@ -263,13 +265,13 @@ def test_what_cant_be_carried_is_named_and_nothing_is_written(case, llama, fores
         weights_with(lambda w: w.update({name: w[name][:200].clone()}))(llama)
     code, _, err = forescale("import", "hf", llama, "it")
     assert code == 2
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not Path("runs").exists() or not any(Path("runs").iterdir())
 
 
 def test_the_words_of_the_command(llama, forescale):
-    for words, said in (
+    for words, message in (
         (["onnx"], "onnx: is no kind of model"),
         (["hf"], "path: is missing"),
         (["hf", llama], "run.name: is missing"),
@@ -278,7 +280,7 @@ def test_the_words_of_the_command(llama, forescale):
     ):
         code, _, err = forescale("import", *words)
         assert code == 2
-        assert said in err
+        assert message in err
     code, out, _ = forescale("import", "hf", llama, "elsewhere/it", "--json")
     assert code == 0
     facts = json.loads(out)
@@ -294,8 +296,8 @@ def test_an_import_serves_every_verb(llama, forescale):
     """Generate, eval, status; and train and plan say how a run begins with it."""
     data = make_dataset(Path("data").absolute())
     tokenizer = data / "tokenizer.json"
-    theirs = transformers.LlamaConfig(vocab_size=320, **FAMILIES["Llama"])
-    transformers.LlamaForCausalLM(theirs).save_pretrained(llama)
+    original = transformers.LlamaConfig(vocab_size=320, **FAMILIES["Llama"])
+    transformers.LlamaForCausalLM(original).save_pretrained(llama)
     assert forescale("import", "hf", llama, "it", f"tokenizer={tokenizer}")[0] == 0
     assert forescale("generate", "it", "prompt=ab", "num_tokens=3")[0] == 0
     code, out, _ = forescale("eval", "it", f"data.path={data}")
@@ -322,19 +324,19 @@ def test_an_import_serves_every_verb(llama, forescale):
 
 def test_a_directory_is_taken_in_place_of_a_run_and_imported_once(llama, monkeypatch, forescale):
     monkeypatch.setenv("FORESCALE_CACHE", "cache")
-    asked = ("prompt=ab", "num_tokens=3", "temperature=0")
-    code, first, err = forescale("generate", llama, *asked)
+    words = ("prompt=ab", "num_tokens=3", "temperature=0")
+    code, first, err = forescale("generate", llama, *words)
     assert code == 0, err
     assert "is now the run" in err
-    (made,) = Path("cache/imported").iterdir()
-    code, again, err = forescale("generate", llama, *asked)
+    (run_folder,) = Path("cache/imported").iterdir()
+    code, again, err = forescale("generate", llama, *words)
     assert (code, again) == (0, first)
     assert "is now the run" not in err
     assert forescale("import", "hf", llama, "named")[0] == 0
-    assert forescale("generate", "named", *asked)[1] == first
+    assert forescale("generate", "named", *words)[1] == first
 
     weights_with(lambda w: w.update({NORM: w[NORM] * 0}))(llama)
-    assert open_run(llama).path.parent != made.absolute()
+    assert open_run(llama).path.parent != run_folder.absolute()
     code, _, err = forescale("status", llama)
     assert code == 2
     assert f"make one: forescale import hf {llama} NAME" in err

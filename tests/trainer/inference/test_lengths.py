@@ -33,7 +33,7 @@ def read(trained):
 def test_each_token_counts_at_its_position(read):
     model, dataset = read
     part = dataset.split("validation")
-    found = loss_by_position(
+    buckets = loss_by_position(
         model, dataset, "validation", sequence_length=100, edges=[0, 1, 32, 64, 100]
     )
     nats = [[] for _ in range(100)]
@@ -45,30 +45,30 @@ def test_each_token_counts_at_its_position(read):
                 logits = model(window[None, :-1])[0]
             for position, value in enumerate(F.cross_entropy(logits, window[1:], reduction="none")):
                 nats[position].append(value.item())
-    for bucket in found:
+    for bucket in buckets:
         expected = [n for of in nats[bucket.first : bucket.last + 1] for n in of]
         assert bucket.targets == len(expected)
         assert bucket.loss == pytest.approx(math.fsum(expected) / len(expected), rel=1e-5)
-    assert [(b.first, b.last) for b in found] == [(0, 0), (1, 31), (32, 63), (64, 99)]
+    assert [(b.first, b.last) for b in buckets] == [(0, 0), (1, 31), (32, 63), (64, 99)]
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_buckets_add_up_to_the_score(read, documents):
     model, dataset = read
-    given = dict(sequence_length=100, windows=5, documents=documents)
-    found = loss_by_position(model, dataset, "validation", edges=[0, 10, 50, 100], **given)
-    whole = score(model, dataset, "validation", micro_batch=2, **given)
-    assert sum(b.targets for b in found) == whole.targets
-    nats = sum(b.loss * b.targets for b in found if b.targets)
+    options = dict(sequence_length=100, windows=5, documents=documents)
+    buckets = loss_by_position(model, dataset, "validation", edges=[0, 10, 50, 100], **options)
+    whole = score(model, dataset, "validation", micro_batch=2, **options)
+    assert sum(b.targets for b in buckets) == whole.targets
+    nats = sum(b.loss * b.targets for b in buckets if b.targets)
     assert nats / whole.targets == pytest.approx(whole.loss, rel=1e-5)
 
 
 def test_positions_begin_anew_with_each_document(read):
     """The first token of each document of a window is at position 0."""
     model, dataset = read
-    given = dict(sequence_length=400, edges=[0, 1, 400])
-    first, _ = loss_by_position(model, dataset, "validation", documents=True, **given)
-    only, _ = loss_by_position(model, dataset, "validation", documents=False, **given)
+    options = dict(sequence_length=400, edges=[0, 1, 400])
+    first, _ = loss_by_position(model, dataset, "validation", documents=True, **options)
+    only, _ = loss_by_position(model, dataset, "validation", documents=False, **options)
     assert first.targets > only.targets > 0
 
 
@@ -76,14 +76,14 @@ def test_positions_begin_anew_with_each_document(read):
 def test_a_scaled_model_is_one_of_that_config_with_the_same_weights(scaling):
     torch.manual_seed(0)
     model, tokens = Transformer(CONFIG).eval(), torch.randint(0, 50, (1, 64))
-    ours = at_length(model, 64, 16, scaling)
-    given = {"rope_original_length": 16} if scaling == "yarn" else {}
-    expected = Transformer(replace(CONFIG, rope_scaling=scaling, rope_factor=4.0, **given)).eval()
+    longer = at_length(model, 64, 16, scaling)
+    options = {"rope_original_length": 16} if scaling == "yarn" else {}
+    expected = Transformer(replace(CONFIG, rope_scaling=scaling, rope_factor=4.0, **options)).eval()
     expected.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert torch.equal(ours(tokens), expected(tokens))
-        assert not torch.allclose(ours(tokens), model(tokens), atol=1e-3)
-    assert not ours.training
+        assert torch.equal(longer(tokens), expected(tokens))
+        assert not torch.allclose(longer(tokens), model(tokens), atol=1e-3)
+    assert not longer.training
 
 
 def test_without_scaling_the_model_is_the_same_object():
@@ -92,7 +92,7 @@ def test_without_scaling_the_model_is_the_same_object():
 
 
 @pytest.mark.parametrize(
-    ("change", "length", "scaling", "said"),
+    ("change", "length", "scaling", "message"),
     [
         ({"position": "learned"}, 64, None, "give at most 16"),
         ({"position": "alibi"}, 64, "yarn", "trained with alibi"),
@@ -100,8 +100,8 @@ def test_without_scaling_the_model_is_the_same_object():
         ({}, 16, "ntk", "nothing to scale"),
     ],
 )
-def test_what_cannot_be_lengthened_is_refused(change, length, scaling, said):
-    with pytest.raises(UserError, match=said):
+def test_what_cannot_be_lengthened_is_refused(change, length, scaling, message):
+    with pytest.raises(UserError, match=message):
         at_length(Transformer(replace(CONFIG, **change)), length, 16, scaling)
 
 

@@ -37,9 +37,9 @@ def fitting(model: Transformer, length: int) -> Transformer:
     """The model of rows whose source has this length."""
     if not model.config.has_encoder:
         return model
-    found = Transformer(replace(model.config, source_length=length)).eval()
-    found.load_state_dict(model.state_dict())
-    return found
+    copy = Transformer(replace(model.config, source_length=length)).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
 @torch.no_grad()
@@ -49,15 +49,15 @@ def test_it_writes_what_is_most_likely_after_the_source_and_the_first_sentinel(r
     ids = [view.tokenizer.encode(part).ids for part in ("def ", "(x):\n    return ")]
     source = [*ids[0], size, *ids[1], size + 1]
     model = fitting(view.model(), len(source))
-    row, shown = [*source, size], "<extra_id_0>"
+    row, expected = [*source, size], "<extra_id_0>"
     for _ in range(LENGTH - 24):
         row.append(model(torch.tensor([row]))[0, -1].argmax().item())
         if row[-1] == size + 2:
             break
         token = row[-1] - size
-        shown += f"<extra_id_{token}>" if token >= 0 else view.tokenizer.decode([row[-1]])
+        expected += f"<extra_id_{token}>" if token >= 0 else view.tokenizer.decode([row[-1]])
     code, out, _ = forescale("generate", run.path, f"prompt='{TEXT}'", "temperature=0")
-    assert (code, out) == (0, shown + "\n")
+    assert (code, out) == (0, expected + "\n")
 
 
 def test_what_comes_of_a_seed_repeats(run, forescale):
@@ -69,7 +69,7 @@ def test_what_comes_of_a_seed_repeats(run, forescale):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "prompt: has no <extra_id_0>"),
         ("a <extra_id_1> b", "has <extra_id_1> where the next one is <extra_id_0>"),
@@ -78,10 +78,10 @@ def test_what_comes_of_a_seed_repeats(run, forescale):
         ("import sys\n" * 20 + "<extra_id_0>", "tokens, and in training a source has 24"),
     ],
 )
-def test_a_text_unlike_those_of_training_is_one_sentence(run, forescale, text, said):
+def test_a_text_unlike_those_of_training_is_one_sentence(run, forescale, text, message):
     code, out, err = forescale("generate", run.path, f"prompt='{text}'")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert said in err
+    assert message in err
 
 
 class Writes(torch.nn.Module):
@@ -103,12 +103,12 @@ def test_an_answer_ends_with_the_sentinel_after_those_of_the_text(
     path = make_run(small_data, tmp_path, "spans", *WORDS).path
     view = open_run(path)
     (a,), size = view.tokenizer.encode("a").ids, view.identity["dataset"]["vocab_size"]
-    written = Writes(a, size + 1, a, size + 2, a)
-    monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: written)
+    writer = Writes(a, size + 1, a, size + 2, a)
+    monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: writer)
     code, out, err = forescale("generate", path, f"prompt='{TEXT}'")
     assert (code, out) == (0, "<extra_id_0>a<extra_id_1>a\n")
     assert "The answer ends after 3 tokens" in err
-    written.ids = [a] * 9
+    writer.ids = [a] * 9
     code, out, err = forescale("generate", path, f"prompt='{TEXT}'")
     assert (code, out) == (0, "<extra_id_0>aaaaaaaa\n")
     assert "no end within 8 tokens, the most that it has in training" in err
@@ -140,11 +140,11 @@ def test_it_continues_a_text_as_a_row_that_is_cut_before_its_last_token(started,
     model, first = fitting(view.model(), len(row) - 1), len(row)
     for _ in range(LENGTH // 2):
         row.append(model(torch.tensor([row[-LENGTH:]]))[0, -1].argmax().item())
-    written = view.tokenizer.decode(row[first:], skip_special_tokens=True)
+    continuation = view.tokenizer.decode(row[first:], skip_special_tokens=True)
     words = (f"prompt='{text}'", "temperature=0", f"num_tokens={LENGTH // 2}")
     code, out, _ = forescale("generate", started.path, *words)
     assert code == 0
-    assert out == text + written + "\n"
+    assert out == text + continuation + "\n"
 
 
 def test_an_answer_is_no_longer_than_in_training(started, forescale):
@@ -187,17 +187,17 @@ def test_it_answers_a_source_with_its_target(reversing, forescale, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "is empty, and no source of training is"),
         ("a\tb", r"holds the separator '\t'"),
         ("abcabca", "has 7 tokens, and in training a source has 6"),
     ],
 )
-def test_what_is_no_source_is_one_sentence(reversing, forescale, text, said):
+def test_what_is_no_source_is_one_sentence(reversing, forescale, text, message):
     code, out, err = forescale("generate", reversing[0].path, f"prompt='{text}'")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert said in err
+    assert message in err
 
 
 @torch.no_grad()
@@ -206,9 +206,9 @@ def test_a_decoder_alone_reads_source_and_separator(tmp_path, forescale):
     model, row = open_run(run.path).model(), [*b"abc\t"]
     for _ in range(6):
         row.append(model(torch.tensor([row]))[0, -1].argmax().item())
-    written = byte_tokenizer().decode(row[4:], skip_special_tokens=True)
+    text = byte_tokenizer().decode(row[4:], skip_special_tokens=True)
     code, out, err = forescale("generate", run.path, "prompt=abc", "temperature=0")
-    assert (code, out) == (0, written + "\n")
+    assert (code, out) == (0, text + "\n")
     assert "no end within 6 tokens" in err
 
 
@@ -216,11 +216,11 @@ def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(
     small_data, tmp_path, forescale, capsys
 ):
     """Nothing says how its model would read a prompt."""
-    own = ["objective=own", "objective._target_=forescale.data.objectives.prefix.Prefix"]
-    job = make_job(small_data, tmp_path, "own", *SMALL, *own, "model.encoder_layers=1")
+    options = ["objective=own", "objective._target_=forescale.data.objectives.prefix.Prefix"]
+    job = make_job(small_data, tmp_path, "own", *SMALL, *options, "model.encoder_layers=1")
     summary.summarize(start(job))
     assert "generate" not in capsys.readouterr().out
-    path = make_run(small_data, tmp_path, "made", *SMALL, *own, "model.encoder_layers=1").path
+    path = make_run(small_data, tmp_path, "made", *SMALL, *options, "model.encoder_layers=1").path
     code, _, err = forescale("generate", path, "prompt=def")
     assert (code, err.count("\n")) == (2, 1)
     assert "was trained with objective=own, and continues no text" in err
@@ -232,8 +232,8 @@ def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(
 
 def test_names_stand_between_whole_characters():
     tokenizer, ids = byte_tokenizer(), [*"é".encode(), 300, *"🙂".encode()[:2], 301, *b"x"]
-    found = "".join(pieces(tokenizer, [], ids, {300: "<a>", 301: "<b>"}))
-    assert found == f"é<a>{tokenizer.decode(list('🙂'.encode()[:2]))}<b>x"
+    text = "".join(pieces(tokenizer, [], ids, {300: "<a>", 301: "<b>"}))
+    assert text == f"é<a>{tokenizer.decode(list('🙂'.encode()[:2]))}<b>x"
 
 
 def test_an_answer_in_a_chat_ends_with_the_token_that_ends_turns(trained):

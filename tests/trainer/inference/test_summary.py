@@ -40,10 +40,10 @@ def test_the_summary_names_an_export_only_of_a_model_that_has_one(
 
 def test_the_summary_names_what_each_objective_s_model_can_do(small_data, tmp_path, capsys):
     words = {"masked": ["model.causal=false"], "seq2seq": ["model.encoder_layers=1"]}
-    for kind, more in words.items():
+    for kind, keys in words.items():
         sizes = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
-        made = make_job(small_data, tmp_path, kind, *sizes, f"objective={kind}", *more)
-        summary.summarize(start(made))
+        job = make_job(small_data, tmp_path, kind, *sizes, f"objective={kind}", *keys)
+        summary.summarize(start(job))
     out = capsys.readouterr().out
     assert "forescale eval masked" in out
     assert "forescale generate masked" not in out

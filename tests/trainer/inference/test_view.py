@@ -65,10 +65,10 @@ def test_a_checkpoint_opens_its_run_at_that_step(trained):
 def test_texts_are_those_of_the_command(trained, request):
     command = request.getfixturevalue("forescale")
     run = forescale.open_run(trained.path)
-    found = run.generate(["def ", "x"], num_tokens=5, top_p=0.9, stop=["z"])
+    texts = run.generate(["def ", "x"], num_tokens=5, top_p=0.9, stop=["z"])
     words = ("num_tokens=5", "top_p=0.9", "stop=[z]", 'prompts=["def ",x]', "--json")
     _, out, _ = command("generate", trained.path, *words)
-    assert found == [json.loads(line)["text"] for line in out.splitlines()]
+    assert texts == [json.loads(line)["text"] for line in out.splitlines()]
 
 
 def test_a_checkpoint_of_another_model_is_refused(own_run):

@@ -24,9 +24,9 @@ VARIANTS = {
 }
 
 
-def build(**more) -> Transformer:
+def build(**keys) -> Transformer:
     torch.manual_seed(1)
-    model = Transformer(ModelConfig(**{**SIZES, "max_sequence_length": 64, **more})).eval()
+    model = Transformer(ModelConfig(**{**SIZES, "max_sequence_length": 64, **keys})).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -37,9 +37,9 @@ def text(seed: int = 0) -> torch.Tensor:
     return torch.randint(64, (L,), generator=torch.Generator().manual_seed(seed))
 
 
-def close(found, expected, tolerance=1e-5):
+def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(
-        torch.as_tensor(found).double(), torch.as_tensor(expected).double(),
+        torch.as_tensor(actual).double(), torch.as_tensor(expected).double(),
         atol=tolerance, rtol=tolerance,
     )  # fmt: skip
 
@@ -52,17 +52,17 @@ def test_maps_are_the_attentions_of_transformers():
     ).eval()
     hf.load_state_dict(dict(state))
     expected = hf(x[None], output_attentions=True).attentions
-    found = heads.maps_of(model, x)
+    result = heads.maps_of(model, x)
     for layer, weights in enumerate(expected):
-        close(found[layer], weights[0].detach())
+        close(result[layer], weights[0].detach())
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_a_row_of_a_map_adds_up_to_1_and_gives_the_heads_output(kind):
-    model, x, seen = build(**VARIANTS[kind]), text(), {}
+    model, x, outputs = build(**VARIANTS[kind]), text(), {}
 
     def keep(layer, values):
-        seen[layer] = values[0]
+        outputs[layer] = values[0]
         return values
 
     values = {}
@@ -80,7 +80,7 @@ def test_a_row_of_a_map_adds_up_to_1_and_gives_the_heads_output(kind):
         assert (weights.triu(1) == 0).all()
         if kind == "attention":
             mean = torch.einsum("hls,shk->lhk", weights, values[layer].repeat_interleave(2, 1))
-            close(seen[layer], mean)
+            close(outputs[layer], mean)
         if kind == "window":  # three tokens before, itself, and the first one
             assert (weights[:, 9, 1:6] == 0).all()
             assert (weights[:, 9, [0, 6, 7, 8, 9]] > 0).all()
@@ -91,36 +91,36 @@ def test_a_row_of_a_map_adds_up_to_1_and_gives_the_heads_output(kind):
 @pytest.mark.parametrize("kind", ["attention", "window", "latent"])
 def test_a_head_without_its_columns_of_the_output_matrix(kind):
     model, x = build(**VARIANTS[kind]), text()
-    found = ablate(model, x)
+    result = ablate(model, x)
     whole = token_losses(model(x[None]), x[None]).mean()
     for layer, block in enumerate(model.blocks):
-        kept = block.mixer.output.weight.detach().clone()
+        saved = block.mixer.output.weight.detach().clone()
         for head in range(4):
             with torch.no_grad():
                 block.mixer.output.weight[:, 8 * head : 8 * head + 8] = 0
             close(
-                found.heads[layer][head],
+                result.heads[layer][head],
                 (token_losses(model(x[None]), x[None]).mean() - whole).item(),
             )
             with torch.no_grad():
-                block.mixer.output.weight.copy_(kept)
+                block.mixer.output.weight.copy_(saved)
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mingru", "lstm", "gated_deltanet"])
 def test_a_part_without_its_output_matrix(mixer):
     model, x = build(mixer=mixer), text()
-    found = ablate(model, x)
+    result = ablate(model, x)
     whole = token_losses(model(x[None]), x[None]).mean()
-    assert bool(found.heads[0]) == (mixer == "attention")
+    assert bool(result.heads[0]) == (mixer == "attention")
     for layer, block in enumerate(model.blocks):
-        for part, numbers in ((block.mixer, found.mixers), (block.mlp, found.mlps)):
+        for part, numbers in ((block.mixer, result.mixers), (block.mlp, result.mlps)):
             name = "output" if hasattr(part, "output") else "down"
             matrix = getattr(part, name).weight
-            kept = matrix.detach().clone()
+            saved = matrix.detach().clone()
             with torch.no_grad():
                 matrix.zero_()
                 close(numbers[layer], token_losses(model(x[None]), x[None]).mean() - whole)
-                matrix.copy_(kept)
+                matrix.copy_(saved)
 
 
 def test_nothing_is_left_of_an_edit():
@@ -134,14 +134,14 @@ def test_nothing_is_left_of_an_edit():
 
 def test_the_last_row_of_the_lens_is_what_the_model_says():
     model, x = build(), text()
-    found = heads.lens(model, x)
-    assert found.shape == (3, L, 64)
-    close(found[-1], model(x[None])[0].detach())
+    result = heads.lens(model, x)
+    assert result.shape == (3, L, 64)
+    close(result[-1], model(x[None])[0].detach())
 
 
 def test_a_trace_equals_one_state_at_a_time():
     model, x = build(), text()
-    found = interventions.trace(model, x, 2, 4, seed=5)
+    result = interventions.trace(model, x, 2, 4, seed=5)
     streams = []
 
     def keep(layer, values):
@@ -150,8 +150,8 @@ def test_a_trace_equals_one_state_at_a_time():
 
     with torch.no_grad(), edited(model, stream=keep):
         after = model(x[None])[0, -1].softmax(-1)
-    assert found.answer == int(after.argmax())
-    close(found.clean, after.max())
+    assert result.answer == int(after.argmax())
+    close(result.clean, after.max())
     generator = torch.Generator().manual_seed(5)
     noise = 3 * streams[0].std() * torch.randn(interventions.DRAWS, 2, 32, generator=generator)
     for layer, column in ((0, 3), (1, L - 1), (0, 7)):
@@ -167,13 +167,13 @@ def test_a_trace_equals_one_state_at_a_time():
                 return values
 
             with torch.no_grad(), edited(model, stream=edit):
-                total += model(x[None])[0, -1].softmax(-1)[found.answer].item()
-        close(found.restored["stream"][layer][column], total / interventions.DRAWS)
+                total += model(x[None])[0, -1].softmax(-1)[result.answer].item()
+        close(result.restored["stream"][layer][column], total / interventions.DRAWS)
     # Behind the last block only the last token's state is read; before the subject all is clean.
-    last = found.restored["stream"][-1]
-    close(last[-1], found.clean)
-    close(last[:-1], [found.corrupted] * (L - 1))
-    close(found.restored["mlp"][0][0], found.corrupted)
+    last = result.restored["stream"][-1]
+    close(last[-1], result.clean)
+    close(last[:-1], [result.corrupted] * (L - 1))
+    close(result.restored["mlp"][0][0], result.corrupted)
 
 
 def test_heads_are_described_by_their_weights():
@@ -181,28 +181,28 @@ def test_heads_are_described_by_their_weights():
     previous = torch.eye(9)[[0, *range(8)]]
     flat = torch.ones(9, 9).tril() / torch.arange(1, 10)[:, None]
     maps = {0: torch.stack([look, previous, flat])}
-    found = heads.describe(maps, maps)[0]
-    assert [h.is_induction for h in found] == [True, False, False]
-    assert found[0].induction == 1
-    assert (found[1].previous, found[1].distance, found[1].entropy) == (1, 1, 0)
+    result = heads.describe(maps, maps)[0]
+    assert [h.is_induction for h in result] == [True, False, False]
+    assert result[0].induction == 1
+    assert (result[1].previous, result[1].distance, result[1].entropy) == (1, 1, 0)
     expected = torch.log2(torch.arange(2, 10).float()).mean().item()
-    assert found[2].entropy == pytest.approx(expected)
-    assert found[2].distance == pytest.approx(sum(i / 2 for i in range(1, 9)) / 8)
+    assert result[2].entropy == pytest.approx(expected)
+    assert result[2].distance == pytest.approx(sum(i / 2 for i in range(1, 9)) / 8)
 
 
 @pytest.mark.parametrize("mixer", ["mingru", "lstm", "gated_deltanet"])
 def test_an_influence_is_the_norm_of_the_jacobian(mixer):
     model, x = build(mixer=mixer), text()[:6]
-    found = heads.influences_of(model, x)
-    assert set(found) == {0, 1}
-    given = {}
-    model.blocks[1].mixer.register_forward_pre_hook(lambda m, a: given.update(a=a))
+    result = heads.influences_of(model, x)
+    assert set(result) == {0, 1}
+    inputs_of = {}
+    model.blocks[1].mixer.register_forward_pre_hook(lambda m, a: inputs_of.update(a=a))
     model(x[None])
-    inputs, *more = given["a"]
+    inputs, *rest = inputs_of["a"]
     jacobian = torch.autograd.functional.jacobian(
-        lambda i: model.blocks[1].mixer(i, *more)[0], inputs.detach()
+        lambda i: model.blocks[1].mixer(i, *rest)[0], inputs.detach()
     )
     exact = jacobian[:, :, 0].square().sum((1, 3)).sqrt()
     exact /= exact.sum(-1, keepdim=True)
-    assert (found[1].triu(1) == 0).all()
-    assert (found[1] - exact).abs().max() < 0.15  # eight random directions
+    assert (result[1].triu(1) == 0).all()
+    assert (result[1] - exact).abs().max() < 0.15  # eight random directions

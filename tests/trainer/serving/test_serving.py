@@ -68,11 +68,11 @@ def streamed(port, path, body):
 def test_a_completion_is_the_text_that_generate_writes(port, trained, forescale):
     words = ("generate", trained.path, "num_tokens=8", "temperature=0")
     want = forescale(*words, f"prompt='{PROMPT}'")[1]
-    status, found = ask(port, "/v1/completions", LIKELIEST)
-    (choice,) = found["choices"]
+    status, answer = ask(port, "/v1/completions", LIKELIEST)
+    (choice,) = answer["choices"]
     assert (status, PROMPT + choice["text"] + "\n") == (200, want)
     assert choice["finish_reason"] == "length"
-    assert found["usage"]["completion_tokens"] == 8
+    assert answer["usage"]["completion_tokens"] == 8
     events = streamed(port, "/v1/completions", LIKELIEST | {"stream_options": {"include_usage": 1}})
     assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
     assert events[-1]["choices"][0]["finish_reason"] == "length"
@@ -108,14 +108,14 @@ def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
     path.write_text(json.dumps({"chat_template": template}))
     for server in serving(trained, f"template={path}"):
         templated = server.address[1]
-        found = ask(templated, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
+        answer = ask(templated, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
         tokenizer = open_run(trained.path).tokenizer  # to it a special token is one
         want = tokenizer.encode("<system>a<user>b<|endoftext|>").ids
-        assert found["usage"]["prompt_tokens"] == len(want)
+        assert answer["usage"]["prompt_tokens"] == len(want)
         messages[1]["content"] = "b<|endoftext|>"
-        status, found = ask(templated, "/v1/chat/completions", {"messages": messages})
-        assert (status, found["error"]["param"]) == (400, "messages")
-        assert "with a special token in a message" in found["error"]["message"]
+        status, answer = ask(templated, "/v1/chat/completions", {"messages": messages})
+        assert (status, answer["error"]["param"]) == (400, "messages")
+        assert "with a special token in a message" in answer["error"]["message"]
 
 
 def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
@@ -155,10 +155,10 @@ def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
     ],
 )
 def test_what_is_refused_has_the_form_of_openai_s_errors(port, body, status, message):
-    found = ask(port, "/v1/completions", body)
-    assert found[0] == status
-    assert message in found[1]["error"]["message"]
-    assert found[1]["error"].keys() == {"message", "type", "param", "code"}
+    response = ask(port, "/v1/completions", body)
+    assert response[0] == status
+    assert message in response[1]["error"]["message"]
+    assert response[1]["error"].keys() == {"message", "type", "param", "code"}
 
 
 def test_only_known_paths_kinds_and_lengths_are_taken(port):
@@ -253,10 +253,10 @@ def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):
     gate = Gate()
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
     for server in serving(trained):
-        port, found = server.address[1], []
+        port, statuses = server.address[1], []
 
-        def one(port=port, found=found):
-            found.append(ask(port, "/v1/completions", LIKELIEST)[0])
+        def one(port=port, statuses=statuses):
+            statuses.append(ask(port, "/v1/completions", LIKELIEST)[0])
 
         threads = [threading.Thread(target=one) for _ in range(3)]
         for number, thread in enumerate(threads):
@@ -268,7 +268,7 @@ def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):
             gate.open.release()
         for thread in threads:
             thread.join()
-        assert found == [200] * 3
+        assert statuses == [200] * 3
 
 
 def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_comes(trained, monkeypatch):
@@ -276,8 +276,8 @@ def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_comes(trained
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
     for server in serving(trained, "seconds=0.2"):
         port = server.address[1]
-        status, found = ask(port, "/v1/completions", LIKELIEST)
-        assert (status, found["error"]["code"]) == (503, "timeout")
+        status, answer = ask(port, "/v1/completions", LIKELIEST)
+        assert (status, answer["error"]["code"]) == (503, "timeout")
         for _ in range(8):
             gate.open.release()
         object.__setattr__(server.service, "seconds", 60)
@@ -303,15 +303,17 @@ def test_a_client_that_goes_away_ends_its_answer(trained, monkeypatch):
                 part = client.recv(1000)
                 assert part, received
                 received += part
-        found = []
+        responses = []
         body = LIKELIEST | {"max_tokens": 1}
-        second = threading.Thread(target=lambda: found.append(ask(port, "/v1/completions", body)))  # noqa: B023
+        second = threading.Thread(
+            target=lambda: responses.append(ask(port, "/v1/completions", body))  # noqa: B023
+        )
         second.start()
         end = time.monotonic() + 60
         while second.is_alive() and time.monotonic() < end:
             gate.open.release()
             time.sleep(0.01)
-        assert found[0][0] == 200
+        assert responses[0][0] == 200
         assert gate.tokens < 100_000
 
 
@@ -340,10 +342,12 @@ def test_a_short_request_is_answered_while_a_longer_one_is_written(trained, monk
     gate = Gate()
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
     for server in serving(trained):
-        port, found = server.address[1], []
+        port, responses = server.address[1], []
         bodies = [LIKELIEST | {"max_tokens": count} for count in (40, 2)]
         threads = [
-            threading.Thread(target=lambda b=body: found.append(ask(port, "/v1/completions", b)))  # noqa: B023
+            threading.Thread(
+                target=lambda b=body: responses.append(ask(port, "/v1/completions", b))  # noqa: B023
+            )
             for body in bodies
         ]
         threads[0].start()
@@ -353,10 +357,10 @@ def test_a_short_request_is_answered_while_a_longer_one_is_written(trained, monk
         while threads[1].is_alive():
             gate.open.release()
             time.sleep(0.01)
-        assert [body["usage"]["completion_tokens"] for _, body in found] == [2]
+        assert [body["usage"]["completion_tokens"] for _, body in responses] == [2]
         gate.open.release(100)
         threads[0].join()
-        assert found[1][1]["usage"]["completion_tokens"] == 40
+        assert responses[1][1]["usage"]["completion_tokens"] == 40
 
 
 def test_clients_at_once_get_the_answers_that_each_gets_alone(port):
@@ -372,15 +376,15 @@ def test_clients_at_once_get_the_answers_that_each_gets_alone(port):
         return completion.choices[0].text
 
     alone = [text(number) for number in range(2)]
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
     threads = [
-        threading.Thread(target=lambda i=i: found.update({i: text(i % 2)})) for i in range(3)
+        threading.Thread(target=lambda i=i: texts.update({i: text(i % 2)})) for i in range(3)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[i] for i in range(3)] == [*alone, alone[0]]
+    assert [texts[i] for i in range(3)] == [*alone, alone[0]]
 
 
 def test_clients_that_wait_are_forgotten_when_they_leave_or_are_late(trained, monkeypatch):

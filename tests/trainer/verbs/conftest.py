@@ -25,7 +25,7 @@ def make(origin, lines, tmp_path, forescale):
     file = write_rows(tmp_path / "sums.jsonl", lines)
 
     def run(*words, start=origin.path):
-        more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}")
-        return forescale("finetune", start, *more, "prepare_only=true", *words)
+        options = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}")
+        return forescale("finetune", start, *options, "prepare_only=true", *words)
 
     return run

@@ -70,23 +70,30 @@ def test_lines_are_a_conversation_until_an_empty_one(chat, forescale, monkeypatc
 def test_the_template_that_finetune_is_given_stays_with_the_run(chat, forescale, tmp_path):
     template, file = tmp_path / "other.jinja", write_rows(tmp_path / "sums.jsonl", rows())
     template.write_text(OTHER)
-    more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}", "prepare_only=true")
-    words = ("finetune", chat.path, *more, "run.name=other")
+    options = (
+        f"data={file}",
+        f"run.root={tmp_path}",
+        f"data.cache={tmp_path}",
+        "prepare_only=true",
+    )
+    words = ("finetune", chat.path, *options, "run.name=other")
     assert forescale(*words)[0] == 0
-    kept = tmp_path / "other" / "chat.json"
-    assert read_json(kept)["chat_template"] == plain_template().source
+    target = tmp_path / "other" / "chat.json"
+    assert read_json(target)["chat_template"] == plain_template().source
     assert forescale(*words, f"template={template}")[0] == 0  # corrected before a step
-    assert read_json(kept)["chat_template"] == OTHER
+    assert read_json(target)["chat_template"] == OTHER
     again = tmp_path / "other"
-    assert forescale("finetune", again, *more, "run.name=again")[0] == 2  # has no checkpoint
+    assert forescale("finetune", again, *options, "run.name=again")[0] == 2  # has no checkpoint
 
 
 def test_export_writes_it_for_transformers(chat, forescale, tmp_path):
     assert forescale("export", chat.path, f"to={tmp_path / 'there'}")[0] == 0
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
-    shown = theirs.apply_chat_template(messages("1?"), tokenize=False, add_generation_prompt=True)
-    assert shown == plain_template().prompt(messages("1?"))
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    text = hf_tokenizer.apply_chat_template(
+        messages("1?"), tokenize=False, add_generation_prompt=True
+    )
+    assert text == plain_template().prompt(messages("1?"))
 
 
 def test_a_template_without_a_chat_is_a_sentence(chat, forescale):
@@ -118,9 +125,9 @@ def test_a_conversation_reads_its_template_once(chat, forescale, monkeypatch, tm
     words = ("generate", chat.path, f"template={file}", "--chat", "--interactive", *WORDS)
     read, texts = Path.read_text, []
 
-    def counted(path, *how, **more):
+    def counted(path, *how, **options):
         texts.append(path)
-        return read(path, *how, **more)
+        return read(path, *how, **options)
 
     monkeypatch.setattr(Path, "read_text", counted)
     typed(monkeypatch, b"1?\nsure?\n")

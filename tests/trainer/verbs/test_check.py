@@ -138,20 +138,20 @@ ROWS = {
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"tokens_hash": 7}, "step 3 was trained on other tokens than the shards hold now"),
         ({"shares": {"data": 127}, "tokens": 0}, "step 3 has {'data': 127} targets in its row"),
     ],
 )
-def test_rows_are_compared_with_the_shards(own_run, change, said):
+def test_rows_are_compared_with_the_shards(own_run, change, message):
     """What the other checks can't see: the tokens themselves."""
     rows = read_rows(own_run.metrics, kind="train")
     data = feed(own_run.path)
     assert list(replay_faults(rows, data)) == []
     rows[2] |= change
     (fault,) = replay_faults(rows, data)
-    assert said in fault
+    assert message in fault
 
 
 def test_changed_shards_are_found_and_missing_ones_noted(own_run, forescale, small_data, tmp_path):
@@ -188,11 +188,11 @@ def test_skipped_samples_are_no_gap(own_run):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_with_gaps_are_reported(own_run, forescale, name):
-    harm, said = ROWS[name]
+    harm, message = ROWS[name]
     rewrite_rows(own_run, harm)
     code, _, err = forescale("check", "small")
     assert code == 2
-    assert said in err
+    assert message in err
 
 
 def test_a_line_that_is_no_json_is_named_but_a_torn_last_one_is_not(own_run, forescale):

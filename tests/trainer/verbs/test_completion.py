@@ -110,19 +110,19 @@ def typed(command: list[str], setup: str, line: str) -> str:
         os.execvp(command[0], command)
     # Ctrl-A and Ctrl-E put the completed line in quotes, which echo then prints.
     os.write(terminal, f"{setup}\n{line}\t\x01echo 'got<\x05>'\nexit\n".encode())
-    seen = b""
+    output = b""
     try:
         while data := os.read(terminal, 4096):
-            seen += data
+            output += data
     except OSError:  # the shell has closed the terminal
         pass
     os.waitpid(pid, 0)
-    (found,) = [
+    (matches,) = [
         text.partition("got<")[2].partition(">")[0]
-        for text in seen.decode().splitlines()
+        for text in output.decode().splitlines()
         if text.startswith("got<")
     ]
-    return found
+    return matches
 
 
 @pytest.mark.parametrize(("line", "expected"), LINES)

@@ -78,16 +78,16 @@ def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
 
 
 @pytest.mark.parametrize(
-    ("verb", "said"),
+    ("verb", "message"),
     [
         ("generate", "objective=masked, and continues no text"),
         ("export", "causal=true \\(not false\\)"),
     ],
 )
-def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, said):
+def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, message):
     code, out, err = forescale(verb, encoder.path)
     assert (code, out) == (2, "")
-    assert re.search(said, err), err
+    assert re.search(message, err), err
 
 
 def test_no_study_of_it(encoder):
@@ -100,14 +100,14 @@ def test_no_study_of_it(encoder):
 
 def test_held_out_masks_are_those_of_every_seed(small_data, tmp_path):
     tokens = np.arange(65, dtype=np.uint16)[None]
-    made = []
+    calls = []
     for seed in (1, 2):
         job = make_job(small_data, tmp_path, "a", *ENCODER, f"train.seed={seed}")
         for held_out in (False, True):
             objective = objective_of(job, 300, held_out)
-            made.append(objective.examples(tokens, np.array([65]), np.array([9]))[1])
-    assert np.array_equal(made[1], made[3])
-    assert not np.array_equal(made[0], made[2])
+            calls.append(objective.examples(tokens, np.array([65]), np.array([9]))[1])
+    assert np.array_equal(calls[1], calls[3])
+    assert not np.array_equal(calls[0], calls[2])
 
 
 class Seeing:
@@ -118,13 +118,13 @@ class Seeing:
 
 
 def test_an_own_objective_of_an_encoder_must_hide_padding(small_data, tmp_path):
-    own = [*ENCODER[:3], "model.causal=false", "objective=own"]
-    job = make_job(small_data, tmp_path, "a", *own, f"objective._target_={__name__}.Seeing")
+    options = [*ENCODER[:3], "model.causal=false", "objective=own"]
+    job = make_job(small_data, tmp_path, "a", *options, f"objective._target_={__name__}.Seeing")
     with pytest.raises(UserError, match="a method padding_mask"):
         feed_of(job, open_sources(job.data))
 
 
-class Own(torch.nn.Module):
+class OwnModel(torch.nn.Module):
     """A model of a user's own."""
 
     def __init__(self, vocab_size):
@@ -133,7 +133,7 @@ class Own(torch.nn.Module):
 
 
 def test_a_model_of_a_user_s_own_gets_room_for_the_mask_token(small_data, tmp_path):
-    words = ["objective=masked", f"model._target_={__name__}.Own"]
+    words = ["objective=masked", f"model._target_={__name__}.OwnModel"]
     job = make_job(small_data, tmp_path, "own", *words)
     assert build_model(job, 300).table.num_embeddings == 301
 
@@ -191,12 +191,12 @@ def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
             text = np.zeros((1, length + 1), split.dtype)
             text[0, :size] = split.read(shard, start, size)
             sizes, numbers = np.array([size]), np.array([number])
-            inputs, wanted = torch.from_numpy(objective.examples(text, sizes, numbers))
+            inputs, expected = torch.from_numpy(objective.examples(text, sizes, numbers))
             real = objective.padding_mask(sizes)
             mask = None if real is None else torch.from_numpy(real)
             with torch.no_grad():
-                nats += model(inputs, wanted, mask).item()
-            targets, number = targets + int((wanted != IGNORED).sum()), number + 1
+                nats += model(inputs, expected, mask).item()
+            targets, number = targets + int((expected != IGNORED).sum()), number + 1
     code, out, _ = forescale("eval", run.path, "micro_batch=5")
     assert code == 0
     assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)

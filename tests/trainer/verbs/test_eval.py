@@ -37,13 +37,13 @@ def test_it_scores_every_token_of_the_split_once(trained, forescale, split):
     code, out, _ = forescale("eval", trained.path, f"split={split}", "micro_batch=3")
     assert code == 0
     rows = re.findall(r"^  (loss|perplexity|tokens|bytes) +([\d.,]+)", out, re.MULTILINE)
-    shown = {name: float(value.replace(",", "")) for name, value in rows}
-    assert shown["tokens"] == targets
-    assert shown["bytes"] == count
-    assert shown["loss"] == pytest.approx(nats / targets, abs=1e-4)
+    numbers = {name: float(value.replace(",", "")) for name, value in rows}
+    assert numbers["tokens"] == targets
+    assert numbers["bytes"] == count
+    assert numbers["loss"] == pytest.approx(nats / targets, abs=1e-4)
     bits = float(re.search(r"bits per byte\s+([\d.]+)", out)[1])
     assert bits == pytest.approx(nats / math.log(2) / count, abs=1e-4)
-    assert shown["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-3)
+    assert numbers["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-3)
     assert open_dataset(open_run(trained.path).identity["dataset"]["path"]).corpus_hash[:16] in out
 
 
@@ -124,12 +124,12 @@ def test_scores_are_objects_for_programs(trained, forescale):
     assert whole["bytes"] == count
     assert sum(part["targets"] for part in parts) == targets
     words = ("abilities=[copy,recall]", "shots=[0]", "questions=4", "--json")
-    found = [json.loads(line) for line in forescale("eval", trained.path, *words)[1].splitlines()]
-    assert [(one["task"], one["shots"], one["questions"]) for one in found] == [
+    rows = [json.loads(line) for line in forescale("eval", trained.path, *words)[1].splitlines()]
+    assert [(one["task"], one["shots"], one["questions"]) for one in rows] == [
         ("copy", 0, 4),
         ("recall", 0, 4),
     ]
-    assert all(one["low"] <= one["right"] / 4 <= one["high"] for one in found)
+    assert all(one["low"] <= one["right"] / 4 <= one["high"] for one in rows)
 
 
 def test_abilities_are_a_table_of_accuracies(trained, forescale):

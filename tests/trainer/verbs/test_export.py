@@ -43,17 +43,17 @@ def test_transformers_computes_our_logits(architecture, small_data, tmp_path, fo
     code, out, _ = forescale("export", run.path, f"to={tmp_path / 'hf'}")
     assert code == 0
     assert architecture in out
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+    hf_model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
-    assert type(theirs).__name__ == architecture
+    assert type(hf_model).__name__ == architecture
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
+        logits, expected = open_run(run.path).model()(tokens), hf_model.eval()(tokens).logits
     assert expected.abs().max() > 1
-    assert (ours - expected).abs().max() < 1e-5
+    assert (logits - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "GPT2LMHeadModel"])
@@ -81,11 +81,11 @@ def test_a_large_model_is_written_in_parts_and_never_held_whole(
     monkeypatch.undo()
     sizes = [4 * torch.Size(s).numel() for s in open_run(run.path).checkpoint().shapes.values()]
     assert most[0] < 20_000 + 3 * max(sizes) < sum(sizes) / 2
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
-    assert (ours - expected).abs().max() < 1e-5
+        logits, expected = open_run(run.path).model()(tokens), hf_model.eval()(tokens).logits
+    assert (logits - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -100,19 +100,19 @@ def test_weights_are_rounded_to_the_format_that_is_asked(
     code, out, _ = forescale("export", run.path, f"to={tmp_path / 'hf'}", f"dtype={dtype}")
     assert code == 0
     assert f"MiB, {dtype})" in out
-    full, found = ({}, {})
-    for weights, folder in ((full, "full"), (found, "hf")):
+    full, exported = ({}, {})
+    for weights, folder in ((full, "full"), (exported, "hf")):
         for path in (tmp_path / folder).glob("model-*.safetensors"):
             weights |= load_file(path)
-    assert found.keys() == full.keys()
-    assert all(torch.equal(found[name], full[name].to(kind)) for name in full)
-    assert any((found[name] != full[name]).any() for name in full)
+    assert exported.keys() == full.keys()
+    assert all(torch.equal(exported[name], full[name].to(kind)) for name in full)
+    assert any((exported[name] != full[name]).any() for name in full)
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in full.values())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
-    assert theirs.dtype == theirs.config.dtype == kind
-    assert {p.dtype for p in theirs.parameters()} == {kind}
-    assert all(torch.equal(theirs.state_dict()[name], found[name]) for name in found)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert hf_model.dtype == hf_model.config.dtype == kind
+    assert {p.dtype for p in hf_model.parameters()} == {kind}
+    assert all(torch.equal(hf_model.state_dict()[name], exported[name]) for name in exported)
 
 
 def test_a_weight_beyond_the_range_of_the_format_is_refused(
@@ -136,16 +136,16 @@ def test_a_weight_beyond_the_range_of_the_format_is_refused(
 def test_the_tokenizer_goes_with_it_and_the_model_writes(trained, tmp_path, forescale):
     assert forescale("export", trained.path, f"to={tmp_path / 'hf'}")[0] == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ours = open_run(trained.path).tokenizer
+    run_tokenizer = open_run(trained.path).tokenizer
     for text in ("def main(x):\n    return  'naïve' , x", "数据 🙂", "  a ' s n't"):
-        assert tokenizer(text)["input_ids"] == ours.encode(text).ids
+        assert tokenizer(text)["input_ids"] == run_tokenizer.encode(text).ids
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     end = open_run(trained.path).identity["dataset"]["end_of_text"]
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == end
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     prompt = tokenizer("def ", return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert written.shape[1] > prompt["input_ids"].shape[1]
+    ids = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert ids.shape[1] > prompt["input_ids"].shape[1]
 
 
 def test_the_default_place_is_named_by_run_and_step(own_run, forescale):

@@ -19,12 +19,14 @@ def test_the_run_has_the_config_of_its_origin_and_the_defaults_of_fine_tuning(
     assert (
         f"Fine-tunes {origin.path}, from its step {STEPS}, with 57 examples; 3 are held out" in out
     )
-    made, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
-    assert made.model == old.model
-    assert made.run.origin.load == "weights"
-    assert made.optimizer.learning_rate == pytest.approx(old.optimizer.learning_rate / 15, rel=0.01)
-    assert made.total_steps == math.ceil(3 * 57 / old.train.global_batch)
-    assert made.steps_of(made.validation.every) == math.ceil(57 / old.train.global_batch)
+    config, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
+    assert config.model == old.model
+    assert config.run.origin.load == "weights"
+    assert config.optimizer.learning_rate == pytest.approx(
+        old.optimizer.learning_rate / 15, rel=0.01
+    )
+    assert config.total_steps == math.ceil(3 * 57 / old.train.global_batch)
+    assert config.steps_of(config.validation.every) == math.ceil(57 / old.train.global_batch)
 
 
 def test_imported_weights_have_rates_of_their_own(origin):
@@ -41,20 +43,22 @@ def test_an_average_is_gone_on_from_as_its_run_is(make, origin, tmp_path, foresc
     code, out, err = make("run.name=tuned", start=tmp_path / "mean")
     assert code == 0, err
     assert f"Fine-tunes {tmp_path / 'mean'}, from its step 0, with 57 examples" in out
-    made, old = open_run(tmp_path / "tuned").config, open_run(origin.path).config
-    assert made.optimizer.learning_rate == pytest.approx(old.optimizer.learning_rate / 15, rel=0.01)
+    config, old = open_run(tmp_path / "tuned").config, open_run(origin.path).config
+    assert config.optimizer.learning_rate == pytest.approx(
+        old.optimizer.learning_rate / 15, rel=0.01
+    )
 
 
 def test_adapters_have_a_rate_and_an_optimizer_of_their_own(make, origin, tmp_path, forescale):
     assert make("lora.rank=4", "run.name=lora")[0] == 0
-    made, old = open_run(tmp_path / "lora").config, open_run(origin.path).config.optimizer
+    config, old = open_run(tmp_path / "lora").config, open_run(origin.path).config.optimizer
     rate = 0.2 * old.learning_rate  # Muon's, of matrices; that of its tables is another
-    assert made.optimizer.kind == "adamw"
-    assert made.optimizer.weight_decay == 0
-    assert made.optimizer.learning_rate == pytest.approx(rate / 1.5, rel=0.01)
+    assert config.optimizer.kind == "adamw"
+    assert config.optimizer.weight_decay == 0
+    assert config.optimizer.learning_rate == pytest.approx(rate / 1.5, rel=0.01)
     code, out, _ = forescale("plan", tmp_path / "lora")
     assert code == 0
-    inside = num_adapters(made.model, 4, [])
+    inside = num_adapters(config.model, 4, [])
     assert f"trained adapters {inside / 1000:.4g}" in out
 
 
@@ -62,12 +66,12 @@ def test_what_is_typed_counts_and_the_same_command_finds_the_run(make, tmp_path)
     typed = ("run.name=mine", "epochs=2", "optimizer.learning_rate=0.5", "train.global_batch=19")
     typed += ("train.micro_batch=19", "held_out=0", "faults=[kill@5:rank0]")
     assert make(*typed)[0] == 0
-    made = open_run(tmp_path / "mine").config
-    assert (made.total_steps, made.optimizer.learning_rate) == (7, 0.5)
+    config = open_run(tmp_path / "mine").config
+    assert (config.total_steps, config.optimizer.learning_rate) == (7, 0.5)
     code, out, _ = make(*typed)
     assert code == 0
     assert "Goes on fine-tuning" in out
-    assert open_run(tmp_path / "mine").config == made
+    assert open_run(tmp_path / "mine").config == config
 
 
 def test_it_begins_with_a_checkpoint_that_is_named(make, origin, tmp_path):

@@ -60,14 +60,14 @@ def test_a_prompt_comes_from_a_pipe(trained, forescale, monkeypatch, raw):
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [(b"\xff", "isn't UTF-8 (byte 0)"), (b"x" * 17_000_000, "more than 16,777,216 bytes")],
 )
-def test_a_pipe_that_holds_no_prompt_is_one_sentence(trained, forescale, monkeypatch, raw, said):
+def test_a_pipe_that_holds_no_prompt_is_one_sentence(trained, forescale, monkeypatch, raw, message):
     piped(monkeypatch, raw)
     code, _, err = forescale("generate", trained.path, "prompt=-")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"prompt: standard input {said}" in err.replace("has ", "")
+    assert f"prompt: standard input {message}" in err.replace("has ", "")
 
 
 def test_an_empty_prompt_begins_a_document(trained, forescale):
@@ -182,52 +182,52 @@ def test_at_a_terminal_it_prompts_streams_and_ends_with_ctrl_d(trained, tmp_path
         [sys.executable, "-c", code, *words], stdin=other_end, stdout=other_end, stderr=other_end
     )
     os.close(other_end)
-    shown = b""
+    output = b""
     for typed in (b"def naive\n", b"\x04"):
-        shown += _until_prompt(main_end)
+        output += _until_prompt(main_end)
         os.write(main_end, typed)
     assert process.wait(60) == 0
     os.close(main_end)
-    assert b"def naive" in shown.split(b"> ", 1)[1]
+    assert b"def naive" in output.split(b"> ", 1)[1]
 
 
 def _until_prompt(terminal: int) -> bytes:
-    found = b""
-    while not found.endswith(b"> "):
-        found += os.read(terminal, 1)
-    return found
+    parts = b""
+    while not parts.endswith(b"> "):
+        parts += os.read(terminal, 1)
+    return parts
 
 
 def test_a_long_text_sees_only_the_context_that_was_trained():
-    seen = []
+    lengths = []
 
     class Watched(Once):
         def forward(self, tokens_BL):
-            seen.append(tokens_BL.shape[1])
+            lengths.append(tokens_BL.shape[1])
             return super().forward(tokens_BL)
 
     question = Question("", "", [1, 2, 3], [], -1, "document", max_context=8)
     answer = Answer(byte_tokenizer(), question, GenerationConfig(20, SAMPLER), seed=3)
     assert "".join(piece for _, piece in stream(Watched(*range(20)), [answer])) == answer.text
-    assert max(seen) == 8
-    assert len(seen) == 20
+    assert max(lengths) == 8
+    assert len(lengths) == 20
 
 
 @given(st.lists(st.one_of(st.binary(max_size=5), st.text(max_size=3).map(str.encode))))
 def test_pieces_add_up_and_hold_whole_characters(parts):
     """Also for bytes that are no UTF-8 at all, which a young model writes."""
     tokenizer, ids = byte_tokenizer(), list(b"".join(parts))
-    found = list(pieces(tokenizer, list(b"def"), ids))
-    assert "".join(found) == tokenizer.decode(ids)
+    parts = list(pieces(tokenizer, list(b"def"), ids))
+    assert "".join(parts) == tokenizer.decode(ids)
 
 
 def test_a_character_over_several_tokens_comes_at_once():
-    found = list(pieces(byte_tokenizer(), [], list("a🙂é".encode())))
-    assert [p for p in found if p] == ["a", "🙂", "é"]
+    parts = list(pieces(byte_tokenizer(), [], list("a🙂é".encode())))
+    assert [p for p in parts if p] == ["a", "🙂", "é"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["nope"], "nope: no run has this name or path"),
         (["small", "step=3"], "no such checkpoint; choose one of these steps: 4, 8"),
@@ -242,11 +242,11 @@ def test_a_character_over_several_tokens_comes_at_once():
         (["small", "input=wrong.jsonl"], "wrong.jsonl, line 2: is neither a text nor an object"),
     ],
 )
-def test_bad_input_is_one_sentence(own_run, forescale, words, said):
+def test_bad_input_is_one_sentence(own_run, forescale, words, message):
     Path("wrong.jsonl").write_text('"a"\n{"text": "b"}\n')
     code, _, err = forescale("generate", *words)
     assert code == 2
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 

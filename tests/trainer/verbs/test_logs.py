@@ -74,17 +74,17 @@ def test_a_newer_attempt_ends_it_too(run, forescale):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (("rank=7",), 0, "Rank 7 of small has no log yet"),
         (("attempt=9",), 2, "has no attempt 9"),
         (("rank=null",), 2, "was never submitted"),
     ],
 )
-def test_what_is_not_there(run, forescale, words, code, said):
-    found, out, err = forescale("logs", "small", *words)
-    assert found == code
-    assert said in out + err
+def test_what_is_not_there(run, forescale, words, code, message):
+    exit_code, out, err = forescale("logs", "small", *words)
+    assert exit_code == code
+    assert message in out + err
 
 
 def test_rank_0_of_a_local_run_prints_to_its_terminal(own_run, forescale):
@@ -96,33 +96,33 @@ def test_rank_0_of_a_local_run_prints_to_its_terminal(own_run, forescale):
 def gone(run, monkeypatch, tmp_path) -> Submission:
     """A submission whose job ended early. Stands in for SLURM's commands."""
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
-    made = Submission(run.new_job())
-    made.submitted("12", made.script, None, "2026-01-01T00:00:00")
-    made.write(slurm={}, log=str(made.path / "slurm.log"))
+    submission = Submission(run.new_job())
+    submission.submitted("12", submission.script, None, "2026-01-01T00:00:00")
+    submission.write(slurm={}, log=str(submission.path / "slurm.log"))
     facts = {"JobState": "FAILED", "ExitCode": "127:0", "Restarts": "0"}
     monkeypatch.setattr(queue, "is_here", lambda: True)
     monkeypatch.setattr(queue, "jobs", lambda ids: [])
     monkeypatch.setattr(queue, "show", lambda job: facts)
-    return made
+    return submission
 
 
 def test_the_log_of_a_job_of_which_no_rank_began_is_that_of_its_script(run, forescale, gone):
     gone.log.write_text("begun\npython: command not found\n")
-    told = "== Job 12 ended before any rank of it began: FAILED, exit code 127."
-    end = [told, f"== {gone.log}", "begun", "python: command not found"]
+    sentence = "== Job 12 ended before any rank of it began: FAILED, exit code 127."
+    end = [sentence, f"== {gone.log}", "begun", "python: command not found"]
     _, out, _ = forescale("logs", "small", "follow=false", "lines=1")
     assert out.splitlines()[-5:] == ["step 99", *end], "after the newest log of a rank"
     shutil.rmtree(run.path / "attempts")
     assert forescale("logs", "small")[1].splitlines() == end
-    assert forescale("logs", "small", "rank=null")[1].splitlines() == [*end[1:], told]
+    assert forescale("logs", "small", "rank=null")[1].splitlines() == [*end[1:], sentence]
 
 
 def test_nobody_waits_for_the_log_of_a_job_that_is_gone(run, forescale, gone, monkeypatch):
     """Its node died: how the attempt ended was never recorded."""
     slurm, end = {"submission": gone.name, "restart": 0}, "how attempt 2 ended was not recorded"
     outcome.record_start(run.attempts()[-1].path, ["srun"], 2, slurm=slurm)
-    _, last, told = forescale("logs", "small", "lines=1")[1].splitlines()
-    assert (last, end in told) == ("step 99", True)
+    _, last, sentence = forescale("logs", "small", "lines=1")[1].splitlines()
+    assert (last, end in sentence) == ("step 99", True)
 
     def nap(seconds):
         """It goes on while the queue can't be read; then the job is seen to be gone."""
@@ -136,8 +136,8 @@ def test_nobody_waits_for_the_log_of_a_job_that_is_gone(run, forescale, gone, mo
     shutil.rmtree(os.environ["FORESCALE_CACHE"])
     monkeypatch.setattr(queue, "jobs", away)
     monkeypatch.setattr(time, "sleep", nap)
-    _, last, told = forescale("logs", "small", "lines=1")[1].splitlines()
-    assert (last, end in told) == ("step 99", True)
+    _, last, sentence = forescale("logs", "small", "lines=1")[1].splitlines()
+    assert (last, end in sentence) == ("step 99", True)
     assert time.monotonic() == 1e9
 
 
@@ -190,14 +190,14 @@ def test_stop_signals_no_process_that_a_foreign_file_names(run, forescale, start
     others = started(path.with_name("0001"))
     assert forescale("stop", "small", "--now")[0] == 2
     assert others.is_running()
-    theirs = psutil.Popen(["sleep", "60"], user=65534) if os.getuid() == 0 else psutil.Process(1)
-    pid = theirs.pid
+    foreign = psutil.Popen(["sleep", "60"], user=65534) if os.getuid() == 0 else psutil.Process(1)
+    pid = foreign.pid
     outcome.add_to_launch(path, pid=pid, process=outcome.process_mark(pid))
     code, _, err = forescale("stop", "small", "--now")
     assert (code, f"process {pid}, which started it, belongs to user" in err) == (2, True)
-    assert theirs.is_running()
+    assert foreign.is_running()
     if os.getuid() == 0:
-        theirs.kill()
+        foreign.kill()
     for wrong in (True, "1", 10**30, -1, 0):
         outcome.add_to_launch(path, pid=wrong)
         assert forescale("stop", "small", "--now")[0] == 2

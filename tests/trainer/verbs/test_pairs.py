@@ -36,12 +36,12 @@ def run(data, tmp_path_factory):
 
 def pairs_in(dataset, name) -> list[tuple[bytes, bytes]]:
     """Source and target of each document of a split that is a pair of this length."""
-    split, found = dataset.split(name), []
+    split, pairs = dataset.split(name), []
     for shard, size in enumerate(split.shard_tokens):
         raw = bytes(t % 256 for t in split.read(shard, 0, size).tolist())  # 256 ends a document
         parts = [document.split(b"\t", 1) for document in raw.split(b"\0")[:-1]]
-        found += [tuple(p) for p in parts if len(p) == 2 and 0 < len(p[0]) <= 6 and len(p[1]) < 8]
-    return found
+        pairs += [tuple(p) for p in parts if len(p) == 2 and 0 < len(p[0]) <= 6 and len(p[1]) < 8]
+    return pairs
 
 
 @torch.no_grad()
@@ -49,11 +49,11 @@ def test_eval_scores_each_target_of_the_split_with_its_end(run, data, forescale)
     model, pairs = open_run(run.path).model(), pairs_in(open_dataset(data), "validation")
     nats = targets = size = 0
     for source, target in pairs:
-        row, wanted = [[0] * (6 - len(source)) + [*source, 9, *target]], [*target, 256]
+        row, expected = [[0] * (6 - len(source)) + [*source, 9, *target]], [*target, 256]
         mask = torch.arange(len(row[0])) >= 6 - len(source)
         logits = model(torch.tensor(row), padding_mask_BL=mask[None])[0]
-        nats += F.cross_entropy(logits, torch.tensor(wanted), reduction="sum").item()
-        targets, size = targets + len(wanted), size + len(target)
+        nats += F.cross_entropy(logits, torch.tensor(expected), reduction="sum").item()
+        targets, size = targets + len(expected), size + len(target)
     code, out, _ = forescale("eval", run.path, "micro_batch=3")
     assert code == 0
     assert re.search(rf"tokens of answers +{targets}\n", out)
@@ -106,8 +106,8 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
 )
 def test_plan_names_columns_what_are_no_tokens_of_the_data(data, forescale, words, unit):
     """Rows of pairs hold padding, which is not read from the data."""
-    given = [f"data.path={data}", *words, "train.steps=100", "train.global_batch=8"]
-    code, out, _ = forescale("plan", *given)
+    options = [f"data.path={data}", *words, "train.steps=100", "train.global_batch=8"]
+    code, out, _ = forescale("plan", *options)
     assert code == 0
     assert f"100 steps of 112 {unit}: 8 windows of 14" in out
     assert f"11.2 K {unit} in total" in out
@@ -151,19 +151,19 @@ def test_flops_of_the_rows_are_those_of_whole_rows(run, data):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["objective.separator=z"], r"none of its \d+ documents has the separator 'z'"),
         (["objective.separator=zz"], "'zz' is 2 tokens in this dataset's tokenizer"),
         (["train.sequence_length=2", "objective.source=1"], r"has no pair: .* longer than"),
     ],
 )
-def test_data_without_a_pair_is_one_sentence(data, tmp_path, forescale, words, said):
-    given = [f"data.path={data}", f"run.root={tmp_path}", *MODEL, *KIND, *SHAPE, *words]
+def test_data_without_a_pair_is_one_sentence(data, tmp_path, forescale, words, message):
+    options = [f"data.path={data}", f"run.root={tmp_path}", *MODEL, *KIND, *SHAPE, *words]
     for verb in (["train", "none"], ["plan"]):
-        code, out, err = forescale(*verb, *given, "train.steps=10")
+        code, out, err = forescale(*verb, *options, "train.steps=10")
         assert code == 2
-        assert re.search(said, err + out), err
+        assert re.search(message, err + out), err
     assert not (tmp_path / "none").exists()
 
 
@@ -183,6 +183,6 @@ def test_the_columns_of_a_source_that_are_not_the_objective_s_are_refused(data, 
     words = ["plan", f"data.path={data}", *MODEL, *KIND, *SHAPE, "model.source_length=5"]
     code, _, err = forescale(*words)
     assert code == 2
-    found = "5 is given, and the source of objective pairs has 6 columns; leave it out"
-    assert f"model.source_length: {found}" in err
+    problem = "5 is given, and the source of objective pairs has 6 columns; leave it out"
+    assert f"model.source_length: {problem}" in err
     assert "objective=" not in err

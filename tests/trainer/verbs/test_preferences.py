@@ -25,26 +25,26 @@ def test_the_lines_say_that_they_are_preferences_and_the_run_has_their_defaults(
     code, out, _ = make()
     assert code == 0
     assert "with 57 examples; 3 are held out" in out
-    made, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
-    assert (made.objective.kind, made.objective.beta) == ("preferences", 0.1)
-    assert made.total_steps == math.ceil(57 / old.train.global_batch), "one epoch"
+    config, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
+    assert (config.objective.kind, config.objective.beta) == ("preferences", 0.1)
+    assert config.total_steps == math.ceil(57 / old.train.global_batch), "one epoch"
     rate = old.optimizer.learning_rate / 15 / 40
-    assert made.optimizer.learning_rate == pytest.approx(rate, rel=0.01)
+    assert config.optimizer.learning_rate == pytest.approx(rate, rel=0.01)
 
 
 def test_after_a_fine_tuning_the_rate_is_a_fortieth_of_its_own(origin):
     config = open_run(origin.path).config
     config.objective = ResponsesConfig()
     rate = config.optimizer.learning_rate
-    found = first_config(config, is_import=False, are_preferences=True)
-    assert found["optimizer"]["learning_rate"] == pytest.approx(rate / 40, rel=0.01)
+    rows = first_config(config, is_import=False, are_preferences=True)
+    assert rows["optimizer"]["learning_rate"] == pytest.approx(rate / 40, rel=0.01)
     config.lora.rank = 8
-    found = first_config(config, is_import=False, are_preferences=True)
-    assert found["optimizer"]["learning_rate"] == pytest.approx(rate / 400, rel=0.01), "adapters'"
+    rows = first_config(config, is_import=False, are_preferences=True)
+    assert rows["optimizer"]["learning_rate"] == pytest.approx(rate / 400, rel=0.01), "adapters'"
     config.lora.rank = 0
-    found = first_config(config, is_import=True, are_preferences=True)
-    assert found["optimizer"]["learning_rate"] == 5e-7
-    assert found["train"]["global_batch"] == 64
+    rows = first_config(config, is_import=True, are_preferences=True)
+    assert rows["optimizer"]["learning_rate"] == 5e-7
+    assert rows["train"]["global_batch"] == 64
 
 
 def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
@@ -84,8 +84,8 @@ def test_a_dataset_of_examples_is_no_dataset_of_preferences(make, tmp_path, fore
     assert make(f"data={examples}", "run.name=examples")[0] == 0
     path = open_run(tmp_path / "examples").config.data.path
     words = (f"run.from.run={origin.path}", "run.from.load=weights", f"data.path={path}")
-    more = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective=preferences")
-    code, _, err = forescale("plan", "train", *words, *more)
+    options = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective=preferences")
+    code, _, err = forescale("plan", "train", *words, *options)
     assert code == 2
     assert "holds examples, which objective=preferences doesn't read" in err
 
@@ -104,8 +104,8 @@ def test_a_run_begins_with_log_2_and_learns_to_prefer(make, tmp_path, forescale)
     assert make(*typed)[0] == 0
     run = open_run(tmp_path / "learned")
     assert forescale("train", run.path)[0] == 0
-    found = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
-    first, *_, last = [row for row in found if row["kind"] == "train"]
+    rows = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [row for row in rows if row["kind"] == "train"]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["extra.rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert last["extra.rewards/accuracies"] == 1

@@ -26,19 +26,19 @@ def read(trained):
     return view, view.model(), open_dataset(view.identity["dataset"]["path"])
 
 
-def losses_of(read, **more):
+def losses_of(read, **options):
     _, model, dataset = read
-    return [*window_losses(model, dataset.split("validation"), LENGTH, **more)]
+    return [*window_losses(model, dataset.split("validation"), LENGTH, **options)]
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_losses_of_tokens_add_up_to_the_score(read, documents):
     _, model, dataset = read
-    found = losses_of(read, documents=documents, windows=9)
-    more = {"sequence_length": LENGTH, "micro_batch": 4, "windows": 9, "documents": documents}
-    whole = score(model, dataset, "validation", **more)
-    assert sum(len(w.nats) for w in found) == whole.targets
-    nats = math.fsum(x for w in found for x in w.nats)
+    losses = losses_of(read, documents=documents, windows=9)
+    options = {"sequence_length": LENGTH, "micro_batch": 4, "windows": 9, "documents": documents}
+    whole = score(model, dataset, "validation", **options)
+    assert sum(len(w.nats) for w in losses) == whole.targets
+    nats = math.fsum(x for w in losses for x in w.nats)
     assert nats == pytest.approx(whole.loss * whole.targets, rel=1e-6)
 
 
@@ -60,9 +60,9 @@ def test_each_token_belongs_to_its_document_and_its_place(read):
 
 def test_bits_per_byte_of_the_parts_add_up_to_that_of_the_whole(read):
     view, model, dataset = read
-    found = measure(view.config, model, dataset, "validation", sequence_length=LENGTH)
+    details = measure(view.config, model, dataset, "validation", sequence_length=LENGTH)
     whole = score(model, dataset, "validation", sequence_length=LENGTH, micro_batch=4)
-    (part,) = found.parts["kind"]
+    (part,) = details.parts["kind"]
     assert (part.name, part.bytes) == (".py", whole.bytes)
     assert part.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
     assert part.documents == dataset.split("validation").num_documents
@@ -74,29 +74,29 @@ def test_the_in_context_score_compares_pairs_of_one_context():
     sums, rng = InContextSums(600), np.random.default_rng(0)
     late, early = [], []
     for size in (600, 520, 400):
-        nats, seen = rng.random(size), np.arange(1, size + 1)
-        sums.add(WindowLosses(seen, nats, seen, seen))
+        nats, context = rng.random(size), np.arange(1, size + 1)
+        sums.add(WindowLosses(context, nats, context, context))
         if size >= 500:  # the loss after 500 tokens is that of the 500th target
             late.append(nats[499])
             early.append(nats[49])
     # Two documents, of which the second is long enough.
-    seen = np.r_[1:101, 1:501]
+    context = np.r_[1:101, 1:501]
     nats = rng.random(600)
-    sums.add(WindowLosses(seen, nats, seen, seen))
+    sums.add(WindowLosses(context, nats, context, context))
     late.append(nats[599])
     early.append(nats[149])
-    found = sums.score()
+    in_context = sums.score()
     change = np.array(late) - np.array(early)
-    assert (found.late, found.early, found.pairs) == (500, 50, 3)
-    assert found.score == pytest.approx(change.mean())
-    assert found.stderr == pytest.approx(change.std(ddof=1) / math.sqrt(3))
-    assert found.late_loss - found.early_loss == pytest.approx(found.score)
+    assert (in_context.late, in_context.early, in_context.pairs) == (500, 50, 3)
+    assert in_context.score == pytest.approx(change.mean())
+    assert in_context.stderr == pytest.approx(change.std(ddof=1) / math.sqrt(3))
+    assert in_context.late_loss - in_context.early_loss == pytest.approx(in_context.score)
 
 
 def test_shorter_windows_have_places_of_their_own(read):
-    found = InContextSums(LENGTH)
-    [found.add(window) for window in losses_of(read)]
-    whole = found.score()
+    scores = InContextSums(LENGTH)
+    [scores.add(window) for window in losses_of(read)]
+    whole = scores.score()
     assert (whole.late, whole.early) == (32, 3)
     assert whole.pairs == sum(len(w.nats) == LENGTH for w in losses_of(read))
     assert InContextSums(9).score().pairs == 0
@@ -120,14 +120,14 @@ class Copier(nn.Module):
 
 
 def test_who_copies_has_a_low_loss_the_second_time():
-    found = induction(Copier(10_000), 10_000, 0, 512)
-    assert (found.tokens, found.rows) == (32, 32)
-    assert found.first == pytest.approx(math.log(10_000), rel=0.02)
+    scores = induction(Copier(10_000), 10_000, 0, 512)
+    assert (scores.tokens, scores.rows) == (32, 32)
+    assert scores.first == pytest.approx(math.log(10_000), rel=0.02)
     # Of 32 tokens all but the first, which follows the last one of the first copy.
-    assert found.share == pytest.approx(31 / 32, abs=0.01)
-    assert found.score == pytest.approx(found.again - found.first)
-    assert found.score < -8
-    assert 0 < found.score_stderr < 0.2
+    assert scores.share == pytest.approx(31 / 32, abs=0.01)
+    assert scores.score == pytest.approx(scores.again - scores.first)
+    assert scores.score < -8
+    assert 0 < scores.score_stderr < 0.2
 
 
 class Ignorant(nn.Module):
@@ -142,10 +142,10 @@ class Ignorant(nn.Module):
 
 
 def test_who_knows_nothing_has_no_score():
-    found = induction(Ignorant(), 100, 0, 21)
-    assert found.tokens == 10
-    assert found.score == pytest.approx(0, abs=1e-9)
-    assert found.share < 0.1
+    scores = induction(Ignorant(), 100, 0, 21)
+    assert scores.tokens == 10
+    assert scores.score == pytest.approx(0, abs=1e-9)
+    assert scores.share < 0.1
 
 
 def test_eval_prints_them_and_json_has_them_all(trained, forescale):

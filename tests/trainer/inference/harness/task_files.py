@@ -62,7 +62,7 @@ def make_tasks(folder: Path, rows: int = 6) -> dict[str, Path]:
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     texts = {"choice": CHOICE, "answer": ANSWER, "rolling": ROLLING}
-    found = {name: folder / f"{name}.yaml" for name in texts}
+    files = {name: folder / f"{name}.yaml" for name in texts}
     for name, text in texts.items():
-        found[name].write_text(text.format(data=data))
-    return found
+        files[name].write_text(text.format(data=data))
+    return files

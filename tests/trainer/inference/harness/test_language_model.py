@@ -37,7 +37,7 @@ def evaluated(model, tasks, shots, **how):
     return evaluate(model, loaded, bootstrap_iters=0, **how)
 
 
-def theirs(folder):
+def hflm_of(folder):
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(folder), batch_size=4, device="cpu", dtype="float32")
@@ -51,19 +51,19 @@ def answers_of(results):
     }
 
 
-def assert_alike(ours, expected):
+def assert_alike(actual, expected):
     """The same texts, likelihoods to 1e-4, and the metrics that follow."""
-    found, wanted = answers_of(ours), answers_of(expected)
-    assert found["answer"] == wanted["answer"]
-    for one, other in zip(found["choice"], wanted["choice"], strict=True):
+    answers, right = answers_of(actual), answers_of(expected)
+    assert answers["answer"] == right["answer"]
+    for one, other in zip(answers["choice"], right["choice"], strict=True):
         assert [is_greedy for _, is_greedy in one] == [is_greedy for _, is_greedy in other]
         assert [nats for nats, _ in one] == pytest.approx([n for n, _ in other], abs=1e-4)
-    for one, other in zip(found["rolling"], wanted["rolling"], strict=True):
+    for one, other in zip(answers["rolling"], right["rolling"], strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     for name, numbers in expected["results"].items():
         for key, value in numbers.items():
             if isinstance(value, float) and math.isfinite(value):
-                assert ours["results"][name][key] == pytest.approx(value, rel=1e-5), (name, key)
+                assert actual["results"][name][key] == pytest.approx(value, rel=1e-5), (name, key)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -74,10 +74,10 @@ def test_a_run_scores_as_its_export_does_by_lm_eval_alone(kind, small_data, tmp_
     assert forescale("export", run.path, "step=4", f"to={tmp_path / 'hf'}")[0] == 0
     tasks = make_tasks(tmp_path / "tasks").values()
     model = open_run(run.path).language_model(step=4, batch=3)
-    ours, expected = (evaluated(m, tasks, 1) for m in (model, theirs(tmp_path / "hf")))
+    actual, expected = (evaluated(m, tasks, 1) for m in (model, hflm_of(tmp_path / "hf")))
     assert set(model.cut_tokens) == {"choice", "answer"}  # windows of the third always fit
-    assert len({nats for one in answers_of(ours)["choice"] for nats, _ in one}) > 12
-    assert_alike(ours, expected)
+    assert len({nats for one in answers_of(actual)["choice"] for nats, _ in one}) > 12
+    assert_alike(actual, expected)
 
 
 def test_an_import_is_read_with_its_own_first_token_and_chat_template(tmp_path, forescale):
@@ -92,16 +92,16 @@ def test_an_import_is_read_with_its_own_first_token_and_chat_template(tmp_path, 
     names |= {"bos_token": "<s>", "chat_template": TURNS}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     assert forescale("import", "hf", folder, "it", f"run.root={tmp_path}")[0] == 0
-    model, hflm = open_run(tmp_path / "it").language_model(), theirs(folder)
+    model, hflm = open_run(tmp_path / "it").language_model(), hflm_of(folder)
     assert model.tok_encode("ab") == hflm.tok_encode("ab") == [begin[1], *b"ab"]
     assert model.tok_encode("<s>ab") == hflm.tok_encode("<s>ab") == [begin[1], *b"ab"]
     tasks = make_tasks(tmp_path / "tasks", rows=4).values()
     for shots, how in ((0, {}), (1, dict(apply_chat_template=True, fewshot_as_multiturn=True))):
-        ours, expected = (evaluated(m, tasks, shots, **how) for m in (model, hflm))
-        assert_alike(ours, expected)
-    (asked, _), *_ = ours["samples"]["choice"][0]["arguments"]
-    assert asked.startswith("<s>[user]")  # and [assistant], and the question after the example
-    assert asked.count("[user]") == 2
+        actual, expected = (evaluated(m, tasks, shots, **how) for m in (model, hflm))
+        assert_alike(actual, expected)
+    (requests, _), *_ = actual["samples"]["choice"][0]["arguments"]
+    assert requests.startswith("<s>[user]")  # and [assistant], and the question after the example
+    assert requests.count("[user]") == 2
 
 
 def rows_of_forwards(model, monkeypatch) -> list[int]:
@@ -109,9 +109,9 @@ def rows_of_forwards(model, monkeypatch) -> list[int]:
     rows: list[int] = []
     forward = model._model.forward
 
-    def counted(tokens, **more):
+    def counted(tokens, **options):
         rows.append(len(tokens))
-        return forward(tokens, **more)
+        return forward(tokens, **options)
 
     monkeypatch.setattr(model._model, "forward", counted)
     return rows
@@ -121,10 +121,10 @@ def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):
     """Choices of one token cost one row, and are as likely as each alone."""
     model = open_run(trained.path).language_model()
     rows = rows_of_forwards(model, monkeypatch)
-    asked = [(("", ""), [5, 6, 7], [token]) for token in (1, 2, 3)]
-    together = model._loglikelihood_tokens(asked)
+    requests = [(("", ""), [5, 6, 7], [token]) for token in (1, 2, 3)]
+    together = model._loglikelihood_tokens(requests)
     assert rows == [1]
-    alone = [model._loglikelihood_tokens([one])[0] for one in asked]
+    alone = [model._loglikelihood_tokens([one])[0] for one in requests]
     assert together == alone
     assert len({nats for nats, _ in together}) == 3
 
@@ -144,8 +144,8 @@ def test_an_answer_is_drawn_where_its_task_says_so(trained):
     def answer(**how):
         from lm_eval.api.instance import Instance
 
-        asked = ("generate_until", {}, ("def main(", greedy | how), 0)
-        return model.generate_until([Instance(*asked)])
+        requests = ("generate_until", {}, ("def main(", greedy | how), 0)
+        return model.generate_until([Instance(*requests)])
 
     drawn = answer(do_sample=True, temperature=1.0)
     assert drawn == answer(temperature=1.0) != answer()
@@ -159,14 +159,14 @@ def test_answers_of_different_rules_are_written_at_once_as_each_alone(trained, m
 
     model = open_run(trained.path).language_model(batch=3)
     rules = [{}, {"repetition_penalty": 1.5}, {"max_gen_toks": 2}]
-    asked = [
+    requests = [
         Instance(
             "generate_until", {}, (f"def {'m' * i}(", {"max_gen_toks": 9, "until": []} | how), 0
         )
         for i, how in enumerate(rules)
     ]
-    alone = [model.generate_until([one])[0] for one in asked]
+    alone = [model.generate_until([one])[0] for one in requests]
     rows = rows_of_forwards(model, monkeypatch)
-    assert model.generate_until(asked) == alone
+    assert model.generate_until(requests) == alone
     assert len(set(alone)) == 3
     assert rows == [3] * 2 + [2] * 7

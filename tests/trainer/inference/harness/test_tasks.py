@@ -23,11 +23,11 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 
 def first_right(answers):
     """Of the lines of answers=FILE: whether the right choice is the likeliest, by its nats."""
-    found = []
+    names = []
     for one in answers:
         nats = [float(nats) for nats, _ in one["filtered_resps"]]
-        found.append(nats.index(max(nats)) == one["target"])
-    return found
+        names.append(nats.index(max(nats)) == one["target"])
+    return names
 
 
 def test_scores_come_with_their_intervals_and_their_source(trained, forescale, tmp_path):
@@ -47,8 +47,8 @@ def test_scores_come_with_their_intervals_and_their_source(trained, forescale, t
     assert none["cut_tokens"] < two["cut_tokens"]  # examples make texts longer than 32 tokens
     answers = [json.loads(line) for line in log.read_text().splitlines()]
     assert [one["shots"] for one in answers] == [0] * 5 + [2] * 5
-    for shown, part in ((none, answers[:5]), (two, answers[5:])):
-        right, acc = first_right(part), shown["metrics"]["acc"]
+    for examples, part in ((none, answers[:5]), (two, answers[5:])):
+        right, acc = first_right(part), examples["metrics"]["acc"]
         assert acc["value"] == sum(right) / 5
         assert acc["low"] < acc["value"] < acc["high"] or acc["value"] in (acc["low"], acc["high"])
     words = (f"tasks=[{file}]", "questions=5", "chat=true", "--json")
@@ -65,10 +65,10 @@ def test_each_task_of_a_group_says_what_it_lost_and_the_group_their_sum(
     # Reading the list of lm_eval's own tasks, which a group may hold, takes ten seconds.
     from lm_eval.tasks import TaskManager
 
-    made = TaskManager.__init__
+    init = TaskManager.__init__
 
     def without(manager, **how):
-        made(manager, **how | {"include_defaults": False})
+        init(manager, **how | {"include_defaults": False})
 
     monkeypatch.setattr(TaskManager, "__init__", without)
     files = make_tasks(tmp_path / "tasks")
@@ -81,11 +81,11 @@ def test_each_task_of_a_group_says_what_it_lost_and_the_group_their_sum(
     group.write_text(GROUP)
     code, out, err = forescale("eval", trained.path, f"tasks=[{group}]", "--json")
     assert code == 0, err
-    found = {one["task"]: one for one in map(json.loads, out.splitlines())}
+    scores = {one["task"]: one for one in map(json.loads, out.splitlines())}
     for key in ("cut_texts", "cut_tokens"):
-        wanted = {one["task"]: one[key] for one in alone}
-        assert {name: found[name][key] for name in names} == wanted
-        assert found["all"][key] == sum(wanted.values())
+        expected = {one["task"]: one[key] for one in alone}
+        assert {name: scores[name][key] for name in names} == expected
+        assert scores["all"][key] == sum(expected.values())
     assert sum(one["cut_tokens"] > 0 for one in alone) > 1, "each has its own"
 
 
