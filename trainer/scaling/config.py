@@ -105,7 +105,7 @@ class PlanKeys:
     sizes: int = key(5, "isoflop: number of model sizes in each budget", ge=3, common=True)
     ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "ladder: the model sizes N")
     multiples: list[float] = key([1, 2, 4], "ladder: training tokens D in multiples of 20 N")
-    model: str = key("tiny", "model=CHOICE whose kind of layers all sizes have")
+    model: str = key("tiny", "model=CHOICE that sets the kind of layers of all sizes")
     runs: list[list[float]] = key([], "list: the runs as [[N, D], ...]")
     vocab_size: int | None = key(
         None,
@@ -199,7 +199,7 @@ class StudyJob(Job):
         {}, "read only the table's rows with these values, such as {dataset: c4}, by its own names"
     )
     by: str | None = key(
-        None, "the column whose values tell the two groups apart, of one table, of runs or of cells"
+        None, "column of the table, the runs or the cells whose values are the two groups"
     )
     groups: list[str] = key(
         [], "the two values of `by` to compare; the first is the reference; []: the only two"
@@ -233,7 +233,8 @@ class StudyJob(Job):
         None, "the accuracy of guessing, the floor of the link; null: it is fitted", ge=0, lt=1
     )
     against: list[Literal["parameters", "tokens", "flops"]] = key(
-        [], "what the laws of `rates` depend on; []: N and D, as far as the sweeps tell them apart"
+        [],
+        "columns of the laws of `rates`; []: N and D, or N alone where the sweeps can't separate them",
     )
     form: LawName = key(
         "chinchilla",

@@ -158,10 +158,9 @@ def make_cell(
 
 
 def _batch(common: Common, tokens: float, factor: float) -> tuple[int, int]:
-    """Return the windows of a step, and those fed at once: the batch of the rule in whole parts of
-    the study's micro-batch, times a factor. A smaller batch has smaller parts, if those are whole
-    for each rank.
-    """
+    """Return the windows of a step, and the micro-batch of all ranks: the batch of the rule, rounded
+    to the study's micro-batch, times a factor. A smaller batch has a smaller micro-batch, if it
+    divides by the ranks."""
     unit, ranks = common.micro_batch, common.ranks
     usual = max(1, round(common.rule.batch(tokens) / (unit * common.sequence_length))) * unit
     least = unit * min(1.0, factor)
@@ -170,20 +169,16 @@ def _batch(common: Common, tokens: float, factor: float) -> tuple[int, int]:
 
 
 def _ramp(steps: int, windows: int, first: float) -> BatchRamp:
-    """Return the batches of a run of as many tokens as so many full steps have: the first ones of
-    the share `first` of the `windows`, doubled after equally many steps until they are full, after
-    GROWS of the tokens."""
+    """Return the batches of a run with the tokens of `steps` full steps. They begin with the share
+    `first` of the `windows`, and double at equal intervals until GROWS of the tokens."""
     stages = round(-math.log2(first))
     each = max(1, round(GROWS * steps / (1 - first))) if stages else 0  # a power series
     return BatchRamp(windows, (each,) * stages)
 
 
 def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
-    """Return a cell of each size, and more learning rates of the smallest and the largest size. The
-    sizes between wait for these.
-
-    drafts: make_cell with all but role and factors, by size.
-    """
+    """Return a cell of each size, and two more learning rates of the smallest and the largest size,
+    which the sizes between wait for. drafts: make_cell with all but role and factors, by size."""
     cells, factors = [d() for d in drafts], ((1 / FACTOR, "low"), (FACTOR, "high"))
     ends = [(d, by, label) for d in (drafts[0], drafts[-1]) for by, label in factors]
     rates = [d(role="rate", rate_factor=by, suffix=f"-lr-{label}") for d, by, label in ends]
@@ -233,7 +228,7 @@ def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
 
 
 def extra_rate(cells: Sequence[Cell], rate: float) -> Cell:
-    """Return a cell that adds this learning rate to a sweep. cells: those of the sweep."""
+    """Return a cell that adds this learning rate to the cells of a sweep."""
     near = min(cells, key=lambda c: abs(math.log(c.learning_rate / rate)))
     tried = sum(c.role == "rate" for c in cells)
     name = f"{near.cell_of}-lr-{'higher' if rate > near.learning_rate else 'lower'}{tried - 1}"
@@ -241,7 +236,7 @@ def extra_rate(cells: Sequence[Cell], rate: float) -> Cell:
 
 
 def share_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Return the cells with those of one trajectory branching off the longest, each where its own
+    """Return the cells, where all of one trajectory branch off the longest one, each where its
     decay begins. A branch costs its decay alone (Hägele et al. 2024, arXiv 2405.18392)."""
     longest = {c.trajectory: c for c in sorted(cells, key=lambda c: c.steps)}
     shared = list[Cell]()

@@ -1,4 +1,4 @@
-"""The plan of a study: its stages of cells, what they cost, and what the sweeps change in them.
+"""The plan of a study: its stages of cells with their cost, changed by the results of sweeps.
 
 Invariant: `load(dump(plan)) == plan`. A plan is read as it was decided, even by a later version
 that would decide otherwise.
@@ -51,7 +51,7 @@ class StudyStage:
         return list(dict.fromkeys(c.recipe for c in self.cells if c.waits_for))
 
     def sweep(self, recipe: str) -> list[Cell]:
-        """Return the cells whose losses the waiting cells of a recipe need."""
+        """Return the cells that the waiting cells of a recipe wait for."""
         names = {name for c in self.cells if c.recipe == recipe for name in c.waits_for}
         return [c for c in self.cells if c.name in names]
 

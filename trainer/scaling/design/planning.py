@@ -56,7 +56,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         problem = "would make runs shorter than their cells, whose steps have one batch each"
         raise UserError("train.first_batch", problem, "leave it out, and train.batch_ramp")
     if not isinstance(train.model, ModelConfig):
-        todo = "choose a model=CHOICE whose width and layers forescale sets"
+        todo = "choose a model=CHOICE of forescale: a study sets width and layers"
         raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
     if not train.objective.is_next_token:
         problem = f"objective {train.objective.kind} has other targets than each next token, which "

@@ -228,7 +228,8 @@ def _law(
     where: str,
     refused: Sequence[RefusedSweep],
 ) -> RateLaw:
-    """Return the law of these best values. Raises UserError if they are too few, or all alike."""
+    """Return the law of these best values. Raises UserError if they are too few, or at
+    one place."""
     if (freedom := len(optima) - len(columns) - 1) < 1:
         whys = "; ".join(f"N {r.at['parameters']:.3g}, D {r.at['tokens']:.3g}: {r.why}"
                          for r in refused[:3])  # fmt: skip

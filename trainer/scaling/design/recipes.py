@@ -148,7 +148,7 @@ def recipes_of(
     for name, texts in named.items():
         factors = {key: _factor(name, key, texts) for key in _FACTORS}
         if name == BASE and set(factors.values()) != {1.0}:
-            problem = "has batch=, first_batch= or aspect=, which are factors of its own"
+            problem = "has batch=, first_batch= or aspect=, which are factors of the base itself"
             raise UserError("plan.base", problem, "give them to a candidate")
         arguments = tuple(text for text in texts if text.partition("=")[0] not in factors)
         job = _job(name, shared, arguments, owned)
@@ -266,8 +266,7 @@ class RecipeGrid:
         sweep = [cell("", 1.0, "grid"), cell("-lr-low", 1 / FACTOR, "rate")]
         sweep.append(cell("-lr-high", FACTOR, "rate"))
         names = tuple(c.name for c in sweep)
-        # Both seeds change at once: the noise of a run is that of its weights and its data
-        # together.
+        # Both seeds change at once, so that the noise of weights and data is measured together.
         seeds = [
             replace(cell(f"-seed{i}", 1.0, "seed"), seed=common.seed + i, waits_for=names)
             for i in range(1, self.runs_with_seeds(stage) + 1)

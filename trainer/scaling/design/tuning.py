@@ -1,5 +1,5 @@
-"""Learning rates and batches from trial runs: the best of a sweep, what it leaves, and a rule for
-the sizes and budgets that were not swept.
+"""Learning rates and batches from trial runs: the best of a sweep, and a rule for the sizes and
+budgets without one.
 
 Invariant: a best learning rate has worse ones on both sides. If the best is at the edge of the
 sweep, `inside` is False and `next_rate` gives the rate to try next; it never counts as an optimum.

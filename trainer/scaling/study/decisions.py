@@ -1,8 +1,7 @@
 """Decides from the results so far: learning rates, the next stage, forecasts, winners.
 
-    a sweep ended   best rate at an edge -> one more rate on that side, as far as the stage's cost
-                    allows (rates_added); else the learning rates of the cells that wait
-                    (rates_chosen)
+    a sweep ended   best rate at an edge -> one more rate on that side, within the stage's cost
+                    (rates_added); else the learning rates of the cells that wait (rates_chosen)
     a draft stage   by the kind of the study: law_decisions.py, recipe_decisions.py
 
 Invariant: `advance` makes every decision that is due, and none twice; the same results give the
@@ -103,8 +102,8 @@ def _tune(study: Study, number: int, recipe: str, most: int, log: Log) -> None:
 
 
 def _end_without_loss(study: Study, stage: StudyStage, recipe: str, why: str, log: Log) -> None:
-    """Drop the runs of a candidate that have not begun. Raises UserError for the base, and in the
-    study of a law."""
+    """Drop all later runs of a candidate. Raises UserError for the base, and in the study of a
+    law."""
     number = stage.number
     if recipe in ("", BASE):
         problem = f"has no learning rate{' of the base' * bool(recipe)}: {why}"

@@ -224,7 +224,7 @@ def with_outcome(table: pd.DataFrame, job: StudyJob, where: str) -> pd.DataFrame
 
 
 def with_columns(table: pd.DataFrame, job: StudyJob, names: Sequence[str]) -> pd.DataFrame:
-    """Return records with further columns of their table, as far as it has them."""
+    """Return records with those of these columns that their table has."""
     raw = _raw(table, job)
     return table.assign(**{name: raw[name].loc[table.index] for name in names if name in raw})
 

@@ -185,8 +185,8 @@ def _best_size(study: Study, table: pd.DataFrame, flops: float) -> float:
 def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
     """Return N*(C), a power law through the vertices of the budgets' parabolas.
 
-    Its exponent is fitted once there are two budgets. A budget whose parabola is refused counts by
-    its best run.
+    Its exponent is fitted once there are two budgets. Without a valid parabola, the best run of the
+    budget counts.
     """
     fitted = table[table["fitted"]]
     best = dict[float, float]()
