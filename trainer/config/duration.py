@@ -51,7 +51,7 @@ class Duration:
             return value
         match = _FORM.fullmatch(str(value))
         if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
-            got = shortened(repr(value), 200)
+            got = "null" if value is None else shortened(repr(value), 200)
             raise ValueError(f"expects a length such as {EXAMPLES}, got {got}")
         unit, factor = _UNITS[match[2].lower()]
         try:

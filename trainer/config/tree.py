@@ -119,7 +119,7 @@ class _Builder:
             elif is_kind and (not default or any(map(self._is_typed, keys))):
                 where = path.rpartition(".")[2] if default else "kind"
                 problem = f"is a key of {where}={' or '.join(owners)}, and this is {word}"
-                todo = "choose it, or leave the key out"
+                todo = f"write {path if default else 'kind'}={owners[0]}, or leave the key out"
                 self.wrong.append(Problem(f"{path}.{name}", problem, todo))
         if is_kind:
             return self.section(kinds[word], tree, path + ".")

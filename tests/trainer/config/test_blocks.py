@@ -113,7 +113,7 @@ def test_a_key_of_another_kind_is_refused_by_its_name():
     problems = refusals("model.mixer.window=5")
     assert problems == {
         "model.mixer.window": "is a key of mixer=window, and this is attention; "
-        "choose it, or leave the key out"
+        "write model.mixer=window, or leave the key out"
     }
     assert (
         "mixer=attention or window"
