@@ -11,7 +11,6 @@ from itertools import groupby
 from math import prod
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs.record import Shapes
 from forescale.models.flops import (
     count,
     flops_forward,
@@ -23,6 +22,7 @@ from forescale.models.flops import (
     shapes,
     stacked,
 )
+from forescale.models.part import Shapes
 
 _INSIDE = ("blocks.", "transform.", "mtp.")
 _WEIGHT, _DOWN, _UP = ".weight", ".lora_A.weight", ".lora_B.weight"
@@ -119,7 +119,7 @@ def flops_recomputed_with_adapters(
     config, again = in_chunks(config, sequence_length // ranks), 0
     for name, size in _sizes(config, rank, targets).items():
         layer, part = name.split(".")[1:3]
-        is_in_chunks = part == "mlp" and parts_of(config, int(layer))[part].recomputed(config, 1)
+        is_in_chunks = part == "mlp" and parts_of(config, int(layer)).mlp.recomputed(config, 1)
         again += size * ((config.activation_checkpointing == "full") + bool(is_in_chunks))
     return flops_recomputed(config, sequence_length, ranks) + 2 * again
 

@@ -1,4 +1,4 @@
-"""A block of the transformer, made of the modules that its cost records name, and its mixer's view.
+"""A block of the transformer, built of its parts' modules, and the view of its mixer.
 
 Invariant: a block knows no mixer and no MLP by name.
 
@@ -15,7 +15,6 @@ by the same policy. At ZeRO stage 3 it is inside of the hooks of a block, whose 
 when its backward pass makes the rest again.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -29,11 +28,12 @@ from torch.utils.checkpoint import (
 )
 
 from forescale.models.config import ModelConfig
-from forescale.models.experts.balance import Routing
-from forescale.models.flops import layers_of, parts_of
+from forescale.models.flops import parts_of
 from forescale.models.mixers.context import CHANGES_PRODUCTS, Columns, Context, Viewer
-from forescale.models.norm import make_norm
+from forescale.models.mlps.balance import Routing
+from forescale.models.norms import make_norm
 from forescale.models.parametrization import scales
+from forescale.models.part import Mixer, imported
 
 # Names, because a build of torch has the kernels of its own devices.
 _MATRICES = (
@@ -51,27 +51,18 @@ _KERNELS = (
 )
 
 
-def named(dotted: str) -> Any:
-    """Import and return the class or function of a cost record."""
-    module, _, name = dotted.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def no_view(columns: Columns) -> None:
     """The viewer of mixers that need no view."""
 
 
 def viewers(config: ModelConfig) -> list[Viewer]:
     """Return what makes the view of each layer; layers that share a view have the same."""
-    made: dict[tuple[str, int], Any] = {}
-    found = []
-    for i, parts in enumerate(layers_of(config)):
-        mixer = parts["mixer"]
-        key = mixer.viewer, i if mixer.varies(config) else 0
-        if key not in made:
-            made[key] = named(mixer.viewer)(config, i) if mixer.viewer else no_view
-        found.append(made[key])
-    return found
+    views: dict[tuple[Mixer, int], Viewer] = {}
+    for i, mixer in enumerate(config.mixers):
+        key = mixer, i if mixer.varies else 0
+        if key not in views:
+            views[key] = imported(mixer.viewer)(config, mixer, i) if mixer.viewer else no_view
+    return [views[mixer, i if mixer.varies else 0] for i, mixer in enumerate(config.mixers)]
 
 
 class Block(nn.Module):
@@ -95,20 +86,20 @@ class Block(nn.Module):
         self.heads = {name: part.heads for name, part in parts.items()}
         before, after = config.norms_before, config.norms_after
         self.mixer_norm = make_norm(config) if before else None
-        self.mixer = named(parts["mixer"].module)(config)
+        self.mixer = parts.mixer.build(config)
         self.mixer_post_norm = make_norm(config) if after else None
         self.cross_norm = self.cross = self.cross_post_norm = None
-        if "cross" in parts:
+        if parts.cross is not None:
             self.cross_norm = make_norm(config) if before else None
-            self.cross = named(parts["cross"].module)(config)
+            self.cross = parts.cross.build(config)
             self.cross_post_norm = make_norm(config) if after else None
         self.mlp_norm = make_norm(config) if before else None
-        self.mlp = named(parts["mlp"].module)(config)
+        self.mlp = parts.mlp.build(config)
         self.mlp_post_norm = make_norm(config) if after else None
-        self.is_routed = parts["mlp"].is_routed
-        self.gives_values = bool(config.value_residual) and layer == 0
+        self.is_routed = parts.mlp.is_routed
+        self.gives_values = bool(parts.mixer.shared_values) and layer == 0
         self.output_norm = make_norm(config) if is_last and config.norms_stream else None
-        self.norms_sum = config.norm_placement == "residual"
+        self.norms_sum = config.norm.placement == "residual"
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = scales(config).residual
         self.is_selective = config.activation_checkpointing == "selective"

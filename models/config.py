@@ -6,10 +6,26 @@ given value. Imports no torch: a plan reads this file on a login node.
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any, Literal, get_args
 
-from forescale.models import effects, rules
-from forescale.models.costs import MIXERS, MLPS
-from forescale.models.costs.record import Problem
+from forescale.models import rules
+from forescale.models.choices import (
+    HEADS,
+    NORMS,
+    PARAMETRIZATIONS,
+    RMS,
+    Head,
+    LinearHead,
+    Norm,
+    Standard,
+)
+from forescale.models.mixers import MIXERS
+from forescale.models.mixers.attention import Attention
+from forescale.models.mlps import MLPS
+from forescale.models.mlps.dense import SwiGLU
+from forescale.models.mlps.moe import Experts
+from forescale.models.part import Mixer, Mlp, Part, Problem, part_of
+from forescale.models.positions.kinds import POSITIONS, Rotary
 from forescale.models.rules import HEAD_DIM
 
 _WIDTH_PER_LAYER = 64
@@ -40,6 +56,8 @@ class Sizes:
         return self.num_kv_heads * self.head_dim
 
 
+Checkpointing = Literal["none", "selective", "full"]
+CHECKPOINTINGS: tuple[Checkpointing, ...] = get_args(Checkpointing)
 _CPU_CHUNK = 512  # targets
 _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shapes the trajectory
 
@@ -62,7 +80,7 @@ class ModelConfig:
     5. mlp_width = 4 * width (Vaswani et al. 2017, section 3.3); for swiglu and geglu 8/3 * width,
        which with its third matrix holds as many parameters (Shazeer 2020, arXiv 2002.05202, section
        2), rounded up to a multiple of 64 for the matrix units; moe as swiglu.
-    6. moe_width = mlp_width / (moe_top_k + moe_shared), so that a token's FLOPs are those of the
+    6. An expert is mlp_width / (top_k + shared) wide, so that a token's FLOPs are those of the
        dense model (Dai et al. 2024, arXiv 2401.06066, section 3.1). Doubt: Mixtral's experts are
        as wide as a dense MLP.
     """
@@ -77,75 +95,35 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the dataset's
     max_sequence_length: int | None = None  # of a row; None: the training's
 
-    position: str = "rotary"  # rotary | alibi | relative (T5) | learned | sinusoidal | none
-    rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
-    rope_scaling: str = "none"  # none | ntk | yarn | llama3: models/positions/rope_scaling.py
-    rope_factor: float = 1.0  # of a scaling: new length / original length
-    # Of yarn and llama3; None: max_sequence_length / rope_factor.
-    rope_original_length: int | None = None
-    relative_buckets: int = 32  # relative: entries of a head's table of distances (T5: 32)
-    relative_distance: int = 128  # relative: from here on all distances share an entry (T5: 128)
-    # The part of each head that rotates; the rest has no position. None: all, with latent half.
-    rope_fraction: float | None = None
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    # pre | post | sandwich: before a part, after it (OLMo 2), or both; residual: after its sum with
-    # the residual stream (Vaswani et al. 2017, BERT), and so no norm at the end.
-    norm_placement: str = "pre"
-    embedding_norm: bool = False  # a norm after the embedding and its positions, as BERT
-    norm_eps: float = 1e-6  # added to the variance in norms
-    # How tokens exchange information:
-    # attention | window | block_sparse | gated_deltanet | latent | lstm | mingru
-    mixer: str = "attention"
+    # How a token's place enters.
+    position: Part = field(default_factory=Rotary, metadata={"kinds": POSITIONS})
+    # The norms of the residual stream, of queries and of keys.
+    norm: Norm = field(default_factory=RMS, metadata={"kinds": NORMS})
+    # How tokens exchange information.
+    mixer: Mixer = field(default_factory=Attention, metadata={"kinds": MIXERS})
     # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
     # empty: `mixer` in each layer.
-    mixer_pattern: list[str] = field(default_factory=list)
-    delta_value_dim: int | None = None  # gated_deltanet: width of a value head; None: head width
-    delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
-    latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half of all
-    latent_query_rank: int | None = None  # latent: width of the queries' latent; None: no latent
+    mixer_pattern: list[Mixer] = field(default_factory=list, metadata={"kinds": MIXERS})
+    # What acts on each token alone.
+    mlp: Mlp = field(default_factory=SwiGLU, metadata={"kinds": MLPS})
+    # What makes the logits.
+    head: Head = field(default_factory=LinearHead, metadata={"kinds": HEADS})
+    # How initial weights, forward pass and optimizer depend on width and depth:
+    # models/parametrization.py
+    parametrization: Part = field(default_factory=Standard, metadata={"kinds": PARAMETRIZATIONS})
+
     # Layers of an encoder before the num_layers of the decoder (objective=seq2seq or prefix);
     # 0: none.
     encoder_layers: int = 0
     source_length: int | None = None  # columns that the encoder reads; None: as the objective says
-    window: int | None = None  # mixer=window: tokens that a token sees, itself included
-    global_tokens: int = 0  # mixer=window: first tokens of a document that all its tokens see
-    sparse_pattern: str = "strided"  # mixer=block_sparse: strided | fixed | bigbird
-    sparse_block: int = 64  # mixer=block_sparse: tokens per block
-    sparse_local: int = 4  # mixer=block_sparse: blocks of the neighbourhood; strided, fixed: stride
-    sparse_global: int = 1  # bigbird: first blocks of a document that all its tokens see
-    sparse_random: int = 2  # bigbird: random blocks that a block sees
     causal: bool = True  # a token sees no later one; false: an encoder, for objective=masked
-    # swiglu | geglu | gelu (tanh) | gelu_exact | relu | relu2 | moe: experts, models/experts/moe.py
-    mlp: str = "swiglu"
-    moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)
-    moe_top_k: int = 2  # moe: experts that a token uses (GShard, Mixtral: 2)
-    moe_width: int | None = None  # of an expert; None: mlp_width / (moe_top_k + moe_shared)
-    moe_shared: int = 0  # moe: experts that every token uses too
-    moe_dense_layers: int = 0  # moe: first layers that keep a dense swiglu of mlp_width
-    moe_scores: str = "softmax"  # softmax | sigmoid: the router's scores
-    moe_renormalise: bool = True  # divide a token's scores by the sum of those of its experts
-    moe_balance_loss: float = 0.01  # coefficient of the load-balancing loss (Switch: 0.01); 0: off
-    moe_z_loss: float = 0.001  # coefficient of the router's z-loss (ST-MoE: 0.001); 0: off
-    moe_bias_speed: float = 0.0  # loss-free balance: bias step (DeepSeek-V3: 0.001); 0: off
-    moe_capacity: float = 0.0  # places of an expert / mean load (Switch: 1.25); 0: drop no token
     bias: bool = False  # use biases in linear layers and layernorm
-    qkv_bias: bool = False  # use biases of queries, keys and values alone, as Qwen2
-    qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
-    qk_norm_over: str = "head"  # head | layer: over each head alone, or over all of them (OLMo 2)
-    # none | head | channel: a sigmoid of the input gates what each head (or channel) gives.
-    attention_gate: str = "none"
-    token_shift: bool = False  # queries, keys and values have a part of the token's before
-    # The part of each later layer's values that are the first layer's (ResFormer: 0.5); 0: none.
-    value_residual: float = 0.0
     # 1: each layer adds a vector of the token itself to its values, 2: every second layer, counted
-    # from the last, and so on; 0: none (models/embeddings/values.py).
+    # from the last, and so on; 0: none.
     value_embedding: int = 0
-    # Rows of a table of pairs of tokens, which is added to the embedding; 0: none
-    # (models/embeddings/bigrams.py).
+    # Rows of a table of vectors of pairs of tokens, added to the embedding; 0: none.
     bigram_rows: int = 0
     scale_embedding: bool = False  # multiply the embedding by sqrt(width), as Gemma
-    logit_softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
-    head: str = "linear"  # linear | dense: BERT's: dense, GELU and norm first, a bias of each logit
     tie_embeddings: bool = False  # use one matrix for the token embedding and the output head
     dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
     # Modules that predict the tokens after the next one, in training alone (DeepSeek-V3: 1); 0: no.
@@ -154,16 +132,21 @@ class ModelConfig:
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
     # Targets per chunk of the loss; None: 512 on a CPU, up to 8192 on a GPU; 0: all.
     loss_chunk: int | None = field(default=None, metadata=_NUMERICS)
-    # Columns of a row that an MLP computes at once, and again in the backward pass; None: all, and
-    # nothing again.
-    mlp_chunk: int | None = field(default=None, metadata=_NUMERICS)
-    # none | selective | full: what the backward pass computes again instead of keeping it: of each
-    # layer all but matrix products and attention, or all but its input.
-    activation_checkpointing: str = field(default="none", metadata=_NUMERICS)
-    init_std: float | None = None  # None: see models/parametrization.py
-    parametrization: str = "standard"  # standard | mup | completep
-    base_width: int = 256  # mup, completep: width for which optimizer.learning_rate was tuned
-    base_depth: int = 4  # completep: num_layers for which optimizer.learning_rate was tuned
+    # What the backward pass computes again instead of saving it: of each layer all but matrix
+    # products and attention (selective), or all but its input (full).
+    activation_checkpointing: Checkpointing = field(default="none", metadata=_NUMERICS)
+    # Standard deviation of the initial weights; None: see models/parametrization.py
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        """Take a word, or a block such as {"kind": "window", "window": 256}, for its part."""
+        for f in fields(self):
+            if (kinds := f.metadata.get("kinds")) is None:
+                continue
+            value = getattr(self, f.name)
+            is_list = isinstance(value, list)
+            part = [part_of(kinds, one) for one in value] if is_list else part_of(kinds, value)
+            object.__setattr__(self, f.name, part)
 
     def problems(
         self, vocab_size: int | None = None, sequence_length: int | None = None
@@ -176,8 +159,8 @@ class ModelConfig:
         return rules.problems(self, vocab_size, sequence_length)
 
     def unread(self) -> list[Problem]:
-        """Return the keys that have no effect in this model, as problems() has them."""
-        return effects.unread(self)
+        """Return the keys that no part of this model reads, as problems() has them."""
+        return rules.unread(self)
 
     def resolved(
         self, vocab_size: int | None = None, sequence_length: int | None = None
@@ -207,16 +190,26 @@ class ModelConfig:
         return Sizes(**given | {"head_dim": full.head_dim or given["width"] // given["num_heads"]})
 
     @property
-    def mixers_used(self) -> list[str]:
+    def mixers_used(self) -> list[Mixer]:
         """The mixers that some layer has, each once."""
         return list(dict.fromkeys(self.mixer_pattern or [self.mixer]))
 
     @cached_property
-    def mixers(self) -> tuple[str, ...]:
+    def mixers(self) -> tuple[Mixer, ...]:
         """The mixer of each block; in an encoder-decoder the pattern runs on from the encoder into
         the decoder. Raises ValueError like resolved()."""
         pattern = self.mixer_pattern or [self.mixer]
         return tuple(pattern[i % len(pattern)] for i in range(self.num_blocks))
+
+    @property
+    def shared_values(self) -> float:
+        """The share of the first layer's values in those of the later layers; 0: none."""
+        return max(mixer.shared_values for mixer in self.mixers_used)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The mixture of experts, if the MLP is one."""
+        return self.mlp if isinstance(self.mlp, Experts) else None
 
     @property
     def value_layers(self) -> list[int]:
@@ -232,22 +225,22 @@ class ModelConfig:
     @property
     def has_experts(self) -> bool:
         """True if the MLP of some layer is a mixture of experts."""
-        return MLPS[self.mlp].is_routed
+        return self.mlp.is_routed
 
     @property
     def norms_before(self) -> bool:
         """True if a part of a block reads a norm of the stream."""
-        return self.norm_placement in ("pre", "sandwich")
+        return self.norm.placement in ("pre", "sandwich")
 
     @property
     def norms_after(self) -> bool:
         """True if a norm follows a part of a block."""
-        return self.norm_placement != "pre"
+        return self.norm.placement != "pre"
 
     @property
     def norms_stream(self) -> bool:
         """True if a stack of blocks ends with a norm of its own, as the stream isn't normed."""
-        return self.norm_placement != "residual"
+        return self.norm.placement != "residual"
 
     def targets_at_once(self, on_gpu: bool) -> int:
         """Return the targets of a chunk of the loss; 0: all. Raises ValueError like resolved().
@@ -272,34 +265,25 @@ class ModelConfig:
 
     @cached_property
     def _encoder(self) -> "ModelConfig":
-        found = replace(self, causal=False, encoder_layers=0, source_length=None)
+        encoder = replace(self, causal=False, encoder_layers=0, source_length=None)
         # The whole has been checked; alone, it may have keys that only the decoder reads.
-        found.__dict__["sizes"] = replace(self.sizes, num_layers=self.encoder_layers)
-        return found
+        encoder.__dict__["sizes"] = replace(self.sizes, num_layers=self.encoder_layers)
+        return encoder
 
     @property
     def rotates(self) -> bool:
         """True if some mixer rotates its queries and keys by their positions."""
-        mixers = (MIXERS[name] for name in self.mixers_used)
-        return self.position == "rotary" and any("position" in part.reads for part in mixers)
+        reads = any("position" in mixer.reads for mixer in self.mixers_used)
+        return reads and isinstance(self.position, Rotary)
 
     @property
     def rotary_width(self) -> int:
-        """The part of each head that rotates: head_dim * rope_fraction."""
-        return round(self.sizes.head_dim * (self.rope_fraction or self.sized().rope_fraction or 1))
-
-    @property
-    def expert_width(self) -> int:
-        """The width of an expert of a mixture. Raises ValueError like resolved()."""
-        width = self.moe_width or self.resolved().moe_width
-        assert width is not None, "a config without experts"
-        return width
-
-    @property
-    def original_length(self) -> float:
-        """The sequence length before scaling, for yarn and llama3. Raises ValueError like
-        resolved()."""
-        return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
+        """The part of each head that rotates: head_dim * position.fraction."""
+        position = self.position
+        if isinstance(position, Rotary) and position.fraction is None:
+            position = position.sized(self)
+        fraction = position.fraction if isinstance(position, Rotary) else None
+        return round(self.sizes.head_dim * (fraction or 1))
 
     @property
     def ruled_width(self) -> int | None:
@@ -312,16 +296,18 @@ class ModelConfig:
         width = self.ruled_width or 0
         num_heads = self.num_heads or max(1, width // (self.head_dim or HEAD_DIM))
         gated = -(-8 * width // (3 * 64)) * 64
-        mlp_width = self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width)
-        active = max(1, self.moe_top_k + self.moe_shared)
-        turning = min(MIXERS[mixer].turning for mixer in self.mixers_used)
-        return replace(
+        sized = replace(
             self,
             num_layers=self.num_layers or self.depth,
             width=width,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads or num_heads,
-            mlp_width=mlp_width,
-            rope_fraction=self.rope_fraction or (turning if self.position == "rotary" else 1.0),
-            moe_width=self.moe_width or (mlp_width // active if self.has_experts else None),
+            mlp_width=self.mlp_width or (gated if self.mlp.is_gated else 4 * width),
         )
+        parts: dict[str, Any] = {
+            f.name: getattr(sized, f.name) for f in fields(self) if "kinds" in f.metadata
+        }
+        for name, part in parts.items():
+            is_list = isinstance(part, list)
+            parts[name] = [one.sized(sized) for one in part] if is_list else part.sized(sized)
+        return replace(sized, **parts)

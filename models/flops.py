@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs import CROSS, MIXERS, MLPS, Part, moe
-from forescale.models.costs.record import Shapes, linear
+from forescale.models.mixers.attention import Cross, cross_of
+from forescale.models.mlps.dense import Dense
+from forescale.models.part import BlockPart, Mixer, Mlp, Shapes, linear
+from forescale.models.positions.kinds import Relative
 
 # The modules before the blocks.
 _TABLES = ("bigrams.", "value_embeddings.")
@@ -102,20 +104,20 @@ def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> in
     The encoder's layers act on the first source_length columns, each of which sees them all; the
     decoder's and the head on the others.
     """
-    found = _head_flops(config) * columns_of(config, config.encoder_layers, columns)
+    total = _head_flops(config) * columns_of(config, config.encoder_layers, columns)
     source = columns_of(config, 0, columns)
     for i, parts in enumerate(layers_of(config)):
-        own, length = config.of_block(i), columns_of(config, i, columns)
+        block, length = config.of_block(i), columns_of(config, i, columns)
         for name, part in parts.items():
-            seen = source if name == "cross" else length
-            found += length * part.flops(own, seen, causal) + source * part.source_flops(own)
-    return 3 * found
+            keys = source if name == "cross" else length
+            total += length * part.flops(block, keys, causal) + source * part.source_flops(block)
+    return 3 * total
 
 
 def _head_flops(config: ModelConfig) -> int:
     """Return the forward FLOPs of the logits of one token."""
     s = config.sizes
-    return 2 * s.width * (s.vocab_size + (s.width if config.head == "dense" else 0))
+    return 2 * s.width * (s.vocab_size + (s.width if config.head.kind == "dense" else 0))
 
 
 def _mtp_flops(config: ModelConfig, sequence_length: int, causal: bool) -> int:
@@ -149,22 +151,42 @@ def flops_6n(config: ModelConfig) -> int:
 def expansion(config: ModelConfig) -> float:
     """Return the experts of a layer over those that a token uses, the shared ones among both.
 
-    1 of a dense model; the first moe_dense_layers of a mixture don't count.
+    1 of a dense model; the first dense_layers of a mixture don't count.
     """
-    if not config.has_experts:
-        return 1.0
-    return (config.moe_experts + config.moe_shared) / (config.moe_top_k + config.moe_shared)
+    e = config.experts
+    return 1.0 if e is None else (e.experts + e.shared) / (e.top_k + e.shared)
 
 
-def parts_of(config: ModelConfig, layer: int) -> dict[str, Part]:
-    """Return the parts of a block by name, in the order of the forward pass."""
-    mlp = moe.part_of(config, layer) if config.has_experts else MLPS[config.mlp]
+@dataclass(frozen=True)
+class BlockParts:
+    """The parts of a block. cross: in the decoder of an encoder-decoder."""
+
+    mixer: Mixer
+    cross: Cross | None
+    mlp: Mlp
+
+    def __len__(self) -> int:
+        return 2 if self.cross is None else 3
+
+    def items(self) -> list[tuple[str, BlockPart]]:
+        """Return the parts by name, in the order of the forward pass."""
+        cross = [("cross", self.cross)] if self.cross is not None else []
+        return [("mixer", self.mixer), *cross, ("mlp", self.mlp)]
+
+    def values(self) -> list[BlockPart]:
+        """Return the parts in the order of the forward pass."""
+        return [part for _, part in self.items()]
+
+
+def parts_of(config: ModelConfig, layer: int) -> BlockParts:
+    """Return the parts of a block."""
+    mixer = config.mixers[layer]
     is_decoder = config.has_encoder and layer >= config.encoder_layers
-    cross = {"cross": CROSS} if is_decoder else {}
-    return {"mixer": MIXERS[config.mixers[layer]], **cross, "mlp": mlp}
+    cross = cross_of(mixer) if is_decoder else None
+    return BlockParts(mixer, cross, config.mlp.of_layer(layer))
 
 
-def layers_of(config: ModelConfig) -> list[dict[str, Part]]:
+def layers_of(config: ModelConfig) -> list[BlockParts]:
     """Return the parts of each block, from the first to the last."""
     return [parts_of(config, i) for i in range(config.num_blocks)]
 
@@ -174,12 +196,12 @@ def _kinds(config: ModelConfig) -> list[tuple[int, int]]:
     models of a hundred equal layers."""
     last = config.encoder_layers - 1  # it has a norm that the others don't
     layers = enumerate(layers_of(config))
-    # By identity, for to hash a record takes longer than all else here.
+    # By identity: to hash a part takes longer than all else here.
     kinds = [(*map(id, parts.values()), i == last) for i, parts in layers]
     return [(kinds.index(kind), times) for kind, times in Counter(kinds).items()]
 
 
-def _sum(config: ModelConfig, of: Callable[[Part], int]) -> int:
+def _sum(config: ModelConfig, of: Callable[[BlockPart], int]) -> int:
     """Return the sum over all parts of all layers."""
     return sum(
         times * of(part) for i, times in _kinds(config) for part in parts_of(config, i).values()
@@ -217,19 +239,19 @@ def _outer_shapes(config: ModelConfig) -> Shapes:
     s = config.sizes
     table = (s.vocab_size, s.width)
     found: Shapes = {"embedding.weight": table}
-    is_dense = config.head == "dense"
+    is_dense = config.head.kind == "dense"
     if is_dense and config.tie_embeddings:
         found["embedding.bias"] = (s.vocab_size,)
     if config.bigram_rows:
         found["bigrams.weight"] = (config.bigram_rows, s.width)
     values = (s.vocab_size, s.kv_width)
     found |= {f"value_embeddings.{i}.weight": values for i in config.value_layers}
-    if config.position == "learned":
+    if config.position.kind == "learned":
         found["position.weight"] = (s.max_sequence_length, s.width)
-    if config.embedding_norm:
+    if config.norm.embedding:
         found |= _norm(config, "embedding_norm")
-    if config.position == "relative":
-        table_of_scores = (config.relative_buckets, s.num_heads)
+    if isinstance(config.position, Relative):
+        table_of_scores = (config.position.buckets, s.num_heads)
         halves = ("encoder_", "") if config.has_encoder else ("",)
         found |= {f"{half}relative_position.weight": table_of_scores for half in halves}
     if config.norms_stream:
@@ -254,13 +276,13 @@ def _mtp_shapes(config: ModelConfig) -> Shapes:
 
 
 def _norm(config: ModelConfig, name: str) -> Shapes:
-    has_bias = config.norm == "layernorm" and config.bias
+    has_bias = config.norm.kind == "layernorm" and config.bias
     return {f"{name}.{kind}": (config.sizes.width,) for kind in ("weight", "bias")[: 1 + has_bias]}
 
 
 def matrices(config: ModelConfig) -> set[str]:
     """Return the names of Transformer.muon_parameters(), without building the model."""
-    found = {"transform.dense.weight"} if config.head == "dense" else set()
+    found = {"transform.dense.weight"} if config.head.kind == "dense" else set()
     for i in range(config.num_blocks):
         parts = parts_of(config, i).items()
         others = {f"{name}.{inner}" for name, part in parts for inner in part.not_muon}
@@ -292,7 +314,7 @@ def _named_blocks(config: ModelConfig) -> list[tuple[str, int]]:
 
 def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
     """Return the parameters of which each of `tensor` ranks that divide the matrices has a part, by
-    name, and the dimension along which they are cut (Part.divided)."""
+    name, and the dimension along which they are cut (BlockPart.divided)."""
     if tensor == 1:
         return {}
     tables = (n for n in _outer_shapes(config) if n.startswith(("embedding.", "head.")))
@@ -307,17 +329,20 @@ def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
 
 
 def in_chunks(config: ModelConfig, columns: int) -> ModelConfig:
-    """Return the config as a rank that has so many columns of a row computes it: without mlp_chunk
-    where they are one chunk, of which nothing is made again."""
-    return replace(config, mlp_chunk=None) if columns <= (config.mlp_chunk or 0) else config
+    """Return the config as a rank that has so many columns of a row computes it: without mlp.chunk
+    where they are one chunk, of which nothing is computed again."""
+    if columns > (config.mlp.columns or 0) or not isinstance(config.mlp, Dense):
+        return config
+    return replace(config, mlp=replace(config.mlp, chunk=None))
 
 
 def flops_recomputed(config: ModelConfig, sequence_length: int, ranks: int = 1) -> float:
     """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
 
-    These are the head's forward pass for a loss in chunks, what a mixer's backward pass makes again
-    (Part.recomputed) and, with activation checkpointing, the forward pass of every layer, or of
-    what selective checkpointing doesn't keep (Part.made_again). ranks: that divide the columns.
+    These are the head's forward pass for a loss in chunks, what a part's backward pass computes
+    again (BlockPart.recomputed) and, with activation checkpointing, the forward pass of every
+    layer, or of what selective checkpointing doesn't save (BlockPart.selective_flops). ranks: that
+    divide the columns.
     """
     config = in_chunks(config, sequence_length // ranks)
     s, heads = config.sizes, 1 + config.mtp_layers
@@ -329,8 +354,8 @@ def flops_recomputed(config: ModelConfig, sequence_length: int, ranks: int = 1) 
         found += flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
         found -= config.mtp_layers * _join_flops(config)
 
-    def again(part: Part) -> int:
-        selected = part.made_again(config, sequence_length) if is_selective else 0
+    def again(part: BlockPart) -> int:
+        selected = part.selective_flops(config, sequence_length) if is_selective else 0
         return part.recomputed(config, sequence_length) + selected
 
     last = parts_of(config, config.num_blocks - 1).values()

@@ -1,6 +1,6 @@
 """The bytes that a model keeps beside its weights: activations in training, a cache in decoding.
 
-The only such formulas in the project; those of a mixer or MLP stand in its cost record (costs/).
+The only such formulas in the project; those of a mixer or MLP are its methods (part.py).
 Tests compare them with what autograd keeps and what a cache allocates. Imports no torch. A config
 whose vocabulary or longest sequence is unknown raises ValueError.
 """
@@ -8,10 +8,8 @@ whose vocabulary or longest sequence is unknown raises ValueError.
 from dataclasses import dataclass, replace
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs import MIXERS, Part
-from forescale.models.costs.heads import copies
-from forescale.models.costs.latent import ranks as latent_ranks
 from forescale.models.flops import columns_of, in_chunks, layers_of
+from forescale.models.part import BlockPart, Mixer, Mlp, copies
 
 _DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 
@@ -53,11 +51,11 @@ def activations(
 
     Counts the tensors that autograd keeps (as Korthikanti et al. 2022, arXiv 2205.05198, section
     4, for this architecture with flash attention), per token and layer, in values of
-    `bytes_per_value` unless marked fp32: inputs (fp32) and outputs of both norms, and what the cost
-    records of the mixer and the MLP give (costs/). If RMSNorm is not one kernel (fused_norms=False:
+    `bytes_per_value` unless marked fp32: inputs (fp32) and outputs of both norms, and those of the
+    mixer and the MLP (BlockPart.activation_bytes). If RMSNorm is not one kernel (fused_norms=False:
     a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
     gradients, are added. There, mixers that have a plain form besides a GPU's kernels run in it,
-    and keep Part.plain_bytes more, and a chunk of the loss has fewer targets. Dropout adds a byte
+    and keep Mixer.plain_bytes more, and a chunk of the loss has fewer targets. Dropout adds a byte
     per value. A masked forward pass (documents or padding) has one mask for all layers, and so has
     alibi, with a square for each head. ranks: that divide the columns; then a rank has its own, and
     in attention all columns of its heads, whose output it keeps a second time, as its own columns.
@@ -71,9 +69,9 @@ def activations(
     s, b, inner = config.sizes, bytes_per_value, of_tensor(config, tensor)
     rows = s.vocab_size if s.vocab_size % tensor else s.vocab_size // tensor
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
-    norm = rms if config.norm == "rmsnorm" else 4
+    norm = rms if config.norm.kind == "rmsnorm" else 4
     # The part's input, which is a norm's output or the stream itself, and the input of each norm.
-    norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
+    norms = b + norm * (2 if config.norm.placement == "sandwich" else 1)
     plain = [(0, 0)] * config.num_blocks
     if not fused_norms:
         plain = _plain_forms(of_rank(inner, ranks), micro_batch, sequence_length, b, masked)
@@ -83,11 +81,11 @@ def activations(
     columns = [micro_batch * columns_of(config, i, sequence_length) // ranks for i in blocks]
     every = layers_of(config)
     layers = [
-        count * sum(norms * s.width for _ in parts)
+        count * norms * s.width * len(parts)
         + sum(_inside(p, count, config, tensor, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
         + source * sum(p.source_bytes(inner, b, rms) for p in parts.values())
-        + count * b * _exchanged(inner, parts["mixer"], ranks)
+        + count * b * _exchanged(inner, parts.mixer, ranks)
         + inside
         for count, parts, (inside, _) in zip(
             columns, [every[i] for i in blocks], [plain[i] for i in blocks], strict=True
@@ -97,13 +95,13 @@ def activations(
     kept = b * s.width * sum(columns) if again else sum(layers)
     if config.activation_checkpointing == "selective":
         for count, i in zip(columns, blocks, strict=True):
-            kept += count * sum(p.selected(inner, b) for p in every[i].values())
+            kept += count * sum(p.selected_bytes(inner, b) for p in every[i].values())
             # What a part writes is as wide as the stream.
             writes = sum(len(p.writes) for p in every[i].values())
             kept += count * b * writes * (s.width - inner.sizes.width)
             kept += source * sum(p.selected_source(inner, b) for p in every[i].values())
     # An input of the later layers; as the result of a matrix it is counted already.
-    if config.activation_checkpointing == "full" and config.value_residual:
+    if config.activation_checkpointing == "full" and config.shared_values:
         kept += b * inner.sizes.kv_width * columns[0]
     if again:  # an input of the layers that have them
         kept += sum(b * inner.sizes.kv_width * columns[i] for i in config.value_layers)
@@ -114,19 +112,19 @@ def activations(
             inputs + round(budget * (kept - inputs)),
             round((1 - budget) * max(layers)),
         )
-    if config.embedding_norm:
+    if config.norm.embedding:
         kept += norm * s.width * micro_batch * sequence_length // ranks
     if config.has_encoder:  # its output, and the norm before it
         is_kept = config.norms_stream and not again
         kept += source * s.width * (b + norm * is_kept)
-    tokens, dense, heads = columns[-1], config.head == "dense", 1 + config.mtp_layers
+    tokens, dense, heads = columns[-1], config.head.kind == "dense", 1 + config.mtp_layers
     # Both inputs of a module for later tokens before their norms, and joined behind them.
     kept += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
     squares = _squares(config, sequence_length)
     mask = b * squares * _masks(of_rank(inner, ranks), micro_batch, masked, fused_norms)
-    if config.position == "relative":  # buckets in int64, and who sees whom
+    if config.position.kind == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
     return Activations(
         layers=kept,
@@ -154,37 +152,37 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
     matrices; what is as wide as the residual stream is not of this config."""
     if tensor == 1:
         return config
-    s, found = config.sizes, replace(config)
-    if "latent" in config.mixers_used:
-        found = replace(config, latent_rank=latent_ranks(config)[0])
+    s, found = (
+        config.sizes,
+        config.sized(),
+    )  # latents and experts are as wide as without the division
     found.__dict__["sizes"] = replace(s, **{name: getattr(s, name) // tensor for name in _DIVIDED})
     return found
 
 
 def _inside(
-    part: Part, columns: int, config: ModelConfig, tensor: int, bytes_per_value: int, rms: int
+    part: BlockPart, columns: int, config: ModelConfig, tensor: int, bytes_per_value: int, rms: int
 ) -> int:
     """Return the bytes that a part keeps of so many columns: of its heads and channels, and with
     experts, where each rank has tokens of its own, as much of those."""
-    if part.is_routed:
+    if isinstance(part, Mlp) and part.is_routed:
         return columns * part.activation_bytes(config, bytes_per_value, rms) // tensor
     return columns * part.activation_bytes(of_tensor(config, tensor), bytes_per_value, rms)
 
 
 def _chunk(config: ModelConfig, micro_batch: int, bytes_per_value: int) -> int:
     """Return the most that the backward pass keeps of a chunk of an MLP."""
-    every = (
-        part.chunk_bytes(config, bytes_per_value) for p in layers_of(config) for part in p.values()
-    )
-    return micro_batch * (config.mlp_chunk or 0) * max(every)
+    layers = (parts.mlp.chunk_bytes(config, bytes_per_value) for parts in layers_of(config))
+    return micro_batch * (config.mlp.columns or 0) * max(layers)
 
 
-def _exchanged(config: ModelConfig, mixer: Part, ranks: int) -> int:
+def _exchanged(config: ModelConfig, mixer: Mixer, ranks: int) -> int:
     """Return the values of a token in a layer that are kept because ranks divide rows: the output
     as it came back, and copies of keys and values."""
-    if ranks == 1 or mixer.exchanged is None:
+    if ranks == 1 or not mixer.splits_columns:
         return 0
-    return config.sizes.heads_width + mixer.exchanged(config, ranks) - mixer.exchanged(config, 1)
+    copied = mixer.exchanged(config, ranks) - mixer.exchanged(config, 1)
+    return config.sizes.heads_width + copied
 
 
 def _squares(config: ModelConfig, columns: int) -> int:
@@ -198,27 +196,26 @@ def _squares(config: ModelConfig, columns: int) -> int:
 def _plain_forms(
     config: ModelConfig, micro_batch: int, columns: int, bytes_per_value: int, masked: bool
 ) -> list[tuple[int, int]]:
-    """Return Part.plain_bytes of the mixer of each block, a view only where it is made."""
-    found, made = [], set()
-    for i, name in enumerate(config.mixers):
-        part, length = MIXERS[name], columns_of(config, i, columns)
-        inside, view = part.plain_bytes(config, micro_batch, length, bytes_per_value, masked)
-        is_new = name not in made or part.varies(config)
-        found.append((inside, view if is_new else 0))
-        made.add(name)
-    return found
+    """Return Mixer.plain_bytes of the mixer of each block, a view only where it is made."""
+    layers: list[tuple[int, int]] = []
+    for i, mixer in enumerate(config.mixers):
+        length = columns_of(config, i, columns)
+        inside, view = mixer.plain_bytes(config, micro_batch, length, bytes_per_value, masked)
+        is_new = mixer not in config.mixers[:i] or mixer.varies
+        layers.append((inside, view if is_new else 0))
+    return layers
 
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
     """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
     where relative ones are added outside of a kernel, nor on a GPU, whose kernel takes a list of
     the blocks that are seen instead (blocks.blocks_seen), a thousandth of a square in bf16."""
-    if not any(parts["mixer"].takes_mask for parts in layers_of(config)):
+    if not any(parts.mixer.takes_mask for parts in layers_of(config)):
         return 0
-    if config.position == "alibi" or (config.position == "relative" and is_fused):
+    if config.position.kind == "alibi" or (config.position.kind == "relative" and is_fused):
         return config.sizes.num_heads * (micro_batch if masked else 1)
     is_dense = not is_fused or config.dropout or config.sizes.head_dim < 16
-    return micro_batch if masked and is_dense and config.position != "relative" else 0
+    return micro_batch if masked and is_dense and config.position.kind != "relative" else 0
 
 
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
@@ -227,7 +224,7 @@ def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> i
     source = columns_of(config, 0, length) if config.has_encoder else 0
     found = source * config.sizes.width * bytes_per_value
     for parts in layers_of(config)[config.encoder_layers :]:
-        found += parts["mixer"].cache_bytes(config, length - source, bytes_per_value)
-        if "cross" in parts:
-            found += parts["cross"].cache_bytes(config, source, bytes_per_value)
+        found += parts.mixer.cache_bytes(config, length - source, bytes_per_value)
+        if parts.cross is not None:
+            found += parts.cross.cache_bytes(config, source, bytes_per_value)
     return found

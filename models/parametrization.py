@@ -63,6 +63,7 @@ length of training are not parametrised at all, and the rules are limits: small 
 import math
 from dataclasses import dataclass
 
+from forescale.models.choices import CompleteP, Mup
 from forescale.models.config import HEAD_DIM, ModelConfig
 from forescale.models.flops import layers_of, shapes
 
@@ -94,9 +95,10 @@ def scales(config: ModelConfig) -> Scales:
     """Return the Scales by rules 1 to 7. Raises ValueError like config.sizes."""
     s = config.sizes
     m, n = _growth(config)
-    transfers = config.parametrization != "standard"
-    width = config.base_width if transfers else s.width
-    depth = config.base_depth if config.parametrization == "completep" else s.num_layers
+    rules = config.parametrization
+    transfers = isinstance(rules, Mup)
+    width = rules.base_width if isinstance(rules, Mup) else s.width
+    depth = rules.base_depth if isinstance(rules, CompleteP) else s.num_layers
     writers = 3 if config.has_encoder else 2
     sigma = config.init_std or math.sqrt(2 / (5 * width))
     hidden = sigma / math.sqrt(m)
@@ -117,7 +119,7 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
 
     Raises ValueError like config.sizes.
     """
-    if config.parametrization == "standard":
+    if config.parametrization.kind == "standard":
         return {}
     m, n = _growth(config)
     classes = (
@@ -146,12 +148,12 @@ def folds(config: ModelConfig) -> dict[str, float]:
 
     A `standard` model of the same sizes with the multiplied weights computes the same, up to the
     rounding of one product. Parameters that don't change are left out. Logits are linear in the
-    final norm's gain and bias, which a tied table does not share. The mixer's cost record names the
-    module that scores are linear in. Rule 7 goes into the embedding; the final norm undoes it where
-    the head is the same table. No exported model has sinusoidal positions, a
-    dense head or a stream that is normed.
+    final norm's gain and bias, which a tied table does not share. The mixer (BlockPart.folds) names
+    the module that scores are linear in. Rule 7 goes into the embedding; the final norm undoes it
+    if the head is the same table. No exported model has sinusoidal positions, a dense head or a
+    stream that is normed.
     """
-    if config.parametrization == "standard":
+    if config.parametrization.kind == "standard":
         return {}
     s, scale = config.sizes, scales(config)
     scores = scale.attention * math.sqrt(s.head_dim)
@@ -159,7 +161,7 @@ def folds(config: ModelConfig) -> dict[str, float]:
     for i, parts in enumerate(layers_of(config)):
         for name, part in parts.items():
             inner = part.folds(config, scores)
-            if config.norm_placement == "pre":
+            if config.norm.placement == "pre":
                 inner |= dict.fromkeys(part.writes, scale.residual)
             else:  # a norm after the part undoes any multiplier inside, and has its own gain
                 found[f"blocks.{i}.{name}_post_norm"] = scale.residual
@@ -174,9 +176,9 @@ def folds(config: ModelConfig) -> dict[str, float]:
 
 def _growth(config: ModelConfig) -> tuple[float, float]:
     """Return m and n; each is 1 if the parametrisation does not depend on it."""
-    s = config.sizes
-    m = s.width / config.base_width if config.parametrization != "standard" else 1.0
-    n = s.num_layers / config.base_depth if config.parametrization == "completep" else 1.0
+    s, rules = config.sizes, config.parametrization
+    m = s.width / rules.base_width if isinstance(rules, Mup) else 1.0
+    n = s.num_layers / rules.base_depth if isinstance(rules, CompleteP) else 1.0
     return m, n
 
 

@@ -55,10 +55,11 @@ class Tallies(nn.Module):
 def tallies_of(config: ModelConfig) -> Tallies | None:
     """Return what a model counts: pairs of each expert, dropped ones and the entropy of each router
     ("experts"), nats and targets of each module for later tokens ("mtp"); None: nothing."""
-    own = [parts["mlp"].is_routed for parts in layers_of(config)]
+    is_routed = [parts.mlp.is_routed for parts in layers_of(config)]
     shapes: dict[str, tuple[int, ...]] = {}
-    if routed := sum(own) + own[-1] * config.mtp_layers:
-        shapes["experts"] = (routed, config.moe_experts + 2)
+    routed = sum(is_routed) + is_routed[-1] * config.mtp_layers
+    if config.experts is not None:
+        shapes["experts"] = (routed, config.experts.experts + 2)
     if config.mtp_layers:
         shapes["mtp"] = (config.mtp_layers, 2)
     return Tallies(shapes) if shapes else None

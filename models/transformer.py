@@ -15,19 +15,16 @@ from torch.nn.attention.flex_attention import BlockMask
 from forescale.models.block import Block, Trunk, normed, passed, viewers
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.cache import Cache, Memory
-from forescale.models.embeddings.bigrams import BigramEmbedding, before
-from forescale.models.embeddings.values import ValueEmbedding
-from forescale.models.experts.balance import Routing, move_biases, that_count
-from forescale.models.experts.grouped import GroupedLinear
-from forescale.models.flops import layers_of
 from forescale.models.heads.mtp import MtpModule
 from forescale.models.heads.penalties import counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
-from forescale.models.mixers.chosen_mask import chosen_mask
 from forescale.models.mixers.context import Columns, Context, Viewer
+from forescale.models.mixers.full_mask import full_mask
 from forescale.models.mixers.masks import source_mask
-from forescale.models.norm import make_norm
+from forescale.models.mlps.balance import Routing, move_biases, that_count
+from forescale.models.mlps.grouped import GroupedLinear
+from forescale.models.norms import make_norm
 from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import Factors, factors, scales
@@ -40,6 +37,7 @@ from forescale.models.positions.position import (
     sinusoids,
 )
 from forescale.models.positions.relative import RelativePosition
+from forescale.models.tables import BigramEmbedding, ValueEmbedding, previous
 from forescale.models.tallies import tallies_of
 
 
@@ -66,20 +64,20 @@ class Transformer(nn.Module):
         self.value_embeddings = nn.ModuleDict(
             {str(i): made(ValueEmbedding(config)) for i in config.value_layers}
         )
-        self.position = LearnedPosition(config) if config.position == "learned" else None
-        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.position = LearnedPosition(config) if config.position.kind == "learned" else None
+        self.embedding_norm = make_norm(config) if config.norm.embedding else None
         self.encoder_relative_position = self.relative_position = None
-        if config.position == "relative":
+        if config.position.kind == "relative":
             if config.has_encoder:
                 self.encoder_relative_position = RelativePosition(config.of_block(0))
             self.relative_position = RelativePosition(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(made(Block(config, i)) for i in range(config.num_blocks))
-        self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
+        self.takes_mask = any(mixer.takes_mask for mixer in config.mixers)
         self.viewers = viewers(config)
         # Otherwise the stream leaves the last block normed.
         self.norm = make_norm(config) if config.norms_stream else None
-        self.transform = Transform(config) if config.head == "dense" else None
+        self.transform = Transform(config) if config.head.kind == "dense" else None
         self.head = None if config.tie_embeddings else made(Vocabulary(config))
         self.mtp = nn.ModuleList(made(MtpModule(config)) for _ in range(config.mtp_layers))
         self.tallies = tallies_of(config)
@@ -202,8 +200,8 @@ class Transformer(nn.Module):
         own_BL = self._own(tokens_BL)
         embedded_BLD = self.embedding(own_BL)
         if self.bigrams is not None:
-            before_BL = self._own(before(tokens_BL, last, starts, real))
-            embedded_BLD = embedded_BLD + self.bigrams(own_BL, before_BL)
+            previous_BL = self._own(previous(tokens_BL, last, starts, real))
+            embedded_BLD = embedded_BLD + self.bigrams(own_BL, previous_BL)
         constants = None if cache is None else cache.constants
         x_BLD, turn = self._placed(embedded_BLD, positions, constants)
         decoding, length = cache is not None, tokens_BL.shape[1]
@@ -298,9 +296,9 @@ class Transformer(nn.Module):
         config, s, length = self.config, self.sizes, x_BLD.shape[1]
         own = positions[..., -length:] if self.group is None else self.group.own(positions)
         turn = rotation(own, config, constants) if config.rotates else None
-        if config.scale_embedding or config.position == "sinusoidal":  # these have amplitude 1
+        if config.scale_embedding or config.position.kind == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
-        if config.position == "sinusoidal":
+        if config.position.kind == "sinusoidal":
             x_BLD = x_BLD + sinusoids(own, s.width).to(x_BLD.dtype)
         elif self.position is not None:
             if positions.shape[-1] > s.max_sequence_length:
@@ -318,7 +316,7 @@ class Transformer(nn.Module):
         table = self.relative_position
         if self.encoder_relative_position is not None and not causal:
             table = self.encoder_relative_position
-        return chosen_mask(self.config, seen, causal, table, (self.dividing, self.group))
+        return full_mask(self.config, seen, causal, table, (self.dividing, self.group))
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""
@@ -342,7 +340,11 @@ class Transformer(nn.Module):
 
     def updated(self) -> None:
         """Follow the optimizer's update: move the biases of the experts' choice."""
-        if self.tallies is not None and self.config.moe_bias_speed:
+        if (
+            (experts := self.config.experts) is not None
+            and self.tallies is not None
+            and experts.bias_speed
+        ):
             blocks = [*self.blocks, *(module.block for module in self.mtp)]
             totals = self.tallies.total("experts")
             assert totals is not None, "the engine gives the totals before the update"
@@ -350,7 +352,8 @@ class Transformer(nn.Module):
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the experts' load and the losses of later tokens in the step, where there are."""
-        return metrics_of(self.tallies, self.config.moe_top_k)
+        experts = self.config.experts
+        return metrics_of(self.tallies, 1 if experts is None else experts.top_k)
 
     def optimizer_factors(self) -> dict[str, Factors]:
         """Return multipliers of AdamW's settings by parameter name; see parametrization.py."""

@@ -7,7 +7,7 @@ What a reader must write for a new one is what stands in this file, and nothing 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import ClassVar
 
@@ -31,55 +31,72 @@ from forescale.data.objective import IGNORED, NEXT_TOKEN
 from forescale.data.stream import validation_windows
 from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.errors import UserError
-from forescale.models import ModelConfig, Transformer, costs, hf
-from forescale.models.costs.record import Part, linear, matrix_flops
+from forescale.models import ModelConfig, Transformer, hf
 from forescale.models.flops import count, flops_per_token, shapes
 from forescale.models.init import Linear
 from forescale.models.memory import activations, cache_bytes
-from forescale.models.mixers.context import continued
+from forescale.models.mixers import MIXERS
+from forescale.models.mixers.context import continued, earlier
 from forescale.models.parametrization import factors, folds, scales
+from forescale.models.part import Mixer, below_1, linear
 from forescale.plan.bytes.memory import memory
 from forescale.plan.bytes.parameters import inventory
 from forescale.run.feed import feed_of
 from forescale.run.start import open_sources
 from forescale.train.model import build_model
+from tests.models.configs import changed, model_config
 from tests.trainer.data.test_stream import collect
 
 
-class Shift(nn.Module):
-    """A mixer: each token sees itself and the one before it, if that one is visible to it."""
+@dataclass(frozen=True)
+class Shift(Mixer):
+    """A mixer: each token sees itself and a number of tokens before it that are visible to it."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
+    tokens: int = 1  # that a token sees before it
+
+    kind: ClassVar[str] = "shift"
+    module: ClassVar[str] = f"{__name__}.ShiftModule"
+    writes: ClassVar[tuple[str, ...]] = ("inner",)
+
+    def problems(self):
+        return below_1(self, "tokens")
+
+    def shapes(self, config):
         width = config.sizes.width
-        self.inner = Linear(2 * width, width, config.bias, scales(config).writing_std)
+        return linear("inner", (1 + self.tokens) * width, width, config.bias)
+
+    def activation_bytes(self, config, bytes_per_value, norm_bytes):
+        return (1 + self.tokens) * bytes_per_value * config.sizes.width
+
+    def cache_bytes(self, config, length, bytes_per_value):
+        return self.tokens * bytes_per_value * config.sizes.width
+
+
+class ShiftModule(nn.Module):
+    def __init__(self, config: ModelConfig, part: Shift):
+        super().__init__()
+        width, self.tokens = config.sizes.width, part.tokens
+        std = scales(config).writing_std
+        self.inner = Linear((1 + part.tokens) * width, width, config.bias, std)
 
     def forward(self, x_BLD: Tensor, context) -> Tensor:
-        whole_BLD = x_BLD if context.memory is None else context.memory.keep_last("x", x_BLD, 1)
-        before_BLD = nn.functional.pad(whole_BLD, (0, 0, 1, 0))[:, -x_BLD.shape[1] - 1 : -1]
-        before_BLD = before_BLD * continued(x_BLD, context)[..., None]
-        return self.inner(torch.cat([x_BLD, before_BLD], -1))
+        memory, length = context.memory, x_BLD.shape[1]
+        whole = x_BLD if memory is None else memory.keep_last("x", x_BLD, self.tokens)
+        visible, seen = continued(whole, context)[..., None], torch.ones(())
+        columns = [x_BLD]
+        for lag in range(1, 1 + self.tokens):
+            seen = seen * earlier(visible.expand(len(whole), -1, -1), lag - 1)
+            columns.append((earlier(whole, lag) * seen)[:, -length:])
+        return self.inner(torch.cat(columns, -1))
 
 
-def shift_shapes(config: ModelConfig):
-    return linear("inner", 2 * config.sizes.width, config.sizes.width, config.bias)
-
-
-SHIFT = Part(
-    module=f"{__name__}.Shift",
-    shapes=shift_shapes,
-    flops=lambda config, length, causal: matrix_flops(shift_shapes(config)),
-    activation_bytes=lambda config, value, norm: 2 * value * config.sizes.width,  # the pair
-    cache_bytes=lambda config, length, value: value * config.sizes.width,  # the last token
-    writes=("inner",),
-)
 SIZES = dict(num_layers=4, width=128, vocab_size=512, max_sequence_length=128)
 
 
 @pytest.fixture
 def shift(monkeypatch) -> ModelConfig:
-    monkeypatch.setitem(costs.MIXERS, "shift", SHIFT)
-    return ModelConfig(**SIZES, mixer="shift", position="none", qk_norm=False)
+    monkeypatch.setitem(MIXERS, "shift", Shift)
+    return model_config(**SIZES, mixer="shift", position="none")
 
 
 def test_a_mixer_is_counted_as_it_is(shift):
@@ -93,7 +110,7 @@ def test_a_mixer_is_counted_as_it_is(shift):
         model(tokens, tokens).sum().backward()
     assert counter.get_total_flops() == flops_per_token(shift, 128) * tokens.numel()
     assert cache_bytes(shift, 1000) == 4 * 2 * 128
-    attends = replace(shift, mixer="attention")
+    attends = changed(shift, mixer="attention")
     assert activations(shift, 1, 128).total < activations(attends, 1, 128).total
 
 
@@ -113,7 +130,12 @@ def test_a_mixer_decodes_with_a_cache(shift):
 
 
 def test_a_mixer_is_parametrised_and_has_no_export(shift):
-    wide = replace(shift, parametrization="completep", base_width=64, base_depth=2)
+    wide = changed(
+        shift,
+        parametrization="completep",
+        parametrization__base_width=64,
+        parametrization__base_depth=2,
+    )
     assert factors(wide)["blocks.0.mixer.inner.weight"].learning_rate == 0.5
     assert folds(wide)["blocks.0.mixer.inner.weight"] == 0.5
     with pytest.raises(ValueError, match=r"mixer=attention \(not shift\)"):
@@ -125,13 +147,13 @@ def test_a_mixer_is_planned_and_trained_by_its_word(shift):
     words += [
         "model.mixer=shift",
         "model.position=none",
-        "model.qk_norm=false",
         "train.steps=20",
         "train.sequence_length=128",
     ]
-    job = compose(TrainJob, [*words, "schedule.warmup=0"])
+    job = compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer.tokens=2"])
     other = compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer=attention"])
     mixed, plain = (memory(j, inventory(j), 2) for j in (job, other))
+    assert job.model.mixer == Shift(tokens=2)
     assert mixed.states.weights < plain.states.weights
     model = build_model(job, 512)
     tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -145,7 +167,9 @@ def test_a_mixer_is_planned_and_trained_by_its_word(shift):
         update.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    with pytest.raises(ConfigError, match=r"model\.mixer: unknown value"):
+    with pytest.raises(ConfigError, match=r"model\.mixer\.tokens: 0 is not a size"):
+        compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer.tokens=0"])
+    with pytest.raises(ConfigError, match=r"model\.mixer: .*none-such.* is not one of"):
         compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer=none-such"])
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from forescale.models.block import Block, Trunk, normed, passed
 from forescale.models.config import ModelConfig
-from forescale.models.experts.balance import Routing, that_count
 from forescale.models.heads.loss import IGNORE
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Context
-from forescale.models.norm import make_norm
+from forescale.models.mlps.balance import Routing, that_count
+from forescale.models.norms import make_norm
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from forescale.models.block import Trunk
-from forescale.models.experts.balance import load_metrics, penalty_of
 from forescale.models.heads.mtp import counts_of, later_losses, mtp_metrics
+from forescale.models.mlps.balance import load_metrics, penalty_of
 from forescale.models.tallies import Tallies
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]  # targets, padding mask, documents; each (B, L)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from forescale.models.config import ModelConfig
 from forescale.models.heads.loss import capped, window_losses
 from forescale.models.init import Linear
-from forescale.models.norm import make_norm
+from forescale.models.norms import make_norm
 from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import scales
 
@@ -38,11 +38,11 @@ class Vocabulary(nn.Module):
         self.makes_logits = makes_logits
         self.chunks = config.targets_at_once(False), config.targets_at_once(True)
         self.z_loss = config.z_loss
-        self.softcap = config.logit_softcap
+        self.softcap = config.head.softcap
         self.group: TensorGroup | None = None
         self.vocab_size = config.sizes.vocab_size
         self.weight = nn.Parameter(torch.empty(self.vocab_size, config.sizes.width))
-        has_bias = makes_logits and config.head == "dense"
+        has_bias = makes_logits and config.head.kind == "dense"
         self.bias = nn.Parameter(torch.zeros(self.vocab_size)) if has_bias else None
         scale = scales(config)
         self.multiplier = scale.logits

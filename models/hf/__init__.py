@@ -20,6 +20,7 @@ from forescale.models.hf.config_json import config_to_hf
 from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE, module_names
 from forescale.models.hf.pieces import FUSED, config_of, is_gpt2_matrix, joined, pieces_of
 from forescale.models.parametrization import folds
+from forescale.models.part import Part
 
 State = dict[str, Tensor]
 
@@ -28,18 +29,17 @@ def family_of(config: ModelConfig) -> str:
     """Return the family of a resolved config. Raises ValueError with the nearest if none fits."""
     differing: dict[str, dict[str, str]] = {}
     for name, family in FAMILIES.items():
-        wanted = dict(family.fits)
-        if "num_kv_heads" in wanted:
-            wanted["num_kv_heads"] = config.num_heads
-        has = {field: getattr(config, field) for field in wanted}
-        if "head_dim" in wanted:
+        fits = dict(family.fits)
+        if "num_kv_heads" in fits:
+            fits["num_kv_heads"] = config.num_heads
+        values = {path: _value(config, path) for path in fits}
+        if "head_dim" in fits:
             s = config.sizes
-            has["head_dim"], wanted["head_dim"] = s.head_dim, s.width // s.num_heads
-        has["mixer"] = ", ".join(dict.fromkeys(config.mixers))
+            values["head_dim"], fits["head_dim"] = s.head_dim, s.width // s.num_heads
         differing[name] = {
-            key: f"{key}={_typed(wanted[key])} (not {_typed(value)})"
-            for key, value in has.items()
-            if value != wanted[key]
+            path: f"{path}={_typed(fits[path])} (not {_typed(value)})"
+            for path, value in values.items()
+            if value not in (fits[path], ...)
         }
     # Of families that are equally near, one with the model's own MLP.
     nearest = min(differing, key=lambda name: (len(differing[name]), "mlp" in differing[name]))
@@ -49,6 +49,19 @@ def family_of(config: ModelConfig) -> str:
         f"No Hugging Face architecture fits this model; the nearest, "
         f"{FAMILIES[nearest].architecture}, has {', '.join(differing[nearest].values())}."
     )
+
+
+def _value(config: ModelConfig, path: str) -> Any:
+    """Return the value of a key; of a part its word; ... of a key that the chosen part lacks."""
+    field, _, inner = path.partition(".")
+    values = [getattr(config, field)]
+    if field == "mixer":
+        values = [*dict.fromkeys(config.mixers)]
+    if isinstance(values[0], Part) and not inner:
+        return ", ".join(dict.fromkeys(part.kind for part in values))
+    values = [getattr(value, inner, ...) if inner else value for value in values]
+    different = [*dict.fromkeys(values)]
+    return different[0] if len(different) == 1 else ", ".join(map(_typed, different))
 
 
 def _typed(value: Any) -> str:

@@ -47,7 +47,7 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             # As they write it.
             "n_inner": None if c.mlp_width == 4 * c.sizes.width else c.mlp_width,
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": c.norm_eps,
+            "layer_norm_epsilon": c.norm.eps,
             "resid_pdrop": c.dropout,
             "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout,
@@ -63,7 +63,7 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             "head_dim": c.sizes.head_dim,
             "intermediate_size": c.mlp_width,
             "hidden_act": _activation(c),
-            "rms_norm_eps": c.norm_eps,
+            "rms_norm_eps": c.norm.eps,
             "attention_bias": c.bias,
             "mlp_bias": c.bias,
         }
@@ -78,7 +78,7 @@ def _gemma_config(c: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": c.sizes.head_dim,
-        "final_logit_softcapping": c.logit_softcap or None,
+        "final_logit_softcapping": c.head.softcap or None,
         "layer_types": ["full_attention"] * c.sizes.num_layers,
         "rope_local_base_freq": found["rope_theta"],  # transformers 4
         "rope_parameters": {kind: found["rope_parameters"] for kind in kinds},
@@ -86,7 +86,7 @@ def _gemma_config(c: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _activation(c: ModelConfig) -> str:
-    return {"relu2": "relu2", "geglu": "gelu_pytorch_tanh"}.get(c.mlp, "silu")
+    return {"relu2": "relu2", "geglu": "gelu_pytorch_tanh"}.get(c.mlp.kind, "silu")
 
 
 def _from_gemma(base: ModelConfig, hf: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -96,7 +96,8 @@ def _from_gemma(base: ModelConfig, hf: dict[str, Any]) -> tuple[ModelConfig, dic
     only(hf, "use_bidirectional_attention", False)
     scalar = hf.get("query_pre_attn_scalar", 256)
     require(scalar == hf["head_dim"], "query_pre_attn_scalar", scalar)
-    base = replace(base, logit_softcap=float(hf.get("final_logit_softcapping") or 0))
+    softcap = float(hf.get("final_logit_softcapping") or 0)
+    base = replace(base, head=replace(base.head, softcap=softcap))
     rope = (hf.get("rope_parameters") or {}).get("full_attention")
     act = hf.get("hidden_activation", "gelu_pytorch_tanh")
     return base, hf | {"rope_parameters": rope, "hidden_act": act}
@@ -111,7 +112,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     fits = {k: v for k, v in FAMILIES[family].fits.items() if k not in _RATIOS}
     hf = _ABSENT.get(family, {}) | hf
     tied = hf.get("tie_word_embeddings", False)
-    base = replace(ModelConfig(**fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
+    base = replace(_of_paths(fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
     if family == "gpt2":
         return _from_gpt2(base, hf)
     if family == "gemma3_text":
@@ -130,11 +131,24 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "mlp_width": hf["intermediate_size"],
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "norm": replace(base.norm, eps=hf.get("rms_norm_eps", 1e-6)),
         "head_dim": per_head if per_head * heads != width else None,
     }
     sizes |= positions_from_hf(hf) | experts.experts_from_hf(family, hf)
     return replace(base, bias=bias, **sizes).resolved()
+
+
+def _of_paths(values: dict[str, Any]) -> ModelConfig:
+    """Return the config with these kinds and keys, by path, such as mixer and mixer.qk_norm."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        field, _, inner = path.partition(".")
+        is_part = any(other.startswith(f"{path}.") for other in values)
+        if inner or is_part:
+            tree.setdefault(field, {})[inner or "kind"] = value
+        else:
+            tree[field] = value
+    return ModelConfig(**tree)
 
 
 def _from_gpt2(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
@@ -152,6 +166,6 @@ def _from_gpt2(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
         num_heads=hf["n_head"],
         mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
         max_sequence_length=hf["n_positions"],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        norm=replace(base.norm, eps=hf.get("layer_norm_epsilon", 1e-5)),
         dropout=dropout,
     ).resolved()

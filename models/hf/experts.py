@@ -12,24 +12,25 @@ from torch import Tensor
 from forescale.models.config import ModelConfig
 from forescale.models.hf.positions import only, require
 
-_EXPERTS = {"mlp": "moe", "bias": False, "moe_scores": "softmax", "moe_shared": 0}
+_EXPERTS = {"mlp": "moe", "bias": False, "mlp.scores": "softmax", "mlp.shared": 0}
 FITS: dict[str, dict[str, Any]] = {
-    "mixtral": _EXPERTS | {"qk_norm": False, "moe_renormalise": True, "moe_dense_layers": 0},
-    "qwen3_moe": _EXPERTS | {"qk_norm": True},
+    "mixtral": _EXPERTS | {"mixer.qk_norm": "none", "mlp.renormalise": True, "mlp.dense_layers": 0},
+    "qwen3_moe": _EXPERTS | {"mixer.qk_norm": "head"},
 }
 _MATRICES = ("gate", "up", "down")
 
 
 def names(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
     """Return our name -> theirs for the modules of a layer's MLP, each expert a module."""
-    if layer < config.moe_dense_layers:
+    assert config.experts is not None
+    if not config.mlp.of_layer(layer).is_routed:
         return {f"mlp.{matrix}": f"mlp.{matrix}_proj" for matrix in _MATRICES}
     is_mixtral = family == "mixtral"
     inside = "block_sparse_moe" if is_mixtral else "mlp"
     theirs = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
     return {"mlp.router": f"{inside}.gate"} | {
         f"mlp.{matrix}.{e}": f"{inside}.experts.{e}.{name}"
-        for e in range(config.moe_experts)
+        for e in range(config.experts.experts)
         for matrix, name in zip(_MATRICES, theirs, strict=True)
     }
 
@@ -48,45 +49,47 @@ def unstacked(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
     """Return the keys of experts in config.json; none for a family without."""
+    experts = c.experts
+    if experts is None:
+        return {}
     if family == "mixtral":
         return {
-            "num_local_experts": c.moe_experts,
-            "num_experts_per_tok": c.moe_top_k,
-            "intermediate_size": c.expert_width,
+            "num_local_experts": experts.experts,
+            "num_experts_per_tok": experts.top_k,
+            "intermediate_size": experts.width(c),
             "sliding_window": None,
         }
-    if family == "qwen3_moe":
-        return {
-            "num_experts": c.moe_experts,
-            "num_experts_per_tok": c.moe_top_k,
-            "moe_intermediate_size": c.expert_width,
-            "norm_topk_prob": c.moe_renormalise,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(range(c.moe_dense_layers)),
-        }
-    return {}
+    return {
+        "num_experts": experts.experts,
+        "num_experts_per_tok": experts.top_k,
+        "moe_intermediate_size": experts.width(c),
+        "norm_topk_prob": experts.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(experts.dense_layers)),
+    }
 
 
 def experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of ModelConfig: the inverse of experts_to_hf.
+    """Return the block of experts and its fields: the inverse of experts_to_hf.
 
-    mlp_width, which Mixtral has no place for and does not use, follows the rule for moe_width.
+    mlp_width, which Mixtral has no place for and does not use, follows the rule for expert_width.
     Raises ValueError for a variant that we don't compute.
     """
     if family not in FITS:
         return {}
     top_k = hf.get("num_experts_per_tok", 2 if family == "mixtral" else 8)
     number = hf.get("num_experts", hf.get("num_local_experts", 8 if family == "mixtral" else 128))
-    found: dict[str, Any] = {"moe_experts": number, "moe_top_k": top_k}
+    block: dict[str, Any] = {"kind": "moe", "experts": number, "top_k": top_k}
     if family == "mixtral":
         only(hf, "sliding_window")
         width = hf["intermediate_size"]
-        return found | {"moe_width": width, "mlp_width": top_k * width}
+        return {"mlp": block | {"expert_width": width}, "mlp_width": top_k * width}
     dense = list(hf.get("mlp_only_layers") or [])
     only(hf, "decoder_sparse_step", 1)
     require(dense == list(range(len(dense))), "mlp_only_layers", dense)
-    return found | {
-        "moe_width": hf["moe_intermediate_size"],
-        "moe_renormalise": hf.get("norm_topk_prob", False),
-        "moe_dense_layers": len(dense),
+    block |= {
+        "expert_width": hf["moe_intermediate_size"],
+        "renormalise": hf.get("norm_topk_prob", False),
+        "dense_layers": len(dense),
     }
+    return {"mlp": block}

@@ -15,7 +15,7 @@ class Family:
     """What a config must be to be one of a Hugging Face architecture, and that one's names."""
 
     architecture: str
-    fits: dict[str, Any]  # the fields that make a config one of this family
+    fits: dict[str, Any]  # the kinds and keys that make a config one of this family, by path
     outer: dict[str, str]  # our module -> theirs
     layer: str  # what a block is called, with {} for its number
     inner: dict[str, str]  # our module within a block -> theirs
@@ -37,23 +37,21 @@ _LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head":
 # The choices that all families share unless their own say otherwise.
 _PLAIN = {
     "mixer": "attention",
-    "qkv_bias": False,
+    "mixer.qkv_bias": False,
+    "mixer.gate": "none",
+    "mixer.value_residual": 0.0,
+    "mixer.token_shift": False,
     "causal": True,
     "encoder_layers": 0,
-    "norm_placement": "pre",
-    "embedding_norm": False,
+    "norm.placement": "pre",
+    "norm.embedding": False,
     "head": "linear",
-    "qk_norm_over": "head",
-    "attention_gate": "none",
-    "value_residual": 0.0,
-    "token_shift": False,
+    "head.softcap": 0.0,
     "value_embedding": 0,
     "bigram_rows": 0,
-    "rope_fraction": 1.0,
-    "logit_softcap": 0.0,
     "scale_embedding": False,
 }
-_ROTARY = _PLAIN | {"position": "rotary", "norm": "rmsnorm"}
+_ROTARY = _PLAIN | {"position": "rotary", "position.fraction": 1.0, "norm": "rmsnorm"}
 _POST_NORMS = {"mixer_post_norm": "post_attention_layernorm"}
 _POST_NORMS |= {"mlp_post_norm": "post_feedforward_layernorm"}
 
@@ -69,28 +67,29 @@ def _llama_like(
 
 
 FAMILIES = {
-    "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False}, _GATE),
+    "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "mixer.qk_norm": "none"}, _GATE),
     "qwen2": _llama_like(
         "Qwen2ForCausalLM",
-        {"mlp": "swiglu", "qk_norm": False, "bias": False, "qkv_bias": True},
+        {"mlp": "swiglu", "mixer.qk_norm": "none", "bias": False, "mixer.qkv_bias": True},
         _GATE,
     ),
     "qwen3": _llama_like(
-        "Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True, "bias": False}, _GATE | _QK_NORM
+        "Qwen3ForCausalLM",
+        {"mlp": "swiglu", "mixer.qk_norm": "head", "bias": False},
+        _GATE | _QK_NORM,
     ),
-    "arcee": _llama_like("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False}, {}),
+    "arcee": _llama_like("ArceeForCausalLM", {"mlp": "relu2", "mixer.qk_norm": "none"}, {}),
     "apertus": _llama_like(
         "ApertusForCausalLM",
-        {"mlp": "relu2", "qk_norm": True, "bias": False},
+        {"mlp": "relu2", "mixer.qk_norm": "head", "bias": False},
         _QK_NORM | {"mixer_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
     ),
     "olmo2": _llama_like(
         "Olmo2ForCausalLM",
         {
             "mlp": "swiglu",
-            "norm_placement": "post",
-            "qk_norm": True,
-            "qk_norm_over": "layer",
+            "norm.placement": "post",
+            "mixer.qk_norm": "layer",
             "bias": False,
         },
         _GATE | _QK_NORM | _POST_NORMS,
@@ -100,13 +99,13 @@ FAMILIES = {
         "Gemma3ForCausalLM",
         {
             "mlp": "geglu",
-            "norm_placement": "sandwich",
-            "qk_norm": True,
+            "norm.placement": "sandwich",
+            "mixer.qk_norm": "head",
             "scale_embedding": True,
             "bias": False,
         },
         _GATE | _QK_NORM | _POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm"},
-        without=("logit_softcap",),
+        without=("head.softcap",),
     ),
     "mixtral": _llama_like("MixtralForCausalLM", experts.FITS["mixtral"], {}),
     "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", experts.FITS["qwen3_moe"], _QK_NORM),
@@ -118,7 +117,7 @@ FAMILIES = {
             "norm": "layernorm",
             "mlp": "gelu",
             "bias": True,
-            "qk_norm": False,
+            "mixer.qk_norm": "none",
             "num_kv_heads": "num_heads",
             "head_dim": "width / num_heads",
         },

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from forescale.models.config import ModelConfig
+from forescale.models.positions.kinds import Llama3, Ntk, Rotary, Yarn
 from forescale.models.positions.rope_scaling import (
     BETA_FAST,
     BETA_SLOW,
@@ -24,36 +25,32 @@ def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
     transformers 4 takes the factor from the two lengths and 5 takes the factor, so all three must
     agree. Raises ValueError if they can't, because the original length isn't whole.
     """
-    theta = ntk_theta(c) if c.rope_scaling == "ntk" else c.rope_theta
-    longest, scaling = c.max_sequence_length, None  # Apertus scales unless told otherwise
-    if c.rope_scaling == "yarn":
-        longest = round(c.original_length * c.rope_factor)
-        if c.original_length % 1 or longest != c.original_length * c.rope_factor:
+    assert isinstance(c.position, Rotary)
+    by, theta = c.position.scaling, c.position.theta
+    theta = ntk_theta(c) if isinstance(by, Ntk) else theta
+    longest, scaling = c.max_sequence_length, None  # Apertus scales unless the key says otherwise
+    if isinstance(by, Yarn | Llama3):
+        original = by.original(c)
+        last = original * by.factor if isinstance(by, Yarn) else original
+        if original % 1 or last % 1:
             raise ValueError(
-                f"Hugging Face's config needs whole lengths, not yarn from {c.original_length:g} "
-                f"to {c.original_length * c.rope_factor:g} tokens; give model.rope_original_length."
+                f"Hugging Face's config needs whole lengths, not {by.kind} from {original:g} to "
+                f"{last:g} tokens; give model.position.scaling.original_length."
             )
         scaling = {
-            "rope_type": "yarn",
-            "factor": c.rope_factor,
-            "original_max_position_embeddings": int(c.original_length),
-            "attention_factor": yarn_attention(c.rope_factor),
-            "beta_fast": float(BETA_FAST),
-            "beta_slow": float(BETA_SLOW),
+            "rope_type": by.kind,
+            "factor": by.factor,
+            "original_max_position_embeddings": int(original),
         }
-    if c.rope_scaling == "llama3":
-        if c.original_length % 1:
-            raise ValueError(
-                f"Hugging Face's config needs whole lengths, not llama3 from {c.original_length:g} "
-                "tokens; give model.rope_original_length."
-            )
-        scaling = {
-            "rope_type": "llama3",
-            "factor": c.rope_factor,
-            "original_max_position_embeddings": int(c.original_length),
-            "low_freq_factor": float(LEAST),
-            "high_freq_factor": float(MOST),
-        }
+        if isinstance(by, Yarn):
+            longest = int(last)
+            scaling |= {
+                "attention_factor": yarn_attention(by.factor),
+                "beta_fast": float(BETA_FAST),
+                "beta_slow": float(BETA_SLOW),
+            }
+        else:
+            scaling |= {"low_freq_factor": float(LEAST), "high_freq_factor": float(MOST)}
     return {
         "max_position_embeddings": longest,
         "rope_theta": theta,  # transformers 4 reads this and the next key, 5 the third
@@ -63,37 +60,36 @@ def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
 
 
 def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of ModelConfig: the inverse of positions_to_hf.
+    """Return max_sequence_length and the position's block: the inverse of positions_to_hf.
 
     Raises ValueError for a scaling that we don't compute.
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    found = {
-        "max_sequence_length": hf["max_position_embeddings"],
-        "rope_theta": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-    }
+    longest, scaling = hf["max_position_embeddings"], dict[str, Any](kind="none")
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in ("default", "yarn", "llama3"), "rope_parameters.rope_type", kind)
     for name, inside in (("", hf), ("rope_parameters.", rope)):
         part = inside.get("partial_rotary_factor")
         require(part in (None, 1), f"{name}partial_rotary_factor", part)
     if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or found["max_sequence_length"]
-        factor = float(rope.get("factor") or found["max_sequence_length"] / original)
+        original = rope.get("original_max_position_embeddings") or longest
+        factor = float(rope.get("factor") or longest / original)
         usual: dict[str, Any] = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "truncate": True}
         usual |= {"mscale": None, "mscale_all_dim": None}
         usual["attention_factor"] = yarn_attention(factor)
         for name, value in usual.items():
             require(rope.get(name) in (None, value), f"rope_parameters.{name}", rope.get(name))
-        found |= {"rope_scaling": "yarn", "rope_factor": factor}
-        if original * factor != found["max_sequence_length"]:
-            found["rope_original_length"] = original
+        scaling = {"kind": "yarn", "factor": factor}
+        if original * factor != longest:
+            scaling["original_length"] = original
     if kind == "llama3":
         for name, number in (("low_freq_factor", LEAST), ("high_freq_factor", MOST)):
             require(rope.get(name) == number, f"rope_parameters.{name}", rope.get(name))
-        found |= {"rope_scaling": "llama3", "rope_factor": float(rope["factor"])}
-        found["rope_original_length"] = rope["original_max_position_embeddings"]
-    return found
+        scaling = {"kind": "llama3", "factor": float(rope["factor"])}
+        scaling["original_length"] = rope["original_max_position_embeddings"]
+    position = {"kind": "rotary", "theta": theta, "scaling": scaling}
+    return {"max_sequence_length": longest, "position": position}
 
 
 def only(hf: dict[str, Any], key: str, *computed: Any) -> None:

@@ -1,179 +1,276 @@
-"""Self-attention, multi-head or grouped-query, with QK-norm, masks and a cache."""
+"""Softmax attention, and attention to an encoder's output; their modules are in
+attention_module.py."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
+from forescale.models.part import (
+    Mixer,
+    Part,
+    Problem,
+    Shapes,
+    by_output,
+    copies,
+    linear,
+    matrix_flops,
+    outputs,
+)
 
-from forescale.models.config import ModelConfig
-from forescale.models.costs.attention import gates
-from forescale.models.init import Linear
-from forescale.models.mixers.blocks import flex
-from forescale.models.mixers.context import Context
-from forescale.models.mixers.shift import TokenShift, shifted
-from forescale.models.norm import RMSNorm
-from forescale.models.parallel.tensor import TensorGroup
-from forescale.models.parametrization import scales
-from forescale.models.positions.position import rotate
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
 
 
-def attend(
-    q_BLHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    mask: Tensor | BlockMask | None,
-    scale: float,
-    causal: bool,
-    dropout: float,
-    dividing: TensorGroup | None,
-) -> Tensor:
-    """Return the weighted means of values, (B, L, H, V), by a flash kernel if one takes these.
+def scores_flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+    """Return the FLOPs of one token's scores, and of their product with the values.
 
-    mask: see Context; without one, a query sees all keys or, if causal, those up to its own, and
-    the last query all. G divides H. dividing: the ranks that have the other heads, whose weights
-    are dropped by other draws; None: this rank has all.
+    Each takes 2 * heads_width FLOPs per key. A token attends to L keys, or in a causal model to
+    exactly (L + 1) / 2 on average.
     """
-    if isinstance(mask, BlockMask):
-        return flex(q_BLHK, k_BSGK, v_BSGV, mask, scale)
-    kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
-    if dropout and dividing is not None:
-        kernel = partial(dividing.drawing_apart, kernel)
-    y_BHLV = kernel(
-        q_BLHK.transpose(1, 2),
-        k_BSGK.transpose(1, 2),
-        v_BSGV.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None and q_BLHK.shape[1] > 1,
-        scale=scale,
-        enable_gqa=k_BSGK.shape[2] != q_BLHK.shape[2],
-    )
-    return y_BHLV.transpose(1, 2)
+    is_half = causal and config.causal
+    doubled_keys = sequence_length + 1 if is_half else 2 * sequence_length
+    return 2 * config.sizes.heads_width * doubled_keys
 
 
-def attended(
-    attend: Callable[[Tensor, Tensor, Tensor, Context], Tensor],
-    q_BLHK: Tensor,
-    k_BLGK: Tensor,
-    v_BLGK: Tensor,
-    context: Context,
-) -> Tensor:
-    """Return attend(q, k, v, context), (B, L, H, K); where ranks divide the columns, `attend` is
-    given all of them, of this rank's heads."""
-    if context.group is None:
-        return attend(q_BLHK, k_BLGK, v_BLGK, context)
-    return context.group.attended(lambda q, k, v: attend(q, k, v, context), q_BLHK, k_BLGK, v_BLGK)
+def kernel_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
+    """Return the bytes of the output and its normaliser; none with dropout, because attention is
+    then computed again (models/block.py, kept_operations)."""
+    s = config.sizes
+    return 0 if config.dropout else bytes_per_value * s.heads_width + 4 * s.num_heads
 
 
-class Attention(nn.Module):
-    """(B, L, D) -> (B, L, D); H query heads share G key and value heads (Ainslie et al. 2023,
-    arXiv 2305.13245). Query, key and value have separate matrices: Muon orthogonalises each.
-    QK-norm (Henry et al. 2020, arXiv 2010.04245) comes before the rotation, one weight for all
-    heads, as in Qwen3; or one norm over all heads, as in OLMo 2 (2024, arXiv 2501.00656). The gate,
-    a sigmoid of the layer's input for each head or channel, multiplies the heads' outputs (Qiu et
-    al. 2025, arXiv 2505.06708). With token_shift queries, keys and values have a learned part of
-    those of the token before (shift.py).
+def plain_scores_bytes(
+    config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int
+) -> int:
+    """Return the bytes of a layer where scores have biases with a gradient, which no flash kernel
+    of a CPU takes: fp32 weights, queries, keys and values of all heads in place of a kernel's."""
+    s = config.sizes
+    if config.position.kind != "relative":
+        return 0
+    kernel = bytes_per_value * (s.heads_width + 2 * s.kv_width) + 4 * s.num_heads
+    return micro_batch * length * (4 * (3 * s.heads_width + s.num_heads * length) - kernel)
 
-    With value_residual (Zhou et al. 2024, arXiv 2410.17897, section 3, with constant coefficients)
-    the first layer returns its values too, (B, L, G, K), and a later one attends to the mean of its
-    own values and those, with weights 1 - value_residual and value_residual. A cache keeps the
-    mean. Doubt: the paper finds learned weights a little better. With value_embedding the values
-    have what each token adds to them (embeddings/values.py) before that.
-    """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        s = config.sizes
-        self.num_heads, self.num_kv_heads = s.num_heads, s.num_kv_heads
-        self.dropout, self.causal = config.dropout, config.causal
-        self.value_residual = config.value_residual
-        self.dividing: TensorGroup | None = None  # the ranks that divide the heads
-        bias, scale = config.bias, scales(config)
-        self.scale, std = scale.attention, scale.hidden_std
-        reading = bias or config.qkv_bias
-        self.query = Linear(s.width, s.heads_width, reading, std)
-        self.key = Linear(s.width, s.kv_width, reading, std)
-        self.value = Linear(s.width, s.kv_width, reading, std)
-        self.output = Linear(s.heads_width, s.width, bias, scale.writing_std)
-        self.query_shift = self.key_shift = self.value_shift = None
-        if config.token_shift:
-            self.query_shift = TokenShift(s.heads_width, "query")
-            self.key_shift = TokenShift(s.kv_width, "key")
-            self.value_shift = TokenShift(s.kv_width, "value")
-        self.gate = None
-        if config.attention_gate != "none":
-            self.gate = Linear(s.width, gates(config), bias, std)
-        self.query_norm = self.key_norm = None
-        self.norms_layer = config.qk_norm_over == "layer"
-        if config.qk_norm:
-            self.query_norm = RMSNorm(
-                s.heads_width if self.norms_layer else s.head_dim, config.norm_eps
-            )
-            self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
+@dataclass(frozen=True)
+class Attention(Mixer):
+    """Attention to all tokens, multi-head or grouped-query."""
 
-    def forward(self, x_BLD: Tensor, context: Context) -> Any:
-        """Return what each token takes from those that it sees; in the first layer of a value
-        residual, with the values."""
-        q_BLHK = self._queries(x_BLD, context)
-        k_BLGK, v_BLGK = self._keys_and_values(x_BLD, context)
-        if context.token_values is not None:
-            v_BLGK = v_BLGK + context.token_values.unflatten(-1, (self.num_kv_heads, -1))
-        if context.values is not None:
-            v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
-        if context.rotation is not None:
-            q_BLHK, k_BLGK = self._turned(q_BLHK, k_BLGK, context)
-        y_BLD = self._written(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
-        return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
+    # RMS norm of queries and keys, of each head alone as in Qwen3, or of all heads together as in
+    # OLMo 2; it stabilises training.
+    qk_norm: Literal["none", "head", "layer"] = "head"
+    qkv_bias: bool = False  # biases of queries, keys and values alone, as in Qwen2
+    # A sigmoid of the layer's input multiplies the output of each head, or of each channel.
+    gate: Literal["none", "head", "channel"] = "none"
+    # Mix a learned part of the previous token's queries, keys and values into those of each token.
+    token_shift: bool = False
+    # Share of the first layer's values in the values of each later layer (ResFormer: 0.5); 0: none.
+    value_residual: float = 0.0
 
-    def _turned(self, q_BLHK: Tensor, k_BLGK: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Return queries and keys, rotated."""
-        turn = context.rotation
-        assert turn is not None
-        if context.memory is None or q_BLHK.shape[1] > 1:
-            return rotate(q_BLHK, turn), rotate(k_BLGK, turn)
-        # Of one token, calls cost more than what they compute.
-        both = rotate(torch.cat((q_BLHK, k_BLGK), 2), turn)
-        q_BLHK, k_BLGK = both.split((q_BLHK.shape[2], k_BLGK.shape[2]), 2)
-        return q_BLHK, k_BLGK
+    kind: ClassVar[str] = "attention"
+    module: ClassVar[str] = "forescale.models.mixers.attention_module.Attention"
+    writes: ClassVar[tuple[str, ...]] = ("output",)
+    gates: ClassVar[tuple[str, ...]] = ("gate",)
+    per_head: ClassVar[tuple[str, ...]] = ("query_norm", "key_norm")
+    heads: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "head_dim", "position")
+    takes_future: ClassVar[bool] = True
+    takes_biases: ClassVar[bool] = True
+    takes_values: ClassVar[bool] = True
+    splits_columns: ClassVar[bool] = True
 
-    def _queries(self, x_BLD: Tensor, context: Context) -> Tensor:
-        """Return the queries of tokens, (B, L, H, K), not rotated."""
-        q_BLD = shifted(self.query_shift, self.query(x_BLD), context)
-        return self._heads(q_BLD, self.query_norm, self.num_heads)
+    @property
+    def shifts(self) -> bool:
+        """True with token_shift."""
+        return self.token_shift
 
-    def _keys_and_values(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Return the keys, not rotated, and the values of tokens, (B, S, G, K) each."""
-        k_BSD = shifted(self.key_shift, self.key(x_BSD), context)
-        v_BSD = shifted(self.value_shift, self.value(x_BSD), context)
-        k_BSGK = self._heads(k_BSD, self.key_norm, self.num_kv_heads)
-        return k_BSGK, self._heads(v_BSD, None, self.num_kv_heads)
+    @property
+    def shared_values(self) -> float:
+        """value_residual."""
+        return self.value_residual
 
-    def _written(self, x_BLD: Tensor, y_BLHK: Tensor) -> Tensor:
-        """Return the output of the layer, (B, L, D), from those of its heads: gated by its input
-        x, and through the last matrix."""
-        if self.gate is not None:
-            y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().unflatten(-1, (self.num_heads, -1))
-        return self.output(y_BLHK.flatten(-2))
+    def problems(self) -> list[Problem]:
+        """Return the problem of a share that is none."""
+        if 0 <= self.value_residual < 1:
+            return []
+        problem = f"{self.value_residual} is no part of a layer's values"
+        return [("value_residual", problem, "give above 0 and below 1, or 0 for none")]
 
-    def _heads(self, x_BLD: Tensor, norm: RMSNorm | None, heads: int) -> Tensor:
-        """Return (B, L, heads, K), normed over each head or before over all of them."""
-        if norm is not None and self.norms_layer:
-            return norm(x_BLD).unflatten(-1, (heads, -1))
-        x_BLHK = x_BLD.unflatten(-1, (heads, -1))
-        return x_BLHK if norm is None else norm(x_BLHK)
+    def problems_in(
+        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
+    ) -> list[Problem]:
+        """Return the problems of keys that don't go with other parts of the model."""
+        problems: list[Problem] = []
+        if self.qkv_bias and config.bias:
+            problems.append(("qkv_bias", "bias=true has these biases already", "leave one out"))
+        if self.token_shift and config.has_encoder:
+            problem = "is for a decoder or an encoder alone"
+            problems.append(("token_shift", problem, "leave it out, or leave out encoder_layers"))
+        if self.value_residual and config.has_encoder:
+            problem = "an encoder and a decoder have no first layer in common"
+            todo = "leave it out, or leave out encoder_layers"
+            problems.append(("value_residual", problem, todo))
+        elif self.value_residual and sized.num_layers == 1:
+            problem = "the only layer has no earlier one, whose values it could take"
+            problems.append(("value_residual", problem, "leave it out, or give more layers"))
+        return problems
 
-    def _attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: Context) -> Tensor:
-        """Return the values, averaged by the scores of the keys that each query sees: (B, L, H, K).
+    def num_gates(self, config: "ModelConfig") -> int:
+        """Return the number of gates of a token: of its heads, of their channels, or none."""
+        counts = {"head": config.sizes.num_heads, "channel": config.sizes.heads_width}
+        return counts.get(self.gate, 0)
 
-        A subclass that lets a query see fewer keys replaces this method alone.
+    def shapes(self, config: "ModelConfig") -> Shapes:
+        """See BlockPart."""
+        s, shapes = config.sizes, Shapes()
+        for name, width in (("query", s.heads_width), ("key", s.kv_width), ("value", s.kv_width)):
+            shapes |= linear(name, s.width, width, config.bias or self.qkv_bias)
+        shapes |= linear("output", s.heads_width, s.width, config.bias)
+        if self.token_shift:
+            shapes["query_shift.weight"] = (s.heads_width,)
+            shapes |= {f"{name}_shift.weight": (s.kv_width,) for name in ("key", "value")}
+        if self.gate != "none":
+            shapes |= linear("gate", s.width, self.num_gates(config), config.bias)
+        if self.qk_norm != "none":
+            over_layer = self.qk_norm == "layer"
+            widths = (s.heads_width, s.kv_width) if over_layer else (s.head_dim, s.head_dim)
+            names = ("query_norm.weight", "key_norm.weight")
+            shapes |= {name: (width,) for name, width in zip(names, widths, strict=True)}
+        return shapes
+
+    def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+        """Return the FLOPs of the matrices, the scores, and their product with the values."""
+        scores = scores_flops(config, sequence_length, causal)
+        return matrix_flops(self.shapes(config)) + scores
+
+    def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+        """Return the bytes of queries and keys (kernel inputs, and inputs of QK-norm), values,
+        output.
+
+        Also the normaliser of the output in fp32, one per head, and what a gate multiplies. Flash
+        attention saves no scores.
         """
-        mask, memory = context.mask, context.memory
-        if memory is not None:
-            k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
-        dropout = self.dropout if self.training else 0.0
-        how = self.scale, self.causal, dropout, self.dividing
-        return attend(q_BLHK, k_BLGK, v_BLGK, mask, *how)
+        s = config.sizes
+        heads = s.heads_width + s.kv_width
+        kernel = bytes_per_value * (heads + s.kv_width + s.heads_width) + 4 * s.num_heads
+        if self.gate != "none":  # the gated output, and the gates
+            kernel += bytes_per_value * (s.heads_width + self.num_gates(config))
+        if self.token_shift:
+            kernel += bytes_per_value * (heads + s.kv_width)  # those of the previous token
+        return kernel + (norm_bytes * heads if self.qk_norm != "none" else 0)
+
+    def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """See BlockPart."""
+        return kernel_bytes(config, bytes_per_value)
+
+    def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
+        """Return the FLOPs of the scores where they have dropout."""
+        return scores_flops(config, sequence_length, False) if config.dropout else 0
+
+    def cache_bytes(self, config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+        """Return the bytes of the keys and values of all tokens, and of a shift's last token."""
+        values = 2 * config.sizes.kv_width * length + self.shift_values(config)
+        return values * bytes_per_value
+
+    def shift_values(self, config: "ModelConfig") -> int:
+        """Return the values of the last token that a cache holds for token_shift."""
+        s = config.sizes
+        return s.heads_width + 2 * s.kv_width if self.token_shift else 0
+
+    def folds(self, config: "ModelConfig", scores: float) -> dict[str, float]:
+        """Return the factor of the module that the scores are linear in.
+
+        It is the gain of the queries' norm; without a norm, the queries' matrix and bias. A
+        rotation does not change this.
+        """
+        return {"query" if self.qk_norm == "none" else "query_norm": scores}
+
+    def divided(self, config: "ModelConfig") -> dict[str, int]:
+        """Return the matrices of the heads. A norm over all heads can't be divided."""
+        if self.qk_norm == "layer":
+            return {}
+        reading = ("query", "key", "value")
+        shifts = (f"{name}_shift" for name in reading)
+        return by_output(self.shapes(config), (*reading, *shifts, "gate"), "output")
+
+    def exchanged(self, config: "ModelConfig", ranks: int) -> int:
+        """Return the values of queries, keys and values, as often as they are sent, and output."""
+        s = config.sizes
+        return 2 * s.heads_width + 2 * s.kv_width * copies(s.num_heads, s.num_kv_heads, ranks)
+
+    def plain_bytes(
+        self,
+        config: "ModelConfig",
+        micro_batch: int,
+        length: int,
+        bytes_per_value: int,
+        masked: bool,
+    ) -> tuple[int, int]:
+        """See plain_scores_bytes."""
+        return plain_scores_bytes(config, micro_batch, length, bytes_per_value), 0
+
+
+_OF_SOURCE = ("key.", "value.", "key_norm.")  # parameters that act on source tokens
+
+
+@dataclass(frozen=True)
+class Cross(Attention):
+    """Attention of the decoder's tokens to the encoder's output, between mixer and MLP."""
+
+    kind: ClassVar[str] = "cross"
+    module: ClassVar[str] = "forescale.models.mixers.attention_module.CrossAttention"
+
+    def _split(self, config: "ModelConfig") -> tuple[Shapes, Shapes]:
+        """Return the parameters that act on the decoder's tokens, and those on the source's."""
+        shapes = self.shapes(config)
+        source = {name: shape for name, shape in shapes.items() if name.startswith(_OF_SOURCE)}
+        return {name: shape for name, shape in shapes.items() if name not in source}, source
+
+    def flops(self, config: "ModelConfig", source_length: int, causal: bool) -> int:
+        """Return the FLOPs of a decoder's token, which attends to all tokens of the source."""
+        return matrix_flops(self._split(config)[0]) + scores_flops(config, source_length, False)
+
+    def source_flops(self, config: "ModelConfig") -> int:
+        """See BlockPart."""
+        return matrix_flops(self._split(config)[1])
+
+    def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+        """Return the bytes of a decoder's token: the queries (and the input of their norm), the
+        output and its normaliser."""
+        s = config.sizes
+        total = 2 * bytes_per_value * s.heads_width + 4 * s.num_heads
+        if self.gate != "none":
+            total += bytes_per_value * (s.heads_width + self.num_gates(config))
+        return total + (norm_bytes * s.heads_width if self.qk_norm != "none" else 0)
+
+    def source_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+        """Return the bytes of a source's token: keys (and the input of their norm), values."""
+        norm = norm_bytes if self.qk_norm != "none" else 0
+        return config.sizes.kv_width * (2 * bytes_per_value + norm)
+
+    def selected_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """See BlockPart."""
+        results = bytes_per_value * outputs(self._split(config)[0])
+        return results + self.kernel_bytes(config, bytes_per_value)
+
+    def selected_source(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """See BlockPart."""
+        return bytes_per_value * outputs(self._split(config)[1])
+
+    def plain_bytes(
+        self,
+        config: "ModelConfig",
+        micro_batch: int,
+        length: int,
+        bytes_per_value: int,
+        masked: bool,
+    ) -> tuple[int, int]:
+        """Return nothing: its scores have no biases."""
+        return 0, 0
+
+
+@cache
+def cross_of(mixer: Part) -> Cross:
+    """Return the attention to an encoder beside a mixer, with the keys of the mixer if this is
+    attention too."""
+    keys = fields(Attention) if isinstance(mixer, Attention) else ()
+    return Cross(**{f.name: getattr(mixer, f.name) for f in keys})

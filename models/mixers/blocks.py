@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from forescale.models.mixers.context import Columns
 from forescale.models.mixers.masks import additive_mask
-from forescale.models.mixers.patterns import Layout, Sparse, Window
+from forescale.models.mixers.patterns import Layout, Sparse, Stretch
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # row, head, query, key -> bool
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
     slots: Tensor | None = None
 
 
-def sees(pattern: Window | Sparse, columns: Columns) -> Sees:
+def sees(pattern: Stretch | Sparse, columns: Columns) -> Sees:
     """Return a function of row, head, query and key columns: True if the query sees the key.
 
     It takes index tensors that broadcast, or scalars, as flex_attention's mask_mod. A query sees no
@@ -83,9 +83,9 @@ def _shown(joined: Callable[[Tensor, Tensor, Tensor], Tensor], columns: Columns)
     return mask_mod
 
 
-def _rule(pattern: Window | Sparse, columns: Columns) -> Callable[[Tensor, Tensor], Tensor]:
+def _rule(pattern: Stretch | Sparse, columns: Columns) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function of the positions of query and key: True if the pattern joins them."""
-    if isinstance(pattern, Window):
+    if isinstance(pattern, Stretch):
         width, first = pattern.tokens, pattern.first
         return lambda query, key: (query - key < width) | (key < first)
     p, device = pattern, columns.positions.device
@@ -116,7 +116,7 @@ def _constant(function: _F) -> _F:
 # The compiler takes what these return as it is, and doesn't trace how they draw and count blocks.
 @_constant
 def _layout(
-    pattern: Window | Sparse, length: int, total: int, aligned: bool
+    pattern: Stretch | Sparse, length: int, total: int, aligned: bool
 ) -> tuple[int, int, int, int]:
     return astuple(pattern.layout(length, total, aligned))
 
@@ -138,7 +138,7 @@ def _padded(rows: list[list[int]], width: int) -> list[list[int]]:
     return [row + [-1] * (width - len(row)) for row in rows]
 
 
-def view_of(pattern: Window | Sparse, columns: Columns) -> Blocks | BlockMask:
+def view_of(pattern: Stretch | Sparse, columns: Columns) -> Blocks | BlockMask:
     """Return what the queries of these columns read and see."""
     return flex_view(pattern, columns) if fits_flex(columns) else plain_view(pattern, columns)
 
@@ -155,7 +155,7 @@ def blocks_seen(columns: Columns, causal: bool) -> BlockMask | None:
     return block_mask(sees_all(columns, causal), columns) if hides and fits_flex(columns) else None
 
 
-def plain_view(pattern: Window | Sparse, columns: Columns) -> Blocks:
+def plain_view(pattern: Stretch | Sparse, columns: Columns) -> Blocks:
     """Return the view of the plain form."""
     # Whole numbers, not the compiler's symbols: each length has its own layout.
     positions, length = columns.positions, index(columns.length)
@@ -186,12 +186,12 @@ def plain_view(pattern: Window | Sparse, columns: Columns) -> Blocks:
 
 
 def _extra(
-    pattern: Window | Sparse, first_RN: Tensor, total: int, length: int, aligned: bool
+    pattern: Stretch | Sparse, first_RN: Tensor, total: int, length: int, aligned: bool
 ) -> Tensor:
     """Return the positions of extra keys (R, N, E), negative for none; first: positions of the
     first query of each block."""
     device = first_RN.device
-    if isinstance(pattern, Window):
+    if isinstance(pattern, Stretch):
         return torch.arange(pattern.first, device=device).expand(*first_RN.shape, -1)
     size, spans = pattern.size, pattern.spans(length, total, aligned)
     table = torch.tensor(_far(pattern, -(-total // size), spans), device=device)
@@ -200,9 +200,9 @@ def _extra(
     return positions.masked_fill(blocks_RNM1 < 0, -1).flatten(-2)
 
 
-def _slots(pattern: Window | Sparse, columns: Columns) -> Tensor | None:
+def _slots(pattern: Stretch | Sparse, columns: Columns) -> Tensor | None:
     """Return Blocks.slots."""
-    if not isinstance(pattern, Window) or not pattern.first:
+    if not isinstance(pattern, Stretch) or not pattern.first:
         return None
     positions, length = columns.positions, columns.length
     new_RL = (positions if positions.dim() == 2 else positions[None])[:, -length:]
@@ -212,7 +212,7 @@ def _slots(pattern: Window | Sparse, columns: Columns) -> Tensor | None:
     return torch.where(hit_RFL.any(-1), hit_RFL.long().argmax(-1), -1)
 
 
-def flex_view(pattern: Window | Sparse, columns: Columns, block: int = FLEX_BLOCK) -> BlockMask:
+def flex_view(pattern: Stretch | Sparse, columns: Columns, block: int = FLEX_BLOCK) -> BlockMask:
     """Return the view for flex_attention, of whole rows (no cache)."""
     return block_mask(sees(pattern, columns), columns, block)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forescale.models.costs.gated_deltanet import chunks
+from forescale.models.mixers.gated_deltanet import chunks
 
 _EPS = 1e-6  # added to the squared length of queries and keys, as in the authors' kernels
 

@@ -1,139 +1,120 @@
-"""Linear attention by the gated delta rule as a mixer: Gated DeltaNet (Yang, Kautz and Hatamizadeh
-2024, arXiv 2412.06464, figure 1; Qwen3-Next has it in three of four layers).
+"""Gated DeltaNet as a mixer; its module is in gated_deltanet_module.py.
 
-Queries, keys and values pass a short convolution and silu, the rule (delta_rule.py) makes outputs
-of them, and a norm, a gate and a matrix follow. A head keeps one matrix of state, whatever the
-length.
-
-Invariant: convolution and state read nothing of another document or of padding.
+The FLOPs are those of the chunked form (delta_rule.py). K is the width of a query or key head, V
+that of a value head, C the tokens of a chunk.
 """
 
-import math
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from forescale.models.part import Mixer, Problem, Shapes, below_1, linear, matrix_flops
 
-from forescale.models.config import ModelConfig
-from forescale.models.costs.gated_deltanet import widths
-from forescale.models.init import Linear
-from forescale.models.mixers.context import Context, continued, earlier
-from forescale.models.mixers.delta_rule import DeltaRule, delta_rule
-from forescale.models.norm import RMSNorm
-from forescale.models.parametrization import scales
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
+
+CHUNK = 64  # the most tokens of a chunk: as in the authors' kernels (flash-linear-attention)
+_STATE = 4  # bytes per value of states, decays and writing strengths, in fp32
 
 
-class Convolved(torch.autograd.Function):
-    """silu of a sum over the last tokens, each channel for itself.
-
-    It keeps its input alone. Documents make a mask for each lag, which nn.Conv1d can't take, and
-    autograd would keep a copy of the input for each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, weight_DW: Tensor, keep_BL1: Tensor) -> Tensor:
-        """Return (B, L, D). weight: the last column is that of the token itself; keep (B or 1, L,
-        1): 0 where the token before isn't visible."""
-        ctx.save_for_backward(x_BLD, weight_DW, keep_BL1)
-        return F.silu(_sum_of_lags(x_BLD, weight_DW, keep_BL1)).to(x_BLD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return the gradients of x and weight."""
-        x_BLD, weight_DW, keep_BL1 = ctx.saved_tensors
-        y_BLD = _sum_of_lags(x_BLD, weight_DW, keep_BL1)
-        gate_BLD = torch.sigmoid(y_BLD)
-        d_y = grad[0].to(y_BLD.dtype) * gate_BLD * (1 + y_BLD * (1 - gate_BLD))
-        d_x, d_weight = torch.zeros_like(y_BLD), []
-        for lag, seen_BL1 in enumerate(_seen(keep_BL1, weight_DW.shape[1], y_BLD.dtype)):
-            masked = d_y * seen_BL1
-            d_weight.append((masked * earlier(x_BLD, lag)).sum((0, 1)))
-            onward = F.pad(masked, (0, 0, 0, lag))[:, lag:]
-            d_x = d_x + weight_DW[:, -1 - lag].to(y_BLD.dtype) * onward
-        d_weight_DW = torch.stack(d_weight[::-1], 1)
-        return d_x.to(x_BLD.dtype), d_weight_DW.to(weight_DW.dtype), None
+def chunks(length: int) -> tuple[int, int]:
+    """Return the number of chunks of a sequence and their size: equal, so that few are padded."""
+    num = -(-length // CHUNK)
+    return num, -(-length // num)
 
 
-def _sum_of_lags(x_BLD: Tensor, weight_DW: Tensor, keep_BL1: Tensor) -> Tensor:
-    """Return the sum before silu, in fp32 or more."""
-    precise = torch.promote_types(x_BLD.dtype, torch.float32)
-    y_BLD, weight_DW = torch.zeros_like(x_BLD, dtype=precise), weight_DW.to(precise)
-    for lag, seen_BL1 in enumerate(_seen(keep_BL1, weight_DW.shape[1], precise)):
-        y_BLD = y_BLD + weight_DW[:, -1 - lag] * (earlier(x_BLD, lag) * seen_BL1)
-    return y_BLD
+@dataclass(frozen=True)
+class GatedDeltaNet(Mixer):
+    """Linear attention by the gated delta rule."""
 
+    value_dim: int | None = None  # width of a value head; None: that of a head
+    conv: int = 4  # tokens that the short convolution reads
 
-def _seen(keep_BL1: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return, for lags from 0 to count - 1, if the token so much earlier is seen, (B, L, 1)."""
-    seen = [torch.ones_like(keep_BL1, dtype=dtype)]
-    for lag in range(1, count):
-        seen.append(seen[-1] * earlier(keep_BL1, lag - 1))
-    return seen
+    kind: ClassVar[str] = "gated_deltanet"
+    module: ClassVar[str] = "forescale.models.mixers.gated_deltanet_module.GatedDeltaNet"
+    writes: ClassVar[tuple[str, ...]] = ("output",)
+    gates: ClassVar[tuple[str, ...]] = ("decay", "beta")
+    per_head: ClassVar[tuple[str, ...]] = ("output_norm",)
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
+    takes_mask: ClassVar[bool] = False
 
+    def problems(self) -> list[Problem]:
+        """See Part."""
+        return below_1(self, "value_dim", "conv")
 
-class ShortConvolution(nn.Module):
-    """(B, L, D) -> (B, L, D): Convolved. Its weight has the shape and start of an nn.Conv1d's."""
+    def problems_in(
+        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
+    ) -> list[Problem]:
+        """Return the problem of a convolution that is longer than the context."""
+        if longest is None or self.conv <= max(longest, GatedDeltaNet.conv):
+            return []
+        problem = f"{self.conv} tokens are more than the context's {longest}"
+        return [("conv", problem, "give fewer")]
 
-    def __init__(self, width: int, lags: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 1, lags))
-        nn.init.uniform_(self.weight, -(lags**-0.5), lags**-0.5)
+    def widths(self, config: "ModelConfig") -> tuple[int, int, int]:
+        """Return the number of heads, K and V."""
+        s = config.sizes
+        return s.num_heads, s.head_dim, self.value_dim or s.head_dim
 
-    def forward(self, x_BLD: Tensor, keep_BL: Tensor) -> Tensor:
-        return Convolved.apply(x_BLD, self.weight[:, 0], keep_BL[..., None])
+    def convolved(self, config: "ModelConfig") -> int:
+        """Return the width of queries, keys and values together, which the convolution takes."""
+        heads, K, V = self.widths(config)
+        return heads * (2 * K + V)
 
+    def shapes(self, config: "ModelConfig") -> Shapes:
+        """See BlockPart."""
+        width, (heads, K, V) = config.sizes.width, self.widths(config)
+        shapes: Shapes = {"log_rate": (heads,), "decay_bias": (heads,)}
+        outputs = {"query": heads * K, "key": heads * K, "value": heads * V, "gate": heads * V}
+        for name, size in outputs.items():
+            shapes |= linear(name, width, size, config.bias)
+        shapes |= linear("decay", width, heads, bias=False)
+        shapes |= linear("beta", width, heads, config.bias)
+        shapes["convolution.weight"] = (self.convolved(config), 1, self.conv)
+        shapes["output_norm.weight"] = (V,)
+        return shapes | linear("output", heads * V, width, config.bias)
 
-class GatedDeltaNet(nn.Module):
-    """(B, L, D) -> (B, L, D), with H heads, whose queries and keys are K wide and values V.
+    def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+        """Return the FLOPs of the matrices and of the chunks' products, rounded up to whole ones.
 
-    The decay of a head at a token is exp(-rate * softplus(decay(x) + decay_bias)), with rate =
-    exp(log_rate). At first, rates are uniform from 0 to 16 and softplus(decay_bias) log-uniform
-    from 0.001 to 0.1, as in Mamba-2 and in the authors' code: heads remember from one token to
-    thousands. The rates' lower end is 0.01, so that no logarithm is infinite. Positions and QK-norm
-    play no part, and all heads have keys and values of their own.
-    """
+        A chunk makes scores of keys with keys and of queries with keys, applies the inverse of a
+        triangular matrix to keys and values, and the scores to the values; and three products with
+        the state. causal: without the zeros of triangular matrices, without the state before the
+        first chunk and the one after the last. Finding the inverse is no matrix product for torch's
+        counter; nor is the convolution.
+        """
+        heads, K, V = self.widths(config)
+        num, C = chunks(sequence_length)
+        if causal:
+            below, lower = C * (C - 1), C * (C + 1)  # two FLOPs for each entry of a half
+            of_chunks = num * (below * K + lower * (2 * K + 2 * V)) + (num - 1) * C * 6 * K * V
+        else:
+            of_chunks = num * C * (2 * C * (3 * K + 2 * V) + 6 * K * V)
+        return matrix_flops(self.shapes(config)) - (-heads * of_chunks // sequence_length)
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        width, (H, K, V), scale = config.sizes.width, widths(config), scales(config)
-        self.num_heads, self.lags = H, config.delta_conv
-        self.split = (H * K, H * K, H * V)
-        bias, std = config.bias, scale.hidden_std
-        self.log_rate = nn.Parameter(torch.empty(H).uniform_(0.01, 16).log())
-        step = torch.empty(H).uniform_(math.log(0.001), math.log(0.1)).exp()
-        self.decay_bias = nn.Parameter(step.expm1().log())  # softplus of it is the step
-        self.query = Linear(width, H * K, bias, std)
-        self.key = Linear(width, H * K, bias, std)
-        self.value = Linear(width, H * V, bias, std)
-        self.gate = Linear(width, H * V, bias, std)
-        self.decay = Linear(width, H, False, std)
-        self.beta = Linear(width, H, bias, std)
-        self.convolution = ShortConvolution(sum(self.split), self.lags)
-        self.output_norm = RMSNorm(V, config.norm_eps)
-        self.output = Linear(H * V, width, bias, scale.writing_std)
+    def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
+        """Return the FLOPs of the chunks' products."""
+        return self.flops(config, sequence_length, False) - matrix_flops(self.shapes(config))
 
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        B, L, _ = x_BLD.shape
-        memory = context.memory
-        mixed = torch.cat([self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)], -1)
-        if memory is not None and self.lags > 1:
-            mixed = memory.keep_last("convolved", mixed, self.lags - 1)
-        keep = continued(mixed, context)
-        mixed, keep = self.convolution(mixed, keep)[:, -L:], keep[:, -L:]
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in mixed.split(self.split, -1))
-        step = F.softplus(self.decay(x_BLD).float() + self.decay_bias.float())
-        given = (
-            q,
-            k,
-            v,
-            -self.log_rate.float().exp() * step,
-            self.beta(x_BLD).float().sigmoid(),
-            keep,
-        )
-        if memory is None:
-            o_BLHV = DeltaRule.apply(*given)
-        else:  # decoding has no gradients, and begins where the last call ended
-            o_BLHV, _, memory["state"] = delta_rule(*given, memory.get("state"))
-        gate = self.gate(x_BLD).view(B, L, self.num_heads, -1)
-        return self.output((self.output_norm(o_BLHV) * F.silu(gate)).flatten(-2))
+    def recomputed(self, config: "ModelConfig", sequence_length: int) -> int:
+        """Return the FLOPs of all of a chunk's products that come before its outputs, less one that
+        the backward pass saves because keys' scores with keys are symmetric."""
+        heads, K, V = self.widths(config)
+        num, C = chunks(sequence_length)
+        again = num * C * (2 * C * (2 * K + V) + 2 * K * V)
+        return -(-heads * again // sequence_length)
+
+    def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+        """Return the bytes of what enters and leaves the convolution, of the decays and writing
+        strengths, of the states between chunks, and of the gated norm (its input, its output, the
+        gate before and after silu, and their product)."""
+        heads, K, V = self.widths(config)
+        num, _ = chunks(config.sizes.max_sequence_length)
+        states = -(-num * K * V // config.sizes.max_sequence_length)
+        gated = heads * V * (norm_bytes + 4 * bytes_per_value)
+        return 2 * bytes_per_value * self.convolved(config) + heads * _STATE * (4 + states) + gated
+
+    def cache_bytes(self, config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+        """Return the bytes of one state a head, and of the last inputs of the convolution."""
+        heads, K, V = self.widths(config)
+        last = min(length, self.conv - 1)
+        return _STATE * heads * K * V + bytes_per_value * last * self.convolved(config)

@@ -1,134 +1,144 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+"""Multi-head latent attention as a mixer; its module is in latent_module.py."""
 
-The keys and values of all heads are made of one narrow latent of each token, so decoding keeps the
-latent alone. A rotation could not be moved past the matrix that makes keys, so a part of each head
-(model.rope_fraction) has a key of its own, which rotates and which all heads share.
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
-Invariant: both forms give the same outputs: keys and values expanded, as in training; or the two
-matrices absorbed into queries and outputs, where few tokens are decoded and all heads read the
-latents themselves.
-"""
+from forescale.models.mixers.attention import kernel_bytes, plain_scores_bytes, scores_flops
+from forescale.models.part import Mixer, Problem, Shapes, below_1, by_output, linear, matrix_flops
+from forescale.models.positions.kinds import Rotary
 
-import torch
-from torch import Tensor, nn
-
-from forescale.models.config import ModelConfig
-from forescale.models.costs.latent import ranks, turning
-from forescale.models.init import Linear
-from forescale.models.mixers.attention import attend, attended
-from forescale.models.mixers.context import Context
-from forescale.models.norm import RMSNorm
-from forescale.models.parallel.tensor import TensorGroup
-from forescale.models.parametrization import scales
-from forescale.models.positions.position import rotate
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
 
 
-class PerHead(Linear):
-    """Keys or values of H heads from latents: (B, L, R) -> (B, L, H, K).
+@dataclass(frozen=True)
+class Latent(Mixer):
+    """Attention whose keys and values are made of one narrow latent of each token."""
 
-    It is used in three ways, all by a call, because only a module's own forward may read its
-    weight.
-    """
+    rank: int | None = None  # width of the latent, which is cached; None: 4 heads, at most half
+    query_rank: int | None = None  # width of the queries' latent; None: no latent
 
-    def __init__(self, rank: int, num_heads: int, width: int, bias: bool, std: float):
-        super().__init__(rank, num_heads * width, bias, std)
-        self.num_heads = num_heads
+    kind: ClassVar[str] = "latent"
+    module: ClassVar[str] = "forescale.models.mixers.latent_module.LatentAttention"
+    writes: ClassVar[tuple[str, ...]] = ("output",)
+    per_head: ClassVar[tuple[str, ...]] = ("latent_norm", "query_norm")
+    heads: ClassVar[tuple[str, ...]] = ("num_heads", "key.num_heads", "value.num_heads")
+    reads: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim", "position")
+    turning: ClassVar[float] = 0.5
+    takes_future: ClassVar[bool] = True
+    takes_biases: ClassVar[bool] = True
+    splits_columns: ClassVar[bool] = True
 
-    def forward(self, x: Tensor, form: str = "expand") -> Tensor:
-        """Return (B, L, H, K) of latents x (B, L, R).
+    def problems(self) -> list[Problem]:
+        """See Part."""
+        return below_1(self, "rank", "query_rank")
 
-        form: `score` takes queries (B, L, H, K) and returns what has the same scores with latents
-        as they have with keys, (B, L, H, R), but for a bias, which adds the same to all scores of a
-        query. `each` takes a latent for each head, (B, L, H, R).
+    def problems_in(
+        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
+    ) -> list[Problem]:
+        """Return the problems of latents that don't compress."""
+        problems: list[Problem] = []
+        heads = sized.num_heads or 1
+        queries = heads * (sized.head_dim or (sized.width or 0) // heads)
+        if (self.rank or 0) >= 2 * queries:
+            problem = f"{self.rank} does not compress keys and values, {2 * queries} a token"
+            problems.append(("rank", problem, "give less, or leave it out"))
+        if (self.query_rank or 0) > queries:
+            problem = f"{self.query_rank} does not compress queries, {queries} a token"
+            problems.append(("query_rank", problem, "give less, or leave it out"))
+        return problems
+
+    def sized(self, sized: "ModelConfig") -> "Latent":
+        """Return the part with its rank.
+
+        Rule: 4 * head_dim (DeepSeek-V2, arXiv 2405.04434, section 2.1.4: d_c = 4 d_h), but at most
+        half of all heads. Doubt: that is for 128 heads; the second part, for models of fewer than 8
+        heads, where 4 * head_dim would hardly compress, is ours.
         """
-        if form == "expand":
-            return super().forward(x).unflatten(-1, (self.num_heads, -1))
-        weight_HKR = self.weight.unflatten(0, (self.num_heads, -1))
-        if form == "score":
-            return torch.einsum("blhk,hkr->blhr", x, weight_HKR)
-        y_BLHK = torch.einsum("blhr,hkr->blhk", x, weight_HKR)
-        return y_BLHK if self.bias is None else y_BLHK + self.bias.unflatten(0, y_BLHK.shape[2:])
+        heads = sized.num_heads or 1
+        head_dim = sized.head_dim or (sized.width or 0) // heads
+        return replace(self, rank=self.rank or max(1, min(4 * head_dim, heads * head_dim // 2)))
 
+    def ranks(self, config: "ModelConfig") -> tuple[int, int]:
+        """Return the widths of the latent of keys and values, and of that of queries (0: none)."""
+        rank = self.rank or self.sized(config.sized()).rank
+        assert rank is not None
+        return rank, self.query_rank or 0
 
-class LatentAttention(nn.Module):
-    """(B, L, D) -> (B, L, D), with H heads as wide as attention's.
+    def turning_width(self, config: "ModelConfig") -> int:
+        """Return the width of the part of a head that rotates, whose key all heads share."""
+        return config.rotary_width if isinstance(config.position, Rotary) else 0
 
-    head_dim is the width of a query and key head, the rotating part included (half of it, if
-    model.rope_fraction doesn't say otherwise), and of a value head, so that flash kernels take
-    them; DeepSeek's heads have 128 + 64 and 128. Latents have an RMS norm; model.qk_norm,
-    model.num_kv_heads and model.attention_gate play no part. The matrices after a latent start with
-    the standard deviation that makes keys, values and queries as large as attention's. Doubts: the
-    rate of such a matrix (mup) should not fall with the width where the rank stays; yarn's factor
-    of scores reaches the rotating part alone.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        s, bias, scale = config.sizes, config.bias, scales(config)
-        self.num_heads, self.head_dim = s.num_heads, s.head_dim
-        self.turning, self.still = turning(config), s.head_dim - turning(config)
-        self.dropout, self.causal, self.scale = config.dropout, config.causal, scale.attention
-        self.dividing: TensorGroup | None = None  # the ranks that divide the heads
-        (rank, query_rank), std = ranks(config), scale.hidden_std
-        self.query_latent = self.query_norm = self.rope_key = None
+    def shapes(self, config: "ModelConfig") -> Shapes:
+        """See BlockPart."""
+        s, bias, (rank, query_rank), shapes = (
+            config.sizes,
+            config.bias,
+            self.ranks(config),
+            Shapes(),
+        )
+        turning = self.turning_width(config)
         if query_rank:
-            self.query_latent = Linear(s.width, query_rank, bias, std)
-            self.query_norm = RMSNorm(query_rank, config.norm_eps)
-        before = query_rank or s.width
-        self.query = Linear(before, s.heads_width, bias, std * (s.width / before) ** 0.5)
-        self.latent = Linear(s.width, rank, bias, std)
-        self.latent_norm = RMSNorm(rank, config.norm_eps)
-        if self.turning:
-            self.rope_key = Linear(s.width, self.turning, bias, std)
-        std = std * (s.width / rank) ** 0.5
-        self.key = PerHead(rank, s.num_heads, self.still, bias, std)
-        self.value = PerHead(rank, s.num_heads, s.head_dim, bias, std)
-        self.output = Linear(s.heads_width, s.width, bias, scale.writing_std)
+            shapes |= linear("query_latent", s.width, query_rank, bias)
+            shapes["query_norm.weight"] = (query_rank,)
+        shapes |= linear("query", query_rank or s.width, s.heads_width, bias)
+        shapes |= linear("latent", s.width, rank, bias)
+        shapes["latent_norm.weight"] = (rank,)
+        if turning:
+            shapes |= linear("rope_key", s.width, turning, bias)
+        shapes |= linear("key", rank, s.num_heads * (s.head_dim - turning), bias)
+        shapes |= linear("value", rank, s.heads_width, bias)
+        return shapes | linear("output", s.heads_width, s.width, bias)
 
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        memory = context.memory
-        q_BLHK = self._queries(x_BLD, context)
-        latent_BSR = self.latent_norm(self.latent(x_BLD))
-        turned_BS1T = None
-        if self.rope_key is not None:
-            turned_BS1T = self.rope_key(x_BLD)[:, :, None]
-            if context.rotation is not None:
-                turned_BS1T = rotate(turned_BS1T, context.rotation)
-        if memory is not None:
-            latent_BSR = memory.extend("latent", latent_BSR)
-            if turned_BS1T is not None:
-                turned_BS1T = memory.extend("rope_key", turned_BS1T)
-        # With ranks of some head_dim, expanding all keys is more expensive for fewer tokens.
-        is_absorbed = memory is not None and x_BLD.shape[1] < self.head_dim
-        form = self._absorbed if is_absorbed else self._expanded
-        return self.output(form(q_BLHK, latent_BSR, turned_BS1T, context).flatten(-2))
+    def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+        """Return the FLOPs of the matrices and of the scores: keys and values are expanded."""
+        scores = scores_flops(config, sequence_length, causal)
+        return matrix_flops(self.shapes(config)) + scores
 
-    def _queries(self, x_BLD: Tensor, context: Context) -> Tensor:
-        """Return the queries, rotated: (B, L, D) -> (B, L, H, K)."""
-        if self.query_latent is not None and self.query_norm is not None:
-            x_BLD = self.query_norm(self.query_latent(x_BLD))
-        q_BLHK = self.query(x_BLD).unflatten(-1, (self.num_heads, -1))
-        return q_BLHK if context.rotation is None else rotate(q_BLHK, context.rotation)
+    def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+        """Return the bytes of queries, keys, values and output, of the output's normaliser in fp32,
+        and of the latents before and after their norms."""
+        s = config.sizes
+        return (
+            4 * bytes_per_value * s.heads_width
+            + 4 * s.num_heads
+            + sum(self.ranks(config)) * (norm_bytes + bytes_per_value)
+        )
 
-    def _expanded(
-        self, q_BLHK: Tensor, latent_BSR: Tensor, turned_BS1T: Tensor | None, context: Context
-    ) -> Tensor:
-        """Return the heads' outputs (B, L, H, K), from keys and values of all tokens."""
-        k_BSHK = self.key(latent_BSR)
-        if turned_BS1T is not None:
-            k_BSHK = torch.cat([turned_BS1T.expand(-1, -1, self.num_heads, -1), k_BSHK], -1)
-        return attended(self._attend, q_BLHK, k_BSHK, self.value(latent_BSR), context)
+    def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """See BlockPart."""
+        return kernel_bytes(config, bytes_per_value)
 
-    def _absorbed(
-        self, q_BLHK: Tensor, latent_BSR: Tensor, turned_BS1T: Tensor | None, context: Context
-    ) -> Tensor:
-        """Return the same from the latents, which are keys and values of all heads."""
-        turning_BLHT, still_BLHK = q_BLHK.split([self.turning, self.still], -1)
-        q_BLHK = torch.cat([turning_BLHT, self.key(still_BLHK, "score")], -1)
-        latent_BS1R = latent_BSR[:, :, None]
-        k_BS1K = latent_BS1R if turned_BS1T is None else torch.cat([turned_BS1T, latent_BS1R], -1)
-        return self.value(self._attend(q_BLHK, k_BS1K, latent_BS1R, context), "each")
+    def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
+        """Return the FLOPs of the scores where they have dropout."""
+        return scores_flops(config, sequence_length, False) if config.dropout else 0
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, context.mask, self.scale, self.causal, dropout, self.dividing)
+    def cache_bytes(self, config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+        """Return the bytes of the latents and the keys that rotate, of all tokens."""
+        return (self.ranks(config)[0] + self.turning_width(config)) * length * bytes_per_value
+
+    def exchanged(self, config: "ModelConfig", ranks: int) -> int:
+        """Return the values of queries, keys, values and output of all heads."""
+        return 4 * config.sizes.heads_width
+
+    def plain_bytes(
+        self,
+        config: "ModelConfig",
+        micro_batch: int,
+        length: int,
+        bytes_per_value: int,
+        masked: bool,
+    ) -> tuple[int, int]:
+        """Return what attention saves; each head has keys and values before it too."""
+        s = config.sizes
+        inside = plain_scores_bytes(config, micro_batch, length, bytes_per_value)
+        counted = 2 * bytes_per_value * (s.heads_width - s.kv_width) * micro_batch * length
+        return inside - counted if inside else 0, 0
+
+    def folds(self, config: "ModelConfig", scores: float) -> dict[str, float]:
+        """Return the factor of the module that the scores are linear in."""
+        return {"query": scores}
+
+    def divided(self, config: "ModelConfig") -> dict[str, int]:
+        """Return the matrices of the heads; latents and the keys that rotate are of all heads."""
+        return by_output(self.shapes(config), ("query", "key", "value"), "output")

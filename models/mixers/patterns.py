@@ -9,10 +9,6 @@ within the document alone, so a document has the same outputs wherever it stands
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from forescale.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Window:
+class Stretch:
     """A query sees the last `tokens` tokens, itself included (Mistral 7B: Jiang et al. 2023, arXiv
     2310.06825; Child et al. 2019), and the first `first` of its document (Longformer's global
     tokens: Beltagy et al. 2020, arXiv 2004.05150; attention sinks: Xiao et al. 2023, arXiv
@@ -41,12 +37,6 @@ class Window:
 
     tokens: int
     first: int = 0
-
-    @classmethod
-    def of(cls, config: "ModelConfig", layer: int = 0) -> "Window":
-        """Return the pattern of a config that has no problems()."""
-        assert config.window is not None
-        return cls(config.window, config.global_tokens)
 
     def layout(self, length: int, columns: int | None = None, aligned: bool = True) -> Layout:
         """Return how `length` queries are read, the last of `columns` (None: there are no others).
@@ -88,15 +78,6 @@ class Sparse:
     anchors: int = 0
     random: int = 0
     layer: int = 0
-
-    @classmethod
-    def of(cls, config: "ModelConfig", layer: int = 0) -> "Sparse":
-        """Return the pattern of a layer, of a config that has no problems()."""
-        c, is_bigbird = config, config.sparse_pattern == "bigbird"
-        found = cls(c.sparse_pattern, c.sparse_block, c.sparse_local)
-        if not is_bigbird:
-            return found
-        return cls("bigbird", found.size, found.local, c.sparse_global, c.sparse_random, layer)
 
     def layout(self, length: int, columns: int | None = None, aligned: bool = True) -> Layout:
         """Return how `length` queries are read, the last of `columns` (None: there are no others).

@@ -7,75 +7,78 @@ reads this file on a login node.
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs import CROSS, MIXERS, MLPS
+from forescale.models.flops import layers_of
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
-Refusal = tuple[str, str]  # what is wrong, what to do
+Refusal = tuple[str, str]  # the problem, what to do
 
 
 def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1) -> list[Refusal]:
-    """Return why `ranks` can't divide rows of `columns` of this model; each (what, todo).
+    """Return why `ranks` can't divide rows of `columns` of this model; each (problem, todo).
 
     tensor: the ranks that divide the heads before.
     """
     whole = "write engine.sequence_parallel=1"
-    found: list[Refusal] = []
+    problems: list[Refusal] = []
     if columns % ranks:
         problem = f"{ranks} ranks don't divide train.sequence_length={columns}"
-        found.append((problem, "choose a divisor of it"))
+        problems.append((problem, "choose a divisor of it"))
     if (heads := (config.sized().num_heads or 1) // tensor) % ranks:
         whose = "the model's" if tensor == 1 else "a tensor-parallel rank's"
         problem = f"{ranks} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
         times = "" if tensor == 1 else "; its product with engine.tensor_parallel must divide them"
-        found.append((problem, f"choose a divisor of model.num_heads{times}"))
-    for name in config.mixers_used:
-        if MIXERS[name].exchanged is None:
-            problem = f"mixer {name} carries a state from column to column, which no rank has whole"
-            found.append((problem, f"{whole}, or choose a mixer of attention"))
-    if config.token_shift:
+        problems.append((problem, f"choose a divisor of model.num_heads{times}"))
+    for mixer in config.mixers_used:
+        if not mixer.splits_columns:
+            problem = (
+                f"mixer {mixer.kind} carries a state from column to column, which no rank has whole"
+            )
+            problems.append((problem, f"{whole}, or choose a mixer of attention"))
+    if any(mixer.shifts for mixer in config.mixers_used):
         problem = "the token before a rank's first column is another rank's"
-        found.append((problem, f"{whole}, or model.token_shift=false"))
+        problems.append((problem, f"{whole}, or model.mixer.token_shift=false"))
     if config.has_encoder:
         problem = "an encoder-decoder has rows of two parts, which are not divided"
-        found.append((problem, f"{whole}, or model.encoder_layers=0"))
+        problems.append((problem, f"{whole}, or model.encoder_layers=0"))
     if config.mtp_layers:
         problem = "modules for later tokens read the next rank's columns"
-        found.append((problem, f"{whole}, or model.mtp_layers=0"))
-    if config.has_experts and config.moe_capacity:
+        problems.append((problem, f"{whole}, or model.mtp_layers=0"))
+    if config.experts is not None and config.experts.capacity:
         problem = (
             "the places of experts are given to tokens in their order, which no rank has whole"
         )
-        found.append((problem, f"{whole}, or model.moe_capacity=0"))
-    return found
+        problems.append((problem, f"{whole}, or model.mlp.capacity=0"))
+    return problems
 
 
 def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal]:
-    """Return why `ranks` can't divide the matrices of this model; each (what, todo)."""
+    """Return why `ranks` can't divide the matrices of this model; each (problem, todo)."""
     whole, sized = "write engine.tensor_parallel=1", config.sized()
     known = config.resolved(config.vocab_size or 1, columns)
-    found: list[Refusal] = []
-    grouped = sized.num_kv_heads != sized.num_heads
-    is_dense = config.moe_dense_layers > 0 or not config.has_experts
+    problems: list[Refusal] = []
+    grouped, experts = sized.num_kv_heads != sized.num_heads, known.experts
+    is_dense = experts is None or experts.dense_layers > 0
     for name in ("num_heads", *["num_kv_heads"] * grouped, *["mlp_width"] * is_dense):
         if (size := getattr(sized, name) or 1) % ranks:
             problem = f"{ranks} ranks don't divide model.{name}={size}"
-            found.append((problem, f"choose a divisor of model.{name}"))
-    mixers = {name: MIXERS[name] for name in config.mixers_used}
-    for name, part in (mixers | {"attention": CROSS} if config.has_encoder else mixers).items():
-        if not part.divided(known):
-            over = " with qk_norm_over=layer" if part.heads else ""
-            problem = f"the matrices of mixer {name}{over} are not divided"
-            found.append((problem, f"{whole}, or choose another mixer"))
-    if config.has_experts:
-        if (inner := config.moe_shared * known.expert_width) % ranks:
+            problems.append((problem, f"choose a divisor of model.{name}"))
+    layers = layers_of(known)
+    mixers = dict.fromkeys(part for parts in layers for part in (parts.mixer, parts.cross) if part)
+    for mixer in mixers:
+        if not mixer.divided(known):
+            over = " with qk_norm=layer" if mixer.heads else ""
+            problem = f"the matrices of mixer {mixer.kind}{over} are not divided"
+            problems.append((problem, f"{whole}, or choose another mixer"))
+    if experts is not None:
+        if (inner := experts.shared * experts.width(known)) % ranks:
             problem = f"{ranks} ranks don't divide the {inner} channels of shared experts"
-            found.append((problem, "choose a divisor of model.moe_shared x moe_width"))
-        if config.moe_capacity:
+            problems.append((problem, "choose a divisor of model.mlp.shared x expert_width"))
+        if experts.capacity:
             problem = "the places of experts are given to tokens in their order, of which each rank"
-            found.append((f"{problem} has a part", f"{whole}, or model.moe_capacity=0"))
-    elif not MLPS[config.mlp].divided(known):
-        problem = f"the matrices of mlp {config.mlp} are not divided"
-        found.append((problem, f"{whole}, or choose another model.mlp"))
-    return found
+            problems.append((f"{problem} has a part", f"{whole}, or model.mlp.capacity=0"))
+    elif not known.mlp.divided(known):
+        problem = f"the matrices of mlp {known.mlp.kind} are not divided"
+        problems.append((problem, f"{whole}, or choose another model.mlp"))
+    return problems

@@ -12,8 +12,8 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from forescale.models.costs.heads import copies
 from forescale.models.parallel.group import Group
+from forescale.models.part import copies
 
 
 class SequenceGroup(Group):

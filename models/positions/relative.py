@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.parametrization import scales
+from forescale.models.positions.kinds import Relative
 
 
 def buckets(ahead: Tensor, count: int, longest: int, causal: bool) -> Tensor:
@@ -43,7 +44,9 @@ class RelativePosition(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.count, self.longest = config.relative_buckets, config.relative_distance
+        position = config.position
+        assert isinstance(position, Relative)
+        self.count, self.longest = position.buckets, position.distance
         self.causal, self.first = config.causal, 0
         self.weight = nn.Parameter(torch.empty(self.count, config.sizes.num_heads))
         nn.init.normal_(self.weight, 0, scales(config).table_std)

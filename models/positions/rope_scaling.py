@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
+from forescale.models.positions.kinds import Llama3, Ntk, Rotary, Yarn
 
 BETA_FAST, BETA_SLOW = 32, 1  # YaRN, section 3.2: rotations within the original length
 MOST, LEAST = 4, 1  # the same of llama3: high_freq_factor and low_freq_factor in Llama 3.1 to 3.3
@@ -32,27 +33,36 @@ def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, floa
     kept above 4, and blended linearly in the number of rotations in between; no factor of scores
     (Meta's code of Llama 3.1, apply_scaling; without a paper that states it).
     """
-    size, factor = config.rotary_width, config.rope_factor
-    theta = ntk_theta(config) if config.rope_scaling == "ntk" else config.rope_theta
+    size = config.rotary_width
+    position = _rotary(config)
+    scaling = position.scaling
+    theta = ntk_theta(config) if isinstance(scaling, Ntk) else position.theta
     even = torch.arange(0, size, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (even / size)
-    if config.rope_scaling == "llama3":
-        rotations = config.original_length / (2 * math.pi / plain)
-        kept = ((rotations - LEAST) / (MOST - LEAST)).clamp(0, 1)
-        return (1 - kept) * plain / factor + kept * plain, 1.0
-    if config.rope_scaling != "yarn":
+    if isinstance(scaling, Llama3):
+        rotations = scaling.original(config) / (2 * math.pi / plain)
+        share = ((rotations - LEAST) / (MOST - LEAST)).clamp(0, 1)
+        return (1 - share) * plain / scaling.factor + share * plain, 1.0
+    if not isinstance(scaling, Yarn):
         return plain, 1.0
-    low, high = (_pair(config, rotations) for rotations in (BETA_FAST, BETA_SLOW))
+    low, high = (_pair(config, scaling, rotations) for rotations in (BETA_FAST, BETA_SLOW))
     first, last = max(math.floor(low), 0), min(math.ceil(high), size - 1)
     width = last - first or 0.001  # as in transformers: no division by zero
     scaled = ((even / 2 - first) / width).clamp(0, 1)  # the part of each pair that is divided
-    return plain / factor * scaled + plain * (1 - scaled), yarn_attention(factor)
+    divided = plain / scaling.factor * scaled
+    return divided + plain * (1 - scaled), yarn_attention(scaling.factor)
+
+
+def _rotary(config: ModelConfig) -> Rotary:
+    assert isinstance(config.position, Rotary)
+    return config.position
 
 
 def ntk_theta(config: ModelConfig) -> float:
     """Return the base of `ntk`; rotary positions with this base and no scaling are the same."""
-    size = config.rotary_width
-    return config.rope_theta * config.rope_factor ** (size / (size - 2))
+    size, position = config.rotary_width, _rotary(config)
+    assert isinstance(position.scaling, Ntk)
+    return position.theta * position.scaling.factor ** (size / (size - 2))
 
 
 def yarn_attention(factor: float) -> float:
@@ -60,8 +70,8 @@ def yarn_attention(factor: float) -> float:
     return 0.1 * math.log(factor) + 1
 
 
-def _pair(config: ModelConfig, rotations: float) -> float:
+def _pair(config: ModelConfig, scaling: Yarn, rotations: float) -> float:
     """Return the index of the pair that rotates this often within the original length."""
-    original = config.original_length
-    per_size = math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    original, theta = scaling.original(config), _rotary(config).theta
+    per_size = math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
     return config.rotary_width * per_size

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forescale.config.sections.optimizer import AdamWConfig
 from forescale.models import Transformer
-from forescale.models.rules import PARAMETRIZATIONS
+from forescale.models.choices import PARAMETRIZATIONS
 from forescale.pages.document import Section, render
 from forescale.pages.figure import Axis, Figure, line
 from tests.benchmarks.coordinates import (

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forescale.models import ModelConfig
-from forescale.models.costs import MIXERS
 from forescale.models.flops import count, flops_per_token
+from forescale.models.mixers import MIXERS
 from forescale.run.start import open_sources
 from tests.benchmarks.draw_mixers import Panel, draw
 from tests.benchmarks.mixers import Learning, Settings, Speed, crossings, learn, model_of, speeds
@@ -68,7 +68,7 @@ REAL = Sizes(
 )
 TOY = Sizes(
     tuple(MIXERS),
-    {"window": {"window": 8}, "block_sparse": {"sparse_block": 4}},
+    {"window": {"window": 8}, "block_sparse": {"block": 4}},
     lengths=(16, 32),
     speed=ModelConfig(width=32, num_layers=1, num_heads=2, vocab_size=32),
     learning=ModelConfig(width=32, num_layers=1, num_heads=2),

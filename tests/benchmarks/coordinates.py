@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from forescale.config.sections.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
+from forescale.models.choices import CompleteP, Mup, Standard
 
 HEAD_DIM, VOCABULARY, LENGTH, WINDOWS = 16, 64, 32, 4
 ADAMW = AdamWConfig(learning_rate=4e-3)
@@ -47,8 +48,8 @@ def model_of(parametrization: str, width: int = 64, depth: int = 2, **keys: Any)
         "vocab_size": VOCABULARY,
         "max_sequence_length": LENGTH,
     }
-    base = {"parametrization": parametrization, "base_width": 64, "base_depth": 2}
-    return ModelConfig(**sizes | base | keys)
+    kinds = {"mup": Mup(base_width=64), "completep": CompleteP(base_width=64, base_depth=2)}
+    return ModelConfig(**sizes | {"parametrization": kinds.get(parametrization, Standard())} | keys)
 
 
 def optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -23,6 +23,8 @@ from forescale.inference.scoring import Bucket, loss_by_position
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import count, flops_per_token
 from forescale.models.memory import cache_bytes
+from forescale.models.mixers import MIXERS
+from forescale.models.part import part_of
 from forescale.run.feed import feed_of
 from forescale.run.start import open_sources
 from tests.benchmarks.coordinates import optimizers
@@ -35,8 +37,8 @@ def model_of(name: str, base: ModelConfig, settings: Settings) -> ModelConfig:
     """Return `base` with the mixer of this name (several, one a layer: mingru+attention), and the
     width of the MLP with which it has as many parameters as base."""
     names = name.split("+")
-    keys = {key: value for one in names for key, value in settings.get(one, {}).items()}
-    mixed = replace(base, mixer_pattern=names, **keys)
+    blocks = [part_of(MIXERS, {"kind": name, **settings.get(name, {})}) for name in names]
+    mixed = replace(base, mixer_pattern=blocks)
     one, two = (count(replace(mixed, mlp_width=width)).total for width in (1, 2))
     width = 1 + (count(base).total - one) / (two - one)
     return replace(mixed, mlp_width=max(8, 8 * round(width / 8)))

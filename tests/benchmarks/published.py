@@ -77,9 +77,9 @@ MODELS = {  # width, layers, heads, and of Llama's kind heads of keys, MLP, voca
     "llama-34b": _sizes(8192, 48, 64, 8, 22016, 32000),
     "llama-70b": _sizes(8192, 80, 64, 8, 28672, 32000),
     "llama-3-8b": _sizes(4096, 32, 32, 8, 14336, 128256),
-    "olmo-1b": [*_sizes(2048, 18, 16, 16, 5632, 100352), "model.qk_norm=true"],
-    "olmo-7b": [*_sizes(4096, 32, 32, 32, 11008, 100352), "model.qk_norm=true"],
-    "olmo-13b": [*_sizes(5120, 40, 40, 40, 13824, 100352), "model.qk_norm=true"],
+    "olmo-1b": [*_sizes(2048, 18, 16, 16, 5632, 100352), "model.mixer.qk_norm=head"],
+    "olmo-7b": [*_sizes(4096, 32, 32, 32, 11008, 100352), "model.mixer.qk_norm=head"],
+    "olmo-13b": [*_sizes(5120, 40, 40, 40, 13824, 100352), "model.mixer.qk_norm=head"],
 }
 MACHINES = {  # what differs from the machine of conf/machine
     "h100": ["machine=h100-sxm"],

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from forescale.engine.compilation import compiler_missing
-from forescale.models.costs import MIXERS
 from forescale.models.flops import count
+from forescale.models.mixers import MIXERS
 from tests.benchmarks import bench_loss, bench_mixers, draw_mixers, run
 from tests.benchmarks.mixers import crossings, model_of
 from tests.benchmarks.pairing import Result, interleaved

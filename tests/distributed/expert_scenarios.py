@@ -10,8 +10,8 @@ from tests.distributed.step_scenarios import _newton_schulz_in_fp32
 
 # So many experts that some have no token on a rank, and odd sizes, so that borders cut matrices.
 MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=4", "model.mlp=moe"]
-MODEL += ["model.moe_experts=8", "model.moe_width=14", "model.moe_shared=1"]
-MODEL += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01", "model.moe_balance_loss=0.1"]
+MODEL += ["model.mlp.experts=8", "model.mlp.expert_width=14", "model.mlp.shared=1"]
+MODEL += ["model.mlp.scores=sigmoid", "model.mlp.bias_speed=0.01", "model.mlp.balance_loss=0.1"]
 
 
 def job_of(case, world):

@@ -11,8 +11,8 @@ from tests.distributed.step_scenarios import _newton_schulz_in_fp32
 VOCABULARY, LENGTH, MICRO_BATCHES = 71, 16, 4  # of a step, over all ranks
 # So many experts that some have no token on a rank, and odd sizes, so that borders cut matrices.
 MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=3", "model.mlp=moe"]
-MODEL += ["model.moe_experts=24", "model.moe_width=13", "model.moe_shared=1"]
-MODEL += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01", "model.moe_balance_loss=0.1"]
+MODEL += ["model.mlp.experts=24", "model.mlp.expert_width=13", "model.mlp.shared=1"]
+MODEL += ["model.mlp.scores=sigmoid", "model.mlp.bias_speed=0.01", "model.mlp.balance_loss=0.1"]
 TRAIN = ["train.steps=9", "schedule.warmup=0", "schedule.decay=1", "train.micro_batch=2"]
 
 

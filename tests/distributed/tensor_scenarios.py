@@ -14,16 +14,16 @@ def parts(cases):
 
     from forescale.engine.parallel.tensor import divide
     from forescale.models import Transformer
-    from forescale.models.config import ModelConfig
     from forescale.models.parallel.tensor import TensorGroup
     from forescale.models.parallel.whole import whole_of
+    from tests.models.configs import model_config
 
     dynamo.config.disable = False
     dist.init_process_group("gloo")
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
     results = []
     for words, compiled in cases:
-        config = ModelConfig(**{**SMALL, **words})
+        config = model_config(**{**SMALL, **words})
         models = []
         for _ in range(2):
             torch.manual_seed(0)
@@ -66,12 +66,12 @@ def dropped(words):
 
     from forescale.engine.parallel.tensor import divide
     from forescale.models import Transformer
-    from forescale.models.config import ModelConfig
     from forescale.models.parallel.tensor import TensorGroup
+    from tests.models.configs import model_config
 
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
     torch.manual_seed(0)
-    model = divide(Transformer(ModelConfig(**{**SMALL, "dropout": 0.3, **words})), group)
+    model = divide(Transformer(model_config(**{**SMALL, "dropout": 0.3, **words})), group)
     mixer, masks_seen = model.blocks[0].mixer, {}
     for p in mixer.parameters():  # those of the first rank on all
         dist.broadcast(p.data, 0)

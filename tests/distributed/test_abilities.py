@@ -13,7 +13,7 @@ DIVIDED = {
     "stage 3": ("engine.stage=3",),
     "sequence": ("engine.sequence_parallel=2",),
     "tensor": ("engine.tensor_parallel=2",),
-    "experts": ("engine.expert_parallel=2", "model.mlp=moe", "model.moe_width=32"),
+    "experts": ("engine.expert_parallel=2", "model.mlp=moe", "model.mlp.expert_width=32"),
 }
 
 

@@ -10,7 +10,7 @@ from tests.distributed import ranks
 pytestmark = pytest.mark.distributed
 
 STEPS = 4
-CAPACITY = "model.moe_capacity=1.25"
+CAPACITY = "model.mlp.capacity=1.25"
 KINDS = [
     [0, "adamw"],
     [0, "muon"],

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 MODEL = ["model.mlp_width=64", "model.vocab_size=72", "precision.kind=bf16"]
 FP8 = "precision.fp8=rowwise"
 TENSOR = "engine.tensor_parallel=2"
-EXPERTS = ["model.mlp=moe", "model.moe_width=32", "model.moe_experts=4"]
+EXPERTS = ["model.mlp=moe", "model.mlp.expert_width=32", "model.mlp.experts=4"]
 
 
 def trained(*cases, near=1):

@@ -9,7 +9,12 @@ from tests.distributed.mesh_scenarios import STATE
 
 pytestmark = pytest.mark.distributed
 
-MODEL = ["model.num_kv_heads=2", "model.mlp_width=42", "model.vocab_size=72", "model.qk_norm=true"]
+MODEL = [
+    "model.num_kv_heads=2",
+    "model.mlp_width=42",
+    "model.vocab_size=72",
+    "model.mixer.qk_norm=head",
+]
 MODEL += ["model.position=relative", "optimizer=muon"]  # which leaves tables to AdamW
 TENSOR = "engine.tensor_parallel=2"
 DROPS = ["drops-1", 1, 1, TENSOR, "model.dropout=0.2"]

@@ -12,7 +12,7 @@ LENGTH = ("train.tokens=null", "train.steps=16", "checkpoint.every=5", "validati
 LENGTH += ("optimizer.adam_learning_rate=0.004",)  # the default's makes rounding grow in 16 steps
 MASKED = ("objective=masked", "model.causal=false", "model.dropout=0.1")
 SEQ2SEQ = ("objective=seq2seq", "model.encoder_layers=2", "model.dropout=0.1")
-BERT = (*MASKED, "model.head=dense", "model.embedding_norm=true", "model.norm_placement=residual")
+BERT = (*MASKED, "model.head=dense", "model.norm.embedding=true", "model.norm.placement=residual")
 BERT += ("model.position=learned", "model.tie_embeddings=true")
 T5 = (*SEQ2SEQ, "model.position=relative", "model.tie_embeddings=true")
 PREFIX = ("objective=prefix", *SEQ2SEQ[1:])

@@ -31,22 +31,25 @@ CASES += [[3, "adamw", "bf16"]]  # every parameter is small, and stays
 
 
 # The other parts of a model, several in one.
-EXPERTS = ["model.mixer=latent", "model.latent_query_rank=14", "model.mlp=moe"]
-EXPERTS += ["model.moe_experts=5", "model.moe_width=13", "model.moe_shared=1"]
-EXPERTS += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01"]
-BERT = ["model.causal=false", "objective=masked", "model.head=dense", "model.qk_norm=false"]
-BERT += ["model.embedding_norm=true", "model.norm_placement=residual", "model.norm=layernorm"]
+EXPERTS = ["model.mixer=latent", "model.mixer.query_rank=14", "model.mlp=moe"]
+EXPERTS += ["model.mlp.experts=5", "model.mlp.expert_width=13", "model.mlp.shared=1"]
+EXPERTS += ["model.mlp.scores=sigmoid", "model.mlp.bias_speed=0.01"]
+BERT = ["model.causal=false", "objective=masked", "model.head=dense", "model.mixer.qk_norm=none"]
+BERT += ["model.norm.embedding=true", "model.norm.placement=residual", "model.norm=layernorm"]
 BERT += ["model.bias=true", "model.mlp=gelu_exact", "model.position=learned"]
 BERT += ["model.tie_embeddings=true"]
 T5 = ["model.encoder_layers=2", "objective=seq2seq", "model.source_length=9"]
 T5 += ["model.position=relative"]
 RECURRENT = ["model.num_layers=3", "model.mixer_pattern=[gated_deltanet,lstm,mingru]"]
-GATED = ["model.mixer_pattern=[window,attention]", "model.window=5", "model.value_residual=0.5"]
-GATED += ["model.attention_gate=channel", "model.norm_placement=sandwich"]
-TOKENS = ["model.value_embedding=1", "model.bigram_rows=31", "model.token_shift=true"]
+SHARED = "gate: channel, value_residual: 0.5"
+GATED = [
+    f"model.mixer_pattern=[{{kind: window, window: 5, {SHARED}}},{{kind: attention, {SHARED}}}]",
+    "model.norm.placement=sandwich",
+]
+TOKENS = ["model.value_embedding=1", "model.bigram_rows=31", "model.mixer.token_shift=true"]
 IN_FP32 = "engine.gradient_dtype=fp32"
-DIVIDED = [*EXPERTS, "model.moe_experts=6", "engine.expert_parallel=2"]
-CAPACITY = "model.moe_capacity=1.25"
+DIVIDED = [*EXPERTS, "model.mlp.experts=6", "engine.expert_parallel=2"]
+CAPACITY = "model.mlp.capacity=1.25"
 PARTS = [
     *[[stage, "muon", "bf16", IN_FP32] for stage in range(3)],
     [3, "muon", "bf16", IN_FP32, zero(SMALL)],
@@ -77,7 +80,7 @@ MATRICES = ["engine.tensor_parallel=2", "model.num_heads=2", "model.mlp_width=22
 MATRICES += ["model.vocab_size=72", "model.bias=true", "model.position=relative", *TOKENS]
 DIVIDED_STATES += [[0, "muon", "bf16", *MATRICES], [1, "muon", "bf16", *MATRICES]]
 DIVIDED_STATES += [[2, "adamw", "bf16", *MATRICES], [3, "muon", "fp32", zero(SMALL), *MATRICES]]
-BOTH = [*DIVIDED, "model.moe_width=14", "engine.tensor_parallel=2", "model.num_heads=2"]
+BOTH = [*DIVIDED, "model.mlp.expert_width=14", "engine.tensor_parallel=2", "model.num_heads=2"]
 BOTH += ["model.vocab_size=72"]
 DIVIDED_STATES += [[1, "muon", "bf16", *BOTH], [3, "muon", "bf16", zero(SMALL), *DIVIDED]]
 

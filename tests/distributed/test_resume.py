@@ -21,11 +21,11 @@ CHOSEN = KINDS if FULL else [KINDS[i] for i in (1, 2, 4, 7)]
 # What attention alone can have.
 OF_ATTENTION = (
     "model.position=alibi",
-    "model.value_residual=0.5",
-    "model.attention_gate=channel",
-    "model.qk_norm_over=layer",
-    "model.norm_placement=sandwich",
-    "model.logit_softcap=30",
+    "model.mixer.value_residual=0.5",
+    "model.mixer.gate=channel",
+    "model.mixer.qk_norm=layer",
+    "model.norm.placement=sandwich",
+    "model.head.softcap=30",
     "data.document_mask=true",
 )
 
@@ -46,13 +46,12 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
 # tokens. Attention is in the tests above.
 ALL_PARTS = (
     "model.num_layers=7",
-    "model.mixer_pattern=[lstm,mingru,gated_deltanet,latent,window,block_sparse,attention]",
-    "model.window=8",
-    "model.sparse_block=4",
+    "model.mixer_pattern=[lstm,mingru,gated_deltanet,latent,{kind: window, window: 8},"
+    "{kind: block_sparse, block: 4},attention]",
     "model.mlp=moe",
-    "model.moe_scores=sigmoid",
-    "model.moe_bias_speed=0.01",
-    "model.moe_dense_layers=1",
+    "model.mlp.scores=sigmoid",
+    "model.mlp.bias_speed=0.01",
+    "model.mlp.dense_layers=1",
     "model.mtp_layers=1",
     "train.compile=off",
 )
@@ -75,7 +74,7 @@ def test_a_model_of_all_parts_repeats_its_steps_bit_for_bit(dataset, tmp_path, s
 def test_a_model_of_divided_experts_repeats_its_steps_bit_for_bit(dataset, tmp_path):
     """With held-out losses, for which all ranks of a group call the model equally often."""
     command = (f"data.path={dataset}", *TWO, "engine=zero1", "engine.expert_parallel=2")
-    command += ("model.mlp=moe", "model.moe_scores=sigmoid", "model.moe_bias_speed=0.01")
+    command += ("model.mlp=moe", "model.mlp.scores=sigmoid", "model.mlp.bias_speed=0.01")
     command += ("train.steps=8", "validation.every=8", "checkpoint.every=3", "train.compile=off")
     whole, again = launching.whole_and_repeated(tmp_path, *command, step=3)
     assert len(whole) == 8

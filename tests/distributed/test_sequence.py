@@ -18,30 +18,30 @@ from tests.matrix import FULL
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-STEPS, BIASED = 4, "model.moe_bias_speed=0.01"
+STEPS, BIASED = 4, "model.mlp.bias_speed=0.01"
 CLIP = "optimizer.clip=0.5"
 GROUPED = ["model.num_kv_heads=1", CLIP]  # fewer than ranks
 STAGES = [[stage, *GROUPED] for stage in range(4)]
 MIXERS = [
-    [0, "model.num_kv_heads=2", "model.attention_gate=channel", "model.value_residual=0.5"],
-    [0, "model.mixer=window", "model.window=5", "model.num_kv_heads=2"],
-    [0, "model.mixer=window", "model.window=5", "model.global_tokens=2"],
-    [0, "model.mixer=block_sparse", "model.sparse_block=2", "model.sparse_local=2"],
-    [0, "model.mixer=latent", "model.latent_query_rank=14"],
-    [0, "model.position=alibi", "model.qk_norm_over=layer", "model.z_loss=0.001"],
+    [0, "model.num_kv_heads=2", "model.mixer.gate=channel", "model.mixer.value_residual=0.5"],
+    [0, "model.mixer=window", "model.mixer.window=5", "model.num_kv_heads=2"],
+    [0, "model.mixer=window", "model.mixer.window=5", "model.mixer.global_tokens=2"],
+    [0, "model.mixer=block_sparse", "model.mixer.block=2", "model.mixer.local=2"],
+    [0, "model.mixer=latent", "model.mixer.query_rank=14"],
+    [0, "model.position=alibi", "model.mixer.qk_norm=layer", "model.z_loss=0.001"],
     [0, "model.position=relative", "model.num_kv_heads=1"],
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
-    [0, "model.activation_checkpointing=full", "model.mlp_chunk=3"],  # as for long windows
+    [0, "model.activation_checkpointing=full", "model.mlp.chunk=3"],  # as for long windows
     [0, "model.activation_checkpointing=selective", "model.num_kv_heads=1"],
     [0, "model.causal=false", "objective=masked", "model.head=dense"],
     [
         0,
         "model.mlp=moe",
-        "model.moe_width=20",
-        "model.moe_balance_loss=0.5",
-        "model.moe_z_loss=0.1",
+        "model.mlp.expert_width=20",
+        "model.mlp.balance_loss=0.5",
+        "model.mlp.z_loss=0.1",
     ],
-    [0, "model.mlp=moe", "model.mlp_width=40", "model.moe_scores=sigmoid", BIASED],
+    [0, "model.mlp=moe", "model.mlp_width=40", "model.mlp.scores=sigmoid", BIASED],
 ]
 
 
@@ -126,8 +126,8 @@ def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
 
 
 def test_a_block_with_its_exchange_is_one_graph():
-    cases = [[1, *GROUPED], [1, CLIP, "model.mixer=window", "model.window=5"]]
-    cases += [[2, CLIP, "model.activation_checkpointing=full", "model.mlp_chunk=3"]]
+    cases = [[1, *GROUPED], [1, CLIP, "model.mixer=window", "model.mixer.window=5"]]
+    cases += [[2, CLIP, "model.activation_checkpointing=full", "model.mlp.chunk=3"]]
     cases += [[3, CLIP, "model.activation_checkpointing=selective"]]
     arguments = {"near": 2, "steps": 2, "documents": True, "compiled": True}
     results = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)

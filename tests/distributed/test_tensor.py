@@ -13,27 +13,33 @@ from tests.distributed.test_sequence import STEPS, plainly
 pytestmark = pytest.mark.distributed
 
 MODELS = [
-    {"qk_norm": True, "bias": True, "mlp": "gelu", "position": "relative"},
-    {"mixer": "window", "window": 8, "attention_gate": "head", "z_loss": 1e-3, "loss_chunk": 16},
-    {"mixer": "latent", "head": "dense", "qk_norm": False},
-    {"activation_checkpointing": "full", "value_residual": 0.5, "tie_embeddings": True},
+    {"mixer__qk_norm": "head", "bias": True, "mlp": "gelu", "position": "relative"},
+    {
+        "mixer": "window",
+        "mixer__window": 8,
+        "mixer__gate": "head",
+        "z_loss": 1e-3,
+        "loss_chunk": 16,
+    },
+    {"mixer": "latent", "head": "dense"},
+    {"activation_checkpointing": "full", "mixer__value_residual": 0.5, "tie_embeddings": True},
     {"activation_checkpointing": "selective", "bias": True, "mlp": "gelu"},
     {"mtp_layers": 2, "mtp_weight": 0.3, "position": "alibi"},
     {
         "value_embedding": 1,
         "bigram_rows": 31,
-        "token_shift": True,
+        "mixer__token_shift": True,
         "activation_checkpointing": "full",
     },
-    {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
-    {"encoder_layers": 1, "source_length": 12, "position": "relative", "norm_placement": "post"},
+    {"vocab_size": 97, "head__softcap": 5.0, "norm__placement": "sandwich"},
+    {"encoder_layers": 1, "source_length": 12, "position": "relative", "norm__placement": "post"},
 ]
 
 
 DROPPED = [
     {"activation_checkpointing": "full"},
     {"activation_checkpointing": "selective"},
-    {"mixer": "latent", "qk_norm": False},
+    {"mixer": "latent"},
 ]
 
 
@@ -52,7 +58,9 @@ def test_ranks_compute_what_the_whole_model_does_and_drop_what_they_should():
 
 CLIP = "optimizer.clip=0.5"
 KEYS = ["model.num_kv_heads=2", "model.mlp_width=42", CLIP]
-STAGES = [[stage, *KEYS, "model.qk_norm=true", "model.position=relative"] for stage in range(4)]
+STAGES = [
+    [stage, *KEYS, "model.mixer.qk_norm=head", "model.position=relative"] for stage in range(4)
+]
 
 
 @pytest.mark.parametrize(
@@ -81,26 +89,26 @@ def test_the_self_check_finds_no_fault_in_healthy_ranks():
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
 T5 = ["model.encoder_layers=1", "model.source_length=6", "objective=seq2seq"]
 ALIBI = "model.position=alibi"
-EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2", "model.moe_width=40"]
-EXPERTS += ["model.moe_shared=1", "model.moe_scores=sigmoid"]
+EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2", "model.mlp.expert_width=40"]
+EXPERTS += ["model.mlp.shared=1", "model.mlp.scores=sigmoid"]
 COSTS = [
     [
         0,
         "model.num_kv_heads=2",
-        "model.qk_norm=true",
+        "model.mixer.qk_norm=head",
         "model.head_dim=20",
         "model.bias=true",
         "model.mlp=gelu",
     ],
-    [1, "model.mixer=window", "model.window=5", "model.attention_gate=channel", "documents"],
-    [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
+    [1, "model.mixer=window", "model.mixer.window=5", "model.mixer.gate=channel", "documents"],
+    [0, "model.mixer=latent", "model.vocab_size=71"],
     [1, "model.activation_checkpointing=full", "model.tie_embeddings=true"],
-    [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4", ALIBI],
+    [0, "model.mixer.value_residual=0.5", "model.loss_chunk=8", "model.mlp.chunk=4", ALIBI],
     [1, "model.activation_checkpointing=selective", "model.num_kv_heads=2"],
-    [1, *T5, "model.position=relative", "model.qk_norm=true"],
+    [1, *T5, "model.position=relative", "model.mixer.qk_norm=head"],
     [1, *T5, "model.activation_checkpointing=full"],
     [0, *EXPERTS],
-    [0, *EXPERTS, "model.activation_checkpointing=full", "model.moe_dense_layers=1"],
+    [0, *EXPERTS, "model.activation_checkpointing=full", "model.mlp.dense_layers=1"],
 ]
 
 

@@ -1,6 +1,5 @@
 """Names, sizes and FLOPs of adapters against models that have them, and against torch's counter."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.config.sections.lora import LoraConfig
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.adapters import (
     candidates,
     flops_forward_with_adapters,
@@ -22,16 +21,19 @@ from forescale.models.adapters import (
     with_adapters,
 )
 from forescale.train.model import adapting, freeze
+from tests.models.configs import changed, model_config
 
-BASE = ModelConfig(
+BASE = model_config(
     num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16
 )
 MIXERS = ["attention", "window", "latent", "gated_deltanet", "lstm", "mingru"]
 VARIANTS = [
-    replace(BASE, bias=True, norm="layernorm", attention_gate="channel"),
-    replace(BASE, mlp="moe", moe_width=13, moe_shared=1, mtp_layers=1, tie_embeddings=True),
-    replace(BASE, num_layers=6, mixer_pattern=MIXERS, window=5),
-    replace(BASE, encoder_layers=2, source_length=8),
+    changed(BASE, bias=True, norm="layernorm", mixer__gate="channel"),
+    changed(
+        BASE, mlp="moe", mlp__expert_width=13, mlp__shared=1, mtp_layers=1, tie_embeddings=True
+    ),
+    changed(BASE, num_layers=6, mixer_pattern=MIXERS, mixer__window=5),
+    changed(BASE, encoder_layers=2, source_length=8),
 ]
 RANK = 3
 
@@ -57,7 +59,7 @@ def test_parameters_are_those_of_the_model_in_its_order(config, targets):
 
 
 def test_targets_are_named_by_a_whole_name_a_last_part_or_a_part_of_the_block():
-    names = candidates(replace(BASE, attention_gate="head"))
+    names = candidates(changed(BASE, mixer__gate="head"))
     assert names[:2] == ["mixer.query", "mixer.key"]
     assert [n for n in names if is_target(n, ["gate"])] == ["mixer.gate", "mlp.gate"]
     assert [n for n in names if is_target(n, ["mlp.gate", "key"])] == ["mixer.key", "mlp.gate"]
@@ -95,8 +97,8 @@ def test_flops_are_those_that_torch_counts(config):
 def test_flops_of_what_is_computed_twice_are_those_that_torch_counts(checkpointing, chunk, targets):
     """But for what nothing needs: the last product of what is made again, and of an MLP in chunks
     in a layer that is made again the last chunk."""
-    plain = replace(BASE, loss_chunk=0)
-    config = replace(plain, activation_checkpointing=checkpointing, mlp_chunk=chunk)
+    plain = changed(BASE, loss_chunk=0)
+    config = changed(plain, activation_checkpointing=checkpointing, mlp__chunk=chunk)
     price = flops_with_adapters(config, 16, RANK, targets)
     price += flops_recomputed_with_adapters(config, 16, RANK, targets)
     last = 2 * 24 * (40 if targets else RANK)  # of mlp.down, or of its adapter
@@ -110,8 +112,8 @@ def test_flops_of_what_is_computed_twice_are_those_that_torch_counts(checkpointi
 
 def test_selective_checkpointing_makes_no_product_of_adapters_again():
     """With flash attention, whose results are kept, and which torch doesn't count."""
-    plain = replace(BASE, loss_chunk=0)
-    config = replace(plain, activation_checkpointing="selective")
+    plain = changed(BASE, loss_chunk=0)
+    config = changed(plain, activation_checkpointing="selective")
     flash = SDPBackend.FLASH_ATTENTION
     assert counted(config, 16, kernel=flash) == counted(plain, 16, kernel=flash)
     assert flops_recomputed_with_adapters(config, 16, RANK, []) == 0

@@ -1,7 +1,5 @@
 """BERT and T5 of transformers, with the same weights: logits to 1e-5, gradients to 1e-3."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,18 +9,19 @@ from forescale.models import ModelConfig, Transformer
 from forescale.models.decoding.generate import generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.positions.relative import buckets
+from tests.models.configs import changed, model_config
 
 L, S, T, V = 20, 23, 9, 37
-BERT = ModelConfig(
+BERT = model_config(
     num_layers=2, width=32, num_heads=4, mlp_width=48, vocab_size=V, max_sequence_length=L,
-    causal=False, position="learned", norm="layernorm", norm_placement="residual", norm_eps=1e-12,
-    embedding_norm=True, mlp="gelu_exact", head="dense", bias=True, qk_norm=False,
+    causal=False, position="learned", norm="layernorm", norm__placement="residual", norm__eps=1e-12,
+    norm__embedding=True, mlp="gelu_exact", head="dense", bias=True, mixer__qk_norm="none",
     tie_embeddings=True, init_std=0.3, loss_chunk=0,
 )  # fmt: skip
-T5 = ModelConfig(
+T5 = model_config(
     num_layers=2, encoder_layers=3, width=32, num_heads=4, mlp_width=48, vocab_size=V,
-    max_sequence_length=S + T, source_length=S, position="relative", relative_buckets=8,
-    relative_distance=12, mlp="relu", qk_norm=False, tie_embeddings=True, init_std=0.3,
+    max_sequence_length=S + T, source_length=S, position="relative", position__buckets=8,
+    position__distance=12, mlp="relu", mixer__qk_norm="none", tie_embeddings=True, init_std=0.3,
     loss_chunk=0,
 )  # fmt: skip
 
@@ -112,7 +111,7 @@ def test_bert_s_logits_and_gradients():
 
 @pytest.mark.parametrize("chunk", [0, 7])
 def test_the_loss_is_that_of_the_logits_with_their_bias(chunk):
-    ours, x = scrambled(replace(BERT, loss_chunk=chunk, z_loss=0.1)), tokens(2, L)
+    ours, x = scrambled(changed(BERT, loss_chunk=chunk, z_loss=0.1)), tokens(2, L)
     targets = x.roll(1, 1).masked_fill(x < 9, -100)
     logits = ours(x)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")

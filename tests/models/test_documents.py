@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.mixers.masks import visible_keys
+from forescale.models.positions.kinds import POSITIONS
 from forescale.models.positions.position import document_starts, positions_of
-from forescale.models.rules import POSITIONS
 from tests.matrix import full_only
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
@@ -96,14 +96,14 @@ def test_each_document_is_as_if_alone(variant):
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_one_document_is_no_documents(position):
-    model, x = build(position, "rmsnorm", "swiglu", True, 1), tokens(3, L)
+    model, x = build(position, "rmsnorm", "swiglu", "head", 1), tokens(3, L)
     for number in (0, 7, -1):
         documents = torch.full_like(x, number)
         torch.testing.assert_close(model(x, documents_BL=documents), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_have_documents_of_their_own():
-    model, x = build("rotary", "rmsnorm", "swiglu", True, None), tokens(2, L)
+    model, x = build("rotary", "rmsnorm", "swiglu", "head", None), tokens(2, L)
     documents = torch.cat((numbers(), numbers((9, 3))))
     logits = model(x, documents_BL=documents)
     for row in range(2):
@@ -135,7 +135,7 @@ def test_what_is_seen_and_where_tokens_stand():
 def test_a_document_longer_than_a_kernel_s_block_stays_apart():
     """Attention's kernels work on blocks of 512 keys and fewer; whole blocks are unseen here."""
     length, lengths = 1300, (700, 3, 597)
-    model = build("rotary", "rmsnorm", "swiglu", True, 1, max_sequence_length=length)
+    model = build("rotary", "rmsnorm", "swiglu", "head", 1, max_sequence_length=length)
     x, documents = tokens(1, length), numbers(lengths)
     with torch.no_grad():
         logits = model(x, documents_BL=documents)

@@ -1,6 +1,5 @@
 """An encoder: both sides seen, padding and documents kept apart; others' encoders as oracles."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,34 +8,35 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.flops import flops_per_token
 from forescale.models.hf import family_of, to_hf
 from forescale.models.memory import activations
 from tests.models.checks import kept_bytes
+from tests.models.configs import changed, model_config
 from tests.models.test_memory import SIZES
 
 L, V = 12, 37
-SMALL = ModelConfig(
+SMALL = model_config(
     num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V,
     max_sequence_length=32, init_std=0.3, loss_chunk=0, causal=False,
 )  # fmt: skip
-LEARNED = replace(
-    SMALL, position="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False,
-    num_kv_heads=4, norm_eps=1e-6, mlp_width=48,
+LEARNED = changed(
+    SMALL, position="learned", norm="layernorm", mlp="gelu", bias=True, mixer__qk_norm="none",
+    num_kv_heads=4, norm__eps=1e-6, mlp_width=48,
 )  # fmt: skip
 CONFIGS = {
     "rotary": SMALL,
     "learned": LEARNED,
-    "sinusoidal": replace(SMALL, position="sinusoidal"),
-    "none": replace(SMALL, position="none"),
+    "sinusoidal": changed(SMALL, position="sinusoidal"),
+    "none": changed(SMALL, position="none"),
 }
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def build(config, **more):
     torch.manual_seed(0)
-    return Transformer(replace(config, **more)).eval()
+    return Transformer(changed(config, **more)).eval()
 
 
 def tokens(rows, length=L):
@@ -99,7 +99,7 @@ def test_flops_are_counted_over_the_whole_square(config):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_activations_are_what_autograd_keeps(masked):
-    config = ModelConfig(**SIZES[1], causal=False)
+    config = model_config(**SIZES[1], causal=False)
     L = config.max_sequence_length
     model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
     real = torch.arange(L).expand(2, L) < torch.tensor([[L], [9]])
@@ -181,8 +181,8 @@ def test_hidden_states_and_gradients_equal_siglip_s_text_encoder():
 def test_logits_equal_a_llama_that_is_shown_the_whole_square():
     """Rotary positions, grouped queries and SwiGLU: Llama's weights under a mask of both sides."""
     transformers = pytest.importorskip("transformers")
-    ours = scrambled(replace(SMALL, qk_norm=False))
-    causal = replace(ours.config, causal=True)
+    ours = scrambled(changed(SMALL, mixer__qk_norm="none"))
+    causal = changed(ours.config, causal=True)
     hf_config, state = to_hf(causal, ours.state_dict())
     settings = {k: v for k, v in hf_config.items() if k not in ("architectures", "model_type")}
     config = transformers.LlamaConfig(**settings, attn_implementation="eager")

@@ -1,6 +1,5 @@
 """Parameters against the model itself, FLOPs against torch's own counter, to the last one."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from forescale.models import ModelConfig, Transformer
-from forescale.models.costs import MLPS
+from forescale.models import Transformer
+from forescale.models.choices import NORMS
 from forescale.models.flops import (
     count,
     flops_6n,
@@ -18,46 +17,57 @@ from forescale.models.flops import (
     matrices,
     shapes,
 )
+from forescale.models.mlps import MLPS
 from forescale.models.parametrization import factors
-from forescale.models.rules import NORMS, POSITIONS
+from forescale.models.positions.kinds import POSITIONS
 from tests.matrix import FULL
+from tests.models.configs import changed, model_config
 
-BASE = ModelConfig(
+BASE = model_config(
     num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16
 )
 VARIANTS = [
-    replace(BASE, position=p, norm=n, mlp=m, bias=b, qk_norm=q, num_kv_heads=g, tie_embeddings=t)
+    changed(
+        BASE,
+        position=p,
+        norm=n,
+        mlp=m,
+        bias=b,
+        mixer__qk_norm=q,
+        num_kv_heads=g,
+        tie_embeddings=t,
+    )
     for p, n, m, b, q, g, t in product(
-        POSITIONS, NORMS, MLPS, (False, True), (False, True), (None, 1), (False, True)
+        POSITIONS, NORMS, MLPS, (False, True), ("none", "head"), (None, 1), (False, True)
     )
     if not (m == "moe" and b)  # experts have no biases
 ]
 
 VARIANTS += [
-    replace(BASE, norm_placement="post", qk_norm_over="layer", num_kv_heads=1),
-    replace(BASE, norm_placement="sandwich", mlp="geglu", scale_embedding=True, bias=True),
-    replace(BASE, attention_gate="head", logit_softcap=30.0, rope_fraction=0.5),
-    replace(BASE, attention_gate="channel", bias=True),
-    replace(BASE, head_dim=14, num_kv_heads=1, qkv_bias=True, attention_gate="channel"),
-    replace(BASE, head_dim=12, qk_norm_over="layer", mixer_pattern=["attention", "latent"]),
-    replace(BASE, head_dim=20, mixer_pattern=["latent", "window"], window=5),
-    replace(BASE, value_residual=0.5, num_kv_heads=1, bias=True),
-    replace(
+    changed(BASE, norm__placement="post", mixer__qk_norm="layer", num_kv_heads=1),
+    changed(BASE, norm__placement="sandwich", mlp="geglu", scale_embedding=True, bias=True),
+    changed(BASE, mixer__gate="head", head__softcap=30.0, position__fraction=0.5),
+    changed(BASE, mixer__gate="channel", bias=True),
+    changed(BASE, head_dim=14, num_kv_heads=1, mixer__qkv_bias=True, mixer__gate="channel"),
+    changed(BASE, head_dim=12, mixer__qk_norm="layer", mixer_pattern=["attention", "latent"]),
+    changed(BASE, head_dim=20, mixer_pattern=["latent", "window"], mixer__window=5),
+    changed(BASE, mixer__value_residual=0.5, num_kv_heads=1, bias=True),
+    changed(
         BASE,
         num_layers=3,
-        token_shift=True,
+        mixer__token_shift=True,
         value_embedding=2,
         num_kv_heads=1,
         parametrization="mup",
     ),
-    replace(BASE, mtp_layers=2, bigram_rows=31, tie_embeddings=True, norm="layernorm", bias=True),
-    replace(BASE, mtp_layers=1, mlp="moe", parametrization="completep"),
+    changed(BASE, mtp_layers=2, bigram_rows=31, tie_embeddings=True, norm="layernorm", bias=True),
+    changed(BASE, mtp_layers=1, mlp="moe", parametrization="completep"),
 ]
 # Those whose outer parts differ from the others'.
 OUTER = [
-    replace(BASE, norm="layernorm", bias=True, head="dense", embedding_norm=True, **more)
+    changed(BASE, norm="layernorm", bias=True, head="dense", norm__embedding=True, **more)
     for more in (
-        dict(norm_placement="residual", tie_embeddings=True, causal=False, position="learned"),
+        dict(norm__placement="residual", tie_embeddings=True, causal=False, position="learned"),
         dict(parametrization="mup", position="relative"),
     )
 ]
@@ -84,7 +94,7 @@ def test_parameters_of_every_variant():
         assert counts.mtp == under("mtp.")
         assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
         idle = counts.total - counts.mtp - counts.active
-        assert (idle > 0) == (config.mlp == "moe")
+        assert (idle > 0) == (config.has_experts)
         assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
 
 
@@ -92,7 +102,7 @@ def test_shapes_are_those_of_the_model_in_its_order():
     for config in SOME + OUTER:
         model = Transformer(config)
         assert count(config).total == sum(p.numel() for p in model.parameters())
-        if config.parametrization != "standard":
+        if config.parametrization.kind != "standard":
             assert factors(config).keys() == shapes(config).keys()
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         assert list(shapes(config).items()) == list(expected.items())
@@ -126,7 +136,7 @@ def test_flops_of_every_choice_exactly():
 
 def test_chunks_of_the_loss_make_the_logits_again():
     """The one recomputation that a normal step has: the head's forward, a third of its cost."""
-    chunked = replace(BASE, loss_chunk=8)
+    chunked = changed(BASE, loss_chunk=8)
     again = 2 * 24 * 70
     assert (flops_per_token(BASE, 16) + again) * 32 == counted(chunked, 2, 16)
 
@@ -142,12 +152,12 @@ def test_causal_flops_are_the_pairs_that_see_each_other():
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("chunk", [0, 8])
 def test_what_is_computed_twice(checkpointing, chunk):
-    config = replace(BASE, activation_checkpointing=checkpointing, loss_chunk=chunk)
+    config = changed(BASE, activation_checkpointing=checkpointing, loss_chunk=chunk)
     price = flops_per_token(config, 16) + flops_recomputed(config, 16)
     if checkpointing == "full":  # the last product of a layer isn't made again: nothing needs it
         price -= config.num_layers * 2 * 24 * 40
     if not chunk:
-        assert flops_recomputed(replace(BASE, loss_chunk=0), 16) == 0
+        assert flops_recomputed(changed(BASE, loss_chunk=0), 16) == 0
     assert price * 32 == counted(config, 2, 16)
 
 
@@ -161,8 +171,8 @@ def test_selective_checkpointing_computes_no_kept_product_twice():
         (dict(mixer="gated_deltanet"), 1),
         (dict(mixer="lstm"), 1),
     ]:
-        plain = replace(BASE, loss_chunk=0, **change)
-        config = replace(plain, activation_checkpointing="selective")
+        plain = changed(BASE, loss_chunk=0, **change)
+        config = changed(plain, activation_checkpointing="selective")
         x = torch.zeros(2, 16, dtype=torch.long)
         found = []
         for one in (plain, config):

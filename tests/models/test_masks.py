@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forescale.models.mixers.masks import visible_keys
-from forescale.models.rules import POSITIONS
+from forescale.models.positions.kinds import POSITIONS
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
 
@@ -64,7 +64,7 @@ def test_no_query_is_left_without_a_key():
 
 def test_sinusoids_are_the_papers():
     """Vaswani et al. 2017, sections 3.4 and 3.5, written out."""
-    model = build("sinusoidal", "rmsnorm", "gelu", False, None)
+    model = build("sinusoidal", "rmsnorm", "gelu", "none", None)
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     x = tokens(1, L)
@@ -79,9 +79,9 @@ def test_sinusoids_are_the_papers():
 
 def test_only_learned_positions_end_and_say_so():
     with pytest.raises(ValueError, match="max_sequence_length = 17"):
-        build("learned", "rmsnorm", "gelu", False, None)(tokens(1, L + 6))
+        build("learned", "rmsnorm", "gelu", "none", None)(tokens(1, L + 6))
     for position in ("rotary", "alibi", "sinusoidal", "none"):
-        build(position, "rmsnorm", "gelu", False, None)(tokens(1, L + 6))
+        build(position, "rmsnorm", "gelu", "none", None)(tokens(1, L + 6))
 
 
 def test_order_matters_with_positions():
@@ -89,7 +89,7 @@ def test_order_matters_with_positions():
     x = tokens(1, L)
     swapped = x[:, [1, 0, *range(2, L)]]
     for position in POSITIONS:
-        model = build(position, "rmsnorm", "gelu", False, None)
+        model = build(position, "rmsnorm", "gelu", "none", None)
         del model.blocks[1:]
         with torch.no_grad():
             difference = (model(x) - model(swapped))[:, -1].abs().max()

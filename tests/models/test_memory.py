@@ -1,14 +1,13 @@
 """Activation bytes against what autograd keeps."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.memory import activations
 from tests.matrix import FULL
 from tests.models.checks import kept_bytes
+from tests.models.configs import changed, model_config
 from tests.models.test_flops import objective
 
 
@@ -17,7 +16,7 @@ def saved(config, dtype, B=2, documents=False):
     L = config.max_sequence_length
     model, x = Transformer(config).to(dtype), torch.zeros(B, L, dtype=torch.long)
     # oneDNN's LSTM keeps a workspace of its own.
-    with torch.backends.mkldnn.flags(enabled=config.mixer != "lstm"):
+    with torch.backends.mkldnn.flags(enabled=config.mixer.kind != "lstm"):
         return kept_bytes(
             model, lambda: objective(model(x, x, documents_BL=x if documents else None))
         )
@@ -30,62 +29,75 @@ SIZES = [
 ]
 CHANGES = [
     dict(),
-    dict(qk_norm=False),
+    dict(mixer__qk_norm="none"),
     dict(num_kv_heads=1),
-    dict(num_kv_heads=1, head_dim=48, qkv_bias=True, attention_gate="channel"),
-    dict(mixer_pattern=["latent", "window"], head_dim=32, window=24),
+    dict(num_kv_heads=1, head_dim=48, mixer__qkv_bias=True, mixer__gate="channel"),
+    dict(mixer_pattern=["latent", "window"], head_dim=32, mixer__window=24),
     dict(mlp="relu2", tie_embeddings=True, position="sinusoidal"),
-    dict(mlp="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True),
+    dict(mlp="gelu", norm="layernorm", mixer__qk_norm="none", position="learned", bias=True),
     dict(position="alibi", num_kv_heads=1),
     dict(mixer="mingru"),
     dict(mixer="lstm"),
-    dict(norm_placement="post", qk_norm_over="layer"),
-    dict(norm_placement="sandwich", mlp="geglu", norm="layernorm"),
+    dict(norm__placement="post", mixer__qk_norm="layer"),
+    dict(norm__placement="sandwich", mlp="geglu", norm="layernorm"),
     dict(position="relative", num_kv_heads=1),
-    dict(norm_placement="residual", norm="layernorm", qk_norm=False, mlp="relu"),
-    dict(embedding_norm=True, head="dense", mlp="gelu_exact", position="learned"),
-    dict(attention_gate="head"),
-    dict(attention_gate="channel", logit_softcap=30.0),
+    dict(norm__placement="residual", norm="layernorm", mixer__qk_norm="none", mlp="relu"),
+    dict(norm__embedding=True, head="dense", mlp="gelu_exact", position="learned"),
+    dict(mixer__gate="head"),
+    dict(mixer__gate="channel", head__softcap=30.0),
     dict(mixer="gated_deltanet"),
     dict(mixer="latent"),
     dict(mixer_pattern=["latent", "attention"], position="relative", num_kv_heads=1),
-    dict(mixer="latent", position="alibi", latent_query_rank=48),
+    dict(mixer="latent", position="alibi", mixer__query_rank=48),
     dict(mlp="moe"),
-    dict(mlp="moe", moe_z_loss=0.0, moe_renormalise=False, moe_width=96, moe_dense_layers=1),
-    dict(mlp="moe", moe_scores="sigmoid", moe_experts=16, moe_top_k=4, moe_shared=1, moe_width=64),
-    dict(mlp="moe", moe_capacity=1.5),
-    dict(mixer="window", window=24),
-    dict(mixer="window", window=20, global_tokens=4, num_kv_heads=1),
-    dict(mixer="block_sparse", sparse_block=8),
-    dict(mixer="block_sparse", sparse_block=16, sparse_local=2, sparse_pattern="bigbird"),
+    dict(
+        mlp="moe",
+        mlp__z_loss=0.0,
+        mlp__renormalise=False,
+        mlp__expert_width=96,
+        mlp__dense_layers=1,
+    ),
+    dict(
+        mlp="moe",
+        mlp__scores="sigmoid",
+        mlp__experts=16,
+        mlp__top_k=4,
+        mlp__shared=1,
+        mlp__expert_width=64,
+    ),
+    dict(mlp="moe", mlp__capacity=1.5),
+    dict(mixer="window", mixer__window=24),
+    dict(mixer="window", mixer__window=20, mixer__global_tokens=4, num_kv_heads=1),
+    dict(mixer="block_sparse", mixer__block=8),
+    dict(mixer="block_sparse", mixer__block=16, mixer__local=2, mixer__pattern="bigbird"),
     dict(activation_checkpointing="full"),
     *(
         dict(more, activation_checkpointing="selective")
         for more in (
             dict(),
-            dict(num_kv_heads=1, qk_norm=False, mlp="gelu", bias=True),
+            dict(num_kv_heads=1, mixer__qk_norm="none", mlp="gelu", bias=True),
             dict(mixer="mingru", mtp_layers=1),
             dict(mixer="gated_deltanet"),
-            dict(mixer="latent", latent_query_rank=48, norm_placement="post"),
+            dict(mixer="latent", mixer__query_rank=48, norm__placement="post"),
             dict(mixer="lstm"),
-            dict(mixer="window", window=24),
-            dict(mlp="moe", moe_capacity=1.5, moe_shared=1, moe_width=64),
-            dict(attention_gate="channel", value_residual=0.5),
+            dict(mixer="window", mixer__window=24),
+            dict(mlp="moe", mlp__capacity=1.5, mlp__shared=1, mlp__expert_width=64),
+            dict(mixer__gate="channel", mixer__value_residual=0.5),
         )
     ),
     dict(mtp_layers=2),
     dict(mtp_layers=1, activation_checkpointing="full", loss_chunk=0),
-    dict(value_residual=0.5),
-    dict(value_residual=0.5, num_kv_heads=1, activation_checkpointing="full"),
+    dict(mixer__value_residual=0.5),
+    dict(mixer__value_residual=0.5, num_kv_heads=1, activation_checkpointing="full"),
     dict(value_embedding=1, bigram_rows=999),
     dict(value_embedding=2, num_kv_heads=1, activation_checkpointing="full"),
-    dict(value_embedding=1, token_shift=True, activation_checkpointing="selective"),
-    dict(token_shift=True, num_kv_heads=1),
+    dict(value_embedding=1, mixer__token_shift=True, activation_checkpointing="selective"),
+    dict(mixer__token_shift=True, num_kv_heads=1),
     dict(loss_chunk=0),
     dict(loss_chunk=64),
-    dict(mlp_chunk=16),
-    dict(mlp="gelu", mlp_chunk=16, mtp_layers=1),
-    dict(mlp_chunk=512),
+    dict(mlp__chunk=16),
+    dict(mlp="gelu", mlp__chunk=16, mtp_layers=1),
+    dict(mlp__chunk=512),
 ]
 
 
@@ -106,17 +118,17 @@ def test_activations_are_what_autograd_keeps(change, dtype, documents):
     # Each size with some of the changes, and all with none.
     turn = CHANGES.index(change) + documents + dtype.itemsize // 2
     for sizes in [SIZES[turn % len(SIZES)]] if change else SIZES:
-        config = ModelConfig(**sizes, **change)
+        config = model_config(**sizes, **change)
         length, size = config.max_sequence_length, dtype.itemsize
         estimate = activations(config, 2, length, size, documents, fused_norms=False).saved
         assert saved(config, dtype, documents=documents) == pytest.approx(estimate, rel=0.03)
 
 
 def test_fused_norms_keep_less():
-    config = ModelConfig(**SIZES[0])
+    config = model_config(**SIZES[0])
     fused, several = (activations(config, 2, 128, fused_norms=f) for f in (True, False))
     assert fused.layers < several.layers
-    layered = replace(config, norm="layernorm", qk_norm=False)
+    layered = changed(config, norm="layernorm", mixer__qk_norm="none")
     fused, several = (activations(layered, 2, 128, fused_norms=f) for f in (True, False))
     assert fused == several
 
@@ -124,7 +136,7 @@ def test_fused_norms_keep_less():
 @pytest.mark.parametrize("num_layers", [1, 4])
 def test_the_mask_is_kept_once_for_all_layers(num_layers):
     sizes = dict(width=8, num_heads=1, vocab_size=8, max_sequence_length=256)
-    config = ModelConfig(num_layers=num_layers, **sizes)
+    config = model_config(num_layers=num_layers, **sizes)
     model, x = Transformer(config), torch.zeros(2, 256, dtype=torch.long)
     squares = {}
 
@@ -143,7 +155,7 @@ def test_the_mask_is_kept_once_for_all_layers(num_layers):
     ("vocabulary", "chunk"), [(4096, 8192), (32_000, 4096), (128_256, 1024), (10**6, 512)]
 )
 def test_a_gpu_takes_more_targets_at_once_but_1_gib_of_logits(vocabulary, chunk):
-    config = ModelConfig(depth=2, vocab_size=vocabulary, max_sequence_length=16_384)
+    config = model_config(depth=2, vocab_size=vocabulary, max_sequence_length=16_384)
     assert config.targets_at_once(on_gpu=True) == chunk
     assert config.targets_at_once(on_gpu=False) == 512
     planned = [
@@ -151,22 +163,22 @@ def test_a_gpu_takes_more_targets_at_once_but_1_gib_of_logits(vocabulary, chunk)
     ]
     assert planned == [8 * chunk * vocabulary, 8 * 512 * vocabulary]
     assert planned[0] <= 2**30 or chunk == 512
-    given = replace(config, loss_chunk=100)
+    given = changed(config, loss_chunk=100)
     assert given.targets_at_once(on_gpu=True) == given.targets_at_once(on_gpu=False) == 100
 
 
 def test_activation_checkpointing_keeps_one_layer_and_the_inputs():
-    config = ModelConfig(depth=12, vocab_size=8, max_sequence_length=128, loss_chunk=1)
+    config = model_config(depth=12, vocab_size=8, max_sequence_length=128, loss_chunk=1)
     whole = activations(config, 1, 128).total
-    kept = activations(replace(config, activation_checkpointing="full"), 1, 128).total
+    kept = activations(changed(config, activation_checkpointing="full"), 1, 128).total
     inputs = 12 * 128 * 768 * 2
     assert kept - inputs < whole / 8
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
 def test_checkpointing_keeps_the_values_of_the_first_layer_for_the_later_ones():
-    plain = ModelConfig(**SIZES[0], activation_checkpointing="full")
-    mixed = replace(plain, value_residual=0.5)
+    plain = model_config(**SIZES[0], activation_checkpointing="full")
+    mixed = changed(plain, mixer__value_residual=0.5)
     kept = [saved(config, torch.float32) for config in (plain, mixed)]
     counted = [activations(c, 2, 128, 4, fused_norms=False).saved for c in (plain, mixed)]
     assert kept[1] - kept[0] == counted[1] - counted[0] == 4 * 256 * 2 * 128

@@ -9,20 +9,21 @@ import torch
 from forescale.config.sections.optimizer import AdamWConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
+from forescale.models.choices import CompleteP, Mup
 from forescale.models.parametrization import Factors, factors, folds, scales
+from tests.models.configs import changed, model_config
 
 # Four times as wide and three times as deep as its base.
-LARGE = ModelConfig(
+LARGE = model_config(
     num_layers=6,
     width=256,
     num_heads=2,
     bias=True,
     vocab_size=64,
     max_sequence_length=16,
-    base_width=64,
-    base_depth=2,
 )
-BASE = replace(LARGE, num_layers=2, width=64, num_heads=1)
+MUP, COMPLETEP = Mup(base_width=64), CompleteP(base_width=64, base_depth=2)
+BASE = changed(LARGE, num_layers=2, width=64, num_heads=1)
 SIGMA = math.sqrt(2 / (5 * 64))  # of the base
 
 
@@ -33,18 +34,18 @@ def test_weights_and_forward_of_each():
     assert standard.table_std == standard.hidden_std == math.sqrt(2 / (5 * 256))
     assert standard.writing_std == standard.hidden_std / math.sqrt(12)
     assert standard.embedding == 16
-    mup = scales(replace(LARGE, parametrization="mup"))
+    mup = scales(changed(LARGE, parametrization=MUP))
     assert (mup.table_std, mup.hidden_std) == (SIGMA, SIGMA / 2)
     assert mup.writing_std == SIGMA / 2 / math.sqrt(12)
     assert (mup.residual, mup.logits, mup.attention, mup.embedding) == (1, 1 / 4, 8 / 128, 8)
-    completep = scales(replace(LARGE, parametrization="completep"))
+    completep = scales(changed(LARGE, parametrization=COMPLETEP))
     assert completep == replace(mup, residual=1 / 3, writing_std=SIGMA / 2 / math.sqrt(4))
-    assert scales(replace(LARGE, parametrization="mup", init_std=0.5)).hidden_std == 0.25
+    assert scales(changed(LARGE, parametrization=MUP, init_std=0.5)).hidden_std == 0.25
 
 
 def test_the_optimizer_of_each():
     assert factors(LARGE) == {}
-    mup = factors(replace(LARGE, parametrization="mup"))
+    mup = factors(changed(LARGE, parametrization=MUP))
     assert mup["embedding.weight"] == Factors("embedding", 1, 1, 1 / 4)
     assert mup["head.weight"] == Factors("head", 1, 1, 1 / 4)
     assert mup["blocks.0.mlp.down.weight"] == Factors("hidden", 1 / 4, 4, 1 / 4)
@@ -52,7 +53,7 @@ def test_the_optimizer_of_each():
     assert mup["blocks.5.mlp_norm.weight"] == Factors("block", 1, 1, 1 / 4)
     assert mup["blocks.5.mixer.key_norm.weight"] == Factors("qk_norm", 1, 1, 1)
     assert mup["norm.weight"] == Factors("norm", 1, 1, 1 / 4)
-    completep = factors(replace(LARGE, parametrization="completep"))
+    completep = factors(changed(LARGE, parametrization=COMPLETEP))
     for name, by in mup.items():
         inside = name.startswith("blocks.")
         assert completep[name] == replace(by, epsilon=by.epsilon / 3 if inside else by.epsilon)
@@ -62,12 +63,12 @@ def test_the_optimizer_of_each():
     "change",
     [
         {},
-        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False},
+        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "mixer__qk_norm": "none"},
         {"tie_embeddings": True, "bias": False},
     ],
 )
 def test_every_parameter_has_a_class(change):
-    model = Transformer(replace(LARGE, parametrization="completep", **change))
+    model = Transformer(changed(LARGE, parametrization=COMPLETEP, **change))
     assert list(model.optimizer_factors()) == [name for name, _ in model.named_parameters()]
 
 
@@ -93,31 +94,31 @@ def trained(config: ModelConfig, steps: int = 3) -> tuple[list[float], dict[str,
     return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("parametrization", ["mup", "completep"])
+@pytest.mark.parametrize("parametrization", [MUP, COMPLETEP], ids=["mup", "completep"])
 @pytest.mark.parametrize("change", [{}, {"tie_embeddings": True, "position": "sinusoidal"}])
 def test_at_its_base_it_is_standard_to_the_bit(parametrization, change):
-    losses, weights = trained(replace(BASE, **change))
-    again, same = trained(replace(BASE, parametrization=parametrization, **change))
+    losses, weights = trained(changed(BASE, **change))
+    again, same = trained(changed(BASE, parametrization=parametrization, **change))
     assert losses == again
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
 def test_the_multipliers_are_in_the_forward():
     """A model of `standard` with the folded weights computes the same, and not without."""
-    config = replace(LARGE, parametrization="completep", vocab_size=32)
+    config = changed(LARGE, parametrization=COMPLETEP, vocab_size=32)
     torch.manual_seed(0)
     model = Transformer(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    plain = Transformer(replace(config, parametrization="standard"))
+    plain = Transformer(changed(config, parametrization="standard"))
     tokens = torch.arange(16).view(1, 16)
     plain.load_state_dict(model.state_dict())
     assert not torch.allclose(plain(tokens), model(tokens), atol=0.1)
     by = folds(config)
     plain.load_state_dict({n: t * by.get(n, 1.0) for n, t in model.state_dict().items()})
     torch.testing.assert_close(plain(tokens), model(tokens))
-    assert folds(replace(config, parametrization="standard")) == {}
+    assert folds(changed(config, parametrization="standard")) == {}
 
 
 def test_decay_of_a_step_is_the_same_at_every_width():
@@ -127,6 +128,6 @@ def test_decay_of_a_step_is_the_same_at_every_width():
         )
         return {g.name: g.peak_learning_rate * g.weight_decay for g in groups}
 
-    large = decay(replace(LARGE, parametrization="completep"))
-    assert large == decay(replace(BASE, parametrization="completep"))
+    large = decay(changed(LARGE, parametrization=COMPLETEP))
+    assert large == decay(changed(BASE, parametrization=COMPLETEP))
     assert large["decayed_hidden"] > 0

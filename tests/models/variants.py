@@ -5,14 +5,16 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from forescale.models import ModelConfig, Transformer
-from forescale.models.costs import MLPS
-from forescale.models.rules import NORMS, POSITIONS
+from forescale.models import Transformer
+from forescale.models.choices import NORMS
+from forescale.models.mlps import MLPS
+from forescale.models.positions.kinds import POSITIONS
+from tests.models.configs import model_config
 
 # The MLP, which acts on each token alone, in turns. Experts multiply tokens of several documents
-# together, which rounds differently: tests/models/experts.
+# together, which rounds differently: tests/models/mlps.
 DENSE = [name for name, part in MLPS.items() if not part.is_routed]
-OTHERS = list(product(POSITIONS, NORMS, (False, True), (None, 1)))
+OTHERS = list(product(POSITIONS, NORMS, ("none", "head"), (None, 1)))
 VARIANTS = [
     (position, norm, DENSE[(i + i // 4) % len(DENSE)], qk_norm, kv_heads)
     for i, (position, norm, qk_norm, kv_heads) in enumerate(OTHERS)
@@ -27,13 +29,13 @@ def named(variant: tuple) -> str:
 def build(position, norm, mlp, qk_norm, num_kv_heads, **more) -> Transformer:
     torch.manual_seed(0)
     sizes = dict(num_layers=2, width=16, num_heads=2, mlp_width=24, vocab_size=V)
-    config = ModelConfig(
+    config = model_config(
         **sizes | dict(max_sequence_length=L + 5) | more,
         num_kv_heads=num_kv_heads,
         position=position,
         norm=norm,
         mlp=mlp,
-        qk_norm=qk_norm,
+        mixer__qk_norm=qk_norm,
         bias=norm == "layernorm" and mlp != "moe",
         init_std=0.3,  # large enough that a leak could not hide in rounding
     )

@@ -45,7 +45,7 @@ def make_dataset(path: Path, vocab_size: int = 300) -> Path:
 
 
 def make_job(dataset: Path, root: Path, name: str = "small", *overrides: str):
-    sizes = ["num_layers=1", "width=32", "num_heads=2", "mlp=relu2", "qk_norm=true"]
+    sizes = ["num_layers=1", "width=32", "num_heads=2", "mlp=relu2"]
     return compose(
         TrainJob,
         [

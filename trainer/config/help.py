@@ -1,8 +1,9 @@
 """The pages of `forescale VERB --help`: a short one, one of a section, and one of everything.
 
 Invariant: every help text has one source. That of a key is its field in the schema (for
-`model.*` the comment beside the field), that of a choice the first sentence of its file; defaults
-come from the composed config, and a key is on the short page if its field is marked `common`.
+`model.*` the comment beside the field of the part), that of a choice the first sentence of its
+file; defaults come from the composed config, and a key is on the short page if its field is marked
+`common`.
 """
 
 import inspect
@@ -29,7 +30,6 @@ from forescale.config.schema import (
 )
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
-from forescale.models.config import ModelConfig
 
 ALL = "all"  # the word after --help that shows everything
 SCREENS = 60  # lines of the short page
@@ -170,16 +170,20 @@ def _section(
 
 
 def _other_kinds(schema: type, job: Any, prefix: str = "", kind: Kind = "free") -> Iterator[_Keys]:
-    """Yield the keys of each kind of each block that the job hasn't chosen."""
+    """Yield the keys of each kind of each block that the job hasn't chosen, but for those that the
+    chosen kind has too."""
     for f in fields(schema):
         path, part = prefix + name_of(f), getattr(job, f.name, None)
         own_kind: Kind = f.metadata.get("kind") or kind
         if kinds := kinds_of(f):
-            word = word_of(f, part) if is_dataclass(part) else ""
+            is_one = is_dataclass(part)
+            word = word_of(f, part) if is_one else ""
+            chosen = leaves(type(part), path + ".") if is_one else {}
             for other, inner in kinds.items():
                 default = inner()
                 keys = leaves(inner, path + ".", own_kind, default)
-                if other != word and keys:
+                keys = {name: leaf for name, leaf in keys.items() if name not in chosen}
+                if other != word and keys and not isinstance(part, list):
                     yield _Keys(f"{path}={other}", keys, dict(flatten(plain(default), path)))
         if is_dataclass(part):
             yield from _other_kinds(type(part), part, path + ".", own_kind)
@@ -231,7 +235,8 @@ def _value(default: Any) -> str:
 
 
 def _help(leaf: Leaf) -> str:
-    text = leaf.help or _comments().get(leaf.path, "")
+    cls, name = leaf.source
+    text = leaf.help or _comments(cls).get(name, "")
     for type_ in options(leaf.type):
         if get_origin(type_) is Literal:
             text += f" ({' | '.join(map(str, get_args(type_)))})"
@@ -239,15 +244,17 @@ def _help(leaf: Leaf) -> str:
 
 
 @cache
-def _comments() -> dict[str, str]:
-    """Return the comment beside or above each field of the model's schema, which has no help
-    metadata."""
-    source = inspect.getsource(ModelConfig)
-    beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
-    above = re.findall(r"^((?:    # .*\n)+)    (\w+): [^#\n]*$", source, re.MULTILINE)
-    joined = {name: " ".join(re.findall("# (.*)", lines)) for lines, name in above}
-    comments = {**joined, **dict(beside)}
-    return {f"model.{name}": text.replace("None:", "null:") for name, text in comments.items()}
+def _comments(cls: type) -> dict[str, str]:
+    """Return the comment beside or above each field of a dataclass without help metadata, and of
+    its base classes."""
+    result: dict[str, str] = {}
+    for base in cls.__mro__[:-1]:
+        source = inspect.getsource(base)
+        beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
+        above = re.findall(r"^((?:    # .*\n)+)    (\w+): [^#\n]*$", source, re.MULTILINE)
+        joined = {name: " ".join(re.findall("# (.*)", lines)) for lines, name in above}
+        result = {**joined, **dict(beside), **result}
+    return {name: text.replace("None:", "null:") for name, text in result.items()}
 
 
 def _row(head: str, text: str) -> str:

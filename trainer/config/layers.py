@@ -156,7 +156,9 @@ def over_origin(
     model = copy.deepcopy(frozen["model"])
     model["source_length"] = None  # it always follows
     length, longest = tree["train"]["sequence_length"], model["max_sequence_length"]
-    is_free = model["position"] != "learned" and model["rope_scaling"] == "none"
+    position = model["position"]
+    is_scaled = position.get("scaling", {"kind": "none"})["kind"] != "none"
+    is_free = position["kind"] != "learned" and not is_scaled
     if is_free and longest and isinstance(length, int) and length > longest:
         model["max_sequence_length"] = None
     return {**tree, "model": over_frozen(schema, tree, {"model": model}, typed)["model"]}

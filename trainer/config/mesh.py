@@ -148,12 +148,12 @@ def expert_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     if not isinstance(job.model, ModelConfig):
         todo = f"write {name}=1, or choose a model of conf/model"
         yield name, "a model of your own is not divided", todo
-    elif not job.model.has_experts:
+    elif job.model.experts is None:
         yield name, "the model has no experts", "leave it out, or choose model.mlp=moe"
     else:
-        if (experts := job.model.moe_experts) % parallel:
+        if (experts := job.model.experts.experts) % parallel:
             problem = f"{parallel} ranks can't have {experts} experts in equal parts"
-            yield name, problem, "give a divisor of model.moe_experts"
+            yield name, problem, "give a divisor of model.mlp.experts"
         if ranks and ranks % parallel:
             problem = f"{ranks} ranks are no whole number of groups of {parallel}"
             yield name, problem, "give a divisor of the number of ranks"

@@ -112,13 +112,14 @@ class TargetConfig:
 
 
 class Leaf(NamedTuple):
-    """A key that a user may set, with its full path."""
+    """A key that a user may set, with its full path. source: its class, and the field's name."""
 
     path: str
     type: Any
     kind: Kind
     help: str
     bounds: Mapping[str, float]
+    source: tuple[type, str]
     common: bool = False
 
 
@@ -180,7 +181,7 @@ def leaves(cls: type, prefix: str = "", kind: Kind = "free", job: Any = None) ->
         part = getattr(job, f.name, None)
         if is_block(f, type_):
             words = Literal[tuple(kinds_of(f))]  # type: ignore[valid-type]
-            result[path + ".kind"] = Leaf(path + ".kind", words, own_kind, text, {})
+            result[path + ".kind"] = Leaf(path + ".kind", words, own_kind, text, {}, (cls, f.name))
             for inner in [type(part)] if is_dataclass(part) else kinds_of(f).values():
                 of_kind = leaves(inner, path + ".", own_kind, part)
                 result |= {name: leaf for name, leaf in of_kind.items() if name not in result}
@@ -188,7 +189,7 @@ def leaves(cls: type, prefix: str = "", kind: Kind = "free", job: Any = None) ->
             result |= leaves(section, path + ".", own_kind, part)
         else:
             bounds, common = f.metadata.get("bounds", {}), f.metadata.get("common", False)
-            result[path] = Leaf(path, type_, own_kind, text, bounds, common)
+            result[path] = Leaf(path, type_, own_kind, text, bounds, (cls, f.name), common)
     return result
 
 

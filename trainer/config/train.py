@@ -43,6 +43,7 @@ from forescale.config.sections.runtime import (
 from forescale.config.sections.schedule import SCHEDULES, ConstantConfig, ScheduleConfig
 from forescale.config.sections.training import RunConfig, TrainConfig
 from forescale.errors import UserError
+from forescale.models.choices import Mup
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 
@@ -156,8 +157,8 @@ class TrainJob(Lengths, Job):
         model = self.model
         if not isinstance(model, ModelConfig):
             return None
-        if model.parametrization != "standard":
-            return model.base_width
+        if isinstance(model.parametrization, Mup):
+            return model.parametrization.base_width
         return model.ruled_width
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs.fp8 import fp8_matrices
+from forescale.models.fp8 import fp8_matrices
 from forescale.models.init import Linear
 
 

@@ -27,6 +27,7 @@ from forescale.data.stream import MicroBatch, validation_windows
 from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
 from forescale.inference.view import RunView, best_device
+from forescale.models.positions.kinds import Ntk, Rotary, Yarn
 from forescale.models.positions.position import document_starts, positions_of
 from forescale.models.transformer import Transformer
 from forescale.run.abilities import Accuracy, questions_of
@@ -220,25 +221,23 @@ def at_length(model: nn.Module, length: int, trained: int, scaling: str | None) 
             raise UserError("rope_scaling", problem, "leave it out")
         return model
     config, longest = model.config, model.sizes.max_sequence_length
-    if config.position == "learned" and length > longest:
+    position = config.position
+    if position.kind == "learned" and length > longest:
         problem = f"the model has {longest} learned positions, and none beyond"
         raise UserError("sequence_length", problem, f"give at most {longest}")
     if scaling is None:
         return model
-    if config.position != "rotary" or config.rope_scaling != "none":
-        has = config.position if config.position != "rotary" else config.rope_scaling
-        problem = f"the model was trained with {has}, and not with plain rotary positions"
+    if not isinstance(position, Rotary) or position.scaling.kind != "none":
+        trained_with = position.scaling if isinstance(position, Rotary) else position
+        problem = f"the model was trained with {trained_with.kind}"
+        problem += ", and not with plain rotary positions"
         raise UserError("rope_scaling", problem, "leave it out")
     if length <= trained:
         problem = f"there is nothing to scale: the model was trained at {trained} tokens"
         raise UserError("rope_scaling", problem, f"give sequence_length above {trained}")
-    original = trained if scaling == "yarn" else None
-    scaled = replace(
-        config,
-        rope_scaling=scaling,
-        rope_factor=length / trained,
-        rope_original_length=original,
-    )
+    factor = length / trained
+    by = Yarn(factor, trained) if scaling == "yarn" else Ntk(factor)
+    scaled = replace(config, position=replace(position, scaling=by))
     with torch.device("meta"):
         longer = Transformer(scaled)
     longer.load_state_dict(model.state_dict(), assign=True)

@@ -125,9 +125,8 @@ def read(
     influences = heads.influences_of(model, row_L, seed)
     layers = [
         Layer(
-            # The cost records' names are those of the config.
-            mixer=model.config.mixers[i],
-            mlp=model.config.mlp if not parts["mlp"].is_routed else "moe",
+            mixer=parts.mixer.kind,
+            mlp=parts.mlp.kind,
             maps=maps[i] if i in maps else influences[i][None],
             heads=described.get(i, []),
         )

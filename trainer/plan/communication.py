@@ -31,8 +31,8 @@ from math import prod
 from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
-from forescale.models.costs import Part
-from forescale.models.flops import columns_of, layers_of
+from forescale.models.flops import BlockParts, columns_of, layers_of
+from forescale.models.part import BlockPart
 from forescale.plan.bytes.memory import overlapping, partition, recomputes
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import ZeroSettings
@@ -60,8 +60,8 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     config, ranks = job.model, job.engine.sequence_parallel
     if ranks == 1 or not isinstance(config, ModelConfig):
         return []
-    mixers = [parts["mixer"].exchanged for parts in layers_of(config)]
-    values = sum(exchanged(config, ranks) for exchanged in mixers if exchanged)
+    mixers = [parts.mixer for parts in layers_of(config)]
+    values = sum(mixer.exchanged(config, ranks) for mixer in mixers)
     times = s.accumulation * (2 if config.activation_checkpointing == "none" else 3)
     columns = job.rows_at_once * job.train.sequence_length // ranks
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
@@ -91,7 +91,7 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     return [Collective(name, "all_reduce", n * payload, tensor, n * calls)]
 
 
-def _blocks(config: ModelConfig) -> list[tuple[int, dict[str, Part]]]:
+def _blocks(config: ModelConfig) -> list[tuple[int, BlockParts]]:
     """Return the number and the parts of each block; those of modules for later tokens are as the
     last one."""
     blocks = [*enumerate(layers_of(config))]
@@ -99,12 +99,12 @@ def _blocks(config: ModelConfig) -> list[tuple[int, dict[str, Part]]]:
 
 
 def _of_block(
-    config: ModelConfig, block: int, parts: dict[str, Part], rows: int, columns: int
+    config: ModelConfig, block: int, parts: BlockParts, rows: int, columns: int
 ) -> list[int]:
     """Return the values of each sum of a block in a micro-batch."""
     c = config.of_block(block)
     columns = columns_of(config, block, columns)
-    chunk = min(config.mlp_chunk or columns, columns)
+    chunk = min(config.mlp.columns or columns, columns)
     chunks = [chunk] * (columns // chunk) + [columns % chunk] * (columns % chunk > 0)
     outputs = [[columns]] * (len(parts) - 1) + [chunks]  # the MLP is the last part
     sums = outputs + [[columns]] * len(parts)  # and the gradients of their inputs
@@ -140,7 +140,7 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     return [Collective("Muon's whole matrices", "all_gather", payload, tensor, len(most))]
 
 
-def _summed(part: Part, config: ModelConfig) -> list[int]:
+def _summed(part: BlockPart, config: ModelConfig) -> list[int]:
     """Return the sizes of the parameters that every rank has whole, for its own heads alone, or
     for tokens of its own."""
     cut = {**part.divided(config), **dict.fromkeys(part.stacked)}
@@ -152,20 +152,21 @@ def _summed(part: Part, config: ModelConfig) -> list[int]:
 def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     """Return the exchanges of ranks that divide experts."""
     parts, c = job.engine.expert_parallel, job.model
-    if parts == 1 or not isinstance(c, ModelConfig):
+    experts = c.experts if isinstance(c, ModelConfig) else None
+    if parts == 1 or not isinstance(c, ModelConfig) or experts is None:
         return []
-    routed = [part["mlp"].is_routed for part in layers_of(c)]
+    routed = [part.mlp.is_routed for part in layers_of(c)]
     layers = (sum(routed) + routed[-1] * c.mtp_layers) * s.accumulation
     tokens = job.rows_at_once * job.train.sequence_length
-    rows, passes = tokens * c.moe_top_k // job.mesh(parts).near, 1 + recomputes(job)
-    if c.moe_capacity:
-        rows = c.moe_experts * math.ceil(c.moe_capacity * rows / c.moe_experts)
+    rows, passes = tokens * experts.top_k // job.mesh(parts).near, 1 + recomputes(job)
+    if experts.capacity:
+        rows = experts.experts * math.ceil(experts.capacity * rows / experts.experts)
     travels = layers * 2 * (passes + 1)
-    counts = 0 if c.moe_capacity else layers * passes
+    counts = 0 if experts.capacity else layers * passes
     sent = travels * rows * c.sizes.width * s.size
     return [
         Collective("rows of experts", "all_to_all", sent, parts, travels),
-        Collective("numbers of rows", "all_to_all", counts * 8 * c.moe_experts, parts, counts),
+        Collective("numbers of rows", "all_to_all", counts * 8 * experts.experts, parts, counts),
     ]
 
 

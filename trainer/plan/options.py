@@ -11,8 +11,7 @@ from functools import cached_property
 from typing import Literal, TypeVar, cast
 
 from forescale.config.train import TrainJob
-from forescale.models.config import ModelConfig
-from forescale.models.rules import CHECKPOINTINGS
+from forescale.models.config import CHECKPOINTINGS, Checkpointing, ModelConfig
 from forescale.plan.bytes.memory import Memory, memory
 from forescale.plan.bytes.parameters import Inventory, inventory
 from forescale.plan.communication import collectives
@@ -292,7 +291,7 @@ def _on(job: PlanJob, gpus: int) -> PlanJob:
     return replace(job, plan=replace(job.plan, gpus=gpus, nodes=None))
 
 
-def more_checkpointing(job: TrainJob) -> list[str]:
+def more_checkpointing(job: TrainJob) -> list[Checkpointing]:
     """Return the choices of activation checkpointing that keep less, the cheapest first."""
     if not isinstance(job.model, ModelConfig):
         return []
@@ -300,7 +299,7 @@ def more_checkpointing(job: TrainJob) -> list[str]:
     return known[known.index(job.model.activation_checkpointing) + 1 :]
 
 
-def less_checkpointing(job: TrainJob) -> list[str]:
+def less_checkpointing(job: TrainJob) -> list[Checkpointing]:
     """Return the choices that compute less, the cheapest first."""
     if not isinstance(job.model, ModelConfig):
         return []
@@ -308,12 +307,12 @@ def less_checkpointing(job: TrainJob) -> list[str]:
     return known[: known.index(job.model.activation_checkpointing)]
 
 
-def _allowed(job: TrainJob) -> list[str]:
+def _allowed(job: TrainJob) -> list[Checkpointing]:
     """Return the choices of activation checkpointing that the config allows, cheapest first."""
     assert isinstance(job.model, ModelConfig)
     if job.train.activation_memory_budget is not None:
         return ["none"]
-    is_refused = job.mesh(1).experts > 1 or job.model.mlp_chunk is not None
+    is_refused = job.mesh(1).experts > 1 or job.model.mlp.columns is not None
     return [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
 
 
@@ -321,7 +320,7 @@ def _has_other(job: PlanJob, how: str) -> bool:
     return how in [*less_checkpointing(job), *more_checkpointing(job)]
 
 
-def with_checkpointing(job: J, how: str) -> J:
+def with_checkpointing(job: J, how: Checkpointing) -> J:
     """Return the job with another choice of activation checkpointing, if the model is ours."""
     if not isinstance(job.model, ModelConfig):
         return job

@@ -157,7 +157,7 @@ def _published_rate(job: TrainJob, parameters: float) -> float | None:
     """Return the rate of the job's optimizer that compares with AdamW's in PUBLISHED; None if there
     is none, as for a parametrization whose rates are those of another width."""
     model, rate = job.model, interpolated(parameters, "learning_rate")
-    if isinstance(model, ModelConfig) and model.parametrization != "standard":
+    if isinstance(model, ModelConfig) and model.parametrization.kind != "standard":
         return None
     if job.optimizer.kind == "adamw":
         return rate

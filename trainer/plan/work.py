@@ -22,7 +22,6 @@ from math import prod
 from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
-from forescale.models.costs.record import matrix_flops
 from forescale.models.flops import (
     columns_of,
     divided,
@@ -33,6 +32,7 @@ from forescale.models.flops import (
     stacked,
 )
 from forescale.models.memory import activations
+from forescale.models.part import matrix_flops
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig
 
@@ -141,7 +141,7 @@ def _scores(config: ModelConfig, length: int, causal: bool = True) -> float:
         block, columns = config.of_block(i), columns_of(config, i, length)
         source = columns_of(config, 0, length)
         for name, keys in (("mixer", columns), ("cross", source)):
-            if part := parts.get(name):
+            if part := getattr(parts, name):
                 matrices = matrix_flops(part.shapes(block)) - part.source_flops(block)
                 total += max(0, part.flops(block, keys, causal) - matrices) * columns / length
     return total

@@ -38,7 +38,7 @@ from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.costs.fp8 import rows_refused, sizes_refused
+from forescale.models.fp8 import rows_refused, sizes_refused
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 

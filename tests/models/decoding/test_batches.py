@@ -9,7 +9,7 @@ from forescale.models.decoding.batch import Batch
 from forescale.models.decoding.choice import Choice
 from forescale.models.decoding.generate import generate
 from forescale.models.decoding.sampler import Sampler
-from forescale.models.rules import POSITIONS
+from forescale.models.positions.kinds import POSITIONS
 from tests.models.mixers.test_every_mixer import PATTERNS, build
 
 GREEDY = Sampler(temperature=0)

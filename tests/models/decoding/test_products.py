@@ -3,18 +3,19 @@
 import pytest
 import torch
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.decoding.generate import generate
 from forescale.models.decoding.products import PackedProduct, prepare
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.init import Linear
+from tests.models.configs import model_config
 
 SIZES = dict(num_layers=1, width=256, num_heads=4, vocab_size=300, max_sequence_length=32)
 KINDS = {
     "grouped-query": dict(num_kv_heads=2, mlp="swiglu"),
     "tied, with biases": dict(tie_embeddings=True, bias=True, mlp="gelu", norm="layernorm"),
     "latent": dict(mixer_pattern=["latent"]),
-    "experts": dict(mlp="moe", moe_experts=4, moe_shared=1, moe_width=64),
+    "experts": dict(mlp="moe", mlp__experts=4, mlp__shared=1, mlp__expert_width=64),
 }
 
 
@@ -22,7 +23,7 @@ KINDS = {
 @torch.no_grad()
 def test_logits_and_tokens_are_those_of_the_plain_model(kind):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES | kind)).eval()
+    model = Transformer(model_config(**SIZES | kind)).eval()
     tokens = torch.randint(0, 300, (3, 6))
     whole, one = model(tokens), model(tokens[:1, :1])
     written = generate(model, tokens, 4, sampler=Sampler(temperature=0))

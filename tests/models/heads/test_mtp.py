@@ -1,16 +1,15 @@
 """Later tokens are predicted as by MtpLayer of transformers, and never past a row or document."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from forescale.models import ModelConfig, Transformer, hf
+from forescale.models import Transformer, hf
 from forescale.models.heads.loss import IGNORE
+from tests.models.configs import changed, model_config
 
 L, V = 12, 61
-BASE = ModelConfig(
+BASE = model_config(
     num_layers=2,
     width=32,
     num_heads=4,
@@ -47,7 +46,7 @@ def test_the_modules_are_those_of_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     layers = pytest.importorskip("transformers.modeling_layers")
 
-    model = build(replace(BASE, qk_norm=False)).train()
+    model = build(changed(BASE, mixer__qk_norm="none")).train()
     for norm in (p for name, p in model.named_parameters() if "norm" in name):
         torch.nn.init.uniform_(norm, 0.5, 1.5)
     config, weights = hf.to_hf(model.config, model.state_dict())
@@ -87,7 +86,7 @@ def test_they_serve_training_alone():
     """Evaluation, logits and decoding are those of the model without them."""
     tokens, targets = window()
     model = build().eval()
-    plain = Transformer(replace(BASE, mtp_layers=0)).eval()
+    plain = Transformer(changed(BASE, mtp_layers=0)).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "mtp" not in k})
     assert torch.equal(model(tokens), plain(tokens))
     assert torch.equal(model(tokens, targets), plain(tokens, targets))
@@ -105,9 +104,9 @@ def test_a_module_predicts_from_what_is_known_by_then():
     """A token changes what a module gives for no target before that of the token's own column."""
     tokens, targets = window(rows=1)
     model = build()
-    for changed in range(L):
+    for column in range(L):
         other = tokens.clone()
-        other[0, changed] = (other[0, changed] + 1) % V
+        other[0, column] = (other[0, column] + 1) % V
         for last in range(L):
             shown = torch.full_like(targets, IGNORE)
             shown[0, last] = targets[0, last]
@@ -117,9 +116,9 @@ def test_a_module_predicts_from_what_is_known_by_then():
                     later_nats(model, tokens, shown), later_nats(model, other, shown), strict=True
                 )
             ]
-            if changed > last:
+            if column > last:
                 assert same == [True, True]
-            elif changed == last >= 2:
+            elif column == last >= 2:
                 assert same == [False, False]
 
 
@@ -154,8 +153,8 @@ def test_what_a_step_reports():
     [
         dict(activation_checkpointing="full"),
         dict(tie_embeddings=True, position="learned", norm="layernorm", bias=True),
-        dict(norm_placement="residual", head="dense"),
-        dict(mixer="window", window=4),
+        dict(norm__placement="residual", head="dense"),
+        dict(mixer="window", mixer__window=4),
         dict(mixer_pattern=["mingru", "attention"]),
         dict(mixer="gated_deltanet"),
         dict(mixer="latent", position="alibi"),
@@ -164,10 +163,10 @@ def test_what_a_step_reports():
 )
 def test_other_choices_go_with_them(more):
     tokens, targets = window()
-    model = build(replace(BASE, **more))
+    model = build(changed(BASE, **more))
     losses, penalty = model(tokens, targets)
     (losses.sum() + penalty).backward()
-    same = build(replace(BASE, **more | dict(activation_checkpointing="none")))
+    same = build(changed(BASE, **more | dict(activation_checkpointing="none")))
     others, other = same(tokens, targets)
     (others.sum() + other).backward()
     assert torch.equal(penalty, other)
@@ -176,7 +175,7 @@ def test_other_choices_go_with_them(more):
 
 
 def test_with_experts_their_layers_count_too():
-    config = replace(BASE, mlp="moe", moe_experts=4, moe_scores="sigmoid", moe_bias_speed=0.01)
+    config = changed(BASE, mlp="moe", mlp__experts=4, mlp__scores="sigmoid", mlp__bias_speed=0.01)
     model = build(config)
     tokens, targets = window()
     model(tokens, targets)
@@ -196,12 +195,12 @@ def test_with_experts_their_layers_count_too():
         (dict(mtp_layers=L), "mtp_layers", "no token is 13 later"),
         (dict(causal=False), "mtp_layers", "causal decoder"),
         (dict(encoder_layers=1), "mtp_layers", "causal decoder"),
-        (dict(value_residual=0.5), "mtp_layers", "values"),
+        (dict(mixer__value_residual=0.5), "mtp_layers", "values"),
         (dict(mtp_weight=0.0), "mtp_weight", "no part"),
         (dict(mtp_weight=float("nan")), "mtp_weight", "no part"),
         (dict(mtp_layers=0, mtp_weight=0.1), "mtp_weight", "no effect"),
     ],
 )
 def test_what_cannot_be_built_is_named(change, field, words):
-    (found,) = [one for one in replace(BASE, **change).problems() if one[0] == field]
+    (found,) = [one for one in changed(BASE, **change).problems() if one[0] == field]
     assert words in found[1]

@@ -2,59 +2,67 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.hf import family_of, from_hf, to_hf
+from tests.models.configs import changed, model_config
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = dict(num_layers=2, width=32, num_heads=4, vocab_size=61, max_sequence_length=24)
-LLAMA = ModelConfig(**SIZES, num_kv_heads=2, qk_norm=False, rope_theta=500.0, norm_eps=1e-5)
-QWEN3 = ModelConfig(**SIZES, num_kv_heads=2, qk_norm=True, mlp_width=48)
-OLMO2 = replace(QWEN3, norm_placement="post", qk_norm_over="layer")
-GEMMA3 = replace(
-    QWEN3, norm_placement="sandwich", mlp="geglu", scale_embedding=True, tie_embeddings=True
+LLAMA = model_config(
+    **SIZES, num_kv_heads=2, mixer__qk_norm="none", position__theta=500.0, norm__eps=1e-5
 )
-GPT2 = ModelConfig(
+QWEN3 = model_config(**SIZES, num_kv_heads=2, mixer__qk_norm="head", mlp_width=48)
+OLMO2 = changed(QWEN3, norm__placement="post", mixer__qk_norm="layer")
+GEMMA3 = changed(
+    QWEN3, norm__placement="sandwich", mlp="geglu", scale_embedding=True, tie_embeddings=True
+)
+GPT2 = model_config(
     **SIZES,
     position="learned",
     norm="layernorm",
     mlp="gelu",
     bias=True,
-    qk_norm=False,
+    mixer__qk_norm="none",
     tie_embeddings=True,
-    norm_eps=1e-3,
+    norm__eps=1e-3,
 )
-MIXTRAL = replace(LLAMA, mlp="moe", mlp_width=48, moe_experts=5)
-QWEN3_MOE = replace(QWEN3, mlp="moe", moe_experts=6, moe_top_k=3, moe_width=20)
+MIXTRAL = changed(LLAMA, mlp="moe", mlp_width=48, mlp__experts=5)
+QWEN3_MOE = changed(QWEN3, mlp="moe", mlp__experts=6, mlp__top_k=3, mlp__expert_width=20)
 ORACLES = {
     "llama": LLAMA,
-    "llama-bias-tied": replace(LLAMA, bias=True, tie_embeddings=True),
-    "llama-yarn": replace(LLAMA, rope_scaling="yarn", rope_factor=3.0),
-    "llama-3.1": replace(
-        LLAMA, rope_scaling="llama3", rope_factor=3.0, rope_original_length=11, rope_theta=1e4
+    "llama-bias-tied": changed(LLAMA, bias=True, tie_embeddings=True),
+    "llama-yarn": changed(LLAMA, position__scaling="yarn", position__scaling__factor=3.0),
+    "llama-3.1": changed(
+        LLAMA,
+        position__scaling="llama3",
+        position__scaling__factor=3.0,
+        position__scaling__original_length=11,
+        position__theta=1e4,
     ),
-    "qwen2": replace(LLAMA, qkv_bias=True, tie_embeddings=True),
+    "qwen2": changed(LLAMA, mixer__qkv_bias=True, tie_embeddings=True),
     "qwen3": QWEN3,
-    "qwen3-wide-heads": replace(QWEN3, head_dim=14),
-    "qwen3-tied": replace(QWEN3, tie_embeddings=True),
-    "arcee": replace(LLAMA, mlp="relu2"),
-    "apertus": replace(QWEN3, mlp="relu2"),
-    "apertus-yarn": replace(QWEN3, mlp="relu2", rope_scaling="yarn", rope_factor=1.5),
+    "qwen3-wide-heads": changed(QWEN3, head_dim=14),
+    "qwen3-tied": changed(QWEN3, tie_embeddings=True),
+    "arcee": changed(LLAMA, mlp="relu2"),
+    "apertus": changed(QWEN3, mlp="relu2"),
+    "apertus-yarn": changed(
+        QWEN3, mlp="relu2", position__scaling="yarn", position__scaling__factor=1.5
+    ),
     "olmo2": OLMO2,
     "gemma3": GEMMA3,
-    "gemma3-capped": replace(GEMMA3, logit_softcap=2.0, tie_embeddings=False),
+    "gemma3-capped": changed(GEMMA3, head__softcap=2.0, tie_embeddings=False),
     "mixtral": MIXTRAL,
     "qwen3-moe": QWEN3_MOE,
-    "qwen3-moe-dense-raw": replace(QWEN3_MOE, moe_dense_layers=1, moe_renormalise=False),
+    "qwen3-moe-dense-raw": changed(QWEN3_MOE, mlp__dense_layers=1, mlp__renormalise=False),
     "gpt2": GPT2,
-    "gpt2-untied": replace(GPT2, tie_embeddings=False),
+    "gpt2-untied": changed(GPT2, tie_embeddings=False),
 }
 PADDINGS = {"none": (0, 0), "left": (7, 0), "right": (0, 5), "both": (3, 2)}
 
@@ -178,13 +186,17 @@ def test_there_and_back_is_exact(name):
 )
 def test_multipliers_go_into_the_weights(name, tmp_path):
     """Heads of 8, width and depth off their base: attention, branches and logits are all scaled."""
-    away = {"parametrization": "completep", "base_width": 8, "base_depth": 3}
-    ours = scrambled(replace(ORACLES[name], **away))
+    away = {
+        "parametrization": "completep",
+        "parametrization__base_width": 8,
+        "parametrization__base_depth": 3,
+    }
+    ours = scrambled(changed(ORACLES[name], **away))
     tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert (exported(ours, tmp_path)(tokens).logits - ours(tokens)).abs().max() < 1e-5
         config, state = from_hf(*converted(ours.config, ours.state_dict()))
-        assert config.parametrization == "standard"
+        assert config.parametrization.kind == "standard"
         back = Transformer(config).eval()
         back.load_state_dict(state)
         assert (back(tokens) - ours(tokens)).abs().max() < 1e-5
@@ -209,16 +221,16 @@ def test_a_foreign_model_comes_in(family, tmp_path):
 
 
 def test_what_no_family_fits_is_refused():
-    config = ModelConfig(**SIZES, position="sinusoidal")
+    config = model_config(**SIZES, position="sinusoidal")
     with pytest.raises(ValueError, match=r"nearest, Qwen3.* position=rotary \(not sinusoidal\)"):
         converted(config, Transformer(config).state_dict())
 
 
 def test_the_nearest_of_equals_has_the_models_own_mlp():
-    experts = dict(mlp="moe", moe_experts=4, moe_width=16, moe_scores="sigmoid")
-    said = r"nearest, Qwen3MoeFor\w*, has moe_scores=softmax \(not sigmoid\)"
+    experts = dict(mlp="moe", mlp__experts=4, mlp__expert_width=16, mlp__scores="sigmoid")
+    said = r"nearest, Qwen3MoeFor\w*, has mlp.scores=softmax \(not sigmoid\)"
     with pytest.raises(ValueError, match=said):
-        family_of(ModelConfig(**SIZES, **experts).resolved())
+        family_of(model_config(**SIZES, **experts).resolved())
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,17 @@
 """Rotary positions in Hugging Face's config.json: what is written, read, and refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.hf import family_of, from_hf, to_hf
 from forescale.models.hf.positions import positions_from_hf, positions_to_hf
 from forescale.models.positions.rope_scaling import frequencies, ntk_theta
+from tests.models.configs import changed, model_config
 
-CONFIG = ModelConfig(num_layers=1, width=32, num_heads=2, vocab_size=50, max_sequence_length=4096)
-YARN = replace(CONFIG, rope_scaling="yarn", rope_factor=4.0)
-NTK = replace(CONFIG, rope_scaling="ntk", rope_factor=4.0)
+CONFIG = model_config(num_layers=1, width=32, num_heads=2, vocab_size=50, max_sequence_length=4096)
+YARN = changed(CONFIG, position__scaling="yarn", position__scaling__factor=4.0)
+NTK = changed(CONFIG, position__scaling="ntk", position__scaling__factor=4.0)
 
 
 def test_yarn_is_written_for_transformers_4_and_5():
@@ -25,9 +24,11 @@ def test_yarn_is_written_for_transformers_4_and_5():
     assert positions_to_hf(CONFIG)["rope_scaling"] is None
 
 
-@pytest.mark.parametrize("config", [YARN, replace(YARN, rope_original_length=2048), NTK])
+@pytest.mark.parametrize(
+    "config", [YARN, changed(YARN, position__scaling__original_length=2048), NTK]
+)
 def test_what_is_read_has_the_frequencies_of_what_was_written(config):
-    back = replace(CONFIG, **positions_from_hf(positions_to_hf(config)))
+    back = changed(CONFIG, **positions_from_hf(positions_to_hf(config)))
     (ours, length), (theirs, other) = (frequencies(c, torch.device("cpu")) for c in (back, config))
     torch.testing.assert_close(ours, theirs)
     assert length == other
@@ -35,7 +36,7 @@ def test_what_is_read_has_the_frequencies_of_what_was_written(config):
 
 def test_lengths_agree_with_the_factor_whatever_was_trained():
     """transformers 4 divides the longest by the original length, and takes no other factor."""
-    keys = positions_to_hf(replace(YARN, rope_original_length=2048))
+    keys = positions_to_hf(changed(YARN, position__scaling__original_length=2048))
     assert keys["max_position_embeddings"] == 4.0 * 2048
 
 
@@ -48,7 +49,7 @@ def test_ntk_is_written_as_a_larger_base():
 def test_ntk_computes_the_same_in_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    ours = Transformer(replace(NTK, qk_norm=False)).eval()
+    ours = Transformer(changed(NTK, mixer__qk_norm="none")).eval()
     keys, tensors = to_hf(ours.config, ours.state_dict())
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(keys)).eval()
     theirs.load_state_dict(dict(tensors))
@@ -58,13 +59,13 @@ def test_ntk_computes_the_same_in_transformers():
 
 
 def test_lengths_that_are_not_whole_are_refused():
-    with pytest.raises(ValueError, match=r"whole lengths.*give model\.rope_original_length"):
-        positions_to_hf(replace(YARN, rope_factor=3.0))
+    with pytest.raises(ValueError, match=r"whole lengths.*give model\..*original_length"):
+        positions_to_hf(changed(YARN, position__scaling__factor=3.0))
 
 
 def test_alibi_fits_no_family_and_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match=r"nearest, .* position=rotary \(not alibi\)"):
-        family_of(replace(CONFIG, position="alibi").resolved())
+        family_of(changed(CONFIG, position="alibi").resolved())
 
 
 @pytest.mark.parametrize(
@@ -82,5 +83,6 @@ def test_the_published_recipe_of_qwen3_is_read():
     """Its longest length isn't the factor times the original; the factor counts."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     found = positions_from_hf({"max_position_embeddings": 40960, "rope_scaling": rope})
-    assert found["rope_factor"] == 4.0
-    assert found["rope_original_length"] == 32768
+    scaling = found["position"]["scaling"]
+    assert scaling["factor"] == 4.0
+    assert scaling["original_length"] == 32768

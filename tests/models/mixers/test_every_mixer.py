@@ -1,6 +1,6 @@
 """What holds for each mixer of the table: order, padding, documents, cache, counts, one graph.
 
-A new mixer is tested here as soon as costs.MIXERS has it; SETTINGS has what it needs to be small.
+A new mixer is tested here as soon as MIXERS has it; SETTINGS has what it needs to be small.
 """
 
 from itertools import pairwise
@@ -12,18 +12,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.costs import MIXERS
 from forescale.models.flops import count, flops_per_token, flops_recomputed, matrices, shapes
 from forescale.models.memory import cache_bytes
+from forescale.models.mixers import MIXERS
 from tests.models.checks import assert_one_graph
+from tests.models.configs import model_config
 
 L, V = 12, 37
 SETTINGS: dict[str, dict] = {
     # Its output norm magnifies the rounding of outputs near 0: a query may miss all keys.
-    "gated_deltanet": dict(norm_eps=1e-2, delta_value_dim=12),
-    "latent": dict(latent_rank=12, latent_query_rank=20),
-    "window": dict(window=5, global_tokens=2),
-    "block_sparse": dict(sparse_block=4, sparse_local=2, sparse_pattern="bigbird", sparse_random=1),
+    "gated_deltanet": dict(norm__eps=1e-2, mixer__value_dim=12),
+    "latent": dict(mixer__rank=12, mixer__query_rank=20),
+    "window": dict(mixer__window=5, mixer__global_tokens=2),
+    "block_sparse": dict(
+        mixer__block=4, mixer__local=2, mixer__pattern="bigbird", mixer__random_blocks=1
+    ),
 }
 # FLOPs a row and layer that are counted for a whole step, and that torch doesn't need.
 SPARED = {"lstm": 2 * 4 * 32 * 32}  # the gradient of the state before the first token
@@ -39,15 +42,15 @@ RESIDUAL += [["window", "attention", "value_residual", "tables"]]
 def small(pattern: list[str], **more) -> ModelConfig:
     if pattern[-1] == "tables":
         return small(
-            pattern[:-1], **dict(value_embedding=1, bigram_rows=31, token_shift=True) | more
+            pattern[:-1], **dict(value_embedding=1, bigram_rows=31, mixer__token_shift=True) | more
         )
     if pattern[-1] == "value_residual":
-        return small(pattern[:-1], value_residual=0.5, **more)
+        return small(pattern[:-1], mixer__value_residual=0.5, **more)
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
     settings = {k: v for name in pattern for k, v in SETTINGS.get(name, {}).items()}
     # A standard deviation so large that a leak could not hide in rounding.
     base = dict(max_sequence_length=32, loss_chunk=0, init_std=0.3)
-    return ModelConfig(**sizes | base | settings | dict(mixer_pattern=pattern) | more)
+    return model_config(**sizes | base | settings | dict(mixer_pattern=pattern) | more)
 
 
 def build(pattern: list[str], **more) -> Transformer:
@@ -169,7 +172,7 @@ def test_it_is_counted_as_it_is(pattern):
     plain = torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH)
     with plain[0], plain[1], FlopCounterMode(display=False) as counter:
         model(x, x).sum().backward()
-    spared = len(x) * sum(SPARED.get(name, 0) for name in config.mixers)
+    spared = len(x) * sum(SPARED.get(mixer.kind, 0) for mixer in config.mixers)
     each = flops_per_token(config, 32) + flops_recomputed(config, 32)
     assert counter.get_total_flops() == each * x.numel() - spared
     assert flops_per_token(config, 32, causal=True) <= flops_per_token(config, 32)

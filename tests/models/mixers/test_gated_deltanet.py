@@ -1,32 +1,31 @@
 """Gated DeltaNet against Qwen3-Next's module; its convolution, its start, its costs, its config."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.flops import flops_per_token
 from forescale.models.memory import cache_bytes
 from forescale.models.mixers import delta_rule
 from forescale.models.mixers.context import Context
-from forescale.models.mixers.gated_deltanet import GatedDeltaNet, ShortConvolution
+from forescale.models.mixers.gated_deltanet_module import ShortConvolution
+from tests.models.configs import changed, model_config
 
-CONFIG = ModelConfig(num_layers=2, width=64, num_heads=4, vocab_size=32, max_sequence_length=256,
-                     mixer="gated_deltanet", delta_value_dim=24)  # fmt: skip
+CONFIG = model_config(num_layers=2, width=64, num_heads=4, vocab_size=32, max_sequence_length=256,
+                     mixer="gated_deltanet", mixer__value_dim=24)  # fmt: skip
 
 
 def theirs(config, ours):
     """Qwen3-Next's module with our weights."""
     hf = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    s, V = config.sizes, config.delta_value_dim
+    s, V = config.sizes, config.mixer.value_dim
     module = hf.Qwen3NextGatedDeltaNet(
         hf.Qwen3NextConfig(
             hidden_size=s.width, linear_num_value_heads=s.num_heads, num_hidden_layers=1,
             linear_num_key_heads=s.num_heads, linear_key_head_dim=s.head_dim,
-            linear_value_head_dim=V, linear_conv_kernel_dim=config.delta_conv,
-            rms_norm_eps=config.norm_eps, hidden_act="silu", layer_types=["linear_attention"],
+            linear_value_head_dim=V, linear_conv_kernel_dim=config.mixer.conv,
+            rms_norm_eps=config.norm.eps, hidden_act="silu", layer_types=["linear_attention"],
         ), 0)  # fmt: skip
     rows = [getattr(ours, name).weight for name in ("query", "key", "value", "gate")]
     heads = [w.unflatten(0, (s.num_heads, -1)) for w in rows]
@@ -45,7 +44,7 @@ def theirs(config, ours):
 @pytest.mark.parametrize("length", [5, 64, 150])
 def test_it_equals_qwen3_next(length):
     torch.manual_seed(0)
-    ours = GatedDeltaNet(CONFIG)
+    ours = CONFIG.mixer.build(CONFIG)
     torch.nn.init.normal_(ours.output_norm.weight, 1, 0.1)
     other, x = theirs(CONFIG, ours), torch.randn(2, length, 64)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -81,7 +80,8 @@ def test_the_convolution_equals_torchs_own_and_reads_its_document_alone(lags):
 
 def test_heads_begin_with_short_and_long_memories():
     torch.manual_seed(0)
-    mixer = GatedDeltaNet(replace(CONFIG, width=1024, num_heads=512))
+    config = changed(CONFIG, width=1024, num_heads=512)
+    mixer = config.mixer.build(config)
     step = F.softplus(mixer.decay_bias)
     assert 0.001 <= step.min() < 0.0012
     assert 0.08 < step.max() < 0.1001
@@ -107,7 +107,7 @@ def test_causal_flops_are_the_entries_that_are_not_zero():
     a_chunk = 2 * (later * K + with_own * K + with_own * (K + V) + with_own * V)
     states = 2 * C * (3 * 2 * K * V)  # 2 of the 3 chunks read a state, 2 make one
     whole = CONFIG.sizes.num_layers * 3 * heads * (3 * a_chunk + states) / 150
-    wide = replace(CONFIG, max_sequence_length=150)
+    wide = changed(CONFIG, max_sequence_length=150)
     none = flops_per_token(wide, 150) - 2 * 3 * heads * (2 * C * (3 * K + 2 * V) + 6 * K * V)
     assert flops_per_token(wide, 150, causal=True) - none == pytest.approx(whole, abs=6)
 
@@ -128,7 +128,7 @@ def test_it_learns_to_recall():
     Any of the four values at random costs 1.39 nats, which minGRU doesn't get far below.
     """
     torch.manual_seed(0)
-    model = Transformer(replace(CONFIG, num_heads=2, delta_value_dim=None))
+    model = Transformer(changed(CONFIG, num_heads=2, mixer__value_dim=None))
     update = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
     for _ in range(800):
         keys = torch.stack([torch.randperm(16)[:4] for _ in range(32)])
@@ -144,17 +144,17 @@ def test_it_learns_to_recall():
     assert loss < 0.3
 
 
-@pytest.mark.parametrize("name", ["delta_value_dim", "delta_conv"])
+@pytest.mark.parametrize("name", ["value_dim", "conv"])
 def test_a_size_below_1_is_refused(name):
-    with pytest.raises(ValueError, match=rf"model\.{name}: 0 is not a size"):
-        replace(CONFIG, **{name: 0}).resolved()
+    with pytest.raises(ValueError, match=rf"model\.mixer\.{name}: 0 is not a size"):
+        changed(CONFIG, **{f"mixer__{name}": 0}).resolved()
 
 
 def test_it_is_no_encoder_and_takes_no_alibi():
     with pytest.raises(ValueError, match=r"model\.causal: mixer gated_deltanet"):
-        replace(CONFIG, causal=False).resolved()
+        changed(CONFIG, causal=False).resolved()
     with pytest.raises(ValueError, match=r"model\.position: mixer gated_deltanet"):
-        replace(CONFIG, position="alibi").resolved()
+        changed(CONFIG, position="alibi").resolved()
 
 
 @pytest.mark.parametrize("dim", [-1, -2])

@@ -1,20 +1,18 @@
 """Latent attention against DeepSeek-V3's module; both of its forms; its cache, costs and config."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from forescale.models import ModelConfig, Transformer
-from forescale.models.costs.latent import ranks
+from forescale.models import Transformer
 from forescale.models.memory import cache_bytes
 from forescale.models.mixers.context import Context
-from forescale.models.mixers.latent import LatentAttention, PerHead
+from forescale.models.mixers.latent_module import LatentAttention, PerHead
 from forescale.models.positions.position import positions_of, rotation
+from tests.models.configs import changed, model_config
 
-CONFIG = ModelConfig(
+CONFIG = model_config(
     num_layers=2, width=64, num_heads=4, vocab_size=32, max_sequence_length=64, mixer="latent",
-    latent_rank=24,
+    mixer__rank=24,
 )  # fmt: skip
 
 
@@ -22,7 +20,7 @@ def theirs(config, ours, interleaved):
     """DeepSeek-V3's module with our weights. It has the rotating part of a head last, keys and
     values of a head together and, interleaved, the two coordinates of a rotation side by side."""
     hf = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
-    s, (rank, query_rank), T = config.sizes, ranks(config), config.rotary_width
+    s, (rank, query_rank), T = config.sizes, config.mixer.ranks(config), config.rotary_width
     known = hf.DeepseekV3Config(
         hidden_size=s.width, num_attention_heads=s.num_heads, num_key_value_heads=s.num_heads,
         q_lora_rank=query_rank or None, kv_lora_rank=rank, qk_rope_head_dim=T,
@@ -53,8 +51,8 @@ def theirs(config, ours, interleaved):
 @pytest.mark.parametrize("query_rank", [None, 20])
 def test_it_equals_deepseek_v3(query_rank, interleaved):
     torch.manual_seed(0)
-    config = replace(CONFIG, latent_query_rank=query_rank, init_std=0.2)
-    ours, x = LatentAttention(config), torch.randn(2, 11, 64)
+    config = changed(CONFIG, mixer__query_rank=query_rank, init_std=0.2)
+    ours, x = config.mixer.build(config), torch.randn(2, 11, 64)
     torch.nn.init.normal_(ours.latent_norm.weight, 1, 0.1)
     other, rotary = theirs(config, ours, interleaved)
     at = positions_of(11, x.device)
@@ -73,7 +71,7 @@ def test_it_equals_deepseek_v3(query_rank, interleaved):
 @pytest.mark.parametrize("position", ["rotary", "alibi", "none"])
 def test_absorbed_matrices_give_the_same_as_expanded_keys(position, bias, monkeypatch):
     torch.manual_seed(0)
-    config = replace(CONFIG, position=position, bias=bias, init_std=0.2)
+    config = changed(CONFIG, position=position, bias=bias, init_std=0.2)
     model, tokens = Transformer(config).eval(), torch.randint(0, 32, (2, 40))
     for module in model.modules():
         if isinstance(module, PerHead) and bias:
@@ -94,24 +92,23 @@ def test_absorbed_matrices_give_the_same_as_expanded_keys(position, bias, monkey
 
 
 def test_the_cache_holds_the_latent_and_one_key_alone():
-    published = ModelConfig(
+    published = model_config(
         num_layers=1, width=8192, num_heads=64, vocab_size=32, max_sequence_length=64,
         mixer="latent",
     )  # fmt: skip
-    assert ranks(published) == (512, 0), "DeepSeek-V2's width for heads of 128"
+    assert published.mixer.ranks(published) == (512, 0), "DeepSeek-V2's width for heads of 128"
     assert cache_bytes(published, 10) == (512 + 64) * 10 * 2
-    plain = replace(published, mixer="attention")
+    plain = changed(published, mixer="attention")
     assert cache_bytes(plain, 10) / cache_bytes(published, 10) > 28
-    assert ranks(replace(CONFIG, latent_rank=None))[0] == 32, "half of all heads, for few"
+    assert changed(CONFIG, mixer__rank=None).sized().mixer.rank == 32, "half of all heads, for few"
 
 
 def test_keys_and_values_start_as_large_as_attentions():
     torch.manual_seed(0)
-    config = replace(CONFIG, width=512, num_heads=8, latent_rank=64, latent_query_rank=128)
-    mixer, x = LatentAttention(config), torch.randn(1, 200, 512)
+    config = changed(CONFIG, width=512, num_heads=8, mixer__rank=64, mixer__query_rank=128)
+    mixer, x = config.mixer.build(config), torch.randn(1, 200, 512)
     latent = mixer.latent_norm(mixer.latent(x))
-    others = dict(mixer="attention", latent_rank=None, latent_query_rank=None)
-    plain = Transformer(replace(config, **others, num_layers=1)).blocks[0].mixer
+    plain = Transformer(changed(config, mixer="attention", num_layers=1)).blocks[0].mixer
     expected = plain.value(x).std().item()
     assert mixer.value(latent).std().item() == pytest.approx(expected, rel=0.1)
     assert mixer.key(latent).std().item() == pytest.approx(expected, rel=0.1)
@@ -121,14 +118,14 @@ def test_keys_and_values_start_as_large_as_attentions():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(rope_fraction=1.0), r"rope_fraction: mixer latent needs .* leave it out"),
-        (dict(latent_rank=128), r"latent_rank: 128 does not compress"),
-        (dict(latent_query_rank=65), r"latent_query_rank: 65 does not compress"),
-        (dict(latent_rank=64, head_dim=8), r"latent_rank: 64 .* keys and values, 64 a token"),
-        (dict(latent_query_rank=33, head_dim=8), r"latent_query_rank: 33 .* queries, 32 a token"),
-        (dict(latent_query_rank=0), r"latent_query_rank: 0 is not a size"),
+        (dict(position__fraction=1.0), r"position.fraction: mixer latent needs .* leave it out"),
+        (dict(mixer__rank=128), r"mixer.rank: 128 does not compress"),
+        (dict(mixer__query_rank=65), r"mixer.query_rank: 65 does not compress"),
+        (dict(mixer__rank=64, head_dim=8), r"mixer.rank: 64 .* keys and values, 64 a token"),
+        (dict(mixer__query_rank=33, head_dim=8), r"mixer.query_rank: 33 .* queries, 32 a token"),
+        (dict(mixer__query_rank=0), r"mixer.query_rank: 0 is not a size"),
     ],
 )
 def test_what_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
-        replace(CONFIG, **change).resolved()
+        changed(CONFIG, **change).resolved()

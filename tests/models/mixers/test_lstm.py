@@ -8,7 +8,7 @@ import torch
 from forescale.config.sections.optimizer import MuonConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
-from forescale.models.mixers.lstm import Recurrence
+from forescale.models.mixers.lstm_module import Recurrence
 from forescale.models.parametrization import factors, scales
 
 CONFIG = ModelConfig(num_layers=2, width=64, num_heads=1, vocab_size=32, max_sequence_length=64,

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import count, flops_per_token, shapes
 from forescale.models.memory import cache_bytes
-from forescale.models.mixers.mingru import Recurrence, scan
+from forescale.models.mixers.mingru_module import Recurrence, scan
 
 CONFIG = ModelConfig(num_layers=2, width=64, num_heads=1, vocab_size=32, max_sequence_length=64,
                      mixer="mingru")  # fmt: skip

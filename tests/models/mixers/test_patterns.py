@@ -2,9 +2,9 @@
 
 import pytest
 
-from forescale.models import ModelConfig
-from forescale.models.mixers.patterns import Sparse, Window
-from tests.models.mixers.test_block_attention import PATTERNS, joins
+from forescale.models.mixers.patterns import Sparse, Stretch
+from tests.models.configs import model_config
+from tests.models.mixers.test_sparse import PATTERNS, joins
 
 
 @pytest.mark.parametrize("length", [1, 3, 12, 40, 64, 67])
@@ -29,7 +29,7 @@ def test_random_blocks_are_fixed_distinct_and_seen_by_no_other_rule():
 
 
 def test_what_is_read_grows_with_the_length_and_not_its_square():
-    for pattern in (Window(128), Window(128, 4), Sparse("bigbird", 64, 3, 1, 2)):
+    for pattern in (Stretch(128), Stretch(128, 4), Sparse("bigbird", 64, 3, 1, 2)):
         short, long = (pattern.layout(n) for n in (2048, 16384))
         assert short.reads == long.reads
         assert long.num_blocks == 8 * short.num_blocks
@@ -44,39 +44,53 @@ SMALL = dict(depth=2, max_sequence_length=128)
     ("given", "field", "said"),
     [
         (dict(mixer="window"), "window", "no width"),
-        (dict(mixer="window", window=0), "window", "no window"),
-        (dict(mixer="window", window=129), "window", "more than the context's 128"),
-        (dict(mixer="window", window=8, global_tokens=-1), "global_tokens", "negative"),
-        (dict(mixer="window", window=8, global_tokens=200), "global_tokens", "context's 128"),
-        (dict(window=8), "window", "no effect without mixer window"),
-        (dict(mixer_pattern=["attention"], mixer="window", window=8), "window", "no effect"),
-        (dict(global_tokens=8), "global_tokens", "no effect"),
-        (dict(sparse_block=8), "sparse_block", "no effect without mixer block_sparse"),
-        (dict(mixer="block_sparse", sparse_pattern="dense"), "sparse_pattern", "unknown"),
-        (dict(mixer="block_sparse", sparse_block=0), "sparse_block", "not a size"),
-        (dict(mixer="block_sparse", sparse_block=8, sparse_local=1), "sparse_local", "too little"),
-        (dict(mixer="block_sparse", sparse_block=64, sparse_local=4), "sparse_local", "context"),
-        (dict(mixer="block_sparse", sparse_block=8, sparse_random=3), "sparse_random", "strided"),
+        (dict(mixer="window", mixer__window=0), "window", "no window"),
+        (dict(mixer="window", mixer__window=129), "window", "more than the context's 128"),
         (
-            dict(mixer="block_sparse", sparse_pattern="bigbird", sparse_block=8, sparse_global=-1),
-            "sparse_global",
+            dict(mixer="window", mixer__window=8, mixer__global_tokens=-1),
+            "global_tokens",
             "negative",
         ),
-        (dict(mixer="window", window=8, causal=False), "causal", "later ones"),
-        (dict(mixer="window", window=8, position="alibi"), "position", "alibi"),
+        (
+            dict(mixer="window", mixer__window=8, mixer__global_tokens=200),
+            "global_tokens",
+            "context's 128",
+        ),
+        (dict(mixer="block_sparse", mixer__pattern="dense"), "pattern", "unknown"),
+        (dict(mixer="block_sparse", mixer__block=0), "block", "not a size"),
+        (dict(mixer="block_sparse", mixer__block=8, mixer__local=1), "local", "too little"),
+        (dict(mixer="block_sparse", mixer__block=64, mixer__local=4), "local", "context"),
+        (
+            dict(mixer="block_sparse", mixer__block=8, mixer__random_blocks=3),
+            "random_blocks",
+            "strided",
+        ),
+        (
+            dict(
+                mixer="block_sparse",
+                mixer__pattern="bigbird",
+                mixer__block=8,
+                mixer__global_blocks=-1,
+            ),
+            "global_blocks",
+            "negative",
+        ),
+        (dict(mixer="window", mixer__window=8, causal=False), "causal", "later ones"),
+        (dict(mixer="window", mixer__window=8, position="alibi"), "position", "alibi"),
     ],
 )
 def test_a_bad_key_gets_its_sentence(given, field, said):
-    problems = ModelConfig(**SMALL | given).problems()
+    problems = model_config(**SMALL | given).problems()
+    field = field if field in ("causal", "position") else f"mixer.{field}"
     assert [(name, said in problem) for name, problem, _ in problems] == [(field, True)], problems
 
 
 def test_good_keys_have_no_problem():
     for given in (
-        dict(mixer="window", window=128),
-        dict(mixer_pattern=["window", "attention"], window=16, global_tokens=4),
-        dict(mixer="block_sparse", sparse_block=16),
-        dict(mixer="block_sparse", sparse_block=16, sparse_pattern="bigbird", sparse_local=1),
+        dict(mixer="window", mixer__window=128),
+        dict(mixer_pattern=["window", "attention"], mixer__window=16, mixer__global_tokens=4),
+        dict(mixer="block_sparse", mixer__block=16),
+        dict(mixer="block_sparse", mixer__block=16, mixer__pattern="bigbird", mixer__local=1),
     ):
-        assert ModelConfig(**SMALL | given).problems() == []
-    assert ModelConfig(depth=2, mixer="window", window=129).problems(sequence_length=128)
+        assert model_config(**SMALL | given).problems() == []
+    assert model_config(depth=2, mixer="window", mixer__window=129).problems(sequence_length=128)

@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 
-from forescale.models.costs.heads import copies
+from forescale.models.part import copies
 
 
 @pytest.mark.parametrize(

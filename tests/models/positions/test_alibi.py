@@ -1,15 +1,15 @@
 """ALiBi's slopes and biases equal transformers' and the paper's formula."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from forescale.models import ModelConfig, Transformer
-from forescale.models.costs import MIXERS
+from forescale.models import Transformer
+from forescale.models.mixers import MIXERS
+from forescale.models.mixers.attention import Attention
 from forescale.models.mixers.masks import visible_keys
 from forescale.models.positions.alibi import biased_mask, slopes
 from forescale.models.positions.position import document_starts, positions_of
+from tests.models.configs import model_config
 
 HEADS = [1, 2, 3, 8, 12, 16, 20, 32, 71]
 
@@ -67,7 +67,7 @@ def test_a_bias_in_bf16_is_rounded_once():
 def test_attention_is_the_papers_written_out():
     """softmax(q k / sqrt(K) - slope * distance) v, of grouped queries, in one layer."""
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = model_config(
         num_layers=1,
         width=24,
         num_heads=6,
@@ -75,7 +75,7 @@ def test_attention_is_the_papers_written_out():
         vocab_size=30,
         max_sequence_length=8,
         position="alibi",
-        qk_norm=False,
+        mixer__qk_norm="none",
         init_std=0.5,
     )
     model, tokens = Transformer(config), torch.randint(0, 30, (2, 8))
@@ -96,7 +96,8 @@ def test_attention_is_the_papers_written_out():
 
 
 def test_a_mixer_that_adds_no_biases_is_refused(monkeypatch):
-    monkeypatch.setitem(MIXERS, "other", replace(MIXERS["attention"], takes_biases=False))
-    (problem,) = ModelConfig(depth=2, position="alibi", mixer="other").problems()
+    other = type("Other", (Attention,), {"kind": "other", "takes_biases": False})
+    monkeypatch.setitem(MIXERS, "other", other)
+    (problem,) = model_config(depth=2, position="alibi", mixer="other").problems()
     assert problem[0] == "position"
-    assert ModelConfig(depth=2, position="rotary", mixer="other").problems() == []
+    assert model_config(depth=2, position="rotary", mixer="other").problems() == []

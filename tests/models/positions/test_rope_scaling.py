@@ -1,17 +1,18 @@
 """Frequencies of scaled rotary positions equal transformers' and the formulas of the papers."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.positions.position import rotation
 from forescale.models.positions.rope_scaling import frequencies, ntk_theta
+from tests.models.configs import changed, model_config
 
 CPU = torch.device("cpu")
-BASE = ModelConfig(num_layers=1, width=256, num_heads=2, vocab_size=50, max_sequence_length=8192)
+BASE = model_config(num_layers=1, width=256, num_heads=2, vocab_size=50, max_sequence_length=8192)
+YARN = {"position__scaling": "yarn", "position__scaling__factor": 4.0}
 SHAPES = [
     (4.0, 10_000.0, 2, 2048),
     (8.0, 500_000.0, 4, 4096),
@@ -21,9 +22,15 @@ SHAPES = [
 
 
 def scaled(kind, factor, theta, heads, original):
-    config = replace(BASE, rope_scaling=kind, rope_factor=factor, rope_theta=theta, num_heads=heads)
-    given = {"rope_original_length": original} if kind != "ntk" else {}
-    return replace(config, **given).resolved()
+    config = changed(
+        BASE,
+        position__scaling=kind,
+        position__scaling__factor=factor,
+        position__theta=theta,
+        num_heads=heads,
+    )
+    given = {"position__scaling__original_length": original} if kind != "ntk" else {}
+    return changed(config, **given).resolved()
 
 
 def of_transformers(kind, original, config, **parameters):
@@ -34,7 +41,7 @@ def of_transformers(kind, original, config, **parameters):
         hidden_size=256,
         num_attention_heads=config.num_heads,
         max_position_embeddings=original,
-        rope_parameters={"rope_type": kind, "rope_theta": config.rope_theta, **parameters},
+        rope_parameters={"rope_type": kind, "rope_theta": config.position.theta, **parameters},
     )
     return lambda **more: ROPE_INIT_FUNCTIONS[kind](theirs, CPU, **more)
 
@@ -93,8 +100,8 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
 
 def test_the_original_length_is_the_longest_over_the_factor_unless_given():
     given = scaled("yarn", 4.0, 10_000.0, 2, 2048)
-    derived = replace(given, rope_original_length=None)
-    assert derived.original_length == 2048
+    derived = changed(given, position__scaling__original_length=None)
+    assert derived.position.scaling.original(derived) == 2048
     assert torch.equal(frequencies(given, CPU)[0], frequencies(derived, CPU)[0])
 
 
@@ -110,7 +117,7 @@ def test_without_scaling_the_angles_are_what_they_were():
 def test_ntk_is_a_larger_base():
     torch.manual_seed(0)
     ours = Transformer(scaled("ntk", 4.0, 10_000.0, 2, None))
-    plain = Transformer(replace(BASE, rope_theta=ntk_theta(ours.config)))
+    plain = Transformer(changed(BASE, position__theta=ntk_theta(ours.config)))
     plain.load_state_dict(ours.state_dict())
     tokens = torch.arange(40)[None]
     assert torch.equal(ours(tokens), plain(tokens))
@@ -119,7 +126,9 @@ def test_ntk_is_a_larger_base():
 @pytest.mark.parametrize("kind", ["ntk", "yarn"])
 def test_a_token_does_not_know_how_long_its_sequence_is(kind):
     torch.manual_seed(0)
-    model = Transformer(replace(BASE, rope_scaling=kind, rope_factor=4.0, max_sequence_length=16))
+    model = Transformer(
+        changed(BASE, position__scaling=kind, position__scaling__factor=4.0, max_sequence_length=16)
+    )
     tokens = torch.randint(0, 50, (1, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)[:, :10], model(tokens[:, :10]))
@@ -128,27 +137,19 @@ def test_a_token_does_not_know_how_long_its_sequence_is(kind):
 @pytest.mark.parametrize(
     ("given", "field"),
     [
-        ({"rope_scaling": "linear"}, "rope_scaling"),
-        ({"rope_scaling": "ntk"}, "rope_factor"),
-        ({"rope_scaling": "yarn", "rope_factor": 0.5}, "rope_factor"),
-        ({"rope_scaling": "yarn", "rope_factor": math.nan}, "rope_factor"),
-        ({"rope_factor": 4.0}, "rope_factor"),
-        ({"rope_scaling": "yarn", "rope_factor": 4.0, "position": "alibi"}, "rope_scaling"),
-        ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 1.0}, "rope_theta"),
-        ({"rope_scaling": "ntk", "rope_factor": 4.0, "num_heads": 128}, "num_heads"),
-        ({"rope_original_length": 32}, "rope_original_length"),
+        ({"position__scaling": "ntk"}, "position.scaling.factor"),
+        (YARN | {"position__scaling__factor": 0.5}, "position.scaling.factor"),
+        (YARN | {"position__scaling__factor": math.nan}, "position.scaling.factor"),
+        (YARN | {"position__theta": 1.0}, "position.theta"),
+        (YARN | {"position__scaling": "ntk", "num_heads": 128}, "num_heads"),
         (
-            {"rope_scaling": "ntk", "rope_factor": 4.0, "rope_original_length": 32},
-            "rope_original_length",
-        ),
-        (
-            {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 0},
-            "rope_original_length",
+            YARN | {"position__scaling__original_length": 0},
+            "position.scaling.original_length",
         ),
     ],
 )
 def test_what_cannot_be_scaled_names_its_field(given, field):
-    config = replace(BASE, **given)
+    config = changed(BASE, **given)
     assert [problem[0] for problem in config.problems()] == [field]
     with pytest.raises(ValueError, match=rf"^model\.{field}: .*; .*\.$"):
         Transformer(config)

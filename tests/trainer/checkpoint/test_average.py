@@ -163,8 +163,8 @@ def test_runs_begin_with_an_average(trunk, forescale):
 
 def test_whole_numbers_are_those_of_the_last_checkpoint(small_data, tmp_path, forescale):
     """A mean of the steps of an expert's bias is no number of steps."""
-    moe = ("mlp=moe", "moe_experts=4", "moe_top_k=2", "moe_scores=sigmoid")
-    words = [*MODEL, *(f"model.{key}" for key in moe), "model.moe_bias_speed=0.001"]
+    moe = ("mlp=moe", "mlp.experts=4", "mlp.top_k=2", "mlp.scores=sigmoid")
+    words = [*MODEL, *(f"model.{key}" for key in moe), "model.mlp.bias_speed=0.001"]
     begun = start(make_job(small_data, tmp_path, "moe", *words))
     module, attempt = build_model(begun.job, begun.sources.vocab_size), begun.run.new_attempt()
     attempt.start_from(Parent(0), begun.run)

@@ -228,7 +228,9 @@ def test_the_manual_says_every_key_and_every_choice():
         assert all(choice in page for g in groups(schema).values() for choice in g.files)
     page = " ".join(explain(TrainJob, "", section=ALL).split())
     assert "! optimizer.learning_rate 0.02 " in page
-    assert "pre pre | post | sandwich: before a part" in page, "a comment of several lines is whole"
+    assert "pre Before each part of a block, after it" in page, (
+        "a comment of several lines is whole"
+    )
 
 
 def test_every_file_of_the_tree_opens_with_what_it_is():

@@ -60,7 +60,7 @@ NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
         (["engine.hierarchical_partition=8"], "engine.hierarchical_partition"),
         (["engine.expert_parallel=2"], "engine.expert_parallel"),  # a dense model
         ([*EXPERTS, "engine=zero3", "engine.hierarchical_partition=2"], "engine.expert_parallel"),
-        ([*EXPERTS, "model.moe_experts=7"], "engine.expert_parallel"),
+        ([*EXPERTS, "model.mlp.experts=7"], "engine.expert_parallel"),
         ([*EXPERTS, "launch.processes=1"], "engine.expert_parallel"),
         ([*EXPERTS, f"engine.deepspeed={NO_SCATTER}"], f"engine.deepspeed.{SCATTER}"),
         (["checkpoint.keep=1"], "checkpoint.keep"),
@@ -222,15 +222,9 @@ UNREAD = {
     "model.num_kv_heads=1 model.mixer=mingru": ("num_kv_heads", "mixer mingru", "mixer=attention"),
     "model.num_kv_heads=1 model.mixer=latent": ("num_kv_heads", "mixer latent", "mixer=attention"),
     "model.num_heads=4 model.mixer=lstm": ("num_heads", "mixer lstm", "mixer=attention"),
-    "model.qk_norm=true model.mixer_pattern=[lstm,mingru]": (
-        "qk_norm", "mixer lstm and mingru", "mixer=attention"
-    ),
+    "model.mixer.qk_norm=head model.mixer_pattern=[lstm,mingru]": ("mixer", "mixer_pattern", "one"),
     "model.position=rotary model.mixer=gated_deltanet": ("position", "gated_deltanet", "attention"),
-    "model.rope_theta=5e5 model=gpt2-124m": ("rope_theta", "position=learned", "position=rotary"),
-    "model.rope_theta=5e5 model.mixer=mingru": ("rope_theta", "mixer mingru", "mixer=attention"),
-    "model.base_width=256": ("base_width", "parametrization=standard", "parametrization=mup"),
-    "model.base_depth=2 model.parametrization=mup": ("base_depth", "=mup", "=completep"),
-    "model.qk_norm_over=layer model.qk_norm=false": ("qk_norm_over", "=false", "qk_norm=true"),
+    "model.position.theta=5e5 model.mixer=mingru": ("position", "mixer mingru", "mixer=attention"),
     "model.mixer=latent model.mixer_pattern=[attention]": ("mixer", "beside mixer_pattern", "one"),
     "model.depth=8": ("depth", "num_layers and width", "model=depth"),
 }  # fmt: skip
@@ -247,6 +241,19 @@ def test_a_typed_key_without_an_effect_is_refused(words):
     assert todo in remedy
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "kind"),
+    [
+        ("model.position.theta=5e5 model=gpt2-124m", "position.theta", "rotary"),
+        ("model.parametrization.base_width=256", "parametrization.base_width", "mup or completep"),
+        ("model.mixer=mingru model.mixer.qk_norm=none", "mixer.qk_norm", "attention"),
+        ("model.mlp.chunk=64 model.mlp=moe", "mlp.chunk", "swiglu"),
+    ],
+)
+def test_a_key_of_another_part_is_refused_by_its_name(words, key, kind):
+    assert kind in problems(*words.split())[f"model.{key}"]
+
+
 def test_arguments_are_those_of_the_users_own_objective():
     for word in ("objective.arguments={every: 2}", "objective.arguments.every=2"):
         assert "objective=own" in problems(word, "objective=seq2seq")["objective.arguments"]
@@ -255,14 +262,14 @@ def test_arguments_are_those_of_the_users_own_objective():
 @pytest.mark.parametrize(
     "words",
     [
-        "model=llama-160m model.position=learned",  # whose file has rope_theta
-        "model.mixer=mingru model.position=none model.qk_norm=false",  # says that there are none
+        "model=llama-160m model.position=learned",  # whose file has a theta
+        "model.mixer=mingru model.position=none",
         "model.mixer=mingru model.position=learned",
         "model.mixer=mingru model.width=100",  # of no head
         "model.num_kv_heads=1 model.mixer_pattern=[mingru,attention]",
         "model.num_kv_heads=1 model.mixer_pattern=[latent] model.encoder_layers=2 "
         "objective=seq2seq",  # of the attention to the encoder
-        "model.base_width=128 model.parametrization=mup",
+        "model.parametrization.base_width=128 model.parametrization=mup",
         "model=depth model.depth=2 model.width=64",
     ],
 )

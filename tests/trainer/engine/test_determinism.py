@@ -16,7 +16,8 @@ from forescale.engine.determinism import (
     set_compiler_mode,
     use_kernels,
 )
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
+from tests.models.configs import model_config
 
 FLASH, MATH = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
 EFFICIENT, CUDNN = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
@@ -68,7 +69,7 @@ def test_torch_and_its_compiler_have_the_same_mode(deterministic, on_gpu):
     "words",
     [
         dict(mlp="moe", dropout=0.1, position="relative"),
-        dict(mixer="window", window=4),
+        dict(mixer="window", mixer__window=4),
         *(dict(mixer=name) for name in ("gated_deltanet", "latent", "mingru", "lstm")),
     ],
 )
@@ -76,7 +77,7 @@ def test_our_models_train_in_the_raising_form(words):
     """And so twice to the same bits; what only CUDA refuses is listed in the module."""
     use_kernels(True, on_gpu=False)
     sizes = dict(num_layers=2, width=32, num_heads=2, vocab_size=50, max_sequence_length=16)
-    model = Transformer(ModelConfig(**sizes, **words))
+    model = Transformer(model_config(**sizes, **words))
     tokens = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
 
     def gradients():

@@ -15,9 +15,10 @@ from torch import nn
 from forescale.config.hardware import capability
 from forescale.engine.compilation import compile_parts
 from forescale.engine.fp8 import fp8_product, use_fp8
-from forescale.models import ModelConfig, Transformer
+from forescale.models import Transformer
 from forescale.models.init import Linear
 from tests.models.checks import kept_bytes
+from tests.models.configs import model_config
 
 RECIPES = ["tensorwise", "rowwise"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -90,7 +91,7 @@ SIZES = dict(num_layers=1, width=32, num_heads=2, mlp_width=48, vocab_size=50)
 def trained(recipe=None, backend=None, **keys):
     """A model after a backward pass, and its losses."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES | dict(max_sequence_length=16) | keys)).bfloat16()
+    model = Transformer(model_config(**SIZES | dict(max_sequence_length=16) | keys)).bfloat16()
     if recipe:
         use_fp8(model, recipe)
     if backend:
@@ -120,7 +121,7 @@ def test_a_model_keeps_names_weights_and_optimizers_and_its_gradients_are_close(
 
 
 @pytest.mark.parametrize(
-    "keys", [{"activation_checkpointing": "selective"}, {"mlp_chunk": 8}], ids=str
+    "keys", [{"activation_checkpointing": "selective"}, {"mlp__chunk": 8}], ids=str
 )
 def test_what_is_made_again_is_the_same(keys):
     plain, expected = trained("rowwise")
@@ -131,7 +132,7 @@ def test_what_is_made_again_is_the_same(keys):
 
 
 def test_what_is_no_matrix_of_a_block_stays_as_it_is():
-    config = ModelConfig(**SIZES, max_sequence_length=16, attention_gate="head", mtp_layers=1)
+    config = model_config(**SIZES, max_sequence_length=16, mixer__gate="head", mtp_layers=1)
     model = Transformer(config)
     use_fp8(model, "rowwise")
     linears = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}

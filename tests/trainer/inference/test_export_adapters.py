@@ -15,11 +15,11 @@ from forescale.train.model import adapting, build_model, freeze
 from tests.trainer.small_run import make_dataset, make_job, make_run, save
 
 LLAMA = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.num_kv_heads=1")
-LLAMA += ("model.qk_norm=false",)
-MUP = (*LLAMA, "model.parametrization=mup", "model.base_width=16")
+LLAMA += ("model.mixer.qk_norm=none",)
+MUP = (*LLAMA, "model.parametrization=mup", "model.parametrization.base_width=16")
 GPT2 = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.position=learned")
 GPT2 += ("model.norm=layernorm", "model.bias=true", "model.mlp=gelu", "model.tie_embeddings=true")
-GPT2 += ("model.qk_norm=false",)
+GPT2 += ("model.mixer.qk_norm=none",)
 
 
 class Stored:

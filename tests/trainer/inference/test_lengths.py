@@ -12,6 +12,7 @@ from forescale import open_dataset, open_run
 from forescale.errors import UserError
 from forescale.inference.scoring import at_length, edges_of, loss_by_position, score
 from forescale.models import ModelConfig, Transformer
+from forescale.models.positions.kinds import Ntk, Rotary, Yarn
 from tests.trainer.small_run import LENGTH, make_run
 
 CONFIG = ModelConfig(num_layers=1, width=32, num_heads=2, vocab_size=50, max_sequence_length=16)
@@ -77,8 +78,8 @@ def test_a_scaled_model_is_one_of_that_config_with_the_same_weights(scaling):
     torch.manual_seed(0)
     model, tokens = Transformer(CONFIG).eval(), torch.randint(0, 50, (1, 64))
     longer = at_length(model, 64, 16, scaling)
-    options = {"rope_original_length": 16} if scaling == "yarn" else {}
-    expected = Transformer(replace(CONFIG, rope_scaling=scaling, rope_factor=4.0, **options)).eval()
+    by = Yarn(4.0, 16) if scaling == "yarn" else Ntk(4.0)
+    expected = Transformer(replace(CONFIG, position=Rotary(scaling=by))).eval()
     expected.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(longer(tokens), expected(tokens))
@@ -96,7 +97,7 @@ def test_without_scaling_the_model_is_the_same_object():
     [
         ({"position": "learned"}, 64, None, "give at most 16"),
         ({"position": "alibi"}, 64, "yarn", "trained with alibi"),
-        ({"rope_scaling": "ntk", "rope_factor": 2.0}, 64, "yarn", "trained with ntk"),
+        ({"position": Rotary(scaling=Ntk(2.0))}, 64, "yarn", "trained with ntk"),
         ({}, 16, "ntk", "nothing to scale"),
     ],
 )

@@ -8,16 +8,16 @@ import transformers
 from forescale.inspection import heads, interventions
 from forescale.inspection.edits import edited, token_losses
 from forescale.inspection.interventions import ablate
-from forescale.models.config import ModelConfig
 from forescale.models.hf import to_hf
 from forescale.models.transformer import Transformer
+from tests.models.configs import model_config
 
 SIZES = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, vocab_size=64, bias=False)
 L = 13
 VARIANTS = {
     "attention": dict(),
-    "window": dict(mixer="window", window=4, global_tokens=1),
-    "block_sparse": dict(mixer="block_sparse", sparse_block=4, sparse_local=2),
+    "window": dict(mixer="window", mixer__window=4, mixer__global_tokens=1),
+    "block_sparse": dict(mixer="block_sparse", mixer__block=4, mixer__local=2),
     "latent": dict(mixer="latent", num_kv_heads=4),
     "alibi": dict(position="alibi"),
     "relative": dict(position="relative"),
@@ -26,7 +26,7 @@ VARIANTS = {
 
 def build(**keys) -> Transformer:
     torch.manual_seed(1)
-    model = Transformer(ModelConfig(**{**SIZES, "max_sequence_length": 64, **keys})).eval()
+    model = Transformer(model_config(**{**SIZES, "max_sequence_length": 64, **keys})).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -45,7 +45,7 @@ def close(actual, expected, tolerance=1e-5):
 
 
 def test_maps_are_the_attentions_of_transformers():
-    model, x = build(qk_norm=True), text()
+    model, x = build(mixer__qk_norm="head"), text()
     config, state = to_hf(model.config, model.state_dict())
     hf = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), attn_implementation="eager"

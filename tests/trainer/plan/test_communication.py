@@ -76,7 +76,7 @@ def test_collectives_are_those_that_were_counted_on_real_ranks(case, reduced, ga
         ),
         (  # experts are gathered with their block
             [3, "adamw", "bf16", zero(SMALL, SOME, LAZY), CHECKPOINTING, "model.mlp=moe",
-             "model.moe_experts=5", "model.moe_width=13"],
+             "model.mlp.experts=5", "model.mlp.expert_width=13"],
             {"all_gather": 148_624, "reduce_scatter": 106_608},
         ),
     ],
@@ -157,7 +157,7 @@ def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_hav
     """3 micro-batches; 2 layers: there and back, forward and backward; 2 rows of 128 for each of
     512 tokens. Between nodes of 4 ranks go the states of 4 groups of 2 ranks, and no row."""
     words = ["model.num_layers=2", "model.width=128", "model.num_heads=2", "model.mlp=moe"]
-    words += ["model.moe_experts=8", "model.moe_top_k=2", "train.micro_batch=2", "precision=bf16"]
+    words += ["model.mlp.experts=8", "model.mlp.top_k=2", "train.micro_batch=2", "precision=bf16"]
     words += ["train.global_batch=48", "engine=zero1", "plan.gpus=8", "machine.gpus_per_node=4"]
     planned = job(*words, "engine.expert_parallel=4")
     held = inventory(planned)
@@ -183,7 +183,7 @@ def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_hav
 def test_at_stage_3_experts_are_gathered_among_those_that_have_the_same():
     """And ranks that divide matrices send the rows of half the tokens each."""
     words = ["model.num_layers=2", "model.width=128", "model.num_heads=2", "model.mlp=moe"]
-    words += ["model.moe_experts=8", "model.moe_top_k=2", "train.micro_batch=2", "precision=bf16"]
+    words += ["model.mlp.experts=8", "model.mlp.top_k=2", "train.micro_batch=2", "precision=bf16"]
     words += ["train.global_batch=16", "engine=zero3", "plan.gpus=8", "engine.expert_parallel=4"]
     words += ["engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
     for tensor in (1, 2):
@@ -214,7 +214,12 @@ def test_groups_of_experts_that_cross_nodes_are_noted():
 def test_ranks_that_divide_matrices_sum_streams_and_share_states_with_the_same_parts():
     """2 layers of 2 parts, forward and backward; the vectors of tokens and what the head reads; 2
     micro-batches of 512 tokens in bf16, 256 wide, and the head's 2 numbers of each rank."""
-    words = ["model.num_layers=2", "model.width=256", "model.num_heads=4", "model.qk_norm=false"]
+    words = [
+        "model.num_layers=2",
+        "model.width=256",
+        "model.num_heads=4",
+        "model.mixer.qk_norm=none",
+    ]
     words += ["train.micro_batch=2", "train.global_batch=8", "precision=bf16", "plan.gpus=8"]
     words += ["engine=zero1", "optimizer=adamw", "machine.gpus_per_node=4", "model.vocab_size=512"]
     planned = job(*words, "engine.tensor_parallel=4")

@@ -81,7 +81,7 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
     divided, _, _ = longest("engine.sequence_parallel=8")
     assert 6 * window < divided < 8 * window
     whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=none")
-    chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
+    chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp.chunk=4096")
     assert whole < divided < chunks
 
 
@@ -90,8 +90,8 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
     [
         (384_512, []),
         (2_992_128, ["engine.sequence_parallel=8"]),
-        (510_464, ["model.mlp_chunk=4096"]),
-        (3_936_256, ["model.mlp_chunk=4096", "engine.sequence_parallel=8"]),
+        (510_464, ["model.mlp.chunk=4096"]),
+        (3_936_256, ["model.mlp.chunk=4096", "engine.sequence_parallel=8"]),
     ],
 )
 def test_the_longest_windows_that_the_readme_names(window, words):
@@ -125,9 +125,9 @@ def test_a_table_of_learned_positions_grows_with_the_window():
 @pytest.mark.parametrize(
     "words",
     [
-        ["model.mlp_chunk=64"],
+        ["model.mlp.chunk=64"],
         ["engine.expert_parallel=2", "model.mlp=moe", "engine=zero2"],
-        ["engine.tensor_parallel=2", "model.mlp_chunk=64", "machine.gpus_per_node=2"],
+        ["engine.tensor_parallel=2", "model.mlp.chunk=64", "machine.gpus_per_node=2"],
     ],
 )
 def test_nothing_is_proposed_that_the_config_refuses(words):

@@ -48,9 +48,9 @@ def test_experts_that_a_token_does_not_use_are_told_apart(forescale, small_data,
     assert sparse["parameters"]["active"] == active
     routers = active - dense["parameters"]["total"]
     assert 0 < routers < 0.01 * active, "by the rule, a token meets as many weights as without"
-    code, out, err = forescale("plan", *data, *SHORT, "model.mlp=moe", "model.moe_top_k=9")
+    code, out, err = forescale("plan", *data, *SHORT, "model.mlp=moe", "model.mlp.top_k=9")
     assert code == 2
-    assert "model.moe_top_k: a token can't use 9 of 8 experts" in err
+    assert "model.mlp.top_k: a token can't use 9 of 8 experts" in err
 
 
 def test_json_contains_the_whole_plan(planned):

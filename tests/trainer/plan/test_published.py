@@ -58,7 +58,7 @@ def test_setting_all_that_the_notes_say_leaves_none():
         (["optimizer=lion", "optimizer.learning_rate=5e-4"], [RATE]),
         (["optimizer=muon", "optimizer.learning_rate=0.02"], []),
         (["optimizer=muon", "optimizer.learning_rate=0.1"], [RATE]),
-        (["model.parametrization=mup", "model.base_width=256", f"{RATE}=1e-2"], []),
+        (["model.parametrization=mup", "model.parametrization.base_width=256", f"{RATE}=1e-2"], []),
     ],
 )
 def test_each_number_is_compared(words, expected):

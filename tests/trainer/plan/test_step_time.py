@@ -64,7 +64,7 @@ def test_a_rank_whose_columns_are_one_chunk_computes_nothing_again():
     def recomputed(*words):
         return Plan(compose(PlanJob, [*QUICK, "plan.gpus=2", *words])).per_token.recomputed
 
-    chunks, divided = "model.mlp_chunk=200", "engine.sequence_parallel=2"
+    chunks, divided = "model.mlp.chunk=200", "engine.sequence_parallel=2"
     assert recomputed(divided, chunks) == recomputed(divided) == recomputed()
     assert recomputed(chunks) > recomputed()
-    assert recomputed(divided, "model.mlp_chunk=100") == recomputed(chunks)
+    assert recomputed(divided, "model.mlp.chunk=100") == recomputed(chunks)

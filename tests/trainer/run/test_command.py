@@ -220,11 +220,11 @@ def test_an_experiments_length_replaces_that_of_the_files_below(
 
 
 def test_a_run_with_a_key_that_has_no_effect_goes_on_by_the_same_command(own_run):
-    with pytest.raises(ConfigError, match=r"model\.base_width: has no effect"):
-        job_of(TrainJob, ["run.name=other", "model.base_width=128"])
-    job = replace(frozen(own_run), model=replace(frozen(own_run).model, base_width=128))
+    with pytest.raises(ConfigError, match=r"model\.depth: has no effect"):
+        job_of(TrainJob, ["run.name=other", "model.depth=8"])
+    job = replace(frozen(own_run), model=replace(frozen(own_run).model, depth=8))
     own_run.config.write_bytes(frozen_file(job))
-    assert typed("model.base_width=128").model == job.model
+    assert typed("model.depth=8").model == job.model
 
 
 def test_a_recipe_sets_its_keys_and_no_others(own_run):

@@ -20,20 +20,24 @@ from tests.trainer.small_run import make_run
 transformers = pytest.importorskip("transformers")
 
 BASE = ["model.num_layers=2", "model.width=32", "model.num_heads=2"]
-SWIGLU = ["model.mlp=swiglu", "model.qk_norm=false", "model.num_kv_heads=1"]
+SWIGLU = ["model.mlp=swiglu", "model.mixer.qk_norm=none", "model.num_kv_heads=1"]
 GPT2 = ["model.position=learned", "model.norm=layernorm", "model.mlp=gelu", "model.bias=true"]
 FAMILIES = {
-    "ApertusForCausalLM": ["model.mlp=relu2", "model.qk_norm=true"],
-    "ArceeForCausalLM": ["model.mlp=relu2", "model.qk_norm=false"],
-    "Qwen3ForCausalLM": ["model.mlp=swiglu", "model.qk_norm=true", "model.tie_embeddings=true"],
-    "LlamaForCausalLM": SWIGLU,
-    "Olmo2ForCausalLM": ["model.norm_placement=post", "model.qk_norm_over=layer"],
-    "Gemma3ForCausalLM": [
-        *("model.norm_placement=sandwich", "model.mlp=geglu", "model.scale_embedding=true"),
-        *("model.tie_embeddings=true", "model.logit_softcap=30"),
+    "ApertusForCausalLM": ["model.mlp=relu2", "model.mixer.qk_norm=head"],
+    "ArceeForCausalLM": ["model.mlp=relu2", "model.mixer.qk_norm=none"],
+    "Qwen3ForCausalLM": [
+        "model.mlp=swiglu",
+        "model.mixer.qk_norm=head",
+        "model.tie_embeddings=true",
     ],
-    "MixtralForCausalLM": ["model.mlp=moe", "model.qk_norm=false"],
-    "GPT2LMHeadModel": [*GPT2, "model.qk_norm=false", "model.tie_embeddings=true"],
+    "LlamaForCausalLM": SWIGLU,
+    "Olmo2ForCausalLM": ["model.norm.placement=post", "model.mixer.qk_norm=layer"],
+    "Gemma3ForCausalLM": [
+        *("model.norm.placement=sandwich", "model.mlp=geglu", "model.scale_embedding=true"),
+        *("model.tie_embeddings=true", "model.head.softcap=30"),
+    ],
+    "MixtralForCausalLM": ["model.mlp=moe", "model.mixer.qk_norm=none"],
+    "GPT2LMHeadModel": [*GPT2, "model.mixer.qk_norm=none", "model.tie_embeddings=true"],
 }
 
 
@@ -93,7 +97,11 @@ def test_weights_are_rounded_to_the_format_that_is_asked(
     dtype, kind, small_data, tmp_path, monkeypatch, forescale
 ):
     """Of a model in parts, whose multipliers are in its weights: rounded after that, once."""
-    mup = ["model.parametrization=mup", "model.base_width=12", *FAMILIES["Gemma3ForCausalLM"]]
+    mup = [
+        "model.parametrization=mup",
+        "model.parametrization.base_width=12",
+        *FAMILIES["Gemma3ForCausalLM"],
+    ]
     run = make_run(small_data, tmp_path / "runs", "a", *BASE, *mup)
     monkeypatch.setattr("forescale.inference.export._PART", 20_000)
     assert forescale("export", run.path, f"to={tmp_path / 'full'}")[0] == 0

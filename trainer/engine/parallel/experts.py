@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from forescale.engine.world import World
-from forescale.models.experts.moe import MixtureOfExperts
+from forescale.models.mlps.moe_module import MixtureOfExperts
 from forescale.models.parallel.experts import ExpertGroup
 
 

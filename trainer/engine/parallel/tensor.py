@@ -22,13 +22,13 @@ from torch import nn
 
 from forescale.engine.world import World
 from forescale.models.block import Block
-from forescale.models.embeddings.values import ValueEmbedding
-from forescale.models.experts.moe import MixtureOfExperts
 from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
+from forescale.models.mlps.moe_module import MixtureOfExperts
 from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parallel.whole import Whole, whole_of
 from forescale.models.positions.relative import RelativePosition
+from forescale.models.tables import ValueEmbedding
 from forescale.models.transformer import Transformer
 
 

@@ -24,7 +24,6 @@ from typing import Literal
 from forescale.config.sections.training import STEP_LAW_BATCH
 from forescale.errors import UserError
 from forescale.models.config import HEAD_DIM, ModelConfig
-from forescale.models.costs import MLPS
 from forescale.models.flops import Counts, count, flops_6n, flops_per_token
 from forescale.scaling.records.records import SIZES
 
@@ -152,7 +151,7 @@ class Family:
             raise UserError("model", problem, "change the base model")
         over, under = self._mlp
         if not over:
-            over, under = (8, 3) if MLPS[self._base.mlp].is_gated else (4, 1)
+            over, under = (8, 3) if self._base.mlp.is_gated else (4, 1)
         multiple = min(head, 64)
         mlp = -(-over * width // (under * multiple)) * multiple
         heads = width // head

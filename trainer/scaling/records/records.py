@@ -160,7 +160,7 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
         "seed": job.train.seed,
         "init_seed": job.train.seed if init_seed is None else init_seed,
         "precision": job.precision.label,
-        "parametrization": model.parametrization,
+        "parametrization": model.parametrization.kind,
         "width": sizes.width,
         "layers": sizes.num_layers,
         "expansion": expansion(model),

@@ -16,7 +16,7 @@ from tests.trainer.small_run import make_run
 lm_eval = pytest.importorskip("lm_eval")
 transformers = pytest.importorskip("transformers")
 
-SIZES = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.qk_norm=false"]
+SIZES = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mixer.qk_norm=none"]
 LEARNED = ["model.position=learned", "model.norm=layernorm", "model.mlp=gelu", "model.bias=true"]
 TURNS = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -53,7 +53,7 @@ def test_a_record_has_the_abilities_under_the_names_of_the_rows(run):
 
 def test_a_record_has_the_expansion_of_its_experts(run, small_data, tmp_path):
     assert record(run)["expansion"] == 1
-    arguments = ["model.mlp=moe", "model.moe_experts=7", "model.moe_top_k=2", "model.moe_shared=1"]
+    arguments = ["model.mlp=moe", "model.mlp.experts=7", "model.mlp.top_k=2", "model.mlp.shared=1"]
     row = record(make_run(small_data, tmp_path / "runs", "mixture", *arguments))
     assert row["expansion"] == (7 + 1) / (2 + 1)
     assert row["parameters_active"] < row["parameters_total"]

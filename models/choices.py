@@ -1,0 +1,101 @@
+"""Norms, heads and parametrisations: the keys of each kind. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from forescale.models.part import Part, Problem, below_1, registry
+
+
+@dataclass(frozen=True)
+class Norm(Part):
+    """The norms of the residual stream, of queries and of keys."""
+
+    eps: float = 1e-6  # added to the variance
+    # Before each part of a block, after it (OLMo 2), or both; residual: after its sum with the
+    # residual stream (Vaswani et al. 2017, BERT), without a norm at the end.
+    placement: Literal["pre", "post", "sandwich", "residual"] = "pre"
+    embedding: bool = False  # a norm after the embedding and its positions, as BERT
+
+    def problems(self) -> list[Problem]:
+        """See Part."""
+        return [] if self.eps > 0 else [("eps", "must be above 0", "give a positive number")]
+
+
+@dataclass(frozen=True)
+class RMS(Norm):
+    """Divides by the root mean square."""
+
+    kind: ClassVar[str] = "rmsnorm"
+
+
+@dataclass(frozen=True)
+class Layer(Norm):
+    """Normalises by mean and variance."""
+
+    kind: ClassVar[str] = "layernorm"
+
+
+@dataclass(frozen=True)
+class Head(Part):
+    """What makes the logits."""
+
+    softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
+
+    def problems(self) -> list[Problem]:
+        """See Part."""
+        if 0 <= self.softcap < math.inf:
+            return []
+        return [("softcap", "must be a number, not negative", "give 0 to switch it off")]
+
+
+@dataclass(frozen=True)
+class LinearHead(Head):
+    """One matrix."""
+
+    kind: ClassVar[str] = "linear"
+
+
+@dataclass(frozen=True)
+class DenseHead(Head):
+    """BERT's: a dense layer, GELU and a norm before the matrix, and a bias of each logit."""
+
+    kind: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True)
+class Standard(Part):
+    """No rule for other widths and depths."""
+
+    kind: ClassVar[str] = "standard"
+
+
+@dataclass(frozen=True)
+class Mup(Part):
+    """One learning rate for all widths."""
+
+    base_width: int = 256  # width for which optimizer.learning_rate was tuned
+
+    kind: ClassVar[str] = "mup"
+
+    def problems(self) -> list[Problem]:
+        """See Part."""
+        return below_1(self, "base_width")
+
+
+@dataclass(frozen=True)
+class CompleteP(Mup):
+    """One learning rate for all widths and depths."""
+
+    base_depth: int = 4  # num_layers for which optimizer.learning_rate was tuned
+
+    kind: ClassVar[str] = "completep"
+
+    def problems(self) -> list[Problem]:
+        """See Part."""
+        return super().problems() + below_1(self, "base_depth")
+
+
+NORMS = registry(RMS, Layer)
+HEADS = registry(LinearHead, DenseHead)
+PARAMETRIZATIONS = registry(Standard, Mup, CompleteP)

@@ -1,0 +1,362 @@
+"""Sliding windows and sparse blocks against full attention with a dense mask that a loop writes
+token by token, against Mistral of transformers, and against flex_attention's eager form."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_mask
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MistralConfig, MistralForCausalLM
+
+from forescale.models import Transformer
+from forescale.models.flops import flops_per_token
+from forescale.models.hf import to_hf
+from forescale.models.mixers import blocks, sparse_module
+from forescale.models.mixers.attention_module import Attention
+from forescale.models.mixers.blocks import flex, flex_view, plain_view
+from forescale.models.mixers.context import Columns, Context
+from forescale.models.mixers.masks import additive_mask
+from forescale.models.mixers.patterns import Sparse, Stretch
+from forescale.models.mixers.sparse_module import BlockSparseAttention, WindowAttention
+from forescale.models.positions.position import document_starts, positions_of
+from tests.models.configs import changed, model_config
+
+PATTERNS = {
+    "window": Stretch(9),
+    "token": Stretch(1),
+    "sinks": Stretch(20, 3),
+    "more-sinks": Stretch(2, 5),
+    "strided": Sparse("strided", 4, 3),
+    "fixed": Sparse("fixed", 4, 3),
+    "bigbird": Sparse("bigbird", 4, 2, 1, 2, layer=1),
+    "no-anchors": Sparse("bigbird", 8, 1, 0, 1),
+}
+L, V = 67, 50
+
+
+def joins(pattern: Stretch | Sparse, query: int, key: int) -> bool:
+    """True if the pattern lets the query see the key: positions in one document, key <= query."""
+    if isinstance(pattern, Stretch):
+        return query - key < pattern.tokens or key < pattern.first
+    b, j, local = query // pattern.size, key // pattern.size, pattern.local
+    if pattern.kind == "fixed":
+        return b // local == j // local or j % local == local - 1
+    if b - j < local:
+        return True
+    if pattern.kind == "strided":
+        return (b - j) % local == 0
+    return j < pattern.anchors or j in pattern.drawn(b)
+
+
+def rows(kind: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return which tokens are real and where documents start, of three rows of L tokens."""
+    real = starts = None
+    if "padded" in kind:
+        real = torch.ones(3, L, dtype=torch.bool)
+        real[0, :5] = real[1, -7:] = False
+    if "documents" in kind:
+        cuts = [[0, 6, 30, 31], [0, 40, 50, 60], [0, 1, 2, 45]]
+        numbers = [sum(torch.arange(L) >= cut for cut in row) for row in cuts]
+        starts = document_starts(torch.stack(numbers))
+    return real, starts
+
+
+def columns_of(kind: str) -> Columns:
+    real, starts = rows(kind)
+    return Columns(positions_of(L, torch.device("cpu"), real, starts), L, starts, real)
+
+
+@cache
+def dense(name: str, kind: str) -> Tensor:
+    """Return (3, L, L) bool, by a loop over all pairs."""
+    pattern, columns = PATTERNS[name], columns_of(kind)
+    seen = torch.zeros(3, L, L, dtype=torch.bool)
+    for row in range(3):
+        real = [True] * L if columns.real is None else columns.real[row].tolist()
+        starts = [0] * L if columns.starts is None else columns.starts[row].tolist()
+        place = [sum(real[starts[i] : i]) for i in range(L)]
+        for i in range(L):
+            for j in range(i + 1):
+                same = starts[i] == starts[j] and real[j]
+                seen[row, i, j] = i == j or (same and joins(pattern, place[i], place[j]))
+    return seen
+
+
+def mixers(pattern: Stretch | Sparse) -> tuple[Attention, Attention]:
+    """Return full attention and that of the pattern, with the same weights."""
+    torch.manual_seed(0)
+    sizes = dict(num_layers=1, width=32, num_heads=4, num_kv_heads=2, vocab_size=V)
+    config = model_config(**sizes, max_sequence_length=128, init_std=0.3).resolved()
+    full = Attention(config, config.mixer)
+    if isinstance(pattern, Stretch):
+        config = changed(config, mixer="window", mixer__window=pattern.tokens)
+        few = WindowAttention(config, config.mixer)
+    else:
+        few = BlockSparseAttention(config, config.mixer)
+    few.load_state_dict(full.state_dict())
+    return full, few
+
+
+KINDS = ("whole", "padded", "documents", "padded documents")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_it_equals_full_attention_with_a_dense_mask(name, kind):
+    pattern, columns = PATTERNS[name], columns_of(kind)
+    full, few = mixers(pattern)
+    seen = dense(name, kind)
+    real = torch.ones(3, L, dtype=torch.bool) if columns.real is None else columns.real
+    found = []
+    for mixer, context in (
+        (full, Context(mask=additive_mask(seen[:, None], torch.float32))),
+        (few, Context(view=plain_view(pattern, columns))),
+    ):
+        x = torch.randn(3, L, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = mixer(x, context)[real]
+        wanted = [x, *mixer.parameters()]
+        found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["whole", "padded documents"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_view_for_a_gpu_shows_the_same(name, kind):
+    pattern, columns = PATTERNS[name], columns_of(kind)
+    view, seen = flex_view(pattern, columns, block=16), dense(name, kind)
+    count = len(seen) if kind != "whole" else 1
+    assert torch.equal(create_mask(view.mask_mod, count, 1, L, L, "cpu")[:, 0], seen[:count])
+    heads = [
+        torch.randn(3, L, h, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 1)
+    ]
+    q, k, v = heads[0], heads[1], heads[2].expand(-1, -1, 2, -1)
+    ours = flex(q, k, v, view, None)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen[:, None], enable_gqa=True
+    )
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(mixer="latent"), dict(causal=False), dict(num_kv_heads=4, mixer__value_residual=0.5)],
+)
+def test_documents_and_padding_on_a_gpu_are_seen_as_by_a_dense_mask(more, monkeypatch):
+    """The kernel's eager form in place of the kernel, which has no backward pass on a CPU."""
+    model = build(**dict(width=64) | more).train()
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, V, (3, 50), generator=generator)
+    documents = (torch.rand(3, 50, generator=generator) < 0.1).cumsum(-1)
+    real = torch.ones(3, 50, dtype=torch.bool)
+    real[1, 41:] = False
+    targets = tokens.masked_fill(~real, -100)
+    found, masks = [], []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(blocks, "fits_flex", lambda columns, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(
+            model, "_mask", lambda *a: masks.append(type(model)._mask(model, *a)) or masks[-1]
+        )
+        with torch.no_grad():
+            found.append(model(tokens, targets, padding_mask_BL=real, documents_BL=documents))
+    assert [isinstance(mask, torch.Tensor) for mask in masks] == [True, False]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4)
+
+
+def build(dtype=torch.float32, **more) -> Transformer:
+    torch.manual_seed(0)
+    sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
+    config = model_config(**sizes | dict(max_sequence_length=96, init_std=0.3) | more)
+    return Transformer(config).to(dtype).eval()
+
+
+def tokens(rows: int = 2, length: int = L) -> Tensor:
+    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "few",
+    [
+        dict(mixer="window", mixer__window=L),
+        dict(mixer="window", mixer__window=96),
+        dict(mixer="window", mixer__window=40, mixer__global_tokens=27),
+        dict(mixer="block_sparse", mixer__block=8, mixer__local=9),
+        dict(mixer="block_sparse", mixer__block=1, mixer__local=4, mixer__pattern="bigbird")
+        | dict(mixer__global_blocks=63),
+    ],
+    ids=str,
+)
+def test_where_every_earlier_token_is_seen_it_is_full_attention(few):
+    x, theirs = tokens(), build()
+    ours = build(**few)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    padding = torch.arange(L) >= torch.tensor([[0], [9]])
+    found, expected = (m(x, padding_mask_BL=padding)[padding] for m in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 66])
+def test_a_window_is_that_of_mistral(window):
+    """The same weights, a batch padded on the left, logits and gradients."""
+    ours = build(
+        mixer="window", mixer__window=window, mixer__qk_norm="none", num_layers=3, init_std=0.1
+    )
+    theirs = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=V, hidden_size=32, intermediate_size=24, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+            sliding_window=window, attn_implementation="eager", max_position_embeddings=96,
+        )
+    ).eval()  # fmt: skip
+    as_llama = changed(ours.config, mixer="attention")
+    weights = dict(to_hf(as_llama, ours.state_dict())[1])
+    theirs.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
+    x, real = tokens(), torch.arange(L) >= torch.tensor([[0], [9]])
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    found = ours(x, padding_mask_BL=real)[real]
+    expected = theirs(x, attention_mask=real.long(), position_ids=places).logits[real]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for name in ("q", "k", "v", "o"):
+        inner = dict(q="query", k="key", v="value", o="output")[name]
+        mine = ours.get_parameter(f"blocks.1.mixer.{inner}.weight").grad
+        other = theirs.get_parameter(f"model.layers.1.self_attn.{name}_proj.weight").grad
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+SEVERAL = [
+    dict(mixer="window", mixer__window=7),
+    dict(mixer="window", mixer__window=7, mixer__global_tokens=3),
+    dict(mixer="block_sparse", mixer__block=4, mixer__local=3),
+    dict(mixer="block_sparse", mixer__block=4, mixer__local=3, mixer__pattern="fixed"),
+    dict(mixer="block_sparse", mixer__block=4, mixer__local=2, mixer__pattern="bigbird"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("few", SEVERAL, ids=str)
+def test_it_decodes_in_any_pieces_with_padding_on_the_left(few):
+    model, x = build(**few), tokens(3)
+    real = torch.arange(L) >= torch.tensor([[0], [9], [21]])
+    for pieces in ([22, 30, 1, 1, 13], [1] * L, [40] + [1] * 27):
+        read, found, masks = model.new_cache(), [], real.split(pieces, 1)
+        for piece, mask in zip(x.split(pieces, 1), masks, strict=True):
+            found.append(model(piece, padding_mask_BL=mask, cache=read))
+        expected = model(x, padding_mask_BL=real)
+        torch.testing.assert_close(torch.cat(found, 1)[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_cache_of_a_window_does_not_grow():
+    model = build(mixer="window", mixer__window=7, mixer__global_tokens=3)
+    read = model.new_cache()
+    sizes = []
+    for piece in tokens(1).split(1, 1):
+        model(piece, cache=read)
+        sizes.append(read.num_bytes)
+    assert sizes[5] == sizes[-1] == 2 * 2 * 16 * 4 * (6 + 3), "layers, kinds, width, bytes, tokens"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("few", "keys"),
+    [
+        (dict(mixer="window", mixer__window=7, mixer__global_tokens=3), 7 + 3),
+        # Token 67 is in block 16, sees 14 to 16, and 1, 4, 7, 10, 13.
+        (dict(mixer="block_sparse", mixer__block=4, mixer__local=3), 3 * 4 + 5 * 4),
+    ],
+)
+def test_a_step_of_decoding_reads_only_what_it_sees(few, keys):
+    model, x = build(**few), tokens(1, L + 1)
+    read = model.new_cache()
+    model(x[:, :L], cache=read)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x[:, L:], cache=read)
+    one_key = flops_per_token(build().config, 1) // 3  # of full attention, forward
+    assert counter.get_total_flops() == one_key + 2 * 4 * 32 * (keys - 1)
+
+
+@pytest.mark.parametrize("few", SEVERAL, ids=str)
+def test_flops_are_of_the_pairs_that_see_each_other(few):
+    config = build(**few).config
+    pattern = config.mixer.pattern_of()
+    pairs = sum(joins(pattern, i, j) for i in range(L) for j in range(i + 1))
+    full, ours = (flops_per_token(c, L, causal=True) for c in (build().config, config))
+    saved = L * (L + 1) // 2 - pairs
+    assert (full - ours) * L == pytest.approx(3 * 2 * 4 * 32 * saved, abs=6 * L)
+    assert flops_per_token(config, L) >= ours
+
+
+def gradients(model: Transformer, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(model(x, x).sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("few", SEVERAL, ids=str)
+def test_layers_that_are_computed_again_have_the_same_gradients(few):
+    plain, again = (build(**few, activation_checkpointing=c) for c in ("none", "full"))
+    for ours, theirs in zip(gradients(again, tokens()), gradients(plain, tokens()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("few", "views"),
+    [
+        (dict(mixer_pattern=["window", "window", "attention"], mixer__window=7), 1),
+        (SEVERAL[2], 1),
+        (SEVERAL[4], 3),  # each layer draws other blocks
+    ],
+    ids=str,
+)
+def test_layers_that_see_the_same_share_a_view(few, views, monkeypatch):
+    made = []
+    viewer = sparse_module.viewer
+
+    def counting(config, part, layer):
+        make = viewer(config, part, layer)
+        return lambda columns: made.append(layer) or make(columns)
+
+    monkeypatch.setattr(sparse_module, "viewer", counting)
+    build(num_layers=3, **few)(tokens())
+    assert len(made) == views
+
+
+def test_dropout_drops_scores():
+    model = build(mixer="window", mixer__window=7, dropout=0.5).blocks[0].mixer.train()
+    x, view = torch.randn(3, L, 32), plain_view(PATTERNS["window"], columns_of("whole"))
+    drawn = torch.stack([model(x, Context(view=view)) for _ in range(100)])
+    assert not torch.equal(drawn[0], drawn[1])
+    expected = model.eval()(x, Context(view=view))
+    noise = drawn.std(0) / 100**0.5
+    assert ((drawn.mean(0) - expected).abs() < 6 * noise + 1e-6).all()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("few", SEVERAL, ids=str)
+def test_it_compiles_for_several_lengths_and_with_documents(few):
+    torch._dynamo.reset()
+    model = build(**few)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (40, L, 41):
+        x = tokens(2, length)
+        torch.testing.assert_close(compiled(x), model(x))
+    documents = (x == 0).cumsum(-1)
+    torch.testing.assert_close(
+        compiled(x, documents_BL=documents), model(x, documents_BL=documents)
+    )
+
+
+@torch.no_grad()
+def test_a_model_in_bf16_computes_about_the_same():
+    for few in SEVERAL:
+        exact, rounded = (
+            build(dtype, **few)(tokens()) for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()

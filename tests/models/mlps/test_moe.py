@@ -1,0 +1,398 @@
+"""A mixture of experts beside a plain loop over tokens, and what its balance adds and counts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from forescale.models import Transformer
+from forescale.models.flops import count, flops_6n, flops_per_token
+from forescale.models.mlps.grouped import GroupedLinear
+from tests.models.configs import changed, model_config
+
+V, E, K = 61, 6, 2
+BASE = model_config(
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    vocab_size=V,
+    max_sequence_length=24,
+    mlp="moe",
+    mlp_width=48,
+    mlp__experts=E,
+    mlp__top_k=K,
+    init_std=0.3,
+)
+CHOICES = {
+    "softmax": BASE,
+    "softmax-raw": changed(BASE, mlp__renormalise=False),
+    "sigmoid": changed(BASE, mlp__scores="sigmoid"),
+    "sigmoid-raw-bias": changed(
+        BASE, mlp__scores="sigmoid", mlp__renormalise=False, mlp__bias_speed=0.01
+    ),
+    "shared": changed(BASE, mlp__shared=2, mlp__expert_width=20),
+    "all": changed(BASE, mlp__top_k=E, mlp__expert_width=20),
+}
+
+
+def build(config=BASE):
+    torch.manual_seed(0)
+    return Transformer(config)
+
+
+def layer(config=BASE):
+    torch.manual_seed(0)
+    config = config.resolved()
+    return config.mlp.build(config)
+
+
+def tokens(rows=3, length=24):
+    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def hidden(rows=2, length=12):
+    return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(4))
+
+
+def plainly(moe, x_D):
+    """One token, by the definition."""
+    c = moe.part
+    logits_E = moe.router.weight @ x_D
+    scores_E = logits_E.softmax(-1) if c.scores == "softmax" else logits_E.sigmoid()
+    ranked_E = scores_E if moe.bias_steps is None else scores_E + c.bias_speed * moe.bias_steps
+    chosen = ranked_E.argsort(descending=True)[: c.top_k].tolist()
+    total = sum(scores_E[e] for e in chosen) if c.renormalise else 1.0
+    y_D = torch.zeros_like(x_D) if moe.shared is None else moe.shared(x_D)
+    for e in chosen:
+        inner_F = F.silu(moe.gate.weight[e] @ x_D) * (moe.up.weight[e] @ x_D)
+        y_D = y_D + scores_E[e] / total * (moe.down.weight[e] @ inner_F)
+    return y_D
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_it_equals_a_plain_loop_and_so_do_its_gradients(name):
+    moe, x = layer(CHOICES[name]), hidden()
+    if moe.bias_steps is not None:
+        moe.bias_steps += torch.tensor([30, -30, 0, 60, 0, -10])
+    found, _ = moe(x)
+    expected = torch.stack([torch.stack([plainly(moe, x_D) for x_D in row]) for row in x])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    parameters = list(moe.parameters())
+    ours, theirs = (torch.autograd.grad(y.square().sum(), parameters) for y in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_grouped_products_take_empty_groups_and_give_them_zero_gradients():
+    torch.manual_seed(0)
+    linear, rows = GroupedLinear(4, 5, 3, 1.0), torch.randn(7, 5, requires_grad=True)
+    out = linear(rows, torch.tensor([0, 4, 4, 7]))
+    expected = torch.cat([rows[:4] @ linear.weight[1].T, rows[4:] @ linear.weight[3].T])
+    torch.testing.assert_close(out, expected)
+    wanted = [rows, linear.weight]
+    ours, theirs = (torch.autograd.grad(y.square().sum(), wanted) for y in (out, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not ours[1][[0, 2]].any()
+    nothing = linear(rows[:0], torch.zeros(4, dtype=torch.int64))
+    nothing.sum().backward()
+    assert not linear.weight.grad.any()
+
+
+@torch.no_grad()
+def test_a_token_does_not_depend_on_the_others():
+    moe, x = layer().eval(), hidden(1, 30)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    whole, _ = moe(x)
+    torch.testing.assert_close(moe(x[:, order])[0], whole[:, order])
+    torch.testing.assert_close(moe(x[:, 7:8])[0], whole[:, 7:8])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_it_is_counted_as_it_is(name):
+    config, x = CHOICES[name], tokens(2, 24)
+    model = build(changed(config, loss_chunk=0))
+    idle = 2 * (E - config.mlp.top_k) * 3 * 32 * config.resolved().mlp.expert_width
+    counts = count(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.active == counts.total - idle
+    assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
+    with FlopCounterMode(display=False) as counter:
+        losses, penalty = model(x, x)
+        (losses.sum() + penalty).backward()
+    attention = 2 * 3 * 4 * 32 * 24  # the counter knows no formula for the CPU's flash kernel
+    assert counter.get_total_flops() == (flops_per_token(config, 24) - attention) * x.numel()
+
+
+def test_a_mixture_of_the_default_width_costs_what_the_dense_model_costs():
+    dense = changed(BASE, mlp="swiglu")
+    router = 2 * 3 * 2 * 32 * E
+    assert flops_per_token(BASE, 24) == flops_per_token(dense, 24) + router
+
+
+def test_the_first_layers_stay_dense():
+    model = build(changed(BASE, mlp__dense_layers=1))
+    assert model.blocks[0].mlp.up.weight.shape == (48, 32)
+    assert model.blocks[1].mlp.up.weight.shape == (E, 24, 32)
+    model(tokens(), tokens())
+    assert len(model.tallies.of("experts")) == 1
+
+
+# --- balance
+
+
+def test_the_balance_loss_is_that_of_transformers_in_each_layer():
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    moe, x = layer(changed(BASE, mlp__z_loss=0.0)), hidden()
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, 7:] = False
+    logits = moe.router(x.flatten(0, 1))
+    for mask in (None, real):
+        theirs = mixtral.load_balancing_loss_func(
+            (logits,), E, K, None if mask is None else mask.long()
+        )
+        found = moe(x, mask)[1].penalty
+        assert found.item() == pytest.approx(0.01 * theirs.item() / K, rel=1e-6)
+    expected, ours = (
+        torch.autograd.grad(loss, moe.router.weight, retain_graph=True)[0]
+        for loss in (0.01 / K * theirs, found)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+def test_the_router_z_loss_is_the_mean_square_of_log_z():
+    moe, x = layer(changed(BASE, mlp__balance_loss=0.0)), hidden()
+    z = moe.router(x[:, :9]).logsumexp(-1)
+    real = (torch.arange(12) < 9).expand(2, 12)
+    assert moe(x, real)[1].penalty.item() == pytest.approx(0.001 * z.square().mean().item())
+
+
+def test_the_penalty_is_per_target_and_no_part_of_losses():
+    model, x = build(), tokens()
+    targets = x.roll(-1, 1)
+    targets[0, 20:] = -100
+    losses, penalty = model(x, targets)
+    alone = [model(x[i : i + 1], targets[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(losses, torch.cat([row for row, _ in alone]))
+    each = penalty / (3 * 24 - 4)  # two layers, each about balance_loss + z_loss * log(E)^2
+    assert 0.02 < each < 0.2
+    model.eval()
+    torch.testing.assert_close(model(x, targets), losses)
+    z = build(changed(BASE, z_loss=1e-4))
+    both, without = (
+        z(x, targets)[1],
+        build(changed(BASE, z_loss=1e-4, mlp__balance_loss=0.0, mlp__z_loss=0.0))(x, targets)[1],
+    )
+    torch.testing.assert_close(both - without, penalty)
+
+
+def test_padding_counts_nowhere():
+    model, x = build(), tokens()
+    targets = x.roll(-1, 1)
+    targets[:, 16:] = -100
+    other = x.clone()
+    other[:, 16:] = 0
+    _, first = model(x, targets)
+    counts = model.tallies.counts.clone()
+    assert counts.view(2, -1)[:, :E].sum(-1).tolist() == [3 * 16 * K] * 2
+    model.tallies.counts.zero_()
+    _, second = model(other, targets)
+    torch.testing.assert_close(first, second)
+    assert torch.equal(counts, model.tallies.counts)
+    nothing = model(x, torch.full_like(x, -100))
+    assert nothing[1] == 0
+    assert not nothing[0].any()
+
+
+def test_what_is_computed_again_counts_once():
+    plain, again = (build(changed(BASE, activation_checkpointing=c)) for c in ("none", "full"))
+    x, found = tokens(), []
+    for model in (plain, again):
+        losses, penalty = model(x, x)
+        (losses.sum() + penalty).backward()
+        found.append([penalty.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(plain.tallies.counts, again.tallies.counts)
+
+
+def test_evaluation_counts_nothing():
+    model = build().eval()
+    model(tokens(), tokens())
+    assert not model.tallies.counts.any()
+
+
+def test_metrics_of_a_step():
+    model, x = build(), tokens()
+    model(x, x)
+    model(x.flip(0), x)
+    model.counted(model.counters().clone())
+    found, load = model.metrics(), model.tallies.of("experts")[:, :E].double()
+    worst = (load.amax(-1) / load.mean(-1)).max()
+    assert found["expert_load_worst"].item() == pytest.approx(worst.item())
+    assert 1 <= found["expert_load"] <= worst
+    assert found["dropped"] == 0
+    moe = model.blocks[0].mlp
+    with torch.no_grad():
+        moe.router.weight.zero_()
+        model.blocks[1].mlp.router.weight.zero_()
+    model.counters().zero_()
+    model(x, x)
+    model.counted(model.counters().clone())
+    assert model.metrics()["router_entropy"].item() == pytest.approx(math.log(E), rel=1e-5)
+
+
+# --- a bias instead of a loss
+
+
+BIASED = changed(
+    BASE, mlp__scores="sigmoid", mlp__bias_speed=0.01, mlp__balance_loss=0.0, mlp__z_loss=0.0
+)
+
+
+def test_the_bias_follows_the_load_and_balances_it():
+    model, x = build(BIASED), tokens()
+    first = None
+    for _ in range(150):
+        model.counters().zero_()
+        model(x, x)
+        model.counted(model.counters().clone())
+        load = model.tallies.total("experts")[:, :E]
+        before = [block.mlp.bias_steps.clone() for block in model.blocks]
+        model.updated()
+        for block, old, counts in zip(model.blocks, before, load, strict=True):
+            assert (block.mlp.bias_steps - old).tolist() == [
+                (counts.sum() > E * n).int().item() - (counts.sum() < E * n).int().item()
+                for n in counts
+            ]
+        first = first or model.metrics()["expert_load"].item()
+    assert first > 1.3
+    assert model.metrics()["expert_load"] < 1.2
+
+
+def test_the_bias_is_in_the_state_and_no_precision_rounds_it():
+    model = build(BIASED)
+    names = [name for name in model.state_dict() if name.endswith("bias_steps")]
+    assert len(names) == 2
+    assert not [name for name in model.state_dict() if "tallies" in name]
+    model.blocks[0].mlp.bias_steps += 12_345
+    assert model.bfloat16().blocks[0].mlp.bias_steps.tolist() == [12_345] * E
+
+
+def test_the_bias_changes_the_choice_and_not_the_weights():
+    moe, x = layer(changed(BIASED, mlp__top_k=E)), hidden()
+    before, _ = moe(x)
+    moe.bias_steps += torch.arange(E) * 1000
+    torch.testing.assert_close(moe(x)[0], before)
+
+
+# --- capacity
+
+
+def test_a_capacity_drops_what_has_no_place_in_training_only():
+    moe, x = layer(changed(BASE, mlp__capacity=1.0)), hidden(2, 12)
+    with torch.no_grad():  # all tokens want expert 2 most, and then expert 4
+        moe.router.weight.zero_()
+        moe.router.weight[2, 0], moe.router.weight[4, 0] = 2.0, 1.0
+        x[..., 0] = 1.0
+        found, routing = moe(x)
+        places = 24 * K // E
+        assert routing.counts[:E].tolist() == [0, 0, 24, 0, 24, 0]
+        assert routing.counts[E] == 2 * (24 - places)
+        free = layer(BASE)
+        free.load_state_dict(moe.state_dict())
+        whole, _ = free(x)
+        flat, expected = found.flatten(0, 1), whole.flatten(0, 1)
+        torch.testing.assert_close(flat[:places], expected[:places])
+        assert not flat[places:].any()
+        torch.testing.assert_close(moe.eval()(x)[0], whole)
+        moe.train()
+        real = torch.ones(2, 12, dtype=torch.bool)
+        real[0] = False  # padding takes no place
+        flat, routing = moe(x, real)
+        torch.testing.assert_close(flat[1, :places], whole[1, :places])
+        assert routing.counts[E] == 2 * (12 - places)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_target_sees_no_token_without_an_expert_where_there_is_room_for_all(causal):
+    """Behind the last target a causal model has nothing to see; an encoder has."""
+    model, x = build(changed(BASE, causal=causal, mlp__capacity=E / K)), tokens()
+    targets = torch.full_like(x, -100)
+    targets[:, 5] = x[:, 5]
+    trained, _ = model.train()(x, targets)
+    torch.testing.assert_close(trained, model.eval()(x, targets), rtol=1e-5, atol=1e-5)
+
+
+def test_enough_capacity_drops_nothing():
+    free, roomy = layer(), layer(changed(BASE, mlp__capacity=E / K))
+    x = hidden()
+    (a, first), (b, second) = free(x), roomy(x)
+    torch.testing.assert_close(a, b)
+    assert torch.equal(first.counts, second.counts)
+    ours, theirs = (
+        torch.autograd.grad(y.square().sum(), list(m.parameters()))
+        for y, m in ((a, free), (b, roomy))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+# --- compilation and config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"mlp__capacity": 1.0},
+        {"activation_checkpointing": "full"},
+    ],
+    ids=str,
+)
+@pytest.mark.slow  # seconds each
+def test_it_compiles_as_one_graph(change):
+    torch._dynamo.reset()
+    model, x = build(changed(BASE, **change)), tokens()
+    parameters = list(model.parameters())
+
+    def gradients(of):
+        losses, penalty = of(x, x)
+        return torch.autograd.grad(losses.sum() + penalty, parameters)
+
+    expected = gradients(model)
+    counts = model.tallies.counts.clone()
+    model.tallies.counts.zero_()
+    found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert torch.equal(counts, model.tallies.counts)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    [
+        ({"mlp__top_k": 7}, "mlp.top_k", "7 of 6"),
+        ({"mlp__top_k": 0}, "mlp.top_k", "0 of 6"),
+        ({"mlp__experts": 1}, "mlp.experts", "1 is no mixture"),
+        ({"mlp__top_k": 5}, "mlp.expert_width", "5 experts a token do not divide mlp_width 48"),
+        ({"mlp__expert_width": 0}, "mlp.expert_width", "0 is not a size"),
+        ({"mlp__shared": -1}, "mlp.shared", "-1 is not a count"),
+        ({"mlp__dense_layers": 2}, "mlp.dense_layers", "leave no mixture"),
+        ({"mlp__scores": "tanh"}, "mlp.scores", "'tanh'"),
+        ({"mlp__balance_loss": -0.1}, "mlp.balance_loss", "0 or more"),
+        ({"mlp__capacity": 0.5}, "mlp.capacity", "without a place"),
+        ({"mlp__capacity": math.inf}, "mlp.capacity", "0 or more"),
+        ({"mlp__bias_speed": 0.001}, "mlp.bias_speed", "sigmoid"),
+        ({"mlp__bias_speed": 2.0, "mlp__scores": "sigmoid"}, "mlp.bias_speed", "wider than"),
+        ({"mlp__top_k": 1}, "mlp.renormalise", "learns nothing"),
+        ({"bias": True}, "bias", "no biases"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_its_sentence(change, field, said):
+    (problem,) = changed(BASE, **change).problems()
+    assert problem[0] == field
+    assert said in problem[1]
