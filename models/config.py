@@ -101,8 +101,8 @@ class ModelConfig:
     norm: Norm = field(default_factory=RMS, metadata={"kinds": NORMS})
     # How tokens exchange information.
     mixer: Mixer = field(default_factory=Attention, metadata={"kinds": MIXERS})
-    # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
-    # empty: `mixer` in each layer.
+    # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention]; a
+    # word alone that is the kind of `mixer` has its keys; empty: `mixer` in each layer.
     mixer_pattern: list[Mixer] = field(default_factory=list, metadata={"kinds": MIXERS})
     # What acts on each token alone.
     mlp: Mlp = field(default_factory=SwiGLU, metadata={"kinds": MLPS})
@@ -139,7 +139,7 @@ class ModelConfig:
     init_std: float | None = None
 
     def __post_init__(self) -> None:
-        """Take a word, or a block such as {"kind": "window", "window": 256}, for its part."""
+        """Make a part of a word, or of a block such as {"kind": "window", "window": 256}."""
         for f in fields(self):
             if (kinds := f.metadata.get("kinds")) is None:
                 continue
@@ -147,6 +147,9 @@ class ModelConfig:
             is_list = isinstance(value, list)
             part = [part_of(kinds, one) for one in value] if is_list else part_of(kinds, value)
             object.__setattr__(self, f.name, part)
+        bare = type(self.mixer)()  # as the word alone of the same kind
+        pattern = [self.mixer if mixer == bare else mixer for mixer in self.mixer_pattern]
+        object.__setattr__(self, "mixer_pattern", pattern)
 
     def problems(
         self, vocab_size: int | None = None, sequence_length: int | None = None

@@ -60,7 +60,7 @@ def unread(config: "ModelConfig") -> list[Problem]:
     if config.num_layers and config.width and config.depth:
         problem = "has no effect beside num_layers and width, which are set"
         problems.append(("depth", problem, "set these instead, or choose model=depth"))
-    if config.mixer_pattern:
+    if config.mixer_pattern and config.mixer not in config.mixer_pattern:
         problems.append(("mixer", "has no effect beside mixer_pattern", "leave one of them out"))
     read = {name for part in _blocks(config) for name in part.reads}
     if config.position.kind in ("learned", "sinusoidal", "none"):

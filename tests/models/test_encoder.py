@@ -148,7 +148,7 @@ def siglip(ours):
     c = ours.config
     config = transformers.SiglipTextConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, layer_norm_eps=c.norm_eps,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, layer_norm_eps=c.norm.eps,
         max_position_embeddings=c.max_sequence_length, hidden_act="gelu_pytorch_tanh",
         attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip

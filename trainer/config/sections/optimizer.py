@@ -150,7 +150,7 @@ class MuonConfig(AdamWConfig):
     def for_width(self, width: int | None) -> Self:
         """Return it with the adam_learning_rate that follows from the model's width, if it is null.
 
-        Sweeps at widths of 48 to 128 have their optimum at 0.04 to 0.06 (models/README.md). The
+        Sweeps at widths of 48 to 128 have their optimum at 0.04 to 0.06 (models/RESULTS.md). The
         steps of a head's output grow with the width, so that its rate must fall as 1 / width (Yang
         et al. 2022, arXiv 2203.03466, table 8); at 768 that is 0.0067, and nanochat's head has
         0.004. Doubt: an embedding could learn faster there, and nanochat's does, at 0.2; at 256 a
