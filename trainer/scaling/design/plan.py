@@ -6,10 +6,11 @@ that would decide otherwise.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from forescale.config.schema import plain
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.cells import FACTOR, RATES, Cell, extra_rate
@@ -178,12 +179,21 @@ class StudyPlan:
 
 def dump(plan: StudyPlan) -> dict[str, Any]:
     """Return the plan as JSON values."""
-    facts = asdict(plan)
+    facts: dict[str, Any] = _values(plan)
     for stage in facts["stages"]:
         for cell in stage["cells"]:
             shape = cell["shape"]
             cell["shape"] = {"wanted": shape.pop("target"), **shape}
     return facts
+
+
+def _values(node: Any) -> Any:
+    """Return a dataclass as JSON values; a model with the kinds of its parts."""
+    if isinstance(node, ModelConfig):
+        return plain(node)
+    if is_dataclass(node):
+        return {f.name: _values(getattr(node, f.name)) for f in fields(node)}
+    return [_values(item) for item in node] if isinstance(node, list | tuple) else node
 
 
 def load(facts: Mapping[str, Any]) -> StudyPlan:

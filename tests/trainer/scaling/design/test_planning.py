@@ -70,7 +70,7 @@ def test_arguments_after_two_dashes_are_shared_by_all_runs(plan, tmp_path):
     assert plan("plan.cap=1e15", "--", "optimizer=muon", "model.mlp=gelu")[0] == 0
     study = Study(tmp_path / "studies/mine")
     job = compose(TrainJob, study.arguments(study.plan.cells[0]))
-    assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
+    assert (job.optimizer.kind, job.model.mlp.kind) == ("muon", "gelu")
     share = job.optimizer.adam_learning_rate / job.optimizer.learning_rate
     assert share == pytest.approx(0.04 / 0.02), "both rates keep their ratio"
     code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")

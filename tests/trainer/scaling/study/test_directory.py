@@ -177,7 +177,7 @@ def test_a_cell_is_a_command_that_train_takes(small_data, tmp_path, fake_trainin
     study = Study(tmp_path / "dial")
     cell = study.plan.cells[0]
     model = compose(TrainJob, study.arguments(cell)).model
-    assert (model.mixer, model.width) == ("mingru", cell.keys["model.width"])
+    assert (model.mixer.kind, model.width) == ("mingru", cell.keys["model.width"])
 
 
 SIZES = {"model.num_kv_heads", "model.num_heads", "model.width", "model.num_layers"}
