@@ -39,34 +39,6 @@ def all_pieces(bins: Bins) -> list[list[list[tuple[int, int]]]]:
     return [[bins.pieces(s, b) for b in range(n)] for s, n in enumerate(bins.counts.tolist())]
 
 
-@given(SHARDS, st.integers(1, 40))
-@settings(max_examples=25, deadline=None)
-def test_every_token_except_a_documents_first_is_a_target_once(shards, L):
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = Dataset(write_dataset(Path(folder) / "d", shards))
-        bins = bins_of(dataset, Path(folder), L)
-        targets = []
-        for shard, of_shard in enumerate(all_pieces(bins)):
-            lengths = np.array(shards[shard])
-            document = np.repeat(np.arange(len(lengths)), lengths)
-            held = []
-            for pieces in of_shard:
-                assert sum(length for _, length in pieces) <= L + 1
-                held.append(sum(length - 1 for _, length in pieces))
-                for start, length in pieces:
-                    assert len(set(document[start : start + length])) == 1
-                    targets += [(shard, t) for t in range(start + 1, start + length)]
-            assert bins.targets[shard] == sum(held) == lengths.sum() - len(lengths)
-            numbers = np.arange(len(held))
-            first, length = bins.cut(np.full_like(numbers, shard), numbers)
-            assert (first == numbers).all()
-            assert (length - 1).tolist() == held
-        starts = [np.cumsum(d) - d for d in map(np.array, shards)]
-        firsts = {(s, int(t)) for s, of_shard in enumerate(starts) for t in of_shard}
-        tokens = {(s, t) for s, d in enumerate(shards) for t in range(sum(d))}
-        assert sorted(targets) == sorted(tokens - firsts)
-
-
 def test_missing_targets_are_counted_over_all_bins(opened, tmp_path):
     bins = bins_of(opened, tmp_path)
     for shards in ([0], [2, 0], [1, 2], [2, 1, 0]):
@@ -119,21 +91,6 @@ def test_tables_are_computed_once_per_dataset_split_and_length(opened, tmp_path)
         fresh = pack(np.array(lengths), 8)
         for name in ("offsets", "starts", "lengths"):
             assert (getattr(again.table(shard), name) == getattr(fresh, name)).all()
-
-
-def test_pieces_are_whole_documents_of_the_text(dataset, tmp_path):
-    """Each piece ends with the end of a document, or is continued by another; no end is inside
-    one."""
-    opened = Dataset(dataset)
-    split, end = opened.split("train"), opened.end_of_text
-    bins = bins_of(opened, tmp_path, 400)
-    whole = 0
-    for shard, of_shard in enumerate(all_pieces(bins)):
-        for start, length in (piece for pieces in of_shard for piece in pieces):
-            ids = split.read(shard, start, length)
-            assert end not in ids[:-1]
-            whole += ids[-1] == end
-    assert whole == split.num_documents
 
 
 def test_a_document_that_continues_in_another_shard_is_packed_too(tmp_path):

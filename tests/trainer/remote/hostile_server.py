@@ -145,18 +145,18 @@ class _Handler(BaseHTTPRequestHandler):
     def half(self) -> bytes:
         return self.body[: (len(self.body) + 1) // 2]
 
-    def abort(self) -> None:
+    def do_reset(self) -> None:
         """Reset the connection instead of closing it."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         # connection.close() would wait for the file objects of the connection.
         socket.close(self.connection.detach())
         self.close_connection = True
 
-    def end(self) -> None:
+    def do_close(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
-    def hang(self) -> None:
+    def do_hang(self) -> None:
         self.hostile.closing.wait(60)
         self.close_connection = True
 
@@ -175,29 +175,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.hostile.gate.wait(60)
         self.wfile.write(self.body[len(self.half()) :])
 
-    def do_reset(self) -> None:
-        self.abort()
-
     def do_half_then_reset(self) -> None:
         self.ranged(self.half())
-        self.abort()
-
-    def do_close(self) -> None:
-        self.end()
+        self.do_reset()
 
     def do_half(self) -> None:
         self.ranged(self.half())
-        self.end()
+        self.do_close()
 
     def do_half_unsized(self) -> None:
         self.ranged(self.half(), length=-1, Connection="close")
-        self.end()
+        self.do_close()
 
     def do_half_chunk(self) -> None:
         half = self.half()
         chunk = f"{len(self.body):x}\r\n".encode() + half
         self.ranged(chunk, length=-1, **{"Transfer-Encoding": "chunked"})
-        self.end()
+        self.do_close()
 
     def do_empty(self) -> None:
         self.ranged(b"", length=0)
@@ -207,12 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.stop = self.start + max(1, len(self.body) // 2)
         self.ranged(self.body[: self.stop - self.start], length=self.stop - self.start)
 
-    def do_hang(self) -> None:
-        self.hang()
-
     def do_half_then_hang(self) -> None:
         self.ranged(self.half())
-        self.hang()
+        self.do_hang()
 
     def do_trickle(self) -> None:
         """Send byte after byte, each in time, without end."""
@@ -224,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_garbage(self) -> None:
         self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
-        self.end()
+        self.do_close()
 
     def do_whole(self) -> None:
         """Answer like a server without ranges."""
@@ -232,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_whole_unsized(self) -> None:
         self.answer(self.data, 200, length=-1, Connection="close")
-        self.end()
+        self.do_close()
 
     def do_elsewhere(self) -> None:
         """Send other bytes than those requested."""

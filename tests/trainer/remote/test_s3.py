@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from forescale.data.dataset import Damaged, Dataset
+from forescale.data.dataset import Dataset
 from forescale.errors import UserError
 from forescale.remote.listing import list_files, open_input
 from forescale.remote.store import Store
@@ -95,26 +95,6 @@ def test_a_dataset_in_a_bucket_reads_the_same(put, tmp_path):
         for shard, count in enumerate(near.split("train").shard_tokens):
             want = near.split("train").read(shard, 0, count)
             assert np.array_equal(far.split("train").read(shard, 0, count), want)
-
-
-def test_a_warm_cache_requests_only_the_small_files(put, bucket, tmp_path):
-    split = Dataset("s3://books/d", tmp_path / "cache").split("train")
-    want = split.read(0, 0, 500_000)
-    bucket.rm("books/d/train-000000.tar")
-    split = Dataset("s3://books/d", tmp_path / "cache").split("train")
-    assert np.array_equal(split.read(0, 0, 500_000), want)
-    with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member .* doesn't exist"):
-        Dataset("s3://books/d", tmp_path / "other").split("train").read(0, 0, 10)
-
-
-def test_damage_in_a_bucket_is_reported_and_not_cached(put, bucket, tmp_path):
-    whole = bucket.cat("books/d/train-000000.tar")
-    bucket.pipe("books/d/train-000000.tar", whole[:200_000] + b"?" + whole[200_001:])
-    with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member 000000 is damaged"):
-        Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
-    bucket.pipe("books/d/train-000000.tar", whole)
-    tokens = Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
-    assert np.array_equal(tokens, Dataset(put).split("train").read(0, 0, 140_000))
 
 
 @pytest.mark.parametrize("size", [100, len(DATA) - 1, len(DATA) + 1])
