@@ -45,6 +45,20 @@ _AGAIN = "delete the file; it is computed again"
 Facts = dict[str, int]
 
 
+class _Row(NamedTuple):
+    """The head's entry for one shard."""
+
+    bins: int
+    pieces: int
+    targets: int
+    xxh3: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of the table: offsets, starts, lengths."""
+        return 8 * (self.bins + 1) + (8 + 4) * self.pieces
+
+
 class Documents(NamedTuple):
     """The documents of one shard: first tokens and exclusive ends, int64 of shape (documents,);
     divided: bool, whether a part of the document is in another shard."""
@@ -60,7 +74,6 @@ class BinKind:
 
     folder: ClassVar[str]
     version: ClassVar[int]  # increase it also if other documents become bins, or facts change
-    phase: ClassVar[str]  # name of the scan, for the progress line
     unit: ClassVar[str] = "window"  # name of a bin
     is_whole: ClassVar[bool] = True  # a bin is never shortened
     # How many of the first ends of a bin's pieces the objective gets, as `cuts`; 0: it gets none,
@@ -124,7 +137,8 @@ class BinKind:
                     targets, digest = int(self.targets(table).sum()), xxhash.xxh3_64_hexdigest(raw)
                     rows.append(_Row(table.num_bins, len(table.starts), targets, digest))
                     done += split.shard_tokens[shard]
-                    progress(self.phase, done, sum(split.shard_tokens), "tokens")
+                    phase = f"find {self.unit}s" if self.is_whole else "pack documents"
+                    progress(phase, done, sum(split.shard_tokens), "tokens")
                 head = {**request, "shards": rows, **({"facts": facts} if facts else {})}
                 text = json.dumps(head).encode()
                 f.write(text)
@@ -161,7 +175,7 @@ class PackedKind(BinKind):
 
     sequence_length: int
 
-    folder, version, phase, is_whole = "packing", 2, "pack documents", False
+    folder, version, is_whole = "packing", 2, False
 
     @property
     def window_length(self) -> int:
@@ -188,7 +202,7 @@ class PairKind(BinKind):
     source: int
     target: int
 
-    folder, version, phase, unit, edges = "pairs", 3, "find pairs", "pair", 1
+    folder, version, unit, edges = "pairs", 3, "pair", 1
     reasons: ClassVar[dict[str, str]] = {
         "without_separator": "without the separator",
         "without_source": "with nothing before it",
@@ -256,7 +270,6 @@ class ConversationKind(BinKind):
     sequence_length: int
 
     folder, version, unit = "conversations", 1, "conversation"
-    phase = "find conversations"
     reasons: ClassVar[dict[str, str]] = {
         "without_response": "without a response",
         "too_long": "longer than a window",
@@ -325,7 +338,7 @@ class PreferenceKind(ConversationKind):
     """A preference has four pieces: the prompt and the chosen response, the prompt again and the
     rejected one. sequence_length: the most tokens of a side, less one."""
 
-    folder, unit, edges, phase = "preferences", "preference", 4, "find preferences"
+    folder, unit, edges = "preferences", "preference", 4
 
     @property
     def window_length(self) -> int:
@@ -337,23 +350,6 @@ class PreferenceKind(ConversationKind):
 
     def _sizes(self, edges: np.ndarray) -> list[int]:
         return [int(edges[1]), int(edges[3] - edges[1])] if len(edges) == 4 else []
-
-
-class _Row(NamedTuple):
-    """The head's entry for one shard."""
-
-    bins: int
-    pieces: int
-    targets: int
-    xxh3: str
-
-    @property
-    def size(self) -> int:
-        return sum(n * d.itemsize for n, d in zip(self.counts, _DTYPES, strict=True))
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        return self.bins + 1, self.pieces, self.pieces
 
 
 class Bins:
@@ -433,10 +429,9 @@ class Bins:
         raw = self._read(at, row.size)
         if xxhash.xxh3_64_hexdigest(raw) != row.xxh3:
             raise UserError(str(self.path), f"damaged: the table of shard {shard}", _AGAIN)
-        arrays, at = [], 0
-        for count, dtype in zip(row.counts, _DTYPES, strict=True):
-            arrays.append(np.frombuffer(raw, dtype, count, at))
-            at += arrays[-1].nbytes
+        starts = 8 * (row.bins + 1)
+        places = ((row.bins + 1, 0), (row.pieces, starts), (row.pieces, starts + 8 * row.pieces))
+        arrays = (np.frombuffer(raw, d, *place) for d, place in zip(_DTYPES, places, strict=True))
         return Packing(self.sequence_length, *arrays)
 
     def _head(self, request: dict[str, Any]) -> tuple[list[_Row], Facts]:
