@@ -234,7 +234,7 @@ class StudyJob(Job):
     )
     against: list[Literal["parameters", "tokens", "flops"]] = key(
         [],
-        "columns of the laws of `rates`; []: N and D, or N alone where the sweeps can't separate them",
+        "columns of the laws of `rates`; []: N and D, or N alone where sweeps can't separate them",
     )
     form: LawName = key(
         "chinchilla",

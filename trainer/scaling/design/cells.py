@@ -158,9 +158,9 @@ def make_cell(
 
 
 def _batch(common: Common, tokens: float, factor: float) -> tuple[int, int]:
-    """Return the windows of a step, and the micro-batch of all ranks: the batch of the rule, rounded
-    to the study's micro-batch, times a factor. A smaller batch has a smaller micro-batch, if it
-    divides by the ranks."""
+    """Return the windows of a step, and the micro-batch of all ranks: the batch of the rule,
+    rounded to the study's micro-batch, times a factor. A smaller batch has a smaller micro-batch,
+    if it divides by the ranks."""
     unit, ranks = common.micro_batch, common.ranks
     usual = max(1, round(common.rule.batch(tokens) / (unit * common.sequence_length))) * unit
     least = unit * min(1.0, factor)
