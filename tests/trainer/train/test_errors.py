@@ -104,10 +104,6 @@ def test_a_batch_that_does_not_divide_by_the_ranks(refused):
     assert "make it a multiple of 12" in message
 
 
-def test_a_vocabulary_that_is_too_small_for_the_data(refused):
-    assert "model.vocab_size: " in refused("model.vocab_size=100")
-
-
 def test_an_invalid_run_name(refused):
     assert "run.name: 'a?b' can't be the name of a directory" in refused("run.name=a?b")
     message = refused(f"run.name={'x' * 300}", leaves=["runs"])
@@ -121,34 +117,6 @@ def test_a_file_where_the_runs_should_be(refused, place):
     (place / "runs").mkdir()
     (place / "runs" / "first").write_text("mine")
     assert "runs/first: is a file, but a directory is needed" in refused()
-
-
-def test_a_directory_of_something_else(refused, place):
-    (place / "runs" / "first").mkdir(parents=True)
-    (place / "runs" / "first" / "thesis.tex").write_text("mine")
-    assert "runs/first: is neither empty nor a run" in refused()
-
-
-def test_a_run_that_was_begun_with_another_config(refused, trained, place):
-    """Every change that matters is listed, with the old and the requested value."""
-    shutil.copytree(trained.path, place / "runs" / "first", symlinks=True)
-    message = refused("train.seed=3")
-    assert "runs/first: the run was started with another config: " in message
-    assert "train.seed: 1337 -> 3" in message
-    assert "train.steps: 8 -> 4" in message
-    assert "undo these changes, or choose another run.name." in message
-
-
-def test_a_run_with_a_damaged_config(refused, trained, place):
-    shutil.copytree(trained.path, place / "runs" / "first", symlinks=True)
-    (place / "runs" / "first" / "config.yaml").write_text("train: [")
-    assert "runs/first/config.yaml" in refused()
-
-
-def test_resume_must_and_never(refused, trained, place):
-    assert "runs/first: there is no run to resume" in refused("run.resume=must")
-    shutil.copytree(trained.path, place / "runs" / "first", symlinks=True)
-    assert "runs/first: the run exists already" in refused("run.resume=never")
 
 
 def test_a_missing_origin(refused):
