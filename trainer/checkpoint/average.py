@@ -40,7 +40,7 @@ from forescale.storage import (
     write_file,
 )
 
-MOST = 5  # checkpoints that are averaged where nothing is asked; LAWA took 6
+MOST = 5  # checkpoints that are averaged by default; LAWA took 6
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Matrix products in fp8, by torchao: x and weight of a product, and the gradients behind it, are
-rounded to 8 bits with scales that are found anew each time.
+rounded to 8 bits with scales that are computed each time.
 
 Formats: e4m3 (3 bits of mantissa) of x and weight; of gradients e5m2 (2 bits) with a scale for each
 tensor, e4m3 with one for each row (Micikevicius et al. 2022, arXiv 2209.05433). Results are bf16.

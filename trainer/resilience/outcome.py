@@ -209,7 +209,7 @@ def notify(run: Run, code: int, why: str, report: Callable[[str], object]) -> No
         urllib.request.urlopen(request, timeout=_WEBHOOK_SECONDS).close()
     except (OSError, ValueError, HTTPException) as e:
         problem = str(e).replace(address, "the address")
-        report(f"The webhook of {WEBHOOK} could not be told: {problem}. The run is not affected.")
+        report(f"The webhook of {WEBHOOK} fails: {problem}. The run is not affected.")
 
 
 def kills_for_memory() -> int:

@@ -255,7 +255,7 @@ def new_run(run: Run, mode: int, tag: str = "new") -> Iterator[Run]:
             stage.chmod(mode)
             yield Run(stage)
     except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not run.path.is_dir():
             raise
         problem = "another command has made this run at the same moment"
         todo = "give the same command again to resume it later, or choose another name"

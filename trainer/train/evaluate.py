@@ -96,7 +96,7 @@ def evaluate(
 
     losses: returns the summed nats of each window of a micro-batch, (B,). token_bytes: bytes of
     each token, by id. documents: attention stays within documents. bins: the split's pairs or
-    conversations. mark: receives the place of this rank, at every micro-batch anew, so that a long
+    conversations. mark: receives the place of this rank, at every micro-batch, so that a long
     evaluation doesn't look like a rank that hangs.
     """
     mine = []
