@@ -7,11 +7,14 @@ from typing import Any
 
 
 @contextmanager
-def offline_tab(browser: Any, html: str, path: Path, width: int) -> Iterator[Any]:
+def offline_tab(
+    browser: Any, html: str, path: Path, width: int, theme: str = "light"
+) -> Iterator[Any]:
     """Yield the tab that shows a page at this width. Checks at the end that nothing failed, was
     executed or was requested from a network."""
     path.write_text(html)
-    context = browser.new_context(viewport={"width": width, "height": 740}, offline=True)
+    viewport = {"width": width, "height": 740}
+    context = browser.new_context(viewport=viewport, offline=True, color_scheme=theme)
     tab = context.new_page()
     printed: list[str] = []
     requested: list[str] = []

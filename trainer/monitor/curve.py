@@ -1,7 +1,8 @@
 """The loss of a run as a few lines of text, for the terminal.
 
 Invariant: it costs the same for a long run as for a short one, because of a long file only rows
-at even distances are read. Imports no numpy, since `forescale status` must start at once.
+at even distances are read. `forescale status` must start at once, so this file imports no numpy;
+and it draws the dots itself, since the import of plotext takes 0.2 s, half of the verb's own time.
 """
 
 import math

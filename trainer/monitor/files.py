@@ -1,7 +1,7 @@
-"""Audits the small files of a run by their checksums, and its rows by what checkpoints say of them.
+"""Checks of the small files of a run by their checksums, and of its rows against checkpoints.
 
 Invariant: a file without a fault is, byte for byte, as the run wrote it. Files that are written
-once carry their own checksum. Files that grow carry one in each row, and each checkpoint records
+once have their own checksum. Files that grow have one in each row, and each checkpoint records
 their size and sha256 at its time. Changes nothing; imports no torch.
 """
 
@@ -22,7 +22,7 @@ from forescale.storage import FileEntry, has_checksum, hash_file, read_json
 
 @dataclass
 class Findings:
-    """verified: what was checked, a line each; notes: what is unusual but harmless."""
+    """verified: checks that passed, a line each; notes: unusual but harmless facts."""
 
     verified: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -118,8 +118,7 @@ def _train_rows(attempt: Attempt) -> Iterator[int]:
 
 
 def check_logged(findings: Findings, run: Run, checkpoint: Checkpoint) -> None:
-    """Compare the files of rows with what a checkpoint says of them: their beginning is as it was
-    when it was saved."""
+    """Compare the files of rows with a checkpoint: their beginning is as it was at the save."""
     folder = run.path / "attempts" / f"{checkpoint.attempt:04d}"
     for name, stored in checkpoint.state.get("logged", {}).items():
         entry = FileEntry(**stored)
@@ -134,8 +133,8 @@ def check_logged(findings: Findings, run: Run, checkpoint: Checkpoint) -> None:
 
 
 def promises(run: Run) -> list[str]:
-    """Return what the newest attempt promises of its bits, and where the run wasn't bit-exact, a
-    sentence each; none of a run that has not begun, or of an earlier version."""
+    """Return the promise of the newest attempt about bits, and where the run was not bit-exact, a
+    sentence each; empty for a run that has not begun, or of an earlier version."""
     notes = [row["what"] for row in run.read_events(kind="exactness")][-1:]
     for row in run.read_events(kind="numerics_changed"):
         where = f"from step {row['step']:,}" if "step" in row else "from a resumption"
@@ -144,7 +143,7 @@ def promises(run: Run) -> list[str]:
 
 
 def strangers(run: Run) -> list[str]:
-    """Return what lies between the checkpoints and is none, a sentence each."""
+    """Return a sentence for each file or folder among the checkpoints that is no checkpoint."""
     known = {run.checkpoint_path(step).name for step in run.checkpoint_steps()}
     known |= {f"{name}.pin" for name in known}
     sentences = []

@@ -44,9 +44,8 @@ _START = ("startup", "recovery")
 class Launch:
     """One start of the ranks, until their end. Times in seconds since the epoch.
 
-    steps: those of each of its attempts; lost: those of them that were not kept;
-    after: seconds by phase after the last row, if it ended well; eligible: since when it could have
-    started, if it was in a queue.
+    steps: of each of its attempts; lost: the steps that were discarded; after: seconds by phase
+    after the last row, if it ended well; eligible: when the queue could have started it.
     """
 
     attempts: list[Attempt]
@@ -100,8 +99,8 @@ class SaveInterval:
 
 
 class Goodput:
-    """Where the wall clock of one run went. running: its newest launch is alive, so that its last
-    steps are not lost yet. memory: what an earlier look has read."""
+    """The wall clock of one run by bucket. running: its newest launch is alive, so that its last
+    steps are not lost yet. memory: the cache of earlier views."""
 
     def __init__(self, run: Run, running: bool = False, memory: Memory | None = None):
         self.run, self.running, self._memory = run, running, memory or Memory()
@@ -233,10 +232,10 @@ class Goodput:
         return sum(steps.count for launch in self.launches for steps in launch.lost)
 
     def interval(self) -> SaveInterval | None:
-        """Return the best checkpoint interval by this run's own times; None if nothing was saved
-        yet, or no failure has shown how often they come. See `optimal_interval`.
+        """Return the best checkpoint interval by this run's own times; None without a save or a
+        failure. See `optimal_interval`.
 
-        A launch that failed before its first step says nothing of how often training fails.
+        A launch that failed before its first step does not count as a failure of training.
         """
         trained = [launch for launch in self.counted if launch.steps]
         failures = sum(launch.failed and launch.code != USER for launch in trained)

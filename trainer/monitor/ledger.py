@@ -1,4 +1,4 @@
-"""The steps of a long run, added up: what its views need of a file of a million rows.
+"""The sums over the steps of a run, for views of files with a million rows.
 
 Invariant: the sums are those of all rows, each of which was verified; see follow.py.
 """
@@ -17,7 +17,7 @@ _SECONDS = b'"seconds": {'
 
 @dataclass
 class Steps:
-    """The steps that one attempt made, added up.
+    """The sums over the steps of one attempt.
 
     last: the newest step; first: seconds by phase of the oldest one; seconds: of all, by phase.
     """
@@ -33,8 +33,8 @@ class Steps:
         return sum(self.seconds.values())
 
     def without(self, later: "Steps | None") -> "Steps":
-        """Return the steps that are not in `later`, which is how another file has these steps, or
-        the first of them; None: it has none of them."""
+        """Return the steps that are not in `later`, the same attempt's steps in another file, or
+        only its first ones; None: that file has none of them."""
         if later is None:
             return self
         if later.last >= self.last:

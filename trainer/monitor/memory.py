@@ -1,7 +1,7 @@
-"""What views of runs hold between two looks, so that the second one reads only what has changed.
+"""The cache of views of runs: a second view reads only what has changed.
 
-Invariant: what is held is what the files say now. Ledgers and tails follow their files; another
-file is read again when its time, size or number has changed.
+Invariant: the cache has what the files say now. Ledgers and tails follow their files; another file
+is read again when its time, size or number has changed.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _FILES = ("", "parent.json", "metrics.jsonl", "events.jsonl", "launch.json", "he
 
 
 class Memory:
-    """Ledgers and tails of files of rows, and what was read of other files."""
+    """Ledgers and tails of files of rows, and the content of other files."""
 
     def __init__(self) -> None:
         self._ledgers: dict[Path, Ledger] = {}
@@ -75,7 +75,7 @@ def marks(paths: list[Path]) -> list[Mark]:
 
 
 def marks_of(run: Run) -> list[Mark]:
-    """Return what changes when anything changes of which a run's status is made."""
+    """Return the marks of all files of a run's status; they differ after any change."""
     paths, attempts = [run.config, run.path / "attempts", run.checkpoints], run.attempts()
     for attempt in attempts:
         paths += [attempt.path / name for name in _FILES]

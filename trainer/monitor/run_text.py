@@ -1,4 +1,4 @@
-"""Prints all about one run: its state, checkpoints, attempts and where its time went.
+"""All about one run as text: its state, checkpoints, attempts and where its time went.
 
 Invariant: derived, never stored.
 """
@@ -67,7 +67,7 @@ def _coloured(state: str) -> str:
 
 
 def _averaged(run: Run) -> str:
-    """Return of which run and steps the averaged weights of a run are."""
+    """Return the run and the steps whose weights were averaged."""
     stored = read_json(run.averaged)
     steps = ", ".join(str(each["step"]) for each in stored["checkpoints"])
     return f", the mean of {stored['run']} at steps {steps}"
@@ -124,7 +124,7 @@ def show_run(
 
 
 def _validation(row: Row) -> str:
-    """Return a row of held-out scores in words, of a text or of preferences."""
+    """Return a row of held-out scores as a phrase, of a text or of preferences."""
     loss = f"loss {row['loss']:.4f} ± {row['loss_stderr']:.4f} over {row['windows']:,}"
     if (accuracy := row.get("rewards/accuracies")) is not None:
         return f"accuracy {accuracy:.1%}, {loss} preferences"
@@ -150,7 +150,7 @@ def _forecast(s: Status) -> str | None:
 
 
 def _mirrored(run: Run) -> str | None:
-    """Return what the mirror holds, and why it holds no more; None without a mirror."""
+    """Return the state of the mirror, and its error if it has one; None without a mirror."""
     try:
         noted = read_json(run.mirror) if run.mirror.exists() else {}
         where, steps, error = noted["where"], noted["steps"], noted["error"]

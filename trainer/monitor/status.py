@@ -1,4 +1,4 @@
-"""What runs have reached, read from their files; for `forescale status`, which must start at once.
+"""The progress of runs, read from their files; for `forescale status`, which must start at once.
 
 Invariant: derived, never stored; only what the files show. They show when they last grew, not
 whether a process lives: `running` means that they grew lately, by the run's own pace. Imports
@@ -35,17 +35,17 @@ _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation 
 
 @dataclass(frozen=True)
 class Lost:
-    """Steps that were made but not kept, because a later attempt started before them."""
+    """Steps that were discarded, because a later attempt started before them."""
 
     steps: int
     seconds: float
 
 
 class Status:
-    """The status of one run. Its rows are those of the newest attempt, from the first step on.
+    """The status of one run at one moment: nothing is read twice. Its rows are those of the newest
+    attempt, from the first step on.
 
-    It is of one moment: what it has read once, it doesn't read again. memory: what an earlier look
-    has read.
+    memory: the cache of earlier views.
     """
 
     def __init__(self, run: Run, now: float | None = None, memory: Memory | None = None):
@@ -68,7 +68,7 @@ class Status:
 
     @cached_property
     def train(self) -> list[Row]:
-        """The train rows, one per step: of a long run many, so they are read when asked for."""
+        """The train rows, one per step. A long run has many, so they are read on demand."""
         return read_rows(self.run.metrics, kind="train")
 
     @cached_property
@@ -77,7 +77,7 @@ class Status:
 
     @cached_property
     def recent(self) -> list[Row]:
-        """The last train rows, over which the speed is taken."""
+        """The last train rows, from which the speed is computed."""
         return self._tail.steps
 
     @cached_property
@@ -210,8 +210,8 @@ class Status:
 
     @property
     def _may_live(self) -> bool:
-        """True if the files grew lately: for no longer than twice the longest step, and some
-        patience, they didn't. All rows are read for it only if nothing else shows it."""
+        """True if the files grew within twice the longest step and some patience. All rows are read
+        for it only if nothing else shows it."""
         beyond = (self.age - _PATIENCE) / 2
         if beyond < 0:
             return True
@@ -272,8 +272,8 @@ class Status:
 
 
 class Statuses:
-    """The statuses of runs, for a page that is drawn again and again: that of a run of which no
-    file has changed is the same, only later."""
+    """The statuses of runs for a page that is redrawn: only runs with changed files are read
+    again."""
 
     def __init__(self) -> None:
         self._memory = Memory()

@@ -141,8 +141,8 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
 
 
 def _summed(part: BlockPart, config: ModelConfig) -> list[int]:
-    """Return the sizes of the parameters that every rank has whole, for its own heads alone, or
-    for tokens of its own."""
+    """Return the sizes of the parameters that every rank has whole, but uses for its own heads or
+    tokens alone."""
     cut = {**part.divided(config), **dict.fromkeys(part.stacked)}
     biases = {f"{name}.bias" for name in part.writes}
     shapes = part.shapes(config).items()
@@ -216,8 +216,8 @@ class _Part:
 
 
 def _parts(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[tuple[ZeroSettings, _Part]]:
-    """Return all other parameters, and the experts if ranks divide them, each with the settings of
-    the ranks that have the same."""
+    """Return the undivided parameters, and the experts if ranks divide them, each with the settings
+    of the ranks that hold the same ones."""
     every = frozenset(p.name for p in trained.parameters)
     # Between two ranks that have the same parameters are those that divide matrices with one.
     if mesh.experts == 1:

@@ -1,7 +1,7 @@
-"""What the evaluations of a run cost: windows, FLOPs and seconds, each and in total.
+"""The cost of the evaluations of a run: windows, FLOPs and seconds, each and in total.
 
-Invariant: pure functions of the job, the manifests and the predicted step; what isn't known (the
-data, the speed) is None and not guessed. Windows are counted and dealt to ranks as in
+Invariant: pure functions of the job, the manifests and the predicted step; an unknown number (of
+the data, of the speed) is None and not guessed. Windows are counted and dealt to ranks as in
 data/stream.py, `validation_windows`.
 """
 
@@ -25,9 +25,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class AbilityCost:
-    """The questions of validation.abilities in one evaluation. tokens: that all ranks compute,
-    padding included; flops: of their forward, a token as in whole windows, so the attention of
-    shorter rows counts too much; seconds: None without a known speed."""
+    """The questions of validation.abilities in one evaluation. tokens: computed by all ranks,
+    padding included; flops: of their forward, counted per token of a whole window, which is too
+    much for the attention of shorter rows; seconds: None without a known speed."""
 
     questions: int
     tokens: int
@@ -38,10 +38,12 @@ class AbilityCost:
 @dataclass(frozen=True)
 class EvaluationCost:
     """The evaluations of a run: `times` periodic ones before the last step, then one `at_end` of
-    all held-out windows. times: None if they come by the clock and no speed is known. at_end: None
-    if the data isn't known; then the sums leave it out. reference: what reads all preferences
-    before the first step, None of other objectives. asks: whether each evaluation asks questions
-    too; abilities: their cost, None if it is not known."""
+    all held-out windows.
+
+    times: None if they come by the clock and no speed is known; at_end: None without the data, and
+    not in the sums; reference: the pass over all preferences before the first step, None for other
+    objectives; asks: each evaluation has questions too; abilities: their cost, None if not known.
+    """
 
     periodic: Evaluation
     times: int | None
@@ -80,7 +82,7 @@ class EvaluationCost:
 
     @property
     def ability_lines(self) -> list[str]:
-        """What a page says of the questions; nothing if none are asked."""
+        """The sentences about the questions; empty if there are none."""
         if self.abilities is None:
             return ["abilities: not known without the data"] if self.asks else []
         a = self.abilities

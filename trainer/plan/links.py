@@ -106,12 +106,12 @@ def exposed(
 ) -> float:
     """Return the seconds of a step in which ranks wait for communication.
 
-    Collectives that can't overlap with the computation are waited for. The others cost what is
-    longer: the part of their time that exceeds the computation they overlap with, or what they take
-    from it. Their copies and sums occupy a GPU and its memory for as long as their bytes take on
-    the links of a node, and their latency is waited for; hidden is what slower links add. (So it
-    was on 8 to 512 GPUs: README.md.) Overlapping collectives share the links, so their times add
-    up. computing: seconds of forward and backward per step.
+    A collective that cannot overlap with the computation costs its whole time. Another one costs
+    the longer of two times: the part that exceeds the computation it overlaps with, or what it
+    takes from the computation: its copies and sums occupy a GPU and its memory for as long as its
+    bytes take on the links of a node, and its latency is waited for. Only the extra time on slower
+    links is hidden (measured on 8 to 512 GPUs: README.md). Overlapping collectives share the links,
+    so their times add up. computing: seconds of forward and backward per step.
     """
     hidden = waiting = room = taken = 0.0
     for c in traffic:

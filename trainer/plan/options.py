@@ -66,7 +66,7 @@ class ShardingOptions:
     """Evaluates the ways to shard a job; the fields are the same for all of them.
 
     longest: the longest window that the config allows, model.max_sequence_length as given; None:
-    any, and a table of learned positions has a row for each of its columns.
+    any. A table of learned positions grows with the window.
     """
 
     trained: Inventory
@@ -118,8 +118,8 @@ class ShardingOptions:
         )
 
     def run_seconds(self, option: ShardingOption) -> float | None:
-        """Return the seconds of all steps of a run, those of a batch that still grows by their own
-        windows; None without a known speed."""
+        """Return the seconds of all steps of a run, with fewer windows while the batch grows; None
+        without a known speed."""
         if option.step.seconds is None:
             return None
         job, ramp = option.job, option.job.batch_ramp

@@ -1,9 +1,8 @@
-"""The batches and learning rates that published models were trained with, by their size, and notes
-on a job that is far from them.
+"""Batches and learning rates of published models by size, and notes on a job that is far from them.
 
-Invariant: a note is a sentence each: what, compared with what, what to type. It never refuses, and
-a job of a recipe (conf/recipe/) has none: the table has the recipes' own numbers. Small models are
-left alone, because they are cheap to try; imports no torch.
+Invariant: a note is one sentence: the number, the published ones, the keys to set. It never refuses
+anything. A job of a recipe (conf/recipe/) has no note: the table has the recipes' own numbers.
+Small models have none either, because they are cheap to try. Imports no torch.
 """
 
 import math
@@ -68,8 +67,8 @@ def published_notes(job: TrainJob, parameters: float) -> list[str]:
 
 
 def interpolated(parameters: float, name: str) -> float:
-    """Return a field of PUBLISHED at a number of parameters: a straight line between two runs in
-    both logarithms, and beyond the smallest and the largest their own."""
+    """Return a field of PUBLISHED at a number of parameters: interpolated in both logarithms;
+    beyond the smallest and the largest run, their values."""
     below = [run for run in PUBLISHED if run.parameters <= parameters]
     above = [run for run in PUBLISHED if run.parameters > parameters]
     if not below or not above:

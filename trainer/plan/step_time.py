@@ -146,8 +146,8 @@ def predict_step_time(
 def update_seconds(
     trained: Inventory, machine: MachineConfig, peak: float, world: int | None = None
 ) -> float:
-    """Return the seconds in which one GPU updates every parameter once; with `world`, its part of
-    what it divides with those of so many that have the same parameters."""
+    """Return the seconds of the update of all parameters on one GPU; with `world`, of its share of
+    the parameters that ranks divide."""
     total = 0.0
     for group in trained.groups:
         seconds = update_flops(group) / (peak * machine.efficiency)

@@ -45,7 +45,7 @@ _HALF_SPEED = 500  # tokens at which attention has half its speed (FlashAttentio
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a rank in a micro-batch, forward and backward, with all that is computed again.
+    """The work of a rank in a micro-batch, forward and backward, recomputation included.
 
     products, scores: FLOPs of matrix products and of attention. length: tokens of a sequence, on
     which attention's speed depends. traffic: bytes of all else. weights: bytes of the weights that
@@ -72,9 +72,9 @@ class Work:
 def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     """Return the work of one rank in a micro-batch; None for a class of the user's own.
 
-    parameters: that the rank has. Of a micro-batch that ranks share it does its part of the columns
-    and of what the matrices make, and whole what is not cut: with divided columns it reads all
-    weights, with divided matrices it has the stream and its norms.
+    parameters: those of the rank. If ranks share a micro-batch, each does its part of the columns
+    and of the divided matrices, and all of the rest: with divided columns it reads all weights,
+    with divided matrices it has the whole residual stream and its norms.
     """
     config = job.model
     if not isinstance(config, ModelConfig):
@@ -117,9 +117,9 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
 
 
 def _part(config: ModelConfig, tensor: int, length: int, products: float) -> float:
-    """Return the part of a token's forward `products` that one of the ranks makes that divide
-    matrices: it multiplies by those whole that are not cut, as by a head whose rows they don't
-    divide. By routers and experts each multiplies tokens of its own."""
+    """Return the part of a token's forward `products` that one of the ranks computes that divide
+    matrices. It computes all products with undivided matrices, such as a head whose rows are not
+    divided. With routers and experts each rank computes those of its own tokens."""
     if tensor == 1:
         return 1.0
     cut, sizes, s = divided(config, tensor), shapes(config), config.sizes

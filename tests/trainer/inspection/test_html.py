@@ -11,6 +11,7 @@ from forescale.inspection.heads import maps_of
 from forescale.inspection.html import page
 from forescale.inspection.reading import read, spelled, tokens_of
 from tests.trainer.inspection.test_numbers import build, text
+from tests.trainer.offline_tab import offline_tab
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -97,25 +98,15 @@ def test_a_mistake_is_one_sentence(own_run, forescale, words, message, tmp_path)
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_draws_it(browser, read_model, tokenizer, tmp_path, width):
     """Nothing overflows, fails, or is asked of a network; pointing at a map says what it shows."""
-    path = tmp_path / "page.html"
-    path.write_text(html_of(read_model[1], tokenizer))
-    context = browser.new_context(viewport={"width": width, "height": 740}, offline=True)
-    tab, printed, requested = context.new_page(), [], []
-    tab.on("console", lambda message: printed.append(message.text))
-    tab.on("pageerror", lambda error: printed.append(str(error)))
-    tab.on("dialog", lambda dialog: (printed.append("a text was executed"), dialog.dismiss()))
-    tab.on("request", lambda request: requested.append(request.url))
-    tab.goto(path.as_uri())
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    assert tab.locator(".heads button").count() == 4 + 1  # the heads, and an influence
-    tab.locator(".heads button").nth(2).click()
-    assert tab.locator("#big-title").inner_text() == "Layer 0, head 2"
-    tab.locator("#big").click(position={"x": 3, "y": 3})
-    assert tab.locator("#big-say").inner_text().startswith("0: ")
-    assert "with 1.000" in tab.locator("#big-say").inner_text()  # the first sees itself alone
-    tab.locator(".text button").nth(3).click()
-    assert "probability" in tab.locator("#expected").inner_text()
-    assert tab.locator("#traces canvas").count() == 3
-    assert not printed
-    assert requested == [path.as_uri()]
-    context.close()
+    html = html_of(read_model[1], tokenizer)
+    with offline_tab(browser, html, tmp_path / "page.html", width) as tab:
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.locator(".heads button").count() == 4 + 1  # the heads, and an influence
+        tab.locator(".heads button").nth(2).click()
+        assert tab.locator("#big-title").inner_text() == "Layer 0, head 2"
+        tab.locator("#big").click(position={"x": 3, "y": 3})
+        assert tab.locator("#big-say").inner_text().startswith("0: ")
+        assert "with 1.000" in tab.locator("#big-say").inner_text()  # the first sees itself alone
+        tab.locator(".text button").nth(3).click()
+        assert "probability" in tab.locator("#expected").inner_text()
+        assert tab.locator("#traces canvas").count() == 3

@@ -1,1 +1,1 @@
-"""The page of runs, and what it shares with a study's report: skeleton, sections, colours."""
+"""The page of runs, and the picture of their losses."""
