@@ -278,5 +278,5 @@ def _plain_field(f: Field[Any], value: Any) -> Any:
 def unknown_key(path: str, paths: Iterable[str], verb: str) -> Problem:
     """Return the problem of a key that isn't one of `paths`, with the most similar key."""
     near = meant(path, paths)
-    todo = f"did you mean {near}?" if near else f"see forescale {verb} --help for all keys"
+    todo = f"did you mean {near}?" if near else f"see forescale {verb} --help all for the keys"
     return Problem(path, "no such key", todo)
