@@ -103,14 +103,13 @@ def submit(arguments: Sequence[str]) -> None:
         return
     if packages := own_packages(trained):
         print(f"Note: {described(packages)}")
-    arrays = [array(*group, run.new_evaluations()) for group in groups]
     sources = read_json(run.identity)["dataset"]["sources"].values()
     data = [job.data.path] if job.data.path else [source["path"] for source in sources]
     pinned = list[int]()
     try:
-        for one in arrays:
-            steps = [command.step for command in one.commands if command.step is not None]
-            pinned += [step for step in steps if pin(run, step, ahead=True)]
+        for step in (*saved, *to_come):
+            pinned += [step] * pin(run, step, ahead=True)
+        arrays = [array(*group, run.new_evaluations()) for group in groups]
         ids = submit_arrays(arrays, data, packages)
     except BaseException:
         for step in pinned:
