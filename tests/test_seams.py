@@ -234,7 +234,6 @@ class PowerConfig(ScheduleConfig):
     """A schedule."""
 
     kind = "power"
-    may_grow = False  # its rates depend on the run's length
 
     power: float = key(1.0, "exponent of the part of the run that is left", gt=0)
 

@@ -145,8 +145,8 @@ def may_resume(
 
 
 def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
-    """True if `new` is only longer: warm-up and ramps are the same, neither decay has begun, and
-    weight decay doesn't follow from the length."""
+    """Return True if `new` is only longer: the same warm-up and ramps, no decay has begun, and the
+    weight decay doesn't depend on the length."""
     return (
         old.schedule == new.schedule
         and new.schedule.may_grow

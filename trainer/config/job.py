@@ -21,7 +21,7 @@ ProblemIterator = Iterator[tuple[str, str, str]]
 
 
 class Action(NamedTuple):
-    """One of the things that a verb can do, such as `plan` of `forescale study plan`.
+    """An action of a verb, such as `plan` of `forescale study plan`.
 
     keys: the keys that it reads; `section.*` stands for all keys of a section.
     """
@@ -36,13 +36,13 @@ class Action(NamedTuple):
 
 
 class Job:
-    """One command, read and checked.
+    """The keys of a verb; an instance is one command.
 
-    VERB: the verb's name, with its first word if that has a job of its own. If it has groups of
-    choices, conf/VERB.yaml is its primary config, with - for a space.
+    VERB: the verb's name, such as plan or submit eval. If it has groups of choices, conf/VERB.yaml
+        is its primary config, with - for a space.
     TARGET: the key that an argument without `=` sets; "" if the verb takes no such argument.
     FLAGS: each flag, such as --json, with the key that it sets to true.
-    TYPED: keys that are typed by another name, which is that of a section too, by that name.
+    TYPED: the keys that a command types by another name, by that name (it is a section's too).
     ACTIONS: the actions by name, if the verb has several; each reads some of the keys.
     """
 

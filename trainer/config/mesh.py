@@ -1,9 +1,8 @@
-"""The ranks of a job as a grid, and where a rank stands in it.
+"""The ranks of a job as a grid: which ranks share a micro-batch, and which share a matrix.
 
-The one place that says which ranks share a micro-batch and which share a matrix. What divides the
-batch counts groups that are fed different windows (`data`); what divides the states of a parameter
-(ZeRO) counts the ranks that have the same parameters (`states`); what counts processes counts all
-ranks (`world`).
+Invariant: the batch is divided by the number of groups that read different windows (`data`), the
+states of a parameter (ZeRO) by the number of ranks with the same parameters (`states`). `world`
+counts processes.
 """
 
 from dataclasses import dataclass
@@ -20,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """`world` ranks in groups of sequence * tensor consecutive ones; such a group divides `world`,
-    and lies inside a node if it divides the node's ranks (PlanJob.notes reports where not).
+    """`world` ranks in groups of sequence * tensor consecutive ranks. The size of a group divides
+    `world`; a group lies inside a node if its size divides the node's ranks.
 
-    The ranks of a group are fed the same windows, different groups different windows. Of a group,
-    `tensor` consecutive ranks hold the same columns of the windows, and each a part of the
-    matrices; `sequence` such sets hold each a part of the columns.
+    All ranks of a group read the same windows; each group reads other windows. In a group, each set
+    of `tensor` consecutive ranks holds the same columns of the windows, and each of them a part of
+    the matrices; the `sequence` sets of a group hold different columns.
 
-    `experts` divides `world` too: consecutive ranks that have the experts of a layer between them.
-    Each has tokens of its own, so whether they are fed the same windows makes no difference.
+    Each set of `experts` consecutive ranks divides the experts of a layer; `experts` divides
+    `world`. The tokens of these ranks may come from the same windows or from others.
     """
 
     world: int

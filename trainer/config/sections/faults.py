@@ -82,8 +82,7 @@ def read(text: str) -> Fault:
 
 
 def problems(faults: Sequence[str], ranks: int | None = None, steps: int | None = None) -> Problems:
-    """What is wrong with a run's list of faults, a sentence each. ranks, steps: of the run, where
-    they are known."""
+    """Return the problems of a run's list of faults. ranks, steps: of the run, if known."""
     result: Problems = []
     earlier: set[Fault] = set()
     for text in faults:

@@ -19,11 +19,11 @@ from forescale.config.schema import key
 class ScheduleConfig:
     """The keys of every schedule.
 
-    kind: its word. may_grow: whether the rates before the decay don't depend on the run's length.
+    kind: its word. may_grow: True if the rates before the decay don't depend on the run's length.
     """
 
     kind: ClassVar[str]
-    may_grow: ClassVar[bool] = True
+    may_grow: ClassVar[bool] = False
 
     warmup: Duration = key(
         Duration(0),
@@ -58,6 +58,7 @@ class ConstantConfig(ScheduleConfig):
     """The peak."""
 
     kind = "constant"
+    may_grow = True
 
     def rate_after_warmup(self, step: int, total_steps: int, warmup: int, decay: int) -> float:
         return 1.0
@@ -76,7 +77,6 @@ class CosineConfig(FallingConfig):
     """Half a period from the peak to `final` (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
 
     kind = "cosine"
-    may_grow = False
 
     def rate_after_warmup(self, step: int, total_steps: int, warmup: int, decay: int) -> float:
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -93,6 +93,7 @@ class WsdConfig(FallingConfig):
     """
 
     kind = "wsd"
+    may_grow = True
 
     decay: Duration = key(
         Duration(20, "percent"), "length of the linear decay at the end", wall_time=False
