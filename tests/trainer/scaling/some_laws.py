@@ -3,7 +3,7 @@
 import numpy as np
 
 from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.fit import Certificate, certificate_of, task_of
+from forescale.scaling.fitting.fit import Certificate, certificate_of, minimisation_of
 from forescale.scaling.fitting.least_absolute import certified
 from forescale.scaling.fitting.newton import measured
 from forescale.scaling.fitting.objective import Objective
@@ -29,7 +29,7 @@ NAMES = [f"{form.name}, {form.size}" for form, _ in LAWS]
 
 def certify(form, points, values, objective=None, weights=None) -> tuple[float, Certificate]:
     """Return the objective at given published parameters, and the certificate of that point."""
-    task = task_of(form, points, objective or Objective(), {})
+    task = minimisation_of(form, points, objective or Objective(), {})
     theta = form.internal(form.vector(values)[None], task.at.centre)
     w = np.ones((1, len(points))) if weights is None else np.asarray(weights)[None]
     measure = certified if task.goal.delta == 0 else measured

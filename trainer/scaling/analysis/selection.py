@@ -42,7 +42,7 @@ def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
     if not fits:
         raise why[0]
     factor = _extrapolation_factor(next(iter(fits.values())), job)
-    judged = {name: judge(m.backtests, factor) for name, m in fits.items() if m.backtests}
+    judged = {name: error_near(m.backtests, factor) for name, m in fits.items() if m.backtests}
     if not judged:
         first = next(iter(fits))
         fits[first].notes.append(f"There are no backtests to choose a law by: {first} is taken.")
@@ -58,7 +58,7 @@ def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
     return fits[best]
 
 
-def judge(
+def error_near(
     backtests: Sequence[Backtest], extrapolation_factor: float | None
 ) -> tuple[float, tuple[float, float]]:
     """Return the root mean square of log errors, and the least and greatest factor of its runs.

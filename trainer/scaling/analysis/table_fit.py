@@ -218,15 +218,7 @@ class StudyFit:
     @property
     def allocation(self) -> tuple[float, Array] | None:
         """Return a of N* ~ C^a and its interval, or None for a law without it."""
-        try:
-            value = float(laws.allocation(self.form, self.fit.vector))
-        except UserError:
-            return None
-
-        def of(values: Array) -> Array:
-            return laws.allocation(self.form, values)
-
-        return value, self.replicates.interval(self.job.level, of)
+        return self.replicates.allocation(self.job.level)
 
     @cached_property
     def isoflop(self) -> IsoFlop | str | None:

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
 from forescale.scaling.doubts.budgets import mismatch
 from forescale.scaling.doubts.data import data_doubts
 from forescale.scaling.doubts.optimum import optimum_doubts, order_doubts
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.isoflop import IsoFlop
-from forescale.scaling.fitting.laws import allocation
 from forescale.scaling.fitting.points import Points
 
 _EXPLAINED = 0.5  # least share of the variance of log loss that a law explains
@@ -127,16 +125,16 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
             for s in gone
             if s not in edges
         ]
-        a = _allocation(replicates, level)
+        a = replicates.allocation(level)
         means = f" N* ∝ C^{a[0]:.2f} then means nothing." if a else ""
         sentences.append(
             f"The runs don't determine the law: {', '.join(edges_met)}.{means} Add runs with other "
             "N and D, or fit a law with fewer parameters, such as form=shared-exponent."
         )
-    elif (a := _allocation(replicates, level)) and a[2] - a[1] > _WIDE:
+    elif (a := replicates.allocation(level)) and a[1][1] - a[1][0] > _WIDE:
         sentences.append(
             f"The exponent of N*, {a[0]:.2f}, is hardly determined: its {level:.0%} interval is "
-            f"{a[1]:.2f} to {a[2]:.2f}. Add runs of other D/N."
+            f"{a[1][0]:.2f} to {a[1][1]:.2f}. Add runs of other D/N."
         )
     if "E" in ends and (
         "E" in edges
@@ -155,17 +153,6 @@ def _lost(replicates: Replicates, symbol: str) -> float:
     """Return the share of refits in which a parameter is at an end of its range."""
     edge = replicates.edge[:, replicates.fit.form.symbols.index(symbol)]
     return float((edge != 0).mean())
-
-
-def _allocation(replicates: Replicates, level: float) -> tuple[float, float, float] | None:
-    """Return the exponent of N* with its interval, or None for a law without it."""
-    form = replicates.fit.form
-    try:
-        a = float(allocation(form, replicates.fit.vector))
-    except UserError:
-        return None
-    low, high = map(float, replicates.interval(level, lambda values: allocation(form, values)))
-    return a, low, high
 
 
 def _one_line(points: Points) -> list[str]:

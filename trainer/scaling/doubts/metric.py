@@ -7,9 +7,10 @@ Invariant: these functions read losses and metrics alone, and change neither.
 """
 
 import numpy as np
+import pandas as pd
 from scipy.special import fdtrc, stdtr
 
-from forescale.scaling.fitting.points import Array, ranks
+from forescale.scaling.fitting.points import Array
 
 FEWEST = 4  # budgets with which a prediction can be checked: some to fit, one to predict
 _CHANCE = 0.05  # chance of a link at least as good between numbers that have nothing in common
@@ -76,7 +77,7 @@ def _direction(loss: Array, good: Array) -> int:
     n = len(loss)
     if n < _SIDE or np.ptp(good) == 0 or np.ptp(loss) == 0:
         return 0
-    r = float(np.corrcoef(ranks(loss), ranks(good))[0, 1])
+    r = float(np.corrcoef(*pd.DataFrame([loss, good]).rank(axis=1).to_numpy())[0, 1])
     t = abs(r) * np.sqrt((n - 2) / max(1e-12, 1 - r * r))
     clear = abs(r) >= _CLEAR and 2 * stdtr(n - 2, -t) <= _CHANCE
     return int(np.sign(r)) if clear else 0

@@ -9,12 +9,13 @@ convention of C is no disagreement.
 """
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.fit import Fit
 from forescale.scaling.fitting.isoflop import IsoFlop, Law
-from forescale.scaling.fitting.points import Array, Points, ranks
+from forescale.scaling.fitting.points import Array, Points
 
 # Differences of the exponent and of N* that matter to nobody, however sure they are.
 _SLIGHT = (0.02, np.log(1.1))
@@ -140,7 +141,7 @@ def order_doubts(points: Points, budgets: Array, law: Fit) -> list[str]:
     for b in np.unique(budgets):
         mask = budgets == b
         if mask.sum() > 3:
-            both = np.stack([ranks(values[mask]) for values in (points.loss, fitted)])
+            both = pd.DataFrame([points.loss[mask], fitted[mask]]).rank(axis=1).to_numpy()
             pairs.append((both - both.mean(1, keepdims=True)) / mask.sum())
     if not pairs:
         return []

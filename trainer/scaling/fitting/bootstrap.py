@@ -22,6 +22,7 @@ from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a secon
 
 from forescale.errors import UserError
 from forescale.scaling.fitting.fit import Fit, polish, starts
+from forescale.scaling.fitting.laws import allocation
 from forescale.scaling.fitting.newton import TOLERANCE, Solved, join
 from forescale.scaling.fitting.objective import curvatures, local
 from forescale.scaling.fitting.points import Array
@@ -90,6 +91,15 @@ class Replicates:
             return _without_by_a_step(self.fit, self._groups)[self._drawn]
         refits = _left_out(self.fit, self._groups, self._drawn)
         return refits.values[refits.certified]
+
+    def allocation(self, level: float) -> tuple[float, Array] | None:
+        """Return a of N* ~ C^a and its interval, (2,); None for a law whose N* is no power of C."""
+        form = self.fit.form
+        try:
+            value = float(allocation(form, self.fit.vector))
+        except UserError:
+            return None
+        return value, self.interval(level, lambda values: allocation(form, values))
 
     def interval(
         self,
@@ -292,7 +302,7 @@ def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
     A replicate with no more runs than parameters is left alone: many laws pass through its runs.
     """
     enough = (w > 0).sum(1) > fit.form.size
-    lost = np.flatnonzero(~_at_minimum(best) & enough)
+    lost = np.flatnonzero(~best.is_minimum & enough)
     if not len(lost):
         return best
     grids = [starts(fit.task, y[:1] if len(y) == 1 else y[r : r + 1], w[r : r + 1]) for r in lost]
@@ -308,13 +318,9 @@ def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
     return best
 
 
-def _at_minimum(solved: Solved) -> Array:
-    return (solved.gradient <= TOLERANCE) & (solved.curvature > 0)
-
-
 def _lower(one: Solved, other: Solved) -> Solved:
     """Return the lower minimum of each row; a minimum is taken before a point that is none."""
-    a, b = _at_minimum(one), _at_minimum(other)
+    a, b = one.is_minimum, other.is_minimum
     take = (b & ~a) | ((b == a) & (other.value < one.value))
     rows = np.where(take, np.arange(len(a)) + len(a), np.arange(len(a)))
     return join([one, other]).take(rows)

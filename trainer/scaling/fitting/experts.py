@@ -55,7 +55,6 @@ class Experts(PowerSum):
         return features
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log loss and its derivatives; see Form.evaluate."""
         shares, features = {}, self._features(at)
         for c, rows in features.items():
             shares[c] = np.exp(sum(theta[:, place, None] * row for place, row in rows))
@@ -77,18 +76,16 @@ class Experts(PowerSum):
         return total
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         low, high = super().bounds(at, log_loss)
         high[_FIRST:] = list(_SIGNED.values())
         low[_FIRST:] = -high[_FIRST:]
         return low, high
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of alpha and beta, and of the four others: no effect of experts."""
+        # The four others start at no effect of experts.
         return (np.geomspace(0.04, 1.6, 14),) * 2 + (np.zeros(1),) * len(_SIGNED)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the terms without their coefficients, and a power of 1."""
         rows = self._features(at)
         theta = np.hstack((np.zeros((len(grid), 3)), grid))
         logs = [sum(theta[:, place, None] * row for place, row in rows[c]) for c in range(3)]

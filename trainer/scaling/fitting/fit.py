@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from forescale.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form, design
 from forescale.scaling.fitting.least_absolute import SMOOTHED, solve_absolute
-from forescale.scaling.fitting.newton import TOLERANCE, Solved, Task, join, solve
+from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, join, solve
 from forescale.scaling.fitting.objective import ROUNDING, Objective
 from forescale.scaling.fitting.points import Array, Points
 
@@ -97,7 +97,7 @@ class Fit:
     values: dict[str, float]
     value: float
     certificate: Certificate
-    task: Task
+    task: Minimisation
     theta: Array
 
     @property
@@ -130,7 +130,7 @@ def fit(
     parameters, or if the weights are invalid.
     """
     goal = objective or Objective()
-    task = task_of(form, points, goal, fixed or {})
+    task = minimisation_of(form, points, goal, fixed or {})
     w = _weights(points, weights)
     y = np.log(points.loss)[None]
     _refuse_underdetermined(task, points, w)
@@ -146,7 +146,7 @@ def fit(
     return Fit(form, points, goal, w, named, float(one.value[0]), certificate, task, one.theta)
 
 
-def _searched(task: Task, y: Array, w: Array, least: float) -> Solved:
+def _searched(task: Minimisation, y: Array, w: Array, least: float) -> Solved:
     """Return what the starts of the profile grid reach. y, w: (1, n)."""
     first = starts(task, y, w, least)
     if y.shape[1] <= _MANY:
@@ -156,7 +156,7 @@ def _searched(task: Task, y: Array, w: Array, least: float) -> Solved:
     return polish(task, y, w, near[one]).take(which)
 
 
-def _thinned(task: Task, y: Array, w: Array) -> tuple[Task, Array, Array]:
+def _thinned(task: Minimisation, y: Array, w: Array) -> tuple[Minimisation, Array, Array]:
     """Return the task, losses and weights of `_MANY` runs, spread evenly over the losses."""
     order = np.flatnonzero(w[0] > 0)
     order = order[np.argsort(y[0, order], kind="stable")]
@@ -165,12 +165,14 @@ def _thinned(task: Task, y: Array, w: Array) -> tuple[Task, Array, Array]:
     return replace(task, at=at), y[:, chosen], w[:, chosen]
 
 
-def polish(task: Task, y: Array, w: Array, start: Array) -> Solved:
+def polish(task: Minimisation, y: Array, w: Array, start: Array) -> Solved:
     """Move each start, (R, p) or (1, p), to the minimum near it with the objective's solver."""
     return (solve_absolute if task.goal.delta == 0 else solve)(task, y, w, start)
 
 
-def task_of(form: Form, points: Points, goal: Objective, fixed: Mapping[str, float]) -> Task:
+def minimisation_of(
+    form: Form, points: Points, goal: Objective, fixed: Mapping[str, float]
+) -> Minimisation:
     """Return the optimisation task of a fit.
 
     Raises UserError if `fixed` names an unknown parameter, or a coefficient without its exponent.
@@ -188,10 +190,10 @@ def task_of(form: Form, points: Points, goal: Objective, fixed: Mapping[str, flo
                 raise UserError(form.name, f"{s} is fixed without its exponent", "fix both")
             if s in fixed:
                 low[i] = high[i] = theta[i]
-    return Task(form, at, goal, low, high)
+    return Minimisation(form, at, goal, low, high)
 
 
-def starts(task: Task, y: Array, w: Array, least: float = _FAINT) -> Array:
+def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Array:
     """Return starts from the profile grid, (S, p): its best points, its local minima, some others.
 
     y, w: (1, n); least: the least share of the loss that a term starts with.
@@ -218,7 +220,7 @@ def starts(task: Task, y: Array, w: Array, least: float = _FAINT) -> Array:
     return theta[list(chosen)[:_STARTS]]
 
 
-def _held_exponents(task: Task) -> Array:
+def _held_exponents(task: Minimisation) -> Array:
     """Return the grid, (G, q), with fixed exponents at their value."""
     form = task.form
     grid = form.grid()
@@ -261,12 +263,14 @@ def _nonnegative(basis: Array, weight: Array) -> Array:
     return best
 
 
-def _minima(task: Task, solved: Solved, w: Array) -> tuple[int, tuple[Minimum, ...], int, bool]:
+def _minima(
+    task: Minimisation, solved: Solved, w: Array
+) -> tuple[int, tuple[Minimum, ...], int, bool]:
     """Return the index of the lowest minimum, all minima, the failed starts, and `undercut`.
 
     Without a minimum the index is that of the lowest point.
     """
-    is_minimum = (solved.gradient <= TOLERANCE) & (solved.curvature > 0)
+    is_minimum = solved.is_minimum
     order = [i for i in np.argsort(solved.value, kind="stable").tolist() if is_minimum[i]]
     if not order:
         return int(np.nanargmin(solved.value)), (), len(is_minimum), False
@@ -296,7 +300,7 @@ def _minima(task: Task, solved: Solved, w: Array) -> tuple[int, tuple[Minimum, .
 
 
 def certificate_of(
-    task: Task,
+    task: Minimisation,
     one: Solved,
     minima: tuple[Minimum, ...] = (),
     failed: int = 0,
@@ -327,7 +331,7 @@ def _weights(points: Points, weights: ArrayLike | None) -> Array:
     return w
 
 
-def _refuse_underdetermined(task: Task, points: Points, w: Array) -> None:
+def _refuse_underdetermined(task: Minimisation, points: Points, w: Array) -> None:
     """Raise UserError if the runs can't determine the free parameters."""
     form, at = task.form, task.at
     free = int((task.low < task.high).sum())

@@ -43,7 +43,7 @@ def design(form: "Form", points: Points) -> Design:
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """The form of a law.
+    """The form of a law. The methods of each form are documented here.
 
     symbols: its p parameters as the source names them; columns: those of Points that it reads;
     exponents: the q symbols that a profile grid runs over.
@@ -168,7 +168,6 @@ class PowerSum(Form):
         return [(of[t.coefficient], of[t.exponent]) for t in self.terms]
 
     def summands(self) -> list[tuple[int, int]]:
-        """Return the indices of each term's coefficient and exponent; see Form.summands."""
         places = self._places()
         exponents = [e for _, e in places]
         return [(c, e if exponents.count(e) == 1 else -1) for c, e in places]
@@ -178,7 +177,6 @@ class PowerSum(Form):
         return at.logs
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log loss and its derivatives; see Form.evaluate."""
         places, logs = self._places(), self.logs(theta, at)
         n = next(iter(at.logs.values())).shape[-1]
         jacobian = np.zeros((len(theta), self.size, n), dtype=theta.dtype)
@@ -213,7 +211,6 @@ class PowerSum(Form):
         return total
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         middle, (least, most) = float(np.median(log_loss)), EXPONENTS
         of = {t.coefficient for t in self.terms}
         low = [middle + FADED if s in of else least for s in self.symbols]
@@ -221,12 +218,11 @@ class PowerSum(Form):
         return np.array(low), np.array(high)
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of each exponent; fewer per exponent if there are more exponents."""
+        # Fewer per exponent if there are more of them.
         count = {1: 48, 2: 20}.get(len(self.exponents), 10)
         return (np.geomspace(0.04, 1.6, count),) * len(self.exponents)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the terms without their coefficients, and a power of 1."""
         of = {s: i for i, s in enumerate(self.exponents)}
         n = next(iter(at.logs.values())).shape[-1]
         basis = np.ones((len(grid), len(self.terms), n))
@@ -236,13 +232,11 @@ class PowerSum(Form):
         return basis, np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of exponents and coefficients; see Form.assemble."""
         of = {s: grid[:, i] for i, s in enumerate(self.exponents)}
         of |= {t.coefficient: np.log(coefficients[:, k]) for k, t in enumerate(self.terms)}
         return np.stack([of[s] for s in self.symbols], axis=1)
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return the published parameters of theta."""
         values = theta.copy()
         for term, (c, e) in zip(self.terms, self._places(), strict=True):
             shift = theta[:, e] * centre[term.column] if e >= 0 else 0.0
@@ -250,7 +244,6 @@ class PowerSum(Form):
         return values
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of published parameters."""
         theta = np.array(values, dtype=float)
         with np.errstate(divide="ignore"):  # a coefficient of zero: the term is absent
             for term, (c, e) in zip(self.terms, self._places(), strict=True):

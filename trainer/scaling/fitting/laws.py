@@ -53,14 +53,12 @@ class OverTraining(PowerSum):
     """
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return the published parameters of theta."""
         values = super().published(theta, centre)
         values[:, 3] /= 2
         values[:, :2] *= 6 ** values[:, 3:]
         return values
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of published parameters."""
         plain = np.array(values, dtype=float)
         plain[:, :2] /= 6 ** plain[:, 3:]
         plain[:, 3] *= 2
@@ -82,7 +80,6 @@ class Kaplan(Form):
     """The law L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, without irreducible loss."""
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log loss and its derivatives; see Form.evaluate."""
         n_c, d_c, alpha_n, alpha_d = (theta[:, i, None] for i in range(4))
         small = n_c - at.logs["parameters"]
         sized, fed = alpha_n / alpha_d * small, d_c - at.logs["tokens"]
@@ -93,12 +90,10 @@ class Kaplan(Form):
         return alpha_d * inner, np.stack(rows, axis=1)
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         least, most = EXPONENTS
         return np.array([-200.0, -200.0, least, least]), np.array([400.0, 400.0, most, most])
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of alpha_N and alpha_D."""
         return (np.geomspace(0.02, 1.0, 20),) * 2
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
@@ -108,18 +103,15 @@ class Kaplan(Form):
         return np.exp(np.stack((-ratio * at.logs["parameters"], tokens), axis=1)), 1 / grid[:, 1]
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of exponents and coefficients; see Form.assemble."""
         log = np.log(coefficients)
         ratio = grid[:, 0] / grid[:, 1]
         return np.stack((log[:, 0] / ratio, log[:, 1], grid[:, 0], grid[:, 1]), axis=1)
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return the published parameters of theta."""
         shift = np.array([centre["parameters"], centre["tokens"]])
         return np.hstack((np.exp(theta[:, :2] + shift), theta[:, 2:]))
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of published parameters."""
         shift = np.array([centre["parameters"], centre["tokens"]])
         return np.hstack((np.log(values[:, :2]) - shift, values[:, 2:]))
 
@@ -172,7 +164,6 @@ class DataConstrained(PowerSum):
         return logs, slopes
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log loss and its derivatives; see Form.evaluate."""
         logs, slopes = self._effective(theta, at)
         m, jacobian = super().evaluate(theta, Design(logs, at.centre))
         for place, slope in slopes.items():
@@ -185,36 +176,30 @@ class DataConstrained(PowerSum):
         return Form.curvature(self, theta, at, jacobian, pull)
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         low, high = super().bounds(at, log_loss)
         low[5:], high[5:] = np.log(1e-2), np.log(1e4)
         return low, high
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of alpha, beta, R_D and, with a reference, R_N."""
         return (np.geomspace(0.06, 1.2, 8),) * 2 + (np.geomspace(1, 100, 5),) * (self.size - 5)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the terms on effective data without their coefficients, and a power of 1."""
         theta = np.zeros((len(grid), self.size))
         theta[:, 5:] = np.log(grid[:, 2:])
         logs, _ = self._effective(theta, at)
         return super().basis(grid, Design(logs, at.centre))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of exponents and coefficients; see Form.assemble."""
         plain = np.hstack((np.log(coefficients), grid))
         plain[:, 5:] = np.log(grid[:, 2:])
         return plain
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return the published parameters of theta."""
         values = super().published(theta, centre)
         values[:, 5:] = np.exp(theta[:, 5:])
         return values
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of published parameters."""
         theta = super().internal(values, centre)
         theta[:, 5:] = np.log(np.asarray(values)[:, 5:])
         return theta

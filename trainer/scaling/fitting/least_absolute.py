@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forescale.scaling.fitting.newton import TOLERANCE, Solved, Task, ends, join, solve
+from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, ends, join, solve
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, Local, local, scaled_gradient
 from forescale.scaling.fitting.points import Array
 
@@ -22,11 +22,11 @@ _TOUCHES = 1e-11  # greatest residual that counts as zero
 _FLAT = 1e-10  # greatest curvature, or relative singular value, that counts as zero
 
 
-def _smoothed(task: Task, delta: float) -> Task:
+def _smoothed(task: Minimisation, delta: float) -> Minimisation:
     return replace(task, goal=replace(task.goal, delta=delta))
 
 
-def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
+def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> Solved:
     """Return the minima reached, as newton.solve does, for a task whose delta is 0."""
     theta, steps = start, 0
     for delta in SMOOTHED[:-1]:
@@ -68,7 +68,7 @@ class _Kink:
     rest: Array
     pulls: Array
 
-    def hessian(self, task: Task, theta: Array, pull: Array) -> Array:
+    def hessian(self, task: Minimisation, theta: Array, pull: Array) -> Array:
         """Return the Hessian of the Lagrangian, (q, q).
 
         pull: the weight times the sign or the multiplier of each run, (n,).
@@ -82,7 +82,7 @@ class _Kink:
         return hessian[np.ix_(self.free, self.free)]
 
 
-def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink:
+def _kink(task: Minimisation, y: Array, w: Array, theta: Array, touched: Array) -> _Kink:
     here = local(task.form, task.at, y, w, theta, task.goal)
     free = ~task.frozen(theta, here.gradient)[0]
     slope = here.jacobian[0] if here.scale is None else here.jacobian[0] * here.scale[0]
@@ -92,7 +92,7 @@ def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink
     return _Kink(here, free, slope, slope @ (w[0] * signs), pulls)
 
 
-def _onto_kink(task: Task, y: Array, w: Array, theta: Array) -> Array:
+def _onto_kink(task: Minimisation, y: Array, w: Array, theta: Array) -> Array:
     """Move theta, (1, p), to the optimum near it by Newton's method on the optimality conditions.
 
     theta must be the minimum of the smoothed `task`.
@@ -123,7 +123,7 @@ def _onto_kink(task: Task, y: Array, w: Array, theta: Array) -> Array:
     return new
 
 
-def certified(task: Task, y: Array, w: Array, theta: Array) -> Solved:
+def certified(task: Minimisation, y: Array, w: Array, theta: Array) -> Solved:
     """Return value, scaled subgradient, curvature and edges at theta, (1, p), without a step.
 
     A run that the law passes through may contribute anything between -1 and 1 times its weight: the

@@ -50,7 +50,6 @@ class Sigmoid(Form):
     """
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log accuracy and its derivatives; see Form.evaluate."""
         floor, top = np.exp(theta[:, 0, None]), np.exp(theta[:, 3, None])
         middle, slope = theta[:, 1, None], theta[:, 2, None]
         away = np.exp(at.logs[COLUMN]) - middle
@@ -61,31 +60,25 @@ class Sigmoid(Form):
         return np.log(accuracy), np.stack(np.broadcast_arrays(*rows), axis=1) / accuracy[:, None]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         return np.array([_TINY, 1e-2, 1e-2, _TINY]), np.array([0.0, 50.0, 200.0, 0.0])
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of L_0 and k, relative to the mean loss."""
         return np.geomspace(0.1, 10, 18), np.geomspace(0.2, 60, 14)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the shares of the floor and of the accuracy at no loss, and a power of 1."""
         share = _share(grid[:, 1, None] * (np.exp(at.logs[COLUMN]) - grid[:, 0, None]))
         return np.stack((1 - share, share), axis=1) + 1e-12, np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of L_0, k and the two accuracies; see Form.assemble."""
         log = np.log(coefficients)
         return np.hstack((log[:, :1], grid, log[:, 1:]))
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return a, L_0, k and b of theta."""
         mean = np.exp(centre[COLUMN])
         floor, top = np.exp(theta[:, 0]), np.exp(theta[:, 3])
         return np.stack((floor - top, theta[:, 1] * mean, theta[:, 2] / mean, top), axis=1)
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of a, L_0, k and b."""
         mean, (a, middle, slope, b) = np.exp(centre[COLUMN]), np.asarray(values, dtype=float).T
         top, floor = (np.log(np.maximum(x, np.exp(_TINY))) for x in (b, a + b))
         return np.stack((floor, middle / mean, slope * mean, top), axis=1)
@@ -120,17 +113,14 @@ class SigmoidToOne(Form):
         return whole
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log accuracy and its derivatives; see Form.evaluate."""
         log_accuracy, jacobian = _SIGMOID.evaluate(self._whole(theta), at)
         return log_accuracy, jacobian[:, self._free]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         low, high = _SIGMOID.bounds(at, log_loss)
         return low[self._free], high[self._free]
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of L_0 and k, relative to the mean loss."""
         return _SIGMOID.axes()
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
@@ -138,17 +128,14 @@ class SigmoidToOne(Form):
         return _SIGMOID.basis(grid, at)
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of L_0, k and the floor; see Form.assemble."""
         return _SIGMOID.assemble(grid, coefficients)[:, self._free]
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return the floor, L_0 and k of theta, as far as they are free."""
         mean, whole = np.exp(centre[COLUMN]), self._whole(theta)
         columns = np.stack((np.exp(whole[:, 0]), whole[:, 1] * mean, whole[:, 2] / mean), axis=1)
         return columns[:, self._free]
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of the floor, L_0 and k."""
         mean, theta = np.exp(centre[COLUMN]), np.array(values, dtype=float)
         if self.chance is None:
             theta[:, 0] = np.log(np.maximum(theta[:, 0], LEAST))
@@ -161,7 +148,6 @@ class Exponential(Form):
     """The exponential, in theta: -log(1 - epsilon), log k at the mean loss, relative gamma."""
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return log accuracy and its derivatives; see Form.evaluate."""
         away = np.exp(at.logs[COLUMN]) - 1
         floor = np.exp(-theta[:, 0, None])
         gained = np.exp(theta[:, 1, None] - theta[:, 2, None] * away)
@@ -170,31 +156,25 @@ class Exponential(Form):
         return np.log(accuracy), np.stack(rows, axis=1) / accuracy[:, None]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         return np.array([0.0, _TINY, 1e-3]), np.array([-_TINY, 3.0, 100.0])
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of gamma, relative to the mean loss."""
         return (np.geomspace(0.02, 30, 48),)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the two terms without their coefficients, and a power of 1."""
         gained = np.exp(-grid * (np.exp(at.logs[COLUMN]) - 1))
         return np.stack((np.ones_like(gained), gained), axis=1), np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of gamma and the coefficients; see Form.assemble."""
         log = np.log(coefficients)
         return np.hstack((-log[:, :1], log[:, 1:], grid))
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return epsilon, k and gamma of theta."""
         gamma = theta[:, 2]
         k = np.exp(theta[:, 1] + gamma)
         return np.stack((1 - np.exp(-theta[:, 0]), k, gamma / np.exp(centre[COLUMN])), axis=1)
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of epsilon, k and gamma."""
         epsilon, k, gamma = np.asarray(values, dtype=float).T
         gamma = gamma * np.exp(centre[COLUMN])
         floor = -np.log(np.maximum(1 - epsilon, np.exp(_TINY)))
@@ -206,7 +186,6 @@ class Power(Form):
     """The power law of a loss in a loss, in theta: log E, log K at the mean loss, kappa."""
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Return the log of the metric and its derivatives; see Form.evaluate."""
         x = at.logs[COLUMN]
         floor = np.exp(theta[:, 0, None])
         gained = np.exp(theta[:, 1, None] + theta[:, 2, None] * x)
@@ -215,31 +194,25 @@ class Power(Form):
         return np.log(metric), np.stack(rows, axis=1) / metric[:, None]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """Return the least and the greatest theta, (p,) each."""
         low, high = float(log_loss.min()), float(log_loss.max())
         return np.array([low + _TINY, low + _TINY, 1e-3]), np.array([high, high + 3, 30.0])
 
     def axes(self) -> tuple[Array, ...]:
-        """Return the values of kappa."""
         return (np.geomspace(0.05, 20, 40),)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the two terms without their coefficients, and a power of 1."""
         gained = np.exp(grid * at.logs[COLUMN])
         return np.stack((np.ones_like(gained), gained), axis=1), np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """Return theta of kappa and the coefficients; see Form.assemble."""
         return np.hstack((np.log(coefficients), grid))
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Return E, K and kappa of theta."""
         kappa = theta[:, 2]
         k = np.exp(theta[:, 1] - kappa * centre[COLUMN])
         return np.stack((np.exp(theta[:, 0]), k, kappa), axis=1)
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Return theta of E, K and kappa."""
         e, k, kappa = np.asarray(values, dtype=float).T
         log_k = np.log(np.maximum(k, 1e-300)) + kappa * centre[COLUMN]
         return np.stack((np.log(np.maximum(e, 1e-300)), log_k, kappa), axis=1)

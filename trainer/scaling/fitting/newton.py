@@ -48,6 +48,11 @@ class Solved:
     edge: Array
     steps: int
 
+    @property
+    def is_minimum(self) -> Array:
+        """Return True for each replicate that is at a minimum, (R,)."""
+        return (self.gradient <= TOLERANCE) & (self.curvature > 0)
+
     def take(self, which: Array) -> "Solved":
         """Return the replicates of an index or a mask."""
         rows = {k: v[which] for k, v in vars(self).items() if k != "steps"}
@@ -62,7 +67,7 @@ def join(parts: list[Solved]) -> Solved:
 
 
 @dataclass(frozen=True)
-class Task:
+class Minimisation:
     """What all replicates share.
 
     low, high: ends of the box, (p,), equal for a fixed parameter; aim: the scaled gradient to stop
@@ -87,7 +92,7 @@ class Task:
         return scaled_gradient(here.gradient, here.pulls, free)
 
 
-def solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
+def solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> Solved:
     """Return the stationary points that the starts reach.
 
     log_loss, weight: (R, n) or (1, n); start: (R, p) or (1, p).
@@ -105,7 +110,7 @@ def _rows(array: Array, which: Array | slice) -> Array:
     return array if len(array) == 1 else array[which]
 
 
-def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
+def _solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> Solved:
     y, w, t = log_loss, weight, np.clip(start, task.low, task.high)
     here = local(task.form, task.at, y, w, t, task.goal)
     R = len(here.value)
@@ -155,7 +160,7 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
 
 
 def _step(
-    task: Task, w: Array, t: Array, here: Local, damping: Array, linear: Array
+    task: Minimisation, w: Array, t: Array, here: Local, damping: Array, linear: Array
 ) -> tuple[Array, Array]:
     """Return the step, (R, p), and the decrease that the quadratic model predicts for it, (R,).
 
@@ -179,7 +184,7 @@ def _step(
 
 
 def _whitened(
-    task: Task, w: Array, t: Array, here: Local, frozen: Array, linear: Array | None = None
+    task: Minimisation, w: Array, t: Array, here: Local, frozen: Array, linear: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Return the Hessian in coordinates in which that of reweighted least squares is the identity.
 
@@ -213,13 +218,15 @@ def _whitened(
     return values, vectors, back, np.abs(inverse).max((1, 2))
 
 
-def measured(task: Task, log_loss: Array, weight: Array, theta: Array, steps: int = 0) -> Solved:
+def measured(
+    task: Minimisation, log_loss: Array, weight: Array, theta: Array, steps: int = 0
+) -> Solved:
     """Return value, scaled gradient, curvature and edges at theta, (R, p), without a step."""
     here = local(task.form, task.at, log_loss, weight, theta, task.goal)
     return _measured(task, weight, theta, here, steps)
 
 
-def _measured(task: Task, weight: Array, theta: Array, here: Local, steps: int) -> Solved:
+def _measured(task: Minimisation, weight: Array, theta: Array, here: Local, steps: int) -> Solved:
     frozen = task.frozen(theta, here.gradient)
     values, _, _, stretch = _whitened(task, weight, theta, here, frozen)
     # If the runs don't determine a direction, the curvature along it is rounding of either sign.
@@ -228,7 +235,7 @@ def _measured(task: Task, weight: Array, theta: Array, here: Local, steps: int) 
     return Solved(theta, here.value, left, curvature, ends(task, theta), steps)
 
 
-def ends(task: Task, theta: Array) -> Array:
+def ends(task: Minimisation, theta: Array) -> Array:
     """Return -1 or 1 at the lower or upper end of the box, 0 elsewhere and if fixed, (R, p)."""
     edge = np.where(theta <= task.low, -1.0, 0.0) + np.where(theta >= task.high, 1.0, 0.0)
     return np.where(task.low == task.high, 0.0, edge)

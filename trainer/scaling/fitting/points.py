@@ -111,10 +111,4 @@ def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
     return mask
 
 
-def ranks(values: Array) -> Array:
-    """Return the rank of each value, (n,), from 1; equal values share their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
 COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", "expansion")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.scaling.analysis.selection import judge, law_of
+from forescale.scaling.analysis.selection import error_near, law_of
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA, KAPLAN
 from forescale.scaling.forecasting.calibrated import Backtest
@@ -50,9 +50,9 @@ def test_too_few_budgets_take_the_first_law_with_a_note():
 
 def test_only_runs_near_the_extrapolation_factor_count():
     found = [backtest([2, 2, 2, 10, 10, 10, 100], [0.01] * 3 + [0.02] * 3 + [0.3])]
-    assert judge(found, 2.0) == (pytest.approx(0.01), (2, 2))
-    assert judge(found, 10.0) == (pytest.approx(0.02), (10, 10))
-    error, ends = judge(found, 200.0)
+    assert error_near(found, 2.0) == (pytest.approx(0.01), (2, 2))
+    assert error_near(found, 10.0) == (pytest.approx(0.02), (10, 10))
+    error, ends = error_near(found, 200.0)
     assert ends == (10, 100), "too few at such factors: the half with the largest ones"
     assert error > 0.1
-    assert judge(found, None)[1] == (2, 100)
+    assert error_near(found, None)[1] == (2, 100)
