@@ -16,7 +16,8 @@ Invariant: the fit never sees the simulated law. All assumed noise is a field of
 the study's own repeats and sweeps correct (noise.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -151,7 +152,7 @@ def expected(
     at = {"parameters": np.array([target.parameters]), "tokens": np.array([target.tokens])}
     flops, greatest = np.array([target.flops]), float(design.flops.max())
     decades = max(0.0, float(np.log10(target.flops / greatest)))
-    rows = []
+    rows, errors = list[tuple[list[float], list[float]]](), list[float]()
     for draw in range(draws):
         law = _law(assumed, design, rng)
         loss = _losses(assumed, design, law, rng)
@@ -159,21 +160,27 @@ def expected(
         off = assumed.discrepancy * decades * rng.standard_t(BELIEF)
         noise = assumed.seed_noise(flops)[0] * rng.standard_normal()
         truth = float(np.log(CHINCHILLA.predict(law, **at)[0]) + off + noise)
-        try:
-            rows.append(_answer(design, loss, near, bootstraps, draw, at, flops, truth))
-        except UserError:
-            continue
+        points = Points(loss, design.parameters, design.tokens, design.flops)
+        if design.budgets is not None:
+            points = points.take(near_best(loss, design.budgets, near))
+        with suppress(UserError):
+            log_loss, halves, bare_halves = _prediction(points, bootstraps, draw, at, flops)
+            rows.append((halves, bare_halves))
+            errors.append(abs(log_loss - truth))
     if len(rows) * 2 < draws:
         problem = f"in {draws - len(rows)} of {draws} draws its runs could not determine the law"
         raise UserError("design", problem, "plan more sizes and budgets, further apart")
-    answers = np.array(rows)
+    half, bare = np.array(rows).transpose(1, 0, 2)  # (draws, levels) each
+    inside = np.array(errors)[:, None] <= half
+
+    def by_level(values: Array) -> dict[float, float]:
+        return dict(zip(_LEVELS, values.tolist(), strict=True))
+
     return Expected(
-        half=dict(zip(_LEVELS, np.median(answers[:, 0:2], axis=0).tolist(), strict=True)),
-        coverage=dict(zip(_LEVELS, answers[:, 2:4].mean(0).tolist(), strict=True)),
-        error=float(np.median(answers[:, 4])),
-        without_discrepancy=dict(
-            zip(_LEVELS, np.median(answers[:, 5:7], axis=0).tolist(), strict=True)
-        ),
+        half=by_level(np.median(half, axis=0)),
+        coverage=by_level(inside.mean(0)),
+        error=float(np.median(errors)),
+        without_discrepancy=by_level(np.median(bare, axis=0)),
         extrapolation_factor=target.flops / greatest,
         draws=draws,
         failed=draws - len(rows),
@@ -205,25 +212,13 @@ def _losses(
     return pure * np.exp(gap + noise)
 
 
-def _answer(
-    design: RunSet,
-    loss: Array,
-    near: float | None,
-    bootstraps: int,
-    seed: int,
-    at: Mapping[str, Array],
-    flops: Array,
-    truth: float,
-) -> Sequence[float]:
-    """Of one draw: half-widths, whether the truth is inside, the error, half-widths without
+def _prediction(
+    points: Points, bootstraps: int, seed: int, at: Mapping[str, Array], flops: Array
+) -> tuple[float, list[float], list[float]]:
+    """Return the predicted log loss of the target, its half-widths by level, and those without
     discrepancy."""
-    points = Points(loss, design.parameters, design.tokens, design.flops)
-    if design.budgets is not None:
-        points = points.take(near_best(loss, design.budgets, near))
     law = fit_calibrated(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
-    predicted = law.predicted(dict(at), flops)
-    bare = replace(law, discrepancy=Discrepancy(0.0)).predicted(dict(at), flops)
-    error = abs(float(predicted.log_loss[0]) - truth)
-    halves = [float(predicted.half(level)[0]) for level in _LEVELS]
-    inside = [float(error <= half) for half in halves]
-    return [*halves, *inside, error, *(float(bare.half(level)[0]) for level in _LEVELS)]
+    both = (law, replace(law, discrepancy=Discrepancy(0.0)))
+    predicted, bare = (each.predicted(dict(at), flops) for each in both)
+    halves, bare_halves = ([float(p.half(x)[0]) for x in _LEVELS] for p in (predicted, bare))
+    return float(predicted.log_loss[0]), halves, bare_halves
