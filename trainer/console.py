@@ -45,16 +45,13 @@ class VisibleStream:
         self.rich_proxied_file = stream  # by this name, consoles of rich write beneath
 
     def write(self, text: str) -> int:
-        """Write text, made visible."""
         return self.rich_proxied_file.write(visible(text))
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write each of `lines`."""
         for line in lines:
             self.write(line)
 
     def isatty(self) -> bool:
-        """False."""
         return False
 
     def __getattr__(self, name: str) -> Any:
@@ -150,7 +147,7 @@ class Progress(Protocol):
 
 
 def silent(phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0) -> None:
-    """Show nothing."""
+    pass
 
 
 def log_line(progress: Progress, sentence: str) -> None:
@@ -174,7 +171,6 @@ class Meter:
             self._show()
 
     def end(self) -> None:
-        """Show the phase as finished."""
         self._done = self._total
         self._show()
 

@@ -55,7 +55,6 @@ class HashingFile:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append data; returns the size so far."""
         end = self.size + memoryview(data).nbytes
         if self._beside is None:
             self._hash.update(data)

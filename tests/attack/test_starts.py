@@ -59,11 +59,7 @@ def run(place):
     """Run a command line there: (code, output)."""
 
     def go(*words, before=()):
-        environment = {
-            **os.environ,
-            "XDG_STATE_HOME": str(place / "state"),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = {**os.environ, "XDG_STATE_HOME": str(place / "state"), "OMP_NUM_THREADS": "1"}
         python = before or [sys.executable, "-P"]
         done = subprocess.run(
             [*python, "-m", "forescale", *map(str, words)],

@@ -64,8 +64,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(
-    ("size", "tensor", "near", "with_muon"),
-    [(2, 2, 1, [0]), (4, 2, 1, [1, 3]), (4, 2, 2, [2])],
+    ("size", "tensor", "near", "with_muon"), [(2, 2, 1, [0]), (4, 2, 1, [1, 3]), (4, 2, 2, [2])]
 )
 def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near, with_muon):
     parts = T5 if near == 1 else []

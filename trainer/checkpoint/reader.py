@@ -87,7 +87,6 @@ class Checkpoint:
 
     @property
     def attempt(self) -> int:
-        """The number of the attempt that saved it."""
         return self.state["attempt"]
 
     @property
@@ -97,7 +96,6 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
         return sum(f.stat().st_size for f in self.path.iterdir())
 
     @cached_property

@@ -26,10 +26,6 @@ from forescale.run.directory import Attempt, Run
 T = TypeVar("T")
 
 
-def _ignore(step: int, path: Path) -> None:
-    """The default of `midway`."""
-
-
 class Saver:
     """The saves of one attempt. Every rank makes one and calls its methods at the same time.
 
@@ -47,7 +43,7 @@ class Saver:
         facts: Callable[[], dict[str, Any]],
         keep: Keep,
         background: bool = True,
-        midway: Callable[[int, Path], None] = _ignore,
+        midway: Callable[[int, Path], None] = lambda step, path: None,
     ):
         world = engine.world
         self._ranks: Ranks = world.in_background("saves") if background else world

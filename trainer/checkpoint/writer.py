@@ -236,7 +236,6 @@ class MergedReader:
         self._last: tuple[str, Tensor] | None = None  # ranges of a matrix are read in turn
 
     def states(self, name: str) -> list[str]:
-        """Return the names of a parameter's stored states."""
         return self._checkpoint.reader.states(name)
 
     def fill(self, fragment: Fragment) -> None:

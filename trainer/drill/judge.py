@@ -48,7 +48,6 @@ class Command:
 
     @property
     def seconds(self) -> float:
-        """Duration of the command."""
         return self.ended - self.began
 
 
@@ -62,7 +61,6 @@ class Evidence:
 
     @property
     def seconds(self) -> float:
-        """Duration of all commands."""
         return sum(c.seconds for c in self.commands)
 
     @property
@@ -110,11 +108,9 @@ class Judgement:
 
     @property
     def survived(self) -> bool:
-        """True if nothing is wrong."""
         return not self.wrong
 
     def __str__(self) -> str:
-        """Return the result as a sentence."""
         if self.wrong:
             return f"NOT survived: {'; '.join(self.wrong)}."
         lost = f"{self.steps} step{'s' * (self.steps != 1)} and {self.seconds:.1f} s lost"

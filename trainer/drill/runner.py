@@ -65,7 +65,6 @@ class Drill:
         return self._undisturbed[key]
 
     def run(self, scenario: Scenario) -> Judgement:
-        """Run a scenario and return its judgement."""
         undisturbed = self.undisturbed(scenario.settings)
         faults = f"faults=[{','.join(scenario.faults)}]"
         overrides = (*scenario.settings, *scenario.overrides, faults)

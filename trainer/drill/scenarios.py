@@ -58,7 +58,6 @@ class Scenario:
 
     @property
     def first_step(self) -> int:
-        """The step of the first fault."""
         return self.signal_at or min(read(text).step for text in self.faults)
 
 
@@ -66,11 +65,7 @@ _HANG = (r'^forescale: hang: rank 1\b|^hang .*"ranks": \[1\]', "the watchdog")
 
 SCENARIOS = (
     Scenario(
-        "kill",
-        "a rank is killed",
-        ("kill@25:rank1",),
-        "^rank 1 ended with SIGKILL",
-        "the launcher",
+        "kill", "a rank is killed", ("kill@25:rank1",), "^rank 1 ended with SIGKILL", "the launcher"
     ),
     Scenario(
         "kill-save",
@@ -81,19 +76,10 @@ SCENARIOS = (
     ),
     Scenario("freeze-data", "a rank freezes while it reads", ("freeze@25:rank1:data",), *_HANG),
     Scenario(
-        "freeze-norm",
-        "a rank freezes before a collective",
-        ("freeze@25:rank1:norm",),
-        *_HANG,
+        "freeze-norm", "a rank freezes before a collective", ("freeze@25:rank1:norm",), *_HANG
     ),
     Scenario("hang", "a rank waits for its data forever", ("hang@25:rank1:data",), *_HANG),
-    Scenario(
-        "crash",
-        "a rank crashes",
-        ("exit@25:rank1",),
-        "^rank 1 ended with ",
-        "the launcher",
-    ),
+    Scenario("crash", "a rank crashes", ("exit@25:rank1",), "^rank 1 ended with ", "the launcher"),
     Scenario(
         "nan-skip",
         "a gradient is not a number",

@@ -87,7 +87,6 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Return the gradients of x and weight."""
         x, weight = ctx.saved_tensors
         context = SimpleNamespace(
             saved_tensors=(x, weight.t()), linear_mm_config=ctx.products, config=ctx.config

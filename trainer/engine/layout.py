@@ -52,7 +52,6 @@ class Layout:
         self.dividing: Ranks | None = None
 
     def is_muon(self, group: int) -> bool:
-        """True if Muon updates the parameter group."""
         return bool(self.base.param_groups[group].get("use_muon", False))
 
     def units(self) -> Iterator[Unit]:

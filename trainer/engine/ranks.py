@@ -26,7 +26,6 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:

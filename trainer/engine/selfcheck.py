@@ -220,7 +220,6 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _are_equal(values: list[Tensor]) -> bool:
-    """True if all are equal; NaN equals NaN."""
     first = values[0]
     return all(
         bool(((first == other) | (first.isnan() & other.isnan())).all()) for other in values[1:]

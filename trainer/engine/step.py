@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.engine.compilation import (
-    compile_parts,
-    fix_sizes,
-    keep_to,
-    probe_here,
-    reuse_graphs,
-)
+from forescale.engine.compilation import compile_parts, fix_sizes, keep_to, probe_here, reuse_graphs
 from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import visible_to_deepspeed
@@ -281,7 +275,6 @@ class Engine:
 
 
 def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
-    """Return DeepSpeed's engine of a model."""
     import deepspeed
 
     deepspeed.utils.groups.mpu = None  # left by an earlier engine of this process

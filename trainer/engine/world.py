@@ -280,9 +280,7 @@ def join(config: dict, size: int, timeout_seconds: float, mesh: Mesh | None = No
         backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
     accelerator = Accelerator(
-        cpu=False,
-        deepspeed_plugin=Plugin(hf_ds_config=config),
-        kwargs_handlers=[group],
+        cpu=False, deepspeed_plugin=Plugin(hf_ds_config=config), kwargs_handlers=[group]
     )
     kind = accelerator.distributed_type
     assert kind == DistributedType.DEEPSPEED, f"accelerate runs {kind} and not DeepSpeed"

@@ -161,7 +161,6 @@ class NodeDirectory:
             (self.path / "asked").touch()
 
     def stacks_are_requested(self) -> bool:
-        """Return True after `request_stacks`."""
         return (self.path / "asked").exists()
 
     def request_exit(self) -> None:
@@ -170,11 +169,9 @@ class NodeDirectory:
             (self.path / "over").touch()
 
     def exit_is_requested(self) -> bool:
-        """Return True after `request_exit`."""
         return (self.path / "over").exists()
 
     def remove(self) -> None:
-        """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 

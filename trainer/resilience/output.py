@@ -134,7 +134,6 @@ class Lines:
             self.end()
 
     def end(self) -> None:
-        """Write the unfinished line."""
         self._add(self._line.rpartition(b"\r")[2])
         self._line = b""
 

@@ -69,11 +69,9 @@ class Watchdog:
         self._reported: dict[tuple[int, str], float] = {}
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)

@@ -165,7 +165,6 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """The share of right answers."""
         return self.right / self.questions
 
     @property

@@ -121,7 +121,6 @@ def data_of(run: Run) -> dict[str, str]:
 
 
 def _tokenizer_of(run: Run) -> str:
-    """Return the sha256 of a run's tokenizer.json."""
     if not run.tokenizer.is_file():
         raise UserError(str(run.tokenizer), "no such file", "restore the run's tokenizer.json")
     return hash_file(run.verified_tokenizer()).sha256

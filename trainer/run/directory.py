@@ -89,7 +89,6 @@ class Run:
 
     @property
     def events(self) -> Path:
-        """The events of that attempt."""
         begun = self.begun()
         return (begun.path if begun else self.path) / _EVENTS
 
@@ -115,7 +114,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the directory."""
         return self.path.name
 
     @classmethod
@@ -188,7 +186,6 @@ class Run:
         return _numbered(self.path / "jobs")
 
     def new_job(self) -> Path:
-        """Make the directory of the next submission."""
         return _next(self.path / "jobs")
 
     def new_evaluations(self) -> Path:
@@ -309,12 +306,10 @@ class Attempt:
 
     @cached_property
     def events(self) -> RowWriter:
-        """Writer of events."""
         return RowWriter(self.path / _EVENTS)
 
     @property
     def parent_path(self) -> Path:
-        """Where its parent is recorded."""
         return self.path / _PARENT
 
     @property

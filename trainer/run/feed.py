@@ -26,12 +26,7 @@ from forescale.data.bins import (
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
-from forescale.data.objective import (
-    NEXT_TOKEN,
-    Objective,
-    extra_ids,
-    window_length,
-)
+from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_length
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.preferences import Preferences
 from forescale.data.objectives.responses import Responses
@@ -252,10 +247,7 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
         except UserError as e:
             raise UserError(sources.datasets[name].where, e.problem, e.todo) from None
     weights = job.data.weights or {n: o.windows_per_epoch for n, o in orders.items()}
-    firsts = [
-        0,
-        *(job.batch_ramp.samples(job.steps_of(s) or 0) for s in job.data.stage_starts()),
-    ]
+    firsts = [0, *(job.batch_ramp.samples(job.steps_of(s) or 0) for s in job.data.stage_starts())]
     shares = [weights, *(stage["weights"] for stage in job.data.stages)]
     stages = [
         MixtureStage.of(first, [share.get(name, 0) for name in orders])

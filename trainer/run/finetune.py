@@ -105,7 +105,6 @@ def first_config(
 
 
 def default_epochs(are_preferences: bool) -> float:
-    """Return the default number of epochs."""
     return LATER_EPOCHS if are_preferences else EPOCHS
 
 
@@ -148,7 +147,6 @@ def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> Trai
 
 
 def vocabulary_of_run(run: Run) -> Vocabulary:
-    """Return the vocabulary of a run's tokenizer."""
     described = read_json(run.identity)["dataset"]
     raw = run.verified_tokenizer().read_bytes()
     return Vocabulary(raw, described["vocab_size"], described["end_of_text"])

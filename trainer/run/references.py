@@ -41,7 +41,6 @@ class References:
         return None
 
     def write(self, run: Run) -> None:
-        """Write them to a run directory."""
         encoded = {
             split: {name: _encoded(array) for name, array in sources.items()}
             for split, sources in self.values.items()

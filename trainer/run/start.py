@@ -177,7 +177,6 @@ def _keep(run: Run, job: TrainJob, sources: Sources) -> None:
 
 
 def _copy(old: Path | None, new: Path) -> None:
-    """Copy a file; without it, delete the copy."""
     if old is not None and old.is_file():
         write_file(new, old.read_bytes())
     else:
@@ -271,12 +270,7 @@ def _check_data(run: Run, sources: Sources) -> None:
 
 
 def _make(run: Run, job: TrainJob, sources: Sources) -> None:
-    identity = {
-        "name": run.name,
-        **_of_data(sources),
-        "versions": versions(),
-        **code_and_id(),
-    }
+    identity = {"name": run.name, **_of_data(sources), "versions": versions(), **code_and_id()}
     with new_run(run, job.run.mode) as new:
         write_file(new.tokenizer, sources.first.tokenizer_json)
         _keep(new, job, sources)

@@ -111,7 +111,6 @@ class Abilities:
         self._questions, self._engine, self._mark = questions, engine, mark
 
     def __call__(self) -> dict[str, float]:
-        """Measure now."""
         world = self._engine.world
         results = accuracies(
             self._judge,

@@ -245,7 +245,6 @@ class Builder:
         return prices
 
     def _user_callbacks(self, attempt: Attempt, rollbacks_left: int) -> list[UserCallback]:
-        """Return the callbacks of the user's own."""
         main = self.engine.world.is_main
         event = attempt.event if main else lambda *_, **__: None
         callbacks = []

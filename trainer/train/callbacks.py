@@ -78,7 +78,6 @@ class UserCallback(Callback):
         self._callback, self._event, self._left = callback, event, rollbacks_left
 
     def see(self, step: Step, summary: StepSummary) -> None:
-        """Pass on to the user's method."""
         try:
             self._callback.see(step, summary)
         except Anomaly as raised:
@@ -142,7 +141,6 @@ class Validation(Callback):
         self._due, self._score, self._log, self._abilities = due, score, log, abilities
 
     def is_due(self, step: int) -> bool:
-        """True if the step is to be scored."""
         return self._due(step)
 
     def see(self, step: Step, summary: StepSummary) -> None:
@@ -199,7 +197,6 @@ class Checkpoints(Callback):
         return None if self._saved is None else self._saved.step
 
     def is_due(self, step: int) -> bool:
-        """True if the step is to be saved."""
         return self._due(step)
 
     def see(self, step: Step, summary: StepSummary) -> None:

@@ -203,7 +203,6 @@ class StepGuard:
         self._corrupt: str | None = None
 
     def begin(self, batch: Batch) -> None:
-        """Prepare for the step over `batch`."""
         self._step, self._end, self.decision = batch.step + 1, batch.g1, HEALTHY
         self._firsts.append(batch.g0)
 

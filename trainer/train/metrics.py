@@ -232,7 +232,6 @@ class ProgressLine:
             self._live, self._task = _live_progress(total, done)
 
     def show(self, row: dict[str, Any], summary: StepSummary) -> None:
-        """Show a train row."""
         mfu_per_rate = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
         if not self._is_first:
             windows = self._samples(row["step"]) - self._samples(row["step"] - 1)
@@ -285,7 +284,6 @@ class ProgressLine:
             print(text, flush=True)
 
     def close(self) -> None:
-        """End the live line."""
         if self._live:
             self._live.stop()
             self._live = None

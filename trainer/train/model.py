@@ -57,10 +57,7 @@ Divide = Callable[[nn.Module], nn.Module]  # a module to this rank's part of it
 
 
 def build_model(
-    job: TrainJob,
-    vocab_size: int,
-    divide: Divide | None = None,
-    draws: bool = True,
+    job: TrainJob, vocab_size: int, divide: Divide | None = None, draws: bool = True
 ) -> nn.Module:
     """Return the model with its initial weights, drawn from `train.init_seed`, else `train.seed`.
 

@@ -177,7 +177,6 @@ class Reference:
         return fresh
 
     def _checked(self, references: References | None) -> References:
-        """Return references of the job's data. Raises UserError."""
         where, origin = str(self.run.references), self.job.run.origin
         todo = "restore it from a copy"
         if origin.load != "weights":

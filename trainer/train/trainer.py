@@ -79,7 +79,6 @@ class Trainer:
 
     @property
     def has_stepped(self) -> bool:
-        """True if this process has made a step."""
         return hasattr(self, "engine") and self.engine.has_stepped
 
     def _start(self, job: TrainJob) -> Start:

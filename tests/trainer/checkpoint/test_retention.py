@@ -83,10 +83,7 @@ def test_what_does_not_count_is_no_safety_and_goes_once_something_newer_counts()
     ) == [20, 40]
     assert kept_steps(
         [CheckpointFacts(20, 2, True), CheckpointFacts(30, 1, False, pinned=True)]
-    ) == [
-        20,
-        30,
-    ]
+    ) == [20, 30]
 
 
 facts = st.builds(

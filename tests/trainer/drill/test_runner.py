@@ -319,9 +319,7 @@ def test_the_drill(tmp_path):
     results = tmp_path / "drill.json"
     words = [f"scenarios=[{','.join(CHOSEN)}]", f"to={tmp_path / 'drill'}", f"json={results}"]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "forescale", "drill", *words],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-P", "-m", "forescale", "drill", *words], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(results.read_text())

@@ -31,8 +31,7 @@ def test_every_stage(stage):
 
 
 @pytest.mark.parametrize(
-    ("precision", "says"),
-    [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())],
+    ("precision", "says"), [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())]
 )
 def test_every_precision(precision, says):
     config = derived(f"precision={precision}")

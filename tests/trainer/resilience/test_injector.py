@@ -317,9 +317,7 @@ def child(run):
 
     def begin(fault):
         process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(run.path), fault],
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", CHILD, str(run.path), fault], stdout=subprocess.PIPE, text=True
         )
         injectors.append(process)
         assert process.stdout.readline() == "ready\n"

@@ -163,11 +163,7 @@ def launcher(tmp_path):
             f"command = [sys.executable, '-c', {listen + snippet!r}]\n"
             f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print, {grace}) % 256)"
         )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         started.append(process)
         return process
 

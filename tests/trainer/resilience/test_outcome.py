@@ -100,7 +100,7 @@ def test_each_end_but_an_interruption_is_told(received, tmp_path):
     for code in (DONE, CRASHED, USER, GAVE_UP, INTERRUPTED):
         notify(Run(tmp_path / "big"), code, "Rank 1 ended with SIGKILL.", lines.append)
     assert [facts["event"] for _, _, facts in received] == [
-        *("complete", "crashed", "stopped", "gave up"),
+        *("complete", "crashed", "stopped", "gave up")
     ]
     path, kind, facts = received[-1]
     assert (path, kind) == ("/services/secret", "application/json")

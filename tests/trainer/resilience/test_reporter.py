@@ -22,9 +22,7 @@ from forescale.resilience.reporter import HeartbeatReporter
 from forescale.run.directory import Attempt
 
 SETTINGS = HeartbeatConfig(
-    patience=Duration(10, "seconds"),
-    factor=3,
-    startup=Duration(60, "seconds"),
+    patience=Duration(10, "seconds"), factor=3, startup=Duration(60, "seconds")
 )
 
 

@@ -96,10 +96,7 @@ def test_rollbacks_are_few_and_far_between():
 
 @given(
     st.lists(
-        st.tuples(
-            st.floats(0, 100) | st.just(math.nan),
-            st.floats(0, 10) | st.just(math.inf),
-        ),
+        st.tuples(st.floats(0, 100) | st.just(math.nan), st.floats(0, 10) | st.just(math.inf)),
         max_size=80,
     ),
     st.integers(0, 80),

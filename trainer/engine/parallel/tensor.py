@@ -45,19 +45,15 @@ class Mpu:
         self._world = world
 
     def get_data_parallel_group(self) -> Any:
-        """Return the ranks that have the same parameters."""
         return self._world.states.group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Return their numbers."""
         return self._world.mesh.state_peers(self._world.rank)
 
     def get_data_parallel_world_size(self) -> int:
-        """Return how many they are."""
         return self._world.states.size
 
     def get_data_parallel_rank(self) -> int:
-        """Return this rank's place among them."""
         return self._world.states.rank
 
     def get_model_parallel_group(self) -> Any:
@@ -65,11 +61,9 @@ class Mpu:
         return self._world.tensor.group
 
     def get_model_parallel_world_size(self) -> int:
-        """Return how many they are."""
         return self._world.tensor.size
 
     def get_model_parallel_rank(self) -> int:
-        """Return this rank's place among them."""
         return self._world.tensor.rank
 
     # DeepSpeed asks by either name.

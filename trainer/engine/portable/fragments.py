@@ -156,7 +156,6 @@ class FragmentReader:
         self._open: dict[str, Any] = {}
 
     def states(self, name: str) -> list[str]:
-        """Return the names of a parameter's stored states."""
         return [state for stored, state in self._where if stored == name]
 
     def dtype(self, name: str, state: str) -> torch.dtype:

@@ -27,7 +27,6 @@ class Strip:
 
     @property
     def high(self) -> int:
-        """One more than the last."""
         return self._place(self.start + self.size - 1) + 1
 
     def _place(self, i: int) -> int:
