@@ -163,23 +163,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _reason(causes: list[BaseException], timeout: float) -> str:
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ReadTimeoutError
 
-    def among(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if among(gaierror):
-        return "the name of the server can't be resolved"
-    if among(ConnectionRefusedError):
-        return "the server refuses the connection"
-    if among(RemoteDisconnected):
-        return "the server closes the connection without an answer"
-    if among(ConnectionError):
-        return "the connection was interrupted"
-    if among(ReadTimeoutError):
-        return f"the server sent nothing for {timeout:g} s"
-    if among(ConnectTimeoutError) and not among(NewConnectionError):
-        return f"no connection within {timeout:g} s"
-    if among(IncompleteRead):
-        return "the answer was cut off"
-    if among(HTTPException):
-        return "the answer isn't HTTP"
+    reasons = (
+        (gaierror, "the name of the server can't be resolved"),
+        (ConnectionRefusedError, "the server refuses the connection"),
+        (RemoteDisconnected, "the server closes the connection without an answer"),
+        (ConnectionError, "the connection was interrupted"),
+        (ReadTimeoutError, f"the server sent nothing for {timeout:g} s"),
+        (ConnectTimeoutError, f"no connection within {timeout:g} s"),
+        (IncompleteRead, "the answer was cut off"),
+        (HTTPException, "the answer isn't HTTP"),
+    )
+    # A ConnectTimeoutError by its class, whatever its cause.
+    known = [cause for cause in causes if not isinstance(cause, NewConnectionError)]
+    for kind, reason in reasons:
+        if any(isinstance(cause, kind) for cause in known):
+            return reason
     return masked(f"the transfer fails ({causes[-1]})")

@@ -23,16 +23,11 @@ VALIDATION = SPLITS[1]
 # The most held-out text, and the largest sample, for the comparison with compressors.
 COMPARED, SAMPLE_FILES = 16_000_000, 400  # bytes, documents
 _ALL = 1 << 64  # above every key
+_CHANGED = ("changed while it was being read", "run the same command again")
 
 
 class ChangedError(UserError):
     """The source gave other documents than before: all units made from it are invalid."""
-
-    def __init__(
-        self, where: str, problem: str = "changed while it was being read", todo: str = ""
-    ):
-        """where: the unit or file that changed."""
-        super().__init__(where, problem, todo or "run the same command again")
 
 
 class NoTextError(UserError):
@@ -92,13 +87,13 @@ class Selection:
                 for raw, key, is_first in zip(*columns, strict=True):
                     document = next(documents, None)
                     if document is None or xxhash.xxh3_64_intdigest(document.text) != raw:
-                        raise ChangedError(unit.label)
+                        raise ChangedError(unit.label, *_CHANGED)
                     if is_first:
                         yield from self._of(key, document)
                     else:
                         report.add("duplicate", document.name)
         if next(documents, None) is not None:
-            raise ChangedError(unit.label)
+            raise ChangedError(unit.label, *_CHANGED)
 
     def _of(self, key: int, document: Document) -> Iterator[Part]:
         name, text = document.name, document.text
