@@ -165,8 +165,8 @@ class EncodeJob:
             return
         rows = (row for batch in _batches(parts) for row in self._encode(batch))
         for _, group in groupby(rows, key=lambda row: row[0]):
-            pieces_of = list(group)
-            yield pieces_of[0][1], np.concatenate([*(ids for _, _, ids in pieces_of), end])
+            _, encoded_parts, ids = zip(*group, strict=True)
+            yield encoded_parts[0], np.concatenate([*ids, end])
 
     def _encode(self, batch: list[tuple[int, Part, str]]) -> Iterator[tuple[int, Part, np.ndarray]]:
         texts = [piece for _, _, piece in batch]

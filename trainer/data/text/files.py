@@ -82,6 +82,9 @@ class Files:
     def describe(self) -> dict[str, Any]:
         """Return the request, sizes and a hash of the file names; see DocumentSource."""
         extra = {"suffixes": sorted(self.suffixes)} if self.suffixes else {}
+        listing = hashlib.sha256()  # changes if a file is added, removed, renamed or resized
+        for file in self._files:
+            listing.update(f"{file.name}\0{file.size}\n".encode())
         return {
             "kind": "files",
             "names": self.sources,
@@ -91,29 +94,19 @@ class Files:
             "files": len(self._files),
             "bytes": sum(file.size for file in self._files),
             "rows": sum(len(table) for table in self._tables.values()),
-            "listing": self._listing(),
+            "listing": listing.hexdigest(),
         }
-
-    def _listing(self) -> str:
-        """Return a sha256 of names and sizes, which changes if a file is added, removed, renamed or
-        resized."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(f"{file.name}\0{file.size}\n".encode())
-        return digest.hexdigest()
 
     def state(self) -> Iterator[tuple[str, str]]:
         """Yield names with modification times or fingerprints; empty for remote files."""
         for file in self._files:
-            yield file.name, self._version(file)
-
-    def _version(self, file: InputFile) -> str:
-        if file.kind == "table":
-            return str(getattr(self._tables[file.where], "_fingerprint", ""))
-        if is_url(file.where):
-            return ""
-        with reading(file.where):
-            return str(os.stat(file.where).st_mtime_ns)
+            version = ""
+            if file.kind == "table":
+                version = str(getattr(self._tables[file.where], "_fingerprint", ""))
+            elif not is_url(file.where):
+                with reading(file.where):
+                    version = str(os.stat(file.where).st_mtime_ns)
+            yield file.name, version
 
     def units(self) -> list[Unit]:
         """Return large .jsonl files and tables in parts, other files whole, small files of one
