@@ -24,7 +24,7 @@ from forescale.models.hf.adapters import adapters_to_hf
 from forescale.run.finetune import kept_template
 from forescale.storage import fsync_path, read_json, staged
 
-# Of an imported config.json, what is no longer so of the files that are written.
+# Keys of an imported config.json that don't hold for the exported files.
 _OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATE = "chat_template.jinja"
@@ -90,8 +90,9 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32")
 def export_adapters(
     view: RunView, checkpoint: Checkpoint, to: Path, base: str, dtype: str = "fp32"
 ) -> Path:
-    """Write the directory `to`, of which peft.PeftModel.from_pretrained puts the adapters beside
-    the model of the directory `base`, an export of the run that this one began with; return it.
+    """Write the adapters to the directory `to`, for peft.PeftModel.from_pretrained, and return it.
+
+    base: the directory of the base model, an export of the run that this one began with.
 
     dtype: as in `export`. Raises UserError if the checkpoint has no adapters, and as `export` does.
     """
@@ -171,10 +172,10 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 
 
 def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what is in the files beside the weights and tokenizer.json, by file name.
+    """Return the content of the files beside the weights and tokenizer.json, by file name.
 
-    Of weights that were imported, or began as imported ones, these are the files that came with
-    them, with what `config` says of the model: they know its special tokens and its chats.
+    For weights that descend from imported ones, these are the imported files, updated by `config`:
+    they know the special tokens and the chat template.
     """
     end = view.identity["dataset"]["end_of_text"]
     # In training the end-of-text token precedes every document, so it is the bos token here.

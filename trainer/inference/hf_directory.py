@@ -21,7 +21,7 @@ from forescale.storage import read_json
 
 CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
-# What `export` writes again as it was, beside tokenizer.json.
+# Files that `export` writes back unchanged, beside tokenizer.json.
 _SMALL_FILES = (
     CONFIG,
     "generation_config.json",
@@ -70,7 +70,7 @@ class HfDirectory:
 
     @cached_property
     def small_files(self) -> dict[str, Any]:
-        """What is in the files about tokens and generation, by file name."""
+        """The content of the files about tokens and generation, by file name."""
         contents: dict[str, Any] = {}
         contents |= {name: _object(p) for name in _SMALL_FILES if (p := self.path / name).is_file()}
         if (template := self.path / _TEMPLATE).is_file():

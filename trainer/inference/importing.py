@@ -1,7 +1,8 @@
-"""Imports a Hugging Face model as a run directory, whose checkpoint others begin with.
+"""Imports a Hugging Face model as a run directory, from whose checkpoint other runs may start.
 
-Invariant: the directory appears complete, by one rename, or not at all. What can't be carried is
-refused before anything is written. One tensor is in memory at a time; weights keep their bits.
+Invariant: the directory appears complete, by one rename, or not at all. An unsupported part of a
+model is refused before anything is written. One tensor is in memory at a time; weights keep their
+bits.
 """
 
 import hashlib
@@ -55,7 +56,7 @@ def import_hf(
 
     Args: `tokenizer`, a tokenizer.json or a directory with one; None: that of `source`.
     `end_of_text`: the token that ends a document; None: as data.tokenizer.end_of_text finds it.
-    Raises UserError if the run exists, or if a part of the model can't be carried.
+    Raises UserError if the run exists, or if a part of the model isn't supported.
     """
     expect_free(run)
     directory = HfDirectory(source)
@@ -78,8 +79,8 @@ def import_hf(
 
 
 def imported(source: Path) -> Run:
-    """Return the run in the cache that holds the model of a Hugging Face directory; made on first
-    use, which stderr shows. Raises UserError like import_hf.
+    """Return the run in the cache that holds the model of a Hugging Face directory, imported on
+    first use, with a note on stderr. Raises UserError like import_hf.
 
     A file of weights counts as changed with its size or time, the others with their content.
     """
@@ -152,7 +153,7 @@ def _vocabulary(
 
 
 def _identity(result: Imported, source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the content of run.json, of a run that has no data."""
+    """Return the content of run.json; the run has no data."""
     no_data = dict.fromkeys(("path", "identity", "corpus_hash")) | {"sources": {}}
     return {
         "name": result.run.name,
@@ -166,7 +167,7 @@ def _identity(result: Imported, source: Path, vocabulary: Vocabulary) -> dict[st
 
 
 def _job(run: Run, model: ModelConfig) -> TrainJob:
-    """Return the job that is frozen: the model, and else the defaults, which nothing reads."""
+    """Return the job to freeze: the model, and defaults that nothing reads."""
     words = [f"run.name={run.name}", f"run.root={run.path.parent}", "schedule=constant"]
     words += [
         "schedule.warmup=0 steps",

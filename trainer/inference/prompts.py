@@ -1,6 +1,6 @@
-"""Prompts from standard input and files: all of it as one, or one a line.
+"""Prompts from standard input and files: one prompt, or one per line.
 
-Invariant: what isn't UTF-8, or is too large, is one sentence.
+Invariant: input that isn't UTF-8 or is too large is a UserError.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forescale.errors import UserError
 
-_MOST = 16 << 20  # bytes of a file of prompts, and of a line
+_MAX_BYTES = 16 << 20  # of a file of prompts, and of a line
 
 
 def whole_input() -> str:
@@ -48,9 +48,11 @@ def typed_lines(mark: str) -> Iterator[str]:
                 yield input(mark)
             except EOFError:
                 return
-    while raw := stream.buffer.readline(_MOST + 1):
-        if len(raw) > _MOST:
-            raise UserError("interactive", f"a line has more than {_MOST:,} bytes", "give less")
+    while raw := stream.buffer.readline(_MAX_BYTES + 1):
+        if len(raw) > _MAX_BYTES:
+            raise UserError(
+                "interactive", f"a line has more than {_MAX_BYTES:,} bytes", "give less"
+            )
         yield _without_end(_decoded(raw, "interactive", "standard input"))
 
 
@@ -69,9 +71,9 @@ def _prompt_of(line: str, where: str) -> str:
 def _raw_input() -> bytes:
     if sys.stdin is None:
         raise UserError("prompt", "standard input is closed", "write prompt=TEXT")
-    raw = sys.stdin.buffer.read(_MOST + 1)
-    if len(raw) > _MOST:
-        problem = f"standard input has more than {_MOST:,} bytes"
+    raw = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        problem = f"standard input has more than {_MAX_BYTES:,} bytes"
         raise UserError("prompt", problem, "give its last part, such as with tail -c 100000")
     return raw
 
@@ -79,11 +81,13 @@ def _raw_input() -> bytes:
 def _raw_file(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            raw = file.read(_MOST + 1)
+            raw = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(str(path), "there is no such file", "name a file of prompts") from None
-    if len(raw) > _MOST:
-        raise UserError(str(path), f"has more than {_MOST:,} bytes", "split it into several files")
+    if len(raw) > _MAX_BYTES:
+        raise UserError(
+            str(path), f"has more than {_MAX_BYTES:,} bytes", "split it into several files"
+        )
     return raw
 
 

@@ -1,6 +1,6 @@
-"""How a run's model reads a prompt, and what it writes then.
+"""How a run's model reads a prompt.
 
-A model of the next token continues it, and so does one of objective=prefix, whose encoder
+A model of the next token continues the prompt, and so does one of objective=prefix, whose encoder
 reads it. One of objective=seq2seq writes the spans that it lacks: sentinels are written as
 T5's tokenizer has them, <extra_id_0>, <extra_id_1>, ..., in the prompt and in the answer. One of
 objective=pairs reads the prompt as a source, and writes its target.

@@ -1,4 +1,4 @@
-"""Places inside a decoder where a forward pass can be read or changed.
+"""Places inside a decoder at which a forward pass can be read or changed.
 
     stream[0] -> mixer[0] (heads[0] inside) -> mlp[0] -> stream[1] -> ... -> stream[N] -> logits
 

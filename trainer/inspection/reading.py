@@ -81,7 +81,7 @@ class Reading:
 
 
 def expect_decoder(view: RunView) -> None:
-    """Raise UserError for a model whose inside is not that of a decoder of ours."""
+    """Raise UserError unless the model is forescale's own, a decoder alone."""
     config = view.config
     if not isinstance(config.model, ModelConfig):
         problem = "its model is a class of your own, whose parts are not known here"

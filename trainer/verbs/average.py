@@ -22,40 +22,38 @@ if TYPE_CHECKING:
 
 @dataclass
 class AveragedRunConfig(RootConfig):
-    """The run that is made, and where runs are looked for."""
+    """The new run, and the directory of all runs."""
 
-    name: str | None = key(None, "the name of the run that is made; null: RUN-average")
+    name: str | None = key(None, "name of the new run; null: RUN-average")
 
     def problems(self) -> Problems:
-        """Return a problem if the name is none of a directory."""
+        """Return a problem if the name can't be that of a directory."""
         return [] if self.name is None else RunConfig(self.name).problems()
 
 
 @dataclass
 class AverageJob(RunJob):
-    """A run and which of its checkpoints."""
+    """A run, and which of its checkpoints to average."""
 
     VERB: ClassVar[str] = "average"
     FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
 
     last: int | None = key(
         None,
-        "average so many of the newest checkpoints; null: five, or all if there are fewer",
+        "number of newest checkpoints to average; null: five, or all if there are fewer",
         ge=1,
     )
     steps: list[int] = key([], "average the checkpoints of these steps instead")
     json: bool = key(False, "print JSON, for programs; --json does the same")
     run: AveragedRunConfig = section(
-        AveragedRunConfig, "the run that is made, and where runs are looked for"
+        AveragedRunConfig, "the new run, and the directory of all runs"
     )
 
     def problems(self) -> Problems:
         """Return the problems of keys that exclude each other."""
         problems = super().problems()
         if self.last is not None and self.steps:
-            problems.append(
-                ("last", "says which checkpoints, and steps does too", "write one of them")
-            )
+            problems.append(("last", "excludes steps", "write one of them"))
         return problems
 
 

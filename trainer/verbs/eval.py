@@ -50,8 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
-    """Print the loss on each dataset, that by position if a length is given, and the details if
-    they are wanted."""
+    """Print the loss on each dataset, by position too if a length is set, and the details."""
     from forescale.inference.details.induction import induction
     from forescale.inference.details.measure import expect_continuing
     from forescale.inference.details.text import induction_text

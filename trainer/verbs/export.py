@@ -23,23 +23,21 @@ class ExportJob(RunJob):
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
-    dtype: Literal["fp32", "bf16", "fp16"] = key(
-        "fp32", "the number format of the weights that are written"
-    )
+    dtype: Literal["fp32", "bf16", "fp16"] = key("fp32", "number format of the exported weights")
     adapter: bool = key(
         False,
-        "of a run with lora.rank: write the adapters alone, for peft; else they are merged",
+        "write the adapters of a LoRA run alone, for peft; false: merge them into the weights",
     )
     base: str | None = key(
         None,
-        "adapter=true: where they find the model that they stand beside; null: exports/FROM-STEP",
+        "adapter=true: the exported base model that peft loads; null: exports/FROM-STEP",
     )
 
     def problems(self) -> Problems:
         """Return the problems of keys that need each other."""
         problems = super().problems()
         if self.base is not None and not self.adapter:
-            problems.append(("base", "is where adapters find a model", "add adapter=true"))
+            problems.append(("base", "applies to adapters alone", "add adapter=true"))
         return problems
 
 

@@ -1,8 +1,7 @@
-"""`forescale finetune`: make a run that goes on from the weights of another one with examples of
-prompts and responses, and train it.
+"""`forescale finetune`: fine-tune the weights of a run on examples of prompts and responses.
 
-Invariant: the run is an ordinary one. Its dataset is built from the file of examples and kept in
-the cache; all else that trains it is `forescale train`, which the same command again resumes.
+Invariant: the result is an ordinary run, which `forescale train` trains and resumes. Its dataset is
+built from the file of examples, in the cache.
 """
 
 import re
@@ -44,8 +43,7 @@ from forescale.verbs.train import local_ranks
 
 @dataclass
 class FinetuneJob(TrainJob):
-    """The keys of `train`, which have the values of FROM where nothing is typed, and those of the
-    examples."""
+    """The keys of `train`, with the values of FROM as defaults, and those of the examples."""
 
     VERB: ClassVar[str] = "finetune"
     TARGET: ClassVar[str] = "run.from.run"
@@ -65,15 +63,16 @@ class FinetuneJob(TrainJob):
         gt=0,
         common=True,
     )
-    held_out: float = key(0.05, "share of the examples that only validation reads", ge=0, le=0.5)
+    held_out: float = key(
+        0.05, "fraction of the examples that is held out for validation", ge=0, le=0.5
+    )
     unusable: Literal["fail", "skip"] = key(
-        "fail", "lines that are no examples, or longer than train.sequence_length: name them and "
-        "stop, or name them and go on without them",
+        "fail", "invalid examples, and those longer than train.sequence_length: stop with their "
+        "list, or skip them with a note",
     )  # fmt: skip
     template: str | None = key(
         None,
-        "chat template of messages, a file in Jinja; null: that of FROM's tokenizer, else a plain "
-        "one",
+        "chat template, a file in Jinja; null: that of FROM's tokenizer, else a plain one",
     )
     prepare_only: bool = key(
         False, "make the run and stop; then: forescale plan NAME, forescale submit train NAME"
@@ -83,7 +82,7 @@ class FinetuneJob(TrainJob):
         problems = super().problems(world_size)
         todo = "write forescale finetune FROM data=FILE.jsonl"
         if not self.run.origin.run:
-            problems.append(("run.from.run", "names no run to go on from", todo))
+            problems.append(("run.from.run", "names no run to fine-tune", todo))
         if self.train.first_batch is not None:
             problem = "a fine-tuning counts epochs of examples, with one batch in all steps"
             problems.append(("train.first_batch", problem, "leave it out, and train.batch_ramp"))
@@ -132,8 +131,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _named(arguments: list[str]) -> tuple[list[str], RunView]:
-    """Return the arguments as overrides, with a name for the run if none is typed, and the run to
-    go on from."""
+    """Return the arguments as overrides, with a name for the run, and the run to fine-tune."""
     overrides = overrides_of(FinetuneJob, arguments)
     name = _typed(overrides, "run.from.run")
     if name is None:
@@ -158,8 +156,8 @@ def _typed(words: list[str], name: str) -> str | None:
 
 
 def _base_config(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
-    """Return the config over which the command is laid: of the run itself if it exists. Whether
-    examples are preferences their file says, unless the objective is typed."""
+    """Return the config under the command's keys: that of the run itself if it exists. The file of
+    examples decides between responses and preferences, unless the objective is typed."""
     run = Run(directory)
     if run.config.exists():
         return plain(thaw(TrainJob, run.config, trust=True))

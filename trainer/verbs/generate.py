@@ -39,25 +39,24 @@ class GenerateJob(RunJob):
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     prompt: str = key(
         "",
-        "text that the model continues; empty: it begins a document; for a run of seq2seq, text "
-        "with <extra_id_0>, <extra_id_1>, ... where it lacks spans; of pairs, a source, whose "
-        "target it writes; -: read standard input",
+        "text to continue; empty: the beginning of a document; seq2seq: text with <extra_id_0>, "
+        "<extra_id_1>, ... in the place of missing spans; pairs: a source; -: standard input",
     )
     prompts: list[str] = key([], "several prompts, answered in this order")
     input: str | None = key(
         None,
-        "a file of prompts, one a line; .jsonl: a text, or an object with `prompt`, a line; -: "
-        "read standard input",
+        "a file with a prompt on each line; .jsonl: a text, or an object with `prompt`; -: "
+        "standard input",
     )
     interactive: bool = key(
         False,
-        "read a prompt a line, and answer each at once, until Ctrl-D; Ctrl-C ends an answer; "
+        "read prompts line by line and answer each; Ctrl-C ends an answer, Ctrl-D the command; "
         "--interactive does the same",
     )
     chat: bool = key(
         False,
-        "a prompt is a message of a user, which the model answers by the run's chat template; "
-        "interactive: a conversation, until an empty line begins a new one; --chat does the same",
+        "prompts are user messages in the run's chat template; with interactive, an empty line "
+        "begins a new conversation; --chat does the same",
     )
     template: str | None = key(
         None,
@@ -65,24 +64,27 @@ class GenerateJob(RunJob):
         "the plain one of forescale finetune",
     )
     samples: int = key(1, "texts for each prompt", ge=1, le=1000)
-    num_tokens: int = key(200, "the most tokens to write", ge=1)
+    num_tokens: int = key(200, "maximum number of new tokens", ge=1)
     stop: list[str] = key(
-        [], "texts before which an answer ends; \\n and \\t in them are a line end and a tab"
+        [], "stop texts, at which an answer ends; \\n and \\t in them are a line end and a tab"
     )
-    temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)
-    top_k: int | None = key(50, "sample among this number of most likely tokens; null: all", ge=1)
+    temperature: float = key(0.8, "sampling temperature; 0: greedy decoding", ge=0)
+    top_k: int | None = key(50, "top-k sampling: only the k most likely tokens; null: all", ge=1)
     top_p: float = key(
-        1.0, "sample among the most likely tokens that together are so likely", gt=0, le=1
+        1.0,
+        "nucleus sampling (top-p): the most likely tokens up to this total probability",
+        gt=0,
+        le=1,
     )
     min_p: float = key(
-        0.0, "sample no token less likely than this part of the most likely one", ge=0, le=1
+        0.0, "minimum probability of a token, as a fraction of the largest one", ge=0, le=1
     )
     repetition_penalty: float = key(
-        1.0, "above 1: tokens that the text holds already are less likely", gt=0
+        1.0, "above 1: tokens of the prompt and the text become less likely", gt=0
     )
-    seed: int = key(1337, "seed of the sampling; each further text has the next one", ge=0)
-    batch: int = key(16, "texts that are written at once", ge=1)
-    json: bool = key(False, "print an object a text, for programs, a line each; --json does it too")
+    seed: int = key(1337, "seed of the first text; text number i has seed + i", ge=0)
+    batch: int = key(16, "texts that are decoded together", ge=1)
+    json: bool = key(False, "print one JSON object per text, a line each; --json does the same")
     trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
 
     def problems(self) -> Problems:
@@ -96,11 +98,11 @@ class GenerateJob(RunJob):
         }
         named = [name for name, is_given in ways.items() if is_given]
         if len(named) > 1:
-            problems.append((named[1], f"{named[0]} is given too", "give one of them"))
+            problems.append((named[1], f"excludes {named[0]}", "give one of them"))
         if self.template is not None and not self.chat:
             problems.append(("template", "writes conversations, and chat is false", "add --chat"))
         if "" in self.stop:
-            problems.append(("stop", "holds an empty text, which stands everywhere", "take it out"))
+            problems.append(("stop", "holds an empty text", "take it out"))
         return problems
 
 

@@ -24,13 +24,13 @@ _TODO = "write forescale import hf DIR NAME"
 
 @dataclass
 class ImportedRunConfig:
-    """The run that is made."""
+    """The new run."""
 
     name: str | None = key(None, "the run's name; the second word after hf sets it too")
     root: str = key("runs", "the directory that holds the runs")
 
     def problems(self) -> Problems:
-        """Return a problem if the name is missing or none of a directory."""
+        """Return a problem if the name is missing or can't be that of a directory."""
         if self.name is None:
             return [("name", "is missing", _TODO)]
         return RunConfig(self.name).problems()
@@ -38,7 +38,7 @@ class ImportedRunConfig:
 
 @dataclass
 class ImportJob(Job):
-    """A model and the run to make of it."""
+    """A model, and the run that will hold it."""
 
     VERB: ClassVar[str] = "import"
     TARGET: ClassVar[str] = "run.name"
@@ -56,7 +56,7 @@ class ImportJob(Job):
         None, "the token that ends a document; null: <|endoftext|> or what its config names"
     )
     json: bool = key(False, "print JSON, for programs; --json does the same")
-    run: ImportedRunConfig = section(ImportedRunConfig, "the run that is made")
+    run: ImportedRunConfig = section(ImportedRunConfig, "the new run")
 
     def problems(self) -> Problems:
         """Return a problem if no directory is given."""

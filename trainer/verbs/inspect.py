@@ -29,18 +29,20 @@ class InspectJob(RunJob):
         None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
     )
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    text: str | None = key(None, "what the model reads; null: the first of its held-out text")
-    tokens: int = key(64, "the most tokens that are read, from the first on", ge=3, le=512)
+    text: str | None = key(
+        None, "text that the model reads; null: the beginning of its held-out text"
+    )
+    tokens: int = key(64, "maximum number of tokens to read", ge=3, le=512)
     subject: str | None = key(
         None,
-        "a part of the text, such as the name that a fact is about: traces which states carry it "
-        "to the next token",
+        "a part of the text, such as the name in a fact: trace which states carry it to the next "
+        "token (causal tracing)",
     )
     answer: str | None = key(
-        None, "with subject, what should follow the text; null: what the model says"
+        None, "with subject: the expected continuation of the text; null: the model's own"
     )
     to: str | None = key(None, "the HTML file to write; null: RUN-STEP-inspect.html")
-    seed: int = key(1337, "of random tokens, of the noise of a trace", ge=0)
+    seed: int = key(1337, "seed of the random tokens and of the noise of a trace", ge=0)
     json: bool = key(False, "print all numbers but the maps as JSON, and write no page")
 
 

@@ -82,8 +82,8 @@ def _job(run: Run) -> queue.Job | None:
 
 
 class _JobIsGone:
-    """Whether the run's newest job has left the queue. Asks again now and then, while it is called;
-    False where SLURM can't be asked."""
+    """True once the run's newest job has left the queue; False where SLURM doesn't answer. A call
+    may query the queue again, at most every few seconds."""
 
     def __init__(self, run: Run):
         self._newest, self._asked_at, self._answer = newest(run), -queue_cache.EVERY, False
@@ -112,7 +112,7 @@ def _early_end(run: Run) -> queue_cache.EarlyEnd | None:
 
 
 def _early_end_text(early: queue_cache.EarlyEnd) -> str:
-    """Return how a job ended of which no rank began, and the end of its log."""
+    """Return how a job ended before any rank began, and the end of its log."""
     lines = early.tail(_LAST_LINES)
     log = f"== {early.submission.log}" if lines else f"No log: {early.submission.log}"
     return "\n".join([f"== {early.sentence}", log, *lines])
@@ -152,7 +152,7 @@ def _show(path: Path, lines: int, goes_on) -> None:
 
 
 def _in_words(text: str) -> str:
-    """Return the text of a log with a sentence for what earlier versions put in a word."""
+    """Return the text of a log, with one message of earlier versions in plain words."""
     return text.replace(
         "SLURM is ending the job (overtaken)",
         "SLURM has started the job again, so this start of it ends",

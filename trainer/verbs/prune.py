@@ -1,4 +1,4 @@
-"""`forescale prune`: delete checkpoints of a run that need not be kept; only with yes=true.
+"""`forescale prune`: delete unneeded checkpoints of a run, only with yes=true.
 
 Exit codes: 0 deleted, or listed; 2 if a checkpoint that stays is damaged, or the run is training.
 """

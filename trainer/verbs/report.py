@@ -22,13 +22,13 @@ class ReportJob(Job):
     VERB: ClassVar[str] = "report"
     TARGET: ClassVar[str] = "input"
 
-    input: list[str] = key([], "runs (names or directories), drawn together")
+    input: list[str] = key([], "runs (names or directories), drawn into one chart")
     output: str | None = key(
         None, "the file to write: .html is the page, .svg or .png the loss alone; null: "
         "report-RUN.html here"
     )  # fmt: skip
     x: Literal["step", "tokens", "flops", "time"] = key(
-        "tokens", "what the curves are drawn over; the page can change it"
+        "tokens", "horizontal axis of the curves; the page can change it"
     )
     run: RootConfig = section(RootConfig, "where runs are looked for")
 

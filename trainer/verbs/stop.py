@@ -98,8 +98,8 @@ def _launcher(run: Run) -> psutil.Process | None:
 
 
 def _trains(process: psutil.Process, attempt: Path) -> bool:
-    """Return True if a process has started ranks of this attempt. A launcher that restarts them has
-    none for some seconds, which are waited for."""
+    """Return True if a process has started ranks of this attempt. While a launcher restarts them it
+    has none: wait for some seconds."""
     end = time.monotonic() + _RESTART
     while True:
         for child in process.children():

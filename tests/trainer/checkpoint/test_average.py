@@ -264,7 +264,7 @@ REFUSED = {
     "run": (["nowhere"], None, "nowhere: no run has this name or path"),
     "step": (["small", "steps=[4,9]"], None, "step-00000009: no such checkpoint; choose of these"),
     "twice": (["small", "steps=[4,4]"], None, "steps: 4, 4 has a step twice"),
-    "both": (["small", "steps=[4]", "last=1"], None, "last: says which checkpoints, and steps"),
+    "both": (["small", "steps=[4]", "last=1"], None, "last: excludes steps"),
     "many": (["small", "last=4"], None, "at steps 4, 8, 12 alone; write last=3"),
     "none": (["small", "last=0"], None, "last: "),
     "name": (["small", "run.name=small"], None, "runs/small: exists already"),

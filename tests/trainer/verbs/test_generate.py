@@ -235,7 +235,7 @@ def test_a_character_over_several_tokens_comes_at_once():
         (["small", "top_k=0"], "top_k: must be at least 1"),
         (["small", "promt=x"], "did you mean prompt"),
         ([], "target: is missing"),
-        (["small", "prompt=x", "--interactive"], "interactive: prompt is given too; give one"),
+        (["small", "prompt=x", "--interactive"], "interactive: excludes prompt; give one"),
         (["small", "top_p=0"], "top_p: must be more than 0"),
         (["small", "stop=[a,'']"], "stop: holds an empty text"),
         (["small", "input=none.txt"], "none.txt: there is no such file"),

@@ -1,8 +1,7 @@
-"""A run's model as lm_eval asks one: likelihoods of texts, and answers to prompts.
+"""A run's model in the interface of lm_eval: likelihoods of texts, and answers to prompts.
 
-Invariant: numbers are those that lm_eval's HFLM gets of the exported model: texts become ids by the
-same rule, rows that are too long lose their begin, and answers are the likeliest tokens unless a
-task wants others.
+Invariant: results equal those of lm_eval's HFLM on the exported model: the same rule makes ids of
+texts, rows that are too long are cut on the left, and decoding is greedy unless a task samples.
 """
 
 from collections import Counter
@@ -30,7 +29,7 @@ from forescale.models.transformer import Transformer
 from forescale.run.finetune import chat_template, vocabulary_of_run
 from forescale.storage import read_json
 
-_MOST_TOKENS = 256  # of an answer, where a task doesn't say: as lm_eval has it
+_MAX_TOKENS = 256  # of an answer, unless a task says otherwise: lm_eval's default
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _READ = (*_SAMPLING, "do_sample", "until", "max_gen_toks")
 
@@ -41,9 +40,8 @@ class LanguageModel(TemplateLM):
     """A run's model as `lm_eval.simple_evaluate(model=...)` takes one.
 
     model: of the run, with weights; batch: rows of a forward pass; length: the most tokens that it
-    reads, None: as in training. title: what progress calls the work. cut_rows, cut_tokens: by the
-    name of a task, how many of its rows were too long since `restart`, and the tokens that they
-    lost at their begin.
+    reads, None: as in training. title: what progress calls the work. cut_rows, cut_tokens: by task,
+    the number of rows that were cut since `restart`, and of the tokens that they lost.
     Raises UserError for a model that continues no text.
     """
 
@@ -66,12 +64,12 @@ class LanguageModel(TemplateLM):
         self._model = model.to(self._device)
         self._spelling = load_tokenizer(view.run.verified_tokenizer())
         self._prefix, self._end = special_ids(view, self._spelling)
-        # What an imported tokenizer puts before a text, its model was trained with.
+        # An imported model was trained with the tokens that its tokenizer puts before a text.
         self._frames = view.run.imported.is_file()
         self.max_length = length or config.train.sequence_length
         self.batch, self._progress = batch, progress
         self.title = ""
-        self._lost: list[int] = []  # tokens of the rows that were read last; below 1: none
+        self._lost: list[int] = []  # tokens cut from each row of the last call; below 1: none
         self.restart()
 
     def restart(self) -> None:
@@ -95,7 +93,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm_eval keeps questions under, when it is asked to keep them."""
+        """The key of lm_eval's cache of questions."""
         return f"{self._view.name}-{hash_string(self._template.source)[:12]}"
 
     @cached_property
@@ -103,8 +101,7 @@ class LanguageModel(TemplateLM):
         return chat_template(self._view.run, vocabulary_of_run(self._view.run), None)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the text of the run's chat template: what came with its weights, or the plain
-        one."""
+        """Return the source of the run's chat template, or of the plain one."""
         return self._template.source
 
     def apply_chat_template(
@@ -147,7 +144,7 @@ class LanguageModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         self._lost = [len(a) + len(b) - self.max_length - 1 for _, a, b in requests]
-        rows: dict[Row, list[int]] = {}  # of several requests the model reads the same
+        rows: dict[Row, list[int]] = {}  # the requests that share a row
         for i, (pair, context, continuation) in enumerate(requests):
             if not continuation:
                 raise self._without_tokens(*pair)
@@ -168,7 +165,7 @@ class LanguageModel(TemplateLM):
         return results
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
-        """Return what the model reads: all but the last token, and of too many the last ones.
+        """Return the model's input: all but the last token, cut on the left to max_length.
         Raises UserError if not even the continuation fits."""
         if len(continuation) > self.max_length:
             problem = f"an answer has {len(continuation):,} tokens, and the model reads at most "
@@ -221,10 +218,10 @@ class LanguageModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Return the text that the model writes after each prompt, before the first of its stop
-        texts, the end of the document or the most tokens."""
+        """Return the continuation of each prompt, up to a stop text, the end of the document or the
+        maximum of tokens."""
         answers = [self._answer(i, request) for i, request in enumerate(requests)]
-        # The longest first: memory that lacks is missed at once.
+        # The longest first: a lack of memory shows at once.
         order = sorted(answers, key=lambda answer: -len(answer.question.start))
         for done, _ in enumerate(complete(self._model, order, self.batch), 1):
             self._progress(f"{self.title} answers", done, len(answers), "texts")
@@ -235,7 +232,7 @@ class LanguageModel(TemplateLM):
     def _answer(self, number: int, request: Instance) -> Answer:
         """Return the empty answer to a request. Raises UserError for an unsupported option."""
         prompt, kwargs = request.args
-        options = normalize_gen_kwargs(dict(kwargs), _MOST_TOKENS)
+        options = normalize_gen_kwargs(dict(kwargs), _MAX_TOKENS)
         most = options["max_gen_toks"]
         if other := [key for key in options if key not in _READ and options[key] not in (None, 1)]:
             problem = f"its generation_kwargs hold {', '.join(other)}, and this model reads only "

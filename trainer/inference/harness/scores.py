@@ -1,4 +1,4 @@
-"""The scores of a run's model on tasks of lm_eval, with what they came from."""
+"""The scores of a run's model on tasks of lm_eval, with their provenance."""
 
 import io
 import math
@@ -38,7 +38,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model has scored on a task, or on all of a group.
+    """The score of a model on a task or a group.
 
     metrics: by name, as in acc or exact_match,strict-match, the second part a filter of the task;
     version: of the task, as its file has it; file, sha256: its file, and the hash of that and of
@@ -68,9 +68,9 @@ def scores_of(
 ) -> Iterator[TaskScore]:
     """Yield the score on each task at each number of solved examples before a question.
 
-    shots: (): as the tasks say. questions: the first so many of each task; None: all. chat: ask
-    through the run's chat template, with examples as earlier turns. Raises UserError for a task
-    that asks what the model can't do.
+    shots: (): as the tasks say. questions: the first n of each task; None: all. chat: use the run's
+    chat template, with examples as earlier turns. Raises UserError for a task that the model
+    can't do.
     """
     for name, loaded in tasks.items():
         defaults = {task.task_name: task.get_config("num_fewshot") for task in leaves(loaded)}
@@ -87,7 +87,7 @@ def lm_eval_version() -> str:
 
 
 def _prepare(loaded: Loaded, defaults: dict[str, int | None], shots: int | None) -> None:
-    """Set the number of examples of these tasks, and lm_eval's seeds, by which it draws them.
+    """Set the number of examples of these tasks, and the seeds with which lm_eval draws them.
 
     defaults: the number of each task's file. Raises UserError for a task that takes no other.
     """
@@ -154,7 +154,7 @@ def _parts(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 @contextmanager
 def _own_process() -> Iterator[None]:
-    """Let lm_eval resample in this process, and say nothing on the output, which is ours."""
+    """Let lm_eval resample in this process, and print nothing."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -197,7 +197,7 @@ def _file_of(config: dict[str, Any]) -> Path | None:
 
 
 def _questions_hash(samples: list[dict[str, Any]]) -> str | None:
-    """Return what lm_eval calls the hash of a task."""
+    """Return lm_eval's hash of a task."""
     if not samples:
         return None
     return hash_string(

@@ -1,6 +1,6 @@
-"""Tasks of lm_eval by name or by file, ready to be asked.
+"""Tasks of lm_eval by name or by file, with their data.
 
-Invariant: what is wrong with a task is one sentence that names it, before a model is loaded.
+Invariant: a problem of a task is a UserError that names it, before a model is loaded.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 
-Loaded: TypeAlias = "Task | Group | list[Task]"  # the last: the tasks that share a tag
+Loaded: TypeAlias = "Task | Group | list[Task]"  # a list: the tasks of a tag
 _FILES = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset")
 _NEAR = 5  # names that a message offers
 
@@ -33,7 +33,7 @@ def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
     """Return the tasks of these names or files (.yaml), each with its data, in order.
 
     A group in a file may hold tasks of other files beside it, and of lm_eval. Raises UserError for
-    one that there isn't, that is no task, or whose data is not here.
+    an unknown or invalid task, and for one whose data is not on this machine.
     """
     files = {name: Path(name).expanduser() for name in names if _is_file(name)}
     contents = {name: _content(name, path) for name, path in files.items()}
@@ -57,7 +57,7 @@ def _is_file(name: str) -> bool:
 
 
 def _content(name: str, path: Path) -> dict[str, Any]:
-    """Return what is in a task's file, its functions as their names. Raises UserError."""
+    """Return the content of a task's file, with functions as names. Raises UserError."""
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "there is no such file"
         raise UserError(name, problem, "name the .yaml file of a task, or a task of lm_eval")
@@ -74,7 +74,7 @@ def _content(name: str, path: Path) -> dict[str, Any]:
 def _loaded(
     manager: TaskManager, name: str, file: Path | None, content: dict[str, Any] | None
 ) -> Loaded:
-    """Return a task with its data. file: of one that is named by its file, with this content."""
+    """Return a task with its data. file, content: of a task that is named by its file."""
     if content is None:
         entry = manager.task_index[name]
         content = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
@@ -126,14 +126,14 @@ def _without_data(name: str, content: dict[str, Any], error: Exception) -> UserE
 
 
 def leaves(loaded: Loaded) -> list[Task]:
-    """Return the tasks that are asked."""
+    """Return the single tasks of a task, group or tag."""
     if isinstance(loaded, Group):
         return list(loaded.get_all_tasks())
     return loaded if isinstance(loaded, list) else [loaded]
 
 
 def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a task's file, and of those that it includes after it."""
+    """Return the SHA-256 of a task's file, followed by the files that it includes."""
     digest = hashlib.sha256()
     for file in _with_included(path):
         digest.update(file.read_bytes())
@@ -149,7 +149,7 @@ def _with_included(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm_eval from writing: bars of its own beside ours, and notes on each default."""
+    """Silence lm_eval: its progress bars, and its notes on each default."""
     logger, init = logging.getLogger("lm_eval"), tqdm.__init__
     level, had_bars = logger.level, datasets.are_progress_bars_disabled()
 
