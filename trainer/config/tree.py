@@ -249,7 +249,8 @@ def example(type_: Any, f: Field[Any]) -> str:
     elif typing.get_origin(kind) is Literal:
         text = str(typing.get_args(kind)[0])
     else:
-        texts = {int: "8", float: "0.1", bool: "true", str: "TEXT", Duration: "500 steps"}
+        length = "24 h" if f.metadata.get("bounds", {}).get("wall_time") else "500 steps"
+        texts = {int: "8", float: "0.1", bool: "true", str: "TEXT", Duration: length}
         texts[list[TargetConfig]] = "[{_target_: mypackage.Mine}]"
         text = texts.get(kind, "[...]" if "list" in str(kind) else "{name: value}")
     return f"'{text}'" if " " in text else text
