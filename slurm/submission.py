@@ -30,8 +30,6 @@ from forescale.config.schema import plain
 from forescale.config.tree import build
 from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.run.identity import version_of_checkout
-from forescale.run.start import versions
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
 from forescale.storage import read_json, write_json
@@ -127,6 +125,10 @@ def facts_of(
     settings: SlurmConfig, data: Iterable[str], packages: Iterable[Path]
 ) -> dict[str, Any]:
     """Return what a job needs to know. data: paths that it reads; packages: the user's code."""
+    # With numpy, which `forescale status` does without.
+    from forescale.run.identity import version_of_checkout
+    from forescale.run.start import versions
+
     return {
         "slurm": plain(settings),
         "submitted": time.time(),
