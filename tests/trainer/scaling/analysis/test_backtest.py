@@ -32,9 +32,9 @@ QUICK = (LEVEL, LINE, LAST)  # the others fit laws
 
 def table(noise=0.003, budgets=BUDGETS):
     """IsoFLOP runs of a law, as records."""
-    made, c = iso_flop_runs(budgets, noise=noise)
-    sizes = {"parameters": made.parameters, "tokens": made.tokens}
-    return pd.DataFrame({**sizes, "flops": c, "budget": c, "loss": made.loss})
+    runs, c = iso_flop_runs(budgets, noise=noise)
+    sizes = {"parameters": runs.parameters, "tokens": runs.tokens}
+    return pd.DataFrame({**sizes, "flops": c, "budget": c, "loss": runs.loss})
 
 
 def judged(rows, methods=QUICK, **keys):
@@ -52,14 +52,14 @@ def row(error, **keys):
 
 
 def test_each_method_forecasts_the_next_two_budgets_of_every_origin():
-    found = judged(table(), (LEVEL, *RIVALS))
-    minima = found[(found.group == MINIMA) & (found.method == LINE)]
+    rows = judged(table(), (LEVEL, *RIVALS))
+    minima = rows[(rows.group == MINIMA) & (rows.method == LINE)]
     pairs = [(3, 1), (3, 2), (4, 1)]
     assert list(zip(minima.origin, minima.ahead, strict=True)) == pairs
-    runs = found[(found.method == LEVEL) & (found.group != MINIMA)]
+    runs = rows[(rows.method == LEVEL) & (rows.group != MINIMA)]
     assert set(runs.group) == {NEAR, OTHER}
     assert len(runs) == 6 * len(pairs)
-    assert not set(found[found.group != MINIMA].method) & set(RIVALS)
+    assert not set(rows[rows.group != MINIMA].method) & set(RIVALS)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_losses_beyond_an_origin_change_none_of_its_forecasts(methods):
     late = np.repeat([False, False, False, False, True, True], 6)
     rows = table(budgets=np.geomspace(1e18, 10**20.5, 6))
     other = rows.assign(loss=rows.loss * np.where(late, 1.2, 1))
-    found = [judged(each, methods, near=None) for each in (rows, other)]
-    one, two = (f[f.origin <= 4] for f in found)
+    scores = [judged(each, methods, near=None) for each in (rows, other)]
+    one, two = (f[f.origin <= 4] for f in scores)
     beyond = (one.origin + one.ahead > 4).to_numpy()
     assert two.error.to_numpy() == pytest.approx(one.error - beyond * np.log(1.2), abs=1e-12)
     np.testing.assert_array_equal(one.width, two.width)
@@ -81,10 +81,10 @@ def test_losses_beyond_an_origin_change_none_of_its_forecasts(methods):
 
 @pytest.mark.slow  # a law at each origin
 def test_the_law_of_an_exact_surface_forecasts_it_exactly():
-    found = judged(table(noise=0), (LAW,), near=None)
-    assert set(found.origin) == {3, 4}
-    assert found.error.abs().max() < 2e-3  # the lowest run is a little above the optimum
-    assert (found.width > 0).all()
+    rows = judged(table(noise=0), (LAW,), near=None)
+    assert set(rows.origin) == {3, 4}
+    assert rows.error.abs().max() < 2e-3  # the lowest run is a little above the optimum
+    assert (rows.width > 0).all()
 
 
 def test_the_scores_of_given_errors():
@@ -102,15 +102,15 @@ def test_the_scores_of_given_errors():
         {**none, **keys, "method": LINE, "origin": k, "group": MINIMA, "error": e}
         for k, e in ((3, 0.04), (4, 0.03))
     ]
-    found = {(s.table, s.method): s for s in scores(pd.DataFrame(rows))}
-    level, line = found[None, LEVEL], found[None, LINE]
+    predictions = {(s.table, s.method): s for s in scores(pd.DataFrame(rows))}
+    level, line = predictions[None, LEVEL], predictions[None, LINE]
     assert (level.count, level.median, level.bias) == pytest.approx((2, 0.0175, -0.0125))
     assert level.interval_score == pytest.approx(0.04 + 20 * 0.01 / 2)
     shares = {g: (c.count, c.inner, c.outer) for g, c in level.coverage.items()}
     assert shares == {MINIMA: (2, 0.5, 0.5), NEAR: (2, 0.5, 1), OTHER: (2, 0, 0.5)}
     assert level.skill == {LINE: pytest.approx(0.5)}
     assert (line.interval_score, line.coverage, line.skill) == (None, {}, {})
-    assert found["t", LEVEL].median == level.median
+    assert predictions["t", LEVEL].median == level.median
 
 
 def test_the_error_of_the_bias_is_that_of_resampled_tables():
@@ -122,18 +122,18 @@ def test_the_error_of_the_bias_is_that_of_resampled_tables():
         for t, errors in enumerate(each)
         for k, e in enumerate(errors)
     ]
-    found = {s.table: s for s in scores(pd.DataFrame(rows))}
+    predictions = {s.table: s for s in scores(pd.DataFrame(rows))}
     drawn = [np.concatenate([each[t] for t in rng.integers(40, size=40)]) for _ in range(2000)]
     resampled = np.std([errors.mean() for errors in drawn])
-    assert found[None].bias_error == pytest.approx(resampled, rel=0.08)
-    assert found["0"].bias_error is None
+    assert predictions[None].bias_error == pytest.approx(resampled, rel=0.08)
+    assert predictions["0"].bias_error is None
 
 
 def test_skill_compares_the_origins_that_both_methods_forecast():
-    found = judged(table(), (LEVEL, FRONTIER))
-    missing = (found.method == FRONTIER) & (found.origin == 3)
-    both = found[(found.origin == 4) & (found.group == MINIMA)].set_index("method").error.abs()
-    one = next(s for s in scores(found[~missing]) if s.method == LEVEL and s.ahead == 1)
+    rows = judged(table(), (LEVEL, FRONTIER))
+    missing = (rows.method == FRONTIER) & (rows.origin == 3)
+    both = rows[(rows.origin == 4) & (rows.group == MINIMA)].set_index("method").error.abs()
+    one = next(s for s in scores(rows[~missing]) if s.method == LEVEL and s.ahead == 1)
     assert one.skill[FRONTIER] == pytest.approx(1 - both[LEVEL] / both[FRONTIER])
 
 
@@ -144,20 +144,20 @@ def test_a_rival_is_as_sure_as_its_own_earlier_errors_allow():
     rows = table(noise=0, budgets=np.geomspace(1e18, 1e21, 7))
     lowest = rows.groupby("budget").loss.transform("min")
     level = np.exp(-0.1 * x + 0.2 * bends)[rows.budget.rank(method="dense").astype(int) - 1]
-    found = judged(rows.assign(loss=rows.loss / lowest * level), (LINE,))
-    own = found[found.ahead == 1].set_index("origin")
-    assert own.error[3] == pytest.approx(0, abs=1e-9)
-    assert own.width[4] < own.width[3] < own.width[6]
+    scores = judged(rows.assign(loss=rows.loss / lowest * level), (LINE,))
+    ahead_rows = scores[scores.ahead == 1].set_index("origin")
+    assert ahead_rows.error[3] == pytest.approx(0, abs=1e-9)
+    assert ahead_rows.width[4] < ahead_rows.width[3] < ahead_rows.width[6]
 
 
 def test_tables_are_scored_together_and_apart():
     job = StudyJob()
     studies = [finished(table(n), job, name) for n, name in ((0.003, "a"), (0.01, "b"))]
-    found = scores(forecasts(studies, job, QUICK))
-    counts = [(s.table, s.ahead, s.count) for s in found if s.method == LAST]
+    rows = scores(forecasts(studies, job, QUICK))
+    counts = [(s.table, s.ahead, s.count) for s in rows if s.method == LAST]
     assert counts[:2] == [(None, 1, 4), (None, 2, 2)]
     assert counts[2:] == [("a", 1, 2), ("a", 2, 1), ("b", 1, 2), ("b", 2, 1)]
-    assert [s.method for s in found[:3]] == [LEVEL, LINE, LAST]
+    assert [s.method for s in rows[:3]] == [LEVEL, LINE, LAST]
 
 
 def test_the_scores_for_programs_have_no_nan():
@@ -184,9 +184,9 @@ def test_a_table_that_cannot_be_judged_is_refused_with_a_sentence(change, messag
 def test_runs_that_diverged_or_that_a_study_does_not_fit_are_left_out():
     rows = table().assign(fitted=np.arange(30) != 7)
     rows.loc[2, "loss"] = np.nan
-    kept = finished(rows, StudyJob(), "mine")
-    assert kept.points.loss.tolist() == rows.loss.drop([2, 7]).tolist()
-    assert kept.budgets.tolist() == rows.budget.drop([2, 7]).tolist()
+    usable = finished(rows, StudyJob(), "mine")
+    assert usable.points.loss.tolist() == rows.loss.drop([2, 7]).tolist()
+    assert usable.budgets.tolist() == rows.budget.drop([2, 7]).tolist()
 
 
 def test_a_choice_among_laws_is_not_judged():
@@ -201,8 +201,8 @@ def test_level_beats_the_line_on_public_tables(published):
         pytest.skip(f"the tables for backtests are not at {published / 'backtest'}")
     job = StudyJob()
     studies = [finished(of_export(path, {})[0], job, path.stem) for path in paths]
-    found = [s for s in scores(forecasts(studies, job, (LEVEL, LINE))) if s.method == LEVEL]
-    for one in found[:2]:
+    rows = [s for s in scores(forecasts(studies, job, (LEVEL, LINE))) if s.method == LEVEL]
+    for one in rows[:2]:
         assert one.table is None
         assert one.skill[LINE] > 0.15
         assert 0.80 < one.coverage[MINIMA].outer < 0.98

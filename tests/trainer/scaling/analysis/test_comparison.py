@@ -43,15 +43,17 @@ def twice() -> Comparison:
 
 
 def test_a_recipe_that_needs_half_the_compute_has_a_multiplier_of_two(twice):
-    found = twice
-    assert found.mean.value == pytest.approx(2, rel=1e-4)
-    assert found.trend.value == pytest.approx(1, abs=1e-4)
-    assert found.crossing is None
-    assert [p.multiplier.value for p in found.places] == pytest.approx([2] * 25, rel=1e-4)
-    assert found.target.flops == pytest.approx((1e22, 5e21), rel=1e-3)
-    low, high = found.places[-1].flops[0], found.places[0].flops[0]
+    comparison = twice
+    assert comparison.mean.value == pytest.approx(2, rel=1e-4)
+    assert comparison.trend.value == pytest.approx(1, abs=1e-4)
+    assert comparison.crossing is None
+    assert [p.multiplier.value for p in comparison.places] == pytest.approx([2] * 25, rel=1e-4)
+    assert comparison.target.flops == pytest.approx((1e22, 5e21), rel=1e-3)
+    low, high = comparison.places[-1].flops[0], comparison.places[0].flops[0]
     assert (high, low) == pytest.approx((2e18, 1e21), rel=1e-3)
-    assert "b reaches the same loss with 2 times less compute than a" in found.verdict(found.mean)
+    assert "b reaches the same loss with 2 times less compute than a" in comparison.verdict(
+        comparison.mean
+    )
 
 
 def test_the_loss_ratio_is_that_of_both_laws_at_the_compute_of_the_first(twice):
@@ -63,67 +65,71 @@ def test_the_loss_ratio_is_that_of_both_laws_at_the_compute_of_the_first(twice):
 
 def test_a_target_with_both_n_and_d_is_compared_at_its_tokens_per_parameter():
     target = TargetPoint(parameters=1e9, tokens=4e11)  # 400, at C = 2.4e21
-    found = compared(table(), table(gain=3.0), target)
-    assert found.a.path.ratio == pytest.approx(400)
-    assert found.target.loss == pytest.approx(
+    comparison = compared(table(), table(gain=3.0), target)
+    assert comparison.a.path.ratio == pytest.approx(400)
+    assert comparison.target.loss == pytest.approx(
         float(CHINCHILLA.predict(TRUTH, parameters=1e9, tokens=4e11)[0]), rel=1e-4
     )
-    assert found.target.multiplier.value == pytest.approx(3, rel=1e-3)
+    assert comparison.target.multiplier.value == pytest.approx(3, rel=1e-3)
 
 
 def test_exchanging_the_two_inverts_every_ratio_and_its_interval():
-    found = compared(table(noise=0.002, seed=1), table(gain=1.3, noise=0.002, seed=2))
-    back = Comparison(found.b, found.a)
-    for there, here in ((back.mean, found.mean), (back.trend, found.trend)):
-        own = inverse(here)
-        assert (there.value, there.low, there.high) == pytest.approx((own.value, own.low, own.high))
+    comparison = compared(table(noise=0.002, seed=1), table(gain=1.3, noise=0.002, seed=2))
+    back = Comparison(comparison.b, comparison.a)
+    for there, here in ((back.mean, comparison.mean), (back.trend, comparison.trend)):
+        side = inverse(here)
+        assert (there.value, there.low, there.high) == pytest.approx(
+            (side.value, side.low, side.high)
+        )
 
 
 def test_equal_recipes_are_not_told_apart():
-    found = compared(table(noise=0.004, seed=3), table(noise=0.004, seed=4))
-    assert found.mean.includes_one
-    assert "The 90% interval includes 1: these runs don't show which" in found.verdict(found.mean)
+    comparison = compared(table(noise=0.004, seed=3), table(noise=0.004, seed=4))
+    assert comparison.mean.includes_one
+    assert "The 90% interval includes 1: these runs don't show which" in comparison.verdict(
+        comparison.mean
+    )
 
 
 def test_a_clear_difference_is_outside_the_interval():
-    found = compared(table(noise=0.002, seed=3), table(gain=1.5, noise=0.002, seed=4))
-    assert not found.mean.includes_one
-    assert found.mean.low < 1.5 < found.mean.high
+    comparison = compared(table(noise=0.002, seed=3), table(gain=1.5, noise=0.002, seed=4))
+    assert not comparison.mean.includes_one
+    assert comparison.mean.low < 1.5 < comparison.mean.high
 
 
 def test_laws_that_cross_are_said_to_cross():
     """The second recipe starts better and has a larger irreducible loss."""
     other = table(gain=4.0)
     other["loss"] += 0.15
-    found = compared(table(), other)
-    at = found.crossing
+    comparison = compared(table(), other)
+    at = comparison.crossing
     assert at is not None
-    flops = [side.flops(np.array([at]))[0] for side in (found.a, found.b)]
+    flops = [side.flops(np.array([at]))[0] for side in (comparison.a, comparison.b)]
     assert flops[0] == pytest.approx(flops[1], rel=0.02)
-    assert f"above a loss of {at:.4g} b needs less compute, below a." in found.summary
-    assert Comparison(found.b, found.a).summary == found.summary
+    assert f"above a loss of {at:.4g} b needs less compute, below a." in comparison.summary
+    assert Comparison(comparison.b, comparison.a).summary == comparison.summary
 
 
 def test_recipes_without_a_common_loss_need_a_target():
     far = table(gain=1e4)
     with pytest.raises(UserError, match=r"no loss is reached by both .* a goes from"):
         compared(table(), far)
-    found = compared(table(), far, TargetPoint(flops=1e22))
-    assert (found.mean, found.places) == (None, [])
-    assert found.headline is found.target.multiplier
-    assert found.target.multiplier.value == pytest.approx(1e4, rel=0.02)
+    comparison = compared(table(), far, TargetPoint(flops=1e22))
+    assert (comparison.mean, comparison.places) == (None, [])
+    assert comparison.headline is comparison.target.multiplier
+    assert comparison.target.multiplier.value == pytest.approx(1e4, rel=0.02)
 
 
 def test_a_loss_that_one_side_never_reaches_is_said_so():
     worse = table()
     worse["loss"] += 0.6
-    found = compared(table(), worse, TargetPoint(flops=2e22))
-    assert found.target.multiplier.value == 0
-    assert found.verdict(found.target.multiplier) == (
+    comparison = compared(table(), worse, TargetPoint(flops=2e22))
+    assert comparison.target.multiplier.value == 0
+    assert comparison.verdict(comparison.target.multiplier) == (
         "By its law, b never reaches that loss; a does."
     )
-    made = as_dict(found)["target"]
-    assert (made["multiplier"]["value"], made["flops"][1]) == (None, None)
+    result = as_dict(comparison)["target"]
+    assert (result["multiplier"]["value"], result["flops"][1]) == (None, None)
 
 
 def test_losses_that_are_not_comparable_are_refused():
@@ -147,24 +153,26 @@ def test_doubts_of_the_comparison_are_notes(twice):
 
 def test_a_doubt_about_one_side_is_a_doubt_about_the_comparison():
     rows = table()
-    found = compared(rows, pd.concat([rows, rows.iloc[[3]]]))
-    assert any(note.startswith("b: ") and "twice" in note for note in found.notes), found.notes
+    comparison = compared(rows, pd.concat([rows, rows.iloc[[3]]]))
+    assert any(note.startswith("b: ") and "twice" in note for note in comparison.notes), (
+        comparison.notes
+    )
 
 
 @pytest.mark.parametrize("form", ["frontier", "kaplan", "shared-exponent", "over-training"])
 def test_other_laws_of_equal_tables_have_a_multiplier_of_one(form):
     best = table(sizes=3) if form != "frontier" else table(sizes=3).iloc[1::3]
-    found = compared(best, best, form=form)
-    assert found.mean.value == pytest.approx(1, abs=1e-9)
-    assert found.mean.includes_one
+    comparison = compared(best, best, form=form)
+    assert comparison.mean.value == pytest.approx(1, abs=1e-9)
+    assert comparison.mean.includes_one
 
 
 def test_the_comparison_for_programs_has_the_verdict(twice):
-    made = as_dict(twice)
-    assert made["multiplier"]["value"] == pytest.approx(2, rel=1e-4)
-    assert made["multiplier"]["includes_one"] is False
-    assert [f["extrapolation_factor"] for f in made["predictions"]] == pytest.approx([10, 10])
-    assert [side["name"] for side in made["sides"]] == ["a", "b"]
+    comparison = as_dict(twice)
+    assert comparison["multiplier"]["value"] == pytest.approx(2, rel=1e-4)
+    assert comparison["multiplier"]["includes_one"] is False
+    assert [f["extrapolation_factor"] for f in comparison["predictions"]] == pytest.approx([10, 10])
+    assert [side["name"] for side in comparison["sides"]] == ["a", "b"]
 
 
 @pytest.mark.slow  # 50 pairs of studies
@@ -174,9 +182,9 @@ def test_the_interval_of_the_multiplier_covers_the_truth():
     for i in range(len(covered)):
         one = table(noise=0.003, seed=1000 + 2 * i)
         other = table(gain=1.3, noise=0.003, seed=1001 + 2 * i)
-        found = compared(one, other)
-        last = found.places[-1].multiplier
-        covered[i] = [r.low <= 1.3 <= r.high for r in (found.mean, last)]
+        comparison = compared(one, other)
+        last = comparison.places[-1].multiplier
+        covered[i] = [r.low <= 1.3 <= r.high for r in (comparison.mean, last)]
     assert (covered.mean(0) > 0.82).all(), covered.mean(0)
 
 
@@ -192,11 +200,11 @@ def path(form, ratio=None, per_token=6.5) -> LossPath:
 
 @pytest.mark.parametrize(("form", "values"), WITHOUT_DATA, ids=NAMES)
 def test_the_compute_of_a_loss_is_the_inverse_of_the_loss(form, values):
-    own = path(form)
+    side = path(form)
     both = np.stack((form.vector(values), form.vector(values) * 1.03))
-    losses = np.exp(own.log_loss(both, LOG_C))
+    losses = np.exp(side.log_loss(both, LOG_C))
     for row, loss in enumerate(losses):
-        assert own.log_compute(both, loss)[row] == pytest.approx(LOG_C, abs=1e-6)
+        assert side.log_compute(both, loss)[row] == pytest.approx(LOG_C, abs=1e-6)
 
 
 @pytest.mark.parametrize(("form", "values"), WITHOUT_DATA, ids=NAMES)
@@ -219,6 +227,6 @@ def test_a_path_at_a_fixed_ratio_has_that_many_tokens_per_parameter():
 
 def test_a_loss_that_is_never_reached_is_at_an_end():
     form, values = LAWS[0]
-    own = path(form)
-    found = own.log_compute(form.vector(values)[None], np.array([values["E"] - 0.1, 1e9]))[0]
-    assert found.tolist() == [own.greatest, own.least]
+    side = path(form)
+    comparison = side.log_compute(form.vector(values)[None], np.array([values["E"] - 0.1, 1e9]))[0]
+    assert comparison.tolist() == [side.greatest, side.least]

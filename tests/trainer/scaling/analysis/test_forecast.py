@@ -31,8 +31,8 @@ def table(noise=0.004):
             d = c / (6 * n)
             loss = loss_of(n, d) * np.exp(noise * rng.standard_normal())
             rows.append({"parameters": n, "tokens": d, "flops": c, "budget": c, "loss": loss})
-    made = pd.DataFrame(rows)
-    return made.assign(name=[f"cell-{i}" for i in made.index])
+    runs = pd.DataFrame(rows)
+    return runs.assign(name=[f"cell-{i}" for i in runs.index])
 
 
 def study(*arguments, rows=None):
@@ -41,22 +41,22 @@ def study(*arguments, rows=None):
 
 
 @pytest.fixture(scope="module")
-def made():
+def by_level():
     return study()
 
 
 @pytest.fixture(scope="module")
-def written(made, tmp_path_factory):
+def two_forecasts(by_level, tmp_path_factory):
     path = tmp_path_factory.mktemp("study") / "forecasts"
     for name, c in (("big", 3e21), ("bigger", 1e22)):
-        write_forecast(made, path, name, TargetPoint(flops=c))
+        write_forecast(by_level, path, name, TargetPoint(flops=c))
     return path
 
 
 @pytest.fixture
-def folder(written, tmp_path):
+def folder(two_forecasts, tmp_path):
     """Two forecasts of runs without a record."""
-    return Path(shutil.copytree(written, tmp_path / "forecasts"))
+    return Path(shutil.copytree(two_forecasts, tmp_path / "forecasts"))
 
 
 def test_a_forecast_holds_target_intervals_rivals_hashes_and_time(folder):
@@ -105,43 +105,45 @@ def test_a_replaced_forecast_with_a_valid_hash_breaks_the_chain(folder):
         read_forecasts(folder)
 
 
-def test_a_run_with_a_record_or_a_forecast_is_refused(made, folder):
+def test_a_run_with_a_record_or_a_forecast_is_refused(by_level, folder):
     with pytest.raises(UserError, match="cell-3: has a record already"):
-        write_forecast(made, folder, "cell-3", TargetPoint(flops=3e21))
+        write_forecast(by_level, folder, "cell-3", TargetPoint(flops=3e21))
     n, d = (float(table()[name][7]) for name in ("parameters", "tokens"))
     with pytest.raises(UserError, match="has a record already, so it can't be predicted"):
-        write_forecast(made, folder, "another", TargetPoint(parameters=n, tokens=d))
+        write_forecast(by_level, folder, "another", TargetPoint(parameters=n, tokens=d))
     with pytest.raises(UserError, match="big: has a forecast already"):
-        write_forecast(made, folder, "big", TargetPoint(flops=5e21))
+        write_forecast(by_level, folder, "big", TargetPoint(flops=5e21))
     with pytest.raises(UserError, match="target: is not given"):
-        write_forecast(made, folder, "other")
+        write_forecast(by_level, folder, "other")
     assert len(read_forecasts(folder)) == 2
 
 
-def test_a_forecast_has_an_interval_for_its_end_and_for_each_branch(made, tmp_path):
+def test_a_forecast_has_an_interval_for_its_end_and_for_each_branch(by_level, tmp_path):
     aim = TargetPoint(parameters=1.5e9, tokens=4e11, branches=[1e11, 2e11])
-    facts = write_forecast(made, tmp_path, "big", aim).facts
+    facts = write_forecast(by_level, tmp_path, "big", aim).facts
     whole, first, second = read_forecasts(tmp_path)[0].intervals
     assert (whole.tokens, first.tokens, second.tokens) == (4e11, 1e11, 2e11)
     assert (whole.loss, *whole.outer) == (facts["loss"], *facts["interval"])
     assert whole.loss < second.loss < first.loss
     assert first.loss == pytest.approx(loss_of(1.5e9, 1e11), rel=0.02)
     (alone,) = write_forecast(
-        made, tmp_path, "b", TargetPoint(parameters=1.5e9, tokens=1e11)
+        by_level, tmp_path, "b", TargetPoint(parameters=1.5e9, tokens=1e11)
     ).intervals
     assert (alone.loss, alone.outer, alone.inner) == (first.loss, first.outer, first.inner)
 
 
-def test_a_branch_must_be_shorter_than_its_run_and_without_a_record(made, tmp_path):
+def test_a_branch_must_be_shorter_than_its_run_and_without_a_record(by_level, tmp_path):
     for tokens in (4e11, 3.99e11, 5e11, 0.0):
         aim = TargetPoint(parameters=1.5e9, tokens=4e11, branches=[1e11, tokens])
         with pytest.raises(
             UserError, match=r"target\.branches: .* is not shorter than its run of 4e\+11"
         ):
-            write_forecast(made, tmp_path, "big", aim)
+            write_forecast(by_level, tmp_path, "big", aim)
     n, d = (float(table().iloc[-1][name]) for name in ("parameters", "tokens"))
     with pytest.raises(UserError, match="has a record already, so it can't be predicted"):
-        write_forecast(made, tmp_path, "big", TargetPoint(parameters=n, tokens=3 * d, branches=[d]))
+        write_forecast(
+            by_level, tmp_path, "big", TargetPoint(parameters=n, tokens=3 * d, branches=[d])
+        )
     assert read_forecasts(tmp_path) == []
 
 
@@ -156,14 +158,14 @@ def test_a_law_of_flops_alone_makes_forecasts_without_intervals(tmp_path):
 def test_a_score_counts_observed_and_abandoned_forecasts(folder):
     first = read_forecasts(folder)[0].facts["target"]
     observed = loss_of(first["parameters"], first["tokens"])
-    made = score(read_forecasts(folder), pd.DataFrame([{"name": "big", "loss": observed}]))
-    assert made.abandoned == ["0002"]
-    assert made.inside == 1
-    assert abs(made.errors["0001"]) < 0.02
+    result = score(read_forecasts(folder), pd.DataFrame([{"name": "big", "loss": observed}]))
+    assert result.abandoned == ["0002"]
+    assert result.inside == 1
+    assert abs(result.errors["0001"]) < 0.02
     low, high = read_forecasts(folder)[0].facts["interval"]
-    assert made.interval_score == pytest.approx(high - low), "inside: the width alone"
-    assert made.skill["line"] > 0, "a straight line has no irreducible loss"
-    assert "law alone" in made.skill
+    assert result.interval_score == pytest.approx(high - low), "inside: the width alone"
+    assert result.skill["line"] > 0, "a straight line has no irreducible loss"
+    assert "law alone" in result.skill
 
 
 def test_an_outcome_is_written_once_and_later_tables_do_not_change_it(folder):
@@ -178,9 +180,9 @@ def test_an_outcome_is_written_once_and_later_tables_do_not_change_it(folder):
 def test_a_miss_adds_its_distance_to_the_interval_score(folder):
     forecast = read_forecasts(folder)[0]
     low, high = forecast.facts["interval"]
-    made = score([forecast], pd.DataFrame([{"name": "big", "loss": high + 0.1}]))
-    assert made.inside == 0
-    assert made.interval_score == pytest.approx(high - low + 0.1 * 2 / 0.1)
+    result = score([forecast], pd.DataFrame([{"name": "big", "loss": high + 0.1}]))
+    assert result.inside == 0
+    assert result.interval_score == pytest.approx(high - low + 0.1 * 2 / 0.1)
 
 
 def test_two_budgets_give_no_backtests_and_fewer_rivals(tmp_path):
@@ -203,6 +205,6 @@ def test_the_interval_resamples_trunks_if_the_job_asks_for_clusters():
         ("method=law", "target.flops=3e21", f"resample={how}") for how in ("pairs", "clusters")
     )
     both = [study(*each, rows=rows) for each in arguments]
-    pairs, clusters = (np.log(made.predict().outer) for made in both)
+    pairs, clusters = (np.log(one.predict().outer) for one in both)
     assert both[1].calibrated.replicates is both[1].replicates
     assert not np.allclose(pairs, clusters)

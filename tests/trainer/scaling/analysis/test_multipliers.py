@@ -17,21 +17,21 @@ JOB = compose(StudyJob, ["input=[none]"])
 TRUE = {"good": 1.4, "bad": 0.7}
 
 
-def made(table, job=JOB) -> Multipliers:
+def multipliers_of(table, job=JOB) -> Multipliers:
     return Multipliers(table, job, "here")
 
 
 def by_name(table) -> dict:
-    return {c.name: c for c in made(table).candidates}
+    return {c.name: c for c in multipliers_of(table).candidates}
 
 
 def test_without_noise_each_multiplier_is_the_true_one():
-    found = by_name(runs(np.random.default_rng(0), TRUE, noise=0.0))
+    multipliers = by_name(runs(np.random.default_rng(0), TRUE, noise=0.0))
     for name, m in TRUE.items():
-        values = [p.multiplier.value for p in found[name].places]
+        values = [p.multiplier.value for p in multipliers[name].places]
         assert values == pytest.approx([m] * 3, rel=4e-3)
-        assert found[name].mean.value == pytest.approx(m, rel=4e-3)
-        assert found[name].trend.value == pytest.approx(1.0, abs=5e-3)
+        assert multipliers[name].mean.value == pytest.approx(m, rel=4e-3)
+        assert multipliers[name].trend.value == pytest.approx(1.0, abs=5e-3)
 
 
 def test_a_multiplier_that_grows_has_its_trend():
@@ -59,27 +59,27 @@ def test_nominal_90_percent_intervals_cover_within_binomial_error(noise):
 
 
 def test_a_loss_beyond_the_base_gives_a_bound_and_no_number():
-    found = made(runs(np.random.default_rng(0), {"giant": 4.0}))
-    top = found.candidates[0].top
+    multipliers = multipliers_of(runs(np.random.default_rng(0), {"giant": 4.0}))
+    top = multipliers.candidates[0].top
     assert top.multiplier.value == np.inf
     assert top.multiplier.low == pytest.approx(2.5)
-    assert as_dict(found)["candidates"][0]["budgets"][-1]["multiplier"]["value"] is None
-    assert any("never has" in doubt for doubt in found.doubts)
+    assert as_dict(multipliers)["candidates"][0]["budgets"][-1]["multiplier"]["value"] is None
+    assert any("never has" in doubt for doubt in multipliers.doubts)
 
 
 def test_equal_recipes_are_rarely_told_apart_and_the_doubts_name_what_is_not_tuned():
     table = runs(np.random.default_rng(0), {"same": 1.0})
     at_edge = table[(table["recipe"] != "same") | (table["learning_rate"] >= 0.01)]
-    found = made(at_edge)
-    assert found.candidates[0].mean.includes_one
-    assert not found.candidates[0].is_winner
-    assert any("fewer than three learning rates" in doubt for doubt in found.doubts)
+    multipliers = multipliers_of(at_edge)
+    assert multipliers.candidates[0].mean.includes_one
+    assert not multipliers.candidates[0].is_winner
+    assert any("fewer than three learning rates" in doubt for doubt in multipliers.doubts)
 
 
 def test_a_diverged_run_brackets_the_rates_below_it():
     table = runs(np.random.default_rng(0), {"new": 1.2}, noise=0.0)
     table.loc[table["learning_rate"] == 0.02, "loss"] = np.inf
-    assert all(c.is_bracketed for c in made(table).cells)
+    assert all(c.is_bracketed for c in multipliers_of(table).cells)
 
 
 def test_a_recipe_without_a_loss_is_named_and_wins_nothing_there():
@@ -89,19 +89,19 @@ def test_a_recipe_without_a_loss_is_named_and_wins_nothing_there():
     recipe, is_top = table["recipe"], table["flops"] == BUDGETS[-1]
     is_late = (recipe == "late") & (table["role"] == "seed")
     table.loc[((recipe == "new") | is_late) & is_top | (recipe == "never"), "loss"] = np.inf
-    found = made(table)
-    assert [c.name for c in found.candidates if c.is_winner] == []
-    assert {c.name: len(c.places) for c in found.candidates} == {"new": 2, "late": 2}
+    multipliers = multipliers_of(table)
+    assert [c.name for c in multipliers.candidates if c.is_winner] == []
+    assert {c.name: len(c.places) for c in multipliers.candidates} == {"new": 2, "late": 2}
     assert {
         "new has no loss at 1e+12 FLOPs: all 5 runs diverged.",
         "never has no loss at 1e+11 FLOPs: all 5 runs diverged.",
         "late has no loss at 1e+12 FLOPs: all 2 runs with other seeds diverged.",
-    } <= set(found.doubts)
-    lost = as_dict(found)["without_loss"]
+    } <= set(multipliers.doubts)
+    lost = as_dict(multipliers)["without_loss"]
     assert {"name": "new", "budget": BUDGETS[-1], "diverged": 5} in lost
     assert len(lost) == 5
     with pytest.raises(UserError, match=r"beside base with a loss; never has no loss at 1e\+11"):
-        made(table[recipe.isin(["base", "never"])])
+        multipliers_of(table[recipe.isin(["base", "never"])])
 
 
 def test_the_rate_with_most_seeds_counts_and_not_the_luckiest_run():
@@ -116,24 +116,24 @@ def test_a_sweep_that_was_lucky_at_its_edge_does_not_count_beside_its_seeds():
     is_swept = table["seed"] == 0
     table["role"] = np.where(is_swept, "rate", "seed")
     table.loc[is_swept & (table["recipe"] == "new"), "loss"] *= 0.9
-    found = by_name(table)["new"]
-    assert found.mean.value == pytest.approx(1.0, abs=5e-3)
-    assert {len(p.cell.logs) for p in found.places} == {2}
+    multipliers = by_name(table)["new"]
+    assert multipliers.mean.value == pytest.approx(1.0, abs=5e-3)
+    assert {len(p.cell.logs) for p in multipliers.places} == {2}
 
 
 def test_without_repeated_runs_nothing_is_shown():
-    found = made(runs(np.random.default_rng(0), {"new": 1.4}, seeds=1))
-    assert all(p.multiplier.includes_one for p in found.candidates[0].places)
-    assert any("intervals, are unknown" in doubt for doubt in found.doubts)
+    multipliers = multipliers_of(runs(np.random.default_rng(0), {"new": 1.4}, seeds=1))
+    assert all(p.multiplier.includes_one for p in multipliers.candidates[0].places)
+    assert any("intervals, are unknown" in doubt for doubt in multipliers.doubts)
 
 
 def test_a_budget_whose_seeds_scatter_far_more_is_named():
     rng = np.random.default_rng(0)
     table, loud = runs(rng, {"new": 1.2}, noise=0.001), runs(rng, {"new": 1.2}, noise=0.02)
     lowest = table["flops"] == BUDGETS[0]
-    said = made(pd.concat((table[~lowest], loud[lowest]))).doubts
-    assert any("At 1e+11 FLOPs runs scatter by" in doubt for doubt in said)
-    assert not any("scatter" in doubt for doubt in made(table).doubts)
+    lines = multipliers_of(pd.concat((table[~lowest], loud[lowest]))).doubts
+    assert any("At 1e+11 FLOPs runs scatter by" in doubt for doubt in lines)
+    assert not any("scatter" in doubt for doubt in multipliers_of(table).doubts)
 
 
 def test_fresh_seeds_confirm_a_winner_apart_from_the_runs_that_chose_it():
@@ -155,13 +155,15 @@ def test_a_recipe_that_won_by_the_bases_bad_luck_is_not_confirmed_by_it():
     is_top = (table["flops"] == BUDGETS[-1]) & (table["learning_rate"] == 0.01)
     table.loc[is_top & (table["recipe"] == "base"), "loss"] *= 1.02
     fresh = runs(rng, {"new": 1.0}, noise=0.0005)[is_top & (table["role"] == "seed")]
-    found = made(pd.concat((table, fresh.assign(role="confirm"))))
-    top = found.candidates[0].top
+    multipliers = multipliers_of(pd.concat((table, fresh.assign(role="confirm"))))
+    top = multipliers.candidates[0].top
     assert top.multiplier.low > 1
     assert top.confirmed.value == pytest.approx(1.0, abs=0.03)
     assert top.confirmed.low < 1
-    assert not any("that chose it" in doubt for doubt in found.doubts)
-    alone = made(pd.concat((table, fresh[fresh["recipe"] == "new"].assign(role="confirm"))))
+    assert not any("that chose it" in doubt for doubt in multipliers.doubts)
+    alone = multipliers_of(
+        pd.concat((table, fresh[fresh["recipe"] == "new"].assign(role="confirm")))
+    )
     assert any("fresh seeds of new are compared with runs of base that chose it" in doubt.lower()
                for doubt in alone.doubts)  # fmt: skip
 
@@ -169,11 +171,11 @@ def test_a_recipe_that_won_by_the_bases_bad_luck_is_not_confirmed_by_it():
 def test_a_comparison_without_a_base_or_with_other_data_is_refused():
     table = runs(np.random.default_rng(0), {"new": 1.2})
     with pytest.raises(UserError, match="reference=NAME, one of base, new"):
-        made(table, compose(StudyJob, ["input=[none]", "reference=gone"]))
+        multipliers_of(table, compose(StudyJob, ["input=[none]", "reference=gone"]))
     with pytest.raises(UserError, match="not comparable: tokenizer is a and b"):
-        made(table.assign(tokenizer=np.where(table["recipe"] == "new", "b", "a")))
+        multipliers_of(table.assign(tokenizer=np.where(table["recipe"] == "new", "b", "a")))
     with pytest.raises(UserError, match="no curve"):
-        made(table[(table["recipe"] == "new") | (table["flops"] == BUDGETS[0])])
+        multipliers_of(table[(table["recipe"] == "new") | (table["flops"] == BUDGETS[0])])
 
 
 def test_a_csv_is_enough(tmp_path, monkeypatch, capsys):
@@ -190,10 +192,10 @@ def test_a_csv_is_enough(tmp_path, monkeypatch, capsys):
     assert facts["candidates"][0]["multiplier"]["low"] > 1.2
     assert [lost["name"] for lost in facts["without_loss"]] == ["gone"] * 3
     assert cli.main(fit) == 0
-    said = capsys.readouterr().out
-    assert "good: needs less compute than base" in said
-    assert "bad: needs more compute than base" in said
-    assert "gone has no loss at 1e+12 FLOPs: all 5 runs diverged." in said
+    doubts = capsys.readouterr().out
+    assert "good: needs less compute than base" in doubts
+    assert "bad: needs more compute than base" in doubts
+    assert "gone has no loss at 1e+12 FLOPs: all 5 runs diverged." in doubts
     assert cli.main(["study", "profile", *fit[2:]]) == 2
     assert "has several recipes" in capsys.readouterr().err
 
@@ -202,10 +204,10 @@ C = np.array([4e10, 1e11, 3.16e11, 1e12, 2.5e12])
 
 
 def test_a_power_law_with_a_floor_is_inverted_between_its_budgets():
-    wanted = np.array([6e10, 2e11, 7e11, 2e12])
+    targets = np.array([6e10, 2e11, 7e11, 2e12])
     curve = BaseCurve(np.log(C), np.log(law(C)))
     assert floor_of(np.log(C), np.log(law(C))) == pytest.approx(E, rel=0.03)
-    assert np.exp(curve.log_compute(np.log(law(wanted)))) == pytest.approx(wanted, rel=2e-3)
+    assert np.exp(curve.log_compute(np.log(law(targets)))) == pytest.approx(targets, rel=2e-3)
 
 
 def test_a_law_without_a_floor_is_inverted_too():
@@ -227,18 +229,18 @@ def test_budgets_out_of_order_give_one_compute_for_a_loss_all_the_same():
     losses = np.array([2.4, 2.2, 2.22, 2.0, 1.9])
     curve = BaseCurve(np.log(C), np.log(losses))
     assert not curve.is_falling
-    found = curve.log_compute(np.log(np.linspace(2.39, 1.91, 50)))
-    assert np.isfinite(found).all()
-    assert (np.diff(found) >= 0).all()
+    multipliers = curve.log_compute(np.log(np.linspace(2.39, 1.91, 50)))
+    assert np.isfinite(multipliers).all()
+    assert (np.diff(multipliers) >= 0).all()
 
 
 def test_drawn_curves_are_read_row_by_row():
     curve = BaseCurve(np.log(C), np.log(law(C)))
     nodes = np.log(law(C)) + np.array([[0.0], [0.01], [-0.01]])
-    wanted = np.log(law(np.array([2e11, 7e11]))) + np.zeros((3, 1))
-    found = curve.log_compute(wanted, nodes)
-    assert found.shape == (3, 2)
-    for row, own in zip(found, nodes, strict=True):
-        alone = BaseCurve(np.log(C), own)
+    targets = np.log(law(np.array([2e11, 7e11]))) + np.zeros((3, 1))
+    multipliers = curve.log_compute(targets, nodes)
+    assert multipliers.shape == (3, 2)
+    for row, cells in zip(multipliers, nodes, strict=True):
+        alone = BaseCurve(np.log(C), cells)
         alone.floor = curve.floor
-        assert row == pytest.approx(alone.log_compute(wanted[0]))
+        assert row == pytest.approx(alone.log_compute(targets[0]))

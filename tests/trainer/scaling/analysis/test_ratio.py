@@ -12,26 +12,26 @@ def column(value, low, high) -> np.ndarray:
 
 
 def test_symmetric_ends_add_as_standard_deviations_do():
-    (found,) = ratios(column(2.0, 1.7, 2.3), column(0.5, 0.1, 0.9))
-    logs = np.log([found.value, found.low, found.high])
+    (ratio,) = ratios(column(2.0, 1.7, 2.3), column(0.5, 0.1, 0.9))
+    logs = np.log([ratio.value, ratio.low, ratio.high])
     assert logs == pytest.approx([1.5, 1.0, 2.0])
 
 
 def test_each_end_is_that_of_the_sides_that_move_it_there():
-    (found,) = ratios(column(0.0, -0.3, 0.0), column(0.0, 0.0, 0.4))
-    assert np.log([found.low, found.high]) == pytest.approx([-0.5, 0.0])
+    (ratio,) = ratios(column(0.0, -0.3, 0.0), column(0.0, 0.0, 0.4))
+    assert np.log([ratio.low, ratio.high]) == pytest.approx([-0.5, 0.0])
 
 
 def test_as_plain_values_what_is_0_or_unbounded_is_none():
-    made = Ratio(1.2, 0.0, np.inf).as_dict()
-    assert made == {"value": 1.2, "low": None, "high": None, "includes_one": True}
+    ratio = Ratio(1.2, 0.0, np.inf).as_dict()
+    assert ratio == {"value": 1.2, "low": None, "high": None, "includes_one": True}
 
 
 def test_exchanging_the_two_gives_the_inverse():
     one, other = column(0.3, 0.1, 0.9), column(-0.2, -0.4, 0.1)
     (there,), (back,) = ratios(one, other), ratios(other, one)
-    own = inverse(there)
-    assert (back.value, back.low, back.high) == pytest.approx((own.value, own.low, own.high))
+    ends = inverse(there)
+    assert (back.value, back.low, back.high) == pytest.approx((ends.value, ends.low, ends.high))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_exchanging_the_two_gives_the_inverse():
     ],
 )
 def test_a_loss_that_is_never_reached_has_no_end(other, expected):
-    (found,) = ratios(column(1.0, 0.8, 1.2),
+    (ratio,) = ratios(column(1.0, 0.8, 1.2),
                       column(*other))  # fmt: skip
-    assert (found.value, found.low, found.high) == pytest.approx(expected)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx(expected)
 
 
 def test_the_inverse_of_an_interval_from_zero_has_no_upper_end():

@@ -35,24 +35,24 @@ def backtest(factors, errors) -> Backtest:
 @pytest.mark.slow  # backtests of each law
 def test_each_simulated_law_is_chosen_for_its_own_runs():
     target = TargetPoint(flops=1e21)
-    made = chosen(table(CHINCHILLA, CHINCHILLAS), target=target)
-    assert made.form is CHINCHILLA
-    (note,) = (n for n in made.notes if n.startswith("The chosen law is chinchilla, by"))
+    study = chosen(table(CHINCHILLA, CHINCHILLAS), target=target)
+    assert study.form is CHINCHILLA
+    (note,) = (n for n in study.notes if n.startswith("The chosen law is chinchilla, by"))
     assert "kaplan" in note
     assert chosen(table(KAPLAN, KAPLANS), target=target).form is KAPLAN
 
 
 def test_too_few_budgets_take_the_first_law_with_a_note():
-    made = chosen(table(CHINCHILLA, CHINCHILLAS, budgets=(1e16, 1e18)))
-    assert made.form is CHINCHILLA
-    assert "There are no backtests to choose a law by: chinchilla is taken." in made.notes
+    study = chosen(table(CHINCHILLA, CHINCHILLAS, budgets=(1e16, 1e18)))
+    assert study.form is CHINCHILLA
+    assert "There are no backtests to choose a law by: chinchilla is taken." in study.notes
 
 
 def test_only_runs_near_the_extrapolation_factor_count():
-    found = [backtest([2, 2, 2, 10, 10, 10, 100], [0.01] * 3 + [0.02] * 3 + [0.3])]
-    assert error_near(found, 2.0) == (pytest.approx(0.01), (2, 2))
-    assert error_near(found, 10.0) == (pytest.approx(0.02), (10, 10))
-    error, ends = error_near(found, 200.0)
+    origins = [backtest([2, 2, 2, 10, 10, 10, 100], [0.01] * 3 + [0.02] * 3 + [0.3])]
+    assert error_near(origins, 2.0) == (pytest.approx(0.01), (2, 2))
+    assert error_near(origins, 10.0) == (pytest.approx(0.02), (10, 10))
+    error, ends = error_near(origins, 200.0)
     assert ends == (10, 100), "too few at such factors: the half with the largest ones"
     assert error > 0.1
-    assert error_near(found, None)[1] == (2, 100)
+    assert error_near(origins, None)[1] == (2, 100)

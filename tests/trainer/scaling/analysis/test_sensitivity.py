@@ -40,9 +40,9 @@ def study(rows: pd.DataFrame, **keys) -> StudyFit:
     return StudyFit(rows, StudyJob(input=["x"], **settings), "x")
 
 
-def page(made: StudyFit) -> str:
+def page(fitted: StudyFit) -> str:
     console = Console(file=io.StringIO(), width=200)
-    show(made, console, "x")
+    show(fitted, console, "x")
     return console.file.getvalue()
 
 
@@ -57,10 +57,10 @@ def test_there_is_one_row_per_distinct_pair_of_conventions():
 def test_the_allocation_depends_on_the_compute_exponent():
     """With C = 6 N D it is that of the law; otherwise it agrees with the minimum on a fine grid
     along the budget."""
-    made = study(records())
-    first, causal = made.sensitivity[:2]
+    fitted = study(records())
+    first, causal = fitted.sensitivity[:2]
     assert first.compute_exponent == pytest.approx(1)
-    assert first.allocation == pytest.approx(made.allocation[0], rel=1e-8)
+    assert first.allocation == pytest.approx(fitted.allocation[0], rel=1e-8)
     assert first.allocation == pytest.approx(0.37 / 0.72, rel=1e-5)
     assert causal.compute_exponent < 1
     n = np.geomspace(1e5, 1e9, 400_001)
@@ -83,11 +83,11 @@ def test_another_convention_of_n_gives_another_law():
 
 def test_the_target_is_one_run_in_all_rows():
     """Its N and C are converted, so that without noise all laws predict nearly the same loss."""
-    made = study(records(), target=TargetPoint(parameters=1e9, tokens=1e10))
-    losses = [row.loss for row in made.sensitivity]
-    assert losses[0] == pytest.approx(made.predict().law, rel=1e-8)
+    fitted = study(records(), target=TargetPoint(parameters=1e9, tokens=1e10))
+    losses = [row.loss for row in fitted.sensitivity]
+    assert losses[0] == pytest.approx(fitted.predict().law, rel=1e-8)
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
-    unconverted = CHINCHILLA.predict(made.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
+    unconverted = CHINCHILLA.predict(fitted.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
     assert abs(unconverted / losses[0] - 1) > 0.002, "with N not converted"
     assert [row.loss for row in study(records()).sensitivity] == [None] * 4
 
@@ -99,11 +99,11 @@ def test_a_law_of_compute_is_fitted_to_each_convention_of_c():
 
 
 def test_sensitivity_is_on_the_page_and_in_the_json():
-    made = study(records(0.002))
-    text = page(made)
+    fitted = study(records(0.002))
+    text = page(fitted)
     assert "N* ~ C^a, a" in text
     assert "non_embedding" in text
-    assert len(json.loads(json.dumps(as_dict(made)))["sensitivity"]) == 4
+    assert len(json.loads(json.dumps(as_dict(fitted)))["sensitivity"]) == 4
     silent = study(records(0.002), sensitivity=False)
     assert as_dict(silent)["sensitivity"] is None
     assert "N* ~ C^a, a" not in page(silent)
@@ -111,9 +111,9 @@ def test_sensitivity_is_on_the_page_and_in_the_json():
 
 def test_a_table_with_one_convention_has_one_row():
     rows = records().rename(columns={"parameters_total": "parameters", "flops_6nd": "flops"})
-    made = study(rows[["parameters", "flops", "tokens", "loss"]])
-    assert len(made.sensitivity) == 1
-    assert "nothing to compare" in page(made)
+    fitted = study(rows[["parameters", "flops", "tokens", "loss"]])
+    assert len(fitted.sensitivity) == 1
+    assert "nothing to compare" in page(fitted)
     assert len(study(rows[["parameters", "tokens", "loss"]]).sensitivity) == 1
 
 

@@ -68,11 +68,11 @@ def truth(link="sigmoid-to-1") -> tuple[float, float]:
 
 @pytest.mark.parametrize("link", TRUTHS)
 def test_runs_with_little_noise_give_the_targets_loss_and_accuracy(link):
-    found = fitted(table(link, noise=1e-4), link=link)
-    assert found.link.values == pytest.approx(TRUTHS[link], rel=0.01)
+    task = fitted(table(link, noise=1e-4), link=link)
+    assert task.link.values == pytest.approx(TRUTHS[link], rel=0.01)
     loss, accuracy = truth(link)
-    assert found.chained.loss.loss == pytest.approx(loss, rel=1e-3)
-    assert found.chained.value == pytest.approx(accuracy, rel=1e-3)
+    assert task.chained.loss.loss == pytest.approx(loss, rel=1e-3)
+    assert task.chained.value == pytest.approx(accuracy, rel=1e-3)
 
 
 def test_a_metric_of_errors_is_one_minus_the_accuracy():
@@ -84,29 +84,29 @@ def test_a_metric_of_errors_is_one_minus_the_accuracy():
 
 def test_a_metric_that_is_a_loss_follows_a_power_law_without_an_upper_end():
     rows = table(noise=1e-4)
-    found = fitted(rows.assign(outcome=0.6 + 0.3 * rows.loss**1.7), metric="loss")
-    assert found.link.values == pytest.approx({"E": 0.6, "K": 0.3, "kappa": 1.7}, rel=1e-3)
-    assert found.chained.value == pytest.approx(0.6 + 0.3 * truth()[0] ** 1.7, rel=1e-3)
-    low, high = found.chained.outer
-    assert 0 < low < found.chained.value < high
-    assert not any("gets worse" in doubt for doubt in found.doubts)
+    task = fitted(rows.assign(outcome=0.6 + 0.3 * rows.loss**1.7), metric="loss")
+    assert task.link.values == pytest.approx({"E": 0.6, "K": 0.3, "kappa": 1.7}, rel=1e-3)
+    assert task.chained.value == pytest.approx(0.6 + 0.3 * truth()[0] ** 1.7, rel=1e-3)
+    low, high = task.chained.outer
+    assert 0 < low < task.chained.value < high
+    assert not any("gets worse" in doubt for doubt in task.doubts)
 
 
 def test_an_accuracy_of_0_counts_as_any_other():
     rows = table(noise=1e-4)
-    found = fitted(rows.assign(outcome=np.maximum(0.0, rows.outcome - 0.45)))
-    assert (found.metric == 0).any()
-    assert found.link.certificate.holds
-    assert 0 <= found.chained.outer[0] < found.chained.outer[1] <= 1
+    task = fitted(rows.assign(outcome=np.maximum(0.0, rows.outcome - 0.45)))
+    assert (task.metric == 0).any()
+    assert task.link.certificate.holds
+    assert 0 <= task.chained.outer[0] < task.chained.outer[1] <= 1
 
 
 def test_the_interval_of_a_task_is_wider_than_that_of_its_loss_put_into_the_link():
     """It knows the link's own doubt and the scatter of runs around it."""
-    found = fitted(table(noise=0.01), bootstraps=400)
-    (low, high), chained = found.chained.loss.outer, found.chained.outer
-    through = [float(found.link.predict(task_loss=loss)[0]) for loss in (high, low)]
+    task = fitted(table(noise=0.01), bootstraps=400)
+    (low, high), chained = task.chained.loss.outer, task.chained.outer
+    through = [float(task.link.predict(task_loss=loss)[0]) for loss in (high, low)]
     assert chained[1] - chained[0] > through[1] - through[0]
-    assert chained[0] < found.chained.inner[0] < found.chained.value < chained[1]
+    assert chained[0] < task.chained.inner[0] < task.chained.value < chained[1]
 
 
 def test_checkpoints_are_resampled_with_their_run():
@@ -123,8 +123,8 @@ def test_checkpoints_are_resampled_with_their_run():
 
 
 def test_a_link_beyond_the_losses_it_has_seen_is_a_doubt():
-    found = fitted(table(noise=0.001))
-    assert any("it has seen no loss below" in doubt for doubt in found.doubts)
+    task = fitted(table(noise=0.001))
+    assert any("it has seen no loss below" in doubt for doubt in task.doubts)
     within = fitted(table(noise=0.001), target=TargetPoint(parameters=5e8, tokens=2e10))
     assert not any("no loss below" in doubt for doubt in within.doubts)
 
@@ -132,19 +132,19 @@ def test_a_link_beyond_the_losses_it_has_seen_is_a_doubt():
 def test_rows_without_the_metric_count_for_the_loss_alone():
     rows = table(noise=0.001)
     rows.loc[:3, "outcome"] = np.nan
-    found = fitted(rows)
-    assert (len(found.outcomes), len(found.law.points)) == (12, 16)
-    assert "4 rows without a finite loss or without the metric are left out." in found.doubts
+    task = fitted(rows)
+    assert (len(task.outcomes), len(task.law.points)) == (12, 16)
+    assert "4 rows without a finite loss or without the metric are left out." in task.doubts
 
 
 def test_without_a_target_only_links_are_fitted():
     """The table needs no N and D then."""
     rows = table(noise=1e-4)[["loss", "outcome"]]
-    (found,) = fit_tasks([Task("arc", rows, rows, "mine")], StudyJob(input=["x"], bootstraps=100))
-    assert found.chained is None
-    made = tasks_as_dict([found])
-    assert made["tasks"][0]["prediction"] is None
-    assert made["tasks"][0]["values"] == pytest.approx(TO_ONE, rel=0.01)
+    (task,) = fit_tasks([Task("arc", rows, rows, "mine")], StudyJob(input=["x"], bootstraps=100))
+    assert task.chained is None
+    runs_of_table = tasks_as_dict([task])
+    assert runs_of_table["tasks"][0]["prediction"] is None
+    assert runs_of_table["tasks"][0]["values"] == pytest.approx(TO_ONE, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_the_interval_of_a_task_covers_new_runs():
     n, d, noise, inside = np.array([4e9, 5e8]), np.array([2e11, 2.5e10]), 0.005, []
     link = LINKS["sigmoid-to-1"]
     for seed in range(60 if FULL else 20):
-        made = fitted(table(noise=noise, seed=seed), target=TargetPoint())
-        low, high = made.curve(made.law.predicted({"parameters": n, "tokens": d}, 6 * n * d)).outer
+        task = fitted(table(noise=noise, seed=seed), target=TargetPoint())
+        low, high = task.curve(task.law.predicted({"parameters": n, "tokens": d}, 6 * n * d)).outer
         off = noise * np.random.default_rng(10_000 + seed).standard_normal((2, 2))
         loss = CHINCHILLA.predict(TRUTH, parameters=n, tokens=d) * np.exp(off[0])
         accuracy = link.predict(TO_ONE, task_loss=loss) + off[1]
@@ -202,43 +202,46 @@ def rows(runs):
 
 
 def test_runs_of_half_a_decade_are_one_budget_if_the_table_names_none(runs):
-    found = ladder(runs)
-    assert np.abs(np.log10(spent(found.points) / found.budgets)).max() <= 0.25 + 1e-9
+    task = ladder(runs)
+    assert np.abs(np.log10(spent(task.points) / task.budgets)).max() <= 0.25 + 1e-9
     named = ladder(runs.assign(budget=np.repeat([1e18, 2e18, 4e18, 8e18], 4)))
     assert np.unique(named.budgets).tolist() == [1e18, 2e18, 4e18, 8e18]
 
 
 def test_nothing_beyond_an_origin_changes_a_forecast(runs, rows):
-    made = ladder(runs)
+    task = ladder(runs)
     first = rows["origin"].min()
-    beyond = made.budgets > np.unique(made.budgets)[first - 1]
+    beyond = task.budgets > np.unique(task.budgets)[first - 1]
     moved = runs.assign(outcome=np.where(beyond, runs.outcome / 2, runs.outcome))
     again = forecasts(ladder(moved), JOB)
-    pair = [found.loc[found["origin"] == first, "predicted"].tolist() for found in (rows, again)]
+    pair = [
+        predicted.loc[predicted["origin"] == first, "predicted"].tolist()
+        for predicted in (rows, again)
+    ]
     assert pair[0] == pair[1]
 
 
 def test_the_rivals_are_the_line_of_the_last_three_budgets_and_the_last_value(runs, rows):
-    made = ladder(runs)
-    distinct = np.unique(made.budgets)
+    task = ladder(runs)
+    distinct = np.unique(task.budgets)
     k = int(rows["origin"].min())
-    best = [runs[made.budgets == c]["loss"].idxmin() for c in distinct]
-    x, y = np.log(spent(made.points)[best]), runs["outcome"].to_numpy()[best]
+    best = [runs[task.budgets == c]["loss"].idxmin() for c in distinct]
+    x, y = np.log(spent(task.points)[best]), runs["outcome"].to_numpy()[best]
     line = np.polyval(np.polyfit(x[k - 3 : k], y[k - 3 : k], 1), x[k])
-    own = rows[(rows["origin"] == k) & (rows["ahead"] == 1) & (rows["group"] == "best")]
-    found = own.set_index("method")
-    assert found.loc[LINE, "predicted"] == pytest.approx(line)
-    assert found.loc[LAST_VALUE, "predicted"] == pytest.approx(y[k - 1])
-    assert found.loc[TWO_STEPS, "observed"] == pytest.approx(y[k])
+    words = rows[(rows["origin"] == k) & (rows["ahead"] == 1) & (rows["group"] == "best")]
+    predicted = words.set_index("method")
+    assert predicted.loc[LINE, "predicted"] == pytest.approx(line)
+    assert predicted.loc[LAST_VALUE, "predicted"] == pytest.approx(y[k - 1])
+    assert predicted.loc[TWO_STEPS, "observed"] == pytest.approx(y[k])
 
 
 def test_where_runs_follow_a_law_and_a_link_two_steps_are_nearest(rows):
-    found = {(s.method, s.ahead): s for s in task_scores(rows) if s.table is None}
-    two = found[TWO_STEPS, 1]
+    task = {(s.method, s.ahead): s for s in task_scores(rows) if s.table is None}
+    two = task[TWO_STEPS, 1]
     assert two.median < 0.01
     assert two.skill[LAST_VALUE] > 0.5
     assert two.skill[LINE] > 0
-    assert found[LINE, 1].coverage == {}
+    assert task[LINE, 1].coverage == {}
     assert two.coverage["best"].outer >= 0.5
 
 
@@ -275,14 +278,14 @@ def test_a_table_whose_metric_is_flat_is_named_and_the_others_are_scored(
     monkeypatch.chdir(tmp_path)
     runs.to_csv("good.csv", index=False)
     flat(runs).to_csv("flat.csv", index=False)
-    own = ("study", "backtest", "flat.csv", "good.csv", "task=outcome")
-    code, out, err = forescale(*own, "--json")
+    words = ("study", "backtest", "flat.csv", "good.csv", "task=outcome")
+    code, out, err = forescale(*words, "--json")
     assert code == 0
     assert "Note: flat is left out: at no origin do the runs determine a law and a link" in err
     assert "(the metric is 0.25 in all 6 rows: the data can't tell how it changes " in err
-    found = json.loads(out)["scores"]
-    assert {one["table"] for one in found} == {None, "good"}
-    assert found == as_dict(task_scores(rows.assign(table="good")))["scores"]
+    task = json.loads(out)["scores"]
+    assert {one["table"] for one in task} == {None, "good"}
+    assert task == as_dict(task_scores(rows.assign(table="good")))["scores"]
 
 
 def test_if_no_table_can_be_judged_the_reason_of_the_first_is_said(runs):
@@ -298,14 +301,14 @@ def test_on_public_tables_the_two_steps_beat_the_line_and_the_last_value(publish
     """The runs of Gadre et al. 2024 on three training sets: the mean error rate of their tasks."""
     rows = pd.read_csv(published / "gadre2024" / "gadre_104_models.csv")
     job = StudyJob(input=["none"], metric="error")
-    own = {"parameters": rows["N"], "tokens": rows["D"], "loss": rows["loss_c4_val"]}
-    runs = pd.DataFrame({**own, "outcome": 1 - rows["err_avg_subset"]}).astype(float)
+    words = {"parameters": rows["N"], "tokens": rows["D"], "loss": rows["loss_c4_val"]}
+    runs = pd.DataFrame({**words, "outcome": 1 - rows["err_avg_subset"]}).astype(float)
     each = [ladder(part, job, name) for name, part in runs.groupby(rows["dataset"])]
-    made = pd.concat([forecasts(one, job) for one in each])
-    found = {(s.method, s.ahead): s for s in task_scores(made) if s.table is None}
+    task = pd.concat([forecasts(one, job) for one in each])
+    predicted = {(s.method, s.ahead): s for s in task_scores(task) if s.table is None}
     for ahead in (1, 2):
-        two = found[TWO_STEPS, ahead]
-        assert two.median < min(found[LINE, ahead].median, found[LAST_VALUE, ahead].median)
+        two = predicted[TWO_STEPS, ahead]
+        assert two.median < min(predicted[LINE, ahead].median, predicted[LAST_VALUE, ahead].median)
         assert two.coverage["best"].outer > 0.75
         assert two.coverage["other"].outer > 0.85
 
@@ -334,19 +337,19 @@ def test_a_job_without_a_task_has_no_answer():
 
 
 def test_the_values_are_plain_and_complete(ladder_fit):
-    found = json.loads(json.dumps(task_as_dict(ladder_fit)))
-    assert (found["task"], found["link"], found["unseen"]) == ("acc", "sigmoid-to-1", None)
-    low, high = found["prediction"]["interval"]
-    assert low < found["prediction"]["value"] < high
-    assert {one["method"] for one in found["skill"]} == {"two steps", "line", "last value"}
+    task = json.loads(json.dumps(task_as_dict(ladder_fit)))
+    assert (task["task"], task["link"], task["unseen"]) == ("acc", "sigmoid-to-1", None)
+    low, high = task["prediction"]["interval"]
+    assert low < task["prediction"]["value"] < high
+    assert {one["method"] for one in task["skill"]} == {"two steps", "line", "last value"}
 
 
 def test_the_page_says_value_interval_and_backtest(ladder_fit):
-    said = printed(show_task, ladder_fit)
+    text = printed(show_task, ladder_fit)
     p = ladder_fit.chained
-    assert f"Prediction: accuracy {p.value:.1%} at loss {p.loss.loss:.4f}" in said
-    assert "Backtest, one budget ahead, once: off by " in said
-    assert "Doubt: The link is extrapolated" in said
+    assert f"Prediction: accuracy {p.value:.1%} at loss {p.loss.loss:.4f}" in text
+    assert "Backtest, one budget ahead, once: off by " in text
+    assert "Doubt: The link is extrapolated" in text
 
 
 def test_a_metric_at_the_level_of_guessing_has_no_prediction(ladder_fit):
@@ -361,18 +364,18 @@ def test_a_metric_at_the_level_of_guessing_has_no_prediction(ladder_fit):
 
 def test_a_forecast_holds_the_metric_and_is_scored_by_what_came(ladder_fit, tmp_path):
     facts = {"target": {"run": "big"}, "task": task_facts(ladder_fit)}
-    found = [Forecast(tmp_path / "0001.json", facts),
+    task = [Forecast(tmp_path / "0001.json", facts),
              Forecast(tmp_path / "0002.json", {"target": {"run": "other"}})]  # fmt: skip
-    assert columns_of(found) == ["acc"]
-    (waiting,) = score_tasks(found, pd.DataFrame({"name": ["small"], "acc": [0.3]}))
+    assert columns_of(task) == ["acc"]
+    (waiting,) = score_tasks(task, pd.DataFrame({"name": ["small"], "acc": [0.3]}))
     assert (waiting.observed, waiting.inside) == (None, None)
     value = ladder_fit.chained.value
-    (scored,) = score_tasks(found, pd.DataFrame({"name": ["big"], "acc": [value]}))
+    (scored,) = score_tasks(task, pd.DataFrame({"name": ["big"], "acc": [value]}))
     assert scored.inside
-    (missed,) = score_tasks(found, pd.DataFrame({"name": ["big"], "acc": [0.0]}))
+    (missed,) = score_tasks(task, pd.DataFrame({"name": ["big"], "acc": [0.0]}))
     assert missed.inside is False
-    said = printed(show_task_forecasts, [waiting, scored, missed])
-    assert said.count(f"{value:.1%}") >= 4
+    text = printed(show_task_forecasts, [waiting, scored, missed])
+    assert text.count(f"{value:.1%}") >= 4
     assert printed(show_task_forecasts, []) == ""
 
 

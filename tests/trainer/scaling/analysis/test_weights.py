@@ -41,18 +41,18 @@ def points(rows: pd.DataFrame) -> Points:
 
 def test_noise_is_estimated_from_repeats_as_a_power_of_compute():
     rows = table(lambda c: 0.01 * (c / 1e19) ** -0.1, seeds=8)
-    found = noise_of_repeats(rows, points(rows))
-    assert found.freedom == 5 * 4 * 7
-    assert found.slope == pytest.approx(-0.1, abs=0.03)
-    assert found(np.array([1e17, 1e21])) == pytest.approx([0.0158, 0.0063], rel=0.3)
+    noise = noise_of_repeats(rows, points(rows))
+    assert noise.freedom == 5 * 4 * 7
+    assert noise.slope == pytest.approx(-0.1, abs=0.03)
+    assert noise(np.array([1e17, 1e21])) == pytest.approx([0.0158, 0.0063], rel=0.3)
 
 
 def test_few_repeats_change_the_prior_noise_little():
     rows = table(lambda c: 0.02)
     twice = pd.concat([rows, rows.head(1).assign(seed=9, loss=rows["loss"][0] * 1.05)])
-    found = noise_of_repeats(twice, points(twice))
-    assert found.freedom == 1
-    assert NOISE < found.at < 0.02
+    noise = noise_of_repeats(twice, points(twice))
+    assert noise.freedom == 1
+    assert NOISE < noise.at < 0.02
 
 
 @pytest.mark.parametrize(
@@ -80,22 +80,24 @@ def test_weight_falls_with_the_distance_in_decades():
 
 @pytest.mark.parametrize("goal", [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES], ids=str)
 def test_weighted_fits_and_their_replicates_are_certified(goal):
-    made = points(table(lambda c: 0.004))
-    w = weigh(made.flops, None, 1e22)
-    found = fit(CHINCHILLA, made, goal, w)
-    assert found.certificate.holds, found.certificate.problems
-    plain, _ = certify(CHINCHILLA, made, fit(CHINCHILLA, made, goal).values, goal, w)
-    assert found.value < plain
-    assert pairs(found, 60 if goal.delta else 10).uncertified == 0
+    study = points(table(lambda c: 0.004))
+    w = weigh(study.flops, None, 1e22)
+    noise = fit(CHINCHILLA, study, goal, w)
+    assert noise.certificate.holds, noise.certificate.problems
+    plain, _ = certify(CHINCHILLA, study, fit(CHINCHILLA, study, goal).values, goal, w)
+    assert noise.value < plain
+    assert pairs(noise, 60 if goal.delta else 10).uncertified == 0
 
 
 def test_resampling_multiplies_the_weights():
     """A replicate is the fit with the product of the weights and the draws."""
-    made = points(table(lambda c: 0.004))
-    w = weigh(made.flops, None, 1e22)
-    drawn = counts(np.random.default_rng(0), len(made), 1)[0]
-    one = pairs(fit(CHINCHILLA, made, weights=w), 1, 0)
-    assert one.values[0] == pytest.approx(fit(CHINCHILLA, made, weights=w * drawn).vector, rel=1e-5)
+    study = points(table(lambda c: 0.004))
+    w = weigh(study.flops, None, 1e22)
+    drawn = counts(np.random.default_rng(0), len(study), 1)[0]
+    one = pairs(fit(CHINCHILLA, study, weights=w), 1, 0)
+    assert one.values[0] == pytest.approx(
+        fit(CHINCHILLA, study, weights=w * drawn).vector, rel=1e-5
+    )
 
 
 def study(rows: pd.DataFrame, **keys) -> StudyFit:
@@ -142,15 +144,15 @@ def test_distance_weights_need_the_compute_of_a_target():
 
 def test_delta_of_none_is_least_squares():
     rows = table(lambda c: 0.003)
-    found = study(rows, delta=None)
-    assert found.fit.values == fit(CHINCHILLA, points(rows), LEAST_SQUARES).values
-    assert "least squares" in found.fit.certificate.method
+    noise = study(rows, delta=None)
+    assert noise.fit.values == fit(CHINCHILLA, points(rows), LEAST_SQUARES).values
+    assert "least squares" in noise.fit.certificate.method
 
 
 def test_residuals_of_the_loss_itself_are_those_of_a_least_squares_fit_elsewhere():
     """scipy's curve_fit, begun at the truth, is the oracle."""
     rows = table(lambda c: 0.003)
-    made = study(rows, delta=None, residual="loss")
+    law = study(rows, delta=None, residual="loss")
 
     def loss(x, a, b, e, alpha, beta):
         return e + np.exp(a) * x[0] ** -alpha + np.exp(b) * x[1] ** -beta
@@ -159,7 +161,7 @@ def test_residuals_of_the_loss_itself_are_those_of_a_least_squares_fit_elsewhere
     start = [np.log(LAW["A"]), np.log(LAW["B"]), LAW["E"], LAW["alpha"], LAW["beta"]]
     best, _ = optimize.curve_fit(loss, (n, d), rows.loss.to_numpy(), start, maxfev=100_000)
     squares = np.square(rows.loss - loss((n, d), *best)).sum()
-    assert made.fit.certificate.holds
-    assert 2 * made.fit.value <= squares * (1 + 1e-6)
-    assert made.fit.values["E"] == pytest.approx(best[2], rel=1e-3)
-    assert made.fit.value != pytest.approx(study(rows, delta=None).fit.value, rel=1e-3)
+    assert law.fit.certificate.holds
+    assert 2 * law.fit.value <= squares * (1 + 1e-6)
+    assert law.fit.values["E"] == pytest.approx(best[2], rel=1e-3)
+    assert law.fit.value != pytest.approx(study(rows, delta=None).fit.value, rel=1e-3)

@@ -15,18 +15,18 @@ RNG = np.random.default_rng(0)
 def test_compute_that_falls_into_groups_shows_its_budgets():
     order = RNG.permutation(len(N))
     flops = (BUDGETS * RNG.uniform(0.985, 1.015, len(N)))[order]
-    found = grouped(flops, N[order])
-    assert found.of_run == pytest.approx(BUDGETS[order], rel=0.02)
-    assert len(np.unique(found.of_run)) == 5
-    assert found.note == (
+    budgets = grouped(flops, N[order])
+    assert budgets.of_run == pytest.approx(BUDGETS[order], rel=0.02)
+    assert len(np.unique(budgets.of_run)) == 5
+    assert budgets.note == (
         "The table names no budgets: C of the runs falls into 5 groups, which are taken as budgets."
     )
 
 
 def test_a_run_between_the_groups_has_its_own_compute_as_its_budget():
-    found = grouped(np.append(BUDGETS, 5e20), np.append(N, 1e9))
-    assert found.of_run[-1] == 5e20
-    assert "1 of 31 runs are in none" in found.note
+    budgets = grouped(np.append(BUDGETS, 5e20), np.append(N, 1e9))
+    assert budgets.of_run[-1] == 5e20
+    assert "1 of 31 runs are in none" in budgets.note
 
 
 @pytest.mark.parametrize("runs", [9, 20, 60, 300])
@@ -64,10 +64,10 @@ def test_rounded_names_of_equal_compute_are_no_mismatch():
 
 def test_budgets_of_another_convention_are_named_with_the_cure():
     causal = BUDGETS * (1 + 0.5 * (N / N.min()) ** -0.3)
-    found = mismatch(BUDGETS, causal, N, {"cost=full": 1.4 * causal, "6 N D": 2 * BUDGETS})
-    assert found.startswith("In 5 of 5 budgets C differs by more than 5%")
-    assert "The budgets are those of 6 N D, and C is counted otherwise" in found
-    assert "columns='{flops: budget}'" in found
+    budgets = mismatch(BUDGETS, causal, N, {"cost=full": 1.4 * causal, "6 N D": 2 * BUDGETS})
+    assert budgets.startswith("In 5 of 5 budgets C differs by more than 5%")
+    assert "The budgets are those of 6 N D, and C is counted otherwise" in budgets
+    assert "columns='{flops: budget}'" in budgets
 
 
 def test_budgets_that_are_a_constant_times_compute_are_named():
@@ -75,14 +75,14 @@ def test_budgets_that_are_a_constant_times_compute_are_named():
 
 
 def test_two_groups_of_compute_with_one_name_are_told_apart():
-    found = mismatch(np.repeat([1e18, 1e18, 1e19, 3e19, 1e20], 6), BUDGETS, N)
-    assert "In 1 of 4 budgets" in found
-    assert "C itself falls into 5 groups" in found
+    budgets = mismatch(np.repeat([1e18, 1e18, 1e19, 3e19, 1e20], 6), BUDGETS, N)
+    assert "In 1 of 4 budgets" in budgets
+    assert "C itself falls into 5 groups" in budgets
 
 
 def test_budgets_that_differ_by_a_little_are_named():
-    found = mismatch(BUDGETS * RNG.uniform(0.99, 1.01, len(N)), BUDGETS, N)
-    assert "30 runs have 30 different budgets" in found
+    budgets = mismatch(BUDGETS * RNG.uniform(0.99, 1.01, len(N)), BUDGETS, N)
+    assert "30 runs have 30 different budgets" in budgets
 
 
 def test_budgets_that_hold_for_no_way_to_count_compute_are_to_be_corrected():

@@ -22,8 +22,8 @@ def test_a_metric_that_follows_the_loss_leaves_no_doubt():
 
 def test_a_metric_at_the_level_of_guessing_is_not_predicted():
     metric = 0.25 + NOISE
-    said = unseen(LOSS, metric, np.full(20, metric.mean()), 3)
-    assert "no more than chance ties it to the loss: the data can't tell" in said
+    sentence = unseen(LOSS, metric, np.full(20, metric.mean()), 3)
+    assert "no more than chance ties it to the loss: the data can't tell" in sentence
     assert unseen(LOSS, np.full(20, 0.25), np.full(20, 0.25), 3).startswith("The metric is 0.25 in")
 
 

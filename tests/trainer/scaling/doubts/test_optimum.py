@@ -17,23 +17,23 @@ from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_runs
 DISTINCT = np.geomspace(1e18, 1e21, 6)
 
 
-def examined(points, budgets, near=0.04, **more):
+def examined(points, budgets, near=0.04, **options):
     """Return the doubts, the resampled fits and the parabolas."""
     fitted = points.take(near_best(points.loss, budgets, near))
     law = bootstrap.pairs(fit(CHINCHILLA, fitted), 200)
     iso = isoflop(points, budgets, near, count=500)
-    return optimum_doubts(law, iso, **more), law, iso
+    return optimum_doubts(law, iso, **options), law, iso
 
 
-def study(seed=0, **more):
-    return iso_flop_runs(DISTINCT, sizes=7, width=4.0, noise=0.003, seed=seed, **more)
+def study(seed=0, **options):
+    return iso_flop_runs(DISTINCT, sizes=7, width=4.0, noise=0.003, seed=seed, **options)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_runs_of_a_law_give_no_doubt(seed):
     points, budgets = study(seed)
-    found, law, _ = examined(points, budgets, flops=1e22)
-    assert found == []
+    doubts, law, _ = examined(points, budgets, flops=1e22)
+    assert doubts == []
     assert order_doubts(points, budgets, law.fit) == []
 
 
@@ -44,9 +44,9 @@ def test_runs_of_a_law_with_compute_counted_otherwise_give_no_doubt():
     d = budgets / 6 / n**1.3
     noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(len(n)))
     loss = CHINCHILLA.predict(TRUTH, parameters=n, tokens=d) * noise
-    found, law, iso = examined(Points(loss, parameters=n, tokens=d, flops=budgets), budgets)
+    doubts, law, iso = examined(Points(loss, parameters=n, tokens=d, flops=budgets), budgets)
     assert iso.parameters.a < float(allocation(CHINCHILLA, law.fit.values)) - 0.04
-    assert found == []
+    assert doubts == []
 
 
 def bent(by=0.08, power=2.0):
@@ -60,8 +60,8 @@ def bent(by=0.08, power=2.0):
 
 
 def test_vertices_on_no_power_law_are_named():
-    found = examined(*bent())[0]
-    (one,) = (f for f in found if f.startswith("N* of the 6 vertices is no power law of C"))
+    doubts = examined(*bent())[0]
+    (one,) = (f for f in doubts if f.startswith("N* of the 6 vertices is no power law of C"))
     assert "its exponent goes from 0.5" in one
 
 
@@ -107,6 +107,6 @@ def test_public_laws_and_parabolas_that_disagree(published, name, disagrees):
     """The published exponents, 0.699 and 0.518, are those of the parabolas."""
     t = pd.read_csv(published / "backtest" / f"{name}.csv")
     columns = {k: t[k].to_numpy() for k in ("loss", "parameters", "tokens", "flops")}
-    found = examined(Points(**columns), t["budget"].to_numpy())[0]
-    assert bool(found) == disagrees
-    assert not found or "disagree on the optimum" in found[0]
+    doubts = examined(Points(**columns), t["budget"].to_numpy())[0]
+    assert bool(doubts) == disagrees
+    assert not doubts or "disagree on the optimum" in doubts[0]

@@ -35,12 +35,12 @@ def test_a_replicate_equals_the_fit_of_its_resampled_runs(goal, make):
     points = make(CHINCHILLA, BASE, noise=0.003)
     one = fit(CHINCHILLA, points, goal)
     w = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=6)
-    found = replicates(one, weights=w)
-    assert found.certified.all()
+    refits = replicates(one, weights=w)
+    assert refits.certified.all()
     for i in range(6):
         alone = fit(CHINCHILLA, points.take(np.repeat(np.arange(60), w[i])), goal)
-        assert found.objective[i] <= alone.value * (1 + 1e-9)
-        np.testing.assert_allclose(found.values[i], alone.vector, rtol=1e-6)
+        assert refits.objective[i] <= alone.value * (1 + 1e-9)
+        np.testing.assert_allclose(refits.values[i], alone.vector, rtol=1e-6)
 
 
 def test_draws_have_the_moments_of_the_multinomial_distribution():
@@ -53,9 +53,9 @@ def test_draws_have_the_moments_of_the_multinomial_distribution():
 def test_a_replicate_with_other_losses_equals_their_fit(make):
     one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
     other = make(CHINCHILLA, BASE, noise=0.003, seed=9)
-    found = replicates(one, losses=np.stack([one.points.loss, other.loss]))
-    np.testing.assert_allclose(found.values[0], one.vector, rtol=1e-7)
-    np.testing.assert_allclose(found.values[1], fit(CHINCHILLA, other).vector, rtol=1e-7)
+    refits = replicates(one, losses=np.stack([one.points.loss, other.loss]))
+    np.testing.assert_allclose(refits.values[0], one.vector, rtol=1e-7)
+    np.testing.assert_allclose(refits.values[1], fit(CHINCHILLA, other).vector, rtol=1e-7)
 
 
 def test_leave_one_out_and_influence_equal_the_fits_without_a_run(make):
@@ -68,8 +68,8 @@ def test_leave_one_out_and_influence_equal_the_fits_without_a_run(make):
     assert at.shape == (60, 1)
     loss = points.loss.copy()
     loss[11] *= 1.05
-    own = dict(parameters=points.parameters, tokens=points.tokens)
-    spoilt = fit(CHINCHILLA, Points(loss, **own), LEAST_SQUARES)
+    runs = dict(parameters=points.parameters, tokens=points.tokens)
+    spoilt = fit(CHINCHILLA, Points(loss, **runs), LEAST_SQUARES)
     assert np.abs(influence(spoilt) / spoilt.vector).max(1).argmax() == 11
 
 
@@ -91,12 +91,12 @@ def test_many_runs_are_left_out_by_a_step_that_is_near_their_refit(goal, off, ma
 
 def test_many_groups_are_left_out_by_a_step(make, monkeypatch):
     one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003, **sizes(400)))
-    found = clusters(one, np.arange(400) // 2, 100)
+    replicates = clusters(one, np.arange(400) // 2, 100)
     monkeypatch.setattr(bootstrap, "_REFITS", 100)
-    stepped = replace(found).without
-    off = np.abs(stepped - found.fit.vector).max(0)
+    stepped = replace(replicates).without
+    off = np.abs(stepped - replicates.fit.vector).max(0)
     monkeypatch.undo()
-    assert (np.abs(stepped - found.without).max(0) < 0.1 * off).all()
+    assert (np.abs(stepped - replicates.without).max(0) < 0.1 * off).all()
 
 
 def test_replicates_made_in_parts_are_the_same(make, monkeypatch):
@@ -112,8 +112,8 @@ def test_a_tenth_of_a_million_runs_need_little_memory(make):
     """Their leave-one-out weights alone would be 80 GB."""
     one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003, **sizes(100_000)), LEAST_SQUARES)
     tracemalloc.start()
-    found = pairs(one, 3)
-    assert influence(one).shape == found.without.shape == (100_000, 5)
+    replicates = pairs(one, 3)
+    assert influence(one).shape == replicates.without.shape == (100_000, 5)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 500e6
@@ -154,51 +154,51 @@ def test_intervals_cover(draw, make):
 
 
 def test_intervals_of_parameters_and_of_functions_of_them(make):
-    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 400)
-    assert found.uncertified == 0
-    low, high = found.interval()
-    assert (low < found.fit.vector).all()
-    assert (found.fit.vector < high).all()
-    narrow = found.interval(0.5)
+    replicates = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 400)
+    assert replicates.uncertified == 0
+    low, high = replicates.interval()
+    assert (low < replicates.fit.vector).all()
+    assert (replicates.fit.vector < high).all()
+    narrow = replicates.interval(0.5)
     assert (narrow[0] > low).all()
-    sizes = found.interval(of=lambda v: compute_optimal(CHINCHILLA, v, [1e22, 1e24])[0])
-    best = compute_optimal(CHINCHILLA, found.fit.values, [1e22, 1e24])[0]
+    sizes = replicates.interval(of=lambda v: compute_optimal(CHINCHILLA, v, [1e22, 1e24])[0])
+    best = compute_optimal(CHINCHILLA, replicates.fit.values, [1e22, 1e24])[0]
     assert ((sizes[0] < best) & (best < sizes[1])).all()
-    again = pairs(found.fit, 400)
-    assert (again.values == found.values).all()
+    again = pairs(replicates.fit, 400)
+    assert (again.values == replicates.values).all()
 
 
 def test_percentiles_are_those_of_the_draws(make):
-    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 300)
-    low, high = found.interval(0.9, method="percentile")
-    np.testing.assert_allclose(low, np.percentile(found.values, 5, axis=0))
-    np.testing.assert_allclose(high, np.percentile(found.values, 95, axis=0))
+    replicates = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 300)
+    low, high = replicates.interval(0.9, method="percentile")
+    np.testing.assert_allclose(low, np.percentile(replicates.values, 5, axis=0))
+    np.testing.assert_allclose(high, np.percentile(replicates.values, 95, axis=0))
 
 
 def test_a_corrected_interval_commutes_with_monotonic_functions(make):
     """As percentiles do: the interval of the logarithm is the logarithm of the interval."""
-    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 2000)
-    logs = found.interval(0.9, np.log)
+    replicates = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 2000)
+    logs = replicates.interval(0.9, np.log)
     # Only nearly: the acceleration is that of the jackknife, which depends on the scale.
-    np.testing.assert_allclose(np.exp(logs), found.interval(0.9), rtol=0.02)
+    np.testing.assert_allclose(np.exp(logs), replicates.interval(0.9), rtol=0.02)
 
 
 def test_bias_and_skewness_are_corrected_as_in_scipy():
     """For the mean and the variance of skewed numbers, from the same draws."""
     x = np.random.default_rng(3).exponential(size=25)
     for statistic in (np.mean, np.var):
-        theirs = stats.bootstrap((x,), statistic, confidence_level=0.9, method="BCa", rng=4)
-        draws = theirs.bootstrap_distribution[:, None]
+        expected = stats.bootstrap((x,), statistic, confidence_level=0.9, method="BCa", rng=4)
+        draws = expected.bootstrap_distribution[:, None]
         without = np.array([[statistic(np.delete(x, i))] for i in range(25)])
         at = _accelerated(draws, np.array([[statistic(x)]]), without, np.array([0.05, 0.95]))
-        np.testing.assert_allclose(_quantiles(draws, at)[:, 0], theirs.confidence_interval)
+        np.testing.assert_allclose(_quantiles(draws, at)[:, 0], expected.confidence_interval)
 
 
 def test_few_groups_widen_an_interval(make):
     """Student's t of five groups against that of sixty runs, with the same draws."""
-    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 1000)
-    few = replace(found, groups=np.arange(60) % 5)
-    widths = [np.diff(each.interval(0.9), axis=0) for each in (few, found)]
+    replicates = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 1000)
+    few = replace(replicates, groups=np.arange(60) % 5)
+    widths = [np.diff(each.interval(0.9), axis=0) for each in (few, replicates)]
     assert (widths[0] > 1.2 * widths[1]).all()
     assert few.without.shape == (0, 5)  # four groups don't determine five parameters
     low, high = few.interval(0.9, lambda v: CHINCHILLA.predict(v, parameters=1e9, tokens=2e10))
@@ -207,11 +207,11 @@ def test_few_groups_widen_an_interval(make):
 
 def test_draws_at_an_end_of_the_range_do_not_count_as_bias(make):
     """E is absent from the fit and most draws: low is still at most high."""
-    own = make(CHINCHILLA, BASE)
-    loss = CHINCHILLA.predict(BASE | {"E": 1e-9}, parameters=own.parameters, tokens=own.tokens)
+    runs = make(CHINCHILLA, BASE)
+    loss = CHINCHILLA.predict(BASE | {"E": 1e-9}, parameters=runs.parameters, tokens=runs.tokens)
     off = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
-    found = pairs(fit(CHINCHILLA, Points(loss * off, own.parameters, own.tokens)), 200)
-    low, high = found.interval(0.9)
+    replicates = pairs(fit(CHINCHILLA, Points(loss * off, runs.parameters, runs.tokens)), 200)
+    low, high = replicates.interval(0.9)
     assert np.isfinite([low, high]).all()
     assert (low <= high).all()
 

@@ -22,9 +22,9 @@ def runs(seed: int = 0, noise: float = 0.003, n: int = 280) -> Points:
     """Runs of the paper's ranges: 79M to 2.7B active parameters, 0.5B to 80B tokens, E to 32."""
     rng = np.random.default_rng(seed)
     N, D = np.exp(rng.uniform(np.log([[79e6], [5e8]]), np.log([[2.7e9], [80e9]]), (2, n)))
-    own = {"parameters": N, "tokens": D, "expansion": 2.0 ** rng.integers(0, 6, n)}
-    loss = EXPERTS.predict(MIXTURE, **own) * np.exp(noise * rng.standard_normal(n))
-    return Points(loss, **own)
+    columns = {"parameters": N, "tokens": D, "expansion": 2.0 ** rng.integers(0, 6, n)}
+    loss = EXPERTS.predict(MIXTURE, **columns) * np.exp(noise * rng.standard_normal(n))
+    return Points(loss, **columns)
 
 
 def test_the_law_of_each_number_of_experts_is_that_of_table_4():
@@ -36,8 +36,8 @@ def test_the_law_of_each_number_of_experts_is_that_of_table_4():
     }  # fmt: skip
     N, D = np.geomspace(8e7, 3e9, 9), np.geomspace(8e10, 5e8, 9)
     for experts, (a, alpha, b, beta) in table.items():
-        found = EXPERTS.predict(MIXTURE, parameters=N, tokens=D, expansion=experts)
-        np.testing.assert_allclose(found, 1.3637 + a * N**-alpha + b * D**-beta, rtol=2e-3)
+        law = EXPERTS.predict(MIXTURE, parameters=N, tokens=D, expansion=experts)
+        np.testing.assert_allclose(law, 1.3637 + a * N**-alpha + b * D**-beta, rtol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -45,22 +45,22 @@ def test_the_law_of_each_number_of_experts_is_that_of_table_4():
     [(1e20, 1, 1.7e9, 9.7e9), (1e21, 8, 3.8e9, 44.3e9), (1e22, 32, 12.2e9, 136.9e9)],
 )
 def test_the_compute_optimal_runs_of_table_1(flops, experts, n, d):
-    found = compute_optimal(EXPERTS, MIXTURE, flops, expansion=experts)
-    assert found == (pytest.approx(n, rel=0.03), pytest.approx(d, rel=0.03))
+    law = compute_optimal(EXPERTS, MIXTURE, flops, expansion=experts)
+    assert law == (pytest.approx(n, rel=0.03), pytest.approx(d, rel=0.03))
     with pytest.raises(UserError, match="reads the expansion; give expansion="):
         compute_optimal(EXPERTS, MIXTURE, flops)
 
 
 def test_at_one_expert_it_is_the_dense_law():
-    own = {"parameters": np.array([1e8, 1e9]), "tokens": np.array([1e10, 3e10])}
-    found = EXPERTS.predict(MIXTURE, **own, expansion=1.0)
-    np.testing.assert_allclose(found, CHINCHILLA.predict(DENSE, **own), rtol=1e-12)
+    columns = {"parameters": np.array([1e8, 1e9]), "tokens": np.array([1e10, 3e10])}
+    law = EXPERTS.predict(MIXTURE, **columns, expansion=1.0)
+    np.testing.assert_allclose(law, CHINCHILLA.predict(DENSE, **columns), rtol=1e-12)
 
 
 def test_runs_without_noise_give_the_parameters_back():
-    found = fit(EXPERTS, runs(noise=0.0))
-    assert found.certificate.holds
-    assert found.values == pytest.approx(MIXTURE, rel=1e-5)
+    law = fit(EXPERTS, runs(noise=0.0))
+    assert law.certificate.holds
+    assert law.values == pytest.approx(MIXTURE, rel=1e-5)
 
 
 @pytest.mark.slow  # 100 fits of 200 bootstraps
@@ -71,9 +71,9 @@ def test_intervals_of_simulated_runs_cover_the_parameters():
     """
     studies, truth, inside = 100, EXPERTS.vector(MIXTURE), []
     for seed in range(studies):
-        made = fit(EXPERTS, runs(seed))
-        assert made.certificate.holds
-        low, high = pairs(made, 200).interval(0.9)
+        points = fit(EXPERTS, runs(seed))
+        assert points.certificate.holds
+        low, high = pairs(points, 200).interval(0.9)
         inside.append((low < truth) & (truth < high))
     assert np.mean(inside) == pytest.approx(0.9, abs=2.576 * np.sqrt(0.9 * 0.1 / studies))
 
@@ -86,9 +86,9 @@ def study(points: Points, **keys) -> StudyFit:
 
 def test_a_study_predicts_a_target_with_experts():
     target = TargetPoint(parameters=4e9, tokens=1e11, expansion=16)
-    found = study(runs(n=120), target=target).predict()
+    law = study(runs(n=120), target=target).predict()
     truth = EXPERTS.predict(MIXTURE, parameters=4e9, tokens=1e11, expansion=16)[0]
-    assert found.loss == pytest.approx(truth, rel=0.01)
+    assert law.loss == pytest.approx(truth, rel=0.01)
     with pytest.raises(UserError, match="target: has no expansion"):
         study(runs(n=120), target=TargetPoint(flops=1e22)).predict()
 
@@ -106,26 +106,26 @@ def test_total_parameters_are_refused_and_other_laws_doubted():
     table = table.assign(parameters_blocks_and_head=points.parameters)
     with pytest.raises(UserError, match=r"doesn't use.*write size=active"):
         StudyFit(table, StudyJob(input=["x"], form="experts"), "runs")
-    said = study(points, form="chinchilla").doubts
-    assert "write form=experts" in said[0]
+    sentences = study(points, form="chinchilla").doubts
+    assert "write form=experts" in sentences[0]
 
 
 def test_each_expansion_has_its_own_best_runs_of_a_budget():
     """The dense runs, all worse than those with experts, are fitted too."""
     n = np.tile(np.geomspace(1e8, 1e9, 7), 6)
     budget, expansion = np.repeat([1e20, 4e20, 1.6e21], 14), np.tile(np.repeat([1.0, 32.0], 7), 3)
-    own = {"parameters": n, "tokens": budget / 6 / n, "expansion": expansion}
-    table = pd.DataFrame(own | {"loss": EXPERTS.predict(MIXTURE, **own), "budget": budget})
-    made = StudyFit(table, StudyJob(input=["x"], form="chinchilla", near=0.01), "runs")
-    kept = table[made.is_fitted].groupby(["budget", "expansion"]).size()
-    assert len(kept) == 6
-    assert kept.min() >= 3
-    assert isinstance(made.isoflop, str)
+    columns = {"parameters": n, "tokens": budget / 6 / n, "expansion": expansion}
+    table = pd.DataFrame(columns | {"loss": EXPERTS.predict(MIXTURE, **columns), "budget": budget})
+    points = StudyFit(table, StudyJob(input=["x"], form="chinchilla", near=0.01), "runs")
+    mask = table[points.is_fitted].groupby(["budget", "expansion"]).size()
+    assert len(mask) == 6
+    assert mask.min() >= 3
+    assert isinstance(points.isoflop, str)
 
 
 def test_figures_are_of_the_targets_expansion():
     target = TargetPoint(parameters=4e9, tokens=1e11, expansion=16)
-    figures = Figures(made := study(runs(n=120), target=target), "active", "6ND", "nats")
-    n, d = compute_optimal(EXPERTS, made.fit.vector, figures.grid, expansion=16)
-    best = made.fit.predict(parameters=n, tokens=d, expansion=np.full_like(n, 16))
+    figures = Figures(points := study(runs(n=120), target=target), "active", "6ND", "nats")
+    n, d = compute_optimal(EXPERTS, points.fit.vector, figures.grid, expansion=16)
+    best = points.fit.predict(parameters=n, tokens=d, expansion=np.full_like(n, 16))
     np.testing.assert_allclose(figures.frontier["loss"][0], best)

@@ -20,32 +20,32 @@ GOALS = [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES, Objective(1e-3, "loss")]
 @pytest.mark.parametrize("goal", GOALS, ids=str)
 @pytest.mark.parametrize(("form", "values"), LAWS, ids=NAMES)
 def test_a_law_is_recovered_from_losses_without_noise(form, values, goal, make):
-    found = fit(form, make(form, values), goal)
-    assert found.values == pytest.approx(values, rel=1e-8)
-    assert found.certificate.holds
-    assert found.certificate.minima[0].starts > 16
-    assert not found.certificate.edges
+    law = fit(form, make(form, values), goal)
+    assert law.values == pytest.approx(values, rel=1e-8)
+    assert law.certificate.holds
+    assert law.certificate.minima[0].starts > 16
+    assert not law.certificate.edges
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=str)
 @pytest.mark.parametrize(("form", "values"), LAWS, ids=NAMES)
 def test_no_point_nearby_is_lower(form, values, goal, make):
     points = make(form, values, noise=0.003)
-    found = fit(form, points, goal)
-    assert found.certificate.holds, found.certificate.problems
-    assert found.certificate.scaled_gradient <= 1e-8
+    law = fit(form, points, goal)
+    assert law.certificate.holds, law.certificate.problems
+    assert law.certificate.scaled_gradient <= 1e-8
     rng = np.random.default_rng(4)
     for size in (1e-2, 1e-4, 1e-6):
-        theta = found.theta + size * rng.standard_normal((200, form.size))
-        m, _ = form.evaluate(theta, found.task.at)
-        own = np.log(points.loss) - m if goal.on == "log" else points.loss - np.exp(m)
-        assert (goal.value(own, found.weights) >= found.value * (1 - 1e-12)).all()
+        theta = law.theta + size * rng.standard_normal((200, form.size))
+        m, _ = form.evaluate(theta, law.task.at)
+        runs = np.log(points.loss) - m if goal.on == "log" else points.loss - np.exp(m)
+        assert (goal.value(runs, law.weights) >= law.value * (1 - 1e-12)).all()
 
 
 def test_least_absolute_deviations_pass_through_as_many_runs_as_parameters(make):
-    found = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003), LEAST_ABSOLUTE)
-    assert (np.abs(found.residuals) < 1e-12).sum() == 5
-    assert "smoothed down to 1e-07" in found.certificate.method
+    law = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003), LEAST_ABSOLUTE)
+    assert (np.abs(law.residuals) < 1e-12).sum() == 5
+    assert "smoothed down to 1e-07" in law.certificate.method
 
 
 def test_least_absolute_deviations_of_a_line_equal_the_best_of_all_corners(make):
@@ -53,26 +53,26 @@ def test_least_absolute_deviations_of_a_line_equal_the_best_of_all_corners(make)
     rng = np.random.default_rng(5)
     C = np.exp(rng.uniform(40, 50, 15))
     loss = 30 * C**-0.05 * np.exp(0.01 * rng.standard_t(2, 15))
-    found = fit(FRONTIER, Points(loss, flops=C), LEAST_ABSOLUTE, fixed={"E": 1e-12})
+    law = fit(FRONTIER, Points(loss, flops=C), LEAST_ABSOLUTE, fixed={"E": 1e-12})
     x, y = np.log(C), np.log(loss)
     sums = []
     for i, j in itertools.combinations(range(15), 2):
         slope = (y[j] - y[i]) / (x[j] - x[i])
         sums.append(np.abs(y - y[i] - slope * (x - x[i])).sum())
-    assert found.value == pytest.approx(min(sums), rel=1e-8)
+    assert law.value == pytest.approx(min(sums), rel=1e-8)
 
 
 def test_a_certificate_fails_away_from_the_optimum(make):
     points = make(CHINCHILLA, BASE, noise=0.003)
     for goal in GOALS:
-        found = fit(CHINCHILLA, points, goal)
-        value, one = certify(CHINCHILLA, points, found.values, goal)
+        law = fit(CHINCHILLA, points, goal)
+        value, one = certify(CHINCHILLA, points, law.values, goal)
         assert one.scaled_gradient <= 1e-7  # the published parameters are rounded to doubles
-        assert value == pytest.approx(found.value)
+        assert value == pytest.approx(law.value)
         for symbol in BASE:
-            moved = found.values | {symbol: found.values[symbol] * 1.001}
+            moved = law.values | {symbol: law.values[symbol] * 1.001}
             worse, no = certify(CHINCHILLA, points, moved, goal)
-            assert worse > found.value
+            assert worse > law.value
             assert not no.holds
             assert "the scaled gradient is" in no.problems[0]
 
@@ -110,11 +110,11 @@ def test_a_weight_of_two_equals_a_run_listed_twice(make):
 def test_fixed_parameters_stay_and_the_rest_is_optimal(make):
     form = data_constrained()
     points = make(form, BASE | {"R_D": 15.4}, noise=0.002)
-    found = fit(form, points, fixed=BASE)
-    assert {k: found.values[k] for k in BASE} == pytest.approx(BASE)
-    assert found.values["R_D"] == pytest.approx(15.4, rel=0.2)
-    assert found.certificate.holds
-    assert fit(form, points).value <= found.value
+    law = fit(form, points, fixed=BASE)
+    assert {k: law.values[k] for k in BASE} == pytest.approx(BASE)
+    assert law.values["R_D"] == pytest.approx(15.4, rel=0.2)
+    assert law.certificate.holds
+    assert fit(form, points).value <= law.value
     shared = fit(CHINCHILLA, points, fixed={"alpha": 0.3, "beta": 0.3})
     assert shared.value == pytest.approx(fit(SHARED_EXPONENT, points, fixed={"alpha": 0.3}).value)
     with pytest.raises(UserError, match="A is fixed without its exponent"):
@@ -124,24 +124,24 @@ def test_fixed_parameters_stay_and_the_rest_is_optimal(make):
 
 
 def test_an_absent_term_is_reported_as_an_edge(make):
-    own = make(CHINCHILLA, BASE)
-    loss = 400 * own.parameters**-0.34 + 2000 * own.tokens**-0.37
+    runs = make(CHINCHILLA, BASE)
+    loss = 400 * runs.parameters**-0.34 + 2000 * runs.tokens**-0.37
     noise = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
-    found = fit(CHINCHILLA, Points(loss * noise, parameters=own.parameters, tokens=own.tokens))
-    assert found.certificate.edges == ("E at its least",)
-    assert found.certificate.holds
+    law = fit(CHINCHILLA, Points(loss * noise, parameters=runs.parameters, tokens=runs.tokens))
+    assert law.certificate.edges == ("E at its least",)
+    assert law.certificate.holds
 
 
 def test_losses_that_do_not_depend_on_the_data(make):
-    own = make(CHINCHILLA, BASE)
+    runs = make(CHINCHILLA, BASE)
     noise = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
-    loss = (1.8 + 400 * own.parameters**-0.34) * noise
-    points = Points(loss, parameters=own.parameters, tokens=own.tokens)
-    found = fit(CHINCHILLA, points, LEAST_SQUARES)
-    assert found.certificate.holds, found.certificate.problems
+    loss = (1.8 + 400 * runs.parameters**-0.34) * noise
+    points = Points(loss, parameters=runs.parameters, tokens=runs.tokens)
+    law = fit(CHINCHILLA, points, LEAST_SQUARES)
+    assert law.certificate.holds, law.certificate.problems
     bound = fit(CHINCHILLA, points, LEAST_SQUARES, fixed={"B": 1e-9, "beta": 0.3})
     assert bound.values["alpha"] == pytest.approx(0.34, abs=0.02)
-    assert found.value <= bound.value
+    assert law.value <= bound.value
 
 
 def test_runs_that_allow_two_laws_have_two_minima(make):
@@ -162,13 +162,13 @@ def test_runs_that_allow_two_laws_have_two_minima(make):
 def test_many_runs_have_the_optimum_of_starts_from_all_of_them(make, monkeypatch):
     points = make(CHINCHILLA, BASE, noise=0.01, **sizes(1500))
     for goal in GOALS[0], GOALS[2]:
-        found = fit(CHINCHILLA, points, goal)
+        law = fit(CHINCHILLA, points, goal)
         with monkeypatch.context() as patch:
             patch.setattr("forescale.scaling.fitting.fit._MANY", 10_000)
             thorough = fit(CHINCHILLA, points, goal)
-        assert found.value == pytest.approx(thorough.value, rel=1e-10)
-        assert found.certificate.holds
-        assert sum(m.starts for m in found.certificate.minima) > 16
+        assert law.value == pytest.approx(thorough.value, rel=1e-10)
+        assert law.certificate.holds
+        assert sum(m.starts for m in law.certificate.minima) > 16
 
 
 def test_a_law_is_no_worse_than_one_that_it_contains(make):
@@ -182,8 +182,8 @@ def test_a_law_is_no_worse_than_one_that_it_contains(make):
 
 
 def test_runs_with_one_loss_are_refused(make):
-    own = make(CHINCHILLA, BASE)
-    same = Points(np.full(60, 3.0), parameters=own.parameters, tokens=own.tokens)
+    runs = make(CHINCHILLA, BASE)
+    same = Points(np.full(60, 3.0), parameters=runs.parameters, tokens=runs.tokens)
     with pytest.raises(UserError, match="all runs have the same loss"):
         fit(CHINCHILLA, same)
 

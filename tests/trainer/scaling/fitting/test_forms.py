@@ -46,15 +46,15 @@ def test_second_derivatives_equal_differences_of_the_first(form, values, make):
     theta = near(form, values, at)
     pull = np.random.default_rng(3).standard_normal((len(theta), 60))
     _, jacobian = form.evaluate(theta, at)
-    found = form.curvature(theta, at, jacobian, pull)
-    of_log = found - np.einsum("rpn,rqn,rn->rpq", jacobian, jacobian, pull)
+    computed = form.curvature(theta, at, jacobian, pull)
+    of_log = computed - np.einsum("rpn,rqn,rn->rpq", jacobian, jacobian, pull)
     for j in range(form.size):
         step = np.zeros(form.size)
         step[j] = 1e-6
         up, down = (form.evaluate(theta + s, at)[1] for s in (step, -step))
         slope = np.einsum("rpn,rn->rp", (up - down) / 2e-6, pull)
         np.testing.assert_allclose(of_log[:, :, j], slope, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found, Form.curvature(form, theta, at, jacobian, pull), atol=1e-9)
+    np.testing.assert_allclose(computed, Form.curvature(form, theta, at, jacobian, pull), atol=1e-9)
 
 
 @pytest.mark.parametrize("goal", [Objective(0.05), LEAST_SQUARES, Objective(0.2, "loss")], ids=str)
@@ -100,8 +100,8 @@ def test_the_formulas_are_those_of_the_papers():
         1.7 + 9 * C**-0.1
     )
     seen_again = U + U * 15.4 * (1 - np.exp(-(D / U - 1) / 15.4))
-    own = dict(parameters=N, tokens=D, unique_tokens=U)
-    assert data_constrained().predict(BASE | {"R_D": 15.4}, **own) == pytest.approx(
+    theta = dict(parameters=N, tokens=D, unique_tokens=U)
+    assert data_constrained().predict(BASE | {"R_D": 15.4}, **theta) == pytest.approx(
         1.8 + 400 * N**-0.34 + 2000 * seen_again**-0.37
     )
     # A model far larger than its unique tokens suffice for.
@@ -110,16 +110,16 @@ def test_the_formulas_are_those_of_the_papers():
     large = 20 * enough
     faded = enough + enough * 5.3 * (1 - np.exp(-19 / 5.3))
     assert compute_optimal(CHINCHILLA, BASE, 6 * enough * U)[0] == pytest.approx(enough)
-    found = data_constrained(BASE).predict(
-        BASE | {"R_D": 15.4, "R_N": 5.3}, **own | {"parameters": large}
+    computed = data_constrained(BASE).predict(
+        BASE | {"R_D": 15.4, "R_N": 5.3}, **theta | {"parameters": large}
     )
-    assert found == pytest.approx(1.8 + 400 * faded**-0.34 + 2000 * seen_again**-0.37)
+    assert computed == pytest.approx(1.8 + 400 * faded**-0.34 + 2000 * seen_again**-0.37)
 
 
 def test_without_repeated_data_the_law_is_chinchilla():
-    own = dict(parameters=1e9, tokens=np.array([1e10, 2e10]))
-    found = data_constrained().predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **own)
-    np.testing.assert_allclose(found, CHINCHILLA.predict(BASE, **own))
+    theta = dict(parameters=1e9, tokens=np.array([1e10, 2e10]))
+    computed = data_constrained().predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **theta)
+    np.testing.assert_allclose(computed, CHINCHILLA.predict(BASE, **theta))
 
 
 @pytest.mark.parametrize(("form", "values"), LAWS[:4], ids=NAMES[:4])
@@ -143,8 +143,8 @@ def test_the_optimum_of_chinchilla_in_closed_form():
 
 def test_predictions_of_replicates_have_a_row_each():
     values = np.tile(CHINCHILLA.vector(BASE), (4, 1))
-    own = dict(parameters=[1e9, 1e10], tokens=1e11)
-    assert CHINCHILLA.predict(values, **own).shape == (4, 2)
+    theta = dict(parameters=[1e9, 1e10], tokens=1e11)
+    assert CHINCHILLA.predict(values, **theta).shape == (4, 2)
     assert compute_optimal(CHINCHILLA, values, [1e20, 1e21, 1e22])[1].shape == (4, 3)
 
 

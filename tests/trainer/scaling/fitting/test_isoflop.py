@@ -27,37 +27,39 @@ def runs(offsets=EVEN, noise=0.0, seed=0, k=0.1, a=0.5, budgets=BUDGETS):
 
 
 def test_the_law_of_exact_parabolas_is_recovered():
-    own, C = runs(np.linspace(-1.0, 1.7, 6))
-    found = isoflop(Points(**own), C)
-    assert (found.parameters.k, found.parameters.a) == pytest.approx((0.1, 0.5))
-    assert found.tokens.a == pytest.approx(0.5)
-    assert found.tokens.k == pytest.approx(1 / 0.6)
-    assert [v.floor for v in found.vertices] == pytest.approx([4.8, 4.183, 3.693, 3.304], abs=1e-3)
-    assert found.vertices[0].bend == pytest.approx(0.05)
-    assert not found.refusals
-    assert found.parameters(1e24) == pytest.approx(1e11)
+    points, C = runs(np.linspace(-1.0, 1.7, 6))
+    analysis = isoflop(Points(**points), C)
+    assert (analysis.parameters.k, analysis.parameters.a) == pytest.approx((0.1, 0.5))
+    assert analysis.tokens.a == pytest.approx(0.5)
+    assert analysis.tokens.k == pytest.approx(1 / 0.6)
+    assert [v.floor for v in analysis.vertices] == pytest.approx(
+        [4.8, 4.183, 3.693, 3.304], abs=1e-3
+    )
+    assert analysis.vertices[0].bend == pytest.approx(0.05)
+    assert not analysis.refusals
+    assert analysis.parameters(1e24) == pytest.approx(1e11)
 
 
 @pytest.mark.parametrize("near", [None, 0.01])
 def test_the_best_tokens_are_those_of_the_runs_however_compute_is_counted(near):
-    own, C = runs(np.linspace(-1.0, 1.7, 6))
-    per = 9 * (own["parameters"] / 1e9) ** 0.1  # C / (N D) grows with N
-    own["tokens"] = C / (per * own["parameters"])
-    found = isoflop(Points(**own, flops=C), C, near=near)
+    points, C = runs(np.linspace(-1.0, 1.7, 6))
+    per = 9 * (points["parameters"] / 1e9) ** 0.1  # C / (N D) grows with N
+    points["tokens"] = C / (per * points["parameters"])
+    analysis = isoflop(Points(**points, flops=C), C, near=near)
     best = np.array([0.1 * b**0.5 for b in BUDGETS])
-    assert [v.parameters for v in found.vertices] == pytest.approx(best, rel=1e-6)
+    assert [v.parameters for v in analysis.vertices] == pytest.approx(best, rel=1e-6)
     tokens = BUDGETS / (9 * (best / 1e9) ** 0.1 * best)
-    assert [v.tokens for v in found.vertices] == pytest.approx(tokens, rel=1e-6)
-    assert found.tokens.a == pytest.approx(1 - 1.1 * 0.5)
-    v = found.vertices[0]
-    assert v.tokens_at(own["parameters"][:6]) == pytest.approx(own["tokens"][:6])
+    assert [v.tokens for v in analysis.vertices] == pytest.approx(tokens, rel=1e-6)
+    assert analysis.tokens.a == pytest.approx(1 - 1.1 * 0.5)
+    v = analysis.vertices[0]
+    assert v.tokens_at(points["parameters"][:6]) == pytest.approx(points["tokens"][:6])
 
 
 def test_rounded_budgets_change_no_law():
-    own, C = runs()
-    own["tokens"] *= np.repeat([1.04, 0.97, 1.02, 0.96], len(EVEN))
-    exact = isoflop(Points(**own), C * np.repeat([1.04, 0.97, 1.02, 0.96], len(EVEN)))
-    named = isoflop(Points(**own), C)
+    points, C = runs()
+    points["tokens"] *= np.repeat([1.04, 0.97, 1.02, 0.96], len(EVEN))
+    exact = isoflop(Points(**points), C * np.repeat([1.04, 0.97, 1.02, 0.96], len(EVEN)))
+    named = isoflop(Points(**points), C)
     assert named.parameters.a == exact.parameters.a
     assert named.tokens.k == exact.tokens.k
     assert [v.nominal for v in named.vertices] == list(BUDGETS)
@@ -69,10 +71,10 @@ def test_rounded_budgets_change_no_law():
 def test_runs_far_from_the_optimum_dont_bend_the_parabolas_of_near():
     """The loss rises as a power law on one side: no parabola of log N."""
     offsets = np.linspace(-2.5, 2.5, 11)
-    own, C = runs(offsets)
+    points, C = runs(offsets)
     steep = np.tile(np.where(offsets < -1, -offsets - 1, 0), len(BUDGETS))
-    own["loss"] += 0.5 * steep**3 * (C / 1e19) ** 0.1  # the more, the larger the budget
-    far, close = (isoflop(Points(**own), C, near=near) for near in (None, 0.02))
+    points["loss"] += 0.5 * steep**3 * (C / 1e19) ** 0.1  # the more, the larger the budget
+    far, close = (isoflop(Points(**points), C, near=near) for near in (None, 0.02))
     assert abs(close.parameters.a - 0.5) < 0.001 < abs(far.parameters.a - 0.5)
     assert close.vertices[0].runs < far.vertices[0].runs == 11
     assert close.vertices[0].sizes[0] > far.vertices[0].sizes[0]
@@ -81,12 +83,12 @@ def test_runs_far_from_the_optimum_dont_bend_the_parabolas_of_near():
 def test_the_sizes_beside_the_best_are_kept_at_any_distance():
     """All but the smallest size are near: a parabola without it would have no left side."""
     offsets = np.array([-1.0, 0.1, 0.2, 0.3, 0.4])
-    own, C = runs(offsets)
-    own["loss"][offsets.size * np.arange(4)] *= 1.5
-    own["loss"] += np.tile([0, 0, 0.01, 0.02, 0.03], 4)
-    found = isoflop(Points(**own), C, near=0.02)
-    assert not found.refusals
-    assert [v.runs for v in found.vertices] == [5] * 4
+    points, C = runs(offsets)
+    points["loss"][offsets.size * np.arange(4)] *= 1.5
+    points["loss"] += np.tile([0, 0, 0.01, 0.02, 0.03], 4)
+    analysis = isoflop(Points(**points), C, near=0.02)
+    assert not analysis.refusals
+    assert [v.runs for v in analysis.vertices] == [5] * 4
 
 
 PUBLISHED = {  # exponents of N* of Porian et al. 2024 and of the Llama 3 paper
@@ -113,18 +115,18 @@ def test_published_exponents_are_met_nearer_the_optimum(published):
 
 
 def test_runs_are_grouped_by_compute_without_budgets():
-    own, C = runs()
+    points, C = runs()
     C = C * np.exp(np.random.default_rng(1).uniform(-0.005, 0.005, len(C)))
-    found = isoflop(Points(**own, flops=C))
-    assert [v.budget for v in found.vertices] == pytest.approx(BUDGETS, rel=0.01)
+    analysis = isoflop(Points(**points, flops=C))
+    assert [v.budget for v in analysis.vertices] == pytest.approx(BUDGETS, rel=0.01)
 
 
 @pytest.mark.parametrize("a", [0.4, 0.6])
 def test_the_interval_covers(a):
     inside = 0
     for seed in range(60):
-        own, C = runs(noise=0.002, seed=seed, a=a, k=1e8 / 1e19**a)
-        low, high = isoflop(Points(**own), C, count=300).parameters.interval(0.9)
+        points, C = runs(noise=0.002, seed=seed, a=a, k=1e8 / 1e19**a)
+        low, high = isoflop(Points(**points), C, count=300).parameters.interval(0.9)
         inside += bool(low[1] <= a <= high[1])
     assert inside >= 48
 
@@ -135,80 +137,80 @@ def test_a_chinchilla_surface_has_nearly_the_allocation_of_its_exponents():
     N = (best[:, None] * np.exp(np.linspace(-1, 1, 9))).ravel()
     C = np.repeat(budgets, 9)
     loss = CHINCHILLA.predict(BASE, parameters=N, tokens=C / 6 / N)
-    found = isoflop(Points(loss, parameters=N, tokens=C / 6 / N), C)
-    assert found.parameters.a == pytest.approx(0.37 / 0.71, abs=0.002)
+    analysis = isoflop(Points(loss, parameters=N, tokens=C / 6 / N), C)
+    assert analysis.parameters.a == pytest.approx(0.37 / 0.71, abs=0.002)
 
 
-def change(own, C, budget, how):
+def change(runs, C, budget, how):
     which = budget == C
-    changed = {k: v.copy() for k, v in own.items()}
+    changed = {k: v.copy() for k, v in runs.items()}
     how(changed, which)
     return changed
 
 
-def refused(own, C):
-    found = isoflop(Points(**own), C)
-    assert len(found.vertices) == 3
-    assert found.parameters.a == pytest.approx(0.5)  # the law uses the others alone
-    (one,) = found.refusals
+def refused(runs, C):
+    analysis = isoflop(Points(**runs), C)
+    assert len(analysis.vertices) == 3
+    assert analysis.parameters.a == pytest.approx(0.5)  # the law uses the others alone
+    (one,) = analysis.refusals
     assert one.budget == 1e20
     return one.why
 
 
 def test_a_concave_parabola_is_refused():
-    own, C = runs()
+    points, C = runs()
 
     def how(c, which):
         c["loss"][which] = 8 - c["loss"][which]
 
-    assert "no minimum" in refused(change(own, C, 1e20, how), C)
+    assert "no minimum" in refused(change(points, C, 1e20, how), C)
 
 
 @pytest.mark.parametrize(("sign", "side"), [(1, "above"), (-1, "below")])
 def test_a_vertex_outside_the_sizes_is_refused(sign, side):
-    own, C = runs()
+    points, C = runs()
 
     def how(c, which):
         c["loss"][which] = 4 + 0.05 * (EVEN - sign * 2) ** 2
 
-    why = refused(change(own, C, 1e20, how), C)
+    why = refused(change(points, C, 1e20, how), C)
     assert f"is {side} all of its sizes" in why
 
 
 def test_a_lowest_loss_at_the_smallest_or_largest_size_is_refused():
-    own, C = runs()
+    points, C = runs()
 
     def how(c, which):
         c["loss"][which] = 4 + 0.5 * (EVEN - 1.2) ** 2
         c["loss"][np.flatnonzero(which)[-1]] = 3.99
 
-    assert "at its smallest or largest size" in refused(change(own, C, 1e20, how), C)
+    assert "at its smallest or largest size" in refused(change(points, C, 1e20, how), C)
 
 
 def test_a_budget_with_a_wide_range_of_compute_is_refused():
-    own, C = runs()
+    points, C = runs()
 
     def how(c, which):
         c["tokens"][np.flatnonzero(which)[::2]] *= 1.2
 
-    why = refused(change(own, C, 1e20, how), C)
+    why = refused(change(points, C, 1e20, how), C)
     assert "range from 1e+20 to 1.2e+20 FLOPs, which is not one budget" in why
 
 
 def test_two_sizes_are_refused_and_a_law_needs_two_vertices():
-    own, C = runs()
+    points, C = runs()
     keep = (C != 1e20) | (np.arange(len(C)) % 7 < 2)
-    few = {k: v[keep] for k, v in own.items()}
+    few = {k: v[keep] for k, v in points.items()}
     assert refused(few, C[keep]) == "2 sizes don't determine a parabola"
     keep = C == 1e19
     with pytest.raises(UserError, match="1 of 1 budgets have a vertex"):
-        isoflop(Points(**{k: v[keep] for k, v in own.items()}), C[keep])
+        isoflop(Points(**{k: v[keep] for k, v in points.items()}), C[keep])
     with pytest.raises(UserError, match="give every run one, in FLOPs"):
-        isoflop(Points(**own), C * np.nan)
+        isoflop(Points(**points), C * np.nan)
 
 
 def test_the_interval_of_three_budgets_of_three_runs_is_nan():
-    own, C = runs(np.array([-1.0, 0.2, 1.1]), budgets=BUDGETS[:3])
-    found = isoflop(Points(**own), C)
-    assert np.isnan(found.parameters.interval()).all()
-    assert np.isnan(found.parameters.interval(flops=[1e24])).all()
+    points, C = runs(np.array([-1.0, 0.2, 1.1]), budgets=BUDGETS[:3])
+    analysis = isoflop(Points(**points), C)
+    assert np.isnan(analysis.parameters.interval()).all()
+    assert np.isnan(analysis.parameters.interval(flops=[1e24])).all()

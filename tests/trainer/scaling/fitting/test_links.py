@@ -73,43 +73,43 @@ def test_derivatives_are_those_of_a_complex_step(link, values, ends):
 
 @pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
 def test_runs_without_noise_give_their_link_back(link, values, ends):
-    found = fit(LINKS[link], outcomes(link, values, ends), goal_of(LINKS[link]))
-    assert found.certificate.holds
-    assert found.values == pytest.approx(values, rel=1e-5)
+    law = fit(LINKS[link], outcomes(link, values, ends), goal_of(LINKS[link]))
+    assert law.certificate.holds
+    assert law.values == pytest.approx(values, rel=1e-5)
 
 
 @pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
 def test_intervals_of_noisy_runs_have_the_truth(link, values, ends):
-    found = fit(LINKS[link], outcomes(link, values, ends, noise=0.005), goal_of(LINKS[link]))
-    low, high = pairs(found, 200).interval(0.99)
-    truth = found.form.vector(values)
+    law = fit(LINKS[link], outcomes(link, values, ends, noise=0.005), goal_of(LINKS[link]))
+    low, high = pairs(law, 200).interval(0.99)
+    truth = law.form.vector(values)
     assert ((low < truth) & (truth < high)).all()
 
 
 def test_a_held_chance_is_the_floor_and_the_rest_is_fitted():
-    own = outcomes("sigmoid-to-1", TO_ONE, (2.2, 4.0))
-    found = fit(from_chance(0.24), own, GOAL)
-    assert found.certificate.holds
-    assert found.values == pytest.approx({k: TO_ONE[k] for k in ("L_0", "k")}, rel=1e-5)
-    assert found.predict(task_loss=50.0) == pytest.approx(0.24)
-    assert from_chance(0).predict(found.values, task_loss=50.0) == pytest.approx(0, abs=1e-8)
+    runs = outcomes("sigmoid-to-1", TO_ONE, (2.2, 4.0))
+    law = fit(from_chance(0.24), runs, GOAL)
+    assert law.certificate.holds
+    assert law.values == pytest.approx({k: TO_ONE[k] for k in ("L_0", "k")}, rel=1e-5)
+    assert law.predict(task_loss=50.0) == pytest.approx(0.24)
+    assert from_chance(0).predict(law.values, task_loss=50.0) == pytest.approx(0, abs=1e-8)
 
 
 def test_the_fit_is_no_worse_than_curve_fit():
     """Bounds and start are those of the sigmoid's source, and so is the point of no loss."""
-    own = outcomes("sigmoid", SIGMOID, (0.5, 1.1), noise=0.01)
-    loss, accuracy = np.append(own.task_loss, 0.0), np.append(own.loss, 1.0)
+    runs = outcomes("sigmoid", SIGMOID, (0.5, 1.1), noise=0.01)
+    loss, accuracy = np.append(runs.task_loss, 0.0), np.append(runs.loss, 1.0)
 
     def sigmoid(x, a, middle, k, b):
         return formula("sigmoid", {"a": a, "L_0": middle, "k": k, "b": b}, x)
 
     limits = ([-1, 0, 0, 0], [0, np.inf, np.inf, 1])
-    theirs, _ = curve_fit(sigmoid, loss, accuracy, [-0.75, 0.9, 3.0, 1.0], bounds=limits)
+    expected, _ = curve_fit(sigmoid, loss, accuracy, [-0.75, 0.9, 3.0, 1.0], bounds=limits)
     points = Outcomes(accuracy, task_loss=np.maximum(loss, NO_LOSS))
-    found = fit(LINKS["sigmoid"], points, GOAL)
-    assert found.certificate.holds
-    assert found.value <= np.square(accuracy - sigmoid(loss, *theirs)).sum() / 2 * (1 + 1e-7)
-    assert found.vector == pytest.approx(theirs, rel=1e-3)
+    law = fit(LINKS["sigmoid"], points, GOAL)
+    assert law.certificate.holds
+    assert law.value <= np.square(accuracy - sigmoid(loss, *expected)).sum() / 2 * (1 + 1e-7)
+    assert law.vector == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_error_laws_of_gadre(published):
@@ -125,17 +125,17 @@ def test_the_error_laws_of_gadre(published):
         names = [f"{dataset}-{model}-1.0" for model in small] + [f"{dataset}-d=96_l=8_h=4-16.0"]
         six = table.loc[names]
         points = Outcomes(1 - six.err_avg_subset, task_loss=six.loss_c4_val)
-        found = fit(LINKS["exponential"], points, GOAL)
-        assert found.certificate.holds
-        for value, number, digits in zip(found.vector, expected, (3, 2, 3), strict=True):
+        law = fit(LINKS["exponential"], points, GOAL)
+        assert law.certificate.holds
+        for value, number, digits in zip(law.vector, expected, (3, 2, 3), strict=True):
             assert round(value, digits) == number, dataset
 
 
 @pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
 def test_a_loss_far_away_overflows_nothing(link, values, ends):
     with np.errstate(all="raise", under="ignore"):
-        found = LINKS[link].predict(values, task_loss=[1e-9, 1e3])
-    assert np.isfinite(found).all()
+        law = LINKS[link].predict(values, task_loss=[1e-9, 1e3])
+    assert np.isfinite(law).all()
 
 
 def test_outcomes_refuse_a_loss_without_a_logarithm():

@@ -26,85 +26,85 @@ def all_runs(published) -> Points:
 
 
 @pytest.fixture(scope="module")
-def kept(all_runs) -> np.ndarray:
+def near(all_runs) -> np.ndarray:
     """Indices of all runs without the five largest losses."""
     return np.flatnonzero(all_runs.loss < np.sort(all_runs.loss)[-5])
 
 
 @pytest.fixture(scope="module")
-def epoch(all_runs, kept) -> Points:
-    assert len(kept) == 240
-    return all_runs.take(kept)
+def epoch(all_runs, near) -> Points:
+    assert len(near) == 240
+    return all_runs.take(near)
 
 
 def test_the_main_result_by_least_absolute_deviations(epoch):
     """Equal to the printed digits except the last ones of A and B, at a lower objective: the
     certified corner is below every point that rounds to the printed exponents."""
-    found = fit(CHINCHILLA, epoch, LEAST_ABSOLUTE)
-    assert found.certificate.holds
-    assert found.values["E"] == pytest.approx(1.81686, abs=5.1e-6)
-    assert found.values["alpha"] == pytest.approx(0.34781, abs=5.1e-6)
-    assert found.values["beta"] == pytest.approx(0.36585, abs=5.1e-6)
-    assert found.values["A"] == pytest.approx(482.00572, rel=1e-6)
-    assert found.values["B"] == pytest.approx(2085.43420, rel=1e-6)
+    law = fit(CHINCHILLA, epoch, LEAST_ABSOLUTE)
+    assert law.certificate.holds
+    assert law.values["E"] == pytest.approx(1.81686, abs=5.1e-6)
+    assert law.values["alpha"] == pytest.approx(0.34781, abs=5.1e-6)
+    assert law.values["beta"] == pytest.approx(0.36585, abs=5.1e-6)
+    assert law.values["A"] == pytest.approx(482.00572, rel=1e-6)
+    assert law.values["B"] == pytest.approx(2085.43420, rel=1e-6)
     printed = {"A": 482.00572, "B": 2085.43420, "E": 1.81686}
     rounding = np.linspace(-5e-6, 5e-6, 21)
     values = np.array(
         [[*printed.values(), 0.34781 + i, 0.36585 + j] for i in rounding for j in rounding]
     )
     m = np.log(CHINCHILLA.predict(values, parameters=epoch.parameters, tokens=epoch.tokens))
-    assert found.value < np.abs(np.log(epoch.loss) - m).sum(1).min()
+    assert law.value < np.abs(np.log(epoch.loss) - m).sum(1).min()
 
 
 def test_standard_errors_of_the_main_result(epoch):
     """Printed, from 4,000 pairs bootstraps: 124.52, 1293.28, 0.02566, 0.01540, 0.02060."""
-    found = pairs(fit(CHINCHILLA, epoch), 4000)
+    law = pairs(fit(CHINCHILLA, epoch), 4000)
     printed = {"A": 124.52, "B": 1293.28, "E": 0.02566, "alpha": 0.01540, "beta": 0.02060}
-    assert found.errors == pytest.approx(printed, rel=0.15)
+    assert law.errors == pytest.approx(printed, rel=0.15)
 
 
 def test_the_huber_objective_of_the_papers(epoch):
     """Lower than the 4,500 published starts of L-BFGS-B reach, and the lowest known."""
-    found = fit(CHINCHILLA, epoch)
+    law = fit(CHINCHILLA, epoch)
     published = {
         "A": 477.8417, "B": 2143.8638, "E": 1.8172355, "alpha": 0.34731266, "beta": 0.36718262,
     }  # fmt: skip
-    value, theirs = certify(CHINCHILLA, epoch, published)
+    value, published_values = certify(CHINCHILLA, epoch, published)
     assert value == pytest.approx(0.0010182740346, abs=1e-12)
-    assert not theirs.holds
-    assert theirs.scaled_gradient > 1e-5
-    assert found.certificate.holds
-    assert found.value < min(value, 0.0010182740346)
-    assert found.value == pytest.approx(0.0010182740178, abs=6e-14)
-    assert found.values["A"] == pytest.approx(477.826, abs=6e-4)
-    assert found.values["B"] == pytest.approx(2143.417, abs=6e-4)
-    assert found.values == pytest.approx(published, rel=3e-4)
-    assert len(found.certificate.minima) == 1
-    assert found.certificate.failed_starts == 0
+    assert not published_values.holds
+    assert published_values.scaled_gradient > 1e-5
+    assert law.certificate.holds
+    assert law.value < min(value, 0.0010182740346)
+    assert law.value == pytest.approx(0.0010182740178, abs=6e-14)
+    assert law.values["A"] == pytest.approx(477.826, abs=6e-4)
+    assert law.values["B"] == pytest.approx(2143.417, abs=6e-4)
+    assert law.values == pytest.approx(published, rel=3e-4)
+    assert len(law.certificate.minima) == 1
+    assert law.certificate.failed_starts == 0
 
 
 def test_all_245_runs(all_runs):
-    found = fit(CHINCHILLA, all_runs, LEAST_ABSOLUTE)
+    law = fit(CHINCHILLA, all_runs, LEAST_ABSOLUTE)
     e = np.exp([6.13834459, 9.43584213, 0.63412782])
     printed = {"A": e[0], "B": e[1], "E": e[2], "alpha": 0.3453568, "beta": 0.45189211}
-    assert found.values == pytest.approx(printed, rel=4e-6)
-    value, theirs = certify(CHINCHILLA, all_runs, printed, LEAST_ABSOLUTE)
-    assert found.certificate.holds
-    assert not theirs.holds
-    assert found.value < value
+    assert law.values == pytest.approx(printed, rel=4e-6)
+    value, published_values = certify(CHINCHILLA, all_runs, printed, LEAST_ABSOLUTE)
+    assert law.certificate.holds
+    assert not published_values.holds
+    assert law.value < value
 
 
-def test_intervals_of_the_same_4000_resamples(epoch, kept):
+def test_intervals_of_the_same_4000_resamples(epoch, near):
     """Drawn by numpy's legacy generator with seed 42, as for the table. All ten ends agree to the
     printed digits except the lower one of A (286.1 for 285.2), which is not explained."""
     rng = np.random.RandomState(42)
-    place = {run: i for i, run in enumerate(kept.tolist())}
-    draws = [rng.choice(kept.tolist(), size=240, replace=True) for _ in range(4000)]
+    place = {run: i for i, run in enumerate(near.tolist())}
+    draws = [rng.choice(near.tolist(), size=240, replace=True) for _ in range(4000)]
     w = np.stack([np.bincount([place[r] for r in d], minlength=240) for d in draws])
-    found = replicates(fit(CHINCHILLA, epoch), weights=w)
-    assert found.uncertified == 0
-    assert found.gradient.max() < 1e-8
-    low, high = found.interval(0.95, method="percentile")
+    law = replicates(fit(CHINCHILLA, epoch), weights=w)
+    assert law.uncertified == 0
+    assert law.gradient.max() < 1e-8
+    low, high = law.interval(0.95, method="percentile")
     np.testing.assert_allclose(high, [743.6, 5810.3, 1.871, 0.373, 0.415], atol=0.06)
     np.testing.assert_allclose(high[2:], [1.871, 0.373, 0.415], atol=6e-4)
     np.testing.assert_allclose(low[1:], [1042.4, 1.769, 0.317, 0.331], atol=0.06)
@@ -120,14 +120,14 @@ def test_the_law_of_gadre_predicts_its_two_larger_runs(published):
     five = runs.loc[[*(f"rpj-d={s}" for s in small), "rpj-d=96_l=8_h=4-16.0"]]
     points = Points(five.loss_c4_val, parameters=five.N, tokens=five.D)
     goal = Objective(np.inf, "loss")
-    found = fit(OVER_TRAINING, points, goal)
-    assert found.certificate.holds
+    law = fit(OVER_TRAINING, points, goal)
+    assert law.certificate.holds
     for name, error in (("rpj-open_lm_1b-32.0", 0.7103), ("rpj-open_lm_7b-1.0", 0.7320)):
         run = runs.loc[name]
-        loss = found.predict(parameters=run.N, tokens=run.D)[0]
+        loss = law.predict(parameters=run.N, tokens=run.D)[0]
         assert 100 * abs(loss / run.loss_c4_val - 1) == pytest.approx(error, abs=6e-5)
     plain = fit(SHARED_EXPONENT, points, goal)
-    assert plain.value == pytest.approx(found.value)
+    assert plain.value == pytest.approx(law.value)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_the_raw_loss_objective_of_vpnls_and_scalefit(published, table, runs, vp
     runs, in 1e-6) that it and apple/ml-scalefit reach."""
     rows = pd.read_csv(published / "backtest" / f"{table}.csv")
     points = Points(rows.loss, parameters=rows.parameters, tokens=rows.tokens)
-    found = fit(CHINCHILLA, points, Objective(1e-3, "loss"))
+    law = fit(CHINCHILLA, points, Objective(1e-3, "loss"))
     assert len(points) == runs
-    assert found.certificate.holds
-    assert found.value / runs * 1e6 == pytest.approx(vpnls, abs=0.05)
-    assert found.value / runs * 1e6 < scalefit - 0.04
+    assert law.certificate.holds
+    assert law.value / runs * 1e6 == pytest.approx(vpnls, abs=0.05)
+    assert law.value / runs * 1e6 < scalefit - 0.04
 
 
 def test_the_raw_loss_parameters_of_vpnls(published):
@@ -154,11 +154,11 @@ def test_the_raw_loss_parameters_of_vpnls(published):
     points = Points(rows.loss, parameters=rows.parameters / 1e6, tokens=rows.tokens / 1e9)
     goal = Objective(1e-3, "loss")
     printed = {"A": 4.1479, "B": 1.0546, "E": 1.8608, "alpha": 0.36, "beta": 0.40}
-    value, theirs = certify(CHINCHILLA, points, printed, goal)
+    value, published_values = certify(CHINCHILLA, points, printed, goal)
     on_grid = fit(CHINCHILLA, points, goal, fixed={"alpha": 0.36, "beta": 0.40})
     assert on_grid.values == pytest.approx(printed, rel=3e-3)
     assert fit(CHINCHILLA, points, goal).value < on_grid.value < value
-    assert not theirs.holds
+    assert not published_values.holds
 
 
 def test_the_isoflop_law_of_llama_3(published):
@@ -167,11 +167,11 @@ def test_the_isoflop_law_of_llama_3(published):
     table = pd.read_csv(published / "llama3_isoflops" / "llama_3.csv")
     table = table[table.experiment == "llama_3__raw_loss"]
     points = Points(table.loss, parameters=table.params, tokens=table.tokens)
-    found = isoflop(points, table.budget)
-    assert found.tokens.a == pytest.approx(0.5368, abs=6e-5)
-    assert found.tokens.k == pytest.approx(0.2994, abs=6e-5)
-    assert not found.refusals
-    low, high = found.tokens.interval(0.95)
+    law = isoflop(points, table.budget)
+    assert law.tokens.a == pytest.approx(0.5368, abs=6e-5)
+    assert law.tokens.k == pytest.approx(0.2994, abs=6e-5)
+    assert not law.refusals
+    low, high = law.tokens.interval(0.95)
     assert low[1] < 0.53 < high[1]
-    assert found.tokens(3.8e25) == pytest.approx(16.55e12, rel=0.05)
-    assert found.parameters(3.8e25) == pytest.approx(402e9, rel=0.05)
+    assert law.tokens(3.8e25) == pytest.approx(16.55e12, rel=0.05)
+    assert law.parameters(3.8e25) == pytest.approx(402e9, rel=0.05)

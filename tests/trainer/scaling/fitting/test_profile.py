@@ -26,37 +26,37 @@ def frontier(noise=0.002, decades=4.0, count=12, seed=0) -> Points:
     )
 
 
-def by_symbol(made, level=0.9):
-    return {one.symbol: one for one in profiles(made, level)}
+def by_symbol(law, level=0.9):
+    return {one.symbol: one for one in profiles(law, level)}
 
 
 def test_at_the_ends_the_sum_of_squares_has_risen_to_the_quantile_of_f():
     points = frontier()
-    made = fit(FRONTIER, points, LEAST_SQUARES)
+    law = fit(FRONTIER, points, LEAST_SQUARES)
     limit = stats.f.ppf(0.9, 1, 12 - 3)
-    for symbol, one in by_symbol(made).items():
+    for symbol, one in by_symbol(law).items():
         for end in (one.low, one.high):
             held = fit(FRONTIER, points, LEAST_SQUARES, fixed={symbol: end})
-            statistic = (held.value - made.value) / (made.value / (12 - 3))
+            statistic = (held.value - law.value) / (law.value / (12 - 3))
             assert statistic == pytest.approx(limit, rel=0.02)
 
 
 def test_intervals_are_near_those_of_resampled_fits_where_runs_determine_the_law():
     points, _ = iso_flop_runs(np.geomspace(1e18, 1e21, 4), noise=0.003, seed=1)
-    made = fit(CHINCHILLA, points)
-    low, high = pairs(made, 200).interval(0.9)
-    found = by_symbol(made)
-    assert set(found) == {"E", "alpha", "beta"}
-    for symbol, one in found.items():
+    law = fit(CHINCHILLA, points)
+    low, high = pairs(law, 200).interval(0.9)
+    intervals = by_symbol(law)
+    assert set(intervals) == {"E", "alpha", "beta"}
+    for symbol, one in intervals.items():
         i = CHINCHILLA.symbols.index(symbol)
         assert 0.5 < (one.high - one.low) / (high[i] - low[i]) < 2
 
 
 def test_an_irreducible_loss_that_runs_do_not_determine_is_open_below():
-    made = fit(FRONTIER, frontier(noise=0.01, decades=1.0, seed=1), LEAST_SQUARES)
-    found = by_symbol(made)["E"]
-    assert found.low is None
-    assert FRONTIER_TRUTH["E"] < found.high < frontier().loss.max()
+    law = fit(FRONTIER, frontier(noise=0.01, decades=1.0, seed=1), LEAST_SQUARES)
+    intervals = by_symbol(law)["E"]
+    assert intervals.low is None
+    assert FRONTIER_TRUTH["E"] < intervals.high < frontier().loss.max()
 
 
 def test_weights_that_are_all_doubled_change_nothing():
@@ -90,8 +90,8 @@ def test_nominal_intervals_cover_the_truth(delta):
     draws = 100 if FULL else 25
     inside = np.zeros(2)
     for seed in range(draws):
-        found = by_symbol(fit(FRONTIER, frontier(count=16, seed=seed), Objective(delta)))
-        for i, (symbol, one) in enumerate(found.items()):
+        intervals = by_symbol(fit(FRONTIER, frontier(count=16, seed=seed), Objective(delta)))
+        for i, (symbol, one) in enumerate(intervals.items()):
             inside[i] += (one.low or 0) <= FRONTIER_TRUTH[symbol] <= (one.high or np.inf)
     assert (inside >= 0.8 * draws).all(), inside
 
@@ -101,7 +101,7 @@ def test_the_command_prints_open_ends(tmp_path, monkeypatch, forescale):
     points = frontier(noise=0.01, decades=1.0, seed=1)
     lines = [f"{c},{loss}" for c, loss in zip(points.flops, points.loss, strict=True)]
     (tmp_path / "points.csv").write_text("\n".join(["flops,loss", *lines]))
-    own = ("study", "profile", "points.csv", "form=frontier", "delta=null", "bootstraps=100")
-    code, out, _ = forescale(*own)
+    interval = ("study", "profile", "points.csv", "form=frontier", "delta=null", "bootstraps=100")
+    code, out, _ = forescale(*interval)
     assert code == 0
     assert "Note: E is open below: to the end of its range the fit is not clearly worse" in out

@@ -31,7 +31,5 @@ def test_nominal_90_percent_covers_84_to_96(noise, goal):
     With noise below Huber's delta the Huber objective is least squares.
     """
     covered = coverage(noise, goal, REPLICATES, studies=200, draws=("pairs",))
-    found = covered["pairs", "corrected"]
-    assert dict(zip(NAMES, found, strict=True)) == pytest.approx(
-        dict.fromkeys(NAMES, 0.9), abs=0.06
-    )
+    law = covered["pairs", "corrected"]
+    assert dict(zip(NAMES, law, strict=True)) == pytest.approx(dict.fromkeys(NAMES, 0.9), abs=0.06)

@@ -59,17 +59,17 @@ def test_losses_beyond_the_known_budgets_change_nothing():
 
 
 def test_there_is_one_for_each_prefix_of_budgets():
-    made = list(forecasters(Points(noisy(), N, D), BUDGETS))
-    assert [len(one.levels.smooth) for one in made] == [2, 3, 4, 5]
-    assert made[0].scales == (1, 1), "nothing is known of its errors"
-    assert all(one.scales != (1, 1) for one in made[1:])
+    each = list(forecasters(Points(noisy(), N, D), BUDGETS))
+    assert [len(one.levels.smooth) for one in each] == [2, 3, 4, 5]
+    assert each[0].scales == (1, 1), "nothing is known of its errors"
+    assert all(one.scales != (1, 1) for one in each[1:])
 
 
 def test_units_change_nothing():
     units = (1e-6, 1e-9, 1e-3)
     scaled = Points(noisy(), N * units[0], D * units[1])
-    found = forecasts_of(forecaster(scaled, BUDGETS * units[2]), units)
-    assert found == pytest.approx(
+    forecast = forecasts_of(forecaster(scaled, BUDGETS * units[2]), units)
+    assert forecast == pytest.approx(
         forecasts_of(forecaster(Points(noisy(), N, D), BUDGETS)), abs=1e-5
     )
 

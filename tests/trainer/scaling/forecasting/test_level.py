@@ -35,9 +35,9 @@ def test_two_budgets_are_continued_between_their_line_and_no_gain():
 
 def test_units_of_compute_and_loss_change_nothing():
     x, y = np.log(BUDGETS), power_law(BUDGETS) + 0.004 * np.array([1, -1, 0, 1, -1])
-    found = extrapolate(x, y, np.log(1e21))
+    level = extrapolate(x, y, np.log(1e21))
     moved = extrapolate(x + 7, y + 0.3, np.log(1e21) + 7)
-    assert moved - 0.3 == pytest.approx(found, abs=1e-9)
+    assert moved - 0.3 == pytest.approx(level, abs=1e-9)
 
 
 def test_a_cheap_budget_counts_less_than_the_last():
@@ -63,10 +63,10 @@ def test_a_level_reads_its_own_budget_alone():
     budgets = np.repeat(BUDGETS, 6)
     n = np.tile(np.geomspace(1e8, 1e10, 6), 5)
     loss = np.exp(rng.normal(1, 0.01, 30))
-    found = levels(Points(loss, n), budgets)
+    level = levels(Points(loss, n), budgets)
     other = levels(Points(loss * np.where(budgets == BUDGETS[3], 2, 1), n), budgets)
     for name in ("lowest", "smooth"):
-        change = getattr(other, name) - getattr(found, name)
+        change = getattr(other, name) - getattr(level, name)
         assert change[[0, 1, 2, 4]] == pytest.approx(np.zeros(4))
         assert change[3] == pytest.approx(np.log(2))
-    assert found.lowest[0] == np.log(loss[:6].min())
+    assert level.lowest[0] == np.log(loss[:6].min())

@@ -34,15 +34,15 @@ def test_the_excess_of_a_law_is_found():
 def test_units_change_nothing():
     units = (1e-6, 1e-9, 1e-3)
     scaled = Points(LOSS * 1.4, N * units[0], D * units[1])
-    found = at_next(fit_shape(scaled, BUDGETS * units[2]), units)
-    assert found == pytest.approx(at_next(fit_shape(Points(LOSS, N, D), BUDGETS)), abs=1e-5)
+    shape = at_next(fit_shape(scaled, BUDGETS * units[2]), units)
+    assert shape == pytest.approx(at_next(fit_shape(Points(LOSS, N, D), BUDGETS)), abs=1e-5)
 
 
 def test_an_error_of_a_budgets_level_does_not_bend_the_shape():
     """5 % more loss at one budget, as if its data were others."""
     moved = Points(LOSS * np.where(np.arange(28) < 21, 1, 1.05), N, D)
-    found = at_next(fit_shape(Points(LOSS, N, D), BUDGETS))
-    assert at_next(fit_shape(moved, BUDGETS)) == pytest.approx(found, abs=2e-3, rel=0.02)
+    shape = at_next(fit_shape(Points(LOSS, N, D), BUDGETS))
+    assert at_next(fit_shape(moved, BUDGETS)) == pytest.approx(shape, abs=2e-3, rel=0.02)
 
 
 def test_no_excess_is_negative():
@@ -55,5 +55,5 @@ def test_no_excess_is_negative():
 
 
 def test_the_excess_of_known_runs_is_above_the_lowest_of_their_budget():
-    found = excess(np.array([1.0, 1.2, 0.5, 0.4]), np.array([1, 1, 2, 2]))
-    assert found == pytest.approx([0, 0.2, 0.1, 0])
+    shape = excess(np.array([1.0, 1.2, 0.5, 0.4]), np.array([1, 1, 2, 2]))
+    assert shape == pytest.approx([0, 0.2, 0.1, 0])

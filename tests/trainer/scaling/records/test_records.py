@@ -164,9 +164,9 @@ def test_device_hours_sum_over_launches_with_their_own_ranks(run):
 )
 def test_a_run_that_is_no_record_is_refused_with_the_reason(run, harm, why):
     harm(run)
-    found = record(run)
-    assert isinstance(found, Refused)
-    assert found.why == why
+    records = record(run)
+    assert isinstance(records, Refused)
+    assert records.why == why
 
 
 def test_of_runs_returns_records_and_refusals(run, small_data, tmp_path):
@@ -213,7 +213,7 @@ def test_the_convention_selects_the_column():
         {"loss": [1.0], "parameters_total": [7], "parameters_non_embedding": [5], "tokens": [3]}
     )
     assert points(table, "total", "causal", "x").parameters == [7]
-    found = points(table, "non_embedding", "causal", "x")
-    assert found.parameters == [5]
-    assert found.flops is None
-    assert math.isclose(found.tokens[0], 3)
+    records = points(table, "non_embedding", "causal", "x")
+    assert records.parameters == [5]
+    assert records.flops is None
+    assert math.isclose(records.tokens[0], 3)

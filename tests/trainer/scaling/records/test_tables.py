@@ -69,17 +69,17 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
         ("\x1b[2J", r"'\x1b[2J'"),
     ],
 )
-def test_a_cell_that_is_no_number_is_named(tmp_path, column, cell, shown):
+def test_a_cell_that_is_no_number_is_named(tmp_path, column, cell, text):
     table = tmp_path / "points.csv"
     table.write_text(f"loss,{column}\n3.1,1e15\n3.0,{cell}\n")
     with pytest.raises(UserError) as caught:
         of_export(table, {})
-    assert f"{table}, column '{column}', row 1: {shown}" in str(caught.value)
+    assert f"{table}, column '{column}', row 1: {text}" in str(caught.value)
     assert "7503872 or 7.5e6" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("cells", "said"),
+    ("cells", "message"),
     [
         ("1e15 1e15", None),
         ("1e15 1e400", "inf is not a positive number"),
@@ -88,19 +88,19 @@ def test_a_cell_that_is_no_number_is_named(tmp_path, column, cell, shown):
         ("1e15 0", "0 is not a positive number"),
     ],
 )
-def test_budgets_are_of_all_runs_or_of_none(tmp_path, cells, said):
+def test_budgets_are_of_all_runs_or_of_none(tmp_path, cells, message):
     table = tmp_path / "points.csv"
     first, second = cells.split(" ")
     table.write_text(f"loss,budget\n3.1,{first}\n3.0,{second}\n")
-    if said is None:
+    if message is None:
         assert ("budget" in of_export(table, {})[0]) == bool(first)
         return
-    with pytest.raises(UserError, match=f"budget of row 1: {said}; give each run"):
+    with pytest.raises(UserError, match=f"budget of row 1: {message}; give each run"):
         of_export(table, {})
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("a.csv", "loss,tokens\n", "has no rows"),
         ("a.json", "[" * 100_000, "can't be read as a table"),
@@ -108,9 +108,9 @@ def test_budgets_are_of_all_runs_or_of_none(tmp_path, cells, said):
         ("a.csv", 'config,summary,name\n"' + "[" * 2000 + '",{},x\n', "are not dicts"),
     ],
 )
-def test_a_table_of_another_shape_is_refused(tmp_path, name, text, said):
+def test_a_table_of_another_shape_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         of_export(tmp_path / name, {})
 
 
@@ -135,9 +135,9 @@ CHART = """\
 COLUMNS = {"parameters": "model.n_params", "loss": "val/loss"}
 
 
-def dumped(name: str, n: int, loss: float | str, state: str = "finished", **more) -> dict:
+def dumped(name: str, n: int, loss: float | str, state: str = "finished", **options) -> dict:
     """A run of wandb's API as a script writes it."""
-    summary = {"val/loss": loss, "_step": 500, "loss": {"min": 3.0}, **more}
+    summary = {"val/loss": loss, "_step": 500, "loss": {"min": 3.0}, **options}
     config = {"model": {"n_params": n, "heads": [4, 4]}, "_wandb": {"cli_version": "0.17"}, "lr": 1}
     return {"id": f"{n:x}", "name": name, "state": state, "config": config, "summary": summary}
 
