@@ -122,7 +122,7 @@ class Drill:
         listener.start()
         try:
             while process.poll() is None and time.time() < began + self.limit:
-                if signal_at is not None and self._has_made(run, signal_at):
+                if signal_at is not None and read_rows(run.metrics, after=signal_at - 1):
                     # Before it is sent: on a busy machine the ranks may answer first.
                     self._signalled, signal_at = time.time(), None
                     process.send_signal(signal.SIGTERM)
@@ -134,7 +134,3 @@ class Drill:
             listener.join()
         torn = [f for s in run.checkpoint_steps() for f in check_table(run.checkpoint_path(s))]
         return Command(code, began, time.time(), lines, torn)
-
-    @staticmethod
-    def _has_made(run: Run, step: int) -> bool:
-        return bool(read_rows(run.metrics, after=step - 1))

@@ -106,7 +106,7 @@ class Ranks:
     def from_main(self, work: Callable[[], Any], where: Path | None = None) -> Any:
         """Do `work` on rank 0; return its result, or raise its error, on every rank. The result is
         of JSON's types."""
-        return self.together(work if self.is_main else _nothing, where)[0]
+        return self.together(work if self.is_main else lambda: None, where)[0]
 
     def main_first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0, then on the others, which find on disk what rank 0 has made. Return
@@ -123,10 +123,6 @@ def _tried(work: Callable[[], Any], where: Path | None) -> tuple[Any, UserError 
         return None, e
     except OSError as e:
         return None, storage_error(e) or (unknown_storage_error(e, str(where)) if where else e)
-
-
-def _nothing() -> None:
-    return None
 
 
 def _unpacked(parts: Sequence[Any], sizes: Sequence[int]) -> list[Any]:

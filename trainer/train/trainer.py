@@ -64,8 +64,9 @@ class Trainer:
         self.run, self.job, self.sources = start.run, start.job, start.sources
         use_kernels(self.job.train.deterministic, self._on_gpu)
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
-        launched = os.environ.get(ATTEMPT)  # numbered by our launcher; other launchers don't
-        self.attempt = Attempt(Path(launched)) if launched else self._new_attempt()
+        attempt = os.environ.get(ATTEMPT)  # made by our launcher; other launchers don't
+        attempt = attempt or self.world.from_main(lambda: str(self.run.new_attempt().path))
+        self.attempt = Attempt(Path(attempt))
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.phases)
         waits = waiting_places(self.job.engine.stage, self.world.mesh.exchanges)
@@ -259,9 +260,6 @@ class Trainer:
             "before the step, use run.from and data.skip"
         )
         return UserError(f"{self.run.path}, step {halt.step:,}", f"halted: {halt.reason}", todo)
-
-    def _new_attempt(self) -> Attempt:
-        return Attempt(Path(self.world.from_main(lambda: str(self.run.new_attempt().path))))
 
     def _multipliers(self, step: int) -> tuple[float, float]:
         job, total = self.job, self.job.total_steps
