@@ -226,7 +226,7 @@ class Batch:
         self._log(f"{self._how}.")
         try:
             outcome.record_end(attempt.path, end.code, end.how, end.rank, **facts)
-        except UserError as e:  # such as a full disk; what follows was decided by then
+        except UserError as e:  # such as a full disk; the decision is made by now
             self._log(f"Its end could not be recorded: {e}")
         return end.code
 
@@ -249,16 +249,16 @@ class Batch:
             cuda=self.settings.has_gpus,
         )
         log = attempt.path / "preflight.log"
-        looks = Preflight(requirements, self.hosts, self.job_hosts[0])
-        step = steps.JobStep(steps.nodes(self.submission, self.hosts), looks.environment, log)
+        preflight = Preflight(requirements, self.hosts, self.job_hosts[0])
+        step = steps.JobStep(steps.nodes(self.submission, self.hosts), preflight.environment, log)
         if self.settings.preflight:
-            report = looks.collect(
+            report = preflight.collect(
                 lambda: self._is_enough(step),
                 self.settings.check_time.seconds or 0.0,
                 self.settings.start_time.seconds or 0.0,
                 step.phase_of,
             )
-            with suppress(OSError):  # a record for whoever looks; its faults are logged below
+            with suppress(OSError):  # a record for people; its faults are logged below
                 (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
         leave = self.settings.start_time.seconds or 0.0
         end = time.monotonic() + (_LEAVE if self.settings.preflight else leave)
@@ -267,7 +267,7 @@ class Batch:
             return policy.AttemptOutcome(INTERRUPTED, 0, "interrupted during the preflight")
         if self.settings.preflight:
             return self._judge(report)
-        looks.close()
+        preflight.close()
         how = f"the nodes could not be prepared (srun ended with code {code}; see {log})"
         return policy.AttemptOutcome(CRASHED, 0, how) if code else None
 

@@ -1,10 +1,10 @@
-"""What SLURM says of jobs, for views that are drawn again and again: it is asked seldom.
+"""The state of jobs in the queue, for views that are drawn again and again, from few queries.
 
     ~/.cache/forescale/queue-UID-HASH.json   mode 0600: the last answer of squeue, how jobs ended
 
 Invariant: all processes of a user together ask squeue once in EVERY seconds at most, whatever they
 show; each question is about all jobs that any of them has shown lately. What is stored is only ever
-a shortcut: if it is damaged, foreign or open to others, SLURM is asked. What decides something
+a shortcut: if it is damaged, foreign or open to others, SLURM is asked. Whatever decides something
 (submit, stop) asks the queue itself.
 """
 
@@ -42,11 +42,11 @@ _OVER = re.compile(
 
 @dataclass
 class Answer:
-    """What SLURM said last.
+    """The last answer of SLURM.
 
-    at: when, in seconds since the epoch; asked: about which jobs; jobs: those in the queue; error:
-    of squeue, if it failed; wanted: when each job was last shown; ends: when the end of each job
-    was looked up, and scontrol's facts about it.
+    at: when, in seconds since the epoch; ids_asked: the jobs of the query; jobs: those in the
+    queue; error: of squeue, if it failed; viewed: when each job was last shown; ends: when the end
+    of each job was looked up, and scontrol's facts about it.
     """
 
     at: float = 0.0
@@ -87,8 +87,8 @@ class Answer:
 
 
 def jobs(ids: Iterable[str]) -> list[queue.Job]:
-    """Return those of the jobs that are in the queue, as it was at most EVERY seconds ago. Waits so
-    long if others were asked about just now. Raises UserError if squeue fails."""
+    """Return those of the jobs that were in the queue at most EVERY seconds ago. Waits that long if
+    a query about other jobs was just made. Raises UserError if squeue fails."""
     viewed = set(ids)
     while True:
         with _answer() as answer:

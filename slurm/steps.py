@@ -88,7 +88,7 @@ class JobStep:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
         self.log = log
         self._failed: float | None = None
-        self._said: deque[str] = deque(maxlen=_LINES)
+        self._lines: deque[str] = deque(maxlen=_LINES)
         self._num_read = self._num_seen = 0
         self.process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
@@ -100,7 +100,7 @@ class JobStep:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._said.append(line)
+            self._lines.append(line)
             self._num_read += 1
             with suppress(OSError), open(self.log, "a") as f:
                 f.write(line)
@@ -128,7 +128,7 @@ class JobStep:
 
     @property
     def _output(self) -> str:
-        return "".join(list(self._said))
+        return "".join(list(self._lines))
 
     def phase_of(self, host: str) -> str:
         """What a host was doing last, by what the command of `nodes` prints."""
