@@ -61,7 +61,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
 
 @pytest.mark.parametrize("column", ["parameters", "budget"])
 @pytest.mark.parametrize(
-    ("cell", "shown"),
+    ("cell", "text"),
     [
         ('"7,503,872"', "'7,503,872'"),
         ("7.5M", "'7.5M'"),
