@@ -62,15 +62,15 @@ def candidates(config: ModelConfig) -> list[str]:
 def with_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> Shapes:
     """Return the shapes by name of all parameters in their order; those of adapters too, if rank is
     not 0."""
-    found, every = Shapes(), matrices(config) - stacked(config)
+    parameters, every = Shapes(), matrices(config) - stacked(config)
     for module, inside in groupby(shapes(config).items(), lambda item: item[0].rpartition(".")[0]):
-        found |= inside
+        parameters |= inside
         weight = module + _WEIGHT
         is_in = rank and weight in every and module.startswith("blocks.")
         if is_in and is_target(module.split(".", 2)[2], targets):
-            (out, into), (down, up) = found[weight], adapter_of(weight)
-            found |= {down: (rank, into), up: (out, rank)}
-    return found
+            (out, into), (down, up) = parameters[weight], adapter_of(weight)
+            parameters |= {down: (rank, into), up: (out, rank)}
+    return parameters
 
 
 def num_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
@@ -80,8 +80,8 @@ def num_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
 
 def _sizes(config: ModelConfig, rank: int, targets: Sequence[str]) -> dict[str, int]:
     """Return the numbers of parameters of the adapters by name."""
-    found = with_adapters(config, rank, targets).items()
-    return {name: prod(shape) for name, shape in found if is_adapter(name)}
+    parameters = with_adapters(config, rank, targets).items()
+    return {name: prod(shape) for name, shape in parameters if is_adapter(name)}
 
 
 def flops_with_adapters(
@@ -99,8 +99,8 @@ def flops_with_adapters(
     the first layer, which need no gradient either.
     """
     frozen = 2 * _multiplied(config)
-    own = 6 * num_adapters(config, rank, targets)
-    return flops_per_token(config, sequence_length, causal) - frozen + own
+    of_adapters = 6 * num_adapters(config, rank, targets)
+    return flops_per_token(config, sequence_length, causal) - frozen + of_adapters
 
 
 def flops_forward_with_adapters(
@@ -127,8 +127,8 @@ def flops_recomputed_with_adapters(
 def flops_6n_with_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
     """Return 4N FLOPs of one token for the frozen N = blocks + head, and 6 for each of an
     adapter."""
-    own = 6 * num_adapters(config, rank, targets)
-    return 4 * count(config).active_blocks_and_head + own
+    of_adapters = 6 * num_adapters(config, rank, targets)
+    return 4 * count(config).active_blocks_and_head + of_adapters
 
 
 def _multiplied(config: ModelConfig) -> int:

@@ -115,23 +115,23 @@ class Block(nn.Module):
         return self._through(x_BLD, *context)
 
     def _through(self, x_BLD: Tensor, *context: Any) -> Any:
-        own, more = Context(*context), []
-        y_BLD = self.mixer(normed(self.mixer_norm, x_BLD), own)
+        of_block, rest = Context(*context), []
+        y_BLD = self.mixer(normed(self.mixer_norm, x_BLD), of_block)
         if self.gives_values:
-            y_BLD, *more = y_BLD
+            y_BLD, *rest = y_BLD
         x_BLD = self._add(x_BLD, y_BLD, self.mixer_post_norm)
         if self.cross is not None:
-            y_BLD = self.cross(normed(self.cross_norm, x_BLD), own)
+            y_BLD = self.cross(normed(self.cross_norm, x_BLD), of_block)
             x_BLD = self._add(x_BLD, y_BLD, self.cross_post_norm)
         y_BLD = normed(self.mlp_norm, x_BLD)
         if self.is_routed:
-            y_BLD, routing = self.mlp(y_BLD, own.counted, own.group)
-            more = [*more, *routing]
+            y_BLD, routing = self.mlp(y_BLD, of_block.counted, of_block.group)
+            rest = [*rest, *routing]
         else:
             y_BLD = self.mlp(y_BLD)
         x_BLD = self._add(x_BLD, y_BLD, self.mlp_post_norm)
         x_BLD = normed(self.output_norm, x_BLD)
-        return (x_BLD, *more) if more else x_BLD
+        return (x_BLD, *rest) if rest else x_BLD
 
     def _add(self, x_BLD: Tensor, y_BLD: Tensor, norm: nn.Module | None) -> Tensor:
         """Return the stream after a part's output y, with the norm that comes after, if any."""
@@ -152,20 +152,20 @@ class Trunk(NamedTuple):
     context: Context | None = None
 
 
-def passed(
+def run_block(
     block: nn.Module, x_BLD: Tensor, context: Context, recomputes: bool
 ) -> tuple[Tensor, Tensor | None, list[Routing]]:
     """Return the output of a block, its values if it gives them, and its Routing if it has experts.
 
-    recomputes: keep only the input in training, and compute the rest again in the backward pass.
+    recomputes: save only the input in training, and compute the rest again in the backward pass.
     """
     if recomputes and context.memory is None and torch.is_grad_enabled():
         out = checkpoint(block, x_BLD, *context, use_reentrant=False)
     else:
         out = block(x_BLD, *context)
-    x_BLD, *more = out if isinstance(out, tuple) else (out,)
-    values = more.pop(0) if block.gives_values else None
-    return x_BLD, values, [Routing(*more)] if block.is_routed else []
+    x_BLD, *rest = out if isinstance(out, tuple) else (out,)
+    values = rest.pop(0) if block.gives_values else None
+    return x_BLD, values, [Routing(*rest)] if block.is_routed else []
 
 
 def normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
@@ -175,16 +175,16 @@ def normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
 
 @cache
 def kept_operations(drops: bool) -> frozenset[Any]:
-    """Return the operations whose results are kept; drops: attention has dropout."""
+    """Return the operations whose results are saved; drops: attention has dropout."""
     names = _MATRICES if drops else (*_MATRICES, *_KERNELS)
     spaces = [(getattr(torch.ops, name.split("::")[0]), name.split("::")[1]) for name in names]
-    kept = {getattr(space, name).default for space, name in spaces if hasattr(space, name)}
-    return frozenset(kept if drops else {*kept, torch.ops.higher_order.flex_attention})
+    operations = {getattr(space, name).default for space, name in spaces if hasattr(space, name)}
+    return frozenset(operations if drops else {*operations, torch.ops.higher_order.flex_attention})
 
 
-def _policy(kept: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
+def _policy(operations: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in kept and not CHANGES_PRODUCTS.get():
+        if operation in operations and not CHANGES_PRODUCTS.get():
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -194,8 +194,8 @@ def _policy(kept: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
 def contexts(drops: bool) -> tuple[Any, Any]:
     """Return the contexts of the forward pass and of what is made again, as torch's checkpoint
     takes them."""
-    found: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy(kept_operations(drops)))
-    return found
+    both: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy(kept_operations(drops)))
+    return both
 
 
 def keeping_products(through: Callable[..., Any], drops: bool, *args: Any) -> Any:
@@ -204,6 +204,6 @@ def keeping_products(through: Callable[..., Any], drops: bool, *args: Any) -> An
     Tensors of args count only where they are arguments themselves.
     """
 
-    # A partial of a function of this file: a compiler takes no function that is made here.
-    made = partial(contexts, drops)
-    return checkpoint(through, *args, use_reentrant=False, context_fn=made)
+    # A partial of a function of this file: a compiler takes no function that is defined here.
+    both = partial(contexts, drops)
+    return checkpoint(through, *args, use_reentrant=False, context_fn=both)

@@ -188,9 +188,10 @@ class ModelConfig:
     def sizes(self) -> Sizes:
         """All sizes as plain numbers. Raises ValueError like resolved()."""
         full = self.resolved()
-        given: dict[str, int] = {size.name: getattr(full, size.name) for size in fields(Sizes)}
+        values: dict[str, int] = {size.name: getattr(full, size.name) for size in fields(Sizes)}
         # Not set by sized(): who takes a config and makes it wider would keep the old heads.
-        return Sizes(**given | {"head_dim": full.head_dim or given["width"] // given["num_heads"]})
+        head_dim = full.head_dim or values["width"] // values["num_heads"]
+        return Sizes(**values | {"head_dim": head_dim})
 
     @property
     def mixers_used(self) -> list[Mixer]:

@@ -211,68 +211,68 @@ def _sum(config: ModelConfig, of: Callable[[BlockPart], int]) -> int:
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return every parameter's name and shape, in the order of Transformer.named_parameters()."""
     outer = _outer_shapes(config)
-    found: Shapes = {name: shape for name, shape in outer.items() if name.startswith(_BEFORE)}
+    parameters: Shapes = {n: shape for n, shape in outer.items() if n.startswith(_BEFORE)}
     for i in range(config.num_blocks):
-        found |= {f"blocks.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
-    found |= {name: shape for name, shape in outer.items() if name not in found}
+        parameters |= {f"blocks.{i}.{n}": shape for n, shape in layer_shapes(config, i).items()}
+    parameters |= {name: shape for name, shape in outer.items() if name not in parameters}
     for k in range(config.mtp_layers):
-        found |= {f"mtp.{k}.{name}": shape for name, shape in _mtp_shapes(config).items()}
-    return found
+        parameters |= {f"mtp.{k}.{name}": shape for name, shape in _mtp_shapes(config).items()}
+    return parameters
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Return the parameters of one block: name inside the block -> shape."""
-    found = Shapes()
+    parameters = Shapes()
     for name, part in parts_of(config, layer).items():
         if config.norms_before:
-            found |= _norm(config, f"{name}_norm")
-        found |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
+            parameters |= _norm(config, f"{name}_norm")
+        parameters |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
         if config.norms_after:
-            found |= _norm(config, f"{name}_post_norm")
+            parameters |= _norm(config, f"{name}_post_norm")
     if layer == config.encoder_layers - 1 and config.norms_stream:
-        found |= _norm(config, "output_norm")
-    return found
+        parameters |= _norm(config, "output_norm")
+    return parameters
 
 
 def _outer_shapes(config: ModelConfig) -> Shapes:
     """Return the parameters outside the blocks."""
     s = config.sizes
     table = (s.vocab_size, s.width)
-    found: Shapes = {"embedding.weight": table}
+    parameters: Shapes = {"embedding.weight": table}
     is_dense = config.head.kind == "dense"
     if is_dense and config.tie_embeddings:
-        found["embedding.bias"] = (s.vocab_size,)
+        parameters["embedding.bias"] = (s.vocab_size,)
     if config.bigram_rows:
-        found["bigrams.weight"] = (config.bigram_rows, s.width)
+        parameters["bigrams.weight"] = (config.bigram_rows, s.width)
     values = (s.vocab_size, s.kv_width)
-    found |= {f"value_embeddings.{i}.weight": values for i in config.value_layers}
+    parameters |= {f"value_embeddings.{i}.weight": values for i in config.value_layers}
     if config.position.kind == "learned":
-        found["position.weight"] = (s.max_sequence_length, s.width)
+        parameters["position.weight"] = (s.max_sequence_length, s.width)
     if config.norm.embedding:
-        found |= _norm(config, "embedding_norm")
+        parameters |= _norm(config, "embedding_norm")
     if isinstance(config.position, Relative):
         table_of_scores = (config.position.buckets, s.num_heads)
         halves = ("encoder_", "") if config.has_encoder else ("",)
-        found |= {f"{half}relative_position.weight": table_of_scores for half in halves}
+        parameters |= {f"{half}relative_position.weight": table_of_scores for half in halves}
     if config.norms_stream:
-        found |= _norm(config, "norm")
+        parameters |= _norm(config, "norm")
     if is_dense:
-        found |= linear("transform.dense", s.width, s.width, config.bias)
-        found |= _norm(config, "transform.norm")
+        parameters |= linear("transform.dense", s.width, s.width, config.bias)
+        parameters |= _norm(config, "transform.norm")
     if not config.tie_embeddings:
-        found["head.weight"] = table
+        parameters["head.weight"] = table
         if is_dense:
-            found["head.bias"] = (s.vocab_size,)
-    return found
+            parameters["head.bias"] = (s.vocab_size,)
+    return parameters
 
 
 def _mtp_shapes(config: ModelConfig) -> Shapes:
     """Return the parameters of a module that predicts later tokens: name inside it -> shape."""
     last, width = config.num_blocks - 1, config.sizes.width
-    found = _norm(config, "embedding_norm") | _norm(config, "hidden_norm")
-    found |= linear("join", 2 * width, width, bias=False)
-    found |= {f"block.{name}": shape for name, shape in layer_shapes(config, last).items()}
-    return found | (_norm(config, "norm") if config.norms_stream else {})
+    parameters = _norm(config, "embedding_norm") | _norm(config, "hidden_norm")
+    parameters |= linear("join", 2 * width, width, bias=False)
+    parameters |= {f"block.{name}": shape for name, shape in layer_shapes(config, last).items()}
+    return parameters | (_norm(config, "norm") if config.norms_stream else {})
 
 
 def _norm(config: ModelConfig, name: str) -> Shapes:
@@ -282,17 +282,17 @@ def _norm(config: ModelConfig, name: str) -> Shapes:
 
 def matrices(config: ModelConfig) -> set[str]:
     """Return the names of Transformer.muon_parameters(), without building the model."""
-    found = {"transform.dense.weight"} if config.head.kind == "dense" else set()
+    names = {"transform.dense.weight"} if config.head.kind == "dense" else set()
     for i in range(config.num_blocks):
         parts = parts_of(config, i).items()
         others = {f"{name}.{inner}" for name, part in parts for inner in part.not_muon}
         inside = layer_shapes(config, i).items()
         named = {name for name, shape in inside if len(shape) == 2 and name not in others}
         named |= {f"{name}.{inner}" for name, part in parts for inner in part.stacked}
-        found |= {f"blocks.{i}.{name}" for name in named}
+        names |= {f"blocks.{i}.{name}" for name in named}
     for k in range(config.mtp_layers):  # `named` is now of the last block
-        found |= {f"mtp.{k}.join.weight", *(f"mtp.{k}.block.{name}" for name in named)}
-    return found
+        names |= {f"mtp.{k}.join.weight", *(f"mtp.{k}.block.{name}" for name in named)}
+    return names
 
 
 def stacked(config: ModelConfig) -> set[str]:
@@ -318,14 +318,14 @@ def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
     if tensor == 1:
         return {}
     tables = (n for n in _outer_shapes(config) if n.startswith(("embedding.", "head.")))
-    found = {} if config.sizes.vocab_size % tensor else dict.fromkeys(tables, 0)
+    dimensions = {} if config.sizes.vocab_size % tensor else dict.fromkeys(tables, 0)
     for block, i in _named_blocks(config):
         for name, part in parts_of(config, i).items():
             cut = part.divided(config.of_block(i)).items()
-            found |= {f"{block}.{name}.{inner}": dim for inner, dim in cut}
+            dimensions |= {f"{block}.{name}.{inner}": dim for inner, dim in cut}
     biases = (n for n in _outer_shapes(config) if n.endswith("relative_position.weight"))
     values = (n for n in _outer_shapes(config) if n.startswith("value_embeddings."))
-    return found | dict.fromkeys([*biases, *values], 1)
+    return dimensions | dict.fromkeys([*biases, *values], 1)
 
 
 def in_chunks(config: ModelConfig, columns: int) -> ModelConfig:
@@ -348,15 +348,15 @@ def flops_recomputed(config: ModelConfig, sequence_length: int, ranks: int = 1) 
     s, heads = config.sizes, 1 + config.mtp_layers
     share = columns_of(config, config.encoder_layers, sequence_length) / sequence_length
     head = 2 * s.vocab_size * s.width * share * heads
-    found = head * (config.loss_chunk != 0)
+    total = head * (config.loss_chunk != 0)
     is_selective = config.activation_checkpointing == "selective"
     if config.activation_checkpointing == "full":
-        found += flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
-        found -= config.mtp_layers * _join_flops(config)
+        total += flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
+        total -= config.mtp_layers * _join_flops(config)
 
     def again(part: BlockPart) -> int:
         selected = part.selective_flops(config, sequence_length) if is_selective else 0
         return part.recomputed(config, sequence_length) + selected
 
     last = parts_of(config, config.num_blocks - 1).values()
-    return found + _sum(config, again) + config.mtp_layers * sum(map(again, last))
+    return total + _sum(config, again) + config.mtp_layers * sum(map(again, last))

@@ -37,24 +37,24 @@ def fp8_matrices(config: "ModelConfig", tensor: int = 1) -> Shapes:
         for gate in part.gates
     }
     names = matrices(config) - stacked(config)
-    found: Shapes = {}
+    shapes_of_ranks: Shapes = {}
     for name in (n for n in sizes if n in names and n.startswith("blocks.")):
         shape = list(sizes[name])
         if name in gates and shape[0] == config.sizes.num_heads:
             continue
         if name in cut:
             shape[cut[name]] //= tensor
-        found[name] = tuple(shape)
-    return found
+        shapes_of_ranks[name] = tuple(shape)
+    return shapes_of_ranks
 
 
 def sizes_refused(config: "ModelConfig", tensor: int = 1) -> list[Refusal]:
     """Return why the matrices can't be multiplied in fp8, one reason for each size. `tensor` ranks
     divide them."""
-    found: dict[int, Refusal] = {}
+    refusals: dict[int, Refusal] = {}
     for name, shape in fp8_matrices(config, tensor).items():
         for size in shape:
-            if size % PIECE == 0 or size in found:
+            if size % PIECE == 0 or size in refusals:
                 continue
             whose = f"a rank's part of {name}" if tensor > 1 else name
             problem = f"{whose} is {shape[0]} x {shape[1]}, and fp8 takes multiples of {PIECE}"
@@ -68,8 +68,8 @@ def sizes_refused(config: "ModelConfig", tensor: int = 1) -> list[Refusal]:
             ]
             wide = "model.head_dim" if config.head_dim else "model.width"
             todo = " or ".join(keys) or f"{wide}, model.num_heads or model.num_kv_heads"
-            found[size] = (problem, f"change {todo}, {_OFF}")
-    return [*found.values()]
+            refusals[size] = (problem, f"change {todo}, {_OFF}")
+    return [*refusals.values()]
 
 
 def rows_refused(
@@ -77,11 +77,11 @@ def rows_refused(
 ) -> list[Refusal]:
     """Return why the tokens that a rank multiplies at once can't be in fp8. `sequence` ranks divide
     the columns of rows of `length`."""
-    found = {columns_of(config, i, length) // sequence for i in range(config.num_blocks)}
+    lengths = {columns_of(config, i, length) // sequence for i in range(config.num_blocks)}
     if chunk := config.mlp.columns:
-        wide = [columns for columns in found if columns > chunk]
-        found |= {part for columns in wide for part in (chunk, columns % chunk or chunk)}
-    for columns in sorted(found):
+        wide = [columns for columns in lengths if columns > chunk]
+        lengths |= {part for columns in wide for part in (chunk, columns % chunk or chunk)}
+    for columns in sorted(lengths):
         if (tokens := micro_batch * columns) % PIECE:
             problem = (
                 f"a rank multiplies {micro_batch} x {columns} = {tokens} tokens at once, and fp8"

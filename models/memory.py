@@ -53,7 +53,7 @@ def activations(
     4, for this architecture with flash attention), per token and layer, in values of
     `bytes_per_value` unless marked fp32: inputs (fp32) and outputs of both norms, and those of the
     mixer and the MLP (BlockPart.activation_bytes). If RMSNorm is not one kernel (fused_norms=False:
-    a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
+    a CPU), its input is saved a second time. The final norm and the logits of one chunk, with their
     gradients, are added. There, mixers that have a plain form besides a GPU's kernels run in it,
     and keep Mixer.plain_bytes more, and a chunk of the loss has fewer targets. Dropout adds a byte
     per value. A masked forward pass (documents or padding) has one mask for all layers, and so has
@@ -92,34 +92,34 @@ def activations(
         )
     ]
     again = config.activation_checkpointing != "none"
-    kept = b * s.width * sum(columns) if again else sum(layers)
+    saved = b * s.width * sum(columns) if again else sum(layers)
     if config.activation_checkpointing == "selective":
         for count, i in zip(columns, blocks, strict=True):
-            kept += count * sum(p.selected_bytes(inner, b) for p in every[i].values())
+            saved += count * sum(p.selected_bytes(inner, b) for p in every[i].values())
             # What a part writes is as wide as the stream.
             writes = sum(len(p.writes) for p in every[i].values())
-            kept += count * b * writes * (s.width - inner.sizes.width)
-            kept += source * sum(p.selected_source(inner, b) for p in every[i].values())
+            saved += count * b * writes * (s.width - inner.sizes.width)
+            saved += source * sum(p.selected_source(inner, b) for p in every[i].values())
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.shared_values:
-        kept += b * inner.sizes.kv_width * columns[0]
+        saved += b * inner.sizes.kv_width * columns[0]
     if again:  # an input of the layers that have them
-        kept += sum(b * inner.sizes.kv_width * columns[i] for i in config.value_layers)
-    made_again = max(layers) if again else 0
+        saved += sum(b * inner.sizes.kv_width * columns[i] for i in config.value_layers)
+    recomputed = max(layers) if again else 0
     if budget is not None:
         inputs = b * s.width * sum(columns)
-        kept, made_again = (
-            inputs + round(budget * (kept - inputs)),
+        saved, recomputed = (
+            inputs + round(budget * (saved - inputs)),
             round((1 - budget) * max(layers)),
         )
     if config.norm.embedding:
-        kept += norm * s.width * micro_batch * sequence_length // ranks
+        saved += norm * s.width * micro_batch * sequence_length // ranks
     if config.has_encoder:  # its output, and the norm before it
-        is_kept = config.norms_stream and not again
-        kept += source * s.width * (b + norm * is_kept)
+        is_saved = config.norms_stream and not again
+        saved += source * s.width * (b + norm * is_saved)
     tokens, dense, heads = columns[-1], config.head.kind == "dense", 1 + config.mtp_layers
     # Both inputs of a module for later tokens before their norms, and joined behind them.
-    kept += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
+    saved += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
     squares = _squares(config, sequence_length)
@@ -127,8 +127,8 @@ def activations(
     if config.position.kind == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
     return Activations(
-        layers=kept,
-        again=made_again + _chunk(inner, micro_batch, b),
+        layers=saved,
+        again=recomputed + _chunk(inner, micro_batch, b),
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
         logits=chunk * rows * (2 * b + 4) + (heads - 1) * kept_logits,
         mask=mask + sum(view for _, view in plain),
@@ -140,11 +140,11 @@ def of_rank(config: ModelConfig, ranks: int) -> ModelConfig:
     """Return the config with the heads that one of the ranks attends with that divide rows."""
     if ranks == 1:
         return config
-    s, found = config.sizes, replace(config)
+    s, divided = config.sizes, replace(config)
     kv_heads = s.num_kv_heads * copies(s.num_heads, s.num_kv_heads, ranks) // ranks
     heads = s.num_heads // ranks
-    found.__dict__["sizes"] = replace(s, num_heads=heads, num_kv_heads=kv_heads)
-    return found
+    divided.__dict__["sizes"] = replace(s, num_heads=heads, num_kv_heads=kv_heads)
+    return divided
 
 
 def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
@@ -152,12 +152,11 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
     matrices; what is as wide as the residual stream is not of this config."""
     if tensor == 1:
         return config
-    s, found = (
-        config.sizes,
-        config.sized(),
-    )  # latents and experts are as wide as without the division
-    found.__dict__["sizes"] = replace(s, **{name: getattr(s, name) // tensor for name in _DIVIDED})
-    return found
+    s = config.sizes
+    divided = config.sized()  # latents and experts are as wide as without the division
+    parts = {name: getattr(s, name) // tensor for name in _DIVIDED}
+    divided.__dict__["sizes"] = replace(s, **parts)
+    return divided
 
 
 def _inside(
@@ -222,9 +221,9 @@ def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> i
     """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers; of
     an encoder-decoder for a row, with the encoder's output."""
     source = columns_of(config, 0, length) if config.has_encoder else 0
-    found = source * config.sizes.width * bytes_per_value
+    total = source * config.sizes.width * bytes_per_value
     for parts in layers_of(config)[config.encoder_layers :]:
-        found += parts.mixer.cache_bytes(config, length - source, bytes_per_value)
+        total += parts.mixer.cache_bytes(config, length - source, bytes_per_value)
         if parts.cross is not None:
-            found += parts.cross.cache_bytes(config, source, bytes_per_value)
-    return found
+            total += parts.cross.cache_bytes(config, source, bytes_per_value)
+    return total

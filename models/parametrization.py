@@ -157,20 +157,20 @@ def folds(config: ModelConfig) -> dict[str, float]:
         return {}
     s, scale = config.sizes, scales(config)
     scores = scale.attention * math.sqrt(s.head_dim)
-    found = {"norm": scale.logits}
+    by_module = {"norm": scale.logits}
     for i, parts in enumerate(layers_of(config)):
         for name, part in parts.items():
             inner = part.folds(config, scores)
             if config.norm.placement == "pre":
                 inner |= dict.fromkeys(part.writes, scale.residual)
             else:  # a norm after the part undoes any multiplier inside, and has its own gain
-                found[f"blocks.{i}.{name}_post_norm"] = scale.residual
-            found |= {f"blocks.{i}.{name}.{module}": by for module, by in inner.items()}
+                by_module[f"blocks.{i}.{name}_post_norm"] = scale.residual
+            by_module |= {f"blocks.{i}.{name}.{module}": by for module, by in inner.items()}
     if config.scale_embedding:  # a standard model multiplies by sqrt(width)
-        found["embedding"] = scale.embedding / math.sqrt(s.width)
+        by_module["embedding"] = scale.embedding / math.sqrt(s.width)
         if config.tie_embeddings:
-            found["norm"] /= found["embedding"]
-    by_parameter = {name: found.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
+            by_module["norm"] /= by_module["embedding"]
+    by_parameter = {name: by_module.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
     return {name: by for name, by in by_parameter.items() if by != 1.0}
 
 

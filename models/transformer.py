@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from forescale.models.block import Block, Trunk, normed, passed, viewers
+from forescale.models.block import Block, Trunk, normed, run_block, viewers
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.cache import Cache, Memory
 from forescale.models.heads.mtp import MtpModule
@@ -48,21 +48,21 @@ class Transformer(nn.Module):
     first source_length columns are the encoder's. Both share the embedding, and count positions
     each from their own first token; the first blocks are the encoder's.
 
-    made: called with each large part as soon as it has its initial weights, the blocks and the
+    place: called with each large part as soon as it has its initial weights, the blocks and the
     tables, and returns it. It may take the weights away to where they are kept: no later part needs
     them, so the whole model need not exist at once.
     Raises ValueError with one sentence if the config has problems.
     """
 
-    def __init__(self, config: ModelConfig, made: Callable[[nn.Module], nn.Module] | None = None):
+    def __init__(self, config: ModelConfig, place: Callable[[nn.Module], nn.Module] | None = None):
         super().__init__()
-        made = made or (lambda module: module)
+        place = place or (lambda module: module)
         self.config = config = config.resolved()
         self.sizes, self.scales = config.sizes, scales(config)
-        self.embedding = made(Vocabulary(config, makes_logits=config.tie_embeddings))
-        self.bigrams = made(BigramEmbedding(config)) if config.bigram_rows else None
+        self.embedding = place(Vocabulary(config, makes_logits=config.tie_embeddings))
+        self.bigrams = place(BigramEmbedding(config)) if config.bigram_rows else None
         self.value_embeddings = nn.ModuleDict(
-            {str(i): made(ValueEmbedding(config)) for i in config.value_layers}
+            {str(i): place(ValueEmbedding(config)) for i in config.value_layers}
         )
         self.position = LearnedPosition(config) if config.position.kind == "learned" else None
         self.embedding_norm = make_norm(config) if config.norm.embedding else None
@@ -72,14 +72,14 @@ class Transformer(nn.Module):
                 self.encoder_relative_position = RelativePosition(config.of_block(0))
             self.relative_position = RelativePosition(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(made(Block(config, i)) for i in range(config.num_blocks))
+        self.blocks = nn.ModuleList(place(Block(config, i)) for i in range(config.num_blocks))
         self.takes_mask = any(mixer.takes_mask for mixer in config.mixers)
         self.viewers = viewers(config)
         # Otherwise the stream leaves the last block normed.
         self.norm = make_norm(config) if config.norms_stream else None
         self.transform = Transform(config) if config.head.kind == "dense" else None
-        self.head = None if config.tie_embeddings else made(Vocabulary(config))
-        self.mtp = nn.ModuleList(made(MtpModule(config)) for _ in range(config.mtp_layers))
+        self.head = None if config.tie_embeddings else place(Vocabulary(config))
+        self.mtp = nn.ModuleList(place(MtpModule(config)) for _ in range(config.mtp_layers))
         self.tallies = tallies_of(config)
         self.group: SequenceGroup | None = None
         self.dividing: TensorGroup | None = None  # the ranks that divide the matrices
@@ -127,15 +127,15 @@ class Transformer(nn.Module):
             targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
-        own_BL = None if targets_BL is None else self._own(targets_BL)
+        own_BL = None if targets_BL is None else self._columns(targets_BL)
         hidden_BLD = trunk.hidden if last is None else trunk.hidden[:, -last:]
-        found = self._head(hidden_BLD, own_BL)
+        result = self._head(hidden_BLD, own_BL)
         if tallies is None or targets_BL is None:
-            return found
-        losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)
-        given = (targets_BL, padding_mask_BL, documents_BL)
+            return result
+        losses_B, penalty = result if isinstance(result, tuple) else (result, 0.0)
+        labels = (targets_BL, padding_mask_BL, documents_BL)
         c = self.config
-        penalty += counted_penalty(tallies, trunk, given, self.mtp, c.mtp_weight, self._head)
+        penalty += counted_penalty(tallies, trunk, labels, self.mtp, c.mtp_weight, self._head)
         return losses_B, penalty
 
     def _head(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Any:
@@ -147,16 +147,16 @@ class Transformer(nn.Module):
 
     def logits_of(self, x_BLD: Tensor) -> Tensor:
         """Return the logits that the head makes of a residual stream: (B, L, D) -> (B, L, V)."""
-        found: Tensor = self._head(normed(self.norm, x_BLD), None)
-        return found
+        logits: Tensor = self._head(normed(self.norm, x_BLD), None)
+        return logits
 
     def divide(self, group: SequenceGroup) -> None:
         """From now on take this rank's columns of each row. Every rank of the group then calls
         `forward` with the same whole rows, and receives the losses of its own columns."""
         self.group = group
 
-    def _own(self, x_BL: Tensor) -> Tensor:
-        return x_BL if self.group is None else self.group.own(x_BL)
+    def _columns(self, x_BL: Tensor) -> Tensor:
+        return x_BL if self.group is None else self.group.columns(x_BL)
 
     def new_cache(self) -> Cache:
         """Return an empty cache, for one batch of rows; see encode for an encoder-decoder's."""
@@ -173,8 +173,8 @@ class Transformer(nn.Module):
         positions = positions_of(tokens_BS.shape[1], tokens_BS.device, padding_mask_BS)
         x_BSD, turn = self._placed(self.embedding(tokens_BS), positions)
         real, length = padding_mask_BS, x_BSD.shape[1]
-        seen = Columns(positions, length, None, real, x_BSD.dtype, drops=self._drops)
-        return Cache(self.sizes.num_layers, *self._source(x_BSD, turn, seen))
+        columns = Columns(positions, length, None, real, x_BSD.dtype, drops=self._drops)
+        return Cache(self.sizes.num_layers, *self._source(x_BSD, turn, columns))
 
     def _hidden(
         self,
@@ -197,21 +197,21 @@ class Transformer(nn.Module):
             starts = document_starts(documents_BL)
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
-        own_BL = self._own(tokens_BL)
+        own_BL = self._columns(tokens_BL)
         embedded_BLD = self.embedding(own_BL)
         if self.bigrams is not None:
-            previous_BL = self._own(previous(tokens_BL, last, starts, real))
+            previous_BL = self._columns(previous(tokens_BL, last, starts, real))
             embedded_BLD = embedded_BLD + self.bigrams(own_BL, previous_BL)
         constants = None if cache is None else cache.constants
         x_BLD, turn = self._placed(embedded_BLD, positions, constants)
         decoding, length = cache is not None, tokens_BL.shape[1]
-        seen = Columns(positions, length, starts, real, x_BLD.dtype, decoding, self._drops)
-        counted_BL = None if counted_BL is None else self._own(counted_BL)
-        mask = self._mask(seen, self.config.causal)
+        read = Columns(positions, length, starts, real, x_BLD.dtype, decoding, self._drops)
+        counted_BL = None if counted_BL is None else self._columns(counted_BL)
+        mask = self._mask(read, self.config.causal)
         context = Context(turn, mask, starts, real, counted=counted_BL, group=self.group)
         if cache is not None:
             context = context._replace(source=cache.source, source_mask=cache.source_mask)
-        x_BLD, routings, context = self._through(x_BLD, context, seen, memories, tokens_BL=own_BL)
+        x_BLD, routings, context = self._through(x_BLD, context, read, memories, tokens_BL=own_BL)
         return Trunk(normed(self.norm, x_BLD), routings, embedded_BLD, context)
 
     @property
@@ -222,14 +222,14 @@ class Transformer(nn.Module):
         self,
         x_BLD: Tensor,
         context: Context,
-        seen: Columns,
+        columns: Columns,
         memories: Sequence[Memory | None] = (),
         encodes: bool = False,
         tokens_BL: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing], Context]:
         """Return the output of the blocks, the encoder's or all others, the routing of experts, and
-        the last context. seen: what views are made of; memories: one a block; (): no cache; tokens:
-        of these columns, for value embeddings."""
+        the last context. columns: what views are made of; memories: one a block; (): no cache;
+        tokens: of these columns, for value embeddings."""
         layers = self.config.encoder_layers
         first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
@@ -238,13 +238,13 @@ class Transformer(nn.Module):
             block, memory = self.blocks[i], memories[i - first] if memories else None
             viewer = self.viewers[i]
             if viewer not in views:
-                views[viewer] = viewer(seen)
-            own = None
+                views[viewer] = viewer(columns)
+            token_values = None
             if str(i) in self.value_embeddings:
-                own = self.value_embeddings[str(i)](tokens_BL)
-            context = context._replace(memory=memory, view=views[viewer], token_values=own)
+                token_values = self.value_embeddings[str(i)](tokens_BL)
+            context = context._replace(memory=memory, view=views[viewer], token_values=token_values)
             recomputes = self.config.activation_checkpointing == "full"
-            x_BLD, values, routing = passed(block, x_BLD, context, recomputes)
+            x_BLD, values, routing = run_block(block, x_BLD, context, recomputes)
             if values is not None:
                 context = context._replace(values=values)
             routings += routing
@@ -263,11 +263,11 @@ class Transformer(nn.Module):
         # One call of the embedding: each would have a gradient of the size of its table.
         x_BLD, turn = self._placed(self.embedding(tokens_BL), torch.cat(positions, -1))
         xs, turns, columns = [], [], []
-        for part, own, real in zip(parts, positions, reals, strict=True):
+        for part, places, real in zip(parts, positions, reals, strict=True):
             xs.append(x_BLD[:, part])
             turns.append(turn and (turn[0][..., part, :, :], turn[1][..., part, :, :]))
             length = part.stop - part.start
-            columns.append(Columns(own, length, None, real, x_BLD.dtype, drops=self._drops))
+            columns.append(Columns(places, length, None, real, x_BLD.dtype, drops=self._drops))
         source, hidden = self._source(xs[0], turns[0], columns[0])
         mask = self._mask(columns[1], True)
         context = Context(turns[1], mask, real=reals[1], source=source, source_mask=hidden)
@@ -275,15 +275,15 @@ class Transformer(nn.Module):
         return normed(self.norm, x_BLD)
 
     def _source(
-        self, x_BSD: Tensor, turn: Rotation | None, seen: Columns
+        self, x_BSD: Tensor, turn: Rotation | None, columns: Columns
     ) -> tuple[Tensor, Tensor | None]:
         """Return the encoder's output for its embedded tokens, (B, S, D), and what the decoder adds
         to their scores, (B, 1, 1, S); None: nothing."""
-        context = Context(turn, self._mask(seen, False), None, seen.real)
-        x_BSD, _, _ = self._through(x_BSD, context, seen, encodes=True)
+        context = Context(turn, self._mask(columns, False), None, columns.real)
+        x_BSD, _, _ = self._through(x_BSD, context, columns, encodes=True)
         if self.dividing is not None:  # once for all layers, whose heads each rank has a part of
             x_BSD = self.dividing.copied(x_BSD)
-        return x_BSD, None if seen.real is None else source_mask(seen.real, x_BSD.dtype)
+        return x_BSD, None if columns.real is None else source_mask(columns.real, x_BSD.dtype)
 
     def _placed(
         self, x_BLD: Tensor, positions: Tensor, constants: dict[str, Any] | None = None
@@ -294,29 +294,29 @@ class Transformer(nn.Module):
         rank's.
         """
         config, s, length = self.config, self.sizes, x_BLD.shape[1]
-        own = positions[..., -length:] if self.group is None else self.group.own(positions)
-        turn = rotation(own, config, constants) if config.rotates else None
+        places = positions[..., -length:] if self.group is None else self.group.columns(positions)
+        turn = rotation(places, config, constants) if config.rotates else None
         if config.scale_embedding or config.position.kind == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
         if config.position.kind == "sinusoidal":
-            x_BLD = x_BLD + sinusoids(own, s.width).to(x_BLD.dtype)
+            x_BLD = x_BLD + sinusoids(places, s.width).to(x_BLD.dtype)
         elif self.position is not None:
             if positions.shape[-1] > s.max_sequence_length:
                 raise ValueError(
                     f"{positions.shape[-1]} tokens are more than the model's learned positions; "
                     f"give at most max_sequence_length = {s.max_sequence_length}."
                 )
-            x_BLD = x_BLD + self.position(own)
+            x_BLD = x_BLD + self.position(places)
         return self.dropout(normed(self.embedding_norm, x_BLD)), turn
 
-    def _mask(self, seen: Columns, causal: bool) -> Tensor | BlockMask | None:
+    def _mask(self, columns: Columns, causal: bool) -> Tensor | BlockMask | None:
         """Return the mask of Context; None: no mixer takes one, or the kernels need none."""
         if not self.takes_mask:
             return None
         table = self.relative_position
         if self.encoder_relative_position is not None and not causal:
             table = self.encoder_relative_position
-        return full_mask(self.config, seen, causal, table, (self.dividing, self.group))
+        return full_mask(self.config, columns, causal, table, (self.dividing, self.group))
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""

@@ -114,10 +114,10 @@ class Batch:
 
     def apart(self, rows: Sequence[int]) -> "Batch":
         """Return a batch of these rows, without a cache; they stay in this one too."""
-        found = copy(self)
-        found.cache, found.choice = None, copy(self.choice)
-        found.keep(rows)
-        return found
+        batch = copy(self)
+        batch.cache, batch.choice = None, copy(self.choice)
+        batch.keep(rows)
+        return batch
 
     @torch.inference_mode()
     def join(self, other: "Batch") -> None:
@@ -152,20 +152,20 @@ class Batch:
     def _logits(self) -> Tensor | None:
         """Return the logits of the next token, (B, V) fp32; None if the model can read no more."""
         if self.cache is not None and self._fits:
-            given = dict(cache=self.cache, padding_mask_BL=self.unread_real, last=1)
-            logits_B1V: Tensor = self.model(self.unread, **given)
+            options = dict(cache=self.cache, padding_mask_BL=self.unread_real, last=1)
+            logits_B1V: Tensor = self.model(self.unread, **options)
             return logits_B1V[:, -1].float()
         if self.has_source:
             return None  # a target is learned as a whole: without its start it has no meaning
         self.cache = None  # the rows that stay may fit again, and it would lack columns
-        context, more = self.tokens, dict[str, Any]()
+        context, options = self.tokens, dict[str, Any]()
         if self.longest is not None:
             context = context[:, -self.longest :]
         if self.real is not None:
-            more["padding_mask_BL"] = self.real[:, -context.shape[1] :]
+            options["padding_mask_BL"] = self.real[:, -context.shape[1] :]
         if isinstance(self.model, Transformer):
-            more["last"] = 1
-        return self.model(context, **more)[:, -1].float()
+            options["last"] = 1
+        return self.model(context, **options)[:, -1].float()
 
 
 def _stacked(parts: list[Tensor], pads: list[int]) -> Tensor:

@@ -15,76 +15,76 @@ class Memory:
     """What one layer keeps: tensors by name, all with the rows of the batch first."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         self._lengths: dict[str, int] = {}
         self.room = 0  # tokens for which `extend` makes room at first
 
     @property
     def is_empty(self) -> bool:
         """True until the layer has read its first token."""
-        return not self._kept
+        return not self._states
 
     def get(self, name: str) -> Tensor | None:
         """Return the state that was kept under `name`; None: none."""
-        return self._kept.get(name)
+        return self._states.get(name)
 
     def __setitem__(self, name: str, state: Tensor) -> None:
         """Replace a state of fixed size, such as a recurrence's."""
-        self._kept[name] = state
+        self._states[name] = state
 
     def extend(self, name: str, new: Tensor) -> Tensor:
-        """Append `new`, (B, L, ...), to what is kept under `name`; return all, (B, S, ...).
+        """Append `new`, (B, L, ...), to what is held under `name`; return all, (B, S, ...).
 
         Room beyond `room` is doubled when it is used up, so S tokens cost O(S) copies in all.
         """
         before = self._lengths.get(name, 0)
         length = before + new.shape[1]
-        kept = self._kept.get(name)
-        if kept is None or kept.shape[1] < length:
+        held = self._states.get(name)
+        if held is None or held.shape[1] < length:
             columns = max(length, 2 * before, self.room)
             room = new.new_empty(new.shape[0], columns, *new.shape[2:])
-            if kept is not None:
-                room[:, :before] = kept[:, :before]
-            self._kept[name] = kept = room
-        kept[:, before:length] = new
+            if held is not None:
+                room[:, :before] = held[:, :before]
+            self._states[name] = held = room
+        held[:, before:length] = new
         self._lengths[name] = length
-        return kept[:, :length]
+        return held[:, :length]
 
     def keep_last(self, name: str, new: Tensor, count: int) -> Tensor:
-        """Append `new`, (B, L, ...); keep the last `count` tokens, and return those that were kept
+        """Append `new`, (B, L, ...); keep the last `count` tokens, and return those that were held
         before with all of `new`: a window needs no more."""
-        kept = self._kept.get(name)
-        whole = new if kept is None else torch.cat([kept, new], 1)
-        self._kept[name] = whole[:, max(0, whole.shape[1] - count) :].clone()
+        held = self._states.get(name)
+        whole = new if held is None else torch.cat([held, new], 1)
+        self._states[name] = whole[:, max(0, whole.shape[1] - count) :].clone()
         return whole
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows alone, (R,) int64, in this order."""
-        self._kept = {name: kept[rows] for name, kept in self._kept.items()}
+        self._states = {name: state[rows] for name, state in self._states.items()}
 
     def drop_first(self, count: int) -> None:
         """Drop the first columns of what grows."""
         for name, length in self._lengths.items():
-            self._kept[name] = self._kept[name][:, count:]
+            self._states[name] = self._states[name][:, count:]
             self._lengths[name] = length - count
 
     def join(self, other: "Memory") -> None:
         """Add the rows of another, of the same layer. Where one has fewer columns, of what grows or
         in a window, it gets zeros on the left: they must count as padding."""
-        for name, mine in [*self._kept.items()]:
-            theirs, length = other._kept[name], None
+        for name, state in [*self._states.items()]:
+            added, length = other._states[name], None
             if name in self._lengths:
                 lengths = self._lengths[name], other._lengths[name]
-                mine, theirs = mine[:, : lengths[0]], theirs[:, : lengths[1]]
+                state, added = state[:, : lengths[0]], added[:, : lengths[1]]
                 length = max(lengths)
-            self._kept[name] = _joined(mine, theirs, 0 if length is None else self.room)
+            self._states[name] = _joined(state, added, 0 if length is None else self.room)
             if length is not None:
                 self._lengths[name] = length
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(kept.nbytes for kept in self._kept.values())
+        return sum(state.nbytes for state in self._states.values())
 
 
 class Cache:
@@ -143,8 +143,8 @@ class Cache:
     def join(self, other: "Cache", real_BS: Tensor | None) -> None:
         """Add the rows of another of the same model, after these. The shorter one, and the shorter
         source, is padded on the left. real: of the joined rows, see `real`."""
-        for memory, more in zip(self.layers, other.layers, strict=True):
-            memory.join(more)
+        for memory, added in zip(self.layers, other.layers, strict=True):
+            memory.join(added)
         self.length, self.real = max(self.length, other.length), real_BS
         if self.last is not None and other.last is not None:
             self.last = torch.cat((self.last, other.last))
@@ -169,7 +169,7 @@ def _joined(a: Tensor, b: Tensor, columns: int = 0) -> Tensor:
     """Return the rows of both, (A + B, S or more, ...). The one with fewer columns gets zeros on
     the left; up to `columns` both get room on the right."""
     length = max(a.shape[1], b.shape[1])
-    found = a.new_zeros(len(a) + len(b), max(length, columns), *a.shape[2:])
-    found[: len(a), length - a.shape[1] : length] = a
-    found[len(a) :, length - b.shape[1] : length] = b
-    return found
+    rows = a.new_zeros(len(a) + len(b), max(length, columns), *a.shape[2:])
+    rows[: len(a), length - a.shape[1] : length] = a
+    rows[len(a) :, length - b.shape[1] : length] = b
+    return rows

@@ -35,8 +35,8 @@ class Choice:
             next_B1 = tokens_BS.new_empty(len(tokens_BS), 1)
             for sampler, numbers in self._groups.items():
                 rows = torch.tensor(numbers, device=logits_BV.device)
-                given = [None if x is None else x[rows] for x in (drawn_B1, held_BV)]
-                next_B1[rows] = sampler.choose(logits_BV[rows], *given)
+                options = [None if x is None else x[rows] for x in (drawn_B1, held_BV)]
+                next_B1[rows] = sampler.choose(logits_BV[rows], *options)
         if held_BV is not None:
             held_BV.scatter_(1, next_B1, True)
         return next_B1
@@ -63,8 +63,8 @@ class Choice:
         if self._held is not None:
             return self._held
         real = torch.ones_like(tokens_BS) if real_BS is None else real_BS.long()
-        found = torch.zeros(len(real), size, dtype=torch.long, device=real.device)
-        return found.scatter_add_(1, tokens_BS, real) > 0
+        counts = torch.zeros(len(real), size, dtype=torch.long, device=real.device)
+        return counts.scatter_add_(1, tokens_BS, real) > 0
 
     def _drawn(self, logits_BV: Tensor) -> Tensor:
         """Return a number of each row from 0 to below 1, (B, 1) fp64 where the logits are."""

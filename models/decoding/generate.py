@@ -33,8 +33,8 @@ def generate(
     model.eval()
     try:
         choice = Choice([sampler] * len(tokens_BL), generator)
-        given = padding_mask_BL, source_BS, source_mask_BS, num_tokens
-        batch = Batch(model, tokens_BL, choice, max_context, *given)
+        inputs = padding_mask_BL, source_BS, source_mask_BS, num_tokens
+        batch = Batch(model, tokens_BL, choice, max_context, *inputs)
         for _ in range(num_tokens):
             if batch.step() is None:
                 break

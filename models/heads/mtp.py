@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forescale.models.block import Block, Trunk, normed, passed
+from forescale.models.block import Block, Trunk, normed, run_block
 from forescale.models.config import ModelConfig
 from forescale.models.heads.loss import IGNORE
 from forescale.models.init import Linear
@@ -48,7 +48,7 @@ class MtpModule(nn.Module):
         """context: the fields of the Context of the model's last block."""
         both = [self.embedding_norm(later_BLD), self.hidden_norm(hidden_BLD)]
         x_BLD = self.join(torch.cat(both, -1))
-        x_BLD, _, routings = passed(self.block, x_BLD, Context(*context), self.recomputes)
+        x_BLD, _, routings = run_block(self.block, x_BLD, Context(*context), self.recomputes)
         return normed(self.norm, x_BLD), routings
 
 
@@ -64,12 +64,12 @@ class LaterLoss(NamedTuple):
 def later_losses(
     modules: Iterable[nn.Module],
     trunk: Trunk,
-    given: tuple[Tensor, Tensor | None, Tensor | None],
+    labels: tuple[Tensor, Tensor | None, Tensor | None],
     head: Callable[[Tensor, Tensor], Any],
 ) -> Iterator[LaterLoss]:
-    """Yield the loss of each module. given: targets, padding mask and documents, each (B, L), as
+    """Yield the loss of each module. labels: targets, padding mask and documents, each (B, L), as
     for Transformer.forward; head: (hidden, targets) -> what window_losses returns."""
-    targets_BL, padding_mask_BL, documents_BL = given
+    targets_BL, padding_mask_BL, documents_BL = labels
     x_BLD, embedded_BLD, context = trunk.hidden, trunk.embedded, trunk.context
     assert context is not None
     assert embedded_BLD is not None
@@ -79,8 +79,8 @@ def later_losses(
         x_BLD, routings = module(
             x_BLD, later(embedded_BLD, by), *context._replace(counted=counted_BL)
         )
-        found = head(x_BLD, own_BL)
-        losses_B, z = found if isinstance(found, tuple) else (found, 0.0)
+        result = head(x_BLD, own_BL)
+        losses_B, z = result if isinstance(result, tuple) else (result, 0.0)
         yield LaterLoss(own_BL, losses_B, losses_B.sum() + z, routings)
 
 
@@ -93,17 +93,17 @@ def later_targets(targets_BL: Tensor, documents_BL: Tensor | None, by: int) -> T
     """Return the targets of `by` columns later, (B, L); IGNORE behind the last, and where that
     column belongs to another document."""
     by = min(by, targets_BL.shape[1])
-    found = F.pad(targets_BL[:, by:], (0, by), value=IGNORE)
+    later = F.pad(targets_BL[:, by:], (0, by), value=IGNORE)
     if documents_BL is None:
-        return found
+        return later
     documents = F.pad(documents_BL[:, by:], (0, by), value=-1)
-    return found.masked_fill(documents != documents_BL, IGNORE)
+    return later.masked_fill(documents != documents_BL, IGNORE)
 
 
-def counts_of(found: Sequence[LaterLoss]) -> Tensor:
+def counts_of(losses: Sequence[LaterLoss]) -> Tensor:
     """Return (modules, 2) int64: each module's loss in UNIT, and its number of targets."""
-    nats = torch.stack([one.losses.detach().double().sum() for one in found])
-    targets = torch.stack([one.targets.ne(IGNORE).sum() for one in found])
+    nats = torch.stack([one.losses.detach().double().sum() for one in losses])
+    targets = torch.stack([one.targets.ne(IGNORE).sum() for one in losses])
     return torch.stack([(nats / UNIT).round().long(), targets], -1)
 
 

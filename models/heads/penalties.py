@@ -12,13 +12,14 @@ from forescale.models.heads.mtp import counts_of, later_losses, mtp_metrics
 from forescale.models.mlps.balance import load_metrics, penalty_of
 from forescale.models.tallies import Tallies
 
-Given = tuple[Tensor, Tensor | None, Tensor | None]  # targets, padding mask, documents; each (B, L)
+# Targets, padding mask, documents; each (B, L).
+Labels = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def counted_penalty(
     tallies: Tallies,
     trunk: Trunk,
-    given: Given,
+    labels: Labels,
     modules: nn.ModuleList,
     weight: float,
     head: Callable[[Tensor, Tensor | None], Any],
@@ -28,14 +29,14 @@ def counted_penalty(
     modules: those for later tokens, of whose mean loss `weight` is added; head: as
     Transformer._head.
     """
-    penalty: Tensor | float = penalty_of(trunk.routings, given[0]) if trunk.routings else 0.0
+    penalty: Tensor | float = penalty_of(trunk.routings, labels[0]) if trunk.routings else 0.0
     routings, losses = [*trunk.routings], []
-    for found in later_losses(modules, trunk, given, head):
-        losses.append(found)
-        penalty += weight / len(modules) * found.objective
-        if found.routings:
-            penalty += penalty_of(found.routings, found.targets)
-            routings += found.routings
+    for later in later_losses(modules, trunk, labels, head):
+        losses.append(later)
+        penalty += weight / len(modules) * later.objective
+        if later.routings:
+            penalty += penalty_of(later.routings, later.targets)
+            routings += later.routings
     if routings:
         tallies.of("experts").add_(torch.stack([r.counts for r in routings]))
     if losses:
@@ -45,10 +46,10 @@ def counted_penalty(
 
 def metrics_of(tallies: Tallies | None, top_k: int) -> dict[str, Tensor]:
     """Return the experts' load and the losses of later tokens in the step, where there are."""
-    found: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     if tallies is not None:
         if (totals := tallies.total("experts")) is not None:
-            found |= load_metrics(totals, top_k)
+            metrics |= load_metrics(totals, top_k)
         if (totals := tallies.total("mtp")) is not None:
-            found |= mtp_metrics(totals)
-    return found
+            metrics |= mtp_metrics(totals)
+    return metrics

@@ -127,9 +127,9 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
     the width), and for unknown or missing weights.
     """
     config = config_of(hf_config)
-    found = pieces_of(hf_config["model_type"], config, hf_state)
+    pieces = pieces_of(hf_config["model_type"], config, hf_state)
     state: dict[str, list[Tensor]] = {}
-    for piece in found:
+    for piece in pieces:
         state.setdefault(piece.name, []).append(piece.taken(hf_state[piece.source]))
     return config, {name: joined(parts) for name, parts in state.items()}
 

@@ -34,13 +34,13 @@ def adapters_to_hf(
         weights[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
         weights[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
         ranks[name] = len(down)
-    more = {name: own for name, own in ranks.items() if own != rank}
+    others = {name: of_one for name, of_one in ranks.items() if of_one != rank}
     return {
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": [*ranks],
-        "rank_pattern": more,
-        "alpha_pattern": {name: alpha * own / rank for name, own in more.items()},
+        "rank_pattern": others,
+        "alpha_pattern": {name: alpha * of_one / rank for name, of_one in others.items()},
         "fan_in_fan_out": family == "gpt2",
         "bias": "none",
     }, weights

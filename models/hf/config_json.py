@@ -52,7 +52,7 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
             "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout,
         }
-    found = (
+    keys = (
         shared
         | positions_to_hf(c)
         | {
@@ -69,10 +69,10 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
         }
         | experts.experts_to_hf(family, c)
     )
-    return found | _gemma_config(c, found) if family == "gemma3_text" else found
+    return keys | _gemma_config(c, keys) if family == "gemma3_text" else keys
 
 
-def _gemma_config(c: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
+def _gemma_config(c: ModelConfig, keys: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that only Gemma 3 has; its positions are given for each kind of layer."""
     kinds = ("full_attention", "sliding_attention")
     return {
@@ -80,8 +80,8 @@ def _gemma_config(c: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": c.sizes.head_dim,
         "final_logit_softcapping": c.head.softcap or None,
         "layer_types": ["full_attention"] * c.sizes.num_layers,
-        "rope_local_base_freq": found["rope_theta"],  # transformers 4
-        "rope_parameters": {kind: found["rope_parameters"] for kind in kinds},
+        "rope_local_base_freq": keys["rope_theta"],  # transformers 4
+        "rope_parameters": {kind: keys["rope_parameters"] for kind in kinds},
     }
 
 

@@ -27,11 +27,11 @@ def names(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
         return {f"mlp.{matrix}": f"mlp.{matrix}_proj" for matrix in _MATRICES}
     is_mixtral = family == "mixtral"
     inside = "block_sparse_moe" if is_mixtral else "mlp"
-    theirs = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
     return {"mlp.router": f"{inside}.gate"} | {
         f"mlp.{matrix}.{e}": f"{inside}.experts.{e}.{name}"
         for e in range(config.experts.experts)
-        for matrix, name in zip(_MATRICES, theirs, strict=True)
+        for matrix, name in zip(_MATRICES, names, strict=True)
     }
 
 

@@ -61,7 +61,7 @@ def _llama_like(
 ) -> Family:
     """Return a family with Llama's names, and `inner`; `without`: its free fields and what modules
     it doesn't have."""
-    names = {ours: theirs for ours, theirs in (_LLAMA_INNER | inner).items() if ours not in without}
+    names = {name: of_hf for name, of_hf in (_LLAMA_INNER | inner).items() if name not in without}
     fixed = {k: v for k, v in (_ROTARY | fits).items() if k not in without}
     return Family(architecture, fixed, _LLAMA_OUTER, "model.layers.{}", names)
 
@@ -152,9 +152,9 @@ def module_names(family: str, config: ModelConfig) -> dict[str, str]:
     if config.tie_embeddings:
         del outer["head"]
     return outer | {
-        f"blocks.{i}.{ours}": f"{f.layer.format(i)}.{theirs}"
+        f"blocks.{i}.{name}": f"{f.layer.format(i)}.{of_hf}"
         for i in range(config.sizes.num_layers)
-        for ours, theirs in _inner(family, config, i).items()
+        for name, of_hf in _inner(family, config, i).items()
     }
 
 
@@ -163,5 +163,5 @@ def _inner(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
     inner = FAMILIES[family].inner
     if family not in experts.FITS:
         return inner
-    own = {ours: theirs for ours, theirs in inner.items() if not ours.startswith("mlp.")}
-    return own | experts.names(family, config, layer)
+    outside = {name: of_hf for name, of_hf in inner.items() if not name.startswith("mlp.")}
+    return outside | experts.names(family, config, layer)

@@ -46,9 +46,9 @@ class Piece:
         if tuple(source.shape) != expected:
             problem = f"the weight {self.source} is {list(source.shape)}"
             raise ValueError(f"{problem}, and {list(expected)} by config.json.")
-        found = source.T if self.is_turned else source
-        found = found.narrow(0, index * self.shape[0], self.shape[0])
-        return (found.float() + self.added if self.added else found).contiguous()
+        part = source.T if self.is_turned else source
+        part = part.narrow(0, index * self.shape[0], self.shape[0])
+        return (part.float() + self.added if self.added else part).contiguous()
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -78,39 +78,39 @@ def pieces_of(family: str, config: ModelConfig, names: Iterable[str]) -> list[Pi
 
     Args: `config` as config_of returns it, and the `names` of the tensors in the files.
     """
-    found = list(_pieces(family, config))
+    pieces = list(_pieces(family, config))
     there = _there(family, config, names)
-    wanted = dict.fromkeys(piece.source for piece in found)
-    if missing := [name for name in wanted if name not in there]:
-        raise ValueError(f"the weight {missing[0]} is missing{_more(missing)}.")
-    if unknown := [name for name in there if name not in wanted]:
-        raise ValueError(f"unexpected weight {unknown[0]} in a {family} model{_more(unknown)}.")
-    return [replace(piece, source=there[piece.source]) for piece in found]
+    sources = dict.fromkeys(piece.source for piece in pieces)
+    if missing := [name for name in sources if name not in there]:
+        raise ValueError(f"the weight {missing[0]} is missing{_others(missing)}.")
+    if unknown := [name for name in there if name not in sources]:
+        raise ValueError(f"unexpected weight {unknown[0]} in a {family} model{_others(unknown)}.")
+    return [replace(piece, source=there[piece.source]) for piece in pieces]
 
 
-def _more(names: list[str]) -> str:
+def _others(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
     """Yield the pieces of all parameters under the names of to_hf."""
-    theirs = module_names(family, config)
+    names = module_names(family, config)
     for name, shape in shapes(config).items():
         module, _, leaf = name.rpartition(".")
         block, _, last = module.rpartition(".")
         if len(shape) == 3:  # of all experts, each of which has a tensor of its own
             size = math.prod(shape[1:])
             for e in range(shape[0]):
-                source = f"{theirs[f'{module}.{e}']}.{leaf}"
+                source = f"{names[f'{module}.{e}']}.{leaf}"
                 yield Piece(name, e * size, shape[1:], source)
         elif family == "gpt2":
             part = (FUSED.index(last), 3) if last in FUSED else (0, 1)
             module = f"{block}.qkv" if last in FUSED else module
             turned = is_gpt2_matrix(name, len(shape))
-            yield Piece(name, 0, shape, f"{theirs[module]}.{leaf}", part, turned)
+            yield Piece(name, 0, shape, f"{names[module]}.{leaf}", part, turned)
         else:
             is_gain = family in GAINS_BESIDE_ONE and module.endswith("norm")
-            yield Piece(name, 0, shape, f"{theirs[module]}.{leaf}", added=float(is_gain))
+            yield Piece(name, 0, shape, f"{names[module]}.{leaf}", added=float(is_gain))
 
 
 def is_gpt2_matrix(name: str, dimensions: int) -> bool:
@@ -120,12 +120,12 @@ def is_gpt2_matrix(name: str, dimensions: int) -> bool:
 
 def _there(family: str, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
     """Return the name by to_hf -> the name in the files, without what no model needs."""
-    found = {}
+    present = {}
     for name in names:
         usual = name
         if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             usual = f"transformer.{name}"  # OpenAI's own files leave it out
         if _CONSTANT.search(name) or (usual == "lm_head.weight" and config.tie_embeddings):
             continue
-        found[usual] = name
-    return found
+        present[usual] = name
+    return present

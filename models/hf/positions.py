@@ -100,6 +100,6 @@ def only(hf: dict[str, Any], key: str, *computed: Any) -> None:
 def require(true: bool, key: str, value: Any) -> None:
     """Raise ValueError that names `key` and its `value` unless `true`."""
     if not true:
-        shown = json.dumps(value)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        raise ValueError(f"its {key} is {shown}, a variant that is not computed here.")
+        text = json.dumps(value)
+        text = text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"its {key} is {text}, a variant that is not computed here.")

@@ -154,7 +154,7 @@ class Attention(nn.Module):
             v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
         if context.rotation is not None:
             q_BLHK, k_BLGK = self._turned(q_BLHK, k_BLGK, context)
-        y_BLD = self._written(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
+        y_BLD = self._output(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
         return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
 
     def _turned(self, q_BLHK: Tensor, k_BLGK: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         k_BSGK = self._heads(k_BSD, self.key_norm, self.num_kv_heads)
         return k_BSGK, self._heads(v_BSD, None, self.num_kv_heads)
 
-    def _written(self, x_BLD: Tensor, y_BLHK: Tensor) -> Tensor:
+    def _output(self, x_BLD: Tensor, y_BLHK: Tensor) -> Tensor:
         """Return the output of the layer, (B, L, D), from those of its heads: gated by its input
         x, and through the last matrix."""
         if self.gate is not None:
@@ -221,9 +221,9 @@ class CrossAttention(Attention):
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         k_BSGK, v_BSGK = self._of_source(context)
         # The source is whole: no column of the decoder's adds to its keys.
-        seen = Context(mask=context.source_mask)
-        return self._written(
-            x_BLD, self._attend(self._queries(x_BLD, context), k_BSGK, v_BSGK, seen)
+        visible = Context(mask=context.source_mask)
+        return self._output(
+            x_BLD, self._attend(self._queries(x_BLD, context), k_BSGK, v_BSGK, visible)
         )
 
     def _of_source(self, context: Context) -> tuple[Tensor, Tensor]:

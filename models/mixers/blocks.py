@@ -56,7 +56,7 @@ def sees(pattern: Stretch | Sparse, columns: Columns) -> Sees:
     def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & rule(position(row, query), position(row, key))
 
-    return _shown(joined, columns)
+    return _within_documents(joined, columns)
 
 
 def sees_all(columns: Columns, causal: bool) -> Sees:
@@ -65,20 +65,20 @@ def sees_all(columns: Columns, causal: bool) -> Sees:
     def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query if causal else key >= 0
 
-    return _shown(joined, columns)
+    return _within_documents(joined, columns)
 
 
-def _shown(joined: Callable[[Tensor, Tensor, Tensor], Tensor], columns: Columns) -> Sees:
+def _within_documents(joined: Callable[[Tensor, Tensor, Tensor], Tensor], columns: Columns) -> Sees:
     """Return `joined`, of row, query and key, without padding and other documents."""
     starts, real = columns.starts, columns.real
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = joined(row, query, key)
+        visible = joined(row, query, key)
         if starts is not None:
-            seen = seen & (starts[row, query] == starts[row, key])
+            visible = visible & (starts[row, query] == starts[row, key])
         if real is not None:
-            seen = (seen & real[row, key].bool()) | (query == key)
-        return seen
+            visible = (visible & real[row, key].bool()) | (query == key)
+        return visible
 
     return mask_mod
 
@@ -98,10 +98,10 @@ def _rule(pattern: Stretch | Sparse, columns: Columns) -> Callable[[Tensor, Tens
             return (b - j < p.local) | ((b - j) % p.local == 0)
         if p.kind == "fixed":
             return (b // p.local == j // p.local) | (j % p.local == p.local - 1)
-        seen = (b - j < p.local) | (j < p.anchors)
+        visible = (b - j < p.local) | (j < p.anchors)
         for i in range(p.random):
-            seen = seen | (drawn[b, i] == j)
-        return seen
+            visible = visible | (drawn[b, i] == j)
+        return visible
 
     return rule
 
@@ -170,8 +170,8 @@ def plain_view(pattern: Stretch | Sparse, columns: Columns) -> Blocks:
     span_N1S, rows = span_N1S[:, None], len(positions) if positions.dim() == 2 else 1
     row_R111 = torch.arange(rows, device=device).view(-1, 1, 1, 1)
     inside = (span_N1S >= 0) & (span_N1S < total)
-    seen = see(row_R111, row_R111, own_NC1, span_N1S.clamp(0, total - 1)) & inside
-    seen_RNCS, extra_RNE = seen.view(-1, *seen.shape[-3:]), None
+    visible = see(row_R111, row_R111, own_NC1, span_N1S.clamp(0, total - 1)) & inside
+    seen_RNCS, extra_RNE = visible.view(-1, *visible.shape[-3:]), None
     if layout.extra:
         place_RN = (positions if positions.dim() == 2 else positions[None])[:, first_N]
         extra_RNE = _extra(pattern, place_RN, total, length, aligned)
@@ -179,8 +179,8 @@ def plain_view(pattern: Stretch | Sparse, columns: Columns) -> Blocks:
             extra_RNE + (first_N - place_RN)[..., None] < span_N1S[:, 0, :1]
         )
         extra_RNE = (extra_RNE + (first_N - place_RN)[..., None]).clamp(0, total - 1)
-        seen = see(row_R111, row_R111, own_NC1, extra_RNE[:, :, None]) & is_far[:, :, None]
-        seen_RNCS = torch.cat([seen.expand(len(seen_RNCS), -1, -1, -1), seen_RNCS], -1)
+        visible = see(row_R111, row_R111, own_NC1, extra_RNE[:, :, None]) & is_far[:, :, None]
+        seen_RNCS = torch.cat([visible.expand(len(seen_RNCS), -1, -1, -1), seen_RNCS], -1)
     mask = additive_mask(seen_RNCS[:, :, None], columns.dtype)
     return Blocks(layout, mask, extra_RNE, _slots(pattern, columns) if columns.decoding else None)
 
@@ -233,10 +233,10 @@ def block_mask(see: Sees, columns: Columns, block: int = FLEX_BLOCK) -> BlockMas
     some, every = [], []
     for first in range(0, length, block):
         own_C1 = torch.arange(first, min(first + block, length), device=device)[:, None]
-        seen = see(row_R11, row_R11, own_C1, keys.clamp(max=length - 1)) & (keys < length)
-        seen = seen.view(-1, len(own_C1), N, block)
-        some.append(seen.any(-1).any(1))
-        every.append(seen.all(-1).all(1))
+        visible = see(row_R11, row_R11, own_C1, keys.clamp(max=length - 1)) & (keys < length)
+        visible = visible.view(-1, len(own_C1), N, block)
+        some.append(visible.any(-1).any(1))
+        every.append(visible.all(-1).all(1))
     full_RNN = torch.stack(every, 1)
     partial_RNN = torch.stack(some, 1) & ~full_RNN
     counted = [_listed(blocks) for blocks in (partial_RNN, full_RNN)]

@@ -84,11 +84,11 @@ def continued(x_BL: Tensor, context: Context) -> Tensor:
     A recurrence starts again at each 0: at a new document, after padding, at the first token.
     """
     length = x_BL.shape[1]
-    given = context.starts if context.starts is not None else context.real
-    if given is None:
+    either = context.starts if context.starts is not None else context.real
+    if either is None:
         is_first = context.memory is None or context.memory.is_empty
         return F.pad(x_BL.new_ones(1, length - is_first), (int(is_first), 0))
-    follows_BS = given.new_ones(given.shape[0], given.shape[1] - 1).bool()
+    follows_BS = either.new_ones(either.shape[0], either.shape[1] - 1).bool()
     if context.starts is not None:
         follows_BS = context.starts[:, 1:] == context.starts[:, :-1]
     if context.real is not None:

@@ -97,18 +97,18 @@ class DeltaRule(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> Tensor:
-        """Return o (B, L, H, V). given: as for delta_rule, without a state."""
-        o_BLHV, states_NEKV, _ = delta_rule(*given)
-        ctx.save_for_backward(*given, states_NEKV)
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        """Return o (B, L, H, V). inputs: as for delta_rule, without a state."""
+        o_BLHV, states_NEKV, _ = delta_rule(*inputs)
+        ctx.save_for_backward(*inputs, states_NEKV)
         return o_BLHV
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k, v, log_decay and beta."""
-        *given, states_NEKV = ctx.saved_tensors
-        c = _chunks(*given)
-        B, L = given[0].shape[:2]
+        *inputs, states_NEKV = ctx.saved_tensors
+        c = _chunks(*inputs)
+        B, L = inputs[0].shape[:2]
         d_o_NECV = _chunked(grad[0], states_NEKV.dtype)
         new_NECV = c.u - c.w @ states_NEKV
         in_turn = _gradients_at_once if torch.compiler.is_compiling() else _gradients_of_states
@@ -119,11 +119,11 @@ class DeltaRule(torch.autograd.Function):
             c.k * c.until,
             c.whole,
         )
-        found = _gradients(c, states_NEKV, new_NECV, d_o_NECV, d_new_NECV, d_after_NEKV)
-        q, k, v, log_decay, beta = (_joined(x, B, L) for x in found)
-        log_decay = log_decay[..., 0] * given[5][..., None]
+        gradients = _gradients(c, states_NEKV, new_NECV, d_o_NECV, d_new_NECV, d_after_NEKV)
+        q, k, v, log_decay, beta = (_joined(x, B, L) for x in gradients)
+        log_decay = log_decay[..., 0] * inputs[5][..., None]
         d = (q, k, v, log_decay, beta[..., 0])
-        return *(new.to(old.dtype) for new, old in zip(d, given, strict=False)), None
+        return *(new.to(old.dtype) for new, old in zip(d, inputs, strict=False)), None
 
 
 def _chunked(x_BLHK: Tensor, dtype: torch.dtype) -> Tensor:

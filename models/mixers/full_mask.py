@@ -21,7 +21,7 @@ from forescale.models.positions.relative import RelativePosition
 
 def full_mask(
     config: ModelConfig,
-    seen: Columns,
+    read: Columns,
     causal: bool,
     table: RelativePosition | None,
     dividing: Iterable[TensorGroup | SequenceGroup | None] = (),
@@ -32,12 +32,12 @@ def full_mask(
     """
     # flex_attention's kernels take heads of 16 and more.
     fits = config.position.kind not in ("alibi", "relative") and config.sizes.head_dim >= 16
-    if fits and (blocks := blocks_seen(seen, causal)) is not None:
+    if fits and (blocks := blocks_seen(read, causal)) is not None:
         return blocks
-    own = slice(0, config.sizes.num_heads)
+    heads = slice(0, config.sizes.num_heads)
     for group in dividing:
-        own = own if group is None else group.heads(own)
+        heads = heads if group is None else group.heads(heads)
     if config.position.kind == "alibi":
         every = config.sizes.num_heads
-        return mask_of(seen, causal, partial(biased_mask, num_heads=every, heads=own))
-    return mask_of(seen, causal, None if table is None else partial(table, heads=own))
+        return mask_of(read, causal, partial(biased_mask, num_heads=every, heads=heads))
+    return mask_of(read, causal, None if table is None else partial(table, heads=heads))

@@ -46,7 +46,7 @@ class Convolved(torch.autograd.Function):
         gate_BLD = torch.sigmoid(y_BLD)
         d_y = grad[0].to(y_BLD.dtype) * gate_BLD * (1 + y_BLD * (1 - gate_BLD))
         d_x, d_weight = torch.zeros_like(y_BLD), []
-        for lag, seen_BL1 in enumerate(_seen(keep_BL1, weight_DW.shape[1], y_BLD.dtype)):
+        for lag, seen_BL1 in enumerate(_visible(keep_BL1, weight_DW.shape[1], y_BLD.dtype)):
             masked = d_y * seen_BL1
             d_weight.append((masked * earlier(x_BLD, lag)).sum((0, 1)))
             onward = F.pad(masked, (0, 0, 0, lag))[:, lag:]
@@ -59,17 +59,17 @@ def _sum_of_lags(x_BLD: Tensor, weight_DW: Tensor, keep_BL1: Tensor) -> Tensor:
     """Return the sum before silu, in fp32 or more."""
     precise = torch.promote_types(x_BLD.dtype, torch.float32)
     y_BLD, weight_DW = torch.zeros_like(x_BLD, dtype=precise), weight_DW.to(precise)
-    for lag, seen_BL1 in enumerate(_seen(keep_BL1, weight_DW.shape[1], precise)):
+    for lag, seen_BL1 in enumerate(_visible(keep_BL1, weight_DW.shape[1], precise)):
         y_BLD = y_BLD + weight_DW[:, -1 - lag] * (earlier(x_BLD, lag) * seen_BL1)
     return y_BLD
 
 
-def _seen(keep_BL1: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return, for lags from 0 to count - 1, if the token so much earlier is seen, (B, L, 1)."""
-    seen = [torch.ones_like(keep_BL1, dtype=dtype)]
+def _visible(keep_BL1: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return, for lags from 0 to count - 1, if the token so much earlier is visible, (B, L, 1)."""
+    visible = [torch.ones_like(keep_BL1, dtype=dtype)]
     for lag in range(1, count):
-        seen.append(seen[-1] * earlier(keep_BL1, lag - 1))
-    return seen
+        visible.append(visible[-1] * earlier(keep_BL1, lag - 1))
+    return visible
 
 
 class ShortConvolution(nn.Module):
@@ -123,7 +123,7 @@ class GatedDeltaNet(nn.Module):
         mixed, keep = self.convolution(mixed, keep)[:, -L:], keep[:, -L:]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in mixed.split(self.split, -1))
         step = F.softplus(self.decay(x_BLD).float() + self.decay_bias.float())
-        given = (
+        inputs = (
             q,
             k,
             v,
@@ -132,8 +132,8 @@ class GatedDeltaNet(nn.Module):
             keep,
         )
         if memory is None:
-            o_BLHV = DeltaRule.apply(*given)
+            o_BLHV = DeltaRule.apply(*inputs)
         else:  # decoding has no gradients, and begins where the last call ended
-            o_BLHV, _, memory["state"] = delta_rule(*given, memory.get("state"))
+            o_BLHV, _, memory["state"] = delta_rule(*inputs, memory.get("state"))
         gate = self.gate(x_BLD).view(B, L, self.num_heads, -1)
         return self.output((self.output_norm(o_BLHV) * F.silu(gate)).flatten(-2))

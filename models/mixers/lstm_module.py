@@ -71,10 +71,10 @@ class Recurrence(nn.LSTM):
         states in place (aten/src/ATen/native/RNN.cpp)."""
         token = CHANGES_PRODUCTS.set(True)
         try:
-            found: tuple[Any, State] = super().forward(x, before)
+            states: tuple[Any, State] = super().forward(x, before)
         finally:
             CHANGES_PRODUCTS.reset(token)
-        return found
+        return states
 
     def _segments(self, x_BLD: Tensor, keep_BL: Tensor, before: State) -> tuple[Tensor, State]:
         """Compute each segment as a sequence of its own; only the first of a row has a state before

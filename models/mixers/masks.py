@@ -27,12 +27,12 @@ def visible_keys(
     columns_S = torch.arange(either.shape[1], device=either.device)
     first = 0 if num_queries is None else len(columns_S) - num_queries
     queries_L1 = columns_S[first:, None]
-    seen = columns_S <= queries_L1 if causal else (columns_S >= 0) & (queries_L1 >= 0)
+    visible = columns_S <= queries_L1 if causal else (columns_S >= 0) & (queries_L1 >= 0)
     if starts_BS is not None:
-        seen = seen & (starts_BS[:, None, :] == starts_BS[:, first:, None])
+        visible = visible & (starts_BS[:, None, :] == starts_BS[:, first:, None])
     if padding_mask_BS is not None:
-        seen = (seen & padding_mask_BS.bool()[:, None, :]) | (columns_S == queries_L1)
-    return seen[:, None]
+        visible = (visible & padding_mask_BS.bool()[:, None, :]) | (columns_S == queries_L1)
+    return visible[:, None]
 
 
 def additive_mask(seen_B1LS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,23 +48,23 @@ def additive_mask(seen_B1LS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mask_of(
-    seen: Columns, causal: bool, biases: Callable[..., Tensor] | None = None
+    read: Columns, causal: bool, biases: Callable[..., Tensor] | None = None
 ) -> Tensor | None:
     """Return the mask of Context for these columns, or None if kernels need none.
 
     biases: alibi.biased_mask of a number of heads, or a RelativePosition; None: scores have none.
     """
-    positions, length, starts, real = seen[:4]
+    positions, length, starts, real = read[:4]
     columns = positions.shape[-1]
     if real is None and starts is None and 1 < length < columns:
         # A causal kernel would take the first query for the first key's.
         real = torch.ones(1, columns, dtype=torch.bool, device=positions.device)
-    shown = None
+    visible = None
     if real is not None or starts is not None:
-        shown = visible_keys(real, starts, length, causal)
+        visible = visible_keys(real, starts, length, causal)
     if biases is not None:
-        return biases(positions, shown, dtype=seen.dtype, num_queries=length)
-    return None if shown is None else additive_mask(shown, seen.dtype)
+        return biases(positions, visible, dtype=read.dtype, num_queries=length)
+    return None if visible is None else additive_mask(visible, read.dtype)
 
 
 def source_mask(real_BS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -115,13 +115,13 @@ class Sparse:
         choices = block - self.local + 1 - self.anchors
         if choices <= self.random:
             return list(range(self.anchors, self.anchors + max(0, choices)))
-        found: list[int] = []
+        blocks: list[int] = []
         state = _mixed(_mixed(self.layer) + block)
-        while len(found) < self.random:
+        while len(blocks) < self.random:
             state = _mixed(state)
-            if (j := self.anchors + state % choices) not in found:
-                found.append(j)
-        return found
+            if (j := self.anchors + state % choices) not in blocks:
+                blocks.append(j)
+        return blocks
 
     def random_table(self, rows: int) -> tuple[tuple[int, ...], ...]:
         """Return the random blocks of each of `rows` blocks."""
@@ -149,15 +149,15 @@ def _table(sparse: Sparse, rows: int, spans: int) -> tuple[tuple[int, ...], ...]
 
 @lru_cache(maxsize=64)
 def _pairs(sparse: Sparse, length: int) -> int:
-    found = 0
+    total = 0
     for block, far in enumerate(_table(sparse, -(-length // sparse.size), 1)):
         queries = min(sparse.size, length - block * sparse.size)
         stretch = block % sparse.local if sparse.kind == "fixed" else sparse.local - 1
         near = min(block, stretch)
         # `fixed` sees the last block of the stretch before, though that may be a neighbour.
         lists = len(far) + (sparse.kind == "fixed" and _is_near(sparse, block))
-        found += queries * (near + lists) * sparse.size + sum_to(queries)
-    return found
+        total += queries * (near + lists) * sparse.size + sum_to(queries)
+    return total
 
 
 def _is_near(sparse: Sparse, block: int) -> bool:

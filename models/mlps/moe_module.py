@@ -113,11 +113,11 @@ class MixtureOfExperts(nn.Module):
         if same is None:
             y_ND, routing = self._routed(x_ND, real_N, [group] if group else [])
         else:
-            own = same.share(len(x_ND))
+            part = same.share(len(x_ND))
             among = [group, same] if group else [same]
-            own_real_N = None if real_N is None else real_N[own]
-            y_ND, routing = self._routed(x_ND[own], own_real_N, among)
-            y_ND = F.pad(y_ND, (0, 0, own.start, len(x_ND) - own.stop))
+            part_real_N = None if real_N is None else real_N[part]
+            y_ND, routing = self._routed(x_ND[part], part_real_N, among)
+            y_ND = F.pad(y_ND, (0, 0, part.start, len(x_ND) - part.stop))
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         if same is not None:

@@ -46,9 +46,9 @@ def own_part(weight: nn.Parameter, group: ExpertGroup) -> nn.Parameter:
     """Return this rank's experts of a tensor of all experts, (E, ...) -> (E / n, ...)."""
     experts = len(weight) // group.size
     first = group.rank * experts
-    found = nn.Parameter(weight.detach()[first : first + experts].clone())
-    found.whole = Whole(tuple(weight.shape), group.rank, group.size)  # type: ignore[attr-defined]
-    return found
+    part = nn.Parameter(weight.detach()[first : first + experts].clone())
+    part.whole = Whole(tuple(weight.shape), group.rank, group.size)  # type: ignore[attr-defined]
+    return part
 
 
 @torch._disable_dynamo  # imports no compiler before it is called; see tensor.py
@@ -83,8 +83,8 @@ def _route(
         both = torch.stack([counts_E, arriving_E]).view(2, n, -1).sum(-1)
         sends, gets = both.tolist()  # the one wait
     arriving_PE = arriving_E.view(n, -1)  # rows by rank, and by expert here
-    own = torch.arange(arriving_PE.shape[1], device=rows_MD.device).repeat(n)
-    expert_R = own.repeat_interleave(arriving_E, output_size=sum(gets))
+    number = torch.arange(arriving_PE.shape[1], device=rows_MD.device).repeat(n)
+    expert_R = number.repeat_interleave(arriving_E, output_size=sum(gets))
     order_R = expert_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)

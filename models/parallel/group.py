@@ -25,5 +25,5 @@ class Group:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over the group, the same bits on all its ranks. Has no gradient."""
         # A functional collective, because a compiler can follow it.
-        found = collectives.all_reduce(x.contiguous(), "sum", self.name)  # type: ignore[arg-type]
-        return collectives.wait_tensor(found)
+        total = collectives.all_reduce(x.contiguous(), "sum", self.name)  # type: ignore[arg-type]
+        return collectives.wait_tensor(total)

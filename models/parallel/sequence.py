@@ -19,7 +19,7 @@ from forescale.models.part import copies
 class SequenceGroup(Group):
     """The ranks that divide a row."""
 
-    def own(self, x: Tensor) -> Tensor:
+    def columns(self, x: Tensor) -> Tensor:
         """Return this rank's columns of rows: (..., L) -> (..., L/n)."""
         return x.chunk(self.size, -1)[self.rank]
 
@@ -43,12 +43,12 @@ class SequenceGroup(Group):
         sent_BLNHK = torch.cat([x.unflatten(2, (n, -1)) for x in parts], 3)
         got_NBLHK = self._exchanged(sent_BLNHK.movedim(2, 0))  # of each rank, its columns
         whole_BLHK = got_NBLHK.movedim(0, 1).flatten(1, 2)
-        own, own_kv = heads // n, kv_heads * each // n
-        y_BLHK = attend(*whole_BLHK.split([own, own_kv, own_kv], 2))
+        queries, keys = heads // n, kv_heads * each // n
+        y_BLHK = attend(*whole_BLHK.split([queries, keys, keys], 2))
         back_NBLHK = self._exchanged(y_BLHK.unflatten(1, (n, -1)).movedim(1, 0))
         return back_NBLHK.movedim(0, 2).flatten(2, 3)  # of each rank, its heads
 
     def _exchanged(self, x_N: Tensor) -> Tensor:
         """Send the i-th of n parts to the i-th rank; return what the ranks sent, in their order."""
-        found = collectives.all_to_all_single(x_N.contiguous(), None, None, self.name)  # type: ignore[arg-type]
-        return collectives.wait_tensor(found)
+        received = collectives.all_to_all_single(x_N.contiguous(), None, None, self.name)  # type: ignore[arg-type]
+        return collectives.wait_tensor(received)

@@ -27,8 +27,8 @@ class TensorGroup(Group):
     def joined(self, x: Tensor) -> Tensor:
         """Return the last dimension of all ranks, side by side: (..., N / n) -> (..., N). Has no
         gradient."""
-        found = collectives.all_gather_tensor(x.contiguous(), x.dim() - 1, self.name)  # type: ignore[arg-type]
-        return collectives.wait_tensor(found)
+        gathered = collectives.all_gather_tensor(x.contiguous(), x.dim() - 1, self.name)  # type: ignore[arg-type]
+        return collectives.wait_tensor(gathered)
 
     # A compiled graph can't exchange the state of a generator. torch.compiler.disable would import
     # the whole compiler here, a second of every process; torch's own name for it does when called.

@@ -32,5 +32,5 @@ class Whole(NamedTuple):
 def whole_of(param: Any) -> Whole:
     """Return the parameter of which this one is a part: itself, unless ranks divide it. Its shape
     is full, even if ZeRO-3 has partitioned it."""
-    own = getattr(param, "whole", None)
-    return own or Whole(tuple(getattr(param, "ds_shape", param.shape)))
+    whole = getattr(param, "whole", None)
+    return whole or Whole(tuple(getattr(param, "ds_shape", param.shape)))

@@ -18,9 +18,9 @@ def slopes(num_heads: int) -> list[float]:
     the authors' code (get_slopes of attention_with_linear_biases).
     """
     below = 2 ** math.floor(math.log2(num_heads))
-    found = [2 ** (-8 * i / below) for i in range(1, below + 1)]
+    powers = [2 ** (-8 * i / below) for i in range(1, below + 1)]
     between = [2 ** (-4 * i / below) for i in range(1, 2 * below, 2)]
-    return found + between[: num_heads - below]
+    return powers + between[: num_heads - below]
 
 
 def biased_mask(
@@ -33,7 +33,7 @@ def biased_mask(
 ) -> Tensor:
     """Return what is added to the scores: -slope * distance for a visible key, else -inf.
 
-    Args: positions (S,) or (B, S); seen (B, 1, L, S), True for a visible key, with positions
+    Args: positions (S,) or (B, S); visible (B, 1, L, S), True for a visible key, with positions
     (B, S); None: all keys up to the query; num_queries: L, the last of the S columns; None: all of
     them; heads: those wanted, H of num_heads. Returns (1, H, L, S) or (B, H, L, S) in `dtype`,
     which is kept until the backward pass ends: H times as much as masks.additive_mask, and without
@@ -46,5 +46,5 @@ def biased_mask(
     )
     slopes_H11 = torch.tensor(slopes(num_heads)[heads], device=positions.device)[:, None, None]
     bias_BHLS = (-slopes_H11 * distance_B1LS).to(dtype)
-    seen = distance_B1LS >= 0 if seen_B1LS is None else seen_B1LS
-    return bias_BHLS.masked_fill(~seen, -torch.inf)
+    visible = distance_B1LS >= 0 if seen_B1LS is None else seen_B1LS
+    return bias_BHLS.masked_fill(~visible, -torch.inf)

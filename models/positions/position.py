@@ -53,10 +53,10 @@ def rotation(
 ) -> Rotation:
     """Return the rotation at each position: (...) -> cos, sin, each (..., 1, R/2), fp32, where R is
     config.rotary_width. constants: where decoding keeps the frequencies from token to token."""
-    kept = {} if constants is None else constants
-    if "frequencies" not in kept:
-        kept["frequencies"] = frequencies(config, positions.device)
-    by, length = kept["frequencies"]
+    cached = {} if constants is None else constants
+    if "frequencies" not in cached:
+        cached["frequencies"] = frequencies(config, positions.device)
+    by, length = cached["frequencies"]
     angles = (positions[..., None].float() * by)[..., None, :]
     turn = angles.cos(), angles.sin()
     return turn if length == 1 else (turn[0] * length, turn[1] * length)

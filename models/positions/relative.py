@@ -25,15 +25,15 @@ def buckets(ahead: Tensor, count: int, longest: int, causal: bool) -> Tensor:
     on all share the last bucket. Causal: keys ahead, which nobody sees, have bucket 0; otherwise
     the second half of the buckets is theirs.
     """
-    found = torch.zeros_like(ahead)
+    first = torch.zeros_like(ahead)
     if not causal:
         count //= 2
-        found = (ahead > 0).long() * count
+        first = (ahead > 0).long() * count
     distance = (-ahead).clamp(min=0) if causal else ahead.abs()
     single = count // 2
     share = (distance.clamp(min=1).float() / single).log() / math.log(longest / single)
     far = (single + (share * (count - single)).long()).clamp(max=count - 1)
-    return found + torch.where(distance < single, distance, far)
+    return first + torch.where(distance < single, distance, far)
 
 
 class RelativePosition(nn.Module):
