@@ -15,37 +15,37 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Return the bytes of all storages that autograd keeps after a forward pass, beside the
     weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), looked_up() as also:
         total = forward()
     for value in (v.val for mode in also for v in tree_leaves(mode.storage) if hasattr(v, "val")):
         if isinstance(value, Tensor):
-            kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
-    found = sum(storage.nbytes() for storage in kept.values())
+            saved[value.untyped_storage().data_ptr()] = value.untyped_storage()
+    got = sum(storage.nbytes() for storage in saved.values())
     assert total.requires_grad  # the graph was alive until now
-    return found
+    return got
 
 
 @contextmanager
 def looked_up() -> Iterator[list]:
     """Collect the modes in which selective checkpointing makes blocks again: each holds the results
     that are looked up instead of computed, which no hook of autograd sees."""
-    found, usual = [], block.contexts
+    got, usual = [], block.contexts
 
     def contexts(drops: bool):
         both = usual(drops)
-        found.append(both[1])
+        got.append(both[1])
         return both
 
     with patch.object(block, "contexts", contexts):
-        yield found
+        yield got
 
 
 def assert_one_graph(
@@ -60,6 +60,6 @@ def assert_one_graph(
     parameters = list(model.parameters())
     expected = torch.autograd.grad(total(model), parameters)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(total(compiled), parameters)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    got = torch.autograd.grad(total(compiled), parameters)
+    for local, peer in zip(got, expected, strict=True):
+        torch.testing.assert_close(local, peer, rtol=tolerance, atol=tolerance)

@@ -38,7 +38,7 @@ VARIANTS = [
 RANK = 3
 
 
-def made(config, *targets, stage=1, rank=RANK):
+def built(config, *targets, stage=1, rank=RANK):
     lora = LoraConfig(rank, targets=list(targets))
     train, engine = SimpleNamespace(seed=1, init_seed=None), SimpleNamespace(stage=stage)
     job = SimpleNamespace(lora=lora, train=train, engine=engine)
@@ -50,11 +50,11 @@ def made(config, *targets, stage=1, rank=RANK):
 @pytest.mark.parametrize("config", VARIANTS, ids=["biases", "experts", "mixers", "encoder"])
 @pytest.mark.parametrize("targets", [(), ("query", "mlp.up")], ids=["all", "some"])
 def test_parameters_are_those_of_the_model_in_its_order(config, targets):
-    found = {stored_name(n): p for n, p in made(config, *targets).named_parameters()}
-    shapes = {name: tuple(p.shape) for name, p in found.items()}
+    got = {stored_name(n): p for n, p in built(config, *targets).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in got.items()}
     assert list(with_adapters(config, RANK, targets).items()) == list(shapes.items())
-    trained = {name: p for name, p in found.items() if p.requires_grad}
-    assert trained.keys() == {name for name in found if is_adapter(name)}
+    trained = {name: p for name, p in got.items() if p.requires_grad}
+    assert trained.keys() == {name for name in got if is_adapter(name)}
     assert sum(p.numel() for p in trained.values()) == num_adapters(config, RANK, targets)
 
 
@@ -70,10 +70,10 @@ def test_targets_are_named_by_a_whole_name_a_last_part_or_a_part_of_the_block():
 def counted(config, length, *targets, kernel=SDPBackend.MATH):
     """Forward and backward FLOPs of a token as torch counts them, with a gradient of the first
     block's input."""
-    model, tokens = made(config, *targets, stage=3), torch.randint(0, 70, (2, length))
+    model, tokens = built(config, *targets, stage=3), torch.randint(0, 70, (2, length))
     with sdpa_kernel(kernel), FlopCounterMode(display=False) as counter:
-        found = model(tokens, tokens)
-        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        got = model(tokens, tokens)
+        losses, penalty = got if isinstance(got, tuple) else (got, 0.0)
         (losses.sum() + penalty).backward()
     return counter.get_total_flops() / tokens.numel()
 
@@ -83,7 +83,7 @@ def test_flops_are_those_that_torch_counts(config):
     """Where the first block's input has a gradient, as at stage 3."""
     length = 16
     assert counted(config, length) == flops_with_adapters(config, length, RANK, [])
-    model = made(config).eval()
+    model = built(config).eval()
     tokens, kernel = torch.randint(0, 70, (2, length)), sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), kernel, FlopCounterMode(display=False) as counter:
         model(tokens)
@@ -123,16 +123,16 @@ def test_they_begin_with_the_model_as_it_was_and_depend_on_the_seed_alone():
     torch.manual_seed(0)
     plain = Transformer(BASE)
     torch.manual_seed(0)
-    model = made(BASE)
+    model = built(BASE)
     tokens = torch.randint(0, 70, (2, 16))
     assert torch.equal(model(tokens), plain(tokens))
     from forescale.models.init import Undrawn
 
     with Undrawn():
-        other = made(BASE)
+        other = built(BASE)
     mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    theirs = dict(other.named_parameters())
-    assert all(torch.equal(p, theirs[n]) for n, p in mine.items())
+    peer = dict(other.named_parameters())
+    assert all(torch.equal(p, peer[n]) for n, p in mine.items())
     downs = [p for n, p in mine.items() if ".lora_A." in n]
     assert all(0.5 < p.abs().max() * p.shape[1] ** 0.5 <= 1 for p in downs)
     assert not torch.equal(downs[0], downs[1])

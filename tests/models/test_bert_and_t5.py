@@ -41,12 +41,12 @@ def tokens(rows: int, length: int) -> Tensor:
     return torch.randint(1, V, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-def compared(ours: Transformer, theirs, names: dict[str, str], factors: dict[str, float]) -> None:
+def compared(local: Transformer, peer, names: dict[str, str], factors: dict[str, float]) -> None:
     """Compare gradients, ours -> theirs; a factor of ours is what our weight was multiplied by."""
-    found = dict(theirs.named_parameters())
-    for name, p in ours.named_parameters():
+    actual = dict(peer.named_parameters())
+    for name, p in local.named_parameters():
         assert p.grad is not None, name
-        other, by = found[names[name]].grad, factors.get(name, 1.0)
+        other, by = actual[names[name]].grad, factors.get(name, 1.0)
         torch.testing.assert_close(p.grad * by, other, rtol=1e-3, atol=1e-5)
 
 
@@ -84,8 +84,8 @@ def in_bert(name: str) -> str:
 def test_bert_s_logits_and_gradients():
     """Of the head for masked tokens. Its first segment's vector is a part of our positions."""
     transformers = pytest.importorskip("transformers")
-    ours = scrambled(BERT)
-    theirs = transformers.BertForMaskedLM(
+    local = scrambled(BERT)
+    peer = transformers.BertForMaskedLM(
         transformers.BertConfig(
             vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=48, hidden_act="gelu", max_position_embeddings=L,
@@ -94,34 +94,34 @@ def test_bert_s_logits_and_gradients():
         )
     ).eval()  # fmt: skip
     segment = torch.randn(32) * 0.3
-    state = {in_bert(name): p.clone() for name, p in ours.state_dict().items()}
+    state = {in_bert(name): p.clone() for name, p in local.state_dict().items()}
     state["bert.embeddings.position_embeddings.weight"] -= segment
     state["bert.embeddings.token_type_embeddings.weight"] = torch.stack([segment, segment * 2])
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    missing, unexpected = peer.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(name.startswith("cls.predictions.decoder.") for name in missing)  # tied
     x, real = tokens(2, L), torch.ones(2, L, dtype=torch.bool)
     real[1, 14:] = False
-    got, expected = ours(x, padding_mask_BL=real), theirs(x, attention_mask=real.long()).logits
+    got, expected = local(x, padding_mask_BL=real), peer(x, attention_mask=real.long()).logits
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
     got[real].square().mean().backward()
     expected[real].square().mean().backward()
-    compared(ours, theirs, {name: in_bert(name) for name, _ in ours.named_parameters()}, {})
+    compared(local, peer, {name: in_bert(name) for name, _ in local.named_parameters()}, {})
 
 
 @pytest.mark.parametrize("chunk", [0, 7])
 def test_the_loss_is_that_of_the_logits_with_their_bias(chunk):
-    ours, x = scrambled(changed(BERT, loss_chunk=chunk, z_loss=0.1)), tokens(2, L)
+    local, x = scrambled(changed(BERT, loss_chunk=chunk, z_loss=0.1)), tokens(2, L)
     targets = x.roll(1, 1).masked_fill(x < 9, -100)
-    logits = ours(x)
+    logits = local(x)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     penalty = 0.1 * (logits.logsumexp(-1).square() * (targets != -100)).sum()
-    losses, found = ours(x, targets)
+    losses, actual = local(x, targets)
     torch.testing.assert_close(losses.sum(), expected)
-    torch.testing.assert_close(found, penalty)
-    parameters = list(ours.parameters())
-    wanted = torch.autograd.grad(expected + penalty, parameters)
-    for a, b in zip(torch.autograd.grad(losses.sum() + found, parameters), wanted, strict=True):
+    torch.testing.assert_close(actual, penalty)
+    parameters = list(local.parameters())
+    target = torch.autograd.grad(expected + penalty, parameters)
+    for a, b in zip(torch.autograd.grad(losses.sum() + actual, parameters), target, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -154,14 +154,14 @@ def in_t5(name: str) -> str:
     return f"{at}.{module}.{T5_INNER[leaf.removesuffix('.weight')]}.weight"
 
 
-def in_transformers(ours: Transformer):
+def in_transformers(local: Transformer):
     """T5 with our weights, the names of its parameters by ours, and the factors of `compared`.
 
     It divides no scores by the root of a head's width, and logits by the root of the width: our
     queries and our last norm take these factors.
     """
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.T5ForConditionalGeneration(
+    peer = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2,
             num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=12,
@@ -169,42 +169,42 @@ def in_transformers(ours: Transformer):
             decoder_start_token_id=0,
         )
     ).eval()  # fmt: skip
-    names = {name: in_t5(name) for name, _ in ours.named_parameters()}
+    names = {name: in_t5(name) for name, _ in local.named_parameters()}
     factors = {name: 8**0.5 for name in names if name.endswith("query.weight")}
     factors["norm.weight"] = 32**-0.5
-    state = {names[name]: p / factors.get(name, 1.0) for name, p in ours.state_dict().items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    state = {names[name]: p / factors.get(name, 1.0) for name, p in local.state_dict().items()}
+    missing, unexpected = peer.load_state_dict(state, strict=False)
     assert not unexpected
     tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
     assert set(missing) <= tied
-    return theirs, names, factors
+    return peer, names, factors
 
 
 def test_t5_s_logits_and_gradients():
-    ours = scrambled(T5)
-    theirs, names, factors = in_transformers(ours)
+    local = scrambled(T5)
+    peer, names, factors = in_transformers(local)
     x, real = tokens(2, S + T), torch.ones(2, S, dtype=torch.long)
     real[1, 15:] = 0
     whole = torch.cat([real.bool(), torch.ones(2, T, dtype=torch.bool)], 1)
-    expected = theirs(x[:, :S], attention_mask=real, decoder_input_ids=x[:, S:]).logits
-    got = ours(x, padding_mask_BL=whole)
+    expected = peer(x[:, :S], attention_mask=real, decoder_input_ids=x[:, S:]).logits
+    got = local(x, padding_mask_BL=whole)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     got.square().mean().backward()
     expected.square().mean().backward()
-    compared(ours, theirs, names, factors)
+    compared(local, peer, names, factors)
 
 
 def test_t5_writes_the_same():
     """Its most likely tokens, for sources of different lengths, longer than in training."""
-    ours = scrambled(T5)
-    theirs, *_ = in_transformers(ours)
+    local = scrambled(T5)
+    peer, *_ = in_transformers(local)
     x, real = tokens(3, S + 5), torch.ones(3, S + 5, dtype=torch.long)
     real[1, 15:] = real[2, 4:] = 0
     how = dict(max_new_tokens=25, do_sample=False, eos_token_id=None)
-    expected = theirs.generate(x, attention_mask=real, **how)
+    expected = peer.generate(x, attention_mask=real, **how)
     start = torch.zeros(3, 1, dtype=torch.long)
     how = dict(sampler=Sampler(temperature=0), source_BS=x, source_mask_BS=real)
-    assert torch.equal(generate(ours, start, 25, **how), expected)
+    assert torch.equal(generate(local, start, 25, **how), expected)
     assert len({tuple(row) for row in expected.tolist()}) == 3
     assert expected.unique().numel() > 4
 

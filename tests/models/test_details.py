@@ -26,7 +26,7 @@ def test_a_gate_and_partial_rotation_equal_those_of_qwen3_next():
     """Its attention with our weights: query and gate are one matrix, head by head."""
     module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     config = changed(BASE, mixer__gate="channel", position__fraction=0.25).resolved()
-    theirs = module.Qwen3NextAttention(
+    peer = module.Qwen3NextAttention(
         module.Qwen3NextConfig(
             hidden_size=64,
             num_attention_heads=4,
@@ -37,31 +37,31 @@ def test_a_gate_and_partial_rotation_equal_those_of_qwen3_next():
         ),
         0,
     )
-    ours = config.mixer.build(config)
-    both = torch.stack([m.weight.view(4, 16, 64) for m in (ours.query, ours.gate)], 1)
-    state = {"q_proj": both.reshape(128, 64), "k_proj": ours.key.weight}
-    state |= {"v_proj": ours.value.weight, "o_proj": ours.output.weight}
+    local = config.mixer.build(config)
+    both = torch.stack([m.weight.view(4, 16, 64) for m in (local.query, local.gate)], 1)
+    state = {"q_proj": both.reshape(128, 64), "k_proj": local.key.weight}
+    state |= {"v_proj": local.value.weight, "o_proj": local.output.weight}
     state |= {"q_norm": torch.zeros(16), "k_norm": torch.zeros(16)}  # it stores a gain less 1
-    theirs.load_state_dict({f"{name}.weight": weight for name, weight in state.items()})
+    peer.load_state_dict({f"{name}.weight": weight for name, weight in state.items()})
     x_BLD = torch.randn(2, 12, 64)
     cos, sin = rotation(torch.arange(12), config)
     angles = [torch.cat([turn, turn], -1)[:, 0][None] for turn in (cos, sin)]
     mask = torch.full((12, 12), -torch.inf).triu(1)[None, None]
-    expected, _ = theirs(x_BLD, tuple(angles), mask)
-    found = ours(x_BLD, Context((cos, sin)))
+    expected, _ = peer(x_BLD, tuple(angles), mask)
+    got = local(x_BLD, Context((cos, sin)))
     assert cos.shape[-1] == 2, "a quarter of 16 turns, in 2 pairs"
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gate_of_a_head_multiplies_all_of_its_channels():
     config = changed(BASE, mixer__gate="head").resolved()
-    ours = config.mixer.build(config)
+    local = config.mixer.build(config)
     x_BLD = torch.randn(2, 12, 64)
     with torch.no_grad():
-        ours.output.weight.copy_(torch.eye(64))
-        gated, gate_BLH = ours(x_BLD, Context()), ours.gate(x_BLD).sigmoid()
-        ours.gate = None
-        plain = ours(x_BLD, Context())
+        local.output.weight.copy_(torch.eye(64))
+        gated, gate_BLH = local(x_BLD, Context()), local.gate(x_BLD).sigmoid()
+        local.gate = None
+        plain = local(x_BLD, Context())
     expected = plain.view(2, 12, 4, 16) * gate_BLH[..., None]
     torch.testing.assert_close(gated.view(2, 12, 4, 16), expected)
 
@@ -95,15 +95,15 @@ def test_later_layers_attend_to_values_mixed_with_those_of_the_first(checkpointi
         y_BLD = torch.einsum("bhls,bshk->blhk", shares, v_BLHK).flatten(2)
         x_BLD = x_BLD + mixer.output(y_BLD)
         x_BLD = x_BLD + block.mlp(block.mlp_norm(x_BLD))
-    expected, found = model.head(model.norm(x_BLD)), model(tokens, documents_BL=documents)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected, got = model.head(model.norm(x_BLD)), model(tokens, documents_BL=documents)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     parameters = list(model.parameters())
-    for ours, theirs in zip(
-        torch.autograd.grad(found.square().sum(), parameters),
+    for local, peer in zip(
+        torch.autograd.grad(got.square().sum(), parameters),
         torch.autograd.grad(expected.square().sum(), parameters),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
 
 
 def test_logits_stay_within_the_cap():
@@ -129,7 +129,7 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "field", "said"),
+    ("wrong", "field", "text"),
     [
         (dict(norm__placement="after"), "norm.placement", "unknown value"),
         (dict(position__fraction=0.3), "position.fraction", "even"),
@@ -169,10 +169,10 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         ),
     ],
 )
-def test_nonsense_has_its_sentence(wrong, field, said):
+def test_nonsense_has_its_sentence(wrong, field, text):
     ((name, problem, _),) = changed(BASE, **wrong).problems()
     assert name == field
-    assert said in problem
+    assert text in problem
 
 
 def test_a_fraction_of_a_head_need_not_be_exact_in_binary():

@@ -56,9 +56,9 @@ def test_a_document_never_changes_another(variant):
             )
             for row in (x, other)
         )
-        for ours, theirs in zip(before, after, strict=True):
-            assert torch.equal(ours, theirs)
-            assert ours.abs().max() > 0
+        for local, peer in zip(before, after, strict=True):
+            assert torch.equal(local, peer)
+            assert local.abs().max() > 0
 
 
 @pytest.mark.parametrize("variant", SOME, ids=named)
@@ -89,9 +89,9 @@ def test_each_document_is_as_if_alone(variant):
         logits = model(row, padding_mask_BL=padding, documents_BL=of)
         real = logits[0] if padding is None else logits[padding.bool()]
         torch.testing.assert_close(real, expected, rtol=1e-5, atol=1e-5)
-        found = gradients(model, model(row, targets, padding, of))
-        for ours, theirs in zip(found, expected_gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        got = gradients(model, model(row, targets, padding, of))
+        for local, peer in zip(got, expected_gradients, strict=True):
+            torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -107,8 +107,8 @@ def test_rows_have_documents_of_their_own():
     documents = torch.cat((numbers(), numbers((9, 3))))
     logits = model(x, documents_BL=documents)
     for row in range(2):
-        own = slice(row, row + 1)
-        torch.testing.assert_close(logits[own], model(x[own], documents_BL=documents[own]))
+        part = slice(row, row + 1)
+        torch.testing.assert_close(logits[part], model(x[part], documents_BL=documents[part]))
 
 
 def test_what_is_seen_and_where_tokens_stand():
@@ -127,9 +127,9 @@ def test_what_is_seen_and_where_tokens_stand():
     mask = torch.tensor([[0, 1, 1, 0, 1, 1]])
     real = positions_of(6, documents.device, mask, starts)[mask.bool()]
     assert real.tolist() == [0, 0, 0, 1]
-    seen = visible_keys(mask, starts)[0, 0].int()
-    assert seen[5].tolist() == [0, 0, 0, 0, 1, 1]
-    assert seen.diagonal().tolist() == [1] * 6
+    visible = visible_keys(mask, starts)[0, 0].int()
+    assert visible[5].tolist() == [0, 0, 0, 0, 1, 1]
+    assert visible.diagonal().tolist() == [1] * 6
 
 
 def test_a_document_longer_than_a_kernel_s_block_stays_apart():
@@ -166,11 +166,11 @@ def test_activation_checkpointing_changes_no_gradient():
     plain, x = Transformer(replace(SMALL, dropout=0.2)), tokens(3, L)
     checkpointed = Transformer(replace(SMALL, dropout=0.2, activation_checkpointing="full"))
     checkpointed.load_state_dict(plain.state_dict())
-    found = []
+    got = []
     for model in (plain, checkpointed):
         torch.manual_seed(1)
-        found.append(trained_once(model, model, x))
-    assert all(map(torch.equal, *found))
+        got.append(trained_once(model, model, x))
+    assert all(map(torch.equal, *got))
 
 
 @pytest.mark.slow  # compiles
@@ -187,10 +187,10 @@ def test_compiles_as_one_graph(change, backend):
     torch._dynamo.reset()
     model, x = Transformer(replace(SMALL, **change)), tokens(3, L)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for ours, theirs in zip(
+    for local, peer in zip(
         trained_once(model, compiled, x), trained_once(model, model, x), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(local, peer, rtol=1e-4, atol=1e-4)
     documents = numbers().expand(3, -1)
     other = torch.where(documents == 1, (x + 1) % V, x)
     logits, changed = (compiled(row, documents_BL=documents) for row in (x, other))
@@ -206,10 +206,10 @@ class Shapes(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        flat = made if isinstance(made, tuple | list) else [made]
+        built = func(*args, **(kwargs or {}))
+        flat = built if isinstance(built, tuple | list) else [built]
         self.seen += [t.shape for t in flat if isinstance(t, torch.Tensor)]
-        return made
+        return built
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -234,10 +234,10 @@ def test_all_in_bf16_stays_close_to_fp32(position):
     torch.manual_seed(0)
     model, x = Transformer(replace(SMALL, position=position)), tokens(3, L)
     expected = trained_once(model, model, x)[0]
-    losses, *found = trained_once(model.bfloat16(), model, x)
+    losses, *got = trained_once(model.bfloat16(), model, x)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
-    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in found)
+    assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in got)
     logits = model(x, documents_BL=numbers().expand(3, -1))
     other = torch.where(numbers() == 0, (x + 1) % V, x)
     changed = model(other, documents_BL=numbers().expand(3, -1))

@@ -34,9 +34,9 @@ CONFIGS = {
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def build(config, **more):
+def build(config, **keys):
     torch.manual_seed(0)
-    return Transformer(changed(config, **more)).eval()
+    return Transformer(changed(config, **keys)).eval()
 
 
 def tokens(rows, length=L):
@@ -82,9 +82,9 @@ def test_a_document_is_computed_as_if_it_were_alone(config, pad):
     together = model(padded, padding_mask_BL=real if pad else None, documents_BL=same)[:, :L]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     expected = torch.autograd.grad(alone.square().sum(), list(model.parameters()))
-    found = torch.autograd.grad(together.square().sum(), list(model.parameters()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    actual = torch.autograd.grad(together.square().sum(), list(model.parameters()))
+    for local, peer in zip(actual, expected, strict=True):
+        torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
 
 
 @each
@@ -103,9 +103,9 @@ def test_activations_are_what_autograd_keeps(masked):
     L = config.max_sequence_length
     model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
     real = torch.arange(L).expand(2, L) < torch.tensor([[L], [9]])
-    found = kept_bytes(model, lambda: model(x, x, padding_mask_BL=real if masked else None).sum())
+    actual = kept_bytes(model, lambda: model(x, x, padding_mask_BL=real if masked else None).sum())
     estimate = activations(config, 2, L, 4, masked, fused_norms=False).saved
-    assert found == pytest.approx(estimate, rel=0.03)
+    assert actual == pytest.approx(estimate, rel=0.03)
 
 
 def scrambled(config):
@@ -141,59 +141,59 @@ def in_siglip(name):
     return f"encoder.layers.{layer}.{SIGLIP[inner]}.{leaf}"
 
 
-def siglip(ours):
+def siglip(local):
     """The same weights in the text encoder of SigLIP: pre-norm, with learned positions, biases and
     tanh's GELU, as our `learned`. (BERT itself is post-norm.)"""
     transformers = pytest.importorskip("transformers")
-    c = ours.config
+    c = local.config
     config = transformers.SiglipTextConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, layer_norm_eps=c.norm.eps,
         max_position_embeddings=c.max_sequence_length, hidden_act="gelu_pytorch_tanh",
         attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    theirs = transformers.SiglipTextModel(config).eval()
-    inner = getattr(theirs, "text_model", theirs)
-    state = {in_siglip(n): p for n, p in ours.state_dict().items() if not n.startswith("head.")}
+    peer = transformers.SiglipTextModel(config).eval()
+    inner = getattr(peer, "text_model", peer)
+    state = {in_siglip(n): p for n, p in local.state_dict().items() if not n.startswith("head.")}
     missing, unexpected = inner.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(name.startswith("head.") for name in missing)  # of its pooled output
-    return theirs
+    return peer
 
 
 def test_hidden_states_and_gradients_equal_siglip_s_text_encoder():
-    ours = scrambled(LEARNED)
-    theirs = siglip(ours)
+    local = scrambled(LEARNED)
+    peer = siglip(local)
     x, real = tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
     real[1, 14:] = False
-    got = ours._hidden(x, real, None, None, None).hidden
-    expected = theirs(x, attention_mask=real.long()).last_hidden_state
+    got = local._hidden(x, real, None, None, None).hidden
+    expected = peer(x, attention_mask=real.long()).last_hidden_state
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
     got[real].square().sum().backward()
     expected[real].square().sum().backward()
-    found = dict(getattr(theirs, "text_model", theirs).named_parameters())
-    for name, parameter in ours.named_parameters():
+    actual = dict(getattr(peer, "text_model", peer).named_parameters())
+    for name, parameter in local.named_parameters():
         if not name.startswith("head."):
-            other = found[in_siglip(name)].grad
+            other = actual[in_siglip(name)].grad
             torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-3)
 
 
 def test_logits_equal_a_llama_that_is_shown_the_whole_square():
     """Rotary positions, grouped queries and SwiGLU: Llama's weights under a mask of both sides."""
     transformers = pytest.importorskip("transformers")
-    ours = scrambled(changed(SMALL, mixer__qk_norm="none"))
-    causal = changed(ours.config, causal=True)
-    hf_config, state = to_hf(causal, ours.state_dict())
+    local = scrambled(changed(SMALL, mixer__qk_norm="none"))
+    causal = changed(local.config, causal=True)
+    hf_config, state = to_hf(causal, local.state_dict())
     settings = {k: v for k, v in hf_config.items() if k not in ("architectures", "model_type")}
     config = transformers.LlamaConfig(**settings, attn_implementation="eager")
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.load_state_dict(dict(state))
+    peer = transformers.LlamaForCausalLM(config).eval()
+    peer.load_state_dict(dict(state))
     x = tokens(2, 20)
     real = torch.arange(20).expand(2, 20) < torch.tensor([[20], [13]])
-    shown = torch.zeros(2, 1, 20, 20).masked_fill(~real[:, None, None, :], -1e30)
+    labels = torch.zeros(2, 1, 20, 20).masked_fill(~real[:, None, None, :], -1e30)
     with torch.no_grad():
-        expected = theirs(x, attention_mask=shown).logits
-        got = ours(x, padding_mask_BL=real)
+        expected = peer(x, attention_mask=labels).logits
+        got = local(x, padding_mask_BL=real)
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
 
 

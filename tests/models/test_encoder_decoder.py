@@ -46,9 +46,9 @@ DECODED = CONFIGS | {
 decoding = pytest.mark.parametrize("config", DECODED.values(), ids=DECODED)
 
 
-def build(config, **more):
+def build(config, **keys):
     torch.manual_seed(0)
-    return Transformer(changed(config, **more)).eval()
+    return Transformer(changed(config, **keys)).eval()
 
 
 def tokens(rows):
@@ -64,9 +64,9 @@ def test_the_decoder_sees_the_whole_source_and_no_later_target(config):
     difference = (model(changed) - model(x)).abs().amax(-1)
     assert difference.shape == (S + T, T)
     assert (difference[:S] > 1e-4).all(), "every output depends on every token of the source"
-    seen = torch.ones(T, T, dtype=torch.bool).triu()  # input t changes output t and later ones
-    assert (difference[S:][seen] > 1e-4).all()
-    assert (difference[S:][~seen] < 1e-5).all()
+    visible = torch.ones(T, T, dtype=torch.bool).triu()  # input t changes output t and later ones
+    assert (difference[S:][visible] > 1e-4).all()
+    assert (difference[S:][~visible] < 1e-5).all()
 
 
 @torch.no_grad()
@@ -94,12 +94,12 @@ def test_reading_the_target_in_pieces_with_a_cache_equals_reading_the_row(config
     model, x = build(config), tokens(3)
     real = torch.ones(3, S + T, dtype=torch.bool)
     real[1, :4] = real[2, :1] = False
-    whole, found = model(x, padding_mask_BL=real), []
+    whole, actual = model(x, padding_mask_BL=real), []
     cache = model.encode(x[:, :S], real[:, :S])
     for piece in x[:, S:].split(pieces, 1):
-        found.append(model(piece, cache=cache))
+        actual.append(model(piece, cache=cache))
         cache.source.fill_(torch.nan)
-    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(actual, 1), whole, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -213,12 +213,12 @@ def in_pegasus(name, encoder_layers):
 def test_logits_and_gradients_equal_pegasus():
     """Pre-norm with final norms, as ours; its sinusoids are a table, which takes our positions."""
     transformers = pytest.importorskip("transformers")
-    ours = build(LEARNED)
+    local = build(LEARNED)
     with torch.no_grad():  # no weight at a special value, so that a swapped one shows
-        for p in ours.parameters():
+        for p in local.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    c = ours.config
-    theirs = transformers.PegasusForConditionalGeneration(
+    c = local.config
+    peer = transformers.PegasusForConditionalGeneration(
         transformers.PegasusConfig(
             vocab_size=V,
             d_model=c.width,
@@ -236,24 +236,26 @@ def test_logits_and_gradients_equal_pegasus():
             pad_token_id=0,
         )
     ).eval()
-    state = {there: p for name, p in ours.state_dict().items() for there in in_pegasus(name, 3)}
-    missing, unexpected = theirs.model.load_state_dict(state, strict=False)
+    state = {there: p for name, p in local.state_dict().items() for there in in_pegasus(name, 3)}
+    missing, unexpected = peer.model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"decoder.embed_tokens.weight"}  # tied
     x = tokens(2).clamp(min=1)  # 0 is their padding, whose embedding gets no gradient
     real = torch.ones(2, S, dtype=torch.long)
     real[1, 8:] = 0  # on the right: its positions count padding
     whole = torch.cat([real.bool(), torch.ones(2, T, dtype=torch.bool)], 1)
-    expected = theirs(x[:, :S], attention_mask=real, decoder_input_ids=x[:, S:]).logits
-    got = ours(x, padding_mask_BL=whole)
+    expected = peer(x[:, :S], attention_mask=real, decoder_input_ids=x[:, S:]).logits
+    got = local(x, padding_mask_BL=whole)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     got.square().sum().backward()
     expected.square().sum().backward()
-    found = dict(theirs.model.named_parameters())
-    for name, p in ours.named_parameters():
+    actual = dict(peer.model.named_parameters())
+    for name, p in local.named_parameters():
         if name == "position.weight":  # a buffer of theirs
             continue
-        torch.testing.assert_close(p.grad, found[in_pegasus(name, 3)[0]].grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            p.grad, actual[in_pegasus(name, 3)[0]].grad, rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -281,9 +283,9 @@ def test_a_source_that_leaves_no_column_is_refused():
 
 def test_muon_and_mup_know_all_of_its_matrices():
     config = changed(SMALL, parametrization="mup", parametrization__base_width=16)
-    found = factors(config)
-    assert set(found) == set(shapes(config))
-    assert found["blocks.3.cross.query.weight"].of == "hidden"
+    actual = factors(config)
+    assert set(actual) == set(shapes(config))
+    assert actual["blocks.3.cross.query.weight"].of == "hidden"
     with pytest.raises(ValueError, match=r"encoder_layers=0 \(not 3\)"):
         family_of(LEARNED.resolved())
     model, x = Transformer(SMALL), tokens(1)

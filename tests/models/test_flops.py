@@ -65,8 +65,8 @@ VARIANTS += [
 ]
 # Those whose outer parts differ from the others'.
 OUTER = [
-    changed(BASE, norm="layernorm", bias=True, head="dense", norm__embedding=True, **more)
-    for more in (
+    changed(BASE, norm="layernorm", bias=True, head="dense", norm__embedding=True, **options)
+    for options in (
         dict(norm__placement="residual", tie_embeddings=True, causal=False, position="learned"),
         dict(parametrization="mup", position="relative"),
     )
@@ -174,14 +174,14 @@ def test_selective_checkpointing_computes_no_kept_product_twice():
         plain = changed(BASE, loss_chunk=0, **change)
         config = changed(plain, activation_checkpointing="selective")
         x = torch.zeros(2, 16, dtype=torch.long)
-        found = []
+        got = []
         for one in (plain, config):
             model = Transformer(one)
             # Products that oneDNN fuses into an LSTM aren't counted.
             plainly = torch.backends.mkldnn.flags(enabled=False)
             with plainly, FlopCounterMode(display=False) as counter:
                 objective(model(x, x)).backward()
-            found.append(counter.get_total_flops())
+            got.append(counter.get_total_flops())
         twice = flops_recomputed(config, 16) - flops_recomputed(plain, 16)
-        assert found[1] - found[0] == twice * 32
+        assert got[1] - got[0] == twice * 32
         assert (twice > 0) == bool(again)

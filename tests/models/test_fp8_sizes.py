@@ -15,10 +15,10 @@ FP8 = ["precision=bf16", "precision.fp8=tensorwise"]
 SIZES = dict(num_layers=2, width=64, num_heads=4, mlp_width=96, vocab_size=50)
 
 
-def matrices(tensor=1, **more):
-    config = model_config(**SIZES | dict(max_sequence_length=32) | more).resolved()
-    found = fp8_matrices(config, tensor)
-    return {name.removeprefix("blocks.1."): shape for name, shape in found.items() if ".1." in name}
+def matrices(tensor=1, **keys):
+    config = model_config(**SIZES | dict(max_sequence_length=32) | keys).resolved()
+    got = fp8_matrices(config, tensor)
+    return {name.removeprefix("blocks.1."): shape for name, shape in got.items() if ".1." in name}
 
 
 def test_those_of_a_block_but_for_one_number_a_head():
@@ -68,9 +68,9 @@ def refusal(*words):
     ],
 )
 def test_what_tensor_cores_do_not_take_is_refused_with_the_key(words, says):
-    found = refusal(*words)
-    assert found.startswith("precision.fp8")
-    assert re.search(says, found), found
+    got = refusal(*words)
+    assert got.startswith("precision.fp8")
+    assert re.search(says, got), got
 
 
 def test_what_they_take_is_not():

@@ -42,39 +42,39 @@ def test_a_padded_row_equals_the_unpadded_one(variant):
 
     def gradients(*args):
         losses = model(*args)
-        found = torch.autograd.grad(losses[:1].sum(), list(model.parameters()), allow_unused=True)
-        return losses[:1], found
+        got = torch.autograd.grad(losses[:1].sum(), list(model.parameters()), allow_unused=True)
+        return losses[:1], got
 
     loss, expected_gradients = gradients(row, expected_targets)
     for side in (0, 1):
         order = [side, 1 - side, 2]
-        padded_loss, found = gradients(batch[order], targets[order], mask[order])
+        padded_loss, got = gradients(batch[order], targets[order], mask[order])
         torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-5)
-        for ours, theirs in zip(found, expected_gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        for local, peer in zip(got, expected_gradients, strict=True):
+            torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-4)
 
 
 def test_no_query_is_left_without_a_key():
     """What a kernel makes of a softmax over nothing (0 or NaN) must not matter."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
-    seen = visible_keys(mask, None)[:, 0].int().tolist()
-    assert seen[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert seen[1] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    visible = visible_keys(mask, None)[:, 0].int().tolist()
+    assert visible[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert visible[1] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
 def test_sinusoids_are_the_papers():
     """Vaswani et al. 2017, sections 3.4 and 3.5, written out."""
     model = build("sinusoidal", "rmsnorm", "gelu", "none", None)
-    seen = []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    visible = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: visible.append(args[0]))
     x = tokens(1, L)
     model(x)
     for t in range(L):
         for i in range(8):
             angle = t / 10_000 ** (2 * i / 16)
             even, odd = model.embedding.weight[x[0, t], 2 * i : 2 * i + 2] * 16**0.5
-            assert abs(seen[0][0, t, 2 * i] - even - math.sin(angle)) < 1e-5
-            assert abs(seen[0][0, t, 2 * i + 1] - odd - math.cos(angle)) < 1e-5
+            assert abs(visible[0][0, t, 2 * i] - even - math.sin(angle)) < 1e-5
+            assert abs(visible[0][0, t, 2 * i + 1] - odd - math.cos(angle)) < 1e-5
 
 
 def test_only_learned_positions_end_and_say_so():

@@ -72,8 +72,8 @@ CHANGES = [
     dict(mixer="block_sparse", mixer__block=16, mixer__local=2, mixer__pattern="bigbird"),
     dict(activation_checkpointing="full"),
     *(
-        dict(more, activation_checkpointing="selective")
-        for more in (
+        dict(keys, activation_checkpointing="selective")
+        for keys in (
             dict(),
             dict(num_kv_heads=1, mixer__qk_norm="none", mlp="gelu", bias=True),
             dict(mixer="mingru", mtp_layers=1),
@@ -163,22 +163,22 @@ def test_a_gpu_takes_more_targets_at_once_but_1_gib_of_logits(vocabulary, chunk)
     ]
     assert planned == [8 * chunk * vocabulary, 8 * 512 * vocabulary]
     assert planned[0] <= 2**30 or chunk == 512
-    given = changed(config, loss_chunk=100)
-    assert given.targets_at_once(on_gpu=True) == given.targets_at_once(on_gpu=False) == 100
+    args = changed(config, loss_chunk=100)
+    assert args.targets_at_once(on_gpu=True) == args.targets_at_once(on_gpu=False) == 100
 
 
 def test_activation_checkpointing_keeps_one_layer_and_the_inputs():
     config = model_config(depth=12, vocab_size=8, max_sequence_length=128, loss_chunk=1)
     whole = activations(config, 1, 128).total
-    kept = activations(changed(config, activation_checkpointing="full"), 1, 128).total
+    held = activations(changed(config, activation_checkpointing="full"), 1, 128).total
     inputs = 12 * 128 * 768 * 2
-    assert kept - inputs < whole / 8
+    assert held - inputs < whole / 8
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
 def test_checkpointing_keeps_the_values_of_the_first_layer_for_the_later_ones():
     plain = model_config(**SIZES[0], activation_checkpointing="full")
     mixed = changed(plain, mixer__value_residual=0.5)
-    kept = [saved(config, torch.float32) for config in (plain, mixed)]
+    held = [saved(config, torch.float32) for config in (plain, mixed)]
     counted = [activations(c, 2, 128, 4, fused_norms=False).saved for c in (plain, mixed)]
-    assert kept[1] - kept[0] == counted[1] - counted[0] == 4 * 256 * 2 * 128
+    assert held[1] - held[0] == counted[1] - counted[0] == 4 * 256 * 2 * 128

@@ -14,8 +14,8 @@ from tests.models.configs import model_config
 MUP = {"parametrization": "completep"}
 
 
-def sizes(**given):
-    c = model_config(**given).resolved(vocab_size=100, sequence_length=32)
+def sizes(**args):
+    c = model_config(**args).resolved(vocab_size=100, sequence_length=32)
     return c.num_layers, c.width, c.num_heads, c.num_kv_heads, c.mlp_width
 
 
@@ -44,15 +44,15 @@ def test_the_datas_numbers_fill_in():
     config = model_config(depth=2).resolved(vocab_size=4096, sequence_length=256)
     assert (config.vocab_size, config.max_sequence_length) == (4096, 256)
     assert config.resolved() == config
-    own = model_config(depth=2, vocab_size=5000, max_sequence_length=512)
-    assert own.resolved(4096, 256).vocab_size == 5000
-    assert own.resolved(4096, 256).max_sequence_length == 512
+    alone = model_config(depth=2, vocab_size=5000, max_sequence_length=512)
+    assert alone.resolved(4096, 256).vocab_size == 5000
+    assert alone.resolved(4096, 256).max_sequence_length == 512
     with pytest.raises(ValueError, match=r"model\.vocab_size"):
         model_config(depth=2).resolved(sequence_length=256)
 
 
 @pytest.mark.parametrize(
-    ("given", "field"),
+    ("args", "field"),
     [
         ({}, "depth"),
         ({"width": 64}, "depth"),
@@ -85,10 +85,10 @@ def test_the_datas_numbers_fill_in():
         ({"depth": 2, "max_sequence_length": 8}, "max_sequence_length"),
     ],
 )
-def test_each_problem_names_its_field(given, field):
-    config = model_config(**given)
-    found = config.problems(vocab_size=200, sequence_length=16)
-    assert [problem[0] for problem in found] == [field]
+def test_each_problem_names_its_field(args, field):
+    config = model_config(**args)
+    got = config.problems(vocab_size=200, sequence_length=16)
+    assert [problem[0] for problem in got] == [field]
     with pytest.raises(ValueError, match=rf"^model\.{field}: .*; .*\.$"):
         config.resolved(vocab_size=200, sequence_length=16)
 

@@ -22,11 +22,11 @@ X = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def test_a_model_with_them_begins_as_one_without():
-    found = []
-    for more in ({}, dict(value_embedding=1, bigram_rows=31, mixer__token_shift=True)):
+    got = []
+    for keys in ({}, dict(value_embedding=1, bigram_rows=31, mixer__token_shift=True)):
         torch.manual_seed(0)
-        found.append(Transformer(changed(BASE, **more)).eval()(X))
-    assert torch.equal(*found)
+        got.append(Transformer(changed(BASE, **keys)).eval()(X))
+    assert torch.equal(*got)
 
 
 def test_value_embeddings_are_of_every_so_manieth_layer_from_the_last():
@@ -38,11 +38,11 @@ def test_values_have_what_the_token_adds_to_them():
     mixer, x_BLD = BASE.mixer.build(BASE), torch.randn(2, 12, 32)
     added_BLD = torch.randn(2, 12, 16)
     plain = mixer(x_BLD, Context())
-    found = mixer(x_BLD, Context(token_values=added_BLD))
+    got = mixer(x_BLD, Context(token_values=added_BLD))
     # Attention averages values linearly: of zero values it averages the added ones alone.
     mixer.value.weight.data.zero_()
     alone = mixer(x_BLD, Context(token_values=added_BLD))
-    torch.testing.assert_close(found, plain + alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, plain + alone, rtol=1e-4, atol=1e-5)
     assert alone.abs().max() > 0.1
 
 
@@ -67,7 +67,7 @@ def test_queries_keys_and_values_have_a_part_of_those_before():
 
 
 @pytest.mark.parametrize(
-    ("more", "field", "message"),
+    ("keys", "field", "message"),
     [
         (dict(bigram_rows=-1), "bigram_rows", "negative"),
         (dict(value_embedding=1, mixer="mingru"), "value_embedding", "no values of attention"),
@@ -81,10 +81,10 @@ def test_queries_keys_and_values_have_a_part_of_those_before():
         (dict(mixer__token_shift=True, encoder_layers=1), "mixer.token_shift", "alone"),
     ],
 )
-def test_what_they_need_is_said(more, field, message):
-    found = [problem for name, problem, _ in changed(BASE, **more).problems() if name == field]
-    assert len(found) == 1
-    assert message in found[0]
+def test_what_they_need_is_said(keys, field, message):
+    got = [problem for name, problem, _ in changed(BASE, **keys).problems() if name == field]
+    assert len(got) == 1
+    assert message in got[0]
 
 
 def test_pairs_spread_over_the_rows_and_depend_on_both_tokens_and_their_order():

@@ -156,7 +156,7 @@ def test_a_few_steps_learn():
 class Counting(torch.nn.Module):
     """Likeliest is the last token plus one; remembers how much context it was shown."""
 
-    seen = 0
+    visible = 0
 
     def forward(self, x):
         self.seen = max(self.seen, x.shape[1])

@@ -26,11 +26,11 @@ def named(variant: tuple) -> str:
     return "-".join(map(str, variant))
 
 
-def build(position, norm, mlp, qk_norm, num_kv_heads, **more) -> Transformer:
+def build(position, norm, mlp, qk_norm, num_kv_heads, **keys) -> Transformer:
     torch.manual_seed(0)
     sizes = dict(num_layers=2, width=16, num_heads=2, mlp_width=24, vocab_size=V)
     config = model_config(
-        **sizes | dict(max_sequence_length=L + 5) | more,
+        **sizes | dict(max_sequence_length=L + 5) | keys,
         num_kv_heads=num_kv_heads,
         position=position,
         norm=norm,

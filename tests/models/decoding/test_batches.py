@@ -44,11 +44,11 @@ def test_each_row_is_continued_as_it_is_alone(model):
     rows = prompts(model)
     tokens, real = padded(rows)
     how = dict(sampler=GREEDY, max_context=20)
-    found = generate(model, tokens, 18, padding_mask_BL=real, **how)
-    for row, together in zip(rows, found, strict=True):
+    got = generate(model, tokens, 18, padding_mask_BL=real, **how)
+    for row, together in zip(rows, got, strict=True):
         alone = generate(model, row, 18, **how)[0]
         assert torch.equal(together[-len(alone) :], alone)
-    assert found[:, -18:].unique().numel() > 4
+    assert got[:, -18:].unique().numel() > 4
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def test_rows_that_are_dropped_change_nothing_for_the_others(model):
     rows = prompts(model)
     tokens, real = padded(rows)
     batch = Batch(model, tokens, Choice([GREEDY] * len(rows)), None, real)
-    found = [batch.step()]
+    got = [batch.step()]
     batch.keep([2, 1])
-    found += [batch.step() for _ in range(11)]
-    kept = torch.cat([found[0][[2, 1]], *found[1:]], 1)
+    got += [batch.step() for _ in range(11)]
+    saved = torch.cat([got[0][[2, 1]], *got[1:]], 1)
     for i, row in enumerate((rows[2], rows[1])):
         alone = generate(model, row, 12, sampler=GREEDY)
-        assert torch.equal(kept[i], alone[0, row.shape[1] :])
+        assert torch.equal(saved[i], alone[0, row.shape[1] :])
 
 
 @torch.no_grad()
@@ -88,10 +88,10 @@ def test_a_row_draws_as_it_does_alone():
     def drawn(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    found = generate(
+    got = generate(
         model, tokens, 15, sampler=sampler, generator=drawn(3, 4, 5), padding_mask_BL=real
     )
-    for row, seed, together in zip(rows, (3, 4, 5), found, strict=True):
+    for row, seed, together in zip(rows, (3, 4, 5), got, strict=True):
         alone = generate(model, row, 15, sampler=sampler, generator=drawn(seed))[0]
         assert torch.equal(together[-len(alone) :], alone)
 
@@ -103,9 +103,9 @@ def test_padding_is_no_token_that_a_row_holds():
     tokens, real = padded(rows)
     tokens[1, :2] = 0
     how = dict(sampler=Sampler(temperature=0, repetition_penalty=50.0))
-    found = generate(model, tokens, 20, padding_mask_BL=real, **how)
-    assert torch.equal(found[1, 2:], generate(model, rows[1], 20, **how)[0])
-    assert found[1, 2:].unique().numel() == 21, "no token comes twice"
+    got = generate(model, tokens, 20, padding_mask_BL=real, **how)
+    assert torch.equal(got[1, 2:], generate(model, rows[1], 20, **how)[0])
+    assert got[1, 2:].unique().numel() == 21, "no token comes twice"
 
 
 @torch.no_grad()

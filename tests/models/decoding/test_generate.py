@@ -29,24 +29,24 @@ def source(rows=2):
 @torch.no_grad()
 def test_it_writes_what_whole_rows_say_is_most_likely(model):
     x = source()
-    found = generate(model, START, T - 1, sampler=LIKELIEST, source_BS=x)
+    got = generate(model, START, T - 1, sampler=LIKELIEST, source_BS=x)
     assert model.training  # as it came
     rows, model = torch.cat([x, START], 1), model.eval()
     for _ in range(T - 1):
         rows = torch.cat([rows, model(rows)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, rows[:, S:])
-    assert found.unique().numel() > 4
+    assert torch.equal(got, rows[:, S:])
+    assert got.unique().numel() > 4
 
 
 def test_a_batch_with_padding_is_written_as_each_row_alone(model):
     x = source()
     real = torch.ones(2, S, dtype=torch.bool)
     real[1, :4] = False
-    found = generate(model, START, 10, sampler=LIKELIEST, source_BS=x, source_mask_BS=real)
+    got = generate(model, START, 10, sampler=LIKELIEST, source_BS=x, source_mask_BS=real)
     alone = generate(model, START[:1], 10, sampler=LIKELIEST, source_BS=x[1:, 4:])
-    assert torch.equal(found[1:], alone)
-    shown = generate(model, START[:1], 10, sampler=LIKELIEST, source_BS=x[1:])
-    assert not torch.equal(shown, alone), "without a mask it would be seen"
+    assert torch.equal(got[1:], alone)
+    labels = generate(model, START[:1], 10, sampler=LIKELIEST, source_BS=x[1:])
+    assert not torch.equal(labels, alone), "without a mask it would be seen"
 
 
 def test_it_samples_by_its_generator(model):
@@ -61,8 +61,8 @@ def test_it_samples_by_its_generator(model):
 
 
 def test_a_target_ends_where_the_decoder_may_read_no_more(model):
-    found = generate(model, START, 30, sampler=LIKELIEST, max_context=6, source_BS=source())
-    assert found.shape[1] == 1 + 6
+    got = generate(model, START, 30, sampler=LIKELIEST, max_context=6, source_BS=source())
+    assert got.shape[1] == 1 + 6
 
 
 def test_a_source_is_for_encoder_decoders_and_they_need_one(model):
@@ -77,7 +77,7 @@ def test_a_source_is_for_encoder_decoders_and_they_need_one(model):
 
 def test_what_was_written_can_be_trained_on():
     decoder = Transformer(ModelConfig(depth=1, vocab_size=V, max_sequence_length=S))
-    found = generate(decoder, START, 4)
-    assert found.shape == (2, 5)
-    decoder(found).sum().backward()
+    got = generate(decoder, START, 4)
+    assert got.shape == (2, 5)
+    decoder(got).sum().backward()
     assert all(p.grad is not None for p in decoder.parameters())

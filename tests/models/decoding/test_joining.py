@@ -11,7 +11,7 @@ from forescale.models.decoding.sampler import Sampler
 from tests.models.decoding.test_batches import CASES, GREEDY, padded, prompts
 from tests.models.mixers.test_every_mixer import build
 
-WRITTEN = 8
+LENGTHS = 8
 
 
 def begun(model, rows, samplers=None, seeds=None, sources=None) -> Batch:
@@ -25,16 +25,16 @@ def begun(model, rows, samplers=None, seeds=None, sources=None) -> Batch:
 def joined(model, first: Batch, second: Batch) -> list[list[int]]:
     """What all rows get: of the first batch 4 tokens before the second joins. Of three rows the
     first, which is the longest, leaves when it has 6, and the others change places."""
-    written: list[list[int]] = [[] for _ in range(len(first) + len(second))]
+    stored: list[list[int]] = [[] for _ in range(len(first) + len(second))]
     order = [*range(len(first))]
 
     def step(batch: Batch, rows: list[int]) -> None:
         for row, token in zip(rows, batch.step()[:, 0].tolist(), strict=True):
-            written[row].append(token)
+            stored[row].append(token)
 
     for _ in range(4):
         step(first, order)
-    new = [*range(len(first), len(written))]
+    new = [*range(len(first), len(stored))]
     step(second, new)
     first.join(second)
     order += new
@@ -42,9 +42,9 @@ def joined(model, first: Batch, second: Batch) -> list[list[int]]:
         step(first, order)
     first.keep([*range(len(order))][:0:-1])
     order = order[:0:-1]
-    while min(len(written[row]) for row in order) < WRITTEN:
+    while min(len(stored[row]) for row in order) < LENGTHS:
         step(first, order)
-    return [row[:WRITTEN] for row in written]
+    return [row[:LENGTHS] for row in stored]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*case[0], case[1]]))
@@ -53,9 +53,9 @@ def test_a_row_that_joins_is_continued_as_it_is_alone(case, lengths):
     pattern, position = case
     model: Transformer = build(pattern, position=position)
     rows = prompts(model, lengths)
-    found = joined(model, begun(model, rows[:2]), begun(model, rows[2:]))
-    assert [len(row) for row in found] == [6, WRITTEN, WRITTEN]
-    for row, ids in zip(rows, found, strict=True):
+    got = joined(model, begun(model, rows[:2]), begun(model, rows[2:]))
+    assert [len(row) for row in got] == [6, LENGTHS, LENGTHS]
+    for row, ids in zip(rows, got, strict=True):
         alone = generate(model, row, len(ids), sampler=GREEDY)
         assert alone[0, row.shape[1] :].tolist() == ids
 
@@ -63,12 +63,12 @@ def test_a_row_that_joins_is_continued_as_it_is_alone(case, lengths):
 def test_decoders_of_sources_of_different_lengths_join():
     model = build(["attention"], encoder_layers=1, source_length=16)
     rows, sources = prompts(model, (3, 3, 2)), prompts(model, (5, 9, 7))
-    found = joined(
+    got = joined(
         model,
         begun(model, rows[:2], sources=sources[:2]),
         begun(model, rows[2:], sources=sources[2:]),
     )
-    for row, source, ids in zip(rows, sources, found, strict=True):
+    for row, source, ids in zip(rows, sources, got, strict=True):
         alone = generate(model, row, len(ids), sampler=GREEDY, source_BS=source)
         assert alone[0, row.shape[1] :].tolist() == ids
 
@@ -77,12 +77,12 @@ def test_each_row_has_its_own_rules_and_draws_whatever_company_it_has():
     model = build(["attention"])
     rows, seeds = prompts(model), (5, 6, 7)
     samplers = [Sampler(0.7), GREEDY, Sampler(1.3, top_p=0.9, repetition_penalty=1.5)]
-    found = joined(
+    got = joined(
         model,
         begun(model, rows[:2], samplers[:2], seeds[:2]),
         begun(model, rows[2:], samplers[2:], seeds[2:]),
     )
-    for row, sampler, seed, ids in zip(rows, samplers, seeds, found, strict=True):
+    for row, sampler, seed, ids in zip(rows, samplers, seeds, got, strict=True):
         drawn = torch.Generator().manual_seed(seed)
         alone = generate(model, row, len(ids), sampler=sampler, generator=drawn)
         assert alone[0, row.shape[1] :].tolist() == ids

@@ -26,13 +26,13 @@ def test_logits_and_tokens_are_those_of_the_plain_model(kind):
     model = Transformer(model_config(**SIZES | kind)).eval()
     tokens = torch.randint(0, 300, (3, 6))
     whole, one = model(tokens), model(tokens[:1, :1])
-    written = generate(model, tokens, 4, sampler=Sampler(temperature=0))
+    stored = generate(model, tokens, 4, sampler=Sampler(temperature=0))
     weights = {name: p.clone() for name, p in model.named_parameters()}
     assert prepare(model) is model
     assert type(model.blocks[0].mixer.query.product) is PackedProduct
-    for found, want in ((model(tokens), whole), (model(tokens[:1, :1]), one)):
-        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
-    assert torch.equal(generate(model, tokens, 4, sampler=Sampler(temperature=0)), written)
+    for got, want in ((model(tokens), whole), (model(tokens[:1, :1]), one)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    assert torch.equal(generate(model, tokens, 4, sampler=Sampler(temperature=0)), stored)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name])
 

@@ -33,20 +33,20 @@ CASES = [
 ]
 
 
-def theirs(rows, logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+def peer(rows, logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """As GenerationMixin._get_logits_processor puts them in order."""
-    found = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(repetition_penalty)])
-    found.append(TemperatureLogitsWarper(temperature))
+    got = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(repetition_penalty)])
+    got.append(TemperatureLogitsWarper(temperature))
     if top_k is not None:
-        found.append(TopKLogitsWarper(top_k))
+        got.append(TopKLogitsWarper(top_k))
     if top_p < 1:
-        found.append(TopPLogitsWarper(top_p))
+        got.append(TopPLogitsWarper(top_p))
     if min_p > 0:
-        found.append(MinPLogitsWarper(min_p))
-    return found(rows, logits).softmax(-1)
+        got.append(MinPLogitsWarper(min_p))
+    return got(rows, logits).softmax(-1)
 
 
-def ours(rows, logits, **rules):
+def local(rows, logits, **rules):
     sampler = Sampler(**rules)
     held = torch.zeros(len(rows), logits.shape[1], dtype=torch.bool).scatter_(1, rows, True)
     scores, ids = sampler.candidates(sampler.penalised(logits, held))
@@ -64,20 +64,20 @@ def test_probabilities_are_those_of_transformers(rules, coarse):
     logits = (2 * logits).round() / 2 if coarse else logits
     logits[0, 5:] = -math.inf  # a model may rule out tokens
     rows = torch.randint(0, V, (B, 30), generator=drawn)
-    found, expected = ours(rows, logits, **rules), theirs(rows, logits.clone(), **rules)
-    assert torch.equal(found > 0, expected > 0)
-    torch.testing.assert_close(found, expected)
+    got, expected = local(rows, logits, **rules), peer(rows, logits.clone(), **rules)
+    assert torch.equal(got > 0, expected > 0)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("rules", [dict(), dict(top_k=4), dict(top_p=0.9)], ids=str)
 def test_tokens_come_as_often_as_they_are_likely(rules):
     logits, count = torch.tensor([[2.0, 0.0, 1.0, -1.0, 3.0, -2.0]]), 20_000
-    share = theirs(torch.zeros(1, 0, dtype=torch.long), logits.clone(), **rules)[0]
+    share = peer(torch.zeros(1, 0, dtype=torch.long), logits.clone(), **rules)[0]
     drawn = torch.rand(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     chosen = Sampler(**rules).choose(logits.expand(count, -1), drawn)[:, 0]
-    found = chosen.bincount(minlength=6) / count
-    assert (found[share == 0] == 0).all()
-    assert ((found - share).abs() < 4 * (share * (1 - share) / count).sqrt() + 1e-9).all()
+    got = chosen.bincount(minlength=6) / count
+    assert (got[share == 0] == 0).all()
+    assert ((got - share).abs() < 4 * (share * (1 - share) / count).sqrt() + 1e-9).all()
 
 
 def test_the_ends_of_what_can_be_drawn_are_tokens_that_may_come():

@@ -34,8 +34,8 @@ def plain(hidden, weight, targets, z_loss, softcap=0.0):
 def test_value_and_gradient_equal_plain_cross_entropy(chunk, z_loss, softcap):
     weights = torch.tensor([0.5, -2.0, 3.0])  # a gradient that differs from window to window
     hidden, weight, targets = inputs(torch.float32)
-    found = window_losses(hidden, weight, targets, chunk, z_loss, softcap)
-    losses, penalty = found if z_loss else (found, 0.0)
+    got = window_losses(hidden, weight, targets, chunk, z_loss, softcap)
+    losses, penalty = got if z_loss else (got, 0.0)
     assert losses.dtype == torch.float32
     assert losses.shape == (B,)
     gradients = torch.autograd.grad((losses * weights).sum() + penalty, (hidden, weight))
@@ -48,8 +48,8 @@ def test_value_and_gradient_equal_plain_cross_entropy(chunk, z_loss, softcap):
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     if z_loss:
         torch.testing.assert_close(penalty.double(), expected_penalty, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    for local, peer in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(local.double(), peer, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_but_targets_counts():
@@ -137,5 +137,5 @@ def test_compiled_gradients_are_right_where_the_last_chunk_is_smaller():
         ]
     finally:
         torch.use_deterministic_algorithms(was)
-    for ours, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for local, peer in zip(*both, strict=True):
+        torch.testing.assert_close(local, peer, rtol=1e-4, atol=1e-5)

@@ -34,11 +34,11 @@ def window(rows=3, seed=1):
     return ids[:, :-1], ids[:, 1:]
 
 
-def later_nats(model, *given, **named) -> list[float]:
+def later_nats(model, *args, **named) -> list[float]:
     """The sum of nats of each module in one training forward pass."""
     model.train()
     model.counters().zero_()
-    model(*given, **named)
+    model(*args, **named)
     return (model.tallies.of("mtp")[:, 0].double() * 1e-6).tolist()
 
 
@@ -50,34 +50,34 @@ def test_the_modules_are_those_of_transformers():
     for norm in (p for name, p in model.named_parameters() if "norm" in name):
         torch.nn.init.uniform_(norm, 0.5, 1.5)
     config, weights = hf.to_hf(model.config, model.state_dict())
-    theirs = llama.LlamaForCausalLM(llama.LlamaConfig(**config, attn_implementation="eager"))
-    theirs.load_state_dict(dict(weights))
+    peer = llama.LlamaForCausalLM(llama.LlamaConfig(**config, attn_implementation="eager"))
+    peer.load_state_dict(dict(weights))
     tokens, targets = window()
-    x = theirs.model(tokens).last_hidden_state
-    embedded = theirs.model.embed_tokens(tokens)
+    x = peer.model(tokens).last_hidden_state
+    embedded = peer.model.embed_tokens(tokens)
     position = torch.arange(L)[None]
-    turn = theirs.model.rotary_emb(x, position)
+    turn = peer.model.rotary_emb(x, position)
     mask = torch.full((L, L), -torch.inf).triu(1)[None, None]
     total = torch.zeros(())
     inner = hf.FAMILIES["llama"].inner
-    for k, ours in enumerate(model.mtp, 1):
-        layer = layers.MtpLayer(theirs.config, llama.LlamaDecoderLayer, llama.LlamaRMSNorm, 0)
+    for k, local in enumerate(model.mtp, 1):
+        layer = layers.MtpLayer(peer.config, llama.LlamaDecoderLayer, llama.LlamaRMSNorm, 0)
         names = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "join": "eh_proj"}
         names |= {"norm": "post_norm"}
         names |= {f"block.{a}": f"mtp_block.{b}" for a, b in inner.items()}
         state = {
-            f"{names[name.rpartition('.')[0]]}.weight": p for name, p in ours.named_parameters()
+            f"{names[name.rpartition('.')[0]]}.weight": p for name, p in local.named_parameters()
         }
         layer.load_state_dict(state)
         # Columns whose later token is not in the row, are seen by no other.
         ahead = torch.cat([embedded[:, k:], torch.zeros_like(embedded[:, :k])], 1)
         x = layer(ahead, x, turn, mask, position, None)
-        logits = theirs.lm_head(x)[:, : L - k]
+        logits = peer.lm_head(x)[:, : L - k]
         total = total + F.cross_entropy(logits.flatten(0, 1), targets[:, k:].flatten()) * (
             targets[:, k:].numel()
         )
     losses, penalty = model(tokens, targets)
-    plain = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten())
+    plain = F.cross_entropy(peer(tokens).logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(losses.sum(), plain * targets.numel(), rtol=1e-5, atol=0)
     torch.testing.assert_close(penalty, WEIGHT / 2 * total, rtol=1e-5, atol=0)
 
@@ -108,12 +108,12 @@ def test_a_module_predicts_from_what_is_known_by_then():
         other = tokens.clone()
         other[0, column] = (other[0, column] + 1) % V
         for last in range(L):
-            shown = torch.full_like(targets, IGNORE)
-            shown[0, last] = targets[0, last]
+            labels = torch.full_like(targets, IGNORE)
+            labels[0, last] = targets[0, last]
             same = [
                 a == pytest.approx(b, abs=2e-6)
                 for a, b in zip(
-                    later_nats(model, tokens, shown), later_nats(model, other, shown), strict=True
+                    later_nats(model, tokens, labels), later_nats(model, other, labels), strict=True
                 )
             ]
             if column > last:
@@ -133,7 +133,7 @@ def test_documents_are_as_if_alone():
         later_nats(model, rows[:, part], targets[:, part])
         for part in (slice(0, cut), slice(cut, L))
     ]
-    assert whole == pytest.approx([sum(found) for found in zip(*parts, strict=True)], rel=1e-5)
+    assert whole == pytest.approx([sum(got) for got in zip(*parts, strict=True)], rel=1e-5)
 
 
 def test_what_a_step_reports():
@@ -142,14 +142,14 @@ def test_what_a_step_reports():
     assert model.metrics() == {}
     _, penalty = model(tokens, targets)
     model.counted(model.counters().clone())
-    found = model.metrics()
-    assert list(found) == ["mtp_loss_1", "mtp_loss_2"]
-    sums = found["mtp_loss_1"] * 3 * (L - 1) + found["mtp_loss_2"] * 3 * (L - 2)
+    got = model.metrics()
+    assert list(got) == ["mtp_loss_1", "mtp_loss_2"]
+    sums = got["mtp_loss_1"] * 3 * (L - 1) + got["mtp_loss_2"] * 3 * (L - 2)
     assert penalty.item() == pytest.approx((WEIGHT / 2 * sums).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "more",
+    "keys",
     [
         dict(activation_checkpointing="full"),
         dict(tie_embeddings=True, position="learned", norm="layernorm", bias=True),
@@ -161,12 +161,12 @@ def test_what_a_step_reports():
     ],
     ids=str,
 )
-def test_other_choices_go_with_them(more):
+def test_other_choices_go_with_them(keys):
     tokens, targets = window()
-    model = build(changed(BASE, **more))
+    model = build(changed(BASE, **keys))
     losses, penalty = model(tokens, targets)
     (losses.sum() + penalty).backward()
-    same = build(changed(BASE, **more | dict(activation_checkpointing="none")))
+    same = build(changed(BASE, **keys | dict(activation_checkpointing="none")))
     others, other = same(tokens, targets)
     (others.sum() + other).backward()
     assert torch.equal(penalty, other)
@@ -202,5 +202,5 @@ def test_with_experts_their_layers_count_too():
     ],
 )
 def test_what_cannot_be_built_is_named(change, field, words):
-    (found,) = [one for one in changed(BASE, **change).problems() if one[0] == field]
-    assert words in found[1]
+    (got,) = [one for one in changed(BASE, **change).problems() if one[0] == field]
+    assert words in got[1]

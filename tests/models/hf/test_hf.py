@@ -88,13 +88,13 @@ def exported(model, folder):
     hf_config, hf_state = converted(model.config, model.state_dict())
     (folder / "config.json").write_text(json.dumps(hf_config))
     save_file(hf_state, folder / "model.safetensors", metadata={"format": "pt"})
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    return theirs.eval()
+    return peer.eval()
 
 
 def in_memory(tensors):
@@ -102,8 +102,8 @@ def in_memory(tensors):
     joined, stacks = {}, {}
     for name, tensor in tensors.items():
         name = name.replace("block_sparse_moe", "mlp")
-        if found := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.weight", name):
-            stacks.setdefault(found[1], {}).setdefault(found[2], []).append(tensor)
+        if got := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.weight", name):
+            stacks.setdefault(got[1], {}).setdefault(got[2], []).append(tensor)
         else:
             joined[name] = tensor
     for where, stack in stacks.items():
@@ -118,8 +118,8 @@ def in_memory(tensors):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_logits_and_gradients_equal_transformers(name, tmp_path):
-    ours = scrambled(ORACLES[name])
-    theirs = exported(ours, tmp_path)
+    local = scrambled(ORACLES[name])
+    peer = exported(local, tmp_path)
     tokens = torch.randint(0, 61, (3, 20), generator=torch.Generator().manual_seed(2))
     for left, right in PADDINGS.values():
         mask = torch.ones_like(tokens)
@@ -128,19 +128,19 @@ def test_logits_and_gradients_equal_transformers(name, tmp_path):
         real = mask.bool()
         targets = tokens.roll(-1, 1).masked_fill(~real, -100)
 
-        logits = ours(tokens, padding_mask_BL=real)
+        logits = local(tokens, padding_mask_BL=real)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        expected = theirs(tokens, attention_mask=mask, position_ids=positions).logits
+        expected = peer(tokens, attention_mask=mask, position_ids=positions).logits
         assert expected.abs().max() > 1  # not a comparison of zeros
         assert (logits - expected)[real].abs().max() < 1e-5
 
-        ours.zero_grad()
-        theirs.zero_grad()
-        ours(tokens, targets, real).sum().backward()
+        local.zero_grad()
+        peer.zero_grad()
+        local(tokens, targets, real).sum().backward()
         F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-        _, gradients = converted(ours.config, {n: p.grad for n, p in ours.named_parameters()})
+        _, gradients = converted(local.config, {n: p.grad for n, p in local.named_parameters()})
         gradients = in_memory(gradients)
-        for n, p in theirs.named_parameters():
+        for n, p in peer.named_parameters():
             if "gemma3" in name and "norm" in n:  # what is stored of a gain is the gain less 1
                 gradients[n] = gradients[n] + 1
             torch.testing.assert_close(gradients[n], p.grad, rtol=1e-4, atol=1e-4)
@@ -149,25 +149,25 @@ def test_logits_and_gradients_equal_transformers(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_documents_equal_transformers_under_their_mask_and_positions(name, tmp_path):
     """What Hugging Face computes with position_ids that start again and a mask of four axes."""
-    ours = scrambled(ORACLES[name])
-    theirs = exported(ours, tmp_path)
+    local = scrambled(ORACLES[name])
+    peer = exported(local, tmp_path)
     tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(2))
     lengths = ((5, 1, 14), (9, 11))
     documents = torch.stack(
         [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in lengths]
     )
     positions = torch.tensor([[t for n in row for t in range(n)] for row in lengths])
-    seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    visible = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
     least = torch.finfo(torch.float32).min
     with torch.no_grad():
-        logits = ours(tokens, documents_BL=documents)
-        expected = theirs(
+        logits = local(tokens, documents_BL=documents)
+        expected = peer(
             tokens,
-            attention_mask=torch.zeros(seen.shape).masked_fill(~seen, least),
+            attention_mask=torch.zeros(visible.shape).masked_fill(~visible, least),
             position_ids=positions,
         ).logits
         assert (logits - expected).abs().max() < 1e-5
-        assert (ours(tokens) - expected).abs().max() > 1e-2  # the documents do matter
+        assert (local(tokens) - expected).abs().max() > 1e-2  # the documents do matter
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -191,15 +191,15 @@ def test_multipliers_go_into_the_weights(name, tmp_path):
         "parametrization__base_width": 8,
         "parametrization__base_depth": 3,
     }
-    ours = scrambled(changed(ORACLES[name], **away))
+    local = scrambled(changed(ORACLES[name], **away))
     tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert (exported(ours, tmp_path)(tokens).logits - ours(tokens)).abs().max() < 1e-5
-        config, state = from_hf(*converted(ours.config, ours.state_dict()))
+        assert (exported(local, tmp_path)(tokens).logits - local(tokens)).abs().max() < 1e-5
+        config, state = from_hf(*converted(local.config, local.state_dict()))
         assert config.parametrization.kind == "standard"
         back = Transformer(config).eval()
         back.load_state_dict(state)
-        assert (back(tokens) - ours(tokens)).abs().max() < 1e-5
+        assert (back(tokens) - local(tokens)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mixtral", "Qwen3Moe", "GPT2"])
@@ -211,13 +211,13 @@ def test_a_foreign_model_comes_in(family, tmp_path):
         sizes = dict(n_embd=32, n_layer=2, n_head=4)
     hf_config = getattr(transformers, f"{family}Config")(vocab_size=50, **sizes)
     torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
-    theirs.save_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
+    peer.save_pretrained(tmp_path)
     config, state = from_hf(hf_config.to_dict(), load_file(tmp_path / "model.safetensors"))
-    ours = Transformer(config).eval()
-    ours.load_state_dict(state)
+    local = Transformer(config).eval()
+    local.load_state_dict(state)
     tokens = torch.arange(12).view(1, 12)
-    assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+    assert (local(tokens) - peer(tokens).logits).abs().max() < 1e-5
 
 
 def test_what_no_family_fits_is_refused():
@@ -228,8 +228,8 @@ def test_what_no_family_fits_is_refused():
 
 def test_the_nearest_of_equals_has_the_models_own_mlp():
     experts = dict(mlp="moe", mlp__experts=4, mlp__expert_width=16, mlp__scores="sigmoid")
-    said = r"nearest, Qwen3MoeFor\w*, has mlp.scores=softmax \(not sigmoid\)"
-    with pytest.raises(ValueError, match=said):
+    text = r"nearest, Qwen3MoeFor\w*, has mlp.scores=softmax \(not sigmoid\)"
+    with pytest.raises(ValueError, match=text):
         family_of(model_config(**SIZES, **experts).resolved())
 
 

@@ -29,8 +29,8 @@ def test_yarn_is_written_for_transformers_4_and_5():
 )
 def test_what_is_read_has_the_frequencies_of_what_was_written(config):
     back = changed(CONFIG, **positions_from_hf(positions_to_hf(config)))
-    (ours, length), (theirs, other) = (frequencies(c, torch.device("cpu")) for c in (back, config))
-    torch.testing.assert_close(ours, theirs)
+    (local, length), (peer, other) = (frequencies(c, torch.device("cpu")) for c in (back, config))
+    torch.testing.assert_close(local, peer)
     assert length == other
 
 
@@ -49,13 +49,13 @@ def test_ntk_is_written_as_a_larger_base():
 def test_ntk_computes_the_same_in_transformers():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    ours = Transformer(changed(NTK, mixer__qk_norm="none")).eval()
-    keys, tensors = to_hf(ours.config, ours.state_dict())
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(keys)).eval()
-    theirs.load_state_dict(dict(tensors))
+    local = Transformer(changed(NTK, mixer__qk_norm="none")).eval()
+    keys, tensors = to_hf(local.config, local.state_dict())
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(keys)).eval()
+    peer.load_state_dict(dict(tensors))
     tokens = torch.randint(0, 50, (1, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-5
+        assert (peer(tokens).logits - local(tokens)).abs().max() < 1e-5
 
 
 def test_lengths_that_are_not_whole_are_refused():
@@ -82,7 +82,7 @@ def test_another_yarn_is_refused_by_its_key(key, value):
 def test_the_published_recipe_of_qwen3_is_read():
     """Its longest length isn't the factor times the original; the factor counts."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    found = positions_from_hf({"max_position_embeddings": 40960, "rope_scaling": rope})
-    scaling = found["position"]["scaling"]
+    got = positions_from_hf({"max_position_embeddings": 40960, "rope_scaling": rope})
+    scaling = got["position"]["scaling"]
     assert scaling["factor"] == 4.0
     assert scaling["original_length"] == 32768

@@ -39,23 +39,24 @@ RESIDUAL = [["attention", "value_residual"], ["window", "attention", "value_resi
 RESIDUAL += [["window", "attention", "value_residual", "tables"]]
 
 
-def small(pattern: list[str], **more) -> ModelConfig:
+def small(pattern: list[str], **options) -> ModelConfig:
     if pattern[-1] == "tables":
         return small(
-            pattern[:-1], **dict(value_embedding=1, bigram_rows=31, mixer__token_shift=True) | more
+            pattern[:-1],
+            **dict(value_embedding=1, bigram_rows=31, mixer__token_shift=True) | options,
         )
     if pattern[-1] == "value_residual":
-        return small(pattern[:-1], mixer__value_residual=0.5, **more)
+        return small(pattern[:-1], mixer__value_residual=0.5, **options)
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
     settings = {k: v for name in pattern for k, v in SETTINGS.get(name, {}).items()}
     # A standard deviation so large that a leak could not hide in rounding.
     base = dict(max_sequence_length=32, loss_chunk=0, init_std=0.3)
-    return model_config(**sizes | base | settings | dict(mixer_pattern=pattern) | more)
+    return model_config(**sizes | base | settings | dict(mixer_pattern=pattern) | options)
 
 
-def build(pattern: list[str], **more) -> Transformer:
+def build(pattern: list[str], **options) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(small(pattern, **more)).eval()
+    model = Transformer(small(pattern, **options)).eval()
     for name, table in model.named_parameters():
         if name.startswith(("bigrams.", "value_embeddings.")) or "_shift." in name:
             torch.nn.init.normal_(table, 0, 0.3)  # they begin at 0, and would hide a leak
@@ -103,9 +104,9 @@ def test_a_document_is_computed_as_if_it_were_alone(pattern):
     together = model(x, documents_BL=numbers)
     close(together, torch.cat(alone, 1))
     expected = torch.autograd.grad(torch.cat(alone, 1).square().sum(), list(model.parameters()))
-    found = torch.autograd.grad(together.square().sum(), list(model.parameters()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    got = torch.autograd.grad(together.square().sum(), list(model.parameters()))
+    for local, peer in zip(got, expected, strict=True):
+        torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -113,8 +114,8 @@ def test_a_document_is_computed_as_if_it_were_alone(pattern):
 def test_reading_in_pieces_with_a_cache_equals_reading_whole(pattern, pieces):
     model, x = build(pattern), tokens(2, 24)
     cache = model.new_cache()
-    found = [model(piece, cache=cache) for piece in x.split(pieces, 1)]
-    close(torch.cat(found, 1), model(x))
+    got = [model(piece, cache=cache) for piece in x.split(pieces, 1)]
+    close(torch.cat(got, 1), model(x))
     assert cache.length == 24
 
 
@@ -123,24 +124,24 @@ def test_selective_checkpointing_changes_no_bit(pattern, mlp):
     plain = build(pattern, mlp=mlp)
     again = build(pattern, mlp=mlp, activation_checkpointing="selective")
     again.load_state_dict(plain.state_dict())
-    x, found = tokens(2), []
+    x, got = tokens(2), []
     numbers = torch.stack([(torch.arange(x.shape[1]) > 5).long(), torch.zeros_like(x[0])])
     for model, cuts in ((plain, None), (again, None), (plain, numbers), (again, numbers)):
         losses = model(x, x, documents_BL=cuts)
         total = losses[0].sum() + losses[1] if isinstance(losses, tuple) else losses.sum()
-        found.append(torch.autograd.grad(total, [*model.parameters()], allow_unused=True))
-    for pair in (found[:2], found[2:]):
+        got.append(torch.autograd.grad(total, [*model.parameters()], allow_unused=True))
+    for pair in (got[:2], got[2:]):
         for a, b in zip(*pair, strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_a_cache_is_read_where_layers_would_be_computed_again(pattern, kind):
-    model, x, found = build(pattern, activation_checkpointing=kind), tokens(1), []
+    model, x, got = build(pattern, activation_checkpointing=kind), tokens(1), []
     cache = model.new_cache()
     for piece in x.split([7, 5], 1):  # with gradients
-        found.append(model(piece, cache=cache))
-    close(torch.cat(found, 1), model(x))
+        got.append(model(piece, cache=cache))
+    close(torch.cat(got, 1), model(x))
     _, weight = next(iter(model.blocks[0].mixer.named_parameters()))
     read, whole = (
         torch.autograd.grad(model(x, cache=cache).square().mean(), weight)[0]
@@ -154,10 +155,10 @@ def test_a_batch_with_padding_on_the_left_decodes_as_each_row_alone(pattern):
     model, x, pads = build(pattern), tokens(3, 20), (0, 4, 7)
     real = torch.stack([torch.arange(20) >= pad for pad in pads])
     cache = model.new_cache()
-    found = [model(x[:, :10], padding_mask_BL=real[:, :10], cache=cache)]
-    found += [model(x[:, i : i + 1], cache=cache) for i in range(10, 20)]
+    got = [model(x[:, :10], padding_mask_BL=real[:, :10], cache=cache)]
+    got += [model(x[:, i : i + 1], cache=cache) for i in range(10, 20)]
     for i, pad in enumerate(pads):
-        close(torch.cat(found, 1)[i, pad:], model(x[i : i + 1, pad:])[0])
+        close(torch.cat(got, 1)[i, pad:], model(x[i : i + 1, pad:])[0])
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off

@@ -16,7 +16,7 @@ CONFIG = model_config(num_layers=2, width=64, num_heads=4, vocab_size=32, max_se
                      mixer="gated_deltanet", mixer__value_dim=24)  # fmt: skip
 
 
-def theirs(config, ours):
+def peer(config, local):
     """Qwen3-Next's module with our weights."""
     hf = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     s, V = config.sizes, config.mixer.value_dim
@@ -27,15 +27,15 @@ def theirs(config, ours):
             linear_value_head_dim=V, linear_conv_kernel_dim=config.mixer.conv,
             rms_norm_eps=config.norm.eps, hidden_act="silu", layer_types=["linear_attention"],
         ), 0)  # fmt: skip
-    rows = [getattr(ours, name).weight for name in ("query", "key", "value", "gate")]
+    rows = [getattr(local, name).weight for name in ("query", "key", "value", "gate")]
     heads = [w.unflatten(0, (s.num_heads, -1)) for w in rows]
-    pair = torch.stack([ours.beta.weight, ours.decay.weight], 1)
+    pair = torch.stack([local.beta.weight, local.decay.weight], 1)
     state = {
-        "dt_bias": ours.decay_bias, "A_log": ours.log_rate,
-        "conv1d.weight": ours.convolution.weight,
+        "dt_bias": local.decay_bias, "A_log": local.log_rate,
+        "conv1d.weight": local.convolution.weight,
         "in_proj_qkvz.weight": torch.cat(heads, 1).flatten(0, 1),
         "in_proj_ba.weight": pair.flatten(0, 1),
-        "norm.weight": ours.output_norm.weight, "out_proj.weight": ours.output.weight,
+        "norm.weight": local.output_norm.weight, "out_proj.weight": local.output.weight,
     }  # fmt: skip
     module.load_state_dict(state)
     return module
@@ -44,19 +44,19 @@ def theirs(config, ours):
 @pytest.mark.parametrize("length", [5, 64, 150])
 def test_it_equals_qwen3_next(length):
     torch.manual_seed(0)
-    ours = CONFIG.mixer.build(CONFIG)
-    torch.nn.init.normal_(ours.output_norm.weight, 1, 0.1)
-    other, x = theirs(CONFIG, ours), torch.randn(2, length, 64)
+    local = CONFIG.mixer.build(CONFIG)
+    torch.nn.init.normal_(local.output_norm.weight, 1, 0.1)
+    other, x = peer(CONFIG, local), torch.randn(2, length, 64)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found, expected = ours(one, Context()), other(two)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    found.square().sum().backward()
+    got, expected = local(one, Context()), other(two)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
     for name, theirs_name in (("log_rate", "A_log"), ("decay_bias", "dt_bias")):
-        pair = getattr(ours, name).grad, getattr(other, theirs_name).grad
+        pair = getattr(local, name).grad, getattr(other, theirs_name).grad
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
-    pair = ours.convolution.weight.grad, other.conv1d.weight.grad
+    pair = local.convolution.weight.grad, other.conv1d.weight.grad
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ CONFIG = model_config(
 )  # fmt: skip
 
 
-def theirs(config, ours, interleaved):
+def peer(config, local, interleaved):
     """DeepSeek-V3's module with our weights. It has the rotating part of a head last, keys and
     values of a head together and, interleaved, the two coordinates of a rotation side by side."""
     hf = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
@@ -29,19 +29,19 @@ def theirs(config, ours, interleaved):
     )  # fmt: skip
     known._attn_implementation = "eager"
     order = torch.arange(T).view(2, -1).T.flatten() if interleaved else torch.arange(T)
-    heads = ours.query.weight.unflatten(0, (s.num_heads, -1))
+    heads = local.query.weight.unflatten(0, (s.num_heads, -1))
     last = torch.cat([heads[:, T:], heads[:, :T][:, order]], 1).flatten(0, 1)
-    pair = [m.weight.unflatten(0, (s.num_heads, -1)) for m in (ours.key, ours.value)]
+    pair = [m.weight.unflatten(0, (s.num_heads, -1)) for m in (local.key, local.value)]
     state = {
-        "kv_a_proj_with_mqa.weight": torch.cat([ours.latent.weight, ours.rope_key.weight[order]]),
-        "kv_a_layernorm.weight": ours.latent_norm.weight,
+        "kv_a_proj_with_mqa.weight": torch.cat([local.latent.weight, local.rope_key.weight[order]]),
+        "kv_a_layernorm.weight": local.latent_norm.weight,
         "kv_b_proj.weight": torch.cat(pair, 1).flatten(0, 1),
-        "o_proj.weight": ours.output.weight,
+        "o_proj.weight": local.output.weight,
         "q_b_proj.weight" if query_rank else "q_proj.weight": last,
     }
     if query_rank:
-        state["q_a_proj.weight"] = ours.query_latent.weight
-        state["q_a_layernorm.weight"] = ours.query_norm.weight
+        state["q_a_proj.weight"] = local.query_latent.weight
+        state["q_a_layernorm.weight"] = local.query_norm.weight
     module = hf.DeepseekV3Attention(known, 0)
     module.load_state_dict(state)
     return module, hf.DeepseekV3RotaryEmbedding(known)
@@ -52,16 +52,16 @@ def theirs(config, ours, interleaved):
 def test_it_equals_deepseek_v3(query_rank, interleaved):
     torch.manual_seed(0)
     config = changed(CONFIG, mixer__query_rank=query_rank, init_std=0.2)
-    ours, x = config.mixer.build(config), torch.randn(2, 11, 64)
-    torch.nn.init.normal_(ours.latent_norm.weight, 1, 0.1)
-    other, rotary = theirs(config, ours, interleaved)
+    local, x = config.mixer.build(config), torch.randn(2, 11, 64)
+    torch.nn.init.normal_(local.latent_norm.weight, 1, 0.1)
+    other, rotary = peer(config, local, interleaved)
     at = positions_of(11, x.device)
-    seen = torch.full((11, 11), -torch.inf).triu(1)[None, None]
+    visible = torch.full((11, 11), -torch.inf).triu(1)[None, None]
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found = ours(one, Context(rotation(at, config)))
-    expected, _ = other(two, rotary(two, at[None]), seen)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    found.square().sum().backward()
+    got = local(one, Context(rotation(at, config)))
+    expected, _ = other(two, rotary(two, at[None]), visible)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
 
@@ -79,16 +79,16 @@ def test_absorbed_matrices_give_the_same_as_expanded_keys(position, bias, monkey
     used = []
     absorbed = LatentAttention._absorbed
     monkeypatch.setattr(
-        LatentAttention, "_absorbed", lambda *given: (used.append(1), absorbed(*given))[1]
+        LatentAttention, "_absorbed", lambda *args: (used.append(1), absorbed(*args))[1]
     )
     real = torch.ones(2, 40, dtype=torch.bool)
     real[1, :3] = False
     whole, cache = model(tokens, padding_mask_BL=real), model.new_cache()
     assert not used
     pieces = zip(tokens.split([20, 1, 5, 14], 1), real.split([20, 1, 5, 14], 1), strict=True)
-    found = [model(piece, padding_mask_BL=mask, cache=cache) for piece, mask in pieces]
+    got = [model(piece, padding_mask_BL=mask, cache=cache) for piece, mask in pieces]
     assert len(used) == 2 * 3, "not for the first 20 tokens, which are more than a head is wide"
-    torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(got, 1)[real], whole[real], rtol=1e-4, atol=1e-5)
 
 
 def test_the_cache_holds_the_latent_and_one_key_alone():
@@ -116,7 +116,7 @@ def test_keys_and_values_start_as_large_as_attentions():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "text"),
     [
         (dict(position__fraction=1.0), r"position.fraction: mixer latent needs .* leave it out"),
         (dict(mixer__rank=128), r"mixer.rank: 128 does not compress"),
@@ -126,6 +126,6 @@ def test_keys_and_values_start_as_large_as_attentions():
         (dict(mixer__query_rank=0), r"mixer.query_rank: 0 is not a size"),
     ],
 )
-def test_what_is_refused(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_refused(change, text):
+    with pytest.raises(ValueError, match=text):
         changed(CONFIG, **change).resolved()

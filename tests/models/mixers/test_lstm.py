@@ -17,15 +17,15 @@ CONFIG = ModelConfig(num_layers=2, width=64, num_heads=1, vocab_size=32, max_seq
 
 def step_by_step(layer, x, keep, h, c):
     """The definition, one token after the other."""
-    bias, found = layer.bias_ih_l0 + layer.bias_hh_l0, []
+    bias, got = layer.bias_ih_l0 + layer.bias_hh_l0, []
     for t in range(x.shape[1]):
         h, c = h * keep[:, t, None], c * keep[:, t, None]
         gates = x[:, t] @ layer.weight_ih_l0.T + h @ layer.weight_hh_l0.T + bias
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-        found.append(h)
-    return torch.stack(found, 1), h, c
+        got.append(h)
+    return torch.stack(got, 1), h, c
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
@@ -37,10 +37,10 @@ def test_it_equals_the_definition_with_its_gradients(length, is_cut):
     h, c = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     keep = (torch.rand(3, length) > 0.3 * is_cut).double()
     out, (last_h, last_c) = layer(x, keep if is_cut else None, (h, c))
-    ours, theirs = [out, last_h, last_c], [*step_by_step(layer, x, keep, h, c)]
-    torch.testing.assert_close(ours, theirs)
-    given = [x, h, c, *layer.parameters()]
-    grads = [torch.autograd.grad(sum(y.square().sum() for y in f), given) for f in (ours, theirs)]
+    local, peer = [out, last_h, last_c], [*step_by_step(layer, x, keep, h, c)]
+    torch.testing.assert_close(local, peer)
+    args = [x, h, c, *layer.parameters()]
+    grads = [torch.autograd.grad(sum(y.square().sum() for y in f), args) for f in (local, peer)]
     torch.testing.assert_close(*grads)
 
 
@@ -70,8 +70,8 @@ def test_it_begins_with_open_forget_gates_and_the_scale_of_hidden_matrices():
 def test_muon_takes_the_output_and_leaves_the_gates_to_adamw():
     model = Transformer(CONFIG)
     muon = MuonConfig(learning_rate=0.02, adam_learning_rate=4e-3)
-    found = parameter_groups(model.named_parameters(), muon, model.muon_parameters())
-    groups = {name: group.name for group in found for name in group.names}
+    got = parameter_groups(model.named_parameters(), muon, model.muon_parameters())
+    groups = {name: group.name for group in got for name in group.names}
     mixer = {n.removeprefix("blocks.0.mixer."): g for n, g in groups.items() if "0.mixer." in n}
     kinds = ("ih", "hh")
     assert mixer == {
@@ -98,8 +98,8 @@ def test_it_trains_compiled_with_breaks_around_the_layer(cut, again):
     tokens = torch.randint(0, 32, (2, 16))
     numbers = torch.tensor([[0] * 5 + [1] * 11, [0] * 16]) if cut else None
     parameters = list(model.parameters())
-    found = [
+    got = [
         torch.autograd.grad(form(tokens, tokens, documents_BL=numbers).sum(), parameters)
         for form in (torch.compile(model, backend="aot_eager"), model)
     ]
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*got)

@@ -17,11 +17,11 @@ CONFIG = ModelConfig(num_layers=2, width=64, num_heads=1, vocab_size=32, max_seq
 
 def step_by_step(logit, value, keep):
     """The definition, one token after the other."""
-    z, h, found = torch.sigmoid(logit), torch.zeros_like(value[:, 0]), []
+    z, h, got = torch.sigmoid(logit), torch.zeros_like(value[:, 0]), []
     for t in range(value.shape[1]):
         h = (1 - z[:, t]) * keep[:, t] * h + z[:, t] * value[:, t]
-        found.append(h)
-    return torch.stack(found, 1)
+        got.append(h)
+    return torch.stack(got, 1)
 
 
 def inputs(length, dtype=torch.float64, batch=2, width=3):
@@ -33,21 +33,21 @@ def inputs(length, dtype=torch.float64, batch=2, width=3):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 100])
 def test_the_parallel_form_equals_the_definition(length):
-    given = inputs(length)
-    torch.testing.assert_close(Recurrence.apply(*given), step_by_step(*given))
-    single = [x.float() for x in given]
-    want = step_by_step(*given).float()
+    args = inputs(length)
+    torch.testing.assert_close(Recurrence.apply(*args), step_by_step(*args))
+    single = [x.float() for x in args]
+    want = step_by_step(*args).float()
     torch.testing.assert_close(Recurrence.apply(*single), want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradients_are_those_of_the_definition():
-    given = inputs(9)
-    assert torch.autograd.gradcheck(Recurrence.apply, given)
-    ours, theirs = (
-        torch.autograd.grad(form(*given).square().sum(), given[:2])
+    args = inputs(9)
+    assert torch.autograd.gradcheck(Recurrence.apply, args)
+    local, peer = (
+        torch.autograd.grad(form(*args).square().sum(), args[:2])
         for form in (Recurrence.apply, step_by_step)
     )
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(local, peer)
 
 
 def test_a_scan_of_ones_counts():

@@ -24,8 +24,8 @@ def test_random_blocks_are_fixed_distinct_and_seen_by_no_other_rule():
         assert all(2 <= j <= block - 3 for j in drawn)
     other = Sparse("bigbird", 16, 3, 2, 4, layer=6)
     assert sum(sparse.drawn(b) == other.drawn(b) for b in range(20, 100)) < 5
-    seen = {j for b in range(1000) for j in sparse.drawn(b)}
-    assert 750 < len(seen) < 850, "1 - (j / 1000)^4 of blocks j, four fifths of all"
+    visible = {j for b in range(1000) for j in sparse.drawn(b)}
+    assert 750 < len(visible) < 850, "1 - (j / 1000)^4 of blocks j, four fifths of all"
 
 
 def test_what_is_read_grows_with_the_length_and_not_its_square():
@@ -41,7 +41,7 @@ SMALL = dict(depth=2, max_sequence_length=128)
 
 
 @pytest.mark.parametrize(
-    ("given", "field", "said"),
+    ("args", "field", "text"),
     [
         (dict(mixer="window"), "window", "no width"),
         (dict(mixer="window", mixer__window=0), "window", "no window"),
@@ -79,18 +79,18 @@ SMALL = dict(depth=2, max_sequence_length=128)
         (dict(mixer="window", mixer__window=8, position="alibi"), "position", "alibi"),
     ],
 )
-def test_a_bad_key_gets_its_sentence(given, field, said):
-    problems = model_config(**SMALL | given).problems()
+def test_a_bad_key_gets_its_sentence(args, field, text):
+    problems = model_config(**SMALL | args).problems()
     field = field if field in ("causal", "position") else f"mixer.{field}"
-    assert [(name, said in problem) for name, problem, _ in problems] == [(field, True)], problems
+    assert [(name, text in problem) for name, problem, _ in problems] == [(field, True)], problems
 
 
 def test_good_keys_have_no_problem():
-    for given in (
+    for args in (
         dict(mixer="window", mixer__window=128),
         dict(mixer_pattern=["window", "attention"], mixer__window=16, mixer__global_tokens=4),
         dict(mixer="block_sparse", mixer__block=16),
         dict(mixer="block_sparse", mixer__block=16, mixer__pattern="bigbird", mixer__local=1),
     ):
-        assert model_config(**SMALL | given).problems() == []
+        assert model_config(**SMALL | args).problems() == []
     assert model_config(depth=2, mixer="window", mixer__window=129).problems(sequence_length=128)

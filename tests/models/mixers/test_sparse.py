@@ -73,7 +73,7 @@ def columns_of(kind: str) -> Columns:
 def dense(name: str, kind: str) -> Tensor:
     """Return (3, L, L) bool, by a loop over all pairs."""
     pattern, columns = PATTERNS[name], columns_of(kind)
-    seen = torch.zeros(3, L, L, dtype=torch.bool)
+    visible = torch.zeros(3, L, L, dtype=torch.bool)
     for row in range(3):
         real = [True] * L if columns.real is None else columns.real[row].tolist()
         starts = [0] * L if columns.starts is None else columns.starts[row].tolist()
@@ -81,8 +81,8 @@ def dense(name: str, kind: str) -> Tensor:
         for i in range(L):
             for j in range(i + 1):
                 same = starts[i] == starts[j] and real[j]
-                seen[row, i, j] = i == j or (same and joins(pattern, place[i], place[j]))
-    return seen
+                visible[row, i, j] = i == j or (same and joins(pattern, place[i], place[j]))
+    return visible
 
 
 def mixers(pattern: Stretch | Sparse) -> tuple[Attention, Attention]:
@@ -108,19 +108,19 @@ KINDS = ("whole", "padded", "documents", "padded documents")
 def test_it_equals_full_attention_with_a_dense_mask(name, kind):
     pattern, columns = PATTERNS[name], columns_of(kind)
     full, few = mixers(pattern)
-    seen = dense(name, kind)
+    visible = dense(name, kind)
     real = torch.ones(3, L, dtype=torch.bool) if columns.real is None else columns.real
-    found = []
+    got = []
     for mixer, context in (
-        (full, Context(mask=additive_mask(seen[:, None], torch.float32))),
+        (full, Context(mask=additive_mask(visible[:, None], torch.float32))),
         (few, Context(view=plain_view(pattern, columns))),
     ):
         x = torch.randn(3, L, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = mixer(x, context)[real]
-        wanted = [x, *mixer.parameters()]
-        found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
-    for theirs, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        target = [x, *mixer.parameters()]
+        got.append([y, *torch.autograd.grad(y.square().sum(), target)])
+    for peer, computed in zip(*got, strict=True):
+        torch.testing.assert_close(computed, peer, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -128,50 +128,50 @@ def test_it_equals_full_attention_with_a_dense_mask(name, kind):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_view_for_a_gpu_shows_the_same(name, kind):
     pattern, columns = PATTERNS[name], columns_of(kind)
-    view, seen = flex_view(pattern, columns, block=16), dense(name, kind)
-    count = len(seen) if kind != "whole" else 1
-    assert torch.equal(create_mask(view.mask_mod, count, 1, L, L, "cpu")[:, 0], seen[:count])
+    view, visible = flex_view(pattern, columns, block=16), dense(name, kind)
+    count = len(visible) if kind != "whole" else 1
+    assert torch.equal(create_mask(view.mask_mod, count, 1, L, L, "cpu")[:, 0], visible[:count])
     heads = [
         torch.randn(3, L, h, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 1)
     ]
     q, k, v = heads[0], heads[1], heads[2].expand(-1, -1, 2, -1)
-    ours = flex(q, k, v, view, None)
-    theirs = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen[:, None], enable_gqa=True
+    computed = flex(q, k, v, view, None)
+    peer = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=visible[:, None], enable_gqa=True
     )
-    torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(computed, peer.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
-    "more",
+    "options",
     [{}, dict(mixer="latent"), dict(causal=False), dict(num_kv_heads=4, mixer__value_residual=0.5)],
 )
-def test_documents_and_padding_on_a_gpu_are_seen_as_by_a_dense_mask(more, monkeypatch):
+def test_documents_and_padding_on_a_gpu_are_seen_as_by_a_dense_mask(options, monkeypatch):
     """The kernel's eager form in place of the kernel, which has no backward pass on a CPU."""
-    model = build(**dict(width=64) | more).train()
+    model = build(**dict(width=64) | options).train()
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, V, (3, 50), generator=generator)
     documents = (torch.rand(3, 50, generator=generator) < 0.1).cumsum(-1)
     real = torch.ones(3, 50, dtype=torch.bool)
     real[1, 41:] = False
     targets = tokens.masked_fill(~real, -100)
-    found, masks = [], []
+    got, masks = [], []
     for on_gpu in (False, True):
         monkeypatch.setattr(blocks, "fits_flex", lambda columns, on_gpu=on_gpu: on_gpu)
         monkeypatch.setattr(
             model, "_mask", lambda *a: masks.append(type(model)._mask(model, *a)) or masks[-1]
         )
         with torch.no_grad():
-            found.append(model(tokens, targets, padding_mask_BL=real, documents_BL=documents))
+            got.append(model(tokens, targets, padding_mask_BL=real, documents_BL=documents))
     assert [isinstance(mask, torch.Tensor) for mask in masks] == [True, False]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=1e-4)
 
 
-def build(dtype=torch.float32, **more) -> Transformer:
+def build(dtype=torch.float32, **options) -> Transformer:
     torch.manual_seed(0)
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
-    config = model_config(**sizes | dict(max_sequence_length=96, init_std=0.3) | more)
+    config = model_config(**sizes | dict(max_sequence_length=96, init_std=0.3) | options)
     return Transformer(config).to(dtype).eval()
 
 
@@ -192,42 +192,42 @@ def tokens(rows: int = 2, length: int = L) -> Tensor:
     ids=str,
 )
 def test_where_every_earlier_token_is_seen_it_is_full_attention(few):
-    x, theirs = tokens(), build()
-    ours = build(**few)
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    x, peer = tokens(), build()
+    computed = build(**few)
+    computed.load_state_dict(peer.state_dict())
+    torch.testing.assert_close(computed(x), peer(x), rtol=1e-4, atol=1e-5)
     padding = torch.arange(L) >= torch.tensor([[0], [9]])
-    found, expected = (m(x, padding_mask_BL=padding)[padding] for m in (ours, theirs))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    got, expected = (m(x, padding_mask_BL=padding)[padding] for m in (computed, peer))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 66])
 def test_a_window_is_that_of_mistral(window):
     """The same weights, a batch padded on the left, logits and gradients."""
-    ours = build(
+    computed = build(
         mixer="window", mixer__window=window, mixer__qk_norm="none", num_layers=3, init_std=0.1
     )
-    theirs = MistralForCausalLM(
+    peer = MistralForCausalLM(
         MistralConfig(
             vocab_size=V, hidden_size=32, intermediate_size=24, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
             sliding_window=window, attn_implementation="eager", max_position_embeddings=96,
         )
     ).eval()  # fmt: skip
-    as_llama = changed(ours.config, mixer="attention")
-    weights = dict(to_hf(as_llama, ours.state_dict())[1])
-    theirs.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
+    as_llama = changed(computed.config, mixer="attention")
+    weights = dict(to_hf(as_llama, computed.state_dict())[1])
+    peer.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
     x, real = tokens(), torch.arange(L) >= torch.tensor([[0], [9]])
     places = (real.cumsum(-1) - 1).clamp(min=0)
-    found = ours(x, padding_mask_BL=real)[real]
-    expected = theirs(x, attention_mask=real.long(), position_ids=places).logits[real]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    found.square().mean().backward()
+    got = computed(x, padding_mask_BL=real)[real]
+    expected = peer(x, attention_mask=real.long(), position_ids=places).logits[real]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.square().mean().backward()
     expected.square().mean().backward()
     for name in ("q", "k", "v", "o"):
         inner = dict(q="query", k="key", v="value", o="output")[name]
-        mine = ours.get_parameter(f"blocks.1.mixer.{inner}.weight").grad
-        other = theirs.get_parameter(f"model.layers.1.self_attn.{name}_proj.weight").grad
+        mine = computed.get_parameter(f"blocks.1.mixer.{inner}.weight").grad
+        other = peer.get_parameter(f"model.layers.1.self_attn.{name}_proj.weight").grad
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -246,11 +246,11 @@ def test_it_decodes_in_any_pieces_with_padding_on_the_left(few):
     model, x = build(**few), tokens(3)
     real = torch.arange(L) >= torch.tensor([[0], [9], [21]])
     for pieces in ([22, 30, 1, 1, 13], [1] * L, [40] + [1] * 27):
-        read, found, masks = model.new_cache(), [], real.split(pieces, 1)
+        read, got, masks = model.new_cache(), [], real.split(pieces, 1)
         for piece, mask in zip(x.split(pieces, 1), masks, strict=True):
-            found.append(model(piece, padding_mask_BL=mask, cache=read))
+            got.append(model(piece, padding_mask_BL=mask, cache=read))
         expected = model(x, padding_mask_BL=real)
-        torch.testing.assert_close(torch.cat(found, 1)[real], expected[real], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(got, 1)[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -288,10 +288,10 @@ def test_flops_are_of_the_pairs_that_see_each_other(few):
     config = build(**few).config
     pattern = config.mixer.pattern_of()
     pairs = sum(joins(pattern, i, j) for i in range(L) for j in range(i + 1))
-    full, ours = (flops_per_token(c, L, causal=True) for c in (build().config, config))
+    full, computed = (flops_per_token(c, L, causal=True) for c in (build().config, config))
     saved = L * (L + 1) // 2 - pairs
-    assert (full - ours) * L == pytest.approx(3 * 2 * 4 * 32 * saved, abs=6 * L)
-    assert flops_per_token(config, L) >= ours
+    assert (full - computed) * L == pytest.approx(3 * 2 * 4 * 32 * saved, abs=6 * L)
+    assert flops_per_token(config, L) >= computed
 
 
 def gradients(model: Transformer, x: Tensor) -> list[Tensor]:
@@ -301,8 +301,8 @@ def gradients(model: Transformer, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("few", SEVERAL, ids=str)
 def test_layers_that_are_computed_again_have_the_same_gradients(few):
     plain, again = (build(**few, activation_checkpointing=c) for c in ("none", "full"))
-    for ours, theirs in zip(gradients(again, tokens()), gradients(plain, tokens()), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for computed, peer in zip(gradients(again, tokens()), gradients(plain, tokens()), strict=True):
+        torch.testing.assert_close(computed, peer)
 
 
 @pytest.mark.parametrize(
@@ -315,16 +315,16 @@ def test_layers_that_are_computed_again_have_the_same_gradients(few):
     ids=str,
 )
 def test_layers_that_see_the_same_share_a_view(few, views, monkeypatch):
-    made = []
+    built = []
     viewer = sparse_module.viewer
 
     def counting(config, part, layer):
         make = viewer(config, part, layer)
-        return lambda columns: made.append(layer) or make(columns)
+        return lambda columns: built.append(layer) or make(columns)
 
     monkeypatch.setattr(sparse_module, "viewer", counting)
     build(num_layers=3, **few)(tokens())
-    assert len(made) == views
+    assert len(built) == views
 
 
 def test_dropout_drops_scores():

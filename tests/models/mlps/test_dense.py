@@ -29,20 +29,20 @@ def test_chunks_compute_what_the_whole_does(kind, checkpointing):
     config = changed(CONFIG, mlp=kind, activation_checkpointing=checkpointing)
     whole = losses_and_gradients(config)
     for chunk in (5, 24, 1000):
-        found = losses_and_gradients(changed(config, mlp__chunk=chunk))
-        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+        got = losses_and_gradients(changed(config, mlp__chunk=chunk))
+        torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_row_keeps_less_and_computes_more():
     chunked = changed(CONFIG, mlp__chunk=4, max_sequence_length=4096)
     config = changed(chunked, mlp__chunk=None)
-    kept, whole = (activations(c, 1, 4096).total for c in (chunked, config))
-    assert whole - kept == 2 * 4 * 2 * 48 * 4096 - 4 * 2 * 48 * 4  # of 2 layers, but for a chunk
-    more = flops_recomputed(chunked, 4096) - flops_recomputed(config, 4096)
-    assert more == 2 * 2 * 3 * 32 * 48  # the three matrices of 2 layers, once
+    saved, whole = (activations(c, 1, 4096).total for c in (chunked, config))
+    assert whole - saved == 2 * 4 * 2 * 48 * 4096 - 4 * 2 * 48 * 4  # of 2 layers, but for a chunk
+    keys = flops_recomputed(chunked, 4096) - flops_recomputed(config, 4096)
+    assert keys == 2 * 2 * 3 * 32 * 48  # the three matrices of 2 layers, once
     assert flops_per_token(chunked, 4096) == flops_per_token(config, 4096)
     # 512 ranks have 8 columns each, two chunks; 1,024 have 4, which are one: nothing is made again.
-    assert flops_recomputed(chunked, 4096, 512) - flops_recomputed(config, 4096, 512) == more
+    assert flops_recomputed(chunked, 4096, 512) - flops_recomputed(config, 4096, 512) == keys
     assert flops_recomputed(chunked, 4096, 1024) == flops_recomputed(config, 4096, 1024)
 
 

@@ -76,12 +76,12 @@ def test_it_equals_a_plain_loop_and_so_do_its_gradients(name):
     moe, x = layer(CHOICES[name]), hidden()
     if moe.bias_steps is not None:
         moe.bias_steps += torch.tensor([30, -30, 0, 60, 0, -10])
-    found, _ = moe(x)
+    got, _ = moe(x)
     expected = torch.stack([torch.stack([plainly(moe, x_D) for x_D in row]) for row in x])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     parameters = list(moe.parameters())
-    ours, theirs = (torch.autograd.grad(y.square().sum(), parameters) for y in (found, expected))
-    for a, b in zip(ours, theirs, strict=True):
+    local, peer = (torch.autograd.grad(y.square().sum(), parameters) for y in (got, expected))
+    for a, b in zip(local, peer, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -91,11 +91,11 @@ def test_grouped_products_take_empty_groups_and_give_them_zero_gradients():
     out = linear(rows, torch.tensor([0, 4, 4, 7]))
     expected = torch.cat([rows[:4] @ linear.weight[1].T, rows[4:] @ linear.weight[3].T])
     torch.testing.assert_close(out, expected)
-    wanted = [rows, linear.weight]
-    ours, theirs = (torch.autograd.grad(y.square().sum(), wanted) for y in (out, expected))
-    for a, b in zip(ours, theirs, strict=True):
+    target = [rows, linear.weight]
+    local, peer = (torch.autograd.grad(y.square().sum(), target) for y in (out, expected))
+    for a, b in zip(local, peer, strict=True):
         torch.testing.assert_close(a, b)
-    assert not ours[1][[0, 2]].any()
+    assert not local[1][[0, 2]].any()
     nothing = linear(rows[:0], torch.zeros(4, dtype=torch.int64))
     nothing.sum().backward()
     assert not linear.weight.grad.any()
@@ -150,16 +150,16 @@ def test_the_balance_loss_is_that_of_transformers_in_each_layer():
     real[0, 7:] = False
     logits = moe.router(x.flatten(0, 1))
     for mask in (None, real):
-        theirs = mixtral.load_balancing_loss_func(
+        peer = mixtral.load_balancing_loss_func(
             (logits,), E, K, None if mask is None else mask.long()
         )
-        found = moe(x, mask)[1].penalty
-        assert found.item() == pytest.approx(0.01 * theirs.item() / K, rel=1e-6)
-    expected, ours = (
+        got = moe(x, mask)[1].penalty
+        assert got.item() == pytest.approx(0.01 * peer.item() / K, rel=1e-6)
+    expected, local = (
         torch.autograd.grad(loss, moe.router.weight, retain_graph=True)[0]
-        for loss in (0.01 / K * theirs, found)
+        for loss in (0.01 / K * peer, got)
     )
-    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(local, expected)
 
 
 def test_the_router_z_loss_is_the_mean_square_of_log_z():
@@ -208,12 +208,12 @@ def test_padding_counts_nowhere():
 
 def test_what_is_computed_again_counts_once():
     plain, again = (build(changed(BASE, activation_checkpointing=c)) for c in ("none", "full"))
-    x, found = tokens(), []
+    x, got = tokens(), []
     for model in (plain, again):
         losses, penalty = model(x, x)
         (losses.sum() + penalty).backward()
-        found.append([penalty.detach(), *(p.grad for p in model.parameters())])
-    for a, b in zip(*found, strict=True):
+        got.append([penalty.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*got, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(plain.tallies.counts, again.tallies.counts)
 
@@ -229,11 +229,11 @@ def test_metrics_of_a_step():
     model(x, x)
     model(x.flip(0), x)
     model.counted(model.counters().clone())
-    found, load = model.metrics(), model.tallies.of("experts")[:, :E].double()
+    got, load = model.metrics(), model.tallies.of("experts")[:, :E].double()
     worst = (load.amax(-1) / load.mean(-1)).max()
-    assert found["expert_load_worst"].item() == pytest.approx(worst.item())
-    assert 1 <= found["expert_load"] <= worst
-    assert found["dropped"] == 0
+    assert got["expert_load_worst"].item() == pytest.approx(worst.item())
+    assert 1 <= got["expert_load"] <= worst
+    assert got["dropped"] == 0
     moe = model.blocks[0].mlp
     with torch.no_grad():
         moe.router.weight.zero_()
@@ -297,14 +297,14 @@ def test_a_capacity_drops_what_has_no_place_in_training_only():
         moe.router.weight.zero_()
         moe.router.weight[2, 0], moe.router.weight[4, 0] = 2.0, 1.0
         x[..., 0] = 1.0
-        found, routing = moe(x)
+        got, routing = moe(x)
         places = 24 * K // E
         assert routing.counts[:E].tolist() == [0, 0, 24, 0, 24, 0]
         assert routing.counts[E] == 2 * (24 - places)
         free = layer(BASE)
         free.load_state_dict(moe.state_dict())
         whole, _ = free(x)
-        flat, expected = found.flatten(0, 1), whole.flatten(0, 1)
+        flat, expected = got.flatten(0, 1), whole.flatten(0, 1)
         torch.testing.assert_close(flat[:places], expected[:places])
         assert not flat[places:].any()
         torch.testing.assert_close(moe.eval()(x)[0], whole)
@@ -332,11 +332,11 @@ def test_enough_capacity_drops_nothing():
     (a, first), (b, second) = free(x), roomy(x)
     torch.testing.assert_close(a, b)
     assert torch.equal(first.counts, second.counts)
-    ours, theirs = (
+    local, peer = (
         torch.autograd.grad(y.square().sum(), list(m.parameters()))
         for y, m in ((a, free), (b, roomy))
     )
-    for one, other in zip(ours, theirs, strict=True):
+    for one, other in zip(local, peer, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -365,14 +365,14 @@ def test_it_compiles_as_one_graph(change):
     expected = gradients(model)
     counts = model.tallies.counts.clone()
     model.tallies.counts.zero_()
-    found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    got = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for local, peer in zip(got, expected, strict=True):
+        torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
     assert torch.equal(counts, model.tallies.counts)
 
 
 @pytest.mark.parametrize(
-    ("change", "field", "said"),
+    ("change", "field", "text"),
     [
         ({"mlp__top_k": 7}, "mlp.top_k", "7 of 6"),
         ({"mlp__top_k": 0}, "mlp.top_k", "0 of 6"),
@@ -392,7 +392,7 @@ def test_it_compiles_as_one_graph(change):
     ],
     ids=str,
 )
-def test_bad_input_gets_its_sentence(change, field, said):
+def test_bad_input_gets_its_sentence(change, field, text):
     (problem,) = changed(BASE, **change).problems()
     assert problem[0] == field
-    assert said in problem[1]
+    assert text in problem[1]

@@ -18,7 +18,7 @@ def test_every_rank_has_the_keys_of_its_own_queries():
         if heads % kv_heads or heads % ranks:
             continue
         sent = [g for g in range(kv_heads) for _ in range(copies(heads, kv_heads, ranks))]
-        queries, own = heads // ranks, len(sent) // ranks
+        queries, alone = heads // ranks, len(sent) // ranks
         for rank, i in product(range(ranks), range(queries)):
-            key = sent[rank * own + i * own // queries]  # of the rank's i-th query head
+            key = sent[rank * alone + i * alone // queries]  # of the rank's i-th query head
             assert key == (rank * queries + i) * kv_heads // heads

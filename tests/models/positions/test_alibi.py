@@ -20,12 +20,12 @@ def test_biases_are_those_of_bloom(num_heads):
     pytest.importorskip("transformers")
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-    theirs = build_alibi_tensor(torch.ones(1, 24), num_heads, torch.float32)  # (H, 1, L)
+    peer = build_alibi_tensor(torch.ones(1, 24), num_heads, torch.float32)  # (H, 1, L)
     causal = torch.ones(24, 24, dtype=torch.bool).tril()
-    ours = biased_mask(torch.arange(24), None, num_heads, torch.float32)
-    assert ours.shape == (1, num_heads, 24, 24)
-    expected = theirs.expand(-1, 24, -1).masked_fill(~causal, -torch.inf)
-    torch.testing.assert_close(ours[0].softmax(-1), expected.softmax(-1), rtol=1e-5, atol=1e-7)
+    local = biased_mask(torch.arange(24), None, num_heads, torch.float32)
+    assert local.shape == (1, num_heads, 24, 24)
+    expected = peer.expand(-1, 24, -1).masked_fill(~causal, -torch.inf)
+    torch.testing.assert_close(local[0].softmax(-1), expected.softmax(-1), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 8, 32])
@@ -34,9 +34,9 @@ def test_biases_are_those_of_mpt(num_heads):
     pytest.importorskip("transformers")
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-    theirs = build_mpt_alibi_tensor(num_heads, 24)  # (H, 1, L): of the last query
-    ours = biased_mask(torch.arange(24), None, num_heads, torch.float32)[0, :, -1:]
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    peer = build_mpt_alibi_tensor(num_heads, 24)  # (H, 1, L): of the last query
+    local = biased_mask(torch.arange(24), None, num_heads, torch.float32)[0, :, -1:]
+    torch.testing.assert_close(local, peer, rtol=1e-6, atol=1e-6)
 
 
 def test_slopes_are_the_papers():
@@ -50,8 +50,8 @@ def test_distances_count_real_tokens_of_the_own_document():
     padding = torch.tensor([[1, 0, 1, 1, 1, 1]])
     starts = document_starts(documents)
     positions = positions_of(6, documents.device, padding, starts)
-    seen = visible_keys(padding, starts)
-    mask = biased_mask(positions, seen, 1, torch.float32)[0, 0] * 256  # the slope of one head
+    visible = visible_keys(padding, starts)
+    mask = biased_mask(positions, visible, 1, torch.float32)[0, 0] * 256  # the slope of one head
     none = -torch.inf
     assert mask[2].tolist() == [-1, none, 0, none, none, none]
     assert mask[5].tolist() == [none, none, none, -2, -1, 0]
@@ -60,8 +60,8 @@ def test_distances_count_real_tokens_of_the_own_document():
 def test_a_bias_in_bf16_is_rounded_once():
     """Distances above 256 aren't exact in bf16."""
     exact = biased_mask(torch.arange(1000), None, 3, torch.float32)
-    ours = biased_mask(torch.arange(1000), None, 3, torch.bfloat16)
-    assert torch.equal(ours, exact.bfloat16())
+    local = biased_mask(torch.arange(1000), None, 3, torch.bfloat16)
+    assert torch.equal(local, exact.bfloat16())
 
 
 def test_attention_is_the_papers_written_out():
@@ -79,10 +79,10 @@ def test_attention_is_the_papers_written_out():
         init_std=0.5,
     )
     model, tokens = Transformer(config), torch.randint(0, 30, (2, 8))
-    mixer, seen = model.blocks[0].mixer, []
-    mixer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    mixer, visible = model.blocks[0].mixer, []
+    mixer.register_forward_hook(lambda module, args, out: visible.append((args[0], out)))
     model(tokens)
-    ((x, out),) = seen
+    ((x, out),) = visible
     q, k, v = (
         f(x).view(2, 8, -1, 4).transpose(1, 2) for f in (mixer.query, mixer.key, mixer.value)
     )

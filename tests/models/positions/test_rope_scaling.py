@@ -29,41 +29,41 @@ def scaled(kind, factor, theta, heads, original):
         position__theta=theta,
         num_heads=heads,
     )
-    given = {"position__scaling__original_length": original} if kind != "ntk" else {}
-    return changed(config, **given).resolved()
+    args = {"position__scaling__original_length": original} if kind != "ntk" else {}
+    return changed(config, **args).resolved()
 
 
 def of_transformers(kind, original, config, **parameters):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    theirs = transformers.LlamaConfig(
+    peer = transformers.LlamaConfig(
         hidden_size=256,
         num_attention_heads=config.num_heads,
         max_position_embeddings=original,
         rope_parameters={"rope_type": kind, "rope_theta": config.position.theta, **parameters},
     )
-    return lambda **more: ROPE_INIT_FUNCTIONS[kind](theirs, CPU, **more)
+    return lambda **keys: ROPE_INIT_FUNCTIONS[kind](peer, CPU, **keys)
 
 
 @pytest.mark.parametrize(("factor", "theta", "heads", "original"), SHAPES)
 def test_yarn_is_that_of_transformers(factor, theta, heads, original):
     config = scaled("yarn", factor, theta, heads, original)
-    found, attention = frequencies(config, CPU)
+    got, attention = frequencies(config, CPU)
     lengths = {"factor": factor, "original_max_position_embeddings": original}
     expected, factor_of_theirs = of_transformers("yarn", original, config, **lengths)()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     assert attention == pytest.approx(factor_of_theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize(("factor", "theta", "heads", "original"), SHAPES)
 def test_llama3_is_that_of_transformers(factor, theta, heads, original):
     config = scaled("llama3", factor, theta, heads, original)
-    found, attention = frequencies(config, CPU)
-    given = {"factor": factor, "original_max_position_embeddings": original}
-    given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    expected, factor_of_theirs = of_transformers("llama3", original, config, **given)()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    got, attention = frequencies(config, CPU)
+    args = {"factor": factor, "original_max_position_embeddings": original}
+    args |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    expected, factor_of_theirs = of_transformers("llama3", original, config, **args)()
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     assert attention == factor_of_theirs == 1
 
 
@@ -71,38 +71,38 @@ def test_llama3_is_that_of_transformers(factor, theta, heads, original):
 def test_ntk_is_the_dynamic_one_of_transformers_at_the_new_length(factor, theta, heads, original):
     """Theirs, with a factor of 1, at a sequence of `factor` times the original length."""
     config = scaled("ntk", factor, theta, heads, original)
-    found, attention = frequencies(config, CPU)
+    got, attention = frequencies(config, CPU)
     expected, _ = of_transformers("dynamic", original, config, factor=1.0)(
         seq_len=factor * original
     )
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     assert attention == 1
 
 
 def test_ntk_divides_the_lowest_frequency_by_the_factor_and_keeps_the_highest():
-    plain, ours = (frequencies(c, CPU)[0] for c in (BASE, scaled("ntk", 4.0, 10_000.0, 2, None)))
-    assert ours[0] == plain[0] == 1
-    torch.testing.assert_close(ours[-1], plain[-1] / 4, rtol=1e-6, atol=0)
-    assert (ours[1:] < plain[1:]).all()
+    plain, local = (frequencies(c, CPU)[0] for c in (BASE, scaled("ntk", 4.0, 10_000.0, 2, None)))
+    assert local[0] == plain[0] == 1
+    torch.testing.assert_close(local[-1], plain[-1] / 4, rtol=1e-6, atol=0)
+    assert (local[1:] < plain[1:]).all()
 
 
 def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
     config = scaled("yarn", 4.0, 10_000.0, 2, 2048)
-    plain, ours = (frequencies(c, CPU)[0] for c in (BASE, config))
+    plain, local = (frequencies(c, CPU)[0] for c in (BASE, config))
     rotations = 2048 * plain / (2 * math.pi)
     fast, slow = rotations > 40, rotations < 0.8  # a whole pair around the limits of 32 and 1
     assert fast.any()
     assert slow.any()
-    torch.testing.assert_close(ours[fast], plain[fast])
-    torch.testing.assert_close(ours[slow], plain[slow] / 4)
-    assert ((ours <= plain * (1 + 1e-6)) & (ours >= plain / 4 * (1 - 1e-6))).all()
+    torch.testing.assert_close(local[fast], plain[fast])
+    torch.testing.assert_close(local[slow], plain[slow] / 4)
+    assert ((local <= plain * (1 + 1e-6)) & (local >= plain / 4 * (1 - 1e-6))).all()
 
 
 def test_the_original_length_is_the_longest_over_the_factor_unless_given():
-    given = scaled("yarn", 4.0, 10_000.0, 2, 2048)
-    derived = changed(given, position__scaling__original_length=None)
+    args = scaled("yarn", 4.0, 10_000.0, 2, 2048)
+    derived = changed(args, position__scaling__original_length=None)
     assert derived.position.scaling.original(derived) == 2048
-    assert torch.equal(frequencies(given, CPU)[0], frequencies(derived, CPU)[0])
+    assert torch.equal(frequencies(args, CPU)[0], frequencies(derived, CPU)[0])
 
 
 def test_without_scaling_the_angles_are_what_they_were():
@@ -116,11 +116,11 @@ def test_without_scaling_the_angles_are_what_they_were():
 
 def test_ntk_is_a_larger_base():
     torch.manual_seed(0)
-    ours = Transformer(scaled("ntk", 4.0, 10_000.0, 2, None))
-    plain = Transformer(changed(BASE, position__theta=ntk_theta(ours.config)))
-    plain.load_state_dict(ours.state_dict())
+    local = Transformer(scaled("ntk", 4.0, 10_000.0, 2, None))
+    plain = Transformer(changed(BASE, position__theta=ntk_theta(local.config)))
+    plain.load_state_dict(local.state_dict())
     tokens = torch.arange(40)[None]
-    assert torch.equal(ours(tokens), plain(tokens))
+    assert torch.equal(local(tokens), plain(tokens))
 
 
 @pytest.mark.parametrize("kind", ["ntk", "yarn"])
@@ -135,7 +135,7 @@ def test_a_token_does_not_know_how_long_its_sequence_is(kind):
 
 
 @pytest.mark.parametrize(
-    ("given", "field"),
+    ("args", "field"),
     [
         ({"position__scaling": "ntk"}, "position.scaling.factor"),
         (YARN | {"position__scaling__factor": 0.5}, "position.scaling.factor"),
@@ -148,8 +148,8 @@ def test_a_token_does_not_know_how_long_its_sequence_is(kind):
         ),
     ],
 )
-def test_what_cannot_be_scaled_names_its_field(given, field):
-    config = changed(BASE, **given)
+def test_what_cannot_be_scaled_names_its_field(args, field):
+    config = changed(BASE, **args)
     assert [problem[0] for problem in config.problems()] == [field]
     with pytest.raises(ValueError, match=rf"^model\.{field}: .*; .*\.$"):
         Transformer(config)
