@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from forescale.models.part import Part, Problem, below_1, registry
 
@@ -18,7 +18,6 @@ class Norm(Part):
     embedding: bool = False  # a norm after the embedding and its positions, as BERT
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return [] if self.eps > 0 else [("eps", "must be above 0", "give a positive number")]
 
 
@@ -26,14 +25,14 @@ class Norm(Part):
 class RMS(Norm):
     """Divides by the root mean square."""
 
-    kind: ClassVar[str] = "rmsnorm"
+    kind = "rmsnorm"
 
 
 @dataclass(frozen=True)
 class Layer(Norm):
     """Normalises by mean and variance."""
 
-    kind: ClassVar[str] = "layernorm"
+    kind = "layernorm"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Head(Part):
     softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         if 0 <= self.softcap < math.inf:
             return []
         return [("softcap", "must be a number, not negative", "give 0 to switch it off")]
@@ -53,21 +51,21 @@ class Head(Part):
 class LinearHead(Head):
     """One matrix."""
 
-    kind: ClassVar[str] = "linear"
+    kind = "linear"
 
 
 @dataclass(frozen=True)
 class DenseHead(Head):
     """BERT's: a dense layer, GELU and a norm before the matrix, and a bias of each logit."""
 
-    kind: ClassVar[str] = "dense"
+    kind = "dense"
 
 
 @dataclass(frozen=True)
 class Standard(Part):
     """No rule for other widths and depths."""
 
-    kind: ClassVar[str] = "standard"
+    kind = "standard"
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,9 @@ class Mup(Part):
 
     base_width: int = 256  # width for which optimizer.learning_rate was tuned
 
-    kind: ClassVar[str] = "mup"
+    kind = "mup"
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return below_1(self, "base_width")
 
 
@@ -89,10 +86,9 @@ class CompleteP(Mup):
 
     base_depth: int = 4  # num_layers for which optimizer.learning_rate was tuned
 
-    kind: ClassVar[str] = "completep"
+    kind = "completep"
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return super().problems() + below_1(self, "base_depth")
 
 

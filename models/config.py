@@ -66,8 +66,7 @@ _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shap
 class ModelConfig:
     """A transformer: a causal decoder by default.
 
-    Give only `depth`, or `num_layers` and `width`. Other given sizes override the rule.
-    The rule for a size that is not given:
+    Set only `depth`, or `num_layers` and `width`. The rule for each other size that is not set:
 
     1. num_layers = depth.
     2. width = 64 * depth. nanochat's dial (base_train.py, aspect ratio 64), and GPT-2 small's 12
@@ -85,17 +84,17 @@ class ModelConfig:
        as wide as a dense MLP.
     """
 
-    depth: int | None = None  # sets num_layers and width (64 * depth); or give both
-    num_layers: int | None = None  # None: depth
-    width: int | None = None  # None: 64 * depth
-    num_heads: int | None = None  # None: width / 64
+    depth: int | None = None  # sets num_layers and width (64 * depth); or set these two
+    num_layers: int | None = None  # blocks, of an encoder-decoder those of the decoder; None: depth
+    width: int | None = None  # of the residual stream; None: 64 * depth
+    num_heads: int | None = None  # query heads; None: width / 64
     num_kv_heads: int | None = None  # fewer than num_heads: grouped-query; None: num_heads
     head_dim: int | None = None  # width of a head; None: width / num_heads
-    mlp_width: int | None = None  # None: 4 * width, or 8/3 * width with a gate
-    vocab_size: int | None = None  # None: the dataset's
-    max_sequence_length: int | None = None  # of a row; None: the training's
+    mlp_width: int | None = None  # inside of the MLP; None: 4 * width, or 8/3 * width with a gate
+    vocab_size: int | None = None  # None: that of the dataset
+    max_sequence_length: int | None = None  # None: the sequence length of the training run
 
-    # How a token's place enters.
+    # How the position of a token enters the model.
     position: Part = field(default_factory=Rotary, metadata={"kinds": POSITIONS})
     # The norms of the residual stream, of queries and of keys.
     norm: Norm = field(default_factory=RMS, metadata={"kinds": NORMS})
@@ -115,9 +114,9 @@ class ModelConfig:
     # Layers of an encoder before the num_layers of the decoder (objective=seq2seq or prefix);
     # 0: none.
     encoder_layers: int = 0
-    source_length: int | None = None  # columns that the encoder reads; None: as the objective says
+    source_length: int | None = None  # columns that the encoder reads; None: by the objective
     causal: bool = True  # a token sees no later one; false: an encoder, for objective=masked
-    bias: bool = False  # use biases in linear layers and layernorm
+    bias: bool = False  # biases in linear layers and layernorm
     # 1: each layer adds a vector of the token itself to its values, 2: every second layer, counted
     # from the last, and so on; 0: none.
     value_embedding: int = 0
@@ -128,7 +127,7 @@ class ModelConfig:
     dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
     # Modules that predict the tokens after the next one, in training alone (DeepSeek-V3: 1); 0: no.
     mtp_layers: int = 0
-    mtp_weight: float = 0.3  # of their mean loss in the objective (DeepSeek-V3: 0.3, then 0.1)
+    mtp_weight: float = 0.3  # weight of their mean loss in the objective (DeepSeek-V3: 0.3)
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
     # Targets per chunk of the loss; None: 512 on a CPU, up to 8192 on a GPU; 0: all.
     loss_chunk: int | None = field(default=None, metadata=_NUMERICS)

@@ -54,9 +54,9 @@ class Shift(Mixer):
 
     tokens: int = 1  # that a token sees before it
 
-    kind: ClassVar[str] = "shift"
-    module: ClassVar[str] = f"{__name__}.ShiftModule"
-    writes: ClassVar[tuple[str, ...]] = ("inner",)
+    kind = "shift"
+    module = f"{__name__}.ShiftModule"
+    writes = ("inner",)
 
     def problems(self):
         return below_1(self, "tokens")

@@ -3,7 +3,7 @@ attention_module.py."""
 
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from forescale.models.part import (
     Mixer,
@@ -66,17 +66,17 @@ class Attention(Mixer):
     # Share of the first layer's values in the values of each later layer (ResFormer: 0.5); 0: none.
     value_residual: float = 0.0
 
-    kind: ClassVar[str] = "attention"
-    module: ClassVar[str] = "forescale.models.mixers.attention_module.Attention"
-    writes: ClassVar[tuple[str, ...]] = ("output",)
-    gates: ClassVar[tuple[str, ...]] = ("gate",)
-    per_head: ClassVar[tuple[str, ...]] = ("query_norm", "key_norm")
-    heads: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads")
-    reads: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "head_dim", "position")
-    takes_future: ClassVar[bool] = True
-    takes_biases: ClassVar[bool] = True
-    takes_values: ClassVar[bool] = True
-    splits_columns: ClassVar[bool] = True
+    kind = "attention"
+    module = "forescale.models.mixers.attention_module.Attention"
+    writes = ("output",)
+    gates = ("gate",)
+    per_head = ("query_norm", "key_norm")
+    heads = ("num_heads", "num_kv_heads")
+    reads = ("num_heads", "num_kv_heads", "head_dim", "position")
+    takes_future = True
+    takes_biases = True
+    takes_values = True
+    splits_columns = True
 
     @property
     def shifts(self) -> bool:
@@ -120,7 +120,6 @@ class Attention(Mixer):
         return counts.get(self.gate, 0)
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         s, shapes = config.sizes, Shapes()
         for name, width in (("query", s.heads_width), ("key", s.kv_width), ("value", s.kv_width)):
             shapes |= linear(name, s.width, width, config.bias or self.qkv_bias)
@@ -159,7 +158,6 @@ class Attention(Mixer):
         return kernel + (norm_bytes * heads if self.qk_norm != "none" else 0)
 
     def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """See BlockPart."""
         return kernel_bytes(config, bytes_per_value)
 
     def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
@@ -205,7 +203,6 @@ class Attention(Mixer):
         bytes_per_value: int,
         masked: bool,
     ) -> tuple[int, int]:
-        """See plain_scores_bytes."""
         return plain_scores_bytes(config, micro_batch, length, bytes_per_value), 0
 
 
@@ -216,8 +213,8 @@ _OF_SOURCE = ("key.", "value.", "key_norm.")  # parameters that act on source to
 class Cross(Attention):
     """Attention of the decoder's tokens to the encoder's output, between mixer and MLP."""
 
-    kind: ClassVar[str] = "cross"
-    module: ClassVar[str] = "forescale.models.mixers.attention_module.CrossAttention"
+    kind = "cross"
+    module = "forescale.models.mixers.attention_module.CrossAttention"
 
     def _split(self, config: "ModelConfig") -> tuple[Shapes, Shapes]:
         """Return the parameters that act on the decoder's tokens, and those on the source's."""
@@ -230,7 +227,6 @@ class Cross(Attention):
         return matrix_flops(self._split(config)[0]) + scores_flops(config, source_length, False)
 
     def source_flops(self, config: "ModelConfig") -> int:
-        """See BlockPart."""
         return matrix_flops(self._split(config)[1])
 
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
@@ -248,12 +244,10 @@ class Cross(Attention):
         return config.sizes.kv_width * (2 * bytes_per_value + norm)
 
     def selected_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """See BlockPart."""
         results = bytes_per_value * outputs(self._split(config)[0])
         return results + self.kernel_bytes(config, bytes_per_value)
 
     def selected_source(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """See BlockPart."""
         return bytes_per_value * outputs(self._split(config)[1])
 
     def plain_bytes(

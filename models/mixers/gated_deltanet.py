@@ -5,7 +5,7 @@ that of a value head, C the tokens of a chunk.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from forescale.models.part import Mixer, Problem, Shapes, below_1, linear, matrix_flops
 
@@ -29,16 +29,15 @@ class GatedDeltaNet(Mixer):
     value_dim: int | None = None  # width of a value head; None: that of a head
     conv: int = 4  # tokens that the short convolution reads
 
-    kind: ClassVar[str] = "gated_deltanet"
-    module: ClassVar[str] = "forescale.models.mixers.gated_deltanet_module.GatedDeltaNet"
-    writes: ClassVar[tuple[str, ...]] = ("output",)
-    gates: ClassVar[tuple[str, ...]] = ("decay", "beta")
-    per_head: ClassVar[tuple[str, ...]] = ("output_norm",)
-    reads: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim")
-    takes_mask: ClassVar[bool] = False
+    kind = "gated_deltanet"
+    module = "forescale.models.mixers.gated_deltanet_module.GatedDeltaNet"
+    writes = ("output",)
+    gates = ("decay", "beta")
+    per_head = ("output_norm",)
+    reads = ("num_heads", "head_dim")
+    takes_mask = False
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return below_1(self, "value_dim", "conv")
 
     def problems_in(
@@ -61,7 +60,6 @@ class GatedDeltaNet(Mixer):
         return heads * (2 * K + V)
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         width, (heads, K, V) = config.sizes.width, self.widths(config)
         shapes: Shapes = {"log_rate": (heads,), "decay_bias": (heads,)}
         outputs = {"query": heads * K, "key": heads * K, "value": heads * V, "gate": heads * V}

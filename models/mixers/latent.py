@@ -1,7 +1,7 @@
 """Multi-head latent attention as a mixer; its module is in latent_module.py."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from forescale.models.mixers.attention import kernel_bytes, plain_scores_bytes, scores_flops
 from forescale.models.part import Mixer, Problem, Shapes, below_1, by_output, linear, matrix_flops
@@ -18,19 +18,18 @@ class Latent(Mixer):
     rank: int | None = None  # width of the latent, which is cached; None: 4 heads, at most half
     query_rank: int | None = None  # width of the queries' latent; None: no latent
 
-    kind: ClassVar[str] = "latent"
-    module: ClassVar[str] = "forescale.models.mixers.latent_module.LatentAttention"
-    writes: ClassVar[tuple[str, ...]] = ("output",)
-    per_head: ClassVar[tuple[str, ...]] = ("latent_norm", "query_norm")
-    heads: ClassVar[tuple[str, ...]] = ("num_heads", "key.num_heads", "value.num_heads")
-    reads: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim", "position")
-    turning: ClassVar[float] = 0.5
-    takes_future: ClassVar[bool] = True
-    takes_biases: ClassVar[bool] = True
-    splits_columns: ClassVar[bool] = True
+    kind = "latent"
+    module = "forescale.models.mixers.latent_module.LatentAttention"
+    writes = ("output",)
+    per_head = ("latent_norm", "query_norm")
+    heads = ("num_heads", "key.num_heads", "value.num_heads")
+    reads = ("num_heads", "head_dim", "position")
+    turning = 0.5
+    takes_future = True
+    takes_biases = True
+    splits_columns = True
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return below_1(self, "rank", "query_rank")
 
     def problems_in(
@@ -70,7 +69,6 @@ class Latent(Mixer):
         return config.rotary_width if isinstance(config.position, Rotary) else 0
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         s, bias, (rank, query_rank), shapes = (
             config.sizes,
             config.bias,
@@ -106,7 +104,6 @@ class Latent(Mixer):
         )
 
     def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """See BlockPart."""
         return kernel_bytes(config, bytes_per_value)
 
     def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:

@@ -1,7 +1,7 @@
 """An LSTM as a mixer; its module is in lstm_module.py."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from forescale.models.part import Mixer, Shapes, linear, matrix_flops
 
@@ -15,14 +15,13 @@ _GATES = ("recurrence.weight_ih_l0", "recurrence.weight_hh_l0")  # four gates in
 class LSTM(Mixer):
     """A layer of torch.nn.LSTM."""
 
-    kind: ClassVar[str] = "lstm"
-    module: ClassVar[str] = "forescale.models.mixers.lstm_module.LSTM"
-    writes: ClassVar[tuple[str, ...]] = ("output",)
-    not_muon: ClassVar[tuple[str, ...]] = _GATES
-    takes_mask: ClassVar[bool] = False
+    kind = "lstm"
+    module = "forescale.models.mixers.lstm_module.LSTM"
+    writes = ("output",)
+    not_muon = _GATES
+    takes_mask = False
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         width = config.sizes.width
         shapes: Shapes = dict.fromkeys(_GATES, (4 * width, width))
         shapes |= {f"recurrence.bias_{kind}_l0": (4 * width,) for kind in ("ih", "hh")}

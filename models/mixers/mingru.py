@@ -1,7 +1,7 @@
 """A gated linear recurrence as a mixer; its module is in mingru_module.py."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from forescale.models.part import Mixer, Shapes, linear
 
@@ -15,13 +15,12 @@ _STATE = 4  # bytes per value of a state, in fp32
 class MinGRU(Mixer):
     """A gated linear recurrence, whose FLOPs are its matrices': the scan has no matrix product."""
 
-    kind: ClassVar[str] = "mingru"
-    module: ClassVar[str] = "forescale.models.mixers.mingru_module.MinGRU"
-    writes: ClassVar[tuple[str, ...]] = ("output",)
-    takes_mask: ClassVar[bool] = False
+    kind = "mingru"
+    module = "forescale.models.mixers.mingru_module.MinGRU"
+    writes = ("output",)
+    takes_mask = False
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         width = config.sizes.width
         shapes: Shapes = {"log_memory": (width,)}
         for name in ("gate", "value", "output"):

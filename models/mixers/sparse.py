@@ -6,7 +6,7 @@ rounded to whole FLOPs a token.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from forescale.models.mixers.attention import Attention
 from forescale.models.mixers.patterns import Sparse, Stretch
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class FewKeys(Attention):
     """Attention whose queries see the keys of a pattern."""
 
-    viewer: ClassVar[str] = "forescale.models.mixers.sparse_module.viewer"
-    takes_mask: ClassVar[bool] = False
-    takes_future: ClassVar[bool] = False
-    takes_biases: ClassVar[bool] = False
+    viewer = "forescale.models.mixers.sparse_module.viewer"
+    takes_mask = False
+    takes_future = False
+    takes_biases = False
 
     def pattern_of(self, layer: int = 0) -> Stretch | Sparse:
         """Return which keys a query of a layer sees."""
@@ -66,11 +66,10 @@ class Window(FewKeys):
     window: int | None = None  # tokens that a token sees, itself included; must be set
     global_tokens: int = 0  # first tokens of a document that all its tokens see
 
-    kind: ClassVar[str] = "window"
-    module: ClassVar[str] = "forescale.models.mixers.sparse_module.WindowAttention"
+    kind = "window"
+    module = "forescale.models.mixers.sparse_module.WindowAttention"
 
     def pattern_of(self, layer: int = 0) -> Stretch:
-        """See FewKeys."""
         assert self.window is not None
         return Stretch(self.window, self.global_tokens)
 
@@ -82,7 +81,6 @@ class Window(FewKeys):
         return values * bytes_per_value
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         problems = super().problems()
         if self.window is None:
             problem = "mixer window has no width"
@@ -96,7 +94,6 @@ class Window(FewKeys):
     def problems_in(
         self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
     ) -> list[Problem]:
-        """See Part."""
         problems = super().problems_in(config, sized, longest)
         if longest and (self.window or 0) > longest:
             problem = f"{self.window} tokens are more than the context's {longest}"
@@ -117,11 +114,10 @@ class BlockSparse(FewKeys):
     global_blocks: int = 1  # bigbird: first blocks of a document that all its tokens see
     random_blocks: int = 2  # bigbird: random blocks that a block sees
 
-    kind: ClassVar[str] = "block_sparse"
-    module: ClassVar[str] = "forescale.models.mixers.sparse_module.BlockSparseAttention"
+    kind = "block_sparse"
+    module = "forescale.models.mixers.sparse_module.BlockSparseAttention"
 
     def pattern_of(self, layer: int = 0) -> Sparse:
-        """See FewKeys."""
         if self.pattern != "bigbird":
             return Sparse(self.pattern, self.block, self.local)
         blocks = self.global_blocks, self.random_blocks
@@ -133,7 +129,6 @@ class BlockSparse(FewKeys):
         return bool(self.pattern_of().random)
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         problems = super().problems() + below_1(self, "block")
         least = 1 if self.pattern == "bigbird" else 2
         if self.local < least:
@@ -150,7 +145,6 @@ class BlockSparse(FewKeys):
     def problems_in(
         self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
     ) -> list[Problem]:
-        """See Part."""
         problems = super().problems_in(config, sized, longest)
         if longest and self.pattern == "bigbird":
             blocks = -(-longest // self.block)

@@ -20,18 +20,16 @@ class Dense(Mlp):
     # nothing again.
     chunk: int | None = field(default=None, metadata={"kind": "numerics"})
 
-    module: ClassVar[str] = "forescale.models.mlps.dense_module.DenseMLP"
+    module = "forescale.models.mlps.dense_module.DenseMLP"
     inner: ClassVar[tuple[str, ...]] = ("up",)
-    saved: ClassVar[int] = 2  # before and after the activation function
-    writes: ClassVar[tuple[str, ...]] = ("down",)
+    saved = 2  # before and after the activation function
+    writes = ("down",)
 
     @property
     def columns(self) -> int | None:
-        """See Mlp."""
         return self.chunk
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return below_1(self, "chunk")
 
     def problems_in(
@@ -44,26 +42,21 @@ class Dense(Mlp):
         return [("chunk", problem, "leave it out, or give activation_checkpointing=full")]
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         s, shapes = config.sizes, Shapes()
         for name in self.inner:
             shapes |= linear(name, s.width, s.mlp_width, config.bias)
         return shapes | linear("down", s.mlp_width, s.width, config.bias)
 
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
-        """See BlockPart."""
         return 0 if self.chunk else self.saved * bytes_per_value * config.sizes.mlp_width
 
     def chunk_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """See Mlp."""
         return self.saved * bytes_per_value * config.sizes.mlp_width if self.chunk else 0
 
     def recomputed(self, config: "ModelConfig", sequence_length: int) -> int:
-        """See BlockPart."""
         return matrix_flops(self.shapes(config)) if self.chunk is not None else 0
 
     def divided(self, config: "ModelConfig") -> dict[str, int]:
-        """See BlockPart."""
         return by_output(self.shapes(config), self.inner, "down")
 
 
@@ -71,30 +64,30 @@ class Dense(Mlp):
 class Gated(Dense):
     """A second matrix makes a gate, which the activation function is applied to."""
 
-    inner: ClassVar[tuple[str, ...]] = ("gate", "up")
-    saved: ClassVar[int] = 4  # gate, its activation, up, and the product of the last two
-    is_gated: ClassVar[bool] = True
+    inner = ("gate", "up")
+    saved = 4  # gate, its activation, up, and the product of the last two
+    is_gated = True
 
 
 @dataclass(frozen=True)
 class SwiGLU(Gated):
     """down(silu(gate(x)) * up(x)), Shazeer 2020 (arXiv 2002.05202)."""
 
-    kind: ClassVar[str] = "swiglu"
+    kind = "swiglu"
 
 
 @dataclass(frozen=True)
 class GEGLU(Gated):
     """down(gelu(gate(x)) * up(x)), the same paper; the tanh approximation, as Gemma."""
 
-    kind: ClassVar[str] = "geglu"
+    kind = "geglu"
 
 
 @dataclass(frozen=True)
 class GELU(Dense):
     """down(gelu(up(x))) with the tanh approximation, as GPT-2 was trained."""
 
-    kind: ClassVar[str] = "gelu"
+    kind = "gelu"
 
 
 @dataclass(frozen=True)
@@ -102,19 +95,19 @@ class ExactGELU(Dense):
     """GELU with the normal distribution itself (Hendrycks & Gimpel 2016, arXiv 1606.08415), as
     BERT."""
 
-    kind: ClassVar[str] = "gelu_exact"
+    kind = "gelu_exact"
 
 
 @dataclass(frozen=True)
 class ReLU(Dense):
     """down(relu(up(x))), Vaswani et al. 2017, T5."""
 
-    kind: ClassVar[str] = "relu"
-    saved: ClassVar[int] = 1  # after the activation: the gradient needs nothing else
+    kind = "relu"
+    saved = 1  # after the activation: the gradient needs nothing else
 
 
 @dataclass(frozen=True)
 class SquaredReLU(Dense):
     """down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668)."""
 
-    kind: ClassVar[str] = "relu2"
+    kind = "relu2"

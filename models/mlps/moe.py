@@ -1,7 +1,7 @@
 """A mixture of experts as an MLP; its module is in moe_module.py."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from forescale.models.mlps.dense import SwiGLU
 from forescale.models.part import Mlp, Problem, Shapes, by_output, linear
@@ -29,13 +29,13 @@ class Experts(Mlp):
     bias_speed: float = 0.0  # loss-free balance: bias step (DeepSeek-V3: 0.001); 0: off
     capacity: float = 0.0  # places of an expert / mean load (Switch: 1.25); 0: drop no token
 
-    kind: ClassVar[str] = "moe"
-    module: ClassVar[str] = "forescale.models.mlps.moe_module.MixtureOfExperts"
-    writes: ClassVar[tuple[str, ...]] = ("down", "shared.down")
-    not_muon: ClassVar[tuple[str, ...]] = ("router.weight",)
-    stacked: ClassVar[tuple[str, ...]] = ("gate.weight", "up.weight", "down.weight")
-    is_gated: ClassVar[bool] = True
-    is_routed: ClassVar[bool] = True
+    kind = "moe"
+    module = "forescale.models.mlps.moe_module.MixtureOfExperts"
+    writes = ("down", "shared.down")
+    not_muon = ("router.weight",)
+    stacked = ("gate.weight", "up.weight", "down.weight")
+    is_gated = True
+    is_routed = True
 
     def of_layer(self, layer: int) -> Mlp:
         """Return the MLP of a layer: the first dense_layers have no experts."""
@@ -53,7 +53,6 @@ class Experts(Mlp):
         return width
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        """See BlockPart."""
         width, e, inner = config.sizes.width, self.experts, self.width(config)
         shapes: Shapes = {"router.weight": (e, width)}
         shapes |= {f"{name}.weight": (e, inner, width) for name in _INNER}
@@ -86,7 +85,6 @@ class Experts(Mlp):
         return by_output(self.shapes(config), names, "shared.down")
 
     def idle(self, config: "ModelConfig") -> int:
-        """See Mlp."""
         return (self.experts - self.top_k) * self._expert(config)
 
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
@@ -118,7 +116,6 @@ class Experts(Mlp):
         return 4 * self.experts + int(bytes_per_value * results)
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         problems: list[Problem] = []
 
         def add(name: str, problem: str, todo: str) -> None:
@@ -158,7 +155,6 @@ class Experts(Mlp):
     def problems_in(
         self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
     ) -> list[Problem]:
-        """See Part."""
         problems: list[Problem] = []
         active = max(1, self.top_k + self.shared)
         if self.expert_width is None and (sized.mlp_width or 0) % active:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from forescale.models.part import Part, Problem, below_1, part_of, prefixed, registry
 
@@ -28,14 +28,14 @@ class Scaling(Part):
 class Unscaled(Part):
     """Rotary positions as they are."""
 
-    kind: ClassVar[str] = "none"
+    kind = "none"
 
 
 @dataclass(frozen=True)
 class Ntk(Scaling):
     """A larger base."""
 
-    kind: ClassVar[str] = "ntk"
+    kind = "ntk"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class FromLength(Scaling):
     original_length: int | None = None  # None: max_sequence_length / factor
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         return super().problems() + below_1(self, "original_length")
 
     def original(self, config: "ModelConfig") -> float:
@@ -57,14 +56,14 @@ class FromLength(Scaling):
 class Yarn(FromLength):
     """Slow frequencies are divided, scores grow."""
 
-    kind: ClassVar[str] = "yarn"
+    kind = "yarn"
 
 
 @dataclass(frozen=True)
 class Llama3(FromLength):
     """Slow frequencies are divided."""
 
-    kind: ClassVar[str] = "llama3"
+    kind = "llama3"
 
 
 SCALINGS = registry(Unscaled, Ntk, Yarn, Llama3)
@@ -81,13 +80,12 @@ class Rotary(Part):
     # Stretches the positions over a longer context than the model was trained for.
     scaling: Part = field(default_factory=Unscaled, metadata={"kinds": SCALINGS})
 
-    kind: ClassVar[str] = "rotary"
+    kind = "rotary"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scaling", part_of(SCALINGS, self.scaling))
 
     def problems(self) -> list[Problem]:
-        """See Part."""
         problems: list[Problem] = []
         if not self.theta > 0:
             problems.append(("theta", "must be above 0", "give a positive number"))
@@ -107,7 +105,7 @@ class Rotary(Part):
 class Alibi(Part):
     """Biases of scores that grow with the distance."""
 
-    kind: ClassVar[str] = "alibi"
+    kind = "alibi"
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Relative(Part):
     buckets: int = 32  # entries of a head's table of distances (T5: 32)
     distance: int = 128  # from here on all distances share an entry (T5: 128)
 
-    kind: ClassVar[str] = "relative"
+    kind = "relative"
 
     def problems_in(
         self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
@@ -139,21 +137,21 @@ class Relative(Part):
 class Learned(Part):
     """A learned vector for each position."""
 
-    kind: ClassVar[str] = "learned"
+    kind = "learned"
 
 
 @dataclass(frozen=True)
 class Sinusoidal(Part):
     """Fixed sines and cosines, added to the embedding."""
 
-    kind: ClassVar[str] = "sinusoidal"
+    kind = "sinusoidal"
 
 
 @dataclass(frozen=True)
 class NoPosition(Part):
     """No position but the order that a causal mask shows."""
 
-    kind: ClassVar[str] = "none"
+    kind = "none"
 
 
 POSITIONS = registry(Rotary, Alibi, Relative, Learned, Sinusoidal, NoPosition)

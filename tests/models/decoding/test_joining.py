@@ -11,7 +11,7 @@ from forescale.models.decoding.sampler import Sampler
 from tests.models.decoding.test_batches import CASES, GREEDY, padded, prompts
 from tests.models.mixers.test_every_mixer import build
 
-LENGTHS = 8
+LENGTH = 8
 
 
 def begun(model, rows, samplers=None, seeds=None, sources=None) -> Batch:
@@ -42,9 +42,9 @@ def joined(model, first: Batch, second: Batch) -> list[list[int]]:
         step(first, order)
     first.keep([*range(len(order))][:0:-1])
     order = order[:0:-1]
-    while min(len(stored[row]) for row in order) < LENGTHS:
+    while min(len(stored[row]) for row in order) < LENGTH:
         step(first, order)
-    return [row[:LENGTHS] for row in stored]
+    return [row[:LENGTH] for row in stored]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*case[0], case[1]]))
@@ -54,7 +54,7 @@ def test_a_row_that_joins_is_continued_as_it_is_alone(case, lengths):
     model: Transformer = build(pattern, position=position)
     rows = prompts(model, lengths)
     got = joined(model, begun(model, rows[:2]), begun(model, rows[2:]))
-    assert [len(row) for row in got] == [6, LENGTHS, LENGTHS]
+    assert [len(row) for row in got] == [6, LENGTH, LENGTH]
     for row, ids in zip(rows, got, strict=True):
         alone = generate(model, row, len(ids), sampler=GREEDY)
         assert alone[0, row.shape[1] :].tolist() == ids
