@@ -107,8 +107,7 @@ class ModelConfig:
     mlp: Mlp = field(default_factory=SwiGLU, metadata={"kinds": MLPS})
     # What makes the logits.
     head: Head = field(default_factory=LinearHead, metadata={"kinds": HEADS})
-    # How initial weights, forward pass and optimizer depend on width and depth:
-    # models/parametrization.py
+    # How initial weights, forward pass and optimizer depend on width and depth.
     parametrization: Part = field(default_factory=Standard, metadata={"kinds": PARAMETRIZATIONS})
 
     # Layers of an encoder before the num_layers of the decoder (objective=seq2seq or prefix);
@@ -134,7 +133,7 @@ class ModelConfig:
     # What the backward pass computes again instead of saving it: of each layer all but matrix
     # products and attention (selective), or all but its input (full).
     activation_checkpointing: Checkpointing = field(default="none", metadata=_NUMERICS)
-    # Standard deviation of the initial weights; None: see models/parametrization.py
+    # Standard deviation of the initial weights; None: by the parametrization
     init_std: float | None = None
 
     def __post_init__(self) -> None:

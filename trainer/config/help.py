@@ -28,7 +28,7 @@ from forescale.config.schema import (
     plain,
     word_of,
 )
-from forescale.config.suggest import nearest_first
+from forescale.config.suggest import meant, nearest_first
 from forescale.errors import UserError
 
 ALL = "all"  # the word after --help that shows everything
@@ -161,9 +161,10 @@ def _section(
         parts.append(f"Keys, written KEY=VALUE, with their defaults{legend}\n\n" + "\n".join(rows))
     parts += map(_of_kind, chosen)
     if not parts:
-        paths = tables[0].leaves
-        names = {*choices, ALL, *paths, *(path.partition(".")[0] for path in paths if "." in path)}
-        near = nearest_first(section, sorted(names))[0]
+        paths = [path.split(".") for table in tables for path in table.leaves]
+        prefixes = {".".join(path[:n]) for path in paths for n in range(1, len(path) + 1)}
+        names = sorted({*choices, ALL, *prefixes})
+        near = meant(section, names) or nearest_first(section, names)[0]
         problem = "no such section, group or key"
         raise UserError(f"--help {section}", problem, f"did you mean {command} --help {near}?")
     return "\n\n".join([f"{command}: {section}", *parts]) + "\n"

@@ -87,7 +87,7 @@ class PlanKeys:
     recipes: str | None = key(
         None,
         "recipes: YAML file with the arguments of each recipe, as NAME: [KEY=VALUE, ...]; null: "
-        "conf/candidates.yaml",
+        "those of forescale itself",
     )
     fresh: int = key(3, "recipes: fresh seeds that confirm a winner; 0: none", ge=0)
     beyond: int = key(

@@ -242,7 +242,7 @@ def test_a_flipped_byte_of_any_small_file_is_named(launched, forescale, name):
 
 def test_another_rope_theta_is_not_whole_and_scores_nothing(own_run, forescale):
     text = own_run.config.read_text()
-    own_run.config.write_text(text.replace("rope_theta: 10000", "rope_theta: 20000"))
+    own_run.config.write_text(text.replace("theta: 10000", "theta: 20000"))
     assert own_run.config.read_text() != text
     for verb in ("check", "eval", "status", "generate"):
         code, _, err = forescale(verb, "small")

@@ -38,6 +38,7 @@ def test_help_fits_two_screens_and_leads_to_everything(words, forescale):
     if everything != out:
         assert f"forescale {' '.join(words)} --help all" in out
         assert out.count("\n  ") > 10, "the keys that most users set"
+    assert not re.search(r"README|\b(tests|models|trainer|conf)/\w", everything), "an installation"
 
 
 def test_a_section_shows_its_keys_and_its_choices(forescale):
@@ -49,6 +50,9 @@ def test_a_section_shows_its_keys_and_its_choices(forescale):
     code, out, err = forescale("train", "--help", "engin")
     assert (code, out) == (2, "")
     assert "forescale train --help engine" in err
+    assert "--help model.mixer.window" in forescale("train", "--help", "mixer.window")[2]
+    out = forescale("train", "--help", "model.mixer")[1]
+    assert "\nWith model.mixer=window\n! model.mixer.window " in out
 
 
 def test_a_first_word_with_keys_of_its_own_has_a_page_of_its_own(forescale):
