@@ -156,10 +156,10 @@ def test_a_few_steps_learn():
 class Counting(torch.nn.Module):
     """Likeliest is the last token plus one; remembers how much context it was shown."""
 
-    visible = 0
+    longest = 0
 
     def forward(self, x):
-        self.seen = max(self.seen, x.shape[1])
+        self.longest = max(self.longest, x.shape[1])
         return torch.nn.functional.one_hot((x + 1) % 10, 10).float() * 5
 
 
@@ -170,7 +170,7 @@ def test_generation_follows_the_model():
     assert out.tolist() == [[3, 4, 5, 6, 7, 8]]
     model = Counting()
     generate(model, torch.tensor([[1, 2, 3]]), 9, max_context=4)
-    assert model.seen == 4
+    assert model.longest == 4
 
 
 def test_generation_repeats_with_its_generator_and_samples_the_distribution():
