@@ -332,7 +332,7 @@ def _with_ends(side: Side, of: Any) -> Array:
 
 
 def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> Comparison:
-    """Return the comparison of two tables: (name, records, how messages call them) each.
+    """Return the comparison of two tables: (name, records, their name in messages) each.
 
     The first is the reference, A. With both target.parameters and target.tokens all is compared at
     their D/N, otherwise along the optimum of each law. Raises UserError if the losses are not

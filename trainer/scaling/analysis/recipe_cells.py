@@ -55,7 +55,7 @@ class RecipeCell:
 @dataclass(frozen=True)
 class LostCell:
     """A recipe at one budget where it has no loss, since all `runs` that would count diverged. are:
-    what messages call these."""
+    their name in messages."""
 
     recipe: str
     budget: float

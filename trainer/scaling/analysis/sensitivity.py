@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from forescale.scaling.analysis.table_fit import StudyFit
 
 COUNT = 200  # resampled fits per convention
-_TABLES = "the table's"
+_OF_TABLE = "the table's"
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def sensitivity(study: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
 
     A single row means that the table has one convention.
     """
-    mask, points_of_table = study.is_fitted, study.points
+    mask, runs = study.is_fitted, study.points
     sizes: dict[str, Array | None]
     costs: dict[str, Array | None]
     sizes = {name: c[mask] for name, c in conventions(study.table, "parameters").items()}
     costs = {name: c[mask] for name, c in conventions(study.table, "flops").items()}
-    if not sizes and points_of_table.parameters is not None:
-        sizes = {_TABLES: points_of_table.parameters}
+    if not sizes and runs.parameters is not None:
+        sizes = {_OF_TABLE: runs.parameters}
     reads = study.form.columns
     done: dict[tuple[str, str], tuple[Fit, Replicates]] = {}
     rows: list[SensitivityRow] = []
@@ -67,7 +67,7 @@ def sensitivity(study: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
         for cost, c in costs.items():
             key = (size if "parameters" in reads else "", cost if "flops" in reads else "")
             if key not in done:
-                points = replace(points_of_table, parameters=n, flops=c)
+                points = replace(runs, parameters=n, flops=c)
                 law = fit(study.form, points, study.fit.objective, study.weights)
                 done[key] = law, study.resample(law, count)
             rows.append(_row(study, (size, cost), (n, c), *done[key]))
@@ -106,7 +106,7 @@ def conventions(table: pd.DataFrame, problem: str) -> dict[str, Array]:
     lacks is absent.
     """
     prefix = f"{problem}_"
-    columns = {_TABLES: table[problem]} if problem in table else {}
+    columns = {_OF_TABLE: table[problem]} if problem in table else {}
     columns |= {c.removeprefix(prefix): table[c] for c in map(str, table) if c.startswith(prefix)}
     groups: dict[tuple[float, ...], list[str]] = {}
     for name, column in columns.items():

@@ -1,1 +1,1 @@
-"""What makes the numbers of a fit doubtful, said in sentences."""
+"""What makes the numbers of a fit doubtful; each reason is a sentence."""

@@ -119,8 +119,8 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
         gone = [s for s in symbols if s != "E" and (s in edges or _lost(replicates, s) > _ABSENT)]
     ends = dict(zip(symbols, replicates.interval(level).T, strict=True))
     if gone:
-        edges_met = [f"{edges[s]} of its range" for s in gone if s in edges]
-        edges_met += [
+        at_edges = [f"{edges[s]} of its range" for s in gone if s in edges]
+        at_edges += [
             f"{s} at an end of its range in {_lost(replicates, s):.0%} of refits"
             for s in gone
             if s not in edges
@@ -128,7 +128,7 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
         a = replicates.allocation(level)
         means = f" N* ∝ C^{a[0]:.2f} then means nothing." if a else ""
         sentences.append(
-            f"The runs don't determine the law: {', '.join(edges_met)}.{means} Add runs with other "
+            f"The runs don't determine the law: {', '.join(at_edges)}.{means} Add runs with other "
             "N and D, or fit a law with fewer parameters, such as form=shared-exponent."
         )
     elif (a := replicates.allocation(level)) and a[1][1] - a[1][0] > _WIDE:
