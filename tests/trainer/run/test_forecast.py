@@ -39,17 +39,17 @@ NARROW = {"loss": 2.0, "interval_50": [1.98, 2.02], "interval": [1.9, 2.1]}
 
 
 def job(forecast=None, **train):
-    made = TrainJob(model=MODEL, forecast=None if forecast is None else str(forecast))
-    made.schedule = WsdConfig()
+    new = TrainJob(model=MODEL, forecast=None if forecast is None else str(forecast))
+    new.schedule = WsdConfig()
     sizes = {"steps": STEPS, "sequence_length": 32, "global_batch": 4, "micro_batch": 4}
-    return replace(made, train=replace(made.train, **sizes | train))
+    return replace(new, train=replace(new.train, **sizes | train))
 
 
-def write(folder, *more):
+def write(folder, *fields):
     """Write a chain of forecasts, each with some facts changed; return the path of the last."""
     folder.mkdir(parents=True, exist_ok=True)
     previous = GENESIS
-    for number, changed in enumerate(more or ({},), 1):
+    for number, changed in enumerate(fields or ({},), 1):
         target = {"run": "big", "parameters": N, "tokens": D}
         facts = {"target": target, **NARROW, "level": 0.9, "previous_hash": previous}
         facts |= {"convention": "N blocks_and_head, C causal", **changed}
@@ -121,11 +121,11 @@ def test_n_is_counted_by_the_convention_of_the_forecast(tmp_path):
     assert total > 1.02 * N
     with pytest.raises(UserError, match=r"this run's model has [\d,]+ \(blocks_and_head\);"):
         prediction_interval_of(job(write(tmp_path, at(total))))
-    theirs = {"convention": "N as the table counts, C as the table counts"}
-    for convention in ({"convention": "N total, C causal"}, theirs):
+    table = {"convention": "N as the table counts, C as the table counts"}
+    for convention in ({"convention": "N total, C causal"}, table):
         assert prediction_interval_of(job(write(tmp_path, at(total) | convention)))
     with pytest.raises(UserError, match=rf"{N:,} \(blocks_and_head\), .*, {total:,} \(total\);"):
-        prediction_interval_of(job(write(tmp_path, at(3 * N) | theirs)))
+        prediction_interval_of(job(write(tmp_path, at(3 * N) | table)))
 
 
 @pytest.mark.parametrize("lost", [{"interval": None}, {"loss": math.nan}, at(math.nan, math.nan)])
@@ -146,10 +146,10 @@ def test_a_branch_is_compared_with_the_prediction_for_its_own_length(tmp_path):
 
 def test_the_message_before_the_run(tmp_path):
     path = write(tmp_path, {})
-    made = job(path)
+    new = job(path)
     text = "Forecast 0001: loss 2.0000 expected at step 40 (90 % interval 1.9000 to 2.1000)"
-    assert prediction_interval_of(made).due_message(made) == text + "."
-    flat = replace(made, schedule=ConstantConfig())
+    assert prediction_interval_of(new).due_message(new) == text + "."
+    flat = replace(new, schedule=ConstantConfig())
     assert f"{text}; the learning rate" in prediction_interval_of(flat).due_message(flat)
 
 
@@ -199,17 +199,17 @@ def metrics(tmp_path):
     return make
 
 
-def score(made, step, loss, windows=3):
+def score(writer, step, loss, windows=3):
     position = Position(step, 4 * step, D // STEPS * step)
     last = Step(position, 0, {}, 1.0, Facts(torch.zeros(1), 1.0, True), {})
     source = Score(9.9, 0.1, 2.0, 10, 20, windows)
-    made.scored(last.position, {"web": source, "validation": replace(source, loss=loss)})
-    return [row for row in read_rows(made.attempt.events.path) if "forecast" in row["kind"]]
+    writer.scored(last.position, {"web": source, "validation": replace(source, loss=loss)})
+    return [row for row in read_rows(writer.attempt.events.path) if "forecast" in row["kind"]]
 
 
 def test_no_loss_is_compared_before_the_end(metrics, capsys):
-    made = metrics()
-    assert score(made, STEPS - 1, 7.0) == []
+    writer = metrics()
+    assert score(writer, STEPS - 1, 7.0) == []
     assert "orecast" not in capsys.readouterr().out
 
 
@@ -304,8 +304,11 @@ def test_two_ranks_compare_their_final_loss_once(dataset, tmp_path):
     )
     output = launching.train(tmp_path, "run.name=first", *arguments)
     assert "orecast" not in output
-    made = thaw(TrainJob, tmp_path / "first" / "config.yaml")
-    n, d = count(made.model).blocks_and_head, made.total_steps * made.tokens_per_step
+    trained_job = thaw(TrainJob, tmp_path / "first" / "config.yaml")
+    n, d = (
+        count(trained_job.model).blocks_and_head,
+        trained_job.total_steps * trained_job.tokens_per_step,
+    )
     write(tmp_path / "studies/tiny/forecasts", at(n, d))  # a loss of 2: far below
     output = launching.train(tmp_path, "run.name=second", *arguments, "forecast=tiny/1")
     text = "Forecast 0001: loss 2.0000 expected at step 12 (90 % interval 1.9000 to 2.1000)."
