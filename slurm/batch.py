@@ -23,9 +23,9 @@ from typing import Any
 from forescale.checkpoint.mirror import mirror_of
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.ground.rendezvous import free_port
 from forescale.monitor.status import Status
-from forescale.rendezvous import free_port
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run

@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_file
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.login.snapshot import write_code
 from forescale.slurm.script import escaped, in_lines, rendered, resources
 from forescale.slurm.submission import Submission, accepted, facts_of
-from forescale.storage import write_file
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from forescale.errors import INTERRUPTED, UserError
+from forescale.ground.errors import INTERRUPTED, UserError
 from forescale.monitor.status import Status
 from forescale.run.directory import Run
 from forescale.slurm import containers, queue, steps

@@ -21,7 +21,8 @@ from forescale.config.job import Problems
 from forescale.config.schema import ConfigError, Problem, key, section
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.run.directory import Run
 from forescale.run.identity import expect_data
 from forescale.slurm import queue
@@ -30,7 +31,6 @@ from forescale.slurm.config import SlurmConfig, SubmitConfig
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages
 from forescale.slurm.submission import Submission, expect_own, waiting_or_running
-from forescale.storage import read_json
 
 _GPUS = re.compile(r"(\bgpu(?::[^,:]*[^0-9,:][^,:]*)?):[0-9]+")  # of --gres, without their number
 # Keys of slurm that say how many ranks there are, or how a job of many ranks starts and goes on.

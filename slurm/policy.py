@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forescale.checkpoint.reader import Checkpoint
-from forescale.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience import launcher, outcome
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Run

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
 _GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)

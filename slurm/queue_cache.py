@@ -23,11 +23,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import cache_directory
 from forescale.resilience.outcome import launch_of
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission
-from forescale.storage import cache_directory
 
 EVERY = 10.0  # seconds
 _SHOWN_LATELY = 60.0  # seconds that a job is asked about after it was last shown

@@ -7,7 +7,7 @@ import os
 import sys
 
 from forescale.cli import main as command
-from forescale.rendezvous import interface_to
+from forescale.ground.rendezvous import interface_to
 
 
 def adopt() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.start import versions
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.containers import python_of_host

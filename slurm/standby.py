@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.slurm import queue
 
 _EVERY = 20.0  # seconds; SLURM itself gives a node up only after minutes

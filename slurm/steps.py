@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
-from forescale.errors import CRASHED, UserError
+from forescale.ground.errors import CRASHED, UserError
 from forescale.slurm import containers, queue
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission

@@ -28,11 +28,11 @@ from typing import Any
 
 from forescale.config.schema import plain
 from forescale.config.tree import build
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_json
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
-from forescale.storage import read_json, write_json
 
 
 @dataclass(frozen=True)

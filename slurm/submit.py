@@ -22,7 +22,8 @@ from forescale.checkpoint.retention import hold
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.config.target import refuse_targets, remember, targets
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_file
 from forescale.plan.plan import Plan
 from forescale.plan.rows import show
 from forescale.run.command import job_of
@@ -43,7 +44,6 @@ from forescale.slurm.submission import (
     submissions,
     waiting_or_running,
 )
-from forescale.storage import write_file
 
 _LARGEST = 16 << 20  # bytes of slurm.runs
 _UNDER_WAY = 600.0  # seconds that a command may take to submit

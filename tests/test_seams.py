@@ -30,7 +30,7 @@ from forescale.config.train import TrainJob
 from forescale.data.objective import IGNORED, NEXT_TOKEN
 from forescale.data.stream import validation_windows
 from forescale.engine.optim import build_optimizer, parameter_groups
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer, hf
 from forescale.models.flops import count, flops_per_token, shapes
 from forescale.models.init import Linear

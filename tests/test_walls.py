@@ -15,14 +15,11 @@ FILES = sorted(
 
 # From which rooms a room may import, beside itself: the whole plan of the house. A room stands
 # below those that are allowed to see it. GROUND is seen by all but models and conf.
-GROUND = "errors storage console rendezvous"
+GROUND = "ground"
 ALLOWED = {
     "models": "",
     "conf": "",
-    "errors": "",
-    "storage": "errors",
-    "console": "errors",
-    "rendezvous": "",
+    "ground": "",
     "pages": "",
     "config": "models conf",
     "remote": "",
@@ -75,7 +72,7 @@ ALLOWED = {
     "slurm.rank": "slurm cli",  # a rank of SLURM's is the command line's, by another door
 }
 LIGHT = (
-    "storage config.schema config.compose config.frozen config.help config.train run.start "
+    "ground.storage config.schema config.compose config.frozen config.help config.train run.start "
     "resilience.launcher plan.plan monitor.status scaling.fitting.fit cli verbs.plan verbs.status"
 )
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from forescale.console import visible_output
-from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
+from forescale.ground.console import visible_output
+from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 from forescale.verbs import VERBS, help_page, load
 
 _NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody

@@ -14,10 +14,10 @@ from typing import Any
 from platformdirs import user_state_path
 
 from forescale.config.schema import plain
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_json
 from forescale.plan.config import MachineConfig
 from forescale.slurm.config import SlurmConfig, SubmitJob
-from forescale.storage import read_json, write_json
 
 _OF_ONE_COMMAND = ("runs", "at_once", "after")  # of an array, or of a moment
 

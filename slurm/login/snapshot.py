@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forescale.config.target import find_package, targets
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _PACKAGES = ("forescale", "forescale.models", "forescale.conf", "forescale.slurm")
 _LARGEST = 64 << 20  # bytes of the user's own code

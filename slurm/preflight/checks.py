@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import storage_error
+from forescale.ground.errors import storage_error
 from forescale.slurm.preflight.findings import NodeFault, Requirements
 
 _GIB = 2**30

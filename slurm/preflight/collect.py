@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from forescale.rendezvous import meeting_address
+from forescale.ground.rendezvous import meeting_address
 from forescale.slurm.preflight.findings import (
     NodeFault,
     PreflightReport,

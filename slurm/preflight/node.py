@@ -24,7 +24,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from forescale.rendezvous import free_port, interface_to, open_store
+from forescale.ground.rendezvous import free_port, interface_to, open_store
 from forescale.slurm.preflight.checks import Here, run_checks
 from forescale.slurm.preflight.collect import ADDRESS
 from forescale.slurm.preflight.findings import Requirements, rounds

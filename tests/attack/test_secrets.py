@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from forescale.cli import main
+from forescale.ground.storage import read_json
 from forescale.run.directory import Run
-from forescale.storage import read_json
 from tests import launching
 from tests.trainer.remote.hostile_server import HostileServer
 

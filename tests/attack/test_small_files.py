@@ -9,10 +9,10 @@ import shutil
 
 import pytest
 
+from forescale.ground.storage import FileEntry, read_json
 from forescale.resilience.outcome import record_end, record_start
 from forescale.run.directory import Parent, Run
 from forescale.run.history import Saved, expect_whole, history_of
-from forescale.storage import FileEntry, read_json
 from tests.trainer.small_run import make_run, train_row
 
 LIGHT = (
@@ -123,7 +123,7 @@ def test_flipped_bytes_end_in_a_sentence_in_every_verb(run, forescale, file):
 @pytest.mark.slow  # some hundred flipped bytes
 @pytest.mark.parametrize("file", FILES)
 def test_a_run_with_a_flipped_byte_resumes_with_the_same_rows_or_says_why(run, file):
-    from forescale.errors import UserError
+    from forescale.ground.errors import UserError
 
     path = run.path / file
     whole = path.read_bytes()

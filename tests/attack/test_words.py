@@ -36,7 +36,7 @@ from forescale import cli
 from forescale.config.compose import groups
 from forescale.config.duration import Duration
 from forescale.config.schema import leaves, options
-from forescale.errors import DONE, USER
+from forescale.ground.errors import DONE, USER
 from forescale.verbs import VERBS, load
 
 EXAMPLES = int(os.environ.get("FORESCALE_WORDS", "0"))

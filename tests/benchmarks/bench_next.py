@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.weights import RunNoise, weigh
 from forescale.scaling.design.next_runs import NOISE, choose, posterior, run_set
 from forescale.scaling.design.simulate import PUBLISHED

@@ -34,6 +34,7 @@ from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.portable.fragments import Fragment, FragmentReader, write_fragments
 from forescale.engine.ranks import Ranks
 from forescale.engine.world import StepSummary, World
+from forescale.ground.storage import TABLE, check_table
 from forescale.monitor.status import Status
 from forescale.resilience import outcome
 from forescale.resilience.diagnosis import diagnose, hang_report, stragglers
@@ -49,7 +50,6 @@ from forescale.slurm.policy import past
 from forescale.slurm.preflight.collect import Preflight
 from forescale.slurm.preflight.findings import PreflightReport, Requirements
 from forescale.slurm.steps import failures
-from forescale.storage import TABLE, check_table
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import isolated
 

@@ -25,7 +25,7 @@ from forescale.data.order import Order
 from forescale.data.prepare.writer import ShardWriter
 from forescale.data.stream import StepShare, stream
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.storage import write_file, write_json, write_table
+from forescale.ground.storage import write_file, write_json, write_table
 from tests.benchmarks.pairing import Result, interleaved
 
 SHUFFLE_SHARDS = 8  # the default in conf/data

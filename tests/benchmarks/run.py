@@ -22,8 +22,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from forescale.ground.storage import write_json  # noqa: E402
 from forescale.run.start import versions  # noqa: E402
-from forescale.storage import write_json  # noqa: E402
 from tests.benchmarks.pairing import Result  # noqa: E402
 from tests.benchmarks.processes import share_imports  # noqa: E402
 

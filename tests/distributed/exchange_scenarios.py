@@ -11,7 +11,7 @@ from forescale.config.schema import ConfigError, Problem
 from forescale.data.feed import LostMember
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.world import join
-from forescale.errors import Transient, UserError
+from forescale.ground.errors import Transient, UserError
 from tests.distributed import small
 
 

@@ -27,7 +27,7 @@ _server: subprocess.Popen | None = None  # whose forks the ranks are
 
 def run(scenario: str, size: int, timeout: float = 280, **arguments):
     """scenario: "module:function" beside this file. Returns its JSON result on rank 0."""
-    from forescale.rendezvous import free_port
+    from forescale.ground.rendezvous import free_port
 
     server = _started()
     with tempfile.TemporaryDirectory() as scratch:

@@ -49,7 +49,7 @@ def extra():
     """What a model's own numbers become on every rank, and the error if their names differ."""
     import torch
 
-    from forescale.errors import UserError
+    from forescale.ground.errors import UserError
 
     class Model(small.Model):
         def forward(self, tokens, targets):

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
+from forescale.ground.storage import read_json
 from forescale.monitor.goodput import Goodput
 from forescale.resilience import outcome
 from forescale.resilience.diagnosis import read_hang
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.storage import read_json
 from tests import launching
 from tests.matrix import full_only
 

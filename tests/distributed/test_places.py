@@ -56,7 +56,7 @@ def checkpoints(run):
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=full_only), 2])
 def test_a_disk_that_fills_up_during_a_save(dataset, undisturbed, tmp_path, ranks):
     """One sentence and code 2; the last checkpoint is complete, and with room the run resumes."""
-    from forescale.storage import check_table
+    from forescale.ground.storage import check_table
 
     command = (f"data.path={dataset}", *LENGTH, f"launch.processes={ranks}")
     with disks.small_disk(tmp_path / "disk", "4m") as disk:

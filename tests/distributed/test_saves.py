@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from forescale.checkpoint.reader import Checkpoint
+from forescale.ground.storage import check_table
 from forescale.run.directory import Run
-from forescale.storage import check_table
 from tests import launching
 from tests.matrix import full_only
 

@@ -6,7 +6,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.fp8 import fp8_matrices
 from forescale.run.feed import resolved_model
 from tests.models.configs import model_config

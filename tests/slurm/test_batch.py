@@ -8,7 +8,7 @@ from forescale.config.compose import compose
 from forescale.config.frozen import freeze
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
-from forescale.errors import CRASHED, INTERRUPTED, USER
+from forescale.ground.errors import CRASHED, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.slurm import batch, queue, steps

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.schema import plain
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import containers, steps
 from forescale.slurm.config import SlurmConfig

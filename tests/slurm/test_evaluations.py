@@ -12,14 +12,14 @@ import pytest
 from forescale.checkpoint.retention import is_pinned
 from forescale.cli import main
 from forescale.config.schema import plain
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_checked_json
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start
 from forescale.slurm import command_task
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.login import remembered
 from forescale.slurm.submission import Submission
-from forescale.storage import read_json, write_checked_json
 from tests.trainer.small_run import make_job
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from forescale.checkpoint.reader import FORMAT
-from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
+from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.slurm.policy import Past, chosen, decide, give_up, past
@@ -177,7 +177,7 @@ class Attempts:
 
 
 def _checkpoint(run, step, attempt):
-    from forescale.storage import write_json
+    from forescale.ground.storage import write_json
 
     path = run.checkpoint_path(step)
     path.mkdir(parents=True)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, in_queue, newest

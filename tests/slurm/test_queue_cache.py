@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.slurm import queue, queue_cache

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.duration import Duration
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.script import Order, render
 from forescale.slurm.submission import Submission

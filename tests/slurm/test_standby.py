@@ -3,7 +3,7 @@ tests/cluster has the real ones)."""
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.slurm import queue, standby
 
 

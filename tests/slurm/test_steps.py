@@ -8,7 +8,7 @@ import time
 import pytest
 
 from forescale.config.schema import plain
-from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import write_error
 from forescale.run.directory import Run

@@ -18,11 +18,11 @@ from forescale.data.feed import Feed
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
 from forescale.engine.portable.fragments import WEIGHT, Fragment, write_fragments
+from forescale.ground.storage import read_json, write_json, write_table
 from forescale.monitor.audit import feed_of_run
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.rows import RowWriter, read_rows
 from forescale.run.start import start
-from forescale.storage import read_json, write_json, write_table
 from forescale.train.model import build_model
 
 LENGTH, BATCH, STEPS = 32, 4, 8

@@ -11,7 +11,7 @@ import pytest
 
 from forescale import cli
 from forescale.config.compose import compose, overrides_of
-from forescale.errors import CRASHED, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.run.start import versions

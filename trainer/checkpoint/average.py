@@ -25,13 +25,10 @@ from forescale.checkpoint.reader import Checkpoint, open_readable, verified
 from forescale.checkpoint.writer import Part, write_weights
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
-from forescale.console import Meter, Progress, silent
 from forescale.engine.portable.fragments import WEIGHT
-from forescale.errors import UserError
-from forescale.run.directory import Run, expect_free, new_run
-from forescale.run.identity import code_and_id
-from forescale.run.start import versions
-from forescale.storage import (
+from forescale.ground.console import Meter, Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import (
     TABLE,
     hash_file,
     read_json,
@@ -39,6 +36,9 @@ from forescale.storage import (
     write_checked_json,
     write_file,
 )
+from forescale.run.directory import Run, expect_free, new_run
+from forescale.run.identity import code_and_id
+from forescale.run.start import versions
 
 MOST = 5  # checkpoints that are averaged by default; LAWA took 6
 

@@ -7,10 +7,10 @@ torch.
 import json
 from typing import Any
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.remote.buckets import Folder
 from forescale.run.directory import Run
-from forescale.storage import read_json
 
 LAUNCH = "launch.json"  # written by resilience/outcome.py; torchrun and rollbacks write none
 PARENT = "parent.json"  # later than launch.json, and sent after it

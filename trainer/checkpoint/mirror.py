@@ -31,10 +31,10 @@ from forescale.checkpoint.retention import (
     survey,
 )
 from forescale.config.train import TrainJob
-from forescale.errors import Transient, UserError, masked, storage_error
+from forescale.ground.errors import Transient, UserError, masked, storage_error
+from forescale.ground.storage import TABLE, FileEntry, read_table, write_json
 from forescale.remote.buckets import Folder
 from forescale.run.directory import Run, step_named
-from forescale.storage import TABLE, FileEntry, read_table, write_json
 
 _LOOK = 5.0  # seconds between two looks for a new checkpoint
 _PAUSE = 300.0  # most seconds between two tries while the other place fails

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from forescale.engine.portable.strips import strip_of
 from forescale.engine.ranks import ALONE, Ranks
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import check_table, read_json
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
-from forescale.storage import check_table, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

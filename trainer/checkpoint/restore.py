@@ -17,11 +17,11 @@ from forescale.checkpoint.copies import LAUNCH, PARENT, ROWS
 from forescale.checkpoint.mirror import folder_of, steps_in
 from forescale.checkpoint.reader import STATE, open_readable
 from forescale.config.train import TrainJob
-from forescale.console import Meter, progress_display
-from forescale.errors import UserError
+from forescale.ground.console import Meter, progress_display
+from forescale.ground.errors import UserError
+from forescale.ground.storage import TABLE, check_table, read_json, read_table, write_file
 from forescale.remote.buckets import Folder
 from forescale.run.directory import Run, new_run
-from forescale.storage import TABLE, check_table, read_json, read_table, write_file
 
 _FILE = r"[^/.][^/]*\.(json|jsonl|yaml)"
 _OF_RUN = re.compile(

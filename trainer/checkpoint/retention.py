@@ -20,10 +20,10 @@ from forescale.checkpoint.reader import find_faults, open_readable
 from forescale.config.sections.batch import Cadence
 from forescale.config.train import TrainJob
 from forescale.engine.ranks import ALONE, Ranks
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import fsync_path, write_file
 from forescale.run.directory import Run
 from forescale.run.rows import RowReader, select
-from forescale.storage import fsync_path, write_file
 
 _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.(stage|replaced)|replaced|deleted)")
 

@@ -20,7 +20,7 @@ from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.portable.fragments import HostCopy
 from forescale.engine.ranks import Ranks
 from forescale.engine.step import Engine
-from forescale.errors import Transient, retried
+from forescale.ground.errors import Transient, retried
 from forescale.run.directory import Attempt, Run
 
 T = TypeVar("T")

@@ -31,10 +31,10 @@ from forescale.engine.portable.strips import strip_of
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
 from forescale.engine.step import Engine
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, fsync_path, publish, write_json, write_table
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
-from forescale.storage import FileEntry, fsync_path, publish, write_json, write_table
 
 _SLACK = 1 << 20  # bytes that must be free on the disk besides the tensors and their descriptions
 _NO_ATTEMPT = 0  # has saved weights that no engine holds

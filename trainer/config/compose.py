@@ -43,7 +43,7 @@ from forescale.config.schema import (
 from forescale.config.suggest import nearest_first
 from forescale.config.target import refuse_stored
 from forescale.config.tree import build
-from forescale.errors import PREFIX, UserError, masked, secret_in, shortened
+from forescale.ground.errors import PREFIX, UserError, masked, secret_in, shortened
 
 __all__ = [
     "Change",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from forescale.errors import shortened
+from forescale.ground.errors import shortened
 
 _UNITS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("", "step", "steps"), ("steps", 1)),

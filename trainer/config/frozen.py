@@ -28,7 +28,7 @@ from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
 from forescale.config.yaml_text import read_yaml
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _FIRST_LINE = re.compile(rb"# sha256: ([0-9a-f]{64})")
 J = TypeVar("J", bound=Job)

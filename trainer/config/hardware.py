@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 # x86: oneDNN, which torch multiplies matrices with, has bf16 from AVX-512 on. ARM: by its own flag.
 # Without them torch multiplies element by element, 100 times slower than in fp32 (AVX2 alone).

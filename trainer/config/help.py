@@ -29,7 +29,7 @@ from forescale.config.schema import (
     word_of,
 )
 from forescale.config.suggest import meant, nearest_first
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 ALL = "all"  # the word after --help that shows everything
 SCREENS = 60  # lines of the short page

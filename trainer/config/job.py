@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from forescale.config.schema import key, section
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 Find = Callable[[Path], Mapping[str, Any] | None]
 Problems = list[tuple[str, str, str]]  # (key, what is wrong, what to do)

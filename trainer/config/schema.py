@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 from forescale.config.duration import Duration
 from forescale.config.suggest import meant
-from forescale.errors import UserError, shortened
+from forescale.ground.errors import UserError, shortened
 
 Kind = Literal["identity", "numerics", "free"]
 _LONGEST = 200  # characters of a value in a message

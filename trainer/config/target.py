@@ -24,7 +24,7 @@ from typing import Any
 from platformdirs import user_state_path
 
 from forescale.config.schema import TargetConfig, plain
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code
 

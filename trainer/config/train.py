@@ -42,7 +42,7 @@ from forescale.config.sections.runtime import (
 )
 from forescale.config.sections.schedule import SCHEDULES, ConstantConfig, ScheduleConfig
 from forescale.config.sections.training import RunConfig, TrainConfig
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.choices import Mup
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count

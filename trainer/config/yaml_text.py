@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _DEEPEST = 100  # levels; our own files have fewer than ten
 _MOST_NODES = 200_000  # of a file with every anchor written out; our own have some hundred

@@ -16,7 +16,7 @@ from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 SHUFFLE_SHARDS = 8  # as in conf/data/*.yaml
 _NAME = "data"

@@ -30,12 +30,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import xxhash
 
-from forescale.console import Progress, silent
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing, pack
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import HashingFile, fsync_path
 from forescale.remote.store import LocalFile
-from forescale.storage import HashingFile, fsync_path
 
 _DTYPES = tuple(map(np.dtype, ("<i8", "<i8", "<i4")))  # offsets, starts, lengths
 _SHA256, _LENGTH = 32, 8  # bytes at the end

@@ -12,8 +12,8 @@ import numpy as np
 from forescale.data.dataset import Dataset, Shard
 from forescale.data.text.opening import open_raw
 from forescale.data.tokenised.kinds import tar_members
-from forescale.errors import UserError
-from forescale.storage import check_table
+from forescale.ground.errors import UserError
+from forescale.ground.storage import check_table
 
 
 def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> list[str]:

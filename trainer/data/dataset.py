@@ -1,7 +1,7 @@
 """Reading datasets: a manifest, shards of tokens, and an index beside every shard.
 
     manifest.json               contents of the dataset, and the request of its build
-    files.json                  size and sha256 of every other file (forescale.storage)
+    files.json                  size and sha256 of every other file (forescale.ground.storage)
     tokenizer.json
     train-000000.tar            plain USTAR, readable by webdataset.WebDataset
       000000.tok.bin            little-endian uint16, or uint32 above 65,536 vocabulary entries
@@ -32,9 +32,9 @@ from tokenizers import Tokenizer
 
 from forescale.data.shard import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard
 from forescale.data.tokenizer import token_bytes
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import TABLE
 from forescale.remote.store import CACHE_BYTES, Store
-from forescale.storage import TABLE
 
 if TYPE_CHECKING:
     from forescale.data.batches import Batches

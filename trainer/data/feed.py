@@ -22,7 +22,7 @@ from forescale.data.dataset import Damaged, Split
 from forescale.data.mixture import Interval, Mixture, Places, unskipped
 from forescale.data.objective import NEXT_TOKEN, Objective
 from forescale.data.order import mix64
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 OnRead = Callable[[str, str], None]  # called with source and shard before a read
 _NONE = np.empty(0, np.int64)

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _ROUNDS = 8
 

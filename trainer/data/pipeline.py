@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from forescale.data.feed import LostMember, OnRead
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _READY = 2  # batches that wait for the consumer
 _FETCHED = 32  # steps ahead of the workers for which remote bytes are prefetched

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from forescale.data.memory import BUFFERS, CHUNK, MEMORY, Resident
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.store import File, LocalFile, Store
 from forescale.remote.transfer import WrongFile
 

@@ -22,7 +22,7 @@ from forescale.data.feed import Feed, LostMember, OnRead, Rows, empty_rows
 from forescale.data.mixture import Interval
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, rows_of
 from forescale.data.pipeline import Agree, Log, prefetched
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 
 @dataclass(frozen=True)

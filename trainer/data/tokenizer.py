@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from forescale.errors import UserError
-from forescale.storage import read_json
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE = "tokenizer.json"

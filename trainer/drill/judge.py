@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forescale.drill.scenarios import Scenario
-from forescale.errors import USER
+from forescale.ground.errors import USER
 from forescale.monitor.status import Status
 from forescale.resilience.injector import records
 from forescale.run.directory import Run

@@ -22,10 +22,10 @@ from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
 from forescale.drill.judge import Command, Evidence, Interval, Judgement, Line, judge
 from forescale.drill.scenarios import BASE, Scenario
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
+from forescale.ground.storage import check_table
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.storage import check_table
 
 _TOKENS = 30_000  # tokens of a shard
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from forescale.config.sections.faults import read
 from forescale.config.suggest import nearest_first
-from forescale.errors import DONE, INTERRUPTED, USER
+from forescale.ground.errors import DONE, INTERRUPTED, USER
 
 STEPS = 40
 BASE = (  # settings of every run of a drill

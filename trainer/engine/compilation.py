@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 
 # Of one function in torch's cache, which all blocks share: each kind of block is one, in training

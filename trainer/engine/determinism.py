@@ -42,7 +42,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from forescale.config.hardware import exactness
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _REFUSED = re.compile(r"(\S+) does not have a deterministic implementation")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forescale.config.sections.optimizer import OptimizerConfig, Update
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.parametrization import Factors
 
 

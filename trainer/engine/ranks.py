@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.schema import ConfigError, Problem
-from forescale.errors import Transient, UserError, storage_error, unknown_storage_error
+from forescale.ground.errors import Transient, UserError, storage_error, unknown_storage_error
 
 
 class Ranks:

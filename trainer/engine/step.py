@@ -25,7 +25,7 @@ from forescale.engine.parallel.experts import visible_to_deepspeed
 from forescale.engine.parallel.tensor import Mpu
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.adapters import stored_name
 from forescale.models.parallel.whole import whole_of
 

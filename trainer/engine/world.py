@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from forescale.config.mesh import Mesh
 from forescale.engine.ranks import Ranks
-from forescale.errors import UserError
-from forescale.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
+from forescale.ground.errors import UserError
+from forescale.ground.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
 
 
 def set_environment() -> None:

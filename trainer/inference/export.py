@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import fsync_path, read_json, staged
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
@@ -22,7 +23,6 @@ from forescale.models.config import ModelConfig
 from forescale.models.hf import FAMILIES, family_of, to_hf
 from forescale.models.hf.adapters import adapters_to_hf
 from forescale.run.finetune import kept_template
-from forescale.storage import fsync_path, read_json, staged
 
 # Keys of an imported config.json that don't hold for the exported files.
 _OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")

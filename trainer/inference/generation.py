@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.question import Question
 from forescale.models.decoding.batch import Batch
 from forescale.models.decoding.choice import Choice

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from forescale.errors import UserError
-from forescale.storage import read_json
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 
 CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"

@@ -20,9 +20,10 @@ from forescale.checkpoint.writer import Part, write_weights
 from forescale.config.compose import compose
 from forescale.config.frozen import frozen_file
 from forescale.config.train import TrainJob
-from forescale.console import Meter, Progress, progress_display, silent
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
-from forescale.errors import UserError
+from forescale.ground.console import Meter, Progress, progress_display, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import cache_directory, write_checked_json, write_file
 from forescale.inference.hf_directory import HfDirectory, Stored
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
@@ -31,7 +32,6 @@ from forescale.models.hf.pieces import Piece, config_of, pieces_of
 from forescale.run.directory import Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions
-from forescale.storage import cache_directory, write_checked_json, write_file
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _MAX_BYTES = 16 << 20  # of a file of prompts, and of a line
 

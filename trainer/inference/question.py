@@ -20,7 +20,7 @@ from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
 from forescale.data.tokenizer import text_ids
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
 from forescale.run.feed import objective_of

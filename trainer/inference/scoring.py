@@ -19,13 +19,14 @@ from forescale.config.eval import ScoreJob
 from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
-from forescale.console import Progress, silent
 from forescale.data.bins import Bins, num_windows
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, window_length
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.data.tokenizer import text_ids
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file
 from forescale.inference.view import RunView, best_device
 from forescale.models.positions.kinds import Ntk, Rotary, Yarn
 from forescale.models.positions.position import document_starts, positions_of
@@ -35,7 +36,6 @@ from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.identity import expect_data
 from forescale.run.references import read_references
 from forescale.run.start import open_dataset
-from forescale.storage import hash_file
 from forescale.train.abilities import accuracies, judged
 from forescale.train.evaluate import Score, evaluate, ratio_stderr
 from forescale.train.preferences import PreferenceScore, evaluate_preferences

@@ -4,7 +4,7 @@ import math
 
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.sample import bits_per_byte
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.export import is_exportable
 from forescale.inference.generation import Answer, GenerationConfig, stream
 from forescale.inference.question import question_of

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from forescale.checkpoint.reader import STATE, Checkpoint, at_step, verified
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.run.directory import Run, is_hf
 from forescale.run.rows import read_rows
-from forescale.storage import read_json
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forescale.console import Progress, silent
+from forescale.ground.console import Progress, silent
 from forescale.inspection.edits import Edit, blocks_of, edited, has_heads, in_parts, token_losses
 from forescale.models.transformer import Transformer
 

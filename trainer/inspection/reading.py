@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from forescale.console import Progress, silent
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
 from forescale.inference.details.induction import repeated_tokens
 from forescale.inference.generation import pieces
 from forescale.inference.view import RunView

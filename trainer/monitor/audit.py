@@ -19,7 +19,8 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Interval, unskipped
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import check_table, read_table
 from forescale.monitor.files import (
     Findings,
     check_attempts,
@@ -31,7 +32,6 @@ from forescale.run.directory import Run
 from forescale.run.feed import feed_of, left_out
 from forescale.run.rows import Row, read_rows
 from forescale.run.start import open_dataset
-from forescale.storage import check_table, read_table
 
 Tick = Callable[[int], None]
 _AT_ONCE = 64  # rows that threads compare at the same time

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from forescale.config.sections.data import CorpusConfig
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 # As in pyproject.toml, for a checkout that isn't installed.
 SUPPORTED = {

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from forescale.checkpoint.reader import Checkpoint
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.monitor.status import Status
 from forescale.run.abilities import column_of
 from forescale.run.rows import Row

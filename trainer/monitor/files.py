@@ -13,11 +13,11 @@ from typing import Any
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config import frozen
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, has_checksum, hash_file, read_json
 from forescale.resilience.outcome import LAUNCH
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import each_row
-from forescale.storage import FileEntry, has_checksum, hash_file, read_json
 
 
 @dataclass

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Self
 
+from forescale.ground.storage import naming
 from forescale.run.rows import Row, damaged, parse_row
-from forescale.storage import naming
 
 BLOCK = 1 << 17  # bytes that are read at once
 TRAIN = b'{"kind": "train", '  # how the line of a step begins

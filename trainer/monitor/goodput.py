@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from forescale.errors import DONE, INTERRUPTED, USER
+from forescale.ground.errors import DONE, INTERRUPTED, USER
 from forescale.monitor.ledger import Steps
 from forescale.monitor.memory import Memory
 from forescale.resilience.heartbeat import read_nodes

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from forescale.console import span, table, visible
-from forescale.errors import UserError
+from forescale.ground.console import span, table, visible
+from forescale.ground.errors import UserError
 from forescale.monitor.run_text import runs_now, state_of
 from forescale.monitor.status import Status
 

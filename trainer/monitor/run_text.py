@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.config.duration import Duration
-from forescale.console import span, table
-from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.ground.console import span, table
+from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.ground.storage import read_json
 from forescale.monitor import curve
 from forescale.monitor.files import promises
 from forescale.monitor.goodput import Launch
@@ -26,7 +27,6 @@ from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
 from forescale.run.rows import Row
-from forescale.storage import read_json
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job

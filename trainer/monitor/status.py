@@ -16,7 +16,7 @@ from forescale.checkpoint.reader import Checkpoint, open_readable
 from forescale.checkpoint.retention import is_pinned
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.errors import INTERRUPTED
+from forescale.ground.errors import INTERRUPTED
 from forescale.monitor.curve import losses_of
 from forescale.monitor.follow import Tail
 from forescale.monitor.goodput import Goodput

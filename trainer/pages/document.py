@@ -23,7 +23,7 @@ from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.console import table
+from forescale.ground.console import table
 from forescale.pages.figure import Figure
 
 Cell = Markup | str

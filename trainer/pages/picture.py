@@ -29,7 +29,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from forescale.console import visible
+from forescale.ground.console import visible
 from forescale.pages.document import Cell
 from forescale.pages.figure import FAINT, GRID, INK, Axis, Figure, Trace
 

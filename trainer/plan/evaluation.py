@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forescale.config.train import TrainJob
-from forescale.console import span
+from forescale.ground.console import span
 from forescale.plan.step_time import StepTime, TokenFlops
 from forescale.run.abilities import Questions, passes_of
 

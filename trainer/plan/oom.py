@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.plan.bytes.memory import Memory, memory
 from forescale.plan.bytes.parameters import inventory

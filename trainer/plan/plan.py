@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import Any, cast
 
 from forescale.config.schema import Problem
-from forescale.console import span
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
 from forescale.engine.deepspeed_config import deepspeed_config
-from forescale.errors import UserError
+from forescale.ground.console import span
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
 from forescale.plan.bytes.memory import checkpoint_bytes, checkpoints_kept, copy_bytes

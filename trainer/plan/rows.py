@@ -16,7 +16,7 @@ from typing import Any
 from rich.markup import escape
 
 from forescale.config.schema import plain
-from forescale.console import open_console, span, table
+from forescale.ground.console import open_console, span, table
 from forescale.plan.bytes.memory import as_dict
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.options import ShardingOption, cheapest, engine_keys

@@ -14,7 +14,7 @@ from statistics import median
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.monitor.status import Status
 from forescale.plan.bytes.memory import holders

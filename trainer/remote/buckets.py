@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import UserError, masked
+from forescale.ground.errors import UserError, masked
+from forescale.ground.storage import FileEntry, blocks_of, hash_file, write_file
 from forescale.remote.transfer import (
     MIB,
     PATIENCE,
@@ -30,7 +31,6 @@ from forescale.remote.transfer import (
     persist,
     receive,
 )
-from forescale.storage import FileEntry, blocks_of, hash_file, write_file
 
 _PIECE = 4 * MIB
 _LONGEST = 3600.0  # seconds that sending one file may take

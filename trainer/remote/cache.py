@@ -26,7 +26,7 @@ from pathlib import Path
 
 import xxhash
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _PIECE = 1 << 16  # bytes under one checksum
 _NAME = re.compile(r"[0-9a-f]{32}-\d+")

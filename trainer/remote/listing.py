@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from typing import BinaryIO
 from urllib.parse import urljoin
 
-from forescale.errors import UserError, masked
+from forescale.ground.errors import UserError, masked
 from forescale.remote.buckets import call
 from forescale.remote.store import origin_of
 from forescale.remote.transfer import MIB, PATIENCE, Origin, Patience, is_url, persist, receive

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.cache import BlockCache
 from forescale.remote.transfer import MIB, Origin, Patience, fetch
 

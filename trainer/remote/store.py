@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from forescale.errors import Transient, UserError, masked, retried, storage_error
+from forescale.ground.errors import Transient, UserError, masked, retried, storage_error
 from forescale.remote.buckets import FsspecOrigin
 from forescale.remote.cache import BlockCache
 from forescale.remote.prefetch import BLOCK, RemoteBlocks

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from forescale.errors import Transient, UserError, masked, with_secrets
+from forescale.ground.errors import Transient, UserError, masked, with_secrets
 
 MIB = 1 << 20
 _LONGEST = 30.0  # maximum seconds between two tries, unless the server asks for more

@@ -17,7 +17,7 @@ from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
 
-from forescale.errors import UserError, masked
+from forescale.ground.errors import UserError, masked
 from forescale.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 
 _WHOLE = 8 * MIB  # a file up to this size is read even if the server ignores ranges

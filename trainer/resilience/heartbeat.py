@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.resilience.phases import PLACE
 
 ENDED = "ended"

@@ -16,10 +16,10 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from forescale.config.sections.faults import Fault, read
+from forescale.ground.storage import fsync_path
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import RowWriter, read_rows
-from forescale.storage import fsync_path
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
-from forescale.rendezvous import LOOPBACK, free_port
+from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.ground.rendezvous import LOOPBACK, free_port
 from forescale.resilience import outcome
 from forescale.resilience.heartbeat import node_path
 from forescale.resilience.output import close, copied_output

@@ -15,7 +15,7 @@ from typing import Any
 from forescale.config.job import overrides_of, words_of
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
-from forescale.errors import DONE, INTERRUPTED, UserError
+from forescale.ground.errors import DONE, INTERRUPTED, UserError
 from forescale.resilience.launcher import die_with_parent
 from forescale.run.command import job_of
 

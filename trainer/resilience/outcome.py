@@ -27,7 +27,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import (
+from forescale.ground.errors import (
     CRASHED,
     DONE,
     GAVE_UP,
@@ -37,9 +37,9 @@ from forescale.errors import (
     masked,
     storage_error,
 )
+from forescale.ground.storage import read_json, write_checked_json
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
-from forescale.storage import read_json, write_checked_json
 
 LAUNCH = "launch.json"
 _ROOM = ".room"  # a file that is removed to make room for the end in launch.json

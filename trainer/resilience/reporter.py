@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from forescale.config.sections.runtime import HeartbeatConfig
-from forescale.errors import CRASHED
+from forescale.ground.errors import CRASHED
 from forescale.resilience.diagnosis import WAITING_PLACES, python_stacks
 from forescale.resilience.heartbeat import (
     ENDED,

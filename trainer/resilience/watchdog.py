@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from forescale.config.sections.runtime import HeartbeatConfig
-from forescale.errors import CRASHED
+from forescale.ground.errors import CRASHED
 from forescale.resilience.diagnosis import (
     Hang,
     diagnose,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from forescale.config.abilities import QUESTIONS, SHOTS, Encode, question_row
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 if TYPE_CHECKING:
     from forescale.data.dataset import Sources

@@ -12,10 +12,10 @@ from dataclasses import replace
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file, read_json
 from forescale.run.directory import Run
 from forescale.run.references import misfit, stored_references
-from forescale.storage import hash_file, read_json
 
 NewestStep = Callable[[Run], int]
 

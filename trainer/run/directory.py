@@ -30,9 +30,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from forescale.errors import UserError
-from forescale.run.rows import Prefix, Row, RowReader, RowWriter, prefix_until, read_rows, select
-from forescale.storage import (
+from forescale.ground.errors import UserError
+from forescale.ground.storage import (
     blocks_of,
     hash_file,
     read_json,
@@ -40,6 +39,7 @@ from forescale.storage import (
     write_checked_json,
     write_file,
 )
+from forescale.run.rows import Prefix, Row, RowReader, RowWriter, prefix_until, read_rows, select
 
 _PREFIX = "step-"
 _STEP = re.compile(r"step-[0-9]{8,18}")

@@ -14,7 +14,6 @@ import numpy as np
 from forescale.config.sections.objective import PairsConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
-from forescale.console import progress_display
 from forescale.data.bins import (
     BinKind,
     Bins,
@@ -31,7 +30,8 @@ from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.preferences import Preferences
 from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
-from forescale.errors import UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.fp8 import rows_refused, sizes_refused
 

@@ -25,10 +25,10 @@ from forescale.config.train import TrainJob
 from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset
 from forescale.data.tokenizer import Vocabulary
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.models.config import ModelConfig
 from forescale.run.directory import Run
-from forescale.storage import read_json
 
 # Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
 # was 3e-4 (Touvron et al. 2023, arXiv 2302.13971, table 2), with 2e-5: a fifteenth. Its epochs,

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_json
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
-from forescale.storage import read_json, write_json
 
 GENESIS = "0" * 64  # stands for the hash of the file before the first forecast
 SAME = 0.01  # two runs are the same point if log N and log D differ by less than this

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, hash_file
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Prefix, each_row
-from forescale.storage import FileEntry, hash_file
 
 _TAIL = 1 << 16  # bytes in which the last train row is looked for
 

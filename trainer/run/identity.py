@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from forescale.data.dataset import Sources
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_checked_json
 from forescale.run.directory import Run
-from forescale.storage import read_json, write_checked_json
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # of an editable install
 

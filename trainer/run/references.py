@@ -18,8 +18,8 @@ import numpy as np
 
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
+from forescale.ground.storage import read_json, write_checked_json
 from forescale.run.directory import Run
-from forescale.storage import read_json, write_checked_json
 
 _DTYPE = np.dtype("<f4")
 

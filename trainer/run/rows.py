@@ -17,8 +17,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from forescale.errors import UserError
-from forescale.storage import FileEntry, blocks_of, hash_file, naming
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, blocks_of, hash_file, naming
 
 Row = dict[str, Any]
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}$')

@@ -22,10 +22,11 @@ from forescale.config.layers import LENGTHS
 from forescale.config.schema import leaves, plain
 from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
 from forescale.config.train import TrainJob
-from forescale.console import progress_display
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
-from forescale.errors import UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_checked_json, write_file
 from forescale.models.config import ModelConfig
 from forescale.run.abilities import questions_of_job
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
@@ -34,7 +35,6 @@ from forescale.run.feed import feed_of, resolved_model, whole_rows_of
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
 from forescale.run.rows import each_row
-from forescale.storage import read_json, write_checked_json, write_file
 
 Examine = Callable[[TrainJob, Sources], None]
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")

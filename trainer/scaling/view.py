@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from forescale.config.compose import compose
 from forescale.config.job import words_of
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import settings

@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.generation import Answer
 from forescale.inference.question import Question
 from forescale.serving.request import (

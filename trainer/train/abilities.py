@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from forescale.console import Progress, silent
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
 from forescale.run.abilities import ROWS, Accuracy, Questions, passes_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from forescale.checkpoint.reader import Position
-from forescale.console import is_terminal, open_console
 from forescale.engine.world import StepSummary
+from forescale.ground.console import is_terminal, open_console
 from forescale.resilience.phases import training_seconds
 from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt

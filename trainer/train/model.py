@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from forescale.config.schema import TargetConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.adapters import is_adapter, is_target, stored_name
 from forescale.models.block import Block
 from forescale.models.config import ModelConfig

@@ -21,19 +21,19 @@ from torch import Tensor
 from forescale.checkpoint import reader, writer
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.train import TrainJob
-from forescale.console import Progress, silent
 from forescale.data.bins import Bins
 from forescale.data.dataset import Sources, Split
 from forescale.data.objective import IGNORED, Objective, window_length
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.step import Engine
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import TABLE, hash_file
 from forescale.models.heads.preferences import preference_losses, preference_numbers, rewards
 from forescale.run.directory import Run
 from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.references import References, identities, misfit, stored_references
-from forescale.storage import TABLE, hash_file
 from forescale.train.evaluate import ratio_stderr
 
 SPLITS = ("train", "validation")

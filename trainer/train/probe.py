@@ -27,7 +27,7 @@ from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 
 _KINDS = (

@@ -13,10 +13,10 @@ from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.train import TrainJob
 from forescale.data.mixture import merged_intervals
 from forescale.engine.step import Engine
+from forescale.ground.storage import FileEntry
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.history import Saved, expect_whole, history_of
 from forescale.run.rows import Prefix
-from forescale.storage import FileEntry
 from forescale.train.guard import Rollback
 
 Report = Callable[..., None]

@@ -20,7 +20,6 @@ from forescale.config.hardware import exactness
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
-from forescale.console import progress_display, silent
 from forescale.engine.build import build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
@@ -29,7 +28,8 @@ from forescale.engine.optim import decay_multiplier
 from forescale.engine.optimizers.uncompiled import without_compiler
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
-from forescale.errors import DONE, INTERRUPTED, UserError
+from forescale.ground.console import progress_display, silent
+from forescale.ground.errors import DONE, INTERRUPTED, UserError
 from forescale.resilience.diagnosis import waiting_places
 from forescale.resilience.injector import injector_of
 from forescale.resilience.launcher import ATTEMPT, StopRequest

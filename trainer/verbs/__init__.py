@@ -21,7 +21,7 @@ from typing import Protocol, cast
 
 from forescale.config.job import Job
 from forescale.config.suggest import nearest_first
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 VERBS = {
     "train": "Train a model. Without any key: a small one on Python source, in minutes.",

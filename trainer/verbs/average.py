@@ -12,8 +12,8 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RootConfig, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.training import RunConfig
-from forescale.console import progress_display
-from forescale.errors import DONE
+from forescale.ground.console import progress_display
+from forescale.ground.errors import DONE
 from forescale.run.directory import Run
 
 if TYPE_CHECKING:

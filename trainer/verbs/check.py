@@ -14,11 +14,11 @@ from forescale.checkpoint.reader import STATE
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.console import progress_display
-from forescale.errors import DONE, USER, UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import DONE, USER, UserError
+from forescale.ground.storage import TABLE, read_table
 from forescale.monitor.audit import Findings, check_checkpoint, check_run, size_of
 from forescale.run.directory import Run
-from forescale.storage import TABLE, read_table
 
 _MANIFEST = "manifest.json"
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, get_args, get_origin
 from forescale.config.compose import compose, groups, overrides_of
 from forescale.config.job import Job
 from forescale.config.schema import key, leaves, options
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.verbs import VERBS, load, schema_of
 
 _WORDS = "--words"  # not for users: the scripts call it

@@ -10,7 +10,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, RootConfig
 from forescale.config.schema import section
 from forescale.config.sections.data import CorpusConfig
-from forescale.errors import DONE, USER
+from forescale.ground.errors import DONE, USER
 from forescale.monitor.doctor import examine
 
 

@@ -20,13 +20,13 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.duration import Duration
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key
-from forescale.console import open_console
 from forescale.drill.judge import Evidence, Judgement
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BY_NAME, SCENARIOS, STEPS
 from forescale.drill.scenarios import problems as problems_of_scenarios
-from forescale.errors import CRASHED, DONE
-from forescale.storage import write_json
+from forescale.ground.console import open_console
+from forescale.ground.errors import CRASHED, DONE
+from forescale.ground.storage import write_json
 
 
 @dataclass

@@ -9,10 +9,10 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
-from forescale.console import progress_display
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte
-from forescale.errors import DONE, UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
 from forescale.run.feed import objective_of
 from forescale.run.rows import to_json

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
-from forescale.errors import DONE
+from forescale.ground.errors import DONE
 from forescale.inference.view import RunView, open_view
 
 if TYPE_CHECKING:

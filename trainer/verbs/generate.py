@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
-from forescale.console import unchanged_output
 from forescale.data.conversations.template import ChatTemplate, Message, Unfit
-from forescale.errors import DONE, UserError
+from forescale.ground.console import unchanged_output
+from forescale.ground.errors import DONE, UserError
 from forescale.inference.prompts import prompts_in, typed_lines, whole_input
 from forescale.inference.view import RunView, open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run

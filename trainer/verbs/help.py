@@ -16,8 +16,8 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
-from forescale.console import is_terminal, open_console
-from forescale.errors import DONE, UserError
+from forescale.ground.console import is_terminal, open_console
+from forescale.ground.errors import DONE, UserError
 from forescale.verbs import VERBS, help_page
 
 _ROOMS = ("data", "checkpoint", "monitor", "plan", "scaling", "models", "inference", "serving")

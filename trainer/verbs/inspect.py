@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.console import progress_display
-from forescale.errors import DONE, UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import DONE, UserError
+from forescale.ground.storage import write_file
 from forescale.inference.view import RunView, best_device, open_view
-from forescale.storage import write_file
 
 if TYPE_CHECKING:
     from forescale.models.transformer import Transformer

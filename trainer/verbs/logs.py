@@ -13,7 +13,7 @@ from typing import ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import queue, queue_cache

@@ -8,7 +8,7 @@ from forescale.checkpoint.retention import pin
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
-from forescale.errors import DONE
+from forescale.ground.errors import DONE
 from forescale.run.directory import Run
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
-from forescale.errors import DONE
+from forescale.ground.errors import DONE
+from forescale.ground.storage import write_file
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 from forescale.plan.rows import as_json, page, show
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.start import check_changes, expect_trainable
-from forescale.storage import write_file
 
 JOB = PlanJob
 EXAMPLES = (

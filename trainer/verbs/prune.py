@@ -21,7 +21,7 @@ from forescale.checkpoint.retention import (
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.monitor.audit import size_of
 from forescale.monitor.status import Status
 from forescale.run.directory import Run

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
-from forescale.errors import DONE
+from forescale.ground.errors import DONE
+from forescale.ground.storage import write_file
 from forescale.monitor.report.html import distinct, page
 from forescale.run.directory import Run
-from forescale.storage import write_file
 
 _KINDS = (".html", ".svg", ".png")
 

@@ -12,7 +12,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.data.conversations.template import ChatTemplate, Unfit
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run
 

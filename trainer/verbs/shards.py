@@ -14,14 +14,14 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
-from forescale.console import progress_display
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
 from forescale.data.prepare.report import summary_lines
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
-from forescale.errors import DONE, UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import DONE, UserError
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 

@@ -19,8 +19,8 @@ from rich.text import Text
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
-from forescale.console import open_console
-from forescale.errors import DONE, UserError
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE, UserError
 from forescale.monitor.curve import needs_ascii
 from forescale.monitor.facts import facts
 from forescale.monitor.overview import show_runs

@@ -13,7 +13,7 @@ import psutil
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.monitor.status import Status
 from forescale.resilience.launcher import ATTEMPT
 from forescale.resilience.outcome import launch_of, process_mark

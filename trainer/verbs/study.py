@@ -10,7 +10,7 @@ from typing import ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Action
 from forescale.config.schema import leaves
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.actions import ACTIONS, FILES
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import settings

@@ -2,7 +2,7 @@
 SLURM."""
 
 from forescale.config.compose import overrides_of
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.slurm import evaluations
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.submit import submit

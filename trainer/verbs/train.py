@@ -23,7 +23,7 @@ from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
-from forescale.errors import DONE, INTERRUPTED, UserError
+from forescale.ground.errors import DONE, INTERRUPTED, UserError
 from forescale.resilience import launcher
 from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of

@@ -9,7 +9,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.slurm.login import snapshot
 from forescale.slurm.login.snapshot import described, own_packages, write_code
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forescale.rendezvous import interface_to
+from forescale.ground.rendezvous import interface_to
 from forescale.slurm.preflight import checks
 from forescale.slurm.preflight.findings import (
     NodeFault,

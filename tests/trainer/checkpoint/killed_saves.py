@@ -23,9 +23,9 @@ from forescale.checkpoint import writer
 from forescale.checkpoint.reader import newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
+from forescale.ground.storage import check_table
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.storage import check_table
 from tests.trainer import plain_engine as plain
 
 KEEP = 2

@@ -15,12 +15,12 @@ from forescale.checkpoint import average as averaging
 from forescale.checkpoint.average import average, chosen_steps
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file, read_json, write_checked_json
 from forescale.monitor.status import runs_under
 from forescale.run.command import job_of
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start
-from forescale.storage import hash_file, read_json, write_checked_json
 from forescale.train.model import build_model
 from tests.trainer.small_run import make_job, make_run, save
 

@@ -7,7 +7,7 @@ import pytest
 from forescale.checkpoint import retention
 from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.retention import hold
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Parent, Run
 
 

@@ -7,10 +7,10 @@ import pytest
 from forescale.checkpoint.copies import Taken
 from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.retention import Keep
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_checked_json, write_json
 from forescale.remote.buckets import Folder
 from forescale.run.directory import Parent, Run
-from forescale.storage import read_json, write_checked_json, write_json
 from tests.trainer.checkpoint.mirrored import contents, mirror_job
 from tests.trainer.small_run import train_row
 

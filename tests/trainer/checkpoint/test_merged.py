@@ -13,7 +13,7 @@ from forescale.checkpoint.writer import MergedReader
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.engine.portable.fragments import WEIGHT, Fragment
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.adapters import adapter_of, is_adapter, stored_name
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start

@@ -10,11 +10,11 @@ from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import Keep, delete, pin
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import check_table
 from forescale.remote.buckets import Folder
 from forescale.remote.transfer import Unreachable
 from forescale.run.directory import Parent
-from forescale.storage import check_table
 from tests.trainer.checkpoint.mirrored import contents, mirror_job
 from tests.trainer.small_run import make_job, save, train_row
 

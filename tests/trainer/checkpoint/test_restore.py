@@ -7,12 +7,12 @@ import pytest
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.restore import restore
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_json
 from forescale.monitor.audit import check_run
 from forescale.remote.buckets import Folder
 from forescale.run.directory import Parent, Run
 from forescale.slurm.submit import _refuse_second
-from forescale.storage import write_json
 from tests.trainer.checkpoint.mirrored import contents
 from tests.trainer.small_run import train_row
 

@@ -20,11 +20,11 @@ from forescale.checkpoint.retention import (
 )
 from forescale.config.sections.batch import Cadence
 from forescale.engine.ranks import ALONE
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file
 from forescale.monitor.status import Status
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.storage import hash_file
 from forescale.train.callbacks import Checkpoints, Every
 from tests.trainer import plain_engine as plain
 
@@ -192,7 +192,7 @@ def test_reading_back_goes_to_the_storage_and_not_again_to_what_was_read(run, mo
         read.append((int(path.parent.name[-2:]), afresh))
         return hash_file(path, tick, afresh)
 
-    monkeypatch.setattr("forescale.storage.hash_file", noted)
+    monkeypatch.setattr("forescale.ground.storage.hash_file", noted)
     part = Retention(run, attempt.number, Keep(), attempt.metrics.path, lambda *_, **__: None)
     publish(run, attempt, 10, 20)
     part(ALONE)

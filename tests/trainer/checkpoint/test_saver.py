@@ -11,7 +11,7 @@ from forescale.checkpoint.reader import Checkpoint
 from forescale.config.sections.batch import Cadence
 from forescale.engine.portable.fragments import HostCopy
 from forescale.engine.world import StepSummary
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.train.callbacks import Checkpoints, Every
 from tests.trainer import plain_engine as plain

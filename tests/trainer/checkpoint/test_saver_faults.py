@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from forescale import errors, storage
 from forescale.checkpoint import saver as module
 from forescale.checkpoint import writer
 from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import delete, pin
-from forescale.errors import CRASHED, USER, Transient, UserError
+from forescale.ground import errors, storage
+from forescale.ground.errors import CRASHED, USER, Transient, UserError
+from forescale.ground.storage import check_table
 from forescale.run.directory import Run
 from forescale.run.history import Saved, history_of
-from forescale.storage import check_table
 from tests import disks
 from tests.trainer import plain_engine as plain
 from tests.trainer.plain_engine import Gate, events, hidden, newest, save, saver

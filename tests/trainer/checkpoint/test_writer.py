@@ -13,15 +13,22 @@ import torch
 import yaml
 
 import forescale
-from forescale import errors, storage
 from forescale.checkpoint import reader, writer
 from forescale.checkpoint.reader import Checkpoint, newest_complete
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.engine.ranks import Ranks
-from forescale.errors import UserError
+from forescale.ground import errors, storage
+from forescale.ground.errors import UserError
+from forescale.ground.storage import (
+    TABLE,
+    check_table,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
 from forescale.run.directory import Run
-from forescale.storage import TABLE, check_table, read_json, read_table, write_json, write_table
 from tests.trainer import plain_engine as plain
 
 

@@ -8,7 +8,7 @@ from forescale.config.compose import CONF, compose, defaults, groups
 from forescale.config.help import ALL, explain
 from forescale.config.schema import ConfigError, TargetConfig, leaves
 from forescale.config.train import TrainJob
-from forescale.errors import USER, UserError
+from forescale.ground.errors import USER, UserError
 from forescale.slurm.config import SubmitJob
 from forescale.verbs import VERBS, load
 

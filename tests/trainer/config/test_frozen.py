@@ -8,7 +8,7 @@ from forescale.config.compose import CONF, compose, defaults, diff, freeze, grou
 from forescale.config.frozen import frozen_file, has_checksum
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.verbs import VERBS, load
 
 NEEDS = {

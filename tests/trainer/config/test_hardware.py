@@ -11,7 +11,7 @@ from forescale.config.frozen import freeze
 from forescale.config.hardware import capability, check_fp8, exactness, native_precision
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.plan.config import PlanJob
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from forescale.config.yaml_text import read_yaml
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]\n"

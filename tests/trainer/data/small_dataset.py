@@ -8,7 +8,7 @@ import numpy as np
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
 from forescale.data.prepare.writer import ShardWriter
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.storage import write_file, write_json, write_table
+from forescale.ground.storage import write_file, write_json, write_table
 
 END = 256  # the byte tokenizer's end-of-text
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 import forescale
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.feed import feed_of
 from forescale.run.start import open_sources
 from tests.trainer.small_run import BATCH, LENGTH, make_job

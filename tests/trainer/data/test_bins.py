@@ -15,7 +15,7 @@ from forescale.data.bins import Bins, PackedKind, PairKind
 from forescale.data.dataset import Dataset, Split
 from forescale.data.packing import pack
 from forescale.data.prepare.writer import ShardWriter
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.store import Store
 from tests.reversed_words import NO_PAIRS, make_pairs
 from tests.trainer.data.small_dataset import END, write_dataset

@@ -17,8 +17,8 @@ import pytest
 
 from forescale.data.check import check
 from forescale.data.dataset import Damaged, Dataset
-from forescale.errors import UserError
-from forescale.storage import TABLE, hash_file, read_table, write_json, write_table
+from forescale.ground.errors import UserError
+from forescale.ground.storage import TABLE, hash_file, read_table, write_json, write_table
 from tests.trainer.data.small_dataset import write_dataset
 
 TAR, INDEX = "train-000000.tar", "train-000000.index.json"

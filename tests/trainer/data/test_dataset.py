@@ -11,7 +11,7 @@ from forescale.data import shard as module
 from forescale.data.check import check
 from forescale.data.dataset import Dataset
 from forescale.data.memory import CHUNK, ShardMemory
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.small_dataset import write_dataset
 
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from forescale import errors
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import LostMember
 from forescale.data.stream import StepShare, stream
-from forescale.errors import CRASHED, Transient, UserError
+from forescale.ground import errors
+from forescale.ground.errors import CRASHED, Transient, UserError
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import make_feed
 

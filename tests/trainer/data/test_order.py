@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.data.order import Order, Permutation
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 # Uneven and tiny shards, down to those without a single window.
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=7).filter(lambda s: max(s) > 1)

@@ -17,7 +17,7 @@ from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream, validation_windows
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.small_dataset import END, write_dataset
 
 

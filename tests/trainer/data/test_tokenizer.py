@@ -14,7 +14,7 @@ from forescale.data.tokenizer import (
     token_bytes,
     train_bpe,
 )
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from forescale.drill import runner
 from forescale.drill.judge import Command, Evidence, Line, judge
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BASE, BY_NAME, SCENARIOS, STEPS, Scenario
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Parent, Run
 
 BEGIN = 1000.0  # when the made-up commands start; a step takes a second

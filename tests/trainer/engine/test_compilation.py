@@ -18,7 +18,7 @@ from forescale.engine.compilation import (
     probe_here,
     reuse_graphs,
 )
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer
 from forescale.models.heads.loss import window_losses
 from forescale.models.memory import activations

@@ -9,7 +9,7 @@ from forescale.config.duration import Duration
 from forescale.config.sections.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig
 from forescale.config.sections.schedule import ConstantConfig, CosineConfig, WsdConfig
 from forescale.engine.optim import build_optimizer, decay_multiplier, parameter_groups
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.parametrization import Factors
 
 TOKENS = 2048

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.plain_engine import on_all, worlds
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.generation import (
     Answer,
     ContinuousBatch,

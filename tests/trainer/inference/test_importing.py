@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from forescale import open_run
 from forescale.config.train import TrainJob
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.hf_directory import Stored
 from forescale.inference.question import question_of
 from forescale.models.hf.pieces import Piece

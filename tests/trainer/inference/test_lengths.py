@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from forescale import open_dataset, open_run
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.scoring import at_length, edges_of, loss_by_position, score
 from forescale.models import ModelConfig, Transformer
 from forescale.models.positions.kinds import Ntk, Rotary, Yarn

@@ -10,7 +10,7 @@ from forescale.config.schema import TargetConfig
 from forescale.data.conversations.template import ChatTemplate
 from forescale.data.stream import StepShare, stream
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference import summary
 from forescale.inference.generation import Answer, GenerationConfig, pieces
 from forescale.inference.question import chat_question, question_of

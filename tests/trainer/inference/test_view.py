@@ -10,8 +10,8 @@ import torch
 import forescale
 from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
-from forescale.storage import read_json, write_json
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_json
 from forescale.train.model import build_model
 from tests.trainer.small_run import SHIFT, STEPS, make_run
 

@@ -5,9 +5,9 @@ import os
 import time
 from contextlib import contextmanager
 
+from forescale.ground.storage import write_json
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
-from forescale.storage import write_json
 
 
 def age_by(run: Run, seconds: float):

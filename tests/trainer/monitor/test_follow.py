@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.monitor import follow, ledger
 from forescale.monitor.follow import RECENT, Tail
 from forescale.monitor.goodput import Goodput

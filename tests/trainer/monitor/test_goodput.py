@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from forescale.errors import DONE, INTERRUPTED, USER
+from forescale.ground.errors import DONE, INTERRUPTED, USER
+from forescale.ground.storage import write_json
 from forescale.monitor.goodput import BUCKETS, Goodput, optimal_interval, wasted
 from forescale.resilience import heartbeat, outcome
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent, Run
-from forescale.storage import write_json
 
 T0 = 1_700_000_000.0
 

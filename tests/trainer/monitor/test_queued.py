@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_json
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission
-from forescale.storage import write_json
 from tests.trainer.monitor.changed_run import age_by, changed_rows, say_how_it_went
 from tests.trainer.small_run import make_run
 

@@ -12,7 +12,7 @@ import torch
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.flops import count
 from forescale.plan.oom import bytes_of, explained, largest_micro_batch
 from forescale.plan.options import with_checkpointing

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.cache import BlockCache
 from forescale.remote.store import Store
 from tests.disks import fill, make_read_only, small_disk

@@ -4,10 +4,10 @@ memory is fsspec's own; a real S3 server is in test_s3.py."""
 import fsspec
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file
 from forescale.remote.buckets import Folder, FsspecOrigin
 from forescale.remote.transfer import RetryableError, Unreachable
-from forescale.storage import hash_file
 from tests.trainer.remote.remote_files import QUICK
 
 

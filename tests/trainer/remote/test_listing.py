@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.listing import list_files, open_input
 from forescale.remote.transfer import Missing
 from tests.trainer.remote.remote_files import DATA, QUICK, serving

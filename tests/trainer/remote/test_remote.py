@@ -7,7 +7,7 @@ import pytest
 
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import find_files
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.listing import list_files, open_input
 from forescale.remote.store import Store
 from forescale.remote.transfer import Missing

@@ -12,7 +12,7 @@ from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.store import Store
 from forescale.remote.transfer import Patience
 from tests.trainer.data.small_dataset import write_dataset

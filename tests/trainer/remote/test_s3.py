@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from forescale.data.dataset import Dataset
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.listing import list_files, open_input
 from forescale.remote.store import Store
 from forescale.remote.transfer import Missing

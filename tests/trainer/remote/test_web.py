@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.store import Store
 from forescale.remote.transfer import Missing, Patience, Unreachable
 from tests.trainer.remote.remote_files import DATA, QUICK, SMALL, read, sentence, serving

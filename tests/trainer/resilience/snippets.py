@@ -1,7 +1,7 @@
 """What the tests of the launcher share: the start of a rank's snippet, and what a launch left."""
 
+from forescale.ground.storage import read_json
 from forescale.resilience.outcome import LAUNCH
-from forescale.storage import read_json
 
 LISTEN = "from forescale.resilience.launcher import unblock_stop_signals as f\nf()\n"
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from forescale.config.compose import ConfigError, compose
 from forescale.config.sections.faults import KINDS, PLACES, Fault, problems, read
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.resilience import injector as module
 from forescale.resilience.injector import Injected, damage, flip_a_weight, injector_of, records
 from forescale.resilience.phases import PhaseTimer

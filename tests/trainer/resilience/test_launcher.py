@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience import launcher as module
 from forescale.resilience import outcome
 from forescale.resilience.launcher import next_action

@@ -8,7 +8,7 @@ import forescale
 from forescale.config.job import overrides_of, words_of
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.resilience.notebook import TrainingFailed
 from forescale.run.command import job_of
 

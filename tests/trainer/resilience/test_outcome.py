@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from forescale.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import WEBHOOK, notify

@@ -7,7 +7,7 @@ import pytest
 
 from forescale.config.duration import Duration
 from forescale.config.sections.runtime import HeartbeatConfig
-from forescale.errors import CRASHED
+from forescale.ground.errors import CRASHED
 from forescale.resilience import heartbeat
 from forescale.resilience.diagnosis import (
     WAITING_PLACES,

@@ -7,7 +7,7 @@ from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.run.references import References
 from forescale.run.start import start

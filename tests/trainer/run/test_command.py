@@ -8,7 +8,7 @@ import pytest
 from forescale.config.frozen import diff, freeze, frozen_file, thaw
 from forescale.config.schema import ConfigError, TargetConfig
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.plan.config import PlanJob
 from forescale.run.command import job_of
 from forescale.run.start import start

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.rows import RowWriter, read_rows
-from forescale.storage import hash_file
 from tests import disks
 
 

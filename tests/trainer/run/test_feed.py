@@ -9,7 +9,7 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.feed import epochs, feed_of, notes
 from forescale.run.start import open_sources, settle
 from tests.trainer.data.small_dataset import write_dataset

@@ -17,7 +17,7 @@ from forescale.config.sections.batch import Cadence
 from forescale.config.sections.schedule import ConstantConfig, WsdConfig
 from forescale.config.train import TrainJob
 from forescale.engine.step import Facts
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 from forescale.plan.config import PlanJob

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run import rows
 from forescale.run.directory import Parent, Run
 from forescale.run.history import Saved, expect_whole, history_of

@@ -2,9 +2,9 @@
 
 import subprocess
 
+from forescale.ground.storage import read_json, write_checked_json
 from forescale.run import identity
 from forescale.run.start import start
-from forescale.storage import read_json, write_checked_json
 from tests.trainer.small_run import make_job
 
 

@@ -10,11 +10,11 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_json
 from forescale.run import start as start_module
 from forescale.run.directory import Parent
 from forescale.run.start import numerics, reopen, start
-from forescale.storage import write_json
 from tests.trainer.small_run import make_dataset, make_job, train_a_step
 
 

@@ -16,10 +16,10 @@ from forescale.checkpoint.reader import FORMAT
 from forescale.config.compose import compose
 from forescale.config.target import STORED
 from forescale.config.train import TrainJob
+from forescale.ground.storage import write_json, write_table
 from forescale.run.directory import Parent
 from forescale.run.start import start
 from forescale.scaling.records.records import record
-from forescale.storage import write_json, write_table
 from tests.trainer.small_run import change_rows
 
 LAW = {"A": 3.0, "B": 60.0, "E": 0.9, "alpha": 0.2, "beta": 0.3}

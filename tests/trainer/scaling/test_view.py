@@ -5,7 +5,7 @@ import json
 import pytest
 
 import forescale as door
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 TABLE = "runs.csv"
 

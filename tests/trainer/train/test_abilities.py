@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest
 
 from forescale.config.abilities import TASKS, question_row
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.abilities import Accuracy, expect_fitting, questions_of
 from forescale.train.abilities import IGNORED, accuracies, judged
 

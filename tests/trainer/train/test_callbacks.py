@@ -15,7 +15,7 @@ from forescale.config.duration import Duration
 from forescale.config.sections.batch import Cadence
 from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary, World
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Run
 from forescale.train.build import Parts

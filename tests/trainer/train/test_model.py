@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.feed import feed_of
 from forescale.run.start import start
 from forescale.train.model import build_model, describe, num_parameters, prices_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from forescale.config.schema import TargetConfig
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.train.probe import as_users, examine, examine_apart
 from tests.trainer.small_run import make_job
 

@@ -15,7 +15,7 @@ from forescale.data.dataset import Sources
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.preferences import Preferences
 from forescale.data.stream import validation_windows
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer
 from forescale.run.directory import Run
 from forescale.run.references import read_references

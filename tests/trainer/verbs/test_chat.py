@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from forescale import open_run
+from forescale.ground.storage import read_json
 from forescale.inference.generation import Answer, GenerationConfig, complete
 from forescale.inference.question import chat_question
 from forescale.inference.view import RunView
 from forescale.models.decoding.sampler import Sampler
-from forescale.storage import read_json
 from tests.questions import KIND, make_conversations, plain_template, rows, write_rows
 from tests.trainer.small_run import make_run
 

@@ -8,11 +8,11 @@ from forescale import open_run
 from forescale.checkpoint.reader import Position, coverage_faults
 from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
+from forescale.ground.storage import read_json, read_table, write_file, write_json, write_table
 from forescale.monitor.audit import replay_faults, row_faults
 from forescale.resilience.outcome import record_start
 from forescale.run.directory import Parent
 from forescale.run.rows import read_rows
-from forescale.storage import read_json, read_table, write_file, write_json, write_table
 from tests.trainer.small_run import change_rows, feed, make_job, make_run, save, train_row
 
 

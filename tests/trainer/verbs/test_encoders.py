@@ -12,7 +12,7 @@ from forescale import open_dataset, open_run
 from forescale.config.compose import compose
 from forescale.data.objective import IGNORED, window_length
 from forescale.data.objectives.masked import MaskedTokens
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.feed import feed_of, objective_of
 from forescale.run.start import open_sources, settle
 from forescale.scaling.config import StudyJob

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from forescale import open_dataset, open_run
-from forescale.storage import read_json
+from forescale.ground.storage import read_json
 from tests.trainer.small_run import LENGTH, make_dataset, make_run
 
 

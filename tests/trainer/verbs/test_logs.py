@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Run

@@ -16,7 +16,7 @@ from forescale.config.duration import Duration
 from forescale.config.job import ProblemIterator
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
-from forescale.storage import cache_directory
+from forescale.ground.storage import cache_directory
 
 ONLY = "data"  # the name of a single source
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from forescale.config.job import Problems
 from forescale.config.suggest import nearest_first
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 KINDS = {
     "kill": "the rank gets SIGKILL",

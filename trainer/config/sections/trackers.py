@@ -19,7 +19,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from forescale.config.schema import key
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 
 @dataclass

@@ -41,7 +41,7 @@ from forescale.data.conversations.template import (
 )
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import open_stream
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _BATCH = 512  # lines that are tokenised together
 _PEEKED = 100  # lines that may show the kind of a file

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from forescale.console import Progress, silent
 from forescale.data.conversations.examples import EXAMPLES, PREFERENCES, Example, Reader
 from forescale.data.conversations.template import ChatTemplate
 from forescale.data.dataset import Dataset
@@ -24,8 +23,9 @@ from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import ShardWriter, write_manifest
 from forescale.data.text.documents import ReadingReport
 from forescale.data.tokenizer import Vocabulary, token_bytes
-from forescale.errors import UserError
-from forescale.storage import FileEntry, hash_file, staged
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, hash_file, staged
 
 _RECIPE = 1  # increase it whenever the same lines become other tokens
 _SHARD_TOKENS, _MEMBER_TOKENS = 1 << 24, 1 << 20

@@ -19,7 +19,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 Message = Mapping[str, str]  # role and content
 ROLES = ("system", "user", "assistant")

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from forescale.data.objective import IGNORED
-from forescale.errors import UserError, shortened
+from forescale.ground.errors import UserError, shortened
 
 _LONGEST = 60  # characters of a separator in a message
 _ESCAPES = {r"\t": "\t", r"\n": "\n"}

@@ -24,7 +24,7 @@ from forescale.data.prepare.encode import TokenRun
 from forescale.data.prepare.pool import Tick
 from forescale.data.prepare.selection import VALIDATION
 from forescale.data.prepare.writer import ShardWriter
-from forescale.storage import FileEntry, hash_file
+from forescale.ground.storage import FileEntry, hash_file
 
 _BITS = 20
 _GATHERED = 1 << 24  # tokens

@@ -26,7 +26,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forescale.console import Meter, Progress, silent
 from forescale.data.dataset import ORIGINS
 from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
@@ -47,8 +46,9 @@ from forescale.data.prepare.work import Work, build_once, expect_same, work_requ
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
-from forescale.errors import UserError
-from forescale.storage import FileEntry, write_json
+from forescale.ground.console import Meter, Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, write_json
 
 
 @dataclass(frozen=True)

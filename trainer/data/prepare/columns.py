@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from forescale.errors import UserError
-from forescale.storage import naming
+from forescale.ground.errors import UserError
+from forescale.ground.storage import naming
 
 _TRAILER = struct.Struct("<QQ16s8s")
 _MARK = b"unit 1\r\n"

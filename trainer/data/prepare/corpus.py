@@ -24,12 +24,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from forescale.console import Progress, silent
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
 from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
-from forescale.errors import UserError
-from forescale.storage import cache_directory
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import cache_directory
 
 PACKAGES = ("torch", "networkx")
 RECIPE = 2  # increase it whenever a rule below changes: caches of other recipes are not reused

@@ -23,7 +23,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 Tick = Callable[[int, int], None]  # called with amounts done since the last call: bytes, tokens
 Job = Callable[[Any, Tick], None]  # picklable; writes its results to files

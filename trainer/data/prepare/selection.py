@@ -16,7 +16,7 @@ import xxhash
 from forescale.data.prepare.columns import UnitFile
 from forescale.data.prepare.dedupe import HashRun, dropped_of, unique_of
 from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit, cut
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 SPLITS = ("train", "validation")
 VALIDATION = SPLITS[1]

@@ -16,14 +16,14 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from forescale.console import open_console
 from forescale.data.dataset import MANIFEST, Dataset, Split
 from forescale.data.order import Order
 from forescale.data.prepare.report import summary_lines
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.errors import UserError
+from forescale.ground.console import open_console
+from forescale.ground.errors import UserError
+from forescale.ground.storage import cache_directory
 from forescale.remote.transfer import is_url
-from forescale.storage import cache_directory
 
 SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards
 _WIDTH = 100  # columns if there is no terminal

@@ -24,11 +24,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from forescale.console import Progress, log_line
 from forescale.data.dataset import Dataset
 from forescale.data.text.documents import DocumentSource, Unit
-from forescale.errors import UserError
-from forescale.storage import fsync_path, publish, read_json, write_json
+from forescale.ground.console import Progress, log_line
+from forescale.ground.errors import UserError
+from forescale.ground.storage import fsync_path, publish, read_json, write_json
 
 _FORMAT = 2  # increase it whenever units are made differently: older ones are then not used
 _FOLDERS = ("hashes", "ranges", "samples", "tokens", "rows", "dataset")

@@ -15,7 +15,7 @@ import xxhash
 from forescale.data.memory import CHUNK
 from forescale.data.shard import FORMAT, MANIFEST, TOKENIZER
 from forescale.data.tokenizer import Vocabulary
-from forescale.storage import FileEntry, HashingFile, write_file, write_json, write_table
+from forescale.ground.storage import FileEntry, HashingFile, write_file, write_json, write_table
 
 
 def chunk_sums(payload: bytes | memoryview) -> str:

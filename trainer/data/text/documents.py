@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _LISTED = 200  # names kept for each reason; the counts are always exact
 _SURROGATES = re.compile("[\ud800-\udfff]")

@@ -25,7 +25,7 @@ from forescale.data.text.opening import (
     printable,
     reading,
 )
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.transfer import is_url
 
 HUB = "hf://"

@@ -18,7 +18,7 @@ from forescale.data.text.documents import (
     may_replace,
 )
 from forescale.data.text.opening import Budget
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _BLOCK = 1 << 20
 _KEYS = 8  # maximum number named in a message

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from forescale.data.text.documents import Policy
-from forescale.errors import Transient, UserError, masked, storage_error
+from forescale.ground.errors import Transient, UserError, masked, storage_error
 from forescale.remote.transfer import is_url
 
 COMPRESSED = (".gz", ".tgz", ".zst")

@@ -13,7 +13,7 @@ from typing import Any
 from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
 from forescale.data.text.inputs import HUB
 from forescale.data.text.opening import open_raw, printable, reading
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _ROWS = 128  # rows decoded at once
 _BUFFER = 1 << 20  # bytes of a column read at once

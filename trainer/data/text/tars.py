@@ -27,7 +27,7 @@ from forescale.data.text.opening import (
     reading,
     unpacked,
 )
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _BLOCK = 1 << 16
 _HEADER = 1 << 20  # bytes of all headers of one member

@@ -24,8 +24,8 @@ from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import open_raw, printable, reading
 from forescale.data.tokenised.kinds import RESTORE, TokenFile
 from forescale.data.tokenizer import Vocabulary, token_bytes
-from forescale.errors import UserError
-from forescale.storage import FileEntry, HashingFile
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, HashingFile
 
 _STRETCH = 1 << 20
 _BLOCK = 1 << 22  # tokens read at a time

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from forescale.console import Meter, Progress, silent
 from forescale.data.prepare.work import build_once, expect_same
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
@@ -35,9 +34,10 @@ from forescale.data.text.opening import printable, reading
 from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
-from forescale.errors import UserError
+from forescale.ground.console import Meter, Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, staged
 from forescale.remote.transfer import is_url
-from forescale.storage import FileEntry, staged
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"
 

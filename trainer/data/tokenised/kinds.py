@@ -32,7 +32,7 @@ from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HTML, PLAIN
 from forescale.data.text.opening import open_raw, printable, reading
 from forescale.data.text.tars import BoundedTar, BrokenTarError
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.remote.transfer import is_url
 
 RESTORE = "restore it from its source"

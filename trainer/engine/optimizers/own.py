@@ -10,7 +10,7 @@ import torch
 
 from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.config.target import import_target
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 
 def build(config: OwnOptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:

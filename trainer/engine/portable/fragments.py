@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from forescale.engine.portable.strips import Strip, strip_of
-from forescale.errors import UserError
-from forescale.storage import FileEntry, HashingFile
+from forescale.ground.errors import UserError
+from forescale.ground.storage import FileEntry, HashingFile
 
 WEIGHT = "weight"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -18,10 +18,10 @@ import numpy as np
 from torch import nn
 
 from forescale.config.train import TrainJob
-from forescale.console import Progress, silent
 from forescale.data.dataset import Dataset, Split
 from forescale.data.stream import held_out_places, spread, validation_windows
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
 from forescale.inference.scoring import target_losses
 from forescale.train.evaluate import ratio_stderr
 

@@ -17,17 +17,17 @@ from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from forescale.console import Progress, silent
 from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.data.tokenizer import load_tokenizer
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.inference.generation import Answer, GenerationConfig, complete
 from forescale.inference.question import Question
 from forescale.inference.view import RunView, best_device
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 from forescale.run.finetune import chat_template, vocabulary_of_run
-from forescale.storage import read_json
 
 _MAX_TOKENS = 256  # of an answer, unless a task says otherwise: lm_eval's default
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

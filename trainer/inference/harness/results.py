@@ -8,9 +8,9 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_file
 from forescale.inference.harness.scores import Metric, TaskScore, lm_eval_version
-from forescale.storage import write_file
 
 _HASH = 12  # digits of a hash that people see
 

@@ -18,7 +18,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.inference.harness.language_model import LanguageModel
 from forescale.inference.harness.tasks import Loaded, content_hash, leaves, quiet
 from forescale.run.abilities import interval_of

@@ -22,7 +22,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 from forescale.config.suggest import nearest_first
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 Loaded: TypeAlias = "Task | Group | list[Task]"  # a list: the tasks of a tag
 _FILES = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from forescale.errors import DONE, INTERRUPTED, masked
+from forescale.ground.errors import DONE, INTERRUPTED, masked
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
 from forescale.run.directory import Attempt

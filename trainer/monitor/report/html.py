@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from forescale.errors import masked
+from forescale.ground.errors import masked
 from forescale.monitor.report import origins, panels, tables
 from forescale.monitor.report.curves import X, read_curves
 from forescale.monitor.report.events import events_of

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forescale.console import visible
-from forescale.errors import UserError
+from forescale.ground.console import visible
+from forescale.ground.errors import UserError
 from forescale.monitor.report.curves import Array, Line, read_curves
 from forescale.monitor.report.events import LOOKS, events_of
 from forescale.monitor.report.html import joined, labels, points_of

@@ -9,11 +9,11 @@ from typing import Any
 
 from forescale.config.frozen import freeze
 from forescale.config.schema import display, flatten, plain
-from forescale.errors import UserError, masked
+from forescale.ground.errors import UserError, masked
+from forescale.ground.storage import read_json
 from forescale.monitor.report.tables import ReportedRun, moment
 from forescale.pages.document import Cell, Section, code
 from forescale.resilience.outcome import launch_of
-from forescale.storage import read_json
 
 _LONGEST = 300  # characters of a value
 

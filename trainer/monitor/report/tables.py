@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from forescale.console import span
+from forescale.ground.console import span
 from forescale.monitor.goodput import BUCKETS
 from forescale.monitor.report.events import LOOKS, Event
 from forescale.monitor.run_text import ranks_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read, with_outcome

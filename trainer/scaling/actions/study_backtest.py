@@ -3,8 +3,8 @@
 import sys
 
 from forescale.config.job import Action
-from forescale.console import open_console, progress_display
-from forescale.errors import DONE
+from forescale.ground.console import open_console, progress_display
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import RUNS, STUDY, TASK, print_json
 from forescale.scaling.analysis import backtest
 from forescale.scaling.analysis.task_fit import forecasts_of, task_scores

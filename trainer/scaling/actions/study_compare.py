@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, print_json
 from forescale.scaling.analysis.comparison import as_dict, compare
 from forescale.scaling.config import StudyJob

@@ -1,7 +1,7 @@
 """`forescale study exclude`: leaves runs out of the fit."""
 
 from forescale.config.job import Action
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import Study

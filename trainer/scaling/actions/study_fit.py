@@ -1,8 +1,8 @@
 """`forescale study fit`: fits the law, or compares recipes."""
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import (
     LAW,
     RUNS,

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE, UserError
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob

@@ -1,8 +1,8 @@
 """`forescale study next`: chooses further runs for a study or for any runs."""
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE, UserError
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, read_one_recipe
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob

@@ -3,8 +3,8 @@
 from dataclasses import asdict, replace
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import LAW, STUDY
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design import planning

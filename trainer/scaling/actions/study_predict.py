@@ -1,7 +1,7 @@
 """`forescale study predict`: stores a forecast of a run before it is trained."""
 
 from forescale.config.job import Action
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import (
     LAW,
     RUNS,

@@ -1,8 +1,8 @@
 """`forescale study profile`: profile intervals of a law's parameters."""
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, print_json, read_one_recipe
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob

@@ -1,8 +1,8 @@
 """`forescale study rates`: laws of the best learning rate and batch."""
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import RUNS, STUDY, TARGET, print_json, read_one_recipe
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.rate_laws import as_dict, rate_laws

@@ -3,7 +3,7 @@
 import sys
 
 from forescale.config.job import Action
-from forescale.errors import DONE
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import RUNS, STUDY
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read

@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 
 from forescale.config.job import Action
-from forescale.errors import DONE, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET_OF_LAW, TASK
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE, UserError
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import RUNS, STUDY, print_json, read_one_recipe
 from forescale.scaling.analysis.forecast import columns_of, read_forecasts, score, score_tasks
 from forescale.scaling.config import StudyJob

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from forescale.config.job import Action
-from forescale.console import open_console, table
-from forescale.errors import DONE
+from forescale.ground.console import open_console, table
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import Study

@@ -1,8 +1,8 @@
 """`forescale study tasks`: predicts the accuracy of tasks."""
 
 from forescale.config.job import Action
-from forescale.console import open_console
-from forescale.errors import DONE
+from forescale.ground.console import open_console
+from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import LAW, LINK, RUNS, STUDY, TARGET_OF_LAW, print_json
 from forescale.scaling.analysis.task_fit import fit_tasks, tasks_as_dict
 from forescale.scaling.config import StudyJob

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.ratio import Ratio, inverse, ratios
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import write_json
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting.points import COLUMNS, Points, spent
 from forescale.scaling.forecasting.predictor import LAST, simple_losses
-from forescale.storage import write_json
 
 __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
 

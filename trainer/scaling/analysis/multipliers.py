@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import isotonic_regression
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.recipe_cells import RecipeCell, cells_of
 from forescale.scaling.config import StudyJob

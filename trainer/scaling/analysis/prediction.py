@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.points import Array, spent

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import LawName, StudyJob

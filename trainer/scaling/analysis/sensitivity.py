@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.bootstrap import Replicates

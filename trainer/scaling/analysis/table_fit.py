@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis import backtest, prediction
 from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity

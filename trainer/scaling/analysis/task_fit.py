@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from forescale.console import Progress, silent
-from forescale.errors import UserError
+from forescale.ground.console import Progress, silent
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis import backtest
 from forescale.scaling.analysis.backtest import RESAMPLED, Finished, Origin, Scores, rows_of
 from forescale.scaling.analysis.prediction import run_of

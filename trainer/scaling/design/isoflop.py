@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.cells import (
     RATES,

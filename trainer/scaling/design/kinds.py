@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from statistics import geometric_mean
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.cells import (
     Cell,

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 
-from forescale.console import table
-from forescale.errors import UserError
+from forescale.ground.console import table
+from forescale.ground.errors import UserError
 from forescale.run.forecast import SAME
 from forescale.scaling.design.shapes import RATIO, Common
 from forescale.scaling.design.simulate import RunSet, Target

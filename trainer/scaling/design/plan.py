@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forescale.config.schema import plain
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.cells import FACTOR, RATES, Cell, extra_rate
 from forescale.scaling.design.isoflop import EXTRA_RATES, Grid

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.console import table
-from forescale.errors import UserError
+from forescale.ground.console import table
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.start import embedded_vocabulary, open_sources
 from forescale.scaling.config import StudyJob

@@ -24,7 +24,7 @@ import yaml
 from forescale.config.compose import CONF, compose
 from forescale.config.suggest import nearest_first
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.cells import FACTOR, GROWS, RATES, Cell, Role, make_cell

@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Literal
 
 from forescale.config.sections.training import STEP_LAW_BATCH
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import HEAD_DIM, ModelConfig
 from forescale.models.flops import Counts, count, flops_6n, flops_per_token
 from forescale.scaling.records.records import SIZES

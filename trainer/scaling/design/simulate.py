@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a second to import
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.fit import Fit, polish, starts
 from forescale.scaling.fitting.laws import allocation
 from forescale.scaling.fitting.newton import TOLERANCE, Solved, join

@@ -19,7 +19,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form, design
 from forescale.scaling.fitting.least_absolute import SMOOTHED, solve_absolute
 from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, join, solve

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.points import Array, Points
 
 EXPONENTS = (1e-4, 5.0)  # the least and the greatest

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.points import Array, Points, near_best, spent
 
 SPREAD = 0.05  # greatest spread of compute in a budget; more moves the loss as much as a parabola

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.experts import EXPERTS
 from forescale.scaling.fitting.forms import EXPONENTS, Design, Form, PowerSum, Term
 from forescale.scaling.fitting.points import Array

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form
 from forescale.scaling.fitting.points import Array
 

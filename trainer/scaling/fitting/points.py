@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 _FEWEST = 3  # runs of a budget that are always kept: fewer don't determine a parabola
 Array = NDArray[Any]  # float64, except masks and indices

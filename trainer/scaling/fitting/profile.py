@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import fdtri
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import EXPONENTS, PowerSum
 

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import Form

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from scipy.special import stdtrit
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.points import Array, Points

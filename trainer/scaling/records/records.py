@@ -23,7 +23,8 @@ import pandas as pd
 from forescale.config.sections.ramp import length_ramp
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import hash_file, read_json
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count, expansion, flops_6n, flops_per_token
 from forescale.monitor.status import Status
@@ -32,7 +33,6 @@ from forescale.run.abilities import column_of
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.scaling.fitting.points import COLUMNS, Array, Points
-from forescale.storage import hash_file, read_json
 
 SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
 COSTS = ("causal", "full", "6nd")  # conventions of C

@@ -28,7 +28,7 @@ import pandas as pd
 from forescale.config.schema import display
 from forescale.config.suggest import nearest_first
 from forescale.config.tree import LARGEST, SMALLEST
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.points import COLUMNS
 from forescale.scaling.records.records import KNOWN, NUMERIC, Refused
 

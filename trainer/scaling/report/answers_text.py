@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.console import table
+from forescale.ground.console import table
 from forescale.pages.document import Cell, grid, number, percent, span
 from forescale.scaling.analysis.comparison import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from forescale.ground.storage import read_json
 from forescale.monitor.status import Status
 from forescale.scaling.analysis.forecast import Forecast, Score, read_forecasts, score
 from forescale.scaling.config import StudyJob
@@ -27,7 +28,6 @@ from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.fitting.points import Array
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.states import CellState
-from forescale.storage import read_json
 
 _RATES = ("grid", "rate")  # roles
 _NONE = Noise((), None, 0, 0)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from contourpy import contour_generator
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.pages.document import Cell, number
 from forescale.pages.figure import (
     BAND,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from forescale.ground.storage import write_file
 from forescale.pages.document import Cell, Section, number, render, span
 from forescale.pages.figure import Figure, shades
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
@@ -23,7 +24,6 @@ from forescale.scaling.report.fit_figures import Figures, flops_key
 from forescale.scaling.report.fit_text import backtest_rows, doubt_of, parameter_rows, skill_lines
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.task_section import task_section
-from forescale.storage import write_file
 
 MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # sections for papers
 _SYMBOLS = (

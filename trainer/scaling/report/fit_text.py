@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.console import table
+from forescale.ground.console import table
 from forescale.pages.document import Cell, grid, number, percent, span
 from forescale.scaling.analysis.backtest import GROUPS, METHODS, MINIMA, RIVALS, Scores
 from forescale.scaling.analysis.forecast import Forecast, Score

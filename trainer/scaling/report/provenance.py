@@ -16,10 +16,10 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
+from forescale.ground.storage import hash_file
 from forescale.pages.document import Cell, Section, code, number
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.report.evidence import StudyEvidence
-from forescale.storage import hash_file
 
 RECORDS = "records.csv"
 _PACKAGES = ("forescale", "numpy", "scipy", "pandas")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.console import table
+from forescale.ground.console import table
 from forescale.scaling.analysis.backtest import BEST, OTHER, Scores
 from forescale.scaling.analysis.forecast import TaskScore
 from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, TWO_STEPS, TaskFit

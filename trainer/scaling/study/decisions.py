@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.design.isoflop import EXTRA_RATES
 from forescale.scaling.design.plan import StudyStage, extra_rates
 from forescale.scaling.design.recipes import BASE

@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import plain
 from forescale.config.tree import build
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json, write_file, write_json
 from forescale.run.directory import Run
 from forescale.run.forecast import read_forecasts
 from forescale.run.rows import RowWriter, read_rows
@@ -39,7 +40,6 @@ from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.plan import StudyPlan, dump, load
 from forescale.scaling.records.records import of_runs
 from forescale.scaling.study.states import CellState, state_of
-from forescale.storage import read_json, write_file, write_json
 
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
 TARGET = "target"  # name of the cell whose loss the study predicts

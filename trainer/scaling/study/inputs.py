@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from forescale.config.suggest import nearest_first
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.backtest import Finished, finished
 from forescale.scaling.analysis.task_fit import OUTCOME, Task

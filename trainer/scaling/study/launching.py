@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from forescale.config.compose import compose
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
-from forescale.errors import PREFIX, UserError
+from forescale.ground.errors import PREFIX, UserError
 from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.study.decisions import advance

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.forecast import read_forecasts, write_forecast
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of

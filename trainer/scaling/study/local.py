@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from forescale.config.target import STORED
-from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.launcher import die_with_parent, gpus, stop_signals_handled_by
 from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell

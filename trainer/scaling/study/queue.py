@@ -11,7 +11,8 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 
-from forescale.errors import DONE, INTERRUPTED
+from forescale.ground.errors import DONE, INTERRUPTED
+from forescale.ground.storage import write_file
 from forescale.resilience.launcher import stop_signals_handled_by
 from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell
@@ -19,7 +20,6 @@ from forescale.scaling.study.directory import Study
 from forescale.scaling.study.launching import Launcher, expect_within_cap, summary
 from forescale.slurm.submission import in_queue, newest
 from forescale.slurm.submit import submit
-from forescale.storage import write_file
 
 _POLL = 15.0  # seconds between two questions to the queue
 

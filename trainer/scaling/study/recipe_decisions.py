@@ -8,7 +8,7 @@ all seeds ended  fresh seeds for recipes whose multiplier is shown to be above 1
 from collections.abc import Callable
 from dataclasses import replace
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_stage
 from forescale.scaling.design.plan import StudyPlan, StudyStage

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
+from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Run

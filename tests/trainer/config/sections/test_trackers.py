@@ -9,8 +9,8 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.sections import trackers
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
-from forescale.storage import read_json
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.train.profiler import traced
 from tests import launching
 

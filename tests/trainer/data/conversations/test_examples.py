@@ -3,7 +3,7 @@
 import pytest
 
 from forescale.data.conversations.examples import has_preferences
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.preferences import make_preferences, message, preferences
 from tests.questions import make_conversations, rows, write_rows
 from tests.trainer.data.conversations.test_prepare import texts

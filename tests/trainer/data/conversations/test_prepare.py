@@ -8,7 +8,7 @@ import pytest
 from forescale.data.check import check
 from forescale.data.conversations import prepare
 from forescale.data.conversations.prepare import faults_sentence
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.questions import make_conversations, plain_template, rows
 
 GOOD = {"prompt": "a", "response": "b"}

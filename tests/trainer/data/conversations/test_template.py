@@ -8,7 +8,7 @@ from forescale.data.conversations.examples import Reader
 from forescale.data.conversations.template import PLAIN, ChatTemplate, Piece, Unfit, chat_ids
 from forescale.data.text.documents import ReadingReport
 from forescale.data.tokenizer import END_OF_TEXT, train_bpe
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.questions import SPECIAL, TOKENS, plain_template, write_rows
 
 CHATML = (

@@ -20,7 +20,7 @@ from forescale.data.objectives.pairs import Pairs, separator_id
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream, validation_windows
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer
 from tests.reversed_words import NO_PAIRS, make_pairs
 from tests.trainer.data.objectives.exact import assert_same_anywhere

@@ -14,7 +14,7 @@ from forescale.data.objective import IGNORED
 from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
 from forescale.data.stream import validation_windows
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.questions import make_conversations
 from tests.trainer.data.conversations.test_prepare import texts
 from tests.trainer.data.objectives.exact import assert_same_anywhere

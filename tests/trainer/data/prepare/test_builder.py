@@ -19,7 +19,7 @@ from forescale.data.prepare import assemble, encode
 from forescale.data.prepare.builder import build_dataset
 from forescale.data.text.documents import Policy, cut, pieces
 from forescale.data.text.files import Files
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
 

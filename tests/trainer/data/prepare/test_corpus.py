@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from forescale.console import progress_display
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import corpus
 from forescale.data.prepare.builder import BuildConfig
 from forescale.data.text.files import ReadingReport
-from forescale.errors import UserError
+from forescale.ground.console import progress_display
+from forescale.ground.errors import UserError
 
 SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Name{0}:\n    pass\n"
 

@@ -83,7 +83,7 @@ assert not build(output, lambda *change: False)
 # With workers: at the N-th progress report all processes are killed, or one worker.
 AT_A_REPORT = """
 import psutil
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 output, source, at, victim = sys.argv[1], globals()[sys.argv[2]], int(sys.argv[3]), sys.argv[4]
 seen = 0
 def progress(*args, **more):

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from forescale.data.text.files import Policy
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import read
 
 MIB = 1 << 20

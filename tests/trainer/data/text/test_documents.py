@@ -3,7 +3,7 @@
 import pytest
 
 from forescale.data.text.documents import Policy, ReadingReport, decoded
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 
 
 def take(text, **policy):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forescale.data.text.files import Files, ReadingReport
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
 

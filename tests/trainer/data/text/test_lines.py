@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from forescale.data.text.files import Files, ReadingReport
 from forescale.data.text.lines import lines_between
 from forescale.data.text.opening import Budget
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
 FREE = Budget("rows", "rows", None)

@@ -6,7 +6,7 @@ import random
 import pytest
 import zstandard
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import read
 
 TEXT = "".join(random.Random(1).choices("abcdef \n", k=400)).strip().encode()

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forescale.data.text.files import Files, Policy, ReadingReport
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
 TEXTS = [f"row {i} " * (i % 7 + 1) for i in range(100)]

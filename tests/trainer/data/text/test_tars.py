@@ -10,7 +10,7 @@ import zstandard
 from webdataset import TarWriter
 
 from forescale.data.text.files import Policy
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
 

@@ -14,7 +14,7 @@ import webdataset
 from forescale.data.check import check
 from forescale.data.dataset import Dataset
 from forescale.data.tokenised.inplace import in_place_kind, index_corpus
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.verbs import shards as verb
 from tests.trainer.data.tokenised_files import (
     END,

@@ -12,7 +12,7 @@ import pytest
 from forescale.data.check import check
 from forescale.data.dataset import Dataset
 from forescale.data.tokenised.inplace import index_corpus
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.data.tokenised_files import (
     FLAT,
     SIZES,

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from forescale import open_run
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from tests.trainer.inference.harness.task_files import make_tasks
 from tests.trainer.inference.test_importing import model_of, write
 from tests.trainer.small_run import make_run

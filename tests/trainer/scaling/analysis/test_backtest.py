@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.special import stdtrit
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.backtest import (
     LAST,
     LAW,

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.comparison import Comparison, LossPath, as_dict, compare
 from forescale.scaling.analysis.ratio import inverse
 from forescale.scaling.config import StudyJob, TargetPoint

@@ -8,7 +8,7 @@ import pytest
 
 from forescale import cli
 from forescale.config.compose import compose
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.multipliers import BaseCurve, Multipliers, as_dict, floor_of
 from forescale.scaling.config import StudyJob
 from tests.trainer.scaling.simulated_recipes import BUDGETS, E, law, runs

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from forescale.config.compose import compose
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis import backtest
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.backtest import Finished, as_dict, finished
 from forescale.scaling.analysis.forecast import Forecast, columns_of, score_tasks, task_facts
 from forescale.scaling.analysis.table_fit import StudyFit

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.analysis.weights import NOISE, effective, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint

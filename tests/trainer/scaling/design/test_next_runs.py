@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.next_runs import candidates_of, recommend, show
 from forescale.scaling.design.shapes import Common

@@ -8,7 +8,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import flops_per_token
 from forescale.scaling.config import PlanKeys, StudyJob

@@ -8,7 +8,7 @@ import yaml
 from forescale.cli import main
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design import planning
 from forescale.scaling.study.directory import Study

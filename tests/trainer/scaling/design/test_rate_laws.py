@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.design.rate_laws import BATCH, RATE, as_dict, rate_laws
 

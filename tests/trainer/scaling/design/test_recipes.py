@@ -9,7 +9,7 @@ import yaml
 
 from forescale.config.compose import CONF, compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.kinds import STUDY_KEYS, highest_seeds, recipes_plan
 from forescale.scaling.design.recipes import BASE, read_recipes, recipes_of

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys, StudyJob, TargetPoint
 from forescale.scaling.design.kinds import isoflop_plan, ladder_plan

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.bootstrap import (
     _accelerated,

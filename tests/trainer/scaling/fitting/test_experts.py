@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.bootstrap import pairs

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Form, design
 from forescale.scaling.fitting.laws import (
     CHINCHILLA,

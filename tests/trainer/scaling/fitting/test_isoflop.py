@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.isoflop import isoflop
 from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
 from forescale.scaling.fitting.points import Points

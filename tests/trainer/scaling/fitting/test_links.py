@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import curve_fit
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.bootstrap import pairs
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.forms import design

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.bootstrap import pairs
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER, KAPLAN

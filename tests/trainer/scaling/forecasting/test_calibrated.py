@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Points

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_json
 from forescale.models.flops import count, flops_per_token
 from forescale.run.directory import Run
 from forescale.scaling.records.records import Refused, of_runs, points, record
 from forescale.scaling.records.tables import of_export
-from forescale.storage import read_json
 from tests.trainer.small_run import change_rows, make_run
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from forescale.config.compose import compose
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.tables import is_export, of_export, read_export
 from forescale.scaling.study.inputs import read

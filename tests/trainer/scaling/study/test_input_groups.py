@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study import inputs
 from forescale.scaling.study.inputs import read_groups

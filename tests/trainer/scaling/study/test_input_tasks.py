@@ -6,7 +6,7 @@ import re
 import pandas as pd
 import pytest
 
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study import inputs
 from forescale.scaling.study.inputs import read_tasks, with_outcome

@@ -8,7 +8,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.errors import UserError
+from forescale.ground.errors import UserError
 from forescale.scaling.analysis.recipe_cells import cells_of
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.kinds import recipes_plan

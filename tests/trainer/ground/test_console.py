@@ -5,7 +5,7 @@ import sys
 import pytest
 from rich.text import Text
 
-from forescale.console import (
+from forescale.ground.console import (
     Meter,
     Rates,
     amount,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from forescale.errors import UserError, masked, secret_in, with_secrets
+from forescale.ground.errors import UserError, masked, secret_in, with_secrets
 
 SECRETS = [
     "https://me:pw123@host/d",

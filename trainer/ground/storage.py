@@ -22,7 +22,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from forescale.errors import Transient, UserError, retried, storage_error
+from forescale.ground.errors import Transient, UserError, retried, storage_error
 
 TABLE = "files.json"
 CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum

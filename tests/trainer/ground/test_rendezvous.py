@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from forescale import rendezvous
-from forescale.rendezvous import free_port, meeting_address, open_store
+from forescale.ground import rendezvous
+from forescale.ground.rendezvous import free_port, meeting_address, open_store
 
 
 def test_a_store_of_local_ranks_refuses_all_other_addresses():

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale import storage
-from forescale.errors import UserError, storage_error
-from forescale.storage import FileEntry, check_table, read_json, read_table, staged, write_file
+from forescale.ground import storage
+from forescale.ground.errors import UserError, storage_error
+from forescale.ground.storage import (
+    FileEntry,
+    check_table,
+    read_json,
+    read_table,
+    staged,
+    write_file,
+)
 from tests import disks
 
 
