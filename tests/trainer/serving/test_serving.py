@@ -219,6 +219,7 @@ def test_slow_and_too_many_clients_are_left(trained, monkeypatch):
                 client.sendall(start)
                 while client.recv(1000):
                     pass  # the server ends the connection
+        monkeypatch.setattr("forescale.serving.server._DEADLINE", 60)
         clients = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(3)]
         assert b"Too many connections" in clients[2].recv(1000)
         for client in clients:
