@@ -12,7 +12,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read, with_outcome
 
 STUDY = ("study", "studies")
-RUNS = ("input", "columns", "rows", "run.root")
+RUNS = (*STUDY, "input", "columns", "rows", "run.root")
 LAW = (
     "form", "method", "size", "cost", "delta", "residual", "weights", "drop_largest", "near",
     "bootstraps", "resample", "level", "seed",
@@ -21,6 +21,7 @@ TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
 TARGET_OF_LAW = (*TARGET, "target.expansion")
 LINK = ("metric", "link", "chance")
 TASK = ("task", *LINK)
+FIT = (*RUNS, *LAW, *TARGET_OF_LAW, *TASK)
 
 
 def read_one_recipe(job: StudyJob, action: str) -> tuple[pd.DataFrame, str]:

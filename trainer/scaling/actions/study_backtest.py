@@ -5,7 +5,7 @@ import sys
 from forescale.config.job import Action
 from forescale.ground.console import open_console, progress_display
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import RUNS, STUDY, TASK, print_json
+from forescale.scaling.actions.shared import RUNS, TASK, print_json
 from forescale.scaling.analysis import backtest
 from forescale.scaling.analysis.task_fit import forecasts_of, task_scores
 from forescale.scaling.config import StudyJob
@@ -15,7 +15,7 @@ from forescale.scaling.study.inputs import read_finished
 
 ACTION = Action(
     "Judge forecasts by finished studies: what each method would have said, and how far off.",
-    (*STUDY, *RUNS, "form", "size", "cost", "delta", "residual", "near", *TASK, "json"),
+    (*RUNS, "form", "size", "cost", "delta", "residual", "near", *TASK, "json"),
     (
         "study backtest study=mine",
         "study backtest points.csv columns='{parameters: Model Size, budget: C}'",

@@ -6,7 +6,7 @@ from pathlib import Path
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, print_json
+from forescale.scaling.actions.shared import LAW, RUNS, TARGET, print_json
 from forescale.scaling.analysis.comparison import as_dict, compare
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.answers_text import show_comparison
@@ -14,7 +14,7 @@ from forescale.scaling.study.inputs import read_groups
 
 ACTION = Action(
     "Compare two recipes or datasets: how many times less compute reaches the same loss.",
-    (*STUDY, *RUNS, *LAW, *TARGET, "by", "groups", "to", "json"),
+    (*RUNS, *LAW, *TARGET, "by", "groups", "to", "json"),
     (
         "study compare old.csv new.csv target.flops=1e21 to=compare.html",
         "study compare 'runs/adamw-*' 'runs/muon-*'   (or two studies by name)",

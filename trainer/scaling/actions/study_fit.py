@@ -3,14 +3,7 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import (
-    LAW,
-    RUNS,
-    STUDY,
-    TARGET_OF_LAW,
-    TASK,
-    print_json,
-)
+from forescale.scaling.actions.shared import FIT, print_json
 from forescale.scaling.analysis import multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
@@ -24,7 +17,7 @@ from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, *TASK, "sensitivity", "reference", "json"),
+    (*FIT, "sensitivity", "reference", "json"),
     (
         "study fit study=mine",
         "study fit 'runs/*' target.flops=1e18",

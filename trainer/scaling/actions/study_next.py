@@ -3,7 +3,7 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
-from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET, read_one_recipe
+from forescale.scaling.actions.shared import LAW, RUNS, TARGET, read_one_recipe
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.next_runs import candidates_of, recommend, show
@@ -15,7 +15,7 @@ from forescale.scaling.study.law_decisions import add_runs
 ACTION = Action(
     "Choose the additional runs that narrow the prediction most for their cost.",
     (
-        *STUDY, *RUNS, *LAW, *TARGET, "target.device_hours", "cap", "add",
+        *RUNS, *LAW, *TARGET, "target.device_hours", "cap", "add",
         "plan.arguments", "plan.model", "plan.vocab_size", "plan.sequence_length",
         "plan.micro_batch", "plan.ranks", "plan.rate", "plan.unique",
     ),

@@ -2,14 +2,7 @@
 
 from forescale.config.job import Action
 from forescale.ground.errors import DONE, UserError
-from forescale.scaling.actions.shared import (
-    LAW,
-    RUNS,
-    STUDY,
-    TARGET_OF_LAW,
-    TASK,
-    read_one_recipe,
-)
+from forescale.scaling.actions.shared import FIT, read_one_recipe
 from forescale.scaling.analysis.forecast import write_forecast
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.task_fit import task_of
@@ -18,7 +11,7 @@ from forescale.scaling.report.task_text import prediction_of
 
 ACTION = Action(
     "Store a forecast of a run before it is trained.",
-    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, *TASK, "target.branches", "target.run"),
+    (*FIT, "target.branches", "target.run"),
     ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
 )
 

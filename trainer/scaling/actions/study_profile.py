@@ -3,7 +3,7 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import LAW, RUNS, STUDY, print_json, read_one_recipe
+from forescale.scaling.actions.shared import LAW, RUNS, print_json, read_one_recipe
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.profile import profiles
@@ -11,7 +11,7 @@ from forescale.scaling.report.answers_text import show_profiles
 
 ACTION = Action(
     "Find how far E and each exponent can go before the fit becomes clearly worse.",
-    (*STUDY, *RUNS, *LAW, "json"),
+    (*RUNS, *LAW, "json"),
     ("study profile study=mine", "study profile points.csv delta=null level=0.95"),
 )
 

@@ -3,14 +3,14 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import RUNS, STUDY, TARGET, print_json, read_one_recipe
+from forescale.scaling.actions.shared import RUNS, TARGET, print_json, read_one_recipe
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.rate_laws import as_dict, rate_laws
 from forescale.scaling.report.answers_text import show_rates
 
 ACTION = Action(
     "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",
-    (*STUDY, *RUNS, "size", "cost", "level", *TARGET, "against", "json"),
+    (*RUNS, "size", "cost", "level", *TARGET, "against", "json"),
     (
         "study rates sweeps.csv target.parameters=7e9 target.tokens=1e12",
         "study rates 'runs/*' against=[flops] target.flops=1e21",

@@ -4,13 +4,13 @@ import sys
 
 from forescale.config.job import Action
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import RUNS, STUDY
+from forescale.scaling.actions.shared import RUNS
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read
 
 ACTION = Action(
     "Print the runs as CSV, one row each.",
-    (*STUDY, *RUNS),
+    RUNS,
     ("study records 'runs/*' > records.csv",),
 )
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from forescale.config.job import Action
 from forescale.ground.errors import DONE, UserError
-from forescale.scaling.actions.shared import LAW, RUNS, STUDY, TARGET_OF_LAW, TASK
+from forescale.scaling.actions.shared import FIT
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
 from forescale.scaling.analysis.selection import law_of
@@ -20,7 +20,7 @@ from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
     "Write the fit, its figures and its doubts as one HTML file.",
-    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, *TASK, "reference", "to"),
+    (*FIT, "reference", "to"),
     ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
 )
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
-from forescale.scaling.actions.shared import RUNS, STUDY, print_json, read_one_recipe
+from forescale.scaling.actions.shared import RUNS, print_json, read_one_recipe
 from forescale.scaling.analysis.forecast import columns_of, read_forecasts, score, score_tasks
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.fit_text import show_score
@@ -14,7 +14,7 @@ from forescale.scaling.study.inputs import with_columns
 
 ACTION = Action(
     "Compare the stored forecasts with the losses observed since.",
-    (*STUDY, *RUNS, "json"),
+    (*RUNS, "json"),
     ("study score 'runs/*'",),
 )
 

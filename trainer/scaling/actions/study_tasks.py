@@ -3,7 +3,7 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
-from forescale.scaling.actions.shared import LAW, LINK, RUNS, STUDY, TARGET_OF_LAW, print_json
+from forescale.scaling.actions.shared import LAW, LINK, RUNS, TARGET_OF_LAW, print_json
 from forescale.scaling.analysis.task_fit import fit_tasks, tasks_as_dict
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.task_text import show_tasks
@@ -11,7 +11,7 @@ from forescale.scaling.study.inputs import read_tasks
 
 ACTION = Action(
     "Predict the accuracy of tasks in two steps: N and D to a loss, the loss to the accuracy.",
-    (*STUDY, *RUNS, *LAW, *TARGET_OF_LAW, "tasks", "task_losses", *LINK, "json"),
+    (*RUNS, *LAW, *TARGET_OF_LAW, "tasks", "task_losses", *LINK, "json"),
     (
         "study tasks runs.csv tasks='{arc: acc}' task_losses='{arc: bpb}' target.flops=1e24",
         "study tasks runs.csv tasks='{average: err_avg}' metric=error link=exponential",
