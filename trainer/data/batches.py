@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import SHUFFLE_SHARDS, Dataset
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream
 from forescale.ground.errors import UserError
 
-SHUFFLE_SHARDS = 8  # as in conf/data/*.yaml
 _NAME = "data"
 
 

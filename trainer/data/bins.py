@@ -456,8 +456,7 @@ class Bins:
 
 
 def num_windows(split: Split, sequence_length: int, bins: Bins | None = None) -> int:
-    """Return the number of windows of held-out text, which are those of `bins` or follow each other
-    (stream.validation_windows)."""
+    """Return the number of windows of held-out text: bins, or consecutive windows."""
     if bins is not None:
         return int(bins.counts.sum())
     return sum(-(-max(0, tokens - 1) // sequence_length) for tokens in split.shard_tokens)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "MANIFEST", "ORIGINS", "TOKENIZER", "Damaged", "Dataset", "Sources", "Split"]
 
 ORIGINS = "origins.json"
+SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards in conf/data/*.yaml
 _OPEN = 64  # shards of a split that are kept open at a time
 
 

@@ -289,7 +289,9 @@ class Shard:
             return xxhash.xxh3_64_hexdigest(data) == doc["xxh3"]
 
         try:
-            file = self._file_of(doc)
+            if "file" in doc and self._ends_file is None:
+                self._ends_file = self._store.open(doc["file"], None, self._version)
+            file = self._ends_file if "file" in doc and self._ends_file else self.file
             good = read() or (file.forget(doc["offset"], doc["size"]) and read())
         except UserError as e:
             raise self._unusable(e, member.key) from e
@@ -298,13 +300,6 @@ class Shard:
             problem = f"member {member.key} is damaged: its {mismatch} match their checksum"
             raise self._damaged(where, problem, RESTORE, member.key)
         return data
-
-    def _file_of(self, doc: dict[str, Any]) -> File:
-        if "file" not in doc:
-            return self.file
-        if self._ends_file is None:
-            self._ends_file = self._store.open(doc["file"], None, self._version)
-        return self._ends_file
 
     def document_ends(self, start: int, length: int) -> np.ndarray:
         """Return the exclusive document ends inside [start, start + length), relative to `start`;

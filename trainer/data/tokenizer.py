@@ -51,7 +51,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Return a BPE without merges: ids 0 to 255 are the bytes themselves, 256 is <|endoftext|>."""
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+    # GPT-2's byte-level alphabet: a printable character for each byte.
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     tokenizer = _byte_level(models.BPE(vocab=vocab, merges=[]))
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return tokenizer
@@ -209,10 +211,3 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _byte_characters() -> list[str]:
-    """Return the character for each byte in GPT-2's byte-level alphabet."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(b if b in printable else next(others)) for b in range(256)]

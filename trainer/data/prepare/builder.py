@@ -1,6 +1,6 @@
 """Build a dataset from documents: hashes, duplicates, tokenizer, tokens, shuffle, shards.
 
-    read and hash      units -> hashes                         (forescale.data.prepare.dedupe)
+    read and hash      units -> hashes                         (forescale.data.prepare.selection)
     find duplicates    ranges of hashes over all units -> selection, bounds of the splits
     sample             units -> text for the tokenizer and the compressors (sample)
     tokenise           units -> tokens, sorted by shuffle key (encode)
@@ -29,7 +29,6 @@ from typing import Any
 from forescale.data.dataset import ORIGINS
 from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
-from forescale.data.prepare.dedupe import HashJob, HashRun, RangeJob, range_edges
 from forescale.data.prepare.encode import EncodeJob, TokenRun
 from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.report import Totals
@@ -38,9 +37,13 @@ from forescale.data.prepare.selection import (
     SPLITS,
     VALIDATION,
     ChangedError,
+    HashJob,
+    HashRun,
     NoTextError,
+    RangeJob,
     Selection,
     choose,
+    range_edges,
 )
 from forescale.data.prepare.work import Work, build_once, expect_same, work_request
 from forescale.data.prepare.writer import write_manifest

@@ -81,7 +81,10 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
         removed = f"{duplicates['documents']:,} ({duplicates['bytes']:,} bytes)"
         lines += ["", f"Duplicates removed, the first of each kept: {removed}"]
     if left_out := report.get("left_out"):
-        lines += ["", "Left out or changed (more names in manifest.json):", *_reasons(left_out)]
+        lines += ["", "Left out or changed (more names in manifest.json):"]
+        for reason, cases in left_out.items():
+            names = ", ".join(cases["first"][:_NAMED]) + ", ..." * (cases["count"] > _NAMED)
+            lines.append(f"  {cases['count']:>8,}  {reason}: {names}")
     return lines
 
 
@@ -108,10 +111,3 @@ def _shares(sources: Sequence[dict[str, Any]]) -> Iterable[str]:
             f"  {share:>6.1%}  {source['tokens']:>13,} tokens  {source['bytes']:>15,} bytes  "
             f"{source['documents']:>10,} documents  {source['name']}"
         )
-
-
-def _reasons(left_out: dict[str, Any]) -> Iterable[str]:
-    for reason, cases in left_out.items():
-        names = ", ".join(cases["first"][:_NAMED])
-        rest = ", ..." if cases["count"] > _NAMED else ""
-        yield f"  {cases['count']:>8,}  {reason}: {names}{rest}"

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
-from forescale.data.prepare.dedupe import HashRun
 from forescale.data.prepare.pool import Tick
-from forescale.data.prepare.selection import Part, Selection
+from forescale.data.prepare.selection import HashRun, Selection
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, cut
 
 TOKENIZER, BEFORE, HELD_OUT = 1, 2, 4  # purposes of a text: bits of a flag
@@ -49,12 +48,16 @@ class SampleJob:
 
     def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
         number, unit = item
-        path = self.directory / f"{number:06d}"
+        path, bounds = self.directory / f"{number:06d}", self.selection.bounds
         if not finished(path) and self._wants(number):
             with UnitWriter(path) as out:
                 sizes, flags = [], []
                 for part in self.selection.parts(self.source, number, unit, ReadingReport()):
-                    if flag := self._flag(part):
+                    flag = TOKENIZER * (part.key < bounds.tokenizer)
+                    flag += BEFORE * (part.key < bounds.compared)
+                    if part.split != "train":
+                        flag = HELD_OUT if bounds.compared else 0
+                    if flag:
                         text = part.text
                         if flag == TOKENIZER:
                             text = text[: cut(text, 0, self.limit)]
@@ -76,12 +79,6 @@ class SampleJob:
                 if first < file.search(run.offset, run.distinct, end):
                     return True
         return False
-
-    def _flag(self, part: Part) -> int:
-        bounds = self.selection.bounds
-        if part.split != "train":
-            return HELD_OUT if bounds.compared else 0
-        return TOKENIZER * (part.key < bounds.tokenizer) + BEFORE * (part.key < bounds.compared)
 
 
 def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:

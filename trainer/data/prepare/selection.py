@@ -1,20 +1,36 @@
-"""The documents of a dataset, their splits and samples, chosen before anything is encoded.
+"""The documents of a dataset: duplicates, splits and samples, decided before anything is encoded.
 
-Invariant: decided only by the documents' hashes and the config. A document is held out because of
-its own hash, so it stays held out whatever is added to or removed from the corpus. All decisions
-are bounds on keys, so the selection for any corpus is a few numbers.
+Two documents are equal if their normalised text is: Unicode NFC, CRLF as LF, no spaces and tabs at
+the ends of lines, no blank lines at the beginning and the end. The SHA-256 of that text, truncated
+to 128 bits, is the document's hash; its first 64 bits are the document's key, which decides
+everything else: whether the document is held out, is in a sample, and its position in the shuffle.
+
+Invariant: of equal documents the first in source order (unit, then document) stays, independent of
+how the source is cut into units and of the order in which they are hashed. A document is held out
+because of its own hash, so it stays held out whatever is added to or removed from the corpus. All
+decisions are bounds on keys, so the selection for any corpus is a few numbers.
+
+    hashes/000012     per unit, in runs of _RUN documents: hash, number and size of the distinct
+                      ones, sorted by hash; XXH3-64 of every document's bytes, in their order
+    ranges/0003       per range of the hashes, over all units: key and size of the distinct
+                      documents, sorted by key; unit by unit the documents that equal an earlier one
+
+A task holds one run of a unit, or one range: about 100 MB.
 """
 
+import hashlib
+import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from forescale.data.prepare.columns import UnitFile
-from forescale.data.prepare.dedupe import HashRun, dropped_of, unique_of
+from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
+from forescale.data.prepare.pool import Tick
 from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit, cut
 from forescale.ground.errors import UserError
 
@@ -24,6 +40,158 @@ VALIDATION = SPLITS[1]
 COMPARED, SAMPLE_FILES = 16_000_000, 400  # bytes, documents
 _ALL = 1 << 64  # above every key
 _CHANGED = ("changed while it was being read", "run the same command again")
+_RUN = 1 << 17  # documents
+_RANGE = 1 << 20  # approximate documents per range
+
+
+def normalised(text: bytes) -> bytes:
+    """Return the normalised text (valid UTF-8); see the head of this file."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.decode("utf-8")).encode("utf-8")
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n")
+    if b" \n" in text or b"\t\n" in text:
+        text = b"\n".join(line.rstrip(b" \t") for line in text.split(b"\n"))
+    text = text.rstrip(b" \t\n")
+    return text.lstrip(b"\n")
+
+
+def document_hash(text: bytes) -> tuple[int, int]:
+    """Return the document's key, and the other 64 bits of its hash."""
+    digest = hashlib.sha256(normalised(text)).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+class HashRun(NamedTuple):
+    """One run of a file in hashes/: offset in bytes, first document, number of documents and of
+    distinct ones."""
+
+    offset: int
+    first: int  # document of the unit
+    documents: int
+    distinct: int
+
+    def column(self, file: UnitFile, name: str, start: int = 0, stop: int | None = None):
+        """Return entries [start, stop) of `key`, `low`, `document`, `size` (distinct ones) or
+        `raw`."""
+        place = ("key", "low", "document", "size", "raw").index(name)
+        length = (self.documents if name == "raw" else self.distinct) if stop is None else stop
+        return file.column(self.offset + 8 * place * self.distinct, length - start, "<u8", start)
+
+
+@dataclass(frozen=True)
+class HashJob:
+    """Hash the documents of a unit."""
+
+    source: DocumentSource
+    directory: Path
+
+    def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
+        number, unit = item
+        if finished(path := self.directory / f"{number:06d}"):
+            tick(unit.size, 0)
+            return
+        report, runs = ReadingReport(), []
+        first, size, left = 0, 0, unit.size
+        documents = self.source.read(unit, report)
+        with UnitWriter(path) as out:
+            while True:
+                rows: list[tuple[int, ...]] = []
+                for document in islice(documents, _RUN):
+                    text, index = document.text, first + len(rows)
+                    digest = xxhash.xxh3_64_intdigest(text)
+                    rows.append((*document_hash(text), index, len(text), digest))
+                    # At most `left`: a compressed unit holds more bytes than its size.
+                    step = min(left, len(text))
+                    left -= step
+                    tick(step, 0)
+                if not rows:
+                    break
+                runs.append(_write_run(out, first, np.array(rows, "<u8")))
+                first += len(rows)
+                size += sum(row[3] for row in rows)
+            tick(left, 0)
+            out.finish({"documents": first, "bytes": size, "runs": runs, "report": asdict(report)})
+
+
+def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> HashRun:
+    """Write a run. rows: key, low, document, size, raw of documents in order, shape (documents,
+    5)."""
+    key, low, document, size, raw = map(np.ascontiguousarray, rows.T)
+    order = np.lexsort((low, key))  # stable: equal hashes keep their order
+    order = order[is_first(key[order], low[order])]
+    columns = (key[order], low[order], document[order], size[order], raw)
+    offset, *_ = [out.add(column) for column in columns]
+    return HashRun(offset, first, len(rows), len(order))
+
+
+def is_first(key: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Return for each of the sorted hashes whether it differs from the one before it."""
+    first = np.ones(len(key), bool)
+    first[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
+    return first
+
+
+def range_edges(documents: int, per_range: int = _RANGE) -> list[int]:
+    """Return keys that bound ranges of about `per_range` documents, from 0 to 2^64."""
+    count = max(1, -(-documents // per_range))
+    return [(i << 64) // count for i in range(count + 1)]
+
+
+@dataclass(frozen=True)
+class RangeJob:
+    """Find the distinct documents in a range of hashes."""
+
+    hashes: Path
+    directory: Path
+    runs: list[list[HashRun]]  # of every unit
+
+    def __call__(self, item: tuple[int, int, int], tick: Tick) -> None:
+        """item: (number of the range, first key, exclusive end)."""
+        number, low, high = item
+        if done := finished(path := self.directory / f"{number:04d}"):
+            tick(done["hashes"], 0)
+            return
+        columns = [
+            part for unit, runs in enumerate(self.runs) for part in self._of(unit, low, high)
+        ]
+        if not columns:
+            columns = [np.empty((5, 0), np.uint64)]
+        key, rest, document, size, unit = np.concatenate(columns, axis=1)
+        order = np.lexsort((rest, key))  # stable, so that source order decides among equals
+        unique = is_first(key[order], rest[order])
+        first, dropped = order[unique], np.sort(order[~unique])  # columns are in source order
+        starts = np.searchsorted(unit[dropped], np.arange(len(self.runs) + 1))
+        with UnitWriter(path) as out:
+            results = (key[first], size[first], starts.astype("<u8"), document[dropped])
+            offsets = [out.add(column) for column in results]
+            out.finish({"hashes": len(key), "kept": len(first), "offsets": offsets})
+        tick(len(key), 0)
+
+    def _of(self, unit: int, low: int, high: int) -> Iterator[np.ndarray]:
+        with UnitFile(self.hashes / f"{unit:06d}") as file:
+            for run in self.runs[unit]:
+                start = file.search(run.offset, run.distinct, low)
+                stop = file.search(run.offset, run.distinct, high)
+                if start < stop:
+                    names = ("key", "low", "document", "size")
+                    columns = [run.column(file, name, start, stop) for name in names]
+                    yield np.stack([*columns, np.full(stop - start, unit, np.uint64)])
+
+
+def unique_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys (ascending) and sizes of the distinct documents in a file of ranges/."""
+    with UnitFile(path) as file:
+        count, (keys, sizes, *_) = file.facts["kept"], file.facts["offsets"]
+        return file.column(keys, count, "<u8"), file.column(sizes, count, "<u8")
+
+
+def dropped_of(path: Path, unit: int) -> np.ndarray:
+    """Return the documents of a unit that a file in ranges/ lists as equal to an earlier one."""
+    with UnitFile(path) as file:
+        *_, starts, documents = file.facts["offsets"]
+        start, stop = map(int, file.column(starts, 2, "<u8", unit))
+        return file.column(documents, stop - start, "<u8", start)
 
 
 class ChangedError(UserError):

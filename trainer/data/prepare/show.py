@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from forescale.data.dataset import MANIFEST, Dataset, Split
+from forescale.data.dataset import MANIFEST, SHUFFLE_SHARDS, Dataset, Split
 from forescale.data.order import Order
 from forescale.data.prepare.report import summary_lines
 from forescale.data.tokenizer import byte_tokenizer
@@ -25,7 +25,6 @@ from forescale.ground.errors import UserError
 from forescale.ground.storage import cache_directory
 from forescale.remote.transfer import is_url
 
-SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards
 _WIDTH = 100  # columns if there is no terminal
 _NAME = 12  # columns for the names of properties
 _BEGINS, _GOES_ON, _LINE, _WRAPPED = "◆", "⋯", "│", "┊"

@@ -78,15 +78,17 @@ class Indexer:
                     ends, num_marked = self._ends(file, ids, at)
                     ended, unended = ended + num_marked, unended + len(ends) - num_marked
                     if len(ends):
-                        self._count(np.diff(ends, prepend=begun - at))
+                        sizes = np.diff(ends, prepend=begun - at).astype(float)
+                        self.lengths += np.bincount(np.frexp(sizes)[1] - 1, minlength=64)
                         begun = at + int(ends[-1])
                     part = self._deal(file, offset, ids, ends, at, part)
                     at += len(ids)
                     tick(ids.nbytes, len(ids))
         if not file.by_id and unended:
-            self._report("documents that end without the end-of-text token", name, unended)
+            reason = "documents that end without the end-of-text token"
+            self.report.merge(ReadingReport({reason: unended}, {reason: [name]}))
         if file.by_id and len(file.ends) < 2 and not ended:
-            self._report("files without an end-of-text token, taken for one document", name, 1)
+            self.report.add("files without an end-of-text token, taken for one document", name)
         self._before += at
 
     def finish(self) -> None:
@@ -143,12 +145,6 @@ class Indexer:
                 where = offset + start * file.dtype.itemsize
                 self._parts[side].add(file, where, ids[start:stop], ends[a:b] - start)
         return bool(parts[-1])
-
-    def _count(self, lengths: np.ndarray) -> None:
-        self.lengths += np.bincount(np.frexp(lengths.astype(float))[1] - 1, minlength=64)
-
-    def _report(self, reason: str, name: str, count: int) -> None:
-        self.report.merge(ReadingReport({reason: count}, {reason: [name]}))
 
 
 class _Split:

@@ -85,7 +85,7 @@ def kind_of_file(where: str) -> str | None:
     if name.endswith(".npy"):
         return "npy"
     if name.endswith(".bin"):
-        return "megatron" if not is_url(where) and Path(_idx(where)).is_file() else "flat"
+        return "megatron" if not is_url(where) and Path(f"{where[:-4]}.idx").is_file() else "flat"
     return "tar" if name.endswith(".tar") and _holds_arrays(where) else None
 
 
@@ -97,7 +97,7 @@ def describe(where: str, kind: str, dtype: np.dtype | None, left_out: ReadingRep
     with open_raw(where) as f:
         size = f.seek(0, io.SEEK_END)
         if kind == "megatron":
-            stored, ends = read_idx(_idx(where), where, size)
+            stored, ends = read_idx(f"{where[:-4]}.idx", where, size)
             return TokenFile(where, size, stored, [Extent(0, int(ends[-1]))], ends, by_id=False)
         if kind == "npy":
             stored, extent, rows = _npy(f, where, 0, size)
@@ -112,10 +112,6 @@ def describe(where: str, kind: str, dtype: np.dtype | None, left_out: ReadingRep
 def bin_of(where: str) -> str:
     """Return the file with the ids: for an .idx, the .bin beside it."""
     return where[: -len(".idx")] + ".bin" if where.endswith(".idx") else where
-
-
-def _idx(where: str) -> str:
-    return where[: -len(".bin")] + ".idx"
 
 
 def _required(where: str, dtype: np.dtype | None) -> np.dtype:

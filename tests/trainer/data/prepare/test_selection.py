@@ -11,11 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.data.dataset import Dataset
-from forescale.data.prepare import dedupe
+from forescale.data.prepare import selection as module
 from forescale.data.prepare.builder import build_dataset
 from forescale.data.prepare.columns import facts
-from forescale.data.prepare.dedupe import HashJob, HashRun, RangeJob, normalised, range_edges
-from forescale.data.prepare.selection import Bounds, Selection
+from forescale.data.prepare.selection import (
+    Bounds,
+    HashJob,
+    HashRun,
+    RangeJob,
+    Selection,
+    normalised,
+    range_edges,
+)
 from forescale.data.text.documents import ReadingReport
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
@@ -70,7 +77,7 @@ def deduplicated(source: Texts, work: Path, per_range: int) -> tuple[list[str], 
     paths = [ranges / f"{number:04d}" for number in range(len(edges) - 1)]
     selection, report = Selection(hashes, paths, Bounds(0, 0, 0, False), 0.0), ReadingReport()
     parts = [part for item in enumerate(units) for part in selection.parts(source, *item, report)]
-    sizes = np.concatenate([dedupe.unique_of(path)[1] for path in paths])
+    sizes = np.concatenate([module.unique_of(path)[1] for path in paths])
     assert sizes.sum() == sum(len(part.text) for part in parts)
     return [part.name for part in parts], report.listed.get("duplicate", [])
 
@@ -83,7 +90,7 @@ def test_the_first_in_source_order_is_kept(texts, per_unit, per_range, data):
     for name, text in zip(names, texts, strict=True):
         first.setdefault(plain(text), name)
     with TemporaryDirectory() as work, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dedupe, "_RUN", data.draw(st.integers(1, 9)))
+        patch.setattr(module, "_RUN", data.draw(st.integers(1, 9)))
         result = deduplicated(Texts(texts, per_unit), Path(work), per_range)
     assert result == (list(first.values()), [n for n in names if n not in first.values()])
 
