@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
-from forescale.inference.details.induction import repeated_tokens
+from forescale.inference.details import repeated_tokens
 from forescale.inference.generation import pieces
 from forescale.inference.view import RunView
 from forescale.inspection import heads

@@ -51,9 +51,7 @@ def main(arguments: list[str]) -> int:
 
 def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     """Print the loss on each dataset, by position too if a length is set, and the details."""
-    from forescale.inference.details.induction import induction
-    from forescale.inference.details.measure import expect_continuing
-    from forescale.inference.details.text import induction_text
+    from forescale.inference.details import expect_continuing, induction, induction_text
     from forescale.inference.scoring import at_length, datasets_of, references_of, score_of
 
     if job.details:
@@ -157,8 +155,7 @@ def _details(
     dataset: Dataset,
 ) -> None:
     """Print the details of a score. scored: the run's job with the windows' length."""
-    from forescale.inference.details.measure import measure
-    from forescale.inference.details.text import details_text
+    from forescale.inference.details import details_text, measure
 
     with progress_display() as progress:
         details = measure(

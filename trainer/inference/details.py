@@ -1,4 +1,4 @@
-"""The details of a score: one more pass over its windows, token by token.
+"""The details of a score, as `eval --details` prints them: a pass over its windows, by token.
 
 Bits per byte by the origin of a document (its file type, and the input that it came with), and how
 much the context helps: the in-context-learning score of Olsson et al. 2022 (arXiv 2209.11895), the
@@ -6,6 +6,10 @@ loss of the 500th token of a context minus that of the 50th, a mean over texts. 
 model that uses its context. In windows of fewer than 500 tokens, the last token takes the place of
 the 500th, and one a tenth as far that of the 50th; such scores compare only where both places are
 equal.
+
+Copying of random tokens shows what induction heads do (also Olsson et al. 2022): a row is the token
+that begins documents, random tokens, and the same tokens again. Nothing but the first copy predicts
+the second one.
 
 Invariant: windows and losses are those of `score`, so that the sum over all tokens is its loss.
 """
@@ -15,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Split
@@ -26,6 +31,9 @@ from forescale.inference.scoring import target_losses
 from forescale.train.evaluate import ratio_stderr
 
 LATE, RATIO = 500, 10
+MAX_RANDOM = 32  # random tokens of a row
+ROWS = 32
+_BY = {"kind": "file type", "source": "input"}
 
 
 @dataclass(frozen=True)
@@ -218,3 +226,102 @@ def measure(
         context.add(window)
         sums.add(window)
     return Details(sums.parts(), context.score())
+
+
+@dataclass(frozen=True)
+class Induction:
+    """Of rows of `tokens` random tokens that are read twice. first, again: the mean losses of the
+    tokens as they are read first and again, in nats; score: again - first, negative for a model
+    that copies; share: of the tokens, as they are read again, that are the most likely next one.
+    The standard errors are over rows."""
+
+    tokens: int
+    rows: int
+    first: float
+    again: float
+    score: float
+    score_stderr: float
+    share: float
+    share_stderr: float
+
+
+def repeated_tokens(vocab_size: int, begin: int, most: int, seed: int = 0) -> Tensor:
+    """Return `begin` and random tokens twice, (1 + 2n,), of at most `most` tokens."""
+    n = max(2, min(MAX_RANDOM, (most - 1) // 2))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(vocab_size, (n,), generator=generator)
+    return torch.cat([torch.tensor([begin]), drawn, drawn])
+
+
+@torch.no_grad()
+def induction(
+    model: nn.Module, vocab_size: int, begin: int, most: int, rows: int = ROWS
+) -> Induction:
+    """Return how a model copies. begin: the token that begins documents; most: tokens of a row; the
+    i-th row is drawn with seed i."""
+    device = next(model.parameters()).device
+    losses, hits = [], []
+    for seed in range(rows):
+        tokens_L = repeated_tokens(vocab_size, begin, most, seed).to(device)
+        known = model(tokens_L[None, :-1])[0].float().log_softmax(-1)
+        target = tokens_L[1:]
+        losses.append(-known.gather(-1, target[:, None])[:, 0].double().cpu())
+        hits.append((known.argmax(-1) == target).double().cpu())
+    n = len(target) // 2
+    first_R, again_R = (torch.stack(losses).view(rows, 2, n).mean(2)).unbind(1)
+    share_R = torch.stack(hits).view(rows, 2, n)[:, 1].mean(1)
+    return Induction(
+        n,
+        rows,
+        float(first_R.mean()),
+        float(again_R.mean()),
+        *_mean(again_R - first_R),
+        *_mean(share_R),
+    )
+
+
+def _mean(values_R: Tensor) -> tuple[float, float]:
+    """Return the mean, and its standard error."""
+    n = len(values_R)
+    return float(values_R.mean()), float(values_R.std()) / math.sqrt(n) if n > 1 else math.nan
+
+
+def details_text(details: Details) -> str:
+    """Return the bits per byte of the parts as tables, and the in-context-learning score."""
+    lines = [line for by, parts in details.parts.items() for line in _table(_BY[by], parts)]
+    if not details.parts:
+        lines += [
+            "",
+            "No bits per byte by file type: only validation splits of text, built by this version",
+            "of forescale, know where their documents come from.",
+        ]
+    c = details.in_context
+    if not c.pairs:
+        return "\n".join([*lines, "", f"No in-context-learning score: none has {c.late:,} tokens."])
+    lines += [
+        "",
+        f"In-context-learning score: {c.score:+.4f} ± {c.stderr:.4f} nats, the loss after "
+        f"{c.late:,} tokens ({c.late_loss:.4f})",
+        f"less that after {c.early:,} ({c.early_loss:.4f}), over {c.pairs:,} contexts",
+    ]
+    return "\n".join(lines)
+
+
+def induction_text(scores: Induction) -> str:
+    """Return how a model copies, in a sentence."""
+    return (
+        f"\nInduction score: {scores.score:+.4f} ± {scores.score_stderr:.4f} nats, the loss of "
+        f"{scores.tokens} random tokens as they are read again ({scores.again:.4f})\nless that as "
+        f"they are read first ({scores.first:.4f}), over {scores.rows} rows; "
+        f"{100 * scores.share:.1f} ± {100 * scores.share_stderr:.1f} % of the\ntokens read again "
+        "are the most likely next one"
+    )
+
+
+def _table(by: str, parts: Sequence[Part]) -> Iterator[str]:
+    wide = max(len(by), *(len(part.name or "none") for part in parts)) if parts else 0
+    yield from ("", f"Bits per byte by {by}:", "")
+    yield f"  {by:<{wide}}  {'bits per byte':<17}  documents  bytes"
+    for p in parts:
+        bits = f"{p.bits_per_byte:.4f} ± {p.stderr:.4f}"
+        yield f"  {p.name or 'none':<{wide}}  {bits:<17}  {p.documents:>9,}  {p.bytes:,}"

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from forescale import open_dataset, open_run
-from forescale.inference.details.induction import induction
-from forescale.inference.details.measure import (
+from forescale.inference.details import (
     InContextSums,
     WindowLosses,
+    induction,
     measure,
     window_losses,
 )
