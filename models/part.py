@@ -35,12 +35,10 @@ class Part:
         """Return the broken rules of the part's own values as (field, problem, todo)."""
         return []
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         """Return the broken rules of its fields beside the rest of the model.
 
-        sized: config.sized(); longest: the longest sequence, if known.
+        sized: the config with its sizes set; longest: the longest sequence, if known.
         """
         return []
 

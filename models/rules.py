@@ -10,14 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from forescale.models.mixers.attention import cross_of
-from forescale.models.part import (
-    BlockPart,
-    Part,
-    Problem,
-    below_1,
-    prefixed,
-    unknown_choices,
-)
+from forescale.models.part import BlockPart, Part, Problem, below_1, prefixed, unknown_choices
 from forescale.models.positions.kinds import Rotary
 
 if TYPE_CHECKING:
@@ -42,8 +35,7 @@ def problems(
         return [("depth", "the model has no size", "give depth, or num_layers and width")]
     sized, longest = config.sized(), config.max_sequence_length or sequence_length
     within = (
-        prefixed(field, part.problems_in(config, sized, longest))
-        for field, part in _parts(config).items()
+        prefixed(field, part.problems_in(sized, longest)) for field, part in _parts(config).items()
     )
     return (
         _of_heads(config, sized)

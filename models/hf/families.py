@@ -86,12 +86,7 @@ FAMILIES = {
     ),
     "olmo2": _llama_like(
         "Olmo2ForCausalLM",
-        {
-            "mlp": "swiglu",
-            "norm.placement": "post",
-            "mixer.qk_norm": "layer",
-            "bias": False,
-        },
+        {"mlp": "swiglu", "norm.placement": "post", "mixer.qk_norm": "layer", "bias": False},
         _GATE | _QK_NORM | _POST_NORMS,
         without=("mixer_norm", "mlp_norm"),
     ),

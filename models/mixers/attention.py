@@ -95,17 +95,15 @@ class Attention(Mixer):
         problem = f"{self.value_residual} is no part of a layer's values"
         return [("value_residual", problem, "give above 0 and below 1, or 0 for none")]
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         """Return the problems of keys that don't go with other parts of the model."""
         problems: list[Problem] = []
-        if self.qkv_bias and config.bias:
+        if self.qkv_bias and sized.bias:
             problems.append(("qkv_bias", "bias=true has these biases already", "leave one out"))
-        if self.token_shift and config.has_encoder:
+        if self.token_shift and sized.has_encoder:
             problem = "is for a decoder or an encoder alone"
             problems.append(("token_shift", problem, "leave it out, or leave out encoder_layers"))
-        if self.value_residual and config.has_encoder:
+        if self.value_residual and sized.has_encoder:
             problem = "an encoder and a decoder have no first layer in common"
             todo = "leave it out, or leave out encoder_layers"
             problems.append(("value_residual", problem, todo))

@@ -40,9 +40,7 @@ class GatedDeltaNet(Mixer):
     def problems(self) -> list[Problem]:
         return below_1(self, "value_dim", "conv")
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         """Return the problem of a convolution that is longer than the context."""
         if longest is None or self.conv <= max(longest, GatedDeltaNet.conv):
             return []

@@ -32,9 +32,7 @@ class Latent(Mixer):
     def problems(self) -> list[Problem]:
         return below_1(self, "rank", "query_rank")
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         """Return the problems of latents that don't compress."""
         problems: list[Problem] = []
         heads = sized.num_heads or 1

@@ -91,10 +91,8 @@ class Window(FewKeys):
             problems.append(("global_tokens", "must not be negative", "give 0 for none"))
         return problems
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
-        problems = super().problems_in(config, sized, longest)
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
+        problems = super().problems_in(sized, longest)
         if longest and (self.window or 0) > longest:
             problem = f"{self.window} tokens are more than the context's {longest}"
             problems.append(("window", problem, "give fewer, or choose mixer=attention"))
@@ -142,10 +140,8 @@ class BlockSparse(FewKeys):
                 problems.append((name, problem, "leave it out, or choose pattern=bigbird"))
         return problems
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
-        problems = super().problems_in(config, sized, longest)
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
+        problems = super().problems_in(sized, longest)
         if longest and self.pattern == "bigbird":
             blocks = -(-longest // self.block)
             for name in ("global_blocks", "random_blocks"):

@@ -32,11 +32,9 @@ class Dense(Mlp):
     def problems(self) -> list[Problem]:
         return below_1(self, "chunk")
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         """Return the problem of chunks with selective checkpointing."""
-        if self.chunk is None or config.activation_checkpointing != "selective":
+        if self.chunk is None or sized.activation_checkpointing != "selective":
             return []
         problem = "a chunk computes its products again, which selective checkpointing saves"
         return [("chunk", problem, "leave it out, or give activation_checkpointing=full")]

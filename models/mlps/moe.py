@@ -152,9 +152,7 @@ class Experts(Mlp):
             add("renormalise", problem, "set it to false, or give top_k=2 or more")
         return problems
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         problems: list[Problem] = []
         active = max(1, self.top_k + self.shared)
         if self.expert_width is None and (sized.mlp_width or 0) % active:

@@ -103,10 +103,7 @@ class MixtureOfExperts(nn.Module):
         self.tensor_group: TensorGroup | None = None  # the ranks that hold the same tokens
 
     def forward(
-        self,
-        x_BLD: Tensor,
-        real_BL: Tensor | None = None,
-        group: SequenceGroup | None = None,
+        self, x_BLD: Tensor, real_BL: Tensor | None = None, group: SequenceGroup | None = None
     ) -> tuple[Tensor, Routing]:
         x_ND, same = x_BLD.flatten(0, 1), self.tensor_group
         real_N = None if real_BL is None else real_BL.flatten().bool()

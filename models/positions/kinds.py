@@ -117,11 +117,9 @@ class Relative(Part):
 
     kind = "relative"
 
-    def problems_in(
-        self, config: "ModelConfig", sized: "ModelConfig", longest: int | None
-    ) -> list[Problem]:
+    def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
         """Return the problem of a table that can't be split into near and far."""
-        sees_all = config.has_encoder or not config.causal
+        sees_all = sized.has_encoder or not sized.causal
         count, least = self.buckets, 4 if sees_all else 2
         if count < least or count % least:
             problem = f"{count} entries can't be halved into near and far"

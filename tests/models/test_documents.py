@@ -51,8 +51,7 @@ def test_a_document_never_changes_another(variant):
         assert difference[of_changed].min() > 1e-3
         before, after = (
             gradients(
-                model,
-                model(row, targets_of(x).masked_fill(of_changed, IGNORE), None, documents),
+                model, model(row, targets_of(x).masked_fill(of_changed, IGNORE), None, documents)
             )
             for row in (x, other)
         )

@@ -28,14 +28,7 @@ BASE = model_config(
 )
 VARIANTS = [
     changed(
-        BASE,
-        position=p,
-        norm=n,
-        mlp=m,
-        bias=b,
-        mixer__qk_norm=q,
-        num_kv_heads=g,
-        tie_embeddings=t,
+        BASE, position=p, norm=n, mlp=m, bias=b, mixer__qk_norm=q, num_kv_heads=g, tie_embeddings=t
     )
     for p, n, m, b, q, g, t in product(
         POSITIONS, NORMS, MLPS, (False, True), ("none", "head"), (None, 1), (False, True)

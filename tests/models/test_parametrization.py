@@ -15,12 +15,7 @@ from tests.models.configs import changed, model_config
 
 # Four times as wide and three times as deep as its base.
 LARGE = model_config(
-    num_layers=6,
-    width=256,
-    num_heads=2,
-    bias=True,
-    vocab_size=64,
-    max_sequence_length=16,
+    num_layers=6, width=256, num_heads=2, bias=True, vocab_size=64, max_sequence_length=16
 )
 MUP, COMPLETEP = Mup(base_width=64), CompleteP(base_width=64, base_depth=2)
 BASE = changed(LARGE, num_layers=2, width=64, num_heads=1)

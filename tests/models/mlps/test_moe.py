@@ -344,13 +344,7 @@ def test_enough_capacity_drops_nothing():
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"mlp__capacity": 1.0},
-        {"activation_checkpointing": "full"},
-    ],
-    ids=str,
+    "change", [{}, {"mlp__capacity": 1.0}, {"activation_checkpointing": "full"}], ids=str
 )
 @pytest.mark.slow  # seconds each
 def test_it_compiles_as_one_graph(change):

@@ -142,10 +142,7 @@ def test_a_token_does_not_know_how_long_its_sequence_is(kind):
         (YARN | {"position__scaling__factor": math.nan}, "position.scaling.factor"),
         (YARN | {"position__theta": 1.0}, "position.theta"),
         (YARN | {"position__scaling": "ntk", "num_heads": 128}, "num_heads"),
-        (
-            YARN | {"position__scaling__original_length": 0},
-            "position.scaling.original_length",
-        ),
+        (YARN | {"position__scaling__original_length": 0}, "position.scaling.original_length"),
     ],
 )
 def test_what_cannot_be_scaled_names_its_field(args, field):
