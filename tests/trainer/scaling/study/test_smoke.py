@@ -68,6 +68,6 @@ def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     facts = json.loads(capsys.readouterr().out)
     assert facts["runs"] == 6
     assert cli.main(["study", "report"]) == 0
-    assert (study.folder / "report.html").stat().st_size > 1_000_000
+    assert (study.folder / "report.html").stat().st_size > 100_000
     assert cli.main(["study", "score"]) == 0
     assert "skill" in capsys.readouterr().out.lower()
