@@ -16,8 +16,8 @@ JOBS = {"eval": evaluations.EvaluationsJob}
 EXAMPLES = (
     "submit train big recipe=llama-7b slurm.nodes=8 slurm.gpus_per_node=8",
     "submit train slurm.gpus_per_node=1 --dry-run   (print the script, write nothing)",
-    "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 slurm.time='2 h'",
-    "submit train slurm.runs=sweep.txt slurm.at_once=4   (one array; a line of the file is a run)",
+    "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 train.micro_batch=2",
+    "submit train slurm.runs=sweep.txt slurm.at_once=4 slurm.gpus_per_node=1   (a line a run)",
     "submit eval big   (all its checkpoints; keys: forescale submit eval --help)",
     "submit eval big steps=[10000,20000]   (also those that are yet to be saved)",
 )

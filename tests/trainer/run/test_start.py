@@ -227,7 +227,7 @@ def test_a_config_that_was_changed_is_refused_and_train_may_change_it(job):
     run = start(job()).run
     start(job("checkpoint.keep=5"))
     whole = run.config.read_bytes()
-    run.config.write_bytes(whole.replace(b"rope_theta: 10000", b"rope_theta: 10001"))
+    run.config.write_bytes(whole.replace(b"theta: 10000", b"theta: 10001"))
     assert run.config.read_bytes() != whole
     with pytest.raises(UserError, match=r"config.yaml: was changed since it was written"):
         start(job("checkpoint.keep=5"))
