@@ -225,6 +225,8 @@ class TaskFit:
             return None
         columns, _, _, c = run_of(self.law, self.job.target)
         metric = self.of_runs({k: np.array([v]) for k, v in columns.items()}, np.array([c]))
+        assert metric.inner is not None  # both are None, or neither
+        assert metric.outer is not None
         inner, outer = (tuple(ends[:, 0].tolist()) for ends in (metric.inner, metric.outer))
         return Chained(loss, float(metric.value[0]), inner, outer)
 
