@@ -82,11 +82,11 @@ class ShiftModule(nn.Module):
     def forward(self, x_BLD: Tensor, context) -> Tensor:
         memory, length = context.memory, x_BLD.shape[1]
         whole = x_BLD if memory is None else memory.keep_last("x", x_BLD, self.tokens)
-        visible, seen = continued(whole, context)[..., None], torch.ones(())
+        visible, count = continued(whole, context)[..., None], torch.ones(())
         columns = [x_BLD]
         for lag in range(1, 1 + self.tokens):
-            seen = seen * earlier(visible.expand(len(whole), -1, -1), lag - 1)
-            columns.append((earlier(whole, lag) * seen)[:, -length:])
+            count = count * earlier(visible.expand(len(whole), -1, -1), lag - 1)
+            columns.append((earlier(whole, lag) * count)[:, -length:])
         return self.inner(torch.cat(columns, -1))
 
 

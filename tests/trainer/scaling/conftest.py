@@ -38,10 +38,10 @@ def make(columns):
     """Returns a function that makes points of a law, with noise of log loss."""
 
     def points(form, values, noise=0.0, seed=1, **changed) -> Points:
-        own = {k: v for k, v in (columns | changed).items() if k in form.columns}
-        loss = form.predict(values, **own)
+        columns_of = {k: v for k, v in (columns | changed).items() if k in form.columns}
+        loss = form.predict(values, **columns_of)
         rng = np.random.default_rng(seed)
-        return Points(loss * np.exp(noise * rng.standard_normal(len(loss))), **own)
+        return Points(loss * np.exp(noise * rng.standard_normal(len(loss))), **columns_of)
 
     return points
 

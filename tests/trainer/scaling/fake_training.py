@@ -40,7 +40,7 @@ class FakeTraining:
     losses: ClassVar[dict[str, float]] = {}
     pid = 1
 
-    def __init__(self, argv, stdout, env, **more):
+    def __init__(self, argv, stdout, env, **options):
         arguments = argv[argv.index("train") + 1 :]
         self.started.append(arguments)
         self.devices.append(env.get("CUDA_VISIBLE_DEVICES"))
@@ -60,8 +60,8 @@ class FakeTraining:
 
 def train(arguments, loss=None) -> None:
     """Make a complete run with these arguments of `train`."""
-    made = start(compose(TrainJob, [a for a in arguments if a != STORED]))
-    job, run = made.job, made.run
+    begun = start(compose(TrainJob, [a for a in arguments if a != STORED]))
+    job, run = begun.job, begun.run
     attempt, step = run.new_attempt(), job.total_steps
     tokens = step * job.tokens_per_step
     attempt.start_from(Parent(0), run)
@@ -74,8 +74,8 @@ def train(arguments, loss=None) -> None:
     path.mkdir(parents=True)
     position = {"step": step, "g": 0, "tokens": tokens}
     state = {"format": FORMAT, "position": position, "attempt": attempt.number, "world_size": 1}
-    more = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": {}}
-    write_table(path, {"state.json": write_json(path / "state.json", state | more)})
+    empty = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": {}}
+    write_table(path, {"state.json": write_json(path / "state.json", state | empty)})
     loss = simulated_loss(record(run)) if loss is None else loss
     change_rows(attempt.metrics.path, lambda rows: [row | {"loss": loss} for row in rows])
 

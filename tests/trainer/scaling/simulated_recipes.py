@@ -26,8 +26,8 @@ def runs(rng, multipliers, noise=0.002, seeds=3, budgets=BUDGETS, rates=RATES) -
     for recipe, multiplier in {"base": 1.0, **multipliers}.items():
         for flops in ends if recipe == "base" else budgets:
             m = multiplier(flops) if callable(multiplier) else multiplier
-            own = [(rate, 0) for rate in rates] + [(BEST, seed) for seed in range(1, seeds)]
-            for rate, seed in own:
+            runs_of = [(rate, 0) for rate in rates] + [(BEST, seed) for seed in range(1, seeds)]
+            for rate, seed in runs_of:
                 off = BEND * np.log(rate / BEST) ** 2 + noise * rng.standard_normal()
                 loss = law(flops, m) * np.exp(off)
                 rows.append((recipe, flops, rate, seed, loss))

@@ -51,8 +51,8 @@ def records(prefix: str = "s") -> pd.DataFrame:
             rows.append(_row(name, stage, n, high * BEST, noise=noise))
             rates = (1.5, 2.0) if high > 1 else (0.5, 2.0)
             for label, by_rate in zip(("low", "high"), rates, strict=True) if i in (0, 4) else ():
-                more = {"role": "rate", "of": name, "noise": noise}
-                rows.append(_row(f"{name}-lr-{label}", stage, n, high * by_rate * BEST, **more))
+                role = {"role": "rate", "of": name, "noise": noise}
+                rows.append(_row(f"{name}-lr-{label}", stage, n, high * by_rate * BEST, **role))
     n, name = 0.1 * BUDGETS[1] ** 0.5, f"{prefix}2-n2"
     for batch in (4, 16):
         rows.append(_row(f"{name}-batch-{batch}", 2, n, 0.8 * BEST, batch, "batch", name))
@@ -69,8 +69,8 @@ def records(prefix: str = "s") -> pd.DataFrame:
 def known(folder: Path, prefix: str = "s") -> StudyEvidence:
     """The evidence, with forecasts of one run as predicted, one that is worse, and one pending."""
     table = records(prefix)
-    own = table[table["fitted"] & (table["stage"] < 3)].reset_index(drop=True)
-    early = StudyFit(own, job(near=None), "early")
+    fitted = table[table["fitted"] & (table["stage"] < 3)].reset_index(drop=True)
+    early = StudyFit(fitted, job(near=None), "early")
     rows = table[table["role"] == "grid"].set_index("name")
     write_forecast(early, folder, "target", TargetPoint(flops=2 * BUDGETS[-1]))
     for name in (f"{prefix}3-n2", f"{prefix}3-n1"):
@@ -78,7 +78,7 @@ def known(folder: Path, prefix: str = "s") -> StudyEvidence:
         size = float(at["parameters_blocks_and_head"])
         target = TargetPoint(parameters=size, tokens=float(at["tokens"]))
         write_forecast(early, folder, name, target)
-    found = read_forecasts(folder)
+    forecasts = read_forecasts(folder)
     bad = table["name"] == f"{prefix}3-n1"
     observed = table.assign(loss=table["loss"].where(~bad, table["loss"] * 1.2))
     stages = [
@@ -88,8 +88,8 @@ def known(folder: Path, prefix: str = "s") -> StudyEvidence:
     ]  # fmt: skip
     gone = SimpleNamespace(status="diverged", cell=GONE)
     return evidence(
-        job(), table, [gone] if prefix == "s" else [], forecasts=found,
-        score=score(found, observed), stages=stages, folder="studies/simulated", cap=2e21,
+        job(), table, [gone] if prefix == "s" else [], forecasts=forecasts,
+        score=score(forecasts, observed), stages=stages, folder="studies/simulated", cap=2e21,
         statuses={"complete": 27, "diverged": 1},
         versions={"torch": ["2.9", "2.10"]}, times=(0.0, 86400.0),
     )  # fmt: skip

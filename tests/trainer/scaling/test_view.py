@@ -36,9 +36,9 @@ def test_the_fit_is_that_of_the_command(table, forescale):
 
 
 def test_a_run_is_predicted(table):
-    found = table.predict(parameters=1e8, tokens=1e9)
-    assert found.loss == pytest.approx(1.7 + 400 / 1e8**0.34 + 410 / 1e9**0.28, rel=1e-3)
-    assert found.outer[0] <= found.loss <= found.outer[1]
+    prediction = table.predict(parameters=1e8, tokens=1e9)
+    assert prediction.loss == pytest.approx(1.7 + 400 / 1e8**0.34 + 410 / 1e9**0.28, rel=1e-3)
+    assert prediction.outer[0] <= prediction.loss <= prediction.outer[1]
     with pytest.raises(UserError, match="target: is not given; write predict"):
         table.predict()
 

@@ -111,12 +111,12 @@ def test_the_keys_reach_the_builder(folder, forescale):
 def test_a_given_tokenizer_is_used(folder, forescale, trained):
     words = ("shards", "books", "output=data", f"tokenizer={trained.tokenizer}")
     assert forescale(*words)[0] == 0
-    ours = (folder.parent / "data" / "tokenizer.json").read_bytes()
-    assert ours == trained.tokenizer.read_bytes()
+    tokenizer = (folder.parent / "data" / "tokenizer.json").read_bytes()
+    assert tokenizer == trained.tokenizer.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (["books"], "output: is empty"),
         (["output=data"], "input: is empty"),
@@ -130,11 +130,11 @@ def test_a_given_tokenizer_is_used(folder, forescale, trained):
         (["books", "output=books/0.txt/data"], "is a file, but a directory is needed"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(folder, forescale, words, said):
+def test_bad_input_is_one_sentence_and_leaves_nothing(folder, forescale, words, sentence):
     before = sorted(p.name for p in folder.parent.rglob("*"))
     code, _, err = forescale("shards", *words)
     assert code == 2
-    assert said in err
+    assert sentence in err
     assert "Traceback" not in err
     left = [p for p in folder.parent.rglob("*") if not p.name.endswith(".lock")]
     assert sorted(p.name for p in left) == before

@@ -26,7 +26,7 @@ from forescale.scaling.design.cells import (
     share_trunks,
     with_rate_sweeps,
 )
-from forescale.scaling.design.isoflop import Grid
+from forescale.scaling.design.isoflop_grid import Grid
 from forescale.scaling.design.plan import Kind, StudyPlan, StudyStage, reserve
 from forescale.scaling.design.recipes import (
     BASE,

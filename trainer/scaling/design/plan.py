@@ -14,7 +14,7 @@ from forescale.config.schema import plain
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.cells import FACTOR, RATES, Cell, extra_rate
-from forescale.scaling.design.isoflop import EXTRA_RATES, Grid
+from forescale.scaling.design.isoflop_grid import EXTRA_RATES, Grid
 from forescale.scaling.design.recipes import Recipe, RecipeGrid
 from forescale.scaling.design.shapes import Common, Rule, Shape
 from forescale.scaling.design.tuning import Tuned, interpolated_rate
