@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("trainer", "models", "slurm", "conf")
 # Words that say nothing of what a value is: a name is a noun of the field.
 BANNED = {

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import house
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
     p for top in ("trainer", "models", "conf", "slurm") for p in (ROOT / top).rglob("*.py")
@@ -205,3 +207,19 @@ def test_the_installation_has_every_package():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = {name for name, path in KNOWN.items() if path.name == "__init__.py"}
     assert set(settings["packages"]) == packages
+
+
+def test_a_name_says_what_a_value_is():
+    """A noun of the field: logits, checkpoint, request; not found, made, wanted (house.BANNED)."""
+    paths = house.files(*house.SOURCE, "tests")
+    vague = [f"{p.relative_to(ROOT)}:{n} {name}" for p in paths for n, name in house.names(p)]
+    assert vague == []
+
+
+def test_no_file_name_stands_twice_below_a_room():
+    assert house.repeated(FILES) == []
+
+
+def test_the_budget_of_arrows_between_rooms():
+    numbers, _ = house.measure()
+    assert numbers["arrows between rooms"] <= house.BUDGETS["arrows between rooms"]

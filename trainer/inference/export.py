@@ -21,7 +21,7 @@ from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.hf import FAMILIES, family_of, to_hf
-from forescale.models.hf.adapters import adapters_to_hf
+from forescale.models.hf.peft_weights import adapters_to_hf
 from forescale.run.finetune import kept_template
 
 # Keys of an imported config.json that don't hold for the exported files.

@@ -1,7 +1,7 @@
 """Expert parallelism: groups of successive ranks that have the experts of a layer between them.
 
-With `engine.expert_parallel` e, ranks [k e, (k + 1) e) exchange rows (models/parallel/experts.py),
-and ranks i, i + e, i + 2 e, ... have the same experts. DeepSpeed reduces the gradients of experts
+With `engine.expert_parallel` e, ranks [k e, (k + 1) e) exchange rows
+(models/parallel/expert_exchange.py), and ranks i, i + e, i + 2 e, ... have the same experts. DeepSpeed reduces the gradients of experts
 over the latter, divides their states among them (at stage 3 their weights too), and divides the sum
 by as many ranks as that of all other parameters: so Engine.backward needs no other factor.
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from forescale.engine.world import World
 from forescale.models.mlps.moe_module import MixtureOfExperts
-from forescale.models.parallel.experts import ExpertGroup
+from forescale.models.parallel.expert_exchange import ExpertGroup
 
 
 def group_name(parallel: int) -> str:
