@@ -66,13 +66,17 @@ def has_checksum(path: Path) -> bool:
 def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
     """Return the job that `freeze` wrote. source: its text, or the Path of its file.
 
-    Raises UserError if the file can't be read or differs from its checksum, if keys or values are
-    wrong, or if it has a `_target_` and `trust` is False: that names code to run, which the user
-    did not type.
+    Raises UserError if the file can't be read or differs from its checksum, if another version
+    wrote it or keys or values are wrong, or if it has a `_target_` and `trust` is False: that names
+    code to run, which the user did not type.
     """
     where = str(source) if isinstance(source, Path) else "config"
     tree = _read_yaml(source, where)
     job, unknown, wrong = build(schema, tree)
+    if unknown and isinstance(source, Path) and has_checksum(source):  # nobody has edited it
+        rest = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
+        problem = f"another version of forescale wrote it: this one has no key {unknown[0]}{rest}"
+        raise UserError(where, problem, "use the version that run.json names, or begin a new run")
     for key, target in targets(job).items() if not trust else ():
         problem = f"{key} would run the class {target}"
         raise UserError(where, problem, "add trust=true if you trust this file")

@@ -1,5 +1,6 @@
 import itertools
 import random
+from hashlib import sha256
 
 import pytest
 import yaml
@@ -118,6 +119,19 @@ def changed(*overrides, base=(), at_step=100):
     base = ["precision=bf16", *base]  # the same on every machine
     old, new = compose(TrainJob, base), compose(TrainJob, [*base, *overrides])
     return [[c.key for c in changes] for changes in may_resume(old, new, at_step)]
+
+
+def test_a_file_of_another_version_is_one_sentence(tmp_path):
+    """Its keys are not this version's; one that a user has edited has the nearest names."""
+    path = tmp_path / "config.yaml"
+    edited = freeze(compose(TrainJob)).replace("bigram_rows", "rope_theta")
+    path.write_text(f"# sha256: {sha256(edited.encode()).hexdigest()}\n{edited}")
+    with pytest.raises(UserError, match=r"another version .*rope_theta.*run\.json") as refusal:
+        thaw(TrainJob, path)
+    assert not isinstance(refusal.value, ConfigError)
+    path.write_text(edited)
+    with pytest.raises(ConfigError, match="rope_theta"):
+        thaw(TrainJob, path)
 
 
 def test_kinds_of_changes():

@@ -1,9 +1,10 @@
 """Expert parallelism: groups of successive ranks that have the experts of a layer between them.
 
 With `engine.expert_parallel` e, ranks [k e, (k + 1) e) exchange rows
-(models/parallel/expert_exchange.py), and ranks i, i + e, i + 2 e, ... have the same experts. DeepSpeed reduces the gradients of experts
-over the latter, divides their states among them (at stage 3 their weights too), and divides the sum
-by as many ranks as that of all other parameters: so Engine.backward needs no other factor.
+(models/parallel/expert_exchange.py), and ranks i, i + e, i + 2 e, ... have the same experts.
+DeepSpeed reduces the gradients of experts over the latter, divides their states among them (at
+stage 3 their weights too), and divides the sum by as many ranks as that of all other parameters: so
+Engine.backward needs no other factor.
 
 Invariant: all ranks draw the experts of a layer in the same order and keep their own, so the
 initial model depends on no number of ranks.
