@@ -19,7 +19,7 @@ def measure(rounds: int, sizes: dict[str, TrainingSizes] = REAL) -> list[Result]
     results = []
     for name, training in sizes.items():
         pairs = [
-            tuple(isolated(peak, loop, training) for loop in ("Ours", "Bare"))
+            tuple(isolated(peak, loop, training) for loop in ("Product", "Bare"))
             for _ in range(min(rounds, 2))
         ]
         labels = ("ours", "bare DeepSpeed")

@@ -8,7 +8,7 @@ process of its own, because what one compiles would bind the other's compiler; t
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.bench_peer import ours
+from tests.benchmarks.bench_peer import product
 from tests.benchmarks.pairing import Clocks, Result, by_both_clocks, interleaved
 from tests.benchmarks.processes import Side
 from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
@@ -23,7 +23,7 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
 
 def compare(optimizer: str, way: str, rounds: int, sizes: TrainingSizes) -> list[Result]:
     words = f"optimizer={optimizer}", "precision=bf16"
-    with Side(ours, sizes, *words) as a, Side(rival, sizes, way, *words) as b:
+    with Side(product, sizes, *words) as a, Side(rival, sizes, way, *words) as b:
         rows = interleaved(rounds, a, b)
     labels = ("ours", f"plain PyTorch, {way}")
     return by_both_clocks(f"plain, {optimizer}, {way}", labels, rows, "at least 0.95")

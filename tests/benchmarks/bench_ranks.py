@@ -225,7 +225,7 @@ def _node(server: Any, host: str) -> bytes:
         heard = line.makefile("rb")
         say = lambda word: line.sendall(json.dumps(word).encode() + b"\n")  # noqa: E731
         say({"token": server.token, "host": host, "time": time.time()})
-        assert json.loads(heard.readline())["wanted"]
+        assert json.loads(heard.readline())["requirements"]
         facts = {"run_free": 1 << 50, "memory": 1 << 40, "cpus": 128, "gpus": ["H100"] * EACH}
         say({"facts": facts, "faults": [], "received": time.time(), "port": 40_000})
         return heard.readline()

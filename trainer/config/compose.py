@@ -96,7 +96,7 @@ def compose(
     """
     known = groups(schema, conf_dirs)
     faults: list[Problem] = []
-    picks, typed = _read(overrides, known, leaves(schema), faults)
+    picks, typed, earlier = _read(overrides, known, leaves(schema), faults)
     if _TARGET in typed and "model" in known:
         picks.setdefault("model", "custom")  # without the keys of our default model
     config = _hydra(schema, picks, conf_dirs)
@@ -104,7 +104,7 @@ def compose(
     keep_one_length(config, chosen)
     run = _named(config, typed) if find else None
     frozen = find(run) if find and run else None
-    config, unknown, laid = _lay_over(config, typed, schema, faults, frozen or {})
+    config, unknown, laid = _lay_over(config, typed, earlier, schema, faults, frozen or {})
     tree = _resolve(config, "", faults)
     taken = {*chosen, *laid}
     if frozen:
@@ -197,10 +197,14 @@ def _read(
     known: dict[str, Group],
     schema: dict[str, Leaf],
     faults: list[Problem],
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return (group -> choice, key -> text of its value); of a repeated key the last one counts."""
+) -> tuple[dict[str, str], dict[str, str], list[tuple[str, str]]]:
+    """Return (group -> choice, key -> text of its value, earlier values of repeated sections).
+
+    Of a repeated key the last value counts; those of a section or block are laid over each other.
+    """
     picks: dict[str, str] = {}
     typed: dict[str, str] = {}
+    earlier: list[tuple[str, str]] = []
     for text in overrides:
         name, equals, value = text.partition("=")
         where = text if text.strip() and text.isprintable() else repr(text)
@@ -215,6 +219,8 @@ def _read(
             near = nearest_first(name, [*schema, *known])[0]
             faults.append(Problem(where, "is not KEY=VALUE", f"write, for example, {near}=VALUE"))
         elif name not in known or value.startswith("{"):
+            if name in typed and name not in schema:
+                earlier.append((name, typed[name]))
             typed.pop(name, None)  # a repeated key takes the place of its last occurrence
             typed[name] = value
         elif value in known[name].files or (value == "null" and known[name].default is None):
@@ -226,7 +232,7 @@ def _read(
             faults.append(
                 Problem(name, f"{display(value)} is not a choice", f"choose one of {near}")
             )
-    return picks, typed
+    return picks, typed, earlier
 
 
 def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
@@ -271,6 +277,7 @@ def _named(config: DictConfig, typed: Mapping[str, str]) -> Path | None:
 def _lay_over(
     config: DictConfig,
     typed: dict[str, str],
+    earlier: list[tuple[str, str]],
     schema: type,
     faults: list[Problem],
     frozen: Mapping[str, Any],
@@ -287,7 +294,7 @@ def _lay_over(
     if len(lengths := [name for name in LENGTHS if typed.get(name, "null") != "null"]) == 1:
         for other in {*LENGTHS} - {*lengths}:  # giving one length unsets the others
             _nest(composed, other, None)
-    for name, text in typed.items():
+    for name, text in [*earlier, *typed.items()]:
         is_section = any(path.startswith(name + ".") for path in known)
         if not (name in known or is_section or any(name.startswith(f + ".") for f in free)):
             unknown.append(name)
@@ -320,6 +327,8 @@ def _nest(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         above[section] = {"kind": below} if isinstance(below, str) else below or {}
         above = above[section]
     below = above.get(name)
+    if isinstance(below, str) and isinstance(value, Mapping):
+        below = {"kind": below}
     if isinstance(below, Mapping) and isinstance(value, str | Mapping):
         value = lay(None, below, {"kind": value} if isinstance(value, str) else value)
     above[name] = value

@@ -92,8 +92,12 @@ def _lay(classes: Collection[type], tree: Any, values: Mapping[str, Any]) -> dic
             result[name] = _lay_block(f, below, value)
         elif isinstance(value, Mapping):
             inner = section_class(type_) if f else None
+            if not classes and isinstance(below, str):  # the word of a block
+                below = {"kind": below}
             is_foreign = TargetConfig in options(type_) and "_target_" in {**value, **(below or {})}
             result[name] = _lay((inner,) if inner and not is_foreign else (), below, value)
+        elif not classes and isinstance(value, str) and isinstance(below, Mapping):
+            result[name] = {**below, "kind": value}
         else:
             result[name] = value
     return result

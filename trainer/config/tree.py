@@ -83,7 +83,11 @@ class _Builder:
         inner = section_class(type_)
         if is_block(f, type_) and not (value is None and type(None) in options(type_)):
             return self._block(f, value, path, word_of(f, f.default_factory()))  # type: ignore[operator]
-        if "kinds" in f.metadata and value is not None:
+        if "kinds" in f.metadata:
+            if value is None:
+                problem, todo = "expects a list of words or blocks, got null", f"write {path}=[]"
+                self.wrong.append(Problem(path, problem, todo))
+                return MISSING
             items = value if isinstance(value, list | tuple) else [value]
             parts = [self._block(f, item, f"{path}.{i}") for i, item in enumerate(items)]
             return MISSING if MISSING in parts else parts

@@ -187,7 +187,9 @@ class Metrics(Callback):
         self._send(row)
 
     def _send(self, row: dict[str, Any]) -> None:
-        numbers = {f"{row['kind']}/{name}": v for name, v in _numbers(row)} if self.trackers else {}
+        dataset = row.get("dataset", "validation")  # the name of all held-out text together
+        prefix = row["kind"] if dataset == "validation" else f"{row['kind']}/{dataset}"
+        numbers = {f"{prefix}/{name}": v for name, v in _numbers(row)} if self.trackers else {}
         for tracker in self.trackers:
             tracker.log(numbers, step=row["step"])
 

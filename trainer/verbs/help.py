@@ -24,7 +24,7 @@ _ROOMS = ("data", "checkpoint", "monitor", "plan", "scaling", "models", "inferen
 # The package of each topic, in the order of reading; the first page is the project's own.
 TOPICS = {"start": "", "conf": "forescale.conf", "slurm": "forescale.slurm"}
 TOPICS |= {room: f"forescale.{room}" for room in _ROOMS} | {"code": "forescale"}
-_PAGE = re.compile(r"(?:.*/)?(?:(\w+)/)?README\.md")  # the folder of a README
+_PAGE = re.compile(r"(?:^|/)(\w+)/README\.md$")  # the folder of a README
 
 
 @dataclass
@@ -84,8 +84,8 @@ def with_topics(page: str) -> str:
         text, link = match[1], match[2].partition("#")[0]
         if "://" in link:
             return match[0]
-        room = _PAGE.fullmatch(link)
-        topic = {None: "", "trainer": "code"}.get(room[1], room[1]) if room else ""
+        room = _PAGE.search(link)
+        topic = {"trainer": "code"}.get(room[1], room[1]) if room else ""
         if topic not in TOPICS:
             return text
         command = f"`forescale help {topic}`"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
-from forescale.ground.errors import DONE
+from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_file
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
@@ -37,6 +37,9 @@ def main(words: list[str]) -> int:
     is_named = any(word.startswith("run.name=") for word in overrides)
     if is_named:
         expect_trainable(Run(job.run.directory))
+    if job.plan.to is not None and Path(job.plan.to).suffix != ".html":
+        todo = "name a file, such as plan.to=plan.html"
+        raise UserError("plan.to", f"{job.plan.to!r} is no page", todo)
     plan = Plan(job)
     plan.notes[:0] = notes
     if is_named:

@@ -12,6 +12,7 @@ from forescale.config.frozen import diff, freeze, thaw
 from forescale.config.job import Job
 from forescale.config.layers import lay, over_frozen
 from forescale.config.schema import ConfigError, block, key, leaves, plain, section
+from forescale.config.train import TrainJob
 
 
 @dataclass
@@ -171,3 +172,25 @@ def test_the_keys_of_a_job_are_those_of_its_kinds():
         "model.mixer.size": "numerics",
         "model.mixer.heads": "identity",
     }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.norm=layernorm", "model.norm={eps: 1e-3}"),
+        ("model.norm={eps: 1e-3}", "model.norm=layernorm"),
+        ("model.norm=layernorm", "model={norm: {eps: 1e-3}}"),
+        ("model={norm: {eps: 1e-3}}", "model={norm: layernorm}"),
+        ("model={norm: layernorm}", "model={norm: {eps: 1e-3}}"),
+    ],
+)
+def test_a_word_and_a_mapping_of_one_block_hold_both(words):
+    norm = plain(compose(TrainJob, words))["model"]["norm"]
+    assert (norm["kind"], norm["eps"]) == ("layernorm", 1e-3)
+
+
+def test_the_last_of_repeated_keys_counts_and_null_is_no_list_of_blocks():
+    job = compose(TrainJob, ["data={shuffle_shards: 3, workers: 2}", "data={workers: 4}"])
+    assert (job.data.shuffle_shards, job.data.workers) == (3, 4)
+    with pytest.raises(ConfigError, match=r"mixer_pattern: .*null.*mixer_pattern=\[\]"):
+        compose(TrainJob, ["model.mixer_pattern=null"])

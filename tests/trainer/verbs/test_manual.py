@@ -108,3 +108,10 @@ def test_help_of_a_verb_and_of_nothing(forescale):
     code, out, err = forescale("help", "slrum")
     assert (code, out) == (2, "")
     assert "forescale help slurm" in err
+
+
+def test_a_link_to_another_page_names_its_topic():
+    page = help_verb.with_topics("[the cluster](../slurm/README.md#x), [a](trainer/README.md).")
+    assert "`forescale help slurm`" in page
+    assert "`forescale help code`" in page
+    assert help_verb.with_topics("[b](../tests/README.md)") == "b"
