@@ -33,11 +33,11 @@ class Context(NamedTuple):
     positions, which only mixers that take biases receive, mask is (B or 1, H, L, S) and has a bias
     for a visible key (alibi.biased_mask, RelativePosition). On a GPU it is a BlockMask where only
     documents and padding hide keys (blocks.blocks_seen). starts (B, S): the column at which each
-    token's document begins. real (B, S): False at padding. memory: the layer's part of the cache,
-    in which a mixer finds what it kept of earlier columns and keeps what it needs of these. counted
+    token's document begins. real (B, S): False at padding. memory: the layer's part of the cache: a
+    mixer reads there what it stored about earlier columns, and stores what later ones need. counted
     (B, L): the tokens that count for the balance of experts; None: all. source (B, S, D): the
     encoder's output, in the decoder of an encoder-decoder. source_mask (B, 1, 1, S): added to the
-    scores of its tokens. view: what the viewer of the mixer's cost record (Part.viewer) made of the
+    scores of its tokens. view: what the mixer's viewer (part.Mixer.viewer) made of the
     Columns of this forward pass. values (B, L, G, K): of the first layer, in the later layers with
     value_residual. token_values (B, L, G * K): what a layer with a value embedding adds to its
     values. group: the ranks that divide the columns of the rows; then L are this rank's, while

@@ -1,5 +1,5 @@
 """Which keys the mixers `window` and `block_sparse` let a query see, and how their plain form reads
-them in blocks. Imports no torch: cost records read this file too.
+them in blocks. Imports no torch: the costs of a mixer read this file too.
 
 Queries are cut into blocks of C. A block reads its own keys, `left` keys before them, which are one
 stretch, and `extra` keys from elsewhere: the first of the document, or blocks far before. Some of

@@ -29,16 +29,17 @@ class TrackerConfig:
     enabled: bool = key(False, "send the numbers of metrics.jsonl there")
 
     def check(self) -> None:
-        """Raise UserError if its package or its account is missing."""
-        raise NotImplementedError
+        """Raise UserError if its package or its account is missing; by default it needs none."""
 
     def open(
         self, run: Path, identity: Mapping[str, Any], config: dict[str, Any], first_step: int
     ) -> Any:
-        """Return what has `log(values, step=...)` and `finish()`.
+        """Return what has `log(values, step=...)` and `finish()`; rank 0 alone opens it.
 
-        run: its directory; identity: the content of its run.json; config: the job as plain values;
-        first_step: the step that the attempt begins at.
+        run: its directory, in which an older attempt may have written; identity: the content of its
+        run.json; config: the job as plain values; first_step: the number of steps already made.
+        values: numbers by names such as train/loss, validation/loss and, of one dataset of a
+        mixture, validation/NAME/loss.
         """
         raise NotImplementedError
 

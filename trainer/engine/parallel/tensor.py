@@ -2,7 +2,7 @@
 arXiv 1909.08053, section 3).
 
 Each rank of a group has some heads of attention and some channels of the MLP: rows of the matrices
-that read the residual stream, columns of those that write to it (Part.divided of the cost record);
+that read the residual stream, columns of those that write to it (BlockPart.divided);
 some rows of the tables of tokens; the columns of its heads of value embeddings; and the biases that
 its heads add to scores. All ranks of a group are fed the same windows and hold the same stream. Two
 all-reduces a part keep it so: of the part's output in the forward pass, of its input's gradient in
