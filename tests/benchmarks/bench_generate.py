@@ -79,14 +79,14 @@ def compare(
     real = torch.tensor([[0] * (prompt - len(row)) + [1] * len(row) for row in prompts])
     how: dict[str, Any] = dict(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, "0"))
-    config = GenerationConfig(num_tokens, Sampler(temperature=0))
+    generation = GenerationConfig(num_tokens, Sampler(temperature=0))
     results: dict[str, list[str]] = {}
 
     def product() -> float:
         context = config.sizes.max_sequence_length
         began = time.process_time()
         questions = [Question("", "", row, row, -1, "document", context) for row in prompts]
-        answers = [Answer(tokenizer, question, config, 0) for question in questions]
+        answers = [Answer(tokenizer, question, generation, 0) for question in questions]
         results["ours"] = [answer.text for answer in complete(model, answers, batch)]
         spent = time.process_time() - began
         return batch * num_tokens / spent
