@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from forescale import cli
-from forescale.data.prepare.builder import build_dataset
 from forescale.run.directory import Run
-from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 from tests.trainer.small_run import make_dataset, make_run
 
 
@@ -23,18 +21,6 @@ def small_data(tmp_path_factory) -> Path:
 def trained(small_data) -> Run:
     """A complete run named `small`; only read it."""
     return make_run(small_data, small_data.parent / "runs")
-
-
-@pytest.fixture(scope="session")
-def texts() -> list[bytes]:
-    return synthetic()
-
-
-@pytest.fixture(scope="session")
-def dataset(texts, tmp_path_factory) -> Path:
-    """A dataset that is built once and only read; at least 3 training shards of several members
-    each."""
-    return build_dataset(Texts(texts), tmp_path_factory.mktemp("data") / "tiny", SMALL)
 
 
 @pytest.fixture
