@@ -47,9 +47,10 @@ def job_of(
     job = replace(compose(schema, overrides, find=frozen), trust=False)
     if notes is not None:
         is_named = any(word.startswith("run.name=") for word in overrides)
-        notes += [
-            _source_note(job, directory, is_named) for directory in dict.fromkeys(directories)
-        ]
+        for directory in dict.fromkeys(directories):
+            is_fresh = is_named and directory == job.run.directory and not Run(directory).attempts()
+            if not (is_fresh and schema.RESUMES):  # else another verb has just made it
+                notes.append(_source_note(job, directory, is_named))
     return job
 
 

@@ -65,8 +65,6 @@ def main(words: list[str]) -> int:
     if problems := job.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
     check_fp8(job.precision.fp8)
-    if words and not Run(job.run.directory).attempts():  # just made by another verb, or new
-        from_run = [note for note in from_run if "config.yaml" not in note]
     for note in (*from_run, *job.notes()):
         print(f"Note: {note}")
     if launcher.asked_of_accelerate():
