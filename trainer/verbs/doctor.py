@@ -1,17 +1,20 @@
-"""`forescale doctor`: print one line per finding; exit code 2 if something prevents training."""
+"""`forescale doctor`: print one line per finding, or write them as a page; exit code 2 if
+something prevents training."""
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from forescale.config.compose import compose, overrides_of
-from forescale.config.job import Job, RootConfig
-from forescale.config.schema import section
+from forescale.config.job import Job, Problems, RootConfig
+from forescale.config.schema import key, section
 from forescale.config.sections.data import CorpusConfig
 from forescale.ground.errors import DONE, USER
-from forescale.monitor.doctor import examine
+from forescale.ground.storage import write_file
+from forescale.monitor.doctor import Finding, examine
 
 
 @dataclass
@@ -20,22 +23,43 @@ class DoctorJob(Job):
 
     run: RootConfig = section(RootConfig, "where runs will be stored")
     data: CorpusConfig = section(CorpusConfig, "where the corpus will be stored")
+    output: str | None = key(None, "an HTML file to write beside, for whoever helps with a fault")
+
+    def problems(self) -> Problems:
+        """Return the problem of the output, if any."""
+        if self.output is None or Path(self.output).suffix == ".html":
+            return []
+        return [("output", f"{self.output} is no page", "name a file, such as output=doctor.html")]
 
 
 JOB = DoctorJob
-EXAMPLES = ("doctor",)
+EXAMPLES = ("doctor", "doctor output=doctor.html")
 
 
 def main(words: list[str]) -> int:
     job = compose(DoctorJob, overrides_of(DoctorJob, words))
-    counts = {"ok": 0, "note": 0, "fault": 0}
+    findings: list[Finding] = []
     for finding in examine(Path(job.run.root).expanduser(), job.data):
-        counts[finding.level] += 1
+        findings.append(finding)
         fix = f"; {finding.fix}" if finding.fix else ""
         print(f"{finding.level:<5}  {finding.name:<10}  {finding.text}{fix}.", flush=True)
-    if counts["fault"]:
-        one = counts["fault"] == 1
-        print(f"\n{counts['fault']} fault{'' if one else 's'} to fix before `forescale train`.")
-        return USER
-    print("\nReady: forescale train")
-    return DONE
+    faults = sum(finding.level == "fault" for finding in findings)
+    verdict = (
+        f"{faults} fault{'s' * (faults > 1)} to fix before `forescale train`."
+        if faults
+        else "Ready: forescale train"
+    )
+    print(f"\n{verdict}")
+    if job.output is not None:
+        write_file(Path(job.output).expanduser(), _page(findings, verdict).encode())
+    return USER if faults else DONE
+
+
+def _page(findings: list[Finding], verdict: str) -> str:
+    """Return the findings as an HTML page."""
+    from forescale.pages.document import Section, render  # with numpy, which is slow
+
+    rows = [["", "checked", "result", "to do"], *([*map(str, finding)] for finding in findings)]
+    table = Section("findings", "Findings", rows=rows, head=True, columns="words")
+    return render(title=f"What {platform.node()} offers for training", intro=verdict,
+                  sections=[table])  # fmt: skip
