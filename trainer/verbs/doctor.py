@@ -3,7 +3,6 @@ something prevents training."""
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +13,7 @@ from forescale.config.schema import key, section
 from forescale.config.sections.data import CorpusConfig
 from forescale.ground.errors import DONE, USER
 from forescale.ground.storage import write_file
-from forescale.monitor.doctor import Finding, examine
+from forescale.monitor.doctor import Finding, examine, page
 
 
 @dataclass
@@ -51,15 +50,5 @@ def main(words: list[str]) -> int:
     )
     print(f"\n{verdict}")
     if job.output is not None:
-        write_file(Path(job.output).expanduser(), _page(findings, verdict).encode())
+        write_file(Path(job.output).expanduser(), page(findings, verdict).encode())
     return USER if faults else DONE
-
-
-def _page(findings: list[Finding], verdict: str) -> str:
-    """Return the findings as an HTML page."""
-    from forescale.pages.document import Section, render  # with numpy, which is slow
-
-    rows = [["", "checked", "result", "to do"], *([*map(str, finding)] for finding in findings)]
-    table = Section("findings", "Findings", rows=rows, head=True, columns="words")
-    return render(title=f"What {platform.node()} offers for training", intro=verdict,
-                  sections=[table])  # fmt: skip
