@@ -4,8 +4,6 @@ Invariant: no key here changes what is trained. Where sbatch has the option, the
 and its format (64G for memory).
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import re
 import shlex
 from dataclasses import dataclass, fields
@@ -31,98 +29,63 @@ _FEW_CPUS = 4
 class SlurmConfig:
     """Section `slurm`."""
 
-    partition: str | None = key(None, "partition; null: the cluster's default", common=True)
-    account: str | None = key(None, "account to charge", common=True)
-    qos: str | None = key(None, "quality of service")
-    constraint: str | None = key(None, "features that nodes must have")
-    reservation: str | None = key(None, "reservation to use")
-    nodes: int = key(1, "number of nodes", ge=1, common=True)
-    spares: int = key(
-        0, "more nodes than the run needs, which replace lost or faulty ones inside the job", ge=0
-    )
-    gpus_per_node: int = key(
-        0,
-        "GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs",
-        ge=0,
-        common=True,
-    )
-    gres: str | None = key(
-        None, "generic resources per node, such as gpu:a100:4, if the cluster needs GPUs so"
-    )
-    tasks_per_node: int | None = key(None, "ranks per node; null: one per GPU, or one", ge=1)
-    cpus_per_task: int | None = key(
-        None, "CPUs per rank; null: an equal share of those that the job gets", ge=1
-    )
-    cpu_bind: str | None = key(
-        None, "--cpu-bind of srun for ranks; null: cores, if a rank has several CPUs"
-    )
-    mem: str | None = key(None, "memory per node, such as 64G; 0: all; null: the cluster's default")
-    time: Duration | None = key(
-        None,
-        "time limit of one job, such as 24 h; a run may take many jobs",
-        common=True,
-        gt=0,
-        wall_time=True,
-    )
-    exclusive: bool = key(False, "do not share the nodes with other jobs")
-    exclude: list[str] = key([], "names of nodes not to use")
-    after: list[str] = key([], "ids of jobs that must have succeeded before this one starts")
-    options: list[str] = key([], "more options of sbatch, such as --mail-type=END")
-    srun: list[str] = key([], "more options of srun, such as --mpi=none")
-    mail: str | None = key(
-        None, "address that SLURM writes to when the job has ended (see FORESCALE_WEBHOOK, too)"
-    )
-    requeue: bool = key(True, "requeue the job after a time limit, a preemption or a node failure")
-    max_requeues: int = key(
-        5, "requeues in a row without a new checkpoint; then the job ends with code 76", ge=0
-    )
-    lead: Duration | None = key(
-        None,
-        "how long before the time limit the run saves; null: from the duration of a save",
-        gt=0,
-        wall_time=True,
-    )
-    modules: list[str] = key([], "environment modules to load")
-    setup: list[str] = key([], "shell commands to run first, on the first node")
-    exports: dict[str, str] = key({}, "environment variables of all ranks")
-    python: str | None = key(
-        None,
-        "command of Python on the nodes, of one or more words; null: the Python that submits, in a "
-        "container python3",
-    )
-    container: str | None = key(None, "container image for the ranks")
-    runtime: Literal["pyxis", "apptainer"] | None = key(
-        None, "what runs the container; null: apptainer for an image *.sif, else pyxis"
-    )
-    mounts: list[str] = key(
-        [], "mounts of the container, HOST:INSIDE, beside the run, its data and slurm.scratch"
-    )
-    scratch: str = key("/tmp", "directory on each node's local disk, for code and caches")
-    pack: bool = key(False, "copy the Python environment to slurm.scratch, and import from there")
-    offline: bool = key(
-        True, "set the offline modes of Hugging Face and wandb: nodes have no internet"
-    )
-    interface: str | None = key(
-        None, "network interface of the ranks; null: the one of the route to the first node"
-    )
-    preflight: bool = key(True, "check every node before ranks start")
-    allreduce: bool = key(True, "measure the network in these checks")
-    start_time: Duration = key(
-        Duration(600, "seconds"),
-        "how long a node may take to unpack, or to pull a container, before these checks",
-        gt=0,
-        wall_time=True,
-    )
-    check_time: Duration = key(
-        Duration(120, "seconds"),
-        "how long these checks may take, and then measuring the network",
-        gt=0,
-        wall_time=True,
-    )
-    runs: str | None = key(
-        None, "file with one run per line, as KEY=VALUE ...; all become one array job"
-    )
-    at_once: int | None = key(None, "largest number of runs of the array at a time", ge=1)
+    partition: str | None = key(None, common=True)  # partition; null: the cluster's default
+    account: str | None = key(None, common=True)  # account to charge
+    qos: str | None = None  # quality of service
+    constraint: str | None = None  # features that nodes must have
+    reservation: str | None = None  # reservation to use
+    nodes: int = key(1, ge=1, common=True)  # number of nodes
+    # more nodes than the run needs, which replace lost or faulty ones inside the job
+    spares: int = key(0, ge=0)
+    # GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs
+    gpus_per_node: int = key(0, ge=0, common=True)
+    # generic resources per node, such as gpu:a100:4, if the cluster needs GPUs so
+    gres: str | None = None
+    tasks_per_node: int | None = key(None, ge=1)  # ranks per node; null: one per GPU, or one
+    # CPUs per rank; null: an equal share of those that the job gets
+    cpus_per_task: int | None = key(None, ge=1)
+    # --cpu-bind of srun for ranks; null: cores, if a rank has several CPUs
+    cpu_bind: str | None = None
+    mem: str | None = None  # memory per node, such as 64G; 0: all; null: the cluster's default
+    # time limit of one job, such as 24 h; a run may take many jobs
+    time: Duration | None = key(None, common=True, gt=0, wall_time=True)
+    exclusive: bool = False  # do not share the nodes with other jobs
+    exclude: list[str] = key([])  # names of nodes not to use
+    after: list[str] = key([])  # ids of jobs that must have succeeded before this one starts
+    options: list[str] = key([])  # more options of sbatch, such as --mail-type=END
+    srun: list[str] = key([])  # more options of srun, such as --mpi=none
+    # address that SLURM writes to when the job has ended (see FORESCALE_WEBHOOK, too)
+    mail: str | None = None
+    requeue: bool = True  # requeue the job after a time limit, a preemption or a node failure
+    # requeues in a row without a new checkpoint; then the job ends with code 76
+    max_requeues: int = key(5, ge=0)
+    # how long before the time limit the run saves; null: from the duration of a save
+    lead: Duration | None = key(None, gt=0, wall_time=True)
+    modules: list[str] = key([])  # environment modules to load
+    setup: list[str] = key([])  # shell commands to run first, on the first node
+    exports: dict[str, str] = key({})  # environment variables of all ranks
+    # command of Python on the nodes, of one or more words; null: the Python that submits, in a
+    # container python3
+    python: str | None = None
+    container: str | None = None  # container image for the ranks
+    # what runs the container; null: apptainer for an image *.sif, else pyxis
+    runtime: Literal["pyxis", "apptainer"] | None = None
+    # mounts of the container, HOST:INSIDE, beside the run, its data and slurm.scratch
+    mounts: list[str] = key([])
+    scratch: str = "/tmp"  # directory on each node's local disk, for code and caches
+    pack: bool = False  # copy the Python environment to slurm.scratch, and import from there
+    offline: bool = True  # set the offline modes of Hugging Face and wandb: nodes have no internet
+    # network interface of the ranks; null: the one of the route to the first node
+    interface: str | None = None
+    preflight: bool = True  # check every node before ranks start
+    allreduce: bool = True  # measure the network in these checks
+    # how long a node may take to unpack, or to pull a container, before these checks
+    start_time: Duration = key(Duration(600, "seconds"), gt=0, wall_time=True)
+    # how long these checks may take, and then measuring the network
+    check_time: Duration = key(Duration(120, "seconds"), gt=0, wall_time=True)
+    # file with one run per line, as KEY=VALUE ...; all become one array job
+    runs: str | None = None
+    at_once: int | None = key(None, ge=1)  # largest number of runs of the array at a time
 
     @property
     def outlives_nodes(self) -> bool:
@@ -284,7 +247,7 @@ class SlurmConfig:
 class SubmitConfig:
     """Section `submit`."""
 
-    dry_run: bool = key(False, "print the script and submit nothing; --dry-run does the same")
+    dry_run: bool = False  # print the script and submit nothing; --dry-run does the same
 
 
 @dataclass
@@ -295,8 +258,8 @@ class SubmitJob(PlanJob):
     FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
     RESUMES: ClassVar[bool] = True
 
-    slurm: SlurmConfig = section(SlurmConfig, "nodes of the cluster and their setup", "free")
-    submit: SubmitConfig = section(SubmitConfig, "how to submit", "free")
+    slurm: SlurmConfig = section(SlurmConfig, kind="free")  # nodes of the cluster and their setup
+    submit: SubmitConfig = section(SubmitConfig, kind="free")  # how to submit
 
     @property
     def world_size(self) -> int:

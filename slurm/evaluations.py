@@ -5,8 +5,6 @@ Invariant: a checkpoint is pinned before its evaluation waits for it, so that th
 it.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -44,7 +42,7 @@ _OF_RANKS = (
 class EvaluationSlurm(SlurmConfig):
     """Section `slurm` of evaluations: one process each."""
 
-    at_once: int | None = key(None, "largest number of evaluations at a time", ge=1)
+    at_once: int | None = key(None, ge=1)  # largest number of evaluations at a time
 
     def problems(self) -> Problems:
         return [problem for problem in super().problems() if problem[0] != "at_once"]
@@ -57,14 +55,11 @@ class EvaluationsJob(ScoreJob):
     VERB: ClassVar[str] = "submit eval"
     FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
 
-    target: str | None = key(None, "a run (its name or its directory)")
-    steps: list[int] = key(
-        [],
-        "the checkpoints of these steps, also of those to come; empty: all that exist now",
-        common=True,
-    )
-    slurm: EvaluationSlurm = section(EvaluationSlurm, "what each evaluation gets of the cluster")
-    submit: SubmitConfig = section(SubmitConfig, "how to submit")
+    target: str | None = None  # a run (its name or its directory)
+    # the checkpoints of these steps, also of those to come; empty: all that exist now
+    steps: list[int] = key([], common=True)
+    slurm: EvaluationSlurm = section(EvaluationSlurm)  # what each evaluation gets of the cluster
+    submit: SubmitConfig = section(SubmitConfig)  # how to submit
 
 
 def submit(arguments: Sequence[str]) -> None:

@@ -181,7 +181,7 @@ class SgdConfig(OptimizerConfig):
     build = f"{__name__}.build_sgd"
     update = Update(moments=1)
 
-    momentum: float = key(0.9, "decay of the momentum", ge=0, lt=1)
+    momentum: float = key(0.9, ge=0, lt=1)  # decay of the momentum
 
 
 def build_sgd(config: SgdConfig, groups: list[dict]) -> torch.optim.Optimizer:
@@ -235,7 +235,7 @@ class PowerConfig(ScheduleConfig):
 
     kind = "power"
 
-    power: float = key(1.0, "exponent of the part of the run that is left", gt=0)
+    power: float = key(1.0, gt=0)  # exponent of the part of the run that is left
 
     def rate_after_warmup(self, step: int, total_steps: int, warmup: int, decay: int) -> float:
         return (1 - (step - warmup) / (total_steps - warmup)) ** self.power
@@ -296,7 +296,7 @@ class HelloJob(Job):
 
     VERB: ClassVar[str] = "hello"
 
-    name: str = key("world", "whom to greet")
+    name: str = "world"  # whom to greet
 
 
 def hello(words: Sequence[str]) -> int:

@@ -4,8 +4,6 @@ Invariant: what decides a score is a key of ScoreJob, so that a job of SLURM sco
 hand does.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,35 +24,26 @@ _NEITHER = (
 class ScoreJob(RunJob):
     """A run and the windows to score it on."""
 
-    target: str | None = key(
-        None,
-        "a run (its name or its directory), a checkpoint or a Hugging Face directory",
-        common=True,
-    )
-    split: Literal["train", "validation"] = key("validation", "part of the dataset", common=True)
-    windows: int | None = key(
-        None, "number of windows, evenly spread over the split; null: all", ge=1, common=True
-    )
-    sequence_length: int | None = key(
-        None, "tokens in a window, and a table of loss by position; null: as in training", ge=1
-    )
-    rope_scaling: Literal["ntk", "yarn"] | None = key(
-        None, "scale rotary positions to sequence_length; null: as in training"
-    )
-    micro_batch: int = key(8, "windows in one forward pass", ge=1)
-    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
+    # a run (its name or its directory), a checkpoint or a Hugging Face directory
+    target: str | None = key(None, common=True)
+    split: Literal["train", "validation"] = key("validation", common=True)  # part of the dataset
+    # number of windows, evenly spread over the split; null: all
+    windows: int | None = key(None, ge=1, common=True)
+    # tokens in a window, and a table of loss by position; null: as in training
+    sequence_length: int | None = key(None, ge=1)
+    # scale rotary positions to sequence_length; null: as in training
+    rope_scaling: Literal["ntk", "yarn"] | None = None
+    micro_batch: int = key(8, ge=1)  # windows in one forward pass
+    trust: bool = False  # allow running the model class (_target_) that the run's config names
     abilities: list[str] = key(
         [],
         "instead of losses, the accuracy on small tasks that are made, not read: "
         f"{', '.join(TASKS)}",
         common=True,
     )
-    tasks: list[str] = key(
-        [],
-        "instead of losses, the scores on tasks of EleutherAI's lm-evaluation-harness: their "
-        "files (.yaml) or their names",
-        common=True,
-    )
+    # instead of losses, the scores on tasks of EleutherAI's lm-evaluation-harness: their files
+    # (.yaml) or their names
+    tasks: list[str] = key([], common=True)
     shots: list[int] = key(
         [],
         "abilities, tasks: numbers of solved examples before a question; each is measured; []: "
@@ -67,12 +56,10 @@ class ScoreJob(RunJob):
         f"{QUESTIONS} for abilities, all for tasks",
         ge=1,
     )
-    chat: bool = key(
-        False, "tasks: ask through the run's chat template, with solved examples as earlier turns"
-    )
-    data: CorpusConfig = section(
-        CorpusConfig, "the dataset to score on; null: the datasets of the run"
-    )
+    # tasks: ask through the run's chat template, with solved examples as earlier turns
+    chat: bool = False
+    # the dataset to score on; null: the datasets of the run
+    data: CorpusConfig = section(CorpusConfig)
 
     def problems(self) -> Problems:
         """Return a problem for each unknown ability, for what can't be a task's name, and for each
@@ -99,18 +86,13 @@ class EvalJob(ScoreJob):
     VERB: ClassVar[str] = "eval"
     FLAGS: ClassVar = {"--json": "json", "--details": "details"}
 
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    answers: str | None = key(
-        None, "tasks: a new file (.jsonl) for each question, what the model answers, and its score"
-    )
-    details: bool = key(
-        False,
-        "also bits per byte by file type and by input, the in-context-learning score, and copying "
-        "of random tokens (of models that continue text); --details does it too",
-    )
-    json: bool = key(
-        False, "print an object a score, for programs, a line each; --json does it too"
-    )
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    # tasks: a new file (.jsonl) for each question, what the model answers, and its score
+    answers: str | None = None
+    # also bits per byte by file type and by input, the in-context-learning score, and copying of
+    # random tokens (of models that continue text); --details does it too
+    details: bool = False
+    json: bool = False  # print an object a score, for programs, a line each; --json does it too
 
     def problems(self) -> Problems:
         result = super().problems()

@@ -1,9 +1,8 @@
 """The pages of `forescale VERB --help`: a short one, one of a section, and one of everything.
 
-Invariant: every help text has one source. That of a key is its field in the schema (for
-`model.*` the comment beside the field of the part), that of a choice the first sentence of its
-file; defaults come from the composed config, and a key is on the short page if its field is marked
-`common`.
+Invariant: every help text has one source. That of a key is the comment beside or above its field
+in the schema, that of a choice the first sentence of its file; defaults come from the composed
+config, and a key is on the short page if its field is marked `common`.
 """
 
 import inspect
@@ -246,15 +245,15 @@ def _help(leaf: Leaf) -> str:
 
 @cache
 def _comments(cls: type) -> dict[str, str]:
-    """Return the comment beside or above each field of a dataclass without help metadata, and of
-    its base classes."""
+    """Return the comment beside, or directly above, each field of a dataclass and its bases."""
     result: dict[str, str] = {}
-    for base in cls.__mro__[:-1]:
-        source = inspect.getsource(base)
-        beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
-        above = re.findall(r"^((?:    # .*\n)+)    (\w+): [^#\n]*$", source, re.MULTILINE)
-        joined = {name: " ".join(re.findall("# (.*)", lines)) for lines, name in above}
-        result = {**joined, **dict(beside), **result}
+    for base in reversed(cls.__mro__[:-1]):
+        above: list[str] = []
+        for line in inspect.getsource(base).splitlines():
+            if f := re.match(r"    (\w+): .*?(?:  # (?!type: )(.*))?$", line):
+                result[f[1]] = f[2] or " ".join(above)
+            comment = re.fullmatch(r"    # (.*)", line)
+            above = [*above, comment[1]] if comment else []
     return {name: text.replace("None:", "null:") for name, text in result.items()}
 
 

@@ -4,8 +4,6 @@ Invariant: the command line, `--help` and shell completion learn a verb's keys f
 field whose type is a dataclass is a section, and its fields are keys `section.name`.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +60,7 @@ class Job:
 class RootConfig:
     """Where runs are looked for."""
 
-    root: str = key("runs", "the directory that holds the runs", common=True)
+    root: str = key("runs", common=True)  # the directory that holds the runs
 
 
 @dataclass
@@ -71,8 +69,8 @@ class RunJob(Job):
 
     TARGET: ClassVar[str] = "target"
 
-    target: str | None = key(None, "a run (its name or its directory)")
-    run: RootConfig = section(RootConfig, "where runs are looked for")
+    target: str | None = None  # a run (its name or its directory)
+    run: RootConfig = section(RootConfig)  # where runs are looked for
 
     def problems(self) -> Problems:
         """Return a problem if no target is given."""

@@ -1,7 +1,8 @@
 """Dataclasses as the schema of a config: read a tree, and return the object and all its problems.
 
-The metadata of a field hold its help text, kind and bounds. A rule over several fields belongs into
-the `problems()` method of their dataclass, which returns (field, what is wrong, what to do).
+The comment beside or above a field is its help text; its metadata hold its kind and bounds. A rule
+over several fields belongs into the `problems()` method of their dataclass, which returns (field,
+what is wrong, what to do).
 
 A block is a section whose keys follow from its kind: the metadata `kinds` of its field map each
 word to the dataclass of that kind's keys. Its value is an instance of one of them. In a tree a
@@ -12,8 +13,6 @@ trajectory, *numerics* keys only its last bits, *free* keys nothing.
 
 Invariant: nothing here stops at the first problem, and nothing here knows a key by name.
 """
-
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
 
 import re
 import types
@@ -59,7 +58,7 @@ class ConfigError(UserError):
 
 def key(
     default: Any,
-    help: str,
+    help: str = "",
     *,
     kind: Kind | None = None,
     name: str = "",
@@ -68,9 +67,10 @@ def key(
 ) -> Any:
     """Return a dataclass field for a key.
 
-    kind: None takes the kind of the section. name: the key's name where the field can't have it,
-    such as `from`. common: it is on the short page of --help. bounds: ge, gt, le, lt (at least,
-    more than, at most, less than); of a Duration: gt=0, and wall_time: whether it must be one.
+    help: a text that no comment can be, because it is computed. kind: None takes the kind of the
+    section. name: the key's name where the field can't have it, such as `from`. common: it is on
+    the short page of --help. bounds: ge, gt, le, lt (at least, more than, at most, less than); of a
+    Duration: gt=0, and wall_time: whether it must be one.
     """
     metadata: dict[str, Any] = {"help": help, "kind": kind, "name": name, "bounds": bounds}
     metadata["common"] = common
@@ -79,29 +79,26 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-def section(cls: type, help: str, kind: Kind | None = None, name: str = "") -> Any:
+def section(cls: type, kind: Kind | None = None, name: str = "") -> Any:
     """Return a dataclass field for a section, which has keys of its own."""
-    return field(default_factory=cls, metadata={"help": help, "kind": kind, "name": name})
+    return field(default_factory=cls, metadata={"kind": kind, "name": name})
 
 
-def block(
-    kinds: Mapping[str, type], default: type, help: str, kind: Kind | None = None, name: str = ""
-) -> Any:
+def block(kinds: Mapping[str, type], default: type, kind: Kind | None = None) -> Any:
     """Return a dataclass field for a block, which has an instance of `default` if none is chosen.
 
     kinds: each kind's dataclass by its word, or a function that returns this mapping. models/ has
     no imports from here and writes the same metadata by hand: {"kinds": kinds}.
     """
-    metadata = {"help": help, "kind": kind, "name": name, "kinds": kinds}
-    return field(default_factory=default, metadata=metadata)
+    return field(default_factory=default, metadata={"kind": kind, "kinds": kinds})
 
 
 @dataclass
 class TargetConfig:
     """The user's own class, named by the key `_target_`, and its keyword arguments."""
 
-    target: str = key("", "your class, such as mypackage.Mine", name="_target_")
-    arguments: dict[str, Any] = key({}, "keyword arguments of your class")
+    target: str = key("", name="_target_")  # your class, such as mypackage.Mine
+    arguments: dict[str, Any] = field(default_factory=dict)  # keyword arguments of your class
 
     def problems(self) -> list[tuple[str, str, str]]:
         """Return a problem if `target` can't name a class."""

@@ -5,8 +5,6 @@ Invariant: a rule about one section is in its class (sections/), a rule about se
 key that is not set; recipes are the files of `conf/recipe/`.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self
@@ -56,45 +54,34 @@ class TrainJob(Lengths, Job):
     TARGET: ClassVar[str] = "run.name"
     RESUMES: ClassVar[bool] = True  # without a name, the verb continues the run in run.directory
 
-    run: RunConfig = section(RunConfig, "name and place of the run", "free")
-    train: TrainConfig = section(TrainConfig, "length and batch", "identity")
-    model: ModelConfig | TargetConfig = section(ModelConfig, "the transformer", "identity")
-    data: DataConfig = section(DataConfig, "training data", "free")
-    objective: ObjectiveConfig = block(
-        OBJECTIVES, NextTokenConfig, "what the model learns to predict", "identity"
-    )
-    lora: LoraConfig = section(LoraConfig, "adapters beside frozen weights", "identity")
-    optimizer: OptimizerConfig = block(OPTIMIZERS, AdamWConfig, "the update rule", "identity")
-    schedule: ScheduleConfig = block(
-        SCHEDULES, ConstantConfig, "the learning rate after the warm-up", "identity"
-    )
-    engine: EngineConfig = section(EngineConfig, "DeepSpeed", "numerics")
-    precision: PrecisionConfig = section(PrecisionConfig, "number formats", "numerics")
-    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints", "free")
-    validation: ValidationConfig = section(ValidationConfig, "held-out losses", "free")
-    guard: GuardConfig = section(GuardConfig, "anomalous steps", "numerics")
-    heartbeat: HeartbeatConfig = section(HeartbeatConfig, "ranks that hang or lag", "free")
-    logging: LoggingConfig = section(LoggingConfig, "logging", "free")
-    launch: LaunchConfig = section(LaunchConfig, "processes", "free")
-    profile: ProfileConfig = section(ProfileConfig, "traces", "free")
-    callbacks: list[TargetConfig] = key(
-        [], "your own callbacks: a list of mappings with _target_ and arguments", kind="free"
-    )
-    forecast: str | None = key(
-        None, "forecast to compare the final loss with: its path, or STUDY/ID", kind="free"
-    )
-    faults: list[str] = key(
-        [],
-        "faults to inject, each once per run, such as [kill@120:rank1]; see `drill`",
-        kind="free",
-    )
+    run: RunConfig = section(RunConfig, kind="free")  # name and place of the run
+    train: TrainConfig = section(TrainConfig, kind="identity")  # length and batch
+    model: ModelConfig | TargetConfig = section(ModelConfig, kind="identity")  # the transformer
+    data: DataConfig = section(DataConfig, kind="free")  # training data
+    # what the model learns to predict
+    objective: ObjectiveConfig = block(OBJECTIVES, NextTokenConfig, kind="identity")
+    lora: LoraConfig = section(LoraConfig, kind="identity")  # adapters beside frozen weights
+    optimizer: OptimizerConfig = block(OPTIMIZERS, AdamWConfig, kind="identity")  # the update rule
+    # the learning rate after the warm-up
+    schedule: ScheduleConfig = block(SCHEDULES, ConstantConfig, kind="identity")
+    engine: EngineConfig = section(EngineConfig, kind="numerics")  # DeepSpeed
+    precision: PrecisionConfig = section(PrecisionConfig, kind="numerics")  # number formats
+    checkpoint: CheckpointConfig = section(CheckpointConfig, kind="free")  # checkpoints
+    validation: ValidationConfig = section(ValidationConfig, kind="free")  # held-out losses
+    guard: GuardConfig = section(GuardConfig, kind="numerics")  # anomalous steps
+    heartbeat: HeartbeatConfig = section(HeartbeatConfig, kind="free")  # ranks that hang or lag
+    logging: LoggingConfig = section(LoggingConfig, kind="free")  # logging
+    launch: LaunchConfig = section(LaunchConfig, kind="free")  # processes
+    profile: ProfileConfig = section(ProfileConfig, kind="free")  # traces
+    # your own callbacks: a list of mappings with _target_ and arguments
+    callbacks: list[TargetConfig] = key([], kind="free")
+    # forecast to compare the final loss with: its path, or STUDY/ID
+    forecast: str | None = key(None, kind="free")
+    # faults to inject, each once per run, such as [kill@120:rank1]; see `drill`
+    faults: list[str] = key([], kind="free")
 
-    trust: bool = key(
-        False,
-        "allow running a class of your own that an existing run's config names, and no command of "
-        "yours",
-        kind="free",
-    )
+    # allow running a class of your own that an existing run's config names, and no command of yours
+    trust: bool = key(False, kind="free")
 
     def mesh(self, world_size: int) -> Mesh:
         """Return how so many ranks are grouped."""

@@ -4,8 +4,6 @@ Invariant: no key here changes what is trained. All speeds are one way, in bytes
 are in bytes.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,95 +18,64 @@ from forescale.config.train import TrainJob
 class MachineConfig:
     """A kind of device and its node; conf/machine/ has ready ones."""
 
-    name: str = key("", "name of the device in the table")
-    memory_bytes: float | None = key(
-        None, "usable memory of a GPU; null: the memory of this computer, shared by its ranks", gt=0
-    )
-    reserved_bytes: float = key(
-        2e9, "memory that the driver, NCCL and the libraries take before training starts", ge=0
-    )
-    peak_bf16: float | None = key(
-        None, "dense FLOP/s of a GPU in bf16 and fp16; null: unknown", gt=0
-    )
-    peak_fp32: float | None = key(None, "dense FLOP/s of a GPU in fp32; null: unknown", gt=0)
-    efficiency: float = key(
-        0.7, "fraction of the peak that matrix products reach, without all that is between them",
-        gt=0, le=1,
-    )  # fmt: skip
-    attention_efficiency: float | None = key(
-        None, "fraction of the peak that attention to a long causal sequence reaches; null: that "
-        "of matrix products", gt=0, le=1,
-    )  # fmt: skip
-    fp8: bool = key(False, "a GPU multiplies fp8: CUDA capability 8.9 or more")
-    memory_bandwidth: float | None = key(
-        None, "bytes/s between a GPU and its memory; null: not counted beside the products", gt=0
-    )
-    gpus_per_node: int | None = key(None, "GPUs of a node; null: all GPUs are in one node", ge=1)
-    intra_node: float = key(1e10, "bytes/s from one GPU to the others of its node", gt=0)
-    inter_node: float = key(1e10, "bytes/s from one node to the others, all cards", gt=0)
-    link_efficiency: float = key(
-        0.8,
-        "fraction of a link's speed that collectives reach (nccl-tests: 0.75 to 0.95)",
-        gt=0,
-        le=1,
-    )
-    intra_latency: float = key(
-        1.9e-6, "seconds that a collective takes for each step from GPU to GPU in a node", ge=0
-    )
-    inter_latency: float = key(
-        4e-6, "seconds that a collective takes for each step from node to node", ge=0
-    )
-    overlap: bool = key(True, "communication can overlap with computation; false on a CPU")
-    fused_norms: bool = key(True, "RMSNorm is one kernel; false on a CPU, which keeps more")
-    to_host: float = key(2e10, "bytes/s from a GPU to the memory of its host", gt=0)
-    node_write: float = key(1e9, "bytes/s that one node writes to the runs' storage", gt=0)
-    total_write: float = key(2e10, "bytes/s that all nodes together write there", gt=0)
-    watts: float | None = key(None, "power of a GPU with its share of the node, under load", gt=0)
+    name: str = ""  # name of the device in the table
+    # usable memory of a GPU; null: the memory of this computer, shared by its ranks
+    memory_bytes: float | None = key(None, gt=0)
+    # memory that the driver, NCCL and the libraries take before training starts
+    reserved_bytes: float = key(2e9, ge=0)
+    # dense FLOP/s of a GPU in bf16 and fp16; null: unknown
+    peak_bf16: float | None = key(None, gt=0)
+    peak_fp32: float | None = key(None, gt=0)  # dense FLOP/s of a GPU in fp32; null: unknown
+    # fraction of the peak that matrix products reach, without all that is between them
+    efficiency: float = key(0.7, gt=0, le=1)
+    # fraction of the peak that attention to a long causal sequence reaches; null: that of matrix
+    # products
+    attention_efficiency: float | None = key(None, gt=0, le=1)
+    fp8: bool = False  # a GPU multiplies fp8: CUDA capability 8.9 or more
+    # bytes/s between a GPU and its memory; null: not counted beside the products
+    memory_bandwidth: float | None = key(None, gt=0)
+    gpus_per_node: int | None = key(None, ge=1)  # GPUs of a node; null: all GPUs are in one node
+    intra_node: float = key(1e10, gt=0)  # bytes/s from one GPU to the others of its node
+    inter_node: float = key(1e10, gt=0)  # bytes/s from one node to the others, all cards
+    # fraction of a link's speed that collectives reach (nccl-tests: 0.75 to 0.95)
+    link_efficiency: float = key(0.8, gt=0, le=1)
+    # seconds that a collective takes for each step from GPU to GPU in a node
+    intra_latency: float = key(1.9e-6, ge=0)
+    # seconds that a collective takes for each step from node to node
+    inter_latency: float = key(4e-6, ge=0)
+    overlap: bool = True  # communication can overlap with computation; false on a CPU
+    fused_norms: bool = True  # RMSNorm is one kernel; false on a CPU, which keeps more
+    to_host: float = key(2e10, gt=0)  # bytes/s from a GPU to the memory of its host
+    node_write: float = key(1e9, gt=0)  # bytes/s that one node writes to the runs' storage
+    total_write: float = key(2e10, gt=0)  # bytes/s that all nodes together write there
+    watts: float | None = key(None, gt=0)  # power of a GPU with its share of the node, under load
 
 
 @dataclass
 class PlanConfig:
-    gpus: int | None = key(
-        None, "GPUs, one rank each; null: those of plan.nodes, or one", ge=1, common=True
-    )
-    nodes: int | None = key(None, "number of nodes; null: as many as plan.gpus need", ge=1)
-    mfu: float | None = key(
-        None,
-        "MFU of the whole step; null: from the speeds of the machine",
-        gt=0,
-        le=1,
-    )
-    from_run: str | None = key(
-        None, "a run on the same kind of device (name or directory) whose measured speed is used"
-    )
-    gpu_hour: float | None = key(
-        None, "price of one GPU for one hour, in any currency", ge=0, common=True
-    )
-    kilowatt_hour: float | None = key(None, "price of a kilowatt-hour", ge=0)
-    margin: float = key(
-        0.08,
-        "fraction of a GPU's memory left free for fragmentation and temporaries",
-        ge=0,
-        lt=1,
-    )
-    failures: float = key(
-        3.8,
-        "failures that end a job, per 1,000 node-days; 3.8: Llama 3 (419 unexpected in 54 days of "
-        "2,048 nodes; arXiv 2407.21783, section 3.3.4), 6.5: Meta's RSC-1 (Kokolis et al. 2024, "
-        "arXiv 2410.21680)",
-        ge=0,
-    )
-    detect: Duration | None = key(
-        None, "time until a lost rank is noticed; null: heartbeat.patience", wall_time=True
-    )
-    restart: Duration = key(
-        Duration(600, "seconds"),
-        "time from there until it trains again: queue, start, load, compile",
-        wall_time=True,
-    )
-    deepspeed: bool = key(False, "show the DeepSpeed JSON that is derived from the config")
-    json: bool = key(False, "print the plan as JSON, for programs; --json does the same")
-    to: str | None = key(None, "an HTML file to which the plan is written too")
+    # GPUs, one rank each; null: those of plan.nodes, or one
+    gpus: int | None = key(None, ge=1, common=True)
+    nodes: int | None = key(None, ge=1)  # number of nodes; null: as many as plan.gpus need
+    # MFU of the whole step; null: from the speeds of the machine
+    mfu: float | None = key(None, gt=0, le=1)
+    # a run on the same kind of device (name or directory) whose measured speed is used
+    from_run: str | None = None
+    # price of one GPU for one hour, in any currency
+    gpu_hour: float | None = key(None, ge=0, common=True)
+    kilowatt_hour: float | None = key(None, ge=0)  # price of a kilowatt-hour
+    # fraction of a GPU's memory left free for fragmentation and temporaries
+    margin: float = key(0.08, ge=0, lt=1)
+    # failures that end a job, per 1,000 node-days; 3.8: Llama 3 (419 unexpected in 54 days of 2,048
+    # nodes; arXiv 2407.21783, section 3.3.4), 6.5: Meta's RSC-1 (Kokolis et al. 2024, arXiv
+    # 2410.21680)
+    failures: float = key(3.8, ge=0)
+    # time until a lost rank is noticed; null: heartbeat.patience
+    detect: Duration | None = key(None, wall_time=True)
+    # time from there until it trains again: queue, start, load, compile
+    restart: Duration = key(Duration(600, "seconds"), wall_time=True)
+    deepspeed: bool = False  # show the DeepSpeed JSON that is derived from the config
+    json: bool = False  # print the plan as JSON, for programs; --json does the same
+    to: str | None = None  # an HTML file to which the plan is written too
 
     def problems(self) -> Problems:
         problems: Problems = []
@@ -124,8 +91,8 @@ class PlanJob(TrainJob):
     FLAGS: ClassVar = {"--json": "plan.json"}
     RESUMES: ClassVar[bool] = False  # a plan is for another machine; it knows a run by its name
 
-    machine: MachineConfig = section(MachineConfig, "what it runs on", "free")
-    plan: PlanConfig = section(PlanConfig, "what is planned with", "free")
+    machine: MachineConfig = section(MachineConfig, kind="free")  # what it runs on
+    plan: PlanConfig = section(PlanConfig, kind="free")  # what is planned with
 
     @property
     def native_precision(self) -> Literal["bf16", "fp32"]:

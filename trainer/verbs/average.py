@@ -1,7 +1,5 @@
 """`forescale average`: make a run of the mean of the weights of a run's checkpoints."""
 
-# ruff: noqa: RUF009 (key and section make fields)
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 class AveragedRunConfig(RootConfig):
     """The new run, and the directory of all runs."""
 
-    name: str | None = key(None, "name of the new run; null: RUN-average")
+    name: str | None = None  # name of the new run; null: RUN-average
 
     def problems(self) -> Problems:
         """Return a problem if the name can't be that of a directory."""
@@ -38,16 +36,12 @@ class AverageJob(RunJob):
     VERB: ClassVar[str] = "average"
     FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
 
-    last: int | None = key(
-        None,
-        "number of newest checkpoints to average; null: five, or all if there are fewer",
-        ge=1,
-    )
-    steps: list[int] = key([], "average the checkpoints of these steps instead")
-    json: bool = key(False, "print JSON, for programs; --json does the same")
-    run: AveragedRunConfig = section(
-        AveragedRunConfig, "the new run, and the directory of all runs"
-    )
+    # number of newest checkpoints to average; null: five, or all if there are fewer
+    last: int | None = key(None, ge=1)
+    steps: list[int] = key([])  # average the checkpoints of these steps instead
+    json: bool = False  # print JSON, for programs; --json does the same
+    # the new run, and the directory of all runs
+    run: AveragedRunConfig = section(AveragedRunConfig)
 
     def problems(self) -> Problems:
         """Return the problems of keys that exclude each other."""

@@ -13,7 +13,6 @@ from typing import ClassVar
 from forescale.checkpoint.reader import STATE
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
-from forescale.config.schema import key
 from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, USER, UserError
 from forescale.ground.storage import TABLE, read_table
@@ -27,8 +26,8 @@ _MANIFEST = "manifest.json"
 class CheckJob(RunJob):
     VERB: ClassVar[str] = "check"
 
-    target: str | None = key(None, "a dataset, a checkpoint or a run")
-    trust: bool = key(False, "allow running the objective (_target_) that a run's config names")
+    target: str | None = None  # a dataset, a checkpoint or a run
+    trust: bool = False  # allow running the objective (_target_) that a run's config names
 
 
 JOB = CheckJob

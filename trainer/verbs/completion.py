@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, get_args, get_origin
 
 from forescale.config.compose import compose, groups, overrides_of
 from forescale.config.job import Job
-from forescale.config.schema import key, leaves, options
+from forescale.config.schema import leaves, options
 from forescale.ground.errors import DONE, UserError
 from forescale.verbs import VERBS, load, schema_of
 
@@ -65,10 +65,9 @@ class CompletionJob(Job):
     VERB: ClassVar[str] = "completion"
     TARGET: ClassVar[str] = "shell"
 
-    shell: Literal["bash", "zsh", "fish"] | None = key(
-        None, "write eval \"$(forescale completion bash)\" into ~/.bashrc, or the same with zsh "
-        "into ~/.zshrc; for fish: forescale completion fish | source",
-    )  # fmt: skip
+    # write eval "$(forescale completion bash)" into ~/.bashrc, or the same with zsh into ~/.zshrc;
+    # for fish: forescale completion fish | source
+    shell: Literal["bash", "zsh", "fish"] | None = None
 
 
 JOB = CompletionJob

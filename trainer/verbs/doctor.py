@@ -1,15 +1,13 @@
 """`forescale doctor`: print one line per finding, or write them as a page; exit code 2 if
 something prevents training."""
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems, RootConfig
-from forescale.config.schema import key, section
+from forescale.config.schema import section
 from forescale.config.sections.data import CorpusConfig
 from forescale.ground.errors import DONE, USER
 from forescale.ground.storage import write_file
@@ -20,9 +18,9 @@ from forescale.monitor.doctor import Finding, examine, page
 class DoctorJob(Job):
     VERB: ClassVar[str] = "doctor"
 
-    run: RootConfig = section(RootConfig, "where runs will be stored")
-    data: CorpusConfig = section(CorpusConfig, "where the corpus will be stored")
-    output: str | None = key(None, "an HTML file to write beside, for whoever helps with a fault")
+    run: RootConfig = section(RootConfig)  # where runs will be stored
+    data: CorpusConfig = section(CorpusConfig)  # where the corpus will be stored
+    output: str | None = None  # an HTML file to write beside, for whoever helps with a fault
 
     def problems(self) -> Problems:
         """Return the problem of the output, if any."""

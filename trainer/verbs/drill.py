@@ -3,8 +3,6 @@
 Exit codes: 0 if the run survived all scenarios, 1 if not.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import shutil
 import signal
 import sys
@@ -36,16 +34,12 @@ class DrillJob(Job):
     VERB: ClassVar[str] = "drill"
 
     scenarios: list[str] = key([], f"the scenarios to run, of {', '.join(BY_NAME)}; empty: all")
-    processes: Literal[2, 4] = key(
-        2, "ranks of the tiny run; each fault is injected into one of them"
-    )
-    limit: Duration = key(
-        Duration(180, "seconds"),
-        "a training command that runs longer is killed and counts as failed",
-    )
-    to: str | None = key(None, "an empty directory for the runs; null: a temporary one")
-    keep: bool = key(False, "keep the temporary directory; it is always kept if a scenario fails")
-    json: str | None = key(None, "file for the results, as JSON")
+    processes: Literal[2, 4] = 2  # ranks of the tiny run; each fault is injected into one of them
+    # a training command that runs longer is killed and counts as failed
+    limit: Duration = key(Duration(180, "seconds"))
+    to: str | None = None  # an empty directory for the runs; null: a temporary one
+    keep: bool = False  # keep the temporary directory; it is always kept if a scenario fails
+    json: str | None = None  # file for the results, as JSON
 
     def problems(self) -> Problems:
         """Return unknown scenarios, and a limit that is no wall time."""

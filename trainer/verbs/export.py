@@ -20,18 +20,14 @@ class ExportJob(RunJob):
 
     VERB: ClassVar[str] = "export"
 
-    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
-    dtype: Literal["fp32", "bf16", "fp16"] = key("fp32", "number format of the exported weights")
-    adapter: bool = key(
-        False,
-        "write the adapters of a LoRA run alone, for peft; false: merge them into the weights",
-    )
-    base: str | None = key(
-        None,
-        "adapter=true: the exported base model that peft loads; null: exports/FROM-STEP",
-    )
+    target: str | None = None  # a run (its name or its directory) or a checkpoint
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    to: str | None = None  # the directory to write; null: exports/RUN-STEP
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # number format of the exported weights
+    # write the adapters of a LoRA run alone, for peft; false: merge them into the weights
+    adapter: bool = False
+    # adapter=true: the exported base model that peft loads; null: exports/FROM-STEP
+    base: str | None = None
 
     def problems(self) -> Problems:
         """Return the problems of keys that need each other."""

@@ -49,13 +49,10 @@ class FinetuneJob(TrainJob):
     TARGET: ClassVar[str] = "run.from.run"
     TYPED: ClassVar[Mapping[str, str]] = {"data": "file"}
 
-    file: str | None = key(
-        None,
-        'the examples, typed as data=FILE.jsonl: lines {"prompt": TEXT, "response": TEXT} or '
-        '{"messages": [{"role": "user", "content": TEXT}, ...]}, or preferences, lines '
-        '{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}',
-        common=True,
-    )
+    # the examples, typed as data=FILE.jsonl: lines {"prompt": TEXT, "response": TEXT} or
+    # {"messages": [{"role": "user", "content": TEXT}, ...]}, or preferences, lines {"prompt": TEXT,
+    # "chosen": TEXT, "rejected": TEXT}
+    file: str | None = key(None, common=True)
     epochs: float | None = key(
         None,
         f"how often each example is read, unless train.steps is typed; null: {EPOCHS:g} times, "
@@ -63,20 +60,15 @@ class FinetuneJob(TrainJob):
         gt=0,
         common=True,
     )
-    held_out: float = key(
-        0.05, "fraction of the examples that is held out for validation", ge=0, le=0.5
-    )
-    unusable: Literal["fail", "skip"] = key(
-        "fail", "invalid examples, and those longer than train.sequence_length: stop with their "
-        "list, or skip them with a note",
-    )  # fmt: skip
-    template: str | None = key(
-        None,
-        "chat template, a file in Jinja; null: that of FROM's tokenizer, else a plain one",
-    )
-    prepare_only: bool = key(
-        False, "make the run and stop; then: forescale plan NAME, forescale submit train NAME"
-    )
+    # fraction of the examples that is held out for validation
+    held_out: float = key(0.05, ge=0, le=0.5)
+    # invalid examples, and those longer than train.sequence_length: stop with their list, or skip
+    # them with a note
+    unusable: Literal["fail", "skip"] = "fail"
+    # chat template, a file in Jinja; null: that of FROM's tokenizer, else a plain one
+    template: str | None = None
+    # make the run and stop; then: forescale plan NAME, forescale submit train NAME
+    prepare_only: bool = False
 
     def problems(self, world_size: int | None = None) -> Problems:
         problems = super().problems(world_size)

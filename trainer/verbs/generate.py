@@ -1,7 +1,5 @@
 """`forescale generate`: write text with a trained model, until its document or its answer ends."""
 
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
-
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -33,59 +31,41 @@ class GenerateJob(RunJob):
     VERB: ClassVar[str] = "generate"
     FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive", "--chat": "chat"}
 
-    target: str | None = key(
-        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
-    )
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    prompt: str = key(
-        "",
-        "text to continue; empty: the beginning of a document; seq2seq: text with <extra_id_0>, "
-        "<extra_id_1>, ... in the place of missing spans; pairs: a source; -: standard input",
-    )
-    prompts: list[str] = key([], "several prompts, answered in this order")
-    input: str | None = key(
-        None,
-        "a file with a prompt on each line; .jsonl: a text, or an object with `prompt`; -: "
-        "standard input",
-    )
-    interactive: bool = key(
-        False,
-        "read prompts line by line and answer each; Ctrl-C ends an answer, Ctrl-D the command; "
-        "--interactive does the same",
-    )
-    chat: bool = key(
-        False,
-        "prompts are user messages in the run's chat template; with interactive, an empty line "
-        "begins a new conversation; --chat does the same",
-    )
-    template: str | None = key(
-        None,
-        "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run, else "
-        "the plain one of forescale finetune",
-    )
-    samples: int = key(1, "texts for each prompt", ge=1, le=1000)
-    num_tokens: int = key(200, "maximum number of new tokens", ge=1)
-    stop: list[str] = key(
-        [], "stop texts, at which an answer ends; \\n and \\t in them are a line end and a tab"
-    )
-    temperature: float = key(0.8, "sampling temperature; 0: greedy decoding", ge=0)
-    top_k: int | None = key(50, "top-k sampling: only the k most likely tokens; null: all", ge=1)
-    top_p: float = key(
-        1.0,
-        "nucleus sampling (top-p): the most likely tokens up to this total probability",
-        gt=0,
-        le=1,
-    )
-    min_p: float = key(
-        0.0, "minimum probability of a token, as a fraction of the largest one", ge=0, le=1
-    )
-    repetition_penalty: float = key(
-        1.0, "above 1: tokens of the prompt and the text become less likely", gt=0
-    )
-    seed: int = key(1337, "seed of the first text; text number i has seed + i", ge=0)
-    batch: int = key(16, "texts that are decoded together", ge=1)
-    json: bool = key(False, "print one JSON object per text, a line each; --json does the same")
-    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
+    # a run (its name or its directory), a checkpoint or a Hugging Face directory
+    target: str | None = None
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    # text to continue; empty: the beginning of a document; seq2seq: text with <extra_id_0>,
+    # <extra_id_1>, ... in the place of missing spans; pairs: a source; -: standard input
+    prompt: str = ""
+    prompts: list[str] = key([])  # several prompts, answered in this order
+    # a file with a prompt on each line; .jsonl: a text, or an object with `prompt`; -: standard
+    # input
+    input: str | None = None
+    # read prompts line by line and answer each; Ctrl-C ends an answer, Ctrl-D the command;
+    # --interactive does the same
+    interactive: bool = False
+    # prompts are user messages in the run's chat template; with interactive, an empty line begins a
+    # new conversation; --chat does the same
+    chat: bool = False
+    # chat template, a file in Jinja or a tokenizer_config.json; null: that of the run, else the
+    # plain one of forescale finetune
+    template: str | None = None
+    samples: int = key(1, ge=1, le=1000)  # texts for each prompt
+    num_tokens: int = key(200, ge=1)  # maximum number of new tokens
+    # stop texts, at which an answer ends; \n and \t in them are a line end and a tab
+    stop: list[str] = key([])
+    temperature: float = key(0.8, ge=0)  # sampling temperature; 0: greedy decoding
+    top_k: int | None = key(50, ge=1)  # top-k sampling: only the k most likely tokens; null: all
+    # nucleus sampling (top-p): the most likely tokens up to this total probability
+    top_p: float = key(1.0, gt=0, le=1)
+    # minimum probability of a token, as a fraction of the largest one
+    min_p: float = key(0.0, ge=0, le=1)
+    # above 1: tokens of the prompt and the text become less likely
+    repetition_penalty: float = key(1.0, gt=0)
+    seed: int = key(1337, ge=0)  # seed of the first text; text number i has seed + i
+    batch: int = key(16, ge=1)  # texts that are decoded together
+    json: bool = False  # print one JSON object per text, a line each; --json does the same
+    trust: bool = False  # allow running the model class (_target_) that the run's config names
 
     def problems(self) -> Problems:
         """Return the problems of keys that exclude each other."""

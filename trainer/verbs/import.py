@@ -1,6 +1,6 @@
 """`forescale import hf`: make a run directory of a Hugging Face model."""
 
-# ruff: noqa: N999, RUF009 (the file has the name of its verb; key and section make fields)
+# ruff: noqa: N999 (the file has the name of its verb)
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems
-from forescale.config.schema import key, section
+from forescale.config.schema import section
 from forescale.config.sections.training import RunConfig
 from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, UserError
@@ -26,8 +26,8 @@ _TODO = "write forescale import hf DIR NAME"
 class ImportedRunConfig:
     """The new run."""
 
-    name: str | None = key(None, "the run's name; the second word after hf sets it too")
-    root: str = key("runs", "the directory that holds the runs")
+    name: str | None = None  # the run's name; the second word after hf sets it too
+    root: str = "runs"  # the directory that holds the runs
 
     def problems(self) -> Problems:
         """Return a problem if the name is missing or can't be that of a directory."""
@@ -44,19 +44,15 @@ class ImportJob(Job):
     TARGET: ClassVar[str] = "run.name"
     FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
 
-    path: str | None = key(
-        None,
-        "the Hugging Face directory: config.json, model.safetensors (or several with an index) and "
-        "tokenizer.json; the first word after hf sets it too",
-    )
-    tokenizer: str | None = key(
-        None, "a tokenizer.json, or a directory with one; null: the one beside the weights"
-    )
-    end_of_text: str | None = key(
-        None, "the token that ends a document; null: <|endoftext|> or what its config names"
-    )
-    json: bool = key(False, "print JSON, for programs; --json does the same")
-    run: ImportedRunConfig = section(ImportedRunConfig, "the new run")
+    # the Hugging Face directory: config.json, model.safetensors (or several with an index) and
+    # tokenizer.json; the first word after hf sets it too
+    path: str | None = None
+    # a tokenizer.json, or a directory with one; null: the one beside the weights
+    tokenizer: str | None = None
+    # the token that ends a document; null: <|endoftext|> or what its config names
+    end_of_text: str | None = None
+    json: bool = False  # print JSON, for programs; --json does the same
+    run: ImportedRunConfig = section(ImportedRunConfig)  # the new run
 
     def problems(self) -> Problems:
         """Return a problem if no directory is given."""

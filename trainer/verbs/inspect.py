@@ -25,25 +25,19 @@ class InspectJob(RunJob):
     VERB: ClassVar[str] = "inspect"
     FLAGS: ClassVar = {"--json": "json"}
 
-    target: str | None = key(
-        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
-    )
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    text: str | None = key(
-        None, "text that the model reads; null: the beginning of its held-out text"
-    )
-    tokens: int = key(64, "maximum number of tokens to read", ge=3, le=512)
-    subject: str | None = key(
-        None,
-        "a part of the text, such as the name in a fact: trace which states carry it to the next "
-        "token (causal tracing)",
-    )
-    answer: str | None = key(
-        None, "with subject: the expected continuation of the text; null: the model's own"
-    )
-    to: str | None = key(None, "the HTML file to write; null: RUN-STEP-inspect.html")
-    seed: int = key(1337, "seed of the random tokens and of the noise of a trace", ge=0)
-    json: bool = key(False, "print all numbers but the maps as JSON, and write no page")
+    # a run (its name or its directory), a checkpoint or a Hugging Face directory
+    target: str | None = None
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    text: str | None = None  # text that the model reads; null: the beginning of its held-out text
+    tokens: int = key(64, ge=3, le=512)  # maximum number of tokens to read
+    # a part of the text, such as the name in a fact: trace which states carry it to the next token
+    # (causal tracing)
+    subject: str | None = None
+    # with subject: the expected continuation of the text; null: the model's own
+    answer: str | None = None
+    to: str | None = None  # the HTML file to write; null: RUN-STEP-inspect.html
+    seed: int = key(1337, ge=0)  # seed of the random tokens and of the noise of a trace
+    json: bool = False  # print all numbers but the maps as JSON, and write no page
 
 
 JOB = InspectJob

@@ -27,10 +27,10 @@ _LAST_LINES = 25  # of the rank that failed first
 class LogsJob(RunJob):
     VERB: ClassVar[str] = "logs"
 
-    rank: int | None = key(0, "the rank whose log to print; null: the batch script", ge=0)
-    attempt: int | None = key(None, "number of the attempt; null: the newest with a log", ge=1)
-    lines: int = key(50, "number of last lines to begin with", ge=0)
-    follow: bool = key(True, "print new lines until the attempt ends")
+    rank: int | None = key(0, ge=0)  # the rank whose log to print; null: the batch script
+    attempt: int | None = key(None, ge=1)  # number of the attempt; null: the newest with a log
+    lines: int = key(50, ge=0)  # number of last lines to begin with
+    follow: bool = True  # print new lines until the attempt ends
 
 
 JOB = LogsJob

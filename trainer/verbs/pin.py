@@ -16,8 +16,8 @@ from forescale.run.directory import Run
 class PinJob(RunJob):
     VERB: ClassVar[str] = "pin"
 
-    step: int | None = key(None, "step of the checkpoint", ge=0)
-    off: bool = key(False, "unpin: treat it like the others again")
+    step: int | None = key(None, ge=0)  # step of the checkpoint
+    off: bool = False  # unpin: treat it like the others again
 
     def problems(self) -> Problems:
         problems = super().problems()

@@ -31,8 +31,8 @@ from forescale.run.directory import Run
 class PruneJob(RunJob):
     VERB: ClassVar[str] = "prune"
 
-    keep: int = key(2, "newest checkpoints kept, besides those kept by config and pins", ge=2)
-    yes: bool = key(False, "delete; false: only list what would be deleted")
+    keep: int = key(2, ge=2)  # newest checkpoints kept, besides those kept by config and pins
+    yes: bool = False  # delete; false: only list what would be deleted
 
 
 JOB = PruneJob

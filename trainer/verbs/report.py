@@ -1,7 +1,5 @@
 """`forescale report`: the curves of runs, and all about them, as one HTML file; or a picture."""
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,15 +20,12 @@ class ReportJob(Job):
     VERB: ClassVar[str] = "report"
     TARGET: ClassVar[str] = "input"
 
-    input: list[str] = key([], "runs (names or directories), drawn into one chart")
-    output: str | None = key(
-        None, "the file to write: .html is the page, .svg or .png the loss alone; null: "
-        "report-RUN.html here"
-    )  # fmt: skip
-    x: Literal["step", "tokens", "flops", "time"] = key(
-        "tokens", "horizontal axis of the curves; the page can change it"
-    )
-    run: RootConfig = section(RootConfig, "where runs are looked for")
+    input: list[str] = key([])  # runs (names or directories), drawn into one chart
+    # the file to write: .html is the page, .svg or .png the loss alone; null: report-RUN.html here
+    output: str | None = None
+    # horizontal axis of the curves; the page can change it
+    x: Literal["step", "tokens", "flops", "time"] = "tokens"
+    run: RootConfig = section(RootConfig)  # where runs are looked for
 
     def problems(self) -> Problems:
         """Return the problems of the input and of the output."""

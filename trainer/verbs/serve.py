@@ -1,7 +1,5 @@
 """`forescale serve`: a trained model behind HTTP, as OpenAI's clients expect it."""
 
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
-
 import os
 import signal
 from contextlib import suppress
@@ -30,27 +28,23 @@ class ServeJob(RunJob):
 
     VERB: ClassVar[str] = "serve"
 
-    target: str | None = key(
-        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
-    )
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    host: str = key("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine")
-    port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)
-    hosts: list[str] = key(
-        [], "names by which clients may reach this server, beside localhost and its address; *: any"
-    )
-    template: str | None = key(
-        None,
-        "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run "
-        "or its tokenizer, else the plain one of forescale finetune",
-    )
-    max_tokens: int = key(1024, "the most tokens of an answer", ge=1)
-    batch: int = key(16, "the most answers that are decoded at once, and of one request", ge=1)
-    queue: int = key(64, "requests that may wait; further ones get error 429", ge=1)
-    connections: int = key(128, "connections at once; further ones get error 503", ge=1)
-    body: int = key(1 << 20, "the most bytes of a request", ge=1)
-    seconds: float = key(300.0, "the most seconds that a request may take", gt=0)
-    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
+    # a run (its name or its directory), a checkpoint or a Hugging Face directory
+    target: str | None = None
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: all of this machine
+    port: int = key(8000, ge=0, le=65535)  # port to listen at; 0: any that is free
+    # names by which clients may reach this server, beside localhost and its address; *: any
+    hosts: list[str] = key([])
+    # chat template, a file in Jinja or a tokenizer_config.json; null: that of the run or its
+    # tokenizer, else the plain one of forescale finetune
+    template: str | None = None
+    max_tokens: int = key(1024, ge=1)  # the most tokens of an answer
+    batch: int = key(16, ge=1)  # the most answers that are decoded at once, and of one request
+    queue: int = key(64, ge=1)  # requests that may wait; further ones get error 429
+    connections: int = key(128, ge=1)  # connections at once; further ones get error 503
+    body: int = key(1 << 20, ge=1)  # the most bytes of a request
+    seconds: float = key(300.0, gt=0)  # the most seconds that a request may take
+    trust: bool = False  # allow running the model class (_target_) that the run's config names
 
 
 JOB = ServeJob

@@ -4,8 +4,6 @@ Corpora that are tokenised already are indexed in place; `forescale shards show`
 contents of a dataset.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,41 +31,32 @@ class ShardsJob(Job):
     VERB: ClassVar[str] = "shards"
     TARGET: ClassVar[str] = "input"
 
-    input: list[str] = key(
-        [], "text: folders, globs, files, URLs or hf:// datasets; or corpora of token ids"
-    )
-    output: str | None = key(None, "directory of the dataset; must not exist yet")
-    text_key: str = key("text", "field of a JSON line, or column of a table, that holds the text")
-    suffixes: list[str] = key(
-        [], "suffixes of further files that are plain text, such as [.log, .nfo]"
-    )
-    undecodable: Literal["skip", "replace", "fail"] = key(
-        "skip", "what to do with text that isn't UTF-8"
-    )
-    empty: Literal["skip", "fail"] = key("skip", "what to do with documents without text")
-    long: Literal["keep", "cut", "skip", "fail"] = key(
-        "keep", "what to do with documents longer than max_document_bytes"
-    )
-    max_document_bytes: int | None = key(None, "limit for `long`; required unless it is keep", ge=1)
-    tokenizer: str | None = key(
-        None,
-        "tokenizer.json, Hugging Face directory with one, or bytes (one token per byte); "
-        "null: train a byte-level BPE",
-    )
-    vocab_size: int = key(32_768, "vocabulary entries, if a tokenizer is trained", ge=257)
-    end_of_text: str | None = key(None, "token that ends a document; null: try common names")
-    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = key(
-        None, "type of the token ids in a flat .bin that is used in place"
-    )
-    shard_tokens: int = key(1 << 24, "approximate tokens per tar", ge=1)
-    member_tokens: int = key(1 << 20, "tokens per member of a tar", ge=1)
-    validation_fraction: float = key(
-        0.01, "fraction of the documents held out for validation", ge=0, le=0.5
-    )
-    seed: int = key(1337, "seed for shuffling the documents", ge=0)
-    workers: int | None = key(
-        None, "number of processes; null: the CPUs available to this process", ge=1
-    )
+    # text: folders, globs, files, URLs or hf:// datasets; or corpora of token ids
+    input: list[str] = key([])
+    output: str | None = None  # directory of the dataset; must not exist yet
+    text_key: str = "text"  # field of a JSON line, or column of a table, that holds the text
+    # suffixes of further files that are plain text, such as [.log, .nfo]
+    suffixes: list[str] = key([])
+    # what to do with text that isn't UTF-8
+    undecodable: Literal["skip", "replace", "fail"] = "skip"
+    empty: Literal["skip", "fail"] = "skip"  # what to do with documents without text
+    # what to do with documents longer than max_document_bytes
+    long: Literal["keep", "cut", "skip", "fail"] = "keep"
+    max_document_bytes: int | None = key(None, ge=1)  # limit for `long`; required unless it is keep
+    # tokenizer.json, Hugging Face directory with one, or bytes (one token per byte); null: train a
+    # byte-level BPE
+    tokenizer: str | None = None
+    vocab_size: int = key(32_768, ge=257)  # vocabulary entries, if a tokenizer is trained
+    end_of_text: str | None = None  # token that ends a document; null: try common names
+    # type of the token ids in a flat .bin that is used in place
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
+    shard_tokens: int = key(1 << 24, ge=1)  # approximate tokens per tar
+    member_tokens: int = key(1 << 20, ge=1)  # tokens per member of a tar
+    # fraction of the documents held out for validation
+    validation_fraction: float = key(0.01, ge=0, le=0.5)
+    seed: int = key(1337, ge=0)  # seed for shuffling the documents
+    # number of processes; null: the CPUs available to this process
+    workers: int | None = key(None, ge=1)
 
     def problems(self) -> Problems:
         """Return (key, problem, what to do) for every invalid key."""

@@ -1,7 +1,5 @@
 """`forescale status`: a table of all runs, or everything about one."""
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import json
 import os
 import time
@@ -18,7 +16,7 @@ from rich.text import Text
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems, RootConfig
-from forescale.config.schema import key, section
+from forescale.config.schema import section
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.curve import needs_ascii
@@ -39,12 +37,11 @@ class StatusJob(Job):
     TARGET: ClassVar[str] = "target"
     FLAGS: ClassVar = {"--live": "live", "--json": "json"}
 
-    target: str | None = key(None, "a run (name or directory); null: all of them")
-    live: bool = key(False, "refresh every two seconds; --live does the same")
-    json: bool = key(
-        False, "print JSON, for programs (its keys: forescale help monitor); --json does the same"
-    )
-    run: RootConfig = section(RootConfig, "where the runs are stored")
+    target: str | None = None  # a run (name or directory); null: all of them
+    live: bool = False  # refresh every two seconds; --live does the same
+    # print JSON, for programs (its keys: forescale help monitor); --json does the same
+    json: bool = False
+    run: RootConfig = section(RootConfig)  # where the runs are stored
 
     def problems(self) -> Problems:
         """Return a problem if two kinds of output are requested."""

@@ -12,7 +12,6 @@ import psutil
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
-from forescale.config.schema import key
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.status import Status
 from forescale.resilience.launcher import ATTEMPT
@@ -29,7 +28,7 @@ class StopJob(RunJob):
     VERB: ClassVar[str] = "stop"
     FLAGS: ClassVar = {"--now": "now"}
 
-    now: bool = key(False, "cancel at once, without saving; --now does the same")
+    now: bool = False  # cancel at once, without saving; --now does the same
 
 
 JOB = StopJob

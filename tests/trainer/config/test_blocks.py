@@ -1,7 +1,5 @@
 """Sections whose keys follow from their kind: what is typed, what lies below, what is refused."""
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,7 +15,7 @@ from forescale.config.train import TrainJob
 
 @dataclass
 class Mixer:
-    heads: int = key(4, "number of heads")
+    heads: int = 4  # number of heads
 
 
 @dataclass
@@ -27,12 +25,12 @@ class Attention(Mixer):
 
 @dataclass
 class Window(Mixer):
-    window: int = key(8, "tokens that a token sees", ge=1)
+    window: int = key(8, ge=1)  # tokens that a token sees
 
 
 @dataclass
 class Lstm:
-    size: int = key(3, "width of the state", kind="numerics")
+    size: int = key(3, kind="numerics")  # width of the state
 
 
 MIXERS = {"attention": Attention, "window": Window, "lstm": Lstm}
@@ -40,8 +38,8 @@ MIXERS = {"attention": Attention, "window": Window, "lstm": Lstm}
 
 @dataclass
 class Sizes:
-    width: int = key(2, "width")
-    mixer: Mixer | Lstm = block(MIXERS, Attention, "how tokens exchange information")
+    width: int = 2  # width
+    mixer: Mixer | Lstm = block(MIXERS, Attention)  # how tokens exchange information
     pattern: list[Mixer | Lstm] = field(default_factory=list, metadata={"kinds": lambda: MIXERS})
 
 
@@ -49,8 +47,8 @@ class Sizes:
 class BlockJob(Job):
     VERB: ClassVar[str] = "blocks"
 
-    run: dict = key({}, "a run")
-    model: Sizes = section(Sizes, "the model", "identity")
+    run: dict = key({})  # a run
+    model: Sizes = section(Sizes, kind="identity")  # the model
 
 
 def mixer(*words: str):

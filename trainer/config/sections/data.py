@@ -4,8 +4,6 @@ Invariant: keys that decide which window comes when are `identity`; keys for whe
 how they are read are `free`.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,18 +23,12 @@ ONLY = "data"  # the name of a single source
 class CorpusConfig:
     """Which dataset to read and where to cache it."""
 
-    path: str | None = key(
-        None,
-        "dataset built by `forescale shards`: directory or URL; null: the embedded corpus",
-        common=True,
-    )
-    cache: str | None = key(
-        None,
-        "directory for prepared and downloaded data; null: $FORESCALE_CACHE or ~/.cache/forescale",
-    )
-    cache_bytes: int = key(
-        50_000_000_000, "maximum bytes of remote datasets in the cache", ge=1 << 24
-    )
+    # dataset built by `forescale shards`: directory or URL; null: the embedded corpus
+    path: str | None = key(None, common=True)
+    # directory for prepared and downloaded data; null: $FORESCALE_CACHE or ~/.cache/forescale
+    cache: str | None = None
+    # maximum bytes of remote datasets in the cache
+    cache_bytes: int = key(50_000_000_000, ge=1 << 24)
 
     @property
     def cache_directory(self) -> Path:
@@ -48,43 +40,27 @@ class CorpusConfig:
 class DataConfig(CorpusConfig):
     """The training data: datasets, mixture, order and reading."""
 
-    embedded: Literal["bpe", "bytes"] = key(
-        "bpe",
-        "vocabulary of the embedded corpus: bpe (4,096 tokens) or bytes (for very small models)",
-        kind="identity",
-    )
-    sources: dict[str, Any] = key(
-        {}, "datasets of a mixture, instead of path: {NAME: PATH, NAME: PATH}"
-    )
-    weights: dict[str, Any] = key(
-        {},
-        "relative shares in tokens, with any sum: {NAME: SHARE}; empty: proportional to size",
-        kind="identity",
-    )
-    stages: list[dict[str, Any]] = key(
-        [], "changes of weights: [{from: 2e9 tokens, weights: {NAME: 1}}]", kind="identity"
-    )
-    max_epochs: dict[str, Any] = key({}, "maximum epochs per source: {NAME: EPOCHS}")
-    shuffle_shards: int = key(
-        8, "number of shards whose windows are shuffled together", kind="identity", ge=1
-    )
-    document_mask: bool = key(
-        False, "restrict attention and positions to each document", kind="identity"
-    )
-    packing: Literal["windows", "best_fit"] = key(
-        "windows",
-        "windows: cut one long sequence; best_fit: pack whole documents side by side",
-        kind="identity",
-    )
-    skip: list[list] = key(  # type: ignore[type-arg]
-        [], "samples to skip: [[FIRST, END], ...], END not included", kind="identity"
-    )
-    workers: int = key(
-        1, "threads that prepare batches in advance; 0: no threads, read on demand", ge=0, le=64
-    )
-    damaged: Literal["fail", "substitute"] = key(
-        "fail", "damaged data: fail, or substitute other windows and log it"
-    )
+    # vocabulary of the embedded corpus: bpe (4,096 tokens) or bytes (for very small models)
+    embedded: Literal["bpe", "bytes"] = key("bpe", kind="identity")
+    # datasets of a mixture, instead of path: {NAME: PATH, NAME: PATH}
+    sources: dict[str, Any] = key({})
+    # relative shares in tokens, with any sum: {NAME: SHARE}; empty: proportional to size
+    weights: dict[str, Any] = key({}, kind="identity")
+    # changes of weights: [{from: 2e9 tokens, weights: {NAME: 1}}]
+    stages: list[dict[str, Any]] = key([], kind="identity")
+    max_epochs: dict[str, Any] = key({})  # maximum epochs per source: {NAME: EPOCHS}
+    # number of shards whose windows are shuffled together
+    shuffle_shards: int = key(8, kind="identity", ge=1)
+    # restrict attention and positions to each document
+    document_mask: bool = key(False, kind="identity")
+    # windows: cut one long sequence; best_fit: pack whole documents side by side
+    packing: Literal["windows", "best_fit"] = key("windows", kind="identity")
+    # samples to skip: [[FIRST, END], ...], END not included
+    skip: list[list] = key([], kind="identity")  # type: ignore[type-arg]
+    # threads that prepare batches in advance; 0: no threads, read on demand
+    workers: int = key(1, ge=0, le=64)
+    # damaged data: fail, or substitute other windows and log it
+    damaged: Literal["fail", "substitute"] = "fail"
 
     def problems(self) -> ProblemIterator:
         if self.sources and self.path:

@@ -3,8 +3,6 @@
 Invariant: a rule about one section is in its class.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,41 +50,28 @@ _SENT = ("fp32", "fp16", "bf16")  # what DeepSpeed can reduce gradients in
 
 @dataclass
 class EngineConfig:
-    stage: Literal[0, 1, 2, 3] = key(
-        1, "ZeRO stage; shards 1: optimizer state, 2: also gradients, 3: also parameters"
-    )
-    offload_optimizer: bool = key(False, "keep the optimizer state in CPU memory (stages 1 to 3)")
-    offload_parameters: bool = key(False, "keep the parameters in CPU memory (stage 3)")
+    # ZeRO stage; shards 1: optimizer state, 2: also gradients, 3: also parameters
+    stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False  # keep the optimizer state in CPU memory (stages 1 to 3)
+    offload_parameters: bool = False  # keep the parameters in CPU memory (stage 3)
     gradient_dtype: Literal["auto", "precision", "fp32"] = key(
         "auto",
         "number format in which gradients are added up over micro-batches and ranks; auto: fp32 "
         f"beyond {MOST_ROUNDED_SUMS} micro-batches of a rank a step, else that of precision",
     )
-    bucket_bytes: int = key(500_000_000, "bytes of a communication bucket", ge=1)
-    hierarchical_partition: int = key(
-        1, "stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off", ge=1
-    )
-    sequence_parallel: int = key(
-        1,
-        "number of consecutive ranks that divide the tokens of each window; best within a node; "
-        "1: off",
-        ge=1,
-    )
-    tensor_parallel: int = key(
-        1,
-        "number of consecutive ranks that divide the matrices of each block, and the token tables "
-        "if it divides the vocabulary; best within a node; 1: off",
-        ge=1,
-    )
-    expert_parallel: int = key(
-        1,
-        "number of consecutive ranks that divide the experts of each layer and exchange tokens; "
-        "best within a node; 1: off",
-        ge=1,
-    )
-    deepspeed: dict[str, Any] = key(
-        {}, "settings of DeepSpeed that have no key here, in its JSON format"
-    )
+    bucket_bytes: int = key(500_000_000, ge=1)  # bytes of a communication bucket
+    # stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off
+    hierarchical_partition: int = key(1, ge=1)
+    # number of consecutive ranks that divide the tokens of each window; best within a node; 1: off
+    sequence_parallel: int = key(1, ge=1)
+    # number of consecutive ranks that divide the matrices of each block, and the token tables if it
+    # divides the vocabulary; best within a node; 1: off
+    tensor_parallel: int = key(1, ge=1)
+    # number of consecutive ranks that divide the experts of each layer and exchange tokens; best
+    # within a node; 1: off
+    expert_parallel: int = key(1, ge=1)
+    # settings of DeepSpeed that have no key here, in its JSON format
+    deepspeed: dict[str, Any] = key({})
 
     def problems(self) -> ProblemIterator:
         if self.offload_optimizer and self.stage == 0:
@@ -118,17 +103,13 @@ class EngineConfig:
 
 @dataclass
 class PrecisionConfig:
-    kind: Literal["auto", "bf16", "fp16", "fp32"] = key(
-        "bf16",
-        "number format of forward and backward (master weights are fp32); auto: bf16 where the "
-        "device computes in it, else fp32",
-    )
-    fp8: Literal["none", "tensorwise", "rowwise"] = key(
-        "none",
-        "multiply the matrices of blocks in fp8, with one scale for each tensor (tensorwise, the "
-        "fastest) or for each row (rowwise, more accurate); for GPUs from Ada and Hopper on; has "
-        "never run on a GPU in our tests",
-    )
+    # number format of forward and backward (master weights are fp32); auto: bf16 where the device
+    # computes in it, else fp32
+    kind: Literal["auto", "bf16", "fp16", "fp32"] = "bf16"
+    # multiply the matrices of blocks in fp8, with one scale for each tensor (tensorwise, the
+    # fastest) or for each row (rowwise, more accurate); for GPUs from Ada and Hopper on; has never
+    # run on a GPU in our tests
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
 
     @property
     def label(self) -> str:

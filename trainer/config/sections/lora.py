@@ -3,8 +3,6 @@
 Invariant: imports no torch.
 """
 
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,19 +28,14 @@ if TYPE_CHECKING:
 class LoraConfig:
     # 32 with a product that is divided by the rank: then the best learning rate hardly depends on
     # the rank (Schulman 2025, thinkingmachines.ai/blog/lora).
-    rank: int = key(
-        0,
-        "rank of the adapters beside frozen weights; 0: none, all weights are trained",
-        ge=0,
-        common=True,
-    )
-    alpha: float = key(32.0, "an adapter's output is multiplied by alpha / rank", gt=0)
-    targets: list[str] = key(
-        [],
-        "matrices that have an adapter: their names, such as query or mlp.up, or mixer or mlp for "
-        "all in it; []: all of the blocks",
-    )
-    dropout: float = key(0.0, "dropout of the inputs of adapters", ge=0, lt=1)
+
+    # rank of the adapters beside frozen weights; 0: none, all weights are trained
+    rank: int = key(0, ge=0, common=True)
+    alpha: float = key(32.0, gt=0)  # an adapter's output is multiplied by alpha / rank
+    # matrices that have an adapter: their names, such as query or mlp.up, or mixer or mlp for all
+    # in it; []: all of the blocks
+    targets: list[str] = key([])
+    dropout: float = key(0.0, ge=0, lt=1)  # dropout of the inputs of adapters
 
     @property
     def scale(self) -> float:

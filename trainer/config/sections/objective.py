@@ -83,13 +83,11 @@ class MaskedConfig(ObjectiveConfig):
     continues_text = False
     targets = "masked tokens"
 
-    rate: float = key(0.15, "share of the tokens that are targets", gt=0, lt=1)
-    hidden: float = key(
-        0.8, "share of the targets that the mask token replaces in the inputs", ge=0, le=1
-    )
-    random: float = key(
-        0.1, "share of the targets that a random token replaces; all others stay", ge=0, le=1
-    )
+    rate: float = key(0.15, gt=0, lt=1)  # share of the tokens that are targets
+    # share of the targets that the mask token replaces in the inputs
+    hidden: float = key(0.8, ge=0, le=1)
+    # share of the targets that a random token replaces; all others stay
+    random: float = key(0.1, ge=0, le=1)
 
     def problems(self) -> ProblemIterator:
         if self.hidden + self.random > 1:
@@ -106,8 +104,8 @@ class SpansConfig(ObjectiveConfig):
     targets = "tokens of spans"
     shortest = 4  # a token, a span of one, and two sentinels
 
-    rate: float = key(0.15, "share of the tokens that spans take out", gt=0, lt=1)
-    mean: float = key(3.0, "mean length of a span, in tokens", ge=1)
+    rate: float = key(0.15, gt=0, lt=1)  # share of the tokens that spans take out
+    mean: float = key(3.0, ge=1)  # mean length of a span, in tokens
 
 
 @dataclass
@@ -119,7 +117,7 @@ class PrefixConfig(ObjectiveConfig):
     targets = "tokens after the source"
     shortest = 2
 
-    share: float = key(0.5, "share of the tokens that are the source", gt=0, lt=1)
+    share: float = key(0.5, gt=0, lt=1)  # share of the tokens that are the source
 
 
 @dataclass
@@ -132,12 +130,10 @@ class PairsConfig(ObjectiveConfig):
     shortest = 2
     whole = True
 
-    separator: str | None = key(
-        None, r"token between source and target of a document: its text, such as \t, or its id"
-    )
-    source: int | None = key(
-        None, "columns of the source; null: half of train.sequence_length", ge=1
-    )
+    # token between source and target of a document: its text, such as \t, or its id
+    separator: str | None = None
+    # columns of the source; null: half of train.sequence_length
+    source: int | None = key(None, ge=1)
 
     def problems(self) -> ProblemIterator:
         if not self.separator:
@@ -167,9 +163,8 @@ class PreferencesConfig(ObjectiveConfig):
     whole = True
     rows = 2
 
-    beta: float = key(
-        0.1, "weight of the change of a response's log-probability from that of the reference", gt=0
-    )
+    # weight of the change of a response's log-probability from that of the reference
+    beta: float = key(0.1, gt=0)
 
     def conflicts(self, job: "TrainJob") -> ProblemIterator:
         if not job.run.origin.run:

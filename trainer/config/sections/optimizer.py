@@ -72,15 +72,12 @@ class OptimizerConfig:
     matrices: ClassVar[Update | None] = None
     reduce_scatter: ClassVar[bool] = True
 
-    learning_rate: float = key(3e-4, "peak learning rate", gt=0, common=True)
-    weight_decay: float = key(0.1, "decoupled weight decay, of matrices only", ge=0)
-    final_weight_decay: float = key(
-        1.0,
-        "weight decay at the end, as a fraction of weight_decay, which changes linearly from the "
-        "first step on; 1: it stays",
-        ge=0,
-    )
-    clip: float | None = key(1.0, "maximum norm of the gradient; null: no clipping", gt=0)
+    learning_rate: float = key(3e-4, gt=0, common=True)  # peak learning rate
+    weight_decay: float = key(0.1, ge=0)  # decoupled weight decay, of matrices only
+    # weight decay at the end, as a fraction of weight_decay, which changes linearly from the first
+    # step on; 1: it stays
+    final_weight_decay: float = key(1.0, ge=0)
+    clip: float | None = key(1.0, gt=0)  # maximum norm of the gradient; null: no clipping
 
     @property
     def rate_of_the_rest(self) -> float:
@@ -105,9 +102,9 @@ class AdamWConfig(OptimizerConfig):
     kind = "adamw"
     build = "forescale.engine.optimizers.adamw.build"
 
-    beta1: float = key(0.9, "decay of the mean of the gradients", ge=0, lt=1)
-    beta2: float = key(0.95, "decay of the mean of squared gradients", ge=0, lt=1)
-    eps: float = key(1e-8, "added to the root of the mean square", gt=0)
+    beta1: float = key(0.9, ge=0, lt=1)  # decay of the mean of the gradients
+    beta2: float = key(0.95, ge=0, lt=1)  # decay of the mean of squared gradients
+    eps: float = key(1e-8, gt=0)  # added to the root of the mean square
 
 
 @dataclass
@@ -116,8 +113,8 @@ class LionConfig(OptimizerConfig):
     build = "forescale.engine.optimizers.lion.build"
     update = Update(moments=1)
 
-    beta1: float = key(0.9, "share of the momentum in an update", ge=0, lt=1)
-    beta2: float = key(0.99, "decay of the momentum", ge=0, lt=1)
+    beta1: float = key(0.9, ge=0, lt=1)  # share of the momentum in an update
+    beta2: float = key(0.99, ge=0, lt=1)  # decay of the momentum
 
 
 @dataclass
@@ -129,14 +126,11 @@ class MuonConfig(AdamWConfig):
     matrices = Update(1, is_by_matrix=True, flops=_orthogonalisation)
     reduce_scatter = False  # DeepSpeed refuses Muon with it
 
-    learning_rate: float = key(0.02, "peak learning rate of the hidden matrices", gt=0, common=True)
-    momentum: float = key(0.95, "decay of the momentum of the hidden matrices", ge=0, lt=1)
-    adam_learning_rate: float | None = key(
-        None,
-        "peak learning rate of the parameters that AdamW updates, those of tables, head and norms; "
-        "null: by the model's width, 0.04 up to 128, from there on 5.12 / width",
-        gt=0,
-    )
+    learning_rate: float = key(0.02, gt=0, common=True)  # peak learning rate of the hidden matrices
+    momentum: float = key(0.95, ge=0, lt=1)  # decay of the momentum of the hidden matrices
+    # peak learning rate of the parameters that AdamW updates, those of tables, head and norms;
+    # null: by the model's width, 0.04 up to 128, from there on 5.12 / width
+    adam_learning_rate: float | None = key(None, gt=0)
 
     @property
     def rate_of_the_rest(self) -> float:

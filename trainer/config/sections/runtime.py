@@ -4,8 +4,6 @@ Invariant: all keys may change when a run resumes. Those of the guard decide whi
 so they are of kind "numerics" (a change is recorded as an event); all others are "free".
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -35,35 +33,20 @@ def ability_problems(abilities: Sequence[str], shots: Sequence[int]) -> ProblemI
 
 @dataclass
 class CheckpointConfig:
-    every: Duration = key(
-        Duration(500),
-        "time between two checkpoints; the last step is always saved",
-        common=True,
-        gt=0,
-    )
-    keep: int = key(
-        2,
-        "newest checkpoints kept, and the last before the decay; at least two are safe: one may be "
-        "damaged",
-        ge=2,
-    )
-    keep_every: Duration | None = key(
-        None,
-        "keep every checkpoint at a multiple of this for good; null: none",
-        gt=0,
-        wall_time=False,
-    )
-    at: list[int] = key([], "steps at which a checkpoint is saved and kept for good")
-    keep_best: bool = key(False, "also keep the checkpoint with the lowest validation loss")
-    background: bool = key(
-        True, "write from a copy in memory while training goes on; false: training waits"
-    )
-    mirror: str | None = key(
-        None,
-        "where to copy the checkpoints in the background, such as s3://bucket/runs; a run whose "
-        "directory is missing is restored from there",
-        kind="free",
-    )
+    # time between two checkpoints; the last step is always saved
+    every: Duration = key(Duration(500), common=True, gt=0)
+    # newest checkpoints kept, and the last before the decay; at least two are safe: one may be
+    # damaged
+    keep: int = key(2, ge=2)
+    # keep every checkpoint at a multiple of this for good; null: none
+    keep_every: Duration | None = key(None, gt=0, wall_time=False)
+    at: list[int] = key([])  # steps at which a checkpoint is saved and kept for good
+    keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
+    # write from a copy in memory while training goes on; false: training waits
+    background: bool = True
+    # where to copy the checkpoints in the background, such as s3://bucket/runs; a run whose
+    # directory is missing is restored from there
+    mirror: str | None = key(None, kind="free")
 
     def problems(self) -> ProblemIterator:
         if self.mirror is not None and not re.match(r"/|~|[a-z][\w+.-]*://[^?#]+$", self.mirror):
@@ -82,36 +65,26 @@ Policy = Literal["note", "skip", "rollback", "halt"]
 
 @dataclass
 class GuardConfig:
-    non_finite: Literal["skip", "rollback", "halt"] = key(
-        "skip", "if loss or gradient is not finite: skip the update, roll back, or halt"
-    )
-    loss_spike: Policy = key("note", "if the loss is far above the recent ones; note: only log it")
-    gradient_spike: Policy = key("note", "if the gradient norm is far above the recent ones")
-    threshold: float = key(
-        10.0, "standard deviations (estimated by the MAD) above the median that make a spike", gt=0
-    )
-    window: int = key(128, "steps over which the median is taken", ge=8)
-    warmup: int = key(64, "normal steps before spikes are detected", ge=8)
-    patience: int = key(10, "anomalous steps in a row that stop the run, whatever the policy", ge=1)
-    back: int = key(20, "rollback: least distance in steps to the checkpoint that is loaded", ge=0)
-    skip_before: int = key(
-        0, "rollback: batches skipped before the anomalous one, besides it", ge=0
-    )
-    most_rollbacks: int = key(3, "rollbacks allowed in a run; one more stops it", ge=1)
-    cooldown: int = key(
-        100, "steps after a rollback in which anomalous ones are only skipped", ge=0
-    )
-    replay: Duration | None = key(
-        Duration(1000),
-        "how often to compute a micro-batch again and compare weights across ranks, which finds "
-        "silent corruption; null: never",
-        kind="free",
-        gt=0,
-        wall_time=False,
-    )
-    corruption: Literal["note", "rollback", "halt"] = key(
-        "halt", "what to do if bits differ that must be equal", kind="free"
-    )
+    # if loss or gradient is not finite: skip the update, roll back, or halt
+    non_finite: Literal["skip", "rollback", "halt"] = "skip"
+    loss_spike: Policy = "note"  # if the loss is far above the recent ones; note: only log it
+    gradient_spike: Policy = "note"  # if the gradient norm is far above the recent ones
+    # standard deviations (estimated by the MAD) above the median that make a spike
+    threshold: float = key(10.0, gt=0)
+    window: int = key(128, ge=8)  # steps over which the median is taken
+    warmup: int = key(64, ge=8)  # normal steps before spikes are detected
+    patience: int = key(10, ge=1)  # anomalous steps in a row that stop the run, whatever the policy
+    back: int = key(20, ge=0)  # rollback: least distance in steps to the checkpoint that is loaded
+    # rollback: batches skipped before the anomalous one, besides it
+    skip_before: int = key(0, ge=0)
+    most_rollbacks: int = key(3, ge=1)  # rollbacks allowed in a run; one more stops it
+    # steps after a rollback in which anomalous ones are only skipped
+    cooldown: int = key(100, ge=0)
+    # how often to compute a micro-batch again and compare weights across ranks, which finds silent
+    # corruption; null: never
+    replay: Duration | None = key(Duration(1000), kind="free", gt=0, wall_time=False)
+    # what to do if bits differ that must be equal
+    corruption: Literal["note", "rollback", "halt"] = key("halt", kind="free")
 
     def problems(self) -> ProblemIterator:
         if self.warmup > self.window:
@@ -121,22 +94,13 @@ class GuardConfig:
 
 @dataclass
 class HeartbeatConfig:
-    patience: Duration = key(
-        Duration(300, "seconds"),
-        "shortest time after which a rank counts as hanging",
-        gt=0,
-        wall_time=True,
-    )
-    factor: float = key(
-        10.0, "a rank hangs only beyond this multiple of its longest time at the place", ge=2
-    )
-    startup: Duration = key(
-        Duration(1800, "seconds"),
-        "patience for start-up and the first step, which compiles",
-        gt=0,
-        wall_time=True,
-    )
-    straggler: float = key(1.5, "report ranks slower than this multiple of the median", gt=1)
+    # shortest time after which a rank counts as hanging
+    patience: Duration = key(Duration(300, "seconds"), gt=0, wall_time=True)
+    # a rank hangs only beyond this multiple of its longest time at the place
+    factor: float = key(10.0, ge=2)
+    # patience for start-up and the first step, which compiles
+    startup: Duration = key(Duration(1800, "seconds"), gt=0, wall_time=True)
+    straggler: float = key(1.5, gt=1)  # report ranks slower than this multiple of the median
 
     @property
     def interval(self) -> float:
@@ -155,30 +119,23 @@ class HeartbeatConfig:
 
 @dataclass
 class ValidationConfig:
-    every: Duration = key(
-        Duration(500),
-        "time between two evaluations; the last step is always evaluated",
-        common=True,
-        gt=0,
-    )
+    # time between two evaluations; the last step is always evaluated
+    every: Duration = key(Duration(500), common=True, gt=0)
     # Losses of windows of 256 tokens of code have a standard deviation of about 0.55 nats.
-    windows: int | None = key(
-        2048,
-        "windows in a periodic evaluation, evenly spread; null: all (as always at the end). The "
-        "standard error of the loss is about 0.012 nats with 2,048 of 256 tokens, half of it with "
-        "four times as many; `plan` shows what they cost",
-        ge=1,
-    )
+
+    # windows in a periodic evaluation, evenly spread; null: all (as always at the end). The
+    # standard error of the loss is about 0.012 nats with 2,048 of 256 tokens, half of it with four
+    # times as many; `plan` shows what they cost
+    windows: int | None = key(2048, ge=1)
 
     abilities: list[str] = key(
         [],
         "small tasks, the accuracy on which each evaluation measures too (objectives that continue "
         f"text): {', '.join(TASKS)}",
     )
-    shots: list[int] = key(
-        [0, 4], "abilities: numbers of solved examples before a question; each is measured"
-    )
-    questions: int = key(QUESTIONS, "abilities: questions of a task, at each number", ge=1)
+    # abilities: numbers of solved examples before a question; each is measured
+    shots: list[int] = key([0, 4])
+    questions: int = key(QUESTIONS, ge=1)  # abilities: questions of a task, at each number
 
     def problems(self) -> ProblemIterator:
         yield from ability_problems(self.abilities, self.shots)
@@ -188,14 +145,12 @@ class ValidationConfig:
 
 @dataclass
 class LoggingConfig:
-    every: Duration = key(
-        Duration(10), "time between two printed lines; metrics.jsonl has every step", gt=0
-    )
-    peak_flops: float | None = key(
-        None, "peak FLOP/s of a device, for the MFU; null: from a table, else measured", gt=0
-    )
-    tensorboard: TensorboardConfig = section(TensorboardConfig, "TensorBoard")
-    wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
+    # time between two printed lines; metrics.jsonl has every step
+    every: Duration = key(Duration(10), gt=0)
+    # peak FLOP/s of a device, for the MFU; null: from a table, else measured
+    peak_flops: float | None = key(None, gt=0)
+    tensorboard: TensorboardConfig = section(TensorboardConfig)  # TensorBoard
+    wandb: WandbConfig = section(WandbConfig)  # Weights & Biases
 
     @property
     def trackers(self) -> list[TrackerConfig]:
@@ -211,29 +166,17 @@ class LoggingConfig:
 
 @dataclass
 class LaunchConfig:
-    processes: int | None = key(
-        None,
-        "local ranks; null: one per GPU; on CPUs one per core, or fewer by batch and memory",
-        ge=1,
-        common=True,
-    )
-    timeout: Duration = key(
-        Duration(1800, "seconds"),
-        "longest time that a rank waits for the others in a collective",
-        gt=0,
-        wall_time=True,
-    )
-    grace: Duration = key(
-        Duration(120, "seconds"),
-        "time to save and exit after a stop signal; then ranks exit without saving",
-        gt=0,
-        wall_time=True,
-    )
+    # local ranks; null: one per GPU; on CPUs one per core, or fewer by batch and memory
+    processes: int | None = key(None, ge=1, common=True)
+    # longest time that a rank waits for the others in a collective
+    timeout: Duration = key(Duration(1800, "seconds"), gt=0, wall_time=True)
+    # time to save and exit after a stop signal; then ranks exit without saving
+    grace: Duration = key(Duration(120, "seconds"), gt=0, wall_time=True)
 
 
 @dataclass
 class ProfileConfig:
-    steps: str | None = key(None, "FIRST:LAST, such as 100:105: steps to write a trace of")
+    steps: str | None = None  # FIRST:LAST, such as 100:105: steps to write a trace of
 
     @property
     def interval(self) -> tuple[int, int] | None:

@@ -5,8 +5,6 @@ conf/schedule/NAME.yaml. Invariant: a pure function of the config and the step. 
 resumes, gets longer or branches off needs no scheduler state.
 """
 
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,12 +23,8 @@ class ScheduleConfig:
     kind: ClassVar[str]
     may_grow: ClassVar[bool] = False
 
-    warmup: Duration = key(
-        Duration(0),
-        "length of the linear warm-up from 0 to the peak learning rate",
-        common=True,
-        wall_time=False,
-    )
+    # length of the linear warm-up from 0 to the peak learning rate
+    warmup: Duration = key(Duration(0), common=True, wall_time=False)
 
     @property
     def decay_length(self) -> Duration | None:
@@ -69,7 +63,7 @@ class FallingConfig(ScheduleConfig):
     """The key of schedules that fall. `final` belongs to step `total_steps`, which is never run; so
     the last update has a higher rate."""
 
-    final: float = key(0.0, "learning rate at the end, as a fraction of the peak", ge=0, le=1)
+    final: float = key(0.0, ge=0, le=1)  # learning rate at the end, as a fraction of the peak
 
 
 @dataclass
@@ -95,9 +89,8 @@ class WsdConfig(FallingConfig):
     kind = "wsd"
     may_grow = True
 
-    decay: Duration = key(
-        Duration(20, "percent"), "length of the linear decay at the end", wall_time=False
-    )
+    # length of the linear decay at the end
+    decay: Duration = key(Duration(20, "percent"), wall_time=False)
 
     @property
     def decay_length(self) -> Duration | None:

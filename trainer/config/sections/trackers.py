@@ -7,8 +7,6 @@ tracker waits for an answer on the terminal, and none needs an account. A tracke
 imported only when it is opened.
 """
 
-# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
-
 import importlib.util
 import netrc
 import os
@@ -26,7 +24,7 @@ from forescale.ground.errors import UserError
 class TrackerConfig:
     """The key of every tracker, and what a tracker can do."""
 
-    enabled: bool = key(False, "send the numbers of metrics.jsonl there")
+    enabled: bool = False  # send the numbers of metrics.jsonl there
 
     def check(self) -> None:
         """Raise UserError if its package or its account is missing; by default it needs none."""
@@ -87,15 +85,12 @@ class _Tensorboard:
 class WandbConfig(TrackerConfig):
     """Weights & Biases."""
 
-    project: str = key("forescale", "the project there")
-    entity: str | None = key(None, "the account or team; null: yours")
-    group: str | None = key(
-        None, "the group of the run there; null: the study of a cell, else none"
-    )
-    tags: list[str] = key([], "tags of the run there")
-    mode: Literal["auto", "online", "offline"] = key(
-        "auto", "auto: online if an account is logged in, else offline"
-    )
+    project: str = "forescale"  # the project there
+    entity: str | None = None  # the account or team; null: yours
+    group: str | None = None  # the group of the run there; null: the study of a cell, else none
+    tags: list[str] = key([])  # tags of the run there
+    # auto: online if an account is logged in, else offline
+    mode: Literal["auto", "online", "offline"] = "auto"
 
     def check(self) -> None:
         if not _is_installed("wandb"):

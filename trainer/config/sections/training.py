@@ -3,8 +3,6 @@
 Invariant: a rule about one section is in its class.
 """
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
 import math
 import re
 from dataclasses import dataclass, replace
@@ -24,11 +22,10 @@ STEP_LAW_BATCH = (0.58, 0.571)
 
 @dataclass
 class OriginConfig:
-    run: str | None = key(None, "run to branch from: its name or its directory")
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    load: Literal["everything", "weights"] = key(
-        "everything", "everything: continue at its step; weights: begin at step 0 with its weights"
-    )
+    run: str | None = None  # run to branch from: its name or its directory
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    # everything: continue at its step; weights: begin at step 0 with its weights
+    load: Literal["everything", "weights"] = "everything"
 
     def problems(self) -> ProblemIterator:
         if self.run is None and self.step is not None:
@@ -37,15 +34,14 @@ class OriginConfig:
 
 @dataclass
 class RunConfig:
-    name: str = key("first", "the run's name; its directory is run.root/run.name", common=True)
-    root: str = key("runs", "the directory that holds the runs")
-    resume: Literal["auto", "must", "never"] = key(
-        "auto", "auto: resume the run if it exists; must: refuse a new run; never: refuse to resume"
-    )
-    access: Literal["owner", "group", "all"] = key(
-        "owner", "who may read the run's directory: mode 0700, 0750 or 0755"
-    )
-    origin: OriginConfig = section(OriginConfig, "branch off another run", "identity", "from")
+    name: str = key("first", common=True)  # the run's name; its directory is run.root/run.name
+    root: str = "runs"  # the directory that holds the runs
+    # auto: resume the run if it exists; must: refuse a new run; never: refuse to resume
+    resume: Literal["auto", "must", "never"] = "auto"
+    # who may read the run's directory: mode 0700, 0750 or 0755
+    access: Literal["owner", "group", "all"] = "owner"
+    # branch off another run
+    origin: OriginConfig = section(OriginConfig, name="from", kind="identity")
 
     @property
     def directory(self) -> Path:
@@ -65,74 +61,40 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int | None = key(None, "length in optimizer steps, instead of train.tokens", ge=1)
-    tokens: int | None = key(
-        None,
-        "length in tokens, rounded up to whole steps, instead of train.steps",
-        ge=1,
-        common=True,
-    )
-    tokens_per_parameter: float | None = key(
-        None, "length in tokens for each parameter of the layers, instead of train.tokens", gt=0
-    )
-    sequence_length: int = key(
-        256, "targets per window; a window has one token more", ge=1, common=True
-    )
-    first_length: int | None = key(
-        None,
-        "targets per row at first: windows are cut into rows of so many, which double up to "
-        "sequence_length over length_ramp; null: windows are never cut",
-        ge=1,
-    )
-    length_ramp: Duration | None = key(
-        None,
-        "length of the run over which rows grow from first_length; each length as long",
-        gt=0,
-        wall_time=False,
-    )
-    global_batch: int = key(
-        8,
-        "windows per optimizer step, over all ranks; 0: by the length in tokens",
-        ge=0,
-        common=True,
-    )
-    first_batch: int | None = key(
-        None, "windows of the first steps, which double to global_batch; null: global_batch", ge=1
-    )
-    batch_ramp: Duration | None = key(
-        None,
-        "with first_batch: length until the batch is global_batch; each doubling takes as many "
-        "steps, or tokens; percent are of train.tokens",
-        wall_time=False,
-    )
-    micro_batch: int = key(
-        4,
-        "windows per rank and forward pass; gradient accumulation follows from it",
-        kind="numerics",
-        ge=1,
-        common=True,
-    )
-    seed: int = key(1337, "seed of initial weights, data order and dropout", ge=0, common=True)
-    init_seed: int | None = key(None, "seed of the initial weights; null: train.seed", ge=0)
-    compile: Literal["auto", "on", "off"] = key(
-        "auto", "torch.compile; auto: on if there is a compiler", kind="numerics"
-    )
-    activation_memory_budget: float | None = key(
-        None,
-        "part of their activations that compiled blocks keep, 0 to 1: the backward pass makes the "
-        "rest again, the cheapest first; null: torch's own choice",
-        kind="numerics",
-        ge=0,
-        le=1,
-    )
+    steps: int | None = key(None, ge=1)  # length in optimizer steps, instead of train.tokens
+    # length in tokens, rounded up to whole steps, instead of train.steps
+    tokens: int | None = key(None, ge=1, common=True)
+    # length in tokens for each parameter of the layers, instead of train.tokens
+    tokens_per_parameter: float | None = key(None, gt=0)
+    # targets per window; a window has one token more
+    sequence_length: int = key(256, ge=1, common=True)
+    # targets per row at first: windows are cut into rows of so many, which double up to
+    # sequence_length over length_ramp; null: windows are never cut
+    first_length: int | None = key(None, ge=1)
+    # length of the run over which rows grow from first_length; each length as long
+    length_ramp: Duration | None = key(None, gt=0, wall_time=False)
+    # windows per optimizer step, over all ranks; 0: by the length in tokens
+    global_batch: int = key(8, ge=0, common=True)
+    # windows of the first steps, which double to global_batch; null: global_batch
+    first_batch: int | None = key(None, ge=1)
+    # with first_batch: length until the batch is global_batch; each doubling takes as many steps,
+    # or tokens; percent are of train.tokens
+    batch_ramp: Duration | None = key(None, wall_time=False)
+    # windows per rank and forward pass; gradient accumulation follows from it
+    micro_batch: int = key(4, kind="numerics", ge=1, common=True)
+    seed: int = key(1337, ge=0, common=True)  # seed of initial weights, data order and dropout
+    init_seed: int | None = key(None, ge=0)  # seed of the initial weights; null: train.seed
+    # torch.compile; auto: on if there is a compiler
+    compile: Literal["auto", "on", "off"] = key("auto", kind="numerics")
+    # part of their activations that compiled blocks keep, 0 to 1: the backward pass makes the rest
+    # again, the cheapest first; null: torch's own choice
+    activation_memory_budget: float | None = key(None, kind="numerics", ge=0, le=1)
     # On by default: exact resumption is what a run is for, and only then does the self-check see a
     # single wrong bit. Of the speed a part of attention's backward pass is lost.
-    deterministic: bool = key(
-        True,
-        "exact: kernels that give the same bits each time, or an error; false: fast, and exact up "
-        "to rounding only. A CPU is exact either way",
-        kind="numerics",
-    )
+
+    # exact: kernels that give the same bits each time, or an error; false: fast, and exact up to
+    # rounding only. A CPU is exact either way
+    deterministic: bool = key(True, kind="numerics")
 
     @property
     def _lengths(self) -> list[str]:
