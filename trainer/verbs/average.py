@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RootConfig, RunJob
@@ -14,9 +14,6 @@ from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE
 from forescale.run.directory import Run
 
-if TYPE_CHECKING:
-    from forescale.checkpoint.average import Averaged
-
 
 @dataclass
 class AveragedRunConfig(RootConfig):
@@ -25,7 +22,6 @@ class AveragedRunConfig(RootConfig):
     name: str | None = None  # name of the new run; null: RUN-average
 
     def problems(self) -> Problems:
-        """Return a problem if the name can't be that of a directory."""
         return [] if self.name is None else RunConfig(self.name).problems()
 
 
@@ -44,7 +40,6 @@ class AverageJob(RunJob):
     run: AveragedRunConfig = section(AveragedRunConfig)
 
     def problems(self) -> Problems:
-        """Return the problems of keys that exclude each other."""
         problems = super().problems()
         if self.last is not None and self.steps:
             problems.append(("last", "excludes steps", "write one of them"))
@@ -70,24 +65,19 @@ def main(arguments: list[str]) -> int:
     steps = chosen_steps(origin, job.last, job.steps)
     with progress_display() as progress:
         averaged = average(origin, steps, run, progress)
-    print(json.dumps(_facts(averaged), indent=2) if job.json else _page(averaged, origin))
-    return DONE
-
-
-def _facts(averaged: "Averaged") -> dict[str, Any]:
-    return {
-        "name": averaged.run.name,
-        "path": str(averaged.run.path),
-        "checkpoint": str(averaged.run.checkpoint_path(0)),
-        "steps": averaged.steps,
-        "kept": averaged.copied,
-        "parameters": averaged.parameters,
-        "bytes": averaged.bytes,
-    }
-
-
-def _page(averaged: "Averaged", origin: Run) -> str:
     run, steps = averaged.run, averaged.steps
+    if job.json:
+        facts = {
+            "name": run.name,
+            "path": str(run.path),
+            "checkpoint": str(run.checkpoint_path(0)),
+            "steps": steps,
+            "kept": averaged.copied,
+            "parameters": averaged.parameters,
+            "bytes": averaged.bytes,
+        }
+        print(json.dumps(facts, indent=2))
+        return DONE
     of = f"the mean of the weights of {origin.path} at steps {', '.join(map(str, steps))}"
     if len(steps) == 1:
         of = f"the weights of {origin.path} at step {steps[0]}"
@@ -96,7 +86,7 @@ def _page(averaged: "Averaged", origin: Run) -> str:
         others = f" and {len(averaged.copied) - 1} more" if len(averaged.copied) > 1 else ""
         whole = f"whole numbers ({averaged.copied[0]}{others})"
         note = f"Not averaged, but as at step {steps[-1]}: {whole}.\n"
-    return (
+    print(
         f"The run {run.path} is {of}: {averaged.parameters:,} parameters, "
         f"{averaged.bytes / 2**20:,.1f} MiB.\n{note}\n"
         f"Next:\n"
@@ -104,3 +94,4 @@ def _page(averaged: "Averaged", origin: Run) -> str:
         f"  forescale generate {run.path} prompt=TEXT\n"
         f"  forescale train run.name=NEW run.from.run={run.path} run.from.load=weights"
     )
+    return DONE

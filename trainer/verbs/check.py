@@ -5,6 +5,7 @@ Exit codes: 0 complete; 2 with faults, which are printed one per line (like any 
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -80,20 +81,15 @@ def _kind_and_path(job: CheckJob) -> tuple[str, Path]:
     find, so a file listed in the table is enough."""
     path = Path(job.target or "").expanduser()
     if not (path / "config.yaml").is_file():
-        listed = _listed(path)
+        listed: set[str] = set()
+        with suppress(UserError):
+            listed = {*read_table(path)}
         for kind, mark in (("dataset", _MANIFEST), ("checkpoint", STATE)):
             if (path / mark).is_file() or mark in listed:
                 return kind, path
         if path.is_dir() and (path / TABLE).exists():
             raise UserError(str(path / TABLE), "is damaged", "restore it from a copy")
     return "run", Run.existing(path, Path(job.run.root).expanduser()).path
-
-
-def _listed(path: Path) -> set[str]:
-    try:
-        return set(read_table(path))
-    except UserError:
-        return set()
 
 
 def _check(kind: str, path: Path, tick, replayed, trust: bool) -> Findings:

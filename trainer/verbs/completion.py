@@ -106,28 +106,17 @@ def candidates(before: Sequence[str], last: str) -> list[str]:
         words = _values(schema, name, before[1:])
         return sorted(f"{name}={v}" for v in words if v.startswith(value))
     words = [f"{name}=" for name in groups(schema)]
-    words += [_next_part(path, last) for path in leaves(schema) if _is_read(schema, path, before)]
+    action = schema.ACTIONS.get(before[1]) if len(before) > 1 else None
+    head = last.rpartition(".")[0] + "." if "." in last else ""
+    for path in leaves(schema):
+        is_read = action.reads(path) if action else not schema.ACTIONS
+        if is_read and path.startswith(head):  # up to the next dot, or with a = at its end
+            part, dot, _ = path[len(head) :].partition(".")
+            words.append(head + part + (dot or "="))
     words += [*schema.ACTIONS, *getattr(verb, "FIRST", ())] if len(before) == 1 else []
     words += [v for v in _values(schema, schema.TARGET, before[1:]) if v != "null"]
     words += [*schema.FLAGS, "--help"] if last.startswith("-") else []
     return sorted({word for word in words if word.startswith(last)})
-
-
-def _is_read(schema: type[Job], path: str, before: Sequence[str]) -> bool:
-    """Return True unless the verb has actions and the one that was typed does not read the key."""
-    if not schema.ACTIONS:
-        return True
-    action = schema.ACTIONS.get(before[1]) if len(before) > 1 else None
-    return action is not None and action.reads(path)
-
-
-def _next_part(path: str, last: str) -> str:
-    """Return a key's path up to the first dot behind `last`; with a `=` if that is all of it."""
-    head = last.rpartition(".")[0] + "." if "." in last else ""
-    if not path.startswith(head):
-        return ""
-    part, dot, _ = path[len(head) :].partition(".")
-    return head + part + (dot or "=")
 
 
 def _values(schema: type[Job], name: str, before: Sequence[str]) -> list[str]:
@@ -135,7 +124,9 @@ def _values(schema: type[Job], name: str, before: Sequence[str]) -> list[str]:
     if group := groups(schema).get(name):
         return list(group.files)
     if name in _RUNS:
-        return _runs(before)
+        roots = [word.partition("=")[2] for word in before if word.startswith("run.root=")]
+        root = Path(roots[-1] if roots else "runs").expanduser()
+        return [path.parent.name for path in root.glob("[!.]*/config.yaml")]
     values: list[str] = []
     known = leaves(schema)
     leaf = known.get(name) or known.get(f"{name}.kind")  # a block's word is short for its kind
@@ -145,10 +136,3 @@ def _values(schema: type[Job], name: str, before: Sequence[str]) -> list[str]:
             values += map(str, get_args(type_))
         values += {bool: ["true", "false"], type(None): ["null"]}.get(type_, [])
     return values
-
-
-def _runs(before: Sequence[str]) -> list[str]:
-    """Return the names of the runs under run.root."""
-    roots = [word.partition("=")[2] for word in before if word.startswith("run.root=")]
-    root = Path(roots[-1] if roots else "runs").expanduser()
-    return [path.parent.name for path in root.glob("[!.]*/config.yaml")]

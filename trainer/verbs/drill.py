@@ -42,7 +42,6 @@ class DrillJob(Job):
     json: str | None = None  # file for the results, as JSON
 
     def problems(self) -> Problems:
-        """Return unknown scenarios, and a limit that is no wall time."""
         problems = problems_of_scenarios(self.scenarios)
         if self.limit.unit != "seconds" or not self.limit.amount:
             problems.append(("limit", "must be a wall time", "write limit='3 min'"))
@@ -76,7 +75,10 @@ def main(arguments: list[str]) -> int:
             print(judgements[-1], flush=True)
         _show(judgements, undisturbed)
         if job.json:
-            write_json(Path(job.json).expanduser(), _results(judgements, undisturbed))
+            whole_run = {"seconds": undisturbed.seconds, "compute": undisturbed.compute}
+            rows = [{**vars(v), "survived": v.survived} for v in judgements]
+            results = {"undisturbed": whole_run, "ettr": _ettr(judgements), "scenarios": rows}
+            write_json(Path(job.json).expanduser(), results)  # times in seconds
     finally:
         whole = len(judgements) == len(chosen) and all(v.survived for v in judgements)
         if temporary and whole and not job.keep:
@@ -116,10 +118,3 @@ def _show(judgements: Sequence[Judgement], undisturbed: Evidence) -> None:
 
 def _ettr(judgements: Sequence[Judgement]) -> float:
     return sum(v.compute for v in judgements) / max(1e-9, sum(v.wall for v in judgements))
-
-
-def _results(judgements: Sequence[Judgement], undisturbed: Evidence) -> dict:
-    """Return the content of the JSON file; times in seconds."""
-    whole = {"seconds": undisturbed.seconds, "compute": undisturbed.compute}
-    rows = [{**vars(v), "survived": v.survived} for v in judgements]
-    return {"undisturbed": whole, "ettr": _ettr(judgements), "scenarios": rows}

@@ -30,7 +30,6 @@ class ExportJob(RunJob):
     base: str | None = None
 
     def problems(self) -> Problems:
-        """Return the problems of keys that need each other."""
         problems = super().problems()
         if self.base is not None and not self.adapter:
             problems.append(("base", "applies to adapters alone", "add adapter=true"))

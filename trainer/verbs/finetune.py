@@ -103,9 +103,34 @@ def main(arguments: list[str]) -> int:
         todo = "write prepare_only=true without a launcher, then start forescale train NAME with it"
         raise UserError("finetune", "was started as a rank", todo)
     words, view = _named(arguments)
-    job = compose(FinetuneJob, words, find=lambda directory: _base_config(directory, view, words))
+
+    def base_config(directory: Path) -> dict[str, Any]:
+        """Return the config under the command's keys: that of the run itself if it exists. The file
+        of examples decides between responses and preferences, unless the objective is typed."""
+        run, file = Run(directory), _typed(words, "file")
+        if run.config.exists():
+            return plain(thaw(TrainJob, run.config, trust=True))
+        kind = _typed(words, "objective") or _typed(words, "objective.kind")
+        are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
+        has_adapters = (_typed(words, "lora.rank") or "0") != "0"
+        return first_config(view.config, view.run.is_import, are_preferences, has_adapters)
+
+    job = compose(FinetuneJob, words, find=base_config)
     is_new = not Run(job.run.directory).config.exists()
-    dataset = _dataset(job, view)
+    vocabulary = vocabulary_of_run(view.run)
+    template = chat_template(view.run, vocabulary, job.template)
+    template.check()
+    request = Request(
+        vocabulary,
+        template,
+        most=job.train.sequence_length + 1,
+        held_out=job.held_out,
+        unusable=job.unusable,
+        are_preferences=job.objective.are_preferences,
+    )
+    with progress_display() as progress:
+        cache = job.data.cache_directory
+        dataset = prepare_conversations(job.file or "", cache, request, progress)
     has_length = any(word.startswith(("train.steps=", "train.tokens=")) for word in words)
     is_settled = has_length or not (is_new or any(word.startswith("epochs=") for word in words))
     epochs = job.epochs or default_epochs(job.objective.are_preferences)
@@ -145,35 +170,6 @@ def _named(arguments: list[str]) -> tuple[list[str], RunView]:
 def _typed(words: list[str], name: str) -> str | None:
     values = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
     return values[-1].strip("'\"") if values else None
-
-
-def _base_config(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
-    """Return the config under the command's keys: that of the run itself if it exists. The file of
-    examples decides between responses and preferences, unless the objective is typed."""
-    run = Run(directory)
-    if run.config.exists():
-        return plain(thaw(TrainJob, run.config, trust=True))
-    kind = _typed(words, "objective") or _typed(words, "objective.kind")
-    file = _typed(words, "file")
-    are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
-    has_adapters = (_typed(words, "lora.rank") or "0") != "0"
-    return first_config(view.config, view.run.is_import, are_preferences, has_adapters)
-
-
-def _dataset(job: FinetuneJob, view: RunView) -> Dataset:
-    vocabulary = vocabulary_of_run(view.run)
-    template = chat_template(view.run, vocabulary, job.template)
-    template.check()
-    request = Request(
-        vocabulary,
-        template,
-        most=job.train.sequence_length + 1,
-        held_out=job.held_out,
-        unusable=job.unusable,
-        are_preferences=job.objective.are_preferences,
-    )
-    with progress_display() as progress:
-        return prepare_conversations(job.file or "", job.data.cache_directory, request, progress)
 
 
 def _introduce(started: Start, dataset: Dataset, is_new: bool) -> None:

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from forescale.config.compose import compose, overrides_of
@@ -68,7 +67,6 @@ class GenerateJob(RunJob):
     trust: bool = False  # allow running the model class (_target_) that the run's config names
 
     def problems(self) -> Problems:
-        """Return the problems of keys that exclude each other."""
         problems = super().problems()
         ways = {
             "prompt": bool(self.prompt),
@@ -103,34 +101,18 @@ def main(arguments: list[str]) -> int:
     """Print prompts and texts to stdout, everything else to stderr."""
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     view = open_view(job.target or "", job.run.root)
-    template = _template(job, view)
+    template = None
+    if job.chat:
+        template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
+        template.check()
     if job.interactive:
         _converse(job, view, template, _model(job, view))
         return DONE
-    answers = _answers(job, view, template, _prompts(job))
-    model = _model(job, view)
-    if len(answers) == 1 and not job.json:
-        _stream(model, answers[0])
-    else:
-        _print_all(job, model, answers)
+    prompts = job.prompts or [whole_input() if job.prompt == "-" else job.prompt]
+    prompts = prompts if job.input is None else prompts_in(job.input)
+    answers = _answers(job, view, template, prompts)
+    _print(job, _model(job, view), answers)
     return DONE
-
-
-def _prompts(job: GenerateJob) -> list[str]:
-    """Return the prompts in their order. Raises UserError."""
-    if job.input is not None:
-        return prompts_in(job.input)
-    return job.prompts or [whole_input() if job.prompt == "-" else job.prompt]
-
-
-def _template(job: GenerateJob, view: RunView) -> ChatTemplate | None:
-    """Return the template of a chat, None if there is no chat. Raises UserError for one that can't
-    be read, or that no chat fits."""
-    if not job.chat:
-        return None
-    template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
-    template.check()
-    return template
 
 
 def _model(job: GenerateJob, view: RunView) -> "nn.Module":
@@ -147,13 +129,23 @@ def _answers(
     """Return the answers, all empty. template: of a chat; before: its turns until now.
     Raises UserError for a prompt that the model can't read."""
     from forescale.inference.generation import Answer, GenerationConfig, Sampler
-    from forescale.inference.question import question_of
+    from forescale.inference.question import chat_question, question_of
 
     sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
     stops = [text.replace("\\n", "\n").replace("\\t", "\t") for text in job.stop]
     config = GenerationConfig(job.num_tokens, sampler, tuple(stops))
     answers: list[Answer] = []
-    ask = partial(question_of, view) if template is None else _chat(view, template, before)
+
+    def ask(prompt: str) -> "Question":
+        if template is None:
+            return question_of(view, prompt)
+        try:
+            messages = [*before, {"role": "user", "content": prompt}]
+            question = chat_question(view, template, messages)
+        except Unfit as e:
+            raise UserError("prompt", f"is a message {e}", "write another one") from None
+        return replace(question, prompt=prompt, echo="")
+
     for number, prompt in enumerate(prompts, 1):
         try:
             question = ask(prompt)
@@ -166,76 +158,46 @@ def _answers(
     return answers
 
 
-def _chat(
-    view: RunView, template: ChatTemplate, before: Sequence[Message]
-) -> Callable[[str], "Question"]:
-    """Return a function from the next message of a conversation to its question. It raises
-    UserError."""
-    from forescale.inference.question import chat_question
-
-    def ask(prompt: str) -> "Question":
-        messages = [*before, {"role": "user", "content": prompt}]
-        try:
-            question = chat_question(view, template, messages)
-        except Unfit as e:
-            raise UserError("prompt", f"is a message {e}", "write another one") from None
-        return replace(question, prompt=prompt, echo="")
-
-    return ask
-
-
-def _stream(model: "nn.Module", answer: "Answer") -> None:
-    """Print a prompt, and its text as it comes."""
-    from forescale.inference.generation import stream
+def _print(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> None:
+    """Print one text as it comes; of several, each under a line that says which it is; or JSON."""
+    from forescale.inference.generation import complete, stream
 
     out = unchanged_output()
-    print(answer.question.echo, end="", flush=True, file=out)
-    for _, piece in stream(model, [answer]):
-        print(piece, end="", flush=True, file=out)
-    print(file=out)
-    if note := _note(answer):
-        print(f"({note})", file=sys.stderr)
-
-
-def _note(answer: "Answer") -> str:
-    """Return why an answer is shorter than num_tokens, as a sentence, or an empty text."""
-    count, unit = _tokens(answer.num_tokens), answer.question.unit
-    if answer.reason == "end":
-        return f"The {unit} ends after {count}."
-    if answer.reason == "stop":
-        return f"A stop text ends it after {count}."
-    if answer.num_tokens < answer.config.num_tokens:
-        return f"The {unit} has no end within {count}, the most that it has in training."
-    return ""
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'s' * (count != 1)}"
-
-
-def _print_all(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> None:
-    """Print several texts in their order, each under a line that says which it is, or as JSON."""
-    from forescale.inference.generation import complete
-
-    out = unchanged_output()
+    if len(answers) == 1 and not job.json:
+        (answer,) = answers
+        print(answer.question.echo, end="", flush=True, file=out)
+        for _, piece in stream(model, answers):
+            print(piece, end="", flush=True, file=out)
+        print(file=out)
+        if note := _note(answer):
+            print(f"({note})", file=sys.stderr)
+        return
     for number, answer in enumerate(complete(model, answers, job.batch), 1):
         if job.json:
-            print(_as_json(answer), flush=True, file=out)
+            facts = {
+                "prompt": answer.question.prompt,
+                "text": answer.text,
+                "tokens": answer.num_tokens,
+                "reason": answer.reason,
+                "seed": answer.seed,
+            }
+            print(json.dumps(facts, ensure_ascii=False), flush=True, file=out)
             continue
         print(f"--- {number} of {len(answers)}, seed {answer.seed}", file=out)
         print(answer.question.echo + answer.text, flush=True, file=out)
 
 
-def _as_json(answer: "Answer") -> str:
-    """Return an answer as one line of JSON."""
-    facts = {
-        "prompt": answer.question.prompt,
-        "text": answer.text,
-        "tokens": answer.num_tokens,
-        "reason": answer.reason,
-        "seed": answer.seed,
-    }
-    return json.dumps(facts, ensure_ascii=False)
+def _note(answer: "Answer") -> str:
+    """Return why an answer is shorter than num_tokens, as a sentence, or an empty text."""
+    n, unit = answer.num_tokens, answer.question.unit
+    count = f"{n:,} token{'s' * (n != 1)}"
+    if answer.reason == "end":
+        return f"The {unit} ends after {count}."
+    if answer.reason == "stop":
+        return f"A stop text ends it after {count}."
+    if n < answer.config.num_tokens:
+        return f"The {unit} has no end within {count}, the most that it has in training."
+    return ""
 
 
 def _converse(
@@ -249,10 +211,7 @@ def _converse(
             continue
         try:
             answers = _answers(replace(job, seed=seed), view, template, [line], turns)
-            if len(answers) == 1 and not job.json:
-                _stream(model, answers[0])
-            else:
-                _print_all(job, model, answers)
+            _print(job, model, answers)
             messages = ("user", line), ("assistant", answers[0].text)
             turns += [{"role": role, "content": text} for role, text in messages if job.chat]
         except KeyboardInterrupt:

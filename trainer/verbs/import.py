@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems
@@ -15,9 +15,6 @@ from forescale.config.sections.training import RunConfig
 from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, UserError
 from forescale.run.directory import Run
-
-if TYPE_CHECKING:
-    from forescale.inference.importing import Imported
 
 _TODO = "write forescale import hf DIR NAME"
 
@@ -30,7 +27,6 @@ class ImportedRunConfig:
     root: str = "runs"  # the directory that holds the runs
 
     def problems(self) -> Problems:
-        """Return a problem if the name is missing or can't be that of a directory."""
         if self.name is None:
             return [("name", "is missing", _TODO)]
         return RunConfig(self.name).problems()
@@ -55,7 +51,6 @@ class ImportJob(Job):
     run: ImportedRunConfig = section(ImportedRunConfig)  # the new run
 
     def problems(self) -> Problems:
-        """Return a problem if no directory is given."""
         return [] if self.path else [("path", "is missing", _TODO)]
 
 
@@ -84,24 +79,18 @@ def main(arguments: list[str]) -> int:
     source = Path(job.path).expanduser()
     with progress_display() as progress:
         imported = import_hf(source, run, job.tokenizer, job.end_of_text, progress)
-    print(json.dumps(_facts(imported), indent=2) if job.json else _page(imported, source))
-    return DONE
-
-
-def _facts(imported: "Imported") -> dict[str, Any]:
-    return {
-        "name": imported.run.name,
-        "path": str(imported.run.path),
-        "checkpoint": str(imported.run.checkpoint_path(0)),
-        "architecture": imported.architecture,
-        "parameters": imported.parameters,
-        "bytes": imported.bytes,
-    }
-
-
-def _page(imported: "Imported", source: Path) -> str:
-    run = imported.run
-    return (
+    if job.json:
+        facts = {
+            "name": run.name,
+            "path": str(run.path),
+            "checkpoint": str(run.checkpoint_path(0)),
+            "architecture": imported.architecture,
+            "parameters": imported.parameters,
+            "bytes": imported.bytes,
+        }
+        print(json.dumps(facts, indent=2))
+        return DONE
+    print(
         f"{imported.architecture} in {source} is the run {run.path} now: {imported.parameters:,} "
         f"parameters, {imported.bytes / 2**20:,.1f} MiB.\n\n"
         f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):\n"
@@ -110,3 +99,4 @@ def _page(imported: "Imported", source: Path) -> str:
         f"  forescale train run.name=NEW run.from.run={run.path} run.from.load=weights "
         f"data=dataset data.path=DATA"
     )
+    return DONE

@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> int:
     """Write the page, or print the numbers."""
     job = compose(InspectJob, overrides_of(InspectJob, arguments))
     view = open_view(job.target or "", job.run.root)
+    from forescale.data.tokenizer import text_ids
     from forescale.inspection.reading import expect_decoder, read, spelled, tokens_of
 
     expect_decoder(view)
@@ -61,7 +62,11 @@ def main(arguments: list[str]) -> int:
     subject = None if job.subject is None else tokens_of(pieces, job.subject)
     answer = None
     if job.answer is not None:
-        answer = _first(view, job.answer, is_used=subject is not None)
+        if subject is None:
+            raise UserError("answer", "is that of a trace", "give subject=TEXT too")
+        if not (answer_ids := text_ids(view.tokenizer, job.answer)):
+            raise UserError("answer", "is empty", "write what should follow the text")
+        answer = answer_ids[0]
     model: Transformer = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
     with progress_display() as progress:
         reading = read(model, ids, subject, answer, job.seed, progress)
@@ -103,14 +108,3 @@ def _ids(view: RunView, job: InspectJob) -> tuple[list[int], str]:
         raise UserError("text", "is not given, and the run has no held-out text", "write text=...")
     first = split.read(0, 0, min(most - 1, split.shard_tokens[0]))
     return [begin, *first.tolist()], "held-out text"
-
-
-def _first(view: RunView, answer: str, is_used: bool) -> int:
-    """Return the first token of an answer."""
-    from forescale.data.tokenizer import text_ids
-
-    if not is_used:
-        raise UserError("answer", "is that of a trace", "give subject=TEXT too")
-    if not (ids := text_ids(view.tokenizer, answer)):
-        raise UserError("answer", "is empty", "write what should follow the text")
-    return ids[0]

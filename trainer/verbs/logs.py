@@ -4,7 +4,6 @@ rank that failed first."""
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +43,37 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     job = compose(LogsJob, overrides_of(LogsJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    is_gone = _JobIsGone(run)
     if job.rank is None:
-        return _show_batch(run, job)
-    attempt = _attempt(run, job)
+        return _show_batch(run, job, is_gone)
+    attempts = [a for a in run.attempts() if job.attempt in (None, a.number)]
+    if job.attempt is not None and not attempts:
+        raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
+    attempt = next((a for a in reversed(attempts) if _log(a, job.rank).exists()), None)
     if attempt is None:
         print(_why_nothing(run, job))
         return DONE
-    path, is_gone = _log(attempt, job.rank), _JobIsGone(run)
+
+    def goes_on() -> bool:
+        newer = (a for a in run.attempts() if a.number > attempt.number)
+        is_over = "ended" in launch_of(attempt.path) or any(launch_of(a.path) for a in newer)
+        return job.follow and not is_over and not is_gone.of(attempt)
+
+    path = _log(attempt, job.rank)
     print(f"== {path}", flush=True)
-    _show(path, job.lines, lambda: job.follow and not _is_over(run, attempt, is_gone))
-    _show_failure(attempt, job.rank)
+    _show(path, job.lines, goes_on)
+    record = launch_of(attempt.path)
+    if "ended" in record:
+        print(f"== Attempt {attempt.number} ended: {record['how']}.")
+        rank = record.get("rank", 0)
+        failed = record["code"] not in (DONE, INTERRUPTED, USER)
+        if failed and rank != job.rank and (path := _log(attempt, rank)).exists():
+            print(f"== {path}, the rank that failed first")
+            with open(path, errors="replace") as f:
+                sys.stdout.writelines(deque(f, maxlen=_LAST_LINES))
     if early := _early_end(run):
         print(_early_end_text(early))
-    elif "ended" not in launch_of(attempt.path) and is_gone.of(attempt):
+    elif "ended" not in record and is_gone.of(attempt):
         how = f"is no longer in the queue; how attempt {attempt.number} ended was not recorded"
         print(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
     return DONE
@@ -64,21 +81,6 @@ def main(words: list[str]) -> int:
 
 def _log(attempt: Attempt, rank: int) -> Path:
     return attempt.path / f"rank-{rank}.log"
-
-
-def _attempt(run: Run, job: LogsJob) -> Attempt | None:
-    """Return the requested attempt, or the newest with a log of the rank; None without a log."""
-    attempts = [a for a in run.attempts() if job.attempt in (None, a.number)]
-    if job.attempt is not None and not attempts:
-        raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
-    return next((a for a in reversed(attempts) if _log(a, job.rank or 0).exists()), None)
-
-
-def _job(run: Run) -> queue.Job | None:
-    """Return the run's job in the queue; None without one, or if the queue can't be read."""
-    with suppress(UserError):
-        return next((job for _, job in queue_cache.in_queue(newest(run))), None)
-    return None
 
 
 class _JobIsGone:
@@ -119,7 +121,10 @@ def _early_end_text(early: queue_cache.EarlyEnd) -> str:
 
 
 def _why_nothing(run: Run, job: LogsJob) -> str:
-    if queued := _job(run):
+    queued: queue.Job | None = None
+    with suppress(UserError):  # the queue can't be read
+        queued = next((queued for _, queued in queue_cache.in_queue(newest(run))), None)
+    if queued:
         reason = f" ({queued.reason})" if queued.is_waiting else ""
         return f"Job {queued.id} is {queued.state.lower()}{reason}; no rank has started."
     if early := _early_end(run):
@@ -140,54 +145,19 @@ def _why_nothing(run: Run, job: LogsJob) -> str:
 def _show(path: Path, lines: int, goes_on) -> None:
     """Print the last lines, then new ones while `goes_on()`."""
     with open(path, errors="replace") as f:
-        sys.stdout.writelines(map(_in_words, deque(f, maxlen=lines) if lines else _skipped(f)))
+        last = deque(f, maxlen=lines)  # of 0: none of them
+        sys.stdout.writelines(last)
         while True:
             text = f.read()
-            sys.stdout.write(_in_words(text))
+            sys.stdout.write(text)
             sys.stdout.flush()
             if not text and not goes_on():
                 break
             time.sleep(_EVERY if not text else 0.0)
-        sys.stdout.write(_in_words(f.read()))
+        sys.stdout.write(f.read())
 
 
-def _in_words(text: str) -> str:
-    """Return the text of a log, with one message of earlier versions in plain words."""
-    return text.replace(
-        "SLURM is ending the job (overtaken)",
-        "SLURM has started the job again, so this start of it ends",
-    )
-
-
-def _skipped(f) -> Iterator[str]:
-    f.seek(0, 2)
-    return iter(())
-
-
-def _is_over(run: Run, attempt: Attempt, is_gone: _JobIsGone) -> bool:
-    """Return True if the attempt's logs can't grow any more."""
-    if "ended" in launch_of(attempt.path):
-        return True
-    newer = [a for a in run.attempts() if a.number > attempt.number]
-    return any(launch_of(a.path) for a in newer) or is_gone.of(attempt)
-
-
-def _show_failure(attempt: Attempt, printed_rank: int) -> None:
-    """Print how the attempt ended, and the last lines of the rank that failed first."""
-    record = launch_of(attempt.path)
-    if "ended" not in record:
-        return
-    print(f"== Attempt {attempt.number} ended: {record['how']}.")
-    rank = record.get("rank", 0)
-    path = _log(attempt, rank)
-    if record["code"] in (DONE, INTERRUPTED, USER) or rank == printed_rank or not path.exists():
-        return
-    print(f"== {path}, the rank that failed first")
-    with open(path, errors="replace") as f:
-        sys.stdout.writelines(deque(f, maxlen=_LAST_LINES))
-
-
-def _show_batch(run: Run, job: LogsJob) -> int:
+def _show_batch(run: Run, job: LogsJob, is_gone: _JobIsGone) -> int:
     """Print the log of the newest submission's batch script."""
     all_submissions = submissions(run)
     if not all_submissions:
@@ -195,8 +165,6 @@ def _show_batch(run: Run, job: LogsJob) -> int:
     if not (path := (newest(run) or all_submissions[-1:])[0].log).exists():
         print(_why_nothing(run, job))
         return DONE
-
-    is_gone = _JobIsGone(run)
     print(f"== {path}", flush=True)
     _show(path, job.lines, lambda: job.follow and queue.is_here() and not is_gone())
     if early := _early_end(run):

@@ -64,9 +64,12 @@ def main(words: list[str]) -> int:
     if not job.yes:
         print(f"Would free {_megabytes(freed)}; nothing is deleted without yes=true.")
         return DONE
-    _expect_not_running(status)
-    if doomed:
-        _expect_complete(run, steps_to_verify(checkpoints, keep))
+    if status.state == "running":
+        problem = "the run is training; it deletes checkpoints itself, by checkpoint.keep"
+        raise UserError(str(run.path), problem, "stop it first, or set checkpoint.keep")
+    if faults := verify(run, steps_to_verify(checkpoints, keep)) if doomed else []:
+        problem = f"nothing is deleted, because a checkpoint that stays is damaged ({faults[0]})"
+        raise UserError(str(run.path), problem, f"see forescale check {run.path}")
     pinned = [step for step in doomed if not delete(run, step)]
     for path in left:
         shutil.rmtree(path)
@@ -74,18 +77,6 @@ def main(words: list[str]) -> int:
         print(f"Kept {run.checkpoint_path(step)}: it was pinned meanwhile.")
     print(f"Deleted {len(doomed) - len(pinned)} checkpoints, {_megabytes(freed)} in all.")
     return DONE
-
-
-def _expect_not_running(status: Status) -> None:
-    if status.state == "running":
-        problem = "the run is training; it deletes checkpoints itself, by checkpoint.keep"
-        raise UserError(str(status.run.path), problem, "stop it first, or set checkpoint.keep")
-
-
-def _expect_complete(run: Run, steps: list[int]) -> None:
-    if faults := verify(run, steps):
-        problem = f"nothing is deleted, because a checkpoint that stays is damaged ({faults[0]})"
-        raise UserError(str(run.path), problem, f"see forescale check {run.path}")
 
 
 def _bytes_in(path: Path) -> int:

@@ -28,7 +28,6 @@ class ReportJob(Job):
     run: RootConfig = section(RootConfig)  # where runs are looked for
 
     def problems(self) -> Problems:
-        """Return the problems of the input and of the output."""
         problems: Problems = []
         if not self.input:
             problems.append(("input", "is missing", "name a run or more: forescale report first"))
@@ -51,7 +50,9 @@ def main(words: list[str]) -> int:
     job = compose(ReportJob, overrides_of(ReportJob, words))
     root = Path(job.run.root).expanduser()
     runs = distinct([Run.existing(Path(name).expanduser(), root) for name in job.input])
-    path = Path(job.output).expanduser() if job.output else Path(_named(runs))
+    others = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
+    named = f"report-{runs[0].path.resolve().name}{others}.html"
+    path = Path(job.output or named).expanduser()
     form = path.suffix.lower()
     if form == ".html":
         data = page(runs, job.x, ["forescale", "report", *words]).encode()
@@ -64,8 +65,3 @@ def main(words: list[str]) -> int:
     hint = "open it in a browser; it needs no network" if form == ".html" else "the loss"
     print(f"{path}: {', '.join(run.name for run in runs)}; {hint}.")
     return DONE
-
-
-def _named(runs: list[Run]) -> str:
-    others = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
-    return f"report-{runs[0].path.resolve().name}{others}.html"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.data.conversations.template import ChatTemplate, Unfit
+from forescale.data.conversations.template import Unfit
 from forescale.ground.errors import DONE, UserError
-from forescale.inference.view import RunView, open_view, ready_to_write
+from forescale.inference.view import open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def main(arguments: list[str]) -> int:
 def open_server(job: ServeJob) -> "Server":
     """Return the server of a job, which listens. Raises UserError."""
     from forescale.inference.generation import Answer
+    from forescale.inference.question import chat_question, question_of
     from forescale.serving.app import Service
-    from forescale.serving.request import Limits
+    from forescale.serving.request import Limits, Refused
     from forescale.serving.scheduler import Scheduler
     from forescale.serving.server import Server
 
@@ -82,10 +83,20 @@ def open_server(job: ServeJob) -> "Server":
     with suppress(Unfit):  # a chat of one message may not fit; a template that isn't one is refused
         template.prompt([{"role": "user", "content": "a"}])
     model = ready_to_write(view.load(view.checkpoint(job.step), job.trust))
+
+    def question(prompt: "str | Messages") -> "Question":
+        """Return a prompt or a chat as the model reads it. Raises Refused, and UserError."""
+        try:
+            if isinstance(prompt, str):
+                return question_of(view, prompt)
+            return chat_question(view, template, prompt)
+        except Unfit as e:
+            raise Refused(400, f"A chat {e}.", "messages") from None
+
     service = Service(
         name=view.name,
         scheduler=Scheduler(model, job.batch, job.queue),
-        question=lambda prompt: _question(view, template, prompt),
+        question=question,
         answer=lambda question, request, seed: Answer(
             view.tokenizer, question, request.generation, seed
         ),
@@ -100,16 +111,3 @@ def open_server(job: ServeJob) -> "Server":
     except OSError as e:
         problem = f"can't listen at {job.host}:{job.port} ({e.strerror or e})"
         raise UserError("port", problem, "choose another port or host") from None
-
-
-def _question(view: RunView, template: ChatTemplate, prompt: "str | Messages") -> "Question":
-    """Return a prompt or a chat as the model reads it. Raises Refused, and UserError."""
-    from forescale.inference.question import chat_question, question_of
-    from forescale.serving.request import Refused
-
-    try:
-        if isinstance(prompt, str):
-            return question_of(view, prompt)
-        return chat_question(view, template, prompt)
-    except Unfit as e:
-        raise Refused(400, f"A chat {e}.", "messages") from None

@@ -59,7 +59,6 @@ class ShardsJob(Job):
     workers: int | None = key(None, ge=1)
 
     def problems(self) -> Problems:
-        """Return (key, problem, what to do) for every invalid key."""
         problems: Problems = []
         if not self.input:
             problems.append(("input", "is empty", "give a path: forescale shards TEXT output=DIR"))
@@ -95,17 +94,24 @@ def main(arguments: list[str]) -> int:
     was_there = (output / MANIFEST).is_file()
     if output.exists() and not was_there:
         raise UserError(str(output), "exists and isn't a dataset", "choose another output")
-    make = _index if _are_tokenised(job.input) else _build
+    are_tokenised = _are_tokenised(job.input)
     with progress_display() as progress:
-        make(job, output, progress)
-    print(_summary(Dataset(output), was_there))
+        if are_tokenised:
+            _index(job, output, progress)
+        else:
+            policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
+            source = Files(job.input, job.text_key, policy, suffixes=job.suffixes)
+            workers = job.workers or available()
+            build_dataset(source, output, build_config(job), progress, workers)
+    dataset = Dataset(output)
+    head = "existed already, built from the same request" if was_there else "was built"
+    print(
+        f"Dataset {dataset.path} {head} (corpus hash {dataset.corpus_hash[:16]}; "
+        f"{dataset.vocab_size:,} tokens in the vocabulary):\n"
+    )
+    print(*summary_lines(dataset.manifest), sep="\n")
+    print(f"\nNext: forescale train mine data.path={dataset.path}")
     return DONE
-
-
-def _build(job: ShardsJob, output: Path, progress: Any) -> None:
-    policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
-    source = Files(job.input, job.text_key, policy, suffixes=job.suffixes)
-    build_dataset(source, output, build_config(job), progress, job.workers or available())
 
 
 def build_config(job: ShardsJob) -> BuildConfig:
@@ -155,20 +161,6 @@ def _index(job: ShardsJob, output: Path, progress: Any) -> None:
         progress=progress,
     )
     print("The tokens were not copied: don't move or change the original files.\n")
-
-
-def _summary(dataset: Dataset, was_there: bool) -> str:
-    head = "existed already, built from the same request" if was_there else "was built"
-    return "\n".join(
-        [
-            f"Dataset {dataset.path} {head} (corpus hash {dataset.corpus_hash[:16]}; "
-            f"{dataset.vocab_size:,} tokens in the vocabulary):",
-            "",
-            *summary_lines(dataset.manifest),
-            "",
-            f"Next: forescale train mine data.path={dataset.path}",
-        ]
-    )
 
 
 def _show(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.console import Console
 from rich.live import Live
@@ -44,7 +44,6 @@ class StatusJob(Job):
     run: RootConfig = section(RootConfig)  # where the runs are stored
 
     def problems(self) -> Problems:
-        """Return a problem if two kinds of output are requested."""
         if self.live and self.json:
             return [("json", "can't be refreshed", "give --json or --live, not both")]
         return []
@@ -63,7 +62,10 @@ def main(words: list[str]) -> int:
     console = open_console()
     in_ascii = needs_ascii(console.encoding, os.environ.get("TERM", ""))
     if job.json:
-        print(json.dumps(_facts(job), indent=2, allow_nan=False))
+        runs = _runs(job)
+        jobs, ends = _jobs(runs, open_console(stderr=True))
+        rows = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
+        print(json.dumps(rows[0] if job.target else {"runs": rows}, indent=2, allow_nan=False))
         return DONE
     if not job.live:
         console.print(page_of(job, Statuses(), console.width, in_ascii), soft_wrap=True)
@@ -75,17 +77,9 @@ def main(words: list[str]) -> int:
             time.sleep(_REDRAW)
 
 
-def _facts(job: StatusJob) -> dict[str, Any]:
-    """Return one run, or {"runs": all of them}."""
-    root, errors = Path(job.run.root).expanduser(), open_console(stderr=True)
-    runs = _runs(job, root)
-    jobs, ends = _jobs(runs, errors)
-    rows = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
-    return rows[0] if job.target else {"runs": rows}
-
-
-def _runs(job: StatusJob, root: Path) -> list[Run]:
+def _runs(job: StatusJob) -> list[Run]:
     """Return the requested run, or all."""
+    root = Path(job.run.root).expanduser()
     if job.target:
         return [Run.existing(Path(job.target).expanduser(), root)]
     return runs_under(root)
@@ -94,10 +88,9 @@ def _runs(job: StatusJob, root: Path) -> list[Run]:
 def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = False) -> Text:
     """Return the whole page as one text, to be printed once or repeatedly. in_ascii: its curve is
     drawn with ASCII characters alone."""
-    root = Path(job.run.root).expanduser()
     text = StringIO()
     page = open_console(width=width, file=text, force_terminal=True)
-    runs = _runs(job, root)
+    runs = _runs(job)
     jobs, ends = _jobs(runs, page)
     if job.target:
         name = runs[0].name
@@ -105,7 +98,8 @@ def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = Fal
     elif runs:
         show_runs([statuses.of(run) for run in runs], page, jobs, ends)
     else:
-        page.print(f"No runs in {escape(str(root))} yet; start one with: forescale train")
+        root = escape(str(Path(job.run.root).expanduser()))
+        page.print(f"No runs in {root} yet; start one with: forescale train")
     return Text.from_ansi(text.getvalue().rstrip())
 
 

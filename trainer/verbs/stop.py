@@ -18,7 +18,7 @@ from forescale.resilience.launcher import ATTEMPT
 from forescale.resilience.outcome import launch_of, process_mark
 from forescale.run.directory import Run
 from forescale.slurm import queue
-from forescale.slurm.submission import Submission, expect_own, waiting_or_running
+from forescale.slurm.submission import expect_own, waiting_or_running
 
 _RESTART = 10.0  # seconds: longer than a launcher waits before it starts ranks again
 
@@ -49,27 +49,28 @@ def main(words: list[str]) -> int:
             problem = f"the run is complete, and its job {queued.id} ends by itself"
             raise UserError(str(run.path), problem, f"if it doesn't: scancel {queued.id}")
         expect_own(submission, queued)
-        _stop_job(submission, queued, job.now)
+        submission.stop()  # first, so that the job isn't restarted in between
+        if job.now or queued.is_waiting:
+            queue.cancel(queued.id)
+            was = "was still waiting" if queued.is_waiting else "did not save"
+            print(f"Job {queued.id} is cancelled; it {was}. Resume the run with forescale submit.")
+        else:
+            queue.signal_batch(queued.id, "USR1")
+            print(
+                f"Job {queued.id} saves and exits, and isn't requeued. Follow it: forescale logs "
+                f"{submission.path.parents[1].name} rank=null"
+            )
     elif process := _launcher(run):
-        _stop_launcher(process, job.now)
+        if job.now:
+            process.kill()  # its ranks die with it; psutil signals no later process of the same id
+            print(f"Process {process.pid} is killed; steps since the last checkpoint are lost.")
+        else:
+            process.terminate()
+            print(f"Process {process.pid} saves and exits.")
     else:
         todo = "see forescale status; on another machine, give this command there"
         raise UserError(str(run.path), "it neither runs on this machine nor is in the queue", todo)
     return DONE
-
-
-def _stop_job(submission: Submission, job: queue.Job, now: bool) -> None:
-    submission.stop()  # first, so that the job isn't restarted in between
-    if now or job.is_waiting:
-        queue.cancel(job.id)
-        was = "was still waiting" if job.is_waiting else "did not save"
-        print(f"Job {job.id} is cancelled; it {was}. Resume the run with forescale submit.")
-        return
-    queue.signal_batch(job.id, "USR1")
-    print(
-        f"Job {job.id} saves and exits, and isn't requeued. Follow it: forescale logs "
-        f"{submission.path.parents[1].name} rank=null"
-    )
 
 
 def _launcher(run: Run) -> psutil.Process | None:
@@ -106,21 +107,8 @@ def _trains(process: psutil.Process, attempt: Path) -> bool:
                 path = child.environ().get(ATTEMPT)
                 if path and (Path(process.cwd()) / path).resolve() == attempt.resolve():
                     return True
-        if time.monotonic() > end or not _is_launcher(process):
+        command = process.cmdline()
+        may_start = "train" in command and "forescale" in " ".join(command)
+        if time.monotonic() > end or not (process.is_running() and may_start):
             return False
         time.sleep(0.1)
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    """Return True if the command of a process is one that may start ranks."""
-    command = process.cmdline()
-    return process.is_running() and "train" in command and "forescale" in " ".join(command)
-
-
-def _stop_launcher(process: psutil.Process, now: bool) -> None:
-    if now:
-        process.kill()  # its ranks die with it; psutil signals no later process of the same id
-        print(f"Process {process.pid} is killed; steps since the last checkpoint are lost.")
-        return
-    process.terminate()
-    print(f"Process {process.pid} saves and exits.")

@@ -141,12 +141,6 @@ def test_nobody_waits_for_the_log_of_a_job_that_is_gone(run, forescale, gone, mo
     assert time.monotonic() == 1e9
 
 
-def test_a_word_of_an_earlier_version_is_a_sentence(run, forescale, gone, monkeypatch):
-    monkeypatch.setattr(queue, "is_here", lambda: False)
-    gone.log.write_text("12:00:00 SLURM is ending the job (overtaken).\n")
-    assert "SLURM has started the job again, so" in forescale("logs", "small", "rank=null")[1]
-
-
 @pytest.fixture
 def started(run):
     """Start a process with a child that has an attempt, as launchers have."""
