@@ -30,7 +30,8 @@ from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
-from forescale.slurm.preflight.collect import Preflight, PreflightReport, Requirements
+from forescale.slurm.preflight.collect import Preflight
+from forescale.slurm.preflight.findings import PreflightReport, Requirements
 from forescale.slurm.submission import Submission
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -44,7 +45,7 @@ class Batch:
     def __init__(self, run: Run, submission: Submission):
         self.run, self.submission, self.settings = run, submission, submission.settings
         self.job: TrainJob = thaw(TrainJob, run.config, trust=True)
-        self.id = queue.own_job()
+        self.id, self.name = queue.own_job(), submission.name
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.job_hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])  # the first is this one
         self.hosts = self.job_hosts[: self.settings.nodes]  # those of the attempt
@@ -70,7 +71,7 @@ class Batch:
             mirror.start()
         while True:
             code = self._attempt_once()
-            past = policy.past(self.run, self._name)
+            past = policy.past(self.run, self.name)
             decision = self._decide(code, past)
             self._say(decision)
             if decision.action == "end":
@@ -82,7 +83,15 @@ class Batch:
                     mirror.close(not ended, lambda: self.stop_signal is not None)
                 return decision.code
             if decision.action == "requeue":
-                return self._requeue(decision)
+                out = decision.exclude
+                try:
+                    exclude = [*self.settings.exclude, *out] if out else ()
+                    queue.requeue(self.id, exclude, decision.pause)
+                except UserError as e:
+                    self._log(f"{e} Submit the run again to resume.")
+                else:
+                    time.sleep(300)  # SLURM ends this start meanwhile
+                return decision.code
             time.sleep(_PAUSE * 2 ** max(0, past.crashes - 1))
 
     def _say(self, decision: policy.JobDecision) -> int:
@@ -106,24 +115,16 @@ class Batch:
             most=self.settings.max_requeues,
         )
 
-    @property
-    def _name(self) -> str:
-        return self.submission.name
-
     def _state(self) -> str:
-        """Return SLURM's state of this start of the job, or "" if the job started again.
-
-        After a network failure, an old supervisor may still run while the job runs elsewhere.
-        """
+        """Return SLURM's state of this start of the job, or "" if the job started again: after a
+        network failure, an old supervisor may still run while the job runs elsewhere."""
         facts = queue.show(self.id)
         is_current = facts.get("Restarts") == str(self.restart)
         return facts.get("JobState", "") if is_current else ""
 
     def _is_over(self) -> policy.JobDecision | None:
-        """Return why no rank needs to start, and the exit code of the job; or None.
-
-        A job that was stopped ends as one that was stopped later: jobs that wait for its success
-        must not start.
+        """Return why no rank needs to start, and the exit code of the job; or None. A job that was
+        stopped ends as one that was stopped later: jobs that wait for its success must not start.
         """
         if self.submission.is_stopped:
             why = "nothing to do: the job was stopped while it waited"
@@ -132,13 +133,13 @@ class Batch:
             why = f"nothing to do: the run is complete, {self.job.total_steps:,} steps"
             return policy.JobDecision("end", DONE, why)
         # SLURM requeues by itself, too: of that only the next start can count.
-        return policy.give_up(policy.past(self.run, self._name), self.settings.max_requeues)
+        return policy.give_up(policy.past(self.run, self.name), self.settings.max_requeues)
 
     def _choose_nodes(self) -> None:
         """Set the nodes of the next attempt, and start the standby on one of them."""
         if not self.settings.spares:
             return
-        out = policy.past(self.run, self._name).excluded
+        out = policy.past(self.run, self.name).excluded
         down = queue.lost(self.id, self.job_hosts)
         before, self.hosts = self.hosts, policy.chosen(self.hosts, self.job_hosts, out, down)
         gone = [host for host in before if host not in self.hosts]
@@ -154,13 +155,12 @@ class Batch:
     def _attempt_once(self) -> int:
         self._choose_nodes()
         attempt = self.run.new_attempt()
-        command = steps.ranks(
-            self.submission, self.hosts, self.run.path, attempt.path, self._arguments()
-        )
+        words = ["trust=true"] if self.submission.facts.get("trust") else []
+        command = steps.ranks(self.submission, self.hosts, self.run.path, attempt.path, words)
         start: dict[str, Any] = {
             "job": self.id,
             "restart": self.restart,
-            "submission": self._name,
+            "submission": self.name,
             "nodes": self.hosts,
             # The job waited in the queue only before the first attempt of each start.
             "eligible": None if self._attempt else queue.eligible(self.id),
@@ -171,23 +171,20 @@ class Batch:
         if faults := self._preflight(attempt):
             return self._end(attempt, faults)
         if self.stop_signal:
-            return self._end(
-                attempt, policy.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
-            )
+            how = "interrupted before ranks"
+            return self._end(attempt, policy.AttemptOutcome(INTERRUPTED, 0, how))
         if self._standby and self._standby.is_over:
             todo = "if this node is lost, cancel the job and submit the run again"
             self._log(f"Note: the standby has ended (see {self._standby.log}): {todo}.")
         each = steps.cpus_per_rank(self.settings)
         cpus = f" of {each} CPUs" if each > 1 else ""
         self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
-        port = str(free_port())
-        log = attempt.path / "srun.log"
-        self._step = steps.JobStep(command, self._environment(attempt, port), log)
-        code = self._step.wait(self._is_late, self._number)
+        environment = self._environment(attempt, str(free_port()))
+        self._step = steps.JobStep(command, environment, attempt.path / "srun.log")
+        code = self._step.wait(self._is_late, self.id)
         failed, lost, self._step = self._step.failures, self._step.lost_node, None
-        return self._end(
-            attempt, policy.outcome_of(attempt.path, code, failed, bool(self.stop_signal), lost)
-        )
+        stopped = bool(self.stop_signal)
+        return self._end(attempt, policy.outcome_of(attempt.path, code, failed, stopped, lost))
 
     def _is_late(self) -> bool:
         """True if the ranks got a signal to end and their time is over."""
@@ -197,21 +194,12 @@ class Batch:
             self._is_noted = True
         return time.monotonic() > self._deadline
 
-    def _arguments(self) -> list[str]:
-        return ["trust=true"] if self.submission.facts.get("trust") else []
-
-    def _number(self) -> str | None:
-        """Return JOB.STEP of the running step; steps run one after the other, beside the standby.
-        None if SLURM knows no step of this job."""
-        return queue.newest_step(self.id, besides=steps.STANDBY)
-
     def _environment(self, attempt: Attempt, port: str) -> dict[str, str]:
         """Return environment variables for all ranks."""
-        each = str(self.settings.ranks_per_node)
         variables = {
             "MASTER_ADDR": self.hosts[0],
             "MASTER_PORT": port,
-            "LOCAL_WORLD_SIZE": each,
+            "LOCAL_WORLD_SIZE": str(self.settings.ranks_per_node),
             ATTEMPT: str(attempt.path),
             # See resilience/launcher.py: threads that spin slow down a busy node.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
@@ -232,10 +220,8 @@ class Batch:
 
     def _preflight(self, attempt: Attempt) -> policy.AttemptOutcome | None:
         """Prepare and check the attempt's nodes. Return an outcome if ranks can't start, else None.
-
         A spare node is checked when it takes the place of another: its faults, or its silence, must
-        not hold up an attempt that doesn't need it.
-        """
+        not hold up an attempt that doesn't need it."""
         facts = self.submission.facts
         requirements = Requirements(
             run=str(self.run.path),
@@ -251,18 +237,18 @@ class Batch:
         log = attempt.path / "preflight.log"
         preflight = Preflight(requirements, self.hosts, self.job_hosts[0])
         step = steps.JobStep(steps.nodes(self.submission, self.hosts), preflight.environment, log)
+        start_time = self.settings.start_time.seconds or 0.0
         if self.settings.preflight:
             report = preflight.collect(
-                lambda: self._is_enough(step),
+                lambda: bool(self.stop_signal) or step.is_over or step.has_failed,
                 self.settings.check_time.seconds or 0.0,
-                self.settings.start_time.seconds or 0.0,
+                start_time,
                 step.phase_of,
             )
             with suppress(OSError):  # a record for people; its faults are logged below
                 (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
-        leave = self.settings.start_time.seconds or 0.0
-        end = time.monotonic() + (_LEAVE if self.settings.preflight else leave)
-        code = step.wait(lambda: bool(self.stop_signal) or time.monotonic() > end, self._number)
+        end = time.monotonic() + (_LEAVE if self.settings.preflight else start_time)
+        code = step.wait(lambda: bool(self.stop_signal) or time.monotonic() > end, self.id)
         if self.stop_signal:
             return policy.AttemptOutcome(INTERRUPTED, 0, "interrupted during the preflight")
         if self.settings.preflight:
@@ -271,22 +257,18 @@ class Batch:
         how = f"the nodes could not be prepared (srun ended with code {code}; see {log})"
         return policy.AttemptOutcome(CRASHED, 0, how) if code else None
 
-    def _is_enough(self, step: steps.JobStep) -> bool:
-        return bool(self.stop_signal) or step.is_over or step.has_failed
-
     def _judge(self, report: PreflightReport) -> policy.AttemptOutcome | None:
         for note in report.notes:
             self._log(f"Note: {note}")
         if not report.faults:
             rate = f", all-reduce {report.gb_per_second:.2f} GB/s" if report.gb_per_second else ""
-            self._log(
-                f"{len(self.hosts)} nodes passed the preflight ({report.seconds:.1f} s{rate})."
-            )
+            passed = f"{len(self.hosts)} nodes passed the preflight"
+            self._log(f"{passed} ({report.seconds:.1f} s{rate}).")
             return None
         for fault in report.faults:
             self._log(fault.sentence)
         common, faulty = report.common, report.of_nodes
-        if common and len(self.hosts) == 1 and not policy.past(self.run, self._name).faulty:
+        if common and len(self.hosts) == 1 and not policy.past(self.run, self.name).faulty:
             # One node alone can't tell whether another would work: try another one once.
             faulty = {self.hosts[0]: "; ".join(f.problem for f in common)}
         elif common:
@@ -296,18 +278,6 @@ class Batch:
         # No training was lost: exclude such a node at once.
         how = "; ".join(f"{host}: {problem}" for host, problem in faulty.items())
         return policy.AttemptOutcome(CRASHED, 0, f"preflight: {how}", faulty=faulty)
-
-    def _requeue(self, decision: policy.JobDecision) -> int:
-        """Requeue the job. SLURM ends this start while we wait."""
-        out = decision.exclude
-        try:
-            exclude = [*self.settings.exclude, *out] if out else ()
-            queue.requeue(self.id, exclude, decision.pause)
-        except UserError as e:
-            self._log(f"{e} Submit the run again to resume.")
-            return decision.code
-        time.sleep(300)
-        return decision.code
 
     def _receive(self, number: int, frame: object) -> None:
         """Handle a signal: the time limit is near, or SLURM or a user wants the job to end."""

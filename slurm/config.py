@@ -29,6 +29,8 @@ _FEW_CPUS = 4
 class SlurmConfig:
     """Section `slurm`."""
 
+    ALONE: ClassVar = ("time", "lead", "start_time", "check_time")  # see schema.check
+
     partition: str | None = key(None, common=True)  # partition; null: the cluster's default
     account: str | None = key(None, common=True)  # account to charge
     qos: str | None = None  # quality of service
@@ -89,10 +91,8 @@ class SlurmConfig:
 
     @property
     def outlives_nodes(self) -> bool:
-        """True if a job goes on when one of its nodes goes down (--no-kill of sbatch).
-
-        A run on one node is on the first, with the batch script: it could not go on.
-        """
+        """True if a job goes on when one of its nodes goes down (--no-kill of sbatch). A run on one
+        node is on the first, with the batch script: it could not go on."""
         return bool(self.spares) and self.nodes > 1
 
     @property
@@ -128,21 +128,14 @@ class SlurmConfig:
         return size or None
 
     def problems(self) -> Problems:
-        """Return the wrong keys of this section."""
         problems: Problems = []
         if self.mem is not None and not _SIZE.fullmatch(self.mem):
-            problems.append(
-                ("mem", f"{self.mem!r} is not a size", "write, for example, slurm.mem=64G")
-            )
+            todo = "write, for example, slurm.mem=64G"
+            problems.append(("mem", f"{self.mem!r} is not a size", todo))
         for name in self.exports:
             if not _NAME.fullmatch(name):
-                problems.append(
-                    (
-                        "exports",
-                        f"{name!r} is not a name of a variable",
-                        "use letters, digits and _",
-                    )
-                )
+                problem = f"{name!r} is not a name of a variable"
+                problems.append(("exports", problem, "use letters, digits and _"))
             elif _SECRET.search(name):
                 todo = "export it in your shell before you submit: sbatch passes it on"
                 problems.append(("exports", f"{name} would be stored in job.sbatch", todo))
@@ -163,36 +156,28 @@ class SlurmConfig:
         except ValueError as e:
             problem = f"{self.python!r} can't be read ({e})"
         if problem:
-            problems.append(
-                ("python", problem, "write it as for a shell, such as 'conda run python'")
-            )
-        return problems + self._paths() + self._gpus()
-
-    def _paths(self) -> Problems:
-        """Return values that can't stand in one line of the batch script."""
-        problems: Problems = []
+            todo = "write it as for a shell, such as 'conda run python'"
+            problems.append(("python", problem, todo))
         if not self.scratch.startswith("/"):
-            problems.append(
-                ("scratch", f"{self.scratch} is not an absolute path", "write slurm.scratch=/tmp")
-            )
-        for f in fields(self):
+            problem = f"{self.scratch} is not an absolute path"
+            problems.append(("scratch", problem, "write slurm.scratch=/tmp"))
+        for f in fields(self):  # each stands in one line of the batch script
             value = getattr(self, f.name)
             texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             if f.name != "setup" and any(not text.isprintable() for text in texts):
                 problem = "has a line break or another control character"
                 problems.append((f.name, problem, "write it in one line"))
-        return problems
+        return problems + self._gpus()
 
     def _gpus(self) -> Problems:
         for part in (self.gres or "").split(","):
             if re.match(r"(gres[:/])?gpu\b", part) and not _GPUS.fullmatch(part):
                 problem = f"{part} has no number of GPUs that can be read"
                 return [("gres", problem, "write it as gpu:8 or gpu:h100:8")]
-        if self.gpus_per_node and self.gpus_of_gres not in (0, self.gpus_per_node):
-            problem = (
-                f"{self.gpus_per_node} GPUs, but slurm.gres={self.gres} has {self.gpus_of_gres}"
-            )
-            return [("gpus_per_node", problem, f"write slurm.gpus_per_node={self.gpus_of_gres}")]
+        count = self.gpus_of_gres
+        if self.gpus_per_node and count not in (0, self.gpus_per_node):
+            problem = f"{self.gpus_per_node} GPUs, but slurm.gres={self.gres} has {count}"
+            return [("gpus_per_node", problem, f"write slurm.gpus_per_node={count}")]
         if self.gpus and self.ranks_per_node > self.gpus:
             problem = f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus}"
             return [("tasks_per_node", problem, f"write slurm.tasks_per_node={self.gpus}")]
@@ -211,10 +196,8 @@ class SlurmConfig:
         if not self.has_gpus or (has_own and most >= _FEW_CPUS):
             return None
         if most < _FEW_CPUS:
-            return (
-                f"{nodes}: a rank on a GPU has less than {_FEW_CPUS} for its kernels, its data and "
-                "its saves, and the GPU may wait for it."
-            )
+            less = f"a rank on a GPU has less than {_FEW_CPUS} for its kernels, its data and its"
+            return f"{nodes}: {less} saves, and the GPU may wait for it."
         if (self.cpus_per_task or 1) < _FEW_CPUS:
             return f"{nodes}: set slurm.cpus_per_task={most}, or the GPU may wait for its rank."
         return None
@@ -274,11 +257,9 @@ class SubmitJob(PlanJob):
         return self.slurm.ranks_per_node
 
     def lead(self, save_seconds: float) -> int:
-        """Return how many seconds before the time limit the ranks get the signal to save.
-
-        slurm.lead, or by default: launch.grace or twice `save_seconds` (one step and one save),
-        whichever is longer, and the time that the signal takes.
-        """
+        """Return how many seconds before the time limit the ranks get the signal to save:
+        slurm.lead, else launch.grace or twice `save_seconds` (one step and one save), whichever is
+        longer, and the time that the signal takes."""
         if self.slurm.lead is not None:
             return int(self.slurm.lead.seconds or 0)
         return round(max(self.launch.grace.seconds or 0.0, 2 * save_seconds) + _LATE)
@@ -287,13 +268,10 @@ class SubmitJob(PlanJob):
         return [*super().notes(), *self.slurm.notes()]
 
     def problems(self, world_size: int | None = None) -> Problems:
-        """Return the problems of the training job, and those over several sections."""
         problems = super().problems(self.world_size)
-        limit = self.slurm.time.seconds if self.slurm.time else None
-        if limit and limit <= self.lead(0.0):
-            problem = (
-                f"{self.slurm.time} is not longer than the {self.lead(0.0)} s reserved for saving"
-            )
+        limit, lead = self.slurm.time.seconds if self.slurm.time else None, self.lead(0.0)
+        if limit and limit <= lead:
+            problem = f"{self.slurm.time} is not longer than the {lead} s reserved for saving"
             todo = "set a longer time, or lower launch.grace or slurm.lead"
             problems.append(("slurm.time", problem, todo))
         wants_gpus = self.machine.memory_bytes is not None

@@ -1,5 +1,5 @@
 """Evaluations of a run's checkpoints as an array of commands, `forescale eval` of one checkpoint
-each: runs/<name>/evaluations/0001/, with the scores in step-00010000.log (command_array.py).
+each: runs/<name>/evaluations/0001/, with the scores in step-00010000.log (script.py).
 
 Invariant: a checkpoint is pinned before its evaluation waits for it, so that the run doesn't delete
 it.
@@ -24,10 +24,10 @@ from forescale.ground.storage import read_json
 from forescale.run.directory import Run
 from forescale.run.identity import expect_data
 from forescale.slurm import queue
-from forescale.slurm.command_array import Command, CommandArray, submit_arrays
 from forescale.slurm.config import SlurmConfig, SubmitConfig
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages
+from forescale.slurm.script import Command, CommandArray, submit_arrays
 from forescale.slurm.submission import Submission, expect_own, waiting_or_running
 
 _GPUS = re.compile(r"(\bgpu(?::[^,:]*[^0-9,:][^,:]*)?):[0-9]+")  # of --gres, without their number
@@ -66,6 +66,7 @@ def submit(arguments: Sequence[str]) -> None:
     """Submit the evaluations that a command line describes; with submit.dry_run, only print the
     scripts. Raises ConfigError with all wrong steps, and UserError if SLURM refuses."""
     words = overrides_of(EvaluationsJob, arguments)
+    of_eval = {f.name for f in fields(ScoreJob)} - {"target", "run"}
     job = compose(EvaluationsJob, words)
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     trained = thaw(TrainJob, run.config, job.trust)
@@ -76,11 +77,18 @@ def submit(arguments: Sequence[str]) -> None:
     if not job.submit.dry_run:
         queue.must_be_here()
     groups: list[tuple[list[int], str | None]] = [(saved, None)] if saved else []
-    groups += [(to_come, _training(run, to_come))] if to_come else []
+    if to_come:
+        if (training := waiting_or_running(run)) is None:
+            problem = "no job of this run is in the queue, and it has no checkpoint of step "
+            todo = f"give first: forescale submit train {run.name}"
+            raise UserError(str(run.path), f"{problem}{to_come[0]}", todo)
+        expect_own(*training)
+        groups.append((to_come, training[1].id))
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
 
     def array(steps: Sequence[int], training: str | None, folder: Path) -> CommandArray:
-        command = ["eval", str(run.path.resolve()), *_of_eval(words)]
+        command = ["eval", str(run.path.resolve())]
+        command += [word for word in words if re.split(r"[.=]", word)[0] in of_eval]
         names = {step: run.checkpoint_path(step).name for step in steps}
         return CommandArray(
             title=f"Evaluations of run {run.name}",
@@ -142,22 +150,10 @@ def _divided(run: Run, trained: TrainJob, steps: Sequence[int]) -> tuple[list[in
     return saved, to_come
 
 
-def _training(run: Run, to_come: Sequence[int]) -> str:
-    """Return the id of the run's job in the queue. Raises UserError if there is none."""
-    if (training := waiting_or_running(run)) is None:
-        problem = "no job of this run is in the queue, and it has no checkpoint of step "
-        todo = f"give first: forescale submit train {run.name}"
-        raise UserError(str(run.path), f"{problem}{to_come[0]}", todo)
-    expect_own(*training)
-    return training[1].id
-
-
 def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfig:
     """Return what each evaluation gets: what the command gives; besides, of the profile that it
-    names, or else of the run's last submission, one GPU and no more than a share of a node.
-
-    Raises ConfigError for keys that one process has no use for.
-    """
+    names, or else of the run's last submission, one GPU and no more than a share of a node. Raises
+    ConfigError for keys that one process has no use for."""
     typed = {w.split("=")[0].split(".")[1] for w in words if re.match(r"slurm\.\w+", w)}
     problem = "an evaluation is one process, which starts anew if it ends early"
     if wrong := [name for name in _OF_RANKS if name in typed]:
@@ -174,12 +170,6 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
     if problems := [Problem(f"slurm.{name}", *rest) for name, *rest in settings.problems()]:
         raise ConfigError(problems)
     return settings
-
-
-def _of_eval(words: Iterable[str]) -> list[str]:
-    """Return those of a command's overrides that `forescale eval` takes, but not the run."""
-    names = {f.name for f in fields(ScoreJob)} - {"target", "run"}
-    return [word for word in words if re.split(r"[.=]", word)[0] in names]
 
 
 def _report(run: Run, arrays: Sequence[CommandArray], ids: Sequence[str]) -> None:

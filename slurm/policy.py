@@ -9,7 +9,7 @@ process was killed there, a rank hung, a device failed), never for a Python erro
 """
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +30,8 @@ _PAUSE = 30.0  # seconds before the third start of a job without a new checkpoin
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """How an attempt ended.
-
-    code: exit code of the attempt; rank: the rank that failed first; how: a sentence without a full
-    stop; blamed: nodes that failed, with the reason; faulty: nodes that failed the preflight.
-    """
+    """How an attempt ended. rank: that failed first; how: a sentence without a full stop; blamed:
+    nodes that failed, with the reason; faulty: nodes that failed the preflight."""
 
     code: int
     rank: int
@@ -51,10 +48,20 @@ def outcome_of(
     lost: str | None = None,
 ) -> AttemptOutcome:
     """Return how the attempt ended. failures: of srun, in their order; lost: a node that SLURM lost
-    later than those."""
+    later than those.
+
+    The failure that explains the others is the first UserError; else that of the first rank that
+    was killed or wrote an error; ranks that only lost a peer or were stopped come last.
+    """
     if not srun_code:
         return AttemptOutcome(DONE, 0, "done")
-    first = _first(attempt, failures)
+    tests: tuple[Callable[[Failure], bool], ...] = (
+        lambda f: f.code == USER,
+        lambda f: f.code < 0 or outcome.has_written_error(attempt, f.rank),
+        lambda f: f.code != INTERRUPTED,
+        lambda f: True,
+    )
+    first = next((f for test in tests for f in failures if test(f)), None)
     if first is None:
         how = f"srun ended with code {srun_code}, and no task did"
         if lost and not stop_requested:
@@ -66,42 +73,20 @@ def outcome_of(
     if code in (DONE, INTERRUPTED, USER):
         return AttemptOutcome(code, first.rank, how)
     at = f"{how} (on {first.host})" if first.host not in how else how
-    return AttemptOutcome(
-        CRASHED if code > 0 else code, first.rank, at, _blamed(attempt, first, how)
-    )
-
-
-def _first(attempt: Path, failures: Sequence[Failure]) -> Failure | None:
-    """Return the failure that explains the others, or None.
-
-    A UserError comes first; then a rank that was killed or wrote an error; ranks that only lost a
-    peer or were stopped come last. Equal ones are in the order of time.
-    """
-
-    def explains(f: Failure) -> bool:
-        return f.code < 0 or outcome.has_written_error(attempt, f.rank)
-
-    tests = (lambda f: f.code == USER, explains, lambda f: f.code != INTERRUPTED, lambda f: True)
-    return next((f for test in tests for f in failures if test(f)), None)
-
-
-def _blamed(attempt: Path, first: Failure, how: str) -> dict[str, str]:
+    blamed: dict[str, str] = {}
     if hung := outcome.hang_of(attempt):
-        hang = hung[0]
         # If ranks of several nodes wait in a collective, none of them is known to be faulty.
-        return {hang.host: hang.sentence} if "," not in hang.host else {}
-    if first.code < 0 and not first.how.startswith("Out Of Memory"):
-        return {first.host: how}
-    return {first.host: how} if _DEVICE.search(how) else {}
+        blamed = {hung[0].host: hung[0].sentence} if "," not in hung[0].host else {}
+    elif (first.code < 0 and not first.how.startswith("Out Of Memory")) or _DEVICE.search(how):
+        blamed = {first.host: how}
+    return AttemptOutcome(CRASHED if code > 0 else code, first.rank, at, blamed)
 
 
 @dataclass(frozen=True)
 class Past:
-    """The attempts of one submission, summed up.
-
-    crashes: in a row, without a new checkpoint; blamed: the observed failures of each node; faulty:
-    nodes that failed the preflight; idle: starts of the job in a row without a new checkpoint.
-    """
+    """The attempts of one submission, summed up. crashes: in a row, without a new checkpoint;
+    blamed: the observed failures of each node; faulty: nodes that failed the preflight; idle:
+    starts of the job in a row without a new checkpoint."""
 
     crashes: int = 0
     blamed: dict[str, list[str]] = field(default_factory=dict)
@@ -137,12 +122,10 @@ def past(run: Run, submission: str) -> Past:
 
 
 def _idle(launches: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> int:
-    """Return how many of the last starts of the job, in a row, brought no new checkpoint.
-
-    own: numbers and launch records of the submission's attempts; saved: numbers of attempts that
-    wrote a checkpoint. A start that SLURM ended by itself (SIGTERM: a preemption, a requeue by
-    hand) doesn't count, because that may happen often without any fault.
-    """
+    """Return how many of the last starts of the job, in a row, brought no new checkpoint. launches:
+    numbers and records of the submission's attempts; saved: numbers of attempts that wrote a
+    checkpoint. A start that SLURM ended by itself (SIGTERM: a preemption, a requeue by hand)
+    doesn't count, because that may happen often without any fault."""
     count, after = 0, float("inf")
     ended_by_slurm = {
         t["slurm"].get("restart"): t.get("stop_signal") == "SIGTERM" for _, t in launches
@@ -156,11 +139,9 @@ def _idle(launches: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) 
 
 
 def is_crash(launch: dict[str, Any]) -> bool:
-    """True if an attempt ended in a way that may repeat.
-
-    An attempt without a recorded end counts, because the job may crash its nodes. Attempts that got
-    a stop signal, or never began because of faulty nodes, don't count.
-    """
+    """True if an attempt ended in a way that may repeat. One without a recorded end counts, because
+    the job may crash its nodes; one that got a stop signal, or never began because of faulty nodes,
+    doesn't."""
     if launch.get("stop_signal") or launch.get("faulty"):
         return False
     return launcher.next_action(launch.get("code", 1), 0) == "restart"
@@ -176,10 +157,8 @@ def _author(run: Run, step: int) -> int | None:
 
 @dataclass(frozen=True)
 class JobDecision:
-    """What to do, the exit code if the job ends, and the reason as text.
-
-    exclude: nodes that a requeued job must not get; pause: seconds that it then waits at least.
-    """
+    """What to do, the exit code if the job ends, and the reason as text. exclude: nodes that a
+    requeued job must not get; pause: seconds that it then waits at least."""
 
     action: JobAction
     code: int
@@ -201,13 +180,12 @@ def decide(
     enough: bool = True,
     most: int = 5,
 ) -> JobDecision:
-    """What to do when ranks ended with `code`.
+    """Return what to do when ranks ended with `code`. Whether a crash is tried again follows the
+    rule of the local launcher (`launcher.next_action`).
 
     past: including this end; nodes: of the attempt; others: more nodes of the job; state: SLURM's
     state of the job; down: nodes of the job that SLURM calls down; enough: whether enough nodes of
-    the partition remain without the excluded ones; most: requeues in a row without a new
-    checkpoint. Whether a crash is tried again follows the rule of the local launcher
-    (`launcher.next_action`).
+    the partition remain without the excluded ones; most: requeues in a row without a new checkpoint
     """
     if is_stopped and code != DONE:
         return JobDecision("end", INTERRUPTED, "stopped on request; submit it again to resume")
@@ -235,16 +213,14 @@ def decide(
     if len(left) <= sum(host not in out and host not in down for host in others):
         spare = "a spare node in the place" if len(left) == 1 else "spare nodes in the places"
         return JobDecision("restart", code, f"starting again with {spare} of {', '.join(left)}")
-    named = [f"{host} ({past.excluded[host]})" for host in out] + [
-        f"{host} is down" for host in down if host not in out
-    ]
+    down_alone = (f"{host} is down" for host in down if host not in out)
+    named = ", ".join([*(f"{host} ({past.excluded[host]})" for host in out), *down_alone])
     if not may_requeue:
-        return JobDecision(
-            "end", code, f"it needs other nodes, but slurm.requeue=false: {', '.join(named)}"
-        )
+        why = f"it needs other nodes, but slurm.requeue=false: {named}"
+        return JobDecision("end", code, why)
     if enough:
-        return _requeue(code, past, f"to use other nodes: {', '.join(named)}", never, most)
-    why = f"though too few nodes remain without those at fault: {', '.join(named)}"
+        return _requeue(code, past, f"to use other nodes: {named}", never, most)
+    why = f"though too few nodes remain without those at fault: {named}"
     return _requeue(code, past, why, (), most)
 
 
@@ -252,11 +228,8 @@ def chosen(
     current: Sequence[str], job: Sequence[str], out: Container[str], down: Container[str]
 ) -> list[str]:
     """Return the nodes of the next attempt, as many as `current` has, in the order of the job's, in
-    which SLURM numbers ranks.
-
-    current: nodes of the last attempt, which it keeps; out: nodes not to be used again; down: nodes
-    that can't be used. Only where others are too few it has some of these.
-    """
+    which SLURM numbers ranks. current: nodes of the last attempt, which it keeps; out: nodes not to
+    be used again; down: nodes that can't be used. Only where others are too few it has these."""
     best = sorted(job, key=lambda host: (host in down, host in out, host not in current))
     return [host for host in job if host in best[: len(current)]]
 

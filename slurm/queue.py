@@ -31,10 +31,8 @@ _OF_A_JOB = re.compile(
 
 @dataclass(frozen=True)
 class Job:
-    """A job in the queue.
-
-    reason: SLURM's reason why it waits; elapsed, left: times as squeue prints them; start: when it
-    began or is expected to begin; submitted: when SLURM took it; script: the path that sbatch got.
+    """A job in the queue. reason: why it waits; elapsed, left: times as squeue prints them; start:
+    when it began or is expected to begin; submitted: when SLURM took it; script: that sbatch got.
     """
 
     id: str
@@ -49,7 +47,6 @@ class Job:
 
     @property
     def is_waiting(self) -> bool:
-        """True if the job has not started yet."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 
 
@@ -65,27 +62,20 @@ def must_be_here() -> None:
 
 
 def own_job() -> str:
-    """Return the id of the job that this process is part of.
-
-    Of a task of an array it is 40_2. Its SLURM_JOB_ID is another number, and for one of the tasks
-    it is 40, the number of the whole array: a command about it would be one about all tasks.
-    """
+    """Return the id of the job that this process is part of. Of a task of an array it is 40_2: its
+    SLURM_JOB_ID is another number, and for one of the tasks it is 40, the number of the whole
+    array: a command about it would be one about all tasks."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
 def submit(script: Path) -> str:
-    """Submit a script and return the id of the job. Raises UserError if SLURM refuses.
-
-    Within another job (salloc) sbatch gets none of its variables: as defaults of options they would
-    contradict the script, and the new job would start with them.
-    """
+    """Submit a script and return the id of the job. Raises UserError if SLURM refuses. Within
+    another job (salloc) sbatch gets none of its variables: as defaults of options they would
+    contradict the script, and the new job would start with them."""
     variables = {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
-    return (
-        _once(["sbatch", "--parsable", str(script)], environment=variables)
-        .strip()
-        .partition(";")[0]
-    )
+    output = _once(["sbatch", "--parsable", str(script)], environment=variables)
+    return output.strip().partition(";")[0]
 
 
 def cluster() -> str | None:
@@ -135,10 +125,8 @@ def eligible(job: str) -> float | None:
 
 
 def requeue(job: str, exclude: Sequence[str] = (), pause: float = 0.0) -> None:
-    """Requeue a running job, without the nodes `exclude`, to start in `pause` seconds or later.
-
-    If the caller is part of the job, SLURM ends it, too.
-    """
+    """Requeue a running job, without the nodes `exclude`, to start in `pause` seconds or later. If
+    the caller is part of the job, SLURM ends it, too."""
     _run(["scontrol", "requeue", job], deaf=True)
     changes = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
     changes += [f"StartTime=now+{pause:.0f}"] if pause else []
@@ -147,7 +135,6 @@ def requeue(job: str, exclude: Sequence[str] = (), pause: float = 0.0) -> None:
 
 
 def cancel(job: str) -> None:
-    """Cancel a job."""
     _run(["scancel", job])
 
 
@@ -176,15 +163,10 @@ def lost(job: str, nodes: Sequence[str]) -> list[str]:
     unusable."""
     node_list = show(job).get("NodeList", "")
     left = hosts(node_list) if re.match(r"\w", node_list) else nodes
-    down = unusable(nodes)
-    return [node for node in nodes if node not in left or node in down]
-
-
-def unusable(nodes: Sequence[str]) -> list[str]:
-    """Return the nodes that SLURM calls down, or that don't answer SLURM."""
     states = _node_states(f"--nodes={','.join(nodes)}")
     # A * at the end means: it doesn't answer.
-    return [n for n, state in states.items() if state.endswith("*") or state.startswith("down")]
+    down = {n for n, state in states.items() if state.endswith("*") or state.startswith("down")}
+    return [node for node in nodes if node not in left or node in down]
 
 
 def _node_states(which: str) -> dict[str, str]:
@@ -217,10 +199,8 @@ def hosts(nodelist: str) -> list[str]:
 
 
 def _run(command: list[str], deaf: bool = False) -> str:
-    """Run a command and return its output. Inside a job, wait for a controller that is away.
-
-    deaf: ignore SIGTERM, which SLURM sends to every process of a job that it ends.
-    """
+    """Run a command and return its output. Inside a job, wait for a controller that is away. deaf:
+    ignore SIGTERM, which SLURM sends to every process of a job that it ends."""
     end = time.monotonic() + (_AWAY if "SLURM_JOB_ID" in os.environ else 0.0)
     while True:
         try:
@@ -243,7 +223,7 @@ def _once(
             text=True,
             timeout=_TIMEOUT,
             env=environment or english,
-            preexec_fn=_ignore if deaf else None,
+            preexec_fn=(lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)) if deaf else None,
         )
     except FileNotFoundError:
         problem = "is not on this machine's PATH"
@@ -255,11 +235,6 @@ def _once(
     if done.returncode:
         message = " ".join(done.stderr.split()) or f"ended with code {done.returncode}"
         message = message.removeprefix(f"{command[0]}: ").removeprefix("error: ")
-        raise UserError(
-            command[0], f"SLURM says: {message}", "correct the setting it names; see sinfo"
-        )
+        todo = "correct the setting it names; see sinfo"
+        raise UserError(command[0], f"SLURM says: {message}", todo)
     return done.stdout
-
-
-def _ignore() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

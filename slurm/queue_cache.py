@@ -28,6 +28,7 @@ from forescale.ground.storage import cache_directory
 from forescale.resilience.outcome import launch_of
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission
+from forescale.slurm.submission import in_queue as in_queue_by
 
 EVERY = 10.0  # seconds
 _SHOWN_LATELY = 60.0  # seconds that a job is asked about after it was last shown
@@ -71,10 +72,6 @@ class Answer:
         )
         return answer if answer.at <= time.time() else cls()
 
-    def text(self) -> str:
-        """Return what is stored."""
-        return json.dumps(asdict(self))
-
     def ask(self) -> None:
         """Ask squeue about all jobs that were shown lately."""
         self.at = time.time()
@@ -106,12 +103,8 @@ def jobs(ids: Iterable[str]) -> list[queue.Job]:
 
 
 def in_queue(submissions: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
-    """Return the submissions whose jobs are in the queue, as `submission.in_queue`."""
-    by_id = {s.job: s for s in submissions if s.job}
-    if not by_id or not queue.is_here():
-        return []
-    known = {job.id: job for job in jobs({str(i).partition("_")[0] for i in by_id})}
-    return [(s, known[i]) for i, s in by_id.items() if i in known and s.is_of(known[i])]
+    """Return the submissions whose jobs are in the queue, by `jobs`."""
+    return in_queue_by(submissions, jobs)
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,6 @@ class EarlyEnd:
 
     @property
     def sentence(self) -> str:
-        """What happened."""
         job = self.submission.job
         if self.state is None:
             return f"Job {job} is no longer in the queue, and no rank of it began."
@@ -200,22 +192,24 @@ def _answer() -> Iterator[Answer]:
         yield Answer()
         return
     try:
-        answer = _load(path)
-        before = answer.text()
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
+                _expect_own(os.fstat(f.fileno()))
+                answer = Answer.of(f.read(_MOST))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            answer = Answer()
+        before = json.dumps(asdict(answer))
         yield answer
-        if answer.text() != before:
-            _store(path, answer)
+        if (text := json.dumps(asdict(answer))) != before:
+            temporary = path.with_suffix(f".{os.getpid()}")
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                with open(os.open(temporary, flags, 0o600), "w") as f:
+                    f.write(text)
+                os.replace(temporary, path)
     finally:
         lock.release()
-
-
-def _load(path: Path) -> Answer:
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
-            _expect_own(os.fstat(f.fileno()))
-            return Answer.of(f.read(_MOST))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return Answer()
 
 
 def _expect_own(status: os.stat_result | None) -> None:
@@ -224,15 +218,6 @@ def _expect_own(status: os.stat_result | None) -> None:
         raise PermissionError("of another user, or open to others")
     if status and not stat.S_ISREG(status.st_mode):
         raise PermissionError("no file")
-
-
-def _store(path: Path, answer: Answer) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-            f.write(answer.text())
-        os.replace(temporary, path)
 
 
 def _cluster() -> str:

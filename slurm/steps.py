@@ -48,13 +48,13 @@ class Failure:
 
 
 def failures(output: str) -> list[Failure]:
-    """Return the failures in srun's output, in their order.
-
-    A line is, for example: `srun: error: n2: tasks 2-3: Exited with exit code 1`. What follows the
-    loss of a node is left out: then SLURM kills the tasks of all nodes.
-    """
+    """Return the failures in srun's output, in their order, such as those of the line
+    `srun: error: n2: tasks 2-3: Exited with exit code 1`. What follows the loss of a node is left
+    out: then SLURM kills the tasks of all nodes."""
     failures = []
     for host, tasks, how in _FAILED.findall(_LOST.split(output, maxsplit=1)[0]):
+        begin, _, rest = host.partition("[")  # of n[1-3,5] the first name
+        host = begin + re.split(r"[,\-\]]", rest)[0]
         code = next((-n for word, n in _KILLS.items() if how.startswith(word)), None)
         if how.startswith("Out Of Memory"):
             code = -signal.SIGKILL
@@ -62,7 +62,7 @@ def failures(output: str) -> list[Failure]:
             match = re.search(r"exit code (\d+)", how)
             code = int(match[1]) if match else CRASHED
         ranks = [part.partition("-")[0] for part in tasks.replace(" ", "").split(",")]
-        failures += [Failure(int(r), _first(host), code, how.strip()) for r in ranks if r]
+        failures += [Failure(int(r), host, code, how.strip()) for r in ranks if r]
     return failures
 
 
@@ -72,18 +72,9 @@ def lost_node(output: str) -> str | None:
     return match[1] if match else None
 
 
-def _first(hosts: str) -> str:
-    """Return the first name of n[1-3,5], without a call of SLURM."""
-    begin, _, rest = hosts.partition("[")
-    return begin + re.split(r"[,\-\]]", rest)[0]
-
-
 class JobStep:
-    """A running srun. log: file for srun's output.
-
-    The output is also kept here, because what it says of failed tasks must be known even where the
-    file can't be written: a full disk is why they fail.
-    """
+    """A running srun. log: file for srun's output, which is kept here too: what it says of failed
+    tasks must be known even where a full disk is why they fail, and the file can't be written."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
         self.log = log
@@ -107,7 +98,6 @@ class JobStep:
 
     @property
     def is_over(self) -> bool:
-        """True if srun has ended."""
         return self.process.poll() is not None
 
     @property
@@ -118,12 +108,10 @@ class JobStep:
 
     @property
     def failures(self) -> list[Failure]:
-        """The failed tasks so far."""
         return failures(self._output)
 
     @property
     def lost_node(self) -> str | None:
-        """The node that SLURM lost during the step, or None."""
         return lost_node(self._output)
 
     @property
@@ -140,12 +128,16 @@ class JobStep:
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR1)
 
-    def wait(self, is_late: Callable[[], bool], number: Callable[[], str | None]) -> int:
-        """Wait for srun and return its code.
+    def wait(self, is_late: Callable[[], bool], job: str) -> int:
+        """Wait for srun and return its code. is_late: True if the time of the ranks is over; job:
+        whose newest step this is, but for the standby. Where SLURM knows no such step, srun alone
+        is killed, never the whole job."""
 
-        is_late: True if the time of the ranks is over; number: returns JOB.STEP, to kill it; None
-        if it isn't known: then srun alone is killed, never the whole job.
-        """
+        def end_step() -> None:  # in a thread: the controller may not answer for minutes
+            with suppress(UserError):
+                if step := queue.newest_step(job, besides=STANDBY):
+                    queue.end_step(step)
+
         killed: float | None = None
         while not self.is_over:
             time.sleep(0.1)
@@ -153,7 +145,7 @@ class JobStep:
             overdue = self._failed is not None and time.monotonic() - self._failed > _PATIENCE
             if killed is None and (overdue or is_late()):
                 killed = time.monotonic()
-                Thread(target=_end_step, args=(number,), daemon=True).start()
+                Thread(target=end_step, daemon=True).start()
             if killed is not None and time.monotonic() - killed > _LAST:
                 self.process.kill()  # srun waits for a node that doesn't answer
         self._reader.join(_LAST)  # a child of srun may hold the pipe open
@@ -164,13 +156,6 @@ class JobStep:
             self._num_seen = self._num_read
             if self.failures or self.lost_node:
                 self._failed = time.monotonic()
-
-
-def _end_step(number: Callable[[], str | None]) -> None:
-    """Kill the step, in a thread of its own: the controller may not answer for minutes."""
-    with suppress(UserError):
-        if step := number():
-            queue.end_step(step)
 
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
@@ -185,51 +170,43 @@ def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]
 
 
 def cpus_per_rank(settings: SlurmConfig, threads: int | None = None) -> int:
-    """Return the CPUs of a rank: slurm.cpus_per_task, or an equal share of what SLURM gave the job.
-
+    """Return the CPUs of a rank: slurm.cpus_per_task, or an equal share of what SLURM gave the job;
     1 where slurm.options decide. threads: CPUs of a core; None: as on this node. A share is whole
-    cores, since SLURM gives no core to two tasks: with half of one each, a step might not fit.
-    """
+    cores, since SLURM gives no core to two tasks: with half of one each, a step might not fit."""
     if settings.cpus_per_task:
         return settings.cpus_per_task
     if not _OWN_COUNT.isdisjoint(os.environ):
         return 1
     cpus = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")  # such as 72(x2),36
     least = min((int(n) for n in re.findall(r"(?:^|,)([0-9]+)", cpus)), default=1)
-    threads = threads or _threads_per_core()
+    if threads is None:
+        threads = 1
+        with suppress(OSError):
+            text = _SIBLINGS.read_text()  # such as 0,64 or 0-1
+            ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+            threads = sum(end[-1] - end[0] + 1 for end in ends)
     return max(1, least // settings.ranks_per_node // threads * threads)
-
-
-def _threads_per_core() -> int:
-    with suppress(OSError):
-        text = _SIBLINGS.read_text()  # such as 0,64 or 0-1
-        ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
-        return sum(end[-1] - end[0] + 1 for end in ends)
-    return 1
-
-
-def _binding(settings: SlurmConfig) -> list[str]:
-    """Return srun's options that give each rank cores of its own, in the order of the GPUs.
-
-    srun's manual of --cpu-bind=cores: "If the number of tasks differs from the number of allocated
-    cores this can result in sub-optimal binding." A rank with one CPU on an exclusive node would be
-    held on one core, and the others be idle: it isn't bound. Of --distribution, * leaves tasks on
-    their nodes, and block fills one socket after the other: by default neighbours are on different
-    sockets, while most nodes have the first half of their GPUs on the first one. Nothing binds
-    GPUs: a rank takes that of its local rank, and NCCL connects those that a rank sees.
-    """
-    kind = settings.cpu_bind or ("cores" if cpus_per_rank(settings) > 1 else None)
-    return [f"--cpu-bind={kind}", "--distribution=*:block"] if kind else []
 
 
 def ranks(
     submission: Submission, hosts: Sequence[str], run: Path, attempt: Path, words: Sequence[str]
 ) -> list[str]:
-    """Return the command that runs all ranks of the training on these hosts of the job."""
+    """Return the command that runs all ranks of the training on these hosts of the job.
+
+    Each rank gets cores of its own, in the order of the GPUs. srun's manual of --cpu-bind=cores:
+    "If the number of tasks differs from the number of allocated cores this can result in
+    sub-optimal binding." A rank with one CPU on an exclusive node would be held on one core, and
+    the others be idle: it isn't bound. Of --distribution, * leaves tasks on their nodes, and block
+    fills one socket after the other: by default neighbours are on different sockets, while most
+    nodes have the first half of their GPUs on the first one. Nothing binds GPUs: a rank takes that
+    of its local rank, and NCCL connects those that a rank sees.
+    """
     settings = submission.settings
     options = ["--kill-on-bad-exit=1", _on(hosts), f"--output={_escaped(attempt)}/rank-%t.log"]
     options += containers.options(submission)
-    bound = replace(settings, srun=[*_binding(settings), *settings.srun])  # of two the last holds
+    kind = settings.cpu_bind or ("cores" if cpus_per_rank(settings) > 1 else None)
+    binding = [f"--cpu-bind={kind}", "--distribution=*:block"] if kind else []
+    bound = replace(settings, srun=[*binding, *settings.srun])  # of two the last holds
     begin = srun(bound, settings.ranks_per_node, *options)
     rank = [*python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
     return [*begin, *containers.prefix(submission), *rank]

@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,34 +35,14 @@ from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
 
 
-@dataclass(frozen=True)
+@dataclass
 class Submission:
     path: Path
 
-    @property
-    def run(self) -> Run:
-        return Run(self.path.parents[1])
-
-    @property
-    def script(self) -> Path:
-        return self.path / "job.sbatch"
-
-    @property
-    def code(self) -> Path:
-        return self.path / "code.tar"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "slurm.log"
-
-    @property
-    def links(self) -> Path:
-        """The directory of an array's links to the logs of its tasks."""
-        return self.path / "logs"
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+    def __post_init__(self) -> None:
+        self.name, self.run = self.path.name, Run(self.path.parents[1])
+        self.script, self.code = self.path / "job.sbatch", self.path / "code.tar"
+        self.log, self.links = self.path / "slurm.log", self.path / "logs"
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -103,12 +83,9 @@ class Submission:
         write_json(self.path / "job.json", {**facts, "submitted": time.time()})
 
     def is_of(self, job: queue.Job) -> bool:
-        """Return True if a job in the queue is that of this submission: the ids of a cluster may
-        begin anew, and the queue may be another cluster's.
-
-        A job keeps its script, and it is never older than when it was taken. (Some versions of
-        SLURM set its time anew when it is requeued.)
-        """
+        """Return True if a job in the queue is that of this submission: ids may begin anew, or be
+        another cluster's. A job keeps its script, and it is never older than when it was taken.
+        (Some versions of SLURM set its time anew when it is requeued.)"""
         accepted = self.accepted
         script = accepted.get("script", str(self.script))
         return job.script == script and job.submitted >= accepted.get("accepted", "")
@@ -166,13 +143,16 @@ def newest(run: Run) -> list[Submission]:
     return [s for s in reversed(submissions(run)) if s.job][:1]
 
 
-def in_queue(submissions: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
+def in_queue(
+    submissions: Iterable[Submission],
+    ask: Callable[[Iterable[str]], list[queue.Job]] = queue.jobs,
+) -> list[tuple[Submission, queue.Job]]:
     """Return the submissions whose jobs are in the queue, with one query for all of them. A job
     that only has the id of one is left out."""
     by_id = {s.job: s for s in submissions if s.job}
     if not by_id or not queue.is_here():
         return []
-    jobs = {j.id: j for j in queue.jobs(sorted({str(i).partition("_")[0] for i in by_id}))}
+    jobs = {j.id: j for j in ask(sorted({str(i).partition("_")[0] for i in by_id}))}
     return [(s, jobs[i]) for i, s in by_id.items() if i in jobs and s.is_of(jobs[i])]
 
 

@@ -1,4 +1,4 @@
-"""Submit runs: freeze them, and give their code and their script to SLURM as a job or an array.
+"""Submits runs: freezes them, and gives their code and their script to SLURM as a job or an array.
 
 Invariant: a run with a problem is never submitted. If SLURM refuses the job, no trace of the
 submission is left.
@@ -35,7 +35,7 @@ from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
-from forescale.slurm.script import Order, render
+from forescale.slurm.script import Order
 from forescale.slurm.submission import (
     Submission,
     accepted,
@@ -51,11 +51,12 @@ _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, bu
 
 
 def submit(overrides: Sequence[str], trust: bool = True) -> None:
-    """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them.
+    """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them;
+    with submit.dry_run, only print the script.
 
-    trust: allow classes of the user's own; False for overrides that a file names, and not the
-    command. With submit.dry_run, only print the script. Raises ConfigError with all problems of all
-    runs before anything is written, and UserError if SLURM refuses the job.
+    trust: allow classes of the user's own; False for overrides that a file names. Raises
+    ConfigError with all problems of all runs before anything is written, and UserError if SLURM
+    refuses the job.
     """
     notes: list[str] = []
     jobs = _jobs(overrides, notes)
@@ -81,16 +82,22 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     if dry:
         runs = [Run(job.run.directory) for job in jobs]
         folders = [run.path / "jobs" / "NNNN" for run in runs]
-        print(render(order(plans, runs, folders, profile)), end="")
+        print(order(plans, runs, folders, profile).script(), end="")
         return
     for note in {described(packages): "" for each in jobs if (packages := own_packages(each))}:
         print(f"Note: {note}")
-    array, job = enter(plans, profile)
+    submitted, id = enter(plans, profile)
     for plan in plans:
         remembered.remember(_job_of(plan))
         if trust:
             remember(plan.given, plan.given.run.directory)
-    _report(array, job)
+    names, time_limit = submitted.names, submitted.settings.time
+    as_what = f"{len(names)} runs as array {id}" if len(names) > 1 else f"as job {id}"
+    lead = f"; it saves {submitted.lead} s before its time limit of {time_limit}"
+    script = submitted.submissions[0].script
+    print(f"\nSubmitted {as_what}{lead if time_limit else ''}. Script: {script}")
+    print(f"Follow it: forescale status, forescale logs {names[0]}. ", end="")
+    print(f"Stop it: forescale stop {names[0]}")
 
 
 def notes_on_cpus(job: SubmitJob) -> list[str]:
@@ -157,16 +164,6 @@ def _text_of(path: Path) -> str:
         raise UserError(str(path), problem, "give a text file") from None
 
 
-def _report(order: Order, job: str) -> None:
-    several = len(order.names) > 1
-    job_text = f"{len(order.names)} runs as array {job}" if several else f"as job {job}"
-    time = order.settings.time
-    limit = f"; it saves {order.lead} s before its time limit of {time}" if time else ""
-    print(f"\nSubmitted {job_text}{limit}. Script: {order.submissions[0].script}")
-    name = order.names[0]
-    print(f"Follow it: forescale status, forescale logs {name}. Stop it: forescale stop {name}")
-
-
 def order(
     plans: Sequence[Plan], runs: Sequence[Run], folders: Sequence[Path], profile: str
 ) -> Order:
@@ -208,7 +205,7 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
         array = order(plans, runs, folders, profile)
         for plan, begun, submission in zip(plans, started, array.submissions, strict=True):
             _describe(plan, begun, submission)
-            write_file(submission.script, render(array).encode())
+            write_file(submission.script, array.script().encode())
         if len(folders) > 1:
             array.submissions[0].link_logs([task.log for task in array.submissions])
         job = queue.submit(array.submissions[0].script)
@@ -255,18 +252,15 @@ def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     packages = own_packages(begun.job)
     write_code(submission.code, packages)
     data = [source["path"] for source in begun.sources.describe().values()]
+    if job.slurm.has_gpus:
+        memory = _HOST_MEMORY * job.per_node + plan.copy_bytes
+    else:  # on CPUs all planned memory is host memory
+        memory = int(plan.chosen.memory.total) * job.per_node
     facts = facts_of(job.slurm, data, packages)
-    facts |= {"memory": _host_memory(plan, job), "trust": bool(targets(begun.job))}
+    facts |= {"memory": memory, "trust": bool(targets(begun.job))}
     if job.slurm.pack:
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))
     submission.write(**facts)
-
-
-def _host_memory(plan: Plan, job: SubmitJob) -> int:
-    """Return the bytes of host memory that the ranks of a node need."""
-    if job.slurm.has_gpus:
-        return _HOST_MEMORY * job.per_node + plan.copy_bytes
-    return int(plan.chosen.memory.total) * job.per_node  # on CPUs all planned memory is host memory
 
 
 def _save_seconds(plan: Plan, run: Run) -> float:

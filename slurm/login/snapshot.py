@@ -41,7 +41,14 @@ def own_packages(job: TrainJob) -> list[Path]:
             if (path := new.pop(0)) in packages:
                 continue
             packages.append(path)
-            _refuse_large(packages, key)
+            sizes = {p: sum(file.stat().st_size for file in _sources(p)) for p in packages}
+            if sum(sizes.values()) > _LARGEST:
+                largest = max(packages, key=lambda path: sizes[path])
+                problem = f"more than {_LARGEST >> 20} MiB of files would be frozen with the job, "
+                problem += f"of which {sizes[largest] / 2**20:,.1f} are in {largest}"
+                raise UserError(
+                    key, problem, "move data out of the package, or install it with pip"
+                )
             beside = (place for name in sorted(_imports(path)) if (place := _own_place(name)))
             new += [place for place in beside if place.parent == path.parent]
     return packages
@@ -50,10 +57,9 @@ def own_packages(job: TrainJob) -> list[Path]:
 def described(packages: list[Path]) -> str:
     """Return a sentence that names what `own_packages` found."""
     names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in packages)
-    files = [file for path in packages for file in _sources(path)]
-    size = sum(file.stat().st_size for file in files)
+    sizes = [file.stat().st_size for path in packages for file in _sources(path)]
     where = ", ".join(sorted({str(path.parent) for path in packages}))
-    count = f"{len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e3:,.1f} kB"
+    count = f"{len(sizes)} file{'s' if len(sizes) > 1 else ''}, {sum(sizes) / 1e3:,.1f} kB"
     return f"your own code is frozen with the job: {names} from {where} ({count})."
 
 
@@ -64,14 +70,11 @@ def _own_place(name: str) -> Path | None:
         if name not in _PACKAGES and (spec := find_package(name)):
             text = next(iter(spec.submodule_search_locations or ()), spec.origin)
             path = Path(text) if text else None
-            if path and path.exists() and not _is_installed(path):
-                return path
+            if path and path.exists():
+                is_of_python = path.is_relative_to(sysconfig.get_paths()["stdlib"])
+                is_installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+                return None if is_of_python or is_installed else path
     return None
-
-
-def _is_installed(path: Path) -> bool:
-    is_of_python = path.is_relative_to(sysconfig.get_paths()["stdlib"])
-    return is_of_python or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
 
 
 def _imports(path: Path) -> set[str]:
@@ -88,30 +91,9 @@ def _imports(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def _refuse_large(packages: list[Path], key: str) -> None:
-    sizes = {path: sum(file.stat().st_size for file in _sources(path)) for path in packages}
-    if sum(sizes.values()) > _LARGEST:
-        largest = max(packages, key=lambda path: sizes[path])
-        problem = (
-            f"more than {_LARGEST >> 20} MiB of files would be frozen with the job, of which "
-            f"{sizes[largest] / 2**20:,.1f} are in {largest}"
-        )
-        raise UserError(key, problem, "move data out of the package, or install it with pip")
-
-
 def write_code(target: Path, packages: list[Path]) -> None:
-    """Pack our packages, and `more` packages or modules, under code/."""
-    with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, file in sorted(_members(packages).items()):
-            info = tarfile.TarInfo(str(Path("code") / name))
-            content = file.read_bytes()
-            info.size, info.mode = len(content), 0o644
-            tar.addfile(info, io.BytesIO(content))
-
-
-def _members(packages: list[Path]) -> dict[Path, Path]:
-    """The file of each name in the tar. In a checkout our packages are in several folders, when
-    installed in one. Each file is packed once, at its import path."""
+    """Pack our packages, and the user's packages or modules, under code/. In a checkout ours are in
+    several folders, when installed in one: each file is packed once, at its import path."""
     members = dict[Path, Path]()
     for package in _PACKAGES:
         root = Path(next(iter(importlib.import_module(package).__path__)))
@@ -119,7 +101,12 @@ def _members(packages: list[Path]) -> dict[Path, Path]:
         members |= {place / file.relative_to(root): file for file in _sources(root)}
     for path in packages:
         members |= {file.relative_to(path.parent): file for file in _sources(path)}
-    return members
+    with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, file in sorted(members.items()):
+            info = tarfile.TarInfo(str(Path("code") / name))
+            content = file.read_bytes()
+            info.size, info.mode = len(content), 0o644
+            tar.addfile(info, io.BytesIO(content))
 
 
 def _sources(path: Path) -> Iterator[Path]:

@@ -38,8 +38,6 @@ from forescale.slurm.preflight.findings import (
     slow_nodes,
 )
 
-__all__ = ["ADDRESS", "NodeFault", "Preflight", "PreflightReport", "Requirements"]
-
 ADDRESS = "FORESCALE_PREFLIGHT"  # host:port:token of the supervisor
 _GRACE = 2.0  # seconds for other reports after a node has failed to measure
 _STRANGER, _KNOWN = 1 << 12, 1 << 24  # most bytes of a line before and after the token was checked
@@ -48,7 +46,8 @@ _STRANGER, _KNOWN = 1 << 12, 1 << 24  # most bytes of a line before and after th
 @dataclass
 class _Node:
     """The reports of a host so far. connected: when, by our monotonic clock; seconds: that its
-    checks took."""
+    checks took; broken: a failure of the measurement; lost: that only means that a peer did not
+    answer."""
 
     host: str
     line: "_Line | None" = None  # while it is connected
@@ -62,8 +61,8 @@ class _Node:
     faults: list[NodeFault] = field(default_factory=list)
     pairs: dict[str, float] | None = None
     reduce: float = 0.0
-    broken: NodeFault | None = None  # a failure of the measurement
-    lost: bool = False  # `broken` only means that a peer did not answer
+    broken: NodeFault | None = None
+    lost: bool = False
 
     def fault(self, problem: str, todo: str, kind: str) -> NodeFault:
         return NodeFault(self.host, problem, todo, kind)
@@ -86,17 +85,19 @@ class _Line:
 
 
 class Preflight:
-    """A server for the nodes' processes, on a free port of one address.
-
-    hosts: SLURM's names of the nodes; address: a name or address of this host.
-    """
+    """A server for the nodes' processes, on a free port of one address. hosts: SLURM's names of the
+    nodes; address: a name or address of this host."""
 
     def __init__(self, requirements: Requirements, hosts: list[str], address: str):
         self.requirements, self.hosts = requirements, list(hosts)
         self.address = meeting_address(address)
         self.token = secrets.token_hex(16)
         self._nodes = {host: _Node(host) for host in hosts}
-        self._server = _listen(self.address, len(hosts))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < len(hosts) + 256:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        self._server = socket.create_server((self.address, 0), family=family, backlog=4096)
         self.port: int = self._server.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ, None)
@@ -119,20 +120,28 @@ class Preflight:
         starting: float | None = None,
         phase: Callable[[str], str | None] = lambda host: None,
     ) -> PreflightReport:
-        """Return the report once all nodes have reported, their step has ended, or time is up.
+        """Return the report once all nodes have reported, their step has ended, or time is up. Call
+        it once: it closes the server, which also ends the nodes' processes.
 
         timeout: seconds for the checks, and again for the measurement; starting: seconds until the
         nodes' processes must have connected, if not the same; phase: what a host that didn't
-        connect was doing, if known. Call it once: it closes the server, which also ends the nodes'
-        processes.
+        connect was doing, if known
         """
         self._began, self._timeout = time.monotonic(), timeout
         self._starting = timeout if starting is None else starting
         failed, over = 0.0, False
         try:
             while time.monotonic() < self._end and not self._have_all():
-                received = self._listen_for(0.1)
-                if over and not received:
+                events = self._selector.select(0.1)
+                for key, _ in events:
+                    if key.data is not None:
+                        self._read(key.data)
+                        continue
+                    with suppress(OSError):
+                        taken = self._server.accept()[0]
+                        taken.settimeout(5.0)
+                        self._selector.register(taken, selectors.EVENT_READ, _Line(taken))
+                if over and not events:
                     break
                 over = over or is_over()  # earlier messages may still arrive
                 if self._measuring and any(n.failed for n in self._nodes.values()):
@@ -187,19 +196,6 @@ class Preflight:
             n.line.send(go)
         return False
 
-    def _listen_for(self, seconds: float) -> bool:
-        """Accept connections and read messages for up to `seconds`; True if there were any."""
-        events = self._selector.select(seconds)
-        for key, _ in events:
-            if key.data is not None:
-                self._read(key.data)
-                continue
-            with suppress(OSError):
-                taken = self._server.accept()[0]
-                taken.settimeout(5.0)
-                self._selector.register(taken, selectors.EVENT_READ, _Line(taken))
-        return bool(events)
-
     def _read(self, line: _Line) -> None:
         try:
             data = line.socket.recv(1 << 16)
@@ -235,20 +231,18 @@ class Preflight:
             node.facts |= message["facts"]
             node.faults = [NodeFault(node.host, **f) for f in message["faults"]]
             node.seconds, node.port = time.monotonic() - node.connected, message["port"]
-            self._judge_clock(node, message["received"])
+            skew = skew_of(node.sent, node.answered, message["received"])
+            node.facts |= {"skew_seconds": round(skew, 3), "seconds": round(node.seconds, 3)}
+            if abs(skew) > self.requirements.skew:
+                way = "ahead of" if skew > 0 else "behind"
+                fake = " (a fake: FORESCALE_FAKE_CLOCK)" if "fake_clock" in node.facts else ""
+                problem = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
+                todo = "set its clock, or exclude the node"
+                node.faults.append(node.fault(problem, todo, "clock"))
         elif "broken" in message:
             node.broken, node.lost = NodeFault(node.host, **message["broken"]), message["lost"]
         else:
             node.pairs, node.reduce = message["pairs"], message["reduce"]
-
-    def _judge_clock(self, node: _Node, received: float) -> None:
-        skew = skew_of(node.sent, node.answered, received)
-        node.facts |= {"skew_seconds": round(skew, 3), "seconds": round(node.seconds or 0.0, 3)}
-        if abs(skew) > self.requirements.skew:
-            way = "ahead of" if skew > 0 else "behind"
-            fake = " (a fake: FORESCALE_FAKE_CLOCK)" if "fake_clock" in node.facts else ""
-            problem = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
-            node.faults.append(node.fault(problem, "set its clock, or exclude the node", "clock"))
 
     def _report(
         self, seconds: float, over: bool, phase: Callable[[str], str | None]
@@ -259,7 +253,12 @@ class Preflight:
         notes: list[str] = []
         reduce = None
         if self._measuring:
-            broken = [f for n in nodes if (f := self._broken(n, seconds)) is not None]
+            broken = []
+            for n in (n for n in nodes if n.pairs is None):
+                did = "had not measured" if n.line else "ended while it measured"
+                problem = f"{did} the network after {seconds:.0f} s"
+                todo = "see the job's log, or exclude the node"
+                broken.append((n, n.broken or n.fault(problem, todo, "network")))
             # Blame nodes that failed themselves; if none, those without a report; else all.
             for failed_first in (lambda n: n.failed, lambda n: not n.broken, lambda n: True):
                 if blamed := [f for n, f in broken if failed_first(n)]:
@@ -272,10 +271,8 @@ class Preflight:
             notes.append("the network was not measured, because some nodes are missing or faulty")
         common, of_nodes = merged([f for f in faults if f.note], self._nodes)
         notes = [f.sentence for f in common + of_nodes] + notes
-        facts = {n.host: n.facts for n in nodes}
-        return PreflightReport(
-            [f for f in faults if not f.note], notes, facts, reduce, round(seconds, 3)
-        )
+        facts, faults = {n.host: n.facts for n in nodes}, [f for f in faults if not f.note]
+        return PreflightReport(faults, notes, facts, reduce, round(seconds, 3))
 
     def _silent(
         self, seconds: float, over: bool, phase: Callable[[str], str | None]
@@ -304,15 +301,6 @@ class Preflight:
             faults.append(n.fault(problem, todo, "silent"))
         return faults
 
-    def _broken(self, n: _Node, seconds: float) -> tuple[_Node, NodeFault] | None:
-        if n.pairs is not None:
-            return None
-        if n.broken is None:
-            did = "had not measured" if n.line else "ended while it measured"
-            problem = f"{did} the network after {seconds:.0f} s"
-            return n, n.fault(problem, "see the job's log, or exclude the node", "network")
-        return n, n.broken
-
     def _judge_rates(self, notes: list[str]) -> list[NodeFault]:
         """Return faults of slow nodes, from the rates of all measured pairs."""
         pairs: dict[tuple[str, str], float] = {}
@@ -338,12 +326,3 @@ class Preflight:
             notes.append(f"{' and '.join(best)}: {problem}; have their network checked")
             return []
         return slow_notes
-
-
-def _listen(address: str, hosts: int) -> socket.socket:
-    """Return a listening socket, and raise the limit of open files if all hosts need it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hosts + 256:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, 0), family=family, backlog=4096)

@@ -41,11 +41,8 @@ class Requirements:
 
 @dataclass(frozen=True)
 class NodeFault:
-    """A fault of a node.
-
-    kind: faults of one kind on several nodes count as one, even if their numbers differ; note:
-    True if training is still possible.
-    """
+    """A fault of a node. kind: faults of one kind on several nodes count as one, even if their
+    numbers differ; note: True if training is still possible."""
 
     host: str
     problem: str
@@ -55,13 +52,7 @@ class NodeFault:
 
     @property
     def sentence(self) -> str:
-        """The host, what is wrong, and what to do."""
         return f"{self.host}: {self.problem}; {self.todo}"
-
-    @property
-    def identity(self) -> tuple[str, bool]:
-        """Equal for faults that count as the same."""
-        return self.kind or self.problem, self.note
 
 
 @dataclass(frozen=True)
@@ -90,9 +81,9 @@ class PreflightReport:
         """By host: the faults that not all nodes have, as a sentence without the host."""
         sentences: dict[str, str] = {}
         for f in merged(self.faults, self.nodes)[1]:
-            rest = f"; also {f.problem}"
+            before = sentences.get(f.host)
             sentences[f.host] = (
-                sentences[f.host] + rest if f.host in sentences else f"{f.problem}; {f.todo}"
+                f"{before}; also {f.problem}" if before else f"{f.problem}; {f.todo}"
             )
         return sentences
 
@@ -103,7 +94,7 @@ def merged(
     """Return the faults of all hosts, each once, and the faults of only some."""
     groups: dict[tuple[str, bool], list[NodeFault]] = {}
     for fault in faults:
-        groups.setdefault(fault.identity, []).append(fault)
+        groups.setdefault((fault.kind or fault.problem, fault.note), []).append(fault)
     common: list[NodeFault] = []
     of_nodes: list[NodeFault] = []
     for group in groups.values():
@@ -121,10 +112,8 @@ def merged(
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs of neighbours in a ring; each node is in two pairs.
-
-    A slow node can't make its neighbour look slow. An odd ring needs a third round to close.
-    """
+    """Return rounds of pairs of neighbours in a ring; each node is in two pairs, so a slow node
+    can't make its neighbour look slow. An odd ring needs a third round to close."""
     first = [(i, i + 1) for i in range(0, nodes - 1, 2)]
     if nodes < 3:
         return [first] if first else []
@@ -143,10 +132,8 @@ def best_pairs(pairs: dict[tuple[str, str], float]) -> dict[str, float]:
 
 
 def slow_nodes(pairs: dict[tuple[str, str], float], slow: float) -> dict[str, float]:
-    """Return the rates of hosts whose best pair is more than `slow` times slower than the median.
-
-    Empty for two nodes: their only pair doesn't show which of them is slow.
-    """
+    """Return the rates of hosts whose best pair is more than `slow` times slower than the median;
+    empty for two nodes, whose only pair doesn't show which of them is slow."""
     best = best_pairs(pairs)
     if len(best) < 3:
         return {}
@@ -155,9 +142,7 @@ def slow_nodes(pairs: dict[tuple[str, str], float], slow: float) -> dict[str, fl
 
 
 def skew_of(sent: float, answered: float, received: float) -> float:
-    """Return the smallest possible difference of a node's clock from ours, in seconds.
-
-    By its clock it sent a message at `sent` and received our answer at `received`; by our clock we
-    answered at `answered`. Network delays don't count as a difference.
-    """
+    """Return the smallest possible difference of a node's clock from ours, in seconds. By its clock
+    it sent a message at `sent` and received our answer at `received`; by ours we answered at
+    `answered`. Network delays don't count as a difference."""
     return max(sent - answered, min(received - answered, 0.0))

@@ -87,13 +87,19 @@ class Network:
         mine = torch.ones(max(1, requirements.reduce_bytes // 4), device=device)
         received = torch.empty_like(mine)
         self.at = "reducing over all nodes"
+
+        def exchange(other: int) -> None:
+            both = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, received, other)]
+            for work in dist.batch_isend_irecv(both):
+                work.wait()
+
         # First, because NCCL's pairs need a group that is already connected.
         reduce = self._rate(partial(dist.all_reduce, mine))
         pairs = {}
         for pair in (p for r in rounds(len(self.hosts)) for p in r if self.rank in p):
             other = sum(pair) - self.rank
             self.at = f"exchanging with {self.hosts[other]}"
-            pairs[self.hosts[other]] = self._rate(partial(_exchange, mine, received, other))
+            pairs[self.hosts[other]] = self._rate(partial(exchange, other))
         return {"pairs": pairs, "reduce": reduce}
 
     def _rate(self, work: Callable[[], object]) -> float:
@@ -109,14 +115,6 @@ class Network:
             if repeat:
                 best = min(best, time.perf_counter() - began)
         return self.here.requirements.reduce_bytes / best / 1e9
-
-
-def _exchange(mine: Any, received: Any, other: int) -> None:
-    import torch.distributed as dist
-
-    both = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, received, other)]
-    for work in dist.batch_isend_irecv(both):
-        work.wait()
 
 
 class Connection:

@@ -18,7 +18,7 @@ from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import containers, steps
 from forescale.slurm.config import SlurmConfig
-from forescale.slurm.script import Order, render
+from forescale.slurm.script import Order
 from forescale.slurm.submission import Submission
 
 IMAGE = '{"PYTHONPATH": "/of/the/image", "MINE": "of the image"}'
@@ -138,7 +138,7 @@ def test_in_apptainer_the_code_is_that_of_the_job_and_gpus_are_shown(bench):
 
 def batch_words(bench: Path, **keys) -> list[str]:
     job = Submission(bench / "root/first/jobs/0001")
-    script = render(Order(["first"], [job.run.path], [job], SlurmConfig(**keys), 70))
+    script = Order(["first"], [job.run.path], [job], SlurmConfig(**keys), 70).script()
     return shlex.split(script.splitlines()[-1])
 
 

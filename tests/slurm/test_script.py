@@ -9,7 +9,7 @@ import pytest
 from forescale.config.duration import Duration
 from forescale.ground.errors import UserError
 from forescale.slurm.config import SlurmConfig
-from forescale.slurm.script import Order, render
+from forescale.slurm.script import Order
 from forescale.slurm.submission import Submission
 
 
@@ -53,7 +53,7 @@ def lines(script):
     ],
 )
 def test_a_key_becomes_an_option(key, value, option):
-    assert option in lines(render(order(**{key: value})))
+    assert option in lines(order(**{key: value}).script())
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_key_becomes_an_option(key, value, option):
 )
 def test_slurm_ends_no_job_that_can_replace_the_node_it_lost(nodes, spares, goes_on):
     """A run of one node is lost with the batch script that is there."""
-    assert ("--no-kill" in lines(render(order(nodes=nodes, spares=spares)))) == goes_on
+    assert ("--no-kill" in lines(order(nodes=nodes, spares=spares).script())) == goes_on
 
 
 def test_no_value_reaches_the_shell_unquoted(tmp_path):
@@ -70,7 +70,7 @@ def test_no_value_reaches_the_shell_unquoted(tmp_path):
         names=("first",), root=str(tmp_path / evil), exports={"X": evil}, modules=[evil],
         scratch=str(tmp_path / evil), python="true",
     )  # fmt: skip
-    body = render(array).replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
+    body = array.script().replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
     body = body.replace('mkdir "$FORESCALE_NODE"', ":")
     run = ["bash", "-c", body + "\n"]
     subprocess.run(run, cwd=tmp_path, check=True, env={"SLURM_JOB_ID": "1", "PATH": "/bin"})
@@ -79,14 +79,14 @@ def test_no_value_reaches_the_shell_unquoted(tmp_path):
 
 
 def test_bash_takes_it_and_ends_in_the_batch_program():
-    script = render(order())
+    script = order().script()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert script.splitlines()[-1].endswith('-P -m forescale.slurm.batch "$run" "$job"')
 
 
 def test_an_array_gives_each_task_its_run(tmp_path):
     array = order(names=("a", "b", "c"), runs="x", at_once=2)
-    script = render(array)
+    script = array.script()
     assert "--array=0-2%2" in lines(script)
     assert "--output=/runs/a/jobs/0001/logs/%a" in lines(script)
     head = script[: script.index("set -u")] + 'echo "$run $job"'
@@ -97,7 +97,7 @@ def test_an_array_gives_each_task_its_run(tmp_path):
 
 
 def test_modules_and_lines_come_before_python():
-    script = render(order(modules=["cuda/12"], setup=["source /etc/x"], exports={"A": "b c"}))
+    script = order(modules=["cuda/12"], setup=["source /etc/x"], exports={"A": "b c"}).script()
     assert "module load cuda/12\nsource /etc/x\n" in script
     assert script.index("module load") < script.index("exec ")
     assert "export A='b c'" in script
@@ -106,7 +106,7 @@ def test_modules_and_lines_come_before_python():
 def test_a_container_is_for_the_ranks_alone():
     import sys
 
-    script = render(order(container="image", python="python3"))
+    script = order(container="image", python="python3").script()
     assert f"exec {sys.executable} -P -m forescale.slurm.batch" in script
 
 
@@ -115,14 +115,14 @@ def test_a_line_break_in_a_name_adds_no_line_to_the_script(end):
     """A directory or a profile may have any name."""
     evil = f"x{end}#SBATCH --wrap=pwned{end}touch pwned"
     with pytest.raises(UserError, match="can't read; choose another directory") as caught:
-        render(order(root=f"/tmp/{evil}"))
+        order(root=f"/tmp/{evil}").script()
     assert str(caught.value).isprintable()
     plain = replace(order(), profile=evil, names=(evil,), submissions=order().submissions)
     with pytest.raises(UserError, match=r"^--job-name"):
-        render(plain)
+        plain.script()
     some = replace(order(names=("a", "b")), profile=evil, names=("a", evil))
-    assert len(render(some).splitlines()) == len(
-        render(replace(some, names=("a", "b"))).splitlines()
+    assert len(some.script().splitlines()) == len(
+        replace(some, names=("a", "b")).script().splitlines()
     )
 
 

@@ -12,7 +12,7 @@ from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import write_error
 from forescale.run.directory import Run
-from forescale.slurm import steps
+from forescale.slurm import queue, steps
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.policy import outcome_of
 from forescale.slurm.steps import (
@@ -134,26 +134,23 @@ def test_srun_that_fails_by_itself_is_a_crash(attempt):
 
 def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
     """First its tasks, through SLURM; where a node doesn't answer, then srun itself."""
-    from forescale.slurm import queue, steps
-
     ended = []
+    monkeypatch.setattr(queue, "newest_step", lambda job, besides: f"{job}.1")
     monkeypatch.setattr(queue, "end_step", ended.append)
     monkeypatch.setattr(steps, "_LAST", 0.3)
     step = JobStep([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "srun.log")
     began = time.monotonic()
-    assert step.wait(lambda: time.monotonic() - began > 0.2, lambda: "7.1") == -9
+    assert step.wait(lambda: time.monotonic() - began > 0.2, "7") == -9
     assert ended == ["7.1"]
 
 
 def test_a_failed_task_does_not_wait_for_ever_for_the_others(tmp_path, monkeypatch):
-    from forescale.slurm import queue, steps
-
-    monkeypatch.setattr(queue, "end_step", lambda step: None)
+    monkeypatch.setattr(queue, "newest_step", lambda job, besides: None)
     monkeypatch.setattr(steps, "_PATIENCE", 0.2)
     monkeypatch.setattr(steps, "_LAST", 0.2)
     code = "print('srun: error: n2: task 1: Killed', flush=True); import time; time.sleep(60)"
     step = JobStep([sys.executable, "-c", code], {}, tmp_path / "srun.log")
-    assert step.wait(lambda: False, lambda: "7.1") == -9
+    assert step.wait(lambda: False, "7") == -9
     assert step.failures == [Failure(1, "n2", -9, "Killed")]
 
 

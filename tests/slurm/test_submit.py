@@ -34,13 +34,12 @@ def submit(tmp_path, monkeypatch, capsys, dataset):
 
 
 def test_all_problems_at_once_and_nothing_is_written(submit, tmp_path):
-    code, _, err = submit("train", "x", "slurm.partion=p", "slurm.mem=lots", "slurm.after=[me]")
+    wrong = ("slurm.partion=p", "slurm.mem=lots", "slurm.after=[me]", "slurm.time='5 steps'")
+    code, _, err = submit("train", "x", *wrong)
     assert code == 2
     assert "slurm.partion: no such key; did you mean slurm.partition" in err
     assert "slurm.mem: 'lots' is not a size" in err
     assert "slurm.after: 'me' is not a job id" in err
-    code, _, err = submit("train", "x", "slurm.time='5 steps'")
-    assert code == 2
     assert "slurm.time: must be a wall time" in err
     assert "slurm.time='24 h'" in err
     assert not (tmp_path / "runs").exists()

@@ -194,7 +194,7 @@ def check(job: Any, faults: Iterable[Problem] = ()) -> list[Problem]:
     """Return the problems that the `problems()` methods of a job and its sections report.
 
     A section with a wrong value (`faults`, from `build`) isn't asked: its rules would only repeat
-    that value's problem.
+    that value's problem. Values that no rule reads are the keys in ALONE of a section's class.
     """
     return _reported(job, "problems", list(faults))
 
@@ -221,6 +221,8 @@ def _reported(node: Any, method: str, faults: list[Problem], prefix: str = "") -
                 result += _reported(part, method, faults, f"{path}{i}.")
         elif is_dataclass(value) and not isinstance(value, Duration):
             result += _reported(value, method, faults, path)
+    alone = {prefix + name for name in getattr(node, "ALONE", ())}
+    faults = [p for p in faults if p.key not in alone]
     wrong = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
     if not wrong and hasattr(node, method):
         result += [
