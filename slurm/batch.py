@@ -262,8 +262,8 @@ class Batch:
             self._log(f"Note: {note}")
         if not report.faults:
             rate = f", all-reduce {report.gb_per_second:.2f} GB/s" if report.gb_per_second else ""
-            passed = f"{len(self.hosts)} nodes passed the preflight"
-            self._log(f"{passed} ({report.seconds:.1f} s{rate}).")
+            summary = f"{len(self.hosts)} nodes passed the preflight"
+            self._log(f"{summary} ({report.seconds:.1f} s{rate}).")
             return None
         for fault in report.faults:
             self._log(fault.sentence)
