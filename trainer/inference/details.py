@@ -15,7 +15,7 @@ Invariant: windows and losses are those of `score`, so that the sum over all tok
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,6 @@ from forescale.train.evaluate import ratio_stderr
 LATE, RATIO = 500, 10
 MAX_RANDOM = 32  # random tokens of a row
 ROWS = 32
-_BY = {"kind": "file type", "source": "input"}
 
 
 @dataclass(frozen=True)
@@ -64,34 +63,20 @@ def window_losses(
     places = held_out_places(split, sequence_length, None)
     chosen = [places[i] for i in spread(len(places), windows)]
     parts = validation_windows(split, sequence_length, 1, limit=windows, documents=documents)
-    number_of = _Documents(split)
+    starts = np.cumsum([0, *split.shard_tokens])  # of shards, in tokens of the split
+    sizes = enumerate(split.shard_tokens)
+    ends = [starts[i] + split.document_ends(i, 0, size) for i, size in sizes]
+    ends_D = np.concatenate([np.empty(0, np.int64), *ends])
     for done, (window, (shard, ((start, size),))) in enumerate(zip(parts, chosen, strict=True), 1):
         n = size - 1
         nats_L, positions_L = target_losses(model, window)
         yield WindowLosses(
             window.targets[0, :n].numpy(),
             nats_L[:n].numpy(),
-            number_of(shard, np.arange(start + 1, start + size)),
+            np.searchsorted(ends_D, starts[shard] + np.arange(start + 1, start + size), "right"),
             positions_L[:n].numpy() + 1,
         )
         progress("losses of tokens", done, len(chosen), "windows")
-
-
-class _Documents:
-    """The numbers of documents in a split, by the place of a token."""
-
-    def __init__(self, split: Split):
-        self._split, self._shard = split, -1
-        self._ends, self._before = np.empty(0, np.int64), 0
-
-    def __call__(self, shard: int, tokens: np.ndarray) -> np.ndarray:
-        """Return the number of the document of each token of a shard. Shards come in order."""
-        while self._shard < shard:
-            self._before += len(self._ends)
-            self._shard += 1
-            length = self._split.shard_tokens[self._shard]
-            self._ends = self._split.document_ends(self._shard, 0, length)
-        return self._before + np.searchsorted(self._ends, tokens, side="right")
 
 
 @dataclass(frozen=True)
@@ -107,41 +92,30 @@ class Part:
     bytes: int
 
 
-class DocumentSums:
-    """Adds up the nats and bytes of each held-out document."""
+def parts_of(
+    dataset: Dataset, split: str, nats_D: np.ndarray, bytes_D: np.ndarray
+) -> dict[str, list[Part]]:
+    """Return the parts by `kind` (file types) and by `source` (inputs of the dataset), each in the
+    order of their bytes, the most first; empty if the dataset doesn't know them: it knows them of
+    its validation split, if it was built from text by this version.
 
-    def __init__(self, dataset: Dataset, split: str):
-        self._dataset, self._split = dataset, split
-        size = dataset.split(split).num_documents
-        self._nats, self._bytes = np.zeros(size), np.zeros(size, np.int64)
-
-    def add(self, window: WindowLosses) -> None:
-        """Add the targets of a window."""
-        np.add.at(self._nats, window.document, window.nats)
-        np.add.at(self._bytes, window.document, self._dataset.token_bytes[window.ids])
-
-    def parts(self) -> dict[str, list[Part]]:
-        """Return the parts by `kind` (file types) and by `source` (inputs of the dataset), each in
-        the order of their bytes, the most first; empty if the dataset doesn't know them: it knows
-        them of its validation split, if it was built from text by this version."""
-        origins = self._dataset.origins if self._split == "validation" else None
-        if origins is None:
-            return {}
-        named = {"kind": origins["kinds"], "source": origins["sources"]}
-        return {by: self._by(np.array(origins[by], np.int64), names) for by, names in named.items()}
-
-    def _by(self, number: np.ndarray, names: Sequence[str]) -> list[Part]:
-        parts = [self._part(name, number == i) for i, name in enumerate(names)]
-        return sorted((p for p in parts if p.bytes), key=lambda part: -part.bytes)
-
-    def _part(self, name: str, chosen: np.ndarray) -> Part:
-        scored = chosen & ((self._bytes > 0) | (self._nats > 0))
-        nats, count = self._nats[scored], self._bytes[scored]
-        if not (total := int(count.sum())):
-            return Part(name, math.nan, math.nan, len(nats), 0)
-        ratio = math.fsum(nats) / total
-        stderr = ratio_stderr(nats, count, ratio)
-        return Part(name, ratio / math.log(2), stderr / math.log(2), len(nats), total)
+    nats_D, bytes_D: those of each document that were scored.
+    """
+    origins = dataset.origins if split == "validation" else None
+    result: dict[str, list[Part]] = {}
+    if origins is None:
+        return result
+    for by, names in (("kind", "kinds"), ("source", "sources")):
+        number_D, parts = np.array(origins[by], np.int64), []
+        for i, name in enumerate(origins[names]):
+            scored = (number_D == i) & ((bytes_D > 0) | (nats_D > 0))
+            nats, count = nats_D[scored], bytes_D[scored]
+            if total := int(count.sum()):
+                ratio = math.fsum(nats) / total
+                stderr = ratio_stderr(nats, count, ratio) / math.log(2)
+                parts.append(Part(name, ratio / math.log(2), stderr, len(nats), total))
+        result[by] = sorted(parts, key=lambda part: -part.bytes)
+    return result
 
 
 @dataclass(frozen=True)
@@ -186,7 +160,7 @@ class InContextSums:
 
 @dataclass(frozen=True)
 class Details:
-    """What `measure` returns. parts: bits per byte by `kind` and by `source`, see DocumentSums."""
+    """What `measure` returns. parts: bits per byte by `kind` and by `source`, see parts_of."""
 
     parts: dict[str, list[Part]]
     in_context: InContext
@@ -214,7 +188,8 @@ def measure(
 
     config: of the run; windows: as of `score`.
     """
-    context, sums = InContextSums(sequence_length), DocumentSums(dataset, split)
+    context, documents = InContextSums(sequence_length), dataset.split(split).num_documents
+    nats_D, bytes_D = np.zeros(documents), np.zeros(documents, np.int64)
     for window in window_losses(
         model,
         dataset.split(split),
@@ -224,8 +199,9 @@ def measure(
         progress=progress,
     ):
         context.add(window)
-        sums.add(window)
-    return Details(sums.parts(), context.score())
+        np.add.at(nats_D, window.document, window.nats)
+        np.add.at(bytes_D, window.document, dataset.token_bytes[window.ids])
+    return Details(parts_of(dataset, split, nats_D, bytes_D), context.score())
 
 
 @dataclass(frozen=True)
@@ -288,7 +264,16 @@ def _mean(values_R: Tensor) -> tuple[float, float]:
 
 def details_text(details: Details) -> str:
     """Return the bits per byte of the parts as tables, and the in-context-learning score."""
-    lines = [line for by, parts in details.parts.items() for line in _table(_BY[by], parts)]
+    lines: list[str] = []
+    for by, parts in details.parts.items():
+        title = {"kind": "file type", "source": "input"}[by]
+        wide = max([len(title), *(len(part.name or "none") for part in parts)])
+        lines += ["", f"Bits per byte by {title}:", ""]
+        lines.append(f"  {title:<{wide}}  {'bits per byte':<17}  documents  bytes")
+        for p in parts:
+            bits = f"{p.bits_per_byte:.4f} ± {p.stderr:.4f}"
+            row = f"  {p.name or 'none':<{wide}}  {bits:<17}  {p.documents:>9,}  {p.bytes:,}"
+            lines.append(row)
     if not details.parts:
         lines += [
             "",
@@ -316,12 +301,3 @@ def induction_text(scores: Induction) -> str:
         f"{100 * scores.share:.1f} ± {100 * scores.share_stderr:.1f} % of the\ntokens read again "
         "are the most likely next one"
     )
-
-
-def _table(by: str, parts: Sequence[Part]) -> Iterator[str]:
-    wide = max(len(by), *(len(part.name or "none") for part in parts)) if parts else 0
-    yield from ("", f"Bits per byte by {by}:", "")
-    yield f"  {by:<{wide}}  {'bits per byte':<17}  documents  bytes"
-    for p in parts:
-        bits = f"{p.bits_per_byte:.4f} ± {p.stderr:.4f}"
-        yield f"  {p.name or 'none':<{wide}}  {bits:<17}  {p.documents:>9,}  {p.bytes:,}"

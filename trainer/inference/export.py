@@ -5,6 +5,7 @@ Invariant: the directory appears complete, by one rename, or not at all. Its log
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,6 @@ def family(view: RunView) -> str:
         raise UserError("model", problem[0].lower() + problem[1:], todo) from None
 
 
-def is_exportable(view: RunView) -> bool:
-    """Return True if a transformers class fits the run's model."""
-    try:
-        family(view)
-    except UserError:
-        return False
-    return True
-
-
 def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32") -> Path:
     """Write the directory `to` and return it.
 
@@ -69,22 +61,29 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32")
     Raises UserError if no family fits, `to` exists or a weight is beyond the range of dtype.
     """
     family(view)
-    if to.exists():
-        raise UserError(str(to), "already exists", "choose another directory with to=DIR")
     model = view.config.model
     assert isinstance(model, ModelConfig)
     kind = _DTYPES[dtype]
     config, tensors = to_hf(model, checkpoint.weights())
     config["dtype"] = str(kind).removeprefix("torch.")
-    with staged(to) as stage:
+    with _new_directory(to) as stage:
         for name, content in _small_files(view, config).items():
             (stage / name).write_text(as_text(content), "utf-8")
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
         # A map, as a loop would hold the last tensor while the next is read.
         _write_weights(stage, map(partial(_rounded, kind), tensors))
+    return to
+
+
+@contextmanager
+def _new_directory(to: Path) -> Iterator[Path]:
+    """Give a directory that becomes `to` at the end. Raises UserError if that exists."""
+    if to.exists():
+        raise UserError(str(to), "already exists", "choose another directory with to=DIR")
+    with staged(to) as stage:
+        yield stage
         for path in stage.iterdir():
             fsync_path(path)
-    return to
 
 
 def export_adapters(
@@ -102,21 +101,17 @@ def export_adapters(
     if not any(map(is_adapter, checkpoint.shapes)):
         todo = "leave adapter out: export then writes the whole model"
         raise UserError("adapter", f"{view.name} was trained without adapters", todo)
-    if to.exists():
-        raise UserError(str(to), "already exists", "choose another directory with to=DIR")
     state = {name: checkpoint.tensor(name) for name in checkpoint.shapes if is_adapter(name)}
     kind = family_of(job.model)
     settings, weights = adapters_to_hf(kind, job.model, state, job.lora.rank, job.lora.alpha)
     weights = dict(map(partial(_rounded, _DTYPES[dtype]), weights.items()))
     known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     options = {"lora_dropout": job.lora.dropout, "inference_mode": True}
-    with staged(to) as stage:
+    with _new_directory(to) as stage:
         (stage / "adapter_config.json").write_text(
             as_text({**known, **settings, **options}), "utf-8"
         )
         save_file(weights, stage / "adapter_model.safetensors", metadata={"format": "pt"})
-        for path in stage.iterdir():
-            fsync_path(path)
     return to
 
 
@@ -178,12 +173,20 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     they know the special tokens and the chat template.
     """
     end = view.identity["dataset"]["end_of_text"]
+    name = view.tokenizer.id_to_token(end)
     # In training the end-of-text token precedes every document, so it is the bos token here.
     ends = {"bos_token_id": end, "eos_token_id": end}
     files: dict[str, Any] = {
         CONFIG: config | ends,
         "generation_config.json": ends | {"pad_token_id": end},
-        "tokenizer_config.json": _tokenizer_config(view, end),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": name,
+            "eos_token": name,
+            "pad_token": name,
+            "clean_up_tokenization_spaces": False,  # it would drop spaces that are in the text
+            "model_max_length": view.config.train.sequence_length,
+        },
     }
     if template := kept_template(view.run):
         files[_TEMPLATE] = template
@@ -198,16 +201,3 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     if template:
         imported[_TEMPLATE] = template
     return {**files, **imported, CONFIG: settings | sizes}
-
-
-def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json; end: id of the end-of-text token."""
-    name = view.tokenizer.id_to_token(end)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": name,
-        "eos_token": name,
-        "pad_token": name,
-        "clean_up_tokenization_spaces": False,  # it would drop spaces that are in the text
-        "model_max_length": view.config.train.sequence_length,
-    }

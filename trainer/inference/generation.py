@@ -171,9 +171,8 @@ class ContinuousBatch:
     def __init__(self, model: nn.Module):
         self.model = model.eval()
         self._new: list[Answer] = []
-        self._batches: list[
-            tuple[Batch, list[Answer]]
-        ] = []  # new ones join the first that they can
+        # A new one joins the first that it can.
+        self._batches: list[tuple[Batch, list[Answer]]] = []
 
     @property
     def answers(self) -> list[Answer]:
@@ -188,7 +187,13 @@ class ContinuousBatch:
         """Decode a token of each answer; return the pieces of text that are certain now, and each
         answer that ends now with its last piece. Raises UserError if logits are not finite; the
         batch is empty then."""
-        batches, self._batches = [*self._batches, *self._new_batches()], []
+        new = [answer for answer in self._new if answer.reason is None]
+        groups = [[answer] for answer in new]
+        if isinstance(self.model, Transformer):  # models of a user's own take no padding
+            longer = [a for a in new if len(a.question.start) > a.question.max_context]
+            groups = [longer, [answer for answer in new if answer not in longer]]
+        new_batches = [(_batch_of(self.model, group), group) for group in groups if group]
+        batches, self._batches, self._new = [*self._batches, *new_batches], [], []
         pieces: list[tuple[Answer, str]] = []
         try:
             for batch, answers in batches:
@@ -198,16 +203,6 @@ class ContinuousBatch:
             todo = "use an earlier checkpoint, from before the training diverged"
             raise UserError("the model", f"can't write text ({e})", todo) from e
         return pieces
-
-    def _new_batches(self) -> list[tuple[Batch, list[Answer]]]:
-        """Return batches of the new answers."""
-        new = [answer for answer in self._new if answer.reason is None]
-        self._new = []
-        groups = [[answer] for answer in new]
-        if isinstance(self.model, Transformer):  # models of a user's own take no padding
-            longer = [a for a in new if len(a.question.start) > a.question.max_context]
-            groups = [longer, [answer for answer in new if answer not in longer]]
-        return [(_batch_of(self.model, group), group) for group in groups if group]
 
     def _step_of(self, batch: Batch, answers: list[Answer]) -> list[tuple[Answer, str]]:
         """Decode a token of each answer of a batch; keep those that are not complete."""
@@ -229,17 +224,15 @@ class ContinuousBatch:
         if unfinished:
             if len(unfinished) < len(answers):
                 batch.keep(unfinished)
-            self._keep(batch, [answers[i] for i in unfinished])
+            left = [answers[i] for i in unfinished]
+            for other, others in self._batches:
+                if other.can_join(batch):
+                    other.join(batch)
+                    others += left
+                    break
+            else:
+                self._batches.append((batch, left))
         return pieces
-
-    def _keep(self, batch: Batch, answers: list[Answer]) -> None:
-        """Keep a batch, joined to another one if it can be."""
-        for other, others in self._batches:
-            if other.can_join(batch):
-                other.join(batch)
-                others += answers
-                return
-        self._batches.append((batch, answers))
 
 
 def _batch_of(model: nn.Module, answers: Sequence[Answer]) -> Batch:

@@ -6,7 +6,6 @@ only as long as its reader holds it.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,9 +83,7 @@ class HfDirectory:
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """The tensors of all weight files, by name."""
-        return {stored.name: stored for stored in self._stored()}
-
-    def _stored(self) -> Iterator[Stored]:
+        tensors: dict[str, Stored] = {}
         for path, names in self._files().items():
             with _opened(path) as file:
                 there = set(file.keys())
@@ -100,7 +97,8 @@ class HfDirectory:
                         problem = f"its weight {name} is {kind}, not {', '.join(_DTYPES)}"
                         todo = "import the model as it was before it was quantised"
                         raise UserError(str(path), problem, todo)
-                    yield Stored(name, path, tuple(part.get_shape()), _DTYPES[kind])
+                    tensors[name] = Stored(name, path, tuple(part.get_shape()), _DTYPES[kind])
+        return tensors
 
     def _files(self) -> dict[Path, list[str] | None]:
         """Return the tensors of each weight file; None: all that are in it."""
@@ -108,7 +106,13 @@ class HfDirectory:
             return {whole: None}
         index = self.path / _INDEX
         if not index.is_file():
-            raise UserError(str(self.path), *self._without_weights())
+            problem, todo = f"holds no {_WEIGHTS} and no {_INDEX}", _AGAIN
+            if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
+                problem = f"holds its weights in pickle files, which run code, and no {_WEIGHTS}"
+                todo = (
+                    "load it with transformers and write it with save_pretrained, if you trust it"
+                )
+            raise UserError(str(self.path), problem, todo)
         where = _object(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise UserError(str(index), "has no weight_map", _AGAIN)
@@ -121,13 +125,6 @@ class HfDirectory:
             assert names is not None
             names.append(name)
         return files
-
-    def _without_weights(self) -> tuple[str, str]:
-        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
-            problem = f"holds its weights in pickle files, which run code, and no {_WEIGHTS}"
-            todo = "load it with transformers and write it with save_pretrained"
-            return problem, f"{todo}, if you trust it"
-        return f"holds no {_WEIGHTS} and no {_INDEX}", _AGAIN
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from forescale.checkpoint.writer import Part, write_weights
 from forescale.config.compose import compose
@@ -24,11 +21,11 @@ from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.ground.console import Meter, Progress, progress_display, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import cache_directory, write_checked_json, write_file
-from forescale.inference.hf_directory import HfDirectory, Stored
+from forescale.inference.hf_directory import HfDirectory
 from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES
-from forescale.models.hf.pieces import Piece, config_of, pieces_of
+from forescale.models.hf.pieces import config_of, pieces_of
 from forescale.run.directory import Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions
@@ -60,7 +57,11 @@ def import_hf(
     """
     expect_free(run)
     directory = HfDirectory(source)
-    model = _model_of(directory)
+    try:
+        model = config_of(directory.config)
+    except ValueError as e:
+        where, problem = str(source / "config.json"), str(e).rstrip(".")
+        raise UserError(where, problem, "import another model; nothing was written") from None
     parts = list(_parts(directory, model))
     vocabulary = _vocabulary(directory, model, tokenizer, end_of_text)
     job = _job(run, model)
@@ -72,7 +73,21 @@ def import_hf(
         write_weights(new, parts, lambda size: meter(size, 0))
         write_file(new.tokenizer, vocabulary.raw)
         write_checked_json(new.imported, directory.small_files)
-        write_checked_json(new.identity, _identity(result, source, vocabulary))
+        identity = {
+            "name": run.name,
+            "tokenizer_sha256": hashlib.sha256(vocabulary.raw).hexdigest(),
+            "dataset": {  # the run has no data
+                **dict.fromkeys(("path", "identity", "corpus_hash")),
+                "sources": {},
+                "vocab_size": vocabulary.size,
+                "end_of_text": vocabulary.end,
+            },
+            "imported": {"path": str(source.resolve()), "architecture": architecture},
+            "versions": versions(),
+            **code_and_id(),
+            "parameters": numbers,
+        }
+        write_checked_json(new.identity, identity)
         write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
     meter.end()
     return result
@@ -103,14 +118,6 @@ def imported(source: Path) -> Run:
     return run
 
 
-def _model_of(directory: HfDirectory) -> ModelConfig:
-    try:
-        return config_of(directory.config)
-    except ValueError as e:
-        where, problem = str(directory.path / "config.json"), str(e).rstrip(".")
-        raise UserError(where, problem, "import another model; nothing was written") from None
-
-
 def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Part]:
     """Yield the weights, each read when it is written. Raises UserError if the files hold others
     than the model has."""
@@ -119,15 +126,11 @@ def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Part]:
         for piece in pieces_of(directory.config["model_type"], model, directory.tensors):
             stored = directory.tensors[piece.source]
             described = piece.taken(stored.described())
-            read = partial(_read, piece, stored)
+            read = partial(lambda piece, stored: piece.taken(stored.read()), piece, stored)
             yield Part(piece.name, whole[piece.name], piece.start, described, read)
     except ValueError as e:
         todo = "download it again, or import another model; nothing was written"
         raise UserError(str(directory.path), str(e).rstrip("."), todo) from None
-
-
-def _read(piece: Piece, stored: Stored) -> Tensor:
-    return piece.taken(stored.read())
 
 
 def _vocabulary(
@@ -150,20 +153,6 @@ def _vocabulary(
         )
         raise UserError(where, problem, "give the model's own with tokenizer=FILE")
     return vocabulary
-
-
-def _identity(result: Imported, source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the content of run.json; the run has no data."""
-    no_data = dict.fromkeys(("path", "identity", "corpus_hash")) | {"sources": {}}
-    return {
-        "name": result.run.name,
-        "tokenizer_sha256": hashlib.sha256(vocabulary.raw).hexdigest(),
-        "dataset": {**no_data, "vocab_size": vocabulary.size, "end_of_text": vocabulary.end},
-        "imported": {"path": str(source.resolve()), "architecture": result.architecture},
-        "versions": versions(),
-        **code_and_id(),
-        "parameters": result.parameters,
-    }
 
 
 def _job(run: Run, model: ModelConfig) -> TrainJob:

@@ -25,7 +25,17 @@ def prompts_in(name: str) -> list[str]:
     if name == "-":
         text = _decoded(_raw_input(), "input", "standard input")
     else:
-        text = _decoded(_raw_file(Path(name).expanduser()), name, "")
+        path = Path(name).expanduser()
+        try:
+            with path.open("rb") as file:
+                raw = file.read(_MAX_BYTES + 1)
+        except FileNotFoundError:
+            todo = "name a file of prompts"
+            raise UserError(str(path), "there is no such file", todo) from None
+        if len(raw) > _MAX_BYTES:
+            problem = f"has more than {_MAX_BYTES:,} bytes"
+            raise UserError(str(path), problem, "split it into several files")
+        text = _decoded(raw, name, "")
     if not text:
         raise UserError(name, "holds no prompt", "write one a line")
     lines = _without_end(text).split("\n")
@@ -75,19 +85,6 @@ def _raw_input() -> bytes:
     if len(raw) > _MAX_BYTES:
         problem = f"standard input has more than {_MAX_BYTES:,} bytes"
         raise UserError("prompt", problem, "give its last part, such as with tail -c 100000")
-    return raw
-
-
-def _raw_file(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(str(path), "there is no such file", "name a file of prompts") from None
-    if len(raw) > _MAX_BYTES:
-        raise UserError(
-            str(path), f"has more than {_MAX_BYTES:,} bytes", "split it into several files"
-        )
     return raw
 
 

@@ -270,29 +270,30 @@ def loss_by_position(
     `documents`, as trained: then positions count from the document's first token in the window.
     Logits of one window are held at a time, (L, V) fp32.
     """
-    part = dataset.split(split)
+    part, size = dataset.split(split), len(edges) - 1
     count = num_windows(part, sequence_length)
-    total, limits, rows = min(count, windows or count), torch.tensor(edges), []
+    total, limits = min(count, windows or count), torch.tensor(edges)
+    nats, targets = np.zeros((size, total)), np.zeros((size, total))
     parts = validation_windows(
         part, sequence_length, 1, limit=windows, documents=documents, objective=objective
     )
-    for done, window in enumerate(parts, 1):
-        rows.append(_sums(model, window, limits))
-        progress("loss by position", done, total, "windows")
-    nats, targets = (np.array(rows)[:, i].T for i in (0, 1))  # (buckets, windows) each
-    return [
-        _bucket(first, last - 1, *of_bucket)
-        for first, last, *of_bucket in zip(edges[:-1], edges[1:], nats, targets, strict=True)
-    ]
-
-
-def _sums(model: nn.Module, window: MicroBatch, limits: Tensor) -> tuple[list[float], list[int]]:
-    """Return the nats and the targets of one window in each bucket."""
-    nats_L, positions_L = target_losses(model, window)
-    bucket_L = torch.bucketize(positions_L, limits[1:-1], right=True)
-    real_L, size = window.targets[0] != IGNORED, len(limits) - 1
-    sums = torch.zeros(size, dtype=torch.float64).index_add_(0, bucket_L, nats_L)
-    return sums.tolist(), bucket_L[real_L].bincount(minlength=size).tolist()
+    for i, window in enumerate(parts):
+        nats_L, positions_L = target_losses(model, window)
+        bucket_L = torch.bucketize(positions_L, limits[1:-1], right=True)
+        sums = torch.zeros(size, dtype=torch.float64).index_add_(0, bucket_L, nats_L)
+        nats[:, i] = sums.numpy()
+        real_L = window.targets[0] != IGNORED
+        targets[:, i] = bucket_L[real_L].bincount(minlength=size).numpy()
+        progress("loss by position", i + 1, total, "windows")
+    buckets = []
+    for first, end, nats_W, targets_W in zip(edges[:-1], edges[1:], nats, targets, strict=True):
+        loss = stderr = math.nan
+        if number := int(targets_W.sum()):
+            used = targets_W > 0
+            loss = math.fsum(nats_W) / number
+            stderr = ratio_stderr(nats_W[used], targets_W[used], loss)
+        buckets.append(Bucket(first, end - 1, loss, stderr, number))
+    return buckets
 
 
 @torch.no_grad()
@@ -307,15 +308,6 @@ def target_losses(model: nn.Module, window: MicroBatch) -> tuple[Tensor, Tensor]
     length, where = window.tokens.shape[1], window.tokens.device
     positions_L = positions_of(length, where, None, starts_1L).view(-1)
     return nats_L.double().cpu(), positions_L.cpu()
-
-
-def _bucket(first: int, last: int, nats: np.ndarray, targets: np.ndarray) -> Bucket:
-    if not targets.sum():
-        return Bucket(first, last, math.nan, math.nan, 0)
-    used = targets > 0
-    loss = math.fsum(nats) / int(targets.sum())
-    stderr = ratio_stderr(nats[used], targets[used], loss)
-    return Bucket(first, last, loss, stderr, int(targets.sum()))
 
 
 def abilities_of(

@@ -1,11 +1,12 @@
 """The summary of a complete run: bits per byte of model and compressors, a sample, next steps."""
 
 import math
+from contextlib import suppress
 
-from forescale.data.dataset import Dataset, Sources
+from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte
 from forescale.ground.errors import UserError
-from forescale.inference.export import is_exportable
+from forescale.inference.export import family
 from forescale.inference.generation import Answer, GenerationConfig, stream
 from forescale.inference.question import question_of
 from forescale.inference.view import RunView
@@ -27,18 +28,27 @@ def summarize(started: Start) -> None:
         _summarize_other(started, scores)
         return
     if scores:
-        newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
-        print(_scores(newest, started.sources))
+        bits = {row["dataset"]: row["bits_per_byte"] for row in scores}
+        sources = started.sources
+        if not sources.is_mixture:
+            title = f"corpus hash {sources.corpus_hash[:16]}"
+            _print_score(title, bits["validation"], sources.first)
+        for name, dataset in sources.datasets.items() if sources.is_mixture else ():
+            if name in bits:
+                title = f"{name}, corpus hash {dataset.corpus_hash[:16]}"
+                _print_score(title, bits[name], dataset)
     try:
         text = sample(started, PROMPT)
     except UserError as e:  # the weights are no numbers any more: the run is complete nevertheless
         print(f"\nNo sample: {e}")
     else:
-        print(f"\nA sample, after {PROMPT!r}:\n\n{_indented(text)}")
+        print(f"\nA sample, after {PROMPT!r}:\n")
+        print("\n".join(f"  | {line}" for line in text.splitlines()))
     name = run.name
-    exported = (
-        [(f"export {name}", "to Hugging Face transformers")] if is_exportable(RunView(run)) else []
-    )
+    exported = []
+    with suppress(UserError):  # no class of transformers fits
+        family(RunView(run))
+        exported = [(f"export {name}", "to Hugging Face transformers")]
     _next(
         [
             (f"report {name}", "a page with its curves"),
@@ -86,26 +96,15 @@ def _next(commands: list[tuple[str, str]]) -> None:
         print(f"  forescale {command:<38}  {purpose}")
 
 
-def _scores(bits: dict[str, float], sources: Sources) -> str:
-    """Return bits per byte on the held-out text of every source, of model and compressors."""
-    if not sources.is_mixture:
-        return _score(f"corpus hash {sources.corpus_hash[:16]}", bits["validation"], sources.first)
-    return "\n".join(
-        _score(f"{name}, corpus hash {dataset.corpus_hash[:16]}", bits[name], dataset)
-        for name, dataset in sources.datasets.items()
-        if name in bits
-    )
-
-
-def _score(title: str, bits: float, dataset: Dataset) -> str:
-    lines = [f"\nHeld-out text, in bits per byte ({title}):"]
+def _print_score(title: str, bits: float, dataset: Dataset) -> None:
+    """Print the bits per byte of model and compressors on the held-out text of a source."""
+    print(f"\nHeld-out text, in bits per byte ({title}):")
     rows = {"this model": bits, **bits_per_byte(dataset.manifest)}
     widest = max(map(len, rows))
     for name, value in rows.items():
         other = value and name != "this model"  # conditional xz may need 0 bits for a tiny text
         ratio = f"   the model needs {bits / value:.3f} times this" if other else ""
-        lines.append(f"  {name:<{widest}}  {value:.4f}{ratio}")
-    return "\n".join(lines)
+        print(f"  {name:<{widest}}  {value:.4f}{ratio}")
 
 
 def sample(started: Start, prompt: str, seed: int = 0) -> str:
@@ -116,7 +115,3 @@ def sample(started: Start, prompt: str, seed: int = 0) -> str:
     config = GenerationConfig(SAMPLE_TOKENS, Sampler(temperature=1.0, top_k=50))
     answer = Answer(view.tokenizer, question_of(view, prompt), config, seed)
     return prompt + "".join(piece for _, piece in stream(model, [answer]))
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  | {line}" for line in text.splitlines())

@@ -274,12 +274,12 @@ class _Scores:
         print(f"  {'examples':<{wide}}{counts}    nats  by chance")
         for name, row in results.items():
             cells, nats = "", f"{'':>8}"
-            for one in row:
+            for accuracy in row:
                 cell = "-"
-                if one is not None:
-                    low, high = one.interval
-                    cell = f"{100 * one.share:.0f} ({100 * low:.0f} to {100 * high:.0f})"
-                    nats = f"{one.nats:>8.3f}"
+                if accuracy is not None:
+                    low, high = accuracy.interval
+                    cell = f"{100 * accuracy.share:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+                    nats = f"{accuracy.nats:>8.3f}"
                 cells += f"{cell:>16}"
             print(f"  {name:<{wide}}{cells}{nats}  {100 * TASKS[name].chance:9.3g}")
         if None in measured:

@@ -78,17 +78,14 @@ class LanguageModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a document."""
         return self._end
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before a text that has no context."""
         return self._prefix
 
     @property
     def batch_size(self) -> int:
-        """Rows of a forward pass."""
         return self.batch
 
     @property
@@ -148,7 +145,14 @@ class LanguageModel(TemplateLM):
         for i, (pair, context, continuation) in enumerate(requests):
             if not continuation:
                 raise self._without_tokens(*pair)
-            rows.setdefault(self._row(context, continuation), []).append(i)
+            if len(continuation) > self.max_length:
+                problem = (
+                    f"an answer has {len(continuation):,} tokens, and the model reads at most "
+                )
+                todo = "leave the task out, or name a model that reads more"
+                raise UserError(self.title or "tasks", f"{problem}{self.max_length:,}", todo)
+            cut = (context + continuation)[-(self.max_length + 1) :][:-1]  # on the left
+            rows.setdefault(tuple(cut), []).append(i)
         results = [(0.0, False)] * len(requests)
         order, done = sorted(rows, key=lambda row: (-len(row), row)), 0
         for first in range(0, len(order), self.batch):
@@ -157,21 +161,15 @@ class LanguageModel(TemplateLM):
             for row, tail in zip(part, self._tails(part, counts), strict=True):
                 for i in rows[row]:
                     pair, continuation = requests[i][0], requests[i][2]
-                    results[i] = _judged(tail[-len(continuation) :], continuation)
+                    target = torch.tensor(continuation, device=tail.device)
+                    chances = tail[-len(continuation) :]
+                    nats = float(chances.gather(-1, target[:, None]).sum())
+                    results[i] = (nats, bool((chances.argmax(-1) == target).all()))
                     if pair is not None:
                         self.cache_hook.add_partial("loglikelihood", pair, results[i])
                 done += len(rows[row])
             self._progress(f"{self.title} likelihoods", done, len(requests), "texts")
         return results
-
-    def _row(self, context: list[int], continuation: list[int]) -> Row:
-        """Return the model's input: all but the last token, cut on the left to max_length.
-        Raises UserError if not even the continuation fits."""
-        if len(continuation) > self.max_length:
-            problem = f"an answer has {len(continuation):,} tokens, and the model reads at most "
-            todo = "leave the task out, or name a model that reads more"
-            raise UserError(self.title or "tasks", f"{problem}{self.max_length:,}", todo)
-        return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
 
     def _count_cut(self, request: Instance, tokens: int) -> None:
         if tokens > 0:
@@ -277,14 +275,6 @@ def special_ids(view: RunView, tokenizer: Tokenizer) -> tuple[int, int]:
     last, first = id_of("eos_token"), id_of("bos_token")
     last = end if last is None else last
     return last if first is None else first, last
-
-
-def _judged(tail: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Return the nats of a continuation, and whether each of its tokens is the likeliest; tail:
-    (len(continuation), V) log-probabilities."""
-    target = torch.tensor(continuation, device=tail.device)
-    nats = tail.gather(-1, target[:, None]).sum()
-    return float(nats), bool((tail.argmax(-1) == target).all())
 
 
 def _sampler(options: Mapping[str, Any]) -> Sampler:

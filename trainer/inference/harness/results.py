@@ -10,7 +10,7 @@ from lm_eval.utils import handle_non_serializable
 
 from forescale.ground.errors import UserError
 from forescale.ground.storage import write_file
-from forescale.inference.harness.scores import Metric, TaskScore, lm_eval_version
+from forescale.inference.harness.scores import TaskScore, lm_eval_version
 
 _HASH = 12  # digits of a hash that people see
 
@@ -22,33 +22,25 @@ def table(scores: Sequence[TaskScore]) -> str:
         shots = "" if score.shots is None else f"{score.shots:,}"
         first = (score.task, shots, f"{score.questions:,}")
         for name, metric in score.metrics.items():
-            rows.append((*first, name, _number(metric)))
+            text = f"{metric.value:.4f}"
+            if metric.stderr is not None:
+                text += f" ± {metric.stderr:.4f}"
+            if metric.interval is not None:
+                low, high = metric.interval
+                text += f" ({low:.4f} to {high:.4f})"
+            rows.append((*first, name, text))
             first = ("", "", "")
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)) for row in rows]
     files = {s.file: s.sha256 for s in scores if s.file and s.sha256}
     notes = [f"{file}: SHA-256 {sha256[:_HASH]}" for file, sha256 in files.items()]
-    notes += filter(None, map(_cut, scores))
+    notes += [
+        f"{score.task}: {score.cut_rows:,} texts were longer than the model reads, and lost "
+        f"{score.cut_tokens:,} tokens at their begin"
+        for score in scores
+        if score.cut_rows
+    ]
     return "\n".join(f"  {line}".rstrip() for line in [*lines, *([""] if notes else []), *notes])
-
-
-def _number(metric: Metric) -> str:
-    text = f"{metric.value:.4f}"
-    if metric.stderr is not None:
-        text += f" ± {metric.stderr:.4f}"
-    if metric.interval is not None:
-        low, high = metric.interval
-        text += f" ({low:.4f} to {high:.4f})"
-    return text
-
-
-def _cut(score: TaskScore) -> str:
-    if not score.cut_rows:
-        return ""
-    return (
-        f"{score.task}: {score.cut_rows:,} texts were longer than the model reads, "
-        f"and lost {score.cut_tokens:,} tokens at their begin"
-    )
 
 
 def as_facts(score: TaskScore) -> dict[str, Any]:

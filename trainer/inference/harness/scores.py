@@ -75,7 +75,19 @@ def scores_of(
     for name, loaded in tasks.items():
         defaults = {task.task_name: task.get_config("num_fewshot") for task in leaves(loaded)}
         for count in shots or (None,):
-            _prepare(loaded, defaults, count)
+            # The seeds with which lm_eval draws the examples.
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)
+            for task in leaves(loaded):
+                task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+                default = defaults[task.task_name]
+                if default == 0 and count:
+                    problem = f"the task {task.task_name} always has 0 examples: "
+                    problem += "its file says num_fewshot: 0"
+                    todo = "leave shots out, or take that line out of its file"
+                    raise UserError("shots", problem, todo)
+                number = (default or 0) if count is None else count
+                task.set_config(key="num_fewshot", value=number)
             model.title = Path(name).stem
             model.restart()
             yield from _scored(model, name, loaded, questions, chat)
@@ -84,24 +96,6 @@ def scores_of(
 def lm_eval_version() -> str:
     """Return the version of lm_eval."""
     return version("lm_eval")
-
-
-def _prepare(loaded: Loaded, defaults: dict[str, int | None], shots: int | None) -> None:
-    """Set the number of examples of these tasks, and the seeds with which lm_eval draws them.
-
-    defaults: the number of each task's file. Raises UserError for a task that takes no other.
-    """
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    for task in leaves(loaded):
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        default = defaults[task.task_name]
-        if default == 0 and shots:
-            problem = (
-                f"the task {task.task_name} always has 0 examples: its file says num_fewshot: 0"
-            )
-            raise UserError("shots", problem, "leave shots out, or take that line out of its file")
-        task.set_config(key="num_fewshot", value=(default or 0) if shots is None else shots)
 
 
 def _scored(
@@ -123,7 +117,10 @@ def _scored(
     assert results is not None  # None: on other ranks
     for task, numbers in results["results"].items():
         samples = results["samples"].get(task, [])
-        file = _file_of(results["configs"].get(task, {}))
+        about = results["configs"].get(task, {}).get("metadata") or {}
+        path = Path(about.get("config_source", "inline"))
+        file = path if path.is_file() else None
+        hashes = [s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples]
         metrics = dict(_metrics(numbers, samples))
         if not metrics:
             continue
@@ -137,7 +134,7 @@ def _scored(
             version=None if known in (None, "Yaml") else str(known),
             file=None if file is None else str(file),
             sha256=None if file is None else content_hash(file),
-            questions_hash=_questions_hash(samples),
+            questions_hash=hash_string("".join(hashes)) if hashes else None,
             cut_rows=sum(model.cut_rows[part] for part in parts),
             cut_tokens=sum(model.cut_tokens[part] for part in parts),
             samples=samples,
@@ -176,30 +173,12 @@ def _metrics(
         stderr = numbers.get(f"{metric}_stderr,{filter_name}")
         stderr = float(stderr) if isinstance(stderr, int | float) else None
         values = [one[metric] for one in samples if one["filter"] == filter_name and metric in one]
+        interval = None  # of what was averaged, if all of it is 0 or 1
+        if values and all(isinstance(v, bool | int | float) and v in (0, 1) for v in values):
+            right = int(sum(values))
+            if math.isclose(right / len(values), value):
+                interval = interval_of(right, len(values))
         yield (
             metric if filter_name == "none" else key,
-            Metric(float(value), stderr, _interval(values, float(value))),
+            Metric(float(value), stderr, interval),
         )
-
-
-def _interval(values: list[Any], mean: float) -> tuple[float, float] | None:
-    """Return the 90 % interval of a share; None if the values are not all 0 or 1, or are not what
-    was averaged."""
-    if not values or not all(isinstance(v, bool | int | float) and v in (0, 1) for v in values):
-        return None
-    right = int(sum(values))
-    return interval_of(right, len(values)) if math.isclose(right / len(values), mean) else None
-
-
-def _file_of(config: dict[str, Any]) -> Path | None:
-    path = Path((config.get("metadata") or {}).get("config_source", "inline"))
-    return path if path.is_file() else None
-
-
-def _questions_hash(samples: list[dict[str, Any]]) -> str | None:
-    """Return lm_eval's hash of a task."""
-    if not samples:
-        return None
-    return hash_string(
-        "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
-    )

@@ -35,7 +35,8 @@ def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
     A group in a file may hold tasks of other files beside it, and of lm_eval. Raises UserError for
     an unknown or invalid task, and for one whose data is not on this machine.
     """
-    files = {name: Path(name).expanduser() for name in names if _is_file(name)}
+    named = [name for name in names if name.endswith((".yaml", ".yml")) or "/" in name]
+    files = {name: Path(name).expanduser() for name in named}
     contents = {name: _content(name, path) for name, path in files.items()}
     manager = TaskManager(
         include_path=[*dict.fromkeys(str(path.resolve().parent) for path in files.values())],
@@ -50,10 +51,6 @@ def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
             raise UserError("tasks", problem, f"did you mean one of {near}?")
         tasks[name] = _loaded(manager, name, files.get(name), contents.get(name))
     return tasks
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) or "/" in name
 
 
 def _content(name: str, path: Path) -> dict[str, Any]:
@@ -79,8 +76,12 @@ def _loaded(
         entry = manager.task_index[name]
         content = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
     try:
-        # `load` would name tasks of two files that are alike.
-        loaded = _group_of(manager, file, content) or manager._load_spec(name)
+        if file is not None and isinstance(content.get("group"), str):
+            # By its path, lm_eval takes the list of tasks in it for its name.
+            entry = Entry(name=content["group"], kind=Kind.GROUP, yaml_path=file.resolve())
+            loaded = manager._factory.build(entry, registry=manager._index)
+        else:  # `load` would name tasks of two files that are alike
+            loaded = manager._load_spec(name)
     except ModuleNotFoundError as e:
         problem = f"needs the package {e.name}, which isn't installed"
         raise UserError(name, problem, f"pip install {e.name}") from None
@@ -97,15 +98,6 @@ def _loaded(
         if getattr(task, "MULTIMODAL", False):
             raise UserError(name, "asks about pictures or sounds", "name a task of text")
     return loaded
-
-
-def _group_of(manager: TaskManager, file: Path | None, content: dict[str, Any]) -> Group | None:
-    """Return the group in a file, None if it holds none: by its path, lm_eval takes the list of
-    tasks in it for its name."""
-    if file is None or not isinstance(content.get("group"), str):
-        return None
-    entry = Entry(name=content["group"], kind=Kind.GROUP, yaml_path=file.resolve())
-    return manager._factory.build(entry, registry=manager._index)
 
 
 def _without_data(name: str, content: dict[str, Any], error: Exception) -> UserError:
