@@ -18,7 +18,7 @@ frozen = gc.get_freeze_count()
 with first_imports():
     assert gc.isenabled()  # torch is there: nothing to gain
 assert gc.get_freeze_count() == frozen
-print([name for name in ("torch._dynamo", "sympy", "deepspeed") if name in sys.modules])
+print([name for name in ("torch._dynamo", "deepspeed") if name in sys.modules])
 """
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import Transformer
@@ -119,11 +120,11 @@ def test_it_is_counted_as_it_is(name):
     assert counts.total == sum(p.numel() for p in model.parameters())
     assert counts.active == counts.total - idle
     assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
-    with FlopCounterMode(display=False) as counter:
+    # Which fused kernels of attention the counter knows depends on torch's version.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         losses, penalty = model(x, x)
         (losses.sum() + penalty).backward()
-    attention = 2 * 3 * 4 * 32 * 24  # the counter knows no formula for the CPU's flash kernel
-    assert counter.get_total_flops() == (flops_per_token(config, 24) - attention) * x.numel()
+    assert counter.get_total_flops() == flops_per_token(config, 24) * x.numel()
 
 
 def test_a_mixture_of_the_default_width_costs_what_the_dense_model_costs():
