@@ -29,11 +29,11 @@ from torch.utils.checkpoint import (
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import parts_of
-from forescale.models.mixers.context import CHANGES_PRODUCTS, Columns, Context, Viewer
+from forescale.models.mixers.context import CHANGES_PRODUCTS, Context, Viewer
 from forescale.models.mlps.balance import Routing
 from forescale.models.norms import make_norm
 from forescale.models.parametrization import scales
-from forescale.models.part import Mixer, imported
+from forescale.models.part import imported
 
 # Names, because a build of torch has the kernels of its own devices.
 _MATRICES = (
@@ -51,18 +51,10 @@ _KERNELS = (
 )
 
 
-def no_view(columns: Columns) -> None:
-    """The viewer of mixers that need no view."""
-
-
-def viewers(config: ModelConfig) -> list[Viewer]:
-    """Return what makes the view of each layer; layers that share a view have the same."""
-    views: dict[tuple[Mixer, int], Viewer] = {}
-    for i, mixer in enumerate(config.mixers):
-        key = mixer, i if mixer.varies else 0
-        if key not in views:
-            views[key] = imported(mixer.viewer)(config, mixer, i) if mixer.viewer else no_view
-    return [views[mixer, i if mixer.varies else 0] for i, mixer in enumerate(config.mixers)]
+def viewers(config: ModelConfig) -> list[Viewer | None]:
+    """Return what makes the view of each layer, the same for equal mixers; None: no view."""
+    views = {m: partial(imported(m.viewer), m) if m.viewer else None for m in config.mixers_used}
+    return [views[mixer] for mixer in config.mixers]
 
 
 class Block(nn.Module):

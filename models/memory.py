@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import columns_of, in_chunks, layers_of
-from forescale.models.part import BlockPart, Mixer, Mlp, copies
+from forescale.models.part import BlockPart, Mixer, Mlp, Rows, copies
 
 _DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 
@@ -74,7 +74,7 @@ def activations(
     norms = b + norm * (2 if config.norm.placement == "sandwich" else 1)
     plain = [(0, 0)] * config.num_blocks
     if not fused_norms:
-        plain = _plain_forms(of_rank(inner, ranks), micro_batch, sequence_length, b, masked)
+        plain = _plain_forms(of_rank(inner, ranks), Rows(micro_batch, sequence_length, b, masked))
     source = micro_batch * columns_of(config, 0, sequence_length)
     # The blocks of modules for later tokens are as the last one.
     blocks = [*range(config.num_blocks), *[config.num_blocks - 1] * config.mtp_layers]
@@ -192,23 +192,20 @@ def _squares(config: ModelConfig, columns: int) -> int:
     return source**2 + decoder**2 + source
 
 
-def _plain_forms(
-    config: ModelConfig, micro_batch: int, columns: int, bytes_per_value: int, masked: bool
-) -> list[tuple[int, int]]:
+def _plain_forms(config: ModelConfig, rows: Rows) -> list[tuple[int, int]]:
     """Return Mixer.plain_bytes of the mixer of each block, a view only where it is made."""
     layers: list[tuple[int, int]] = []
     for i, mixer in enumerate(config.mixers):
-        length = columns_of(config, i, columns)
-        inside, view = mixer.plain_bytes(config, micro_batch, length, bytes_per_value, masked)
-        is_new = mixer not in config.mixers[:i] or mixer.varies
-        layers.append((inside, view if is_new else 0))
+        of_block = replace(rows, length=columns_of(config, i, rows.length))
+        inside, view = mixer.plain_bytes(config, of_block)
+        layers.append((inside, 0 if mixer in config.mixers[:i] else view))
     return layers
 
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
     """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
     where relative ones are added outside of a kernel, nor on a GPU, whose kernel takes a list of
-    the blocks that are seen instead (blocks.blocks_seen), a thousandth of a square in bf16."""
+    the blocks that are seen instead (masks.block_mask), a thousandth of a square in bf16."""
     if not any(parts.mixer.takes_mask for parts in layers_of(config)):
         return 0
     if config.position.kind == "alibi" or (config.position.kind == "relative" and is_fused):

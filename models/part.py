@@ -16,13 +16,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 Problem = tuple[str, str, str]  # field, what is wrong, what to do
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a forward pass reads. masked: documents or padding hide keys."""
+
+    micro_batch: int
+    length: int
+    bytes_per_value: int
+    masked: bool
 
 
 @dataclass(frozen=True)
@@ -161,9 +179,8 @@ class Mixer(BlockPart):
     takes_biases: the mixer adds context.mask to the scores of each of its heads, so that alibi and
         relative positions are supported.
     splits_columns: ranks may divide the columns of rows.
-    viewer: dotted name of a function (config, part, layer) -> a function of mixers/context.Columns
-        that makes context.view, for a mixer that needs one. It is called once in a forward pass for
-        all layers of the mixer or, with `varies`, for each.
+    viewer: dotted name of a function (part, mixers/context.Columns) -> context.view, for a mixer
+        that needs one. It is called once in a forward pass for all layers of equal mixers.
     """
 
     turning: ClassVar[float] = 1.0
@@ -173,11 +190,6 @@ class Mixer(BlockPart):
     takes_biases: ClassVar[bool] = False
     splits_columns: ClassVar[bool] = False
     viewer: ClassVar[str] = ""
-
-    @property
-    def varies(self) -> bool:
-        """True if the views differ from layer to layer."""
-        return False
 
     @property
     def shifts(self) -> bool:
@@ -200,17 +212,10 @@ class Mixer(BlockPart):
 
     def exchanged(self, config: "ModelConfig", ranks: int) -> int:
         """Return the values of one token in one layer that ranks exchange if so many divide the
-        columns of rows (parallel/sequence.py); only with splits_columns."""
+        columns of rows (parallel/groups.py); only with splits_columns."""
         return 0
 
-    def plain_bytes(
-        self,
-        config: "ModelConfig",
-        micro_batch: int,
-        length: int,
-        bytes_per_value: int,
-        masked: bool,
-    ) -> tuple[int, int]:
+    def plain_bytes(self, config: "ModelConfig", rows: Rows) -> tuple[int, int]:
         """Return the bytes that autograd saves where the mixer runs in a plain form instead of a
         GPU's kernels: in each layer, besides activation_bytes, and for a view."""
         return 0, 0

@@ -58,10 +58,11 @@ def unread(config: "ModelConfig") -> list[Problem]:
     if config.position.kind in ("learned", "sinusoidal", "none"):
         read.add("position")  # added to the embedding, or absent
     words = " and ".join(mixer.kind for mixer in config.mixers_used)
+    other = "put attention into mixer_pattern" if config.mixer_pattern else "choose mixer=attention"
     for name in ("num_heads", "num_kv_heads", "head_dim", "position"):
         if name not in read and getattr(config, name) is not None:
-            todo = "leave it out, or choose mixer=attention"
-            problems.append((name, f"has no effect with mixer {words}", todo))
+            problem = f"has no effect with mixer {words}"
+            problems.append((name, problem, f"leave it out, or {other}"))
     return problems
 
 

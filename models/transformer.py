@@ -20,13 +20,11 @@ from forescale.models.heads.penalties import counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
-from forescale.models.mixers.full_mask import full_mask
-from forescale.models.mixers.masks import source_mask
+from forescale.models.mixers.masks import full_mask, source_mask
 from forescale.models.mlps.balance import Routing, move_biases, that_count
 from forescale.models.mlps.grouped import GroupedLinear
 from forescale.models.norms import make_norm
-from forescale.models.parallel.sequence import SequenceGroup
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import SequenceGroup, TensorGroup
 from forescale.models.parametrization import Factors, factors, scales
 from forescale.models.positions.position import (
     LearnedPosition,
@@ -233,16 +231,17 @@ class Transformer(nn.Module):
         layers = self.config.encoder_layers
         first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
-        views: dict[Viewer, Any] = {}
+        views: dict[Viewer | None, Any] = {}
         for i in range(first, end):
             block, memory = self.blocks[i], memories[i - first] if memories else None
             viewer = self.viewers[i]
-            if viewer not in views:
+            if viewer is not None and viewer not in views:
                 views[viewer] = viewer(columns)
             token_values = None
             if str(i) in self.value_embeddings:
                 token_values = self.value_embeddings[str(i)](tokens_BL)
-            context = context._replace(memory=memory, view=views[viewer], token_values=token_values)
+            view = views.get(viewer)
+            context = context._replace(memory=memory, view=view, token_values=token_values)
             recomputes = self.config.activation_checkpointing == "full"
             x_BLD, values, routing = run_block(block, x_BLD, context, recomputes)
             if values is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import TensorGroup
 
 IGNORE = -100  # marks a position without a target: padding, or a token that has no loss
 

@@ -15,7 +15,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.heads.loss import capped, window_losses
 from forescale.models.init import Linear
 from forescale.models.norms import make_norm
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import TensorGroup
 from forescale.models.parametrization import scales
 
 

@@ -10,9 +10,7 @@ from forescale.models.mixers.gated_deltanet import GatedDeltaNet
 from forescale.models.mixers.latent import Latent
 from forescale.models.mixers.lstm import LSTM
 from forescale.models.mixers.mingru import MinGRU
-from forescale.models.mixers.sparse import BlockSparse, Window
+from forescale.models.mixers.window import Window
 from forescale.models.part import Mixer, registry
 
-MIXERS: dict[str, type[Mixer]] = registry(
-    Attention, GatedDeltaNet, Latent, LSTM, MinGRU, Window, BlockSparse
-)
+MIXERS: dict[str, type[Mixer]] = registry(Attention, GatedDeltaNet, Latent, LSTM, MinGRU, Window)

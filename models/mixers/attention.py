@@ -9,6 +9,7 @@ from forescale.models.part import (
     Mixer,
     Part,
     Problem,
+    Rows,
     Shapes,
     by_output,
     copies,
@@ -21,38 +22,51 @@ if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
 
-def scores_flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
-    """Return the FLOPs of one token's scores, and of their product with the values.
+@dataclass(frozen=True)
+class Softmax(Mixer):
+    """A mixer whose heads, heads_width wide together, attend to all keys by a softmax of scores."""
 
-    Each takes 2 * heads_width FLOPs per key. A token attends to L keys, or in a causal model to
-    exactly (L + 1) / 2 on average.
-    """
-    is_half = causal and config.causal
-    doubled_keys = sequence_length + 1 if is_half else 2 * sequence_length
-    return 2 * config.sizes.heads_width * doubled_keys
+    writes = ("output",)
+    takes_future = True
+    takes_biases = True
+    splits_columns = True
 
+    def scores_flops(self, config: "ModelConfig", keys: int, causal: bool = False) -> int:
+        """Return the FLOPs of one token's scores, and of their product with the values.
 
-def kernel_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
-    """Return the bytes of the output and its normaliser; none with dropout, because attention is
-    then computed again (models/block.py, kept_operations)."""
-    s = config.sizes
-    return 0 if config.dropout else bytes_per_value * s.heads_width + 4 * s.num_heads
+        Each takes 2 * heads_width FLOPs per key. A token attends to all keys, or in a causal model
+        to exactly (keys + 1) / 2 on average.
+        """
+        doubled_keys = keys + 1 if causal and config.causal else 2 * keys
+        return 2 * config.sizes.heads_width * doubled_keys
 
+    def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+        scores = self.scores_flops(config, sequence_length, causal)
+        return matrix_flops(self.shapes(config)) + scores
 
-def plain_scores_bytes(
-    config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int
-) -> int:
-    """Return the bytes of a layer where scores have biases with a gradient, which no flash kernel
-    of a CPU takes: fp32 weights, queries, keys and values of all heads in place of a kernel's."""
-    s = config.sizes
-    if config.position.kind != "relative":
-        return 0
-    kernel = bytes_per_value * (s.heads_width + 2 * s.kv_width) + 4 * s.num_heads
-    return micro_batch * length * (4 * (3 * s.heads_width + s.num_heads * length) - kernel)
+    def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """Return the bytes of the output and its normaliser; none with dropout, because attention
+        is then computed again (models/block.py, kept_operations)."""
+        s = config.sizes
+        return 0 if config.dropout else bytes_per_value * s.heads_width + 4 * s.num_heads
+
+    def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
+        """Return the FLOPs of the scores where they have dropout."""
+        return self.scores_flops(config, sequence_length) if config.dropout else 0
+
+    def plain_bytes(self, config: "ModelConfig", rows: Rows) -> tuple[int, int]:
+        """Return the bytes where scores have biases with a gradient, which no flash kernel of a CPU
+        takes: fp32 weights, queries, keys and values of all heads in place of a kernel's."""
+        s = config.sizes
+        if config.position.kind != "relative":
+            return 0, 0
+        kernel = rows.bytes_per_value * (s.heads_width + 2 * s.kv_width) + 4 * s.num_heads
+        plain = 4 * (3 * s.heads_width + s.num_heads * rows.length)
+        return rows.micro_batch * rows.length * (plain - kernel), 0
 
 
 @dataclass(frozen=True)
-class Attention(Mixer):
+class Attention(Softmax):
     """Attention to all tokens, multi-head or grouped-query."""
 
     # RMS norm of queries and keys, of each head alone as in Qwen3, or of all heads together as in
@@ -68,35 +82,27 @@ class Attention(Mixer):
 
     kind = "attention"
     module = "forescale.models.mixers.attention_module.Attention"
-    writes = ("output",)
     gates = ("gate",)
     per_head = ("query_norm", "key_norm")
     heads = ("num_heads", "num_kv_heads")
     reads = ("num_heads", "num_kv_heads", "head_dim", "position")
-    takes_future = True
-    takes_biases = True
     takes_values = True
-    splits_columns = True
 
     @property
     def shifts(self) -> bool:
-        """True with token_shift."""
         return self.token_shift
 
     @property
     def shared_values(self) -> float:
-        """value_residual."""
         return self.value_residual
 
     def problems(self) -> list[Problem]:
-        """Return the problem of a share that is none."""
         if 0 <= self.value_residual < 1:
             return []
         problem = f"{self.value_residual} is no part of a layer's values"
         return [("value_residual", problem, "give above 0 and below 1, or 0 for none")]
 
     def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
-        """Return the problems of keys that don't go with other parts of the model."""
         problems: list[Problem] = []
         if self.qkv_bias and sized.bias:
             problems.append(("qkv_bias", "bias=true has these biases already", "leave one out"))
@@ -113,7 +119,7 @@ class Attention(Mixer):
         return problems
 
     def num_gates(self, config: "ModelConfig") -> int:
-        """Return the number of gates of a token: of its heads, of their channels, or none."""
+        """Return the number of gates of a token."""
         counts = {"head": config.sizes.num_heads, "channel": config.sizes.heads_width}
         return counts.get(self.gate, 0)
 
@@ -134,11 +140,6 @@ class Attention(Mixer):
             shapes |= {name: (width,) for name, width in zip(names, widths, strict=True)}
         return shapes
 
-    def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
-        """Return the FLOPs of the matrices, the scores, and their product with the values."""
-        scores = scores_flops(config, sequence_length, causal)
-        return matrix_flops(self.shapes(config)) + scores
-
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
         """Return the bytes of queries and keys (kernel inputs, and inputs of QK-norm), values,
         output.
@@ -154,13 +155,6 @@ class Attention(Mixer):
         if self.token_shift:
             kernel += bytes_per_value * (heads + s.kv_width)  # those of the previous token
         return kernel + (norm_bytes * heads if self.qk_norm != "none" else 0)
-
-    def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        return kernel_bytes(config, bytes_per_value)
-
-    def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
-        """Return the FLOPs of the scores where they have dropout."""
-        return scores_flops(config, sequence_length, False) if config.dropout else 0
 
     def cache_bytes(self, config: "ModelConfig", length: int, bytes_per_value: int) -> int:
         """Return the bytes of the keys and values of all tokens, and of a shift's last token."""
@@ -193,16 +187,6 @@ class Attention(Mixer):
         s = config.sizes
         return 2 * s.heads_width + 2 * s.kv_width * copies(s.num_heads, s.num_kv_heads, ranks)
 
-    def plain_bytes(
-        self,
-        config: "ModelConfig",
-        micro_batch: int,
-        length: int,
-        bytes_per_value: int,
-        masked: bool,
-    ) -> tuple[int, int]:
-        return plain_scores_bytes(config, micro_batch, length, bytes_per_value), 0
-
 
 _OF_SOURCE = ("key.", "value.", "key_norm.")  # parameters that act on source tokens
 
@@ -222,7 +206,7 @@ class Cross(Attention):
 
     def flops(self, config: "ModelConfig", source_length: int, causal: bool) -> int:
         """Return the FLOPs of a decoder's token, which attends to all tokens of the source."""
-        return matrix_flops(self._split(config)[0]) + scores_flops(config, source_length, False)
+        return matrix_flops(self._split(config)[0]) + self.scores_flops(config, source_length)
 
     def source_flops(self, config: "ModelConfig") -> int:
         return matrix_flops(self._split(config)[1])
@@ -248,14 +232,7 @@ class Cross(Attention):
     def selected_source(self, config: "ModelConfig", bytes_per_value: int) -> int:
         return bytes_per_value * outputs(self._split(config)[1])
 
-    def plain_bytes(
-        self,
-        config: "ModelConfig",
-        micro_batch: int,
-        length: int,
-        bytes_per_value: int,
-        masked: bool,
-    ) -> tuple[int, int]:
+    def plain_bytes(self, config: "ModelConfig", rows: Rows) -> tuple[int, int]:
         """Return nothing: its scores have no biases."""
         return 0, 0
 

@@ -12,10 +12,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
 from forescale.models.mixers.attention import Attention as Part
-from forescale.models.mixers.blocks import flex
 from forescale.models.mixers.context import Context, continued, earlier
+from forescale.models.mixers.masks import flex
 from forescale.models.norms import RMSNorm
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.positions.position import rotate
 

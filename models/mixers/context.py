@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.decoding.cache import Memory
-from forescale.models.parallel.sequence import SequenceGroup
+from forescale.models.parallel.groups import SequenceGroup
 from forescale.models.positions.position import Rotation
 
 # True while torch computes what changes its own products afterwards, in place: selective
@@ -32,7 +32,7 @@ class Context(NamedTuple):
     earlier tokens or, in a model that is not causal, to all tokens. With alibi or relative
     positions, which only mixers that take biases receive, mask is (B or 1, H, L, S) and has a bias
     for a visible key (alibi.biased_mask, RelativePosition). On a GPU it is a BlockMask where only
-    documents and padding hide keys (blocks.blocks_seen). starts (B, S): the column at which each
+    documents and padding hide keys (masks.block_mask). starts (B, S): the column at which each
     token's document begins. real (B, S): False at padding. memory: the layer's part of the cache: a
     mixer reads there what it stored about earlier columns, and stores what later ones need. counted
     (B, L): the tokens that count for the balance of experts; None: all. source (B, S, D): the

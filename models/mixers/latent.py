@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from forescale.models.mixers.attention import kernel_bytes, plain_scores_bytes, scores_flops
-from forescale.models.part import Mixer, Problem, Shapes, below_1, by_output, linear, matrix_flops
+from forescale.models.mixers.attention import Softmax
+from forescale.models.part import Problem, Rows, Shapes, below_1, by_output, linear
 from forescale.models.positions.kinds import Rotary
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Latent(Mixer):
+class Latent(Softmax):
     """Attention whose keys and values are made of one narrow latent of each token."""
 
     rank: int | None = None  # width of the latent, which is cached; None: 4 heads, at most half
@@ -20,20 +20,15 @@ class Latent(Mixer):
 
     kind = "latent"
     module = "forescale.models.mixers.latent_module.LatentAttention"
-    writes = ("output",)
     per_head = ("latent_norm", "query_norm")
     heads = ("num_heads", "key.num_heads", "value.num_heads")
     reads = ("num_heads", "head_dim", "position")
     turning = 0.5
-    takes_future = True
-    takes_biases = True
-    splits_columns = True
 
     def problems(self) -> list[Problem]:
         return below_1(self, "rank", "query_rank")
 
     def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
-        """Return the problems of latents that don't compress."""
         problems: list[Problem] = []
         heads = sized.num_heads or 1
         queries = heads * (sized.head_dim or (sized.width or 0) // heads)
@@ -67,13 +62,8 @@ class Latent(Mixer):
         return config.rotary_width if isinstance(config.position, Rotary) else 0
 
     def shapes(self, config: "ModelConfig") -> Shapes:
-        s, bias, (rank, query_rank), shapes = (
-            config.sizes,
-            config.bias,
-            self.ranks(config),
-            Shapes(),
-        )
-        turning = self.turning_width(config)
+        s, bias, shapes = config.sizes, config.bias, Shapes()
+        (rank, query_rank), turning = self.ranks(config), self.turning_width(config)
         if query_rank:
             shapes |= linear("query_latent", s.width, query_rank, bias)
             shapes["query_norm.weight"] = (query_rank,)
@@ -86,11 +76,6 @@ class Latent(Mixer):
         shapes |= linear("value", rank, s.heads_width, bias)
         return shapes | linear("output", s.heads_width, s.width, bias)
 
-    def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
-        """Return the FLOPs of the matrices and of the scores: keys and values are expanded."""
-        scores = scores_flops(config, sequence_length, causal)
-        return matrix_flops(self.shapes(config)) + scores
-
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
         """Return the bytes of queries, keys, values and output, of the output's normaliser in fp32,
         and of the latents before and after their norms."""
@@ -101,13 +86,6 @@ class Latent(Mixer):
             + sum(self.ranks(config)) * (norm_bytes + bytes_per_value)
         )
 
-    def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        return kernel_bytes(config, bytes_per_value)
-
-    def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
-        """Return the FLOPs of the scores where they have dropout."""
-        return scores_flops(config, sequence_length, False) if config.dropout else 0
-
     def cache_bytes(self, config: "ModelConfig", length: int, bytes_per_value: int) -> int:
         """Return the bytes of the latents and the keys that rotate, of all tokens."""
         return (self.ranks(config)[0] + self.turning_width(config)) * length * bytes_per_value
@@ -116,22 +94,13 @@ class Latent(Mixer):
         """Return the values of queries, keys, values and output of all heads."""
         return 4 * config.sizes.heads_width
 
-    def plain_bytes(
-        self,
-        config: "ModelConfig",
-        micro_batch: int,
-        length: int,
-        bytes_per_value: int,
-        masked: bool,
-    ) -> tuple[int, int]:
+    def plain_bytes(self, config: "ModelConfig", rows: Rows) -> tuple[int, int]:
         """Return what attention saves; each head has keys and values before it too."""
-        s = config.sizes
-        inside = plain_scores_bytes(config, micro_batch, length, bytes_per_value)
-        counted = 2 * bytes_per_value * (s.heads_width - s.kv_width) * micro_batch * length
-        return inside - counted if inside else 0, 0
+        s, (inside, view) = config.sizes, super().plain_bytes(config, rows)
+        counted = 2 * rows.bytes_per_value * (s.heads_width - s.kv_width)
+        return inside - counted * rows.micro_batch * rows.length if inside else 0, view
 
     def folds(self, config: "ModelConfig", scores: float) -> dict[str, float]:
-        """Return the factor of the module that the scores are linear in."""
         return {"query": scores}
 
     def divided(self, config: "ModelConfig") -> dict[str, int]:

@@ -18,7 +18,7 @@ from forescale.models.mixers.attention_module import attend, attended
 from forescale.models.mixers.context import Context
 from forescale.models.mixers.latent import Latent
 from forescale.models.norms import RMSNorm
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.positions.position import rotate
 

@@ -53,9 +53,7 @@ from forescale.models.mlps.dense_module import DenseMLP
 from forescale.models.mlps.grouped import GroupedLinear
 from forescale.models.mlps.moe import Experts
 from forescale.models.parallel.expert_exchange import ExpertGroup, own_part, through
-from forescale.models.parallel.group import Group
-from forescale.models.parallel.sequence import SequenceGroup
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import Group, SequenceGroup, TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT
 

@@ -1,5 +1,4 @@
-"""What a model must be like for ranks to divide the columns of its rows (sequence.py), or its
-matrices (tensor.py).
+"""What a model must be like for ranks to divide the columns of its rows or its matrices.
 
 Invariant: what no rule here forbids computes the same as on one rank. Imports no torch: a plan
 reads this file on a login node.

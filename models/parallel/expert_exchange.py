@@ -51,7 +51,7 @@ def own_part(weight: nn.Parameter, group: ExpertGroup) -> nn.Parameter:
     return part
 
 
-@torch._disable_dynamo  # imports no compiler before it is called; see tensor.py
+@torch._disable_dynamo  # imports no compiler before it is called; see groups.py
 def through(
     experts: Callable[[Tensor, Tensor], Tensor],
     rows_MD: Tensor,

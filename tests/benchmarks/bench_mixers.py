@@ -68,7 +68,7 @@ REAL = Sizes(
 )
 TOY = Sizes(
     tuple(MIXERS),
-    {"window": {"window": 8}, "block_sparse": {"block": 4}},
+    {"window": {"window": 8}},
     lengths=(16, 32),
     speed=ModelConfig(width=32, num_layers=1, num_heads=2, vocab_size=32),
     learning=ModelConfig(width=32, num_layers=1, num_heads=2),

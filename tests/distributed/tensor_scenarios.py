@@ -14,7 +14,7 @@ def parts(cases):
 
     from forescale.engine.parallel.tensor import divide
     from forescale.models import Transformer
-    from forescale.models.parallel.tensor import TensorGroup
+    from forescale.models.parallel.groups import TensorGroup
     from forescale.models.parallel.whole import whole_of
     from tests.models.configs import model_config
 
@@ -66,7 +66,7 @@ def dropped(words):
 
     from forescale.engine.parallel.tensor import divide
     from forescale.models import Transformer
-    from forescale.models.parallel.tensor import TensorGroup
+    from forescale.models.parallel.groups import TensorGroup
     from tests.models.configs import model_config
 
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)

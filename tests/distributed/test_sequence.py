@@ -26,7 +26,6 @@ MIXERS = [
     [0, "model.num_kv_heads=2", "model.mixer.gate=channel", "model.mixer.value_residual=0.5"],
     [0, "model.mixer=window", "model.mixer.window=5", "model.num_kv_heads=2"],
     [0, "model.mixer=window", "model.mixer.window=5", "model.mixer.global_tokens=2"],
-    [0, "model.mixer=block_sparse", "model.mixer.block=2", "model.mixer.local=2"],
     [0, "model.mixer=latent", "model.mixer.query_rank=14"],
     [0, "model.position=alibi", "model.mixer.qk_norm=layer", "model.z_loss=0.001"],
     [0, "model.position=relative", "model.num_kv_heads=1"],

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from forescale.models import block
+from forescale.models import ModelConfig, Transformer, block
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -31,6 +32,24 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     got = sum(storage.nbytes() for storage in saved.values())
     assert total.requires_grad  # the graph was alive until now
     return got
+
+
+def objective(output: Any) -> Tensor:
+    """Return the sum of losses, and of a penalty if there is one."""
+    losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
+    return losses.sum() + penalty
+
+
+def saved_bytes(config: ModelConfig, dtype: torch.dtype, documents: bool = False) -> int:
+    """Return what kept_bytes has of a model of this config and two whole rows."""
+    x = torch.zeros(2, config.max_sequence_length, dtype=torch.long)
+    model = Transformer(config).to(dtype)
+    has_lstm = any(mixer.kind == "lstm" for mixer in config.mixers_used)
+    # oneDNN's LSTM keeps a workspace of its own.
+    with torch.backends.mkldnn.flags(enabled=not has_lstm):
+        return kept_bytes(
+            model, lambda: objective(model(x, x, documents_BL=x if documents else None))
+        )
 
 
 @contextmanager

@@ -157,16 +157,6 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         (dict(encoder_layers=1, source_length=40), "source_length", "none of 32 columns"),
         (dict(head__softcap=float("inf")), "head.softcap", "number"),
         (dict(encoder_layers=1, mixer="lstm"), "encoder_layers", "later"),
-        (
-            dict(
-                mixer="block_sparse",
-                mixer__pattern="bigbird",
-                mixer__block=4,
-                mixer__random_blocks=9,
-            ),
-            "mixer.random_blocks",
-            "8 blocks",
-        ),
     ],
 )
 def test_nonsense_has_its_sentence(wrong, field, text):

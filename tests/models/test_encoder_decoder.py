@@ -265,7 +265,6 @@ def test_logits_and_gradients_equal_pegasus():
         (dict(position="alibi"), "position"),
         (dict(mixer="mingru"), "encoder_layers"),
         (dict(mixer="window", mixer__window=4), "encoder_layers"),
-        (dict(mixer="block_sparse", mixer__block=4), "encoder_layers"),
         (dict(mlp="moe"), "mlp"),
         (dict(parametrization="completep"), "parametrization"),
         (dict(encoder_layers=-1), "encoder_layers"),

@@ -21,6 +21,7 @@ from forescale.models.mlps import MLPS
 from forescale.models.parametrization import factors
 from forescale.models.positions.kinds import POSITIONS
 from tests.matrix import FULL
+from tests.models.checks import objective
 from tests.models.configs import changed, model_config
 
 BASE = model_config(
@@ -112,12 +113,6 @@ def counted(config, B, L):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(model(x, x)).backward()
     return counter.get_total_flops()
-
-
-def objective(output):
-    """The sum of losses, and of a penalty if there is one."""
-    losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
-    return losses.sum() + penalty
 
 
 def test_flops_of_every_choice_exactly():

@@ -7,7 +7,7 @@ import pytest
 
 from forescale.models import ModelConfig
 from forescale.models.mixers.mingru import MinGRU
-from forescale.models.mixers.sparse import Window
+from forescale.models.mixers.window import Window
 from forescale.models.mlps.dense import SquaredReLU
 from tests.models.configs import model_config
 

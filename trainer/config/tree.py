@@ -105,7 +105,7 @@ class _Builder:
         try:
             return convert(type_, value, f.metadata.get("bounds", {}))
         except ValueError as e:
-            todo = f"write, for example, {path}={example(type_, f)}"
+            todo = f"write, for example, {_typed(path, example(type_, f))}"
             self.wrong.append(Problem(path, str(e), todo))
             return MISSING
 
@@ -118,22 +118,35 @@ class _Builder:
         is_kind = isinstance(word, str) and word in kinds
         for name in [name for name in tree if not is_kind or name not in _names(kinds[word])]:
             keys = [inner for inner, _ in flatten(tree.pop(name), f"{path}.{name}")]
-            if not (owners := [w for w, cls in kinds.items() if name in _names(cls)]):
+            owners = [w for w, cls in kinds.items() if name in _names(cls)]
+            if not owners and is_kind and not default:
+                near = nearest_first(name, _names(kinds[word]))
+                todo = f"did you mean {near[0]}?" if near else "leave it out"
+                self.wrong.append(Problem(f"{path}.{name}", "no such key", todo))
+            elif not owners:
                 self.unknown += keys
             elif is_kind and (not default or any(map(self._is_typed, keys))):
                 where = path.rpartition(".")[2] if default else "kind"
                 problem = f"is a key of {where}={' or '.join(owners)}, and this is {word}"
-                todo = f"write {path if default else 'kind'}={owners[0]}, or leave the key out"
+                key = path if default else f"{path}.kind"
+                todo = f"write {_typed(key, owners[0])}, or leave the key out"
                 self.wrong.append(Problem(f"{path}.{name}", problem, todo))
         if is_kind:
             return self.section(kinds[word], tree, path + ".")
         nearest = nearest_first(str(word), kinds)
-        problem, todo = (
-            f"{display(word)} is not one of {', '.join(nearest)}",
-            f"{path}={nearest[0]}",
-        )
-        self.wrong.append(Problem(path, problem, f"write, for example, {todo}"))
+        problem = f"{display(word)} is not one of {', '.join(nearest)}"
+        todo = f"write, for example, {_typed(path, nearest[0])}"
+        self.wrong.append(Problem(path, problem, todo))
         return MISSING
+
+
+def _typed(path: str, value: str) -> str:
+    """Return how a value is typed at a path. An item of a list has no key of its own: its keys
+    stand inside of its block."""
+    if re.search(r"\.\d+$", path):
+        return value
+    inside = re.search(r"\.\d+\.(.+)$", path)
+    return f"{inside[1]}: {value}" if inside else f"{path}={value}"
 
 
 def _names(cls: type) -> set[str]:

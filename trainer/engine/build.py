@@ -20,7 +20,7 @@ from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.parallel import experts, tensor
 from forescale.engine.step import Engine
 from forescale.engine.world import World
-from forescale.models.parallel.sequence import SequenceGroup
+from forescale.models.parallel.groups import SequenceGroup
 
 # Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
 _KNOWN_PEAKS = {

@@ -7,7 +7,7 @@ and Muon, with and without optimizer offload.
 Invariant: what a micro-batch computes depends on the weights, the micro-batch and (seed, step,
 index of the micro-batch, place in the sequence group), so dropout is the same for any number of
 groups and after any restart, and no random state has to be saved. Ranks that divide matrices begin
-with the same state, and draw apart only what they have apart (models/parallel/tensor.py).
+with the same state, and draw apart only what they have apart (models/parallel/groups.py).
 """
 
 import math

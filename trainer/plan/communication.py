@@ -56,7 +56,7 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
 
 def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     """Return the exchange of columns for heads where ranks divide rows: two in each layer, forward
-    and backward (models/parallel/sequence.py), and forward again where the layer is recomputed."""
+    and backward (models/parallel/groups.py), and forward again where the layer is recomputed."""
     config, ranks = job.model, job.engine.sequence_parallel
     if ranks == 1 or not isinstance(config, ModelConfig):
         return []
@@ -69,7 +69,7 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
 
 
 def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
-    """Return the sums of ranks that divide the matrices (models/parallel/tensor.py): of a part's
+    """Return the sums of ranks that divide the matrices (models/parallel/groups.py): of a part's
     output, and of its input's gradient; of the gradients of what the part has whole; of an
     encoder's output; and of the tables of tokens, if their rows are divided."""
     c, tensor = job.model, job.engine.tensor_parallel

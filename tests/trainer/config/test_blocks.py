@@ -192,3 +192,20 @@ def test_the_last_of_repeated_keys_counts_and_null_is_no_list_of_blocks():
     assert (job.data.shuffle_shards, job.data.workers) == (3, 4)
     with pytest.raises(ConfigError, match=r"mixer_pattern: .*null.*mixer_pattern=\[\]"):
         compose(TrainJob, ["model.mixer_pattern=null"])
+
+
+@pytest.mark.parametrize(
+    ("item", "advice"),
+    [
+        ("{kind: window, windo: 3}", "did you mean window?"),
+        ("{kind: window, rank: 3}", "write kind: latent, or"),
+        ("{kind: attention, qk_norm: x}", "write, for example, qk_norm: head."),
+        ("attentoin", "write, for example, attention."),
+    ],
+)
+def test_an_item_of_a_list_is_advised_what_can_be_written_in_it(item, advice):
+    with pytest.raises(ConfigError) as caught:
+        compose(TrainJob, [f"model.mixer_pattern=[attention,{item}]"])
+    lines = str(caught.value).splitlines()
+    assert any("mixer_pattern.1" in line and advice in line for line in lines), lines
+    assert not any(".1" in line.partition(": ")[2] for line in lines), "no key has a number"

@@ -17,7 +17,6 @@ L = 13
 VARIANTS = {
     "attention": dict(),
     "window": dict(mixer="window", mixer__window=4, mixer__global_tokens=1),
-    "block_sparse": dict(mixer="block_sparse", mixer__block=4, mixer__local=2),
     "latent": dict(mixer="latent", num_kv_heads=4),
     "alibi": dict(position="alibi"),
     "relative": dict(position="relative"),

@@ -25,7 +25,7 @@ from forescale.models.block import Block
 from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mlps.moe_module import MixtureOfExperts
-from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.groups import TensorGroup
 from forescale.models.parallel.whole import Whole, whole_of
 from forescale.models.positions.relative import RelativePosition
 from forescale.models.tables import ValueEmbedding

@@ -1,5 +1,5 @@
-"""Sliding windows and sparse blocks against full attention with a dense mask that a loop writes
-token by token, against Mistral of transformers, and against flex_attention's eager form."""
+"""Sliding windows against full attention with a dense mask that a loop writes token by token,
+against Mistral of transformers, and against flex_attention's eager form."""
 
 from functools import cache
 
@@ -14,41 +14,27 @@ from transformers import MistralConfig, MistralForCausalLM
 from forescale.models import Transformer
 from forescale.models.flops import flops_per_token
 from forescale.models.hf import to_hf
-from forescale.models.mixers import blocks, sparse_module
+from forescale.models.mixers import masks, window_module
 from forescale.models.mixers.attention_module import Attention
-from forescale.models.mixers.blocks import flex, flex_view, plain_view
 from forescale.models.mixers.context import Columns, Context
-from forescale.models.mixers.masks import additive_mask
-from forescale.models.mixers.patterns import Sparse, Stretch
-from forescale.models.mixers.sparse_module import BlockSparseAttention, WindowAttention
+from forescale.models.mixers.masks import additive_mask, block_mask, flex
+from forescale.models.mixers.window import Window
+from forescale.models.mixers.window_module import WindowAttention, plain_view, sees
 from forescale.models.positions.position import document_starts, positions_of
 from tests.models.configs import changed, model_config
 
-PATTERNS = {
-    "window": Stretch(9),
-    "token": Stretch(1),
-    "sinks": Stretch(20, 3),
-    "more-sinks": Stretch(2, 5),
-    "strided": Sparse("strided", 4, 3),
-    "fixed": Sparse("fixed", 4, 3),
-    "bigbird": Sparse("bigbird", 4, 2, 1, 2, layer=1),
-    "no-anchors": Sparse("bigbird", 8, 1, 0, 1),
+WINDOWS = {
+    "window": Window(window=9),
+    "token": Window(window=1),
+    "sinks": Window(window=20, global_tokens=3),
+    "more-sinks": Window(window=2, global_tokens=5),
 }
 L, V = 67, 50
 
 
-def joins(pattern: Stretch | Sparse, query: int, key: int) -> bool:
-    """True if the pattern lets the query see the key: positions in one document, key <= query."""
-    if isinstance(pattern, Stretch):
-        return query - key < pattern.tokens or key < pattern.first
-    b, j, local = query // pattern.size, key // pattern.size, pattern.local
-    if pattern.kind == "fixed":
-        return b // local == j // local or j % local == local - 1
-    if b - j < local:
-        return True
-    if pattern.kind == "strided":
-        return (b - j) % local == 0
-    return j < pattern.anchors or j in pattern.drawn(b)
+def joins(window: Window, query: int, key: int) -> bool:
+    """True if a query sees a key: positions in one document, key <= query."""
+    return query - key < window.width or key < window.global_tokens
 
 
 def rows(kind: str) -> tuple[Tensor | None, Tensor | None]:
@@ -72,7 +58,7 @@ def columns_of(kind: str) -> Columns:
 @cache
 def dense(name: str, kind: str) -> Tensor:
     """Return (3, L, L) bool, by a loop over all pairs."""
-    pattern, columns = PATTERNS[name], columns_of(kind)
+    window, columns = WINDOWS[name], columns_of(kind)
     visible = torch.zeros(3, L, L, dtype=torch.bool)
     for row in range(3):
         real = [True] * L if columns.real is None else columns.real[row].tolist()
@@ -81,21 +67,17 @@ def dense(name: str, kind: str) -> Tensor:
         for i in range(L):
             for j in range(i + 1):
                 same = starts[i] == starts[j] and real[j]
-                visible[row, i, j] = i == j or (same and joins(pattern, place[i], place[j]))
+                visible[row, i, j] = i == j or (same and joins(window, place[i], place[j]))
     return visible
 
 
-def mixers(pattern: Stretch | Sparse) -> tuple[Attention, Attention]:
-    """Return full attention and that of the pattern, with the same weights."""
+def mixers(window: Window) -> tuple[Attention, Attention]:
+    """Return full attention and that of the window, with the same weights."""
     torch.manual_seed(0)
     sizes = dict(num_layers=1, width=32, num_heads=4, num_kv_heads=2, vocab_size=V)
     config = model_config(**sizes, max_sequence_length=128, init_std=0.3).resolved()
     full = Attention(config, config.mixer)
-    if isinstance(pattern, Stretch):
-        config = changed(config, mixer="window", mixer__window=pattern.tokens)
-        few = WindowAttention(config, config.mixer)
-    else:
-        few = BlockSparseAttention(config, config.mixer)
+    few = WindowAttention(config, window)
     few.load_state_dict(full.state_dict())
     return full, few
 
@@ -104,16 +86,16 @@ KINDS = ("whole", "padded", "documents", "padded documents")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", WINDOWS)
 def test_it_equals_full_attention_with_a_dense_mask(name, kind):
-    pattern, columns = PATTERNS[name], columns_of(kind)
-    full, few = mixers(pattern)
+    window, columns = WINDOWS[name], columns_of(kind)
+    full, few = mixers(window)
     visible = dense(name, kind)
     real = torch.ones(3, L, dtype=torch.bool) if columns.real is None else columns.real
     got = []
     for mixer, context in (
         (full, Context(mask=additive_mask(visible[:, None], torch.float32))),
-        (few, Context(view=plain_view(pattern, columns))),
+        (few, Context(view=plain_view(window, columns))),
     ):
         x = torch.randn(3, L, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = mixer(x, context)[real]
@@ -125,10 +107,10 @@ def test_it_equals_full_attention_with_a_dense_mask(name, kind):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", ["whole", "padded documents"])
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", WINDOWS)
 def test_the_view_for_a_gpu_shows_the_same(name, kind):
-    pattern, columns = PATTERNS[name], columns_of(kind)
-    view, visible = flex_view(pattern, columns, block=16), dense(name, kind)
+    window, columns = WINDOWS[name], columns_of(kind)
+    view, visible = block_mask(sees(window, columns), columns, block=16), dense(name, kind)
     count = len(visible) if kind != "whole" else 1
     assert torch.equal(create_mask(view.mask_mod, count, 1, L, L, "cpu")[:, 0], visible[:count])
     heads = [
@@ -156,15 +138,15 @@ def test_documents_and_padding_on_a_gpu_are_seen_as_by_a_dense_mask(options, mon
     real = torch.ones(3, 50, dtype=torch.bool)
     real[1, 41:] = False
     targets = tokens.masked_fill(~real, -100)
-    got, masks = [], []
+    got, built = [], []
     for on_gpu in (False, True):
-        monkeypatch.setattr(blocks, "fits_flex", lambda columns, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(masks, "fits_flex", lambda columns, on_gpu=on_gpu: on_gpu)
         monkeypatch.setattr(
-            model, "_mask", lambda *a: masks.append(type(model)._mask(model, *a)) or masks[-1]
+            model, "_mask", lambda *a: built.append(type(model)._mask(model, *a)) or built[-1]
         )
         with torch.no_grad():
             got.append(model(tokens, targets, padding_mask_BL=real, documents_BL=documents))
-    assert [isinstance(mask, torch.Tensor) for mask in masks] == [True, False]
+    assert [isinstance(mask, torch.Tensor) for mask in built] == [True, False]
     torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=1e-4)
 
 
@@ -185,9 +167,6 @@ def tokens(rows: int = 2, length: int = L) -> Tensor:
         dict(mixer="window", mixer__window=L),
         dict(mixer="window", mixer__window=96),
         dict(mixer="window", mixer__window=40, mixer__global_tokens=27),
-        dict(mixer="block_sparse", mixer__block=8, mixer__local=9),
-        dict(mixer="block_sparse", mixer__block=1, mixer__local=4, mixer__pattern="bigbird")
-        | dict(mixer__global_blocks=63),
     ],
     ids=str,
 )
@@ -234,9 +213,6 @@ def test_a_window_is_that_of_mistral(window):
 SEVERAL = [
     dict(mixer="window", mixer__window=7),
     dict(mixer="window", mixer__window=7, mixer__global_tokens=3),
-    dict(mixer="block_sparse", mixer__block=4, mixer__local=3),
-    dict(mixer="block_sparse", mixer__block=4, mixer__local=3, mixer__pattern="fixed"),
-    dict(mixer="block_sparse", mixer__block=4, mixer__local=2, mixer__pattern="bigbird"),
 ]
 
 
@@ -265,33 +241,38 @@ def test_the_cache_of_a_window_does_not_grow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("few", "keys"),
-    [
-        (dict(mixer="window", mixer__window=7, mixer__global_tokens=3), 7 + 3),
-        # Token 67 is in block 16, sees 14 to 16, and 1, 4, 7, 10, 13.
-        (dict(mixer="block_sparse", mixer__block=4, mixer__local=3), 3 * 4 + 5 * 4),
-    ],
-)
-def test_a_step_of_decoding_reads_only_what_it_sees(few, keys):
-    model, x = build(**few), tokens(1, L + 1)
+def test_a_step_of_decoding_reads_only_what_it_sees():
+    model, x = build(**SEVERAL[1]), tokens(1, L + 1)
     read = model.new_cache()
     model(x[:, :L], cache=read)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x[:, L:], cache=read)
     one_key = flops_per_token(build().config, 1) // 3  # of full attention, forward
-    assert counter.get_total_flops() == one_key + 2 * 4 * 32 * (keys - 1)
+    assert counter.get_total_flops() == one_key + 2 * 4 * 32 * (7 + 3 - 1)
+
+
+@pytest.mark.parametrize("length", [1, 3, 12, 40, 64, 67])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_pairs_are_those_that_see_each_other(name, length):
+    window = WINDOWS[name]
+    pairs = sum(joins(window, i, j) for i in range(length) for j in range(i + 1))
+    assert window.pairs(length) == pairs
 
 
 @pytest.mark.parametrize("few", SEVERAL, ids=str)
 def test_flops_are_of_the_pairs_that_see_each_other(few):
     config = build(**few).config
-    pattern = config.mixer.pattern_of()
-    pairs = sum(joins(pattern, i, j) for i in range(L) for j in range(i + 1))
     full, computed = (flops_per_token(c, L, causal=True) for c in (build().config, config))
-    saved = L * (L + 1) // 2 - pairs
+    saved = L * (L + 1) // 2 - config.mixer.pairs(L)
     assert (full - computed) * L == pytest.approx(3 * 2 * 4 * 32 * saved, abs=6 * L)
     assert flops_per_token(config, L) >= computed
+
+
+@pytest.mark.parametrize("window", [Window(window=128), Window(window=128, global_tokens=4)])
+def test_what_is_read_grows_with_the_length_and_not_its_square(window):
+    short, long = (window.layout(n) for n in (2048, 16384))
+    assert short.reads == long.reads
+    assert long.num_blocks == 8 * short.num_blocks
 
 
 def gradients(model: Transformer, x: Tensor) -> list[Tensor]:
@@ -305,31 +286,19 @@ def test_layers_that_are_computed_again_have_the_same_gradients(few):
         torch.testing.assert_close(computed, peer)
 
 
-@pytest.mark.parametrize(
-    ("few", "views"),
-    [
-        (dict(mixer_pattern=["window", "window", "attention"], mixer__window=7), 1),
-        (SEVERAL[2], 1),
-        (SEVERAL[4], 3),  # each layer draws other blocks
-    ],
-    ids=str,
-)
-def test_layers_that_see_the_same_share_a_view(few, views, monkeypatch):
-    built = []
-    viewer = sparse_module.viewer
-
-    def counting(config, part, layer):
-        make = viewer(config, part, layer)
-        return lambda columns: built.append(layer) or make(columns)
-
-    monkeypatch.setattr(sparse_module, "viewer", counting)
-    build(num_layers=3, **few)(tokens())
-    assert len(built) == views
+def test_layers_that_see_the_same_share_a_view(monkeypatch):
+    built, view_of = [], window_module.view_of
+    monkeypatch.setattr(
+        window_module, "view_of", lambda *args: built.append(args) or view_of(*args)
+    )
+    narrow, wide = (dict(kind="window", window=n) for n in (7, 9))
+    build(num_layers=4, mixer_pattern=[narrow, "attention", narrow, wide])(tokens())
+    assert len(built) == 2
 
 
 def test_dropout_drops_scores():
     model = build(mixer="window", mixer__window=7, dropout=0.5).blocks[0].mixer.train()
-    x, view = torch.randn(3, L, 32), plain_view(PATTERNS["window"], columns_of("whole"))
+    x, view = torch.randn(3, L, 32), plain_view(WINDOWS["window"], columns_of("whole"))
     drawn = torch.stack([model(x, Context(view=view)) for _ in range(100)])
     assert not torch.equal(drawn[0], drawn[1])
     expected = model.eval()(x, Context(view=view))
@@ -360,3 +329,31 @@ def test_a_model_in_bf16_computes_about_the_same():
             build(dtype, **few)(tokens()) for dtype in (torch.float32, torch.bfloat16)
         )
         assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+SMALL = dict(depth=2, max_sequence_length=128, mixer="window")
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "text"),
+    [
+        (dict(), "mixer.window", "no width"),
+        (dict(mixer__window=0), "mixer.window", "no window"),
+        (dict(mixer__window=129), "mixer.window", "more than the context's 128"),
+        (dict(mixer__window=8, mixer__global_tokens=-1), "mixer.global_tokens", "negative"),
+        (dict(mixer__window=8, mixer__global_tokens=200), "mixer.global_tokens", "context's 128"),
+        (dict(mixer__window=8, causal=False), "causal", "later ones"),
+        (dict(mixer__window=8, position="alibi"), "position", "alibi"),
+    ],
+)
+def test_a_bad_key_gets_its_sentence(args, field, text):
+    problems = model_config(**SMALL | args).problems()
+    assert [(name, text in problem) for name, problem, _ in problems] == [(field, True)], problems
+
+
+def test_good_keys_have_no_problem():
+    pattern = dict(mixer_pattern=["window", "attention"], mixer__global_tokens=4)
+    for args in (dict(mixer__window=128), pattern | dict(mixer__window=16)):
+        assert model_config(**SMALL | args).problems() == []
+    config = model_config(depth=2, mixer="window", mixer__window=129)
+    assert config.problems(sequence_length=128)
