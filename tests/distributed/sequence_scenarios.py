@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.data.stream import MicroBatch
-from tests.models.checks import kept_bytes
-from tests.models.checks import objective
+from tests.models.checks import kept_bytes, objective
 
 VOCABULARY, LENGTH, MICRO_BATCHES = 71, 16, 4  # of a step, over all ranks
 MODEL = ["model.width=32", "model.num_layers=2", "model.num_heads=4", "model.mlp_width=41"]
