@@ -151,12 +151,16 @@ def block_mask(see: Sees, columns: Columns, block: int = FLEX_BLOCK) -> BlockMas
         some.append(visible.any(-1).any(1))
         every.append(visible.all(-1).all(1))
     full_RNN = torch.stack(every, 1)
-    lists: list[Tensor] = []
-    for blocks_RNN in (torch.stack(some, 1) & ~full_RNN, full_RNN):
-        # How many blocks each row has, (R, 1, N), and their numbers first, (R, 1, N, N).
+
+    def listed(blocks_RNN: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks each row has, (R, 1, N), and their numbers first, (R, 1, N, N)."""
         order = blocks_RNN.int().argsort(dim=-1, descending=True, stable=True)
-        lists += [blocks_RNN.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
-    return BlockMask.from_kv_blocks(*lists, block, see, seq_lengths=(length, length))
+        return blocks_RNN.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    partial_lists, full_lists = listed(torch.stack(some, 1) & ~full_RNN), listed(full_RNN)
+    return BlockMask.from_kv_blocks(
+        *partial_lists, *full_lists, block, see, seq_lengths=(length, length)
+    )
 
 
 def flex(
