@@ -145,14 +145,15 @@ def newest(run: Run) -> list[Submission]:
 
 def in_queue(
     submissions: Iterable[Submission],
-    ask: Callable[[Iterable[str]], list[queue.Job]] = queue.jobs,
+    ask: Callable[[Iterable[str]], list[queue.Job]] | None = None,
 ) -> list[tuple[Submission, queue.Job]]:
     """Return the submissions whose jobs are in the queue, with one query for all of them. A job
     that only has the id of one is left out."""
     by_id = {s.job: s for s in submissions if s.job}
     if not by_id or not queue.is_here():
         return []
-    jobs = {j.id: j for j in ask(sorted({str(i).partition("_")[0] for i in by_id}))}
+    ids = sorted({str(i).partition("_")[0] for i in by_id})
+    jobs = {j.id: j for j in (ask or queue.jobs)(ids)}
     return [(s, jobs[i]) for i, s in by_id.items() if i in jobs and s.is_of(jobs[i])]
 
 

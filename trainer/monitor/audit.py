@@ -75,12 +75,9 @@ def check_run(
     replayed: Tick = lambda n: None,
     trust: bool = False,
 ) -> Findings:
-    """Check a run's config, identity, checkpoints and rows, against each other and the data.
-
-    tick: called with bytes of checkpoints as they are read; replayed: with tokens as they are
-    compared with the shards. trust: allow running an objective of the user's own that the run's
-    config names.
-    """
+    """Check a run's config, identity, checkpoints and rows, against each other and the data. tick:
+    called with bytes of checkpoints as they are read; replayed: with tokens as they are compared
+    with the shards. trust: allow running an objective of the user's own that the config names."""
     findings = Findings()
     job, identity = check_identity(findings, run)
     check_attempts(findings, run)
@@ -178,11 +175,9 @@ def row_faults(
     job: TrainJob | None = None,
     skipped: Sequence[Interval] = (),
 ) -> Iterator[str]:
-    """Yield where train rows don't continue each other, the first fault of each kind.
-
-    origin: negative numbers in it are unknown; skipped: samples that no row may have.
-    """
-    reported, ramp = set[str](), job.batch_ramp if job else None
+    """Yield where train rows don't continue each other, the first fault of each kind. origin:
+    negative numbers in it are unknown; skipped: samples that no row may have."""
+    reported, ramp = set[int](), job.batch_ramp if job else None
     step, g, tokens = origin.step, origin.g, origin.tokens
     for row in rows:
         here = f"step {row['step']:,}"
@@ -191,25 +186,19 @@ def row_faults(
         size = ramp.windows(row["step"] - 1) if ramp else row["g1"] - row["g0"]
         end = unskipped(skipped, row["g0"], size)[-1][1]
         checks = {
-            "steps": (row["step"] == step + 1, f"{here} follows step {step:,}"),
-            "samples": (
-                expected in (-1, row["g0"]),
-                f"{here} begins at sample {row['g0']:,}, not {expected:,}",
+            f"follows step {step:,}": row["step"] == step + 1,
+            f"begins at sample {row['g0']:,}, not {expected:,}": expected in (-1, row["g0"]),
+            f"adds {targets:,} tokens to {tokens:,} but counts {row['tokens']:,} in all": (
+                tokens < 0 or row["tokens"] == tokens + targets
             ),
-            "tokens": (
-                tokens < 0 or row["tokens"] == tokens + targets,
-                f"{here} adds {targets:,} tokens to {tokens:,} but counts {row['tokens']:,} in all",
-            ),
-            "batch": (
-                row["g1"] == end,
-                f"{here} ends at sample {row['g1']:,}; its batch of {size:,} windows makes it "
-                f"{end:,}",
+            f"ends at sample {row['g1']:,}; its batch of {size:,} windows makes it {end:,}": (
+                row["g1"] == end
             ),
         }
-        for kind, (holds, fault) in checks.items():
+        for kind, (fault, holds) in enumerate(checks.items()):
             if not holds and kind not in reported:
                 reported.add(kind)
-                yield fault
+                yield f"{here} {fault}"
         step, g, tokens = row["step"], row["g1"], row["tokens"]
 
 
@@ -221,20 +210,16 @@ def _disagreements(rows: list[dict[str, Any]], eligible: list[Position]) -> Iter
         if row is None and position.step:  # the weights that a run begins with have none
             yield f"has no row for step {position.step:,}, which has a checkpoint"
         elif row is not None and row != position.counts:
-            names = "step {:,}, sample {:,}, {:,} tokens"
-            yield (
-                f"is at {names.format(*row)}, the checkpoint at {names.format(*position.counts)}"
-            )
+            place = "step {:,}, sample {:,}, {:,} tokens"
+            yield f"is at {place.format(*row)}, the checkpoint at {place.format(*position.counts)}"
 
 
 def feed_of_run(
     job: TrainJob, identity: Row, skipped: Sequence[Interval], trust: bool = False
 ) -> Feed:
-    """Return the feed of a run, from the data that its run.json names.
-
-    Raises UserError if a dataset isn't there any more, or is another one now; and for an objective
-    of the user's own without `trust`, because making it runs code that a stored file names.
-    """
+    """Return the feed of a run, from the data that its run.json names. Raises UserError if a
+    dataset isn't there any more, or is another one now; and for an objective of the user's own
+    without `trust`, because making it runs code that a stored file names."""
     if isinstance(job.objective, OwnObjectiveConfig) and not trust:
         problem = f"names code to run, {job.objective.target}"
         raise UserError("objective._target_", problem, "give trust=true if you trust the run")
@@ -254,10 +239,8 @@ def feed_of_run(
 def replay_faults(
     rows: Sequence[Row], feed: Feed, tick: Callable[[int], None] = lambda tokens: None
 ) -> Iterator[str]:
-    """Yield the first disagreement of each kind between rows and shards, a sentence each.
-
-    tick: called with the number of tokens compared. Raises UserError if the data can't be read.
-    """
+    """Yield the first disagreement of each kind between rows and shards, a sentence each. tick:
+    called with the number of tokens compared. Raises UserError if the data can't be read."""
     reported: set[str] = set()
 
     def compare(row: Row) -> tuple[str, str] | None:
@@ -267,10 +250,8 @@ def replay_faults(
         shares = dict(zip(feed.names, feed.targets(samples).tolist(), strict=True))
         where = f"step {row['step']:,}"
         if shares != row["shares"]:
-            return (
-                "shares",
-                f"{where} has {row['shares']} targets in its row, {shares} in its samples",
-            )
+            fault = f"{where} has {row['shares']} targets in its row, {shares} in its samples"
+            return "shares", fault
         if windows.hash != row["tokens_hash"]:
             return "hash", f"{where} was trained on other tokens than the shards hold now"
         if unknown := windows.lost:

@@ -7,7 +7,7 @@ and it draws the dots itself, since the import of plotext takes 0.2 s, half of t
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -38,55 +38,51 @@ def needs_ascii(encoding: str, terminal: str) -> bool:
 def losses_of(path: Path) -> list[tuple[int, float]]:
     """Return steps and finite losses of a file of rows: all, or some at even distances. Raises
     UserError for a damaged row among those that are read."""
-    losses = {row["step"]: row.get("loss", math.nan) for row in _some_rows(path)}
+
+    def steps_from(begin: int) -> Iterator[Row]:
+        return (row for row, _ in each_row(path, begin) if row.get("kind") == "train")
+
+    size, rows = path.stat().st_size if path.exists() else 0, list[Row]()
+    if size > _READ_WHOLE:
+        for i in range(_SAMPLES):
+            rows += islice(steps_from(size * i // _SAMPLES), 1)
+    rows += steps_from(max(0, size - _END) if rows else 0)
+    losses = {row["step"]: row.get("loss", math.nan) for row in rows}
     return [(step, losses[step]) for step in sorted(losses) if math.isfinite(losses[step])]
-
-
-def _some_rows(path: Path) -> Iterator[Row]:
-    size = path.stat().st_size if path.exists() else 0
-    if size <= _READ_WHOLE:
-        yield from (row for row, _ in each_row(path) if row.get("kind") == "train")
-        return
-    for i in range(_SAMPLES):
-        for row, _ in each_row(path, size * i // _SAMPLES):
-            if row.get("kind") == "train":
-                yield row
-                break
-    yield from (row for row, _ in each_row(path, size - _END) if row.get("kind") == "train")
 
 
 def lines(
     points: Sequence[tuple[int, float]], width: int, in_ascii: bool, height: int = 6
 ) -> list[str]:
     """Return the curve of (step, loss) points as lines of text; none if the points are too few.
-
-    width: columns of the whole; in_ascii: only ASCII characters, else braille; height: lines of
-    the curve, without that of the steps.
-    """
+    width: columns of the whole; in_ascii: only ASCII characters, else braille; height: lines of the
+    curve, without that of the steps."""
     left = 8  # columns of the numbers
     columns = (width - left - 1) * (1 if in_ascii else 2)
     if len(points) < _LEAST or columns < 10:
         return []
-    last = points[-1][0]
-    points = _smooth(points)
+    last, reach = points[-1][0], len(points) // _WINDOW // 2
+    losses = [loss for _, loss in points]  # each becomes the median of those around it
+    around = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
+    points = [(step, median(near)) for (step, _), near in zip(points, around, strict=True)]
     late = [loss for step, loss in points if step >= _EARLY * last]
     low, high = min(late), max(late)
     heights = _heights(points, columns, low, high, height * _LEVELS)
-    drawn = (_ascii if in_ascii else _braille)(heights, height)
+    blank, per = (ord(" "), 1) if in_ascii else (0x2800, 2)  # per: columns of a character
+    cells = [[blank] * (max(heights) // per + 1) for _ in range(height)]
+    for column, level in heights.items():
+        row, dot = height - 1 - level // _LEVELS, level % _LEVELS
+        if in_ascii:
+            cells[row][column] = ord(_ASCII[dot])
+        else:
+            cells[row][column // 2] |= _BITS[column % 2][dot]
+    drawn = ["".join(map(chr, characters)) for characters in cells]
     numbers = [""] * height
     numbers[0], numbers[-1] = f"{high:.4g}", f"{low:.4g}"
     edge = "|" if in_ascii else "│"
     rows = [f"{n:>{left - 1}} {edge}{row}".rstrip() for n, row in zip(numbers, drawn, strict=True)]
     end = f"step {last:,}"
     return [*rows, f"{'loss':>{left - 1}}  0{end:>{len(drawn[0]) - 1}}"]
-
-
-def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return each loss as the median of those around it, a _WINDOW-th of the curve."""
-    reach = len(points) // _WINDOW // 2
-    losses = [loss for _, loss in points]
-    around = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
-    return [(step, median(near)) for (step, _), near in zip(points, around, strict=True)]
 
 
 def _heights(
@@ -107,18 +103,3 @@ def _heights(
             value = first + (second - first) * (between - begin) / (end - begin)
             levels_of[between] = round((value - low) * scale)
     return levels_of
-
-
-def _braille(heights: dict[int, int], height: int) -> list[str]:
-    cells = [[0] * (max(heights) // 2 + 1) for _ in range(height)]
-    for column, level in heights.items():
-        row = height - 1 - level // _LEVELS
-        cells[row][column // 2] |= _BITS[column % 2][level % _LEVELS]
-    return ["".join(chr(0x2800 + bits) for bits in row) for row in cells]
-
-
-def _ascii(heights: dict[int, int], height: int) -> list[str]:
-    cells = [[" "] * (max(heights) + 1) for _ in range(height)]
-    for column, level in heights.items():
-        cells[height - 1 - level // _LEVELS][column] = _ASCII[level % _LEVELS]
-    return ["".join(row) for row in cells]

@@ -19,11 +19,7 @@ from forescale.config.sections.data import CorpusConfig
 from forescale.ground.errors import UserError
 
 # As in pyproject.toml, for a checkout that isn't installed.
-SUPPORTED = {
-    "torch": ">=2.10",
-    "deepspeed": ">=0.19.8,<0.20",
-    "accelerate": ">=1.10,<2",
-}
+SUPPORTED = {"torch": ">=2.10", "deepspeed": ">=0.19.8,<0.20", "accelerate": ">=1.10,<2"}
 PYTHON = (3, 11)
 _GIB = 2**30
 _RUN_NEEDS = _GIB // 2  # a few checkpoints of the default model, its logs

@@ -7,11 +7,9 @@ value; seconds, bytes and fractions are not rounded. A key is never renamed, and
 import math
 from typing import TYPE_CHECKING, Any
 
-from forescale.checkpoint.reader import Checkpoint
 from forescale.ground.errors import UserError
 from forescale.monitor.status import Status
 from forescale.run.abilities import column_of
-from forescale.run.rows import Row
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job
@@ -47,6 +45,21 @@ def facts(
 
 def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
     last, scored, goodput = s.last, s.validation, s.goodput
+    checkpoints = [
+        {
+            "step": c.position.step,
+            "tokens": c.position.tokens,
+            "bytes": c.size,
+            "attempt": c.attempt,
+            "eligible": s.is_eligible(c),
+            "pinned": s.is_pinned(c),
+            "saved": c.path.stat().st_mtime,
+        }
+        for c in s.checkpoints
+    ]
+    if scored:  # with the abilities, if they are measured
+        names = [*_VALIDATION, *filter(column_of, scored)]
+        scored = {name: _finite(scored.get(name)) for name in names}
     return {
         "state": s.state,
         "job": job and {"id": job.id, "state": job.state, "nodes": job.nodes, "exit": None},
@@ -55,12 +68,12 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         "total_steps": s.job.total_steps,
         "tokens": s.tokens,
         "loss": last.get("loss"),
-        "validation": scored and _validation(scored),
+        "validation": scored,
         "tokens_per_second": s.tokens_per_second,
         "seconds_per_step": s.step_seconds,
         "seconds_left": s.seconds_left,
         "mfu": last.get("mfu"),
-        "checkpoints": [_checkpoint(s, c) for c in s.checkpoints],
+        "checkpoints": checkpoints,
         "seen": s.last_seen,
         "last_event": s.last_event,
         "wall_seconds": goodput.wall,
@@ -68,24 +81,6 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         "ettr": goodput.ettr if goodput.wall else None,
         "failures": goodput.failures,
         "lost_steps": s.lost().steps,
-    }
-
-
-def _validation(scored: Row) -> dict[str, Any]:
-    """The last evaluation: what each has, and the abilities if they are measured."""
-    names = [*_VALIDATION, *filter(column_of, scored)]
-    return {name: _finite(scored.get(name)) for name in names}
-
-
-def _checkpoint(s: Status, checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "step": checkpoint.position.step,
-        "tokens": checkpoint.position.tokens,
-        "bytes": checkpoint.size,
-        "attempt": checkpoint.attempt,
-        "eligible": s.is_eligible(checkpoint),
-        "pinned": s.is_pinned(checkpoint),
-        "saved": checkpoint.path.stat().st_mtime,
     }
 
 

@@ -32,7 +32,8 @@ class Findings:
 def check_identity(findings: Findings, run: Run) -> tuple[TrainJob | None, dict[str, Any] | None]:
     """Check config.yaml, run.json and tokenizer.json; return the job and the content of run.json,
     each None if it is damaged."""
-    job = _read(findings, run.config, _thawed, frozen.has_checksum)
+    thaw = lambda path: frozen.thaw(TrainJob, path, trust=True)  # noqa: E731
+    job = _read(findings, run.config, thaw, frozen.has_checksum)
     identity = _read(findings, run.identity, read_json, has_checksum)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
         findings.faults.append(f"{run.identity}: has no section dataset")
@@ -47,10 +48,6 @@ def check_identity(findings: Findings, run: Run) -> tuple[TrainJob | None, dict[
     elif identity is not None:
         _read(findings, run.tokenizer, lambda path: run.verified_tokenizer())
     return job, identity
-
-
-def _thawed(path: Path) -> TrainJob:
-    return frozen.thaw(TrainJob, path, trust=True)
 
 
 def _read(
@@ -94,10 +91,8 @@ def check_attempts(findings: Findings, run: Run) -> None:
         except (KeyError, TypeError) as e:
             findings.faults.append(f"{attempt.metrics.path}: a row lacks a field ({e!r})")
     if attempts and len(findings.faults) == before:
-        problem = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
-        findings.verified.append(
-            f"{problem}: parents, launches and {rows:,} other rows, as written"
-        )
+        count = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
+        findings.verified.append(f"{count}: parents, launches and {rows:,} other rows, as written")
         findings.notes += [line.rstrip(".") for line in promises(run)]
 
 
@@ -126,10 +121,8 @@ def check_logged(findings: Findings, run: Run, checkpoint: Checkpoint) -> None:
         if not path.exists():
             findings.faults.append(f"{path}: missing")
         elif hash_file(path, size=entry.size) != entry:
-            at = f"{checkpoint.path.name} was saved"
-            findings.faults.append(
-                f"{path}: its first {entry.size:,} bytes were changed since {at}"
-            )
+            since = f"were changed since {checkpoint.path.name} was saved"
+            findings.faults.append(f"{path}: its first {entry.size:,} bytes {since}")
 
 
 def promises(run: Run) -> list[str]:

@@ -1,24 +1,36 @@
-"""Followers of growing files of rows: each update reads only the rows added since the last one.
+"""Followers of growing files of rows, for views of files with a million rows: each update reads
+only the rows added since the last one. And what they know between two views.
 
 Invariant: what a follower knows of a file is what a new one would find. A file that was replaced,
 cut off or changed in place is read again from its beginning; of an old part that changes while the
-file also grows, only the last row is compared.
+file also grows, only the last row is compared. Sums are those of all rows, each of which was
+verified.
 """
 
+import json
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Self, TypeVar
 
 from forescale.ground.storage import naming
-from forescale.run.rows import Row, damaged, parse_row
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import Row, damaged, each_row, parse_row, read_rows
 
+T = TypeVar("T")
+Mark = tuple[str, int, int, int]
 BLOCK = 1 << 17  # bytes that are read at once
 TRAIN = b'{"kind": "train", '  # how the line of a step begins
 RECENT = 20  # rows of a tail
 _COMPARED = 256  # bytes of the last row
 _SCORE = b'"kind": "validation"'
+_SECONDS = b'"seconds": {'
+# Of each attempt; of the newest one, everything counts.
+_FILES = ("", "parent.json", "metrics.jsonl", "events.jsonl", "launch.json", "heartbeat")
 
 
 class Follower:
@@ -57,19 +69,14 @@ class Follower:
         if stamp != self._stamp:
             self._stamp = ()  # if a row is damaged, look again next time
             with naming(self.path), open(self.path, "rb") as f:
-                if not self._goes_on(stamp, f):
+                has_grown = stamp[:2] == self._file and stamp[2] > self._offset
+                f.seek(self._offset - len(self._last) if has_grown else 0)
+                if not (has_grown and f.read(len(self._last)) == self._last):
                     self._forget()
                     self._offset, self._file = self._begin(f), stamp[:2]
                 self._read(f)
             self._stamp = stamp
         return self
-
-    def _goes_on(self, stamp: tuple[int, ...], f: IO[bytes]) -> bool:
-        """Return True if the file is the one that was read before, and has only grown."""
-        if stamp[:2] != self._file or stamp[2] <= self._offset:
-            return False
-        f.seek(self._offset - len(self._last))
-        return f.read(len(self._last)) == self._last
 
     def _read(self, f: IO[bytes]) -> None:
         f.seek(self._offset)
@@ -94,12 +101,9 @@ class Follower:
                     if line:
                         parse_row(line)
                 except (ValueError, RecursionError) as e:
-                    raise damaged(f"{self.path}, line {self._number(line):,}", e) from None
-
-    def _number(self, content: bytes) -> int:
-        """Return the number of the first line with this content, from 1."""
-        with open(self.path, "rb") as f:
-            return next((n for n, line in enumerate(f, 1) if line[:-1] == content), 0)
+                    with open(self.path, "rb") as f:
+                        number = next((n for n, each in enumerate(f, 1) if each[:-1] == line), 0)
+                    raise damaged(f"{self.path}, line {number:,}", e) from None
 
 
 def lines_of(kind: bytes, lines: list[bytes]) -> Iterator[bytes]:
@@ -119,12 +123,10 @@ class Tail(Follower):
 
     @property
     def steps(self) -> list[Row]:
-        """The last train rows."""
         return [*map(parse_row, self._steps)]
 
     @property
     def scores(self) -> list[Row]:
-        """The last validation rows."""
         return [*map(parse_row, self._scores)]
 
     def _begin(self, f: IO[bytes]) -> int:
@@ -142,3 +144,183 @@ class Tail(Follower):
     def _take(self, lines: list[bytes]) -> None:
         self._steps.extend(lines_of(b"train", lines))
         self._scores.extend(lines_of(b"validation", lines))
+
+
+@dataclass
+class Steps:
+    """The sums over the steps of one attempt. last: the newest step; first: seconds by phase of the
+    oldest one; seconds: of all, by phase."""
+
+    count: int = 0
+    last: int = 0
+    first: Mapping[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all of them, in all phases."""
+        return sum(self.seconds.values())
+
+    def without(self, later: "Steps | None") -> "Steps":
+        """Return the steps that are not in `later`, the same attempt's steps in another file, or
+        only its first ones; None: that file has none of them."""
+        if later is None:
+            return self
+        if later.last >= self.last:
+            return Steps()
+        left = {k: max(0.0, v - later.seconds.get(k, 0.0)) for k, v in self.seconds.items()}
+        return Steps(self.count - later.count, self.last, {}, left)
+
+
+class Ledger(Follower):
+    """The steps in a metrics.jsonl, by the number of the attempt that made them. attempt: only rows
+    from the first one of this attempt on; the copied ones before it are skipped. longest: seconds
+    of the longest step with its evaluation and save."""
+
+    def __init__(self, path: Path, attempt: int | None = None):
+        self.attempt = attempt
+        super().__init__(path)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.by_attempt: dict[int, Steps] = {}
+        self.longest = 0.0
+
+    def _begin(self, f: IO[bytes]) -> int:
+        return 0 if self.attempt is None else first_of(self.path, self.attempt)
+
+    def _take(self, lines: list[bytes]) -> None:
+        trains = [line for line in lines if line.startswith(TRAIN)]
+        others = [line for line in lines if not line.startswith(TRAIN)]
+        if any(lines_of(b"train", others)) or not self._take_run(trains):
+            for row in map(parse_row, lines_of(b"train", lines)):
+                seconds = row.get("seconds", {})
+                self._add(row, 1, seconds, seconds, sum(seconds.values()))
+
+    def _take_run(self, lines: Sequence[bytes]) -> bool:
+        """Add consecutive steps of one attempt that have the same phases, without parsing each row.
+        Return False, with nothing added, if they are anything else."""
+        if not lines:
+            return True
+        first, last = parse_row(lines[0]), parse_row(lines[-1])
+        names = list(first.get("seconds", ()))
+        same = (first["attempt"], first["step"] + len(lines), names)
+        if same != (last["attempt"], last["step"] + 1, list(last.get("seconds", ()))) or not names:
+            return False
+        # Only the numbers of `"seconds": {"data": 0.1, "compute": 0.2}` are left of each line.
+        _, *parts = b"\n".join(lines).split(_SECONDS)
+        text = b", ".join([part.partition(b"}")[0] for part in parts])
+        for name in names:
+            text = text.replace(json.dumps(name).encode() + b": ", b"")
+        try:
+            values = [*map(float, text.split(b", "))]
+        except ValueError:  # other phases in between
+            return False
+        if len(parts) != len(lines) or len(values) != len(lines) * len(names):
+            return False
+        sums = {name: sum(values[i :: len(names)]) for i, name in enumerate(names)}
+        longest = 0.0
+        if max(values) * len(names) > self.longest:  # else no step is longer
+            longest = max(map(sum, zip(*[iter(values)] * len(names), strict=True)))
+        self._add(last, len(lines), first["seconds"], sums, longest)
+        return True
+
+    def _add(
+        self,
+        last: Row,
+        count: int,
+        first: Mapping[str, float],
+        seconds: Mapping[str, float],
+        longest: float,
+    ) -> None:
+        steps = self.by_attempt.setdefault(last["attempt"], Steps(first=first))
+        steps.count += count
+        steps.last = last["step"]
+        for phase, spent in seconds.items():
+            steps.seconds[phase] = steps.seconds.get(phase, 0.0) + spent
+        self.longest = max(self.longest, longest)
+
+
+def first_of(path: Path, attempt: int) -> int:
+    """Return the offset of the first row of an attempt, or of a later one; the file's end if there
+    is none. Rows are in the order of attempts, so few are read. (Rows of other kinds than steps may
+    not say of which attempt they are.)"""
+    low, high = 0, path.stat().st_size
+    while high - low > BLOCK:
+        middle = (low + high) // 2
+        rows = each_row(path, middle)
+        row = next((each for each in rows if "attempt" in each[0]), None)
+        if row is not None and row[0]["attempt"] < attempt:
+            low = row[1]
+        else:
+            high = middle
+    for later, end in each_row(path, low):
+        if later.get("attempt", 0) >= attempt:
+            break
+        low = end
+    return low
+
+
+class Memory:
+    """Ledgers and tails of files of rows, and the content of other files."""
+
+    def __init__(self) -> None:
+        self._ledgers: dict[Path, Ledger] = {}
+        self._tails: dict[Path, Tail] = {}
+        self._read: dict[Path, tuple[list[Mark], object]] = {}
+
+    def ledger(self, path: Path, attempt: int | None = None) -> Ledger:
+        """Return the ledger of a file, up to date. attempt: only the rows of this one are needed.
+        Raises UserError for a damaged row."""
+        ledger = self._ledgers.get(path)
+        if ledger is None or (attempt is None and ledger.attempt is not None):
+            ledger = self._ledgers[path] = Ledger(path, attempt)
+        return ledger.update()
+
+    def tail(self, path: Path) -> Tail:
+        """Return the last rows of a file. Raises UserError if one is damaged."""
+        return self._tails.setdefault(path, Tail(path)).update()
+
+    def events(self, attempt: Attempt) -> list[Row]:
+        return self.once(attempt.events.path, read_rows)
+
+    def steps_of(self, attempt: Attempt, run: Run) -> Steps:
+        """Return the steps that an attempt made itself, as they are now."""
+        path = attempt.metrics.path
+        ledger = self.ledger(path, None if path == run.metrics else attempt.number)
+        return deepcopy(ledger.by_attempt.get(attempt.number, Steps()))
+
+    def lost(self, attempt: Attempt, run: Run) -> Steps:
+        """Return the steps that an attempt made, and that a later one did not start from."""
+        later = self.ledger(run.metrics).by_attempt.get(attempt.number)
+        return self.steps_of(attempt, run).without(later)
+
+    def once(self, path: Path, read: Callable[[Path], T]) -> T:
+        """Return `read(path)`, which is called again only if the file has changed since."""
+        now = marks([path])
+        if path not in self._read or self._read[path][0] != now:
+            self._read[path] = now, read(path)
+        return self._read[path][1]  # type: ignore[return-value]
+
+
+def marks(paths: list[Path]) -> list[Mark]:
+    """Return name, number, size and time of those of the files that exist."""
+    values = []
+    for path in paths:
+        with suppress(OSError):
+            stat = path.stat()
+            values.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return values
+
+
+def marks_of(run: Run) -> list[Mark]:
+    """Return the marks of all files of a run's status; they differ after any change."""
+    paths, attempts = [run.config, run.path / "attempts", run.checkpoints], run.attempts()
+    for attempt in attempts:
+        paths += [attempt.path / name for name in _FILES]
+    for attempt in attempts[-1:]:
+        paths += sorted(attempt.path.glob("*"))
+    for step in run.checkpoint_steps():
+        folder = run.checkpoint_path(step)
+        paths += [folder, folder / "state.json"]
+    return marks(paths)

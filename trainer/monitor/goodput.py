@@ -18,12 +18,11 @@ from functools import cached_property
 from itertools import pairwise
 
 from forescale.ground.errors import DONE, INTERRUPTED, USER
-from forescale.monitor.ledger import Steps
-from forescale.monitor.memory import Memory
+from forescale.monitor.follow import Memory, Steps
 from forescale.resilience.heartbeat import read_nodes
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
-from forescale.run.rows import Row, select
+from forescale.run.rows import select
 
 BUCKETS = {
     "compute": "forward, backward and update of steps that were kept",
@@ -42,11 +41,9 @@ _START = ("startup", "recovery")
 
 @dataclass
 class Launch:
-    """One start of the ranks, until their end. Times in seconds since the epoch.
-
-    steps: of each of its attempts; lost: the steps that were discarded; after: seconds by phase
-    after the last row, if it ended well; eligible: when the queue could have started it.
-    """
+    """One start of the ranks, until their end. Times in seconds since the epoch. steps: of each of
+    its attempts; lost: the steps that were discarded; after: seconds by phase after the last row,
+    if it ended well; eligible: when the queue could have started it."""
 
     attempts: list[Attempt]
     begun: float
@@ -84,11 +81,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class SaveInterval:
-    """A proposal for `checkpoint.every`.
-
-    stall: seconds per save; restart: seconds until a launch trains; mtbf: mean seconds between
-    failures of launches that trained; waste: the expected share of time lost.
-    """
+    """A proposal for `checkpoint.every`. stall: seconds per save; restart: seconds until a launch
+    trains; mtbf: mean seconds between failures of launches that trained; waste: the expected share
+    of time lost."""
 
     seconds: float
     steps: int
@@ -151,8 +146,12 @@ class Goodput:
         if (steps := self._memory.steps_of(attempt, self.run)).count:
             launch.steps.append(steps)
             launch.lost.append(self._memory.lost(attempt, self.run))
-        if not launch_of(launch.attempts[0].path).get("ended"):
-            launch.ended = max([launch.ended, *_signs(launch, attempt, events)])
+        if not launch_of(launch.attempts[0].path).get("ended"):  # when was it last alive?
+            signs = [launch.ended, *(event["time"] for event in events)]
+            signs += [s.heartbeat.time for s in read_nodes(attempt.path)]
+            if began := launch.rank_began or launch.begun:
+                signs.append(began + launch.recorded)  # by the seconds in its rows
+            launch.ended = max(signs)
 
     @cached_property
     def counted(self) -> list[Launch]:
@@ -233,47 +232,26 @@ class Goodput:
 
     def interval(self) -> SaveInterval | None:
         """Return the best checkpoint interval by this run's own times; None without a save or a
-        failure. See `optimal_interval`.
-
-        A launch that failed before its first step does not count as a failure of training.
-        """
+        failure. See `optimal_interval`. A launch that failed before its first step does not count
+        as a failure of training."""
         trained = [launch for launch in self.counted if launch.steps]
         failures = sum(launch.failed and launch.code != USER for launch in trained)
         steps_of = [steps for launch in self.launches for steps in launch.steps]
         by_phase: dict[str, float] = defaultdict(float)
-        for seconds_of in [
-            *(steps.seconds for steps in steps_of),
-            *(x.after for x in self.launches),
-        ]:
-            for phase, spent in seconds_of.items():
+        for seconds in (*(steps.seconds for steps in steps_of), *(x.after for x in self.launches)):
+            for phase, spent in seconds.items():
                 by_phase[phase] += spent
-        stall = by_phase["checkpoint"] / max(1, self._saves())
+        saves = len(self.run.read_events(kind="checkpoint_saved"))
+        stall = by_phase["checkpoint"] / max(1, saves)
         if not stall or not failures:
             return None
         mtbf = sum(launch.ended - launch.begun for launch in trained) / failures
         step = (by_phase["compute"] + by_phase["data"]) / sum(steps.count for steps in steps_of)
-        last = trained[-1]
-        restart = last.head + last.steps[0].first.get("startup", 0.0)
-        seconds = optimal_interval(stall, mtbf)
-        return SaveInterval(
-            seconds=seconds,
-            steps=max(1, round(seconds / step)) if step else 1,
-            stall=stall,
-            restart=restart,
-            mtbf=mtbf,
-            waste=wasted(seconds, stall, restart, mtbf),
-        )
-
-    def _saves(self) -> int:
-        return len(self.run.read_events(kind="checkpoint_saved"))
-
-
-def _signs(launch: Launch, attempt: Attempt, events: list[Row]) -> Iterable[float]:
-    """Yield times at which it was alive: of heartbeats, events, and by the seconds in its rows."""
-    yield from (s.heartbeat.time for s in read_nodes(attempt.path))
-    yield from (event["time"] for event in events)
-    if began := launch.rank_began or launch.begun:
-        yield began + launch.recorded
+        restart = trained[-1].head + trained[-1].steps[0].first.get("startup", 0.0)
+        best = optimal_interval(stall, mtbf)
+        num_steps = max(1, round(best / step)) if step else 1
+        waste = wasted(best, stall, restart, mtbf)
+        return SaveInterval(best, num_steps, stall, restart, mtbf, waste)
 
 
 def optimal_interval(stall: float, mtbf: float) -> float:

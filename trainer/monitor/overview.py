@@ -50,8 +50,14 @@ def show_runs(
             faults.append(str(e))
         rows.append((status, cells))
     names = _columns([cells for _, cells in rows], console.width)
-    if "ETTR" in names:
-        faults += [fault for status, cells in rows if (fault := _add_ettr(status, cells))]
+    for status, cells in rows if "ETTR" in names else []:  # for it all rows are read
+        if "ETTR" in cells:
+            cells["ETTR"] = "-"
+            try:
+                if status.goodput.wall:
+                    cells["ETTR"] = f"{status.goodput.ettr:.2f}"
+            except UserError as e:
+                faults.append(str(e))
     grid = table(*names, left=("run", "state", "last event"))
     for _, cells in rows:
         grid.add_row(*(cells.get(name, "-") for name in names))
@@ -62,31 +68,15 @@ def show_runs(
 
 def _columns(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
     """Return the names of the columns that fit, the most wanted ones."""
-    names = list(_COLUMNS)
-    wide = {
-        name: max(len(name), *(_width(cells.get(name, "-")) for cells in rows)) for name in names
-    }
+    names, wide = list(_COLUMNS), {}
+    for name in names:  # control characters as they are shown
+        cells = (Text.from_markup(visible(of.get(name, "-"))).cell_len for of in rows)
+        wide[name] = max(len(name), *cells)
     for column in _LEAST_FIRST:
         if sum(wide[name] + _BETWEEN for name in names) - _BETWEEN <= width:
             break
         names.remove(column)
     return names
-
-
-def _width(cell: str) -> int:
-    """Return the columns that a cell takes, control characters as they are shown."""
-    return Text.from_markup(visible(cell)).cell_len
-
-
-def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:
-    """Add the ETTR, for which all rows are read. Return why it can't be known, or None."""
-    try:
-        if "ETTR" in cells:
-            cells["ETTR"] = f"{s.goodput.ettr:.2f}" if s.goodput.wall else "-"
-    except UserError as e:
-        cells["ETTR"] = "-"
-        return str(e)
-    return None
 
 
 def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, str]:

@@ -48,29 +48,20 @@ _CURVE = 80  # columns of the curve, at most
 def state_of(s: Status, job: "Job | None", end: "EarlyEnd | None" = None) -> str:
     """Return the state by the queue, if it holds the run, else by the run's files. end: of its job,
     if no rank of it began."""
-    if end is not None and s.state != "complete":
+    state, reason = str(s.state), ""
+    if end is not None and state != "complete":
         return f"[red]{(end.state or 'never began').lower().replace('_', ' ')}[/]"
-    if job is None or s.state == "complete":
-        return _coloured(s.state)
-    if job.is_waiting:
-        return f"{_coloured('queued')} ({escape(job.reason)})"
-    return _coloured("running" if job.state == "RUNNING" else job.state.lower())
+    if job is not None and state != "complete":
+        if job.is_waiting:
+            state, reason = "queued", f" ({escape(job.reason)})"
+        else:
+            state = job.state.lower()
+    return (f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state) + reason
 
 
 def runs_now(job: "Job | None") -> bool:
     """Return True if a job has started, by the queue."""
     return job is not None and not job.is_waiting
-
-
-def _coloured(state: str) -> str:
-    return f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state
-
-
-def _averaged(run: Run) -> str:
-    """Return the run and the steps whose weights were averaged."""
-    stored = read_json(run.averaged)
-    steps = ", ".join(str(each["step"]) for each in stored["checkpoints"])
-    return f", the mean of {stored['run']} at steps {steps}"
 
 
 def show_run(
@@ -84,43 +75,60 @@ def show_run(
     in_ascii: draw its curve with ASCII characters alone."""
     s.job_runs = runs_now(job)
     total, state = s.job.total_steps, state_of(s, job, end)
-    loss = f", loss {s.last['loss']:.4f}" if s.last else ""
+    title = f"[bold]{escape(str(s.run.path))}[/]: {state}"
+
+    def say(line: str) -> None:
+        console.print(escape(line), soft_wrap=True, highlight=False)
+
     if s.run.weights_alone:
-        source = escape(_averaged(s.run)) if s.state == "averaged" else ""
-        name = escape(str(s.run.path))
-        console.print(f"[bold]{name}[/]: {state}{source}; runs begin with its weights")
+        source = ""
+        if s.state == "averaged":
+            stored = read_json(s.run.averaged)
+            steps = ", ".join(str(each["step"]) for each in stored["checkpoints"])
+            source = escape(f", the mean of {stored['run']} at steps {steps}")
+        console.print(f"{title}{source}; runs begin with its weights")
         return _show_checkpoints(s, console)
-    read = f"{s.tokens:,} {s.job.objective.counted}"
+    loss = f", loss {s.last['loss']:.4f}" if s.last else ""
     console.print(
-        f"[bold]{escape(str(s.run.path))}[/]: {state}, step {s.step:,} of {total:,} "
-        f"({s.step / total:.1%}), {read}{loss}; last seen {span(s.age)} ago"
+        f"{title}, step {s.step:,} of {total:,} ({s.step / total:.1%}), {s.tokens:,} "
+        f"{s.job.objective.counted}{loss}; last seen {span(s.age)} ago"
     )
     if last := s.validation:
         console.print(f"Validation at step {last['step']:,}: {_validation(last)}")
         if shares := in_words(last):
-            console.print(escape(shares[0].upper() + shares[1:]), soft_wrap=True)
+            say(shares[0].upper() + shares[1:])
     if line := _forecast(s):
-        console.print(escape(line), soft_wrap=True)
+        say(line)
     for line in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
-        console.print(line, markup=False, soft_wrap=True)
-    if job is not None:
-        _show_job(job, console)
+        say(line)
+    if job is not None and job.is_waiting:
+        begins = f", expected to start {job.start}" if job.start[:1].isdigit() else ""
+        say(f"Job {job.id} waits in the queue ({job.reason}){begins}.")
+    elif job is not None:
+        say(f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left.")
     if end is not None and s.state != "complete":
-        _show_early_end(end, console)
+        log, tail = end.submission.log, end.tail(_LAST_LINES)
+        say(f"{end.sentence} " + (f"Its log, {log}, ends:" if tail else f"No log: {log}"))
+        for line in tail:
+            say(f"  {line}")
     _show_checkpoints(s, console)
     if s.job.checkpoint.mirror and (line := _mirrored(s.run)):
-        console.print(escape(line), soft_wrap=True)
+        say(line)
     _show_attempts(s, console)
     for line in promises(s.run):
-        console.print(escape(line), soft_wrap=True)
-    _show_ranks(s, console)
+        say(line)
+    if line := _ranks(s):
+        say(line)
     _show_time(s, console)
-    _show_interval(s, console)
-    if events := s.events():
-        console.print(
-            "Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()),
-            soft_wrap=True,
+    if (best := s.goodput.interval()) is not None:
+        say(
+            f"Saving stalls {best.stall:.2f} s, a restart takes {span(best.restart)}, a failure "
+            f"came every {span(best.mtbf)}: checkpoint.every='{Duration(best.steps)}' (about "
+            f"{span(best.seconds)}; Daly 2006) loses least, {best.waste:.1%}; it is "
+            f"{s.job.checkpoint.every}"
         )
+    if events := s.events():
+        say("Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()))
 
 
 def _validation(row: Row) -> str:
@@ -160,36 +168,9 @@ def _mirrored(run: Run) -> str | None:
     return f"Mirrored to {where}: {newest}." + (f" It fails now: {error}" if error else "")
 
 
-def _show_job(job: "Job", console: Console) -> None:
-    if job.is_waiting:
-        begins = f", expected to start {job.start}" if job.start[:1].isdigit() else ""
-        line = f"Job {job.id} waits in the queue ({job.reason}){begins}."
-    else:
-        line = f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left."
-    console.print(escape(line), soft_wrap=True)
-
-
-def _show_early_end(end: "EarlyEnd", console: Console) -> None:
-    """Print how a job ended of which no rank began, with the end of its log."""
-    lines = end.tail(_LAST_LINES)
-    log = f"Its log, {end.submission.log}, ends:" if lines else f"No log: {end.submission.log}"
-    for line in (f"{end.sentence} {log}", *(f"  {line}" for line in lines)):
-        console.print(escape(line), soft_wrap=True, highlight=False)
-
-
 def _show_checkpoints(s: Status, console: Console) -> None:
-    names = (
-        "checkpoint",
-        "tokens",
-        "MiB",
-        "ranks",
-        "stage",
-        "attempt",
-        "eligible",
-        "pinned",
-        "age",
-    )
-    grid = table(*names)
+    names = "checkpoint tokens MiB ranks stage attempt eligible pinned age"
+    grid = table(*names.split())
     for c in s.checkpoints:
         grid.add_row(
             f"{c.position.step:,}",
@@ -225,17 +206,23 @@ def _show_attempts(s: Status, console: Console) -> None:
         parent = attempt.parent
         if parent is None:
             came = "did not begin to train"
-        elif parent.checkpoint is None:
-            came = "step 0"
         else:
-            came = f"step {parent.step:,}{_elsewhere(s.run, parent.checkpoint)}"
+            came = f"step {parent.step if parent.checkpoint else 0:,}"
+            if (
+                parent.checkpoint
+                and (other := Path(parent.checkpoint).parents[1]).name != s.run.name
+            ):
+                came += f" of {other}"
         # The directory's own time changes with every new file in it; parent.json is written once.
         marks = [attempt.path / "parent.json", attempt.path]
         begun = next(p for p in marks if p.exists()).stat().st_mtime
         begun = launch_of(attempt.path).get("begun", begun)
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
         row = [str(attempt.number), escape(came), moment, ends.get(attempt.number, "-")]
-        grid.add_row(*row, *([_nodes(lives[attempt.number])] * (len(names) - len(row))))
+        if (life := lives[attempt.number]) is not None:
+            some = ", ".join(life["nodes"][:3]) + (", ..." if len(life["nodes"]) > 3 else "")
+            row.append(escape(f"{some} (job {life['job']})"))
+        grid.add_row(*row, *(["-"] * (len(names) - len(row))))
     _print(grid, console)
     for launch in s.goodput.launches:
         numbers = [attempt.number for attempt in launch.attempts]
@@ -247,14 +234,6 @@ def _show_attempts(s: Status, console: Console) -> None:
         console.print(escape(line), soft_wrap=True)
     if faults := s.faults():
         console.print(f"Injected faults: {escape(', '.join(faults))}", soft_wrap=True)
-
-
-def _nodes(life: dict[str, Any] | None) -> str:
-    """Return the nodes of an attempt, with its job."""
-    if not life:
-        return "-"
-    some = ", ".join(life["nodes"][:3]) + (", ..." if len(life["nodes"]) > 3 else "")
-    return escape(f"{some} (job {life['job']})")
 
 
 def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
@@ -270,10 +249,10 @@ def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
     return words.get(launch.code, "crash")
 
 
-def _show_ranks(s: Status, console: Console) -> None:
-    """While it runs: print where the ranks are, and which one is behind."""
+def _ranks(s: Status) -> str | None:
+    """Return where the ranks are, and which one is behind; None unless it runs."""
     if not (ranks := [status.heartbeat for status in s.ranks()]):
-        return
+        return None
     last = min(ranks, key=lambda b: (b.step, -b.here))
     # Of a divided model, and at stage 3, the forward is no work of a rank alone.
     waits = waiting_places(s.job.engine.stage, s.job.mesh(1).exchanges)
@@ -286,12 +265,7 @@ def _show_ranks(s: Status, console: Console) -> None:
     line += f"(step {last.step:,}, {last.at} for {last.here:.1f} s)"
     if seconds[slowest]:
         line += f"; the slowest is rank {slowest} ({seconds[slowest] * 1e3:.1f} ms per step alone)"
-    console.print(escape(line), soft_wrap=True)
-
-
-def _elsewhere(run: Run, checkpoint: str) -> str:
-    path = Path(checkpoint)
-    return "" if path.parent.parent.name == run.name else f" of {path.parent.parent}"
+    return line
 
 
 def _show_time(s: Status, console: Console) -> None:
@@ -307,19 +281,6 @@ def _show_time(s: Status, console: Console) -> None:
     between = f", {span(goodput.mtbf)} between them" if goodput.mtbf else ""
     fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}{between}"
     console.print(f"ETTR {goodput.ettr:.3f} (compute of kept steps / wall clock); {fails}")
-
-
-def _show_interval(s: Status, console: Console) -> None:
-    """Print the best interval between checkpoints by the run's own times and failures."""
-    if (best := s.goodput.interval()) is None:
-        return
-    console.print(
-        f"Saving stalls {best.stall:.2f} s, a restart takes {span(best.restart)}, a failure came "
-        f"every {span(best.mtbf)}: "
-        f"checkpoint.every='{Duration(best.steps)}' (about {span(best.seconds)}; Daly 2006) "
-        f"loses least, {best.waste:.1%}; it is {s.job.checkpoint.every}",
-        soft_wrap=True,
-    )
 
 
 def _print(table: Table, console: Console) -> None:

@@ -18,9 +18,8 @@ from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.ground.errors import INTERRUPTED
 from forescale.monitor.curve import losses_of
-from forescale.monitor.follow import Tail
+from forescale.monitor.follow import Mark, Memory, Tail, marks_of
 from forescale.monitor.goodput import Goodput
-from forescale.monitor.memory import Mark, Memory, marks_of
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.resilience.heartbeat import RankStatus, read_nodes
 from forescale.resilience.injector import records
@@ -43,10 +42,7 @@ class Lost:
 
 class Status:
     """The status of one run at one moment: nothing is read twice. Its rows are those of the newest
-    attempt, from the first step on.
-
-    memory: the cache of earlier views.
-    """
+    attempt, from the first step on. memory: the cache of earlier views."""
 
     def __init__(self, run: Run, now: float | None = None, memory: Memory | None = None):
         self.run, self.now = run, time.time() if now is None else now
@@ -109,10 +105,8 @@ class Status:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens per second of these steps."""
-        if (seconds := self._window_seconds) is None:
-            return None
-        return self.job.tokens_per_window / seconds
+        seconds = self._window_seconds
+        return None if seconds is None else self.job.tokens_per_window / seconds
 
     @property
     def _window_seconds(self) -> float | None:
@@ -138,7 +132,6 @@ class Status:
 
     @property
     def validation(self) -> Row | None:
-        """The last validation row, or None."""
         return next(reversed(self._tail.scores), None)
 
     @cached_property
@@ -155,11 +148,9 @@ class Status:
         return max((c.path.stat().st_mtime for c in self.checkpoints), default=None)
 
     def is_eligible(self, checkpoint: Checkpoint) -> bool:
-        """Return True if a checkpoint is on the current trajectory."""
         return self.run.is_eligible(checkpoint.attempt, checkpoint.position.step)
 
     def is_pinned(self, checkpoint: Checkpoint) -> bool:
-        """Return True if a checkpoint is pinned."""
         return is_pinned(self.run, checkpoint.position.step)
 
     @cached_property
@@ -191,7 +182,9 @@ class Status:
         if how := self.run.weights_alone:
             return how
         saved = max((c.position.step for c in self.checkpoints if self.is_eligible(c)), default=0)
-        if saved >= self.job.total_steps and self._is_evaluated(self.job.total_steps):
+        total = self.job.total_steps
+        scored = select(self._tail.scores, step=total, dataset="validation")
+        if saved >= total and (scored or self.run.is_evaluated(total)):
             return "complete"
         if any(select(self._memory.events(a), kind="ended") for a in self.attempts[-1:]):
             return "interrupted"
@@ -204,10 +197,6 @@ class Status:
             return "new"
         return "interrupted" if saved and saved == self.step else "crashed"
 
-    def _is_evaluated(self, step: int) -> bool:
-        known = select(self._tail.scores, step=step, dataset="validation")
-        return bool(known) or self.run.is_evaluated(step)
-
     @property
     def _may_live(self) -> bool:
         """True if the files grew within twice the longest step and some patience. All rows are read
@@ -215,16 +204,12 @@ class Status:
         beyond = (self.age - _PATIENCE) / 2
         if beyond < 0:
             return True
-        if beyond > self.last_seen - self._created:  # no step was longer than the run's whole life
-            return False
-        return beyond < self._memory.ledger(self.run.metrics).longest
-
-    @property
-    def _created(self) -> float:
-        """When the run was made, by the oldest of its files: seconds since the epoch."""
         first = self.attempts[0].path
         paths = (self.run.config, self.run.identity, first / "parent.json", first)
-        return min(p.stat().st_mtime for p in paths if p.exists())
+        created = min(p.stat().st_mtime for p in paths if p.exists())
+        if beyond > self.last_seen - created:  # no step was longer than the run's whole life
+            return False
+        return beyond < self._memory.ledger(self.run.metrics).longest
 
     def _launch_that_ended(self) -> Row | None:
         """Return the launch record of the newest attempt, if our launcher saw its ranks end."""
@@ -263,7 +248,6 @@ class Status:
         return Lost(sum(steps.count for steps in lost), sum(steps.total for steps in lost))
 
     def rows_of_events(self, attempt: Attempt) -> list[Row]:
-        """Return the events of one attempt, as they were recorded."""
         return self._memory.events(attempt)
 
     def events(self) -> Counter[str]:

@@ -9,11 +9,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from forescale.ground.errors import UserError
-from forescale.monitor import follow, ledger
-from forescale.monitor.follow import RECENT, Tail
+from forescale.monitor import follow
+from forescale.monitor.follow import RECENT, Ledger, Memory, Tail
 from forescale.monitor.goodput import Goodput
-from forescale.monitor.ledger import Ledger
-from forescale.monitor.memory import Memory
 from forescale.run.directory import Parent, Run
 from forescale.run.rows import RowWriter, read_rows, select
 
@@ -23,8 +21,7 @@ PHASES = ("data", "compute", "logging", "a b")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """A file of some kB has many blocks, and rows that a block cuts."""
-    for module in (follow, ledger):
-        monkeypatch.setattr(module, "BLOCK", 1_000)
+    monkeypatch.setattr(follow, "BLOCK", 1_000)
 
 
 class Life:

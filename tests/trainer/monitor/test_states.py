@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from forescale import open_run
-from forescale.monitor.memory import Memory
+from forescale.monitor.follow import Memory
 from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.run.directory import Parent

@@ -13,7 +13,7 @@ import pytest
 
 from forescale.config.duration import Duration
 from forescale.monitor import follow
-from forescale.monitor.memory import Memory
+from forescale.monitor.follow import Memory
 from forescale.monitor.run_text import ranks_of
 from forescale.monitor.status import Status, Statuses
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node

@@ -6,7 +6,6 @@ finite are in no mean; the steps whose loss was not finite are listed.
 """
 
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,9 +13,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from forescale.monitor.ledger import first_of
+from forescale.monitor.follow import first_of
 from forescale.run.abilities import column_of
-from forescale.run.directory import Attempt, Run
+from forescale.run.directory import Run
 from forescale.run.rows import Row, each_row
 
 Array = NDArray[np.float64]
@@ -39,14 +38,10 @@ class Line:
 
 @dataclass
 class Curves:
-    """The curves of a run.
-
-    lines: by name, such as "loss" or "learning_rate.muon"
-    scores: for each held-out dataset its losses, bits per byte and abilities
-    dropped: losses of steps that a rollback or restart discarded
-    broken: steps whose loss was not finite
-    per_point: steps of a point
-    """
+    """The curves of a run. lines: by name, such as "loss" or "learning_rate.muon"; scores: for each
+    held-out dataset its losses, bits per byte and abilities; dropped: losses of steps that a
+    rollback or restart discarded; broken: steps whose loss was not finite; per_point: steps of a
+    point."""
 
     lines: dict[str, Line] = field(default_factory=dict)
     scores: dict[str, dict[str, Line]] = field(default_factory=dict)
@@ -68,12 +63,8 @@ class _Columns:
     """Numbers of train rows by column. A row without a number of a column has NaN there."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._all: dict[str, array[float]] = defaultdict(self._empty)
-        self.seconds = 0.0
-
-    def _empty(self) -> "array[float]":
-        return array("d", [np.nan]) * self.count
+        self.count, self.seconds = 0, 0.0
+        self._all: dict[str, array[float]] = {}
 
     def add(self, row: Row) -> None:
         self.seconds += sum(row.get("seconds", {}).values())
@@ -83,7 +74,8 @@ class _Columns:
         numbers |= {_RATE + name: x for name, x in row.get("learning_rate", {}).items()}
         numbers |= {name: x for name, x in row.items() if name.startswith(_EXTRA)}
         for name, value in numbers.items():
-            self._all[name].append(np.nan if value is None else value)
+            column = self._all.setdefault(name, array("d", [np.nan]) * self.count)
+            column.append(np.nan if value is None else value)
         self.count += 1
         for column in self._all.values():
             if len(column) < self.count:
@@ -153,7 +145,8 @@ def _dropped(run: Run, curves: Curves, most: int) -> Iterable[Line]:
     """Yield the losses of an attempt's steps beyond the first step of a later attempt."""
     begun = [a for a in run.attempts() if a.has_begun]
     for attempt, _ in pairwise(begun):
-        first = min(_began(later) for later in begun if later.number > attempt.number)
+        parents = (a.parent for a in begun if a.number > attempt.number)
+        first = min(parent.step if parent else 0 for parent in parents)
         path = attempt.metrics.path
         if not path.exists():
             continue
@@ -167,8 +160,3 @@ def _dropped(run: Run, curves: Curves, most: int) -> Iterable[Line]:
         places = {name: arrays[name] for name in X}
         places["time"] = places["time"] + curves.at(first)["time"]
         yield _thinned(places, arrays["loss"], -(-columns.count // most))
-
-
-def _began(attempt: Attempt) -> int:
-    parent = attempt.parent
-    return parent.step if parent else 0

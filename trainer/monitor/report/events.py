@@ -6,9 +6,8 @@ a good end.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from forescale.ground.errors import DONE, INTERRUPTED, masked
+from forescale.ground.errors import DONE, INTERRUPTED, masked, shortened
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
 from forescale.run.directory import Attempt
@@ -53,25 +52,18 @@ def events_of(status: Status) -> list[Event]:
         for i, attempt in enumerate(launch.attempts):
             if i:
                 events.append(_rollback(attempt, rows[launch.attempts[i - 1].number]))
-            elif began := _beginning(attempt, launch, is_first=not number):
-                events.append(began)
+            elif parent := attempt.parent:  # else it failed before it began to train
+                if number:
+                    text = f"attempt {attempt.number} resumed from step {parent.step:,}"
+                    events.append(Event("restart", text, parent.step, launch.begun))
+                elif parent.checkpoint is not None:
+                    text = f"began with step {parent.step:,} of another run, "
+                    text += masked(parent.checkpoint)
+                    events.append(Event("note", text, parent.step, launch.begun))
             events += _recorded(rows[attempt.number], status, attempt)
         if end := _end(launch, status, rows[launch.attempts[-1].number]):
             events.append(end)
     return events
-
-
-def _beginning(attempt: Attempt, launch: Launch, is_first: bool) -> Event | None:
-    parent = attempt.parent
-    if parent is None:
-        return None  # it failed before it began to train
-    if is_first and parent.checkpoint is None:
-        return None
-    if is_first:
-        text = f"began with step {parent.step:,} of another run, {masked(parent.checkpoint or '')}"
-        return Event("note", text, parent.step, launch.begun)
-    text = f"attempt {attempt.number} resumed from step {parent.step:,}"
-    return Event("restart", text, parent.step, launch.begun)
 
 
 def _rollback(attempt: Attempt, before: list[Row]) -> Event:
@@ -112,14 +104,12 @@ def _recorded(rows: list[Row], status: Status, attempt: Attempt) -> Iterator[Eve
         kind = row["kind"]
         if kind in _ELSEWHERE or (kind == "hang" and attempt.number in status.hangs()):
             continue
-        facts = {name: x for name, x in row.items() if name not in _COMMON and x is not None}
-        text_of = ", ".join(f"{name.replace('_', ' ')} {_short(x)}" for name, x in facts.items())
-        text = kind.replace("_", " ") + (f": {text_of}" if text_of else "")
+        facts = []
+        for name, x in row.items():
+            if name not in _COMMON and x is not None:
+                value = f"{x:.5g}" if isinstance(x, float) else shortened(masked(str(x)), _LONGEST)
+                facts.append(f"{name.replace('_', ' ')} {value}")
+        text = kind.replace("_", " ") + (f": {', '.join(facts)}" if facts else "")
         step = row.get("step")
         is_step = isinstance(step, int) and not isinstance(step, bool)
         yield Event(_SORTS.get(kind, "note"), text, step if is_step else None, row.get("time"))
-
-
-def _short(value: Any) -> str:
-    text = f"{value:.5g}" if isinstance(value, float) else masked(str(value))
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

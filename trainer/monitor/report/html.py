@@ -11,6 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from forescale.config.frozen import freeze
 from forescale.ground.errors import masked
 from forescale.monitor.report import origins, panels, tables
 from forescale.monitor.report.curves import X, read_curves
@@ -50,17 +51,12 @@ def points_of(runs: Sequence[Run]) -> int:
 def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
     """Return the page as HTML. x: of X, what the curves are drawn over at first; command: the
     command line that made it. Raises UserError if a run's files are damaged."""
-    points = points_of(runs)
-    reported = [_reported(run, label) for run, label in zip(runs, labels(runs), strict=True)]
-    curves = [
-        RunCurves(
-            run.label,
-            read_curves(run.status.run, points),
-            run.events,
-            [c.position.step for c in run.status.checkpoints],
-        )
-        for run in reported
-    ]
+    points, reported, curves = points_of(runs), list[ReportedRun](), list[RunCurves]()
+    for run, label in zip(runs, labels(runs), strict=True):
+        status = Status(run)
+        reported.append(ReportedRun(label, status, events_of(status)))
+        saves = [c.position.step for c in status.checkpoints]
+        curves.append(RunCurves(label, read_curves(run, points), reported[-1].events, saves))
     charts = panels.panels(curves)
     return render(
         _HERE / "runs.html.j2",
@@ -78,15 +74,10 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
             origins.environment(reported),
             origins.differences(reported),
         ],
-        configs=origins.configs(reported),
+        configs=[(run.label, masked(freeze(run.status.job))) for run in reported],
         data=panels.payload(curves, charts, x),
         scripts=[_HERE / "runs.js"],
     )
-
-
-def _reported(run: Run, label: str) -> ReportedRun:
-    status = Status(run)
-    return ReportedRun(label, status, events_of(status))
 
 
 def joined(names: Sequence[str]) -> str:
@@ -117,17 +108,12 @@ def _chart(panel: Panel, curves: Sequence[RunCurves], heading: bool = True) -> P
     if not panels.has_numbers(panel, curves):
         return panel.name, title + Markup('<p class="absent">{}</p>').format(panel.absent), ""
     host = Markup('<div class="chart" data-panel="{}"></div>').format(panel.name)
-    return panel.name, title + host + _strokes(panel), ""
-
-
-def _strokes(panel: Panel) -> Markup:
-    """Return the key of several lines of one run."""
-    if len(panel.lines) < 2:
-        return Markup("")
-    names = [name.partition(".")[2] for name in panel.lines]
-    strokes = ("solid", "dashed", "dotted", "dash and dot")
-    text = "; ".join(f"{strokes[i % 4]}: {name}" for i, name in enumerate(names))
-    return Markup('<p class="rests">{}</p>').format(text)
+    if len(panel.lines) > 1:  # the key of several lines of one run
+        names = [name.partition(".")[2] for name in panel.lines]
+        strokes = ("solid", "dashed", "dotted", "dash and dot")
+        text = "; ".join(f"{strokes[i % 4]}: {name}" for i, name in enumerate(names))
+        host += Markup('<p class="rests">{}</p>').format(text)
+    return panel.name, title + host, ""
 
 
 def _notes(curves: Sequence[RunCurves]) -> list[Markup | str]:
@@ -138,11 +124,9 @@ def _notes(curves: Sequence[RunCurves]) -> list[Markup | str]:
         "may lie above the axis."
     ]
     for run in curves:
-        if run.curves.per_point > 1:
-            notes.append(
-                f"{run.label}: each point is the mean of {run.curves.per_point:,} steps, the pale "
-                "band their lowest and highest."
-            )
+        if (per_point := run.curves.per_point) > 1:
+            mean = f"each point is the mean of {per_point:,} steps"
+            notes.append(f"{run.label}: {mean}, the pale band their lowest and highest.")
         if broken := len(run.curves.broken):
             notes.append(f"{run.label}: the loss of {broken:,} kept steps was not finite.")
     return notes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from forescale.ground.console import visible
-from forescale.ground.errors import UserError
+from forescale.ground.errors import UserError, shortened
 from forescale.monitor.report.curves import Array, Line, read_curves
 from forescale.monitor.report.events import LOOKS, events_of
 from forescale.monitor.report.html import joined, labels, points_of
@@ -49,11 +49,21 @@ def losses(runs: Sequence[RunCurves], x: str) -> Figure:
     """Return the figure of training and held-out losses over x. A run without a step is in the key
     alone."""
     lines = [loss for run in runs for loss in (_training(run), _held_out(run)) if loss is not None]
-    size, across = _across(x, max((_last(loss, x) for loss in lines), default=1.0))
-    down = Axis("loss (nats a token)", ends=_ends(lines, x))
-    figure = Figure(across, down)
+    places = np.concatenate([np.zeros(1), *(loss.x[x] for loss in lines)])
+    high, size = float(places[np.isfinite(places)].max()) or 1.0, 1.0
+    across = Axis(_TITLES.get(x, ""), power=x == "flops", ends=(0.0, 1.01 * high), grid=False)
+    if x == "time":  # in the unit that fits
+        size, unit, _ = next(unit for unit in _UNITS if high < unit[2])
+        title = f"training time ({unit}, kept steps)"
+        across = Axis(title, ends=(0.0, 1.01 * high / size), grid=False)
+    figure = Figure(across, Axis("loss (nats a token)", ends=_ends(lines, x)))
     for i, run in enumerate(runs):
-        _add_events(figure, run, x, size)
+        for event in run.events:
+            at = run.curves.at(event.step or 0).get(x, math.nan) / size
+            if event.step is not None and event.sort != "note" and math.isfinite(at):
+                _, colour, label = LOOKS[event.sort]
+                ends = np.array(figure.ends("y"))
+                figure.add(line(np.full(2, at), ends, colour, "dash", width=1.0, name=label))
         _add_curves(figure, run, i, x, size, is_alone=len(runs) == 1)
     return figure
 
@@ -64,21 +74,6 @@ def _training(run: RunCurves) -> Line | None:
 
 def _held_out(run: RunCurves) -> Line | None:
     return run.curves.scores.get("validation", {}).get("loss")
-
-
-def _last(loss: Line, x: str) -> float:
-    values = loss.x[x][np.isfinite(loss.x[x])]
-    return float(values.max()) if len(values) else 0.0
-
-
-def _across(x: str, high: float) -> tuple[float, Axis]:
-    """Return the x axis up to `high`, and the size of its unit, such as 60 for minutes."""
-    high = high or 1.0
-    if x != "time":
-        return 1.0, Axis(_TITLES[x], power=x == "flops", ends=(0.0, 1.01 * high), grid=False)
-    size, unit, _ = next(unit for unit in _UNITS if high < unit[2])
-    title = f"training time ({unit}, kept steps)"
-    return size, Axis(title, ends=(0.0, 1.01 * high / size), grid=False)
 
 
 def _ends(lines: Sequence[Line], x: str) -> tuple[float, float]:
@@ -96,23 +91,12 @@ def _ends(lines: Sequence[Line], x: str) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _add_events(figure: Figure, run: RunCurves, x: str, size: float) -> None:
-    for event in run.events:
-        at = run.curves.at(event.step or 0).get(x, math.nan) / size
-        if event.step is None or event.sort == "note" or not math.isfinite(at):
-            continue
-        _, colour, label = LOOKS[event.sort]
-        ends = np.array(figure.ends("y"))
-        figure.add(line(np.full(2, at), ends, colour, "dash", width=1.0, name=label))
-
-
 def _add_curves(
     figure: Figure, run: RunCurves, number: int, x: str, size: float, is_alone: bool
 ) -> None:
     colour, _ = look(number)
     dash = ("", "dash", "dot", "dashdot")[number // 8 % 4]  # as look's, of runs of one colour
-    label = visible(run.label) if not is_alone else "training"
-    label = label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
+    label = shortened(visible(run.label), _LONGEST) if not is_alone else "training"
     for dropped in run.curves.dropped:
         figure.add(line(dropped.x[x] / size, dropped.y, colour, "dot", width=1.0))
     loss = _training(run) or Line({x: np.zeros(0)}, np.zeros(0))
@@ -132,9 +116,8 @@ def running_median(values: Array, window: int) -> Array:
     """Return the running median over `window` points, centred. At the beginning, where the loss
     falls fast, over fewer points around each; at the end over those that are left. NaN stays NaN,
     and is in no median."""
-    count = len(values)
-    medians = np.full(count, np.nan)
-    for i in range(count):
+    medians = np.full(len(values), np.nan)
+    for i in range(len(values)):
         if np.isfinite(values[i]):
             reach = min(window // 2, i)
             medians[i] = np.nanmedian(values[i - reach : i + reach + 1])

@@ -5,22 +5,13 @@ taken from the machine that draws the page.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from forescale.config.frozen import freeze
 from forescale.config.schema import display, flatten, plain
 from forescale.ground.errors import UserError, masked
 from forescale.ground.storage import read_json
 from forescale.monitor.report.tables import ReportedRun, moment
 from forescale.pages.document import Cell, Section, code
 from forescale.resilience.outcome import launch_of
-
-_LONGEST = 300  # characters of a value
-
-
-def configs(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:
-    """Return each run's label and its whole config as YAML."""
-    return [(run.label, masked(freeze(run.status.job))) for run in runs]
 
 
 def differences(runs: Sequence[ReportedRun]) -> Section:
@@ -33,7 +24,7 @@ def differences(runs: Sequence[ReportedRun]) -> Section:
     names = dict.fromkeys(name for of in flat for name in of)
     rows: list[list[Cell]] = []
     for name in names:
-        values = [_cell(of.get(name)) for of in flat]
+        values = [masked(display(of.get(name))) for of in flat]
         if len(set(values)) > 1:
             rows.append([name, *values])
     if not rows:
@@ -42,11 +33,6 @@ def differences(runs: Sequence[ReportedRun]) -> Section:
     section.title = "Config: the keys that differ"
     section.rows = [["key", *(run.label for run in runs)], *rows]
     return section
-
-
-def _cell(value: Any) -> str:
-    text = masked(display(value))
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def environment(runs: Sequence[ReportedRun]) -> Section:

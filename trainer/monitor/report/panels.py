@@ -4,8 +4,8 @@ Invariant: a chart without numbers is a sentence that says why. Numbers keep six
 finite is null.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from forescale.monitor.report.curves import Array, Curves, Line
@@ -20,12 +20,10 @@ _RATES, _EXTRA = "learning_rate.", "extra."
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart.
-
-    lines: the names of its lines; a run is drawn with those that it has; held: the score of
-    held-out datasets that is drawn instead, "" for none; log: the y axis is logarithmic; zero: it
-    begins at 0; factor: multiplies the numbers; events: rollbacks, failures and the like are
-    marked; smooth: a running median is drawn too; absent: the sentence if there are no numbers.
+    """One chart. lines: the names of its lines; a run is drawn with those that it has; held: the
+    score of held-out datasets that is drawn instead, "" for none; log: the y axis is logarithmic;
+    zero: it begins at 0; factor: multiplies the numbers; events: rollbacks, failures and the like
+    are marked; smooth: a running median is drawn too; absent: the sentence if there are no numbers.
     """
 
     name: str
@@ -79,24 +77,17 @@ def panels(runs: Sequence[RunCurves]) -> list[Panel]:
         Panel(f"extra-{i}", name.removeprefix(_EXTRA).replace("_", " "), (name,), smooth=True)
         for i, name in enumerate(n for n in names if n.startswith(_EXTRA))
     ]
-    return [*_MAIN[:3], rate, *_MAIN[3:], *others, *_of_abilities(runs)]
-
-
-def _of_abilities(runs: Sequence[RunCurves]) -> list[Panel]:
-    """Return the charts of abilities (validation.abilities): for each task and number of examples
-    the accuracy, and the loss of an answer. Empty if nothing was measured."""
-    names = dict.fromkeys(n for run in runs for of in run.curves.scores.values() for n in of)
-    charts = []
-    for name in names:
-        if (column := column_of(name)) is None:
-            continue
-        after = f"{column.task} after {column.shots} example{'s' * (column.shots != 1)}"
-        if column.kind == "nats":
-            charts.append(Panel(name.replace("/", "-"), f"{after}: nats an answer", held=name))
-        else:
-            title = f"{after}: right answers (%)"
-            charts.append(Panel(name.replace("/", "-"), title, held=name, zero=True, factor=100))
-    return charts
+    # Abilities (validation.abilities): for each task and number of examples the accuracy, and the
+    # loss of an answer.
+    for name in dict.fromkeys(n for run in runs for of in run.curves.scores.values() for n in of):
+        if (column := column_of(name)) is not None:
+            title = f"{column.task} after {column.shots} example{'s' * (column.shots != 1)}"
+            panel = Panel(name.replace("/", "-"), f"{title}: nats an answer", held=name)
+            if column.kind != "nats":
+                title += ": right answers (%)"
+                panel = replace(panel, title=title, zero=True, factor=100)
+            others.append(panel)
+    return [*_MAIN[:3], rate, *_MAIN[3:], *others]
 
 
 def has_numbers(panel: Panel, runs: Sequence[RunCurves]) -> bool:
@@ -122,8 +113,10 @@ def payload(runs: Sequence[RunCurves], charts: Sequence[Panel], x: str) -> dict[
 
 
 def _run(run: RunCurves, colour: str, dash: str) -> dict[str, Any]:
-    curves = run.curves
+    curves, order = run.curves, [*LOOKS]
     at = next((line.x for line in curves.lines.values()), {})
+    placed = [e for e in run.events if e.step is not None]
+    important = sorted(placed, key=lambda e: order.index(e.sort))[:_MOST_EVENTS]
     return {
         "label": run.label,
         "colour": colour,
@@ -139,18 +132,10 @@ def _run(run: RunCurves, colour: str, dash: str) -> dict[str, Any]:
         "broken": [_place(curves, step) for step in curves.broken[:_MOST_EVENTS]],
         "events": [
             {"sort": e.sort, "text": e.text, "x": _place(curves, e.step)}
-            for e in _placed(run.events)
+            for e in sorted(important, key=lambda e: e.step or 0)
         ],
         "saves": [_place(curves, step) for step in run.saves],
     }
-
-
-def _placed(events: Iterable[Event]) -> list[Event]:
-    """Return the events that have a step; of very many, the most important ones."""
-    order = [*LOOKS]
-    placed = [e for e in events if e.step is not None]
-    first = sorted(placed, key=lambda e: order.index(e.sort))[:_MOST_EVENTS]
-    return sorted(first, key=lambda e: e.step or 0)
 
 
 def _places(x: dict[str, Array]) -> dict[str, list[float | None]]:

@@ -99,7 +99,14 @@ def time_use(runs: Sequence[ReportedRun]) -> Section:
              if any(name in of for of in buckets)]  # fmt: skip
     section.key = [(name, _SHADES.get(name, "#59636e")) for name in names]
     for run in started:
-        section.pictures.append((run.label, _bar(run, names), ""))
+        goodput, parts = run.status.goodput, Markup("")
+        for name, seconds in goodput.buckets.items():
+            width, title = 100 * seconds / goodput.wall, f"{name}: {span(seconds)}"
+            part = '<i style="width: {:.3f}%; background: {}" title="{}"></i>'
+            parts += Markup(part).format(width, _SHADES.get(name, "#59636e"), title)
+        bar = Markup('<h3>{}</h3><div class="bar drawn">{}</div>')
+        title = f"{run.label}: {span(goodput.wall)}"
+        section.pictures.append((run.label, bar.format(title, parts), ""))
     section.rows = [["seconds", *(run.label for run in started), "what it is"]]
     for name in names:
         cells = []
@@ -115,21 +122,6 @@ def time_use(runs: Sequence[ReportedRun]) -> Section:
             f"{lost.steps:,} steps discarded by rollbacks and restarts."
         )
     return section
-
-
-def _bar(run: ReportedRun, names: Sequence[str]) -> Markup:
-    goodput = run.status.goodput
-    parts = Markup("").join(
-        Markup('<i style="width: {:.3f}%; background: {}" title="{}"></i>').format(
-            100 * goodput.buckets[name] / goodput.wall, _SHADES.get(name, "#59636e"),
-            f"{name}: {span(goodput.buckets[name])}",
-        )
-        for name in names
-        if name in goodput.buckets
-    )  # fmt: skip
-    return Markup('<h3>{}</h3><div class="bar drawn">{}</div>').format(
-        f"{run.label}: {span(goodput.wall)}", parts
-    )
 
 
 def events(runs: Sequence[ReportedRun]) -> Section:
