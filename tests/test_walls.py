@@ -60,8 +60,8 @@ ALLOWED = {
         "scaling.design scaling.study"
     ),
     "scaling.actions": (
-        "config scaling.config scaling.fitting scaling.forecasting scaling.analysis scaling.design "
-        "scaling.study scaling.report"
+        "pages config scaling.config scaling.fitting scaling.forecasting scaling.analysis "
+        "scaling.design scaling.study scaling.report"
     ),
     "verbs": (
         "config data engine run resilience checkpoint monitor train drill inference "

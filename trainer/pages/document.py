@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jinja2
 from markupsafe import Markup
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -141,6 +142,21 @@ def percent(value: float, digits: int = 2, sign: str = "") -> Markup:
     )
 
 
+def show(console: Console, sections: Iterable[Section], *lines: Cell) -> None:
+    """Print lines, and below them sections without their pictures, in the terminal."""
+    for line in lines:
+        console.print(escape(_plain(line)), soft_wrap=True)
+    for section in sections:
+        console.print(f"\n[bold]{escape(section.title)}[/]")
+        if section.head and section.rows:
+            console.print(grid(section.rows))
+        else:
+            for label, value in section.rows:
+                console.print(escape(f"{label}: {_plain(value)}".lstrip(": ")), soft_wrap=True)
+        for line in (*filter(None, [section.absent]), *section.after):
+            console.print(escape(_plain(line)), soft_wrap=True)
+
+
 def grid(rows: Sequence[Sequence[Cell]]) -> Table:
     """Return the rows of a section, the first of which is the header, as a table for the
     terminal."""
@@ -152,7 +168,8 @@ def grid(rows: Sequence[Sequence[Cell]]) -> Table:
 
 
 def _plain(cell: Cell) -> str:
-    """Return a cell without HTML; powers of ten as 1.5e21."""
+    """Return a cell without HTML; powers of ten as 1.5e21, other powers as C^a."""
     if not isinstance(cell, Markup):
         return cell
-    return Markup(re.sub("×10<sup>(.*?)</sup>", r"e\1", cell)).striptags().replace("−", "-")
+    text = re.sub("<sup>(.*?)</sup>", r"^\1", re.sub("×10<sup>(.*?)</sup>", r"e\1", cell))
+    return Markup(text).striptags().replace("−", "-")

@@ -6,10 +6,11 @@ from pathlib import Path
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import LAW, RUNS, TARGET, print_json
 from forescale.scaling.analysis.comparison import as_dict, compare
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.answers_text import show_comparison
+from forescale.scaling.report.comparison_page import comparison_sections, path_of, write
 from forescale.scaling.study.inputs import read_groups
 
 ACTION = Action(
@@ -27,13 +28,11 @@ def main(job: StudyJob) -> int:
     """Print the comparison; with `to`, also write its picture."""
     comparison = compare(read_groups(job), job)
     if job.to:
-        from forescale.scaling.report.comparison_page import write  # matplotlib is slow
-
         path = Path(job.to).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in write(comparison, path, ["forescale", *sys.argv[1:]]):
             print(file, file=sys.stderr)
     if job.json:
         return print_json(as_dict(comparison))
-    show_comparison(comparison, open_console())
+    show(open_console(), comparison_sections(comparison), path_of(comparison))
     return DONE

@@ -3,6 +3,7 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import FIT, print_json
 from forescale.scaling.analysis import multipliers
 from forescale.scaling.analysis.recipe_cells import has_recipes
@@ -10,9 +11,9 @@ from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import as_dict
 from forescale.scaling.analysis.task_fit import task_as_dict, task_of
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.fit_text import show
-from forescale.scaling.report.recipes_text import show_recipes
-from forescale.scaling.report.task_text import show_task
+from forescale.scaling.report.fit_sections import ranges, terminal_sections
+from forescale.scaling.report.recipes_page import head_of, recipe_sections
+from forescale.scaling.report.task_section import task_section
 from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
@@ -36,14 +37,13 @@ def main(job: StudyJob) -> int:
         recipes = multipliers.Multipliers(table, job, where)
         if job.json:
             return print_json(multipliers.as_dict(recipes))
-        show_recipes(recipes, open_console())
+        show(open_console(), recipe_sections(recipes), head_of(recipes))
         return DONE
     law = law_of(with_outcome(table, job, where), job, where)
     law.predict()  # raises UserError for a bad target before anything is printed
     task = task_of(law, where)
     if job.json:
         return print_json(as_dict(law) | ({} if task is None else {"task": task_as_dict(task)}))
-    show(law, open_console(), where)
-    if task is not None:
-        show_task(task, open_console())
+    sections = terminal_sections(law) + ([] if task is None else [task_section(task)])
+    show(open_console(), sections, where, ranges(law))
     return DONE

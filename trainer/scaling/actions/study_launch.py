@@ -5,10 +5,11 @@ from dataclasses import replace
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.fit_text import show_score
+from forescale.scaling.report.study_sections import forecast_section
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.launching import expect_no_code
 from forescale.scaling.study.local import LocalLauncher
@@ -58,7 +59,7 @@ def _conclude(study: Study, may_be_queued: bool) -> None:
         trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))
         _log(f"{len(left)} cells can't start: {trunks} saved no checkpoint where they branch off.")
     if forecasts := read_forecasts(study.forecasts):
-        show_score(forecasts, score(forecasts, study.table()), open_console())
+        show(open_console(), [forecast_section(forecasts, score(forecasts, study.table()))])
 
 
 def _log(line: str) -> None:

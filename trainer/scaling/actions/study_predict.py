@@ -7,7 +7,7 @@ from forescale.scaling.analysis.forecast import write_forecast
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.task_fit import task_of
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.task_text import prediction_of
+from forescale.scaling.report.task_section import prediction_of
 
 ACTION = Action(
     "Store a forecast of a run before it is trained.",

@@ -3,11 +3,12 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import LAW, RUNS, print_json, read_one_recipe
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.profile import profiles
-from forescale.scaling.report.answers_text import show_profiles
+from forescale.scaling.report.profiles_and_rates import profile_sections
 
 ACTION = Action(
     "Find how far E and each exponent can go before the fit becomes clearly worse.",
@@ -31,5 +32,5 @@ def main(job: StudyJob) -> int:
                 "profiles": [vars(interval) for interval in intervals],
             }
         )
-    show_profiles(intervals, law, open_console(), where)
+    show(open_console(), profile_sections(intervals, law), f"{where}: {len(law.points)} runs")
     return DONE

@@ -3,10 +3,11 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import RUNS, TARGET, print_json, read_one_recipe
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.rate_laws import as_dict, rate_laws
-from forescale.scaling.report.answers_text import show_rates
+from forescale.scaling.report.profiles_and_rates import rate_sections
 
 ACTION = Action(
     "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",
@@ -24,5 +25,5 @@ def main(job: StudyJob) -> int:
     laws = rate_laws(table, job, where)
     if job.json:
         return print_json(as_dict(laws))
-    show_rates(laws, open_console(), where)
+    show(open_console(), rate_sections(laws), where)
     return DONE

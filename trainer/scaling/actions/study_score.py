@@ -5,11 +5,12 @@ from dataclasses import asdict
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import RUNS, print_json, read_one_recipe
 from forescale.scaling.analysis.forecast import columns_of, read_forecasts, score, score_tasks
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.fit_text import show_score
-from forescale.scaling.report.task_text import show_task_forecasts
+from forescale.scaling.report.study_sections import forecast_section
+from forescale.scaling.report.task_section import forecast_sections
 from forescale.scaling.study.inputs import with_columns
 
 ACTION = Action(
@@ -30,6 +31,5 @@ def main(job: StudyJob) -> int:
     tasks = score_tasks(forecasts, with_columns(table, job, columns_of(forecasts)))
     if job.json:
         return print_json(vars(losses) | {"tasks": [asdict(task) for task in tasks]})
-    show_score(forecasts, losses, open_console())
-    show_task_forecasts(tasks, open_console())
+    show(open_console(), [forecast_section(forecasts, losses), *forecast_sections(tasks)])
     return DONE

@@ -3,10 +3,11 @@
 from forescale.config.job import Action
 from forescale.ground.console import open_console
 from forescale.ground.errors import DONE
+from forescale.pages.document import show
 from forescale.scaling.actions.shared import LAW, LINK, RUNS, TARGET_OF_LAW, print_json
 from forescale.scaling.analysis.task_fit import fit_tasks, tasks_as_dict
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.task_text import show_tasks
+from forescale.scaling.report.task_section import tasks_sections
 from forescale.scaling.study.inputs import read_tasks
 
 ACTION = Action(
@@ -25,5 +26,5 @@ def main(job: StudyJob) -> int:
     answers = fit_tasks(read_tasks(job), job)
     if job.json:
         return print_json(tasks_as_dict(answers))
-    show_tasks(answers, open_console())
+    show(open_console(), tasks_sections(answers))
     return DONE

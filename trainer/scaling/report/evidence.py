@@ -24,6 +24,7 @@ from forescale.monitor.status import Status
 from forescale.scaling.analysis.forecast import Forecast, Score, read_forecasts, score
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.noise import Noise, noise_of
+from forescale.scaling.design.plan import StudyStage
 from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.fitting.points import Array
 from forescale.scaling.study.directory import Study
@@ -139,12 +140,15 @@ def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
     runs = {s.cell.name: study.run(s.cell.name) for s in states}
     started = {name: Status(run) for name, run in runs.items() if run.config.is_file()}
     launches = [x for status in started.values() for x in status.goodput.launches]
+    used = [read_json(runs[name].identity)["versions"] for name in started]
+    names = sorted({name for one in used for name in one})
     return evidence(
         job, table, states, forecasts=forecasts, score=scored,
-        stages=[_stage(s.number, study, states, started, table) for s in study.plan.stages],
+        stages=[_stage(stage, states, started, table) for stage in study.plan.stages],
         folder=str(job.folder), cap=study.plan.cap, statuses=Counter(s.status for s in states),
-        versions=_versions([read_json(runs[name].identity)["versions"] for name in started]),
-        times=_span([x.begun for x in launches], [x.ended for x in launches]),
+        versions={name: sorted({one[name] for one in used if name in one}) for name in names},
+        times=(min(x.begun for x in launches), max(x.ended for x in launches))
+        if launches else None,
     )  # fmt: skip
 
 
@@ -202,30 +206,19 @@ def sweep_response(
 
 
 def _stage(
-    number: int, study: Study, states: Sequence[CellState], started: Mapping[str, Status],
+    stage: StudyStage, states: Sequence[CellState], started: Mapping[str, Status],
     table: pd.DataFrame,
 ) -> StageCost:  # fmt: skip
-    planned = next(s for s in study.plan.stages if s.number == number)
-    cells = [s for s in states if s.cell.stage == number]
+    cells = [s for s in states if s.cell.stage == stage.number]
     seconds = Counter[str]()
     for s in cells:
         if s.cell.name in started:
             seconds.update(started[s.cell.name].goodput.buckets)
     hours = None
     if "device_hours" in table and table["device_hours"].notna().all():
-        hours = float(table.loc[table["stage"] == number, "device_hours"].sum())
+        hours = float(table.loc[table["stage"] == stage.number, "device_hours"].sum())
     return StageCost(
-        number, planned.budget, len(cells), sum(s.has_ended for s in cells),
-        sum(s.spent for s in cells), planned.low, planned.high, seconds, hours,
+        stage.number, stage.budget, len(cells), sum(s.has_ended for s in cells),
+        sum(s.spent for s in cells), stage.low, stage.high, seconds, hours,
         all(s.cell.role == "target" for s in cells),
     )  # fmt: skip
-
-
-def _span(started: Sequence[float], ended: Sequence[float]) -> tuple[float, float] | None:
-    return (min(started), max(ended)) if started else None
-
-
-def _versions(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """All versions that were used, by package."""
-    names = sorted({name for one in each for name in one})
-    return {name: sorted({one[name] for one in each if name in one}) for name in names}

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-from contourpy import contour_generator
 
 from forescale.ground.errors import UserError
 from forescale.pages.document import Cell, number
@@ -27,7 +26,6 @@ from forescale.pages.figure import (
     WIDE,
     Axis,
     Figure,
-    Trace,
     band,
     clipped,
     dots,
@@ -44,6 +42,7 @@ from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.forecasting.predictor import INNER, OUTER
+from forescale.scaling.report.fit_sections import no_backtests
 
 _GRID, _FINE = 61, 72
 _AHEAD = 10.0  # the law is drawn to this multiple of the most expensive run, or to the target
@@ -74,7 +73,6 @@ class Figures:
         self.compute: Array | None = None
         if every.flops is not None or (every.parameters is not None and every.tokens is not None):
             self.compute = spent(every)
-        self.fitted = _predicted(study)
 
     @cached_property
     def shades(self) -> dict[float, str]:
@@ -82,13 +80,6 @@ class Figures:
         if "budget" not in self.study.table:
             return {}
         return shades(self.study.table["budget"].to_numpy())
-
-    @cached_property
-    def _colours(self) -> Array:
-        """The colour of each run, (n,)."""
-        if not self.shades:
-            return np.full(len(self.study.all_points), viridis([0.35])[0])
-        return np.array([self.shades[float(b)] for b in self.study.table["budget"]])
 
     @cached_property
     def _refused(self) -> dict[float, str]:
@@ -123,7 +114,10 @@ class Figures:
         texts = self._texts
         if notes is not None:
             texts = [f"{t}\n{note}" if note else t for t, note in zip(texts, notes, strict=True)]
-        return dots(x, y, self._colours, texts, empty)
+        colours = viridis([0.35]) * len(x)
+        if self.shades:
+            colours = [self.shades[float(b)] for b in self.study.table["budget"]]
+        return dots(x, y, colours, texts, empty)
 
     @cached_property
     def grid(self) -> Array:
@@ -151,7 +145,11 @@ class Figures:
             ways.append(columns | {"loss": study.form.predict(values, **columns)})
         one, many = ways
         known = [name for name in ("parameters", "tokens", "loss") if name in one]
-        return {name: (one[name][0], self._band(many[name])) for name in known}
+        tail = 50 * (1 - study.job.level)
+        return {
+            name: (one[name][0], np.percentile(many[name], [tail, 100 - tail], axis=0))
+            for name in known
+        }
 
     def best(self, values: Array, flops: Array) -> dict[str, Array]:
         """The columns that the law reads, for the best run of each C. values: (..., p),
@@ -175,10 +173,6 @@ class Figures:
             values, counts = np.unique(study.points.expansion, return_counts=True)
             values_of["expansion"] = study.job.target.expansion or float(values[counts.argmax()])
         return values_of
-
-    def _band(self, values: Array) -> Array:
-        tail = 50 * (1 - self.study.job.level)
-        return np.percentile(values, [tail, 100 - tail], axis=0)
 
     def isoflop(self) -> Picture:
         """Loss over N, for each budget."""
@@ -207,8 +201,8 @@ class Figures:
                 f"loss {v.floor:.5g}\n{v.runs} runs"
                 for v in self.iso.vertices
             ]
-            at = [v.parameters for v in self.iso.vertices], [v.floor for v in self.iso.vertices]
-            figure.add(marks(*at, text, "minimum of a parabola"))
+            x, y = np.array([(v.parameters, v.floor) for v in self.iso.vertices]).T
+            figure.add(marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
         return figure
 
     def _loss_axis(self) -> Axis:
@@ -251,14 +245,10 @@ class Figures:
             figure.add(line(self.grid, law_of(self.grid), OTHER, "dash", name=name))
             text = [f"{v.budget:.3g} FLOPs\n{symbol}* {getattr(v, which):.5g}"
                     for v in self.iso.vertices]  # fmt: skip
-            at = (
-                [v.budget for v in self.iso.vertices],
-                [getattr(v, which) for v in self.iso.vertices],
-            )
-            figure.add(marks(*at, text, "minimum of a parabola"))
+            x, y = np.array([(v.budget, getattr(v, which)) for v in self.iso.vertices]).T
+            figure.add(marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
         if isinstance(f := self.prediction, Prediction) and np.isfinite(getattr(f, which)):
-            flops = f.extrapolation_factor * self.study.calibrated.greatest
-            figure.add(self._star(flops, getattr(f, which), f))
+            self._add_star(figure, "flops", which)
         return figure
 
     def loss_by_compute(self) -> Picture:
@@ -280,13 +270,13 @@ class Figures:
         text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
         figure.add(line(self.grid, value, INK, texts=text, name="law"))
         figure.add(self._runs(self.compute, study.all_points.loss))
-        if isinstance(f := self.prediction, Prediction):
-            flops = f.extrapolation_factor * study.calibrated.greatest
-            figure.add(self._star(flops, f.loss, f, f.outer))
+        self._add_star(figure, "flops", "loss")
         return figure
 
     def contours(self) -> Picture:
         """Contours of L(N, D)."""
+        from contourpy import contour_generator
+
         study, n, d = self.study, self.study.all_points.parameters, self.study.all_points.tokens
         if not {"parameters", "tokens"} <= set(study.form.columns) or n is None or d is None:
             return f"The law ({study.form.name}) doesn't depend on both N and D."
@@ -303,18 +293,21 @@ class Figures:
             Axis(self.d, log=True, ends=(float(y[0]), float(y[-1]))),
         )
         low, high = float(z.min()), max(float(study.all_points.loss.max()), float(np.median(z)))
-        step = _nice((high - low) / 14)
+        power = 10.0 ** np.floor(np.log10((high - low) / 14))  # steps of 1, 2 or 5 times it
+        step = max(m * power for m in (1, 2, 5) if m * power <= (high - low) / 14 * (1 + 1e-9))
         contours: Any = contour_generator(np.log(x), np.log(y), z)
         for level in np.arange(np.ceil(low / step) * step, high, step):
             for points in contours.lines(level):
                 n_line, d_line = np.exp(points).T
-                figure.add(_contour(n_line, d_line, float(level)))
+                texts = [f"L(N, D) {level:.5g}\nN {n:.4g}\nD {d:.4g}"
+                         for n, d in zip(n_line, d_line, strict=True)]  # fmt: skip
+                figure.add(line(n_line, d_line, FAINT, width=1.0, texts=texts,
+                                label=f"{level:.4g}"))  # fmt: skip
         if not isinstance(frontier := self.frontier, str):
             best = frontier["parameters"][0], frontier["tokens"][0]
             figure.add(line(*best, INK, "dash"))
         figure.add(self._runs(n, d))
-        if isinstance(f, Prediction):
-            figure.add(self._star(f.parameters, f.tokens, f))
+        self._add_star(figure, "parameters", "tokens")
         return figure
 
     def residuals(self, over: str) -> Picture:
@@ -325,7 +318,9 @@ class Figures:
         label = self.c if over == "flops" else self.n
         across = Axis(label, log=True, power=over == "flops")
         figure = Figure(across, Axis("residual of log loss (%)", zero=True))
-        percent = 100 * np.log(self.study.all_points.loss / self.fitted)
+        study, every = self.study, self.study.all_points
+        law = study.fit.predict(**{c: np.exp(every.log(c)) for c in study.form.columns})
+        percent = 100 * np.log(every.loss / law)
         figure.add(self._runs(x, percent, [f"residual {p:+.3f} %" for p in percent]))
         return figure
 
@@ -333,17 +328,18 @@ class Figures:
         """Errors of the predictions that the fit's method would have made at earlier origins."""
         study = self.study
         if study.earlier is None:
-            has = "no budgets" if "budget" not in study.table else "fewer than four budgets"
-            return f"The table has {has}, so cheap ones can't predict more expensive ones."
+            return no_backtests(study)
         rows = study.earlier[study.earlier["method"] == study.method]
         rows = rows[rows["group"] != backtest.MINIMA]
         x = np.geomspace(1, rows["beyond"].max() * 1.1, _GRID)
+        flops = x * study.calibrated.greatest
+        today = study.predicted(self.best(study.fit.vector, flops), flops)
         figure = Figure(
             Axis("compute, relative to the largest known budget", log=True),
             Axis("observed loss relative to predicted loss (%)", zero=True),
         )
         for level, colour in ((OUTER, WIDE), (INNER, NARROW)):
-            ends = 100 * (self._along(x, level) - 1)
+            ends = 100 * (today.interval(level) / today.loss - 1)
             figure.add(band(x, ends, colour, f"today's {level:.0%} interval"))
         colours = list(self.shades.values())
         for origin, ahead in rows.groupby("origin"):
@@ -358,36 +354,14 @@ class Figures:
             figure.add(dots(ahead["beyond"].to_numpy(), observed, shade, texts, outside))
         return figure
 
-    def _along(self, factors: Array, level: float) -> Array:
-        """Today's interval divided by the predicted loss, (2, m), along the best runs, at these
-        multiples of the most expensive run."""
-        flops = factors * self.study.calibrated.greatest
-        predicted = self.study.predicted(self.best(self.study.fit.vector, flops), flops)
-        return predicted.interval(level) / predicted.loss
-
-    def _star(self, x: float, y: float, f: Prediction, ends: tuple[float, float] | None = None):
-        level = f"{self.study.job.level:.0%}"
+    def _add_star(self, figure: Figure, x: str, y: str) -> None:
+        """Add the target, if it is predicted. x, y: the fields of its prediction."""
+        if not isinstance(f := self.prediction, Prediction):
+            return
         text = (
             f"target\nN {f.parameters:.4g}\nD {f.tokens:.4g}\nloss {f.loss:.5g}"
             f"\n50%: {f.inner[0]:.5g} to {f.inner[1]:.5g}"
-            f"\n{level}: {f.outer[0]:.5g} to {f.outer[1]:.5g}"
+            f"\n{self.study.job.level:.0%}: {f.outer[0]:.5g} to {f.outer[1]:.5g}"
         )
-        return star(x, y, text, ends)
-
-
-def _contour(x: Array, y: Array, level: float) -> Trace:
-    """Return the line of runs with the same predicted loss."""
-    texts = [f"L(N, D) {level:.5g}\nN {n:.4g}\nD {d:.4g}" for n, d in zip(x, y, strict=True)]
-    return line(x, y, FAINT, width=1.0, texts=texts, label=f"{level:.4g}")
-
-
-def _predicted(study: StudyFit) -> Array:
-    """The loss by the law of every run, fitted or not."""
-    every = study.all_points
-    return study.fit.predict(**{c: np.exp(every.log(c)) for c in study.form.columns})
-
-
-def _nice(step: float) -> float:
-    """The step rounded down to 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** np.floor(np.log10(step))
-    return float(max(m for m in (1, 2, 5) if m * power <= step * (1 + 1e-9)) * power)
+        at = {**vars(f), "flops": f.extrapolation_factor * self.study.calibrated.greatest}
+        figure.add(star(at[x], at[y], text, f.outer if y == "loss" else None))

@@ -22,7 +22,6 @@ from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.report.evidence import StudyEvidence
 
 RECORDS = "records.csv"
-_PACKAGES = ("forescale", "numpy", "scipy", "pandas")
 # Columns of the records by their label on the page: one value for all, or each with its count.
 _SHARED = {
     "Loss": "loss_definition",
@@ -51,20 +50,30 @@ def as_csv(records: pd.DataFrame) -> bytes:
 
 def provenance(
     study: StudyFit | str, evidence: StudyEvidence, where: str, command: Sequence[str]
-) -> Section:  # fmt: skip
+) -> Section:
     """Return the section. where: the file, or how to call the runs; command: the command line that
     made the page."""
-    file = Path(where)
+    file, records = Path(where), as_csv(evidence.records)
+    digest, coded = hashlib.sha256(records).hexdigest(), base64.b64encode(records).decode()
+    link = Markup(
+        '<a download="{}" href="data:text/csv;base64,{}">{}</a>, {} rows, {} columns, SHA-256 {}'
+    ).format(RECORDS, coded, RECORDS, *evidence.records.shape, digest)
     rows: list[list[Cell]] = [
         ["Runs", where],
         ["SHA-256", hash_file(file).sha256 if file.is_file() else "the runs are not one file"],
-        ["Records", _link(evidence.records)],
+        ["Records", link],
     ]
     if isinstance(study, StudyFit):
         rows += _of_fit(study, evidence)
     rows += _of_runs(evidence)
+    versions = [f"Python {platform.python_version()}"]
+    for name in ("forescale", "numpy", "scipy", "pandas"):
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # run from a checkout that isn't installed
+            versions.append(f"{name} unknown")
     rows += [
-        ["Made with", ", ".join(f"{name} {v}" for name, v in _versions().items())],
+        ["Made with", ", ".join(versions)],
         ["Command", code(shlex.join(command))],
     ]
     return Section("provenance", "Where the numbers come from", rows=rows)
@@ -79,14 +88,6 @@ def counted(study: StudyFit) -> tuple[str, str, str]:
     is_native = "validation" in table or "loss_definition" in table
     unit = "nats a token" if is_native else "the table's unit"
     return size, "6 N D" if p.flops is None else cost, unit
-
-
-def _link(records: pd.DataFrame) -> Cell:
-    """A link that saves the records, which the page contains."""
-    data = as_csv(records)
-    text = '<a download="{}" href="data:text/csv;base64,{}">{}</a>, {} rows, {} columns, SHA-256 {}'
-    digest, coded = hashlib.sha256(data).hexdigest(), base64.b64encode(data).decode()
-    return Markup(text).format(RECORDS, coded, RECORDS, *records.shape, digest)
 
 
 def _of_fit(study: StudyFit, evidence: StudyEvidence) -> list[list[Cell]]:
@@ -111,10 +112,15 @@ def _of_fit(study: StudyFit, evidence: StudyEvidence) -> list[list[Cell]]:
 
 
 def _of_runs(evidence: StudyEvidence) -> list[list[Cell]]:
-    table = evidence.records
-    rows: list[list[Cell]] = [
-        [label, _values(table[column])] for label, column in _SHARED.items() if column in table
-    ]
+    table, rows = evidence.records, list[list[Cell]]()
+    for label, name in _SHARED.items():
+        if name in table:
+            column = table[name].astype(object).where(table[name].notna(), "not known")
+            counts = column.value_counts()
+            texts = [f"{value} ({n} runs)" for value, n in counts.items()]
+            rest = f" and {len(texts) - _MOST} others" if len(texts) > _MOST else ""
+            several = "; ".join(texts[:_MOST]) + rest
+            rows.append([label, str(counts.index[0]) if len(counts) == 1 else several])
     if evidence.versions:
         packages = (f"{name} {' and '.join(each)}" for name, each in evidence.versions.items())
         rows.append(["Packages of the runs", ", ".join(packages)])
@@ -122,31 +128,9 @@ def _of_runs(evidence: StudyEvidence) -> list[list[Cell]]:
         hours = number(float(table["device_hours"].sum()), 4)
         rows.append(["Device-hours", Markup("{} in {} runs").format(hours, len(table))])
     if evidence.times:
-        rows.append(["Trained", " to ".join(map(_utc, evidence.times))])
+        ends = (time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(t)) for t in evidence.times)
+        rows.append(["Trained", " to ".join(ends)])
     if evidence.folder:
         text = f"{evidence.folder}: study.yaml, plan.json, events.jsonl, cells, forecasts"
         rows.append(["Study", text])
     return rows
-
-
-def _values(column: pd.Series) -> str:
-    counts = column.astype(object).where(column.notna(), "not known").value_counts(sort=True)
-    if len(counts) == 1:
-        return str(counts.index[0])
-    texts = [f"{value} ({n} runs)" for value, n in counts.items()]
-    rest = f" and {len(texts) - _MOST} others" if len(texts) > _MOST else ""
-    return "; ".join(texts[:_MOST]) + rest
-
-
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions

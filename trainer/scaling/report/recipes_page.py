@@ -1,11 +1,11 @@
-"""`study report` of recipes: one page of their compute multipliers, and the pictures for papers.
+"""Compute multipliers of recipes: the sections for the terminal and the page, and the pictures.
 
     multipliers   a row for each recipe that was tried, a dot and an interval for each budget, a
                   line at 1
     loss          the base's curve, and the loss of each recipe at its own compute
 
 Invariant: the numbers of the comparison, nothing smoothed; the same comparison gives the same
-bytes.
+bytes. Everything that makes the numbers doubtful is shown with them.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
-from forescale.pages.document import Cell, Section, render
+from forescale.pages.document import Cell, Section, number, render
 from forescale.pages.figure import (
     FAINT,
     INK,
@@ -28,21 +29,13 @@ from forescale.pages.figure import (
     shades,
     star,
 )
-from forescale.scaling.analysis.multipliers import Candidate, Multipliers, Place
+from forescale.scaling.analysis.multipliers import Candidate, Multipliers
+from forescale.scaling.analysis.ratio import Ratio
+from forescale.scaling.report.comparison_page import ratio_cells
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import flops_key
 from forescale.scaling.report.fit_page import write_report
 from forescale.scaling.report.provenance import provenance
-from forescale.scaling.report.recipes_text import (
-    head_of,
-    interval,
-    multiplier_rows,
-    number_of,
-    rate_rows,
-    read_as,
-    span_of,
-    verdict,
-)
 
 _APART = 0.5  # of a row's height, over which its budgets are spread
 _ROW, _MARGIN = 46, 130  # pixels of a row; of axis and title together
@@ -54,43 +47,135 @@ def write(
 ) -> list[Path]:
     """Write the page, and beside it the pictures as PNG and SVG and the records; return the
     paths."""
-    by_name = {s.name: s for s in sections(results, table, command)}
-    pictures = {"multipliers": by_name["multipliers"], "loss": by_name["curves"]}
+    multiplier, loss = _pictures(results)
+    pictures = {"multipliers": multiplier, "loss": loss}
     return write_report(path, page(results, table, command), pictures, table)
 
 
 def page(results: Multipliers, table: pd.DataFrame, command: Sequence[str]) -> str:
-    """Return the page as HTML. table: the records; command: the command line that results it."""
+    """Return the page as HTML. table: the records; command: the command line that made it."""
+    answer, *numbers = recipe_sections(results)
+    origin = provenance("", StudyEvidence(table), results.where, command)
     return render(
         title=f"Recipes against {results.base}",
         intro=head_of(results),
-        lead=[read_as(results)],
-        sections=sections(results, table, command),
+        lead=answer.after,
+        sections=[answer, *_pictures(results), *numbers, origin],
     )
 
 
-def sections(results: Multipliers, table: pd.DataFrame, command: Sequence[str]) -> list[Section]:
-    """Return the sections: answers, pictures, doubts, numbers, learning rates, origin."""
-    answers: list[list[Cell]] = [[c.name, verdict(c, results)] for c in results.candidates]
-    level, doubts = f"{results.job.level:.0%}", list[Cell](results.doubts)
+def head_of(results: Multipliers) -> str:
+    """Return what was compared with what, as a sentence."""
+    cells = results.of(results.base)
+    runs = sum(len(c.logs) + len(c.fresh) for c in results.cells)
+    noise = f"{results.noise.sd:.2%}" if results.noise.free else "unknown"
+    return (
+        f"{len(results.candidates)} recipes against {results.base}, which has {len(cells)} budgets "
+        f"from {cells[0].flops:.3g} to {cells[-1].flops:.3g} FLOPs; {runs} runs at tuned learning "
+        f"rates; noise of a run by its seed {noise}."
+    )
+
+
+def recipe_sections(results: Multipliers) -> list[Section]:
+    """Return the sections without pictures: answers, doubts, numbers, learning rates."""
+    base, level = results.of(results.base), f"{results.job.level:.0%}"
+    meaning = (
+        f"Multiplier: the compute that {results.base} needs for the recipe's loss, over the "
+        f"recipe's; above 1 the recipe needs less. Shown for small models, {base[0].flops:.2g} to "
+        f"{base[-1].flops:.2g} FLOPs. The trend of a recipe hints at larger models and proves "
+        "nothing about them."
+    )
+    rows: list[list[Cell]] = [["recipe", "C", "loss", "multiplier", level, "fresh seeds", level]]
+    rows += [[c.recipe, number(c.flops, 4), number(np.exp(c.log_loss)), *[""] * 4] for c in base]
+    rates: list[list[Cell]] = [["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"]]
+    for one in results.candidates:
+        for p in one.places:
+            fresh: list[Cell] = ["", ""]
+            if p.confirmed is not None:
+                fresh = _cells(p.confirmed, p.reach)
+            cells = [number(p.cell.flops, 4), number(np.exp(p.cell.log_loss))]
+            rows.append([one.name, *cells, *_cells(p.multiplier, p.reach), *fresh])
+        for label, ratio in (("mean", one.mean), ("a decade", one.trend)):
+            if ratio is not None:
+                rows.append([one.name, label, "", *_cells(ratio), "", ""])
+    bracketed = {True: "yes", False: "no: at the edge", None: "no: fewer than three"}
+    for name in (results.base, *(c.name for c in results.candidates)):
+        for c in results.of(name):
+            rates.append([
+                c.recipe, number(c.flops, 4), Markup(", ").join(number(r, 2) for r in c.rates),
+                number(c.learning_rate, 2), bracketed[c.is_bracketed], str(len(c.logs)),
+                str(c.diverged),
+            ])  # fmt: skip
+    answers: list[list[Cell]] = [[c.name, _verdict(c, results)] for c in results.candidates]
     return [
-        Section("answer", "Answer", rows=answers),
+        Section("answer", "Answer", rows=answers, after=[meaning]),
+        Section("notes", "Reasons for doubt", after=[*results.doubts],
+                absent="" if results.doubts else "No reason was found to doubt the numbers."),
+        Section("numbers", "In numbers", rows=rows, head=True),
+        Section("rates", "How each recipe was tuned", rows=rates, head=True),
+    ]  # fmt: skip
+
+
+def _verdict(one: Candidate, results: Multipliers) -> str:
+    """Return in a sentence what is shown about a recipe at its highest budget, and its trend."""
+    top, level = one.top, f"{results.job.level:.0%}"
+    value, ends = _value(top.multiplier, top.reach), _interval(top.multiplier)
+    at = f"at {top.cell.budget:.3g} FLOPs"
+    if not results.noise.free:
+        text = f"{value} times {at}; without repeated runs nothing is shown."
+    elif top.multiplier.includes_one:
+        text = f"no difference from {results.base} is shown {at} ({level}: {ends})."
+    else:
+        less = "less" if top.multiplier.low > 1 else "more"
+        text = f"needs {less} compute than {results.base} {at}: {value} ({level}: {ends})."
+    if (fresh := top.confirmed) is not None:
+        holds = "confirm it" if fresh.low > 1 else "do not confirm it"
+        text += f" Fresh seeds {holds}: {_value(fresh, top.reach)} ({_interval(fresh)})."
+    if one.trend is None or not results.noise.free:
+        return text
+    by = f"{one.trend.value:.3g} times a decade ({_interval(one.trend)})"
+    if one.trend.includes_one:
+        return f"{text} No trend is shown: {by}."
+    return f"{text} It {'grows' if one.trend.value > 1 else 'shrinks'} with compute: {by}."
+
+
+def _value(ratio: Ratio, reach: tuple[float, float]) -> str:
+    """Return a multiplier, or the bound that the base's budgets give it."""
+    if ratio.value == np.inf:
+        return f"> {reach[1]:.3g}"
+    return f"{ratio.value:.3g}" if ratio.value else f"< {reach[0]:.3g}"
+
+
+def _interval(ratio: Ratio) -> str:
+    """Return an interval; an end that the base's budgets don't show is open."""
+    if not ratio.low and ratio.high == np.inf:
+        return "unknown"
+    low = f"{ratio.low:.3g}" if ratio.low else "no lower end"
+    return f"{low} to {ratio.high:.3g}" if ratio.high < np.inf else f"{low} to no upper end"
+
+
+def _cells(ratio: Ratio, reach: tuple[float, float] = (0.0, np.inf)) -> list[Cell]:
+    value, ends = ratio_cells(ratio)
+    if not ratio.low and ratio.high == np.inf:
+        ends = "unknown"
+    return [value if 0 < ratio.value < np.inf else _value(ratio, reach), ends]
+
+
+def _pictures(results: Multipliers) -> list[Section]:
+    """Return the sections of the multipliers and of the losses."""
+    level, colours = f"{results.job.level:.0%}", _colours(results)
+    return [
         Section("multipliers", "Compute multipliers", [
             ("multiplier", multipliers(results),
              f"How many times less compute a recipe needs than {results.base} for the same loss, "
              f"with {level} intervals. Left of the line it needs more. Star: fresh seeds alone. A "
              f"line without a dot: {results.base} never has that loss; only a bound is known."),
-        ], key=_budgets_key(results)),
+        ], key=flops_key(_budget_shades(results))),
         Section("curves", "Loss against compute", [
             ("loss", curves(results),
              f"Line: the losses of {results.base}, from which multipliers are read. Dots: the mean "
              "loss at the tuned learning rate. Below the line a recipe needs less compute."),
-        ], key=_recipes_key(results)),
-        Section("notes", "Reasons for doubt", after=doubts,
-                absent="" if doubts else "No reason was found to doubt the numbers."),
-        Section("numbers", "In numbers", rows=multiplier_rows(results), head=True),
-        Section("rates", "How each recipe was tuned", rows=rate_rows(results), head=True),
-        provenance("", StudyEvidence(table), results.where, command),
+        ], key=[(results.base, INK), *colours.items()]),
     ]  # fmt: skip
 
 
@@ -98,53 +183,36 @@ def _colours(results: Multipliers) -> dict[str, str]:
     return {c.name: LINES[i % len(LINES)] for i, c in enumerate(results.candidates)}
 
 
-def _recipes_key(results: Multipliers) -> list[tuple[Cell, str]]:
-    return [(results.base, INK), *_colours(results).items()]
-
-
 def _budget_shades(results: Multipliers) -> dict[float, str]:
-    budgets = {p.cell.budget for c in results.candidates for p in c.places}
-    return shades(np.array(sorted(budgets)))
-
-
-def _budgets_key(results: Multipliers) -> list[tuple[Cell, str]]:
-    return flops_key(_budget_shades(results))
+    return shades(np.array([p.cell.budget for c in results.candidates for p in c.places]))
 
 
 def multipliers(results: Multipliers) -> Figure:
     """Return the figure of all multipliers: a row for each recipe, the best one first."""
     candidates, colours = results.candidates, _budget_shades(results)
-    every = [x for c in candidates for p in c.places for x in _finite(p)] + [1.0]
+    ratios = [p.multiplier for c in candidates for p in c.places]
+    every = [x for m in ratios for x in (m.low, m.value, m.high)]
+    every += [p.confirmed.value for c in candidates for p in c.places if p.confirmed is not None]
+    every = [x for x in every if 0 < x < np.inf] + [1.0]
     low, high = min(every) / 1.15, max(every) * 1.15
     names = [c.name for c in candidates]
-    height = _MARGIN + _ROW * len(names)
     across = Axis("compute multiplier", log=True, ends=(low, high))
-    figure = Figure(across, ordinal("", names, down=True), height)
+    figure = Figure(across, ordinal("", names, down=True), _MARGIN + _ROW * len(names))
     figure.add(line(np.ones(2), np.array([-0.6, len(names) - 0.4]), FAINT, "dash"))
     offsets = dict(zip(colours, np.linspace(-_APART / 2, _APART / 2, len(colours)), strict=True))
     for row, one in enumerate(candidates):
         for p in one.places:
-            at, colour = row + offsets[p.cell.budget], colours[p.cell.budget]
-            ends = np.clip([[p.multiplier.low], [p.multiplier.high]], low, high)
-            figure.add(segments(ends, [at], colour, 2.0))
-            if 0 < p.multiplier.value < np.inf:
-                x = np.array([p.multiplier.value])
-                figure.add(dots(x, np.array([at]), [colour], [_text(one, p)]))
+            m, at, colour = p.multiplier, row + offsets[p.cell.budget], colours[p.cell.budget]
+            figure.add(segments(np.clip([[m.low], [m.high]], low, high), [at], colour, 2.0))
+            if 0 < m.value < np.inf:
+                text = (f"{one.name}\nC {p.cell.flops:.4g}\nmultiplier {_value(m, p.reach)}\n"
+                        f"{_interval(m)}")  # fmt: skip
+                figure.add(dots(np.array([m.value]), np.array([at]), [colour], [text]))
             if (fresh := p.confirmed) is not None:
-                text = f"{one.name}\nfresh seeds {fresh.value:.4g}\n{interval(fresh)}"
+                text = f"{one.name}\nfresh seeds {fresh.value:.4g}\n{_interval(fresh)}"
                 middle = float(np.clip(fresh.value, low, high))
                 figure.add(star(middle, at, text, name="fresh seeds"))
     return figure
-
-
-def _finite(place: Place) -> list[float]:
-    fresh = [] if place.confirmed is None else [place.confirmed.value]
-    m = place.multiplier
-    return [x for x in (m.low, m.value, m.high, *fresh) if 0 < x < np.inf]
-
-
-def _text(one: Candidate, p: Place) -> str:
-    return f"{one.name}\nC {p.cell.flops:.4g}\nmultiplier {number_of(p)}\n{span_of(p)}"
 
 
 def curves(results: Multipliers) -> Figure:

@@ -1,18 +1,16 @@
 """How the law depends on the conventions of N and C."""
 
-import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from forescale.scaling.analysis.sensitivity import conventions
 from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.report.fit_text import show
+from forescale.scaling.report.fit_sections import terminal_sections
 
 LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 
@@ -40,10 +38,10 @@ def study(rows: pd.DataFrame, **keys) -> StudyFit:
     return StudyFit(rows, StudyJob(input=["x"], **settings), "x")
 
 
-def page(fitted: StudyFit) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    show(fitted, console, "x")
-    return console.file.getvalue()
+def words(fitted: StudyFit) -> str:
+    """What is shown in the terminal of the conventions."""
+    sections = {s.name: s for s in terminal_sections(fitted)}
+    return str(sections.get("sensitivity"))
 
 
 def test_there_is_one_row_per_distinct_pair_of_conventions():
@@ -100,20 +98,19 @@ def test_a_law_of_compute_is_fitted_to_each_convention_of_c():
 
 def test_sensitivity_is_on_the_page_and_in_the_json():
     fitted = study(records(0.002))
-    text = page(fitted)
-    assert "N* ~ C^a, a" in text
-    assert "non_embedding" in text
+    assert "N* ~ C^a, a" in words(fitted)
+    assert "non_embedding" in words(fitted)
     assert len(json.loads(json.dumps(as_dict(fitted)))["sensitivity"]) == 4
     silent = study(records(0.002), sensitivity=False)
     assert as_dict(silent)["sensitivity"] is None
-    assert "N* ~ C^a, a" not in page(silent)
+    assert "N* ~ C^a, a" not in words(silent)
 
 
 def test_a_table_with_one_convention_has_one_row():
     rows = records().rename(columns={"parameters_total": "parameters", "flops_6nd": "flops"})
     fitted = study(rows[["parameters", "flops", "tokens", "loss"]])
     assert len(fitted.sensitivity) == 1
-    assert "nothing to compare" in page(fitted)
+    assert "nothing to compare" in words(fitted)
     assert len(study(rows[["parameters", "tokens", "loss"]]).sensitivity) == 1
 
 

@@ -1,12 +1,10 @@
 """Accuracies predicted in two steps: the link, the chained prediction and its interval."""
 
-import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.backtest import Finished, as_dict, finished
@@ -31,8 +29,7 @@ from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.links import LINKS
 from forescale.scaling.fitting.points import spent
 from forescale.scaling.report.fit_figures import Figures
-from forescale.scaling.report.task_section import task_section
-from forescale.scaling.report.task_text import prediction_of, show_task, show_task_forecasts
+from forescale.scaling.report.task_section import forecast_sections, prediction_of, task_section
 from tests.matrix import FULL
 from tests.trainer.scaling.iso_flop_runs import TRUTH
 
@@ -326,12 +323,6 @@ def ladder_fit():
     return answer(rows[6 * rows.parameters * rows.tokens < 5e19].reset_index(drop=True))
 
 
-def printed(show, *arguments) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    show(*arguments, console)
-    return console.file.getvalue()
-
-
 def test_a_job_without_a_task_has_no_answer():
     assert answer(table(), task=None) is None
 
@@ -345,11 +336,10 @@ def test_the_values_are_plain_and_complete(ladder_fit):
 
 
 def test_the_page_says_value_interval_and_backtest(ladder_fit):
-    text = printed(show_task, ladder_fit)
-    p = ladder_fit.chained
-    assert f"Prediction: accuracy {p.value:.1%} at loss {p.loss.loss:.4f}" in text
-    assert "Backtest, one budget ahead, once: off by " in text
-    assert "Doubt: The link is extrapolated" in text
+    section, p = task_section(ladder_fit), ladder_fit.chained
+    assert f"accuracy {p.value:.1%} at loss {p.loss.loss:.4f}" in section.rows[0][1]
+    assert any("Backtest, one budget ahead, once: off by " in line for line in section.after)
+    assert any("The link is extrapolated" in line for line in section.after)
 
 
 def test_a_metric_at_the_level_of_guessing_has_no_prediction(ladder_fit):
@@ -374,9 +364,10 @@ def test_a_forecast_holds_the_metric_and_is_scored_by_what_came(ladder_fit, tmp_
     assert scored.inside
     (missed,) = score_tasks(task, pd.DataFrame({"name": ["big"], "acc": [0.0]}))
     assert missed.inside is False
-    text = printed(show_task_forecasts, [waiting, scored, missed])
-    assert text.count(f"{value:.1%}") >= 4
-    assert printed(show_task_forecasts, []) == ""
+    (section,) = forecast_sections([waiting, scored, missed])
+    assert [row[-1] for row in section.rows] == ["inside", "-", "yes", "no"]
+    assert {row[3] for row in section.rows[1:]} == {f"{value:.1%}"}
+    assert forecast_sections([]) == []
 
 
 def test_the_figures_show_the_runs_the_link_and_the_prediction(ladder_fit):

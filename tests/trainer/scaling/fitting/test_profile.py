@@ -104,4 +104,4 @@ def test_the_command_prints_open_ends(tmp_path, monkeypatch, forescale):
     interval = ("study", "profile", "points.csv", "form=frontier", "delta=null", "bootstraps=100")
     code, out, _ = forescale(*interval)
     assert code == 0
-    assert "Note: E is open below: to the end of its range the fit is not clearly worse" in out
+    assert "E is open below: to the end of its range the fit is not clearly worse" in out

@@ -147,7 +147,7 @@ def test_sections_without_budgets_or_target_say_why():
     assert "No target is given" in section(html, "prediction")
     assert "no budgets" in section(html, "isoflop")
     assert "no budgets" in section(html, "backtests")
-    assert "says why" in section(html, "backtest-table")
+    assert "no budgets" in section(html, "backtest-table")
     drawn = re.findall(r'<div class="chart" id="([^"]*)"', html)
     assert drawn == [p for p in PICTURES if p not in ("isoflop-curves", "backtest-errors")]
 

@@ -1,0 +1,266 @@
+"""The sections of a fit without pictures: the law, its uncertainty, its backtests, the prediction.
+
+The page of a report and the terminal show the same sections.
+
+Invariant: everything that makes the numbers doubtful is shown with them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+from forescale.pages.document import Cell, Section, number, percent, span
+from forescale.scaling.analysis.backtest import MINIMA, Scores
+from forescale.scaling.analysis.prediction import Prediction
+from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.analysis.weights import effective
+from forescale.scaling.fitting.isoflop import IsoFlop
+from forescale.scaling.forecasting.predictor import LAW, LEVEL, LINE
+
+DISTANCE = {1: "one budget", 2: "two budgets"}
+NO_TARGET = "No target is given (target.flops, target.parameters, target.tokens)."
+SYMBOLS = (
+    "N: model parameters. D: training tokens. C: training compute in FLOPs. L: loss. A star, as in "
+    "N*, marks the best value for a given compute."
+)
+
+
+def terminal_sections(study: StudyFit) -> list[Section]:
+    """Return the sections that `study fit` prints. Raises UserError for a target too far away."""
+    sensitivity = [] if study.sensitivity is None else [sensitivity_section(study)]
+    parabolas = Section("isoflop", "IsoFLOP parabolas", after=parabola_lines(study))
+    parabolas.absent = "" if parabolas.after else "The table has no budgets."
+    reasons, notes = doubts(study)
+    return [
+        answer(study, study.predict()), reasons, parameters(study), certificate(study), parabolas,
+        backtests(study), *sensitivity, influence(study), notes,
+    ]  # fmt: skip
+
+
+def ranges(study: StudyFit) -> Markup:
+    """Return the number of runs and the ranges of their columns."""
+    p = study.points
+    columns = {"N": p.parameters, "D": p.tokens, "C": p.flops, "loss": p.loss}
+    each = [
+        Markup("{} {}").format(name, span((x.min(), x.max()), 4))
+        for name, x in columns.items()
+        if x is not None
+    ]
+    return Markup("; ").join([f"{len(p)} runs", *each]) + "."
+
+
+def answer(study: StudyFit, f: Prediction | str | None) -> Section:
+    """Return the prediction with its doubt, the law in numbers, and the doubt that matters most.
+
+    f: the prediction, or why there is none.
+    """
+    after, rows = list[Cell](skill_lines(study.skill)), list[list[Cell]]()
+    if not isinstance(f, Prediction):
+        rows.append(["Loss", f or NO_TARGET])
+    else:
+        rows += [
+            ["Loss", number(f.loss)],
+            ["50% interval", span(f.inner)],
+            [f"{study.job.level:.0%} interval", span(f.outer)],
+        ]
+        names = ("N*, best parameters", "D*, best tokens") if f.sizes else (
+            "N, parameters", "D, tokens")  # fmt: skip
+        for i, (name, value) in enumerate(zip(names, (f.parameters, f.tokens), strict=True)):
+            if np.isfinite(value):  # not by a law of C alone
+                ends = Markup(" ({})").format(span(f.sizes[i], 3)) if f.sizes else ""
+                rows.append([name, Markup("{}{}").format(number(value), ends)])
+        compute = Markup("{} FLOPs, {} times the most expensive run")
+        factor = number(f.extrapolation_factor, 4)
+        rows.append(["Compute", compute.format(number(f.flops, 4), factor)])
+        after.insert(0, _basis(study, f))
+    values = Markup(", ").join(
+        Markup("{} = {}").format(symbol, number(value, 4))
+        for symbol, value in study.fit.values.items()
+    )
+    verdict = "certified" if study.fit.certificate.holds else "not certified"
+    rows += [["Law", values], ["", study.form.source],
+             ["Fit", f"{verdict} as the global optimum"]]  # fmt: skip
+    if study.allocation is not None:
+        a, interval = study.allocation
+        growth = Markup("C<sup>a</sup>, a = {} ({})")
+        rows.append(["N* grows as", growth.format(number(a, 4), span(interval.tolist(), 4))])
+    first = "none was found"
+    if study.doubts:
+        count = len(study.doubts) - 1
+        first = study.doubts[0] + (f" ({count} others below)" if count else "")
+    rows.append(["First doubt", first])
+    return Section("prediction", "Answer", rows=rows, after=after, strong=True)
+
+
+def _basis(study: StudyFit, f: Prediction) -> Markup:
+    """Return what the intervals of a prediction rest on."""
+    if f.method == LEVEL:
+        return Markup(
+            "It continues the lowest losses of the budgets, and adds what a run loses off the "
+            "optimum; the widths come from the errors of {}. The law alone predicts {}."
+        ).format(f"{f.origins} earlier forecasts" if f.origins else "a prior alone", number(f.law))
+    source = "a prior alone" if study.discrepancy.is_prior else f"{f.origins} backtests"
+    return Markup(
+        "By the law. Its error of {} per decade beyond the runs comes from {}; resampling alone "
+        "would give {}."
+    ).format(percent(study.discrepancy.per_decade, 1), source, span(f.resampled))
+
+
+def skill_lines(scores: Sequence[Scores]) -> list[str]:
+    """Return a sentence for each distance ahead: how far off such predictions would have been."""
+    lines = []
+    by = {(one.ahead, one.method): one for one in scores if one.table is None}
+    for ahead, distance in DISTANCE.items():
+        scored, line = by.get((ahead, LEVEL)) or by.get((ahead, LAW)), by.get((ahead, LINE))
+        if scored and line:
+            lines.append(
+                f"Backtest, {distance} ahead, {times(scored.count)}: predictions by "
+                f"{scored.method} were off by {scored.median:.2%} (median; mean {scored.bias:+.2%})"
+                " at the lowest loss of a budget, a straight line through the last two budgets by "
+                f"{line.median:.2%} (skill {scored.skill[LINE]:+.2f}); {inside(scored, MINIMA)}."
+            )
+    return lines
+
+
+def times(count: int) -> str:
+    """Return how often, in words."""
+    return f"{count} times" if count > 1 else "once"
+
+
+def inside(scored: Scores, group: str) -> str:
+    """Return how many observed values of a group were inside their 90% interval."""
+    c = scored.coverage[group]
+    return f"{round(c.outer * c.count)} of {c.count} were inside the 90% interval"
+
+
+def doubts(study: StudyFit) -> list[Section]:
+    """Return all doubts, and what was done with the table."""
+    return [
+        Section("doubts", "Reasons for doubt", after=[*study.doubts],
+                absent="" if study.doubts else "No reason was found to doubt the numbers."),
+        Section("notes", "How the table was used", after=[*study.notes],
+                absent="" if study.notes else "All rows of the table are used as they are."),
+    ]  # fmt: skip
+
+
+def parabola_lines(study: StudyFit) -> list[Cell]:
+    """Return the power laws through the minima of the parabolas, and the refused budgets."""
+    iso = study.isoflop
+    if not isinstance(iso, IsoFlop):
+        return [iso] if iso else []
+    lines = list[Cell]()
+    for name, law in (("N*", iso.parameters), ("D*", iso.tokens)):
+        ends = law.interval(study.job.level)[:, 1]
+        wide = Markup(" ({})").format(span(ends, 4)) if np.isfinite(ends).all() else ""
+        text = "{} = {} C<sup>a</sup>, a = {}{}, through the minima of {} parabolas."
+        lines.append(Markup(text).format(
+            name, number(law.k, 4), number(law.a, 4), wide, len(iso.vertices)
+        ))  # fmt: skip
+    refused = Markup("No parabola at {} FLOPs: {}.")
+    return lines + [refused.format(number(r.budget, 3), r.why) for r in iso.refusals]
+
+
+def parameters(study: StudyFit) -> Section:
+    """Return a row for each parameter of the law: value, error, interval, other fits."""
+    low, high = study.replicates.interval(study.job.level)
+    errors, level = study.replicates.errors, f"{study.job.level:.0%}"
+    rows: list[list[Cell]] = [["", "value", "std. error", f"{level} low", "high", *study.others]]
+    for i, (symbol, value) in enumerate(study.fit.values.items()):
+        others = [other.values[symbol] for other in study.others.values()]
+        rows.append([symbol, *map(number, (value, errors[symbol], low[i], high[i], *others))])
+    text = "The last columns are fits of the same law with other objectives, and to all runs."
+    return Section("parameters", "Parameters of the law", rows=rows, head=True, after=[text])
+
+
+def certificate(study: StudyFit) -> Section:
+    """Return what shows that the fit is the global optimum, and its weights."""
+    c, fit = study.fit.certificate, study.fit
+    minima = f"{len(c.minima)} from {sum(b.starts for b in c.minima) + c.failed_starts} starts"
+    lost = f", {c.failed_starts} of which reached no minimum" if c.failed_starts else ""
+    uncertified = f"{study.replicates.uncertified} of {study.job.bootstraps}"
+    rows: list[list[Cell]] = [
+        ["Global optimum", "yes" if c.holds else "; ".join(c.problems)],
+        ["Objective", Markup("{} ({})").format(number(fit.value, 10), str(fit.objective))],
+        ["Scaled gradient", number(c.scaled_gradient, 2)],
+        ["Curvature", number(c.curvature, 4)],
+        ["Minima", minima + lost],
+        ["Parameters at a limit of their range", "; ".join(c.edges) or "none"],
+        ["Method", c.method],
+        ["Resampled fits that are not certified", uncertified],
+    ]
+    if (w := study.weights) is not None:
+        noise = study.noise
+        rows += [
+            ["Weights", f"{study.job.weights}; the largest is {w.max() / w.min():.3g} times the "
+                        f"smallest; the effective number of runs is {effective(w):.1f}"],
+            ["Noise of a run", Markup("{}, {}").format(
+                percent(noise.at),
+                f"from {noise.freedom} repeats" if noise.freedom else "assumed")],
+        ]  # fmt: skip
+    return Section("certificate", "Certificate of the fit", rows=rows)
+
+
+def no_backtests(study: StudyFit) -> str:
+    """Return why cheap budgets can't predict more expensive ones."""
+    if "budget" not in study.table:
+        return "No backtests: the table has no budgets."
+    if (count := study.table["budget"].nunique()) < 4:
+        return (
+            f"No backtests: {count} budgets are too few to fit some and predict the others; run "
+            "four or more. Until then, the interval beyond them comes from a prior."
+        )
+    return f"No backtests: the law {study.form.name} has none on these runs."
+
+
+def backtests(study: StudyFit) -> Section:
+    """Return a row for each number of cheap budgets: how far off laws fitted to them are at the
+    more expensive ones."""
+    section = Section("backtest-table", "Backtests of the law alone", head=True)
+    if not study.backtests:
+        section.absent = no_backtests(study)
+        return section
+    level = f"{study.job.level:.0%}"
+    section.rows = [["fitted budgets", "runs", "times their compute", "error", "bias",
+                     f"inside resampled {level}", f"inside calibrated {level}"]]  # fmt: skip
+    for r in study.backtests:
+        section.rows.append([
+            str(r.budgets), str(r.runs), span((r.factors.min(), r.factors.max()), 3),
+            percent(float(np.sqrt(np.mean(r.errors**2)))),
+            percent(float(np.mean(r.errors)), sign="+"),
+            percent(r.inside_resampled.mean(), 0), percent(r.inside_calibrated.mean(), 0),
+        ])  # fmt: skip
+    section.after = [
+        "Error (root mean square) and bias compare predicted with observed loss over all runs of "
+        "the more expensive budgets. Resampled: the interval of resampling alone. Calibrated: the "
+        "interval with noise and discrepancy."
+    ]
+    return section
+
+
+def sensitivity_section(study: StudyFit) -> Section:
+    """Return how the law changes with the way to count N and C."""
+    section = Section("sensitivity", "The law by other counts of N and C", head=True)
+    rows, level, exponents = study.sensitivity or [], f"{study.job.level:.0%}", study.form.exponents
+    if len(rows) < 2:
+        section.absent = "The table counts N and C in one way only: there is nothing to compare."
+        return section
+    section.rows = [["N counts", "C counts", "C ~ N^p D, p", "N* ~ C^a, a", level, *exponents,
+                     "target's loss"]]  # fmt: skip
+    for row in rows:
+        section.rows.append([
+            row.size, row.cost, number(row.compute_exponent, 4),
+            "-" if row.allocation is None else number(row.allocation, 4),
+            "-" if row.interval is None else span(row.interval, 4),
+            *(number(row.values[s], 4) for s in exponents),
+            "-" if row.loss is None else number(row.loss),
+        ])  # fmt: skip
+    return section
+
+
+def influence(study: StudyFit) -> Section:
+    """Return the change of each parameter by the most influential runs."""
+    rows: list[list[Cell]] = [["run", *study.form.symbols]]
+    rows += [[name, *(number(moved[s], 3) for s in moved)] for name, moved in study.influence()]
+    text = "The change of each parameter by including the run; the most influential run first."
+    return Section("influence", "Most influential runs", rows=rows, head=True, after=[text])
