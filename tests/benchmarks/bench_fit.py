@@ -57,7 +57,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
         began = time.perf_counter()
         replicates = pairs(fitted, sizes.bootstraps, seed=i)
         boots.append((time.perf_counter() - began,))
-        worst = max(worst, float(replicates.gradient.max()))
+        worst = max(worst, float(replicates.solved.gradient.max()))
     facts = {
         "runs": f"{len(points)}, {source}",
         "starts run, of 4,500": starts,

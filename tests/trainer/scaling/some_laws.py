@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.fit import Certificate, certificate_of, minimisation_of
-from forescale.scaling.fitting.least_absolute import certified
+from forescale.scaling.fitting import laws, least_absolute
+from forescale.scaling.fitting.fit import Certificate, certified, minimisation_of
 from forescale.scaling.fitting.newton import measured
 from forescale.scaling.fitting.objective import Objective
 
@@ -14,8 +13,7 @@ LAWS = [
     (laws.SHARED_EXPONENT, {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35}),
     (laws.OVER_TRAINING, {"a": 212.0, "b": 366.0, "E": 1.84, "eta": 0.136}),
     (laws.KAPLAN, {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}),
-    (laws.data_constrained(), BASE | {"R_D": 15.4}),
-    (laws.data_constrained(BASE), BASE | {"R_D": 15.4, "R_N": 5.3}),
+    (laws.DATA_CONSTRAINED, BASE | {"R_D": 15.4}),
     (laws.FRONTIER, {"K": 1000.0, "E": 1.7, "gamma": 0.15}),
 ]
 # Ludziejewski et al. 2025, table 4 at one expert (A, B, E, alpha, beta) and table 3.
@@ -31,10 +29,10 @@ def certify(form, points, values, objective=None, weights=None) -> tuple[float, 
     """Return the objective at given published parameters, and the certificate of that point."""
     task = minimisation_of(form, points, objective or Objective(), {})
     theta = form.internal(form.vector(values)[None], task.at.centre)
-    w = np.ones((1, len(points))) if weights is None else np.asarray(weights)[None]
-    measure = certified if task.goal.delta == 0 else measured
-    one = measure(task, np.log(points.loss)[None], w, np.clip(theta, task.low, task.high))
-    return float(one.value[0]), certificate_of(task, one)
+    w = np.ones(len(points)) if weights is None else np.asarray(weights)
+    measure = least_absolute.measured if task.goal.delta == 0 else measured
+    one = measure(task, np.log(points.loss)[None], w[None], np.clip(theta, task.low, task.high))
+    return float(one.value[0]), certified(task, one, w)[1]
 
 
 def sizes(n: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -151,7 +151,7 @@ def _undetermined(replicates: Replicates, level: float) -> list[str]:
 
 def _lost(replicates: Replicates, symbol: str) -> float:
     """Return the share of refits in which a parameter is at an end of its range."""
-    edge = replicates.edge[:, replicates.fit.form.symbols.index(symbol)]
+    edge = replicates.solved.edge[:, replicates.fit.form.symbols.index(symbol)]
     return float((edge != 0).mean())
 
 

@@ -39,30 +39,21 @@ _SMOOTH = 1e-3  # delta of Huber's function that stands for least absolute devia
 
 @dataclass(frozen=True)
 class Replicates:
-    """R refits of a fit.
-
-    values: published parameters, (R, p); objective, gradient (scaled), curvature: (R,); edge:
-    (R, p), see newton.Solved; groups: the group that each run was drawn with, (n,); None if each
-    run is its own.
-    """
+    """R refits of a fit, and the group that each run was drawn with, (n,)."""
 
     fit: Fit
-    values: Array
-    objective: Array
-    gradient: Array
-    curvature: Array
-    edge: Array
-    groups: Array | None = None
+    solved: Solved
+    groups: Array
 
-    @property
-    def certified(self) -> Array:
-        """Return True for each replicate that is at a minimum, (R,)."""
-        return (self.gradient <= TOLERANCE) & (self.curvature > 0)
+    @cached_property
+    def values(self) -> Array:
+        """Return the published parameters, (R, p)."""
+        return self.fit.form.published(self.solved.theta, self.fit.task.at.centre)
 
     @property
     def uncertified(self) -> int:
         """Return the number of replicates that reached no minimum."""
-        return int((~self.certified).sum())
+        return int((~self.solved.is_minimum).sum())
 
     @property
     def errors(self) -> dict[str, float]:
@@ -72,11 +63,7 @@ class Replicates:
     @cached_property
     def _drawn(self) -> Array:
         """Return the groups with a weight, (G,)."""
-        return np.unique(self._groups[self.fit.weights > 0])
-
-    @property
-    def _groups(self) -> Array:
-        return np.arange(len(self.fit.points)) if self.groups is None else self.groups
+        return np.unique(self.groups[self.fit.weights > 0])
 
     @cached_property
     def without(self) -> Array:
@@ -88,9 +75,9 @@ class Replicates:
         if len(self._drawn) <= self.fit.form.size:
             return self.values[:0]
         if len(self._drawn) > _REFITS:
-            return _without_by_a_step(self.fit, self._groups)[self._drawn]
-        refits = _left_out(self.fit, self._groups, self._drawn)
-        return refits.values[refits.certified]
+            return _without_by_a_step(self.fit, self.groups)[self._drawn]
+        refits = leave_one_out(self.fit, self.groups, self._drawn)
+        return refits.values[refits.solved.is_minimum]
 
     def allocation(self, level: float) -> tuple[float, Array] | None:
         """Return a of N* ~ C^a and its interval, (2,); None for a law whose N* is no power of C."""
@@ -124,18 +111,18 @@ class Replicates:
         tails = np.array([1 - level, 1 + level]) / 2
         if method == "percentile":
             return np.quantile(draws, tails, axis=0)
-        flat, shape = draws.reshape(len(draws), -1), draws.shape[1:]
+        flat = draws.reshape(len(draws), -1)
         fitted = np.asarray(function(self.fit.vector[None])).reshape(1, -1)
         without = np.empty((0, flat.shape[1]))
         if len(self.without):
             without = np.asarray(function(self.without)).reshape(len(self.without), -1)
         G = len(self._drawn)
         tails = ndtr(np.sqrt(G / (G - 1)) * stdtrit(G - 1, tails))
-        return _quantiles(flat, _accelerated(flat, fitted, without, tails)).reshape(2, *shape)
+        return corrected(flat, fitted, without, tails).reshape(2, *draws.shape[1:])
 
 
-def _accelerated(draws: Array, fitted: Array, without: Array, tails: Array) -> Array:
-    """Return the probabilities, (2, K), at which BCa takes the quantiles of the draws.
+def corrected(draws: Array, fitted: Array, without: Array, tails: Array) -> Array:
+    """Return the quantiles of the draws by BCa, (2, K).
 
     draws: (R, K); fitted: the fit, (1, K); without: (G, K), no rows to correct for bias alone.
     """
@@ -146,15 +133,9 @@ def _accelerated(draws: Array, fitted: Array, without: Array, tails: Array) -> A
     size = (pull**2).sum(0) ** 1.5
     skew = (pull**3).sum(0) / np.where(size > 0, 6 * size, 1.0)
     z = bias + ndtri(tails)[:, None]
-    return ndtr(bias + z / np.maximum(1 - skew * z, 1e-3))
-
-
-def _quantiles(draws: Array, at: Array) -> Array:
-    """Return the quantiles of each column of (R, K) at its own probabilities, (2, K)."""
-    columns = zip(draws.T, at.T, strict=True)
-    return np.stack(
-        [np.quantile(column, probabilities) for column, probabilities in columns], axis=-1
-    )
+    at = ndtr(bias + z / np.maximum(1 - skew * z, 1e-3))
+    ends = [np.quantile(column, tail) for column, tail in zip(draws.T, at.T, strict=True)]
+    return np.stack(ends, axis=-1)
 
 
 def pairs(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
@@ -178,7 +159,7 @@ def clusters(
         replicates(fit, weights=counts(rng, len(names), part)[:, place])
         for part in _parts(fit, count)
     ]
-    return replace(_joined(parts), groups=place)
+    return _joined(parts, place)
 
 
 def counts(rng: np.random.Generator, groups: int, count: int) -> Array:
@@ -208,26 +189,26 @@ def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
 
 
 def _parts(fit: Fit, count: int) -> list[int]:
-    """Return the numbers of replicates that are made at a time, `count` together."""
+    """Return how many of `count` replicates are solved at a time."""
     size = max(1, _WEIGHTS // len(fit.points))
     return [min(size, count - i) for i in range(0, count, size)]
 
 
-def _joined(parts: Sequence[Replicates]) -> Replicates:
+def _joined(parts: Sequence[Replicates], groups: Array | None = None) -> Replicates:
     """Return the replicates of all parts, in their order."""
-    names = ("values", "objective", "gradient", "curvature", "edge")
-    rows = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-    return Replicates(parts[0].fit, *rows)
+    solved = join([part.solved for part in parts])
+    return Replicates(parts[0].fit, solved, parts[0].groups if groups is None else groups)
 
 
-def leave_one_out(fit: Fit) -> Replicates:
-    """Return n refits; replicate i leaves out run i."""
-    runs = np.arange(len(fit.points))
-    return _left_out(fit, runs, runs)
+def leave_one_out(
+    fit: Fit, groups: Array | None = None, left_out: Array | None = None
+) -> Replicates:
+    """Return a refit without each of the groups `left_out`; by default, without each run.
 
-
-def _left_out(fit: Fit, groups: Array, left_out: Array) -> Replicates:
-    """Return a refit without each of the groups `left_out`; groups: that of each run, (n,)."""
+    groups: that of each run, (n,).
+    """
+    groups = np.arange(len(fit.points)) if groups is None else groups
+    left_out = groups if left_out is None else left_out
     ends = np.cumsum(_parts(fit, len(left_out)))
     return _joined(
         [replicates(fit, weights=groups != part[:, None]) for part in np.split(left_out, ends[:-1])]
@@ -291,9 +272,7 @@ def replicates(
     for minimum in fit.certificate.minima[1:_MINIMA]:
         theta = fit.form.internal(fit.form.vector(minimum.values)[None], fit.task.at.centre)
         best = _lower(best, polish(task, y, w, theta))
-    best = _from_the_grid(fit, best, y, w)
-    values = fit.form.published(best.theta, fit.task.at.centre)
-    return Replicates(fit, values, best.value, best.gradient, best.curvature, best.edge)
+    return Replicates(fit, _from_the_grid(fit, best, y, w), np.arange(n))
 
 
 def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:

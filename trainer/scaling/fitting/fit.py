@@ -131,19 +131,20 @@ def fit(
     """
     goal = objective or Objective()
     task = minimisation_of(form, points, goal, fixed or {})
-    w = _weights(points, weights)
+    w = np.ones(len(points)) if weights is None else np.array(weights, dtype=float)
+    if w.shape != (len(points),) or not np.isfinite(w).all() or (w < 0).any():
+        problem = "the weights are not one finite number per run, zero or more"
+        raise UserError(points.where, problem, "leave them out, or give one per run")
     y = np.log(points.loss)[None]
     _refuse_underdetermined(task, points, w)
     solved = _searched(task, y, w[None], _BOLD)
-    best, minima, failed, undercut = _minima(task, solved, w)
-    if not minima or undercut or solved.edge[best].any():
+    best, certificate = certified(task, solved, w)
+    if not certificate.minima or certificate.undercut or certificate.edges:
         solved = join([solved, _searched(task, y, w[None], _FAINT)])
-        best, minima, failed, undercut = _minima(task, solved, w)
-    one = solved.take(np.array([best]))
-    certificate = certificate_of(task, one, minima, failed, undercut)
-    values = form.published(one.theta, task.at.centre)[0]
-    named = dict(zip(form.symbols, map(float, values), strict=True))
-    return Fit(form, points, goal, w, named, float(one.value[0]), certificate, task, one.theta)
+        best, certificate = certified(task, solved, w)
+    theta = solved.theta[[best]]
+    values = dict(zip(form.symbols, form.published(theta, task.at.centre)[0].tolist(), strict=True))
+    return Fit(form, points, goal, w, values, float(solved.value[best]), certificate, task, theta)
 
 
 def _searched(task: Minimisation, y: Array, w: Array, least: float) -> Solved:
@@ -201,7 +202,13 @@ def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Arr
     if y.shape[1] > _MANY:
         task, y, w = _thinned(task, y, w)
     form = task.form
-    grid = _held_exponents(task)
+    grid = form.grid()
+    held = np.where(task.low == task.high, task.low, np.nan)
+    fixed = form.published(held[None], task.at.centre)[0]
+    for i, s in enumerate(form.exponents):
+        if not np.isnan(value := fixed[form.symbols.index(s)]):
+            grid[:, i] = value
+    grid = np.unique(grid, axis=0)
     basis, power = form.basis(grid, task.at)
     target = np.exp(y / power[:, None])  # (G, n)
     relative = w if task.goal.on == "log" else w * np.exp(2 * y)
@@ -211,31 +218,16 @@ def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Arr
     theta = np.clip(theta, task.low, task.high)
     m, _ = form.evaluate(theta, task.at)
     r = y - m if task.goal.on == "log" else np.exp(y) - np.exp(m)
-    value = task.goal.value(r, w)
+    value = task.goal.value(r, w)  # of each grid point
     order = np.argsort(value)
     chosen = dict.fromkeys(order[:4].tolist())
     ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in grid.T], axis=1)
-    chosen |= dict.fromkeys(i for i in order.tolist() if _is_lowest(value, ranks, i))
+    for i in order.tolist():
+        neighbours = (np.abs(ranks - ranks[i]) <= 1).all(1)
+        if value[i] <= value[neighbours].min():
+            chosen[i] = None
     chosen |= dict.fromkeys(order[:: max(1, len(order) // _STARTS)].tolist())
     return theta[list(chosen)[:_STARTS]]
-
-
-def _held_exponents(task: Minimisation) -> Array:
-    """Return the grid, (G, q), with fixed exponents at their value."""
-    form = task.form
-    grid = form.grid()
-    probe = np.where(task.low == task.high, task.low, np.nan)
-    held = form.published(probe[None], task.at.centre)[0]
-    for i, s in enumerate(form.exponents):
-        if not np.isnan(value := held[form.symbols.index(s)]):
-            grid[:, i] = value
-    return np.unique(grid, axis=0)
-
-
-def _is_lowest(value: Array, ranks: Array, i: int) -> bool:
-    """Return True if no neighbour of grid point i is lower; ranks: places on the axes, (G, q)."""
-    near = (np.abs(ranks - ranks[i]) <= 1).all(1)
-    return bool(value[i] <= value[near].min())
 
 
 def _nonnegative(basis: Array, weight: Array) -> Array:
@@ -263,17 +255,14 @@ def _nonnegative(basis: Array, weight: Array) -> Array:
     return best
 
 
-def _minima(
-    task: Minimisation, solved: Solved, w: Array
-) -> tuple[int, tuple[Minimum, ...], int, bool]:
-    """Return the index of the lowest minimum, all minima, the failed starts, and `undercut`.
+def certified(task: Minimisation, solved: Solved, w: Array) -> tuple[int, Certificate]:
+    """Return the index of the lowest minimum that the starts reached, and its certificate.
 
-    Without a minimum the index is that of the lowest point.
+    w: (n,). Without a minimum, it is the lowest point.
     """
-    is_minimum = solved.is_minimum
+    is_minimum, symbols = solved.is_minimum, task.form.symbols
     order = [i for i in np.argsort(solved.value, kind="stable").tolist() if is_minimum[i]]
-    if not order:
-        return int(np.nanargmin(solved.value)), (), len(is_minimum), False
+    best = order[0] if order else int(np.nanargmin(solved.value))
     exact = float(task.goal.value(np.full_like(w, ROUNDING), w))
     groups: list[list[int]] = []
     for i in order:
@@ -289,46 +278,23 @@ def _minima(
     values = task.form.published(solved.theta, task.at.centre)
     minima = tuple(
         Minimum(
-            float(solved.value[g[0]]),
-            dict(zip(task.form.symbols, map(float, values[g[0]]), strict=True)),
-            len(g),
+            float(solved.value[i]), dict(zip(symbols, values[i].tolist(), strict=True)), len(group)
         )
-        for g in groups
+        for group in groups
+        for i in group[:1]
     )
-    lower = solved.value < solved.value[order[0]] * (1 - _SAME) - exact
-    return order[0], minima, int((~is_minimum).sum()), bool((lower & ~is_minimum).any())
-
-
-def certificate_of(
-    task: Minimisation,
-    one: Solved,
-    minima: tuple[Minimum, ...] = (),
-    failed: int = 0,
-    undercut: bool = False,
-) -> Certificate:
-    """Return the certificate of one solution; the other arguments are those of `_minima`."""
+    lower = solved.value < solved.value[best] * (1 - _SAME) - exact
+    undercut = bool(order) and bool((lower & ~is_minimum).any())
     ends = {-1: "least", 1: "greatest"}
-    edges = zip(task.form.symbols, one.edge[0], strict=True)
+    edges = zip(symbols, solved.edge[best], strict=True)
     method = f"damped Newton on {task.goal}"
     if task.goal.delta == 0:
         method = f"smoothed down to {SMOOTHED[-1]:.0e}, then onto a kink of {task.goal}"
-    return Certificate(
-        float(one.gradient[0]),
-        float(one.curvature[0]),
-        tuple(f"{s} at its {ends[int(e)]}" for s, e in edges if e),
-        method,
-        minima,
-        failed,
-        undercut,
-    )
-
-
-def _weights(points: Points, weights: ArrayLike | None) -> Array:
-    w = np.ones(len(points)) if weights is None else np.array(weights, dtype=float)
-    if w.shape != (len(points),) or not np.isfinite(w).all() or (w < 0).any():
-        problem = "the weights are not one finite number per run, zero or more"
-        raise UserError(points.where, problem, "leave them out, or give one per run")
-    return w
+    return best, Certificate(
+        float(solved.gradient[best]), float(solved.curvature[best]),
+        tuple(f"{s} at its {ends[int(e)]}" for s, e in edges if e), method, minima,
+        int((~is_minimum).sum()), undercut,
+    )  # fmt: skip
 
 
 def _refuse_underdetermined(task: Minimisation, points: Points, w: Array) -> None:

@@ -28,8 +28,7 @@ class Vertex:
 
     nominal: the budget as named; budget: the mean C of its runs, FLOPs; runs: the number that the
     parabola is fitted to; sizes: their least and greatest N; parameters, tokens: N* and D*, at the
-    least loss; path: log D of the runs as a polynomial in log N - log N*, from the highest power
-    down.
+    least loss; path: polynomial of log D of the runs in log N - log N*, highest power first.
     """
 
     nominal: float
@@ -41,11 +40,6 @@ class Vertex:
     floor: float
     bend: float
     path: tuple[float, ...]
-
-    def tokens_at(self, parameters: ArrayLike) -> Array:
-        """Return D of runs of this budget with other N, by `path`; inside `sizes` only."""
-        away = np.log(np.asarray(parameters, dtype=float) / self.parameters)
-        return np.exp(np.polyval(self.path, away))
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,11 @@ def isoflop(
     groups = _grouped(points, cost, budgets)
     vertices, refusals, fits = [], [], []
     for budget, rows in groups:
-        rows = rows[_near_vertex(x[rows], points.loss[rows], near)]
+        mask = near_best(points.loss[rows], np.zeros(len(rows)), near)
+        # A parabola needs runs on both sides: the sizes beside the best one count at any distance.
+        sizes = np.unique(x[rows])
+        best = int(np.searchsorted(sizes, x[rows][np.argmin(points.loss[rows])]))
+        rows = rows[mask | np.isin(x[rows], sizes[max(0, best - 1) : best + 2])]
         result = vertex(budget, x[rows], z[rows], points.loss[rows], cost[rows])
         if isinstance(result, Refusal):
             refusals.append(result)
@@ -136,24 +134,14 @@ def isoflop(
         whys = "; ".join(f"{r.budget:.2g} FLOPs: {r.why}" for r in refusals)
         problem = f"{len(vertices)} of {len(groups)} budgets have a vertex ({whys})"
         raise UserError(points.where, problem, "add runs on both sides of each optimum")
-    c, best = np.log([v.budget for v in vertices]), np.log([v.parameters for v in vertices])
+    c, optima = np.log([v.budget for v in vertices]), np.log([v.parameters for v in vertices])
     rng = np.random.default_rng(seed)
     drawn = _redrawn(fits, count, rng)
-    parameters = _law(c, best, drawn, count, rng)
-    fed = np.stack([np.polyval(v.path, drawn[:, b] - best[b]) for b, v in enumerate(vertices)], 1)
+    parameters = _law(c, optima, drawn, count, rng)
+    away = (drawn - optima).T
+    fed = np.stack([np.polyval(v.path, a) for v, a in zip(vertices, away, strict=True)], 1)
     tokens = _law(c, np.log([v.tokens for v in vertices]), fed, count, rng)
     return IsoFlop(tuple(vertices), tuple(refusals), parameters, tokens)
-
-
-def _near_vertex(x: Array, loss: Array, near: float | None) -> Array:
-    """Return the mask of the runs of one budget that its parabola is fitted to, (m,).
-
-    A parabola needs runs on both sides: the sizes beside the best one are kept at any distance.
-    """
-    mask = near_best(loss, np.zeros_like(loss), near)
-    sizes = np.unique(x)
-    best = int(np.searchsorted(sizes, x[np.argmin(loss)]))
-    return mask | np.isin(x, sizes[max(0, best - 1) : best + 2])
 
 
 def _grouped(points: Points, cost: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
@@ -192,15 +180,11 @@ def vertex(budget: float, x: Array, z: Array, loss: Array, flops: Array) -> Vert
     if x[np.argmin(loss)] in (x.min(), x.max()):
         return no("the lowest loss is at its smallest or largest size")
     path = np.polyfit(x - at, z, 2 if sizes > 3 else 1)  # C/ND may change with N
+    mean, (least, most) = float(np.exp(np.log(flops).mean())), np.exp([x.min(), x.max()])
     return Vertex(
-        budget, float(np.exp(np.log(flops).mean())), len(x), _ends(np.exp(x)), n,
-        float(np.exp(path[-1])), float(level - slope**2 / (4 * bend)), float(bend),
-        tuple(map(float, path)),
+        budget, mean, len(x), (float(least), float(most)), n, float(np.exp(path[-1])),
+        float(level - slope**2 / (4 * bend)), float(bend), tuple(map(float, path)),
     )  # fmt: skip
-
-
-def _ends(values: Array) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
 
 
 def _parabola(x: Array, loss: Array) -> Array:

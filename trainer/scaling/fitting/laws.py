@@ -129,70 +129,45 @@ KAPLAN = Kaplan(
 class DataConstrained(PowerSum):
     """The Chinchilla law on effective data, for training on repeated tokens.
 
-    D' = U + U R* (1 - exp(-(D / U - 1) / R*)) with R* = R_D: the value of a token falls each time
-    it is repeated. `reference` (A, B, E, alpha, beta of a law without repeated data) gives the
-    model size that U tokens suffice for; with it, the value of parameters beyond that size falls in
-    the same way, with R_N. The source fits R_D and R_N with all else fixed.
+    D' = U + U R_D (1 - exp(-(D / U - 1) / R_D)): the value of a token falls each time it is
+    repeated. (The source also lets the value of parameters fall beyond the size that U suffices
+    for, with all but R_D and R_N held; this law has all else free and no R_N.)
     """
 
-    reference: tuple[float, ...] | None = None
-
-    def _repeated(self, at: Design) -> list[tuple[str, int, Array, Array]]:
-        """Return (column, index of its R*, log of its unique part, repetitions) for each column.
-
-        Repetitions are the ratio of the repeated to the unique part; both are (n,).
-        """
-        logs = {c: at.logs[c] + at.centre[c] for c in self.columns}
-        unique = np.minimum(logs["tokens"], logs["unique_tokens"])
-        parts = [("tokens", 5, unique, np.expm1(logs["tokens"] - unique))]
-        if self.reference is not None:
-            A, B, _, alpha, beta = self.reference
-            g = np.log(alpha * A / (beta * B)) / (alpha + beta)
-            enough = np.minimum(g + beta / alpha * (unique + g), logs["parameters"])
-            parts.append(("parameters", 6, enough, np.expm1(logs["parameters"] - enough)))
-        return parts
-
-    def _effective(self, theta: Any, at: Design) -> tuple[dict[str, Any], dict[int, Any]]:
-        """Return the centred logs of N' and D', (R, n), and their derivatives by log R*."""
-        logs, slopes = dict(at.logs), {}
-        for column, place, unique, again in self._repeated(at):
-            r = np.exp(theta[:, place, None])
-            faded = np.exp(-again / r)
-            worth = 1 + r * (1 - faded)
-            logs[column] = unique - at.centre[column] + np.log(worth)
-            slopes[place] = (r * (1 - faded) - again * faded) / worth
-        return logs, slopes
+    def _effective(self, log_r: Any, at: Design) -> tuple[dict[str, Any], Any]:
+        """Return the centred logs of N and D', (R, n), and the derivative of log D' by log R_D."""
+        tokens, unique = (at.logs[c] + at.centre[c] for c in ("tokens", "unique_tokens"))
+        unique = np.minimum(tokens, unique)
+        again = np.expm1(tokens - unique)  # repetitions
+        r = np.exp(log_r[:, None])
+        faded = np.exp(-again / r)
+        worth = 1 + r * (1 - faded)
+        logs = {**at.logs, "tokens": unique - at.centre["tokens"] + np.log(worth)}
+        return logs, (r * (1 - faded) - again * faded) / worth
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        logs, slopes = self._effective(theta, at)
+        logs, slope = self._effective(theta[:, 5], at)
         m, jacobian = super().evaluate(theta, Design(logs, at.centre))
-        for place, slope in slopes.items():
-            c, e = (1, 4) if place == 5 else (0, 3)
-            jacobian[:, place] = -theta[:, e, None] * jacobian[:, c] * slope
+        jacobian[:, 5] = -theta[:, 4, None] * jacobian[:, 1] * slope
         return m, jacobian
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """Return the weighted sum of second derivatives by a complex step; see Form.curvature."""
-        return Form.curvature(self, theta, at, jacobian, pull)
+        return Form.curvature(self, theta, at, jacobian, pull)  # by a complex step
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         low, high = super().bounds(at, log_loss)
-        low[5:], high[5:] = np.log(1e-2), np.log(1e4)
+        low[5], high[5] = np.log(1e-2), np.log(1e4)
         return low, high
 
     def axes(self) -> tuple[Array, ...]:
-        return (np.geomspace(0.06, 1.2, 8),) * 2 + (np.geomspace(1, 100, 5),) * (self.size - 5)
+        return (np.geomspace(0.06, 1.2, 8),) * 2 + (np.geomspace(1, 100, 5),)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        theta = np.zeros((len(grid), self.size))
-        theta[:, 5:] = np.log(grid[:, 2:])
-        logs, _ = self._effective(theta, at)
+        logs, _ = self._effective(np.log(grid[:, 2]), at)
         return super().basis(grid, Design(logs, at.centre))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        plain = np.hstack((np.log(coefficients), grid))
-        plain[:, 5:] = np.log(grid[:, 2:])
-        return plain
+        return np.hstack((np.log(coefficients), grid[:, :2], np.log(grid[:, 2:])))
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         values = super().published(theta, centre)
@@ -205,22 +180,14 @@ class DataConstrained(PowerSum):
         return theta
 
 
-def data_constrained(reference: Mapping[str, float] | None = None) -> DataConstrained:
-    """Return the law of Muennighoff et al. 2023 (arXiv 2305.16264), eq. 5 and 6.
-
-    reference: see DataConstrained.
-    """
-    known = None if reference is None else tuple(map(float, CHINCHILLA.vector(reference)))
-    fading = ("R_D",) if reference is None else ("R_D", "R_N")
-    return DataConstrained(
-        "data-constrained",
-        "Muennighoff et al. 2023, arXiv 2305.16264, eq. 5 and 6",
-        CHINCHILLA.symbols + fading,
-        ("parameters", "tokens", "unique_tokens"),
-        CHINCHILLA.exponents + fading,
-        CHINCHILLA.terms,
-        known,
-    )
+DATA_CONSTRAINED = DataConstrained(
+    "data-constrained",
+    "Muennighoff et al. 2023, arXiv 2305.16264, eq. 5",
+    (*CHINCHILLA.symbols, "R_D"),
+    ("parameters", "tokens", "unique_tokens"),
+    (*CHINCHILLA.exponents, "R_D"),
+    CHINCHILLA.terms,
+)
 
 
 FORMS: Mapping[str, Form] = {
@@ -229,7 +196,7 @@ FORMS: Mapping[str, Form] = {
     "over-training": OVER_TRAINING,
     "kaplan": KAPLAN,
     "frontier": FRONTIER,
-    "data-constrained": data_constrained(),
+    "data-constrained": DATA_CONSTRAINED,
     "experts": EXPERTS,
 }
 
@@ -240,13 +207,11 @@ def allocation(form: Form, values: Mapping[str, float] | ArrayLike) -> Array:
     a = beta / (alpha + beta) (Hoffmann et al. 2022, eq. 4). Raises UserError for a law whose N* is
     no power law of C.
     """
-    vector = form.vector(values)
-    if isinstance(form, Kaplan):
-        alpha, beta = vector[..., 2], vector[..., 3]
-        return beta / (alpha + beta)
-    if not isinstance(form, PowerSum) or form.columns != ("parameters", "tokens"):
+    vector, places = form.vector(values), {"parameters": 2, "tokens": 3}
+    if isinstance(form, PowerSum):
+        places = {t.column: form.symbols.index(t.exponent) for t in form.terms if t.exponent}
+    if form.columns != ("parameters", "tokens"):
         raise UserError(form.name, "the optimum is no power law of compute", "fit another law")
-    places = {t.column: form.symbols.index(t.exponent) for t in form.terms if t.exponent}
     alpha, beta = vector[..., places["parameters"]], vector[..., places["tokens"]]
     return beta / (alpha + beta)
 

@@ -45,8 +45,8 @@ def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Ar
         theta[rest] = solved.theta
         for r in rest:
             problem = near, y[r : r + 1], w[r : r + 1]
-            smooth = certified(*problem, theta[r : r + 1])
-            exact = certified(*problem, _onto_kink(*problem, theta[r : r + 1]))
+            smooth = measured(*problem, theta[r : r + 1])
+            exact = measured(*problem, _onto_kink(*problem, theta[r : r + 1]))
             # The smoothed minimum is at most delta / 2 per run above that of the sum of |r|.
             lower = exact.value[0] <= smooth.value[0] + delta / 2 * w[r].sum()
             done[r] = exact if lower and exact.gradient[0] <= TOLERANCE else smooth
@@ -123,7 +123,7 @@ def _onto_kink(task: Minimisation, y: Array, w: Array, theta: Array) -> Array:
     return new
 
 
-def certified(task: Minimisation, y: Array, w: Array, theta: Array) -> Solved:
+def measured(task: Minimisation, y: Array, w: Array, theta: Array) -> Solved:
     """Return value, scaled subgradient, curvature and edges at theta, (1, p), without a step.
 
     A run that the law passes through may contribute anything between -1 and 1 times its weight: the

@@ -70,8 +70,7 @@ def join(parts: list[Solved]) -> Solved:
 class Minimisation:
     """What all replicates share.
 
-    low, high: ends of the box, (p,), equal for a fixed parameter; aim: the scaled gradient to stop
-    at.
+    low, high: ends of the box, (p,), equal for a fixed parameter; aim: scaled gradient to stop at.
     """
 
     form: Form
@@ -156,7 +155,7 @@ def _solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> 
     order = np.argsort(np.concatenate([ids for ids, _, _ in done]))
     final = np.concatenate([t for _, t, _ in done])[order]
     last = Local.join([here for _, _, here in done]).rows(order)
-    return _measured(task, weight, final, last, steps)
+    return measured(task, log_loss, weight, final, last, steps)
 
 
 def _step(
@@ -219,20 +218,15 @@ def _whitened(
 
 
 def measured(
-    task: Minimisation, log_loss: Array, weight: Array, theta: Array, steps: int = 0
+    task: Minimisation, y: Array, w: Array, theta: Array, here: Local | None = None, steps: int = 0
 ) -> Solved:
     """Return value, scaled gradient, curvature and edges at theta, (R, p), without a step."""
-    here = local(task.form, task.at, log_loss, weight, theta, task.goal)
-    return _measured(task, weight, theta, here, steps)
-
-
-def _measured(task: Minimisation, weight: Array, theta: Array, here: Local, steps: int) -> Solved:
+    here = local(task.form, task.at, y, w, theta, task.goal) if here is None else here
     frozen = task.frozen(theta, here.gradient)
-    values, _, _, stretch = _whitened(task, weight, theta, here, frozen)
+    values, _, _, stretch = _whitened(task, w, theta, here, frozen)
     # If the runs don't determine a direction, the curvature along it is rounding of either sign.
     curvature = np.where(stretch < _OPEN, values.min(-1), np.minimum(values.min(-1), 0.0))
-    left = task.left(theta, here)
-    return Solved(theta, here.value, left, curvature, ends(task, theta), steps)
+    return Solved(theta, here.value, task.left(theta, here), curvature, ends(task, theta), steps)
 
 
 def ends(task: Minimisation, theta: Array) -> Array:

@@ -13,9 +13,8 @@ from scipy import stats
 from forescale.ground.errors import UserError
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.bootstrap import (
-    _accelerated,
-    _quantiles,
     clusters,
+    corrected,
     counts,
     influence,
     leave_one_out,
@@ -36,10 +35,10 @@ def test_a_replicate_equals_the_fit_of_its_resampled_runs(goal, make):
     one = fit(CHINCHILLA, points, goal)
     w = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=6)
     refits = replicates(one, weights=w)
-    assert refits.certified.all()
+    assert refits.solved.is_minimum.all()
     for i in range(6):
         alone = fit(CHINCHILLA, points.take(np.repeat(np.arange(60), w[i])), goal)
-        assert refits.objective[i] <= alone.value * (1 + 1e-9)
+        assert refits.solved.value[i] <= alone.value * (1 + 1e-9)
         np.testing.assert_allclose(refits.values[i], alone.vector, rtol=1e-6)
 
 
@@ -190,8 +189,8 @@ def test_bias_and_skewness_are_corrected_as_in_scipy():
         expected = stats.bootstrap((x,), statistic, confidence_level=0.9, method="BCa", rng=4)
         draws = expected.bootstrap_distribution[:, None]
         without = np.array([[statistic(np.delete(x, i))] for i in range(25)])
-        at = _accelerated(draws, np.array([[statistic(x)]]), without, np.array([0.05, 0.95]))
-        np.testing.assert_allclose(_quantiles(draws, at)[:, 0], expected.confidence_interval)
+        ends = corrected(draws, np.array([[statistic(x)]]), without, np.array([0.05, 0.95]))
+        np.testing.assert_allclose(ends[:, 0], expected.confidence_interval)
 
 
 def test_few_groups_widen_an_interval(make):
@@ -227,4 +226,4 @@ def test_invalid_draws_are_refused_and_failed_replicates_are_counted(make):
     few = np.zeros((2, 60))
     few[0] = 1
     few[1, :3] = 1  # three runs don't determine five parameters
-    assert replicates(one, weights=few).certified.tolist() == [True, False]
+    assert replicates(one, weights=few).solved.is_minimum.tolist() == [True, False]

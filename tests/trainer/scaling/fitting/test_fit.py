@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from forescale.ground.errors import UserError
 from forescale.scaling.fitting.fit import fit
-from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER, SHARED_EXPONENT, data_constrained
+from forescale.scaling.fitting.laws import CHINCHILLA, DATA_CONSTRAINED, FRONTIER, SHARED_EXPONENT
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
 from forescale.scaling.fitting.points import Points
 from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES, certify, sizes
@@ -108,7 +108,7 @@ def test_a_weight_of_two_equals_a_run_listed_twice(make):
 
 
 def test_fixed_parameters_stay_and_the_rest_is_optimal(make):
-    form = data_constrained()
+    form = DATA_CONSTRAINED
     points = make(form, BASE | {"R_D": 15.4}, noise=0.002)
     law = fit(form, points, fixed=BASE)
     assert {k: law.values[k] for k in BASE} == pytest.approx(BASE)
@@ -197,9 +197,9 @@ def test_too_few_different_runs_are_refused(make):
     same = make(CHINCHILLA, BASE, parameters=np.full(60, 1e9))
     with pytest.raises(UserError, match="all runs have the same parameters"):
         fit(CHINCHILLA, same)
-    new = make(data_constrained(), BASE | {"R_D": 9.0}, unique_tokens=np.full(60, 1e13))
+    new = make(DATA_CONSTRAINED, BASE | {"R_D": 9.0}, unique_tokens=np.full(60, 1e13))
     with pytest.raises(UserError, match="no run repeats its data"):
-        fit(data_constrained(), new)
+        fit(DATA_CONSTRAINED, new)
     with pytest.raises(UserError, match="not one finite number per run"):
         fit(CHINCHILLA, points, weights=[1.0])
     with pytest.raises(UserError, match="no objective"):

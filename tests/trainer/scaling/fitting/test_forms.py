@@ -7,13 +7,13 @@ from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Form, design
 from forescale.scaling.fitting.laws import (
     CHINCHILLA,
+    DATA_CONSTRAINED,
     FRONTIER,
     KAPLAN,
     OVER_TRAINING,
     SHARED_EXPONENT,
     allocation,
     compute_optimal,
-    data_constrained,
 )
 from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective, curvatures, local
 from forescale.scaling.fitting.points import Points
@@ -101,24 +101,14 @@ def test_the_formulas_are_those_of_the_papers():
     )
     seen_again = U + U * 15.4 * (1 - np.exp(-(D / U - 1) / 15.4))
     theta = dict(parameters=N, tokens=D, unique_tokens=U)
-    assert data_constrained().predict(BASE | {"R_D": 15.4}, **theta) == pytest.approx(
+    assert DATA_CONSTRAINED.predict(BASE | {"R_D": 15.4}, **theta) == pytest.approx(
         1.8 + 400 * N**-0.34 + 2000 * seen_again**-0.37
     )
-    # A model far larger than its unique tokens suffice for.
-    g = (0.34 * 400 / (0.37 * 2000)) ** (1 / 0.71)
-    enough = g * (U * g) ** (0.37 / 0.34)
-    large = 20 * enough
-    faded = enough + enough * 5.3 * (1 - np.exp(-19 / 5.3))
-    assert compute_optimal(CHINCHILLA, BASE, 6 * enough * U)[0] == pytest.approx(enough)
-    computed = data_constrained(BASE).predict(
-        BASE | {"R_D": 15.4, "R_N": 5.3}, **theta | {"parameters": large}
-    )
-    assert computed == pytest.approx(1.8 + 400 * faded**-0.34 + 2000 * seen_again**-0.37)
 
 
 def test_without_repeated_data_the_law_is_chinchilla():
     theta = dict(parameters=1e9, tokens=np.array([1e10, 2e10]))
-    computed = data_constrained().predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **theta)
+    computed = DATA_CONSTRAINED.predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **theta)
     np.testing.assert_allclose(computed, CHINCHILLA.predict(BASE, **theta))
 
 
@@ -156,9 +146,9 @@ def test_missing_columns_and_parameters_are_refused():
     with pytest.raises(UserError, match="does not read N and D"):
         compute_optimal(FRONTIER, {"K": 9.0, "E": 1.7, "gamma": 0.1}, 1e20)
     with pytest.raises(UserError, match="no power law of compute"):
-        allocation(data_constrained(), BASE | {"R_D": 3.0})
+        allocation(DATA_CONSTRAINED, BASE | {"R_D": 3.0})
     with pytest.raises(UserError, match="reads the unique tokens"):
-        compute_optimal(data_constrained(), BASE | {"R_D": 3.0}, 1e20)
+        compute_optimal(DATA_CONSTRAINED, BASE | {"R_D": 3.0}, 1e20)
 
 
 @pytest.mark.parametrize("bad", [np.nan, 0.0, -2.0, np.inf])

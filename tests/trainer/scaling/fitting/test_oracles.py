@@ -103,7 +103,7 @@ def test_intervals_of_the_same_4000_resamples(epoch, near):
     w = np.stack([np.bincount([place[r] for r in d], minlength=240) for d in draws])
     law = replicates(fit(CHINCHILLA, epoch), weights=w)
     assert law.uncertified == 0
-    assert law.gradient.max() < 1e-8
+    assert law.solved.gradient.max() < 1e-8
     low, high = law.interval(0.95, method="percentile")
     np.testing.assert_allclose(high, [743.6, 5810.3, 1.871, 0.373, 0.415], atol=0.06)
     np.testing.assert_allclose(high[2:], [1.871, 0.373, 0.415], atol=6e-4)
