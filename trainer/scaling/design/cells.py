@@ -14,6 +14,7 @@ it (for its learning rate, or as its trunk).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from forescale.config.sections.batch import BatchRamp
@@ -127,9 +128,19 @@ def make_cell(
     per = common.per_token(shape.model)
     budgeted = tokens or (budget or 0) / per[common.cost]
     aim = recipe_of or budgeted
-    windows, at_once = _batch(common, aim, batch_factor)
+    # The rule's batch, rounded to the study's micro-batch, times a factor. A smaller batch has a
+    # smaller micro-batch, if it divides by the ranks.
+    unit = common.micro_batch
+    usual = max(1, round(rule.batch(aim) / (unit * length))) * unit
+    least = unit * min(1.0, batch_factor)
+    at_once = int(least) if least % common.ranks == 0 and least else unit
+    windows = max(1, round(usual * batch_factor / at_once)) * at_once
     full = max(1, round(budgeted / (windows * length)))
-    ramp = _ramp(full, windows, first_batch)
+    # Batches begin with the share `first_batch`, and double at equal intervals until GROWS of the
+    # tokens: a power series.
+    doublings = round(-math.log2(first_batch))
+    each = max(1, round(GROWS * full / (1 - first_batch))) if doublings else 0
+    ramp = BatchRamp(windows, (each,) * doublings)
     steps = ramp.steps_for(full * ramp.full)
     tokens = ramp.samples(steps) * length
     # Warm-up over N tokens: a constant one is too long for small models (Porian et al. 2024, arXiv
@@ -144,7 +155,7 @@ def make_cell(
         f"rounding to whole steps changes D by {off:.0%}": off > _ROUNDED,
         "batch and learning rate outside the range of their rule": not rule.covers(n, budgeted),
     }
-    flops = {convention: float(tokens * each) for convention, each in per.items()}
+    flops = {convention: float(tokens * one) for convention, one in per.items()}
     decay, cost = math.ceil(common.decay * full), flops[common.cost]
     return Cell(
         name + suffix, stage, role, budget, shape, tokens, steps, windows, length,
@@ -155,25 +166,6 @@ def make_cell(
         rate_factor=rate_factor, adam_share=common.adam_share,
         first_batch=ramp.first if ramp.lengths else None, ramp_steps=ramp.steps,
     )  # fmt: skip
-
-
-def _batch(common: Common, tokens: float, factor: float) -> tuple[int, int]:
-    """Return the windows of a step, and the micro-batch of all ranks: the batch of the rule,
-    rounded to the study's micro-batch, times a factor. A smaller batch has a smaller micro-batch,
-    if it divides by the ranks."""
-    unit, ranks = common.micro_batch, common.ranks
-    usual = max(1, round(common.rule.batch(tokens) / (unit * common.sequence_length))) * unit
-    least = unit * min(1.0, factor)
-    at_once = int(least) if least % ranks == 0 and least else unit
-    return max(1, round(usual * factor / at_once)) * at_once, at_once
-
-
-def _ramp(steps: int, windows: int, first: float) -> BatchRamp:
-    """Return the batches of a run with the tokens of `steps` full steps. They begin with the share
-    `first` of the `windows`, and double at equal intervals until GROWS of the tokens."""
-    stages = round(-math.log2(first))
-    each = max(1, round(GROWS * steps / (1 - first))) if stages else 0  # a power series
-    return BatchRamp(windows, (each,) * stages)
 
 
 def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
@@ -195,17 +187,11 @@ def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> lis
     batches = [(1.0, ""), (1 / FACTOR, "-batch-low"), (FACTOR, "-batch-high")]
     rates = [(1.0, ""), (1 / FACTOR, "-rate-low"), (FACTOR, "-rate-high")]
     cells = list[Cell]()
-    for batch_factor, batch in batches:
-        for rate_factor, rate in rates if joint else rates[:1]:
-            role: Role = "rate-batch" if rate else "batch"
-            c = draft(
-                role=role,
-                batch_factor=batch_factor,
-                rate_factor=rate_factor,
-                suffix=f"{batch}{rate}",
-            )
-            if (batch and c.global_batch != middle.global_batch) or (rate and not batch):
-                cells.append(replace(c, waits_for=middle.waits_for))
+    for (size, batch), (by, rate) in product(batches, rates if joint else rates[:1]):
+        role: Role = "rate-batch" if rate else "batch"
+        c = draft(role=role, batch_factor=size, rate_factor=by, suffix=f"{batch}{rate}")
+        if (batch and c.global_batch != middle.global_batch) or (rate and not batch):
+            cells.append(replace(c, waits_for=middle.waits_for))
     return cells
 
 
@@ -217,13 +203,10 @@ def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
     """
     repeats = list[Cell]()
     for i in range(1, seeds):
+        kind, key = ("init", "init_seed") if i % 2 else ("data", "seed")
         number = (i + 1) // 2
-        other = replace(cell, role="seed", init_seed=cell.seed)
-        if i % 2:
-            other = replace(other, name=f"{cell.name}-init{number}", init_seed=cell.seed + number)
-        else:
-            other = replace(other, name=f"{cell.name}-data{number}", seed=cell.seed + number)
-        repeats.append(other)
+        changes: dict[str, Any] = {"init_seed": cell.seed, key: cell.seed + number}
+        repeats.append(replace(cell, name=f"{cell.name}-{kind}{number}", role="seed", **changes))
     return repeats
 
 

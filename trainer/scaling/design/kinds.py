@@ -26,8 +26,7 @@ from forescale.scaling.design.cells import (
     share_trunks,
     with_rate_sweeps,
 )
-from forescale.scaling.design.isoflop_grid import Grid
-from forescale.scaling.design.plan import Kind, StudyPlan, StudyStage, reserve
+from forescale.scaling.design.plan import SIZES, Grid, Kind, StudyPlan, StudyStage, reserve
 from forescale.scaling.design.recipes import (
     BASE,
     BestRates,
@@ -38,7 +37,6 @@ from forescale.scaling.design.recipes import (
 )
 from forescale.scaling.design.shapes import RATIO, Common
 
-_SIZES = 3  # fewer determine no law
 _DRIFT = 2.0  # factor by which the best N may differ from its guess, for the range of costs
 _FRESH = 1000  # added to the seed of runs that confirm a winner
 # Config keys of a run that its cell sets.
@@ -54,28 +52,25 @@ def isoflop_plan(job: StudyJob, common: Common) -> StudyPlan:
     """Return an isoFLOP plan. Raises UserError if no models of its sizes exist, or if it costs more
     than the cap."""
     keys, grid = job.plan, Grid.within_cap(job.plan, common)
+    stages = list[StudyStage]()
     try:
-        stages = tuple(_isoflop_stage(grid, common, i + 1) for i in range(keys.budgets))
+        for number, budget in enumerate(grid.budgets, 1):
+            centre = common.centre(budget, grid.ratio)
+            tried = [grid.cells(common, number, centre)]
+            # A draft has the range of costs over the centres that it may get.
+            for factor in (1 / _DRIFT, _DRIFT) if number > 1 else ():
+                with suppress(UserError):  # no models there, so no cost
+                    tried.append(grid.cells(common, number, centre * factor))
+            costs = [sum(c.cost for c in cells) for cells in tried]
+            high = max(cost + reserve(cells) for cost, cells in zip(costs, tried, strict=True))
+            stages.append(StudyStage(number, budget, tried[0], min(costs), high, number == 1))
     except UserError as e:
         problem = f"no grid can start at {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
         raise UserError("cap", problem, "raise it, or plan fewer budgets or sizes") from None
     notes = [f"{keys.budgets} budgets; 5 or more are better"] * (keys.budgets < 5)
     notes += [f"{keys.sizes} sizes per budget; 5 to 7 are better"] * (not 5 <= keys.sizes <= 7)
-    return _within_cap(StudyPlan("isoflop", common, stages, keys.cap or 0.0, grid, tuple(notes)))
-
-
-def _isoflop_stage(grid: Grid, common: Common, number: int) -> StudyStage:
-    """Return a stage; the first is exact, a later one has the range of costs over the centres that
-    it may get."""
-    budget = grid.budgets[number - 1]
-    centre = common.centre(budget, grid.ratio)
-    tried = [grid.cells(common, number, centre)]
-    for factor in (1 / _DRIFT, _DRIFT) if number > 1 else ():
-        with suppress(UserError):  # no models there, so no cost
-            tried.append(grid.cells(common, number, centre * factor))
-    costs = [sum(c.cost for c in cells) for cells in tried]
-    high = max(cost + reserve(cells) for cost, cells in zip(costs, tried, strict=True))
-    return StudyStage(number, budget, tried[0], min(costs), high, number == 1)
+    plan = StudyPlan("isoflop", common, tuple(stages), keys.cap or 0.0, grid, tuple(notes))
+    return _within_cap(plan)
 
 
 def ladder_plan(job: StudyJob, common: Common) -> StudyPlan:
@@ -86,7 +81,7 @@ def ladder_plan(job: StudyJob, common: Common) -> StudyPlan:
     them. Raises UserError if the runs determine no law, or if they cost more than the cap.
     """
     sizes, multiples = sorted(job.plan.ladder), sorted(set(job.plan.multiples))
-    if len(sizes) < _SIZES or len(multiples) < 2 or multiples[0] <= 0:
+    if len(sizes) < SIZES or len(multiples) < 2 or multiples[0] <= 0:
         problem = f"{len(sizes)} sizes and {len(multiples)} multiples determine no law"
         raise UserError("sizes", problem, "give three or more sizes, and two or more multiples")
 
@@ -106,7 +101,7 @@ def ladder_plan(job: StudyJob, common: Common) -> StudyPlan:
         return _listed("ladder", common, cells, job)
 
     smaller = (
-        (n, k) for n in range(len(sizes), _SIZES - 1, -1) for k in range(len(multiples), 1, -1)
+        (n, k) for n in range(len(sizes), SIZES - 1, -1) for k in range(len(multiples), 1, -1)
     )
     text = "{} sizes up to {:.3g} at {} multiples"
     cheaper = ((text.format(n, sizes[n - 1], k), plan(n, k)) for n, k in smaller)
@@ -118,8 +113,8 @@ def list_plan(job: StudyJob, common: Common) -> StudyPlan:
     size branch off one trunk. Raises UserError as `ladder_plan` does."""
     runs = [(n, d) for n, d in job.plan.runs]
     sizes = sorted({n for n, _ in runs})
-    if len(sizes) < _SIZES:
-        problem = f"{len(runs)} runs have fewer than {_SIZES} different sizes"
+    if len(sizes) < SIZES:
+        problem = f"{len(runs)} runs have fewer than {SIZES} different sizes"
         raise UserError("runs", problem, "give (N, D) of three or more sizes")
     shapes, cells = dict(zip(sizes, common.family.series(sizes), strict=True)), list[Cell]()
     for i, (n, d) in enumerate(runs):
@@ -181,16 +176,17 @@ def recipes_plan(job: StudyJob, common: Common) -> StudyPlan:
     except UserError as e:
         problem = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.problem})"
         raise UserError("plan.cap", problem, "raise it, or plan fewer recipes or budgets") from None
-    number, highest = len(stages) + 1, stages[grid.top - 1]
-    once = sum({c.recipe: c.cost for c in highest.cells}.values())
-    fresh = StudyStage(number, highest.budget, (), 0.0, grid.fresh * once, exact=False)
     notes = [f"the last stage has {grid.fresh} fresh seeds of each winner and of the base, if "
              "there is a winner"]  # fmt: skip
     notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
-    stages += [fresh] * bool(grid.fresh)
-    return _within_cap(StudyPlan(
-        "recipes", common, tuple(stages), keys.cap or 0.0, None, tuple(notes), recipes, grid
-    ))  # fmt: skip
+    if grid.fresh:
+        highest = stages[grid.top - 1]
+        most = grid.fresh * sum({c.recipe: c.cost for c in highest.cells}.values())
+        stages.append(StudyStage(len(stages) + 1, highest.budget, (), 0.0, most, exact=False))
+    cap = keys.cap or 0.0
+    return _within_cap(
+        StudyPlan("recipes", common, tuple(stages), cap, None, tuple(notes), recipes, grid)
+    )
 
 
 def recipe_stage(
@@ -211,22 +207,18 @@ def recipe_stage(
 
 def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:
     """Return a note for each recipe whose factors and sizes give it the model of the base."""
+    keys = {"model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_width"}
+    sizes = [{t for t in r.arguments if t.partition("=")[0] in keys} for r in recipes]
     first = {c.recipe: c for c in reversed(stage.cells)}
     base = first[BASE]
     return [
         f"at {stage.budget:.2g} FLOPs {r.name} has the sizes and batch of the base: models and "
         "batches of that size come in larger steps"
-        for r in recipes
-        if ((r.batch, r.aspect) != (1.0, 1.0) or _sizes(r) != _sizes(recipes[0]))
+        for r, ratios in zip(recipes, sizes, strict=True)
+        if ((r.batch, r.aspect) != (1.0, 1.0) or ratios != sizes[0])
         and first[r.name].shape.model.sizes == base.shape.model.sizes
         and first[r.name].global_batch == base.global_batch
     ]
-
-
-def _sizes(recipe: Recipe) -> set[str]:
-    """Return the arguments of a recipe that set sizes, of which it keeps the ratios."""
-    keys = {"model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_width"}
-    return {text for text in recipe.arguments if text.partition("=")[0] in keys}
 
 
 def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:

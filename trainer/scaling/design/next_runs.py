@@ -22,8 +22,7 @@ from forescale.ground.errors import UserError
 from forescale.run.forecast import SAME
 from forescale.scaling.design.shapes import RATIO, Common
 from forescale.scaling.design.simulate import RunSet, Target
-from forescale.scaling.fitting.fit import Fit
-from forescale.scaling.fitting.forms import Design as At
+from forescale.scaling.fitting.forms import Design
 from forescale.scaling.fitting.points import Array, Points, spent
 from forescale.scaling.forecasting.calibrated import CalibratedLaw
 
@@ -59,19 +58,14 @@ def recommend(
     if the law's runs have no N or D, or if no candidate costs less than the cap.
     """
     if not (candidates.flops <= cap).any():
-        problem = (
-            f"the cheapest candidate costs {candidates.flops.min():.3g} FLOPs, more than the cap "
-        )
-        raise UserError("cap", f"{problem}of {cap:.3g}", "raise it")
+        least = candidates.flops.min()
+        problem = f"the cheapest candidate costs {least:.3g} FLOPs, more than the cap of {cap:.3g}"
+        raise UserError("cap", problem, "raise it")
     chosen, variances = choose(law, candidates, target, cap)
+    columns = [x[chosen] for x in (candidates.parameters, candidates.tokens, candidates.flops)]
     deviations = np.sqrt(variances)
-    return [
-        NextRun(
-            *(float(x[i]) for x in (candidates.parameters, candidates.tokens, candidates.flops)),
-            *map(float, deviations[k : k + 2]),
-        )
-        for k, i in enumerate(chosen)
-    ]
+    rows = np.column_stack((*columns, deviations[:-1], deviations[1:]))
+    return [NextRun(*row) for row in rows.tolist()]
 
 
 def candidates_of(common: Common, low: float, high: float, known: Points) -> RunSet:
@@ -89,24 +83,25 @@ def candidates_of(common: Common, low: float, high: float, known: Points) -> Run
         with suppress(UserError):
             shape = common.family.solve(n)
             shapes[shape.parameters] = common.per_token(shape.model)[common.cost]
+    logs = np.stack((known.log("parameters"), known.log("tokens")))
+
+    def is_known(n: float, d: float) -> bool:
+        away = np.abs(logs - np.log([[n], [d]]))
+        return bool((away.max(0) < SAME).any())
+
     rows = [
         (float(n), budget / per, budget)
         for budget in _steps(low, high, 10**0.25)
         for n, per in shapes.items()
         if RATIO / _SPREAD**2 < budget / per / n < RATIO * _SPREAD**2
         and budget / per <= (common.unique or np.inf)
-        and not _is_known(known, n, budget / per)
+        and not is_known(n, budget / per)
     ]
     if not rows:
         problem = f"no model of this family has {low:.3g} to {high:.3g} FLOPs within one epoch"
         raise UserError("cap", problem, "change it, or train on more data")
     n, d, c = np.array(rows).T
     return RunSet(n, d, c)
-
-
-def _is_known(known: Points, parameters: float, tokens: float) -> bool:
-    off = (known.log("parameters") - np.log(parameters), known.log("tokens") - np.log(tokens))
-    return bool((np.max(np.abs(off), axis=0) < SAME).any())
 
 
 def _steps(low: float, high: float, step: float) -> list[float]:
@@ -156,32 +151,23 @@ def posterior(law: CalibratedLaw, points: RunSet) -> tuple[Array, Array]:
     basis functions)."""
     fit, m = law.fit, len(points.flops)
     runs = run_set(fit.points)
-    every = _joined(points, runs)
-    mean, jacobian = _linear(fit, every)
-    prior = _OPEN**2 * jacobian.T @ jacobian + _discrepancy(law, every, float(runs.flops.min()))
-    observed = prior[m:, m:] + max(law.noise, NOISE) ** 2 * np.eye(len(fit.points))
-    pull = np.linalg.solve(observed, prior[m:, :m]).T
-    return mean[:m] + pull @ fit.residuals, prior[:m, :m] - pull @ prior[m:, :m]
-
-
-def _linear(fit: Fit, at: RunSet) -> tuple[Array, Array]:
-    """Log loss (m,) and its derivatives with respect to the internal parameters, (p, m)."""
+    at = _joined(points, runs)
     columns = {"parameters": at.parameters, "tokens": at.tokens, "flops": at.flops}
     columns["unique_tokens"] = at.tokens  # no data is repeated
     centre = fit.task.at.centre
     logs = {c: np.log(columns[c]) - centre[c] for c in fit.form.columns}
-    mean, jacobian = fit.form.evaluate(fit.theta, At(logs, centre))
-    return mean[0], jacobian[0]
-
-
-def _discrepancy(law: CalibratedLaw, at: RunSet, cheapest: float) -> Array:
-    """Covariance (m, m) of a Wiener process of log C from the cheapest run on, times a correlation
-    that decays with the distance in log D/N. A smooth process does better if the truth leaves the
-    law smoothly, and much worse if it doesn't."""
-    t = np.maximum(0.0, np.log10(at.flops / cheapest))
-    walked = law.discrepancy.per_decade**2 * np.minimum.outer(t, t)
+    mean, jacobian = (x[0] for x in fit.form.evaluate(fit.theta, Design(logs, centre)))
+    # The discrepancy: a Wiener process of log C from the cheapest run on, times a correlation that
+    # decays with the distance in log D/N. A smooth process does better if the truth leaves the law
+    # smoothly, and much worse if it doesn't.
+    t = np.maximum(0.0, np.log10(at.flops / float(runs.flops.min())))
     ratio = np.log10(at.tokens / at.parameters)
-    return walked * np.exp(-np.abs(np.subtract.outer(ratio, ratio)) / _SHARED)
+    shared = np.exp(-np.abs(np.subtract.outer(ratio, ratio)) / _SHARED)
+    discrepancy = law.discrepancy.per_decade**2 * np.minimum.outer(t, t) * shared
+    prior = _OPEN**2 * jacobian.T @ jacobian + discrepancy
+    observed = prior[m:, m:] + max(law.noise, NOISE) ** 2 * np.eye(len(fit.points))
+    pull = np.linalg.solve(observed, prior[m:, :m]).T
+    return mean[:m] + pull @ fit.residuals, prior[:m, :m] - pull @ prior[m:, :m]
 
 
 def _joined(one: Target | RunSet, other: RunSet) -> RunSet:

@@ -93,8 +93,16 @@ def noise_of(table: pd.DataFrame, cost: str = "flops_causal") -> Noise:
     levels, gaps, edges = list[Level](), list[float](), 0
     for cell, runs in table.groupby("cell_of", sort=False):
         repeats = runs[runs["role"].isin(("grid", "seed"))]
-        if len(repeats) > 1:
-            levels.append(_level(str(cell), repeats, cost))
+        if (whole := _spread([repeats])) is not None:
+            weights = data = None
+            if {"seed", "init_seed"} <= set(repeats.columns):
+                weights = _spread([rows for _, rows in repeats.groupby("seed")])
+                data = _spread([rows for _, rows in repeats.groupby("init_seed")])
+            if weights and data:
+                # Each of these runs has one new seed; runs with two new seeds scatter more.
+                whole = Spread(math.hypot(weights.sd, data.sd), weights.free + data.free)
+            flops = float(repeats[cost].mean())
+            levels.append(Level(str(cell), flops, len(repeats), whole, weights, data))
         sweep = runs[runs["role"].isin(("grid", "rate"))].drop_duplicates("learning_rate")
         if len(sweep) >= _RATES:
             best = tuned(sweep["learning_rate"].tolist(), sweep["loss"].tolist())
@@ -103,19 +111,6 @@ def noise_of(table: pd.DataFrame, cost: str = "flops_causal") -> Noise:
     levels.sort(key=lambda level: level.flops)
     gap = math.sqrt(np.square(gaps).mean()) if gaps else None
     return Noise(tuple(levels), gap, len(gaps), edges)
-
-
-def _level(cell: str, runs: pd.DataFrame, cost: str) -> Level:
-    whole = _spread([runs])
-    weights = data = None
-    if {"seed", "init_seed"} <= set(runs.columns):
-        weights = _spread([rows for _, rows in runs.groupby("seed")])
-        data = _spread([rows for _, rows in runs.groupby("init_seed")])
-    if weights and data:
-        # Each of these runs has one new seed; runs with two new seeds scatter more.
-        whole = Spread(math.hypot(weights.sd, data.sd), weights.free + data.free)
-    assert whole is not None
-    return Level(cell, float(runs[cost].mean()), len(runs), whole, weights, data)
 
 
 def _spread(groups: Sequence[pd.DataFrame]) -> Spread | None:

@@ -7,19 +7,32 @@ that would decide otherwise.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forescale.config.schema import plain
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.scaling.design.cells import FACTOR, RATES, Cell, extra_rate
-from forescale.scaling.design.isoflop_grid import EXTRA_RATES, Grid
+from forescale.scaling.config import PlanKeys
+from forescale.scaling.design.cells import (
+    FACTOR,
+    RATES,
+    Cell,
+    batch_variants,
+    extra_rate,
+    make_cell,
+    seed_repeats,
+    with_rate_sweeps,
+)
 from forescale.scaling.design.recipes import Recipe, RecipeGrid
-from forescale.scaling.design.shapes import Common, Rule, Shape
+from forescale.scaling.design.shapes import RATIO, Common, Rule
 from forescale.scaling.design.tuning import Tuned, interpolated_rate
 
 Kind = Literal["isoflop", "ladder", "list", "recipes"]
+EXTRA_RATES = 2  # of a size, if its best learning rate is at an edge
+SIZES = 3  # fewer determine no law, and no parabola
+_ROUNDING = 0.99  # of the cap: budgets round to whole steps
 
 
 @dataclass(frozen=True)
@@ -69,16 +82,12 @@ class StudyStage:
 
     def with_rates(self, recipe: str, best: Mapping[int, Tuned], gap: float) -> "StudyStage":
         """Return the stage with the learning rates of a recipe's waiting cells. best: by N."""
-        cells = [
-            replace(
-                c,
-                learning_rate=interpolated_rate(best, c.shape.parameters) * c.rate_factor,
-                waits_for=(),
-            )
-            if c.waits_for and c.recipe == recipe
-            else c
-            for c in self.cells
-        ]
+        cells = []
+        for c in self.cells:
+            if c.waits_for and c.recipe == recipe:
+                rate = interpolated_rate(best, c.shape.parameters) * c.rate_factor
+                c = replace(c, learning_rate=rate, waits_for=())
+            cells.append(c)
         stage = replace(self, cells=tuple(cells))
         if recipe:  # others may still need the reserve
             return stage
@@ -103,6 +112,48 @@ def reserve(cells: Sequence[Cell]) -> float:
     """Return the FLOPs that are reserved for extra learning rates of both sweeps."""
     swept = {name for c in cells for name in c.waits_for}
     return EXTRA_RATES * sum({c.cell_of: c.cost for c in cells if c.name in swept}.values())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The layout of an isoFLOP plan. budgets: FLOPs, increasing; sizes: number per budget, from
+    centre / spread to centre x spread; ratio: D/N at the centre of the first budget."""
+
+    budgets: tuple[float, ...]
+    sizes: int = 5
+    spread: float = 2.5
+    ratio: float = RATIO
+
+    @classmethod
+    def within_cap(cls, keys: PlanKeys, common: Common) -> "Grid":
+        """Return the grid with the most expensive budgets, a factor of `keys.step` apart, that the
+        cap (FLOPs) pays for, including sweeps and seeds."""
+        number, seeds = keys.budgets, common.seeds
+        checks = 8 if common.joint_sweep else 2
+        extra = [checks + seeds[0] - 1, *[0] * (number - 3), seeds[1] - 1, checks]
+        each = keys.sizes + 2 * (RATES - 1) + 2 * EXTRA_RATES
+        shares = [keys.step ** (i + 1 - number) for i in range(number)]
+        runs = sum((each + e) * s for e, s in zip(extra, shares, strict=True))
+        top = _ROUNDING * (keys.cap or 0.0) / runs
+        return cls(tuple(top * s for s in shares), keys.sizes, keys.spread, keys.ratio)
+
+    def cells(self, common: Common, stage: int, centre: float) -> tuple[Cell, ...]:
+        """Return the cells of stage 1, 2, ... around N = centre. Raises UserError for fewer than
+        three models."""
+        budget, last = self.budgets[stage - 1], len(self.budgets)
+        powers = [2 * i / (self.sizes - 1) - 1 for i in range(self.sizes)]
+        shapes = common.family.nearest([centre * self.spread**p for p in powers])
+        if len(shapes) < SIZES:
+            problem = f"only {len(shapes)} different models exist around {centre:.3g} parameters"
+            raise UserError("sizes", problem, "raise plan.spread, or take larger budgets")
+        sizes = enumerate(shapes)
+        drafts = [partial(make_cell, common, f"s{stage}-n{i}", stage, s, budget) for i, s in sizes]
+        cells = with_rate_sweeps(drafts)
+        middle, draft = cells[len(shapes) // 2], drafts[len(shapes) // 2]
+        if stage in (1, last):
+            cells += batch_variants(draft, middle, common.joint_sweep)
+        seeds = {1: common.seeds[0], last - 1: common.seeds[1]}
+        return tuple(cells + seed_repeats(middle, seeds.get(stage, 1)))
 
 
 @dataclass(frozen=True)
@@ -148,10 +199,8 @@ class StudyPlan:
         Raises UserError if the plan would cost more than its cap."""
         plan = self.with_stage(stage)
         if plan.high > self.cap:
-            problem = (
-                f"stage {stage.number}{around} raises the plan's cost to {plan.high:.3g} FLOPs,"
-            )
-            problem += f" more than the cap of {self.cap:.3g}"
+            problem = f"stage {stage.number}{around} raises the plan's cost to {plan.high:.3g} "
+            problem += f"FLOPs, more than the cap of {self.cap:.3g}"
             raise UserError("cap", problem, "plan a new study with more, or end this one here")
         return plan
 
@@ -178,22 +227,17 @@ class StudyPlan:
 
 
 def dump(plan: StudyPlan) -> dict[str, Any]:
-    """Return the plan as JSON values."""
-    facts: dict[str, Any] = _values(plan)
-    for stage in facts["stages"]:
-        for cell in stage["cells"]:
-            shape = cell["shape"]
-            cell["shape"] = {"wanted": shape.pop("target"), **shape}
+    """Return the plan as JSON values; of a model, with the kinds of its parts."""
+
+    def values(node: Any) -> Any:
+        if isinstance(node, ModelConfig):
+            return plain(node)
+        if is_dataclass(node):
+            return {f.name: values(getattr(node, f.name)) for f in fields(node)}
+        return [values(item) for item in node] if isinstance(node, list | tuple) else node
+
+    facts: dict[str, Any] = values(plan)
     return facts
-
-
-def _values(node: Any) -> Any:
-    """Return a dataclass as JSON values; a model with the kinds of its parts."""
-    if isinstance(node, ModelConfig):
-        return plain(node)
-    if is_dataclass(node):
-        return {f.name: _values(getattr(node, f.name)) for f in fields(node)}
-    return [_values(item) for item in node] if isinstance(node, list | tuple) else node
 
 
 def load(facts: Mapping[str, Any]) -> StudyPlan:
@@ -217,8 +261,6 @@ def _typed(type_: Any, value: Any) -> Any:
         return ModelConfig(**value)
     if isinstance(type_, type) and is_dataclass(type_):
         hints = get_type_hints(type_)
-        if type_ is Shape:  # its target is called `wanted` in files
-            value = {**value, "target": value["wanted"]}
         return type_(**{k: _typed(hints[k], v) for k, v in value.items() if k in hints})
     if get_origin(type_) is tuple:
         each = arguments[:1] * len(value) if arguments[-1] is ... else arguments

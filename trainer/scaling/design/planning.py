@@ -15,7 +15,6 @@ from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.start import embedded_vocabulary, open_sources
 from forescale.scaling.config import StudyJob
-from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.kinds import PLANS, STUDY_KEYS
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
@@ -42,9 +41,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
     """Return what all cells have in common: base model, vocabulary, data size and conventions.
 
     opened: the embedded corpus is opened too, for the number of its tokens, and prepared if it is
-    missing; else runs that name no data may have any number of tokens. Raises UserError
-    (ConfigError is one) if plan.arguments has keys that `train` doesn't know or that each cell sets
-    itself.
+    missing. Raises UserError (ConfigError is one) for arguments that runs of a study can't have.
     """
     keys = job.plan
     for argument in keys.arguments:
@@ -80,20 +77,12 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         splits = sources.split("train").values()
         unique = unique or float(sum(split.num_tokens for split in splits))
     return Common(
-        train.model,
-        vocabulary,
-        keys.sequence_length,
-        size=job.size,
-        cost=job.cost,
-        micro_batch=keys.micro_batch,
-        ranks=keys.ranks,
-        seed=job.seed or train.train.seed,
-        rate=keys.rate,
-        unique=unique,
-        seeds=(keys.seeds[0], keys.seeds[1]),
+        train.model, vocabulary, keys.sequence_length, size=job.size, cost=job.cost,
+        micro_batch=keys.micro_batch, ranks=keys.ranks, seed=job.seed or train.train.seed,
+        rate=keys.rate, unique=unique, seeds=(keys.seeds[0], keys.seeds[1]),
         joint_sweep=keys.joint_sweep,
         adam_share=adam / train.optimizer.learning_rate if adam else None,
-    )
+    )  # fmt: skip
 
 
 def show(plan: StudyPlan, precision: Expected | None, console: Console) -> None:
@@ -101,7 +90,14 @@ def show(plan: StudyPlan, precision: Expected | None, console: Console) -> None:
     n = len(plan.cells)
     cost = f"at most {plan.high:.3g} of {plan.cap:.3g} FLOPs"
     console.print(f"{plan.kind}: {n} runs in {len(plan.stages)} stages; {cost}\n")
-    console.print(_stages(plan))
+    stages = table("stage", "budget", "runs", "FLOPs", "device-hours")
+    rate = plan.common.rate
+    for stage in plan.stages:
+        cost = f"{stage.low:.3g}" if stage.exact else f"{stage.low:.3g} to {stage.high:.3g}"
+        hours = f"{stage.high / rate / _SECONDS_AN_HOUR:,.2f}" if rate else "-"
+        budget = f"{stage.budget:.3g}" if stage.budget else "-"
+        stages.add_row(str(stage.number), budget, str(len(stage.cells)), cost, hours)
+    console.print(stages)
     console.print()
     console.print(_cells(plan))
     if precision is not None:
@@ -121,17 +117,6 @@ def show(plan: StudyPlan, precision: Expected | None, console: Console) -> None:
         console.print(f"[yellow]Note:[/] {note}.", soft_wrap=True)
 
 
-def _stages(plan: StudyPlan) -> Table:
-    rows = table("stage", "budget", "runs", "FLOPs", "device-hours")
-    rate = plan.common.rate
-    for stage in plan.stages:
-        cost = f"{stage.low:.3g}" if stage.exact else f"{stage.low:.3g} to {stage.high:.3g}"
-        hours = f"{stage.high / rate / _SECONDS_AN_HOUR:,.2f}" if rate else "-"
-        budget = f"{stage.budget:.3g}" if stage.budget else "-"
-        rows.add_row(str(stage.number), budget, str(len(stage.cells)), cost, hours)
-    return rows
-
-
 def _cells(plan: StudyPlan) -> Table:
     """Return a row for each run. Recipes, which have the same runs at each budget, have a row for
     each recipe and budget. In a draft stage ~ stands before what may still change."""
@@ -144,25 +129,13 @@ def _cells(plan: StudyPlan) -> Table:
             if plan.recipes and c.role != "grid":
                 continue
             alike = [x for x in stage.cells if x.cell_of == c.name] if plan.recipes else [c]
-            s = c.shape.model.sizes
+            s, n = c.shape.model.sizes, c.shape.parameters
+            known = sorted({x.learning_rate for x in alike if not x.waits_for})
+            rates = f"{about}{known[0]:.2g}" if known else "pending"
+            rates += f" to {known[-1]:.2g}" if len(known) > 1 else ""
             rows.add_row(
-                c.name,
-                str(len(alike)) if plan.recipes else c.role,
-                f"{about}{c.shape.parameters:,}",
-                f"{s.num_layers} x {s.width}",
-                f"{about}{c.tokens:,}",
-                f"{c.tokens / c.shape.parameters:.0f}",
-                f"{c.steps:,}",
-                str(c.global_batch),
-                _rates(alike, about),
-                f"{about}{c.cost:.2e}",
-            )
+                c.name, str(len(alike)) if plan.recipes else c.role, f"{about}{n:,}",
+                f"{s.num_layers} x {s.width}", f"{about}{c.tokens:,}", f"{c.tokens / n:.0f}",
+                f"{c.steps:,}", str(c.global_batch), rates, f"{about}{c.cost:.2e}",
+            )  # fmt: skip
     return rows
-
-
-def _rates(cells: list[Cell], about: str) -> str:
-    """Return the learning rates of cells, as far as they are known."""
-    known = sorted({c.learning_rate for c in cells if not c.waits_for})
-    if len(known) > 1:
-        return f"{about}{known[0]:.2g} to {known[-1]:.2g}"
-    return f"{about}{known[0]:.2g}" if known else "pending"

@@ -135,8 +135,15 @@ def rate_laws(table: pd.DataFrame, job: StudyJob, where: str) -> RateLaws:
         notes.append(f"{len(with_batch)} sweeps that vary the batch are too few for its law.")
     bends = [o.bend for o in optima if o.bend is not None]
     cost = float(np.expm1(np.median(bends) * np.log(2) ** 2)) if bends else None
-    laws = [law for law in (rate, batch) if law is not None]
-    return RateLaws(job, optima, refused, rate, batch, _target(laws, job), cost, tuple(notes))
+    t = job.target
+    values = {"parameters": t.parameters, "tokens": t.tokens, "flops": t.flops}
+    point = {name: value for name, value in values.items() if value is not None}
+    if point and (missing := [c for c in columns if c not in point]):
+        problem = f"is not given; the laws read {', '.join(columns)}"
+        raise UserError(f"target.{missing[0]}", problem, "give it too")
+    laws = [law for law in (rate, batch) if law is not None and point]
+    target = {law.quantity: law.at(point, job.level) for law in laws}
+    return RateLaws(job, optima, refused, rate, batch, target, cost, tuple(notes))
 
 
 def _numbers(table: pd.DataFrame, column: str, where: str) -> Array:
@@ -161,11 +168,8 @@ def _sweeps(
         rows = np.flatnonzero(n == size)
         rows = rows[np.argsort(log_d[rows], kind="stable")]
         for sweep in np.split(rows, np.flatnonzero(np.diff(log_d[rows]) > _SAME) + 1):
-            at = {
-                "parameters": float(size),
-                "tokens": float(np.exp(log_d[sweep].mean())),
-                "flops": float(np.exp(np.log(c[sweep]).mean())),
-            }
+            d, flops = np.exp(log_d[sweep].mean()), np.exp(np.log(c[sweep]).mean())
+            at = {"parameters": float(size), "tokens": float(d), "flops": float(flops)}
             several = batches is not None and len(np.unique(batches[sweep])) > 1
             tried = batches[sweep] if batches is not None and several else None
             yield _optimum(at, rates[sweep], tried, loss[sweep])
@@ -221,13 +225,9 @@ def _columns(job: StudyJob, optima: Sequence[Optimum]) -> tuple[tuple[str, ...],
 
 
 def _law(
-    quantity: str,
-    values: Sequence[float],
-    optima: Sequence[Optimum],
-    columns: tuple[str, ...],
-    where: str,
-    refused: Sequence[RefusedSweep],
-) -> RateLaw:
+    quantity: str, values: Sequence[float], optima: Sequence[Optimum], columns: tuple[str, ...],
+    where: str, refused: Sequence[RefusedSweep],
+) -> RateLaw:  # fmt: skip
     """Return the law of these best values. Raises UserError if they are too few, or at
     one place."""
     if (freedom := len(optima) - len(columns) - 1) < 1:
@@ -248,19 +248,6 @@ def _law(
     coefficients = gram @ X.T @ y
     variance = float(np.square(y - X @ coefficients).sum() / freedom)
     return RateLaw(quantity, columns, coefficients, variance * gram, centre, variance**0.5, freedom)
-
-
-def _target(laws: Sequence[RateLaw], job: StudyJob) -> dict[str, tuple[float, float, float]]:
-    """Return the best values for the target. Raises UserError if it lacks what the laws read."""
-    t = job.target
-    values = {"parameters": t.parameters, "tokens": t.tokens, "flops": t.flops}
-    point = {name: value for name, value in values.items() if value is not None}
-    if not point:
-        return {}
-    if missing := [c for c in laws[0].columns if c not in point]:
-        problem = f"is not given; the laws read {', '.join(laws[0].columns)}"
-        raise UserError(f"target.{missing[0]}", problem, "give it too")
-    return {law.quantity: law.at(point, job.level) for law in laws}
 
 
 def as_dict(laws: RateLaws) -> dict[str, Any]:

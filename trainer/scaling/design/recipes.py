@@ -16,8 +16,10 @@ come first in each recipe, so that a candidate changes the base.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -71,10 +73,12 @@ class Recipe:
         if self.rate is not None:
             rule = replace(rule, rate=(self.rate, 0.0, 0.0), highest=max(self.rate, rule.highest))
         aspect = replace(common.aspect, layers=common.aspect.layers * self.aspect)
-        return replace(
-            common, base=self.model, adam_share=self.adam_share, rule=updated_rule(rule, rates),
-            aspect=aspect,
-        )  # fmt: skip
+        parts: dict[str, Any] = {
+            "base": self.model,
+            "adam_share": self.adam_share,
+            "aspect": aspect,
+        }
+        return replace(common, rule=updated_rule(rule, rates), **parts)
 
     def shape(self, common: Common, budget: float, ratio: float) -> Shape:
         """Return its model at a budget: with the base's layers and width, or, where its aspect or
@@ -82,11 +86,9 @@ class Recipe:
         family = self.common(common).family
         (base,) = common.family.nearest([common.centre(budget, ratio)])
         if self.aspect == 1.0:
-            try:
+            with suppress(UserError):
                 model = family.model(base.model.sizes.width, base.model.sizes.num_layers)
-            except UserError:
-                return family.nearest([base.parameters])[0]
-            return Shape(float(base.parameters), common.size, model)
+                return Shape(float(base.parameters), common.size, model)
         return family.nearest([base.parameters])[0]
 
 
@@ -99,15 +101,27 @@ def read_recipes(
     UserError if the file can't be read, or if it has no recipe of a name.
     """
     file = Path(path).expanduser() if path else CONF / "candidates.yaml"
-    known = _read(file)
+    try:
+        known = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        problem = f"can't be read as YAML ({' '.join(str(e).split())[:200]})"
+        raise UserError(str(file), problem, "correct plan.recipes=FILE") from None
+    if not isinstance(known, dict):
+        raise UserError(str(file), "holds no recipes", "write NAME: [KEY=VALUE, ...]")
+    known = {str(name): texts for name, texts in known.items()}
+    for name, texts in known.items():
+        if not isinstance(texts, list) or not all(isinstance(t, str) and "=" in t for t in texts):
+            problem = f"{name} is no list of arguments"
+            raise UserError(str(file), problem, f"write {name}: [KEY=VALUE, ...]")
 
-    def arguments(name: str) -> list[str]:
-        if name not in known:
-            near = ", ".join(nearest_first(name, known)[:5])
-            raise UserError(str(file), f"has no recipe {name!r}", f"the nearest are {near}")
-        return known[name]
+    def arguments(names: Sequence[str]) -> list[str]:
+        for name in names:
+            if name not in known:
+                near = ", ".join(nearest_first(name, known)[:5])
+                raise UserError(str(file), f"has no recipe {name!r}", f"the nearest are {near}")
+        return [text for name in names for text in known[name]]
 
-    recipes = {BASE: [text for name in base for text in arguments(name)]}
+    recipes = {BASE: arguments(base)}
     for name in candidates:
         if name in recipes:
             problem = f"names {name} twice"
@@ -115,23 +129,8 @@ def read_recipes(
                 problem = f"can't have a recipe called {BASE}"
             todo = "give each candidate once, by another name"
             raise UserError("plan.candidates", problem, todo)
-        recipes[name] = recipes[BASE] + [t for part in name.split("+") for t in arguments(part)]
+        recipes[name] = recipes[BASE] + arguments(name.split("+"))
     return recipes
-
-
-def _read(path: Path) -> dict[str, list[str]]:
-    try:
-        known = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        problem = f"can't be read as YAML ({' '.join(str(e).split())[:200]})"
-        raise UserError(str(path), problem, "correct plan.recipes=FILE") from None
-    if not isinstance(known, dict):
-        raise UserError(str(path), "holds no recipes", "write NAME: [KEY=VALUE, ...]")
-    for name, texts in known.items():
-        if not isinstance(texts, list) or not all(isinstance(t, str) and "=" in t for t in texts):
-            problem = f"{name} is no list of arguments"
-            raise UserError(str(path), problem, f"write {name}: [KEY=VALUE, ...]")
-    return {str(name): texts for name, texts in known.items()}
 
 
 def recipes_of(
@@ -139,9 +138,8 @@ def recipes_of(
 ) -> tuple[Recipe, ...]:
     """Return the recipes, the base first.
 
-    shared: arguments of all; named: of each recipe beside those, the base's under BASE; batch=X,
-    first_batch=X and aspect=X are factors, not keys of `train`; owned: keys that the study itself
-    sets, as it does width and layers. Heads and MLP widths are kept as ratios, see Family. Raises
+    shared: arguments of all; named: of each recipe beside those, the base's under BASE; owned: keys
+    that the study itself sets. Heads and MLP widths are kept as ratios, see Family. Raises
     UserError (ConfigError is one) if `train` would refuse them.
     """
     recipes, kind = list[Recipe](), ""
@@ -263,8 +261,8 @@ class RecipeGrid:
             )  # fmt: skip
             return replace(planned, recipe=recipe.name)
 
-        sweep = [cell("", 1.0, "grid"), cell("-lr-low", 1 / FACTOR, "rate")]
-        sweep.append(cell("-lr-high", FACTOR, "rate"))
+        factors = {"-lr-low": 1 / FACTOR, "-lr-high": FACTOR}
+        sweep = [cell("", 1.0, "grid"), *(cell(s, by, "rate") for s, by in factors.items())]
         names = tuple(c.name for c in sweep)
         # Both seeds change at once, so that the noise of weights and data is measured together.
         seeds = [

@@ -15,7 +15,7 @@ larger requested N never gives a smaller model.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -155,15 +155,11 @@ class Family:
         multiple = min(head, 64)
         mlp = -(-over * width // (under * multiple)) * multiple
         heads = width // head
+        dim = self._base.head_dim and self._base.head_dim * head // self._head
         sized = replace(
-            self._base,
-            num_layers=layers,
-            width=width,
-            num_heads=heads,
-            num_kv_heads=heads // self._group,
-            head_dim=self._base.head_dim and self._base.head_dim * head // self._head,
-            mlp_width=mlp,
-        )
+            self._base, num_layers=layers, width=width, num_heads=heads,
+            num_kv_heads=heads // self._group, head_dim=dim, mlp_width=mlp,
+        )  # fmt: skip
         try:
             return sized.resolved(*self._data)
         except ValueError as e:
@@ -172,15 +168,12 @@ class Family:
     @cached_property
     def widths(self) -> list[int]:
         """All widths that a model may have, increasing."""
-        return list(self._made_widths())
-
-    def _made_widths(self) -> Iterator[int]:
-        width = self._group * min(self._head, self.head_dim(1))
-        while width <= _WIDEST:
-            yield width
+        widths = [self._group * min(self._head, self.head_dim(1))]
+        while (width := widths[-1]) <= _WIDEST:
             step = self._group * self.head_dim(width)
             bigger = self._group * self.head_dim(width + step)
-            width = (width // bigger + 1) * bigger if bigger > step else width + step
+            widths.append((width // bigger + 1) * bigger if bigger > step else width + step)
+        return widths[:-1]
 
     def _layers(self, width: int) -> range:
         trend = max(_SHALLOWEST, round(self.aspect.at(width)))
@@ -222,10 +215,9 @@ class Family:
         best = self.model(*min(sizes, key=lambda s: abs(math.log(self._size(*s) / target))))
         shape = Shape(float(target), self.convention, best)
         if abs(shape.error) > most:
-            problem = (
-                f"no model has about {target:.3g} parameters ({self.convention}); the nearest "
-            )
-            problem += f"has {shape.parameters:,} with a vocabulary of {best.sizes.vocab_size:,}"
+            problem = f"no model has about {target:.3g} parameters ({self.convention}); the "
+            problem += f"nearest has {shape.parameters:,} with a vocabulary of "
+            problem += f"{best.sizes.vocab_size:,}"
             raise UserError("N", problem, "choose another size, or a smaller vocabulary")
         return shape
 

@@ -152,7 +152,7 @@ def expected(
     at = {"parameters": np.array([target.parameters]), "tokens": np.array([target.tokens])}
     flops, greatest = np.array([target.flops]), float(design.flops.max())
     decades = max(0.0, float(np.log10(target.flops / greatest)))
-    rows, errors = list[tuple[list[float], list[float]]](), list[float]()
+    rows, errors = list[list[list[float]]](), list[float]()
     for draw in range(draws):
         law = _law(assumed, design, rng)
         loss = _losses(assumed, design, law, rng)
@@ -164,27 +164,24 @@ def expected(
         if design.budgets is not None:
             points = points.take(near_best(loss, design.budgets, near))
         with suppress(UserError):
-            log_loss, halves, bare_halves = _prediction(points, bootstraps, draw, at, flops)
-            rows.append((halves, bare_halves))
-            errors.append(abs(log_loss - truth))
+            fitted = fit_calibrated(
+                CHINCHILLA, points, Objective(), bootstraps, draw, Discrepancy()
+            )
+            bare = replace(fitted, discrepancy=Discrepancy(0.0))
+            predicted, exact = (each.predicted(dict(at), flops) for each in (fitted, bare))
+            rows.append([[float(p.half(x)[0]) for x in _LEVELS] for p in (predicted, exact)])
+            errors.append(abs(float(predicted.log_loss[0]) - truth))
     if len(rows) * 2 < draws:
         problem = f"in {draws - len(rows)} of {draws} draws its runs could not determine the law"
         raise UserError("design", problem, "plan more sizes and budgets, further apart")
     half, bare = np.array(rows).transpose(1, 0, 2)  # (draws, levels) each
     inside = np.array(errors)[:, None] <= half
-
-    def by_level(values: Array) -> dict[float, float]:
-        return dict(zip(_LEVELS, values.tolist(), strict=True))
-
+    medians = np.median(half, axis=0), inside.mean(0), np.median(bare, axis=0)
+    by_level = [dict(zip(_LEVELS, each.tolist(), strict=True)) for each in medians]
     return Expected(
-        half=by_level(np.median(half, axis=0)),
-        coverage=by_level(inside.mean(0)),
-        error=float(np.median(errors)),
-        without_discrepancy=by_level(np.median(bare, axis=0)),
-        extrapolation_factor=target.flops / greatest,
-        draws=draws,
-        failed=draws - len(rows),
-    )
+        by_level[0], by_level[1], float(np.median(errors)), by_level[2], target.flops / greatest,
+        draws, draws - len(rows),
+    )  # fmt: skip
 
 
 def _law(assumed: Assumptions, design: RunSet, rng: np.random.Generator) -> dict[str, float]:
@@ -210,15 +207,3 @@ def _losses(
     noise = assumed.seed_noise(design.flops) * rng.standard_normal(n)
     pure = CHINCHILLA.predict(law, parameters=design.parameters, tokens=design.tokens)
     return pure * np.exp(gap + noise)
-
-
-def _prediction(
-    points: Points, bootstraps: int, seed: int, at: Mapping[str, Array], flops: Array
-) -> tuple[float, list[float], list[float]]:
-    """Return the predicted log loss of the target, its half-widths by level, and those without
-    discrepancy."""
-    law = fit_calibrated(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
-    both = (law, replace(law, discrepancy=Discrepancy(0.0)))
-    predicted, bare = (each.predicted(dict(at), flops) for each in both)
-    halves, bare_halves = ([float(p.half(x)[0]) for x in _LEVELS] for p in (predicted, bare))
-    return float(predicted.log_loss[0]), halves, bare_halves

@@ -12,9 +12,10 @@ of a loss.
 Invariant: a metric of a law is positive; the accuracy of a sigmoid is at most 1 too.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class Sigmoid(Form):
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
         mean, (a, middle, slope, b) = np.exp(centre[COLUMN]), np.asarray(values, dtype=float).T
-        top, floor = (np.log(np.maximum(x, np.exp(_TINY))) for x in (b, a + b))
+        top, floor = (np.log(np.maximum(x, LEAST)) for x in (b, a + b))
         return np.stack((floor, middle / mean, slope * mean, top), axis=1)
 
 
@@ -91,8 +92,8 @@ def _share(z: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class SigmoidToOne(Form):
-    """The sigmoid that ends at 1, in theta: log floor, L_0 and k, as those of Sigmoid.
+class SigmoidToOne(Sigmoid):
+    """The sigmoid that ends at 1, in theta: log floor, L_0 and k.
 
     chance: the accuracy at the floor, if it is held; theta is L_0 and k then.
     """
@@ -113,22 +114,15 @@ class SigmoidToOne(Form):
         return whole
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        log_accuracy, jacobian = _SIGMOID.evaluate(self._whole(theta), at)
+        log_accuracy, jacobian = super().evaluate(self._whole(theta), at)
         return log_accuracy, jacobian[:, self._free]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        low, high = _SIGMOID.bounds(at, log_loss)
+        low, high = super().bounds(at, log_loss)
         return low[self._free], high[self._free]
 
-    def axes(self) -> tuple[Array, ...]:
-        return _SIGMOID.axes()
-
-    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return that of the sigmoid, of which `assemble` takes the floor alone: it is a start."""
-        return _SIGMOID.basis(grid, at)
-
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        return _SIGMOID.assemble(grid, coefficients)[:, self._free]
+        return super().assemble(grid, coefficients)[:, self._free]  # the floor alone: it is a start
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         mean, whole = np.exp(centre[COLUMN]), self._whole(theta)
@@ -143,31 +137,49 @@ class SigmoidToOne(Form):
         return theta
 
 
-@dataclass(frozen=True)
-class Exponential(Form):
-    """The exponential, in theta: -log(1 - epsilon), log k at the mean loss, relative gamma."""
+class FlooredForm(Form):
+    """A metric that is a floor plus exp(log k + rate z), where z is a function of the loss.
+
+    theta: `SIGN` times the log of the floor, log k where z is 0, and the rate.
+    """
+
+    SIGN: ClassVar[float] = 1.0
+
+    @abstractmethod
+    def z(self, at: Design) -> Any:
+        """Return z of the losses, (n,)."""
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        away = np.exp(at.logs[COLUMN]) - 1
-        floor = np.exp(-theta[:, 0, None])
-        gained = np.exp(theta[:, 1, None] - theta[:, 2, None] * away)
-        accuracy = floor + gained
-        rows = np.broadcast_arrays(-floor, gained, -away * gained)
-        return np.log(accuracy), np.stack(rows, axis=1) / accuracy[:, None]
+        z = self.z(at)
+        floor = np.exp(self.SIGN * theta[:, 0, None])
+        gained = np.exp(theta[:, 1, None] + theta[:, 2, None] * z)
+        metric = floor + gained
+        rows = np.broadcast_arrays(self.SIGN * floor, gained, z * gained)
+        return np.log(metric), np.stack(rows, axis=1) / metric[:, None]
+
+    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
+        gained = np.exp(grid * self.z(at))
+        return np.stack((np.ones_like(gained), gained), axis=1), np.ones(len(grid))
+
+    def assemble(self, grid: Array, coefficients: Array) -> Array:
+        log = np.log(coefficients)
+        return np.hstack((self.SIGN * log[:, :1], log[:, 1:], grid))
+
+
+@dataclass(frozen=True)
+class Exponential(FlooredForm):
+    """The exponential, in theta: -log(1 - epsilon), log k at the mean loss, relative gamma."""
+
+    SIGN = -1.0
+
+    def z(self, at: Design) -> Any:
+        return 1 - np.exp(at.logs[COLUMN])
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         return np.array([0.0, _TINY, 1e-3]), np.array([-_TINY, 3.0, 100.0])
 
     def axes(self) -> tuple[Array, ...]:
         return (np.geomspace(0.02, 30, 48),)
-
-    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        gained = np.exp(-grid * (np.exp(at.logs[COLUMN]) - 1))
-        return np.stack((np.ones_like(gained), gained), axis=1), np.ones(len(grid))
-
-    def assemble(self, grid: Array, coefficients: Array) -> Array:
-        log = np.log(coefficients)
-        return np.hstack((-log[:, :1], log[:, 1:], grid))
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         gamma = theta[:, 2]
@@ -177,21 +189,16 @@ class Exponential(Form):
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
         epsilon, k, gamma = np.asarray(values, dtype=float).T
         gamma = gamma * np.exp(centre[COLUMN])
-        floor = -np.log(np.maximum(1 - epsilon, np.exp(_TINY)))
+        floor = -np.log(np.maximum(1 - epsilon, LEAST))
         return np.stack((floor, np.log(np.maximum(k, 1e-200)) - gamma, gamma), axis=1)
 
 
 @dataclass(frozen=True)
-class Power(Form):
+class Power(FlooredForm):
     """The power law of a loss in a loss, in theta: log E, log K at the mean loss, kappa."""
 
-    def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        x = at.logs[COLUMN]
-        floor = np.exp(theta[:, 0, None])
-        gained = np.exp(theta[:, 1, None] + theta[:, 2, None] * x)
-        metric = floor + gained
-        rows = np.broadcast_arrays(floor, gained, x * gained)
-        return np.log(metric), np.stack(rows, axis=1) / metric[:, None]
+    def z(self, at: Design) -> Any:
+        return at.logs[COLUMN]
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         low, high = float(log_loss.min()), float(log_loss.max())
@@ -199,13 +206,6 @@ class Power(Form):
 
     def axes(self) -> tuple[Array, ...]:
         return (np.geomspace(0.05, 20, 40),)
-
-    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        gained = np.exp(grid * at.logs[COLUMN])
-        return np.stack((np.ones_like(gained), gained), axis=1), np.ones(len(grid))
-
-    def assemble(self, grid: Array, coefficients: Array) -> Array:
-        return np.hstack((np.log(coefficients), grid))
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         kappa = theta[:, 2]
@@ -219,11 +219,10 @@ class Power(Form):
 
 
 _SOURCE = "Bhagia et al. 2024, arXiv 2412.04403, eq. 3: Acc = a / (1 + exp(-k (L - L_0))) + b"
-_SIGMOID = Sigmoid(SIGMOID, _SOURCE, ("a", "L_0", "k", "b"), (COLUMN,), ("L_0", "k"))
 _TO_ONE = "after Bhagia et al. 2024, arXiv 2412.04403: Acc = c + (1 - c) / (1 + exp(k (L - L_0)))"
 LINKS: Mapping[str, Form] = {
     TO_ONE: SigmoidToOne(TO_ONE, _TO_ONE, ("c", "L_0", "k"), (COLUMN,), ("L_0", "k")),
-    SIGMOID: _SIGMOID,
+    SIGMOID: Sigmoid(SIGMOID, _SOURCE, ("a", "L_0", "k", "b"), (COLUMN,), ("L_0", "k")),
     "exponential": Exponential(
         "exponential",
         "Gadre et al. 2024, arXiv 2403.08540, eq. 5: Err = epsilon - k exp(-gamma L)",
@@ -248,5 +247,5 @@ def from_chance(chance: float) -> Form:
 
 
 def goal_of(link: Form) -> Objective:
-    """Return what is minimised for a link."""
+    """Return the objective of a link."""
     return LEAST_SQUARES if link.name == POWER else GOAL

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from forescale.ground.errors import UserError
-from forescale.scaling.design.isoflop_grid import EXTRA_RATES
-from forescale.scaling.design.plan import StudyStage, extra_rates
+from forescale.scaling.design.plan import EXTRA_RATES, StudyStage, extra_rates
 from forescale.scaling.design.recipes import BASE
 from forescale.scaling.design.tuning import best_rates
 from forescale.scaling.study import law_decisions, recipe_decisions

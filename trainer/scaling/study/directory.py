@@ -50,6 +50,7 @@ class Study:
 
     def __init__(self, folder: Path):
         self.folder, self._ended = folder, dict[str, CellState]()
+        self.forecasts, self._plan = folder / "forecasts", folder / "plan.json"
         if not self._plan.is_file():
             problem = "holds no plan of a study"
             raise UserError(str(folder), problem, "make one: forescale study plan study=NAME")
@@ -69,19 +70,10 @@ class Study:
         study.event("planned", cap=plan.cap)
         return study
 
-    @property
-    def _plan(self) -> Path:
-        return self.folder / "plan.json"
-
     @cached_property
     def job(self) -> StudyJob:
         """The settings that the study was planned with."""
         return thaw(StudyJob, self.folder / "study.yaml")
-
-    @property
-    def has_target(self) -> bool:
-        """True if the target is among the cells."""
-        return any(c.role == "target" for c in self.plan.cells)
 
     @cached_property
     def plan(self) -> StudyPlan:
@@ -91,11 +83,6 @@ class Study:
         except (KeyError, TypeError, ValueError) as e:
             problem = f"is no plan that this version can read ({e})"
             raise UserError(str(self._plan), problem, "restore it, or plan a new study") from None
-
-    @property
-    def forecasts(self) -> Path:
-        """The directory of forecast files."""
-        return self.folder / "forecasts"
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
@@ -122,8 +109,7 @@ class Study:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """All events since the study was last planned."""
-        rows = read_rows(self.rows.path)
-        return _since_last(rows, "planned")
+        return _since_last(read_rows(self.rows.path), "planned")
 
     def revise(self, plan: StudyPlan, kind: str, **facts: Any) -> None:
         """Replace the plan, and record the reason as an event."""
@@ -211,33 +197,23 @@ class Study:
         if table.empty:
             return table
         planned = [cells[name] for name in table["name"]]
-        table = table.assign(
-            stage=[c.stage for c in planned],
-            role=[c.role for c in planned],
-            cell_of=[c.cell_of for c in planned],
-            batch=[c.global_batch for c in planned],
-        )
+        columns = {"stage": "stage", "role": "role", "cell_of": "cell_of", "batch": "global_batch"}
         if self.plan.recipes:
-            table["recipe"] = [c.recipe for c in planned]
-            table["budget"] = [c.budget for c in planned]
-            table = pd.concat((table, self._diverged()), ignore_index=True)
+            columns |= {"recipe": "recipe", "budget": "budget"}
+        table = table.assign(**{c: [getattr(x, of) for x in planned] for c, of in columns.items()})
+        if self.plan.recipes:  # those that diverged bracket the learning rates below them
+            columns |= {c: c for c in ("name", "learning_rate", "tokens")}
+            diverged = [s.cell for s in self.states() if s.status == "diverged"]
+            rows = [
+                {**{c: getattr(x, of) for c, of in columns.items()}, "loss": math.inf,
+                 **{f"flops_{convention}": flops for convention, flops in x.flops.items()}}
+                for x in diverged
+            ]  # fmt: skip
+            table = pd.concat((table, pd.DataFrame(rows)), ignore_index=True)
         if self.plan.grid is not None:
             table["budget"] = [c.budget or c.cost for c in planned]
         best = table[table["role"].isin(("grid", "rate"))].groupby("cell_of")["loss"].idxmin()
         return table.assign(fitted=table.index.isin(best))
-
-    def _diverged(self) -> pd.DataFrame:
-        """Return rows of the cells that diverged, which bracket the learning rates below them."""
-        cells = [s.cell for s in self.states() if s.status == "diverged"]
-        return pd.DataFrame(
-            [
-                {"name": c.name, "recipe": c.recipe, "role": c.role, "cell_of": c.cell_of,
-                 "stage": c.stage, "budget": c.budget, "batch": c.global_batch,
-                 "learning_rate": c.learning_rate, "tokens": c.tokens, "loss": math.inf,
-                 **{f"flops_{convention}": flops for convention, flops in c.flops.items()}}
-                for c in cells
-            ]
-        )  # fmt: skip
 
 
 def must_be_free(folder: Path) -> None:

@@ -141,16 +141,13 @@ def read_groups(job: StudyJob) -> tuple[Group, Group]:
         raise UserError(job.input[0], "is given twice", "give two different groups")
     stems = [Path(name).stem for name in job.input]
     names = stems if len(set(stems)) == 2 and is_export(Path(job.input[0])) else job.input
-    one, other = ((name, *_read_group(job, i)) for name, i in zip(names, job.input, strict=True))
-    return one, other
-
-
-def _read_group(job: StudyJob, name: str) -> tuple[pd.DataFrame, str]:
-    """Return the records of a study, if it is one, or of a table or of runs."""
-    for folder in (Path(name).expanduser(), Path(job.studies).expanduser() / name):
-        if (folder / "plan.json").is_file():
-            return _cells_of(folder)
-    return read(replace(job, input=[name]))
+    groups = list[Group]()
+    for name, source in zip(names, job.input, strict=True):
+        folders = Path(source).expanduser(), Path(job.studies).expanduser() / source
+        study = next((f for f in folders if (f / "plan.json").is_file()), None)
+        table, where = _cells_of(study) if study else read(replace(job, input=[source]))
+        groups.append((name, table, where))
+    return groups[0], groups[1]
 
 
 def _groups_by_column(job: StudyJob, column: str) -> tuple[Group, Group]:
@@ -161,17 +158,16 @@ def _groups_by_column(job: StudyJob, column: str) -> tuple[Group, Group]:
         raw = read_export(path).table
         for name, value in job.rows.items():
             raw = raw[raw[name].astype(str) == value] if name in raw else raw
-        one, other = _two_values(str(path), raw, column, job.groups)
-
-        def group(value: str) -> Group:
-            table, where = read(replace(job, rows={**job.rows, column: value}))
-            return value, table, f"{where}, {column}={value}"
-
-        return group(one), group(other)
-    table, where = read(job)
-    one, other = _two_values(where, table, column, job.groups)
-    values = table[column].astype(str)
-    first, second = ((v, table[values == v], f"{where}, {column}={v}") for v in (one, other))
+        values = _two_values(str(path), raw, column, job.groups)
+        tables = [read(replace(job, rows={**job.rows, column: value})) for value in values]
+    else:
+        table, where = read(job)
+        values = _two_values(where, table, column, job.groups)
+        tables = [(table[table[column].astype(str) == value], where) for value in values]
+    first, second = (
+        (value, table, f"{where}, {column}={value}")
+        for value, (table, where) in zip(values, tables, strict=True)
+    )
     return first, second
 
 
@@ -200,15 +196,24 @@ def read_tasks(job: StudyJob) -> list[Task]:
     if not 1 <= len(job.input) <= 2 or not all(is_export(Path(name)) for name in job.input):
         todo = "give a table of runs, and perhaps a second one of their checkpoints"
         raise UserError("study tasks", "reads tables alone", todo)
-    tables = [_read_with_columns(job, name) for name in job.input]
-    (runs, raw_of_runs, where), (rows, raw, where_of_rows) = tables[0], tables[-1]
+    tables = list[tuple[pd.DataFrame, pd.DataFrame, str]]()  # records, all columns, name
+    for source in job.input:
+        raw, columns = read_export(Path(source).expanduser()).table, dict(job.columns)
+        if "loss" not in columns and "loss" not in raw and job.task_losses:
+            columns["loss"] = next(iter(job.task_losses.values()))
+        table, where = read(replace(job, input=[source], columns=columns))
+        tables.append((table, raw, where))
     tasks = []
     for name, column in job.tasks.items():
-        loss = job.task_losses.get(name)
-        outcomes = _with_loss(rows, raw, loss, where_of_rows)
-        cells = _column(raw, column, where_of_rows).loc[rows.index]
-        outcomes = outcomes.assign(**{OUTCOME: _outcomes(cells, job, where_of_rows)})
-        tasks.append(Task(name, _with_loss(runs, raw_of_runs, loss, where), outcomes, where))
+        task_losses = [
+            table if (loss := job.task_losses.get(name)) is None
+            else table.assign(loss=_numbers(_column(raw, loss, where).loc[table.index], where))
+            for table, raw, where in tables
+        ]  # fmt: skip
+        rows, raw, where = tables[-1]
+        metric = _outcomes(_column(raw, column, where).loc[rows.index], job, where)
+        outcomes = task_losses[-1].assign(**{OUTCOME: metric})
+        tasks.append(Task(name, task_losses[0], outcomes, tables[0][2]))
     return tasks
 
 
@@ -234,25 +239,6 @@ def _raw(table: pd.DataFrame, job: StudyJob) -> pd.DataFrame:
     if len(job.input) == 1 and is_export(path := Path(job.input[0]).expanduser()):
         return read_export(path).table
     return table
-
-
-def _read_with_columns(job: StudyJob, name: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Return the records of a table, the table itself with the same index, and its name."""
-    raw = read_export(Path(name).expanduser()).table
-    columns = dict(job.columns)
-    if "loss" not in columns and "loss" not in raw and job.task_losses:
-        columns["loss"] = next(iter(job.task_losses.values()))
-    table, where = read(replace(job, input=[name], columns=columns))
-    return table, raw, where
-
-
-def _with_loss(
-    table: pd.DataFrame, raw: pd.DataFrame, column: str | None, where: str
-) -> pd.DataFrame:
-    """Return the records with a task's loss, or with that of the table."""
-    if column is None:
-        return table
-    return table.assign(loss=_numbers(_column(raw, column, where).loc[table.index], where))
 
 
 def _column(raw: pd.DataFrame, name: str, where: str) -> pd.Series:

@@ -42,7 +42,8 @@ class Launcher(ABC):
         """Decide and start cells; once nothing is left, predict and start the target too."""
         advance(self.study, self.log)
         self.start_ready()
-        if self.keys.target and not self.running() and not self.study.has_target:
+        has_target = any(c.role == "target" for c in self.study.plan.cells)
+        if self.keys.target and not self.running() and not has_target:
             add_target(self.study, self.log)
             self.start_ready()
 

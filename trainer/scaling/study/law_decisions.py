@@ -15,7 +15,6 @@ from forescale.ground.errors import UserError
 from forescale.scaling.analysis.forecast import read_forecasts, write_forecast
 from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
-from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.design.cells import Cell, make_cell
 from forescale.scaling.design.next_runs import NextRun
@@ -129,21 +128,17 @@ def forecast_cells(study: Study, table: pd.DataFrame, cells: Sequence[Cell], log
         study.event("forecast_refused", why=str(e), runs=[c.name for c in cells])
         log(f"No forecasts: {e}")
         return
-    count = sum(_forecast_cell(study, law, c, log) for c in cells)
+    count = 0
+    for c in cells:
+        flops = c.flops[study.plan.common.cost]
+        target = TargetPoint(float(c.shape.parameters), float(c.tokens), flops)
+        try:
+            write_forecast(law, study.forecasts, c.name, target)
+            count += 1
+        except UserError as e:  # such as a run that is already known
+            study.event("forecast_refused", why=str(e), runs=[c.name])
+            log(f"No forecast of {c.name}: {e}")
     log(f"Wrote forecasts of {count} runs to {study.forecasts}.")
-
-
-def _forecast_cell(study: Study, law: StudyFit, cell: Cell, log: Log) -> bool:
-    """True if the forecast was written; a run that is already known gets none."""
-    n, flops = float(cell.shape.parameters), cell.flops[study.plan.common.cost]
-    target = TargetPoint(parameters=n, tokens=float(cell.tokens), flops=flops)
-    try:
-        write_forecast(law, study.forecasts, cell.name, target)
-    except UserError as e:
-        study.event("forecast_refused", why=str(e), runs=[cell.name])
-        log(f"No forecast of {cell.name}: {e}")
-        return False
-    return True
 
 
 def add_target(study: Study, log: Log) -> None:
@@ -159,8 +154,13 @@ def add_target(study: Study, log: Log) -> None:
     flops = t.flops or (t.device_hours or 0) * 3600 * (common.rate or 0)
     if t.parameters:
         shape = common.family.solve(t.parameters)
-    else:
-        (shape,) = common.family.nearest([_best_size(study, table, flops)])
+    else:  # by the parabolas if there are budgets, else by the law
+        if "budget" in table:
+            best = optimum(table, study.job)(flops)
+        else:
+            law = law_of(table, study.job, f"{len(table)} runs of {study.folder}")
+            best = run_of(law, TargetPoint(flops=flops))[1]
+        (shape,) = common.family.nearest([best])
     tokens = t.tokens or flops / common.per_token(shape.model)[common.cost]
     ruled = replace(common, rule=rule_of(study.plan))
     number = len(study.plan.stages) + 1
@@ -171,15 +171,6 @@ def add_target(study: Study, log: Log) -> None:
         raise UserError("target", problem, "see the reason above")
     stage = StudyStage(number, None, (cell,), cell.cost, cell.cost, exact=True)
     study.revise(study.plan.with_stage(stage), "target_added", stage=number, cell=cell.name)
-
-
-def _best_size(study: Study, table: pd.DataFrame, flops: float) -> float:
-    """N of the lowest loss for this compute: by the parabolas if there are budgets, else by the
-    law."""
-    if "budget" in table:
-        return optimum(table, study.job)(flops)
-    law = law_of(table, study.job, f"{len(table)} runs of {study.folder}")
-    return run_of(law, TargetPoint(flops=flops))[1]
 
 
 def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
@@ -193,10 +184,8 @@ def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
     for budget, rows in fitted.groupby("budget"):
         n, d = (np.log(rows[c].to_numpy(dtype=float)) for c in (f"parameters_{job.size}", "tokens"))
         losses, spent = rows["loss"].to_numpy(), rows[f"flops_{job.cost}"].to_numpy()
-        at = vertex(float(budget), n, d, losses, spent)
-        best[float(budget)] = (
-            at.parameters if isinstance(at, Vertex) else float(np.exp(n[np.argmin(losses)]))
-        )
+        at, lowest = vertex(float(budget), n, d, losses, spent), float(np.exp(n[np.argmin(losses)]))
+        best[float(budget)] = at.parameters if isinstance(at, Vertex) else lowest
     c, n = np.log(list(best)), np.log(list(best.values()))
     slope = _SLOPE
     if len(best) > 1:
@@ -207,10 +196,10 @@ def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
 
 def rule_of(plan: StudyPlan) -> Rule:
     """Return the rule for batch and learning rate, fitted to all sweeps that have ended."""
-    rates = []
+    rates = list[tuple[float, float, float]]()
     for stage in plan.stages:
         grid = {c.shape.parameters: c for c in stage.cells if c.role == "grid"}
         for n, tuned in stage.tuned:
-            cell = grid[n]
-            rates.append((cell.shape.counts.non_embedding, cell.tokens, tuned.learning_rate))
+            size = grid[n].shape.counts.non_embedding
+            rates.append((size, grid[n].tokens, tuned.learning_rate))
     return updated_rule(plan.common.rule, rates)

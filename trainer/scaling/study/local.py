@@ -44,7 +44,12 @@ class LocalLauncher(Launcher):
     def go(self) -> int:
         """Run until nothing is left and return 0; 75 after a stop signal; 2 if a cell reported an
         error of the user's. Raises UserError if the cells need more GPUs than there are."""
-        _expect_gpus(len(self._gpus), self.keys.at_once, self.study.plan.common.ranks)
+        count, at_once, ranks = len(self._gpus), self.keys.at_once, self.study.plan.common.ranks
+        if count and at_once * ranks > count:
+            problem = f"{at_once} at once, {ranks} ranks each, need {at_once * ranks} GPUs; here "
+            todo = f"write launch.at_once={count // ranks}"
+            todo = todo if ranks <= count else "use a larger machine"
+            raise UserError("launch.at_once", f"{problem}are {count}", todo)
         with stop_signals_handled_by(self._on_signal):
             self._go_on()
             while self._processes:
@@ -73,7 +78,6 @@ class LocalLauncher(Launcher):
             process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
     def running(self) -> Collection[str]:
-        """Return the names of the cells that run."""
         return self._processes
 
     def start_ready(self) -> None:
@@ -131,14 +135,6 @@ class LocalLauncher(Launcher):
             if code == USER and state.status != "diverged":
                 self._fault = f"{name}: {why or f'see {path}'}"
         return len(self._processes) < before
-
-
-def _expect_gpus(count: int, at_once: int, ranks: int) -> None:
-    if not count or at_once * ranks <= count:
-        return
-    need = f"{at_once} at once, {ranks} ranks each, need {at_once * ranks} GPUs"
-    todo = f"write launch.at_once={count // ranks}" if ranks <= count else "use a larger machine"
-    raise UserError("launch.at_once", f"{need}; here are {count}", todo)
 
 
 def _last_message(log: Path) -> str:

@@ -36,26 +36,25 @@ class QueueLauncher(Launcher):
         signal, while the jobs go on."""
         with stop_signals_handled_by(self._on_signal):
             while self.stop_signal is None:
-                self._log_ended()
+                for s in self.study.states():
+                    if s.has_ended and s.cell.name not in self._ended:
+                        self._ended.add(s.cell.name)
+                        self.log(summary(self.study, s))
                 self.advance()
                 if not (jobs := self.running()):
                     return DONE
                 if not self.keys.follow:
-                    self.log(
-                        f"{len(jobs)} cells are in the queue. Run the same command again to go on."
-                    )
+                    count = f"{len(jobs)} cells are in the queue."
+                    self.log(f"{count} Run the same command again to go on.")
                     return DONE
-                self._wait()
+                end = time.monotonic() + _POLL
+                while self.stop_signal is None and time.monotonic() < end:
+                    time.sleep(0.2)
         self.log("The jobs stay in the queue. Run the same command again to follow them.")
         return INTERRUPTED
 
     def _on_signal(self, number: int, frame) -> None:
         self.stop_signal = number
-
-    def _wait(self) -> None:
-        end = time.monotonic() + _POLL
-        while self.stop_signal is None and time.monotonic() < end:
-            time.sleep(0.2)
 
     def running(self) -> dict[str, str]:
         """Return the job ids of the cells in the queue, by name."""
@@ -93,9 +92,3 @@ class QueueLauncher(Launcher):
         submit(options, keys.trust)
         for cell in cells:
             self.study.event("cell_submitted", cell=cell.name, wave=path.name, after=after)
-
-    def _log_ended(self) -> None:
-        for s in self.study.states():
-            if s.has_ended and s.cell.name not in self._ended:
-                self._ended.add(s.cell.name)
-                self.log(summary(self.study, s))

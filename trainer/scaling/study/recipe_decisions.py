@@ -11,7 +11,7 @@ from dataclasses import replace
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.design.kinds import fresh_cells, highest_seeds, recipe_stage
-from forescale.scaling.design.plan import StudyPlan, StudyStage
+from forescale.scaling.design.plan import StudyStage
 from forescale.scaling.design.recipes import BestRates
 from forescale.scaling.study.directory import Study
 
@@ -28,34 +28,24 @@ def is_due(study: Study, stage: StudyStage) -> bool:
 
 def decide(study: Study, stage: StudyStage, log: Log) -> None:
     """Make a draft stage exact. Raises UserError if it doesn't fit under the cap."""
-    if stage.cells:
-        _centre(study, stage, log)
-    else:
-        _confirm(study, stage, log)
-
-
-def _centre(study: Study, stage: StudyStage, log: Log) -> None:
-    """Plan sweeps around the learning rates that each recipe had so far."""
     plan = study.plan
+    if not stage.cells:
+        _confirm(study, stage, log)
+        return
     assert plan.recipe_grid is not None, "a study of recipes has a layout"
     left = {c.recipe for c in stage.cells}  # without those that were dropped
     recipes = [r for r in plan.recipes if r.name in left]
-    rates = {r.name: _rates(plan, r.name) for r in recipes}
+    rates: dict[str, BestRates] = {}  # the best one of each sweep that has ended
+    for r in recipes:
+        seeds = {s.number: c for s in plan.stages if s.exact for c in s.cells
+                 if c.recipe == r.name and c.role == "seed" and not c.waits_for}  # fmt: skip
+        rates[r.name] = [
+            (c.shape.counts.non_embedding, c.tokens, c.learning_rate) for c in seeds.values()
+        ]
     exact = recipe_stage(plan.common, plan.recipe_grid, recipes, stage.number, rates)
     exact = replace(exact, high=max(exact.cost, stage.high))
     study.revise(plan.with_exact(exact), "stage_centred", stage=stage.number)
     log(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, sweeps around the rates found so far.")
-
-
-def _rates(plan: StudyPlan, recipe: str) -> BestRates:
-    """Return the best rate of each sweep of a recipe that has ended."""
-    cells = {
-        s.number: c
-        for s in plan.stages
-        for c in s.cells
-        if s.exact and c.recipe == recipe and c.role == "seed" and not c.waits_for
-    }
-    return [(c.shape.counts.non_embedding, c.tokens, c.learning_rate) for c in cells.values()]
 
 
 def _confirm(study: Study, stage: StudyStage, log: Log) -> None:

@@ -79,7 +79,13 @@ def _state(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str)
     if last_score and last_score["step"] == job.total_steps:
         state = replace(state, loss=last_score["loss"])
     if view.state == "complete":
-        return _complete(state, getattr(job.model, "vocab_size", None) or math.inf)
+        loss, chance = state.loss, math.log(getattr(job.model, "vocab_size", None) or math.inf)
+        if loss is None:
+            return replace(state, status="failed", why="its last step was not evaluated")
+        if not loss < chance:
+            why = f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}"
+            return replace(state, status="diverged", loss=math.nan, why=why)
+        return replace(state, status="complete")
     if view.state == "running":
         return replace(state, status="running")
     if failure := _failure(events, run):
@@ -89,20 +95,15 @@ def _state(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str)
     return replace(state, status=view.state)
 
 
-def _complete(state: CellState, vocab_size: float) -> CellState:
-    """Return the state of a run that has made all its steps."""
-    loss, chance = state.loss, math.log(vocab_size)
-    if loss is None:
-        return replace(state, status="failed", why="its last step was not evaluated")
-    if not loss < chance:
-        why = f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}"
-        return replace(state, status="diverged", loss=math.nan, why=why)
-    return replace(state, status="complete")
-
-
 def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus, str] | None:
     """Return status and reason if another start would end the same way, else None."""
-    ends = [e for e in events if e["kind"] == "cell_ended"] or _ends_in_queue(events, run)
+    ends = [e for e in events if e["kind"] == "cell_ended"]
+    if not ends:  # in the queue: one for each job, with the code of the last attempt that has one
+        launches = (launch_of(attempt.path) for attempt in reversed(run.attempts()))
+        launch = next((one for one in launches if one), {})
+        if (code := launch.get("code")) is not None:
+            count = sum(e["kind"] == "cell_submitted" for e in events)
+            ends = [{"code": code, "why": launch.get("how", "")}] * count
     if not ends:
         return None
     last = ends[-1]
@@ -112,12 +113,3 @@ def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus,
     if last["code"] in (USER, GAVE_UP) or crashes >= MOST_CRASHES:
         return "failed", last["why"]
     return None
-
-
-def _ends_in_queue(events: Sequence[Mapping[str, Any]], run: Run) -> list[dict[str, Any]]:
-    """Return one end for each submitted job, all with the code of the last attempt that has one."""
-    count = sum(e["kind"] == "cell_submitted" for e in events)
-    launches = (launch_of(attempt.path) for attempt in reversed(run.attempts()))
-    launch = next((one for one in launches if one), {})
-    code = launch.get("code")
-    return [] if code is None else [{"code": code, "why": launch.get("how", "")}] * count
