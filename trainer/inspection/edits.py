@@ -61,7 +61,10 @@ def edited(
             hook(block.mixer, mixer, i)
             hook(block.mlp, mlp, i)
             if has_heads(block.mixer):
-                stack.enter_context(_attending(block.mixer, heads, i))
+                attend = block.mixer._attend
+                stack.enter_context(
+                    _replaced(block.mixer, lambda *x, i=i, attend=attend: heads(i, attend(*x)))
+                )
         yield
 
 
@@ -71,9 +74,9 @@ def has_heads(mixer: nn.Module) -> bool:
 
 
 @contextmanager
-def _attending(mixer: Any, edit: Edit, layer: int) -> Iterator[None]:
-    attend = mixer._attend
-    mixer._attend = lambda *inputs: edit(layer, attend(*inputs))
+def _replaced(mixer: Any, attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a mixer attend by this function."""
+    mixer._attend = attend
     try:
         yield
     finally:
@@ -89,31 +92,24 @@ def mapped(model: Transformer) -> Iterator[dict[int, Tensor]]:
     with the mixer's own code: whatever a head sees, and by whatever score, its weights are these.
     """
     weights: dict[int, Tensor] = {}
+
+    def reading(attend: Callable[..., Tensor], layer: int) -> Callable[..., Tensor]:
+        def read(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+            (B, L, G, K), pieces = v.shape, []
+            for first in range(0, L, K):
+                ones = torch.eye(L, device=v.device, dtype=v.dtype)[:, first : first + K]
+                ones = nn.functional.pad(ones, (0, K - ones.shape[1]))
+                pieces.append(attend(q, k, ones[None, :, None].expand(B, L, G, K), context))
+            weights[layer] = torch.cat(pieces, -1)[..., :L].transpose(1, 2)
+            return attend(q, k, v, context)
+
+        return read
+
     with ExitStack() as stack:
         for i, block in enumerate(blocks_of(model)):
             if has_heads(block.mixer):
-                stack.enter_context(_reading(block.mixer, weights, i))
+                stack.enter_context(_replaced(block.mixer, reading(block.mixer._attend, i)))
         yield weights
-
-
-@contextmanager
-def _reading(mixer: Any, weights: dict[int, Tensor], layer: int) -> Iterator[None]:
-    attend = mixer._attend
-
-    def read(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-        (B, L, G, K), pieces = v.shape, []
-        for first in range(0, L, K):
-            ones = torch.eye(L, device=v.device, dtype=v.dtype)[:, first : first + K]
-            ones = nn.functional.pad(ones, (0, K - ones.shape[1]))
-            pieces.append(attend(q, k, ones[None, :, None].expand(B, L, G, K), context))
-        weights[layer] = torch.cat(pieces, -1)[..., :L].transpose(1, 2)
-        return attend(q, k, v, context)
-
-    mixer._attend = read
-    try:
-        yield
-    finally:
-        del mixer._attend
 
 
 def token_losses(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:

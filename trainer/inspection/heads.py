@@ -4,6 +4,7 @@ Invariant: every number is a mean over queries that have a choice: the first tok
 itself alone, counts nowhere.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,23 +61,17 @@ def describe(maps: dict[int, Tensor], repeated: dict[int, Tensor]) -> dict[int, 
         length = weights_HLL.shape[1]
         back_LL = torch.arange(length)[:, None] - torch.arange(length)
         rows_HLL = weights_HLL[:, 1:]
-        entropy = -torch.special.xlogy(rows_HLL, rows_HLL).sum(-1).mean(-1) / torch.log(
-            torch.tensor(2.0)
-        )
+        entropy = torch.special.entr(rows_HLL).sum(-1).mean(-1) / math.log(2)
         distance = (rows_HLL * back_LL[1:].to(rows_HLL)).sum(-1).mean(-1)
         previous = weights_HLL.diagonal(-1, 1, 2).mean(-1)
         first = rows_HLL[:, :, 0].mean(-1)
-        induction = _induction(repeated[layer])
+        # Of the second copy of each token, the weight of the token after the first.
+        n = (repeated[layer].shape[1] - 1) // 2
+        queries = torch.arange(1 + n, 1 + 2 * n)
+        induction = repeated[layer][:, queries, queries - n + 1].mean(-1)
         columns = (entropy, distance, previous, first, induction)
         heads[layer] = [Head(*map(float, row)) for row in zip(*columns, strict=True)]
     return heads
-
-
-def _induction(weights_HLL: Tensor) -> Tensor:
-    """Return (H,). Of the second copy of each token, the weight of the token after the first."""
-    n = (weights_HLL.shape[1] - 1) // 2
-    queries = torch.arange(1 + n, 1 + 2 * n)
-    return weights_HLL[:, queries, queries - n + 1].mean(-1)
 
 
 @torch.no_grad()

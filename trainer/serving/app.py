@@ -100,15 +100,16 @@ def app_of(service: Service) -> Starlette:
         Route("/v1/completions", Completions(service, is_chat=False), methods=["POST"]),
         Route("/v1/chat/completions", Completions(service, is_chat=True), methods=["POST"]),
     ]
-    handlers = {HTTPException: _not_found}
+
+    async def not_found(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"There is nothing at {request.method} {request.url.path}."
+        return _refusal(Refused(error.status_code, message, code="not_found"))
+
     guard = Middleware(Guard, service=service)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"There is nothing at {request.method} {request.url.path}."
-    return _refusal(Refused(error.status_code, message, code="not_found"))
+    return Starlette(
+        routes=routes, middleware=[guard], exception_handlers={HTTPException: not_found}
+    )
 
 
 def _refusal(refused: Refused) -> JSONResponse:
@@ -182,7 +183,12 @@ class Completions:
         body = await _read_json(Request(scope, receive), service.body)
         request = parse_request(body, service.name, service.limits, self.is_chat)
         answering = asyncio.create_task(self._answer(request, scope, receive, send))
-        leaving = asyncio.create_task(_disconnect(receive))
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        leaving = asyncio.create_task(gone())
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -196,14 +202,14 @@ class Completions:
         self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Send the answers to a request. Raises Refused, unless a stream has begun."""
-        service, form = self.service, _Form(request, self.service.name)
+        service, form = self.service, Form(request, self.service.name)
         deadline = asyncio.get_running_loop().time() + service.seconds
         generation, events = await _submitted(service, request, deadline)
         try:
             pieces = _pieces(events, service.seconds, deadline)
             first = await anext(pieces, None)  # a request that is refused has no stream
             if request.is_stream:
-                await _stream(request, generation.answers, first, pieces, form, send)
+                await form.stream(generation.answers, first, pieces, send)
                 return
             async for _ in pieces:
                 pass
@@ -226,12 +232,6 @@ async def _read_json(request: Request, limit: int) -> Any:
         if len(raw) > limit:
             raise too_large
     return parse_json(bytes(raw))
-
-
-async def _disconnect(receive: Receive) -> None:
-    """Return when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _submitted(
@@ -282,44 +282,8 @@ def _too_late(seconds: float) -> Refused:
     return Refused(503, message, code="timeout")
 
 
-async def _stream(
-    request: CompletionRequest,
-    answers: Sequence[Answer],
-    first: tuple[int, str] | None,
-    pieces: AsyncIterator[tuple[int, str]],
-    form: "_Form",
-    send: Send,
-) -> None:
-    """Send the answers as events, piece by piece."""
-
-    async def event(content: dict[str, Any] | str) -> None:
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        body = f"data: {text}\n\n".encode()
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-    headers.append((b"cache-control", b"no-cache"))
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    try:
-        for number in range(len(answers) if request.is_chat else 0):
-            await event(form.part(number, None))
-        if first is not None and first[1]:
-            await event(form.part(*first))
-        async for number, piece in pieces:
-            if piece:
-                await event(form.part(number, piece))
-        for number, answer in enumerate(answers):
-            await event(form.part(number, "", answer))
-        if request.has_usage:
-            await event(form.usage(answers))
-        await event("[DONE]")
-    except Refused as e:
-        await event(e.body())
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class _Form:
-    """The objects of an answer: whole, or in parts."""
+class Form:
+    """An answer as OpenAI's clients read it: one object, or a stream of its parts."""
 
     def __init__(self, request: CompletionRequest, name: str):
         self.is_chat, self.has_usage = request.is_chat, request.has_usage
@@ -334,7 +298,7 @@ class _Form:
         for number, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             text = {"message": message} if self.is_chat else {"text": answer.text}
-            choices.append(_choice(number, text, _reason(answer)))
+            choices.append(_choice(number, text, answer))
         return {**self.head, "object": self.kind, "choices": choices, "usage": _usage(answers)}
 
     def part(self, number: int, piece: str | None, ended: Answer | None = None) -> dict[str, Any]:
@@ -342,22 +306,49 @@ class _Form:
         delta = {"role": "assistant", "content": ""} if piece is None else {"content": piece}
         delta = {} if ended is not None else delta
         text = {"delta": delta} if self.is_chat else {"text": piece or ""}
-        choices = [_choice(number, text, None if ended is None else _reason(ended))]
+        choices = [_choice(number, text, ended)]
         usage = {"usage": None} if self.has_usage else {}
         return {**self.head, "object": self.part_kind, "choices": choices, **usage}
 
-    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Return the last part of a stream that ends with its usage."""
-        usage = _usage(answers)
-        return {**self.head, "object": self.part_kind, "choices": [], "usage": usage}
+    async def stream(
+        self,
+        answers: Sequence[Answer],
+        first: tuple[int, str] | None,
+        pieces: AsyncIterator[tuple[int, str]],
+        send: Send,
+    ) -> None:
+        """Send the answers as events, piece by piece."""
+
+        async def event(content: dict[str, Any] | str) -> None:
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            body = f"data: {text}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        headers.append((b"cache-control", b"no-cache"))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            for number in range(len(answers) if self.is_chat else 0):
+                await event(self.part(number, None))
+            if first is not None and first[1]:
+                await event(self.part(*first))
+            async for number, piece in pieces:
+                if piece:
+                    await event(self.part(number, piece))
+            for number, answer in enumerate(answers):
+                await event(self.part(number, "", answer))
+            if self.has_usage:
+                usage = {"choices": [], "usage": _usage(answers)}
+                await event({**self.head, "object": self.part_kind, **usage})
+            await event("[DONE]")
+        except Refused as e:
+            await event(e.body())
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _choice(number: int, text: dict[str, Any], reason: str | None) -> dict[str, Any]:
+def _choice(number: int, text: dict[str, Any], ended: Answer | None) -> dict[str, Any]:
+    reason = None if ended is None else "length" if ended.reason == "length" else "stop"
     return {"index": number, **text, "logprobs": None, "finish_reason": reason}
-
-
-def _reason(answer: Answer) -> str:
-    return "length" if answer.reason == "length" else "stop"
 
 
 def _usage(answers: Sequence[Answer]) -> dict[str, int]:

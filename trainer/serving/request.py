@@ -74,16 +74,16 @@ class CompletionRequest:
 def parse_json(raw: bytes) -> Any:
     """Return the value of a JSON text. Raises Refused, also for a lone surrogate, which no
     tokenizer reads, and for NaN, which isn't JSON."""
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        value = json.loads(raw.decode(), parse_constant=_refuse_constant)
+        value = json.loads(raw.decode(), parse_constant=refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()  # raises for a lone surrogate
     except (ValueError, RecursionError):
         raise Refused(400, "The body is not valid JSON.") from None
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def parse_request(body: Any, name: str, limits: Limits, is_chat: bool = False) -> CompletionRequest:
@@ -92,11 +92,24 @@ def parse_request(body: Any, name: str, limits: Limits, is_chat: bool = False) -
     if not isinstance(body, dict):
         raise Refused(400, "The body must be a JSON object.")
     params = {key: value for key, value in body.items() if value is not None}
-    _refuse_unsupported(params)
+    for key in params.keys() - _SUPPORTED - _IGNORED:
+        if key not in _NEUTRAL:
+            raise Refused(400, f"Unknown parameter: {key!r}.", key, "unknown_parameter")
+        if params[key] not in (_NEUTRAL[key], [], {}):
+            message = f"This server does not support {key!r}; leave it out."
+            raise Refused(400, message, key, "unsupported_parameter")
     if params.get("model", name) != name:
         message = f"The model {params['model']!r} does not exist; this server has {name!r}."
         raise Refused(404, message, "model", "model_not_found")
-    prompts = [parse_messages(params)] if is_chat else _prompts(params)
+    prompts: Any
+    if is_chat:
+        prompts = [parse_messages(params)]
+    else:
+        prompt = params.get("prompt", "")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        is_texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
+        if not is_texts or not prompts:
+            raise Refused(400, "`prompt` must be a text or a list of texts.", "prompt")
     samples = _number(params, "n", 1, int, 1, limits.answers)
     if samples * len(prompts) > limits.answers:
         count = samples * len(prompts)
@@ -112,13 +125,15 @@ def parse_request(body: Any, name: str, limits: Limits, is_chat: bool = False) -
         min_p=_number(params, "min_p", 0.0, float, 0, 1),
         repetition_penalty=_number(params, "repetition_penalty", 1.0, float, 1e-3, 1e3),
     )
-    stream_options = params.get("stream_options", {})
+    stream_options, is_stream = params.get("stream_options", {}), params.get("stream", False)
+    if not isinstance(is_stream, bool):
+        raise Refused(400, "'stream' must be true or false.", "stream")
     return CompletionRequest(
         prompts,
         samples,
         GenerationConfig(num_tokens, sampler, _stops(params)),
         _number(params, "seed", secrets.randbits(31), int, -(2**62), 2**62) % 2**62,
-        _flag(params, "stream"),
+        is_stream,
         isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
         is_chat,
     )
@@ -146,25 +161,6 @@ def parse_messages(params: Mapping[str, Any]) -> list[dict[str, str]]:
     return parsed
 
 
-def _refuse_unsupported(params: Mapping[str, Any]) -> None:
-    """Raise Refused for an unknown parameter, and for one of OpenAI's that this server lacks."""
-    for key in params.keys() - _SUPPORTED - _IGNORED:
-        if key not in _NEUTRAL:
-            raise Refused(400, f"Unknown parameter: {key!r}.", key, "unknown_parameter")
-        if params[key] not in (_NEUTRAL[key], [], {}):
-            message = f"This server does not support {key!r}; leave it out."
-            raise Refused(400, message, key, "unsupported_parameter")
-
-
-def _prompts(params: Mapping[str, Any]) -> Sequence[str]:
-    prompt = params.get("prompt", "")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    is_texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
-    if not is_texts or not prompts:
-        raise Refused(400, "`prompt` must be a text or a list of texts.", "prompt")
-    return prompts
-
-
 def _number(
     params: Mapping[str, Any], key: str, default: Any, kind: type, minimum: float, maximum: float
 ) -> Any:
@@ -174,13 +170,6 @@ def _number(
         noun = "a whole number" if kind is int else "a number"
         raise Refused(400, f"{key!r} must be {noun} from {minimum:g} to {maximum:g}.", key)
     return kind(value)
-
-
-def _flag(params: Mapping[str, Any], key: str) -> bool:
-    value = params.get(key, False)
-    if not isinstance(value, bool):
-        raise Refused(400, f"{key!r} must be true or false.", key)
-    return value
 
 
 def _stops(params: Mapping[str, Any]) -> tuple[str, ...]:

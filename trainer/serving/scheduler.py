@@ -71,9 +71,15 @@ class Scheduler:
 
     def _work(self) -> None:
         while self._is_open:
-            for generation in self._next_generations():
-                self._running.append(generation)
-                self._decoding.add(generation.answers)
+            with self._changed:
+                if not self._running:
+                    self._changed.wait_for(lambda: self._waiting or not self._is_open)
+                room = self.batch - len(self._decoding.answers)
+                while self._is_open and self._waiting and len(self._waiting[0].answers) <= room:
+                    generation = self._waiting.popleft()
+                    room -= len(generation.answers)
+                    self._running.append(generation)
+                    self._decoding.add(generation.answers)
             try:
                 self._step()
             except Exception as e:
@@ -84,18 +90,6 @@ class Scheduler:
         with self._changed:
             for generation in (*self._running, *self._waiting):
                 generation.deliver(_stopping())
-
-    def _next_generations(self) -> list[Generation]:
-        """Take the requests for whose answers there is room from the queue; where nothing is
-        decoded, wait for one."""
-        with self._changed:
-            if not self._running:
-                self._changed.wait_for(lambda: self._waiting or not self._is_open)
-            room, generations = self.batch - len(self._decoding.answers), list[Generation]()
-            while self._is_open and self._waiting and len(self._waiting[0].answers) <= room:
-                generations.append(self._waiting.popleft())
-                room -= len(generations[-1].answers)
-            return generations
 
     def _step(self) -> None:
         """Decode a token of each answer, and let go the requests that are complete."""

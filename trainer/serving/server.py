@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """A connection with limits."""
+    """A connection with limits: uvicorn calls these methods as bytes come and go."""
 
     limit: int  # of connections at once
 
@@ -73,35 +73,32 @@ class Connection(H11Protocol):
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: Any) -> None:
-        """Take a connection, or refuse it where there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.limit:
-            transport.write(_busy())
+            raw = json.dumps(Refused(503, "Too many connections.", code="busy").body()).encode()
+            head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            head += f"Connection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
+            transport.write(head.encode() + raw)
             transport.close()
         self._watch_arrival()
 
     def data_received(self, data: bytes) -> None:
-        """Take the next bytes."""
         super().data_received(data)
         self._watch_arrival()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
         super().on_response_complete()
         self._watch_arrival()
 
     def pause_writing(self) -> None:
-        """Wait until the client has taken bytes of the answer."""
         super().pause_writing()
         self._start_timer("taking")
 
     def resume_writing(self) -> None:
-        """The client has taken bytes."""
         super().resume_writing()
         self._end_timer("taking")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the timers."""
         super().connection_lost(exc)
         for name in [*self._timers]:
             self._end_timer(name)
@@ -121,9 +118,3 @@ class Connection(H11Protocol):
     def _end_timer(self, name: str) -> None:
         if name in self._timers:
             self._timers.pop(name).cancel()
-
-
-def _busy() -> bytes:
-    raw = json.dumps(Refused(503, "Too many connections.", code="busy").body()).encode()
-    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-    return f"{head}Connection: close\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw
