@@ -89,7 +89,11 @@ def _dispatch(arguments: list[str]) -> int:
         return DONE
     name, rest = arguments[0], arguments[1:]
     if helps := [i for i, argument in enumerate(rest) if argument in ("-h", "--help")]:
-        print(help_page(name, rest, section="".join(rest[helps[0] + 1 : helps[0] + 2])), end="")
+        words, sections = rest[: helps[0]], rest[helps[0] + 1 :]
+        if len(sections) > 1:
+            problem, todo = "--help shows one section", f"write --help {sections[0]}"
+            raise UserError(" ".join(sections), problem, todo)
+        print(help_page(name, words, section="".join(sections)), end="")
         return DONE
     return load(name).main(rest)
 

@@ -102,7 +102,10 @@ def compose(
     config = _hydra(schema, picks, conf_dirs)
     chosen = keys_of(picks, {name: group.files for name, group in known.items()})
     keep_one_length(config, chosen)
-    run = _named(config, typed) if find else None
+    run = None  # the directory of the run that the command line names
+    if find and _NAME in typed:
+        root = _value(_ROOT, typed[_ROOT], str) if _ROOT in typed else config.run.root
+        run = Path(root).expanduser() / _value(_NAME, typed[_NAME], str)
     frozen = find(run) if find and run else None
     config, unknown, laid = _lay_over(config, typed, earlier, schema, faults, frozen or {})
     tree = _resolve(config, "", faults)
@@ -266,14 +269,6 @@ def _tree(primary: str, chosen: tuple[str, ...]) -> DictConfig:
 _tree_of_ours = lru_cache(maxsize=128)(_tree)  # Hydra takes 80 ms, a copy 2
 
 
-def _named(config: DictConfig, typed: Mapping[str, str]) -> Path | None:
-    """Return the directory of the run that the command line names; None if it names none."""
-    if _NAME not in typed:
-        return None
-    root = _value(_ROOT, typed[_ROOT], str) if _ROOT in typed else config.run.root
-    return Path(root).expanduser() / _value(_NAME, typed[_NAME], str)
-
-
 def _lay_over(
     config: DictConfig,
     typed: dict[str, str],
@@ -306,7 +301,7 @@ def _lay_over(
             is_argument = "model" in free and name.startswith("model.")
             if is_section and not is_argument:
                 below = lay(schema, {}, _nest({}, name, value))
-                laid += [path for path, _ in flatten(below, "")]
+                laid += [p for p, v in flatten(below, "") if v != {} or p in known]
             else:
                 laid.append(name)
         except UserError as e:

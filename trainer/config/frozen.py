@@ -91,25 +91,20 @@ def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
 def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
     try:
         raw = source.read_bytes() if isinstance(source, Path) else source.encode()
-        _verify(raw, where)
     except FileNotFoundError:
         raise UserError(where, "no such file", "check the path") from None
     except OSError as e:
         raise UserError(where, f"can't be read ({e.strerror})", "check the path") from e
-    tree = read_yaml(raw, where)
-    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
-        raise UserError(where, "has no sections", "restore the file")
-    return tree
-
-
-def _verify(raw: bytes, where: str) -> None:
-    """Raise UserError if the file has a checksum, and it is that of another content."""
-    if line := _FIRST_LINE.match(raw):
+    if line := _FIRST_LINE.match(raw):  # a checksum
         end, text = raw[line.end() : line.end() + 1], raw[line.end() + 1 :]
         if end != b"\n" or hashlib.sha256(text).hexdigest().encode() != line[1]:
             problem = "was changed since it was written (its checksum differs)"
             todo = "restore it from a copy; or, if you changed it on purpose, remove its first line"
             raise UserError(where, problem, todo)
+    tree = read_yaml(raw, where)
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
+        raise UserError(where, "has no sections", "restore the file")
+    return tree
 
 
 def diff(old: Any, new: Any) -> list[Change]:
@@ -140,18 +135,9 @@ def may_resume(
     have had another learning rate, or another batch.
     """
     changes = diff(old, new)
-    free_lengths = (
-        ("train.steps", "train.tokens", "train.batch_ramp") if _grows(old, new, at_step) else ()
-    )
-    refusals = [c for c in changes if c.kind == "identity" and c.key not in free_lengths]
-    numerics = [c for c in changes if c.kind == "numerics"]
-    return refusals, numerics, [c for c in changes if c not in refusals + numerics]
-
-
-def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
-    """Return True if `new` is only longer: the same warm-up and ramps, no decay has begun, and the
-    weight decay doesn't depend on the length."""
-    return (
+    # Only longer: the same warm-up and ramps, no decay has begun, and the weight decay doesn't
+    # depend on the length.
+    grows = (
         old.schedule == new.schedule
         and new.schedule.may_grow
         and new.optimizer.final_weight_decay == 1
@@ -161,3 +147,7 @@ def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
         and length_ramp(old) == length_ramp(new)
         and at_step <= min(old.decay_begins, new.decay_begins)
     )
+    lengths = ("train.steps", "train.tokens", "train.batch_ramp") if grows else ()
+    refusals = [c for c in changes if c.kind == "identity" and c.key not in lengths]
+    numerics = [c for c in changes if c.kind == "numerics"]
+    return refusals, numerics, [c for c in changes if c not in refusals + numerics]

@@ -8,9 +8,10 @@ config, and a key is on the short page if its field is marked `common`.
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -25,7 +26,6 @@ from forescale.config.schema import (
     name_of,
     options,
     plain,
-    word_of,
 )
 from forescale.config.suggest import meant, nearest_first
 from forescale.ground.errors import UserError
@@ -48,6 +48,10 @@ class _Keys(NamedTuple):
     leaves: dict[str, Leaf]
     values: Mapping[str, Any]
 
+    def only(self, holds: Callable[[str], bool]) -> "_Keys":
+        """Return it with the keys whose paths hold."""
+        return self._replace(leaves={p: leaf for p, leaf in self.leaves.items() if holds(p)})
+
 
 def explain(
     schema: type[Job],
@@ -67,12 +71,14 @@ def explain(
     keys = _Keys("", leaves(schema, job=job), dict(flatten(plain(job), "")))
     if schema.ACTIONS:
         action = section if section in schema.ACTIONS else action
-        if action not in schema.ACTIONS:
-            return _actions(schema, purpose)
-        verb, (purpose, _, examples) = f"{verb} {action}", schema.ACTIONS[action]
-        reads = schema.ACTIONS[action].reads
-        keys = keys._replace(leaves={p: leaf for p, leaf in keys.leaves.items() if reads(p)})
         section = "" if section == action else section
+        if action not in schema.ACTIONS:
+            rows = [_row(f"  {name:<10} ", one.purpose) for name, one in schema.ACTIONS.items()]
+            note = f"forescale {verb} ACTION --help shows the keys and examples of an action."
+            usage = f"forescale {verb} ACTION [KEY=VALUE ...]\n\n{purpose}"
+            return "\n\n".join([usage, "Actions\n" + "\n".join(rows), note]) + "\n"
+        verb, (purpose, _, examples) = f"{verb} {action}", schema.ACTIONS[action]
+        keys = keys.only(schema.ACTIONS[action].reads)
     tables = [keys, *(t for t in _other_kinds(schema, job) if not schema.ACTIONS)]
     if section not in ("", ALL):
         return _section(f"forescale {verb}", section, choices, tables)
@@ -82,44 +88,45 @@ def explain(
     usage = f"forescale {verb}{target} [KEY=VALUE ...]{flags}\n\n{purpose}"
     lines = "\n".join(f"  forescale {example}" for example in examples)
     head = [usage, "Examples\n" + lines]
-    page = "\n\n".join([*head, *_everything(choices, tables)]) + "\n"
+    page = "\n\n".join([*head, *_paragraphs(choices, tables)]) + "\n"
     if section == ALL or page.count("\n") <= SCREENS:
         return page
     return "\n\n".join([*head, *_short(f"forescale {verb}", choices, keys)]) + "\n"
 
 
-def _actions(schema: type[Job], purpose: str) -> str:
-    """Return the page of a verb with actions: one line for each."""
-    verb = schema.VERB
-    rows = [_row(f"  {name:<10} ", action.purpose) for name, action in schema.ACTIONS.items()]
-    note = f"forescale {verb} ACTION --help shows the keys and examples of an action."
-    head = f"forescale {verb} ACTION [KEY=VALUE ...]\n\n{purpose}"
-    return "\n\n".join([head, "Actions\n" + "\n".join(rows), note]) + "\n"
-
-
-def _everything(choices: Mapping[str, Group], tables: Sequence[_Keys]) -> list[str]:
-    """Return the paragraphs of all choices and all keys."""
-    parts = []
-    if choices:
-        rows = "\n".join(_choices(group) for group in choices.values())
-        parts.append("Choices, written GROUP=CHOICE (* is the default)\n" + rows)
-    sections: dict[str, list[str]] = {}
-    for leaf in tables[0].leaves.values():
-        title = leaf.path.partition(".")[0] if "." in leaf.path else ""
-        sections.setdefault(title, []).append(_key(leaf, tables[0].values))
-    parts.append("Keys, written KEY=VALUE, with their defaults" + _legend(tables[0].leaves))
-    return [*parts, *map("\n".join, sections.values()), *map(_of_kind, tables[1:])]
+def _paragraphs(
+    choices: Mapping[str, Group], tables: Sequence[_Keys], word: str = "GROUP"
+) -> list[str]:
+    """Return the paragraphs of choices and keys, those of each section and kind apart."""
+    parts, rows = [], []
+    for group in choices.values():
+        for n, (choice, path) in enumerate(sorted(group.files.items())):
+            name = choice + (" *" if choice == group.default else "")
+            head = f"  {group.name if n == 0 else '':<11} {name:<15} "
+            rows.append(_row(head, first_sentence(path)))
+    if rows:
+        parts.append(f"Choices, written {word}=CHOICE (* is the default)\n" + "\n".join(rows))
+    paragraphs: dict[str, list[str]] = {}
+    for table in tables:
+        for leaf in table.leaves.values():
+            title = leaf.path.partition(".")[0] if "." in leaf.path else ""
+            start = [f"With {table.title}"] if table.title else []
+            paragraphs.setdefault(table.title or title, start).append(_key(leaf, table.values))
+    if tables and not tables[0].title:
+        kinds = {leaf.kind for table in tables for leaf in table.leaves.values()}
+        legend = _LEGEND if kinds - {"free"} else ""
+        parts.append(f"Keys, written KEY=VALUE, with their defaults{legend}")
+    return [*parts, *map("\n".join, paragraphs.values())]
 
 
 def _short(command: str, choices: Mapping[str, Group], keys: _Keys) -> list[str]:
     """Return the paragraphs of the short page."""
-    parts = []
-    if choices:
-        rows = []
-        for name, group in choices.items():
-            words = sorted(group.files, key=lambda word: (word != group.default, word))
-            words = [word + " *" * (word == group.default) for word in words]
-            rows.append(_row(f"  {name:<12}", ", ".join(words)))
+    parts, rows = [], []
+    for name, group in choices.items():
+        words = sorted(group.files, key=lambda word: (word != group.default, word))
+        words = [word + " *" * (word == group.default) for word in words]
+        rows.append(_row(f"  {name:<12}", ", ".join(words)))
+    if rows:
         parts.append("Choices, written GROUP=CHOICE (* is the default)\n" + "\n".join(rows))
     rows = [_key(leaf, keys.values, short=True) for leaf in keys.leaves.values() if leaf.common]
     parts.append("The keys that most users set, written KEY=VALUE\n" + "\n".join(rows))
@@ -140,33 +147,16 @@ def _section(
 ) -> str:
     """Return the page of one section, which may be a group, a section within another, or a key.
     Raises UserError if there is none of this name."""
-    chosen = []
-    for table in tables:
-        of_section = {
-            path: leaf
-            for path, leaf in table.leaves.items()
-            if path == section or path.startswith(section + ".")
-        }
-        if of_section:
-            chosen.append(table._replace(leaves=of_section))
-    parts = []
-    if section in choices:
-        title = f"Choices, written {section}=CHOICE (* is the default)\n"
-        parts.append(title + _choices(choices[section]))
-    if chosen and not chosen[0].title:
-        table = chosen.pop(0)
-        rows = [_key(leaf, table.values) for leaf in table.leaves.values()]
-        legend = _legend({path: leaf for t in tables for path, leaf in t.leaves.items()})
-        parts.append(f"Keys, written KEY=VALUE, with their defaults{legend}\n\n" + "\n".join(rows))
-    parts += map(_of_kind, chosen)
-    if not parts:
-        paths = [path.split(".") for table in tables for path in table.leaves]
-        prefixes = {".".join(path[:n]) for path in paths for n in range(1, len(path) + 1)}
-        names = sorted({*choices, ALL, *prefixes})
-        near = meant(section, names) or nearest_first(section, names)[0]
-        problem = "no such section, group or key"
-        raise UserError(f"--help {section}", problem, f"did you mean {command} --help {near}?")
-    return "\n\n".join([f"{command}: {section}", *parts]) + "\n"
+    chosen = [t.only(lambda path: f"{path}.".startswith(f"{section}.")) for t in tables]
+    group = {name: group for name, group in choices.items() if name == section}
+    if parts := _paragraphs(group, [table for table in chosen if table.leaves], section):
+        return "\n\n".join([f"{command}: {section}", *parts]) + "\n"
+    paths = [path.split(".") for table in tables for path in table.leaves]
+    prefixes = {".".join(path[:n]) for path in paths for n in range(1, len(path) + 1)}
+    names = sorted({*choices, ALL, *prefixes})
+    near = meant(section, names) or nearest_first(section, names)[0]
+    problem = "no such section, group or key"
+    raise UserError(f"--help {section}", problem, f"did you mean {command} --help {near}?")
 
 
 def _other_kinds(schema: type, job: Any, prefix: str = "", kind: Kind = "free") -> Iterator[_Keys]:
@@ -175,72 +165,42 @@ def _other_kinds(schema: type, job: Any, prefix: str = "", kind: Kind = "free") 
     for f in fields(schema):
         path, part = prefix + name_of(f), getattr(job, f.name, None)
         own_kind: Kind = f.metadata.get("kind") or kind
-        if kinds := kinds_of(f):
-            is_one = is_dataclass(part)
-            word = word_of(f, part) if is_one else ""
-            chosen = leaves(type(part), path + ".") if is_one else {}
-            for other, inner in kinds.items():
-                default = inner()
-                keys = leaves(inner, path + ".", own_kind, default)
-                keys = {name: leaf for name, leaf in keys.items() if name not in chosen}
-                if other != word and keys and not isinstance(part, list):
-                    yield _Keys(f"{path}={other}", keys, dict(flatten(plain(default), path)))
-        if is_dataclass(part):
-            yield from _other_kinds(type(part), part, path + ".", own_kind)
-
-
-def _of_kind(table: _Keys) -> str:
-    """Return the paragraph of the keys of a kind."""
-    rows = [_key(leaf, table.values) for leaf in table.leaves.values()]
-    return "\n".join([f"With {table.title}", *rows])
-
-
-def _legend(keys: Mapping[str, Leaf]) -> str:
-    return _LEGEND if any(leaf.kind == "identity" for leaf in keys.values()) else ""
-
-
-def _choices(group: Group) -> str:
-    rows = []
-    for n, (choice, path) in enumerate(sorted(group.files.items())):
-        name = choice + (" *" if choice == group.default else "")
-        head = f"  {group.name if n == 0 else '':<11} {name:<15} "
-        rows.append(_row(head, first_sentence(path)))
-    return "\n".join(rows)
+        if not is_dataclass(part):
+            continue
+        chosen = leaves(type(part), path + ".")
+        for other, inner in kinds_of(f).items():
+            default = inner()
+            keys = leaves(inner, path + ".", own_kind, default)
+            keys = {name: leaf for name, leaf in keys.items() if name not in chosen}
+            if inner is not type(part) and keys:
+                yield _Keys(f"{path}={other}", keys, dict(flatten(plain(default), path)))
+        yield from _other_kinds(type(part), part, path + ".", own_kind)
 
 
 def first_sentence(path: Path) -> str:
     """Return the first sentence of the comment that opens a file of a choice."""
     lines = (line for line in path.read_text().splitlines() if not line.startswith("# @package"))
-    comment: list[str] = []
-    for line in lines:
-        if not line.startswith("#") or not line.strip("# "):
-            break
-        comment.append(line.removeprefix("#").strip())
-    text = " ".join(comment)
+    comment = takewhile(lambda line: line.startswith("#") and line.strip("# "), lines)
+    text = " ".join(line.removeprefix("#").strip() for line in comment)
     match = re.match(r".*?[.!?](?=\s+[A-Z`]|$)", text)
     return match[0] if match else text
 
 
 def _key(leaf: Leaf, values: Mapping[str, Any], short: bool = False) -> str:
     """Return the row of a key. short: without its mark, and the help up to its first semicolon."""
-    mark, text = (" ", _help(leaf).partition(";")[0]) if short else (_MARK[leaf.kind], _help(leaf))
-    return _row(f"{mark} {leaf.path:<30} {_value(values.get(leaf.path)):<12} ", text)
-
-
-def _value(default: Any) -> str:
-    """Return a default as a user would type it."""
-    if default is None or default == "" or isinstance(default, bool):
-        return {None: "null", "": '""'}.get(default, str(default).lower())
-    return f"{default:_}" if isinstance(default, int) and default >= 10_000 else str(default)
-
-
-def _help(leaf: Leaf) -> str:
     cls, name = leaf.source
     text = leaf.help or _comments(cls).get(name, "")
     for type_ in options(leaf.type):
         if get_origin(type_) is Literal:
             text += f" ({' | '.join(map(str, get_args(type_)))})"
-    return text.strip()
+    text = text.partition(";")[0] if short else text
+    default = values.get(leaf.path)  # shown as a user would type it
+    if default is None or default == "" or isinstance(default, bool):
+        default = {None: "null", "": '""'}.get(default, str(default).lower())
+    elif isinstance(default, int) and default >= 10_000:
+        default = f"{default:_}"
+    mark = " " if short else _MARK[leaf.kind]
+    return _row(f"{mark} {leaf.path:<30} {default!s:<12} ", text.strip())
 
 
 @cache

@@ -29,7 +29,6 @@ class Action(NamedTuple):
     examples: tuple[str, ...]
 
     def reads(self, path: str) -> bool:
-        """True if the action reads the key of this path."""
         return path in self.keys or f"{path.partition('.')[0]}.*" in self.keys
 
 
@@ -73,7 +72,6 @@ class RunJob(Job):
     run: RootConfig = section(RootConfig)  # where runs are looked for
 
     def problems(self) -> Problems:
-        """Return a problem if no target is given."""
         if self.target:
             return []
         return [("target", "is missing", f"name a run or a path: forescale {self.VERB} first")]
@@ -86,7 +84,10 @@ def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
     """
     target, verb = schema.TARGET, schema.VERB
     arguments = [f"{schema.FLAGS[a]}=true" if a in schema.FLAGS else a for a in arguments]
-    arguments = [_by_its_key(schema, a) for a in arguments]
+    for i, argument in enumerate(arguments):
+        name, is_set, value = argument.partition("=")
+        if is_set and name in schema.TYPED:
+            arguments[i] = f"{schema.TYPED[name]}={_quoted(value)}"
     names = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
     rest = [a for a in arguments if a not in names]
     if not names:
@@ -129,11 +130,6 @@ def _text(value: Any) -> str:
         inside = ",".join(f"{name}:{_text(v)}" for name, v in value.items())
         return f"{{{inside}}}"
     return str(value)
-
-
-def _by_its_key(schema: type[Job], argument: str) -> str:
-    name, is_set, value = argument.partition("=")
-    return f"{schema.TYPED[name]}={_quoted(value)}" if is_set and name in schema.TYPED else argument
 
 
 def _quoted(text: str) -> str:

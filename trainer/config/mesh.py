@@ -117,26 +117,20 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         for problem, todo in of_columns(job.model, mesh.sequence, length, mesh.tensor):
             yield "engine.sequence_parallel", problem, todo
     if mesh.tensor > 1:
-        for problem, todo in of_matrices(job.model, mesh.tensor, length) + _of_engine(job):
-            yield "engine.tensor_parallel", problem, todo
+        name, whole = "engine.tensor_parallel", "write engine.tensor_parallel=1"
+        for problem, todo in of_matrices(job.model, mesh.tensor, length):
+            yield name, problem, todo
+        if isinstance(job.optimizer, OwnOptimizerConfig):
+            problem = "an optimizer of your own may need whole matrices, of which a rank has a part"
+            yield name, problem, f"{whole}, or optimizer=adamw"
+        if job.engine.offload_optimizer or job.engine.offload_parameters:
+            yield name, "offload is for whole matrices", f"{whole}, or leave offload out"
+        if job.engine.hierarchical_partition > 1:
+            problem = "a hierarchical partition is of whole matrices"
+            yield name, problem, f"{whole}, or engine.hierarchical_partition=1"
         if job.model.has_experts and mesh.experts == 1:
             problem = "ranks that divide matrices don't have all experts each"
-            todo = "divide them too, as by engine.expert_parallel=2"
-            yield "engine.tensor_parallel", problem, todo
-
-
-def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
-    """Return why the engine can't divide matrices; each (problem, todo)."""
-    whole, reasons = "write engine.tensor_parallel=1", []
-    if isinstance(job.optimizer, OwnOptimizerConfig):
-        problem = "an optimizer of your own may need whole matrices, of which a rank has a part"
-        reasons.append((problem, f"{whole}, or optimizer=adamw"))
-    if job.engine.offload_optimizer or job.engine.offload_parameters:
-        reasons.append(("offload is for whole matrices", f"{whole}, or leave offload out"))
-    if job.engine.hierarchical_partition > 1:
-        problem = "a hierarchical partition is of whole matrices"
-        reasons.append((problem, f"{whole}, or engine.hierarchical_partition=1"))
-    return reasons
+            yield name, problem, "divide them too, as by engine.expert_parallel=2"
 
 
 def expert_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:

@@ -128,38 +128,22 @@ class TrainJob(Lengths, Job):
         A command that continues a run without naming it (RESUMES) keeps the run's precision, so
         that a run does not change its precision when it moves to another machine.
         """
-        optimizer = self.optimizer.for_width(self._tuned_width)
-        train = self.train.by_rule(self._layer_parameters)
+        model, width, parameters = self.model, None, None  # of a class of the user's own
+        if isinstance(model, ModelConfig):
+            mup = model.parametrization
+            width = mup.base_width if isinstance(mup, Mup) else model.ruled_width
+            if self.train.tokens_per_parameter is not None:
+                with suppress(ValueError):  # problems() reports it
+                    parameters = count(model.resolved(2, self.train.sequence_length)).blocks
+        optimizer, train = self.optimizer.for_width(width), self.train.by_rule(parameters)
         job = replace(self, optimizer=optimizer, train=train)
         if self.precision.kind != "auto":
             return job
+        kind = self.native_precision
         with suppress(UserError):  # of a damaged config: `start` reports it
             if frozen := find(self.run.directory) if find and self.RESUMES else None:
-                return job._computing_in(frozen["precision"]["kind"])
-        return job._computing_in(self.native_precision)
-
-    @property
-    def _tuned_width(self) -> int | None:
-        """The width for which learning rates are meant; None for a class of the user's own."""
-        model = self.model
-        if not isinstance(model, ModelConfig):
-            return None
-        if isinstance(model.parametrization, Mup):
-            return model.parametrization.base_width
-        return model.ruled_width
-
-    @property
-    def _layer_parameters(self) -> int | None:
-        """The parameters of the layers, which no vocabulary changes; None for a class of the user's
-        own, or for sizes that are refused."""
-        if not isinstance(self.model, ModelConfig) or self.train.tokens_per_parameter is None:
-            return None
-        with suppress(ValueError):  # problems() reports it
-            return count(self.model.resolved(2, self.train.sequence_length)).blocks
-        return None
-
-    def _computing_in(self, kind: Literal["bf16", "fp16", "fp32"]) -> Self:
-        return replace(self, precision=replace(self.precision, kind=kind))
+                kind = frozen["precision"]["kind"]
+        return replace(job, precision=replace(self.precision, kind=kind))
 
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
@@ -203,11 +187,8 @@ class TrainJob(Lengths, Job):
         yield from objective_problems(self)
         yield from lora_problems(self)
         yield from length_ramp_conflicts(self)
-        if has_length:  # without one, the section `train` has a problem
-            yield from self._place_problems()
-
-    def _place_problems(self) -> ProblemIterator:
-        """Yield the rules of what lies at certain steps of a run, whose length is known."""
+        if not has_length:  # the section `train` has a problem
+            return
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             problem = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
             yield "train.tokens", problem, "train longer or lower train.global_batch"

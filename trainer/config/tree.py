@@ -164,13 +164,26 @@ def convert(
     if typing.get_origin(kind) is Literal:
         return _choice(typing.get_args(kind), value)
     if kind is Duration:
-        return _duration(value, bounds)
+        length = Duration.parse(value)
+        if bounds.get("wall_time") == 1 and length.unit != "seconds":
+            raise ValueError(f"must be a wall time, got {display(value)}")
+        if bounds.get("wall_time") == 0 and length.unit == "seconds":
+            raise ValueError("must not be a wall time, on which the trajectory would depend")
+        if "gt" in bounds and not length.amount:
+            raise ValueError("must be longer than zero")
+        return length
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
         (inner,) = typing.get_args(kind)
         return [_text(item) if inner is str else convert(inner, item) for item in items]
     if kind is TargetConfig:
-        return _target(value)
+        if not isinstance(value, Mapping) or "_target_" not in value:
+            raise ValueError(f"expects a mapping with _target_, got {display(value)}")
+        rest = {k: v for k, v in value.items() if k != "_target_"}
+        target = TargetConfig(value["_target_"], rest)
+        for _, problem, _ in target.problems():
+            raise ValueError(problem)
+        return target
     if kind is list:
         if isinstance(value, list | tuple):
             return list(value)
@@ -188,17 +201,6 @@ def convert(
     return result
 
 
-def _duration(value: Any, bounds: Mapping[str, float]) -> Duration:
-    length = Duration.parse(value)
-    if bounds.get("wall_time") == 1 and length.unit != "seconds":
-        raise ValueError(f"must be a wall time, got {display(value)}")
-    if bounds.get("wall_time") == 0 and length.unit == "seconds":
-        raise ValueError("must not be a wall time, on which the trajectory would depend")
-    if "gt" in bounds and not length.amount:
-        raise ValueError("must be longer than zero")
-    return length
-
-
 def _text(value: Any) -> str:
     """Return a value of a list or mapping of texts as it was typed: 3 is a text there too."""
     if isinstance(value, str | int | float):
@@ -206,23 +208,19 @@ def _text(value: Any) -> str:
     raise ValueError(f"expects texts, got {display(value)}")
 
 
-def _target(value: Any) -> TargetConfig:
-    if not isinstance(value, Mapping) or "_target_" not in value:
-        raise ValueError(f"expects a mapping with _target_, got {display(value)}")
-    target = TargetConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
-    for _, problem, _ in target.problems():
-        raise ValueError(problem)
-    return target
-
-
 def _plain(kind: Any, value: Any) -> Any:
     if kind in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
-        number = _number(value)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        except OverflowError:  # a whole number that no float can be
+            number = 2 * LARGEST
         if math.isfinite(number) and number and not SMALLEST <= abs(number) <= LARGEST:
             problem = "large" if abs(number) > 1 else "close to 0"
             raise ValueError(f"{display(value)} is too {problem}")
         if kind is int and math.isfinite(number) and number == int(number):
-            is_exact = isinstance(value, int) or (isinstance(value, str) and _digits(value))
+            is_exact = isinstance(value, int) or re.fullmatch(r"\s*[+-]?[0-9_]+\s*", str(value))
             whole = int(value) if is_exact else int(number)
             if abs(whole) > _WHOLE:
                 raise ValueError(f"{display(value)} is too large")
@@ -232,20 +230,6 @@ def _plain(kind: Any, value: Any) -> Any:
     elif kind is Any or (kind in (bool, str) and type(value) is kind):
         return value
     raise ValueError(f"expects {_TYPES.get(kind, kind)}, got {display(value)}")
-
-
-def _number(value: int | float | str) -> float:
-    """Return a number, or the number that a text means; NaN if it means none."""
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-    except OverflowError:  # a whole number that no float can be
-        return 2 * LARGEST
-
-
-def _digits(text: str) -> bool:
-    return bool(re.fullmatch(r"\s*[+-]?[0-9_]+\s*", text))
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:

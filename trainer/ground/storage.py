@@ -131,6 +131,17 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
     return entry
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that a command names, and make its folder. Raises UserError if that can't be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+    except OSError as e:
+        if storage_error(e):  # which says more
+            raise
+        raise UserError(str(path), f"can't be written ({e.strerror})", "choose another file") from e
+
+
 def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:
     """Replace `path` by `value` as JSON. Keys keep their order: equal values give equal bytes.
 

@@ -61,11 +61,17 @@ def help_page(name: str, words: Sequence[str], section: str = "") -> str:
     """Return the page of `forescale NAME WORDS --help SECTION`. Raises UserError."""
     from forescale.config.help import explain
 
-    verb = load(name)
+    verb, first = load(name), words[0] if words else ""
     schema = schema_of(verb, words)
+    known = [*schema.ACTIONS, *getattr(verb, "FIRST", ())]
+    takes_any = not known or "=" in first or (schema.TARGET == "input" and not schema.ACTIONS)
+    if first and not takes_any and first not in known and not first.startswith("-"):
+        near = nearest_first(first, known)[0]
+        todo = f"did you mean forescale {name} {near}?"
+        raise UserError(first, f"is not what forescale {name} takes first", todo)
     purpose = VERBS[name] if schema is verb.JOB else str(schema.__doc__)
     examples = [line for line in verb.EXAMPLES if line.startswith(schema.VERB)]
-    return explain(schema, purpose, examples, action=words[0] if words else "", section=section)
+    return explain(schema, purpose, examples, action=first, section=section)
 
 
 class Verb(Protocol):

@@ -10,7 +10,7 @@ from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import section
 from forescale.config.sections.data import CorpusConfig
 from forescale.ground.errors import DONE, USER
-from forescale.ground.storage import write_file
+from forescale.ground.storage import write_output
 from forescale.monitor.doctor import Finding, examine, page
 
 
@@ -48,5 +48,5 @@ def main(words: list[str]) -> int:
     )
     print(f"\n{verdict}")
     if job.output is not None:
-        write_file(Path(job.output).expanduser(), page(findings, verdict).encode())
+        write_output(Path(job.output).expanduser(), page(findings, verdict).encode())
     return USER if faults else DONE

@@ -11,7 +11,7 @@ from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, UserError
-from forescale.ground.storage import write_file
+from forescale.ground.storage import write_output
 from forescale.inference.view import RunView, best_device, open_view
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ def main(arguments: list[str]) -> int:
 
     step = checkpoint.position.step
     to = Path(job.to or f"{view.name}-{step}-inspect.html").expanduser()
-    to.parent.mkdir(parents=True, exist_ok=True)
     html = page(reading, pieces, view.tokenizer, f"{view.name}, step {step:,}", sys.argv[1:])
-    write_file(to, html.encode())
+    write_output(to, html.encode())
     marked = sum(head.is_induction for layer in reading.layers for head in layer.heads)
     print(
         f"{to}: {len(ids) - 1} tokens of {text}, {reading.loss:.4f} nats a token, "

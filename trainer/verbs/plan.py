@@ -7,7 +7,7 @@ from pathlib import Path
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.ground.errors import DONE, UserError
-from forescale.ground.storage import write_file
+from forescale.ground.storage import write_output
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 from forescale.plan.rows import as_json, page, show
@@ -50,9 +50,8 @@ def main(words: list[str]) -> int:
     else:
         show(plan)
     if job.plan.to is not None:
-        path = Path(job.plan.to).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, page(plan, ["forescale", "plan", *words]).encode())
+        html = page(plan, ["forescale", "plan", *words])
+        write_output(Path(job.plan.to).expanduser(), html.encode())
     if plan.problems:
         raise ConfigError(plan.problems)
     return DONE

@@ -8,7 +8,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
 from forescale.ground.errors import DONE
-from forescale.ground.storage import write_file
+from forescale.ground.storage import write_output
 from forescale.monitor.report.html import distinct, page
 from forescale.run.directory import Run
 
@@ -60,8 +60,7 @@ def main(words: list[str]) -> int:
         from forescale.monitor.report.loss_picture import picture  # imports matplotlib
 
         data = picture(runs, job.x, form[1:])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, data)
+    write_output(path, data)
     hint = "open it in a browser; it needs no network" if form == ".html" else "the loss"
     print(f"{path}: {', '.join(run.name for run in runs)}; {hint}.")
     return DONE

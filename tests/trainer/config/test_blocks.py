@@ -152,6 +152,12 @@ def test_over_a_frozen_run():
     assert changed == {"width": 7, "mixer": {"kind": "attention", "heads": 2}, "pattern": []}
 
 
+def test_an_empty_section_replaces_nothing_of_a_frozen_run():
+    run = compose(TrainJob, ["run.name=a", "model=depth", "model.depth=3"])
+    words = ["run.name=a", "model={}", "model.mixer={}"]
+    assert compose(TrainJob, words, find=lambda _: plain(run)).model == run.model
+
+
 def test_the_keys_of_a_job_are_those_of_its_kinds():
     assert [path for path in leaves(BlockJob) if "mixer" in path] == [
         "model.mixer.kind",

@@ -63,6 +63,36 @@ def test_a_first_word_with_keys_of_its_own_has_a_page_of_its_own(forescale):
     assert "steps=" not in forescale("submit", "train", "--help", "all")[1].partition("Keys")[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        ("train --help engine extra", "engine extra: --help shows one section"),
+        ("submit nonsense --help", "nonsense: is not what forescale submit takes first"),
+        ("study points.csv --help", "points.csv: is not what forescale study takes first"),
+        ("import onnx --help", "did you mean forescale import hf?"),
+    ],
+)
+def test_a_page_that_is_not_there_is_a_sentence(words, mistake, forescale):
+    code, out, err = forescale(*words.split())
+    assert (code, out) == (2, "")
+    assert mistake in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "report small output=/proc/a/b.html",
+        "plan plan.to=/proc/a/b.html",
+        "doctor output=/proc/b.html",
+    ],
+)
+def test_a_page_that_can_not_be_written_is_a_sentence(words, trained, forescale):
+    code, _, err = forescale(*words.split(), f"run.root={trained.path.parent}")
+    assert (code, "Traceback" in err) == (2, False)
+    assert "/proc" in err
+    assert "can't be written" in err
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_the_text_of_a_choice_is_a_whole_sentence(path):
     assert first_sentence(path)[-1] in ".?"

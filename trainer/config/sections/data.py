@@ -77,18 +77,15 @@ class DataConfig(CorpusConfig):
             if not _is_number(limit) or limit <= 0:
                 problem = f"{limit!r} isn't a positive number of epochs"
                 yield f"max_epochs.{name}", problem, "write a number, such as 4"
-        yield from self._skip()
-        yield from self._stages()
-
-    def _skip(self) -> ProblemIterator:
         end = 0
         for pair in self.skip:
             whole = len(pair) == 2 and all(isinstance(n, int) and _is_number(n) for n in pair)
             if not whole or not end <= pair[0] < pair[1]:
                 todo = "write [[FIRST, END], ...] as integers, ascending and not overlapping"
                 yield "skip", f"{pair!r} isn't an interval after sample {end:,}", todo
-                return
+                break
             end = pair[1]
+        yield from self._stages()
 
     def stage_starts(self) -> list[Duration]:
         """Return when each of `stages` begins. Raises ValueError if one isn't a length."""

@@ -17,10 +17,6 @@ _TABLE_RATE, _TABLE_WIDTH = 0.04, 128  # see MuonConfig.for_width
 _ANY_RATE = 0.004  # of a model of any width
 
 
-def _no_flops(shape: Sequence[int]) -> float:
-    return 0.0
-
-
 def _orthogonalisation(shape: Sequence[int]) -> float:
     """Return the FLOPs of five iterations of X X^T, its square, and a product with X.
 
@@ -49,7 +45,7 @@ class Update:
     moments: int
     has_counter: bool = False
     is_by_matrix: bool = False
-    flops: Callable[[Sequence[int]], float] = _no_flops
+    flops: Callable[[Sequence[int]], float] = lambda shape: 0.0
 
 
 ADAM = Update(moments=2, has_counter=True)
