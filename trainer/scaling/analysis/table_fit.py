@@ -87,8 +87,9 @@ class StudyFit:
         if "budget" in self.table or p.parameters is None or p.tokens is None:
             return
         if (groups := grouped(spent(p), p.parameters)) is not None:
-            self.table = self.table.assign(budget=groups.of_run)
-            self.notes.append(groups.note)
+            budgets, note = groups
+            self.table = self.table.assign(budget=budgets)
+            self.notes.append(note)
 
     def _near_best(self) -> Array:
         """Return the mask of the runs near the optimum of their budget, (n,).

@@ -8,7 +8,6 @@ never changed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,33 +24,25 @@ _ROUNDED = 0.1  # a budget's name may differ from the C of its runs by this frac
 _TAKE = "or take the budgets as C: columns='{flops: budget}'"
 
 
-@dataclass(frozen=True)
-class Budgets:
-    """The budget of each run in FLOPs, (n,), and a sentence on where they are from.
-
-    A run that is in no group has its own C as its budget.
-    """
-
-    of_run: Array
-    note: str
-
-
-def grouped(flops: Array, parameters: Array) -> Budgets | None:
-    """Return the budgets of runs by their C and N, (n,) each, or None if C shows none.
+def grouped(flops: Array, parameters: Array) -> tuple[Array, str] | None:
+    """Return the budget of each run in FLOPs, (n,), and a sentence on where they are from, by the
+    runs' C and N, (n,) each; None if C shows no budgets.
 
     A group is several sizes at nearly one C: three or more different N within 5 % of C, and no
-    other run within 20 %. There must be three groups with nine in ten of the runs.
+    other run within 20 %. There must be three groups with nine in ten of the runs. A run that is in
+    no group has its own C as its budget.
     """
     log_c = np.log(flops)
     order = np.argsort(log_c, kind="stable")
     breaks = np.flatnonzero(np.diff(log_c[order]) > np.log1p(SPREAD)) + 1
     groups = np.split(order, breaks)
     ends = np.array([[log_c[g[0]], log_c[g[-1]]] for g in groups])
-    far = np.append(ends[1:, 0], np.inf) - ends[:, 1] > _BETWEEN
-    far &= ends[:, 0] - np.append(-np.inf, ends[:-1, 1]) > _BETWEEN
-    narrow = np.ptp(ends, axis=1) <= np.log1p(SPREAD)
-    sized = np.array([len(np.unique(parameters[g])) >= _SIZES for g in groups])
-    budgets = [g for g, ok in zip(groups, far & narrow & sized, strict=True) if ok]
+    gaps = np.concatenate(([np.inf], ends[1:, 0] - ends[:-1, 1], [np.inf]))
+    usable = (np.minimum(gaps[1:], gaps[:-1]) > _BETWEEN) & (
+        np.ptp(ends, axis=1) <= np.log1p(SPREAD)
+    )
+    budgets = [g for g, ok in zip(groups, usable, strict=True)
+               if ok and len(np.unique(parameters[g])) >= _SIZES]  # fmt: skip
     alone = len(flops) - sum(map(len, budgets))
     if len(budgets) < _GROUPS or alone > _ALONE * len(flops):
         return None
@@ -60,7 +51,7 @@ def grouped(flops: Array, parameters: Array) -> Budgets | None:
         of_run[g] = float(f"{np.exp(log_c[g].mean()):.3g}")
     others = f"; {alone} of {len(flops)} runs are in none" if alone else ""
     sentence = f"C of the runs falls into {len(budgets)} groups, which are taken as budgets"
-    return Budgets(of_run, f"The table names no budgets: {sentence}{others}.")
+    return of_run, f"The table names no budgets: {sentence}{others}."
 
 
 def mismatch(
@@ -72,62 +63,52 @@ def mismatch(
     conventions, by their names, such as {"6 N D": 6 N D}; (n,) each.
     """
     distinct = np.unique(budgets)
-    wide = _wide(budgets, flops)
     if len(distinct) > len(budgets) / 2 and grouped(budgets, parameters):
         return (
             f"The {len(budgets)} runs have {len(distinct)} different budgets, some of which differ "
             f"by less than {SPREAD:.0%}: runs of one budget are not recognised as such. Write the "
             "same number for all runs of a budget, or leave out the column 'budget'."
         )
-    if not wide:
-        return _renamed(budgets, flops)
+    if not (wide := _wide(budgets, flops)):
+        logs = np.array([np.log(flops[budgets == b]).mean() - np.log(b) for b in distinct])
+        if np.abs(logs).max() <= np.log1p(_ROUNDED):
+            return None
+        factor = f"{np.exp(logs.mean()):.3g}"
+        why = "they are counted by different conventions"
+        if np.ptp(logs) > np.log1p(SPREAD):
+            factor = f"{np.exp(logs.min()):.3g} to {np.exp(logs.max()):.3g}"
+            why = "the names are rounded, or counted by another convention"
+        return (
+            f"C of the runs is {factor} times the budget that they name: {why}. Parabolas use C. "
+            f"If the budgets are right, count C as they do, {_TAKE}."
+        )
     worst = max(wide, key=lambda b: float(np.ptp(np.log(flops[budgets == b]))))
     odd = flops[budgets == worst]
-    sentence = (
+    if agree := [n for n, c in (costs or {}).items() if not _wide(budgets, c)]:
+        cure = (
+            f"The budgets are those of {' and of '.join(agree)}, and C is counted otherwise. Count "
+            f"C as the budgets do: choose it by cost= for runs of ours, {_TAKE}."
+        )
+    elif (by_c := grouped(flops, parameters)) is not None:
+        cure = (
+            f"C itself falls into {len(np.unique(by_c[0]))} groups: leave out the column 'budget' "
+            "to use these."
+        )
+    elif np.ptp(np.log(flops / budgets)) <= np.log(_CONVENTION):
+        cure = (
+            "The budgets are rounded, or counted otherwise than C. If they are right, count C as "
+            f"they do, {_TAKE}."
+        )
+    else:
+        cure = "Correct C or the budgets of these runs, or leave out the column 'budget'."
+    return (
         f"In {len(wide)} of {len(distinct)} budgets C differs by more than {SPREAD:.0%} (at "
-        f"{worst:.3g} FLOPs from {odd.min():.3g} to {odd.max():.3g}), so that they have no parabola"
+        f"{worst:.3g} FLOPs from {odd.min():.3g} to {odd.max():.3g}), so that they have no "
+        f"parabola. {cure}"
     )
-    agree = [n for n, c in (costs or {}).items() if not _wide(budgets, c)]
-    if agree:
-        names = " and of ".join(agree)
-        return (
-            f"{sentence}. The budgets are those of {names}, and C is counted otherwise. Count C as "
-            f"the budgets do: choose it by cost= for runs of ours, {_TAKE}."
-        )
-    by_c = grouped(flops, parameters)
-    if by_c is not None:
-        return (
-            f"{sentence}. C itself falls into {len(np.unique(by_c.of_run))} groups: leave out the "
-            "column 'budget' to use these."
-        )
-    if np.ptp(np.log(flops / budgets)) <= np.log(_CONVENTION):
-        return (
-            f"{sentence}. The budgets are rounded, or counted otherwise than C. If they are right, "
-            f"count C as they do, {_TAKE}."
-        )
-    return f"{sentence}. Correct C or the budgets of these runs, or leave out the column 'budget'."
 
 
 def _wide(budgets: Array, flops: Array) -> list[float]:
     """Return the budgets in which C differs by more than SPREAD."""
     each = ((float(b), np.log(flops[budgets == b])) for b in np.unique(budgets))
     return [b for b, c in each if np.ptp(c) > np.log1p(SPREAD)]
-
-
-def _renamed(budgets: Array, flops: Array) -> str | None:
-    """Return a sentence if the names of budgets, each of one C, are far from that C, or None."""
-    distinct = np.unique(budgets)
-    logs = np.array([np.log(flops[budgets == b]).mean() - np.log(b) for b in distinct])
-    if np.abs(logs).max() <= np.log1p(_ROUNDED):
-        return None
-    if np.ptp(logs) <= np.log1p(SPREAD):
-        sentence = f"C of the runs is {np.exp(logs.mean()):.3g} times the budget that they name"
-        why = "they are counted by different conventions"
-    else:
-        low, high = np.exp(logs.min()), np.exp(logs.max())
-        sentence = f"C of the runs is {low:.3g} to {high:.3g} times the budget that they name"
-        why = "the names are rounded, or counted by another convention"
-    return (
-        f"{sentence}: {why}. Parabolas use C. If the budgets are right, count C as they do, "
-        f"{_TAKE}."
-    )

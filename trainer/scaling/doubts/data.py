@@ -5,7 +5,7 @@ clean runs, by any usual way to count N, D and C and with any usual loss of text
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,13 @@ _NAMED = 4  # runs that a sentence names
 _USUAL_LAW = (482.0, 0.348, 2085.4, 0.366, 1.817)
 # No usual loss of text is so many times that of _USUAL_LAW; a perplexity is, unless of bytes.
 _TOO_HIGH = 2.5
+# Words in the name of a foreign column of losses, and what they tell.
+_OTHER_LOSSES = {
+    ("ppl", "perplexity"): "which a perplexity is called. The law is one of nats: give the "
+    "logarithm of a perplexity.",
+    ("bits", "bit", "bpb", "bpc", "bpt"): "so A, B, E and predictions are in bits. Multiply losses "
+    "by 0.693 to compare them with laws in nats.",
+}
 
 
 def data_doubts(
@@ -35,66 +42,18 @@ def data_doubts(
     table: the records; points: the same runs, in the same order; columns: which column of a foreign
     table is which of ours, {ours: theirs}.
     """
-    in_units = units(table, points)
-    sentences = [*in_units, *perplexity(table, points)]
-    if not in_units:
-        sentences += odd_compute(table, points)
-    sentences += twice(table, points)
-    return sentences or other_loss(columns or {})
-
-
-def named(table: pd.DataFrame, which: Array) -> str:
-    """Return the number of the runs of a mask, (n,), and the first of their names, or else of
-    their rows, 0 being the first."""
-    at = np.flatnonzero(which)
-    has_names = "name" in table and table["name"].nunique() == len(table)
-    first = [str(table["name"].iloc[i]) if has_names else str(table.index[i]) for i in at[:_NAMED]]
-    others = f" and {len(at) - _NAMED} more" if len(at) > _NAMED else ""
-    kind = "" if has_names else "rows " if len(at) > 1 else "row "
-    return f"{len(at)} of {len(table)} runs ({kind}{', '.join(first)}{others})"
-
-
-def twice(table: pd.DataFrame, points: Points) -> list[str]:
-    """Return a sentence if runs are listed twice: equal N, D, C, loss and seed, by whatever name.
-
-    Losses of few digits are equal by chance, so all columns must be equal then.
-    """
-    columns = {k: getattr(points, k) for k in ("parameters", "tokens", "flops", "loss")}
-    keys = pd.DataFrame({k: v for k, v in columns.items() if v is not None})
-    keys = keys.assign(**{k: table[k].to_numpy() for k in ("seed", "init_seed") if k in table})
-    rounded = bool((np.abs(points.loss - points.loss.round(3)) < 1e-9).all())
-    again = (table.astype(str) if rounded else keys).duplicated().to_numpy()
-    if not again.any():
-        return []
-    return [
-        f"{named(table, again)} repeat an earlier row, with the same N, D and loss. They count "
-        "twice in the law, and its intervals are too narrow. Remove them from the table."
-    ]
-
-
-def units(table: pd.DataFrame, points: Points) -> list[str]:
-    """Return a sentence for each column that is in other units in some runs, or in all."""
-    x = {
-        name: np.log10(values)
-        for name in _SYMBOLS
-        if (values := _column(table, points, name)) is not None
-    }
-    if "parameters" not in x or "tokens" not in x:
-        return []
-    powers = np.zeros(len(points), dtype=int)
-    if "flops" in x:
-        off = x["flops"] - x["parameters"] - x["tokens"] - np.log10(6)
-        powers = 3 * np.round(off / 3).astype(int)
-        powers[np.abs(off - powers) > 0.75] = 0
-        others = off[powers == 0]
-        if len(others) and (powers != 0).any():
-            gap = np.abs(off[powers != 0][:, None] - others).min()
-            powers *= int(gap > _APART - 1)
-    sentences = [
-        _in_units(table, *_guilty(x, powers == p, int(p)), powers == p)
-        for p in np.unique(powers[powers != 0])
-    ]
-    return sentences or _gaps(table, x)
+    known = {name: x for name in _SYMBOLS if (x := _column(table, points, name)) is not None}
+    in_units = list(_units(table, known)) if {"parameters", "tokens"} <= set(known) else []
+    sentences = [*in_units, *_perplexity(table, points, known.get("parameters"))]
+    if len(known) == 3 and not in_units:
+        sentences += _odd_compute(table, *known.values())
+    sentences += _twice(table, points)
+    if not sentences:  # the name of the foreign column of the loss may tell another unit
+        name = (columns or {}).get("loss", "")
+        words = set(re.split(r"[^a-z]+", name.lower()))
+        sentences += [f"The loss is read from '{name}', {text}"
+                      for kind, text in _OTHER_LOSSES.items() if words & set(kind)][:1]  # fmt: skip
+    return sentences
 
 
 def _column(table: pd.DataFrame, points: Points, name: str) -> Array | None:
@@ -107,8 +66,81 @@ def _column(table: pd.DataFrame, points: Points, name: str) -> Array | None:
     return values
 
 
-def _guilty(x: Mapping[str, Array], mask: Array, power: int) -> tuple[str, int]:
-    """Return the column whose correction makes `mask` runs like the others, and its unit's power.
+def _named(table: pd.DataFrame, which: Array) -> str:
+    """Return the number of the runs of a mask, (n,), and the first of their names, or else of
+    their rows, 0 being the first."""
+    at = np.flatnonzero(which)
+    has_names = "name" in table and table["name"].nunique() == len(table)
+    first = [str(table["name"].iloc[i]) if has_names else str(table.index[i]) for i in at[:_NAMED]]
+    others = f" and {len(at) - _NAMED} more" if len(at) > _NAMED else ""
+    kind = "" if has_names else "rows " if len(at) > 1 else "row "
+    return f"{len(at)} of {len(table)} runs ({kind}{', '.join(first)}{others})"
+
+
+def _twice(table: pd.DataFrame, points: Points) -> Iterator[str]:
+    """Yield a sentence if runs are listed twice: equal N, D, C, loss and seed, by whatever name.
+
+    Losses of few digits are equal by chance, so all columns must be equal then.
+    """
+    columns = {k: getattr(points, k) for k in ("parameters", "tokens", "flops", "loss")}
+    keys = pd.DataFrame({k: v for k, v in columns.items() if v is not None})
+    keys = keys.assign(**{k: table[k].to_numpy() for k in ("seed", "init_seed") if k in table})
+    rounded = bool((np.abs(points.loss - points.loss.round(3)) < 1e-9).all())
+    again = (table.astype(str) if rounded else keys).duplicated().to_numpy()
+    if again.any():
+        yield (
+            f"{_named(table, again)} repeat an earlier row, with the same N, D and loss. They "
+            "count twice in the law, and its intervals are too narrow. Remove them from the table."
+        )
+
+
+def _units(table: pd.DataFrame, known: Mapping[str, Array]) -> Iterator[str]:
+    """Yield a sentence for each column that is in other units in some runs, or in all.
+
+    C tells it; else a wide gap in N, D or D/N that parts the runs, or a D/N far from that of any
+    study: for tables without C, or whose C or D was computed from the other columns.
+    """
+    x = {name: np.log10(values) for name, values in known.items()}
+    n, d = x["parameters"], x["tokens"]
+    powers = np.zeros(len(n), dtype=int)
+    if "flops" in x:
+        off = x["flops"] - n - d - np.log10(6)
+        powers = 3 * np.round(off / 3).astype(int)
+        powers[np.abs(off - powers) > 0.75] = 0
+        others = off[powers == 0]
+        if len(others) and (powers != 0).any():
+            gap = np.abs(off[powers != 0][:, None] - others).min()
+            powers *= int(gap > _APART - 1)
+    for power in np.unique(powers[powers != 0]).tolist():
+        yield _in_units(table, _guilty(x, powers == power, power), power, powers == power)
+    if (powers != 0).any():
+        return
+    for values in (n, d, d - n):
+        order = np.sort(values)
+        i = int(np.argmax(np.diff(order))) if len(order) > 1 else 0
+        if len(order) < 2 or order[i + 1] - order[i] < _APART:
+            continue
+        low = values <= order[i]
+        apart = [float(np.median(v[~low]) - np.median(v[low])) for v in (n, d)]
+        which = int(np.argmax(np.abs(apart)))
+        step, other = apart[which], apart[1 - which]
+        power = 3 * round(abs(step) / 3)
+        # If N and D both grow, these are larger runs and no other unit.
+        is_unit = power in _UNITS and abs(abs(step) - power) <= 1
+        if is_unit and min(abs(other), abs(step + other)) <= 1.5:
+            name = ("parameters", "tokens")[which]
+            yield _in_units(table, name, power, low if step > 0 else ~low)
+            return
+    ratio = float(10 ** np.median(d - n))
+    if not _RATIOS[0] <= ratio <= _RATIOS[1]:
+        yield (
+            f"D/N of the runs is {ratio:.2g} in the median: N or D is in other units. Write both "
+            "as plain numbers; until then the law has no meaning."
+        )
+
+
+def _guilty(x: Mapping[str, Array], mask: Array, power: int) -> str:
+    """Return the column whose correction makes `mask` runs like the others.
 
     x: log10 of N, D and C; power: that of C / (N D) over the usual. If all runs are the same, it is
     the correction after which D/N is nearest to 20.
@@ -121,141 +153,80 @@ def _guilty(x: Mapping[str, Array], mask: Array, power: int) -> tuple[str, int]:
             scores[name] = abs(np.median(fixed["tokens"] - fixed["parameters"]) - np.log10(20))
         else:
             scores[name] = sum(abs(np.median(v) - np.median(x[k][~mask])) for k, v in fixed.items())
-    name = min(scores, key=lambda k: float(scores[k]))
-    return name, -power if name == "flops" else power
-
-
-def _gaps(table: pd.DataFrame, x: Mapping[str, Array]) -> list[str]:
-    """Return a sentence if a wide gap in N, D or D/N parts runs in different units of N or of D, or
-    if D/N is far from that of any study.
-
-    For tables without C, or whose C or D was computed from the other columns.
-    """
-    n, d = x["parameters"], x["tokens"]
-    for values in (n, d, d - n):
-        order = np.sort(values)
-        i = int(np.argmax(np.diff(order))) if len(order) > 1 else 0
-        if len(order) < 2 or order[i + 1] - order[i] < _APART:
-            continue
-        low = values <= order[i]
-        apart = [float(np.median(v[~low]) - np.median(v[low])) for v in (n, d)]
-        which = int(np.argmax(np.abs(apart)))
-        step, other = apart[which], apart[1 - which]
-        power = 3 * round(abs(step) / 3)
-        if power in _UNITS and abs(abs(step) - power) <= 1:
-            if min(abs(other), abs(step + other)) > 1.5:
-                continue  # N and D both grow: larger runs, not another unit
-            mask = low if step > 0 else ~low
-            return [_in_units(table, ("parameters", "tokens")[which], power, mask)]
-    ratio = float(10 ** np.median(d - n))
-    if _RATIOS[0] <= ratio <= _RATIOS[1]:
-        return []
-    return [
-        f"D/N of the runs is {ratio:.2g} in the median: N or D is in other units. Write both as "
-        "plain numbers; until then the law has no meaning."
-    ]
+    return min(scores, key=lambda k: float(scores[k]))
 
 
 def _in_units(table: pd.DataFrame, name: str, power: int, mask: Array) -> str:
-    """Return the sentence for a column in units of 10^power; power < 0: it is too large."""
+    """Return the sentence for a column. power: of C / (N D), or of its unit if it is N or D."""
+    power, symbol = -power if name == "flops" else power, _SYMBOLS[name]
     unit = f"in {_UNITS[power]}" if power in _UNITS else f"in units of 1e{power}"
     if power < 0:
         unit = f"{10.0**-power:.0e} times too large"
-    where = f"all {len(table)} runs" if mask.all() else named(table, mask)
+    where = f"all {len(table)} runs" if mask.all() else _named(table, mask)
     return (
-        f"{_SYMBOLS[name]} of {where} is {unit}, judged by N, D and C of the runs. Write all "
-        f"{_SYMBOLS[name]} as plain numbers; until then the law has no meaning."
+        f"{symbol} of {where} is {unit}, judged by N, D and C of the runs. Write all {symbol} as "
+        "plain numbers; until then the law has no meaning."
     )
 
 
-def odd_compute(table: pd.DataFrame, points: Points) -> list[str]:
-    """Return a sentence if C is no usual multiple of N D, or if that of some runs is an exception.
+def _odd_compute(table: pd.DataFrame, n: Array, d: Array, c: Array) -> Iterator[str]:
+    """Yield a sentence if C is no usual multiple of N D, or if that of some runs is an exception.
 
-    C / (N D) may change smoothly with N and D, as by causal attention or embeddings.
+    C / (N D) may change smoothly with N and D, as by causal attention or embeddings: by a quadratic
+    of their logs, fitted by least absolute deviations; for fewer than 12 runs by their median.
     """
-    n, d, c = (_column(table, points, name) for name in _SYMBOLS)
-    if n is None or d is None or c is None:
-        return []
     x, z, y = np.log(n), np.log(d), np.log(c / n / d)
-    trend = _smooth(x - x.mean(), z - z.mean(), y)
+    trend: Array = np.full_like(y, np.median(y))
+    if len(y) >= 12:
+        x, z, w = x - x.mean(), z - z.mean(), np.ones_like(y)
+        X = np.stack((np.ones_like(x), x, z, x * x, x * z, z * z), axis=1)
+        for _ in range(50):  # reweighted least squares
+            root = np.sqrt(w)[:, None]
+            trend = X @ np.linalg.lstsq(X * root, y * root[:, 0], rcond=1e-9)[0]
+            w = 1 / np.maximum(np.abs(y - trend), 1e-3)
     odd = np.abs(y - trend) > np.log(_ODD)
     if odd.mean() > 0.25:
         low, high = np.exp(np.quantile(y, [0.05, 0.95]))
-        return [
+        yield (
             f"C of the runs is {low:.3g} to {high:.3g} times N D, and no smooth function of them: "
             "N, D and C belong to different runs or are counted differently in some. Correct the "
             "columns."
-        ]
-    sentences = []
-    if odd.any():
-        worst = int(np.argmax(np.abs(y - trend)))
-        sentences.append(
-            f"C of {named(table, odd)} is not that of its N and D: at the worst "
-            f"{np.exp(y[worst]):.3g} N D, where other runs have {np.exp(trend[worst]):.3g}. Check "
-            "their N, D and C."
         )
+        return
     large = n >= np.quantile(n, 0.75)  # small ones have relatively more embeddings and attention
     usual = float(np.exp(np.median(trend[large])))
     if not _USUAL[0] <= usual <= _USUAL[1]:
-        sentences.insert(
-            0,
+        yield (
             f"C is {usual:.3g} N D for the largest models, where training costs about 6 N D and by "
             "no usual way to count less than 2 or more than 14. Check the units of N, D and C, and "
-            "that D counts the tokens of all epochs.",
+            "that D counts the tokens of all epochs."
         )
-    return sentences
+    if odd.any():
+        worst = int(np.argmax(np.abs(y - trend)))
+        yield (
+            f"C of {_named(table, odd)} is not that of its N and D: at the worst "
+            f"{np.exp(y[worst]):.3g} N D, where other runs have {np.exp(trend[worst]):.3g}. Check "
+            "their N, D and C."
+        )
 
 
-def _smooth(x: Array, z: Array, y: Array) -> Array:
-    """Return a quadratic of x and z fitted to y by least absolute deviations, (n,); for fewer than
-    12 runs their median."""
-    if len(y) < 12:
-        return np.full_like(y, np.median(y))
-    X = np.stack((np.ones_like(x), x, z, x * x, x * z, z * z), axis=1)
-    w = np.ones_like(y)
-    for _ in range(50):  # reweighted least squares
-        root = np.sqrt(w)[:, None]
-        trend: Array = X @ np.linalg.lstsq(X * root, y * root[:, 0], rcond=1e-9)[0]
-        w = 1 / np.maximum(np.abs(y - trend), 1e-3)
-    return trend
-
-
-def perplexity(table: pd.DataFrame, points: Points) -> list[str]:
-    """Return a sentence if the loss of some runs, or of all, is a perplexity.
+def _perplexity(table: pd.DataFrame, points: Points, n: Array | None) -> Iterator[str]:
+    """Yield a sentence if the loss of some runs, or of all, is a perplexity.
 
     The loss is then several times that of usual text at its N and D, and its logarithm is nearer.
     """
-    n, d = _column(table, points, "parameters"), points.tokens
-    if n is None or d is None:
-        return []
+    if n is None or (d := points.tokens) is None:
+        return
     a, alpha, b, beta, e = _USUAL_LAW
     usual = a * n**-alpha + b * d**-beta + e
     with np.errstate(divide="ignore", invalid="ignore"):
         near = np.abs(np.log(np.log(points.loss) / usual)) < np.abs(np.log(points.loss / usual))
     mask = (points.loss > _TOO_HIGH * usual) & near
-    if mask.mean() < 0.1:
-        return []
-    where = f"all {len(table)} runs" if mask.all() else named(table, mask)
-    low, high = points.loss[mask].min(), points.loss[mask].max()
-    return [
-        f"The loss of {where} looks like a perplexity: {low:.4g} to {high:.4g}, where text has "
-        f"{usual[mask].min():.2g} to {usual[mask].max():.2g} nats per token at these N and D. The "
-        "law is one of nats: give the logarithm of a perplexity."
-    ]
-
-
-def other_loss(columns: Mapping[str, str]) -> list[str]:
-    """Return a sentence if the name of the foreign column of the loss tells another unit."""
-    name = columns.get("loss", "")
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    if words & {"ppl", "perplexity"}:
-        return [
-            f"The loss is read from '{name}', which a perplexity is called. The law is one of "
-            "nats: give the logarithm of a perplexity."
-        ]
-    if words & {"bits", "bit", "bpb", "bpc", "bpt"}:
-        return [
-            f"The loss is read from '{name}', so A, B, E and predictions are in bits. Multiply "
-            "losses by 0.693 to compare them with laws in nats."
-        ]
-    return []
+    if mask.mean() >= 0.1:
+        where = f"all {len(table)} runs" if mask.all() else _named(table, mask)
+        yield (
+            f"The loss of {where} looks like a perplexity: {points.loss[mask].min():.4g} to "
+            f"{points.loss[mask].max():.4g}, where text has {usual[mask].min():.2g} to "
+            f"{usual[mask].max():.2g} nats per token at these N and D. The law is one of nats: "
+            "give the logarithm of a perplexity."
+        )

@@ -8,7 +8,7 @@ Invariant: these functions read losses and metrics alone, and change neither.
 
 import numpy as np
 import pandas as pd
-from scipy.special import fdtrc, stdtr
+from scipy.special import fdtrc, stdtr  # scipy.stats takes half a second to import
 
 from forescale.scaling.fitting.points import Array
 
@@ -44,7 +44,7 @@ def others(loss: Array, metric: Array, rises: bool, budgets: int | None, name: s
     """Return what else makes a link doubtful.
 
     rises: whether the metric should rise with the loss; budgets: number of different budgets, if
-    it is known; what: the kind of the metric.
+    it is known; name: the kind of the metric.
     """
     sentences = []
     if budgets is not None and budgets < FEWEST:
@@ -74,10 +74,9 @@ def others(loss: Array, metric: Array, rises: bool, budgets: int | None, name: s
 
 def _direction(loss: Array, good: Array) -> int:
     """Return 1 if `good` rises with the loss, -1 if it falls, 0 if neither is clear by ranks."""
-    n = len(loss)
-    if n < _SIDE or np.ptp(good) == 0 or np.ptp(loss) == 0:
+    if len(loss) < _SIDE or np.ptp(good) == 0 or np.ptp(loss) == 0:
         return 0
-    r = float(np.corrcoef(*pd.DataFrame([loss, good]).rank(axis=1).to_numpy())[0, 1])
+    n, r = len(loss), float(np.corrcoef(*pd.DataFrame([loss, good]).rank(axis=1).to_numpy())[0, 1])
     t = abs(r) * np.sqrt((n - 2) / max(1e-12, 1 - r * r))
-    clear = abs(r) >= _CLEAR and 2 * stdtr(n - 2, -t) <= _CHANCE
-    return int(np.sign(r)) if clear else 0
+    is_clear = abs(r) >= _CLEAR and 2 * stdtr(n - 2, -t) <= _CHANCE
+    return int(np.sign(r)) if is_clear else 0

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.fit import Fit
-from forescale.scaling.fitting.isoflop import IsoFlop, Law
+from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.points import Array, Points
 
 # Differences of the exponent and of N* that matter to nobody, however sure they are.
@@ -32,23 +32,40 @@ def optimum_doubts(
     """Return a sentence if the law and the parabolas disagree on N* beyond their intervals, and one
     if the vertices bend away from their power law.
 
-    They are compared in their exponents, and in N* at `flops` or the greatest budget.
+    They are compared in their exponents, and in N* at `flops` or the greatest budget. Those of the
+    law are of the line through its log N* of the budgets.
     """
     if replicates.fit.form.columns != ("parameters", "tokens"):
         return _bend(iso)
     at = float(flops) if flops and np.isfinite(flops) else iso.vertices[-1].budget
-    law, parabolas = _by_law(replicates, iso, at, level), _by_parabolas(iso.parameters, at, level)
+    log_c = np.log([v.budget for v in iso.vertices])
+    away = log_c - log_c.mean()
+
+    def of(values: Array) -> Array:
+        """Return the exponent and log N* at `at`, (R, 2)."""
+        best = _along(replicates, iso, values)
+        slope = best @ away / (away @ away)
+        return np.stack((slope, best.mean(1) + slope * (np.log(at) - log_c.mean())), axis=-1)
+
+    # Value, low and high end of the exponent and of log N*, (3, 2); without an interval of the
+    # parabolas, its ends are the value.
+    law = np.vstack((of(replicates.fit.vector[None]), replicates.interval(level, of)))
+    line = iso.parameters
+    value = np.array([line.a, np.log(line(at))])
+    exponent, n = line.interval(level)[:, 1], np.log(line.interval(level, [at])[:, 0])
+    ends = np.stack((exponent, n), axis=1)
+    parabolas = np.vstack((value, np.where(np.isfinite(ends), ends, value)))
     apart = (law[1] > parabolas[2]) | (parabolas[1] > law[2])
     apart &= np.abs(law[0] - parabolas[0]) > _SLIGHT
     if not apart.any():
         return _bend(iso)
     parts = []
-    if apart[1]:
-        each = [_span(np.exp(one[:, 1]), ".3g") for one in (law, parabolas)]
-        parts.append(f"at {at:.3g} FLOPs N* is {each[0]} by the law and {each[1]} by the parabolas")
-    if apart[0]:
-        each = [_span(one[:, 0], ".3f") for one in (law, parabolas)]
-        parts.append(f"the exponent of N* is {each[0]} by the law and {each[1]} by the parabolas")
+    for i, quantity in ((1, f"at {at:.3g} FLOPs N* is"), (0, "the exponent of N* is")):
+        if apart[i]:
+            texts = ["{:.3g} ({:.3g} to {:.3g})".format(*np.exp(one[:, i])) if i else
+                     "{:.3f} ({:.3f} to {:.3f})".format(*one[:, i])
+                     for one in (law, parabolas)]  # fmt: skip
+            parts.append(f"{quantity} {texts[0]} by the law and {texts[1]} by the parabolas")
     low, high = replicates.interval(level, lambda values: _along(replicates, iso, values))
     log_n = np.log([v.parameters for v in iso.vertices])
     outside = int(((log_n < low) | (log_n > high)).sum())
@@ -59,35 +76,6 @@ def optimum_doubts(
         "D* only as far as both agree.",
         *_bend(iso),
     ]
-
-
-def _by_law(replicates: Replicates, iso: IsoFlop, flops: float, level: float) -> Array:
-    """Return value, low and high end of the exponent and of log N* at C by the law, (3, 2).
-
-    Both are of the line through its log N* of the budgets.
-    """
-    log_c = np.log([v.budget for v in iso.vertices])
-    away = log_c - log_c.mean()
-
-    def of(values: Array) -> Array:
-        best = _along(replicates, iso, values)
-        slope = best @ away / (away @ away)
-        return np.stack((slope, best.mean(1) + slope * (np.log(flops) - log_c.mean())), axis=-1)
-
-    return np.vstack((of(replicates.fit.vector[None]), replicates.interval(level, of)))
-
-
-def _by_parabolas(law: Law, flops: float, level: float) -> Array:
-    """Return the same as `_by_law`; without an interval, its ends are the value."""
-    value = np.array([law.a, np.log(law(flops))])
-    exponent, n = law.interval(level)[:, 1], np.log(law.interval(level, [flops])[:, 0])
-    ends = np.stack((exponent, n), axis=1)
-    return np.vstack((value, np.where(np.isfinite(ends), ends, value)))
-
-
-def _span(values: Array, form: str) -> str:
-    """Return a value with its interval as text. values: (3,)."""
-    return "{} ({} to {})".format(*(format(v, form) for v in values))
 
 
 def _along(replicates: Replicates, iso: IsoFlop, values: Array) -> Array:
@@ -111,8 +99,7 @@ def _along(replicates: Replicates, iso: IsoFlop, values: Array) -> Array:
 
 def _bend(iso: IsoFlop) -> list[str]:
     """Return a sentence if N* of the vertices is clearly no power law of C."""
-    x = np.log([v.budget for v in iso.vertices])
-    y = np.log([v.parameters for v in iso.vertices])
+    x, y = np.log([(v.budget, v.parameters) for v in iso.vertices]).T
     if len(x) < 5:
         return []
     X = np.vander(x - x.mean(), 3)
@@ -137,22 +124,21 @@ def order_doubts(points: Points, budgets: Array, law: Fit) -> list[str]:
     if not {"parameters", "tokens"} >= set(law.form.columns):
         return []
     fitted = law.predict(**{c: getattr(points, c) for c in law.form.columns})
-    pairs = []
-    for b in np.unique(budgets):
-        mask = budgets == b
-        if mask.sum() > 3:
-            both = pd.DataFrame([points.loss[mask], fitted[mask]]).rank(axis=1).to_numpy()
-            pairs.append((both - both.mean(1, keepdims=True)) / mask.sum())
-    if not pairs:
+    losses = pd.DataFrame({"observed": points.loss, "fitted": fitted})
+    groups = losses.groupby(budgets)
+    ranks = groups.rank()
+    size = groups["observed"].transform("size")
+    ranks = (ranks - ranks.groupby(budgets).transform("mean")).div(size, axis=0)[size > 3]
+    if ranks.empty:
         return []
-    observed, expected = np.concatenate(pairs, axis=1)
+    observed, expected = ranks.to_numpy().T
     scale = np.sqrt((observed @ observed) * (expected @ expected))
     alike = float(observed @ expected / scale) if scale else 0.0
     if alike >= _ORDERED:
         return []
     return [
-        f"Within the {len(pairs)} budgets, losses don't follow the law: the correlation of "
-        f"observed and fitted ranks is {alike:.2f}, where 1 is perfect, so that N* and D* mean "
-        "nothing. Check that N, D and loss of a row belong to the same run, and add sizes farther "
-        "from N*."
+        f"Within the {len(np.unique(budgets[size > 3]))} budgets, losses don't follow the law: the "
+        f"correlation of observed and fitted ranks is {alike:.2f}, where 1 is perfect, so that N* "
+        "and D* mean nothing. Check that N, D and loss of a row belong to the same run, and add "
+        "sizes farther from N*."
     ]

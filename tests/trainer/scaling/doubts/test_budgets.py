@@ -15,18 +15,18 @@ RNG = np.random.default_rng(0)
 def test_compute_that_falls_into_groups_shows_its_budgets():
     order = RNG.permutation(len(N))
     flops = (BUDGETS * RNG.uniform(0.985, 1.015, len(N)))[order]
-    budgets = grouped(flops, N[order])
-    assert budgets.of_run == pytest.approx(BUDGETS[order], rel=0.02)
-    assert len(np.unique(budgets.of_run)) == 5
-    assert budgets.note == (
+    budgets, note = grouped(flops, N[order])
+    assert budgets == pytest.approx(BUDGETS[order], rel=0.02)
+    assert len(np.unique(budgets)) == 5
+    assert note == (
         "The table names no budgets: C of the runs falls into 5 groups, which are taken as budgets."
     )
 
 
 def test_a_run_between_the_groups_has_its_own_compute_as_its_budget():
-    budgets = grouped(np.append(BUDGETS, 5e20), np.append(N, 1e9))
-    assert budgets.of_run[-1] == 5e20
-    assert "1 of 31 runs are in none" in budgets.note
+    budgets, note = grouped(np.append(BUDGETS, 5e20), np.append(N, 1e9))
+    assert budgets[-1] == 5e20
+    assert "1 of 31 runs are in none" in note
 
 
 @pytest.mark.parametrize("runs", [9, 20, 60, 300])
@@ -52,7 +52,7 @@ def test_budgets_of_public_studies_are_found_again_and_none_are_made_up(publishe
     for path in sorted((published / "backtest").glob("*.csv")):
         t = pd.read_csv(path)
         c, n = t["flops"].to_numpy(), t["parameters"].to_numpy()
-        assert grouped(c, n).of_run == pytest.approx(t["budget"].to_numpy(), rel=0.005)
+        assert grouped(c, n)[0] == pytest.approx(t["budget"].to_numpy(), rel=0.005)
         assert mismatch(t["budget"].to_numpy(), c, n) is None
     t = pd.read_csv(published / "epoch_chinchilla" / "svg_extracted_data.csv")
     assert grouped(t["Training FLOP"].to_numpy(), t["Model Size"].to_numpy()) is None
