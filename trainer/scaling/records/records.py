@@ -89,66 +89,38 @@ def record(run: Run) -> dict[str, Any] | Refused:
         return Refused(run.name, why)
     if scored is None or not scored["loss"] < float("inf"):
         return Refused(run.name, "it diverged: its loss is not finite")
-    last, sizes, length = status.train[-1], count(job.model), job.train.sequence_length
+    model, length, last = job.model, job.train.sequence_length, status.train[-1]
+    sizes, state = count(model), status.checkpoints[-1].state
     identity = read_json(run.identity)
-    dataset = identity["dataset"]
+    dataset, versions = identity["dataset"], identity.get("versions", {})
+    by_source = []
+    if len(dataset["sources"]) > 1:
+        scores = read_rows(run.metrics, kind="validation", step=status.step)
+        by_source = [(r["dataset"], r) for r in scores if r["dataset"] != "validation"]
+    targets = f"the {scored['targets']} targets" if "targets" in scored else "the targets"
+    within = "inside documents" if job.data.document_mask else "across documents"
+    rates = [row["mfu"] for row in status.train if row.get("mfu")]
+    init_seed = job.train.init_seed
     return {
         "name": run.name,
         **{f"parameters_{n}": getattr(sizes, n) for n in SIZES},
         "flops_causal": last["tokens"] * _flops(job, last["step"], causal=True),
         "flops_full": last["tokens"] * _flops(job, last["step"], causal=False),
-        "flops_6nd": last["tokens"] * flops_6n(job.model),
+        "flops_6nd": last["tokens"] * flops_6n(model),
         "tokens": last["tokens"],
         **_read(status, dataset["sources"]),
         "loss": scored["loss"],
         "loss_stderr": scored["loss_stderr"],
         "bits_per_byte": scored["bits_per_byte"],
         **{name: x for name, x in scored.items() if column_of(name)},
-        **(_by_source(run, status.step) if len(dataset["sources"]) > 1 else {}),
-        "loss_definition": _definition(job, scored, dataset["identity"]),
+        **{f"loss_{name}": row["loss"] for name, row in by_source},
+        **{f"loss_{name}_stderr": row["loss_stderr"] for name, row in by_source},
+        "loss_definition": (  # losses are comparable if it is equal
+            f"held-out cross-entropy, nats per token, mean over {targets}, ends of text included, "
+            f"of {scored['windows']} windows of {length} tokens of the validation split of dataset "
+            f"{dataset['identity'][:16]}, attention {within}"
+        ),
         "train_loss": last["loss"],
-        **_chosen(job, job.model),
-        "sequence_length": length,
-        "vocab_size": dataset["vocab_size"],
-        "tokenizer": hash_file(run.tokenizer).sha256 if run.tokenizer.is_file() else None,
-        "data": dataset["identity"],
-        "corpus": dataset.get("corpus_hash"),
-        "trunk": job.run.origin.run or run.name,
-        **_made_by(status, identity.get("versions", {})),
-    }
-
-
-def _flops(job: TrainJob, steps: int, causal: bool) -> float:
-    """Return the FLOPs of a token, on average over the first `steps` steps."""
-    assert isinstance(job.model, ModelConfig)
-    shares = length_ramp(job).shares(steps, job.batch_ramp.samples)
-    return sum(share * flops_per_token(job.model, length, causal) for length, share in shares)
-
-
-def _definition(job: TrainJob, scored: Mapping[str, Any], data: str) -> str:
-    """Return the definition of a loss as text: losses are comparable if it is equal."""
-    targets = f"the {scored['targets']} targets" if "targets" in scored else "the targets"
-    within = "inside documents" if job.data.document_mask else "across documents"
-    return (
-        f"held-out cross-entropy, nats per token, mean over {targets}, ends of text included, of "
-        f"{scored['windows']} windows of {job.train.sequence_length} tokens of the validation "
-        f"split of dataset {data[:16]}, attention {within}"
-    )
-
-
-def _by_source(run: Run, step: int) -> dict[str, float]:
-    """Return the held-out loss of each source of a mixture, with its standard error."""
-    rows = read_rows(run.metrics, kind="validation", step=step)
-    by_name = {r["dataset"]: r for r in rows if r["dataset"] != "validation"}
-    losses = {f"loss_{name}": row["loss"] for name, row in by_name.items()}
-    return losses | {f"loss_{name}_stderr": row["loss_stderr"] for name, row in by_name.items()}
-
-
-def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
-    """Return hyperparameters and seeds: `seed` of the data order, `init_seed` of the weights."""
-    sizes = model.sizes
-    init_seed = job.train.init_seed
-    return {
         "optimizer": job.optimizer.kind,
         "learning_rate": job.optimizer.learning_rate,
         "weight_decay": job.optimizer.weight_decay,
@@ -157,14 +129,34 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
         "schedule": job.schedule.kind,
         "warmup_steps": job.warmup_steps,
         "decay_steps": job.decay_steps,
-        "seed": job.train.seed,
+        "seed": job.train.seed,  # of the data order; init_seed: of the weights
         "init_seed": job.train.seed if init_seed is None else init_seed,
         "precision": job.precision.label,
         "parametrization": model.parametrization.kind,
-        "width": sizes.width,
-        "layers": sizes.num_layers,
+        "width": model.sizes.width,
+        "layers": model.sizes.num_layers,
         "expansion": expansion(model),
+        "sequence_length": length,
+        "vocab_size": dataset["vocab_size"],
+        "tokenizer": hash_file(run.tokenizer).sha256 if run.tokenizer.is_file() else None,
+        "data": dataset["identity"],
+        "corpus": dataset.get("corpus_hash"),
+        "trunk": job.run.origin.run or run.name,
+        "code_version": None if (v := versions.get("forescale")) == "unknown" else v,
+        "torch_version": versions.get("torch"),
+        "device": state.get("numerics", {}).get("device"),
+        "world_size": state["world_size"],
+        "mfu": float(np.median(rates)) if rates else None,
+        "seconds": status.goodput.wall,
+        "device_hours": device_hours_of(status),
     }
+
+
+def _flops(job: TrainJob, steps: int, causal: bool) -> float:
+    """Return the FLOPs of a token, on average over the first `steps` steps."""
+    assert isinstance(job.model, ModelConfig)
+    shares = length_ramp(job).shares(steps, job.batch_ramp.samples)
+    return sum(share * flops_per_token(job.model, length, causal) for length, share in shares)
 
 
 def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
@@ -213,21 +205,6 @@ def _opened(stored: Mapping[str, str]) -> Dataset | None:
     except UserError:
         return None
     return dataset if dataset.identity == stored["identity"] else None
-
-
-def _made_by(status: Status, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Return code versions, hardware and time."""
-    state = status.checkpoints[-1].state
-    rates = [row["mfu"] for row in status.train if row.get("mfu")]
-    return {
-        "code_version": None if (v := versions.get("forescale")) == "unknown" else v,
-        "torch_version": versions.get("torch"),
-        "device": state.get("numerics", {}).get("device"),
-        "world_size": state["world_size"],
-        "mfu": float(np.median(rates)) if rates else None,
-        "seconds": status.goodput.wall,
-        "device_hours": device_hours_of(status),
-    }
 
 
 def device_hours_of(status: Status) -> float | None:

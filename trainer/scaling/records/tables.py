@@ -18,7 +18,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +54,6 @@ class Export:
     name: str | None = None
     state: str | None = None
 
-    def of(self, table: pd.DataFrame) -> "Export":
-        """Return the export with another table."""
-        return replace(self, table=table)
-
-    def refused(self, needed: Sequence[str]) -> dict[Any, Refused]:
-        """Return the runs that have not finished or lack a needed value, by their row index.
-
-        Empty for a plain table, which has neither names nor states.
-        """
-        if self.name is None:
-            return {}
-        refusals = {}
-        for place, row in self.table.iterrows():
-            if self.state and str(row[self.state]).lower() != FINISHED:
-                refusals[place] = Refused(str(row[self.name]), f"its state is {row[self.state]}")
-            elif missing := [name for name in needed if pd.isna(row[name])]:
-                why = f"it has no value of {', '.join(missing)}"
-                refusals[place] = Refused(str(row[self.name]), why)
-        return refusals
-
 
 def is_export(path: Path) -> bool:
     """Return True for a file with the suffix of a table, and for a directory of dumped runs."""
@@ -90,7 +70,8 @@ def read_export(path: Path) -> Export:
     try:
         separator = next((sign for end, sign in _TEXT.items() if path.name.endswith(end)), None)
         if path.is_dir() or not (separator or path.suffix == ".parquet"):
-            return _of_objects(path, [o for p in _files(path) or [path] for o in _objects(p)])
+            files = _files(path) if path.is_dir() else [path]
+            return _of_objects(path, [o for p in files or [path] for o in _objects(p)])
         table = pd.read_csv(path, sep=separator) if separator else pd.read_parquet(path)
     except FileNotFoundError:
         raise UserError(str(path), "there is no such file", "check the path") from None
@@ -104,14 +85,13 @@ def read_export(path: Path) -> Export:
         raise UserError(str(path), problem, todo) from None
     if {"config", "summary", "name"} <= set(table.columns):  # the example in wandb's manual
         return _of_objects(path, [_parsed(path, row) for row in table.to_dict("records")])
-    if metrics := _metrics(table):
-        return _of_chart(table, metrics)
-    return _of_runs_table(table)
+    columns = [str(c) for c in table.columns]
+    metrics = [c for c in columns[1:]
+               if _SEPARATOR in c and {f"{c}__MIN", f"{c}__MAX"} <= set(columns)]  # fmt: skip
+    return _of_chart(table, metrics) if metrics else _of_runs_table(table)
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return []
     return sorted(p for p in path.iterdir() if p.suffix in _OBJECTS)
 
 
@@ -126,14 +106,6 @@ def _of_runs_table(table: pd.DataFrame) -> Export:
             if states and states <= _STATES:
                 return Export(table, name, state)
     return Export(table)
-
-
-def _metrics(table: pd.DataFrame) -> list[str]:
-    """Return the columns of a chart without x-axis, __MIN and __MAX; empty for other tables."""
-    columns = [str(c) for c in table.columns]
-    return [
-        c for c in columns[1:] if _SEPARATOR in c and {f"{c}__MIN", f"{c}__MAX"} <= set(columns)
-    ]
 
 
 def _of_chart(table: pd.DataFrame, metrics: Sequence[str]) -> Export:
@@ -166,18 +138,33 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _of_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> Export:
-    """Return a table of runs of wandb's API, or of plain rows."""
-    objects = list(objects)
-    of_wandb = list(map(_is_run, objects))
-    if not any(of_wandb):
-        return _of_runs_table(pd.json_normalize(objects))
-    if not all(of_wandb):
-        problem = (
-            f"{of_wandb.count(False)} of its {len(objects)} objects have no config and summary"
-        )
+def _of_objects(path: Path, objects: Sequence[Mapping[str, Any]]) -> Export:
+    """Return a table of runs of wandb's API, or of plain rows.
+
+    A key of a run's summary that its config has too becomes `summary.KEY`.
+    """
+    plain = [_is_run(one) for one in objects].count(False)
+    if plain == len(objects):
+        return _of_runs_table(pd.json_normalize(list(objects)))
+    if plain:
+        problem = f"{plain} of its {len(objects)} objects have no config and summary"
         raise UserError(str(path), problem, "leave them out")
-    table = pd.DataFrame([_row(o) for o in objects])
+    rows = []
+    for one in objects:
+        labels = ("display_name", "displayName", "name", "id")
+        row = {"name": next((one[key] for key in labels if one.get(key)), "run")}
+        row |= {key: one[key] for key in ("id", "state") if key in one}
+        settings = {
+            # A setting may be wrapped as in config.yaml: {desc, value}.
+            k: v["value"] if isinstance(v, dict) and {"value"} <= set(v) <= {"desc", "value"} else v
+            for k, v in _decoded(one["config"]).items()
+            if not k.startswith("_")
+        }
+        row |= {f"config.{k}" if k in row else k: v for k, v in _dotted(settings)}
+        for key, value in _dotted(_decoded(_summary(one))):
+            row[f"summary.{key}" if key in row else key] = value
+        rows.append(row)
+    table = pd.DataFrame(rows)
     return Export(table, "name", "state" if "state" in table else None)
 
 
@@ -191,21 +178,6 @@ def _summary(one: Mapping[str, Any]) -> Any:
     return next((one[name] for name in names if name in one), None)
 
 
-def _row(one: Mapping[str, Any]) -> dict[str, Any]:
-    """Return name, state, config and summary of a run.
-
-    A key of the summary that the config has too becomes `summary.KEY`.
-    """
-    labels = ("display_name", "displayName", "name", "id")
-    row = {"name": next((one[key] for key in labels if one.get(key)), "run")}
-    row |= {key: one[key] for key in ("id", "state") if key in one}
-    settings = {k: _bare(v) for k, v in _decoded(one["config"]).items() if not k.startswith("_")}
-    row |= {f"config.{k}" if k in row else k: v for k, v in _dotted(settings)}
-    for key, value in _dotted(_decoded(_summary(one))):
-        row[f"summary.{key}" if key in row else key] = value
-    return row
-
-
 def _decoded(section: Any) -> dict[str, Any]:
     """Return a section as a dict; the service gives it as text."""
     value = json.loads(section) if isinstance(section, str) else section or {}
@@ -214,31 +186,21 @@ def _decoded(section: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _bare(value: Any) -> Any:
-    """Return the value of a setting that may be wrapped as in config.yaml: {desc, value}."""
-    is_wrapped = isinstance(value, dict) and "value" in value and set(value) <= {"desc", "value"}
-    return value["value"] if is_wrapped else value
-
-
 def _dotted(section: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield the values of nested sections under dotted names."""
+    """Yield the values of nested sections under dotted names; NaN and infinity, which JSON lacks
+    and wandb writes as strings, as numbers."""
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _dotted(value, f"{above}{key}.")
         else:
-            yield f"{above}{key}", _unquoted(value)
-
-
-def _unquoted(value: Any) -> Any:
-    """Return a number for NaN and infinity, which JSON lacks and wandb writes as strings."""
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+            is_number = value in ("NaN", "Infinity", "-Infinity")
+            yield f"{above}{key}", float(value) if is_number else value
 
 
 class _Numbers(ast.NodeTransformer):
     """Replaces nan and inf, which are no literals in Python, by numbers."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """Return the number that a name stands for, or the name."""
         return ast.Constant(float(node.id)) if node.id in ("nan", "inf") else node
 
 
@@ -262,9 +224,19 @@ def of_export(
     runs that haven't finished or lack a mapped value are refused. Raises UserError if the file
     can't be read, if a column is missing, or if no row is left.
     """
-    export = _only(path, read_export(path), rows or {})
+    export, where = read_export(path), str(path)
     table = export.table
-    _must_have(path, table, [*columns.values()])
+    for column in (*(rows or {}), *columns.values()):
+        if column not in table.columns:
+            near = ", ".join(map(repr, nearest_first(column, map(str, table.columns))[:3]))
+            todo = f"the nearest of its {len(table.columns)} are {near}"
+            raise UserError(where, f"has no column {column!r}", todo)
+    for column, cell in (rows or {}).items():
+        values = table[column].astype(str)
+        if not (values == cell).any():
+            near = ", ".join(nearest_first(cell, values.unique())[:3])
+            raise UserError(where, f"no row has {column}={cell!r}", f"use one of: {near}")
+        table = table[values == cell]
     for field in columns:
         if field not in KNOWN:
             todo = f"use one of {', '.join(KNOWN)}"
@@ -275,81 +247,57 @@ def of_export(
     if "loss" not in chosen:
         near = ", ".join(map(repr, nearest_first("loss", map(str, table.columns))[:3]))
         todo = f"name it, such as columns={{loss: final_loss}}; the nearest are {near}"
-        raise UserError(str(path), "has no column 'loss'", todo)
-    refused = export.refused([column for field, column in columns.items() if field in COLUMNS])
-    usable = table[~table.index.isin(refused)]
+        raise UserError(where, "has no column 'loss'", todo)
     if table.empty:
-        raise UserError(str(path), "has no rows", "give a table with a row for each run")
+        raise UserError(where, "has no rows", "give a table with a row for each run")
+    needed = [column for field, column in columns.items() if field in COLUMNS]
+    refused: dict[Any, Refused] = {}  # by row index; a plain table has neither names nor states
+    for place, row in table.iterrows() if export.name else ():
+        if export.state and str(row[export.state]).lower() != FINISHED:
+            refused[place] = Refused(str(row[export.name]), f"its state is {row[export.state]}")
+        elif missing := [name for name in needed if pd.isna(row[name])]:
+            why = f"it has no value of {', '.join(missing)}"
+            refused[place] = Refused(str(row[export.name]), why)
+    usable = table[~table.index.isin(refused)]
     if usable.empty:
-        why = next(iter(refused.values())).why
-        problem = f"none of its {len(table)} runs is finished and has {', '.join(chosen)}"
-        raise UserError(
-            str(path), f"{problem}; of the first, {why}", "choose other rows or columns"
+        problem = (
+            f"none of its {len(table)} runs is finished and has {', '.join(chosen)}; of the first, "
+            f"{next(iter(refused.values())).why}"
         )
-    cells = {
-        o: _numbers(path, t, usable[t]) if o in NUMERIC else usable[t] for o, t in chosen.items()
-    }
-    return _expect_budgets(path, pd.DataFrame(cells)), list(refused.values())
-
-
-def _number(cell: Any) -> float:
-    """Return a cell as a number: NaN if it is none, infinity if it is too large for one."""
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return math.nan
-    except OverflowError:
-        return math.inf
-
-
-def _expect_budgets(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table, without its column of budgets if all are empty. Raises UserError if only
-    some are, or if one isn't positive."""
-    if "budget" not in table or table["budget"].isna().all():
-        return table.drop(columns="budget", errors="ignore")
-    if (bad := table.index[~table["budget"].between(SMALLEST, LARGEST)]).size:
-        cell = table["budget"][bad[0]]
-        problem = "is empty" if math.isnan(cell) else f"{cell:g} is not a positive number"
-        where = f"{path}, budget of row {bad[0]}"
+        raise UserError(where, problem, "choose other rows or columns")
+    records = pd.DataFrame({
+        field: _numbers(where, column, usable[column]) if field in NUMERIC else usable[column]
+        for field, column in chosen.items()
+    })  # fmt: skip
+    if "budget" not in records or records["budget"].isna().all():
+        records = records.drop(columns="budget", errors="ignore")
+    elif (bad := records.index[~records["budget"].between(SMALLEST, LARGEST)]).size:
+        budget = records["budget"][bad[0]]
+        problem = "is empty" if math.isnan(budget) else f"{budget:g} is not a positive number"
         todo = "give each run the budget that it belongs to, or leave out the column"
-        raise UserError(where, problem, todo)
-    return table
+        raise UserError(f"{where}, budget of row {bad[0]}", problem, todo)
+    return records, list(refused.values())
 
 
-def _numbers(path: Path, column: str, cells: pd.Series) -> pd.Series:
+def _numbers(where: str, column: str, cells: pd.Series) -> pd.Series:
     """Return the cells of a column as numbers; an empty one is NaN. Raises UserError for the first
     that is no number of usual size."""
-    numbers = cells.map(_number).astype(float)
+
+    def number(cell: Any) -> float:
+        try:
+            return float(cell)
+        except (TypeError, ValueError):
+            return math.nan
+        except OverflowError:  # an integer that is too large
+            return math.inf
+
+    numbers = cells.map(number).astype(float)
     is_usual = numbers.abs().between(SMALLEST, LARGEST) | (numbers == 0)
     wrong = cells.notna() & ~is_usual & (cells != numbers)  # not the infinite loss of a run
     wrong |= np.isfinite(numbers) & ~is_usual
     if wrong.any():
         row, cell = next((row, cell) for row, cell in cells[wrong].items())
-        where = f"{path}, column {column!r}, row {row}"  # 0 is the first below the header
+        place = f"{where}, column {column!r}, row {row}"  # 0 is the first below the header
         todo = "write plain numbers, such as 7503872 or 7.5e6, and nothing in an empty cell"
-        raise UserError(where, f"{display(cell)} is not a number that can be used", todo)
+        raise UserError(place, f"{display(cell)} is not a number that can be used", todo)
     return numbers
-
-
-def _only(path: Path, export: Export, rows: Mapping[str, str]) -> Export:
-    """Return the rows that have these values."""
-    table = export.table
-    _must_have(path, table, [*rows])
-    for column, value in rows.items():
-        values = table[column].astype(str)
-        if not (values == value).any():
-            near = ", ".join(nearest_first(value, values.unique())[:3])
-            raise UserError(str(path), f"no row has {column}={value!r}", f"use one of: {near}")
-        table = table[values == value]
-    return export.of(table)
-
-
-def _must_have(path: Path, table: pd.DataFrame, names: Sequence[str]) -> None:
-    """Raise UserError if the table lacks one of these columns."""
-    for name in names:
-        if name not in table.columns:
-            near = ", ".join(map(repr, nearest_first(name, map(str, table.columns))[:3]))
-            problem = f"has no column {name!r}"
-            raise UserError(
-                str(path), problem, f"the nearest of its {len(table.columns)} are {near}"
-            )
