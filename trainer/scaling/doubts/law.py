@@ -108,7 +108,8 @@ def _undetermined(replicates: Replicates, level: float) -> Iterator[str]:
     """Yield sentences on parameters that the runs don't determine."""
     law, symbols = replicates.fit, replicates.fit.form.symbols
     edges = {e.split()[0]: f"{e} of its range" for e in law.certificate.edges}
-    lost = dict(zip(symbols, (replicates.solved.edge != 0).mean(0), strict=True))  # of refits, at an end
+    # The share of refits in which a parameter is at an end of its range.
+    lost = dict(zip(symbols, (replicates.solved.edge != 0).mean(0), strict=True))
     gone = [s for s in symbols if s in edges or lost[s] > _ABSENT]
     a = replicates.allocation(level)
     if {"parameters", "tokens"} <= set(law.form.columns):
