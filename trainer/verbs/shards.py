@@ -15,7 +15,7 @@ from forescale.config.suggest import nearest_first
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
-from forescale.data.prepare.report import summary_lines
+from forescale.data.prepare.show import show, summary_lines
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
 from forescale.ground.console import progress_display
@@ -165,8 +165,6 @@ def _index(job: ShardsJob, output: Path, progress: Any) -> None:
 
 def _show(arguments: list[str]) -> int:
     """Run `forescale shards show DATASET [windows=N] [sequence_length=N] [seed=N]`."""
-    from forescale.data.prepare.show import show
-
     paths = [argument for argument in arguments if "=" not in argument or "://" in argument]
     if len(paths) != 1:
         todo = "write forescale shards show DATASET"

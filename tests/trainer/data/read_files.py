@@ -2,7 +2,8 @@
 
 import json
 
-from forescale.data.text.files import Files, ReadingReport
+from forescale.data.text.documents import ReadingReport
+from forescale.data.text.files import Files
 
 
 def read(*paths, **options):

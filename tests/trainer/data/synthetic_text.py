@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from forescale.data.prepare.builder import BuildConfig
-from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
+from forescale.data.text.documents import Document, Intake, ReadingReport, Unit
 
 WORDS = ["def", "return", "self", "naïve", "数据", "for", "in", "class\n\t", "🙂", "x0", "=="]
 SMALL = BuildConfig(
@@ -37,7 +37,7 @@ class Texts:
 
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
         for i in range(unit.first, unit.last):
-            yield from decoded(f"text-{i}", self.texts[i], report)
+            yield from Intake(report).documents(f"text-{i}", self.texts[i])
 
 
 def synthetic(count: int = 60, seed: int = 1) -> list[bytes]:

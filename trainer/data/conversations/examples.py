@@ -21,7 +21,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,15 +79,34 @@ class Reader:
 
     def examples(self, path: str, faults: ReadingReport) -> Iterator[Example]:
         """Yield the examples of a file; add the other lines to `faults` with their numbers."""
+        special = special_ids(self.tokenizer)
         lines = self._lines(path, faults)
         while batch := list(islice(lines, _BATCH)):
-            for line, ids in zip(batch, self._encoded(batch), strict=True):
-                example, longest = self._example(line, ids)
+            encoded: dict[bool, Iterator[list[int]]] = {}
+            for has_special in (False, True):
+                same = [line for line in batch if line.has_special == has_special]
+                texts = [
+                    piece.text for line in same for side in line.conversations for piece in side
+                ]
+                encoded[has_special] = iter(encoded_parts(self.tokenizer, texts, has_special))
+            for line in batch:
+                ids: list[int] = []
+                learned: list[bool] = []
+                longest = 0
+                for pieces in line.conversations:
+                    parts = list(islice(encoded[line.has_special], len(pieces)))
+                    tokens, are_learned = joined(pieces, parts, self.end, special)
+                    if self.are_preferences:  # the last response alone
+                        before, _ = joined(pieces[:-1], parts[:-1], self.end, special)
+                        are_learned = [i >= len(before) for i in range(len(tokens))]
+                    ids += tokens
+                    learned += are_learned
+                    longest = max(longest, len(tokens))
                 if longest > self.most:
                     reason = f"longer than the {self.most:,} tokens of a row"
                     faults.add(reason, f"{line.number:,}, of {longest:,} tokens")
                 else:
-                    yield example
+                    yield Example(np.array(ids), np.array(learned), line.text)
 
     def _lines(self, path: str, faults: ReadingReport) -> Iterator[_Line]:
         with open_stream(path, path) as file:
@@ -96,20 +114,20 @@ class Reader:
                 if raw.isspace():
                     continue
                 try:
-                    yield self._line(number, _parsed(raw))
+                    row = _parsed(raw)
+                    if is_preference(row) != self.are_preferences:
+                        forms = PREFERENCES if self.are_preferences else EXAMPLES
+                        raise Unfit(f"that are not {forms}")
+                    if self.are_preferences:
+                        # The prompt decides, so that no prompt is in both splits.
+                        *rows, key = two_lines(row)
+                    else:
+                        rows = [key := _example_fields(row)]
+                    text = json.dumps(key, sort_keys=True).encode()
+                    conversations = [self._pieces(row) for row in rows]
+                    yield _Line(number, conversations, "messages" in rows[0], text)
                 except Unfit as e:
                     faults.add(str(e), f"{number:,}")
-
-    def _line(self, number: int, row: Any) -> _Line:
-        if is_preference(row) != self.are_preferences:
-            raise Unfit(f"that are not {PREFERENCES if self.are_preferences else EXAMPLES}")
-        if self.are_preferences:
-            *rows, key = two_lines(row)  # the prompt decides, so that no prompt is in both splits
-        else:
-            rows = [key := _example_fields(row)]
-        text = json.dumps(key, sort_keys=True).encode()
-        conversations = [self._pieces(row) for row in rows]
-        return _Line(number, conversations, "messages" in rows[0], text)
 
     def _pieces(self, row: Mapping[str, Any]) -> list[Piece]:
         if "messages" in row:
@@ -118,38 +136,6 @@ class Reader:
         if not response.strip():
             raise Unfit("with an empty response")
         return [Piece(prompt, False), Piece(response, True)]
-
-    def _encoded(self, lines: Sequence[_Line]) -> list[Iterator[list[int]]]:
-        encoded: dict[bool, Iterator[list[int]]] = {}
-        for has_special in (False, True):
-            same = [line for line in lines if line.has_special == has_special]
-            texts = [piece.text for line in same for side in line.conversations for piece in side]
-            encoded[has_special] = iter(encoded_parts(self.tokenizer, texts, has_special))
-        return [
-            iter([*islice(encoded[line.has_special], sum(map(len, line.conversations)))])
-            for line in lines
-        ]
-
-    def _example(self, line: _Line, parts: Iterator[list[int]]) -> tuple[Example, int]:
-        """Return the example of a line, and the tokens of its longest conversation. parts: the ids
-        of its pieces."""
-        ids: list[int] = []
-        learned: list[bool] = []
-        longest = 0
-        for pieces in line.conversations:
-            of_side = list(islice(parts, len(pieces)))
-            tokens, are_learned = joined(pieces, of_side, self.end, self._special)
-            if self.are_preferences:  # the last response alone
-                before, _ = joined(pieces[:-1], of_side[:-1], self.end, self._special)
-                are_learned = [i >= len(before) for i in range(len(tokens))]
-            ids += tokens
-            learned += are_learned
-            longest = max(longest, len(tokens))
-        return Example(np.array(ids), np.array(learned), line.text), longest
-
-    @cached_property
-    def _special(self) -> set[int]:
-        return special_ids(self.tokenizer)
 
 
 def has_preferences(path: str | Path) -> bool:
@@ -173,10 +159,12 @@ def is_preference(row: Any) -> bool:
 def two_lines(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Return the chosen and the rejected example of a preference, and their prompt. Raises
     Unfit."""
+    equal = Unfit("whose chosen and rejected responses are equal")
     if isinstance(row.get("prompt"), str) and all(isinstance(row[side], str) for side in _SIDES):
         prompt = row["prompt"]
+        if row["chosen"] == row["rejected"]:
+            raise equal
         chosen, rejected = ({"prompt": prompt, "response": row[side]} for side in _SIDES)
-        _expect_different(row["chosen"], row["rejected"])
         return chosen, rejected, prompt
     chats = [_whole_chat(row, side) for side in _SIDES]
     *before, last = chats[0]
@@ -185,7 +173,8 @@ def two_lines(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], A
         raise Unfit("whose chosen and rejected chats differ before their last message")
     if not all(isinstance(m, dict) and m.get("role") == "assistant" for m in (last, rejected_last)):
         raise Unfit("whose chosen or rejected message is not the assistant's")
-    _expect_different(last.get("content"), rejected_last.get("content"))
+    if last.get("content") == rejected_last.get("content"):
+        raise equal
     return {"messages": chats[0]}, {"messages": chats[1]}, before
 
 
@@ -203,11 +192,6 @@ def _whole_chat(row: Mapping[str, Any], side: str) -> list[Any]:
     if not isinstance(before, list):
         raise Unfit("without a prompt")
     return [*before, *chat]
-
-
-def _expect_different(chosen: Any, rejected: Any) -> None:
-    if chosen == rejected:
-        raise Unfit("whose chosen and rejected responses are equal")
 
 
 def _parsed(raw: bytes) -> Any:

@@ -8,7 +8,7 @@ memory while they are built, at some 5 bytes a token.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,51 +117,47 @@ def _build(
     if not examples:
         forms = PREFERENCES if are_preferences else EXAMPLES
         raise UserError(path, "holds no example", f"write lines {forms}")
-    lengths = np.bincount([len(example.ids).bit_length() - 1 for example in examples]).tolist()
+    # Held out are, of the distinct examples, the share with the least hashes, at least one of two.
+    keys = [hashlib.blake2b(example.text, digest_size=8).digest() for example in examples]
+    distinct, share = sorted(set(keys)), request.held_out
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1) if share else 0
+    held_out = set(distinct[:count])
     with staged(output) as stage:
         splits, entries, corpus = {}, dict[str, FileEntry](), hashlib.sha256()
-        for name, part in zip(SPLITS, _divided(examples, request.held_out), strict=True):
+        for name, is_held_out in zip(SPLITS, (False, True), strict=True):
+            part = [
+                e for e, key in zip(examples, keys, strict=True) if (key in held_out) is is_held_out
+            ]
             splits[name], files = _write_split(stage, name, part, vocabulary)
             entries |= files
             for row in splits[name]["shards"]:
                 corpus.update(row["sha256"].encode())
-        write_manifest(
-            stage,
-            entries,
-            vocabulary,
-            splits,
-            corpus.hexdigest(),
-            described,
-            {"lengths": lengths, "sources": [], "left_out": left_out},
-        )
-
-
-def _divided(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Return the examples to train on, and those held out: of the distinct ones the share with the
-    least hashes, at least one of two."""
-    keys = [hashlib.blake2b(example.text, digest_size=8).digest() for example in examples]
-    distinct = sorted(set(keys))
-    count = min(max(1, round(share * len(distinct))), len(distinct) - 1) if share else 0
-    held_out = set(distinct[:count])
-    train = [e for e, key in zip(examples, keys, strict=True) if key not in held_out]
-    return train, [e for e, key in zip(examples, keys, strict=True) if key in held_out]
+        lengths = np.bincount([len(example.ids).bit_length() - 1 for example in examples]).tolist()
+        report = {"lengths": lengths, "sources": [], "left_out": left_out}
+        write_manifest(stage, entries, vocabulary, splits, corpus.hexdigest(), described, report)
 
 
 def _write_split(
     stage: Path, split: str, examples: Sequence[Example], vocabulary: Vocabulary
 ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-    """Return the manifest's part of a split, and the entries of its files."""
+    """Return the manifest's part of a split, and the entries of its files. Shards have about
+    _SHARD_TOKENS."""
     rows, entries, end = [], dict[str, FileEntry](), vocabulary.end
-    for number, shard in enumerate(_shards(examples)):
-        name = f"{split}-{number:06d}"
-        writer = ShardWriter(stage, name, vocabulary.dtype, _MEMBER_TOKENS, has_learned=True)
-        for ids, learned, _ in shard:
-            if ids[-1] != end:  # every document of a dataset ends with it
-                ids, learned = np.append(ids, end), np.append(learned, False)
-            writer.add(ids, learned)
-        row, files = writer.finish()
-        rows.append(row)
-        entries |= files
+    writer: ShardWriter | None = None
+    for number, (ids, learned, _) in enumerate(examples, 1):
+        if writer is None:
+            name = f"{split}-{len(rows):06d}"
+            writer = ShardWriter(stage, name, vocabulary.dtype, _MEMBER_TOKENS, has_learned=True)
+            size = 0
+        size += len(ids) + 1
+        if ids[-1] != end:  # every document of a dataset ends with it
+            ids, learned = np.append(ids, end), np.append(learned, False)
+        writer.add(ids, learned)
+        if size >= _SHARD_TOKENS or number == len(examples):
+            row, files = writer.finish()
+            rows.append(row)
+            entries |= files
+            writer = None
     bytes_of = token_bytes(vocabulary.load())
     totals = {
         "tokens": sum(row["tokens"] for row in rows),
@@ -169,13 +165,3 @@ def _write_split(
         "bytes": sum(int(bytes_of[example.ids].sum()) for example in examples),
     }
     return {**totals, "shards": rows}, entries
-
-
-def _shards(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """Yield runs of examples of about _SHARD_TOKENS each."""
-    first = size = 0
-    for i, example in enumerate(examples, 1):
-        size += len(example.ids) + 1
-        if size >= _SHARD_TOKENS or i == len(examples):
-            yield examples[first:i]
-            first, size = i, 0

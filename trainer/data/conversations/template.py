@@ -137,22 +137,21 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
-        environment.filters["tojson"] = _as_json
-        environment.globals["raise_exception"] = _refuse
+
+        def as_json(value: Any, indent: int | None = None, **_: Any) -> str:
+            # Unlike Jinja's own filter, which escapes for HTML.
+            return json.dumps(value, ensure_ascii=False, indent=indent)
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment.filters["tojson"] = as_json
+        environment.globals["raise_exception"] = refuse
         try:
             return environment.from_string(self.source)
         except TemplateError as e:
             problem = f"this chat template can't be read ({e})"
             raise UserError(self.where, problem, "give another one with template=FILE") from e
-
-
-def _as_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    # Unlike Jinja's own filter, which escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
 
 
 def chat_ids(

@@ -12,6 +12,7 @@ the runs of all units, about 100 MB with uint16, however large the shards are; a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +49,8 @@ def plan_shards(
         with UnitFile(path) as file:
             keys = run.column(file, "key", 0, run.documents)
             ends = run.column(file, "end", 0, run.documents).astype(np.int64)
-        np.add.at(
-            histogram, (keys >> np.uint64(64 - _BITS)).astype(np.int64), np.diff(ends, prepend=0)
-        )
+        bins = (keys >> np.uint64(64 - _BITS)).astype(np.int64)
+        np.add.at(histogram, bins, np.diff(ends, prepend=0))
     total = int(histogram.sum())
     count = max(1, round(total / shard_tokens))
     # A bin belongs to the shard that contains its middle.
@@ -58,26 +58,21 @@ def plan_shards(
     owner = np.minimum((middles * count / max(total, 1)).astype(np.int64), count - 1)
     shards: list[ShardPlan] = []
     for bins in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1):
-        tokens = histogram[bins]
-        if tokens.any():
-            name = f"{split}-{len(shards):06d}"
-            shards.append(ShardPlan(name, _edges(int(bins[0]), tokens), int(tokens.sum())))
+        ends = np.cumsum(histogram[bins])
+        if not ends[-1]:
+            continue
+        # Between two edges: at most _GATHERED tokens, or one bin.
+        edges, at, before = [0], 0, 0
+        while before + _GATHERED < ends[-1]:
+            fits = int(np.searchsorted(ends, before + _GATHERED, side="right"))
+            at = max(fits, at + 1)
+            before = int(ends[at - 1])
+            edges.append(at)
+        if edges[-1] < len(bins):
+            edges.append(len(bins))
+        keys_of_edges = [(int(bins[0]) + edge) << (64 - _BITS) for edge in edges]
+        shards.append(ShardPlan(f"{split}-{len(shards):06d}", keys_of_edges, int(ends[-1])))
     return shards
-
-
-def _edges(first: int, tokens: np.ndarray) -> list[int]:
-    """Return keys between which bins from `first` on hold at most _GATHERED tokens, or are one
-    bin."""
-    ends = np.cumsum(tokens)
-    edges, at, held = [0], 0, 0
-    while held + _GATHERED < ends[-1]:
-        fits = int(np.searchsorted(ends, held + _GATHERED, side="right"))
-        at = max(fits, at + 1)
-        held = int(ends[at - 1])
-        edges.append(at)
-    if edges[-1] < len(tokens):
-        edges.append(len(tokens))
-    return [(first + edge) << (64 - _BITS) for edge in edges]
 
 
 def _runs(
@@ -129,9 +124,14 @@ class AssembleJob:
         """item: (split, shard)."""
         split, shard = item
         path = self.rows / shard.name
-        if (done := finished(path)) and self._are_intact(done["files"]):
-            tick(shard.tokens, shard.tokens)
-            return
+        if done := finished(path):
+            with suppress(FileNotFoundError):
+                if all(
+                    hash_file(self.stage / name) == FileEntry(**entry)
+                    for name, entry in done["files"].items()
+                ):
+                    tick(shard.tokens, shard.tokens)
+                    return
         writer = ShardWriter(self.stage, shard.name, self.dtype, self.member_tokens)
         for low, high in zip(shard.edges, shard.edges[1:], strict=False):
             reported = writer.tokens
@@ -145,59 +145,37 @@ class AssembleJob:
         with UnitWriter(path) as out:
             out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
 
-    def _are_intact(self, files: dict[str, dict[str, Any]]) -> bool:
-        try:
-            return all(
-                hash_file(self.stage / n) == FileEntry(**entry) for n, entry in files.items()
-            )
-        except FileNotFoundError:
-            return False
-
     def _gathered(self, split: str, low: int, high: int) -> Iterator[np.ndarray]:
         """Yield the documents with shuffle keys in [low, high), in order, each compared with its
         checksum."""
-        slices = [
-            piece
-            for path, run in _runs(self.directory, dict(enumerate(self.units)), split)
-            if (piece := self._slice(path, run, low, high)) is not None
-        ]
-        if not slices:
+        keys: list[np.ndarray] = []
+        rows: list[np.ndarray] = []  # (documents, 4): number of the run, first token, end, checksum
+        runs: list[tuple[Path, np.ndarray]] = []
+        for path, run in _runs(self.directory, dict(enumerate(self.units)), split):
+            with UnitFile(path) as file:
+                first = file.search(run.offset, run.documents, low)
+                last = file.search(run.offset, run.documents, high)
+                if first == last:
+                    continue
+                ends = run.column(file, "end", max(first - 1, 0), last)
+                if first == 0:
+                    ends = np.concatenate([np.zeros(1, "<u8"), ends])
+                tokens = run.tokens_of(file, int(ends[0]), int(ends[-1]), self.dtype)
+                keys.append(run.column(file, "key", first, last))
+                checksums = run.column(file, "sum", first, last)
+            numbers = np.full(last - first, len(runs), np.uint64)
+            ends = ends - ends[0]
+            rows.append(np.stack([numbers, ends[:-1], ends[1:], checksums], axis=1))
+            runs.append((path, tokens))
+        if not runs:
             return
-        rows = np.concatenate([piece.rows(owner) for owner, piece in enumerate(slices)])
-        keys = np.concatenate([piece.keys for piece in slices])
-        rows = rows[np.argsort(keys, kind="stable")]  # runs come in source order
-        for at in range(0, len(rows), _ROWS):
-            for owner, start, stop, checksum in rows[at : at + _ROWS].tolist():
-                ids = slices[owner].tokens[start:stop]
+        order = np.argsort(np.concatenate(keys), kind="stable")  # runs come in source order
+        sorted_rows = np.concatenate(rows)[order]
+        for at in range(0, len(sorted_rows), _ROWS):
+            for number, start, stop, checksum in sorted_rows[at : at + _ROWS].tolist():
+                path, tokens = runs[number]
+                ids = tokens[start:stop]
                 if xxhash.xxh3_64_intdigest(ids.data) != checksum:
-                    with UnitFile(slices[owner].path) as file:
+                    with UnitFile(path) as file:
                         raise file.damaged()
                 yield ids
-
-    def _slice(self, path: Path, run: TokenRun, low: int, high: int) -> "_Slice | None":
-        with UnitFile(path) as file:
-            first = file.search(run.offset, run.documents, low)
-            last = file.search(run.offset, run.documents, high)
-            if first == last:
-                return None
-            ends = run.column(file, "end", max(first - 1, 0), last)
-            if first == 0:
-                ends = np.concatenate([np.zeros(1, "<u8"), ends])
-            tokens = run.tokens_of(file, int(ends[0]), int(ends[-1]), self.dtype)
-            keys, sums = (run.column(file, name, first, last) for name in ("key", "sum"))
-            return _Slice(path, keys, ends - ends[0], sums, tokens)
-
-
-class _Slice(NamedTuple):
-    """Documents of one run whose keys are in a range; `ends` begins with a 0."""
-
-    path: Path
-    keys: np.ndarray
-    ends: np.ndarray
-    sums: np.ndarray
-    tokens: np.ndarray
-
-    def rows(self, owner: int) -> np.ndarray:
-        """Return owner, first token, end and checksum of every document, shape (documents, 4)."""
-        owners = np.full(len(self.keys), owner, np.uint64)
-        return np.stack([owners, self.ends[:-1], self.ends[1:], self.sums], axis=1)

@@ -31,11 +31,9 @@ from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.encode import EncodeJob, TokenRun
 from forescale.data.prepare.pool import Pool, Task
-from forescale.data.prepare.report import Totals
 from forescale.data.prepare.sample import TOKENIZER, BaselinesJob, SampleJob, texts
 from forescale.data.prepare.selection import (
     SPLITS,
-    VALIDATION,
     ChangedError,
     HashJob,
     HashRun,
@@ -104,7 +102,12 @@ def build_dataset(
     if tokenizer is not None:
         # Here already, so that its errors are raised before any work.
         vocabulary_of(tokenizer, config.tokenizer, config.end_of_text)
-    request = _request(source, config, tokenizer)
+    # Without machine paths: an equal request finds the finished dataset.
+    request = {"source": source.describe(), **asdict(config)}
+    if tokenizer is not None and config.tokenizer != "bytes":
+        digest = hashlib.sha256(tokenizer).hexdigest()
+        request["tokenizer"] = f"{Path(config.tokenizer).name} {digest}"
+    request = json.loads(json.dumps(request))
 
     def build() -> None:
         units = source.units()
@@ -125,13 +128,47 @@ def build_dataset(
     return output
 
 
-def _request(source: DocumentSource, config: BuildConfig, raw: bytes | None) -> dict[str, Any]:
-    """Return the request, without machine paths: an equal request finds the finished dataset."""
-    request = {"source": source.describe(), **asdict(config)}
-    if raw is not None and config.tokenizer != "bytes":
-        name = Path(config.tokenizer).name
-        request["tokenizer"] = f"{name} {hashlib.sha256(raw).hexdigest()}"
-    return json.loads(json.dumps(request))
+class _Totals:
+    """Adds up the facts of the units' files, in source order."""
+
+    def __init__(self, sources: Sequence[str]):
+        self.splits = {s: dict.fromkeys(("documents", "tokens", "bytes"), 0) for s in SPLITS}
+        self.lengths: list[int] = [0] * 64
+        self.sources: list[dict[str, Any]] = [
+            {"name": name, "documents": 0, "bytes": 0, "tokens": 0, "read_bytes": 0}
+            for name in sources
+        ]
+        self.left_out = ReadingReport()
+
+    def add(self, unit: Unit, hashed: dict[str, Any], encoded: dict[str, Any]) -> None:
+        """Add the facts of a unit's files in hashes/ and in tokens/."""
+        source = self.sources[unit.source]
+        source["read_bytes"] += hashed["bytes"]
+        for name, split in encoded["splits"].items():
+            for key, count in split.items():
+                self.splits[name][key] += count
+                source[key] += count
+        self.lengths = [a + b for a, b in zip(self.lengths, encoded["lengths"], strict=True)]
+        for unit_facts in (hashed, encoded):
+            self.left_out.merge(ReadingReport(**unit_facts["report"]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the manifest's report.
+
+        lengths: number of documents with 2^i to 2^(i+1) - 1 tokens, including end of text; bytes of
+        duplicates: of their text.
+        """
+        longest = max((i for i, count in enumerate(self.lengths) if count), default=-1)
+        return {
+            "duplicates": {
+                "documents": self.left_out.counts.get("duplicate", 0),
+                "bytes": sum(s["read_bytes"] for s in self.sources)
+                - sum(split["bytes"] for split in self.splits.values()),
+            },
+            "lengths": self.lengths[: longest + 1],
+            "sources": self.sources,
+            "left_out": self.left_out.as_dict(),
+        }
 
 
 @dataclass
@@ -148,16 +185,32 @@ class _Build:
     progress: Progress
 
     def run(self) -> None:
-        runs, sizes = self._hash()
-        selection = self._select(runs)
-        self._sample(selection)
+        work, config, units = self.work, self.config, self.units
+        selection, sizes = self._select()
+        bounds, total = selection.bounds, sum(unit.size for unit in units)
+        if bounds.tokenizer or bounds.compared:
+            sample = SampleJob(self.source, selection, work.samples, config.tokenizer_bytes)
+            self._phase("sample", "bytes", total, self._each_unit(sample))
         raw = self.tokenizer or self._trained_tokenizer()
-        vocabulary = vocabulary_of(raw, self.config.tokenizer, self.config.end_of_text)
-        self._encode(selection, vocabulary, sizes)
-        encoded = [[TokenRun(*r) for r in unit["runs"]] for unit in self._facts(self.work.tokens)]
-        rows, entries = self._assemble(encoded, vocabulary)
-        entries |= self._write_origins(encoded)
-        self._finish(selection, vocabulary, rows, entries)
+        vocabulary = vocabulary_of(raw, config.tokenizer, config.end_of_text)
+        encode = EncodeJob(self.source, selection, work.tokens, vocabulary, config.seed)
+        tasks = self._each_unit(encode, sizes)
+        if bounds.compared:
+            compare = BaselinesJob(work.samples, len(units))
+            tasks.append(Task("compressors", compare, work.baselines, 1 << 60))
+        self._phase("tokenise", "bytes", sum(sizes), tasks)
+        rows, entries = self._assemble(vocabulary)
+        totals, corpus = _Totals(self.source.sources), hashlib.sha256()
+        both = (self._facts(work.hashes), self._facts(work.tokens))
+        for unit, hashed, encoded in zip(units, *both, strict=True):
+            totals.add(unit, hashed, encoded)
+            corpus.update(encoded["digest"].encode())
+        splits = {s: {**totals.splits[s], "shards": rows[s]} for s in SPLITS}
+        compared = (facts(work.baselines) or None) if bounds.compared else None
+        digest, report = corpus.hexdigest(), totals.as_dict()
+        write_manifest(
+            work.stage, entries, vocabulary, splits, digest, self.request, report, compared
+        )
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
         meter = Meter(self.progress, name, total, unit)
@@ -172,42 +225,32 @@ class _Build:
         for number in range(len(self.units)):
             yield facts(directory / f"{number:06d}")
 
-    def _hash(self) -> tuple[list[list[HashRun]], list[int]]:
-        """Return the runs and the size in bytes of every unit."""
-        total = sum(unit.size for unit in self.units)
-        job = HashJob(self.source, self.work.hashes)
-        self._phase("read and hash", "bytes", total, self._each_unit(job))
+    def _select(self) -> tuple[Selection, list[int]]:
+        """Return the selected documents, and the size in bytes of every unit."""
+        work, total = self.work, sum(unit.size for unit in self.units)
+        tasks = self._each_unit(HashJob(self.source, work.hashes))
+        self._phase("read and hash", "bytes", total, tasks)
         left_out, runs, sizes = ReadingReport(), [], []
-        for unit in self._facts(self.work.hashes):
+        for unit in self._facts(work.hashes):
             runs.append([HashRun(*run) for run in unit["runs"]])
             sizes.append(unit["bytes"])
             left_out.merge(ReadingReport(**unit["report"]))
         if not any(runs):
-            why = ", ".join(f"{count} {reason}" for reason, count in left_out.counts.items())
-            todo = f"left out: {why or 'nothing'}"
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.counts.items())
+            todo = f"left out: {reasons or 'nothing'}"
             raise NoTextError("the source", "has no usable document", todo)
-        return runs, sizes
-
-    def _select(self, runs: list[list[HashRun]]) -> Selection:
         count = sum(run.distinct for unit in runs for run in unit)
         edges = range_edges(count)
-        job = RangeJob(self.work.hashes, self.work.ranges, runs)
+        job = RangeJob(work.hashes, work.ranges, runs)
         tasks = [
             Task(f"hashes, range {i + 1} of {len(edges) - 1}", job, (i, low, high))
             for i, (low, high) in enumerate(pairwise(edges))
         ]
         self._phase("find duplicates", "documents", count, tasks)
-        ranges = [self.work.ranges / f"{i:04d}" for i in range(len(tasks))]
+        ranges = [work.ranges / f"{i:04d}" for i in range(len(tasks))]
         sampled = self.config.tokenizer_bytes if self.tokenizer is None else 0
         bounds = choose(ranges, self.config.validation, sampled)
-        return Selection(self.work.hashes, ranges, bounds, self.config.validation)
-
-    def _sample(self, selection: Selection) -> None:
-        if not (selection.bounds.tokenizer or selection.bounds.compared):
-            return
-        job = SampleJob(self.source, selection, self.work.samples, self.config.tokenizer_bytes)
-        total = sum(unit.size for unit in self.units)
-        self._phase("sample", "bytes", total, self._each_unit(job))
+        return Selection(work.hashes, ranges, bounds, self.config.validation), sizes
 
     def _trained_tokenizer(self) -> bytes:
         path, done = self.work.tokenizer, 0
@@ -227,25 +270,16 @@ class _Build:
             out.finish({"json": trained})
         return trained.encode()
 
-    def _encode(self, selection: Selection, vocabulary: Vocabulary, sizes: list[int]) -> None:
-        work, seed = self.work, self.config.seed
-        job = EncodeJob(self.source, selection, work.tokens, vocabulary, seed)
-        tasks = self._each_unit(job, sizes)
-        if selection.bounds.compared:
-            compare = BaselinesJob(work.samples, len(self.units))
-            tasks.append(Task("compressors", compare, work.baselines, 1 << 60))
-        self._phase("tokenise", "bytes", sum(sizes), tasks)
-
-    def _assemble(
-        self, runs: list[list[TokenRun]], vocabulary: Vocabulary
-    ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-        """Return the manifest's rows of every split, and the entries of the new files. runs: of
-        every unit."""
-        work, dtype, members = self.work, vocabulary.dtype, self.config.member_tokens
+    def _assemble(self, vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        """Return the manifest's rows of every split, and the entries of the new files."""
+        work, config, all_facts = self.work, self.config, self._facts(self.work.tokens)
+        runs = [[TokenRun(*run) for run in unit["runs"]] for unit in all_facts]
         # A worker gets them with each shard, and needs no file types.
-        runs = [[run._replace(kinds=()) for run in of] for of in runs]
-        shards = {s: plan_shards(work.tokens, runs, s, self.config.shard_tokens) for s in SPLITS}
-        job = AssembleJob(work.tokens, runs, work.rows, work.stage, dtype, members)
+        bare = [[run._replace(kinds=()) for run in of] for of in runs]
+        shards = {s: plan_shards(work.tokens, bare, s, config.shard_tokens) for s in SPLITS}
+        job = AssembleJob(
+            work.tokens, bare, work.rows, work.stage, vocabulary.dtype, config.member_tokens
+        )
         tasks = [Task(s.name, job, (split, s), s.tokens) for split in SPLITS for s in shards[split]]
         self._phase("write shards", "tokens", sum(task.weight for task in tasks), tasks)
         rows: dict[str, Any] = {}
@@ -254,32 +288,6 @@ class _Build:
             units = [facts(work.rows / shard.name) for shard in shards[split]]
             rows[split] = [unit["row"] for unit in units]
             entries |= {n: FileEntry(**e) for unit in units for n, e in unit["files"].items()}
-        return rows, entries
-
-    def _write_origins(self, runs: list[list[TokenRun]]) -> dict[str, FileEntry]:
-        """Write where each held-out document comes from; return the entry of the file. runs: of
-        every unit."""
-        if any(r.split == VALIDATION and len(r.kinds) != r.documents for of in runs for r in of):
-            return {}  # units of an earlier version that was interrupted
         inputs = [unit.source for unit in self.units]
-        rows = origins(self.work.tokens, runs, inputs, self.source.sources)
-        return {ORIGINS: write_json(self.work.stage / ORIGINS, rows, compact=True)}
-
-    def _finish(
-        self,
-        selection: Selection,
-        vocabulary: Vocabulary,
-        rows: dict[str, Any],
-        entries: dict[str, FileEntry],
-    ) -> None:
-        totals, corpus, work = Totals(self.source.sources), hashlib.sha256(), self.work
-        both = (self._facts(work.hashes), self._facts(work.tokens))
-        for unit, hashed, encoded in zip(self.units, *both, strict=True):
-            totals.add(unit, hashed, encoded)
-            corpus.update(encoded["digest"].encode())
-        splits = {s: {**totals.splits[s], "shards": rows[s]} for s in SPLITS}
-        compared = (facts(work.baselines) or None) if selection.bounds.compared else None
-        digest, report = corpus.hexdigest(), totals.as_dict()
-        write_manifest(
-            work.stage, entries, vocabulary, splits, digest, self.request, report, compared
-        )
+        table = origins(work.tokens, runs, inputs, self.source.sources)
+        return rows, entries | {ORIGINS: write_json(work.stage / ORIGINS, table, compact=True)}

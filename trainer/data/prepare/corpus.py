@@ -26,7 +26,7 @@ from typing import Any
 
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
-from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
+from forescale.data.text.documents import Document, Intake, ReadingReport, Unit
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import cache_directory
@@ -117,7 +117,7 @@ class PythonSource:
             if reason := self._verdicts[name]:
                 report.add(reason, name)
             else:
-                yield from decoded(name, text, report)
+                yield from Intake(report).documents(name, text)
 
     def _walk(self) -> Iterator[tuple[str, Path]]:
         for label, root in self._roots.items():

@@ -14,11 +14,11 @@ document beyond a megabyte.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -74,36 +74,6 @@ def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
     return mix64(keys ^ salt)
 
 
-@dataclass
-class _Account:
-    """Totals of a unit, for its file's facts."""
-
-    splits: dict[str, dict[str, int]] = field(
-        default_factory=lambda: {
-            s: dict.fromkeys(("documents", "tokens", "bytes"), 0) for s in SPLITS
-        }
-    )
-    lengths: list[int] = field(default_factory=lambda: [0] * 64)  # documents of 2^i tokens and more
-    report: ReadingReport = field(default_factory=ReadingReport)
-    digest: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, part: Part, tokens: int) -> None:
-        split = self.splits[part.split]
-        split["documents"] += 1
-        split["tokens"] += tokens
-        split["bytes"] += len(part.text)
-        self.lengths[tokens.bit_length() - 1] += 1
-        self.digest.update(f"{part.name}\0{hashlib.sha256(part.text).hexdigest()}\n".encode())
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "splits": self.splits,
-            "lengths": self.lengths,
-            "report": asdict(self.report),
-            "digest": self.digest.hexdigest(),
-        }
-
-
 @dataclass(frozen=True)
 class EncodeJob:
     """Encode a unit. seed: of the shuffle."""
@@ -121,21 +91,26 @@ class EncodeJob:
         if done := finished(path):
             tick(size, sum(split["tokens"] for split in done["splits"].values()))
             return
-        account, runs = _Account(), []
-        left = size
+        splits = {name: dict.fromkeys(("documents", "tokens", "bytes"), 0) for name in SPLITS}
+        lengths = [0] * 64  # documents of 2^i tokens and more
+        report, digest, runs, left = ReadingReport(), hashlib.sha256(), list[TokenRun](), size
         with UnitWriter(path) as out:
-            pending = _Pending(out, self.vocabulary.dtype, self.seed)
-            for part, ids in self._encoded(
-                self.selection.parts(self.source, number, unit, account.report)
-            ):
+            pending = _Pending(out, self.seed)
+            for part, ids in self._encoded(self.selection.parts(self.source, number, unit, report)):
                 if int(self._sizes[ids[:-1]].sum()) - len(part.text) not in (0, self._before):
-                    account.report.add(NOT_LOSSLESS, part.name)
-                account.add(part, len(ids))
+                    report.add(NOT_LOSSLESS, part.name)
+                counts = {"documents": 1, "tokens": len(ids), "bytes": len(part.text)}
+                for key, count in counts.items():
+                    splits[part.split][key] += count
+                lengths[len(ids).bit_length() - 1] += 1
+                text_digest = hashlib.sha256(part.text).hexdigest()
+                digest.update(f"{part.name}\0{text_digest}\n".encode())
                 runs += pending.add(part, ids)
                 left -= len(part.text)
                 tick(len(part.text), len(ids))
             runs += pending.flush()
-            out.finish({"runs": runs, **account.facts()})
+            facts = {"runs": runs, "splits": splits, "lengths": lengths}
+            out.finish({**facts, "report": asdict(report), "digest": digest.hexdigest()})
         tick(left, 0)  # of duplicates
 
     @cached_property
@@ -163,16 +138,17 @@ class EncodeJob:
                 ids = np.frombuffer(part.text, np.uint8).astype(end.dtype)
                 yield part, np.concatenate([ids, end])
             return
-        rows = (row for batch in _batches(parts) for row in self._encode(batch))
-        for _, group in groupby(rows, key=lambda row: row[0]):
-            _, encoded_parts, ids = zip(*group, strict=True)
-            yield encoded_parts[0], np.concatenate([*ids, end])
 
-    def _encode(self, batch: list[tuple[int, Part, str]]) -> Iterator[tuple[int, Part, np.ndarray]]:
-        texts = [piece for _, _, piece in batch]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for (number, part, _), encoding in zip(batch, encodings, strict=True):
-            yield number, part, np.array(encoding.ids, self.vocabulary.dtype)
+        def encoded() -> Iterator[tuple[int, Part, np.ndarray]]:
+            for batch in _batches(parts):
+                texts = [piece for _, _, piece in batch]
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                for (number, part, _), encoding in zip(batch, encodings, strict=True):
+                    yield number, part, np.array(encoding.ids, end.dtype)
+
+        for _, group in groupby(encoded(), key=lambda row: row[0]):
+            _, pieces_of, ids = zip(*group, strict=True)
+            yield pieces_of[0], np.concatenate([*ids, end])
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[tuple[int, Part, str]]]:
@@ -193,8 +169,8 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[tuple[int, Part, str]]]:
 class _Pending:
     """Documents that are collected for a run."""
 
-    def __init__(self, out: UnitWriter, dtype: np.dtype, seed: int):
-        self._out, self._dtype, self._seed = out, dtype, seed
+    def __init__(self, out: UnitWriter, seed: int):
+        self._out, self._seed = out, seed
         self._clear()
 
     def add(self, part: Part, ids: np.ndarray) -> list[TokenRun]:
@@ -205,24 +181,22 @@ class _Pending:
 
     def flush(self) -> list[TokenRun]:
         """Write the documents, one run for each split that has any."""
-        runs = [self._write(split, rows) for split, rows in self._documents.items() if rows]
+        runs = []
+        for split, rows in self._documents.items():
+            if not rows:
+                continue
+            keys = shuffle_keys(np.array([key for key, *_ in rows], np.uint64), self._seed)
+            order = np.argsort(keys, kind="stable").tolist()
+            documents = [rows[i][1] for i in order]
+            ends = np.cumsum([len(ids) for ids in documents]).astype("<u8")
+            sums = np.array([xxhash.xxh3_64_intdigest(ids.data) for ids in documents], "<u8")
+            columns = (keys[order].astype("<u8"), ends, sums, *documents)
+            offset, *_ = [self._out.add(column) for column in columns]
+            kinds = [rows[i][2] for i in order] if split == VALIDATION else []
+            runs.append(TokenRun(split, offset, len(documents), int(ends[-1]), kinds))
         self._clear()
         return runs
 
     def _clear(self) -> None:
         self._documents: dict[str, list[tuple[int, np.ndarray, str]]] = {s: [] for s in SPLITS}
         self._tokens = 0
-
-    def _write(self, split: str, rows: list[tuple[int, np.ndarray, str]]) -> TokenRun:
-        keys = shuffle_keys(np.array([key for key, *_ in rows], np.uint64), self._seed)
-        order = np.argsort(keys, kind="stable")
-        documents = [rows[i][1] for i in order.tolist()]
-        ends = np.cumsum([len(ids) for ids in documents]).astype("<u8")
-        sums = np.array([xxhash.xxh3_64_intdigest(ids.data) for ids in documents], "<u8")
-        offset = self._out.add(keys[order].astype("<u8"))
-        self._out.add(ends)
-        self._out.add(sums)
-        for ids in documents:
-            self._out.add(ids)
-        kinds = [rows[i][2] for i in order.tolist()] if split == VALIDATION else []
-        return TokenRun(split, offset, len(documents), int(ends[-1]), kinds)

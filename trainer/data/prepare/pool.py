@@ -17,8 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -80,9 +79,14 @@ class Pool:
         pool can't be used after an exception.
         """
         if self._workers == 1 or len(tasks) == 1:
-            with _single_threaded():
+            # tokenizers reads it at each call: in this process, too, it encodes on one core.
+            before = os.environ.get(_PARALLEL, "true")  # the value of data/tokenizer.py
+            os.environ[_PARALLEL] = "false"
+            try:
                 for task in tasks:
                     task.job(task.item, tick)
+            finally:
+                os.environ[_PARALLEL] = before
             return
         jobs: dict[int, tuple[int, bytes]] = {}  # by id: the number, and the message for the pipe
         todo = deque(sorted(tasks, key=lambda task: -task.weight))
@@ -145,10 +149,9 @@ class _Worker:
         code = self.process.wait()
         if code == -signal.SIGKILL:
             return self._no_memory()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return UserError(
-            self._label, f"its worker process died ({how})", "run the same command again"
-        )
+        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        problem = f"its worker process died ({end})"
+        return UserError(self._label, problem, "run the same command again")
 
     def _no_memory(self) -> UserError:
         problem = "its worker process was killed, probably because memory ran out"
@@ -159,7 +162,16 @@ def serve(fd: int) -> None:
     """Main loop of a worker: receive jobs and items, run them, report; exit when the parent
     ends."""
     pipe, items = Connection(fd), queue.SimpleQueue[bytes]()
-    threading.Thread(target=_receive, args=(pipe, items), daemon=True).start()
+
+    def receive() -> None:
+        while True:
+            try:
+                items.put(pipe.recv_bytes())
+            except (EOFError, OSError):
+                os._exit(1)
+
+    # In its own thread: the end of the parent must end this process even while it is busy.
+    threading.Thread(target=receive, daemon=True).start()
     job: Job | None = None
     known = 0
     while True:
@@ -174,16 +186,14 @@ def serve(fd: int) -> None:
             reports.send()
             pipe.send(None)
         except BaseException as e:
-            pipe.send_bytes(_packed(e))
-
-
-def _receive(pipe: Connection, items: "queue.SimpleQueue[bytes]") -> None:
-    # In its own thread: the end of the parent must end this process even while it is busy.
-    while True:
-        try:
-            items.put(pipe.recv_bytes())
-        except (EOFError, OSError):
-            os._exit(1)
+            if not isinstance(e, UserError | OSError | MemoryError):
+                e.add_note(traceback.format_exc())  # of an internal error
+            try:
+                data = pickle.dumps(e)
+                pickle.loads(data)
+            except Exception:  # pickling an exception may fail in any way
+                data = pickle.dumps(RuntimeError(traceback.format_exc()))
+            pipe.send_bytes(data)
 
 
 class _Reports:
@@ -202,30 +212,3 @@ class _Reports:
     def send(self) -> None:
         self._pipe.send((self._bytes, self._tokens))
         self._bytes, self._tokens, self._sent = 0, 0, time.monotonic()
-
-
-def _packed(error: BaseException) -> bytes:
-    """Pickle an exception for the parent to raise; an internal error carries its traceback."""
-    if not isinstance(error, UserError | OSError | MemoryError):
-        error.add_note(traceback.format_exc())
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-        return data
-    except Exception:  # pickling an exception may fail in any way
-        return pickle.dumps(RuntimeError(traceback.format_exc()))
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Make tokenizers encode on one core in this process too; it reads the variable at each
-    call."""
-    before = os.environ.get(_PARALLEL)
-    os.environ[_PARALLEL] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_PARALLEL]
-        else:
-            os.environ[_PARALLEL] = before

@@ -49,7 +49,17 @@ class SampleJob:
     def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
         number, unit = item
         path, bounds = self.directory / f"{number:06d}", self.selection.bounds
-        if not finished(path) and self._wants(number):
+        start, end = (
+            0 if bounds.compared else bounds.held_out,
+            max(bounds.tokenizer, bounds.compared),
+        )
+        with UnitFile(self.selection.hashes / f"{number:06d}") as file:
+            is_sampled = bounds.is_single or any(
+                file.search(run.offset, run.distinct, start)
+                < file.search(run.offset, run.distinct, end)
+                for run in map(HashRun._make, file.facts["runs"])
+            )
+        if is_sampled and not finished(path):
             with UnitWriter(path) as out:
                 sizes, flags = [], []
                 for part in self.selection.parts(self.source, number, unit, ReadingReport()):
@@ -68,18 +78,6 @@ class SampleJob:
                 out.finish({"texts": len(sizes), "offsets": [out.add(c) for c in columns]})
         tick(unit.size, 0)
 
-    def _wants(self, number: int) -> bool:
-        if (bounds := self.selection.bounds).is_single:
-            return True
-        end = max(bounds.tokenizer, bounds.compared)
-        start = 0 if bounds.compared else bounds.held_out
-        with UnitFile(self.selection.hashes / f"{number:06d}") as file:
-            for run in map(HashRun._make, file.facts["runs"]):
-                first = file.search(run.offset, run.distinct, start)
-                if first < file.search(run.offset, run.distinct, end):
-                    return True
-        return False
-
 
 def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
     """Yield the collected texts for `flag`, in source order."""
@@ -89,11 +87,8 @@ def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
         with UnitFile(path) as file:
             count, (sizes, flags) = file.facts["texts"], file.facts["offsets"]
             at = 0
-            for size, bits in zip(
-                file.column(sizes, count, "<u8").tolist(),
-                file.column(flags, count, "<u8").tolist(),
-                strict=True,
-            ):
+            columns = (file.column(offset, count, "<u8").tolist() for offset in (sizes, flags))
+            for size, bits in zip(*columns, strict=True):
                 if bits & flag:
                     yield bytes(file.column(at, size, np.uint8))
                 at += size
@@ -114,12 +109,7 @@ class BaselinesJob:
         before = list(texts(self.directory, self.units, BEFORE))
         with UnitWriter(item) as out:
             # Nothing is held out of a single document that is too short to be cut.
-            rows: dict[str, Any] = compress(held_out, before) if held_out else {}
-            out.finish(rows)
-
-
-def _xz(data: bytes, preset: int) -> int:
-    return len(lzma.compress(data, preset=preset))  # releases the GIL, so threads are enough
+            out.finish(compress(held_out, before) if held_out else {})
 
 
 def compress(held_out: list[bytes], sample: list[bytes]) -> dict[str, Any]:
@@ -129,10 +119,14 @@ def compress(held_out: list[bytes], sample: list[bytes]) -> dict[str, Any]:
     sample: training documents for the conditional size. Takes less than a second per MB of both.
     """
     text, before = b"".join(held_out), b"".join(sample)
-    with ThreadPoolExecutor(2) as pool:
-        sizes = dict(zip(PRESETS, pool.map(lambda p: _xz(text, p), PRESETS.values()), strict=True))
+
+    def xz(data: bytes, preset: str) -> int:
+        return len(lzma.compress(data, preset=PRESETS[preset]))
+
+    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
+        sizes = dict(zip(PRESETS, pool.map(lambda preset: xz(text, preset), PRESETS), strict=True))
         best = min(sizes, key=lambda name: (sizes[name], name))
-        both, alone = pool.map(lambda data: _xz(data, PRESETS[best]), (before + text, before))
+        both, alone = pool.map(lambda data: xz(data, best), (before + text, before))
 
     def row(size: int, **facts: Any) -> dict[str, Any]:
         return {"bytes": size, "bits_per_byte": 8 * size / len(text), **facts}

@@ -31,7 +31,7 @@ import xxhash
 
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit, cut
+from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, cut
 from forescale.ground.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -107,22 +107,16 @@ class HashJob:
                     tick(step, 0)
                 if not rows:
                     break
-                runs.append(_write_run(out, first, np.array(rows, "<u8")))
+                key, low, place, sizes, raw = map(np.ascontiguousarray, np.array(rows, "<u8").T)
+                order = np.lexsort((low, key))  # stable: equal hashes keep their order
+                order = order[is_first(key[order], low[order])]
+                columns = (key[order], low[order], place[order], sizes[order], raw)
+                offset, *_ = [out.add(column) for column in columns]
+                runs.append(HashRun(offset, first, len(rows), len(order)))
                 first += len(rows)
-                size += sum(row[3] for row in rows)
+                size += int(sizes.sum())
             tick(left, 0)
             out.finish({"documents": first, "bytes": size, "runs": runs, "report": asdict(report)})
-
-
-def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> HashRun:
-    """Write a run. rows: key, low, document, size, raw of documents in order, shape (documents,
-    5)."""
-    key, low, document, size, raw = map(np.ascontiguousarray, rows.T)
-    order = np.lexsort((low, key))  # stable: equal hashes keep their order
-    order = order[is_first(key[order], low[order])]
-    columns = (key[order], low[order], document[order], size[order], raw)
-    offset, *_ = [out.add(column) for column in columns]
-    return HashRun(offset, first, len(rows), len(order))
 
 
 def is_first(key: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -152,12 +146,18 @@ class RangeJob:
         if done := finished(path := self.directory / f"{number:04d}"):
             tick(done["hashes"], 0)
             return
-        columns = [
-            part for unit, runs in enumerate(self.runs) for part in self._of(unit, low, high)
-        ]
-        if not columns:
-            columns = [np.empty((5, 0), np.uint64)]
-        key, rest, document, size, unit = np.concatenate(columns, axis=1)
+        parts = [np.empty((5, 0), np.uint64)]  # key, rest of the hash, document, size, unit
+        for number_of_unit, runs in enumerate(self.runs):
+            with UnitFile(self.hashes / f"{number_of_unit:06d}") as file:
+                for run in runs:
+                    start = file.search(run.offset, run.distinct, low)
+                    stop = file.search(run.offset, run.distinct, high)
+                    if start < stop:
+                        names = ("key", "low", "document", "size")
+                        columns = [run.column(file, name, start, stop) for name in names]
+                        units = np.full(stop - start, number_of_unit, np.uint64)
+                        parts.append(np.stack([*columns, units]))
+        key, rest, document, size, unit = np.concatenate(parts, axis=1)
         order = np.lexsort((rest, key))  # stable, so that source order decides among equals
         unique = is_first(key[order], rest[order])
         first, dropped = order[unique], np.sort(order[~unique])  # columns are in source order
@@ -168,30 +168,12 @@ class RangeJob:
             out.finish({"hashes": len(key), "kept": len(first), "offsets": offsets})
         tick(len(key), 0)
 
-    def _of(self, unit: int, low: int, high: int) -> Iterator[np.ndarray]:
-        with UnitFile(self.hashes / f"{unit:06d}") as file:
-            for run in self.runs[unit]:
-                start = file.search(run.offset, run.distinct, low)
-                stop = file.search(run.offset, run.distinct, high)
-                if start < stop:
-                    names = ("key", "low", "document", "size")
-                    columns = [run.column(file, name, start, stop) for name in names]
-                    yield np.stack([*columns, np.full(stop - start, unit, np.uint64)])
-
 
 def unique_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return keys (ascending) and sizes of the distinct documents in a file of ranges/."""
     with UnitFile(path) as file:
         count, (keys, sizes, *_) = file.facts["kept"], file.facts["offsets"]
         return file.column(keys, count, "<u8"), file.column(sizes, count, "<u8")
-
-
-def dropped_of(path: Path, unit: int) -> np.ndarray:
-    """Return the documents of a unit that a file in ranges/ lists as equal to an earlier one."""
-    with UnitFile(path) as file:
-        *_, starts, documents = file.facts["offsets"]
-        start, stop = map(int, file.column(starts, 2, "<u8", unit))
-        return file.column(documents, stop - start, "<u8", start)
 
 
 class ChangedError(UserError):
@@ -244,7 +226,7 @@ class Selection:
         """
         documents = source.read(unit, ReadingReport())
         with UnitFile(self.hashes / f"{number:06d}") as file:
-            dropped = np.concatenate([dropped_of(path, number) for path in self.ranges])
+            dropped = np.concatenate([self._dropped(path, number) for path in self.ranges])
             for run in map(HashRun._make, file.facts["runs"]):
                 keys, unique = np.zeros((2, run.documents), np.uint64)
                 places = run.column(file, "document") - np.uint64(run.first)
@@ -256,22 +238,28 @@ class Selection:
                     document = next(documents, None)
                     if document is None or xxhash.xxh3_64_intdigest(document.text) != raw:
                         raise ChangedError(unit.label, *_CHANGED)
-                    if is_first:
-                        yield from self._of(key, document)
+                    name, text = document.name, document.text
+                    if not is_first:
+                        report.add("duplicate", name)
+                    elif self.bounds.is_single:
+                        at = cut(text, 0, max(1, round(len(text) * (1 - self.validation))))
+                        yield Part("train", key, f"{name} (first part)", text[:at])
+                        if at < len(text):
+                            yield Part("validation", key, f"{name} (last part)", text[at:])
                     else:
-                        report.add("duplicate", document.name)
+                        split = "validation" if key < self.bounds.held_out else "train"
+                        yield Part(split, key, name, text)
         if next(documents, None) is not None:
             raise ChangedError(unit.label, *_CHANGED)
 
-    def _of(self, key: int, document: Document) -> Iterator[Part]:
-        name, text = document.name, document.text
-        if self.bounds.is_single:
-            at = cut(text, 0, max(1, round(len(text) * (1 - self.validation))))
-            yield Part("train", key, f"{name} (first part)", text[:at])
-            if at < len(text):
-                yield Part("validation", key, f"{name} (last part)", text[at:])
-        else:
-            yield Part("validation" if key < self.bounds.held_out else "train", key, name, text)
+    @staticmethod
+    def _dropped(path: Path, unit: int) -> np.ndarray:
+        """Return the documents of a unit that a file in ranges/ lists as equal to an earlier
+        one."""
+        with UnitFile(path) as file:
+            *_, starts, documents = file.facts["offsets"]
+            start, stop = map(int, file.column(starts, 2, "<u8", unit))
+            return file.column(documents, stop - start, "<u8", start)
 
 
 def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
@@ -288,7 +276,7 @@ def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
             held_out = max(held_out, int(keys[0]) + 1)
         count += len(keys)
         total += int(sizes.sum())
-        held_bytes += int(sizes[: _position(keys, held_out)].sum())
+        held_bytes += int(sizes[: _below(keys, held_out)].sum())
     if validation and count == 1:
         return Bounds(0, _ALL if sampled else 0, _ALL if total <= COMPARED else 0, is_single=True)
     if held_bytes == total:
@@ -310,7 +298,7 @@ def _bound(
     bound = 0
     for path in ranges if limit else ():
         keys, sizes = unique_of(path)
-        at = _position(keys, start)
+        at = _below(keys, start)
         keys, totals = keys[at:], np.cumsum(sizes[at:].astype(np.int64))
         fits = int(np.searchsorted(totals, limit, side="left" if inclusive else "right"))
         taken = min(fits + inclusive, documents, len(keys))
@@ -323,6 +311,6 @@ def _bound(
     return bound
 
 
-def _position(keys: np.ndarray, bound: int) -> int:
+def _below(keys: np.ndarray, bound: int) -> int:
     """Return the number of ascending keys below `bound`, which may be 2^64."""
     return len(keys) if bound >= _ALL else int(np.searchsorted(keys, np.uint64(bound)))

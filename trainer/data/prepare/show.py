@@ -9,6 +9,7 @@ first.
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from forescale.data.dataset import MANIFEST, SHUFFLE_SHARDS, Dataset, Split
+from forescale.data.dataset import MANIFEST, SHUFFLE_SHARDS, Dataset
 from forescale.data.order import Order
-from forescale.data.prepare.report import summary_lines
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.ground.console import open_console
 from forescale.ground.errors import UserError
@@ -28,6 +28,9 @@ from forescale.remote.transfer import is_url
 _WIDTH = 100  # columns if there is no terminal
 _NAME = 12  # columns for the names of properties
 _BEGINS, _GOES_ON, _LINE, _WRAPPED = "◆", "⋯", "│", "┊"
+_BAR = 40  # characters of the longest bar in the histogram
+_FEW = 1 << 15  # held-out tokens below which the loss has an error of some percent
+_NAMED = 3  # examples printed for each reason; the manifest has up to 200
 _COLOURS = ("cyan", "yellow")  # of the documents of a window, alternating
 # Bytes that aren't UTF-8 (as kept by surrogateescape), control characters except tab and newline,
 # and characters that change the writing direction or have no width.
@@ -44,9 +47,8 @@ def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str
     Raises UserError if there is no dataset, or if the part to show is damaged.
     """
     if sequence_length < 1:
-        raise UserError(
-            "sequence_length", "must be at least 1", "write such as sequence_length=256"
-        )
+        todo = "write such as sequence_length=256"
+        raise UserError("sequence_length", "must be at least 1", todo)
     dataset = Dataset(path, cache_directory() / "remote" if is_url(path) else None)
     console = open_console(_WIDTH)
     with console.capture() as captured:
@@ -61,15 +63,65 @@ def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str
     return captured.get().rstrip("\n")
 
 
+def summary_lines(manifest: dict[str, Any]) -> list[str]:
+    """Return the summary as lines for a terminal."""
+    lines = []
+    for name, split in manifest["splits"].items():
+        tokens, documents, size = (split[k] for k in ("tokens", "documents", "bytes"))
+        ratio = f"{size / tokens:.2f} bytes per token" if tokens and size else "empty"
+        count = len(split["shards"])
+        lines.append(
+            f"  {name:<11} {documents:>10,} documents  {size:>15,} bytes  {tokens:>13,} tokens  "
+            f"{ratio}, {count:,} shard{'s' * (count != 1)}"
+        )
+    held_out = manifest["splits"].get("validation", {}).get("tokens", 0)
+    if 0 < held_out < _FEW:
+        noisy = "the validation loss will be noisy (increase validation_fraction)"
+        lines += ["", f"Only {held_out:,} tokens are held out: {noisy}."]
+    report = manifest["report"]
+    if lengths := report.get("lengths"):
+        lines += ["", "Document lengths in tokens:"]
+        first = next(i for i, count in enumerate(lengths) if count)
+        for i, count in enumerate(lengths[first:], first):
+            # A bar in eighths of a character; a positive share has at least one eighth.
+            eighths = max(round(count / max(lengths) * _BAR * 8), int(count > 0))
+            bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+            label = f"{1 << i:,} to {(2 << i) - 1:,}" if i else "1"
+            lines.append(f"  {label:>25} {count:>12,}  {bar}".rstrip())
+    if len(sources := report.get("sources", [])) > 1:
+        lines += ["", "Shares of the inputs:"]
+        total = sum(source["tokens"] for source in sources) or 1
+        lines += [
+            f"  {source['tokens'] / total:>6.1%}  {source['tokens']:>13,} tokens  "
+            f"{source['bytes']:>15,} bytes  {source['documents']:>10,} documents  {source['name']}"
+            for source in sources
+        ]
+    if (duplicates := report.get("duplicates")) and duplicates["documents"]:
+        removed = f"{duplicates['documents']:,} ({duplicates['bytes']:,} bytes)"
+        lines += ["", f"Duplicates removed, the first of each kept: {removed}"]
+    if left_out := report.get("left_out"):
+        lines += ["", "Left out or changed (more names in manifest.json):"]
+        for reason, cases in left_out.items():
+            names = ", ".join(cases["first"][:_NAMED]) + ", ..." * (cases["count"] > _NAMED)
+            lines.append(f"  {cases['count']:>8,}  {reason}: {names}")
+    return lines
+
+
 def _facts(dataset: Dataset, console: Console) -> Iterator[Text]:
     manifest, tokenizer = dataset.manifest, dataset.manifest["tokenizer"]
     end = dataset.tokenizer.id_to_token(dataset.end_of_text)
+    rows = [row for split in manifest["splits"].values() for row in split["shards"]]
+    files = {row["file"]: row["size"] for row in rows}
+    place = f" in {len(files):,} tar{'s' * (len(files) != 1)}"
+    if in_place := [name for name in files if "/" in name]:
+        others = f" and {len(in_place) - 1} more" if len(in_place) > 1 else ""
+        place = f", used in place: {in_place[0]}{others}"
     facts = {
         "identity": dataset.identity,
         "corpus": dataset.corpus_hash,
         "tokenizer": f"{dataset.vocab_size:,} entries; {end} ({dataset.end_of_text}) ends a "
         f"document; sha256 {tokenizer['sha256'][:16]}",
-        "tokens": _stored(manifest),
+        "tokens": f"{manifest['dtype']}{place}, {sum(files.values()) / 1e6:,.1f} MB",
         "built from": _listed(manifest["build"].get("source", {})),
         "built with": _listed({k: v for k, v in manifest["build"].items() if k != "source"}),
         "report": f"{MANIFEST}, under report",
@@ -79,18 +131,6 @@ def _facts(dataset: Dataset, console: Console) -> Iterator[Text]:
             line.rstrip()
             yield Text.assemble("  ", (f"{name:<{_NAME}}", "dim"), line)
             name = ""
-
-
-def _stored(manifest: dict[str, Any]) -> str:
-    """Return such as "uint16 in 4 tars, 27.0 MB", or the original files of a corpus that is used in
-    place."""
-    rows = [row for split in manifest["splits"].values() for row in split["shards"]]
-    files = {row["file"]: row["size"] for row in rows}
-    size = f"{sum(files.values()) / 1e6:,.1f} MB"
-    if in_place := [name for name in files if "/" in name]:
-        others = f" and {len(in_place) - 1} more" if len(in_place) > 1 else ""
-        return f"{manifest['dtype']}, used in place: {in_place[0]}{others}, {size}"
-    return f"{manifest['dtype']} in {len(files):,} tar{'s' * (len(files) != 1)}, {size}"
 
 
 def _listed(facts: dict[str, Any]) -> str:
@@ -129,39 +169,28 @@ def _windows(
     )
     reader = _Reader(dataset)
     for g in range(count):
+        shard, start, length = place = order.window(g)
+        ids, ends = split.read(*place), split.document_ends(*place).tolist()
+        cuts = [0, *ends, *([] if ends and ends[-1] == length else [length])]
+        members = split.members(*place)
         yield Text()
-        yield from _window(split, reader, g, order.window(g), console)
-
-
-def _window(
-    split: Split, reader: "_Reader", g: int, place: tuple[int, int, int], console: Console
-) -> Iterator[Text]:
-    shard, start, length = place
-    ids = split.read(*place)
-    ends = split.document_ends(*place).tolist()
-    cuts = [0, *ends, *([] if ends and ends[-1] == length else [length])]
-    members = split.members(*place)
-    yield Text.assemble(
-        (f"sample {g}", "bold"),
-        f"  {split.shard_name(shard)}, tokens {start:,} to {start + length - 1:,}, "
-        f"member{'s' * (len(members) > 1)} {', '.join(members)}",
-    )
-    begins = start == 0 or bool(len(split.document_ends(shard, start - 1, 1)))
-    for number in range(len(cuts) - 1):
-        text = reader.text(ids[cuts[number] : cuts[number + 1]])
-        first = _BEGINS if number or begins else _GOES_ON
-        yield from _lines(text, first, _COLOURS[number % len(_COLOURS)], console)
-    if cuts[-1] not in ends:
-        yield _gutter(_GOES_ON, _COLOURS[(len(cuts) - 2) % len(_COLOURS)])
-
-
-def _lines(text: Text, first: str, colour: str, console: Console) -> Iterator[Text]:
-    glyph = first
-    for line in text.split("\n", allow_blank=True):
-        for part in line.wrap(console, console.width - 4, overflow="fold", tab_size=4) or [Text()]:
-            yield Text.assemble(_gutter(glyph, colour), " " if part else "", part)
-            glyph = _WRAPPED
-        glyph = _LINE
+        yield Text.assemble(
+            (f"sample {g}", "bold"),
+            f"  {split.shard_name(shard)}, tokens {start:,} to {start + length - 1:,}, "
+            f"member{'s' * (len(members) > 1)} {', '.join(members)}",
+        )
+        begins = start == 0 or bool(len(split.document_ends(shard, start - 1, 1)))
+        for number, (first, end) in enumerate(pairwise(cuts)):
+            glyph = _BEGINS if number or begins else _GOES_ON
+            colour = _COLOURS[number % len(_COLOURS)]
+            for line in reader.text(ids[first:end]).split("\n", allow_blank=True):
+                parts = line.wrap(console, console.width - 4, overflow="fold", tab_size=4)
+                for part in parts or [Text()]:
+                    yield Text.assemble(_gutter(glyph, colour), " " if part else "", part)
+                    glyph = _WRAPPED
+                glyph = _LINE
+        if cuts[-1] not in ends:
+            yield _gutter(_GOES_ON, _COLOURS[(len(cuts) - 2) % len(_COLOURS)])
 
 
 def _gutter(glyph: str, colour: str) -> Text:
@@ -187,20 +216,16 @@ class _Reader:
                 _append(text, raw)
                 text.append(f"⟦{piece or f'id {index}'}⟧", "magenta")
                 raw = b""
+            elif index in self._added:  # the bytes of the others: see tokenizer.token_bytes
+                raw += piece.encode()
+            elif self._is_byte_level:
+                raw += b"".join(self._alphabet.get(c, c.encode()) for c in piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                raw += bytes([int(piece[3:5], 16)])
             else:
-                raw += self._bytes(index, piece)
+                raw += piece.replace("\u2581", " ").encode()
         _append(text, raw)
         return text
-
-    def _bytes(self, index: int, piece: str) -> bytes:
-        """Return the bytes that a token stands for; see tokenizer.token_bytes."""
-        if index in self._added:
-            return piece.encode()
-        if self._is_byte_level:
-            return b"".join(self._alphabet.get(c, c.encode()) for c in piece)
-        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode()
 
 
 def _append(text: Text, raw: bytes) -> None:

@@ -30,7 +30,7 @@ from forescale.ground.console import Progress, log_line
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, publish, read_json, write_json
 
-_FORMAT = 2  # increase it whenever units are made differently: older ones are then not used
+_FORMAT = 3  # increase it whenever units are made differently: older ones are then not used
 _FOLDERS = ("hashes", "ranges", "samples", "tokens", "rows", "dataset")
 _REQUEST = "request.json"
 
@@ -42,7 +42,7 @@ class Work:
         """Remove a directory of another request, then create what is missing."""
         self.output = output
         self.path = work_path(output)
-        if self.path.exists() and (why := self._why_not(request)):
+        if self.path.exists() and (why := self._unusable(request)):
             log_line(progress, f"{self.path}: {why}; starting again")
             self.remove()
         for folder in _FOLDERS:
@@ -57,7 +57,7 @@ class Work:
         )
         self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"
 
-    def _why_not(self, whole: dict[str, Any]) -> str:
+    def _unusable(self, whole: dict[str, Any]) -> str:
         """Return why the existing directory can't be used; "" if it can."""
         try:
             have = read_json(self.path / _REQUEST)
@@ -82,9 +82,7 @@ class Work:
 
     def remove_if_empty(self) -> None:
         """Remove the directory if nothing in it is finished."""
-        if not any(
-            path.is_file() for folder in _FOLDERS for path in (self.path / folder).iterdir()
-        ):
+        if not any(path.is_file() for path in self.path.glob("*/*")):
             self.remove()
 
 
@@ -105,12 +103,8 @@ def work_request(
         digest.update(f"{row}\n".encode())
     versions = {name: version(name) for name in ("tokenizers", "numpy")}
     versions["unicode"] = unicodedata.unidata_version
-    return {
-        "format": _FORMAT,
-        "versions": versions,
-        "request": request,
-        "inputs": digest.hexdigest(),
-    }
+    inputs = digest.hexdigest()
+    return {"format": _FORMAT, "versions": versions, "request": request, "inputs": inputs}
 
 
 def build_once(output: Path, progress: Progress, build: Callable[[], None]) -> None:

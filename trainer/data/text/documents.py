@@ -5,7 +5,7 @@ changed text, is listed in the ReadingReport with its reason. Nothing is left ou
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,10 +31,7 @@ class ReadingReport:
     listed: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.listed.setdefault(reason, [])
-        if len(names) < _LISTED:
-            names.append(name)
+        self.merge(ReadingReport({reason: 1}, {reason: [name]}))
 
     def merge(self, other: "ReadingReport") -> None:
         """Append a later report. The reports of all units, merged in source order, equal the report
@@ -66,12 +63,7 @@ class Policy:
     long: str = "keep"  # keep | cut | skip | fail
     max_document_bytes: int | None = None  # for cut, skip and fail: the longest document allowed
 
-    @property
-    def is_cut(self) -> bool:
-        return self.long == "cut"
-
     def is_long(self, size: int) -> bool:
-        """Return True if a document of `size` bytes is longer than the limit, if there is one."""
         limit = self.max_document_bytes
         return self.long != "keep" and limit is not None and size > limit
 
@@ -83,10 +75,9 @@ class Policy:
             "long": ("keep", "cut", "skip", "fail"),
         }
         for key, known in choices.items():
-            if (have := getattr(self, key)) not in known:
-                raise UserError(
-                    key, f"{have!r} isn't a valid policy", f"choose {' or '.join(known)}"
-                )
+            if (choice := getattr(self, key)) not in known:
+                todo = f"choose {' or '.join(known)}"
+                raise UserError(key, f"{choice!r} isn't a valid policy", todo)
         if self.long == "keep" and self.max_document_bytes is not None:
             problem = f"{self.max_document_bytes} has no effect while long documents are kept"
             raise UserError("max_document_bytes", problem, "set long to cut, skip or fail")
@@ -124,105 +115,103 @@ class DocumentSource(Protocol):
     def units(self) -> list[Unit]:
         """Return the units; the same for the same input, on any machine, for any number of
         workers."""
-        ...
 
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
         """Yield the documents of a unit. Called several times; each call must give the same
         documents."""
-        ...
 
     def state(self) -> Iterator[tuple[Any, ...]]:
         """Yield what changes when the input does, even if its size doesn't: finished units of an
         interrupted build are used again only if this is the same."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Return the request as JSON without machine paths; it is stored in the manifest."""
-        ...
 
 
-DEFAULT_POLICY = Policy()
+@dataclass(frozen=True)
+class Intake:
+    """Makes documents of the texts of a unit, and reports the others.
 
-
-def decoded(
-    name: str,
-    text: bytes | str,
-    report: ReadingReport,
-    policy: Policy = DEFAULT_POLICY,
-    convert: Callable[[str], str] | None = None,
-) -> Iterator[Document]:
-    """Yield the document, or nothing, according to the policy. Raises UserError if that is `fail`.
-
-    A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair.
-    Bytes more than 3 beyond the policy's limit needn't be passed. convert: applied to the decoded
-    text.
+    key: of the text in rows (JSON, tables); suffixes: further ones of plain text.
     """
-    is_cut = False
-    if isinstance(text, bytes) and policy.is_long(len(text)):
-        if (short := _within(name, text, report, policy)) is None:
-            return
-        text, is_cut = short, True
-    try:
-        if isinstance(text, str):
-            raw = text.encode("utf-8")
-        else:
-            text.decode("utf-8")
-            raw = text
-    except UnicodeError as e:
-        if not may_replace(name, e, report, policy):
-            return
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        raw = _SURROGATES.sub("\ufffd", text).encode("utf-8")
-    if policy.is_long(len(raw)):
-        unreported = ReadingReport() if is_cut else report
-        if (short := _within(name, raw, unreported, policy)) is None:
-            return
-        raw = short
-    if convert is not None:
-        raw = convert(raw.decode("utf-8")).encode("utf-8")
-    if not raw or raw.isspace():
-        if policy.empty == "fail":
+
+    report: ReadingReport
+    policy: Policy = field(default_factory=Policy)
+    key: str = "text"
+    suffixes: Sequence[str] = ()
+
+    def documents(
+        self, name: str, text: bytes | str, convert: Callable[[str], str] | None = None
+    ) -> Iterator[Document]:
+        """Yield the document, or nothing. Raises UserError if the policy is `fail`.
+
+        A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair.
+        Bytes more than 3 beyond the policy's limit needn't be passed. convert: applied to the
+        decoded text.
+        """
+        is_cut = False
+        if isinstance(text, bytes) and self.policy.is_long(len(text)):
+            if (short := self._shortened(name, text, self.report)) is None:
+                return
+            text, is_cut = short, True
+        try:
+            if isinstance(text, str):
+                raw = text.encode("utf-8")
+            else:
+                text.decode("utf-8")
+                raw = text
+        except UnicodeError as e:
+            if not self.may_replace(name, e):
+                return
+            text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+            raw = _SURROGATES.sub("\ufffd", text).encode("utf-8")
+        if self.policy.is_long(len(raw)):
+            unreported = ReadingReport() if is_cut else self.report
+            if (short := self._shortened(name, raw, unreported)) is None:
+                return
+            raw = short
+        if convert is not None:
+            raw = convert(raw.decode("utf-8")).encode("utf-8")
+        if raw and not raw.isspace():
+            yield Document(name, raw)
+        elif self.policy.empty == "fail":
             raise UserError(name, "holds no text", "remove it, or choose empty=skip")
-        report.add("empty", name)
-        return
-    yield Document(name, raw)
+        else:
+            self.report.add("empty", name)
 
+    def _shortened(self, name: str, raw: bytes, report: ReadingReport) -> bytes | None:
+        """Return the part of a long document that the policy keeps; None if that is nothing."""
+        if self.policy.long != "cut":
+            self.skip_long(name)
+            return None
+        report.add("long, cut", name)
+        end = limit = self.policy.max_document_bytes or 0
+        # To the end of a character; in bytes that aren't UTF-8 within 3 bytes of it.
+        while max(0, limit - 3) < end < len(raw) and raw[end] & 0xC0 == 0x80:
+            end -= 1
+        return raw[:end]
 
-def may_replace(name: str, fault: UnicodeError, report: ReadingReport, policy: Policy) -> bool:
-    """Report text that isn't UTF-8; return True if the policy is to replace what is wrong. Raises
-    UserError if it is to fail."""
-    at = f"byte {fault.start}" if isinstance(fault, UnicodeDecodeError) else "half a surrogate pair"
-    if policy.undecodable == "fail":
-        todo = "fix it, or choose undecodable=skip or replace"
-        raise UserError(name, f"isn't UTF-8 ({at})", todo) from None
-    replaced = policy.undecodable == "replace"
-    report.add("undecodable, replaced" if replaced else "undecodable", f"{name} ({at})")
-    return replaced
+    def skip_long(self, name: str, reason: str = "long") -> None:
+        """Report a document that is skipped as too long. Raises UserError if the policy is to
+        fail."""
+        if self.policy.long == "fail":
+            problem = f"is longer than {self.policy.max_document_bytes:,} bytes"
+            raise UserError(name, problem, "raise max_document_bytes, or choose long=cut or skip")
+        self.report.add(reason, name)
 
-
-def expect_not_long(
-    name: str, report: ReadingReport, policy: Policy, problem: str = "long"
-) -> None:
-    """Report a document that is skipped as too long. Raises UserError if the policy is to fail."""
-    if policy.long == "fail":
-        todo = "raise max_document_bytes, or choose long=cut or skip"
-        raise UserError(name, f"is longer than {policy.max_document_bytes:,} bytes", todo)
-    report.add(problem, name)
-
-
-def _within(name: str, raw: bytes, report: ReadingReport, policy: Policy) -> bytes | None:
-    """Return the part of a long document that the policy keeps; None if that is nothing."""
-    expect_not_long(name, report, policy, "long, cut" if policy.long == "cut" else "long")
-    return raw[: character_end(raw, policy.max_document_bytes or 0)] if policy.is_cut else None
-
-
-def character_end(text: bytes, limit: int) -> int:
-    """Return the largest end of a character that is at most `limit`; in bytes that aren't UTF-8 an
-    end within 3 bytes of it."""
-    end = min(limit, len(text))
-    while max(0, limit - 3) < end < len(text) and text[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
+    def may_replace(self, name: str, fault: UnicodeError) -> bool:
+        """Report text that isn't UTF-8; return True if the policy is to replace what is wrong.
+        Raises UserError if it is to fail."""
+        at = "half a surrogate pair"
+        if isinstance(fault, UnicodeDecodeError):
+            at = f"byte {fault.start}"
+        if self.policy.undecodable == "fail":
+            todo = "fix it, or choose undecodable=skip or replace"
+            raise UserError(name, f"isn't UTF-8 ({at})", todo) from None
+        is_replaced = self.policy.undecodable == "replace"
+        reason = "undecodable, replaced" if is_replaced else "undecodable"
+        self.report.add(reason, f"{name} ({at})")
+        return is_replaced
 
 
 def cut(text: bytes, start: int, size: int) -> int:

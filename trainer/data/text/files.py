@@ -6,28 +6,18 @@ machine; every file or line that gives no document is listed in the ReadingRepor
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from forescale.data.text.documents import (
-    Document,
-    DocumentSource,
-    Policy,
-    ReadingReport,
-    Unit,
-    decoded,
-)
+from forescale.data.text.documents import Document, Intake, Policy, ReadingReport, Unit
+from forescale.data.text.formats import TextKey, read_lines, read_plain
 from forescale.data.text.inputs import InputFile, clean_suffixes, find_files, input_name, is_hub
-from forescale.data.text.lines import TextKey, lines_between, read_lines
-from forescale.data.text.opening import Budget, bare, open_stream, printable, reading
+from forescale.data.text.opening import bare, open_stream, printable, reading
 from forescale.data.text.tables import hub_parts, load_hub, parquet_parts, read_hub, read_parquet
-from forescale.data.text.tars import read_plain, read_tar
+from forescale.data.text.tars import read_tar
 from forescale.remote.transfer import is_url
-
-__all__ = ["Document", "DocumentSource", "Files", "Policy", "ReadingReport", "Unit", "decoded"]
 
 _UNITS = 64  # number of units for small inputs
 _LEAST, _MOST = 1 << 20, 16 << 20  # bytes of a unit
@@ -74,7 +64,11 @@ class Files:
                 self._files.append(InputFile(input_name(path), path, 0, "table", index))
             else:
                 self._files += find_files(path, index, self._skipped, self.suffixes)
-        self.sources = _distinct([input_name(str(path)) for path in paths])
+        names = [input_name(str(path)) for path in paths]
+        counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+        self.sources = [  # repeated names get a number
+            f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)
+        ]
         held = sum(file.size for file in self._files)
         held += sum(table.data.nbytes for table in self._tables.values())
         self._unit_bytes = unit_bytes or min(max(held // _UNITS, _LEAST), _MOST)
@@ -121,59 +115,46 @@ class Files:
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
         if unit.first == 0 and unit.start == 0:
             report.merge(self._skipped)
+        intake = Intake(report, self.policy, self.text_key, self.suffixes)
+        start, stop = unit.start, unit.stop
         for file in self._files[unit.first : unit.last]:
-            yield from self._read(file, unit.start, unit.stop, report)
-
-    def _read(
-        self, file: InputFile, start: int, stop: int, report: ReadingReport
-    ) -> Iterator[Document]:
-        name, where, key, policy = file.name, file.where, self.text_key, self.policy
-        match file.kind:
-            case "plain" | "html" | "bare":
-                with open_stream(name, where) as f:
-                    yield from read_plain(name, where, f, file.kind, report, policy)
-            case "lines":
-                yield from self._read_lines(file, start, stop, report)
-            case "parquet":
-                yield from read_parquet(name, where, start, stop, key, report, policy)
-            case "tar":
-                yield from read_tar(name, where, key, report, policy, self.suffixes)
-            case "table":
-                table = self._tables[where]
-                yield from read_hub(name, table, start, stop, key, report, policy)
-
-    def _read_lines(
-        self, file: InputFile, start: int, stop: int, report: ReadingReport
-    ) -> Iterator[Document]:
-        text_key = TextKey(self.text_key)
-        with open_stream(file.name, file.where, max(0, start - 1)) as f:
-            budget = Budget.of_line(file.name, file.where, self.policy)
-            lines = lines_between(f, budget, start, stop or None)
-            yield from read_lines(file.name, lines, text_key, report, self.policy)
-        if start == 0:  # a later part alone can't be judged
-            text_key.check(printable(file.where), "line")
-            if not text_key.rows and not stop:
-                yield from decoded(file.name, b"", report, self.policy)
+            name, where = file.name, file.where
+            match file.kind:
+                case "plain" | "html" | "bare":
+                    with open_stream(name, where) as f:
+                        yield from read_plain(intake, name, where, f, file.kind)
+                case "lines":
+                    text_key = TextKey(self.text_key)
+                    with open_stream(name, where, max(0, start - 1)) as f:
+                        yield from read_lines(intake, name, where, f, text_key, start, stop or None)
+                    if start == 0:  # a later part alone can't be judged
+                        text_key.check(printable(where), "line")
+                        if not text_key.rows and not stop:
+                            yield from intake.documents(name, b"")
+                case "parquet":
+                    yield from read_parquet(intake, name, where, start, stop)
+                case "tar":
+                    yield from read_tar(intake, name, where)
+                case "table":
+                    yield from read_hub(intake, name, self._tables[where], start, stop)
 
     def _cut(self) -> Iterator[Unit]:
         group: list[Unit] = []
         for index, file in enumerate(self._files):
             parts = list(self._parts(file))
-            if len(parts) > 1:
-                yield from _joined(group)
-                group = []
-                for number, (start, stop, size) in enumerate(parts, 1):
-                    label = f"{file.name} (part {number} of {len(parts)})"
-                    yield Unit(label, size, file.source, index, index + 1, start, stop)
-                continue
             size = parts[0][2] if parts else 0
-            whole = Unit(file.name, size, file.source, index, index + 1)
-            held = sum(unit.size for unit in group)
-            if group and (group[0].source != file.source or held + size > self._unit_bytes):
-                yield from _joined(group)
+            is_full = sum(unit.size for unit in group) + size > self._unit_bytes
+            if group and (len(parts) > 1 or group[0].source != file.source or is_full):
+                yield _joined(group)
                 group = []
-            group.append(whole)
-        yield from _joined(group)
+            if len(parts) <= 1:
+                group.append(Unit(file.name, size, file.source, index, index + 1))
+                continue
+            for number, (start, stop, size) in enumerate(parts, 1):
+                label = f"{file.name} (part {number} of {len(parts)})"
+                yield Unit(label, size, file.source, index, index + 1, start, stop)
+        if group:
+            yield _joined(group)
 
     def _parts(self, file: InputFile) -> Iterator[tuple[int, int, int]]:
         """Yield (start, stop, size in bytes) of the parts of a file; a single part is the whole
@@ -191,20 +172,8 @@ class Files:
             yield 0, 0, file.size
 
 
-def _joined(group: list[Unit]) -> list[Unit]:
-    if not group:
-        return []
+def _joined(group: list[Unit]) -> Unit:
     first, others = group[0], len(group) - 1
     label = f"{first.label} and {others} more" if others else first.label
     size = sum(unit.size for unit in group)
-    return [Unit(label, size, first.source, first.first, group[-1].last)]
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Return the names, repeated ones with a number appended."""
-    had = Counter[str]()
-    distinct = []
-    for name in names:
-        had[name] += 1
-        distinct.append(f"{name} ({had[name]})" if had[name] > 1 else name)
-    return distinct
+    return Unit(label, size, first.source, first.first, group[-1].last)

@@ -112,9 +112,8 @@ def find_files(
     """Return all files of an input, sorted by name. Raises UserError if there is none to read.
     suffixes: further ones of plain text."""
     if not path.strip():
-        raise UserError(
-            "input", "one of the inputs is empty", "give a file, a folder, a glob or an address"
-        )
+        todo = "give a file, a folder, a glob or an address"
+        raise UserError("input", "one of the inputs is empty", todo)
     if not is_url(path):
         path = str(Path(path).expanduser())
     files = []
@@ -132,19 +131,16 @@ def find_files(
                     size = f.seek(0, io.SEEK_END)
             files.append(InputFile(name, where, size, kind, source))
         elif where == path:
-            raise _unknown(path)
+            problem, todo = "its suffix isn't a known kind of text", f"expected {KNOWN}"
+            if path.lower().endswith(".json"):
+                problem = "a .json file isn't a list of documents"
+                todo = f"convert it to lines: jq -c '.[]' {printable(path)} > rows.jsonl"
+            raise UserError(printable(path), problem, todo)
         else:
             skipped.add("other suffix", name)
     if not files:
         raise UserError(printable(path), "holds no text file", f"expected {KNOWN}")
     return sorted(files, key=lambda file: (file.name, file.where))
-
-
-def _unknown(path: str) -> UserError:
-    if path.lower().endswith(".json"):
-        todo = f"convert it to lines: jq -c '.[]' {printable(path)} > rows.jsonl"
-        return UserError(printable(path), "a .json file isn't a list of documents", todo)
-    return UserError(printable(path), "its suffix isn't a known kind of text", f"expected {KNOWN}")
 
 
 def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
@@ -175,7 +171,10 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _walk(root: Path, label: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
-    for folder, subfolders, files in os.walk(root, onerror=_raise):
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would silently skip a folder that it can't read
+
+    for folder, subfolders, files in os.walk(root, onerror=fail):
         subfolders.sort()
         for entry in sorted(subfolders + files):
             path = Path(folder, entry)
@@ -201,10 +200,6 @@ def _regular(path: Path, name: str, skipped: ReadingReport) -> int | None:
         skipped.add("no regular file", name)
         return None
     return status.st_size
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would silently skip a folder that it can't read
 
 
 def clean(name: str) -> str:

@@ -58,9 +58,8 @@ def reading(where: str) -> Iterator[None]:
     except (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError) as e:
         if "too much memory" in str(e):
             problem = "unpacking it needs more memory than the file is large"
-            raise UserError(
-                printable(where), problem, "decompress it first: zstd -d --long=31"
-            ) from e
+            todo = "decompress it first: zstd -d --long=31"
+            raise UserError(printable(where), problem, todo) from e
         problem = f"truncated or damaged ({e})"
         raise UserError(printable(where), problem, "restore the file from its source") from e
     except OSError as e:
@@ -166,7 +165,7 @@ class Budget:
     """
 
     def __init__(self, name: str, where: str, most: int | None, large: int = _LARGE):
-        """name, where: of the document, and of the file that it comes from."""
+        """name, where: of the document, and of the file that holds it."""
         self._name, self._where, self._most, self._large = name, where, most, large
 
     @classmethod
@@ -183,9 +182,8 @@ class Budget:
             return False
         if size > self._large:
             if size > _RATIO * self._stored:
-                problem = (
-                    f"unpacks to more than {_RATIO} times the {self._stored:,} bytes of its file"
-                )
+                stored = f"{_RATIO} times the {self._stored:,} bytes of its file"
+                problem = f"unpacks to more than {stored}"
                 todo = "remove it; or set max_document_bytes and long (cut or skip)"
                 raise UserError(self._name, problem, todo)
             self._large = _RATIO * self._stored
@@ -194,17 +192,6 @@ class Budget:
     @cached_property
     def _stored(self) -> int:
         return stored_bytes(self._where)
-
-
-def read_document(name: str, where: str, stream: BinaryIO, policy: Policy) -> bytes:
-    """Return the bytes of a document, to the end of the stream; beyond the policy's limit some may
-    be left out, which are only verified. Raises UserError."""
-    budget, held, size = Budget(name, where, policy.max_document_bytes), [], 0
-    while block := stream.read(_BLOCK):
-        if budget.allows(size):
-            held.append(block)
-        size += len(block)
-    return held[0] if len(held) == 1 else b"".join(held)
 
 
 def is_text(stream: io.BufferedReader) -> bool:

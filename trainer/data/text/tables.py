@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
+from forescale.data.text.documents import Document, Intake
 from forescale.data.text.inputs import HUB
 from forescale.data.text.opening import open_raw, printable, reading
 from forescale.ground.errors import UserError
@@ -38,19 +38,19 @@ def parquet_parts(where: str, key: str, part_bytes: int) -> Iterator[tuple[int, 
 
 
 def read_parquet(
-    name: str, where: str, first: int, last: int, key: str, report: ReadingReport, policy: Policy
+    intake: Intake, name: str, where: str, first: int, last: int
 ) -> Iterator[Document]:
     """Yield the documents of row groups [first, last), named like "a.parquet:17"; last 0: to the
     end."""
     with _parquet(where) as file:
-        path = text_path(where, file.schema_arrow, key)
+        path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if not sum(sizes):
-            yield from decoded(name, b"", report, policy)
+            yield from intake.documents(name, b"")
         last = last or len(sizes)
         row, end = sum(sizes[:first]), sum(sizes[:last])
-        for batch in file.iter_batches(_ROWS, range(first, last), [key], use_threads=False):
-            yield from _documents(name, row, _texts(batch, path), key, report, policy)
+        for batch in file.iter_batches(_ROWS, range(first, last), [intake.key], use_threads=False):
+            yield from _documents(intake, name, row, batch, path)
             row += len(batch)
         if row != end or sum(sizes) != file.metadata.num_rows:
             raise EOFError("its numbers of rows disagree")
@@ -70,8 +70,7 @@ def _parquet(where: str) -> Iterator[Any]:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
             if getattr(e, "errno", None) is not None:
                 raise
-            reason = str(e).partition("\n")[0].rstrip(".")
-            raise EOFError(reason) from e
+            raise EOFError(str(e).partition("\n")[0].rstrip(".")) from e
 
 
 def load_hub(spec: str) -> Any:
@@ -119,19 +118,17 @@ def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tupl
         yield first, last, int((last - first) * mean)
 
 
-def read_hub(
-    name: str, table: Any, first: int, last: int, key: str, report: ReadingReport, policy: Policy
-) -> Iterator[Document]:
+def read_hub(intake: Intake, name: str, table: Any, first: int, last: int) -> Iterator[Document]:
     """Yield the documents of rows [first, last), named like "owner/title:17"; last 0: to the
     end."""
-    path = text_path(name, table.features.arrow_schema, key)
+    path = text_path(name, table.features.arrow_schema, intake.key)
     table = table.select_columns([path[0]]).with_format("arrow")
     last = last or len(table)
     if not len(table):
-        yield from decoded(name, b"", report, policy)
+        yield from intake.documents(name, b"")
     for row in range(first, last, _ROWS):
         batch = table[row : min(row + _ROWS, last)]
-        yield from _documents(name, row, _texts(batch, path), key, report, policy)
+        yield from _documents(intake, name, row, batch, path)
 
 
 def text_path(where: str, schema: Any, key: str) -> list[str]:
@@ -149,14 +146,15 @@ def text_path(where: str, schema: Any, key: str) -> list[str]:
         kind = kind.field(part).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in _TEXT:
-        raise UserError(
-            printable(where), f"column {key!r} holds {kind}, not text", "choose another text_key"
-        )
+        problem = f"column {key!r} holds {kind}, not text"
+        raise UserError(printable(where), problem, "choose another text_key")
     return path
 
 
-def _texts(batch: Any, path: list[str]) -> list[bytes | None]:
-    """Return a column's values as bytes: nothing has checked yet that they are UTF-8."""
+def _documents(
+    intake: Intake, name: str, row: int, batch: Any, path: list[str]
+) -> Iterator[Document]:
+    """Yield the documents of a column; `row` is the number of the first."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -165,14 +163,9 @@ def _texts(batch: Any, path: list[str]) -> list[bytes | None]:
         column = pc.struct_field(column, path[1:])
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    return column.cast(pa.large_binary()).to_pylist()
-
-
-def _documents(
-    name: str, row: int, texts: list[bytes | None], key: str, report: ReadingReport, policy: Policy
-) -> Iterator[Document]:
-    for number, text in enumerate(texts, row):
+    # As bytes: nothing has checked yet that they are UTF-8.
+    for number, text in enumerate(column.cast(pa.large_binary()).to_pylist(), row):
         if text is None:
-            report.add(f"no text under {key!r}", f"{name}:{number}")
+            intake.report.add(f"no text under {intake.key!r}", f"{name}:{number}")
         else:
-            yield from decoded(f"{name}:{number}", text, report, policy)
+            yield from intake.documents(f"{name}:{number}", text)

@@ -8,22 +8,19 @@ archive; here only the two zero blocks that end every archive count as its end.
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from forescale.data.text.documents import Document, Policy, ReadingReport, decoded, expect_not_long
+from forescale.data.text.documents import Document, Intake
+from forescale.data.text.formats import TextKey, read_json, read_lines, read_plain
 from forescale.data.text.inputs import KNOWN, clean, kind_of
-from forescale.data.text.lines import TextKey, json_document, lines_between, read_lines
-from forescale.data.text.markup import text_of
 from forescale.data.text.opening import (
     Blocks,
-    Budget,
     bare,
     is_text,
     open_stream,
     printable,
-    read_document,
     reading,
     unpacked,
 )
@@ -91,94 +88,42 @@ class _Tar(BoundedTar):
     at_end = False
 
 
-def read_plain(
-    name: str,
-    where: str,
-    stream: io.BufferedReader,
-    kind: str,
-    report: ReadingReport,
-    policy: Policy,
-) -> Iterator[Document]:
-    """Yield the document of a stream. kind: plain, html or bare, from `inputs.kind_of`."""
-    if kind == "bare" and not is_text(stream):
-        while stream.read(_BLOCK):  # verify the rest: it may be compressed
-            pass
-        report.add("no suffix and not text", name)
-        return
-    raw = read_document(name, where, stream, policy)
-    if kind == "html":
-        report.add("markup removed", name)
-    yield from decoded(name, raw, report, policy, text_of if kind == "html" else None)
-
-
-def read_tar(
-    name: str,
-    where: str,
-    key: str,
-    report: ReadingReport,
-    policy: Policy,
-    suffixes: Sequence[str] = (),
-) -> Iterator[Document]:
+def read_tar(intake: Intake, name: str, where: str) -> Iterator[Document]:
     """Yield a document for every member of text or .json, and for every line of a .jsonl member.
 
-    They are named like "00000.tar/000123.txt". Members may be compressed (.gz, .zst). suffixes:
-    further ones of plain text. Raises UserError for a damaged tar, and for one without any text
-    member.
+    They are named like "00000.tar/000123.txt". Members may be compressed (.gz, .zst). Raises
+    UserError for a damaged tar, and for one without any text member.
     """
-    text_key = TextKey(key)
+    text_key = TextKey(intake.key)
     plain, others = 0, Counter[str]()
-    for path, f in _members(name, where, report):
-        full, kind = f"{name}/{path}", kind_of(path, suffixes)
+    for path, f in _members(intake, name, where):
+        full, kind = f"{name}/{path}", kind_of(path, intake.suffixes)
         stream: io.BufferedReader = io.BufferedReader(Blocks(where, unpacked(path, f, where)))
         if kind in ("plain", "html", "bare"):
             if kind == "bare" and not is_text(stream):
                 others["no suffix"] += 1
             else:
                 plain += 1
-            yield from read_plain(full, where, stream, kind, report, policy)
+            yield from read_plain(intake, full, where, stream, kind)
         elif bare(path).endswith(".json"):
-            budget = Budget.of_line(full, where, policy)
-            yield from _whole_json(full, stream, budget, text_key, report, policy)
+            yield from read_json(intake, full, where, stream, text_key)
         elif kind == "lines":
-            lines = lines_between(stream, Budget.of_line(full, where, policy))
-            yield from read_lines(full, lines, text_key, report, policy)
+            yield from read_lines(intake, full, where, stream, text_key)
         else:
             others[PurePosixPath(path).suffix or path] += 1
-            report.add("other suffix", full)
-    if not plain:
-        text_key.check(printable(where), "member")
-    if not plain and not text_key.rows:
-        if not others:
-            yield from decoded(name, b"", report, policy)
-            return
+            intake.report.add("other suffix", full)
+    if plain:
+        return
+    text_key.check(printable(where), "member")
+    if others and not text_key.rows:
         ends = ", ".join(suffix for suffix, _ in others.most_common(_SUFFIXES))
         problem = f"holds no text: its members end in {ends}"
         raise UserError(printable(where), problem, f"expected {KNOWN}")
+    if not text_key.rows:
+        yield from intake.documents(name, b"")
 
 
-def _whole_json(
-    name: str,
-    stream: BinaryIO,
-    budget: Budget,
-    text_key: TextKey,
-    report: ReadingReport,
-    policy: Policy,
-) -> Iterator[Document]:
-    held, size = [], 0
-    while block := stream.read(_BLOCK):
-        size += len(block)
-        if budget.allows(size):
-            held.append(block)
-        else:
-            held.clear()
-    if size and not held:
-        text_key.rows += 1
-        expect_not_long(name, report, policy)
-        return
-    yield from json_document(name, b"".join(held), text_key, report, policy)
-
-
-def _members(name: str, where: str, report: ReadingReport) -> Iterator[tuple[str, BinaryIO]]:
+def _members(intake: Intake, name: str, where: str) -> Iterator[tuple[str, BinaryIO]]:
     """Yield the regular files of a tar with their paths in it; each must be read before the
     next."""
     with (
@@ -191,21 +136,16 @@ def _members(name: str, where: str, report: ReadingReport) -> Iterator[tuple[str
             tar.members.clear()  # type: ignore[attr-defined]  # otherwise all headers stay in memory
             path = clean(member.name.removeprefix("./"))
             if PurePosixPath(path).name.startswith("."):
-                report.add("hidden", f"{name}/{path}")
+                intake.report.add("hidden", f"{name}/{path}")
             elif member.isreg():
                 yield path, cast(BinaryIO, tar.extractfile(member))
             elif not member.isdir():
-                report.add("no regular file", f"{name}/{path}")
-        _expect_end(tar)
-
-
-def _expect_end(tar: _Tar) -> None:
-    """Check that after the zero block just read there is another one, and only zeros up to the
-    end."""
-    rest = cast(BinaryIO, tar.fileobj)
-    if len(block := rest.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-        raise BrokenTarError("its end is missing")
-    while block:
-        if block.strip(b"\0"):
-            raise BrokenTarError("something follows its end: two tars joined?")
-        block = rest.read(_BLOCK)
+                intake.report.add("no regular file", f"{name}/{path}")
+        # After the zero block just read there must be another one, and only zeros up to the end.
+        rest = cast(BinaryIO, tar.fileobj)
+        if len(block := rest.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise BrokenTarError("its end is missing")
+        while block:
+            if block.strip(b"\0"):
+                raise BrokenTarError("something follows its end: two tars joined?")
+            block = rest.read(_BLOCK)

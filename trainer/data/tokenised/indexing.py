@@ -11,7 +11,9 @@ no member holds tokens of two files, and all ids are inside the vocabulary.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,18 +49,20 @@ class Indexer:
         member_tokens: int,
     ):
         sizes = token_bytes(vocabulary.load())
-        train, held_out = SPLITS
         self.splits = {
-            name: _Split(directory, name, sizes, shard_tokens, member_tokens)
-            for name in (train, held_out)
+            name: _Split(directory, name, sizes, shard_tokens, member_tokens) for name in SPLITS
         }
-        self._parts = [self.splits[train], self.splits[held_out]]
+        self._parts = list(self.splits.values())
         self._vocabulary = vocabulary
         self._stretch = max(1, min(_STRETCH, tokens // 16))
         self._train = self._stretch - round(validation * self._stretch)
         self._before = 0  # tokens of the files before this one
         self.lengths = np.zeros(64, np.int64)
         self.report = ReadingReport()
+
+    def totals(self) -> Counter[str]:
+        """Return the tokens, documents and bytes of all splits so far."""
+        return sum((Counter(split.totals) for split in self.splits.values()), Counter[str]())
 
     def held_out(self, starts: np.ndarray) -> np.ndarray:
         """Return for documents that begin at these tokens of the corpus whether they are held out;
@@ -81,7 +85,18 @@ class Indexer:
                         sizes = np.diff(ends, prepend=begun - at).astype(float)
                         self.lengths += np.bincount(np.frexp(sizes)[1] - 1, minlength=64)
                         begun = at + int(ends[-1])
-                    part = self._deal(file, offset, ids, ends, at, part)
+                    # Divide the documents among the splits; one may continue in the next block.
+                    parts = np.append(part, self.held_out(ends + (at + self._before)))
+                    turns = np.flatnonzero(parts[1:] != parts[:-1])
+                    bounds = [0, *ends[turns].tolist(), len(ids)]
+                    sides = [part, *parts[turns + 1].tolist()]
+                    for (start, stop), side in zip(pairwise(bounds), sides, strict=True):
+                        if start < stop:
+                            a, b = np.searchsorted(ends, (start, stop), side="right")
+                            where = offset + start * file.dtype.itemsize
+                            ends_inside = ends[a:b] - start
+                            self._parts[side].add(file, where, ids[start:stop], ends_inside)
+                    part = bool(parts[-1])
                     at += len(ids)
                     tick(ids.nbytes, len(ids))
         if not file.by_id and unended:
@@ -97,23 +112,21 @@ class Indexer:
             split.finish_shard()
 
     def _read(self, f: BinaryIO, file: TokenFile, offset: int, count: int, at: int) -> np.ndarray:
-        ids = np.empty(count, file.dtype)
+        """Return ids that are all in the vocabulary. at: tokens of the file before them."""
+        ids, size = np.empty(count, file.dtype), self._vocabulary.size
         rest = memoryview(ids.view(np.uint8).data)
         with reading(file.where):
             f.seek(offset)
             while rest:
-                if not (got := f.readinto(rest)):  # type: ignore[attr-defined]
-                    raise UserError(
-                        printable(file.where), f"ends {len(rest):,} bytes early", RESTORE
-                    )
-                rest = rest[got:]
-        size = self._vocabulary.size
+                if not (length := f.readinto(rest)):  # type: ignore[attr-defined]
+                    problem = f"ends {len(rest):,} bytes early"
+                    raise UserError(printable(file.where), problem, RESTORE)
+                rest = rest[length:]
         if int(ids.max()) >= size or (ids.dtype.kind == "i" and int(ids.min()) < 0):
             first = int(np.flatnonzero((ids >= size) | (ids < 0))[0])
-            problem = (
-                f"token {at + first:,} is {int(ids[first])}, the vocabulary has {size:,} entries"
-            )
+            where = f"token {at + first:,} is {int(ids[first])}"
             todo = "give the tokenizer and the dtype of the corpus"
+            problem = f"{where}, the vocabulary has {size:,} entries"
             raise UserError(printable(file.where), problem, todo)
         return ids
 
@@ -129,22 +142,6 @@ class Indexer:
         if at + len(ids) == file.tokens and (not len(ends) or ends[-1] < len(ids)):
             ends = np.append(ends, len(ids))
         return ends, num_marked
-
-    def _deal(
-        self, file: TokenFile, offset: int, ids: np.ndarray, ends: np.ndarray, at: int, part: bool
-    ) -> bool:
-        """Assign a block's documents to their splits; return the split of the document that
-        continues."""
-        parts = np.append(part, self.held_out(ends + (at + self._before)))
-        turns = np.flatnonzero(parts[1:] != parts[:-1])
-        bounds = [0, *ends[turns].tolist(), len(ids)]
-        sides = [part, *parts[turns + 1].tolist()]
-        for start, stop, side in zip(bounds, bounds[1:], sides, strict=False):
-            if start < stop:
-                a, b = np.searchsorted(ends, (start, stop), side="right")
-                where = offset + start * file.dtype.itemsize
-                self._parts[side].add(file, where, ids[start:stop], ends[a:b] - start)
-        return bool(parts[-1])
 
 
 class _Split:
@@ -218,25 +215,19 @@ class _Split:
             self._ends_file = HashingFile(self._directory / f"{self._shard_name}.doc.bin")
         tok = np.concatenate([ids.view(np.uint8) for ids in self._held]).data
         doc = np.concatenate(self._ends).astype("<u4")
-        sums = {"offset": self._offset, "size": len(tok), "xxh3": chunk_sums(tok)}
         raw = doc.tobytes()
-        ends = {
-            "file": self._ends_file.path.name,
-            "offset": self._ends_file.size,
-            "size": len(raw),
-            "xxh3": xxhash.xxh3_64_hexdigest(raw),
-        }
-        self._ends_file.write(raw)
+        place = {"file": self._ends_file.path.name, "offset": self._ends_file.size}
         self._members.append(
             {
                 "key": f"{len(self._members):06d}",
                 "first": self._tokens - self._count,
                 "tokens": self._count,
                 "documents": len(doc),
-                "doc": ends,
-                "tok": sums,
+                "doc": {**place, "size": len(raw), "xxh3": xxhash.xxh3_64_hexdigest(raw)},
+                "tok": {"offset": self._offset, "size": len(tok), "xxh3": chunk_sums(tok)},
             }
         )
+        self._ends_file.write(raw)
         self._documents += len(doc)
         self._empty()
 

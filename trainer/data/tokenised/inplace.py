@@ -32,7 +32,7 @@ from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HUB, input_name, kind_of
 from forescale.data.text.opening import printable, reading
 from forescale.data.tokenised.indexing import Indexer, dtype_name
-from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
+from forescale.data.tokenised.kinds import bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.ground.console import Meter, Progress, silent
 from forescale.ground.errors import UserError
@@ -91,8 +91,18 @@ def index_corpus(
     vocabulary = vocabulary_of(raw, tokenizer, end_of_text)
     left_out = ReadingReport()
     files = [_files(path, left_out) for path in inputs]
+    rows: list[tuple[str, str, int | None]] = []
+    for where, kind in chain.from_iterable(files):
+        with reading(where):
+            rows.append((where, kind, None if is_url(where) else os.path.getsize(where)))
     request = {
-        "source": _described(files),
+        # What distinguishes the files from others, with their paths: the dataset refers to them.
+        "source": {
+            "kind": "in place",
+            "formats": sorted({kind for _, kind, _ in rows}),
+            "files": len(rows),
+            "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        },
         "tokenizer": hashlib.sha256(raw).hexdigest(),
         "end_of_text": vocabulary.end,
         "dtype": dtype,
@@ -101,11 +111,11 @@ def index_corpus(
         "member_tokens": member_tokens,
     }
     names = [input_name(path) for path in inputs]
-    build_once(
-        output,
-        progress,
-        lambda: _build(files, names, output, vocabulary, request, left_out, progress),
-    )
+
+    def build() -> None:
+        _build(files, names, output, vocabulary, request, left_out, progress)
+
+    build_once(output, progress, build)
     expect_same(output, request)
     return output
 
@@ -121,18 +131,26 @@ def _build(
 ) -> None:
     raw = np.dtype(request["dtype"]).newbyteorder("<") if request["dtype"] else None
     described = [[describe(where, kind, raw, left_out) for where, kind in i] for i in inputs]
-    dtype = _one_dtype([file for files in described for file in files], raw)
-    tokens = sum(file.tokens for files in described for file in files)
+    first, *others = chain.from_iterable(described)
+    dtype, tokens = first.dtype, first.tokens + sum(file.tokens for file in others)
+    name_of_first = f"{printable(first.where)} holds {dtype_name(dtype)}"
+    if different := next((file for file in others if file.dtype != dtype), None):
+        problem = f"holds {dtype_name(different.dtype)}, but {name_of_first}"
+        todo = "build a dataset from each, and mix them with data.sources"
+        raise UserError(printable(different.where), problem, todo)
+    if raw is not None and dtype != raw:
+        problem = f"is {raw.name}, but {name_of_first}"
+        raise UserError("dtype", problem, "remove it: only raw ids need it")
     with staged(output, tag="index") as stage:
         sizes = [request[key] for key in ("validation", "shard_tokens", "member_tokens")]
         indexer = Indexer(stage, vocabulary, tokens, *sizes)
         meter = Meter(progress, "index the corpus", tokens * dtype.itemsize, "bytes")
         sources = []
         for name, files in zip(names, described, strict=True):
-            before = _totals(indexer)
+            before = indexer.totals()
             for file in files:
                 indexer.add(file, f"{name}: {Path(file.where).name}", meter)
-            counts = {key: now - before[key] for key, now in _totals(indexer).items()}
+            counts = {key: now - before[key] for key, now in indexer.totals().items()}
             sources.append({"name": name, **counts, "read_bytes": 0})
         indexer.finish()
         meter.end()
@@ -142,42 +160,13 @@ def _build(
             entries |= part.files
             for row in part.rows:
                 corpus.update(f"{split} {row['content']}\n".encode())
-        longest = int(np.flatnonzero(indexer.lengths)[-1])
-        write_manifest(
-            stage,
-            entries,
-            vocabulary,
-            {split: {**part.totals, "shards": part.rows} for split, part in indexer.splits.items()},
-            corpus.hexdigest(),
-            request,
-            {
-                "lengths": indexer.lengths[: longest + 1].tolist(),
-                "sources": sources,
-                "left_out": left_out.as_dict(),
-            },
-            dtype=dtype_name(dtype),
-        )
-
-
-def _totals(indexer: Indexer) -> Counter[str]:
-    return sum((Counter(split.totals) for split in indexer.splits.values()), Counter[str]())
-
-
-def _one_dtype(files: list[TokenFile], raw: np.dtype | None) -> np.dtype:
-    first = files[0]
-    for file in files:
-        if file.dtype != first.dtype:
-            problem = f"holds {dtype_name(file.dtype)}, but {printable(first.where)} holds "
-            problem += dtype_name(first.dtype)
-            raise UserError(
-                printable(file.where),
-                problem,
-                "build a dataset from each, and mix them with data.sources",
-            )
-    if raw is not None and first.dtype != raw:
-        problem = f"is {raw.name}, but {printable(first.where)} holds {dtype_name(first.dtype)}"
-        raise UserError("dtype", problem, "remove it: only raw ids need it")
-    return first.dtype
+        lengths = indexer.lengths[: int(np.flatnonzero(indexer.lengths)[-1]) + 1].tolist()
+        report = {"lengths": lengths, "sources": sources, "left_out": left_out.as_dict()}
+        splits = {
+            split: {**part.totals, "shards": part.rows} for split, part in indexer.splits.items()
+        }
+        digest, stored = corpus.hexdigest(), dtype_name(dtype)
+        write_manifest(stage, entries, vocabulary, splits, digest, request, report, dtype=stored)
 
 
 def _files(path: str, left_out: ReadingReport) -> list[tuple[str, str]]:
@@ -215,18 +204,3 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
         for name in sorted(names):
             if os.path.isfile(name):
                 yield name, os.path.getsize(name)
-
-
-def _described(inputs: list[list[tuple[str, str]]]) -> dict[str, Any]:
-    """Return what distinguishes these files from others, including their paths, because the dataset
-    refers to them."""
-    rows: list[tuple[str, str, int | None]] = []
-    for where, kind in chain.from_iterable(inputs):
-        with reading(where):
-            rows.append((where, kind, None if is_url(where) else os.path.getsize(where)))
-    return {
-        "kind": "in place",
-        "formats": sorted({kind for _, kind, _ in rows}),
-        "files": len(rows),
-        "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-    }

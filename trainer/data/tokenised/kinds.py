@@ -86,7 +86,22 @@ def kind_of_file(where: str) -> str | None:
         return "npy"
     if name.endswith(".bin"):
         return "megatron" if not is_url(where) and Path(f"{where[:-4]}.idx").is_file() else "flat"
-    return "tar" if name.endswith(".tar") and _holds_arrays(where) else None
+    if not name.endswith(".tar"):
+        return None
+    has_arrays = False  # among the first members, and no text
+    with open_raw(where) as f, reading(where):
+        try:
+            with BoundedTar.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
+                for _ in range(_PEEKED):
+                    if (info := tar.next()) is None:
+                        break
+                    member = re.sub(r"\.(gz|zst)$", "", info.name.lower())
+                    if member.endswith(_TEXTS):
+                        return None
+                    has_arrays = has_arrays or member.endswith(_ARRAYS)
+        except (tarfile.TarError, BrokenTarError):
+            pass  # the reader will report the damage
+    return "tar" if has_arrays else None
 
 
 def describe(where: str, kind: str, dtype: np.dtype | None, left_out: ReadingReport) -> TokenFile:
@@ -105,8 +120,8 @@ def describe(where: str, kind: str, dtype: np.dtype | None, left_out: ReadingRep
             return TokenFile(where, size, stored, [extent], ends)
         if kind == "tar":
             return _tar(f, where, size, dtype, left_out)
-        dtype = _required(where, dtype)
-        return TokenFile(where, size, dtype, [_raw(where, 0, size, dtype)])
+        stored, extent = _raw(where, 0, size, dtype)
+        return TokenFile(where, size, stored, [extent])
 
 
 def bin_of(where: str) -> str:
@@ -114,20 +129,16 @@ def bin_of(where: str) -> str:
     return where[: -len(".idx")] + ".bin" if where.endswith(".idx") else where
 
 
-def _required(where: str, dtype: np.dtype | None) -> np.dtype:
+def _raw(where: str, offset: int, size: int, dtype: np.dtype | None) -> tuple[np.dtype, Extent]:
+    """Return dtype and ids of `size` bytes that have no header."""
     if dtype is None:
         problem = "holds raw token ids, whose dtype must be given"
         raise UserError(printable(where), problem, "write such as dtype=uint16")
-    return dtype
-
-
-def _raw(where: str, offset: int, size: int, dtype: np.dtype) -> Extent:
     if size % dtype.itemsize or not size:
-        problem = (
-            f"{size:,} bytes aren't a whole number of {dtype.name} tokens" if size else "is empty"
-        )
-        raise UserError(printable(where), problem, f"give the correct dtype, or {RESTORE}")
-    return Extent(offset, size // dtype.itemsize)
+        problem = f"{size:,} bytes aren't a whole number of {dtype.name} tokens"
+        todo = f"give the correct dtype, or {RESTORE}"
+        raise UserError(printable(where), problem if size else "is empty", todo)
+    return dtype, Extent(offset, size // dtype.itemsize)
 
 
 def _npy(f: BinaryIO, where: str, offset: int, size: int) -> tuple[np.dtype, Extent, int]:
@@ -171,17 +182,15 @@ def _tar(
             left_out.add("no token ids", f"{Path(where).name}/{info.name}")
     if len(kinds := {suffix for suffix, _ in arrays}) != 1:
         problem = f"its members hold arrays of {len(kinds)} kinds ({', '.join(sorted(kinds))})"
-        raise UserError(
-            printable(where), problem, "make tars with one array of token ids per sample"
-        )
+        todo = "make tars with one array of token ids per sample"
+        raise UserError(printable(where), problem, todo)
     extents, dtypes = [], set()
     for suffix, info in arrays:
         named = f"{where}: member {info.name}"
         if suffix.endswith("npy"):
             stored, extent, _ = _npy(f, named, info.offset_data, info.size)
         else:
-            stored = _required(where, dtype)
-            extent = _raw(named, info.offset_data, info.size, stored)
+            stored, extent = _raw(named, info.offset_data, info.size, dtype)
         extents.append(extent)
         dtypes.add(stored)
     if len(dtypes) != 1:
@@ -199,15 +208,13 @@ def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.nda
     """
     with open_raw(path) as f, reading(path):
         raw = f.read()
-    fault = UserError(
-        printable(path), "isn't an index of a Megatron corpus, or its header is damaged", _BOTH
-    )
     begin = len(_MAGIC) + _HEADER.size
-    if len(raw) < begin or not raw.startswith(_MAGIC):
-        raise fault
-    version, code, sequences, bounds = _HEADER.unpack_from(raw, len(_MAGIC))
+    is_index = len(raw) >= begin and raw.startswith(_MAGIC)
+    head = _HEADER.unpack_from(raw, len(_MAGIC)) if is_index else (0, 0, 0, 0)
+    version, code, sequences, bounds = head
     if version != 1:
-        raise fault
+        problem = "isn't an index of a Megatron corpus, or its header is damaged"
+        raise UserError(printable(path), problem, _BOTH)
     if code not in _CODES:
         raise UserError(printable(path), f"its dtype code {code} isn't one of integers", _BOTH)
     expected = begin + 12 * sequences + 8 * bounds
@@ -221,28 +228,23 @@ def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.nda
     pointers = np.frombuffer(raw, "<i8", sequences, begin + 4 * sequences)
     firsts = np.frombuffer(raw, "<i8", bounds, begin + 12 * sequences)
     ends = np.cumsum(sizes, dtype=np.int64)
-    if problem := _disagreement(sizes, pointers, firsts, ends, dtype.itemsize):
+    firsts_fit = len(firsts) > 1 and not firsts[0] and firsts[-1] == sequences
+    problem = ""
+    if not sequences or not ends[-1]:
+        problem = "it has no tokens"
+    elif (sizes < 0).any():
+        problem = "a sequence has a negative number of tokens"
+    elif not np.array_equal(pointers, (ends - sizes) * dtype.itemsize):
+        problem = "its sequences don't follow each other in the .bin"
+    elif not firsts_fit or (np.diff(firsts) < 0).any():
+        problem = "its documents don't follow each other"
+    if problem:
         raise UserError(printable(path), f"damaged: {problem}", _BOTH)
     if int(ends[-1]) * dtype.itemsize != bin_size:
         problem = f"has {bin_size:,} bytes, but its index says {int(ends[-1]) * dtype.itemsize:,}"
         raise UserError(printable(bin_where), problem, _BOTH)
     document_ends = np.append(0, ends)[firsts[1:]]
     return dtype, document_ends[np.diff(document_ends, prepend=0) > 0]
-
-
-def _disagreement(
-    sizes: np.ndarray, pointers: np.ndarray, firsts: np.ndarray, ends: np.ndarray, item: int
-) -> str:
-    """Return what is inconsistent in the index, or ""."""
-    if not len(sizes) or not ends[-1]:
-        return "it has no tokens"
-    if (sizes < 0).any():
-        return "a sequence has a negative number of tokens"
-    if not np.array_equal(pointers, (ends - sizes) * item):
-        return "its sequences don't follow each other in the .bin"
-    if len(firsts) < 2 or firsts[0] or firsts[-1] != len(sizes) or (np.diff(firsts) < 0).any():
-        return "its documents don't follow each other"
-    return ""
 
 
 def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
@@ -259,26 +261,7 @@ def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
     rest = size - end
     zeros = all(not block.strip(b"\0") for block in iter(lambda: f.read(1 << 16), b""))
     if rest < 2 * tarfile.BLOCKSIZE or not zeros:
-        problem = (
-            f"truncated or damaged: its members end at byte {end:,}, but no end of a tar follows"
-        )
+        at = f"its members end at byte {end:,}, but no end of a tar follows"
+        problem = f"truncated or damaged: {at}"
         raise UserError(printable(where), problem, RESTORE)
     return members
-
-
-def _holds_arrays(where: str) -> bool:
-    """Return whether the first members of a tar are ids and not text."""
-    has_arrays = False
-    with open_raw(where) as f, reading(where):
-        try:
-            with BoundedTar.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
-                for _ in range(_PEEKED):
-                    if (info := tar.next()) is None:
-                        break
-                    name = re.sub(r"\.(gz|zst)$", "", info.name.lower())
-                    if name.endswith(_TEXTS):
-                        return False
-                    has_arrays = has_arrays or name.endswith(_ARRAYS)
-        except (tarfile.TarError, BrokenTarError):
-            pass  # the reader will report the damage
-    return has_arrays

@@ -8,7 +8,7 @@ import pytest
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import corpus
 from forescale.data.prepare.builder import BuildConfig
-from forescale.data.text.files import ReadingReport
+from forescale.data.text.documents import ReadingReport
 from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError
 

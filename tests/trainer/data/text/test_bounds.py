@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from forescale.data.text.files import Policy
+from forescale.data.text.documents import Policy
 from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import read
 
@@ -22,7 +22,8 @@ ROW = b'{"text": "x"}\n'
 # The peak of this process alone: getrusage would count that of the process that started it.
 READ = """
 import sys
-from forescale.data.text.files import Files, Policy, ReadingReport
+from forescale.data.text.documents import Policy, ReadingReport
+from forescale.data.text.files import Files
 from tests.trainer.data.read_files import read
 
 def peak():

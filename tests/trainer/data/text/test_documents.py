@@ -2,14 +2,14 @@
 
 import pytest
 
-from forescale.data.text.documents import Policy, ReadingReport, decoded
+from forescale.data.text.documents import Intake, Policy, ReadingReport
 from forescale.ground.errors import UserError
 
 
 def take(text, **policy):
     chosen, report = Policy(**policy), ReadingReport()
     chosen.check()
-    return [d.text for d in decoded("a", text, report, chosen)], report.as_dict()
+    return [d.text for d in Intake(report, chosen).documents("a", text)], report.as_dict()
 
 
 def counted(reason, name="a"):

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forescale.data.text.files import Files, ReadingReport
+from forescale.data.text.documents import ReadingReport
+from forescale.data.text.files import Files
 from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
 

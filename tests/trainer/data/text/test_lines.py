@@ -9,8 +9,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.data.text.files import Files, ReadingReport
-from forescale.data.text.lines import lines_between
+from forescale.data.text.documents import ReadingReport
+from forescale.data.text.files import Files
+from forescale.data.text.formats import lines_between
 from forescale.data.text.opening import Budget
 from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
@@ -89,7 +90,7 @@ def test_rows_that_give_no_document_are_counted(tmp_path, suffix):
 
 
 def test_replacing_what_is_not_utf8(tmp_path):
-    from forescale.data.text.files import Policy
+    from forescale.data.text.documents import Policy
 
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xffb"}\n{"text": "\\udc00"}\n')
     documents, report = read(tmp_path / "a.jsonl", policy=Policy(undecodable="replace"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.data.text.markup import text_of
+from forescale.data.text.formats import text_of
 from tests.trainer.data.read_files import read
 
 PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title><style>p { x: "<b>" }</style>

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 from webdataset import TarWriter
 
-from forescale.data.text.files import Policy
+from forescale.data.text.documents import Policy
 from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import lines, read
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forescale.data.text.files import Files, Policy, ReadingReport
+from forescale.data.text.documents import Policy, ReadingReport
+from forescale.data.text.files import Files
 from tests.trainer.data.read_files import lines, read
 
 
