@@ -41,6 +41,7 @@ _DTYPES = tuple(map(np.dtype, ("<i8", "<i8", "<i4")))  # offsets, starts, length
 _SHA256, _LENGTH = 32, 8  # bytes at the end
 _OPEN = 64  # tables kept in memory, about 32 KiB per million tokens
 _BLOCK = 1 << 22  # tokens that are searched for separators at a time
+_NO_END = "damaged: it doesn't end like a table of bins"
 _AGAIN = "delete the file; it is computed again"
 Facts = dict[str, int]
 
@@ -110,23 +111,20 @@ class BinKind:
     def open(self, split: Split, identity: str, cache: Path, progress: Progress = silent) -> "Bins":
         """Return the bins of a split; scan it first if its table isn't in the cache.
 
-        identity: the dataset's. A scan needs the memory of one shard's documents. Raises UserError
-        for a damaged table or a dataset without such rows, and the errors of reading a shard.
+        identity: the dataset's. A scan needs the memory of one shard's documents. Several processes
+        may scan at the same time: all write the same bytes. Raises UserError for a damaged table or
+        a dataset without such rows, and the errors of reading a shard.
         """
         path = self.path(split, identity, cache)
         fields = {"version": self.version, "identity": identity, "split": split.name}
         request = {**fields, **asdict(self)}
-        if not path.exists():
-            self._write(path, request, split, progress)
-        return Bins(path, request, self)
-
-    def _write(self, path: Path, request: dict[str, Any], split: Split, progress: Progress) -> None:
-        """Write the tables of a split, atomically. Several processes may do this at the same time:
-        all write the same bytes."""
+        if path.exists():
+            return Bins(path, request, self)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         names = ("documents", "row_tokens", *self.longest, *self.reasons) if self.is_whole else ()
         facts, rows, done = dict.fromkeys(names, 0), list[_Row](), 0
+        phase = f"find {self.unit}s" if self.is_whole else "pack documents"
         try:
             with HashingFile(temporary) as f:
                 for shard, documents in enumerate(_documents(split)):
@@ -137,12 +135,10 @@ class BinKind:
                     targets, digest = int(self.targets(table).sum()), xxhash.xxh3_64_hexdigest(raw)
                     rows.append(_Row(table.num_bins, len(table.starts), targets, digest))
                     done += split.shard_tokens[shard]
-                    phase = f"find {self.unit}s" if self.is_whole else "pack documents"
                     progress(phase, done, sum(split.shard_tokens), "tokens")
                 head = {**request, "shards": rows, **({"facts": facts} if facts else {})}
                 text = json.dumps(head).encode()
-                f.write(text)
-                f.write(hashlib.sha256(text).digest())
+                f.write(text + hashlib.sha256(text).digest())
                 f.write(len(text).to_bytes(_LENGTH, "little"))
                 f.finish()
             os.replace(temporary, path)
@@ -150,6 +146,7 @@ class BinKind:
             temporary.unlink(missing_ok=True)
             raise
         fsync_path(path.parent)
+        return Bins(path, request, self)
 
 
 def _documents(split: Split) -> Iterator[Documents]:
@@ -226,7 +223,13 @@ class PairKind(BinKind):
     def find(self, split: Split, shard: int, documents: Documents, facts: Facts) -> Packing:
         """Count each document that is left out under the first reason that holds."""
         starts, ends, divided = documents
-        cuts = self._first_separators(split, shard, ends)
+        cuts, tokens = np.full(len(ends), -1), split.shard_tokens[shard]  # -1: no separator
+        for first in range(0, tokens, _BLOCK):
+            block = split.read(shard, first, min(_BLOCK, tokens - first))
+            places = first + np.flatnonzero(block == self.separator)
+            document, at = np.unique(np.searchsorted(ends, places, "right"), return_index=True)
+            new = cuts[document] < 0
+            cuts[document[new]] = places[at[new]]
         source, target = cuts - starts, ends - cuts - 1
         fits = (source <= self.source) & (target <= self.target)
         reasons = {
@@ -248,17 +251,6 @@ class PairKind(BinKind):
         lengths = np.stack([source, target + 1], 1)[stays].ravel().astype(np.int32)
         facts["row_tokens"] += int(lengths.sum(dtype=np.int64))
         return Packing(self.window_length, 2 * np.arange(stays.sum() + 1), runs, lengths)
-
-    def _first_separators(self, split: Split, shard: int, ends: np.ndarray) -> np.ndarray:
-        """Return the place of each document's first separator, -1 if it has none."""
-        first_places, tokens = np.full(len(ends), -1), split.shard_tokens[shard]
-        for first in range(0, tokens, _BLOCK):
-            block = split.read(shard, first, min(_BLOCK, tokens - first))
-            places = first + np.flatnonzero(block == self.separator)
-            document, at = np.unique(np.searchsorted(ends, places, "right"), return_index=True)
-            new = first_places[document] < 0
-            first_places[document[new]] = places[at[new]]
-        return first_places
 
 
 @dataclass(frozen=True)
@@ -363,12 +355,22 @@ class Bins:
     """
 
     def __init__(self, path: Path, request: dict[str, Any], kind: BinKind):
-        """Open the file and read its head, which must hold the request."""
         self.path, self.kind, self.sequence_length = path, kind, kind.window_length
         self.unit, self.are_whole, self.edges = kind.unit, kind.is_whole, kind.edges
         self.mark_ignored = kind.mark_ignored
         self._file = LocalFile(path)
-        self._rows, self.facts = self._head(request)
+        end, size = _SHA256 + _LENGTH, self._file.size
+        raw = self._read(max(size - end, 0), min(end, size))
+        length = int.from_bytes(raw[_SHA256:], "little")
+        text = self._read(size - end - length, length) if length <= size - end else bytearray()
+        if hashlib.sha256(text).digest() != raw[:_SHA256]:
+            raise UserError(str(path), _NO_END, _AGAIN)
+        head = json.loads(text)
+        self._rows, self.facts = [_Row(*row) for row in head.pop("shards")], head.pop("facts", {})
+        if head != request:
+            raise UserError(str(path), "its contents don't match its name", _AGAIN)
+        if sum(row.size for row in self._rows) + length + end != size:
+            raise UserError(str(path), _NO_END, _AGAIN)
         self._offsets = np.cumsum([0, *(row.size for row in self._rows)]).tolist()
         self.counts = np.array([row.bins for row in self._rows], np.int64)
         self.targets = np.array([row.targets for row in self._rows], np.int64)
@@ -433,21 +435,6 @@ class Bins:
         places = ((row.bins + 1, 0), (row.pieces, starts), (row.pieces, starts + 8 * row.pieces))
         arrays = (np.frombuffer(raw, d, *place) for d, place in zip(_DTYPES, places, strict=True))
         return Packing(self.sequence_length, *arrays)
-
-    def _head(self, request: dict[str, Any]) -> tuple[list[_Row], Facts]:
-        end = _SHA256 + _LENGTH
-        raw = self._read(max(self._file.size - end, 0), min(end, self._file.size))
-        length = int.from_bytes(raw[_SHA256:], "little")
-        if length <= self._file.size - end:
-            text = self._read(self._file.size - end - length, length)
-            if hashlib.sha256(text).digest() == raw[:_SHA256]:
-                head = json.loads(text)
-                rows, facts = [_Row(*row) for row in head.pop("shards")], head.pop("facts", {})
-                if head != request:
-                    raise UserError(str(self.path), "its contents don't match its name", _AGAIN)
-                if sum(row.size for row in rows) + length + end == self._file.size:
-                    return rows, facts
-        raise UserError(str(self.path), "damaged: it doesn't end like a table of bins", _AGAIN)
 
     def _read(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)

@@ -49,11 +49,13 @@ _OPEN = 64  # shards of a split that are kept open at a time
 class Dataset:
     """A dataset in a directory or at a URL. Opening it reads the manifest only.
 
-    cache: local directory for parts of a remote dataset. Raises UserError if the path holds no
-    dataset or the manifest is damaged.
+    vocab_size; end_of_text: the id that follows every document; corpus_hash: sha256 over the
+    ordered names and hashes of the documents.
     """
 
     def __init__(self, path: str | Path, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
+        """cache: local directory for parts of a remote dataset. Raises UserError if the path holds
+        no dataset or the manifest is damaged."""
         self._store = Store(path, cache, cache_bytes)
         self.where = self._store.where  # for messages
         self.path = Path(self.where)  # only valid for a local dataset
@@ -67,9 +69,11 @@ class Dataset:
         if version != FORMAT:
             older = isinstance(version, int) and version < FORMAT
             todo = "build it again" if older else "install a newer version of forescale"
-            raise UserError(
-                self.where, f"this version of forescale can't read its format {version}", todo
-            )
+            problem = f"this version of forescale can't read its format {version}"
+            raise UserError(self.where, problem, todo)
+        self.corpus_hash: str = self.manifest["corpus"]["sha256"]
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        self.end_of_text: int = self.manifest["tokenizer"]["end_of_text"]
 
     def _json(self, name: str, raw: bytes) -> dict[str, Any]:
         try:
@@ -111,21 +115,6 @@ class Dataset:
         }
         content = [m["format"], m["dtype"], m["tokenizer"]["sha256"], shards]
         return _sha256(json.dumps(content, sort_keys=True).encode())
-
-    @property
-    def corpus_hash(self) -> str:
-        """sha256 over the ordered names and hashes of the documents."""
-        return self.manifest["corpus"]["sha256"]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of vocabulary entries."""
-        return self.manifest["tokenizer"]["vocab_size"]
-
-    @property
-    def end_of_text(self) -> int:
-        """The id that follows every document."""
-        return self.manifest["tokenizer"]["end_of_text"]
 
     @cached_property
     def tokenizer_json(self) -> bytes:
@@ -234,37 +223,31 @@ class Split:
 class Sources:
     """One or several datasets by name, with their common properties as attributes.
 
-    Raises UserError if their tokenizers differ.
+    identity, corpus_hash: the dataset's own for a single source, otherwise sha256 over those of all
+    sources. Raises UserError if their tokenizers differ.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset]):
-        self.datasets = dict(datasets)
+        self.datasets, self.names = dict(datasets), list(datasets)
         (_, self.first), *rest = self.datasets.items()
         for name, dataset in rest:
-            if _tokenizer(dataset) != _tokenizer(self.first):
-                raise UserError(
-                    f"data.sources.{name}",
-                    f"{dataset.where} has a different tokenizer than {self.first.where}",
-                    "build both with the same: forescale shards ... tokenizer=DIR/tokenizer.json",
-                )
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.datasets)
-
-    @property
-    def is_mixture(self) -> bool:
-        return len(self.datasets) > 1
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of vocabulary entries."""
-        return self.first.vocab_size
-
-    @property
-    def end_of_text(self) -> int:
-        """The id that follows every document."""
-        return self.first.end_of_text
+            described, expected = (d.manifest["tokenizer"] for d in (dataset, self.first))
+            if any(described[key] != expected[key] for key in ("sha256", "end_of_text")):
+                problem = f"{dataset.where} has a different tokenizer than {self.first.where}"
+                todo = "build both with the same: forescale shards ... tokenizer=DIR/tokenizer.json"
+                raise UserError(f"data.sources.{name}", problem, todo)
+        self.is_mixture = bool(rest)
+        self.vocab_size, self.end_of_text = self.first.vocab_size, self.first.end_of_text
+        self.where = ", ".join(d.where for d in self.datasets.values())
+        self.identity, self.corpus_hash = self.first.identity, self.first.corpus_hash
+        if self.is_mixture:
+            hashes = (
+                {name: getattr(d, key) for name, d in self.datasets.items()}
+                for key in ("identity", "corpus_hash")
+            )
+            self.identity, self.corpus_hash = (
+                _sha256(json.dumps(h, sort_keys=True).encode()) for h in hashes
+            )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -272,28 +255,7 @@ class Sources:
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """Number of UTF-8 bytes of each token id, int64 of shape (vocab_size,); 0 for special
-        tokens."""
         return self.first.token_bytes
-
-    @property
-    def where(self) -> str:
-        return ", ".join(d.where for d in self.datasets.values())
-
-    @property
-    def identity(self) -> str:
-        """sha256 over everything that decides the tokens; the dataset's own for a single source."""
-        return self._joined({name: d.identity for name, d in self.datasets.items()})
-
-    @property
-    def corpus_hash(self) -> str:
-        """sha256 over the corpus hashes of all sources; the dataset's own for a single source."""
-        return self._joined({name: d.corpus_hash for name, d in self.datasets.items()})
-
-    def _joined(self, hashes: dict[str, str]) -> str:
-        if not self.is_mixture:
-            return next(iter(hashes.values()))
-        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str) -> dict[str, Split]:
         """Return the split of this name of every source."""
@@ -313,11 +275,6 @@ class Sources:
             }
             for name, d in self.datasets.items()
         }
-
-
-def _tokenizer(dataset: Dataset) -> tuple[str, int]:
-    described = dataset.manifest["tokenizer"]
-    return described["sha256"], described["end_of_text"]
 
 
 def _sha256(raw: bytes) -> str:

@@ -100,36 +100,34 @@ class Folder:
         return exists(FsspecOrigin(self._at(name)), self._patience)
 
     def put(self, name: str, path: Path) -> FileEntry:
-        """Copy a local file there; return size and sha256 of the copy, as read back.
+        """Copy a local file there, in place of a whole file of this name; return size and sha256 of
+        the copy, as read back.
 
         The file may grow meanwhile: then the copy is its beginning, at least as long as the file
         was. Raises UserError, also if the copy differs.
         """
-        return persist(self.where, self._patience, partial(self._put, name, path))
 
-    def _put(self, name: str, path: Path) -> FileEntry:
-        least = path.stat().st_size
-        self._upload(path, self._at(name))
-        digest, size = hashlib.sha256(), 0
-        for piece in self.get(name):
-            digest.update(piece)
-            size += len(piece)
-        copied = FileEntry(size, digest.hexdigest())
-        if size < least or hash_file(path, size=size) != copied:
-            raise RetryableError(f"the copy of {name} differs from the file")
-        return copied
+        def attempt() -> FileEntry:
+            least = path.stat().st_size
+            with _faults(self._at(name), _LONGEST) as (fs, target):
+                from fsspec.implementations.local import LocalFileSystem
 
-    def _upload(self, file: Path, url: str) -> None:
-        """Copy a local file to an address, whose content it replaces as a whole."""
-        with _faults(url, _LONGEST) as (fs, path):
-            from fsspec.implementations.local import LocalFileSystem
+                if not hasattr(fs, "loop"):  # of a disk: buckets have no folders
+                    fs.makedirs(fs._parent(target), exist_ok=True)
+                if isinstance(fs, LocalFileSystem):
+                    write_file(Path(target), blocks_of(path))
+                else:
+                    _called(fs, "put_file", _LONGEST, str(path), target)
+            digest, size = hashlib.sha256(), 0
+            for piece in self.get(name):
+                digest.update(piece)
+                size += len(piece)
+            copied = FileEntry(size, digest.hexdigest())
+            if size < least or hash_file(path, size=size) != copied:
+                raise RetryableError(f"the copy of {name} differs from the file")
+            return copied
 
-            if not hasattr(fs, "loop"):  # of a disk: buckets have no folders
-                fs.makedirs(fs._parent(path), exist_ok=True)
-            if isinstance(fs, LocalFileSystem):
-                write_file(Path(path), blocks_of(file))
-            else:
-                _called(fs, "put_file", _LONGEST, str(file), path)
+        return persist(self.where, self._patience, attempt)
 
     def get(self, name: str) -> Iterator[bytes]:
         """Yield the content of a file."""
@@ -166,7 +164,16 @@ def _faults(url: str, timeout: float) -> Iterator[tuple[Any, str]]:
     """Yield the file system of an address and the path in it; convert exceptions of its package."""
     where, protocol = masked(url), url.partition(":")[0]
     try:
-        yield _opened(url)
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        if "://" not in url:  # a path, in which fsspec would read :: as a chain, too
+            yield LocalFileSystem(), url
+        elif "::" in url:
+            problem = "has :: in it, which stands for a chain of addresses"
+            raise UserError(where, problem, "give an address without it")
+        else:
+            yield fsspec.url_to_fs(for_request(url), use_listings_cache=False)
     except UserError:
         raise
     except ImportError as e:
@@ -187,18 +194,6 @@ def _faults(url: str, timeout: float) -> Iterator[tuple[Any, str]]:
         if "Credential" in type(e).__name__:
             raise _refused(where, e) from e
         raise RetryableError(f"the transfer fails ({e or type(e).__name__})") from e
-
-
-def _opened(url: str) -> tuple[Any, str]:
-    import fsspec
-    from fsspec.implementations.local import LocalFileSystem
-
-    if "://" not in url:  # a path, in which fsspec would read :: as a chain, too
-        return LocalFileSystem(), url
-    if "::" in url:
-        problem = "has :: in it, which stands for a chain of addresses"
-        raise UserError(masked(url), problem, "give an address without it")
-    return fsspec.url_to_fs(for_request(url), use_listings_cache=False)
 
 
 def _refused(where: str, error: Exception) -> UserError:

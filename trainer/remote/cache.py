@@ -63,27 +63,35 @@ class BlockCache:
             raise UserError(str(directory), problem, todo) from e
 
     def read(self, name: str, length: int, skip: int, into: memoryview) -> bool:
-        """Fill `into` with a block's bytes from `skip` on; return False if the block is missing or
-        damaged.
-
-        length: bytes of the whole block.
-        """
+        """Fill `into` with a block's bytes from `skip` on; return False if the block is missing,
+        truncated or damaged. length: bytes of the whole block."""
         try:
             fd = os.open(self._prefix + name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             if e.errno != errno.ENOENT:
                 self._fails(e)
             return False
+        first, last = skip // _PIECE, (skip + len(into) - 1) // _PIECE
+        data = memoryview(bytearray(min((last + 1) * _PIECE, length) - first * _PIECE))
+        sums, is_intact = bytearray(8 * (last + 1 - first)), False
         try:
-            good = _read_checked(fd, name, length, skip, into)
+            facts = os.fstat(fd)
+            if (
+                facts.st_size == _stored(length)
+                and os.preadv(fd, [data], first * _PIECE) == len(data)
+                and os.preadv(fd, [sums], length + 8 * first) == len(sums)
+                and b"".join(_checksums(name, data, first)) == sums
+            ):
+                into[:] = data[skip - first * _PIECE :][: len(into)]
+                _refresh(fd, facts)
+                is_intact = True
         except OSError as e:
             self._fails(e)
-            good = False
         finally:
             os.close(fd)
-        if not good:
+        if not is_intact:
             self.drop(name)
-        return good
+        return is_intact
 
     def fill(
         self, name: str, length: int, fetch: Callable[[], bytearray], wait: float
@@ -155,10 +163,8 @@ class BlockCache:
             self._fails(e)
 
     def _evict(self, target: int) -> int:
-        """Remove the least recently read blocks until the others take up at most `target` bytes.
-
-        Returns the size of the others. The caller holds the lock of `usage`.
-        """
+        """Remove the least recently read blocks until the others take up at most `target` bytes;
+        return their size. The caller holds the lock of `usage`."""
         _sweep(self._prefix)
         rows = sorted(_blocks(self._prefix))
         left = sum(size for _, size, _ in rows)
@@ -192,26 +198,6 @@ class BlockCache:
             self._warned = True
             problem = f"{self._directory}: the cache of remote files failed ({error.strerror})"
             warnings.warn(f"{problem}; reading continues without it", RuntimeWarning, stacklevel=2)
-
-
-def _read_checked(fd: int, name: str, length: int, skip: int, into: memoryview) -> bool:
-    """Fill `into` from an open block; return False if the block is truncated or a checksum is
-    wrong."""
-    facts = os.fstat(fd)
-    if facts.st_size != _stored(length):
-        return False
-    first, last = skip // _PIECE, (skip + len(into) - 1) // _PIECE
-    data = memoryview(bytearray(min((last + 1) * _PIECE, length) - first * _PIECE))
-    sums = bytearray(8 * (last + 1 - first))
-    if os.preadv(fd, [data], first * _PIECE) < len(data):
-        return False
-    if os.preadv(fd, [sums], length + 8 * first) < len(sums):
-        return False
-    if b"".join(_checksums(name, data, first)) != sums:
-        return False
-    into[:] = data[skip - first * _PIECE :][: len(into)]
-    _refresh(fd, facts)
-    return True
 
 
 def _stored(length: int) -> int:

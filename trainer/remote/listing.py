@@ -30,9 +30,19 @@ def list_files(url: str, patience: Patience = PATIENCE) -> list[tuple[str, int |
     be listed if the server shows folders as pages of links, and sizes are None. Raises UserError,
     also if there is no file.
     """
-    _check(url)
-    web = url.startswith(("http://", "https://"))
-    files = sorted(_web_files(url, patience) if web else _bucket_files(url, patience))
+    _expect_address(url)
+    if url.startswith(("http://", "https://")):
+        files = sorted(_web_files(url, patience))
+    else:
+        method = "glob" if re.search(r"[*?\[]", url) else "find"
+        attempt = partial(call, url, method, patience.seconds, detail=True)
+        entries = persist(masked(url), patience, attempt)
+        protocol = url.partition("://")[0]
+        files = sorted(
+            (f"{protocol}://{path.removeprefix('/')}", info.get("size"))
+            for path, info in entries.items()
+            if info.get("type") == "file"
+        )
     if not files:
         raise UserError(masked(url), "has no files", "check the address")
     return files
@@ -44,13 +54,13 @@ def open_input(url: str, patience: Patience = PATIENCE) -> BinaryIO:
     Raises UserError, also while reading. Size and version are requested at once, and hold for the
     whole stream.
     """
-    _check(url)
+    _expect_address(url)
     origin = origin_of(url)
     persist(origin.where, patience, partial(origin.ask, patience.timeout))
     return io.BufferedReader(_Stream(origin, patience), MIB)
 
 
-def _check(url: str) -> None:
+def _expect_address(url: str) -> None:
     if not is_url(url):
         raise UserError(url, "isn't an address", "give one such as https://... or s3://...")
 
@@ -95,9 +105,8 @@ class _Stream(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:
             if self._origin.size is None:
-                raise UserError(
-                    self.name, "its server doesn't report the file size", "copy it to a local disk"
-                )
+                problem = "its server doesn't report the file size"
+                raise UserError(self.name, problem, "copy it to a local disk")
             offset += self._origin.size
         elif whence == io.SEEK_CUR:
             offset += self._at
@@ -124,16 +133,6 @@ class _Stream(io.RawIOBase):
         if self._jumped and self._origin.size is not None:
             stop = min(self._at + _WINDOW, self._origin.size)
         self._pieces = receive(self._origin, self._at, stop, self._patience, whole)
-
-
-def _bucket_files(url: str, patience: Patience) -> Iterator[tuple[str, int | None]]:
-    method = "glob" if re.search(r"[*?\[]", url) else "find"
-    protocol = url.partition("://")[0]
-    where = masked(url)
-    attempt = partial(call, url, method, patience.seconds, detail=True)
-    for path, info in persist(where, patience, attempt).items():
-        if info.get("type") == "file":
-            yield f"{protocol}://{path.removeprefix('/')}", info.get("size")
 
 
 def _web_files(url: str, patience: Patience) -> set[tuple[str, int | None]]:

@@ -40,7 +40,13 @@ class RemoteBlocks:
         """
         name = f"{key}-{number}"
         if name in self._unread or name in self._hints:
-            self._reached(name)
+            with self._lock:
+                if self._hints.pop(name, None):
+                    # The reader has caught up: blocks fetched but not read were skipped, and must
+                    # not block prefetching forever.
+                    self._unread.clear()
+                self._unread.discard(name)
+                self._start()
         if not self._cache.read(name, _length(origin, number), skip, into):
             data = self._obtain(origin, name, number)
             into[:] = memoryview(data)[skip : skip + len(into)]
@@ -61,15 +67,6 @@ class RemoteBlocks:
     def close(self) -> None:
         with self._lock:
             self._hints.clear()
-
-    def _reached(self, name: str) -> None:
-        with self._lock:
-            if self._hints.pop(name, None):
-                # The reader has caught up: blocks fetched but not read were skipped, and must not
-                # block prefetching forever.
-                self._unread.clear()
-            self._unread.discard(name)
-            self._start()
 
     def _start(self) -> None:
         """Start threads while there is something to fetch. The caller holds the lock."""

@@ -72,12 +72,22 @@ class LocalFile(File):
             raise _other_size(path, self.size, size)
 
     def read_at(self, offset: int, into: memoryview) -> None:
+        def afresh() -> None:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if (size := os.fstat(fd).st_size) != self.size:
+                    raise _other_size(self._path, size, self.size)
+                os.dup2(fd, self._fd, inheritable=False)  # at once, also for reads of other threads
+            finally:
+                os.close(fd)
+            self._fill(offset, into)
+
         try:
             self._fill(offset, into)
         except OSError as e:
             if not isinstance(error := _unreadable(self._path, e), Transient):
                 raise error from e
-            _persist(self._path, lambda: self._fill_afresh(offset, into))
+            _persist(self._path, afresh)
 
     def _fill(self, offset: int, into: memoryview) -> None:
         # Not mmap: a storage error would kill the process (SIGBUS) without a message.
@@ -88,16 +98,6 @@ class LocalFile(File):
                 size = os.fstat(self._fd).st_size
                 raise _ends(str(self._path), size, offset + len(into) - size)
             count += step
-
-    def _fill_afresh(self, offset: int, into: memoryview) -> None:
-        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if (size := os.fstat(fd).st_size) != self.size:
-                raise _other_size(self._path, size, self.size)
-            os.dup2(fd, self._fd, inheritable=False)  # at once, also for reads of other threads
-        finally:
-            os.close(fd)
-        self._fill(offset, into)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -17,7 +17,7 @@ from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
 
-from forescale.ground.errors import UserError, masked
+from forescale.ground.errors import UserError
 from forescale.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 
 _WHOLE = 8 * MIB  # a file up to this size is read even if the server ignores ranges
@@ -93,18 +93,15 @@ class HttpOrigin(Origin):
             self.learn(_number(spread.removeprefix("bytes */")), tag)
             if self.size is not None and start >= self.size:
                 return 0  # an empty file has no first byte
-        raise self._refusal(status, answer.reason, headers.get("Retry-After", ""))
-
-    def _refusal(self, status: int, reason: str | None, after: str) -> Exception:
-        answer = f"the server answers {status} {reason or ''}".rstrip()
+        problem = f"the server answers {status} {answer.reason or ''}".rstrip()
         if status >= 500 or status in (408, 425, 429):
-            return RetryableError(answer, _seconds(after))
+            raise RetryableError(problem, _seconds(headers.get("Retry-After", "")))
         if status in (404, 410):
-            return Missing(self.where, f"doesn't exist ({answer})", "check the address")
+            raise Missing(self.where, f"doesn't exist ({problem})", "check the address")
         if status in (401, 403, 407):
             todo = "check the address and your access (user and password go into ~/.netrc)"
-            return UserError(self.where, f"access denied ({answer})", todo)
-        return UserError(self.where, answer, "check the address and the server")
+            raise UserError(self.where, f"access denied ({problem})", todo)
+        raise UserError(self.where, problem, "check the address and the server")
 
 
 def _number(text: str) -> int | None:
@@ -127,11 +124,16 @@ def _faults(where: str, timeout: float) -> Iterator[None]:
     """Convert exceptions of requests and urllib3 to a RetryableError, or to a UserError if another
     try is useless."""
     import requests
-    import urllib3
+    from urllib3.exceptions import (
+        ConnectTimeoutError,
+        HTTPError,
+        NewConnectionError,
+        ReadTimeoutError,
+    )
 
     try:
         yield
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, HTTPException) as e:
+    except (requests.RequestException, HTTPError, OSError, HTTPException) as e:
         causes = list(_causes(e))
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
@@ -144,7 +146,20 @@ def _faults(where: str, timeout: float) -> Iterator[None]:
             raise UserError(where, "it redirects without end", "check the address") from e
         if isinstance(e, ValueError):  # no host, an invalid port, an unknown scheme
             raise UserError(where, f"isn't a valid address ({e})", "check the address") from e
-        raise RetryableError(_reason(causes, timeout)) from e
+        reasons = (
+            (gaierror, "the name of the server can't be resolved"),
+            (ConnectionRefusedError, "the server refuses the connection"),
+            (RemoteDisconnected, "the server closes the connection without an answer"),
+            (ConnectionError, "the connection was interrupted"),
+            (ReadTimeoutError, f"the server sent nothing for {timeout:g} s"),
+            (ConnectTimeoutError, f"no connection within {timeout:g} s"),
+            (IncompleteRead, "the answer was cut off"),
+            (HTTPException, "the answer isn't HTTP"),
+        )
+        # A ConnectTimeoutError by its class, whatever its cause.
+        known = [cause for cause in causes if not isinstance(cause, NewConnectionError)]
+        names = (words for kind, words in reasons if any(isinstance(c, kind) for c in known))
+        raise RetryableError(next(names, f"the transfer fails ({causes[-1]})")) from e
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -158,24 +173,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield e
         inner = (e.__cause__, e.__context__, getattr(e, "reason", None), *e.args)
         todo += [i for i in inner if isinstance(i, BaseException)]
-
-
-def _reason(causes: list[BaseException], timeout: float) -> str:
-    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ReadTimeoutError
-
-    reasons = (
-        (gaierror, "the name of the server can't be resolved"),
-        (ConnectionRefusedError, "the server refuses the connection"),
-        (RemoteDisconnected, "the server closes the connection without an answer"),
-        (ConnectionError, "the connection was interrupted"),
-        (ReadTimeoutError, f"the server sent nothing for {timeout:g} s"),
-        (ConnectTimeoutError, f"no connection within {timeout:g} s"),
-        (IncompleteRead, "the answer was cut off"),
-        (HTTPException, "the answer isn't HTTP"),
-    )
-    # A ConnectTimeoutError by its class, whatever its cause.
-    known = [cause for cause in causes if not isinstance(cause, NewConnectionError)]
-    for kind, reason in reasons:
-        if any(isinstance(cause, kind) for cause in known):
-            return reason
-    return masked(f"the transfer fails ({causes[-1]})")

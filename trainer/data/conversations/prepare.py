@@ -142,7 +142,7 @@ def _write_split(
 ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
     """Return the manifest's part of a split, and the entries of its files. Shards have about
     _SHARD_TOKENS."""
-    rows, entries, end = [], dict[str, FileEntry](), vocabulary.end
+    rows, entries, end = list[dict[str, Any]](), dict[str, FileEntry](), vocabulary.end
     writer: ShardWriter | None = None
     for number, (ids, learned, _) in enumerate(examples, 1):
         if writer is None:
