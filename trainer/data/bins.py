@@ -99,8 +99,7 @@ class BinKind:
         raise NotImplementedError
 
     def mark_ignored(self, row: np.ndarray, ends: np.ndarray) -> None:
-        """Set to True what is no target of a row, bool of shape (L + 1,), whose pieces end before
-        `ends`."""
+        """Set to True what is no target of a row, bool (L + 1,). ends: of its pieces."""
         raise NotImplementedError
 
     def path(self, split: Split, identity: str, cache: Path) -> Path:

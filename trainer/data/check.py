@@ -38,33 +38,30 @@ def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> lis
         for number, row in enumerate(split["shards"]):
             try:
                 shard = opened.shard(number)
-                is_ours = bool(row["sha256"])  # a tar, not a corpus that is used in place
-                if is_ours:
-                    faults += _layout(shard)
-                faults += _contents(shard, is_ours, dataset)
+                is_tar = bool(row["sha256"])  # not a corpus that is used in place
+                if is_tar:
+                    with open_raw(shard.where) as f:
+                        members = tar_members(f, shard.where, shard.file.size)
+                    in_tar = {(m.name, m.offset_data, m.size) for m in members}
+                    in_index = {
+                        (f"{m.key}.{kind}.bin", place["offset"], place["size"])
+                        for m in shard.members
+                        for kind in ("doc", "learned", "tok")
+                        if (place := getattr(m, kind)) is not None
+                    }
+                    for name, at, _ in sorted(in_index - in_tar):
+                        problem = f"the index has member {name} at byte {at:,}, the tar hasn't"
+                        faults.append(f"{shard.where}: {problem}")
+                    for name, at, _ in sorted(in_tar - in_index):
+                        problem = f"the tar has member {name} at byte {at:,}, the index hasn't"
+                        faults.append(f"{shard.where}: {problem}")
+                faults += _contents(shard, is_tar, dataset)
             except UserError as e:
                 faults.append(str(e))
     return list(dict.fromkeys(faults))
 
 
-def _layout(shard: Shard) -> Iterator[str]:
-    """Compare the tar's own headers with the index."""
-    want = [
-        (f"{m.key}.{kind}.bin", getattr(m, kind)["offset"], getattr(m, kind)["size"])
-        for m in shard.members
-        for kind in ("doc", "learned", "tok")
-        if getattr(m, kind) is not None
-    ]
-    with open_raw(shard.where) as f:
-        members = tar_members(f, shard.where, shard.file.size)
-    have = [(m.name, m.offset_data, m.size) for m in members]
-    for name, at, _ in sorted(set(want) - set(have)):
-        yield f"{shard.where}: the index has member {name} at byte {at:,}, the tar hasn't"
-    for name, at, _ in sorted(set(have) - set(want)):
-        yield f"{shard.where}: the tar has member {name} at byte {at:,}, the index hasn't"
-
-
-def _contents(shard: Shard, is_ours: bool, dataset: Dataset) -> Iterator[str]:
+def _contents(shard: Shard, is_tar: bool, dataset: Dataset) -> Iterator[str]:
     """Verify every member's checksums, ids and document ends.
 
     `Shard` has already verified, when it was opened, that members follow each other and that the
@@ -85,5 +82,5 @@ def _contents(shard: Shard, is_ours: bool, dataset: Dataset) -> Iterator[str]:
         inside = len(ends) == 0 or (ends[0] > 0 and ends[-1] <= len(tokens))
         if not inside or (np.diff(ends) <= 0).any():
             yield f"{where} has document ends out of order"
-        elif is_ours and (tokens[ends - 1] != dataset.end_of_text).any():
+        elif is_tar and (tokens[ends - 1] != dataset.end_of_text).any():
             yield f"{where} has a document that doesn't end with the end-of-text token"

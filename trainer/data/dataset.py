@@ -131,8 +131,7 @@ class Dataset:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Number of UTF-8 bytes of each token id, int64 of shape (vocab_size,); 0 for special
-        tokens."""
+        """UTF-8 bytes of each token id, int64 of shape (vocab_size,); 0 for special tokens."""
         return token_bytes(self.tokenizer, f"{self.where}/{TOKENIZER}")
 
     def split(self, name: str) -> "Split":

@@ -109,8 +109,7 @@ def window_hash(g: int, tokens: np.ndarray) -> int:
 
 
 def narrow_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype for ids, independent of the shards' dtype, so that equal text has equal
-    hashes."""
+    """Return the dtype for ids. Equal text has equal hashes, whatever the shards' dtype."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -149,8 +148,7 @@ class Feed:
         self._span = lru_cache(4)(lambda n: mixture.places(n * _SPAN, (n + 1) * _SPAN))
 
     def step(self, g: int, count: int) -> list[Interval]:
-        """Return the samples of a step of `count` windows that begins at g, without skipped
-        ones."""
+        """Return `count` samples from g on, without skipped ones: those of a step."""
         return unskipped(self.skipped, g, count)
 
     def targets(self, intervals: Iterable[Interval]) -> np.ndarray:
@@ -203,8 +201,7 @@ class Feed:
         return Samples(**vars(rows), places=places, hash=digest, lost=frozenset(known - quarantine))
 
     def _places(self, intervals: Iterable[Interval]) -> Places:
-        """Return where these samples lie; computed for _SPAN samples at once, because a few cost
-        nearly as much."""
+        """Return where these samples lie, computed for _SPAN at once: a few cost nearly as much."""
         parts = []
         for g, end in intervals:
             while g < end:
@@ -226,8 +223,7 @@ class Feed:
                     split.will_read(*self._runs(source, Places(*(c[mine] for c in places))))
 
     def _runs(self, source: int, places: Places) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return shard, first token and number of tokens of all token runs in these windows of one
-        source."""
+        """Return shard, first token and size of all token runs in these windows of a source."""
         if self.bins is None:
             return places.shard, places.start, places.length
         pieces = [self._pieces(*place) for place in zip(*places.lists(), strict=True)]
@@ -298,8 +294,7 @@ class Feed:
         return bool(hit) and ("" in hit or not hit.isdisjoint(split.members(shard, start, size)))
 
     def _windows(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
-        """Yield shard and start of other windows of the source with size - 1 targets, drawn by
-        (seed, g)."""
+        """Yield shard and start of other windows with size - 1 targets, drawn by (seed, g)."""
         order = self.mixture.orders[source]
         for attempt in range(_TRIES - 1):
             drawn = self._drawn(g, attempt)

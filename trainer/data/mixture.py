@@ -11,7 +11,7 @@ the source.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -67,8 +67,7 @@ class Mixture:
     """
 
     def __init__(self, orders: Mapping[str, Order], stages: Sequence[MixtureStage], seed: int):
-        """Nothing is computed before the first window is requested, except the counts before each
-        stage."""
+        """Computes only the counts before each stage; the rest with the first request."""
         self.names, self.orders = list(orders), list(orders.values())
         firsts = [stage.first for stage in stages]
         if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts:
@@ -86,8 +85,7 @@ class Mixture:
         return self.orders[0].sequence_length
 
     def samples(self, g: int) -> np.ndarray:
-        """Return the number of windows that each source has given before g: int64 of shape
-        (sources,)."""
+        """Return the windows that each source has given before g: int64 of shape (sources,)."""
         block = self._block(*self._locate(g))
         return block.base + block.counts(g - block.first)
 
@@ -110,8 +108,7 @@ class Mixture:
         return places
 
     def targets(self, g0: int, g1: int) -> np.ndarray:
-        """Return the targets of each source in the windows of [g0, g1): int64 of shape
-        (sources,)."""
+        """Return each source's targets in the windows of [g0, g1): int64 of shape (sources,)."""
         spans = zip(self.orders, self.samples(g0).tolist(), self.samples(g1).tolist(), strict=True)
         return np.array([order.targets(low, high) for order, low, high in spans], np.int64)
 
@@ -161,8 +158,7 @@ class _Block:
 
 
 class _Shares:
-    """Converts shares to whole windows: Hamilton's method of largest remainders, in exact
-    integers."""
+    """Converts shares to whole windows, exactly: Hamilton's method of largest remainders."""
 
     def __init__(self, weights: Sequence[Fraction]):
         denominator = lcm(*(w.denominator for w in weights))
@@ -173,8 +169,7 @@ class _Shares:
         self.block = max(_BLOCK, ceil(Fraction(2 * self._total, rarest)))
 
     def counts(self, windows: int) -> np.ndarray:
-        """Return each source's part of the first `windows` windows, within one of its share:
-        int64."""
+        """Return each source's part of the first `windows`, within one of its share: int64."""
         parts = [divmod(w * windows, self._total) for w in self._weights]
         counts = [whole for whole, _ in parts]
         by_rest = sorted(range(len(parts)), key=lambda i: -parts[i][1])
@@ -189,24 +184,15 @@ def unskipped(skipped: Sequence[Interval], g: int, count: int) -> list[Interval]
     skipped: half-open intervals, sorted, not overlapping.
     """
     intervals: list[Interval] = []
-    for a, b in _gaps(skipped, g):
-        end = min(b, a + count)
-        if a < end:
-            intervals.append((a, end))
-            count -= end - a
+    for first, after in (*skipped, (1 << 62, 1 << 62)):  # the last one has no practical end
+        end = min(first, g + count)
+        if g < end:
+            intervals.append((g, end))
+            count -= end - g
+        g = max(g, after)
         if not count:
             break
     return intervals
-
-
-def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
-    """Yield the intervals from g on that aren't skipped; the last one has no practical end
-    (2^62)."""
-    for a, b in skipped:
-        if b > g:
-            yield g, max(g, a)
-            g = max(g, b)
-    yield g, 1 << 62
 
 
 def merged_intervals(intervals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

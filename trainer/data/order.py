@@ -102,8 +102,7 @@ class WindowCutter(Protocol):
         than L targets, ascending, and how many are missing; int64 each, of one shape."""
 
     def cut(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return start (see Windows) and length (targets + 1) of windows given by shard and
-        number."""
+        """Return start (see Windows) and length (targets + 1) of these windows."""
 
 
 class Strides:
@@ -140,8 +139,7 @@ class Order:
         shuffle_shards: int,
         bins: WindowCutter | None = None,
     ):
-        """Nothing is computed before the first window is requested, except the number of
-        windows."""
+        """Computes only the number of windows; the rest with the first request."""
         if sequence_length < 1 or shuffle_shards < 1:
             raise UserError(
                 "train.sequence_length, data.shuffle_shards",
@@ -223,8 +221,7 @@ class Order:
 
 
 class _Epoch(NamedTuple):
-    """The blocks of shards of one epoch; for each block the windows and missing targets before
-    it."""
+    """The blocks of shards of an epoch, and the windows and missing targets before each."""
 
     blocks: list[np.ndarray]
     firsts: list[int]

@@ -134,8 +134,7 @@ class _Rooms:
             self._bins.setdefault(room, []).append(bins)
 
     def take(self, size: int) -> tuple[int, np.ndarray] | None:
-        """Remove and return the smallest sufficient room and all its bins; None if no bin has
-        enough room."""
+        """Remove and return the smallest sufficient room and all its bins; None without one."""
         at = bisect_left(self._sorted, size)
         if at == len(self._sorted):
             return None

@@ -90,8 +90,7 @@ class _BatchMaker:
         self._agree: Agree = agree or (lambda lost: lost)
 
     def __call__(self, job: Any, batch: Any, on_read: OnRead) -> Any:
-        """Return the batch that all ranks agree on. batch: one made with an earlier quarantine, if
-        there is one."""
+        """Return the batch that all ranks agree on. batch: of an earlier quarantine, or None."""
         mine: frozenset[LostMember] = frozenset()
         while True:
             if batch is None or batch.quarantine - batch.lost != self.quarantine:
@@ -197,8 +196,7 @@ class _WorkerPool:
                 self._tasks.put(None)
 
     def _may_make(self) -> bool:
-        """Wait until the consumer has taken enough batches; return False if it has closed the
-        pool."""
+        """Wait until the consumer has taken enough; return False if it has closed the pool."""
         while not self._free.acquire(timeout=0.2):
             if self._closed.is_set():
                 return False

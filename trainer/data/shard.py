@@ -6,10 +6,16 @@ one or two chunks, not a whole member.
 
 Invariant: a token is returned only after its chunk was compared with the checksum in the index, and
 the index with the manifest, since the shard was opened.
+
+The data order alternates between the windows of a few shards until all of them are read. So a
+shard's tokens are fetched and verified once, in large pieces, and kept in memory under one limit
+for the process, the oldest shard released first.
 """
 
 import hashlib
 import json
+import threading
+import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from forescale.data.memory import BUFFERS, CHUNK, MEMORY, Resident
 from forescale.ground.errors import UserError
 from forescale.remote.store import File, LocalFile, Store
 from forescale.remote.transfer import WrongFile
@@ -27,6 +32,8 @@ from forescale.remote.transfer import WrongFile
 FORMAT = 2  # version of the dataset format
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+CHUNK = 1 << 16  # bytes under one checksum; a multiple of every item size
+_LIMIT = 512 << 20  # bytes; eight shards of 2^24 tokens are 256 MiB with uint16
 _SHIFT = CHUNK.bit_length() - 1
 _PLACE = ("offset", "size")
 RESTORE = "restore it from a copy or build the dataset again"
@@ -62,6 +69,67 @@ class Member(NamedTuple):
     tok: dict[str, Any]  # offset, size, xxh3 of every chunk (16 hex digits each)
     doc: dict[str, Any]  # offset, size, xxh3; file, if it isn't the shard's own
     learned: dict[str, Any] | None = None  # offset, size, xxh3; only of conversations
+
+
+class Resident:
+    """Memory for one shard's tokens.
+
+    tokens: shape (num_tokens,), None after the memory was released for another shard; ready: bool
+    per chunk; complete: True if all chunks are ready.
+    """
+
+    def __init__(self, num_tokens: int, dtype: np.dtype, chunks: int):
+        # The system provides pages of this size on first write: only what is read takes memory.
+        self.tokens: np.ndarray | None = np.empty(num_tokens, dtype)
+        self.size = self.tokens.nbytes
+        self.ready, self.complete = np.zeros(chunks, bool), False
+
+
+class ShardMemory:
+    """Grants memory to shards, at most `limit` bytes in total; safe from several threads."""
+
+    def __init__(self, limit: int = _LIMIT):
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._granted: list[weakref.ref[Resident]] = []
+
+    def grant(self, num_tokens: int, dtype: np.dtype, chunks: int) -> Resident | None:
+        """Return memory for a shard, taken from older ones if necessary; None beyond the limit."""
+        size = num_tokens * dtype.itemsize
+        if size > self.limit:
+            return None
+        with self._lock:
+            held = [r for ref in self._granted if (r := ref()) is not None and r.tokens is not None]
+            room = self.limit - sum(r.size for r in held)
+            while room < size:
+                first = held.pop(0)
+                first.tokens = None
+                room += first.size
+            granted = Resident(num_tokens, dtype, chunks)
+            self._granted = [*map(weakref.ref, held), weakref.ref(granted)]
+        return granted
+
+
+MEMORY = ShardMemory()
+
+
+class Buffers(threading.local):
+    """Buffers of a thread for tokens that are read before they are converted to another dtype."""
+
+    def __init__(self) -> None:
+        self.chunk = np.empty(CHUNK, np.uint8).data
+        self._length, self._dtype = -1, np.dtype(np.uint16)
+
+    def buffer(self, length: int, dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
+        """Return an array of tokens and its bytes, the previous ones if they fit."""
+        if length != self._length or dtype is not self._dtype:
+            tokens = np.empty(length, dtype)
+            self._buffer = tokens, tokens.view(np.uint8).data
+            self._length, self._dtype = length, dtype
+        return self._buffer
+
+
+BUFFERS = Buffers()
 
 
 class Shard:
@@ -147,7 +215,7 @@ class Shard:
         """Fill the given rows of `out`, shape (any, length), each with the tokens from its start
         on.
 
-        Keeps the chunks that it reads in memory if there is room (forescale.data.memory).
+        Keeps the chunks that it reads in memory if there is room (ShardMemory).
         """
         if not self._memory_requested:
             self._resident = MEMORY.grant(self.num_tokens, self.dtype, self._chunks[-1])
@@ -273,8 +341,7 @@ class Shard:
         return self._ends[at]
 
     def learned(self, at: int) -> np.ndarray | None:
-        """Return True for the tokens of member `at` that count in the loss, bool (tokens,); or
-        None."""
+        """Return True for the tokens of a member that count in the loss, bool; or None."""
         if (member := self.members[at]).learned is None:
             return None
         raw = self._read_whole(at, member.learned, "learned tokens don't")
@@ -302,8 +369,7 @@ class Shard:
         return data
 
     def document_ends(self, start: int, length: int) -> np.ndarray:
-        """Return the exclusive document ends inside [start, start + length), relative to `start`;
-        int64."""
+        """Return the document ends inside [start, start + length), relative to start; int64."""
         parts = []
         for at in self.touched(start, length):
             ends = self.ends(at)

@@ -230,8 +230,7 @@ _Place = tuple[int, list[tuple[int, int]]]  # a shard; first token and number of
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """Return the numbers of `limit` of so many windows, evenly spread; of all if there are fewer,
-    or without a limit."""
+    """Return `limit` numbers below `count`, evenly spread; all without a limit."""
     if limit is None or limit >= count:
         return [*range(count)]
     return (np.arange(limit) * count // limit).tolist()

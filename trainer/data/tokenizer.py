@@ -8,7 +8,7 @@ that bits per byte computed with it are comparable between vocabularies.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
-        raise UserError(
-            "vocab_size", f"{vocab_size} is too small", "set at least 257 (bytes and end of text)"
-        )
+        todo = "set at least 257 (bytes and end of text)"
+        raise UserError("vocab_size", f"{vocab_size} is too small", todo)
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -60,8 +59,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer.json, without truncation and padding. Raises UserError if it is missing or
-    damaged."""
+    """Load a tokenizer.json, without truncation and padding. Raises UserError."""
     return _parsed(_raw(Path(path)), str(path))
 
 
@@ -145,7 +143,13 @@ def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> in
     Raises UserError if there is none, or if it is an ordinary token of texts.
     """
     added = tokenizer.get_added_tokens_decoder()
-    for token in (name,) if name else (END_OF_TEXT, *_OTHER_ENDS, *_named_in(where)):
+    names = [name] if name else [END_OF_TEXT, *_OTHER_ENDS]
+    config = Path(where).expanduser() / "tokenizer_config.json"
+    if not name and config.is_file():
+        token = read_json(config).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        names += [token] if isinstance(token, str) else []
+    for token in names:
         if (token_id := tokenizer.token_to_id(token)) is None:
             continue
         if token_id not in added and tokenizer.encode(token, add_special_tokens=False).ids == [
@@ -155,20 +159,8 @@ def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> in
             raise UserError(where, problem, "set end_of_text to its end-of-text token")
         return token_id
     special = [t.content for t in added.values() if t.special]
-    raise UserError(
-        where,
-        f"its vocabulary has no token {name or END_OF_TEXT}",
-        f"set end_of_text to its own (special tokens: {', '.join(special[:8]) or 'none'})",
-    )
-
-
-def _named_in(where: str) -> list[str]:
-    path = Path(where).expanduser() / "tokenizer_config.json"
-    if not path.is_file():
-        return []
-    token = read_json(path).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    return [token] if isinstance(token, str) else []
+    todo = f"set end_of_text to its own (special tokens: {', '.join(special[:8]) or 'none'})"
+    raise UserError(where, f"its vocabulary has no token {name or END_OF_TEXT}", todo)
 
 
 def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
@@ -182,28 +174,21 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     added = tokenizer.get_added_tokens_decoder()
     spec = json.loads(tokenizer.to_str())
     decoder = json.dumps(spec["decoder"])
-    length: Callable[[str], int]
-    if '"ByteLevel"' in decoder:
-        length = len  # one character per byte
-    elif '"ByteFallback"' in decoder:
-        length = _fallback_length
-    else:
-        raise UserError(
-            where, "its tokens have no fixed number of bytes", "use a byte-level tokenizer"
-        )
+    is_byte_level = '"ByteLevel"' in decoder
+    if not is_byte_level and '"ByteFallback"' not in decoder:
+        problem = "its tokens have no fixed number of bytes"
+        raise UserError(where, problem, "use a byte-level tokenizer")
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     for piece, index in vocab.items():
-        if index not in added:
-            sizes[index] = length(piece)
-        elif not added[index].special:
-            sizes[index] = len(piece.encode())
+        if index in added:
+            sizes[index] = 0 if added[index].special else len(piece.encode())
+        elif is_byte_level:
+            sizes[index] = len(piece)  # one character per byte
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            sizes[index] = 1
+        else:
+            sizes[index] = len(piece.replace("\u2581", " ").encode())
     return sizes
-
-
-def _fallback_length(piece: str) -> int:
-    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-        return 1
-    return len(piece.replace("\u2581", " ").encode())
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

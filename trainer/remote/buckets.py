@@ -145,8 +145,7 @@ class Folder:
 
 
 def call(url: str, method: str, timeout: float, **options: Any) -> Any:
-    """Call one method of the URL's file system on the URL's path. Raises RetryableError or
-    UserError."""
+    """Call a method of an address's file system on its path. Raises RetryableError, UserError."""
     with _faults(url, timeout) as (fs, path):
         return _called(fs, method, timeout, path, **options)
 

@@ -238,8 +238,7 @@ def _sweep(prefix: str) -> None:
 
 
 def _locked(path: str) -> int | None:
-    """Return a descriptor of this file, created if necessary, with its lock; None if another
-    process holds it."""
+    """Return a descriptor of this file, new or not, with its lock; None if another holds it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

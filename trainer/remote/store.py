@@ -179,8 +179,7 @@ class Store:
         return b"".join(receive(origin, 0, size, self._patience, whole=True))
 
     def open(self, name: str, size: int | None = None, version: str = "") -> File:
-        """Open a file. `size` in bytes, if given, is checked; `version` distinguishes contents (a
-        sha256)."""
+        """Open a file. size: checked, if known; version: distinguishes contents (a sha256)."""
         place = self._place(name)
         if isinstance(place, Path):
             return LocalFile(place, size)
@@ -228,8 +227,7 @@ def _numbers(offset: int, size: int) -> range:
 
 
 def _persist(path: Path, work: Callable[[], T]) -> T:
-    """Return the result of `work` on a local file, done again if the storage fails for a moment.
-    Raises UserError."""
+    """Return the result of `work`, tried again if storage fails for a moment. Raises UserError."""
 
     def attempt() -> T:
         try:

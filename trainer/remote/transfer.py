@@ -116,8 +116,7 @@ def is_url(name: str | Path) -> bool:
 
 
 def for_request(url: str) -> str:
-    """Return an address with its secrets, from the environment. Raises UserError if one is not
-    set."""
+    """Return an address with its secrets from the environment. Raises UserError without one."""
     try:
         return with_secrets(url)
     except LookupError as e:

@@ -121,8 +121,7 @@ def _seconds(after: str) -> float:
 
 @contextmanager
 def _faults(where: str, timeout: float) -> Iterator[None]:
-    """Convert exceptions of requests and urllib3 to a RetryableError, or to a UserError if another
-    try is useless."""
+    """Convert exceptions to a RetryableError, or a UserError if another try is useless."""
     import requests
     from urllib3.exceptions import (
         ConnectTimeoutError,
@@ -163,8 +162,7 @@ def _faults(where: str, timeout: float) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and all that it wraps: urllib3 hides the cause in arguments and
-    reasons."""
+    """Yield an exception and all that it wraps, in arguments and reasons too (urllib3)."""
     todo, visited = [error], set()
     while todo:
         if id(e := todo.pop()) in visited:

@@ -10,7 +10,7 @@ import webdataset
 from forescale.data import shard as module
 from forescale.data.check import check
 from forescale.data.dataset import Dataset
-from forescale.data.memory import CHUNK, ShardMemory
+from forescale.data.shard import CHUNK, ShardMemory
 from forescale.ground.errors import UserError
 from tests.trainer.data.small_dataset import write_dataset
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.inputs import find_files
+from forescale.data.text.files import find_files
 from forescale.ground.errors import UserError
 from forescale.remote.listing import list_files, open_input
 from forescale.remote.store import Store

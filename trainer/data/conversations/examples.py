@@ -157,8 +157,7 @@ def is_preference(row: Any) -> bool:
 
 
 def two_lines(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Return the chosen and the rejected example of a preference, and their prompt. Raises
-    Unfit."""
+    """Return chosen and rejected example of a preference, and their prompt. Raises Unfit."""
     equal = Unfit("whose chosen and rejected responses are equal")
     if isinstance(row.get("prompt"), str) and all(isinstance(row[side], str) for side in _SIDES):
         prompt = row["prompt"]

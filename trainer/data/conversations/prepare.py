@@ -140,8 +140,7 @@ def _build(
 def _write_split(
     stage: Path, split: str, examples: Sequence[Example], vocabulary: Vocabulary
 ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-    """Return the manifest's part of a split, and the entries of its files. Shards have about
-    _SHARD_TOKENS."""
+    """Write shards of about _SHARD_TOKENS; return the manifest's part and the files' entries."""
     rows, entries, end = list[dict[str, Any]](), dict[str, FileEntry](), vocabulary.end
     writer: ShardWriter | None = None
     for number, (ids, learned, _) in enumerate(examples, 1):

@@ -99,8 +99,7 @@ class ChatTemplate:
         return max(ends, key=len, default=None)
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """Return the parts of a conversation up to its last response, read and learned in turn.
-        Raises Unfit."""
+        """Return the parts up to the last response, read and learned in turn. Raises Unfit."""
         self._check_special(messages)
         turns: list[Piece] = []
         done = ""

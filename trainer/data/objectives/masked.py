@@ -6,8 +6,7 @@ the number of its targets depends on the length alone.
 
 import numpy as np
 
-from forescale.data.objective import IGNORED
-from forescale.data.objectives.draws import Draws
+from forescale.data.objective import IGNORED, Draws
 
 
 class MaskedTokens:

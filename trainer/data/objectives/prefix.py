@@ -36,8 +36,7 @@ class Prefix:
         self.split = int(self._source(np.array(sequence_length)))
 
     def _source(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the source's share of `inputs`, at least one for source and target each; a single
-        input is the source."""
+        """Return the source's share, at least one for each side; a single input is the source."""
         inputs = np.asarray(inputs, np.int64)
         share = np.rint(self.share * inputs).astype(np.int64)
         return np.minimum(np.maximum(share, 1), np.maximum(inputs - 1, 0))
@@ -61,8 +60,7 @@ class Prefix:
         return pair
 
     def padding_mask(self, sizes: np.ndarray) -> np.ndarray | None:
-        """Return (n, sequence_length), False before the source and beyond the target; None if no
-        window ends early."""
+        """Return (n, L), False before source and beyond target; None if no window ends early."""
         if (sizes > self.columns).all():
             return None
         counts = self.num_targets(sizes)[:, None]

@@ -6,8 +6,7 @@ length; the columns of source and target and the number of targets depend on the
 
 import numpy as np
 
-from forescale.data.objective import IGNORED
-from forescale.data.objectives.draws import Draws
+from forescale.data.objective import IGNORED, Draws
 
 
 class Spans:

@@ -146,8 +146,7 @@ class AssembleJob:
             out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
 
     def _gathered(self, split: str, low: int, high: int) -> Iterator[np.ndarray]:
-        """Yield the documents with shuffle keys in [low, high), in order, each compared with its
-        checksum."""
+        """Yield the verified documents with shuffle keys in [low, high), in order."""
         keys: list[np.ndarray] = []
         rows: list[np.ndarray] = []  # (documents, 4): number of the run, first token, end, checksum
         runs: list[tuple[Path, np.ndarray]] = []

@@ -115,8 +115,7 @@ class UnitFile:
         return np.frombuffer(raw, dtype)
 
     def search(self, offset: int, count: int, key: int) -> int:
-        """Return the index of the first entry of an ascending uint64 column that is at least
-        `key`."""
+        """Return the index of the first entry, at least `key`, of an ascending uint64 column."""
         if count <= _WHOLE:
             column = self.column(offset, count, "<u8")
             return count if key >> 64 else int(np.searchsorted(column, np.uint64(key)))

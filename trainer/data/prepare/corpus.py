@@ -47,8 +47,7 @@ _DIGITS = bytes(b for b in range(256) if b not in b"0123456789")
 
 
 def excluded(text: bytes) -> str | None:
-    """Return why a file isn't source code written by a person, or None. The first matching rule is
-    named."""
+    """Return the first rule by which a file isn't source code written by a person, or None."""
     if len(text) > _LARGEST:
         return f"over {_LARGEST:,} bytes"
     if _MARK.search(text[:1000]):
@@ -63,8 +62,7 @@ def excluded(text: bytes) -> str | None:
 
 
 class PythonSource:
-    """The embedded corpus as a source of documents, with names like
-    "torch/nn/modules/linear.py"."""
+    """The embedded corpus as a DocumentSource; names are like "torch/nn/modules/linear.py"."""
 
     def __init__(self, roots: dict[str, Path] | None = None):
         """roots: maps a name to a folder; default: the interpreter's library and PACKAGES."""
@@ -137,8 +135,7 @@ class PythonSource:
 
 
 def installed_roots(missing: list[str]) -> dict[str, Path]:
-    """Return the folders of this interpreter's library and of PACKAGES; missing names are added to
-    `missing`."""
+    """Return the folders of the standard library and of PACKAGES; add others to `missing`."""
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)  # finds a top-level package without importing it

@@ -61,15 +61,13 @@ class TokenRun(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """Return the file type of a document by its name, such as `.py`; "" if it has none. That of a
-    row is the type of its file."""
+    """Return the file type of a document (of a row: of its file), such as `.py`; "" for none."""
     path = bare(_ROW.sub("", name))
     return path[match.start() :] if (match := _SUFFIX.search(path)) else ""
 
 
 def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Return the positions of documents with these keys in the shuffled order: uint64, compared as
-    numbers."""
+    """Return uint64 numbers that sort documents with these keys into the shuffled order."""
     salt = mix64(np.array([seed % 2**64], np.uint64) + np.uint64(1))
     return mix64(keys ^ salt)
 

@@ -34,8 +34,7 @@ _ENVIRONMENT = {_PARALLEL: "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREAD
 
 
 class Task(NamedTuple):
-    """One call `job(item, tick)`; `label` names it in messages; tasks with a larger weight start
-    first."""
+    """One call `job(item, tick)`; `label` is for messages; those with more weight start first."""
 
     label: str
     job: Job
@@ -131,8 +130,7 @@ class _Worker:
             raise self._died() from None
 
     def is_done(self, tick: Tick) -> bool:
-        """Receive one message; return True if the task is finished. Raises the exception of the
-        task."""
+        """Receive a message; return True if the task is finished. Raises its exception."""
         try:
             message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -159,8 +157,7 @@ class _Worker:
 
 
 def serve(fd: int) -> None:
-    """Main loop of a worker: receive jobs and items, run them, report; exit when the parent
-    ends."""
+    """Main loop of a worker: receive jobs and items, run them, report; end with the parent."""
     pipe, items = Connection(fd), queue.SimpleQueue[bytes]()
 
     def receive() -> None:

@@ -96,8 +96,7 @@ def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class BaselinesJob:
-    """Compute the compressors' sizes of the held-out text; its item is the file to write them
-    to."""
+    """Compress the held-out text; the item is the file for the sizes."""
 
     directory: Path
     units: int

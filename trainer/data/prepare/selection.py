@@ -63,8 +63,7 @@ def document_hash(text: bytes) -> tuple[int, int]:
 
 
 class HashRun(NamedTuple):
-    """One run of a file in hashes/: offset in bytes, first document, number of documents and of
-    distinct ones."""
+    """A run of a file in hashes/: offset in bytes, first document, documents, distinct ones."""
 
     offset: int
     first: int  # document of the unit
@@ -72,8 +71,7 @@ class HashRun(NamedTuple):
     distinct: int
 
     def column(self, file: UnitFile, name: str, start: int = 0, stop: int | None = None):
-        """Return entries [start, stop) of `key`, `low`, `document`, `size` (distinct ones) or
-        `raw`."""
+        """Return entries [start, stop) of `key`, `low`, `document`, `size` or `raw`."""
         place = ("key", "low", "document", "size", "raw").index(name)
         length = (self.documents if name == "raw" else self.distinct) if stop is None else stop
         return file.column(self.offset + 8 * place * self.distinct, length - start, "<u8", start)
@@ -254,8 +252,7 @@ class Selection:
 
     @staticmethod
     def _dropped(path: Path, unit: int) -> np.ndarray:
-        """Return the documents of a unit that a file in ranges/ lists as equal to an earlier
-        one."""
+        """Return a unit's documents that a file in ranges/ lists as equal to earlier ones."""
         with UnitFile(path) as file:
             *_, starts, documents = file.facts["offsets"]
             start, stop = map(int, file.column(starts, 2, "<u8", unit))

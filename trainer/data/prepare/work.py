@@ -94,8 +94,7 @@ def work_path(output: Path) -> Path:
 def work_request(
     request: dict[str, Any], source: DocumentSource, units: Sequence[Unit]
 ) -> dict[str, Any]:
-    """Return everything that finished units depend on: the request, the inputs, and the versions of
-    the code that makes them."""
+    """Return what finished units depend on: request, inputs, versions of the code."""
     digest = hashlib.sha256()
     for unit in units:
         digest.update(f"{astuple(unit)}\n".encode())

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from forescale.data.memory import CHUNK
-from forescale.data.shard import FORMAT, MANIFEST, TOKENIZER
+from forescale.data.shard import CHUNK, FORMAT, MANIFEST, TOKENIZER
 from forescale.data.tokenizer import Vocabulary
 from forescale.ground.storage import FileEntry, HashingFile, write_file, write_json, write_table
 
@@ -97,12 +96,8 @@ class ShardWriter:
 
     def _flush(self) -> None:
         key = f"{len(self._members):06d}"
-        member = {
-            "key": key,
-            "first": self._written,
-            "tokens": self._held,
-            "documents": len(self._ends),
-        }
+        member: dict[str, Any] = {"key": key, "first": self._written, "tokens": self._held}
+        member["documents"] = len(self._ends)
         # Sorted names; plain readers group by the part before the first dot.
         member["doc"] = self._append_whole(f"{key}.doc.bin", np.array(self._ends, "<u4").tobytes())
         if self._learned is not None:
@@ -134,18 +129,11 @@ class ShardWriter:
 def write_index(
     directory: Path, name: str, index: dict[str, Any]
 ) -> tuple[dict[str, Any], FileEntry]:
-    """Write NAME.index.json. Return its part of the manifest's row, and its entry for the table of
-    files."""
+    """Write NAME.index.json; return its part of the manifest's row and of the table of files."""
     path = directory / f"{name}.index.json"
     entry = write_file(path, (json.dumps(index, separators=(",", ":")) + "\n").encode())
-    row = {
-        "index": path.name,
-        "index_size": entry.size,
-        "index_sha256": entry.sha256,
-        "tokens": index["tokens"],
-        "documents": index["documents"],
-    }
-    return row, entry
+    row = {"index": path.name, "index_size": entry.size, "index_sha256": entry.sha256}
+    return {**row, "tokens": index["tokens"], "documents": index["documents"]}, entry
 
 
 def write_manifest(

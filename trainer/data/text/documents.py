@@ -113,12 +113,10 @@ class DocumentSource(Protocol):
     sources: list[str]  # names of the inputs, without machine paths
 
     def units(self) -> list[Unit]:
-        """Return the units; the same for the same input, on any machine, for any number of
-        workers."""
+        """Return the units; the same for the same input, on any machine."""
 
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
-        """Yield the documents of a unit. Called several times; each call must give the same
-        documents."""
+        """Yield the documents of a unit, the same at each call."""
 
     def state(self) -> Iterator[tuple[Any, ...]]:
         """Yield what changes when the input does, even if its size doesn't: finished units of an
@@ -192,8 +190,7 @@ class Intake:
         return raw[:end]
 
     def skip_long(self, name: str, reason: str = "long") -> None:
-        """Report a document that is skipped as too long. Raises UserError if the policy is to
-        fail."""
+        """Report a document that is skipped as too long; raise UserError by the policy `fail`."""
         if self.policy.long == "fail":
             problem = f"is longer than {self.policy.max_document_bytes:,} bytes"
             raise UserError(name, problem, "raise max_document_bytes, or choose long=cut or skip")

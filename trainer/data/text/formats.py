@@ -75,7 +75,7 @@ class TextKey:
 def read_plain(
     intake: Intake, name: str, where: str, stream: BufferedReader, kind: str
 ) -> Iterator[Document]:
-    """Yield the document of a stream. kind: plain, html or bare, from `inputs.kind_of`."""
+    """Yield the document of a stream. kind: plain, html or bare, from `opening.kind_of`."""
     if kind == "bare" and not is_text(stream):
         while stream.read(_BLOCK):  # verify the rest: it may be compressed
             pass

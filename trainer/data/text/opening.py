@@ -1,4 +1,4 @@
-"""Open input files, decompress them, and report any damage.
+"""Open input files: their kind by their name, their bytes decompressed, any damage reported.
 
 Invariant: a stream gives everything that its file holds, or raises UserError naming the file. A
 truncated compressed file is never taken for a shorter one: the decoder must reach the end marked by
@@ -16,9 +16,10 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import zstandard
@@ -27,6 +28,18 @@ from forescale.data.text.documents import Policy
 from forescale.ground.errors import Transient, UserError, masked, storage_error
 from forescale.remote.transfer import is_url
 
+HUB = "hf://"
+_TEXT = (
+    ".txt .text .md .markdown .rst .tex .org .adoc .asciidoc .textile "
+    ".py .pyi .c .h .cc .cpp .cxx .hh .hpp .cu .cs .go .hs .java .jl .js .jsx .kt .lua .ml .php "
+    ".pl .pm .r .rb .rs .scala .sh .sql .swift .ts .tsx"
+)
+PLAIN = tuple(_TEXT.split())
+HTML = (".html", ".htm", ".xhtml")
+KNOWN = (
+    ".txt .md .rst .tex .html .jsonl and source code (also with .gz or .zst), .parquet, .tar, or "
+    "text without a suffix; suffixes=[.xyz] adds others"
+)
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20
 _SNIFFED = 1 << 16  # bytes from which `is_text` judges
@@ -43,6 +56,32 @@ def bare(name: str) -> str:
     """Return the name in lower case, without a suffix for compression."""
     name = name.lower()
     return next((name[: -len(s)] for s in COMPRESSED if name.endswith(s)), name)
+
+
+def kind_of(name: str, suffixes: Sequence[str] = ()) -> str | None:
+    """Return how a file is read, by its suffix: plain, html, lines, parquet, tar; bare if it has
+    none, so that its content decides; None if the suffix isn't one of text.
+
+    suffixes: further ones of plain text.
+    """
+    stem = bare(name)
+    if stem.endswith((*PLAIN, *suffixes)):
+        return "plain"
+    if stem.endswith(HTML):
+        return "html"
+    # C4 and Dolma call compressed lines .json.gz; a plain .json is mostly one object or an array.
+    if stem.endswith(".jsonl") or (len(stem) < len(name) and stem.endswith(".json")):
+        return "lines"
+    if stem.endswith(".tar") or name.lower().endswith(".tgz"):
+        return "tar"
+    if name.lower().endswith(".parquet"):
+        return "parquet"
+    return None if PurePosixPath(stem).suffix else "bare"
+
+
+def clean(name: str) -> str:
+    """Return a file name as valid UTF-8: otherwise texts that contain it couldn't be written."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def printable(where: str) -> str:
@@ -101,20 +140,20 @@ def unpacked(name: str, f: BinaryIO, where: str) -> Iterator[bytes]:
     if name.endswith((".gz", ".tgz")):
         return _frames(f, lambda start: zlib.decompressobj(wbits=31), _GZIP, padding=b"\0")
     if name.endswith(".zst"):
-        return _frames(f, lambda start: _zstd(start, where), _ZSTD)
+
+        def zstd(start: bytes) -> Any:
+            """Return a decoder of the frame that begins with `start`."""
+            window = _WINDOW
+            try:
+                needed = zstandard.get_frame_parameters(start).window_size
+            except zstandard.ZstdError:  # its header goes on in the next piece
+                needed = window + 1
+            if needed > window:
+                window = min(max(window, stored_bytes(where)), 1 << 31)
+            return zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
+
+        return _frames(f, zstd, _ZSTD)
     return iter(lambda: f.read(_BLOCK), b"")
-
-
-def _zstd(start: bytes, where: str) -> Any:
-    """Return a decoder of the frame that begins with `start`, in the file `where`."""
-    window = _WINDOW
-    try:
-        needed = zstandard.get_frame_parameters(start).window_size
-    except zstandard.ZstdError:  # its header goes on in the next piece
-        needed = window + 1
-    if needed > window:
-        window = min(max(window, stored_bytes(where)), 1 << 31)
-    return zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
 
 
 def _frames(
@@ -176,8 +215,7 @@ class Budget:
         return cls(name, where, most, _LARGE_LINE)
 
     def allows(self, size: int) -> bool:
-        """Return True if `size` bytes may be held. Raises UserError for more than text can have in
-        such a file."""
+        """Return True if `size` bytes may be held. Raises UserError for more than text can have."""
         if self._most is not None and size > self._most:
             return False
         if size > self._large:
@@ -195,8 +233,7 @@ class Budget:
 
 
 def is_text(stream: io.BufferedReader) -> bool:
-    """Return True if a stream begins like text: valid UTF-8 without a zero byte. Consumes
-    nothing."""
+    """Return True if a stream begins with valid UTF-8 without a zero byte. Consumes nothing."""
     head = stream.peek(_SNIFFED)[:_SNIFFED]
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.data.text.documents import Document, Intake
-from forescale.data.text.inputs import HUB
-from forescale.data.text.opening import open_raw, printable, reading
+from forescale.data.text.opening import HUB, open_raw, printable, reading
 from forescale.ground.errors import UserError
 
 _ROWS = 128  # rows decoded at once
@@ -40,8 +39,7 @@ def parquet_parts(where: str, key: str, part_bytes: int) -> Iterator[tuple[int, 
 def read_parquet(
     intake: Intake, name: str, where: str, first: int, last: int
 ) -> Iterator[Document]:
-    """Yield the documents of row groups [first, last), named like "a.parquet:17"; last 0: to the
-    end."""
+    """Yield the documents of row groups, named like "a.parquet:17"; last 0: to the end."""
     with _parquet(where) as file:
         path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -119,8 +117,7 @@ def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tupl
 
 
 def read_hub(intake: Intake, name: str, table: Any, first: int, last: int) -> Iterator[Document]:
-    """Yield the documents of rows [first, last), named like "owner/title:17"; last 0: to the
-    end."""
+    """Yield the documents of rows, named like "owner/title:17"; last 0: to the end."""
     path = text_path(name, table.features.arrow_schema, intake.key)
     table = table.select_columns([path[0]]).with_format("arrow")
     last = last or len(table)

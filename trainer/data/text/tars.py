@@ -14,11 +14,13 @@ from typing import Any, BinaryIO, cast
 
 from forescale.data.text.documents import Document, Intake
 from forescale.data.text.formats import TextKey, read_json, read_lines, read_plain
-from forescale.data.text.inputs import KNOWN, clean, kind_of
 from forescale.data.text.opening import (
+    KNOWN,
     Blocks,
     bare,
+    clean,
     is_text,
+    kind_of,
     open_stream,
     printable,
     reading,
@@ -32,8 +34,7 @@ _SUFFIXES = 8  # maximum number named in a message
 
 
 class BrokenTarError(EOFError):
-    """Damage of a tar; not a tarfile.HeaderError, which TarFile.next takes for the end of the
-    archive."""
+    """Damage of a tar; TarFile.next takes a tarfile.HeaderError for the end of the archive."""
 
 
 class _Headers:
@@ -124,8 +125,7 @@ def read_tar(intake: Intake, name: str, where: str) -> Iterator[Document]:
 
 
 def _members(intake: Intake, name: str, where: str) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the regular files of a tar with their paths in it; each must be read before the
-    next."""
+    """Yield the regular files of a tar with their paths; each must be read before the next."""
     with (
         open_stream(name, where) as f,
         reading(where),

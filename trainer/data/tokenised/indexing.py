@@ -65,8 +65,7 @@ class Indexer:
         return sum((Counter(split.totals) for split in self.splits.values()), Counter[str]())
 
     def held_out(self, starts: np.ndarray) -> np.ndarray:
-        """Return for documents that begin at these tokens of the corpus whether they are held out;
-        bool."""
+        """Return whether documents that begin at these tokens of the corpus are held out; bool."""
         return starts % self._stretch >= self._train
 
     def add(self, file: TokenFile, name: str, tick: Callable[[int, int], None]) -> None:
@@ -131,8 +130,7 @@ class Indexer:
         return ids
 
     def _ends(self, file: TokenFile, ids: np.ndarray, at: int) -> tuple[np.ndarray, int]:
-        """Return the exclusive document ends in a block, and how many have the end-of-text
-        token."""
+        """Return the document ends in a block, and how many have the end-of-text token."""
         a, b = np.searchsorted(file.ends, (at, at + len(ids)), side="right")
         ends = file.ends[a:b] - at
         by_id = np.flatnonzero(ids == self._vocabulary.end) + 1
@@ -260,6 +258,5 @@ class _Split:
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """Return the dtype as written in a manifest: "uint16" for little-endian ids, ">u2" for
-    others."""
+    """Return the dtype as in a manifest: "uint16" for little-endian ids, ">u2" for others."""
     return dtype.str if dtype.str.startswith(">") else dtype.name

@@ -29,8 +29,8 @@ import numpy as np
 from forescale.data.prepare.work import build_once, expect_same
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.inputs import HUB, input_name, kind_of
-from forescale.data.text.opening import printable, reading
+from forescale.data.text.files import input_name
+from forescale.data.text.opening import HUB, kind_of, printable, reading
 from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of

@@ -29,8 +29,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.inputs import HTML, PLAIN
-from forescale.data.text.opening import open_raw, printable, reading
+from forescale.data.text.opening import HTML, PLAIN, open_raw, printable, reading
 from forescale.data.text.tars import BoundedTar, BrokenTarError
 from forescale.ground.errors import UserError
 from forescale.remote.transfer import is_url

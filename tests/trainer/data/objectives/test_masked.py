@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.data.dataset import Dataset
-from forescale.data.objective import IGNORED
-from forescale.data.objectives.draws import Draws
+from forescale.data.objective import IGNORED, Draws
 from forescale.data.objectives.masked import MaskedTokens
 from forescale.data.stream import validation_windows
 from tests.trainer.data.objectives.exact import assert_same_anywhere
