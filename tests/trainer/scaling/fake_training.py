@@ -8,6 +8,9 @@ noise that depends on the seeds.
 """
 
 import math
+import subprocess
+import sys
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +23,7 @@ from forescale.ground.storage import write_json, write_table
 from forescale.run.directory import Parent
 from forescale.run.start import start
 from forescale.scaling.records.records import record
+from forescale.scaling.study.directory import Study
 from tests.trainer.small_run import change_rows
 
 LAW = {"A": 3.0, "B": 60.0, "E": 0.9, "alpha": 0.2, "beta": 0.3}
@@ -44,7 +48,7 @@ class FakeTraining:
         arguments = argv[argv.index("train") + 1 :]
         self.started.append(arguments)
         self.devices.append(env.get("CUDA_VISIBLE_DEVICES"))
-        name = next(w.partition("=")[2] for w in arguments if w.startswith("run.name="))
+        name = name_of(arguments)
         self._code = self.codes.get(name, 0)
         if self._code:
             stdout.write(b"forescale: optimizer: is refused; choose another.\n")
@@ -56,6 +60,32 @@ class FakeTraining:
 
     def send_signal(self, number):
         pass
+
+
+class MostlyFake(FakeTraining):
+    """Trains the cells in `real` in processes, and makes the runs of all others."""
+
+    real: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, argv, **keys):
+        if name_of(argv) in cls.real:
+            return subprocess.Popen(argv, **keys)
+        return super().__new__(cls)
+
+
+def kill_launcher_during(cell: str, study: Study, *words: str) -> None:
+    """Launch a study in a process of its own, and kill that once the cell has a checkpoint."""
+    command = [sys.executable, "-P", "-m", "forescale", "study", "launch", *words]
+    launcher, run = subprocess.Popen(command), study.run(cell)
+    while not (run.config.is_file() and run.checkpoint_steps()):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+
+
+def name_of(argv) -> str:
+    return next(w.partition("=")[2] for w in argv if w.startswith("run.name="))
 
 
 def train(arguments, loss=None) -> None:

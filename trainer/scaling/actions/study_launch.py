@@ -45,21 +45,16 @@ def main(job: StudyJob) -> int:
                     study.retry(state.cell.name)
         launcher = (QueueLauncher if keys.slurm else LocalLauncher)(study, keys, _log)
         code = launcher.go()
-    if code == DONE:
-        _conclude(study, may_be_queued=bool(keys.slurm and not keys.follow))
-    return code
-
-
-def _conclude(study: Study, may_be_queued: bool) -> None:
-    """Print what is left to run, and the score of the forecasts."""
-    left = study.unfinished()
-    if not left:
+    if code != DONE:
+        return code
+    if not (left := study.unfinished()):
         _log(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
-    elif not may_be_queued:
+    elif not keys.slurm or keys.follow:
         trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))
         _log(f"{len(left)} cells can't start: {trunks} saved no checkpoint where they branch off.")
     if forecasts := read_forecasts(study.forecasts):
         show(open_console(), [forecast_section(forecasts, score(forecasts, study.table()))])
+    return code
 
 
 def _log(line: str) -> None:

@@ -23,14 +23,8 @@ def main(job: StudyJob) -> int:
     law = law_of(table, job, where)
     intervals = profiles(law.fit, job.level)
     if job.json:
-        return print_json(
-            {
-                "form": law.form.name,
-                "level": job.level,
-                "doubts": law.doubts,
-                "notes": law.notes,
-                "profiles": [vars(interval) for interval in intervals],
-            }
-        )
+        facts = {"form": law.form.name, "level": job.level, "doubts": law.doubts}
+        rows = [vars(interval) for interval in intervals]
+        return print_json({**facts, "notes": law.notes, "profiles": rows})
     show(open_console(), profile_sections(intervals, law), f"{where}: {len(law.points)} runs")
     return DONE

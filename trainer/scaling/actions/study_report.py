@@ -5,8 +5,6 @@ The report of a planned study is written even before a law can be fitted.
 
 import sys
 
-import pandas as pd
-
 from forescale.config.job import Action
 from forescale.ground.errors import DONE, UserError
 from forescale.scaling.actions.shared import FIT
@@ -28,28 +26,20 @@ ACTION = Action(
 def main(job: StudyJob) -> int:
     """Write the page that fits the records."""
     table, where = read(job)
+    command = ["forescale", *sys.argv[1:]]
     job.report.parent.mkdir(parents=True, exist_ok=True)
     if has_recipes(table):
-        return _report_recipes(job, table, where)
-    return _report_law(job, with_outcome(table, job, where), where)
+        from forescale.scaling.report import recipes_page  # matplotlib is slow
 
-
-def _report_recipes(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    from forescale.scaling.report.recipes_page import write  # matplotlib is slow
-
-    recipes = Multipliers(table, job, where)
-    page, *_ = write(recipes, table, job.report, ["forescale", *sys.argv[1:]])
-    print(
-        f"{page}: {len(recipes.candidates)} recipes against {recipes.base}; open it in a browser."
-    )
-    return DONE
-
-
-def _report_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+        recipes = Multipliers(table, job, where)
+        page, *_ = recipes_page.write(recipes, table, job.report, command)
+        count = f"{len(recipes.candidates)} recipes against {recipes.base}"
+        print(f"{page}: {count}; open it in a browser.")
+        return DONE
     from forescale.scaling.report.evidence import gather
     from forescale.scaling.report.fit_page import beside, write
 
-    evidence = gather(job, table)
+    evidence = gather(job, with_outcome(table, job, where))
     task: TaskFit | str | None = None
     law: StudyFit | str
     try:
@@ -67,7 +57,7 @@ def _report_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
             if not evidence.stages:
                 raise
             task = str(e)
-    write(law, evidence, job.report, where, ["forescale", *sys.argv[1:]], task)
+    write(law, evidence, job.report, where, command, task)
     runs = "no law yet" if isinstance(law, str) else f"{len(law.points)} runs"
     print(f"{job.report}: {runs}; open it in a browser. Figures for papers: {beside(job.report)}/")
     return DONE

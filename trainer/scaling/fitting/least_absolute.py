@@ -57,9 +57,8 @@ def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Ar
 class _Kink:
     """The objective around theta, (1, p), for its q free parameters.
 
-    free: their mask, (p,); slope: derivatives of the fitted loss or log loss, (q, n); rest: the
-    contribution to the gradient of the runs that the law doesn't touch, (q,); pulls: the scale of
-    the gradient, (q,).
+    free: their mask, (p,); slope: derivatives of the fitted loss or log loss, (q, n); rest: what
+    runs that the law doesn't touch give to the gradient, (q,); pulls: its scale, (q,).
     """
 
     here: Local

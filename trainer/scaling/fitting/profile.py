@@ -54,8 +54,20 @@ def profiles(law: Fit, level: float) -> list[Profile]:
         problem = f"{n} runs leave none to tell the scatter of {form.size} parameters"
         raise UserError(law.points.where, problem, "add runs")
     limit = float(fdtri(1, n - form.size, level)) / _scale(law)
-    alone = [t.coefficient for t in form.terms if not t.exponent]
-    return [_profile(law, symbol, limit) for symbol in (*alone, *form.exponents)]
+    lowest, intervals = float(law.points.loss.min()), list[Profile]()
+    for symbol in (*(t.coefficient for t in form.terms if not t.exponent), *form.exponents):
+
+        def rise(at: float, symbol: str = symbol) -> float:
+            held = fit(form, law.points, law.objective, law.weights, {symbol: at})
+            return held.value - law.value - limit
+
+        ends = EXPONENTS
+        if symbol not in form.exponents:
+            ends = _LEAST * lowest, lowest * (1 - _LEAST)
+        value = min(max(law.values[symbol], ends[0]), ends[1])
+        low, high = (_end(rise, value, end) for end in ends)
+        intervals.append(Profile(symbol, value, low, high))
+    return intervals
 
 
 def _scale(law: Fit) -> float:
@@ -73,27 +85,6 @@ def _scale(law: Fit) -> float:
         problem = "the scatter of its residuals can't be told"
         raise UserError(law.points.where, problem, "give a larger delta, or delta=null")
     return 2 * bend / size / float(law.weights[used].mean())
-
-
-def _profile(law: Fit, symbol: str, limit: float) -> Profile:
-    """Return the profile interval of one parameter.
-
-    limit: the rise of the objective at its ends.
-    """
-    value = law.values[symbol]
-    if symbol in law.form.exponents:
-        least, most = EXPONENTS
-    else:
-        lowest = float(law.points.loss.min())
-        least, most = _LEAST * lowest, lowest * (1 - _LEAST)
-    value = min(max(value, least), most)
-
-    def rise(at: float) -> float:
-        held = fit(law.form, law.points, law.objective, law.weights, {symbol: at})
-        return held.value - law.value - limit
-
-    low, high = (_end(rise, value, end) for end in (least, most))
-    return Profile(symbol, value, low, high)
 
 
 def _end(rise: Callable[[float], float], value: float, end: float) -> float | None:

@@ -102,10 +102,6 @@ class CalibratedLaw:
         errors = np.log(self.fit.predict(**columns)) - np.log(later.loss)
         return errors, spent(later) / self.greatest
 
-    def per_decade(self, later: Points) -> float:
-        """Return the error per decade of compute at later runs, without the noise of a run."""
-        return _per_decade(*self.errors(later), self.noise)
-
 
 def fit_calibrated(
     form: Form, points: Points, goal: Objective, count: int, seed: int, discrepancy: Discrepancy
@@ -149,15 +145,13 @@ class Backtest:
 
     @property
     def per_decade(self) -> float:
-        """Return the error per decade of compute, without the noise of a run.
-
-        It is one ratio over all later runs: those at small factors show little but noise, and have
-        little weight.
-        """
+        """Return the error per decade of compute, without the noise of a run."""
         return _per_decade(self.errors, self.factors, self.noise)
 
 
 def _per_decade(errors: Array, factors: Array, noise: float) -> float:
+    """Return one ratio over all runs: those at small factors show little but noise, and have little
+    weight."""
     excess = np.maximum(0.0, errors**2 - noise**2)
     return float(np.sqrt(excess.sum() / np.square(np.log10(factors)).sum()))
 
@@ -169,11 +163,17 @@ def backtests(
 
     budgets: the nominal budget of each run, (n,).
     """
-    distinct = np.unique(budgets)
-    return [
-        _backtest(law, k, points.take(budgets > distinct[k - 1]), level)
-        for k, law in laws_of_origins(form, points, budgets, goal, count)
-    ]
+    distinct, results = np.unique(budgets), list[Backtest]()
+    for k, law in laws_of_origins(form, points, budgets, goal, count):
+        later = points.take(budgets > distinct[k - 1])
+        columns, y = later.columns(law.fit.form.columns), later.log("loss")
+        resampled = law.resampled(columns)
+        low, high = law.about(columns, spent(later), resampled).interval(level)
+        least, most = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        errors, factors = law.errors(later)
+        inside = (least <= y) & (y <= most), (low <= later.loss) & (later.loss <= high)
+        results.append(Backtest(k, len(law.fit.points), factors, errors, law.noise, *inside))
+    return results
 
 
 def laws_of_origins(
@@ -186,7 +186,11 @@ def laws_of_origins(
     distinct, earlier = np.unique(budgets), list[tuple[float, CalibratedLaw]]()
     for k in range(LEAST, len(distinct)):
         known = budgets <= distinct[k - 1]
-        errors = [law.per_decade(points.take(known & (budgets > last))) for last, law in earlier]
+        later = [points.take(known & (budgets > last)) for last, _ in earlier]
+        errors = [
+            _per_decade(*law.errors(runs), law.noise)
+            for runs, (_, law) in zip(later, earlier, strict=True)
+        ]
         before = Discrepancy().after(errors)
         try:
             law = fit_calibrated(form, points.take(known), goal, count, k, before)
@@ -194,21 +198,3 @@ def laws_of_origins(
             continue  # the runs don't determine the law, so this is no origin
         earlier.append((float(distinct[k - 1]), law))
         yield k, law
-
-
-def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> Backtest:
-    flops = spent(later)
-    columns = later.columns(law.fit.form.columns)
-    resampled = law.resampled(columns)
-    low, high = law.about(columns, flops, resampled).interval(level)
-    least, most = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    errors, factors = law.errors(later)
-    return Backtest(
-        budgets,
-        len(law.fit.points),
-        factors,
-        errors,
-        law.noise,
-        (least <= later.log("loss")) & (later.log("loss") <= most),
-        (low <= later.loss) & (later.loss <= high),
-    )

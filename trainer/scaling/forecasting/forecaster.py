@@ -116,5 +116,5 @@ def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
         earlier.append(Forecaster(levels(runs, budgets[known]), fit_shape(runs, budgets[known])))
         w = FADE**ages
         scales = (BELIEF + w @ errors) / (BELIEF + w.sum())
-        own_scales = float(scales[0]), float(scales[1])
-        yield replace(earlier[-1], scales=own_scales, earlier=len(ages))
+        both = float(scales[0]), float(scales[1])
+        yield replace(earlier[-1], scales=both, earlier=len(ages))

@@ -99,7 +99,19 @@ def extrapolate(x: Array, y: Array, target: float) -> float:
     inverse = np.linalg.inv(K[:n, :n])
     z = np.exp(y - y[-1])  # loss over the last loss
     P = inverse / np.outer(z, z)
-    fitted, ahead, log_det = _curves(X, z, P)
+    # The curve of every gamma at the budgets and the target, (G, n+1).
+    g = _GAMMAS[:, None]
+    basis = np.stack((np.ones((len(g), n + 1)), np.expm1(-g * X) / g), axis=-1)  # (G, n+1, 2)
+    A = basis[:, :n]
+    PA = P @ A
+    H = A.swapaxes(1, 2) @ PA
+    c = np.linalg.solve(H, (PA.swapaxes(1, 2) @ z)[..., None])
+    curve = (basis @ c)[..., 0]
+    below = c[:, 0, 0] < c[:, 1, 0] / _GAMMAS  # E < 0: a pure power law instead
+    power = np.exp(-g[below] * X)
+    known = power[:, :n]
+    curve[below] = power * ((known @ P @ z) / ((known @ P) * known).sum(1))[:, None]
+    fitted, ahead, log_det = curve[:, :n], curve[:, n], np.linalg.slogdet(H)[1]
     rest = z - fitted
     log_weight = -0.5 * ((rest @ P) * rest).sum(1) - 0.5 * log_det
     log_weight -= 0.5 * (np.log(_GAMMAS / GAMMA) / SPREAD) ** 2
@@ -123,23 +135,3 @@ def _covariance(decades: Array) -> Array:
     K: Array = DRIFT**2 * small**2 * (3 * large - small) / 6
     K[np.arange(n), np.arange(n)] += NOISE**2 + FORGET**2 * np.abs(u[-1] - u[:n]) ** 3
     return K
-
-
-def _curves(X: Array, z: Array, P: Array) -> tuple[Array, Array, Array]:
-    """Fit the curve of every gamma to losses z, (n,), with precision P, (n, n).
-
-    X: log C of the budgets and the target, (n+1,). Returns the curve at the budgets, (G, n), at the
-    target, (G,), and the log determinant of the normal equations, (G,).
-    """
-    n, g = len(z), _GAMMAS[:, None]
-    basis = np.stack((np.ones((len(g), n + 1)), np.expm1(-g * X) / g), axis=-1)  # (G, n+1, 2)
-    A = basis[:, :n]
-    PA = P @ A
-    H = A.swapaxes(1, 2) @ PA
-    c = np.linalg.solve(H, (PA.swapaxes(1, 2) @ z)[..., None])
-    curve = (basis @ c)[..., 0]
-    below = c[:, 0, 0] < c[:, 1, 0] / _GAMMAS  # E < 0: a pure power law instead
-    power = np.exp(-g[below] * X)
-    known = power[:, :n]
-    curve[below] = power * ((known @ P @ z) / ((known @ P) * known).sum(1))[:, None]
-    return curve[:, :n], curve[:, n], np.linalg.slogdet(H)[1]

@@ -10,7 +10,6 @@ The constants are of log loss; they were chosen by backtests on nine public tabl
 (analysis/backtest.py).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -92,7 +91,20 @@ def fit_shape(points: Points, budgets: Array) -> Shape:
         p = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
         return -whitened(np.stack((p[0], p[1], p[2], -p[0] * x, -p[1] * z), axis=1))
 
-    theta = _lowest(residual, jacobian, _starts(x, z, points.loss, whitened))
+    ones, starts = whitened(np.ones_like(x)[:, None])[:, 0], []
+    for alpha, beta in _GRID:
+        terms = np.stack((np.exp(-alpha * x), np.exp(-beta * z), np.ones_like(x)), axis=1)
+        shares, error = optimize.nnls(whitened(terms / points.loss[:, None]), ones)
+        logs = np.log(np.maximum(shares, _LEAST_SHARE * points.loss.mean()))
+        starts.append((error, np.array([*logs, alpha, beta])))
+    minima = [
+        optimize.least_squares(
+            residual, start, jacobian, bounds=(_LOW, _HIGH), loss="huber", f_scale=HUBER,
+            max_nfev=200,
+        )
+        for _, start in sorted(starts, key=lambda start: float(start[0]))[:_STARTS]
+    ]  # fmt: skip
+    theta = min(minima, key=lambda one: float(one.cost)).x
     last = budgets == budgets.max()
     per = float(np.median(budgets[last] / np.exp((log_n + log_d)[last])))
     return Shape(theta, centre, per)
@@ -132,28 +144,3 @@ class _Whitening:
         each = (self.unit[:, None] * y).T
         along = np.stack([np.bincount(self.group, column) for column in each], axis=1)
         return y + self.unit[:, None] * (self.shrink[:, None] * along)[self.group]
-
-
-def _starts(x: Array, z: Array, loss: Array, whitened: _Whitening) -> list[Array]:
-    """Return theta at the best points of the grid, the best first."""
-    one, starts = whitened(np.ones_like(x)[:, None])[:, 0], []
-    for alpha, beta in _GRID:
-        terms = np.stack((np.exp(-alpha * x), np.exp(-beta * z), np.ones_like(x)), axis=1)
-        shares, error = optimize.nnls(whitened(terms / loss[:, None]), one)
-        logs = np.log(np.maximum(shares, _LEAST_SHARE * loss.mean()))
-        starts.append((error, np.array([*logs, alpha, beta])))
-    return [theta for _, theta in sorted(starts, key=lambda start: float(start[0]))[:_STARTS]]
-
-
-def _lowest(
-    residual: Callable[[Array], Array], jacobian: Callable[[Array], Array], starts: list[Array]
-) -> Array:
-    """Return theta at the lowest minimum that a search from each start finds."""
-    minima = [
-        optimize.least_squares(
-            residual, start, jacobian, bounds=(_LOW, _HIGH), loss="huber", f_scale=HUBER,
-            max_nfev=200,
-        )
-        for start in starts
-    ]  # fmt: skip
-    return min(minima, key=lambda one: float(one.cost)).x

@@ -1,37 +1,17 @@
 """A study of recipes with real training where it matters: a killed cell, and one of each recipe."""
 
-import subprocess
-import sys
-import time
-
 import pytest
 
 from forescale import cli
 from forescale.scaling.analysis.multipliers import Multipliers
 from forescale.scaling.study import local
 from forescale.scaling.study.directory import Study
-from tests.trainer.scaling.fake_training import FakeTraining
-
-
-class MostlyFake(FakeTraining):
-    """Trains the cells of REAL really, and makes the runs of all others."""
-
-    REAL = ("b1-base", "b2-swiglu", "b2-muon")
-
-    def __new__(cls, argv, **keys):
-        name = next(w.partition("=")[2] for w in argv if w.startswith("run.name="))
-        if name in cls.REAL:
-            cls.started.append(argv)
-            return subprocess.Popen(argv, **keys)
-        return super().__new__(cls)
-
+from tests.trainer.scaling.fake_training import MostlyFake, kill_launcher_during
 
 PLAN = [
     *("plan.kind=recipes", "plan.budgets=3", "plan.step=2", "plan.cap=1.5e12", "plan.seeds=[2,2]"),
     *("plan.sequence_length=64", "plan.fresh=2", "plan.candidates=[swiglu,muon]"),
 ]
-
-
 OF_ALL = ["optimizer=adamw", "train.compile=off", "validation.every=100 %"]
 
 
@@ -45,13 +25,8 @@ def test_a_study_of_recipes_resumes_a_killed_cell_and_trains_each_recipe(
     data = ["data=dataset", f"data.path={large_dataset}", "model.mlp=gelu", "checkpoint.every=5"]
     assert cli.main(["study", "plan", *PLAN, "--", *data, *OF_ALL]) == 0
     study = Study(tmp_path / "studies/first")
-    launcher = subprocess.Popen([sys.executable, "-P", "-m", "forescale", "study", "launch"])
-    first = study.run("b1-base")
-    while not (first.config.is_file() and first.checkpoint_steps()):
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    launcher.kill()
-    launcher.wait()
+    kill_launcher_during("b1-base", study)
+    monkeypatch.setattr(MostlyFake, "real", ("b1-base", "b2-swiglu", "b2-muon"))
     monkeypatch.setattr(local.subprocess, "Popen", MostlyFake)
     monkeypatch.setattr(local, "_POLL", 0.1)
     assert cli.main(["study", "launch"]) == 0

@@ -1,15 +1,14 @@
 """A small study with real training: plan, forecasts, target, score."""
 
 import json
-import subprocess
-import sys
-from contextlib import suppress
 
 import pytest
 
 from forescale import cli
 from forescale.scaling.analysis.forecast import read_forecasts
+from forescale.scaling.study import local
 from forescale.scaling.study.directory import Study
+from tests.trainer.scaling.fake_training import MostlyFake, kill_launcher_during
 
 PLAN = [
     *(
@@ -23,37 +22,42 @@ PLAN = [
     *("target.parameters=6e4", "target.tokens=3e5"),
 ]
 OF_ALL = [
-    "optimizer=adamw",
-    "train.compile=off",
-    "validation.every=100 %",
-    "logging.every=50 steps",
+    *("optimizer=adamw", "train.compile=off", "validation.every=100 %", "logging.every=50 steps"),
+    "checkpoint.every=5",
 ]
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(1800)  # a dozen trainings, beside other tests
+@pytest.mark.timeout(1800)  # seven trainings, beside other tests
 def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
-    large_dataset, tmp_path, monkeypatch, capsys
+    large_dataset, tmp_path, monkeypatch, fake_training, capsys
 ):
+    """The law's six runs and the target are trained; the other learning rates are fakes."""
     monkeypatch.chdir(tmp_path)
     data = ["data=dataset", f"data.path={large_dataset}"]
     assert cli.main(["study", "plan", *PLAN, "--", *data, *OF_ALL]) == 0
-    launch = ["study", "launch", "launch.at_once=2", "launch.target=true"]
-    command = [sys.executable, "-P", "-m", "forescale", *launch]
-    with suppress(subprocess.TimeoutExpired):  # then it is killed
-        subprocess.run(command, check=False, timeout=40)
     study = Study(tmp_path / "studies/first")
-    started = [e["cell"] for e in study.events if e["kind"] == "cell_started"]
-    assert started
-    assert cli.main(launch) == 0
+    launch = ["launch.at_once=2", "launch.target=true"]
+    kill_launcher_during("n0-x0.1", study, *launch)
+    swept = [c.name for c in study.plan.cells if c.role == "rate"]
+    real = (*(c.name for c in study.plan.cells if c.role == "grid"), "target")
+    monkeypatch.setattr(MostlyFake, "real", real)
+    monkeypatch.setattr(MostlyFake, "losses", dict.fromkeys(swept, 5.5))  # all but guessing
+    monkeypatch.setattr(local.subprocess, "Popen", MostlyFake)
+    monkeypatch.setattr(local, "_POLL", 0.1)
+    assert cli.main(["study", "launch", *launch]) == 0
     study = Study(study.folder)
     statuses = [s.status for s in study.states()]
-    assert statuses.count("complete") == len(statuses) >= 11, "nothing failed, and nothing is left"
+    assert statuses == ["complete"] * 11, "nothing failed, and nothing is left"
+    attempts = study.run("n0-x0.1").attempts()
+    assert len(attempts) == 2, "it went on where it was killed"
+    assert attempts[1].parent.step > 0
     assert study.spent <= study.plan.cap
 
     forecasts = {c.facts["target"]["run"]: c for c in read_forecasts(study.forecasts)}
     assert set(forecasts) == {"target"}
     assert forecasts["target"].outcome
+    assert any(c.trunk for c in study.plan.cells)
     for cell in study.plan.cells:
         # An attempt that was killed while it started has no parent.
         parent = next(a.parent.step for a in study.run(cell.name).attempts() if a.parent)
