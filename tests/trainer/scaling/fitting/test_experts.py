@@ -8,9 +8,8 @@ from forescale.ground.errors import UserError
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.bootstrap import pairs
-from forescale.scaling.fitting.experts import EXPERTS
 from forescale.scaling.fitting.fit import fit
-from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
+from forescale.scaling.fitting.laws import CHINCHILLA, EXPERTS, compute_optimal
 from forescale.scaling.fitting.points import Points
 from forescale.scaling.report.fit_figures import Figures
 from tests.trainer.scaling.some_laws import MIXTURE
