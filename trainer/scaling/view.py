@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 
 class StudyView:
-    """The runs of a study, or of others, and the law through them.
-
-    records: one row a run; columns such as loss, parameters, tokens, flops, budget. where: how
-    messages call them.
-    """
+    """The runs of a study, or of others, and the law through them. records: one row a run; columns
+    such as loss, parameters, tokens, flops, budget. where: how messages call them."""
 
     def __init__(self, keys: Mapping[str, Any]):
         self._keys = keys
@@ -43,18 +40,14 @@ class StudyView:
 
     def fit(self, **keys: Any) -> "StudyFit":
         """Return the fit of the law: .fit.values, .fit.certificate, .replicates.errors, .doubts.
-
-        keys: of `forescale study fit`, such as form="shared-exponent". Raises UserError if the
-        runs determine no law.
-        """
+        keys: of `forescale study fit`, such as form="shared-exponent". Raises UserError if the runs
+        determine no law."""
         return law_of(self.records, self._job(keys), self.where)
 
     def predict(self, **target: Any) -> "Prediction":
-        """Return the predicted loss of a run: .loss, with .inner (50 %) and .outer (90 %).
-
-        target: flops=, or parameters= and tokens=, as in target.* of `forescale study fit`. Raises
-        UserError if they are missing, or the run is too far.
-        """
+        """Return the predicted loss of a run: .loss, with .inner (50 %) and .outer (90 %). target:
+        flops=, or parameters= and tokens=, as in target.* of `forescale study fit`. Raises
+        UserError if they are missing, or the run is too far."""
         prediction = self.fit(target=target).predict()
         if prediction is None:
             raise UserError("target", "is not given", "write predict(flops=1e18)")

@@ -179,11 +179,9 @@ def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
 
 
 def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> list[Cell]:
-    """Return the cell `middle` at half and twice its batch.
-
-    joint: each batch at three learning rates; draft: make_cell for this cell with all but role and
-    factors. A batch that rounds to the cell's own is left out.
-    """
+    """Return the cell `middle` at half and twice its batch. joint: each batch at three learning
+    rates; draft: make_cell for this cell with all but role and factors. A batch that rounds to the
+    cell's own is left out."""
     batches = [(1.0, ""), (1 / FACTOR, "-batch-low"), (FACTOR, "-batch-high")]
     rates = [(1.0, ""), (1 / FACTOR, "-rate-low"), (FACTOR, "-rate-high")]
     cells = list[Cell]()
@@ -196,11 +194,9 @@ def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> lis
 
 
 def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
-    """Return repeats of a cell with other seeds; `seeds` counts its own run too.
-
-    Half of them, rounded up, have other initial weights and the same data order, the others the
-    same weights and another data order, so that both parts of the noise can be measured.
-    """
+    """Return repeats of a cell with other seeds; `seeds` counts its own run too. Half of them,
+    rounded up, have other initial weights and the same data order, the others the same weights and
+    another data order, so that both parts of the noise can be measured."""
     repeats = list[Cell]()
     for i in range(1, seeds):
         kind, key = ("init", "init_seed") if i % 2 else ("data", "seed")

@@ -52,11 +52,9 @@ class NextRun:
 def recommend(
     law: CalibratedLaw, candidates: RunSet, target: Target | RunSet, cap: float
 ) -> list[NextRun]:
-    """Return the runs to add for `cap` FLOPs together, the most useful first.
-
-    target: one or several runs to predict; the variances of several are averaged. Raises UserError
-    if the law's runs have no N or D, or if no candidate costs less than the cap.
-    """
+    """Return the runs to add for `cap` FLOPs together, the most useful first. target: one or
+    several runs to predict; the variances of several are averaged. Raises UserError if the law's
+    runs have no N or D, or if no candidate costs less than the cap."""
     if not (candidates.flops <= cap).any():
         least = candidates.flops.min()
         problem = f"the cheapest candidate costs {least:.3g} FLOPs, more than the cap of {cap:.3g}"

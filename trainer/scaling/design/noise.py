@@ -56,11 +56,9 @@ class Noise:
     edges: int
 
     def assumed(self, before: Assumptions | None = None) -> Assumptions:
-        """Return the assumptions `before` with all that was measured in place.
-
-        The exponent `fading` combines the levels with a prior at the assumed value, +-0.1; the
-        noise is that of all levels, scaled to one C.
-        """
+        """Return the assumptions `before` with all that was measured in place. The exponent
+        `fading` combines the levels with a prior at the assumed value, +-0.1; the noise is that of
+        all levels, scaled to one C."""
         before = before or Assumptions()
         assumptions = before if self.gap is None else replace(before, gap=self.gap)
         known = [level for level in self.levels if level.noise.sd > 0]

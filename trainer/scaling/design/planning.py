@@ -39,10 +39,8 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
 
 def common_of(job: StudyJob, opened: bool = False) -> Common:
     """Return what all cells have in common: base model, vocabulary, data size and conventions.
-
     opened: the embedded corpus is opened too, for the number of its tokens, and prepared if it is
-    missing. Raises UserError (ConfigError is one) for arguments that runs of a study can't have.
-    """
+    missing. Raises UserError (ConfigError is one) for arguments that runs of a study can't have."""
     keys = job.plan
     for argument in keys.arguments:
         if (key := argument.partition("=")[0]) in STUDY_KEYS:

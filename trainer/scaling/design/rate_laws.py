@@ -33,11 +33,8 @@ _FEWEST = 3  # learning rates, or batches, of a sweep
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best values of one sweep.
-
-    batch: in tokens, None if the sweep has one batch; bend: rise of log loss per square of the log
-    rate off the best, None if it is unknown.
-    """
+    """The best values of one sweep. batch: in tokens, None if the sweep has one batch; bend: rise
+    of log loss per square of the log rate off the best, None if it is unknown."""
 
     at: Mapping[str, float]
     runs: int
@@ -96,11 +93,9 @@ class RateLaw:
 
 @dataclass(frozen=True)
 class RateLaws:
-    """The laws of learning rate and batch of a table.
-
-    batch: None if too few sweeps vary it; target: the best values for the target by name, with
-    their intervals; cost: the median rise of the loss at twice the best learning rate.
-    """
+    """The laws of learning rate and batch of a table. batch: None if too few sweeps vary it;
+    target: the best values for the target by name, with their intervals; cost: the median rise of
+    the loss at twice the best learning rate."""
 
     job: StudyJob
     optima: tuple[Optimum, ...]
@@ -113,10 +108,8 @@ class RateLaws:
 
 
 def rate_laws(table: pd.DataFrame, job: StudyJob, where: str) -> RateLaws:
-    """Return the laws of a table of sweeps.
-
-    Raises UserError if it has no learning rates, or too few sweeps with an optimum inside.
-    """
+    """Return the laws of a table of sweeps. Raises UserError if it has no learning rates, or too
+    few sweeps with an optimum inside."""
     loss = table["loss"].fillna(np.inf).to_numpy(dtype=float)
     finite = np.where(np.isfinite(loss), loss, 1.0)  # points have no infinite loss
     runs = points(table.assign(loss=finite), job.size, job.cost, where)

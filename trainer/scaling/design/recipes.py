@@ -95,11 +95,9 @@ class Recipe:
 def read_recipes(
     path: str | None, base: Sequence[str], candidates: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Return the arguments of the base, under BASE, and of each candidate, from a YAML file.
-
-    path: None for the project's own file; a candidate A+B has the arguments of both. Raises
-    UserError if the file can't be read, or if it has no recipe of a name.
-    """
+    """Return the arguments of the base, under BASE, and of each candidate, from a YAML file. path:
+    None for the project's own file; a candidate A+B has the arguments of both. Raises UserError if
+    the file can't be read, or if it has no recipe of a name."""
     file = Path(path).expanduser() if path else CONF / "candidates.yaml"
     try:
         known = yaml.safe_load(file.read_text())

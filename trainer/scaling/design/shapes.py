@@ -87,11 +87,9 @@ class Shape:
 
 
 class Family:
-    """All shapes of a base model along an aspect trend.
-
-    base: its settings are kept except for the sizes, of which the ratios are kept. Raises UserError
-    for an unknown convention, a missing vocabulary size, or a base whose sizes don't divide.
-    """
+    """All shapes of a base model along an aspect trend. base: its settings are kept except for the
+    sizes, of which the ratios are kept. Raises UserError for an unknown convention, a missing
+    vocabulary size, or a base whose sizes don't divide."""
 
     def __init__(
         self,
@@ -194,12 +192,9 @@ class Family:
         return min(self._size(width, layers) for layers in self._layers(width))
 
     def solve(self, target: float, most: float = _OFF) -> Shape:
-        """Return the model with the nearest N.
-
-        Measured errors: within 15 % from 70k parameters on (vocabularies of 257 and 512), 9 % from
-        1M, 3 % from 100M on; with groups of two heads 18, 10 and 10 %. Raises UserError if the
-        relative error is more than `most`.
-        """
+        """Return the model with the nearest N. Measured errors: within 15 % from 70k parameters on
+        (vocabularies of 257 and 512), 9 % from 1M, 3 % from 100M on; with groups of two heads 18,
+        10 and 10 %. Raises UserError if the relative error is more than `most`."""
         if not 0 < target < math.inf:
             raise UserError("N", f"{target} is no size of a model", "give a positive number")
         widths = self.widths

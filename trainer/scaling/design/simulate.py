@@ -140,11 +140,9 @@ def expected(
     near: float | None = 0.04,
     bootstraps: int = 60,
 ) -> Expected:
-    """Simulate the design `draws` times, and return how precise its predictions are.
-
-    near: as the key of `study fit`; it applies only to runs with budgets. Raises UserError for too
-    few runs, and if most draws fail.
-    """
+    """Simulate the design `draws` times, and return how precise its predictions are. near: as the
+    key of `study fit`; it applies only to runs with budgets. Raises UserError for too few runs, and
+    if most draws fail."""
     if len({*zip(design.parameters.tolist(), design.tokens.tolist(), strict=True)}) < _LEAST:
         todo = f"plan {_LEAST} or more"
         raise UserError("design", f"{len(design.flops)} runs can't determine the law", todo)

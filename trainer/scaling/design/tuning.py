@@ -85,12 +85,9 @@ class RateBatchResponse:
 def rate_batch_response(
     rates: Sequence[float], batches: Sequence[float], losses: Sequence[float]
 ) -> RateBatchResponse:
-    """Return the best learning rate and batch.
-
-    Fits a quadratic surface of log loss over log rate and log batch to all runs that did not
-    diverge (least squares); with a single learning rate, a parabola over log batch. Without a
-    minimum inside the tried ranges, the best run counts.
-    """
+    """Return the best learning rate and batch. Fits a quadratic surface of log loss over log rate
+    and log batch to all runs that did not diverge (least squares); with a single learning rate, a
+    parabola over log batch. Without a minimum inside the tried ranges, the best run counts."""
     x, y = np.log(np.asarray(rates, float)), np.log(np.asarray(batches, float))
     z = np.asarray(losses, float)
     z = np.log(np.where(np.isfinite(z), z, np.inf))

@@ -67,11 +67,9 @@ class Replicates:
 
     @cached_property
     def without(self) -> Array:
-        """Return the published parameters of the fits without one group, (G, p) at most.
-
-        A group without which the others don't determine the parameters has no row. Of more than a
-        thousand groups, each is left out by one Newton step.
-        """
+        """Return the published parameters of the fits without one group, (G, p) at most. A group
+        without which the others don't determine the parameters has no row. Of more than a thousand
+        groups, each is left out by one Newton step."""
         if len(self._drawn) <= self.fit.form.size:
             return self.values[:0]
         if len(self._drawn) > _REFITS:
@@ -122,10 +120,8 @@ class Replicates:
 
 
 def corrected(draws: Array, fitted: Array, without: Array, tails: Array) -> Array:
-    """Return the quantiles of the draws by BCa, (2, K).
-
-    draws: (R, K); fitted: the fit, (1, K); without: (G, K), no rows to correct for bias alone.
-    """
+    """Return the quantiles of the draws by BCa, (2, K). draws: (R, K); fitted: the fit, (1, K);
+    without: (G, K), no rows to correct for bias alone."""
     # Draws equal to the fit, at an end of the range, don't show bias: half of them count as below.
     below = (draws < fitted).mean(0) + (draws == fitted).mean(0) / 2
     bias = ndtri(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws)))
@@ -146,10 +142,8 @@ def pairs(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
 def clusters(
     fit: Fit, groups: ArrayLike | Sequence[str], count: int = COUNT, seed: int = 0
 ) -> Replicates:
-    """Return `count` refits, each of groups of runs drawn with replacement.
-
-    groups: the trunk of each run, (n,). Raises UserError if there are fewer than two.
-    """
+    """Return `count` refits, each of groups of runs drawn with replacement. groups: the trunk of
+    each run, (n,). Raises UserError if there are fewer than two."""
     names, place = np.unique(np.asarray(groups), return_inverse=True)
     if place.shape != (len(fit.points),) or len(names) < 2:
         problem = f"{len(place)} runs in {len(names)} groups, for a fit of {len(fit.points)} runs"
@@ -163,20 +157,16 @@ def clusters(
 
 
 def counts(rng: np.random.Generator, groups: int, count: int) -> Array:
-    """Return how often each group is among as many drawn with replacement, (count, groups).
-
-    They have numpy's multinomial distribution, in a sixth of its time.
-    """
+    """Return how often each group is among as many drawn with replacement, (count, groups). They
+    have numpy's multinomial distribution, in a sixth of its time."""
     drawn = rng.integers(groups, size=(count, groups)) + groups * np.arange(count)[:, None]
     return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
 
 def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
-    """Return `count` refits, each of the fitted losses times drawn residuals.
-
-    The residuals of runs with a weight are centred, and scaled up to the noise that the fit has
-    absorbed in part (Davison and Hinkley 1997, section 6.2.3, with the mean leverage p / n).
-    """
+    """Return `count` refits, each of the fitted losses times drawn residuals. The residuals of runs
+    with a weight are centred, and scaled up to the noise that the fit has absorbed in part (Davison
+    and Hinkley 1997, section 6.2.3, with the mean leverage p / n)."""
     rest = fit.residuals[fit.weights > 0]
     rest = (rest - rest.mean()) / np.sqrt(max(1, len(rest) - fit.form.size) / len(rest))
     rng, n = np.random.default_rng(seed), len(fit.points)
@@ -203,10 +193,8 @@ def _joined(parts: Sequence[Replicates], groups: Array | None = None) -> Replica
 def leave_one_out(
     fit: Fit, groups: Array | None = None, left_out: Array | None = None
 ) -> Replicates:
-    """Return a refit without each of the groups `left_out`; by default, without each run.
-
-    groups: that of each run, (n,).
-    """
+    """Return a refit without each of the groups `left_out`; by default, without each run. groups:
+    that of each run, (n,)."""
     groups = np.arange(len(fit.points)) if groups is None else groups
     left_out = groups if left_out is None else left_out
     ends = np.cumsum(_parts(fit, len(left_out)))
@@ -216,11 +204,9 @@ def leave_one_out(
 
 
 def _without_by_a_step(fit: Fit, groups: Array) -> Array:
-    """Return the published parameters after one Newton step without each group, (G, p).
-
-    It is the infinitesimal jackknife (Efron and Tibshirani 1993, section 22.4), for theta: the
-    error is of the second order in a group's share. groups: numbers from 0 to G - 1, (n,).
-    """
+    """Return the published parameters after one Newton step without each group, (G, p). It is the
+    infinitesimal jackknife (Efron and Tibshirani 1993, section 22.4), for theta: the error is of
+    the second order in a group's share. groups: numbers from 0 to G - 1, (n,)."""
     task, theta = fit.task, fit.theta
     if task.goal.delta == 0:
         task = replace(task, goal=replace(task.goal, delta=_SMOOTH))
@@ -237,11 +223,9 @@ def _without_by_a_step(fit: Fit, groups: Array) -> Array:
 
 
 def influence(fit: Fit, of: Callable[[Array], Array] | None = None) -> Array:
-    """Return the influence of each run: the fit with it minus the fit without it, (n, ...).
-
-    It is that on the published parameters, or on a function `of` them as in `interval`. Of more
-    than a thousand runs, each is left out by one Newton step.
-    """
+    """Return the influence of each run: the fit with it minus the fit without it, (n, ...). It is
+    that on the published parameters, or on a function `of` them as in `interval`. Of more than a
+    thousand runs, each is left out by one Newton step."""
     function = of or (lambda values: values)
     n = len(fit.points)
     values = _without_by_a_step(fit, np.arange(n)) if n > _REFITS else leave_one_out(fit).values
@@ -253,10 +237,8 @@ def replicates(
     fit: Fit, weights: ArrayLike | None = None, losses: ArrayLike | None = None
 ) -> Replicates:
     """Return refits with weights, (R, n), that multiply the fit's, with losses, (R, n), or both.
-
     Each starts from the fit and from its other minima, and keeps the lowest minimum; a replicate
-    that reaches none starts again from the profile grid. Raises UserError for other shapes.
-    """
+    that reaches none starts again from the profile grid. Raises UserError for other shapes."""
     n = len(fit.points)
     w = np.ones((1, n)) if weights is None else np.asarray(weights, dtype=float)
     y = np.asarray(fit.points.loss)[None] if losses is None else np.asarray(losses, dtype=float)
@@ -276,10 +258,8 @@ def replicates(
 
 
 def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
-    """Solve replicates without a minimum again, from the profile grid, all in one batch.
-
-    A replicate with no more runs than parameters is left alone: many laws pass through its runs.
-    """
+    """Solve replicates without a minimum again, from the profile grid, all in one batch. A
+    replicate with no more runs than parameters is left alone: many laws pass through its runs."""
     enough = (w > 0).sum(1) > fit.form.size
     lost = np.flatnonzero(~best.is_minimum & enough)
     if not len(lost):

@@ -85,10 +85,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law, built by `fit`.
-
-    weights: (n,); values: published parameters; value: the objective; theta: internal, (1, p).
-    """
+    """A fitted law, built by `fit`. weights: (n,); values: published parameters; value: the
+    objective; theta: internal, (1, p)."""
 
     form: Form
     points: Points
@@ -123,12 +121,9 @@ def fit(
     weights: ArrayLike | None = None,
     fixed: Mapping[str, float] | None = None,
 ) -> Fit:
-    """Fit a law to runs.
-
-    weights: (n,), not negative, 1 each by default; fixed: published parameters to hold (a
-    coefficient only together with its exponent). Raises UserError if the runs don't determine the
-    parameters, or if the weights are invalid.
-    """
+    """Fit a law to runs. weights: (n,), not negative, 1 each by default; fixed: published
+    parameters to hold (a coefficient only together with its exponent). Raises UserError if the runs
+    don't determine the parameters, or if the weights are invalid."""
     goal = objective or Objective()
     task = minimisation_of(form, points, goal, fixed or {})
     w = np.ones(len(points)) if weights is None else np.array(weights, dtype=float)
@@ -174,10 +169,8 @@ def polish(task: Minimisation, y: Array, w: Array, start: Array) -> Solved:
 def minimisation_of(
     form: Form, points: Points, goal: Objective, fixed: Mapping[str, float]
 ) -> Minimisation:
-    """Return the optimisation task of a fit.
-
-    Raises UserError if `fixed` names an unknown parameter, or a coefficient without its exponent.
-    """
+    """Return the optimisation task of a fit. Raises UserError if `fixed` names an unknown
+    parameter, or a coefficient without its exponent."""
     at = design(form, points)
     low, high = form.bounds(at, np.log(points.loss))
     if strange := set(fixed) - set(form.symbols):
@@ -196,9 +189,7 @@ def minimisation_of(
 
 def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Array:
     """Return starts from the profile grid, (S, p): its best points, its local minima, some others.
-
-    y, w: (1, n); least: the least share of the loss that a term starts with.
-    """
+    y, w: (1, n); least: the least share of the loss that a term starts with."""
     if y.shape[1] > _MANY:
         task, y, w = _thinned(task, y, w)
     form = task.form
@@ -232,9 +223,7 @@ def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Arr
 
 def _nonnegative(basis: Array, weight: Array) -> Array:
     """Return coefficients >= 0, (G, K), with sum(c * basis) nearest to 1 by weighted least squares.
-
-    Tries all subsets of the K terms, each in closed form. basis: (G, K, n).
-    """
+    Tries all subsets of the K terms, each in closed form. basis: (G, K, n)."""
     G, K, _ = basis.shape
     gram = (basis * weight[:, None]) @ basis.swapaxes(1, 2)
     right = (basis * weight[:, None]).sum(-1)
@@ -256,10 +245,8 @@ def _nonnegative(basis: Array, weight: Array) -> Array:
 
 
 def certified(task: Minimisation, solved: Solved, w: Array) -> tuple[int, Certificate]:
-    """Return the index of the lowest minimum that the starts reached, and its certificate.
-
-    w: (n,). Without a minimum, it is the lowest point.
-    """
+    """Return the index of the lowest minimum that the starts reached, and its certificate. w: (n,).
+    Without a minimum, it is the lowest point."""
     is_minimum, symbols = solved.is_minimum, task.form.symbols
     order = [i for i in np.argsort(solved.value, kind="stable").tolist() if is_minimum[i]]
     best = order[0] if order else int(np.nanargmin(solved.value))

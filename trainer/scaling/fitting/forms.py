@@ -43,11 +43,9 @@ def design(form: "Form", points: Points) -> Design:
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """The form of a law. The methods of each form are documented here.
-
-    symbols: its p parameters as the source names them; columns: those of Points that it reads;
-    exponents: the q symbols that a profile grid runs over.
-    """
+    """The form of a law. The methods of each form are documented here. symbols: its p parameters as
+    the source names them; columns: those of Points that it reads; exponents: the q symbols that a
+    profile grid runs over."""
 
     name: str
     source: str
@@ -65,11 +63,9 @@ class Form(ABC):
         """Return log loss, (R, n), and its derivatives by theta, (R, p, n), at theta, (R, p)."""
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """Return the sum over runs of pull, (R, n), times the second derivatives of L over L.
-
-        These are those of m plus J J'; the sum is (R, p, p). By a complex step in the first
-        derivatives (Squire and Trapp 1998), which is exact because nothing cancels.
-        """
+        """Return the sum over runs of pull, (R, n), times the second derivatives of L over L. These
+        are those of m plus J J'; the sum is (R, p, p). By a complex step in the first derivatives
+        (Squire and Trapp 1998), which is exact because nothing cancels."""
         total = np.empty((len(theta), self.size, self.size))
         for j in range(self.size):
             aside = theta.astype(complex)
@@ -93,10 +89,8 @@ class Form(ABC):
 
     @abstractmethod
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """Return the basis, (G, K, n), and the power, (G,), at fixed exponents.
-
-        L to this power is the sum of the K basis functions times positive coefficients.
-        """
+        """Return the basis, (G, K, n), and the power, (G,), at fixed exponents. L to this power is
+        the sum of the K basis functions times positive coefficients."""
 
     @abstractmethod
     def assemble(self, grid: Array, coefficients: Array) -> Array:
@@ -111,17 +105,13 @@ class Form(ABC):
         """Return theta, (R, p), of published parameters, (R, p), for these centres."""
 
     def summands(self) -> list[tuple[int, int]]:
-        """Return the indices of each term's log coefficient and exponent, if terms add up to L.
-
-        The exponent is -1 if a term has none of its own.
-        """
+        """Return the indices of each term's log coefficient and exponent, if terms add up to L. The
+        exponent is -1 if a term has none of its own."""
         return []
 
     def vector(self, values: Mapping[str, float] | ArrayLike) -> Array:
-        """Return published parameters in the order of `symbols`, (..., p).
-
-        Raises UserError for a mapping with other names.
-        """
+        """Return published parameters in the order of `symbols`, (..., p). Raises UserError for a
+        mapping with other names."""
         if not isinstance(values, Mapping):
             return np.asarray(values, dtype=float)
         if set(values) != set(self.symbols):
@@ -130,11 +120,9 @@ class Form(ABC):
         return np.array([values[s] for s in self.symbols], dtype=float)
 
     def predict(self, values: Mapping[str, float] | ArrayLike, **columns: ArrayLike) -> Array:
-        """Return the loss of m runs, (..., m), by published parameters, (..., p).
-
-        columns: parameters=, tokens=, flops=, unique_tokens=, expansion=, as far as the law reads
-        them. Raises UserError if one is missing.
-        """
+        """Return the loss of m runs, (..., m), by published parameters, (..., p). columns:
+        parameters=, tokens=, flops=, unique_tokens=, expansion=, as far as the law reads them.
+        Raises UserError if one is missing."""
         vector = self.vector(values)
         inputs = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}
         if missing := set(self.columns) - set(inputs):
@@ -193,11 +181,9 @@ class PowerSum(Form):
         return np.log(total), jacobian
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """Return the weighted sum of second derivatives in closed form; see Form.curvature.
-
-        The log of a term is linear in theta, with gradient u, so that L, the sum of terms, has the
-        second derivatives sum(share * u u') times L.
-        """
+        """Return the weighted sum of second derivatives in closed form; see Form.curvature. The log
+        of a term is linear in theta, with gradient u, so that L, the sum of terms, has the second
+        derivatives sum(share * u u') times L."""
         total = np.zeros((len(theta), self.size, self.size))
         for term, (c, e) in zip(self.terms, self._places(), strict=True):
             drawn = jacobian[:, c] * pull

@@ -53,11 +53,9 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Law:
-    """A power law through the vertices, N*(C) = k C^a or D*(C) = k C^a.
-
-    draws: resampled log k and a, (R, 2), once by residuals of losses around the parabolas, and once
-    by residuals of vertices around the law; empty if there are too few residuals.
-    """
+    """A power law through the vertices, N*(C) = k C^a or D*(C) = k C^a. draws: resampled log k and
+    a, (R, 2), once by residuals of losses around the parabolas, and once by residuals of vertices
+    around the law; empty if there are too few residuals."""
 
     k: float
     a: float
@@ -156,10 +154,8 @@ def _grouped(points: Points, cost: Array, budgets: ArrayLike | None) -> list[tup
 
 
 def vertex(budget: float, x: Array, z: Array, loss: Array, flops: Array) -> Vertex | Refusal:
-    """Return the vertex of one budget, or the refusal.
-
-    budget: as named; x, z: log N and log D; flops: C; all but the budget: (m,).
-    """
+    """Return the vertex of one budget, or the refusal. budget: as named; x, z: log N and log D;
+    flops: C; all but the budget: (m,)."""
 
     def no(why: str) -> Refusal:
         return Refusal(budget, len(x), why)
@@ -193,12 +189,9 @@ def _parabola(x: Array, loss: Array) -> Array:
 
 
 def _redrawn(fits: Sequence[tuple[Array, Array]], count: int, rng: np.random.Generator) -> Array:
-    """Return log N* of each budget with resampled losses, (R, B).
-
-    NaN if the parabola has no vertex within the sizes; (0, B) if no budget has more than three
-    sizes. Residuals are pooled over the budgets and divided by the root of 1 - leverage (Davison
-    and Hinkley 1997, 6.9).
-    """
+    """Return log N* of each budget with resampled losses, (R, B). NaN if the parabola has no vertex
+    within the sizes; (0, B) if no budget has more than three sizes. Residuals are pooled over the
+    budgets and divided by the root of 1 - leverage (Davison and Hinkley 1997, 6.9)."""
     pool, smooth = [], []
     for x, loss in fits:
         V = np.vander(x - x.mean(), 3)

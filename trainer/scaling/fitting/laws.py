@@ -50,11 +50,9 @@ FRONTIER = PowerSum(
 
 @dataclass(frozen=True)
 class OverTraining(PowerSum):
-    """The shared-exponent law as a function of compute and of tokens per parameter, M = D / N.
-
-    L = E + (a M^eta + b M^-eta) C^-eta with C = 6 N D, so that A = a / 6^eta, B = b / 6^eta and
-    alpha = 2 eta.
-    """
+    """The shared-exponent law as a function of compute and of tokens per parameter, M = D / N. L =
+    E + (a M^eta + b M^-eta) C^-eta with C = 6 N D, so that A = a / 6^eta, B = b / 6^eta and alpha =
+    2 eta."""
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         values = super().published(theta, centre)
@@ -195,10 +193,8 @@ DATA_CONSTRAINED = DataConstrained(
 
 
 def effective_expansion(log_expansion: Array) -> Array:
-    """Return ln X of ln(expansion), (n,).
-
-    Ludziejewski et al. 2025, eq. 4 (of Clark et al. 2022, arXiv 2202.01169), over its value at 1.
-    """
+    """Return ln X of ln(expansion), (n,). Ludziejewski et al. 2025, eq. 4 (of Clark et al. 2022,
+    arXiv 2202.01169), over its value at 1."""
     rest = 1 / (1 / _START - 1 / _MOST)
     return -np.log(1 / (np.expm1(log_expansion) + rest) + 1 / _MOST) - np.log(_START)
 
@@ -216,11 +212,9 @@ class Experts(PowerSum):
     """
 
     def _features(self, at: Design) -> dict[int, list[tuple[int, Array]]]:
-        """Return the derivatives of each term's log by theta, {coefficient: [(place, (n,))]}.
-
-        They don't depend on theta. N and D are centred in the exponents alpha and beta alone, so
-        that delta and omega are as published.
-        """
+        """Return the derivatives of each term's log by theta, {coefficient: [(place, (n,))]}. They
+        don't depend on theta. N and D are centred in the exponents alpha and beta alone, so that
+        delta and omega are as published."""
         x = effective_expansion(at.logs["expansion"] + at.centre["expansion"])
         features: dict[int, list[tuple[int, Array]]] = {2: [(2, np.ones_like(x))]}
         for c, e, first, column in ((0, 3, _FIRST, "parameters"), (1, 4, _FIRST + 2, "tokens")):
@@ -289,11 +283,8 @@ FORMS: Mapping[str, Form] = {
 
 
 def allocation(form: Form, values: Mapping[str, float] | ArrayLike) -> Array:
-    """Return a of N* ~ C^a, (...), for published parameters, (..., p).
-
-    a = beta / (alpha + beta) (Hoffmann et al. 2022, eq. 4). Raises UserError for a law whose N* is
-    no power law of C.
-    """
+    """Return a of N* ~ C^a, (...), for published parameters, (..., p). a = beta / (alpha + beta)
+    (Hoffmann et al. 2022, eq. 4). Raises UserError for a law whose N* is no power law of C."""
     vector, places = form.vector(values), {"parameters": 2, "tokens": 3}
     if isinstance(form, PowerSum):
         places = {t.column: form.symbols.index(t.exponent) for t in form.terms if t.exponent}

@@ -55,11 +55,9 @@ def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Ar
 
 @dataclass
 class _Kink:
-    """The objective around theta, (1, p), for its q free parameters.
-
-    free: their mask, (p,); slope: derivatives of the fitted loss or log loss, (q, n); rest: what
-    runs that the law doesn't touch give to the gradient, (q,); pulls: its scale, (q,).
-    """
+    """The objective around theta, (1, p), for its q free parameters. free: their mask, (p,); slope:
+    derivatives of the fitted loss or log loss, (q, n); rest: what runs that the law doesn't touch
+    give to the gradient, (q,); pulls: its scale, (q,)."""
 
     here: Local
     free: Array
@@ -68,10 +66,8 @@ class _Kink:
     pulls: Array
 
     def hessian(self, task: Minimisation, theta: Array, pull: Array) -> Array:
-        """Return the Hessian of the Lagrangian, (q, q).
-
-        pull: the weight times the sign or the multiplier of each run, (n,).
-        """
+        """Return the Hessian of the Lagrangian, (q, q). pull: the weight times the sign or the
+        multiplier of each run, (n,)."""
         J = self.here.jacobian
         if self.here.scale is not None:
             pull = pull * self.here.scale[0]
@@ -93,9 +89,7 @@ def _kink(task: Minimisation, y: Array, w: Array, theta: Array, touched: Array) 
 
 def _onto_kink(task: Minimisation, y: Array, w: Array, theta: Array) -> Array:
     """Move theta, (1, p), to the optimum near it by Newton's method on the optimality conditions.
-
-    theta must be the minimum of the smoothed `task`.
-    """
+    theta must be the minimum of the smoothed `task`."""
     new = theta
     none = np.zeros(y.shape[1], dtype=bool)
     first = _kink(task, y, w, new, none)

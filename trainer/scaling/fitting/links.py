@@ -45,10 +45,8 @@ class Outcomes(Points):
 
 @dataclass(frozen=True)
 class Sigmoid(Form):
-    """The sigmoid, in theta: log floor, L_0, k and log accuracy at no loss.
-
-    L_0 and k are relative to the losses' geometric mean.
-    """
+    """The sigmoid, in theta: log floor, L_0, k and log accuracy at no loss. L_0 and k are relative
+    to the losses' geometric mean."""
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
         floor, top = np.exp(theta[:, 0, None]), np.exp(theta[:, 3, None])
@@ -93,10 +91,8 @@ def _share(z: Any) -> Any:
 
 @dataclass(frozen=True)
 class SigmoidToOne(Sigmoid):
-    """The sigmoid that ends at 1, in theta: log floor, L_0 and k.
-
-    chance: the accuracy at the floor, if it is held; theta is L_0 and k then.
-    """
+    """The sigmoid that ends at 1, in theta: log floor, L_0 and k. chance: the accuracy at the
+    floor, if it is held; theta is L_0 and k then."""
 
     chance: float | None = None
 
@@ -138,10 +134,8 @@ class SigmoidToOne(Sigmoid):
 
 
 class FlooredForm(Form):
-    """A metric that is a floor plus exp(log k + rate z), where z is a function of the loss.
-
-    theta: `SIGN` times the log of the floor, log k where z is 0, and the rate.
-    """
+    """A metric that is a floor plus exp(log k + rate z), where z is a function of the loss. theta:
+    `SIGN` times the log of the floor, log k where z is 0, and the rate."""
 
     SIGN: ClassVar[float] = 1.0
 

@@ -68,10 +68,8 @@ def join(parts: list[Solved]) -> Solved:
 
 @dataclass(frozen=True)
 class Minimisation:
-    """What all replicates share.
-
-    low, high: ends of the box, (p,), equal for a fixed parameter; aim: scaled gradient to stop at.
-    """
+    """What all replicates share. low, high: ends of the box, (p,), equal for a fixed parameter;
+    aim: scaled gradient to stop at."""
 
     form: Form
     at: Design
@@ -92,10 +90,8 @@ class Minimisation:
 
 
 def solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> Solved:
-    """Return the stationary points that the starts reach.
-
-    log_loss, weight: (R, n) or (1, n); start: (R, p) or (1, p).
-    """
+    """Return the stationary points that the starts reach. log_loss, weight: (R, n) or (1, n);
+    start: (R, p) or (1, p)."""
     R = max(len(log_loss), len(weight), len(start))
     size = min(_CHUNK, max(1, _LOSSES // log_loss.shape[1]))
     spans = [slice(i, i + size) for i in range(0, R, size)]
@@ -162,9 +158,7 @@ def _step(
     task: Minimisation, w: Array, t: Array, here: Local, damping: Array, linear: Array
 ) -> tuple[Array, Array]:
     """Return the step, (R, p), and the decrease that the quadratic model predicts for it, (R,).
-
-    linear: True to take it in coefficients c and products c alpha, not in log c and alpha, (R,).
-    """
+    linear: True to take it in coefficients c and products c alpha, not in log c and alpha, (R,)."""
     frozen = task.frozen(t, here.gradient)
     values, vectors, back, _ = _whitened(task, w, t, here, frozen, linear)
     g = np.where(frozen, 0.0, here.gradient)

@@ -23,11 +23,9 @@ ROUNDING = 1e-7
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective; the default is that of Hoffmann et al. 2022 (arXiv 2203.15556), eq. 3.
-
-    delta: that of Huber's function, in units of the residual; on: "log" for residuals of log loss,
-    "loss" for those of the loss. Raises UserError for other values.
-    """
+    """An objective; the default is that of Hoffmann et al. 2022 (arXiv 2203.15556), eq. 3. delta:
+    that of Huber's function, in units of the residual; on: "log" for residuals of log loss, "loss"
+    for those of the loss. Raises UserError for other values."""
 
     delta: float = 1e-3
     on: str = "log"
@@ -102,10 +100,8 @@ class Local:
 def local(
     form: Form, at: Design, log_loss: Array, weight: Array, theta: Array, goal: Objective
 ) -> Local:
-    """Return the objective at theta, (R, p) or (1, p), if all replicates have the same.
-
-    log_loss, weight: (R, n) or (1, n); goal.delta > 0.
-    """
+    """Return the objective at theta, (R, p) or (1, p), if all replicates have the same. log_loss,
+    weight: (R, n) or (1, n); goal.delta > 0."""
     m, jacobian = form.evaluate(theta, at)
     R = max(len(log_loss), len(weight), len(theta))
     if len(theta) < R:
@@ -150,10 +146,8 @@ def curvatures(
 
 
 def scaled_gradient(gradient: Array, pulls: Array, free: Array) -> Array:
-    """Return the scaled gradient, (R,): near 1 far from a minimum, 0 at one.
-
-    It is the largest share |gradient| / pulls of the free parameters: what remains of the runs'
-    contributions after they cancel, over the sum of their sizes.
-    """
+    """Return the scaled gradient, (R,): near 1 far from a minimum, 0 at one. It is the largest
+    share |gradient| / pulls of the free parameters: what remains of the runs' contributions after
+    they cancel, over the sum of their sizes."""
     share = np.abs(gradient) / np.maximum(pulls, 1e-300)
     return np.where(free, share, 0.0).max(-1, initial=0.0)

@@ -95,12 +95,9 @@ def spent(points: Points) -> Array:
 
 
 def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
-    """Return the mask of the runs near the optimum of their budget, (n,).
-
-    These are the runs whose loss is at most 1 + `near` times the least of their budget, and the
-    best three of each budget at any distance: of small models 4 % may leave only one. If `near` is
-    None, all runs are kept.
-    """
+    """Return the mask of the runs near the optimum of their budget, (n,). These are the runs whose
+    loss is at most 1 + `near` times the least of their budget, and the best three of each budget at
+    any distance: of small models 4 % may leave only one. If `near` is None, all runs are kept."""
     mask = np.ones(len(loss), dtype=bool)
     if near is None:
         return mask

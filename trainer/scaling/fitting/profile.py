@@ -88,10 +88,8 @@ def _scale(law: Fit) -> float:
 
 
 def _end(rise: Callable[[float], float], value: float, end: float) -> float | None:
-    """Return where `rise` becomes positive between the estimate and the end of the range.
-
-    None if it doesn't. The profile is taken to rise once, from the estimate outwards.
-    """
+    """Return where `rise` becomes positive between the estimate and the end of the range. None if
+    it doesn't. The profile is taken to rise once, from the estimate outwards."""
     whole = end - value
     if whole == 0 or rise(end) <= 0:
         return None

@@ -30,11 +30,8 @@ EXCESS = 0.2  # of what a run loses off the optimum beyond that of fitted runs, 
 
 @dataclass(frozen=True)
 class CalibratedLaw:
-    """A fitted law with all that is known of its errors.
-
-    noise: standard deviation of log loss of one run; greatest: C of the most expensive run of the
-    fit.
-    """
+    """A fitted law with all that is known of its errors. noise: standard deviation of log loss of
+    one run; greatest: C of the most expensive run of the fit."""
 
     fit: Fit
     replicates: bootstrap.Replicates
@@ -58,10 +55,8 @@ class CalibratedLaw:
         return self.predicted({c: columns[c] for c in self.fit.form.columns}, flops)
 
     def predicted(self, columns: dict[str, Array], flops: Array) -> Predicted:
-        """Return the predicted log loss of m runs.
-
-        columns: what the law reads, (m,) each; flops: C of each run, (m,).
-        """
+        """Return the predicted log loss of m runs. columns: what the law reads, (m,) each; flops: C
+        of each run, (m,)."""
         return self.about(columns, flops, self.resampled(columns))
 
     def resampled(self, columns: dict[str, Array]) -> Array:
@@ -106,10 +101,8 @@ class CalibratedLaw:
 def fit_calibrated(
     form: Form, points: Points, goal: Objective, count: int, seed: int, discrepancy: Discrepancy
 ) -> CalibratedLaw:
-    """Fit a law, resample it by pairs `count` times and calibrate it.
-
-    Raises UserError if the runs don't determine the law.
-    """
+    """Fit a law, resample it by pairs `count` times and calibrate it. Raises UserError if the runs
+    don't determine the law."""
     law = fit(form, points, goal)
     return calibrate(law, bootstrap.pairs(law, count, seed), discrepancy)
 
@@ -159,10 +152,8 @@ def _per_decade(errors: Array, factors: Array, noise: float) -> float:
 def backtests(
     form: Form, points: Points, budgets: Array, goal: Objective, level: float, count: int = 200
 ) -> list[Backtest]:
-    """Return a backtest for every origin whose runs determine the law, the cheapest first.
-
-    budgets: the nominal budget of each run, (n,).
-    """
+    """Return a backtest for every origin whose runs determine the law, the cheapest first. budgets:
+    the nominal budget of each run, (n,)."""
     distinct, results = np.unique(budgets), list[Backtest]()
     for k, law in laws_of_origins(form, points, budgets, goal, count):
         later = points.take(budgets > distinct[k - 1])
@@ -179,10 +170,8 @@ def backtests(
 def laws_of_origins(
     form: Form, points: Points, budgets: Array, goal: Objective, count: int = 200
 ) -> Iterator[tuple[int, CalibratedLaw]]:
-    """Yield the number of budgets and the law of every origin whose runs determine it.
-
-    A law knows nothing beyond its origin: those before it count by their errors up to there.
-    """
+    """Yield the number of budgets and the law of every origin whose runs determine it. A law knows
+    nothing beyond its origin: those before it count by their errors up to there."""
     distinct, earlier = np.unique(budgets), list[tuple[float, CalibratedLaw]]()
     for k in range(LEAST, len(distinct)):
         known = budgets <= distinct[k - 1]

@@ -71,11 +71,9 @@ class Forecaster:
         return Predicted(np.array(center), np.array(doubt), FREEDOM)
 
     def errors(self, later: Points, budget: float) -> tuple[float, float]:
-        """Return the errors at the runs of a later budget, in deviations of this forecaster.
-
-        The first is that of the minimum. The second is the mean over runs of the error of a run
-        less that of the minimum, over the deviation of the run about its level.
-        """
+        """Return the errors at the runs of a later budget, in deviations of this forecaster. The
+        first is that of the minimum. The second is the mean over runs of the error of a run less
+        that of the minimum, over the deviation of the run about its level."""
         lowest = self.minimum(budget)
         each = self.of_runs(later.columns(("parameters", "tokens")), spent(later), budget)
         at_minimum = lowest.log_loss - np.log(later.loss.min())

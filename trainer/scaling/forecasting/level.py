@@ -40,10 +40,8 @@ _LEAST_SHARE = 1e-9  # of the last loss: a forecast stays positive
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a study's B budgets, ascending; (B,) each.
-
-    log_budgets: log C; lowest: log of the lowest loss; smooth: the mean of that and of the vertex.
-    """
+    """The levels of a study's B budgets, ascending; (B,) each. log_budgets: log C; lowest: log of
+    the lowest loss; smooth: the mean of that and of the vertex."""
 
     log_budgets: Array
     lowest: Array
@@ -66,11 +64,9 @@ def levels(points: Points, budgets: Array) -> Levels:
 
 
 def vertex(log_n: Array, log_loss: Array) -> float:
-    """Return the log loss at the vertex of one budget's parabola in log N.
-
-    It is that of the lowest run if the kept runs have fewer than four sizes, if the parabola has no
-    minimum, or if its minimum is outside their sizes.
-    """
+    """Return the log loss at the vertex of one budget's parabola in log N. It is that of the lowest
+    run if the kept runs have fewer than four sizes, if the parabola has no minimum, or if its
+    minimum is outside their sizes."""
     lowest = float(log_loss.min())
     order = np.argsort(log_loss, kind="stable")
     near = np.union1d(np.flatnonzero(log_loss <= lowest + NEAR), order[:FEWEST])

@@ -52,18 +52,14 @@ class Predictor(Protocol):
     def of_runs(
         self, columns: Mapping[str, Array], flops: Array, budget: float
     ) -> Distribution | None:
-        """Return the distributions of runs of a budget, (m,), or None.
-
-        columns: N, D and what else is known of the runs; flops: their C; (m,) each.
-        """
+        """Return the distributions of runs of a budget, (m,), or None. columns: N, D and what else
+        is known of the runs; flops: their C; (m,) each."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predicted log losses, (m,), each with Student's t about it.
-
-    deviation: the scale of t, (m,); freedom: its degrees of freedom, one number or (m,).
-    """
+    """Predicted log losses, (m,), each with Student's t about it. deviation: the scale of t, (m,);
+    freedom: its degrees of freedom, one number or (m,)."""
 
     log_loss: Array
     deviation: Array
@@ -95,10 +91,8 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """The error of a method itself beyond its runs.
-
-    per_decade: standard deviation of log loss per decade of compute; origins: number observed.
-    """
+    """The error of a method itself beyond its runs. per_decade: standard deviation of log loss per
+    decade of compute; origins: number observed."""
 
     per_decade: float = PRIOR
     origins: int = 0
@@ -109,21 +103,17 @@ class Discrepancy:
         return self.origins < BELIEF
 
     def after(self, errors: Sequence[float]) -> "Discrepancy":
-        """Return the discrepancy after origins with these errors per decade.
-
-        It is the root of the mean of the squares, the prior's included: the estimate of a variance
-        with a scaled inverse chi-squared prior (Gelman et al. 2013, section 2.6).
-        """
+        """Return the discrepancy after origins with these errors per decade. It is the root of the
+        mean of the squares, the prior's included: the estimate of a variance with a scaled inverse
+        chi-squared prior (Gelman et al. 2013, section 2.6)."""
         squares = BELIEF * PRIOR**2 + float(np.square(errors).sum())
         return Discrepancy(float(np.sqrt(squares / (BELIEF + len(errors)))), len(errors))
 
 
 @dataclass(frozen=True)
 class SimplePredictor:
-    """A simple method: the lowest loss as a function of C alone.
-
-    last: the last known budget; discrepancy: by the errors of the same method at earlier origins.
-    """
+    """A simple method: the lowest loss as a function of C alone. last: the last known budget;
+    discrepancy: by the errors of the same method at earlier origins."""
 
     loss: Callable[[float], float]
     last: float
@@ -139,11 +129,9 @@ class SimplePredictor:
 
 
 def simple_losses(flops: Array, lowest: Array) -> dict[str, Callable[[float], float]]:
-    """Return the simple methods by name: functions from a budget's C to its lowest loss.
-
-    flops, lowest: C and the lowest loss of each budget, ascending, (B,). A method for which there
-    are too few budgets is absent.
-    """
+    """Return the simple methods by name: functions from a budget's C to its lowest loss. flops,
+    lowest: C and the lowest loss of each budget, ascending, (B,). A method for which there are too
+    few budgets is absent."""
     last, methods = float(lowest[-1]), dict[str, Callable[[float], float]]()
     if len(flops) >= 2:
         x, y = np.log(flops[-2:]), np.log(lowest[-2:])
@@ -160,9 +148,7 @@ def simple_losses(flops: Array, lowest: Array) -> dict[str, Callable[[float], fl
 
 def simple_predictors(points: Points, budgets: Array) -> Iterator[tuple[int, str, SimplePredictor]]:
     """Yield the number of known budgets, the name and the simple predictor of every origin.
-
-    budgets: the nominal budget of each run, (n,).
-    """
+    budgets: the nominal budget of each run, (n,)."""
     distinct = np.unique(budgets)
     lowest = np.array([points.loss[budgets == c].min() for c in distinct])
     earlier: dict[str, list[tuple[int, Callable[[float], float]]]] = {}

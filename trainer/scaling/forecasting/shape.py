@@ -32,11 +32,9 @@ _LOW, _HIGH = [-30.0, -30, -30, 0.005, 0.005], [10.0, 10, 10, 4, 4]  # ends of t
 
 @dataclass(frozen=True)
 class Shape:
-    """A fitted form: log L = log(exp(a - alpha x) + exp(b - beta z) + exp(e)), up to a level.
-
-    x, z: log N and log D minus their means over the fitted runs, which are `centre`; theta: (a, b,
-    e, alpha, beta); per: C / (N D) of the last budget's runs, its median.
-    """
+    """A fitted form: log L = log(exp(a - alpha x) + exp(b - beta z) + exp(e)), up to a level. x, z:
+    log N and log D minus their means over the fitted runs, which are `centre`; theta: (a, b, e,
+    alpha, beta); per: C / (N D) of the last budget's runs, its median."""
 
     theta: Array
     centre: tuple[float, float]

@@ -29,11 +29,8 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a kind of study decides in its own way.
-
-    is_due: whether a draft stage can be decided; decide: makes it exact; after: runs for each exact
-    stage; extra_rates: most of a sweep.
-    """
+    """What a kind of study decides in its own way. is_due: whether a draft stage can be decided;
+    decide: makes it exact; after: runs for each exact stage; extra_rates: most of a sweep."""
 
     is_due: Callable[[Study, StudyStage], bool]
     decide: Callable[[Study, StudyStage, Log], None]
@@ -57,10 +54,8 @@ def advance(study: Study, log: Log) -> None:
 
 
 def _tune(study: Study, number: int, recipe: str, most: int, log: Log) -> None:
-    """Add learning rates to a sweep that has ended, or set those of the cells that wait for it.
-
-    An excluded run counts as no result, but as one of the `most` extra rates.
-    """
+    """Add learning rates to a sweep that has ended, or set those of the cells that wait for it. An
+    excluded run counts as no result, but as one of the `most` extra rates."""
     stage, losses = study.plan.stage(number), study.losses()
     swept = stage.sweep(recipe)
     if not {c.name for c in swept} <= set(losses):

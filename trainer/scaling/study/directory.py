@@ -161,10 +161,8 @@ class Study:
 
     def unfinished(self) -> list[Cell]:
         """Return the cells to start or resume, in the plan's order, trunks before their branches.
-
         Cells of draft stages are left out. Cells that seem to run are included: the launcher knows
-        which really do, and a recently written file may belong to a run that was killed since.
-        """
+        which really do, and a recently written file may belong to a run that was killed since."""
         exact = {s.number for s in self.plan.stages if s.exact}
         todo = ("ready", "running", "interrupted", "crashed")
         cells = [s.cell for s in self.states() if s.status in todo and s.cell.stage in exact]
@@ -249,10 +247,8 @@ def _quoted(value: Any) -> str:
 
 
 def settings(job: StudyJob, overrides: Sequence[str]) -> StudyJob:
-    """Return the settings that the study was planned with, except for what `overrides` set.
-
-    job: composed of `overrides`; it is returned itself if no study was planned.
-    """
+    """Return the settings that the study was planned with, except for what `overrides` set. job:
+    composed of `overrides`; it is returned itself if no study was planned."""
     frozen = job.folder / "study.yaml"
     if not frozen.is_file():
         return job

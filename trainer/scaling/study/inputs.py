@@ -84,11 +84,8 @@ def _print_refused(refused: list[Refused]) -> None:
 
 def read_finished(job: StudyJob) -> list[Finished]:
     """Return the finished runs of each table of the input, with `task` those that have its metric;
-    one for runs or the study's cells.
-
-    Names may be glob patterns of tables. Of several tables, one that can't be judged is left out
-    with a note. Raises UserError if none is left.
-    """
+    one for runs or the study's cells. Names may be glob patterns of tables. Of several tables, one
+    that can't be judged is left out with a note. Raises UserError if none is left."""
     paths = _tables(job.input)
     if len(paths) < 2:
         return [_finished(replace(job, input=list(map(str, paths)) or job.input))]
@@ -219,9 +216,7 @@ def read_tasks(job: StudyJob) -> list[Task]:
 
 def with_outcome(table: pd.DataFrame, job: StudyJob, where: str) -> pd.DataFrame:
     """Return records with the column `task` of the job as `outcome`; unchanged if it names none.
-
-    Raises UserError if there is no such column, or if it doesn't hold the job's metric.
-    """
+    Raises UserError if there is no such column, or if it doesn't hold the job's metric."""
     if job.task is None:
         return table
     cells = _column(_raw(table, job), job.task, where).loc[table.index]

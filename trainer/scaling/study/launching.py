@@ -49,10 +49,8 @@ class Launcher(ABC):
 
 
 def expect_within_cap(study: Study, cell: Cell, under_way: Collection[str]) -> None:
-    """Raise UserError if this cell would exceed the cap.
-
-    Cells under way count with their whole cost. The target is exempt.
-    """
+    """Raise UserError if this cell would exceed the cap. Cells under way count with their whole
+    cost. The target is exempt."""
     if cell.role == "target":
         return
     states = {s.cell.name: s for s in study.states()}

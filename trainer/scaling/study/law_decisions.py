@@ -142,11 +142,9 @@ def forecast_cells(study: Study, table: pd.DataFrame, cells: Sequence[Cell], log
 
 
 def add_target(study: Study, log: Log) -> None:
-    """Add the target as the last stage, and write its forecast.
-
-    It has the given N and D, or the best ones for its compute. Its cost does not count against the
-    cap. Raises UserError if no target is given, or if it can't be predicted.
-    """
+    """Add the target as the last stage, and write its forecast. It has the given N and D, or the
+    best ones for its compute. Its cost does not count against the cap. Raises UserError if no
+    target is given, or if it can't be predicted."""
     t, common, table = study.job.target, study.plan.common, study.table()
     if not t.is_given:
         todo = "plan the study with target.flops, or with target.parameters and target.tokens"
@@ -174,11 +172,9 @@ def add_target(study: Study, log: Log) -> None:
 
 
 def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
-    """Return N*(C), a power law through the vertices of the budgets' parabolas.
-
-    Its exponent is fitted once there are two budgets. Without a valid parabola, the best run of the
-    budget counts.
-    """
+    """Return N*(C), a power law through the vertices of the budgets' parabolas. Its exponent is
+    fitted once there are two budgets. Without a valid parabola, the best run of the budget
+    counts."""
     fitted = table[table["fitted"]]
     best = dict[float, float]()
     for budget, rows in fitted.groupby("budget"):

@@ -26,10 +26,8 @@ _TAIL = 4096  # bytes of a log file in which the last message is looked for
 
 
 class LocalLauncher(Launcher):
-    """Runs one study on this machine.
-
-    On a machine with GPUs a cell has one for each of its ranks, and no other has those meanwhile.
-    """
+    """Runs one study on this machine. On a machine with GPUs a cell has one for each of its ranks,
+    and no other has those meanwhile."""
 
     def __init__(self, study: Study, keys: LaunchKeys, log: Callable[[str], None]):
         super().__init__(study, keys, log)

@@ -25,12 +25,9 @@ MOST_CRASHES = 3  # a cell that crashed this often has failed
 
 @dataclass(frozen=True)
 class CellState:
-    """The state of a cell.
-
-    loss: validation loss of its last step, nan if it diverged; spent: FLOPs so far, including lost
-    steps (a branch: since its trunk); done: share of its steps; seconds: wall clock; why: the
-    reason if it ended without a loss.
-    """
+    """The state of a cell. loss: validation loss of its last step, nan if it diverged; spent: FLOPs
+    so far, including lost steps (a branch: since its trunk); done: share of its steps; seconds:
+    wall clock; why: the reason if it ended without a loss."""
 
     cell: Cell
     status: CellStatus
