@@ -31,17 +31,38 @@ def own_run(trained, tmp_path, monkeypatch) -> Run:
     return Run("runs/small")
 
 
-@pytest.fixture
-def forescale(capsys):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
+class CommandLine:
+    """Runs command lines in this process."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
+    def __init__(self, capsys):
+        self._capsys = capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Return the exit code, stdout and stderr of a command."""
+        self._capsys.readouterr()
         code = cli.main(list(map(str, words)))
-        out, err = capsys.readouterr()
+        out, err = self._capsys.readouterr()
         return code, out, err
 
-    return run
+    def prints(self, *words: str) -> str:
+        """Return the stdout of a command that ends with code 0."""
+        code, out, err = self(*words)
+        assert code == 0, err
+        return out
+
+    def refuses(self, *words: str) -> str:
+        """Return the stderr of a command that ends with code 2 and without a traceback. Only those
+        with notes or a list of faults print something before."""
+        code, out, err = self(*words)
+        assert (code, "Traceback" in err) == (2, False)
+        assert not out or words[0] in ("check", "doctor", "plan", "train")
+        return err
+
+
+@pytest.fixture
+def forescale(capsys):
+    """Run a command line in this process: (exit code, stdout, stderr); see CommandLine."""
+    return CommandLine(capsys)
 
 
 @pytest.fixture

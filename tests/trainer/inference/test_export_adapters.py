@@ -68,9 +68,7 @@ def test_transformers_and_peft_compute_what_the_run_does(tmp_path, forescale, mo
     assert forescale("export", run.path, f"to={whole}")[0] == 0
     assert forescale("export", origin.path, f"to={base}")[0] == 0
     words = ("export", run.path, "adapter=true", f"to={alone}", f"base={base}")
-    code, out, _ = forescale(*words)
-    assert code == 0
-    assert f"forescale export {origin.path} step=8 to={base}" in out
+    assert f"forescale export {origin.path} step=8 to={base}" in forescale.prints(*words)
     tokens, auto = torch.arange(3, 27)[None], transformers.AutoModelForCausalLM
     with torch.no_grad():
         expected = trained(tokens)
@@ -87,8 +85,7 @@ def test_half_precision_rounds_what_is_merged_and_adapters_alone(tmp_path, fores
     run, _, origin = make(tmp_path, LLAMA, "lora.rank=3")
 
     def exported(name, of, *words):
-        code, out, err = forescale("export", of.path, f"to={tmp_path / name}", *words)
-        assert code == 0, err
+        out = forescale.prints("export", of.path, f"to={tmp_path / name}", *words)
         (file,) = (tmp_path / name).glob("*.safetensors")
         return load_file(file), out
 
@@ -109,7 +106,6 @@ def test_half_precision_rounds_what_is_merged_and_adapters_alone(tmp_path, fores
 
 def test_what_has_no_adapters_is_a_sentence(tmp_path, forescale):
     run = make_run(make_dataset(tmp_path / "data"), tmp_path / "runs", "base", *LLAMA)
-    code, _, err = forescale("export", run.path, "adapter=true", f"to={tmp_path / 'there'}")
-    assert code == 2
+    err = forescale.refuses("export", run.path, "adapter=true", f"to={tmp_path / 'there'}")
     assert "adapter: base was trained without adapters; leave adapter out" in err
     assert forescale("export", run.path, "base=there")[0] == 2

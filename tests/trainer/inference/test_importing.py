@@ -98,8 +98,7 @@ def test_a_model_comes_in_and_goes_out_as_it_was(family, tmp_path, forescale):
     write(original, tmp_path / "there", max_shard_size="50KB")
     assert (tmp_path / "there/model.safetensors.index.json").exists()
     root = f"run.root={tmp_path}"
-    code, out, err = forescale("import", "hf", tmp_path / "there", "it", root)
-    assert code == 0, err
+    out = forescale.prints("import", "hf", tmp_path / "there", "it", root)
     assert type(original).__name__ in out
     with torch.no_grad():
         logits, expected = open_run(tmp_path / "it").model()(TOKENS), original(TOKENS).logits
@@ -263,8 +262,7 @@ def test_what_cant_be_carried_is_named_and_nothing_is_written(case, llama, fores
         changed("vocab_size", 200)(llama)
         name = "model.embed_tokens.weight"
         weights_with(lambda w: w.update({name: w[name][:200].clone()}))(llama)
-    code, _, err = forescale("import", "hf", llama, "it")
-    assert code == 2
+    err = forescale.refuses("import", "hf", llama, "it")
     assert message in err
     assert err.count("\n") == 1
     assert not Path("runs").exists() or not any(Path("runs").iterdir())
@@ -278,17 +276,13 @@ def test_the_words_of_the_command(llama, forescale):
         (["hf", "nowhere", "it"], "nowhere: no such directory"),
         (["hf", llama, "it", "tokeniser=x"], "tokenizer"),
     ):
-        code, _, err = forescale("import", *words)
-        assert code == 2
-        assert message in err
-    code, out, _ = forescale("import", "hf", llama, "elsewhere/it", "--json")
-    assert code == 0
+        assert message in forescale.refuses("import", *words)
+    out = forescale.prints("import", "hf", llama, "elsewhere/it", "--json")
     facts = json.loads(out)
     assert facts["path"] == "elsewhere/it"
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["parameters"] == sum(p.numel() for p in model_of("Llama").parameters())
-    code, _, err = forescale("import", "hf", llama, "elsewhere/it")
-    assert code == 2
+    err = forescale.refuses("import", "hf", llama, "elsewhere/it")
     assert "elsewhere/it: exists already" in err
 
 
@@ -306,8 +300,7 @@ def test_an_import_serves_every_verb(llama, forescale):
     assert "give data.path=DIR" in forescale("eval", "it")[2]
     assert "runs/it: imported" in forescale("status", "it")[1]
     for verb in ("train", "plan"):
-        code, _, err = forescale(verb, "it")
-        assert code == 2
+        err = forescale.refuses(verb, "it")
         assert "run.name=NEW run.from.run=runs/it run.from.load=weights" in err
 
     branch = ["run.name=new", "run.from.run=it", f"data.path={data}", "train.sequence_length=32"]
@@ -337,6 +330,4 @@ def test_a_directory_is_taken_in_place_of_a_run_and_imported_once(llama, monkeyp
 
     weights_with(lambda w: w.update({NORM: w[NORM] * 0}))(llama)
     assert open_run(llama).path.parent != run_folder.absolute()
-    code, _, err = forescale("status", llama)
-    assert code == 2
-    assert f"make one: forescale import hf {llama} NAME" in err
+    assert f"make one: forescale import hf {llama} NAME" in forescale.refuses("status", llama)

@@ -115,16 +115,13 @@ def test_eval_prints_the_table_for_a_longer_window(small_data, tmp_path, foresca
     sizes = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
     run = make_run(small_data, tmp_path / "runs", "a", *sizes)
     words = [f"sequence_length={4 * LENGTH}", "windows=3"]
-    code, plain, _ = forescale("eval", run.path, *words)
-    assert code == 0
+    plain = forescale.prints("eval", run.path, *words)
     rows = re.findall(r"^ +([\d,]+) to ([\d,]+) +[\d.]+ ± [\d.]+ +([\d,]+)$", plain, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [0, 8, 16, 32, 64]
     assert rows[-1][1] == "127"
     assert "trained in windows of 32)" in plain
-    code, scaled, _ = forescale("eval", run.path, *words, "rope_scaling=yarn")
-    assert code == 0
+    scaled = forescale.prints("eval", run.path, *words, "rope_scaling=yarn")
     assert "scaled by yarn to 4 times" in scaled
     assert "Loss by position" not in forescale("eval", run.path, "windows=3")[1]
-    code, _, err = forescale("eval", run.path, "rope_scaling=yarn")
-    assert code == 2
+    err = forescale.refuses("eval", run.path, "rope_scaling=yarn")
     assert "give sequence_length above 32" in err

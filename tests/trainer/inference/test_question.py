@@ -142,9 +142,7 @@ def test_it_continues_a_text_as_a_row_that_is_cut_before_its_last_token(started,
         row.append(model(torch.tensor([row[-LENGTH:]]))[0, -1].argmax().item())
     continuation = view.tokenizer.decode(row[first:], skip_special_tokens=True)
     words = (f"prompt='{text}'", "temperature=0", f"num_tokens={LENGTH // 2}")
-    code, out, _ = forescale("generate", started.path, *words)
-    assert code == 0
-    assert out == text + continuation + "\n"
+    assert forescale.prints("generate", started.path, *words) == text + continuation + "\n"
 
 
 def test_an_answer_is_no_longer_than_in_training(started, forescale):
@@ -225,8 +223,7 @@ def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(
     assert (code, err.count("\n")) == (2, 1)
     assert "was trained with objective=own, and continues no text" in err
     assert forescale("eval", path, "trust=true")[0] == 0
-    code, _, err = forescale("eval", path, "trust=true", "sequence_length=64")
-    assert code == 2
+    err = forescale.refuses("eval", path, "trust=true", "sequence_length=64")
     assert "rows of own have the length of the training" in err
 
 

@@ -70,11 +70,9 @@ def test_pieces_add_up_to_the_text_and_a_subject_is_found(tokenizer):
 
 
 def test_the_command_writes_a_page(own_run, forescale):
-    code, out, _ = forescale("inspect", "small", "text=def main(x):", "subject=main")
-    assert code == 0
+    out = forescale.prints("inspect", "small", "text=def main(x):", "subject=main")
     assert re.match(r"small-8-inspect\.html: \d+ tokens of the text, \d\.\d+ nats a token", out)
-    code, out, _ = forescale("inspect", "small", "tokens=9", "--json")
-    assert code == 0
+    out = forescale.prints("inspect", "small", "tokens=9", "--json")
     assert len(json.loads(out)["tokens"]) == 9
 
 
@@ -88,9 +86,7 @@ def test_the_command_writes_a_page(own_run, forescale):
     ],
 )
 def test_a_mistake_is_one_sentence(own_run, forescale, words, message, tmp_path):
-    code, out, err = forescale("inspect", "small", *words)
-    assert (code, out) == (2, "")
-    assert message in err
+    assert message in forescale.refuses("inspect", "small", *words)
     assert not [*tmp_path.glob("*.html")]
 
 

@@ -46,12 +46,9 @@ def typed(monkeypatch, raw: bytes) -> None:
 
 def test_a_message_is_answered_after_the_prompt_of_the_template(chat, forescale):
     prompt = plain_template().prompt(messages("1?"))
-    code, whole, _ = forescale("generate", chat.path, f"prompt='{prompt}'", *WORDS)
-    assert code == 0
-    assert forescale("generate", chat.path, "prompt=1?", "--chat", *WORDS)[:2] == (
-        0,
-        whole.removeprefix(prompt),
-    )
+    whole = forescale.prints("generate", chat.path, f"prompt='{prompt}'", *WORDS)
+    answer = forescale.prints("generate", chat.path, "prompt=1?", "--chat", *WORDS)
+    assert answer == whole.removeprefix(prompt)
 
 
 def test_lines_are_a_conversation_until_an_empty_one(chat, forescale, monkeypatch):
@@ -97,11 +94,9 @@ def test_export_writes_it_for_transformers(chat, forescale, tmp_path):
 
 
 def test_a_template_without_a_chat_is_a_sentence(chat, forescale):
-    code, _, err = forescale("generate", chat.path, "template=none.jinja")
-    assert code == 2
+    err = forescale.refuses("generate", chat.path, "template=none.jinja")
     assert "template: writes conversations, and chat is false; add --chat" in err
-    code, _, err = forescale("generate", chat.path, "template=none.jinja", "--chat")
-    assert code == 2
+    err = forescale.refuses("generate", chat.path, "template=none.jinja", "--chat")
     assert "none.jinja: no such file" in err
 
 

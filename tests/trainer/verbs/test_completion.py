@@ -86,9 +86,7 @@ def test_completing_imports_no_torch_and_composes_nothing():
 
 def test_the_shell_must_be_named(forescale):
     assert forescale("completion")[0] == 2
-    code, _, err = forescale("completion", "tcsh")
-    assert code == 2
-    assert "is not one of" in err
+    assert "is not one of" in forescale.refuses("completion", "tcsh")
 
 
 LINES = [

@@ -56,8 +56,7 @@ def test_adapters_have_a_rate_and_an_optimizer_of_their_own(make, origin, tmp_pa
     assert config.optimizer.kind == "adamw"
     assert config.optimizer.weight_decay == 0
     assert config.optimizer.learning_rate == pytest.approx(rate / 1.5, rel=0.01)
-    code, out, _ = forescale("plan", tmp_path / "lora")
-    assert code == 0
+    out = forescale.prints("plan", tmp_path / "lora")
     inside = num_adapters(config.model, 4, [])
     assert f"trained adapters {inside / 1000:.4g}" in out
 
@@ -86,9 +85,7 @@ def test_the_dataset_has_the_tokenizer_and_plan_reads_it(make, origin, tmp_path,
     assert run.path.joinpath("tokenizer.json").read_bytes() == origin.tokenizer.read_bytes()
     dataset = open_dataset(run.config.data.path)
     assert dataset.split("train").num_documents == 57
-    code, out, _ = forescale("plan", run.path)
-    assert code == 0
-    assert "tokens read, 3.0" in out
+    assert "tokens read, 3.0" in forescale.prints("plan", run.path)
 
 
 def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale, origin):
@@ -128,6 +125,4 @@ def test_what_can_not_be_is_a_sentence(make, words, problem):
 
 def test_a_run_that_is_none_is_a_sentence(make, forescale):
     assert make(start="nobody")[0] == 2
-    code, _, err = forescale("finetune")
-    assert code == 2
-    assert "write forescale finetune FROM data=FILE.jsonl" in err
+    assert "write forescale finetune FROM data=FILE.jsonl" in forescale.refuses("finetune")

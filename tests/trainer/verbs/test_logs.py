@@ -34,8 +34,7 @@ def run(small_data, tmp_path, monkeypatch) -> Run:
 def test_a_failed_attempt_shows_the_end_of_the_first_failed_ranks_log(run, forescale):
     path = run.attempts()[-1].path
     outcome.record_end(path, 1, "rank 1 ended with ValueError: nine", 1)
-    code, out, _ = forescale("logs", "small", "lines=3")
-    assert code == 0
+    out = forescale.prints("logs", "small", "lines=3")
     assert out.splitlines() == [
         f"== {path}/rank-0.log",
         *["step 97", "step 98", "step 99"],

@@ -54,21 +54,18 @@ def test_eval_scores_each_target_of_the_split_with_its_end(run, data, forescale)
         logits = model(torch.tensor(row), padding_mask_BL=mask[None])[0]
         nats += F.cross_entropy(logits, torch.tensor(expected), reduction="sum").item()
         targets, size = targets + len(expected), size + len(target)
-    code, out, _ = forescale("eval", run.path, "micro_batch=3")
-    assert code == 0
+    out = forescale.prints("eval", run.path, "micro_batch=3")
     assert re.search(rf"tokens of answers +{targets}\n", out)
     assert re.search(rf"bytes +{size}\n", out)
     assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
     bits = float(re.search(r"bits per byte +([\d.]+)", out)[1])
     assert bits == pytest.approx(nats / math.log(2) / size, abs=1e-4)
-    code, out, _ = forescale("eval", run.path, "windows=3", "split=train")
-    assert code == 0
+    out = forescale.prints("eval", run.path, "windows=3", "split=train")
     assert re.search("Note: " + LEFT_OUT, out)
 
 
 def test_check_replays_the_pairs_and_names_what_was_left_out(run, forescale):
-    code, out, _ = forescale("check", run.path)
-    assert code == 0
+    out = forescale.prints("check", run.path)
     assert "each step's tokens are those in the shards" in out
     assert re.search("Note: data: " + LEFT_OUT, out)
 
@@ -77,9 +74,7 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
     cache = tmp_path / "cache"
     words = [f"data.path={data}", f"data.cache={cache}", *MODEL, *KIND, *SHAPE]
     words += ["train.steps=100", "train.global_batch=8"]
-    code, printed, _ = forescale("plan", *words, "--json")
-    assert code == 0
-    plan = json.loads(printed)
+    plan = json.loads(forescale.prints("plan", *words, "--json"))
     assert not cache.exists()
     job = compose(TrainJob, words)
     sources = open_sources(job.data)
@@ -107,8 +102,7 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
 def test_plan_names_columns_what_are_no_tokens_of_the_data(data, forescale, words, unit):
     """Rows of pairs hold padding, which is not read from the data."""
     options = [f"data.path={data}", *words, "train.steps=100", "train.global_batch=8"]
-    code, out, _ = forescale("plan", *options)
-    assert code == 0
+    out = forescale.prints("plan", *options)
     assert f"100 steps of 112 {unit}: 8 windows of 14" in out
     assert f"11.2 K {unit} in total" in out
     assert re.search(r"data: [\d.]+ K tokens, [\d.]+ K tokens read, [\d.]+ epochs", out)
@@ -181,8 +175,7 @@ def test_a_separator_that_the_only_document_lacks_is_shown_as_one_types_it(
 def test_the_columns_of_a_source_that_are_not_the_objective_s_are_refused(data, forescale):
     """The advice is no objective that the job has."""
     words = ["plan", f"data.path={data}", *MODEL, *KIND, *SHAPE, "model.source_length=5"]
-    code, _, err = forescale(*words)
-    assert code == 2
+    err = forescale.refuses(*words)
     problem = "5 is given, and the source of objective pairs has 6 columns; leave it out"
     assert f"model.source_length: {problem}" in err
     assert "objective=" not in err

@@ -49,8 +49,7 @@ def test_after_a_fine_tuning_the_rate_is_a_fortieth_of_its_own(origin):
 
 def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
     make("run.name=planned", "train.micro_batch=2", "train.global_batch=4")
-    code, out, _ = forescale("plan", tmp_path / "planned")
-    assert code == 0
+    out = forescale.prints("plan", tmp_path / "planned")
     assert "15 steps of 1,024 columns: 4 windows of 2 x 128, 2 x 2 per rank" in out
     assert "the reference reads before the first step 60 windows" in out
 
@@ -85,14 +84,12 @@ def test_a_dataset_of_examples_is_no_dataset_of_preferences(make, tmp_path, fore
     path = open_run(tmp_path / "examples").config.data.path
     words = (f"run.from.run={origin.path}", "run.from.load=weights", f"data.path={path}")
     options = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective=preferences")
-    code, _, err = forescale("plan", "train", *words, *options)
-    assert code == 2
+    err = forescale.refuses("plan", "train", *words, *options)
     assert "holds examples, which objective=preferences doesn't read" in err
 
 
 def test_without_a_run_to_go_on_from_there_is_no_reference(forescale, tmp_path):
-    code, _, err = forescale("train", "objective=preferences", f"run.root={tmp_path}")
-    assert code == 2
+    err = forescale.refuses("train", "objective=preferences", f"run.root={tmp_path}")
     assert "run.from.run: preferences are learned beside a reference" in err
 
 
@@ -115,7 +112,6 @@ def test_a_run_begins_with_log_2_and_learns_to_prefer(make, tmp_path, forescale)
     (score,) = run.evaluate(split="train").values()
     assert score.accuracy == 1
     assert score.loss < 0.5
-    code, out, _ = forescale("eval", run.path, "split=train")
-    assert code == 0
+    out = forescale.prints("eval", run.path, "split=train")
     assert "accuracy     1.0000 (90 % interval 0.95" in out
     assert "preferences  60" in out

@@ -47,9 +47,7 @@ def test_a_directory_that_is_where_it_was_changes_nothing(own_run, monkeypatch):
     ],
 )
 def test_frozen_takes_one_run_and_nothing_else(own_run, forescale, words, message):
-    code, _, err = forescale("train", *words)
-    assert code == 2
-    assert message in err
+    assert message in forescale.refuses("train", *words)
 
 
 def test_a_frozen_class_of_the_user_needs_trust(own_run, forescale):
@@ -57,8 +55,7 @@ def test_a_frozen_class_of_the_user_needs_trust(own_run, forescale):
     head, _, rest = config.partition("model:\n")
     rest = rest[rest.index("\ndata:") :]
     own_run.config.write_text(f"{head}model:\n  _target_: somewhere.Net{rest}")
-    code, _, err = forescale("train", "runs/small", "--frozen")
-    assert code == 2
+    err = forescale.refuses("train", "runs/small", "--frozen")
     assert "add trust=true if you trust this file" in err
 
 
@@ -77,8 +74,7 @@ def test_fp8_is_refused_before_a_file_is_written(
     monkeypatch.setattr(hardware, "capability", lambda: gpu)
     monkeypatch.setattr(hardware, "find_spec", lambda name: name)
     job = ["data=dataset", f"data.path={small_data}", "train.steps=2", "precision=bf16"]
-    code, _, err = forescale("train", *job, "precision.fp8=tensorwise", *words)
-    assert code == 2
+    err = forescale.refuses("train", *job, "precision.fp8=tensorwise", *words)
     assert err.startswith("forescale: precision.fp8=tensorwise: ")
     assert says in err
     assert err.count("\n") == 1
