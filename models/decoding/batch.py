@@ -17,14 +17,127 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forescale.models.decoding.cache import Cache
-from forescale.models.decoding.choice import Choice
+from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
+
+Draw = torch.Generator | Sequence[torch.Generator] | None
+
+
+def generate(
+    model: nn.Module,
+    tokens_BL: Tensor,
+    num_tokens: int,
+    sampler: Sampler = Sampler(),  # noqa: B008 - it is frozen
+    generator: Draw = None,
+    max_context: int | None = None,
+    padding_mask_BL: Tensor | None = None,
+    source_BS: Tensor | None = None,
+    source_mask_BS: Tensor | None = None,
+) -> Tensor:
+    """Continue each row by num_tokens sampled tokens, an encoder-decoder's at most until it has
+    read max_context tokens: (B, L) int64 -> (B, L + num_tokens).
+
+    Args: `model` maps tokens (B, L) to logits (B, L, V); `generator` makes it repeatable: one for
+    all rows, or one for each; `max_context`: maximum number of tokens that the model sees (default:
+    the model's max_sequence_length, if any); padding_mask (B, L): False at padding, on the left;
+    source (B, S): what the encoder of an encoder-decoder reads, and source_mask (B, S), False at
+    its padding, on either side. The model runs in eval mode; its mode is restored at the end.
+    Raises ValueError for an empty prompt, or a mask or source that is missing or that the model
+    doesn't take, and FloatingPointError if no probabilities follow from the logits, such as of NaN.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        choice = Choice([sampler] * len(tokens_BL), generator)
+        inputs = padding_mask_BL, source_BS, source_mask_BS, num_tokens
+        batch = Batch(model, tokens_BL, choice, max_context, *inputs)
+        for _ in range(num_tokens):
+            if batch.step() is None:
+                break
+        return batch.tokens.clone()  # outside of inference mode: a loss may read them
+    finally:
+        model.train(was_training)
+
+
+class Choice:
+    """How rows choose their tokens: each by its own rules and its own random numbers.
+
+    samplers: of each row; generator: one for all rows, or one for each; None: torch's own.
+    Invariant: what a row draws depends on no other row, where each has a generator.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler], generator: Draw = None):
+        self.samplers, self.generator = [*samplers], generator
+        self._held: Tensor | None = None  # (B, V): which tokens a row holds; None: not counted yet
+        self._groups = _grouped(self.samplers)
+
+    def next_tokens(self, logits_BV: Tensor, tokens_BS: Tensor, real_BS: Tensor | None) -> Tensor:
+        """Return the next token of each row, (B, 1) int64. tokens: those of the rows; real: False
+        at padding."""
+        held_BV = drawn_B1 = None
+        if any(sampler.reads_row for sampler in self._groups):
+            if self._held is None:
+                real = torch.ones_like(tokens_BS) if real_BS is None else real_BS.long()
+                counts = torch.zeros_like(logits_BV, dtype=torch.long)
+                self._held = counts.scatter_add_(1, tokens_BS, real) > 0
+            held_BV = self._held
+        if any(sampler.draws for sampler in self._groups):
+            drawn_B1 = self._drawn(logits_BV)
+        if len(self._groups) == 1:
+            next_B1 = self.samplers[0].choose(logits_BV, drawn_B1, held_BV)
+        else:
+            next_B1 = tokens_BS.new_empty(len(tokens_BS), 1)
+            for sampler, numbers in self._groups.items():
+                rows = torch.tensor(numbers, device=logits_BV.device)
+                options = [None if x is None else x[rows] for x in (drawn_B1, held_BV)]
+                next_B1[rows] = sampler.choose(logits_BV[rows], *options)
+        if held_BV is not None:
+            held_BV.scatter_(1, next_B1, True)
+        return next_B1
+
+    def keep(self, going: Tensor) -> None:
+        """Drop all rows but these, (R,) int64, and go on in their order."""
+        rows = going.tolist()
+        self.samplers = [self.samplers[i] for i in rows]
+        self._groups = _grouped(self.samplers)
+        self._held = None if self._held is None else self._held[going]
+        if isinstance(self.generator, Sequence):
+            self.generator = [self.generator[i] for i in rows]
+
+    def join(self, other: "Choice") -> None:
+        """Add the rows of another; in both each row has a generator."""
+        assert isinstance(self.generator, Sequence)
+        assert isinstance(other.generator, Sequence)
+        self.generator = [*self.generator, *other.generator]
+        self.samplers += other.samplers
+        self._groups, self._held = _grouped(self.samplers), None
+
+    def _drawn(self, logits_BV: Tensor) -> Tensor:
+        """Return a number of each row from 0 to below 1, (B, 1) fp64 where the logits are."""
+        if isinstance(self.generator, Sequence):
+            parts = [
+                torch.rand(1, dtype=torch.float64, generator=g, device=g.device)
+                for g in self.generator
+            ]
+            return torch.stack(parts).to(logits_BV.device)
+        where = logits_BV.device if self.generator is None else self.generator.device
+        size = (len(logits_BV), 1)
+        drawn = torch.rand(size, dtype=torch.float64, generator=self.generator, device=where)
+        return drawn.to(logits_BV.device)
+
+
+def _grouped(samplers: Sequence[Sampler]) -> dict[Sampler, list[int]]:
+    """Return the rows of each sampler."""
+    groups: dict[Sampler, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        groups.setdefault(sampler, []).append(row)
+    return groups
 
 
 class Batch:
     """The tokens of all rows (B, S), which of them are real, and what the model keeps of them.
 
-    Arguments and errors: see generate.py; num_tokens: for so many a cache makes room at once. The
+    Arguments and errors: see `generate`; num_tokens: for so many a cache makes room at once. The
     model is in eval mode.
     """
 
@@ -48,7 +161,15 @@ class Batch:
         self.model, self.choice, self.longest = model, choice, max_context
         self.tokens = self.unread = tokens_BL
         self.real = self.unread_real = None if padding_mask_BL is None else padding_mask_BL.bool()
-        self.cache = _cache_of(model, source_BS, source_mask_BS)
+        self.cache: Cache | None = None
+        if source_BS is not None:
+            if not isinstance(model, Transformer):
+                problem = "only forescale's own model takes a source"
+                raise ValueError(f"{problem}; give it in the tokens.")
+            with torch.inference_mode():
+                self.cache = model.encode(source_BS, source_mask_BS)
+        elif isinstance(model, Transformer):
+            self.cache = model.new_cache()
         if self.cache is not None:
             columns = tokens_BL.shape[1] + num_tokens
             self.cache.reserve(columns if max_context is None else min(columns, max_context))
@@ -83,8 +204,17 @@ class Batch:
         self.real = None if self.real is None else self.real[going]
         if self.cache is not None:
             self.cache.keep(going)
-        if self.real is not None and self.unread_real is None and len(going):
-            self._drop_padding(self.real)
+        if self.real is None or self.unread_real is not None or len(going) == 0:
+            return
+        # Drop the first columns where they are padding in all rows.
+        count = int(self.real.any(0).long().argmax())
+        self.tokens, self.real = self.tokens[:, count:], self.real[:, count:]
+        if self.cache is not None:
+            self.cache.drop_first(count)
+        if self.real.all():
+            self.real = None
+            if self.cache is not None:
+                self.cache.real = None
 
     @property
     def has_source(self) -> bool:
@@ -138,17 +268,6 @@ class Batch:
         self.unread = torch.cat((self.unread, other.unread))
         self.choice.join(other.choice)
 
-    def _drop_padding(self, real_BS: Tensor) -> None:
-        """Drop the first columns where they are padding in all rows."""
-        count = int(real_BS.any(0).long().argmax())
-        self.tokens, self.real = self.tokens[:, count:], real_BS[:, count:]
-        if self.cache is not None:
-            self.cache.drop_first(count)
-        if self.real.all():
-            self.real = None
-            if self.cache is not None:
-                self.cache.real = None
-
     def _logits(self) -> Tensor | None:
         """Return the logits of the next token, (B, V) fp32; None if the model can read no more."""
         if self.cache is not None and self._fits:
@@ -172,17 +291,3 @@ def _stacked(parts: list[Tensor], pads: list[int]) -> Tensor:
     """Return the rows of all parts, each padded by 0 on the left by so many columns."""
     padded = [F.pad(part, (pad, 0)) for part, pad in zip(parts, pads, strict=True)]
     return torch.cat(padded)
-
-
-def _cache_of(
-    model: nn.Module, source_BS: Tensor | None, source_mask_BS: Tensor | None
-) -> Cache | None:
-    """Return the cache of rows of which nothing is read but the source; None: there is none."""
-    if not isinstance(model, Transformer):
-        if source_BS is not None:
-            raise ValueError("only forescale's own model takes a source; give it in the tokens.")
-        return None
-    if source_BS is None:
-        return model.new_cache()
-    with torch.inference_mode():
-        return model.encode(source_BS, source_mask_BS)

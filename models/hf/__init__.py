@@ -9,16 +9,15 @@ Their configs have no place for the multipliers of mup and completep, which go i
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
-from forescale.models.hf import experts
 from forescale.models.hf.config_json import config_to_hf
-from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE, module_names
-from forescale.models.hf.pieces import FUSED, config_of, is_gpt2_matrix, joined, pieces_of
+from forescale.models.hf.families import FAMILIES
+from forescale.models.hf.pieces import config_of, exported, joined, pieces_of
 from forescale.models.parametrization import folds
 from forescale.models.part import Part
 
@@ -78,44 +77,11 @@ def to_hf(
     Args: `config`, and the state_dict of its Transformer. Special tokens are left None: the caller
     knows the tokenizer. Raises ValueError where no architecture fits.
     """
-    config = config.resolved()
+    config = replace(config.resolved(), mtp_layers=0)  # they serve training alone
     family = family_of(config)
     dtype = str(state[next(iter(state))].dtype).removeprefix("torch.")
-    folded = _Folded(state, folds(config))  # without what serves training alone
-    return config_to_hf(family, config) | {"dtype": dtype}, _renamed(family, config, folded)
-
-
-class _Folded(Mapping[str, Tensor]):
-    """`state`, with each tensor multiplied by its factor, if any, when it is read."""
-
-    def __init__(self, state: Mapping[str, Tensor], by: dict[str, float]):
-        self._state, self._by = state, by
-        self._names = [name for name in state if not name.startswith("mtp.")]
-
-    def __getitem__(self, name: str) -> Tensor:
-        by, tensor = self._by.get(name, 1.0), self._state[name]
-        return tensor if by == 1.0 else tensor * by
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _renamed(
-    family: str, config: ModelConfig, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    names = module_names(family, config)
-    for name, tensor in _FORMS.get(family, _items)(state):
-        module, leaf = name.rsplit(".", 1)
-        if family in GAINS_BESIDE_ONE and module.endswith("norm"):
-            tensor = tensor - 1
-        yield f"{names[module]}.{leaf}", tensor
-
-
-def _items(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, state[name]) for name in state)
+    weights = exported(family, config, state, folds(config))
+    return config_to_hf(family, config) | {"dtype": dtype}, weights
 
 
 def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, State]:
@@ -132,18 +98,3 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
     for piece in pieces:
         state.setdefault(piece.name, []).append(piece.taken(hf_state[piece.source]))
     return config, {name: joined(parts) for name, parts in state.items()}
-
-
-def _fused(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights in GPT-2's format: matrices (in, out); query, key and value in one."""
-    for name in state:
-        if ".key." in name or ".value." in name:
-            continue
-        tensor = state[name]
-        if ".query." in name:
-            parts = [state[name.replace(".query.", f".{part}.")] for part in FUSED[1:]]
-            name, tensor = name.replace(".query.", ".qkv."), torch.cat([tensor, *parts])
-        yield name, tensor.T.contiguous() if is_gpt2_matrix(name, tensor.dim()) else tensor
-
-
-_FORMS = {"gpt2": _fused} | dict.fromkeys(experts.FITS, experts.unstacked)

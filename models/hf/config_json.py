@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from forescale.models.config import ModelConfig
-from forescale.models.hf import experts
 from forescale.models.hf.families import FAMILIES
 from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require
 
@@ -25,6 +24,20 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "gpt2": {"tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 32},
 }
+# Their keys of sizes, and our fields.
+_SIZES = {
+    "hidden_size": "width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "mlp_width",
+}
+_GPT2_SIZES = {
+    "n_positions": "max_sequence_length",
+    "n_embd": "width",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+}
 
 
 def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
@@ -40,10 +53,7 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
     }
     if family == "gpt2":
         return shared | {
-            "n_positions": c.max_sequence_length,
-            "n_embd": c.width,
-            "n_layer": c.num_layers,
-            "n_head": c.num_heads,
+            **{key: getattr(c, name) for key, name in _GPT2_SIZES.items()},
             # As they write it.
             "n_inner": None if c.mlp_width == 4 * c.sizes.width else c.mlp_width,
             "activation_function": "gelu_new",
@@ -56,26 +66,20 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
         shared
         | positions_to_hf(c)
         | {
-            "hidden_size": c.width,
-            "num_hidden_layers": c.num_layers,
-            "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads,
+            **{key: getattr(c, name) for key, name in _SIZES.items()},
             "head_dim": c.sizes.head_dim,
-            "intermediate_size": c.mlp_width,
             "hidden_act": _activation(c),
             "rms_norm_eps": c.norm.eps,
             "attention_bias": c.bias,
             "mlp_bias": c.bias,
         }
-        | experts.experts_to_hf(family, c)
+        | _experts_to_hf(family, c)
     )
-    return keys | _gemma_config(c, keys) if family == "gemma3_text" else keys
-
-
-def _gemma_config(c: ModelConfig, keys: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys that only Gemma 3 has; its positions are given for each kind of layer."""
+    if family != "gemma3_text":
+        return keys
+    # Its positions are of each kind of layer.
     kinds = ("full_attention", "sliding_attention")
-    return {
+    return keys | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": c.sizes.head_dim,
         "final_logit_softcapping": c.head.softcap or None,
@@ -87,20 +91,6 @@ def _gemma_config(c: ModelConfig, keys: dict[str, Any]) -> dict[str, Any]:
 
 def _activation(c: ModelConfig) -> str:
     return {"relu2": "relu2", "geglu": "gelu_pytorch_tanh"}.get(c.mlp.kind, "silu")
-
-
-def _from_gemma(base: ModelConfig, hf: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the config with what only Gemma 3 has, and theirs with the keys that Llama has."""
-    require(bool(hf.get("layer_types")), "layer_types", None)
-    only(hf, "attn_logit_softcapping", 0)
-    only(hf, "use_bidirectional_attention", False)
-    scalar = hf.get("query_pre_attn_scalar", 256)
-    require(scalar == hf["head_dim"], "query_pre_attn_scalar", scalar)
-    softcap = float(hf.get("final_logit_softcapping") or 0)
-    base = replace(base, head=replace(base.head, softcap=softcap))
-    rope = (hf.get("rope_parameters") or {}).get("full_attention")
-    act = hf.get("hidden_activation", "gelu_pytorch_tanh")
-    return base, hf | {"rope_parameters": rope, "hidden_act": act}
 
 
 def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
@@ -116,7 +106,16 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     if family == "gpt2":
         return _from_gpt2(base, hf)
     if family == "gemma3_text":
-        base, hf = _from_gemma(base, hf)
+        require(bool(hf.get("layer_types")), "layer_types", None)
+        only(hf, "attn_logit_softcapping", 0)
+        only(hf, "use_bidirectional_attention", False)
+        scalar = hf.get("query_pre_attn_scalar", 256)
+        require(scalar == hf["head_dim"], "query_pre_attn_scalar", scalar)
+        softcap = float(hf.get("final_logit_softcapping") or 0)
+        base = replace(base, head=replace(base.head, softcap=softcap))
+        rope = (hf.get("rope_parameters") or {}).get("full_attention")
+        act = hf.get("hidden_activation", "gelu_pytorch_tanh")
+        hf = hf | {"rope_parameters": rope, "hidden_act": act}
     only(hf, "hidden_act", _activation(base))
     only(hf, "use_sliding_window", False)
     only(hf, "attention_dropout", 0)
@@ -125,16 +124,13 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
     require(bias == bool(hf.get("mlp_bias", False)), "attention_bias", bias)
     require(not (bias and "bias" in fits), "attention_bias", bias)
-    sizes = {
-        "num_layers": hf["num_hidden_layers"],
-        "width": width,
-        "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "mlp_width": hf["intermediate_size"],
+    hf = hf | {"num_key_value_heads": hf.get("num_key_value_heads") or heads}
+    sizes = {name: hf[key] for key, name in _SIZES.items()}
+    sizes |= {
         "norm": replace(base.norm, eps=hf.get("rms_norm_eps", 1e-6)),
         "head_dim": per_head if per_head * heads != width else None,
     }
-    sizes |= positions_from_hf(hf) | experts.experts_from_hf(family, hf)
+    sizes |= positions_from_hf(hf) | _experts_from_hf(family, hf)
     return replace(base, bias=bias, **sizes).resolved()
 
 
@@ -161,11 +157,56 @@ def _from_gpt2(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
         require(hf.get(name, 0.1) == dropout, f"{name} beside resid_pdrop", hf.get(name, 0.1))
     return replace(
         base,
-        num_layers=hf["n_layer"],
-        width=hf["n_embd"],
-        num_heads=hf["n_head"],
+        **{name: hf[key] for key, name in _GPT2_SIZES.items()},
         mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
-        max_sequence_length=hf["n_positions"],
         norm=replace(base.norm, eps=hf.get("layer_norm_epsilon", 1e-5)),
         dropout=dropout,
     ).resolved()
+
+
+def _experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of experts in config.json; none for a family without."""
+    experts = c.experts
+    if experts is None:
+        return {}
+    if family == "mixtral":
+        return {
+            "num_local_experts": experts.experts,
+            "num_experts_per_tok": experts.top_k,
+            "intermediate_size": experts.width(c),
+            "sliding_window": None,
+        }
+    return {
+        "num_experts": experts.experts,
+        "num_experts_per_tok": experts.top_k,
+        "moe_intermediate_size": experts.width(c),
+        "norm_topk_prob": experts.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(experts.dense_layers)),
+    }
+
+
+def _experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the block of experts and its fields: the inverse of _experts_to_hf.
+
+    mlp_width, which Mixtral has no place for and does not use, follows the rule for expert_width.
+    Raises ValueError for a variant that we don't compute.
+    """
+    if FAMILIES[family].fits["mlp"] != "moe":
+        return {}
+    top_k = hf.get("num_experts_per_tok", 2 if family == "mixtral" else 8)
+    number = hf.get("num_experts", hf.get("num_local_experts", 8 if family == "mixtral" else 128))
+    block: dict[str, Any] = {"kind": "moe", "experts": number, "top_k": top_k}
+    if family == "mixtral":
+        only(hf, "sliding_window")
+        width = hf["intermediate_size"]
+        return {"mlp": block | {"expert_width": width}, "mlp_width": top_k * width}
+    dense = list(hf.get("mlp_only_layers") or [])
+    only(hf, "decoder_sparse_step", 1)
+    require(dense == list(range(len(dense))), "mlp_only_layers", dense)
+    block |= {
+        "expert_width": hf["moe_intermediate_size"],
+        "renormalise": hf.get("norm_topk_prob", False),
+        "dense_layers": len(dense),
+    }
+    return {"mlp": block}

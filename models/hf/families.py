@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from forescale.models.config import ModelConfig
-from forescale.models.hf import experts
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ _PLAIN = {
     "scale_embedding": False,
 }
 _ROTARY = _PLAIN | {"position": "rotary", "position.fraction": 1.0, "norm": "rmsnorm"}
+_EXPERTS = {"mlp": "moe", "bias": False, "mlp.scores": "softmax", "mlp.shared": 0}
 _POST_NORMS = {"mixer_post_norm": "post_attention_layernorm"}
 _POST_NORMS |= {"mlp_post_norm": "post_feedforward_layernorm"}
 
@@ -102,8 +102,12 @@ FAMILIES = {
         _GATE | _QK_NORM | _POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm"},
         without=("head.softcap",),
     ),
-    "mixtral": _llama_like("MixtralForCausalLM", experts.FITS["mixtral"], {}),
-    "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", experts.FITS["qwen3_moe"], _QK_NORM),
+    "mixtral": _llama_like(
+        "MixtralForCausalLM",
+        _EXPERTS | {"mixer.qk_norm": "none", "mlp.renormalise": True, "mlp.dense_layers": 0},
+        {},
+    ),
+    "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", _EXPERTS | {"mixer.qk_norm": "head"}, _QK_NORM),
     "gpt2": Family(
         "GPT2LMHeadModel",
         _PLAIN
@@ -143,20 +147,31 @@ def module_names(family: str, config: ModelConfig) -> dict[str, str]:
     """Return our name -> theirs for every module that has weights in a file of theirs. Both
     directions read this table."""
     f = FAMILIES[family]
-    outer = dict(f.outer)
+    names = dict(f.outer)
     if config.tie_embeddings:
-        del outer["head"]
-    return outer | {
-        f"blocks.{i}.{name}": f"{f.layer.format(i)}.{of_hf}"
-        for i in range(config.sizes.num_layers)
-        for name, of_hf in _inner(family, config, i).items()
+        del names["head"]
+    for i in range(config.sizes.num_layers):
+        inner = f.inner
+        if config.experts is not None:
+            outside = {name: of_hf for name, of_hf in inner.items() if not name.startswith("mlp.")}
+            inner = outside | _mlp_names(family, config, i, config.experts.experts)
+        block = f.layer.format(i)
+        names |= {f"blocks.{i}.{name}": f"{block}.{of_hf}" for name, of_hf in inner.items()}
+    return names
+
+
+def _mlp_names(family: str, config: ModelConfig, layer: int, experts: int) -> dict[str, str]:
+    """Return our name -> theirs for the modules of a layer's MLP in a model with experts, each of
+    which is a module: files have a tensor for each expert, as the published ones, which
+    transformers 4 and 5 load; ours has all experts of a layer in one."""
+    matrices = ("gate", "up", "down")
+    if not config.mlp.of_layer(layer).is_routed:
+        return {f"mlp.{matrix}": f"mlp.{matrix}_proj" for matrix in matrices}
+    is_mixtral = family == "mixtral"
+    inside = "block_sparse_moe" if is_mixtral else "mlp"
+    names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    return {"mlp.router": f"{inside}.gate"} | {
+        f"mlp.{matrix}.{e}": f"{inside}.experts.{e}.{name}"
+        for e in range(experts)
+        for matrix, name in zip(matrices, names, strict=True)
     }
-
-
-def _inner(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
-    """Return our module within a block -> theirs, for one layer."""
-    inner = FAMILIES[family].inner
-    if family not in experts.FITS:
-        return inner
-    outside = {name: of_hf for name, of_hf in inner.items() if not name.startswith("mlp.")}
-    return outside | experts.names(family, config, layer)

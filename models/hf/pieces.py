@@ -1,12 +1,13 @@
-"""Where each of our parameters is in a Hugging Face model: the names of to_hf, read backwards.
+"""Where each of our parameters is in a Hugging Face model, for both directions.
 
 Invariant: the pieces hold every element of every parameter once, in the order of the parameters,
-and each needs one tensor of theirs alone, so that a model comes in without being held whole.
+and each needs one tensor of theirs alone, so that a model comes in and goes out without being held
+whole.
 """
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,29 @@ class Piece:
         return (part.float() + self.added if self.added else part).contiguous()
 
 
+def exported(
+    family: str, config: ModelConfig, state: Mapping[str, Tensor], factors: dict[str, float]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights under the names in a Hugging Face model: parameters times their factors.
+    Each is taken out of `state` when it is needed, and not held."""
+    sources: dict[str, list[Piece]] = {}
+    for piece in _pieces(family, config):
+        sources.setdefault(piece.source, []).append(piece)
+    name, whole = "", torch.empty(0)  # of several experts the same
+    for source, pieces in sources.items():
+        tensors: list[Tensor] = []
+        for piece in pieces:
+            if piece.name != name:
+                name, whole = piece.name, state[piece.name]
+                whole = whole * factors[name] if name in factors else whole
+            tensor = whole
+            if whole.shape != piece.shape:
+                tensor = whole[piece.start // math.prod(piece.shape)].clone()  # files hold no views
+            tensors.append(tensor - piece.added if piece.added else tensor)
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        yield source, tensor.T.contiguous() if pieces[0].is_turned else tensor
+
+
 def joined(parts: list[Tensor]) -> Tensor:
     """Return a parameter from all its pieces; of several, each is a matrix of a stack."""
     return torch.stack(parts) if len(parts) > 1 else parts[0]
@@ -78,8 +102,13 @@ def pieces_of(family: str, config: ModelConfig, names: Iterable[str]) -> list[Pi
 
     Args: `config` as config_of returns it, and the `names` of the tensors in the files.
     """
-    pieces = list(_pieces(family, config))
-    there = _there(family, config, names)
+    pieces, there = list(_pieces(family, config)), dict[str, str]()
+    for name in names:
+        usual = name
+        if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+            usual = f"transformer.{name}"  # OpenAI's own files leave it out
+        if not _CONSTANT.search(name) and not (usual == "lm_head.weight" and config.tie_embeddings):
+            there[usual] = name
     sources = dict.fromkeys(piece.source for piece in pieces)
     if missing := [name for name in sources if name not in there]:
         raise ValueError(f"the weight {missing[0]} is missing{_others(missing)}.")
@@ -106,26 +135,8 @@ def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
         elif family == "gpt2":
             part = (FUSED.index(last), 3) if last in FUSED else (0, 1)
             module = f"{block}.qkv" if last in FUSED else module
-            turned = is_gpt2_matrix(name, len(shape))
+            turned = name.startswith("blocks.") and len(shape) == 2  # kept as (in, out)
             yield Piece(name, 0, shape, f"{names[module]}.{leaf}", part, turned)
         else:
             is_gain = family in GAINS_BESIDE_ONE and module.endswith("norm")
             yield Piece(name, 0, shape, f"{names[module]}.{leaf}", added=float(is_gain))
-
-
-def is_gpt2_matrix(name: str, dimensions: int) -> bool:
-    """Return True for a parameter of ours that GPT-2 keeps as (in, out)."""
-    return name.startswith("blocks.") and dimensions == 2
-
-
-def _there(family: str, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return the name by to_hf -> the name in the files, without what no model needs."""
-    present = {}
-    for name in names:
-        usual = name
-        if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-            usual = f"transformer.{name}"  # OpenAI's own files leave it out
-        if _CONSTANT.search(name) or (usual == "lm_head.weight" and config.tie_embeddings):
-            continue
-        present[usual] = name
-    return present

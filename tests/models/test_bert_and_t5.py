@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.positions.relative import buckets
 from tests.models.configs import changed, model_config

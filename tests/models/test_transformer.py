@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import generate
 from forescale.models.decoding.sampler import Sampler
 from tests.models.checks import assert_one_graph
 

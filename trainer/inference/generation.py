@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from forescale.ground.errors import UserError
 from forescale.inference.question import Question
-from forescale.models.decoding.batch import Batch
-from forescale.models.decoding.choice import Choice
+from forescale.models.decoding.batch import Batch, Choice
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 

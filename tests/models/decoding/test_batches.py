@@ -5,9 +5,7 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.decoding.batch import Batch
-from forescale.models.decoding.choice import Choice
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import Batch, Choice, generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.positions.kinds import POSITIONS
 from tests.models.mixers.test_every_mixer import PATTERNS, build

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import generate
 from forescale.models.decoding.sampler import Sampler
 
 S, T, V = 9, 12, 37

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.decoding.batch import Batch
-from forescale.models.decoding.choice import Choice
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import Batch, Choice, generate
 from forescale.models.decoding.sampler import Sampler
 from tests.models.decoding.test_batches import CASES, GREEDY, padded, prompts
 from tests.models.mixers.test_every_mixer import build

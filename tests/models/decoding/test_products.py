@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import generate
 from forescale.models.decoding.products import PackedProduct, prepare
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.init import Linear

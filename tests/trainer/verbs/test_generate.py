@@ -19,7 +19,7 @@ from forescale import open_run
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.inference.generation import Answer, GenerationConfig, pieces, stream
 from forescale.inference.question import Question, prompt_ids
-from forescale.models.decoding.generate import generate
+from forescale.models.decoding.batch import generate
 from forescale.models.decoding.sampler import Sampler
 
 SAMPLER = Sampler(temperature=0.8, top_k=50)
