@@ -89,8 +89,11 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     if config.has_encoder:
         return flops_per_row(config, sequence_length, causal) / sequence_length
     parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
-    later = config.mtp_layers * _mtp_flops(config, sequence_length, causal)
-    return 3 * (parts + _head_flops(config) + later)
+    head = _head_flops(config)
+    last = parts_of(config, config.num_blocks - 1).values()  # the block of a module for later tokens
+    later = sum(part.flops(config, sequence_length, causal) for part in last)
+    later += 4 * config.sizes.width**2 + head
+    return 3 * (parts + head + config.mtp_layers * later)
 
 
 def flops_forward(config: ModelConfig, sequence_length: int) -> float:
@@ -118,17 +121,6 @@ def _head_flops(config: ModelConfig) -> int:
     """Return the forward FLOPs of the logits of one token."""
     s = config.sizes
     return 2 * s.width * (s.vocab_size + (s.width if config.head.kind == "dense" else 0))
-
-
-def _mtp_flops(config: ModelConfig, sequence_length: int, causal: bool) -> int:
-    """Return the forward FLOPs of one token in a module that predicts later ones."""
-    last = parts_of(config, config.num_blocks - 1).values()
-    block = sum(part.flops(config, sequence_length, causal) for part in last)
-    return block + _join_flops(config) + _head_flops(config)
-
-
-def _join_flops(config: ModelConfig) -> int:
-    return 4 * config.sizes.width**2
 
 
 def columns_of(config: ModelConfig, block: int, columns: int) -> int:
@@ -352,7 +344,7 @@ def flops_recomputed(config: ModelConfig, sequence_length: int, ranks: int = 1) 
     is_selective = config.activation_checkpointing == "selective"
     if config.activation_checkpointing == "full":
         total += flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
-        total -= config.mtp_layers * _join_flops(config)
+        total -= config.mtp_layers * 4 * s.width**2  # what joins two inputs isn't made again
 
     def again(part: BlockPart) -> int:
         selected = part.selective_flops(config, sequence_length) if is_selective else 0

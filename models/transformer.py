@@ -15,17 +15,17 @@ from torch.nn.attention.flex_attention import BlockMask
 from forescale.models.block import Block, Trunk, normed, run_block, viewers
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.cache import Cache, Memory
-from forescale.models.heads.mtp import MtpModule
-from forescale.models.heads.penalties import counted_penalty, metrics_of
+from forescale.models.heads.mtp import MtpModule, counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import full_mask, source_mask
-from forescale.models.mlps.balance import Routing, move_biases, that_count
+from forescale.models.mlps.balance import Routing, that_count
 from forescale.models.mlps.grouped import GroupedLinear
 from forescale.models.norms import make_norm
 from forescale.models.parallel.groups import SequenceGroup, TensorGroup
 from forescale.models.parametrization import Factors, factors, scales
+from forescale.models.positions.biases import RelativePosition
 from forescale.models.positions.position import (
     LearnedPosition,
     Rotation,
@@ -34,7 +34,6 @@ from forescale.models.positions.position import (
     rotation,
     sinusoids,
 )
-from forescale.models.positions.relative import RelativePosition
 from forescale.models.tables import BigramEmbedding, ValueEmbedding, previous
 from forescale.models.tallies import tallies_of
 
@@ -131,9 +130,8 @@ class Transformer(nn.Module):
         if tallies is None or targets_BL is None:
             return result
         losses_B, penalty = result if isinstance(result, tuple) else (result, 0.0)
-        labels = (targets_BL, padding_mask_BL, documents_BL)
-        c = self.config
-        penalty += counted_penalty(tallies, trunk, labels, self.mtp, c.mtp_weight, self._head)
+        labels, weight = (targets_BL, padding_mask_BL, documents_BL), self.config.mtp_weight
+        penalty += counted_penalty(tallies, trunk, labels, self.mtp, weight, self._head)
         return losses_B, penalty
 
     def _head(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Any:
@@ -339,15 +337,15 @@ class Transformer(nn.Module):
 
     def updated(self) -> None:
         """Follow the optimizer's update: move the biases of the experts' choice."""
-        if (
-            (experts := self.config.experts) is not None
-            and self.tallies is not None
-            and experts.bias_speed
-        ):
-            blocks = [*self.blocks, *(module.block for module in self.mtp)]
-            totals = self.tallies.total("experts")
-            assert totals is not None, "the engine gives the totals before the update"
-            move_biases([block.mlp for block in blocks if block.is_routed], totals)
+        experts = self.config.experts
+        if experts is None or not experts.bias_speed or self.tallies is None:
+            return
+        totals = self.tallies.total("experts")
+        assert totals is not None, "the engine gives the totals before the update"
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        layers = [block.mlp for block in blocks if block.is_routed]
+        for layer, counts in zip(layers, totals, strict=True):
+            layer.move_bias(counts[:-2])
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the experts' load and the losses of later tokens in the step, where there are."""

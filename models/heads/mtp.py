@@ -7,12 +7,15 @@ predicts the token k + 1 columns later. The mean of the modules' losses, times m
 to the objective.
 
 They serve training alone: the model predicts, is evaluated and exported without them. Invariant: a
-module has no target beyond the end of a row or of a document, and a column without a target is seen
-by none with one.
+module has no target beyond the end of a row or of a document, and a column without a target is
+visible to none with one.
+
+This file also adds up what they and the experts add to a training forward pass: to its loss, to
+what is counted of it, and to the numbers of a step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +26,13 @@ from forescale.models.config import ModelConfig
 from forescale.models.heads.loss import IGNORE
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Context
-from forescale.models.mlps.balance import Routing, that_count
+from forescale.models.mlps.balance import Routing, load_metrics, penalty_of, that_count
 from forescale.models.norms import make_norm
 from forescale.models.parametrization import scales
-from forescale.models.tallies import UNIT
+from forescale.models.tallies import UNIT, Tallies
+
+# Targets, padding mask, documents; each (B, L).
+Labels = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class MtpModule(nn.Module):
@@ -52,36 +58,43 @@ class MtpModule(nn.Module):
         return normed(self.norm, x_BLD), routings
 
 
-class LaterLoss(NamedTuple):
-    """What one module gives. targets (B, L); losses (B,): nats; objective: () with their z-loss."""
-
-    targets: Tensor
-    losses: Tensor
-    objective: Tensor
-    routings: list[Routing]
-
-
-def later_losses(
-    modules: Iterable[nn.Module],
+def counted_penalty(
+    tallies: Tallies,
     trunk: Trunk,
-    labels: tuple[Tensor, Tensor | None, Tensor | None],
-    head: Callable[[Tensor, Tensor], Any],
-) -> Iterator[LaterLoss]:
-    """Yield the loss of each module. labels: targets, padding mask and documents, each (B, L), as
-    for Transformer.forward; head: (hidden, targets) -> what window_losses returns."""
+    labels: Labels,
+    modules: nn.ModuleList,
+    weight: float,
+    head: Callable[[Tensor, Tensor | None], Any],
+) -> Tensor | float:
+    """Count a training forward pass; return what experts and later tokens add to its loss.
+
+    modules: those for later tokens, of whose mean loss `weight` is added; head: (hidden, targets)
+    -> what window_losses returns.
+    """
     targets_BL, padding_mask_BL, documents_BL = labels
-    x_BLD, embedded_BLD, context = trunk.hidden, trunk.embedded, trunk.context
-    assert context is not None
-    assert embedded_BLD is not None
+    penalty: Tensor | float = penalty_of(trunk.routings, targets_BL) if trunk.routings else 0.0
+    routings, x_BLD = [*trunk.routings], trunk.hidden
+    counts: list[Tensor] = []  # of each module: its loss in UNIT, and its number of targets
     for by, module in enumerate(modules, 1):
-        own_BL = later_targets(targets_BL, documents_BL, by)
-        counted_BL = that_count(own_BL, padding_mask_BL, causal=True)
-        x_BLD, routings = module(
-            x_BLD, later(embedded_BLD, by), *context._replace(counted=counted_BL)
-        )
-        result = head(x_BLD, own_BL)
+        assert trunk.context is not None
+        assert trunk.embedded is not None
+        later_BL = later_targets(targets_BL, documents_BL, by)
+        counted_BL = that_count(later_BL, padding_mask_BL, causal=True)
+        context = trunk.context._replace(counted=counted_BL)
+        x_BLD, of_module = module(x_BLD, later(trunk.embedded, by), *context)
+        result = head(x_BLD, later_BL)
         losses_B, z = result if isinstance(result, tuple) else (result, 0.0)
-        yield LaterLoss(own_BL, losses_B, losses_B.sum() + z, routings)
+        penalty += weight / len(modules) * (losses_B.sum() + z)
+        if of_module:
+            penalty += penalty_of(of_module, later_BL)
+            routings += of_module
+        nats = (losses_B.detach().double().sum() / UNIT).round().long()
+        counts.append(torch.stack([nats, later_BL.ne(IGNORE).sum()]))
+    if routings:
+        tallies.of("experts").add_(torch.stack([r.counts for r in routings]))
+    if counts:
+        tallies.of("mtp").add_(torch.stack(counts))
+    return penalty
 
 
 def later(x_BLD: Tensor, by: int) -> Tensor:
@@ -93,22 +106,22 @@ def later_targets(targets_BL: Tensor, documents_BL: Tensor | None, by: int) -> T
     """Return the targets of `by` columns later, (B, L); IGNORE behind the last, and where that
     column belongs to another document."""
     by = min(by, targets_BL.shape[1])
-    later = F.pad(targets_BL[:, by:], (0, by), value=IGNORE)
+    later_BL = F.pad(targets_BL[:, by:], (0, by), value=IGNORE)
     if documents_BL is None:
-        return later
+        return later_BL
     documents = F.pad(documents_BL[:, by:], (0, by), value=-1)
-    return later.masked_fill(documents != documents_BL, IGNORE)
+    return later_BL.masked_fill(documents != documents_BL, IGNORE)
 
 
-def counts_of(losses: Sequence[LaterLoss]) -> Tensor:
-    """Return (modules, 2) int64: each module's loss in UNIT, and its number of targets."""
-    nats = torch.stack([one.losses.detach().double().sum() for one in losses])
-    targets = torch.stack([one.targets.ne(IGNORE).sum() for one in losses])
-    return torch.stack([(nats / UNIT).round().long(), targets], -1)
-
-
-def mtp_metrics(totals: Tensor) -> dict[str, Tensor]:
-    """Return mtp_loss_k, nats per target of module k in the step."""
-    nats, targets = totals.double().unbind(-1)
-    means = nats * UNIT / targets.clamp(min=1)
-    return {f"mtp_loss_{k}": mean for k, mean in enumerate(means, 1)}
+def metrics_of(tallies: Tallies | None, top_k: int) -> dict[str, Tensor]:
+    """Return the experts' load and mtp_loss_k, nats per target of module k, in the step, where
+    there are."""
+    metrics: dict[str, Tensor] = {}
+    if tallies is not None:
+        if (totals := tallies.total("experts")) is not None:
+            metrics |= load_metrics(totals, top_k)
+        if (totals := tallies.total("mtp")) is not None:
+            nats, targets = totals.double().unbind(-1)
+            means = nats * UNIT / targets.clamp(min=1)
+            metrics |= {f"mtp_loss_{k}": mean for k, mean in enumerate(means, 1)}
+    return metrics

@@ -31,7 +31,7 @@ class Context(NamedTuple):
     for a visible key, else -inf (masks.additive_mask); without it a token attends to itself and all
     earlier tokens or, in a model that is not causal, to all tokens. With alibi or relative
     positions, which only mixers that take biases receive, mask is (B or 1, H, L, S) and has a bias
-    for a visible key (alibi.biased_mask, RelativePosition). On a GPU it is a BlockMask where only
+    for a visible key (positions/biases.py). On a GPU it is a BlockMask where only
     documents and padding hide keys (masks.block_mask). starts (B, S): the column at which each
     token's document begins. real (B, S): False at padding. memory: the layer's part of the cache: a
     mixer reads there what it stored about earlier columns, and stores what later ones need. counted

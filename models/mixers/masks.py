@@ -15,8 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from forescale.models.config import ModelConfig
 from forescale.models.mixers.context import Columns
 from forescale.models.parallel.groups import SequenceGroup, TensorGroup
-from forescale.models.positions.alibi import biased_mask
-from forescale.models.positions.relative import RelativePosition
+from forescale.models.positions.biases import RelativePosition, biased_mask
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # row, head, query, key -> bool
 FLEX_BLOCK = 128  # queries and keys of a block of flex_attention's kernels

@@ -1,19 +1,16 @@
-"""The load of experts over a step: what is counted, what is added to the objective, what follows.
+"""The load of experts over a step: what is counted, and what is added to the objective.
 
 Invariant: counts are integers (tallies.py); tokens that can be padding don't count.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from forescale.models.heads.loss import IGNORE
 from forescale.models.tallies import UNIT
-
-if TYPE_CHECKING:
-    from forescale.models.mlps.moe_module import MixtureOfExperts
 
 
 class Routing(NamedTuple):
@@ -59,9 +56,3 @@ def load_metrics(totals: Tensor, top_k: int) -> dict[str, Tensor]:
         "router_entropy": (entropy * UNIT * top_k / pairs).mean(),
         "dropped": dropped.sum() / pairs.sum(),
     }
-
-
-def move_biases(layers: Sequence["MixtureOfExperts"], totals: Tensor) -> None:
-    """Move the bias of each layer by its load in the step."""
-    for layer, counts in zip(layers, totals, strict=True):
-        layer.move_bias(counts[:-2])

@@ -8,7 +8,7 @@ from torch import Tensor
 from forescale.models import ModelConfig, Transformer
 from forescale.models.decoding.batch import generate
 from forescale.models.decoding.sampler import Sampler
-from forescale.models.positions.relative import buckets
+from forescale.models.positions.biases import buckets
 from tests.models.configs import changed, model_config
 
 L, S, T, V = 20, 23, 9, 37

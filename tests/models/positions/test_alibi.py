@@ -7,7 +7,7 @@ from forescale.models import Transformer
 from forescale.models.mixers import MIXERS
 from forescale.models.mixers.attention import Attention
 from forescale.models.mixers.masks import visible_keys
-from forescale.models.positions.alibi import biased_mask, slopes
+from forescale.models.positions.biases import biased_mask, slopes
 from forescale.models.positions.position import document_starts, positions_of
 from tests.models.configs import model_config
 

@@ -27,7 +27,7 @@ from forescale.models.init import Linear
 from forescale.models.mlps.moe_module import MixtureOfExperts
 from forescale.models.parallel.groups import TensorGroup
 from forescale.models.parallel.whole import Whole, whole_of
-from forescale.models.positions.relative import RelativePosition
+from forescale.models.positions.biases import RelativePosition
 from forescale.models.tables import ValueEmbedding
 from forescale.models.transformer import Transformer
 
