@@ -90,7 +90,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
         return flops_per_row(config, sequence_length, causal) / sequence_length
     parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
     head = _head_flops(config)
-    last = parts_of(config, config.num_blocks - 1).values()  # the block of a module for later tokens
+    # A module for later tokens has a block as the last one.
+    last = parts_of(config, config.num_blocks - 1).values()
     later = sum(part.flops(config, sequence_length, causal) for part in last)
     later += 4 * config.sizes.width**2 + head
     return 3 * (parts + head + config.mtp_layers * later)

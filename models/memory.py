@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import columns_of, in_chunks, layers_of
-from forescale.models.part import BlockPart, Mixer, Mlp, Rows, copies
+from forescale.models.part import Mlp, Rows, copies
 
 _DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 
@@ -72,66 +72,76 @@ def activations(
     norm = rms if config.norm.kind == "rmsnorm" else 4
     # The part's input, which is a norm's output or the stream itself, and the input of each norm.
     norms = b + norm * (2 if config.norm.placement == "sandwich" else 1)
-    plain = [(0, 0)] * config.num_blocks
-    if not fused_norms:
-        plain = _plain_forms(of_rank(inner, ranks), Rows(micro_batch, sequence_length, b, masked))
-    source = micro_batch * columns_of(config, 0, sequence_length)
-    # The blocks of modules for later tokens are as the last one.
-    blocks = [*range(config.num_blocks), *[config.num_blocks - 1] * config.mtp_layers]
-    columns = [micro_batch * columns_of(config, i, sequence_length) // ranks for i in blocks]
-    every = layers_of(config)
-    layers = [
-        count * norms * s.width * len(parts)
-        + sum(_inside(p, count, config, tensor, b, rms) for p in parts.values())
-        + count * (len(parts) * s.width if config.dropout else 0)
-        + source * sum(p.source_bytes(inner, b, rms) for p in parts.values())
-        + count * b * _exchanged(inner, parts.mixer, ranks)
-        + inside
-        for count, parts, (inside, _) in zip(
-            columns, [every[i] for i in blocks], [plain[i] for i in blocks], strict=True
-        )
-    ]
     again = config.activation_checkpointing != "none"
-    saved = b * s.width * sum(columns) if again else sum(layers)
-    if config.activation_checkpointing == "selective":
-        for count, i in zip(columns, blocks, strict=True):
-            saved += count * sum(p.selected_bytes(inner, b) for p in every[i].values())
-            # What a part writes is as wide as the stream.
-            writes = sum(len(p.writes) for p in every[i].values())
-            saved += count * b * writes * (s.width - inner.sizes.width)
-            saved += source * sum(p.selected_source(inner, b) for p in every[i].values())
+    is_selective = config.activation_checkpointing == "selective"
+    source = micro_batch * columns_of(config, 0, sequence_length)
+    every, views, attending = layers_of(config), 0, of_rank(inner, ranks)
+    layers: list[int] = []  # bytes of each block that is computed
+    inputs: list[int] = []  # and of its input
+    products = 0  # of all blocks, which selective checkpointing saves
+    # The blocks of modules for later tokens are as the last one.
+    for n in range(config.num_blocks + config.mtp_layers):
+        i = min(n, config.num_blocks - 1)
+        columns = columns_of(config, i, sequence_length)
+        parts, count = every[i], micro_batch * columns // ranks
+        layer = count * len(parts) * s.width * (norms + (config.dropout > 0))
+        for part in parts.values():
+            if isinstance(part, Mlp) and part.is_routed:  # each rank has tokens of its own
+                layer += count * part.activation_bytes(config, b, rms) // tensor
+            else:
+                layer += count * part.activation_bytes(inner, b, rms)
+            layer += source * part.source_bytes(inner, b, rms)
+            if is_selective:
+                # What a part writes is as wide as the stream.
+                writes = len(part.writes) * (s.width - inner.sizes.width)
+                products += count * (part.selected_bytes(inner, b) + b * writes)
+                products += source * part.selected_source(inner, b)
+        mixer = parts.mixer
+        if ranks > 1 and mixer.splits_columns:
+            # The output as it came back, and copies of keys and values.
+            copied = mixer.exchanged(inner, ranks) - mixer.exchanged(inner, 1)
+            layer += count * b * (inner.sizes.heads_width + copied)
+        if not fused_norms:
+            of_block = Rows(micro_batch, columns, b, masked)
+            inside, view = mixer.plain_bytes(attending, of_block)
+            layer += inside
+            views += view if mixer not in config.mixers[:n] else 0
+        layers.append(layer)
+        inputs.append(b * s.width * count)
+    saved = sum(inputs) + products if again else sum(layers)
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.shared_values:
-        saved += b * inner.sizes.kv_width * columns[0]
+        saved += inputs[0] // s.width * inner.sizes.kv_width
     if again:  # an input of the layers that have them
-        saved += sum(b * inner.sizes.kv_width * columns[i] for i in config.value_layers)
+        saved += sum(inputs[i] // s.width * inner.sizes.kv_width for i in config.value_layers)
     recomputed = max(layers) if again else 0
     if budget is not None:
-        inputs = b * s.width * sum(columns)
-        saved, recomputed = (
-            inputs + round(budget * (saved - inputs)),
-            round((1 - budget) * max(layers)),
-        )
+        saved = sum(inputs) + round(budget * (saved - sum(inputs)))
+        recomputed = round((1 - budget) * max(layers))
     if config.norm.embedding:
         saved += norm * s.width * micro_batch * sequence_length // ranks
     if config.has_encoder:  # its output, and the norm before it
         is_saved = config.norms_stream and not again
         saved += source * s.width * (b + norm * is_saved)
-    tokens, dense, heads = columns[-1], config.head.kind == "dense", 1 + config.mtp_layers
+    tokens, dense, heads = count, config.head.kind == "dense", 1 + config.mtp_layers
     # Both inputs of a module for later tokens before their norms, and joined behind them.
     saved += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
-    squares = _squares(config, sequence_length)
-    mask = b * squares * _masks(of_rank(inner, ranks), micro_batch, masked, fused_norms)
+    squares = sequence_length**2
+    if config.has_encoder:  # one for each of its parts
+        parts_of_row = [columns_of(config, i, sequence_length) for i in (0, config.encoder_layers)]
+        squares = sum(length**2 for length in parts_of_row) + parts_of_row[0]
+    mask = b * squares * _masks(attending, micro_batch, masked, fused_norms)
     if config.position.kind == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
+    chunk_bytes = max(parts.mlp.chunk_bytes(inner, b) for parts in layers_of(inner))
     return Activations(
         layers=saved,
-        again=recomputed + _chunk(inner, micro_batch, b),
+        again=recomputed + micro_batch * (inner.mlp.columns or 0) * chunk_bytes,
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
         logits=chunk * rows * (2 * b + 4) + (heads - 1) * kept_logits,
-        mask=mask + sum(view for _, view in plain),
+        mask=mask + views,
         kept_logits=heads * kept_logits,
     )
 
@@ -157,49 +167,6 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
     parts = {name: getattr(s, name) // tensor for name in _DIVIDED}
     divided.__dict__["sizes"] = replace(s, **parts)
     return divided
-
-
-def _inside(
-    part: BlockPart, columns: int, config: ModelConfig, tensor: int, bytes_per_value: int, rms: int
-) -> int:
-    """Return the bytes that a part keeps of so many columns: of its heads and channels, and with
-    experts, where each rank has tokens of its own, as much of those."""
-    if isinstance(part, Mlp) and part.is_routed:
-        return columns * part.activation_bytes(config, bytes_per_value, rms) // tensor
-    return columns * part.activation_bytes(of_tensor(config, tensor), bytes_per_value, rms)
-
-
-def _chunk(config: ModelConfig, micro_batch: int, bytes_per_value: int) -> int:
-    """Return the most that the backward pass keeps of a chunk of an MLP."""
-    layers = (parts.mlp.chunk_bytes(config, bytes_per_value) for parts in layers_of(config))
-    return micro_batch * (config.mlp.columns or 0) * max(layers)
-
-
-def _exchanged(config: ModelConfig, mixer: Mixer, ranks: int) -> int:
-    """Return the values of a token in a layer that are kept because ranks divide rows: the output
-    as it came back, and copies of keys and values."""
-    if ranks == 1 or not mixer.splits_columns:
-        return 0
-    copied = mixer.exchanged(config, ranks) - mixer.exchanged(config, 1)
-    return config.sizes.heads_width + copied
-
-
-def _squares(config: ModelConfig, columns: int) -> int:
-    """Return the values of a mask: L^2, or of an encoder-decoder one for each of its parts."""
-    if not config.has_encoder:
-        return columns**2
-    source, decoder = (columns_of(config, i, columns) for i in (0, config.encoder_layers))
-    return source**2 + decoder**2 + source
-
-
-def _plain_forms(config: ModelConfig, rows: Rows) -> list[tuple[int, int]]:
-    """Return Mixer.plain_bytes of the mixer of each block, a view only where it is made."""
-    layers: list[tuple[int, int]] = []
-    for i, mixer in enumerate(config.mixers):
-        of_block = replace(rows, length=columns_of(config, i, rows.length))
-        inside, view = mixer.plain_bytes(config, of_block)
-        layers.append((inside, 0 if mixer in config.mixers[:i] else view))
-    return layers
 
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:

@@ -133,12 +133,23 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
     )
     by_name = {c.of: c for c in classes}
     parts = [part for layer in layers_of(config) for part in layer.values()]
-    shared = {module for part in parts for module in part.per_head}
+    shared = {module for part in parts for module in part.per_head}  # by all heads
     stacked = tuple(f".{name}" for part in parts for name in part.stacked)
 
     def class_of(name: str, shape: tuple[int, ...]) -> str:
-        is_stack = len(shape) == 3 and name.endswith(stacked)
-        return "hidden" if is_stack else _class_of(name, shape, shared)
+        """Return the class of a parameter of flops.shapes."""
+        module = name.split(".")[-2]
+        if len(shape) == 3 and name.endswith(stacked):
+            return "hidden"
+        if name.startswith("blocks.") or ".block." in name:
+            if module in shared:
+                return "qk_norm"
+            return "hidden" if len(shape) == 2 else "block"
+        if module in ("dense", "join"):
+            return "dense" if len(shape) == 2 else "norm"
+        if "position" in module or name.startswith(("bigrams.", "value_embeddings.")):
+            return "embedding"
+        return "norm" if module.endswith("norm") else module
 
     return {name: by_name[class_of(name, shape)] for name, shape in shapes(config).items()}
 
@@ -180,17 +191,3 @@ def _growth(config: ModelConfig) -> tuple[float, float]:
     m = s.width / rules.base_width if isinstance(rules, Mup) else 1.0
     n = s.num_layers / rules.base_depth if isinstance(rules, CompleteP) else 1.0
     return m, n
-
-
-def _class_of(name: str, shape: tuple[int, ...], per_head: set[str]) -> str:
-    """Return the class of a parameter of flops.shapes. per_head: modules that all heads share."""
-    module = name.split(".")[-2]
-    if name.startswith("blocks.") or ".block." in name:
-        if module in per_head:
-            return "qk_norm"
-        return "hidden" if len(shape) == 2 else "block"
-    if module in ("dense", "join"):
-        return "dense" if len(shape) == 2 else "norm"
-    if "position" in module or name.startswith(("bigrams.", "value_embeddings.")):
-        return "embedding"
-    return "norm" if module.endswith("norm") else module

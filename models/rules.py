@@ -24,22 +24,24 @@ MOST_MTP = 16  # modules that predict later tokens; published models have 1 to 3
 def problems(
     config: "ModelConfig", vocab_size: int | None, sequence_length: int | None
 ) -> list[Problem]:
-    """Return the broken rules as (field, problem, todo); without any, the model can be built.
-
-    Args: `vocab_size` and `sequence_length` of the data, if known; the vocabulary with the ids
-    that the objective adds.
-    """
+    """Return the broken rules; the arguments are those of ModelConfig.problems."""
     if problems := _of_values(config) or _of_parts(config):
         return problems
     if config.depth is None and (config.num_layers is None or config.width is None):
         return [("depth", "the model has no size", "give depth, or num_layers and width")]
     sized, longest = config.sized(), config.max_sequence_length or sequence_length
+    sizes: list[Problem] = []
+    if sized.position.kind == "sinusoidal" and (sized.width or 0) % 2:
+        sizes.append(("width", "sinusoidal position needs an even width", "make it even"))
+    if len(config.mixer_pattern) > (sized.num_layers or 0):
+        problem = f"{len(config.mixer_pattern)} mixers for {sized.num_layers} layers"
+        sizes.append(("mixer_pattern", problem, "give at most one a layer"))
     within = (
         prefixed(field, part.problems_in(sized, longest)) for field, part in _parts(config).items()
     )
     return (
         _of_heads(config, sized)
-        + _of_sizes(config, sized)
+        + sizes
         + [problem for each in within for problem in each]
         + _of_mtp(config, longest)
         + _of_data(config, vocab_size, sequence_length)
@@ -175,51 +177,31 @@ def _of_heads(config: "ModelConfig", sized: "ModelConfig") -> list[Problem]:
     assert num_heads is not None
     assert num_kv_heads is not None
     head_dim, usual = sized.head_dim or width // num_heads, config.head_dim or HEAD_DIM
+    decisive = "head_dim" if sized.head_dim else "num_heads"  # the key of the width of a head
     if config.num_heads is None and width % usual:
         problems.append(("num_heads", f"{usual} does not divide width {width}", "give num_heads"))
     elif width % num_heads and not config.head_dim:
         problem = f"{num_heads} heads do not divide width {width}"
         problems.append(("num_heads", problem, "choose a divisor of width, or give head_dim"))
     elif sized.rotates and head_dim % 2:
-        problem, key = f"rotary position needs even heads, not {head_dim} wide", _of_width(sized)
-        problems.append((key, problem, f"choose another {key} or position"))
+        problem = f"rotary position needs even heads, not {head_dim} wide"
+        problems.append((decisive, problem, f"choose another {decisive} or position"))
     elif sized.rotates and isinstance(sized.position, Rotary):
-        problems += _of_rotation(sized, sized.position, head_dim)
+        fraction = sized.position.fraction or 1
+        turning = head_dim * fraction
+        even = 2 * round(turning / 2)
+        # A fraction of a width is hardly exact.
+        if abs(turning - even) > 1e-6 * turning or not even:
+            problem = f"{fraction:g} of a head is {turning:g} wide, which is not even"
+            todo = "choose one that gives an even part of a head"
+            problems.append(("position.fraction", problem, todo))
+        elif sized.position.scaling.kind == "ntk" and even < 4:
+            problem = f"ntk needs at least 4 of a head that rotate, not {even}"
+            wider = "choose wider heads" if sized.head_dim else "choose fewer heads"
+            problems.append((decisive, problem, f"{wider}, or a larger position.fraction"))
     if num_heads % num_kv_heads:
         problem = f"{num_kv_heads} do not divide {num_heads} heads"
         problems.append(("num_kv_heads", problem, "choose a divisor of num_heads"))
-    return problems
-
-
-def _of_rotation(sized: "ModelConfig", position: Rotary, head_dim: int) -> list[Problem]:
-    """Return the broken rules of the width that rotates in each head."""
-    fraction = position.fraction or 1
-    turning = head_dim * fraction
-    even = 2 * round(turning / 2)
-    if abs(turning - even) > 1e-6 * turning or not even:  # a fraction of a width is hardly exact
-        problem = f"{fraction:g} of a head is {turning:g} wide, which is not even"
-        return [("position.fraction", problem, "choose one that gives an even part of a head")]
-    if position.scaling.kind == "ntk" and even < 4:
-        problem = f"ntk needs at least 4 of a head that rotate, not {even}"
-        wider = "choose wider heads" if sized.head_dim else "choose fewer heads"
-        return [(_of_width(sized), problem, f"{wider}, or a larger position.fraction")]
-    return []
-
-
-def _of_width(config: "ModelConfig") -> str:
-    """Return the key that decides how wide a head is."""
-    return "head_dim" if config.head_dim else "num_heads"
-
-
-def _of_sizes(config: "ModelConfig", sized: "ModelConfig") -> list[Problem]:
-    """Return the broken rules of width and layers."""
-    problems: list[Problem] = []
-    assert sized.width is not None
-    if sized.position.kind == "sinusoidal" and sized.width % 2:
-        problems.append(("width", "sinusoidal position needs an even width", "make it even"))
-    if len(config.mixer_pattern) > (sized.num_layers or 0):
-        problem = f"{len(config.mixer_pattern)} mixers for {sized.num_layers} layers"
-        problems.append(("mixer_pattern", problem, "give at most one a layer"))
     return problems
 
 

@@ -38,31 +38,21 @@ class PackedProduct:
         return y
 
 
+@torch.no_grad()
 def prepare(model: nn.Module) -> nn.Module:
     """Return the model, from now on for decoding alone: large matrices of a CPU are laid out anew,
     and packed beside their weights, which doubles their memory. Nothing else changes."""
-    for module in model.modules():
-        # Not subclasses: they multiply in ways of their own.
-        if type(module) in (Linear, Vocabulary):
-            _lay_out(module)
+    can_pack = all(hasattr(torch.ops.mkldnn, name) for name in (_PACK, _TIMES))
+    can_pack = can_pack and torch.backends.mkldnn.is_available()
+    # Not subclasses: they multiply in ways of their own. A table that only embeds isn't multiplied.
+    layers: list[Any] = [m for m in model.modules() if type(m) in (Linear, Vocabulary)]
+    for layer in (m for m in layers if getattr(m, "makes_logits", True) and m.product is None):
+        weight = layer.weight
+        is_large = weight.numel() >= _LEAST
+        if not is_large or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            continue
+        if can_pack:
+            layer.product = PackedProduct(weight)
+        if weight.shape[0] > weight.shape[1]:
+            weight.data = weight.t().contiguous().t()
     return model
-
-
-@torch.no_grad()
-def _lay_out(module: Any) -> None:
-    weight = module.weight
-    if weight.numel() < _LEAST:
-        return
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or module.product is not None:
-        return
-    if not getattr(module, "makes_logits", True):  # a table that only embeds is not multiplied
-        return
-    if _can_pack():
-        module.product = PackedProduct(weight)
-    if weight.shape[0] > weight.shape[1]:
-        weight.data = weight.t().contiguous().t()
-
-
-def _can_pack() -> bool:
-    has_both = all(hasattr(torch.ops.mkldnn, name) for name in (_PACK, _TIMES))
-    return has_both and torch.backends.mkldnn.is_available()

@@ -54,33 +54,28 @@ class Vocabulary(nn.Module):
 
     def forward(self, x: Tensor, targets_BL: Tensor | None = None) -> Any:
         if not x.is_floating_point():
-            return self._vectors(x)
+            if self.group is None:
+                return F.embedding(x, self.weight)
+            rows_BL, count = x - self.group.rank * len(self.weight), len(self.weight)
+            absent_BL = (rows_BL < 0) | (rows_BL >= count)
+            x_BLD = F.embedding(rows_BL.masked_fill(absent_BL, 0), self.weight)
+            return self.group.summed(x_BLD.masked_fill(absent_BL[..., None], 0.0))
         if self.group is not None:
             x = self.group.copied(x)
         if self.multiplier != 1:
             x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
-            logits = capped(self._logits(x), self.softcap)
+            if self.product is None:
+                logits = F.linear(x, self.weight, self.bias)
+            else:
+                logits = self.product(x, self.weight)
+                logits = logits if self.bias is None else logits + self.bias
+            logits = capped(logits, self.softcap)
             return logits if self.group is None else self.group.joined(logits)
         chunk = self.chunks[x.is_cuda]
         return window_losses(
             x, self.weight, targets_BL, chunk, self.z_loss, self.softcap, self.bias, self.group
         )
-
-    def _logits(self, x: Tensor) -> Tensor:
-        if self.product is None:
-            return F.linear(x, self.weight, self.bias)
-        logits = self.product(x, self.weight)
-        return logits if self.bias is None else logits + self.bias
-
-    def _vectors(self, tokens_BL: Tensor) -> Tensor:
-        if self.group is None:
-            return F.embedding(tokens_BL, self.weight)
-        rows = len(self.weight)
-        own_BL = tokens_BL - self.group.rank * rows
-        absent_BL = (own_BL < 0) | (own_BL >= rows)
-        x_BLD = F.embedding(own_BL.masked_fill(absent_BL, 0), self.weight)
-        return self.group.summed(x_BLD.masked_fill(absent_BL[..., None], 0.0))
 
 
 class Transform(nn.Module):

@@ -152,21 +152,15 @@ class Attention(nn.Module):
             v_BLGK = v_BLGK + context.token_values.unflatten(-1, (self.num_kv_heads, -1))
         if context.values is not None:
             v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
-        if context.rotation is not None:
-            q_BLHK, k_BLGK = self._turned(q_BLHK, k_BLGK, context)
+        turn = context.rotation
+        if turn is not None and context.memory is not None and q_BLHK.shape[1] == 1:
+            # Of one token, calls cost more than what they compute.
+            both = rotate(torch.cat((q_BLHK, k_BLGK), 2), turn)
+            q_BLHK, k_BLGK = both.split((q_BLHK.shape[2], k_BLGK.shape[2]), 2)
+        elif turn is not None:
+            q_BLHK, k_BLGK = rotate(q_BLHK, turn), rotate(k_BLGK, turn)
         y_BLD = self._output(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
         return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
-
-    def _turned(self, q_BLHK: Tensor, k_BLGK: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Return queries and keys, rotated."""
-        turn = context.rotation
-        assert turn is not None
-        if context.memory is None or q_BLHK.shape[1] > 1:
-            return rotate(q_BLHK, turn), rotate(k_BLGK, turn)
-        # Of one token, calls cost more than what they compute.
-        both = rotate(torch.cat((q_BLHK, k_BLGK), 2), turn)
-        q_BLHK, k_BLGK = both.split((q_BLHK.shape[2], k_BLGK.shape[2]), 2)
-        return q_BLHK, k_BLGK
 
     def _queries(self, x_BLD: Tensor, context: Context) -> Tensor:
         """Return the queries of tokens, (B, L, H, K), not rotated."""
@@ -203,8 +197,8 @@ class Attention(nn.Module):
         if memory is not None:
             k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
         dropout = self.dropout if self.training else 0.0
-        how = self.scale, self.causal, dropout, self.dividing
-        return attend(q_BLHK, k_BLGK, v_BLGK, mask, *how)
+        options = self.scale, self.causal, dropout, self.dividing
+        return attend(q_BLHK, k_BLGK, v_BLGK, mask, *options)
 
 
 class CrossAttention(Attention):
@@ -219,22 +213,16 @@ class CrossAttention(Attention):
         self.causal = False
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        k_BSGK, v_BSGK = self._of_source(context)
-        # The source is whole: no column of the decoder's adds to its keys.
-        visible = Context(mask=context.source_mask)
-        return self._output(
-            x_BLD, self._attend(self._queries(x_BLD, context), k_BSGK, v_BSGK, visible)
-        )
-
-    def _of_source(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the source, (B, S, G, K) each."""
         memory = context.memory
+        key = value = None
         if memory is not None:
             key, value = memory.get("source_key"), memory.get("source_value")
-            if key is not None and value is not None:
-                return key, value
-        assert context.source is not None
-        key, value = self._keys_and_values(context.source, context)
-        if memory is not None:
-            memory["source_key"], memory["source_value"] = key, value
-        return key, value
+        if key is None or value is None:
+            assert context.source is not None
+            key, value = self._keys_and_values(context.source, context)
+            if memory is not None:
+                memory["source_key"], memory["source_value"] = key, value
+        # The source is whole: no column of the decoder's adds to its keys.
+        visible = Context(mask=context.source_mask)
+        y_BLHK = self._attend(self._queries(x_BLD, context), key, value, visible)
+        return self._output(x_BLD, y_BLHK)

@@ -87,48 +87,36 @@ class LatentAttention(nn.Module):
         self.output = Linear(s.heads_width, s.width, bias, scale.writing_std)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        memory = context.memory
-        q_BLHK = self._queries(x_BLD, context)
+        memory, turn = context.memory, context.rotation
+        read_BLD = x_BLD
+        if self.query_latent is not None and self.query_norm is not None:
+            read_BLD = self.query_norm(self.query_latent(x_BLD))
+        q_BLHK = self.query(read_BLD).unflatten(-1, (self.num_heads, -1))
+        q_BLHK = q_BLHK if turn is None else rotate(q_BLHK, turn)
         latent_BSR = self.latent_norm(self.latent(x_BLD))
         turned_BS1T = None
         if self.rope_key is not None:
             turned_BS1T = self.rope_key(x_BLD)[:, :, None]
-            if context.rotation is not None:
-                turned_BS1T = rotate(turned_BS1T, context.rotation)
+            turned_BS1T = turned_BS1T if turn is None else rotate(turned_BS1T, turn)
         if memory is not None:
             latent_BSR = memory.extend("latent", latent_BSR)
             if turned_BS1T is not None:
                 turned_BS1T = memory.extend("rope_key", turned_BS1T)
         # With ranks of some head_dim, expanding all keys is more expensive for fewer tokens.
-        is_absorbed = memory is not None and x_BLD.shape[1] < self.head_dim
-        form = self._absorbed if is_absorbed else self._expanded
-        return self.output(form(q_BLHK, latent_BSR, turned_BS1T, context).flatten(-2))
-
-    def _queries(self, x_BLD: Tensor, context: Context) -> Tensor:
-        """Return the queries, rotated: (B, L, D) -> (B, L, H, K)."""
-        if self.query_latent is not None and self.query_norm is not None:
-            x_BLD = self.query_norm(self.query_latent(x_BLD))
-        q_BLHK = self.query(x_BLD).unflatten(-1, (self.num_heads, -1))
-        return q_BLHK if context.rotation is None else rotate(q_BLHK, context.rotation)
-
-    def _expanded(
-        self, q_BLHK: Tensor, latent_BSR: Tensor, turned_BS1T: Tensor | None, context: Context
-    ) -> Tensor:
-        """Return the heads' outputs (B, L, H, K), from keys and values of all tokens."""
-        k_BSHK = self.key(latent_BSR)
-        if turned_BS1T is not None:
-            k_BSHK = torch.cat([turned_BS1T.expand(-1, -1, self.num_heads, -1), k_BSHK], -1)
-        return attended(self._attend, q_BLHK, k_BSHK, self.value(latent_BSR), context)
-
-    def _absorbed(
-        self, q_BLHK: Tensor, latent_BSR: Tensor, turned_BS1T: Tensor | None, context: Context
-    ) -> Tensor:
-        """Return the same from the latents, which are keys and values of all heads."""
-        turning_BLHT, still_BLHK = q_BLHK.split([self.turning, self.still], -1)
-        q_BLHK = torch.cat([turning_BLHT, self.key(still_BLHK, "score")], -1)
-        latent_BS1R = latent_BSR[:, :, None]
-        k_BS1K = latent_BS1R if turned_BS1T is None else torch.cat([turned_BS1T, latent_BS1R], -1)
-        return self.value(self._attend(q_BLHK, k_BS1K, latent_BS1R, context), "each")
+        if memory is not None and x_BLD.shape[1] < self.head_dim:
+            # Latents are keys and values of all heads; the two matrices are absorbed.
+            turning_BLHT, still_BLHK = q_BLHK.split([self.turning, self.still], -1)
+            q_BLHK = torch.cat([turning_BLHT, self.key(still_BLHK, "score")], -1)
+            k_BS1K = latent_BS1R = latent_BSR[:, :, None]
+            if turned_BS1T is not None:
+                k_BS1K = torch.cat([turned_BS1T, latent_BS1R], -1)
+            y_BLHK = self.value(self._attend(q_BLHK, k_BS1K, latent_BS1R, context), "each")
+        else:
+            k_BSHK = self.key(latent_BSR)
+            if turned_BS1T is not None:
+                k_BSHK = torch.cat([turned_BS1T.expand(-1, -1, self.num_heads, -1), k_BSHK], -1)
+            y_BLHK = attended(self._attend, q_BLHK, k_BSHK, self.value(latent_BSR), context)
+        return self.output(y_BLHK.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         dropout = self.dropout if self.training else 0.0
