@@ -6,7 +6,7 @@ import torch
 from forescale.models import Transformer
 from forescale.models.memory import cache_bytes
 from forescale.models.mixers.context import Context
-from forescale.models.mixers.latent_module import LatentAttention, PerHead
+from forescale.models.mixers.latent_module import PerHead
 from forescale.models.positions.position import positions_of, rotation
 from tests.models.configs import changed, model_config
 
@@ -76,11 +76,14 @@ def test_absorbed_matrices_give_the_same_as_expanded_keys(position, bias, monkey
     for module in model.modules():
         if isinstance(module, PerHead) and bias:
             module.bias.normal_()
-    used = []
-    absorbed = LatentAttention._absorbed
-    monkeypatch.setattr(
-        LatentAttention, "_absorbed", lambda *args: (used.append(1), absorbed(*args))[1]
-    )
+    used, forward = [], PerHead.forward
+
+    def counted(module, x, form="expand"):
+        if form == "score":
+            used.append(module)
+        return forward(module, x, form)
+
+    monkeypatch.setattr(PerHead, "forward", counted)
     real = torch.ones(2, 40, dtype=torch.bool)
     real[1, :3] = False
     whole, cache = model(tokens, padding_mask_BL=real), model.new_cache()
@@ -112,7 +115,8 @@ def test_keys_and_values_start_as_large_as_attentions():
     expected = plain.value(x).std().item()
     assert mixer.value(latent).std().item() == pytest.approx(expected, rel=0.1)
     assert mixer.key(latent).std().item() == pytest.approx(expected, rel=0.1)
-    assert mixer._queries(x, Context()).std().item() == pytest.approx(expected, rel=0.1)
+    queries = mixer.query(mixer.query_norm(mixer.query_latent(x)))
+    assert queries.std().item() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(
