@@ -1,4 +1,8 @@
-"""Runs `forescale train` for tests in a process of its own, and sends it signals."""
+"""Runs `forescale train` for tests in a process of its own, and sends it signals.
+
+That process is a fork of one that has imported all (tests/warm.py), and so are its ranks, unless
+the start is `cold`: as a user starts it, each process from nothing and with its own seed of hashes.
+"""
 
 import json
 import os
@@ -8,10 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -22,12 +30,20 @@ SHORT = [
 TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mlp_width=64"]
 
 
-def start(folder: Path, *overrides: str, model=TINY, **environment: str) -> subprocess.Popen:
+Process = subprocess.Popen | warm.Launcher
+
+
+def start(
+    folder: Path, *overrides: str, model=TINY, cold: bool = False, **environment: str
+) -> Process:
     """`forescale train run.root=FOLDER ...`, with a small model, at one thread a rank."""
-    command = [sys.executable, "-P", "-m", "forescale", "train", f"run.root={folder}"]
+    words = ["train", f"run.root={folder}", *SHORT, *model, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if not cold:
+        return warm.Launcher(words, folder, environment)
     return subprocess.Popen(
-        [*command, *SHORT, *model, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-P", "-m", "forescale", *words],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,10 +51,10 @@ def start(folder: Path, *overrides: str, model=TINY, **environment: str) -> subp
     )
 
 
-def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environment: str) -> str:
+def train(folder: Path, *overrides: str, code: int = 0, **how: Any) -> str:
     """Run it to its end and return its output. Fails with it unless it exits with `code`, within
-    four minutes."""
-    process = start(folder, *overrides, model=model, **environment)
+    four minutes. how: see `start`."""
+    process = start(folder, *overrides, **how)
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -49,7 +65,7 @@ def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environmen
 
 
 def wait_until(
-    process: subprocess.Popen,
+    process: Process,
     condition: Callable[[], object],
     description: str,
     every: float = 0.002,
@@ -67,7 +83,7 @@ def wait_until(
         time.sleep(every)
 
 
-def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> str:
+def interrupt(process: Process, run: Path, step: int, number: int) -> str:
     """Send a signal as soon as the run's rows have reached `step`; return the output.
 
     SIGKILL is sent to the launcher alone: its ranks must not outlive it.
@@ -92,12 +108,16 @@ def ranks_of(process):
 
 
 def processes(folder: Path) -> list[int]:
-    """Return the ids of the launchers and ranks that train under `folder`, after 0.2 s."""
+    """Return the ids of the launchers and ranks that train in `folder`, after 0.2 s."""
     time.sleep(0.2)
-    listing = subprocess.run(
-        ["pgrep", "-f", f"forescale train .*{folder}"], capture_output=True, text=True
-    )
-    return [int(word) for word in listing.stdout.split()]
+    ids = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            trains = "forescale" in words or any(word.endswith("warm.py") for word in words)
+            if trains and Path(process.cwd()) == folder:
+                ids.append(process.pid)
+    return ids
 
 
 def rows(run: Path, kind: str = "train") -> list[dict]:
@@ -128,25 +148,29 @@ def keep_only(run: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def whole_and_repeated(folder: Path, *command: str, step: int) -> tuple[list[dict], list[dict]]:
+def whole_and_repeated(
+    folder: Path, *command: str, step: int, cold: bool = False
+) -> tuple[list[dict], list[dict]]:
     """Return the trajectory of a run, and the same after it has lost what it saved after `step` and
-    was started again by the same command: a start less than `whole_and_resumed`."""
+    was started again by the same command, cold or not: a start less than `whole_and_resumed`."""
     run, command = folder / "whole", ("run.name=whole", "checkpoint.keep=9", *command)
     train(folder, *command)
     whole = trajectory(run)
     keep_only(run, step)
-    assert f"(step {step})" in train(folder, *command)
+    assert f"(step {step})" in train(folder, *command, cold=cold)
     again = [row["step"] for row in rows(run) if row["attempt"] == 2]
     assert again == [row["step"] for row in whole][step:]
     return whole, trajectory(run)
 
 
-def whole_and_resumed(folder: Path, *command: str, step: int) -> tuple[list[dict], list[dict]]:
+def whole_and_resumed(
+    folder: Path, *command: str, step: int, cold: bool = False
+) -> tuple[list[dict], list[dict]]:
     """Return the trajectories of an undisturbed run, `whole`, and of one that is killed once it is
-    past `step` and started again by the same command, `cut`."""
+    past `step` and started again by the same command, `cut`, cold or not."""
     train(folder, "run.name=whole", *command)
-    process = start(folder, "run.name=cut", *command)
+    process = start(folder, "run.name=cut", *command, cold=cold)
     interrupt(process, folder / "cut", step, signal.SIGKILL)
-    assert "Resuming from" in train(folder, "run.name=cut", *command)
+    assert "Resuming from" in train(folder, "run.name=cut", *command, cold=cold)
     whole, cut = (trajectory(folder / name) for name in ("whole", "cut"))
     return whole, cut

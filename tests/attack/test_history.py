@@ -29,7 +29,7 @@ def suspended_in_its_start(dataset, tmp_path):
     machine the rank may be past that: then a run of another name is tried."""
     for name in ("first", "second", "third", "fourth"):
         command = (f"run.name={name}", f"data.path={dataset}", *QUICK)
-        process, run = launching.start(tmp_path, *command), Run(tmp_path / name)
+        process, run = launching.start(tmp_path, *command, cold=True), Run(tmp_path / name)
         while not (ranks := launching.ranks_of(process)) or not run.attempts():
             assert process.poll() is None
             time.sleep(0.01)

@@ -29,7 +29,7 @@ def stopped(dataset, tmp_path_factory):
         address = f"http://$FORESCALE_SECRET_LOGIN@{host}/d?$FORESCALE_SECRET_SAS"
         variables = {**secrets, "WANDB_MODE": "offline", "FORESCALE_CACHE": str(folder / "cache")}
         process = launching.start(
-            folder, "run.name=one", f"data.path={address}", *KEYS, **variables
+            folder, "run.name=one", f"data.path={address}", *KEYS, cold=True, **variables
         )
         run = folder / "one"
         while not any(row["step"] >= 8 for row in launching.rows(run)):

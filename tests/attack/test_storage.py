@@ -28,7 +28,7 @@ def test_a_run_whose_saves_meet_failing_storage_goes_on(tmp_path):
     words = ("run.name=a", f"data.path={data}", "train.steps=6", "checkpoint.every=2 steps")
     shaken = {"STORAGE_FAULTS": str(faults), "STORAGE_PART": "/checkpoints/"}
     shaken["LD_PRELOAD"] = str(shim)
-    output = train(tmp_path, *words, **shaken)
+    output = train(tmp_path, *words, cold=True, **shaken)
     assert not list(faults.iterdir()), "not every fault has struck"
     rows = (tmp_path / "a" / "events.jsonl").read_text().splitlines()
     retries = [row for row in map(json.loads, rows) if row["kind"] == "save_retried"]

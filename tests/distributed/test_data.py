@@ -69,7 +69,8 @@ def test_a_mixture_in_stages_resumes_at_another_world_size_with_the_same_tokens(
     launching.train(tmp_path, "run.name=still", *command, "launch.processes=1")
     process = launching.start(tmp_path, "run.name=moving", *command, "launch.processes=2")
     launching.interrupt(process, tmp_path / "moving", 12, signal.SIGKILL)
-    launching.train(tmp_path, "run.name=moving", *command, "launch.processes=4", "data.workers=3")
+    four = ("launch.processes=4", "data.workers=3")
+    launching.train(tmp_path, "run.name=moving", *command, *four, cold=True)
     still, moving = (launching.rows(tmp_path / name) for name in ("still", "moving"))
     assert [r["tokens_hash"] for r in moving] == [r["tokens_hash"] for r in still]
     assert [r["shares"] for r in moving] == [r["shares"] for r in still]

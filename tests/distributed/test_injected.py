@@ -15,7 +15,7 @@ def test_ranks_are_killed_and_the_run_resumes_bit_for_bit(dataset, tmp_path):
     command = (f"data.path={dataset}", *TWO)
     launching.train(tmp_path, "run.name=whole", *command)
     faults = "faults=[kill@15:rank1:norm,kill@30:write]"
-    output = launching.train(tmp_path, "run.name=struck", faults, *command)
+    output = launching.train(tmp_path, "run.name=struck", faults, *command, cold=True)
     assert output.count("ended with SIGKILL") == 2
     struck = [row["fault"] for row in records(Run(tmp_path / "struck"))]
     assert struck == ["kill@15:rank1:norm", "kill@30:rank0:write"]

@@ -85,7 +85,7 @@ def test_an_interrupt_at_any_moment_of_the_start_up(dataset, tmp_path):
     """While ranks are started, import, join, and train: always code 75, and then it resumes."""
     command = ("run.name=early", f"data.path={dataset}", *LENGTH, "launch.processes=2")
     for delay in (0, 0.1, 0.3, 0.9, 1.5, 2.1)[:: 1 if FULL else 2]:
-        process = launching.start(tmp_path, *command)
+        process = launching.start(tmp_path, *command, cold=True)
         while "Data" not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(delay)

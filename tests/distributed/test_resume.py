@@ -37,7 +37,7 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command += ("model.dropout=0.1",)  # whose randomness must repeat too
     command += ("train.first_batch=4", "train.batch_ramp='16 steps'")  # the kill is before its end
     command += OF_ATTENTION if stage == 2 else ()
-    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14)
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14, cold=stage == 2)
     assert [row["g1"] for row in whole] == [*range(4, 65, 4), *range(72, 129, 8)]
     assert cut == whole
 
@@ -65,7 +65,7 @@ def test_a_model_of_all_parts_repeats_its_steps_bit_for_bit(dataset, tmp_path, s
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
     command += (*ALL_PARTS, "data.document_mask=true", "train.steps=8", "validation.every=8")
     command += ("checkpoint.every=3",)
-    whole, again = launching.whole_and_repeated(tmp_path, *command, step=3)
+    whole, again = launching.whole_and_repeated(tmp_path, *command, step=3, cold=True)
     assert len(whole) == 8
     assert again == whole
 

@@ -18,7 +18,7 @@ def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_pat
     command = (f"data.path={small_data}", "launch.processes=1", *steps)
     launching.train(tmp_path, "run.name=whole", *command)
     mirrored = ("run.name=cut", "checkpoint.mirror=s3://books/runs", *command)
-    process = launching.start(tmp_path, *mirrored, "faults=[freeze@21]")
+    process = launching.start(tmp_path, *mirrored, "faults=[freeze@21]", cold=True)
     there, run = Folder("s3://books/runs/cut"), tmp_path / "cut"
     try:
         problem = "checkpoints/step-00000015/files.json"
@@ -31,7 +31,7 @@ def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_pat
     shutil.rmtree(run)
     # The name and the mirror are enough: everything else is in the config that comes back. So is
     # the fault; that it struck may be lost with the directory, and then it would strike again.
-    output = launching.train(tmp_path, *mirrored[:2], "faults=[]")
+    output = launching.train(tmp_path, *mirrored[:2], "faults=[]", cold=True)
     assert f"Restored {run} from s3://books/runs/cut: step" in output
     assert "Mirrored to s3://books/runs/cut up to step 60." in output
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")

@@ -20,7 +20,7 @@ LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=20", "validat
 def finished(dataset, tmp_path_factory):
     """(run directory, output) of an uninterrupted run on one rank."""
     folder = tmp_path_factory.mktemp("runs")
-    output = launching.train(folder, "run.name=whole", f"data.path={dataset}", *LENGTH)
+    output = launching.train(folder, "run.name=whole", f"data.path={dataset}", *LENGTH, cold=True)
     return folder / "whole", output
 
 
@@ -154,7 +154,7 @@ def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_
         command = (f"run.name={folder.name}-run", f"data.path={dataset}", *LENGTH)
         settings = ("checkpoint.background=false", "optimizer=adamw")
         output = launching.train(
-            tmp_path, *command, *settings, model=model, PYTHONPATH=str(tmp_path)
+            tmp_path, *command, *settings, model=model, cold=True, PYTHONPATH=str(tmp_path)
         )
         if folder is kills:
             assert "(step 20)" in output

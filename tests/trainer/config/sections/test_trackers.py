@@ -135,7 +135,7 @@ def logged(dataset, tmp_path_factory):
     )
     everything += ("logging.wandb.group=g", "logging.wandb.tags=[t]")
     command = ("run.name=all", f"data.path={dataset}", *LENGTH, *everything)
-    return folder / "all", launching.train(folder, *command, WANDB_MODE="offline")
+    return folder / "all", launching.train(folder, *command, cold=True, WANDB_MODE="offline")
 
 
 @pytest.mark.slow  # a real run with profiler, wandb and TensorBoard

@@ -1,0 +1,252 @@
+"""A process that has imported torch and DeepSpeed, whose forks are launchers and ranks of a test.
+
+These imports often cost more than what a test trains. Forks share a seed of hashes: that ranks and
+attempts agree where theirs differ, the tests show whose `launching.start` is `cold`.
+
+A request is the path of a JSON file and some file descriptors, the first of them a socket for the
+answer. A keeper, a fork of its own, serves it: so that a process whose end nobody has waited for
+yet keeps its number.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[1]
+
+
+@cache
+def _server(fixed: tuple[tuple[str, str], ...]) -> socket.socket:
+    """The socket of a new server; `fixed`: variables that are read while torch is imported."""
+    client, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    server = subprocess.Popen(
+        [sys.executable, "-P", __file__, str(end.fileno())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **dict(fixed)},
+        stdin=subprocess.DEVNULL,
+        pass_fds=[end.fileno()],
+        start_new_session=True,  # ended with its forks
+    )
+    end.close()
+    atexit.register(server.wait)
+    atexit.register(client.close)  # before that: it ends the server
+    return client
+
+
+def ask(request: dict, *descriptors: int, **fixed: str) -> socket.socket:
+    """Send a request ("serve": module:function, which a keeper calls with the request and the file
+    descriptors); return the socket of its answer."""
+    answer, end = socket.socketpair()
+    with end, tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(request, file)
+        file.close()
+        fds = [end.fileno(), *descriptors]
+        socket.send_fds(_server(tuple(fixed.items())), [file.name.encode()], fds)
+    return answer
+
+
+def serve(requests: socket.socket) -> None:
+    """Import what ranks import, then fork a keeper for each request until the test process ends."""
+    from forescale.engine.world import set_environment
+
+    before = dict(os.environ)
+    set_environment()
+    import accelerate  # noqa: F401
+    import deepspeed  # noqa: F401
+    import torch
+    import torch._dynamo  # any optimizer imports it: a second of each rank
+
+    import forescale.inference.summary
+    import forescale.train.trainer
+    import forescale.verbs.train  # noqa: F401
+    from forescale.config.compose import compose
+    from forescale.config.train import TrainJob
+    from forescale.engine.optimizers.muon import import_muon
+
+    import_muon()
+    compose(TrainJob, [])  # what composes configurations imports its parts when it is first called
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(before)
+    gc.collect()
+    gc.freeze()  # what is imported lives on: a collection in a rank took longer than a step
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
+    while True:
+        message, descriptors, *_ = socket.recv_fds(requests, 4096, 8)
+        if not message:
+            os.killpg(0, signal.SIGKILL)
+        if not os.fork():
+            requests.close()
+            _finish(partial(_keep, Path(message.decode()), descriptors))
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _keep(path: Path, descriptors: list[int]) -> int:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request = json.loads(path.read_text())
+    path.unlink()
+    answer = socket.socket(fileno=descriptors.pop(0))
+    module, function = request["serve"].split(":")
+    getattr(importlib.import_module(module), function)(request, answer, *descriptors)
+    return 0
+
+
+def _finish(work: Callable[[], int]) -> NoReturn:
+    """Call `work` in a fork, and end with its code as a Python process would."""
+    try:
+        code = work()
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End a fork as the product ends a rank: threads of gloo may abort a normal exit."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def become(environment: dict[str, str], stdout: int, stderr: int) -> None:
+    """Take what a new process has of its own: environment, output, signals, search path."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (stdout, 1), (stderr, 2)):
+        os.dup2(source, target)
+    os.closerange(3, 1024)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    path = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [entry for entry in path if entry and entry not in sys.path]
+
+
+def _command(words: list[str]) -> int:
+    """The command line `forescale WORDS`, whose ranks are forks of this process."""
+    from forescale import cli
+    from forescale.resilience import launcher
+
+    launcher.subprocess = Forks  # type: ignore[assignment]
+    sys.argv = ["forescale", *words]
+    return cli.main()
+
+
+def launch(request: dict, answer: socket.socket, output: int) -> None:
+    """Keep a launcher: answer with its number, and with its code when it has ended."""
+    if not (launcher := os.fork()):
+        answer.close()
+        become(request["environment"], output, output)
+        os.chdir(request["folder"])
+        _finish(lambda: _command(request["words"]))
+    os.close(output)
+    answer.sendall(f"{launcher}\n".encode())
+    code = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
+    answer.sendall(f"{code}\n".encode())
+
+
+class _Child:
+    """What the product asks of a Popen."""
+
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        raise NotImplementedError
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Fork(_Child):
+    """A rank, started as its launcher starts it, but by a fork."""
+
+    def __init__(self, command, env, stdout, stderr, start_new_session, preexec_fn):
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            preexec_fn()
+            streams = [s if isinstance(s, int) else s.fileno() for s in (stdout, stderr)]
+            become(env, *streams)
+            _finish(lambda: _command(command[command.index("forescale") + 1 :]))
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+class Forks:
+    """In place of `subprocess` in the launcher."""
+
+    Popen = Fork
+
+
+class Launcher(_Child):
+    """`forescale WORDS` in a fork of the server, as a Popen that reads its output."""
+
+    def __init__(self, words: list[str], folder: Path, environment: dict[str, str]):
+        read, write = os.pipe()
+        request = {"words": words, "folder": str(folder), "environment": environment}
+        self._answer = ask({"serve": "tests.warm:launch", **request}, write).makefile()
+        os.close(write)
+        self.stdout = os.fdopen(read)
+        self.pid = int(self._answer.readline())
+        self._ended = threading.Event()
+        threading.Thread(target=self._await_end, daemon=True).start()
+
+    def _await_end(self) -> None:
+        self.returncode = int(self._answer.readline() or -signal.SIGKILL)
+        self._ended.set()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        output: list[str] = []
+        reader = threading.Thread(target=lambda: output.append(self.stdout.read()), daemon=True)
+        reader.start()
+        reader.join(timeout)
+        if reader.is_alive() or not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired("forescale", timeout or 0.0)
+        return output[0], None
+
+
+if __name__ == "__main__":
+    from tests import warm
+
+    warm.serve(socket.socket(fileno=int(sys.argv[1])))
