@@ -115,9 +115,8 @@ def test_damage_is_reported_before_a_table_is_used(opened, tmp_path):
     bad += [good + b"\0", b"\0" + good, good + good]
     for raw in bad:
         path.write_bytes(raw)
-        with pytest.raises(
-            UserError, match=r"\.v2: damaged: .*; delete the file; it is computed again\."
-        ):
+        problem = r"\.v2: damaged: .*; delete the file; it is computed again\."
+        with pytest.raises(UserError, match=problem):
             bins_of(opened, tmp_path).short(np.arange(3))
     path.unlink()
     assert all_pieces(bins_of(opened, tmp_path)) == right

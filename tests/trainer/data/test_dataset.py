@@ -128,9 +128,8 @@ def test_truncation_while_open_is_found(copy):
     with open(copy / "train-000000.tar", "r+b") as f:
         f.truncate(700)
     for read in (split.read, lambda shard, start, n: rows_of(split, shard, [start], n)):
-        with pytest.raises(
-            UserError, match=r"train-000000\.tar: member 000002: ends after .* too early"
-        ):
+        problem = r"train-000000\.tar: member 000002: ends after .* too early"
+        with pytest.raises(UserError, match=problem):
             read(0, 1000, 1)
 
 

@@ -16,7 +16,6 @@ from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream
-from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import collect
 
@@ -62,14 +61,6 @@ def test_an_epoch_has_each_next_token_of_each_document_once(shards, L, block, ma
                 numbers = micro[0].documents.numpy()
                 within = micro[0].targets.numpy()[:, :-1] != IGNORED
                 assert not (within & (np.diff(numbers) != 0)).any()
-
-
-@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 2, 1), (4, 1, 2)])
-def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
-    dataset, tmp_path, world, micro, workers
-):
-    feed = packed_feed({"d": Dataset(dataset)}, tmp_path, 64, documents=True)
-    assert_same_anywhere(feed, world, micro, workers)
 
 
 def test_a_damaged_bin_is_substituted_by_one_with_as_many_targets(tmp_path):

@@ -180,9 +180,8 @@ def test_a_disk_that_becomes_read_only_gives_a_warning(tmp_path):
 
 def test_an_unusable_cache_is_reported(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"file/cache: can't be used as cache of remote files"
-    ) as caught:
+    problem = r"file/cache: can't be used as cache of remote files"
+    with pytest.raises(UserError, match=problem) as caught:
         Store("http://127.0.0.1:1/d", tmp_path / "file" / "cache", 1 << 20, QUICK)
     assert re.search("set data.cache to", sentence(caught))
 

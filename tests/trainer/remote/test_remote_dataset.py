@@ -141,9 +141,8 @@ def test_a_lasting_error_ends_the_stream_and_names_file_and_server(
 def test_a_server_that_keeps_hanging_ends_the_stream(server, tmp_path, patient):
     patient(Patience(tries=2, seconds=30, timeout=0.2, pause=0.001))
     server.always("/d/train-000000.tar", "hang")
-    with pytest.raises(
-        UserError, match=r"/d/train-000000\.tar: .*the server sent nothing for 0.2 s"
-    ):
+    problem = r"/d/train-000000\.tar: .*the server sent nothing for 0.2 s"
+    with pytest.raises(UserError, match=problem):
         batches(Dataset(f"{server.url}/d", tmp_path))
 
 

@@ -196,9 +196,8 @@ def test_an_unknown_host_name(tmp_path, monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(
-        Unreachable, match=r"http://nowhere.invalid/a: the name of the server can't"
-    ):
+    problem = r"http://nowhere.invalid/a: the name of the server can't"
+    with pytest.raises(Unreachable, match=problem):
         Store("http://nowhere.invalid", tmp_path, patience=QUICK).read("a")
 
 
@@ -236,7 +235,6 @@ def test_a_file_that_changes_between_two_requests_is_reported(server, opened):
 @pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, 100])
 def test_a_file_of_another_size_than_in_the_manifest_is_reported(server, opened, size):
     server.files["/d/a.tar"] = (DATA + b"x")[:size]
-    with pytest.raises(
-        UserError, match=f"a.tar: has {size:,} bytes on the server, expected 3,000,000"
-    ):
+    problem = f"a.tar: has {size:,} bytes on the server, expected 3,000,000"
+    with pytest.raises(UserError, match=problem):
         read(opened(size=len(DATA)))

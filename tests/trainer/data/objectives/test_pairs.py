@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 
-from forescale.config.sections.objective import OBJECTIVES
 from forescale.data.bins import PairKind
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
@@ -23,7 +22,6 @@ from forescale.data.tokenizer import byte_tokenizer
 from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer
 from tests.reversed_words import NO_PAIRS, make_pairs
-from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.small_dataset import END
 from tests.trainer.data.test_stream import collect
 
@@ -94,16 +92,6 @@ def test_each_pair_comes_exactly_once_an_epoch(words):
         assert Counter(epochs[-1]) == Counter(wanted_of(words, "train"))
         assert batch.targets == order.targets_per_epoch
     assert epochs[0] != epochs[1], "in another order"
-
-
-@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 2, 1), (4, 1, 2)])
-def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
-    words, world, micro, workers
-):
-    feed = feed_of(words)
-    assert_same_anywhere(feed, world, micro, workers)
-    hashes = [[h for *_, h in collect(feed, (0, 6), 0, w, 8, 1)] for w in (1, world)]
-    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -210,13 +198,6 @@ def test_without_an_intact_pair_of_as_many_targets_it_is_said(words):
     lost = frozenset(LostMember("d", n, m.key) for n in shards for m in split.shard(n).members)
     with pytest.raises(UserError, match=r"no intact one has as many targets, \d"):
         feed_of(words, True).read([(0, 1)], lost)
-
-
-def test_the_shortest_row_is_that_of_its_spec():
-    shortest = OBJECTIVES["pairs"].shortest
-    assert Pairs(shortest, "\t").split == 1
-    with pytest.raises(ValueError, match="too few"):
-        Pairs(shortest - 1, "\t")
 
 
 @pytest.mark.parametrize(

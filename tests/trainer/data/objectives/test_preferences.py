@@ -16,7 +16,6 @@ from forescale.data.order import Order
 from forescale.data.stream import validation_windows
 from tests.preferences import make_preferences, preferences
 from tests.questions import plain_template
-from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.objectives.test_responses import rows_of
 from tests.trainer.data.test_stream import collect
 
@@ -80,10 +79,6 @@ def test_each_comes_once_an_epoch_as_two_rows_with_the_last_response_as_targets(
     assert Counter(pairs[0] + last) == Counter(map(expected, preferences()))
     assert Counter(pairs[0]) == Counter(pairs[1])
     assert pairs[0] != pairs[1], "in another order"
-
-
-def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(dataset):
-    assert_same_anywhere(feed_of(dataset), 2, 2, 1)
 
 
 def numbered(dataset, split: str) -> np.ndarray:

@@ -1,17 +1,13 @@
 """The rest of a text: a row is the window's tokens, cut where its length says."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.config.sections.objective import OBJECTIVES
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.stream import validation_windows
-from tests.trainer.data.objectives.exact import assert_same_anywhere
-from tests.trainer.data.test_stream import make_feed
 
 
 @given(
@@ -57,15 +53,6 @@ def test_the_source_has_its_share():
     assert Prefix(10, 0.999).split == 9
 
 
-@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 2, 1), (4, 1, 2)])
-def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
-    dataset, world, micro, workers
-):
-    split = Dataset(dataset).split("train")
-    feed = make_feed({"data": split}, 64, 3, 2, objective=Prefix(64))
-    assert_same_anywhere(feed, world, micro, workers)
-
-
 def test_held_out_targets_are_the_ends_of_the_windows(dataset):
     split, objective = Dataset(dataset).split("validation"), Prefix(64, 0.75)
     targets_of_rows, expected = [], []
@@ -77,10 +64,3 @@ def test_held_out_targets_are_the_ends_of_the_windows(dataset):
             count = int(objective.num_targets(np.array(length)))
             expected += split.read(shard, start + length - count, count).tolist() if count else []
     assert targets_of_rows == expected
-
-
-def test_the_shortest_row_is_that_of_its_spec():
-    shortest = OBJECTIVES["prefix"].shortest
-    assert Prefix(shortest).split == 1
-    with pytest.raises(ValueError, match="too few"):
-        Prefix(shortest - 1)

@@ -17,7 +17,6 @@ from forescale.data.stream import validation_windows
 from forescale.ground.errors import UserError
 from tests.questions import make_conversations
 from tests.trainer.data.conversations.test_prepare import texts
-from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import collect
 
@@ -70,10 +69,6 @@ def test_each_example_comes_once_an_epoch_with_its_responses_as_targets(dataset)
         assert Counter(epochs[-1]) == Counter(texts(dataset, "train"))
         assert batch.targets == sum(len(learned) for _, learned in epochs[-1])
     assert epochs[0] != epochs[1], "in another order"
-
-
-def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(dataset):
-    assert_same_anywhere(feed_of(dataset), 2, 2, 1)
 
 
 def test_held_out_conversations_come_in_their_order(dataset):

@@ -6,13 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.config.sections.objective import OBJECTIVES
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.spans import Spans
 from forescale.data.stream import validation_windows
-from tests.trainer.data.objectives.exact import assert_same_anywhere
-from tests.trainer.data.test_stream import collect, make_feed
+from tests.trainer.data.test_stream import make_feed
 
 V = 257
 
@@ -110,15 +108,6 @@ def feed(dataset):
     return make_feed({"data": split}, objective.window_length, 3, 2, objective=objective)
 
 
-@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 2, 1), (4, 1, 2)])
-def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
-    feed, world, micro, workers
-):
-    assert_same_anywhere(feed, world, micro, workers)
-    ((_, (micro_batch,), _),) = collect(feed, (0, 1), 0, 1, 8, 8)
-    assert micro_batch.tokens.shape == micro_batch.targets.shape == (8, 64)
-
-
 def test_held_out_rows_rebuild_the_split(dataset):
     data = Dataset(dataset)
     split, objective = data.split("validation"), Spans(data.vocab_size, 0, 64)
@@ -148,10 +137,3 @@ def test_spans_depend_on_seed_and_number_alone():
     assert np.array_equal(one[:, 0], one[:, 2])
     assert not np.array_equal(one[:, 0], one[:, 1])
     assert not np.array_equal(one[:, 0], other[:, 0])
-
-
-def test_the_shortest_row_is_that_of_its_spec():
-    shortest = OBJECTIVES["seq2seq"].shortest
-    assert Spans(100, 0, shortest).window_length == 2
-    with pytest.raises(ValueError, match="too few"):
-        Spans(100, 0, shortest - 1)

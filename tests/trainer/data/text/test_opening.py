@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from forescale.ground.errors import UserError
-from tests.trainer.data.read_files import read
+from tests.trainer.data.read_files import expect_refused, read
 
 TEXT = "".join(random.Random(1).choices("abcdef \n", k=400)).strip().encode()
 SKIPPED = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # a frame without text, as pzstd writes them
@@ -36,8 +36,7 @@ def test_every_truncation_is_found(tmp_path, name):
     path, packed = tmp_path / name, PACKED[name]
     for size in range(len(packed)):
         path.write_bytes(packed[:size])
-        with pytest.raises(UserError, match=r"truncated or damaged.*restore the file"):
-            read(path)
+        expect_refused(r"truncated or damaged.*restore the file", path)
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "c.md.zst"])
@@ -55,15 +54,13 @@ def test_every_flipped_byte_of_a_checksummed_file_is_found_or_harmless(tmp_path,
 @pytest.mark.parametrize("name", PACKED)
 def test_data_after_the_end_is_found(tmp_path, name):
     (tmp_path / name).write_bytes(PACKED[name] + b"something else")
-    with pytest.raises(UserError, match="truncated or damaged"):
-        read(tmp_path / name)
+    expect_refused("truncated or damaged", tmp_path / name)
 
 
 def test_a_file_of_another_kind(tmp_path):
     for name in PACKED:
         (tmp_path / name).write_bytes(b"plain text and nothing else")
-        with pytest.raises(UserError, match="truncated or damaged"):
-            read(tmp_path / name)
+        expect_refused("truncated or damaged", tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -74,5 +71,4 @@ def test_text_of_many_blocks(tmp_path, suffix):
     path.write_bytes(packed)
     assert read(path)[0] == [(path.name, text)]
     path.write_bytes(packed[:-1])
-    with pytest.raises(UserError, match="truncated or damaged"):
-        read(path)
+    expect_refused("truncated or damaged", path)

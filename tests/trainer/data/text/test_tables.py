@@ -8,8 +8,7 @@ import pytest
 
 from forescale.data.text.documents import Policy, ReadingReport
 from forescale.data.text.files import Files
-from forescale.ground.errors import UserError
-from tests.trainer.data.read_files import lines, read
+from tests.trainer.data.read_files import expect_refused, lines, read
 
 TEXTS = [f"row {i} " * (i % 7 + 1) for i in range(100)]
 
@@ -66,8 +65,11 @@ def test_nulls_blanks_and_faults_are_counted(tmp_path):
             "empty": [f"{path.name}:2"],
             "undecodable": [f"{path.name}:3 (byte 0)"],
         }
-    with pytest.raises(UserError, match=r"string\.parquet:3: isn't UTF-8"):
-        read(tmp_path / "string.parquet", policy=Policy(undecodable="fail"))
+    expect_refused(
+        r"string\.parquet:3: isn't UTF-8",
+        tmp_path / "string.parquet",
+        policy=Policy(undecodable="fail"),
+    )
 
 
 def test_a_column_inside_another(tmp_path):
@@ -76,8 +78,11 @@ def test_a_column_inside_another(tmp_path):
     documents, report = read(tmp_path / "a.parquet", text_key="meta.text")
     assert [text for _, text in documents] == [b"a", b"b"]
     assert report.counts == {"no text under 'meta.text'": 2}
-    with pytest.raises(UserError, match=r"no column 'meta.body'.*columns: text, n in meta"):
-        read(tmp_path / "a.parquet", text_key="meta.body")
+    expect_refused(
+        r"no column 'meta.body'.*columns: text, n in meta",
+        tmp_path / "a.parquet",
+        text_key="meta.body",
+    )
 
 
 def test_a_table_without_rows_is_reported(tmp_path):
@@ -87,10 +92,8 @@ def test_a_table_without_rows_is_reported(tmp_path):
 
 def test_a_wrong_column_raises_an_error_that_lists_the_columns(tmp_path):
     path = parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no column 'body'; set text_key \(columns: id, text\)"):
-        read(path, text_key="body")
-    with pytest.raises(UserError, match="column 'id' holds int64, not text"):
-        read(path, text_key="id")
+    expect_refused(r"no column 'body'; set text_key \(columns: id, text\)", path, text_key="body")
+    expect_refused("column 'id' holds int64, not text", path, text_key="id")
 
 
 def test_every_truncation_is_found(tmp_path):
@@ -98,8 +101,7 @@ def test_every_truncation_is_found(tmp_path):
     path = tmp_path / "a.parquet"
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"a\.parquet: truncated or damaged"):
-            read(path)
+        expect_refused(r"a\.parquet: truncated or damaged", path)
 
 
 def test_a_damaged_page_is_found(tmp_path):
@@ -109,8 +111,7 @@ def test_a_damaged_page_is_found(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"row 3")] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(UserError, match=r"a\.parquet: truncated or damaged"):
-        read(path)
+    expect_refused(r"a\.parquet: truncated or damaged", path)
 
 
 @pytest.fixture
@@ -133,10 +134,8 @@ def test_a_data_set_saved_to_disk(tmp_path, datasets):
     documents, _ = read(f"hf://{tmp_path}/both:test", unit_bytes=100)
     assert documents == [(f"both:test:{i}", text.encode()) for i, text in enumerate(TEXTS[90:])]
     assert len(read(f"hf://{tmp_path}/both")[0]) == 100
-    with pytest.raises(UserError, match="has no split 'dev'; choose one of train, test"):
-        read(f"hf://{tmp_path}/both:dev")
-    with pytest.raises(UserError, match=r"no column 'body'.*columns: id, text"):
-        read(f"hf://{tmp_path}/both", text_key="body")
+    expect_refused("has no split 'dev'; choose one of train, test", f"hf://{tmp_path}/both:dev")
+    expect_refused(r"no column 'body'.*columns: id, text", f"hf://{tmp_path}/both", text_key="body")
 
 
 def test_a_folder_that_datasets_can_read(tmp_path, datasets):
@@ -164,13 +163,9 @@ def test_units_of_a_data_set_are_fixed_and_picklable(tmp_path, datasets):
 def test_a_missing_data_set(tmp_path, datasets):
     (tmp_path / "empty").mkdir()
     for spec in (f"hf://{tmp_path}/empty", "hf://nobody/has-this-one"):
-        with pytest.raises(UserError, match=f"{spec}: can't be loaded .*check its name"):
-            read(spec)
+        expect_refused(f"{spec}: can't be loaded .*check its name", spec)
 
 
 def test_the_package_datasets_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(
-        UserError, match=r"hf://x: needs the package datasets.*pip install datasets"
-    ):
-        read("hf://x")
+    expect_refused(r"hf://x: needs the package datasets.*pip install datasets", "hf://x")

@@ -1,6 +1,7 @@
-"""JSON lines: a file cut at any bytes gives each line once; rows without text are counted."""
+"""Formats of text: JSON lines cut anywhere give each line once; a page gives what a reader sees."""
 
 import gzip
+import html
 import io
 import json
 
@@ -11,10 +12,9 @@ from hypothesis import strategies as st
 
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.files import Files
-from forescale.data.text.formats import lines_between
+from forescale.data.text.formats import lines_between, text_of
 from forescale.data.text.opening import Budget
-from forescale.ground.errors import UserError
-from tests.trainer.data.read_files import lines, read
+from tests.trainer.data.read_files import expect_refused, lines, read
 
 FREE = Budget("rows", "rows", None)
 PIECES = st.lists(
@@ -96,8 +96,11 @@ def test_replacing_what_is_not_utf8(tmp_path):
     documents, report = read(tmp_path / "a.jsonl", policy=Policy(undecodable="replace"))
     assert [text.decode() for _, text in documents] == ["a\ufffdb", "\ufffd"]
     assert report.counts == {"undecodable, replaced": 2}
-    with pytest.raises(UserError, match=r"a\.jsonl@0: isn't UTF-8 \(byte 11\)"):
-        read(tmp_path / "a.jsonl", policy=Policy(undecodable="fail"))
+    expect_refused(
+        r"a\.jsonl@0: isn't UTF-8 \(byte 11\)",
+        tmp_path / "a.jsonl",
+        policy=Policy(undecodable="fail"),
+    )
 
 
 def test_a_byte_order_mark_before_the_first_row(tmp_path):
@@ -134,22 +137,57 @@ def test_a_file_without_rows_is_reported(tmp_path):
 @pytest.mark.parametrize("unit_bytes", [20, 1 << 20])
 def test_a_wrong_key_raises_an_error_that_lists_the_keys(tmp_path, unit_bytes):
     (tmp_path / "a.jsonl").write_bytes(lines(*[{"body": "x", "id": 1}] * 50))
-    with pytest.raises(UserError, match=r"no line.*under 'text'; set text_key \(keys: body, id\)"):
-        read(tmp_path / "a.jsonl", unit_bytes=unit_bytes)
+    expect_refused(
+        r"no line.*under 'text'; set text_key \(keys: body, id\)",
+        tmp_path / "a.jsonl",
+        unit_bytes=unit_bytes,
+    )
 
 
 def test_a_json_array_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps([{"text": "x"}]))
-    with pytest.raises(UserError, match=r"holds a JSON array.*jq -c '\.\[\]'"):
-        read(tmp_path / "a.jsonl")
+    expect_refused(r"holds a JSON array.*jq -c '\.\[\]'", tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text(json.dumps([{"text": "x"}], indent=1))
-    with pytest.raises(UserError, match=r"no line has a text under 'text'"):
-        read(tmp_path / "b.jsonl")
+    expect_refused(r"no line has a text under 'text'", tmp_path / "b.jsonl")
 
 
 def test_a_key_without_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"text": 5}, {"text": ["x"]}))
-    with pytest.raises(
-        UserError, match=r"a\.jsonl: the values of key 'text' aren't text; choose another"
-    ):
-        read(tmp_path / "a.jsonl")
+    expect_refused(
+        r"a\.jsonl: the values of key 'text' aren't text; choose another", tmp_path / "a.jsonl"
+    )
+
+
+PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title><style>p { x: "<b>" }</style>
+<SCRIPT>if (a < b) f("</p>");</SCRIPT></head><body><!-- <p>no --><h1 class="x">Head</h1>
+<p>One   <b>bold</b> word, 1 &lt; 2 and 3 < 4<br/>next&nbsp;line<ul><li>a<li>b</ul></body></html>
+"""
+
+
+def test_a_page_is_read_as_its_text(tmp_path):
+    (tmp_path / "a.html").write_text(PAGE)
+    documents, report = read(tmp_path / "a.html")
+    text = "A & B\n\nHead\n\nOne bold word, 1 < 2 and 3 < 4\nnext\xa0line\n\na\nb\n"
+    assert [(name, raw.decode()) for name, raw in documents] == [("a.html", text)]
+    assert report.listed == {"markup removed": ["a.html"]}
+
+
+def test_a_page_without_text_is_empty(tmp_path):
+    (tmp_path / "a.htm").write_text("<p><!-- -->\n<br>")
+    documents, report = read(tmp_path / "a.htm")
+    assert (documents, report.counts) == ([], {"markup removed": 1, "empty": 1})
+
+
+@given(st.text(alphabet="<>/!-abp &;'\"\nİ", max_size=60))
+def test_any_page_gives_its_words(page):
+    words = text_of(page).split()
+    if "<" not in page:
+        assert words == html.unescape(page).split()
+
+
+@pytest.mark.parametrize(
+    "part", ["<", "<!--", "<a '", "</", "<script>", "<style></", "<?", "&#", "<p ", "\n "]
+)
+def test_the_work_does_not_grow_with_the_square_of_the_page(part):
+    """With a parser whose work does, this test doesn't end."""
+    text_of(part * (200_000 // len(part)))
