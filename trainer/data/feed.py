@@ -262,10 +262,17 @@ class Feed:
         was read."""
         source, *window, size = place
         split, name = self.splits[source], self.names[source]
+
+        def is_lost(shard: int, first: int, length: int) -> bool:
+            hit = {lost.member for lost in known if lost.source == name and lost.shard == shard}
+            if not hit or "" in hit:  # a lost shard can't be opened
+                return bool(hit)
+            return not hit.isdisjoint(split.members(shard, first, length))
+
         others = self._whole if self.are_whole else self._windows
         for shard, start in chain([window], others(g, source, size)):
             pieces = self._pieces(source, shard, start, size)
-            if not any(self._touches(known, name, split, shard, *piece) for piece in pieces):
+            if not any(is_lost(shard, *piece) for piece in pieces):
                 on_read(name, split.shard_name(shard))
                 try:
                     ends = np.cumsum([length for _, length in pieces])
@@ -285,13 +292,6 @@ class Feed:
                 f"a {self.unit} is damaged, and no intact one has as many targets, {size - 1:,}"
             )
         raise UserError(f"source {name}", problem, "restore the dataset from a copy")
-
-    @staticmethod
-    def _touches(
-        known: set[LostMember], name: str, split: Split, shard: int, start: int, size: int
-    ):
-        hit = {lost.member for lost in known if lost.source == name and lost.shard == shard}
-        return bool(hit) and ("" in hit or not hit.isdisjoint(split.members(shard, start, size)))
 
     def _windows(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
         """Yield shard and start of other windows with size - 1 targets, drawn by (seed, g)."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -31,6 +32,7 @@ J = TypeVar("J")
 
 Agree = Callable[[frozenset[LostMember]], frozenset[LostMember]]
 Log = Callable[[str], None]
+_Task = tuple[Any, frozenset[LostMember], "Future[Any]"]  # job, quarantine, batch
 _END = object()
 
 
@@ -102,16 +104,6 @@ class _BatchMaker:
             self.quarantine |= lost
 
 
-class _Task:
-    """One job for a worker, and its result or error."""
-
-    def __init__(self, job: Any, quarantine: frozenset[LostMember]):
-        self.job, self.quarantine = job, quarantine
-        self.batch: Any = None
-        self.error: BaseException | None = None
-        self.finished = threading.Event()
-
-
 class _WorkerPool:
     """The threads: workers, and the coordinator that hands out their batches in order."""
 
@@ -130,30 +122,28 @@ class _WorkerPool:
             thread.start()
 
     def batches(self, log: Log) -> Iterator[Any]:
+        waited, patience = 0.0, _STALLED
         while True:
-            batch, error = self._next(log)
+            try:
+                batch, error = self._ready.get(timeout=patience)
+            except Empty:
+                waited += patience
+                log(self._why(waited))
+                patience = waited  # after 5, 10, 20, 40 s ...
+                continue
             if error is not None:
                 raise error
             if batch is _END:
                 return
             self._free.release()
             yield batch
+            waited, patience = 0.0, _STALLED
 
     def close(self) -> None:
         """End the threads. With several ranks the coordinator first makes the batches that the
         other ranks make too, so that none of them waits for its answer."""
         self._closed.set()
         self._coordinator.join(timeout=10)
-
-    def _next(self, log: Log) -> tuple[Any, BaseException | None]:
-        patience, waited = _STALLED, 0.0
-        while True:
-            try:
-                return self._ready.get(timeout=patience)
-            except Empty:
-                waited += patience
-                log(self._why(waited))
-                patience = waited  # after 5, 10, 20, 40 s ...
 
     def _why(self, seconds: float) -> str:
         """Return why no batch has come for so long."""
@@ -170,23 +160,25 @@ class _WorkerPool:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
+            job, quarantine, future = task
             try:
-                if not self._closed.is_set():
-                    task.batch = self._maker.make(task.job, task.quarantine, self._on_read)
+                is_open = not self._closed.is_set()
+                batch = self._maker.make(job, quarantine, self._on_read) if is_open else None
+                future.set_result(batch)
             except BaseException as e:
-                task.error = e
+                future.set_exception(e)
             self._doing.pop(threading.current_thread().name, None)
-            task.finished.set()
 
     def _coordinate(self) -> None:
         try:
-            for task in self._in_order():
-                if not self._may_make():
+            for job, _, future in self._in_order():
+                # Wait until the consumer has taken enough batches, or closes the pool.
+                while not self._free.acquire(timeout=0.2):
+                    if self._closed.is_set():
+                        return
+                if self._closed.is_set() and not self._maker.shared:
                     return
-                task.finished.wait()
-                if task.error is not None:
-                    raise task.error
-                self._ready.put((self._maker(task.job, task.batch, self._on_read), None))
+                self._ready.put((self._maker(job, future.result(), self._on_read), None))
                 self._doing.pop(threading.current_thread().name, None)
             self._ready.put((_END, None))
         except BaseException as e:
@@ -195,19 +187,12 @@ class _WorkerPool:
             for _ in range(self._workers):
                 self._tasks.put(None)
 
-    def _may_make(self) -> bool:
-        """Wait until the consumer has taken enough; return False if it has closed the pool."""
-        while not self._free.acquire(timeout=0.2):
-            if self._closed.is_set():
-                return False
-        return self._maker.shared or not self._closed.is_set()
-
     def _in_order(self) -> Iterator[_Task]:
         """Yield the jobs as tasks; each worker has one."""
         tasks: deque[_Task] = deque()
         while True:
             for job in islice(self._plan, self._workers - len(tasks)):
-                tasks.append(_Task(job, self._maker.quarantine))
+                tasks.append((job, self._maker.quarantine, Future()))
                 self._tasks.put(tasks[-1])
             if not tasks:
                 return

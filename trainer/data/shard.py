@@ -254,19 +254,17 @@ class Shard:
         lacking = np.flatnonzero(~(ready[first] & ready[last]) | (last - first > 1))
         for a, b in zip(first[lacking].tolist(), last[lacking].tolist(), strict=True):
             for chunk in range(a, b + 1):
-                if not ready[chunk]:
-                    self._load_chunk(chunk, memory)
-                    ready[chunk] = True
+                if ready[chunk]:
+                    continue
+                begin, at = int(self._chunk_firsts[chunk]), bisect_right(self._chunks, chunk) - 1
+                end = min(begin + CHUNK // self._item, self._firsts[at + 1])
+                data = BUFFERS.chunk[: (end - begin) * self._item]
+                self._read_chunk(at, chunk - self._chunks[at], data)
+                # Copied only when verified: another thread may be reading it or its neighbours.
+                memory[begin:end] = np.frombuffer(data, self.dtype)
+                ready[chunk] = True
         if len(lacking):
             resident.complete = bool(ready.all())
-
-    def _load_chunk(self, chunk: int, memory: np.ndarray) -> None:
-        begin, at = int(self._chunk_firsts[chunk]), bisect_right(self._chunks, chunk) - 1
-        end = min(begin + CHUNK // self._item, self._firsts[at + 1])
-        held = BUFFERS.chunk[: (end - begin) * self._item]
-        self._read_chunk(at, chunk - self._chunks[at], held)
-        # Copied only when verified: another thread may be reading this chunk or its neighbours.
-        memory[begin:end] = np.frombuffer(held, self.dtype)
 
     def _read(self, start: int, length: int, out: memoryview) -> None:
         """Copy tokens [start, start + length), verified and as they are stored, into `out`."""

@@ -122,7 +122,12 @@ class Reader:
                         # The prompt decides, so that no prompt is in both splits.
                         *rows, key = two_lines(row)
                     else:
-                        rows = [key := _example_fields(row)]
+                        has_messages = isinstance(row, dict) and "messages" in row
+                        has_texts = isinstance(row, dict) and {"prompt", "response"} <= row.keys()
+                        if has_messages == has_texts:
+                            raise Unfit(f"that are not {EXAMPLES}")
+                        names = ("messages",) if has_messages else ("prompt", "response")
+                        rows = [key := {name: row[name] for name in names}]
                     text = json.dumps(key, sort_keys=True).encode()
                     conversations = [self._pieces(row) for row in rows]
                     yield _Line(number, conversations, "messages" in rows[0], text)
@@ -199,14 +204,6 @@ def _parsed(raw: bytes) -> Any:
         return json.loads(raw.decode("utf-8").removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         raise Unfit("that are no valid JSON") from None
-
-
-def _example_fields(row: Any) -> dict[str, Any]:
-    has_messages = isinstance(row, dict) and "messages" in row
-    has_texts = isinstance(row, dict) and {"prompt", "response"} <= row.keys()
-    if has_messages == has_texts:
-        raise Unfit(f"that are not {EXAMPLES}")
-    return {name: row[name] for name in (("messages",) if has_messages else ("prompt", "response"))}
 
 
 def _checked_messages(messages: Any) -> Sequence[Message]:

@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from forescale.data.objective import IGNORED
+from forescale.data.tokenizer import text_ids
 from forescale.ground.errors import UserError, shortened
 
 _LONGEST = 60  # characters of a separator in a message
@@ -75,7 +76,13 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
             )
             raise UserError(where, problem, "give the id of a token, or its text")
     else:
-        ids = _ids_of(tokenizer, separator)
+        text = _unescaped(separator)
+        # Of the name of a special token, which occurs in no text but may occur in a corpus of token
+        # ids, that token.
+        added = tokenizer.get_added_tokens_decoder()
+        ids = [index for index, token in added.items() if token.content == text][:1]
+        if not ids and not any("\ud800" <= c <= "\udfff" for c in text):  # else not UTF-8
+            ids = text_ids(tokenizer, text)
         if len(ids) != 1:
             problem = f"{quoted} is {len(ids)} tokens in this dataset's tokenizer"
             todo = "give a text that is one token, such as \\t, or the id of a token"
@@ -96,16 +103,3 @@ def _unescaped(separator: str) -> str:
     for escape, character in _ESCAPES.items():
         separator = separator.replace(escape, character)
     return separator
-
-
-def _ids_of(tokenizer: Tokenizer, separator: str) -> list[int]:
-    """Return the tokens of a text in a document; of the name of a special token, which occurs in no
-    text but may occur in a corpus of token ids, that token."""
-    text = _unescaped(separator)
-    for index, added in tokenizer.get_added_tokens_decoder().items():
-        if added.content == text:
-            return [index]
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return []  # not UTF-8
-    tokenizer.encode_special_tokens = True  # as in documents
-    return tokenizer.encode(text, add_special_tokens=False).ids

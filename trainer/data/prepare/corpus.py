@@ -69,7 +69,21 @@ class PythonSource:
         self.sources = ["embedded"]
         self._missing: list[str] = []
         self._roots = installed_roots(self._missing) if roots is None else roots
-        self.files = list(self._walk())
+        self.files: list[tuple[str, Path]] = []
+        for label, root in self._roots.items():
+            paths = []
+            for folder, subfolders, files in os.walk(root):
+                subfolders[:] = [
+                    name
+                    for name in subfolders
+                    if name not in _FOLDERS and not name.startswith((".", "config-"))
+                ]
+                for name in files:
+                    is_source = name.endswith(".py") and name not in _STAMPED
+                    if is_source and not name.startswith(("_sysconfigdata", "test_")):
+                        path = Path(folder, name)
+                        paths.append((f"{label}/{path.relative_to(root).as_posix()}", path))
+            self.files += sorted(paths)
         self._verdicts: dict[str, str | None] = {}  # the rules take longer than reading
         if not self.files:
             problem = "this installation contains no Python source code"
@@ -116,22 +130,6 @@ class PythonSource:
                 report.add(reason, name)
             else:
                 yield from Intake(report).documents(name, text)
-
-    def _walk(self) -> Iterator[tuple[str, Path]]:
-        for label, root in self._roots.items():
-            paths = []
-            for folder, subfolders, files in os.walk(root):
-                subfolders[:] = [
-                    d
-                    for d in subfolders
-                    if d not in _FOLDERS and not d.startswith((".", "config-"))
-                ]
-                for name in files:
-                    is_source = name.endswith(".py") and name not in _STAMPED
-                    if is_source and not name.startswith(("_sysconfigdata", "test_")):
-                        path = Path(folder, name)
-                        paths.append((f"{label}/{path.relative_to(root).as_posix()}", path))
-            yield from sorted(paths)
 
 
 def installed_roots(missing: list[str]) -> dict[str, Path]:

@@ -90,7 +90,17 @@ def index_corpus(
         raise UserError("tokenizer", problem, "give the corpus's tokenizer.json")
     vocabulary = vocabulary_of(raw, tokenizer, end_of_text)
     left_out = ReadingReport()
-    files = [_files(path, left_out) for path in inputs]
+    files: list[list[tuple[str, str]]] = []  # of each input, in order, with their kinds
+    for path in inputs:
+        kinds: dict[str, str] = {}
+        for where, _ in _listed(path):
+            if kind := kind_of_file(where):
+                kinds[bin_of(where)] = kind
+            else:
+                left_out.add("no token ids", f"{input_name(path)}: {Path(where).name}")
+        if not kinds:
+            raise UserError(printable(path), "holds no tokens", f"expected {_KINDS}")
+        files.append(list(kinds.items()))
     rows: list[tuple[str, str, int | None]] = []
     for where, kind in chain.from_iterable(files):
         with reading(where):
@@ -167,19 +177,6 @@ def _build(
         }
         digest, stored = corpus.hexdigest(), dtype_name(dtype)
         write_manifest(stage, entries, vocabulary, splits, digest, request, report, dtype=stored)
-
-
-def _files(path: str, left_out: ReadingReport) -> list[tuple[str, str]]:
-    """Return the files of an input in order, each with its kind; an .idx belongs to its .bin."""
-    kinds: dict[str, str] = {}
-    for where, _ in _listed(path):
-        if kind := kind_of_file(where):
-            kinds[bin_of(where)] = kind
-        else:
-            left_out.add("no token ids", f"{input_name(path)}: {Path(where).name}")
-    if not kinds:
-        raise UserError(printable(path), "holds no tokens", f"expected {_KINDS}")
-    return list(kinds.items())
 
 
 def _listed(path: str) -> Iterator[tuple[str, int]]:
