@@ -249,7 +249,7 @@ class PairKind(BinKind):
         runs = np.stack([starts, cuts], 1)[stays].ravel()
         lengths = np.stack([source, target + 1], 1)[stays].ravel().astype(np.int32)
         facts["row_tokens"] += int(lengths.sum(dtype=np.int64))
-        return Packing(self.window_length, 2 * np.arange(stays.sum() + 1), runs, lengths)
+        return Packing(2 * np.arange(stays.sum() + 1), runs, lengths)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class ConversationKind(BinKind):
         offsets = np.cumsum([0, *(len(e) - 1 for e in edges)])
         starts = np.concatenate([np.empty(0, np.int64), *(e[:-1] for e in edges)])
         lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, edges)])
-        return Packing(self.window_length, offsets, starts, lengths.astype(np.int32))
+        return Packing(offsets, starts, lengths.astype(np.int32))
 
     def mark_ignored(self, row: np.ndarray, ends: np.ndarray) -> None:
         """Mark the pieces that are only read."""
@@ -433,7 +433,7 @@ class Bins:
         starts = 8 * (row.bins + 1)
         places = ((row.bins + 1, 0), (row.pieces, starts), (row.pieces, starts + 8 * row.pieces))
         arrays = (np.frombuffer(raw, d, *place) for d, place in zip(_DTYPES, places, strict=True))
-        return Packing(self.sequence_length, *arrays)
+        return Packing(*arrays)
 
     def _read(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)

@@ -30,7 +30,6 @@ class Packing:
     int64 of shape (bins + 1,); starts: int64 and lengths: int32 of shape (pieces,).
     """
 
-    sequence_length: int
     offsets: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
@@ -40,13 +39,8 @@ class Packing:
         return len(self.offsets) - 1
 
     @property
-    def num_targets(self) -> int:
-        """Target tokens in all bins: all tokens except the first of every piece."""
-        return int(self.targets.sum())
-
-    @property
     def targets(self) -> np.ndarray:
-        """Targets of each bin: int64 of shape (bins,), from 1 to L."""
+        """Targets of each bin, all tokens but the first of a piece: int64, from 1 to L."""
         return np.add.reduceat(self.lengths - 1, self.offsets[:-1], dtype=np.int64)
 
     def pieces(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +65,7 @@ def pack(document_lengths: np.ndarray, sequence_length: int) -> Packing:
     order = np.argsort(number[bins], kind="stable")
     counts = np.bincount(number[bins], minlength=len(first))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Packing(sequence_length, offsets, starts[order], lengths[order].astype(np.int32))
+    return Packing(offsets, starts[order], lengths[order].astype(np.int32))
 
 
 def _cut(documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -64,10 +64,6 @@ class RemoteBlocks:
         for number in numbers:
             self._cache.drop(f"{key}-{number}")
 
-    def close(self) -> None:
-        with self._lock:
-            self._hints.clear()
-
     def _start(self) -> None:
         """Start threads while there is something to fetch. The caller holds the lock."""
         room = min(self._ahead - len(self._unread), len(self._hints) - self._threads)

@@ -203,10 +203,6 @@ class Store:
             return _persist(place, place.is_file)
         return exists(origin_of(place), self._patience)
 
-    def close(self) -> None:
-        if "_blocks" in self.__dict__:
-            self._blocks.close()
-
     def _place(self, name: str) -> Path | str:
         if is_url(name):
             return name

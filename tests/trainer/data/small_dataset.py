@@ -48,3 +48,10 @@ def write_dataset(
     files[MANIFEST] = write_json(path / MANIFEST, {**manifest, "baselines": None})
     write_table(path, files)
     return path
+
+
+def flip(path: Path, at: int) -> None:
+    """Change a bit of the byte `at` of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)

@@ -18,7 +18,7 @@ from forescale.data.prepare.writer import ShardWriter
 from forescale.ground.errors import UserError
 from forescale.remote.store import Store
 from tests.reversed_words import NO_PAIRS, make_pairs
-from tests.trainer.data.small_dataset import END, write_dataset
+from tests.trainer.data.small_dataset import END, flip, write_dataset
 
 # Uneven shards, down to those without a target; members of 64 tokens cut documents in two.
 SHARDS = st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -222,8 +222,6 @@ def test_a_table_is_made_once_and_never_believed_if_it_is_damaged(tmp_path):
     assert kind.open(Tokens([[]]), dataset.identity, tmp_path).counts.any(), "not scanned"
     other = PairKind(9, 1, 6).open(split, dataset.identity, tmp_path)
     assert other.facts["too_long"] > 100, "a table of its own"
-    raw = bytearray(path.read_bytes())
-    raw[8] ^= 1
-    path.write_bytes(raw)
+    flip(path, 8)
     with pytest.raises(UserError, match="delete the file"):
         kind.open(split, dataset.identity, tmp_path).pieces(0, 0)

@@ -15,7 +15,7 @@ from forescale.data.feed import LostMember
 from forescale.data.stream import StepShare, stream
 from forescale.ground import errors
 from forescale.ground.errors import CRASHED, Transient, UserError
-from tests.trainer.data.small_dataset import write_dataset
+from tests.trainer.data.small_dataset import flip, write_dataset
 from tests.trainer.data.test_stream import make_feed
 
 L, STEPS, BATCH = 16, range(40), 12
@@ -28,11 +28,8 @@ def path(tmp_path):
 
 def damage(path, shard, member):
     """Flip a byte in the middle of a member's tokens."""
-    tar = path / f"train-{shard:06d}.tar"
     damaged = Dataset(path).split("train").shard(shard).members[member]
-    raw = bytearray(tar.read_bytes())
-    raw[damaged.tok["offset"] + damaged.tok["size"] // 2] ^= 1
-    tar.write_bytes(raw)
+    flip(path / f"train-{shard:06d}.tar", damaged.tok["offset"] + damaged.tok["size"] // 2)
     return LostMember("data", shard, damaged.key)
 
 
@@ -137,10 +134,7 @@ def test_a_truncated_shard_is_lost_completely(path):
 
 def test_windows_with_damaged_document_ends_are_substituted_too(path):
     damaged = Dataset(path).split("train").shard(1).members[1]
-    tar = path / "train-000001.tar"
-    raw = bytearray(tar.read_bytes())
-    raw[damaged.doc["offset"]] ^= 1
-    tar.write_bytes(raw)
+    flip(path / "train-000001.tar", damaged.doc["offset"])
     feed = feed_of(path, documents=True)
     rows = list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
     assert rows[-1].quarantine == {LostMember("data", 1, damaged.key)}

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from forescale.data.bins import PackedKind
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
-from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
-from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream
-from tests.trainer.data.small_dataset import write_dataset
-from tests.trainer.data.test_stream import collect
+from tests.trainer.data.small_dataset import flip, write_dataset
+from tests.trainer.data.test_stream import collect, make_feed
 
 DOCUMENTS = st.lists(st.integers(1, 90), min_size=1, max_size=6)
 SHARDS = st.lists(DOCUMENTS, min_size=1, max_size=4).filter(lambda s: max(map(max, s)) > 1)
@@ -28,9 +26,7 @@ def packed_feed(
 ) -> Feed:
     splits = {name: d.split("train") for name, d in datasets.items()}
     bins = {n: PackedKind(L).open(s, datasets[n].identity, cache) for n, s in splits.items()}
-    orders = {n: Order(s.shard_tokens, L, seed, block, bins[n]) for n, s in splits.items()}
-    mixture = Mixture(orders, [MixtureStage.of(0, [1] * len(splits))], seed)
-    return Feed(splits, mixture, 257, seed=seed, bins=bins, **options)
+    return make_feed(splits, L, seed, block, bins=bins, **options)
 
 
 def triples(pairs) -> list[tuple[int, int]]:
@@ -69,10 +65,7 @@ def test_a_damaged_bin_is_substituted_by_one_with_as_many_targets(tmp_path):
         stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), StepShare(4, 1), range(5), 0)
     )
     member = Dataset(path).split("train").shard(1).members[1]
-    tar = path / "train-000001.tar"
-    raw = bytearray(tar.read_bytes())
-    raw[member.tok["offset"]] ^= 1
-    tar.write_bytes(raw)
+    flip(path / "train-000001.tar", member.tok["offset"])
     with pytest.raises(Damaged, match=f"member {member.key}"):
         list(stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), StepShare(4, 1), range(5), 0))
     feed = packed_feed({"d": Dataset(path)}, tmp_path, 40, substitute=True)

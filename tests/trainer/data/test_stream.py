@@ -21,10 +21,13 @@ from forescale.ground.errors import UserError
 from tests.trainer.data.small_dataset import END, write_dataset
 
 
-def make_feed(splits, L, seed, block, stages=None, **options) -> Feed:
-    orders = {name: Order(s.shard_tokens, L, seed, block) for name, s in splits.items()}
+def make_feed(splits, L, seed, block, stages=None, bins=None, **options) -> Feed:
+    orders = {
+        name: Order(s.shard_tokens, L, seed, block, bins and bins[name])
+        for name, s in splits.items()
+    }
     stages = stages or [MixtureStage.of(0, [1] * len(splits))]
-    return Feed(splits, Mixture(orders, stages, seed), 257, seed=seed, **options)
+    return Feed(splits, Mixture(orders, stages, seed), 257, seed=seed, bins=bins, **options)
 
 
 @pytest.fixture(scope="module")

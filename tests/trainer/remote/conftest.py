@@ -1,5 +1,14 @@
-"""The small dataset of made-up text, which servers and buckets serve here."""
+"""Fixtures of servers: the small dataset of made-up text, which they serve, and a server of files."""
+
+import pytest
 
 from tests.trainer.data.conftest import dataset, texts
+from tests.trainer.remote.remote_files import serving
 
-__all__ = ["dataset", "texts"]
+__all__ = ["dataset", "server", "texts"]
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server

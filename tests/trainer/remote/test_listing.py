@@ -1,6 +1,5 @@
 """Inputs of a build at a server: every file of a folder or glob, each as a stream of its bytes."""
 
-import gzip
 import os
 import random
 
@@ -8,14 +7,7 @@ import pytest
 
 from forescale.ground.errors import UserError
 from forescale.remote.listing import list_files, open_input
-from forescale.remote.transfer import Missing
-from tests.trainer.remote.remote_files import DATA, QUICK, serving
-
-
-@pytest.fixture
-def server():
-    with serving() as server:
-        yield server
+from tests.trainer.remote.remote_files import DATA, QUICK
 
 
 @pytest.mark.parametrize(
@@ -53,12 +45,6 @@ def test_a_seek_does_not_fetch_all_the_rest(server):
     assert server.requests("/d/large")[-1] == (1 << 20, 5 << 20)
 
 
-def test_a_compressed_stream_is_returned_unchanged(server):
-    server.files["/d/a.jsonl.gz"] = gzip.compress(DATA[:100_000])
-    with open_input(f"{server.url}/d/a.jsonl.gz", QUICK) as f:
-        assert gzip.decompress(f.read()) == DATA[:100_000]
-
-
 def test_a_stream_of_a_changing_file_is_reported(server):
     server.next_time("/d/a.tar", "well", "half")
     with open_input(f"{server.url}/d/a.tar", QUICK) as f:
@@ -66,11 +52,6 @@ def test_a_stream_of_a_changing_file_is_reported(server):
         server.files["/d/a.tar"] = DATA[::-1]
         with pytest.raises(UserError, match="changed on the server between two requests"):
             f.read()
-
-
-def test_a_missing_stream(server):
-    with pytest.raises(Missing):
-        open_input(f"{server.url}/d/nothing", QUICK)
 
 
 def test_a_web_folder_is_listed(server):

@@ -31,15 +31,13 @@ def server():
 @pytest.fixture
 def opened(server, tmp_path):
     """Open a file of COUNT blocks, with a limit for its cache."""
-    stores = []
 
     def open_one(limit=LIMIT):
-        stores.append(Store(f"{server.url}/d", tmp_path / "cache", limit, QUICK))
-        return stores[-1].open("a.tar", len(DATA), "v1")
+        return Store(f"{server.url}/d", tmp_path / "cache", limit, QUICK).open(
+            "a.tar", len(DATA), "v1"
+        )
 
     yield open_one
-    for store in stores:
-        store.close()
     at_rest()
 
 
@@ -198,15 +196,3 @@ def test_a_cache_that_stores_nothing_stops_prefetching(server, opened, tmp_path)
     announce(file, range(1, COUNT))
     at_rest()
     assert blocks_requested(server) == [0]
-
-
-def test_a_closed_store_prefetches_nothing(server, tmp_path):
-    server.always("/d/a.tar", "wait")
-    store = Store(f"{server.url}/d", tmp_path, LIMIT, QUICK)
-    announce(store.open("a.tar", len(DATA), "v1"), range(COUNT))
-    for _ in range(THREADS):
-        assert server.arrived.acquire(timeout=30)
-    store.close()
-    server.gate.set()
-    at_rest()
-    assert len(blocks_requested(server)) == THREADS

@@ -8,13 +8,7 @@ import pytest
 from forescale.ground.errors import UserError
 from forescale.remote.store import Store
 from forescale.remote.transfer import Missing, Patience, Unreachable
-from tests.trainer.remote.remote_files import DATA, QUICK, SMALL, read, sentence, serving
-
-
-@pytest.fixture
-def server():
-    with serving() as server:
-        yield server
+from tests.trainer.remote.remote_files import DATA, QUICK, SMALL, read, sentence
 
 
 @pytest.fixture

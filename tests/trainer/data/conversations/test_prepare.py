@@ -10,6 +10,7 @@ from forescale.data.conversations import prepare
 from forescale.data.conversations.prepare import faults_sentence
 from forescale.ground.errors import UserError
 from tests.questions import make_conversations, plain_template, rows
+from tests.trainer.data.small_dataset import flip
 
 GOOD = {"prompt": "a", "response": "b"}
 BAD = [
@@ -110,9 +111,7 @@ def test_a_flipped_bit_of_the_column_is_found(tmp_path):
     dataset = make_conversations(tmp_path)
     path = dataset.path / "train-000000.tar"
     place = dataset.split("train").shard(0).members[0].learned["offset"]
-    raw = bytearray(path.read_bytes())
-    raw[place] ^= 1
-    path.write_bytes(raw)
+    flip(path, place)
     with pytest.raises(UserError, match="member 000000 is damaged: its learned tokens"):
         dataset.split("train").learned(0)
     assert any("learned tokens" in fault for fault in check(dataset.path))

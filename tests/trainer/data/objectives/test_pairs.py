@@ -13,17 +13,15 @@ from tokenizers import AddedToken
 from forescale.data.bins import PairKind
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
-from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED, NextToken
 from forescale.data.objectives.pairs import Pairs, separator_id
-from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream, validation_windows
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer
 from tests.reversed_words import NO_PAIRS, make_pairs
-from tests.trainer.data.small_dataset import END
-from tests.trainer.data.test_stream import collect
+from tests.trainer.data.small_dataset import END, flip
+from tests.trainer.data.test_stream import collect, make_feed
 
 TAB, COLUMNS, SOURCE = 9, 14, 6
 
@@ -41,11 +39,8 @@ def pairs_of(dataset, split="train", cache=None):
 
 def feed_of(dataset, substitute=False, cache=None) -> Feed:
     split, bins = dataset.split("train"), pairs_of(dataset, cache=cache)
-    order = Order(split.shard_tokens, COLUMNS, 3, 2, bins)
-    mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
-    objective = Pairs(COLUMNS, "\t", SOURCE)
-    options = {"substitute": substitute, "objective": objective, "seed": 3}
-    return Feed({"d": split}, mixture, dataset.vocab_size, bins={"d": bins}, **options)
+    options = {"substitute": substitute, "objective": Pairs(COLUMNS, "\t", SOURCE)}
+    return make_feed({"d": split}, COLUMNS, 3, 2, bins={"d": bins}, **options)
 
 
 def texts_of(micro, split) -> list[tuple[bytes, bytes]]:
@@ -127,10 +122,7 @@ def test_a_class_is_given_the_cuts_in_training_and_validation_alike(words):
         feed = feed_of(words)
         objective = feed.objective = Recording()
         if not is_with:
-            split = words.split("train")
-            order = Order(split.shard_tokens, COLUMNS, 3, 2)
-            mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
-            feed = Feed({"d": split}, mixture, words.vocab_size, objective=objective)
+            feed = make_feed({"d": words.split("train")}, COLUMNS, 3, 2, objective=objective)
         next(stream(feed, StepShare(2, 2), range(1), 0, workers=0))
         bins = pairs_of(words, "validation") if is_with else None
         arguments = (words.split("validation"), COLUMNS, 2)
@@ -164,10 +156,7 @@ def damaged(words, tmp_path):
     pairs_of(words)
     shutil.copytree(words.path, tmp_path / "d")
     member = words.split("train").shard(1).members[1]
-    tar = tmp_path / "d" / "train-000001.tar"
-    raw = bytearray(tar.read_bytes())
-    raw[member.tok["offset"]] ^= 1
-    tar.write_bytes(raw)
+    flip(tmp_path / "d" / "train-000001.tar", member.tok["offset"])
     return Dataset(tmp_path / "d"), LostMember("d", 1, member.key)
 
 

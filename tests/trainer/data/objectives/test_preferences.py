@@ -9,15 +9,13 @@ import torch
 from forescale.data.bins import PreferenceKind
 from forescale.data.conversations import prepare
 from forescale.data.feed import Feed
-from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.preferences import Preferences
-from forescale.data.order import Order
 from forescale.data.stream import validation_windows
 from tests.preferences import make_preferences, preferences
 from tests.questions import plain_template
 from tests.trainer.data.objectives.test_responses import rows_of
-from tests.trainer.data.test_stream import collect
+from tests.trainer.data.test_stream import collect, make_feed
 
 COLUMNS = 64
 OBJECTIVE = Preferences(COLUMNS, beta=0.1)
@@ -37,10 +35,8 @@ def bins_of(dataset, split="train", columns=COLUMNS):
 
 def feed_of(dataset, **options) -> Feed:
     split, bins = dataset.split("train"), bins_of(dataset)
-    order = Order(split.shard_tokens, OBJECTIVE.window_length, 3, 2, bins)
-    mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
-    settings = {"bins": {"d": bins}, "objective": OBJECTIVE, "seed": 3}
-    return Feed({"d": split}, mixture, dataset.vocab_size, **settings, **options)
+    settings = {"bins": {"d": bins}, "objective": OBJECTIVE}
+    return make_feed({"d": split}, OBJECTIVE.window_length, 3, 2, **settings, **options)
 
 
 def expected(row) -> tuple[tuple[bytes, bytes], ...]:

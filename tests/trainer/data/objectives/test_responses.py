@@ -9,16 +9,14 @@ from forescale.data.bins import ConversationKind
 from forescale.data.conversations import prepare
 from forescale.data.dataset import Dataset
 from forescale.data.feed import Feed
-from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.responses import Responses
-from forescale.data.order import Order
 from forescale.data.stream import validation_windows
 from forescale.ground.errors import UserError
 from tests.questions import make_conversations
 from tests.trainer.data.conversations.test_prepare import texts
 from tests.trainer.data.small_dataset import write_dataset
-from tests.trainer.data.test_stream import collect
+from tests.trainer.data.test_stream import collect, make_feed
 
 COLUMNS = 64
 
@@ -37,10 +35,7 @@ def bins_of(dataset, split="train", columns=COLUMNS):
 
 def feed_of(dataset) -> Feed:
     split, bins = dataset.split("train"), bins_of(dataset)
-    order = Order(split.shard_tokens, COLUMNS, 3, 2, bins)
-    mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
-    options = {"bins": {"d": bins}, "objective": Responses(), "seed": 3}
-    return Feed({"d": split}, mixture, dataset.vocab_size, **options)
+    return make_feed({"d": split}, COLUMNS, 3, 2, bins={"d": bins}, objective=Responses())
 
 
 def rows_of(micro, end) -> list[tuple[bytes, bytes]]:

@@ -10,8 +10,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.data.text.documents import ReadingReport
-from forescale.data.text.files import Files
 from forescale.data.text.formats import lines_between, text_of
 from forescale.data.text.opening import Budget
 from tests.trainer.data.read_files import expect_refused, lines, read
@@ -46,18 +44,6 @@ def test_units_of_any_size_give_the_same_documents(tmp_path_factory, data):
     path.write_bytes(raw + data.draw(st.sampled_from([b"", end])))
     size = data.draw(st.integers(1, 200))
     assert read(path, unit_bytes=size) == read(path, unit_bytes=1 << 30)
-
-
-def test_units_are_ranges_of_the_file(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(lines(*({"text": f"row {i}"} for i in range(100)), {"text": "long " * 100}))
-    files = Files([path], unit_bytes=100)
-    units = files.units()
-    assert sum(unit.size for unit in units) == path.stat().st_size
-    assert all(unit.size <= 100 for unit in units)
-    counts = [sum(1 for _ in files.read(unit, ReadingReport())) for unit in units]
-    assert sum(counts) == 101
-    assert counts[-1] == 0  # it lies within the long line
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])

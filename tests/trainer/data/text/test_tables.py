@@ -9,6 +9,7 @@ import pytest
 from forescale.data.text.documents import Policy, ReadingReport
 from forescale.data.text.files import Files
 from tests.trainer.data.read_files import expect_refused, lines, read
+from tests.trainer.data.small_dataset import flip
 
 TEXTS = [f"row {i} " * (i % 7 + 1) for i in range(100)]
 
@@ -108,9 +109,7 @@ def test_a_damaged_page_is_found(tmp_path):
     path = tmp_path / "a.parquet"
     plain = {"compression": "none", "use_dictionary": False}
     pq.write_table(pa.table({"text": TEXTS}), path, write_page_checksum=True, **plain)
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(b"row 3")] ^= 1
-    path.write_bytes(raw)
+    flip(path, path.read_bytes().index(b"row 3"))
     expect_refused(r"a\.parquet: truncated or damaged", path)
 
 
