@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER, Dataset
+from forescale.data.dataset import Dataset
 from forescale.data.feed import Feed
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
-from forescale.data.prepare.writer import ShardWriter
+from forescale.data.prepare.writer import ShardWriter, write_manifest
 from forescale.data.stream import StepShare, stream
-from forescale.data.tokenizer import byte_tokenizer
-from forescale.ground.storage import write_file, write_json, write_table
+from forescale.data.tokenizer import Vocabulary, byte_tokenizer
+from forescale.ground.storage import FileEntry
 from tests.benchmarks.pairing import Result, interleaved
 
 SHUFFLE_SHARDS = 8  # the default in conf/data
@@ -178,8 +178,7 @@ def write(root: Path, sizes: Sizes) -> None:
     """Write a dataset of random tokens, and the same tokens as one flat file."""
     path, rng = root / "dataset", np.random.default_rng(0)
     path.mkdir()
-    files = {TOKENIZER: write_file(path / TOKENIZER, byte_tokenizer().to_str().encode())}
-    shards = []
+    files, shards = dict[str, FileEntry](), []
     with open(root / "tokens.bin", "wb") as flat:
         for number in range(sizes.shards):
             writer = ShardWriter(path, f"train-{number:06d}", np.dtype("uint16"), 1 << 20)
@@ -191,19 +190,9 @@ def write(root: Path, sizes: Sizes) -> None:
             shards.append(row)
             files |= entries
     totals = {key: sum(row[key] for row in shards) for key in ("tokens", "documents")}
-    manifest = {
-        "format": FORMAT,
-        "dtype": "uint16",
-        "tokenizer": {
-            "file": TOKENIZER,
-            "sha256": files[TOKENIZER].sha256,
-            "vocab_size": VOCABULARY,
-            "end_of_text": END,
-        },
-        "splits": {"train": {**totals, "bytes": 0, "shards": shards}},
-    }
-    files[MANIFEST] = write_json(path / MANIFEST, manifest)
-    write_table(path, files)
+    splits = {"train": {**totals, "bytes": 0, "shards": shards}}
+    vocabulary = Vocabulary(byte_tokenizer().to_str().encode(), VOCABULARY, END)
+    write_manifest(path, files, vocabulary, splits, "0" * 64, {}, {})
 
 
 def write_members(root: Path, count: int) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
-from forescale.data.prepare.writer import ShardWriter
-from forescale.data.tokenizer import byte_tokenizer
-from forescale.ground.storage import write_file, write_json, write_table
+from forescale.data.prepare.writer import ShardWriter, write_manifest
+from forescale.data.tokenizer import Vocabulary, byte_tokenizer
+from forescale.ground.storage import FileEntry
 
 END = 256  # the byte tokenizer's end-of-text
+BYTES = Vocabulary(byte_tokenizer().to_str().encode(), 257, END)
 
 
 def write_dataset(
@@ -21,8 +21,7 @@ def write_dataset(
     Tokens count up over the dataset, modulo 251, so that no two windows are equal by chance.
     """
     path.mkdir(parents=True)
-    tokenizer = byte_tokenizer()
-    files = {TOKENIZER: write_file(path / TOKENIZER, tokenizer.to_str().encode())}
+    files: dict[str, FileEntry] = {}
     splits, at = {}, 0
     for name, shards in (("train", train), ("validation", held_out)):
         rows = []
@@ -37,16 +36,7 @@ def write_dataset(
         totals = {key: sum(row[key] for row in rows) for key in ("tokens", "documents")}
         size = totals["tokens"] - totals["documents"]
         splits[name] = {**totals, "bytes": size, "shards": rows}
-    described = {
-        "file": TOKENIZER,
-        "sha256": files[TOKENIZER].sha256,
-        "vocab_size": 257,
-        "end_of_text": END,
-    }
-    manifest = {"format": FORMAT, "dtype": "uint16", "tokenizer": described, "splits": splits}
-    manifest |= {"corpus": {"sha256": "0" * 64, "documents": 0}, "build": {}, "report": {}}
-    files[MANIFEST] = write_json(path / MANIFEST, {**manifest, "baselines": None})
-    write_table(path, files)
+    write_manifest(path, files, BYTES, splits, "0" * 64, {}, {})
     return path
 
 

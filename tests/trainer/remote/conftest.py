@@ -1,4 +1,4 @@
-"""Fixtures of servers: the small dataset of made-up text, which they serve, and a server of files."""
+"""Fixtures of servers: the small dataset of made-up text, and a server of files."""
 
 import pytest
 
