@@ -36,7 +36,6 @@ from forescale.scaling.forecasting.predictor import (
     LEAST,
     LEVEL,
     LINE,
-    Distribution,
     Predictor,
     simple_predictors,
 )
@@ -89,23 +88,19 @@ def finished(table: pd.DataFrame, job: StudyJob, name: str, has_metric: bool = F
     if not has_metric and "budget" not in table:
         todo = "name the column of each run's compute budget, such as columns={budget: C}"
         raise UserError(name, "has no column 'budget'", todo)
-    table = table.reset_index(drop=True)
-    if not has_metric:
-        _expect_budgets(table["budget"].nunique(), name, "a finite loss")
+    table, metric = table.reset_index(drop=True), None
     runs = points(table, job.size, job.cost, name)
-    if not has_metric:
+    if has_metric:
+        metric = table[OUTCOME].to_numpy(dtype=float)
+        metric = 1 - metric if job.metric == "error" else metric
+    else:
         runs.columns(("parameters", "tokens"))  # raises UserError if one is missing
-        return Finished(name, table, runs, table["budget"].to_numpy())
     budgets = budgets_of(table, spent(runs))
-    _expect_budgets(len(np.unique(budgets)), name, "the metric")
-    metric = table[OUTCOME].to_numpy(dtype=float)
-    return Finished(name, table, runs, budgets, 1 - metric if job.metric == "error" else metric)
-
-
-def _expect_budgets(count: int, name: str, property: str) -> None:
-    if count <= LEAST:
-        problem = f"has {count} budgets with {property}, too few for a backtest"
-        raise UserError(name, problem, f"give a table with {LEAST + 1} budgets or more")
+    if (count := len(np.unique(budgets))) <= LEAST:
+        problem = f"has {count} budgets with {'the metric' if has_metric else 'a finite loss'}"
+        todo = f"give a table with {LEAST + 1} budgets or more"
+        raise UserError(name, f"{problem}, too few for a backtest", todo)
+    return Finished(name, table, runs, budgets, metric)
 
 
 def forecasts(
@@ -167,18 +162,14 @@ def rows_of(one: Finished, origin: Origin) -> Iterator[pd.DataFrame]:
         later, (observed, groups) = one.points.take(at), one.observed(at)
         beyond = budget / float(distinct[k - 1])
         keys = {"table": one.name, "method": method, "origin": k, "ahead": ahead, "beyond": beyond}
-        if (minimum := predictor.minimum(budget)) is not None:
-            yield _row(keys, MINIMA, minimum, later.loss.min(keepdims=True))
-        each = predictor.of_runs(later.columns(), spent(later), budget)
-        if each is not None:
-            yield _row(keys, groups, each, observed)
-
-
-def _row(
-    keys: Mapping[str, Any], group: Any, predicted: Distribution, observed: Array
-) -> pd.DataFrame:
-    errors = predicted.against(observed)
-    return pd.DataFrame({**keys, "group": group, "observed": observed, **errors})
+        predicted = [
+            (MINIMA, predictor.minimum(budget), later.loss.min(keepdims=True)),
+            (groups, predictor.of_runs(later.columns(), spent(later), budget), observed),
+        ]
+        for group, distribution, y in predicted:
+            if distribution is not None:
+                errors = distribution.against(y)
+                yield pd.DataFrame({**keys, "group": group, "observed": y, **errors})
 
 
 @dataclass(frozen=True)
@@ -233,41 +224,28 @@ def _scores(
     name: str | None, method: str, ahead: int, rows: pd.DataFrame, rivals: Sequence[str]
 ) -> Scores:
     best = rows[rows["group"].isin((MINIMA, BEST))]
-    errors = best.pivot(index=["table", "origin"], columns="method", values="error")
-    of_method = rows[rows["method"] == method]
-    best = best[best["method"] == method]
-    mark = float(best["interval_score"].mean())
+    table = best.pivot(index=["table", "origin"], columns="method", values="error")
+    best, of_method = best[best["method"] == method], rows[rows["method"] == method]
+    errors, mark = best["error"], float(best["interval_score"].mean())
+    sums = (errors - errors.mean()).groupby(best["table"]).sum()
+    T, error = len(sums), None
+    if T > 1:
+        error = float(np.sqrt(T / (T - 1) * (sums**2).sum()) / len(errors))
+    coverage, skill = dict[str, Coverage](), dict[str, float]()
+    if not np.isnan(mark):
+        for group in (BEST, *GROUPS):
+            if len(part := of_method[of_method["group"] == group]):
+                shares = (float(part[f"inside_{share}"].mean()) for share in (50, 90))
+                coverage[group] = Coverage(len(part), *shares)
+    for rival in rivals:
+        if rival in table and rival != method:
+            size, of_rival = table[[method, rival]].dropna().abs().mean()
+            skill[rival] = float(1 - size / of_rival) if of_rival else 0.0
     return Scores(
-        name,
-        method,
-        ahead,
-        len(best),
-        float(best["error"].abs().median()),
-        float(best["error"].mean()),
-        _error_of_mean(best["error"], best["table"]),
-        None if np.isnan(mark) else mark,
-        {} if np.isnan(mark) else {
-            group: _coverage(part) for group in (BEST, *GROUPS)
-            if len(part := of_method[of_method["group"] == group])
-        },
-        {rival: _skill(*errors[[method, rival]].dropna().abs().mean())
-         for rival in rivals if rival in errors and rival != method},
-        float(best["error"].abs().mean()) if (best["group"] == BEST).any() else None,
+        name, method, ahead, len(best), float(errors.abs().median()), float(errors.mean()), error,
+        None if np.isnan(mark) else mark, coverage, skill,
+        float(errors.abs().mean()) if (best["group"] == BEST).any() else None,
     )  # fmt: skip
-
-
-def _error_of_mean(errors: pd.Series, tables: pd.Series) -> float | None:
-    sums = (errors - errors.mean()).groupby(tables).sum()
-    T = len(sums)
-    return float(np.sqrt(T / (T - 1) * (sums**2).sum()) / len(errors)) if T > 1 else None
-
-
-def _coverage(rows: pd.DataFrame) -> Coverage:
-    return Coverage(len(rows), float(rows["inside_50"].mean()), float(rows["inside_90"].mean()))
-
-
-def _skill(error: float, of_rival: float) -> float:
-    return float(1 - error / of_rival) if of_rival else 0.0
 
 
 def earlier(

@@ -10,9 +10,8 @@ Invariant: nothing is shared by the two sides, and exchanging them gives exactly
 counts C in its own way, so that a recipe pays for the FLOPs that it adds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,15 +69,10 @@ class LossPath:
 
     def _log_loss(self, values: Array, line: tuple[Array, Array], log_c: Array) -> Array:
         if self.form.columns == ("flops",):
-            columns = {"flops": np.exp(log_c)}
-        else:
-            level, slope = line
-            log_n = level + slope * log_c
-            columns = {"parameters": np.exp(log_n), "tokens": np.exp(self._log_nd(log_c) - log_n)}
-        return np.log(self.form.predict(values, **columns))
-
-    def _log_nd(self, log_c: Array) -> Array:
-        return log_c - np.log(self.per_token)
+            return np.log(self.form.predict(values, flops=np.exp(log_c)))
+        level, slope = line
+        n, nd = np.exp(level + slope * log_c), np.exp(log_c - np.log(self.per_token))
+        return np.log(self.form.predict(values, parameters=n, tokens=nd / n))
 
     def _line(self, values: Array) -> tuple[Array, Array]:
         """Return level and slope of log N = level + slope log C along the path, (R, 1) each."""
@@ -86,7 +80,7 @@ class LossPath:
         if self.form.columns == ("flops",):
             return ones, ones
         if self.ratio is not None:
-            return (self._log_nd(0 * ones) - np.log(self.ratio)) / 2, ones / 2
+            return -np.log(self.per_token * self.ratio) / 2 * ones, ones / 2
         middle = (self.least + self.greatest) / 2
         best, _ = laws.compute_optimal(self.form, values, np.exp(middle), self.per_token)
         slope = laws.allocation(self.form, values)[:, None]
@@ -128,6 +122,11 @@ class Side:
         log_c = self.path.log_compute(self.study.fit.vector[None], loss)[0]
         return np.exp(np.where(log_c >= self.path.greatest - _NEAR, np.inf, log_c))
 
+    def with_ends(self, of: Callable[[Array], Array]) -> Array:
+        """Return a function of published parameters for the fit, with both ends, (3, K)."""
+        ends = self.study.replicates.interval(self.study.job.level, of)
+        return np.vstack((of(self.study.fit.vector[None]), ends))
+
 
 @dataclass(frozen=True)
 class Place:
@@ -153,76 +152,53 @@ class Comparison:
     """
 
     def __init__(self, a: Side, b: Side):
-        self.a, self.b = a, b
-        self.places: list[Place] = []
+        self.a, self.b, self.level = a, b, a.study.job.level
         self.mean: Ratio | None = None
         self.trend: Ratio | None = None
         self.target: Place | None = None
         self.predictions: tuple[Prediction, Prediction] | None = None
-        losses = self._target()
-        if (common := self.range) is not None:
-            losses = np.append(np.geomspace(*common, GRID), losses)
+        high, low = min(a.losses[0], b.losses[0]), max(a.losses[1], b.losses[1])
+        common = GRID if low < high else 0  # the highest and lowest loss that both reach
+        losses = np.geomspace(high, low, GRID) if common else np.empty(0)
+        one, other = a.study.predict(), b.study.predict()
+        if one is not None and other is not None:
+            self.predictions = one, other
+            at_target = a.loss(np.array([one.extrapolation_factor * a.ends[1]]))
+            losses = np.append(losses, at_target)
         if not len(losses):
-            raise UserError(f"{a.name}, {b.name}", *self._apart())
-        self._compare(losses, 0 if common is None else GRID)
+            spans = [f"{s.name} goes from {s.losses[0]:.4g} to {s.losses[1]:.4g}" for s in (a, b)]
+            problem = "no loss is reached by both within the compute of their runs: "
+            todo = "add runs to one of them, or compare beyond the runs with target.flops="
+            raise UserError(f"{a.name}, {b.name}", problem + ", ".join(spans), todo)
+        places = self._compare(losses, common)
+        self.places = places[:common]
+        if self.predictions is not None:
+            self.target = places[-1]
 
-    @cached_property
-    def range(self) -> tuple[float, float] | None:
-        """Return the highest and the lowest loss that both sides reach within their runs."""
-        one, other = self.a.losses, self.b.losses
-        high, low = min(one[0], other[0]), max(one[1], other[1])
-        return (high, low) if low < high else None
-
-    @property
-    def level(self) -> float:
-        """Return the level of all intervals."""
-        return self.a.study.job.level
-
-    def _apart(self) -> tuple[str, str]:
-        spans = [
-            f"{side.name} goes from {side.losses[0]:.4g} to {side.losses[1]:.4g}"
-            for side in (self.a, self.b)
-        ]
-        problem = f"no loss is reached by both within the compute of their runs: {', '.join(spans)}"
-        return problem, "add runs to one of them, or compare beyond the runs with target.flops="
-
-    def _target(self) -> Array:
-        """Return the loss that A reaches at the target, (1,) or (0,)."""
-        one, other = self.a.study.predict(), self.b.study.predict()
-        if one is None or other is None:
-            return np.empty(0)
-        self.predictions = one, other
-        return self.a.loss(np.array([one.extrapolation_factor * self.a.ends[1]]))
-
-    def _compare(self, losses: Array, common: int) -> None:
-        """Fill in the ratios. losses: (m,); common: the number of those of the common range."""
+    def _compare(self, losses: Array, common: int) -> list[Place]:
+        """Return a place for each loss, and fill in the mean and the trend. losses: (m,); common:
+        the number of those of the common range, first."""
         weights = np.eye(len(losses))
         if common:
             mean = (np.arange(len(losses)) < common) / common
             weights = np.column_stack((weights, mean, weights[:, common - 1] - weights[:, 0]))
-
-        def compute(side: Side) -> Array:
-            """Return log C at the losses, their mean and their trend, with both ends, (3, K)."""
-            rows = _with_ends(side, lambda v: side.path.log_compute(v, losses) @ weights)
-            inside = rows[:, : len(losses)]
+        rows = []
+        for side in (self.a, self.b):  # log C at the losses, their mean and their trend, (3, K)
+            row = side.with_ends(lambda v, s=side: s.path.log_compute(v, losses) @ weights)
+            inside = row[:, : len(losses)]
             inside[inside >= side.path.greatest - _NEAR] = np.inf
             inside[inside <= side.path.least + _NEAR] = -np.inf
-            return rows
-
-        factors = ratios(compute(self.a), compute(self.b))
-        flops = [side.flops(losses) for side in (self.a, self.b)]
+            rows.append(row)
+        factors, flops = ratios(*rows), [side.flops(losses) for side in (self.a, self.b)]
         at = np.log(flops[0])
-        lost = ratios(*(_with_ends(side, lambda v, s=side: s.path.log_loss(v, at))
-                         for side in (self.b, self.a)))  # fmt: skip
-        every = [
+        lost = ratios(*(side.with_ends(lambda v, s=side: s.path.log_loss(v, at))
+                        for side in (self.b, self.a)))  # fmt: skip
+        if common:
+            self.mean, self.trend = factors[-2:]
+        return [
             Place(float(losses[i]), (float(flops[0][i]), float(flops[1][i])), factors[i], lost[i])
             for i in range(len(losses))
         ]
-        self.places = every[:common]
-        if common:
-            self.mean, self.trend = factors[-2:]
-        if self.predictions is not None:
-            self.target = every[-1]
 
     @property
     def headline(self) -> Ratio:
@@ -255,80 +231,64 @@ class Comparison:
         above, below = self.b.name, self.a.name
         if self.places[0].multiplier.value < 1:
             above, below = below, above
-        return (
-            f"The two cross: above a loss of {loss:.4g} {above} needs less compute, below {below}."
-        )
+        text = f"above a loss of {loss:.4g} {above} needs less compute, below {below}"
+        return f"The two cross: {text}."
 
     @property
     def notes(self) -> list[str]:
         """Return what makes the comparison doubtful, as sentences."""
+        a, b = sides = (self.a, self.b)
+        one, other = a.study, b.study
         sentences = []
-        if self.a.study.form is not self.b.study.form:
-            names = f"{self.a.study.form.name} for {self.a.name}, {self.b.study.form.name}"
-            sentences.append(f"The laws differ: {names} for {self.b.name}.")
-        counts = [side.study.points.convention for side in (self.a, self.b)]
-        if counts[0] != counts[1]:
-            sentences.append(f"N or C are counted in different ways: {counts[0]}; {counts[1]}.")
-        if not all("loss_definition" in side.study.table for side in (self.a, self.b)):
+        if one.form is not other.form:
+            laws_of = f"{one.form.name} for {a.name}, {other.form.name} for {b.name}"
+            sentences.append(f"The laws differ: {laws_of}.")
+        if one.points.convention != other.points.convention:
+            ways = f"{one.points.convention}; {other.points.convention}"
+            sentences.append(f"N or C are counted in different ways: {ways}.")
+        if not all("loss_definition" in side.study.table for side in sides):
             sentences.append(
                 "The tables don't say what their losses are measured on: the comparison holds only "
                 "if it is the same text and the same tokenizer."
             )
         if self.target is not None and self.predictions is not None:
-            losses = [prediction.loss for prediction in self.predictions]
-            if (self.target.multiplier.value > 1) != (losses[1] < losses[0]):
-                better = (self.a, self.b)[losses[1] < losses[0]].name
+            is_lower = self.predictions[1].loss < self.predictions[0].loss
+            if (self.target.multiplier.value > 1) != is_lower:
                 sentences.append(
-                    f"At the target the laws and the predictions disagree: {better} is predicted "
-                    "the lower loss."
+                    f"At the target the laws and the predictions disagree: {sides[is_lower].name} "
+                    "is predicted the lower loss."
                 )
-            factors = [c / side.ends[1] for c, side in
-                       zip(self.target.flops, (self.a, self.b), strict=True)]  # fmt: skip
+            factors = [c / side.ends[1] for c, side in zip(self.target.flops, sides, strict=True)]
             if max(factors) > 1:
-                far = " and ".join(f"{f:.2g} times {side.name}'s" for f, side in
-                                   zip(factors, (self.a, self.b), strict=True))  # fmt: skip
                 sentences.append(
-                    f"At the target the compute is {far} most expensive run: there the interval, "
-                    "of resampled fits alone, leaves out the error of the laws themselves."
+                    f"At the target the compute is {factors[0]:.2g} times {a.name}'s and "
+                    f"{factors[1]:.2g} times {b.name}'s most expensive run: there the interval, of "
+                    "resampled fits alone, leaves out the error of the laws themselves."
                 )
-        for side in (self.a, self.b):
-            sentences += [
-                f"{side.name}: {note}" for note in (*side.study.doubts, *side.study.notes)
-            ]
+        for side in sides:
+            notes = (*side.study.doubts, *side.study.notes)
+            sentences += [f"{side.name}: {note}" for note in notes]
         return sentences
 
     def verdict(self, ratio: Ratio) -> str:
         """Return in a sentence which side needs less compute, or that it isn't shown."""
         a, b, level = self.a.name, self.b.name, f"{self.level:.0%}"
+        is_better = ratio.value > 1 and not ratio.includes_one
+        factor = ratio if is_better else inverse(ratio)
+        high = f"{factor.high:.3g}" if np.isfinite(factor.high) else "no upper end"
+        ends = f"({level}: {factor.low:.3g} to {high})"
         if ratio.includes_one:
             return (
-                f"{b} needs {_times(ratio, self.level)} the compute of {a} for the same loss. The "
-                f"{level} interval includes 1: these runs don't show which needs less."
+                f"{b} needs {factor.value:.3g} times {ends} the compute of {a} for the same loss. "
+                f"The {level} interval includes 1: these runs don't show which needs less."
             )
-        better, worse, factor = (b, a, ratio) if ratio.value > 1 else (a, b, inverse(ratio))
+        better, worse = (b, a) if is_better else (a, b)
         if factor.value == np.inf:
             return f"By its law, {worse} never reaches that loss; {better} does."
-        ends = f"{factor.low:.3g} to {_open(factor.high)}"
         return (
             f"{better} reaches the same loss with {factor.value:.3g} times less compute than "
-            f"{worse} ({level}: {ends})."
+            f"{worse} {ends}."
         )
-
-
-def _times(ratio: Ratio, level: float) -> str:
-    factor = inverse(ratio)
-    return f"{factor.value:.3g} times ({level:.0%}: {factor.low:.3g} to {_open(factor.high)})"
-
-
-def _open(end: float) -> str:
-    return f"{end:.3g}" if np.isfinite(end) else "no upper end"
-
-
-def _with_ends(side: Side, of: Any) -> Array:
-    """Return a function of published parameters for the fit, with both ends, (3, K)."""
-    study = side.study
-    ends = study.replicates.interval(study.job.level, of)
-    return np.vstack((of(study.fit.vector[None]), ends))
 
 
 def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> Comparison:
@@ -338,7 +298,13 @@ def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> C
     their D/N, otherwise along the optimum of each law. Raises UserError if the losses are not
     comparable, if a law can't be fitted, or if the two have no loss in common and no target.
     """
-    _expect_comparable([table for _, table, _ in tables])
+    for name in HELD:  # what must be equal for losses to be compared
+        if all(name in table for _, table, _ in tables):
+            one, other = (sorted(map(str, t[name].dropna().unique())) for _, t, _ in tables)
+            if one != other and one and other:
+                values = f"{name} is {', '.join(one)} and {', '.join(other)}"
+                problem = f"losses are not comparable: {values}"
+                raise UserError("study compare", problem, "compare runs that share it")
     t = job.target
     ratio = t.tokens / t.parameters if t.tokens and t.parameters else None
     sides = []
@@ -356,19 +322,6 @@ def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> C
         path = LossPath(study.form, study.per_token(), at_ratio, float(least), float(greatest))
         sides.append(Side(name, study, path))
     return Comparison(*sides)
-
-
-def _expect_comparable(tables: Sequence[pd.DataFrame]) -> None:
-    """Raise UserError if the two tables differ in what must be equal for losses to be compared."""
-    for name in HELD:
-        if not all(name in table for table in tables):
-            continue
-        one, other = (sorted(map(str, table[name].dropna().unique())) for table in tables)
-        if one != other and one and other:
-            problem = (
-                f"losses are not comparable: {name} is {', '.join(one)} and {', '.join(other)}"
-            )
-            raise UserError("study compare", problem, "compare runs that share it")
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

@@ -121,35 +121,25 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
     def loss(values: Array) -> Array:
         return study.form.predict(values, **columns)[..., 0]
 
-    one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
-    forecaster = study.forecaster
-    level = forecaster is not None and forecaster.is_beyond(forecaster.shape.per * n * d)
-    earlier = forecaster.earlier if forecaster and level else study.discrepancy.origins
-    low, high = study.replicates.interval(study.job.level, loss)
-    return Prediction(
-        LEVEL if level else LAW, n, d, c, float(one.loss[0]),
-        _pair(one.interval(0.5)), _pair(one.interval(study.job.level)),
-        float(study.fit.predict(**columns)[0]), (float(low), float(high)),
-        _sizes(study, target, c), factor, earlier,
-    )  # fmt: skip
-
-
-def _pair(ends: Array) -> Interval:
-    low, high = ends.ravel().tolist()
-    return low, high
-
-
-def _sizes(study: "StudyFit", target: TargetPoint, c: float) -> tuple[Interval, Interval] | None:
-    """Return the intervals of N* and D* by the resampled fits."""
-    if target.parameters or target.tokens or study.form.columns != _OF_SIZE:
-        return None
-
     def best(values: Array) -> Array:
-        n, d = laws.compute_optimal(study.form, values, np.array([c]), study.per_token())
-        return np.log(np.concatenate((n, d), axis=-1))
+        each = laws.compute_optimal(study.form, values, np.array([c]), study.per_token())
+        return np.log(np.concatenate(each, axis=-1))
 
-    ends = np.exp(study.replicates.interval(study.job.level, best))  # (2, 2)
-    return _pair(ends[:, 0]), _pair(ends[:, 1])
+    level = study.job.level
+    sizes = None
+    if not target.parameters and not target.tokens and study.form.columns == _OF_SIZE:
+        low_n, low_d, high_n, high_d = np.exp(study.replicates.interval(level, best)).ravel()
+        sizes = (float(low_n), float(high_n)), (float(low_d), float(high_d))
+    one = predicted(study, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
+    inner, outer = (tuple(one.interval(each).ravel().tolist()) for each in (0.5, level))
+    forecaster = study.forecaster
+    by_level = forecaster is not None and forecaster.is_beyond(forecaster.shape.per * n * d)
+    earlier = forecaster.earlier if forecaster and by_level else study.discrepancy.origins
+    low, high = study.replicates.interval(level, loss)
+    return Prediction(
+        LEVEL if by_level else LAW, n, d, c, float(one.loss[0]), inner, outer,
+        float(study.fit.predict(**columns)[0]), (float(low), float(high)), sizes, factor, earlier,
+    )  # fmt: skip
 
 
 def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, float, float]:

@@ -82,9 +82,17 @@ def _row(
     replicates: Replicates,
 ) -> SensitivityRow:
     """Return a row. names: the conventions of N and C; counts: N and C of the runs, (n,) each."""
-    (n, c), d = counts, study.points.tokens
-    p = 1.0 if n is None or c is None or d is None else _slope(np.log(n), np.log(c / d))
-    loss = _loss(study, law.values, n, c)
+    (n, c), d, p, loss = counts, study.points.tokens, 1.0, None
+    if n is not None and c is not None and d is not None:
+        p = float(np.polyfit(np.log(n) - np.log(n).mean(), np.log(c / d), 1)[0])
+    if study.job.target.is_given:
+        columns = run_of(study, study.job.target)[0]
+        for name, column in (("parameters", n), ("flops", c)):
+            if name in columns and column is not None:
+                log_count = np.log(getattr(study.points, name))
+                line = np.polynomial.Polynomial.fit(log_count, np.log(column), 1)
+                columns[name] = float(np.exp(line(np.log(columns[name]))))
+        loss = float(study.form.predict(law.values, **columns)[0])
 
     def allocation(values: Array) -> Array:
         """Return q / (1 + (p - 1) q), where q = beta / (alpha + beta) is that of p = 1."""
@@ -99,36 +107,17 @@ def _row(
     return SensitivityRow(*names, p, law.values, a, (low, high), loss)
 
 
-def conventions(table: pd.DataFrame, problem: str) -> dict[str, Array]:
+def conventions(table: pd.DataFrame, quantity: str) -> dict[str, Array]:
     """Return the ways in which a table counts "parameters" or "flops", (n,) each, by name.
 
     Conventions with equal numbers are one, under all of their names. A convention that some run
     lacks is absent.
     """
-    prefix = f"{problem}_"
-    columns = {_OF_TABLE: table[problem]} if problem in table else {}
+    prefix = f"{quantity}_"
+    columns = {_OF_TABLE: table[quantity]} if quantity in table else {}
     columns |= {c.removeprefix(prefix): table[c] for c in map(str, table) if c.startswith(prefix)}
     groups: dict[tuple[float, ...], list[str]] = {}
     for name, column in columns.items():
         if column.notna().all():
             groups.setdefault(tuple(column.astype(float)), []).append(name)
     return {", ".join(names): np.array(numbers) for numbers, names in groups.items()}
-
-
-def _slope(x: Array, y: Array) -> float:
-    return float(np.polyfit(x - x.mean(), y, 1)[0])
-
-
-def _loss(
-    study: "StudyFit", values: dict[str, float], n: Array | None, c: Array | None
-) -> float | None:
-    """Return the loss of the target by the law with these `values`, or None without a target."""
-    if not study.job.target.is_given:
-        return None
-    columns, _, _, _ = run_of(study, study.job.target)
-    for name, column in (("parameters", n), ("flops", c)):
-        if name in columns and column is not None:
-            log_count = np.log(getattr(study.points, name))
-            line = np.polynomial.Polynomial.fit(log_count, np.log(column), 1)
-            columns[name] = float(np.exp(line(np.log(columns[name]))))
-    return float(study.form.predict(values, **columns)[0])

@@ -47,49 +47,42 @@ class StudyFit:
 
     def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
         self.job, self.notes, self.records = job, list[str](), table
-        self.table = self._usable(table)
-        self.all_points = self._points(where)
-        self._group()
-        self.is_fitted = self._near_best()
-        self.points = self.all_points.take(self.is_fitted)
-        self.form = laws.FORMS[job.form]
-        self.goal = Objective.of(job.delta, job.residual)
-        self.noise: RunNoise = noise_of_repeats(self.table, self.all_points)
-        self.weights = self._weighed(self.points)
-        self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
-        self._note_weights()
-
-    def _usable(self, table: pd.DataFrame) -> pd.DataFrame:
+        self.form, self.goal = laws.FORMS[job.form], Objective.of(job.delta, job.residual)
         table = table[table["fitted"]] if "fitted" in table else table
-        bad = table[~(table["loss"] < np.inf)]  # NaN too
-        if len(bad):
-            self.notes.append(f"{len(bad)} diverged runs are left out: their loss is not finite.")
-            table = table[table["loss"] < np.inf]
-        if drop := self.job.drop_largest:
+        is_finite = table["loss"] < np.inf  # False for NaN too
+        if not is_finite.all():
+            count = int((~is_finite).sum())
+            self.notes.append(f"{count} diverged runs are left out: their loss is not finite.")
+            table = table[is_finite]
+        if drop := job.drop_largest:
             limit = table["loss"].nlargest(drop).iloc[-1]
             self.notes.append(f"The {drop} runs with a loss of {limit:.4g} or more are left out.")
             table = table[table["loss"] < limit]
-        return table.reset_index(drop=True)
-
-    def _points(self, where: str) -> Points:
-        size, form = self.job.size, laws.FORMS[self.job.form]
-        if "expansion" in form.columns and "parameters" not in self.table and size != "active":
-            problem = f"{size} counts experts that a token doesn't use, the law {form.name} doesn't"
-            raise UserError("size", problem, "write size=active")
-        runs = points(self.table, size, self.job.cost, where)
-        if "tokens" not in self.table and runs.tokens is not None:
+        table = table.reset_index(drop=True)
+        reads_experts = "expansion" in self.form.columns
+        if reads_experts and "parameters" not in table and job.size != "active":
+            problem = f"{job.size} counts experts that a token doesn't use, the law "
+            raise UserError("size", f"{problem}{self.form.name} doesn't", "write size=active")
+        self.all_points = every = points(table, job.size, job.cost, where)
+        if "tokens" not in table and every.tokens is not None:
             self.notes.append("The table has no tokens: D is computed as C / 6N.")
-        return runs
-
-    def _group(self) -> None:
-        """Take the budgets that the runs' C shows, if the table names none."""
-        p = self.all_points
-        if "budget" in self.table or p.parameters is None or p.tokens is None:
-            return
-        if (groups := grouped(spent(p), p.parameters)) is not None:
-            budgets, note = groups
-            self.table = self.table.assign(budget=budgets)
-            self.notes.append(note)
+        n = every.parameters if "budget" not in table and every.tokens is not None else None
+        if n is not None and (groups := grouped(spent(every), n)) is not None:
+            table = table.assign(budget=groups[0])
+            self.notes.append(groups[1])
+        self.table = table
+        self.is_fitted = self._near_best()
+        self.points = every.take(self.is_fitted)
+        self.noise: RunNoise = noise_of_repeats(table, every)
+        self.weights = self._weighed(self.points)
+        self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
+        if job.weights in ("noise", "both") and not self.noise.freedom:
+            self.notes.append(
+                f"No two runs differ by their seed alone: a noise of {self.noise.at:.1%} is "
+                "assumed for all runs."
+            )
+        if job.weights != "none" and "budget" in table:
+            self.notes.append("The backtests fit the law without weights.")
 
     def _near_best(self) -> Array:
         """Return the mask of the runs near the optimum of their budget, (n,).
@@ -147,32 +140,19 @@ class StudyFit:
     @cached_property
     def doubts(self) -> list[str]:
         """Return what makes the numbers doubtful as sentences, the most serious first."""
+        sentences, known = list[str](), self.all_points.expansion
+        if self.has_expansions and known is not None and "expansion" not in self.form.columns:
+            sentences.append(
+                "The runs' expansion (experts over those that a token uses) is "
+                f"{known.min():.3g} to {known.max():.3g}, which the law {self.form.name} does not "
+                "know: write form=experts size=active, or keep runs of one expansion with rows=."
+            )
         target = None
         if self.job.target.is_given:
             target = Target(*prediction.run_of(self, self.job.target)[1:])
         level, columns = self.job.level, self.job.columns
         facts = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
-        return [*self._other_experts(), *doubts(*facts), *self.disagreements()]
-
-    def _other_experts(self) -> list[str]:
-        """Return a sentence if the runs differ in their expansion, and the law doesn't know it."""
-        known = self.all_points.expansion
-        if known is None or not self.has_expansions or "expansion" in self.form.columns:
-            return []
-        return [
-            f"The runs' expansion (experts over those that a token uses) is {known.min():.3g} to "
-            f"{known.max():.3g}, which the law {self.form.name} does not know: write form=experts "
-            "size=active, or keep runs of one expansion with rows=."
-        ]
-
-    def _note_weights(self) -> None:
-        if self.job.weights in ("noise", "both") and not self.noise.freedom:
-            sentence = "No two runs differ by their seed alone"
-            self.notes.append(
-                f"{sentence}: a noise of {self.noise.at:.1%} is assumed for all runs."
-            )
-        if self.job.weights != "none" and "budget" in self.table:
-            self.notes.append("The backtests fit the law without weights.")
+        return [*sentences, *doubts(*facts), *self.disagreements()]
 
     @cached_property
     def replicates(self) -> bootstrap.Replicates:
@@ -191,13 +171,11 @@ class StudyFit:
     @cached_property
     def others(self) -> dict[str, Fit]:
         """Return fits of the law with other objectives and, if some were left out, all runs."""
-
-        def by(delta: float) -> Fit:
-            goal = Objective(delta)
-            is_goal = goal == self.goal
-            return self.fit if is_goal else fit(self.form, self.points, goal, self.weights)
-
-        fits = {name: by(delta) for name, delta in _OTHERS.items()}
+        fits = {
+            name: self.fit if (goal := Objective(delta)) == self.goal
+            else fit(self.form, self.points, goal, self.weights)
+            for name, delta in _OTHERS.items()
+        }  # fmt: skip
         if not self.is_fitted.all():
             weights = self._weighed(self.all_points)
             fits["all runs"] = fit(self.form, self.all_points, self.goal, weights)
@@ -286,12 +264,10 @@ class StudyFit:
 
         Runs are ordered by their largest effect in standard errors of that parameter.
         """
-        moved = bootstrap.influence(self.fit)
-        errors = np.array([self.replicates.errors[s] for s in self.form.symbols])
-        score = np.abs(moved / errors).max(1)
+        moved, symbols = bootstrap.influence(self.fit), self.form.symbols
+        score = np.abs(moved / [self.replicates.errors[s] for s in symbols]).max(1)
         table = self.table[self.is_fitted]
         names = list(table["name"] if "name" in table else (f"run {i}" for i in table.index))
-        symbols = self.form.symbols
         return [
             (str(names[i]), dict(zip(symbols, map(float, moved[i]), strict=True)))
             for i in np.argsort(-score)[:most]
@@ -315,12 +291,8 @@ def as_dict(study: StudyFit) -> dict[str, Any]:
         "interval": dict(ends),
         "level": study.job.level,
         "certificate": {
-            "holds": c.holds,
-            "scaled_gradient": c.scaled_gradient,
-            "curvature": c.curvature,
-            "method": c.method,
-            "edges": list(c.edges),
-            "minima": [vars(m) for m in c.minima],
+            "holds": c.holds, "scaled_gradient": c.scaled_gradient, "curvature": c.curvature,
+            "method": c.method, "edges": list(c.edges), "minima": [vars(m) for m in c.minima],
             "failed_starts": c.failed_starts,
         },
         "uncertified_replicates": r.uncertified,
@@ -334,14 +306,9 @@ def as_dict(study: StudyFit) -> dict[str, Any]:
         ],
         "discrepancy_per_decade": study.discrepancy.per_decade,
         "backtests": [
-            {
-                "budgets": b.budgets,
-                "runs": b.runs,
-                "factors": b.factors.tolist(),
-                "errors": b.errors.tolist(),
-                "inside_resampled": b.inside_resampled.tolist(),
-                "inside": b.inside_calibrated.tolist(),
-            }
+            {"budgets": b.budgets, "runs": b.runs, "factors": b.factors.tolist(),
+             "errors": b.errors.tolist(), "inside_resampled": b.inside_resampled.tolist(),
+             "inside": b.inside_calibrated.tolist()}
             for b in study.backtests
         ],
         "skill": backtest.as_dict(study.skill)["scores"],
