@@ -182,17 +182,21 @@ class Comparison:
         if common:
             mean = (np.arange(len(losses)) < common) / common
             weights = np.column_stack((weights, mean, weights[:, common - 1] - weights[:, 0]))
-        rows = []
-        for side in (self.a, self.b):  # log C at the losses, their mean and their trend, (3, K)
-            row = side.with_ends(lambda v, s=side: s.path.log_compute(v, losses) @ weights)
-            inside = row[:, : len(losses)]
+
+        def log_c(side: Side) -> Array:
+            """Return log C at the losses, their mean and their trend, with both ends, (3, K)."""
+            rows = side.with_ends(lambda v: side.path.log_compute(v, losses) @ weights)
+            inside = rows[:, : len(losses)]
             inside[inside >= side.path.greatest - _NEAR] = np.inf
             inside[inside <= side.path.least + _NEAR] = -np.inf
-            rows.append(row)
-        factors, flops = ratios(*rows), [side.flops(losses) for side in (self.a, self.b)]
-        at = np.log(flops[0])
-        lost = ratios(*(side.with_ends(lambda v, s=side: s.path.log_loss(v, at))
-                        for side in (self.b, self.a)))  # fmt: skip
+            return rows
+
+        def log_loss(side: Side) -> Array:
+            return side.with_ends(lambda v: side.path.log_loss(v, np.log(flops[0])))
+
+        flops = [side.flops(losses) for side in (self.a, self.b)]
+        factors = ratios(*map(log_c, (self.a, self.b)))
+        lost = ratios(*map(log_loss, (self.b, self.a)))
         if common:
             self.mean, self.trend = factors[-2:]
         return [

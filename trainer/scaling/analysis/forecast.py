@@ -25,7 +25,7 @@ import pandas as pd
 from forescale.ground.errors import UserError
 from forescale.ground.storage import write_json
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
-from forescale.scaling.analysis.table_fit import Prediction, StudyFit
+from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting.points import COLUMNS, Points, spent
@@ -51,8 +51,17 @@ def write_forecast(
     if end is None:
         todo = "write target.parameters= and target.tokens=, or target.flops="
         raise UserError("target", "is not given", todo)
-    _refuse_known(law.records, run, end.parameters, end.tokens, law.job.size)
-    branches = _branches(law, end, target or law.job.target, run)
+    _refuse_known(law, run, end.parameters, end.tokens)
+    points = [end]  # and the branches: runs of the target's N that decay earlier
+    for tokens in (target or law.job.target).branches:
+        if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
+            problem = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
+            todo = "give the tokens at which shorter decays end"
+            raise UserError("target.branches", problem, todo)
+        branch = law.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
+        assert branch is not None  # both N and D are given
+        _refuse_known(law, run, end.parameters, tokens)
+        points.append(branch)
     earlier = read_forecasts(folder)
     if any(forecast.facts["target"]["run"] == run for forecast in earlier):
         problem = f"has a forecast already, in {folder}"
@@ -60,16 +69,18 @@ def write_forecast(
     factor = end.extrapolation_factor
     facts: dict[str, Any] = {
         "target": {
-            "run": run,
-            "parameters": end.parameters,
-            "tokens": end.tokens,
+            "run": run, "parameters": end.parameters, "tokens": end.tokens,
             "extrapolation_factor": factor,
         },
         "loss": end.loss,
         "interval_50": list(end.inner),
         "interval": list(end.outer),
         "level": law.job.level,
-        "points": [_point(p) for p in (end, *branches) if math.isfinite(p.tokens)],
+        "points": [
+            {"tokens": p.tokens, "loss": p.loss, "interval_50": list(p.inner),
+             "interval": list(p.outer)}
+            for p in points if math.isfinite(p.tokens)
+        ],
         "rivals": rivals(law.points, factor)
         | {"law alone": {"loss": end.law, "interval": list(end.resampled)}},
         "method": end.method,
@@ -82,7 +93,7 @@ def write_forecast(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "previous_hash": earlier[-1].facts["hash"] if earlier else GENESIS,
         **({} if task is None else {"task": task_facts(task)}),
-    }
+    }  # fmt: skip
     facts["hash"] = hash_of(facts)
     folder.mkdir(parents=True, exist_ok=True)
     forecast = Forecast(folder / f"{len(earlier) + 1:04d}.json", facts)
@@ -90,31 +101,11 @@ def write_forecast(
     return forecast
 
 
-def _branches(law: StudyFit, end: Prediction, target: TargetPoint, run: str) -> list[Prediction]:
-    """Return the predictions of the branches: runs of the target's N that decay earlier."""
-    branches = []
-    for tokens in target.branches:
-        if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
-            problem = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
-            todo = "give the tokens at which shorter decays end"
-            raise UserError("target.branches", problem, todo)
-        branch = law.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
-        assert branch is not None  # both N and D are given
-        _refuse_known(law.records, run, end.parameters, tokens, law.job.size)
-        branches.append(branch)
-    return branches
-
-
-def _point(p: Prediction) -> dict[str, Any]:
-    ends = {"interval_50": list(p.inner), "interval": list(p.outer)}
-    return {"tokens": p.tokens, "loss": p.loss, **ends}
-
-
-def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) -> None:
-    problem = "has a record already, so it can't be predicted"
+def _refuse_known(law: StudyFit, run: str, n: float, d: float) -> None:
+    table, problem = law.records, "has a record already, so it can't be predicted"
     if "name" in table and (table["name"] == run).any():
         raise UserError(run, problem, "make a forecast before the run is trained")
-    sizes = table.get("parameters", table.get(f"parameters_{size}"))
+    sizes = table.get("parameters", table.get(f"parameters_{law.job.size}"))
     if sizes is None or "tokens" not in table:
         return
     near = (np.abs(np.log(sizes / n)) < SAME) & (np.abs(np.log(table["tokens"] / d)) < SAME)
@@ -181,31 +172,29 @@ def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
         run = forecast.facts["target"]["run"]
         if run in losses:
             forecast.record_outcome(run, float(losses[run]))
-    observed = [(forecast, o["loss"]) for forecast in forecasts if (o := forecast.outcome)]
-    marks, pairs = [], dict[str, list[tuple[float, float]]]()
-    errors: dict[str, float] = {}
-    for forecast, loss in observed:
-        f = forecast.facts
+    marks, pairs = list[float](), dict[str, list[tuple[float, float]]]()
+    errors, inside, inside_50 = dict[str, float](), 0, 0
+    for forecast in forecasts:
+        if (outcome := forecast.outcome) is None:
+            continue
+        f, loss = forecast.facts, outcome["loss"]
         errors[forecast.id] = math.log(f["loss"] / loss)
         low, high = f["interval"]
         miss = max(low - loss, loss - high, 0.0)
         marks.append(high - low + 2 / (1 - f["level"]) * miss)
+        inside += low <= loss <= high
+        inside_50 += f["interval_50"][0] <= loss <= f["interval_50"][1]
         for name, rival in f["rivals"].items():
             both = (abs(errors[forecast.id]), abs(math.log(rival["loss"] / loss)))
             pairs.setdefault(name, []).append(both)
+    skill = {}
+    for name, each in pairs.items():
+        error, of_rival = np.mean(each, axis=0).tolist()
+        skill[name] = 1 - error / of_rival if of_rival else 0.0
     return Score(
-        errors,
-        sum(f.facts["interval"][0] <= x <= f.facts["interval"][1] for f, x in observed),
-        sum(f.facts["interval_50"][0] <= x <= f.facts["interval_50"][1] for f, x in observed),
-        float(np.mean(marks)) if marks else math.nan,
-        {name: _skill(each) for name, each in pairs.items()},
+        errors, inside, inside_50, float(np.mean(marks)) if marks else math.nan, skill,
         [forecast.id for forecast in forecasts if forecast.outcome is None],
-    )
-
-
-def _skill(pairs: Sequence[tuple[float, float]]) -> float:
-    error, of_rival = np.array(pairs).mean(0)
-    return float(1 - error / of_rival) if of_rival else 0.0
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@
 Invariant: all recipes are treated alike; a multiplier below 1 is as much a result as one above.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,11 +44,6 @@ class BaseCurve:
     def __init__(self, log_flops: Array, log_losses: Array):
         self.log_flops, self.log_losses = log_flops, log_losses
         self.floor = floor_of(log_flops, log_losses)
-
-    @property
-    def is_falling(self) -> bool:
-        """True if each budget has a lower loss than the one before."""
-        return bool((np.diff(self.log_losses) < 0).all())
 
     def log_compute(self, log_losses: Array, nodes: Array | None = None) -> Array:
         """Return log C at which the base has these losses, (..., m).
@@ -156,7 +151,9 @@ class Multipliers:
             problem = f"has {len(of_base)} budgets of {self.base}, which are no curve"
             raise UserError(where, problem, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
-        self._of_base = [_pooled(c) for c in of_base]
+        # All log losses at the base's rate. For the base alone, and not beside fresh seeds of
+        # another: those confirm what its earlier runs chose.
+        self._of_base = [np.concatenate((c.logs, c.fresh)) for c in of_base]
         self.curve = _curve(of_base, self._of_base)
 
     def of(self, name: str) -> list[RecipeCell]:
@@ -171,39 +168,31 @@ class Multipliers:
         return sorted(candidates, key=lambda c: -(c.mean or c.top.multiplier).value)
 
     def _candidate(self, name: str) -> Candidate:
-        cells = self.of(name)
+        cells, confirmed = self.of(name), dict[int, Ratio]()
         at, draws = self._logs(cells, [c.logs for c in cells], self._of_base)
-        again = [i for i, c in enumerate(cells) if c.fresh.size]
-        fresh = dict(zip(again, self._confirmed([cells[i] for i in again]), strict=True))
-        places = tuple(
-            Place(c, _within(ratio, self._reach(c)), self._reach(c), fresh.get(i))
-            for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True))
-        )
+        if again := [i for i, c in enumerate(cells) if c.fresh.size]:
+            base = [c.fresh if c.fresh.size else c.logs for c in self.of(self.base)]
+            fresh = [cells[i] for i in again]
+            ratios = self._ratios(*self._logs(fresh, [c.fresh for c in fresh], base))
+            confirmed = dict(zip(again, ratios, strict=True))
+        places = []
+        for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True)):
+            reach = self._reach(c)
+            again_ratio = _within(confirmed[i], reach) if i in confirmed else None
+            places.append(Place(c, _within(ratio, reach), reach, again_ratio))
         lost = tuple(c.budget for c in self.lost if c.recipe == name)
         is_inside = np.isfinite(at)
         if not is_inside.any():
-            return Candidate(name, places, None, None, lost)
+            return Candidate(name, tuple(places), None, None, lost)
         # A drawn loss that the base never has counts as the nearest one that it has.
         low, high = np.log([p.reach for p in places]).T
         at, draws = at[is_inside], np.clip(draws, low, high)[:, is_inside]
         (mean,) = self._ratios(at.mean(keepdims=True), draws.mean(axis=1, keepdims=True))
-        return Candidate(name, places, mean, self._trend(cells, is_inside, at, draws), lost)
-
-    def _trend(
-        self, cells: Sequence[RecipeCell], is_inside: Array, at: Array, draws: Array
-    ) -> Ratio | None:
-        x = np.log([c.flops for c in cells])[is_inside]
-        if len(x) < _BUDGETS:
-            return None
-        weights = (x - x.mean()) / np.square(x - x.mean()).sum() * _DECADE
-        return self._ratios((at @ weights)[None], (draws @ weights)[:, None])[0]
-
-    def _confirmed(self, cells: Sequence[RecipeCell]) -> list[Ratio]:
-        if not cells:
-            return []
-        base = [c.fresh if c.fresh.size else c.logs for c in self.of(self.base)]
-        ratios = self._ratios(*self._logs(cells, [c.fresh for c in cells], base))
-        return [_within(r, self._reach(c)) for r, c in zip(ratios, cells, strict=True)]
+        x, trend = np.log([c.flops for c in cells])[is_inside], None
+        if len(x) >= _BUDGETS:
+            weights = (x - x.mean()) / np.square(x - x.mean()).sum() * _DECADE
+            (trend,) = self._ratios((at @ weights)[None], (draws @ weights)[:, None])
+        return Candidate(name, tuple(places), mean, trend, lost)
 
     def _reach(self, cell: RecipeCell) -> tuple[float, float]:
         ends = np.exp(self.curve.log_flops[[0, -1]]) / cell.flops
@@ -219,19 +208,17 @@ class Multipliers:
         at = curve.log_compute(means) - log_c
         if not self.noise.free:
             return at, np.broadcast_to(at, (_DRAWS, len(at)))
-        rng = np.random.default_rng(self.job.seed)
-        errors = self.noise.sd * np.sqrt(
-            self.noise.free / rng.chisquare(self.noise.free, size=(_DRAWS, 1))
-        )
-        nodes = curve.log_losses + errors * self._scatter(rng, base)
-        moved = means + errors * self._scatter(rng, logs)
-        return at, curve.log_compute(moved, nodes) - log_c
+        rng, free = np.random.default_rng(self.job.seed), self.noise.free
+        errors = self.noise.sd * np.sqrt(free / rng.chisquare(free, size=(_DRAWS, 1)))
 
-    @staticmethod
-    def _scatter(rng: np.random.Generator, logs: Sequence[Array]) -> Array:
-        """Return standard normal errors of the means of these runs, in units of a run's noise."""
-        counts = np.array([len(y) for y in logs])
-        return rng.standard_normal((_DRAWS, len(counts))) / np.sqrt(counts)
+        def scatter(logs: Sequence[Array]) -> Array:
+            """Return standard normal errors of the means of these runs, in units of the noise."""
+            counts = np.array([len(y) for y in logs])
+            return rng.standard_normal((_DRAWS, len(counts))) / np.sqrt(counts)
+
+        nodes = curve.log_losses + errors * scatter(base)
+        moved = means + errors * scatter(logs)
+        return at, curve.log_compute(moved, nodes) - log_c
 
     def _ratios(self, at: Array, draws: Array) -> list[Ratio]:
         """Return exp of the values with intervals. at: (m,); draws: (draws, m)."""
@@ -245,41 +232,48 @@ class Multipliers:
     @property
     def doubts(self) -> list[str]:
         """Return what makes the numbers doubtful, as sentences."""
-        sentences = []
-        if not self.noise.free:
-            sentences.append(
+        return list(self._doubts())
+
+    def _doubts(self) -> Iterator[str]:
+        base, free = self.base, self.noise.free
+        if not free:
+            yield (
                 "No run was repeated with another seed: the noise of the losses, and so the "
                 "intervals, are unknown."
             )
-        elif self.noise.free < 6:
-            sentences.append(f"The noise of seeds has {self.noise.free} degrees of freedom: the "
-                         "intervals are wide because it is hardly known.")  # fmt: skip
-        if not self.curve.is_falling:
-            sentences.append(f"The loss of {self.base} does not fall from each budget to the next: "
-                         "there it tells little about compute.")  # fmt: skip
-        sentences += [*map(str, self.lost), *_uneven(self.cells), *_untuned(self.cells)]
+        elif free < 6:
+            yield (
+                f"The noise of seeds has {free} degrees of freedom: the intervals are wide because "
+                "it is hardly known."
+            )
+        if not (np.diff(self.curve.log_losses) < 0).all():
+            yield (
+                f"The loss of {base} does not fall from each budget to the next: there it tells "
+                "little about compute."
+            )
+        yield from map(str, self.lost)
+        yield from _uneven(self.cells)
+        yield from _untuned(self.cells)
         for c in self.candidates:
-            beyond = [p for p in c.places if not 0 < p.multiplier.value < np.inf]
-            if beyond:
-                sentences.append(
-                    f"{c.name} has a loss that {self.base} never has at {len(beyond)} of "
+            if beyond := [p for p in c.places if not 0 < p.multiplier.value < np.inf]:
+                yield (
+                    f"{c.name} has a loss that {base} never has at {len(beyond)} of "
                     f"{len(c.places)} budgets: there the multiplier is only bounded, and mean and "
                     "trend leave it out."
                 )
-        with_fresh = {c.budget for c in self.of(self.base) if c.fresh.size}
+        with_fresh = {c.budget for c in self.of(base) if c.fresh.size}
         for one in self.candidates:
             if one.top.confirmed is not None and one.top.cell.budget not in with_fresh:
-                sentences.append(
-                    f"Fresh seeds of {one.name} are compared with runs of {self.base} that chose "
-                    f"it: train {self.base} with fresh seeds there too."
+                yield (
+                    f"Fresh seeds of {one.name} are compared with runs of {base} that chose it: "
+                    f"train {base} with fresh seeds there too."
                 )
         winners = [c.name for c in self.candidates if c.is_winner and c.top.confirmed is None]
         if winners and len(self.candidates) > 1:
-            sentences.append(
+            yield (
                 f"{', '.join(winners)} won among {len(self.candidates)} recipes: the best of "
                 "several looks better than it is until fresh seeds confirm it."
             )
-        return sentences
 
 
 def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
@@ -287,12 +281,6 @@ def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
     them all is shown to be above (or below) `reach`, and no more."""
     low = reach[1] if ratio.low == np.inf else ratio.low
     return Ratio(ratio.value, low, reach[0] if ratio.high == 0 else ratio.high)
-
-
-def _pooled(cell: RecipeCell) -> Array:
-    """Return all log losses at the cell's rate. For the base alone, and not beside fresh seeds of
-    another: those confirm what its earlier runs chose."""
-    return np.concatenate((cell.logs, cell.fresh))
 
 
 def _curve(cells: Sequence[RecipeCell], logs: Sequence[Array]) -> BaseCurve:
@@ -307,34 +295,28 @@ def _noise(cells: Sequence[RecipeCell]) -> Noise:
     return Noise(float(np.sqrt(squares / free)) if free else float("nan"), free)
 
 
-def _uneven(cells: Sequence[RecipeCell]) -> list[str]:
-    """Return a sentence for each budget at which seeds scatter far more than at the others."""
-    sentences = []
+def _uneven(cells: Sequence[RecipeCell]) -> Iterator[str]:
+    """Yield a sentence for each budget at which seeds scatter far more than at the others."""
     for budget in sorted({c.budget for c in cells}):
         there = _noise([c for c in cells if c.budget == budget])
         rest = _noise([c for c in cells if c.budget != budget])
         if min(there.free, rest.free) >= 2 and there.sd > _UNEVEN * rest.sd:
-            sentences.append(
+            yield (
                 f"At {budget:.2g} FLOPs runs scatter by {there.sd:.2%} by their seed, and "
                 f"elsewhere by {rest.sd:.2%}: intervals know the mean of both, and are too narrow "
                 "there and too wide elsewhere."
             )
-    return sentences
 
 
-def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
-    """Return a sentence for each way in which learning rates are not tuned."""
-    sentences = []
+def _untuned(cells: Sequence[RecipeCell]) -> Iterator[str]:
+    """Yield a sentence for each way in which learning rates are not tuned."""
     for is_so, problem in (
-        (False, "the best learning rate is at the edge of those that were tried, so that its loss "
-                "may be too high"),
-        (None, "fewer than three learning rates were tried, so that its loss may be too high"),
-    ):  # fmt: skip
-        at = [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]
-        if at:
+        (False, "the best learning rate is at the edge of those that were tried"),
+        (None, "fewer than three learning rates were tried"),
+    ):
+        if at := [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]:
             others = f" and {len(at) - 4} more" if len(at) > 4 else ""
-            sentences.append(f"Of {', '.join(at[:4])}{others} {problem}.")
-    return sentences
+            yield f"Of {', '.join(at[:4])}{others} {problem}, so that its loss may be too high."
 
 
 def as_dict(study: Multipliers) -> dict[str, Any]:

@@ -10,7 +10,6 @@
 Invariant: runs that confirm a winner (role confirm) are never among those that made it one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,53 +88,49 @@ def cells_of(
         if name in table and len(kinds := sorted(map(str, table[name].dropna().unique()))) > 1:
             problem = f"losses are not comparable: {name} is {' and '.join(kinds[:2])}"
             raise UserError(where, problem, "compare recipes that share it")
+    budgets = table.get("budget")
+    if budgets is None:  # costs without a gap between them are of one budget
+        ordered = table[cost].astype(float).sort_values()
+        numbers = (ordered / ordered.shift() > _NEAR).cumsum()
+        budgets = ordered.groupby(numbers).transform("mean").reindex(table.index)
     # A table may say nothing of rates and roles.
     rates = table.get("learning_rate", pd.Series(1.0, table.index)).fillna(1.0).astype(float)
     roles = table.get("role", pd.Series("", table.index))
-    budgets = _budgets(table[cost]) if "budget" not in table else table["budget"]
-    runs = table.assign(_cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
-    cells_or_lost = list(_cells(runs))
-    cells = [c for c in cells_or_lost if isinstance(c, RecipeCell)]
-    return cells, [c for c in cells_or_lost if isinstance(c, LostCell)]
+    losses = table["loss"].astype(float)
+    runs = table.assign(loss=losses, _cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
+    cells, lost = list[RecipeCell](), list[LostCell]()
+    for (recipe, budget), rows in runs.groupby([RECIPE, "_budget"], sort=True):
+        one = _cell(str(recipe), float(budget), rows)
+        if isinstance(one, RecipeCell):
+            cells.append(one)
+        elif one is not None:
+            lost.append(one)
+    return cells, lost
 
 
-def _budgets(costs: pd.Series) -> pd.Series:
-    """Return the budget of each run: costs without a gap between them are of one budget."""
-    ordered = costs.astype(float).sort_values()
-    numbers = (ordered / ordered.shift() > _NEAR).cumsum()
-    return ordered.groupby(numbers).transform("mean").reindex(costs.index)
-
-
-def _cells(table: pd.DataFrame) -> Iterator[RecipeCell | LostCell]:
-    for (recipe, budget), rows in table.groupby([RECIPE, "_budget"], sort=True):
-        is_fresh = rows["_role"] == "confirm"
-        is_finite = np.isfinite(rows["loss"].astype(float))
-        is_seed = rows["_role"] == "seed"
-        is_swept = rows["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
-        is_counted = is_seed if is_seed.any() else ~is_fresh
-        runs = rows[is_counted & is_finite]
-        if runs.empty:
-            is_swept_well = (is_swept & is_finite).any()  # so that other seeds alone diverged
-            gone = is_counted if is_swept_well else ~is_fresh
-            if gone.any():
-                are = "runs with other seeds" if is_swept_well else "runs"
-                yield LostCell(str(recipe), float(budget), int(gone.sum()), are)
-            continue
-        logs = np.log(runs["loss"].astype(float))
-        by_rate = logs.groupby(runs["_rate"]).agg(["size", "mean"])
-        rate = by_rate.sort_values(["size", "mean"], ascending=[False, True]).index[0]
-        fresh = np.log(rows[is_fresh & is_finite]["loss"].astype(float).to_numpy())
-        yield RecipeCell(
-            str(recipe), float(budget), float(runs["_cost"].mean()), float(rate),
-            logs[runs["_rate"] == rate].to_numpy(), fresh, tuple(sorted(rows["_rate"].unique())),
-            _is_bracketed(rows[is_swept]), int((~is_finite).sum()),
-        )  # fmt: skip
-
-
-def _is_bracketed(runs: pd.DataFrame) -> bool | None:
-    """True if worse learning rates are on both sides of the best one, a diverged run's too."""
-    losses = runs["loss"].astype(float).fillna(np.inf).groupby(runs["_rate"]).mean()
-    if len(losses) < _RATES:
-        return None
-    best = int(np.argmin(losses.to_numpy()))
-    return 0 < best < len(losses) - 1
+def _cell(recipe: str, budget: float, rows: pd.DataFrame) -> RecipeCell | LostCell | None:
+    """Return the cell of these runs; None if all of them confirm it."""
+    is_fresh, is_seed = rows["_role"] == "confirm", rows["_role"] == "seed"
+    is_finite = np.isfinite(rows["loss"])
+    is_swept = rows["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
+    is_counted = is_seed if is_seed.any() else ~is_fresh
+    runs = rows[is_counted & is_finite]
+    if runs.empty:
+        is_swept_well = (is_swept & is_finite).any()  # so that other seeds alone diverged
+        gone = is_counted if is_swept_well else ~is_fresh
+        are = "runs with other seeds" if is_swept_well else "runs"
+        return LostCell(recipe, budget, int(gone.sum()), are) if gone.any() else None
+    logs = np.log(runs["loss"])
+    by_rate = logs.groupby(runs["_rate"]).agg(["size", "mean"])
+    rate = by_rate.sort_values(["size", "mean"], ascending=[False, True]).index[0]
+    # Bracketed by worse rates on both sides of the best one; a diverged run is worse too.
+    swept = rows[is_swept]
+    losses, is_bracketed = swept["loss"].fillna(np.inf).groupby(swept["_rate"]).mean(), None
+    if len(losses) >= _RATES:
+        is_bracketed = 0 < int(np.argmin(losses.to_numpy())) < len(losses) - 1
+    fresh = np.log(rows["loss"][is_fresh & is_finite].to_numpy())
+    return RecipeCell(
+        recipe, budget, float(runs["_cost"].mean()), float(rate),
+        logs[runs["_rate"] == rate].to_numpy(), fresh,
+        tuple(sorted(rows["_rate"].unique())), is_bracketed, int((~is_finite).sum()),
+    )  # fmt: skip

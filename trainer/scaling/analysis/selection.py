@@ -41,10 +41,12 @@ def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
             why.append(e)
     if not fits:
         raise why[0]
-    factor = _extrapolation_factor(next(iter(fits.values())), job)
+    first, study = next(iter(fits.items()))
+    factor = None
+    if job.target.is_given:
+        factor = max(1.0, run_of(study, job.target)[3] / float(spent(study.points).max()))
     judged = {name: error_near(m.backtests, factor) for name, m in fits.items() if m.backtests}
     if not judged:
-        first = next(iter(fits))
         fits[first].notes.append(f"There are no backtests to choose a law by: {first} is taken.")
         return fits[first]
     best = min(judged, key=lambda name: judged[name][0])
@@ -75,11 +77,3 @@ def error_near(
             near = factors >= np.median(factors)
     ends = float(factors[near].min()), float(factors[near].max())
     return float(np.sqrt(np.square(errors[near]).mean())), ends
-
-
-def _extrapolation_factor(study: StudyFit, job: StudyJob) -> float | None:
-    """Return the target's compute over the greatest of the runs, at least 1; None without one."""
-    if not job.target.is_given:
-        return None
-    flops = run_of(study, job.target)[3]
-    return max(1.0, flops / float(spent(study.points).max()))

@@ -12,6 +12,7 @@ draw of the predicted loss, put into a resampled fit of the link, and the scatte
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -92,7 +93,6 @@ class PredictedMetric:
     is_log: bool = False
 
     def against(self, observed: Array) -> dict[str, Array]:
-        """Compare with observed metrics, (m,); see forecasting/predictor.py, Distribution."""
         error = np.log(self.value / observed) if self.is_log else self.value - observed
         inside, width, score = [np.full(len(error), np.nan)] * 2, error * np.nan, error * np.nan
         if self.inner is not None and self.outer is not None:
@@ -116,7 +116,6 @@ class SimpleMetric:
         """Return None: it predicts no loss."""
 
     def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> PredictedMetric:
-        """Return the metric of runs; see forecasting/predictor.py, Predictor."""
         return PredictedMetric(self.of(np.log(flops)), is_log=self.is_log)
 
 
@@ -145,7 +144,7 @@ class TaskFit:
 
     def __init__(self, task: Task, job: StudyJob, law: StudyFit | None = None):
         self.task, self.job, self.notes = task, job, list[str]()
-        form, rows = link_of(job), task.outcomes
+        form, rows, where = link_of(job), task.outcomes, f"{task.where}, {task.name}"
         self.outcomes = rows[(rows["loss"] < np.inf) & rows[OUTCOME].notna()].reset_index(drop=True)
         if left := len(rows) - len(self.outcomes):
             self.notes.append(
@@ -158,13 +157,12 @@ class TaskFit:
         loss, metric = self.loss, np.maximum(self.metric, LEAST)
         self.ideal = form.name == SIGMOID
         if not self.ideal and np.ptp(self.metric) == 0:
-            value, count = self.in_metric(self.metric[0]), len(self.metric)
-            problem = f"the metric is {value:.4g} in all {count} rows: the data can't tell how it "
-            problem += "changes with the loss"
-            raise UserError(f"{task.where}, {task.name}", problem, "add runs whose metric differs")
+            problem = f"the metric is {self.in_metric(self.metric[0]):.4g} in all "
+            problem += f"{len(metric)} rows: the data can't tell how it changes with the loss"
+            raise UserError(where, problem, "add runs whose metric differs")
         if self.ideal:  # as its source: no loss is an accuracy of 1
             loss, metric = np.append(loss, NO_LOSS), np.append(metric, 1.0)
-        self.points = Outcomes(metric, task_loss=loss, where=f"{task.where}, {task.name}")
+        self.points = Outcomes(metric, task_loss=loss, where=where)
         self.link: Fit = fit(form, self.points, goal_of(form))
         if law is not None:
             self.law = law
@@ -182,7 +180,11 @@ class TaskFit:
     @cached_property
     def replicates(self) -> bootstrap.Replicates:
         """Return the resampled fits of the link; the ideal point is in each of them."""
-        groups = _groups(self.outcomes)
+        rows = self.outcomes
+        groups: Array = np.arange(len(rows))
+        for column in ("name", "trunk"):  # rows are drawn with their trunk, or with their run
+            if column in rows and 1 < rows[column].nunique() < len(rows):
+                groups = rows[column].astype(str).factorize()[0]
         count = groups.max() + 1
         rng = np.random.default_rng(self.job.seed)
         weights = bootstrap.counts(rng, count, self.job.bootstraps)[:, groups]
@@ -273,32 +275,25 @@ class TaskFit:
         """Return what makes the numbers doubtful, as sentences."""
         if self.unseen:
             return [self.unseen, *self.notes]
-        kind = self.job.metric
-        sentences = others(self.loss, self.metric, self.is_log, self._count_budgets(), kind)
-        if (chained := self.chained) is not None:
-            least = float(self.loss.min())
-            if chained.loss.loss < least:
-                sentences.append(
-                    f"The link is extrapolated: it has seen no loss below {least:.4g}, and "
-                    f"{chained.loss.loss:.4g} is predicted."
-                )
+        job, rows = self.job, self.outcomes
+        budgets = int(rows["budget"].nunique()) if "budget" in rows else None
+        if budgets is None:
+            with suppress(UserError):  # the rows don't say what they cost
+                flops = spent(points(rows, job.size, job.cost, self.task.where))
+                budgets = len(np.unique(budgets_of(rows, flops)))
+        sentences = others(self.loss, self.metric, self.is_log, budgets, job.metric)
+        least = float(self.loss.min())
+        if self.chained is not None and self.chained.loss.loss < least:
+            sentences.append(
+                f"The link is extrapolated: it has seen no loss below {least:.4g}, and "
+                f"{self.chained.loss.loss:.4g} is predicted."
+            )
         return self.notes + sentences
 
     @property
     def doubts_of_law(self) -> list[str]:
         """Return what makes the law of the loss doubtful, if a prediction needs it."""
         return [*self.law.doubts, *self.law.notes] if self.chained is not None else []
-
-    def _count_budgets(self) -> int | None:
-        """Return the number of different budgets; None if the rows don't say what they cost."""
-        job, rows = self.job, self.outcomes
-        if "budget" in rows:
-            return int(rows["budget"].nunique())
-        try:
-            flops = spent(points(rows, job.size, job.cost, self.task.where))
-        except UserError:
-            return None
-        return len(np.unique(budgets_of(rows, flops)))
 
     @cached_property
     def skill(self) -> list[Scores]:
@@ -309,14 +304,6 @@ class TaskFit:
             return task_scores(forecasts(runs, job))
         except UserError:
             return []
-
-
-def _groups(outcomes: pd.DataFrame) -> Array:
-    """Return the group that each row is drawn with: its trunk, or its run, or itself, (n,)."""
-    for column in ("trunk", "name"):
-        if column in outcomes and 1 < outcomes[column].nunique() < len(outcomes):
-            return outcomes[column].astype(str).factorize()[0]
-    return np.arange(len(outcomes))
 
 
 def task_of(law: StudyFit, where: str) -> TaskFit | None:
@@ -351,14 +338,11 @@ def task_as_dict(one: TaskFit) -> dict[str, Any]:
 
 
 def _as_dict(one: TaskFit) -> dict[str, Any]:
-    low, high = one.replicates.interval(one.job.level)
-    p = one.chained
+    ends, p = one.replicates.interval(one.job.level).T.tolist(), one.chained
     return {
         "task": one.task.name, "rows": len(one.outcomes), "link": one.link.form.name,
-        "metric": one.job.metric,
-        "values": one.link.values, "errors": one.replicates.errors,
-        "interval": {s: [float(low[i]), float(high[i])]
-                     for i, s in enumerate(one.link.form.symbols)},
+        "metric": one.job.metric, "values": one.link.values, "errors": one.replicates.errors,
+        "interval": dict(zip(one.link.form.symbols, ends, strict=True)),
         "certified": one.link.certificate.holds, "scatter": float(one.residuals.std()),
         "unseen": one.unseen,
         "prediction": None if p is None else {
@@ -380,28 +364,21 @@ def forecasts(one: Finished, job: StudyJob, progress: Progress = silent) -> pd.D
     job = replace(job, bootstraps=RESAMPLED, target=TargetPoint(), sensitivity=False, level=OUTER)
     distinct, rows, why = np.unique(one.budgets), list[pd.DataFrame](), ""
     for k in range(LEAST_BUDGETS, len(distinct)):
-        task = _task(one, job, one.budgets <= distinct[k - 1])
-        if isinstance(task, TaskFit):
+        known = one.runs[one.budgets <= distinct[k - 1]]
+        try:
+            law = law_of(known, job, one.name)
+            task = TaskFit(Task(OUTCOME, known, law.table, one.name), job, law)
+            why = (task.unseen or "").rstrip(".") or why
+        except UserError as e:
+            task, why = None, e.problem
+        if task is not None and not task.unseen:
             rows += [row for origin in _origins(one, task, k) for row in rows_of(one, origin)]
-        else:
-            why = task
         progress("backtest", k - LEAST_BUDGETS + 1, len(distinct) - LEAST_BUDGETS, "fits")
     if not rows:
         why = f"{why[:1].lower()}{why[1:]}"
         problem = f"at no origin do the runs determine a law and a link ({why})"
         raise UserError(one.name, problem, "add budgets, or runs whose metric differs")
     return pd.concat(rows, ignore_index=True)
-
-
-def _task(one: Finished, job: StudyJob, known: Array) -> TaskFit | str:
-    """Return the fit of the known runs, or why there is none."""
-    runs = one.runs[known]
-    try:
-        law = law_of(runs, job, one.name)
-        task = TaskFit(Task(OUTCOME, runs, law.table, one.name), job, law)
-    except UserError as e:
-        return e.problem
-    return task.unseen.rstrip(".") if task.unseen else task
 
 
 def _origins(one: Finished, task: TaskFit, k: int) -> Iterator[Origin]:

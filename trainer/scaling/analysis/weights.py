@@ -47,11 +47,24 @@ def noise_of_repeats(table: pd.DataFrame, points: Points) -> RunNoise:
 
     The variances within repeats are scaled chi-squared. Their mean is a power of C, by maximum
     likelihood with a prior of NOISE (scaled inverse chi-squared; Gelman et al. 2013, section 2.6)
-    and a prior of no slope.
+    and a prior of no slope. A table without seeds has no repeats: its runs may differ in something
+    that it doesn't name, or one run may be listed twice.
     """
-    cost, variance, freedom = _repeats(table, points)
-    if not len(cost):
+    seeds = [name for name in ("seed", "init_seed") if name in table]
+    alike = [n for n in table if str(n).startswith("parameters") or n in ("tokens", *RECIPE)]
+    if "tokens" not in alike:
         return RunNoise()
+    known = table.assign(flops_of=spent(points), log_loss=np.log(table["loss"]))
+    groups = (
+        known.drop_duplicates([*alike, *seeds])
+        .groupby(alike, dropna=False)
+        .agg(cost=("flops_of", "mean"), variance=("log_loss", "var"), runs=("log_loss", "size"))
+    )
+    groups = groups[groups["runs"] > 1]
+    if groups.empty:
+        return RunNoise()
+    cost, variance = (groups[name].to_numpy(float) for name in ("cost", "variance"))
+    freedom = groups["runs"].to_numpy() - 1
     x = np.log10(cost)
     middle = float(np.average(x, weights=freedom))
     x = x - middle
@@ -65,28 +78,6 @@ def noise_of_repeats(table: pd.DataFrame, points: Points) -> RunNoise:
     log, slope = optimize.minimize(negative_log_posterior, [2 * np.log(NOISE), 0.0]).x
     power = float(slope) / 2 / np.log(10)  # of a standard deviation, by log C
     return RunNoise(float(np.exp(log / 2)), power, 10**middle, int(freedom.sum()))
-
-
-def _repeats(table: pd.DataFrame, points: Points) -> tuple[Array, Array, Array]:
-    """Return C, the variance of log loss and its degrees of freedom, for each group of repeats.
-
-    A table without seeds has no repeats: its runs may differ in something that it doesn't name, or
-    one run may be listed twice.
-    """
-    seeds = [name for name in ("seed", "init_seed") if name in table]
-    alike = [n for n in table if str(n).startswith("parameters") or n in ("tokens", *RECIPE)]
-    if "tokens" not in alike:
-        return (np.empty(0),) * 3
-    known = table.assign(flops_of=spent(points), log_loss=np.log(table["loss"]))
-    known = known.drop_duplicates([*alike, *seeds])
-    groups = known.groupby(alike, dropna=False).agg(
-        cost=("flops_of", "mean"), variance=("log_loss", "var"), runs=("log_loss", "size")
-    )
-    groups = groups[groups["runs"] > 1]
-    return (
-        *(groups[c].to_numpy(float) for c in ("cost", "variance")),
-        groups["runs"].to_numpy() - 1,
-    )
 
 
 def weigh(flops: Array, noise: RunNoise | None, target: float | None) -> Array:
