@@ -24,7 +24,7 @@ time of a collective is in links.py.
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from math import prod
 
@@ -32,7 +32,6 @@ from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.flops import BlockParts, columns_of, layers_of
-from forescale.models.part import BlockPart
 from forescale.plan.bytes.memory import overlapping, partition, recomputes
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import ZeroSettings
@@ -48,7 +47,13 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
     if s.stage < 3:
         zero = _replicated(s, local, mesh)
     else:
-        zero = [c for part in _parts(s, local, mesh) for c in _partitioned(*part, job, local)]
+        # Between two ranks that have the same parameters are those that divide matrices with one.
+        experts = local.experts if mesh.experts > 1 else frozenset[str]()
+        others = frozenset(p.name for p in local.parameters) - experts
+        zero = _partitioned(s, others, job, local, "", mesh.tensor)
+        if experts:
+            of_experts = replace(s, world=s.expert_world)
+            zero += _partitioned(of_experts, experts, job, local, " of experts", mesh.experts)
     traffic = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
     traffic += _whole_matrices(s, local, mesh)
     return [c for c in traffic if c.payload and c.ranks > 1]
@@ -77,7 +82,9 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
         return []
     rows, length = job.rows_at_once, job.train.sequence_length
     columns = length // job.engine.sequence_parallel
-    sums = [one for block in _blocks(c) for one in _of_block(c, *block, rows, columns)]
+    blocks = [*enumerate(layers_of(c))]
+    blocks += blocks[-1:] * c.mtp_layers  # those of modules for later tokens are as the last one
+    sums = [one for block in blocks for one in _of_block(c, *block, rows, columns)]
     if c.has_encoder:
         sums.append(c.sizes.width * rows * columns_of(c, 0, columns))
     heads, read = 0, rows * columns_of(c, c.encoder_layers, columns)
@@ -89,13 +96,6 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     payload = s.size * sum(sums) + 8 * tensor * read * heads
     n, calls, name = s.accumulation, len(sums) + heads, "parts of the residual stream"
     return [Collective(name, "all_reduce", n * payload, tensor, n * calls)]
-
-
-def _blocks(config: ModelConfig) -> list[tuple[int, BlockParts]]:
-    """Return the number and the parts of each block; those of modules for later tokens are as the
-    last one."""
-    blocks = [*enumerate(layers_of(config))]
-    return blocks + blocks[-1:] * config.mtp_layers
 
 
 def _of_block(
@@ -112,7 +112,11 @@ def _of_block(
         # The last part's output is needed again only for a norm that follows it.
         ends_normed = block == config.encoder_layers - 1 and config.norms_stream
         sums += outputs if c.norms_after or ends_normed else outputs[:-1]
-    whole = [numel for part in parts.values() for numel in _summed(part, c)]
+    whole: list[int] = []  # what every rank has, but uses for its own heads or tokens alone
+    for part in parts.values():
+        cut = {**part.divided(c), **dict.fromkeys(part.stacked)}
+        others = cut.keys() | {f"{name}.bias" for name in part.writes}
+        whole += [prod(shape) for name, shape in part.shapes(c).items() if name not in others]
     return [rows * length * config.sizes.width for each in sums for length in each] + whole
 
 
@@ -138,15 +142,6 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     most = max(cut, key=sum)
     payload = size * sum(most)
     return [Collective("Muon's whole matrices", "all_gather", payload, tensor, len(most))]
-
-
-def _summed(part: BlockPart, config: ModelConfig) -> list[int]:
-    """Return the sizes of the parameters that every rank has whole, but uses for its own heads or
-    tokens alone."""
-    cut = {**part.divided(config), **dict.fromkeys(part.stacked)}
-    biases = {f"{name}.bias" for name in part.writes}
-    shapes = part.shapes(config).items()
-    return [prod(shape) for name, shape in shapes if name not in cut and name not in biases]
 
 
 def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
@@ -205,36 +200,21 @@ def _buckets(parameters: Sequence[Parameter], most: int) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The parameters that the same ranks divide at stage 3: those of `names`. label: a word
-    for their collectives; stride: as of a Collective."""
-
-    names: frozenset[str]
-    label: str
-    stride: int
-
-
-def _parts(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[tuple[ZeroSettings, _Part]]:
-    """Return the undivided parameters, and the experts if ranks divide them, each with the settings
-    of the ranks that hold the same ones."""
-    every = frozenset(p.name for p in trained.parameters)
-    # Between two ranks that have the same parameters are those that divide matrices with one.
-    if mesh.experts == 1:
-        return [(s, _Part(every, "", mesh.tensor))]
-    experts = replace(s, world=s.expert_world)
-    return [
-        (s, _Part(every - trained.experts, "", mesh.tensor)),
-        (experts, _Part(trained.experts, " of experts", mesh.experts)),
-    ]
-
-
 def _partitioned(
-    s: ZeroSettings, part: _Part, job: TrainJob, trained: Inventory
+    s: ZeroSettings,
+    names: frozenset[str],
+    job: TrainJob,
+    trained: Inventory,
+    of: str,
+    stride: int,
 ) -> list[Collective]:
-    params = [p for p in trained.parameters if p.name in part.names]
+    """Return the collectives of stage 3 of the parameters that the same ranks divide: `names`.
+
+    s: the settings of these ranks; of: what their labels end with; stride: as of a Collective.
+    """
+    params = [p for p in trained.parameters if p.name in names]
     small = [p for p in params if p.numel <= s.persistence]
-    trace = s.gathers(trained.parameters, recomputes(job), trained.experts, part.names)
+    trace = s.gathers(trained.parameters, recomputes(job), trained.experts, names)
     first, again = s.size * trace.first, s.size * trace.again
     beside = 1.0 if s.overlap else 0.0
     near, n = s.near, s.accumulation
@@ -259,14 +239,17 @@ def _partitioned(
                 "weights from the nearer partition", "all_gather", close[0], near, close[1], beside
             )
         )
-    traffic += _reduced(s, trained, part.names, beside)
+    traffic += _reduced(s, trained, names, beside)
     updated = [p for g in trained.groups if g.update.is_by_matrix for p in g.params]
-    if muon := [p for p in updated if p.name in part.names]:
-        calls, updates = _muon_gathers(s, muon)
-        gathers = 2 * s.sent * (_padded(s, muon) + updates)
+    if muon := [p for p in updated if p.name in names]:
+        every = [*_muon_rounds(s, muon)]
+        calls = sum(2 + 2 * len(rounds) for rounds in every)
+        # Those of a round, and then of its new momenta, are padded to the largest of them.
+        updates = sum(max(p.numel for p in one) for rounds in every for one in rounds)
+        gathers = 2 * s.sent * (_padded(s, muon) + s.world * updates)
         name = "Muon's gradients and momenta"
         traffic.append(Collective(name, "all_gather", gathers, s.world, calls))
-    return [replace(c, label=c.label + part.label, stride=part.stride) for c in traffic]
+    return [replace(c, label=c.label + of, stride=stride) for c in traffic]
 
 
 def _reduced(
@@ -300,18 +283,6 @@ def _reduced(
 def _padded(s: ZeroSettings, params: Iterable[Parameter]) -> int:
     """Return the elements of partitions of equal size on all ranks."""
     return s.world * sum(-(-p.numel // s.world) for p in params)
-
-
-def _muon_gathers(s: ZeroSettings, params: Sequence) -> tuple[int, int]:
-    """Return the number of Muon's all-gathers, and the elements that those of its updates move.
-
-    Those of a round, and then of its new momenta, are padded to the largest of them.
-    """
-    calls, total = 0, 0
-    for rounds in _muon_rounds(s, params):
-        calls += 2 + 2 * len(rounds)
-        total += s.world * sum(max(p.numel for p in one) for one in rounds)
-    return calls, total
 
 
 def _muon_rounds(s: ZeroSettings, params: Sequence) -> Iterator[list[Sequence]]:

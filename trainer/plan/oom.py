@@ -1,5 +1,6 @@
 """Turn an out-of-memory error into one message with numbers and a micro-batch that fits."""
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,53 +56,30 @@ def explained(job: TrainJob) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if not _is_out_of_memory(e):
+        import psutil
+        import torch
+
+        is_allocation = isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+        if not (isinstance(e, MemoryError | torch.OutOfMemoryError) or is_allocation):
             raise
-        raise UserError("memory", _shortage(job), _todo(job)) from e
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            available = torch.cuda.get_device_properties(0).total_memory
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+            total = psutil.virtual_memory().total
+            available = total if soft == resource.RLIM_INFINITY else min(soft, total)
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        planned = bytes_of(job, ranks)
+        plan = f"planned: {_gib(planned.total)}, " if planned else ""
+        problem = f"a rank ran out of memory ({plan}used: {_gib(peak)} of {_gib(available)})"
+        raise UserError("memory", problem, _todo(job, ranks, available)) from e
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def _peak() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _available() -> int:
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    total = psutil.virtual_memory().total
-    return total if soft == resource.RLIM_INFINITY else min(soft, total)
-
-
-def _world_size() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _shortage(job: TrainJob) -> str:
-    planned = bytes_of(job, _world_size())
-    plan = f"planned: {_gib(planned.total)}, " if planned else ""
-    return f"a rank ran out of memory ({plan}used: {_gib(_peak())} of {_gib(_available())})"
-
-
-def _todo(job: TrainJob) -> str:
-    fits = largest_micro_batch(job, _world_size(), _available())
-    how = cheapest_checkpointing(job, _world_size(), _available())
+def _todo(job: TrainJob, ranks: int, available: int) -> str:
+    fits = largest_micro_batch(job, ranks, available)
+    how = cheapest_checkpointing(job, ranks, available)
     key = f"model.activation_checkpointing={how}"
     if fits:
         return f"set train.micro_batch={fits}" + (f", or {key}" if how else "")

@@ -7,8 +7,7 @@ checkpointing or the number of GPUs. It never changes what the model learns.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from forescale.config.train import TrainJob
 from forescale.models.config import CHECKPOINTINGS, Checkpointing, ModelConfig
@@ -89,11 +88,15 @@ class ShardingOptions:
         """Return memory, communication and time of `job` as it is configured."""
         per_node, machine = job.per_node, self.machine
         traffic = collectives(job, self.trained, job.world_size)
+        other_activations: dict[str, int] = {}
+        for how in [*less_checkpointing(job), *more_checkpointing(job)]:
+            if each := self.memory(with_checkpointing(job, how)).activations:
+                other_activations[how] = each.total - each.logits
         return ShardingOption(
             name=name_of(job),
             job=job,
             memory=self.memory(job),
-            other_activations=self._other_activations(job),
+            other_activations=other_activations,
             largest_micro_batch=self.largest_micro_batch(job),
             memory_micro_batch=self.memory_micro_batch(job),
             longest_window=self.longest_window(job),
@@ -125,15 +128,10 @@ class ShardingOptions:
         job, ramp = option.job, option.job.batch_ramp
         seconds = option.step.seconds * (job.total_steps - ramp.steps)
         for windows, steps in ramp.stages():
-            one = _of_batch(job, windows)
+            one = _trained(job, global_batch=windows, first_batch=None, batch_ramp=None)
             step = self._step(one, collectives(one, self.trained, one.world_size))
             seconds += steps * (step.seconds or 0.0)
         return seconds
-
-    def _other_activations(self, job: PlanJob) -> dict[str, int]:
-        jobs = {how: with_checkpointing(job, how) for how in CHECKPOINTINGS if _has_other(job, how)}
-        needs = {how: self.memory(other).activations for how, other in jobs.items()}
-        return {how: each.total - each.logits for how, each in needs.items() if each}
 
     def memory(self, job: PlanJob) -> Memory:
         """Return the memory of a rank, including the reserved bytes and the margin."""
@@ -141,15 +139,13 @@ class ShardingOptions:
         reserved = int(self.machine.reserved_bytes)
         return memory(job, self.trained, job.world_size, self.machine.fused_norms, reserved, margin)
 
-    @cached_property
-    def _this_computer(self) -> float:
-        import psutil
-
-        return psutil.virtual_memory().total
-
     def available_to(self, job: PlanJob) -> float:
         """Return the memory of a GPU in bytes, or a rank's share of this computer's memory."""
-        return self.machine.memory_bytes or self._this_computer / job.per_node
+        if self.machine.memory_bytes is not None:
+            return self.machine.memory_bytes
+        import psutil
+
+        return psutil.virtual_memory().total / job.per_node
 
     def fits(self, job: PlanJob) -> bool:
         """Whether the memory of a rank fits."""
@@ -159,7 +155,7 @@ class ShardingOptions:
         """Return the largest micro-batch that divides the batch and fits; None if none does."""
         each = job.batch_ramp.first // _groups(job)
         for micro in range(each, 0, -1):
-            if each % micro == 0 and self.fits(_with(job, micro)):
+            if each % micro == 0 and self.fits(_trained(job, micro_batch=micro)):
                 return micro
         return None
 
@@ -168,9 +164,13 @@ class ShardingOptions:
         does, or if the memory of activations is not known."""
         if self.memory(job).activations is None:
             return None
-        sizes = range(1, _MOST_MICRO_BATCH)
-        # The first that doesn't fit, found by bisection, is one too large.
-        return bisect_left(sizes, True, key=lambda n: not self.fits(_alone(job, n))) or None
+
+        def is_too_large(micro: int) -> bool:
+            batch = micro * _groups(job)
+            return not self.fits(_trained(job, micro_batch=micro, global_batch=batch))
+
+        # The first that doesn't fit, by bisection, is one too large.
+        return bisect_left(range(1, _MOST_MICRO_BATCH), True, key=is_too_large) or None
 
     def longest_window(self, job: PlanJob) -> int | None:
         """Return the longest window that fits, one at a time: the longest that the config allows,
@@ -189,7 +189,8 @@ class ShardingOptions:
 
     def _fits_window(self, job: PlanJob, length: int) -> bool:
         """Whether a window of `length` fits, one at a time, with what the model needs for it."""
-        long, table = _long(job, length), "position.weight"
+        long = _trained(job, sequence_length=length, micro_batch=1)
+        table = "position.weight"
         if self.longest is not None or all(p.name != table for p in self.trained.parameters):
             return self.fits(long)
         model = replace(cast(ModelConfig, job.model), max_sequence_length=length)
@@ -214,7 +215,7 @@ class ShardingOptions:
         keys, last = variants[-1]
         gpus = 2 * job.world_size
         while gpus <= _MOST_GPUS and job.batch_ramp.first % job.mesh(gpus).data == 0:
-            wide = _staged(_on(last, gpus), 3)
+            wide = _staged(replace(last, plan=replace(last.plan, gpus=gpus, nodes=None)), 3)
             if (micro := self.largest_micro_batch(wide)) is not None:
                 engine = engine_keys(job, wide)
                 return f"set {keys}{engine}plan.gpus={gpus} train.micro_batch={micro}"
@@ -265,59 +266,33 @@ def _groups(job: PlanJob) -> int:
     return job.mesh(job.world_size).data
 
 
-def _with(job: PlanJob, micro_batch: int) -> PlanJob:
-    return replace(job, train=replace(job.train, micro_batch=micro_batch))
-
-
-def _of_batch(job: PlanJob, windows: int) -> PlanJob:
-    """Return the job with so many windows in every step."""
-    return replace(
-        job, train=replace(job.train, global_batch=windows, first_batch=None, batch_ramp=None)
-    )
-
-
-def _alone(job: PlanJob, micro_batch: int) -> PlanJob:
-    """Return the job with one micro-batch a step on each rank."""
-    batch = micro_batch * _groups(job)
-    return replace(job, train=replace(job.train, micro_batch=micro_batch, global_batch=batch))
-
-
-def _long(job: PlanJob, length: int) -> PlanJob:
-    """Return the job with windows of `length`, one at a time."""
-    return replace(job, train=replace(job.train, sequence_length=length, micro_batch=1))
-
-
-def _on(job: PlanJob, gpus: int) -> PlanJob:
-    return replace(job, plan=replace(job.plan, gpus=gpus, nodes=None))
+def _trained(job: PlanJob, **keys: Any) -> PlanJob:
+    """Return the job with other keys of `train`."""
+    return replace(job, train=replace(job.train, **keys))
 
 
 def more_checkpointing(job: TrainJob) -> list[Checkpointing]:
     """Return the choices of activation checkpointing that keep less, the cheapest first."""
-    if not isinstance(job.model, ModelConfig):
-        return []
-    known = _allowed(job)
-    return known[known.index(job.model.activation_checkpointing) + 1 :]
+    known, now = _checkpointing(job)
+    return known[now + 1 :]
 
 
 def less_checkpointing(job: TrainJob) -> list[Checkpointing]:
     """Return the choices that compute less, the cheapest first."""
+    known, now = _checkpointing(job)
+    return known[:now]
+
+
+def _checkpointing(job: TrainJob) -> tuple[list[Checkpointing], int]:
+    """Return the choices of activation checkpointing that the config allows, the cheapest first,
+    and the place of the job's."""
     if not isinstance(job.model, ModelConfig):
-        return []
-    known = _allowed(job)
-    return known[: known.index(job.model.activation_checkpointing)]
-
-
-def _allowed(job: TrainJob) -> list[Checkpointing]:
-    """Return the choices of activation checkpointing that the config allows, cheapest first."""
-    assert isinstance(job.model, ModelConfig)
-    if job.train.activation_memory_budget is not None:
-        return ["none"]
-    is_refused = job.mesh(1).experts > 1 or job.model.mlp.columns is not None
-    return [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
-
-
-def _has_other(job: PlanJob, how: str) -> bool:
-    return how in [*less_checkpointing(job), *more_checkpointing(job)]
+        return [], 0
+    known: list[Checkpointing] = ["none"]
+    if job.train.activation_memory_budget is None:
+        is_refused = job.mesh(1).experts > 1 or job.model.mlp.columns is not None
+        known = [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
+    return known, known.index(job.model.activation_checkpointing)
 
 
 def with_checkpointing(job: J, how: Checkpointing) -> J:

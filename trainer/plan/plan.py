@@ -15,12 +15,11 @@ from typing import Any, cast
 from forescale.config.schema import Problem
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
-from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.ground.console import span
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
-from forescale.plan.bytes.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
+from forescale.plan.bytes.memory import checkpoint_bytes, copy_bytes
 from forescale.plan.bytes.parameters import Inventory, Parameter, inventory
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.communication import collectives
@@ -199,8 +198,8 @@ class Plan:
     @property
     def copy_bytes(self) -> int:
         """Bytes of CPU memory of a node that its ranks keep for the copy of a checkpoint."""
-        each = copy_bytes(self.job, self.trained, self.world, self.job.on_gpu)
-        return self.per_node * each
+        on_gpu = self.job.on_gpu
+        return self.per_node * copy_bytes(self.job, self.trained, self.world, on_gpu)
 
     @property
     def save_seconds(self) -> float:
@@ -221,11 +220,6 @@ class Plan:
     def lead_seconds(self) -> float:
         """Seconds from a signal until the run is saved: the current step, the copy, the writing."""
         return (self.chosen.step.seconds or 0.0) + self.stall_seconds + self.save_seconds
-
-    @property
-    def checkpoints_kept(self) -> int:
-        """Maximum number of checkpoints on disk, including one that is being written."""
-        return checkpoints_kept(self.job)
 
     @property
     def interval(self) -> float | None:
@@ -254,12 +248,8 @@ class Plan:
         if self.seconds is None:
             return None
         evaluating = (self.evaluation.seconds if self.evaluation else None) or 0.0
-        return (
-            (self.seconds + evaluating)
-            / max(self.failures(self.world).ettr, 1e-9)
-            * self.world
-            / 3600
-        )
+        useful = max(self.failures(self.world).ettr, 1e-9)
+        return (self.seconds + evaluating) / useful * self.world / 3600
 
     # Problems and notes
 
@@ -324,11 +314,6 @@ class Plan:
             "no sharding option fits: choose a smaller model or a machine with more memory"
         )
         return Problem("memory", problem, todo)
-
-    @property
-    def deepspeed(self) -> dict[str, Any]:
-        """The DeepSpeed config that is derived from the job."""
-        return deepspeed_config(self.job, self.world)
 
     @property
     def parameters(self) -> dict[str, int]:

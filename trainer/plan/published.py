@@ -6,7 +6,6 @@ Small models have none either, because they are cheap to try. Imports no torch.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from forescale.config.train import TrainJob
@@ -59,11 +58,53 @@ def published_notes(job: TrainJob, parameters: float) -> list[str]:
     """
     if parameters < _LEAST_PARAMETERS:
         return []
-    recipe = _recipe_of(job, parameters)
-    notes = [*_window(job, recipe), *_batch(job, parameters, recipe)]
+    model, notes = job.model, list[str]()
+    nearest = min(PUBLISHED, key=lambda run: abs(math.log(run.parameters / parameters)))
+    recipe = ""  # "add recipe=NAME, or "; a class of the user's own has no keys of our model
+    if isinstance(model, ModelConfig):
+        name = "mixtral-8x7b" if model.has_experts else nearest.recipe
+        name = name if model.causal else "bert-base"
+        recipe = f"add recipe={'t5-small' if model.has_encoder else name}, or "
+    length, tokens = job.train.sequence_length, job.tokens_per_step
+    if length < _LEAST_WINDOW:
+        longer = 1024 if getattr(model, "causal", True) else 512
+        notes.append(
+            f"Windows have {length:,} tokens, and those of published models of this size 512 "
+            f"(BERT) to 8,192 (Llama 3): {recipe}set train.sequence_length={longer}."
+        )
+    published = interpolated(parameters, "step_tokens")
+    if not published / _BATCH_FACTOR <= tokens <= published * _BATCH_FACTOR:
+        windows = max(1, int(job.train.global_batch * 2 ** round(math.log2(published / tokens))))
+        notes.append(
+            f"A step has {tokens:,} tokens, and about {_rounded(published)} in published models of "
+            f"this size (nearest: {nearest.name}): {recipe}set train.global_batch={windows}."
+        )
     if not job.run.origin.run:
-        notes += [*_length(job, parameters), *_warmup(job)]
-    return notes + list(_rate(job, parameters, recipe))
+        of_run, (least, most) = job.total_tokens, _TOKENS_PER_PARAMETER
+        if not least <= of_run / parameters <= most:
+            notes.append(
+                f"The run reads {_rounded(of_run)} tokens, {_rounded(of_run / parameters)} for an "
+                "active parameter, where GPT-3 175B read 1.7 and TinyLlama 2,700; about 20 need "
+                "the least compute for their loss (Hoffmann et al. 2022): set "
+                f"train.tokens={20 * parameters:.1e}."
+            )
+        steps, total = job.warmup_steps, job.total_steps
+        if not 0 < steps <= _LONGEST_WARMUP * total:
+            takes = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
+            notes.append(
+                f"The warm-up {takes}, and in published runs it takes 0.1 % (TinyLlama) to 1 % "
+                "(BERT, Pythia) of them: set schedule.warmup='1 %'."
+            )
+    rate, usual = job.optimizer.learning_rate, _published_rate(job, parameters)
+    if usual is not None and rate > _RATE_FACTOR * usual:
+        kind = job.optimizer.kind
+        basis = "" if kind == "adamw" else f", as {kind}'s follows from AdamW's"
+        notes.append(
+            f"optimizer.learning_rate={rate:g} is {rate / usual:.2g} times that of published "
+            f"models of this size (about {usual:.2g}; nearest: {nearest.name}"
+            f"{basis}): {recipe}set optimizer.learning_rate={usual:.1g}."
+        )
+    return notes
 
 
 def interpolated(parameters: float, name: str) -> float:
@@ -76,80 +117,6 @@ def interpolated(parameters: float, name: str) -> float:
     low, high = below[-1], above[0]
     share = math.log(parameters / low.parameters) / math.log(high.parameters / low.parameters)
     return getattr(low, name) ** (1 - share) * getattr(high, name) ** share
-
-
-def _nearest(parameters: float) -> PublishedRun:
-    return min(PUBLISHED, key=lambda run: abs(math.log(run.parameters / parameters)))
-
-
-def _recipe_of(job: TrainJob, parameters: float) -> str:
-    """Return "add recipe=NAME, or " for the recipe that is nearest; "" for a class of the user's
-    own, which has no keys of our model."""
-    if not isinstance(model := job.model, ModelConfig):
-        return ""
-    name = _nearest(parameters).recipe
-    if model.has_encoder:
-        name = "t5-small"
-    elif not model.causal:
-        name = "bert-base"
-    elif model.has_experts:
-        name = "mixtral-8x7b"
-    return f"add recipe={name}, or "
-
-
-def _window(job: TrainJob, recipe: str) -> Iterator[str]:
-    length = job.train.sequence_length
-    if length < _LEAST_WINDOW:
-        longer = 1024 if getattr(job.model, "causal", True) else 512
-        yield (
-            f"Windows have {length:,} tokens, and those of published models of this size 512 "
-            f"(BERT) to 8,192 (Llama 3): {recipe}set train.sequence_length={longer}."
-        )
-
-
-def _batch(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
-    tokens, published = job.tokens_per_step, interpolated(parameters, "step_tokens")
-    if not published / _BATCH_FACTOR <= tokens <= published * _BATCH_FACTOR:
-        windows = max(1, int(job.train.global_batch * 2 ** round(math.log2(published / tokens))))
-        yield (
-            f"A step has {tokens:,} tokens, and about {_rounded(published)} in published models of "
-            f"this size (nearest: {_nearest(parameters).name}): {recipe}set "
-            f"train.global_batch={windows}."
-        )
-
-
-def _length(job: TrainJob, parameters: float) -> Iterator[str]:
-    tokens = job.total_tokens
-    least, most = _TOKENS_PER_PARAMETER
-    if not least <= tokens / parameters <= most:
-        yield (
-            f"The run reads {_rounded(tokens)} tokens, {_rounded(tokens / parameters)} for an "
-            "active parameter, where GPT-3 175B read 1.7 and TinyLlama 2,700; about 20 need the "
-            "least compute for their loss (Hoffmann et al. 2022): set "
-            f"train.tokens={20 * parameters:.1e}."
-        )
-
-
-def _warmup(job: TrainJob) -> Iterator[str]:
-    steps, total = job.warmup_steps, job.total_steps
-    if not 0 < steps <= _LONGEST_WARMUP * total:
-        length = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
-        yield (
-            f"The warm-up {length}, and in published runs it takes 0.1 % (TinyLlama) to 1 % (BERT, "
-            "Pythia) of them: set schedule.warmup='1 %'."
-        )
-
-
-def _rate(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
-    rate, published = job.optimizer.learning_rate, _published_rate(job, parameters)
-    if published is not None and rate > _RATE_FACTOR * published:
-        kind = job.optimizer.kind
-        basis = "" if kind == "adamw" else f", as {kind}'s follows from AdamW's"
-        yield (
-            f"optimizer.learning_rate={rate:g} is {rate / published:.2g} times that of published "
-            f"models of this size (about {published:.2g}; nearest: {_nearest(parameters).name}"
-            f"{basis}): {recipe}set optimizer.learning_rate={published:.1g}."
-        )
 
 
 def _published_rate(job: TrainJob, parameters: float) -> float | None:

@@ -16,8 +16,9 @@ from typing import Any
 from rich.markup import escape
 
 from forescale.config.schema import plain
+from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.ground.console import open_console, span, table
-from forescale.plan.bytes.memory import as_dict
+from forescale.plan.bytes.memory import checkpoints_kept
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.options import ShardingOption, cheapest, engine_keys
 from forescale.plan.plan import Plan
@@ -78,7 +79,7 @@ def show(plan: Plan) -> None:
     for note in plan.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     if plan.job.plan.deepspeed:
-        console.print("DeepSpeed", json.dumps(plan.deepspeed, indent=2))
+        console.print("DeepSpeed", json.dumps(deepspeed_config(plan.job, plan.world), indent=2))
     console.file.flush()  # before the problems, which go to stderr
 
 
@@ -107,7 +108,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "problems": [p._asdict() for p in plan.problems],
         "notes": plan.notes,
         "config": plain(plan.job),
-        "deepspeed": plan.deepspeed,
+        "deepspeed": deepspeed_config(plan.job, plan.world),
         "gpus": plan.world,
         "nodes": plan.nodes,
     }
@@ -167,12 +168,15 @@ def _model(plan: Plan) -> list[Row]:
         parts.append(f"later tokens {_short(later)} (in training alone)")
     has_experts = kinds.get("active", kinds["total"]) < kinds["total"] - (later or 0)
     active = f", {kinds['active']:,} active for a token" if has_experts else ""
+    in_total = flops.full * plan.job.total_tokens
+    days = in_total / 1e15 / 86_400
+    work = _flops(in_total) + (f" ({days:,.3g} PFLOP-days)" if days >= 0.1 else "")
     rows = [
         Row("parameters", "parameters", kinds, "count", f"{kinds['total']:,} parameters{active}"
             + (": " + ", ".join(parts) if parts else "")),
         Row("flops_per_token", "FLOPs", vars(flops), "FLOP",
             f"{_flops(flops.full)} per token (causal {_flops(flops.causal)}, 6N "
-            f"{_flops(flops.six_n)}), {_work(flops.full * plan.job.total_tokens)} in total; "
+            f"{_flops(flops.six_n)}), {work} in total; "
             f"{_flops(flops.recomputed)} per token recomputed"),
     ]  # fmt: skip
     if plan.cache_bytes is None:
@@ -228,7 +232,7 @@ def _options(plan: Plan) -> Block:
     for kind in chosen.memory.rows():
         values = [option.memory.rows()[kind] for option in options]
         rows.append(Row(f"bytes.{kind}", f"  {kind}" if any(values) else "", values, unit))
-    add("states", "", lambda o: as_dict(o.memory.states))
+    add("states", "", lambda o: dict(vars(o.memory.states)))
     add("activations", "", lambda o: o.memory.activations and vars(o.memory.activations))
     total = f"  total, of {_in_unit(plan.available, unit)}"
     add("total_bytes", total, lambda o: o.memory.total, unit)
@@ -357,8 +361,11 @@ def _time(plan: Plan) -> list[Row]:
     if plan.seconds is None:
         text = "not known, because no speed is known"
         return [*rows, Row("seconds", "steps", None, "s", text)]
+    days, rest = divmod(round(plan.seconds / 3600), 24)
+    # Of two days and more also the hours: 12 h, 2 d 4 h, 38 d.
+    length = f"{days} d {rest} h" if 2 <= days < 10 and rest else span(plan.seconds)
     text = (
-        f"{_days(plan.seconds)} for all steps; {hours:,.{1 if hours < 1000 else 0}f} GPU-hours, "
+        f"{length} for all steps; {hours:,.{1 if hours < 1000 else 0}f} GPU-hours, "
         "with evaluations and failures"
     )
     rows.append(Row("seconds", "steps", plan.seconds, "s", text))
@@ -408,7 +415,7 @@ def _evaluations(plan: Plan) -> list[Row]:
 
 
 def _saves(plan: Plan) -> list[Row]:
-    size, most = plan.checkpoint_bytes, plan.checkpoints_kept
+    size, most = plan.checkpoint_bytes, checkpoints_kept(plan.job)
     every, is_counted = plan.interval, plan.job.checkpoint.every.seconds is None
     often = f" (every {span(every)})" if every and is_counted else ""
     grace = plan.job.launch.grace.seconds or 0.0
@@ -473,18 +480,6 @@ def _in_unit(value: Any, unit: str) -> str:
 def _bytes(number: float) -> str:
     units = zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True)
     return _scaled(number, units) + ("B" if number >= 1e3 else "bytes")
-
-
-def _days(seconds: float) -> str:
-    """Return a length of time; of two days and more, days and hours: 12 h, 2 d 4 h, 38 d."""
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {hours} h" if 2 <= days < 10 and hours else span(seconds)
-
-
-def _work(flops: float) -> str:
-    """Return the FLOPs of a run; large ones also in PFLOP-days."""
-    days = flops / 1e15 / 86_400
-    return _flops(flops) + (f" ({days:,.3g} PFLOP-days)" if days >= 0.1 else "")
 
 
 def _short(number: float) -> str:

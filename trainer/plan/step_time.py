@@ -13,7 +13,6 @@ from statistics import median
 
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.train import TrainJob
-from forescale.engine.optim import Group
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.monitor.status import Status
@@ -150,17 +149,13 @@ def update_seconds(
     the parameters that ranks divide."""
     total = 0.0
     for group in trained.groups:
-        seconds = update_flops(group) / (peak * machine.efficiency)
+        flops = sum(group.update.flops(p.shape) for p in group.params)
+        seconds = flops / (peak * machine.efficiency)
         if machine.memory_bandwidth is not None:
             size = sum(p.numel for p in group.params) * (_UPDATE + _MOMENT * group.update.moments)
             seconds += size / machine.memory_bandwidth
         total += seconds / (holders(group, world) if world else 1)
     return total
-
-
-def update_flops(group: Group) -> float:
-    """Return the FLOPs of updating every parameter of a group once."""
-    return sum(group.update.flops(p.shape) for p in group.params)
 
 
 def measure(target: str, root: str) -> MeasuredSpeed:
@@ -173,18 +168,12 @@ def measure(target: str, root: str) -> MeasuredSpeed:
     where = f"plan.from_run={target}"
     job, rows = status.job, status.train
     if not isinstance(job.model, ModelConfig):
-        raise UserError(
-            where,
-            "its model is a class of your own, whose FLOPs are not known",
-            "set plan.mfu instead",
-        )
+        problem = "its model is a class of your own, whose FLOPs are not known"
+        raise UserError(where, problem, "set plan.mfu instead")
     if len(rows) < 5 or not status.checkpoints:
         problem = f"it has {len(rows)} rows and {len(status.checkpoints)} checkpoints"
-        raise UserError(
-            where,
-            problem,
-            "let it train for a few dozen steps and save a checkpoint, then plan again",
-        )
+        todo = "let it train for a few dozen steps and save a checkpoint, then plan again"
+        raise UserError(where, problem, todo)
     rows = rows[max(1, len(rows) // 10) :]
     seconds = median(r["seconds"].get("compute", 0.0) + r["seconds"].get("data", 0.0) for r in rows)
     world = int(status.checkpoints[-1].state["world_size"])

@@ -21,7 +21,7 @@ Beyond the table of the paper:
 - The update makes fp32 copies of the gradients of one group (stage 3: one sub-group) at a time.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
 
@@ -73,28 +73,40 @@ def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = Non
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
     trained = trained.of_rank(mesh)
     if s.stage == 0:
-        return _replicated(s, trained)
+        n, groups = trained.num_trained, trained.groups
+        return States(
+            weights=trained.numel * s.size,
+            gradients=n * s.gradient,
+            held=n * s.gradient,
+            masters=4 * n if s.size < 4 else 0,
+            moments=sum(_moments(g, sum(p.numel for p in g.params), len(g.params)) for g in groups),
+            update=4 * n if s.gradient < 4 else 0,
+        )
     if s.stage == 3:
-        return _offloaded(s, trained, _partitioned(s, trained, recomputes(job)))
-    return _offloaded(s, trained, _sharded(s, trained, world, rank))
+        of_rank = _partitioned(s, trained, recomputes(job))
+    else:
+        of_rank = _sharded(s, trained, world, rank)
+    # Offload is derived from the structure of DeepSpeed; not compared with real ranks.
+    if s.offloads("offload_optimizer"):
+        gradients = 2 * of_rank.masters if s.stage < 3 else of_rank.masters
+        of_rank = replace(
+            of_rank,
+            masters=0,
+            moments=0,
+            update=0,
+            held=0,
+            gradients=s.gradient * max(p.numel for p in trained.trained),
+            host=of_rank.host + of_rank.masters + of_rank.moments + gradients,
+        )
+    if s.offloads("offload_param"):
+        of_rank = replace(of_rank, weights=0, host=of_rank.host + of_rank.weights)
+    return of_rank
 
 
 def recomputes(job: TrainJob) -> bool:
     """Whether the backward pass calls each block again, and so gathers its weights for it: with
     selective checkpointing the block makes the rest again itself, while it has them."""
     return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing == "full"
-
-
-def _replicated(s: ZeroSettings, trained: Inventory) -> States:
-    n, mixed, groups = trained.num_trained, s.size < 4, trained.groups
-    return States(
-        weights=trained.numel * s.size,
-        gradients=n * s.gradient,
-        held=n * s.gradient,
-        masters=4 * n if mixed else 0,
-        moments=sum(_moments(g, sum(p.numel for p in g.params), len(g.params)) for g in groups),
-        update=4 * n if s.gradient < 4 else 0,
-    )
 
 
 def _moments(group: Group, numel: int, units: int) -> int:
@@ -212,30 +224,6 @@ def _sub_groups(group: Group) -> int:
     return count
 
 
-def _offloaded(s: ZeroSettings, trained: Inventory, on_device: States) -> States:
-    """Return the states with the optimizer or parameters in CPU memory.
-
-    Derived from the structure of DeepSpeed; not compared with real ranks.
-    """
-    states = on_device
-    if s.offloads("offload_optimizer"):
-        largest = s.gradient * max(p.numel for p in trained.trained)
-        gradients = 2 * states.masters if s.stage < 3 else states.masters
-        host = states.masters + states.moments + gradients
-        states = replace(
-            states,
-            masters=0,
-            moments=0,
-            update=0,
-            held=0,
-            gradients=largest,
-            host=states.host + host,
-        )
-    if s.offloads("offload_param"):
-        states = replace(states, weights=0, host=states.host + states.weights)
-    return states
-
-
 @dataclass(frozen=True)
 class Memory:
     """Memory of one rank in bytes. activations: None if the model is not one of ours; start: of CPU
@@ -302,22 +290,17 @@ def memory(
             tensor=job.engine.tensor_parallel,
             budget=job.train.activation_memory_budget,
         )
-    return Memory(
-        states(job, trained, world), of_activations, _start(job, trained), reserved, margin
-    )
-
-
-def _start(job: TrainJob, trained: Inventory) -> int:
-    """Return the bytes of CPU memory in which a rank draws the initial weights, in fp32: of the
-    whole model; at stage 3 of the largest part that the ranks divide as soon as it is drawn
-    (engine/build.py, partition_of), and so, beside what a rank keeps, of the experts' others."""
+    # A rank draws the initial weights in fp32, all of them; at stage 3 the largest part that the
+    # ranks divide as soon as it is drawn (engine/build.py, partition_of), and so, beside what a
+    # rank keeps, the experts' others.
     parts: dict[str, int] = {}
     sizes = {p.name: p.numel for p in trained.of_rank(job.mesh(1)).parameters}
     divides = job.engine.stage == 3 and isinstance(job.model, ModelConfig)
     for p in trained.parameters:
         part = block_of(p.name) or p.name.partition(".")[0]
         parts[part] = parts.get(part, 0) + 4 * (p.numel - sizes[p.name] * (not divides))
-    return max(parts.values()) + (0 if divides else 4 * sum(sizes.values()))
+    start = max(parts.values()) + (0 if divides else 4 * sum(sizes.values()))
+    return Memory(states(job, trained, world), of_activations, start, reserved, margin)
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
@@ -355,8 +338,3 @@ def checkpoints_kept(job: TrainJob) -> int:
     if keep.keep_every is not None and (every := job.cadence(keep.keep_every)):
         count += every.times(job.total_steps)
     return count
-
-
-def as_dict(states: States) -> dict[str, int]:
-    """Return the bytes by the name of the field."""
-    return {f.name: getattr(states, f.name) for f in fields(states)}

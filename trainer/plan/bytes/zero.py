@@ -301,20 +301,19 @@ def _in_order(held: Collection[str]) -> list[str]:
     inner = ("blocks.", "value_embeddings.", "encoder_relative", "relative")
     first = next(i for i, m in enumerate(trunk) if m.startswith(inner))
     modules = [*trunk[:first], "dropout", *trunk[first:], *head]  # it looks ahead too
-    for _, module in groupby((m for m in order if m.startswith("mtp.")), key=_of_mtp):
+    later = (m for m in order if m.startswith("mtp."))
+    for _, module in groupby(later, key=lambda m: m.split(".")[:2]):
         modules += [*module, *head]
     return modules
-
-
-def _of_mtp(module: str) -> list[str]:
-    return module.split(".")[:2]
 
 
 def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
     """Return the calls of modules, with those that hold no parameters but only other modules."""
     calls = [_Call(name) for name in ("", *_with_parents(order), "")]
     met: set[str] = set()
-    for block in reversed(_blocks(order)):
+    # The modules of a block together; each module outside the blocks is its own group.
+    groups = [[*group] for _, group in groupby(order, key=lambda m: block_of(m) or m)]
+    for block in reversed(groups):
         if recompute and block_of(block[0]):
             # The forward pass runs again and stops before its end, where all that autograd keeps is
             # there, and so before the hook that would release the block.
@@ -336,11 +335,6 @@ def _with_parents(order: Sequence[str]) -> list[str]:
         modules += [*(parent for parent in parents if parent not in met), module]
         met.update(parents)
     return modules
-
-
-def _blocks(order: Sequence[str]) -> list[list[str]]:
-    """Return the modules grouped by block; each module outside the blocks is its own group."""
-    return [[*group] for _, group in groupby(order, key=lambda module: block_of(module) or module)]
 
 
 def block_of(module: str) -> str:
