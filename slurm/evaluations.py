@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from forescale.checkpoint.retention import pin
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import compose
 from forescale.config.eval import ScoreJob
 from forescale.config.frozen import thaw
-from forescale.config.job import Problems
+from forescale.config.job import Problems, overrides_of
 from forescale.config.schema import ConfigError, Problem, key, section
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
@@ -68,7 +68,7 @@ def submit(arguments: Sequence[str]) -> None:
     words = overrides_of(EvaluationsJob, arguments)
     of_eval = {f.name for f in fields(ScoreJob)} - {"target", "run"}
     job = compose(EvaluationsJob, words)
-    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    run = Run.existing(job.target or "", job.run.root)
     trained = thaw(TrainJob, run.config, job.trust)
     if not (job.data.path or job.abilities or job.tasks):
         expect_data(run)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from forescale.config.compose import compose, groups, overrides_of
+from forescale.config.compose import compose, groups
+from forescale.config.job import overrides_of
 from forescale.config.schema import leaves
 from forescale.config.train import TrainJob
 from forescale.slurm.config import SubmitJob

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from forescale import cli
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import compose
+from forescale.config.job import overrides_of
 from forescale.ground.errors import CRASHED, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.run.directory import Run

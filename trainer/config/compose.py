@@ -24,7 +24,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from forescale import conf
-from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
 from forescale.config.job import Find, Job, overrides_of
 from forescale.config.layers import LENGTHS, keep_one_length, keys_of, lay, over_frozen, over_origin
 from forescale.config.schema import (
@@ -44,19 +43,6 @@ from forescale.config.suggest import nearest_first
 from forescale.config.target import refuse_stored
 from forescale.config.tree import build
 from forescale.ground.errors import PREFIX, UserError, masked, secret_in, shortened
-
-__all__ = [
-    "Change",
-    "ConfigError",
-    "Group",
-    "compose",
-    "diff",
-    "freeze",
-    "groups",
-    "may_resume",
-    "overrides_of",
-    "thaw",
-]
 
 CONF = Path(next(iter(conf.__path__))).resolve()
 _NAME, _ROOT = "run.name", "run.root"
@@ -78,6 +64,11 @@ class Group:
     name: str
     default: str | None
     files: dict[str, Path]
+
+
+def parse(schema: type[J], arguments: Sequence[str]) -> J:
+    """Return the job that the arguments of a command describe. Raises ConfigError."""
+    return compose(schema, overrides_of(schema, arguments))
 
 
 def compose(

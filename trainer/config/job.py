@@ -77,6 +77,16 @@ class RunJob(Job):
         return [("target", "is missing", f"name a run or a path: forescale {self.VERB} first")]
 
 
+@dataclass
+class ModelJob(RunJob):
+    """The job of a verb that runs the model of a checkpoint."""
+
+    # a run (its name or its directory), a checkpoint or a Hugging Face directory
+    target: str | None = None
+    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
+    trust: bool = False  # allow running the model class (_target_) that the run's config names
+
+
 def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
     """Return a verb's arguments as overrides: flags and names become `key=value`.
 

@@ -152,11 +152,8 @@ def kinds_of(f: Field[Any]) -> Mapping[str, type]:
 
 def is_block(f: Field[Any], type_: Any) -> bool:
     """Return True if the field is a block, and not a list of blocks."""
-    return "kinds" in f.metadata and not _is_list(type_)
-
-
-def _is_list(type_: Any) -> bool:
-    return any(list in (t, typing.get_origin(t)) for t in options(type_))
+    is_list = any(list in (t, typing.get_origin(t)) for t in options(type_))
+    return "kinds" in f.metadata and not is_list
 
 
 def word_of(f: Field[Any], part: Any) -> str:

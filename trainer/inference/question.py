@@ -68,8 +68,16 @@ def question_of(view: RunView, text: str) -> Question:
     end = identity["end_of_text"]
     if config.continues_text:
         ids = prompt_ids(view.tokenizer, text, end)
-        if view.run.is_import and (first := _first_ids(view.tokenizer)):
-            ids = first + text_ids(view.tokenizer, text)
+        if view.run.is_import:
+            # What a tokenizer puts before each text, such as Llama's token of the beginning:
+            # imported weights were trained on texts that begin with it.
+            plain, whole = (
+                view.tokenizer.encode("a", add_special_tokens=framed).ids
+                for framed in (False, True)
+            )
+            at = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+            if first := whole[: next(at, 0)]:
+                ids = first + text_ids(view.tokenizer, text)
         return Question(text, text, ids, ids, end, "document", config.train.sequence_length)
     if not config.objective.source_kind:
         problem = f"was trained with objective={config.objective.kind}, and continues no text"
@@ -87,16 +95,6 @@ def question_of(view: RunView, text: str) -> Question:
         return _of_pair(view, text, objective, config.model.has_encoder)
     assert isinstance(objective, Spans)
     return _of_gaps(view, text, objective, config.model.has_encoder)
-
-
-def _first_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that a tokenizer puts before each text, such as Llama's of the beginning:
-    imported weights were trained on texts that begin with them."""
-    plain, whole = (
-        tokenizer.encode("a", add_special_tokens=framed).ids for framed in (False, True)
-    )
-    at = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[: next(at, 0)]
 
 
 def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Message]) -> Question:
@@ -170,7 +168,16 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
     # Text and numbers of sentinels take turns.
     text_or_number = _SENTINEL.split(text)
     numbers, source = [int(n) for n in text_or_number[1::2]], list[int]()
-    _check_sentinels(numbers, spans.extra_ids - 1)
+    for i, n in enumerate(numbers):
+        if n != i:
+            problem = f"has <extra_id_{n}> where the next one is <extra_id_{i}>"
+            raise UserError("prompt", problem, "number them from 0 on, in order")
+    if not numbers:
+        problem = "has no <extra_id_0>, the place of a span that the model fills in"
+        raise UserError("prompt", problem, "write it into the text")
+    if len(numbers) > (most := spans.extra_ids - 1):
+        problem = f"has {len(numbers):,} spans to fill in, and in training a text has {most:,}"
+        raise UserError("prompt", problem, "give fewer")
     for i, part in enumerate(text_or_number):
         source += [size + int(part)] if i % 2 else text_ids(view.tokenizer, part)
     _check_length(source, spans.split)
@@ -187,17 +194,3 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
         max_tokens=int(spans.num_targets(np.array(spans.window_length + 1))),
         names=names,
     )
-
-
-def _check_sentinels(numbers: list[int], most: int) -> None:
-    """Raise UserError if the sentinels of a text are not the first ones in order, or too many."""
-    if not numbers:
-        problem = "has no <extra_id_0>, the place of a span that the model fills in"
-        raise UserError("prompt", problem, "write it into the text")
-    if numbers != [*range(len(numbers))]:
-        i = next(i for i, n in enumerate(numbers) if n != i)
-        problem = f"has <extra_id_{numbers[i]}> where the next one is <extra_id_{i}>"
-        raise UserError("prompt", problem, "number them from 0 on, in order")
-    if len(numbers) > most:
-        problem = f"has {len(numbers):,} spans to fill in, and in training a text has {most:,}"
-        raise UserError("prompt", problem, "give fewer")

@@ -120,13 +120,14 @@ class Run:
     def existing(cls, target: str | Path, root: str | Path = "runs") -> "Run":
         """Return the run at a path, or the one with a name under `root`. Raises UserError if there
         is none."""
-        for path in (Path(target), Path(root) / target):
+        root, target = Path(root).expanduser(), Path(target).expanduser()
+        for path in (target, root / target):
             if (path / "config.yaml").is_file():
                 return cls(path)
-        if is_hf(Path(target)):
+        if is_hf(target):
             problem = "holds a Hugging Face model, and no run"
             raise UserError(str(target), problem, f"make one: forescale import hf {target} NAME")
-        names = sorted(p.parent.name for p in Path(root).glob("[!.]*/config.yaml"))
+        names = sorted(p.parent.name for p in root.glob("[!.]*/config.yaml"))
         known = f"the runs in {root} are: {', '.join(names)}" if names else "train one first"
         raise UserError(str(target), f"no run has this name or path (searched {root} too)", known)
 

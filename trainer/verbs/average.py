@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Problems, RootConfig, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.training import RunConfig
@@ -56,9 +56,9 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Make the run, and print how to go on from it."""
-    job = compose(AverageJob, overrides_of(AverageJob, arguments))
+    job = parse(AverageJob, arguments)
     root = Path(job.run.root).expanduser()
-    origin = Run.existing(Path(job.target or "").expanduser(), root)
+    origin = Run.existing(job.target or "", root)
     run = Run(root / (job.run.name or f"{origin.path.resolve().name}-average"))
     from forescale.checkpoint.average import average, chosen_steps
 

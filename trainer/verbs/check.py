@@ -12,7 +12,7 @@ from threading import Lock
 from typing import ClassVar
 
 from forescale.checkpoint.reader import STATE
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, USER, UserError
@@ -39,7 +39,7 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    job = compose(CheckJob, overrides_of(CheckJob, words))
+    job = parse(CheckJob, words)
     kind, path = _kind_and_path(job)
     run = Run(path)
     directories = map(run.checkpoint_path, run.checkpoint_steps()) if kind == "run" else [path]
@@ -89,7 +89,7 @@ def _kind_and_path(job: CheckJob) -> tuple[str, Path]:
                 return kind, path
         if path.is_dir() and (path / TABLE).exists():
             raise UserError(str(path / TABLE), "is damaged", "restore it from a copy")
-    return "run", Run.existing(path, Path(job.run.root).expanduser()).path
+    return "run", Run.existing(path, job.run.root).path
 
 
 def _check(kind: str, path: Path, tick, replayed, trust: bool) -> Findings:

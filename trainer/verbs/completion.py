@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin
 
-from forescale.config.compose import compose, groups, overrides_of
+from forescale.config.compose import groups, parse
 from forescale.config.job import Job
 from forescale.config.schema import leaves, options
 from forescale.ground.errors import DONE, UserError
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
         with suppress(UserError):  # a wrong command line has no candidates
             print("\n".join(candidates(before, last)))
         return DONE
-    job = compose(CompletionJob, overrides_of(CompletionJob, arguments))
+    job = parse(CompletionJob, arguments)
     if job.shell is None:
         raise UserError("shell", "is missing", "write forescale completion bash, zsh or fish")
     print(_SCRIPTS[job.shell], end="")

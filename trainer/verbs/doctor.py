@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import section
 from forescale.config.sections.data import CorpusConfig
@@ -34,7 +34,7 @@ EXAMPLES = ("doctor", "doctor output=doctor.html")
 
 
 def main(words: list[str]) -> int:
-    job = compose(DoctorJob, overrides_of(DoctorJob, words))
+    job = parse(DoctorJob, words)
     findings: list[Finding] = []
     for finding in examine(Path(job.run.root).expanduser(), job.data):
         findings.append(finding)

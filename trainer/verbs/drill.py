@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from rich.table import Table
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.duration import Duration
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key
@@ -58,7 +58,7 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Run the scenarios. Return 0 if all were survived, else 1."""
-    job = compose(DrillJob, overrides_of(DrillJob, arguments))
+    job = parse(DrillJob, arguments)
     chosen = [BY_NAME[name] for name in job.scenarios] or list(SCENARIOS)
     temporary = job.to is None
     directory = Path(tempfile.mkdtemp(prefix="drill-") if temporary else job.to or "").expanduser()

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from forescale.config.abilities import QUESTIONS, SHOTS, TASKS
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.eval import EvalJob
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
@@ -36,7 +36,7 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Print the scores of a checkpoint on each dataset."""
-    job = compose(EvalJob, overrides_of(EvalJob, arguments))
+    job = parse(EvalJob, arguments)
     scores = _Scores(job)
     if job.abilities:
         scores.abilities()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE
@@ -46,7 +46,7 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Write the directory, and print how to load it."""
-    job = compose(ExportJob, overrides_of(ExportJob, arguments))
+    job = parse(ExportJob, arguments)
     view = open_view(job.target or "", job.run.root)
     from forescale.inference.export import export, family
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from forescale.config.compose import compose, overrides_of
-from forescale.config.job import Problems, RunJob
+from forescale.config.compose import parse
+from forescale.config.job import ModelJob, Problems
 from forescale.config.schema import key
 from forescale.data.conversations.template import ChatTemplate, Message, Unfit
 from forescale.ground.console import unchanged_output
@@ -24,15 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class GenerateJob(RunJob):
+class GenerateJob(ModelJob):
     """A checkpoint, prompts, and how to sample."""
 
     VERB: ClassVar[str] = "generate"
     FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive", "--chat": "chat"}
 
-    # a run (its name or its directory), a checkpoint or a Hugging Face directory
-    target: str | None = None
-    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
     # text to continue; empty: the beginning of a document; seq2seq: text with <extra_id_0>,
     # <extra_id_1>, ... in the place of missing spans; pairs: a source; -: standard input
     prompt: str = ""
@@ -64,7 +61,6 @@ class GenerateJob(RunJob):
     seed: int = key(1337, ge=0)  # seed of the first text; text number i has seed + i
     batch: int = key(16, ge=1)  # texts that are decoded together
     json: bool = False  # print one JSON object per text, a line each; --json does the same
-    trust: bool = False  # allow running the model class (_target_) that the run's config names
 
     def problems(self) -> Problems:
         problems = super().problems()
@@ -99,7 +95,7 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Print prompts and texts to stdout, everything else to stderr."""
-    job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
+    job = parse(GenerateJob, arguments)
     view = open_view(job.target or "", job.run.root)
     template = None
     if job.chat:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Job
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
@@ -43,7 +43,7 @@ EXAMPLES = ("help", "help slurm", "help scaling", "help train   (as forescale tr
 
 def main(arguments: list[str]) -> int:
     """Print a page, or the list of pages."""
-    topic = compose(HelpJob, overrides_of(HelpJob, arguments)).topic
+    topic = parse(HelpJob, arguments).topic
     if topic is None:
         rows = (f"  {name:<11} {title_of(page_of(name))}" for name in TOPICS)
         print("\n".join(["The manual: forescale help TOPIC, with one of these topics", "", *rows]))

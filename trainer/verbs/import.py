@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Job, Problems
 from forescale.config.schema import section
 from forescale.config.sections.training import RunConfig
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(words[0], "is no kind of model that can be imported", _TODO)
     if words and "=" not in words[0] and not words[0].startswith("-"):
         words = [f"path={words[0]}", *words[1:]]
-    job = compose(ImportJob, overrides_of(ImportJob, words))
+    job = parse(ImportJob, words)
     assert job.path is not None  # ImportJob.problems asks for it
     assert job.run.name is not None
     from forescale.inference.importing import import_hf

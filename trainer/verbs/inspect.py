@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.console import progress_display
@@ -50,7 +50,7 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Write the page, or print the numbers."""
-    job = compose(InspectJob, overrides_of(InspectJob, arguments))
+    job = parse(InspectJob, arguments)
     view = open_view(job.target or "", job.run.root)
     from forescale.data.tokenizer import text_ids
     from forescale.inspection.reading import expect_decoder, read, spelled, tokens_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
@@ -41,8 +41,8 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    job = compose(LogsJob, overrides_of(LogsJob, words))
-    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    job = parse(LogsJob, words)
+    run = Run.existing(job.target or "", job.run.root)
     is_gone = _JobIsGone(run)
     if job.rank is None:
         return _show_batch(run, job, is_gone)

@@ -1,11 +1,10 @@
 """`forescale pin`: keep a checkpoint for good, or undo that."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from forescale.checkpoint.retention import pin
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE
@@ -36,8 +35,8 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    job = compose(PinJob, overrides_of(PinJob, words))
-    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    job = parse(PinJob, words)
+    run = Run.existing(job.target or "", job.run.root)
     assert job.step is not None  # PinJob.problems asks for it
     changed = pin(run, job.step, job.off)
     state = "not pinned" if job.off else "pinned"

@@ -18,7 +18,7 @@ from forescale.checkpoint.retention import (
     survey,
     verify,
 )
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE, UserError
@@ -43,8 +43,8 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    job = compose(PruneJob, overrides_of(PruneJob, words))
-    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    job = parse(PruneJob, words)
+    run = Run.existing(job.target or "", job.run.root)
     status = Status(run)
     keep = keep_of(status.job, job.keep)
     checkpoints = survey(run, ValidationLosses(run.metrics)())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
 from forescale.ground.errors import DONE
@@ -47,9 +47,8 @@ EXAMPLES = (
 
 def main(words: list[str]) -> int:
     """Write the file, and print where it is."""
-    job = compose(ReportJob, overrides_of(ReportJob, words))
-    root = Path(job.run.root).expanduser()
-    runs = distinct([Run.existing(Path(name).expanduser(), root) for name in job.input])
+    job = parse(ReportJob, words)
+    runs = distinct([Run.existing(name, job.run.root) for name in job.input])
     others = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
     named = f"report-{runs[0].path.resolve().name}{others}.html"
     path = Path(job.output or named).expanduser()

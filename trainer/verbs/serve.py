@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from forescale.config.compose import compose, overrides_of
-from forescale.config.job import RunJob
+from forescale.config.compose import parse
+from forescale.config.job import ModelJob
 from forescale.config.schema import key
 from forescale.data.conversations.template import Unfit
 from forescale.ground.errors import DONE, UserError
@@ -23,14 +23,11 @@ KEY = "FORESCALE_API_KEY"  # environment variable: what clients must show
 
 
 @dataclass
-class ServeJob(RunJob):
+class ServeJob(ModelJob):
     """A checkpoint, an address, and limits."""
 
     VERB: ClassVar[str] = "serve"
 
-    # a run (its name or its directory), a checkpoint or a Hugging Face directory
-    target: str | None = None
-    step: int | None = key(None, ge=0)  # the checkpoint of this step; null: the newest
     host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: all of this machine
     port: int = key(8000, ge=0, le=65535)  # port to listen at; 0: any that is free
     # names by which clients may reach this server, beside localhost and its address; *: any
@@ -44,7 +41,6 @@ class ServeJob(RunJob):
     connections: int = key(128, ge=1)  # connections at once; further ones get error 503
     body: int = key(1 << 20, ge=1)  # the most bytes of a request
     seconds: float = key(300.0, gt=0)  # the most seconds that a request may take
-    trust: bool = False  # allow running the model class (_target_) that the run's config names
 
 
 JOB = ServeJob
@@ -57,7 +53,7 @@ EXAMPLES = (
 
 def main(arguments: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM; say on stdout where."""
-    server = open_server(compose(ServeJob, overrides_of(ServeJob, arguments)))
+    server = open_server(parse(ServeJob, arguments))
     host, port = server.address
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     print(f"Serving {server.service.name} at http://{address}/v1 (Ctrl-C ends it).")

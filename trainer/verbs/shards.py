@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     """Run the verb; return the exit code."""
     if arguments[:1] == ["show"]:
         return _show(arguments[1:])
-    job = compose(ShardsJob, overrides_of(ShardsJob, arguments))
+    job = parse(ShardsJob, arguments)
     output = Path(job.output or "").expanduser()
     was_there = (output / MANIFEST).is_file()
     if output.exists() and not was_there:

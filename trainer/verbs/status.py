@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import section
 from forescale.ground.console import open_console
@@ -58,7 +58,7 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    job = compose(StatusJob, overrides_of(StatusJob, words))
+    job = parse(StatusJob, words)
     console = open_console()
     in_ascii = needs_ascii(console.encoding, os.environ.get("TERM", ""))
     if job.json:
@@ -79,10 +79,9 @@ def main(words: list[str]) -> int:
 
 def _runs(job: StatusJob) -> list[Run]:
     """Return the requested run, or all."""
-    root = Path(job.run.root).expanduser()
     if job.target:
-        return [Run.existing(Path(job.target).expanduser(), root)]
-    return runs_under(root)
+        return [Run.existing(job.target, job.run.root)]
+    return runs_under(Path(job.run.root).expanduser())
 
 
 def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = False) -> Text:

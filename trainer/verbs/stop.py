@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import psutil
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.status import Status
@@ -41,8 +41,8 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     """Returns 0 when the request is sent; raises UserError if the run runs neither here nor in the
     queue."""
-    job = compose(StopJob, overrides_of(StopJob, words))
-    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    job = parse(StopJob, words)
+    run = Run.existing(job.target or "", job.run.root)
     if run.jobs() and (in_queue := waiting_or_running(run)):
         submission, queued = in_queue
         if Status(run).state == "complete":

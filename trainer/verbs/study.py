@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from forescale.config.compose import compose, overrides_of
-from forescale.config.job import Action
+from forescale.config.compose import compose
+from forescale.config.job import Action, overrides_of
 from forescale.config.schema import leaves
 from forescale.ground.errors import UserError
 from forescale.scaling.actions import ACTIONS, FILES
@@ -44,7 +44,11 @@ def main(arguments: list[str]) -> int:
     if name != "plan":
         job = settings(job, overrides)
     if after:
-        job = _with_arguments(job, name, after)
+        if not hasattr(FILES[name], "with_arguments"):
+            takers = " and ".join(n for n, file in FILES.items() if hasattr(file, "with_arguments"))
+            problem = f"study {name} takes no arguments after it"
+            raise UserError("--", problem, f"only {takers} take some")
+        job = FILES[name].with_arguments(job, after)
     code: int = FILES[name].main(job)
     return code
 
@@ -58,14 +62,3 @@ def refuse_other_keys(name: str, overrides: Sequence[str]) -> None:
             users = ", ".join(other for other, action in ACTIONS.items() if action.reads(path))
             problem = f"is no key of forescale study {name}"
             raise UserError(path, problem, f"leave it out; the actions with this key are {users}")
-
-
-def _with_arguments(job: StudyJob, name: str, arguments: list[str]) -> StudyJob:
-    """Return the job with the arguments after `--`. Raises UserError if the action takes none."""
-    if not hasattr(FILES[name], "with_arguments"):
-        takers = " and ".join(n for n, file in FILES.items() if hasattr(file, "with_arguments"))
-        raise UserError(
-            "--", f"study {name} takes no arguments after it", f"only {takers} take some"
-        )
-    job = FILES[name].with_arguments(job, arguments)
-    return job

@@ -1,7 +1,7 @@
 """`forescale submit`: freeze a training job, or evaluations of its checkpoints, and submit it to
 SLURM."""
 
-from forescale.config.compose import overrides_of
+from forescale.config.job import overrides_of
 from forescale.ground.errors import DONE, UserError
 from forescale.slurm import evaluations
 from forescale.slurm.config import SubmitJob

@@ -5,8 +5,8 @@ from hashlib import sha256
 import pytest
 import yaml
 
-from forescale.config.compose import CONF, compose, defaults, diff, freeze, groups, may_resume, thaw
-from forescale.config.frozen import frozen_file, has_checksum
+from forescale.config.compose import CONF, compose, defaults, groups
+from forescale.config.frozen import diff, freeze, frozen_file, has_checksum, may_resume, thaw
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
