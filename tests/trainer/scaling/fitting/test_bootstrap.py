@@ -138,16 +138,15 @@ def test_branches_of_a_trunk_are_drawn_together(make):
     assert narrow.errors["alpha"] < 0.65 * wide.errors["alpha"]
 
 
-@pytest.mark.slow  # hundreds of bootstraps
-@pytest.mark.parametrize("draw", [pairs, residuals])
-def test_intervals_cover(draw, make):
+@pytest.mark.slow  # 60 bootstraps; those of pairs are in test_recovery.py
+def test_intervals_of_resampled_residuals_cover(make):
     """Nominal 90 % intervals of a law that is true, in 60 experiments."""
     target = dict(parameters=1e11, tokens=2e12)
     truth = CHINCHILLA.predict(BASE, **target)[0]
     inside = 0
     for seed in range(60):
         one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.005, seed=seed), LEAST_SQUARES)
-        low, high = draw(one, 200).interval(0.9, lambda v: CHINCHILLA.predict(v, **target))
+        low, high = residuals(one, 200).interval(0.9, lambda v: CHINCHILLA.predict(v, **target))
         inside += bool(low[0] <= truth <= high[0])
     assert inside >= 45
 
@@ -165,21 +164,6 @@ def test_intervals_of_parameters_and_of_functions_of_them(make):
     assert ((sizes[0] < best) & (best < sizes[1])).all()
     again = pairs(replicates.fit, 400)
     assert (again.values == replicates.values).all()
-
-
-def test_percentiles_are_those_of_the_draws(make):
-    replicates = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 300)
-    low, high = replicates.interval(0.9, method="percentile")
-    np.testing.assert_allclose(low, np.percentile(replicates.values, 5, axis=0))
-    np.testing.assert_allclose(high, np.percentile(replicates.values, 95, axis=0))
-
-
-def test_a_corrected_interval_commutes_with_monotonic_functions(make):
-    """As percentiles do: the interval of the logarithm is the logarithm of the interval."""
-    replicates = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 2000)
-    logs = replicates.interval(0.9, np.log)
-    # Only nearly: the acceleration is that of the jackknife, which depends on the scale.
-    np.testing.assert_allclose(np.exp(logs), replicates.interval(0.9), rtol=0.02)
 
 
 def test_bias_and_skewness_are_corrected_as_in_scipy():

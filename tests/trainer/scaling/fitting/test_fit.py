@@ -181,13 +181,6 @@ def test_a_law_is_no_worse_than_one_that_it_contains(make):
         assert with_two <= fit(SHARED_EXPONENT, noise).value * (1 + 1e-9)
 
 
-def test_runs_with_one_loss_are_refused(make):
-    runs = make(CHINCHILLA, BASE)
-    same = Points(np.full(60, 3.0), parameters=runs.parameters, tokens=runs.tokens)
-    with pytest.raises(UserError, match="all runs have the same loss"):
-        fit(CHINCHILLA, same)
-
-
 def test_too_few_different_runs_are_refused(make):
     points = make(CHINCHILLA, BASE)
     with pytest.raises(UserError, match="4 different runs don't determine the 5 parameters"):
@@ -200,6 +193,9 @@ def test_too_few_different_runs_are_refused(make):
     new = make(DATA_CONSTRAINED, BASE | {"R_D": 9.0}, unique_tokens=np.full(60, 1e13))
     with pytest.raises(UserError, match="no run repeats its data"):
         fit(DATA_CONSTRAINED, new)
+    runs = {"parameters": points.parameters, "tokens": points.tokens}
+    with pytest.raises(UserError, match="all runs have the same loss"):
+        fit(CHINCHILLA, Points(np.full(60, 3.0), **runs))
     with pytest.raises(UserError, match="not one finite number per run"):
         fit(CHINCHILLA, points, weights=[1.0])
     with pytest.raises(UserError, match="no objective"):

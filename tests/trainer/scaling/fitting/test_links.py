@@ -51,14 +51,20 @@ def formula(link, values, loss):
     return 1 - (v["epsilon"] - v["k"] * np.exp(-v["gamma"] * loss))
 
 
-@pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
-def test_a_link_is_the_formula_of_its_source(link, values, ends):
+each = pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
+
+
+@each
+def test_a_link_is_the_formula_of_its_source_and_overflows_nowhere(link, values, ends):
     loss = np.linspace(*ends, 9)
     expected = formula(link, values, loss)
     assert LINKS[link].predict(values, task_loss=loss) == pytest.approx(expected, rel=1e-12)
+    with np.errstate(all="raise", under="ignore"):
+        law = LINKS[link].predict(values, task_loss=[1e-9, 1e3])
+    assert np.isfinite(law).all()
 
 
-@pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
+@each
 def test_derivatives_are_those_of_a_complex_step(link, values, ends):
     form = LINKS[link]
     at = design(form, outcomes(link, values, ends))
@@ -71,14 +77,14 @@ def test_derivatives_are_those_of_a_complex_step(link, values, ends):
         assert jacobian[:, j] == pytest.approx(exact, rel=1e-10, abs=1e-14)
 
 
-@pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
+@each
 def test_runs_without_noise_give_their_link_back(link, values, ends):
     law = fit(LINKS[link], outcomes(link, values, ends), goal_of(LINKS[link]))
     assert law.certificate.holds
     assert law.values == pytest.approx(values, rel=1e-5)
 
 
-@pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
+@each
 def test_intervals_of_noisy_runs_have_the_truth(link, values, ends):
     law = fit(LINKS[link], outcomes(link, values, ends, noise=0.005), goal_of(LINKS[link]))
     low, high = pairs(law, 200).interval(0.99)
@@ -129,13 +135,6 @@ def test_the_error_laws_of_gadre(published):
         assert law.certificate.holds
         for value, number, digits in zip(law.vector, expected, (3, 2, 3), strict=True):
             assert round(value, digits) == number, dataset
-
-
-@pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
-def test_a_loss_far_away_overflows_nothing(link, values, ends):
-    with np.errstate(all="raise", under="ignore"):
-        law = LINKS[link].predict(values, task_loss=[1e-9, 1e3])
-    assert np.isfinite(law).all()
 
 
 def test_outcomes_refuse_a_loss_without_a_logarithm():

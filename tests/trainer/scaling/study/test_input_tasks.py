@@ -107,21 +107,6 @@ def test_a_metric_is_a_column_of_records():
     assert result.outcome.tolist() == [0.0, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"task": "acc_ark"}, "has no column 'acc_ark'; the nearest are 'acc_arc'"),
-        ({"task": "bpb"}, "is not between 0 and 1; give shares, not percentages; of a task's loss"),
-        ({"task": "word", "metric": "loss"}, "'high' of column 'word' is no number"),
-    ],
-)
-def test_a_metric_that_cannot_be_read_is_refused_with_a_sentence(folder, keys, message):
-    job = StudyJob(input=["runs.csv"], **keys)
-    with pytest.raises(UserError) as refused:
-        with_outcome(inputs.read(job)[0], job, "runs.csv")
-    assert message in str(refused.value)
-
-
 @pytest.mark.slow  # seconds
 def test_fit_and_backtest_print_a_metric(folder, forescale):
     """Of a ladder of four budgets, so that its backtest has one origin."""
@@ -139,12 +124,11 @@ def test_fit_and_backtest_print_a_metric(folder, forescale):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["task=acc_arc", "link=power"],
-            "power is no link to metric=accuracy; write sigmoid",
-        ),
+        (["task=acc_arc", "link=power"], "power is no link to metric=accuracy; write sigmoid"),
         (["task=acc_arc", "link=sigmoid", "chance=0.2"], "chance: the link sigmoid holds no floor"),
-        (["task=acc_ark"], "the nearest are 'acc_arc'"),
+        (["task=acc_ark"], "has no column 'acc_ark'; the nearest are 'acc_arc'"),
+        (["task=bpb"], "is not between 0 and 1; give shares, not percentages; of a task's loss"),
+        (["task=word", "metric=loss"], "'high' of column 'word' is no number"),
     ],
 )
 def test_a_task_that_cannot_be_fitted_is_refused(folder, forescale, arguments, message):
