@@ -19,19 +19,26 @@ GRID = RecipeGrid((1e12,), 20.0, (2, 2), 0)
 
 
 @pytest.fixture
-def little(small_data, tmp_path, fake_training):
+def study(small_data, tmp_path, fake_training):
+    """A function that runs a command of a study; `plan` plans it, of the words after it."""
+    for facts in ("codes", "losses", "started", "devices"):
+        getattr(fake_training, facts).clear()
+
+    def run(action, *words, name="little"):
+        shared = ["--", f"data.path={small_data}", "optimizer=adamw"] * (action == "plan")
+        keys = ["plan.sequence_length=32"] * (action == "plan")
+        words = [action, f"studies={tmp_path}", f"study={name}", *words, *keys, *shared]
+        return cli.main(["study", *words])
+
+    return run
+
+
+@pytest.fixture
+def little(study, tmp_path):
     """A planned list of three runs and their repeats: a function that runs a command, its
     folder."""
-    fake_training.codes.clear()
-    fake_training.losses.clear()
-    fake_training.started.clear()
-    fake_training.devices.clear()
-    where = [f"studies={tmp_path}", "study=little"]
-    shared = ["plan.sequence_length=32", "--", f"data.path={small_data}", "optimizer=adamw"]
-    assert cli.main(["study", "plan", *where, *LIST, *shared]) == 0
-    yield lambda *arguments: cli.main(["study", *arguments, *where]), tmp_path / "little"
-    fake_training.codes.clear()
-    fake_training.losses.clear()
+    assert study("plan", *LIST) == 0
+    return study, tmp_path / "little"
 
 
 def state(folder, name):
@@ -39,17 +46,12 @@ def state(folder, name):
 
 
 @pytest.mark.slow  # launches
-def test_cells_of_several_ranks_have_gpus_of_their_own(little, fake_training, monkeypatch, capsys):
-    _, folder = little
-    (data, *_) = Study(folder).job.plan.arguments
-    where = [f"studies={folder.parent}", "study=wide"]
-    keys = ["plan.sequence_length=32", "plan.ranks=2"]
-    assert cli.main(["study", "plan", *where, *LIST, *keys, "--", data, "optimizer=adamw"]) == 0
+def test_cells_of_several_ranks_have_gpus_of_their_own(study, fake_training, monkeypatch, capsys):
+    assert study("plan", *LIST, "plan.ranks=2") == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,8,9")
-    launch = ["study", "launch", *where]
-    assert cli.main([*launch, "launch.at_once=3"]) == 2
+    assert study("launch", "launch.at_once=3") == 2
     assert "3 at once, 2 ranks each, need 6 GPUs; here are 5" in capsys.readouterr().err
-    assert cli.main([*launch, "launch.at_once=2"]) == 0
+    assert study("launch", "launch.at_once=2") == 0
     assert set(fake_training.devices) == {"3,5", "7,8"}
     for words in fake_training.started:
         assert "launch.processes=2" in words
@@ -85,17 +87,13 @@ def test_an_error_of_the_users_ends_the_launch_with_its_message(little, fake_tra
     assert state(folder, "r0").status == "complete"
 
 
-def test_a_study_planned_again_before_any_run_starts_afresh(
-    little, fake_training, small_data, tmp_path
-):
+def test_a_study_planned_again_before_any_run_starts_afresh(little, fake_training):
     """A failure under the first plan left no run and does not count for the second plan."""
     run, folder = little
     fake_training.codes["r0"] = 2
     assert run("launch") == 2
     fake_training.codes.clear()
-    shared = ["plan.sequence_length=32", "--", f"data.path={small_data}", "optimizer=adamw"]
-    where = [f"studies={tmp_path}", "study=little"]
-    assert cli.main(["study", "plan", *where, *LIST, *shared]) == 0
+    assert run("plan", *LIST) == 0
     assert state(folder, "r0").status == "ready"
 
 
@@ -108,25 +106,25 @@ def test_a_cell_that_crashes_three_times_has_failed(little, fake_training):
     assert state(folder, "r0").status == "failed"
 
 
-def test_branches_of_a_failed_trunk_are_reported(small_data, tmp_path, fake_training, capsys):
-    fake_training.codes.clear()
-    fake_training.losses.clear()
-    where = [f"studies={tmp_path}", "study=trunks"]
+def test_branches_of_a_failed_trunk_are_reported(study, tmp_path, fake_training, capsys):
     runs = "plan.runs=[[1e4,1e5],[1e4,3e5],[2e4,1e5],[4e4,1e5]]"
-    plan = ["plan.kind=list", runs, "plan.cap=1e13", "plan.seeds=[1,1]", "plan.sequence_length=32"]
-    shared = ["--", f"data.path={small_data}", "optimizer=adamw"]
-    assert cli.main(["study", "plan", *where, *plan, *shared]) == 0
+    assert study("plan", "plan.kind=list", runs, "plan.cap=1e13", "plan.seeds=[1,1]") == 0
     fake_training.codes["r1"] = 76
-    assert cli.main(["study", "launch", *where]) == 0
+    assert study("launch") == 0
     assert "1 cells can't start: r1 saved no checkpoint" in capsys.readouterr().out
     fake_training.codes.clear()
-    assert cli.main(["study", "launch", *where, "launch.retry=true"]) == 0
-    assert state(tmp_path / "trunks", "r1").status == "complete"
+    assert study("launch", "launch.retry=true") == 0
+    assert state(tmp_path / "little", "r1").status == "complete"
 
 
-def test_an_excluded_cell_is_left_out_with_its_reason(little, capsys):
+def test_status_shows_every_cell_and_an_excluded_one_is_left_out_with_its_reason(little, capsys):
     run, folder = little
     assert run("launch") == 0
+    capsys.readouterr()
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    assert "9 complete" in out
+    assert "r2" in out
     assert run("exclude", "cells=[r1]", "why=a broken node") == 0
     assert state(folder, "r1").why == "a broken node"
     assert "r1" not in set(Study(folder).table()["name"])
@@ -153,20 +151,9 @@ def test_a_second_launcher_of_a_study_is_refused(little, capsys):
     assert "is being launched by another process" in capsys.readouterr().err
 
 
-def test_status_shows_every_cell(little, capsys):
-    run, _ = little
-    assert run("launch") == 0
-    capsys.readouterr()
-    assert run("status") == 0
-    out = capsys.readouterr().out
-    assert "9 complete" in out
-    assert "r2" in out
-
-
-def test_a_missing_study_is_refused_with_a_sentence(tmp_path, capsys):
-    assert cli.main(["study", "launch", f"studies={tmp_path}", "study=none"]) == 2
+def test_a_missing_study_is_refused_with_a_sentence(study, capsys):
+    assert study("launch") == 2
     assert "holds no plan" in capsys.readouterr().err
-    assert StudyJob().folder.name == "first"
 
 
 def test_a_cell_is_a_command_that_train_takes(small_data, tmp_path, fake_training):

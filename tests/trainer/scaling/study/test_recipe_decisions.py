@@ -39,19 +39,24 @@ def study(tmp_path, planned):
     return Study.make(job.folder, job, planned, {})
 
 
+def tune(study, keep=lambda cell: True, stages=range(99)):
+    """Take the learning rates of these stages as chosen, and keep some of the cells alone."""
+    plan = replace(study.plan, stages=tuple(
+        replace(s, exact=bool(s.cells), cells=tuple(
+            replace(c, waits_for=() if s.number in stages else c.waits_for)
+            for c in s.cells if keep(c)
+        ))
+        for s in study.plan.stages
+    ))  # fmt: skip
+    study.revise(plan, "rates_chosen")
+
+
 @pytest.mark.parametrize("diverged", [False, True])
 def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
     study, monkeypatch, diverged
 ):
     """It needs less compute at the lower ones; there its sweep is left, without other seeds."""
-    stages = [
-        replace(s, exact=bool(s.cells), cells=tuple(
-            replace(c, waits_for=()) for c in s.cells
-            if not (diverged and (c.stage, c.recipe, c.role) == (3, "new", "seed"))
-        ))
-        for s in study.plan.stages
-    ]  # fmt: skip
-    study.revise(replace(study.plan, stages=tuple(stages)), "rates_chosen")
+    tune(study, lambda c: not diverged or (c.stage, c.recipe, c.role) != (3, "new", "seed"))
     table = runs(np.random.default_rng(0), {"new": 1.5})
     is_gone = (table["recipe"] == "new") & (table["flops"] == BUDGETS[-1])
     monkeypatch.setattr(study, "table", lambda: table[~is_gone] if diverged else table)
@@ -92,13 +97,7 @@ def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
 
 
 def test_a_sweep_that_is_excluded_gets_no_more_rates_and_its_recipe_ends_there(study):
-    stages = [
-        replace(s, exact=bool(s.cells), cells=tuple(
-            replace(c, waits_for=()) if s.number == 1 else c for c in s.cells
-        ))
-        for s in study.plan.stages
-    ]  # fmt: skip
-    study.revise(replace(study.plan, stages=tuple(stages)), "rates_chosen")
+    tune(study, stages=[1])
     swept = [c for c in study.plan.stages[1].cells if c.recipe == "new" and not c.waits_for]
     for cell in swept:
         study.event("cell_excluded", cell=cell.name, why="no time")

@@ -27,6 +27,10 @@ def whole(small_data, tmp_path_factory, fake_training):
     return Study(root / "whole")
 
 
+def command(study, action, *words):
+    return cli.main(["study", action, f"studies={study.folder.parent}", "study=whole", *words])
+
+
 def kinds(study):
     return [e["kind"] for e in study.events]
 
@@ -122,29 +126,23 @@ def test_the_law_is_fitted_to_the_best_rate_of_each_size(whole):
     assert not table[table.role.isin(["seed", "batch"])].fitted.any()
 
 
-def test_the_same_command_again_changes_nothing(whole):
+def test_the_same_command_again_changes_nothing_and_the_plan_is_read_back(whole):
+    assert load(json.loads(json.dumps(dump(whole.plan)))) == whole.plan
     before = (whole.folder / "plan.json").read_bytes(), len(whole.events), len(FakeTraining.started)
-    where = [f"studies={whole.folder.parent}", "study=whole"]
-    assert cli.main(["study", "launch", *where, "launch.target=true"]) == 0
-    assert cli.main(["study", "sync", *where]) == 0
+    assert command(whole, "launch", "launch.target=true") == 0
+    assert command(whole, "sync") == 0
     again = Study(whole.folder)
     assert before == ((whole.folder / "plan.json").read_bytes(), len(again.events),
                       len(FakeTraining.started))  # fmt: skip
 
 
-def test_a_plan_is_read_back_unchanged(whole):
-    assert load(json.loads(json.dumps(dump(whole.plan)))) == whole.plan
-
-
 def test_later_commands_use_the_settings_of_the_plan(whole, capsys):
-    where = [f"studies={whole.folder.parent}", "study=whole"]
-    assert cli.main(["study", "fit", *where, "--json"]) == 0
+    assert command(whole, "fit", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["runs"] == 9
     assert facts["prediction"]["extrapolation_factor"] > 1, "the target is that of the plan"
 
 
 def test_the_plan_of_a_launched_study_is_not_replaced(whole, capsys):
-    where = [f"studies={whole.folder.parent}", "study=whole"]
-    assert cli.main(["study", "plan", *where, *PLAN, "plan.vocab_size=257"]) == 2
+    assert command(whole, "plan", *PLAN, "plan.vocab_size=257") == 2
     assert "has been launched" in capsys.readouterr().err
