@@ -35,8 +35,7 @@ class Cell:
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
     (a repeat), target, or confirm (a winning recipe, with fresh seeds).
-    tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once;
-    seconds: on one device, if its rate is known.
+    tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once.
     first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
     waits_for: the cells whose losses determine its learning rate; until then it has the rule's.
@@ -64,7 +63,6 @@ class Cell:
     seed: int
     flops: dict[str, float]
     cost: float
-    seconds: float | None
     flags: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
     trunk: str | None = None
@@ -161,7 +159,6 @@ def make_cell(
         name + suffix, stage, role, budget, shape, tokens, steps, windows, length,
         math.gcd(at_once, ramp.first) // common.ranks, rule.learning_rate(n, aim) * rate_factor,
         min(warmup, steps - decay), decay, common.seed, flops, cost,
-        cost / common.rate if common.rate else None,
         tuple(flag for flag, is_so in flags.items() if is_so), cell_of=name,
         rate_factor=rate_factor, adam_share=common.adam_share,
         first_batch=ramp.first if ramp.lengths else None, ramp_steps=ramp.steps,
@@ -222,8 +219,8 @@ def share_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     for c in cells:
         trunk, share = longest[c.trajectory], c.decay_steps / c.steps
         if c.steps < trunk.steps:
-            seconds, at = c.seconds and c.seconds * share, c.steps - c.decay_steps
-            c = replace(c, cost=c.cost * share, seconds=seconds, trunk=trunk.name, trunk_step=at)
+            at = c.steps - c.decay_steps
+            c = replace(c, cost=c.cost * share, trunk=trunk.name, trunk_step=at)
         shared.append(c)
     off = {(c.trunk, c.trunk_step) for c in shared if c.trunk and c.trunk_step}
     steps = {name: sorted(at for trunk, at in off if trunk == name) for name, _ in off}

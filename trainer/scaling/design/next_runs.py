@@ -43,11 +43,6 @@ class NextRun:
     before: float
     after: float
 
-    @property
-    def gain(self) -> float:
-        """Decrease of the variance per FLOP."""
-        return (self.before**2 - self.after**2) / self.flops
-
 
 def recommend(
     law: CalibratedLaw, candidates: RunSet, target: Target | RunSet, cap: float

@@ -55,11 +55,11 @@ class Noise:
     sweeps: int
     edges: int
 
-    def assumed(self, before: Assumptions | None = None) -> Assumptions:
-        """Return the assumptions `before` with all that was measured in place. The exponent
+    def assumed(self) -> Assumptions:
+        """Return the usual assumptions with all that was measured in place. The exponent
         `fading` combines the levels with a prior at the assumed value, +-0.1; the noise is that of
         all levels, scaled to one C."""
-        before = before or Assumptions()
+        before = Assumptions()
         assumptions = before if self.gap is None else replace(before, gap=self.gap)
         known = [level for level in self.levels if level.noise.sd > 0]
         if not known:

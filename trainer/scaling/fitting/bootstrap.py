@@ -222,15 +222,12 @@ def _without_by_a_step(fit: Fit, groups: Array) -> Array:
     return task.form.published(np.clip(moved, task.low, task.high), task.at.centre)
 
 
-def influence(fit: Fit, of: Callable[[Array], Array] | None = None) -> Array:
-    """Return the influence of each run: the fit with it minus the fit without it, (n, ...). It is
-    that on the published parameters, or on a function `of` them as in `interval`. Of more than a
-    thousand runs, each is left out by one Newton step."""
-    function = of or (lambda values: values)
+def influence(fit: Fit) -> Array:
+    """Return the influence of each run on the published parameters: the fit with it minus the fit
+    without it, (n, p). Of more than a thousand runs, each is left out by one Newton step."""
     n = len(fit.points)
-    values = _without_by_a_step(fit, np.arange(n)) if n > _REFITS else leave_one_out(fit).values
-    without = np.asarray(function(values))
-    return np.asarray(function(fit.vector[None])) - without
+    without = _without_by_a_step(fit, np.arange(n)) if n > _REFITS else leave_one_out(fit).values
+    return fit.vector - without
 
 
 def replicates(

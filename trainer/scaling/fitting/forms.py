@@ -45,13 +45,14 @@ def design(form: "Form", points: Points) -> Design:
 class Form(ABC):
     """The form of a law. The methods of each form are documented here. symbols: its p parameters as
     the source names them; columns: those of Points that it reads; exponents: the q symbols that a
-    profile grid runs over."""
+    profile grid runs over; ranges: the first and last value of each there, and their number."""
 
     name: str
     source: str
     symbols: tuple[str, ...]
     columns: tuple[str, ...]
     exponents: tuple[str, ...]
+    ranges: tuple[tuple[float, float, int], ...]
 
     @property
     def size(self) -> int:
@@ -79,13 +80,9 @@ class Form(ABC):
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         """Return the least and the greatest theta, (p,) each."""
 
-    @abstractmethod
-    def axes(self) -> tuple[Array, ...]:
-        """Return the values of each of `exponents` in the profile grid."""
-
     def grid(self) -> Array:
-        """Return all combinations of the values on the axes, (G, q)."""
-        return np.array(list(product(*self.axes())))
+        """Return all combinations of the exponents in the profile grid, (G, q)."""
+        return np.array(list(product(*(np.geomspace(*each) for each in self.ranges))))
 
     @abstractmethod
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
@@ -202,11 +199,6 @@ class PowerSum(Form):
         low = [middle + FADED if s in of else least for s in self.symbols]
         high = [middle + 10 if s in of else most for s in self.symbols]
         return np.array(low), np.array(high)
-
-    def axes(self) -> tuple[Array, ...]:
-        # Fewer per exponent if there are more of them.
-        count = {1: 48, 2: 20}.get(len(self.exponents), 10)
-        return (np.geomspace(0.04, 1.6, count),) * len(self.exponents)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
         of = {s: i for i, s in enumerate(self.exponents)}

@@ -101,20 +101,22 @@ class IsoFlop:
 
 def isoflop(
     points: Points,
-    budgets: ArrayLike | None = None,
+    budgets: ArrayLike,
     near: float | None = None,
     count: int = 2000,
     seed: int = 0,
 ) -> IsoFlop:
     """Return the isoFLOP analysis of runs with N and D.
 
-    budgets: the nominal budget of each run, (n,); without it, runs are grouped by their compute,
-    points.flops or else 6 N D. near: the parabolas are fitted to the runs that `near_best` keeps,
-    and to the sizes beside the best one. Raises UserError, with every refusal, if fewer than two
-    budgets have a vertex.
+    budgets: the nominal budget of each run, (n,). near: the parabolas are fitted to the runs that
+    `near_best` keeps, and to the sizes beside the best one. Raises UserError, with every refusal,
+    if fewer than two budgets have a vertex.
     """
     x, z, cost = points.log("parameters"), points.log("tokens"), spent(points)
-    groups = _grouped(points, cost, budgets)
+    named = np.asarray(budgets, dtype=float)
+    if named.shape != cost.shape or not (np.isfinite(named) & (named > 0)).all():
+        raise UserError(points.where, "a budget is missing", "give every run one, in FLOPs")
+    groups = [(float(b), np.flatnonzero(named == b)) for b in np.unique(named)]
     vertices, refusals, fits = [], [], []
     for budget, rows in groups:
         mask = near_best(points.loss[rows], np.zeros(len(rows)), near)
@@ -140,17 +142,6 @@ def isoflop(
     fed = np.stack([np.polyval(v.path, a) for v, a in zip(vertices, away, strict=True)], 1)
     tokens = _law(c, np.log([v.tokens for v in vertices]), fed, count, rng)
     return IsoFlop(tuple(vertices), tuple(refusals), parameters, tokens)
-
-
-def _grouped(points: Points, cost: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
-    if budgets is not None:
-        named = np.asarray(budgets, dtype=float)
-        if named.shape != cost.shape or not (np.isfinite(named) & (named > 0)).all():
-            raise UserError(points.where, "a budget is missing", "give every run one, in FLOPs")
-        return [(float(b), np.flatnonzero(named == b)) for b in np.unique(named)]
-    order = np.argsort(cost, kind="stable")
-    breaks = np.flatnonzero(np.diff(np.log(cost[order])) > np.log1p(SPREAD)) + 1
-    return [(float(np.exp(np.log(cost[r]).mean())), r) for r in np.split(order, breaks)]
 
 
 def vertex(budget: float, x: Array, z: Array, loss: Array, flops: Array) -> Vertex | Refusal:

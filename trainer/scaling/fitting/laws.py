@@ -28,6 +28,7 @@ CHINCHILLA = PowerSum(
     ("A", "B", "E", "alpha", "beta"),
     ("parameters", "tokens"),
     ("alpha", "beta"),
+    ((0.04, 1.6, 20),) * 2,
     (Term("A", "alpha", "parameters"), Term("B", "beta", "tokens"), Term("E")),
 )
 SHARED_EXPONENT = PowerSum(
@@ -36,6 +37,7 @@ SHARED_EXPONENT = PowerSum(
     ("A", "B", "E", "alpha"),
     ("parameters", "tokens"),
     ("alpha",),
+    ((0.04, 1.6, 48),),
     (Term("A", "alpha", "parameters"), Term("B", "alpha", "tokens"), Term("E")),
 )
 FRONTIER = PowerSum(
@@ -44,6 +46,7 @@ FRONTIER = PowerSum(
     ("K", "E", "gamma"),
     ("flops",),
     ("gamma",),
+    ((0.04, 1.6, 48),),
     (Term("K", "gamma", "flops"), Term("E")),
 )
 
@@ -73,6 +76,7 @@ OVER_TRAINING = OverTraining(
     ("a", "b", "E", "eta"),
     ("parameters", "tokens"),
     ("eta",),
+    ((0.04, 1.6, 48),),
     (Term("a", "eta", "parameters"), Term("b", "eta", "tokens"), Term("E")),
 )
 
@@ -94,9 +98,6 @@ class Kaplan(Form):
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         least, most = EXPONENTS
         return np.array([-200.0, -200.0, least, least]), np.array([400.0, 400.0, most, most])
-
-    def axes(self) -> tuple[Array, ...]:
-        return (np.geomspace(0.02, 1.0, 20),) * 2
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
         """Return the two summands without their coefficients, and the power 1 / alpha_D."""
@@ -124,6 +125,7 @@ KAPLAN = Kaplan(
     ("N_c", "D_c", "alpha_N", "alpha_D"),
     ("parameters", "tokens"),
     ("alpha_N", "alpha_D"),
+    ((0.02, 1.0, 20),) * 2,
 )
 
 
@@ -161,9 +163,6 @@ class DataConstrained(PowerSum):
         low[5], high[5] = np.log(1e-2), np.log(1e4)
         return low, high
 
-    def axes(self) -> tuple[Array, ...]:
-        return (np.geomspace(0.06, 1.2, 8),) * 2 + (np.geomspace(1, 100, 5),)
-
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
         logs, _ = self._effective(np.log(grid[:, 2]), at)
         return super().basis(grid, Design(logs, at.centre))
@@ -188,6 +187,7 @@ DATA_CONSTRAINED = DataConstrained(
     (*CHINCHILLA.symbols, "R_D"),
     ("parameters", "tokens", "unique_tokens"),
     (*CHINCHILLA.exponents, "R_D"),
+    ((0.06, 1.2, 8), (0.06, 1.2, 8), (1, 100, 5)),
     CHINCHILLA.terms,
 )
 
@@ -250,9 +250,9 @@ class Experts(PowerSum):
         low[_FIRST:] = -high[_FIRST:]
         return low, high
 
-    def axes(self) -> tuple[Array, ...]:
-        # The four others start at no effect of experts.
-        return (np.geomspace(0.04, 1.6, 14),) * 2 + (np.zeros(1),) * len(_SIGNED)
+    def grid(self) -> Array:
+        both = super().grid()  # the four others start at no effect of experts
+        return np.hstack((both, np.zeros((len(both), len(_SIGNED)))))
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
         rows = self._features(at)
@@ -267,6 +267,7 @@ EXPERTS = Experts(
     ("A", "B", "E", "alpha", "beta", *_SIGNED),
     ("parameters", "tokens", "expansion"),
     ("alpha", "beta", *_SIGNED),
+    ((0.04, 1.6, 14),) * 2,
     (Term("A", "alpha", "parameters"), Term("B", "beta", "tokens"), Term("E")),
 )
 

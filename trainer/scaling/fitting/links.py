@@ -61,9 +61,6 @@ class Sigmoid(Form):
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         return np.array([_TINY, 1e-2, 1e-2, _TINY]), np.array([0.0, 50.0, 200.0, 0.0])
 
-    def axes(self) -> tuple[Array, ...]:
-        return np.geomspace(0.1, 10, 18), np.geomspace(0.2, 60, 14)
-
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
         share = _share(grid[:, 1, None] * (np.exp(at.logs[COLUMN]) - grid[:, 0, None]))
         return np.stack((1 - share, share), axis=1) + 1e-12, np.ones(len(grid))
@@ -172,9 +169,6 @@ class Exponential(FlooredForm):
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
         return np.array([0.0, _TINY, 1e-3]), np.array([-_TINY, 3.0, 100.0])
 
-    def axes(self) -> tuple[Array, ...]:
-        return (np.geomspace(0.02, 30, 48),)
-
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         gamma = theta[:, 2]
         k = np.exp(theta[:, 1] + gamma)
@@ -198,9 +192,6 @@ class Power(FlooredForm):
         low, high = float(log_loss.min()), float(log_loss.max())
         return np.array([low + _TINY, low + _TINY, 1e-3]), np.array([high, high + 3, 30.0])
 
-    def axes(self) -> tuple[Array, ...]:
-        return (np.geomspace(0.05, 20, 40),)
-
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         kappa = theta[:, 2]
         k = np.exp(theta[:, 1] - kappa * centre[COLUMN])
@@ -212,32 +203,32 @@ class Power(FlooredForm):
         return np.stack((np.log(np.maximum(e, 1e-300)), log_k, kappa), axis=1)
 
 
-_SOURCE = "Bhagia et al. 2024, arXiv 2412.04403, eq. 3: Acc = a / (1 + exp(-k (L - L_0))) + b"
+_BENDS = ((0.1, 10, 18), (0.2, 60, 14))  # of L_0 and k in the profile grid
 _TO_ONE = "after Bhagia et al. 2024, arXiv 2412.04403: Acc = c + (1 - c) / (1 + exp(k (L - L_0)))"
 LINKS: Mapping[str, Form] = {
-    TO_ONE: SigmoidToOne(TO_ONE, _TO_ONE, ("c", "L_0", "k"), (COLUMN,), ("L_0", "k")),
-    SIGMOID: Sigmoid(SIGMOID, _SOURCE, ("a", "L_0", "k", "b"), (COLUMN,), ("L_0", "k")),
+    TO_ONE: SigmoidToOne(TO_ONE, _TO_ONE, ("c", "L_0", "k"), (COLUMN,), ("L_0", "k"), _BENDS),
+    SIGMOID: Sigmoid(
+        SIGMOID,
+        "Bhagia et al. 2024, arXiv 2412.04403, eq. 3: Acc = a / (1 + exp(-k (L - L_0))) + b",
+        ("a", "L_0", "k", "b"), (COLUMN,), ("L_0", "k"), _BENDS,
+    ),
     "exponential": Exponential(
         "exponential",
         "Gadre et al. 2024, arXiv 2403.08540, eq. 5: Err = epsilon - k exp(-gamma L)",
-        ("epsilon", "k", "gamma"),
-        (COLUMN,),
-        ("gamma",),
+        ("epsilon", "k", "gamma"), (COLUMN,), ("gamma",), ((0.02, 30, 48),),
     ),
     POWER: Power(
         POWER,
         "after Brandfonbrener et al. 2024, arXiv 2411.12925: M = E + K L^kappa",
-        ("E", "K", "kappa"),
-        (COLUMN,),
-        ("kappa",),
+        ("E", "K", "kappa"), (COLUMN,), ("kappa",), ((0.05, 20, 40),),
     ),
-}
+}  # fmt: skip
 
 
 def from_chance(chance: float) -> Form:
     """Return the sigmoid that ends at 1, its floor held at `chance`, the accuracy of guessing."""
     source = f"{_TO_ONE}, c held at {chance:g}"
-    return SigmoidToOne(TO_ONE, source, ("L_0", "k"), (COLUMN,), ("L_0", "k"), chance)
+    return SigmoidToOne(TO_ONE, source, ("L_0", "k"), (COLUMN,), ("L_0", "k"), _BENDS, chance)
 
 
 def goal_of(link: Form) -> Objective:

@@ -54,17 +54,12 @@ class CalibratedLaw:
         """Return the predictions of runs; see Predictor."""
         return self.predicted({c: columns[c] for c in self.fit.form.columns}, flops)
 
-    def predicted(self, columns: dict[str, Array], flops: Array) -> Predicted:
+    def predicted(
+        self, columns: dict[str, Array], flops: Array, resampled: Array | None = None
+    ) -> Predicted:
         """Return the predicted log loss of m runs. columns: what the law reads, (m,) each; flops: C
-        of each run, (m,)."""
-        return self.about(columns, flops, self.resampled(columns))
-
-    def resampled(self, columns: dict[str, Array]) -> Array:
-        """Return the log losses of m runs by the resampled fits, (R, m)."""
-        return np.log(self.fit.form.predict(self.replicates.values, **columns))
-
-    def about(self, columns: dict[str, Array], flops: Array, resampled: Array) -> Predicted:
-        """Return the same as `predicted`, from the log losses by the resampled fits, (R, m)."""
+        of each run, (m,); resampled: what `resampled` gives for these columns, if it is known."""
+        resampled = self.resampled(columns) if resampled is None else resampled
         # Resampled fits scatter around the fit with long tails; half their middle 68 % is robust.
         low, high = np.percentile(resampled, [15.87, 84.13], axis=0)
         decades = np.maximum(0.0, np.log10(flops / self.greatest))
@@ -74,6 +69,10 @@ class CalibratedLaw:
         variance += (EXCESS * further) ** 2
         freedom = BELIEF + self.discrepancy.origins
         return Predicted(np.log(self.fit.predict(**columns)), np.sqrt(variance), freedom)
+
+    def resampled(self, columns: dict[str, Array]) -> Array:
+        """Return the log losses of m runs by the resampled fits, (R, m)."""
+        return np.log(self.fit.form.predict(self.replicates.values, **columns))
 
     @cached_property
     def _reach(self) -> float:
@@ -159,7 +158,7 @@ def backtests(
         later = points.take(budgets > distinct[k - 1])
         columns, y = later.columns(law.fit.form.columns), later.log("loss")
         resampled = law.resampled(columns)
-        low, high = law.about(columns, spent(later), resampled).interval(level)
+        low, high = law.predicted(columns, spent(later), resampled).interval(level)
         least, most = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
         errors, factors = law.errors(later)
         inside = (least <= y) & (y <= most), (low <= later.loss) & (later.loss <= high)

@@ -125,18 +125,14 @@ class LocalLauncher(Launcher):
             del self._processes[name]
             if name in self._used:
                 self._free.insert(0, self._used.pop(name))
-            path = self._log_of(name)
-            why = "" if code in (DONE, INTERRUPTED) else _last_message(path)
+            path, why = self._log_of(name), ""
+            if code not in (DONE, INTERRUPTED) and path.exists():
+                text = path.read_bytes()[-_TAIL:].decode(errors="replace")
+                _, mark, message = text.rpartition("forescale: ")  # an error message, or a line
+                why = (message.strip() if mark else text.strip().rpartition("\n")[2])[:500]
             self.study.event("cell_ended", cell=name, code=code, why=why)
             state = self.study.state(next(c for c in self.study.plan.cells if c.name == name))
             self.log(summary(self.study, state))
             if code == USER and state.status != "diverged":
                 self._fault = f"{name}: {why or f'see {path}'}"
         return len(self._processes) < before
-
-
-def _last_message(log: Path) -> str:
-    """Return the last error message of a command in its log, or its last line."""
-    text = log.read_bytes()[-_TAIL:].decode(errors="replace") if log.exists() else ""
-    _, mark, message = text.rpartition("forescale: ")
-    return (message.strip() if mark else text.strip().rpartition("\n")[2])[:500]

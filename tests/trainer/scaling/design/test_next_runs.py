@@ -51,7 +51,6 @@ def test_chosen_runs_stay_within_the_cap_and_each_lowers_the_variance(law, offer
         ends = [choices[0].before, *(c.after for c in choices)]
         assert (np.diff(ends) < 0).all()
         assert [c.before for c in choices] == ends[:-1]
-        assert all(c.gain > 0 for c in choices)
     assert left == sorted(left, reverse=True), "a larger cap never leaves more"
 
 

@@ -72,7 +72,6 @@ def test_cells_spend_their_budget_in_exact_flops(grid):
         assert c.flops["causal"] == exact == c.cost
         assert c.tokens == c.steps * c.global_batch * 256
         assert c.cost == pytest.approx(c.budget, rel=0.02)
-        assert c.seconds == pytest.approx(c.cost / 1e10)
         assert c.global_batch % c.micro_batch == COMMON.micro_batch % c.micro_batch == 0
 
 

@@ -63,8 +63,6 @@ def test_leave_one_out_and_influence_equal_the_fits_without_a_run(make):
     without = fit(CHINCHILLA, points.take(np.arange(60) != 7))
     np.testing.assert_allclose(leave_one_out(one).values[7], without.vector, rtol=1e-7)
     np.testing.assert_allclose(influence(one)[7], one.vector - without.vector, atol=1e-5)
-    at = influence(one, of=lambda v: CHINCHILLA.predict(v, parameters=1e11, tokens=1e13))
-    assert at.shape == (60, 1)
     loss = points.loss.copy()
     loss[11] *= 1.05
     runs = dict(parameters=points.parameters, tokens=points.tokens)

@@ -115,13 +115,6 @@ def test_published_exponents_are_met_nearer_the_optimum(published):
     assert close[1] < 0.04 < 0.08 < far[1]
 
 
-def test_runs_are_grouped_by_compute_without_budgets():
-    points, C = runs()
-    C = C * np.exp(np.random.default_rng(1).uniform(-0.005, 0.005, len(C)))
-    analysis = isoflop(Points(**points, flops=C))
-    assert [v.budget for v in analysis.vertices] == pytest.approx(BUDGETS, rel=0.01)
-
-
 @pytest.mark.parametrize("a", [0.4, 0.6])
 def test_the_interval_covers(a):
     inside = 0

@@ -28,7 +28,7 @@ def test_a_study_of_recipes_resumes_a_killed_cell_and_trains_each_recipe(
     kill_launcher_during("b1-base", study)
     monkeypatch.setattr(MostlyFake, "real", ("b1-base", "b2-swiglu", "b2-muon"))
     monkeypatch.setattr(local.subprocess, "Popen", MostlyFake)
-    monkeypatch.setattr(local, "_POLL", 0.1)
+    monkeypatch.setattr(local, "_POLL", 0.02)
     assert cli.main(["study", "launch"]) == 0
     study = Study(study.folder)
     assert {s.status for s in study.states()} == {"complete"}

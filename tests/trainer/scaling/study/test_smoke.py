@@ -44,7 +44,7 @@ def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     monkeypatch.setattr(MostlyFake, "real", real)
     monkeypatch.setattr(MostlyFake, "losses", dict.fromkeys(swept, 5.5))  # all but guessing
     monkeypatch.setattr(local.subprocess, "Popen", MostlyFake)
-    monkeypatch.setattr(local, "_POLL", 0.1)
+    monkeypatch.setattr(local, "_POLL", 0.02)
     assert cli.main(["study", "launch", *launch]) == 0
     study = Study(study.folder)
     statuses = [s.status for s in study.states()]
