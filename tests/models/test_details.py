@@ -128,43 +128,6 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         torch.testing.assert_close(out.square().mean(-1), torch.ones(1, 12), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "field", "text"),
-    [
-        (dict(norm__placement="after"), "norm.placement", "unknown value"),
-        (dict(position__fraction=0.3), "position.fraction", "even"),
-        (dict(position__fraction=0.0), "position.fraction", "part of a head"),
-        (dict(mixer__gate="all"), "mixer.gate", "unknown value"),
-        (dict(head__softcap=-1.0), "head.softcap", "negative"),
-        (dict(scale_embedding=True, position="sinusoidal"), "scale_embedding", "already"),
-        (dict(mixer_pattern=["mingru", "attention", "mingru"]), "mixer_pattern", "3 mixers for 2"),
-        (dict(causal=False, mixer="mingru"), "causal", "later"),
-        (dict(mixer__value_residual=1.0), "mixer.value_residual", "no part"),
-        (
-            dict(mixer__value_residual=0.5, mixer_pattern=["latent", "attention"]),
-            "mixer_pattern",
-            "the same share",
-        ),
-        (dict(mixer__value_residual=0.5, num_layers=1), "mixer.value_residual", "only layer"),
-        (dict(mixer__value_residual=0.5, encoder_layers=1), "mixer.value_residual", "in common"),
-        (dict(mixer="gated_deltanet", mixer__conv=1000), "mixer.conv", "more than the context's"),
-        (dict(mlp="moe", mlp__capacity=50.0), "mlp.capacity", "more places than there are tokens"),
-        (
-            dict(position__scaling="ntk", position__scaling__factor=2.0, position__fraction=0.125),
-            "num_heads",
-            "ntk",
-        ),
-        (dict(encoder_layers=1, source_length=40), "source_length", "none of 32 columns"),
-        (dict(head__softcap=float("inf")), "head.softcap", "number"),
-        (dict(encoder_layers=1, mixer="lstm"), "encoder_layers", "later"),
-    ],
-)
-def test_nonsense_has_its_sentence(wrong, field, text):
-    ((name, problem, _),) = changed(BASE, **wrong).problems()
-    assert name == field
-    assert text in problem
-
-
 def test_a_fraction_of_a_head_need_not_be_exact_in_binary():
     """50 * 0.28 is 14.000000000000002."""
     config = changed(BASE, width=200, position__fraction=0.28)

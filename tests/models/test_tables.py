@@ -1,6 +1,5 @@
 """Tables of tokens and pairs, and token shift, against plain sums; and their rules."""
 
-import pytest
 import torch
 
 from forescale.models import Transformer
@@ -64,27 +63,6 @@ def test_queries_keys_and_values_have_a_part_of_those_before():
 
         matrix.forward = whole
     torch.testing.assert_close(mixer(x_BLD, Context()), plain(x_BLD, Context()))
-
-
-@pytest.mark.parametrize(
-    ("keys", "field", "message"),
-    [
-        (dict(bigram_rows=-1), "bigram_rows", "negative"),
-        (dict(value_embedding=1, mixer="mingru"), "value_embedding", "no values of attention"),
-        (
-            dict(value_embedding=2, mixer_pattern=["latent", "attention"]),
-            "value_embedding",
-            "no values of attention",
-        ),
-        (dict(value_embedding=1, mtp_layers=1), "value_embedding", "later tokens"),
-        (dict(bigram_rows=9, encoder_layers=1), "bigram_rows", "alone"),
-        (dict(mixer__token_shift=True, encoder_layers=1), "mixer.token_shift", "alone"),
-    ],
-)
-def test_what_they_need_is_said(keys, field, message):
-    got = [problem for name, problem, _ in changed(BASE, **keys).problems() if name == field]
-    assert len(got) == 1
-    assert message in got[0]
 
 
 def test_pairs_spread_over_the_rows_and_depend_on_both_tokens_and_their_order():

@@ -30,7 +30,8 @@ def data(B=4, L=16, V=64):
 def gradients(model, seed=0):
     torch.manual_seed(seed)
     model.zero_grad()
-    losses = model(*data())
+    x, y = data()
+    losses = model(x, y, documents_BL=(torch.arange(16) // 6).expand_as(x))
     losses.sum().backward()
     return [losses.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -121,23 +122,6 @@ def test_compiles_as_one_graph(change):
     model = Transformer(replace(SMALL, **change))
     objective = (lambda out: out[0].sum() + out[1]) if "z_loss" in change else torch.sum
     assert_one_graph(model, lambda of: objective(of(*data())), tolerance=1e-4)
-
-
-@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal"])
-def test_all_in_bf16_stays_close_to_fp32(position):
-    """The whole module cast, as DeepSpeed does it; also with padding."""
-    torch.manual_seed(0)
-    model = Transformer(replace(SMALL, position=position))
-    x, y = data()
-    mask = torch.ones_like(x, dtype=torch.bool)
-    mask[0, :5] = False
-    expected = model(x, y.masked_fill(~mask, -100), mask)
-    losses = model.bfloat16()(x, y.masked_fill(~mask, -100), mask)
-    losses.sum().backward()
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, expected, rtol=5e-3, atol=0)
-    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_few_steps_learn():

@@ -185,22 +185,3 @@ def test_with_experts_their_layers_count_too():
     before = [module.block.mlp.bias_steps.clone() for module in model.mtp]
     model.updated()
     assert all((m.block.mlp.bias_steps != b).any() for m, b in zip(model.mtp, before, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("change", "field", "words"),
-    [
-        (dict(mtp_layers=-1), "mtp_layers", "not a number of modules"),
-        (dict(mtp_layers=17), "mtp_layers", "not a number of modules"),
-        (dict(mtp_layers=L), "mtp_layers", "no token is 13 later"),
-        (dict(causal=False), "mtp_layers", "causal decoder"),
-        (dict(encoder_layers=1), "mtp_layers", "causal decoder"),
-        (dict(mixer__value_residual=0.5), "mtp_layers", "values"),
-        (dict(mtp_weight=0.0), "mtp_weight", "no part"),
-        (dict(mtp_weight=float("nan")), "mtp_weight", "no part"),
-        (dict(mtp_layers=0, mtp_weight=0.1), "mtp_weight", "no effect"),
-    ],
-)
-def test_what_cannot_be_built_is_named(change, field, words):
-    (got,) = [one for one in changed(BASE, **change).problems() if one[0] == field]
-    assert words in got[1]

@@ -117,19 +117,3 @@ def test_keys_and_values_start_as_large_as_attentions():
     assert mixer.key(latent).std().item() == pytest.approx(expected, rel=0.1)
     queries = mixer.query(mixer.query_norm(mixer.query_latent(x)))
     assert queries.std().item() == pytest.approx(expected, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (dict(position__fraction=1.0), r"position.fraction: mixer latent needs .* leave it out"),
-        (dict(mixer__rank=128), r"mixer.rank: 128 does not compress"),
-        (dict(mixer__query_rank=65), r"mixer.query_rank: 65 does not compress"),
-        (dict(mixer__rank=64, head_dim=8), r"mixer.rank: 64 .* keys and values, 64 a token"),
-        (dict(mixer__query_rank=33, head_dim=8), r"mixer.query_rank: 33 .* queries, 32 a token"),
-        (dict(mixer__query_rank=0), r"mixer.query_rank: 0 is not a size"),
-    ],
-)
-def test_what_is_refused(change, text):
-    with pytest.raises(ValueError, match=text):
-        changed(CONFIG, **change).resolved()

@@ -329,31 +329,3 @@ def test_a_model_in_bf16_computes_about_the_same():
             build(dtype, **few)(tokens()) for dtype in (torch.float32, torch.bfloat16)
         )
         assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
-
-
-SMALL = dict(depth=2, max_sequence_length=128, mixer="window")
-
-
-@pytest.mark.parametrize(
-    ("args", "field", "text"),
-    [
-        (dict(), "mixer.window", "no width"),
-        (dict(mixer__window=0), "mixer.window", "no window"),
-        (dict(mixer__window=129), "mixer.window", "more than the context's 128"),
-        (dict(mixer__window=8, mixer__global_tokens=-1), "mixer.global_tokens", "negative"),
-        (dict(mixer__window=8, mixer__global_tokens=200), "mixer.global_tokens", "context's 128"),
-        (dict(mixer__window=8, causal=False), "causal", "later ones"),
-        (dict(mixer__window=8, position="alibi"), "position", "alibi"),
-    ],
-)
-def test_a_bad_key_gets_its_sentence(args, field, text):
-    problems = model_config(**SMALL | args).problems()
-    assert [(name, text in problem) for name, problem, _ in problems] == [(field, True)], problems
-
-
-def test_good_keys_have_no_problem():
-    pattern = dict(mixer_pattern=["window", "attention"], mixer__global_tokens=4)
-    for args in (dict(mixer__window=128), pattern | dict(mixer__window=16)):
-        assert model_config(**SMALL | args).problems() == []
-    config = model_config(depth=2, mixer="window", mixer__window=129)
-    assert config.problems(sequence_length=128)

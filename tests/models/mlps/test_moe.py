@@ -364,30 +364,3 @@ def test_it_compiles_as_one_graph(change):
     for local, peer in zip(got, expected, strict=True):
         torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
     assert torch.equal(counts, model.tallies.counts)
-
-
-@pytest.mark.parametrize(
-    ("change", "field", "text"),
-    [
-        ({"mlp__top_k": 7}, "mlp.top_k", "7 of 6"),
-        ({"mlp__top_k": 0}, "mlp.top_k", "0 of 6"),
-        ({"mlp__experts": 1}, "mlp.experts", "1 is no mixture"),
-        ({"mlp__top_k": 5}, "mlp.expert_width", "5 experts a token do not divide mlp_width 48"),
-        ({"mlp__expert_width": 0}, "mlp.expert_width", "0 is not a size"),
-        ({"mlp__shared": -1}, "mlp.shared", "-1 is not a count"),
-        ({"mlp__dense_layers": 2}, "mlp.dense_layers", "leave no mixture"),
-        ({"mlp__scores": "tanh"}, "mlp.scores", "'tanh'"),
-        ({"mlp__balance_loss": -0.1}, "mlp.balance_loss", "0 or more"),
-        ({"mlp__capacity": 0.5}, "mlp.capacity", "without a place"),
-        ({"mlp__capacity": math.inf}, "mlp.capacity", "0 or more"),
-        ({"mlp__bias_speed": 0.001}, "mlp.bias_speed", "sigmoid"),
-        ({"mlp__bias_speed": 2.0, "mlp__scores": "sigmoid"}, "mlp.bias_speed", "wider than"),
-        ({"mlp__top_k": 1}, "mlp.renormalise", "learns nothing"),
-        ({"bias": True}, "bias", "no biases"),
-    ],
-    ids=str,
-)
-def test_bad_input_gets_its_sentence(change, field, text):
-    (problem,) = changed(BASE, **change).problems()
-    assert problem[0] == field
-    assert text in problem[1]
