@@ -195,14 +195,11 @@ def sweep_response(
     value is the minimum of the parabola through the best run and its neighbours (see `tuned`)."""
     i = int(np.argmin(losses))
     lowest = float(values[i])
-    t = Tuned(lowest, 0.0, False)
-    if len(values) >= 3:
-        t = tuned(values.tolist(), losses.tolist())
-    floor = float(np.log(losses[i])) - t.gap
-    at = (cell, stage, budget, parameters, tokens)
+    t = tuned(values.tolist(), losses.tolist()) if len(values) >= 3 else Tuned(lowest, 0.0, False)
     return SweepResponse(
-        *at, values, losses, t.learning_rate, floor, t.inside, t.bend, t.ends or (lowest, lowest)
-    )
+        cell, stage, budget, parameters, tokens, values, losses, t.learning_rate,
+        float(np.log(losses[i])) - t.gap, t.inside, t.bend, t.ends or (lowest, lowest),
+    )  # fmt: skip
 
 
 def _stage(

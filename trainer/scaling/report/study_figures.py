@@ -32,7 +32,6 @@ from forescale.pages.figure import (
 )
 from forescale.scaling.analysis.forecast import Forecast
 from forescale.scaling.design.noise import Level
-from forescale.scaling.fitting.points import Array
 from forescale.scaling.report.evidence import StageCost, SweepResponse
 
 OUTER, INNER = "#a3c4db", OTHER  # intervals of a forecast: light and dark blue
@@ -49,11 +48,22 @@ _ABOVE = 1.12  # a diverged run is drawn at this multiple of the highest loss
 _FINE, _HALF = 48, 0.5  # points of a parabola; smallest height of a sweep figure, in percent
 _DODGE = 0.17
 _DASHES = ("", "dash", "dot", "dashdot")
+_SERIES = {  # of repeated runs
+    "the cell itself": (0.0, "circle", INK),
+    "other weights": (-_DODGE, "square", WEIGHTS),
+    "other data": (_DODGE, "diamond", DATA),
+    "other seeds": (2 * _DODGE, "triangle", INK),
+}
 
 
 def forecasts(rows: Sequence[Forecast]) -> Figure:
     """Return forecasts and observed losses, by compute, the cheapest on top."""
-    rows = sorted(rows, key=_compute)
+
+    def compute(forecast: Forecast) -> tuple[float, str]:
+        c = forecast.facts["target"]["parameters"] * forecast.facts["target"]["tokens"]
+        return (c if math.isfinite(c) else math.inf), forecast.id
+
+    rows = sorted(rows, key=compute)
     names = [_short(forecast.facts["target"]["run"]) for forecast in rows]
     figure = Figure(
         Axis("observed loss relative to predicted loss (%)", zero=True),
@@ -64,48 +74,28 @@ def forecasts(rows: Sequence[Forecast]) -> Figure:
     for key, colour in (("interval", OUTER), ("interval_50", INNER)):
         ends = [[100 * (end / c.facts["loss"] - 1) for end in c.facts[key]] for c in rows]
         figure.add(segments(np.array(ends).T, at.tolist(), colour, 5.0))
-    kinds = [_kind(forecast) for forecast in rows]
+    kinds, errors, texts = list[str](), list[float](), list[str]()
+    for forecast in rows:
+        f, outcome, (low, high) = forecast.facts, forecast.outcome, forecast.facts["interval"]
+        kind, error, observed = "pending", 0.0, "pending"
+        if outcome is not None:
+            kind = "inside" if low <= outcome["loss"] <= high else "outside"
+            error = 100 * (outcome["loss"] / f["loss"] - 1)
+            observed = f"observed {outcome['loss']:.5g} ({error:+.2f} %)"
+        kinds.append(kind)
+        errors.append(error)
+        texts.append(
+            f"{f['target']['run']}\npredicted {f['loss']:.5g}\n{f['level']:.0%}: {low:.5g} to "
+            f"{high:.5g}\n{observed}\n{f['target']['extrapolation_factor']:.3g} times the most "
+            f"expensive run\nforecast {forecast.id}, {f['time']}"
+        )
     for kind, shape, colour in (("inside", "circle", INK), ("outside", "diamond", TARGET),
                                 ("pending", "circle", INK)):  # fmt: skip
-        which = [i for i, k in enumerate(kinds) if k == kind]
-        if which:
-            x = np.array([_error(rows[i]) for i in which])
+        if which := [i for i, k in enumerate(kinds) if k == kind]:
             hollow = np.full(len(which), kind == "pending")
-            texts = [_text(rows[i]) for i in which]
-            figure.add(dots(x, at[which], [colour], texts, hollow, shape))
+            x, text = np.array(errors)[which], [texts[i] for i in which]
+            figure.add(dots(x, at[which], [colour], text, hollow, shape))
     return figure
-
-
-def _compute(forecast: Forecast) -> tuple[float, str]:
-    aim = forecast.facts["target"]
-    c = aim["parameters"] * aim["tokens"]
-    return (c if math.isfinite(c) else math.inf), forecast.id
-
-
-def _kind(forecast: Forecast) -> str:
-    outcome, (low, high) = forecast.outcome, forecast.facts["interval"]
-    if outcome is None:
-        return "pending"
-    return "inside" if low <= outcome["loss"] <= high else "outside"
-
-
-def _error(forecast: Forecast) -> float:
-    outcome = forecast.outcome
-    return 100 * (outcome["loss"] / forecast.facts["loss"] - 1) if outcome else 0.0
-
-
-def _text(forecast: Forecast) -> str:
-    """Return the text of a forecast's dot."""
-    f, outcome = forecast.facts, forecast.outcome
-    low, high = f["interval"]
-    observed = "pending"
-    if outcome:
-        observed = f"observed {outcome['loss']:.5g} ({_error(forecast):+.2f} %)"
-    return (
-        f"{f['target']['run']}\npredicted {f['loss']:.5g}\n{f['level']:.0%}: "
-        f"{low:.5g} to {high:.5g}\n{observed}\n{f['target']['extrapolation_factor']:.3g} times "
-        f"the most expensive run\nforecast {forecast.id}, {f['time']}"
-    )
 
 
 def sweep_responses(
@@ -119,12 +109,18 @@ def sweep_responses(
     every = np.concatenate([c.values / c.best for c in sweeps])
     highest = max(100 * float(c.rise[np.isfinite(c.rise)].max()) for c in sweeps)
     top = max(highest, _HALF) * _ABOVE
-    title = "loss above the least of its sweep (%)"
+    # Ticks at powers of two, the factors of the sweeps.
+    low, high = math.floor(np.log2(every.min())), math.ceil(np.log2(every.max()))
+    powers = [p for p in range(low, high + 1) if p % max(1, round((high - low) / 7)) == 0]
+    ticks = [(2.0**p, f"{2**p}" if p >= 0 else f"1/{2**-p}") for p in powers]
+    ends = float(every.min()) / 1.25, float(every.max()) * 1.25
     figure = Figure(
-        _multiples(f"{name}, relative to the best", every),
-        Axis(title, zero=True, ends=(-0.07 * top, top * 1.06)),
+        Axis(f"{name}, relative to the best", log=True, ticks=ticks, ends=ends),
+        Axis("loss above the least of its sweep (%)", zero=True, ends=(-0.07 * top, top * 1.06)),
     )
-    for c, dash in zip(sweeps, _dashes(sweeps), strict=True):
+    for c in sweeps:
+        sizes = sorted({other.parameters for other in sweeps if other.stage == c.stage})
+        dash = _DASHES[sizes.index(c.parameters) % len(_DASHES)]
         colour = shades.get(c.budget, INK) if c.budget else INK
         if c.bend is not None:
             x = np.geomspace(*c.ends, _FINE) / c.best
@@ -136,54 +132,38 @@ def sweep_responses(
                 figure.add(line(x, rise, colour, dash, width=0.7))
     for c in sweeps:
         colour = shades.get(c.budget, INK) if c.budget else INK
-        texts, there = _texts(c, name), np.isfinite(c.losses)
+        there, texts = np.isfinite(c.losses), list[str]()
         edge = np.zeros(len(c.values), dtype=bool)
         edge[c.lowest] = not c.inside
+        for value, loss, at_edge in zip(c.values, c.losses, edge, strict=True):
+            result = f"loss {loss:.5g}" if math.isfinite(loss) else "diverged"
+            note = [wrapped("The best of the sweep, but at its edge: no optimum.")] * bool(at_edge)
+            facts = [c.cell, f"stage {c.stage}", f"N {c.parameters:,.0f}", f"{name} {value:.4g}"]
+            texts.append("\n".join([*facts, result, *note]))
         x, y = c.values / c.best, np.where(there, 100 * c.rise, top)
         for which, shape in ((there, "circle"), (~there, "cross")):
-            text = [t for t, w in zip(texts, which, strict=True) if w]
-            if text:
+            if text := [t for t, w in zip(texts, which, strict=True) if w]:
                 figure.add(dots(x[which], y[which], [colour], text, edge[which], shape))
     return figure
 
 
-def _multiples(title: str, every: Array) -> Axis:
-    """Return an axis with ticks at powers of two, the factors of the sweeps."""
-    low, high = math.floor(np.log2(every.min())), math.ceil(np.log2(every.max()))
-    step = max(1, round((high - low) / 7))
-    powers = [p for p in range(low, high + 1) if p % step == 0]
-    ticks = [(2.0**p, f"{2**p}" if p >= 0 else f"1/{2**-p}") for p in powers]
-    ends = float(every.min()) / 1.25, float(every.max()) * 1.25
-    return Axis(title, log=True, ticks=ticks, ends=ends)
-
-
-def _dashes(sweeps: Sequence[SweepResponse]) -> list[str]:
-    """Return the dash of each sweep, by size within its stage."""
-    sizes = {c.stage: sorted({o.parameters for o in sweeps if o.stage == c.stage}) for c in sweeps}
-    return [_DASHES[sizes[c.stage].index(c.parameters) % len(_DASHES)] for c in sweeps]
-
-
-def _texts(c: SweepResponse, name: str) -> list[str]:
-    head = [c.cell, f"stage {c.stage}", f"N {c.parameters:,.0f}"]
-    texts = []
-    for i, (value, loss) in enumerate(zip(c.values, c.losses, strict=True)):
-        result = f"loss {loss:.5g}" if math.isfinite(loss) else "diverged"
-        at_edge = i == c.lowest and not c.inside
-        edge = [wrapped("The best of the sweep, but at its edge: no optimum.")] * at_edge
-        texts.append("\n".join([*head, f"{name} {value:.4g}", result, *edge]))
-    return texts
-
-
 def repeats(table: pd.DataFrame, levels: Sequence[Level]) -> Figure:
     """Return the repeats of cells: log loss above the mean of all runs of the cell, in %."""
-    labels = [f"{_short(level.cell)}, {_flops(level.flops)}" for level in levels]
+    flops = [f"{level.flops:.2e}".split("e") for level in levels]
+    labels = [f"{_short(level.cell)}, {mantissa}e{int(power)}"
+              for level, (mantissa, power) in zip(levels, flops, strict=True)]  # fmt: skip
     across = ordinal("cell, and C of a run (FLOPs)", labels)
     figure = Figure(across, Axis("loss above the mean of the repeats (%)", zero=True), 340)
     for i, level in enumerate(levels):
         runs = table[(table["cell_of"] == level.cell) & table["role"].isin(("grid", "seed"))]
         y = 100 * np.log(runs["loss"].to_numpy(dtype=float))
-        y = y - y.mean()
-        kinds = _seeds(runs)
+        y, first = y - y.mean(), runs[runs["role"] == "grid"]
+        kinds = np.where(runs["role"] == "grid", "the cell itself", "other seeds")
+        if len(first) and {"seed", "init_seed"} <= set(runs.columns):
+            data = runs["seed"] != first["seed"].iloc[0]
+            weights = runs["init_seed"] != first["init_seed"].iloc[0]
+            names = ["other seeds", "other weights", "other data"]
+            kinds = np.select([data & weights, weights, data], names, "the cell itself")
         for kind, (shift, shape, colour) in _SERIES.items():
             which = kinds == kind
             if which.any():
@@ -192,28 +172,6 @@ def repeats(table: pd.DataFrame, levels: Sequence[Level]) -> Figure:
                 x = np.full(int(which.sum()), i + shift)
                 figure.add(dots(x, y[which], [colour], texts, shape=shape))
     return figure
-
-
-_SERIES = {
-    "the cell itself": (0.0, "circle", INK),
-    "other weights": (-_DODGE, "square", WEIGHTS),
-    "other data": (_DODGE, "diamond", DATA),
-    "other seeds": (2 * _DODGE, "triangle", INK),
-}
-
-
-def _seeds(runs: pd.DataFrame) -> Array:
-    """Return the kind of each run, (n,), a key of _SERIES."""
-    first = runs[runs["role"] == "grid"]
-    if first.empty or not {"seed", "init_seed"} <= set(runs.columns):
-        return np.where(runs["role"] == "grid", "the cell itself", "other seeds")
-    data = runs["seed"] != first["seed"].iloc[0]
-    weights = runs["init_seed"] != first["init_seed"].iloc[0]
-    return np.select(
-        [data & weights, weights, data],
-        ["other seeds", "other weights", "other data"],
-        "the cell itself",
-    )
 
 
 def hours(stages: Sequence[StageCost]) -> Figure:
@@ -248,8 +206,3 @@ def hue(bucket: str) -> str:
 def _short(name: str) -> str:
     half = _NAME // 2
     return name if len(name) <= _NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _flops(value: float) -> str:
-    mantissa, power = f"{value:.2e}".split("e")
-    return f"{mantissa}e{int(power)}"
