@@ -13,28 +13,14 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, code, number, percent, render, span
-from forescale.pages.figure import (
-    BAND,
-    FAINT,
-    INK,
-    OTHER,
-    OTHER_BAND,
-    TARGET,
-    TARGET_BAND,
-    Axis,
-    Figure,
-    band,
-    dots,
-    line,
-    star,
-)
 from forescale.scaling.analysis.comparison import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.fitting.points import spent
 from forescale.scaling.report.fit_page import write_report
 
-COLOURS = (OTHER, TARGET)  # of A and of B
+COLOURS = (chart.OTHER, chart.TARGET)  # of A and of B
 _FINE = 61
 _FAR = 1e3  # a target's C further beyond the runs than this doesn't widen the axis
 
@@ -138,7 +124,7 @@ def _picture(comparison: Comparison) -> Section:
     ], key=list(zip(names, COLOURS, strict=True)))  # fmt: skip
 
 
-def panels(comparison: Comparison) -> list[Figure]:
+def panels(comparison: Comparison) -> list[chart.Figure]:
     """Return the figure of both curves and that of the multiplier."""
     every = [c for side in (comparison.a, comparison.b) for c in side.ends]
     if comparison.target is not None:
@@ -147,29 +133,31 @@ def panels(comparison: Comparison) -> list[Figure]:
     return [_curves(comparison, low, high), _multipliers(comparison, low, high)]
 
 
-def _curves(comparison: Comparison, low: float, high: float) -> Figure:
+def _curves(comparison: Comparison, low: float, high: float) -> chart.Figure:
     grid = np.geomspace(low, high, _FINE)
     sides = (comparison.a, comparison.b)
     lines = [side.loss(grid) for side in sides]
     losses = np.concatenate([*lines, *(side.study.points.loss for side in sides)])
-    figure = Figure(
-        Axis("C (FLOPs)", log=True, power=True, ends=(low, high)),
-        Axis("loss", log=True, ends=(float(losses.min()) / 1.02, float(losses.max()) * 1.02)),
+    figure = chart.Figure(
+        chart.Axis("C (FLOPs)", log=True, power=True, ends=(low, high)),
+        chart.Axis("loss", log=True, ends=(float(losses.min()) / 1.02, float(losses.max()) * 1.02)),
     )
-    bands = (OTHER_BAND, TARGET_BAND)
+    bands = (chart.OTHER_BAND, chart.TARGET_BAND)
     for side, loss, colour, shade in zip(sides, lines, COLOURS, bands, strict=True):
         texts = [f"{side.name}\nC {c:.4g}\nloss {x:.5g}" for c, x in zip(grid, loss, strict=True)]
-        figure.add(band(grid, side.band(grid), shade), line(grid, loss, colour, texts=texts))
+        figure.add(
+            chart.band(grid, side.band(grid), shade), chart.line(grid, loss, colour, texts=texts)
+        )
         study = side.study
         c, y = spent(study.all_points), study.all_points.loss
         names = study.table.get("name", study.table.index)
         texts = [f"{name}\n{side.name}\nC {a:.4g}\nloss {b:.5g}"
                  for name, a, b in zip(names, c, y, strict=True)]  # fmt: skip
-        figure.add(dots(c, y, [colour], texts, ~study.is_fitted))
+        figure.add(chart.dots(c, y, [colour], texts, ~study.is_fitted))
     return figure
 
 
-def _multipliers(comparison: Comparison, low: float, high: float) -> Figure:
+def _multipliers(comparison: Comparison, low: float, high: float) -> chart.Figure:
     target = comparison.target
     places = comparison.places + [p for p in (target,) if p is not None]
     rows = np.array([(p.multiplier.low, p.multiplier.value, p.multiplier.high) for p in places])
@@ -177,16 +165,16 @@ def _multipliers(comparison: Comparison, low: float, high: float) -> Figure:
     rows = np.clip(rows, finite.min() / 1.5, finite.max() * 1.5)  # unbounded ends at the edge
     texts = [f"loss {p.loss:.5g}\nmultiplier {p.multiplier.value:.4g}\n{p.multiplier.low:.4g} to "
              f"{p.multiplier.high:.4g}" for p in places]  # fmt: skip
-    figure = Figure(
-        Axis(f"C of {comparison.a.name} (FLOPs)", log=True, power=True, ends=(low, high)),
-        Axis("compute multiplier", log=True),
+    figure = chart.Figure(
+        chart.Axis(f"C of {comparison.a.name} (FLOPs)", log=True, power=True, ends=(low, high)),
+        chart.Axis("compute multiplier", log=True),
     )
-    figure.add(line(np.array([low, high]), np.ones(2), FAINT, "dash"))
+    figure.add(chart.line(np.array([low, high]), np.ones(2), chart.FAINT, "dash"))
     if count := len(comparison.places):
         x = np.array([p.flops[0] for p in comparison.places])
-        figure.add(band(x, rows[:count, ::2].T, BAND))
-        figure.add(line(x, rows[:count, 1], INK, texts=texts[:count]))
+        figure.add(chart.band(x, rows[:count, ::2].T, chart.BAND))
+        figure.add(chart.line(x, rows[:count, 1], chart.INK, texts=texts[:count]))
     if target is not None:
         least, value, most = map(float, rows[-1])
-        figure.add(star(target.flops[0], value, texts[-1], (least, most)))
+        figure.add(chart.star(target.flops[0], value, texts[-1], (least, most)))
     return figure

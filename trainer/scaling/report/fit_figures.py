@@ -14,28 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from forescale.ground.errors import UserError
+from forescale.pages import figure as chart
 from forescale.pages.document import Cell, number
-from forescale.pages.figure import (
-    BAND,
-    FAINT,
-    INK,
-    NARROW,
-    OTHER,
-    OTHER_BAND,
-    TARGET,
-    WIDE,
-    Axis,
-    Figure,
-    band,
-    clipped,
-    dots,
-    line,
-    marks,
-    shades,
-    star,
-    viridis,
-    wrapped,
-)
 from forescale.scaling.analysis import backtest
 from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.fitting import laws
@@ -48,7 +28,7 @@ _GRID, _FINE = 61, 72
 _AHEAD = 10.0  # the law is drawn to this multiple of the most expensive run, or to the target
 _UNREPEATED = 1e30  # unique tokens, so many that none is repeated
 
-Picture: TypeAlias = Figure | str
+Picture: TypeAlias = chart.Figure | str
 
 
 def flops_key(shades: dict[float, str]) -> list[tuple[Cell, str]]:
@@ -79,7 +59,7 @@ class Figures:
         """The colour of each budget."""
         if "budget" not in self.study.table:
             return {}
-        return shades(self.study.table["budget"].to_numpy())
+        return chart.shades(self.study.table["budget"].to_numpy())
 
     @cached_property
     def _refused(self) -> dict[float, str]:
@@ -101,7 +81,7 @@ class Figures:
                     lines.append(f"{symbol} {x[i]:.5g}")
             if not study.is_fitted[i]:
                 why = f"more than {study.job.near:.0%} above the lowest loss of its budget"
-                lines.append(wrapped(f"The law is not fitted to it: {why}."))
+                lines.append(chart.wrapped(f"The law is not fitted to it: {why}."))
             texts.append("\n".join(lines))
         return texts
 
@@ -114,10 +94,10 @@ class Figures:
         texts = self._texts
         if notes is not None:
             texts = [f"{t}\n{note}" if note else t for t, note in zip(texts, notes, strict=True)]
-        colours = viridis([0.35]) * len(x)
+        colours = chart.viridis([0.35]) * len(x)
         if self.shades:
             colours = [self.shades[float(b)] for b in self.study.table["budget"]]
-        return dots(x, y, colours, texts, empty)
+        return chart.dots(x, y, colours, texts, empty)
 
     @cached_property
     def grid(self) -> Array:
@@ -184,14 +164,14 @@ class Figures:
         if (n := study.all_points.parameters) is None:
             return "The table has no N."
         budgets = table["budget"].to_numpy(dtype=float)
-        figure = Figure(Axis(self.n, log=True), self._loss_axis())
+        figure = chart.Figure(chart.Axis(self.n, log=True), self._loss_axis())
         if isinstance(self.iso, IsoFlop):
             usable = [b for b in self.shades if b not in self._refused]
             for budget, v in zip(usable, self.iso.vertices, strict=True):
                 x = np.geomspace(*v.sizes, _FINE)
                 y = v.floor + v.bend * np.log(x / v.parameters) ** 2
-                figure.add(line(x, y, self.shades[budget]))
-        whys = {b: wrapped(f"No parabola: {w}") for b, w in self._refused.items()}
+                figure.add(chart.line(x, y, self.shades[budget]))
+        whys = {b: chart.wrapped(f"No parabola: {w}") for b, w in self._refused.items()}
         why = [whys.get(float(b), "") for b in budgets]
         hollow = ~study.is_fitted | np.isin(budgets, list(self._refused))
         figure.add(self._runs(n, study.all_points.loss, why, hollow))
@@ -202,17 +182,17 @@ class Figures:
                 for v in self.iso.vertices
             ]
             x, y = np.array([(v.parameters, v.floor) for v in self.iso.vertices]).T
-            figure.add(marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
+            figure.add(chart.marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
         return figure
 
-    def _loss_axis(self) -> Axis:
+    def _loss_axis(self) -> chart.Axis:
         """The axis of the losses, clipped above the minima where the runs share budgets."""
         study, losses = self.study, self.study.all_points.loss
         if not self.shades:
-            return Axis(self.loss, log=True)
+            return chart.Axis(self.loss, log=True)
         budgets = study.table["budget"].to_numpy(dtype=float)
         lowest = np.array([losses[budgets == b].min() for b in self.shades])
-        return clipped(self.loss, losses, lowest)
+        return chart.clipped(self.loss, losses, lowest)
 
     def above(self) -> str:
         """Return a sentence about runs above the axis of the losses; empty if there are none."""
@@ -229,24 +209,24 @@ class Figures:
         if known is None and not isinstance(self.iso, IsoFlop):
             law = frontier if isinstance(frontier, str) else f"This law has no {symbol}."
             return f"{self.iso or 'The table has no budgets.'} {law}"
-        figure = Figure(Axis(self.c, log=True, power=True), Axis(label, log=True))
+        figure = chart.Figure(chart.Axis(self.c, log=True, power=True), chart.Axis(label, log=True))
         if known is not None:
             value, ends = known
-            figure.add(band(self.grid, ends, BAND))
+            figure.add(chart.band(self.grid, ends, chart.BAND))
             text = [f"by the law\nC {c:.4g}\n{symbol}* {x:.4g}" for c, x in
                     zip(self.grid, value, strict=True)]  # fmt: skip
-            figure.add(line(self.grid, value, INK, texts=text, name="law"))
+            figure.add(chart.line(self.grid, value, chart.INK, texts=text, name="law"))
         if isinstance(self.iso, IsoFlop):
             law_of = getattr(self.iso, which)
             ends = law_of.interval(self.study.job.level, self.grid)
             if np.isfinite(ends).all():
-                figure.add(band(self.grid, ends, OTHER_BAND))
+                figure.add(chart.band(self.grid, ends, chart.OTHER_BAND))
             name = "line of the minima"
-            figure.add(line(self.grid, law_of(self.grid), OTHER, "dash", name=name))
+            figure.add(chart.line(self.grid, law_of(self.grid), chart.OTHER, "dash", name=name))
             text = [f"{v.budget:.3g} FLOPs\n{symbol}* {getattr(v, which):.5g}"
                     for v in self.iso.vertices]  # fmt: skip
             x, y = np.array([(v.budget, getattr(v, which)) for v in self.iso.vertices]).T
-            figure.add(marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
+            figure.add(chart.marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
         if isinstance(f := self.prediction, Prediction) and np.isfinite(getattr(f, which)):
             self._add_star(figure, "flops", which)
         return figure
@@ -257,18 +237,19 @@ class Figures:
             return frontier
         assert self.compute is not None
         study = self.study
-        figure = Figure(Axis(self.c, log=True, power=True), Axis(self.loss, log=True))
+        across = chart.Axis(self.c, log=True, power=True)
+        figure = chart.Figure(across, chart.Axis(self.loss, log=True))
         value, ends = frontier["loss"]
         greatest = study.calibrated.greatest
         on = np.append(greatest, self.grid[self.grid > greatest])
         at = self.best(study.fit.vector, on)
         ahead = study.predicted(at, on)
-        for level, colour in ((study.job.level, WIDE), (0.5, NARROW)):
-            figure.add(band(on, ahead.interval(level), colour, f"{level:.0%} prediction"))
-        figure.add(line(on, ahead.loss, TARGET, "dot", name="predicted"))
-        figure.add(band(self.grid, ends, BAND))
+        for level, colour in ((study.job.level, chart.WIDE), (0.5, chart.NARROW)):
+            figure.add(chart.band(on, ahead.interval(level), colour, f"{level:.0%} prediction"))
+        figure.add(chart.line(on, ahead.loss, chart.TARGET, "dot", name="predicted"))
+        figure.add(chart.band(self.grid, ends, chart.BAND))
         text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
-        figure.add(line(self.grid, value, INK, texts=text, name="law"))
+        figure.add(chart.line(self.grid, value, chart.INK, texts=text, name="law"))
         figure.add(self._runs(self.compute, study.all_points.loss))
         self._add_star(figure, "flops", "loss")
         return figure
@@ -288,9 +269,9 @@ class Figures:
         at = {"parameters": np.tile(x, _GRID), "tokens": np.repeat(y, _GRID)}
         at |= {name: np.full(_GRID**2, value) for name, value in self._held.items()}
         z = study.fit.predict(**at).reshape(_GRID, _GRID)
-        figure = Figure(
-            Axis(self.n, log=True, ends=(float(x[0]), float(x[-1]))),
-            Axis(self.d, log=True, ends=(float(y[0]), float(y[-1]))),
+        figure = chart.Figure(
+            chart.Axis(self.n, log=True, ends=(float(x[0]), float(x[-1]))),
+            chart.Axis(self.d, log=True, ends=(float(y[0]), float(y[-1]))),
         )
         low, high = float(z.min()), max(float(study.all_points.loss.max()), float(np.median(z)))
         power = 10.0 ** np.floor(np.log10((high - low) / 14))  # steps of 1, 2 or 5 times it
@@ -301,11 +282,11 @@ class Figures:
                 n_line, d_line = np.exp(points).T
                 texts = [f"L(N, D) {level:.5g}\nN {n:.4g}\nD {d:.4g}"
                          for n, d in zip(n_line, d_line, strict=True)]  # fmt: skip
-                figure.add(line(n_line, d_line, FAINT, width=1.0, texts=texts,
+                figure.add(chart.line(n_line, d_line, chart.FAINT, width=1.0, texts=texts,
                                 label=f"{level:.4g}"))  # fmt: skip
         if not isinstance(frontier := self.frontier, str):
             best = frontier["parameters"][0], frontier["tokens"][0]
-            figure.add(line(*best, INK, "dash"))
+            figure.add(chart.line(*best, chart.INK, "dash"))
         figure.add(self._runs(n, d))
         self._add_star(figure, "parameters", "tokens")
         return figure
@@ -316,8 +297,8 @@ class Figures:
         if x is None:
             return f"The runs have no {'C' if over == 'flops' else 'N'}."
         label = self.c if over == "flops" else self.n
-        across = Axis(label, log=True, power=over == "flops")
-        figure = Figure(across, Axis("residual of log loss (%)", zero=True))
+        across = chart.Axis(label, log=True, power=over == "flops")
+        figure = chart.Figure(across, chart.Axis("residual of log loss (%)", zero=True))
         study, every = self.study, self.study.all_points
         law = study.fit.predict(**{c: np.exp(every.log(c)) for c in study.form.columns})
         percent = 100 * np.log(every.loss / law)
@@ -334,13 +315,13 @@ class Figures:
         x = np.geomspace(1, rows["beyond"].max() * 1.1, _GRID)
         flops = x * study.calibrated.greatest
         today = study.predicted(self.best(study.fit.vector, flops), flops)
-        figure = Figure(
-            Axis("compute, relative to the largest known budget", log=True),
-            Axis("observed loss relative to predicted loss (%)", zero=True),
+        figure = chart.Figure(
+            chart.Axis("compute, relative to the largest known budget", log=True),
+            chart.Axis("observed loss relative to predicted loss (%)", zero=True),
         )
-        for level, colour in ((OUTER, WIDE), (INNER, NARROW)):
+        for level, colour in ((OUTER, chart.WIDE), (INNER, chart.NARROW)):
             ends = 100 * (today.interval(level) / today.loss - 1)
-            figure.add(band(x, ends, colour, f"today's {level:.0%} interval"))
+            figure.add(chart.band(x, ends, colour, f"today's {level:.0%} interval"))
         colours = list(self.shades.values())
         for origin, ahead in rows.groupby("origin"):
             outside = (ahead["inside_90"] == 0).to_numpy()
@@ -351,10 +332,10 @@ class Figures:
             ]
             observed = 100 * np.expm1(-ahead["error"].to_numpy())
             shade = [colours[int(origin) - 1]]
-            figure.add(dots(ahead["beyond"].to_numpy(), observed, shade, texts, outside))
+            figure.add(chart.dots(ahead["beyond"].to_numpy(), observed, shade, texts, outside))
         return figure
 
-    def _add_star(self, figure: Figure, x: str, y: str) -> None:
+    def _add_star(self, figure: chart.Figure, x: str, y: str) -> None:
         """Add the target, if it is predicted. x, y: the fields of its prediction."""
         if not isinstance(f := self.prediction, Prediction):
             return
@@ -364,4 +345,4 @@ class Figures:
             f"\n{self.study.job.level:.0%}: {f.outer[0]:.5g} to {f.outer[1]:.5g}"
         )
         at = {**vars(f), "flops": f.extrapolation_factor * self.study.calibrated.greatest}
-        figure.add(star(at[x], at[y], text, f.outer if y == "loss" else None))
+        figure.add(chart.star(at[x], at[y], text, f.outer if y == "loss" else None))

@@ -15,20 +15,8 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, number, render
-from forescale.pages.figure import (
-    FAINT,
-    INK,
-    LINES,
-    Axis,
-    Figure,
-    dots,
-    line,
-    ordinal,
-    segments,
-    shades,
-    star,
-)
 from forescale.scaling.analysis.multipliers import Candidate, Multipliers
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.report.comparison_page import ratio_cells
@@ -175,19 +163,19 @@ def _pictures(results: Multipliers) -> list[Section]:
             ("loss", curves(results),
              f"Line: the losses of {results.base}, from which multipliers are read. Dots: the mean "
              "loss at the tuned learning rate. Below the line a recipe needs less compute."),
-        ], key=[(results.base, INK), *colours.items()]),
+        ], key=[(results.base, chart.INK), *colours.items()]),
     ]  # fmt: skip
 
 
 def _colours(results: Multipliers) -> dict[str, str]:
-    return {c.name: LINES[i % len(LINES)] for i, c in enumerate(results.candidates)}
+    return {c.name: chart.LINES[i % len(chart.LINES)] for i, c in enumerate(results.candidates)}
 
 
 def _budget_shades(results: Multipliers) -> dict[float, str]:
-    return shades(np.array([p.cell.budget for c in results.candidates for p in c.places]))
+    return chart.shades(np.array([p.cell.budget for c in results.candidates for p in c.places]))
 
 
-def multipliers(results: Multipliers) -> Figure:
+def multipliers(results: Multipliers) -> chart.Figure:
     """Return the figure of all multipliers: a row for each recipe, the best one first."""
     candidates, colours = results.candidates, _budget_shades(results)
     ratios = [p.multiplier for c in candidates for p in c.places]
@@ -196,37 +184,39 @@ def multipliers(results: Multipliers) -> Figure:
     every = [x for x in every if 0 < x < np.inf] + [1.0]
     low, high = min(every) / 1.15, max(every) * 1.15
     names = [c.name for c in candidates]
-    across = Axis("compute multiplier", log=True, ends=(low, high))
-    figure = Figure(across, ordinal("", names, down=True), _MARGIN + _ROW * len(names))
-    figure.add(line(np.ones(2), np.array([-0.6, len(names) - 0.4]), FAINT, "dash"))
+    across = chart.Axis("compute multiplier", log=True, ends=(low, high))
+    figure = chart.Figure(across, chart.ordinal("", names, down=True), _MARGIN + _ROW * len(names))
+    figure.add(chart.line(np.ones(2), np.array([-0.6, len(names) - 0.4]), chart.FAINT, "dash"))
     offsets = dict(zip(colours, np.linspace(-_APART / 2, _APART / 2, len(colours)), strict=True))
     for row, one in enumerate(candidates):
         for p in one.places:
             m, at, colour = p.multiplier, row + offsets[p.cell.budget], colours[p.cell.budget]
-            figure.add(segments(np.clip([[m.low], [m.high]], low, high), [at], colour, 2.0))
+            figure.add(chart.segments(np.clip([[m.low], [m.high]], low, high), [at], colour, 2.0))
             if 0 < m.value < np.inf:
                 text = (f"{one.name}\nC {p.cell.flops:.4g}\nmultiplier {_value(m, p.reach)}\n"
                         f"{_interval(m)}")  # fmt: skip
-                figure.add(dots(np.array([m.value]), np.array([at]), [colour], [text]))
+                figure.add(chart.dots(np.array([m.value]), np.array([at]), [colour], [text]))
             if (fresh := p.confirmed) is not None:
                 text = f"{one.name}\nfresh seeds {fresh.value:.4g}\n{_interval(fresh)}"
                 middle = float(np.clip(fresh.value, low, high))
-                figure.add(star(middle, at, text, name="fresh seeds"))
+                figure.add(chart.star(middle, at, text, name="fresh seeds"))
     return figure
 
 
-def curves(results: Multipliers) -> Figure:
+def curves(results: Multipliers) -> chart.Figure:
     """Return the figure of the base's curve and the loss of each recipe."""
     curve, colours = results.curve, _colours(results)
     losses = np.exp(np.linspace(curve.log_losses[0], curve.log_losses[-1], _FINE))
     at = np.exp(curve.log_compute(np.log(losses)))
     is_on = np.isfinite(at)
-    figure = Figure(Axis("C (FLOPs)", log=True, power=True), Axis("loss", log=True))
-    figure.add(line(at[is_on], losses[is_on], INK))
+    figure = chart.Figure(
+        chart.Axis("C (FLOPs)", log=True, power=True), chart.Axis("loss", log=True)
+    )
+    figure.add(chart.line(at[is_on], losses[is_on], chart.INK))
     for name in (results.base, *colours):
         cells = results.of(name)
         x, y = np.array([c.flops for c in cells]), np.exp([c.log_loss for c in cells])
         texts = [f"{name}\nC {c.flops:.4g}\nloss {np.exp(c.log_loss):.5g}\n{len(c.logs)} runs"
                  for c in cells]  # fmt: skip
-        figure.add(dots(x, y, [colours.get(name, INK)], texts))
+        figure.add(chart.dots(x, y, [colours.get(name, chart.INK)], texts))
     return figure

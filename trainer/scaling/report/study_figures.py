@@ -17,25 +17,13 @@ import numpy as np
 import pandas as pd
 
 from forescale.monitor.goodput import BUCKETS
-from forescale.pages.figure import (
-    INK,
-    OTHER,
-    TARGET,
-    Axis,
-    Figure,
-    bars,
-    dots,
-    line,
-    ordinal,
-    segments,
-    wrapped,
-)
+from forescale.pages import figure as chart
 from forescale.scaling.analysis.forecast import Forecast
 from forescale.scaling.design.noise import Level
 from forescale.scaling.report.evidence import StageCost, SweepResponse
 
-OUTER, INNER = "#a3c4db", OTHER  # intervals of a forecast: light and dark blue
-WEIGHTS, DATA = OTHER, TARGET
+OUTER, INNER = "#a3c4db", chart.OTHER  # intervals of a forecast: light and dark blue
+WEIGHTS, DATA = chart.OTHER, chart.TARGET
 # Wong 2011, "Points of view: Color blindness" (Nature Methods 8): distinct to all readers.
 HUES = {
     "compute": "#0072b2", "data": "#56b4e9", "evaluation": "#009e73", "checkpoint": "#f0e442",
@@ -49,14 +37,14 @@ _FINE, _HALF = 48, 0.5  # points of a parabola; smallest height of a sweep figur
 _DODGE = 0.17
 _DASHES = ("", "dash", "dot", "dashdot")
 _SERIES = {  # of repeated runs
-    "the cell itself": (0.0, "circle", INK),
+    "the cell itself": (0.0, "circle", chart.INK),
     "other weights": (-_DODGE, "square", WEIGHTS),
     "other data": (_DODGE, "diamond", DATA),
-    "other seeds": (2 * _DODGE, "triangle", INK),
+    "other seeds": (2 * _DODGE, "triangle", chart.INK),
 }
 
 
-def forecasts(rows: Sequence[Forecast]) -> Figure:
+def forecasts(rows: Sequence[Forecast]) -> chart.Figure:
     """Return forecasts and observed losses, by compute, the cheapest on top."""
 
     def compute(forecast: Forecast) -> tuple[float, str]:
@@ -65,15 +53,15 @@ def forecasts(rows: Sequence[Forecast]) -> Figure:
 
     rows = sorted(rows, key=compute)
     names = [_short(forecast.facts["target"]["run"]) for forecast in rows]
-    figure = Figure(
-        Axis("observed loss relative to predicted loss (%)", zero=True),
-        ordinal("run, the cheapest first", names, down=True),
+    figure = chart.Figure(
+        chart.Axis("observed loss relative to predicted loss (%)", zero=True),
+        chart.ordinal("run, the cheapest first", names, down=True),
         _AROUND + _ROW * max(3, len(rows)),
     )
     at = np.arange(len(rows), dtype=float)
     for key, colour in (("interval", OUTER), ("interval_50", INNER)):
         ends = [[100 * (end / c.facts["loss"] - 1) for end in c.facts[key]] for c in rows]
-        figure.add(segments(np.array(ends).T, at.tolist(), colour, 5.0))
+        figure.add(chart.segments(np.array(ends).T, at.tolist(), colour, 5.0))
     kinds, errors, texts = list[str](), list[float](), list[str]()
     for forecast in rows:
         f, outcome, (low, high) = forecast.facts, forecast.outcome, forecast.facts["interval"]
@@ -89,18 +77,19 @@ def forecasts(rows: Sequence[Forecast]) -> Figure:
             f"{high:.5g}\n{observed}\n{f['target']['extrapolation_factor']:.3g} times the most "
             f"expensive run\nforecast {forecast.id}, {f['time']}"
         )
-    for kind, shape, colour in (("inside", "circle", INK), ("outside", "diamond", TARGET),
-                                ("pending", "circle", INK)):  # fmt: skip
+    marks = {"inside": ("circle", chart.INK), "outside": ("diamond", chart.TARGET),
+             "pending": ("circle", chart.INK)}  # fmt: skip
+    for kind, (shape, colour) in marks.items():
         if which := [i for i, k in enumerate(kinds) if k == kind]:
             hollow = np.full(len(which), kind == "pending")
             x, text = np.array(errors)[which], [texts[i] for i in which]
-            figure.add(dots(x, at[which], [colour], text, hollow, shape))
+            figure.add(chart.dots(x, at[which], [colour], text, hollow, shape))
     return figure
 
 
 def sweep_responses(
     sweeps: Sequence[SweepResponse], name: str, shades: Mapping[float, str]
-) -> Figure:
+) -> chart.Figure:
     """Return responses to learning rates or batches. name: "learning rate" or "batch".
 
     The smallest size of a stage has a solid line, the others dashed ones. Runs beyond the parabola
@@ -114,46 +103,52 @@ def sweep_responses(
     powers = [p for p in range(low, high + 1) if p % max(1, round((high - low) / 7)) == 0]
     ticks = [(2.0**p, f"{2**p}" if p >= 0 else f"1/{2**-p}") for p in powers]
     ends = float(every.min()) / 1.25, float(every.max()) * 1.25
-    figure = Figure(
-        Axis(f"{name}, relative to the best", log=True, ticks=ticks, ends=ends),
-        Axis("loss above the least of its sweep (%)", zero=True, ends=(-0.07 * top, top * 1.06)),
+    figure = chart.Figure(
+        chart.Axis(f"{name}, relative to the best", log=True, ticks=ticks, ends=ends),
+        chart.Axis(
+            "loss above the least of its sweep (%)", zero=True, ends=(-0.07 * top, top * 1.06)
+        ),
     )
     for c in sweeps:
         sizes = sorted({other.parameters for other in sweeps if other.stage == c.stage})
         dash = _DASHES[sizes.index(c.parameters) % len(_DASHES)]
-        colour = shades.get(c.budget, INK) if c.budget else INK
+        colour = shades.get(c.budget, chart.INK) if c.budget else chart.INK
         if c.bend is not None:
             x = np.geomspace(*c.ends, _FINE) / c.best
-            figure.add(line(x, 100 * c.bend * np.log(x) ** 2, colour, dash))
+            figure.add(chart.line(x, 100 * c.bend * np.log(x) ** 2, colour, dash))
         for side in (c.values <= c.ends[0], c.values >= c.ends[1]):
             which = side & np.isfinite(c.losses)
             if which.sum() > 1:
                 x, rise = c.values[which] / c.best, 100 * c.rise[which]
-                figure.add(line(x, rise, colour, dash, width=0.7))
+                figure.add(chart.line(x, rise, colour, dash, width=0.7))
     for c in sweeps:
-        colour = shades.get(c.budget, INK) if c.budget else INK
+        colour = shades.get(c.budget, chart.INK) if c.budget else chart.INK
         there, texts = np.isfinite(c.losses), list[str]()
         edge = np.zeros(len(c.values), dtype=bool)
         edge[c.lowest] = not c.inside
         for value, loss, at_edge in zip(c.values, c.losses, edge, strict=True):
             result = f"loss {loss:.5g}" if math.isfinite(loss) else "diverged"
-            note = [wrapped("The best of the sweep, but at its edge: no optimum.")] * bool(at_edge)
+            note = [chart.wrapped("The best of the sweep, but at its edge: no optimum.")] * bool(
+                at_edge
+            )
             facts = [c.cell, f"stage {c.stage}", f"N {c.parameters:,.0f}", f"{name} {value:.4g}"]
             texts.append("\n".join([*facts, result, *note]))
         x, y = c.values / c.best, np.where(there, 100 * c.rise, top)
         for which, shape in ((there, "circle"), (~there, "cross")):
             if text := [t for t, w in zip(texts, which, strict=True) if w]:
-                figure.add(dots(x[which], y[which], [colour], text, edge[which], shape))
+                figure.add(chart.dots(x[which], y[which], [colour], text, edge[which], shape))
     return figure
 
 
-def repeats(table: pd.DataFrame, levels: Sequence[Level]) -> Figure:
+def repeats(table: pd.DataFrame, levels: Sequence[Level]) -> chart.Figure:
     """Return the repeats of cells: log loss above the mean of all runs of the cell, in %."""
     flops = [f"{level.flops:.2e}".split("e") for level in levels]
     labels = [f"{_short(level.cell)}, {mantissa}e{int(power)}"
               for level, (mantissa, power) in zip(levels, flops, strict=True)]  # fmt: skip
-    across = ordinal("cell, and C of a run (FLOPs)", labels)
-    figure = Figure(across, Axis("loss above the mean of the repeats (%)", zero=True), 340)
+    across = chart.ordinal("cell, and C of a run (FLOPs)", labels)
+    figure = chart.Figure(
+        across, chart.Axis("loss above the mean of the repeats (%)", zero=True), 340
+    )
     for i, level in enumerate(levels):
         runs = table[(table["cell_of"] == level.cell) & table["role"].isin(("grid", "seed"))]
         y = 100 * np.log(runs["loss"].to_numpy(dtype=float))
@@ -170,15 +165,15 @@ def repeats(table: pd.DataFrame, levels: Sequence[Level]) -> Figure:
                 pairs = zip(runs["name"][which], runs["loss"][which], strict=True)
                 texts = [f"{name}\n{kind}\nloss {loss:.5g}" for name, loss in pairs]
                 x = np.full(int(which.sum()), i + shift)
-                figure.add(dots(x, y[which], [colour], texts, shape=shape))
+                figure.add(chart.dots(x, y[which], [colour], texts, shape=shape))
     return figure
 
 
-def hours(stages: Sequence[StageCost]) -> Figure:
+def hours(stages: Sequence[StageCost]) -> chart.Figure:
     """Return the shares of the wall clock of each stage's runs, in %."""
     names = [f"stage {s.number}" for s in stages]
-    across = Axis("share of the wall clock (%)", ends=(0, 100))
-    figure = Figure(across, ordinal("", names, down=True), _AROUND + 34 * len(stages))
+    across = chart.Axis("share of the wall clock (%)", ends=(0, 100))
+    figure = chart.Figure(across, chart.ordinal("", names, down=True), _AROUND + 34 * len(stages))
     starts = np.zeros(len(stages))
     for bucket in buckets_of(stages):
         seconds = [s.seconds.get(bucket, 0.0) for s in stages]
@@ -187,7 +182,7 @@ def hours(stages: Sequence[StageCost]) -> Figure:
         )
         texts = [f"{name}\n{bucket}\n{share:.1f} %, {x / 3600:.3g} h"
                  for name, share, x in zip(names, shares, seconds, strict=True)]  # fmt: skip
-        figure.add(bars(starts, shares, hue(bucket), texts))
+        figure.add(chart.bars(starts, shares, hue(bucket), texts))
         starts = starts + shares
     return figure
 
@@ -200,7 +195,7 @@ def buckets_of(stages: Sequence[StageCost]) -> list[str]:
 
 def hue(bucket: str) -> str:
     """Return the colour of a bucket."""
-    return HUES.get(bucket, INK)
+    return HUES.get(bucket, chart.INK)
 
 
 def _short(name: str) -> str:

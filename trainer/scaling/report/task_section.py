@@ -8,20 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, number, span
-from forescale.pages.figure import (
-    BAND,
-    INK,
-    NARROW,
-    TARGET,
-    WIDE,
-    Axis,
-    Figure,
-    band,
-    dots,
-    line,
-    star,
-)
 from forescale.scaling.analysis.backtest import BEST
 from forescale.scaling.analysis.forecast import TaskScore
 from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, OUTCOME, TWO_STEPS, TaskFit
@@ -165,11 +153,11 @@ def _by_loss(one: TaskFit, figures: Figures) -> Picture:
     if one.chained is not None:
         least = min(least, one.chained.loss.loss)
     x = np.geomspace(0.98 * least, float(one.loss.max()), _GRID)
-    figure = _figure(Axis(figures.loss, log=True), one)
+    figure = _figure(chart.Axis(figures.loss, log=True), one)
     tail = (1 - one.job.level) / 2
     many = one.in_metric(one.link.form.predict(one.replicates.values, task_loss=x))
-    figure.add(band(x, np.quantile(many, [tail, 1 - tail], axis=0), BAND))
-    figure.add(line(x, one.in_metric(one.link.predict(task_loss=x)), INK, name="link"))
+    figure.add(chart.band(x, np.quantile(many, [tail, 1 - tail], axis=0), chart.BAND))
+    figure.add(chart.line(x, one.in_metric(one.link.predict(task_loss=x)), chart.INK, name="link"))
     loss = None if one.chained is None else one.chained.loss.loss
     return _with_runs(figure, one, figures, one.loss, loss)
 
@@ -184,35 +172,35 @@ def _by_compute(one: TaskFit, figures: Figures) -> Picture:
     curve = one.curve(law.predicted(figures.best(law.fit.vector, x), x))
     assert curve.outer is not None
     assert curve.inner is not None
-    figure = _figure(Axis(figures.c, log=True, power=True), one)
-    figure.add(band(x, curve.outer, WIDE, f"{one.job.level:.0%} prediction"))
-    figure.add(band(x, curve.inner, NARROW, "50% prediction"))
-    figure.add(line(x, curve.value, TARGET, "dot", name="predicted"))
+    figure = _figure(chart.Axis(figures.c, log=True, power=True), one)
+    figure.add(chart.band(x, curve.outer, chart.WIDE, f"{one.job.level:.0%} prediction"))
+    figure.add(chart.band(x, curve.inner, chart.NARROW, "50% prediction"))
+    figure.add(chart.line(x, curve.value, chart.TARGET, "dot", name="predicted"))
     flops = spent(law.all_points)[law.table[OUTCOME].notna().to_numpy()]
     target = None if one.chained is None else one.chained.loss.flops
     return _with_runs(figure, one, figures, flops, target)
 
 
-def _figure(across: Axis, one: TaskFit) -> Figure:
+def _figure(across: chart.Axis, one: TaskFit) -> chart.Figure:
     is_loss = one.job.metric == "loss"
     title = f"{one.task.name} ({_KINDS[one.job.metric]})"
-    return Figure(across, Axis(title, log=is_loss, percent=not is_loss))
+    return chart.Figure(across, chart.Axis(title, log=is_loss, percent=not is_loss))
 
 
 def _with_runs(
-    figure: Figure, one: TaskFit, figures: Figures, x: Array, target: float | None
-) -> Figure:
+    figure: chart.Figure, one: TaskFit, figures: Figures, x: Array, target: float | None
+) -> chart.Figure:
     """Add a dot for each run with the metric, in the colour of its budget, and the target's
     star. x: of the runs, (n,); target: of the star."""
     rows = one.law.table[one.law.table[OUTCOME].notna()]
     y, shades = one.in_metric(one.metric), figures.shades
-    colours = [shades[float(b)] for b in rows["budget"]] if shades else [INK]
+    colours = [shades[float(b)] for b in rows["budget"]] if shades else [chart.INK]
     names = rows["name"].astype(str) if "name" in rows else [f"run {i}" for i in rows.index]
     texts = [
         f"{name}\nloss {loss:.5g}\nmetric {metric:.5g}"
         for name, loss, metric in zip(names, one.loss, y, strict=True)
     ]
-    figure.add(dots(x, y, colours, texts))
+    figure.add(chart.dots(x, y, colours, texts))
     if one.chained is not None and target is not None:
-        figure.add(star(target, one.chained.value, "target", one.chained.outer))
+        figure.add(chart.star(target, one.chained.value, "target", one.chained.outer))
     return figure
