@@ -24,17 +24,14 @@ from forescale.scaling.analysis.backtest import (
 from forescale.scaling.config import StudyJob
 from forescale.scaling.forecasting.predictor import ERRORS, FRONTIER, LINE, Predicted
 from forescale.scaling.records.tables import of_export
-from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
+from tests.trainer.scaling.iso_flop_runs import iso_flop_table
 
 BUDGETS = np.geomspace(1e18, 1e20, 5)
 QUICK = (LEVEL, LINE, LAST)  # the others fit laws
 
 
 def table(noise=0.003, budgets=BUDGETS):
-    """IsoFLOP runs of a law, as records."""
-    runs, c = iso_flop_runs(budgets, noise=noise)
-    sizes = {"parameters": runs.parameters, "tokens": runs.tokens}
-    return pd.DataFrame({**sizes, "flops": c, "budget": c, "loss": runs.loss})
+    return iso_flop_table(budgets, noise=noise)
 
 
 def judged(rows, methods=QUICK, **keys):

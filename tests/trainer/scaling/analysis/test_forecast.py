@@ -15,8 +15,8 @@ from forescale.scaling.analysis.forecast import GENESIS, read_forecasts, score, 
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
+from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_table
 
-TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 BUDGETS = (1e18, 1e19, 1e20, 1e21)
 
 
@@ -25,13 +25,7 @@ def loss_of(n, d):
 
 
 def table(noise=0.004):
-    rng, rows = np.random.default_rng(2), []
-    for c in BUDGETS:
-        for n in 0.1 * c**0.5 * np.geomspace(0.4, 2.5, 5):
-            d = c / (6 * n)
-            loss = loss_of(n, d) * np.exp(noise * rng.standard_normal())
-            rows.append({"parameters": n, "tokens": d, "flops": c, "budget": c, "loss": loss})
-    runs = pd.DataFrame(rows)
+    runs = iso_flop_table(BUDGETS, sizes=5, width=2.5, noise=noise, seed=2)
     return runs.assign(name=[f"cell-{i}" for i in runs.index])
 
 

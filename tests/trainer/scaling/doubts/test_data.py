@@ -6,15 +6,13 @@ import pytest
 
 from forescale.scaling.doubts.data import data_doubts
 from forescale.scaling.fitting.points import Points
-from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
+from tests.trainer.scaling.iso_flop_runs import iso_flop_table
 
 HALF = np.arange(42) % 2 == 0
 
 
-def table(noise=0.003, width=4.0):
-    p, c = iso_flop_runs(np.geomspace(1e18, 1e21, 6), sizes=7, width=width, noise=noise)
-    columns = {k: getattr(p, k) for k in ("parameters", "tokens", "flops", "loss")}
-    return pd.DataFrame(columns | {"budget": c})
+def table():
+    return iso_flop_table(np.geomspace(1e18, 1e21, 6), sizes=7, width=4.0, noise=0.003)
 
 
 def sentences_of(t, **options):

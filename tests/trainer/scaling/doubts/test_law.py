@@ -10,15 +10,13 @@ from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.isoflop import isoflop
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER
 from forescale.scaling.fitting.points import Points
-from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
+from tests.trainer.scaling.iso_flop_runs import iso_flop_table
 
 RNG = np.random.default_rng(0)
 
 
-def table(seed=0):
-    p, c = iso_flop_runs(np.geomspace(1e18, 1e21, 6), sizes=7, width=4.0, noise=0.003, seed=seed)
-    columns = {k: getattr(p, k) for k in ("parameters", "tokens", "flops", "loss")}
-    return pd.DataFrame(columns | {"budget": c})
+def table():
+    return iso_flop_table(np.geomspace(1e18, 1e21, 6), sizes=7, width=4.0, noise=0.003)
 
 
 def sentences_of(t, target=None, form=CHINCHILLA, has_parabolas=False, refits=200):
