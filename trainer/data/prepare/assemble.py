@@ -120,9 +120,7 @@ class AssembleJob:
     dtype: np.dtype
     member_tokens: int
 
-    def __call__(self, item: tuple[str, ShardPlan], tick: Tick) -> None:
-        """item: (split, shard)."""
-        split, shard = item
+    def __call__(self, split: str, shard: ShardPlan, tick: Tick) -> None:
         path = self.rows / shard.name
         if done := finished(path):
             with suppress(FileNotFoundError):

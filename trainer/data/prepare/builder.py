@@ -22,25 +22,28 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from forescale.data.dataset import ORIGINS
 from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.encode import EncodeJob, TokenRun
 from forescale.data.prepare.pool import Pool, Task
-from forescale.data.prepare.sample import TOKENIZER, BaselinesJob, SampleJob, texts
+from forescale.data.prepare.sample import TOKENIZER, compress_samples, sample_unit, texts
 from forescale.data.prepare.selection import (
     SPLITS,
     ChangedError,
-    HashJob,
     HashRun,
     NoTextError,
-    RangeJob,
     Selection,
     choose,
+    find_distinct,
+    hash_unit,
     range_edges,
 )
 from forescale.data.prepare.work import Work, build_once, expect_same, work_request
@@ -128,49 +131,6 @@ def build_dataset(
     return output
 
 
-class _Totals:
-    """Adds up the facts of the units' files, in source order."""
-
-    def __init__(self, sources: Sequence[str]):
-        self.splits = {s: dict.fromkeys(("documents", "tokens", "bytes"), 0) for s in SPLITS}
-        self.lengths: list[int] = [0] * 64
-        self.sources: list[dict[str, Any]] = [
-            {"name": name, "documents": 0, "bytes": 0, "tokens": 0, "read_bytes": 0}
-            for name in sources
-        ]
-        self.left_out = ReadingReport()
-
-    def add(self, unit: Unit, hashed: dict[str, Any], encoded: dict[str, Any]) -> None:
-        """Add the facts of a unit's files in hashes/ and in tokens/."""
-        source = self.sources[unit.source]
-        source["read_bytes"] += hashed["bytes"]
-        for name, split in encoded["splits"].items():
-            for key, count in split.items():
-                self.splits[name][key] += count
-                source[key] += count
-        self.lengths = [a + b for a, b in zip(self.lengths, encoded["lengths"], strict=True)]
-        for unit_facts in (hashed, encoded):
-            self.left_out.merge(ReadingReport(**unit_facts["report"]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the manifest's report.
-
-        lengths: number of documents with 2^i to 2^(i+1) - 1 tokens, including end of text; bytes of
-        duplicates: of their text.
-        """
-        longest = max((i for i, count in enumerate(self.lengths) if count), default=-1)
-        return {
-            "duplicates": {
-                "documents": self.left_out.counts.get("duplicate", 0),
-                "bytes": sum(s["read_bytes"] for s in self.sources)
-                - sum(split["bytes"] for split in self.splits.values()),
-            },
-            "lengths": self.lengths[: longest + 1],
-            "sources": self.sources,
-            "left_out": self.left_out.as_dict(),
-        }
-
-
 @dataclass
 class _Build:
     """One build: its phases in order; each leaves finished units in the work directory."""
@@ -189,25 +149,49 @@ class _Build:
         selection, sizes = self._select()
         bounds, total = selection.bounds, sum(unit.size for unit in units)
         if bounds.tokenizer or bounds.compared:
-            sample = SampleJob(self.source, selection, work.samples, config.tokenizer_bytes)
+            sample = partial(sample_unit, selection, work.samples, config.tokenizer_bytes)
             self._phase("sample", "bytes", total, self._each_unit(sample))
         raw = self.tokenizer or self._trained_tokenizer()
         vocabulary = vocabulary_of(raw, config.tokenizer, config.end_of_text)
-        encode = EncodeJob(self.source, selection, work.tokens, vocabulary, config.seed)
+        encode = EncodeJob(selection, work.tokens, vocabulary, config.seed)
         tasks = self._each_unit(encode, sizes)
         if bounds.compared:
-            compare = BaselinesJob(work.samples, len(units))
-            tasks.append(Task("compressors", compare, work.baselines, 1 << 60))
+            compare = partial(compress_samples, work.samples, len(units))
+            tasks.append(Task("compressors", compare, (work.baselines,), 1 << 60))
         self._phase("tokenise", "bytes", sum(sizes), tasks)
         rows, entries = self._assemble(vocabulary)
-        totals, corpus = _Totals(self.source.sources), hashlib.sha256()
+        splits: dict[str, Any] = {
+            name: {"documents": 0, "tokens": 0, "bytes": 0, "shards": rows[name]} for name in SPLITS
+        }
+        columns = ("documents", "bytes", "tokens", "read_bytes")
+        sources = [dict.fromkeys(columns, 0) for _ in self.source.sources]
+        lengths, left_out, corpus = np.zeros(64, np.int64), ReadingReport(), hashlib.sha256()
         both = (self._facts(work.hashes), self._facts(work.tokens))
         for unit, hashed, encoded in zip(units, *both, strict=True):
-            totals.add(unit, hashed, encoded)
+            source = sources[unit.source]
+            source["read_bytes"] += hashed["bytes"]
+            for name, split in encoded["splits"].items():
+                for key, count in split.items():
+                    splits[name][key] += count
+                    source[key] += count
+            lengths += encoded["lengths"]  # documents of 2^i tokens and more, with end of text
+            for unit_facts in (hashed, encoded):
+                left_out.merge(ReadingReport(**unit_facts["report"]))
             corpus.update(encoded["digest"].encode())
-        splits = {s: {**totals.splits[s], "shards": rows[s]} for s in SPLITS}
+        read_bytes = sum(source["read_bytes"] for source in sources)
+        duplicates = {
+            "documents": left_out.counts.get("duplicate", 0),
+            "bytes": read_bytes - sum(split["bytes"] for split in splits.values()),
+        }
+        named = zip(self.source.sources, sources, strict=True)
+        report = {
+            "duplicates": duplicates,
+            "lengths": np.trim_zeros(lengths, "b").tolist(),
+            "sources": [{"name": name, **source} for name, source in named],
+            "left_out": left_out.as_dict(),
+        }
         compared = (facts(work.baselines) or None) if bounds.compared else None
-        digest, report = corpus.hexdigest(), totals.as_dict()
+        digest = corpus.hexdigest()
         write_manifest(
             work.stage, entries, vocabulary, splits, digest, self.request, report, compared
         )
@@ -228,7 +212,7 @@ class _Build:
     def _select(self) -> tuple[Selection, list[int]]:
         """Return the selected documents, and the size in bytes of every unit."""
         work, total = self.work, sum(unit.size for unit in self.units)
-        tasks = self._each_unit(HashJob(self.source, work.hashes))
+        tasks = self._each_unit(partial(hash_unit, self.source, work.hashes))
         self._phase("read and hash", "bytes", total, tasks)
         left_out, runs, sizes = ReadingReport(), [], []
         for unit in self._facts(work.hashes):
@@ -241,7 +225,7 @@ class _Build:
             raise NoTextError("the source", "has no usable document", todo)
         count = sum(run.distinct for unit in runs for run in unit)
         edges = range_edges(count)
-        job = RangeJob(work.hashes, work.ranges, runs)
+        job = partial(find_distinct, work.hashes, work.ranges, runs)
         tasks = [
             Task(f"hashes, range {i + 1} of {len(edges) - 1}", job, (i, low, high))
             for i, (low, high) in enumerate(pairwise(edges))
@@ -250,7 +234,8 @@ class _Build:
         ranges = [work.ranges / f"{i:04d}" for i in range(len(tasks))]
         sampled = self.config.tokenizer_bytes if self.tokenizer is None else 0
         bounds = choose(ranges, self.config.validation, sampled)
-        return Selection(work.hashes, ranges, bounds, self.config.validation), sizes
+        selection = Selection(self.source, work.hashes, ranges, bounds, self.config.validation)
+        return selection, sizes
 
     def _trained_tokenizer(self) -> bytes:
         path, done = self.work.tokenizer, 0

@@ -28,7 +28,7 @@ from forescale.data.order import mix64
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
 from forescale.data.prepare.selection import SPLITS, VALIDATION, Part, Selection
-from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, pieces
+from forescale.data.text.documents import ReadingReport, Unit, pieces
 from forescale.data.text.opening import bare
 from forescale.data.tokenizer import Vocabulary, token_bytes
 
@@ -76,15 +76,13 @@ def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
 class EncodeJob:
     """Encode a unit. seed: of the shuffle."""
 
-    source: DocumentSource
     selection: Selection
     directory: Path
     vocabulary: Vocabulary
     seed: int
 
-    def __call__(self, item: tuple[int, Unit, int], tick: Tick) -> None:
-        """item: (number of the unit, unit, bytes of its documents)."""
-        number, unit, size = item
+    def __call__(self, number: int, unit: Unit, size: int, tick: Tick) -> None:
+        """size: bytes of the unit's documents."""
         path = self.directory / f"{number:06d}"
         if done := finished(path):
             tick(size, sum(split["tokens"] for split in done["splits"].values()))
@@ -94,7 +92,7 @@ class EncodeJob:
         report, digest, runs, left = ReadingReport(), hashlib.sha256(), list[TokenRun](), size
         with UnitWriter(path) as out:
             pending = _Pending(out, self.seed)
-            for part, ids in self._encoded(self.selection.parts(self.source, number, unit, report)):
+            for part, ids in self._encoded(self.selection.parts(number, unit, report)):
                 if int(self._sizes[ids[:-1]].sum()) - len(part.text) not in (0, self._before):
                     report.add(NOT_LOSSLESS, part.name)
                 counts = {"documents": 1, "tokens": len(ids), "bytes": len(part.text)}

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from forescale.ground.errors import UserError
 
 Tick = Callable[[int, int], None]  # called with amounts done since the last call: bytes, tokens
-Job = Callable[[Any, Tick], None]  # picklable; writes its results to files
+Job = Callable[..., None]  # picklable; writes its results to files
 
 _EVERY = 0.1  # seconds between reports of a worker
 _BOOT = "from forescale.data.prepare.pool import serve; serve({fd})"
@@ -34,11 +34,11 @@ _ENVIRONMENT = {_PARALLEL: "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREAD
 
 
 class Task(NamedTuple):
-    """One call `job(item, tick)`; `label` is for messages; those with more weight start first."""
+    """One call `job(*item, tick)`; `label` is for messages; those with more weight start first."""
 
     label: str
     job: Job
-    item: Any
+    item: tuple[Any, ...]
     weight: int = 0
 
 
@@ -83,7 +83,7 @@ class Pool:
             os.environ[_PARALLEL] = "false"
             try:
                 for task in tasks:
-                    task.job(task.item, tick)
+                    task.job(*task.item, tick)
             finally:
                 os.environ[_PARALLEL] = before
             return
@@ -179,7 +179,7 @@ def serve(fd: int) -> None:
         assert job is not None
         try:
             reports = _Reports(pipe)
-            job(value, reports)
+            job(*value, reports)
             reports.send()
             pipe.send(None)
         except BaseException as e:

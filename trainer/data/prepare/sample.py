@@ -12,7 +12,6 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
 from forescale.data.prepare.selection import HashRun, Selection
-from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, cut
+from forescale.data.text.documents import ReadingReport, Unit, cut
 
 TOKENIZER, BEFORE, HELD_OUT = 1, 2, 4  # purposes of a text: bits of a flag
 # -9e isn't always smaller; the window of both (64 MiB) covers sample and held-out text.
@@ -33,50 +32,38 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class SampleJob:
+def sample_unit(
+    selection: Selection, directory: Path, limit: int, number: int, unit: Unit, tick: Tick
+) -> None:
     """Collect a unit's texts that the selection wants. A unit without any isn't read and has no
-    file.
-
-    limit: maximum bytes of one document in the tokenizer's sample.
-    """
-
-    source: DocumentSource
-    selection: Selection
-    directory: Path
-    limit: int
-
-    def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
-        number, unit = item
-        path, bounds = self.directory / f"{number:06d}", self.selection.bounds
-        start, end = (
-            0 if bounds.compared else bounds.held_out,
-            max(bounds.tokenizer, bounds.compared),
+    file. limit: maximum bytes of one document in the tokenizer's sample."""
+    path, bounds = directory / f"{number:06d}", selection.bounds
+    start = 0 if bounds.compared else bounds.held_out
+    end = max(bounds.tokenizer, bounds.compared)
+    with UnitFile(selection.hashes / f"{number:06d}") as file:
+        is_sampled = bounds.is_single or any(
+            file.search(run.offset, run.distinct, start)
+            < file.search(run.offset, run.distinct, end)
+            for run in map(HashRun._make, file.facts["runs"])
         )
-        with UnitFile(self.selection.hashes / f"{number:06d}") as file:
-            is_sampled = bounds.is_single or any(
-                file.search(run.offset, run.distinct, start)
-                < file.search(run.offset, run.distinct, end)
-                for run in map(HashRun._make, file.facts["runs"])
-            )
-        if is_sampled and not finished(path):
-            with UnitWriter(path) as out:
-                sizes, flags = [], []
-                for part in self.selection.parts(self.source, number, unit, ReadingReport()):
-                    flag = TOKENIZER * (part.key < bounds.tokenizer)
-                    flag += BEFORE * (part.key < bounds.compared)
-                    if part.split != "train":
-                        flag = HELD_OUT if bounds.compared else 0
-                    if flag:
-                        text = part.text
-                        if flag == TOKENIZER:
-                            text = text[: cut(text, 0, self.limit)]
-                        out.add(text)
-                        sizes.append(len(text))
-                        flags.append(flag)
-                columns = (np.array(sizes, "<u8"), np.array(flags, "<u8"))
-                out.finish({"texts": len(sizes), "offsets": [out.add(c) for c in columns]})
-        tick(unit.size, 0)
+    if is_sampled and not finished(path):
+        with UnitWriter(path) as out:
+            sizes, flags = [], []
+            for part in selection.parts(number, unit, ReadingReport()):
+                flag = TOKENIZER * (part.key < bounds.tokenizer)
+                flag += BEFORE * (part.key < bounds.compared)
+                if part.split != "train":
+                    flag = HELD_OUT if bounds.compared else 0
+                if flag:
+                    text = part.text
+                    if flag == TOKENIZER:
+                        text = text[: cut(text, 0, limit)]
+                    out.add(text)
+                    sizes.append(len(text))
+                    flags.append(flag)
+            columns = (np.array(sizes, "<u8"), np.array(flags, "<u8"))
+            out.finish({"texts": len(sizes), "offsets": [out.add(c) for c in columns]})
+    tick(unit.size, 0)
 
 
 def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
@@ -94,21 +81,15 @@ def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
                 at += size
 
 
-@dataclass(frozen=True)
-class BaselinesJob:
-    """Compress the held-out text; the item is the file for the sizes."""
-
-    directory: Path
-    units: int
-
-    def __call__(self, item: Path, tick: Tick) -> None:
-        if finished(item):
-            return
-        held_out = list(texts(self.directory, self.units, HELD_OUT))
-        before = list(texts(self.directory, self.units, BEFORE))
-        with UnitWriter(item) as out:
-            # Nothing is held out of a single document that is too short to be cut.
-            out.finish(compress(held_out, before) if held_out else {})
+def compress_samples(directory: Path, units: int, path: Path, tick: Tick) -> None:
+    """Compress the held-out text; `path` is the file for the sizes."""
+    if finished(path):
+        return
+    held_out = list(texts(directory, units, HELD_OUT))
+    before = list(texts(directory, units, BEFORE))
+    with UnitWriter(path) as out:
+        # Nothing is held out of a single document that is too short to be cut.
+        out.finish(compress(held_out, before) if held_out else {})
 
 
 def compress(held_out: list[bytes], sample: list[bytes]) -> dict[str, Any]:

@@ -77,44 +77,37 @@ class HashRun(NamedTuple):
         return file.column(self.offset + 8 * place * self.distinct, length - start, "<u8", start)
 
 
-@dataclass(frozen=True)
-class HashJob:
+def hash_unit(source: DocumentSource, directory: Path, number: int, unit: Unit, tick: Tick) -> None:
     """Hash the documents of a unit."""
-
-    source: DocumentSource
-    directory: Path
-
-    def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
-        number, unit = item
-        if finished(path := self.directory / f"{number:06d}"):
-            tick(unit.size, 0)
-            return
-        report, runs = ReadingReport(), []
-        first, size, left = 0, 0, unit.size
-        documents = self.source.read(unit, report)
-        with UnitWriter(path) as out:
-            while True:
-                rows: list[tuple[int, ...]] = []
-                for document in islice(documents, _RUN):
-                    text, index = document.text, first + len(rows)
-                    digest = xxhash.xxh3_64_intdigest(text)
-                    rows.append((*document_hash(text), index, len(text), digest))
-                    # At most `left`: a compressed unit holds more bytes than its size.
-                    step = min(left, len(text))
-                    left -= step
-                    tick(step, 0)
-                if not rows:
-                    break
-                key, low, place, sizes, raw = map(np.ascontiguousarray, np.array(rows, "<u8").T)
-                order = np.lexsort((low, key))  # stable: equal hashes keep their order
-                order = order[is_first(key[order], low[order])]
-                columns = (key[order], low[order], place[order], sizes[order], raw)
-                offset, *_ = [out.add(column) for column in columns]
-                runs.append(HashRun(offset, first, len(rows), len(order)))
-                first += len(rows)
-                size += int(sizes.sum())
-            tick(left, 0)
-            out.finish({"documents": first, "bytes": size, "runs": runs, "report": asdict(report)})
+    if finished(path := directory / f"{number:06d}"):
+        tick(unit.size, 0)
+        return
+    report, runs = ReadingReport(), []
+    first, size, left = 0, 0, unit.size
+    documents = source.read(unit, report)
+    with UnitWriter(path) as out:
+        while True:
+            rows: list[tuple[int, ...]] = []
+            for document in islice(documents, _RUN):
+                text, index = document.text, first + len(rows)
+                digest = xxhash.xxh3_64_intdigest(text)
+                rows.append((*document_hash(text), index, len(text), digest))
+                # At most `left`: a compressed unit holds more bytes than its size.
+                step = min(left, len(text))
+                left -= step
+                tick(step, 0)
+            if not rows:
+                break
+            key, low, place, sizes, raw = map(np.ascontiguousarray, np.array(rows, "<u8").T)
+            order = np.lexsort((low, key))  # stable: equal hashes keep their order
+            order = order[is_first(key[order], low[order])]
+            columns = (key[order], low[order], place[order], sizes[order], raw)
+            offset, *_ = [out.add(column) for column in columns]
+            runs.append(HashRun(offset, first, len(rows), len(order)))
+            first += len(rows)
+            size += int(sizes.sum())
+        tick(left, 0)
+        out.finish({"documents": first, "bytes": size, "runs": runs, "report": asdict(report)})
 
 
 def is_first(key: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -130,41 +123,41 @@ def range_edges(documents: int, per_range: int = _RANGE) -> list[int]:
     return [(i << 64) // count for i in range(count + 1)]
 
 
-@dataclass(frozen=True)
-class RangeJob:
-    """Find the distinct documents in a range of hashes."""
-
-    hashes: Path
-    directory: Path
-    runs: list[list[HashRun]]  # of every unit
-
-    def __call__(self, item: tuple[int, int, int], tick: Tick) -> None:
-        """item: (number of the range, first key, exclusive end)."""
-        number, low, high = item
-        if done := finished(path := self.directory / f"{number:04d}"):
-            tick(done["hashes"], 0)
-            return
-        parts = [np.empty((5, 0), np.uint64)]  # key, rest of the hash, document, size, unit
-        for number_of_unit, runs in enumerate(self.runs):
-            with UnitFile(self.hashes / f"{number_of_unit:06d}") as file:
-                for run in runs:
-                    start = file.search(run.offset, run.distinct, low)
-                    stop = file.search(run.offset, run.distinct, high)
-                    if start < stop:
-                        names = ("key", "low", "document", "size")
-                        columns = [run.column(file, name, start, stop) for name in names]
-                        units = np.full(stop - start, number_of_unit, np.uint64)
-                        parts.append(np.stack([*columns, units]))
-        key, rest, document, size, unit = np.concatenate(parts, axis=1)
-        order = np.lexsort((rest, key))  # stable, so that source order decides among equals
-        unique = is_first(key[order], rest[order])
-        first, dropped = order[unique], np.sort(order[~unique])  # columns are in source order
-        starts = np.searchsorted(unit[dropped], np.arange(len(self.runs) + 1))
-        with UnitWriter(path) as out:
-            results = (key[first], size[first], starts.astype("<u8"), document[dropped])
-            offsets = [out.add(column) for column in results]
-            out.finish({"hashes": len(key), "kept": len(first), "offsets": offsets})
-        tick(len(key), 0)
+def find_distinct(
+    hashes: Path,
+    directory: Path,
+    units: list[list[HashRun]],
+    number: int,
+    low: int,
+    high: int,
+    tick: Tick,
+) -> None:
+    """Find the distinct documents with keys in [low, high), the range of this number. units: the
+    runs of each."""
+    if done := finished(path := directory / f"{number:04d}"):
+        tick(done["hashes"], 0)
+        return
+    parts = [np.empty((5, 0), np.uint64)]  # key, rest of the hash, document, size, unit
+    for number_of_unit, runs in enumerate(units):
+        with UnitFile(hashes / f"{number_of_unit:06d}") as file:
+            for run in runs:
+                start = file.search(run.offset, run.distinct, low)
+                stop = file.search(run.offset, run.distinct, high)
+                if start < stop:
+                    names = ("key", "low", "document", "size")
+                    columns = [run.column(file, name, start, stop) for name in names]
+                    columns.append(np.full(stop - start, number_of_unit, np.uint64))
+                    parts.append(np.stack(columns))
+    key, rest, document, size, unit = np.concatenate(parts, axis=1)
+    order = np.lexsort((rest, key))  # stable, so that source order decides among equals
+    unique = is_first(key[order], rest[order])
+    first, dropped = order[unique], np.sort(order[~unique])  # columns are in source order
+    starts = np.searchsorted(unit[dropped], np.arange(len(units) + 1))
+    with UnitWriter(path) as out:
+        results = (key[first], size[first], starts.astype("<u8"), document[dropped])
+        offsets = [out.add(column) for column in results]
+        out.finish({"hashes": len(key), "kept": len(first), "offsets": offsets})
+    tick(len(key), 0)
 
 
 def unique_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -210,19 +203,18 @@ class Part(NamedTuple):
 class Selection:
     """The selected documents, picklable: paths of hashes and ranges, and the bounds on keys."""
 
+    source: DocumentSource
     hashes: Path
     ranges: Sequence[Path]
     bounds: Bounds
     validation: float
 
-    def parts(
-        self, source: DocumentSource, number: int, unit: Unit, report: ReadingReport
-    ) -> Iterator[Part]:
+    def parts(self, number: int, unit: Unit, report: ReadingReport) -> Iterator[Part]:
         """Yield a unit's selected documents, in order. Duplicates are added to the report.
 
         Raises ChangedError if a document isn't the one that was hashed.
         """
-        documents = source.read(unit, ReadingReport())
+        documents = self.source.read(unit, ReadingReport())
         with UnitFile(self.hashes / f"{number:06d}") as file:
             dropped = np.concatenate([self._dropped(path, number) for path in self.ranges])
             for run in map(HashRun._make, file.facts["runs"]):

@@ -16,10 +16,10 @@ from forescale.data.prepare.builder import build_dataset
 from forescale.data.prepare.columns import facts
 from forescale.data.prepare.selection import (
     Bounds,
-    HashJob,
     HashRun,
-    RangeJob,
     Selection,
+    find_distinct,
+    hash_unit,
     normalised,
     range_edges,
 )
@@ -69,14 +69,17 @@ def deduplicated(source: Texts, work: Path, per_range: int) -> tuple[list[str], 
     ranges.mkdir()
     units = source.units()
     for item in reversed(list(enumerate(units))):  # in another order
-        HashJob(source, hashes)(item, lambda size, tokens: None)
+        hash_unit(source, hashes, *item, lambda size, tokens: None)
     runs = [[HashRun(*r) for r in facts(hashes / f"{n:06d}")["runs"]] for n in range(len(units))]
     edges = range_edges(sum(run.distinct for unit in runs for run in unit), per_range)
     for number, (low, high) in enumerate(pairwise(edges)):
-        RangeJob(hashes, ranges, runs)((number, low, high), lambda size, tokens: None)
+        find_distinct(hashes, ranges, runs, number, low, high, lambda size, tokens: None)
     paths = [ranges / f"{number:04d}" for number in range(len(edges) - 1)]
-    selection, report = Selection(hashes, paths, Bounds(0, 0, 0, False), 0.0), ReadingReport()
-    parts = [part for item in enumerate(units) for part in selection.parts(source, *item, report)]
+    selection, report = (
+        Selection(source, hashes, paths, Bounds(0, 0, 0, False), 0.0),
+        ReadingReport(),
+    )
+    parts = [part for item in enumerate(units) for part in selection.parts(*item, report)]
     sizes = np.concatenate([module.unique_of(path)[1] for path in paths])
     assert sizes.sum() == sum(len(part.text) for part in parts)
     return [part.name for part in parts], report.listed.get("duplicate", [])
