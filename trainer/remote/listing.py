@@ -72,12 +72,7 @@ class _Stream(io.RawIOBase):
         self._origin, self._patience = origin, patience
         self._at, self._jumped = 0, False
         self._left = memoryview(b"")  # received but not read yet
-        self._pieces: Iterator[bytes] = iter(())
         self._restart()
-
-    @property
-    def name(self) -> str:
-        return self._origin.where
 
     def readable(self) -> bool:
         return True
@@ -106,7 +101,7 @@ class _Stream(io.RawIOBase):
         if whence == io.SEEK_END:
             if self._origin.size is None:
                 problem = "its server doesn't report the file size"
-                raise UserError(self.name, problem, "copy it to a local disk")
+                raise UserError(self._origin.where, problem, "copy it to a local disk")
             offset += self._origin.size
         elif whence == io.SEEK_CUR:
             offset += self._at
@@ -116,13 +111,6 @@ class _Stream(io.RawIOBase):
             self._at, self._jumped, self._left = offset, True, memoryview(b"")
             self._restart()
         return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def close(self) -> None:
-        self._pieces, self._left = iter(()), memoryview(b"")
-        super().close()
 
     def _restart(self) -> None:
         """Continue from the current position: all the rest, or one window after a seek.

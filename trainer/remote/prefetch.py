@@ -9,6 +9,7 @@ are being fetched.
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future
 
 from forescale.ground.errors import UserError
 from forescale.remote.cache import BlockCache
@@ -28,7 +29,8 @@ class RemoteBlocks:
         self._cache, self._patience = cache, patience
         self._ahead = min(_AHEAD, cache.limit // (_SHARE * BLOCK))
         self._lock = threading.Lock()
-        self._flights: dict[str, _Flight] = {}
+        # Blocks that a thread is fetching, for which others wait; whether they are prefetched.
+        self._flights: dict[str, tuple[Future[bytearray], bool]] = {}
         self._hints: OrderedDict[str, tuple[Origin, int]] = OrderedDict()
         self._unread: set[str] = set()  # prefetched or being prefetched
         self._threads = 0
@@ -94,40 +96,31 @@ class RemoteBlocks:
         """Return all bytes of a block that isn't in the cache."""
         while True:
             with self._lock:
-                other = self._flights.get(name)
-                if other is None:
-                    mine = self._flights[name] = _Flight(ahead)
+                if (other := self._flights.get(name)) is None:
+                    flight: Future[bytearray] = Future()
+                    self._flights[name] = flight, ahead
                     break
-            other.done.wait()
-            if other.data is not None:
-                return other.data
-            if isinstance(other.error, UserError) and not other.ahead:
-                raise other.error
+            error = other[0].exception()  # waits
+            if error is None:
+                return other[0].result()
+            if isinstance(error, UserError) and not other[1]:
+                raise error
         start, length = number * BLOCK, _length(origin, number)
+
+        def fetched() -> bytearray:
+            return fetch(origin, start, start + length, self._patience)
+
         try:
-            mine.data = self._cache.fill(
-                name,
-                length,
-                lambda: fetch(origin, start, start + length, self._patience),
-                2 * self._patience.seconds,
-            )
-            return mine.data
+            data = self._cache.fill(name, length, fetched, 2 * self._patience.seconds)
         except BaseException as e:
-            mine.error = e
-            raise
-        finally:
             with self._lock:
                 del self._flights[name]
-            mine.done.set()
-
-
-class _Flight:
-    """A block that one thread is fetching; others wait for it."""
-
-    def __init__(self, ahead: bool):
-        self.ahead, self.done = ahead, threading.Event()
-        self.data: bytearray | None = None
-        self.error: BaseException | None = None
+            flight.set_exception(e)
+            raise
+        with self._lock:
+            del self._flights[name]
+        flight.set_result(data)
+        return data
 
 
 def _length(origin: Origin, number: int) -> int:
