@@ -18,8 +18,7 @@ from typing import TypeVar
 
 from forescale.ground.errors import Transient, UserError, masked, retried, storage_error
 from forescale.remote.buckets import FsspecOrigin
-from forescale.remote.cache import BlockCache
-from forescale.remote.prefetch import BLOCK, RemoteBlocks
+from forescale.remote.cache import BLOCK, BlockCache, RemoteBlocks
 from forescale.remote.transfer import (
     PATIENCE,
     Missing,

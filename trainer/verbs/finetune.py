@@ -18,8 +18,12 @@ from forescale.config.job import Problems, overrides_of
 from forescale.config.schema import ConfigError, Problem, key, plain
 from forescale.config.target import remember
 from forescale.config.train import TrainJob
-from forescale.data.conversations.examples import has_preferences
-from forescale.data.conversations.prepare import Request, faults_sentence, prepare_conversations
+from forescale.data.conversations.prepare import (
+    Request,
+    faults_sentence,
+    has_preferences,
+    prepare_conversations,
+)
 from forescale.data.dataset import Dataset
 from forescale.ground.console import progress_display
 from forescale.ground.errors import DONE, UserError

@@ -22,7 +22,7 @@ class Blocks:
         return random.Random(number).randbytes(self.length)
 
     def get(self, number: int, skip: int = 0, stop: int | None = None) -> bytes:
-        """Read a block like forescale.remote.prefetch does."""
+        """Read a block like forescale.remote.cache does."""
         name = f"{FILE}-{number}"
         data = bytearray((self.length if stop is None else stop) - skip)
         if self.cache.read(name, self.length, skip, memoryview(data)):

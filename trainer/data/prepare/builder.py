@@ -3,8 +3,8 @@
     read and hash      units -> hashes                         (forescale.data.prepare.selection)
     find duplicates    ranges of hashes over all units -> selection, bounds of the splits
     sample             units -> text for the tokenizer and the compressors (sample)
-    tokenise           units -> tokens, sorted by shuffle key (encode)
-    write shards       ranges of the shuffle over all units -> tars, manifest (assemble)
+    tokenise           units -> tokens, sorted by shuffle key      (tokens)
+    write shards       ranges of the shuffle over all units -> tars, manifest (tokens)
 
 Invariant: the same documents and BuildConfig give the same bytes, independent of the number of
 workers and of earlier interrupted attempts; and the output is either complete or doesn't exist.
@@ -30,9 +30,7 @@ from typing import Any
 import numpy as np
 
 from forescale.data.dataset import ORIGINS
-from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
-from forescale.data.prepare.encode import EncodeJob, TokenRun
 from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.sample import TOKENIZER, compress_samples, sample_unit, texts
 from forescale.data.prepare.selection import (
@@ -46,6 +44,7 @@ from forescale.data.prepare.selection import (
     hash_unit,
     range_edges,
 )
+from forescale.data.prepare.tokens import AssembleJob, EncodeJob, TokenRun, origins, plan_shards
 from forescale.data.prepare.work import Work, build_once, expect_same, work_request
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit

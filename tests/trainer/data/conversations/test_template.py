@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from forescale.data.conversations.examples import Reader
+from forescale.data.conversations.prepare import Reader
 from forescale.data.conversations.template import PLAIN, ChatTemplate, Piece, Unfit, chat_ids
 from forescale.data.text.documents import ReadingReport
 from forescale.data.tokenizer import END_OF_TEXT, train_bpe

@@ -15,7 +15,6 @@ import pytest
 
 from forescale.data.check import check
 from forescale.data.dataset import Dataset
-from forescale.data.prepare import assemble, encode
 from forescale.data.prepare.builder import build_dataset
 from forescale.data.text.documents import Policy, cut, pieces
 from forescale.data.text.files import Files
@@ -76,10 +75,10 @@ def test_hash_seeds_and_threads_do_not_change_the_bytes(texts, dataset, tmp_path
 
 
 def test_the_bytes_are_the_same_for_any_memory_use(texts, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_RUN", 300)
-    monkeypatch.setattr(encode, "_BATCH", 100)
-    monkeypatch.setattr(assemble, "_GATHERED", 200)
-    monkeypatch.setattr(assemble, "_ROWS", 3)
+    monkeypatch.setattr("forescale.data.prepare.tokens._RUN", 300)
+    monkeypatch.setattr("forescale.data.prepare.tokens._BATCH", 100)
+    monkeypatch.setattr("forescale.data.prepare.tokens._GATHERED", 200)
+    monkeypatch.setattr("forescale.data.prepare.tokens._ROWS", 3)
     assert digest(build_dataset(Texts(texts), tmp_path / "d", SMALL)) == digest(dataset)
 
 

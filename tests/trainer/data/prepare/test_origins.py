@@ -8,7 +8,7 @@ import pytest
 from forescale.data.check import check
 from forescale.data.dataset import ORIGINS, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
-from forescale.data.prepare.encode import kind_of
+from forescale.data.prepare.tokens import kind_of
 from forescale.data.text.files import Files
 from forescale.ground.storage import read_table, write_table
 from tests.trainer.data.prepare.test_builder import texts_of
