@@ -17,7 +17,7 @@ from tests.preferences import make_preferences
 from tests.questions import make_conversations
 from tests.reversed_words import NO_PAIRS, make_pairs
 from tests.trainer.data.objectives import test_pairs, test_preferences, test_responses
-from tests.trainer.data.test_packed import packed_feed
+from tests.trainer.data.test_bins import packed_feed
 from tests.trainer.data.test_stream import collect, make_feed
 
 SPANS = Spans(257, 3, 64)

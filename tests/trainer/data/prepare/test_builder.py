@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from forescale.data.check import check
-from forescale.data.dataset import Dataset
-from forescale.data.prepare.builder import build_dataset
+from forescale.data.dataset import ORIGINS, Dataset
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.prepare.tokens import kind_of
 from forescale.data.text.documents import Policy, cut, pieces
 from forescale.data.text.files import Files
 from forescale.ground.errors import UserError
+from forescale.ground.storage import read_table, write_table
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
 
@@ -301,3 +303,60 @@ def test_a_finished_dataset_is_used_in_a_read_only_folder(texts, dataset, tmp_pa
     shutil.copytree(dataset, shared / "d")
     assert build_dataset(Texts(texts), shared / "d", SMALL) == shared / "d"
     assert [p.name for p in shared.iterdir()] == ["d"]  # no lock file was written
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("src/a/b.PY", ".py"),
+        ("books/x.txt.gz", ".txt"),
+        ("web/part-7.jsonl@20480", ".jsonl"),
+        ("web/part-7.parquet:12", ".parquet"),
+        ("src/Makefile", ""),
+        ("src.d/Makefile", ""),
+        ("src/.gitignore", ""),
+        ("src/a file. With words", ""),
+    ],
+)
+def test_the_kind_of_a_document_is_the_suffix_of_its_file(name, kind):
+    assert kind_of(name) == kind
+
+
+@pytest.fixture
+def with_origins(tmp_path):
+    """A dataset of two folders, whose texts say where they come from."""
+    for folder, suffix, count in (("one", ".py", 40), ("one", ".md", 30), ("two", ".md", 30)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for i in range(count):
+            (tmp_path / folder / f"{i}{suffix}").write_text(f"{folder} {suffix} {i}\n" * 5)
+    config = BuildConfig(tokenizer="bytes", validation=0.4, shard_tokens=1000, member_tokens=300)
+    source = Files([tmp_path / "one", tmp_path / "two"])
+    return build_dataset(source, tmp_path / "data", config)
+
+
+def test_each_held_out_document_has_its_input_and_its_kind(with_origins):
+    dataset = Dataset(with_origins)
+    origins, texts = dataset.origins, texts_of(with_origins, "validation")
+    assert len(dataset.split("validation").shard_tokens) > 1
+    assert len(texts) == len(origins["source"]) == len(origins["kind"]) > 20
+    for text, source, kind in zip(texts, origins["source"], origins["kind"], strict=True):
+        assert text.split(" ")[:2] == [origins["sources"][source], origins["kinds"][kind]]
+    assert len(np.unique(origins["source"])) == len(np.unique(origins["kind"])) == 2
+    assert check(with_origins) == []
+
+
+def test_it_is_no_part_of_the_identity_and_need_not_be_there(with_origins):
+    identity, table = Dataset(with_origins).identity, read_table(with_origins)
+    del table[ORIGINS]
+    (with_origins / ORIGINS).unlink()
+    write_table(with_origins, table)
+    assert Dataset(with_origins).identity == identity
+    assert Dataset(with_origins).origins is None
+    assert check(with_origins) == []
+
+
+def test_a_changed_file_is_a_fault(with_origins):
+    origins = json.loads((with_origins / ORIGINS).read_text())
+    origins["kind"][0] = 1 - origins["kind"][0]
+    (with_origins / ORIGINS).write_text(json.dumps(origins))
+    assert any(ORIGINS in fault for fault in check(with_origins))
