@@ -344,7 +344,8 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
     attempt = run.new_attempt()
     attempt.start_from(Parent(0), run)
     snapshot = Snapshot(Position(1, 8, 64), fragments(0), {"optimizer_steps": {"all": 1}}, {})
-    path = write(run, attempt.number, snapshot, Simulated(world, others, main)).path
+    write(run, attempt.number, snapshot, Simulated(world, others, main))
+    path = run.checkpoint_path(1)
     state, table = ((path / file).stat().st_size for file in (STATE, TABLE))
     yield f"said, {kind}", main.seconds, main.bytes
     yield f"commit, {kind}", others.between[-1], state

@@ -155,7 +155,8 @@ def saver(run, attempt, engine, **options):
 def write_checkpoint(run, attempt, position, engine):
     """Write and publish a checkpoint at once; every rank calls it. Returns its path."""
     snapshot = Snapshot.of(engine, position, {})
-    return write(run, attempt, snapshot, engine.world).path
+    write(run, attempt, snapshot, engine.world)
+    return run.checkpoint_path(position.step)
 
 
 def save(saver, engine, step):

@@ -63,8 +63,19 @@ def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -
     Raises UserError if the run doesn't have them.
     """
     if steps:
-        return _existing(run, steps)
-    known = [step for step in run.checkpoint_steps() if _is_of_history(run, step)]
+        known = run.checkpoint_steps()
+        for step in steps:
+            if step not in known:
+                problem, todo = "no such checkpoint", f"choose of these steps: {_listed(known)}"
+                raise UserError(str(run.checkpoint_path(step)), problem, todo)
+        if len(set(steps)) < len(steps):
+            raise UserError("steps", f"{_listed(steps)} has a step twice", "name each once")
+        return sorted(steps)
+    known = []
+    for step in run.checkpoint_steps():  # without those before which a later attempt started
+        checkpoint = open_readable(run.checkpoint_path(step))  # a damaged one is reported later
+        if checkpoint is None or run.is_eligible(checkpoint.attempt, step):
+            known.append(step)
     chosen = known[-(last or MOST) :]
     todo_more = "keep more with checkpoint.keep"
     if not chosen:
@@ -79,23 +90,6 @@ def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -
             str(run.path), problem, f"{todo_more}, or write last=1 for its weights alone"
         )
     return chosen
-
-
-def _existing(run: Run, steps: Sequence[int]) -> list[int]:
-    known = run.checkpoint_steps()
-    for step in steps:
-        if step not in known:
-            problem, todo = "no such checkpoint", f"choose of these steps: {_listed(known)}"
-            raise UserError(str(run.checkpoint_path(step)), problem, todo)
-    if len(set(steps)) < len(steps):
-        raise UserError("steps", f"{_listed(steps)} has a step twice", "name each once")
-    return sorted(steps)
-
-
-def _is_of_history(run: Run, step: int) -> bool:
-    """True unless a later attempt started before a checkpoint. A damaged one is reported later."""
-    checkpoint = open_readable(run.checkpoint_path(step))
-    return checkpoint is None or run.is_eligible(checkpoint.attempt, step)
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -123,9 +117,21 @@ def average(origin: Run, steps: Sequence[int], run: Run, progress: Progress = si
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))
         write_file(new.tokenizer, tokenizer)
-        _keep(origin, new)
+        for name in ("chat", "references", "imported"):  # the other files that verbs read
+            old = getattr(origin, name)
+            if old.is_file():
+                read_json(old)  # raises UserError if it was changed
+                write_file(getattr(new, name), old.read_bytes())
         write_checked_json(new.averaged, source)
-        write_checked_json(new.identity, _identity(origin, averaged, tokenizer))
+        identity = {
+            "name": run.name,
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+            "dataset": read_json(origin.identity)["dataset"],
+            "versions": versions(),
+            **code_and_id(),
+            "parameters": numbers,
+        }
+        write_checked_json(new.identity, identity)
         write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
     meter.end()
     return averaged
@@ -193,50 +199,15 @@ def _still_there(checkpoint: Checkpoint) -> Iterator[None]:
         raise UserError(str(checkpoint.path), "was deleted meanwhile", todo) from None
 
 
-def _keep(origin: Run, new: Run) -> None:
-    """Copy the other files that verbs read, if the origin has them: the chat template, the
-    references of preferences, and the files of imported weights."""
-    pairs = (
-        (origin.chat, new.chat),
-        (origin.references, new.references),
-        (origin.imported, new.imported),
-    )
-    for old, path in pairs:
-        if old.is_file():
-            read_json(old)  # raises UserError if it was changed
-            write_file(path, old.read_bytes())
-
-
 def _source(origin: Run, checkpoints: Sequence[Checkpoint], copied: list[str]) -> dict[str, Any]:
     """Return the content of averaged.json. table: the sha256 of the checkpoint's files.json, which
     has those of all its files."""
-    return {
-        "run": str(origin.path.resolve()),
-        "wandb_id": read_json(origin.identity).get("wandb_id"),  # an early version wrote none
-        "checkpoints": [
-            {
-                "step": checkpoint.position.step,
-                "attempt": checkpoint.attempt,
-                "table": _table_of(checkpoint),
-            }
-            for checkpoint in checkpoints
-        ],
-        "kept": copied,
-    }
-
-
-def _table_of(checkpoint: Checkpoint) -> str:
-    with _still_there(checkpoint):
-        return hash_file(checkpoint.path / TABLE).sha256
-
-
-def _identity(origin: Run, averaged: Averaged, tokenizer: bytes) -> dict[str, Any]:
-    """Return the content of run.json: the data is that of the origin."""
-    return {
-        "name": averaged.run.name,
-        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-        "dataset": read_json(origin.identity)["dataset"],
-        "versions": versions(),
-        **code_and_id(),
-        "parameters": averaged.parameters,
-    }
+    rows = []
+    for checkpoint in checkpoints:
+        with _still_there(checkpoint):
+            table = hash_file(checkpoint.path / TABLE).sha256
+        step = checkpoint.position.step
+        rows.append({"step": step, "attempt": checkpoint.attempt, "table": table})
+    wandb_id = read_json(origin.identity).get("wandb_id")  # an early version wrote none
+    run = str(origin.path.resolve())
+    return {"run": run, "wandb_id": wandb_id, "checkpoints": rows, "kept": copied}

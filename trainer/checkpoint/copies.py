@@ -26,7 +26,10 @@ def expect_same_run(run: Run, folder: Folder, there: dict[str, int]) -> set[str]
     """Return the names of the attempts in a folder; `there`: its files, all of them the run's.
     Raises Taken if it holds others, UserError if it can't be read."""
     attempts = {n.split("/")[1] for n in there if n.startswith("attempts/")}
-    if attempts and _is_of_another_run(run, folder, there):
+    name = run.identity.name
+    copied = _read(folder, name).get("wandb_id") if name in there and attempts else None
+    local = read_json(run.identity).get("wandb_id")  # an early version wrote none
+    if None not in (copied, local) and copied != local:
         todo = "set another run.name or checkpoint.mirror"
         raise Taken(folder.where, f"holds another run of the name {run.name}", todo)
     missing = attempts - {a.path.name for a in run.attempts()}
@@ -40,13 +43,6 @@ def expect_same_run(run: Run, folder: Folder, there: dict[str, int]) -> set[str]
         )
         raise Taken(folder.where, problem, todo)
     return attempts
-
-
-def _is_of_another_run(run: Run, folder: Folder, there: dict[str, int]) -> bool:
-    name = run.identity.name
-    copied = _read(folder, name).get("wandb_id") if name in there else None
-    local = read_json(run.identity).get("wandb_id")  # an early version wrote none
-    return None not in (copied, local) and copied != local
 
 
 def _differs(run: Run, attempt: str, folder: Folder, there: dict[str, int]) -> bool:

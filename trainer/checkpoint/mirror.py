@@ -156,7 +156,9 @@ class Mirror:
             while left := set(self._run.checkpoint_steps()) - done:  # one may be saved meanwhile
                 self._copy(max(left))
                 done.add(max(left))
-            self._unpin()
+            for step in self._run.checkpoint_steps():  # pins that the run no longer has
+                if not is_pinned(self._run, step):
+                    self._remove(f"{self._name_of(step)}.pin")
             self._prune()
             self._note(None)
 
@@ -177,11 +179,16 @@ class Mirror:
             return  # deleted meanwhile, or damaged: the audit tells of it
         if self._whole.get(step) == raw:
             return
-        if self._is_there(step, raw, table):
-            self._whole[step] = raw
+        assert self._there is not None
+        name = self._name(path)
+        sizes = {f: self._there.get(f"{name}/{f}") for f in table}
+        is_whole = f"{name}/{TABLE}" in self._there and all(
+            sizes[f] == table[f].size for f in table
+        )
+        if is_whole and b"".join(self._folder.get(f"{name}/{TABLE}")) == raw:
+            self._whole[step] = raw  # this very checkpoint is there already
             return
         self._send_run()
-        name = self._name(path)
         self._remove(f"{name}/{TABLE}")  # of an older checkpoint of this step
         self._whole.pop(step, None)
         self._known.pop(step, None)
@@ -197,15 +204,6 @@ class Mirror:
             return
         self._whole[step] = raw
 
-    def _is_there(self, step: int, raw: bytes, table: dict[str, FileEntry]) -> bool:
-        """True if this very checkpoint is there already."""
-        assert self._there is not None
-        name = self._name_of(step)
-        sizes = {f: self._there.get(f"{name}/{f}") for f in table}
-        if f"{name}/{TABLE}" not in self._there or any(sizes[f] != table[f].size for f in table):
-            return False
-        return b"".join(self._folder.get(f"{name}/{TABLE}")) == raw
-
     def _send_parts(self, checkpoint: Path, table: dict[str, FileEntry]) -> None:
         """Send the files of a checkpoint, some at a time, by daemon threads: with an executor an
         interrupted process would send all files before it exits."""
@@ -219,7 +217,13 @@ class Mirror:
                 while not failed:
                     name, entry = left.get_nowait()
                     try:
-                        self._send_part(checkpoint, name, entry)
+                        if self._send(checkpoint / name) != entry:
+                            problem = "was changed since it was written (its sha256 differs from"
+                            raise UserError(
+                                str(checkpoint / name),
+                                f"{problem} the table's)",
+                                f"see forescale check {self._run.path}",
+                            )
                     except Exception as e:
                         failed.append(e)
 
@@ -230,13 +234,6 @@ class Mirror:
             thread.join()
         if failed:
             raise failed[0]
-
-    def _send_part(self, checkpoint: Path, name: str, entry: FileEntry) -> None:
-        if self._send(checkpoint / name) != entry:
-            problem = "was changed since it was written (its sha256 differs from the table's)"
-            raise UserError(
-                str(checkpoint / name), problem, f"see forescale check {self._run.path}"
-            )
 
     def _send_run(self) -> None:
         """Send the files of the run that have changed: config, identity, history, pins."""
@@ -283,17 +280,6 @@ class Mirror:
     def _name_of(self, step: int) -> str:
         return self._name(self._run.checkpoint_path(step))
 
-    def _is_pinned(self, step: int) -> bool:
-        """True if it is pinned here or there: a purge of the run directory removes pins, too."""
-        assert self._there is not None
-        return is_pinned(self._run, step) or f"{self._name_of(step)}.pin" in self._there
-
-    def _unpin(self) -> None:
-        """Remove there the pins of checkpoints that the run has without a pin."""
-        for step in self._run.checkpoint_steps():
-            if not is_pinned(self._run, step):
-                self._remove(f"{self._name_of(step)}.pin")
-
     def _prune(self) -> None:
         """Delete copies of checkpoints that the run no longer has, by its rule; none that is newer
         than the newest complete copy of a checkpoint of the run."""
@@ -303,11 +289,13 @@ class Mirror:
             return
         losses = ValidationLosses(self._run.metrics)() if self._keep.best else {}
         local = survey(self._run, losses, known=self._known)
-        whole = {s for s in gone if f"{self._name_of(s)}/{TABLE}" in self._there}
-        lost = [
-            CheckpointFacts(s, 0, s in whole, self._is_pinned(s), losses.get(s))
-            for s in sorted(gone)
-        ]
+        lost = []
+        for step in sorted(gone):
+            name = self._name_of(step)
+            # Pinned here or there: a purge of the run directory removes pins, too.
+            pinned = is_pinned(self._run, step) or f"{name}.pin" in self._there
+            is_whole = f"{name}/{TABLE}" in self._there
+            lost.append(CheckpointFacts(step, 0, is_whole, pinned, losses.get(step)))
         stay = reasons([*local, *lost], self._keep)
         newest = max((f.step for f in local if f.step in self._whole), default=0)
         for step in sorted(s for s in gone if s not in stay and s < newest):

@@ -227,6 +227,7 @@ def _steps(run: Run, ranks: Ranks) -> list[int]:
 def _first_complete(
     run: Run, steps: Iterable[int], report: Report, ranks: Ranks
 ) -> Checkpoint | None:
+    opened: list[Checkpoint] = []
     for step in steps:
         path = run.checkpoint_path(step)
         # Its state.json is small, and may make it unnecessary to read the rest.
@@ -237,16 +238,11 @@ def _first_complete(
         elif faults := faults or find_faults(path, ranks):
             report("checkpoint_damaged", step=step, faults=faults)
         else:
-            return _open_on_each(path, ranks)
+            # Its state.json grows with the number of ranks that wrote it, so each rank reads it
+            # instead of receiving it.
+            ranks.together(lambda path=path: opened.append(Checkpoint(path)), path)
+            return opened[0]
     return None
-
-
-def _open_on_each(path: Path, ranks: Ranks) -> Checkpoint:
-    """Open the checkpoint on each rank. Its state.json grows with the number of ranks that wrote
-    it, so each rank reads it instead of receiving it."""
-    opened: list[Checkpoint] = []
-    ranks.together(lambda: opened.append(Checkpoint(path)), path)
-    return opened[0]
 
 
 def _first_look(run: Run, step: int) -> tuple[list[str], bool]:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,49 +57,35 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
             raise UserError(folder.where, f"has a file {name!r}", todo)
     with new_run(run, job.run.mode, tag="restored") as new:
         for name in filter(_OF_RUN.fullmatch, names):
-            if not _is_half(name, names):
+            attempt, _, file = name.rpartition("/")
+            # A kill may have kept back parent.json, which is sent last: such rows don't count.
+            if file != ROWS or f"{attempt}/{PARENT}" in names:
                 _bring(folder, name, new.path)
         step = _bring_checkpoint(folder, names, new)
         new.link()
         _reserve(new)
-        _clear(run.path)
+        if next(_files(run.path), None) is None:  # a purge of old files leaves directories
+            for path in sorted(run.path.resolve().rglob("*"), reverse=True):
+                path.rmdir()
     report(f"Restored {run.path} from {folder.where}: step {step:,}.")
     return True
-
-
-def _is_half(name: str, names: dict[str, int]) -> bool:
-    """True for rows of an attempt without its parent.json, which is sent last and which a kill has
-    kept back."""
-    attempt, _, file = name.rpartition("/")
-    return file == ROWS and f"{attempt}/{PARENT}" not in names
 
 
 def _files(directory: Path) -> Iterator[Path]:
     return (p for p in directory.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
-def _clear(directory: Path) -> None:
-    """Remove a directory without files: a purge of old files leaves directories."""
-    if next(_files(directory), None) is None:
-        for path in sorted(directory.resolve().rglob("*"), reverse=True):
-            path.rmdir()
-
-
 def _reserve(new: Run) -> None:
     """Reserve the numbers of the run's submissions to SLURM: crashes and faulty nodes are counted
     by submission, and earlier ones don't count any more."""
-    names = [_submission_of(attempt.path / LAUNCH) for attempt in new.attempts()]
+    names = []
+    for attempt in new.attempts():
+        with suppress(UserError, KeyError, TypeError):  # begun without SLURM, or damaged
+            names.append(str(read_json(attempt.path / LAUNCH)["slurm"]["submission"]))
     if known := [name for name in names if _SUBMISSION.fullmatch(name)]:
         place = new.path / "jobs" / max(known, key=int)
         place.mkdir(parents=True)
         os.utime(place, (0, 0))  # an empty one that is new is a submission that is under way
-
-
-def _submission_of(launch: Path) -> str:
-    try:
-        return str(read_json(launch)["slurm"]["submission"])
-    except (UserError, KeyError, TypeError):  # begun without SLURM, or damaged
-        return ""
 
 
 def _bring_checkpoint(folder: Folder, names: dict[str, int], new: Run) -> int:

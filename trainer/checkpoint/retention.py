@@ -161,7 +161,13 @@ class Retention:
             (self._damaged if faults else self._verified).add(unread[0])
             if faults and ranks.is_main:
                 self._report("checkpoint_damaged", step=unread[0], faults=faults)
-        ranks.from_main(lambda: self._delete(doomed), where)
+
+        def delete_doomed() -> None:
+            for step in doomed:
+                if self._is_newest() and delete(self.run, step, self._is_newest):
+                    self._report("checkpoint_deleted", step=step)
+
+        ranks.from_main(delete_doomed, where)
 
     def saved(self, step: int) -> None:
         """Forget what was known of an older checkpoint at `step`: there is a new one."""
@@ -178,11 +184,6 @@ class Retention:
         stay = reasons(checkpoints, self.keep)
         unread = [s for s in steps_to_verify(checkpoints, self.keep) if s not in self._verified]
         return [f.step for f in checkpoints if f.step not in stay], unread
-
-    def _delete(self, steps: list[int]) -> None:
-        for step in steps:
-            if self._is_newest() and delete(self.run, step, self._is_newest):
-                self._report("checkpoint_deleted", step=step)
 
     def _is_newest(self) -> bool:
         return self.run.attempts()[-1].number == self.attempt

@@ -62,7 +62,10 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         copied = self._copy.take if self._copy else list
-        facts = {**self._facts(), **self._logged()}
+        facts = self._facts()
+        if self._ranks.is_main:  # size and sha256 of the attempt's files of rows so far
+            files = (self._attempt.metrics, self._attempt.events)
+            facts = {**facts, "logged": {f.path.name: vars(f.state()) for f in files}}
         snapshot = Snapshot.of(self._engine, position, facts, copied)
         stall = time.perf_counter() - began if self._copy else None
         work = threading.Thread(
@@ -74,13 +77,6 @@ class Saver:
         else:
             work.run()
             self.finish()
-
-    def _logged(self) -> dict[str, Any]:
-        """What the attempt has logged so far: size and sha256 of its files of rows."""
-        if not self._ranks.is_main:
-            return {}
-        files = (self._attempt.metrics, self._attempt.events)
-        return {"logged": {f.path.name: vars(f.state()) for f in files}}
 
     def finish(self) -> None:
         """Wait until the save in flight is published; raises its error."""
@@ -103,12 +99,12 @@ class Saver:
         ranks, step = self._ranks, snapshot.position.step
         self._retried(step, self._prepare)
         number, midway = self._attempt.number, self._midway
-        published = self._retried(step, lambda: write(self._run, number, snapshot, ranks, midway))
+        size = self._retried(step, lambda: write(self._run, number, snapshot, ranks, midway))
         self._retention.saved(step)
         seconds = time.perf_counter() - began
         facts = {
             "step": step,
-            "bytes": published.bytes,
+            "bytes": size,
             "seconds": round(seconds, 6),
             "stall_seconds": round(seconds if stall is None else stall, 6),
         }

@@ -68,22 +68,15 @@ class Snapshot:
         return sum(f.data.nbytes + _HEADER for f in self.fragments)
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published checkpoint; bytes: of the tensors of all ranks, None on ranks but 0."""
-
-    path: Path
-    bytes: int | None
-
-
 def write(
     run: Run,
     attempt: int,
     snapshot: Snapshot,
     ranks: Ranks,
     midway: Callable[[int, Path], None] = lambda step, path: None,
-) -> Published:
-    """Write and publish the snapshots of all ranks; every rank calls it.
+) -> int | None:
+    """Write and publish the snapshots of all ranks; every rank calls it. Return the bytes of the
+    tensors of all ranks, on rank 0.
 
     midway: called with the step and this rank's file when half of the file is written. Raises
     UserError on every rank if any rank's storage fails, if there is no room (before anything is
@@ -109,13 +102,16 @@ def write(
         return file, vars(entry), rows, shapes, snapshot.counters
 
     def commit() -> None:
+        counters = [p[4] for p in parts]
+        optimizer_steps = {k: v for each in counters for k, v in each["optimizer_steps"].items()}
         state = {
             "format": FORMAT,
             "position": asdict(position),
             "attempt": attempt,
             "world_size": ranks.size,
             **snapshot.facts,
-            "counters": _merged_counters([p[4] for p in parts]),
+            # A rank without a part of a group has no step for it.
+            "counters": {**parts[0][4], "optimizer_steps": optimizer_steps},
             "shapes": {k: v for p in parts for k, v in p[3].items()},
             "fragments": {p[0]: p[2] for p in parts},
         }
@@ -135,7 +131,7 @@ def write(
         if ranks.is_main:
             shutil.rmtree(stage, ignore_errors=True)
         raise
-    return Published(final, sum(p[1]["size"] for p in parts) if ranks.is_main else None)
+    return sum(p[1]["size"] for p in parts) if ranks.is_main else None
 
 
 def _expect_eligible(run: Run, attempt: int, step: int) -> None:
@@ -198,19 +194,14 @@ def _expect_older(present: Checkpoint | None, attempt: int) -> None:
         raise UserError(str(present.path), problem, "do nothing: the newer attempt goes on")
 
 
-def _merged_counters(parts: list[dict]) -> dict:
-    """Merge the counters of all ranks: a rank without a part of a group has no step for it."""
-    steps = {k: v for part in parts for k, v in part["optimizer_steps"].items()}
-    return {**parts[0], "optimizer_steps": steps}
-
-
 def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> None:
     """Load a checkpoint into every rank's part of an engine of any world size, stage and precision.
 
     weights_only: its weights, adapters merged; those of the engine stay as they were drawn. Raises
     UserError if the checkpoint is of another model.
     """
-    shapes = _model_shapes(engine)
+    shapes, persistent = shapes_of(engine), engine.module.state_dict(keep_vars=True)
+    shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in persistent}
     if not weights_only:
         checkpoint.expect_shapes(shapes)
         load_fragments(engine, checkpoint.reader, checkpoint.state["counters"])
@@ -218,13 +209,6 @@ def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> 
     plain = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
     checkpoint.expect_shapes(plain, merged=True)
     load_fragments(engine, MergedReader(checkpoint), None)
-
-
-def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    shapes = shapes_of(engine)
-    persistent = engine.module.state_dict(keep_vars=True)
-    shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in persistent}
-    return shapes
 
 
 class MergedReader:

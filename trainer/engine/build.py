@@ -6,7 +6,6 @@ Invariant: a job that does not fit its ranks is refused before anything is built
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -58,13 +57,13 @@ def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module
         steps.append(partial(tensor.divide, group=tensor.group_of(world)))
     if job.engine.stage == 3:
         steps.append(_shared(job, world))
-    return partial(_one_by_one, steps) if steps else None
 
+    def divide(module: nn.Module) -> nn.Module:
+        for step in steps:
+            module = step(module)
+        return module
 
-def _one_by_one(steps: list[Callable[[nn.Module], nn.Module]], module: nn.Module) -> nn.Module:
-    for step in steps:
-        module = step(module)
-    return module
+    return divide if steps else None
 
 
 def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
@@ -88,9 +87,8 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
 
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     """Return an Engine that trains `model` with the optimizer of the job."""
-    muon, factors = (
-        _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
-    )
+    optional = (getattr(model, name, None) for name in ("muon_parameters", "optimizer_factors"))
+    muon, factors = (None if method is None else method() for method in optional)
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
     expert_names = {name for name, p in model.named_parameters() if experts.is_expert(p)}
     groups = divided_groups(groups, expert_names, job.engine.expert_parallel)
@@ -110,12 +108,6 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     fp32 = job.adds_in_fp32(world.size)
     seed, clip = job.train.seed, job.optimizer.clip
     return Engine(world, model, optimizer, seed=seed, clip=clip, fp32_gradients=fp32)
-
-
-def _call_optional(model: nn.Module, method: str) -> Any:
-    """Return the result of an optional method of the model; None if it has no such method."""
-    bound = getattr(model, method, None)
-    return bound() if bound is not None else None
 
 
 def device_name(world: World) -> str:

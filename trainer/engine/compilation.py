@@ -104,16 +104,15 @@ def probe_here() -> None:
     """
     from torch._inductor.cpu_vec_isa import VecISA
 
+    def loads(isa: Any, path: str) -> bool:
+        try:
+            ctypes.CDLL(path)
+        except OSError:
+            return False
+        return True
+
     if hasattr(VecISA, "_probe_load"):  # where torch no longer has it, it probes as it likes
-        VecISA._probe_load = _loads  # type: ignore[method-assign, assignment]
-
-
-def _loads(isa: Any, path: str) -> bool:
-    try:
-        ctypes.CDLL(path)
-    except OSError:
-        return False
-    return True
+        VecISA._probe_load = loads  # type: ignore[method-assign, assignment]
 
 
 def compiler_missing() -> str | None:

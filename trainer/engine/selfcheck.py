@@ -74,7 +74,7 @@ class Noise:
 
     def fault(self, values: list[Tensor]) -> float | None:
         """Return the deviation that is a fault, or None; values: of each replay."""
-        gaps = deviations(torch.stack([v.detach().double().reshape(-1) for v in values]))
+        gaps = _deviations_of(values)
         past = torch.tensor([*self._past], dtype=torch.float64)
         tolerance, is_fault = judged(gaps, past, self.floor)
         self.tolerance = float(tolerance)
@@ -155,7 +155,14 @@ class SelfCheck:
             values["loss"].append(loss)
         if self.exact:
             self.tolerance = 0.0
-            return self._differing(values)
+            gaps = [gap for each in values.values() if (gap := _gap(each)) is not None]
+            if not gaps:
+                return None
+            also = ""
+            if self.engine.world.device.type != "cpu":
+                also = " (if other devices say so too, set train.deterministic=false)"
+            differs = f"differs by {max(gaps):.2g} (relative), not by nothing"
+            return f"a micro-batch computed again {differs}{also}"
         faults = {name: self._noise[name].fault(each) for name, each in values.items()}
         self.tolerance = max(self._noise[name].tolerance for name in values)
         for name, deviation in faults.items():
@@ -167,20 +174,6 @@ class SelfCheck:
                 )
         return None
 
-    def _differing(self, values: dict[str, list[Tensor]]) -> str | None:
-        """Return the fault if the bits of replays differ."""
-        differing = [each for each in values.values() if not _are_equal(each)]
-        if not differing:
-            return None
-        gap = max(
-            float(deviations(torch.stack([v.detach().double().reshape(-1) for v in each])).max())
-            for each in differing
-        )
-        also = ""
-        if self.engine.world.device.type != "cpu":
-            also = " (if other devices say so too, set train.deterministic=false)"
-        return f"a micro-batch computed again differs by {gap:.2g} (relative), not by nothing{also}"
-
     def _replay(self, batch) -> list[Tensor]:
         """Return [loss], or [loss, gradient of an early parameter], of the first micro-batch."""
         engine, micro = self.engine, batch.micro[0]
@@ -190,15 +183,13 @@ class SelfCheck:
         # Not through DeepSpeed's forward, whose hooks expect its own backward.
         positional, named = micro.arguments(engine.world.device)
         loss, *_ = engine.combined(engine.module(*positional, **named), micro)
-        total = loss.sum()
-        (gradient,) = torch.autograd.grad(total, [self._early()])
-        return [total.detach().float(), gradient]
-
-    def _early(self) -> torch.nn.Parameter:
-        """Return the first trained vector, else the first trained parameter: it is small, and the
-        whole backward contributes to its gradient."""
+        # The first trained vector, else the first trained parameter: it is small, and the whole
+        # backward contributes to its gradient.
         trained = [p for p in self.engine.names if p.requires_grad]
-        return next((p for p in trained if p.dim() == 1), trained[0])
+        early = next((p for p in trained if p.dim() == 1), trained[0])
+        total = loss.sum()
+        (gradient,) = torch.autograd.grad(total, [early])
+        return [total.detach().float(), gradient]
 
     @torch.no_grad()
     def _weights_hash(self, place: tuple[int, int] = (1, 0)) -> int | None:
@@ -219,11 +210,17 @@ class SelfCheck:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _are_equal(values: list[Tensor]) -> bool:
+def _gap(values: list[Tensor]) -> float | None:
+    """Return the largest deviation of replays of one quantity; None if all have the same bits."""
     first = values[0]
-    return all(
-        bool(((first == other) | (first.isnan() & other.isnan())).all()) for other in values[1:]
-    )
+    same = (((first == other) | (first.isnan() & other.isnan())).all() for other in values[1:])
+    if all(map(bool, same)):
+        return None
+    return float(_deviations_of(values).max())
+
+
+def _deviations_of(values: list[Tensor]) -> Tensor:
+    return deviations(torch.stack([v.detach().double().reshape(-1) for v in values]))
 
 
 def fault_of(findings: list[Finding]) -> str | None:

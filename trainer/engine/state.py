@@ -79,16 +79,13 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
     base = engine.layout.base
     for unit in engine.layout.units():
         states = {WEIGHT: unit.master}
-        states |= {k: v for k, v in base.state.get(unit.master, {}).items() if _is_moment(v)}
+        moments = base.state.get(unit.master, {}).items()
+        states |= {k: v for k, v in moments if torch.is_tensor(v) and v.dim() > 0}
         for piece in unit.pieces:
             for state, tensor in states.items():
                 if fragment := _owned(engine, piece, _held(engine, unit, piece, state, tensor)):
                     yield fragment
     yield from _untrained(engine, writing=True)
-
-
-def _is_moment(value: Any) -> bool:
-    return torch.is_tensor(value) and value.dim() > 0
 
 
 def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
@@ -147,14 +144,6 @@ def _adapts(scaler: dict[str, Any]) -> bool:
     return scaler.get("last_overflow_iter") is not None
 
 
-def _load_scaler(layout: Layout, stored: dict[str, Any]) -> None:
-    """Set the loss scale from a checkpoint, from fp16 to fp16 alone: in bf16 a large scale would
-    make gradients wrong, in fp16 a scale of 1.0 would make them vanish."""
-    current = _scaler(layout)
-    for key in current.keys() & stored.keys() if _adapts(stored) else ():
-        setattr(_scaler_object(layout), key, stored[key])
-
-
 @torch.no_grad()
 def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None) -> None:
     """Set this rank's part of weights and buffers; and of moments, if `stored` is given.
@@ -174,8 +163,11 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
     for held in _untrained(engine, writing=False):
         reader.fill(held)
     layout.after_load()
-    if stored is not None:
-        _load_scaler(layout, stored["loss_scaler"])
+    # The loss scale goes from fp16 to fp16 alone: in bf16 a large scale would make gradients wrong,
+    # in fp16 a scale of 1.0 would make them vanish.
+    scaler = stored["loss_scaler"] if stored is not None else {}
+    for key in _scaler(layout).keys() & scaler.keys() if _adapts(scaler) else ():
+        setattr(_scaler_object(layout), key, scaler[key])
 
 
 def _moments(engine: Engine, unit: Unit, reader: Fills, steps: dict) -> dict[str, Tensor]:

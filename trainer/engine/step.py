@@ -131,8 +131,9 @@ class Engine:
         extra = self.metrics()
         if before_update is not None:
             before_update(batch, losses)
-        # In fp16 DeepSpeed handles an overflow: it lowers the loss scale and skips the update.
-        overflowed = self._is_scaled() and not math.isfinite(norm)
+        # In fp16, with a loss scale to lower, DeepSpeed handles an overflow, and skips the update.
+        is_scaled = self._deepspeed.fp16_enabled() and self.layout.loss_scale != 1.0
+        overflowed = is_scaled and not math.isfinite(norm)
         if not overflowed and not may_apply(loss, norm):
             self.drop()
             return Facts(losses, norm, False, extra)
@@ -143,10 +144,6 @@ class Engine:
             self.module.updated()  # type: ignore[operator]
         self.has_stepped = True
         return Facts(losses, norm, applied, extra)
-
-    def _is_scaled(self) -> bool:
-        """True if DeepSpeed looks for an overflow itself: in fp16 alone, with a scale to lower."""
-        return self._deepspeed.fp16_enabled() and self.layout.loss_scale != 1.0
 
     def backward(self, batch) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
@@ -195,12 +192,31 @@ class Engine:
         """
         metrics = getattr(type(self.module), "metrics", None)
         numbers = {} if metrics is None else metrics(self.module)
-        means = {name: torch.stack(each).mean() for name, each in self._numbers.items()}
-        return means | {name: _number(name, value) for name, value in numbers.items()}
+        means: dict[str, float | Tensor] = {
+            name: torch.stack(each).mean() for name, each in self._numbers.items()
+        }
+        for name, value in numbers.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                # A copy: the update comes before it is shared.
+                means[name] = value.detach().reshape(()).clone()
+            elif isinstance(value, int | float):
+                means[name] = float(value)
+            else:
+                problem = f"returns {name!r} as {type(value).__name__}, which is not one number"
+                todo = "return floats or tensors of one element"
+                raise UserError("the model's metrics()", problem, todo)
+        return means
 
     def seed_for(self, step: int, micro_batch: int) -> None:
-        """Set the random state for a micro-batch, or for this rank's columns of it."""
-        _seed(_mix(self.seed, step, micro_batch, self.world.sequence.rank))
+        """Set the random state for a micro-batch, or for this rank's columns of it.
+
+        As `torch.manual_seed` does, but for the devices that exist: torch's own inspects the Python
+        stack for every other kind of device, which takes up to a millisecond.
+        """
+        value = _mix(self.seed, step, micro_batch, self.world.sequence.rank)
+        torch.default_generator.manual_seed(value)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(value)
 
     def forward(self, micro):
         """Return the model's output for a micro-batch (a data.stream.MicroBatch)."""
@@ -305,23 +321,6 @@ def checked_losses(
     if isinstance(penalty, Tensor) and penalty.numel() != 1:
         raise UserError(where, f"its penalty has the shape {tuple(penalty.shape)}", todo)
     return loss, penalty
-
-
-def _number(name: str, value: Any) -> float | Tensor:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(()).clone()  # the update comes before it is shared
-    if isinstance(value, int | float):
-        return float(value)
-    problem = f"returns {name!r} as {type(value).__name__}, which is not one number"
-    raise UserError("the model's metrics()", problem, "return floats or tensors of one element")
-
-
-def _seed(value: int) -> None:
-    """Do what `torch.manual_seed` does, for the devices that exist. torch's own inspects the Python
-    stack for every other kind of device, which takes up to a millisecond."""
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(value)
 
 
 def _mix(seed: int, step: int, index: int, place: int) -> int:

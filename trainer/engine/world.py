@@ -160,7 +160,12 @@ class World(Ranks):
         whose sums stay exact in fp64. extra: numbers or 0-dim tensors; the names must be those of
         the first step, on all ranks (UserError).
         """
-        names = self._check_names(tuple(extra))
+        names = tuple(extra)
+        self._extra = names if self._extra is None else self._extra
+        if names != self._extra:
+            now, before = (", ".join(each) or "none" for each in (names, self._extra))
+            problem = f"are {now}, and were {before}"
+            raise UserError("metrics(): the names", problem, _SAME_NAMES)
         part = torch.zeros(
             count + 5 + len(names) + bool(names), dtype=torch.float64, device=self.device
         )
@@ -206,16 +211,6 @@ class World(Ranks):
 
         return read_copy
 
-    def _check_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        if self._extra is None:
-            self._extra = names
-        if names != self._extra:
-            problem = (
-                f"are {', '.join(names) or 'none'}, and were {', '.join(self._extra) or 'none'}"
-            )
-            raise UserError("metrics(): the names", problem, _SAME_NAMES)
-        return names
-
     def summaries(self, behind: int) -> Iterator[StepSummary]:
         """Yield the summaries of the shared steps, oldest first, but for the `behind` newest.
 
@@ -226,16 +221,13 @@ class World(Ranks):
             values = read()
             high, low, stop, failed, clock = values[count : count + 5]
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
-            extra = self._means(values[count + 5 :])
+            # Behind a summary's own slots: the hash of the names, then a sum for each.
+            sums, names = values[count + 5 :], self._extra or ()
+            if names and sums[0] != self.size * _hash_of(names):
+                problem = f"differ between ranks (here: {', '.join(names)})"
+                raise UserError("metrics(): the names", problem, _SAME_NAMES)
+            extra = {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
             yield StepSummary(step, values[:count], tokens_hash, stop > 0, failed > 0, clock, extra)
-
-    def _means(self, sums: list[float]) -> dict[str, float]:
-        """From the slots behind a summary's own: the hash of the names, then a sum for each."""
-        names = self._extra or ()
-        if names and sums[0] != self.size * _hash_of(names):
-            problem = f"differ between ranks (here: {', '.join(names)})"
-            raise UserError("metrics(): the names", problem, _SAME_NAMES)
-        return {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
 
     def close(self) -> None:
         """Wait for all ranks, then leave: a rank that has left resets its connections, and a slower
@@ -273,12 +265,17 @@ def join(config: dict, size: int, timeout_seconds: float, mesh: Mesh | None = No
             """Do nothing: this is for models of transformers, and would import it."""
 
     _quiet_deepspeed()
-    cuda = torch.cuda.is_available()
-    if not dist.is_initialized() and not _has_store():
-        _meet("nccl" if cuda else "gloo", size, timeout_seconds)
-    group = InitProcessGroupKwargs(
-        backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
-    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    wait = timedelta(seconds=timeout_seconds)
+    # torchrun serves a store for the ranks to meet at. Else the default process group is made over
+    # a store of ours: torch's own would listen on all interfaces. Accelerate and DeepSpeed take the
+    # group that is there.
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not dist.is_initialized() and not has_store:
+        rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+        store = open_store(os.environ["MASTER_ADDR"], port, rank, size, timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    group = InitProcessGroupKwargs(backend=backend, timeout=wait)
     accelerator = Accelerator(
         cpu=False, deepspeed_plugin=Plugin(hf_ds_config=config), kwargs_handlers=[group]
     )
@@ -287,20 +284,6 @@ def join(config: dict, size: int, timeout_seconds: float, mesh: Mesh | None = No
     joined = dist.get_world_size() if dist.is_initialized() else 0
     assert joined == size, f"{joined} ranks have joined but {size} were requested"
     return World(accelerator, mesh, timeout_seconds)
-
-
-def _has_store() -> bool:
-    """Return True if the ranks meet at a store that their launcher serves, as torchrun's do."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _meet(backend: str, size: int, seconds: float) -> None:
-    """Make the default process group over a store of ours; left alone, torch makes a store that
-    listens on all interfaces. Accelerate and DeepSpeed take the group that is there."""
-    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
-    store = open_store(os.environ["MASTER_ADDR"], port, rank, size, seconds)
-    wait = timedelta(seconds=seconds)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def _quiet_deepspeed() -> None:

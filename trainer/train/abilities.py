@@ -50,21 +50,19 @@ def accuracies(
         first = index * rows if index < count else 0
         wrong_B, nats_B = judge(*_padded(all_rows[first : first + rows], rows, width))
         if index < count:
-            results = zip(wrong_B.tolist(), nats_B.tolist(), strict=True)
-            answers += [(first + i, int(w), x) for i, (w, x) in enumerate(results)]
+            pairs = zip(wrong_B.tolist(), nats_B.tolist(), strict=True)
+            answers += [(first + i, int(w), x) for i, (w, x) in enumerate(pairs)]
         progress("abilities", min((index + 1) * rows, len(all_rows)), len(all_rows), "questions")
     # Padding has the highest numbers.
     in_order = iter(sorted(tuple(answer) for part in gather(answers) for answer in part))
-    return [_accuracy(each, [next(in_order) for _ in each.rows]) for each in questions]
-
-
-def _accuracy(of: Questions, answers: list[tuple[int, int, float]]) -> Accuracy:
-    right = sum(not wrong for _, wrong, _ in answers)
-    nats, n = [x for _, _, x in answers], len(answers)
-    mean = math.fsum(nats) / n
-    square = math.fsum((x - mean) ** 2 for x in nats)
-    stderr = math.sqrt(square / (n - 1) / n) if n > 1 else math.nan
-    return Accuracy(of.task, of.shots, right, n, mean, stderr)
+    results = []
+    for each in questions:
+        _, wrong, nats = zip(*[next(in_order) for _ in each.rows], strict=True)
+        n, mean = len(nats), math.fsum(nats) / len(nats)
+        square = math.fsum((x - mean) ** 2 for x in nats)
+        stderr = math.sqrt(square / (n - 1) / n) if n > 1 else math.nan
+        results.append(Accuracy(each.task, each.shots, wrong.count(0), n, mean, stderr))
+    return results
 
 
 def _padded(

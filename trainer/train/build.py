@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from forescale.checkpoint.reader import Position
+from forescale.checkpoint.retention import keep_of
+from forescale.checkpoint.saver import Saver
 from forescale.config.duration import Duration
 from forescale.config.schema import plain
 from forescale.config.sections.objective import PreferencesConfig
@@ -200,6 +202,10 @@ class Builder:
             known = complete(self.run, num_parameters(self.engine), device_name(world))
             opening = (self.run.path, known, plain(job), position.step)
             trackers = [tracker.open(*opening) for tracker in job.logging.trackers]
+        memory: Callable[[], int] = torch.cuda.max_memory_allocated
+        if world.device.type != "cuda":  # no allocator's peak: the resident memory of this process
+            process = psutil.Process()
+            memory = lambda: process.memory_info().rss  # noqa: E731
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
         each = 1.0
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
@@ -218,7 +224,7 @@ class Builder:
                 job.batch_ramp.samples,
             ),
             trackers,
-            _memory_of(world.device),
+            memory,
             main,
             position.quarantined,
             self.prediction,
@@ -256,20 +262,16 @@ class Builder:
     def _checkpoints(self, attempt: Attempt, judge: Guard) -> Checkpoints:
         job, rules = self.job, self.job.checkpoint
         scale = {"adapter_scale": job.lora.scale} if job.lora.rank else {}
-        return Checkpoints(
-            self._every(rules.every, tuple(rules.at)),
-            rules.keep,
+        saver = Saver(
             self.run,
             attempt,
             self.engine,
             lambda: {"numerics": self.numerics, "guard": judge.state, **scale},
-            keep_every=job.cadence(rules.keep_every) if rules.keep_every else None,
-            at=rules.at,
-            keep_best=rules.keep_best,
-            decay=job.decay_begins if job.has_decay else None,
+            keep_of(job),
             background=rules.background,
             **({"midway": self.injector.writing} if self.injector else {}),
         )
+        return Checkpoints(self._every(rules.every, tuple(rules.at)), saver)
 
     def _score(self, complete: bool) -> Mapping[str, Scored]:
         """Return the scores of the held-out split of each source of a mixture, and of all
@@ -323,12 +325,3 @@ def with_pooled(scores: dict[str, S], pooled: Callable[[list[S]], S]) -> dict[st
     """Return the scores of the sources of a mixture, and of all together as "validation"."""
     together = pooled(list(scores.values()))
     return {**(scores if len(scores) > 1 else {}), "validation": together}
-
-
-def _memory_of(device: torch.device) -> Callable[[], int]:
-    """Return a function that returns bytes: the peak of the GPU allocator, else the resident memory
-    of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated
-    process = psutil.Process()
-    return lambda: process.memory_info().rss

@@ -15,16 +15,13 @@ Invariant: a callback decides from the step and its summary alone, so every rank
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from forescale.checkpoint.reader import Position
-from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
 from forescale.config.sections.batch import Cadence
-from forescale.engine.step import Engine, Facts
+from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary
-from forescale.run.directory import Attempt, Run
 from forescale.train.evaluate import Scored
 from forescale.train.guard import HEALTHY, Anomaly, Decision, Halt, Rollback
 
@@ -157,33 +154,12 @@ class Validation(Callback):
 class Checkpoints(Callback):
     """Saves in the background, and deletes what is no longer kept. A step has its row and all own
     callbacks have seen it before it is saved. Only its evaluation comes later: a run that is killed
-    there resumes from this save, and evaluates first.
-
-    keep, keep_every, at (steps), keep_best, decay: see retention.Keep. facts, background, midway:
-    see saver.Saver.
-    """
+    there resumes from this save, and evaluates first."""
 
     phase = "checkpoint"
 
-    def __init__(
-        self,
-        due: Every,
-        keep: int,
-        run: Run,
-        attempt: Attempt,
-        engine: Engine,
-        facts: Callable[[], dict[str, Any]],
-        *,
-        keep_every: Cadence | None = None,
-        at: Collection[int] = (),
-        keep_best: bool = False,
-        decay: int | None = None,
-        background: bool = True,
-        midway: Callable[[int, Path], None] = lambda step, path: None,
-    ):
-        rules = Keep(keep, keep_every, keep_best, frozenset(at), decay)
-        self._due = due
-        self._saver = Saver(run, attempt, engine, facts, rules, background, midway)
+    def __init__(self, due: Every, saver: Saver):
+        self._due, self._saver = due, saver
         self._saved: Position | None = None
 
     @property
@@ -202,7 +178,7 @@ class Checkpoints(Callback):
     def see(self, step: Step, summary: StepSummary) -> None:
         """Save if due; raise the error of a save that has failed on some rank."""
         if summary.failed:
-            self.finish()
+            self._saver.finish()
         if self._due.update(step.position.step, summary):
             self._begin(step.position)
 
@@ -210,7 +186,7 @@ class Checkpoints(Callback):
         """Save now, unless this position is already saved or being saved; wait until it is
         published. Every rank calls it together."""
         self._begin(position)
-        self.finish()
+        self._saver.finish()
 
     def finish(self) -> None:
         """Wait until the save in progress is published; raise the error if it has failed."""

@@ -9,36 +9,15 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Protocol
-
-from torch import Tensor
 
 from forescale.checkpoint.reader import Position
 from forescale.data.stream import Batch
 from forescale.engine.step import Engine
 from forescale.resilience.phases import PhaseTimer
 from forescale.train.callbacks import Callback, Step
-from forescale.train.guard import Anomaly, Decision
+from forescale.train.guard import Anomaly, StepGuard
 
 _COLLECT = 100  # steps from one collection of garbage to the next
-
-
-class Guard(Protocol):
-    """Decides between a step's gradient and its update, on every rank alike (guard.StepGuard)."""
-
-    decision: Decision  # on the last step
-
-    def begin(self, batch: Batch) -> None:
-        """Prepare for the next step."""
-
-    def before_update(self, batch: Batch, losses: Tensor) -> None:
-        """Examine the weights that the gradient was computed with."""
-
-    def may_apply(self, loss: float, norm: float) -> bool:
-        """True if the weights are updated, given the step's mean loss and gradient norm."""
-
-    def end(self) -> None:
-        """Raise guard.Rollback or guard.Halt if the step's decision says so, on all ranks."""
 
 
 def train(
@@ -49,7 +28,7 @@ def train(
     position: Position,
     phases: PhaseTimer,
     stop_requested: Callable[[], bool],
-    guard: Guard,
+    guard: StepGuard,
 ) -> tuple[Position, bool]:
     """Train over `batches` from `position`. Return the position at the end, and True if some rank
     was asked to stop. multipliers: of peak learning rates and of weight decay, by step.
@@ -70,7 +49,13 @@ def train(
                         batch, rate, guard.may_apply, guard.before_update, decay
                     )
                 guard.end()
-                position = _after(position, batch)
+                position = replace(
+                    position,
+                    step=batch.step + 1,
+                    g=batch.g1,
+                    tokens=position.tokens + batch.targets,
+                    quarantined=tuple(sorted(batch.quarantine)),
+                )
                 step = Step(
                     position, batch.g0, batch.shares, rate, facts, phases.take(), guard.decision
                 )
@@ -151,13 +136,3 @@ class _Reporter:
                     raise
             stop |= summary.stop
         return stop
-
-
-def _after(position: Position, batch: Batch) -> Position:
-    return replace(
-        position,
-        step=batch.step + 1,
-        g=batch.g1,
-        tokens=position.tokens + batch.targets,
-        quarantined=tuple(sorted(batch.quarantine)),
-    )

@@ -78,8 +78,22 @@ class Metrics(Callback):
             return
         row = self._row(step, summary)
         self.attempt.metrics.add(row)
-        self._report_lost(step)
-        self._report_anomaly(step, row)
+        for source, shard, member in step.position.quarantined:
+            if (source, shard, member) not in self.lost:
+                self.lost.add((source, shard, member))
+                facts = {"source": source, "shard": shard, "member": member}
+                self.attempt.event("member_quarantined", step=step.position.step, **facts)
+                self.line.print(
+                    f"Damaged: member {member or '(all)'} of shard {shard} of {source}; other "
+                    f"windows replace its own from step {step.position.step:,} on."
+                )
+        reason = step.decision.reason
+        if not step.facts.applied:
+            reason = reason or "the gradient overflowed, so the loss scale is lowered"
+            self.attempt.event("update_dropped", step=row["step"], reason=reason)
+            self.line.print(f"step {row['step']:,}: the update was dropped: {reason}")
+        elif reason:
+            self.attempt.event("spike_noted", step=row["step"], reason=reason)
         self.line.show(row, summary)
         self._send(row)
 
@@ -112,28 +126,6 @@ class Metrics(Callback):
             **{f"extra.{name}": value for name, value in summary.extra.items()},
         }
 
-    def _report_anomaly(self, step: Step, row: dict[str, Any]) -> None:
-        """Report a dropped update, or a step that the guard noted."""
-        reason = step.decision.reason
-        if not step.facts.applied:
-            reason = reason or "the gradient overflowed, so the loss scale is lowered"
-            self.attempt.event("update_dropped", step=row["step"], reason=reason)
-            self.line.print(f"step {row['step']:,}: the update was dropped: {reason}")
-        elif reason:
-            self.attempt.event("spike_noted", step=row["step"], reason=reason)
-
-    def _report_lost(self, step: Step) -> None:
-        """Report, once each, the members that count as damaged from this step on."""
-        for source, shard, member in step.position.quarantined:
-            if (source, shard, member) not in self.lost:
-                self.lost.add((source, shard, member))
-                facts = {"source": source, "shard": shard, "member": member}
-                self.attempt.event("member_quarantined", step=step.position.step, **facts)
-                self.line.print(
-                    f"Damaged: member {member or '(all)'} of shard {shard} of {source}; other "
-                    f"windows replace its own from step {step.position.step:,} on."
-                )
-
     def scored(
         self,
         position: Position,
@@ -145,21 +137,17 @@ class Metrics(Callback):
         for dataset, score in scores.items() if self.is_main else ():
             is_pooled = dataset == "validation"
             self._scored(position, dataset, score, (is_pooled and abilities) or {})
-            if is_pooled and position.step == self.line.total:
-                self._compare_with_forecast(position, score)
-
-    def _compare_with_forecast(self, position: Position, score: Scored) -> None:
-        """Compare the final validation loss with the forecast; earlier losses have none."""
-        if self.prediction is None or not score.windows:
-            return
-        at = {"step": position.step, "tokens": position.tokens}
-        facts = {**at, **self.prediction.compare(score.loss)}
-        self.attempt.event("forecast_scored", **facts)
-        self.line.print(describe(facts))
-        if not self.prediction.contains(score.loss):
-            self.attempt.event("forecast_missed", **facts)
-            path = self.prediction.forecast
-            self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
+            is_last = is_pooled and position.step == self.line.total
+            if self.prediction is None or not is_last or not score.windows:
+                continue  # only the final loss has a forecast
+            at = {"step": position.step, "tokens": position.tokens}
+            facts = {**at, **self.prediction.compare(score.loss)}
+            self.attempt.event("forecast_scored", **facts)
+            self.line.print(describe(facts))
+            if not self.prediction.contains(score.loss):
+                self.attempt.event("forecast_missed", **facts)
+                path = self.prediction.forecast
+                self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
 
     def _scored(
         self, position: Position, dataset: str, score: Scored, abilities: Mapping[str, float]
@@ -189,7 +177,10 @@ class Metrics(Callback):
     def _send(self, row: dict[str, Any]) -> None:
         dataset = row.get("dataset", "validation")  # the name of all held-out text together
         prefix = row["kind"] if dataset == "validation" else f"{row['kind']}/{dataset}"
-        numbers = {f"{prefix}/{name}": v for name, v in _numbers(row)} if self.trackers else {}
+        flat = {k: v for k, v in row.items() if k not in ("step", "attempt", "tokens_hash")}
+        for name in [name for name, value in row.items() if isinstance(value, dict)]:
+            flat |= {f"{name}/{k}": v for k, v in flat.pop(name).items()}
+        numbers = {f"{prefix}/{k}": v for k, v in flat.items() if isinstance(v, int | float)}
         for tracker in self.trackers:
             tracker.log(numbers, step=row["step"])
 
@@ -198,14 +189,6 @@ class Metrics(Callback):
         self.line.close()
         for tracker in self.trackers:
             tracker.finish()
-
-
-def _numbers(row: dict[str, Any]):
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{k}", v) for k, v in value.items())
-        elif isinstance(value, int | float) and name not in ("step", "attempt", "tokens_hash"):
-            yield name, value
 
 
 class ProgressLine:
@@ -229,9 +212,19 @@ class ProgressLine:
         self.due, self.total, self.counted, self._samples = due, total, counted, samples
         self._recent: deque[float] = deque(maxlen=50)  # seconds a window, of steps
         self._is_first = True  # a step that compiles says nothing of the others
-        self._live = None
+        self._live: Any = None
         if active and is_terminal(sys.stdout):
-            self._live, self._task = _live_progress(total, done)
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
+
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))
+            # The bar takes the width that the text leaves.
+            bar = BarColumn(bar_width=None, table_column=Column(ratio=1))
+            self._live = Progress(
+                text, bar, expand=True, refresh_per_second=4, console=open_console()
+            )
+            self._task = self._live.add_task("", total=total, completed=done, text="starting")
+            self._live.start()
 
     def show(self, row: dict[str, Any], summary: StepSummary) -> None:
         mfu_per_rate = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
@@ -301,24 +294,6 @@ def short(number: float) -> str:
 
 def _joined(parts: dict[str, str]) -> str:
     return " | ".join(part for part in parts.values() if part)
-
-
-def _live_progress(total: int, done: int):
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
-
-    progress = Progress(
-        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
-        BarColumn(
-            bar_width=None, table_column=Column(ratio=1)
-        ),  # takes the width that the text leaves
-        expand=True,
-        refresh_per_second=4,
-        console=open_console(),
-    )
-    task = progress.add_task("", total=total, completed=done, text="starting")
-    progress.start()
-    return progress, task
 
 
 def clock(seconds: float) -> str:

@@ -42,7 +42,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.config.schema import TargetConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
@@ -73,14 +72,10 @@ def build_model(
 
         with nullcontext() if draws else Undrawn():
             return divide(Transformer(job.model, divide)) if divide else Transformer(job.model)
-    whole = vocabulary_of(job, vocab_size)
-    return _build_target(job.model, whole, job.train.sequence_length)
-
-
-def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -> nn.Module:
-    model = make("model", config, vocab_size=vocab_size, sequence_length=sequence_length)
+    sizes = {"vocab_size": vocabulary_of(job, vocab_size)}
+    model = make("model", job.model, **sizes, sequence_length=job.train.sequence_length)
     if not isinstance(model, nn.Module):
-        where = f"model._target_={config.target}"
+        where = f"model._target_={job.model.target}"
         raise UserError(where, f"is a {type(model).__name__}", "name a torch.nn.Module")
     return model
 
@@ -124,7 +119,11 @@ def adapting(job: TrainJob, divide: Divide | None) -> Divide | None:
     lora = job.lora
     if not lora.rank:
         return divide
-    peft = _peft()
+    try:
+        import peft
+    except ImportError:
+        problem = "needs the package peft, which is not installed"
+        raise UserError("lora.rank", problem, "pip install 'forescale[lora]'") from None
     seed = job.train.seed if job.train.init_seed is None else job.train.init_seed
     draws = torch.Generator().manual_seed(seed)
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
@@ -154,11 +153,11 @@ def freeze(job: TrainJob, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(stored_name(name)))
     if job.engine.stage == 3:
-        model.dropout.register_forward_hook(_with_gradient)  # type: ignore[union-attr]
 
+        def with_gradient(module: nn.Module, args: Any, x_BLD: Tensor) -> Tensor:
+            return x_BLD.requires_grad_() if torch.is_grad_enabled() else x_BLD
 
-def _with_gradient(module: nn.Module, args: Any, x_BLD: Tensor) -> Tensor:
-    return x_BLD.requires_grad_() if torch.is_grad_enabled() else x_BLD
+        model.dropout.register_forward_hook(with_gradient)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -169,12 +168,3 @@ def _draw(block: nn.Module, draws: torch.Generator) -> None:
             # Drawn here, for the model may be in a context without draws (models.init.Undrawn).
             unit = torch.rand(parameter.shape, generator=draws)
             parameter.copy_((2 * unit - 1) / parameter.shape[1] ** 0.5)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        problem = "needs the package peft, which is not installed"
-        raise UserError("lora.rank", problem, "pip install 'forescale[lora]'") from None
-    return peft

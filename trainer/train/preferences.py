@@ -132,13 +132,9 @@ def pooled_preferences(scores: Sequence[PreferenceScore]) -> PreferenceScore:
     def mean(of: Callable[[PreferenceScore], float]) -> float:
         return math.fsum(of(score) * score.windows for score in full) / total
 
-    numbers = {name: mean(partial(_number, name)) for name in full[0].numbers}
+    numbers = {name: mean(lambda s, name=name: s.numbers[name]) for name in full[0].numbers}
     error = math.sqrt(math.fsum((s.loss_stderr * s.windows) ** 2 for s in full)) / total
     return PreferenceScore(mean(lambda s: s.loss), error, numbers, total)
-
-
-def _number(name: str, score: PreferenceScore) -> float:
-    return score.numbers[name]
 
 
 class Reference:
@@ -187,16 +183,13 @@ class Reference:
             raise UserError(where, problem, todo)
         return references
 
-    @property
-    def _columns(self) -> int:
-        return self.job.train.sequence_length
-
     def _source(self, start: Checkpoint) -> dict[str, Any]:
         """Return what the references are computed from; the checkpoint's table has a hash of each
         file."""
         origin = {"run": self.job.run.origin.run, "step": start.position.step}
         origin["table"] = hash_file(start.path / TABLE).sha256
-        return {"data": identities(self.sources), "columns": self._columns, "origin": origin}
+        columns = self.job.train.sequence_length
+        return {"data": identities(self.sources), "columns": columns, "origin": origin}
 
     def _computed(
         self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress
@@ -223,7 +216,7 @@ class Reference:
         stops, mark, progress = watching
         world, batch = self.engine.world, self.job.train.micro_batch
         fed, total = world.data, int(bins.counts.sum())
-        length = window_length(objective, self._columns)
+        length = window_length(objective, self.job.train.sequence_length)
         micros = validation_windows(
             split, length, batch, fed.rank, fed.size, objective=objective, bins=bins
         )

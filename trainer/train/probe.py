@@ -77,7 +77,12 @@ def _examine(job: TrainJob, vocab_size: int) -> None:
     for i, callback in enumerate(job.callbacks):
         _expect_arguments(f"callbacks.{i}", callback)
     if isinstance(job.optimizer, OwnOptimizerConfig):
-        _examine_optimizer(job.optimizer)
+        import torch
+
+        from forescale.engine.optimizers.own import build
+
+        weights = [torch.nn.Parameter(torch.zeros(2, 2))]
+        build(job.optimizer, [{"params": weights, "weight_decay": 0.0, "name": "all"}])
     if not isinstance(job.model, ModelConfig):
         examine_model(job, vocab_size)
 
@@ -91,15 +96,6 @@ def _expect_arguments(where: str, config: TargetConfig) -> None:
         raise UserError(f"{where}._target_={config.target}", problem, todo) from None
     except ValueError:  # a class without a signature
         return
-
-
-def _examine_optimizer(optimizer: OwnOptimizerConfig) -> None:
-    import torch
-
-    from forescale.engine.optimizers.own import build
-
-    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0, "name": "all"}
-    build(optimizer, [group])
 
 
 def examine_model(job: TrainJob, vocab_size: int) -> None:
@@ -131,7 +127,9 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
         with torch.no_grad(), torch.device("meta"):
             output = model(ids, ids, **masks)
     except Exception as e:
-        if _is_certain(e):
+        # With values it would happen too: wrong arguments, names or shapes.
+        is_certain = is_of_shapes(e) or isinstance(e, TypeError | AttributeError | NameError)
+        if is_certain and not _is_of_meta(e):
             size = f"{shape[0]} windows of {shape[1]} tokens"
             problem = f"its forward fails on {size} ({described(e, named)})"
             raise UserError(where, problem, "correct the class") from e
@@ -144,20 +142,15 @@ def _is_of_meta(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
-def _is_certain(error: Exception) -> bool:
-    """True if it would happen with values too: wrong arguments, names or shapes."""
-    if _is_of_meta(error):
-        return False
-    return is_of_shapes(error) or isinstance(error, TypeError | AttributeError | NameError)
-
-
 def as_users(error: Exception, classes: Collection[str]) -> UserError | None:
     """Return the UserError for an error of the user's own code, with the last line of it that ran;
     None if it isn't one, or if another try may succeed.
 
     classes: dotted names of the user's own classes; all code of their packages is the user's.
     """
-    if isinstance(error, UserError) or not _recurs(error):
+    is_runtime = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+    recurs = is_of_shapes(error) if is_runtime else isinstance(error, _KINDS)
+    if isinstance(error, UserError) or not recurs:
         return None
     if (line := _users_line(error, classes)) is None:
         return None
@@ -182,12 +175,6 @@ def _users_line(error: BaseException, classes: Collection[str]) -> str | None:
     return f"{lines[-1][0]}, line {lines[-1][1]}" if lines else None
 
 
-def _recurs(error: Exception) -> bool:
-    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        return is_of_shapes(error)
-    return isinstance(error, _KINDS)
-
-
 def is_of_shapes(error: Exception) -> bool:
     """Return True for a RuntimeError of torch that shapes and types decide, and not a device."""
     text = str(error)
@@ -200,14 +187,10 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:_LONGEST]
 
 
-def _main(words: list[str]) -> None:
-    sent, vocab_size = map(int, words)
+if __name__ == "__main__":
+    sent, vocab_size = map(int, sys.argv[1:])
     job: Any = thaw(TrainJob, sys.stdin.read(), trust=True)  # the command's, by our launcher
     try:
         _examine(job, vocab_size)
     except UserError as e:
         os.write(sent, json.dumps([e.where, e.problem, e.todo]).encode())
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

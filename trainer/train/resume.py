@@ -82,7 +82,11 @@ def _history(
     prefixes: list[Prefix] = []
 
     def judge() -> None:
-        saved = None if checkpoint is None else _saved(checkpoint)
+        saved = None
+        if checkpoint is not None:
+            rows = checkpoint.state.get("logged", {}).get("metrics.jsonl")
+            entry = FileEntry(**rows) if rows else None
+            saved = Saved(checkpoint.position.step, checkpoint.attempt, entry)
         if starting is not None:
             expect_whole(run, starting, saved)
         if saved is not None:
@@ -92,11 +96,6 @@ def _history(
 
     engine.world.from_main(judge, run.path)
     return prefixes[0] if prefixes else None
-
-
-def _saved(checkpoint: Checkpoint) -> Saved:
-    rows = checkpoint.state.get("logged", {}).get("metrics.jsonl")
-    return Saved(checkpoint.position.step, checkpoint.attempt, FileEntry(**rows) if rows else None)
 
 
 def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> ResumePoint:

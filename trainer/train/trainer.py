@@ -39,7 +39,7 @@ from forescale.run.directory import Attempt
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import Start, numerics, reopen, start
 from forescale.train.build import Builder
-from forescale.train.guard import Anomaly, Halt, Rollback
+from forescale.train.guard import Halt, Rollback
 from forescale.train.loop import train
 from forescale.train.model import adapting, build_model, freeze
 from forescale.train.preferences import Comparison, Reference
@@ -131,7 +131,11 @@ class Trainer:
         job = self.job
         for key, name in targets(job).items():
             import_target(key, name)  # a wrong name is reported before anything is built
-        self.reads_weights = self.world.from_main(self._has_weights, self.run.path)
+        # Whether `resume` will read the weights from a checkpoint, or raise an error.
+        branches = job.run.origin.run is not None
+        self.reads_weights = self.world.from_main(
+            lambda: branches or bool(self.run.checkpoint_steps()), self.run.path
+        )
         divide = adapting(job, partition_of(job, self.world))
         model = build_model(job, self.sources.vocab_size, divide, draws=not self.reads_weights)
         freeze(job, model)
@@ -171,10 +175,6 @@ class Trainer:
         assert isinstance(self.job.objective, PreferencesConfig)
         self.engine.combine = Comparison(self.job.objective.beta)
         return references is not None
-
-    def _has_weights(self) -> bool:
-        """True if `resume` will read the weights from a checkpoint, or raise an error."""
-        return bool(self.run.checkpoint_steps()) or self.job.run.origin.run is not None
 
     def _begin(self, point: ResumePoint) -> ResumePoint:
         """Begin the attempt at `point`, and report it."""
@@ -235,7 +235,12 @@ class Trainer:
                 with self.phases("checkpoint"):
                     parts.checkpoints.save(position)
             reason = "halted"
-            raise self._halted(halt) from None
+            where, problem = f"{self.run.path}, step {halt.step:,}", f"halted: {halt.reason}"
+            todo = (
+                "look at the events and the data there; guard.* says when a run halts; to branch "
+                "off before the step, use run.from and data.skip"
+            )
+            raise UserError(where, problem, todo) from None
         finally:
             self.phases.mark("closing")
             parts.close()
@@ -253,13 +258,6 @@ class Trainer:
         )
         self.attempt = Attempt(Path(following))
         return self._begin(point)
-
-    def _halted(self, halt: Anomaly) -> UserError:
-        todo = (
-            "look at the events and the data there; guard.* says when a run halts; to branch off "
-            "before the step, use run.from and data.skip"
-        )
-        return UserError(f"{self.run.path}, step {halt.step:,}", f"halted: {halt.reason}", todo)
 
     def _multipliers(self, step: int) -> tuple[float, float]:
         job, total = self.job, self.job.total_steps

@@ -18,6 +18,7 @@ from forescale.checkpoint.retention import (
     reasons,
     steps_to_verify,
 )
+from forescale.checkpoint.saver import Saver
 from forescale.config.sections.batch import Cadence
 from forescale.engine.ranks import ALONE
 from forescale.ground.errors import UserError
@@ -240,16 +241,8 @@ def test_losses_are_read_on_from_where_they_ended(tmp_path):
 
 def test_the_part_keeps_multiples_the_best_and_the_pinned(run):
     attempt, engine = plain.begin(run), plain.engine()
-    part = Checkpoints(
-        Every(Cadence(10), 100),
-        2,
-        run,
-        attempt,
-        engine,
-        dict,
-        keep_every=Cadence(40),
-        keep_best=True,
-    )
+    rules = Keep(2, Cadence(40), best=True)
+    part = Checkpoints(Every(Cadence(10), 100), Saver(run, attempt, engine, dict, rules))
     for step in range(10, 100, 10):
         row = {"kind": "validation", "step": step, "dataset": "validation"}
         attempt.metrics.add({**row, "loss": abs(step - 30)})

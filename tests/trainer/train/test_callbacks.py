@@ -17,7 +17,6 @@ from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary, World
 from forescale.ground.errors import UserError
 from forescale.resilience.phases import PhaseTimer
-from forescale.run.directory import Run
 from forescale.train.build import Parts
 from forescale.train.callbacks import Checkpoints, Every, UserCallback, Validation
 from forescale.train.evaluate import Score
@@ -242,18 +241,16 @@ class Saves:
             raise self.fault
 
 
-def save_along(tmp_path, monkeypatch, total, saves):
+def save_along(total, saves):
     """Train `total` steps with a callback that saves every 4."""
-    run, engine = Run(tmp_path), Engine()
-    monkeypatch.setattr("forescale.train.callbacks.Saver", lambda *_: saves)
-    callback = Checkpoints(Every(Cadence(4), total), 2, run, run.new_attempt(), engine, dict)
-    trained(engine, total, [callback])
+    callback = Checkpoints(Every(Cadence(4), total), saves)
+    trained(Engine(), total, [callback])
     return callback
 
 
-def test_a_step_is_saved_once(tmp_path, monkeypatch):
+def test_a_step_is_saved_once():
     saves = Saves()
-    callback = save_along(tmp_path, monkeypatch, 8, saves)
+    callback = save_along(8, saves)
     assert callback.saved == 8
     callback.save(saves.begun[-1])  # as at the end of every run
     assert [(p.step, p.g) for p in saves.begun] == [(4, 4), (8, 8)]
@@ -261,13 +258,11 @@ def test_a_step_is_saved_once(tmp_path, monkeypatch):
     assert len(saves.begun) == 3
 
 
-def test_a_save_that_fails_in_the_background_ends_training_at_the_next_summary(
-    tmp_path, monkeypatch
-):
+def test_a_save_that_fails_in_the_background_ends_training_at_the_next_summary():
     fault = UserError("disk", "full", "free some space")
     saves = Saves(fault)
     with pytest.raises(UserError, match="disk: full"):
-        save_along(tmp_path, monkeypatch, 100, saves)
+        save_along(100, saves)
     assert [p.step for p in saves.begun] == [4]
 
 

@@ -24,20 +24,17 @@ class Lion(torch.optim.Optimizer):
         """Update all parameters that have a gradient; return the loss of `closure`."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
+            beta1, beta2 = group["betas"]
             for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
+                if (gradient := p.grad) is None:
+                    continue
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                momentum = self.state[p]["exp_avg"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(torch.lerp(gradient, momentum, beta1).sign_(), alpha=-group["lr"])
+                momentum.lerp_(gradient, 1 - beta2)
         return loss
-
-    def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(p)
-        momentum, gradient = state["exp_avg"], p.grad
-        assert gradient is not None
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(torch.lerp(gradient, momentum, beta1).sign_(), alpha=-group["lr"])
-        momentum.lerp_(gradient, 1 - beta2)
 
 
 def build(config: LionConfig, groups: list[dict]) -> torch.optim.Optimizer:

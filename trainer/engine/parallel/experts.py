@@ -40,26 +40,25 @@ def join_experts(world: World) -> ExpertGroup:
 
 
 def divide(module: nn.Module, group: ExpertGroup) -> nn.Module:
-    """Let each layer of experts inside of `module` keep this rank's; return `module`."""
+    """Let each layer of experts inside of `module` keep this rank's; return `module`.
+
+    The marks tell DeepSpeed that an expert's parameter is reduced over the ranks that have it too;
+    and stage 3 that it is divided among them, but the sum of its gradients by as many ranks as that
+    of others (read in stage3.py of 0.19.8, which knows the experts of its own AutoEP by them).
+    """
+    from deepspeed.utils import groups
+
+    ranks = group_name(group.size)
     for layer in module.modules():
         if isinstance(layer, MixtureOfExperts) and layer.expert_group is None:
             layer.divide(group)
-            for p in layer.parameters():
-                if hasattr(p, "whole"):
-                    _mark_as_expert(p, group_name(group.size))
+            experts: list[Any] = [p for p in layer.parameters() if hasattr(p, "whole")]
+            for p in experts:
+                p.allreduce, p.group_name = False, ranks
+                p.ds_zero_placement_family = "autoep_expert"
+                p.ds_zero_partition_group_name = ranks
+                p.ds_zero_partition_process_group = groups._EXPERT_DATA_PARALLEL_GROUP[ranks]
     return module
-
-
-def _mark_as_expert(param: Any, ranks: str) -> None:
-    """Set DeepSpeed's marks of a parameter that is reduced over these ranks alone; and those by
-    which stage 3 divides it among them, but the sum of its gradients by as many ranks as that of
-    others (read in stage3.py of 0.19.8, which knows the experts of its own AutoEP by them)."""
-    from deepspeed.utils import groups
-
-    param.allreduce, param.group_name = False, ranks
-    param.ds_zero_placement_family = "autoep_expert"
-    param.ds_zero_partition_group_name = ranks
-    param.ds_zero_partition_process_group = groups._EXPERT_DATA_PARALLEL_GROUP[ranks]
 
 
 def is_expert(param: Any) -> bool:

@@ -121,18 +121,14 @@ def write_fragments(
         for n, f in enumerate(fragments):
             if n == len(fragments) // 2:
                 midway()
-            data = _bytes_of(f)
+            source = f.data if f.read is None else f.read()
+            assert (source.dtype, source.numel()) == (f.data.dtype, f.data.numel()), f.key
+            data = source.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
             for start in range(0, len(data), _BLOCK):
                 out.write(data[start : start + _BLOCK])
-            del data  # before the next is read
+            del source, data  # before the next is read
         entry = out.finish()
     return entry, [f.row for f in fragments]
-
-
-def _bytes_of(f: Fragment) -> memoryview:
-    data = f.data if f.read is None else f.read()
-    assert (data.dtype, data.numel()) == (f.data.dtype, f.data.numel()), f.key
-    return data.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
 class FragmentReader:
@@ -186,17 +182,15 @@ class FragmentReader:
         f = fragment
         if f.cut is None:
             self.read_into(f.name, f.state, f.start, f.data)
-        else:
-            self._read_strip(f.name, f.state, Strip(f.start, f.data.numel(), *f.cut), f.data)
-
-    def _read_strip(self, name: str, state: str, strip: Strip, out: Tensor) -> None:
+            return
+        strip = Strip(f.start, f.data.numel(), *f.cut)
         rows = max(1, _BLOCK // strip.stride)  # at once: what is read between the runs is dropped
         for low in range(strip.low, strip.high, rows * strip.stride):
             high = min(strip.high, low + rows * strip.stride)
-            between = torch.empty(high - low, dtype=out.dtype)
-            self.read_into(name, state, low, between)
+            between = torch.empty(high - low, dtype=f.data.dtype)
+            self.read_into(f.name, f.state, low, between)
             for at, place, size in strip.overlaps(low, high):
-                out[place : place + size].copy_(between[at - low : at - low + size])
+                f.data[place : place + size].copy_(between[at - low : at - low + size])
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
