@@ -9,7 +9,12 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from tests.distributed.cost_jobs import FLAGS, LENGTH, MICRO_BATCHES, VOCABULARY, job_of
+from tests.distributed.jobs import LENGTH, TRAIN, VOCABULARY, build_job, compose_job
+
+MICRO_BATCHES = 3
+FLAGS = 100  # bytes: most of norms and flags, which are of no kind
+# Odd sizes: partition borders cut parameters, and nothing divides by the ranks.
+MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=3", "model.mlp_width=41"]
 
 OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
     "all_reduce": ("all_reduce", 0, "tensor"),
@@ -20,24 +25,22 @@ OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
 }
 
 
+def job_of(case, world):
+    """case: [stage, optimizer, precision, more overrides]."""
+    stage, optimizer, precision, *words = case
+    near = {"engine.tensor_parallel=2", "engine.sequence_parallel=2"} & set(words)
+    words = [
+        *(*MODEL, *TRAIN, "train.steps=4", f"engine=zero{stage}", "engine.bucket_bytes=4096"),
+        f"train.global_batch={2 * MICRO_BATCHES * (world // 2 ** len(near))}",
+        *(f"precision={precision}", f"optimizer={optimizer}", *words),
+    ]
+    return compose_job(words, world)
+
+
 def build(case):
-    from accelerate.state import AcceleratorState
-
-    from forescale.engine.build import build_engine, partition_of
-    from forescale.engine.deepspeed_config import deepspeed_config
-    from forescale.engine.world import join
-    from forescale.models import Transformer
-    from forescale.train.model import adapting, freeze
-
-    AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])
     job = job_of(case, size)
-    world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
-    torch.manual_seed(0)
-    divide = partition_of(job, world) if job.mesh(size).exchanges else None
-    model = Transformer(job.model, adapting(job, divide))
-    freeze(job, model)
-    return build_engine(world, divide(model) if divide else model, job)
+    return build_job(job, divides=job.mesh(size).exchanges)
 
 
 def batch(engine, step):

@@ -1,11 +1,11 @@
-"""What runs inside the ranks of test_experts.py."""
+"""What runs inside the ranks of test_experts.py and test_moe.py."""
 
 import os
 
 import torch
 
 from forescale.engine.compilation import compile_parts
-from tests.distributed.moe_scenarios import LENGTH, MICRO_BATCHES, TRAIN, VOCABULARY, batch
+from tests.distributed.jobs import SMALL, TRAIN, batch, build_job, compose_job, steps_of, zero
 from tests.distributed.step_scenarios import _newton_schulz_in_fp32
 
 # So many experts that some have no token on a rank, and odd sizes, so that borders cut matrices.
@@ -16,50 +16,22 @@ MODEL += ["model.mlp.scores=sigmoid", "model.mlp.bias_speed=0.01", "model.mlp.ba
 
 def job_of(case, world):
     """case: [stage, optimizer, ranks that divide the experts, more overrides]."""
-    from dataclasses import replace
-
-    from forescale.config.compose import compose
-    from forescale.config.train import TrainJob
-
     stage, optimizer, parallel, *overrides = case
-    words = [
-        *MODEL,
-        *TRAIN,
-        f"train.sequence_length={LENGTH}",
-        f"train.global_batch={2 * MICRO_BATCHES}",
-        f"engine=zero{stage}",
-        "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 50}}",
-        f"engine.expert_parallel={parallel}",
-        "precision=fp32",
-        f"optimizer={optimizer}",
+    words = [*MODEL, *TRAIN, f"engine=zero{stage}", zero(SMALL), "precision=fp32"]
+    words += [f"engine.expert_parallel={parallel}", f"optimizer={optimizer}"]
+    if optimizer == "muon":
         # At the default of so narrow a model, rounding moves weights by more than is compared.
-        *["optimizer.adam_learning_rate=0.004"] * (optimizer == "muon"),
-        *overrides,
-    ]
-    job = compose(TrainJob, [*words, f"launch.processes={world}"])
-    return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
+        words.append("optimizer.adam_learning_rate=0.004")
+    return compose_job([*words, *overrides], world)
+
+
+def build(case, seed=0):
+    return build_job(job_of(case, int(os.environ["WORLD_SIZE"])), seed)
 
 
 def fed(world, step):
     """What a rank is fed in a step."""
     return batch(step, world.data.rank, world.data.size)
-
-
-def build(case, seed=0):
-    from accelerate.state import AcceleratorState
-
-    from forescale.engine.build import build_engine, partition_of
-    from forescale.engine.deepspeed_config import deepspeed_config
-    from forescale.engine.world import join
-    from forescale.models import Transformer
-
-    AcceleratorState._reset_state()  # several engines follow each other in one process
-    size = int(os.environ["WORLD_SIZE"])
-    job = job_of(case, size)
-    world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
-    torch.manual_seed(seed)
-    divide = partition_of(job, world) or (lambda module: module)
-    return build_engine(world, divide(Transformer(job.model, divide)), job)
 
 
 def compiled(cases, backend):
@@ -171,10 +143,10 @@ def _saved(case, folder):
     from forescale.run.directory import Run
 
     engine = build(case, seed=1)
-    _steps(engine, range(3))
+    steps_of(engine, range(3))
     run = Run(Path(folder) / f"{case[0]}-{case[1]}-{case[2]}-w{engine.world.size}")
     writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
-    return _steps(engine, range(3, 5))
+    return steps_of(engine, range(3, 5))
 
 
 def loaded(cases, folder):
@@ -191,17 +163,7 @@ def _loaded(case, sources, folder):
 
     engine, losses = build(case, seed=2), []
     for source in sources:
-        _steps(engine, range(10, 12))
+        steps_of(engine, range(10, 12))
         writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
-        losses.append([whole(engine), _steps(engine, range(3, 5))])
+        losses.append([whole(engine), steps_of(engine, range(3, 5))])
     return losses
-
-
-def _steps(engine, steps):
-    numbers = []
-    for step in steps:
-        data = fed(engine.world, step)
-        facts = engine.train_step(data, 1.0)
-        every = [x for part in engine.world.gather(facts.losses.tolist()) for x in part]
-        numbers.append([sum(every) / data.targets, facts.grad_norm])
-    return numbers

@@ -5,7 +5,8 @@ from pathlib import Path
 from forescale.checkpoint import writer
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.run.directory import Run
-from tests.distributed.sequence_scenarios import batch, build
+from tests.distributed.jobs import steps_of
+from tests.distributed.sequence_scenarios import build
 
 STATE = "checkpoints/step-00000002"
 
@@ -22,31 +23,21 @@ def carry(cases, folder, known):
     for name, near, *case in cases:
         engine = build(case, near)
         if name in known:
-            _steps(engine, [7])
+            steps_of(engine, [7])
         else:
-            _steps(engine, [0, 1])
+            steps_of(engine, [0, 1])
             _save(engine, folder / "first" / name)
-            losses[name] = _steps(engine, [2, 3])
+            losses[name] = steps_of(engine, [2, 3])
         for source in sorted(known | losses):
             key = f"{name}<{source}"
             if "<" in source or key in known:
                 continue
             writer.load(Checkpoint(folder / "first" / source / STATE), engine)
             _save(engine, folder / "again" / key)
-            losses[key] = _steps(engine, [2, 3])
+            losses[key] = steps_of(engine, [2, 3])
     return losses
 
 
 def _save(engine, path):
     snapshot = writer.Snapshot.of(engine, Position(2, 16, 0), {})
     writer.write(Run(path), 1, snapshot, engine.world)
-
-
-def _steps(engine, steps):
-    world, rows = engine.world, []
-    for step in steps:
-        data = batch(step, world.data.rank, world.data.size)
-        facts = engine.train_step(data, 1.0)
-        nats = world.sum(facts.losses.double().sum())
-        rows.append([float(nats) / data.targets, facts.grad_norm])
-    return rows

@@ -1,74 +1,26 @@
 """What runs inside the ranks of test_sequence.py: one model over ranks that divide its columns."""
 
 import os
-from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forescale.data.stream import MicroBatch
+from tests.distributed.jobs import SMALL, TRAIN, batch, build_job, compose_job, zero
 from tests.models.checks import kept_bytes, objective
 
-VOCABULARY, LENGTH, MICRO_BATCHES = 71, 16, 4  # of a step, over all ranks
 MODEL = ["model.width=32", "model.num_layers=2", "model.num_heads=4", "model.mlp_width=41"]
-TRAIN = ["train.steps=9", "schedule.warmup=0", "schedule.decay=1", "train.micro_batch=2"]
-SMALL = "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 50}}"
 
 
 def job_of(case, world, near):
     """case: [stage, more overrides]; near: the ranks that divide a row."""
-    from forescale.config.compose import compose
-    from forescale.config.train import TrainJob
-
     stage, *overrides = case
-    words = [
-        *MODEL,
-        *TRAIN,
-        f"train.sequence_length={LENGTH}",
-        f"train.global_batch={2 * MICRO_BATCHES}",
-        f"engine=zero{stage}",
-        f"engine.sequence_parallel={near}",
-        SMALL,
-        "precision=fp32",
-        "optimizer=adamw",
-        *(word for word in overrides if word != "documents"),
-    ]
-    job = compose(TrainJob, [*words, f"launch.processes={world}"])
-    return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
-
-
-def batch(step, rank, size, documents=False):
-    """The part of a step of a data rank among `size`: the same windows at any size."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    shape = (MICRO_BATCHES, 2, LENGTH + 1)
-    data = torch.randint(0, VOCABULARY, shape, generator=generator)
-    tokens, targets = data[..., :-1].contiguous(), data[..., 1:].clone()
-    targets[0, 0, -7:] = -100  # padding, which one half of the columns has alone
-    begins = torch.rand(tokens.shape, generator=generator) < 0.2
-    numbers = begins.cumsum(-1).int() if documents else [None] * MICRO_BATCHES
-    part = MICRO_BATCHES // size
-    mine = range(rank * part, (rank + 1) * part)
-    micro = [MicroBatch(i, tokens[i], targets[i], numbers[i]) for i in mine]
-    return SimpleNamespace(step=step, targets=int((targets != -100).sum()), micro=micro)
+    words = [*MODEL, *TRAIN, f"engine=zero{stage}", f"engine.sequence_parallel={near}"]
+    words += [zero(SMALL), "precision=fp32", "optimizer=adamw"]
+    return compose_job([*words, *(word for word in overrides if word != "documents")], world)
 
 
 def build(case, near):
-    from accelerate.state import AcceleratorState
-
-    from forescale.engine.build import build_engine, partition_of
-    from forescale.engine.deepspeed_config import deepspeed_config
-    from forescale.engine.world import join
-    from forescale.models import Transformer
-
-    AcceleratorState._reset_state()  # several engines follow each other in one process
-    size = int(os.environ["WORLD_SIZE"])
-    job = job_of(case, size, near)
-    world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
-    torch.manual_seed(0)
-    divide = partition_of(job, world)
-    model = Transformer(job.model, divide)
-    return build_engine(world, divide(model) if divide else model, job)
+    return build_job(job_of(case, int(os.environ["WORLD_SIZE"]), near))
 
 
 def trained(cases, near, steps, documents=False, compiled=False):

@@ -1,20 +1,14 @@
 """Scenarios on real ranks: what the start of a model takes of the host's memory."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
-from tests.distributed.cost_jobs import LENGTH, VOCABULARY
+from tests.distributed.jobs import TRAIN, VOCABULARY, compose_job
 
 
 def job_of(size, overrides):
-    from forescale.config.compose import compose
-    from forescale.config.train import TrainJob
-
-    words = [f"train.global_batch={size}", "train.micro_batch=1", f"launch.processes={size}"]
-    words += ["train.steps=2", "schedule.warmup=0", "schedule.decay=1", "precision=bf16"]
-    job = compose(TrainJob, [*words, f"train.sequence_length={LENGTH}", *overrides])
-    return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
+    words = [*TRAIN, f"train.global_batch={size}", "train.micro_batch=1", "precision=bf16"]
+    return compose_job([*words, *overrides], size)
 
 
 def start(overrides):

@@ -5,19 +5,20 @@ import torch
 
 from forescale.engine.optim import parameter_groups
 from forescale.models import Transformer
-from tests.distributed import moe_scenarios as scenario
-from tests.distributed import ranks
+from tests.distributed import expert_scenarios as scenario
+from tests.distributed import jobs, ranks
 from tests.distributed.test_step import orthogonal_update
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 8
-CASES = [[stage, kind] for stage in range(4) for kind in ("adamw", "muon")]
+PARTS = ["model.num_heads=3", "model.mlp.experts=24", "model.mlp.expert_width=13"]
+CASES = [[stage, kind, 1, *PARTS] for stage in range(4) for kind in ("adamw", "muon")]
 
 
 def plainly(kind):
     """The same training without DeepSpeed or ranks, each expert's matrix orthogonalised alone."""
-    job = scenario.job_of(0, kind, 1)
+    job = scenario.job_of([0, kind, 1, *PARTS], 1)
     torch.manual_seed(0)
     model = Transformer(job.model)
     muon = model.muon_parameters()
@@ -36,7 +37,7 @@ def plainly(kind):
     momenta = [torch.zeros_like(p) for p in muon]
     rows = []
     for step in range(STEPS):
-        data = scenario.batch(step, 0, 1)
+        data = jobs.batch(step, 0, 1)
         model.counters().zero_()
         nats = 0.0
         for micro in data.micro:
@@ -66,17 +67,16 @@ def plainly(kind):
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_stage_trains_experts_like_plain_pytorch(size):
     expected = {kind: plainly(kind) for kind in ("adamw", "muon")}
-    for case, (rows, biases) in zip(
-        CASES, ranks.run("moe_scenarios:trained", size, cases=CASES, steps=STEPS), strict=True
-    ):
-        expected_losses, bias = expected[case[1]]
+    results = ranks.run("expert_scenarios:trained", size, cases=CASES, steps=STEPS)
+    for case, result in zip(CASES, results, strict=True):
+        rows, bias = expected[case[1]]
         for (loss, norm, extra, load), (nats, plain_norm, totals) in zip(
-            rows, expected_losses, strict=True
+            result["rows"], rows, strict=True
         ):
             assert loss == pytest.approx(nats, abs=1e-4), case
             assert norm == pytest.approx(plain_norm, rel=1e-3), case
             assert [layer[:-1] for layer in load] == [layer[:-1] for layer in totals], case
             assert 1 < extra["expert_load"] <= extra["expert_load_worst"]
             assert extra["dropped"] == 0
-        assert biases == [bias] * size, case
+        assert result["biases"] == [bias] * size, case
         assert any(any(layer) for layer in bias)

@@ -10,18 +10,13 @@ from forescale.plan.bytes.memory import states
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
 from tests.distributed import ranks
-from tests.distributed.cost_jobs import FLAGS, MICRO_BATCHES, job_of
+from tests.distributed.cost_scenarios import FLAGS, MICRO_BATCHES, job_of
+from tests.distributed.jobs import SMALL, zero
 from tests.matrix import FULL
 
 pytestmark = pytest.mark.distributed
 
 KINDS = [[o, p] for o in ("adamw", "muon") for p in ("bf16", "fp32")]
-SMALL = "stage3_param_persistence_threshold: 50"
-
-
-def zero(*settings):
-    return f"engine.deepspeed={{zero_optimization: {{{', '.join(settings)}}}}}"
-
 
 CASES = [[stage, *kind] for stage in range(3) for kind in KINDS]
 CASES += [[3, *kind, zero(SMALL)] for kind in KINDS]

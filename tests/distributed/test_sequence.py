@@ -12,7 +12,7 @@ from forescale.models.memory import activations
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
 from tests import launching
-from tests.distributed import ranks
+from tests.distributed import jobs, ranks
 from tests.distributed import sequence_scenarios as scenario
 from tests.matrix import FULL
 
@@ -56,7 +56,7 @@ def plainly(case, documents):
         group["lr"] = group["peak_learning_rate"]
     rows = []
     for step in range(STEPS):
-        data, nats = scenario.batch(step, 0, 1, documents), 0.0
+        data, nats = jobs.batch(step, 0, 1, documents), 0.0
         for micro in data.micro:
             losses = model(micro.tokens, micro.targets, documents_BL=micro.documents)
             (losses.sum() / data.targets).backward()
@@ -68,7 +68,7 @@ def plainly(case, documents):
     with torch.no_grad():
         held_out = [
             model.eval()(micro.tokens, micro.targets, documents_BL=micro.documents).tolist()
-            for micro in scenario.batch(99, 0, 1, documents).micro
+            for micro in jobs.batch(99, 0, 1, documents).micro
         ]
     return rows, held_out
 
@@ -76,7 +76,7 @@ def plainly(case, documents):
 def plain_gradients(case):
     job = scenario.job_of(case, 1, 1)
     torch.manual_seed(0)
-    model, data = Transformer(job.model), scenario.batch(0, 0, 1, True)
+    model, data = Transformer(job.model), jobs.batch(0, 0, 1, True)
     for micro in data.micro:
         output = model(micro.tokens, micro.targets, documents_BL=micro.documents)
         losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
@@ -119,7 +119,7 @@ def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
         job = scenario.job_of(case, near, near)
         planned = [c for c in collectives(job, inventory(job), near) if c.kind == "all_to_all"]
         assert [(c.payload, c.ranks, c.calls) for c in planned] == [(sent, near, calls)], case
-        masked, size = "documents" in case, scenario.LENGTH
+        masked, size = "documents" in case, jobs.LENGTH
         planned = activations(job.model, 2, size, 4, masked, fused_norms=False, ranks=near)
         assert bytes_kept == pytest.approx(planned.saved, rel=0.07), case
 

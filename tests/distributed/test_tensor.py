@@ -6,7 +6,7 @@ import torch
 from forescale.models.memory import activations
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
-from tests.distributed import ranks
+from tests.distributed import jobs, ranks
 from tests.distributed import sequence_scenarios as scenario
 from tests.distributed.test_sequence import STEPS, plainly
 
@@ -118,7 +118,7 @@ def test_the_plan_knows_what_divided_matrices_keep_and_send():
     ]
     results = ranks.run("sequence_scenarios:costs", 2, cases=cases, near=1)
     for case, (bytes_kept, sent, calls) in zip(cases, results, strict=True):
-        job, size = scenario.job_of(case, 2, 1), scenario.LENGTH
+        job, size = scenario.job_of(case, 2, 1), jobs.LENGTH
         masked = "documents" in case
         planned = activations(job.model, 2, size, 4, masked, fused_norms=False, tensor=2)
         assert bytes_kept == pytest.approx(planned.saved, rel=0.03), case

@@ -124,8 +124,13 @@ def judge(
     fresh: Callable[[Sequence[Interval]], Evidence],
 ) -> Judgement:
     """Return the judgement. fresh: makes a run without faults that skips these samples."""
-    since = _struck(evidence)
-    noticed = _noticed(scenario, since, evidence)
+    struck = [row["time"] for row in records(evidence.run)]
+    since = evidence.signalled or min(struck, default=None)  # the first fault
+    noticed = None
+    if since is not None:  # seconds from it to the first line or event about it
+        later = (line for line in evidence.lines() if line.time >= since)
+        times = (t.time - since for t in later if re.search(scenario.noticed, t.text))
+        noticed = next(times, None)
     wrong = [*_commands(scenario, evidence), *_strikes(scenario, evidence)]
     if not wrong:  # otherwise the rows would only repeat these problems
         wrong = list(_rows(scenario, evidence, undisturbed, fresh))
@@ -170,20 +175,6 @@ def _strikes(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
             yield f"the fault {fault} happened {times} times"
     if scenario.signal_at is not None and evidence.signalled is None:
         yield "it ended before the signal was sent"
-
-
-def _struck(evidence: Evidence) -> float | None:
-    """Return the time of the first fault, or None."""
-    times = [row["time"] for row in records(evidence.run)]
-    return evidence.signalled or min(times, default=None)
-
-
-def _noticed(scenario: Scenario, since: float | None, evidence: Evidence) -> float | None:
-    """Return the seconds from the first fault to the first line or event about it, or None."""
-    if since is None:
-        return None
-    later = (line for line in evidence.lines() if line.time >= since)
-    return next((t.time - since for t in later if re.search(scenario.noticed, t.text)), None)
 
 
 def _lost(step: int, since: float | None, evidence: Evidence, undisturbed: Evidence) -> float:

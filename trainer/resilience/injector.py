@@ -75,14 +75,11 @@ class Injector:
         if self.phases.step != self._seen_step:
             self._step = self._seen_step = self.phases.step
         step = self._step + (place == "data")  # data is read before its step begins
-        for fault in self._left_at(place, step):
+        for fault in [f for f in self._left if f.place == place and self._is_due(f, step)]:
             self._strike(fault)
         if self._slow and place == self._slow[0] and self._slept < step <= self._slow[1]:
             self._slept = step  # once per step, not per micro-batch
             time.sleep(_SLEEP)
-
-    def _left_at(self, place: str, step: int) -> list[Fault]:
-        return [f for f in self._left if f.place == place and self._is_due(f, step)]
 
     def _is_due(self, fault: Fault, step: int) -> bool:
         if fault.kind in ("nan", "spike", "flip", "enospc"):

@@ -25,7 +25,7 @@ from forescale.ground.rendezvous import LOOPBACK, free_port
 from forescale.resilience import outcome
 from forescale.resilience.heartbeat import node_path
 from forescale.resilience.output import close, copied_output
-from forescale.run.directory import Attempt, Run
+from forescale.run.directory import Run
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MAX_CRASHES = 3  # in a row without a new checkpoint
@@ -139,7 +139,11 @@ def run_attempts(run: Run, command: list[str], processes: int, grace: float = _G
             )
             return GAVE_UP
         time.sleep(2.0**crashes / 2)
-        _expect_no_newer_launch([a for a in run.attempts() if a.number > attempt.number])
+        for newer in [a for a in run.attempts() if a.number > attempt.number]:
+            # One that began with a rollback has no launcher: the ranks of this one made it.
+            if outcome.launch_of(newer.path):
+                problem = f"another launcher has started attempt {newer.number} meanwhile"
+                raise UserError(str(newer.path), problem, "do nothing: the newer attempt goes on")
         print(f"Restarting (crash {crashes} of {MAX_CRASHES} without a new checkpoint).")
 
 
@@ -148,15 +152,6 @@ def last_end(run: Run) -> str:
     launches = (outcome.launch_of(attempt.path) for attempt in reversed(run.attempts()))
     how = next((launch.get("how", "") for launch in launches if launch), "")
     return f"{how[0].upper()}{how[1:].rstrip('.')}." if how else ""
-
-
-def _expect_no_newer_launch(newer: list[Attempt]) -> None:
-    """Raises UserError if another launcher started one of these attempts while this one slept. An
-    attempt that began with a rollback has no launcher: the ranks of this one made it."""
-    for attempt in newer:
-        if outcome.launch_of(attempt.path):
-            problem = f"another launcher has started attempt {attempt.number} meanwhile"
-            raise UserError(str(attempt.path), problem, "do nothing: the newer attempt goes on")
 
 
 def start_ranks(
@@ -232,8 +227,10 @@ def start_ranks(
     result = INTERRUPTED if stop and code not in (DONE, USER) else code
     how, hint = outcome.describe_end(attempt, rank, result, outcome.kills_for_memory() > kills)
     outcome.record_end(attempt, result, how, rank)
-    if result == USER and rank:
-        report(_last_message(attempt / f"rank-{rank}.log"))
+    if result == USER and rank:  # the last message of forescale in the rank's log
+        log = attempt / f"rank-{rank}.log"
+        _, mark, text = log.read_text(errors="replace").rpartition("forescale: ")
+        report((mark + text).strip() if mark else f"see {log}")
     elif result not in (DONE, USER, INTERRUPTED):
         report(f"{how}; {hint}")
     return result
@@ -270,12 +267,6 @@ def _stop(ranks: list[subprocess.Popen], grace: float) -> set[int]:
     for r in ranks:
         r.wait()
     return left
-
-
-def _last_message(log: Path) -> str:
-    """Return the last message of forescale in a rank's log."""
-    _, mark, text = log.read_text(errors="replace").rpartition("forescale: ")
-    return (mark + text).strip() if mark else f"see {log}"
 
 
 def die_with_parent() -> None:

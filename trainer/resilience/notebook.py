@@ -43,23 +43,17 @@ def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: An
     """
     words = (*words, *words_of(keys))
     job = job_of(TrainJob, overrides_of(TrainJob, words))
-    _must_be_found_by_ranks(job)
+    for key, target in targets(job).items():
+        if target.startswith("__main__."):
+            problem = f"{target} exists in this process alone, and ranks are processes of their own"
+            todo = "write the class into a file beside the notebook, such as mine.py: mine.Name"
+            raise UserError(key, problem, todo)
     code, lines = _run(list(words), show or (lambda line: print(line, end="", flush=True)))
     if code == INTERRUPTED:
         raise KeyboardInterrupt("the run is saved; the same call goes on")
     if code != DONE:
         raise TrainingFailed(code, lines)
     return job.run.directory
-
-
-def _must_be_found_by_ranks(job: TrainJob) -> None:
-    """Raise UserError for a class that only this process has: the ranks are processes of their
-    own."""
-    for key, target in targets(job).items():
-        if target.startswith("__main__."):
-            problem = f"{target} exists in this process alone, and ranks are processes of their own"
-            todo = "write the class into a file beside the notebook, such as mine.py: mine.Name"
-            raise UserError(key, problem, todo)
 
 
 def _run(words: list[str], show: Callable[[str], None]) -> tuple[int, list[str]]:

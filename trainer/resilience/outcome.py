@@ -118,22 +118,19 @@ def report_error(
 def write_error(attempt: Path, rank: int, error: BaseException) -> None:
     """Write the error that ends a rank for its launcher to read; never raises. On a full disk it
     uses the room that is reserved for the end of the attempt, and leaves most of it."""
-    text = _sentence(error)[:_LONGEST] + "\n"
+    text = str(error)
+    if not isinstance(error, UserError):
+        first = (text.strip().splitlines() or [""])[0]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        text = masked(f"{type(error).__name__}: {first}{where}")
+    text = text[:_LONGEST] + "\n"
     try:
         _error_path(attempt, rank).write_text(text)
     except OSError:
         with suppress(OSError):
             (attempt / _ROOM).unlink(missing_ok=True)
             _error_path(attempt, rank).write_text(text)
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return masked(f"{type(error).__name__}: {first}{where}")
 
 
 def _error_path(attempt: Path, rank: int) -> Path:
@@ -179,18 +176,12 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
         error = _error_path(attempt, rank).read_text(errors="replace").strip()
         if error:
             return error if code == USER else f"rank {rank} ended with {error}", hint
-    return f"rank {rank} ended with {_describe_code(code, killed_for_memory)}", hint
-
-
-def _describe_code(code: int, killed_for_memory: bool) -> str:
-    if code >= 0:
-        return f"code {code}"
-    name = signal.Signals(-code).name
-    if -code != signal.SIGKILL:
-        return name
-    if killed_for_memory:
-        return f"{name}: memory ran out, and the kernel killed it"
-    return f"{name} (the kernel sends it when memory runs out)"
+    end = f"code {code}" if code >= 0 else signal.Signals(-code).name
+    if -code == signal.SIGKILL and killed_for_memory:
+        end += ": memory ran out, and the kernel killed it"
+    elif -code == signal.SIGKILL:
+        end += " (the kernel sends it when memory runs out)"
+    return f"rank {rank} ended with {end}", hint
 
 
 def notify(run: Run, code: int, why: str, report: Callable[[str], object]) -> None:

@@ -40,7 +40,9 @@ def copied_output(log: Path) -> Iterator[dict[str, int]]:
     and to this process's own. Close them (`close`) once rank 0 has them."""
     ends: dict[str, int] = {}
     ways = []
-    same = _are_same(1, 2)
+    same = False
+    with contextlib.suppress(OSError):  # one of them is closed
+        same = os.path.sameopenfile(1, 2)
     for name, target in (("stdout", 1), ("stderr", 2)):
         if name == "stderr" and same:
             ends[name] = ends["stdout"]  # one way, so that the order stays
@@ -68,13 +70,6 @@ def copied_output(log: Path) -> Iterator[dict[str, int]]:
         except subprocess.TimeoutExpired:  # the terminal takes nothing
             copier.kill()
             copier.wait()
-
-
-def _are_same(one: int, other: int) -> bool:
-    try:
-        return os.path.sameopenfile(one, other)
-    except OSError:  # one of them is closed
-        return False
 
 
 def close(ends: dict[str, int]) -> None:

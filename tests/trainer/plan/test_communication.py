@@ -10,7 +10,7 @@ from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.links import Collective, exposed
 from forescale.plan.step_time import predict_step_time, token_flops
-from tests.distributed.cost_jobs import job_of
+from tests.distributed.cost_scenarios import job_of
 
 SMALL = "stage3_param_persistence_threshold: 50"
 FAR = "stage3_max_reuse_distance: 0"

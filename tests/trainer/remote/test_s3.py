@@ -40,13 +40,17 @@ def endpoint(tmp_path_factory):
     versions of botocore, and pip searches for many minutes for a version that suits both."""
     shared = tmp_path_factory.getbasetemp().parent  # by the workers of one session
     root = shared / "moto"
+    python = root / "bin" / "python"
     with FileLock(shared / "moto.lock"):
         if not (root / "made").exists():
-            subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
-            subprocess.run([root / "bin" / "pip", "install", "-q", "moto[server]>=5"], check=True)
+            # Not moto[server], which needs what emulates all other services, too.
+            needs = ["moto[s3]>=5", "flask", "flask-cors"]
+            pip = [sys.executable, "-m", "pip", "--python", python]
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", root], check=True)
+            subprocess.run([*pip, "install", "-q", "--no-compile", *needs], check=True)
             (root / "made").touch()
     quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([root / "bin" / "python", "-c", SERVES], text=True, **quiet) as process:
+    with subprocess.Popen([python, "-c", SERVES], text=True, **quiet) as process:
         port = process.stdout.readline().strip()
         yield f"http://127.0.0.1:{port}"
         process.kill()
