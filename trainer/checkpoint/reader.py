@@ -240,7 +240,7 @@ def _first_complete(
         else:
             # Its state.json grows with the number of ranks that wrote it, so each rank reads it
             # instead of receiving it.
-            ranks.together(lambda path=path: opened.append(Checkpoint(path)), path)
+            ranks.together(partial(lambda p: opened.append(Checkpoint(p)), path), path)
             return opened[0]
     return None
 

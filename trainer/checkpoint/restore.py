@@ -57,9 +57,9 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
             raise UserError(folder.where, f"has a file {name!r}", todo)
     with new_run(run, job.run.mode, tag="restored") as new:
         for name in filter(_OF_RUN.fullmatch, names):
-            attempt, _, file = name.rpartition("/")
+            attempt, _, last = name.rpartition("/")
             # A kill may have kept back parent.json, which is sent last: such rows don't count.
-            if file != ROWS or f"{attempt}/{PARENT}" in names:
+            if last != ROWS or f"{attempt}/{PARENT}" in names:
                 _bring(folder, name, new.path)
         step = _bring_checkpoint(folder, names, new)
         new.link()

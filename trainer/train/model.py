@@ -126,7 +126,11 @@ def adapting(job: TrainJob, divide: Divide | None) -> Divide | None:
         raise UserError("lora.rank", problem, "pip install 'forescale[lora]'") from None
     seed = job.train.seed if job.train.init_seed is None else job.train.init_seed
     draws = torch.Generator().manual_seed(seed)
-    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    settings: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+    }
 
     def adapted(module: nn.Module) -> nn.Module:
         module.requires_grad_(False)

@@ -132,7 +132,7 @@ def pooled_preferences(scores: Sequence[PreferenceScore]) -> PreferenceScore:
     def mean(of: Callable[[PreferenceScore], float]) -> float:
         return math.fsum(of(score) * score.windows for score in full) / total
 
-    numbers = {name: mean(lambda s, name=name: s.numbers[name]) for name in full[0].numbers}
+    numbers = {name: mean(partial(lambda of, s: s.numbers[of], name)) for name in full[0].numbers}
     error = math.sqrt(math.fsum((s.loss_stderr * s.windows) ** 2 for s in full)) / total
     return PreferenceScore(mean(lambda s: s.loss), error, numbers, total)
 

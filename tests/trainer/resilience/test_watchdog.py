@@ -34,113 +34,108 @@ def status(rank, at, here=0.0, step=30, silence=0.0, host="a", phase="compute", 
     return RankStatus(Heartbeat(**(facts | fields)), silence)
 
 
-def sentence(*ranks, waits=WAITING_PLACES, size=None):
-    hang = diagnose(ranks, size or len(ranks), waits)
-    return hang and hang.sentence
-
-
-def test_nobody_is_named_while_ranks_work():
-    assert sentence(status(0, "backward", 9), status(1, "data", 9, step=29)) is None
-    assert sentence(status(0, "backward", 9, silence=9), status(1, "summary", 9)) is None
-
-
-def test_the_one_that_is_in_data_while_others_wait():
-    """Its step has not begun: the phases still stands at the one before."""
-    text = sentence(status(0, "backward", 12), status(1, "data", 12, step=29, host="b"))
-    assert text == (
-        "rank 1 on host b has been in data for 12 s at step 30; rank 0 waits in backward"
-    )
-
-
-def test_the_one_that_does_not_answer_comes_first():
-    ranks = [status(0, "data", 40, step=29), status(1, "forward", silence=11, host="b")]
-    ranks += [status(2, "backward", 12), status(3, "backward", 12)]
-    assert sentence(*ranks) == (
+BEGUN = dict(step=0, starting=True)
+DIAGNOSES = {
+    "ranks work": ([status(0, "backward", 9), status(1, "data", 9, step=29)], None),
+    "ranks answer": ([status(0, "backward", 9, silence=9), status(1, "summary", 9)], None),
+    # Of a rank in data the step has not begun: the phases still stand at the one before.
+    "one is in data while others wait": (
+        [status(0, "backward", 12), status(1, "data", 12, step=29, host="b")],
+        "rank 1 on host b has been in data for 12 s at step 30; rank 0 waits in backward",
+    ),
+    "one that does not answer comes first": (
+        [
+            status(0, "data", 40, step=29),
+            status(1, "forward", silence=11, host="b"),
+            *(status(rank, "backward", 12) for rank in (2, 3)),
+        ],
         "rank 1 on host b has not answered for 11 s; last seen in forward at step 30; "
-        "ranks 2, 3 wait in backward, rank 0 is in data"
-    )
-
-
-def test_one_that_is_silent_for_half_its_time_while_another_is_stuck():
-    """A rank that waits for it is stuck a moment before it has been silent for long enough."""
-    text = sentence(status(0, "backward", 12), status(1, "forward", silence=6, host="b"))
-    assert text.startswith("rank 1 on host b has not answered for 6 s; last seen in forward at")
-
-
-def test_the_one_at_the_lowest_step():
-    hang = diagnose([status(0, "summary", 12), status(1, "backward", 12, step=28)], 2)
-    assert (hang.ranks, hang.at, hang.step, hang.host) == ((1,), "backward", 28, "a")
-
-
-def test_of_those_at_the_lowest_step_the_one_with_work_of_its_own():
-    hang = diagnose(
-        [status(0, "norm", 12), status(1, "forward", 12), status(2, "summary", 1, step=31)], 3
-    )
-    assert hang.ranks == (1,)
-
-
-def test_at_stage_3_forward_waits_too():
-    ranks = [status(0, "forward", 12), status(1, "data", 12, step=29)]
-    assert sentence(*ranks, waits=waiting_places(3)).endswith("rank 0 waits in forward")
-    exchanging = sentence(*ranks, waits=waiting_places(1, exchanges=True))
-    assert exchanging.endswith("rank 0 waits in forward")
-    assert diagnose(ranks, 2, waiting_places(2)).ranks == (0, 1), "each has work of its own"
-
-
-def test_whoever_waits_for_a_legitimate_long_phase_is_not_at_fault_nor_is_the_other():
-    saving = status(0, "checkpoint", 12, limit=1800.0)
-    assert sentence(saving, status(1, "summary", 12), status(2, "summary", 12)) is None
-    saving = status(0, "checkpoint", 1801, limit=1800.0)
-    assert sentence(saving, status(1, "summary", 1800)).startswith(
-        "rank 0 on host a has been in check"
-    )
-
-
-def test_where_all_wait_the_collective_itself_hangs():
-    assert sentence(*(status(r, "backward", 12, host=f"n{r}") for r in range(3))) == (
+        "ranks 2, 3 wait in backward, rank 0 is in data",
+    ),
+    # A rank that waits for it is stuck a moment before it has been silent for long enough.
+    "one is silent for half its time while another is stuck": (
+        [status(0, "backward", 12), status(1, "forward", silence=6, host="b")],
+        "rank 1 on host b has not answered for 6 s; last seen in forward at step 30; "
+        "rank 0 waits in backward",
+    ),
+    "the lowest step": (
+        [status(0, "summary", 12), status(1, "backward", 12, step=28)],
+        "rank 1 on host a has been in backward for 12 s at step 28; rank 0 waits in summary",
+    ),
+    "of those at the lowest step the one with work of its own": (
+        [status(0, "norm", 12), status(1, "forward", 12), status(2, "summary", 1, step=31)],
+        "rank 1 on host a has been in forward for 12 s at step 30; rank 0 waits in norm, "
+        "rank 2 waits in summary",
+    ),
+    "a long phase is within its limit": (
+        [status(0, "checkpoint", 12, limit=1800.0), *(status(r, "summary", 12) for r in (1, 2))],
+        None,
+    ),
+    "a long phase is beyond its limit": (
+        [status(0, "checkpoint", 1801, limit=1800.0), status(1, "summary", 1800)],
+        "rank 0 on host a has been in checkpoint for 1801 s at step 30; rank 1 waits in summary",
+    ),
+    "all wait": (
+        [status(r, "backward", 12, host=f"n{r}") for r in range(3)],
         "ranks 0 to 2 on hosts n0, n1, n2 have been in backward for 12 s at step 30; "
-        "no rank is behind: the collective itself hangs"
-    )
-
-
-def test_each_rank_that_is_named_has_its_own_place_and_step():
-    """And not those of the one that has been there longest."""
-    ranks = [status(0, "backward", 12), status(1, "data", 12, step=29), status(2, "forward", 14)]
-    hang = diagnose(ranks, 3)
-    assert hang.sentence == (
+        "no rank is behind: the collective itself hangs",
+    ),
+    # Not those of the one that has been there longest.
+    "each has its own place and step": (
+        [status(0, "backward", 12), status(1, "data", 12, step=29), status(2, "forward", 14)],
         "ranks 1, 2 on host a have not moved for 12 to 14 s: rank 1 in data at step 30, "
-        "rank 2 in forward at step 30; rank 0 waits in backward"
-    )
-    assert (hang.ranks, hang.at, hang.step, hang.seconds) == ((1, 2), "forward", 30, 14)
-    silent = [
-        status(r, "norm", step=step, silence=20 + r) for r, step in ((1, 30), (2, 31), (3, 31))
-    ]
-    assert sentence(status(0, "backward", 12), *silent).startswith(
+        "rank 2 in forward at step 30; rank 0 waits in backward",
+    ),
+    "several are silent": (
+        [
+            status(0, "backward", 12),
+            status(1, "norm", silence=21),
+            *(status(rank, "norm", step=31, silence=20 + rank) for rank in (2, 3)),
+        ],
         "ranks 1 to 3 on host a have not answered for 21 to 23 s; last seen: rank 1 in norm at "
-        "step 30, ranks 2, 3 in norm at step 31; rank 0 waits in backward"
-    )
+        "step 30, ranks 2, 3 in norm at step 31; rank 0 waits in backward",
+    ),
+    "one rank alone": (
+        [status(0, "data", 12, step=29)],
+        "rank 0 on host a has been in data for 12 s at step 30; no other rank waits",
+    ),
+    "one has ended, and one works": (
+        [status(1, "data", 99, step=3, silence=99, phase=ENDED), status(0, "summary", 1)],
+        None,
+    ),
+    "one has ended, and one hangs": (
+        [status(1, "data", 99, step=3, silence=99, phase=ENDED), status(0, "data", 12)],
+        "rank 0 on host a has been in data for 12 s at step 31; no other rank waits",
+    ),
+}
 
 
-def test_one_rank_alone():
-    assert sentence(status(0, "data", 12, step=29)) == (
-        "rank 0 on host a has been in data for 12 s at step 30; no other rank waits"
-    )
+@pytest.mark.parametrize("name", DIAGNOSES)
+def test_the_ranks_that_the_others_wait_for_are_named(name):
+    ranks, sentence = DIAGNOSES[name]
+    hang = diagnose(ranks, len(ranks))
+    assert (hang and hang.sentence) == sentence
+
+
+def test_a_diagnosis_has_its_facts_as_fields():
+    hang = diagnose(DIAGNOSES["each has its own place and step"][0], 3)
+    fields = (hang.ranks, hang.host, hang.at, hang.step, hang.seconds)
+    assert fields == ((1, 2), "a", "forward", 30, 14)
 
 
 def test_a_rank_that_never_started():
-    begun = dict(step=0, starting=True)
-    ranks = [status(0, "startup", 12, **begun), status(2, "startup", 11, **begun)]
-    assert (
-        sentence(*ranks, size=4) == "ranks 1 and 3 never started; "
-        "ranks 0 and 2 have waited for 11 to 12 s in startup"
+    ranks = [status(0, "startup", 12, **BEGUN), status(2, "startup", 11, **BEGUN)]
+    assert diagnose(ranks, 4).sentence == (
+        "ranks 1 and 3 never started; ranks 0 and 2 have waited for 11 to 12 s in startup"
     )
     assert diagnose(ranks[:1], 1).ranks == (0,)
 
 
-def test_ended_ranks_are_not_waited_for():
-    gone = status(1, "data", 99, step=3, silence=99, phase=ENDED)
-    assert sentence(gone, status(0, "summary", 1)) is None
-    assert diagnose([gone, status(0, "data", 12)], 2).ranks == (0,)
+def test_at_stage_3_forward_waits_too():
+    ranks = [status(0, "forward", 12), status(1, "data", 12, step=29)]
+    for waits in (waiting_places(3), waiting_places(1, exchanges=True)):
+        assert diagnose(ranks, 2, waits).sentence.endswith("rank 0 waits in forward")
+    assert diagnose(ranks, 2, waiting_places(2)).ranks == (0, 1), "each has work of its own"
 
 
 @pytest.fixture
