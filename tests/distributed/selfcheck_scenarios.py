@@ -8,25 +8,39 @@ from forescale.engine.selfcheck import SelfCheck, fault_of
 from tests.distributed import small
 
 
-def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:
-    """Losses and norms of some steps, and the results of the self-checks between them."""
-    engine = small.build(stage, optimizer, precision)
-    check, faults = SelfCheck(engine, "here", exact=True), []
-
-    def before_update(batch, losses):
-        faults.append(fault_of(check(batch, losses)))
-
-    step_losses = []
-    for step in range(6):
-        data = small.batch(step, engine.world.rank, engine.world.size)
-        extra = {"before_update": before_update} if checks and step % 2 else {}
-        facts = engine.train_step(data, 1.0, **extra)
-        step_losses.append([facts.losses.tolist(), facts.grad_norm])
-    return {"facts": step_losses, "said": faults, "tolerance": check.tolerance}
+def trained(cases):
+    """For each case: losses and norms of some steps with self-checks and without; the results of
+    the checks, and their tolerance."""
+    return [_trained(*case) for case in cases]
 
 
-def corrupt(stage: int, problem: str) -> str | None:
-    """The result of the self-check after something went wrong on the last rank."""
+def _trained(stage: int, optimizer: str, precision: str) -> list:
+    losses, faults = [], []
+    for checks in (True, False):
+        engine = small.build(stage, optimizer, precision)
+        check = SelfCheck(engine, "here", exact=True)
+
+        def before_update(batch, step_losses, check=check):
+            faults.append(fault_of(check(batch, step_losses)))
+
+        losses.append([])
+        for step in range(6):
+            data = small.batch(step, engine.world.rank, engine.world.size)
+            extra = {"before_update": before_update} if checks and step % 2 else {}
+            facts = engine.train_step(data, 1.0, **extra)
+            losses[-1].append([facts.losses.tolist(), facts.grad_norm])
+        if checks:
+            tolerance = check.tolerance
+    return [*losses, faults, tolerance]
+
+
+def corrupt(cases):
+    """For each [stage, problem], the result of the self-check after something went wrong on the
+    last rank."""
+    return [_corrupt(*case) for case in cases]
+
+
+def _corrupt(stage: int, problem: str) -> str | None:
     engine = small.build(stage, "adamw", "bf16")
     check, last = SelfCheck(engine, "here", exact=True), int(os.environ["WORLD_SIZE"]) - 1
     faults: list[str | None] = []

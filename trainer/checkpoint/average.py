@@ -163,7 +163,7 @@ def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Part], list[str]]:
         dtype, read = last.reader.dtype(name, WEIGHT), partial(_mean, checkpoints, name)
         if dtype.is_floating_point:
             dtype = torch.float32
-        else:
+        else:  # no mean of whole numbers
             copied.append(name)
             read = partial(_as_stored, last, name, dtype)
         described = torch.empty(math.prod(shape), dtype=dtype, device="meta")

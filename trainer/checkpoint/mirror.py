@@ -243,7 +243,13 @@ class Mirror:
             now, name = (stat.st_size, stat.st_mtime_ns), self._name(path)
             parts = name.split("/")
             if parts[0] == "attempts":
-                self._expect_free(parts[1])
+                if parts[1] not in self._attempts:  # it began since `expect_same_run`
+                    begun = (f"attempts/{parts[1]}/{file}" for file in (LAUNCH, PARENT))
+                    if any(map(self._folder.has, begun)):
+                        run = self._run.name
+                        problem = f"got attempt {parts[1]} of {run} from another copy of the run"
+                        raise Taken(self._folder.where, problem, "stop one of them")
+                    self._attempts.add(parts[1])
                 is_newest = attempts[-1].path.name == parts[1]
                 # Older attempts change no more. Their rows are long, and a new process of this
                 # mirror would send them all again.
@@ -252,14 +258,6 @@ class Mirror:
             if self._sent.get(name) != now:
                 self._send(path)
                 self._sent[name] = now
-
-    def _expect_free(self, attempt: str) -> None:
-        """Raise Taken if an attempt that began since `expect_same_run` is there already."""
-        if attempt not in self._attempts:
-            if any(self._folder.has(f"attempts/{attempt}/{n}") for n in (LAUNCH, PARENT)):
-                problem = f"got attempt {attempt} of {self._run.name} from another copy of the run"
-                raise Taken(self._folder.where, problem, "stop one of them")
-            self._attempts.add(attempt)
 
     def _send(self, path: Path) -> FileEntry:
         assert self._there is not None

@@ -92,7 +92,11 @@ def write(
         if not run.checkpoints.is_dir():
             run.checkpoints.mkdir(parents=True)
             fsync_path(run.path)
-        _expect_room(run, sum(sizes))
+        needed, free = sum(sizes) + _SLACK, shutil.disk_usage(run.path).free  # a quota isn't seen
+        if free < needed:
+            problem = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
+            todo = "free some space, then give the same command again"
+            raise UserError(str(run.checkpoints), problem, todo)
         stage.mkdir()
 
     def write_own() -> tuple:
@@ -141,15 +145,6 @@ def _expect_eligible(run: Run, attempt: int, step: int) -> None:
         newest = run.attempts()[-1].number
         problem = f"attempt {newest} started before step {step:,}, and this is attempt {attempt}"
         raise UserError(str(run.path), problem, "do nothing: the newer attempt goes on")
-
-
-def _expect_room(run: Run, size: int) -> None:
-    """Raises UserError if the disk has no room. (A quota can't be seen here.)"""
-    needed, free = size + _SLACK, shutil.disk_usage(run.path).free
-    if free < needed:
-        problem = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
-        todo = "free some space, then give the same command again"
-        raise UserError(str(run.checkpoints), problem, todo)
 
 
 def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:

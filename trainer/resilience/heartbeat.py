@@ -150,8 +150,12 @@ class NodeDirectory:
         for path in self.path.glob("rank-*.json"):
             with suppress(OSError, ValueError, TypeError):  # it has just been removed
                 changed = path.stat().st_mtime_ns
-                stored = _from_json(json.loads(path.read_bytes()))
-                heartbeat = _at_newest_place(stored, path.with_suffix(".place"))
+                heartbeat = _from_json(json.loads(path.read_bytes()))
+                with suppress(OSError, struct.error, UnicodeDecodeError):
+                    step, text = PLACE.unpack(path.with_suffix(".place").read_bytes())
+                    at = text.rstrip(b"\0").decode()
+                    if at and (step, at) != (heartbeat.step, heartbeat.at):
+                        heartbeat = replace(heartbeat, step=step, at=at, here=0.0)
                 heartbeats[heartbeat.rank] = (heartbeat, changed)
         return dict(sorted(heartbeats.items()))
 
@@ -173,15 +177,6 @@ class NodeDirectory:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _at_newest_place(heartbeat: Heartbeat, mirror: Path) -> Heartbeat:
-    with suppress(OSError, struct.error, UnicodeDecodeError):
-        step, text = PLACE.unpack(mirror.read_bytes())
-        at = text.rstrip(b"\0").decode()
-        if at and (step, at) != (heartbeat.step, heartbeat.at):
-            return replace(heartbeat, step=step, at=at, here=0.0)
-    return heartbeat
 
 
 def remove_stale() -> None:

@@ -128,8 +128,16 @@ class Builder:
         due = self._every(self.job.validation.every)
         validation = Validation(due, self._score, metrics.scored, self._abilities)
         checkpoints = self._checkpoints(attempt, judge)
-        guard = self._guard(
-            judge, attempt, began, lambda: began > 0 or checkpoints.saved is not None
+        replay = self.job.guard.replay
+        guard = StepGuard(
+            judge,
+            SelfCheck(self.engine, socket.gethostname(), self.numerics["exact"]),
+            self.job.cadence(replay) if replay else None,
+            attempt,
+            self.phases,
+            began,
+            has_checkpoint=lambda: began > 0 or checkpoints.saved is not None,
+            is_main=ranks.is_main,
         )
         batches = self._batches(attempt, point.position, feed)
         user_callbacks = self._user_callbacks(
@@ -177,21 +185,6 @@ class Builder:
             pin=world.device.type == "cuda",
             length=length_ramp(job).length,
             windows=job.batch_ramp.windows,
-        )
-
-    def _guard(
-        self, judge: Guard, attempt: Attempt, began: int, has_checkpoint: Callable[[], bool]
-    ) -> StepGuard:
-        replay = self.job.guard.replay
-        return StepGuard(
-            judge,
-            SelfCheck(self.engine, socket.gethostname(), self.numerics["exact"]),
-            self.job.cadence(replay) if replay else None,
-            attempt,
-            self.phases,
-            began,
-            has_checkpoint,
-            self.engine.world.is_main,
         )
 
     def _metrics(self, attempt: Attempt, position: Position, feed: Feed) -> Metrics:
@@ -299,6 +292,11 @@ class Builder:
     def _preference_scores(self, windows: int | None) -> Mapping[str, PreferenceScore]:
         assert self.references is not None
         ranks, scores = self.engine.world.data, {}
+
+        def nats(micro: MicroBatch) -> Tensor:
+            self.phases.mark("evaluation")
+            return self.engine.losses(micro)
+
         for name, split in self.sources.split("validation").items():
             micros = validation_windows(
                 split,
@@ -313,12 +311,8 @@ class Builder:
             )
             assert isinstance(self.job.objective, PreferencesConfig)
             beta = self.job.objective.beta
-            scores[name] = evaluate_preferences(self._nats, micros, beta, ranks)
+            scores[name] = evaluate_preferences(nats, micros, beta, ranks)
         return with_pooled(scores, pooled_preferences)
-
-    def _nats(self, micro: MicroBatch) -> Tensor:
-        self.phases.mark("evaluation")
-        return self.engine.losses(micro)
 
 
 def with_pooled(scores: dict[str, S], pooled: Callable[[list[S]], S]) -> dict[str, S]:
