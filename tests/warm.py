@@ -30,13 +30,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @cache
-def _server(fixed: tuple[tuple[str, str], ...]) -> socket.socket:
-    """The socket of a new server; `fixed`: variables that are read while torch is imported."""
+def _server() -> socket.socket:
+    """The socket of the server of this process."""
     client, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     server = subprocess.Popen(
         [sys.executable, "-P", __file__, str(end.fileno())],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **dict(fixed)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         pass_fds=[end.fileno()],
         start_new_session=True,  # ended with its forks
@@ -47,7 +47,7 @@ def _server(fixed: tuple[tuple[str, str], ...]) -> socket.socket:
     return client
 
 
-def ask(request: dict, *descriptors: int, **fixed: str) -> socket.socket:
+def ask(request: dict, *descriptors: int) -> socket.socket:
     """Send a request ("serve": module:function, which a keeper calls with the request and the file
     descriptors); return the socket of its answer."""
     answer, end = socket.socketpair()
@@ -55,7 +55,7 @@ def ask(request: dict, *descriptors: int, **fixed: str) -> socket.socket:
         json.dump(request, file)
         file.close()
         fds = [end.fileno(), *descriptors]
-        socket.send_fds(_server(tuple(fixed.items())), [file.name.encode()], fds)
+        socket.send_fds(_server(), [file.name.encode()], fds)
     return answer
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from tests import warm
 
-FIXED = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}  # read while torch is imported
-
 
 def run(scenario: str, size: int, timeout: float = 280, **arguments):
     """scenario: "module:function" beside this file. Returns its JSON result on rank 0."""
@@ -29,7 +27,7 @@ def run(scenario: str, size: int, timeout: float = 280, **arguments):
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
-        **FIXED,
+        "OMP_NUM_THREADS": "1",
     }
     with tempfile.TemporaryDirectory() as scratch:
         request = {
@@ -40,7 +38,7 @@ def run(scenario: str, size: int, timeout: float = 280, **arguments):
             "timeout": timeout,
             "scratch": scratch,
         }
-        with warm.ask(request, **FIXED) as answer, answer.makefile() as lines:
+        with warm.ask(request) as answer, answer.makefile() as lines:
             failure = lines.read()
         assert not failure, failure
         return json.loads((Path(scratch) / "result.json").read_text())
@@ -91,9 +89,12 @@ def _rank(rank: int, request: dict) -> None:
         log = os.open(Path(request["scratch"]) / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY)
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         warm.become({**request["environment"], **environment}, log, log)
+        import torch._dynamo.config as dynamo
+
         from forescale.engine.world import set_environment
 
         set_environment()
+        dynamo.disable = True  # a scenario that compiles sets it to False
         module, function = request["scenario"].split(":")
         scenario = importlib.import_module(f"tests.distributed.{module}")
         result = getattr(scenario, function)(**request["arguments"])
