@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint, open_readable, verified
-from forescale.checkpoint.writer import Part, write_weights
+from forescale.checkpoint.writer import unread_weight, write_weights
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
-from forescale.engine.portable.fragments import WEIGHT
+from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.ground.console import Meter, Progress, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import (
@@ -110,8 +110,8 @@ def average(origin: Run, steps: Sequence[int], run: Run, progress: Progress = si
     checkpoints = _opened(origin, steps, progress)
     parts, copied = _parts(checkpoints)
     means = [part for part in parts if part.name not in copied]
-    numbers = sum(part.described.numel() for part in means)
-    averaged = Averaged(run, [*steps], numbers, sum(part.size for part in parts), copied)
+    numbers = sum(part.data.numel() for part in means)
+    averaged = Averaged(run, [*steps], numbers, sum(part.data.nbytes for part in parts), copied)
     source = _source(origin, checkpoints, copied)
     meter = Meter(progress, "average weights", averaged.bytes, "bytes")
     with new_run(run, job.run.mode) as new:
@@ -155,7 +155,7 @@ def _opened(run: Run, steps: Sequence[int], progress: Progress) -> list[Checkpoi
     return checkpoints
 
 
-def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Part], list[str]]:
+def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Fragment], list[str]]:
     """Return the averaged tensors, each computed when it is written, and the names of those that
     are copied from the last checkpoint."""
     last, parts, copied = checkpoints[-1], [], []
@@ -167,7 +167,7 @@ def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Part], list[str]]:
             copied.append(name)
             read = partial(_as_stored, last, name, dtype)
         described = torch.empty(math.prod(shape), dtype=dtype, device="meta")
-        parts.append(Part(name, tuple(shape), 0, described, read))
+        parts.append(unread_weight(name, shape, 0, described, read))
     return parts, copied
 
 

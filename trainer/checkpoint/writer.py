@@ -10,7 +10,7 @@ the table and renames. Loading runs no code from the checkpoint: safetensors and
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,40 +234,32 @@ class MergedReader:
             f.data[place : place + size].copy_(whole[at : at + size])
 
 
-@dataclass(frozen=True)
-class Part:
-    """A contiguous part of parameter `name`, which as a whole has `shape`, from element `start`.
+def unread_weight(
+    name: str, shape: Sequence[int], start: int, described: Tensor, read: Callable[[], Tensor]
+) -> Fragment:
+    """Return a contiguous part of a parameter of `shape`, from element `start`, for write_weights.
 
     described: a tensor on the meta device with the part's number of elements and number format;
-    read: returns the part, in any shape.
+    read: returns the part, in any shape, when it is written.
+    """
+    return Fragment(name, tuple(shape), WEIGHT, start, described.view(-1), read=read)
+
+
+def write_weights(run: Run, weights: Sequence[Fragment], tick: Callable[[int], None]) -> None:
+    """Publish the weights (unread_weight), which are all parameters of a model, as the run's
+    checkpoint of step 0.
+
+    tick: called with the bytes of one when it is read. Raises UserError as `writer.write` does.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    described: Tensor
-    read: Callable[[], Tensor]
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return self.described.nbytes
-
-
-def write_weights(run: Run, parts: Sequence[Part], tick: Callable[[int], None]) -> None:
-    """Publish the parts, which are all parameters of a model, as the run's checkpoint of step 0.
-
-    tick: called with the bytes of a part when it is read. Raises UserError as `writer.write` does.
-    """
-
-    def fragment(part: Part) -> Fragment:
+    def counted(weight: Fragment) -> Fragment:
         def read() -> Tensor:
-            tick(part.size)
-            return part.read()
+            tick(weight.data.nbytes)
+            assert weight.read is not None
+            return weight.read()
 
-        data = part.described.view(-1)
-        return Fragment(part.name, part.shape, WEIGHT, part.start, data, read=read)
+        return replace(weight, read=read)
 
     counters: dict[str, Any] = {"optimizer_steps": {}, "loss_scaler": {}}
-    snapshot = Snapshot(Position(), [fragment(part) for part in parts], counters, {})
+    snapshot = Snapshot(Position(), [counted(weight) for weight in weights], counters, {})
     write(run, _NO_ATTEMPT, snapshot, ALONE)

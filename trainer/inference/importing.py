@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from forescale.checkpoint.writer import Part, write_weights
+from forescale.checkpoint.writer import Fragment, unread_weight, write_weights
 from forescale.config.compose import compose
 from forescale.config.frozen import frozen_file
 from forescale.config.train import TrainJob
@@ -66,7 +66,7 @@ def import_hf(
     vocabulary = _vocabulary(directory, model, tokenizer, end_of_text)
     job = _job(run, model)
     architecture = FAMILIES[directory.config["model_type"]].architecture
-    numbers, size = sum(p.described.numel() for p in parts), sum(p.size for p in parts)
+    numbers, size = sum(p.data.numel() for p in parts), sum(p.data.nbytes for p in parts)
     result = Imported(run, architecture, model, numbers, size)
     meter = Meter(progress, "import weights", size, "bytes")
     with new_run(run, job.run.mode) as new:
@@ -118,7 +118,7 @@ def imported(source: Path) -> Run:
     return run
 
 
-def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Part]:
+def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Fragment]:
     """Yield the weights, each read when it is written. Raises UserError if the files hold others
     than the model has."""
     whole = shapes(model)
@@ -127,7 +127,7 @@ def _parts(directory: HfDirectory, model: ModelConfig) -> Iterator[Part]:
             stored = directory.tensors[piece.source]
             described = piece.taken(stored.described())
             read = partial(lambda piece, stored: piece.taken(stored.read()), piece, stored)
-            yield Part(piece.name, whole[piece.name], piece.start, described, read)
+            yield unread_weight(piece.name, whole[piece.name], piece.start, described, read)
     except ValueError as e:
         todo = "download it again, or import another model; nothing was written"
         raise UserError(str(directory.path), str(e).rstrip("."), todo) from None

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from forescale.checkpoint import reader, writer
-from forescale.checkpoint.reader import Checkpoint
 from forescale.config.train import TrainJob
 from forescale.data.bins import Bins
 from forescale.data.dataset import Sources, Split
-from forescale.data.objective import IGNORED, Objective, window_length
+from forescale.data.objective import IGNORED, window_length
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.step import Engine
@@ -138,20 +137,29 @@ def pooled_preferences(scores: Sequence[PreferenceScore]) -> PreferenceScore:
 
 
 class Reference:
-    """Reads or computes the references of a run, with all ranks of an engine together."""
+    """Reads or computes the references of a run, with all ranks of an engine together.
 
-    def __init__(self, run: Run, job: TrainJob, sources: Sources, engine: Engine):
+    stops: True if this rank was asked to stop; mark: receives its place at every micro-batch.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        job: TrainJob,
+        sources: Sources,
+        engine: Engine,
+        stops: Callable[[], bool],
+        mark: Callable[[str], None],
+        progress: Progress = silent,
+    ):
         self.run, self.job, self.sources, self.engine = run, job, sources, engine
+        self.stops, self.mark, self.progress = stops, mark, progress
 
-    def find(
-        self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress = silent
-    ) -> References | None:
+    def find(self) -> References | None:
         """Return the references; if they are missing, compute and write them first, for which the
-        weights of the run's origin are loaded into the engine. None if a rank was asked to stop
-        (`stops`).
+        weights of the run's origin are loaded into the engine. None if a rank was asked to stop.
 
-        mark: receives the place of this rank at every micro-batch. Raises UserError if they are
-        missing and the origin is gone.
+        Raises UserError if they are missing and the origin is gone.
         """
         world, origin = self.engine.world, self.job.run.origin
         has_begun = bool(world.from_main(self.run.checkpoint_steps, self.run.checkpoints))
@@ -161,14 +169,22 @@ class Reference:
             return self._checked(references)
         old = Run.existing(origin.run or "", self.job.run.root)
         start = reader.at_step(old, origin.step, world)
-        made_of = world.from_main(lambda: self._source(start), start.path)
-        if references is not None and references.source == made_of:
+
+        def source() -> dict[str, Any]:
+            """What they are computed from; the checkpoint's table has a hash of each file."""
+            table = hash_file(start.path / TABLE).sha256
+            weights = {"run": origin.run, "step": start.position.step, "table": table}
+            columns = self.job.train.sequence_length
+            return {"data": identities(self.sources), "columns": columns, "origin": weights}
+
+        computed_from = world.from_main(source, start.path)
+        if references is not None and references.source == computed_from:
             return references
         writer.load(start, self.engine, weights_only=True)
-        values = self._computed(stops, mark, progress)
+        values = self._computed()
         if values is None:
             return None
-        fresh = References(made_of, values)
+        fresh = References(computed_from, values)
         world.from_main(lambda: fresh.write(self.run), self.run.path)
         return fresh
 
@@ -183,18 +199,7 @@ class Reference:
             raise UserError(where, problem, todo)
         return references
 
-    def _source(self, start: Checkpoint) -> dict[str, Any]:
-        """Return what the references are computed from; the checkpoint's table has a hash of each
-        file."""
-        origin = {"run": self.job.run.origin.run, "step": start.position.step}
-        origin["table"] = hash_file(start.path / TABLE).sha256
-        columns = self.job.train.sequence_length
-        return {"data": identities(self.sources), "columns": columns, "origin": origin}
-
-    def _computed(
-        self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress
-    ) -> dict[str, dict[str, np.ndarray]] | None:
-        objective = objective_of(self.job, self.sources.vocab_size, held_out=True)
+    def _computed(self) -> dict[str, dict[str, np.ndarray]] | None:
         values: dict[str, dict[str, np.ndarray]] = {}
         for split in SPLITS:
             values[split] = {}
@@ -202,32 +207,31 @@ class Reference:
                 partial(whole_rows_of, self.job, self.sources, split)
             )
             for name, part in self.sources.split(split).items():
-                nats = self._of_split(part, bins[name], objective, (stops, mark, progress))
+                nats = self._of_split(part, bins[name])
                 if nats is None:
                     return None
                 values[split][name] = nats
         return values
 
-    def _of_split(
-        self, split: Split, bins: Bins, objective: Objective, watching: tuple[Any, Any, Any]
-    ) -> np.ndarray | None:
+    def _of_split(self, split: Split, bins: Bins) -> np.ndarray | None:
         """Return the nats of both responses of each preference of a split, (n, 2); None if a rank
         was asked to stop."""
-        stops, mark, progress = watching
         world, batch = self.engine.world, self.job.train.micro_batch
         fed, total = world.data, int(bins.counts.sum())
+        objective = objective_of(self.job, self.sources.vocab_size, held_out=True)
         length = window_length(objective, self.job.train.sequence_length)
         micros = validation_windows(
             split, length, batch, fed.rank, fed.size, objective=objective, bins=bins
         )
         mine: list[tuple[int, list[float]]] = []
         for i, micro in enumerate(micros):
-            mark("evaluation")
-            if i % _EVERY == 0 and any(world.gather(bool(stops()))):
+            self.mark("evaluation")
+            if i % _EVERY == 0 and any(world.gather(bool(self.stops()))):
                 return None
             mine.append((micro.index, self.engine.losses(micro).cpu().tolist()))
-            progress("read preferences", min(total, (i + 1) * batch * fed.size), total, "of them")
-        mark("summary")
+            done = min(total, (i + 1) * batch * fed.size)
+            self.progress("read preferences", done, total, "of them")
+        self.mark("summary")
         every = sorted(part for parts in fed.gather(mine) for part in parts)
         nats = [value for _, values in every for value in values]
         return np.array(nats[: 2 * total], np.float32).reshape(-1, 2)

@@ -21,11 +21,10 @@ from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
 from forescale.engine.build import build_engine, check_world, partition_of
-from forescale.engine.compilation import compilation
+from forescale.engine.compilation import compilation, without_compiler
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.determinism import as_refused, use_kernels
 from forescale.engine.optim import decay_multiplier
-from forescale.engine.optimizers.uncompiled import without_compiler
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
 from forescale.ground.console import progress_display, silent
@@ -164,13 +163,14 @@ class Trainer:
     def _has_reference(self) -> bool:
         """Read or compute the references of preferences. Return False if a rank was asked to stop
         first."""
-        reference = Reference(self.run, self.job, self.sources, self.engine)
+        parts = (self.run, self.job, self.sources, self.engine)
         main = self.world.is_main
         with (
             progress_display() if main else nullcontext(silent) as progress,
             self.phases("evaluation"),
         ):
-            references = reference.find(self.stop_request.__bool__, self.phases.mark, progress)
+            watched = (self.stop_request.__bool__, self.phases.mark, progress)
+            references = Reference(*parts, *watched).find()
         self.builder.references = references
         assert isinstance(self.job.objective, PreferencesConfig)
         self.engine.combine = Comparison(self.job.objective.beta)

@@ -1,5 +1,9 @@
-"""Parts compiled alone give the same gradients, block after block; a missing compiler is named."""
+"""Parts compiled alone give the same gradients, block after block; a missing compiler is named; and
+optimizers that import no compiler update as torch's own do."""
 
+import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -216,3 +220,38 @@ def test_the_compiler_finds_the_same_vector_instructions_in_this_process(monkeyp
     assert not any(isa._probe_load(str(tmp_path / "broken.so")) for isa in known)
     lacks = "extern void no_such(); void* there = (void*)no_such;"
     assert not any(isa.check_build(f'extern "C" {{ {lacks} }}') for isa in known[:1])
+
+
+_UPDATES = """
+import torch
+from forescale.config.sections.optimizer import AdamWConfig
+from forescale.engine.optimizers import adamw, lion
+
+results = []
+for module in (adamw, lion):
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    optimizer = module.build(AdamWConfig(), [{"params": [weight], "lr": 0.25}])
+    for step in range(3):
+        (weight * torch.tensor([1.0, -2.0, 0.5])).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+        results.append([weight.requires_grad, weight.grad is None, weight.tolist()])
+"""
+_PROCESS = f"""
+import json, sys
+from forescale.engine.compilation import without_compiler
+
+without_compiler()
+{_UPDATES}
+print(json.dumps([results, "torch._dynamo" in sys.modules]))
+"""
+
+
+def test_optimizers_update_to_the_bit_as_torchs_own_and_import_no_compiler(tmp_path):
+    command = [sys.executable, "-P", "-c", _PROCESS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torchs: dict = {}
+    exec(_UPDATES, torchs)
+    assert json.loads(done.stdout) == [torchs["results"], False]

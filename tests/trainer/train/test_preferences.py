@@ -134,11 +134,13 @@ def reference(models, dataset, tmp_path, monkeypatch):
         )
     run = Run(tmp_path / "run")
     run.path.mkdir()
-    return Reference(run, compose(TrainJob, words), Sources({"data": dataset}), engine)
+    job, sources = compose(TrainJob, words), Sources({"data": dataset})
+    return Reference(run, job, sources, engine, lambda: False, lambda at: None)
 
 
 def find(reference, stops=lambda: False, mark=lambda at: None):
-    return reference.find(stops, mark)
+    reference.stops, reference.mark = stops, mark
+    return reference.find()
 
 
 def test_the_reference_is_computed_once_and_kept(reference, models, dataset):
