@@ -93,45 +93,34 @@ def _hang(
     waits: Collection[str],
     silent: bool = False,
 ) -> Hang:
+    """Return what the blamed ranks do, and for how long; by place and step if these differ."""
     longest = {s.heartbeat.rank: s.silence if silent else s.heartbeat.here for s in blamed}
     first = max(blamed, key=lambda s: (longest[s.heartbeat.rank], -s.heartbeat.rank))
-    at, seconds = first.heartbeat.at, longest[first.heartbeat.rank]
+    at, step, seconds = first.heartbeat.at, _step(first), longest[first.heartbeat.rank]
     hosts = sorted({s.heartbeat.host for s in blamed})
-    who = _format_ranks(list(longest))
-    where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"
-    others = [s.heartbeat for s in present if s.heartbeat.rank not in longest]
-    nobody = "no rank is behind: the collective itself hangs"
-    if at not in waits or silent:
-        nobody = "no other rank waits"
-    blame = _blame(blamed, [*longest.values()], silent)
-    return Hang(
-        tuple(longest),
-        ", ".join(hosts),
-        at,
-        _step(first),
-        round(seconds, 3),
-        f"{who} {where} {blame}; {_waiting(others, waits) or nobody}",
-    )
-
-
-def _blame(blamed: Sequence[RankStatus], seconds: Sequence[float], silent: bool) -> str:
-    """Describe what the blamed ranks do, and for how long; by place and step if these differ."""
-    have = "has" if len(blamed) == 1 else "have"
     places: dict[tuple[int, str], list[int]] = {}
     for s in blamed:
         places.setdefault((_step(s), s.heartbeat.at), []).append(s.heartbeat.rank)
-    ((step, at), *others) = sorted(places)
-    if silent and not others:
-        return f"{have} not answered for {_span(seconds)}; last seen in {at} at step {step:,}"
-    if not others:
-        return f"{have} been in {at} for {_span(seconds)} at step {step:,}"
     each = ", ".join(
-        f"{_format_ranks(ranks)} in {at} at step {step:,}"
-        for (step, at), ranks in sorted(places.items())
+        f"{_format_ranks(ranks)} in {place} at step {number:,}"
+        for (number, place), ranks in sorted(places.items())
     )
+    span = _span([*longest.values()])
     if silent:
-        return f"{have} not answered for {_span(seconds)}; last seen: {each}"
-    return f"{have} not moved for {_span(seconds)}: {each}"
+        last = f" in {at} at step {step:,}" if len(places) == 1 else f": {each}"
+        blame = f"not answered for {span}; last seen{last}"
+    elif len(places) == 1:
+        blame = f"been in {at} for {span} at step {step:,}"
+    else:
+        blame = f"not moved for {span}: {each}"
+    nobody = "no rank is behind: the collective itself hangs"
+    if at not in waits or silent:
+        nobody = "no other rank waits"
+    others = _waiting((s.heartbeat for s in present if s.heartbeat.rank not in longest), waits)
+    where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"
+    have = "has" if len(blamed) == 1 else "have"
+    sentence = f"{_format_ranks(list(longest))} {where} {have} {blame}; {others or nobody}"
+    return Hang(tuple(longest), ", ".join(hosts), at, step, round(seconds, 3), sentence)
 
 
 def _span(seconds: Sequence[float]) -> str:
@@ -153,15 +142,12 @@ def _waiting(others: Iterable[Heartbeat], waits: Collection[str]) -> str:
 
 def _never_started(missing: list[int], stuck: list[RankStatus]) -> Hang:
     here = [s.heartbeat.here for s in stuck]
-    seconds = min(here)
     others = _format_ranks([s.heartbeat.rank for s in stuck])
     verb = "has" if len(stuck) == 1 else "have"
     places = " and ".join(sorted({s.heartbeat.at for s in stuck}))
-    sentence = (
-        f"{_format_ranks(missing)} never started; {others} {verb} waited for {_span(here)} in "
-    )
-    sentence += places
-    return Hang(tuple(missing), "", "startup", 0, round(seconds, 3), sentence)
+    waited = f"{others} {verb} waited for {_span(here)} in {places}"
+    sentence = f"{_format_ranks(missing)} never started; {waited}"
+    return Hang(tuple(missing), "", "startup", 0, round(min(here), 3), sentence)
 
 
 def _format_ranks(ranks: Sequence[int]) -> str:
