@@ -9,9 +9,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.study.inputs import read
 
 ACTION = Action(
-    "Print the runs as CSV, one row each.",
-    RUNS,
-    ("study records 'runs/*' > records.csv",),
+    "Print the runs as CSV, one row each.", RUNS, ("study records 'runs/*' > records.csv",)
 )
 
 

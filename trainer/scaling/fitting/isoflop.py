@@ -100,11 +100,7 @@ class IsoFlop:
 
 
 def isoflop(
-    points: Points,
-    budgets: ArrayLike,
-    near: float | None = None,
-    count: int = 2000,
-    seed: int = 0,
+    points: Points, budgets: ArrayLike, near: float | None = None, count: int = 2000, seed: int = 0
 ) -> IsoFlop:
     """Return the isoFLOP analysis of runs with N and D.
 

@@ -54,18 +54,6 @@ def test_the_simulation_uses_the_same_near_as_the_fit(plan, monkeypatch):
     assert words == [0.2]
 
 
-@pytest.mark.slow  # seconds
-def test_cells_are_runs(plan, tmp_path):
-    """Their arguments compose to the planned length."""
-    plan("plan.cap=1e15")
-    study = Study(tmp_path / "studies/mine")
-    for cell in study.plan.stages[0].cells:
-        job = compose(TrainJob, study.arguments(cell))
-        assert job.total_steps * job.tokens_per_step == cell.tokens
-        assert job.run.directory == study.run(cell.name).path
-        assert job.data.embedded == "bytes"
-
-
 def test_arguments_after_two_dashes_are_shared_by_all_runs(plan, tmp_path):
     assert plan("plan.cap=1e15", "--", "optimizer=muon", "model.mlp=gelu")[0] == 0
     study = Study(tmp_path / "studies/mine")
@@ -80,12 +68,6 @@ def test_arguments_after_two_dashes_are_shared_by_all_runs(plan, tmp_path):
     assert (code, "would make runs shorter than their cells" in err) == (2, True)
     code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
     assert (code, "modl" in err) == (2, True)
-
-
-def test_a_ladder(plan, tmp_path):
-    code, out, _ = plan("plan.cap=1e16", "plan.kind=ladder", "plan.ladder=[1e5,2e5,4e5]")
-    assert code == 0
-    assert out.startswith("ladder: ")
 
 
 @pytest.mark.parametrize(

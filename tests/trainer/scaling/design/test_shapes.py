@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
-from forescale.scaling.design.shapes import (
-    GPT3,
-    Common,
-    Family,
-    Rule,
-    overrides,
-)
+from forescale.scaling.design.shapes import GPT3, Common, Family, Rule, overrides
 from forescale.scaling.records.records import SIZES
 
 PLAIN = ModelConfig(depth=12)

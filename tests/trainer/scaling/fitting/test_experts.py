@@ -56,18 +56,10 @@ def test_at_one_expert_it_is_the_dense_law():
     np.testing.assert_allclose(law, CHINCHILLA.predict(DENSE, **columns), rtol=1e-12)
 
 
-def test_runs_without_noise_give_the_parameters_back():
-    law = fit(EXPERTS, runs(noise=0.0))
-    assert law.certificate.holds
-    assert law.values == pytest.approx(MIXTURE, rel=1e-5)
-
-
 @pytest.mark.slow  # 100 fits of 200 bootstraps
 def test_intervals_of_simulated_runs_cover_the_parameters():
-    """Nominal 90 % of 9 parameters in 100 studies, within the error of 100 of them at 99 %.
-
-    The intervals of one study hold their parameters together, or miss them: as one draw at worst.
-    """
+    """Nominal 90 % of 9 parameters in 100 studies, within the error of 100 of them at 99 %. The
+    intervals of one study hold their parameters together, or miss them: as one draw at worst."""
     studies, truth, inside = 100, EXPERTS.vector(MIXTURE), []
     for seed in range(studies):
         points = fit(EXPERTS, runs(seed))

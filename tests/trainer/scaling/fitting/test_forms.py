@@ -16,7 +16,6 @@ from forescale.scaling.fitting.laws import (
     compute_optimal,
 )
 from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective, curvatures, local
-from forescale.scaling.fitting.points import Points
 from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES
 
 each = pytest.mark.parametrize(("form", "values"), LAWS, ids=NAMES)
@@ -146,23 +145,3 @@ def test_missing_columns_and_parameters_are_refused():
         allocation(DATA_CONSTRAINED, BASE | {"R_D": 3.0})
     with pytest.raises(UserError, match="reads the unique tokens"):
         compute_optimal(DATA_CONSTRAINED, BASE | {"R_D": 3.0}, 1e20)
-
-
-@pytest.mark.parametrize("bad", [np.nan, 0.0, -2.0, np.inf])
-def test_a_loss_without_a_logarithm_is_refused(bad):
-    with pytest.raises(
-        UserError, match=r"study: loss: .* of run 1 is not a finite positive number"
-    ):
-        Points([2.0, bad, 3.0], parameters=[1, 2, 3], where="study")
-
-
-def test_points_share_one_length_and_one_convention():
-    with pytest.raises(UserError, match="give one number per run"):
-        Points([2.0, 3.0], parameters=[1e9])
-    with pytest.raises(UserError, match="1 by 'blocks', 2 by 'total'"):
-        Points([2.0, 3.0, 4.0], convention=["total", "blocks", "total"])
-    one = Points([2.0, 3.0], parameters=[1e9, 2e9], convention=["total", "total"])
-    assert one.convention == "total"
-    assert one.take([1]).parameters == [2e9]
-    with pytest.raises(UserError, match="no column 'tokens'"):
-        design(CHINCHILLA, one)

@@ -19,17 +19,11 @@ REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("noise", "goal"),
-    [
-        pytest.param(2e-3, Objective(), marks=full_only),
-        (5e-3, Objective()),
-        (2e-3, LEAST_SQUARES),
-    ],
+    [pytest.param(2e-3, Objective(), marks=full_only), (5e-3, Objective()), (2e-3, LEAST_SQUARES)],
 )
 def test_nominal_90_percent_covers_84_to_96(noise, goal):
-    """Coverage of each parameter and each quantity in NAMES, over 200 studies.
-
-    With noise below Huber's delta the Huber objective is least squares.
-    """
+    """Coverage of each parameter and each quantity in NAMES, over 200 studies. With noise below
+    Huber's delta the Huber objective is least squares."""
     covered = coverage(noise, goal, REPLICATES, studies=200, draws=("pairs",))
     law = covered["pairs", "corrected"]
     assert dict(zip(NAMES, law, strict=True)) == pytest.approx(dict.fromkeys(NAMES, 0.9), abs=0.06)

@@ -100,10 +100,8 @@ def test_too_few_runs_are_no_origin():
 
 
 def test_backtests_of_public_runs(published):
-    """Llama 3's isoFLOP points, digitised.
-
-    The law predicts too high a loss at larger factors, and resampling alone doesn't cover it.
-    """
+    """Llama 3's isoFLOP points, digitised. The law predicts too high a loss at larger factors, and
+    resampling alone doesn't cover it."""
     names = {"parameters": "params"}
     rows = {"experiment": "llama_3__raw_loss"}
     table, _ = of_export(published / "llama3_isoflops" / "llama_3.csv", names, rows)
