@@ -14,7 +14,6 @@ from forescale.ground.errors import DONE
 from forescale.scaling.actions.shared import STUDY
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import Study
-from forescale.scaling.study.states import CellState
 
 ACTION = Action(
     "Show the state, loss and cost of every run of a study.",
@@ -55,24 +54,14 @@ def _board(study: Study) -> Group:
     paid = f"Spent {spent:.3g} of {cap:.3g} FLOPs ({spent / cap:.1%})."
     rows = table(*_COLUMNS, left=("cell", "role", "state"))
     for s in states:
-        rows.add_row(*_row(s))
+        c, colour = s.cell, _COLOURS.get(s.status)
+        rows.add_row(
+            escape(c.name), c.role, f"{c.shape.parameters:,}", f"{c.tokens:,}", f"{c.global_batch}",
+            "pending" if c.waits_for else f"{c.learning_rate:.2g}",
+            f"[{colour}]{s.status}[/]" if colour else s.status, f"{s.done:.0%}",
+            f"{s.loss:.4f}" if s.loss is not None else "-",
+            f"{s.spent:.2e}" if s.spent else "-", f"{s.seconds:.0f} s" if s.seconds else "-",
+        )  # fmt: skip
     whys = [f"{s.cell.name} {s.status}: {s.why}" for s in states if s.why]
     head = f"{study.folder}: {summary}{later}. {paid}"
     return Group(Text(head), rows, *map(Text, whys))
-
-
-def _row(s: CellState) -> list[str]:
-    c, colour = s.cell, _COLOURS.get(s.status)
-    return [
-        escape(c.name),
-        c.role,
-        f"{c.shape.parameters:,}",
-        f"{c.tokens:,}",
-        f"{c.global_batch}",
-        "pending" if c.waits_for else f"{c.learning_rate:.2g}",
-        f"[{colour}]{s.status}[/]" if colour else s.status,
-        f"{s.done:.0%}",
-        f"{s.loss:.4f}" if s.loss is not None else "-",
-        f"{s.spent:.2e}" if s.spent else "-",
-        f"{s.seconds:.0f} s" if s.seconds else "-",
-    ]

@@ -23,7 +23,7 @@ from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a secon
 from forescale.ground.errors import UserError
 from forescale.scaling.fitting.fit import Fit, polish, starts
 from forescale.scaling.fitting.laws import allocation
-from forescale.scaling.fitting.newton import TOLERANCE, Solved, join
+from forescale.scaling.fitting.newton import TOLERANCE, Solved
 from forescale.scaling.fitting.objective import curvatures, local
 from forescale.scaling.fitting.points import Array
 
@@ -186,7 +186,7 @@ def _parts(fit: Fit, count: int) -> list[int]:
 
 def _joined(parts: Sequence[Replicates], groups: Array | None = None) -> Replicates:
     """Return the replicates of all parts, in their order."""
-    solved = join([part.solved for part in parts])
+    solved = Solved.join([part.solved for part in parts])
     return Replicates(parts[0].fit, solved, parts[0].groups if groups is None else groups)
 
 
@@ -270,7 +270,7 @@ def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
         lower = _lower(best.take(owner[rows]), solved.take(rows))
         order = np.arange(len(best.value))
         order[owner[rows]] = len(order) + np.arange(len(rows))
-        best = join([best, lower]).take(order)
+        best = Solved.join([best, lower]).take(order)
     return best
 
 
@@ -279,4 +279,4 @@ def _lower(one: Solved, other: Solved) -> Solved:
     a, b = one.is_minimum, other.is_minimum
     take = (b & ~a) | ((b == a) & (other.value < one.value))
     rows = np.where(take, np.arange(len(a)) + len(a), np.arange(len(a)))
-    return join([one, other]).take(rows)
+    return Solved.join([one, other]).take(rows)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form, design
 from forescale.scaling.fitting.least_absolute import SMOOTHED, solve_absolute
-from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, join, solve
+from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, solve
 from forescale.scaling.fitting.objective import ROUNDING, Objective
 from forescale.scaling.fitting.points import Array, Points
 
@@ -135,7 +135,7 @@ def fit(
     solved = _searched(task, y, w[None], _BOLD)
     best, certificate = certified(task, solved, w)
     if not certificate.minima or certificate.undercut or certificate.edges:
-        solved = join([solved, _searched(task, y, w[None], _FAINT)])
+        solved = Solved.join([solved, _searched(task, y, w[None], _FAINT)])
         best, certificate = certified(task, solved, w)
     theta = solved.theta[[best]]
     values = dict(zip(form.symbols, form.published(theta, task.at.centre)[0].tolist(), strict=True))

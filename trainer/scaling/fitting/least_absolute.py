@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, ends, join, solve
+from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, ends, solve
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, Local, local, scaled_gradient
 from forescale.scaling.fitting.points import Array
 
@@ -28,10 +28,9 @@ def _smoothed(task: Minimisation, delta: float) -> Minimisation:
 
 def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> Solved:
     """Return the minima reached, as newton.solve does, for a task whose delta is 0."""
-    theta, steps = start, 0
+    theta = start
     for delta in SMOOTHED[:-1]:
-        solved = solve(_smoothed(task, delta), log_loss, weight, theta)
-        theta, steps = solved.theta, steps + solved.steps
+        theta = solve(_smoothed(task, delta), log_loss, weight, theta).theta
     R = len(theta)
     y, w = (np.broadcast_to(v, (R, v.shape[1])) for v in (log_loss, weight))
     done: dict[int, Solved] = {}
@@ -40,9 +39,7 @@ def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Ar
         if not rest:
             break
         near = _smoothed(task, delta)
-        solved = solve(near, y[rest], w[rest], theta[rest])
-        steps += solved.steps
-        theta[rest] = solved.theta
+        theta[rest] = solve(near, y[rest], w[rest], theta[rest]).theta
         for r in rest:
             problem = near, y[r : r + 1], w[r : r + 1]
             smooth = measured(*problem, theta[r : r + 1])
@@ -50,7 +47,7 @@ def solve_absolute(task: Minimisation, log_loss: Array, weight: Array, start: Ar
             # The smoothed minimum is at most delta / 2 per run above that of the sum of |r|.
             lower = exact.value[0] <= smooth.value[0] + delta / 2 * w[r].sum()
             done[r] = exact if lower and exact.gradient[0] <= TOLERANCE else smooth
-    return replace(join([done[r] for r in range(R)]), steps=steps)
+    return Solved.join([done[r] for r in range(R)])
 
 
 @dataclass
@@ -143,4 +140,4 @@ def measured(task: Minimisation, y: Array, w: Array, theta: Array) -> Solved:
         least = float(np.linalg.eigvalsh(along.T @ hessian @ along)[0])
         curvature = min(curvature, least if abs(least) > _FLAT else 0.0)
     value = LEAST_ABSOLUTE.value(residual, w)
-    return Solved(theta, value, left, np.array([curvature]), ends(task, theta), 0)
+    return Solved(theta, value, left, np.array([curvature]), ends(task, theta))

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from forescale.scaling.fitting.forms import Design, Form
-from forescale.scaling.fitting.objective import Local, Objective, curvatures, local, scaled_gradient
+from forescale.scaling.fitting.objective import (
+    Local,
+    Objective,
+    Rows,
+    curvatures,
+    local,
+    scaled_gradient,
+)
 from forescale.scaling.fitting.points import Array
 
 TOLERANCE = 1e-8  # greatest scaled gradient that is certified
@@ -32,13 +39,12 @@ _OPEN = 3e5  # greatest stretch; its square is a condition number that leaves no
 
 
 @dataclass
-class Solved:
+class Solved(Rows):
     """The end points of R replicates.
 
     theta: (R, p); value: (R,); gradient: scaled, (R,); curvature: the least eigenvalue of the
     Hessian of the free parameters relative to that of reweighted least squares, positive at a
-    minimum, (R,); edge: -1 or 1 for a parameter at the lower or upper end of its box, (R, p);
-    steps: the greatest number of steps.
+    minimum, (R,); edge: -1 or 1 for a parameter at the lower or upper end of its box, (R, p).
     """
 
     theta: Array
@@ -46,24 +52,11 @@ class Solved:
     gradient: Array
     curvature: Array
     edge: Array
-    steps: int
 
     @property
     def is_minimum(self) -> Array:
         """Return True for each replicate that is at a minimum, (R,)."""
         return (self.gradient <= TOLERANCE) & (self.curvature > 0)
-
-    def take(self, which: Array) -> "Solved":
-        """Return the replicates of an index or a mask."""
-        rows = {k: v[which] for k, v in vars(self).items() if k != "steps"}
-        return Solved(**rows, steps=self.steps)
-
-
-def join(parts: list[Solved]) -> Solved:
-    """Return the replicates of all parts, in their order."""
-    names = ("theta", "value", "gradient", "curvature", "edge")
-    rows = {k: np.concatenate([getattr(p, k) for p in parts]) for k in names}
-    return Solved(**rows, steps=max(p.steps for p in parts))
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> S
     arrays = log_loss, weight, start
     # A step to an infinite loss is rejected, so its overflow needs no warning.
     with np.errstate(over="ignore", invalid="ignore"):
-        return join([_solve(task, *(_rows(each, s) for each in arrays)) for s in spans])
+        return Solved.join([_solve(task, *(_rows(each, s) for each in arrays)) for s in spans])
 
 
 def _rows(array: Array, which: Array | slice) -> Array:
@@ -119,8 +112,8 @@ def _solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> 
         # After 20 rejections in a row nothing but rounding is left to gain.
         going = (left > task.aim) & (tries < 20) & (steps < _STEPS)
         if not going.all():
-            done.append((ids[~going], t[~going], here.rows(~going)))
-            ids, t, here = ids[going], t[going], here.rows(going)
+            done.append((ids[~going], t[~going], here.take(~going)))
+            ids, t, here = ids[going], t[going], here.take(going)
             y, w = _rows(y, going), _rows(w, going)
             damping, left = damping[going], left[going]
             tries, linear = tries[going], linear[going]
@@ -150,8 +143,8 @@ def _solve(task: Minimisation, log_loss: Array, weight: Array, start: Array) -> 
         t, here, left = new, there, np.where(good, there_left, left)
     order = np.argsort(np.concatenate([ids for ids, _, _ in done]))
     final = np.concatenate([t for _, t, _ in done])[order]
-    last = Local.join([here for _, _, here in done]).rows(order)
-    return measured(task, log_loss, weight, final, last, steps)
+    last = Local.join([here for _, _, here in done]).take(order)
+    return measured(task, log_loss, weight, final, last)
 
 
 def _step(
@@ -212,7 +205,7 @@ def _whitened(
 
 
 def measured(
-    task: Minimisation, y: Array, w: Array, theta: Array, here: Local | None = None, steps: int = 0
+    task: Minimisation, y: Array, w: Array, theta: Array, here: Local | None = None
 ) -> Solved:
     """Return value, scaled gradient, curvature and edges at theta, (R, p), without a step."""
     here = local(task.form, task.at, y, w, theta, task.goal) if here is None else here
@@ -220,7 +213,7 @@ def measured(
     values, _, _, stretch = _whitened(task, w, theta, here, frozen)
     # If the runs don't determine a direction, the curvature along it is rounding of either sign.
     curvature = np.where(stretch < _OPEN, values.min(-1), np.minimum(values.min(-1), 0.0))
-    return Solved(theta, here.value, task.left(theta, here), curvature, ends(task, theta), steps)
+    return Solved(theta, here.value, task.left(theta, here), curvature, ends(task, theta))
 
 
 def ends(task: Minimisation, theta: Array) -> Array:

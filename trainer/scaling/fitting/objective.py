@@ -8,7 +8,9 @@ Invariant: the scaled gradient is that of the stated objective and has no unit: 
 losses, weights, N or D are counted in other units.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -60,7 +62,23 @@ LEAST_ABSOLUTE = Objective(0.0)
 
 
 @dataclass
-class Local:
+class Rows:
+    """Arrays of R replicates, (R, ...) each, of which some may be None."""
+
+    def take(self, which: Array) -> Self:
+        """Return the replicates of an index or a mask."""
+        return replace(self, **{k: v[which] for k, v in vars(self).items() if v is not None})
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Return the replicates of all parts, in their order."""
+        first, *others = parts
+        names = [k for k, v in vars(first).items() if v is not None] if others else []
+        return replace(first, **{k: np.concatenate([getattr(p, k) for p in parts]) for k in names})
+
+
+@dataclass
+class Local(Rows):
     """The objective at theta, (R, p), of R replicates.
 
     value: (R,); gradient: (R, p); pulls: the sum over runs of the size of each contribution to the
@@ -75,20 +93,6 @@ class Local:
     residual: Array
     clipped: Array
     scale: Array | None
-
-    def rows(self, which: Array) -> "Local":
-        """Return the replicates of an index or a mask."""
-        rows = {k: None if v is None else v[which] for k, v in vars(self).items()}
-        return Local(**rows)  # type: ignore[arg-type]
-
-    @classmethod
-    def join(cls, parts: list["Local"]) -> "Local":
-        """Return the replicates of all parts, in their order."""
-        if len(parts) == 1:
-            return parts[0]
-        names = [k for k, v in vars(parts[0]).items() if v is not None]
-        rows = {k: np.concatenate([getattr(p, k) for p in parts]) for k in names}
-        return cls(**{"scale": None} | rows)  # type: ignore[arg-type]
 
     def put(self, which: Array, other: "Local") -> None:
         """Replace the replicates of `which` by the same ones of `other`."""
