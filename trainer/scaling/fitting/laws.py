@@ -53,9 +53,11 @@ FRONTIER = PowerSum(
 
 @dataclass(frozen=True)
 class OverTraining(PowerSum):
-    """The shared-exponent law as a function of compute and of tokens per parameter, M = D / N. L =
-    E + (a M^eta + b M^-eta) C^-eta with C = 6 N D, so that A = a / 6^eta, B = b / 6^eta and alpha =
-    2 eta."""
+    """The shared-exponent law as a function of compute and of tokens per parameter, M = D / N:
+
+    L = E + (a M^eta + b M^-eta) C^-eta with C = 6 N D, so that A = a / 6^eta, B = b / 6^eta and
+    alpha = 2 eta.
+    """
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
         values = super().published(theta, centre)

@@ -51,7 +51,6 @@ class CalibratedLaw:
         return self.predicted({"parameters": n, "tokens": d}, flops)
 
     def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> Predicted:
-        """Return the predictions of runs; see Predictor."""
         return self.predicted({c: columns[c] for c in self.fit.form.columns}, flops)
 
     def predicted(

@@ -47,12 +47,10 @@ class Forecaster:
     earlier: int = 0
 
     def minimum(self, budget: float) -> Predicted:
-        """Return the forecast of the lowest loss of a budget, the last known one or a larger."""
         level = self._level(budget)
         return replace(level, log_loss=level.log_loss + self.levels.offset)
 
     def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> Predicted:
-        """Return the forecast of runs of one budget, by their N and D; see Predictor."""
         level = self._level(budget)
         n, d = np.log(columns["parameters"]), np.log(columns["tokens"])
         excess = self.shape.excess(n, d, np.log(budget))

@@ -80,7 +80,6 @@ class Predicted:
         return np.exp(np.stack((self.log_loss - half, self.log_loss + half)))
 
     def against(self, observed: Array) -> dict[str, Array]:
-        """Compare with observed losses, (m,); see Distribution."""
         error = np.atleast_1d(self.log_loss - np.log(observed))
         inner, outer = self.half(INNER), self.half(OUTER)
         score = 2 * outer + 2 / (1 - OUTER) * np.maximum(np.abs(error) - outer, 0)
@@ -120,7 +119,6 @@ class SimplePredictor:
     discrepancy: Discrepancy
 
     def minimum(self, budget: float) -> Predicted:
-        """Return the prediction of the lowest loss of a budget."""
         deviation = self.discrepancy.per_decade * np.log10([budget / self.last])
         return Predicted(np.log([self.loss(budget)]), deviation, BELIEF + self.discrepancy.origins)
 

@@ -57,13 +57,11 @@ class QueueLauncher(Launcher):
         self.stop_signal = number
 
     def running(self) -> dict[str, str]:
-        """Return the job ids of the cells in the queue, by name."""
         runs = [self.study.run(c.name) for c in self.study.plan.cells]
         jobs = in_queue(s for run in runs if run.config.exists() for s in newest(run))
         return {s.run.name: job.id for s, job in jobs}
 
     def start_ready(self) -> None:
-        """Submit the cells that are not in the queue."""
         jobs = self.running()
         waves: dict[str | None, list[Cell]] = {}
         states, under_way = {s.cell.name: s for s in self.study.states()}, set(jobs)
