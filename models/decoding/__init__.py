@@ -1,1 +1,1 @@
-"""Writing with a model: what it keeps of the tokens that were read, and which token comes next."""
+"""Generation: the cache of the tokens that were read, and the sampling of the next token."""

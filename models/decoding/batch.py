@@ -1,9 +1,9 @@
-"""Rows that a model continues together, a token each a step. Rows join and leave between steps.
+"""A batch of rows that a model continues by one token a step. Rows join and leave between steps.
 
-With a cache the model reads each token once. Once a batch has more columns than the context that
-the model may see, the oldest tokens leave it and the positions of all others change, so from there
-on each step runs the model on the whole context. Models of a user's own have no cache. An
-encoder-decoder reads a source once, and its decoder continues the rows.
+With a cache the model reads each token once. When a batch has more columns than the context of the
+model, the oldest tokens leave it and the positions of all others change: from then on each step
+runs the model on the whole context. A model class of the user has no cache. An encoder-decoder
+reads a source once, and its decoder continues the rows.
 
 Invariant: a row of a batch, padded on the left, is continued as it would be alone.
 """
@@ -34,16 +34,16 @@ def generate(
     source_BS: Tensor | None = None,
     source_mask_BS: Tensor | None = None,
 ) -> Tensor:
-    """Continue each row by num_tokens sampled tokens, an encoder-decoder's at most until it has
-    read max_context tokens: (B, L) int64 -> (B, L + num_tokens).
+    """Continue each row by num_tokens sampled tokens: (B, L) int64 -> (B, L + num_tokens). The rows
+    of an encoder-decoder end at max_context tokens.
 
     Args: `model` maps tokens (B, L) to logits (B, L, V); `generator` makes it repeatable: one for
-    all rows, or one for each; `max_context`: maximum number of tokens that the model sees (default:
-    the model's max_sequence_length, if any); padding_mask (B, L): False at padding, on the left;
-    source (B, S): what the encoder of an encoder-decoder reads, and source_mask (B, S), False at
-    its padding, on either side. The model runs in eval mode; its mode is restored at the end.
-    Raises ValueError for an empty prompt, or a mask or source that is missing or that the model
-    doesn't take, and FloatingPointError if no probabilities follow from the logits, such as of NaN.
+    all rows, or one for each; `max_context`: maximum number of tokens that the model reads
+    (default: its max_sequence_length, if any); padding_mask (B, L): False at padding, on the left;
+    source (B, S): the input of an encoder; source_mask (B, S): False at its padding, on either
+    side. The model runs in eval mode; its mode is restored at the end. Raises ValueError for an
+    empty prompt, for a missing mask or source, and for one that the model doesn't take;
+    FloatingPointError if the logits give no probabilities, as with NaN.
     """
     was_training = model.training
     model.eval()
@@ -72,8 +72,8 @@ class Choice:
         self._groups = _grouped(self.samplers)
 
     def next_tokens(self, logits_BV: Tensor, tokens_BS: Tensor, real_BS: Tensor | None) -> Tensor:
-        """Return the next token of each row, (B, 1) int64. tokens: those of the rows; real: False
-        at padding."""
+        """Return the next token of each row, (B, 1) int64. tokens: of the rows; real: False at
+        padding."""
         held_BV = drawn_B1 = None
         if any(sampler.reads_row for sampler in self._groups):
             if self._held is None:
@@ -96,7 +96,7 @@ class Choice:
         return next_B1
 
     def keep(self, going: Tensor) -> None:
-        """Drop all rows but these, (R,) int64, and go on in their order."""
+        """Keep these rows, (R,) int64, in this order."""
         rows = going.tolist()
         self.samplers = [self.samplers[i] for i in rows]
         self._groups = _grouped(self.samplers)
@@ -105,7 +105,7 @@ class Choice:
             self.generator = [self.generator[i] for i in rows]
 
     def join(self, other: "Choice") -> None:
-        """Add the rows of another; in both each row has a generator."""
+        """Append the rows of another. In both, each row has a generator."""
         assert isinstance(self.generator, Sequence)
         assert isinstance(other.generator, Sequence)
         self.generator = [*self.generator, *other.generator]
@@ -113,7 +113,7 @@ class Choice:
         self._groups, self._held = _grouped(self.samplers), None
 
     def _drawn(self, logits_BV: Tensor) -> Tensor:
-        """Return a number of each row from 0 to below 1, (B, 1) fp64 where the logits are."""
+        """Return one random number in [0, 1) for each row, (B, 1) fp64, on the logits' device."""
         if isinstance(self.generator, Sequence):
             parts = [
                 torch.rand(1, dtype=torch.float64, generator=g, device=g.device)
@@ -135,9 +135,9 @@ def _grouped(samplers: Sequence[Sampler]) -> dict[Sampler, list[int]]:
 
 
 class Batch:
-    """The tokens of all rows (B, S), which of them are real, and what the model keeps of them.
+    """The tokens of all rows (B, S), their padding mask, and the model's cache.
 
-    Arguments and errors: see `generate`; num_tokens: for so many a cache makes room at once. The
+    Arguments and errors: see `generate`. num_tokens: the cache reserves room for this many. The
     model is in eval mode.
     """
 
@@ -180,8 +180,8 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> Tensor | None:
-        """Add a token to each row, and return them, (B, 1) int64; None if an encoder-decoder can
-        read no more. Raises FloatingPointError if no probabilities follow from the logits."""
+        """Append a token to each row and return these, (B, 1) int64; None if an encoder-decoder has
+        reached its longest row. Raises FloatingPointError if the logits give no probabilities."""
         logits_BV = self._logits()
         if logits_BV is None:
             return None
@@ -197,7 +197,7 @@ class Batch:
 
     @torch.inference_mode()
     def keep(self, rows: Tensor | Sequence[int]) -> None:
-        """Drop all rows but these, and go on in their order."""
+        """Keep these rows, in this order."""
         going = torch.as_tensor(rows, device=self.tokens.device)
         self.tokens, self.unread = self.tokens[going], self.unread[going]
         self.choice.keep(going)
@@ -222,7 +222,7 @@ class Batch:
         return self.cache is not None and self.cache.source is not None
 
     def can_join(self, other: "Batch") -> bool:
-        """True if these two can be one: both read their caches still, or neither has one."""
+        """True if the two batches can be joined: both still use a cache, or neither has one."""
         if not isinstance(self.model, Transformer):
             return False
         if self.cache is None or other.cache is None:
@@ -234,8 +234,8 @@ class Batch:
         return self.longest is None or self.tokens.shape[1] <= self.longest
 
     def beyond(self) -> list[int]:
-        """Return the rows that have more tokens than the model reads, if it has a cache: without
-        them the others go on with theirs."""
+        """Return the rows with more tokens than the context, if the model has a cache. Without
+        these rows the others can still use the cache."""
         if self.cache is None or self._fits:
             return []
         if self.real is None:
@@ -243,7 +243,7 @@ class Batch:
         return [i for i, n in enumerate(self.real.sum(1).tolist()) if n > (self.longest or n)]
 
     def apart(self, rows: Sequence[int]) -> "Batch":
-        """Return a batch of these rows, without a cache; they stay in this one too."""
+        """Return a batch of these rows, without a cache. They stay in this batch too."""
         batch = copy(self)
         batch.cache, batch.choice = None, copy(self.choice)
         batch.keep(rows)
@@ -251,8 +251,8 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, other: "Batch") -> None:
-        """Add the rows of another batch of this model, after these; both have made a step, and
-        can_join is true of them."""
+        """Append the rows of another batch of this model. Both have made a step, and can_join is
+        true."""
         columns = max(self.tokens.shape[1], other.tokens.shape[1])
         pads = [columns - batch.tokens.shape[1] for batch in (self, other)]
         if any(pads) or self.real is not None or other.real is not None:
@@ -269,14 +269,14 @@ class Batch:
         self.choice.join(other.choice)
 
     def _logits(self) -> Tensor | None:
-        """Return the logits of the next token, (B, V) fp32; None if the model can read no more."""
+        """Return the logits of the next token, (B, V) fp32; None if the row is at its longest."""
         if self.cache is not None and self._fits:
             options = dict(cache=self.cache, padding_mask_BL=self.unread_real, last=1)
             logits_B1V: Tensor = self.model(self.unread, **options)
             return logits_B1V[:, -1].float()
         if self.has_source:
-            return None  # a target is learned as a whole: without its start it has no meaning
-        self.cache = None  # the rows that stay may fit again, and it would lack columns
+            return None  # a target without its start has no meaning
+        self.cache = None  # after `keep` the rows may fit again, and the cache would lack columns
         context, options = self.tokens, dict[str, Any]()
         if self.longest is not None:
             context = context[:, -self.longest :]
@@ -288,6 +288,6 @@ class Batch:
 
 
 def _stacked(parts: list[Tensor], pads: list[int]) -> Tensor:
-    """Return the rows of all parts, each padded by 0 on the left by so many columns."""
+    """Return the rows of all parts, each padded with `pads` columns of 0 on the left."""
     padded = [F.pad(part, (pad, 0)) for part, pad in zip(parts, pads, strict=True)]
     return torch.cat(padded)

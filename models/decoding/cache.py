@@ -1,7 +1,7 @@
-"""What decoding keeps of the tokens that a model has read, so that it reads each only once.
+"""The cache of decoding, with which a model reads each token once.
 
-Invariant: a model that reads a row in pieces with a cache computes the same logits as one that
-reads the whole row, whatever the pieces. Only mixers write to a Memory, each to its own.
+Invariant: a row that is read in pieces with a cache has the same logits as one that is read whole,
+whatever the pieces. Only mixers write to a Memory, each to its own.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class Memory:
-    """What one layer keeps: tensors by name, all with the rows of the batch first."""
+    """The cache of one layer: tensors by name, whose first dimension is the rows of the batch."""
 
     def __init__(self) -> None:
         self._states: dict[str, Tensor] = {}
         self._lengths: dict[str, int] = {}
-        self.room = 0  # tokens for which `extend` makes room at first
+        self.room = 0  # tokens for which the first `extend` makes room
 
     @property
     def is_empty(self) -> bool:
@@ -25,7 +25,7 @@ class Memory:
         return not self._states
 
     def get(self, name: str) -> Tensor | None:
-        """Return the state that was kept under `name`; None: none."""
+        """Return a state by its name; None: there is none."""
         return self._states.get(name)
 
     def __setitem__(self, name: str, state: Tensor) -> None:
@@ -33,9 +33,9 @@ class Memory:
         self._states[name] = state
 
     def extend(self, name: str, new: Tensor) -> Tensor:
-        """Append `new`, (B, L, ...), to what is held under `name`; return all, (B, S, ...).
+        """Append `new`, (B, L, ...), to a state; return all of it, (B, S, ...).
 
-        Room beyond `room` is doubled when it is used up, so S tokens cost O(S) copies in all.
+        Beyond `room` the allocation doubles when it is full, so S tokens cost O(S) copies in all.
         """
         before = self._lengths.get(name, 0)
         length = before + new.shape[1]
@@ -51,26 +51,26 @@ class Memory:
         return held[:, :length]
 
     def keep_last(self, name: str, new: Tensor, count: int) -> Tensor:
-        """Append `new`, (B, L, ...); keep the last `count` tokens, and return those that were held
-        before with all of `new`: a window needs no more."""
+        """Append `new`, (B, L, ...), to a state of which the last `count` tokens are kept, as a
+        window needs; return the state before, with `new` after it."""
         held = self._states.get(name)
         whole = new if held is None else torch.cat([held, new], 1)
         self._states[name] = whole[:, max(0, whole.shape[1] - count) :].clone()
         return whole
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone, (R,) int64, in this order."""
+        """Keep these rows, (R,) int64, in this order."""
         self._states = {name: state[rows] for name, state in self._states.items()}
 
     def drop_first(self, count: int) -> None:
-        """Drop the first columns of what grows."""
+        """Drop the first columns of the states that grow."""
         for name, length in self._lengths.items():
             self._states[name] = self._states[name][:, count:]
             self._lengths[name] = length - count
 
     def join(self, other: "Memory") -> None:
-        """Add the rows of another, of the same layer. Where one has fewer columns, of what grows or
-        in a window, it gets zeros on the left: they must count as padding."""
+        """Append the rows of another Memory of the same layer. The one with fewer columns gets
+        zeros on the left, which must count as padding."""
         for name, state in [*self._states.items()]:
             added, length = other._states[name], None
             if name in self._lengths:
@@ -83,17 +83,17 @@ class Memory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are allocated."""
+        """Allocated bytes."""
         return sum(state.nbytes for state in self._states.values())
 
 
 class Cache:
-    """A Memory for each layer, the number of columns read, and which of them are padding.
+    """A Memory for each layer, the number of columns read so far, and their padding mask.
 
-    Make an empty one for a batch of rows, and give it to each call of the model with the next
-    columns. Rows of different lengths are padded on the left. In an encoder-decoder layers and
-    columns are the decoder's, and there is a source: the encoder's output, (B, S, D), and what is
-    added to the scores of its tokens, (B, 1, 1, S), or None.
+    Start with an empty one for a batch of rows, and pass it to each call of the model with the next
+    columns. Rows of different lengths are padded on the left. In an encoder-decoder, layers and
+    columns are the decoder's; source is the encoder's output, (B, S, D), and source_mask is added
+    to the scores of its tokens, (B, 1, 1, S), or None.
     """
 
     def __init__(
@@ -101,13 +101,14 @@ class Cache:
     ):
         self.source, self.source_mask = source, source_mask
         self.layers = [Memory() for _ in range(num_layers)]
-        self.constants: dict[str, Any] = {}  # what a model makes of its config alone, once
+        self.constants: dict[str, Any] = {}  # computed once from the config
         self.length = 0
         self.real: Tensor | None = None  # (B, length) bool; None: no padding so far
         self.last: Tensor | None = None  # (B, 1) int64, the tokens of the last column
 
     def advance(self, tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor | None:
-        """Count the new columns; return which of all columns are real, (B, S), or None for all."""
+        """Count the new columns; return the mask of all columns, (B, S), or None without
+        padding."""
         if padding_mask_BL is not None or self.real is not None:
             device, columns = tokens_BL.device, self.length + tokens_BL.shape[1]
             ones = torch.ones(len(tokens_BL), columns, dtype=torch.bool, device=device)
@@ -119,12 +120,12 @@ class Cache:
         return self.real
 
     def reserve(self, columns: int) -> None:
-        """Let layers that keep all columns make room for so many with their first one."""
+        """Reserve room for this many columns in the layers that keep them all."""
         for memory in self.layers:
             memory.room = columns
 
     def keep(self, rows: Tensor) -> "Cache":
-        """Go on with these rows alone, (R,) int64, in this order; return the cache."""
+        """Keep these rows, (R,) int64, in this order; return the cache."""
         for memory in self.layers:
             memory.keep(rows)
         self.real = None if self.real is None else self.real[rows]
@@ -141,8 +142,8 @@ class Cache:
         self.real = None if self.real is None else self.real[:, count:]
 
     def join(self, other: "Cache", real_BS: Tensor | None) -> None:
-        """Add the rows of another of the same model, after these. The shorter one, and the shorter
-        source, is padded on the left. real: of the joined rows, see `real`."""
+        """Append the rows of another cache of the same model. The shorter one, and the shorter
+        source, is padded on the left. real: the padding mask of the joined rows."""
         for memory, added in zip(self.layers, other.layers, strict=True):
             memory.join(added)
         self.length, self.real = max(self.length, other.length), real_BS
@@ -160,14 +161,14 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all layers have allocated, and those of the source."""
+        """Allocated bytes of all layers and of the source."""
         source = 0 if self.source is None else self.source.nbytes
         return source + sum(memory.num_bytes for memory in self.layers)
 
 
 def _joined(a: Tensor, b: Tensor, columns: int = 0) -> Tensor:
     """Return the rows of both, (A + B, S or more, ...). The one with fewer columns gets zeros on
-    the left; up to `columns` both get room on the right."""
+    the left. Both have room for `columns`."""
     length = max(a.shape[1], b.shape[1])
     rows = a.new_zeros(len(a) + len(b), max(length, columns), *a.shape[2:])
     rows[: len(a), length - a.shape[1] : length] = a

@@ -1,6 +1,6 @@
-"""Products of few rows with large matrices, as decoding needs them: on a CPU, in another layout.
+"""Products of few rows with large matrices, for decoding on a CPU: the matrices in another layout.
 
-What a step of decoding costs there is to read the matrices. MKL, with which torch multiplies in
+The cost of a step of decoding there is reading the matrices. MKL, with which torch multiplies in
 fp32, reads a matrix with more rows than columns about twice as fast by columns where there is one
 row of inputs, and oneDNN's packed form is 1.5 to 3 times as fast for several (AMD EPYC, one
 thread; tests/benchmarks/bench_generate.py measures the whole).
@@ -23,8 +23,8 @@ _PACK, _TIMES = "_reorder_linear_weight", "_linear_pointwise"
 
 
 class PackedProduct:
-    """x (..., in), weight (out, in) -> (..., out), without gradients: the weight is that of which
-    it holds a packed copy."""
+    """x (..., in), weight (out, in) -> (..., out), without gradients. It holds a packed copy of the
+    weight, with which it is called."""
 
     def __init__(self, weight: Tensor):
         self._packed = getattr(torch.ops.mkldnn, _PACK)(weight.detach(), None)
@@ -40,8 +40,8 @@ class PackedProduct:
 
 @torch.no_grad()
 def prepare(model: nn.Module) -> nn.Module:
-    """Return the model, from now on for decoding alone: large matrices of a CPU are laid out anew,
-    and packed beside their weights, which doubles their memory. Nothing else changes."""
+    """Return the model, prepared for decoding alone: large matrices on a CPU get another layout and
+    a packed copy, which doubles their memory. Nothing else changes."""
     can_pack = all(hasattr(torch.ops.mkldnn, name) for name in (_PACK, _TIMES))
     can_pack = can_pack and torch.backends.mkldnn.is_available()
     # Not subclasses: they multiply in ways of their own. A table that only embeds isn't multiplied.

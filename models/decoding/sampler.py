@@ -1,8 +1,8 @@
-"""Which token comes next: the rules of sampling, from logits to one token of each row.
+"""Sampling: from logits to one token of each row.
 
-They are those of transformers' logits processors, in the same order: repetition penalty,
-temperature, top-k, top-p, min-p. Invariant: a token depends on the logits of its row and on the one
-number that is drawn for it, so a row is sampled in a batch as alone.
+The rules are those of transformers' logits processors, in the same order: repetition penalty,
+temperature, top-k, nucleus sampling (top-p), min-p. Invariant: a token depends on the logits of its
+row and on one random number of its own, so a row is sampled in a batch as alone.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is chosen.
+    """The parameters of sampling.
 
-    temperature divides the logits; 0 takes the most likely token. top_k: only the k most likely
-    tokens, and those as likely as the last of them; None: all. top_p: only the fewest most likely
-    tokens whose probabilities add up to this (Holtzman et al. 2019, arXiv 1904.09751). min_p: only
-    tokens with this part of the largest probability (Nguyen et al. 2024, arXiv 2407.01082).
-    repetition_penalty divides the positive logits of tokens that the row holds already, and
-    multiplies the negative ones (Keskar et al. 2019, arXiv 1909.05858); 1: none.
-    Raises ValueError for a value that leaves no token or has no meaning.
+    temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely
+    tokens, and those as likely as the last of them; None: all. top_p, nucleus sampling, keeps the
+    fewest most likely tokens whose probabilities add up to it (Holtzman et al. 2019, arXiv
+    1904.09751). min_p keeps tokens with at least this fraction of the largest probability (Nguyen
+    et al. 2024, arXiv 2407.01082). repetition_penalty divides the positive logits of tokens that
+    are in the row already, and multiplies negative ones (Keskar et al. 2019, arXiv 1909.05858); 1:
+    no penalty. Raises ValueError for a value that leaves no token or has no meaning.
     """
 
     temperature: float = 1.0
@@ -44,16 +44,16 @@ class Sampler:
 
     @property
     def draws(self) -> bool:
-        """True if tokens depend on what is drawn."""
+        """True if tokens are drawn at random."""
         return self.temperature > 0
 
     @property
     def reads_row(self) -> bool:
-        """True if tokens depend on those that the row holds already."""
+        """True if the choice depends on the tokens of the row."""
         return self.repetition_penalty != 1
 
     def penalised(self, logits_BV: Tensor, held_BV: Tensor | None) -> Tensor:
-        """Return the logits after the penalty; held: True for tokens that a row holds already."""
+        """Return the logits after the penalty. held: True for the tokens of a row."""
         if held_BV is None or not self.reads_row:
             return logits_BV
         by = self.repetition_penalty
@@ -61,8 +61,8 @@ class Sampler:
         return torch.where(held_BV, less_BV, logits_BV)
 
     def candidates(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return scores (B, C), -inf for what may not be sampled, and their tokens (B, C); None:
-        all tokens in order. Probabilities are the softmax of scores. Needs a temperature."""
+        """Return scores (B, C), -inf for excluded tokens, and their tokens (B, C); None: all tokens
+        in order. Probabilities are the softmax of scores. The temperature is above 0."""
         # The largest is 0: however low the temperature, no score overflows.
         scores = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature
         ids = None
@@ -71,7 +71,7 @@ class Sampler:
         elif self.top_p < 1:
             scores, ids = scores.sort(descending=True)
         if self.top_p < 1:
-            # What a token and all less likely ones have together, added up from the least.
+            # The probability of a token and all less likely ones, added up from the least.
             tail = scores.flip(-1).softmax(-1).cumsum(-1).flip(-1)
             dropped = tail <= 1 - self.top_p
             dropped[:, 0] = False
@@ -87,7 +87,7 @@ class Sampler:
     ) -> Tensor:
         """Return one token of each row, (B, 1) int64.
 
-        drawn: a number of each row from 0 to below 1, fp64; None without a temperature. held: see
+        drawn: a random number in [0, 1) for each row, fp64; None at temperature 0. held: see
         `penalised`.
         """
         logits_BV = self.penalised(logits_BV, held_BV)

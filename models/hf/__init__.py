@@ -1,11 +1,11 @@
 """Convert weights to and from Hugging Face's formats; families.py lists the architectures.
 
-Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
-there and back bit for bit, and so does every architectural field of the config; what only training
-knows (z_loss, mtp_layers, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2)
-does not, and ntk comes back as the larger rope_theta that it is.
-Their configs have no place for the multipliers of mup and completep, which go into the weights
-(parametrization.folds): what comes back is `standard`, and computes the same.
+It works on plain dicts and does not import transformers. An export that is imported again has the
+same weights, bit for bit, and the same architecture. Lost are the fields of training (z_loss,
+mtp_layers, loss_chunk, activation_checkpointing, init_std; dropout, except for GPT-2); ntk comes
+back as the larger rope_theta that it is. config.json has no place for the multipliers of mup and
+completep, so they go into the weights (parametrization.folds): the imported model is `standard`,
+and computes the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,8 @@ State = dict[str, Tensor]
 
 
 def family_of(config: ModelConfig) -> str:
-    """Return the family of a resolved config. Raises ValueError with the nearest if none fits."""
+    """Return the family of a resolved config. Raises ValueError, which names the nearest family, if
+    none fits."""
     differing: dict[str, dict[str, str]] = {}
     for name, family in FAMILIES.items():
         fits = dict(family.fits)
@@ -40,7 +41,7 @@ def family_of(config: ModelConfig) -> str:
             for path, value in values.items()
             if value not in (fits[path], ...)
         }
-    # Of families that are equally near, one with the model's own MLP.
+    # Of equally near families, one with the same MLP.
     nearest = min(differing, key=lambda name: (len(differing[name]), "mlp" in differing[name]))
     if not differing[nearest]:
         return nearest
@@ -51,7 +52,7 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _value(config: ModelConfig, path: str) -> Any:
-    """Return the value of a key; of a part its word; ... of a key that the chosen part lacks."""
+    """Return the value of a key, or the word of a part; `...` if the chosen part lacks the key."""
     field, _, inner = path.partition(".")
     values = [getattr(config, field)]
     if field == "mixer":
@@ -64,18 +65,18 @@ def _value(config: ModelConfig, path: str) -> Any:
 
 
 def _typed(value: Any) -> str:
-    """Return a value of a config as it is typed."""
+    """Return a value of a config as a user types it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_hf(
     config: ModelConfig, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    """config.json's content, and the weights under Hugging Face's names, one at a time: each is
-    taken out of `state` when it is asked for, and not held.
+    """Return the content of config.json, and an iterator over the tensors by their Hugging Face
+    names, which reads each parameter from `state` when it is needed.
 
-    Args: `config`, and the state_dict of its Transformer. Special tokens are left None: the caller
-    knows the tokenizer. Raises ValueError where no architecture fits.
+    state: the state_dict of the config's Transformer. Special tokens are None, because only the
+    caller knows the tokenizer. Raises ValueError if no architecture fits.
     """
     config = replace(config.resolved(), mtp_layers=0)  # they serve training alone
     family = family_of(config)
@@ -85,12 +86,11 @@ def to_hf(
 
 
 def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, State]:
-    """The inverse of to_hf, also for models that others trained; pieces.py does it tensor by
-    tensor.
+    """Return our config and weights: the inverse of to_hf, also for models of others. pieces.py
+    does the same tensor by tensor.
 
-    Raises ValueError for another architecture, for a variant that we don't compute (rotary
-    positions scaled otherwise than by yarn as we do it, sliding windows, heads that don't add up to
-    the width), and for unknown or missing weights.
+    Raises ValueError for an unknown architecture, for a variant that is not supported (such as
+    other scalings of rotary positions, or sliding windows), and for unknown or missing weights.
     """
     config = config_of(hf_config)
     pieces = pieces_of(hf_config["model_type"], config, hf_state)

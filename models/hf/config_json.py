@@ -1,6 +1,6 @@
-"""The architectural keys of Hugging Face's config.json, to and from ours, for every family.
+"""Hugging Face's config.json to and from a ModelConfig, for every family.
 
-Invariant: what a key may say that we don't compute is refused by its name and value.
+Invariant: a value that is not supported is refused by its key and value.
 """
 
 from dataclasses import replace
@@ -11,8 +11,8 @@ from forescale.models.hf.families import FAMILIES
 from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require
 
 _RATIOS = ("num_kv_heads", "head_dim")  # given in Family.fits as a ratio of sizes
-# What a key means that a config.json lacks, where it isn't the same for all families; from the
-# config classes of transformers.
+# Defaults of keys that a config.json lacks, where families differ; from the config classes of
+# transformers.
 _ABSENT: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "qwen3_moe": {"num_key_value_heads": 4},
@@ -24,7 +24,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "gpt2": {"tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 32},
 }
-# Their keys of sizes, and our fields.
+# Keys of sizes in config.json, and our fields.
 _SIZES = {
     "hidden_size": "width",
     "num_hidden_layers": "num_layers",
@@ -54,7 +54,7 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
     if family == "gpt2":
         return shared | {
             **{key: getattr(c, name) for key, name in _GPT2_SIZES.items()},
-            # As they write it.
+            # As transformers writes it.
             "n_inner": None if c.mlp_width == 4 * c.sizes.width else c.mlp_width,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": c.norm.eps,
@@ -77,7 +77,7 @@ def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
     )
     if family != "gemma3_text":
         return keys
-    # Its positions are of each kind of layer.
+    # Gemma 3 has positions for each kind of layer.
     kinds = ("full_attention", "sliding_attention")
     return keys | {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -94,8 +94,8 @@ def _activation(c: ModelConfig) -> str:
 
 
 def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
-    """Return our config, every size set. Raises ValueError for a variant that we don't compute, and
-    KeyError for a key without which the sizes aren't known."""
+    """Return our config with every size. Raises ValueError for a variant that is not supported, and
+    KeyError for a missing size."""
     only(hf, "quantization_config")
     kinds = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
     require(not kinds, "layer_types", sorted(set(kinds)))
@@ -135,7 +135,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
 
 
 def _of_paths(values: dict[str, Any]) -> ModelConfig:
-    """Return the config with these kinds and keys, by path, such as mixer and mixer.qk_norm."""
+    """Return the config with these kinds and keys by path, such as mixer and mixer.qk_norm."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         field, _, inner = path.partition(".")
@@ -165,7 +165,7 @@ def _from_gpt2(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
 
 
 def _experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
-    """Return the keys of experts in config.json; none for a family without."""
+    """Return the keys of experts in config.json; none for a model without experts."""
     experts = c.experts
     if experts is None:
         return {}
@@ -189,8 +189,8 @@ def _experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
 def _experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
     """Return the block of experts and its fields: the inverse of _experts_to_hf.
 
-    mlp_width, which Mixtral has no place for and does not use, follows the rule for expert_width.
-    Raises ValueError for a variant that we don't compute.
+    Mixtral has no mlp_width and does not use one; here it follows the rule for expert_width.
+    Raises ValueError for a variant that is not supported.
     """
     if FAMILIES[family].fits["mlp"] != "moe":
         return {}

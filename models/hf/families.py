@@ -1,4 +1,4 @@
-"""The architectures of Hugging Face that our models can be: what each fixes, and its names.
+"""The Hugging Face architectures of our models: the keys that each fixes, and its module names.
 
 Invariant: a config that fits a family computes what the family's model in transformers computes.
 """
@@ -11,13 +11,13 @@ from forescale.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """What a config must be to be one of a Hugging Face architecture, and that one's names."""
+    """A Hugging Face architecture."""
 
     architecture: str
-    fits: dict[str, Any]  # the kinds and keys that make a config one of this family, by path
-    outer: dict[str, str]  # our module -> theirs
-    layer: str  # what a block is called, with {} for its number
-    inner: dict[str, str]  # our module within a block -> theirs
+    fits: dict[str, Any]  # the kinds and keys that a config of this family has, by path
+    outer: dict[str, str]  # our module -> the Hugging Face name
+    layer: str  # name of a block, with {} for its number
+    inner: dict[str, str]  # our module within a block -> the Hugging Face name
 
 
 _LLAMA_INNER = {
@@ -33,7 +33,7 @@ _LLAMA_INNER = {
 _GATE = {"mlp.gate": "mlp.gate_proj"}
 _QK_NORM = {"mixer.query_norm": "self_attn.q_norm", "mixer.key_norm": "self_attn.k_norm"}
 _LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-# The choices that all families share unless their own say otherwise.
+# The choices of all families that do not override them.
 _PLAIN = {
     "mixer": "attention",
     "mixer.qkv_bias": False,
@@ -59,8 +59,8 @@ _POST_NORMS |= {"mlp_post_norm": "post_feedforward_layernorm"}
 def _llama_like(
     architecture: str, fits: dict[str, Any], inner: dict[str, str], without: tuple[str, ...] = ()
 ) -> Family:
-    """Return a family with Llama's names, and `inner`; `without`: its free fields and what modules
-    it doesn't have."""
+    """Return a family with Llama's names and `inner`. without: keys that it does not fix, and
+    modules that it does not have."""
     names = {name: of_hf for name, of_hf in (_LLAMA_INNER | inner).items() if name not in without}
     fixed = {k: v for k, v in (_ROTARY | fits).items() if k not in without}
     return Family(architecture, fixed, _LLAMA_OUTER, "model.layers.{}", names)
@@ -144,8 +144,7 @@ GAINS_BESIDE_ONE = ("gemma3_text",)
 
 
 def module_names(family: str, config: ModelConfig) -> dict[str, str]:
-    """Return our name -> theirs for every module that has weights in a file of theirs. Both
-    directions read this table."""
+    """Return our name -> the Hugging Face name for every module with weights."""
     f = FAMILIES[family]
     names = dict(f.outer)
     if config.tie_embeddings:
@@ -161,9 +160,11 @@ def module_names(family: str, config: ModelConfig) -> dict[str, str]:
 
 
 def _mlp_names(family: str, config: ModelConfig, layer: int, experts: int) -> dict[str, str]:
-    """Return our name -> theirs for the modules of a layer's MLP in a model with experts, each of
-    which is a module: files have a tensor for each expert, as the published ones, which
-    transformers 4 and 5 load; ours has all experts of a layer in one."""
+    """Return our name -> the Hugging Face name for the modules of an MLP in a model with experts.
+
+    Files have a tensor for each expert, as published ones do, and transformers 4 and 5 load them;
+    our parameter has all experts of a layer.
+    """
     matrices = ("gate", "up", "down")
     if not config.mlp.of_layer(layer).is_routed:
         return {f"mlp.{matrix}": f"mlp.{matrix}_proj" for matrix in matrices}

@@ -1,8 +1,8 @@
-"""Adapters of our matrices as the library peft has them beside a Hugging Face model's.
+"""Adapters in the format of the library peft, for the Hugging Face model of an export.
 
-Invariant: beside the weights of to_hf they compute what ours do beside ours. Where several of our
-matrices are one of theirs (GPT-2), so are their adapters: A one under another, and B with a block
-for each, at the sum of their ranks.
+Invariant: with the weights of to_hf they compute what our adapters compute with our weights. Where
+a Hugging Face matrix is several of ours (GPT-2), its adapter has the sum of their ranks: the
+matrices A one under another, and B with a block for each.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from forescale.models.parametrization import folds
 def adapters_to_hf(
     family: str, config: ModelConfig, state: Mapping[str, Tensor], rank: int, alpha: float
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what adapter_config.json says of the adapters, and their weights under peft's names.
+    """Return the keys of adapter_config.json, and the weights under peft's names.
 
     state: A and B by their names in a checkpoint; rank, alpha: of the run.
     """
@@ -49,7 +49,7 @@ def adapters_to_hf(
 def _pairs(
     family: str, config: ModelConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield our name of each of their modules that has an adapter, with A and B."""
+    """Yield our name of each Hugging Face module with an adapter, its A and its B."""
     sizes, by, done = shapes(config), folds(config), set[str]()
     for name in state:
         module = name.removesuffix(".lora_A.weight")

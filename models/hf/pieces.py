@@ -1,8 +1,7 @@
-"""Where each of our parameters is in a Hugging Face model, for both directions.
+"""The place of each parameter of our models in the tensors of a Hugging Face model.
 
-Invariant: the pieces hold every element of every parameter once, in the order of the parameters,
-and each needs one tensor of theirs alone, so that a model comes in and goes out without being held
-whole.
+Import and export both read it. Invariant: the pieces have every element of every parameter once, in
+the order of the parameters, and each piece is in one tensor, so that no model is ever held whole.
 """
 
 import math
@@ -26,9 +25,11 @@ _CONSTANT = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous part of our parameter `name`, from element `start`, of `shape`, and the tensor
-    `source` of theirs that holds it: its `part` (i, n), the i-th of n equal parts of its rows, once
-    it is turned if `is_turned`; `added` to each number."""
+    """A contiguous part of our parameter `name`: `shape`, from element `start` on.
+
+    In the Hugging Face tensor `source`, transposed if `is_turned`, it is `part` (i, n): the i-th of
+    n equal parts of the rows. `added`: what the import adds to each number.
+    """
 
     name: str
     start: int
@@ -39,8 +40,8 @@ class Piece:
     added: float = 0.0
 
     def taken(self, source: Tensor) -> Tensor:
-        """Return the piece, contiguous, of the number format of `source`, fp32 if something is
-        added. Raises ValueError if `source` has another shape than the config says."""
+        """Return the piece of `source`, contiguous, in its number format, or in fp32 if something
+        is added. Raises ValueError if `source` does not have the shape that config.json implies."""
         index, count = self.part
         expected = (count * self.shape[0], *self.shape[1:])
         expected = expected[::-1] if self.is_turned else expected
@@ -55,12 +56,12 @@ class Piece:
 def exported(
     family: str, config: ModelConfig, state: Mapping[str, Tensor], factors: dict[str, float]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights under the names in a Hugging Face model: parameters times their factors.
-    Each is taken out of `state` when it is needed, and not held."""
+    """Yield the Hugging Face tensors by name, made of the parameters times their factors. Each
+    parameter is read from `state` when it is needed, and not held."""
     sources: dict[str, list[Piece]] = {}
     for piece in _pieces(family, config):
         sources.setdefault(piece.source, []).append(piece)
-    name, whole = "", torch.empty(0)  # of several experts the same
+    name, whole = "", torch.empty(0)  # the last parameter: successive experts share one
     for source, pieces in sources.items():
         tensors: list[Tensor] = []
         for piece in pieces:
@@ -76,15 +77,15 @@ def exported(
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Return a parameter from all its pieces; of several, each is a matrix of a stack."""
+    """Return a parameter from all its pieces. Several pieces are the matrices of a stack."""
     return torch.stack(parts) if len(parts) > 1 else parts[0]
 
 
 def config_of(hf_config: dict[str, Any]) -> ModelConfig:
-    """Return our config of a Hugging Face model, from the content of its config.json.
+    """Return our config for the content of a config.json.
 
-    Raises ValueError for another architecture, for a variant that we don't compute, and for a
-    config.json that lacks a key.
+    Raises ValueError for an unknown architecture, for a variant that is not supported, and for a
+    missing key.
     """
     family = hf_config.get("model_type")
     if family not in FAMILIES:
@@ -98,10 +99,8 @@ def config_of(hf_config: dict[str, Any]) -> ModelConfig:
 
 
 def pieces_of(family: str, config: ModelConfig, names: Iterable[str]) -> list[Piece]:
-    """Return the pieces of all weights. Raises ValueError for unknown or missing ones.
-
-    Args: `config` as config_of returns it, and the `names` of the tensors in the files.
-    """
+    """Return the pieces of all parameters. names: of the tensors in the files; ValueError for an
+    unknown or missing one."""
     pieces, there = list(_pieces(family, config)), dict[str, str]()
     for name in names:
         usual = name
@@ -122,12 +121,12 @@ def _others(names: list[str]) -> str:
 
 
 def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
-    """Yield the pieces of all parameters under the names of to_hf."""
+    """Yield the pieces of all parameters, with the names that an export gives the tensors."""
     names = module_names(family, config)
     for name, shape in shapes(config).items():
         module, _, leaf = name.rpartition(".")
         block, _, last = module.rpartition(".")
-        if len(shape) == 3:  # of all experts, each of which has a tensor of its own
+        if len(shape) == 3:  # all experts; each of them is a tensor there
             size = math.prod(shape[1:])
             for e in range(shape[0]):
                 source = f"{names[f'{module}.{e}']}.{leaf}"

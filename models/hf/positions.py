@@ -1,6 +1,6 @@
-"""Keys of rotary positions in Hugging Face's config.json, to and from ours.
+"""Rotary positions in Hugging Face's config.json, to and from a ModelConfig.
 
-Invariant: what transformers 4 and 5 compute from the keys equals what we compute.
+Invariant: transformers 4 and 5 compute from the keys what our model computes.
 """
 
 import json
@@ -21,9 +21,9 @@ from forescale.models.positions.rope_scaling import (
 def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of rotary positions.
 
-    ntk is a larger base and no scaling: their "dynamic" would change with the sequence. For yarn,
-    transformers 4 takes the factor from the two lengths and 5 takes the factor, so all three must
-    agree. Raises ValueError if they can't, because the original length isn't whole.
+    ntk becomes a larger base without scaling, because transformers' "dynamic" changes with the
+    sequence. For yarn, transformers 4 computes the factor from the two lengths and 5 reads the
+    factor, so all three must agree. Raises ValueError if the original length is not whole.
     """
     assert isinstance(c.position, Rotary)
     by, theta = c.position.scaling, c.position.theta
@@ -60,9 +60,9 @@ def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
 
 
 def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return max_sequence_length and the position's block: the inverse of positions_to_hf.
+    """Return max_sequence_length and the block of the position: the inverse of positions_to_hf.
 
-    Raises ValueError for a scaling that we don't compute.
+    Raises ValueError for a scaling that is not supported.
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     longest, scaling = hf["max_position_embeddings"], dict[str, Any](kind="none")
@@ -93,12 +93,12 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def only(hf: dict[str, Any], key: str, *computed: Any) -> None:
-    """Raise ValueError that names `key` and its value, unless it is absent, null or `computed`."""
+    """Raise ValueError with `key` and its value, unless the value is absent, null or `computed`."""
     require(hf.get(key) in (None, *computed), key, hf.get(key))
 
 
 def require(true: bool, key: str, value: Any) -> None:
-    """Raise ValueError that names `key` and its `value` unless `true`."""
+    """Raise ValueError with `key` and its `value` unless `true`."""
     if not true:
         text = json.dumps(value)
         text = text if len(text) <= 60 else f"{text[:57]}..."

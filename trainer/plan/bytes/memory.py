@@ -69,7 +69,7 @@ class States:
 
 
 def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = None) -> States:
-    """Return the bytes of `rank`; without one, of the rank that holds the most."""
+    """Return the model states of `rank`; None: of the rank with the most bytes."""
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
     trained = trained.of_rank(mesh)
     if s.stage == 0:
@@ -104,8 +104,8 @@ def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = Non
 
 
 def recomputes(job: TrainJob) -> bool:
-    """Whether the backward pass calls each block again, and so gathers its weights for it: with
-    selective checkpointing the block makes the rest again itself, while it has them."""
+    """Whether the backward pass calls each block again, and so gathers its weights again. With
+    selective checkpointing the block recomputes inside its own backward pass, with its weights."""
     return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing == "full"
 
 
@@ -122,7 +122,7 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     whole = [touched(g, world) for g in groups]
     accumulates = s.stage == 1 and s.accumulation > 1
     if rank is None:
-        # What differs between ranks: two momenta of matrices, and gradients, unless all are kept.
+        # Ranks differ in the two momenta of matrices, and in gradients unless all are kept.
         times = [2 * g.update.is_by_matrix + (not accumulates) for g in groups]
         sizes = [sum(map(mul, times, each)) for each in zip(*whole, strict=True)]
         rank = max(range(world), key=sizes.__getitem__)
@@ -144,8 +144,8 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
 
 
 def holders(group: Group, world: int) -> int:
-    """Return the number of ranks that have a group's parameters and divide its states, of all those
-    of the job: all, or those that have the same experts, or the same parts of matrices."""
+    """Return the number of ranks that have a group's parameters and divide its states: all ranks of
+    the job, or those with the same experts or the same parts of matrices."""
     return world // group.parts
 
 
@@ -168,8 +168,8 @@ def overlapping(group: Group, world: int) -> list[list[Parameter]]:
 
 
 def touched(group: Group, world: int) -> list[int]:
-    """Return for each rank the total elements of those parameters. It adds up where they begin and
-    end: a plan asks this of 16,384 ranks some hundred times."""
+    """Return for each rank the total elements of those parameters. It adds up their begins and
+    ends, because a plan needs it for 16,384 ranks some hundred times."""
     part, start = partition(group, world), 0
     change = [0] * (holders(group, world) + 1)  # from one rank to the next
     for p in group.params:
@@ -226,8 +226,8 @@ def _sub_groups(group: Group) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one rank in bytes. activations: None if the model is not one of ours; start: of CPU
-    memory, in which the initial weights are drawn."""
+    """Memory of one rank in bytes. activations: None for a model class of the user; start: CPU
+    memory for drawing the initial weights."""
 
     states: States
     activations: Activations | None
@@ -276,7 +276,7 @@ def memory(
     reserved: int = 0,
     margin: int = 0,
 ) -> Memory:
-    """Return the memory of the rank that holds the most, for a job whose model sizes are known."""
+    """Return the memory of the rank with the most bytes. The model sizes of the job are known."""
     of_activations = None
     if isinstance(job.model, ModelConfig):
         of_activations = activations(
@@ -304,9 +304,9 @@ def memory(
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
-    """Return the bytes of one checkpoint of all ranks: fp32 weights and the optimizer's moments,
-    and frozen weights as the forward pass has them. Muon's momentum has the precision that the ZeRO
-    stage keeps it in, on so many ranks.
+    """Return the bytes of one checkpoint of all ranks: fp32 weights, the optimizer's moments, and
+    frozen weights in the precision of the forward pass. The precision of Muon's momentum depends on
+    the ZeRO stage.
     """
     s = ZeroSettings.of(job, world)
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
@@ -319,11 +319,11 @@ def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
 
 
 def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> int:
-    """Return the bytes of CPU memory that a rank keeps for its copy of a checkpoint; 0 if saves are
-    not written in the background.
+    """Return the bytes of CPU memory for a rank's copy of a checkpoint; 0 if checkpoints are not
+    written in the background.
 
-    From a GPU it is page-locked, and torch rounds such memory up to a power of two
-    (CachingHostAllocator.h of torch 2.13, without a limit to it).
+    The copy of a GPU is page-locked, and torch rounds page-locked memory up to a power of two
+    (CachingHostAllocator.h of torch 2.13, without a limit).
     """
     if not job.checkpoint.background:
         return 0

@@ -38,11 +38,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The parameters of a job, with adapters those that are frozen too.
+    """The parameters of a job, frozen ones included.
 
     parameters: in the order of the forward pass. groups: of the optimizer, each with its trained
-    parameters in the order of the memory layout. experts: names of those that have a matrix for
-    each expert. cut: the dimension of those that ranks divide, by name (engine.tensor_parallel).
+    parameters in the order of the memory layout. experts: names of parameters with a matrix for
+    each expert. cut: name -> dimension of parameters that ranks divide (engine.tensor_parallel).
     """
 
     parameters: list[Parameter]
@@ -57,22 +57,22 @@ class Inventory:
 
     @property
     def trained(self) -> list[Parameter]:
-        """Those that have a gradient."""
+        """The parameters with a gradient."""
         return [p for p in self.parameters if p.requires_grad]
 
     @property
     def num_trained(self) -> int:
-        """Number of elements of those."""
+        """Number of elements of the trained parameters."""
         return sum(p.numel for p in self.trained)
 
     @property
     def num_frozen(self) -> int:
-        """Number of elements of the others."""
+        """Number of elements of the frozen parameters."""
         return self.numel - self.num_trained
 
     def of_rank(self, mesh: Mesh) -> "Inventory":
-        """Return what a rank has where ranks divide experts or matrices; Group.parts are then
-        those of the matrices, or of the experts."""
+        """Return the parameters of one rank where ranks divide experts or matrices. Group.parts is
+        then the number of parts of the matrices, or of the experts."""
         if mesh.experts == mesh.tensor == 1:
             return self
         dims = {**self.cut, **dict.fromkeys(self.experts, 0)}
@@ -104,9 +104,9 @@ def inventory(
     parameters: Sequence[Parameter] | None = None,
     muon: Collection[str] | None = None,
 ) -> Inventory:
-    """Return the Inventory of a job whose model sizes are known.
+    """Return the Inventory of a job. The model sizes are known.
 
-    For a class of the user's own, give its `parameters`, and in `muon` the names of those that Muon
+    For a model class of the user, pass its `parameters`, and as `muon` the names of those that Muon
     updates, if the class defines them.
     """
     by_name: dict[str, Factors] = {}

@@ -82,8 +82,8 @@ class ZeroSettings:
         experts: frozenset[str] = frozenset(),
         counted: frozenset[str] | None = None,
     ) -> "GatherTrace":
-        """Return what stage 3 gathers in one micro-batch. experts, counted: names; with `counted`
-        of these alone."""
+        """Return the gathers of stage 3 in one micro-batch. experts: names; counted: the names to
+        count, None: all."""
         return trace_gathers(
             tuple(parameters),
             frozenset(p.name for p in parameters if p.numel <= self.persistence),
@@ -99,18 +99,18 @@ class ZeroSettings:
         )
 
     def offloads(self, state: str) -> bool:
-        """Whether `what` (offload_optimizer, offload_param) is kept outside the device."""
+        """Whether a state (offload_optimizer, offload_param) is kept outside the device."""
         device = (self.zero.get(state) or {}).get("device", "none")
         return device not in ("none", None)
 
 
 @dataclass(frozen=True)
 class GatherTrace:
-    """What one micro-batch gathers.
+    """The gathers of one micro-batch.
 
-    first: elements that are gathered for the first time; again: those that were released since.
-    calls: number of all-gathers; calls_again: those among them with elements of `again`. most:
-    maximum of elements that exist whole at the same time, with their padding.
+    first: elements gathered for the first time; again: elements gathered again after a release.
+    calls: number of all-gathers; calls_again: all-gathers with elements of `again`. most: maximum
+    of elements that exist whole at the same time, with padding.
     """
 
     first: int
@@ -141,13 +141,13 @@ def trace_gathers(
     counted: frozenset[str] | None = None,
     whole: bool = False,
 ) -> GatherTrace:
-    """Return what ZeRO-3 gathers in one micro-batch.
+    """Return the gathers of ZeRO-3 in one micro-batch.
 
-    parameters: with `name` and `numel`, in the order of the forward pass. resident: names of those
-    that are never released. recompute: with activation checkpointing. reuse, prefetch, live:
-    elements, see above. world: each gathered parameter is padded to a multiple of it, `experts` to
-    one of expert_world; with 1 they are there. counted: names; None: all. whole: a block is a leaf
-    module of DeepSpeed's, whose parameters are gathered together.
+    parameters: with `name` and `numel`, in the order of the forward pass. resident: names of
+    parameters that are never released. recompute: with activation checkpointing. reuse, prefetch,
+    live: elements, see above. world: each gathered parameter is padded to a multiple of it,
+    `experts` to one of expert_world; with 1 nothing is gathered. counted: names; None: all. whole:
+    a block is a leaf module of DeepSpeed, whose parameters are gathered together.
     """
     ranks = {p.name: expert_world if p.name in experts else world for p in parameters}
     if counted is None:
@@ -185,7 +185,7 @@ def trace_gathers(
 
 
 class _Gathered:
-    """The parameters that exist whole now, and what was gathered until now."""
+    """The parameters that exist whole now, and the gathers so far."""
 
     def __init__(
         self, resident: Collection[str], ranks: Mapping[str, int], counted: Collection[str]
@@ -239,8 +239,8 @@ def _kept_for_reuse(
 ) -> list[bool]:
     """Return for each call whether its module is used again within the next `reuse` elements.
 
-    Where DeepSpeed looks ahead it takes, for a leaf module, the parameters inside of each module to
-    come, and for all others those that a module holds itself, of which a leaf module has none.
+    For a leaf module, DeepSpeed counts all parameters inside each later module; for other modules
+    it counts the direct parameters of each later module, of which a leaf module has none.
     """
     every = {call.module for call in calls}
     inside = {
@@ -283,8 +283,8 @@ def _soon(
 
 
 def _in_order(held: Collection[str]) -> list[str]:
-    """Return the modules in the order of the forward pass, in which the blocks and each module for
-    later tokens are followed by the head: a tied embedding, if there is no other."""
+    """Return the modules in the order of the forward pass: the head, or a tied embedding, follows
+    the blocks and each module for later tokens."""
     order = list(held)
     if not any(m.startswith("blocks.") for m in order):
         return order  # a class of the user's own
@@ -308,7 +308,7 @@ def _in_order(held: Collection[str]) -> list[str]:
 
 
 def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
-    """Return the calls of modules, with those that hold no parameters but only other modules."""
+    """Return the calls of modules, containers without parameters included."""
     calls = [_Call(name) for name in ("", *_with_parents(order), "")]
     met: set[str] = set()
     # The modules of a block together; each module outside the blocks is its own group.
@@ -326,7 +326,7 @@ def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
 
 
 def _with_parents(order: Sequence[str]) -> list[str]:
-    """Return the modules, each preceded by those that contain it where they are first met."""
+    """Return the modules, each preceded by its containers at their first occurrence."""
     modules: list[str] = []
     met = {"blocks", "mtp"}  # a list isn't called
     for module in order:
