@@ -225,11 +225,6 @@ class ModelConfig:
         return self.encoder_layers > 0
 
     @property
-    def has_experts(self) -> bool:
-        """True if the MLP of some layer is a mixture of experts."""
-        return self.mlp.is_routed
-
-    @property
     def norms_before(self) -> bool:
         """True if a part of a block reads a norm of the stream."""
         return self.norm.placement in ("pre", "sandwich")

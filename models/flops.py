@@ -114,7 +114,9 @@ def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> in
         block, length = config.of_block(i), columns_of(config, i, columns)
         for name, part in parts.items():
             keys = source if name == "cross" else length
-            total += length * part.flops(block, keys, causal) + source * part.source_flops(block)
+            total += length * part.flops(block, keys, causal)
+        if parts.cross is not None:
+            total += source * parts.cross.source_flops(block)
     return 3 * total
 
 

@@ -90,13 +90,14 @@ def activations(
                 layer += count * part.activation_bytes(config, b, rms) // tensor
             else:
                 layer += count * part.activation_bytes(inner, b, rms)
-            layer += source * part.source_bytes(inner, b, rms)
             if is_selective:
                 # What a part writes is as wide as the stream.
                 writes = len(part.writes) * (s.width - inner.sizes.width)
                 products += count * (part.selected_bytes(inner, b) + b * writes)
-                products += source * part.selected_source(inner, b)
-        mixer = parts.mixer
+        mixer, cross = parts.mixer, parts.cross
+        if cross is not None:
+            layer += source * cross.source_bytes(inner, b, rms)
+            products += source * cross.selected_source(inner, b) if is_selective else 0
         if ranks > 1 and mixer.splits_columns:
             # The output as it came back, and copies of keys and values.
             copied = mixer.exchanged(inner, ranks) - mixer.exchanged(inner, 1)

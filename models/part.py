@@ -138,18 +138,6 @@ class BlockPart(Part):
         again: those of no matrix and of no kernel."""
         return 0
 
-    def source_flops(self, config: "ModelConfig") -> int:
-        """Return the forward FLOPs of one token of the encoder's output in one layer."""
-        return 0
-
-    def source_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
-        """Return the bytes that autograd saves of one token of the encoder's output."""
-        return 0
-
-    def selected_source(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """Return the bytes that selective checkpointing saves of such a token."""
-        return 0
-
     def idle(self, config: "ModelConfig") -> int:
         """Return the number of parameters that one token doesn't use, such as other experts."""
         return 0

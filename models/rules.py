@@ -137,7 +137,7 @@ def _of_parts(config: "ModelConfig") -> list[Problem]:
     if config.scale_embedding and position.kind == "sinusoidal":
         problem = "sinusoidal positions scale the embedding already"
         problems.append(("scale_embedding", problem, "leave it out"))
-    if config.has_experts and config.bias:
+    if config.mlp.is_routed and config.bias:
         todo = "set it to false, or choose another mlp"
         problems.append(("bias", "experts have no biases", todo))
     if len({mixer.shared_values for mixer in config.mixers_used}) > 1:
@@ -262,7 +262,7 @@ def _of_encoder(config: "ModelConfig") -> list[Problem]:
     if not config.causal:
         problem = "the decoder of an encoder-decoder sees no later token"
         problems.append(("causal", problem, "leave it out"))
-    if config.has_experts:
+    if config.mlp.is_routed:
         problem = "an encoder-decoder has no experts"
         problems.append(("mlp", problem, "choose another mlp, or leave out encoder_layers"))
     if config.parametrization.kind == "completep":

@@ -35,10 +35,6 @@ class Tallies(nn.Module):
         self.register_buffer("counts", torch.zeros(end, dtype=torch.int64), persistent=False)
         self.totals: Tensor | None = None  # of the whole step over all ranks, once known
 
-    def has(self, name: str) -> bool:
-        """Return True if this part counts."""
-        return name in self._places
-
     def of(self, name: str) -> Tensor:
         """Return the counts of a part since the last step; adding to them in place counts."""
         place, shape = self._places[name]
@@ -46,7 +42,7 @@ class Tallies(nn.Module):
 
     def total(self, name: str) -> Tensor | None:
         """Return a part's counts of the whole step; None before a step, or if it doesn't count."""
-        if self.totals is None or not self.has(name):
+        if self.totals is None or name not in self._places:
             return None
         place, shape = self._places[name]
         return self.totals[place].view(shape)

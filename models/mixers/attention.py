@@ -209,6 +209,7 @@ class Cross(Attention):
         return matrix_flops(self._split(config)[0]) + self.scores_flops(config, source_length)
 
     def source_flops(self, config: "ModelConfig") -> int:
+        """Return the forward FLOPs of one token of the encoder's output."""
         return matrix_flops(self._split(config)[1])
 
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
@@ -221,7 +222,8 @@ class Cross(Attention):
         return total + (norm_bytes * s.heads_width if self.qk_norm != "none" else 0)
 
     def source_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
-        """Return the bytes of a source's token: keys (and the input of their norm), values."""
+        """Return the bytes that autograd saves of one token of the encoder's output: keys (and the
+        input of their norm), values."""
         norm = norm_bytes if self.qk_norm != "none" else 0
         return config.sizes.kv_width * (2 * bytes_per_value + norm)
 
@@ -230,6 +232,7 @@ class Cross(Attention):
         return results + self.kernel_bytes(config, bytes_per_value)
 
     def selected_source(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """Return the bytes that selective checkpointing saves of such a token."""
         return bytes_per_value * outputs(self._split(config)[1])
 
     def plain_bytes(self, config: "ModelConfig", rows: Rows) -> tuple[int, int]:

@@ -88,7 +88,7 @@ def test_parameters_of_every_variant():
         assert counts.mtp == under("mtp.")
         assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
         idle = counts.total - counts.mtp - counts.active
-        assert (idle > 0) == (config.has_experts)
+        assert (idle > 0) == (config.mlp.is_routed)
         assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
 
 

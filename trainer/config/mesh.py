@@ -128,7 +128,7 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         if job.engine.hierarchical_partition > 1:
             problem = "a hierarchical partition is of whole matrices"
             yield name, problem, f"{whole}, or engine.hierarchical_partition=1"
-        if job.model.has_experts and mesh.experts == 1:
+        if job.model.mlp.is_routed and mesh.experts == 1:
             problem = "ranks that divide matrices don't have all experts each"
             yield name, problem, "divide them too, as by engine.expert_parallel=2"
 

@@ -62,7 +62,7 @@ def published_notes(job: TrainJob, parameters: float) -> list[str]:
     nearest = min(PUBLISHED, key=lambda run: abs(math.log(run.parameters / parameters)))
     recipe = ""  # "add recipe=NAME, or "; a class of the user's own has no keys of our model
     if isinstance(model, ModelConfig):
-        name = "mixtral-8x7b" if model.has_experts else nearest.recipe
+        name = "mixtral-8x7b" if model.mlp.is_routed else nearest.recipe
         name = name if model.causal else "bert-base"
         recipe = f"add recipe={'t5-small' if model.has_encoder else name}, or "
     length, tokens = job.train.sequence_length, job.tokens_per_step

@@ -142,6 +142,7 @@ def _scores(config: ModelConfig, length: int, causal: bool = True) -> float:
         source = columns_of(config, 0, length)
         for name, keys in (("mixer", columns), ("cross", source)):
             if part := getattr(parts, name):
-                matrices = matrix_flops(part.shapes(block)) - part.source_flops(block)
+                matrices = matrix_flops(part.shapes(block))
+                matrices -= part.source_flops(block) if name == "cross" else 0
                 total += max(0, part.flops(block, keys, causal) - matrices) * columns / length
     return total
