@@ -67,6 +67,7 @@ def serve(requests: socket.socket) -> None:
     set_environment()
     import accelerate  # noqa: F401
     import deepspeed  # noqa: F401
+    import pytest  # noqa: F401
     import torch
     import torch._dynamo  # any optimizer imports it: a second of each rank
 

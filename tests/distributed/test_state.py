@@ -4,13 +4,16 @@
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
-from forescale.checkpoint.reader import Checkpoint
+from forescale.checkpoint import writer
+from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.engine.state import MOMENTUM
-from tests.distributed import ranks
+from forescale.run.directory import Run
+from tests.distributed import ranks, small
 from tests.matrix import FULL
 
 STATE = "checkpoints/step-00000003"
@@ -56,9 +59,7 @@ def saved(tmp_path_factory):
     """(folder, the losses of the three steps after each save, by case and world size)"""
     folder, after = tmp_path_factory.mktemp("states"), {}
     for size in SIZES:
-        losses = ranks.run(
-            "state_scenarios:save", size, LIMIT, cases=chosen(size), folder=str(folder)
-        )
+        losses = ranks.run("test_state:save", size, LIMIT, cases=chosen(size), folder=str(folder))
         after |= {f"{case}-w{size}": case_losses for case, case_losses in losses.items()}
     return folder, after
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_loads_anywhere(saved, optimizer, size):
     cases = [c for c in chosen(size) if c[1] == optimizer]
     sources = [source for source in continued if f"-{optimizer}-" in source]
     pairs = met(cases, sources, size)
-    losses = ranks.run("state_scenarios:load", size, LIMIT, pairs=pairs, folder=str(folder))
+    losses = ranks.run("test_state:load", size, LIMIT, pairs=pairs, folder=str(folder))
     assert len(losses) == sum(len(of) for _, of in pairs)
     for key, after in losses.items():
         target, source = key.split("<")
@@ -114,7 +115,7 @@ def test_moments_matter(saved):
     folder, continued = saved
     source = "1-adamw-fp32-False"
     after = ranks.run(
-        "state_scenarios:load_weights",
+        "test_state:load_weights",
         2,
         case=[1, "adamw", "fp32", False],
         source=f"{source}-w2",
@@ -132,7 +133,7 @@ HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_support
 def test_a_loss_scale_goes_from_fp16_to_fp16_alone(tmp_path, stage):
     """In a bf16 engine a stored scale of 65,536 was taken for DeepSpeed's own check of overflows:
     a step with a NaN gradient was applied."""
-    scales = ranks.run("state_scenarios:between_precisions", 1, stage=stage, folder=str(tmp_path))
+    scales = ranks.run("test_state:between_precisions", 1, stage=stage, folder=str(tmp_path))
     lowered = scales["fp16"]
     assert scales["bf16"] == 1.0 < lowered
     for case in ("bf16<fp16", "bf16<bf16"):
@@ -142,3 +143,78 @@ def test_a_loss_scale_goes_from_fp16_to_fp16_alone(tmp_path, stage):
     assert scale == fresh > lowered
     for case in ("bf16<fp16", "bf16<bf16", "fp16<fp16", "fp16<bf16"):
         assert scales[case][2:] == [False, True], case
+
+
+# Inside the ranks.
+
+
+def save(cases, folder):
+    """Train three steps and save, for each case; then three steps more. Returns those losses."""
+    return {name(case): _save(case, Path(folder)) for case in cases}
+
+
+def _save(case, folder):
+    engine = small.build(*case[:3], None, case[3], seed=1)
+    small.train(engine, range(3))
+    run = Run(folder / f"{name(case)}-w{engine.world.size}")
+    writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
+    return small.train(engine, range(3, 6))
+
+
+def load(pairs, folder):
+    """Load sources into an engine of each case, that has trained on other weights; save it again;
+    then three steps. pairs: (case, its sources). Returns the losses by "case<source"."""
+    results = {}
+    for case, sources in pairs:
+        engine = small.build(*case[:3], None, case[3], seed=2)
+        small.train(engine, range(10, 12))
+        for source in sources:
+            writer.load(Checkpoint(Path(folder) / source / STATE), engine)
+            key = f"{name(case)}-w{engine.world.size}<{source}"
+            run = Run(Path(folder) / "again" / key)
+            writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
+            results[key] = small.train(engine, range(3, 6))
+    return results
+
+
+def load_weights(case, source, folder):
+    engine = small.build(*case[:3], None, case[3], seed=2)
+    path = Path(folder) / source / "checkpoints/step-00000003"
+    writer.load(Checkpoint(path), engine, weights_only=True)
+    return small.train(engine, range(3, 6))
+
+
+def between_precisions(stage, folder):
+    """Save an fp16 engine whose loss scale has been lowered by overflows, and a bf16 one; load each
+    into the other kind and into its own. Returns by "target<source" the scale, whether a step
+    without a finite gradient was applied, and whether one with a finite one was."""
+    scales = {}
+    for kind in ("fp16", "bf16"):
+        engine = small.build(stage, "adamw", kind, seed=1)
+        small.train(engine, range(2))
+        for step in (2, 3, 4) if kind == "fp16" else ():
+            poisoned(engine, step)
+        run = Run(Path(folder) / kind)
+        writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
+        scales[kind] = engine.layout.loss_scale
+    for target in ("fp16", "bf16"):
+        for source in ("fp16", "bf16"):
+            engine = small.build(stage, "adamw", target, seed=2)
+            fresh = engine.layout.loss_scale
+            writer.load(Checkpoint(Path(folder) / source / STATE), engine)
+            scale = engine.layout.loss_scale
+            scales[f"{target}<{source}"] = [scale, fresh, poisoned(engine, 6), applied(engine, 7)]
+    return scales
+
+
+def applied(engine, step):
+    world = engine.world
+    return engine.train_step(small.batch(step, world.rank, world.size), 1.0).applied
+
+
+def poisoned(engine, step):
+    engine.disturb = lambda step, module: float("nan")
+    try:
+        return applied(engine, step)
+    finally:
+        engine.disturb = None
