@@ -8,7 +8,7 @@ from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.next_runs import candidates_of, recommend, show
 from forescale.scaling.design.planning import common_of
-from forescale.scaling.design.simulate import Target
+from forescale.scaling.design.simulate import RunSet
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.law_decisions import add_runs
 
@@ -37,7 +37,7 @@ def main(job: StudyJob) -> int:
         raise UserError("target", "is not given", todo)
     low = float(law.points.flops.min()) if law.points.flops is not None else job.cap / 100
     candidates = candidates_of(common, low, job.cap, law.all_points)
-    choices = recommend(law.calibrated, candidates, Target.of(common, job.target), job.cap)
+    choices = recommend(law.calibrated, candidates, RunSet.of_target(common, job.target), job.cap)
     show(choices, open_console(), common.rate)
     if study and job.add:
         with study.deciding():

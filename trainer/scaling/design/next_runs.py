@@ -21,7 +21,7 @@ from forescale.ground.console import table
 from forescale.ground.errors import UserError
 from forescale.run.forecast import SAME
 from forescale.scaling.design.shapes import RATIO, Common
-from forescale.scaling.design.simulate import RunSet, Target
+from forescale.scaling.design.simulate import RunSet
 from forescale.scaling.fitting.forms import Design
 from forescale.scaling.fitting.points import Array, Points, spent
 from forescale.scaling.forecasting.calibrated import CalibratedLaw
@@ -44,9 +44,7 @@ class NextRun:
     after: float
 
 
-def recommend(
-    law: CalibratedLaw, candidates: RunSet, target: Target | RunSet, cap: float
-) -> list[NextRun]:
+def recommend(law: CalibratedLaw, candidates: RunSet, target: RunSet, cap: float) -> list[NextRun]:
     """Return the runs to add for `cap` FLOPs together, the most useful first. target: one or
     several runs to predict; the variances of several are averaged. Raises UserError if the law's
     runs have no N or D, or if no candidate costs less than the cap."""
@@ -104,11 +102,11 @@ def _steps(low: float, high: float, step: float) -> list[float]:
 
 
 def choose(
-    law: CalibratedLaw, candidates: RunSet, target: Target | RunSet, cap: float
+    law: CalibratedLaw, candidates: RunSet, target: RunSet, cap: float
 ) -> tuple[list[int], list[float]]:
     """Return the indices of the chosen candidates, and the target's variance before the first and
     after each."""
-    targets = len(np.atleast_1d(target.flops))
+    targets = len(target.flops)
     _, covariance = posterior(law, _joined(target, candidates))
     noise = max(law.noise, NOISE) ** 2
     # Greedy choice per cost may end arbitrarily far from the optimum, and so may greedy choice of
@@ -163,9 +161,9 @@ def posterior(law: CalibratedLaw, points: RunSet) -> tuple[Array, Array]:
     return mean[:m] + pull @ fit.residuals, prior[:m, :m] - pull @ prior[m:, :m]
 
 
-def _joined(one: Target | RunSet, other: RunSet) -> RunSet:
+def _joined(one: RunSet, other: RunSet) -> RunSet:
     names = ("parameters", "tokens", "flops")
-    parts = {k: np.append(np.atleast_1d(getattr(one, k)), getattr(other, k)) for k in names}
+    parts = {k: np.append(getattr(one, k), getattr(other, k)) for k in names}
     return RunSet(**parts)
 
 

@@ -18,7 +18,7 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.design.kinds import PLANS, STUDY_KEYS
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.design.simulate import Expected, RunSet, Target, expected
+from forescale.scaling.design.simulate import Expected, RunSet, expected
 
 _SECONDS_AN_HOUR = 3600.0
 
@@ -33,7 +33,7 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
     planned = PLANS[job.plan.kind](job, common)
     if not job.target.is_given:
         return planned, None
-    target = Target.of(common, job.target)
+    target = RunSet.of_target(common, job.target)
     return planned, expected(RunSet.of(planned), target, seed=job.seed, near=job.near)
 
 

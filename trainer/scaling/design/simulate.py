@@ -83,31 +83,24 @@ class RunSet:
         budgets = [c.budget for c in cells if c.budget is not None]
         return cls(n, d, f, np.array(budgets) if len(budgets) == len(cells) else None)
 
-
-@dataclass(frozen=True)
-class Target:
-    """The run to predict, counted by the conventions of the design."""
-
-    parameters: float
-    tokens: float
-    flops: float
-
     @classmethod
-    def of(cls, common: Common, point: TargetPoint) -> "Target":
-        """Return the target of C, or of device-hours at common.rate, with D/N = 20; or of N and D.
+    def of_target(cls, common: Common, point: TargetPoint) -> "RunSet":
+        """Return the run of C, or of device-hours at common.rate, with D/N = 20; or of N and D.
         Raises UserError for anything else."""
         flops, parameters, tokens = point.flops, point.parameters, point.tokens
         if point.device_hours is not None and common.rate is not None and flops is None:
             flops = point.device_hours * 3600 * common.rate
         if flops is not None and parameters is None and tokens is None:
             (shape,) = common.family.nearest([common.centre(flops)])
+            parameters = shape.parameters
             tokens = flops / common.per_token(shape.model)[common.cost]
-            return cls(shape.parameters, tokens, flops)
-        if parameters is None or tokens is None or flops is not None:
+        elif parameters is not None and tokens is not None and flops is None:
+            shape = common.family.solve(parameters)
+            flops = tokens * common.per_token(shape.model)[common.cost]
+        else:
             todo = "give flops, or parameters and tokens, or device_hours with plan.rate"
             raise UserError("target", "names no run", todo)
-        shape = common.family.solve(parameters)
-        return cls(parameters, tokens, tokens * common.per_token(shape.model)[common.cost])
+        return cls(*np.array([[parameters], [tokens], [flops]], dtype=float))
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ class Expected:
 
 def expected(
     design: RunSet,
-    target: Target,
+    target: RunSet,
     assumptions: Assumptions | None = None,
     draws: int = 40,
     seed: int = 0,
@@ -147,9 +140,9 @@ def expected(
         todo = f"plan {_LEAST} or more"
         raise UserError("design", f"{len(design.flops)} runs can't determine the law", todo)
     assumed, rng = assumptions or Assumptions(), np.random.default_rng(seed)
-    at = {"parameters": np.array([target.parameters]), "tokens": np.array([target.tokens])}
-    flops, greatest = np.array([target.flops]), float(design.flops.max())
-    decades = max(0.0, float(np.log10(target.flops / greatest)))
+    at = {"parameters": target.parameters, "tokens": target.tokens}
+    flops, factor = target.flops, float(target.flops[0] / design.flops.max())
+    decades = max(0.0, float(np.log10(factor)))
     rows, errors = list[list[list[float]]](), list[float]()
     for draw in range(draws):
         law = _law(assumed, design, rng)
@@ -177,7 +170,7 @@ def expected(
     medians = np.median(half, axis=0), inside.mean(0), np.median(bare, axis=0)
     by_level = [dict(zip(_LEVELS, each.tolist(), strict=True)) for each in medians]
     return Expected(
-        by_level[0], by_level[1], float(np.median(errors)), by_level[2], target.flops / greatest,
+        by_level[0], by_level[1], float(np.median(errors)), by_level[2], factor,
         draws, draws - len(rows),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from forescale.scaling.design.next_runs import NextRun
 from forescale.scaling.design.noise import noise_of
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.shapes import Rule
-from forescale.scaling.design.simulate import RunSet, Target, expected
+from forescale.scaling.design.simulate import RunSet, expected
 from forescale.scaling.design.tuning import rate_batch_response, updated_rule
 from forescale.scaling.fitting.isoflop import Vertex, vertex
 from forescale.scaling.study.directory import TARGET, Study
@@ -79,7 +79,7 @@ def _measure_noise(study: Study, table: pd.DataFrame, log: Log) -> None:
     """Record the noise that the first stage measured, and the precision of the prediction with it
     in place of the assumed noise."""
     job, noise = study.job, noise_of(table, f"flops_{study.job.cost}")
-    target = Target.of(study.plan.common, job.target)
+    target = RunSet.of_target(study.plan.common, job.target)
     try:
         design = RunSet.of(study.plan)
         precision = expected(design, target, noise.assumed(), seed=job.seed, near=job.near)

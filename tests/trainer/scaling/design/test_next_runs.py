@@ -11,7 +11,7 @@ from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.next_runs import candidates_of, recommend, show
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.design.simulate import RunSet, Target
+from forescale.scaling.design.simulate import RunSet
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER
@@ -22,7 +22,7 @@ from tests.benchmarks.bench_next import public, replay, replay_of, surface
 
 COMMON = Common(ModelConfig(width=128, num_layers=3, num_heads=2), 512, 256, rate=1e10)
 NONE = Points(np.array([9.0]), np.array([1.0]), np.array([1.0]))  # no candidate equals it
-TARGET = Target(parameters=3e9, tokens=6e10, flops=1.08e21)
+TARGET = RunSet(*np.array([[3e9], [6e10], [1.08e21]]))
 CAP = 1e21
 
 
@@ -91,7 +91,7 @@ def test_the_promised_variance_is_reached_when_the_runs_are_known(law, offered):
 def test_variances_of_several_targets_are_averaged(law, offered):
     two = RunSet(np.array([3e9, 1e9]), np.array([6e10, 2e10]), np.array([1.08e21, 1.2e20]))
     alone = [
-        recommend(law, offered, Target(*(float(x[i]) for x in vars_of(two))), CAP)[0].before
+        recommend(law, offered, RunSet(*(x[[i]] for x in vars_of(two))), CAP)[0].before
         for i in (0, 1)
     ]
     both = recommend(law, offered, two, CAP)[0].before

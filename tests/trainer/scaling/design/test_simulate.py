@@ -10,7 +10,7 @@ from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys, StudyJob, TargetPoint
 from forescale.scaling.design.kinds import isoflop_plan, ladder_plan
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.design.simulate import Assumptions, RunSet, Target, expected
+from forescale.scaling.design.simulate import Assumptions, RunSet, expected
 
 COMMON = Common(ModelConfig(depth=12), 50_304, 2048, micro_batch=32, rate=4e14)
 CAP = 1e21
@@ -23,7 +23,7 @@ def design():
 
 @pytest.fixture(scope="module")
 def target():
-    return Target.of(COMMON, TargetPoint(flops=1e21))
+    return RunSet.of_target(COMMON, TargetPoint(flops=1e21))
 
 
 @pytest.mark.slow  # hundreds of fits
@@ -48,7 +48,7 @@ def test_noise_and_distance_widen_the_interval(design, target):
     calm, rough = half(), half(noise=1e-2)
     assert rough.without_discrepancy[0.9] > 2 * calm.without_discrepancy[0.9]
     assert rough.half[0.9] > calm.half[0.9]
-    near = expected(design, Target.of(COMMON, TargetPoint(flops=2e20)), draws=15)
+    near = expected(design, RunSet.of_target(COMMON, TargetPoint(flops=2e20)), draws=15)
     assert near.extrapolation_factor < calm.extrapolation_factor
     assert near.half[0.9] < calm.half[0.9]
 
@@ -76,25 +76,27 @@ def test_a_ladder_without_budgets_is_simulated_too():
     assert design.budgets is None
     assert len(design.flops) == 20
     precision = expected(
-        design, Target.of(COMMON, TargetPoint(flops=10 * design.flops.max())), draws=10
+        design, RunSet.of_target(COMMON, TargetPoint(flops=10 * design.flops.max())), draws=10
     )
     assert precision.extrapolation_factor == pytest.approx(10)
     assert 0 < precision.half[0.5] < precision.half[0.9] < 0.2
 
 
 def test_a_target_can_be_given_in_three_ways():
-    one = Target.of(COMMON, TargetPoint(flops=1e21))
+    one = RunSet.of_target(COMMON, TargetPoint(flops=1e21))
     assert one.tokens / one.parameters == pytest.approx(20, rel=0.1)
-    assert Target.of(COMMON, TargetPoint(device_hours=1e21 / 4e14 / 3600)).flops == pytest.approx(
-        1e21
+    assert RunSet.of_target(
+        COMMON, TargetPoint(device_hours=1e21 / 4e14 / 3600)
+    ).flops == pytest.approx(1e21)
+    two = RunSet.of_target(
+        COMMON, TargetPoint(parameters=float(one.parameters[0]), tokens=float(one.tokens[0]))
     )
-    two = Target.of(COMMON, TargetPoint(parameters=one.parameters, tokens=one.tokens))
     assert two.flops == pytest.approx(1e21, rel=1e-6)
     for wrong in ({}, {"parameters": 1e9}, {"flops": 1e21, "tokens": 1e9}):
         with pytest.raises(UserError, match="names no run"):
-            Target.of(COMMON, TargetPoint(**wrong))
+            RunSet.of_target(COMMON, TargetPoint(**wrong))
     with pytest.raises(UserError, match="names no run"):
-        Target.of(replace(COMMON, rate=None), TargetPoint(device_hours=5.0))
+        RunSet.of_target(replace(COMMON, rate=None), TargetPoint(device_hours=5.0))
 
 
 def test_too_few_runs_are_refused(design, target):
