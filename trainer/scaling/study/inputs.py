@@ -24,7 +24,7 @@ from forescale.run.directory import Run
 from forescale.scaling.analysis.backtest import Finished, finished
 from forescale.scaling.analysis.task_fit import OUTCOME, Task
 from forescale.scaling.config import StudyJob
-from forescale.scaling.records.records import Refused, of_runs
+from forescale.scaling.records.records import of_runs
 from forescale.scaling.records.tables import SUFFIXES, is_export, of_export, read_export
 from forescale.scaling.study.directory import Study
 
@@ -38,20 +38,20 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
             todo = "name runs or a table (forescale study fit 'runs/*'), or plan a study first"
             raise UserError("input", f"names no runs, and {job.folder} holds no plan", todo)
         return _cells_of(job.folder)
-    paths = [Path(name).expanduser() for name in job.input]
+    paths, runs = [Path(name).expanduser() for name in job.input], list[Run]()
     if any(map(is_export, paths)):
         if len(paths) > 1:
             raise UserError("input", "mixes tables and runs", "give one table, or runs")
         table, refused = of_export(paths[0], job.columns, job.rows)
-        _print_refused(refused)
-        return table, str(paths[0])
-    runs = [run for name in job.input for run in _runs(name, Path(job.run.root).expanduser())]
-    table, refused = of_runs(runs)
-    _print_refused(refused)
-    if table.empty:
+    else:
+        runs = [run for name in job.input for run in _runs(name, Path(job.run.root).expanduser())]
+        table, refused = of_runs(runs)
+    for one in refused:
+        print(f"Note: {one.name} gives no record: {one.why}.", file=sys.stderr)
+    if runs and table.empty:
         problem = f"none of {len(runs)} runs is complete and evaluated"
         raise UserError(" ".join(job.input), problem, "train them to their end")
-    return table, f"{len(table)} runs"
+    return table, f"{len(table)} runs" if runs else str(paths[0])
 
 
 def _cells_of(folder: Path) -> tuple[pd.DataFrame, str]:
@@ -75,11 +75,6 @@ def _runs(name: str, root: Path) -> list[Run]:
         todo = f"give a file with one of the endings {', '.join(SUFFIXES)}"
         raise UserError(name, "is no table by the ending of its name", todo)
     raise UserError(name, f"names no run (looked in {root} too)", "see forescale status")
-
-
-def _print_refused(refused: list[Refused]) -> None:
-    for one in refused:
-        print(f"Note: {one.name} gives no record: {one.why}.", file=sys.stderr)
 
 
 def read_finished(job: StudyJob) -> list[Finished]:
