@@ -17,16 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from forescale.config.compose import Group, defaults, groups
 from forescale.config.job import Job
-from forescale.config.schema import (
-    Kind,
-    Leaf,
-    flatten,
-    kinds_of,
-    leaves,
-    name_of,
-    options,
-    plain,
-)
+from forescale.config.schema import Kind, Leaf, flatten, kinds_of, leaves, name_of, options, plain
 from forescale.config.suggest import meant, nearest_first
 from forescale.ground.errors import UserError
 

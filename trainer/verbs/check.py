@@ -32,10 +32,7 @@ class CheckJob(RunJob):
 
 
 JOB = CheckJob
-EXAMPLES = (
-    "check first",
-    "check /data/books",
-)
+EXAMPLES = ("check first", "check /data/books")
 
 
 def main(words: list[str]) -> int:

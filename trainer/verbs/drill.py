@@ -49,11 +49,7 @@ class DrillJob(Job):
 
 
 JOB = DrillJob
-EXAMPLES = (
-    "drill",
-    "drill scenarios=[kill,freeze-data]",
-    "drill to=drilled json=drill.json",
-)
+EXAMPLES = ("drill", "drill scenarios=[kill,freeze-data]", "drill to=drilled json=drill.json")
 
 
 def main(arguments: list[str]) -> int:

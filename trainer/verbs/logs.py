@@ -33,11 +33,7 @@ class LogsJob(RunJob):
 
 
 JOB = LogsJob
-EXAMPLES = (
-    "logs first",
-    "logs first rank=3 follow=false",
-    "logs first rank=null lines=200",
-)
+EXAMPLES = ("logs first", "logs first rank=3 follow=false", "logs first rank=null lines=200")
 
 
 def main(words: list[str]) -> int:

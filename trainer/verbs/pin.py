@@ -28,10 +28,7 @@ class PinJob(RunJob):
 
 
 JOB = PinJob
-EXAMPLES = (
-    "pin first step=500",
-    "pin first step=500 off=true",
-)
+EXAMPLES = ("pin first step=500", "pin first step=500 off=true")
 
 
 def main(words: list[str]) -> int:

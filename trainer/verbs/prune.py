@@ -36,10 +36,7 @@ class PruneJob(RunJob):
 
 
 JOB = PruneJob
-EXAMPLES = (
-    "prune first keep=2",
-    "prune first keep=2 yes=true",
-)
+EXAMPLES = ("prune first keep=2", "prune first keep=2 yes=true")
 
 
 def main(words: list[str]) -> int:

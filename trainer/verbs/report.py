@@ -38,11 +38,7 @@ class ReportJob(Job):
 
 
 JOB = ReportJob
-EXAMPLES = (
-    "report first",
-    "report first second x=flops",
-    "report first output=loss.svg",
-)
+EXAMPLES = ("report first", "report first second x=flops", "report first output=loss.svg")
 
 
 def main(words: list[str]) -> int:

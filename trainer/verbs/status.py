@@ -50,11 +50,7 @@ class StatusJob(Job):
 
 
 JOB = StatusJob
-EXAMPLES = (
-    "status",
-    "status first",
-    "status first --json",
-)
+EXAMPLES = ("status", "status first", "status first --json")
 
 
 def main(words: list[str]) -> int:

@@ -32,10 +32,7 @@ class StopJob(RunJob):
 
 
 JOB = StopJob
-EXAMPLES = (
-    "stop first",
-    "stop first --now   (cancel, without saving)",
-)
+EXAMPLES = ("stop first", "stop first --now   (cancel, without saving)")
 
 
 def main(words: list[str]) -> int:

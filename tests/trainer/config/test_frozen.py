@@ -72,10 +72,7 @@ def test_small_verbs_defaults_are_those_of_their_classes():
 
 @pytest.mark.parametrize(
     "overrides",
-    [
-        ["model._target_=my.Code", "model.width=3"],
-        ["callbacks=[{_target_: my.Code, width: 3}]"],
-    ],
+    [["model._target_=my.Code", "model.width=3"], ["callbacks=[{_target_: my.Code, width: 3}]"]],
 )
 def test_a_stored_target_needs_trust(tmp_path, overrides):
     job = compose(TrainJob, overrides)
@@ -142,11 +139,7 @@ def test_kinds_of_changes():
     ]
     assert changed(
         "train.micro_batch=2", "engine.stage=2", "precision=fp32", "model.loss_chunk=0"
-    ) == [
-        [],
-        ["train.micro_batch", "model.loss_chunk", "engine.stage", "precision.kind"],
-        [],
-    ]
+    ) == [[], ["train.micro_batch", "model.loss_chunk", "engine.stage", "precision.kind"], []]
     assert changed("checkpoint.every=30 min", "data.path=/moved", "logging=wandb")[2] == [
         "data.path",
         "checkpoint.every",

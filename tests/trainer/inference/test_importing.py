@@ -246,10 +246,7 @@ REFUSED = {
         weights_with(lambda w: w.update({NORM: torch.ones(31)})),
         f"the weight {NORM} is [31], and [32] by config.json",
     ),
-    "vocabulary": (
-        weights_with(lambda w: None),
-        "tokenizer has 257 tokens, the model 200",
-    ),
+    "vocabulary": (weights_with(lambda w: None), "tokenizer has 257 tokens, the model 200"),
     "tokenizer": (without("tokenizer.json"), "holds no tokenizer.json"),
 }
 

@@ -96,8 +96,7 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
 
 
 @pytest.mark.parametrize(
-    ("words", "unit"),
-    [([*MODEL, *KIND, *SHAPE], "columns"), ([*MODEL[:3], SHAPE[0]], "tokens")],
+    ("words", "unit"), [([*MODEL, *KIND, *SHAPE], "columns"), ([*MODEL[:3], SHAPE[0]], "tokens")]
 )
 def test_plan_names_columns_what_are_no_tokens_of_the_data(data, forescale, words, unit):
     """Rows of pairs hold padding, which is not read from the data."""

@@ -178,7 +178,4 @@ def _metrics(
             right = int(sum(values))
             if math.isclose(right / len(values), value):
                 interval = interval_of(right, len(values))
-        yield (
-            metric if filter_name == "none" else key,
-            Metric(float(value), stderr, interval),
-        )
+        yield (metric if filter_name == "none" else key, Metric(float(value), stderr, interval))
