@@ -135,8 +135,7 @@ class _Builder:
             return self.section(kinds[word], tree, path + ".")
         nearest = nearest_first(str(word), kinds)
         problem = f"{display(word)} is not one of {', '.join(nearest)}"
-        todo = f"write, for example, {_typed(path, nearest[0])}"
-        self.wrong.append(Problem(path, problem, todo))
+        self.wrong.append(Problem(path, problem, f"write, for example, {_typed(path, nearest[0])}"))
         return MISSING
 
 

@@ -76,8 +76,7 @@ class HfDirectory:
             try:
                 contents[_TEMPLATE] = template.read_text("utf-8")
             except UnicodeDecodeError as e:
-                problem = f"isn't UTF-8 (byte {e.start})"
-                raise UserError(str(template), problem, _AGAIN) from None
+                raise UserError(str(template), f"isn't UTF-8 (byte {e.start})", _AGAIN) from None
         return contents
 
     @cached_property
@@ -119,8 +118,7 @@ class HfDirectory:
         files: dict[Path, list[str] | None] = {}
         for name, file in where.items():
             if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*", file):
-                problem = f"names a file outside its directory, {file!r}"
-                raise UserError(str(index), problem, _AGAIN)
+                raise UserError(str(index), f"names a file outside its directory, {file!r}", _AGAIN)
             names = files.setdefault(self.path / file, [])
             assert names is not None
             names.append(name)

@@ -30,8 +30,7 @@ def prompts_in(name: str) -> list[str]:
             with path.open("rb") as file:
                 raw = file.read(_MAX_BYTES + 1)
         except FileNotFoundError:
-            todo = "name a file of prompts"
-            raise UserError(str(path), "there is no such file", todo) from None
+            raise UserError(str(path), "there is no such file", "name a file of prompts") from None
         if len(raw) > _MAX_BYTES:
             problem = f"has more than {_MAX_BYTES:,} bytes"
             raise UserError(str(path), problem, "split it into several files")

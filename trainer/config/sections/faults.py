@@ -76,8 +76,7 @@ def read(text: str) -> Fault:
         todo = f"the nearest is {near}; places are {', '.join(PLACES)}"
         raise UserError("faults", f"{text!r}: there is no place {place}", todo)
     if "place" in slots and kind not in _PLACED:
-        problem = f"{text!r}: {kind} takes no place"
-        raise UserError("faults", problem, f"leave out :{place}")
+        raise UserError("faults", f"{text!r}: {kind} takes no place", f"leave out :{place}")
     return Fault(kind, step, int(slots.get("rank", "rank0").removeprefix("rank")), place)
 
 
