@@ -1,6 +1,7 @@
 """Sections whose keys follow from their kind: what is typed, what lies below, what is refused."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from forescale.config.job import Job
 from forescale.config.layers import lay, over_frozen
 from forescale.config.schema import ConfigError, block, key, leaves, plain, section
 from forescale.config.train import TrainJob
+from tests.trainer.config.test_train import problems
 
 
 @dataclass
@@ -55,10 +57,7 @@ def mixer(*words: str):
     return compose(BlockJob, [f"model.{word}" for word in words]).model.mixer
 
 
-def refusals(*words: str) -> dict[str, str]:
-    with pytest.raises(ConfigError) as caught:
-        compose(BlockJob, words)
-    return {p.key: f"{p.problem}; {p.todo}" for p in caught.value.problems}
+refusals = partial(problems, schema=BlockJob)
 
 
 def test_a_word_is_short_for_a_kind_and_its_keys_follow_in_any_order():

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.config.compose import CONF, compose, defaults, groups
+from forescale.config.compose import compose, defaults, groups
 from forescale.config.help import ALL, explain
 from forescale.config.schema import ConfigError, TargetConfig, leaves
 from forescale.config.train import TrainJob
-from forescale.ground.errors import USER, UserError
+from forescale.ground.errors import UserError
 from forescale.slurm.config import SubmitJob
 from forescale.verbs import VERBS, load
 
@@ -108,15 +108,6 @@ def test_whatever_is_typed_ends_in_a_job_or_in_our_words(overrides):
     except ConfigError as e:
         reported = e.problems
     assert all(p.key and p.problem and p.todo for p in reported)
-
-
-def test_it_is_a_user_error():
-    error = refusal("train.seed=abc")
-    assert isinstance(error, UserError)
-    assert USER == 2
-    assert str(error) == (
-        "train.seed: expects a whole number, got 'abc'; write, for example, train.seed=1337."
-    )
 
 
 def test_values_are_read_as_meant():
@@ -231,11 +222,6 @@ def test_the_manual_says_every_key_and_every_choice():
     assert "pre Before each part of a block, after it" in page, (
         "a comment of several lines is whole"
     )
-
-
-def test_every_file_of_the_tree_opens_with_what_it_is():
-    for path in CONF.rglob("*.yaml"):
-        assert path.read_text().startswith("# "), path
 
 
 def test_what_one_command_types_is_not_in_the_next():

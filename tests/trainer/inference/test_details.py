@@ -130,24 +130,6 @@ def test_who_copies_has_a_low_loss_the_second_time():
     assert 0 < scores.score_stderr < 0.2
 
 
-class Ignorant(nn.Module):
-    """Finds all tokens equally likely."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, tokens):
-        return torch.zeros(*tokens.shape, 100)
-
-
-def test_who_knows_nothing_has_no_score():
-    scores = induction(Ignorant(), 100, 0, 21)
-    assert scores.tokens == 10
-    assert scores.score == pytest.approx(0, abs=1e-9)
-    assert scores.share < 0.1
-
-
 def test_eval_prints_them_and_json_has_them_all(trained, forescale):
     out = forescale.prints("eval", trained.path, "windows=6", "--details")
     assert "Bits per byte by file type:" in out

@@ -19,14 +19,6 @@ def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, mon
     assert "Next:" in out
 
 
-def test_a_sample_ends_with_its_document(small_data, tmp_path, monkeypatch):
-    started = start(make_job(small_data, tmp_path / "runs", "first"))
-    logits = [float("-inf")] * started.sources.vocab_size
-    logits[started.sources.end_of_text] = 0.0
-    monkeypatch.setattr(summary.RunView, "model", lambda *_, **__: Constant(logits))
-    assert summary.sample(started, "def ") == "def "
-
-
 @pytest.mark.parametrize("mixer", ["attention", "mingru"])
 def test_the_summary_names_an_export_only_of_a_model_that_has_one(
     small_data, tmp_path, monkeypatch, capsys, mixer

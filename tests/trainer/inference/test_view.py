@@ -145,9 +145,3 @@ def test_a_state_without_its_parts_is_said(own_run):
     write_json(path, state)
     with pytest.raises(UserError, match="has no shapes"):
         forescale.open_run(own_run.path).checkpoints()
-
-
-def test_the_dataset_opens(small_data):
-    dataset = forescale.open_dataset(small_data)
-    assert dataset.split("train").num_tokens > 1000
-    assert dataset.vocab_size == 300

@@ -100,14 +100,15 @@ LINES = [
 ]
 
 
-def typed(command: list[str], setup: str, line: str) -> str:
-    """What a line on a terminal becomes at TAB."""
+def typed(command: list[str], setup: str, lines: list[str]) -> list[str]:
+    """What lines on a terminal become at TAB, one after the other."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(PS1="", TERM="dumb", HISTFILE="")
         os.execvp(command[0], command)
     # Ctrl-A and Ctrl-E put the completed line in quotes, which echo then prints.
-    os.write(terminal, f"{setup}\n{line}\t\x01echo 'got<\x05>'\nexit\n".encode())
+    keys = "".join(f"{line}\t\x01echo 'got<\x05>'\n" for line in lines)
+    os.write(terminal, f"{setup}\n{keys}exit\n".encode())
     output = b""
     try:
         while data := os.read(terminal, 4096):
@@ -115,23 +116,20 @@ def typed(command: list[str], setup: str, line: str) -> str:
     except OSError:  # the shell has closed the terminal
         pass
     os.waitpid(pid, 0)
-    (matches,) = [
-        text.partition("got<")[2].partition(">")[0]
-        for text in output.decode().splitlines()
-        if text.startswith("got<")
-    ]
-    return matches
+    printed = [text for text in output.decode().splitlines() if text.startswith("got<")]
+    return [text.partition("got<")[2].partition(">")[0].rstrip() for text in printed]
 
 
-@pytest.mark.parametrize(("line", "expected"), LINES)
 @pytest.mark.parametrize(
     ("shell", "options"), [("bash", ["--norc", "--noprofile"]), ("zsh", ["-f"])]
 )
-def test_a_terminal_completes_a_line(here, shell, options, line, expected):
+def test_a_terminal_completes_a_line(here, shell, options):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     setup = f'eval "$(forescale completion {shell})"; bindkey -e 2>/dev/null'
-    assert typed([shell, *options, "-i"], setup, line).rstrip() == expected.rstrip()
+    lines, expected = zip(*LINES, strict=True)
+    completed = typed([shell, *options, "-i"], setup, lines)
+    assert completed == [line.rstrip() for line in expected]
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")

@@ -2,18 +2,9 @@
 
 import pytest
 
-from forescale.config.compose import compose
-from forescale.config.schema import ConfigError
-from forescale.config.train import TrainJob
+from tests.trainer.config.test_train import problems
 
 MIXED = ["data=mixture", "data.sources={web: /x, code: /y}"]
-
-
-def problems(*overrides):
-    """key -> what is wrong and what to do."""
-    with pytest.raises(ConfigError) as caught:
-        compose(TrainJob, overrides)
-    return {p.key: f"{p.problem}; {p.todo}" for p in caught.value.problems}
 
 
 @pytest.mark.parametrize(
