@@ -179,15 +179,12 @@ def measure(
     model: nn.Module,
     dataset: Dataset,
     split: str,
-    *,
-    sequence_length: int,
     windows: int | None = None,
     progress: Progress = silent,
 ) -> Details:
-    """Return the details of the score of a model on a split, in windows of so many targets.
-
-    config: of the run; windows: as of `score`.
-    """
+    """Return the details of the score of a model on a split. config: of the run, with the length of
+    the windows; windows: as of `score`."""
+    sequence_length = config.train.sequence_length
     context, documents = InContextSums(sequence_length), dataset.split(split).num_documents
     nats_D, bytes_D = np.zeros(documents), np.zeros(documents, np.int64)
     for window in window_losses(

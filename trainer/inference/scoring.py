@@ -69,56 +69,54 @@ def _checked(view: RunView, dataset: Dataset) -> Dataset:
 
 
 def score_of(
-    job: TrainJob,
+    view: RunView,
+    config: TrainJob,
     model: nn.Module,
     dataset: Dataset,
-    split: str,
-    *,
-    micro_batch: int,
-    windows: int | None = None,
-    cache: Path | None = None,
-    references: np.ndarray | None = None,
+    job: ScoreJob,
     progress: Progress = silent,
 ) -> tuple[Score | PreferenceScore, str | None]:
-    """Return the score of a job's model on a split, by the job's objective and windows, and the
-    documents that are no rows, in words; None: there are none.
+    """Return the score of a run's model on the split that a job names, by the objective of the run,
+    and the documents that are no rows, in words; None: there are none.
 
-    windows: so many, spread over the split; None: all. cache: where tables of rows are kept.
-    references: of preferences, see references_of. Raises UserError if the split is empty, or has no
-    pair.
+    config: of the run, with the length of the windows. Raises UserError if the split is empty, or
+    has no pair; of preferences also if the nats of the reference model aren't known.
     """
-    objective = objective_of(job, dataset.vocab_size, held_out=True)
-    rows = whole_rows_of(job, Sources({ONLY: dataset}), split, cache).get(ONLY)
-    if references is not None:
-        assert rows is not None
-        part, length = dataset.split(split), window_length(objective, job.train.sequence_length)
-        total = _count(dataset, split, length, rows, windows)
-        micros = validation_windows(
-            part,
-            length,
-            micro_batch,
-            limit=windows,
+    part, objective = dataset.split(job.split), objective_of(config, dataset.vocab_size, True)
+    length, cache = window_length(objective, config.train.sequence_length), job.data.cache_directory
+    rows = whole_rows_of(config, Sources({ONLY: dataset}), job.split, cache).get(ONLY)
+    left_out = rows.left_out() if rows else None
+    if not isinstance(config.objective, PreferencesConfig):
+        result = score(
+            model,
+            dataset,
+            job.split,
+            sequence_length=length,
+            micro_batch=job.micro_batch,
+            windows=job.windows,
+            documents=config.data.document_mask,
             objective=objective,
             bins=rows,
-            references=references,
+            progress=progress,
         )
-        losses = _losses(model, split, total * objective.rows, progress)  # type: ignore[attr-defined]
-        assert isinstance(job.objective, PreferencesConfig)
-        scored = evaluate_preferences(losses, micros, job.objective.beta)
-        return scored, rows.left_out()
-    result = score(
-        model,
-        dataset,
-        split,
-        sequence_length=window_length(objective, job.train.sequence_length),
-        micro_batch=micro_batch,
-        windows=windows,
-        documents=job.data.document_mask,
+        return result, left_out
+    stored = read_references(view.run)
+    references = None if stored is None else stored.of(dataset.identity, job.split)
+    if references is None:
+        problem = "the losses of the reference are known of the run's own preferences alone"
+        raise UserError(dataset.where, problem, "leave data.path out")
+    total = _count(dataset, job.split, length, rows, job.windows)
+    micros = validation_windows(
+        part,
+        length,
+        job.micro_batch,
+        limit=job.windows,
         objective=objective,
         bins=rows,
-        progress=progress,
+        references=references,
     )
-    return result, rows.left_out() if rows else None
+    losses = _losses(model, job.split, total * config.objective.rows, progress)
+    return evaluate_preferences(losses, micros, config.objective.beta), left_out
 
 
 def score(
@@ -148,19 +146,6 @@ def score(
         objective=objective,
         bins=bins,
     )
-
-
-def references_of(view: RunView, dataset: Dataset, split: str) -> np.ndarray | None:
-    """Return the nats of the reference model on the preferences of a split, (n, 2); None if the run
-    learns none. Raises UserError if they aren't known, as of other data."""
-    if not view.config.objective.are_preferences:
-        return None
-    stored = read_references(view.run)
-    references = None if stored is None else stored.of(dataset.identity, split)
-    if references is None:
-        problem = "the losses of the reference are known of the run's own preferences alone"
-        raise UserError(dataset.where, problem, "leave data.path out")
-    return references
 
 
 def _count(

@@ -7,7 +7,7 @@ only with trust=True.
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from forescale.checkpoint.reader import STATE, Checkpoint, at_step, verified
 from forescale.config.frozen import thaw
@@ -98,7 +98,7 @@ class RunView:
         self,
         data: str | Path | None = None,
         *,
-        split: str = "validation",
+        split: Literal["train", "validation"] = "validation",
         step: int | None = None,
         windows: int | None = None,
         micro_batch: int = 8,
@@ -111,22 +111,15 @@ class RunView:
         windows: score so many, spread over the split; None: all. Raises UserError if there is no
         such checkpoint, dataset or split.
         """
+        from forescale.config.eval import ScoreJob
         from forescale.config.sections.data import CorpusConfig
-        from forescale.inference.scoring import datasets_of, references_of, score_of
+        from forescale.inference.scoring import datasets_of, score_of
 
         corpus = CorpusConfig(path=None if data is None else str(data))
+        job = ScoreJob(split=split, windows=windows, micro_batch=micro_batch, data=corpus)
         model = self.model(step, trust).to(best_device())
         return {
-            name: score_of(
-                self.config,
-                model,
-                dataset,
-                split,
-                micro_batch=micro_batch,
-                windows=windows,
-                cache=corpus.cache_directory,
-                references=references_of(self, dataset, split),
-            )[0]
+            name: score_of(self, self.config, model, dataset, job)[0]
             for name, dataset in datasets_of(self, corpus).items()
         }
 

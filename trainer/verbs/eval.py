@@ -72,7 +72,7 @@ class _Scores:
     def losses(self) -> None:
         """Print the loss on each dataset, by position too if a length is set, and the details."""
         from forescale.inference.details import expect_continuing, induction, induction_text
-        from forescale.inference.scoring import datasets_of, references_of, score_of
+        from forescale.inference.scoring import datasets_of, score_of
 
         job, view = self.job, self.view
         config, objective = view.config, view.config.objective
@@ -90,17 +90,7 @@ class _Scores:
         scored = replace(config, train=replace(config.train, sequence_length=self.length))
         for dataset in datasets.values():
             with progress_display() as progress:
-                score, left_out = score_of(
-                    scored,
-                    model,
-                    dataset,
-                    job.split,
-                    micro_batch=job.micro_batch,
-                    windows=job.windows,
-                    cache=job.data.cache_directory,
-                    references=references_of(view, dataset, job.split),
-                    progress=progress,
-                )
+                score, left_out = score_of(view, scored, model, dataset, job, progress)
             if job.json:
                 facts = {"dataset": dataset.where, "split": job.split, **score.row()}
                 if objective.rows == 1:
@@ -204,15 +194,7 @@ class _Scores:
         from forescale.inference.details import details_text, measure
 
         with progress_display() as progress:
-            details = measure(
-                scored,
-                model,
-                dataset,
-                self.job.split,
-                sequence_length=self.length,
-                windows=self.job.windows,
-                progress=progress,
-            )
+            details = measure(scored, model, dataset, self.job.split, self.job.windows, progress)
         if not self.job.json:
             return print(details_text(details))
         for by, parts in details.parts.items():

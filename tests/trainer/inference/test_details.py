@@ -60,14 +60,14 @@ def test_each_token_belongs_to_its_document_and_its_place(read):
 
 def test_bits_per_byte_of_the_parts_add_up_to_that_of_the_whole(read):
     view, model, dataset = read
-    details = measure(view.config, model, dataset, "validation", sequence_length=LENGTH)
+    details = measure(view.config, model, dataset, "validation")
     whole = score(model, dataset, "validation", sequence_length=LENGTH, micro_batch=4)
     (part,) = details.parts["kind"]
     assert (part.name, part.bytes) == (".py", whole.bytes)
     assert part.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
     assert part.documents == dataset.split("validation").num_documents
     assert 0 < part.stderr < part.bits_per_byte
-    assert not measure(view.config, model, dataset, "train", sequence_length=LENGTH).parts
+    assert not measure(view.config, model, dataset, "train").parts
 
 
 def test_the_in_context_score_compares_pairs_of_one_context():

@@ -19,6 +19,8 @@ from urllib.parse import urlparse
 from forescale.config.schema import key
 from forescale.ground.errors import UserError
 
+Facts = Mapping[str, Any]
+
 
 @dataclass
 class TrackerConfig:
@@ -29,9 +31,7 @@ class TrackerConfig:
     def check(self) -> None:
         """Raise UserError if its package or its account is missing; by default it needs none."""
 
-    def open(
-        self, run: Path, identity: Mapping[str, Any], config: dict[str, Any], first_step: int
-    ) -> Any:
+    def open(self, run: Path, identity: Facts, config: Facts, first_step: int) -> Any:
         """Return what has `log(values, step=...)` and `finish()`; rank 0 alone opens it.
 
         run: its directory, in which an older attempt may have written; identity: the content of its
@@ -57,9 +57,7 @@ class TensorboardConfig(TrackerConfig):
             todo = 'pip install "forescale[tensorboard]", or set logging.tensorboard.enabled=false'
             raise UserError("logging.tensorboard", "tensorboard is not installed", todo)
 
-    def open(
-        self, run: Path, identity: Mapping[str, Any], config: dict[str, Any], first_step: int
-    ) -> Any:
+    def open(self, run: Path, identity: Facts, config: Facts, first_step: int) -> Any:
         # Values that an earlier attempt wrote beyond this attempt's first step are not drawn.
         return _Tensorboard(run / "tensorboard", purge_step=first_step + 1)
 
@@ -101,9 +99,7 @@ class WandbConfig(TrackerConfig):
             problem = "no wandb account is logged in on this machine"
             raise UserError("logging.wandb.mode=online", problem, todo)
 
-    def open(
-        self, run: Path, identity: Mapping[str, Any], config: dict[str, Any], first_step: int
-    ) -> Any:
+    def open(self, run: Path, identity: Facts, config: Facts, first_step: int) -> Any:
         import wandb
 
         mode: Any = self.mode
