@@ -172,8 +172,8 @@ NAMES = [form.name for form, _ in WITHOUT_DATA]
 LOG_C = np.log(np.geomspace(1e17, 1e23, 7))
 
 
-def path(form, ratio=None, per_token=6.5) -> LossPath:
-    return LossPath(form, per_token, ratio, float(np.log(1e10)), float(np.log(1e30)))
+def path(form) -> LossPath:
+    return LossPath(form, 6.5, None, float(np.log(1e10)), float(np.log(1e30)))
 
 
 @pytest.mark.parametrize(("form", "values"), WITHOUT_DATA, ids=NAMES)
@@ -193,18 +193,3 @@ def test_the_path_of_a_law_is_that_of_its_compute_optimal_runs(form, values):
     n, d = laws.compute_optimal(form, vector, np.exp(LOG_C), 6.5)
     expected = np.log(form.predict(vector, parameters=n, tokens=d))
     assert path(form).log_loss(vector[None], LOG_C)[0] == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_path_at_a_fixed_ratio_has_that_many_tokens_per_parameter():
-    form, values = LAWS[0]
-    n = np.sqrt(np.exp(LOG_C) / (6.5 * 100))
-    expected = np.log(form.predict(values, parameters=n, tokens=100 * n))
-    vector = form.vector(values)[None]
-    assert path(form, 100.0).log_loss(vector, LOG_C)[0] == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_loss_that_is_never_reached_is_at_an_end():
-    form, values = LAWS[0]
-    side = path(form)
-    comparison = side.log_compute(form.vector(values)[None], np.array([values["E"] - 0.1, 1e9]))[0]
-    assert comparison.tolist() == [side.greatest, side.least]

@@ -247,7 +247,6 @@ def test_where_runs_follow_a_law_and_a_link_two_steps_are_nearest(rows):
     [
         (lambda t: t.assign(budget=1e18), "has 1 budgets with the metric, too few for a backtest"),
         (lambda t: t.assign(outcome=np.nan), "no run has a finite loss and the metric"),
-        (lambda t: t.drop(columns="tokens"), "there is no column 'tokens'"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_with_a_sentence(runs, change, message):

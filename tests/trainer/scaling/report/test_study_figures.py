@@ -2,7 +2,6 @@
 forecasts and diverged runs are marked."""
 
 import re
-from html import unescape
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import evidence, gather, sweep_response
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import train
+from tests.trainer.scaling.report.test_fit_page import section, text
 from tests.trainer.scaling.simulated_study import BEND, BEST, BUDGETS, job, known, records
 
 HOSTILE = "<img src=x onerror=alert(1)> $\\frac{"
@@ -29,14 +29,6 @@ def observed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def html(observed):
     return module.page(StudyFit(observed.fitted, job(), "x"), observed, "27 cells", COMMAND)
-
-
-def section(html, name):
-    return html.split(f'<section id="{name}">')[1].split("</section>")[0]
-
-
-def text(html):
-    return unescape(re.sub(r"<[^>]*>", "", html))
 
 
 def dots(figure):
@@ -103,14 +95,11 @@ def test_runs_beyond_the_parabola_are_joined_by_thin_lines():
     assert [t.x.tolist() for t in thin] == [[1 / sweep.best, 2 / sweep.best]]
 
 
-def test_batches_have_a_figure_of_their_own(observed, html):
+def test_batches_have_a_figure_of_their_own_and_two_give_no_optimum(observed, html):
     (check,) = observed.batch_sweeps
     assert check.values.tolist() == [4, 8, 16]
     assert check.inside
     assert 'id="response-batch"' in section(html, "response")
-
-
-def test_two_batches_give_no_optimum():
     table = records()
     (check,) = evidence(job(), table[table["name"] != "s2-n2-batch-4"]).batch_sweeps
     assert not check.inside
