@@ -10,7 +10,7 @@ from forescale.scaling.analysis.sensitivity import conventions
 from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.report.fit_sections import terminal_sections
+from forescale.scaling.report.fit_sections import sensitivity_section
 
 LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 
@@ -38,27 +38,25 @@ def study(rows: pd.DataFrame, **keys) -> StudyFit:
     return StudyFit(rows, StudyJob(input=["x"], **settings), "x")
 
 
-def words(fitted: StudyFit) -> str:
-    """What is shown in the terminal of the conventions."""
-    sections = {s.name: s for s in terminal_sections(fitted)}
-    return str(sections.get("sensitivity"))
+@pytest.fixture(scope="module")
+def noiseless() -> StudyFit:
+    return study(records())
 
 
-def test_there_is_one_row_per_distinct_pair_of_conventions():
-    rows = study(records()).sensitivity
+def test_there_is_one_row_per_distinct_pair_of_conventions(noiseless):
+    rows = noiseless.sensitivity
     assert [(r.size, r.cost) for r in rows] == [
         ("total, active", "6nd"), ("total, active", "causal"),
         ("non_embedding", "6nd"), ("non_embedding", "causal"),
     ]  # fmt: skip
 
 
-def test_the_allocation_depends_on_the_compute_exponent():
+def test_the_allocation_depends_on_the_compute_exponent(noiseless):
     """With C = 6 N D it is that of the law; otherwise it agrees with the minimum on a fine grid
     along the budget."""
-    fitted = study(records())
-    first, causal = fitted.sensitivity[:2]
+    first, causal = noiseless.sensitivity[:2]
     assert first.compute_exponent == pytest.approx(1)
-    assert first.allocation == pytest.approx(fitted.allocation[0], rel=1e-8)
+    assert first.allocation == pytest.approx(noiseless.allocation[0], rel=1e-8)
     assert first.allocation == pytest.approx(0.37 / 0.72, rel=1e-5)
     assert causal.compute_exponent < 1
     n = np.geomspace(1e5, 1e9, 400_001)
@@ -79,7 +77,7 @@ def test_another_convention_of_n_gives_another_law():
         assert low < row.allocation < high
 
 
-def test_the_target_is_one_run_in_all_rows():
+def test_the_target_is_one_run_in_all_rows(noiseless):
     """Its N and C are converted, so that without noise all laws predict nearly the same loss."""
     fitted = study(records(), target=TargetPoint(parameters=1e9, tokens=1e10))
     losses = [row.loss for row in fitted.sensitivity]
@@ -87,7 +85,7 @@ def test_the_target_is_one_run_in_all_rows():
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
     unconverted = CHINCHILLA.predict(fitted.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
     assert abs(unconverted / losses[0] - 1) > 0.002, "with N not converted"
-    assert [row.loss for row in study(records()).sensitivity] == [None] * 4
+    assert [row.loss for row in noiseless.sensitivity] == [None] * 4
 
 
 def test_a_law_of_compute_is_fitted_to_each_convention_of_c():
@@ -96,21 +94,18 @@ def test_a_law_of_compute_is_fitted_to_each_convention_of_c():
     assert rows[0].values["gamma"] != rows[1].values["gamma"]
 
 
-def test_sensitivity_is_on_the_page_and_in_the_json():
-    fitted = study(records(0.002))
-    assert "N* ~ C^a, a" in words(fitted)
-    assert "non_embedding" in words(fitted)
-    assert len(json.loads(json.dumps(as_dict(fitted)))["sensitivity"]) == 4
-    silent = study(records(0.002), sensitivity=False)
-    assert as_dict(silent)["sensitivity"] is None
-    assert "N* ~ C^a, a" not in words(silent)
+def test_sensitivity_is_shown_and_in_the_json(noiseless):
+    rows = sensitivity_section(noiseless).rows
+    assert [row[0] for row in rows[1:]] == ["total, active"] * 2 + ["non_embedding"] * 2
+    assert len(json.loads(json.dumps(as_dict(noiseless)))["sensitivity"]) == 4
+    assert study(records(0.002), sensitivity=False).sensitivity is None
 
 
 def test_a_table_with_one_convention_has_one_row():
     rows = records().rename(columns={"parameters_total": "parameters", "flops_6nd": "flops"})
     fitted = study(rows[["parameters", "flops", "tokens", "loss"]])
     assert len(fitted.sensitivity) == 1
-    assert "nothing to compare" in words(fitted)
+    assert "nothing to compare" in sensitivity_section(fitted).absent
     assert len(study(rows[["parameters", "tokens", "loss"]]).sensitivity) == 1
 
 
