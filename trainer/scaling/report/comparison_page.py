@@ -27,21 +27,18 @@ _FAR = 1e3  # a target's C further beyond the runs than this doesn't widen the a
 
 def write(comparison: Comparison, path: Path, command: Sequence[str]) -> list[Path]:
     """Write the page, and the picture as PNG and SVG in the folder beside it; return the paths."""
-    pictures = {"compare": _picture(comparison)}
-    return write_report(path, page(comparison, command), pictures)
+    html, sections = page(comparison, command)
+    return write_report(path, html, {"compare": sections[0]})
 
 
-def page(comparison: Comparison, command: Sequence[str]) -> str:
-    """Return the comparison as one HTML page. command: the command line that made it."""
+def page(comparison: Comparison, command: Sequence[str]) -> tuple[str, list[Section]]:
+    """Return the comparison as one HTML page, and its sections. command: the command line."""
     *numbers, notes = comparison_sections(comparison)
     origin = Section("provenance", "Where the numbers come from")
     origin.rows = [["Command", code(" ".join(command))]]
-    return render(
-        title=f"{comparison.a.name} and {comparison.b.name}",
-        intro=comparison.summary,
-        lead=[path_of(comparison)],
-        sections=[_picture(comparison), notes, *numbers, origin],
-    )
+    sections = [_picture(comparison), notes, *numbers, origin]
+    title, lead = f"{comparison.a.name} and {comparison.b.name}", [path_of(comparison)]
+    return render(title=title, intro=comparison.summary, lead=lead, sections=sections), sections
 
 
 def path_of(comparison: Comparison) -> str:

@@ -175,14 +175,7 @@ class Figures:
         why = [whys.get(float(b), "") for b in budgets]
         hollow = ~study.is_fitted | np.isin(budgets, list(self._refused))
         figure.add(self._runs(n, study.all_points.loss, why, hollow))
-        if isinstance(self.iso, IsoFlop):
-            text = [
-                f"{v.budget:.3g} FLOPs\nN* {v.parameters:.5g}\nD* {v.tokens:.5g}\n"
-                f"loss {v.floor:.5g}\n{v.runs} runs"
-                for v in self.iso.vertices
-            ]
-            x, y = np.array([(v.parameters, v.floor) for v in self.iso.vertices]).T
-            figure.add(chart.marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
+        self._add_vertices(figure, "parameters", "floor")
         return figure
 
     def _loss_axis(self) -> chart.Axis:
@@ -223,10 +216,7 @@ class Figures:
                 figure.add(chart.band(self.grid, ends, chart.OTHER_BAND))
             name = "line of the minima"
             figure.add(chart.line(self.grid, law_of(self.grid), chart.OTHER, "dash", name=name))
-            text = [f"{v.budget:.3g} FLOPs\n{symbol}* {getattr(v, which):.5g}"
-                    for v in self.iso.vertices]  # fmt: skip
-            x, y = np.array([(v.budget, getattr(v, which)) for v in self.iso.vertices]).T
-            figure.add(chart.marks(x.tolist(), y.tolist(), text, "minimum of a parabola"))
+            self._add_vertices(figure, "budget", which)
         if isinstance(f := self.prediction, Prediction) and np.isfinite(getattr(f, which)):
             self._add_star(figure, "flops", which)
         return figure
@@ -334,6 +324,18 @@ class Figures:
             shade = [colours[int(origin) - 1]]
             figure.add(chart.dots(ahead["beyond"].to_numpy(), observed, shade, texts, outside))
         return figure
+
+    def _add_vertices(self, figure: chart.Figure, x: str, y: str) -> None:
+        """Add the minima of the parabolas, if there are any. x, y: fields of a vertex."""
+        if not isinstance(self.iso, IsoFlop):
+            return
+        texts = [
+            f"{v.budget:.3g} FLOPs\nN* {v.parameters:.5g}\nD* {v.tokens:.5g}\nloss {v.floor:.5g}\n"
+            f"{v.runs} runs"
+            for v in self.iso.vertices
+        ]
+        at = [[getattr(v, field) for v in self.iso.vertices] for field in (x, y)]
+        figure.add(chart.marks(at[0], at[1], texts, "minimum of a parabola"))
 
     def _add_star(self, figure: chart.Figure, x: str, y: str) -> None:
         """Add the target, if it is predicted. x, y: the fields of its prediction."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from forescale.ground.storage import write_file
-from forescale.pages.document import Section, render
-from forescale.pages.figure import Figure, shades
+from forescale.pages import figure as chart
+from forescale.pages.document import Cell, Section, render
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.report import fit_sections as parts
@@ -35,9 +35,9 @@ def write(
     study: the fit, or why there is none yet; where: the file, or a name of the runs; command: the
     command line of the report; task: the answer about a metric, or why there is none.
     """
-    sections = _sections(study, evidence, where, command, task)
+    html, sections = page(study, evidence, where, command, task)
     main = {s.name: s for s in sections if s.name in MAIN}
-    return write_report(path, _rendered(study, sections, where), main, evidence.records)
+    return write_report(path, html, main, evidence.records)
 
 
 def write_report(
@@ -54,7 +54,7 @@ def write_report(
     if records is not None:
         files[folder / RECORDS] = as_csv(records)
     for name, section in figures.items():
-        panels = [p for _, p, _ in section.pictures if isinstance(p, Figure)]
+        panels = [p for _, p, _ in section.pictures if isinstance(p, chart.Figure)]
         if panels:
             drawn = pictures(panels, section.key)
             files |= {folder / f"{name}.{form}": data for form, data in drawn.items()}
@@ -71,43 +71,33 @@ def beside(path: Path) -> Path:
 def page(
     study: StudyFit | str, evidence: StudyEvidence, where: str, command: Sequence[str],
     task: TaskFit | str | None = None,
-) -> str:  # fmt: skip
-    """Return the report as HTML. For the arguments see `write`."""
-    return _rendered(study, _sections(study, evidence, where, command, task), where)
-
-
-def _rendered(study: StudyFit | str, sections: Sequence[Section], where: str) -> str:
-    return render(
-        title=f"Scaling law of {Path(where).name if Path(where).is_file() else where}",
-        intro="" if isinstance(study, str) else study.form.source,
-        lead=[] if isinstance(study, str) else [parts.SYMBOLS, parts.ranges(study)],
-        sections=sections,
-    )
-
-
-def _sections(
-    study: StudyFit | str, evidence: StudyEvidence, where: str, command: Sequence[str],
-    task: TaskFit | str | None,
-) -> list[Section]:  # fmt: skip
-    """Return the sections: the law's figures, the study's, the law's tables, provenance."""
-    origin = provenance(study, evidence, where, command)
+) -> tuple[str, list[Section]]:  # fmt: skip
+    """Return the report as HTML, and its sections: the law's figures, the study's, the law's
+    tables, provenance. For the arguments see `write`."""
+    intro, lead = "", list[Cell]()
     if isinstance(study, str):
         has_budgets = "budget" in evidence.records
-        colours = shades(evidence.records["budget"].dropna()) if has_budgets else {}
-        why = Section("prediction", "Prediction", absent=f"There is no law yet: {study}")
-        return [why, *study_sections.sections(evidence, colours), origin]
-    size, cost, unit = counted(study)
-    figures = Figures(study, size, cost, unit)
-    doubts, notes = parts.doubts(study)
-    first = [parts.answer(study, figures.prediction), doubts, *_pictures(study, figures)]
-    if task is not None:
-        first.append(task_section(task, figures))
-    last = [parts.parameters(study), parts.certificate(study), parts.backtests(study),
-            parts.influence(study), notes]  # fmt: skip
-    runs = f"{len(study.points)} of {len(study.all_points)} runs"
-    for section in (*first, *last):
-        section.rests = f"From {runs}. N: {size}; C: {cost}; loss in {unit}."
-    return [*first, *study_sections.sections(evidence, figures.shades), *last, origin]
+        colours = chart.shades(evidence.records["budget"].dropna()) if has_budgets else {}
+        first = [Section("prediction", "Prediction", absent=f"There is no law yet: {study}")]
+        last = list[Section]()
+    else:
+        intro, lead = study.form.source, [parts.SYMBOLS, parts.ranges(study)]
+        size, cost, unit = counted(study)
+        figures = Figures(study, size, cost, unit)
+        colours = figures.shades
+        doubts, notes = parts.doubts(study)
+        first = [parts.answer(study, figures.prediction), doubts, *_pictures(study, figures)]
+        if task is not None:
+            first.append(task_section(task, figures))
+        last = [parts.parameters(study), parts.certificate(study), parts.backtests(study),
+                parts.influence(study), notes]  # fmt: skip
+        runs = f"{len(study.points)} of {len(study.all_points)} runs"
+        for section in (*first, *last):
+            section.rests = f"From {runs}. N: {size}; C: {cost}; loss in {unit}."
+    origin = provenance(study, evidence, where, command)
+    sections = [*first, *study_sections.sections(evidence, colours), *last, origin]
+    title = f"Scaling law of {Path(where).name if Path(where).is_file() else where}"
+    return render(title=title, intro=intro, lead=lead, sections=sections), sections
 
 
 def _pictures(study: StudyFit, figures: Figures) -> list[Section]:

@@ -35,21 +35,19 @@ def write(
 ) -> list[Path]:
     """Write the page, and beside it the pictures as PNG and SVG and the records; return the
     paths."""
-    multiplier, loss = _pictures(results)
-    pictures = {"multipliers": multiplier, "loss": loss}
-    return write_report(path, page(results, table, command), pictures, table)
+    html, (_, multiplier, loss, *_) = page(results, table, command)
+    return write_report(path, html, {"multipliers": multiplier, "loss": loss}, table)
 
 
-def page(results: Multipliers, table: pd.DataFrame, command: Sequence[str]) -> str:
-    """Return the page as HTML. table: the records; command: the command line that made it."""
+def page(
+    results: Multipliers, table: pd.DataFrame, command: Sequence[str]
+) -> tuple[str, list[Section]]:
+    """Return the page as HTML, and its sections. table: the records; command: the command line."""
     answer, *numbers = recipe_sections(results)
     origin = provenance("", StudyEvidence(table), results.where, command)
-    return render(
-        title=f"Recipes against {results.base}",
-        intro=head_of(results),
-        lead=answer.after,
-        sections=[answer, *_pictures(results), *numbers, origin],
-    )
+    sections = [answer, *_pictures(results), *numbers, origin]
+    title, intro = f"Recipes against {results.base}", head_of(results)
+    return render(title=title, intro=intro, lead=answer.after, sections=sections), sections
 
 
 def head_of(results: Multipliers) -> str:

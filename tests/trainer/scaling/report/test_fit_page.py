@@ -49,7 +49,7 @@ def study(table: pd.DataFrame, **keys) -> StudyFit:
 
 def page(study: StudyFit, where: str, command=COMMAND) -> str:
     """The page of runs that belong to no planned study."""
-    return module.page(study, StudyEvidence(study.table), where, command)
+    return module.page(study, StudyEvidence(study.table), where, command)[0]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_browser_draws_it_offline(browser, fit, html, tmp_path, width):
 def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
     observed = simulated_study.known(tmp_path / "forecasts", "s")
     fit = StudyFit(observed.fitted, simulated_study.job(), "x")
-    html = module.page(fit, observed, "cells", COMMAND)
+    html, _ = module.page(fit, observed, "cells", COMMAND)
     drawn = tuple(re.findall(r'<div class="chart" id="([^"]*)"', html))
     assert set(drawn) >= {
         "forecast-errors",

@@ -28,7 +28,7 @@ def observed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def html(observed):
-    return module.page(StudyFit(observed.fitted, job(), "x"), observed, "27 cells", COMMAND)
+    return module.page(StudyFit(observed.fitted, job(), "x"), observed, "27 cells", COMMAND)[0]
 
 
 def dots(figure):
@@ -182,13 +182,13 @@ def test_every_section_with_numbers_names_its_runs(html):
 def test_sections_without_data_are_left_out(observed):
     plain = observed.fitted.drop(columns=["role", "cell_of", "stage", "fitted"])
     fit = StudyFit(plain, job(), "x")
-    html = module.page(fit, evidence(job(), plain), "runs", COMMAND)
+    html, _ = module.page(fit, evidence(job(), plain), "runs", COMMAND)
     for name in ("forecasts", "response", "noise", "costs"):
         assert f'<section id="{name}">' not in html
 
 
 def test_without_a_law_the_rest_is_shown(observed):
-    html = module.page("too few runs.", observed, "cells", COMMAND)
+    html, _ = module.page("too few runs.", observed, "cells", COMMAND)
     assert "There is no law yet: too few runs." in section(html, "prediction")
     assert 'id="response-rate"' in html
     assert 'id="isoflop-curves"' not in html
@@ -196,7 +196,7 @@ def test_without_a_law_the_rest_is_shown(observed):
 
 def test_names_of_runs_are_shown_as_text(tmp_path):
     hostile = known(tmp_path, HOSTILE)
-    html = module.page("no", hostile, "cells", COMMAND).split("</head>")[1]
+    html = module.page("no", hostile, "cells", COMMAND)[0].split("</head>")[1]
     assert "onerror" in html
     assert "<img" not in html
 
