@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.cluster)
+            if not item.get_closest_marker("timeout"):  # each wait has a limit of its own
+                item.add_marker(pytest.mark.timeout(900))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -37,6 +37,7 @@ KEYS = {
     "launch.grace": "15 s",
     "heartbeat.patience": "4 s",
     "slurm.time": "20 min",
+    "slurm.allreduce": "false",  # it imports torch on each node, before each attempt
 }
 
 
@@ -87,9 +88,11 @@ class Job:
     def lives(self) -> list[dict]:
         return [launch for a in self.attempts() if (launch := launch_of(a.path))]
 
-    def until(self, problem: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, holds: Callable[[], object], seconds: float = 150) -> None:
+        """Wait, at most so long on a busy machine. Each look starts a process of SLURM or reads all
+        rows, which takes cores from the ranks: so there are few."""
         try:
-            self.lab.wait(problem, seconds)
+            self.lab.wait(holds, seconds, every=0.3)
         except AssertionError as e:
             for node in self.lab.nodes:  # where do they stand?
                 for pid in self.lab.pids(node, "-m forescale.slurm."):
@@ -97,11 +100,11 @@ class Job:
             time.sleep(1)
             raise AssertionError(f"{e}\n{self.logs()}") from None
 
-    def until_step(self, step: int, seconds: float = 90) -> "Job":
-        self.until(lambda: self.step >= step, seconds)
+    def until_step(self, step: int) -> "Job":
+        self.until(lambda: self.step >= step)
         return self
 
-    def until_over(self, seconds: float = 150) -> str:
+    def until_over(self, seconds: float = 300) -> str:
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         self.until(lambda: self.lab.state(self.id) in over, seconds)
         return self.lab.state(self.id)
@@ -130,7 +133,7 @@ class Fault:
         self.attempt = self.job.attempts()[-1]
         self.step = self.job.step
 
-    def again(self, seconds: float = 120) -> "Fault":
+    def again(self, seconds: float = 200) -> "Fault":
         """Wait until a later attempt has made a step."""
         number = self.attempt.number
 

@@ -9,12 +9,10 @@ import pytest
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import ALL, Fault, Job, tell
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture
 def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
-    return Job(lab, tmp_path / "runs", "r0", dataset, {"slurm.allreduce": "false"})
+    return Job(lab, tmp_path / "runs", "r0", dataset)
 
 
 def submit_array(job: Job, count: int, **keys: str) -> list[Job]:
@@ -44,7 +42,7 @@ def test_one_task_of_an_array_is_requeued_alone(job, lab, limit):
     if limit == "limit":
         fault = Fault(second, "time limit of one task of an array")
         lab.run("scontrol", "update", f"jobid={second.id}", "TimeLimit=1")
-        second.until(lambda: "SIGUSR1: ranks save" in second.log, 120)
+        second.until(lambda: "SIGUSR1: ranks save" in second.log)
         fault.began = fault.signalled  # SLURM looks at limits only now and then
     else:
         fault = Fault(second, "one task of an array asked to end (`scancel --signal=USR1`)")
@@ -54,7 +52,7 @@ def test_one_task_of_an_array_is_requeued_alone(job, lab, limit):
         lab.run("scontrol", "update", f"jobid={second.id}", "TimeLimit=20")
     fault.again()
     for one in jobs:
-        assert one.until_over(240) == "COMPLETED", one.logs()
+        assert one.until_over() == "COMPLETED", one.logs()
     assert [len(one.lives()) for one in jobs] == [1, 2, 1, 1]
     assert [one.lives()[0]["slurm"]["job"] for one in jobs] == [one.id for one in jobs]
     assert [life["code"] for life in second.lives()] == [75, 0]

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import Job
-
-pytestmark = pytest.mark.timeout(600)
 
 
 def test_checkpoints_are_evaluated_once_the_run_has_saved_them(
@@ -15,8 +11,7 @@ def test_checkpoints_are_evaluated_once_the_run_has_saved_them(
 ):
     """Both are to come, so their tasks look for them in vain at first; and the run would delete the
     first of them before its end, if it weren't pinned."""
-    keys = {"train.steps": "60", "slurm.allreduce": "false"}
-    job = Job(lab, tmp_path / "runs", "small", dataset, keys)
+    job = Job(lab, tmp_path / "runs", "small", dataset, {"train.steps": "60"})
     job.root.parent.mkdir(exist_ok=True)
     wait = ["sbatch", "--parsable", "-N4", "--exclusive", "--wrap", "sleep 600"]
     others = lab.run(*wait, cwd=job.root.parent).strip()
@@ -36,7 +31,7 @@ def test_checkpoints_are_evaluated_once_the_run_has_saved_them(
         return [text[max(0, text.find("Run small")) :] for text in texts]  # without the progress
 
     over = {"COMPLETED", "FAILED", "CANCELLED"}
-    job.until(lambda: {lab.state(task) for task in tasks} <= over, 240)
+    job.until(lambda: {lab.state(task) for task in tasks} <= over, 300)
     assert [lab.state(task) for task in tasks] == ["COMPLETED"] * 2, logs()
     assert [int(lab.show(task)["Restarts"]) > 0 for task in tasks] == [True, True]
     by_hand = [job.forescale("eval", "small", f"step={n}", "windows=8") for n in (20, 60)]

@@ -39,48 +39,43 @@ def small_memory():
     group.rmdir()
 
 
-def left_out(job: Job, node: str) -> str:
-    """The run ended well without the node; why it was left out."""
+def left_out(job: Job, *nodes: str) -> dict[str, str]:
+    """The run ended well without these nodes; why they were left out."""
     assert job.until_over() == "COMPLETED", job.logs()
     first, last = job.lives()
-    assert node in first["slurm"]["nodes"]
-    assert node not in last["slurm"]["nodes"]
-    assert first["faulty"].keys() == {node}
+    assert {*nodes} <= {*first["slurm"]["nodes"]}
+    assert {*nodes}.isdisjoint(last["slurm"]["nodes"])
+    assert first["faulty"].keys() == {*nodes}
     assert not (job.attempts()[0].path / "rank-0.log").exists(), "no rank was started"
-    return first["faulty"][node]
+    return first["faulty"]
 
 
 def test_a_node_with_too_little_memory(job, lab, small_memory):
     small_memory(lab.pids("n2", "slurmd"), 600 << 20)
-    why = left_out(job.submit(), "n2")
-    assert "of memory" in why
+    assert "of memory" in left_out(job.submit(), "n2")["n2"]
 
 
-def test_a_node_on_which_the_data_is_missing(job, lab, tmp_path):
-    """It is on each node's own disk, but for one."""
+def test_a_node_without_the_data_and_one_whose_clock_is_wrong(job, lab):
+    """The data is on each node's own disk, but for n1. The clock is a named fake: all nodes of the
+    lab share one clock."""
     here = lab.scratch / "data"
     shutil.copytree(job.dataset, here)  # the login node's
+    clock = "{FORESCALE_FAKE_CLOCK: '90', FORESCALE_FAKE_CLOCK_NODE: n2}"
     try:
-        for node in ("n1", "n3", "n4"):
+        for node in ("n2", "n3", "n4"):
             lab.on(node, "cp", "-r", job.dataset, here)
-        why = left_out(job.submit(**{"data.path": str(here)}), "n2")
+        job.submit(**{"data.path": str(here), "slurm.exports": clock})
+        why = left_out(job, "n1", "n2")
     finally:
         shutil.rmtree(here)
-    assert f"{here}" in why
-
-
-def test_a_node_whose_clock_is_wrong(job):
-    """By a named fake: all nodes of the lab share one clock."""
-    keys = "slurm.exports={FORESCALE_FAKE_CLOCK: '90', FORESCALE_FAKE_CLOCK_NODE: n2}"
-    name, _, value = keys.partition("=")
-    why = left_out(job.submit(**{name: value}), "n2")
-    assert "its clock is 90.0 s ahead of the first node's" in why
+    assert f"{here}" in why["n1"]
+    assert "its clock is 90.0 s ahead of the first node's" in why["n2"]
 
 
 def test_a_node_with_a_slow_network(job, lab):
     lab.slow("n3", "400mbit")
-    why = left_out(job.submit(**{"slurm.nodes": "3", "train.global_batch": "6"}), "n3")
-    assert "GB/s at best with its neighbours" in why
+    keys = {"slurm.nodes": "3", "train.global_batch": "6", "slurm.allreduce": "true"}
+    assert "GB/s at best with its neighbours" in left_out(job.submit(**keys), "n3")["n3"]
 
 
 def test_what_all_nodes_lack_is_the_users_and_ends_the_job(job, lab):

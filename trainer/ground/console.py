@@ -27,14 +27,14 @@ _HIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\
 def visible(text: str) -> str:
     """Return text with its control characters, and the bytes of a name that aren't UTF-8, as
     escapes such as \\x1b. Tabs and line ends stay."""
-    return _HIDDEN.sub(_escaped, text)
 
+    def escaped(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if 0xDC80 <= code <= 0xDCFF:  # stands for this byte
+            code -= 0xDC00
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if 0xDC80 <= code <= 0xDCFF:  # stands for this byte
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    return _HIDDEN.sub(escaped, text)
 
 
 class VisibleStream:
@@ -78,11 +78,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 def unchanged_output() -> TextIO:
     """Return standard output for text that programs read: what goes to a file or a pipe is written
     byte for byte, what goes to a terminal is made visible."""
-    return (
-        sys.stdout
-        if is_terminal(sys.stdout)
-        else getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-    )
+    beneath = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    return sys.stdout if is_terminal(sys.stdout) else beneath
 
 
 class VisibleConsole(Console):
@@ -99,11 +96,9 @@ class VisibleConsole(Console):
 
 
 def open_console(wide: int = 140, **options: Any) -> Console:
-    """A console on standard output, without automatic colours for numbers and names.
-
-    wide: columns where standard output is no terminal, and COLUMNS is not in the environment.
-    options: arguments of rich's Console, such as stderr=True.
-    """
+    """A console on standard output, without automatic colours for numbers and names. wide: columns
+    where standard output is no terminal, and COLUMNS is not in the environment. options: arguments
+    of rich's Console, such as stderr=True."""
     console = VisibleConsole(highlight=False, **options)
     if console.is_terminal or "COLUMNS" in os.environ or "width" in options:
         return console
@@ -201,20 +196,15 @@ class Rates:
         if (seconds := now - then) < 1:
             return ""
         rate = (done - done0) / seconds
-        parts = [
-            f"{rate / 1e6:.1f} MB/s" if unit == "bytes" else f"{rate:,.{_digits(rate)}f} {unit}/s"
-        ]
+        digits = 0 if rate >= 10 else 1 if rate >= 1 else 2  # it is never shown as 0
+        is_bytes = unit == "bytes"
+        parts = [f"{rate / 1e6:.1f} MB/s" if is_bytes else f"{rate:,.{digits}f} {unit}/s"]
         if tokens and unit != "tokens":
             parts.append(f"{(tokens - tokens0) / seconds:,.0f} tokens/s")
         # One or two of a few large units say little about the time of the rest.
         if total and done < total and done - done0 >= _LEAST:
             parts.append(f"{span((total - done) / rate)} left")
         return ", ".join(parts)
-
-
-def _digits(rate: float) -> int:
-    """Return the decimals of a rate: it is never shown as 0."""
-    return 0 if rate >= 10 else 1 if rate >= 1 else 2
 
 
 def amount(done: int, total: int | None, unit: str) -> str:
@@ -231,35 +221,9 @@ def amount(done: int, total: int | None, unit: str) -> str:
 def progress_display(every: float = 10.0) -> Iterator[Progress]:
     """Yield a Progress: a live display on a terminal; elsewhere a line at each phase's end and
     `every` seconds."""
-    if is_terminal(sys.stderr):
-        yield from _live()
-    else:
+    if not is_terminal(sys.stderr):
         yield _Lines(every)
-
-
-class _Lines:
-    def __init__(self, every: float):
-        self._every, self._phase, self._began, self._printed = every, "", 0.0, 0.0
-
-    def __call__(
-        self, phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0
-    ) -> None:
-        now = time.monotonic()
-        if not unit:
-            print(phase, file=sys.stderr, flush=True)
-            return
-        if phase != self._phase:
-            self._phase, self._began, self._printed = phase, now, now
-            self._rates = Rates(now)
-        self._rates.see(now, done, tokens)
-        if done == total or now - self._printed >= self._every:
-            self._printed = now
-            facts = [f"{now - self._began:.1f} s", self._rates.text(total, unit)]
-            text = ", ".join(fact for fact in facts if fact)
-            print(f"{phase}: {amount(done, total, unit)} ({text})", file=sys.stderr, flush=True)
-
-
-def _live() -> Iterator[Progress]:
+        return
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -283,12 +247,29 @@ def _live() -> Iterator[Progress]:
                 tasks[phase] = bars.add_task(phase, total=total, amount="", rates="")
                 rates[phase] = Rates(time.monotonic())
             rates[phase].see(time.monotonic(), done, tokens)
-            bars.update(
-                tasks[phase],
-                completed=done,
-                total=total,
-                amount=amount(done, None, unit),
-                rates=rates[phase].text(total, unit),
-            )
+            text, of_phase = amount(done, None, unit), rates[phase].text(total, unit)
+            bars.update(tasks[phase], completed=done, total=total, amount=text, rates=of_phase)
 
         yield show
+
+
+class _Lines:
+    def __init__(self, every: float):
+        self._every, self._phase, self._began, self._printed = every, "", 0.0, 0.0
+
+    def __call__(
+        self, phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0
+    ) -> None:
+        now = time.monotonic()
+        if not unit:
+            print(phase, file=sys.stderr, flush=True)
+            return
+        if phase != self._phase:
+            self._phase, self._began, self._printed = phase, now, now
+            self._rates = Rates(now)
+        self._rates.see(now, done, tokens)
+        if done == total or now - self._printed >= self._every:
+            self._printed = now
+            facts = [f"{now - self._began:.1f} s", self._rates.text(total, unit)]
+            text = ", ".join(fact for fact in facts if fact)
+            print(f"{phase}: {amount(done, total, unit)} ({text})", file=sys.stderr, flush=True)

@@ -22,12 +22,10 @@ _LOWEST, _TRIES = 10_000, 100  # below 10,000 are the ports of many services
 
 
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on at this moment.
-
-    Rank 0 listens there seconds later, when it has imported torch. A port that the system itself
-    chooses may by then belong to any connection that was opened meanwhile: so it is one of those
-    that outgoing connections don't get, where there are any.
-    """
+    """Return a TCP port of this host that nobody listens on at this moment. Rank 0 listens there
+    seconds later, when it has imported torch. A port that the system itself chooses may by then
+    belong to any connection that was opened meanwhile: so it is one of those that outgoing
+    connections don't get, where there are any."""
     below = int(_OUTGOING.read_text().split()[0]) if _OUTGOING.exists() else 0
     for _ in range(_TRIES if below > _LOWEST else 0):
         port = _LOWEST + secrets.randbelow(below - _LOWEST)
@@ -45,11 +43,9 @@ def is_loopback(host: str) -> bool:
 
 
 def own_address(host: str) -> str | None:
-    """Return the address of this machine on the route to `host`.
-
-    On `host` itself: the address of its name; if that is the loopback (Debian's 127.0.1.1), the one
-    of the default route. None for a loopback address, or if nothing is found.
-    """
+    """Return the address of this machine on the route to `host`. On `host` itself: the address of
+    its name; if that is the loopback (Debian's 127.0.1.1), the one of the default route. None for a
+    loopback address, or if nothing is found."""
     if is_loopback(host):
         return None
     for target in (host, socket.gethostname(), _ROUTE):
@@ -102,10 +98,8 @@ def meeting_address(host: str) -> str:
 
 
 def open_store(host: str, port: int, rank: int, size: int, seconds: float) -> Any:
-    """Return the torch.distributed store of `size` ranks, which rank 0 serves at `host`.
-
-    seconds: how long a rank waits for another. Raises OSError if rank 0 can't listen there.
-    """
+    """Return the torch.distributed store of `size` ranks, which rank 0 serves at `host`. seconds:
+    how long a rank waits for another. Raises OSError if rank 0 can't listen there."""
     from datetime import timedelta
 
     from torch.distributed import TCPStore
@@ -125,7 +119,6 @@ def open_store(host: str, port: int, rank: int, size: int, seconds: float) -> An
 
 def _listen(address: str, port: int, fallback: str | None) -> int:
     """Return the descriptor of a socket that listens at this address alone; the store closes it.
-
     fallback: this machine's address, if `address` is that of a gateway that passes connections on.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

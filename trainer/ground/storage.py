@@ -39,11 +39,9 @@ class FileEntry:
 
 
 class HashingFile:
-    """A new file that is hashed while it is written; `finish` makes it durable.
-
-    beside: hash in a thread of its own while writing and fsync go on; the written buffers must then
-    not change until `finish`.
-    """
+    """A new file that is hashed while it is written; `finish` makes it durable. beside: hash in a
+    thread of its own while writing and fsync go on; the written buffers must then not change until
+    `finish`."""
 
     def __init__(self, path: Path, beside: bool = False):
         self.path = Path(path)
@@ -144,9 +142,7 @@ def write_output(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:
     """Replace `path` by `value` as JSON. Keys keep their order: equal values give equal bytes.
-
-    compact: write one line, which takes a third of the time and blocks other threads for less.
-    """
+    compact: write one line, which takes a third of the time and blocks other threads for less."""
     form: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
     return write_file(path, (json.dumps(value, **form) + "\n").encode())
 
@@ -184,7 +180,14 @@ def read_json(path: Path) -> Any:
 def _loaded(path: Path) -> tuple[bytes, Any]:
     try:
         raw = Path(path).read_bytes()
-        return raw, json.loads(raw, object_pairs_hook=_unique)
+
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            # A flipped bit can turn one key into another, which would hide it.
+            if len(values := dict(pairs)) < len(pairs):
+                raise ValueError("a key appears twice")
+            return values
+
+        return raw, json.loads(raw, object_pairs_hook=unique)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(str(path), "no such file", "check the path") from None
     except OSError as e:
@@ -193,13 +196,6 @@ def _loaded(path: Path) -> tuple[bytes, Any]:
         raise UserError(str(path), f"can't be read ({e.strerror})", "restore the file") from None
     except (ValueError, RecursionError) as e:
         raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a repeated key: a flipped bit can turn one key into another, which would hide it."""
-    if len(unique := dict(pairs)) < len(pairs):
-        raise ValueError("a key appears twice")
-    return unique
 
 
 def write_table(directory: Path, entries: dict[str, FileEntry]) -> None:
@@ -239,11 +235,9 @@ def hash_file(
     afresh: bool = False,
     size: int | None = None,
 ) -> FileEntry:
-    """Return size and sha256 of a file. tick: called with the bytes of every block read.
-
-    afresh: read from the storage instead of the page cache, if the system supports that. size: of
-    its first bytes alone.
-    """
+    """Return size and sha256 of a file. tick: called with the bytes of every block read. afresh:
+    read from the storage instead of the page cache, if the system supports that. size: of its first
+    bytes alone."""
     digest, read = hashlib.sha256(), 0
     for block in blocks_of(path, size, afresh):
         digest.update(block)

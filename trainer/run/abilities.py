@@ -50,11 +50,8 @@ def questions_of(
     questions: int | None = None,
     seed: int = 0,
 ) -> list[Questions]:
-    """Return the questions of each task at each number of examples.
-
-    encode: text to ids; begin: the id that begins a document; shots: none are SHOTS; questions: of
-    each task, None is QUESTIONS.
-    """
+    """Return the questions of each task at each number of examples. encode: text to ids; begin: the
+    id that begins a document; shots: none are SHOTS; questions: of each task, None is QUESTIONS."""
     count = questions or QUESTIONS
     return [
         Questions(task, n, [question_row(task, i, n, encode, begin, seed) for i in range(count)])
@@ -64,11 +61,9 @@ def questions_of(
 
 
 def questions_of_job(job: TrainJob, sources: "Sources") -> list[Questions]:
-    """Return the questions of a job's evaluations, none without validation.abilities.
-
-    Raises UserError if examples don't fit the training windows, or if there is no held-out text:
-    the results stand in its rows.
-    """
+    """Return the questions of a job's evaluations, none without validation.abilities. Raises
+    UserError if examples don't fit the training windows, or if there is no held-out text: the
+    results stand in its rows."""
     from forescale.data.tokenizer import text_ids  # `status` reads columns without numpy
 
     validation, tokenizer = job.validation, sources.tokenizer
@@ -95,11 +90,9 @@ def expect_fitting(questions: Sequence[Questions], length: int, key: str, limit:
     config's keys of the examples and of the length, for the sentence."""
     for each in questions:
         if each.longest > length:
-            problem = (
-                f"{each.shots} examples of {each.task} and a question need {each.longest} tokens"
-            )
+            problem = f"{each.shots} examples of {each.task} and a question need {each.longest} "
             todo = f"give fewer examples, or {limit} of at least {each.longest}"
-            raise UserError(key, f"{problem}, and {limit} is {length}", todo)
+            raise UserError(key, f"{problem}tokens, and {limit} is {length}", todo)
 
 
 @dataclass(frozen=True)
@@ -202,13 +195,10 @@ def in_words(row: Mapping[str, Any]) -> str:
     columns = ((column_of(name), value) for name, value in row.items())
     shares = {(c.task, c.shots): x for c, x in columns if c is not None and c.kind == _SHARE}
     every = [*dict.fromkeys(shots for _, shots in shares)]
-    tasks = (
-        f"{task} {', '.join(_percent(shares.get((task, shots))) for shots in every)}"
+    percents = {at: f"{100 * share:.0f} %" for at, share in shares.items()}
+    tasks = (  # -: not measured, the examples do not fit
+        f"{task} {', '.join(percents.get((task, shots), '-') for shots in every)}"
         for task in dict.fromkeys(task for task, _ in shares)
     )
     after = ", ".join(map(str, every))
     return f"right answers after {after} examples: {'; '.join(tasks)}" if shares else ""
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"  # not measured: it does not fit

@@ -28,10 +28,8 @@ def origin_of(job: TrainJob) -> Run | None:
 
 def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None) -> TrainJob:
     """Return the job with the step at which it branches off: that of its frozen config, else the
-    newest of its origin.
-
-    newest: returns the step of a run's newest checkpoint; None leaves the step open.
-    """
+    newest of its origin. newest: returns the step of a run's newest checkpoint; None leaves the
+    step open."""
     origin = job.run.origin
     if origin.run is None or origin.step is not None:
         return job
@@ -49,7 +47,10 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
     run, origin = origin_of(job), job.run.origin
     if run is None:
         return
-    if _tokenizer_of(run) != hashlib.sha256(sources.first.tokenizer_json).hexdigest():
+    if not run.tokenizer.is_file():
+        raise UserError(str(run.tokenizer), "no such file", "restore the run's tokenizer.json")
+    digest = hash_file(run.verified_tokenizer()).sha256
+    if digest != hashlib.sha256(sources.first.tokenizer_json).hexdigest():
         problem = f"{origin.run} was trained with another tokenizer than that of {sources.where}"
         todo = f"build the data with `forescale shards ... tokenizer={run.tokenizer}`"
         raise UserError("run.from", problem, todo)
@@ -73,8 +74,17 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
         raise UserError("run.from", problem, todo)
     if step is not None:
         _check_ramp(run, job, step)
-    if job.objective.are_preferences:
-        _check_references(run, job, sources)
+    if not job.objective.are_preferences:
+        return
+    name, stored = origin.run, stored_references(run)
+    begin = "run.from.load=weights to begin at step 0 with its weights as the reference"
+    if stored is None:
+        problem = f"{name} has no {run.references.name}, so there is no reference to go on with"
+        raise UserError("run.from", problem, f"write {begin}")
+    if differs := misfit(stored["made"], job, sources):
+        problem = f"the {run.references.name} of {name} {differs}"
+        todo = f"give the data and the length of {name}, or write {begin}"
+        raise UserError("run.from", problem, todo)
 
 
 def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
@@ -84,10 +94,8 @@ def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
     read, counted = origin_job.batch_ramp.samples(step), job.batch_ramp.samples(step)
     if read == counted or not (origin_job.batch_ramp.lengths or job.batch_ramp.lengths):
         return
-    problem = (
-        f"{job.run.origin.run} has read {read:,} windows at step {step:,}, where the batch of "
-    )
-    problem += f"this run would have read {counted:,}"
+    problem = f"{job.run.origin.run} has read {read:,} windows at step {step:,}, where the batch "
+    problem += f"of this run would have read {counted:,}"
     todo = "give the batches of its steps"
     if (same := job.with_ramp_of(origin_job)) is not None:
         first, length = same.train.first_batch, same.train.batch_ramp
@@ -95,19 +103,6 @@ def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
         if first is not None:
             todo = f"write train.first_batch={first} train.batch_ramp='{length}', as it does"
     raise UserError("run.from", problem, f"{todo}, or run.from.load=weights to begin at step 0")
-
-
-def _check_references(origin: Run, job: TrainJob, sources: Sources) -> None:
-    name, stored = job.run.origin.run, stored_references(origin)
-    begin = "run.from.load=weights to begin at step 0 with its weights as the reference"
-    if stored is None:
-        problem = f"{name} has no {origin.references.name}, so there is no reference to go on with"
-        raise UserError("run.from", problem, f"write {begin}")
-    if differs := misfit(stored["made"], job, sources):
-        problem = f"the {origin.references.name} of {name} {differs}"
-        raise UserError(
-            "run.from", problem, f"give the data and the length of {name}, or write {begin}"
-        )
 
 
 def data_of(run: Run) -> dict[str, str]:
@@ -118,9 +113,3 @@ def data_of(run: Run) -> dict[str, str]:
     except (KeyError, TypeError):
         problem = "has no path and identity of the run's data"
         raise UserError(str(run.identity), problem, "restore the file from a copy") from None
-
-
-def _tokenizer_of(run: Run) -> str:
-    if not run.tokenizer.is_file():
-        raise UserError(str(run.tokenizer), "no such file", "restore the run's tokenizer.json")
-    return hash_file(run.verified_tokenizer()).sha256

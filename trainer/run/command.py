@@ -48,16 +48,15 @@ def job_of(
     if notes is not None:
         is_named = any(word.startswith("run.name=") for word in overrides)
         for directory in dict.fromkeys(directories):
-            is_fresh = is_named and directory == job.run.directory and not Run(directory).attempts()
-            if not (is_fresh and schema.RESUMES):  # else another verb has just made it
-                notes.append(_source_note(job, directory, is_named))
+            is_own = directory == job.run.directory
+            if schema.RESUMES and is_named and is_own and not Run(directory).attempts():
+                continue  # another verb has just made it
+            note = f"precision={job.precision.kind} is that of {directory}, which this command "
+            note += "continues."
+            if not is_own:
+                note = f"The model is that of {directory}, where this run branches off."
+            elif is_named:
+                note = f"{directory} exists: keys that this command does not set are as in its "
+                note += "config.yaml."
+            notes.append(note)
     return job
-
-
-def _source_note(job: TrainJob, directory: Path, is_named: bool) -> str:
-    """Return the sentence that says what a job has from the run in a directory."""
-    if directory != job.run.directory:
-        return f"The model is that of {directory}, where this run branches off."
-    if is_named:
-        return f"{directory} exists: keys that this command does not set are as in its config.yaml."
-    return f"precision={job.precision.kind} is that of {directory}, which this command continues."

@@ -62,6 +62,14 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
 
     check: returns what a function returns; None if it raises UserError, which it records.
     """
+
+    def count_held_out() -> list[int]:
+        rows = whole_rows_of(job, sources, "validation", where)
+        objective = objective_of(job, sources.vocab_size, held_out=True)
+        length = window_length(objective, job.train.sequence_length)
+        splits = sources.split("validation").items()
+        return [num_windows(split, length, rows.get(name)) for name, split in splits]
+
     with TemporaryDirectory() as scratch:
         where = check(lambda: _tables(job, sources, Path(scratch)))
         feed, held_out, sentences = None, None, []
@@ -69,7 +77,7 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
             if job.data.packing == "windows":
                 feed = check(lambda: feed_of(job, sources, cache=where))
             if job.data.packing != "windows" or feed is not None:
-                held_out = check(lambda: _held_out(job, sources, where))
+                held_out = check(count_held_out)
         elif check(lambda: row_kind(job, sources)) is not None:
             sentences.append(
                 "The rows of the data are not counted yet, so its epochs and the tokens read are "
@@ -80,7 +88,13 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
             sentences += notes(job, feed)
             times = epochs(job, feed)
         else:
-            times = _estimated(job, sources)
+            splits, total = sources.split("train"), job.total_tokens  # an estimate
+            weights = job.data.weights or {n: s.num_tokens for n, s in splits.items()}
+            whole = sum(weights.values()) or 1
+            times = {
+                n: total * weights.get(n, 0) / whole / max(1, s.num_tokens)
+                for n, s in splits.items()
+            }
     each = row_tokens(feed) if feed is not None else {}
     of = [
         SourceUse(name, size, times[name] * each.get(name, size), times[name])
@@ -106,20 +120,3 @@ def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:
         return cache
     is_long = sum(part.num_tokens for part, _ in parts) > _SCANNED
     return None if is_long or any(part.is_remote for part, _ in parts) else scratch
-
-
-def _held_out(job: TrainJob, sources: Sources, tables: Path) -> list[int]:
-    rows = whole_rows_of(job, sources, "validation", tables)
-    objective = objective_of(job, sources.vocab_size, held_out=True)
-    length = window_length(objective, job.train.sequence_length)
-    splits = sources.split("validation").items()
-    return [num_windows(split, length, rows.get(name)) for name, split in splits]
-
-
-def _estimated(job: TrainJob, sources: Sources) -> dict[str, float]:
-    """Return the epochs of each source, estimated from its weight and its tokens."""
-    splits = sources.split("train")
-    total = job.total_tokens
-    weights = job.data.weights or {n: s.num_tokens for n, s in splits.items()}
-    whole = sum(weights.values()) or 1
-    return {n: total * weights.get(n, 0) / whole / max(1, s.num_tokens) for n, s in splits.items()}

@@ -50,10 +50,8 @@ _METRICS, _EVENTS, _PARENT = "metrics.jsonl", "events.jsonl", "parent.json"
 @dataclass(frozen=True)
 class Parent:
     """The checkpoint that an attempt started from: step 0 and None at the beginning of a run.
-
     skipped: intervals [first, end) of samples that are skipped for good. rolled_back_from: the
-    anomalous step, if a rollback began this attempt.
-    """
+    anomalous step, if a rollback began this attempt."""
 
     step: int
     checkpoint: str | None = None
@@ -109,7 +107,6 @@ class Run:
 
     @property
     def is_import(self) -> bool:
-        """True if the run holds imported weights, whose training is unknown here."""
         return self.weights_alone == "imported"
 
     @property
@@ -142,7 +139,6 @@ class Run:
         return path
 
     def checkpoint_path(self, step: int) -> Path:
-        """Return the directory of the checkpoint at `step`."""
         return self.checkpoints / f"{_PREFIX}{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
@@ -190,7 +186,6 @@ class Run:
         return _next(self.path / "jobs")
 
     def new_evaluations(self) -> Path:
-        """Make the directory of the next evaluations that are submitted to SLURM."""
         return _next(self.path / "evaluations")
 
     def read_events(self, **fields: Any) -> list[Row]:
@@ -297,7 +292,6 @@ class Attempt:
 
     @property
     def number(self) -> int:
-        """The attempt's number, from 1; its directory's name."""
         return int(self.path.name)
 
     @cached_property
@@ -340,10 +334,8 @@ class Attempt:
 
     def start_from(self, parent: Parent, run: Run, history: Prefix | None = None) -> None:
         """Record the parent, and begin metrics.jsonl with the rows of the run up to its step.
-
         history: those rows, if their file is known (history.py); else they are those of `run` now.
-        An attempt that a newer one has overtaken changes nothing outside its directory.
-        """
+        An attempt that a newer one has overtaken changes nothing outside its directory."""
         if history is None:
             history = prefix_until(run.metrics, parent.step) if parent.step else None
         copied = blocks_of(history.path, history.size) if history and history.size else b""

@@ -22,7 +22,7 @@ from forescale.data.bins import (
     PairKind,
     PreferenceKind,
 )
-from forescale.data.dataset import Dataset, Sources
+from forescale.data.dataset import Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
 from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_length
@@ -45,17 +45,26 @@ def feed_of(
     cache: Path | None = None,
     references: Mapping[str, np.ndarray] | None = None,
 ) -> Feed:
-    """Return the training feed of a settled job.
-
-    cache: the folder of tables of pairs, if not the job's; references: see Feed. Raises UserError
-    if a source has no window, or the run would read it more often than data.max_epochs allows.
-    """
-    is_packed = job.data.packing == "best_fit"
-    bins = _bins(job, sources) if is_packed else whole_rows_of(job, sources, "train", cache)
+    """Return the training feed of a settled job. cache: the folder of tables of pairs, if not the
+    job's; references: see Feed. Raises UserError if a source has no window, or the run would read
+    it more often than data.max_epochs allows."""
+    if job.data.packing == "best_fit":  # tables that are missing from the cache are made
+        kind, folder = PackedKind(job.train.sequence_length), job.data.cache_directory
+        bins = {
+            name: kind.open(split, sources.datasets[name].identity, folder)
+            for name, split in sources.split("train").items()
+        }
+    else:
+        bins = whole_rows_of(job, sources, "train", cache)
     objective = objective_of(job, sources.vocab_size)
     length = window_length(objective, job.train.sequence_length)
     mixture = _mixture(job, sources, bins, length)
-    _check_epochs(job, mixture)
+    times = mixture.epochs(job.total_windows)
+    for name, limit in job.data.max_epochs.items():
+        if times[name] > limit:
+            problem = f"the run reads {name} {times[name]:.2f} times; the limit is {limit:g}"
+            todo = "train shorter, lower its weight, or raise the limit"
+            raise UserError(f"data.max_epochs.{name}", problem, todo)
     return Feed(
         sources.split("train"),
         mixture,
@@ -72,11 +81,8 @@ def feed_of(
 
 def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Objective:
     """Return a new objective of a job. held_out: for held-out text: its random choices are the same
-    in all runs, so that losses compare models and not masks.
-
-    Raises UserError if a class of the user's own can't be made, or hides no padding from a model
-    that would see it.
-    """
+    in all runs, so that losses compare models and not masks. Raises UserError if a class of the
+    user's own can't be made, or hides no padding from a model that would see it."""
     if job.objective.is_next_token:
         return NEXT_TOKEN
     length, seed = job.train.sequence_length, 0 if held_out else job.train.seed
@@ -114,9 +120,8 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
         raise UserError(f"model.{name}", problem, todo)
     model = model.resolved(vocabulary, length)
     if job.precision.fp8 != "none":
-        tensor, sequence = job.engine.tensor_parallel, job.engine.sequence_parallel
-        refused = sizes_refused(model, tensor)
-        refused += rows_refused(model, job.rows_at_once, length, sequence)
+        refused = sizes_refused(model, job.engine.tensor_parallel)
+        refused += rows_refused(model, job.rows_at_once, length, job.engine.sequence_parallel)
         for problem, todo in refused:
             raise UserError(f"precision.fp8={job.precision.fp8}", problem, todo)
     return model
@@ -172,23 +177,19 @@ def whole_rows_of(
     if (kind := row_kind(job, sources)) is None:
         return {}
     cache, tables = cache or job.data.cache_directory, dict[str, Bins]()
+    of_objective = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
     for name, part in sources.split(split).items():
         dataset = sources.datasets[name]
-        _check_examples(job, dataset)
+        of_data = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
+        # `finetune` may have built it for another objective.
+        if of_objective and of_data in {"examples", "preferences"} - {of_objective}:
+            problem = f"holds {of_data}, which objective={job.objective.kind} doesn't read"
+            raise UserError(dataset.where, problem, "give other data, or another objective")
         with progress_display() as progress:
             tables[name] = kind.open(part, dataset.identity, cache, progress)
         if split == "train":
             _check_rows(job, dataset.where, tables[name])
     return tables
-
-
-def _check_examples(job: TrainJob, dataset: Dataset) -> None:
-    """Raise UserError if `finetune` has built a dataset for another objective."""
-    kind = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
-    data_kind = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
-    if kind and data_kind != kind and (data_kind in ("examples", "preferences")):
-        problem = f"holds {data_kind}, which objective={job.objective.kind} doesn't read"
-        raise UserError(dataset.where, problem, "give other data, or another objective")
 
 
 def row_kind(job: TrainJob, sources: Sources) -> BinKind | None:
@@ -203,15 +204,6 @@ def row_kind(job: TrainJob, sources: Sources) -> BinKind | None:
         return None
     separator = separator_id(sources.tokenizer, objective.separator, sources.end_of_text)
     return PairKind(separator, objective.split, objective.columns - objective.split)
-
-
-def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
-    """Return the packing tables of each source; those missing from the cache are made."""
-    length, cache = job.train.sequence_length, job.data.cache_directory
-    return {
-        name: PackedKind(length).open(split, sources.datasets[name].identity, cache)
-        for name, split in sources.split("train").items()
-    }
 
 
 def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
@@ -240,8 +232,10 @@ def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
 def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: int) -> Mixture:
     seed, orders = job.train.seed, {}
     for name, split in sources.split("train").items():
-        source_seed = _own_seed(seed, name) if sources.is_mixture else seed
-        block = job.data.shuffle_shards
+        source_seed, block = seed, job.data.shuffle_shards
+        if sources.is_mixture:  # two sources with the same shards must not run in lockstep
+            digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            source_seed = int.from_bytes(digest, "little") >> 1
         try:
             orders[name] = Order(split.shard_tokens, length, source_seed, block, bins.get(name))
         except UserError as e:
@@ -254,20 +248,3 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
         for first, share in zip(firsts, shares, strict=True)
     ]
     return Mixture(orders, stages, seed)
-
-
-def _own_seed(seed: int, name: str) -> int:
-    """Return the seed of a source: two sources with the same shards must not run in lockstep."""
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def _check_epochs(job: TrainJob, mixture: Mixture) -> None:
-    times = mixture.epochs(job.total_windows)
-    for name, limit in job.data.max_epochs.items():
-        if times[name] > limit:
-            raise UserError(
-                f"data.max_epochs.{name}",
-                f"the run reads {name} {times[name]:.2f} times; the limit is {limit:g}",
-                "train shorter, lower its weight, or raise the limit",
-            )

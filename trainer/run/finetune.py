@@ -58,11 +58,16 @@ def first_config(
     origin: TrainJob, is_import: bool, are_preferences: bool = False, has_adapters: bool = False
 ) -> dict[str, Any]:
     """Return the config of a fine-tuning as plain values; `with_examples` sets its length and data.
-
     is_import: the weights are imported, and the config doesn't say how they were trained.
-    has_adapters: only adapters are trained.
-    """
+    has_adapters: only adapters are trained."""
     optimizer = _optimizer(origin, is_import, are_preferences)
+    if has_adapters:
+        betas = {}
+        if type(optimizer) is AdamWConfig:
+            betas = {"beta1": optimizer.beta1, "beta2": optimizer.beta2}
+        factor = LORA * (_OF_MUON if optimizer.matrices else 1.0)
+        rate = optimizer.learning_rate
+        optimizer = AdamWConfig(learning_rate=rate, weight_decay=0.0, **betas).scaled(factor)
     batch, each = origin.train.global_batch, origin.train.micro_batch
     most = LATER_BATCH if are_preferences else BATCH
     if is_import or batch > most:
@@ -92,7 +97,7 @@ def first_config(
             model=model,
             objective=PreferencesConfig() if are_preferences else ResponsesConfig(),
             lora=LoraConfig(),  # of FROM, adapters are merged
-            optimizer=_of_adapters(optimizer) if has_adapters else optimizer,
+            optimizer=optimizer,
             schedule=CosineConfig(LATER_WARMUP if are_preferences else WARMUP),
             launch=LaunchConfig(),
             profile=ProfileConfig(),
@@ -119,13 +124,6 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
         factor /= LORA
     old = IMPORTED if is_import else origin.optimizer
     return old.scaled(factor)
-
-
-def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
-    factor = LORA * (_OF_MUON if old.matrices else 1.0)
-    betas = {"beta1": old.beta1, "beta2": old.beta2} if type(old) is AdamWConfig else {}
-    adamw = AdamWConfig(learning_rate=old.learning_rate, weight_decay=0.0, **betas)
-    return adamw.scaled(factor)
 
 
 def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> TrainJob:
@@ -162,7 +160,10 @@ def chat_template(run: Run, vocabulary: Vocabulary, path: str | None) -> ChatTem
     stored = read_json(run.imported) if run.imported.is_file() else {}
     config = stored.get(_CONFIG, {})
     tokens = {"bos_token": "", "eos_token": tokenizer.id_to_token(vocabulary.end) or ""}
-    tokens |= {k: text for k, v in config.items() if k.endswith("_token") and (text := _text(v))}
+    for name, token in config.items():  # of tokenizer_config.json, with or without their flags
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if name.endswith("_token") and isinstance(text, str) and text:
+            tokens[name] = text
     where, source = "the plain chat template", PLAIN
     stored_template = stored.get(_TEMPLATE) or _default(config.get("chat_template"))
     if template := kept_template(run) or stored_template:
@@ -178,12 +179,6 @@ def kept_template(run: Run) -> str | None:
         return None
     template: str = read_json(run.chat)["chat_template"]
     return template
-
-
-def _text(token: Any) -> str | None:
-    """Return the text of a token as tokenizer_config.json has it."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else None
 
 
 def _default(template: Any) -> str | None:

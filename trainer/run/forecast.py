@@ -42,7 +42,7 @@ class Forecast:
 
     @property
     def id(self) -> str:
-        """Return the number of the forecast as its file name has it, such as "0001"."""
+        """The number of the forecast as its file name has it, such as "0001"."""
         return self.path.stem
 
     @property
@@ -60,10 +60,8 @@ class Forecast:
     @property
     def intervals(self) -> list["PredictionInterval"]:
         """Return the prediction intervals: that of the end of the run first, then the branches'.
-
         Empty if the forecast has no loss with intervals at an N and a D; a law of FLOPs alone
-        predicts without them.
-        """
+        predicts without them."""
         f = self.facts
         try:
             fields = ("loss", "interval_50", "interval")
@@ -95,10 +93,8 @@ class PredictionInterval:
 
     @classmethod
     def of(cls, forecast: Forecast, point: Mapping[str, Any]) -> "PredictionInterval":
-        """Read one of the forecast's `points`.
-
-        Raises KeyError, TypeError or ValueError if `point` is not complete.
-        """
+        """Read one of the forecast's `points`. Raises KeyError, TypeError or ValueError if it is
+        not complete."""
         f = forecast.facts
         n, d, loss = map(float, (f["target"]["parameters"], point["tokens"], point["loss"]))
         ends = _ends(point["interval_50"]), _ends(point["interval"])
@@ -106,12 +102,9 @@ class PredictionInterval:
 
     def due_message(self, job: TrainJob) -> str:
         """Return the sentence that is printed before the run begins."""
-        low, high = self.outer
-        doubt = (
-            ""
-            if _decays(job)
-            else "; the learning rate of this run never decays, so the law must be of such runs"
-        )
+        (low, high), doubt = self.outer, ""
+        if job.schedule.kind != "cosine" and not job.has_decay:
+            doubt = "; the learning rate of this run never decays, so the law must be of such runs"
         return (
             f"Forecast {self.forecast.stem}: loss {self.loss:.4f} expected at step "
             f"{job.total_steps:,} ({_percent(self.level)} interval {low:.4f} to {high:.4f}){doubt}."
@@ -119,9 +112,7 @@ class PredictionInterval:
 
     def compare(self, loss: float) -> dict[str, Any]:
         """Compare an observed held-out loss with the prediction; return the facts of an event.
-
-        log_error: log of predicted over observed loss, as in scores of forecasts.
-        """
+        log_error: log of predicted over observed loss, as in scores of forecasts."""
         observed = math.log(loss) if loss else -math.inf
         return {
             "forecast": str(self.forecast),
@@ -155,11 +146,9 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 def prediction_interval_of(job: TrainJob) -> PredictionInterval | None:
     """Return the prediction interval for the end of a run, or None if the job names no forecast.
-
     The sizes of the job's model must be known (start.settle). Raises UserError if there is no such
     forecast, if its hash chain is broken, if it has no prediction interval, or if it is for another
-    N or D than the run's.
-    """
+    N or D than the run's."""
     if job.forecast is None:
         return None
     forecast = find(job.forecast)
@@ -177,10 +166,8 @@ def prediction_interval_of(job: TrainJob) -> PredictionInterval | None:
 
 
 def find(name: str) -> Forecast:
-    """Return the forecast at a path, or the one named STUDY/ID under studies/.
-
-    Raises UserError if there is none, or if its hash chain is broken.
-    """
+    """Return the forecast at a path, or the one named STUDY/ID under studies/. Raises UserError if
+    there is none, or if its hash chain is broken."""
     study, _, number = name.rpartition("/")
     path = Path(name).expanduser()
     if study and number.isdigit():
@@ -194,10 +181,8 @@ def find(name: str) -> Forecast:
 
 
 def read_forecasts(folder: Path) -> list[Forecast]:
-    """Return the forecasts in a folder, oldest first, after verifying their hash chain.
-
-    Raises UserError if a forecast is missing or was changed.
-    """
+    """Return the forecasts in a folder, oldest first, after verifying their hash chain. Raises
+    UserError if a forecast is missing or was changed."""
     names = sorted(p for p in folder.glob("*.json") if p.stem.isdigit())
     forecasts, previous = list[Forecast](), GENESIS
     for number, path in enumerate(names, 1):
@@ -205,7 +190,8 @@ def read_forecasts(folder: Path) -> list[Forecast]:
         if int(path.stem) != number:
             problem = f"forecast {number:04d} is missing"
             raise UserError(str(folder), problem, "restore it from a copy")
-        if not _is_intact(facts, previous):
+        hashes = (hash_of(facts), previous) if isinstance(facts, dict) else ()
+        if not hashes or hashes != (facts.get("hash"), facts.get("previous_hash")):
             problem = "this forecast, or the one before it, was changed after it was written"
             raise UserError(str(path), problem, "restore it from a copy")
         forecasts.append(Forecast(path, facts))
@@ -219,17 +205,9 @@ def hash_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _is_intact(facts: Any, previous: str) -> bool:
-    if not isinstance(facts, dict):
-        return False
-    return facts.get("hash") == hash_of(facts) and facts.get("previous_hash") == previous
-
-
 def _refuse_other_size(job: TrainJob, forecast: Forecast, size: float) -> None:
-    """Raise UserError if the model's N, by the forecast's convention, is not `size`.
-
-    If the forecast is of a table with its own convention, any of ours may match.
-    """
+    """Raise UserError if the model's N, by the forecast's convention, is not `size`. If the
+    forecast is of a table with its own convention, any of ours may match."""
     if not isinstance(job.model, ModelConfig):
         problem = "the size of a model class of your own is unknown, so no forecast applies to it"
         raise UserError("forecast", problem, "leave out forecast=")
@@ -248,10 +226,6 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, size: float) -> None:
 
 def _same(a: float, b: float) -> bool:
     return abs(math.log(a / b)) < SAME
-
-
-def _decays(job: TrainJob) -> bool:
-    return job.schedule.kind == "cosine" or job.has_decay
 
 
 def _ends(interval: Any) -> tuple[float, float]:

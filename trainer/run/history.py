@@ -30,10 +30,7 @@ class Saved:
 
 def history_of(run: Run, saved: Saved) -> Prefix:
     """Return the rows of the run up to a checkpoint, from the attempt that saved it, or from
-    another one that began with a copy of them.
-
-    Raises UserError if no attempt has them whole.
-    """
+    another one that began with a copy of them. Raises UserError if no attempt has them whole."""
     attempts, origin = run.attempts(), step_before(run)
     savers = [a for a in attempts if a.number == saved.attempt]
     others = [a for a in reversed(attempts) if a.number != saved.attempt and a.has_begun]
@@ -48,12 +45,10 @@ def history_of(run: Run, saved: Saved) -> Prefix:
             reasons.append(f"{e.where.removeprefix(f'{path}, ')}: {e.problem}")
     where = run.path / "attempts" / f"{saved.attempt:04d}" / "metrics.jsonl"
     why = f" ({reasons[0]})" if savers else ""
-    raise UserError(
-        str(where),
-        f"the rows up to step {saved.step:,}, to resume after, are damaged or missing{why}",
-        f"restore the file from a copy, or go on under another name: run.from.run={run.name} "
-        f"run.from.step={saved.step} run.name=NEW",
-    )
+    problem = f"the rows up to step {saved.step:,}, to resume after, are damaged or missing{why}"
+    branch = f"run.from.run={run.name} run.from.step={saved.step} run.name=NEW"
+    todo = f"restore the file from a copy, or go on under another name: {branch}"
+    raise UserError(str(where), problem, todo)
 
 
 def step_before(run: Run) -> int:
@@ -74,11 +69,14 @@ def _history_in(path: Path, saved: Saved, origin: int) -> Prefix:
     if path.stat().st_size < size or hash_file(path, size=size) != saved.rows:
         _contiguous(path, saved.step, origin)  # has a better reason if it raises
         raise _Incomplete("they were changed since the checkpoint was saved")
-    if (last := _last_step(path, size)) not in (saved.step, None) or (
-        last is None and saved.step != origin
-    ):
+    last = _last_step(path, size)
+    if saved.step != (origin if last is None else last):
         raise _Incomplete(f"they end at step {last or origin:,}")
-    return Prefix(path, _end_of_step(path, size, saved.step))
+    for row, end in each_row(path, size):  # the evaluation of the saved step comes later
+        if row.get("step", 0) > saved.step:
+            break
+        size = end
+    return Prefix(path, size)
 
 
 def _contiguous(path: Path, step: int, origin: int) -> Prefix:
@@ -116,22 +114,10 @@ def _last_step(path: Path, size: int) -> int | None:
     return last
 
 
-def _end_of_step(path: Path, size: int, step: int) -> int:
-    """Return where the rows of the step end that was saved at `size`: its evaluation comes
-    later."""
-    for row, end in each_row(path, size):
-        if row.get("step", 0) > step:
-            break
-        size = end
-    return size
-
-
 def expect_whole(run: Run, attempt: Attempt, saved: Saved | None) -> None:
     """Raise UserError if attempts or rows of a run are missing, so that it isn't known where it
-    continues; a new run may have none.
-
-    attempt: the one that is starting; saved: of the checkpoint that it resumes from, if any.
-    """
+    continues; a new run may have none. attempt: the one that is starting; saved: of the checkpoint
+    that it resumes from, if any."""
     run.expect_newest(attempt)
     numbers = [a.number for a in run.attempts()]
     restore = "restore it from a copy, or choose another run.name"

@@ -41,19 +41,19 @@ class References:
         return None
 
     def write(self, run: Run) -> None:
-        encoded = {
-            split: {name: _encoded(array) for name, array in sources.items()}
-            for split, sources in self.values.items()
-        }
+        encoded: dict[str, dict[str, str]] = {}
+        for split, sources in self.values.items():
+            raw = {n: np.ascontiguousarray(array, _DTYPE).tobytes() for n, array in sources.items()}
+            encoded[split] = {n: base64.b64encode(data).decode() for n, data in raw.items()}
         write_checked_json(run.references, {"made": self.source, "values": encoded})
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any]) -> "References":
         """Return the references in the JSON that `stored_references` returns."""
-        values = {
-            split: {name: _decoded(text) for name, text in sources.items()}
-            for split, sources in stored["values"].items()
-        }
+        values: dict[str, dict[str, np.ndarray]] = {}
+        for split, sources in stored["values"].items():
+            raw = {name: base64.b64decode(text, validate=True) for name, text in sources.items()}
+            values[split] = {n: np.frombuffer(b, _DTYPE).reshape(-1, 2) for n, b in raw.items()}
         return cls(stored["made"], values)
 
 
@@ -86,11 +86,3 @@ def misfit(source: dict[str, Any], job: TrainJob, sources: Sources) -> str | Non
     if columns != length:
         return f"is of rows of {columns:,} columns, and train.sequence_length is {length:,}"
     return None
-
-
-def _encoded(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, _DTYPE).tobytes()).decode()
-
-
-def _decoded(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), _DTYPE).reshape(-1, 2)

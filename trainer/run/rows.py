@@ -36,12 +36,10 @@ class Prefix:
 
 
 class RowWriter:
-    """Appends rows to a JSONL file. Several threads may add; each row is one whole line.
-
-    After an error it may be used again: what a failed `add` left of its row is removed first, and
-    after a failed `sync` the rows since the sync before are written again, because a system forgets
-    what it couldn't write.
-    """
+    """Appends rows to a JSONL file. Several threads may add; each row is one whole line. After an
+    error it may be used again: what a failed `add` left of its row is removed first, and after a
+    failed `sync` the rows since the sync before are written again, because a system forgets what it
+    couldn't write."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -54,7 +52,8 @@ class RowWriter:
 
     def add(self, row: Row) -> None:
         """Append a row. Raises OSError, with the file's name, if the storage refuses."""
-        line = _encoded(row)
+        text = to_json(row).encode()
+        line = b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
         with self._lock, naming(self.path):
             self._write(line)
             self._hash.update(line)
@@ -88,16 +87,13 @@ class RowWriter:
                 self._doubtful, self._synced = False, end
                 del self._since[:count]
 
-    def _open(self) -> None:
+    def _write(self, lines: bytes) -> None:
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             for block in blocks_of(self.path):
                 self._hash.update(block)
                 self._end += len(block)
             self._synced = self._end
-
-    def _write(self, lines: bytes) -> None:
-        self._open()
         if self._torn:
             os.ftruncate(self._file.fileno(), self._end)
         self._torn, left = True, lines
@@ -108,11 +104,9 @@ class RowWriter:
 
 
 def each_row(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[Row, int]]:
-    """Yield each row of a file with the offset of its end; none if there is no file.
-
-    begin, end: only whole rows within these bytes. Raises UserError for a damaged row; a last line
-    without its end is none.
-    """
+    """Yield each row of a file with the offset of its end; none if there is no file. begin, end:
+    only whole rows within these bytes. Raises UserError for a damaged row; a last line without its
+    end is none."""
     if not path.exists():
         return
     with naming(path), open(path, "rb") as f:
@@ -138,10 +132,8 @@ def each_row(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tup
 def read_rows(
     path: Path, *, after: int | None = None, until: int | None = None, **fields: Any
 ) -> list[Row]:
-    """Return the rows of a file, filtered as by `select`; none if there is no file.
-
-    Raises UserError for a damaged row; a last line without its end is none.
-    """
+    """Return the rows of a file, filtered as by `select`; none if there is no file. Raises
+    UserError for a damaged row; a last line without its end is none."""
     return select((row for row, _ in each_row(path)), after=after, until=until, **fields)
 
 
@@ -158,10 +150,8 @@ def prefix_until(path: Path, step: int) -> Prefix:
 def select(
     rows: Iterable[Row], *, after: int | None = None, until: int | None = None, **fields: Any
 ) -> list[Row]:
-    """Return the rows whose `fields` have these values (kind="train", step=100).
-
-    after, until: only rows of steps in (after, until]; a row without a step counts as step 0.
-    """
+    """Return the rows whose `fields` have these values (kind="train", step=100). after, until: only
+    rows of steps in (after, until]; a row without a step counts as step 0."""
     selected = [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
     if after is not None:
         selected = [row for row in selected if row.get("step", 0) > after]
@@ -199,13 +189,8 @@ def to_json(row: Row) -> str:
     try:
         return json.dumps(row, allow_nan=False)
     except ValueError:
-        return json.dumps({k: None if _is_not_finite(v) else v for k, v in row.items()})
-
-
-def _encoded(row: Row) -> bytes:
-    """A row's line: its JSON, whose last field is the CRC-32 of the JSON without that field."""
-    text = to_json(row).encode()
-    return b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
+        known = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+        return json.dumps({**dict.fromkeys(row), **known})
 
 
 def parse_row(line: bytes) -> Row:
@@ -229,7 +214,3 @@ def damaged(where: str, error: Exception) -> UserError:
     reason = error if type(error) is ValueError else "not JSON"
     todo = "restore the file from a copy; or remove the line, to look at the others"
     return UserError(where, f"the row is damaged ({reason})", todo)
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

@@ -53,13 +53,10 @@ class Start:
 
 def start(job: TrainJob, examine: Examine | None = None, newest: NewestStep | None = None) -> Start:
     """Prepare the data, then open or make the run directory of `job`: once a command, before there
-    are ranks, or on rank 0 alone.
-
-    examine: raises UserError if the job's own classes don't work, before the config of a run
-    without a step is written. newest: the newest step of a run that the job branches off, see
-    branch.with_step. Raises UserError if the directory belongs to another config or dataset, or
-    another command makes it at the same moment.
-    """
+    are ranks, or on rank 0 alone. examine: raises UserError if the job's own classes don't work,
+    before the config of a run without a step is written. newest: see branch.with_step. Raises
+    UserError if the directory belongs to another config or dataset, or another command makes it at
+    the same moment."""
     run = Run(job.run.directory)
     expect_trainable(run)
     _check_resume(job, run)
@@ -81,7 +78,12 @@ def start(job: TrainJob, examine: Examine | None = None, newest: NewestStep | No
     if examine is not None:
         examine(job, sources)
     if old is None:
-        _make(run, job, sources)
+        identity = {"name": run.name, **_of_data(sources), "versions": versions(), **code_and_id()}
+        with new_run(run, job.run.mode) as new:
+            write_file(new.tokenizer, sources.first.tokenizer_json)
+            _keep(new, job, sources)
+            write_checked_json(new.identity, identity)
+            write_file(new.config, frozen_file(job))
         return Start(run, job, sources)
     return Start(run, job, sources, _correct(run, old, job, sources))
 
@@ -89,11 +91,8 @@ def start(job: TrainJob, examine: Examine | None = None, newest: NewestStep | No
 def reopen(job: TrainJob) -> Start:
     """Return the run of a job that `start` has returned in another process: what a rank needs. The
     data is opened; nothing is written, because another launch may have changed the config
-    meanwhile.
-
-    job: the frozen config, or the command that rank 0 has too. Raises UserError if the command or
-    its data differ from the run's.
-    """
+    meanwhile. job: the frozen config, or the command that rank 0 has too. Raises UserError if the
+    command or its data differ from the run's."""
     run, sources = Run(job.run.directory), open_sources(job.data)
     frozen = thaw(TrainJob, run.config, trust=True)  # compared, not run
     job = with_step(settle(job, sources), frozen, None)
@@ -142,9 +141,8 @@ def _allowed(run: Run, old: TrainJob, job: TrainJob) -> list[Change]:
     before = [step for step in run.checkpoint_steps() if step <= old.decay_begins]
     is_longer = {change.key for change in refusals} <= {*LENGTHS}
     if is_longer and old.batch_ramp != job.batch_ramp:
-        problem += (
-            f"; and its steps would be of {job.batch_ramp}, where they are of {old.batch_ramp}"
-        )
+        steps = f"its steps would be of {job.batch_ramp}, where they are of {old.batch_ramp}"
+        problem += f"; and {steps}"
         todo = "undo these changes, or write train.batch_ramp in steps or tokens next time"
         if (same := job.with_ramp_of(old)) is not None:
             todo = f"write train.batch_ramp='{same.train.batch_ramp}' too, or undo these changes"
@@ -262,20 +260,9 @@ def _check_resume(job: TrainJob, run: Run) -> None:
 def _check_data(run: Run, sources: Sources) -> None:
     stored = data_of(run)
     if stored["identity"] != sources.identity:
-        raise UserError(
-            str(run.path),
-            f"the run was started on other data ({stored['path']}) than {sources.where}",
-            "give its data.path, or choose another run.name",
-        )
-
-
-def _make(run: Run, job: TrainJob, sources: Sources) -> None:
-    identity = {"name": run.name, **_of_data(sources), "versions": versions(), **code_and_id()}
-    with new_run(run, job.run.mode) as new:
-        write_file(new.tokenizer, sources.first.tokenizer_json)
-        _keep(new, job, sources)
-        write_checked_json(new.identity, identity)
-        write_file(new.config, frozen_file(job))
+        problem = f"the run was started on other data ({stored['path']}) than {sources.where}"
+        todo = "give its data.path, or choose another run.name"
+        raise UserError(str(run.path), problem, todo)
 
 
 def _of_data(sources: Sources) -> dict[str, Any]:
@@ -298,10 +285,7 @@ def numerics(
     job: TrainJob, world_size: int, device: str, threads: int, compiled: bool | str
 ) -> dict[str, Any]:
     """Return the settings and versions that must stay equal for a resumed run to be bit-identical
-    to an unbroken one.
-
-    compiled: "parts" where each is compiled alone.
-    """
+    to an unbroken one. compiled: "parts" where each is compiled alone."""
     kinds, rules = leaves(TrainJob), plain(job.guard)
     guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {
