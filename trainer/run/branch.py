@@ -76,12 +76,12 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
         _check_ramp(run, job, step)
     if not job.objective.are_preferences:
         return
-    name, stored = origin.run, stored_references(run)
+    name, references = origin.run, stored_references(run)
     begin = "run.from.load=weights to begin at step 0 with its weights as the reference"
-    if stored is None:
+    if references is None:
         problem = f"{name} has no {run.references.name}, so there is no reference to go on with"
         raise UserError("run.from", problem, f"write {begin}")
-    if differs := misfit(stored["made"], job, sources):
+    if differs := misfit(references["made"], job, sources):
         problem = f"the {run.references.name} of {name} {differs}"
         todo = f"give the data and the length of {name}, or write {begin}"
         raise UserError("run.from", problem, todo)
