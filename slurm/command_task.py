@@ -22,10 +22,8 @@ _SOONEST = 60.0  # seconds until a task looks again for its checkpoint
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Become the command; or be requeued, if the run has yet to save the checkpoint.
-
-    Raises UserError if it never will.
-    """
+    """Become the command; or be requeued, if the run has yet to save the checkpoint. Raises
+    UserError if it never will."""
     submission, step, words = Submission(Path(arguments[0])), arguments[1], arguments[2:]
     if step != "-" and _must_wait(submission.run, int(step), words[0]):
         return _look_again(submission.run, int(step))

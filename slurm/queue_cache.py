@@ -43,12 +43,9 @@ _OVER = re.compile(
 
 @dataclass
 class Answer:
-    """The last answer of SLURM.
-
-    at: when, in seconds since the epoch; ids_asked: the jobs of the query; jobs: those in the
-    queue; error: of squeue, if it failed; viewed: when each job was last shown; ends: when the end
-    of each job was looked up, and scontrol's facts about it.
-    """
+    """The last answer of SLURM. at: when, in seconds since the epoch; ids_asked: the jobs of the
+    query; jobs: those in the queue; error: of squeue, if it failed; viewed: when each job was last
+    shown; ends: when the end of each job was looked up, and scontrol's facts about it."""
 
     at: float = 0.0
     ids_asked: list[str] = field(default_factory=list)
@@ -109,10 +106,8 @@ def in_queue(submissions: Iterable[Submission]) -> list[tuple[Submission, queue.
 
 @dataclass(frozen=True)
 class EarlyEnd:
-    """A job that ended before a rank of it began, and often before any process of ours did.
-
-    state, code: SLURM's state and exit code of the job; None if SLURM no longer knows it.
-    """
+    """A job that ended before a rank of it began, and often before any process of ours did. state,
+    code: SLURM's state and exit code of the job; None if SLURM no longer knows it."""
 
     submission: Submission
     state: str | None = None

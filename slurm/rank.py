@@ -11,10 +11,8 @@ from forescale.ground.rendezvous import interface_to
 
 
 def adopt() -> None:
-    """Set torch's variables from srun's.
-
-    The supervisor has set MASTER_ADDR, MASTER_PORT and LOCAL_WORLD_SIZE.
-    """
+    """Set torch's variables from srun's. The supervisor has set MASTER_ADDR, MASTER_PORT and
+    LOCAL_WORLD_SIZE."""
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     os.environ.update({name: os.environ[source] for name, source in names.items()})
     if interface := interface_to(os.environ["MASTER_ADDR"]):

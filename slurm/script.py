@@ -154,11 +154,9 @@ def _rendered(
     waits: Sequence[str] = (), **values: object,
 ) -> str:  # fmt: skip
     """Return the script that a template of this directory makes of `values` and the settings.
-
     options: of sbatch, beside those that all jobs have; output: a comment on the log; tasks: of an
     array, 0 for a single job; waits: dependencies beside slurm.after. In an array the log is a link
-    by the number of the task, %a, to the log that lies beside the task's run.
-    """
+    by the number of the task, %a, to the log that lies beside the task's run."""
     log = submission.links / "%a" if tasks else submission.log
     directory = str(log.parent).replace("%", "%%")
     throttle = f"%{settings.at_once}" if settings.at_once else ""

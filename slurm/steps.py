@@ -297,10 +297,8 @@ def own_scratch(place: str) -> list[str]:
 
 
 def _unpack(tar: Path | str, place: str) -> list[str]:
-    """Return shell lines that unpack a tar to `place`, if it isn't there, by one rename.
-
-    If two nodes do it at the same time, in a scratch that they share, the later one gives up.
-    """
+    """Return shell lines that unpack a tar to `place`, if it isn't there, by one rename. If two
+    nodes do it at the same time, in a scratch that they share, the later one gives up."""
     return [
         f"if [ ! -d {place} ]; then",
         f"  mkdir -p $(dirname {place})",

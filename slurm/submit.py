@@ -52,12 +52,9 @@ _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, bu
 
 def submit(overrides: Sequence[str], trust: bool = True) -> None:
     """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them;
-    with submit.dry_run, only print the script.
-
-    trust: allow classes of the user's own; False for overrides that a file names. Raises
-    ConfigError with all problems of all runs before anything is written, and UserError if SLURM
-    refuses the job.
-    """
+    with submit.dry_run, only print the script. trust: allow classes of the user's own; False for
+    overrides that a file names. Raises ConfigError with all problems of all runs before anything is
+    written, and UserError if SLURM refuses the job."""
     notes: list[str] = []
     jobs = _jobs(overrides, notes)
     for each in jobs:
@@ -181,10 +178,8 @@ def order(
 
 
 def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
-    """Freeze each run, submit them together, and return the id of the job.
-
-    Raises UserError if a run is already in the queue or has another config, or if SLURM refuses.
-    """
+    """Freeze each run, submit them together, and return the id of the job. Raises UserError if a
+    run is already in the queue or has another config, or if SLURM refuses."""
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))

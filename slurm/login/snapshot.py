@@ -26,10 +26,8 @@ _LARGEST = 64 << 20  # bytes of the user's own code
 
 def own_packages(job: TrainJob) -> list[Path]:
     """Return the user's packages and modules that hold the classes of the job's `_target_` keys,
-    and those beside them that they import, in turn; without the installed ones.
-
-    Raises UserError if Python doesn't find the module of a class, or if all are too large.
-    """
+    and those beside them that they import, in turn; without the installed ones. Raises UserError if
+    Python doesn't find the module of a class, or if all are too large."""
     packages: list[Path] = []
     for key, target in targets(job).items():
         top = target.partition(".")[0]

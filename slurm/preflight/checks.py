@@ -25,11 +25,8 @@ _LITTLE, _FEW = _GIB, 10_000  # warn below these free bytes and inodes of the ru
 
 @dataclass
 class Here:
-    """The node that is checked.
-
-    mark: a file that the supervisor created in the run directory; facts: filled by the checks;
-    root, environment: replaced in tests.
-    """
+    """The node that is checked. mark: a file that the supervisor created in the run directory;
+    facts: filled by the checks; root, environment: replaced in tests."""
 
     host: str
     requirements: Requirements
@@ -222,10 +219,8 @@ def scratch(here: Here) -> Iterator[NodeFault]:
 
 
 def cpus(here: Here) -> Iterator[NodeFault]:
-    """Check that each rank has a CPU.
-
-    SLURM's count is preferred: this process may be bound to fewer CPUs than the ranks will have.
-    """
+    """Check that each rank has a CPU. SLURM's count is preferred: this process may be bound to
+    fewer CPUs than the ranks will have."""
     share = here.environment.get("SLURM_CPUS_ON_NODE", "")
     count = int(share) if share.isdigit() else len(os.sched_getaffinity(0))
     here.facts["cpus"] = count

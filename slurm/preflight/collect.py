@@ -121,11 +121,9 @@ class Preflight:
         phase: Callable[[str], str | None] = lambda host: None,
     ) -> PreflightReport:
         """Return the report once all nodes have reported, their step has ended, or time is up. Call
-        it once: it closes the server, which also ends the nodes' processes.
-
-        timeout: seconds for the checks, and again for the measurement; starting: seconds until the
-        nodes' processes must have connected, if not the same; phase: what a host that didn't
-        connect was doing, if known
+        it once: it closes the server, which also ends the nodes' processes. timeout: seconds for
+        the checks, and again for the measurement; starting: seconds until the nodes' processes must
+        have connected, if not the same; phase: what a host that didn't connect was doing, if known
         """
         self._began, self._timeout = time.monotonic(), timeout
         self._starting = timeout if starting is None else starting

@@ -57,13 +57,10 @@ class NodeFault:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """The result of a preflight.
-
-    nodes: the facts of each host (address, seconds of its checks, skew_seconds, memory, cpus, gpus,
-    gb_per_second of its best pair in each direction, ...); {} if it sent nothing. gb_per_second: of
-    an all-reduce over all nodes, as bytes of the message per second of the slowest node; None if it
-    was not measured.
-    """
+    """The result of a preflight. nodes: the facts of each host (address, seconds of its checks,
+    skew_seconds, memory, cpus, gpus, gb_per_second of its best pair in each direction, ...); {} if
+    it sent nothing. gb_per_second: of an all-reduce over all nodes, as bytes of the message per
+    second of the slowest node; None if it was not measured."""
 
     faults: list[NodeFault]
     notes: list[str]

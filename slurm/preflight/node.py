@@ -184,10 +184,8 @@ def serve(connection: Connection, token: str, host: str, supervisor: str) -> Non
 
 
 def _take_part(connection: Connection, network: Network, end: float) -> None:
-    """Measure, report, and stay until the supervisor closes the connection.
-
-    Other nodes may need this process until they have measured, too.
-    """
+    """Measure, report, and stay until the supervisor closes the connection. Other nodes may need
+    this process until they have measured, too."""
     results: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=lambda: results.put(network.result()), daemon=True).start()
     began, is_sent = time.monotonic(), False

@@ -28,25 +28,11 @@ def run(dataset, tmp_path, monkeypatch) -> Run:
     """A run of 8 steps that saves each second one, and has saved 2 and 4."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    (tmp_path / "bin").mkdir()
     start(make_job(dataset, tmp_path / "runs", "small", "checkpoint.every=2 steps"))
     small = Run(tmp_path / "runs/small")
     for step in (2, 4):
         small.checkpoint_path(step).mkdir(parents=True)
     return small
-
-
-@pytest.fixture
-def commands(tmp_path, run):
-    """commands(name="shell lines", ...) puts stand-ins on the PATH."""
-
-    def put(**scripts: str) -> None:
-        for name, lines in scripts.items():
-            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{lines}\n")
-            (tmp_path / "bin" / name).chmod(0o755)
-
-    return put
 
 
 @pytest.fixture

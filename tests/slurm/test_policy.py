@@ -17,31 +17,49 @@ def decided(code, crashes=0, *, blamed=None, faulty=None, idle=0, state="RUNNING
     return decide(code, past, NODES, state=state, **state_of)
 
 
-def test_a_run_that_is_done_ends_well():
-    assert (decided(DONE).action, decided(DONE).code) == ("end", 0)
-
-
-def test_a_fault_of_the_users_is_never_tried_again():
-    assert (decided(USER, 1).action, decided(USER, 1).code) == ("end", USER)
-
-
-def test_an_interrupted_run_goes_on_in_the_queue():
-    assert decided(INTERRUPTED).action == "requeue"
-
-
-def test_where_the_queue_may_not_be_used_it_ends_resumable():
-    decision = decided(INTERRUPTED, may_requeue=False)
-    assert (decision.action, decision.code) == ("end", INTERRUPTED)
-    assert "submit it again" in decision.why
-
-
-def test_a_stopped_run_is_not_requeued():
-    decision = decided(INTERRUPTED, is_stopped=True)
-    assert (decision.action, decision.code) == ("end", INTERRUPTED)
-
-
-def test_a_run_that_was_done_before_it_was_stopped_is_done():
-    assert decided(DONE, is_stopped=True).code == DONE
+@pytest.mark.parametrize(
+    ("code", "crashes", "facts", "expected", "words"),
+    [
+        (DONE, 0, {}, ("end", DONE), "done"),
+        (DONE, 0, {"is_stopped": True}, ("end", DONE), "done"),
+        (USER, 1, {}, ("end", USER), "would not help"),
+        (INTERRUPTED, 0, {}, ("requeue", INTERRUPTED), "to resume"),
+        (INTERRUPTED, 0, {"may_requeue": False}, ("end", INTERRUPTED), "submit it again"),
+        (INTERRUPTED, 0, {"is_stopped": True}, ("end", INTERRUPTED), "stopped on request"),
+        # A crash starts again on the same nodes, and not for ever.
+        (1, 1, {}, ("restart", 1), "on the same nodes"),
+        (-9, 2, {}, ("restart", -9), "on the same nodes"),
+        (1, 3, {}, ("end", GAVE_UP), "3 crashes in a row without a new checkpoint"),
+        (1, 3, {"down": ["b"], "others": ["c"]}, ("end", GAVE_UP), "3 crashes"),  # a spare node
+        # A node is blamed once, twice, or not one of this job.
+        (-9, 1, {"blamed": {"b": ["killed"]}}, ("restart", -9), "on the same nodes"),
+        (-9, 2, {"blamed": {"b": ["killed", "hung"]}}, ("requeue", -9, "b"), "b (killed; hung)"),
+        (1, 1, {"blamed": {"z": ["killed", "killed"]}}, ("restart", 1), "on the same nodes"),
+        # The preflight refused it: it is left out at once, and so are those of before, since SLURM
+        # replaces the whole list with each requeue.
+        (1, 0, {"faulty": {"a": "has no GPU"}}, ("requeue", 1, "a"), "a (has no GPU)"),
+        (1, 0, {"faulty": {"z": "x", "a": "no clock"}}, ("requeue", 1, "a", "z"), ": a (no clock)"),
+        (1, 1, {"down": ["b"]}, ("requeue", 1), "b is down"),
+        # Too few others remain: none is promised.
+        (1, 0, {"faulty": {"a": "x"}, "enough": False}, ("requeue", 1), "though too few nodes"),
+        # A spare node takes the place of one that is left out, in the same job: it neither waits in
+        # the queue nor counts as a requeue. What becomes of spare nodes moves no rank.
+        (-9, 2, {"blamed": {"b": ["killed"] * 2}, "others": ["c"], "idle": 6}, ("restart", -9),
+         "with a spare node in the place of b"),
+        (1, 1, {"down": ["a", "b"], "others": ["c", "d"], "may_requeue": False, "enough": False},
+         ("restart", 1), "with spare nodes in the places of a, b"),
+        (1, 1, {"down": ["c"], "others": ["c", "d"], "faulty": {"d": "x"}}, ("restart", 1), "same"),
+        # Too few spare nodes: the queue gives others.
+        (1, 0, {"down": ["b", "c"], "others": ["c"]}, ("requeue", 1), "b is down"),
+        (1, 0, {"down": ["b"], "faulty": {"c": ""}, "others": ["c"]}, ("requeue", 1, "c"), "c ()"),
+        (1, 0, {"faulty": {"a": "", "b": ""}, "others": ["c"]}, ("requeue", 1, "a", "b"), "b ()"),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_a_job(code, crashes, facts, expected, words):
+    decision = decided(code, crashes, **facts)
+    assert (decision.action, decision.code, *sorted(decision.exclude)) == expected
+    assert words in decision.why
+    assert decision.pause == 0
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED", ""])
@@ -49,69 +67,6 @@ def test_a_run_that_was_done_before_it_was_stopped_is_done():
 def test_a_job_that_slurm_ends_is_left_to_it(code, state):
     """To requeue it would undo a cancel, or start it twice."""
     assert decided(code, 1, state=state).action == "end"
-
-
-def test_a_crash_starts_again_on_the_same_nodes_and_not_for_ever():
-    assert decided(1, 1).action == decided(-9, 2).action == "restart"
-    decision = decided(1, 3)
-    assert (decision.action, decision.code) == ("end", GAVE_UP)
-    assert "3 crashes in a row without a new checkpoint" in decision.why
-
-
-def test_a_node_is_left_out_when_it_was_blamed_twice():
-    assert decided(-9, 1, blamed={"b": ["killed"]}).action == "restart"
-    decision = decided(-9, 2, blamed={"b": ["killed", "hung"]})
-    assert (decision.action, decision.exclude) == ("requeue", ("b",))
-    assert "b (killed; hung)" in decision.why
-
-
-def test_a_node_that_the_preflight_refused_is_left_out_at_once():
-    decision = decided(1, 0, faulty={"a": "has no GPU"})
-    assert (decision.action, decision.exclude) == ("requeue", ("a",))
-
-
-def test_a_node_that_was_left_out_before_stays_out():
-    """SLURM replaces the whole list with each requeue."""
-    decision = decided(1, 0, faulty={"z": "has no GPU", "a": "no clock"})
-    assert (decision.action, set(decision.exclude)) == ("requeue", {"a", "z"})
-    assert "z" not in decision.why.replace("requeued", "")
-
-
-def test_a_node_that_is_not_of_this_job_is_no_reason_to_requeue():
-    assert decided(1, 1, blamed={"z": ["killed", "killed"]}).action == "restart"
-
-
-def test_a_node_that_is_down_asks_for_others():
-    decision = decided(1, 1, down=["b"])
-    assert (decision.action, decision.exclude) == ("requeue", ())
-
-
-def test_a_spare_node_takes_the_place_of_one_that_is_left_out():
-    """In the same job: it neither waits in the queue nor counts as a requeue."""
-    decision = decided(-9, 2, blamed={"b": ["killed", "hung"]}, others=["c"], idle=6)
-    assert (decision.action, decision.pause) == ("restart", 0)
-    assert decision.why == "starting again with a spare node in the place of b"
-    decision = decided(1, 1, down=["a", "b"], others=["c", "d"], may_requeue=False, enough=False)
-    assert decision.action == "restart"
-    assert decision.why == "starting again with spare nodes in the places of a, b"
-
-
-@pytest.mark.parametrize(
-    ("down", "faulty"), [(["b", "c"], {}), (["b"], {"c": "x"}), ([], {"a": "x", "b": "y"})]
-)
-def test_where_spare_nodes_are_too_few_the_queue_gives_others(down, faulty):
-    decision = decided(1, 0, down=down, faulty=faulty, others=["c"])
-    assert decision.action == "requeue"
-    assert set(decision.exclude) == faulty.keys()
-
-
-def test_what_becomes_of_a_spare_node_moves_no_rank():
-    decision = decided(1, 1, down=["c"], others=["c", "d"], faulty={"d": "has no GPU"})
-    assert decision.why == "starting again on the same nodes"
-
-
-def test_spare_nodes_do_not_make_crashes_endless():
-    assert decided(1, 3, down=["b"], others=["c"]).code == GAVE_UP
 
 
 @pytest.mark.parametrize(
@@ -147,12 +102,6 @@ def test_a_job_that_slurm_requeues_for_ever_is_ended_at_its_next_start():
     decision = give_up(Past(faulty={"n1": "too little room"}, idle=6), 5)
     assert decision.code == GAVE_UP
     assert "repair or exclude the nodes at fault (n1)" in decision.why
-
-
-def test_where_too_few_other_nodes_remain_none_is_promised():
-    decision = decided(1, 0, faulty={"a": "has no GPU"}, enough=False)
-    assert (decision.action, decision.exclude) == ("requeue", ())
-    assert "though too few nodes remain without those at fault: a (has no GPU)" in decision.why
 
 
 class Attempts:

@@ -2,7 +2,6 @@
 they were given (the lab of tests/cluster has the real ones)."""
 
 import json
-import os
 
 import pytest
 
@@ -10,21 +9,6 @@ from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, in_queue, newest
-
-
-@pytest.fixture
-def commands(tmp_path, monkeypatch):
-    """commands(name="shell lines", ...) puts stand-ins on the PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def put(**scripts):
-        for name, lines in scripts.items():
-            (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
-            (folder / name).chmod(0o755)
-
-    return put
 
 
 def test_a_task_of_an_array_has_an_id_of_its_own(monkeypatch):

@@ -77,59 +77,42 @@ def failed(rank, code, how=""):
     return Failure(rank, f"n{rank}", code, how)
 
 
-def test_all_is_well(attempt):
-    assert outcome_of(attempt, 0, [], False).code == DONE
+GONE = UserError("data.path", "is gone", "bring it back")
+ECC = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+ALONE = Hang((3,), "n9", "data", 5, 4.0, "rank 3 on n9 stands")
+TOGETHER = Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand")
 
 
-def test_a_users_fault_counts_whatever_the_others_die_of(attempt):
-    write_error(attempt, 1, UserError("data.path", "is gone", "bring it back"))
-    outcome = outcome_of(attempt, 143, [failed(0, 75), failed(2, -9), failed(1, USER)], False)
-    assert (outcome.code, outcome.how) == (USER, "data.path: is gone; bring it back.")
-    assert not outcome.blamed
-
-
-def test_who_only_lost_a_peer_explains_nothing(attempt):
-    outcome = outcome_of(attempt, 137, [failed(0, CRASHED), failed(1, -9)], False)
-    assert (outcome.code, outcome.rank) == (-9, 1)
-    assert outcome.blamed.keys() == {"n1"}
-
-
-def test_a_python_error_is_not_the_nodes(attempt):
-    write_error(attempt, 1, ValueError("x"))
-    outcome = outcome_of(
-        attempt, 1, [failed(0, CRASHED), failed(1, CRASHED), failed(2, -15)], False
-    )
-    assert outcome.rank == 1
-    assert "ValueError: x" in outcome.how
-    assert not outcome.blamed
-
-
-def test_a_device_error_is_the_nodes(attempt):
-    write_error(attempt, 1, RuntimeError("CUDA error: uncorrectable ECC error encountered"))
-    assert outcome_of(attempt, 1, [failed(1, CRASHED)], False).blamed.keys() == {"n1"}
-
-
-def test_memory_that_runs_out_is_not_the_nodes(attempt):
-    outcome = outcome_of(attempt, 1, [failed(1, -9, "Out Of Memory")], False)
-    assert "memory ran out" in outcome.how
-    assert not outcome.blamed
-
-
-def test_a_hang_blames_the_host_that_is_waited_for(attempt):
-    publish_hang(attempt, Hang((3,), "n9", "data", 5, 4.0, "rank 3 on n9 stands"))
-    assert outcome_of(attempt, 1, [failed(0, CRASHED)], False).blamed == {
-        "n9": "rank 3 on n9 stands"
-    }
+@pytest.mark.parametrize(
+    ("srun_code", "ends", "record", "expected", "how", "blamed"),
+    [
+        (0, [], None, (DONE, 0), "done", {}),
+        # A user's fault counts, whatever the others die of.
+        (143, [(0, 75), (2, -9), (1, USER)], GONE, (USER, 1), "data.path: is gone", {}),
+        (137, [(0, CRASHED), (1, -9)], None, (-9, 1), "SIGKILL", {"n1"}),  # 0 lost its peer
+        (1, [(0, CRASHED), (1, CRASHED), (2, -15)], ValueError("x"), (CRASHED, 1), "ValueError: x",
+         {}),  # a Python error is not the node's
+        (1, [(1, CRASHED)], ECC, (CRASHED, 1), "uncorrectable ECC", {"n1"}),
+        (1, [(1, -9, "Out Of Memory")], None, (-9, 1), "memory ran out", {}),
+        (75, [(0, 75)], None, (INTERRUPTED, 0), "", {}),
+        (1, [], None, (CRASHED, 0), "srun ended with code 1, and no task did", {}),
+        (1, [(0, CRASHED)], ALONE, (CRASHED, 0), "rank 3 on n9 stands", {"n9"}),
+        (1, [(0, CRASHED)], TOGETHER, (CRASHED, 0), "ranks 0, 1 stand (on n0)", {}),
+    ],
+)  # fmt: skip
+def test_how_an_attempt_ended(attempt, srun_code, ends, record, expected, how, blamed):
+    if isinstance(record, Hang):
+        publish_hang(attempt, record)
+    elif record is not None:
+        write_error(attempt, 1, record)
+    outcome = outcome_of(attempt, srun_code, [failed(*end) for end in ends], False)
+    assert (outcome.code, outcome.rank) == expected
+    assert how in outcome.how
+    assert outcome.blamed.keys() == set(blamed)
 
 
 def test_ranks_that_were_asked_are_interrupted_however_they_end(attempt):
     assert outcome_of(attempt, 137, [failed(0, -9)], True).code == INTERRUPTED
-    assert outcome_of(attempt, 75, [failed(0, 75)], False).code == INTERRUPTED
-
-
-def test_srun_that_fails_by_itself_is_a_crash(attempt):
-    outcome = outcome_of(attempt, 1, [], False)
-    assert (outcome.code, outcome.how) == (CRASHED, "srun ended with code 1, and no task did")
 
 
 def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
@@ -152,12 +135,6 @@ def test_a_failed_task_does_not_wait_for_ever_for_the_others(tmp_path, monkeypat
     step = JobStep([sys.executable, "-c", code], {}, tmp_path / "srun.log")
     assert step.wait(lambda: False, "7") == -9
     assert step.failures == [Failure(1, "n2", -9, "Killed")]
-
-
-def test_a_collective_that_hangs_over_several_nodes_blames_none(attempt):
-    publish_hang(attempt, Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand"))
-    outcome = outcome_of(attempt, 1, [failed(0, CRASHED)], False)
-    assert (outcome.how, outcome.blamed) == ("ranks 0, 1 stand (on n0)", {})
 
 
 def test_the_scratch_on_a_nodes_disk_is_the_users_own(tmp_path):

@@ -133,12 +133,9 @@ class Progress(Protocol):
         self, phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0
     ) -> None:
         """Show that `done` of `total` (None: unknown) of `phase` are done. phase: a label that can
-        stand alone on a line; unit: such as "bytes" or "tokens".
-
-        tokens: number made so far, if `unit` isn't tokens. A phase ends with done == total. Without
-        a unit, `phase` is a sentence to print at once. Called from one thread, up to some hundred
-        times a second.
-        """
+        stand alone on a line; unit: such as "bytes" or "tokens". tokens: number made so far, if
+        `unit` isn't tokens. A phase ends with done == total. Without a unit, `phase` is a sentence
+        to print at once. Called from one thread, up to some hundred times a second."""
 
 
 def silent(phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0) -> None:

@@ -114,11 +114,9 @@ def retried(
     work: Callable[[], T], failed: Callable[[Transient, float], None] = lambda error, pause: None
 ) -> T:
     """Return the result of `work`, which is done again, after growing pauses, when the storage
-    fails in a way that may go away by itself.
-
-    failed: called with the error and the seconds of the pause before the next try. Raises the last
-    Transient if all tries fail, every other error at once.
-    """
+    fails in a way that may go away by itself. failed: called with the error and the seconds of the
+    pause before the next try. Raises the last Transient if all tries fail, every other error at
+    once."""
     for pause in (*PAUSES, None):
         try:
             return work()

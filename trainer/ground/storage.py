@@ -254,11 +254,9 @@ def check_table(
     only: str | None = None,
     afresh: bool = False,
 ) -> list[str]:
-    """Compare a published directory with its table; return one sentence per fault.
-
-    part (i, n): verify every n-th file starting at the i-th, largest first, so that n ranks share
-    the work evenly; only: verify this file alone; afresh: see `hash_file`.
-    """
+    """Compare a published directory with its table; return one sentence per fault. part (i, n):
+    verify every n-th file starting at the i-th, largest first, so that n ranks share the work
+    evenly; only: verify this file alone; afresh: see `hash_file`."""
     directory, (first, parts) = Path(directory), part
     try:
         table = read_table(directory)
@@ -300,11 +298,9 @@ def publish(stage: Path, final: Path) -> None:
 @contextmanager
 def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     """Yield an empty stage directory for `final`; publish it after the block, remove it on error.
-
     Each caller has a stage of its own: of several that make the same directory at once, one
     publishes, and the others get the OSError of `publish`. What processes of this host that live no
-    more left behind, with the same tag, is removed first.
-    """
+    more left behind, with the same tag, is removed first."""
     final = Path(final)
     begin, end = f".{final.name}.{tag}.{socket.gethostname()}.", ".stage"
     final.parent.mkdir(parents=True, exist_ok=True)

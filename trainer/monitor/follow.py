@@ -34,10 +34,8 @@ _FILES = ("", "parent.json", "metrics.jsonl", "events.jsonl", "launch.json", "he
 
 
 class Follower:
-    """Reads the whole lines of a file, block by block; a subclass says what it makes of them.
-
-    A damaged line raises UserError, now and at each later look.
-    """
+    """Reads the whole lines of a file, block by block; a subclass says what it makes of them. A
+    damaged line raises UserError, now and at each later look."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -73,12 +73,9 @@ class Section:
 def render(template: Path = PAGE, *, title: str, sections: Sequence[Section] = (),
            data: Mapping[str, Any] | None = None, scripts: Sequence[Path] = (),
            **values: Any) -> str:  # fmt: skip
-    """Return a page as HTML.
-
-    template: page.html.j2, or one that extends it; data: what the scripts read beside the figures;
-    scripts: files that run after chart.js; values: what the template reads beside: intro, a
-    sentence below the title; lead: smaller ones.
-    """
+    """Return a page as HTML. template: page.html.j2, or one that extends it; data: what the scripts
+    read beside the figures; scripts: files that run after chart.js; values: what the template reads
+    beside: intro, a sentence below the title; lead: smaller ones."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _HERE]),
         autoescape=True,

@@ -37,13 +37,10 @@ _LINE = 40  # characters of a line of a point's text, so that it fits a phone
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis.
-
-    title: with its unit; log: logarithmic; power: numbers are powers of ten (10^21, not 7B);
-    percent: numbers are fractions, written in %; ends: None for those of the data, high first for
-    an axis that runs down; ticks: (value, text), None for round numbers; zero: there is a line at
-    0; grid: ticks have lines across the figure.
-    """
+    """One axis. title: with its unit; log: logarithmic; power: numbers are powers of ten (10^21,
+    not 7B); percent: numbers are fractions, written in %; ends: None for those of the data, high
+    first for an axis that runs down; ticks: (value, text), None for round numbers; zero: there is a
+    line at 0; grid: ticks have lines across the figure."""
 
     title: str = ""
     log: bool = False

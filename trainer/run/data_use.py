@@ -58,10 +58,8 @@ class DataUse:
 
 
 def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
-    """Return what a settled job reads; an estimate from sizes where counting takes long.
-
-    check: returns what a function returns; None if it raises UserError, which it records.
-    """
+    """Return what a settled job reads; an estimate from sizes where counting takes long. check:
+    returns what a function returns; None if it raises UserError, which it records."""
 
     def count_held_out() -> list[int]:
         rows = whole_rows_of(job, sources, "validation", where)

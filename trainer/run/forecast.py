@@ -77,10 +77,8 @@ class Forecast:
 @dataclass(frozen=True)
 class PredictionInterval:
     """A predicted loss with its intervals, for a run of N `parameters` that ends after `tokens`.
-
     forecast, hash: path and hash of the forecast; parameters: N by the forecast's convention; loss:
-    nats per token; inner: the 50 % interval; outer: the interval at `level`.
-    """
+    nats per token; inner: the 50 % interval; outer: the interval at `level`."""
 
     forecast: Path
     hash: str

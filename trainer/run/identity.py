@@ -20,12 +20,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]  # of an editable install
 
 
 def code_and_id() -> dict[str, Any]:
-    """Return the fields that any process of a run can know: git and wandb_id.
-
-    git: the commit of forescale's checkout and whether files differ from it, and the commit of the
-    working directory, where the user's own code is; absent where there is no repository. wandb_id:
-    random, so that runs of one name in two places are two curves.
-    """
+    """Return the fields that any process of a run can know: git and wandb_id. git: the commit of
+    forescale's checkout and whether files differ from it, and the commit of the working directory,
+    where the user's own code is; absent where there is no repository. wandb_id: random, so that
+    runs of one name in two places are two curves."""
     here = _git(Path.cwd(), "rev-parse", "HEAD")
     git = {**version_of_checkout(), **({"directory": here} if here else {})}
     return {"git": git, "wandb_id": secrets.token_hex(8)}
@@ -52,10 +50,8 @@ def data_fields(sources: Sources) -> dict[str, Any]:
 
 
 def complete(run: Run, parameters: int, device: str) -> dict[str, Any]:
-    """Return run.json, to which the fields that it lacked are added. Only for rank 0.
-
-    parameters: their number in the model; device: the name of the rank's GPU, or "cpu".
-    """
+    """Return run.json, to which the fields that it lacked are added. Only for rank 0. parameters:
+    their number in the model; device: the name of the rank's GPU, or "cpu"."""
     stored = read_json(run.identity)
     known = {"parameters": parameters, "device": device}
     if lacks := {k: v for k, v in {**code_and_id(), **known}.items() if k not in stored}:
