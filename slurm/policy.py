@@ -112,7 +112,10 @@ def past(run: Run, submission: str) -> Past:
         after = of_submission[i + 1][0] if i + 1 < len(of_submission) else float("inf")
         if any(number <= author < after for author in saved):
             crashes = 0
-        crashes += is_crash(launch)
+        # An attempt without a recorded end counts, because the job may crash its nodes; one that
+        # got a stop signal, or never began because of faulty nodes, doesn't.
+        if not (launch.get("stop_signal") or launch.get("faulty")):
+            crashes += launcher.next_action(launch.get("code", 1), 0) == "restart"
         for host, reason in launch.get("blamed", {}).items():
             blamed.setdefault(host, []).append(reason)
         faulty |= launch.get("faulty", {})
@@ -134,15 +137,6 @@ def _idle(launches: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) 
             break
         count, after = count + (not is_exempt), first
     return count
-
-
-def is_crash(launch: dict[str, Any]) -> bool:
-    """True if an attempt ended in a way that may repeat. One without a recorded end counts, because
-    the job may crash its nodes; one that got a stop signal, or never began because of faulty nodes,
-    doesn't."""
-    if launch.get("stop_signal") or launch.get("faulty"):
-        return False
-    return launcher.next_action(launch.get("code", 1), 0) == "restart"
 
 
 def _author(run: Run, step: int) -> int | None:

@@ -24,7 +24,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from forescale.ground.rendezvous import free_port, interface_to, open_store
+from forescale.ground.rendezvous import free_port, open_store, use_interface_to
 from forescale.slurm.preflight.checks import Here, run_checks
 from forescale.slurm.preflight.collect import ADDRESS
 from forescale.slurm.preflight.findings import Requirements, rounds
@@ -65,10 +65,7 @@ class Network:
             return self.broken(first, lost=bool(_LOST.search(str(e))))
 
     def _measure(self) -> dict[str, Any]:
-        name = interface_to(self.supervisor)
-        if name:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # else: all that begin so
+        use_interface_to(self.supervisor)
         import torch
         import torch.distributed as dist
 

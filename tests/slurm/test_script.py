@@ -103,13 +103,6 @@ def test_modules_and_lines_come_before_python():
     assert "export A='b c'" in script
 
 
-def test_a_container_is_for_the_ranks_alone():
-    import sys
-
-    script = order(container="image", python="python3").script()
-    assert f"exec {sys.executable} -P -m forescale.slurm.batch" in script
-
-
 @pytest.mark.parametrize("end", ["\n", "\r", "\x0b", "\x85", "\u2028"])
 def test_a_line_break_in_a_name_adds_no_line_to_the_script(end):
     """A directory or a profile may have any name."""

@@ -60,17 +60,14 @@ def test_train_is_what_is_submitted_where_nothing_is_said(submit):
     assert "generate: can't be submitted; write forescale submit train" in err
 
 
-def test_without_slurm_there_is_a_sentence_and_no_trace_of_a_job(submit, tmp_path):
-    code, _, err = submit("train", "x")
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [("train.seed=1", "sbatch: is not on this machine's PATH"), ("slurm.mem=600M", "memory:")],
+)
+def test_a_job_without_slurm_or_that_cannot_fit_leaves_no_trace(submit, tmp_path, word, sentence):
+    code, _, err = submit("train", "x", word)
     assert code == 2
-    assert "sbatch: is not on this machine's PATH" in err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_plan_that_cannot_fit_is_refused(submit, tmp_path):
-    code, _, err = submit("train", "x", "slurm.mem=600M")
-    assert code == 2
-    assert "memory:" in err
+    assert sentence in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -163,22 +160,6 @@ def test_the_same_code_is_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_code(tmp_path / name, [])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_the_users_own_model_and_callbacks_are_packed(tmp_path, monkeypatch):
-    package = tmp_path / "ownmodels"
-    (package / "deep").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "deep/net.py").write_text("class Net: ...\n")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loud.py").write_text("class Loud: ...\n")
-    callbacks = "callbacks=[{_target_: loud.Loud}, {_target_: ownmodels.Other}]"
-    job = compose(TrainJob, ["model._target_=ownmodels.deep.net.Net", callbacks, "run.name=x"])
-    packages = own_packages(job)
-    assert packages == [package, tmp_path / "loud.py"]
-    write_code(tmp_path / "code.tar", packages)
-    with tarfile.open(tmp_path / "code.tar") as tar:
-        assert {"code/ownmodels/deep/net.py", "code/loud.py"} <= set(tar.getnames())
 
 
 def test_an_installed_model_stays_where_it_is():

@@ -60,10 +60,17 @@ def own_address(host: str) -> str | None:
 
 
 def interface_to(host: str) -> str | None:
-    """Return the network interface with `own_address(host)`, for gloo and NCCL; None if there is
-    none."""
+    """Return the network interface with `own_address(host)`; None if there is none."""
     address = own_address(host)
     return _interface_of(address) if address else None
+
+
+def use_interface_to(host: str) -> None:
+    """Bind the sockets of gloo and NCCL to `interface_to(host)`, before either is used, where the
+    environment names no other."""
+    if name := interface_to(host):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # as in use_loopback
 
 
 def _interface_of(address: str) -> str | None:

@@ -60,9 +60,17 @@ def pictures(
     """Return figures, drawn below each other, by format. key: labels and their colours; size:
     inches, the width of the picture and the height of a figure."""
     with matplotlib.rc_context(_STYLE):
-        heights = [_height(figure, size[1]) for figure in figures]
-        handles = [*_key(key), *_names(figures).values()]
-        columns = _columns([str(handle.get_label()) for handle in handles], size[0])
+        # With a row for each label, heights are proportional to the page's.
+        heights = [size[1] if figure.y.ticks is None else max(1.6, 0.75 * figure.height / _PIXELS)
+                   for figure in figures]  # fmt: skip
+        handles: list[Artist] = [
+            Line2D([], [], color=colour, label=_text(label), marker="o", linestyle="", markersize=4)
+            for label, colour in key
+        ]
+        handles += _names(figures).values()
+        longest = max((len(str(handle.get_label())) for handle in handles), default=0) + _MARK
+        most = min(3 if size[0] == COLUMN[0] else 6, len(handles))
+        columns = max(1, min(most, int(size[0] * _LETTERS) // longest))
         rows = math.ceil(len(handles) / columns)
         canvas = Canvas((size[0], sum(heights) + 0.16 * rows), layout="constrained")
         FigureCanvasAgg(canvas)
@@ -72,21 +80,11 @@ def pictures(
         if handles:
             canvas.legend(handles=handles, loc="outside lower center", ncols=columns,
                           handletextpad=0.4, columnspacing=1.0)  # fmt: skip
-        return {form: _saved(canvas, form) for form in forms}
-
-
-def _columns(labels: Sequence[str], width: float) -> int:
-    """Return how many columns of entries fit below a picture of so many inches."""
-    longest = max(map(len, labels), default=0) + _MARK
-    return max(
-        1, min(3 if width == COLUMN[0] else 6, len(labels), int(width * _LETTERS) // longest)
-    )
-
-
-def _key(key: Sequence[tuple[Cell, str]]) -> list[Line2D]:
-    """Return the entries of the colours."""
-    return [Line2D([], [], color=colour, label=_text(label), marker="o", linestyle="",
-                   markersize=4) for label, colour in key]  # fmt: skip
+        images = {form: BytesIO() for form in forms}
+        for form, image in images.items():
+            metadata = {"Date": None} if form == "svg" else None
+            canvas.savefig(image, format=form, dpi=_DPI, metadata=metadata)
+        return {form: image.getvalue() for form, image in images.items()}
 
 
 def _names(figures: Sequence[Figure]) -> dict[str, Artist]:
@@ -110,18 +108,6 @@ def _names(figures: Sequence[Figure]) -> dict[str, Artist]:
     return entries
 
 
-def _saved(canvas: Canvas, form: str) -> bytes:
-    into = BytesIO()
-    metadata = {"Date": None} if form == "svg" else None
-    canvas.savefig(into, format=form, dpi=_DPI, metadata=metadata)
-    return into.getvalue()
-
-
-def _height(figure: Figure, height: float) -> float:
-    """Return inches; with a row for each label, they are proportional to the page's."""
-    return height if figure.y.ticks is None else max(1.6, 0.75 * figure.height / _PIXELS)
-
-
 def _draw(axes: Axes, figure: Figure) -> None:
     axes.set_xlabel(_text(figure.x.title))
     if figure.y.ticks is None:
@@ -130,28 +116,24 @@ def _draw(axes: Axes, figure: Figure) -> None:
         axes.set_title(_text(figure.y.title), loc="left", fontsize=7.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    for order, trace in enumerate(figure.traces):
-        _trace(axes, trace, 2 + 0.01 * order)
+    for number, trace in enumerate(figure.traces):
+        colour, order = trace.colours[0], 2 + 0.01 * number
+        if trace.kind == "line":
+            axes.plot(trace.x, trace.y, solid_capstyle="butt", zorder=order, **_line(trace))
+        elif trace.kind == "dots":
+            _dots(axes, trace, order)
+        elif trace.kind == "band":
+            assert trace.high is not None
+            axes.fill_between(trace.x, trace.y, trace.high, color=colour, linewidth=0, zorder=order)
+        else:
+            assert trace.high is not None
+            axes.barh(trace.y, trace.high - trace.x, 0.65, trace.x, color=colour, zorder=order)
     if figure.x.zero:
         axes.axvline(0, color=FAINT, linewidth=0.8, zorder=1)
     if figure.y.zero:
         axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
     _scale(axes, "x", figure.x, figure.ends("x"))
     _scale(axes, "y", figure.y, figure.ends("y"))
-
-
-def _trace(axes: Axes, trace: Trace, order: float) -> None:
-    colour = trace.colours[0]
-    if trace.kind == "line":
-        axes.plot(trace.x, trace.y, solid_capstyle="butt", zorder=order, **_line(trace))
-    elif trace.kind == "dots":
-        _dots(axes, trace, order)
-    elif trace.kind == "band":
-        assert trace.high is not None
-        axes.fill_between(trace.x, trace.y, trace.high, color=colour, linewidth=0, zorder=order)
-    else:
-        assert trace.high is not None
-        axes.barh(trace.y, trace.high - trace.x, 0.65, trace.x, color=colour, zorder=order)
 
 
 def _line(trace: Trace) -> dict[str, Any]:
@@ -176,12 +158,8 @@ def _dots(axes: Axes, trace: Trace, order: float) -> None:
                       capsize=2, zorder=order)  # fmt: skip
     looks: dict[tuple[str, str, bool], list[int]] = {}
     for i in range(len(trace.x)):
-        look = (
-            _at(trace.shapes, i, "circle"),
-            _at(trace.colours, i, INK),
-            _at(trace.hollow, i, False),
-        )
-        looks.setdefault(look, []).append(i)
+        shape, colour = _at(trace.shapes, i, "circle"), _at(trace.colours, i, INK)
+        looks.setdefault((shape, colour, _at(trace.hollow, i, False)), []).append(i)
     for (shape, colour, hollow), rows in looks.items():
         look_of = _dot(trace, shape, colour, hollow)
         axes.plot(trace.x[rows], trace.y[rows], zorder=order, **look_of)

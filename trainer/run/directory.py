@@ -324,10 +324,6 @@ class Attempt:
             problem = f"is not a parent that this version can read ({e})"
             raise UserError(str(path), problem, "use the version that wrote the run") from None
 
-    def own_steps(self) -> list[Row]:
-        """Return the train rows of the steps that this attempt made itself."""
-        return read_rows(self.metrics.path, kind="train", attempt=self.number)
-
     def event(self, kind: str, **facts: Any) -> None:
         """Write an event: its kind, and facts by name."""
         self.events.add({"kind": kind, "attempt": self.number, "time": time.time(), **facts})

@@ -27,6 +27,7 @@ FILES = {
     "json.py": "raise SystemExit('this is not the standard library')\n",
     "yaml.py": "raise SystemExit('this is not the installed one')\n",
     "notes.py": "import yaml\n",
+    "loud.py": "class Loud: ...\n",
 }
 
 
@@ -46,6 +47,8 @@ def job(target="net.Net"):
 
 
 def test_a_model_runs_elsewhere_with_all_that_it_imports_from_beside_it(here, tmp_path):
+    callback = compose(TrainJob, ["callbacks=[{_target_: loud.Loud}]"])
+    assert own_packages(callback) == [here / "loud.py"]
     packages = own_packages(job())
     assert packages == [here / "net.py", here / "helpers.py", here / "pieces"]
     write_code(tmp_path / "code.tar", packages)

@@ -172,63 +172,52 @@ CHECKED = {"facts": {}, "faults": [], "port": 1}
 LOST = {"broken": {"problem": "closed by peer", "todo": "look", "kind": "network"}, "lost": True}
 
 
-def test_who_breaks_off_the_measuring_is_blamed_and_not_those_that_lost_it(requirements):
-    broken = {"problem": "CUDA error", "todo": "look", "kind": "network"}
-    looks = preflight(replace(requirements, reduce=True), "a", "b", "c")
-    threads = [
-        play(looks, "a", CHECKED, LOST),
-        play(looks, "b", CHECKED, {"broken": broken, "lost": False}),
-        play(looks, "c", CHECKED, LOST),
-    ]
+def collected(requirements: Requirements, **words: list[dict]):
+    """The report of a preflight whose nodes say these words."""
+    looks = preflight(requirements, *words)
+    threads = [play(looks, host, *of_host) for host, of_host in words.items()]
     report = looks.collect(lambda: False, 10)
-    assert report.of_nodes == {"b": "CUDA error; look"}
-    assert report.gb_per_second is None
     for thread in threads:
         thread.join()
+    return report
+
+
+def measured(requirements: Requirements, rates: dict[str, dict], reduce: dict[str, float]):
+    words = {host: {"pairs": pairs, "reduce": reduce[host]} for host, pairs in rates.items()}
+    requirements = replace(requirements, reduce=True)
+    return collected(requirements, **{host: [CHECKED, word] for host, word in words.items()})
+
+
+def test_who_breaks_off_the_measuring_is_blamed_and_not_those_that_lost_it(requirements):
+    broken = {"broken": {"problem": "CUDA error", "todo": "look", "kind": "network"}, "lost": False}
+    words = {"a": [CHECKED, LOST], "b": [CHECKED, broken], "c": [CHECKED, LOST]}
+    report = collected(replace(requirements, reduce=True), **words)
+    assert report.of_nodes == {"b": "CUDA error; look"}
+    assert report.gb_per_second is None
 
 
 def test_a_network_that_fails_for_all_is_a_fault_of_all(requirements):
-    looks = preflight(replace(requirements, reduce=True), "a", "b")
-    threads = [play(looks, host, CHECKED, LOST) for host in ("a", "b")]
-    report = looks.collect(lambda: False, 10)
+    words = {"a": [CHECKED, LOST], "b": [CHECKED, LOST]}
+    report = collected(replace(requirements, reduce=True), **words)
     assert sentences(report.common) == ["all nodes: closed by peer; look"]
-    for thread in threads:
-        thread.join()
 
 
 def test_of_two_nodes_nobody_is_called_slow(requirements):
-    requirements = replace(requirements, reduce=True, min_gb_per_second=2.0)
-    looks = preflight(requirements, "a", "b")
-    threads = [
-        play(looks, "a", CHECKED, {"pairs": {"b": 0.5}, "reduce": 0.4}),
-        play(looks, "b", CHECKED, {"pairs": {"a": 0.6}, "reduce": 0.3}),
-    ]
-    report = looks.collect(lambda: False, 10)
+    requirements = replace(requirements, min_gb_per_second=2.0)
+    report = measured(requirements, {"a": {"b": 0.5}, "b": {"a": 0.6}}, {"a": 0.4, "b": 0.3})
     assert report.faults == []
     assert report.gb_per_second == 0.3
     assert report.notes[0].startswith("a and b: 0.50 GB/s between them, below 2")
-    for thread in threads:
-        thread.join()
 
 
 def test_a_slow_node_is_named(requirements):
     rates = {"a": {"b": 1.0, "c": 9.0}, "b": {"a": 1.0, "c": 1.1}, "c": {"a": 9.0, "b": 1.1}}
-    looks = preflight(replace(requirements, reduce=True), *rates)
-    threads = [
-        play(looks, host, CHECKED, {"pairs": pairs, "reduce": 1.0}) for host, pairs in rates.items()
-    ]
-    report = looks.collect(lambda: False, 10)
+    report = measured(requirements, rates, dict.fromkeys(rates, 1.0))
     assert list(report.of_nodes) == ["b"]
     assert report.of_nodes["b"].startswith("1.10 GB/s at best with its neighbours; the median is 9")
-    for thread in threads:
-        thread.join()
 
 
 def test_a_process_that_dies_before_it_has_spoken_is_named(requirements):
-    looks = preflight(requirements, "a", "b")
-    threads = [play(looks, "a"), play(looks, "b", CHECKED)]
-    report = looks.collect(lambda: False, 10)
+    report = collected(requirements, a=[], b=[CHECKED])
     assert "ended without a report" in report.of_nodes["a"]
     assert list(report.of_nodes) == ["a"]
-    for thread in threads:
-        thread.join()

@@ -150,11 +150,14 @@ def with_class(own_run):
     return own_run
 
 
-def test_a_class_that_only_the_run_names_needs_trust(with_class):
+def test_a_class_that_only_the_run_names_needs_trust_and_a_typed_one_needs_none(with_class):
+    typed_class = typed("model._target_=mine.Model", "model.depth=3").model
+    assert typed_class == TargetConfig("mine.Model", {"depth": 3})
     with pytest.raises(UserError, match=r"model\._target_: .*mine\.Model.*or trust=true"):
         typed()
     job = typed("trust=true")
     assert job.model.arguments == {"width": 64}
+    assert typed("trust=true", "model.depth=3").model.arguments == {"width": 64, "depth": 3}
     assert not job.trust
     assert "trust: false" in freeze(job)
 
@@ -164,15 +167,6 @@ def test_a_stored_trust_counts_for_nothing(with_class):
     with_class.config.write_bytes(text.replace(b"trust: false", b"trust: true"))
     with pytest.raises(UserError, match=r"trust=true"):
         typed()
-
-
-def test_a_class_that_is_typed_needs_none_and_has_the_typed_arguments(with_class):
-    job = typed("model._target_=mine.Model", "model.depth=3")
-    assert job.model == TargetConfig("mine.Model", {"depth": 3})
-
-
-def test_arguments_of_the_runs_class_can_be_typed_alone(with_class):
-    assert typed("trust=true", "model.depth=3").model.arguments == {"width": 64, "depth": 3}
 
 
 def test_a_class_that_this_user_has_named_is_remembered_for_this_run_and_these_arguments(

@@ -214,12 +214,14 @@ def test_the_second_of_two_first_launches_says_so(job, monkeypatch):
     assert start(job()).run.path == other
 
 
-def test_a_rank_does_not_write_the_config(job):
+def test_a_rank_neither_writes_nor_corrects_the_config(job):
     """It may have slept while another launch changed it."""
     run = start(job()).run
     start(job("checkpoint.keep=5"))
     before = listing(run.path)
     assert reopen(job()).job.checkpoint.keep == 2
+    with pytest.raises(UserError, match="another config"):
+        reopen(job("train.seed=5"))
     assert listing(run.path) == before
 
 
@@ -290,14 +292,6 @@ def test_a_run_that_made_no_step_takes_a_corrected_command(job, tmp_path):
     train_a_step(run)
     with pytest.raises(UserError, match=r"other data"):
         start(job("train.seed=5", "model.width=64"))
-
-
-def test_a_rank_corrects_nothing(job):
-    run = start(job()).run
-    before = listing(run.path)
-    with pytest.raises(UserError, match="another config"):
-        reopen(job("train.seed=5"))
-    assert listing(run.path) == before
 
 
 def lose_rows(run):
