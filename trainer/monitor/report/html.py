@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from forescale.config.frozen import freeze
 from forescale.ground.errors import masked
-from forescale.monitor.report import origins, panels, tables
+from forescale.monitor.report import panels, tables
 from forescale.monitor.report.curves import X, read_curves
 from forescale.monitor.report.events import events_of
 from forescale.monitor.report.panels import Panel, RunCurves
@@ -71,8 +71,8 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
             tables.time_use(reported),
             tables.events(reported),
             tables.checkpoints(reported),
-            origins.environment(reported),
-            origins.differences(reported),
+            tables.environment(reported),
+            tables.differences(reported),
         ],
         configs=[(run.label, masked(freeze(run.status.job))) for run in reported],
         data=panels.payload(curves, charts, x),
