@@ -139,26 +139,21 @@ def attempts(tmp_path):
     return Attempts(tmp_path / "run")
 
 
-def test_crashes_count_over_the_lives_of_a_job(attempts):
-    assert attempts.past.crashes == 0
-    assert attempts.add(1).add(-9).past.crashes == 2
-
-
-def test_an_end_that_nobody_saw_counts(attempts):
-    """A job may be what kills its nodes."""
-    assert attempts.add(None).add(None).past.crashes == 2
-
-
-def test_a_new_checkpoint_makes_a_crash_the_first(attempts):
-    assert attempts.add(1).add(1).add(1, saves=40).past.crashes == 1
-
-
-def test_who_was_asked_to_end_has_not_crashed(attempts):
-    assert attempts.add(1, stop_signal="SIGTERM").add(INTERRUPTED).past.crashes == 0
-
-
-def test_another_submission_begins_to_count_anew(attempts):
-    assert attempts.add(1, submission="0000").add(1).past.crashes == 1
+@pytest.mark.parametrize(
+    ("ends", "crashes"),
+    [
+        ([], 0),
+        ([{"code": 1}, {"code": -9}], 2),  # over the lives of a job
+        ([{}, {}], 2),  # nobody saw the end: a job may be what kills its nodes
+        ([{"code": 1}, {"code": 1}, {"code": 1, "saves": 40}], 1),  # a new checkpoint
+        ([{"code": 1, "stop_signal": "SIGTERM"}, {"code": INTERRUPTED}], 0),  # asked to end
+        ([{"code": 1, "submission": "0000"}, {"code": 1}], 1),  # another submission
+    ],
+)
+def test_crashes_in_a_row(attempts, ends, crashes):
+    for end in ends:
+        attempts.add(**end)
+    assert attempts.past.crashes == crashes
 
 
 def test_blame_is_kept(attempts):
