@@ -122,9 +122,8 @@ def memory(here: Here) -> Iterator[NodeFault]:
     if needs is not None and bounds[which] < needs:
         ranks = f"its {tasks} ranks need" if tasks > 1 else "its rank needs"
         of = "is free" if which == "free" else "for the job"
-        problem = (
-            f"{bounds[which] / _GIB:.1f} GiB of memory {of} where {ranks} {needs / _GIB:.1f} GiB"
-        )
+        problem = f"{bounds[which] / _GIB:.1f} GiB of memory {of} where {ranks} "
+        problem += f"{needs / _GIB:.1f} GiB"
         yield here.fault("memory", problem, "ask for more with slurm.mem, or exclude the node")
 
 
@@ -227,9 +226,8 @@ def cpus(here: Here) -> Iterator[NodeFault]:
     if count < here.requirements.tasks:
         problem = f"{count} CPU{'s' if count > 1 else ''} for the job where it has "
         problem += f"{here.requirements.tasks} ranks, which need one each"
-        yield here.fault(
-            "cpus", problem, "ask for more with slurm.cpus_per_task, or exclude the node"
-        )
+        todo = "ask for more with slurm.cpus_per_task, or exclude the node"
+        yield here.fault("cpus", problem, todo)
 
 
 CHECKS = {
@@ -261,10 +259,7 @@ def run_checks(
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    faults = []
     for subject in checks:
-        late = here.fault(
-            subject, f"{subject} did not answer in {seconds:.0f} s", "exclude the node"
-        )
-        faults += results.get(subject, [late])
-    return faults
+        problem = f"{subject} did not answer in {seconds:.0f} s"
+        results.setdefault(subject, [here.fault(subject, problem, "exclude the node")])
+    return [fault for subject in checks for fault in results[subject]]

@@ -170,13 +170,9 @@ def masked(text: str) -> str:
         if name.startswith(PREFIX) and len(value) >= _SHORTEST:
             for text_form in (value, value.removeprefix("?"), with_secrets(f"${name}@")[:-1]):
                 text = text.replace(text_form, f"${name}")
-    text = _QUERY.sub(r"\1?...", _IN_TEXT.sub(_without_user, text))
-    return _PARAMETER.sub(r"\1...", text)
-
-
-def _without_user(match: re.Match[str]) -> str:
-    """A name of a variable is no secret."""
-    return match[0] if _NAME.fullmatch(match[0][:-1]) else ""
+    # A name of a variable is no secret.
+    text = _IN_TEXT.sub(lambda user: user[0] if _NAME.fullmatch(user[0][:-1]) else "", text)
+    return _PARAMETER.sub(r"\1...", _QUERY.sub(r"\1?...", text))
 
 
 def with_secrets(address: str) -> str:

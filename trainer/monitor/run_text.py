@@ -26,7 +26,6 @@ from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
-from forescale.run.rows import Row
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job
@@ -94,7 +93,13 @@ def show_run(
         f"{s.job.objective.counted}{loss}; last seen {span(s.age)} ago"
     )
     if last := s.validation:
-        console.print(f"Validation at step {last['step']:,}: {_validation(last)}")
+        loss = f"loss {last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,}"
+        if (accuracy := last.get("rewards/accuracies")) is not None:
+            score = f"accuracy {accuracy:.1%}, {loss} preferences"
+        else:
+            of = f" of {last['scored']}" if "scored" in last else ""
+            score = f"{last['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
+        console.print(f"Validation at step {last['step']:,}: {score}")
         if shares := in_words(last):
             say(shares[0].upper() + shares[1:])
     if line := _forecast(s):
@@ -129,15 +134,6 @@ def show_run(
         )
     if events := s.events():
         say("Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()))
-
-
-def _validation(row: Row) -> str:
-    """Return a row of held-out scores as a phrase, of a text or of preferences."""
-    loss = f"loss {row['loss']:.4f} ± {row['loss_stderr']:.4f} over {row['windows']:,}"
-    if (accuracy := row.get("rewards/accuracies")) is not None:
-        return f"accuracy {accuracy:.1%}, {loss} preferences"
-    of = f" of {row['scored']}" if "scored" in row else ""
-    return f"{row['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
 
 
 def _forecast(s: Status) -> str | None:

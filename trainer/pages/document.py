@@ -90,21 +90,17 @@ def render(template: Path = PAGE, *, title: str, sections: Sequence[Section] = (
         if isinstance(picture, Figure)
     }
     code = "\n".join(path.read_text() for path in (_HERE / "chart.js", *scripts))
+    text = json.dumps({"figures": figures, **(data or {})}, ensure_ascii=False, allow_nan=False,
+                      separators=(",", ":"))  # fmt: skip
+    for mark in "<>&\u2028\u2029":  # so that it can stand inside of a script element
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
     return environment.get_template(template.name).render(
         title=title,
         sections=sections,
-        data=Markup(_json({"figures": figures, **(data or {})})),
+        data=Markup(text),
         script=Markup(code),
         **{"intro": "", "lead": (), **values},
     )
-
-
-def _json(data: Any) -> str:
-    """Return data as JSON that can stand inside of a script element."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for mark in "<>&\u2028\u2029":
-        text = text.replace(mark, f"\\u{ord(mark):04x}")
-    return text
 
 
 def code(text: str) -> Markup:

@@ -137,16 +137,15 @@ class Figure:
 
 def rounded(values: Iterable[float]) -> list[float | None]:
     """Return numbers with six digits, whole ones whole; None for what is not finite."""
-    return [_rounded(float(value)) for value in values]
-
-
-def _rounded(value: float) -> float | None:
-    if not np.isfinite(value):
-        return None
-    whole = float(f"{value:.12g}")  # a step or a number of tokens stays whole
-    if whole.is_integer() and abs(whole) < 2**53:
-        return int(whole)
-    return float(f"{value:.{_DIGITS}g}")
+    numbers: list[float | None] = []
+    for value in map(float, values):
+        if not np.isfinite(value):
+            numbers.append(None)
+            continue
+        whole = float(f"{value:.12g}")  # a step or a number of tokens stays whole
+        is_whole = whole.is_integer() and abs(whole) < 2**53
+        numbers.append(int(whole) if is_whole else float(f"{value:.{_DIGITS}g}"))
+    return numbers
 
 
 def clipped(title: str, losses: Array, lowest: Array) -> Axis:
