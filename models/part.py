@@ -1,5 +1,5 @@
-"""What a part of the model is: a frozen dataclass whose fields are its keys, and whose methods are
-its rules and its costs.
+"""A part of the model: a frozen dataclass whose fields are its keys, and whose methods are its rules
+and its costs.
 
 A block has a mixer (tokens exchange information) and an MLP (acts on each token); further parts are
 positions, norms and heads. The registry of each kind of part maps the word of a config to the
@@ -54,14 +54,14 @@ class Part:
         return []
 
     def problems_in(self, sized: "ModelConfig", longest: int | None) -> list[Problem]:
-        """Return the broken rules of its fields beside the rest of the model.
+        """Return the broken rules of the part's fields together with the rest of the model.
 
         sized: the config with its sizes set; longest: the longest sequence, if known.
         """
         return []
 
     def sized(self, sized: "ModelConfig") -> "Part":
-        """Return the part with the sizes set that follow from those of the model."""
+        """Return the part with the sizes that follow from those of the model."""
         return self
 
 
@@ -107,14 +107,14 @@ class BlockPart(Part):
     def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
         """Return the forward FLOPs of one token in one layer, those of its matrices included.
 
-        causal: exactly what a causal model needs, averaged over the positions. Otherwise as PaLM
+        causal: the exact FLOPs of a causal model, averaged over the positions. Otherwise as PaLM
         counts for MFU: each token attends to every position. By default: each matrix once.
         """
         return matrix_flops(self.shapes(config))
 
     def recomputed(self, config: "ModelConfig", sequence_length: int) -> int:
-        """Return the FLOPs of one token in one layer that the backward pass computes again, because
-        the forward pass doesn't save their results."""
+        """Return the FLOPs of one token in one layer that the backward pass recomputes, because the
+        forward pass doesn't save their results."""
         return 0
 
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
@@ -134,8 +134,8 @@ class BlockPart(Part):
         return results + self.kernel_bytes(config, bytes_per_value)
 
     def selective_flops(self, config: "ModelConfig", sequence_length: int) -> int:
-        """Return the forward FLOPs of one token in one layer that selective checkpointing computes
-        again: those of no matrix and of no kernel."""
+        """Return the forward FLOPs of one token in one layer that selective checkpointing
+        recomputes: those outside of matrices and attention kernels."""
         return 0
 
     def idle(self, config: "ModelConfig") -> int:
@@ -199,8 +199,8 @@ class Mixer(BlockPart):
         return 0
 
     def exchanged(self, config: "ModelConfig", ranks: int) -> int:
-        """Return the values of one token in one layer that ranks exchange if so many divide the
-        columns of rows (parallel/groups.py); only with splits_columns."""
+        """Return the values of one token in one layer that `ranks` exchange if they divide the
+        columns of rows (parallel/groups.py). Only with splits_columns."""
         return 0
 
     def plain_bytes(self, config: "ModelConfig", rows: Rows) -> tuple[int, int]:
@@ -223,16 +223,15 @@ class Mlp(BlockPart):
 
     @property
     def columns(self) -> int | None:
-        """The columns of a row that are computed at once, and again in the backward pass; None:
-        all, and nothing again."""
+        """The columns of a row in a chunk, which the backward pass recomputes; None: no chunks."""
         return None
 
     def chunk_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
-        """Return the bytes of one token while a chunk of `columns` is computed again."""
+        """Return the bytes of one token while a chunk is recomputed."""
         return 0
 
     def of_layer(self, layer: int) -> "Mlp":
-        """Return the MLP of a layer, where the first ones may have another."""
+        """Return the MLP of a layer: the first ones may have another."""
         return self
 
 
@@ -299,7 +298,7 @@ def matrix_flops(shapes: Shapes) -> int:
 
 
 def below_1(node: Any, *names: str) -> list[Problem]:
-    """Return the problems of those fields that are set and are no size."""
+    """Return the problems of the named fields that are set and below 1."""
     values = [(name, getattr(node, name)) for name in names]
     return [
         (name, f"{value} is not a size", "give at least 1")
@@ -316,7 +315,7 @@ def by_output(shapes: Shapes, outputs: tuple[str, ...], inputs: str) -> dict[str
 
 
 def copies(num_heads: int, num_kv_heads: int, ranks: int) -> int:
-    """Return how often each key and value head is sent to the ranks that divide the heads: each of
-    `ranks` gets those that its query heads share, and as many queries for each."""
+    """Return how often each key and value head is sent where `ranks` divide the heads: each rank
+    gets the key and value heads of its query heads, all with equally many queries."""
     group = num_heads // num_kv_heads
     return next(n for n in range(1, group + 1) if group % n == 0 and num_kv_heads * n % ranks == 0)

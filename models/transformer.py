@@ -92,24 +92,24 @@ class Transformer(nn.Module):
     ) -> Any:
         """Return logits, or the loss of each window.
 
-        Args: tokens (B, L) int64; targets (B, L) int64, -100 for no target; padding_mask
-        (B, L), True (or 1) for a real token, on either side. Outputs at padding are undefined, so
-        their targets must be -100. documents (B, L), integers: the number of the document that each
-        token belongs to, nondecreasing along the row (a change begins a new document). Then a
-        token attends only to its own document, and positions count from the document's first token
-        in the row, so each document has the same outputs as if it were alone. Without documents a
-        token attends to all earlier tokens. For the cost of masks see masks.additive_mask. cache:
-        what was read of these rows before, to which this call adds (new_cache makes an empty one,
-        for an encoder-decoder encode does); tokens and padding mask are then those of the new
-        columns, there the decoder's. Padding is on the left, and there are no documents. last:
-        logits are wanted of so many last columns alone; None: of all.
-        Returns, without targets: logits (B, L, V), of an encoder-decoder (B, T, V), those of the
-        decoder's T columns; targets of the source's are not read. With targets: losses (B,) fp32,
-        each window's sum of cross-entropy in nats over its targets; with z_loss, or with experts
-        or mtp_layers in training, (losses, penalty), where penalty is a scalar, summed over all
-        targets, for the training objective only.
-        After divide(), B rows are whole but logits and losses are of this rank's columns alone.
-        Raises ValueError if a sequence is longer than the learned position table, for a cache with
+        tokens (B, L) int64.
+        targets (B, L) int64: -100 for no target, as at padding, whose outputs are undefined.
+        padding_mask (B, L): True (or 1) for a real token; padding on either side.
+        documents (B, L), integers: the number of each token's document, nondecreasing along the
+            row. A token attends only to its own document, and positions count from the document's
+            first token in the row, so each document has the same outputs as if it were alone.
+        cache: of the columns that were read before (new_cache; encode for an encoder-decoder).
+            tokens and padding_mask are then of the new columns, in an encoder-decoder the
+            decoder's. Padding is on the left, and there are no documents.
+        last: the number of last columns of which logits are computed; None: all.
+
+        Returns, without targets: logits (B, L, V); of an encoder-decoder (B, T, V), of the
+        decoder's T columns. With targets: losses (B,) fp32, each window's sum of cross-entropy in
+        nats; with z_loss, or with experts or mtp_layers in training, (losses, penalty), where
+        penalty is a scalar, summed over all targets, for the training objective only. After
+        divide(), rows are whole, and logits and losses are of this rank's columns.
+
+        Raises ValueError for a sequence longer than the learned position table, for a cache with
         documents or of a model that is not causal, and in an encoder-decoder for documents and for
         a cache without a source.
         """
@@ -135,20 +135,20 @@ class Transformer(nn.Module):
         return losses_B, penalty
 
     def _head(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Any:
-        """Return the logits of hidden states, or what window_losses returns."""
+        """Return the logits of hidden states or, with targets, the result of window_losses."""
         if self.transform is not None:
             x_BLD = self.transform(x_BLD)
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
 
     def logits_of(self, x_BLD: Tensor) -> Tensor:
-        """Return the logits that the head makes of a residual stream: (B, L, D) -> (B, L, V)."""
+        """Return the logits of a residual stream: (B, L, D) -> (B, L, V)."""
         logits: Tensor = self._head(normed(self.norm, x_BLD), None)
         return logits
 
     def divide(self, group: SequenceGroup) -> None:
-        """From now on take this rank's columns of each row. Every rank of the group then calls
-        `forward` with the same whole rows, and receives the losses of its own columns."""
+        """Divide the columns of rows among the ranks of the group. Each of them then calls `forward`
+        with the same whole rows, and gets the losses of its own columns."""
         self.group = group
 
     def _columns(self, x_BL: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         return Cache(self.sizes.num_layers)
 
     def encode(self, tokens_BS: Tensor, padding_mask_BS: Tensor | None = None) -> Cache:
-        """Return the cache with which the decoder reads its tokens: it has the encoder's output.
+        """Return a cache for the decoder, with the encoder's output.
 
         Args: tokens (B, S) int64, of any length; padding_mask (B, S), True (or 1) for a real token,
         on either side. Raises ValueError for a model without an encoder.
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         cache: Cache | None,
         counted_BL: Tensor | None,
     ) -> Trunk:
-        """Return what the blocks leave, (B, L) -> (B, L, D), normed as the head reads it."""
+        """Return the output of the blocks, (B, L) -> (B, L, D), normed for the head."""
         real, starts, last = padding_mask_BL, None, None if cache is None else cache.last
         memories: list[Memory | None] = []
         if cache is not None:
@@ -223,9 +223,9 @@ class Transformer(nn.Module):
         encodes: bool = False,
         tokens_BL: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing], Context]:
-        """Return the output of the blocks, the encoder's or all others, the routing of experts, and
-        the last context. columns: what views are made of; memories: one a block; (): no cache;
-        tokens: of these columns, for value embeddings."""
+        """Return the output of the blocks (the encoder's or all others), the routings of experts,
+        and the last context. columns: for the views; memories: one per block, (): no cache; tokens:
+        of these columns, for value embeddings."""
         layers = self.config.encoder_layers
         first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
@@ -274,8 +274,8 @@ class Transformer(nn.Module):
     def _source(
         self, x_BSD: Tensor, turn: Rotation | None, columns: Columns
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the encoder's output for its embedded tokens, (B, S, D), and what the decoder adds
-        to their scores, (B, 1, 1, S); None: nothing."""
+        """Return the encoder's output, (B, S, D), for embedded tokens, and the decoder's mask of its
+        columns, (B, 1, 1, S); None without padding."""
         context = Context(turn, self._mask(columns, False), None, columns.real)
         x_BSD, _, _ = self._through(x_BSD, context, columns, encodes=True)
         if self.dividing is not None:  # once for all layers, whose heads each rank has a part of
@@ -287,8 +287,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
 
-        x: the tokens' embeddings. positions: of all columns, of which these are the last L, or this
-        rank's.
+        x: the tokens' embeddings, of the last L columns, or of this rank's. positions: of all
+        columns.
         """
         config, s, length = self.config, self.sizes, x_BLD.shape[1]
         places = positions[..., -length:] if self.group is None else self.group.columns(positions)
@@ -327,7 +327,7 @@ class Transformer(nn.Module):
         return [*self.blocks, *inner, self.embedding if self.head is None else self.head]
 
     def counters(self) -> Tensor | None:
-        """Return the counts of training forward passes; see trainer/train/model.py."""
+        """Return the counts of training forward passes (trainer/train/model.py)."""
         return None if self.tallies is None else self.tallies.counts
 
     def counted(self, totals: Tensor) -> None:
@@ -336,7 +336,7 @@ class Transformer(nn.Module):
             self.tallies.totals = totals
 
     def updated(self) -> None:
-        """Follow the optimizer's update: move the biases of the experts' choice."""
+        """Move the biases of the experts' choice, after the optimizer's update."""
         experts = self.config.experts
         if experts is None or not experts.bias_speed or self.tallies is None:
             return
@@ -348,7 +348,7 @@ class Transformer(nn.Module):
             layer.move_bias(counts[:-2])
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return the experts' load and the losses of later tokens in the step, where there are."""
+        """Return the experts' load and the losses of later tokens in the step, if there are any."""
         experts = self.config.experts
         return metrics_of(self.tallies, 1 if experts is None else experts.top_k)
 

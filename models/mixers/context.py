@@ -1,8 +1,7 @@
-"""What a mixer is given besides the hidden states: positions, who sees whom, and its cache.
+"""The inputs of a mixer besides the hidden states: positions, masks and the cache.
 
-Invariant: a mixer that takes the mask sees exactly the keys that the mask shows; one that doesn't
-uses `starts` and `real`, which say the same, or a view made of them, and needs nothing of size L by
-L.
+Invariant: a mixer that takes the mask sees exactly the keys that the mask shows. Other mixers use
+`starts` and `real`, which say the same, or a view made of them, and need no memory of size L by L.
 """
 
 from collections.abc import Callable
@@ -18,30 +17,32 @@ from forescale.models.decoding.cache import Memory
 from forescale.models.parallel.groups import SequenceGroup
 from forescale.models.positions.position import Rotation
 
-# True while torch computes what changes its own products afterwards, in place: selective
-# checkpointing keeps none of them, since a kept one would be the changed one.
+# True while torch changes its own products in place afterwards: selective checkpointing keeps none
+# of them, because it would keep the changed ones.
 CHANGES_PRODUCTS: ContextVar[bool] = ContextVar("CHANGES_PRODUCTS", default=False)
 
 
 class Context(NamedTuple):
-    """The same for all layers but for `memory`; None: absent. L columns are read now, and S = L +
-    those that the cache has read before.
+    """The inputs of a mixer beside the hidden states; None: absent. L columns are read in this call,
+    and S = L + the columns that the cache has read before.
 
-    rotation: of queries and keys, with rotary positions. mask (B, 1, L, S): added to the scores, 0
-    for a visible key, else -inf (masks.additive_mask); without it a token attends to itself and all
-    earlier tokens or, in a model that is not causal, to all tokens. With alibi or relative
-    positions, which only mixers that take biases receive, mask is (B or 1, H, L, S) and has a bias
-    for a visible key (positions/biases.py). On a GPU it is a BlockMask where only
-    documents and padding hide keys (masks.block_mask). starts (B, S): the column at which each
-    token's document begins. real (B, S): False at padding. memory: the layer's part of the cache: a
-    mixer reads there what it stored about earlier columns, and stores what later ones need. counted
-    (B, L): the tokens that count for the balance of experts; None: all. source (B, S, D): the
-    encoder's output, in the decoder of an encoder-decoder. source_mask (B, 1, 1, S): added to the
-    scores of its tokens. view: what the mixer's viewer (part.Mixer.viewer) made of the
-    Columns of this forward pass. values (B, L, G, K): of the first layer, in the later layers with
-    value_residual. token_values (B, L, G * K): what a layer with a value embedding adds to its
-    values. group: the ranks that divide the columns of the rows; then L are this rank's, while
-    mask, starts, real and view are of all columns, and a mask with heads is of this rank's.
+    rotation: of queries and keys, with rotary positions.
+    mask (B, 1, L, S): added to the scores, 0 for a visible key, else -inf (masks.additive_mask).
+        Without it a token attends to itself and all earlier tokens or, in a model that is not
+        causal, to all tokens. With alibi or relative positions, for mixers that take biases, it is
+        (B or 1, H, L, S) and has the biases of visible keys (positions/biases.py). On a GPU it is a
+        BlockMask where only documents and padding hide keys (masks.block_mask).
+    starts (B, S): the column at which each token's document begins.
+    real (B, S): False at padding.
+    memory: the cache of this layer; the only field that differs between layers with one view.
+    counted (B, L): the tokens that count for the balance of experts; None: all.
+    source (B, S, D): the encoder's output, in the decoder of an encoder-decoder.
+    source_mask (B, 1, 1, S): added to the scores of the encoder's tokens.
+    view: the result of the mixer's viewer (part.Mixer.viewer) for this forward pass.
+    values (B, L, G, K): of the first layer, in later layers with value_residual.
+    token_values (B, L, G * K): added to the values of a layer with a value embedding.
+    group: the ranks that divide the columns of the rows. L are then this rank's columns; mask,
+        starts, real and view are of all columns, and a mask with heads has this rank's heads.
     """
 
     rotation: Rotation | None = None
@@ -59,7 +60,7 @@ class Context(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Of which tokens a forward pass has queries, and which of them may see each other.
+    """The queries and keys of a forward pass, for masks and views.
 
     positions (S,) or (B, S), see positions_of; length: L queries, the last of the S columns; starts
     and real as in Context; dtype: of queries and keys; decoding: with a cache; drops: with dropout.
@@ -78,8 +79,8 @@ Viewer = Callable[[Columns], Any]  # makes Context.view
 
 
 def continued(x_BL: Tensor, context: Context) -> Tensor:
-    """Return (B or 1, L), 1 where the token before is visible, else 0, in the dtype of x, which may
-    have more dimensions.
+    """Return (B or 1, L), 1 where the previous token is visible, else 0, in the dtype of x (B, L,
+    ...).
 
     A recurrence starts again at each 0: at a new document, after padding, at the first token.
     """

@@ -133,16 +133,10 @@ def estimate_evaluation(
         flops = per_token.forward * tokens
         seconds = None if step.seconds is None else step.seconds * flops / of_step
         abilities = AbilityCost(sum(len(each.rows) for each in questions), tokens, flops, seconds)
-    times = _times(job, step)
-    return EvaluationCost(evaluation(capped), times, at_end, reference, asks, abilities)
-
-
-def _times(job: TrainJob, step: StepTime) -> int | None:
-    """Return the number of evaluations before the last step."""
-    every = job.validation.every
+    every, times = job.validation.every, None
     if (cadence := job.cadence(every)) is not None:
-        return cadence.times(job.total_steps - 1)
-    if step.seconds is None or not every.seconds:
-        return None
-    steps = job.total_windows / job.train.global_batch  # of the full batch
-    return int((steps - 1) * step.seconds / every.seconds)
+        times = cadence.times(job.total_steps - 1)  # before the last step
+    elif step.seconds is not None and every.seconds:
+        steps = job.total_windows / job.train.global_batch  # of the full batch
+        times = int((steps - 1) * step.seconds / every.seconds)
+    return EvaluationCost(evaluation(capped), times, at_end, reference, asks, abilities)

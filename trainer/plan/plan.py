@@ -210,11 +210,7 @@ class Plan:
     @property
     def stall_seconds(self) -> float:
         """Seconds for which a save pauses training."""
-        return self._stall(self.world, self.save_seconds)
-
-    def _stall(self, gpus: int, writing: float) -> float:
-        copying = self.checkpoint_bytes / gpus / self.machine.to_host
-        return stall_of(copying, writing, self.job.checkpoint.background)
+        return self.failures(self.world).stall
 
     @property
     def lead_seconds(self) -> float:
@@ -237,7 +233,8 @@ class Plan:
         detect = plan.detect or self.job.heartbeat.patience
         speed = min(self.machine.node_write * nodes, self.machine.total_write)
         writing = self.checkpoint_bytes / speed
-        stall = self._stall(gpus, writing)
+        copying = self.checkpoint_bytes / gpus / self.machine.to_host
+        stall = stall_of(copying, writing, self.job.checkpoint.background)
         restart = (detect.seconds or 0.0) + (plan.restart.seconds or 0.0)
         interval = self.interval or 1800.0
         return estimate_failures(nodes, plan.failures, stall, restart, interval, writing)
@@ -257,10 +254,20 @@ class Plan:
         _ = self.data  # also records problems of the data
         kinds = self.parameters
         self.notes += published_notes(self.job, kinds.get("active", kinds["total"]))
-        if not self.chosen.fits(self.available):
-            self.problems.append(self._memory_problem())
-        else:
+        if self.chosen.fits(self.available):
             self._note_checkpointing()
+        else:
+            need, have = self.chosen.memory.total / 2**30, self.available / 2**30
+            states_of = self.chosen.memory.states
+            states = max(states_of.backward, states_of.updating) / 2**30
+            problem = (
+                f"a rank needs {need:,.1f} GiB ({states:,.1f} of them for model states), "
+                f"but a GPU has {have:,.1f}"
+            )
+            todo = self._options.smallest_fix(self.job) or (
+                "no sharding option fits: choose a smaller model or a machine with more memory"
+            )
+            self.problems.append(Problem("memory", problem, todo))
         lead, grace = self.lead_seconds, self.job.launch.grace.seconds or 0.0
         if lead > grace:
             self.notes.append(
@@ -301,19 +308,6 @@ class Plan:
                 f"{saved:.0%} less. Set model.activation_checkpointing={how}."
             )
             return
-
-    def _memory_problem(self) -> Problem:
-        need, have = self.chosen.memory.total / 2**30, self.available / 2**30
-        states_of = self.chosen.memory.states
-        states = max(states_of.backward, states_of.updating) / 2**30
-        problem = (
-            f"a rank needs {need:,.1f} GiB ({states:,.1f} of them for model states), "
-            f"but a GPU has {have:,.1f}"
-        )
-        todo = self._options.smallest_fix(self.job) or (
-            "no sharding option fits: choose a smaller model or a machine with more memory"
-        )
-        return Problem("memory", problem, todo)
 
     @property
     def parameters(self) -> dict[str, int]:
