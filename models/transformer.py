@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         return logits
 
     def divide(self, group: SequenceGroup) -> None:
-        """Divide the columns of rows among the ranks of the group. Each of them then calls `forward`
+        """Divide the columns of rows among the ranks of the group. Each rank then calls `forward`
         with the same whole rows, and gets the losses of its own columns."""
         self.group = group
 
@@ -274,8 +274,8 @@ class Transformer(nn.Module):
     def _source(
         self, x_BSD: Tensor, turn: Rotation | None, columns: Columns
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the encoder's output, (B, S, D), for embedded tokens, and the decoder's mask of its
-        columns, (B, 1, 1, S); None without padding."""
+        """Return the encoder's output, (B, S, D), for embedded tokens, and the decoder's mask of
+        its columns, (B, 1, 1, S); None without padding."""
         context = Context(turn, self._mask(columns, False), None, columns.real)
         x_BSD, _, _ = self._through(x_BSD, context, columns, encodes=True)
         if self.dividing is not None:  # once for all layers, whose heads each rank has a part of
