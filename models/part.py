@@ -1,4 +1,4 @@
-"""A part of the model: a frozen dataclass. Its fields are its keys, its methods its rules and costs.
+"""A part of the model: a frozen dataclass. Its fields are keys, its methods are rules and costs.
 
 A block has a mixer (tokens exchange information) and an MLP (acts on each token); further parts are
 positions, norms and heads. The registry of each kind of part maps the word of a config to the

@@ -23,8 +23,8 @@ CHANGES_PRODUCTS: ContextVar[bool] = ContextVar("CHANGES_PRODUCTS", default=Fals
 
 
 class Context(NamedTuple):
-    """The inputs of a mixer beside the hidden states; None: absent. A call reads L columns, and S is
-    L + the columns that the cache has read before.
+    """The inputs of a mixer beside the hidden states; None: absent. A call reads L columns, and S
+    is L + the columns that the cache has read before.
 
     rotation: of queries and keys, with rotary positions.
     mask (B, 1, L, S): added to the scores, 0 for a visible key, else -inf (masks.additive_mask).
