@@ -11,7 +11,7 @@ import pytest
 
 from forescale.checkpoint.retention import is_pinned
 from forescale.run.directory import Run
-from tests import launching
+from tests import launching, warm
 
 pytestmark = pytest.mark.slow  # real ranks: some 5 s a start
 
@@ -56,13 +56,16 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place):
-    """Run a command line there: (code, output)."""
+    """Run a command line there: (code, output). launch: a program that starts it as a module."""
 
-    def go(*words, before=()):
+    def go(*words, launch=()):
         environment = {**os.environ, "XDG_STATE_HOME": str(place / "state"), "OMP_NUM_THREADS": "1"}
-        python = before or [sys.executable, "-P"]
+        if not launch:
+            process = warm.Launcher([*map(str, words)], place, environment)
+            output, _ = process.communicate(timeout=240)
+            return process.returncode, output
         done = subprocess.run(
-            [*python, "-m", "forescale", *map(str, words)],
+            [*launch, "-m", "forescale", *map(str, words)],
             env=environment,
             cwd=place,
             stdout=subprocess.PIPE,
@@ -138,7 +141,7 @@ def test_accelerate_launch_trains_as_many_ranks_as_it_was_asked_for(run, place, 
     """Without GPUs it starts one process, and tells it nothing of the two."""
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu"]
     words = ("train", "two", *SIZES, "train.steps=4", f"data.path={dataset}")
-    code, output = run(*words, before=[*launch, "--num_processes=2"])
+    code, output = run(*words, launch=[*launch, "--num_processes=2"])
     assert code == 0, output
     state = json.loads((place / "runs/two/checkpoints/step-00000004/state.json").read_text())
     assert state["world_size"] == 2

@@ -113,8 +113,17 @@ class Saver:
         self._retried(step, lambda: ranks.from_main(report, events))
 
     def _prepare(self) -> None:
+        def sweep() -> None:
+            """Remove unfinished saves and deletions of earlier attempts."""
+            names = []
+            for path in leftovers(self._run, self._attempt.number):
+                shutil.rmtree(path, ignore_errors=True)
+                names.append(path.name)
+            if names:
+                self._attempt.event("leftovers_removed", names=names)
+
         if not self._swept:
-            self._ranks.from_main(self._sweep, self._run.checkpoints)
+            self._ranks.from_main(sweep, self._run.checkpoints)
             self._swept = True
         # No checkpoint may hold a step that has no durable row.
         metrics = self._attempt.metrics
@@ -142,12 +151,3 @@ class Saver:
                 print(f"{text}: {error}", file=sys.stderr, flush=True)
 
         return retried(tried, failed)
-
-    def _sweep(self) -> None:
-        """Remove unfinished saves and deletions of earlier attempts."""
-        names = []
-        for path in leftovers(self._run, self._attempt.number):
-            shutil.rmtree(path, ignore_errors=True)
-            names.append(path.name)
-        if names:
-            self._attempt.event("leftovers_removed", names=names)

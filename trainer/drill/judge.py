@@ -136,12 +136,16 @@ def judge(
         wrong = list(_rows(scenario, evidence, undisturbed, fresh))
     if noticed is None and not wrong:
         wrong = ["no fault was noticed"]
+    # Seconds from the fault to the last step, minus the same without faults.
+    lost, step, times, usual = 0.0, scenario.first_step, evidence.step_times, undisturbed.step_times
+    if since is not None and times and step in usual:
+        lost = max(0.0, max(times.values()) - since - (max(usual.values()) - usual[step]))
     return Judgement(
         scenario.name,
         scenario.title,
         wrong,
         Status(evidence.run).lost().steps,
-        _lost(scenario.first_step, since, evidence, undisturbed),
+        lost,
         noticed,
         None if noticed is None else scenario.by,
         evidence.compute,
@@ -175,15 +179,6 @@ def _strikes(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
             yield f"the fault {fault} happened {times} times"
     if scenario.signal_at is not None and evidence.signalled is None:
         yield "it ended before the signal was sent"
-
-
-def _lost(step: int, since: float | None, evidence: Evidence, undisturbed: Evidence) -> float:
-    """Return the seconds from the fault to the last step, minus the same without faults."""
-    times, usual = evidence.step_times, undisturbed.step_times
-    if since is None or not times or step not in usual:
-        return 0.0
-    needed = max(usual.values()) - usual[step]
-    return max(0.0, max(times.values()) - since - needed)
 
 
 def _rows(

@@ -166,7 +166,14 @@ class Reference:
         stored = world.from_main(lambda: stored_references(self.run), self.run.path)
         references = None if stored is None else References.from_stored(stored)
         if origin.load != "weights" or (has_begun and references is not None):
-            return self._checked(references)
+            where, todo = str(self.run.references), "restore it from a copy"
+            if origin.load != "weights":
+                todo += f", or copy that of {origin.run}, with which this run goes on"
+            if references is None:
+                raise UserError(where, "no such file", todo)
+            if problem := misfit(references.source, self.job, self.sources):
+                raise UserError(where, problem, todo)
+            return references
         old = Run.existing(origin.run or "", self.job.run.root)
         start = reader.at_step(old, origin.step, world)
 
@@ -187,17 +194,6 @@ class Reference:
         fresh = References(computed_from, values)
         world.from_main(lambda: fresh.write(self.run), self.run.path)
         return fresh
-
-    def _checked(self, references: References | None) -> References:
-        where, origin = str(self.run.references), self.job.run.origin
-        todo = "restore it from a copy"
-        if origin.load != "weights":
-            todo += f", or copy that of {origin.run}, with which this run goes on"
-        if references is None:
-            raise UserError(where, "no such file", todo)
-        if problem := misfit(references.source, self.job, self.sources):
-            raise UserError(where, problem, todo)
-        return references
 
     def _computed(self) -> dict[str, dict[str, np.ndarray]] | None:
         values: dict[str, dict[str, np.ndarray]] = {}
