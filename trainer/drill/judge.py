@@ -129,8 +129,8 @@ def judge(
     noticed = None
     if since is not None:  # seconds from it to the first line or event about it
         later = (line for line in evidence.lines() if line.time >= since)
-        times = (t.time - since for t in later if re.search(scenario.noticed, t.text))
-        noticed = next(times, None)
+        delays = (t.time - since for t in later if re.search(scenario.noticed, t.text))
+        noticed = next(delays, None)
     wrong = [*_commands(scenario, evidence), *_strikes(scenario, evidence)]
     if not wrong:  # otherwise the rows would only repeat these problems
         wrong = list(_rows(scenario, evidence, undisturbed, fresh))
