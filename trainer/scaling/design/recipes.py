@@ -72,7 +72,7 @@ class Recipe:
         rule = common.rule
         if self.rate is not None:
             rule = replace(rule, rate=(self.rate, 0.0, 0.0), highest=max(self.rate, rule.highest))
-        aspect = replace(common.aspect, layers=common.aspect.layers * self.aspect)
+        aspect = common.aspect * self.aspect
         parts: dict[str, Any] = {
             "base": self.model,
             "adam_share": self.adam_share,

@@ -40,26 +40,15 @@ _WIDEST = 1 << 17
 _OFF, _FAR_OFF = 0.25, 0.6  # largest relative error of N: for one size, and for the nearest few
 
 
-@dataclass(frozen=True)
-class Aspect:
-    """The trend layers = `layers` (width / `width`)^exponent.
+def trend(width: int) -> float:
+    """Return layers = 12 (width / 768)^0.75, not rounded.
 
-    The default goes through both ends of GPT-3's family (Brown et al. 2020, arXiv 2005.14165, table
-    2.1: 12 layers of 768, 96 of 12,288); at Llama 7B's width of 4,096 it gives 42 layers (Llama has
-    32). Kaplan et al. 2020 (arXiv 2001.08361, figure 5) find that the aspect changes the loss
-    little over a factor of 40, so that one trend for all sizes matters more than which trend.
+    It goes through both ends of GPT-3's family (Brown et al. 2020, arXiv 2005.14165, table 2.1: 12
+    layers of 768, 96 of 12,288); at Llama 7B's width of 4,096 it gives 42 layers (Llama has 32).
+    Kaplan et al. 2020 (arXiv 2001.08361, figure 5) find that the aspect changes the loss little
+    over a factor of 40, so that one trend for all sizes matters more than which trend.
     """
-
-    layers: float = 12.0
-    width: float = 768.0
-    exponent: float = 0.75
-
-    def at(self, width: int) -> float:
-        """Layers of this width, not rounded."""
-        return self.layers * (width / self.width) ** self.exponent
-
-
-GPT3 = Aspect()
+    return 12.0 * (width / 768.0) ** 0.75
 
 
 @dataclass(frozen=True)
@@ -87,18 +76,14 @@ class Shape:
 
 
 class Family:
-    """All shapes of a base model along an aspect trend. base: its settings are kept except for the
-    sizes, of which the ratios are kept. Raises UserError for an unknown convention, a missing
-    vocabulary size, or a base whose sizes don't divide."""
+    """All shapes of a base model, whose layers are `aspect` times the trend. base: its settings are
+    kept except for the sizes, of which the ratios are kept. Raises UserError for an unknown
+    convention, a missing vocabulary size, or a base whose sizes don't divide."""
 
     def __init__(
-        self,
-        base: ModelConfig,
-        vocab_size: int | None,
-        sequence_length: int,
-        convention: str = "blocks_and_head",
-        aspect: Aspect = GPT3,
-    ):
+        self, base: ModelConfig, vocab_size: int | None, sequence_length: int,
+        convention: str = "blocks_and_head", aspect: float = 1.0,
+    ):  # fmt: skip
         if convention not in SIZES:
             problem = f"'{convention}' is no convention of N"
             raise UserError("size", problem, f"choose from {', '.join(SIZES)}")
@@ -174,8 +159,8 @@ class Family:
         return widths[:-1]
 
     def _layers(self, width: int) -> range:
-        trend = max(_SHALLOWEST, round(self.aspect.at(width)))
-        return range(max(_SHALLOWEST, trend - _ASIDE), trend + _ASIDE + 1)
+        middle = max(_SHALLOWEST, round(self.aspect * trend(width)))
+        return range(max(_SHALLOWEST, middle - _ASIDE), middle + _ASIDE + 1)
 
     def _size(self, width: int, layers: int) -> int:
         """Return N by the convention. A plan asks for the same sizes a hundred times, which takes
@@ -282,13 +267,13 @@ class Rule:
 class Common:
     """What all cells of a study have in common.
 
-    size, cost: conventions of N and C; micro_batch: windows that all ranks feed at once; ranks: of
-    a run, each of which feeds an equal part of them.
+    size, cost: conventions of N and C; aspect: factor of the trend's layers; micro_batch: windows
+    that all ranks feed at once; ranks: of a run, each of which feeds an equal part of them.
     decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392: 20 % do as well as a
     cosine schedule).
     rate: FLOP/s that a device reaches, counted by `cost`; unique: unique training tokens.
-    seeds: number of the cheapest cell, and of an expensive one.
-    joint_sweep: whether each tried batch is run at three learning rates.
+    seeds: number of the cheapest cell, and of an expensive one; joint_sweep: whether each tried
+    batch is run at three learning rates.
     adam_share: with Muon, the learning rate of AdamW's parameters divided by Muon's.
     """
 
@@ -297,7 +282,7 @@ class Common:
     sequence_length: int
     size: str = "blocks_and_head"
     cost: Literal["causal", "full", "6nd"] = "causal"
-    aspect: Aspect = GPT3
+    aspect: float = 1.0
     rule: Rule = Rule()
     micro_batch: int = 8
     ranks: int = 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
-from forescale.scaling.design.shapes import GPT3, Common, Family, Rule, overrides
+from forescale.scaling.design.shapes import Common, Family, Rule, overrides, trend
 from forescale.scaling.records.records import SIZES
 
 PLAIN = ModelConfig(depth=12)
@@ -44,7 +44,7 @@ def test_a_larger_wanted_size_never_gives_a_smaller_model(which, logs):
 @given(st.floats(math.log(1e5), math.log(1e10)))
 def test_shapes_follow_the_trend_in_whole_heads(log_n):
     s = FAMILIES["blocks_and_head", 512].solve(math.exp(log_n)).model.sizes
-    assert abs(s.num_layers - GPT3.at(s.width)) <= 2
+    assert abs(s.num_layers - trend(s.width)) <= 2
     assert s.head_dim in (8, 16, 32, 64)
     assert s.width == s.num_heads * s.head_dim
     assert s.head_dim == 64 or s.width < 8 * 64
@@ -52,8 +52,8 @@ def test_shapes_follow_the_trend_in_whole_heads(log_n):
 
 
 def test_the_trend_goes_through_both_ends_of_its_source():
-    assert GPT3.at(768) == 12
-    assert GPT3.at(12_288) == pytest.approx(96)
+    assert trend(768) == 12
+    assert trend(12_288) == pytest.approx(96)
 
 
 def test_tiny_models_of_a_tiny_vocabulary():
