@@ -1,7 +1,8 @@
 """Jobs as YAML text, such as a run's config.yaml, and the differences between two jobs.
 
 Invariant: `thaw(type(job), freeze(job)) == job`, and reading a frozen job needs nothing else: no
-Hydra, no conf tree, no environment variables.
+Hydra, no conf tree, no environment variables. Anybody may have written the file: whatever its bytes
+are, reading it takes memory and time in proportion to them, or ends with a UserError.
 """
 
 import hashlib
@@ -27,10 +28,11 @@ from forescale.config.sections.ramp import length_ramp
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
-from forescale.config.yaml_text import read_yaml
 from forescale.ground.errors import UserError
 
 _FIRST_LINE = re.compile(rb"# sha256: ([0-9a-f]{64})")
+_DEEPEST = 100  # levels; our own files have fewer than ten
+_MOST_NODES = 200_000  # of a file with every anchor written out; our own have some hundred
 J = TypeVar("J", bound=Job)
 
 
@@ -151,3 +153,52 @@ def may_resume(
     refusals = [c for c in changes if c.kind == "identity" and c.key not in lengths]
     numerics = [c for c in changes if c.kind == "numerics"]
     return refusals, numerics, [c for c in changes if c not in refusals + numerics]
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def read_yaml(raw: bytes, where: str) -> Any:
+    """Return the content of a YAML file. Raises UserError if it isn't YAML, is nested too deeply,
+    or too large with its anchors written out."""
+    todo = "restore the file"
+    try:
+        loader = _Loader(raw.decode())
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_NODES:
+            raise UserError(where, "is too large with its anchors written out", todo)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(where, "is nested too deeply", todo) from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}", "is not valid YAML", todo) from e
+    except (UnicodeDecodeError, ValueError, OverflowError) as e:  # such as the date 2026-99-99
+        raise UserError(where, "is not valid YAML", todo) from e
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of nodes below one, each as often as an alias names it; sizes: those that
+    are known, by id."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = _MOST_NODES + 1  # one that contains itself has no end
+    total = 1
+    if isinstance(node, yaml.SequenceNode):
+        total += sum(_size(inner, sizes) for inner in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        total += sum(_size(k, sizes) + _size(v, sizes) for k, v in node.value)
+    sizes[id(node)] = total
+    return total

@@ -5,8 +5,10 @@ in the schema, that of a choice the first sentence of its file; defaults come fr
 config, and a key is on the short page if its field is marked `common`.
 """
 
+import ast
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -195,12 +197,21 @@ def _key(leaf: Leaf, values: Mapping[str, Any], short: bool = False) -> str:
 
 
 @cache
+def _classes(module: str) -> dict[str, list[str]]:
+    """Return the lines of each class of a module. Each file is parsed once: inspect parses it for
+    each class, which takes a second."""
+    source = inspect.getsource(sys.modules[module])
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+    return {n.name: source.splitlines()[n.lineno - 1 : n.end_lineno] for n in nodes}
+
+
+@cache
 def _comments(cls: type) -> dict[str, str]:
     """Return the comment beside, or directly above, each field of a dataclass and its bases."""
     result: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         above: list[str] = []
-        for line in inspect.getsource(base).splitlines():
+        for line in _classes(base.__module__).get(base.__name__, ()):
             if f := re.match(r"    (\w+): .*?(?:  # (?!type: )(.*))?$", line):
                 result[f[1]] = f[2] or " ".join(above)
             comment = re.fullmatch(r"    # (.*)", line)
