@@ -8,7 +8,6 @@ from forescale.remote.transfer import Patience
 from tests.trainer.remote.hostile_server import HostileServer
 
 QUICK = Patience(tries=4, seconds=30, timeout=10, pause=0.01)
-HASTY = Patience(tries=2, seconds=30, timeout=0.2, pause=0.01)  # for servers that hang
 DATA = random.Random(1).randbytes(3_000_000)  # three blocks, the last one shorter
 SMALL = DATA[:5000]
 

@@ -18,8 +18,40 @@ from forescale.ground.errors import UserError
 from forescale.remote.cache import BlockCache
 from forescale.remote.store import Store
 from tests.disks import fill, make_read_only, small_disk
-from tests.trainer.remote.cached_blocks import BLOCK, FILE, STORED, Blocks, taken
 from tests.trainer.remote.remote_files import DATA, QUICK, read, sentence, serving
+
+FILE = "0123456789abcdef" * 2  # part of a block's name that stands for its file
+BLOCK = 10_000
+STORED = BLOCK + 8  # including its checksum
+
+
+class Blocks:
+    """Blocks of `length` bytes, the same for every reader. fetched: numbers of the blocks
+    fetched."""
+
+    def __init__(self, directory: Path, limit: int = 1 << 20, length: int = BLOCK):
+        self.cache, self.length = BlockCache(directory, limit), length
+        self.fetched: list[int] = []
+
+    def origin(self, number: int) -> bytes:
+        return random.Random(number).randbytes(self.length)
+
+    def get(self, number: int, skip: int = 0, stop: int | None = None) -> bytes:
+        """Read a block like forescale.remote.cache does."""
+        name = f"{FILE}-{number}"
+        data = bytearray((self.length if stop is None else stop) - skip)
+        if self.cache.read(name, self.length, skip, memoryview(data)):
+            return bytes(data)
+
+        def fetch() -> bytearray:
+            self.fetched.append(number)
+            return bytearray(self.origin(number))
+
+        return bytes(self.cache.fill(name, self.length, fetch, 60)[skip:stop])
+
+
+def taken(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.iterdir() if p.name != "usage")
 
 
 @pytest.fixture

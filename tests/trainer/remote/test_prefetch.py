@@ -9,9 +9,9 @@ import time
 import pytest
 
 from forescale.remote.store import Store
-from tests.trainer.remote.cached_blocks import taken
 from tests.trainer.remote.hostile_server import HostileServer
 from tests.trainer.remote.remote_files import QUICK, read
+from tests.trainer.remote.test_cache import taken
 
 BLOCK = 1 << 20
 COUNT = 40

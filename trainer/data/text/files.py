@@ -286,8 +286,7 @@ def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
         for match in map(Path, sorted(matches)):
             name = clean(match.relative_to(root).as_posix())
             if not match.is_dir():
-                if (size := _regular(match, name, skipped)) is not None:
-                    yield name, str(match), size
+                yield from _regular(match, name, skipped)
             elif "**" not in path:  # "**" already lists the contents of folders
                 yield from _walk(match, name, skipped)
     else:
@@ -315,22 +314,22 @@ def _walk(root: Path, label: str, skipped: ReadingReport) -> Iterator[tuple[str,
             elif path.is_dir():
                 if path.is_symlink():
                     skipped.add("linked folder", name)
-            elif (size := _regular(path, name, skipped)) is not None:
-                yield name, str(path), size
+            else:
+                yield from _regular(path, name, skipped)
         subfolders[:] = [entry for entry in subfolders if not entry.startswith(".")]
 
 
-def _regular(path: Path, name: str, skipped: ReadingReport) -> int | None:
-    """Return the size of a regular file, or None. Opening a pipe would block forever."""
+def _regular(path: Path, name: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
+    """Yield a regular file, or nothing. Opening a pipe would block forever."""
     try:
         status = path.stat()
     except FileNotFoundError:
         skipped.add("broken link", name)
-        return None
-    if not stat.S_ISREG(status.st_mode):
+        return
+    if stat.S_ISREG(status.st_mode):
+        yield name, str(path), status.st_size
+    else:
         skipped.add("no regular file", name)
-        return None
-    return status.st_size
 
 
 def _remote(url: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int | None]]:

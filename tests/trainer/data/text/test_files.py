@@ -205,7 +205,6 @@ def test_files_at_a_web_server(bucket):
 def test_missing_addresses_raise_a_clear_error(bucket):
     expect_refused("memory://bucket/nothing: has no files", "memory://bucket/nothing")
     expect_refused(r"p\.png: its suffix isn't a known kind of text", f"{bucket[1]}/b/p.png")
-    expect_refused("would run a command", "pipe:cat rows.jsonl")
 
 
 def test_text_of_many_suffixes_and_without_one(tmp_path):

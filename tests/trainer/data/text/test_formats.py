@@ -121,27 +121,21 @@ def test_a_file_without_rows_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("unit_bytes", [20, 1 << 20])
-def test_a_wrong_key_raises_an_error_that_lists_the_keys(tmp_path, unit_bytes):
-    (tmp_path / "a.jsonl").write_bytes(lines(*[{"body": "x", "id": 1}] * 50))
-    expect_refused(
-        r"no line.*under 'text'; set text_key \(keys: body, id\)",
-        tmp_path / "a.jsonl",
-        unit_bytes=unit_bytes,
-    )
-
-
-def test_a_json_array_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps([{"text": "x"}]))
-    expect_refused(r"holds a JSON array.*jq -c '\.\[\]'", tmp_path / "a.jsonl")
-    (tmp_path / "b.jsonl").write_text(json.dumps([{"text": "x"}], indent=1))
-    expect_refused(r"no line has a text under 'text'", tmp_path / "b.jsonl")
-
-
-def test_a_key_without_text_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines({"text": 5}, {"text": ["x"]}))
-    expect_refused(
-        r"a\.jsonl: the values of key 'text' aren't text; choose another", tmp_path / "a.jsonl"
-    )
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (
+            lines(*[{"body": "x", "id": 1}] * 50),
+            r"no line.*under 'text'; set text_key \(keys: body, id\)",
+        ),
+        (b'[{"text": "x"}]', r"holds a JSON array.*jq -c '\.\[\]'"),
+        (json.dumps([{"text": "x"}], indent=1).encode(), "no line has a text under 'text'"),
+        (lines({"text": 5}, {"text": ["x"]}), r"a\.jsonl: the values of key 'text' aren't text"),
+    ],
+)
+def test_a_file_without_text_under_the_key_is_refused(tmp_path, raw, sentence, unit_bytes):
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    expect_refused(sentence, tmp_path / "a.jsonl", unit_bytes=unit_bytes)
 
 
 PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title><style>p { x: "<b>" }</style>
