@@ -286,11 +286,21 @@ class ConversationKind(BinKind):
             problem = "doesn't say which of its tokens are responses"
             todo = "make such a dataset with forescale finetune FROM data=FILE.jsonl"
             raise UserError(split.shard_name(shard), problem, todo)
-        edges = [
-            first + conversation
-            for first, end, divided in zip(*(a.tolist() for a in documents), strict=True)
-            if (conversation := self._edges(learned[first:end], divided, facts)) is not None
-        ]
+        edges = []  # first token of each conversation, and the ends of its pieces
+        for first, end, divided in zip(*(a.tolist() for a in documents), strict=True):
+            is_learned = learned[first:end].copy()
+            is_learned[:1] = False  # nothing stands before it
+            ends = np.flatnonzero(is_learned[1:] != is_learned[:-1]) + 1
+            if len(ends) % 2:  # the last piece is learned, to the document's end
+                ends = np.append(ends, len(is_learned))
+            sizes = self._sizes(ends)
+            facts["documents"] += 1
+            facts["longest"] = max(facts["longest"], *sizes, 0)
+            if divided or not sizes or max(sizes) > self.sequence_length + 1:
+                facts["divided" if divided else "too_long" if sizes else "without_response"] += 1
+            else:
+                facts["row_tokens"] += sum(sizes)
+                edges.append(first + np.append(0, ends))
         offsets = np.cumsum([0, *(len(e) - 1 for e in edges)])
         starts = np.concatenate([np.empty(0, np.int64), *(e[:-1] for e in edges)])
         lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, edges)])
@@ -302,22 +312,6 @@ class ConversationKind(BinKind):
         for read, learned in zip(ends[::2].tolist(), ends[1::2].tolist(), strict=True):
             row[first:read] = True
             first = learned
-
-    def _edges(self, learned: np.ndarray, divided: bool, facts: Facts) -> np.ndarray | None:
-        """Return 0 and the ends of a document's pieces; None if it is left out."""
-        learned = learned.copy()
-        learned[:1] = False  # nothing stands before it
-        edges = np.flatnonzero(learned[1:] != learned[:-1]) + 1
-        if len(edges) % 2:  # the last piece is learned, to the document's end
-            edges = np.append(edges, len(learned))
-        sizes = self._sizes(edges)
-        facts["documents"] += 1
-        facts["longest"] = max(facts["longest"], *sizes, 0)
-        if divided or not sizes or max(sizes) > self.sequence_length + 1:
-            facts["divided" if divided else "too_long" if sizes else "without_response"] += 1
-            return None
-        facts["row_tokens"] += sum(sizes)
-        return np.append(0, edges)
 
     def _sizes(self, edges: np.ndarray) -> list[int]:
         """Return the tokens of each row that a document becomes; none if it becomes none."""
