@@ -175,9 +175,9 @@ class Multipliers:
             fresh = [cells[i] for i in again]
             ratios = self._ratios(*self._logs(fresh, [c.fresh for c in fresh], base))
             confirmed = dict(zip(again, ratios, strict=True))
-        places = []
+        places, ends = [], np.exp(self.curve.log_flops[[0, -1]])
         for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True)):
-            reach = self._reach(c)
+            reach = float(ends[0] / c.flops), float(ends[1] / c.flops)
             again_ratio = _within(confirmed[i], reach) if i in confirmed else None
             places.append(Place(c, _within(ratio, reach), reach, again_ratio))
         lost = tuple(c.budget for c in self.lost if c.recipe == name)
@@ -193,10 +193,6 @@ class Multipliers:
             weights = (x - x.mean()) / np.square(x - x.mean()).sum() * _DECADE
             (trend,) = self._ratios((at @ weights)[None], (draws @ weights)[:, None])
         return Candidate(name, tuple(places), mean, trend, lost)
-
-    def _reach(self, cell: RecipeCell) -> tuple[float, float]:
-        ends = np.exp(self.curve.log_flops[[0, -1]]) / cell.flops
-        return float(ends[0]), float(ends[1])
 
     def _logs(
         self, cells: Sequence[RecipeCell], logs: Sequence[Array], base: Sequence[Array]
