@@ -1,7 +1,7 @@
 """The compute multiplier of each recipe: the base's compute for its loss, over its own compute.
 
     multiplier   m = C_base(L) / C: above 1, the recipe needs less compute than the base. C_base is
-                 the base's own curve read backwards (curve.py), never extrapolated
+                 the base's own curve read backwards (BaseCurve), never extrapolated
     interval     from drawn studies: each mean loss anew, with the noise of repeated runs (pooled
                  over all recipes and budgets, so Student's t); the base's curve is drawn with it
     trend        the factor by which m changes in a decade of compute: least squares of log m

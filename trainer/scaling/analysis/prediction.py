@@ -1,6 +1,6 @@
 """The predicted loss of a run: how `study fit`, `predict` and `report` get it.
 
-    up to the runs' compute   the law, with its calibrated doubt (fitting/backtest.py)
+    up to the runs' compute   the law, with its calibrated doubt (forecasting/calibrated.py)
     beyond                    the method of the job: "level", which forecasts the lowest loss of a
                               budget and the loss off the optimum apart
                               (forecasting/forecaster.py), or the law
