@@ -27,6 +27,8 @@ SHORT = [
     *("train.compile=off", "schedule.warmup=2", "schedule.decay=20%", "validation.windows=8"),
     "logging.peak_flops=1e11",  # each rank would measure it
 ]
+# The start of a snippet in place of a rank: it gets stop signals.
+LISTEN = "from forescale.resilience.launcher import unblock_stop_signals as f\nf()\n"
 TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mlp_width=64"]
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,7 @@ def _command(words: list[str]) -> int:
     from forescale import cli
     from forescale.resilience import launcher
 
-    launcher.subprocess = Forks  # type: ignore[assignment]
+    launcher.subprocess = SimpleNamespace(Popen=Fork)  # type: ignore[assignment]
     sys.argv = ["forescale", *words]
     return cli.main()
 
@@ -209,12 +210,6 @@ class Fork(_Child):
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
-
-
-class Forks:
-    """In place of `subprocess` in the launcher."""
-
-    Popen = Fork
 
 
 class Launcher(_Child):

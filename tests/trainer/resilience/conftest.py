@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from forescale.resilience.launcher import start_ranks
-from tests.trainer.resilience.snippets import LISTEN
+from tests.launching import LISTEN
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from forescale.resilience import launcher as module
 from forescale.resilience import outcome
 from forescale.resilience.launcher import next_action
 from forescale.run.directory import Run
-from tests.trainer.resilience.snippets import LISTEN, launched
+from tests.launching import LISTEN
 
 ROOT = Path(__file__).parents[3]
 NAP = "import signal, sys, time\nprint('up', flush=True)\n"
@@ -107,7 +107,7 @@ def test_a_crash_ends_the_other_ranks_at_once(ranks, tmp_path):
     assert code == 1
     assert reported == f"rank 1 ended with code 1; see {tmp_path / 'rank-1.log'}"
     assert time.monotonic() - began < 10
-    assert launched(tmp_path)["how"] == "rank 1 ended with code 1"
+    assert outcome.launch_of(tmp_path)["how"] == "rank 1 ended with code 1"
     code, (reported,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
     assert code == -signal.SIGKILL
     assert "rank 0 ended with SIGKILL (the kernel sends it when memory runs out)" in reported
@@ -276,7 +276,7 @@ def test_suspended_ranks_are_killed_when_the_time_is_over(launcher, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == INTERRUPTED
     assert gone(ranks)
-    assert launched(tmp_path)["how"] == "interrupted"
+    assert outcome.launch_of(tmp_path)["how"] == "interrupted"
 
 
 def test_a_rank_that_saves_in_time_is_left_alone(launcher, tmp_path):

@@ -14,7 +14,6 @@ from forescale.resilience import outcome
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import WEBHOOK, notify
 from forescale.run.directory import Run
-from tests.trainer.resilience.snippets import launched
 
 RECORD = "from pathlib import Path\nfrom forescale.resilience.outcome import write_error\n"
 
@@ -22,12 +21,12 @@ RECORD = "from pathlib import Path\nfrom forescale.resilience.outcome import wri
 def test_start_and_end_are_recorded(ranks, tmp_path):
     before = time.time()
     ranks("raise SystemExit(75 * rank)")
-    launch = launched(tmp_path)
+    launch = outcome.launch_of(tmp_path)
     assert before <= launch["begun"] <= launch["ended"] <= time.time()
     assert (launch["code"], launch["how"], launch["processes"]) == (75, "interrupted", 2)
     assert launch["command"][0] == sys.executable
     ranks("pass")
-    assert (launched(tmp_path)["code"], launched(tmp_path)["how"]) == (0, "done")
+    assert (outcome.launch_of(tmp_path)["code"], outcome.launch_of(tmp_path)["how"]) == (0, "done")
 
 
 def test_the_cause_is_the_error_that_a_rank_recorded(ranks, tmp_path):

@@ -177,33 +177,6 @@ def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_
     assert saves == 3, "the last step is not saved again"
 
 
-@pytest.mark.slow  # one more run
-def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, cut):
-    run, command = cut
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    file = next(newest.glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-5] ^= 1
-    file.write_bytes(data)
-    output = launching.train(run.parent, *command)
-    assert "checkpoint damaged" in output
-    assert "Resuming from" in output
-    assert "(step 20)" in output, output
-    assert launching.trajectory(run) == launching.trajectory(finished[0])
-    assert "checkpoint_damaged" in launching.events(run)
-
-
-@pytest.mark.slow  # a launch of its own
-def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(cut):
-    run, command = cut
-    for table in run.glob("checkpoints/*/files.json"):
-        table.unlink()
-    output = launching.train(run.parent, *command, code=2)
-    assert "none of its" in output
-    assert "Traceback" not in output
-    assert launching.rows(run)[-1]["step"] >= 45
-
-
 @pytest.mark.slow  # two trainings
 def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
     """model._target_ and callbacks: classes that import nothing of forescale but Halt."""
