@@ -1,5 +1,8 @@
 """The module of the feed-forward MLPs (dense.py)."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +14,22 @@ from forescale.models.mlps.dense import Dense
 from forescale.models.parametrization import scales
 
 
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+# Of the gate, or of the only inner matrix.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": _gelu_tanh,
+    "gelu": _gelu_tanh,
+    "gelu_exact": F.gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+}
+
+
 class DenseMLP(nn.Module):
     """(..., D) -> (..., D) through mlp_width, or `width` if it is given: shared experts.
 
@@ -20,8 +39,8 @@ class DenseMLP(nn.Module):
     def __init__(self, config: ModelConfig, part: Dense, width: int | None = None):
         super().__init__()
         s, scale = config.sizes, scales(config)
-        self.kind = part.kind
-        inner = width or s.mlp_width
+        self.activation, inner = _ACTIVATIONS[part.kind], width or s.mlp_width
+        self.gate = None
         if part.is_gated:
             self.gate = Linear(s.width, inner, config.bias, scale.hidden_std)
         self.chunk = part.chunk if width is None else None
@@ -41,14 +60,6 @@ class DenseMLP(nn.Module):
 
     def _computed(self, x_BLD: Tensor) -> Tensor:
         up_BLF = self.up(x_BLD)
-        if self.kind == "swiglu":
-            return self.down(F.silu(self.gate(x_BLD)) * up_BLF)
-        if self.kind == "geglu":
-            return self.down(F.gelu(self.gate(x_BLD), approximate="tanh") * up_BLF)
-        if self.kind == "gelu":
-            return self.down(F.gelu(up_BLF, approximate="tanh"))
-        if self.kind == "gelu_exact":
-            return self.down(F.gelu(up_BLF))
-        if self.kind == "relu":
-            return self.down(F.relu(up_BLF))
-        return self.down(F.relu(up_BLF).square())
+        if self.gate is None:
+            return self.down(self.activation(up_BLF))
+        return self.down(self.activation(self.gate(x_BLD)) * up_BLF)

@@ -125,9 +125,19 @@ class MixtureOfExperts(nn.Module):
         """Return the outputs of the chosen experts; groups: whose ranks have tokens of the same
         micro-batch."""
         logits_NE = self.router(x_ND)
-        scores_NE, chosen_NK, weights_NK = self._chosen(logits_NE)
-        if self.training and self.part.capacity:
-            to = _with_capacity(chosen_NK, real_N, self._places(len(x_ND)), logits_NE.shape[1])
+        c = self.part
+        scores_NE = logits_NE.softmax(-1) if c.scores == "softmax" else logits_NE.sigmoid()
+        with torch.no_grad():
+            ranked_NE = scores_NE
+            if self.bias_steps is not None:
+                ranked_NE = scores_NE + c.bias_speed * self.bias_steps
+            chosen_NK = ranked_NE.topk(c.top_k, -1).indices
+        weights_NK = scores_NE.gather(-1, chosen_NK)
+        if c.renormalise:
+            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
+        if self.training and c.capacity:
+            places = math.ceil(c.capacity * len(x_ND) * c.top_k / c.experts)
+            to = _with_capacity(chosen_NK, real_N, places, logits_NE.shape[1])
             rows_MD = F.pad(x_ND, (0, 0, 0, 1)).index_select(0, to.token)
         else:
             to = _sorted_by_expert(chosen_NK, logits_NE.shape[1])
@@ -135,9 +145,9 @@ class MixtureOfExperts(nn.Module):
         if self.expert_group is None:
             out_MD = self._experts(rows_MD, to.ends)
         else:
-            fixed = self.training and self.part.capacity > 0
+            fixed = self.training and c.capacity > 0
             out_MD = through(self._experts, rows_MD, to.ends, self.expert_group, fixed)
-        if self.training and self.part.capacity:
+        if self.training and c.capacity:
             out_MD = F.pad(out_MD, (0, 0, 0, 1))
         each_NKD = out_MD.index_select(0, to.row.flatten()).view(*chosen_NK.shape, -1)
         y_ND = (each_NKD * weights_NK[..., None].to(each_NKD.dtype)).sum(1)
@@ -157,25 +167,6 @@ class MixtureOfExperts(nn.Module):
         for module in (self.gate, self.up, self.down):
             module.weight = own_part(module.weight, group)
         self.expert_group = group
-
-    def _chosen(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all scores (N, E), the chosen experts (N, k), and their weights (N, k); fp32."""
-        c = self.part
-        is_softmax = c.scores == "softmax"
-        scores_NE = logits_NE.softmax(-1) if is_softmax else logits_NE.sigmoid()
-        with torch.no_grad():
-            ranked_NE = scores_NE
-            if self.bias_steps is not None:
-                ranked_NE = scores_NE + c.bias_speed * self.bias_steps
-            chosen_NK = ranked_NE.topk(c.top_k, -1).indices
-        weights_NK = scores_NE.gather(-1, chosen_NK)
-        if c.renormalise:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-        return scores_NE, chosen_NK, weights_NK
-
-    def _places(self, tokens: int) -> int:
-        c = self.part
-        return math.ceil(c.capacity * tokens * c.top_k / c.experts)
 
     def _routing(
         self,
