@@ -67,14 +67,12 @@ def test_the_plan_shows_time_and_flops_of_each_and_of_all(forescale, small_data)
     words = ["plan", f"data.path={small_data}", "data=dataset", "model=tiny", "train.steps=100",
              "schedule.warmup=0", "validation.every=20", "validation.windows=1",
              "machine=cpu", "plan.mfu=0.5", "logging.peak_flops=1e11"]  # fmt: skip
-    code, out, _ = forescale(*words)
-    assert code == 0
+    out = forescale.prints(*words)
     assert "Evals  every 20 steps: 1 window, " in out
     assert "; at the end all " in out
     assert "5 evaluations: " in out
     assert "% of the time with the steps" in out
-    code, out, _ = forescale(*words, "--json")
-    plan = json.loads(out)
+    plan = json.loads(forescale.prints(*words, "--json"))
     facts = plan["evaluation"]
     assert facts["times"] == 4
     total = 4 * facts["periodic"]["seconds"] + facts["at_end"]["seconds"]
@@ -137,16 +135,13 @@ def test_the_plan_shows_what_questions_cost_or_that_it_is_not_known(forescale, s
              "schedule.warmup=0", "machine=cpu", "plan.mfu=0.5", "validation.windows=1",
              "logging.peak_flops=1e11"]  # fmt: skip
     known = [*words, "data=dataset", f"data.path={small_data}"]
-    code, out, _ = forescale(*known)
-    assert code == 0
-    assert "abilities, each time: 36 questions, " in out
+    assert "abilities, each time: 36 questions, " in forescale.prints(*known)
     abilities = json.loads(forescale(*known, "--json")[1])["evaluation"]["abilities"]
     assert abilities["questions"] == 36
     assert abilities["seconds"] > 0
     none = json.loads(forescale(*known, "validation.abilities=[]", "--json")[1])
     assert none["evaluation"]["abilities"] is None
-    code, _, err = forescale(*known, "train.sequence_length=32")
-    assert code == 2
+    err = forescale.refuses(*known, "train.sequence_length=32")
     assert "validation.shots: 4 examples of copy and a question need " in err
 
 

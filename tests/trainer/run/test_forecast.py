@@ -253,8 +253,7 @@ def test_a_bad_forecast_is_refused_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = ("train", f"data.path={small_data}", "schedule.warmup=0", "schedule.decay=2")
-    code, _, err = forescale(*arguments, "forecast=tiny/1")
-    assert code == 2
+    err = forescale.refuses(*arguments, "forecast=tiny/1")
     assert err.startswith(
         "forescale: forecast: there is no forecast studies/tiny/forecasts/0001.json"
     )
@@ -289,8 +288,7 @@ def test_status_shows_the_forecast_of_a_run_that_goes_on(forecast_run, forescale
     text = "Forecast 0001: loss 2.9500 expected at step 8 (90 % interval 2.9000 to 3.1000)."
     assert text in forescale("status", "small")[1]
     forecast_run.path.write_text("{}")
-    code, out, _ = forescale("status", "small")
-    assert code == 0
+    out = forescale.prints("status", "small")
     assert "The forecast can't be read: studies/tiny/forecasts/0001.json: this forecast" in out
 
 

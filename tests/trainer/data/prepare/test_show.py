@@ -151,9 +151,7 @@ def test_a_dataset_at_an_address_shows_the_same(dataset, tmp_path, monkeypatch, 
 
 def test_the_keys_of_show_are_used(dataset, forescale):
     words = ("windows=2", "sequence_length=9", "seed=4")
-    code, out, _ = forescale("shards", "show", dataset, *words)
-    assert code == 0
-    assert out == show(dataset, 2, 9, 4) + "\n"
+    assert forescale.prints("shards", "show", dataset, *words) == show(dataset, 2, 9, 4) + "\n"
 
 
 def test_a_split_without_windows_is_reported(tmp_path):
@@ -175,7 +173,6 @@ def test_errors_are_one_sentence(dataset, tmp_path, forescale):
         ((dataset, "window=3"), "window: isn't a key of shards show; did you mean windows?"),
         ((dataset, tmp_path), "needs exactly one dataset"),
     ):
-        code, _, err = forescale("shards", "show", *words)
-        assert code == 2
+        err = forescale.refuses("shards", "show", *words)
         assert sentence in err
         assert "Traceback" not in err

@@ -64,17 +64,14 @@ def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescal
         "ability/copy/4": [0.25],
         "ability/copy/4_nats": [3.5],
     }
-    code, out, _ = forescale("status", "small")
-    assert code == 0
-    assert "Right answers after 4 examples: copy 25 %\n" in out
+    assert "Right answers after 4 examples: copy 25 %\n" in forescale.prints("status", "small")
 
 
 def test_runs_side_by_side_show_what_differs(own_run, forescale):
     shutil.copytree(own_run.path, "elsewhere/small", symlinks=True)
     text = Run("elsewhere/small").config.read_text().partition("\n")[2]
     Run("elsewhere/small").config.write_text(text.replace("seed: 1337", "seed: 7"))
-    code, _, _ = forescale("report", "small", "elsewhere/small", "./runs/small", "output=two.html")
-    assert code == 0
+    forescale.prints("report", "small", "elsewhere/small", "./runs/small", "output=two.html")
     html = (own_run.path.parent.parent / "two.html").read_text()
     assert [run["label"] for run in data_of(html)["runs"]] == ["runs/small", "elsewhere/small"]
     assert re.search(r"train.seed\s+1337\s+7", section(html, "config"))
@@ -108,9 +105,7 @@ def test_a_run_without_a_step_or_an_evaluation_says_so(own_run, forescale):
     assert "No step was made yet." in section(html, "loss")
     assert "new" in section(html, "summary")
     assert "No checkpoint was saved yet" in section(html, "checkpoints")
-    code, _, err = forescale("report", "small", "output=loss.svg")
-    assert code == 2
-    assert "has made no step yet" in err
+    assert "has made no step yet" in forescale.refuses("report", "small", "output=loss.svg")
 
 
 def test_a_loss_that_is_not_finite_is_marked_and_in_no_curve(own_run):
@@ -141,8 +136,7 @@ def test_what_is_damaged_or_no_run_is_one_sentence(own_run, forescale):
         ((), "name a run or more"),
         (("small", "output=loss.pdf"), "no ending that names a format"),
     ):
-        code, _, err = forescale("report", *words)
-        assert code == 2
+        err = forescale.refuses("report", *words)
         assert part in err
         assert err.count("\n") == 1
 
