@@ -22,7 +22,6 @@ import jinja2
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from forescale.ground.console import table
 from forescale.pages.figure import Figure
@@ -142,22 +141,16 @@ def show(console: Console, sections: Iterable[Section], *lines: Cell) -> None:
     for section in sections:
         console.print(f"\n[bold]{escape(section.title)}[/]")
         if section.head and section.rows:
-            console.print(grid(section.rows))
+            head, *rest = ([escape(_plain(cell)) for cell in row] for row in section.rows)
+            columns = table(*head, left=head[:1])
+            for row in rest:
+                columns.add_row(*row)
+            console.print(columns)
         else:
             for label, value in section.rows:
                 console.print(escape(f"{label}: {_plain(value)}".lstrip(": ")), soft_wrap=True)
         for line in (*filter(None, [section.absent]), *section.after):
             console.print(escape(_plain(line)), soft_wrap=True)
-
-
-def grid(rows: Sequence[Sequence[Cell]]) -> Table:
-    """Return the rows of a section, the first of which is the header, as a table for the
-    terminal."""
-    head, *rest = ([escape(_plain(cell)) for cell in row] for row in rows)
-    columns = table(*head, left=head[:1])
-    for row in rest:
-        columns.add_row(*row)
-    return columns
 
 
 def _plain(cell: Cell) -> str:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from rich.console import Console
 
-from forescale.pages.document import Section, grid, number, percent, render
+from forescale.pages.document import Section, number, percent, render, show
 from forescale.pages.figure import Axis, Figure, Trace, dots, rounded, shades
 from tests.trainer.offline_tab import offline_tab
 
@@ -20,10 +21,22 @@ def hostile_page() -> str:
 
 def test_a_number_is_rounded_for_people_and_in_full_for_programs():
     assert number(1.23456789e21, 3) == ('<data value="1.23456789e+21">1.23×10<sup>21</sup></data>')
+
+
+def test_the_terminal_shows_titles_tables_and_sentences():
+    growth = Markup("{} C<sup>a</sup>").format("<b>")
+    table = [["name", "C", "change"], ["[b]x", number(-2e-7), percent(-0.5)]]
+    facts = [["Loss", number(1.5e21)], ["", "[red]why"]]
+    sections = [Section("a", "A [b]", rows=table, head=True, after=[growth]),
+                Section("b", "B", rows=facts, absent="None.")]  # fmt: skip
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(grid([["name", "C", "change"], ["[b]x", number(-2e-7), percent(-0.5)]]))
-    assert capture.get().split() == ["name", "C", "change", "[b]x", "-2e-7", "-50.00%"]
+        show(console, sections, "first")
+    lines = [line.strip() for line in capture.get().splitlines()]
+    assert lines == [
+        "first", "", "A [b]", "name      C   change", "[b]x  -2e-7  -50.00%", "<b> C^a", "", "B",
+        "Loss: 1.5e21", "[red]why", "None.",
+    ]  # fmt: skip
 
 
 def test_whatever_a_value_says_is_text():
