@@ -177,6 +177,17 @@ def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_
     assert saves == 3, "the last step is not saved again"
 
 
+@pytest.mark.slow  # a launch of its own
+def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(cut):
+    run, command = cut
+    for table in run.glob("checkpoints/*/files.json"):
+        table.unlink()
+    output = launching.train(run.parent, *command, code=2)
+    assert "none of its" in output
+    assert "Traceback" not in output
+    assert launching.rows(run)[-1]["step"] >= 45
+
+
 @pytest.mark.slow  # two trainings
 def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
     """model._target_ and callbacks: classes that import nothing of forescale but Halt."""
