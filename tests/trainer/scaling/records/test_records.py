@@ -2,24 +2,33 @@
 
 import json
 import math
+import shutil
 
 import pandas as pd
 import pytest
 
+from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
+from forescale.data.dataset import Dataset
 from forescale.ground.errors import UserError
 from forescale.ground.storage import read_json
 from forescale.models.flops import count, flops_per_token
-from forescale.run.directory import Run
+from forescale.resilience.outcome import record_end, record_start
+from forescale.run.directory import Parent, Run
 from forescale.scaling.records.records import Refused, of_runs, points, record
 from forescale.scaling.records.tables import of_export
 from tests.trainer.small_run import change_rows, make_run
 
 
+@pytest.fixture(scope="module")
+def complete_run(small_data, tmp_path_factory) -> Run:
+    return make_run(small_data, tmp_path_factory.mktemp("complete") / "runs", "small")
+
+
 @pytest.fixture
-def run(small_data, tmp_path, monkeypatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    return make_run(small_data, "runs", "small")
+def run(complete_run, tmp_path) -> Run:
+    """A copy of the run, which a test may change."""
+    return Run(shutil.copytree(complete_run.path, tmp_path / "runs" / "small"))
 
 
 def change(run: Run, kind: str, **values) -> None:
@@ -31,8 +40,6 @@ def change(run: Run, kind: str, **values) -> None:
 
 def test_a_record_has_every_convention_of_sizes_and_costs(run):
     """Other tests compare the formulas with torch's counter to the last FLOP."""
-    from forescale.config.frozen import thaw
-
     job = thaw(TrainJob, run.config)
     sizes, row, length = count(job.model), record(run), job.train.sequence_length
     assert row["flops_causal"] == row["tokens"] * flops_per_token(job.model, length, causal=True)
@@ -66,8 +73,6 @@ def test_a_record_has_the_expansion_of_its_experts(run, small_data, tmp_path):
 
 def test_a_record_defines_its_loss(run, small_data):
     """As text, which differs for runs that were evaluated in another way."""
-    from forescale.data.dataset import Dataset
-
     dataset = Dataset(small_data)
     assert record(run)["loss_definition"] == (
         "held-out cross-entropy, nats per token, mean over the targets, ends of text included, of "
@@ -89,8 +94,6 @@ def test_a_record_has_its_recipe_and_its_seeds(small_data, tmp_path):
 
 
 def test_a_record_has_its_unique_tokens_epochs_and_bytes(run, small_data):
-    from forescale.data.dataset import Dataset
-
     split, row = Dataset(small_data).split("train"), record(run)
     once = sum(n - 1 for n in split.shard_tokens)
     assert row["unique_tokens"] == min(row["tokens"], once)
@@ -111,8 +114,6 @@ def test_a_replaced_dataset_is_not_used(run):
 
 def test_unknown_values_are_none(small_data, tmp_path):
     """The dataset is gone; the number of ranks comes from the checkpoints."""
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     run = make_run(data, tmp_path / "runs", "small")
@@ -129,9 +130,6 @@ def test_unknown_values_are_none(small_data, tmp_path):
 
 
 def test_device_hours_sum_over_launches_with_their_own_ranks(run):
-    from forescale.resilience.outcome import record_end, record_start
-    from forescale.run.directory import Parent
-
     first, second = run.attempts()[0], run.new_attempt()
     for attempt, ranks in ((first, 2), (second, 4)):
         record_start(attempt.path, ["x"], ranks)
@@ -163,8 +161,6 @@ def test_a_run_that_is_no_record_is_refused_with_the_reason(run, harm, why):
 
 
 def test_of_runs_returns_records_and_refusals(run, small_data, tmp_path):
-    import shutil
-
     other = make_run(small_data, tmp_path / "runs", "half")
     shutil.rmtree(other.checkpoints)
     table, refused = of_runs([run, other])
