@@ -207,35 +207,33 @@ def score(writer, step, loss, windows=3):
     return [row for row in read_rows(writer.attempt.events.path) if "forecast" in row["kind"]]
 
 
-def test_no_loss_is_compared_before_the_end(metrics, capsys):
-    writer = metrics()
-    assert score(writer, STEPS - 1, 7.0) == []
-    assert "orecast" not in capsys.readouterr().out
+SCORED, MISSED = "forecast_scored", "forecast_missed"
+INSIDE = "Forecast 0001: observed loss 2.0100, +0.50 % from the predicted 2.0000, inside"
+OUTSIDE = "outside the 90 % interval 1.9000 to 2.1000.\nWarning: the loss is outside"
 
 
-def test_the_final_loss_over_all_sources_is_compared(metrics, capsys):
-    (row,) = score(metrics(), STEPS, 2.01)
-    assert (row["kind"], row["step"], row["tokens"]) == ("forecast_scored", STEPS, D)
-    assert (row["predicted"], row["observed"]) == (2.0, 2.01)
-    assert (row["inside_50"], row["inside_90"]) == (True, True)
+@pytest.mark.parametrize(
+    ("step", "loss", "facts", "kinds", "text"),
+    [
+        (STEPS - 1, 7.0, {}, [], ""),  # before the end
+        (STEPS, 2.01, {}, [SCORED], INSIDE),
+        (STEPS, 2.2, {}, [SCORED, MISSED], OUTSIDE),
+        (STEPS, 2.2, {"is_main": False}, [], ""),
+        (STEPS, math.nan, {"windows": 0}, [], ""),  # no held-out text
+    ],
+)
+def test_rank_0_compares_the_final_loss_over_all_sources(
+    metrics, capsys, step, loss, facts, kinds, text
+):
+    rows = score(metrics(facts.get("is_main", True)), step, loss, facts.get("windows", 3))
+    assert [row["kind"] for row in rows] == kinds
+    for row in rows:
+        assert (row["step"], row["tokens"]) == (STEPS, D)
+        assert (row["predicted"], row["observed"]) == (2.0, loss)
+        assert (row["inside_50"], row["inside_90"]) == (loss == 2.01, loss == 2.01)
     out = capsys.readouterr().out
-    text = "Forecast 0001: observed loss 2.0100, +0.50 % from the predicted 2.0000, inside"
-    assert out.count(text) == 1
-    assert "Warning" not in out
-
-
-def test_a_final_loss_outside_the_interval_has_its_own_event(metrics, capsys):
-    rows = score(metrics(), STEPS, 2.2)
-    assert [row["kind"] for row in rows] == ["forecast_scored", "forecast_missed"]
-    assert rows[1]["inside_90"] is False
-    out = capsys.readouterr().out
-    assert "outside the 90 % interval 1.9000 to 2.1000.\nWarning: the loss is outside" in out
-
-
-def test_other_ranks_and_runs_without_validation_windows_compare_nothing(metrics, capsys):
-    assert score(metrics(is_main=False), STEPS, 2.2) == []
-    assert capsys.readouterr().out == ""
-    assert score(metrics(), STEPS, math.nan, windows=0) == []
+    assert out.count(text) == 1 or not kinds
+    assert ("orecast" in out, "Warning" in out) == (bool(kinds), MISSED in kinds)
 
 
 def test_verbs_share_the_forecast_key_and_a_resumed_run_may_change_it():
