@@ -44,16 +44,16 @@ class CommandLine:
         out, err = self._capsys.readouterr()
         return code, out, err
 
-    def prints(self, *words: str) -> str:
+    def prints(self, *words: str, **how) -> str:
         """Return the stdout of a command that ends with code 0."""
-        code, out, err = self(*words)
+        code, out, err = self(*words, **how)
         assert code == 0, err
         return out
 
-    def refuses(self, *words: str) -> str:
+    def refuses(self, *words: str, **how) -> str:
         """Return the stderr of a command that ends with code 2 and without a traceback. Only those
         with notes or a list of faults print something before."""
-        code, out, err = self(*words)
+        code, out, err = self(*words, **how)
         assert (code, "Traceback" in err) == (2, False)
         assert not out or words[0] in ("check", "doctor", "plan", "train")
         return err

@@ -22,9 +22,7 @@ def lines():
 def test_the_lines_say_that_they_are_preferences_and_the_run_has_their_defaults(
     make, origin, tmp_path
 ):
-    code, out, _ = make()
-    assert code == 0
-    assert "with 57 examples; 3 are held out" in out
+    assert "with 57 examples; 3 are held out" in make.prints()
     config, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
     assert (config.objective.kind, config.objective.beta) == ("preferences", 0.1)
     assert config.total_steps == math.ceil(57 / old.train.global_batch), "one epoch"
@@ -65,15 +63,12 @@ def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
     ],
 )
 def test_what_can_not_be_is_a_sentence(make, words, problem):
-    code, _, err = make(*words)
-    assert code == 2
-    assert problem in err
+    assert problem in make.refuses(*words)
 
 
 def test_a_mixed_file_is_a_sentence(make, tmp_path):
     mixed = write_rows(tmp_path / "mixed.jsonl", [*preferences(2), *rows(2)])
-    code, _, err = make(f"data={mixed}", "run.name=mixed")
-    assert code == 2
+    err = make.refuses(f"data={mixed}", "run.name=mixed")
     assert "mixed.jsonl: 2 lines can't be used: 2 that are not" in err
     assert "(line 3, 4)" in err
 
