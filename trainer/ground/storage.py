@@ -131,6 +131,8 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
 
 def write_output(path: Path, data: bytes) -> None:
     """Write a file that a command names, and make its folder. Raises UserError if that can't be."""
+    if path.is_dir():
+        raise UserError(str(path), "is a directory", f"name a file, such as {path / 'page.html'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)

@@ -28,9 +28,7 @@ def main(job: StudyJob) -> int:
     """Print the comparison; with `to`, also write its picture."""
     comparison = compare(read_groups(job), job)
     if job.to:
-        path = Path(job.to).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file in write(comparison, path, ["forescale", *sys.argv[1:]]):
+        for file in write(comparison, Path(job.to).expanduser(), ["forescale", *sys.argv[1:]]):
             print(file, file=sys.stderr)
     if job.json:
         return print_json(as_dict(comparison))

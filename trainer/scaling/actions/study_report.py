@@ -27,7 +27,6 @@ def main(job: StudyJob) -> int:
     """Write the page that fits the records."""
     table, where = read(job)
     command = ["forescale", *sys.argv[1:]]
-    job.report.parent.mkdir(parents=True, exist_ok=True)
     if has_recipes(table):
         from forescale.scaling.report import recipes_page  # matplotlib is slow
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from forescale.ground.storage import write_file
+from forescale.ground.storage import write_output
 from forescale.pages import figure as chart
 from forescale.pages.document import Cell, Section, render
 from forescale.scaling.analysis.table_fit import StudyFit
@@ -50,7 +50,6 @@ def write_report(
 
     files = {path: html.encode()}
     folder = beside(path)
-    folder.mkdir(parents=True, exist_ok=True)
     if records is not None:
         files[folder / RECORDS] = as_csv(records)
     for name, section in figures.items():
@@ -59,7 +58,7 @@ def write_report(
             drawn = pictures(panels, section.key)
             files |= {folder / f"{name}.{form}": data for form, data in drawn.items()}
     for file, data in files.items():
-        write_file(file, data)
+        write_output(file, data)
     return [*files]
 
 
