@@ -1,6 +1,6 @@
 """Measures the house and holds its budgets: lines, names, arrows between rooms, small files.
 
-    python tests/house.py                     # the table; with --strict, 1 if a budget is broken
+    python tests/house.py                     # the table; exit code 1 if a budget is broken
     python tests/house.py --walk              # with the files that a tiny training run passes
     python tests/house.py --names trainer/run # each name that names nothing, with its line
 
@@ -26,10 +26,12 @@ BANNED = {
     *("found", "made", "own", "what", "told", "said", "asked", "wanted", "wish", "kept", "given"),
     *("passed", "shown", "written", "theirs", "ours", "more", "seen"),
 }
+# A change that needs more lines lets others go, or raises the number here and says in its commit
+# which lines it looked at.
 BUDGETS = {
-    "lines of source": 60_000,
-    "lines of tests": 52_000,
-    "lines of the largest room": 9_000,
+    "lines of source": 68_700,
+    "lines of tests": 58_600,
+    "lines of the largest room": 14_050,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
     "arrows between rooms": 110,
@@ -184,7 +186,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", nargs="+", metavar="PATH", help="list the names in these places")
     parser.add_argument("--places", action="store_true", help="list what is behind the numbers")
-    parser.add_argument("--strict", action="store_true", help="fail if a budget is broken")
     parser.add_argument("--walk", action="store_true", help="train a few steps and count files")
     options = parser.parse_args()
     if options.names:
@@ -200,7 +201,7 @@ def main() -> int:
         print(f"{number:8,}{budget:20} {name}{'  TOO MANY' if name in broken else ''}")
     for title, rows in places.items() if options.places else ():
         print(f"\n{title}", *rows, sep="\n  ")
-    return 1 if broken and options.strict else 0
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
