@@ -74,8 +74,9 @@ class _Columns:
         numbers |= {_RATE + name: x for name, x in row.get("learning_rate", {}).items()}
         numbers |= {name: x for name, x in row.items() if name.startswith(_EXTRA)}
         for name, value in numbers.items():
-            column = self._all.setdefault(name, array("d", [np.nan]) * self.count)
-            column.append(np.nan if value is None else value)
+            if name not in self._all:
+                self._all[name] = array("d", [np.nan]) * self.count
+            self._all[name].append(np.nan if value is None else value)
         self.count += 1
         for column in self._all.values():
             if len(column) < self.count:
