@@ -183,8 +183,10 @@ class Status:
             return how
         saved = max((c.position.step for c in self.checkpoints if self.is_eligible(c)), default=0)
         total = self.job.total_steps
-        scored = select(self._tail.scores, step=total, dataset="validation")
-        if saved >= total and (scored or self.run.is_evaluated(total)):
+        if saved >= total and (
+            select(self._tail.scores, step=total, dataset="validation")
+            or self.run.is_evaluated(total)
+        ):
             return "complete"
         if any(select(self._memory.events(a), kind="ended") for a in self.attempts[-1:]):
             return "interrupted"
