@@ -210,7 +210,11 @@ class Plan:
     @property
     def stall_seconds(self) -> float:
         """Seconds for which a save pauses training."""
-        return self.failures(self.world).stall
+        return self._stall(self.world, self.save_seconds)
+
+    def _stall(self, gpus: int, writing: float) -> float:
+        copying = self.checkpoint_bytes / gpus / self.machine.to_host
+        return stall_of(copying, writing, self.job.checkpoint.background)
 
     @property
     def lead_seconds(self) -> float:
@@ -233,8 +237,7 @@ class Plan:
         detect = plan.detect or self.job.heartbeat.patience
         speed = min(self.machine.node_write * nodes, self.machine.total_write)
         writing = self.checkpoint_bytes / speed
-        copying = self.checkpoint_bytes / gpus / self.machine.to_host
-        stall = stall_of(copying, writing, self.job.checkpoint.background)
+        stall = self._stall(gpus, writing)
         restart = (detect.seconds or 0.0) + (plan.restart.seconds or 0.0)
         interval = self.interval or 1800.0
         return estimate_failures(nodes, plan.failures, stall, restart, interval, writing)
