@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -96,11 +97,10 @@ class Files:
                 self._files.append(InputFile(input_name(path), path, 0, "table", index))
             else:
                 self._files += find_files(path, index, self._skipped, self.suffixes)
-        names = [input_name(str(path)) for path in paths]
-        counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
-        self.sources = [  # repeated names get a number
-            f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True)
-        ]
+        self.sources, counts = list[str](), Counter[str]()
+        for name in (input_name(str(path)) for path in paths):
+            counts[name] += 1  # repeated names get a number
+            self.sources.append(f"{name} ({counts[name]})" if counts[name] > 1 else name)
         held = sum(file.size for file in self._files)
         held += sum(table.data.nbytes for table in self._tables.values())
         self._unit_bytes = unit_bytes or min(max(held // _UNITS, _LEAST), _MOST)
