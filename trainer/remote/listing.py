@@ -72,6 +72,7 @@ class _Stream(io.RawIOBase):
         self._origin, self._patience = origin, patience
         self._at, self._jumped = 0, False
         self._left = memoryview(b"")  # received but not read yet
+        self._pieces: Iterator[bytes] = iter(())
         self._restart()
 
     def readable(self) -> bool:
@@ -111,6 +112,10 @@ class _Stream(io.RawIOBase):
             self._at, self._jumped, self._left = offset, True, memoryview(b"")
             self._restart()
         return self._at
+
+    def close(self) -> None:
+        self._pieces, self._left = iter(()), memoryview(b"")  # ends the transfer
+        super().close()
 
     def _restart(self) -> None:
         """Continue from the current position: all the rest, or one window after a seek.

@@ -158,7 +158,7 @@ def _faults(where: str, timeout: float) -> Iterator[None]:
         # A ConnectTimeoutError by its class, whatever its cause.
         known = [cause for cause in causes if not isinstance(cause, NewConnectionError)]
         names = (words for kind, words in reasons if any(isinstance(c, kind) for c in known))
-        raise RetryableError(next(names, f"the transfer fails ({causes[-1]})")) from e
+        raise RetryableError(next(names, "") or f"the transfer fails ({causes[-1]})") from e
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
