@@ -85,11 +85,12 @@ class BlockCache:
             if e.errno != errno.ENOENT:
                 self._fails(e)
             return False
-        first, last = skip // _PIECE, (skip + len(into) - 1) // _PIECE
-        data = memoryview(bytearray(min((last + 1) * _PIECE, length) - first * _PIECE))
-        sums, is_intact = bytearray(8 * (last + 1 - first)), False
+        is_intact = False
         try:
             facts = os.fstat(fd)
+            first, last = skip // _PIECE, (skip + len(into) - 1) // _PIECE
+            data = memoryview(bytearray(min((last + 1) * _PIECE, length) - first * _PIECE))
+            sums = bytearray(8 * (last + 1 - first))
             if (
                 facts.st_size == _stored(length)
                 and os.preadv(fd, [data], first * _PIECE) == len(data)
