@@ -84,6 +84,13 @@ def score_of(
     """
     part, objective = dataset.split(job.split), objective_of(config, dataset.vocab_size, True)
     length, cache = window_length(objective, config.train.sequence_length), job.data.cache_directory
+    references = None
+    if config.objective.are_preferences:  # first: making rows may take long
+        stored = read_references(view.run)
+        references = None if stored is None else stored.of(dataset.identity, job.split)
+        if references is None:
+            problem = "the losses of the reference are known of the run's own preferences alone"
+            raise UserError(dataset.where, problem, "leave data.path out")
     rows = whole_rows_of(config, Sources({ONLY: dataset}), job.split, cache).get(ONLY)
     left_out = rows.left_out() if rows else None
     if not isinstance(config.objective, PreferencesConfig):
@@ -100,11 +107,6 @@ def score_of(
             progress=progress,
         )
         return result, left_out
-    stored = read_references(view.run)
-    references = None if stored is None else stored.of(dataset.identity, job.split)
-    if references is None:
-        problem = "the losses of the reference are known of the run's own preferences alone"
-        raise UserError(dataset.where, problem, "leave data.path out")
     total = _count(dataset, job.split, length, rows, job.windows)
     micros = validation_windows(
         part,
