@@ -261,6 +261,10 @@ def _typed(type_: Any, value: Any) -> Any:
         return ModelConfig(**value)
     if isinstance(type_, type) and is_dataclass(type_):
         hints = get_type_hints(type_)
+        if "wanted" in value:  # a shape's target in earlier versions
+            value = {**value, "target": value["wanted"]}
+        if isinstance(value.get("aspect"), Mapping):  # the whole trend of layers, then
+            value = {**value, "aspect": value["aspect"]["layers"] / 12}
         return type_(**{k: _typed(hints[k], v) for k, v in value.items() if k in hints})
     if get_origin(type_) is tuple:
         each = arguments[:1] * len(value) if arguments[-1] is ... else arguments

@@ -1,5 +1,6 @@
 """Plans of studies: their runs, their costs, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from forescale.models.flops import flops_per_token
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.cells import share_trunks
 from forescale.scaling.design.kinds import isoflop_plan, ladder_plan, list_plan
-from forescale.scaling.design.plan import extra_rates
+from forescale.scaling.design.plan import dump, extra_rates, load
 from forescale.scaling.design.shapes import SEEDS, Common
 from forescale.scaling.design.tuning import best_rates
 
@@ -138,6 +139,15 @@ def test_the_keys_of_a_cell_compose_into_a_job_of_its_length(rungs):
         assert job.steps_of(job.schedule.decay) == c.decay_steps
         assert job.model.resolved(512, 256) == c.shape.model
         assert job.run.origin.run == c.trunk
+
+
+def test_a_plan_of_an_earlier_version_is_read(grid):
+    facts = json.loads(json.dumps(dump(grid)))
+    facts["common"]["aspect"] = {"layers": 12.0, "width": 768.0, "exponent": 0.75}
+    for cell in (cell for stage in facts["stages"] for cell in stage["cells"]):
+        cell |= {"seconds": None}
+        cell["shape"]["wanted"] = cell["shape"].pop("target")
+    assert load(facts) == grid
 
 
 @pytest.mark.slow  # seconds
