@@ -39,9 +39,8 @@ EXAMPLES = ("logs first", "logs first rank=3 follow=false", "logs first rank=nul
 def main(words: list[str]) -> int:
     job = parse(LogsJob, words)
     run = Run.existing(job.target or "", job.run.root)
-    is_gone = _JobIsGone(run)
     if job.rank is None:
-        return _show_batch(run, job, is_gone)
+        return _show_batch(run, job, _JobIsGone(run))
     attempts = [a for a in run.attempts() if job.attempt in (None, a.number)]
     if job.attempt is not None and not attempts:
         raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
@@ -49,6 +48,7 @@ def main(words: list[str]) -> int:
     if attempt is None:
         print(_why_nothing(run, job))
         return DONE
+    is_gone = _JobIsGone(run)
 
     def goes_on() -> bool:
         newer = (a for a in run.attempts() if a.number > attempt.number)
@@ -69,7 +69,7 @@ def main(words: list[str]) -> int:
                 sys.stdout.writelines(deque(f, maxlen=_LAST_LINES))
     if early := _early_end(run):
         print(_early_end_text(early))
-    elif "ended" not in record and is_gone.of(attempt):
+    elif "ended" not in launch_of(attempt.path) and is_gone.of(attempt):  # it may have just ended
         how = f"is no longer in the queue; how attempt {attempt.number} ended was not recorded"
         print(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
     return DONE
