@@ -104,10 +104,11 @@ class Transformer(nn.Module):
         last: the number of last columns of which logits are computed; None: all.
 
         Returns, without targets: logits (B, L, V); of an encoder-decoder (B, T, V), of the
-        decoder's T columns. With targets: losses (B,) fp32, each window's sum of cross-entropy in
-        nats; with z_loss, or with experts or mtp_layers in training, (losses, penalty), where
-        penalty is a scalar, summed over all targets, for the training objective only. After
-        divide(), rows are whole, and logits and losses are of this rank's columns.
+        decoder's T columns (targets of the source's columns are not read). With targets: losses
+        (B,) fp32, each window's sum of cross-entropy in nats; with z_loss, or with experts or
+        mtp_layers in training, (losses, penalty), where penalty is a scalar, summed over all
+        targets, for the training objective only. After divide(), rows are whole, and logits and
+        losses are of this rank's columns.
 
         Raises ValueError for a sequence longer than the learned position table, for a cache with
         documents or of a model that is not causal, and in an encoder-decoder for documents and for

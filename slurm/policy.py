@@ -47,8 +47,8 @@ def outcome_of(
     stop_requested: bool,
     lost: str | None = None,
 ) -> AttemptOutcome:
-    """Return how the attempt ended. failures: of srun, in their order; lost: a node that SLURM lost
-    later than those. The failure that explains the others is the first UserError; else that of the
+    """Return how the attempt ended. failures: of srun, in order of time; lost: a node that SLURM
+    lost later than those. The failure that explains the others is the first UserError; else that of the
     first rank that was killed or wrote an error; ranks that only lost a peer or were stopped come
     last."""
     if not srun_code:

@@ -34,7 +34,8 @@ class Context(NamedTuple):
         BlockMask where only documents and padding hide keys (masks.block_mask).
     starts (B, S): the column at which each token's document begins.
     real (B, S): False at padding.
-    memory: the cache of this layer; the only field that differs between layers with one view.
+    memory: the cache of this layer, where a mixer reads what it stored about earlier columns and
+        stores what later ones need; the only field that differs between layers with one view.
     counted (B, L): the tokens that count for the balance of experts; None: all.
     source (B, S, D): the encoder's output, in the decoder of an encoder-decoder.
     source_mask (B, 1, 1, S): added to the scores of the encoder's tokens.
