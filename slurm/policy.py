@@ -48,9 +48,11 @@ def outcome_of(
     lost: str | None = None,
 ) -> AttemptOutcome:
     """Return how the attempt ended. failures: of srun, in order of time; lost: a node that SLURM
-    lost later than those. The failure that explains the others is the first UserError; else that of the
-    first rank that was killed or wrote an error; ranks that only lost a peer or were stopped come
-    last."""
+    lost later than those.
+
+    The failure that explains the others is the first UserError; else that of the first rank that
+    was killed or wrote an error; ranks that only lost a peer or were stopped come last.
+    """
     if not srun_code:
         return AttemptOutcome(DONE, 0, "done")
     tests: tuple[Callable[[Failure], bool], ...] = (
