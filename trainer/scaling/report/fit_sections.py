@@ -230,10 +230,14 @@ def backtests(study: StudyFit) -> Section:
             percent(float(np.mean(r.errors)), sign="+"),
             percent(r.inside_resampled.mean(), 0), percent(r.inside_calibrated.mean(), 0),
         ])  # fmt: skip
+    resampled = np.concatenate([r.inside_resampled for r in study.backtests])
+    calibrated = np.concatenate([r.inside_calibrated for r in study.backtests])
     section.after = [
+        f"Of {len(resampled)} predicted runs, {resampled.mean():.0%} are inside the {level} "
+        f"interval of resampling alone, and {calibrated.mean():.0%} inside the calibrated one.",
         "Error (root mean square) and bias compare predicted with observed loss over all runs of "
         "the more expensive budgets. Resampled: the interval of resampling alone. Calibrated: the "
-        "interval with noise and discrepancy."
+        "interval with noise and discrepancy.",
     ]
     return section
 

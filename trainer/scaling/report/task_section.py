@@ -54,6 +54,8 @@ def task_section(one: TaskFit | str, figures: Figures | None = None) -> Section:
     low, high = one.replicates.interval(one.job.level)
     for i, (symbol, value) in enumerate(one.link.values.items()):
         section.rows.append([symbol, number(value, 4) + " (" + span((low[i], high[i]), 4) + ")"])
+    scatter = f"{one.residuals.std():.2%} in {len(one.outcomes)} runs"
+    section.rows.append(["Scatter around the link", scatter])
     section.after = [*[_INTERVAL] * (p is not None), *_skill_lines(one), *one.doubts]
     return section
 
