@@ -27,7 +27,7 @@ _USUAL_LAW = (482.0, 0.348, 2085.4, 0.366, 1.817)
 _TOO_HIGH = 2.5
 # Words in the name of a foreign column of losses, and what they tell.
 _OTHER_LOSSES = {
-    ("ppl", "perplexity"): "which a perplexity is called. The law is one of nats: give the "
+    ("ppl", "perplexity"): "a name of perplexities. The law is one of nats: give the "
     "logarithm of a perplexity.",
     ("bits", "bit", "bpb", "bpc", "bpt"): "so A, B, E and predictions are in bits. Multiply losses "
     "by 0.693 to compare them with laws in nats.",

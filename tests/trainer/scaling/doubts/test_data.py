@@ -146,7 +146,7 @@ def test_a_loss_that_is_a_perplexity_is_named():
     assert one.startswith("The loss of all 42 runs looks like a perplexity")
     (one,) = sentences_of(t.assign(loss=np.where(HALF, np.exp(t["loss"]), t["loss"])))
     assert one.startswith("The loss of 21 of 42 runs (rows 0, 2, 4, 6")
-    assert "a perplexity is called" in sentences_of(t, columns={"loss": "val/ppl"})[0]
+    assert "a name of perplexities" in sentences_of(t, columns={"loss": "val/ppl"})[0]
 
 
 def test_a_loss_whose_name_tells_of_bits_is_named():
