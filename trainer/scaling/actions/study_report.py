@@ -14,6 +14,9 @@ from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit, task_of
 from forescale.scaling.config import StudyJob
+from forescale.scaling.report import recipes_page
+from forescale.scaling.report.evidence import gather
+from forescale.scaling.report.fit_page import beside, write
 from forescale.scaling.study.inputs import read, with_outcome
 
 ACTION = Action(
@@ -28,16 +31,11 @@ def main(job: StudyJob) -> int:
     table, where = read(job)
     command = ["forescale", *sys.argv[1:]]
     if has_recipes(table):
-        from forescale.scaling.report import recipes_page  # matplotlib is slow
-
         recipes = Multipliers(table, job, where)
         page, *_ = recipes_page.write(recipes, table, job.report, command)
         count = f"{len(recipes.candidates)} recipes against {recipes.base}"
         print(f"{page}: {count}; open it in a browser.")
         return DONE
-    from forescale.scaling.report.evidence import gather
-    from forescale.scaling.report.fit_page import beside, write
-
     evidence = gather(job, with_outcome(table, job, where))
     task: TaskFit | str | None = None
     law: StudyFit | str

@@ -99,9 +99,9 @@ def _cells(place: Place) -> list[Cell]:
     return [*(number(c, 4) for c in place.flops), *ratio_cells(place.multiplier), change, ends]
 
 
-def ratio_cells(ratio: Ratio, low: str = "no lower end") -> list[Cell]:
-    """Return a ratio and its interval. low: the text of a low end of 0."""
-    ends = [number(ratio.low) if ratio.low else low,
+def ratio_cells(ratio: Ratio) -> list[Cell]:
+    """Return a ratio and its interval."""
+    ends = [number(ratio.low) if ratio.low else "no lower end",
             number(ratio.high) if ratio.high < np.inf else "no upper end"]  # fmt: skip
     return [number(ratio.value), Markup("{} to {}").format(*ends)]
 

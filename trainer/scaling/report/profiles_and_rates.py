@@ -63,5 +63,6 @@ def profile_sections(profiles: Sequence[Profile], study: StudyFit) -> list[Secti
     doubts += [*study.doubts, *study.notes]
     return [
         Section("profile", study.form.source, rows=rows, head=True),
-        Section("doubts", "Reasons for doubt", after=doubts),
-    ]
+        Section("doubts", "Reasons for doubt", after=doubts,
+                absent="" if doubts else "No reason was found to doubt the numbers."),
+    ]  # fmt: skip

@@ -44,10 +44,11 @@ def page(
 ) -> tuple[str, list[Section]]:
     """Return the page as HTML, and its sections. table: the records; command: the command line."""
     answer, *numbers = recipe_sections(results)
+    lead, answer.after = answer.after, []  # above all sections
     origin = provenance("", StudyEvidence(table), results.where, command)
     sections = [answer, *_pictures(results), *numbers, origin]
     title, intro = f"Recipes against {results.base}", head_of(results)
-    return render(title=title, intro=intro, lead=answer.after, sections=sections), sections
+    return render(title=title, intro=intro, lead=lead, sections=sections), sections
 
 
 def head_of(results: Multipliers) -> str:

@@ -89,7 +89,8 @@ def tasks_sections(fits: Sequence[TaskFit]) -> list[Section]:
         sections.append(
             Section("predictions", "Predictions", rows=predicted, head=True, after=[_INTERVAL])
         )
-    return [*sections, Section("doubts", "Reasons for doubt", after=[*notes])]
+    absent = "" if notes else "No reason was found to doubt the numbers."
+    return [*sections, Section("doubts", "Reasons for doubt", after=[*notes], absent=absent)]
 
 
 def forecast_sections(scores: Sequence[TaskScore]) -> list[Section]:
