@@ -87,8 +87,8 @@ def answer(study: StudyFit, f: Prediction | str | None) -> Section:
         rows.append(["N* grows as", growth.format(number(a, 4), span(interval.tolist(), 4))])
     first = "none was found"
     if study.doubts:
-        count = len(study.doubts) - 1
-        first = study.doubts[0] + (f" ({count} others below)" if count else "")
+        first, *others = study.doubts
+        first += f" ({len(others)} more below)" if others else ""
     rows.append(["First doubt", first])
     return Section("prediction", "Answer", rows=rows, after=after, strong=True)
 
