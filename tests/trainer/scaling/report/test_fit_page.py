@@ -136,6 +136,10 @@ def test_nothing_is_loaded_and_the_page_is_small(html):
     assert not re.search(r'<(script|link|img)[^>]* (src|href)="(?!data:)', html)
 
 
+def test_the_same_study_gives_the_same_bytes(fit, html):
+    assert page(fit, f"runs {HOSTILE}") == html
+
+
 def test_sections_without_budgets_or_target_say_why():
     rows = surface().drop(columns="budget")
     rows["flops"] *= np.geomspace(1, 3, len(rows))  # no two runs have the same compute
