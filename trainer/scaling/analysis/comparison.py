@@ -123,7 +123,7 @@ class Side:
         return np.exp(np.where(log_c >= self.path.greatest - _NEAR, np.inf, log_c))
 
     def with_ends(self, of: Callable[[Array], Array]) -> Array:
-        """Return a function of published parameters for the fit, with both ends, (3, K)."""
+        """Return what `of` gives for the fit's parameters, and the ends of its interval, (3, K)."""
         ends = self.study.replicates.interval(self.study.job.level, of)
         return np.vstack((of(self.study.fit.vector[None]), ends))
 

@@ -151,8 +151,8 @@ class Multipliers:
             problem = f"has {len(of_base)} budgets of {self.base}, which are no curve"
             raise UserError(where, problem, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
-        # All log losses at the base's rate. For the base alone, and not beside fresh seeds of
-        # another: those confirm what its earlier runs chose.
+        # First and fresh seeds of the base count together, but not where fresh seeds confirm a
+        # winner, which the base's first ones helped to choose.
         self._of_base = [np.concatenate((c.logs, c.fresh)) for c in of_base]
         self.curve = _curve(of_base, self._of_base)
 

@@ -68,7 +68,7 @@ def _row(
 
 
 def change(error: float, metric: str | None, sign: str = "") -> str:
-    """Return an error for reading: of a loss its share, of a share its points of a percentage."""
+    """Return an error as text: that of a loss as a percentage, that of a share in points."""
     if metric in (None, "loss"):
         return f"{error:{sign}.2%}"
     return f"{100 * error:{sign}.2f} points"
