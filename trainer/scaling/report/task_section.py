@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from forescale.pages import figure as chart
-from forescale.pages.document import Cell, Section, number, span
+from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.backtest import BEST
 from forescale.scaling.analysis.forecast import TaskScore
 from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, OUTCOME, TWO_STEPS, TaskFit
@@ -54,7 +54,7 @@ def task_section(one: TaskFit | str, figures: Figures | None = None) -> Section:
     low, high = one.replicates.interval(one.job.level)
     for i, (symbol, value) in enumerate(one.link.values.items()):
         section.rows.append([symbol, number(value, 4) + " (" + span((low[i], high[i]), 4) + ")"])
-    scatter = f"{one.residuals.std():.2%} in {len(one.outcomes)} runs"
+    scatter = percent(float(one.residuals.std())) + f" in {len(one.outcomes)} runs"
     section.rows.append(["Scatter around the link", scatter])
     section.after = [*[_INTERVAL] * (p is not None), *_skill_lines(one), *one.doubts]
     return section
