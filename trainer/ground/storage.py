@@ -305,14 +305,18 @@ def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     more left behind, with the same tag, is removed first."""
     final = Path(final)
     begin, end = f".{final.name}.{tag}.{socket.gethostname()}.", ".stage"
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for old in final.parent.iterdir():
-        if old.name.startswith(begin) and old.name.endswith(end):
-            process = old.name[len(begin) :].partition(".")[0]
-            if process.isdecimal() and not _lives(int(process)):
-                shutil.rmtree(old, ignore_errors=True)
     stage = final.with_name(f"{begin}{os.getpid()}.{secrets.token_hex(3)}{end}")
-    stage.mkdir()
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for old in final.parent.iterdir():
+            if old.name.startswith(begin) and old.name.endswith(end):
+                process = old.name[len(begin) :].partition(".")[0]
+                if process.isdecimal() and not _lives(int(process)):
+                    shutil.rmtree(old, ignore_errors=True)
+        stage.mkdir()
+    except FileNotFoundError as e:  # although its parents are made: below /proc, for example
+        problem = "no directory can be made in this file system"
+        raise UserError(str(final.parent), problem, "choose another place") from e
     try:
         yield stage
         publish(stage, final)

@@ -116,6 +116,9 @@ def build_once(output: Path, progress: Progress, build: Callable[[], None]) -> N
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not Path(lock.lock_file).exists():  # below /proc, for example: it would wait for ever
+            problem = "no file can be made in this file system"
+            raise UserError(str(output.parent), problem, "choose another place") from None
         log_line(progress, f"{output}: waiting for another process that is building it")
         lock.acquire()
     try:

@@ -1,5 +1,7 @@
 """The compute multiplier of two recipes, on laws whose multiplier is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -187,3 +189,19 @@ def test_the_path_of_a_law_is_that_of_its_compute_optimal_runs(form, values):
     n, d = laws.compute_optimal(form, vector, np.exp(LOG_C), 6.5)
     expected = np.log(form.predict(vector, parameters=n, tokens=d))
     assert path(form).log_loss(vector[None], LOG_C)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_path_at_a_fixed_ratio_has_that_many_tokens_per_parameter():
+    form, values = LAWS[0]
+    n = np.sqrt(np.exp(LOG_C) / (6.5 * 100))
+    expected = np.log(form.predict(values, parameters=n, tokens=100 * n))
+    vector = form.vector(values)[None]
+    side = replace(path(form), ratio=100.0)
+    assert side.log_loss(vector, LOG_C)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_loss_that_is_never_reached_is_at_an_end():
+    form, values = LAWS[0]
+    side = path(form)
+    comparison = side.log_compute(form.vector(values)[None], np.array([values["E"] - 0.1, 1e9]))[0]
+    assert comparison.tolist() == [side.greatest, side.least]
