@@ -34,7 +34,7 @@ from forescale.data.dataset import Split
 from forescale.data.packing import Packing, pack
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
-from forescale.ground.storage import HashingFile, fsync_path
+from forescale.ground.storage import HashingFile, fsync_path, make_folder
 from forescale.remote.store import LocalFile
 
 _DTYPES = tuple(map(np.dtype, ("<i8", "<i8", "<i4")))  # offsets, starts, lengths
@@ -119,7 +119,7 @@ class BinKind:
         request = {**fields, **asdict(self)}
         if path.exists():
             return Bins(path, request, self)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         names = ("documents", "row_tokens", *self.longest, *self.reasons) if self.is_whole else ()
         facts, rows, done = dict.fromkeys(names, 0), list[_Row](), 0

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from platformdirs import user_cache_path
@@ -129,12 +130,23 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
     return entry
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder of outputs and its parents. Raises UserError if it takes no files, as /proc."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+    except OSError as e:
+        if storage_error(e):  # which says more
+            raise
+        raise UserError(str(path), f"takes no files ({e.strerror})", "choose another place") from e
+
+
 def write_output(path: Path, data: bytes) -> None:
     """Write a file that a command names, and make its folder. Raises UserError if that can't be."""
     if path.is_dir():
         raise UserError(str(path), "is a directory", f"name a file, such as {path / 'page.html'}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_file(path, data)
     except OSError as e:
         if storage_error(e):  # which says more
@@ -306,17 +318,13 @@ def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     final = Path(final)
     begin, end = f".{final.name}.{tag}.{socket.gethostname()}.", ".stage"
     stage = final.with_name(f"{begin}{os.getpid()}.{secrets.token_hex(3)}{end}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        for old in final.parent.iterdir():
-            if old.name.startswith(begin) and old.name.endswith(end):
-                process = old.name[len(begin) :].partition(".")[0]
-                if process.isdecimal() and not _lives(int(process)):
-                    shutil.rmtree(old, ignore_errors=True)
-        stage.mkdir()
-    except FileNotFoundError as e:  # although its parents are made: below /proc, for example
-        problem = "no directory can be made in this file system"
-        raise UserError(str(final.parent), problem, "choose another place") from e
+    make_folder(final.parent)
+    for old in final.parent.iterdir():
+        if old.name.startswith(begin) and old.name.endswith(end):
+            process = old.name[len(begin) :].partition(".")[0]
+            if process.isdecimal() and not _lives(int(process)):
+                shutil.rmtree(old, ignore_errors=True)
+    stage.mkdir()
     try:
         yield stage
         publish(stage, final)

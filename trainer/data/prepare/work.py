@@ -28,7 +28,7 @@ from forescale.data.dataset import Dataset
 from forescale.data.text.documents import DocumentSource, Unit
 from forescale.ground.console import Progress, log_line
 from forescale.ground.errors import UserError
-from forescale.ground.storage import fsync_path, publish, read_json, write_json
+from forescale.ground.storage import fsync_path, make_folder, publish, read_json, write_json
 
 _FORMAT = 3  # increase it whenever units are made differently: older ones are then not used
 _FOLDERS = ("hashes", "ranges", "samples", "tokens", "rows", "dataset")
@@ -111,14 +111,11 @@ def build_once(output: Path, progress: Progress, build: Callable[[], None]) -> N
     the kernel releases the lock when a process ends, however it ends."""
     if output.exists() and not work_path(output).exists():
         return  # it needs no lock, and may be in a read-only directory
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     lock = FileLock(output.parent / f".{output.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if not Path(lock.lock_file).exists():  # below /proc, for example: it would wait for ever
-            problem = "no file can be made in this file system"
-            raise UserError(str(output.parent), problem, "choose another place") from None
         log_line(progress, f"{output}: waiting for another process that is building it")
         lock.acquire()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 
 from forescale.ground.errors import UserError
-from forescale.ground.storage import write_file
+from forescale.ground.storage import make_folder, write_file
 from forescale.inference.harness.scores import TaskScore, lm_eval_version
 
 _HASH = 12  # digits of a hash that people see
@@ -66,15 +66,12 @@ def as_facts(score: TaskScore) -> dict[str, Any]:
 
 
 def new_file(name: str) -> Path:
-    """Return the file of answers, in a folder that exists from now on. Raises UserError for one
-    that exists, or can't: before the questions, which may take hours."""
-    file, todo = Path(name).expanduser(), "choose another file with answers=FILE"
+    """Return the file of answers, in a folder that exists from now on. Raises UserError if the file
+    exists, and the errors of `make_folder`: before the questions, which may take hours."""
+    file = Path(name).expanduser()
     if file.exists():
-        raise UserError(name, "exists already", todo)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(name, f"its folder can't be made ({e.strerror})", todo) from None
+        raise UserError(name, "exists already", "choose another file with answers=FILE")
+    make_folder(file.parent)
     return file
 
 

@@ -31,7 +31,7 @@ from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import plain
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json, write_file, write_json
+from forescale.ground.storage import make_folder, read_json, write_file, write_json
 from forescale.run.directory import Run
 from forescale.run.forecast import read_forecasts
 from forescale.run.rows import RowWriter, read_rows
@@ -63,7 +63,7 @@ class Study:
         """Write the directory of a new study. facts: further entries of plan.json. Raises UserError
         if a study has been launched there."""
         must_be_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_file(folder / "study.yaml", freeze(job).encode())
         write_json(folder / "plan.json", {**dump(plan), **facts})
         study = cls(folder)

@@ -92,7 +92,7 @@ def test_answers_that_have_no_place_are_refused_before_a_question(trained, fores
     file = make_tasks(tmp_path / "tasks")["choice"]
     words = (f"tasks=[{file}]", f"answers={file}/answers.jsonl")
     err = forescale.refuses("eval", trained.path, *words)
-    assert "answers.jsonl: its folder can't be made (" in err
+    assert f"{file}: is a file, but a directory is needed" in err
     assert "likelihoods" not in err
 
 
