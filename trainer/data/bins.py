@@ -80,10 +80,9 @@ class BinKind:
     # How many of the first ends of a bin's pieces the objective gets, as `cuts`; 0: it gets none,
     # and positions without a target are marked instead (mark_ignored).
     edges: ClassVar[int] = 0
-    reasons: ClassVar[
-        dict[str, str]
-    ] = {}  # names and words of the facts that count what is left out
-    longest: ClassVar[dict[str, str]] = {}  # of the facts that hold the greatest lengths
+    # Names and words of the facts that count what is left out, and that hold the greatest lengths.
+    reasons: ClassVar[dict[str, str]] = {}
+    longest: ClassVar[dict[str, str]] = {}
 
     @property
     def window_length(self) -> int:

@@ -90,19 +90,9 @@ def index_corpus(
         raise UserError("tokenizer", problem, "give the corpus's tokenizer.json")
     vocabulary = vocabulary_of(raw, tokenizer, end_of_text)
     left_out = ReadingReport()
-    files: list[list[tuple[str, str]]] = []  # of each input, in order, with their kinds
-    for path in inputs:
-        kinds: dict[str, str] = {}
-        for where, _ in _listed(path):
-            if kind := kind_of_file(where):
-                kinds[bin_of(where)] = kind
-            else:
-                left_out.add("no token ids", f"{input_name(path)}: {Path(where).name}")
-        if not kinds:
-            raise UserError(printable(path), "holds no tokens", f"expected {_KINDS}")
-        files.append(list(kinds.items()))
+    files = [(input_name(path), _kinds_of(path, left_out)) for path in inputs]
     rows: list[tuple[str, str, int | None]] = []
-    for where, kind in chain.from_iterable(files):
+    for where, kind in chain.from_iterable(kinds.items() for _, kinds in files):
         with reading(where):
             rows.append((where, kind, None if is_url(where) else os.path.getsize(where)))
     request = {
@@ -120,19 +110,30 @@ def index_corpus(
         "shard_tokens": shard_tokens,
         "member_tokens": member_tokens,
     }
-    names = [input_name(path) for path in inputs]
 
     def build() -> None:
-        _build(files, names, output, vocabulary, request, left_out, progress)
+        _build(files, output, vocabulary, request, left_out, progress)
 
     build_once(output, progress, build)
     expect_same(output, request)
     return output
 
 
+def _kinds_of(path: str, left_out: ReadingReport) -> dict[str, str]:
+    """Return the kinds of an input's files, in their order. Raises UserError if none has tokens."""
+    kinds: dict[str, str] = {}
+    for where, _ in _listed(path):
+        if kind := kind_of_file(where):
+            kinds[bin_of(where)] = kind
+        else:
+            left_out.add("no token ids", f"{input_name(path)}: {Path(where).name}")
+    if not kinds:
+        raise UserError(printable(path), "holds no tokens", f"expected {_KINDS}")
+    return kinds
+
+
 def _build(
-    inputs: list[list[tuple[str, str]]],
-    names: list[str],
+    inputs: list[tuple[str, dict[str, str]]],
     output: Path,
     vocabulary: Vocabulary,
     request: dict[str, Any],
@@ -140,8 +141,11 @@ def _build(
     progress: Progress,
 ) -> None:
     raw = np.dtype(request["dtype"]).newbyteorder("<") if request["dtype"] else None
-    described = [[describe(where, kind, raw, left_out) for where, kind in i] for i in inputs]
-    first, *others = chain.from_iterable(described)
+    described = [
+        (name, [describe(where, kind, raw, left_out) for where, kind in kinds.items()])
+        for name, kinds in inputs
+    ]
+    first, *others = chain.from_iterable(files for _, files in described)
     dtype, tokens = first.dtype, first.tokens + sum(file.tokens for file in others)
     name_of_first = f"{printable(first.where)} holds {dtype_name(dtype)}"
     if different := next((file for file in others if file.dtype != dtype), None):
@@ -156,7 +160,7 @@ def _build(
         indexer = Indexer(stage, vocabulary, tokens, *sizes)
         meter = Meter(progress, "index the corpus", tokens * dtype.itemsize, "bytes")
         sources = []
-        for name, files in zip(names, described, strict=True):
+        for name, files in described:
             before = indexer.totals()
             for file in files:
                 indexer.add(file, f"{name}: {Path(file.where).name}", meter)
@@ -165,16 +169,14 @@ def _build(
         indexer.finish()
         meter.end()
         left_out.merge(indexer.report)
-        entries, corpus = dict[str, FileEntry](), hashlib.sha256()
+        entries, splits, corpus = dict[str, FileEntry](), dict[str, Any](), hashlib.sha256()
         for split, part in indexer.splits.items():
             entries |= part.files
+            splits[split] = {**part.totals, "shards": part.rows}
             for row in part.rows:
                 corpus.update(f"{split} {row['content']}\n".encode())
         lengths = indexer.lengths[: int(np.flatnonzero(indexer.lengths)[-1]) + 1].tolist()
         report = {"lengths": lengths, "sources": sources, "left_out": left_out.as_dict()}
-        splits = {
-            split: {**part.totals, "shards": part.rows} for split, part in indexer.splits.items()
-        }
         digest, stored = corpus.hexdigest(), dtype_name(dtype)
         write_manifest(stage, entries, vocabulary, splits, digest, request, report, dtype=stored)
 
