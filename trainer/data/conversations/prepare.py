@@ -26,6 +26,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -290,8 +291,8 @@ def prepare_conversations(
     described = request.describe(path)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     output = cache / f"conversations-{digest[:16]}"
-    build_once(output, progress, lambda: _build(path, output, request, described, progress))
-    return Dataset(output)
+    build = partial(_build, path, output, request, described, progress)
+    return build_once(output, described, progress, build)
 
 
 def faults_sentence(report: dict[str, Any]) -> str | None:

@@ -45,7 +45,7 @@ from forescale.data.prepare.selection import (
     range_edges,
 )
 from forescale.data.prepare.tokens import AssembleJob, EncodeJob, TokenRun, origins, plan_shards
-from forescale.data.prepare.work import Work, build_once, expect_same, work_request
+from forescale.data.prepare.work import Work, build_once, work_request
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
@@ -125,8 +125,7 @@ def build_dataset(
             work.remove_if_empty()
             raise
 
-    build_once(output, progress, build)
-    expect_same(output, request)
+    build_once(output, request, progress, build)
     return output
 
 

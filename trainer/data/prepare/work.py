@@ -106,30 +106,30 @@ def work_request(
     return {"format": _FORMAT, "versions": versions, "request": request, "inputs": inputs}
 
 
-def build_once(output: Path, progress: Progress, build: Callable[[], None]) -> None:
-    """Call `build` unless the output exists. A second process with this output waits for the first;
-    the kernel releases the lock when a process ends, however it ends."""
-    if output.exists() and not work_path(output).exists():
-        return  # it needs no lock, and may be in a read-only directory
-    make_folder(output.parent)
-    lock = FileLock(output.parent / f".{output.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log_line(progress, f"{output}: waiting for another process that is building it")
-        lock.acquire()
-    try:
-        if not output.exists():
-            build()
-        elif (left := work_path(output)).exists():  # killed between rename and removal
-            shutil.rmtree(left)
-    finally:
-        lock.release()
-
-
-def expect_same(output: Path, request: dict[str, Any]) -> None:
-    """Raise UserError if the dataset at `output` was built from another request."""
-    have = Dataset(output).manifest["build"]
+def build_once(
+    output: Path, request: dict[str, Any], progress: Progress, build: Callable[[], None]
+) -> Dataset:
+    """Call `build` unless the output exists; return the output. A second process with this output
+    waits for the first; the kernel releases the lock when a process ends, however it ends. Raises
+    UserError if the output was built from another request."""
+    # A finished one needs no lock, and may be in a read-only directory.
+    if not output.exists() or work_path(output).exists():
+        make_folder(output.parent)
+        lock = FileLock(output.parent / f".{output.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log_line(progress, f"{output}: waiting for another process that is building it")
+            lock.acquire()
+        try:
+            if not output.exists():
+                build()
+            elif (left := work_path(output)).exists():  # killed between rename and removal
+                shutil.rmtree(left)
+        finally:
+            lock.release()
+    have = (dataset := Dataset(output)).manifest["build"]
     if differing := [key for key in request if have.get(key) != request[key]]:
         problem = f"holds a dataset that was built with different {', '.join(differing)}"
         raise UserError(str(output), problem, "choose another output or remove it")
+    return dataset

@@ -20,13 +20,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from forescale.data.prepare.work import build_once, expect_same
+from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.files import input_name
@@ -110,12 +111,8 @@ def index_corpus(
         "shard_tokens": shard_tokens,
         "member_tokens": member_tokens,
     }
-
-    def build() -> None:
-        _build(files, output, vocabulary, request, left_out, progress)
-
-    build_once(output, progress, build)
-    expect_same(output, request)
+    build = partial(_build, files, output, vocabulary, request, left_out, progress)
+    build_once(output, request, progress, build)
     return output
 
 
