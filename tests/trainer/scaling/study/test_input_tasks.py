@@ -88,7 +88,7 @@ def test_the_command_prints_the_link_and_the_prediction(folder, forescale):
     assert code == 0
     assert re.search(r"^arc +16 +0\.2\d+ +0\.2\d+ to 0\.2\d+ +2\.\d+", out, re.MULTILINE)
     assert re.search(r"^arc +\d\.\d{4} .* \d\d\.\d% +\d\d\.\d% to \d\d\.\d%", out, re.MULTILINE)
-    assert "arc: " in out
+    assert "\narc: The link is extrapolated: it has seen no loss below " in out
     code, out, err = forescale(*words, *target, "--json")
     assert (code, err) == (0, "")
     facts = json.loads(out)
