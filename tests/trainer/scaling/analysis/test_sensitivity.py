@@ -10,7 +10,7 @@ from forescale.scaling.analysis.sensitivity import conventions
 from forescale.scaling.analysis.table_fit import StudyFit, as_dict
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.report.fit_sections import sensitivity_section
+from forescale.scaling.report.fit_sections import sensitivity_section, terminal_sections
 
 LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 
@@ -98,7 +98,10 @@ def test_sensitivity_is_shown_and_in_the_json(noiseless):
     rows = sensitivity_section(noiseless).rows
     assert [row[0] for row in rows[1:]] == ["total, active"] * 2 + ["non_embedding"] * 2
     assert len(json.loads(json.dumps(as_dict(noiseless)))["sensitivity"]) == 4
-    assert study(records(0.002), sensitivity=False).sensitivity is None
+    silent = study(records(0.002), sensitivity=False)
+    assert silent.sensitivity is None
+    printed = [[s.name for s in terminal_sections(fitted)] for fitted in (noiseless, silent)]
+    assert ["sensitivity" in names for names in printed] == [True, False]
 
 
 def test_a_table_with_one_convention_has_one_row():
