@@ -162,9 +162,11 @@ def test_a_cell_is_a_command_that_train_takes(small_data, tmp_path, fake_trainin
     shared = ["model.depth=2", "model.mixer=mingru", f"data.path={small_data}", "optimizer=adamw"]
     assert cli.main(["study", "plan", *where, *LIST, "--", *shared]) == 0
     study = Study(tmp_path / "dial")
-    cell = study.plan.cells[0]
-    model = compose(TrainJob, study.arguments(cell)).model
-    assert (model.mixer.kind, model.width) == ("mingru", cell.keys["model.width"])
+    for cell in study.plan.stages[0].cells:
+        job = compose(TrainJob, study.arguments(cell))
+        assert (job.model.mixer.kind, job.model.width) == ("mingru", cell.keys["model.width"])
+        assert job.total_steps * job.tokens_per_step == cell.tokens
+        assert job.run.directory == study.run(cell.name).path
 
 
 SIZES = {"model.num_kv_heads", "model.num_heads", "model.width", "model.num_layers"}
