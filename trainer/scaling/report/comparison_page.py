@@ -19,6 +19,7 @@ from forescale.scaling.analysis.comparison import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.fitting.points import spent
 from forescale.scaling.report.fit_page import write_report
+from forescale.scaling.report.fit_sections import reasons
 
 COLOURS = (chart.OTHER, chart.TARGET)  # of A and of B
 _FINE = 61
@@ -87,9 +88,8 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
     return [
         Section("numbers", "In numbers", rows=rows, head=True, after=after),
         Section("laws", "The two laws", rows=laws, head=True, columns="words"),
-        Section("notes", "Reasons for doubt", after=[*comparison.notes],
-                absent="" if comparison.notes else "No reason was found to doubt the numbers."),
-    ]  # fmt: skip
+        reasons(comparison.notes),
+    ]
 
 
 def _cells(place: Place) -> list[Cell]:

@@ -137,11 +137,16 @@ def inside(scored: Scores, group: str) -> str:
 def doubts(study: StudyFit) -> list[Section]:
     """Return all doubts, and what was done with the table."""
     return [
-        Section("doubts", "Reasons for doubt", after=[*study.doubts],
-                absent="" if study.doubts else "No reason was found to doubt the numbers."),
+        reasons(study.doubts),
         Section("notes", "How the table was used", after=[*study.notes],
                 absent="" if study.notes else "All rows of the table are used as they are."),
     ]  # fmt: skip
+
+
+def reasons(doubts: Sequence[str]) -> Section:
+    """Return the reasons to doubt the numbers of a page, or that none was found."""
+    absent = "" if doubts else "No reason was found to doubt the numbers."
+    return Section("doubts", "Reasons for doubt", after=[*doubts], absent=absent)
 
 
 def parabola_lines(study: StudyFit) -> list[Cell]:

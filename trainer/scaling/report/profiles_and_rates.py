@@ -9,6 +9,7 @@ from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaws
 from forescale.scaling.fitting.profile import Profile
+from forescale.scaling.report.fit_sections import reasons
 
 
 def rate_sections(laws: RateLaws) -> list[Section]:
@@ -40,7 +41,7 @@ def rate_sections(laws: RateLaws) -> list[Section]:
     title = f"{len(laws.optima)} sweeps with an optimum inside"
     sections = [Section("rates", title, rows=rows, head=True, after=after)]
     if laws.notes:
-        sections.append(Section("doubts", "Reasons for doubt", after=[*laws.notes]))
+        sections.append(reasons(laws.notes))
     return sections
 
 
@@ -49,7 +50,7 @@ def profile_sections(profiles: Sequence[Profile], study: StudyFit) -> list[Secti
     level = f"{study.job.level:.0%}"
     low, high = study.replicates.interval(study.job.level)
     rows: list[list[Cell]] = [["", "value", f"{level} low", "high", "resampled low", "high"]]
-    doubts = list[Cell]()
+    doubts = list[str]()
     for one in profiles:
         i = study.form.symbols.index(one.symbol)
         ends = {"below": one.low, "above": one.high}
@@ -60,9 +61,7 @@ def profile_sections(profiles: Sequence[Profile], study: StudyFit) -> list[Secti
                 f"{one.symbol} is open {' and '.join(sides)}: to the end of its range the fit is "
                 "not clearly worse, so these runs don't determine it there."
             )
-    doubts += [*study.doubts, *study.notes]
     return [
         Section("profile", study.form.source, rows=rows, head=True),
-        Section("doubts", "Reasons for doubt", after=doubts,
-                absent="" if doubts else "No reason was found to doubt the numbers."),
-    ]  # fmt: skip
+        reasons([*doubts, *study.doubts, *study.notes]),
+    ]

@@ -23,6 +23,7 @@ from forescale.scaling.report.comparison_page import ratio_cells
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.fit_figures import flops_key
 from forescale.scaling.report.fit_page import write_report
+from forescale.scaling.report.fit_sections import reasons
 from forescale.scaling.report.provenance import provenance
 
 _APART = 0.5  # of a row's height, over which its budgets are spread
@@ -96,11 +97,10 @@ def recipe_sections(results: Multipliers) -> list[Section]:
     answers: list[list[Cell]] = [[c.name, _verdict(c, results)] for c in results.candidates]
     return [
         Section("answer", "Answer", rows=answers, after=[meaning]),
-        Section("notes", "Reasons for doubt", after=[*results.doubts],
-                absent="" if results.doubts else "No reason was found to doubt the numbers."),
+        reasons(results.doubts),
         Section("numbers", "In numbers", rows=rows, head=True),
         Section("rates", "How each recipe was tuned", rows=rates, head=True),
-    ]  # fmt: skip
+    ]
 
 
 def _verdict(one: Candidate, results: Multipliers) -> str:

@@ -15,7 +15,7 @@ from forescale.scaling.analysis.forecast import TaskScore
 from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, OUTCOME, TWO_STEPS, TaskFit
 from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.report.fit_figures import Figures, Picture
-from forescale.scaling.report.fit_sections import DISTANCE, NO_TARGET, inside, times
+from forescale.scaling.report.fit_sections import DISTANCE, NO_TARGET, inside, reasons, times
 from forescale.scaling.report.score_sections import change
 
 _KINDS = {"accuracy": "accuracy", "error": "share of errors", "loss": "loss"}
@@ -89,8 +89,7 @@ def tasks_sections(fits: Sequence[TaskFit]) -> list[Section]:
         sections.append(
             Section("predictions", "Predictions", rows=predicted, head=True, after=[_INTERVAL])
         )
-    absent = "" if notes else "No reason was found to doubt the numbers."
-    return [*sections, Section("doubts", "Reasons for doubt", after=[*notes], absent=absent)]
+    return [*sections, reasons(notes)]
 
 
 def forecast_sections(scores: Sequence[TaskScore]) -> list[Section]:
