@@ -214,6 +214,15 @@ def _parsed(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
         raise UserError(str(path), problem, "write them as Python dicts or JSON objects") from None
 
 
+def column_of(table: pd.DataFrame, name: str, where: str, hint: str = "") -> pd.Series:
+    """Return a column of a file. Raises UserError, with the nearest names, if there is none."""
+    if name not in table:
+        near = ", ".join(map(repr, nearest_first(name, map(str, table.columns))[:3]))
+        raise UserError(where, f"has no column {name!r}", f"{hint}the nearest are {near}")
+    column: pd.Series = table[name]
+    return column
+
+
 def of_export(
     path: Path, columns: Mapping[str, str], rows: Mapping[str, str] | None = None
 ) -> tuple[pd.DataFrame, list[Refused]]:
@@ -227,10 +236,7 @@ def of_export(
     export, where = read_export(path), str(path)
     table = export.table
     for column in (*(rows or {}), *columns.values()):
-        if column not in table.columns:
-            near = ", ".join(map(repr, nearest_first(column, map(str, table.columns))[:3]))
-            todo = f"the nearest of its {len(table.columns)} are {near}"
-            raise UserError(where, f"has no column {column!r}", todo)
+        column_of(table, column, where)
     for column, cell in (rows or {}).items():
         values = table[column].astype(str)
         if not (values == cell).any():
@@ -245,9 +251,7 @@ def of_export(
     named = {} if "name" in alike or "name" in columns or not export.name else {"name": export.name}
     chosen = {**named, **alike, **columns}
     if "loss" not in chosen:
-        near = ", ".join(map(repr, nearest_first("loss", map(str, table.columns))[:3]))
-        todo = f"name it, such as columns={{loss: final_loss}}; the nearest are {near}"
-        raise UserError(where, "has no column 'loss'", todo)
+        column_of(table, "loss", where, "name it, such as columns={loss: final_loss}; ")
     if table.empty:
         raise UserError(where, "has no rows", "give a table with a row for each run")
     needed = [column for field, column in columns.items() if field in COLUMNS]

@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from forescale.config.suggest import nearest_first
 from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.backtest import Finished, finished
 from forescale.scaling.analysis.task_fit import OUTCOME, Task
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.records import of_runs
-from forescale.scaling.records.tables import SUFFIXES, is_export, of_export, read_export
+from forescale.scaling.records.tables import SUFFIXES, column_of, is_export, of_export, read_export
 from forescale.scaling.study.directory import Study
 
 Group = tuple[str, pd.DataFrame, str]  # its name, its records, and their name in messages
@@ -165,7 +164,7 @@ def _groups_by_column(job: StudyJob, column: str) -> tuple[Group, Group]:
 
 def _two_values(where: str, table: pd.DataFrame, column: str, groups: list[str]) -> tuple[str, str]:
     """Return the two values to compare. Raises UserError if the column doesn't give two."""
-    values = [str(v) for v in _column(table, column, where).dropna().unique()]
+    values = [str(v) for v in column_of(table, column, where).dropna().unique()]
     chosen = groups or values
     if unknown := [v for v in groups if v not in values]:
         todo = f"use two of {', '.join(values[:8])}"
@@ -199,11 +198,11 @@ def read_tasks(job: StudyJob) -> list[Task]:
     for name, column in job.tasks.items():
         task_losses = [
             table if (loss := job.task_losses.get(name)) is None
-            else table.assign(loss=_numbers(_column(raw, loss, where).loc[table.index], where))
+            else table.assign(loss=_numbers(column_of(raw, loss, where).loc[table.index], where))
             for table, raw, where in tables
         ]  # fmt: skip
         rows, raw, where = tables[-1]
-        metric = _outcomes(_column(raw, column, where).loc[rows.index], job, where)
+        metric = _outcomes(column_of(raw, column, where).loc[rows.index], job, where)
         outcomes = task_losses[-1].assign(**{OUTCOME: metric})
         tasks.append(Task(name, task_losses[0], outcomes, tables[0][2]))
     return tasks
@@ -214,7 +213,7 @@ def with_outcome(table: pd.DataFrame, job: StudyJob, where: str) -> pd.DataFrame
     Raises UserError if there is no such column, or if it doesn't hold the job's metric."""
     if job.task is None:
         return table
-    cells = _column(_raw(table, job), job.task, where).loc[table.index]
+    cells = column_of(_raw(table, job), job.task, where).loc[table.index]
     return table.assign(**{OUTCOME: _outcomes(cells, job, where)})
 
 
@@ -229,15 +228,6 @@ def _raw(table: pd.DataFrame, job: StudyJob) -> pd.DataFrame:
     if len(job.input) == 1 and is_export(path := Path(job.input[0]).expanduser()):
         return read_export(path).table
     return table
-
-
-def _column(raw: pd.DataFrame, name: str, where: str) -> pd.Series:
-    """Return a column of the file. Raises UserError, with the nearest names, if there is none."""
-    if name not in raw:
-        near = ", ".join(map(repr, nearest_first(name, map(str, raw.columns))[:3]))
-        raise UserError(where, f"has no column {name!r}", f"the nearest are {near}")
-    column: pd.Series = raw[name]
-    return column
 
 
 def _numbers(cells: pd.Series, where: str) -> pd.Series:
