@@ -323,7 +323,7 @@ def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> C
         c = spent(study.points)
         least, greatest = np.log(c.min() / BEYOND), np.log(c.max() * BEYOND)
         at_ratio = None if study.form.columns == ("flops",) else ratio
-        path = LossPath(study.form, study.per_token(), at_ratio, float(least), float(greatest))
+        path = LossPath(study.form, study.points.per_token, at_ratio, float(least), float(greatest))
         sides.append(Side(name, study, path))
     return Comparison(*sides)
 

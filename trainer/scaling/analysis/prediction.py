@@ -122,7 +122,7 @@ def predict(study: "StudyFit", target: TargetPoint) -> Prediction | None:
         return study.form.predict(values, **columns)[..., 0]
 
     def best(values: Array) -> Array:
-        each = laws.compute_optimal(study.form, values, np.array([c]), study.per_token())
+        each = laws.compute_optimal(study.form, values, np.array([c]), study.points.per_token)
         return np.log(np.concatenate(each, axis=-1))
 
     level = study.job.level
@@ -148,7 +148,7 @@ def run_of(study: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, 
     FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
     """
     n, d, c = t.parameters, t.tokens, t.flops
-    form, per = study.form, study.per_token()
+    form, per = study.form, study.points.per_token
     held = {"expansion": t.expansion} if "expansion" in form.columns else {}
     if held and t.expansion is None:
         problem = f"has no expansion, which the law {form.name} reads"

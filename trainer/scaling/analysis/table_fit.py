@@ -32,7 +32,7 @@ from forescale.scaling.fitting.points import Array, Points, near_best, spent
 from forescale.scaling.forecasting.calibrated import Backtest, CalibratedLaw, backtests, calibrate
 from forescale.scaling.forecasting.forecaster import Forecaster
 from forescale.scaling.forecasting.predictor import LAW, LEVEL, Discrepancy, Predicted
-from forescale.scaling.records.records import PER, points
+from forescale.scaling.records.records import points
 
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
 
@@ -240,7 +240,7 @@ class StudyFit:
             return None
         c = None
         if kind != "noise":
-            c = t.flops or self.per_token() * (t.parameters or 0.0) * (t.tokens or 0.0)
+            c = t.flops or self.points.per_token * (t.parameters or 0.0) * (t.tokens or 0.0)
             if not c:
                 problem = f"weights={kind} needs the target's compute"
                 todo = "write target.flops=, or target.parameters= and target.tokens="
@@ -251,13 +251,6 @@ class StudyFit:
     def sensitivity(self) -> list[SensitivityRow] | None:
         """Return the fits under every convention, or None if the job doesn't ask for them."""
         return sensitivity(self) if self.job.sensitivity else None
-
-    def per_token(self) -> float:
-        """Return the mean FLOPs per parameter and token of these runs: 6 without attention's."""
-        p = self.points
-        if p.flops is None or p.parameters is None or p.tokens is None:
-            return PER
-        return float(np.exp(np.mean(np.log(p.flops / p.parameters / p.tokens))))
 
     def influence(self, most: int = 5) -> list[tuple[str, dict[str, float]]]:
         """Return the runs that change the law most: name, and its effect on each parameter.

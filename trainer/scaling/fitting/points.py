@@ -76,6 +76,14 @@ class Points:
             raise UserError(self.where, f"there is no column '{column}'", "give it for every run")
         return np.log(values)
 
+    @property
+    def per_token(self) -> float:
+        """Return the mean FLOPs per parameter and token: 6 if one of the three is not known."""
+        if self.flops is None or self.parameters is None or self.tokens is None:
+            return 6.0
+        c, n, d = (self.log(name) for name in ("flops", "parameters", "tokens"))
+        return float(np.exp(np.mean(c - n - d)))
+
     def columns(self, names: Sequence[str] | None = None) -> dict[str, Array]:
         """Return what a law reads of the runs, (n,) each: all columns but the loss, or these."""
         present = [c for c in COLUMNS[1:] if getattr(self, c) is not None]

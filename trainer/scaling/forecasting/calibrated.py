@@ -44,10 +44,7 @@ class CalibratedLaw:
         law, flops = self.fit, np.array([budget])
         if law.form.columns == ("flops",):
             return self.predicted({"flops": flops}, flops)
-        p, per = law.points, 6.0
-        if p.flops is not None:
-            per = float(np.exp(np.mean(p.log("flops") - p.log("parameters") - p.log("tokens"))))
-        n, d = laws.compute_optimal(law.form, law.vector, flops, per)
+        n, d = laws.compute_optimal(law.form, law.vector, flops, law.points.per_token)
         return self.predicted({"parameters": n, "tokens": d}, flops)
 
     def of_runs(self, columns: Mapping[str, Array], flops: Array, budget: float) -> Predicted:

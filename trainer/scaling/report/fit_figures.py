@@ -138,7 +138,7 @@ class Figures:
         if form.columns == ("flops",):
             return {"flops": flops}
         fixed = self._held
-        n, d = laws.compute_optimal(form, values, flops, self.study.per_token(), **fixed)
+        n, d = laws.compute_optimal(form, values, flops, self.study.points.per_token, **fixed)
         rest = {name: np.full_like(n, value) for name, value in fixed.items()}
         return {"parameters": n, "tokens": d, **rest}
 
