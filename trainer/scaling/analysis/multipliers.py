@@ -24,6 +24,7 @@ from scipy.optimize import isotonic_regression
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.recipe_cells import RecipeCell, cells_of
+from forescale.scaling.analysis.weights import Spread
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.points import Array
 
@@ -120,15 +121,6 @@ class Candidate:
     def is_winner(self) -> bool:
         """True if it is shown to need less compute at its highest budget, where it has a loss."""
         return self.top.multiplier.low > 1 and self.top.cell.budget > max(self.lost, default=0.0)
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The standard deviation of log loss of a run by its seed, and its degrees of freedom; nan and
-    0 without repeated runs."""
-
-    sd: float
-    free: int
 
 
 class Multipliers:
@@ -284,11 +276,8 @@ def _curve(cells: Sequence[RecipeCell], logs: Sequence[Array]) -> BaseCurve:
     return BaseCurve(np.log([c.flops for c in cells]), np.array([y.mean() for y in logs]))
 
 
-def _noise(cells: Sequence[RecipeCell]) -> Noise:
-    groups = [y for c in cells for y in (c.logs, c.fresh) if len(y) > 1]
-    free = sum(len(y) - 1 for y in groups)
-    squares = sum(float(np.square(y - y.mean()).sum()) for y in groups)
-    return Noise(float(np.sqrt(squares / free)) if free else float("nan"), free)
+def _noise(cells: Sequence[RecipeCell]) -> Spread:
+    return Spread.within(y for c in cells for y in (c.logs, c.fresh))
 
 
 def _uneven(cells: Sequence[RecipeCell]) -> Iterator[str]:

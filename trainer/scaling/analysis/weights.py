@@ -8,7 +8,7 @@ Invariant: noise is the scatter of one run when it is repeated. The standard err
 loss is not part of it: all runs are scored on the same windows, so that they share that error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,23 @@ from forescale.scaling.records.records import RECIPE
 NOISE = 0.003  # of log loss, without repeats; fits of public data are the same from 0.001 to 0.005
 BELIEF = 3  # degrees of freedom of the prior NOISE
 _STEADY = 1.0  # prior standard deviation of the slope of log variance per decade of C
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard deviation of log loss over seeds, and its degrees of freedom (`free`); nan and 0
+    without repeated runs."""
+
+    sd: float
+    free: int
+
+    @classmethod
+    def within(cls, groups: Iterable[Array]) -> "Spread":
+        """Return the spread of log losses within groups, pooled over them."""
+        repeated = [y for y in groups if len(y) > 1]
+        free = sum(len(y) - 1 for y in repeated)
+        squares = sum(float(np.square(y - y.mean()).sum()) for y in repeated)
+        return cls(float(np.sqrt(squares / free)) if free else float("nan"), free)
 
 
 @dataclass(frozen=True)

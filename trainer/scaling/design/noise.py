@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from forescale.scaling.analysis.weights import Spread
 from forescale.scaling.design.simulate import CENTRE, Assumptions
 from forescale.scaling.design.tuning import tuned
 
@@ -22,14 +23,6 @@ from forescale.scaling.design.tuning import tuned
 # assumed value.
 _FADING = 0.1  # standard deviation of that prior
 _RATES = 3  # learning rates that a parabola needs
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A standard deviation of log loss, and its degrees of freedom (`free`)."""
-
-    sd: float
-    free: int
 
 
 @dataclass(frozen=True)
@@ -113,8 +106,5 @@ def noise_of(table: pd.DataFrame, cost: str = "flops_causal") -> Noise:
 
 def _spread(groups: Sequence[pd.DataFrame]) -> Spread | None:
     """Pooled over groups of runs; None if no group has two runs."""
-    logs = [np.log(rows["loss"].to_numpy()) for rows in groups if len(rows) > 1]
-    if not logs:
-        return None
-    free = sum(len(y) - 1 for y in logs)
-    return Spread(math.sqrt(sum(((y - y.mean()) ** 2).sum() for y in logs) / free), free)
+    spread = Spread.within(np.log(rows["loss"].to_numpy()) for rows in groups)
+    return spread if spread.free else None
