@@ -25,7 +25,7 @@ import pandas as pd
 from forescale.ground.errors import UserError
 from forescale.ground.storage import write_json
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
-from forescale.scaling.analysis.table_fit import StudyFit
+from forescale.scaling.analysis.table_fit import Prediction, StudyFit
 from forescale.scaling.analysis.task_fit import TaskFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting.points import COLUMNS, Points, spent
@@ -35,34 +35,17 @@ __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
 
 
 def write_forecast(
-    law: StudyFit,
-    folder: Path,
-    run: str,
-    target: TargetPoint | None = None,
+    law: StudyFit, folder: Path, run: str, target: TargetPoint | None = None,
     task: TaskFit | None = None,
-) -> Forecast:
+) -> Forecast:  # fmt: skip
     """Write the forecast of `run`, with a prediction for its end and for each branch.
 
     target: by default that of the fit; task: the metric to predict too. Raises UserError if there
     is no target, if the run or a branch has a record already, if the run has a forecast already, or
     if a branch is not shorter than the run.
     """
-    end = law.predict(target)
-    if end is None:
-        todo = "write target.parameters= and target.tokens=, or target.flops="
-        raise UserError("target", "is not given", todo)
-    _refuse_known(law, run, end.parameters, end.tokens)
-    points = [end]  # and the branches: runs of the target's N that decay earlier
-    for tokens in (target or law.job.target).branches:
-        if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
-            problem = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
-            todo = "give the tokens at which shorter decays end"
-            raise UserError("target.branches", problem, todo)
-        branch = law.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
-        assert branch is not None  # both N and D are given
-        _refuse_known(law, run, end.parameters, tokens)
-        points.append(branch)
-    earlier = read_forecasts(folder)
+    points = _predictions(law, run, target or law.job.target)
+    end, earlier = points[0], read_forecasts(folder)
     if any(forecast.facts["target"]["run"] == run for forecast in earlier):
         problem = f"has a forecast already, in {folder}"
         raise UserError(run, problem, "name another run: a run is forecast once")
@@ -99,6 +82,27 @@ def write_forecast(
     forecast = Forecast(folder / f"{len(earlier) + 1:04d}.json", facts)
     write_json(forecast.path, facts)
     return forecast
+
+
+def _predictions(law: StudyFit, run: str, target: TargetPoint) -> list[Prediction]:
+    """Return the predictions for the end of a run and for each of its branches: runs of its N that
+    decay earlier. Raises UserError as write_forecast."""
+    end = law.predict(target)
+    if end is None:
+        todo = "write target.parameters= and target.tokens=, or target.flops="
+        raise UserError("target", "is not given", todo)
+    _refuse_known(law, run, end.parameters, end.tokens)
+    points = [end]
+    for tokens in target.branches:
+        if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
+            problem = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
+            todo = "give the tokens at which shorter decays end"
+            raise UserError("target.branches", problem, todo)
+        branch = law.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
+        assert branch is not None  # both N and D are given
+        _refuse_known(law, run, end.parameters, tokens)
+        points.append(branch)
+    return points
 
 
 def _refuse_known(law: StudyFit, run: str, n: float, d: float) -> None:
