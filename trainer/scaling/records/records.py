@@ -75,30 +75,13 @@ def record(run: Run) -> dict[str, Any] | Refused:
     its tokens include the trunk's.
     """
     status = Status(run)
-    job = status.job
-    scored = status.validation
-    if status.state != "complete":
-        why = f"{status.state} at step {status.step:,} of {job.total_steps:,}"
-        if status.step >= job.total_steps and (scored is None or scored["step"] != status.step):
-            why = "its last step was not evaluated"
+    job, model = status.job, status.job.model
+    if why := _why_not(status):
         return Refused(run.name, why)
-    if not isinstance(job.model, ModelConfig):
-        return Refused(run.name, "its model is a custom class of unknown size")
-    if not job.objective.is_next_token:
-        why = f"its objective {job.objective.kind} has other targets than each next token"
-        return Refused(run.name, why)
-    if scored is None or not scored["loss"] < float("inf"):
-        return Refused(run.name, "it diverged: its loss is not finite")
-    model, length, last = job.model, job.train.sequence_length, status.train[-1]
-    sizes, state = count(model), status.checkpoints[-1].state
+    assert isinstance(model, ModelConfig)  # others are refused
+    sizes, last, state = count(model), status.train[-1], status.checkpoints[-1].state
     identity = read_json(run.identity)
     dataset, versions = identity["dataset"], identity.get("versions", {})
-    by_source = []
-    if len(dataset["sources"]) > 1:
-        scores = read_rows(run.metrics, kind="validation", step=status.step)
-        by_source = [(r["dataset"], r) for r in scores if r["dataset"] != "validation"]
-    targets = f"the {scored['targets']} targets" if "targets" in scored else "the targets"
-    within = "inside documents" if job.data.document_mask else "across documents"
     rates = [row["mfu"] for row in status.train if row.get("mfu")]
     init_seed = job.train.init_seed
     return {
@@ -109,17 +92,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "flops_6nd": last["tokens"] * flops_6n(model),
         "tokens": last["tokens"],
         **_read(status, dataset["sources"]),
-        "loss": scored["loss"],
-        "loss_stderr": scored["loss_stderr"],
-        "bits_per_byte": scored["bits_per_byte"],
-        **{name: x for name, x in scored.items() if column_of(name)},
-        **{f"loss_{name}": row["loss"] for name, row in by_source},
-        **{f"loss_{name}_stderr": row["loss_stderr"] for name, row in by_source},
-        "loss_definition": (  # losses are comparable if it is equal
-            f"held-out cross-entropy, nats per token, mean over {targets}, ends of text included, "
-            f"of {scored['windows']} windows of {length} tokens of the validation split of dataset "
-            f"{dataset['identity'][:16]}, attention {within}"
-        ),
+        **_losses(status, dataset),
         "train_loss": last["loss"],
         "optimizer": job.optimizer.kind,
         "learning_rate": job.optimizer.learning_rate,
@@ -136,7 +109,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "width": model.sizes.width,
         "layers": model.sizes.num_layers,
         "expansion": expansion(model),
-        "sequence_length": length,
+        "sequence_length": job.train.sequence_length,
         "vocab_size": dataset["vocab_size"],
         "tokenizer": hash_file(run.tokenizer).sha256 if run.tokenizer.is_file() else None,
         "data": dataset["identity"],
@@ -149,6 +122,44 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "mfu": float(np.median(rates)) if rates else None,
         "seconds": status.goodput.wall,
         "device_hours": device_hours_of(status),
+    }
+
+
+def _why_not(status: Status) -> str | None:
+    """Return why a run can't be a record; None if it can."""
+    job, scored = status.job, status.validation
+    if status.state != "complete":
+        if status.step >= job.total_steps and (scored is None or scored["step"] != status.step):
+            return "its last step was not evaluated"
+        return f"{status.state} at step {status.step:,} of {job.total_steps:,}"
+    if not isinstance(job.model, ModelConfig):
+        return "its model is a custom class of unknown size"
+    if not job.objective.is_next_token:
+        return f"its objective {job.objective.kind} has other targets than each next token"
+    if scored is None or not scored["loss"] < float("inf"):
+        return "it diverged: its loss is not finite"
+    return None
+
+
+def _losses(status: Status, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the losses and abilities of the last evaluation, and how its losses are defined."""
+    job, scored, by_source = status.job, status.validation, []
+    assert scored is not None  # others are refused
+    if len(dataset["sources"]) > 1:
+        scores = read_rows(status.run.metrics, kind="validation", step=status.step)
+        by_source = [(r["dataset"], r) for r in scores if r["dataset"] != "validation"]
+    targets = f"the {scored['targets']} targets" if "targets" in scored else "the targets"
+    within = "inside documents" if job.data.document_mask else "across documents"
+    return {
+        **{name: scored[name] for name in ("loss", "loss_stderr", "bits_per_byte")},
+        **{name: x for name, x in scored.items() if column_of(name)},
+        **{f"loss_{name}": row["loss"] for name, row in by_source},
+        **{f"loss_{name}_stderr": row["loss_stderr"] for name, row in by_source},
+        "loss_definition": (  # losses are comparable if it is equal
+            f"held-out cross-entropy, nats per token, mean over {targets}, ends of text included, "
+            f"of {scored['windows']} windows of {job.train.sequence_length} tokens of the "
+            f"validation split of dataset {dataset['identity'][:16]}, attention {within}"
+        ),
     }
 
 
