@@ -269,8 +269,14 @@ def of_export(
             f"{next(iter(refused.values())).why}"
         )
         raise UserError(where, problem, "choose other rows or columns")
+    return _records(where, usable, chosen), list(refused.values())
+
+
+def _records(where: str, table: pd.DataFrame, chosen: Mapping[str, str]) -> pd.DataFrame:
+    """Return the chosen columns of a table by our names, {ours: theirs}. Raises UserError for a
+    number or a budget that can't be used."""
     records = pd.DataFrame({
-        field: _numbers(where, column, usable[column]) if field in NUMERIC else usable[column]
+        field: _numbers(where, column, table[column]) if field in NUMERIC else table[column]
         for field, column in chosen.items()
     })  # fmt: skip
     if "budget" not in records or records["budget"].isna().all():
@@ -280,7 +286,7 @@ def of_export(
         problem = "is empty" if math.isnan(budget) else f"{budget:g} is not a positive number"
         todo = "give each run the budget that it belongs to, or leave out the column"
         raise UserError(f"{where}, budget of row {bad[0]}", problem, todo)
-    return records, list(refused.values())
+    return records
 
 
 def _numbers(where: str, column: str, cells: pd.Series) -> pd.Series:
