@@ -109,16 +109,9 @@ class ShardingOptions:
 
     def _step(self, job: PlanJob, traffic: Sequence[Collective]) -> StepTime:
         return predict_step_time(
-            job,
-            self.trained,
-            self.per_token,
-            traffic,
-            self.machine,
-            job.world_size,
-            job.per_node,
-            self.plan.mfu,
-            self.measured,
-        )
+            job, self.trained, self.per_token, traffic, self.machine, job.world_size, job.per_node,
+            self.plan.mfu, self.measured,
+        )  # fmt: skip
 
     def run_seconds(self, option: ShardingOption) -> float | None:
         """Return the seconds of all steps of a run, with fewer windows while the batch grows; None

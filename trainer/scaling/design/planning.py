@@ -20,8 +20,6 @@ from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.design.simulate import Expected, RunSet, expected
 
-_SECONDS_AN_HOUR = 3600.0
-
 
 def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
     """Return the plan, and the precision of its prediction if a target is given. Raises UserError
@@ -92,7 +90,7 @@ def show(plan: StudyPlan, precision: Expected | None, console: Console) -> None:
     rate = plan.common.rate
     for stage in plan.stages:
         cost = f"{stage.low:.3g}" if stage.exact else f"{stage.low:.3g} to {stage.high:.3g}"
-        hours = f"{stage.high / rate / _SECONDS_AN_HOUR:,.2f}" if rate else "-"
+        hours = f"{stage.high / rate / 3600:,.2f}" if rate else "-"
         budget = f"{stage.budget:.3g}" if stage.budget else "-"
         stages.add_row(str(stage.number), budget, str(len(stage.cells)), cost, hours)
     console.print(stages)

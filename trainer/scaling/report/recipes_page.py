@@ -78,9 +78,7 @@ def recipe_sections(results: Multipliers) -> list[Section]:
     rates: list[list[Cell]] = [["recipe", "C", "tried", "taken", "bracketed", "runs", "diverged"]]
     for one in results.candidates:
         for p in one.places:
-            fresh: list[Cell] = ["", ""]
-            if p.confirmed is not None:
-                fresh = _cells(p.confirmed, p.reach)
+            fresh: list[Cell] = _cells(p.confirmed, p.reach) if p.confirmed else ["", ""]
             cells = [number(p.cell.flops, 4), number(np.exp(p.cell.log_loss))]
             rows.append([one.name, *cells, *_cells(p.multiplier, p.reach), *fresh])
         for label, ratio in (("mean", one.mean), ("a decade", one.trend)):

@@ -76,10 +76,8 @@ def tasks_sections(fits: Sequence[TaskFit]) -> list[Section]:
         scatter = f"{one.residuals.std():.2%}"
         links.append([one.task.name, str(len(one.outcomes)), *cells, scatter])
         if (p := one.chained) is not None:
-            metrics = (
-                _value(p.value, job.metric),
-                *(_span(x, job.metric) for x in (p.inner, p.outer)),
-            )
+            spans = [_span(x, job.metric) for x in (p.inner, p.outer)]
+            metrics = (_value(p.value, job.metric), *spans)
             predicted.append([one.task.name, number(p.loss.loss), span(p.loss.outer), *metrics])
     notes = [
         f"{one.task.name}: {note}" for one in fits for note in (*one.doubts, *one.doubts_of_law)
