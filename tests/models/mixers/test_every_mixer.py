@@ -79,7 +79,7 @@ def test_the_future_never_changes_a_past_logit(pattern):
     changed[torch.arange(L), torch.arange(L)] = (x[0] + 1) % V  # row t differs at position t
     difference = (model(x) - model(changed)).abs().amax(-1)
     past = torch.ones(L, L, dtype=torch.bool).tril(-1)
-    assert difference[past].max() < 1e-5, "batched products may round rows differently"
+    assert difference[past].max() == 0, "rows of one shape are rounded alike"
     assert difference.diagonal().min() > 1e-3, "the present does change"
 
 
