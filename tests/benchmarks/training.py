@@ -50,6 +50,7 @@ class Product:
         if rank.compilation.enabled:
             rank.engine.compile(rank.compilation.by_part)
         self.position, self.parts = point.position, rank.builder.parts(rank.attempt, point)
+        self._timed: set[str] = set()
         self.forget()
 
     def __call__(self, steps: int) -> float:
@@ -69,8 +70,8 @@ class Product:
         engine: Any = self.rank.engine
         ranks: Any = self.rank.world
         self._time(self.rank, "_multipliers", "learning rate")
-        self._time(torch, "manual_seed", "seeding")
-        self._time(engine, "gradient_norm", "gradient norm")
+        self._time(engine, "seed_for", "seeding")
+        self._time(engine, "measure", "loss and gradient norm")
         self._time(engine.layout, "prepare_step", "flattening, and Muon's iterations")
         self._time(engine.layout.optimizer, "unscale_and_clip_grads", "clipping")
         self._time(ranks, "share", "summary")
@@ -83,6 +84,7 @@ class Product:
 
     def _time(self, owner: Any, name: str, label: str) -> None:
         function = getattr(owner, name)
+        self._timed.add(label)
 
         def timed(*args, **kwargs):
             began = time.perf_counter()
@@ -96,6 +98,7 @@ class Product:
     def facts(self) -> dict[str, Any]:
         """What each part took, and how many of the steps were clipped, since `forget`."""
         rows = read_rows(self.rank.run.metrics, after=self._from)
+        assert not (idle := self._timed - self.spent.keys()), f"no step calls {idle}"
         spent = {"data wait": sum(r["seconds"]["data"] for r in rows), **self.spent}
         clip = self.rank.job.optimizer.clip or float("inf")
         return {
