@@ -223,7 +223,7 @@ def test_all_in_bf16_stays_close_to_fp32(position):
     expected = trained_once(model, model, x)[0]
     losses, *got = trained_once(model.bfloat16(), model, x)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(losses, expected, rtol=5e-3, atol=0)
     assert all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in got)
     logits = model(x, documents_BL=numbers().expand(3, -1))
     other = torch.where(numbers() == 0, (x + 1) % V, x)

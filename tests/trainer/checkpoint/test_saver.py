@@ -163,3 +163,13 @@ def test_a_fault_surfaces_at_the_next_word_or_save(run):
         part.see(Step(4), summary(4, True))
     assert hidden(run) == []
     assert newest(run) == 0
+
+
+def test_the_same_step_is_saved_once_unless_the_run_went_another_way_to_it(run):
+    engine = plain.engine()
+    part = Checkpoints(Every(Cadence(2), 100), plain.saver(run, plain.begin(run), engine))
+    for _ in range(3):
+        part.save(plain.position(2))
+    assert len(events(run, "checkpoint_saved")) == 1
+    part.save(plain.Position(2, 99, 256))
+    assert len(events(run, "checkpoint_saved")) == 2
