@@ -21,8 +21,10 @@ def dropped(cases):
         rows = []
         for step in range(6):
             for broken in (100, 101):
-                engine.backward(small.batch(broken + step, engine.world.rank, engine.world.size))
-                engine.gradient_norm()
+                losses = engine.backward(
+                    small.batch(broken + step, engine.world.rank, engine.world.size)
+                )
+                engine.measure(losses, 1)
                 engine.drop()
             rows += small.train(engine, range(step, step + 1))
         results.append([plain, rows])

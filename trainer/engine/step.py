@@ -1,6 +1,6 @@
 """The engine: one model under DeepSpeed, and a training step with a stop before the update.
 
-`backward` leaves the averaged gradient; `gradient_norm` is its true norm (before clipping, before
+`backward` leaves the averaged gradient; `measure` returns its true norm (before clipping, before
 Muon's orthogonalisation); then `apply` or `drop`. The stop holds at ZeRO stages 0 to 3 with AdamW
 and Muon, with and without optimizer offload.
 
@@ -222,10 +222,6 @@ class Engine:
         """Return the model's output for a micro-batch (a data.stream.MicroBatch)."""
         positional, named = micro.arguments(self.world.device)
         return self._deepspeed(*positional, **named)
-
-    def gradient_norm(self) -> float:
-        """Return the global L2 norm of the averaged gradient, as `measure` does."""
-        return self.measure(torch.zeros(1), 1)[1]
 
     def measure(self, losses: Tensor, targets: int) -> tuple[float, float]:
         """Return the step's mean loss per target and the global L2 norm of the averaged gradient,
