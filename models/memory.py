@@ -129,13 +129,7 @@ def activations(
     saved += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
-    squares = sequence_length**2
-    if config.has_encoder:  # one for each of its parts
-        parts_of_row = [columns_of(config, i, sequence_length) for i in (0, config.encoder_layers)]
-        squares = sum(length**2 for length in parts_of_row) + parts_of_row[0]
-    mask = b * squares * _masks(attending, micro_batch, masked, fused_norms)
-    if config.position.kind == "relative":  # buckets in int64, and who sees whom
-        mask += 9 * squares * (micro_batch if masked else 1)
+    mask = _mask_bytes(attending, Rows(micro_batch, sequence_length, b, masked), fused_norms)
     chunk_bytes = max(parts.mlp.chunk_bytes(inner, b) for parts in layers_of(inner))
     return Activations(
         layers=saved,
@@ -170,16 +164,23 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
     return divided
 
 
-def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
-    """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
-    where relative ones are added outside of a kernel, nor on a GPU, whose kernel takes a list of
-    the blocks that are seen instead (masks.block_mask), a thousandth of a square in bf16."""
-    if not any(parts.mixer.takes_mask for parts in layers_of(config)):
-        return 0
-    if config.position.kind == "alibi" or (config.position.kind == "relative" and is_fused):
-        return config.sizes.num_heads * (micro_batch if masked else 1)
-    is_dense = not is_fused or config.dropout or config.sizes.head_dim < 16
-    return micro_batch if masked and is_dense and config.position.kind != "relative" else 0
+def _mask_bytes(config: ModelConfig, rows: Rows, is_fused: bool) -> int:
+    """Return the bytes of the mask: an (L, L) square per row, and with biases per head; none where
+    relative ones are added outside of a kernel, nor on a GPU, whose kernel takes a list of the
+    blocks that are seen instead (masks.block_mask), a thousandth of a square in bf16."""
+    square = rows.length**2
+    if config.has_encoder:  # one for each of its parts
+        source, decoder = (columns_of(config, i, rows.length) for i in (0, config.encoder_layers))
+        square = source**2 + decoder**2 + source
+    batch, kind, squares = rows.micro_batch if rows.masked else 1, config.position.kind, 0
+    if any(parts.mixer.takes_mask for parts in layers_of(config)):
+        if kind == "alibi" or (kind == "relative" and is_fused):
+            squares = config.sizes.num_heads * batch
+        elif rows.masked and kind != "relative":
+            is_dense = not is_fused or config.dropout or config.sizes.head_dim < 16
+            squares = batch if is_dense else 0
+    # Of relative positions the buckets in int64, and who sees whom.
+    return square * (rows.bytes_per_value * squares + (9 * batch if kind == "relative" else 0))
 
 
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
