@@ -15,15 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from math import prod
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -101,7 +93,7 @@ class BlockPart(Part):
     def shapes(self, config: "ModelConfig") -> Shapes:
         """Return every parameter's name inside the part and its shape, in the order of
         module.named_parameters()."""
-        raise NotImplementedError
+        raise NotImplementedError  # every part has its own
 
     def flops(self, config: "ModelConfig", sequence_length: int, causal: bool) -> int:
         """Return the forward FLOPs of one token in one layer, those of its matrices included.
@@ -119,7 +111,7 @@ class BlockPart(Part):
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
         """Return the bytes that autograd saves of one token in one layer. norm_bytes: bytes per
         value of the input of an RMS norm."""
-        raise NotImplementedError
+        raise NotImplementedError  # every part has its own
 
     def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
         """Return the bytes of a token's results of an attention kernel, which selective
