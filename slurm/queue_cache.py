@@ -192,12 +192,12 @@ def _answer() -> Iterator[Answer]:
                 _expect_own(os.fstat(f.fileno()))
                 answer = Answer.of(f.read(_MOST))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            answer = Answer()
+            answer = Answer()  # none yet, damaged, of another version, or another's
         before = json.dumps(asdict(answer))
         yield answer
         if (text := json.dumps(asdict(answer))) != before:
             temporary = path.with_suffix(f".{os.getpid()}")
-            with suppress(OSError):
+            with suppress(OSError):  # not kept: the next process asks SLURM itself
                 temporary.unlink(missing_ok=True)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
                 with open(os.open(temporary, flags, 0o600), "w") as f:
