@@ -154,6 +154,23 @@ def last_end(run: Run) -> str:
     return f"{how[0].upper()}{how[1:].rstrip('.')}." if how else ""
 
 
+def _environment(processes: int, attempt: Path) -> dict[str, str]:
+    """Return the environment that all ranks have in common."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that wait for each other spin for 16 ms before they sleep. One busy process beside
+        # us then costs a factor of seven; with a shorter spin 2.8, and nothing on a quiet machine.
+        "GOMP_SPINCOUNT": "10000",
+        **os.environ,
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        ATTEMPT: str(attempt),
+    }
+
+
 def start_ranks(
     command: list[str], processes: int, attempt: Path, report: Callable, grace: float = _GRACE
 ) -> int:
@@ -166,19 +183,7 @@ def start_ranks(
     """
     outcome.record_start(attempt, command, processes)
     kills = outcome.kills_for_memory()
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        ATTEMPT: str(attempt),
-    }
-    threads = max(1, (len(os.sched_getaffinity(0))) // processes)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    # Threads that wait for each other spin for 16 ms before they sleep. One busy process beside us
-    # then costs a factor of seven; with a shorter spin 2.8, and nothing on a quiet machine.
-    environment.setdefault("GOMP_SPINCOUNT", "10000")
+    environment = _environment(processes, attempt)
     ranks: list[subprocess.Popen] = []
     stop = StopRequest()
     deadline = [float("inf")]
