@@ -26,6 +26,7 @@ from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
+from forescale.run.rows import Row
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job
@@ -93,13 +94,7 @@ def show_run(
         f"{s.job.objective.counted}{loss}; last seen {span(s.age)} ago"
     )
     if last := s.validation:
-        loss = f"loss {last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,}"
-        if (accuracy := last.get("rewards/accuracies")) is not None:
-            score = f"accuracy {accuracy:.1%}, {loss} preferences"
-        else:
-            of = f" of {last['scored']}" if "scored" in last else ""
-            score = f"{last['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
-        console.print(f"Validation at step {last['step']:,}: {score}")
+        console.print(f"Validation at step {last['step']:,}: {_score(last)}")
         if shares := in_words(last):
             say(shares[0].upper() + shares[1:])
     if line := _forecast(s):
@@ -125,15 +120,19 @@ def show_run(
     if line := _ranks(s):
         say(line)
     _show_time(s, console)
-    if (best := s.goodput.interval()) is not None:
-        say(
-            f"Saving stalls {best.stall:.2f} s, a restart takes {span(best.restart)}, a failure "
-            f"came every {span(best.mtbf)}: checkpoint.every='{Duration(best.steps)}' (about "
-            f"{span(best.seconds)}; Daly 2006) loses least, {best.waste:.1%}; it is "
-            f"{s.job.checkpoint.every}"
-        )
+    if line := _interval(s):
+        say(line)
     if events := s.events():
         say("Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()))
+
+
+def _score(row: Row) -> str:
+    """Return the held-out score of a row as a phrase: of a text, or of preferences."""
+    loss = f"loss {row['loss']:.4f} ± {row['loss_stderr']:.4f} over {row['windows']:,}"
+    if (accuracy := row.get("rewards/accuracies")) is not None:
+        return f"accuracy {accuracy:.1%}, {loss} preferences"
+    of = f" of {row['scored']}" if "scored" in row else ""
+    return f"{row['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
 
 
 def _forecast(s: Status) -> str | None:
@@ -204,11 +203,8 @@ def _show_attempts(s: Status, console: Console) -> None:
             came = "did not begin to train"
         else:
             came = f"step {parent.step if parent.checkpoint else 0:,}"
-            if (
-                parent.checkpoint
-                and (other := Path(parent.checkpoint).parents[1]).name != s.run.name
-            ):
-                came += f" of {other}"
+            other = Path(parent.checkpoint).parents[1] if parent.checkpoint else s.run.path
+            came += f" of {other}" if other.name != s.run.name else ""
         # The directory's own time changes with every new file in it; parent.json is written once.
         marks = [attempt.path / "parent.json", attempt.path]
         begun = next(p for p in marks if p.exists()).stat().st_mtime
@@ -262,6 +258,18 @@ def _ranks(s: Status) -> str | None:
     if seconds[slowest]:
         line += f"; the slowest is rank {slowest} ({seconds[slowest] * 1e3:.1f} ms per step alone)"
     return line
+
+
+def _interval(s: Status) -> str | None:
+    """Return the best interval between checkpoints, by the run's own times and failures."""
+    if (best := s.goodput.interval()) is None:
+        return None
+    return (
+        f"Saving stalls {best.stall:.2f} s, a restart takes {span(best.restart)}, a failure came "
+        f"every {span(best.mtbf)}: checkpoint.every='{Duration(best.steps)}' (about "
+        f"{span(best.seconds)}; Daly 2006) loses least, {best.waste:.1%}; it is "
+        f"{s.job.checkpoint.every}"
+    )
 
 
 def _show_time(s: Status, console: Console) -> None:
