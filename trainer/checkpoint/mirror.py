@@ -181,10 +181,8 @@ class Mirror:
             return
         assert self._there is not None
         name = self._name(path)
-        sizes = {f: self._there.get(f"{name}/{f}") for f in table}
-        is_whole = f"{name}/{TABLE}" in self._there and all(
-            sizes[f] == table[f].size for f in table
-        )
+        has_all = all(self._there.get(f"{name}/{f}") == e.size for f, e in table.items())
+        is_whole = has_all and f"{name}/{TABLE}" in self._there
         if is_whole and b"".join(self._folder.get(f"{name}/{TABLE}")) == raw:
             self._whole[step] = raw  # this very checkpoint is there already
             return
