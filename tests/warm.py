@@ -3,9 +3,8 @@
 These imports often cost more than what a test trains. Forks share a seed of hashes: that ranks and
 attempts agree where theirs differ, the tests show whose `launching.start` is `cold`.
 
-A request is the path of a JSON file and some file descriptors, the first of them a socket for the
-answer. A keeper, a fork of its own, serves it: so that a process whose end nobody has waited for
-yet keeps its number.
+A request is JSON and some file descriptors, the first of them a socket for the answer. A keeper, a
+fork of its own, serves it: so that a process whose end nobody has waited for yet keeps its number.
 """
 
 import atexit
@@ -17,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -52,11 +50,9 @@ def ask(request: dict, *descriptors: int) -> socket.socket:
     """Send a request ("serve": module:function, which a keeper calls with the request and the file
     descriptors); return the socket of its answer."""
     answer, end = socket.socketpair()
-    with end, tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump(request, file)
-        file.close()
+    with end:
         fds = [end.fileno(), *descriptors]
-        socket.send_fds(_server(), [file.name.encode()], fds)
+        socket.send_fds(_server(), [json.dumps(request).encode()], fds)
     return answer
 
 
@@ -88,28 +84,27 @@ def serve(requests: socket.socket) -> None:
     gc.freeze()  # what is imported lives on: a collection in a rank took longer than a step
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
     while True:
-        message, descriptors, *_ = socket.recv_fds(requests, 4096, 8)
+        message, descriptors, *_ = socket.recv_fds(requests, 1 << 20, 8)
         if not message:
             os.killpg(0, signal.SIGKILL)
         if not os.fork():
             requests.close()
-            _finish(partial(_keep, Path(message.decode()), descriptors))
+            finish(partial(_keep, json.loads(message), descriptors))
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _keep(path: Path, descriptors: list[int]) -> int:
+def _keep(request: dict, descriptors: list[int]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    request = json.loads(path.read_text())
-    path.unlink()
     answer = socket.socket(fileno=descriptors.pop(0))
     module, function = request["serve"].split(":")
     getattr(importlib.import_module(module), function)(request, answer, *descriptors)
     return 0
 
 
-def _finish(work: Callable[[], int]) -> NoReturn:
-    """Call `work` in a fork, and end with its code as a Python process would."""
+def finish(work: Callable[[], int]) -> NoReturn:
+    """Call `work` in a fork and end with its code; as the product ends a rank, because threads of
+    gloo may abort a normal exit."""
     try:
         code = work()
     except SystemExit as e:
@@ -117,11 +112,6 @@ def _finish(work: Callable[[], int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """End a fork as the product ends a rank: threads of gloo may abort a normal exit."""
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -161,7 +151,7 @@ def launch(request: dict, answer: socket.socket, output: int) -> None:
         answer.close()
         become(request["environment"], output, output)
         os.chdir(request["folder"])
-        _finish(lambda: _command(request["words"]))
+        finish(lambda: _command(request["words"]))
     os.close(output)
     answer.sendall(f"{launcher}\n".encode())
     code = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
@@ -196,15 +186,12 @@ class Fork(_Child):
             preexec_fn()
             streams = [s if isinstance(s, int) else s.fileno() for s in (stdout, stderr)]
             become(env, *streams)
-            _finish(lambda: _command(command[command.index("forescale") + 1 :]))
+            finish(lambda: _command(command[command.index("forescale") + 1 :]))
 
     def poll(self) -> int | None:
-        return self._wait(os.WNOHANG)
+        return self.wait(os.WNOHANG)
 
-    def wait(self) -> int | None:
-        return self._wait(0)
-
-    def _wait(self, options: int) -> int | None:
+    def wait(self, options: int = 0) -> int | None:
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, options)
             if pid:
@@ -223,6 +210,8 @@ class Launcher(_Child):
         self.stdout = os.fdopen(read)
         self.pid = int(self._answer.readline())
         self._ended = threading.Event()
+        self._output: list[str] = []
+        self._reader: threading.Thread | None = None
         threading.Thread(target=self._await_end, daemon=True).start()
 
     def _await_end(self) -> None:
@@ -233,13 +222,15 @@ class Launcher(_Child):
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        output: list[str] = []
-        reader = threading.Thread(target=lambda: output.append(self.stdout.read()), daemon=True)
-        reader.start()
-        reader.join(timeout)
-        if reader.is_alive() or not self._ended.wait(timeout):
+        """Return the output; what came before an earlier TimeoutExpired is in it."""
+        if self._reader is None:
+            read = lambda: self._output.append(self.stdout.read())  # noqa: E731
+            self._reader = threading.Thread(target=read, daemon=True)
+            self._reader.start()
+        self._reader.join(timeout)
+        if self._reader.is_alive() or not self._ended.wait(timeout):
             raise subprocess.TimeoutExpired("forescale", timeout or 0.0)
-        return output[0], None
+        return self._output[0], None
 
 
 if __name__ == "__main__":

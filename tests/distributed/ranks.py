@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 
 from tests import warm
@@ -52,7 +52,7 @@ def keep(request: dict, answer: socket.socket) -> None:
     for rank in range(size):
         ranks[rank] = os.fork()
         if not ranks[rank]:
-            _rank(rank, request)
+            warm.finish(partial(_rank, rank, request))
     ended: dict[int, int] = {}
     while len(ended) < size and not any(ended.values()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -83,25 +83,20 @@ def _is_given_up(answer: socket.socket) -> bool:
         return False
 
 
-def _rank(rank: int, request: dict) -> None:
-    """Be a rank, in a fork; never returns."""
-    try:
-        log = os.open(Path(request["scratch"]) / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY)
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        warm.become({**request["environment"], **environment}, log, log)
-        import torch._dynamo.config as dynamo
+def _rank(rank: int, request: dict) -> int:
+    """Be a rank, in a fork."""
+    log = os.open(Path(request["scratch"]) / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY)
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    warm.become({**request["environment"], **environment}, log, log)
+    import torch._dynamo.config as dynamo
 
-        from forescale.engine.world import set_environment
+    from forescale.engine.world import set_environment
 
-        set_environment()
-        dynamo.disable = True  # a scenario that compiles sets it to False
-        module, function = request["scenario"].split(":")
-        scenario = importlib.import_module(f"tests.distributed.{module}")
-        result = getattr(scenario, function)(**request["arguments"])
-        if not rank:
-            (Path(request["scratch"]) / "result.json").write_text(json.dumps(result))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    warm.leave(code)
+    set_environment()
+    dynamo.disable = True  # a scenario that compiles sets it to False
+    module, function = request["scenario"].split(":")
+    scenario = importlib.import_module(f"tests.distributed.{module}")
+    result = getattr(scenario, function)(**request["arguments"])
+    if not rank:
+        (Path(request["scratch"]) / "result.json").write_text(json.dumps(result))
+    return 0
