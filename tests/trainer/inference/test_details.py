@@ -104,18 +104,20 @@ def test_shorter_windows_have_places_of_their_own(read):
 
 
 class Copier(nn.Module):
-    """Writes what followed the last earlier copy of a token; else nothing is likelier."""
+    """Writes what followed the last earlier copy of a token; else nothing is likelier. logit: of
+    what it writes; 0: it finds all tokens equally likely."""
 
-    def __init__(self, vocab_size):
+    def __init__(self, vocab_size, logit=20.0):
         super().__init__()
-        self.vocab_size, self.weight = vocab_size, nn.Parameter(torch.zeros(1))
+        self.vocab_size, self.logit = vocab_size, logit
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens):
         logits = torch.zeros(*tokens.shape, self.vocab_size)
         for row, ids in zip(logits, tokens.tolist(), strict=True):
             for i, token in enumerate(ids):
                 if token in ids[:i]:
-                    row[i, ids[i - 1 - ids[:i][::-1].index(token) + 1]] = 20.0
+                    row[i, ids[i - 1 - ids[:i][::-1].index(token) + 1]] = self.logit
         return logits
 
 
@@ -128,6 +130,13 @@ def test_who_copies_has_a_low_loss_the_second_time():
     assert scores.score == pytest.approx(scores.again - scores.first)
     assert scores.score < -8
     assert 0 < scores.score_stderr < 0.2
+
+
+def test_who_knows_nothing_has_no_score():
+    scores = induction(Copier(100, 0.0), 100, 0, 21)
+    assert scores.tokens == 10
+    assert scores.score == pytest.approx(0, abs=1e-9)
+    assert scores.share < 0.1
 
 
 def test_eval_prints_them_and_json_has_them_all(trained, forescale):
