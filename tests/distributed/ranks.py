@@ -96,7 +96,10 @@ def _rank(rank: int, request: dict) -> int:
     dynamo.disable = True  # a scenario that compiles sets it to False
     module, function = request["scenario"].split(":")
     scenario = importlib.import_module(f"tests.distributed.{module}")
-    result = getattr(scenario, function)(**request["arguments"])
+    try:
+        result = getattr(scenario, function)(**request["arguments"])
+    except SystemExit as e:  # else an end with 0 would pass for the end of the scenario
+        raise AssertionError(f"rank {rank} ended itself with {e.code}") from e
     if not rank:
         (Path(request["scratch"]) / "result.json").write_text(json.dumps(result))
     return 0
