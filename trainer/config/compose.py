@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, cast, get_origin
 
 import yaml
 from hydra import compose as hydra_compose
@@ -85,21 +85,23 @@ def compose(
     not the defaults; so has the model in a new branch. Raises ConfigError with all problems; and
     UserError if a directory doesn't exist, or if only the frozen config names the user's class.
     """
-    known = groups(schema, conf_dirs)
+    known, keys = groups(schema, conf_dirs), leaves(schema)
     faults: list[Problem] = []
-    picks, typed, earlier = _read(overrides, known, leaves(schema), faults)
+    picks, typed, earlier = _read(overrides, known, keys, faults)
     if _TARGET in typed and "model" in known:
         picks.setdefault("model", "custom")  # without the keys of our default model
-    config = _hydra(schema, picks, conf_dirs)
+    composed = _hydra(schema, picks, conf_dirs)
     chosen = keys_of(picks, {name: group.files for name, group in known.items()})
-    keep_one_length(config, chosen)
+    keep_one_length(composed, chosen)
     run = None  # the directory of the run that the command line names
     if find and _NAME in typed:
-        root = _value(_ROOT, typed[_ROOT], str) if _ROOT in typed else config.run.root
+        root = _resolve(composed["run"], "run", [])["root"]
+        if _ROOT in typed:
+            root = _value(_ROOT, typed[_ROOT], str)
         run = Path(root).expanduser() / _value(_NAME, typed[_NAME], str)
     frozen = find(run) if find and run else None
-    config, unknown, laid = _lay_over(config, typed, earlier, schema, faults, frozen or {})
-    tree = _resolve(config, "", faults)
+    tree, unknown, laid = _lay_over(composed, typed, earlier, schema, keys, faults, frozen or {})
+    tree = _resolve(tree, "", faults)
     taken = {*chosen, *laid}
     if frozen:
         tree = over_frozen(schema, tree, frozen, taken)
@@ -108,7 +110,7 @@ def compose(
     job, unbuilt, wrong = build(schema, tree, typed=laid)
     faults += wrong
     job = job.for_machine(find)
-    unknowns = [unknown_key(p, [*known, *leaves(schema)], schema.VERB) for p in unknown + unbuilt]
+    unknowns = [unknown_key(p, [*known, *keys], schema.VERB) for p in unknown + unbuilt]
     problems = unknowns + faults + check(job, faults) + _secrets(job)
     if frozen is None:  # an existing run has had these keys since it began
         refused = {problem.key for problem in problems}
@@ -229,11 +231,13 @@ def _read(
     return picks, typed, earlier
 
 
-def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
+def _hydra(
+    schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]
+) -> dict[str, Any]:
     """Return the conf tree with the chosen files, not yet resolved; empty if the verb has none."""
     primary = _primary(schema)
     if not (CONF / f"{primary}.yaml").exists():
-        return OmegaConf.create()
+        return {}
     chosen = tuple(f"{group}={choice}" for group, choice in picks.items())
     if directories := _user_directories(
         conf_dirs
@@ -243,7 +247,7 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
     return deepcopy(_tree_of_ours(primary, chosen))
 
 
-def _tree(primary: str, chosen: tuple[str, ...]) -> DictConfig:
+def _tree(primary: str, chosen: tuple[str, ...]) -> dict[str, Any]:
     """Return what Hydra composes. Raises UserError if a file can't be read."""
     try:
         with initialize_config_dir(str(CONF), job_name="forescale", version_base="1.3"):
@@ -253,25 +257,23 @@ def _tree(primary: str, chosen: tuple[str, ...]) -> DictConfig:
         where = f"{mark.name}, line {mark.line + 1}" if mark else " ".join(chosen)
         problem = f"the config can't be composed ({' '.join(str(e).split())[:300]})"
         raise UserError(where, problem, "correct the file named there") from e
-    OmegaConf.set_struct(config, False)
-    return config
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
 
 
-_tree_of_ours = lru_cache(maxsize=128)(_tree)  # Hydra takes 80 ms, a copy 2
+_tree_of_ours = lru_cache(maxsize=128)(_tree)  # Hydra takes 80 ms, a copy less than one
 
 
 def _lay_over(
-    config: DictConfig,
+    composed: dict[str, Any],
     typed: dict[str, str],
     earlier: list[tuple[str, str]],
     schema: type,
+    known: dict[str, Leaf],
     faults: list[Problem],
     frozen: Mapping[str, Any],
-) -> tuple[DictConfig, list[str], list[str]]:
-    """Return `config` with the values of the command line, its unknown keys, and those set."""
-    known = leaves(schema)
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return `composed` with the values of the command line, its unknown keys, and those set."""
     free = [p for p, leaf in known.items() if get_origin(leaf.type) is dict]
-    composed: Any = OmegaConf.to_container(config, resolve=False)
     if _TARGET in typed or _TARGET in {*dict(flatten(composed, "")), *dict(flatten(frozen, ""))}:
         free.append("model")
     unknown: list[str] = []
@@ -299,8 +301,7 @@ def _lay_over(
             faults.append(Problem(e.where, e.problem, e.todo))
         except OmegaConfBaseException:
             faults.append(_no_reference(name, text))
-    tree = lay(schema, lay(schema, {}, composed), values)
-    return OmegaConf.create(tree), unknown, laid
+    return lay(schema, lay(schema, {}, composed), values), unknown, laid
 
 
 def _nest(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -350,8 +351,14 @@ def _value(name: str, text: str, type_: Any) -> Any:
     return value
 
 
-def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
-    """Return `node` as dicts, lists and scalars, interpolations resolved."""
+def _resolve(tree: Any, path: str, faults: list[Problem]) -> Any:
+    """Return a tree of dicts, lists and scalars with its interpolations resolved."""
+    if not any("${" in text or text == "???" for text in _texts(tree)):
+        return tree  # so is nearly every job's, and OmegaConf's nodes cost more than all the rest
+    return _resolve_node(OmegaConf.create(tree), path, faults)
+
+
+def _resolve_node(node: Any, path: str, faults: list[Problem]) -> Any:
     if not isinstance(node, DictConfig | ListConfig):
         return node
     names: Any = node if isinstance(node, DictConfig) else range(len(node))
@@ -360,7 +367,7 @@ def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
     for name in names:
         here = f"{path}.{name}" if path else str(name)
         try:
-            result[name] = _resolve(node[name], here, faults)
+            result[name] = _resolve_node(node[name], here, faults)
         except MissingMandatoryValue:
             faults.append(Problem(here, "is required", f"give {here}=VALUE"))
         except OmegaConfBaseException:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
 from forescale.config.job import Find
 from forescale.config.schema import (
@@ -61,12 +60,12 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
     return keys
 
 
-def keep_one_length(config: DictConfig, chosen: Sequence[str]) -> None:
+def keep_one_length(tree: dict[str, Any], chosen: Sequence[str]) -> None:
     """Unset the length of a lower file if a higher one sets another key of the run's length."""
-    lengths = {name: OmegaConf.select(config, name) for name in chosen if name in LENGTHS}
-    if changed := [name for name, value in lengths.items() if value is not None]:
+    lengths = dict(flatten(tree, ""))
+    if changed := [name for name in chosen if name in LENGTHS and lengths.get(name) is not None]:
         for other in {*LENGTHS} - {changed[-1]}:
-            OmegaConf.update(config, other, None, force_add=True)
+            tree["train"][other.removeprefix("train.")] = None
 
 
 def lay(cls: type | None, tree: Any, values: Mapping[str, Any]) -> dict[str, Any]:

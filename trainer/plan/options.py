@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from forescale.config.train import TrainJob
 from forescale.models.config import CHECKPOINTINGS, Checkpointing, ModelConfig
-from forescale.plan.bytes.memory import Memory, memory
+from forescale.plan.bytes.memory import Memory, activations_of, memory
 from forescale.plan.bytes.parameters import Inventory, inventory
 from forescale.plan.communication import collectives
 from forescale.plan.config import MachineConfig, PlanConfig, PlanJob
@@ -155,12 +155,14 @@ class ShardingOptions:
     def memory_micro_batch(self, job: PlanJob) -> int | None:
         """Return the largest micro-batch that fits if the global batch grows with it; None if none
         does, or if the memory of activations is not known."""
-        if self.memory(job).activations is None:
+        groups = _groups(job)
+        base = self.memory(_trained(job, micro_batch=1, global_batch=groups))
+        if base.activations is None:
             return None
 
         def is_too_large(micro: int) -> bool:
-            batch = micro * _groups(job)
-            return not self.fits(_trained(job, micro_batch=micro, global_batch=batch))
+            batched = _trained(job, micro_batch=micro, global_batch=micro * groups)
+            return not self._fits_beside(base, batched)
 
         # The first that doesn't fit, by bisection, is one too large.
         return bisect_left(range(1, _MOST_MICRO_BATCH), True, key=is_too_large) or None
@@ -169,26 +171,33 @@ class ShardingOptions:
         """Return the longest window that fits, one at a time: the longest that the config allows,
         or a multiple of _UNIT columns for each rank; None if none does, or if the memory of
         activations is not known."""
-        if self.memory(job).activations is None:
+        base = self.memory(_trained(job, micro_batch=1))
+        if base.activations is None:
             return None
         ranks, longest = job.engine.sequence_parallel, self.longest or _LONGEST
         longest -= longest % ranks
-        if self._fits_window(job, longest):
+        has_table = any(p.name == "position.weight" for p in self.trained.parameters)
+        grows = has_table and self.longest is None  # the table, and so the states, with the window
+
+        def is_too_long(length: int) -> bool:
+            long = _trained(job, sequence_length=length, micro_batch=1)
+            if not grows:
+                return not self._fits_beside(base, long)
+            model = replace(cast(ModelConfig, job.model), max_sequence_length=length)
+            long = replace(long, model=model)
+            return not replace(self, trained=inventory(long)).fits(long)
+
+        if not is_too_long(longest):
             return longest
         unit = _UNIT * ranks
         sizes = range(1, longest // unit + 1)
-        fitting = bisect_left(sizes, True, key=lambda n: not self._fits_window(job, n * unit))
-        return unit * fitting or None
+        return unit * bisect_left(sizes, True, key=lambda n: is_too_long(n * unit)) or None
 
-    def _fits_window(self, job: PlanJob, length: int) -> bool:
-        """Whether a window of `length` fits, one at a time, with what the model needs for it."""
-        long = _trained(job, sequence_length=length, micro_batch=1)
-        table = "position.weight"
-        if self.longest is not None or all(p.name != table for p in self.trained.parameters):
-            return self.fits(long)
-        model = replace(cast(ModelConfig, job.model), max_sequence_length=length)
-        long = replace(long, model=model)
-        return replace(self, trained=inventory(long)).fits(long)
+    def _fits_beside(self, base: Memory, job: PlanJob) -> bool:
+        """Whether the activations of `job` fit beside the states of `base`, which are also its
+        own: a bisection asks some forty times, and the states take longest."""
+        changed = replace(base, activations=activations_of(job, self.machine.fused_norms))
+        return changed.total <= self.available_to(job)
 
     def smallest_fix(self, job: PlanJob) -> str | None:
         """Return the config keys of the smallest change that fits; None if none was found."""

@@ -277,19 +277,6 @@ def memory(
     margin: int = 0,
 ) -> Memory:
     """Return the memory of the rank with the most bytes. The model sizes of the job are known."""
-    of_activations = None
-    if isinstance(job.model, ModelConfig):
-        of_activations = activations(
-            job.model,
-            job.rows_at_once,
-            job.train.sequence_length,
-            BYTES[job.precision.kind],
-            masked=job.data.document_mask or not job.objective.continues_text,
-            fused_norms=fused_norms,
-            ranks=job.engine.sequence_parallel,
-            tensor=job.engine.tensor_parallel,
-            budget=job.train.activation_memory_budget,
-        )
     # A rank draws the initial weights in fp32, all of them; at stage 3 the largest part that the
     # ranks divide as soon as it is drawn (engine/build.py, partition_of), and so, beside what a
     # rank keeps, the experts' others.
@@ -300,7 +287,25 @@ def memory(
         part = block_of(p.name) or p.name.partition(".")[0]
         parts[part] = parts.get(part, 0) + 4 * (p.numel - sizes[p.name] * (not divides))
     start = max(parts.values()) + (0 if divides else 4 * sum(sizes.values()))
+    of_activations = activations_of(job, fused_norms)
     return Memory(states(job, trained, world), of_activations, start, reserved, margin)
+
+
+def activations_of(job: TrainJob, fused_norms: bool = True) -> Activations | None:
+    """Return the activations of a rank; None for a model class of the user."""
+    if not isinstance(job.model, ModelConfig):
+        return None
+    return activations(
+        job.model,
+        job.rows_at_once,
+        job.train.sequence_length,
+        BYTES[job.precision.kind],
+        masked=job.data.document_mask or not job.objective.continues_text,
+        fused_norms=fused_norms,
+        ranks=job.engine.sequence_parallel,
+        tensor=job.engine.tensor_parallel,
+        budget=job.train.activation_memory_budget,
+    )
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:

@@ -6,6 +6,7 @@ the engine's memory layout. Imports no torch.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 
 from forescale.config.mesh import Mesh
@@ -30,7 +31,7 @@ class Parameter:
         """Number of dimensions."""
         return len(self.shape)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
