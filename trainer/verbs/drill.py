@@ -24,7 +24,7 @@ from forescale.drill.scenarios import BY_NAME, SCENARIOS, STEPS
 from forescale.drill.scenarios import problems as problems_of_scenarios
 from forescale.ground.console import open_console
 from forescale.ground.errors import CRASHED, DONE
-from forescale.ground.storage import write_json
+from forescale.ground.storage import make_folder, write_json
 
 
 @dataclass
@@ -55,6 +55,8 @@ EXAMPLES = ("drill", "drill scenarios=[kill,freeze-data]", "drill to=drilled jso
 def main(arguments: list[str]) -> int:
     """Run the scenarios. Return 0 if all were survived, else 1."""
     job = parse(DrillJob, arguments)
+    if job.json:  # before some minutes of work
+        make_folder(Path(job.json).expanduser().parent)
     chosen = [BY_NAME[name] for name in job.scenarios] or list(SCENARIOS)
     temporary = job.to is None
     directory = Path(tempfile.mkdtemp(prefix="drill-") if temporary else job.to or "").expanduser()
