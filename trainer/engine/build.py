@@ -13,6 +13,7 @@ from torch import nn
 from forescale.config.hardware import check_fp8
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
+from forescale.engine.deepspeed_check import problems_here
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import build_optimizer, divided_groups, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
@@ -37,9 +38,9 @@ _KNOWN_PEAKS = {
 def check_world(job: TrainJob, size: int) -> None:
     """Raise ConfigError if the job does not fit the number of ranks, and UserError if this machine
     can't compute what it asks for."""
-    problems = job.problems(world_size=size)
-    if problems:
-        raise ConfigError(Problem(*p) for p in problems)
+    problems = [Problem(*p) for p in job.problems(world_size=size)]
+    if problems := problems or problems_here(job, size):
+        raise ConfigError(problems)
     check_fp8(job.precision.fp8)
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 from forescale.config.schema import Problem
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
+from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.console import span
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
@@ -63,6 +64,7 @@ class Plan:
         self.job: PlanJob = self._settled(job)
         self.check(lambda: prediction_interval_of(self.job))
         self.check(job.logging.check_trackers)
+        self._check_deepspeed()
         if (sources := self.sources) is not None:
             self.check(lambda: check_origin(self.job, sources))
         self.machine, self.world = job.machine, job.world_size
@@ -108,6 +110,12 @@ class Plan:
         except UserError as e:
             self.problems.append(Problem(e.where, e.problem, e.todo))
             return None
+
+    def _check_deepspeed(self) -> None:
+        try:
+            self.problems += problems_apart(self.job, self.job.world_size)
+        except UserError as e:  # a login node may plan without it
+            self.notes.append(f"{e.where} {e.problem}.")
 
     @property
     def vocab_size(self) -> int:

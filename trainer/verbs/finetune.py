@@ -15,7 +15,7 @@ from forescale.checkpoint.reader import newest_step
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.job import Problems, overrides_of
-from forescale.config.schema import ConfigError, Problem, key, plain
+from forescale.config.schema import key, plain
 from forescale.config.target import remember
 from forescale.config.train import TrainJob
 from forescale.data.conversations.prepare import (
@@ -42,7 +42,7 @@ from forescale.run.finetune import (
 )
 from forescale.run.start import Start, start
 from forescale.verbs import load
-from forescale.verbs.train import local_ranks
+from forescale.verbs.train import check, local_ranks
 
 
 @dataclass
@@ -139,8 +139,7 @@ def main(arguments: list[str]) -> int:
     is_settled = has_length or not (is_new or any(word.startswith("epochs=") for word in words))
     epochs = job.epochs or default_epochs(job.objective.are_preferences)
     ready = with_examples(job.training, dataset, None if is_settled else epochs)
-    if problems := ready.problems(world_size=local_ranks(ready)):
-        raise ConfigError(Problem(*p) for p in problems)
+    check(ready, local_ranks(ready))
     started = start(ready, newest=newest_step)
     remember(started.job, started.run.path)
     _introduce(started, dataset, is_new)

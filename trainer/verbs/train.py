@@ -23,6 +23,7 @@ from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
+from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.errors import DONE, INTERRUPTED, UserError
 from forescale.resilience import launcher
 from forescale.resilience.outcome import notify, report_error
@@ -62,9 +63,7 @@ def main(words: list[str]) -> int:
     if restore(job, print):
         job = job_of(TrainJob, overrides_of(TrainJob, words))  # over its config, as for any run
     processes = local_ranks(job)
-    if problems := job.problems(world_size=processes):
-        raise ConfigError(Problem(*p) for p in problems)
-    check_fp8(job.precision.fp8)
+    check(job, processes)
     for note in (*from_run, *job.notes()):
         print(f"Note: {note}")
     if launcher.asked_of_accelerate():
@@ -151,6 +150,15 @@ def _rank(job: TrainJob, began: float) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def check(job: TrainJob, processes: int) -> None:
+    """Raise UserError if the job does not fit so many ranks of this machine, or if DeepSpeed
+    refuses its settings."""
+    problems = [Problem(*p) for p in job.problems(world_size=processes)]
+    if problems := problems or problems_apart(job, processes):
+        raise ConfigError(problems)
+    check_fp8(job.precision.fp8)
 
 
 def local_ranks(job: TrainJob) -> int:

@@ -99,6 +99,8 @@ def test_the_real_world_size_is_checked_again():
         ({"bf16": {"enabled": True}}, "precision"),
         ({"zero_optimization": {"stage": 2}}, "engine.stage"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "engine.offload_parameters"),
+        ({"zero_optimization": {"cpu_offload": True}}, "engine.offload_optimizer"),
+        ({"bfloat16": {"enabled": False}}, "precision"),
     ],
 )
 def test_deepspeed_s_words_for_our_keys_are_refused(settings, name):
@@ -109,11 +111,11 @@ def test_deepspeed_s_words_for_our_keys_are_refused(settings, name):
 
 def test_deepspeed_s_other_settings_are_free():
     settings = "{zero_optimization: {overlap_comm: false}, communication_data_type: fp32}"
-    job = compose(TrainJob, [f"engine.deepspeed={settings}", "engine.deepspeed.seed_layers=true"])
+    job = compose(TrainJob, [f"engine.deepspeed={settings}", "engine.deepspeed.dump_state=true"])
     assert job.engine.deepspeed == {
         "zero_optimization": {"overlap_comm": False},
         "communication_data_type": "fp32",
-        "seed_layers": True,
+        "dump_state": True,
     }
 
 
@@ -288,6 +290,7 @@ def test_a_row_has_room_for_a_span():
         ("{zero_optimization: 3}", "zero_optimization", "3 is not a section of settings"),
         ("{zero_optimization: null}", "zero_optimization", "None is not a section of settings"),
         ("{communication_data_type: fp8}", "communication_data_type", "unknown value 'fp8'"),
+        ("{pipeline: {stages: 2}}", "pipeline", "does not apply here"),
     ],
 )
 def test_settings_that_deepspeed_would_only_refuse_later_are_refused(settings, key, problem):

@@ -19,12 +19,14 @@ _OUR_KEYS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "managed_gradient_accumulation": "train.global_batch and train.micro_batch",
     "gradient_clipping": "optimizer.clip",
     "optimizer": "the optimizer section",
     "zero_allow_untested_optimizer": "the optimizer section",
     "zero_force_ds_cpu_optimizer": "engine.offload_optimizer",
     "scheduler": "the schedule section",
     "bf16": "precision",
+    "bfloat16": "precision",  # DeepSpeed's older name
     "fp16": "precision",
     "amp": "precision",
     "data_types": "engine.gradient_dtype",
@@ -32,6 +34,8 @@ _OUR_KEYS = {
     "zero_optimization.stage": "engine.stage",
     "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
     "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",  # older names
+    "zero_optimization.cpu_offload_param": "engine.offload_parameters",
     "zero_optimization.reduce_bucket_size": "engine.bucket_bytes",
     "zero_optimization.allgather_bucket_size": "engine.bucket_bytes",
     "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
@@ -43,7 +47,19 @@ _OUR_KEYS = {
     "wandb": "logging.wandb",
     "tensorboard": "logging.tensorboard",
 }
-
+# Settings of parts of DeepSpeed that forescale doesn't use: they would do nothing, or harm.
+_UNUSED = {
+    "pipeline": "forescale has no pipeline parallelism",
+    "data_efficiency": "forescale has a data order of its own",
+    "dataloader_drop_last": "forescale has a data order of its own",
+    "checkpoint": "forescale has checkpoints of its own",
+    "datastates_ckpt": "forescale has checkpoints of its own",
+    "hybrid_engine": "it is for reinforcement learning",
+    "autotuning": "it is for DeepSpeed's own launcher",
+    "weight_quantization": "it is for inference",
+    "use_data_before_expert_parallelism": "forescale divides experts itself",
+    "gradient_allreduce_op": "the engine counts on the mean over ranks",
+}
 
 _SENT = ("fp32", "fp16", "bf16")  # what DeepSpeed can reduce gradients in
 
@@ -99,6 +115,9 @@ class EngineConfig:
             for setting, name in _OUR_KEYS.items():
                 if path == setting or path.startswith(setting + "."):
                     yield f"deepspeed.{path}", "is controlled by other keys", f"use {name}"
+        for setting in _UNUSED.keys() & self.deepspeed.keys():
+            problem = f"does not apply here: {_UNUSED[setting]}"
+            yield f"deepspeed.{setting}", problem, "leave it out"
 
 
 @dataclass
