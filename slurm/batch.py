@@ -36,7 +36,9 @@ from forescale.slurm.submission import Submission
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LEAVE = 10.0  # seconds that their processes then have to end
-_PAUSE = 2.0  # seconds before ranks start again, doubled after each crash
+_PAUSE = 2.0  # seconds before ranks start again, doubled after each crash or refusal of SLURM
+_LONGEST_PAUSE = 64.0
+_SLOW = 5  # as so many refusals counts one that takes slurm.start_time
 
 
 class Batch:
@@ -92,7 +94,10 @@ class Batch:
                 else:
                     time.sleep(300)  # SLURM ends this start meanwhile
                 return decision.code
-            time.sleep(_PAUSE * 2 ** max(0, past.crashes - 1))
+            pause = _PAUSE * 2 ** max(0, past.crashes - 1, past.refusals - 1)
+            end = time.monotonic() + min(pause, _LONGEST_PAUSE)
+            while time.monotonic() < end and not self.stop_signal:
+                time.sleep(0.1)
 
     def _say(self, decision: policy.JobDecision) -> int:
         self._log(f"{decision.why[0].upper()}{decision.why[1:]}.")
@@ -182,9 +187,10 @@ class Batch:
         environment = self._environment(attempt, str(free_port()))
         self._step = steps.JobStep(command, environment, attempt.path / "srun.log")
         code = self._step.wait(self._is_late, self.id)
-        failed, lost, self._step = self._step.failures, self._step.lost_node, None
-        stopped = bool(self.stop_signal)
-        return self._end(attempt, policy.outcome_of(attempt.path, code, failed, stopped, lost))
+        step, self._step = self._step, None
+        stopped, observed = bool(self.stop_signal), (step.lost_node, step.refusal)
+        end = policy.outcome_of(attempt.path, code, step.failures, stopped, *observed)
+        return self._end(attempt, end)
 
     def _is_late(self) -> bool:
         """True if the ranks got a signal to end and their time is over."""
@@ -210,10 +216,11 @@ class Batch:
 
     def _end(self, attempt: Attempt, end: policy.AttemptOutcome) -> int:
         facts = {"blamed": end.blamed, "faulty": end.faulty, "stop_signal": self.stop_signal}
+        refused = {"refused": end.refused} if end.refused else {}
         self._how = f"Attempt {attempt.number}: {end.how.rstrip('.')}"
         self._log(f"{self._how}.")
         try:
-            outcome.record_end(attempt.path, end.code, end.how, end.rank, **facts)
+            outcome.record_end(attempt.path, end.code, end.how, end.rank, **facts, **refused)
         except UserError as e:  # such as a full disk; the decision is made by now
             self._log(f"Its end could not be recorded: {e}")
         return end.code
@@ -247,10 +254,17 @@ class Batch:
             )
             with suppress(OSError):  # a record for people; its faults are logged below
                 (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
+            silent = {fault.host for fault in report.faults if fault.kind == "silent"}
+            # As srun waits for nodes that it has asked in vain, it says nothing.
+            never_began = silent.issuperset(self.hosts) and step.has_not_begun(self.id)
         end = time.monotonic() + (_LEAVE if self.settings.preflight else start_time)
         code = step.wait(lambda: bool(self.stop_signal) or time.monotonic() > end, self.id)
         if self.stop_signal:
             return policy.AttemptOutcome(INTERRUPTED, 0, "interrupted during the preflight")
+        if refusal := step.refusal:
+            return policy.refused(refusal)
+        if self.settings.preflight and never_began:
+            return policy.refused(f"no step was created in {start_time:.0f} s", _SLOW)
         if self.settings.preflight:
             return self._judge(report)
         preflight.close()

@@ -9,6 +9,7 @@ process was killed there, a rank hung, a device failed), never for a Python erro
 """
 
 import re
+import signal
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +26,23 @@ JobAction = Literal["end", "restart", "requeue"]
 # In the error of a rank: failures of a device, a link or a disk, not of a program.
 _DEVICE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b|Input/output error", re.IGNORECASE)
 _TOO_OFTEN = 2  # failures of a node until it is excluded
+_REFUSALS = 9  # of SLURM in a row, which take some 5 min
 _PAUSE = 30.0  # seconds before the third start of a job without a new checkpoint, then doubled
 
 
 @dataclass(frozen=True)
 class AttemptOutcome:
     """How an attempt ended. rank: that failed first; how: a sentence without a full stop; blamed:
-    nodes that failed, with the reason; faulty: nodes that failed the preflight."""
+    nodes that failed, with the reason; faulty: nodes that failed the preflight; refused: above 0 if
+    SLURM started no task, so that no node and no rank is the cause; as how many refusals it counts.
+    """
 
     code: int
     rank: int
     how: str
     blamed: dict[str, str] = field(default_factory=dict)
     faulty: dict[str, str] = field(default_factory=dict)
+    refused: int = 0
 
 
 def outcome_of(
@@ -46,9 +51,10 @@ def outcome_of(
     failures: Sequence[Failure],
     stop_requested: bool,
     lost: str | None = None,
+    refusal: str | None = None,
 ) -> AttemptOutcome:
     """Return how the attempt ended. failures: of srun, in order of time; lost: a node that SLURM
-    lost later than those.
+    lost later than those; refusal: why srun started no task.
 
     The failure that explains the others is the first UserError; else that of the first rank that
     was killed or wrote an error; ranks that only lost a peer or were stopped come last.
@@ -64,9 +70,13 @@ def outcome_of(
     first = next((f for test in tests for f in failures if test(f)), None)
     if first is None:
         how = f"srun ended with code {srun_code}, and no task did"
+        if srun_code < 0:
+            how = f"srun was killed by {signal.Signals(-srun_code).name}, and its ranks with it"
         if lost and not stop_requested:
             how = f"SLURM lost node {lost}"
             return AttemptOutcome(CRASHED, 0, how, {lost: how})
+        if refusal and not stop_requested:
+            return refused(refusal)
         return AttemptOutcome(INTERRUPTED if stop_requested else CRASHED, 0, how)
     code = INTERRUPTED if stop_requested and first.code != USER else first.code
     how, _ = outcome.describe_end(attempt, first.rank, code, first.how.startswith("Out Of Memory"))
@@ -82,16 +92,26 @@ def outcome_of(
     return AttemptOutcome(CRASHED if code > 0 else code, first.rank, at, blamed)
 
 
+def refused(refusal: str, count: int = 1) -> AttemptOutcome:
+    """Return the end of an attempt that SLURM started no task of. refusal: what srun says; count:
+    as how many refusals it counts."""
+    how = f"SLURM refused to start it (srun: {refusal.rstrip('.')})"
+    return AttemptOutcome(CRASHED, 0, how, refused=count)
+
+
 @dataclass(frozen=True)
 class Past:
     """The attempts of one submission, summed up. crashes: in a row, without a new checkpoint;
     blamed: the observed failures of each node; faulty: nodes that failed the preflight; idle:
-    starts of the job in a row without a new checkpoint."""
+    starts of the job in a row without a new checkpoint; refusals: how often SLURM has refused to
+    start an attempt since the last one that it started; has_begun: True if it has started any."""
 
     crashes: int = 0
     blamed: dict[str, list[str]] = field(default_factory=dict)
     faulty: dict[str, str] = field(default_factory=dict)
     idle: int = 0
+    refusals: int = 0
+    has_begun: bool = False
 
     @property
     def excluded(self) -> dict[str, str]:
@@ -107,21 +127,24 @@ def past(run: Run, submission: str) -> Past:
         (n, t) for n, t in launches if t.get("slurm", {}).get("submission") == submission
     ]
     saved = [number for step in run.checkpoint_steps() if (number := _author(run, step))]
-    crashes = 0
+    crashes = refusals = 0
     blamed: dict[str, list[str]] = {}
     faulty: dict[str, str] = {}
     for i, (number, launch) in enumerate(of_submission):
         after = of_submission[i + 1][0] if i + 1 < len(of_submission) else float("inf")
         if any(number <= author < after for author in saved):
             crashes = 0
+        count = launch.get("refused", 0)
+        refusals = refusals + count if count else 0
         # An attempt without a recorded end counts, because the job may crash its nodes; one that
-        # got a stop signal, or never began because of faulty nodes, doesn't.
-        if not (launch.get("stop_signal") or launch.get("faulty")):
+        # got a stop signal, or never began because of faulty nodes or of SLURM, doesn't.
+        if not (launch.get("stop_signal") or launch.get("faulty") or launch.get("refused")):
             crashes += launcher.next_action(launch.get("code", 1), 0) == "restart"
         for host, reason in launch.get("blamed", {}).items():
             blamed.setdefault(host, []).append(reason)
         faulty |= launch.get("faulty", {})
-    return Past(crashes, blamed, faulty, _idle(of_submission, saved))
+    has_begun = any(not launch.get("refused") for _, launch in of_submission)
+    return Past(crashes, blamed, faulty, _idle(of_submission, saved), refusals, has_begun)
 
 
 def _idle(launches: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> int:
@@ -202,6 +225,8 @@ def decide(
         why = f"{past.crashes} crashes in a row without a new checkpoint"
         return JobDecision("end", GAVE_UP, f"gave up after {why}")
     left = [host for host in nodes if host in out or host in down]
+    if not left and past.refusals:
+        return _after_refusal(code, past, may_requeue, most)
     if not left:
         return JobDecision("restart", code, "starting again on the same nodes")
     if len(left) <= sum(host not in out and host not in down for host in others):
@@ -216,6 +241,18 @@ def decide(
         return _requeue(code, past, f"to use other nodes: {named}", never, most)
     why = f"though too few nodes remain without those at fault: {named}"
     return _requeue(code, past, why, (), most)
+
+
+def _after_refusal(code: int, past: Past, may_requeue: bool, most: int) -> JobDecision:
+    """Return what to do when SLURM refused to start an attempt. For a while after its controller
+    has come back it refuses what it has granted before; but it also refuses what the allocation
+    lacks, for ever."""
+    if past.refusals < _REFUSALS:
+        return JobDecision("restart", code, "trying again: SLURM may be at fault for a while")
+    if past.has_begun and may_requeue:
+        return _requeue(code, past, "because SLURM refuses what it has granted before", (), most)
+    todo = "correct the setting that srun names (slurm.srun, slurm.options, slurm.mem, CPUs, GPUs)"
+    return JobDecision("end", USER, f"trying again has not helped; {todo}, and submit it again")
 
 
 def chosen(

@@ -25,6 +25,7 @@ _FORMAT = "%i|%T|%r|%M|%L|%N|%S|%V|%o"  # the fields of Job, in their order
 # What a job leaves in its environment, and another that is submitted from there must not take over.
 _OF_A_JOB = re.compile(
     r"(SLURM_(?!CONF$|CLUSTERS$|JWT$)|SLURMD_|PMIX?_|FORESCALE_(ATTEMPT|NODE|SCRATCH)$"
+    r"|SBATCH_EXPORT$"  # a site's default, which would hold against the script's --export
     r"|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$)"
 )
 
@@ -32,7 +33,8 @@ _OF_A_JOB = re.compile(
 @dataclass(frozen=True)
 class Job:
     """A job in the queue. reason: why it waits; elapsed, left: times as squeue prints them; start:
-    when it began or is expected to begin; submitted: when SLURM took it; script: that sbatch got.
+    when it began or is expected to begin; submitted: when SLURM took it, or requeued it, both in
+    seconds since the epoch, 0 if unknown; script: that sbatch got.
     """
 
     id: str
@@ -41,9 +43,16 @@ class Job:
     elapsed: str
     left: str
     nodes: str
-    start: str
-    submitted: str = ""
+    start: float = 0.0
+    submitted: float = 0.0
     script: str = ""
+
+    @classmethod
+    def of(cls, line: str) -> "Job":
+        """Return the job that a line of squeue describes."""
+        id, state, reason, elapsed, left, nodes, start, submitted, script = line.split("|", 8)
+        times = epoch(start), epoch(submitted)
+        return cls(id, state, reason, elapsed, left, nodes, *times, script)
 
     @property
     def is_waiting(self) -> bool:
@@ -94,11 +103,12 @@ def jobs(ids: Iterable[str]) -> list[Job]:
         if _GONE.search(e.problem):  # a single id that the controller no longer knows
             return []
         raise
-    return [Job(*line.split("|", _FORMAT.count("|"))) for line in lines if line]
+    return [Job.of(line) for line in lines if line]
 
 
 def show(job: str) -> dict[str, str]:
-    """Return scontrol's facts about a job; empty if it no longer knows the job."""
+    """Return scontrol's facts about a job, its times in seconds since the epoch; empty if it no
+    longer knows the job."""
     try:
         text = _run(["scontrol", "--oneliner", "show", "job", job])
     except UserError as e:
@@ -119,9 +129,14 @@ def owner_and_script(job: str) -> tuple[int | None, Path | None]:
 
 def eligible(job: str) -> float | None:
     """Return when the job became eligible to start, in seconds since the epoch; None if unknown."""
-    with suppress(UserError, ValueError, KeyError):
-        return time.mktime(time.strptime(show(job)["EligibleTime"], "%Y-%m-%dT%H:%M:%S"))
+    with suppress(UserError):
+        return epoch(show(job).get("EligibleTime", "")) or None
     return None
+
+
+def epoch(text: str) -> float:
+    """Return a time that SLURM printed, in seconds since the epoch; 0 for Unknown, N/A or none."""
+    return float(text) if text.isdecimal() else 0.0
 
 
 def requeue(job: str, exclude: Sequence[str] = (), pause: float = 0.0) -> None:
@@ -214,15 +229,16 @@ def _run(command: list[str], deaf: bool = False) -> str:
 def _once(
     command: list[str], deaf: bool = False, environment: Mapping[str, str] | None = None
 ) -> str:
-    # By default names of months and days come in English, times in local time.
-    english = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+    # Without these, names of months come in the reader's language, and times in the reader's time
+    # zone: of another reader, or in the hour that comes twice a year, they are other times.
+    plain = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT,
-            env=environment or english,
+            env=environment or plain,
             preexec_fn=(lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)) if deaf else None,
         )
     except FileNotFoundError:

@@ -36,6 +36,7 @@ _ENDS_KEPT = 7 * 86_400.0  # seconds that the end of a job is kept
 _REMEMBERED = 3_600.0  # seconds after the last sign of a job in which scontrol may know it
 _LONGEST = 90.0  # seconds to wait for another process that asks
 _MOST = 1 << 24  # bytes of a file that is read
+_TIMES = ("start", "submitted")  # fields of a job that are numbers
 _OVER = re.compile(
     r"COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|BOOT_FAIL|DEADLINE|NODE_FAIL|OUT_OF_MEMORY"
 )
@@ -62,7 +63,7 @@ class Answer:
         answer = cls(
             float(stored["at"]),
             [str(job) for job in stored["ids_asked"]],
-            [queue.Job(**{k: str(v) for k, v in job.items()}) for job in stored["jobs"]],
+            [_job(job) for job in stored["jobs"]],
             None if error is None else [str(text) for text in error[:3]],
             {str(job): float(at) for job, at in stored["viewed"].items()},
             {str(job): (float(at), dict(facts)) for job, (at, facts) in stored["ends"].items()},
@@ -78,6 +79,11 @@ class Answer:
             self.jobs = queue.jobs(self.ids_asked)
         except UserError as e:
             self.error = [e.where, e.problem, e.todo]
+
+
+def _job(stored: dict[str, Any]) -> queue.Job:
+    fields: dict[str, Any] = {k: float(v) if k in _TIMES else str(v) for k, v in stored.items()}
+    return queue.Job(**fields)
 
 
 def jobs(ids: Iterable[str]) -> list[queue.Job]:

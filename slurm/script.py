@@ -165,6 +165,7 @@ def _rendered(
         (f"--job-name={shlex.quote(job_name)}", ""),
         (f"--output={shlex.quote(f'{directory}/{log.name}')}", output),
         *([(f"--array=0-{tasks - 1}{throttle}", "a task for each line below")] if tasks else []),
+        ("--export=ALL", "keys and addresses that the shell exports reach the job"),
         *options,
         *_resources(settings),
     ]

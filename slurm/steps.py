@@ -23,8 +23,14 @@ from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission
 
 STANDBY = "standby"  # the name of a step, and of its log
+# Tasks get the environment of the batch script. Without that srun reads SLURM_EXPORT_ENV, which is
+# NONE after sbatch --export=NONE (at some sites by default, as SBATCH_EXPORT): tasks have no PATH.
+_SRUN = ("srun", "--export=ALL")
 _FAILED = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _LOST = re.compile(r"srun: error: Node failure on (\S+)")
+# srun's lines that don't say that there is a step, and those of them that say why there is none.
+_OF_SRUN = re.compile(r'srun: (?!.*(StepId=|step aborted|: tasks? [0-9]))|Try "srun')
+_ERROR = re.compile(r"srun: (?:error: |fatal: )?(?!Job [0-9]+ step creation|warning: )(.+)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
 _SCRATCH = '"$FORESCALE_SCRATCH"'
 _NOW, _ENVIRONMENT = "forescale-now", "environment"
@@ -72,6 +78,15 @@ def lost_node(output: str) -> str | None:
     return match[1] if match else None
 
 
+def refusal(output: str) -> str | None:
+    """Return why srun started no task, by its output, such as "Unable to create step for job 7:
+    Memory required by task is not available"; None if it started some, or doesn't say why."""
+    lines = output.splitlines()
+    if not all(map(_OF_SRUN.match, lines)) or lost_node(output):
+        return None
+    return next((match[1] for line in lines if (match := _ERROR.match(line))), None)
+
+
 class JobStep:
     """A running srun. log: file for srun's output, which is kept here too: what it says of failed
     tasks must be known even where a full disk is why they fail, and the file can't be written."""
@@ -115,8 +130,21 @@ class JobStep:
         return lost_node(self._output)
 
     @property
+    def refusal(self) -> str | None:
+        """Why srun has ended without starting a task; None if it started some, was killed, or
+        doesn't say why."""
+        return refusal(self._output) if (self.process.poll() or 0) > 0 else None
+
+    @property
     def _output(self) -> str:
         return "".join(list(self._lines))
+
+    def has_not_begun(self, job: str) -> bool:
+        """True if srun still waits for SLURM to create the step. Asks the controller: False if it
+        doesn't answer."""
+        with suppress(UserError):
+            return not self.is_over and queue.newest_step(job, besides=STANDBY) is None
+        return False
 
     def phase_of(self, host: str) -> str:
         """What a host was doing last, by what the command of `nodes` prints."""
@@ -131,12 +159,17 @@ class JobStep:
     def wait(self, is_late: Callable[[], bool], job: str) -> int:
         """Wait for srun and return its code. is_late: True if the time of the ranks is over; job:
         whose newest step this is, but for the standby. Where SLURM knows no such step, srun alone
-        is killed, never the whole job."""
+        is killed, never the whole job. If another process killed srun, its tasks would go on
+        without it, and the next step would wait for them: they are killed."""
 
-        def end_step() -> None:  # in a thread: the controller may not answer for minutes
+        def end_step(seconds: float = 0.0) -> None:
+            end = time.monotonic() + seconds
             with suppress(UserError):
-                if step := queue.newest_step(job, besides=STANDBY):
+                while step := queue.newest_step(job, besides=STANDBY):
                     queue.end_step(step)
+                    if time.monotonic() >= end:
+                        return
+                    time.sleep(0.5)
 
         killed: float | None = None
         while not self.is_over:
@@ -145,9 +178,12 @@ class JobStep:
             overdue = self._failed is not None and time.monotonic() - self._failed > _PATIENCE
             if killed is None and (overdue or is_late()):
                 killed = time.monotonic()
+                # In a thread: the controller may not answer for minutes.
                 Thread(target=end_step, daemon=True).start()
             if killed is not None and time.monotonic() - killed > _LAST:
                 self.process.kill()  # srun waits for a node that doesn't answer
+        if self.process.returncode < 0 and killed is None:
+            end_step(_LAST)
         self._reader.join(_LAST)  # a child of srun may hold the pipe open
         return self.process.returncode
 
@@ -160,7 +196,7 @@ class JobStep:
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
     """Return the start of a command that runs on as many nodes as the ranks."""
-    command = ["srun", f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes}"]
+    command = [*_SRUN, f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes}"]
     command.append(f"--ntasks={settings.nodes * tasks_per_node}")
     if settings.cpus_per_task or cpus_per_rank(settings) > 1:
         # Since 22.05 srun doesn't inherit this from sbatch. A single task of a node gets all CPUs.
@@ -260,7 +296,7 @@ def standby(submission: Submission, host: str, words: Sequence[str]) -> list[str
         f"exec {shlex.join([*containers.python_of_host(submission.settings), *module])}",
     ]
     return [
-        *("srun", f"--job-name={STANDBY}", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"),
+        *(*_SRUN, f"--job-name={STANDBY}", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"),
         *("--overlap", "--mem=0"),  # it takes no CPU, memory or GPU away from other steps
         *_outside(submission.settings),
         # slurmstepd writes the log: srun, on the first node, may be gone.

@@ -76,19 +76,21 @@ class Submission:
         except UserError:
             return {}
 
-    def submitted(self, job: str, script: Path, cluster: str | None, at: str) -> None:
+    def submitted(self, job: str, script: Path, cluster: str | None, at: float) -> None:
         """Write the id of the job, with the script that sbatch got, the name of the cluster, and
-        when SLURM took the job, as it prints times."""
+        when SLURM took the job, in seconds since the epoch, 0 if it isn't known."""
         facts = {"id": job, "script": str(script), "cluster": cluster, "accepted": at}
         write_json(self.path / "job.json", {**facts, "submitted": time.time()})
 
     def is_of(self, job: queue.Job) -> bool:
         """Return True if a job in the queue is that of this submission: ids may begin anew, or be
-        another cluster's. A job keeps its script, and it is never older than when it was taken.
-        (Some versions of SLURM set its time anew when it is requeued.)"""
+        another cluster's. A job keeps its script, and it is never older than when it was taken: its
+        time is set anew when it is requeued. (Text is the local time of an older version.)"""
         accepted = self.accepted
         script = accepted.get("script", str(self.script))
-        return job.script == script and job.submitted >= accepted.get("accepted", "")
+        at = accepted.get("accepted")
+        is_older = isinstance(at, int | float) and job.submitted < at
+        return job.script == script and not is_older
 
     @property
     def is_stopped(self) -> bool:
@@ -119,9 +121,9 @@ def facts_of(
 
 def accepted(job: str, script: Path, submissions: Mapping[str, Submission]) -> None:
     """Write the job of each submission, by its id. job: one that SLURM knows the time of."""
-    at, cluster = "", None
+    at, cluster = 0.0, None
     with suppress(UserError):  # a controller that is slow to answer
-        at = queue.show(job).get("SubmitTime", "")
+        at = queue.epoch(queue.show(job).get("SubmitTime", ""))
         cluster = queue.cluster()
     for id, submission in submissions.items():
         submission.submitted(id, script, cluster, at)

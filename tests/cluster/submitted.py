@@ -51,6 +51,7 @@ class Job:
     dataset: Path
     keys: dict[str, str] = field(default_factory=dict)
     id: str = ""
+    zone: str = ""  # time zone of whoever types the commands; by default this machine's
 
     @property
     def run(self) -> Run:
@@ -58,6 +59,7 @@ class Job:
 
     def forescale(self, *words: str, check: bool = True) -> str:
         environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+        environment |= {"TZ": self.zone} if self.zone else {}
         command = [sys.executable, "-P", "-m", "forescale", *words]
         return self.lab.run(*command, check=check, cwd=self.root.parent, env=environment)
 

@@ -31,7 +31,10 @@ def nodes_taken(job):
 def test_a_job_from_its_submission_to_its_end(job, tmp_path):
     job.keys |= {"checkpoint.mirror": str(tmp_path / "mirror"), "slurm.allreduce": "true"}
     with nodes_taken(job):
-        output = job.submit().forescale("status")
+        job.zone = "Asia/Tokyo"
+        job.submit()
+        job.zone = "America/Los_Angeles"  # where all times of its queue are earlier
+        output = job.forescale("status")
         assert re.search(r"small +queued \(\w+\)", output), output
         with pytest.raises(AssertionError, match=f"is already in the queue, as job {job.id}"):
             job.submit()
@@ -71,10 +74,12 @@ def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
 
 def test_a_job_that_waits_is_stopped_in_the_queue(job, lab):
     lab.run("sbatch", "-N4", "--exclusive", "--wrap", "sleep 60", cwd=job.root.parent)
+    job.zone = "Asia/Tokyo"
     job.submit()
     output = job.forescale("status")
     assert re.search(r"small +queued \((Resources|Priority|None)\)", output), output
     assert "no rank has started" in job.forescale("logs", "small")
+    job.zone = "America/Los_Angeles"
     assert "it was still waiting" in job.forescale("stop", "small")
     assert job.until_over() == "CANCELLED"
     assert job.lives() == []
@@ -155,7 +160,9 @@ def test_a_run_begun_on_four_nodes_goes_on_on_two(job):
 
 
 def test_a_job_waits_for_another_to_be_done(job):
-    after = Job(job.lab, job.root, "after", job.dataset, {"train.steps": "12"})
+    # With nothing of the shell's environment, and so of the batch script's unless srun is told.
+    keys = {"train.steps": "12", "slurm.options": '["--export=NONE"]'}
+    after = Job(job.lab, job.root, "after", job.dataset, keys)
     with nodes_taken(job):
         job.submit()
         after.submit(**{"slurm.after": f"[{job.id!r}]"})

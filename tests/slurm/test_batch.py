@@ -11,7 +11,7 @@ from forescale.config.train import TrainJob
 from forescale.ground.errors import CRASHED, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
-from forescale.slurm import batch, queue, steps
+from forescale.slurm import batch, policy, queue, steps
 from forescale.slurm.batch import Batch
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.preflight.findings import NodeFault, PreflightReport
@@ -102,6 +102,21 @@ def test_spare_nodes_replace_others_in_the_next_attempt(
     assert job._environment(attempt, "1")["MASTER_ADDR"] == nodes[0]
     assert sentence in capsys.readouterr().out
     assert stood == [nodes[1]], "never the first node, which it watches"
+
+
+def test_what_slurm_refuses_is_no_fault_of_a_node(make, monkeypatch, tmp_path, capsys):
+    """Of a single node, either: it would be excluded, and the next one, and so on."""
+    monkeypatch.setenv("FORESCALE_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(queue, "eligible", lambda job: None)
+    line = "srun: error: Unable to create step for job 7: Memory required by task is not available"
+    monkeypatch.setattr(steps, "nodes", lambda *_: ["bash", "-c", f"echo '{line}' >&2; exit 1"])
+    job = make(nodes=1)
+    job.submission.write(**{**job.submission.facts, "data": []})
+    del job.submission.facts
+    assert job._attempt_once() == CRASHED
+    past = policy.past(job.run, job.name)
+    assert (past.crashes, past.excluded, past.refusals) == (0, {}, 1)
+    assert "(srun: Unable to create step for job 7: Memory required" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):

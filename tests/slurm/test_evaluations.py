@@ -40,8 +40,8 @@ def in_queue(run, commands):
     """The run's training is job 17, which waits."""
     training = Submission(run.new_job())
     training.script.write_text(f"jobs=(\n    {training.path}\n)\n")
-    training.submitted("17", training.script, "lab", "2026-11-26T16:01:45")
-    line = f"17|PENDING|None|0:00|1:00||N/A|2026-11-26T16:01:45|{training.script}"
+    training.submitted("17", training.script, "lab", 1764172905.0)
+    line = f"17|PENDING|None|0:00|1:00||N/A|1764172905|{training.script}"
     show = f"UserId=me({os.getuid()}) Command={training.script}"
     commands(squeue=f"echo '{line}'", sbatch="exit 1")  # where it is, there is a queue
     commands(scontrol=f'[ "$2" = config ] && echo ClusterName = lab || echo "{show}"')
@@ -221,7 +221,7 @@ def test_a_task_becomes_the_evaluation_of_its_checkpoint(task):
 
 @pytest.mark.parametrize(
     ("image", "begin"),
-    [("image.sif", ["apptainer", "exec"]), ("image", ["srun", "--ntasks-per-node=1", "--nodes=1"])],
+    [("image.sif", ["apptainer", "exec"]), ("image", ["srun", "--export=ALL"])],
 )
 def test_a_task_scores_in_the_container_of_the_run(run, monkeypatch, tmp_path, image, begin):
     monkeypatch.setenv("FORESCALE_SCRATCH", str(tmp_path / "scratch"))

@@ -11,9 +11,12 @@ from forescale.slurm.policy import Past, chosen, decide, give_up, past
 NODES = ["a", "b"]
 
 
-def decided(code, crashes=0, *, blamed=None, faulty=None, idle=0, state="RUNNING", **facts):
+def decided(
+    code, crashes=0, *, blamed=None, faulty=None, idle=0, refusals=(0, True), state="RUNNING",
+    **facts,
+):  # fmt: skip
     state_of = {"is_stopped": False, "may_requeue": True, **facts}
-    past = Past(crashes, blamed or {}, faulty or {}, idle)
+    past = Past(crashes, blamed or {}, faulty or {}, idle, *refusals)
     return decide(code, past, NODES, state=state, **state_of)
 
 
@@ -31,6 +34,12 @@ def decided(code, crashes=0, *, blamed=None, faulty=None, idle=0, state="RUNNING
         (-9, 2, {}, ("restart", -9), "on the same nodes"),
         (1, 3, {}, ("end", GAVE_UP), "3 crashes in a row without a new checkpoint"),
         (1, 3, {"down": ["b"], "others": ["c"]}, ("end", GAVE_UP), "3 crashes"),  # a spare node
+        # SLURM started no task: it may do so later, in another allocation, or never.
+        (1, 2, {"refusals": (8, False)}, ("restart", 1), "trying again"),
+        (1, 0, {"refusals": (9, True)}, ("requeue", 1), "what it has granted before"),
+        (1, 0, {"refusals": (9, True), "may_requeue": False}, ("end", USER), "slurm.srun"),
+        (1, 0, {"refusals": (9, False)}, ("end", USER), "correct the setting that srun names"),
+        (1, 0, {"refusals": (9, False), "down": ["b"]}, ("requeue", 1), "b is down"),
         # A node is blamed once, twice, or not one of this job.
         (-9, 1, {"blamed": {"b": ["killed"]}}, ("restart", -9), "on the same nodes"),
         (-9, 2, {"blamed": {"b": ["killed", "hung"]}}, ("requeue", -9, "b"), "b (killed; hung)"),
@@ -148,12 +157,21 @@ def attempts(tmp_path):
         ([{"code": 1}, {"code": 1}, {"code": 1, "saves": 40}], 1),  # a new checkpoint
         ([{"code": 1, "stop_signal": "SIGTERM"}, {"code": INTERRUPTED}], 0),  # asked to end
         ([{"code": 1, "submission": "0000"}, {"code": 1}], 1),  # another submission
+        ([{"code": 1}, {"code": 1, "refused": 1}, {"code": 1, "refused": 5}], 1),  # by SLURM
     ],
 )
 def test_crashes_in_a_row(attempts, ends, crashes):
     for end in ends:
         attempts.add(**end)
     assert attempts.past.crashes == crashes
+
+
+def test_refusals_of_slurm_count_apart_until_it_starts_tasks(attempts):
+    attempts.add(1, refused=5).add(1, refused=1)
+    assert (attempts.past.refusals, attempts.past.has_begun) == (6, False)
+    attempts.add(1)
+    assert (attempts.past.refusals, attempts.past.has_begun) == (0, True)
+    assert attempts.add(1, refused=1).past.refusals == 1
 
 
 def test_blame_is_kept(attempts):

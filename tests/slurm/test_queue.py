@@ -6,6 +6,7 @@ import json
 import pytest
 
 from forescale.ground.errors import UserError
+from forescale.ground.storage import write_json
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, in_queue, newest
@@ -54,6 +55,7 @@ def test_the_cpus_of_the_smallest_node_of_a_partition(commands):
 def test_a_job_submitted_within_another_takes_over_nothing_of_it(commands, tmp_path, monkeypatch):
     of_the_other = ["SLURM_JOB_ID", "SLURM_NNODES", "SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "RANK"]
     of_the_other += ["LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "PMI_RANK", "FORESCALE_ATTEMPT"]
+    of_the_other.append("SBATCH_EXPORT")  # a site's default, instead of the script's
     names = ["SLURM_CONF", "SBATCH_ACCOUNT", "HOME", "FORESCALE_CONF"]
     for name in (*of_the_other, *names):
         monkeypatch.setenv(name, "x")
@@ -77,23 +79,42 @@ def test_a_requeued_job_waits_where_it_is_told_to(commands, tmp_path):
 @pytest.fixture
 def submission(tmp_path):
     job = Submission(Run(tmp_path / "runs/x").new_job())
-    job.submitted("12", job.script, "lab", "2026-11-26T16:01:45")
+    job.submitted("12", job.script, "lab", 1764172905.0)
     return job
 
 
 @pytest.mark.parametrize(
     ("time", "script", "is_its"),
     [
-        ("2026-11-26T16:01:45", None, True),
-        ("2026-11-27T09:00:00", None, True),  # some versions say when it was requeued
-        ("2026-11-26T16:01:44", None, False),
-        ("2026-11-27T09:00:00", "/home/other/job.sbatch", False),
+        (1764172905, None, True),
+        (1764233999, None, True),  # when it was requeued
+        (1764172904, None, False),
+        (1764233999, "/home/other/job.sbatch", False),
     ],
 )
 def test_an_id_that_began_anew_is_another_job(commands, submission, time, script, is_its):
     line = f"12|RUNNING|None|1:00|2:00|n1|N/A|{time}|{script or submission.script}"
     commands(sbatch="", squeue=f"echo '{line}'")
     assert [s for s, _ in in_queue([submission])] == [submission] * is_its
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/Los_Angeles"])
+def test_a_job_is_the_same_in_every_time_zone(commands, submission, zone, monkeypatch):
+    """squeue prints times of the reader's zone, unless it is to print seconds."""
+    monkeypatch.setenv("TZ", zone)
+    time = 'date -d @1764172905 "+${SLURM_TIME_FORMAT#standard}"'
+    line = f'"12|PENDING|None|0:00|1:00||N/A|$({time})|{submission.script}"'
+    commands(sbatch="", squeue=f"echo {line}")
+    ((_, job),) = in_queue([submission])
+    assert (job.submitted, job.start) == (1764172905.0, 0.0)
+
+
+def test_a_job_that_an_older_version_submitted_is_still_its_own(commands, submission):
+    """It wrote a local time, which can't be compared."""
+    facts = {**submission.accepted, "accepted": "2026-11-26T16:01:45"}
+    write_json(submission.path / "job.json", facts)
+    commands(sbatch="", squeue=f"echo '12|RUNNING|None|1:00|2:00|n1|N/A|17|{submission.script}'")
+    assert [s for s, _ in in_queue([submission])] == [submission]
 
 
 def test_a_submission_that_never_got_a_job_hides_none(submission):

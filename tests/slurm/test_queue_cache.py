@@ -14,7 +14,7 @@ from forescale.run.directory import Run
 from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import Submission
 
-QUEUED = "{}|RUNNING|None|1:00|2:00|n1|N/A|2026-01-01T00:00:00|{}\n"
+QUEUED = "{}|RUNNING|None|1:00|2:00|n1|N/A|1767225600|{}\n"
 
 
 class Clock:
@@ -153,7 +153,7 @@ def test_where_nothing_can_be_kept_slurm_is_asked_each_time(slurm, tmp_path):
 @pytest.fixture
 def submission(tmp_path, slurm) -> Submission:
     submission = Submission(Run(tmp_path / "run").new_job())
-    submission.submitted("12", submission.script, None, "2026-01-01T00:00:00")
+    submission.submitted("12", submission.script, None, 1.7e9)
     submission.write(slurm={}, log=str(submission.path / "slurm.log"))
     ended(slurm, submission)
     return submission

@@ -68,6 +68,34 @@ def test_each_kind_of_end():
     ]
 
 
+# What srun 24.11 wrote where it started no task.
+MEMORY = "Unable to create step for job 7: Memory required by task is not available"
+BUSY = """\
+srun: Job 9 step creation temporarily disabled, retrying (Requested nodes are busy)
+srun: warning: can't honor --ntasks-per-node
+srun: error: Unable to create step for job 9: Requested nodes are busy
+"""
+OPTION = "srun: unrecognized option '--nix=3'\nTry \"srun --help\" for more information\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "refusal"),
+    [
+        (f"srun: error: {MEMORY}\n", MEMORY),
+        (BUSY, "Unable to create step for job 9: Requested nodes are busy"),
+        ("srun: fatal: --gres is damaged\n", "--gres is damaged"),
+        (OPTION, "unrecognized option '--nix=3'"),
+        ("", None),
+        (OUTPUT, None),
+        (LOST, None),
+        ("srun: Step created for StepId=8.1\nsrun: error: eio_handle_mainloop: Abandoning\n", None),
+        (f"forescale-now n1 making its scratch directory\nsrun: error: {MEMORY}\n", None),
+    ],
+)
+def test_why_slurm_started_no_task(output, refusal):
+    assert steps.refusal(output) == refusal
+
+
 @pytest.fixture
 def attempt(tmp_path):
     return Run(tmp_path / "run").new_attempt().path
@@ -113,6 +141,19 @@ def test_how_an_attempt_ended(attempt, srun_code, ends, record, expected, how, b
 
 def test_ranks_that_were_asked_are_interrupted_however_they_end(attempt):
     assert outcome_of(attempt, 137, [failed(0, -9)], True).code == INTERRUPTED
+
+
+def test_tasks_whose_srun_was_killed_end_before_the_next_step(tmp_path, monkeypatch):
+    """They would train on for a minute, and the next step would wait for their nodes."""
+    left, ended = ["7.1", "7.1"], []
+    monkeypatch.setattr(queue, "newest_step", lambda job, besides: left.pop() if left else None)
+    monkeypatch.setattr(queue, "end_step", ended.append)
+    step = JobStep(["bash", "-c", "kill -9 $$"], {}, tmp_path / "srun.log")
+    assert step.wait(lambda: False, "7") == -9
+    assert ended == ["7.1", "7.1"], "until SLURM knows it no longer"
+    outcome = outcome_of(tmp_path, -9, step.failures, False)
+    assert (outcome.code, outcome.blamed) == (CRASHED, {})
+    assert "srun was killed by SIGKILL" in outcome.how
 
 
 def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
@@ -195,8 +236,19 @@ def test_each_rank_has_cores_of_its_own_near_its_gpu(tmp_path, monkeypatch, keys
     settings = SlurmConfig(gres="gpu:8", srun=["--mpi=none"], **keys)
     ranks, nodes = command(tmp_path, settings, monkeypatch, "128")
     bound = ["--cpus-per-task=16", "--cpu-bind=cores", "--distribution=*:block", "--mpi=none"]
-    assert ranks[4:8] == bound
-    assert nodes[4:6] == ["--cpus-per-task=128", "--mpi=none"]
+    assert ranks[5:9] == bound
+    assert nodes[5:7] == ["--cpus-per-task=128", "--mpi=none"]
+
+
+def test_tasks_get_the_environment_of_the_batch_script_whatever_the_site_sets(
+    tmp_path, monkeypatch
+):
+    submission = Submission(Run(tmp_path / "run").new_job())
+    submission.write(slurm=plain(SlurmConfig(srun=["--export=NONE"])), data=[])
+    assert steps.standby(submission, "n2", [])[:2] == ["srun", "--export=ALL"]
+    for words in command(tmp_path, submission.settings, monkeypatch):
+        exports = [word for word in words if word.startswith("--export")]
+        assert exports == ["--export=ALL", "--export=NONE"], "the user's holds: it comes last"
 
 
 def test_ranks_run_on_the_hosts_of_their_attempt_alone(tmp_path, monkeypatch):

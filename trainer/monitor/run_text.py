@@ -102,7 +102,8 @@ def show_run(
     for line in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
         say(line)
     if job is not None and job.is_waiting:
-        begins = f", expected to start {job.start}" if job.start[:1].isdigit() else ""
+        at = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(job.start))
+        begins = f", expected to start {at}" if job.start else ""
         say(f"Job {job.id} waits in the queue ({job.reason}){begins}.")
     elif job is not None:
         say(f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left.")

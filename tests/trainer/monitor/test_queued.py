@@ -20,13 +20,13 @@ from tests.trainer.small_run import make_run
 def submitted(run: Run) -> Submission:
     """Of job 7."""
     submission = Submission(run.new_job())
-    submission.submitted("7", submission.script, None, "2026-01-01T00:00:00")
+    submission.submitted("7", submission.script, None, 1.7e9)
     submission.write(slurm={}, log=str(submission.path / "slurm.log"))
     return submission
 
 
 def queued(submission: Submission, state: str) -> queue.Job:
-    times = ("0:10", "9:50", "n[1-2]", "N/A", "2026-01-01T00:00:00")
+    times = ("0:10", "9:50", "n[1-2]", 0.0, 1.7e9)
     return queue.Job("7", state, "Resources", *times, str(submission.script))
 
 

@@ -96,7 +96,7 @@ def gone(run, monkeypatch, tmp_path) -> Submission:
     """A submission whose job ended early. Stands in for SLURM's commands."""
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
     submission = Submission(run.new_job())
-    submission.submitted("12", submission.script, None, "2026-01-01T00:00:00")
+    submission.submitted("12", submission.script, None, 1.7e9)
     submission.write(slurm={}, log=str(submission.path / "slurm.log"))
     facts = {"JobState": "FAILED", "ExitCode": "127:0", "Restarts": "0"}
     monkeypatch.setattr(queue, "is_here", lambda: True)
@@ -196,7 +196,7 @@ def test_stop_signals_no_process_that_a_foreign_file_names(run, forescale, start
         assert forescale("stop", "small", "--now")[0] == 2
 
 
-TAKEN = "2026-11-26T16:01:45"
+TAKEN = 1764172905
 SQUEUE = f"echo '12|RUNNING|None|1:00|2:00|n1|N/A|{TAKEN}|{{script}}'"
 SCONTROL = """\
 [ "$2" = config ] && echo 'ClusterName = {cluster}' && exit
