@@ -43,16 +43,24 @@ class SlurmConfig:
     gpus_per_node: int = key(0, ge=0, common=True)
     # generic resources per node, such as gpu:a100:4, if the cluster needs GPUs so
     gres: str | None = None
+    # 1: ask for a GPU for each of slurm.tasks_per_node, if the cluster needs GPUs so
+    gpus_per_task: int | None = key(None, ge=1, le=1)
     tasks_per_node: int | None = key(None, ge=1)  # ranks per node; null: one per GPU, or one
     # CPUs per rank; null: an equal share of those that the job gets
     cpus_per_task: int | None = key(None, ge=1)
     # --cpu-bind of srun for ranks; null: cores, if a rank has several CPUs
     cpu_bind: str | None = None
     mem: str | None = None  # memory per node, such as 64G; 0: all; null: the cluster's default
+    mem_per_gpu: str | None = None  # memory per GPU, such as 120G, instead of slurm.mem
     # time limit of one job, such as 24 h; a run may take many jobs
     time: Duration | None = key(None, common=True, gt=0, wall_time=True)
     exclusive: bool = False  # do not share the nodes with other jobs
     exclude: list[str] = key([])  # names of nodes not to use
+    # switches of the network that the nodes may be on, and how long to wait for that: 1@12:00:00
+    switches: str | None = None
+    network: str | None = None  # what the job needs of the network, such as job_vni on Slingshot
+    licenses: str | None = None  # licences that the job needs, such as scratch:1
+    nice: int | None = None  # by how much to lower the priority of the job
     after: list[str] = key([])  # ids of jobs that must have succeeded before this one starts
     options: list[str] = key([])  # more options of sbatch, such as --mail-type=END
     srun: list[str] = key([])  # more options of srun, such as --mpi=none
@@ -71,7 +79,7 @@ class SlurmConfig:
     python: str | None = None
     container: str | None = None  # container image for the ranks
     # what runs the container; null: apptainer for an image *.sif, else pyxis
-    runtime: Literal["pyxis", "apptainer"] | None = None
+    runtime: Literal["pyxis", "apptainer", "singularity"] | None = None
     # mounts of the container, HOST:INSIDE, beside the run, its data and slurm.scratch
     mounts: list[str] = key([])
     scratch: str = "/tmp"  # directory on each node's local disk, for code and caches
@@ -102,7 +110,8 @@ class SlurmConfig:
     @property
     def gpus(self) -> int:
         """GPUs per node."""
-        return self.gpus_per_node or self.gpus_of_gres
+        per_task = self.gpus_per_task and self.tasks_per_node
+        return self.gpus_per_node or self.gpus_of_gres or per_task or 0
 
     @property
     def gpus_of_gres(self) -> int:
@@ -123,15 +132,25 @@ class SlurmConfig:
     @property
     def memory_bytes(self) -> int | None:
         """Bytes per node; None if the cluster decides, or all memory is requested."""
-        match = _SIZE.fullmatch(self.mem or "")
+        match = _SIZE.fullmatch(self.mem or self.mem_per_gpu or "")
         size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
-        return size or None
+        return size * (1 if self.mem else self.gpus) or None
 
     def problems(self) -> Problems:
         problems: Problems = []
-        if self.mem is not None and not _SIZE.fullmatch(self.mem):
-            todo = "write, for example, slurm.mem=64G"
-            problems.append(("mem", f"{self.mem!r} is not a size", todo))
+        for name in ("mem", "mem_per_gpu"):
+            size = getattr(self, name)
+            if size is not None and not _SIZE.fullmatch(size):
+                todo = f"write, for example, slurm.{name}=64G"
+                problems.append((name, f"{size!r} is not a size", todo))
+        if self.mem_per_gpu is not None and (self.mem is not None or not self.gpus):
+            problem = "does not apply " + ("beside slurm.mem" if self.gpus else "without GPUs")
+            problems.append(("mem_per_gpu", problem, "leave it out"))
+        for name, command in (("options", "sbatch"), ("srun", "srun")):
+            for option in getattr(self, name):
+                if not re.match(r"--?\w", option):
+                    todo = f"quote an option with a comma: 'slurm.{name}=[\"--exclude=n1,n2\"]'"
+                    problems.append((name, f"{option!r} is no option of {command}", todo))
         for name in self.exports:
             if not _NAME.fullmatch(name):
                 problem = f"{name!r} is not a name of a variable"
@@ -174,6 +193,12 @@ class SlurmConfig:
             if re.match(r"(gres[:/])?gpu\b", part) and not _GPUS.fullmatch(part):
                 problem = f"{part} has no number of GPUs that can be read"
                 return [("gres", problem, "write it as gpu:8 or gpu:h100:8")]
+        if self.gpus_per_task and (self.gpus_per_node or self.gpus_of_gres):
+            problem = "does not apply beside slurm.gpus_per_node or slurm.gres"
+            return [("gpus_per_task", problem, "leave it out")]
+        if self.gpus_per_task and not self.tasks_per_node:
+            problem = "needs the number of ranks per node"
+            return [("gpus_per_task", problem, "write slurm.tasks_per_node=4")]
         count = self.gpus_of_gres
         if self.gpus_per_node and count not in (0, self.gpus_per_node):
             problem = f"{self.gpus_per_node} GPUs, but slurm.gres={self.gres} has {count}"

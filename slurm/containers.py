@@ -15,6 +15,7 @@ from forescale.ground.errors import UserError
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission
 
+AMD = Path("/dev/kfd")  # where AMD's driver is loaded
 # Of a variable that an image sets, too, the image's value wins, in Pyxis and in Apptainer. For an
 # image with PYTORCH_VERSION, Enroot's hook 50-slurm-pytorch.sh adds values of its own to these.
 _PASSED_ON = (
@@ -37,13 +38,15 @@ def options(submission: Submission) -> list[str]:
 
 
 def prefix(submission: Submission) -> list[str]:
-    """Return the words before a command in the container: Apptainer is a command itself."""
+    """Return the words before a command in the container: Apptainer and Singularity are commands
+    themselves."""
     settings = submission.settings
-    if settings.container is None or settings.container_runtime != "apptainer":
+    if settings.container is None or settings.container_runtime == "pyxis":
         return []
     names = [name for name in (*_PASSED_ON, *settings.exports) if name in os.environ]
+    vendor = "--rocm" if AMD.exists() else "--nv"
     return [
-        *("apptainer", "exec", *(["--nv"] if settings.has_gpus else [])),
+        *(settings.container_runtime, "exec", *([vendor] if settings.has_gpus else [])),
         *("--bind", ",".join(mounts(submission)), "--pwd", os.getcwd(), settings.container),
         *("env", *(f"{name}={os.environ[name]}" for name in names)),
     ]

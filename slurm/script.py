@@ -31,6 +31,11 @@ from forescale.slurm.steps import own_scratch
 from forescale.slurm.submission import Submission, accepted, facts_of
 
 Option = tuple[str, str]  # of sbatch, and a comment on it or ""
+# Keys whose name and value are those of sbatch's option.
+_SAME = (
+    *("partition", "account", "qos", "constraint", "reservation", "mem", "mem_per_gpu"),
+    *("gpus_per_task", "switches", "network", "licenses", "nice"),
+)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def _rendered(
     if after:
         why = "a job that can never start doesn't stay in the queue"
         lines.append(("--kill-on-invalid-dep=yes", why))
-    lines += [(option, "") for option in settings.options]
+    lines += [(_quoted(option), "") for option in settings.options]
     for option, _ in lines:
         if not option.isprintable():
             problem = "has a line break or another control character, which sbatch can't read"
@@ -213,9 +218,9 @@ def _resources(s: SlurmConfig) -> list[Option]:
     if s.gpus_per_node and not s.gpus_of_gres:
         option = f"--gpus-per-node={s.gpus_per_node}"
         options.append((option, "all ranks of a node see all its GPUs"))
-    for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
+    for name in _SAME:
         if (value := getattr(s, name)) is not None:
-            options.append((f"--{name}={shlex.quote(value)}", ""))
+            options.append((f"--{name.replace('_', '-')}={shlex.quote(str(value))}", ""))
     if s.cpus_per_task:
         options.append((f"--cpus-per-task={s.cpus_per_task}", ""))
     if s.time is not None:
@@ -230,6 +235,13 @@ def _resources(s: SlurmConfig) -> list[Option]:
         options.append((f"--mail-user={shlex.quote(s.mail)}", ""))
         options.append(("--mail-type=END,FAIL", "not for each requeue"))
     return options
+
+
+def _quoted(option: str) -> str:
+    """Return an option of the user's own for a line of the script, where a blank ends a value."""
+    name, _, value = option.partition("=")
+    is_plain = shlex.quote(value) == value or value[:1] in ("'", '"')
+    return option if not option.startswith("--") or is_plain else f"{name}={shlex.quote(value)}"
 
 
 def _in_one_line(value: object) -> str:

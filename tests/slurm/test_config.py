@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.schema import ConfigError
 from forescale.slurm.config import SlurmConfig, SubmitJob
 
 
@@ -85,10 +86,61 @@ def test_ranks_on_cpus_choose_their_own_number():
             ("python", "\"conda run 'x\" can't be read (No closing quotation)"),
         ),
         ({"python": " "}, ("python", "has no word")),
+        ({"mem_per_gpu": "much", "gres": "gpu:4"}, ("mem_per_gpu", "'much' is not a size")),
+        (
+            {"mem_per_gpu": "8G", "mem": "64G", "gres": "gpu:4"},
+            ("mem_per_gpu", "does not apply beside slurm.mem"),
+        ),
+        ({"mem_per_gpu": "8G"}, ("mem_per_gpu", "does not apply without GPUs")),
+        ({"gpus_per_task": 1}, ("gpus_per_task", "needs the number of ranks per node")),
+        (
+            {"gpus_per_task": 1, "tasks_per_node": 4, "gres": "gpu:4"},
+            ("gpus_per_task", "does not apply beside slurm.gpus_per_node or slurm.gres"),
+        ),
+        ({"options": ["--exclude=n1", "n2"]}, ("options", "'n2' is no option of sbatch")),
+        ({"options": ["[--a=1,--b=2]"]}, ("options", "'[--a=1,--b=2]' is no option of sbatch")),
+        ({"srun": ["mpi=none"]}, ("srun", "'mpi=none' is no option of srun")),
     ],
 )
 def test_keys_that_contradict_each_other_are_a_problem(keys, problem):
     assert [broken[:2] for broken in SlurmConfig(**keys).problems()] == [problem]
+
+
+@pytest.mark.parametrize(
+    ("text", "hours"),
+    [("24:00:00", 24), ("1-00:00:00", 24), ("1-12", 36), ("90:00", 1.5), ("24 h", 24)],
+)
+def test_a_time_may_be_written_as_for_sbatch(text, hours):
+    words = ["machine=cpu", "train.micro_batch=2", f"slurm.time={text}"]
+    assert compose(SubmitJob, words).slurm.time.seconds == hours * 3600
+
+
+def test_a_number_that_yaml_makes_of_a_time_is_explained(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/mine.yaml").write_text("time: 24:00:00\n")
+    words = ["machine=cpu", "train.micro_batch=2", "slurm=mine"]
+    with pytest.raises(ConfigError, match="86400 without a unit"):
+        compose(SubmitJob, words, conf_dirs=[tmp_path])
+    (tmp_path / "slurm/mine.yaml").write_text("time: '24:00:00'\n")
+    assert compose(SubmitJob, words, conf_dirs=[tmp_path]).slurm.time.seconds == 86400
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("[--switches=1,--comment=hi]", ["--switches=1", "--comment=hi"]),
+        ("""[--comment="hi, you", '--a b']""", ["--comment=hi, you", "--a b"]),
+        ('["--nodelist=n1,n2"]', ["--nodelist=n1,n2"]),
+        ("--switches=1", ["--switches=1"]),
+    ],
+)
+def test_options_need_no_quotes_of_hydra_s(text, options):
+    words = ["machine=cpu", "train.micro_batch=2", f"slurm.options={text}"]
+    assert compose(SubmitJob, words).slurm.options == options
+
+
+def test_memory_per_gpu_is_that_of_all_gpus_of_a_node():
+    assert SlurmConfig(mem_per_gpu="2G", gres="gpu:4").memory_bytes == 8 << 30
 
 
 def test_a_spare_node_is_no_node_of_the_run():

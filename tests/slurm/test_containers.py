@@ -83,11 +83,12 @@ def calls(bench: Path) -> list[list[str]]:
         ({"container": "/images/x.sqsh"}, "pyxis"),
         ({"container": "nvcr.io#nvidia/pytorch:25.09-py3"}, "pyxis"),
         ({"container": "/sandbox/", "runtime": "apptainer"}, "apptainer"),
+        ({"container": "x.sif", "runtime": "singularity"}, "singularity"),
     ],
 )
 def test_the_image_says_what_runs_it(bench, keys, runtime):
     job = submission(bench, **keys)
-    assert bool(containers.prefix(job)) == (runtime == "apptainer")
+    assert containers.prefix(job)[:1] == ([] if runtime == "pyxis" else [runtime])
     assert bool(containers.options(job)) == (runtime == "pyxis")
     assert containers.python(job.settings) == ["python3"]
 
@@ -134,6 +135,12 @@ def test_in_apptainer_the_code_is_that_of_the_job_and_gpus_are_shown(bench):
     assert json.loads(done.stdout) == [str(bench / "here"), "/code,frozen", "of the image"]
     assert calls(bench)[0][:3] == ["apptainer", "exec", "--nv"]
     assert "--nv" not in containers.prefix(submission(bench, container="x.sif"))
+
+
+def test_amd_s_gpus_are_shown_in_apptainer(bench, monkeypatch):
+    monkeypatch.setattr(containers, "AMD", bench)
+    words = containers.prefix(submission(bench, container="x.sif", gres="gpu:2"))
+    assert words[:3] == ["apptainer", "exec", "--rocm"]
 
 
 def batch_words(bench: Path, **keys) -> list[str]:

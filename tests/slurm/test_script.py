@@ -10,6 +10,7 @@ from forescale.config.duration import Duration
 from forescale.ground.errors import UserError
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.script import Order
+from forescale.slurm.steps import srun
 from forescale.slurm.submission import Submission
 
 
@@ -48,6 +49,15 @@ def lines(script):
         ("requeue", True, "--requeue"),
         ("requeue", False, "--no-requeue"),
         ("options", ["--mail-type=ALL"], "--mail-type=ALL"),
+        ("options", ["--comment=hi there"], "--comment='hi there'"),
+        ("options", ["--comment='hi there'"], "--comment='hi there'"),
+        ("options", ["-p gpu"], "-p gpu"),
+        ("mem_per_gpu", "120G", "--mem-per-gpu=120G"),
+        ("gpus_per_task", 1, "--gpus-per-task=1"),
+        ("switches", "1@12:00:00", "--switches=1@12:00:00"),
+        ("network", "job_vni", "--network=job_vni"),
+        ("licenses", "scratch:1", "--licenses=scratch:1"),
+        ("nice", -5, "--nice=-5"),
         ("mail", "me@example.org", "--mail-user=me@example.org"),
         ("mail", "me@example.org", "--mail-type=END,FAIL"),
     ],
@@ -62,6 +72,24 @@ def test_a_key_becomes_an_option(key, value, option):
 def test_slurm_ends_no_job_that_can_replace_the_node_it_lost(nodes, spares, goes_on):
     """A run of one node is lost with the batch script that is there."""
     assert ("--no-kill" in lines(order(nodes=nodes, spares=spares).script())) == goes_on
+
+
+def test_a_job_that_inherits_no_module_gets_that_of_a_login_shell(tmp_path):
+    """As with --export=NONE; files of /etc/profile.d often end with a command that fails."""
+    profile = tmp_path / "profile"
+    profile.write_text('module() { echo "$*" >> "$PWD/loaded"; }\nfalse\n')
+    script = order(modules=["cuda/12"], setup=["module list"]).script()
+    head = script.partition("set -u")[0].replace("/etc/profile", str(profile))
+    subprocess.run(["bash", "-c", head], cwd=tmp_path, check=True, env={"PATH": "/bin"})
+    assert (tmp_path / "loaded").read_text() == "load cuda/12\nlist\n"
+
+
+def test_a_gpu_for_each_task_is_an_option_of_sbatch_alone():
+    """A step of one task a node must see the GPUs of all, and so must each rank."""
+    settings = SlurmConfig(gpus_per_task=1, tasks_per_node=4)
+    assert (settings.problems(), settings.gpus, settings.ranks_per_node) == ([], 4, 4)
+    assert "unset SLURM_GPUS_PER_TASK" in order(settings).script()
+    assert "--gpus-per-node=4" in srun(settings, 1)
 
 
 def test_no_value_reaches_the_shell_unquoted(tmp_path):

@@ -8,6 +8,7 @@ and accept `+new.key=`.
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -346,9 +347,26 @@ def _value(name: str, text: str, type_: Any) -> Any:
         return text  # the quotes at its ends are part of the text
     if is_several:
         raise UserError(name, f"got several values, {shortened(text, _LONGEST)}", _STUDY)
+    if not readable and list[str] in alternatives and (items := _items(text)) is not None:
+        return items
     if not readable:
-        raise UserError(name, f"{display(text)} can't be read as a value", "put it in '\"quotes\"'")
+        todo = "put it in '\"quotes\"'"
+        if list[str] in alternatives:
+            todo = f'write it as \'{name}=["FIRST","SECOND"]\''
+        raise UserError(name, f"{display(text)} can't be read as a value", todo)
     return value
+
+
+def _items(text: str) -> list[str] | None:
+    """Return the texts of a list whose items Hydra's grammar can't read, such as [--a=1,--b="x,y"];
+    None if it is not one."""
+    words = shlex.shlex(text[1:-1], posix=True)
+    words.whitespace, words.whitespace_split, words.commenters = ",", True, ""
+    try:
+        items = [word.strip() for word in words]
+    except ValueError:  # a quotation without an end
+        return None
+    return items if text[-1:] == "]" and not any("[" in item for item in items) else None
 
 
 def _resolve(tree: Any, path: str, faults: list[Problem]) -> Any:

@@ -22,8 +22,11 @@ _UNITS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("d", "day", "days"), ("seconds", 86400)),
 }
 _FORM = re.compile(r"\s*([0-9._]+(?:e[+-]?[0-9]+)?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+# Times as SLURM writes them: m:s, h:m:s, d-h, d-h:m and d-h:m:s.
+_CLOCK = re.compile(r"\s*(?:(\d{1,9})-(?=\d+(?::\d+){0,2}\s*$))?(\d{1,9}(?::\d{1,9}){0,2})\s*")
 _LONGEST = 1e18  # of any unit; whole seconds, steps and tokens fit 64 bits
 EXAMPLES = '"500 steps", "2e9 tokens", "30 min" or "10 %"'
+_TIMES = '"30 min", "24 h" or 1-00:00:00'
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,14 @@ class Duration:
             raise ValueError(f"{self.amount:g} is not a whole number of {self.unit}")
 
     @classmethod
-    def parse(cls, value: "str | int | float | Duration") -> "Duration":
+    def parse(cls, value: "str | int | float | Duration", wall_time: bool = False) -> "Duration":
         """Return the length that `value` describes; a plain number means steps.
 
-        Raises ValueError with what is wrong.
+        wall_time: it must be one, and may be written as SLURM does, such as 1-12:00:00. Raises
+        ValueError with what is wrong.
         """
+        if wall_time:
+            return cls._wall_time(value)
         if isinstance(value, Duration):
             return value
         match = _FORM.fullmatch(str(value))
@@ -59,6 +65,27 @@ class Duration:
         except ValueError:
             raise ValueError(f"{match[1]!r} is not a number") from None
         return cls(amount * factor, unit)  # type: ignore[arg-type]
+
+    @classmethod
+    def _wall_time(cls, value: "str | int | float | Duration") -> "Duration":
+        match = _CLOCK.fullmatch(str(value))
+        if match and (match[1] or ":" in match[2]):
+            parts = [int(part) for part in match[2].split(":")]
+            if match[1] is None:  # minutes and seconds
+                parts = [0] * (3 - len(parts)) + parts
+            hours, minutes, seconds = [*parts, 0, 0][:3]
+            total = ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+            return cls(total, "seconds")
+        got = "null" if value is None else shortened(repr(value), 200)
+        if isinstance(value, int | float) and type(value) is not bool:
+            got += " without a unit (of 24:00:00 without quotes, YAML makes such a number)"
+        try:
+            length = cls.parse(value)
+        except ValueError:
+            length = cls(0)
+        if length.unit != "seconds":
+            raise ValueError(f"must be a wall time such as {_TIMES}, got {got}")
+        return length
 
     def __str__(self) -> str:
         amount, name = self.amount, self.unit.replace("percent", "%").replace("seconds", "s")

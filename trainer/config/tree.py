@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal
 
@@ -163,9 +163,7 @@ def convert(
     if typing.get_origin(kind) is Literal:
         return _choice(typing.get_args(kind), value)
     if kind is Duration:
-        length = Duration.parse(value)
-        if bounds.get("wall_time") == 1 and length.unit != "seconds":
-            raise ValueError(f"must be a wall time, got {display(value)}")
+        length = Duration.parse(value, wall_time=bounds.get("wall_time") == 1)
         if bounds.get("wall_time") == 0 and length.unit == "seconds":
             raise ValueError("must not be a wall time, on which the trajectory would depend")
         if "gt" in bounds and not length.amount:
@@ -242,15 +240,22 @@ def _choice(choices: tuple[Any, ...], value: Any) -> Any:
 
 
 def example(type_: Any, f: Field[Any]) -> str:
-    """Return a value that a user could write for this field."""
+    """Return a value that a user could write for this field, and that is accepted."""
     kind = next(t for t in options(type_) if t is not type(None))
     if f.default not in (None, MISSING, "") and not isinstance(f.default, bool):
         text = str(f.default)
-    elif typing.get_origin(kind) is Literal:
-        text = str(typing.get_args(kind)[0])
     else:
-        length = "24 h" if f.metadata.get("bounds", {}).get("wall_time") else "500 steps"
-        texts = {int: "8", float: "0.1", bool: "true", str: "TEXT", Duration: length}
-        texts[list[TargetConfig]] = "[{_target_: mypackage.Mine}]"
-        text = texts.get(kind, "[...]" if "list" in str(kind) else "{name: value}")
+        text = _example(kind, f.metadata.get("bounds", {}), kinds_of(f))
     return f"'{text}'" if " " in text else text
+
+
+def _example(kind: Any, bounds: Mapping[str, float], kinds: Iterable[str]) -> str:
+    if typing.get_origin(kind) is Literal:
+        return str(typing.get_args(kind)[0])
+    if list in (kind, typing.get_origin(kind)):
+        inner = next(iter(kinds), None) or [_example(t, {}, ()) for t in typing.get_args(kind)]
+        return f"[{inner if isinstance(inner, str) else ''.join(inner)}]"
+    length = "24 h" if bounds.get("wall_time") else "500 steps"
+    texts = {int: f"{min(8, bounds.get('le', 8)):g}", bool: "true", str: "TEXT", Duration: length}
+    texts |= {float: f"{bounds.get('ge') or 0.1:g}", TargetConfig: "{_target_: mypackage.Mine}"}
+    return texts.get(kind, "{name: value}")

@@ -1,12 +1,18 @@
 """Values without bounds, as keys take them."""
 
+import shlex
+from dataclasses import fields
+
 import pytest
 
-from forescale.config.compose import compose
-from forescale.config.schema import ConfigError
+from forescale.config.compose import _value, compose
+from forescale.config.schema import ConfigError, kinds_of, leaves
 from forescale.config.train import TrainJob
+from forescale.config.tree import convert, example
 from forescale.plan.config import PlanJob
 from forescale.scaling.config import StudyJob
+from forescale.slurm.config import SubmitJob
+from forescale.verbs import VERBS, load
 
 
 @pytest.mark.parametrize(
@@ -47,3 +53,19 @@ def test_a_mapping_of_texts_takes_numbers_as_they_are_typed():
 
 def test_the_largest_seed_is_one():
     assert compose(TrainJob, ["train.seed=9223372036854775807"]).train.seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_value_that_a_message_proposes_is_accepted(verb):
+    """As a shell hands it over: "write, for example, slurm.time='24 h'"."""
+    for leaf in leaves(SubmitJob if verb == "submit" else load(verb).JOB).values():
+        cls, name = leaf.source
+        field = next(f for f in fields(cls) if f.name == name)
+        text = example(leaf.type, field)
+        (word,) = shlex.split(text)
+        value = _value(leaf.path, word, leaf.type)
+        if kinds_of(field):  # a block, or a list of blocks: each by its word
+            blocks = value if isinstance(value, list) else [value]
+            assert {*blocks} <= {*kinds_of(field)}, (leaf.path, text)
+        else:
+            convert(leaf.type, value, leaf.bounds)
