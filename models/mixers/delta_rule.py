@@ -258,9 +258,9 @@ def _gradients(
     d_reach[..., -1, 0] += (states * d_after).sum((-2, -1))
     d_reach[..., -1, 1:] += _dot(d_until_k, k)[..., 0]
     d_reach = d_reach * c.reach
-    # A sum from j until i is the difference of two sums from the start of the chunk.
-    d_sums = d_reach.sum(-1) - d_reach.sum(-2)[..., 1:]
-    d_log = _summed(d_sums.flip(-1), -1).flip(-1)[..., None]
+    # Entry (i, j) has the logarithm of token t if j <= t <= i. These are summed alone: differences
+    # of sums over the chunk would round, and carry bits of other documents.
+    d_log = _summed(d_reach[..., :-1], -1).tril().sum(-2)[..., None]
     scale = q.shape[-1] ** -0.5
     d_q = c.q_scale * scale * (d_q - q * (_dot(q, d_q) / scale**2))
     d_k = c.k_scale * (d_k - k * _dot(k, d_k))

@@ -16,6 +16,7 @@ from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import count, flops_per_token, flops_recomputed, matrices, shapes
 from forescale.models.memory import activations, cache_bytes
 from forescale.models.mixers import MIXERS
+from forescale.models.positions.kinds import POSITIONS
 from tests.models.checks import assert_one_graph, saved_bytes
 from tests.models.configs import model_config
 
@@ -105,6 +106,30 @@ def test_a_document_is_computed_as_if_it_were_alone(pattern):
     got = torch.autograd.grad(together.square().sum(), list(model.parameters()))
     for local, peer in zip(got, expected, strict=True):
         torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_no_bit_of_a_document_reaches_another(pattern, position):
+    """Neither a logit of another document nor the gradient of its loss depends on it; documents are
+    shorter and longer than a chunk of the delta rule."""
+    config = small(pattern, position=position, max_sequence_length=160)
+    if config.problems():
+        pytest.skip(str(config.problems()[0]))
+    model = build(pattern, position=position, max_sequence_length=160)
+    lengths = torch.tensor([20, 1, 70, 49])
+    documents = torch.arange(4).repeat_interleave(lengths)[None]
+    x = tokens(1, documents.shape[1])
+    for number in range(4):
+        others = documents != number
+        changed = torch.where(others, x, (x + 1) % V)
+        results = []
+        for row in (x, changed):
+            logits = model(row, documents_BL=documents)[others]
+            loss = logits.square().sum()
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            results.append([logits, *(g for g in grads if g is not None)])
+        for before, after in zip(*results, strict=True):
+            assert torch.equal(before, after)
 
 
 @torch.no_grad()
