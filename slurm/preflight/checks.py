@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from forescale.ground.errors import storage_error
+from forescale.monitor.gpus import TorchGpus, try_gpus
 from forescale.slurm.preflight.findings import NodeFault, Requirements
 
 _GIB = 2**30
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _LITTLE, _FEW = _GIB, 10_000  # warn below these free bytes and inodes of the run's storage
 
 
 @dataclass
 class Here:
     """The node that is checked. mark: a file that the supervisor created in the run directory;
-    facts: filled by the checks; root, environment: replaced in tests."""
+    facts: filled by the checks; importing: the check that still waits for torch; root, environment:
+    replaced in tests."""
 
     host: str
     requirements: Requirements
@@ -34,6 +37,7 @@ class Here:
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     facts: dict[str, Any] = field(default_factory=dict)
+    importing: str = ""
 
     def fault(self, kind: str, problem: str, todo: str, note: bool = False) -> NodeFault:
         return NodeFault(self.host, problem, todo, kind, note)
@@ -169,13 +173,16 @@ def gpus(here: Here) -> Iterator[NodeFault]:
 
 
 def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Return the number of GPUs that CUDA would find, and a reason if some are missing."""
+    """Return the number of GPUs that CUDA or ROCm would find, and a reason if some are missing."""
     why, present = "", 0
     command = shutil.which("nvidia-smi", path=environment.get("PATH"))
     listed = None
     if command:
         listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
-    if listed and listed.returncode == 0:
+    if (root / "dev/kfd").exists():  # AMD's; a node of the topology whose id is 0 is a CPU
+        nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+        present = sum(path.read_text().strip() != "0" for path in nodes)
+    elif listed and listed.returncode == 0:
         lines = [line.strip() for line in listed.stdout.splitlines()]
         slices = sum(line.startswith("MIG ") for line in lines)
         present = slices or sum(line.startswith("GPU ") for line in lines)
@@ -184,17 +191,35 @@ def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
         why = f" (nvidia-smi: {lines[0].rstrip('.')})"
     else:  # may include GPUs that cgroups hide from this job
         present = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    name = next((name for name in _VISIBLE if name in environment), None)
+    if name is None:
         return present, why
+    visible = environment[name]
     named = 0
-    for name in visible.split(","):
-        if name.strip() in ("", "-1", "NoDevFiles"):
+    for device in visible.split(","):
+        if device.strip() in ("", "-1", "NoDevFiles"):
             break
         named += 1
     if named < present:
-        why = f" (CUDA_VISIBLE_DEVICES={visible})"
+        why = f" ({name}={visible})"
     return min(present, named), why
+
+
+def work_of_gpus(here: Here) -> Iterator[NodeFault]:
+    """Check that each GPU has its memory free, multiplies matrices and reaches the next one."""
+    if not here.requirements.cuda:
+        return
+    here.importing = _GPUS
+    trying = TorchGpus()
+    here.importing = ""
+    if not trying.names:
+        todo = "see what nvidia-smi and python -c 'import torch; torch.zeros(1).cuda()' print there"
+        yield here.fault("torch", "torch finds no GPU", todo)
+    trial = try_gpus(trying)
+    here.facts["gpu_tflops"] = [round(flops / 1e12, 1) for flops in trial.flops.values()]
+    here.facts["gpu_gb_per_second"] = [round(rate / 1e9, 1) for rate in trial.links.values()]
+    for problem in trial.problems:
+        yield here.fault("a GPU", problem, "exclude the node, and have it looked at")
 
 
 def scratch(here: Here) -> Iterator[NodeFault]:
@@ -230,10 +255,12 @@ def cpus(here: Here) -> Iterator[NodeFault]:
         yield here.fault("cpus", problem, todo)
 
 
+_GPUS = "the work of the GPUs"
 CHECKS = {
     "the run's storage": run_directory,
     "the storage of the data": datasets,
     "the GPU driver": gpus,
+    _GPUS: work_of_gpus,
     "the memory": memory,
     "the scratch disk": scratch,
     "the CPUs": cpus,
@@ -260,6 +287,8 @@ def run_checks(
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
     for subject in checks:
-        problem = f"{subject} did not answer in {seconds:.0f} s"
-        results.setdefault(subject, [here.fault(subject, problem, "exclude the node")])
+        problem, todo = f"{subject} did not answer in {seconds:.0f} s", "exclude the node"
+        if waits := subject == here.importing:  # a slow file system: no reason to end the job
+            problem, todo = f"{problem}: torch is still imported", "raise slurm.check_time"
+        results.setdefault(subject, [here.fault(subject, problem, todo, note=waits)])
     return [fault for subject in checks for fault in results[subject]]

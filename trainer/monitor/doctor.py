@@ -11,12 +11,14 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from forescale.config.sections.data import CorpusConfig
 from forescale.ground.errors import UserError
+from forescale.monitor.gpus import TorchGpus, try_gpus
 
 # As in pyproject.toml, for a checkout that isn't installed.
 SUPPORTED = {"torch": ">=2.10", "deepspeed": ">=0.19.8,<0.20", "accelerate": ">=1.10,<2"}
@@ -89,13 +91,18 @@ def package_version(package: str, supported: str) -> Finding:
 
 
 def graphics() -> Finding:
-    """Check that torch can use the GPUs, if there are any."""
+    """Check that torch can use the GPUs, if there are any, and try each of them."""
     import torch
 
     if torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = ", ".join(f"{c.name} ({c.total_memory / _GIB:.0f} GiB)" for c in cards)
-        return Finding("ok", "gpu", f"{len(cards)}: {names}; CUDA {torch.version.cuda}")
+        gpus = TorchGpus()
+        names = ", ".join(f"{n} {name}" for name, n in Counter(gpus.names).items())
+        text = f"{names}; {'ROCm' if torch.version.hip else f'CUDA {torch.version.cuda}'}"
+        trial = try_gpus(gpus)
+        if trial.problems:
+            fix = "end other processes on it (nvidia-smi), or have it looked at"
+            return Finding("note", "gpu", f"{text}; {'; '.join(trial.problems)}", fix)
+        return Finding("ok", "gpu", f"{text}; {trial.text}")
     if any(Path("/proc/driver/nvidia/gpus").glob("*")):
         why = "is built without CUDA" if torch.version.cuda is None else "can't start CUDA"
         text = f"present, but torch {torch.__version__} {why}"

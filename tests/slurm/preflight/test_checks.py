@@ -20,6 +20,7 @@ from forescale.slurm.preflight.findings import (
     slow_nodes,
 )
 from tests.slurm.plain_requirements import PLAIN
+from tests.trainer.monitor.mock_gpus import MockGpus
 
 DATASET = {"file": "train-000000.tar", "size": 7, "index": "train-000000.index.json"}
 
@@ -192,6 +193,45 @@ def test_gpus(tmp_path):
     assert failed == ["no GPU visible (nvidia-smi: NVIDIA-SMI has failed) where 1 is needed"]
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
     assert look(1) == []
+
+
+def test_gpus_of_amd(tmp_path):
+    for node, id in enumerate(("0", "51110", "23012")):  # a CPU first
+        path = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{node}/gpu_id"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{id}\n")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    assert checks.count_gpus(tmp_path, {"PATH": ""}) == (2, "")
+    some = {"PATH": "", "ROCR_VISIBLE_DEVICES": "1"}
+    assert checks.count_gpus(tmp_path, some) == (1, " (ROCR_VISIBLE_DEVICES=1)")
+
+
+def test_each_gpu_of_a_node_is_tried(monkeypatch):
+    def look(gpus, **facts):
+        monkeypatch.setattr(checks, "TorchGpus", lambda: gpus)
+        this = here(replace(PLAIN, cuda=True, **facts))
+        return sentences(checks.work_of_gpus(this)), this.facts
+
+    problems, facts = look(MockGpus(4, errors={2: "CUDA error: ECC"}, links={(3, 0): 1e9}))
+    assert problems[0].startswith("n3: GPU 2: CUDA error: ECC; exclude the node")
+    assert facts == {"gpu_tflops": [700.0] * 3, "gpu_gb_per_second": [200.0, 1.0]}
+    assert [problem[:19] for problem in problems[1:]] == ["n3: GPUs 3 and 0: c"]
+    assert "torch finds no GPU" in look(MockGpus(0))[0][0]
+    assert [*checks.work_of_gpus(here(PLAIN))] == []
+
+
+def test_a_slow_import_of_torch_is_no_fault_of_the_gpus(monkeypatch):
+    """On a file system that many nodes import from, it takes minutes."""
+
+    def slow():
+        time.sleep(1)
+
+    monkeypatch.setattr(checks, "TorchGpus", slow)
+    looks = {name: work for name, work in checks.CHECKS.items() if work is checks.work_of_gpus}
+    (fault,) = checks.run_checks(here(replace(PLAIN, cuda=True)), 0.2, looks)
+    assert fault.note
+    assert "torch is still imported" in fault.problem
 
 
 def test_scratch_and_cpus(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from forescale.config.sections.data import CorpusConfig
 from forescale.monitor import doctor
 from forescale.monitor.doctor import SUPPORTED, Finding
+from tests.trainer.monitor.mock_gpus import MockGpus
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -110,6 +111,16 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch):
     finding = doctor.graphics()
     assert finding.level == "fault"
     assert "torch" in finding.text
+
+
+@pytest.mark.parametrize(("broken", "level"), [({}, "ok"), ({1: "an illegal access"}, "note")])
+def test_each_gpu_is_tried_and_not_only_called_by_its_name(broken, level, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "TorchGpus", lambda: MockGpus(2, errors=broken))
+    finding = doctor.graphics()
+    assert finding.level == level
+    assert "2 Mock" in finding.text
+    assert ("GPU 1: an illegal access" in finding.text) == bool(broken)
 
 
 def test_fewer_threads_than_cores(monkeypatch):
