@@ -1,4 +1,5 @@
-"""The supervisor of a job, `python -P -m forescale.slurm.batch RUN JOB`, on its first node.
+"""The supervisor of a job, `python -P -m forescale.slurm.batch RUN JOB`, on its first node. The
+batch script passes SLURM's signals on to it, and requeues the job if the supervisor is killed.
 
     preflight on every node -> srun starts ranks -> ranks end -> policy -> next attempt or requeue
 

@@ -1,6 +1,6 @@
 """Whatever happens to a job on a cluster, its losses are those of a run that nothing happened to.
 
-FORESCALE_CLUSTER=all runs all faults; without it five of them.
+FORESCALE_CLUSTER=all runs all faults; without it seven of them.
 """
 
 import os
@@ -114,6 +114,22 @@ def test_a_node_that_is_to_blame_twice_is_left_out(lab, job, reference):
     assert [life["slurm"]["restart"] for life in job.lives()] == [0, 0, 1]
     assert "n2" not in job.lives()[-1]["slurm"]["nodes"]
     assert "n2 (rank 1 ended with SIGKILL" in job.log
+    check(job, reference, fault)
+
+
+def test_srun_is_killed_and_then_the_supervisor(lab, job, reference):
+    """Neither can say so. The ranks of the one would train on, and the job of the other end."""
+    job.submit().until_step(45)
+    fault = Fault(job, "srun killed (SIGKILL)")
+    os.kill(lab.pids("n1", "srun --export")[0], signal.SIGKILL)
+    fault.again(30)
+    tell(fault)
+    fault = Fault(job, "supervisor killed (SIGKILL)")
+    (pid,) = lab.pids("n1", "-m forescale.slurm.batch")
+    os.kill(pid, signal.SIGKILL)
+    fault.again()
+    assert [life["slurm"]["restart"] for life in job.lives()] == [0, 0, 1]
+    assert job.lives()[0]["blamed"] == {}
     check(job, reference, fault)
 
 

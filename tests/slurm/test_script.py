@@ -109,7 +109,68 @@ def test_no_value_reaches_the_shell_unquoted(tmp_path):
 def test_bash_takes_it_and_ends_in_the_batch_program():
     script = order().script()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert script.splitlines()[-1].endswith('-P -m forescale.slurm.batch "$run" "$job"')
+    assert '-P -m forescale.slurm.batch "$run" "$job" &' in script
+    assert script.endswith("\nexit $code\n")
+
+
+NAP = "for i in 1 2 3 4 5; do sleep 0.1; done"
+SUPERVISOR = """\
+trap 'echo USR1 >> signals; exit 75' USR1
+trap 'echo TERM >> signals' TERM
+mkdir -p runs/first/attempts/$(date +%N)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "state", "code", "requeues"),
+    [
+        ("exit 2", "RUNNING", 2, 0),
+        ("exit 247", "RUNNING", 247, 0),  # a code of its own, of a rank that ended with -9
+        ("kill -KILL $$", "RUNNING", 137, 1),
+        ("kill -KILL $$", "CANCELLED", 137, 0),
+        ("kill -KILL $$", "RUNNING Restarts=1", 137, 0),  # it runs elsewhere by now
+        ("touch runs/first/jobs/0001/stop; kill -KILL $$", "RUNNING", 137, 0),
+        (f"{NAP}; kill -TERM $PPID; {NAP}; kill -USR1 $PPID; {NAP}; {NAP}", "RUNNING", 75, 0),
+    ],
+)  # fmt: skip
+def test_a_job_whose_supervisor_is_killed_is_requeued(tmp_path, lines, state, code, requeues):
+    done, calls = supervised(tmp_path, SUPERVISOR + lines, state)
+    assert done.returncode == code, done.stderr
+    assert calls.count("requeue 40_0") == requeues
+    if code == 75:
+        assert (tmp_path / "signals").read_text() == "TERM\nUSR1\n", "of the shell, passed on"
+
+
+def test_a_supervisor_that_never_gets_to_its_ranks_is_not_requeued_for_ever(tmp_path):
+    for number in (1, 2, 3, 4, 5, 5, 5):
+        calls = supervised(tmp_path, "kill -SEGV $$", "RUNNING")[1]
+        assert calls.count("requeue 40_0") == number
+    calls = supervised(tmp_path, f"{SUPERVISOR}kill -SEGV $$", "RUNNING")[1]
+    assert calls.count("requeue 40_0") == 6, "one that gets there may be killed again"
+
+
+def supervised(tmp_path, supervisor, state):
+    """Run the script of a task of an array, with a supervisor of these lines. scontrol says this
+    state of the job. Return how the script ended, and all calls of scontrol."""
+    array = order(root=str(tmp_path / "runs"), scratch=str(tmp_path / "scratch"), python="python")
+    (tmp_path / "runs/first/jobs/0001").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    restarts = "" if "Restarts" in state else " Restarts=0"
+    facts = f"JobId=42 JobState={state} Requeue=1{restarts} ExitCode=0:0"
+    programs = {"python": supervisor, "tar": "", "sleep": '[ $1 = 300 ] || exec /bin/sleep "$@"'}
+    programs["scontrol"] = f'echo "$@" >> {tmp_path}/calls; echo "{facts}"'
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    ids = {"JOB": "42", "ARRAY_JOB": "40", "ARRAY_TASK": "0"}
+    variables = {f"SLURM_{name}_ID": id for name, id in ids.items()}
+    script = array.script().replace(str(Path.cwd()), str(tmp_path))
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True,
+        env={**variables, "PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
+    )  # fmt: skip
+    calls = tmp_path / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
 
 
 def test_an_array_gives_each_task_its_run(tmp_path):
@@ -127,7 +188,7 @@ def test_an_array_gives_each_task_its_run(tmp_path):
 def test_modules_and_lines_come_before_python():
     script = order(modules=["cuda/12"], setup=["source /etc/x"], exports={"A": "b c"}).script()
     assert "module load cuda/12\nsource /etc/x\n" in script
-    assert script.index("module load") < script.index("exec ")
+    assert script.index("module load") < script.index(" -m forescale.slurm.batch")
     assert "export A='b c'" in script
 
 
