@@ -8,6 +8,7 @@ Imports torch only when it is asked for the GPUs.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median_high
 from typing import Any, Protocol
 
@@ -65,12 +66,12 @@ def try_gpus(gpus: Gpus) -> Trial:
             return None
 
     for i in range(count):
-        if (flops := attempt(f"GPU {i}", lambda i=i: _tried(gpus, i, trial))) is not None:
+        if (flops := attempt(f"GPU {i}", partial(_tried, gpus, i, trial))) is not None:
             trial.flops[i] = flops
     ring = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)]
     for i, j in ring:
         if {i, j} <= trial.flops.keys():
-            rate = attempt(f"GPUs {i} and {j}", lambda i=i, j=j: gpus.copy(i, j))
+            rate = attempt(f"GPUs {i} and {j}", partial(gpus.copy, i, j))
             trial.links |= {} if rate is None else {(i, j): rate}
     middle = median_high(trial.flops.values()) if trial.flops else 0.0
     for i, flops in trial.flops.items():
