@@ -1,5 +1,6 @@
 """Our loop against transformers' Trainer on the same work: the architecture of the default model
-as transformers has it, the same windows in memory, bf16, fused AdamW, clipping, torch.compile.
+as transformers has it, the same windows in memory, fused AdamW, clipping, torch.compile, and the
+number format that this machine multiplies fast.
 
 Each is in a process of its own (both claim Accelerate's global state); they still take turns.
 """
@@ -7,6 +8,7 @@ Each is in a process of its own (both claim Accelerate's global state); they sti
 import tempfile
 from pathlib import Path
 
+from forescale.config.hardware import native_precision
 from tests.benchmarks.pairing import Clocks, Result, by_both_clocks, interleaved
 from tests.benchmarks.processes import Side
 from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
@@ -18,7 +20,8 @@ SAME = ("optimizer=adamw",)
 def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
     with Side(product, sizes, *SAME) as a, Side(rival, sizes, (rounds + 1) * sizes.steps) as b:
         rows = interleaved(rounds, a, b)
-    return by_both_clocks("peer, adamw", ("ours", "HF Trainer"), rows, "at least 1.3")
+    name = f"peer, adamw, {native_precision()}"
+    return by_both_clocks(name, ("ours", "HF Trainer"), rows, "at least 1.3")
 
 
 def product(turn, sizes: TrainingSizes, *overrides: str) -> None:
@@ -36,7 +39,8 @@ def product(turn, sizes: TrainingSizes, *overrides: str) -> None:
 
 
 def rival(turn, sizes: TrainingSizes, steps: int) -> None:
-    """transformers.Trainer for so many steps. Weights are fp32 under autocast, as its bf16 is."""
+    """transformers.Trainer for so many steps. In bf16 weights are fp32 under autocast, as
+    it does that."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -61,7 +65,7 @@ def rival(turn, sizes: TrainingSizes, steps: int) -> None:
             max_steps=steps,
             per_device_train_batch_size=batch,
             use_cpu=not torch.cuda.is_available(),
-            bf16=True,
+            bf16=job.precision.kind == "bf16",
             torch_compile=job.train.compile != "off",
             optim="adamw_torch_fused",
             learning_rate=o.learning_rate,

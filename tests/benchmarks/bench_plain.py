@@ -1,5 +1,6 @@
 """Our loop's tokens/s against a loop of torch alone, as nanoGPT's, on the default job: the same
-model, batches in memory, fused AdamW or torch's Muon, clipping, torch.compile (plain.py).
+model, batches in memory, fused AdamW or torch's Muon, clipping, torch.compile (plain.py), in the
+number format that this machine multiplies fast.
 
 Ours writes its rows, guards each step and takes batches from the prepared corpus. Each side is in a
 process of its own, because what one compiles would bind the other's compiler; they take turns.
@@ -8,6 +9,7 @@ process of its own, because what one compiles would bind the other's compiler; t
 import tempfile
 from pathlib import Path
 
+from forescale.config.hardware import native_precision
 from tests.benchmarks.bench_peer import product
 from tests.benchmarks.pairing import Clocks, Result, by_both_clocks, interleaved
 from tests.benchmarks.processes import Side
@@ -22,11 +24,12 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
 
 
 def compare(optimizer: str, way: str, rounds: int, sizes: TrainingSizes) -> list[Result]:
-    words = f"optimizer={optimizer}", "precision=bf16"
-    with Side(product, sizes, *words) as a, Side(rival, sizes, way, *words) as b:
+    word = f"optimizer={optimizer}"
+    with Side(product, sizes, word) as a, Side(rival, sizes, way, word) as b:
         rows = interleaved(rounds, a, b)
     labels = ("ours", f"plain PyTorch, {way}")
-    return by_both_clocks(f"plain, {optimizer}, {way}", labels, rows, "at least 0.95")
+    name = f"plain, {optimizer}, {way}, {native_precision()}"
+    return by_both_clocks(name, labels, rows, "at least 0.95")
 
 
 def rival(turn, sizes: TrainingSizes, way: str, *overrides: str) -> None:

@@ -1,11 +1,12 @@
 """A training loop of torch alone, as nanoGPT's (github.com/karpathy/nanoGPT, train.py): no engine,
 no ranks, no checks, no rows, batches in memory.
 
-It computes in bf16 in one of two ways:
+It computes in the job's precision. In bf16 there are two ways:
 - autocast: fp32 weights, cast in each forward pass; the loss is torch's cross_entropy of all
   logits. nanoGPT does the same. The residual stream is fp32, where ours is bf16.
 - masters: bf16 weights and the model's own loss, and fp32 copies that the optimizer updates. This
   is our arithmetic, but for Muon's momentum, which is fp32 here and bf16 there.
+In fp32 weights are fp32 and nothing is cast or copied; then only the losses of the two ways differ.
 The optimizer is torch's fused AdamW; or torch.optim.Muon, and that AdamW for all but the matrices.
 """
 
@@ -38,7 +39,7 @@ class Plain:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.masters: list[Tensor] = list(self.model.parameters())
-        if way == "masters":
+        if way == "masters" and job.precision.kind == "bf16":
             self.masters = [nn.Parameter(p.detach().clone()) for p in self.masters]
             self.model.to(torch.bfloat16)
         self.weights: list[Tensor] = list(self.model.parameters())
@@ -73,7 +74,8 @@ class Plain:
         return optimizers
 
     def _cross_entropy(self, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        has_bf16 = self.job.precision.kind == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16):
             logits = self.model(tokens_BL)
             flat = logits.flatten(0, 1).float(), targets_BL.flatten()
             return F.cross_entropy(*flat, ignore_index=-100, reduction="sum")

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from forescale.config.hardware import native_precision  # noqa: E402
 from forescale.ground.storage import write_json  # noqa: E402
 from forescale.run.start import versions  # noqa: E402
 from tests.benchmarks.pairing import Result  # noqa: E402
@@ -77,6 +79,8 @@ def new_report(rounds: int) -> dict[str, Any]:
     machine = {
         "commit": _commit(),
         "processor": _processor(),
+        "instructions": _instructions(),
+        "precision": native_precision(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -101,10 +105,22 @@ def _commit() -> str:
 
 
 def _processor() -> str:
+    return _of_processor("model name") or platform.machine()
+
+
+def _instructions() -> str:
+    """The flags of the processor that decide how fast it multiplies, in which formats."""
+    flags = (_of_processor("flags") or _of_processor("Features")).split()
+    kinds = r"fma|f16c|avx2|avx512(f|bw|_bf16|_fp16|_vnni)|avx_vnni|amx_\w+|asimd|sve2?|bf16|i8mm"
+    return " ".join(flag for flag in flags if re.fullmatch(kinds, flag)) or "unknown"
+
+
+def _of_processor(field: str) -> str:
+    """The first value of a field of /proc/cpuinfo; "" if it has none."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    values = [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
+    return values[0] if values else ""
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ def test_chunks_need_less_memory_and_the_report_holds_every_pair(tmp_path):
     run.write_json(path, report)
     facts = json.loads(path.read_text())
     assert facts["machine"]["cores"] >= 1
+    assert facts["machine"]["precision"] in ("bf16", "fp32")
+    assert facts["machine"]["instructions"]
     assert facts["versions"]["torch"]
     result = facts["benchmarks"]["loss"]["results"][0]
     assert len(result["rows"]) == 3
