@@ -73,6 +73,13 @@ def with_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> Sha
     return parameters
 
 
+def largest_rank(config: ModelConfig, targets: Sequence[str]) -> int:
+    """Return the largest rank that a matrix with an adapter has: no higher one learns more."""
+    parameters = with_adapters(config, 1, targets)
+    modules = [name.removesuffix(_DOWN) for name in parameters if name.endswith(_DOWN)]
+    return max((min(parameters[module + _WEIGHT]) for module in modules), default=0)
+
+
 def num_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
     """Return the number of parameters that are trained."""
     return sum(_sizes(config, rank, targets).values())

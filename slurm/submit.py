@@ -4,10 +4,8 @@ Invariant: a run with a problem is never submitted. If SLURM refuses the job, no
 submission is left.
 """
 
-import os
 import shlex
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
 from forescale.plan.plan import Plan
 from forescale.plan.rows import show
@@ -45,7 +44,6 @@ from forescale.slurm.submission import (
     waiting_or_running,
 )
 
-_LARGEST = 16 << 20  # bytes of slurm.runs
 _UNDER_WAY = 600.0  # seconds that a command may take to submit
 _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, buffers of batches
 
@@ -115,7 +113,7 @@ def _jobs(overrides: Sequence[str], notes: list[str]) -> list[SubmitJob]:
     if first.slurm.runs is None:
         return [first]
     path = Path(first.slurm.runs).expanduser()
-    lines = _text_of(path).splitlines()
+    lines = read_text(path).splitlines()
     jobs: dict[str, SubmitJob] = {}
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
@@ -142,23 +140,6 @@ def _jobs(overrides: Sequence[str], notes: list[str]) -> list[SubmitJob]:
             str(path), "names no run", "write one line of KEY=VALUE arguments for each run"
         )
     return list(jobs.values())
-
-
-def _text_of(path: Path) -> str:
-    """Return the text of slurm.runs. Raises UserError if it is missing, no regular file (a device
-    may never end), too large, or not UTF-8."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(str(path), "is not a regular file", "give a text file")
-        with open(path, "rb") as f:
-            raw = f.read(_LARGEST + 1)
-        if len(raw) > _LARGEST:
-            problem = f"has more than {_LARGEST:,} bytes"
-            raise UserError(str(path), problem, "give a smaller file")
-        return raw.decode()
-    except (OSError, ValueError) as e:  # ValueError: a name with a null character, or no UTF-8
-        problem = f"can't be read ({(isinstance(e, OSError) and e.strerror) or e})"
-        raise UserError(str(path), problem, "give a text file") from None
 
 
 def order(

@@ -8,7 +8,7 @@ from typing import Any
 
 from forescale.models.config import ModelConfig
 from forescale.models.hf.families import FAMILIES
-from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require
+from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require, shown
 
 _RATIOS = ("num_kv_heads", "head_dim")  # given in Family.fits as a ratio of sizes
 # Defaults of keys that a config.json lacks, where families differ; from the config classes of
@@ -32,6 +32,23 @@ _SIZES = {
     "num_key_value_heads": "num_kv_heads",
     "intermediate_size": "mlp_width",
 }
+# Types of the other keys that are read; each may be absent, and where null has a meaning null.
+_MORE_SIZES = (
+    "vocab_size head_dim max_position_embeddings n_inner num_local_experts num_experts "
+    "num_experts_per_tok moe_intermediate_size original_max_position_embeddings"
+)
+_NUMBERS = (
+    "rms_norm_eps layer_norm_epsilon rope_theta resid_pdrop embd_pdrop attn_pdrop "
+    "final_logit_softcapping query_pre_attn_scalar factor"
+)
+_TRUE_OR_FALSE = "tie_word_embeddings attention_bias mlp_bias norm_topk_prob"
+_LISTS, _OBJECTS = "layer_types mlp_only_layers", "rope_parameters rope_scaling"
+_NULL = (
+    "num_key_value_heads head_dim n_inner final_logit_softcapping layer_types mlp_only_layers "
+    "rope_parameters rope_scaling original_max_position_embeddings factor"
+)
+_LARGEST = 2**31 - 1  # of a size
+MOST_TENSORS = 200_000  # of a model; DeepSeek V3 has 92,000
 _GPT2_SIZES = {
     "n_positions": "max_sequence_length",
     "n_embd": "width",
@@ -96,9 +113,10 @@ def _activation(c: ModelConfig) -> str:
 def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     """Return our config with every size. Raises ValueError for a variant that is not supported, and
     KeyError for a missing size."""
+    _check_types(hf)
     only(hf, "quantization_config")
     kinds = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
-    require(not kinds, "layer_types", sorted(set(kinds)))
+    require(not kinds, "layer_types", kinds)
     fits = {k: v for k, v in FAMILIES[family].fits.items() if k not in _RATIOS}
     hf = _ABSENT.get(family, {}) | hf
     tied = hf.get("tie_word_embeddings", False)
@@ -116,6 +134,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
         rope = (hf.get("rope_parameters") or {}).get("full_attention")
         act = hf.get("hidden_activation", "gelu_pytorch_tanh")
         hf = hf | {"rope_parameters": rope, "hidden_act": act}
+        _check_types(hf)
     only(hf, "hidden_act", _activation(base))
     only(hf, "use_sliding_window", False)
     only(hf, "attention_dropout", 0)
@@ -130,8 +149,33 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
         "norm": replace(base.norm, eps=hf.get("rms_norm_eps", 1e-6)),
         "head_dim": per_head if per_head * heads != width else None,
     }
+    for name in _OBJECTS.split():
+        _check_types(hf.get(name) or {})
     sizes |= positions_from_hf(hf) | _experts_from_hf(family, hf)
     return replace(base, bias=bias, **sizes).resolved()
+
+
+def _check_types(hf: dict[str, Any]) -> None:
+    """Raise ValueError for the first key that is read and has a value of another type than its
+    own, or a size that no model has."""
+
+    def is_size(value: Any) -> bool:
+        return type(value) is int and 0 < value <= _LARGEST
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and abs(value) < 1e300
+
+    sizes = f"{_MORE_SIZES} {' '.join(_SIZES)} {' '.join(_GPT2_SIZES)}"
+    for keys, is_right, kind in (
+        (sizes, is_size, f"a whole number from 1 to {_LARGEST:,}"),
+        (_NUMBERS, is_number, "a number"),
+        (_TRUE_OR_FALSE, lambda value: type(value) is bool, "true or false"),
+        (_LISTS, lambda value: type(value) is list, "a list"),
+        (_OBJECTS, lambda value: type(value) is dict, "an object"),
+    ):
+        for key in keys.split():
+            if key in hf and not is_right(hf[key]) and not (hf[key] is None and key in _NULL):
+                raise ValueError(f"its {key} is {shown(hf[key])}, not {kind}.")
 
 
 def _of_paths(values: dict[str, Any]) -> ModelConfig:
@@ -196,6 +240,7 @@ def _experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
         return {}
     top_k = hf.get("num_experts_per_tok", 2 if family == "mixtral" else 8)
     number = hf.get("num_experts", hf.get("num_local_experts", 8 if family == "mixtral" else 128))
+    require(number * hf["num_hidden_layers"] <= MOST_TENSORS, "number of experts", number)
     block: dict[str, Any] = {"kind": "moe", "experts": number, "top_k": top_k}
     if family == "mixtral":
         only(hf, "sliding_window")

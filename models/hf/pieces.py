@@ -88,7 +88,7 @@ def config_of(hf_config: dict[str, Any]) -> ModelConfig:
     missing key.
     """
     family = hf_config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"its model_type is {family!r}, not one of {', '.join(FAMILIES)}.")
     try:
         return config_from_hf(family, hf_config)

@@ -94,12 +94,18 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 def only(hf: dict[str, Any], key: str, *computed: Any) -> None:
     """Raise ValueError with `key` and its value, unless the value is absent, null or `computed`."""
-    require(hf.get(key) in (None, *computed), key, hf.get(key))
+    value = hf.get(key)
+    alike = [one for one in computed if isinstance(one, bool) == isinstance(value, bool)]
+    require(value in (None, *alike), key, value)  # true is no 1
 
 
 def require(true: bool, key: str, value: Any) -> None:
     """Raise ValueError with `key` and its `value` unless `true`."""
     if not true:
-        text = json.dumps(value)
-        text = text if len(text) <= 60 else f"{text[:57]}..."
-        raise ValueError(f"its {key} is {text}, a variant that is not computed here.")
+        raise ValueError(f"its {key} is {shown(value)}, a variant that is not computed here.")
+
+
+def shown(value: Any) -> str:
+    """Return a value of a config.json as it stands there, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

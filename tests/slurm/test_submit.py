@@ -133,8 +133,8 @@ def test_a_file_of_runs_that_can_not_be_read_is_a_sentence(submit, tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with open(tmp_path / "large", "wb") as sparse:
         sparse.truncate(1 << 40)
-    files = {"none.txt": "can't be read", "/dev/zero": "is not a regular file", "pipe": "regular"}
-    files |= {"latin": "can't be read", "large": "has more than", ".": "regular"}
+    files = {"none.txt": "no such file", "/dev/zero": "is a device", "pipe": "is a pipe"}
+    files |= {"latin": "isn't UTF-8", "large": "has more than", ".": "is a directory"}
     for name, sentence in files.items():
         code, _, err = submit("train", f"slurm.runs={name}", "--dry-run")
         assert code == 2

@@ -29,6 +29,7 @@ from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import read_bytes
 
 _FIRST_LINE = re.compile(rb"# sha256: ([0-9a-f]{64})")
 _DEEPEST = 100  # levels; our own files have fewer than ten
@@ -62,7 +63,7 @@ def frozen_file(job: Any) -> bytes:
 
 def has_checksum(path: Path) -> bool:
     """Return True if the first line of a readable file is a checksum of the rest."""
-    return _FIRST_LINE.match(path.read_bytes()) is not None
+    return _FIRST_LINE.match(read_bytes(path)) is not None
 
 
 def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
@@ -91,12 +92,7 @@ def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
 
 
 def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
-    try:
-        raw = source.read_bytes() if isinstance(source, Path) else source.encode()
-    except FileNotFoundError:
-        raise UserError(where, "no such file", "check the path") from None
-    except OSError as e:
-        raise UserError(where, f"can't be read ({e.strerror})", "check the path") from e
+    raw = read_bytes(source) if isinstance(source, Path) else source.encode()
     if line := _FIRST_LINE.match(raw):  # a checksum
         end, text = raw[line.end() : line.end() + 1], raw[line.end() + 1 :]
         if end != b"\n" or hashlib.sha256(text).hexdigest().encode() != line[1]:

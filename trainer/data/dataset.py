@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from forescale.data.shard import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard
 from forescale.data.tokenizer import token_bytes
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import parse_json
 from forescale.ground.storage import TABLE
 from forescale.remote.store import CACHE_BYTES, Store
 
@@ -76,11 +77,7 @@ class Dataset:
         self.end_of_text: int = self.manifest["tokenizer"]["end_of_text"]
 
     def _json(self, name: str, raw: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(raw)
-        except ValueError as e:
-            where = f"{self.where}/{name}"
-            raise UserError(where, f"damaged: not valid JSON ({e})", RESTORE) from e
+        value = parse_json(raw, f"{self.where}/{name}")
         if not isinstance(value, dict):
             raise UserError(f"{self.where}/{name}", "damaged: not a JSON object", RESTORE)
         return value

@@ -8,18 +8,28 @@ that bits per byte computed with it are comparable between vocabularies.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import LARGE, parse_json, read_bytes
 from forescale.ground.storage import read_json
 
 END_OF_TEXT = "<|endoftext|>"
+_IMPORTED = "imported.json"  # in the run of an imported model; it has the content of these files:
+DECLARING = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+)
 _FILE = "tokenizer.json"
+_MOST_IDS = 1 << 24  # of a vocabulary; the largest published one has some million
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 # Set explicitly: without it tokenizers warns and becomes serial when a process forks.
@@ -60,7 +70,7 @@ def byte_tokenizer() -> Tokenizer:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, without truncation and padding. Raises UserError."""
-    return _parsed(_raw(Path(path)), str(path))
+    return _parsed(read_bytes(path, LARGE), str(path))
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -81,7 +91,7 @@ def given_tokenizer(name: str) -> bytes | None:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / _FILE).is_file():
         raise UserError(name, f"holds no {_FILE}", "give a directory with one or the file itself")
-    return _raw(path / _FILE if path.is_dir() else path)
+    return read_bytes(path / _FILE if path.is_dir() else path, LARGE, f"give a {_FILE}")
 
 
 @dataclass(frozen=True)
@@ -110,20 +120,13 @@ class Vocabulary:
 def vocabulary_of(raw: bytes, where: str, end: str | None = None) -> Vocabulary:
     """Return the Vocabulary of a tokenizer.json.
 
-    where: the user's name for it; if that is a Hugging Face directory, its config may name the
-    end-of-text token. Raises UserError if it isn't a tokenizer.json, has no such token, or its
+    where: the user's name for it, beside which files may declare the token that ends a document;
+    end: that token. Raises UserError if it isn't a tokenizer.json, has no such token, or its
     tokens have no fixed number of bytes.
     """
     tokenizer = _parsed(raw, where)
     sizes = token_bytes(tokenizer, where)
     return Vocabulary(raw, len(sizes), end_of_text(tokenizer, where, end))
-
-
-def _raw(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(str(path), "no such file", f"give a {_FILE}") from None
 
 
 def _parsed(raw: bytes, where: str) -> Tokenizer:
@@ -136,31 +139,55 @@ def _parsed(raw: bytes, where: str) -> Tokenizer:
     return tokenizer
 
 
+def declared_ends(tokenizer: Tokenizer, files: Mapping[str, Any]) -> list[int]:
+    """Return the ids that end a text by the files beside a tokenizer.json (their content by name),
+    the one that ends a document first."""
+    ends: dict[int | None, None] = {}
+    for content in (files.get(name) for name in DECLARING):
+        if isinstance(content, Mapping):
+            token, ids = content.get("eos_token"), content.get("eos_token_id")
+            token = token.get("content") if isinstance(token, Mapping) else token
+            ends |= {tokenizer.token_to_id(token): None} if isinstance(token, str) else {}
+            for i in ids if isinstance(ids, list) else [ids]:
+                is_id = type(i) is int and 0 <= i < _MOST_IDS and tokenizer.id_to_token(i)
+                ends |= {i: None} if is_id else {}
+    return [i for i in ends if i is not None]
+
+
 def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> int:
-    """Return the id that ends a document: `name`, or the first common one that the vocabulary has,
-    or the one that the Hugging Face directory `where` names.
+    """Return the id that ends a document: that of the token `name`; else the one that the files
+    beside it declare, where `where` is a Hugging Face directory, or an imported run's, or a file in
+    it; else the first common one that the vocabulary has.
 
     Raises UserError if there is none, or if it is an ordinary token of texts.
     """
     added = tokenizer.get_added_tokens_decoder()
+    ends = [] if name else declared_ends(tokenizer, _beside(Path(where).expanduser()))
     names = [name] if name else [END_OF_TEXT, *_OTHER_ENDS]
-    config = Path(where).expanduser() / "tokenizer_config.json"
-    if not name and config.is_file():
-        token = read_json(config).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        names += [token] if isinstance(token, str) else []
-    for token in names:
-        if (token_id := tokenizer.token_to_id(token)) is None:
+    for end in [*ends, *map(tokenizer.token_to_id, names)]:
+        if end is None:
             continue
-        if token_id not in added and tokenizer.encode(token, add_special_tokens=False).ids == [
-            token_id
-        ]:
+        token = tokenizer.id_to_token(end) or ""
+        if end in added or tokenizer.encode(token, add_special_tokens=False).ids != [end]:
+            return end
+        if end not in ends:
             problem = f"{token!r} can't end documents: it is an ordinary token of texts"
             raise UserError(where, problem, "set end_of_text to its end-of-text token")
-        return token_id
     special = [t.content for t in added.values() if t.special]
     todo = f"set end_of_text to its own (special tokens: {', '.join(special[:8]) or 'none'})"
     raise UserError(where, f"its vocabulary has no token {name or END_OF_TEXT}", todo)
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """Return the content of the files that declare special tokens, by name."""
+    if not path.exists():  # a word, such as bytes
+        return {}
+    folder = path if path.is_dir() else path.parent
+    if (folder / _IMPORTED).is_file():
+        imported: dict[str, Any] = read_json(folder / _IMPORTED)
+        return imported
+    there = [name for name in DECLARING if (folder / name).is_file()]
+    return {name: parse_json(read_bytes(folder / name), folder / name) for name in there}
 
 
 def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
@@ -178,7 +205,9 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     if not is_byte_level and '"ByteFallback"' not in decoder:
         problem = "its tokens have no fixed number of bytes"
         raise UserError(where, problem, "use a byte-level tokenizer")
-    sizes = np.zeros(max(vocab.values()) + 1, np.int64)
+    if (largest := max(vocab.values(), default=0)) >= _MOST_IDS:
+        raise UserError(where, f"its largest id is {largest:,}", f"give an intact {_FILE}")
+    sizes = np.zeros(largest + 1, np.int64)
     for piece, index in vocab.items():
         if index in added:
             sizes[index] = 0 if added[index].special else len(piece.encode())

@@ -24,6 +24,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from forescale.ground.errors import Transient, UserError, retried, storage_error
+from forescale.ground.foreign import LARGE, parse_json, read_bytes
 
 TABLE = "files.json"
 CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum
@@ -192,24 +193,8 @@ def read_json(path: Path) -> Any:
 
 
 def _loaded(path: Path) -> tuple[bytes, Any]:
-    try:
-        raw = Path(path).read_bytes()
-
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            # A flipped bit can turn one key into another, which would hide it.
-            if len(values := dict(pairs)) < len(pairs):
-                raise ValueError("a key appears twice")
-            return values
-
-        return raw, json.loads(raw, object_pairs_hook=unique)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(str(path), "no such file", "check the path") from None
-    except OSError as e:
-        if isinstance(error := storage_error(e), Transient):
-            raise error from e
-        raise UserError(str(path), f"can't be read ({e.strerror})", "restore the file") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
+    raw = read_bytes(path, LARGE)
+    return raw, parse_json(raw, path)
 
 
 def write_table(directory: Path, entries: dict[str, FileEntry]) -> None:

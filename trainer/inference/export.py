@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint
+from forescale.data.tokenizer import declared_ends
 from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, read_json, staged
 from forescale.inference.hf_directory import CONFIG, as_text
@@ -175,7 +176,8 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     end = view.identity["dataset"]["end_of_text"]
     name = view.tokenizer.id_to_token(end)
     # In training the end-of-text token precedes every document, so it is the bos token here.
-    ends = {"bos_token_id": end, "eos_token_id": end}
+    taught = view.ends if len(view.ends) > 1 else end
+    ends = {"bos_token_id": end, "eos_token_id": taught}
     files: dict[str, Any] = {
         CONFIG: config | ends,
         "generation_config.json": ends | {"pad_token_id": end},
@@ -200,4 +202,12 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
     sizes = {key: value for key, value in config.items() if key not in _SPECIAL}
     if template:
         imported[_TEMPLATE] = template
+    declared = declared_ends(view.tokenizer, imported)
+    if {*view.ends} > {*declared}:  # others were taught
+        settings["eos_token_id"] = taught
+        generation = imported.get("generation_config.json", files["generation_config.json"])
+        imported["generation_config.json"] = generation | {"eos_token_id": taught}
+    if declared[:1] != [end]:
+        tokens = imported.get("tokenizer_config.json", files["tokenizer_config.json"])
+        imported["tokenizer_config.json"] = tokens | {"eos_token": name}
     return {**files, **imported, CONFIG: settings | sizes}

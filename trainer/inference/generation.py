@@ -143,7 +143,7 @@ class Answer:
 
     def add(self, token: int) -> str:
         """Take the next id; return the text that is certain now."""
-        if token in (self.question.end, self.question.turn_end):
+        if token == self.question.end or token in self.question.other_ends:
             return self.close("end")
         self.num_tokens += 1
         piece = self._stops.add(self._speller.add(token))

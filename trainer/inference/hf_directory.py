@@ -1,10 +1,12 @@
 """A directory of Hugging Face transformers, as import reads it: config, weights, small files.
 
-Invariant: nothing in it runs (no pickle, no code of the model's own), and a tensor is in memory
-only as long as its reader holds it.
+Invariant: nothing in it runs (no pickle, no code of the model's own), a tensor is in memory only as
+long as its reader holds it, and what is read whole has bounds (ground/foreign.py).
 """
 
+import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json
+from forescale.ground.foreign import (
+    LARGE,
+    SMALL,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_text,
+)
+from forescale.models.hf.config_json import MOST_TENSORS
 
 CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -70,20 +80,33 @@ class HfDirectory:
     @cached_property
     def small_files(self) -> dict[str, Any]:
         """The content of the files about tokens and generation, by file name."""
-        contents: dict[str, Any] = {}
-        contents |= {name: _object(p) for name in _SMALL_FILES if (p := self.path / name).is_file()}
-        if (template := self.path / _TEMPLATE).is_file():
-            try:
-                contents[_TEMPLATE] = template.read_text("utf-8")
-            except UnicodeDecodeError as e:
-                raise UserError(str(template), f"isn't UTF-8 (byte {e.start})", _AGAIN) from None
+        there = [n for n in (*_SMALL_FILES, _TEMPLATE) if os.path.lexists(self.path / n)]
+        contents: dict[str, Any] = {n: _object(self.path / n) for n in there if n != _TEMPLATE}
+        if _TEMPLATE in there:
+            contents[_TEMPLATE] = read_text(self.path / _TEMPLATE)
         return contents
+
+    def digest(self) -> str:
+        """Return a hash that changes with the model. A file of weights counts as changed with its
+        size or time, the others with their content. Raises UserError as reading them does."""
+        digest = hashlib.sha256()
+        for path in sorted(p for p in self.path.glob("*.safetensors") if p.exists()):
+            about = path.stat()
+            digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+        for name in (*_SMALL_FILES, _TEMPLATE, _INDEX, "tokenizer.json"):
+            if os.path.lexists(path := self.path / name):
+                digest.update(name.encode() + read_bytes(path, LARGE))
+        return digest.hexdigest()
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """The tensors of all weight files, by name."""
         tensors: dict[str, Stored] = {}
+        count = 0
         for path, names in self._files().items():
+            if (count := count + _count(path)) > MOST_TENSORS:
+                problem = f"holds more than {MOST_TENSORS:,} tensors, as no published model does"
+                raise UserError(str(self.path), problem, _AGAIN)
             with _opened(path) as file:
                 there = set(file.keys())
                 for name in there if names is None else names:
@@ -112,7 +135,7 @@ class HfDirectory:
                     "load it with transformers and write it with save_pretrained, if you trust it"
                 )
             raise UserError(str(self.path), problem, todo)
-        where = _object(index).get("weight_map")
+        where = _object(index, LARGE).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise UserError(str(index), "has no weight_map", _AGAIN)
         files: dict[Path, list[str] | None] = {}
@@ -125,16 +148,25 @@ class HfDirectory:
         return files
 
 
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
+def _object(path: Path, most: int = SMALL) -> dict[str, Any]:
+    content = parse_json(read_bytes(path, most, _AGAIN), path)
     if not isinstance(content, dict):
         raise UserError(str(path), "is not a JSON object", _AGAIN)
     return content
 
 
+def _count(path: Path) -> int:
+    """Return how many tensors a file names, without parsing it: a million of them take seconds.
+    Raises UserError if there is no such file, or more names than its format allows."""
+    try:
+        with open_regular(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            return file.read(size).count(b"data_offsets") if size <= LARGE else MOST_TENSORS + 1
+    except OSError as e:
+        raise UserError(str(path), f"can't be read ({e.strerror})", _AGAIN) from None
+
+
 def _opened(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(str(path), "no such file", _AGAIN)
     try:
         return safe_open(str(path), "pt")
     except (SafetensorError, OSError) as e:

@@ -12,12 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from forescale.checkpoint.writer import Fragment, unread_weight, write_weights
 from forescale.config.compose import compose
 from forescale.config.frozen import frozen_file
+from forescale.config.schema import plain
 from forescale.config.train import TrainJob
-from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
+from forescale.config.tree import build
+from forescale.data.tokenizer import (
+    Vocabulary,
+    declared_ends,
+    given_tokenizer,
+    vocabulary_of,
+)
 from forescale.ground.console import Meter, Progress, progress_display, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import cache_directory, write_checked_json, write_file
@@ -59,6 +67,8 @@ def import_hf(
     directory = HfDirectory(source)
     try:
         model = config_of(directory.config)
+        for problem in build(ModelConfig, plain(model), "model.")[2]:  # as `train` reads its keys
+            raise ValueError(f"it gives {problem.key}, which {problem.problem}.")
     except ValueError as e:
         where, problem = str(source / "config.json"), str(e).rstrip(".")
         raise UserError(where, problem, "import another model; nothing was written") from None
@@ -72,7 +82,7 @@ def import_hf(
     with new_run(run, job.run.mode) as new:
         write_weights(new, parts, lambda size: meter(size, 0))
         write_file(new.tokenizer, vocabulary.raw)
-        write_checked_json(new.imported, directory.small_files)
+        write_checked_json(new.imported, _small_files(directory, vocabulary))
         identity = {
             "name": run.name,
             "tokenizer_sha256": hashlib.sha256(vocabulary.raw).hexdigest(),
@@ -95,18 +105,10 @@ def import_hf(
 
 def imported(source: Path) -> Run:
     """Return the run in the cache that holds the model of a Hugging Face directory, imported on
-    first use, with a note on stderr. Raises UserError like import_hf.
-
-    A file of weights counts as changed with its size or time, the others with their content.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(source.glob("*.safetensors")):
-        about = path.stat()
-        digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    for path in sorted([*source.glob("*.json"), *source.glob("*.jinja")]):
-        digest.update(path.name.encode() + path.read_bytes())
+    first use, with a note on stderr. Raises UserError like import_hf."""
+    digest = HfDirectory(source).digest()
     name = re.sub(r"[^a-zA-Z0-9_-]", "-", source.resolve().name)
-    run = Run(cache_directory() / "imported" / digest.hexdigest()[:12] / name)
+    run = Run(cache_directory() / "imported" / digest[:12] / name)
     if not run.config.is_file():
         try:
             with progress_display() as progress:
@@ -153,6 +155,17 @@ def _vocabulary(
         )
         raise UserError(where, problem, "give the model's own with tokenizer=FILE")
     return vocabulary
+
+
+def _small_files(directory: HfDirectory, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the small files; where they declare another end of documents than the command names,
+    with that one."""
+    files, tokenizer = dict(directory.small_files), vocabulary.load()
+    declared = declared_ends(tokenizer, files)
+    if declared and declared[0] != vocabulary.end:
+        end = {"eos_token": tokenizer.id_to_token(vocabulary.end)}
+        files["tokenizer_config.json"] = files.get("tokenizer_config.json", {}) | end
+    return files
 
 
 def _job(run: Run, model: ModelConfig) -> TrainJob:

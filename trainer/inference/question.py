@@ -9,7 +9,7 @@ data/objectives/.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +36,8 @@ class Question:
     writes; source: the ids that an encoder reads, None without one; previous: the ids before the
     answer, with which its first tokens are decoded; end: the id that ends the answer; unit: what
     that id ends, in a word; max_tokens: the most of an answer in training, None without such a
-    limit; names: the texts of ids beyond the tokenizer's; turn_end: of a chat, the id that ends a
-    turn, which ends the answer too.
+    limit; names: the texts of ids beyond the tokenizer's; other_ends: ids that end the answer too,
+    such as that of a turn of a chat.
     """
 
     prompt: str
@@ -50,7 +50,7 @@ class Question:
     source: list[int] | None = None
     max_tokens: int | None = None
     names: Mapping[int, str] = field(default_factory=dict)
-    turn_end: int | None = None
+    other_ends: Collection[int] = ()
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
@@ -78,7 +78,8 @@ def question_of(view: RunView, text: str) -> Question:
             at = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
             if first := whole[: next(at, 0)]:
                 ids = first + text_ids(view.tokenizer, text)
-        return Question(text, text, ids, ids, end, "document", config.train.sequence_length)
+        most = config.train.sequence_length
+        return Question(text, text, ids, ids, end, "document", most, other_ends=view.ends)
     if not config.objective.source_kind:
         problem = f"was trained with objective={config.objective.kind}, and continues no text"
         raise UserError(
@@ -107,10 +108,9 @@ def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Mess
         return question_of(view, text)
     end = view.identity["dataset"]["end_of_text"]
     ids = chat_ids(view.tokenizer, template, messages, end)
-    name = template.turn_end
-    turn_end = None if name is None else view.tokenizer.token_to_id(name)
+    ends = [*view.ends, view.tokenizer.token_to_id(template.turn_end or "")]
     most = view.config.train.sequence_length
-    return Question(text, text, ids, ids, end, "answer", most, turn_end=turn_end)
+    return Question(text, text, ids, ids, end, "answer", most, other_ends=ends)
 
 
 def _of_start(view: RunView, text: str, prefix: Prefix, has_encoder: bool) -> Question:

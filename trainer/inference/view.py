@@ -54,6 +54,21 @@ class RunView:
 
         return load_tokenizer(self.run.verified_tokenizer())
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """The ids that end a text: of a document, of a turn of the chats that the model learned,
+        and others that imported files declare."""
+        from forescale.data.tokenizer import declared_ends
+        from forescale.run.finetune import chat_template, kept_template, vocabulary_of_run
+
+        ends: list[int | None] = [self.identity["dataset"]["end_of_text"]]
+        if kept_template(self.run):
+            turn = chat_template(self.run, vocabulary_of_run(self.run), None).turn_end
+            ends.append(self.tokenizer.token_to_id(turn or ""))
+        if self.run.imported.is_file():
+            ends += declared_ends(self.tokenizer, read_json(self.run.imported))
+        return [*dict.fromkeys(end for end in ends if end is not None)]
+
     def metrics(self, kind: str | None = "train") -> "pd.DataFrame":
         """Return the rows of one kind (train: one row a step; validation) or of all (None), oldest
         first. Nested fields become columns such as `seconds.compute`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from forescale.ground.errors import Transient, UserError, masked, retried, storage_error
+from forescale.ground.foreign import LARGE, open_fd
 from forescale.remote.buckets import FsspecOrigin
 from forescale.remote.cache import BLOCK, BlockCache, RemoteBlocks
 from forescale.remote.transfer import (
@@ -64,7 +65,7 @@ class LocalFile(File):
     def __init__(self, path: Path, size: int | None = None):
         """Raises UserError if the file can't be opened or has another size."""
         self._path = path
-        self._fd = _persist(path, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self._fd = _persist(path, lambda: open_fd(path))
         self.size = _persist(path, lambda: os.fstat(self._fd).st_size)
         if size is not None and size != self.size:
             self.close()
@@ -72,7 +73,7 @@ class LocalFile(File):
 
     def read_at(self, offset: int, into: memoryview) -> None:
         def afresh() -> None:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_fd(self._path)
             try:
                 if (size := os.fstat(fd).st_size) != self.size:
                     raise _other_size(self._path, size, self.size)
@@ -169,7 +170,12 @@ class Store:
         """Return the whole of a small file; it is cached only if size and version are given."""
         place = self._place(name)
         if isinstance(place, Path):
-            return _persist(place, place.read_bytes)
+            file = LocalFile(place)
+            if file.size > LARGE:
+                raise UserError(str(place), f"has more than {LARGE:,} bytes", _RESTORE)
+            data = bytearray(file.size)
+            file.read_at(0, memoryview(data))
+            return bytes(data)
         if size is not None and version:  # useful and safe to cache
             data = bytearray(size)
             self.open(name, size, version).read_at(0, memoryview(data))

@@ -5,7 +5,6 @@ Invariant: what fine-tuning changes in the config of the origin stands here, wit
 other keys are those of the origin, but for those of one run or one machine.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset
 from forescale.data.tokenizer import Vocabulary
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import parse_json, read_text
 from forescale.ground.storage import read_json
 from forescale.models.config import ModelConfig
 from forescale.run.directory import Run
@@ -191,18 +191,10 @@ def _default(template: Any) -> str | None:
 
 def _read(path: str) -> str:
     todo, file = "give the chat template's file, in Jinja", Path(path).expanduser()
-    try:
-        source = file.read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(path, "no such file", todo) from None
-    except UnicodeDecodeError:
-        raise UserError(path, "isn't UTF-8", todo) from None
+    source = read_text(file, todo=todo)
     if file.suffix != ".json":
         return source
-    try:
-        config = json.loads(source)
-    except ValueError:
-        raise UserError(path, "is no JSON", todo) from None
+    config = parse_json(source, path)
     template = _default(config.get("chat_template")) if isinstance(config, dict) else None
     if template is None:
         raise UserError(path, "has no chat_template", todo)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import weakref
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from forescale import open_run
 from forescale.config.train import TrainJob
-from forescale.data.tokenizer import byte_tokenizer
+from forescale.data.tokenizer import byte_tokenizer, vocabulary_of
 from forescale.ground.errors import UserError
 from forescale.inference.hf_directory import Stored
 from forescale.inference.question import question_of
@@ -137,6 +138,28 @@ def test_a_prompt_begins_as_the_tokenizer_of_the_weights_begins_texts(llama, for
     assert original("").input_ids == [first]
 
 
+def test_the_declared_end_is_written_taught_and_exported(llama, forescale):
+    """Of a chat model whose vocabulary also has the usual name of the end of documents."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|eot|>"])
+    end, other = 257, 258
+    tokenizer.save(str(llama / "tokenizer.json"))
+    (llama / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    ids = json.dumps({"eos_token_id": [other, end]})
+    (llama / "generation_config.json").write_text(ids)
+    assert forescale("import", "hf", llama, "it")[0] == 0
+    assert question_of(open_run("runs/it"), "a").end == end
+    assert {*question_of(open_run("runs/it"), "a").other_ends} == {end, other, 256}
+    for where in (llama, llama / "tokenizer.json", Path("runs/it/tokenizer.json")):
+        assert vocabulary_of((llama / "tokenizer.json").read_bytes(), str(where)).end == end
+    assert forescale("export", "it", "to=back")[0] == 0
+    assert json.loads(Path("back/generation_config.json").read_text()) == json.loads(ids)
+
+    assert forescale("import", "hf", llama, "own", "end_of_text=<|endoftext|>")[0] == 0
+    assert forescale("export", "own", "to=taught")[0] == 0
+    assert vocabulary_of((llama / "tokenizer.json").read_bytes(), "taught").end == 256
+
+
 def test_half_precision_stays_exact(llama, forescale):
     original = {name: t.bfloat16() for name, t in weights(llama).items()}
     save_file(original, llama / "model.safetensors")
@@ -220,6 +243,25 @@ def torn(folder):
     (folder / "model.safetensors").write_bytes(raw[:-100])
 
 
+def piped(name):
+    def replace(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replace
+
+
+def headed(tensors):
+    """A file of weights without a byte of them."""
+
+    def write_header(folder):
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        raw = json.dumps({f"{i}": empty for i in range(tensors)}).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+
+    return write_header
+
+
 NORM = "model.norm.weight"
 LONG = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 1e4}
 REFUSED = {
@@ -234,7 +276,26 @@ REFUSED = {
     "biases": (changed("attention_bias", True), "its attention_bias is true"),
     "quantised": (changed("quantization_config", {"bits": 4}), "its quantization_config is"),
     "key": (lambda folder: (folder / "config.json").write_text("{}"), "its model_type is None"),
-    "kind": (changed("num_hidden_layers", "2"), "config.json: one of its values is of a kind"),
+    "kind": (changed("num_hidden_layers", "2"), 'its num_hidden_layers is "2", not a whole number'),
+    "infinite": (
+        changed("rms_norm_eps", float("inf")),
+        "its rms_norm_eps is Infinity, not",
+    ),
+    "tiny": (changed("rms_norm_eps", 1e-300), "it gives model.norm.eps, which 1e-300 is too close"),
+    "length": (changed("max_position_embeddings", 1e30), "its max_position_embeddings is 1e+30"),
+    "true": (changed("max_position_embeddings", True), "its max_position_embeddings is true"),
+    "tied": (changed("tie_word_embeddings", [1]), "its tie_word_embeddings is [1], not true or"),
+    "negative": (changed("hidden_size", -32), "its hidden_size is -32, not a whole number"),
+    "type": (changed("model_type", [1]), "its model_type is [1], not one of"),
+    "rope type": (changed("rope_parameters", {"rope_theta": "x"}), 'its rope_theta is "x"'),
+    "rope list": (changed("rope_parameters", [1]), "its rope_parameters is [1], not an object"),
+    "deep": (
+        lambda folder: (folder / "config.json").write_text("[" * 10**6),
+        "config.json: not valid JSON",
+    ),
+    "pipe": (piped("generation_config.json"), "generation_config.json: is a pipe"),
+    "weights pipe": (piped("model.safetensors"), "holds no model.safetensors"),
+    "many": (headed(300_000), "holds more than 200,000 tensors"),
     "template": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "isn't UTF-8"),
     "pickle": (pickled, "in pickle files, which run code"),
     "weights": (without("model.safetensors"), "holds no model.safetensors"),

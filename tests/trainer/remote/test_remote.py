@@ -45,7 +45,7 @@ def test_errors_of_local_files_are_reported(tmp_path):
     for act in (store.open, store.read):
         with pytest.raises(UserError, match=f"{tmp_path}/b: is missing"):
             act("b")
-    with pytest.raises(UserError, match="folder: can't be read"):
+    with pytest.raises(UserError, match="folder: is a directory"):
         read(store.open("folder"), 0, 1)
     with pytest.raises(UserError, match="a: has 1 bytes, expected 2"):
         store.open("a", 2)

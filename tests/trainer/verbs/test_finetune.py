@@ -108,6 +108,7 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
         ),
         (["lora.rank=4", "optimizer=muon"], "optimizer.kind: updates whole matrices"),
         (["lora.rank=4", "precision.fp8=rowwise"], "precision.fp8: "),
+        (["lora.rank=1000000000"], "lora.rank: no matrix with an adapter has a rank above "),
     ],
 )
 def test_what_can_not_be_is_a_sentence(make, words, problem):

@@ -15,6 +15,7 @@ from forescale.models.adapters import (
     flops_recomputed_with_adapters,
     flops_with_adapters,
     is_target,
+    largest_rank,
     num_adapters,
 )
 from forescale.models.config import ModelConfig
@@ -102,7 +103,11 @@ def problems(job: "TrainJob") -> ProblemIterator:
     length = job.train.sequence_length
     if model.problems(sequence_length=length):
         return
-    names = candidates(model.resolved(model.vocab_size or 1 << 16, length))
+    resolved = model.resolved(model.vocab_size or 1 << 16, length)
+    names, most = candidates(resolved), largest_rank(resolved, lora.targets)
+    if 0 < most < lora.rank:
+        problem = f"no matrix with an adapter has a rank above {most:,}, got {lora.rank:,}"
+        yield "lora.rank", problem, f"give at most {most:,}; 8 to 64 are usual"
     for target in lora.targets:
         if not any(is_target(name, [target]) for name in names):
             todo = f"choose from {', '.join(names)}"

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -49,13 +49,15 @@ from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import ShardWriter, write_manifest
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.opening import open_stream
+from forescale.data.text.formats import lines_between
+from forescale.data.text.opening import Budget, open_stream
 from forescale.data.tokenizer import Vocabulary, token_bytes
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import FileEntry, hash_file, staged
 
 _BATCH = 512  # lines that are tokenised together
+_LONGEST = 16 << 20  # bytes of a line; a conversation of a million tokens has a third of it
 _PEEKED = 100  # lines that may show the kind of a file
 EXAMPLES = '{"prompt": ..., "response": ...} or {"messages": [...]}'
 PREFERENCES = '{"prompt": ..., "chosen": ..., "rejected": ...}'
@@ -126,9 +128,7 @@ class Reader:
 
     def _lines(self, path: str, faults: ReadingReport) -> Iterator[_Line]:
         with open_stream(path, path) as file:
-            for number, raw in enumerate(file, 1):
-                if raw.isspace():
-                    continue
+            for number, raw in _numbered(path, file):
                 try:
                     row = _parsed(raw)
                     if is_preference(row) != self.are_preferences:
@@ -164,7 +164,7 @@ def has_preferences(path: str | Path) -> bool:
     can't be read; its reader reports that."""
     try:
         with open_stream(str(path), str(path)) as file:
-            for raw in islice(file, _PEEKED):
+            for _, raw in islice(_numbered(str(path), file), _PEEKED):
                 with suppress(Unfit):
                     return is_preference(_parsed(raw))
     except (OSError, UserError):
@@ -214,8 +214,17 @@ def _whole_chat(row: Mapping[str, Any], side: str) -> list[Any]:
     return [*before, *chat]
 
 
-def _parsed(raw: bytes) -> Any:
-    """Return the value of a line. Raises Unfit if it is no JSON."""
+def _numbered(path: str, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the lines of a file that aren't blank, with their numbers; None: it is too long."""
+    for number, (_, raw) in enumerate(lines_between(file, Budget(path, path, _LONGEST)), 1):
+        if raw is None or not raw.isspace():
+            yield number, raw
+
+
+def _parsed(raw: bytes | None) -> Any:
+    """Return the value of a line. Raises Unfit if it is no JSON, or too long."""
+    if raw is None:
+        raise Unfit(f"of more than {_LONGEST >> 20} MiB")
     try:
         return json.loads(raw.decode("utf-8").removeprefix("\ufeff"))
     except (ValueError, RecursionError):

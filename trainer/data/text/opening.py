@@ -7,7 +7,8 @@ mark.)
 
 Unpacked data passes through in pieces of at most some 30 MB, and of one document no more is in
 memory than its policy needs. Without a limit a document may be large, but not a hundred times as
-large as its file: that is not text but an attempt to fill the memory.
+large as its file: that is not text but an attempt to fill the memory. What a file unpacks to has a
+bound too: a few kilobytes may hold years of reading.
 """
 
 import codecs
@@ -26,6 +27,7 @@ import zstandard
 
 from forescale.data.text.documents import Policy
 from forescale.ground.errors import Transient, UserError, masked, storage_error
+from forescale.ground.foreign import open_regular
 from forescale.remote.transfer import is_url
 
 HUB = "hf://"
@@ -50,6 +52,7 @@ _GZIP, _ZSTD = 1 << 14, 1 << 10
 _WINDOW = 1 << 27  # bytes that zstd may look back, unless the file is larger, as zstd's own tool
 _LARGE, _LARGE_LINE = 256 << 20, 64 << 20  # bytes that a document, a line may have in any case
 _RATIO = 100  # a longer one has at most so many times the bytes that its file takes on the disk
+_UNPACKED = 1 << 30  # bytes that a file may unpack to in any case; beyond, _RATIO times its size
 
 
 def bare(name: str) -> str:
@@ -121,7 +124,7 @@ def open_raw(where: str) -> BinaryIO:
 
         return open_input(where)
     with reading(where):
-        return open(where, "rb", buffering=0)
+        return open_regular(where)
 
 
 @contextmanager
@@ -130,13 +133,35 @@ def open_stream(name: str, where: str, start: int = 0) -> Iterator[io.BufferedRe
     with open_raw(where) as raw:
         if start:
             raw.seek(start)
-        yield io.BufferedReader(Blocks(where, unpacked(name, raw, where)), _BLOCK)
+        yield io.BufferedReader(Blocks(where, unpacked(name, raw, Total(where))), _BLOCK)
 
 
-def unpacked(name: str, f: BinaryIO, where: str) -> Iterator[bytes]:
-    """Yield the blocks of an open file, decompressed according to its name. where: the file on the
-    disk that it is, or that it is a member of."""
-    name = name.lower()
+class Total:
+    """The bytes that a file, or all members of one together, unpack to. where: on the disk."""
+
+    def __init__(self, where: str):
+        self.where, self._bytes, self._most = where, 0, _UNPACKED
+
+    def add(self, size: int) -> None:
+        """Count `size` bytes. Raises UserError for more than text can have."""
+        self._bytes += size
+        if self._bytes > self._most:
+            self._most = max(self._most, _RATIO * stored_bytes(self.where))
+            if self._bytes > self._most:
+                problem = f"unpacks to more than {_RATIO} times its bytes"
+                todo = "remove it, or decompress it yourself if it is text"
+                raise UserError(printable(self.where), problem, todo)
+
+
+def unpacked(name: str, f: BinaryIO, total: Total) -> Iterator[bytes]:
+    """Yield the blocks of an open file, decompressed according to its name. total: of the file on
+    the disk that it is, or that it is a member of."""
+    for block in _decoded(name.lower(), f, total.where):
+        total.add(len(block))
+        yield block
+
+
+def _decoded(name: str, f: BinaryIO, where: str) -> Iterator[bytes]:
     if name.endswith((".gz", ".tgz")):
         return _frames(f, lambda start: zlib.decompressobj(wbits=31), _GZIP, padding=b"\0")
     if name.endswith(".zst"):

@@ -1,17 +1,17 @@
 """Tables: a column of text, of .parquet files by row groups and of Hugging Face data sets by rows.
 
 Invariant: a document is named by its row, counted from 0 in its table, however the table is cut;
-the cuts depend only on the table. A parquet file is decoded in small batches, a data set stays in
-its memory map: neither is held in memory as a whole.
+the cuts depend only on the table. A parquet file is decoded in small batches, in which a text of
+many rows stands once; a data set stays in its memory map: neither is held in memory as a whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from forescale.data.text.documents import Document, Intake
-from forescale.data.text.opening import HUB, open_raw, printable, reading
+from forescale.data.text.opening import HUB, Total, open_raw, printable, reading
 from forescale.ground.errors import UserError
 
 _ROWS = 128  # rows decoded at once
@@ -40,22 +40,29 @@ def read_parquet(
     intake: Intake, name: str, where: str, first: int, last: int
 ) -> Iterator[Document]:
     """Yield the documents of row groups, named like "a.parquet:17"; last 0: to the end."""
-    with _parquet(where) as file:
+    pages, texts = Total(where), Total(where)
+    with _parquet(where, [intake.key]) as file:
         path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if not sum(sizes):
             yield from intake.documents(name, b"")
         last = last or len(sizes)
         row, end = sum(sizes[:first]), sum(sizes[:last])
+        for group in range(first, last):
+            pages.add(file.metadata.row_group(group).total_byte_size)
         for batch in file.iter_batches(_ROWS, range(first, last), [intake.key], use_threads=False):
-            yield from _documents(intake, name, row, batch, path)
+            for document in _documents(intake, name, row, batch, path):
+                texts.add(len(document.text))
+                yield document
             row += len(batch)
         if row != end or sum(sizes) != file.metadata.num_rows:
             raise EOFError("its numbers of rows disagree")
 
 
 @contextmanager
-def _parquet(where: str) -> Iterator[Any]:
+def _parquet(where: str, repeated: list[str] | None = None) -> Iterator[Any]:
+    """Yield an open parquet file. repeated: columns that stay as indices of their values, as they
+    are stored: a row of 4 bytes may stand for a text of a gigabyte."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -63,7 +70,11 @@ def _parquet(where: str) -> Iterator[Any]:
         try:
             # Without pre_buffer a column is read page by page, not a whole row group at once.
             yield pq.ParquetFile(
-                raw, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+                raw,
+                buffer_size=_BUFFER,
+                pre_buffer=False,
+                page_checksum_verification=True,
+                read_dictionary=repeated,
             )
         except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
             if getattr(e, "errno", None) is not None:
@@ -158,11 +169,12 @@ def _documents(
     column = batch.column(path[0])
     if path[1:]:
         column = pc.struct_field(column, path[1:])
+    places: Iterable[int | None] = range(len(column))
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    # As bytes: nothing has checked yet that they are UTF-8.
-    for number, text in enumerate(column.cast(pa.large_binary()).to_pylist(), row):
-        if text is None:
+        places, column = column.indices.to_pylist(), column.dictionary
+    texts = column.cast(pa.large_binary())  # nothing has checked yet that they are UTF-8
+    for number, place in enumerate(places, row):
+        if place is None or (text := texts[place].as_py()) is None:
             intake.report.add(f"no text under {intake.key!r}", f"{name}:{number}")
         else:
             yield from intake.documents(f"{name}:{number}", text)

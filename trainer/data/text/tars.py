@@ -17,6 +17,7 @@ from forescale.data.text.formats import TextKey, read_json, read_lines, read_pla
 from forescale.data.text.opening import (
     KNOWN,
     Blocks,
+    Total,
     bare,
     clean,
     is_text,
@@ -96,10 +97,10 @@ def read_tar(intake: Intake, name: str, where: str) -> Iterator[Document]:
     UserError for a damaged tar, and for one without any text member.
     """
     text_key = TextKey(intake.key)
-    plain, others = 0, Counter[str]()
+    plain, others, total = 0, Counter[str](), Total(where)
     for path, f in _members(intake, name, where):
         full, kind = f"{name}/{path}", kind_of(path, intake.suffixes)
-        stream: io.BufferedReader = io.BufferedReader(Blocks(where, unpacked(path, f, where)))
+        stream: io.BufferedReader = io.BufferedReader(Blocks(where, unpacked(path, f, total)))
         if kind in ("plain", "html", "bare"):
             if kind == "bare" and not is_text(stream):
                 others["no suffix"] += 1

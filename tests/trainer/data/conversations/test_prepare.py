@@ -2,16 +2,22 @@
 becomes the same two texts."""
 
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from forescale.data.check import check
 from forescale.data.conversations import prepare
-from forescale.data.conversations.prepare import faults_sentence, has_preferences
+from forescale.data.conversations.prepare import (
+    faults_sentence,
+    has_preferences,
+    prepare_conversations,
+)
 from forescale.ground.errors import UserError
 from tests.preferences import make_preferences, message, preferences
-from tests.questions import make_conversations, plain_template, rows, write_rows
+from tests.questions import make_conversations, plain_template, request_of, rows, write_rows
 from tests.trainer.data.small_dataset import flip
 
 GOOD = {"prompt": "a", "response": "b"}
@@ -85,6 +91,16 @@ def test_what_is_no_example_is_named_by_line_and_stops(tmp_path):
     assert str(e.value).startswith(f"{tmp_path}/rows.jsonl: 9 lines can't be used: ")
     assert str(e.value).endswith("leave them out with unusable=skip.")
     assert not list(tmp_path.glob("conversations-*")), "nothing is built"
+
+
+def test_a_line_without_end_is_a_fault_and_takes_no_memory(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD])
+    os.truncate(path, 200 << 20)  # zeros
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"1 of more than 16 MiB \(line 2\)"):
+        prepare_conversations(str(path), tmp_path, request_of())
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 def test_lines_left_out_are_kept_in_the_report(tmp_path):

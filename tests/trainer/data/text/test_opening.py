@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from forescale.data.text import opening
 from forescale.data.text.documents import Policy
 from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import expect_refused, read
@@ -215,6 +216,16 @@ def test_without_a_limit_a_bomb_is_refused_and_honest_text_is_not(tmp_path):
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"abc " * 5_000_000))  # 1,000 times its size
     documents, _ = read(tmp_path / "b.txt.gz")
     assert len(documents[0][1]) == 20_000_000
+
+
+def test_what_a_file_unpacks_to_has_a_bound_whatever_the_policy(tmp_path, monkeypatch):
+    """That of the members of a tar together."""
+    monkeypatch.setattr(opening, "_UNPACKED", MIB)
+    (tmp_path / "a.jsonl.zst").write_bytes(zst(4 * MIB))
+    tar_of(tmp_path / "j.tar", "a.txt.zst", zst(4 * MIB))
+    for name in ("a.jsonl.zst", "j.tar"):
+        with pytest.raises(UserError, match=f"{name}: unpacks to more than 100 times its bytes"):
+            read(tmp_path / name, policy=Policy(long="skip", max_document_bytes=1000))
 
 
 def test_a_limit_that_fails_reads_no_further(tmp_path):

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from forescale.data.text import opening
 from forescale.data.text.documents import Policy, ReadingReport
 from forescale.data.text.files import Files
 from tests.trainer.data.read_files import expect_refused, lines, read
@@ -84,6 +85,12 @@ def test_a_column_inside_another(tmp_path):
         tmp_path / "a.parquet",
         text_key="meta.body",
     )
+
+
+def test_a_text_that_a_file_has_once_for_many_rows_is_a_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "_UNPACKED", 1 << 20)
+    pq.write_table(pa.table({"text": ["a" * 100_000] * 100}), tmp_path / "a.parquet")
+    expect_refused(r"a\.parquet: unpacks to more than 100 times", tmp_path / "a.parquet")
 
 
 def test_a_table_without_rows_is_reported(tmp_path):
