@@ -8,7 +8,7 @@ from typing import Any
 
 from forescale.models.config import ModelConfig
 from forescale.models.hf.families import FAMILIES
-from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require, shown
+from forescale.models.hf.positions import as_text, only, positions_from_hf, positions_to_hf, require
 
 _RATIOS = ("num_kv_heads", "head_dim")  # given in Family.fits as a ratio of sizes
 # Defaults of keys that a config.json lacks, where families differ; from the config classes of
@@ -175,7 +175,7 @@ def _check_types(hf: dict[str, Any]) -> None:
     ):
         for key in keys.split():
             if key in hf and not is_right(hf[key]) and not (hf[key] is None and key in _NULL):
-                raise ValueError(f"its {key} is {shown(hf[key])}, not {kind}.")
+                raise ValueError(f"its {key} is {as_text(hf[key])}, not {kind}.")
 
 
 def _of_paths(values: dict[str, Any]) -> ModelConfig:

@@ -102,10 +102,10 @@ def only(hf: dict[str, Any], key: str, *computed: Any) -> None:
 def require(true: bool, key: str, value: Any) -> None:
     """Raise ValueError with `key` and its `value` unless `true`."""
     if not true:
-        raise ValueError(f"its {key} is {shown(value)}, a variant that is not computed here.")
+        raise ValueError(f"its {key} is {as_text(value)}, a variant that is not computed here.")
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return a value of a config.json as it stands there, shortened."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

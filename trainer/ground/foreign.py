@@ -84,7 +84,7 @@ def parse_json(raw: bytes | str, where: str | Path) -> Any:
 
     try:
         value = json.loads(raw, object_pairs_hook=unique)
-        level = [[value]]
+        level: list[Any] = [[value]]
         for _ in range(_DEEPEST + 1):
             trees = (v.values() if isinstance(v, dict) else v for v in level)
             if not (level := [v for tree in trees for v in tree if isinstance(v, dict | list)]):

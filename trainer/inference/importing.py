@@ -67,8 +67,8 @@ def import_hf(
     directory = HfDirectory(source)
     try:
         model = config_of(directory.config)
-        for problem in build(ModelConfig, plain(model), "model.")[2]:  # as `train` reads its keys
-            raise ValueError(f"it gives {problem.key}, which {problem.problem}.")
+        for key, wrong, _ in build(ModelConfig, plain(model), "model.")[2]:  # as `train` does
+            raise ValueError(f"it gives {key}, which {wrong}.")
     except ValueError as e:
         where, problem = str(source / "config.json"), str(e).rstrip(".")
         raise UserError(where, problem, "import another model; nothing was written") from None

@@ -108,8 +108,8 @@ def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Mess
         return question_of(view, text)
     end = view.identity["dataset"]["end_of_text"]
     ids = chat_ids(view.tokenizer, template, messages, end)
-    ends = [*view.ends, view.tokenizer.token_to_id(template.turn_end or "")]
-    most = view.config.train.sequence_length
+    turn = view.tokenizer.token_to_id(template.turn_end or "")
+    ends, most = {*view.ends, end if turn is None else turn}, view.config.train.sequence_length
     return Question(text, text, ids, ids, end, "answer", most, other_ends=ends)
 
 

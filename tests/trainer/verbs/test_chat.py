@@ -4,7 +4,6 @@ import io
 import json
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ from forescale.inference.generation import Answer, GenerationConfig, complete
 from forescale.inference.question import chat_question
 from forescale.inference.view import RunView
 from forescale.models.decoding.sampler import Sampler
+from forescale.run import finetune
 from tests.questions import KIND, make_conversations, plain_template, rows, write_rows
 from tests.trainer.small_run import make_run
 
@@ -118,13 +118,13 @@ def test_a_conversation_reads_its_template_once(chat, forescale, monkeypatch, tm
     file = tmp_path / "own.jinja"
     file.write_text(OTHER)
     words = ("generate", chat.path, f"template={file}", "--chat", "--interactive", *WORDS)
-    read, texts = Path.read_text, []
+    read, texts = finetune.read_text, []
 
     def counted(path, *how, **options):
         texts.append(path)
         return read(path, *how, **options)
 
-    monkeypatch.setattr(Path, "read_text", counted)
+    monkeypatch.setattr(finetune, "read_text", counted)
     typed(monkeypatch, b"1?\nsure?\n")
     assert forescale(*words)[0] == 0
     assert texts.count(file) == 1
