@@ -121,7 +121,7 @@ def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
 def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
     for name, text, message in (
         ("a.json", "{}", "has no chat_template"),
-        ("b.json", "{", "is no JSON"),
+        ("b.json", "{", "not valid JSON"),
         ("c.jinja", "{% for", "this chat template can't be read"),
     ):
         path = tmp_path / name
