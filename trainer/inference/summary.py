@@ -1,50 +1,52 @@
 """The summary of a complete run: bits per byte of model and compressors, a sample, next steps."""
 
 import math
+import shlex
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
 
 from forescale.data.dataset import Dataset
-from forescale.data.prepare.sample import bits_per_byte
+from forescale.data.prepare.sample import bits_per_byte, primed
 from forescale.ground.errors import UserError
 from forescale.inference.export import family
-from forescale.inference.generation import Answer, GenerationConfig, stream
-from forescale.inference.question import question_of
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
-from forescale.models.decoding.sampler import Sampler
 from forescale.run.rows import read_rows
 from forescale.run.start import Start
 
-SAMPLE_TOKENS = 120
-PROMPT = "def "
-_WRITE = ("import ", "write text")  # a prompt, and what it is for
+_WORDS, _LETTERS = 5, 40  # at most, of a prompt
+_OPENING = 64  # tokens of a document, of which these words are the first
 
 
-def summarize(started: Start) -> None:
-    """Print the summary of a complete run."""
-    run = started.run
+def summarize(started: Start, generate: Callable[[list[str]], int]) -> None:
+    """Print the summary of a complete run. generate: prints what `forescale generate` with these
+    words prints."""
+    run, sources = started.run, started.sources
     scores = read_rows(run.metrics, kind="validation")
     if not started.job.continues_text or started.job.objective.whole:
         _summarize_other(started, scores)
         return
     if scores:
         bits = {row["dataset"]: row["bits_per_byte"] for row in scores}
-        sources = started.sources
         if not sources.is_mixture:
             title = f"corpus hash {sources.corpus_hash[:16]}"
-            _print_score(title, bits["validation"], sources.first)
+            tokens = 0 if started.job.run.origin.run else scores[-1]["tokens"]
+            cache = started.job.data.cache_directory
+            _print_score(title, bits["validation"], sources.first, tokens, cache)
         for name, dataset in sources.datasets.items() if sources.is_mixture else ():
             if name in bits:
                 title = f"{name}, corpus hash {dataset.corpus_hash[:16]}"
                 _print_score(title, bits[name], dataset)
-    try:
-        text = sample(started, PROMPT)
+    name, words = _name(started), first_words(sources.first)
+    command = shlex.join(["generate", name, *([f"prompt={words}"] if words else [])])
+    print(f"\nA sample, as `forescale {command}` writes it:\n", flush=True)
+    try:  # the user's command has just trained this class
+        generate([*shlex.split(command)[1:], "trust=true"])
     except UserError as e:  # the weights are no numbers any more: the run is complete nevertheless
-        print(f"\nNo sample: {e}")
-    else:
-        print(f"\nA sample, after {PROMPT!r}:\n")
-        print("\n".join(f"  | {line}" for line in text.splitlines()))
-    name = run.name
+        print(f"No sample: {e}")
     exported = []
     with suppress(UserError):  # no class of transformers fits
         family(RunView(run))
@@ -52,7 +54,7 @@ def summarize(started: Start) -> None:
     _next(
         [
             (f"report {name}", "a page with its curves"),
-            (f'generate {name} prompt="{_WRITE[0]}"', _WRITE[1]),
+            (command, "write text"),
             *exported,
             ("train bigger model=depth model.depth=4", "a model of your own"),
             ("shards TEXT output=DIR", "a dataset of your own"),
@@ -60,10 +62,32 @@ def summarize(started: Start) -> None:
     )
 
 
+def _name(started: Start) -> str:
+    """Return the run as commands name it."""
+    run = started.run
+    return run.name if run.path.parent == Path("runs") else str(run.path)
+
+
+def first_words(dataset: Dataset) -> str:
+    """Return the first words of the first held-out document, or else of the first training
+    document: a prompt of the kind of text that the model knows. Empty if it can't be read."""
+    for name in ("validation", "train"):
+        split = dataset.split(name)
+        if not split.shard_tokens:
+            continue
+        with suppress(UserError):
+            ids = split.read(0, 0, min(_OPENING, split.shard_tokens[0]))
+            ids = ids[: int(np.argmax(np.append(ids, dataset.end_of_text) == dataset.end_of_text))]
+            text = dataset.tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
+            line = next((line for line in text.splitlines() if any(map(str.isalnum, line))), "")
+            return " ".join(line.split()[:_WORDS])[:_LETTERS].strip()
+    return ""
+
+
 def _summarize_other(started: Start, scores: list[dict]) -> None:
     """Print the last scores of a model that continues no text, or learns parts of one alone: they
     compare with no compressor."""
-    name, objective = started.run.name, started.job.objective
+    name, objective = _name(started), started.job.objective
     for dataset, row in {row["dataset"]: row for row in scores}.items():
         if objective.rows > 1:
             accuracy = row.get("rewards/accuracies", math.nan)
@@ -73,10 +97,15 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
             f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of "
             f"{objective.targets}."
         )
+    words = first_words(started.sources.first)
+    first, _, rest = words.partition(" ")
     prompt, purpose = {
-        "gaps": ("def <extra_id_0>(self):", "fill in spans"),
+        "gaps": (f"{first} <extra_id_0> {rest.partition(' ')[2]}".strip(), "fill in spans"),
         "prompt": ("SOURCE", "write its target"),
-    }.get(objective.source_kind, ("PROMPT", "write its response") if objective.whole else _WRITE)
+    }.get(
+        objective.source_kind,
+        ("PROMPT", "write its response") if objective.whole else (words, "write text"),
+    )
     writes = (objective.source_kind or objective.whole) and isinstance(
         started.job.model, ModelConfig
     )
@@ -84,7 +113,7 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
         [
             (f"report {name}", "a page with its curves"),
             (f"eval {name}", "its loss on other text"),
-            *([(f'generate {name} prompt="{prompt}"', purpose)] if writes else []),
+            *([(shlex.join(["generate", name, f"prompt={prompt}"]), purpose)] if writes else []),
         ]
     )
 
@@ -96,22 +125,26 @@ def _next(commands: list[tuple[str, str]]) -> None:
         print(f"  forescale {command:<38}  {purpose}")
 
 
-def _print_score(title: str, bits: float, dataset: Dataset) -> None:
-    """Print the bits per byte of model and compressors on the held-out text of a source."""
+def _print_score(
+    title: str, bits: float, dataset: Dataset, tokens: int = 0, cache: Path | None = None
+) -> None:
+    """Print the bits per byte of model and compressors on the held-out text of a source, and who
+    needs the fewest. tokens: that the model was trained on, 0 if they are of several sources, or
+    if it began with the weights of another."""
     print(f"\nHeld-out text, in bits per byte ({title}):")
-    rows = {"this model": bits, **bits_per_byte(dataset.manifest)}
-    widest = max(map(len, rows))
+    rows, model = bits_per_byte(dataset.manifest), "this model"
+    if tokens and cache:
+        split = dataset.split("train")
+        size = min(split.num_bytes, round(tokens * split.num_bytes / split.num_tokens))
+        model = f"{model}, trained on {size / 1e6:.3g} MB"
+        with suppress(UserError, OSError):  # damaged text, or no room: the run is complete
+            if row := primed(dataset, size, cache):
+                rows = dict(sorted([*rows.items(), row], key=lambda row: -row[1]))
+    widest = max(map(len, (model, *rows)))
+    print(f"  {model:<{widest}}  {bits:.4f}")
     for name, value in rows.items():
-        other = value and name != "this model"  # conditional xz may need 0 bits for a tiny text
-        ratio = f"   the model needs {bits / value:.3f} times this" if other else ""
-        print(f"  {name:<{widest}}  {value:.4f}{ratio}")
-
-
-def sample(started: Start, prompt: str, seed: int = 0) -> str:
-    """Return `prompt` and the text that the newest checkpoint continues it with, up to the end of a
-    document. Raises UserError if its logits are not finite."""
-    view = RunView(started.run)
-    model = view.model(trust=True)  # the user's command has just trained this class
-    config = GenerationConfig(SAMPLE_TOKENS, Sampler(temperature=1.0, top_k=50))
-    answer = Answer(view.tokenizer, question_of(view, prompt), config, seed)
-    return prompt + "".join(piece for _, piece in stream(model, [answer]))
+        ratio = f"the model needs {bits / value:.3f} times this"
+        print(f"  {name:<{widest}}  {value:.4f}   {ratio}")
+    if rows:
+        best = min(rows, key=lambda name: rows[name])
+        print(f"Fewest bits: {model if bits < rows[best] else best}.")

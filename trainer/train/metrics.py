@@ -12,13 +12,15 @@ from typing import Any, Protocol
 
 from forescale.checkpoint.reader import Position
 from forescale.engine.world import StepSummary
-from forescale.ground.console import is_terminal, open_console
+from forescale.ground.console import is_terminal, open_console, span
 from forescale.resilience.phases import training_seconds
 from forescale.run.abilities import in_words
 from forescale.run.directory import Attempt
 from forescale.run.forecast import PredictionInterval, describe
 from forescale.train.callbacks import Callback, Every, Step
 from forescale.train.evaluate import Scored
+
+_PACE = 3  # steps after the first one, which compiles, whose pace is the first estimate
 
 
 class Tracker(Protocol):
@@ -194,8 +196,9 @@ class Metrics(Callback):
 class ProgressLine:
     """The progress line: live on a terminal, else printed whenever `due`.
 
-    Speed and time left are of the steps alone, the last 50, without evaluation and saving. total:
-    steps of the run; done: steps before this attempt; active: False on ranks that print nothing;
+    Speed and time left are of the steps alone, the last 50, without evaluation and saving; a
+    sentence says the time as soon as it is known, if it is minutes. total: steps of the run; done:
+    steps before this attempt; active: False on ranks that print nothing;
     counted: what targets are, in a word; samples: the windows of so many steps, with which time is
     counted where they differ.
     """
@@ -231,6 +234,9 @@ class ProgressLine:
         if not self._is_first:
             windows = self._samples(row["step"]) - self._samples(row["step"] - 1)
             self._recent.append(training_seconds(row["seconds"]) / windows)
+            if len(self._recent) == _PACE and (left := self._seconds_left(row["step"])) >= 120:
+                pace = f"at the pace of the first {_PACE + 1} steps, without evaluation and saving"
+                self.print(f"This run needs {span(left)} more here, {pace}.")
         self._is_first = False
         due = self.due.update(row["step"], summary)
         if self._live:
@@ -239,12 +245,19 @@ class ProgressLine:
         elif due:
             print(self._text(row, mfu_per_rate), flush=True)
 
+    @property
+    def _pace(self) -> float:
+        """Seconds a window, of the last steps; 0.0 before the second one."""
+        return sum(self._recent) / len(self._recent) if self._recent else 0.0
+
+    def _seconds_left(self, step: int) -> float:
+        return (self._samples(self.total) - self._samples(step)) * self._pace
+
     def _text(self, row: dict[str, Any], mfu_per_rate: float, width: int | None = None) -> str:
         """Return the line; shorter where `width` columns are too few for all of it."""
-        pace = sum(self._recent) / len(self._recent) if self._recent else 0.0
-        read = self._samples(row["step"])
+        pace, read = self._pace, self._samples(row["step"])
         rate = row["tokens"] / read / pace if pace else row["tokens_per_second"]
-        eta = clock((self._samples(self.total) - read) * pace) if pace else "--:--"
+        eta = clock(self._seconds_left(row["step"])) if pace else "--:--"
         step = f"{row['step']:>{len(str(self.total))}}/{self.total}"
         parts = {
             "step": f"step {step} ({row['step'] / self.total:6.1%})",

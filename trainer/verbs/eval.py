@@ -147,7 +147,7 @@ class _Scores:
         widest = max(map(len, others))
         for name, bits in others.items():
             ratio = ""
-            if bits and job.windows is None:  # over the same bytes
+            if job.windows is None:  # over the same bytes
                 ratio = f"   the model needs {score.bits_per_byte / bits:.3f} times this"
             print(f"  {name:<{widest}}  {bits:.4f}{ratio}")
 

@@ -1,7 +1,9 @@
 """`forescale help TOPIC`: the pages of the manual, offline.
 
-Invariant: a topic is the README of a room, which its package holds; a link leads to another topic,
-or is text, because an installation has no other files of the project.
+Invariant: a topic is the README of a room, which its package holds, or the results of models; a
+link leads to another topic, or is text, because an installation has no other files of the project.
+A page that names such files, as the tests that show what holds, says at its end that they are of a
+clone.
 """
 
 import re
@@ -24,7 +26,14 @@ _ROOMS = ("data", "checkpoint", "monitor", "plan", "scaling", "models", "inferen
 # The package of each topic, in the order of reading; the first page is the project's own.
 TOPICS = {"start": "", "conf": "forescale.conf", "slurm": "forescale.slurm"}
 TOPICS |= {room: f"forescale.{room}" for room in _ROOMS} | {"code": "forescale"}
+_RESULTS = "results"
+TOPICS |= {_RESULTS: "forescale.models"}
 _PAGE = re.compile(r"(?:^|/)(\w+)/README\.md$")  # the folder of a README
+_CLONED = re.compile(r"`(?:FORESCALE_\w+=\w+ )?pytest\b|\b(?:python )?tests/|`\.ci/")
+_OF_A_CLONE = """
+`pytest` and `python tests/...` run in a clone of the project; an installation has no `tests/`. The
+first page, `forescale help start`, shows what holds by commands of an installation.
+"""
 
 
 @dataclass
@@ -49,7 +58,8 @@ def main(arguments: list[str]) -> int:
         print("\n".join(["The manual: forescale help TOPIC, with one of these topics", "", *rows]))
         print("\nforescale --help lists the verbs, forescale VERB --help the keys of one.")
     elif topic in TOPICS:
-        _print(with_topics(page_of(topic)))
+        page = with_topics(page_of(topic))
+        _print(page + _OF_A_CLONE * bool(_CLONED.search(page)))
     elif topic in VERBS:
         print(help_page(topic, []), end="")
     else:
@@ -61,7 +71,8 @@ def main(arguments: list[str]) -> int:
 def page_of(topic: str) -> str:
     """Return the Markdown of a topic."""
     if TOPICS[topic]:
-        return files(TOPICS[topic]).joinpath("README.md").read_text(encoding="utf-8")
+        name = "RESULTS.md" if topic == _RESULTS else "README.md"
+        return files(TOPICS[topic]).joinpath(name).read_text(encoding="utf-8")
     root = Path(__file__).resolve().parents[1]
     if root.name == "trainer":  # a checkout
         return (root.parent / "README.md").read_text(encoding="utf-8")
@@ -86,6 +97,7 @@ def with_topics(page: str) -> str:
             return match[0]
         room = _PAGE.search(link)
         topic = {"trainer": "code"}.get(room[1], room[1]) if room else ""
+        topic = _RESULTS if link.endswith("RESULTS.md") else topic
         if topic not in TOPICS:
             return text
         command = f"`forescale help {topic}`"

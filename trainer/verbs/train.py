@@ -32,6 +32,7 @@ from forescale.run.directory import Run
 from forescale.run.feed import epochs, feed_of, notes
 from forescale.run.start import Start, start
 from forescale.train.probe import examine_apart
+from forescale.verbs import load
 
 _FROZEN = "--frozen"
 _TRUST = "trust=true"
@@ -88,7 +89,7 @@ def main(words: list[str]) -> int:
         with first_imports():
             from forescale.inference.summary import summarize
 
-        summarize(started)
+        summarize(started, load("generate").main)
     return code
 
 

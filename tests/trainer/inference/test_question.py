@@ -18,6 +18,7 @@ from forescale.models import Transformer
 from forescale.models.decoding.sampler import Sampler
 from forescale.run.start import start
 from forescale.train.model import build_model
+from forescale.verbs.generate import main as generate
 from tests.reversed_words import KIND, make_pairs
 from tests.trainer.small_run import LENGTH, feed, make_job, make_run
 
@@ -216,7 +217,7 @@ def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(
     """Nothing says how its model would read a prompt."""
     options = ["objective=own", "objective._target_=forescale.data.objectives.prefix.Prefix"]
     job = make_job(small_data, tmp_path, "own", *SMALL, *options, "model.encoder_layers=1")
-    summary.summarize(start(job))
+    summary.summarize(start(job), generate)
     assert "generate" not in capsys.readouterr().out
     path = make_run(small_data, tmp_path, "made", *SMALL, *options, "model.encoder_layers=1").path
     code, _, err = forescale("generate", path, "prompt=def")

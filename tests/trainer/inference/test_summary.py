@@ -1,9 +1,16 @@
-"""What a complete run ends with: a sample, also of a model that has diverged, and next steps."""
+"""What a complete run ends with: scores beside compressors, a sample, and next steps."""
+
+import re
+import shlex
 
 import pytest
 
+from forescale.data.dataset import Dataset
 from forescale.inference import summary
+from forescale.inference.view import RunView
 from forescale.run.start import start
+from forescale.verbs.generate import main as generate
+from tests.trainer.data.prepare.test_builder import texts_of
 from tests.trainer.inference.test_generation import Constant
 from tests.trainer.small_run import make_job
 
@@ -12,22 +19,42 @@ def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, mon
     started = start(make_job(small_data, tmp_path / "runs", "first"))
     size = started.sources.vocab_size
     nan = Constant([float("nan")] * size)
-    monkeypatch.setattr(summary.RunView, "model", lambda *_, **__: nan)
-    summary.summarize(started)
+    monkeypatch.setattr(RunView, "checkpoint", lambda *_: None)
+    monkeypatch.setattr(RunView, "load", lambda *_, **__: nan)
+    summary.summarize(started, generate)
     out = capsys.readouterr().out
     assert "No sample: the model: can't write text" in out
     assert "Next:" in out
 
 
+def test_the_sample_is_what_generate_writes(own_run, small_data, forescale, capsys):
+    """It begins with words of a held-out document, of whatever kind the text is."""
+    started = start(RunView(own_run).config)
+    summary.summarize(started, generate)
+    out = capsys.readouterr().out
+    command = re.search("A sample, as `(forescale .*)` writes it:", out)[1]
+    assert command in out.partition("Next:")[2]
+    _, *words = shlex.split(command)
+    assert words[:2] == ["generate", str(started.run.path)]
+    prompt = words[2].removeprefix("prompt=")
+    assert prompt
+    assert any(text.startswith(prompt) for text in texts_of(small_data, "validation"))
+    assert forescale.prints(*words) in out
+    assert "PPMd, given" in out
+    scores = dict(re.findall(r"^  (.+?)  +(\d\.\d{4})", out, re.MULTILINE))
+    best = re.search("Fewest bits: (.*)[.]", out)[1]
+    assert scores[best] == min(scores.values())
+    xz = Dataset(small_data).manifest["baselines"]["xz"]["bits_per_byte"]
+    assert float(scores["xz"]) == pytest.approx(xz, abs=1e-4)
+
+
 @pytest.mark.parametrize("mixer", ["attention", "mingru"])
 def test_the_summary_names_an_export_only_of_a_model_that_has_one(
-    small_data, tmp_path, monkeypatch, capsys, mixer
+    small_data, tmp_path, capsys, mixer
 ):
     started = start(make_job(small_data, tmp_path / "runs", "first", f"model.mixer={mixer}"))
-    model = Constant([0.0] * started.sources.vocab_size)
-    monkeypatch.setattr(summary.RunView, "model", lambda *_, **__: model)
-    summary.summarize(started)
-    assert ("forescale export first" in capsys.readouterr().out) == (mixer == "attention")
+    summary.summarize(started, lambda words: 0)
+    assert ("forescale export " in capsys.readouterr().out) == (mixer == "attention")
 
 
 def test_the_summary_names_what_each_objective_s_model_can_do(small_data, tmp_path, capsys):
@@ -35,8 +62,9 @@ def test_the_summary_names_what_each_objective_s_model_can_do(small_data, tmp_pa
     for kind, keys in words.items():
         sizes = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
         job = make_job(small_data, tmp_path, kind, *sizes, f"objective={kind}", *keys)
-        summary.summarize(start(job))
+        summary.summarize(start(job), generate)
     out = capsys.readouterr().out
-    assert "forescale eval masked" in out
-    assert "forescale generate masked" not in out
-    assert 'forescale generate seq2seq prompt="def <extra_id_0>(self):"' in out
+    assert f"forescale eval {tmp_path}/masked" in out
+    assert f"forescale generate {tmp_path}/masked" not in out
+    first = summary.first_words(Dataset(small_data)).split()[0]
+    assert f"forescale generate {tmp_path}/seq2seq 'prompt={first} <extra_id_0>" in out

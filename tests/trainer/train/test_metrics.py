@@ -14,6 +14,7 @@ from forescale.config.duration import Duration
 from forescale.config.sections.batch import Cadence
 from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary
+from forescale.ground.console import span
 from forescale.run.abilities import Accuracy
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
@@ -196,7 +197,9 @@ def test_plain_lines_come_at_their_interval(metrics, capsys):
     new = metrics("10 steps")
     for t in range(1, 32):
         new.see(step(t), summary(t))
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    # Of the steps after the first one, which compiles.
+    assert first.startswith(f"This run needs {span((TOTAL - 4) * 1.25)} more here")
     assert [line.split("/")[0] for line in lines] == ["step   10", "step   20", "step   30"]
     # 20 tokens in the 1.25 seconds that a step takes with all that belongs to it.
     eta = clock((TOTAL - 30) * 1.25)

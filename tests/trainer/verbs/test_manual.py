@@ -125,6 +125,22 @@ def test_a_page_names_topics_and_no_files_that_an_installation_lacks(topic, fore
     assert not re.findall(r"\]\((?!https?://)", out)
     named = re.findall(r"forescale help ([a-z]+)", out)
     assert {*named} <= {*help_verb.TOPICS, *VERBS}
+    # The tests are named as proofs, and the page says where they are.
+    names_tests = re.search(
+        r"pytest|(tests|\.ci|shared)/", out.partition("`pytest` and `python")[0]
+    )
+    assert bool(names_tests) == out.endswith(help_verb._OF_A_CLONE)
+
+
+def test_what_the_first_page_promises_is_shown_by_commands_of_an_installation(forescale):
+    page = forescale.prints("help", "start")
+    table = page.partition("## What holds")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!claim|---)(.+) \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) >= 4
+    for _, shown in rows:
+        lines = re.findall("`([^`]+)`", shown)
+        assert lines
+        assert all(line.startswith("forescale ") and line.split()[1] in VERBS for line in lines)
 
 
 def test_help_of_a_verb_and_of_nothing(forescale):

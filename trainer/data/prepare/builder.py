@@ -35,6 +35,7 @@ from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.sample import TOKENIZER, compress_samples, sample_unit, texts
 from forescale.data.prepare.selection import (
     SPLITS,
+    VALIDATION,
     ChangedError,
     HashRun,
     NoTextError,
@@ -62,7 +63,8 @@ class BuildConfig:
     tokenizer: str = "bpe"
     vocab_size: int = 4096  # entries of a trained BPE
     end_of_text: str | None = None  # token of a given tokenizer; None: try common names
-    validation: float = 0.02  # share of the documents, chosen by the hash of their text
+    # share of the documents, chosen by the hash of their text; small inputs give more
+    validation: float = 0.02
     seed: int = 0  # for the order of the documents
     shard_tokens: int = 1 << 26
     member_tokens: int = 1 << 20
@@ -172,6 +174,10 @@ class _Build:
                 for key, count in split.items():
                     splits[name][key] += count
                     source[key] += count
+            if bounds.tails[unit.source]:  # two parts of one document
+                divided = encoded["splits"][VALIDATION]["documents"]
+                source["documents"] -= divided
+                source["divided"] = source.get("divided", 0) + divided
             lengths += encoded["lengths"]  # documents of 2^i tokens and more, with end of text
             for unit_facts in (hashed, encoded):
                 left_out.merge(ReadingReport(**unit_facts["report"]))
@@ -223,7 +229,8 @@ class _Build:
             raise NoTextError("the source", "has no usable document", todo)
         count = sum(run.distinct for unit in runs for run in unit)
         edges = range_edges(count)
-        job = partial(find_distinct, work.hashes, work.ranges, runs)
+        inputs = [unit.source for unit in self.units]
+        job = partial(find_distinct, work.hashes, work.ranges, runs, inputs)
         tasks = [
             Task(f"hashes, range {i + 1} of {len(edges) - 1}", job, (i, low, high))
             for i, (low, high) in enumerate(pairwise(edges))
@@ -231,8 +238,8 @@ class _Build:
         self._phase("find duplicates", "documents", count, tasks)
         ranges = [work.ranges / f"{i:04d}" for i in range(len(tasks))]
         sampled = self.config.tokenizer_bytes if self.tokenizer is None else 0
-        bounds = choose(ranges, self.config.validation, sampled)
-        selection = Selection(self.source, work.hashes, ranges, bounds, self.config.validation)
+        bounds = choose(ranges, self.config.validation, sampled, len(self.source.sources))
+        selection = Selection(self.source, work.hashes, ranges, bounds)
         return selection, sizes
 
     def _trained_tokenizer(self) -> bytes:

@@ -1,8 +1,10 @@
 """Samples of the text: for training a BPE, and for the comparison with compressors.
 
-A model's bits per byte are compared with the compressed sizes of the held-out text. `xz` sees only
-that text, as one stream; `zlib_per_file` sees only one file at a time; `xz_conditional` has seen a
-sample of the training text, like a model: xz(sample + held-out) - xz(sample).
+A model's bits per byte are compared with the compressed sizes of the held-out text. `xz` and `ppmd`
+see only that text, as one stream; `zlib_per_file` sees only one file at a time; `ppmd_all` has read
+the training text before, like a model: what one stream of PPMd grows by, when the held-out text
+follows the training text. PPMd predicts each byte from counts of what followed the last 16 and
+fewer bytes, so it is the one that learns as a model does.
 
 Invariant: a sample is chosen by the documents' keys and has source order; at most the bytes that
 the selection allows plus one document, of which at most `limit` bytes are taken.
@@ -10,26 +12,31 @@ the selection allows plus one document, of which at most `limit` bytes are taken
 
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyppmd import Ppmd7Encoder
 
+from forescale.data.dataset import Dataset
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.prepare.selection import HashRun, Selection
+from forescale.data.prepare.selection import COMPARED, HashRun, Selection
 from forescale.data.text.documents import ReadingReport, Unit, cut
+from forescale.ground.storage import make_folder, read_json, write_json
 
-TOKENIZER, BEFORE, HELD_OUT = 1, 2, 4  # purposes of a text: bits of a flag
+TOKENIZER, PRECEDING, HELD_OUT = 1, 2, 4  # purposes of a text: bits of a flag
 # -9e isn't always smaller; the window of both (64 MiB) covers sample and held-out text.
 PRESETS = {"9": 9, "9e": 9 | lzma.PRESET_EXTREME}
 _NAMES = {
-    "xz": "xz, the files as one stream",
+    "xz": "xz",
     "zlib_per_file": "zlib, file by file",
-    "xz_conditional": "conditional xz, given training files",
+    "ppmd": "PPMd",
+    "ppmd_all": "PPMd, given {megabytes:.3g} MB of training text",
 }
+_ORDER, _MEMORY = 16, 1 << 30  # bytes before a byte; at most, and taken as the counts grow
 
 
 def sample_unit(
@@ -38,10 +45,11 @@ def sample_unit(
     """Collect a unit's texts that the selection wants. A unit without any isn't read and has no
     file. limit: maximum bytes of one document in the tokenizer's sample."""
     path, bounds = directory / f"{number:06d}", selection.bounds
-    start = 0 if bounds.compared else bounds.held_out
-    end = max(bounds.tokenizer, bounds.compared)
+    held_out, tail = bounds.held_out[unit.source], bounds.tails[unit.source]
+    start = 0 if bounds.compared else held_out
+    end = max(bounds.tokenizer, bounds.compared, held_out)
     with UnitFile(selection.hashes / f"{number:06d}") as file:
-        is_sampled = bounds.is_single or any(
+        is_sampled = (tail and bounds.compared) or any(
             file.search(run.offset, run.distinct, start)
             < file.search(run.offset, run.distinct, end)
             for run in map(HashRun._make, file.facts["runs"])
@@ -51,7 +59,7 @@ def sample_unit(
             sizes, flags = [], []
             for part in selection.parts(number, unit, ReadingReport()):
                 flag = TOKENIZER * (part.key < bounds.tokenizer)
-                flag += BEFORE * (part.key < bounds.compared)
+                flag += PRECEDING * (part.key < bounds.compared)
                 if part.split != "train":
                     flag = HELD_OUT if bounds.compared else 0
                 if flag:
@@ -86,27 +94,27 @@ def compress_samples(directory: Path, units: int, path: Path, tick: Tick) -> Non
     if finished(path):
         return
     held_out = list(texts(directory, units, HELD_OUT))
-    before = list(texts(directory, units, BEFORE))
     with UnitWriter(path) as out:
         # Nothing is held out of a single document that is too short to be cut.
-        out.finish(compress(held_out, before) if held_out else {})
+        out.finish(compress(held_out, texts(directory, units, PRECEDING)) if held_out else {})
 
 
-def compress(held_out: list[bytes], sample: list[bytes]) -> dict[str, Any]:
+def compress(held_out: list[bytes], before: Iterable[bytes]) -> dict[str, Any]:
     """Return sizes and bits per byte of held-out documents, in corpus order; the better xz preset
     is used.
 
-    sample: training documents for the conditional size. Takes less than a second per MB of both.
+    before: training documents, which PPMd reads first. Takes less than a second per MB of both, and
+    up to 1.2 GB for 64 MB.
     """
-    text, before = b"".join(held_out), b"".join(sample)
+    text = b"".join(held_out)
 
-    def xz(data: bytes, preset: str) -> int:
-        return len(lzma.compress(data, preset=PRESETS[preset]))
+    def xz(preset: str) -> int:
+        return len(lzma.compress(text, preset=PRESETS[preset]))
 
     with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
-        sizes = dict(zip(PRESETS, pool.map(lambda preset: xz(text, preset), PRESETS), strict=True))
-        best = min(sizes, key=lambda name: (sizes[name], name))
-        both, alone = pool.map(lambda data: xz(data, best), (before + text, before))
+        sizes = dict(zip(PRESETS, pool.map(xz, PRESETS), strict=True))
+    best = min(sizes, key=lambda name: (sizes[name], name))
+    primed_size, read = ppmd(text, before)
 
     def row(size: int, **facts: Any) -> dict[str, Any]:
         return {"bytes": size, "bits_per_byte": 8 * size / len(text), **facts}
@@ -116,14 +124,69 @@ def compress(held_out: list[bytes], sample: list[bytes]) -> dict[str, Any]:
         "held_out_files": len(held_out),
         "xz": row(sizes[best], preset=best),
         "zlib_per_file": row(sum(len(zlib.compress(d, 9)) for d in held_out), level=9),
-        "xz_conditional": row(
-            both - alone, preset=best, sample_files=len(sample), sample_bytes=len(before)
-        ),
+        "ppmd": row(ppmd(text)[0], order=_ORDER),
+        "ppmd_all": row(primed_size, order=_ORDER, sample_bytes=read),
     }
+
+
+def ppmd(text: bytes, before: Iterable[bytes] = ()) -> tuple[int, int]:
+    """Return the bytes that PPMd needs for a text, once it has read those before it, and how many
+    those are. Its coder holds back a few bytes of the text before, which count here."""
+    encoder, read = Ppmd7Encoder(_ORDER, _MEMORY), 0
+    for part in before:
+        encoder.encode(part)
+        read += len(part)
+    return len(encoder.encode(text)) + len(encoder.flush()), read
+
+
+def primed(dataset: Dataset, size: int, cache: Path) -> tuple[str, float] | None:
+    """Return PPMd's bits per byte of the held-out text of a dataset, given `size` bytes of its
+    training text or a little more, with a readable name; None if it was built without compressors,
+    or PPMd was given so much there already.
+
+    The training text is the first in the order of the shards, at most COMPARED bytes, which takes
+    some four seconds once; `cache` is a directory that holds the result for later runs.
+    """
+    stored = (dataset.manifest.get("baselines") or {}).get("ppmd_all")
+    size = min(size, COMPARED)
+    if stored is None or size >= stored["sample_bytes"]:
+        return None
+    path = cache / f"ppmd-{dataset.identity[:16]}-{size}.json"
+    if not path.exists():
+        held_out = b"".join(documents(dataset, "validation"))
+        needed, read = ppmd(held_out, first_bytes(documents(dataset, "train"), size))
+        make_folder(cache)
+        write_json(path, {"bits_per_byte": 8 * needed / len(held_out), "sample_bytes": read})
+    row = read_json(path)
+    return _name("ppmd_all", row), row["bits_per_byte"]
+
+
+def first_bytes(texts: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield the first texts that together have `size` bytes, the last of them whole."""
+    for text in texts:
+        if size <= 0:
+            return
+        yield text
+        size -= len(text)
+
+
+def documents(dataset: Dataset, split: str) -> Iterator[bytes]:
+    """Yield the documents of a split as text, in the order of its shards."""
+    part, decode = dataset.split(split), dataset.tokenizer.decode
+    for shard, tokens in enumerate(part.shard_tokens):
+        start = 0
+        for end in part.document_ends(shard, 0, tokens).tolist():
+            ids = part.read(shard, start, end - start - 1)  # without the end of text
+            yield decode(ids, skip_special_tokens=False).encode()
+            start = end
+
+
+def _name(key: str, row: dict[str, Any]) -> str:
+    return _NAMES[key].format(megabytes=row.get("sample_bytes", 0) / 1e6)
 
 
 def bits_per_byte(manifest: dict[str, Any]) -> dict[str, float]:
     """Return bits per byte of each compressor for the held-out text of a dataset, by a readable
     name; empty if none was computed."""
     stored = manifest.get("baselines") or {}
-    return {name: stored[k]["bits_per_byte"] for k, name in _NAMES.items() if k in stored}
+    return {_name(k, stored[k]): stored[k]["bits_per_byte"] for k in _NAMES if k in stored}

@@ -5,14 +5,18 @@ the ends of lines, no blank lines at the beginning and the end. The SHA-256 of t
 to 128 bits, is the document's hash; its first 64 bits are the document's key, which decides
 everything else: whether the document is held out, is in a sample, and its position in the shuffle.
 
+The share `validation` of the documents is held out, those with the lowest keys. A small input gives
+more, so that its loss means something: see _held_out.
+
 Invariant: of equal documents the first in source order (unit, then document) stays, independent of
-how the source is cut into units and of the order in which they are hashed. A document is held out
-because of its own hash, so it stays held out whatever is added to or removed from the corpus. All
-decisions are bounds on keys, so the selection for any corpus is a few numbers.
+how the source is cut into units and of the order in which they are hashed. A document in the share
+`validation` is held out because of its own hash, so it stays held out whatever is added to or
+removed from the corpus. All decisions are bounds on keys, so the selection for any corpus is a few
+numbers for each input.
 
     hashes/000012     per unit, in runs of _RUN documents: hash, number and size of the distinct
                       ones, sorted by hash; XXH3-64 of every document's bytes, in their order
-    ranges/0003       per range of the hashes, over all units: key and size of the distinct
+    ranges/0003       per range of the hashes, over all units: key, size and input of the distinct
                       documents, sorted by key; unit by unit the documents that equal an earlier one
 
 A task holds one run of a unit, or one range: about 100 MB.
@@ -36,8 +40,13 @@ from forescale.ground.errors import UserError
 
 SPLITS = ("train", "validation")
 VALIDATION = SPLITS[1]
-# The most held-out text, and the largest sample, for the comparison with compressors.
-COMPARED, SAMPLE_FILES = 16_000_000, 400  # bytes, documents
+# Bytes: the most held-out text that compressors are compared on, the most training text before it.
+COMPARED, BEFORE = 16_000_000, 64_000_000
+# At least so many documents of an input are held out, and so many bytes of the corpus (some 200,000
+# tokens), but at most a tenth of the input: an input of fewer than _FEW documents gives the last
+# part of each, as does one whose lowest keys belong to documents with over a quarter of its text.
+_DOCUMENTS, _BYTES, _TENTH, _FEW, _QUARTER = 8, 750_000, 0.1, 20, 0.25
+_INPUTS = 64  # a corpus of more inputs, such as the files of a glob, counts as one input
 _ALL = 1 << 64  # above every key
 _CHANGED = ("changed while it was being read", "run the same command again")
 _RUN = 1 << 17  # documents
@@ -127,13 +136,14 @@ def find_distinct(
     hashes: Path,
     directory: Path,
     units: list[list[HashRun]],
+    inputs: Sequence[int],
     number: int,
     low: int,
     high: int,
     tick: Tick,
 ) -> None:
     """Find the distinct documents with keys in [low, high), the range of this number. units: the
-    runs of each."""
+    runs of each; inputs: the input of each."""
     if done := finished(path := directory / f"{number:04d}"):
         tick(done["hashes"], 0)
         return
@@ -154,17 +164,20 @@ def find_distinct(
     first, dropped = order[unique], np.sort(order[~unique])  # columns are in source order
     starts = np.searchsorted(unit[dropped], np.arange(len(units) + 1))
     with UnitWriter(path) as out:
-        results = (key[first], size[first], starts.astype("<u8"), document[dropped])
+        of_input = np.array(inputs, "<u8")[unit[first]]
+        results = (key[first], size[first], of_input, starts.astype("<u8"), document[dropped])
         offsets = [out.add(column) for column in results]
         out.finish({"hashes": len(key), "kept": len(first), "offsets": offsets})
     tick(len(key), 0)
 
 
-def unique_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return keys (ascending) and sizes of the distinct documents in a file of ranges/."""
+def unique_of(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return keys (ascending), sizes and inputs of the distinct documents in a file of ranges/."""
     with UnitFile(path) as file:
-        count, (keys, sizes, *_) = file.facts["kept"], file.facts["offsets"]
-        return file.column(keys, count, "<u8"), file.column(sizes, count, "<u8")
+        keys, sizes, inputs = (
+            file.column(offset, file.facts["kept"], "<u8") for offset in file.facts["offsets"][:3]
+        )
+        return keys, sizes.astype(np.int64), inputs.astype(np.int64)
 
 
 class ChangedError(UserError):
@@ -178,16 +191,16 @@ class NoTextError(UserError):
 class Bounds(NamedTuple):
     """Bounds on document keys.
 
-    Documents with keys below `held_out` are validation, the others training. Training documents
-    below `tokenizer` are the sample for training a BPE, those below `compared` the sample that
-    compressors see before the held-out text; 0 if there is no sample. is_single: there is only one
-    document; its last part (a fraction of it, cut at a line) is held out.
+    Of input i, documents with keys below `held_out[i]` are validation, the others training; of each
+    of these the last part is validation too, `tails[i]` of its bytes, cut at a line. Training
+    documents below `tokenizer` are the sample for training a BPE, those below `compared` what a
+    compressor reads before the held-out text; 0 if there is no sample.
     """
 
-    held_out: int
+    held_out: tuple[int, ...]
+    tails: tuple[float, ...]
     tokenizer: int
     compared: int
-    is_single: bool
 
 
 class Part(NamedTuple):
@@ -207,7 +220,6 @@ class Selection:
     hashes: Path
     ranges: Sequence[Path]
     bounds: Bounds
-    validation: float
 
     def parts(self, number: int, unit: Unit, report: ReadingReport) -> Iterator[Part]:
         """Yield a unit's selected documents, in order. Duplicates are added to the report.
@@ -215,6 +227,7 @@ class Selection:
         Raises ChangedError if a document isn't the one that was hashed.
         """
         documents = self.source.read(unit, ReadingReport())
+        held_out, tail = self.bounds.held_out[unit.source], self.bounds.tails[unit.source]
         with UnitFile(self.hashes / f"{number:06d}") as file:
             dropped = np.concatenate([self._dropped(path, number) for path in self.ranges])
             for run in map(HashRun._make, file.facts["runs"]):
@@ -231,13 +244,13 @@ class Selection:
                     name, text = document.name, document.text
                     if not is_first:
                         report.add("duplicate", name)
-                    elif self.bounds.is_single:
-                        at = cut(text, 0, max(1, round(len(text) * (1 - self.validation))))
+                    elif tail:
+                        at = cut(text, 0, max(1, round(len(text) * (1 - tail))))
                         yield Part("train", key, f"{name} (first part)", text[:at])
                         if at < len(text):
                             yield Part("validation", key, f"{name} (last part)", text[at:])
                     else:
-                        split = "validation" if key < self.bounds.held_out else "train"
+                        split = "validation" if key < held_out else "train"
                         yield Part(split, key, name, text)
         if next(documents, None) is not None:
             raise ChangedError(unit.label, *_CHANGED)
@@ -251,51 +264,92 @@ class Selection:
             return file.column(documents, stop - start, "<u8", start)
 
 
-def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
+def choose(ranges: Sequence[Path], validation: float, sampled: int, inputs: int) -> Bounds:
     """Return the bounds for the distinct documents in ranges/.
 
-    validation: fraction of the documents to hold out; at least one is held out, the one with the
-    lowest key. sampled: bytes of training text for the tokenizer's sample, 0 for none; both samples
-    take the documents with the lowest keys. Raises UserError if nothing is left to train on.
+    validation: fraction of the documents to hold out; 0: none. sampled: bytes of training text for
+    the tokenizer's sample, 0 for none; both samples take the documents with the lowest keys.
+    inputs: of the source. Raises UserError if nothing is left to train on.
     """
-    held_out, held_bytes, count, total = int(validation * _ALL), 0, 0, 0
-    for path in ranges:
-        keys, sizes = unique_of(path)
-        if validation and len(keys) and not count:
-            held_out = max(held_out, int(keys[0]) + 1)
-        count += len(keys)
-        total += int(sizes.sum())
-        held_bytes += int(sizes[: _below(keys, held_out)].sum())
-    if validation and count == 1:
-        return Bounds(0, _ALL if sampled else 0, _ALL if total <= COMPARED else 0, is_single=True)
+    groups = 1 if inputs > _INPUTS else inputs
+    bounds, tails, held_bytes, total = _held_out(ranges, validation, groups)
     if held_bytes == total:
         raise NoTextError("the source", "leaves no text for training", "give more documents")
-    compared = COMPARED if 0 < held_bytes <= COMPARED else 0
+    compared = BEFORE if 0 < held_bytes <= COMPARED else 0
     return Bounds(
-        held_out,
-        _bound(ranges, held_out, sampled, count, inclusive=True),
-        _bound(ranges, held_out, compared, SAMPLE_FILES, inclusive=False),
-        is_single=False,
+        tuple(bounds if groups > 1 else bounds * inputs),
+        tuple(tails if groups > 1 else tails * inputs),
+        _bound(ranges, bounds, sampled, inclusive=True),
+        _bound(ranges, bounds, compared, inclusive=False),
     )
 
 
-def _bound(
-    ranges: Sequence[Path], start: int, limit: int, documents: int, *, inclusive: bool
-) -> int:
-    """Return the exclusive end of the keys from `start` on whose documents hold `limit` bytes and
-    are at most `documents`. inclusive: including the document that reaches the limit."""
+def _held_out(
+    ranges: Sequence[Path], validation: float, groups: int
+) -> tuple[list[int], list[float], int, int]:
+    """Return `held_out` and `tails` of each group of documents (an input; or all of them), the
+    bytes that these hold out, and those of all documents."""
+    counts, sizes_G = np.zeros((2, groups), np.int64)
+    for path in ranges:
+        _, sizes, group = _grouped(path, groups)
+        counts += np.bincount(group, minlength=groups)
+        np.add.at(sizes_G, group, sizes)
+    total = int(sizes_G.sum())
+    bounds, tails, held_bytes = [0] * groups, [0.0] * groups, 0
+    for i in np.flatnonzero(counts).tolist() if validation else ():
+        count, size = int(counts[i]), int(sizes_G[i])
+        least = min(_BYTES * size / total, _TENTH * size)
+        bounds[i], held = _lowest(ranges, groups, i, validation, count // 10, least)
+        if count < _FEW or held > max(_QUARTER, 2 * validation) * size:
+            tails[i] = max(validation, min(_TENTH, _BYTES / total))
+            bounds[i], held = 0, round(tails[i] * size)
+        held_bytes += held
+    return bounds, tails, held_bytes, total
+
+
+def _lowest(
+    ranges: Sequence[Path], groups: int, group: int, validation: float, tenth: int, least: float
+) -> tuple[int, int]:
+    """Return the exclusive end of the keys of a group's held-out documents, and their bytes: all in
+    the share `validation`, and those after them until there are enough. tenth: of its documents;
+    least: bytes."""
+    bound, documents, held = int(validation * _ALL), 0, 0
+    for path in ranges:
+        keys, sizes, group_of = _grouped(path, groups)
+        keys, sizes = keys[group_of == group], sizes[group_of == group]
+        number, so_far = np.arange(len(keys)) + documents, np.cumsum(sizes) - sizes + held
+        few = (number < min(_DOCUMENTS, tenth)) | (so_far < least)
+        taken = max(_below(keys, bound), int(few.sum()))
+        documents, held = documents + taken, held + int(sizes[:taken].sum())
+        if taken:
+            bound = max(bound, int(keys[taken - 1]) + 1)
+        if taken < len(keys):
+            break
+    return bound, held
+
+
+def _grouped(path: Path, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return keys, sizes and groups of the distinct documents in a file of ranges/."""
+    keys, sizes, inputs = unique_of(path)
+    return keys, sizes, inputs if groups > 1 else np.zeros_like(inputs)
+
+
+def _bound(ranges: Sequence[Path], held_out: list[int], limit: int, *, inclusive: bool) -> int:
+    """Return the exclusive end of the keys of the training documents that hold `limit` bytes.
+    held_out: bounds of each group. inclusive: including the document that reaches the limit."""
     bound = 0
     for path in ranges if limit else ():
-        keys, sizes = unique_of(path)
-        at = _below(keys, start)
-        keys, totals = keys[at:], np.cumsum(sizes[at:].astype(np.int64))
+        keys, sizes, group = _grouped(path, len(held_out))
+        is_trained = np.ones(len(keys), bool)
+        for i, start in enumerate(held_out):
+            is_trained[: _below(keys, start)] &= group[: _below(keys, start)] != i
+        keys, totals = keys[is_trained], np.cumsum(sizes[is_trained])
         fits = int(np.searchsorted(totals, limit, side="left" if inclusive else "right"))
-        taken = min(fits + inclusive, documents, len(keys))
+        taken = min(fits + inclusive, len(keys))
         if taken:
             bound = int(keys[taken - 1]) + 1
             limit -= int(totals[taken - 1])
-            documents -= taken
-        if taken < len(keys) or not documents or limit <= 0:
+        if taken < len(keys) or limit <= 0:
             break
     return bound
 

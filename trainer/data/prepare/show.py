@@ -88,7 +88,10 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
             bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
             label = f"{1 << i:,} to {(2 << i) - 1:,}" if i else "1"
             lines.append(f"  {label:>25} {count:>12,}  {bar}".rstrip())
-    if len(sources := report.get("sources", [])) > 1:
+    sources = report.get("sources", [])
+    if divided := sum(source.get("divided", 0) for source in sources):
+        lines += ["", f"Of {divided:,} documents of small inputs the last part is held out."]
+    if len(sources) > 1:
         lines += ["", "Shares of the inputs:"]
         total = sum(source["tokens"] for source in sources) or 1
         lines += [

@@ -45,7 +45,8 @@ _BATCH = 1 << 20  # bytes of text that are encoded at a time
 _PIECE = 1 << 20  # bytes; a longer document is encoded in pieces
 _RUN = 1 << 23  # tokens
 _RUN_DOCUMENTS = 1 << 17
-_ROW = re.compile(r"[@:][0-9]+$")  # behind the name of a file: which row of it
+# Behind the name of a file: which row of it, which part of a document.
+_ROW = re.compile(r"([@:][0-9]+)?( \((first|last) part\))?$")
 _SUFFIX = re.compile(r"(?<=[^/])\.[a-z0-9_+-]{1,12}$")
 NOT_LOSSLESS = "not lossless in this tokenizer"
 _BITS = 20

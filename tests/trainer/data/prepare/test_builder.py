@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyppmd import Ppmd7Encoder
 
 from forescale.data.check import check
 from forescale.data.dataset import ORIGINS, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.prepare.sample import first_bytes, primed
 from forescale.data.prepare.tokens import kind_of
 from forescale.data.text.documents import Policy, cut, pieces
 from forescale.data.text.files import Files
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_table, write_table
+from forescale.ground.storage import read_table, write_json, write_table
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
 
@@ -184,10 +186,40 @@ def test_baselines_are_bits_per_byte(dataset, texts):
     rows = Dataset(dataset).manifest["baselines"]
     held_out = texts_of(dataset, "validation")
     assert rows["held_out_bytes"] == sum(len(t.encode()) for t in held_out)
-    for name in ("xz", "zlib_per_file", "xz_conditional"):
+    for name in ("xz", "zlib_per_file", "ppmd", "ppmd_all"):
         assert rows[name]["bits_per_byte"] == 8 * rows[name]["bytes"] / rows["held_out_bytes"]
-    assert rows["xz_conditional"]["bytes"] < rows["xz"]["bytes"] < rows["zlib_per_file"]["bytes"]
-    assert rows["xz_conditional"]["sample_files"] == len(texts_of(dataset, "train"))
+    assert rows["xz"]["bytes"] < rows["zlib_per_file"]["bytes"]
+    assert rows["ppmd_all"]["bytes"] < rows["ppmd"]["bytes"] < rows["xz"]["bytes"]
+    train = [text.encode() for text in texts_of(dataset, "train")]
+    assert rows["ppmd_all"]["sample_bytes"] == sum(map(len, train))
+
+
+def test_ppmd_is_given_as_much_training_text_as_a_model(dataset, tmp_path):
+    data, cache = Dataset(dataset), tmp_path / "cache"
+    train = [text.encode() for text in texts_of(dataset, "train")]
+    held_out = "".join(texts_of(dataset, "validation")).encode()
+    half = sum(map(len, train)) // 2
+    before = b"".join(first_bytes(train, half))
+    assert half <= len(before) < half + max(map(len, train))
+    name, bits = primed(data, half, cache)
+    assert f"given {len(before) / 1e6:.3g} MB" in name
+
+    def size(text):
+        encoder = Ppmd7Encoder(16, 1 << 30)
+        return len(encoder.encode(text)) + len(encoder.flush())
+
+    # So much more PPMd needs where the held-out text follows, up to the bytes that it holds back.
+    assert bits * len(held_out) / 8 == pytest.approx(size(before + held_out) - size(before), abs=9)
+    rows = data.manifest["baselines"]
+    assert rows["ppmd_all"]["bits_per_byte"] < bits < rows["ppmd"]["bits_per_byte"]
+    (path,) = cache.iterdir()  # for the next run on this dataset
+    write_json(path, {"bits_per_byte": 1.5, "sample_bytes": half})
+    assert primed(data, half, cache)[1] == 1.5
+    # The build has given it as much, or was without it.
+    assert primed(data, rows["ppmd_all"]["sample_bytes"], tmp_path / "none") is None
+    del rows["ppmd_all"]
+    assert primed(data, half, tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_equal_request_finds_the_output_and_another_is_refused(texts, dataset, tmp_path):
@@ -316,6 +348,8 @@ def test_a_finished_dataset_is_used_in_a_read_only_folder(texts, dataset, tmp_pa
         ("src.d/Makefile", ""),
         ("src/.gitignore", ""),
         ("src/a file. With words", ""),
+        ("books/x.txt (last part)", ".txt"),
+        ("web/part-7.jsonl@20480 (first part)", ".jsonl"),
     ],
 )
 def test_the_kind_of_a_document_is_the_suffix_of_its_file(name, kind):
@@ -343,6 +377,34 @@ def test_each_held_out_document_has_its_input_and_its_kind(with_origins):
         assert text.split(" ")[:2] == [origins["sources"][source], origins["kinds"][kind]]
     assert len(np.unique(origins["source"])) == len(np.unique(origins["kind"])) == 2
     assert check(with_origins) == []
+
+
+def test_documents_of_a_small_input_are_divided(tmp_path):
+    for folder, count in (("many", 40), ("few", 3), ("one", 1)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            lines = (f"{folder} {i} {n}\n" for n in range(100))
+            (tmp_path / folder / f"{i}.txt").write_text("".join(lines))
+    config = BuildConfig(tokenizer="bytes", validation=0.02)
+    source = Files([tmp_path / name for name in ("many", "few", "one")])
+    paths = [
+        build_dataset(source, tmp_path / str(workers), config, workers=workers)
+        for workers in (1, 2)
+    ]
+    assert digest(paths[0]) == digest(paths[1])
+    assert check(paths[0]) == []
+    train, held_out = (texts_of(paths[0], split) for split in ("train", "validation"))
+    assert {text.count("\n") for text in held_out if text.startswith("many")} == {100}
+    tails = [text for text in held_out if not text.startswith("many")]
+    assert sorted(text.split()[0] for text in tails) == ["few"] * 3 + ["one"]
+    assert all(5 <= text.count("\n") <= 15 for text in tails)
+    whole = {path.read_text() for path in tmp_path.glob("[a-z]*/*.txt")}
+    heads = {text for text in train if text not in whole}
+    assert {head + tail for head in heads for tail in tails} & whole == whole - {*train, *held_out}
+    assert len(heads) == 4
+    origins = Dataset(paths[0]).origins
+    assert origins["kinds"] == [".txt"]
+    assert len(set(origins["source"])) == 3
 
 
 def test_it_is_no_part_of_the_identity_and_need_not_be_there(with_origins):

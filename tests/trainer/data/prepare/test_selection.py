@@ -18,6 +18,7 @@ from forescale.data.prepare.selection import (
     Bounds,
     HashRun,
     Selection,
+    choose,
     find_distinct,
     hash_unit,
     normalised,
@@ -72,11 +73,12 @@ def deduplicated(source: Texts, work: Path, per_range: int) -> tuple[list[str], 
         hash_unit(source, hashes, *item, lambda size, tokens: None)
     runs = [[HashRun(*r) for r in facts(hashes / f"{n:06d}")["runs"]] for n in range(len(units))]
     edges = range_edges(sum(run.distinct for unit in runs for run in unit), per_range)
+    inputs = [unit.source for unit in units]
     for number, (low, high) in enumerate(pairwise(edges)):
-        find_distinct(hashes, ranges, runs, number, low, high, lambda size, tokens: None)
+        find_distinct(hashes, ranges, runs, inputs, number, low, high, lambda size, tokens: None)
     paths = [ranges / f"{number:04d}" for number in range(len(edges) - 1)]
     selection, report = (
-        Selection(source, hashes, paths, Bounds(0, 0, 0, False), 0.0),
+        Selection(source, hashes, paths, Bounds((0,), (0.0,), 0, 0)),
         ReadingReport(),
     )
     parts = [part for item in enumerate(units) for part in selection.parts(*item, report)]
@@ -105,3 +107,64 @@ def test_datasets_of_units_of_any_size_hold_the_same(tmp_path):
         for size in (1, 7, 1000)
     }
     assert len(result) == 1
+
+
+def chosen(monkeypatch, sizes: list[list[int]], validation: float, per_range: int = 7):
+    """The bounds for documents of these sizes, by input; and of each input those held out whole, in
+    the order of their keys, as (documents, bytes)."""
+    rng = np.random.default_rng(5)
+    inputs = np.repeat(np.arange(len(sizes)), [len(of) for of in sizes])
+    keys = rng.integers(0, 1 << 64, len(inputs), "u8")
+    order = np.argsort(keys)
+    columns = [column[order] for column in (keys, np.concatenate(sizes).astype(int), inputs)]
+    starts = range(0, len(inputs), per_range)
+    parts = {Path(str(at)): [c[at : at + per_range] for c in columns] for at in starts}
+    monkeypatch.setattr(module, "unique_of", parts.__getitem__)
+    bounds = choose(list(parts), validation, 0, len(sizes))
+    is_held_out = columns[0] < np.array(bounds.held_out, "u8")[columns[2]]
+    held = [is_held_out & (columns[2] == i) for i in range(len(sizes))]
+    return bounds, [(int(of.sum()), int(columns[1][of].sum())) for of in held]
+
+
+def test_a_large_corpus_holds_out_its_share_and_nothing_else(monkeypatch):
+    bounds, held = chosen(monkeypatch, [[16_000] * 3000], 0.02, per_range=500)
+    assert bounds.held_out == (int(0.02 * 2**64),)
+    assert bounds.tails == (0.0,)
+    assert 30 < held[0][0] < 90
+
+
+def test_each_input_of_a_small_corpus_gives_held_out_text(monkeypatch):
+    """159 documents of 7 MB, in three inputs: a share of 1 % held out one of them."""
+    sizes = [[45_000] * 100, [40_000] * 56, [100_000, 50_000, 120_000]]
+    bounds, held = chosen(monkeypatch, sizes, 0.01)
+    for (documents, size), of in zip(held[:2], sizes, strict=False):
+        assert documents >= 5
+        assert sum(of) / 10 <= size < sum(of) / 6
+    assert bounds.tails[:2] == (0.0, 0.0)
+    assert (held[2][0], bounds.tails[2]) == (0, 0.1)
+
+
+def test_a_document_with_much_of_an_input_is_not_held_out_whole(monkeypatch):
+    sizes = [[1000] * 40]
+    alone, _ = chosen(monkeypatch, sizes, 0.02)
+    assert alone.tails == (0.0,)
+    sizes = [[100_000 if i == lowest_of(40) else 1000 for i in range(40)]]
+    assert chosen(monkeypatch, sizes, 0.02)[0].tails == (0.1,)
+
+
+def lowest_of(count: int) -> int:
+    """The document with the lowest key in `chosen`."""
+    return int(np.argmin(np.random.default_rng(5).integers(0, 1 << 64, count, "u8")))
+
+
+def test_many_inputs_count_as_one(monkeypatch):
+    bounds, held = chosen(monkeypatch, [[30_000]] * 500, 0.02, per_range=100)
+    assert len(set(bounds.held_out)) == 1
+    assert set(bounds.tails) == {0.0}
+    assert 20 <= sum(documents for documents, _ in held) <= 60
+
+
+def test_nothing_is_held_out_without_a_share(monkeypatch):
+    bounds, held = chosen(monkeypatch, [[10] * 9, [10] * 90], 0.0)
+    assert (bounds.held_out, bounds.tails) == ((0, 0), (0.0, 0.0))
+    assert held == [(0, 0), (0, 0)]
