@@ -4,9 +4,8 @@ import math
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
 
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte, primed
@@ -18,7 +17,7 @@ from forescale.run.rows import read_rows
 from forescale.run.start import Start
 
 _WORDS, _LETTERS = 5, 40  # at most, of a prompt
-_OPENING = 64  # tokens of a document, of which these words are the first
+_OPENING, _DOCUMENTS = 64, 100  # tokens of a document with these words; documents
 
 
 def summarize(started: Start, generate: Callable[[list[str]], int]) -> None:
@@ -69,18 +68,21 @@ def _name(started: Start) -> str:
 
 
 def first_words(dataset: Dataset) -> str:
-    """Return the first words of the first held-out document, or else of the first training
-    document: a prompt of the kind of text that the model knows. Empty if it can't be read."""
+    """Return the first words of a held-out document, or else of a training document: a prompt of
+    the kind of text that the model knows. Of the first documents that one whose first line begins
+    with a letter, as text does and the comment above a source file doesn't. Empty if none can be
+    read."""
     for name in ("validation", "train"):
-        split = dataset.split(name)
-        if not split.shard_tokens:
-            continue
+        split, lines = dataset.split(name), list[str]()
         with suppress(UserError):
-            ids = split.read(0, 0, min(_OPENING, split.shard_tokens[0]))
-            ids = ids[: int(np.argmax(np.append(ids, dataset.end_of_text) == dataset.end_of_text))]
-            text = dataset.tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
-            line = next((line for line in text.splitlines() if any(map(str.isalnum, line))), "")
-            return " ".join(line.split()[:_WORDS])[:_LETTERS].strip()
+            ends = split.document_ends(0, 0, split.shard_tokens[0]) if split.shard_tokens else ()
+            for start, end in pairwise([0, *ends[:_DOCUMENTS]]):
+                ids = split.read(0, start, min(_OPENING, end - start - 1)).tolist()
+                text = dataset.tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
+                line = next((x for x in text.splitlines() if any(map(str.isalnum, x))), "")
+                lines.append(" ".join(line.split()[:_WORDS])[:_LETTERS].strip())
+            if line := next((x for x in lines if x[:1].isalpha()), "".join(lines[:1])):
+                return line
     return ""
 
 

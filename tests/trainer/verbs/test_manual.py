@@ -137,8 +137,8 @@ def test_what_the_first_page_promises_is_shown_by_commands_of_an_installation(fo
     table = page.partition("## What holds")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (?!claim|---)(.+) \| (.+) \|$", table, re.MULTILINE)
     assert len(rows) >= 4
-    for _, shown in rows:
-        lines = re.findall("`([^`]+)`", shown)
+    for _, proof in rows:
+        lines = re.findall("`([^`]+)`", proof)
         assert lines
         assert all(line.startswith("forescale ") and line.split()[1] in VERBS for line in lines)
 

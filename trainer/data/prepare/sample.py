@@ -177,7 +177,7 @@ def documents(dataset: Dataset, split: str) -> Iterator[bytes]:
         start = 0
         for end in part.document_ends(shard, 0, tokens).tolist():
             ids = part.read(shard, start, end - start - 1)  # without the end of text
-            yield decode(ids, skip_special_tokens=False).encode()
+            yield decode(ids.tolist(), skip_special_tokens=False).encode()
             start = end
 
 
