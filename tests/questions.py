@@ -38,8 +38,8 @@ def write_rows(path: Path, lines: list) -> Path:
 
 def request_of(**changes) -> Request:
     vocabulary = vocabulary_of(byte_tokenizer().to_str().encode(), "bytes")
-    keys = {"most": 65, "held_out": 0.2, "unusable": "fail"} | changes
-    return Request(vocabulary, plain_template(), **keys)
+    keys = {"template": plain_template(), "most": 65, "held_out": 0.2, "unusable": "fail"}
+    return Request(vocabulary, **keys | changes)
 
 
 def make_conversations(folder: Path, lines: list | None = None, **changes) -> Dataset:

@@ -77,7 +77,8 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text in a document."""
     # As in training, the text "<|endoftext|>" in a document is not a special token.
     tokenizer.encode_special_tokens = True
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    # `encode` would keep all other threads waiting, for seconds where the text is long.
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def given_tokenizer(name: str) -> bytes | None:
@@ -218,6 +219,18 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
         else:
             sizes[index] = len(piece.replace("\u2581", " ").encode())
     return sizes
+
+
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """Return the most bytes of a text that become one token; None: not known, since the tokenizer
+    may change a text first, or leave out a part of it."""
+    spec, added = json.loads(tokenizer.to_str()), tokenizer.get_added_tokens_decoder().values()
+    split = json.dumps(spec["pre_tokenizer"])
+    kinds = set(re.findall(r'"type": "(\w+)"', split))
+    is_whole = kinds <= {"Sequence", "Split", "ByteLevel", "Digits"} and '"Removed"' not in split
+    if spec["normalizer"] or not is_whole or any(token.lstrip or token.rstrip for token in added):
+        return None
+    return max(int(token_bytes(tokenizer).max()), *(len(t.content.encode()) for t in added), 1)
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

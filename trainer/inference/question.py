@@ -9,7 +9,7 @@ data/objectives/.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,16 +98,23 @@ def question_of(view: RunView, text: str) -> Question:
     return _of_gaps(view, text, objective, config.model.has_encoder)
 
 
-def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Message]) -> Question:
-    """Return a conversation as the model of a run reads it, which writes the next response.
+def chat_question(
+    view: RunView,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    check: Callable[[str], None] = lambda text: None,
+) -> Question:
+    """Return a conversation as the model of a run reads it, which writes the next response. check:
+    looks at its text before that is tokenised.
 
-    Raises Unfit if the template can't write it, and UserError as `question_of`.
+    Raises Unfit and UserError, as `prompt_pieces` and `question_of`.
     """
-    text = template.prompt(messages)
+    pieces = template.prompt_pieces(messages)
+    check(text := "".join(piece.text for piece in pieces))
     if not view.config.continues_text:
         return question_of(view, text)
     end = view.identity["dataset"]["end_of_text"]
-    ids = chat_ids(view.tokenizer, template, messages, end)
+    ids = chat_ids(view.tokenizer, pieces, end)
     turn = view.tokenizer.token_to_id(template.turn_end or "")
     ends, most = {*view.ends, end if turn is None else turn}, view.config.train.sequence_length
     return Question(text, text, ids, ids, end, "answer", most, other_ends=ends)

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import json
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -38,6 +40,7 @@ from forescale.serving.request import (
     Refused,
     parse_json,
     parse_request,
+    too_long,
 )
 from forescale.serving.scheduler import Event, Generation, Scheduler
 
@@ -64,19 +67,23 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     # One thread: tokenizers have a mode, see data/tokenizer.py.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    # By the client's address: of one with many long requests only one is before those of others.
+    turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
-    def answers(self, request: CompletionRequest) -> list[Answer]:
-        """Return the answers to a request, all empty. Raises Refused."""
+    def answers(self, request: CompletionRequest, ended: threading.Event) -> list[Answer]:
+        """Return the answers to a request, all empty. ended: set when nobody waits for them any
+        more. Raises Refused."""
         answers: list[Answer] = []
         for prompt in request.prompts:
+            if ended.is_set():
+                break
             try:
                 question = self.question(prompt)
             except UserError as e:
                 raise Refused(400, f"The prompt {e.problem}; {e.todo}.", "prompt") from None
             tokens, context = len(question.source or question.start), question.max_context
             if tokens > context:
-                message = f"The prompt has {tokens:,} tokens, and the model reads {context:,}."
-                raise Refused(400, message, "prompt", "context_length_exceeded")
+                raise too_long(f"{tokens:,}", context)
             for _ in range(request.samples):
                 answers.append(self.answer(question, request, request.seed + len(answers)))
         return answers
@@ -204,7 +211,8 @@ class Completions:
         """Send the answers to a request. Raises Refused, unless a stream has begun."""
         service, form = self.service, Form(request, self.service.name)
         deadline = asyncio.get_running_loop().time() + service.seconds
-        generation, events = await _submitted(service, request, deadline)
+        client = (scope.get("client") or ("",))[0]
+        generation, events = await _submitted(service, request, deadline, client)
         try:
             pieces = _pieces(events, service.seconds, deadline)
             first = await anext(pieces, None)  # a request that is refused has no stream
@@ -235,7 +243,7 @@ async def _read_json(request: Request, limit: int) -> Any:
 
 
 async def _submitted(
-    service: Service, request: CompletionRequest, deadline: float
+    service: Service, request: CompletionRequest, deadline: float, client: str
 ) -> tuple[Generation, asyncio.Queue[Event]]:
     """Tokenise a request and put it in the queue; return it with the queue of its events. Raises
     Refused."""
@@ -246,11 +254,16 @@ async def _submitted(
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     service.scheduler.refuse_if_full()
+    ended, turn = threading.Event(), service.turns.setdefault(client, asyncio.Lock())
     try:
-        async with asyncio.timeout_at(deadline):
-            answers = await loop.run_in_executor(service.tokenizing, service.answers, request)
+        async with asyncio.timeout_at(deadline), turn:
+            answers = await loop.run_in_executor(
+                service.tokenizing, service.answers, request, ended
+            )
     except TimeoutError:
         raise _too_late(service.seconds) from None
+    finally:
+        ended.set()
     generation = Generation(answers, deliver)
     service.scheduler.submit(generation)
     return generation, events

@@ -44,6 +44,12 @@ class Refused(Exception):
         return {"error": {**facts, "param": self.param, "code": self.code}}
 
 
+def too_long(tokens: str, context: int) -> Refused:
+    """Return the error for a prompt of more tokens than the model reads."""
+    message = f"The prompt has {tokens} tokens, and the model reads {context:,}."
+    return Refused(400, message, "prompt", "context_length_exceeded")
+
+
 @dataclass(frozen=True)
 class Limits:
     """The most tokens of an answer, and the most answers to one request."""

@@ -5,6 +5,7 @@ answer, in 30 seconds.
 """
 
 import asyncio
+import ipaddress
 import json
 import socket
 from typing import Any
@@ -22,15 +23,16 @@ _STOP = 5.0  # seconds that clients have to take their last bytes when the serve
 
 
 class Server(uvicorn.Server):
-    """Serves a service at an address. Raises OSError if it can't listen there."""
+    """Serves a service at an address. connections: the most at once; each: the most from one
+    address. Raises OSError if it can't listen there."""
 
-    def __init__(self, host: str, port: int, service: Service, connections: int):
+    def __init__(self, host: str, port: int, service: Service, connections: int, each: int):
         self.service = service
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=64)
 
         class LimitedConnection(Connection):
-            limit = connections
+            limit, client_limit = connections, each
 
         config = uvicorn.Config(
             app_of(service),
@@ -67,6 +69,7 @@ class Connection(H11Protocol):
     """A connection with limits: uvicorn calls these methods as bytes come and go."""
 
     limit: int  # of connections at once
+    client_limit: int  # of those from one address
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -74,7 +77,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > self.limit:
+        client = _network(self.client)
+        same = sum(_network(getattr(c, "client", None)) == client for c in self.connections)
+        if len(self.connections) > self.limit or same > self.client_limit:
             raw = json.dumps(Refused(503, "Too many connections.", code="busy").body()).encode()
             head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
             head += f"Connection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
@@ -118,3 +123,9 @@ class Connection(H11Protocol):
     def _end_timer(self, name: str) -> None:
         if name in self._timers:
             self._timers.pop(name).cancel()
+
+
+def _network(client: tuple[str, int] | None) -> str:
+    """Return a client's address; of IPv6 the network of a site, which has as many as it likes."""
+    host = client[0] if client else ""
+    return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host

@@ -10,6 +10,7 @@ from forescale.config.compose import parse
 from forescale.config.job import ModelJob
 from forescale.config.schema import key
 from forescale.data.conversations.template import Unfit
+from forescale.data.tokenizer import longest_token
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run
@@ -39,6 +40,8 @@ class ServeJob(ModelJob):
     batch: int = key(16, ge=1)  # the most answers that are decoded at once, and of one request
     queue: int = key(64, ge=1)  # requests that may wait; further ones get error 429
     connections: int = key(128, ge=1)  # connections at once; further ones get error 503
+    # of them from one address, such as that of a proxy; null: a quarter, at least 8
+    client_connections: int | None = key(None, ge=1)
     body: int = key(1 << 20, ge=1)  # the most bytes of a request
     seconds: float = key(300.0, gt=0)  # the most seconds that a request may take
 
@@ -70,7 +73,7 @@ def open_server(job: ServeJob) -> "Server":
     from forescale.inference.generation import Answer
     from forescale.inference.question import chat_question, question_of
     from forescale.serving.app import Service
-    from forescale.serving.request import Limits, Refused
+    from forescale.serving.request import Limits, Refused, too_long
     from forescale.serving.scheduler import Scheduler
     from forescale.serving.server import Server
 
@@ -80,14 +83,27 @@ def open_server(job: ServeJob) -> "Server":
         template.prompt([{"role": "user", "content": "a"}])
     model = ready_to_write(view.load(view.checkpoint(job.step), job.trust))
 
+    most = view.config.train.sequence_length
+    longest = longest_token(view.tokenizer) if view.config.continues_text else None
+
+    def check(text: str) -> None:
+        """Refuse a text that is too long however it is tokenised, which takes time."""
+        if longest and (fewest := -(-len(text.encode()) // longest)) > most:
+            raise too_long(f"at least {fewest:,}", most)
+
     def question(prompt: "str | Messages") -> "Question":
         """Return a prompt or a chat as the model reads it. Raises Refused, and UserError."""
+        if isinstance(prompt, str):
+            check(prompt)
+            return question_of(view, prompt)
         try:
-            if isinstance(prompt, str):
-                return question_of(view, prompt)
-            return chat_question(view, template, prompt)
+            return chat_question(view, template, prompt, check)
         except Unfit as e:
             raise Refused(400, f"A chat {e}.", "messages") from None
+        except UserError as e:
+            if e.where != template.where:
+                raise
+            raise Refused(400, f"The chat template {e.problem}.", "messages") from None
 
     service = Service(
         name=view.name,
@@ -102,8 +118,9 @@ def open_server(job: ServeJob) -> "Server":
         hosts=job.hosts,
         key=os.environ.get(KEY) or None,
     )
+    each = job.client_connections or max(8, job.connections // 4)
     try:
-        return Server(job.host, job.port, service, job.connections)
+        return Server(job.host, job.port, service, job.connections, each)
     except OSError as e:
         problem = f"can't listen at {job.host}:{job.port} ({e.strerror or e})"
         raise UserError("port", problem, "choose another port or host") from None

@@ -79,7 +79,8 @@ class Example(NamedTuple):
 
 class _Line(NamedTuple):
     number: int
-    conversations: list[list[Piece]]  # one, or the chosen and the rejected one
+    # One, or the chosen and the rejected one. Messages (has_special) become pieces by the template.
+    conversations: Sequence[Any]
     has_special: bool  # the texts of special tokens become these tokens
     text: bytes
 
@@ -98,8 +99,7 @@ class Reader:
     def examples(self, path: str, faults: ReadingReport) -> Iterator[Example]:
         """Yield the examples of a file; add the other lines to `faults` with their numbers."""
         special = special_ids(self.tokenizer)
-        lines = self._lines(path, faults)
-        while batch := list(islice(lines, _BATCH)):
+        for batch in self._batches(self._lines(path, faults), faults):
             encoded: dict[bool, Iterator[list[int]]] = {}
             for has_special in (False, True):
                 same = [line for line in batch if line.has_special == has_special]
@@ -126,6 +126,23 @@ class Reader:
                 else:
                     yield Example(np.array(ids), np.array(learned), line.text)
 
+    def _batches(self, lines: Iterator[_Line], faults: ReadingReport) -> Iterator[Sequence[_Line]]:
+        """Yield lines some at a time, with pieces in the place of messages."""
+        while batch := list(islice(lines, _BATCH)):
+            chats = [chat for line in batch if line.has_special for chat in line.conversations]
+            all_pieces, ready = iter(self.template.all_pieces(chats)), []
+            for line in batch:
+                if line.has_special:
+                    line = line._replace(
+                        conversations=[next(all_pieces) for _ in line.conversations]
+                    )
+                unfit = [one for one in line.conversations if isinstance(one, Unfit)]
+                if unfit:
+                    faults.add(str(unfit[0]), f"{line.number:,}")
+                else:
+                    ready.append(line)
+            yield ready
+
     def _lines(self, path: str, faults: ReadingReport) -> Iterator[_Line]:
         with open_stream(path, path) as file:
             for number, raw in _numbered(path, file):
@@ -145,14 +162,14 @@ class Reader:
                         names = ("messages",) if has_messages else ("prompt", "response")
                         rows = [key := {name: row[name] for name in names}]
                     text = json.dumps(key, sort_keys=True).encode()
-                    conversations = [self._pieces(row) for row in rows]
+                    conversations = [self._conversation(row) for row in rows]
                     yield _Line(number, conversations, "messages" in rows[0], text)
                 except Unfit as e:
                     faults.add(str(e), f"{number:,}")
 
-    def _pieces(self, row: Mapping[str, Any]) -> list[Piece]:
+    def _conversation(self, row: Mapping[str, Any]) -> Sequence[Message] | list[Piece]:
         if "messages" in row:
-            return self.template.pieces(_checked_messages(row["messages"]))
+            return _checked_messages(row["messages"])
         prompt, response = _checked_text(row["prompt"]), _checked_text(row["response"])
         if not response.strip():
             raise Unfit("with an empty response")
