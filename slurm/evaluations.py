@@ -20,7 +20,6 @@ from forescale.config.schema import ConfigError, Problem, key, section
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json
 from forescale.run.directory import Run
 from forescale.run.identity import expect_data
 from forescale.slurm import queue
@@ -106,7 +105,7 @@ def submit(arguments: Sequence[str]) -> None:
         return
     if packages := own_packages(trained):
         print(f"Note: {described(packages)}")
-    sources = read_json(run.identity)["dataset"]["sources"].values()
+    sources = run.read_identity()["dataset"]["sources"].values()
     data = [job.data.path] if job.data.path else [source["path"] for source in sources]
     pinned = list[int]()
     try:

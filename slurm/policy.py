@@ -13,12 +13,12 @@ import signal
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from forescale.checkpoint.reader import Checkpoint
 from forescale.ground.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience import launcher, outcome
-from forescale.resilience.outcome import launch_of
+from forescale.resilience.outcome import LaunchRecord, launch_of
 from forescale.run.directory import Run
 from forescale.slurm.steps import Failure
 
@@ -139,7 +139,8 @@ def past(run: Run, submission: str) -> Past:
         # An attempt without a recorded end counts, because the job may crash its nodes; one that
         # got a stop signal, or never began because of faulty nodes or of SLURM, doesn't.
         if not (launch.get("stop_signal") or launch.get("faulty") or launch.get("refused")):
-            crashes += launcher.next_action(launch.get("code", 1), 0) == "restart"
+            code = launch.get("code")
+            crashes += launcher.next_action(1 if code is None else code, 0) == "restart"
         for host, reason in launch.get("blamed", {}).items():
             blamed.setdefault(host, []).append(reason)
         faulty |= launch.get("faulty", {})
@@ -147,17 +148,17 @@ def past(run: Run, submission: str) -> Past:
     return Past(crashes, blamed, faulty, _idle(of_submission, saved), refusals, has_begun)
 
 
-def _idle(launches: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> int:
+def _idle(launches: Sequence[tuple[int, LaunchRecord]], saved: Sequence[int]) -> int:
     """Return how many of the last starts of the job, in a row, brought no new checkpoint. launches:
     numbers and records of the submission's attempts; saved: numbers of attempts that wrote a
     checkpoint. A start that SLURM ended by itself (SIGTERM: a preemption, a requeue by hand)
     doesn't count, because that may happen often without any fault."""
     count, after = 0, float("inf")
     ended_by_slurm = {
-        t["slurm"].get("restart"): t.get("stop_signal") == "SIGTERM" for _, t in launches
+        t.get("slurm", {}).get("restart"): t.get("stop_signal") == "SIGTERM" for _, t in launches
     }
     for restart, is_exempt in reversed(ended_by_slurm.items()):
-        first = min(n for n, t in launches if t["slurm"].get("restart") == restart)
+        first = min(n for n, t in launches if t.get("slurm", {}).get("restart") == restart)
         if any(first <= author < after for author in saved):
             break
         count, after = count + (not is_exempt), first

@@ -31,8 +31,8 @@ from forescale.ground.errors import UserError
 from forescale.ground.storage import (
     TABLE,
     hash_file,
-    read_json,
     read_table,
+    read_typed,
     write_checked_json,
     write_file,
 )
@@ -120,13 +120,13 @@ def average(origin: Run, steps: Sequence[int], run: Run, progress: Progress = si
         for name in ("chat", "references", "imported"):  # the other files that verbs read
             old = getattr(origin, name)
             if old.is_file():
-                read_json(old)  # raises UserError if it was changed
+                read_typed(origin.small_files[old], old)  # raises UserError if it was changed
                 write_file(getattr(new, name), old.read_bytes())
         write_checked_json(new.averaged, source)
         identity = {
             "name": run.name,
             "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-            "dataset": read_json(origin.identity)["dataset"],
+            "dataset": origin.read_identity()["dataset"],
             "versions": versions(),
             **code_and_id(),
             "parameters": numbers,
@@ -208,6 +208,6 @@ def _source(origin: Run, checkpoints: Sequence[Checkpoint], copied: list[str]) -
             table = hash_file(checkpoint.path / TABLE).sha256
         step = checkpoint.position.step
         rows.append({"step": step, "attempt": checkpoint.attempt, "table": table})
-    wandb_id = read_json(origin.identity).get("wandb_id")  # an early version wrote none
+    wandb_id = origin.read_identity().get("wandb_id")  # an early version wrote none
     run = str(origin.path.resolve())
     return {"run": run, "wandb_id": wandb_id, "checkpoints": rows, "kept": copied}

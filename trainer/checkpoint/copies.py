@@ -28,7 +28,7 @@ def expect_same_run(run: Run, folder: Folder, there: dict[str, int]) -> set[str]
     attempts = {n.split("/")[1] for n in there if n.startswith("attempts/")}
     name = run.identity.name
     copied = _read(folder, name).get("wandb_id") if name in there and attempts else None
-    local = read_json(run.identity).get("wandb_id")  # an early version wrote none
+    local = run.read_identity().get("wandb_id")  # an early version wrote none
     if None not in (copied, local) and copied != local:
         todo = "set another run.name or checkpoint.mirror"
         raise Taken(folder.where, f"holds another run of the name {run.name}", todo)

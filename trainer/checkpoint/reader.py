@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from forescale.engine.portable.strips import strip_of
 from forescale.engine.ranks import ALONE, Ranks
-from forescale.ground.errors import UserError
-from forescale.ground.storage import check_table, read_json
+from forescale.ground.errors import UserError, shortened
+from forescale.ground.storage import FileEntry, check_table, read_json
+from forescale.ground.typed import AnyNumber, Count, Number, typed
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
 
@@ -33,7 +36,6 @@ Tick = Callable[[int], None]
 FORMAT = 3
 STATE = "state.json"
 _RESTORE = "restore the checkpoint, or choose another"
-_KEYS = {"position", "attempt", "world_size", "shapes", "fragments", "counters"}
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,63 @@ class Position:
     number, key) that count as damaged from here on.
     """
 
-    step: int = 0
-    g: int = 0
-    tokens: int = 0
-    skipped: tuple[tuple[int, int], ...] = ()
-    quarantined: tuple[tuple[str, int, str], ...] = ()
-
-    @classmethod
-    def of(cls, stored: dict[str, Any]) -> "Position":
-        """Return the position that was stored as JSON, whose lists become tuples again."""
-        lists = {k: tuple(map(tuple, v)) for k, v in stored.items() if isinstance(v, list)}
-        return cls(**{**stored, **lists})
+    step: Count = 0
+    g: Count = 0
+    tokens: Count = 0
+    skipped: tuple[tuple[Count, Count], ...] = ()
+    quarantined: tuple[tuple[str, Count, str], ...] = ()
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """(step, g, tokens), which every row of metrics has too."""
         return self.step, self.g, self.tokens
+
+
+_Row = tuple[str, str, Count, Count]
+_StripRow = tuple[str, str, Count, Count, Count, Count, Count]
+
+
+class Counters(TypedDict, total=False):
+    """The state that isn't a tensor. optimizer_steps: by parameter group."""
+
+    optimizer_steps: dict[str, Count]
+    loss_scaler: dict[str, AnyNumber | None]
+
+
+class Guard(TypedDict):
+    """What the guard (train/guard.py) knows of the steps before."""
+
+    losses: list[AnyNumber]
+    norms: list[AnyNumber]
+    anomalous_in_a_row: Count
+
+
+class Numerics(TypedDict, total=False):
+    """What bits depend on (run/start.py), with further keys. *_parallel: how many ranks divide."""
+
+    stage: Count
+    tensor_parallel: Count
+    sequence_parallel: Count
+    expert_parallel: Count
+
+
+class State(TypedDict):
+    """The content of state.json.
+
+    fragments: rows of engine/portable/fragments.py, by file; logged: the attempt's files of rows,
+    by name, at that time; adapter_scale: of a run with adapters.
+    """
+
+    position: Position
+    attempt: Count
+    world_size: Count
+    shapes: dict[str, list[Count]]
+    fragments: dict[str, list[_Row | _StripRow]]
+    counters: Counters
+    numerics: NotRequired[Numerics | None]
+    guard: NotRequired[Guard | None]
+    logged: NotRequired[dict[str, FileEntry]]
+    adapter_scale: NotRequired[Number | None]
 
 
 class Checkpoint:
@@ -71,19 +114,18 @@ class Checkpoint:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.state: dict[str, Any] = read_json(self.path / STATE)
-        version = self.state.get("format") if isinstance(self.state, dict) else None
-        if version != FORMAT:
+        where, stored = self.path / STATE, read_json(self.path / STATE)
+        version = stored.get("format") if isinstance(stored, dict) else None
+        if version != FORMAT or type(version) is not int:
+            problem = f"checkpoint format {shortened(str(version), 20)}, not {FORMAT}"
             todo = "load it with the version of forescale that wrote it"
-            raise UserError(str(self.path), f"checkpoint format {version}, not {FORMAT}", todo)
-        if missing := _KEYS - self.state.keys():
-            problem = f"its {STATE} has no {', '.join(sorted(missing))}"
-            raise UserError(str(self.path), problem, _RESTORE)
-
-    @property
-    def position(self) -> Position:
-        """Where the run was when it was saved."""
-        return Position.of(self.state["position"])
+            raise UserError(str(self.path), problem, todo)
+        typed(State, stored, str(where), _RESTORE)
+        self.state: dict[str, Any] = stored
+        if fault := next(_contradictions(self.state), None):
+            raise UserError(str(where), f"is damaged: {fault}", _RESTORE)
+        # Where the run was when it was saved.
+        self.position = typed(Position, self.state["position"], str(where), _RESTORE)
 
     @property
     def attempt(self) -> int:
@@ -94,8 +136,9 @@ class Checkpoint:
         """Full shape of each parameter and persistent buffer, by name."""
         return self.state["shapes"]
 
-    @property
+    @cached_property
     def size(self) -> int:
+        """Bytes on disk."""
         return sum(f.stat().st_size for f in self.path.iterdir())
 
     @cached_property
@@ -109,9 +152,17 @@ class Checkpoint:
         """Return a full parameter or moment, fp32, in its shape."""
         from torch import empty, float32
 
+        self.expect_bytes([name])
         out = empty(self.shapes[name], dtype=float32)
         self.reader.read_into(name, state, 0, out.view(-1))
         return out
+
+    def expect_bytes(self, names: Iterable[str]) -> None:
+        """Raise UserError if the files are too small for parameters: each number has a byte or
+        more. Their shapes can be anything."""
+        if sum(math.prod(self.shapes[name]) for name in names) > self.size:
+            problem = f"is damaged: the shapes in its {STATE} are larger than its files"
+            raise UserError(str(self.path), problem, _RESTORE)
 
     def merged(self, name: str) -> "Tensor":
         """Return a full parameter as `tensor` does, with its adapter merged, if it has one."""
@@ -123,6 +174,7 @@ class Checkpoint:
     def weights(self) -> "Weights":
         """Return all parameters and buffers by name, fp32, adapters merged; each is read on
         access."""
+        self.expect_bytes(self.shapes)
         return Weights(self)
 
     def expect_shapes(self, model: Mapping[str, Sequence[int]], merged: bool = False) -> None:
@@ -153,6 +205,30 @@ class Weights(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _contradictions(state: dict[str, Any]) -> Iterator[str]:
+    """Yield a phrase for each part of a state.json, of the right types, that can't be: a strip
+    whose runs are empty or don't fit between two of their begins, or an adapter that fits no
+    weight."""
+    for file, rows in state["fragments"].items():
+        for name, _, _, _, *division in rows:
+            if division and not 0 < division[0] <= division[1] - division[2]:
+                yield f"a fragment of {name} in {file} is in the strip {division}"
+    shapes = state["shapes"]
+    adapters = {name for name in shapes if is_adapter(name)}
+    for name, shape in shapes.items() if adapters else ():
+        down, up = adapter_of(name)
+        if name in adapters or down not in adapters:
+            continue
+        ranks = shapes[down][:1]
+        if [shapes[down], shapes.get(up)] != [[*ranks, *shape[1:]], [*shape[:1], *ranks]]:
+            yield f"the adapter of {name} has another shape"
+        adapters -= {down, up}
+    if adapters:
+        yield f"{min(adapters)} is the adapter of no weight"
+    elif state.get("adapter_scale") is None and any(map(is_adapter, shapes)):
+        yield "adapter_scale is missing"
 
 
 def coverage_faults(state: dict[str, Any]) -> list[str]:

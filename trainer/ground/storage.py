@@ -24,11 +24,13 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from forescale.ground.errors import Transient, UserError, retried, storage_error
-from forescale.ground.foreign import LARGE, parse_json, read_bytes
+from forescale.ground.foreign import parse_json, read_bytes
+from forescale.ground.typed import RESTORE, Count, T, typed
 
 TABLE = "files.json"
 CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum
 _BLOCK = 1 << 22
+_LARGEST = 1 << 30  # bytes of JSON: the state.json of 1,024 ranks at stage 3 has 55 MB
 _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
 
 
@@ -36,7 +38,7 @@ _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag beh
 class FileEntry:
     """Size in bytes and sha256 (hex) of one file."""
 
-    size: int
+    size: Count
     sha256: str
 
 
@@ -192,8 +194,14 @@ def read_json(path: Path) -> Any:
     return value
 
 
+def read_typed(kind: type[T], path: Path, todo: str = RESTORE) -> T:
+    """Return the content of a JSON file as a dataclass or TypedDict. Raises UserError as
+    `read_json` does, and if a value has another type."""
+    return typed(kind, read_json(path), str(path), todo)
+
+
 def _loaded(path: Path) -> tuple[bytes, Any]:
-    raw = read_bytes(path, LARGE)
+    raw = read_bytes(path, _LARGEST)
     return raw, parse_json(raw, path)
 
 
@@ -207,11 +215,7 @@ def read_table(directory: Path) -> dict[str, FileEntry]:
     """Return the table of files. Raises UserError if it is missing, damaged or names files outside
     the directory."""
     path = Path(directory) / TABLE
-    raw = read_json(path)
-    try:
-        table = {name: FileEntry(int(e["size"]), str(e["sha256"])) for name, e in raw.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(str(path), "not a table of files", "restore it or rebuild") from e
+    table = read_typed(dict[str, FileEntry], path, "restore it or rebuild")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in table):
         raise UserError(str(path), "names a file outside its directory", "restore it or rebuild")
     return table

@@ -17,11 +17,12 @@ from torch import Tensor
 from forescale.checkpoint.reader import Checkpoint
 from forescale.data.tokenizer import declared_ends
 from forescale.ground.errors import UserError
-from forescale.ground.storage import fsync_path, read_json, staged
+from forescale.ground.storage import fsync_path, staged
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.view import RunView
 from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
+from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES, family_of, to_hf
 from forescale.models.hf.peft_weights import adapters_to_hf
 from forescale.run.finetune import kept_template
@@ -65,6 +66,8 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32")
     model = view.config.model
     assert isinstance(model, ModelConfig)
     kind = _DTYPES[dtype]
+    stored = checkpoint.weights().shapes  # with buffers
+    checkpoint.expect_shapes({**stored, **shapes(model.resolved())}, merged=True)
     config, tensors = to_hf(model, checkpoint.weights())
     config["dtype"] = str(kind).removeprefix("torch.")
     with _new_directory(to) as stage:
@@ -194,9 +197,9 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
         files[_TEMPLATE] = template
     if not view.run.imported.is_file():
         return files
-    imported = read_json(view.run.imported)
+    imported = view.run.read_imported()
     before = imported[CONFIG]
-    if before["model_type"] != config["model_type"]:
+    if before.get("model_type") != config["model_type"]:
         return files
     settings = {key: value for key, value in before.items() if key not in _OF_THEIR_FILES}
     sizes = {key: value for key, value in config.items() if key not in _SPECIAL}

@@ -13,8 +13,7 @@ from forescale.checkpoint.reader import STATE, Checkpoint, at_step, verified
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json
-from forescale.run.directory import Run, is_hf
+from forescale.run.directory import Identity, Run, is_hf
 from forescale.run.rows import read_rows
 
 if TYPE_CHECKING:
@@ -43,9 +42,9 @@ class RunView:
         return thaw(TrainJob, self.run.config, trust=True)
 
     @cached_property
-    def identity(self) -> dict:
+    def identity(self) -> Identity:
         """The content of run.json: dataset (path, hashes, vocab_size, end_of_text) and versions."""
-        return read_json(self.run.identity)
+        return self.run.read_identity()
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -66,7 +65,7 @@ class RunView:
             turn = chat_template(self.run, vocabulary_of_run(self.run), None).turn_end
             ends.append(self.tokenizer.token_to_id(turn or ""))
         if self.run.imported.is_file():
-            ends += declared_ends(self.tokenizer, read_json(self.run.imported))
+            ends += declared_ends(self.tokenizer, self.run.read_imported())
         return [*dict.fromkeys(end for end in ends if end is not None)]
 
     def metrics(self, kind: str | None = "train") -> "pd.DataFrame":

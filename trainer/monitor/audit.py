@@ -59,8 +59,6 @@ def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
         position = checkpoint.position
     except UserError as e:
         findings.faults += [str(e)] if str(e) not in findings.faults else []
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        findings.faults.append(f"{path}: state.json is not that of a checkpoint ({e!r})")
     if not findings.faults:
         findings.verified.append(
             f"checkpoint {path.name}: step {position.step:,}, {shapes} parameters in "
@@ -223,6 +221,8 @@ def feed_of_run(
     if isinstance(job.objective, OwnObjectiveConfig) and not trust:
         problem = f"names code to run, {job.objective.target}"
         raise UserError("objective._target_", problem, "give trust=true if you trust the run")
+    if not identity["dataset"]["sources"]:
+        raise UserError("run.json", "names no dataset", "restore the file from a copy")
     datasets = {}
     for name, stored in identity["dataset"]["sources"].items():
         path = stored["path"]

@@ -7,6 +7,7 @@ their size and sha256 at its time. Changes nothing; imports no torch.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from forescale.checkpoint.reader import Checkpoint
 from forescale.config import frozen
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
-from forescale.ground.storage import FileEntry, has_checksum, hash_file, read_json
-from forescale.resilience.outcome import LAUNCH
-from forescale.run.directory import Attempt, Run
+from forescale.ground.storage import FileEntry, has_checksum, hash_file, read_typed
+from forescale.resilience.outcome import LAUNCH, LaunchRecord
+from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.rows import each_row
 
 
@@ -34,12 +35,10 @@ def check_identity(findings: Findings, run: Run) -> tuple[TrainJob | None, dict[
     each None if it is damaged."""
     thaw = lambda path: frozen.thaw(TrainJob, path, trust=True)  # noqa: E731
     job = _read(findings, run.config, thaw, frozen.has_checksum)
-    identity = _read(findings, run.identity, read_json, has_checksum)
-    if identity is not None and not isinstance(identity.get("dataset"), dict):
-        findings.faults.append(f"{run.identity}: has no section dataset")
-    for path in (run.imported, run.averaged, run.chat, run.references):
+    identity = _read(findings, run.identity, lambda path: run.read_identity(), has_checksum)
+    for path, kind in run.small_files.items():
         if path.exists():
-            _read(findings, path, read_json, has_checksum)
+            _read(findings, path, partial(read_typed, kind), has_checksum)
     needs_reference = job is not None and job.objective.are_preferences and run.checkpoint_steps()
     if needs_reference and not run.references.is_file():
         findings.faults.append(f"{run.references}: missing")
@@ -77,9 +76,9 @@ def check_attempts(findings: Findings, run: Run) -> None:
         findings.faults.append(f"{run.path / 'attempts' / f'{number:04d}'}: missing")
     for attempt in attempts:
         of_attempt = Findings()
-        for name in (attempt.parent_path, attempt.path / LAUNCH):
+        for name, kind in ((attempt.parent_path, Parent), (attempt.path / LAUNCH, LaunchRecord)):
             if name.exists():
-                _read(of_attempt, name, read_json, has_checksum)
+                _read(of_attempt, name, partial(read_typed, kind), has_checksum)
         findings.faults += of_attempt.faults
         findings.notes += of_attempt.notes
         try:
@@ -128,10 +127,11 @@ def check_logged(findings: Findings, run: Run, checkpoint: Checkpoint) -> None:
 def promises(run: Run) -> list[str]:
     """Return the promise of the newest attempt about bits, and where the run was not bit-exact, a
     sentence each; empty for a run that has not begun, or of an earlier version."""
-    notes = [row["what"] for row in run.read_events(kind="exactness")][-1:]
+    notes = [str(row.get("what", "")) for row in run.read_events(kind="exactness")][-1:]
     for row in run.read_events(kind="numerics_changed"):
-        where = f"from step {row['step']:,}" if "step" in row else "from a resumption"
-        notes.append(f"Not bit-exact {where}: {row['key']} was {row['old']}, then {row['new']}.")
+        where = f"from step {row['step']:,}" if row.get("step") else "from a resumption"
+        key, old, new = (row.get(name) for name in ("key", "old", "new"))
+        notes.append(f"Not bit-exact {where}: {key} was {old}, then {new}.")
     return notes
 
 

@@ -8,6 +8,7 @@ verified.
 """
 
 import json
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +90,14 @@ class Follower:
                 self._last = block[max(0, end - _COMPARED) : end]
             rest = block[end:]
 
+    def _row(self, line: bytes) -> Row:
+        """Return the row of a line whose checksum agrees. Raises UserError if a value of it is of
+        another type."""
+        try:
+            return parse_row(line)
+        except (ValueError, RecursionError) as e:
+            raise damaged(str(self.path), e) from None
+
     def _expect_sound(self, lines: list[bytes]) -> None:
         """Raise UserError if a row is damaged. Only where the checksum differs, or an earlier
         version wrote none, a row is parsed for it."""
@@ -121,11 +130,11 @@ class Tail(Follower):
 
     @property
     def steps(self) -> list[Row]:
-        return [*map(parse_row, self._steps)]
+        return [*map(self._row, self._steps)]
 
     @property
     def scores(self) -> list[Row]:
-        return [*map(parse_row, self._scores)]
+        return [*map(self._row, self._scores)]
 
     def _begin(self, f: IO[bytes]) -> int:
         end = f.seek(0, 2)
@@ -191,7 +200,7 @@ class Ledger(Follower):
         trains = [line for line in lines if line.startswith(TRAIN)]
         others = [line for line in lines if not line.startswith(TRAIN)]
         if any(lines_of(b"train", others)) or not self._take_run(trains):
-            for row in map(parse_row, lines_of(b"train", lines)):
+            for row in map(self._row, lines_of(b"train", lines)):
                 seconds = row.get("seconds", {})
                 self._add(row, 1, seconds, seconds, sum(seconds.values()))
 
@@ -200,10 +209,11 @@ class Ledger(Follower):
         Return False, with nothing added, if they are anything else."""
         if not lines:
             return True
-        first, last = parse_row(lines[0]), parse_row(lines[-1])
+        first, last = self._row(lines[0]), self._row(lines[-1])
         names = list(first.get("seconds", ()))
-        same = (first["attempt"], first["step"] + len(lines), names)
-        if same != (last["attempt"], last["step"] + 1, list(last.get("seconds", ()))) or not names:
+        same = (first.get("attempt", 0), first["step"] + len(lines), names)
+        ends = (last.get("attempt", 0), last["step"] + 1, list(last.get("seconds", ())))
+        if same != ends or not names:
             return False
         # Only the numbers of `"seconds": {"data": 0.1, "compute": 0.2}` are left of each line.
         _, *parts = b"\n".join(lines).split(_SECONDS)
@@ -214,7 +224,8 @@ class Ledger(Follower):
             values = [*map(float, text.split(b", "))]
         except ValueError:  # other phases in between
             return False
-        if len(parts) != len(lines) or len(values) != len(lines) * len(names):
+        is_whole = len(parts) == len(lines) and len(values) == len(lines) * len(names)
+        if not is_whole or not math.isfinite(sum(values)):
             return False
         sums = {name: sum(values[i :: len(names)]) for i, name in enumerate(names)}
         longest = 0.0
@@ -231,7 +242,7 @@ class Ledger(Follower):
         seconds: Mapping[str, float],
         longest: float,
     ) -> None:
-        steps = self.by_attempt.setdefault(last["attempt"], Steps(first=first))
+        steps = self.by_attempt.setdefault(last.get("attempt", 0), Steps(first=first))
         steps.count += count
         steps.last = last["step"]
         for phase, spent in seconds.items():

@@ -139,15 +139,15 @@ class Goodput:
         # The seconds of an attempt that ended by a rollback went on counting into the next rows.
         events = self._memory.events(attempt)
         for event in select(events, kind="ended"):
-            for phase, seconds in event["seconds"].items():
+            for phase, seconds in event.get("seconds", {}).items():
                 launch.after[phase] = launch.after.get(phase, 0.0) + seconds
-            if launch.code is None and event["reason"] in ("complete", "interrupted"):
-                launch.code = DONE if event["reason"] == "complete" else INTERRUPTED
+            if launch.code is None and event.get("reason") in ("complete", "interrupted"):
+                launch.code = DONE if event.get("reason") == "complete" else INTERRUPTED
         if (steps := self._memory.steps_of(attempt, self.run)).count:
             launch.steps.append(steps)
             launch.lost.append(self._memory.lost(attempt, self.run))
         if not launch_of(launch.attempts[0].path).get("ended"):  # when was it last alive?
-            signs = [launch.ended, *(event["time"] for event in events)]
+            signs = [launch.ended, *(event.get("time", 0.0) for event in events)]
             signs += [s.heartbeat.time for s in read_nodes(attempt.path)]
             if began := launch.rank_began or launch.begun:
                 signs.append(began + launch.recorded)  # by the seconds in its rows

@@ -4,6 +4,7 @@ Invariant: a run that can't be read is reported and doesn't hide the others. Wha
 not read: most columns need only the last rows of a run.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, st
     if s.last:
         mfu, rate, left = s.last.get("mfu"), s.tokens_per_second, s.seconds_left
         cells |= {
-            "loss": f"{s.last['loss']:.4f}",
+            "loss": f"{s.last.get('loss', math.nan):.4f}",
             "tokens/s": f"{rate:,.0f}" if rate else "-",
             "MFU": f"{mfu:.1%}" if mfu else "-",
             "ETA": span(left) if left else "-",

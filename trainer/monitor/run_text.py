@@ -3,6 +3,7 @@
 Invariant: derived, never stored.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from rich.table import Table
 from forescale.config.duration import Duration
 from forescale.ground.console import span, table
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
-from forescale.ground.storage import read_json
+from forescale.ground.storage import read_typed
 from forescale.monitor import curve
 from forescale.monitor.files import promises
 from forescale.monitor.goodput import Launch
@@ -24,7 +25,7 @@ from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
-from forescale.run.directory import Attempt, Run
+from forescale.run.directory import Attempt, Run, StoredAverage, StoredMirror
 from forescale.run.forecast import describe, prediction_interval_of
 from forescale.run.rows import Row
 
@@ -83,12 +84,12 @@ def show_run(
     if s.run.weights_alone:
         source = ""
         if s.state == "averaged":
-            stored = read_json(s.run.averaged)
+            stored = read_typed(StoredAverage, s.run.averaged)
             steps = ", ".join(str(each["step"]) for each in stored["checkpoints"])
             source = escape(f", the mean of {stored['run']} at steps {steps}")
         console.print(f"{title}{source}; runs begin with its weights")
         return _show_checkpoints(s, console)
-    loss = f", loss {s.last['loss']:.4f}" if s.last else ""
+    loss = f", loss {s.last['loss']:.4f}" if "loss" in s.last else ""
     console.print(
         f"{title}, step {s.step:,} of {total:,} ({s.step / total:.1%}), {s.tokens:,} "
         f"{s.job.objective.counted}{loss}; last seen {span(s.age)} ago"
@@ -129,11 +130,12 @@ def show_run(
 
 def _score(row: Row) -> str:
     """Return the held-out score of a row as a phrase: of a text, or of preferences."""
-    loss = f"loss {row['loss']:.4f} ± {row['loss_stderr']:.4f} over {row['windows']:,}"
+    mean, error = (row.get(name, math.nan) for name in ("loss", "loss_stderr"))
+    loss = f"loss {mean:.4f} ± {error:.4f} over {row.get('windows', 0):,}"
     if (accuracy := row.get("rewards/accuracies")) is not None:
         return f"accuracy {accuracy:.1%}, {loss} preferences"
     of = f" of {row['scored']}" if "scored" in row else ""
-    return f"{row['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
+    return f"{row.get('bits_per_byte', math.nan):.4f} bits per byte{of}, {loss} windows"
 
 
 def _forecast(s: Status) -> str | None:
@@ -156,10 +158,10 @@ def _forecast(s: Status) -> str | None:
 def _mirrored(run: Run) -> str | None:
     """Return the state of the mirror, and its error if it has one; None without a mirror."""
     try:
-        noted = read_json(run.mirror) if run.mirror.exists() else {}
-        where, steps, error = noted["where"], noted["steps"], noted["error"]
-    except (UserError, KeyError, TypeError):
+        noted = read_typed(StoredMirror, run.mirror)
+    except UserError:
         return None
+    where, steps, error = noted["where"], noted["steps"], noted["error"]
     newest = f"up to step {max(steps):,}" if steps else "nothing yet"
     return f"Mirrored to {where}: {newest}." + (f" It fails now: {error}" if error else "")
 

@@ -23,7 +23,7 @@ from forescale.monitor.goodput import Goodput
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.resilience.heartbeat import RankStatus, read_nodes
 from forescale.resilience.injector import records
-from forescale.resilience.outcome import launch_of
+from forescale.resilience.outcome import LaunchRecord, launch_of
 from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
@@ -100,7 +100,7 @@ class Status:
     def step_seconds(self) -> float | None:
         """Seconds of a step, over the last steps, without evaluation and saving; None before the
         first step."""
-        recent = [training_seconds(row["seconds"]) for row in self.recent]
+        recent = [training_seconds(row.get("seconds", {})) for row in self.recent]
         return (sum(recent) / len(recent) or None) if recent else None
 
     @property
@@ -127,7 +127,7 @@ class Status:
     def last_event(self) -> str | None:
         """The kind of the last event that isn't a save."""
         rows = [row for a in self.attempts[-2:] for row in self._memory.events(a)]
-        kinds = [row["kind"] for row in rows if row["kind"] != "checkpoint_saved"]
+        kinds = [row.get("kind", "-") for row in rows if row.get("kind") != "checkpoint_saved"]
         return kinds[-1] if kinds else None
 
     @property
@@ -213,7 +213,7 @@ class Status:
             return False
         return beyond < self._memory.ledger(self.run.metrics).longest
 
-    def _launch_that_ended(self) -> Row | None:
+    def _launch_that_ended(self) -> LaunchRecord | None:
         """Return the launch record of the newest attempt, if our launcher saw its ranks end."""
         for attempt in reversed(self.attempts):
             if record := launch_of(attempt.path):
@@ -254,7 +254,7 @@ class Status:
 
     def events(self) -> Counter[str]:
         """Return the number of events of each kind, over all attempts."""
-        return Counter(row["kind"] for row in self.run.read_events())
+        return Counter(row.get("kind", "-") for row in self.run.read_events())
 
 
 class Statuses:

@@ -20,6 +20,9 @@ from pathlib import Path
 from statistics import median_low
 from types import FrameType
 
+from forescale.ground.errors import UserError
+from forescale.ground.storage import read_typed
+from forescale.ground.typed import Count, Number
 from forescale.resilience.heartbeat import Heartbeat, RankStatus
 
 HANG = "hang.json"
@@ -46,11 +49,11 @@ class Hang:
     and seconds of each rank that it names.
     """
 
-    ranks: tuple[int, ...]
+    ranks: tuple[Count, ...]
     host: str
     at: str
-    step: int
-    seconds: float
+    step: Count
+    seconds: Number
     sentence: str
 
 
@@ -181,9 +184,8 @@ def publish_hang(attempt: Path, hang: Hang) -> Hang:
 def read_hang(attempt: Path) -> Hang | None:
     """Return the hang in which an attempt ended, or None."""
     try:
-        stored = json.loads((attempt / HANG).read_bytes())
-        return Hang(**{**stored, "ranks": tuple(stored["ranks"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_typed(Hang, attempt / HANG)
+    except UserError:
         return None
 
 

@@ -24,11 +24,15 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from forescale.ground.errors import UserError
+from forescale.ground.storage import read_typed
+from forescale.ground.typed import AnyNumber, Count, Flag, Number, typed
 from forescale.resilience.phases import PLACE
 
 ENDED = "ended"
@@ -47,20 +51,20 @@ class Heartbeat:
     pace: seconds per step at each place, over the last `steps` steps.
     """
 
-    rank: int
+    rank: Count
     host: str
-    pid: int
-    began: float
-    time: float
-    step: int
+    pid: Count
+    began: Number
+    time: Number
+    step: Count
     phase: str
     at: str
-    here: float
-    limit: float
-    quiet: float
-    starting: bool
-    pace: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
+    here: Number
+    limit: AnyNumber
+    quiet: AnyNumber
+    starting: Flag
+    pace: dict[str, Number] = field(default_factory=dict)
+    steps: Count = 0
 
     @property
     def has_ended(self) -> bool:
@@ -86,11 +90,19 @@ class RankStatus:
         return not self.heartbeat.has_ended and self.heartbeat.here > self.heartbeat.limit
 
 
-_FIELDS = {f.name for f in fields(Heartbeat)}
+class _Row(TypedDict):
+    """A heartbeat in the file of a node, with the seconds that none has come since."""
+
+    pid: Count
+    silence: NotRequired[Number]
 
 
-def _from_json(stored: dict[str, Any]) -> Heartbeat:
-    return Heartbeat(**{k: v for k, v in stored.items() if k in _FIELDS})
+class _Node(TypedDict):
+    """The content of a node's file."""
+
+    host: str
+    time: Number
+    ranks: list[_Row]
 
 
 def node_path(attempt: Path, port: str) -> Path:
@@ -148,9 +160,9 @@ class NodeDirectory:
         """
         heartbeats = {}
         for path in self.path.glob("rank-*.json"):
-            with suppress(OSError, ValueError, TypeError):  # it has just been removed
+            with suppress(OSError, UserError):  # it has just been removed
                 changed = path.stat().st_mtime_ns
-                heartbeat = _from_json(json.loads(path.read_bytes()))
+                heartbeat = read_typed(Heartbeat, path)
                 with suppress(OSError, struct.error, UnicodeDecodeError):
                     step, text = PLACE.unpack(path.with_suffix(".place").read_bytes())
                     at = text.rstrip(b"\0").decode()
@@ -182,8 +194,8 @@ class NodeDirectory:
 def remove_stale() -> None:
     """Delete this user's directories of earlier launches whose processes are all gone."""
     for path in _memory().glob(f"forescale-{os.getuid()}-*"):
-        with suppress(OSError, ValueError, KeyError):
-            pids = [json.loads(p.read_bytes())["pid"] for p in path.glob("rank-*.json")]
+        with suppress(OSError, UserError):
+            pids = [read_typed(_Row, p)["pid"] for p in path.glob("rank-*.json")]
             old = time.time() - path.stat().st_mtime > _OLD
             if old and not any(Path(f"/proc/{pid}").exists() for pid in pids):
                 shutil.rmtree(path, ignore_errors=True)
@@ -213,11 +225,10 @@ def read_nodes(attempt: Path, without: str = "", every: float = 0.0) -> list[Ran
     """
     statuses, now = [], time.time()
     for path in (attempt / "heartbeat").glob("*.json"):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            stored = json.loads(path.read_bytes())
-            late = max(0.0, now - stored["time"] - 2 * every)
-            if stored["host"] != without:
-                statuses += [
-                    RankStatus(_from_json(row), row["silence"] + late) for row in stored["ranks"]
-                ]
+        with suppress(OSError, UserError):
+            node = read_typed(_Node, path)
+            late = max(0.0, now - node["time"] - 2 * every)
+            for row in node["ranks"] if node["host"] != without else ():
+                heartbeat = typed(Heartbeat, row, str(path))
+                statuses.append(RankStatus(heartbeat, row.get("silence", 0.0) + late))
     return sorted(statuses, key=lambda s: s.heartbeat.rank)

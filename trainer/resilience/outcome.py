@@ -27,6 +27,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from forescale.ground.errors import (
     CRASHED,
     DONE,
@@ -37,7 +39,8 @@ from forescale.ground.errors import (
     masked,
     storage_error,
 )
-from forescale.ground.storage import read_json, write_checked_json
+from forescale.ground.storage import read_json, read_typed, write_checked_json
+from forescale.ground.typed import Count, Moment, Whole
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
 
@@ -47,6 +50,37 @@ WEBHOOK = "FORESCALE_WEBHOOK"
 EVENTS = {DONE: "complete", CRASHED: "crashed", USER: "stopped", GAVE_UP: "gave up"}
 _WEBHOOK_SECONDS = 10.0
 _LONGEST = 500  # characters of an error
+
+
+class SlurmStart(TypedDict, total=False):
+    """The job of a launch. restart: how often it was requeued; eligible: when it could start."""
+
+    job: str
+    restart: Count
+    submission: str
+    nodes: list[str]
+    eligible: Moment | None
+
+
+class LaunchRecord(TypedDict, total=False):
+    """The content of launch.json. blamed, faulty: nodes that were the cause, with the reason;
+    stop_signal: the name of the signal that ended the launch."""
+
+    begun: Moment
+    command: list[str]
+    host: str
+    pid: Count
+    process: str | None
+    processes: Count
+    ended: Moment
+    code: Whole | None
+    rank: Count
+    how: str
+    slurm: SlurmStart
+    blamed: dict[str, str]
+    faulty: dict[str, str]
+    stop_signal: str | None
+    refused: Count
 
 
 def record_start(attempt: Path, command: Sequence[str], processes: int, **fields: Any) -> None:
@@ -87,10 +121,11 @@ def add_to_launch(attempt: Path, **fields: Any) -> None:
     write_checked_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **fields})
 
 
-def launch_of(attempt: Path) -> dict[str, Any]:
+def launch_of(attempt: Path) -> LaunchRecord:
     """Return the content of launch.json; empty if no launcher of ours started the attempt. Raises
     UserError if it is damaged."""
-    return read_json(attempt / LAUNCH) if (attempt / LAUNCH).exists() else {}
+    path = attempt / LAUNCH
+    return read_typed(LaunchRecord, path) if path.exists() else LaunchRecord()
 
 
 def report_error(

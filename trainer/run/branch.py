@@ -13,7 +13,7 @@ from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.ground.errors import UserError
-from forescale.ground.storage import hash_file, read_json
+from forescale.ground.storage import hash_file
 from forescale.run.directory import Run
 from forescale.run.references import misfit, stored_references
 
@@ -107,9 +107,5 @@ def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
 
 def data_of(run: Run) -> dict[str, str]:
     """Return the path and identity of the data on which a run was started."""
-    stored = read_json(run.identity)
-    try:
-        return {key: stored["dataset"][key] for key in ("path", "identity")}
-    except (KeyError, TypeError):
-        problem = "has no path and identity of the run's data"
-        raise UserError(str(run.identity), problem, "restore the file from a copy") from None
+    stored = run.read_identity()["dataset"]
+    return {"path": str(stored["path"]), "identity": str(stored["identity"])}

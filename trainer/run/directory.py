@@ -28,17 +28,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from forescale.ground.errors import UserError
 from forescale.ground.storage import (
     blocks_of,
     hash_file,
-    read_json,
+    read_typed,
     staged,
     write_checked_json,
     write_file,
 )
+from forescale.ground.typed import Count, TokenId
 from forescale.run.rows import Prefix, Row, RowReader, RowWriter, prefix_until, read_rows, select
 
 _PREFIX = "step-"
@@ -53,15 +56,98 @@ class Parent:
     skipped: intervals [first, end) of samples that are skipped for good. rolled_back_from: the
     anomalous step, if a rollback began this attempt."""
 
-    step: int
-    checkpoint: str | None = None
-    skipped: tuple[tuple[int, int], ...] = ()
-    rolled_back_from: int | None = None
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # a later version may mean something by it
 
-    @classmethod
-    def of(cls, stored: dict[str, Any]) -> "Parent":
-        """Return the parent that was stored as JSON, whose lists become tuples again."""
-        return cls(**{**stored, "skipped": tuple(map(tuple, stored.get("skipped", ())))})
+    step: Count
+    checkpoint: str | None = None
+    skipped: tuple[tuple[Count, Count], ...] = ()
+    rolled_back_from: Count | None = None
+
+
+class StoredSource(TypedDict):
+    """One dataset of a run: where it was, and the hash of what decides its tokens."""
+
+    path: str
+    identity: str
+    corpus_hash: NotRequired[str | None]
+
+
+class StoredData(TypedDict):
+    """The data of a run. path, identity: None of imported weights, which have no sources either."""
+
+    path: str | None
+    identity: str | None
+    corpus_hash: NotRequired[str | None]
+    vocab_size: TokenId
+    end_of_text: TokenId
+    sources: dict[str, StoredSource]
+
+
+class Identity(TypedDict):
+    """The content of run.json; run/identity.py writes it."""
+
+    name: NotRequired[str]
+    dataset: StoredData
+    versions: NotRequired[dict[str, str]]
+    git: NotRequired[dict[str, str]]
+    tokenizer_sha256: NotRequired[str]  # an earlier version wrote none
+    wandb_id: NotRequired[str]
+    parameters: NotRequired[Count]
+    device: NotRequired[str]
+
+
+class StoredCheckpoint(TypedDict):
+    """A checkpoint that an average is of. table: the sha256 of its files.json."""
+
+    step: Count
+    attempt: Count
+    table: str
+
+
+class StoredAverage(TypedDict):
+    """The content of averaged.json, which checkpoint/average.py writes."""
+
+    run: str
+    checkpoints: list[StoredCheckpoint]
+
+
+class ReferenceSource(TypedDict):
+    """What references were computed from. data: the identity of each source."""
+
+    data: dict[str, str]
+    columns: Count
+
+
+# The content of references.json, which run/references.py writes.
+StoredReferences = TypedDict(  # noqa: UP013 - no name of a file's key is one of ours
+    "StoredReferences", {"made": ReferenceSource, "values": dict[str, dict[str, str]]}
+)
+
+
+class StoredMirror(TypedDict):
+    """The content of mirror.json: the steps that are copied, and why the last try failed."""
+
+    where: str
+    steps: list[Count]
+    error: str | None
+
+
+class StoredChat(TypedDict):
+    chat_template: str
+
+
+# The content of imported.json: files of a Hugging Face directory by name.
+Imported = TypedDict(
+    "Imported",
+    {
+        "config.json": dict[str, Any],
+        "generation_config.json": dict[str, Any],
+        "tokenizer_config.json": dict[str, Any],
+        "special_tokens_map.json": dict[str, Any],
+        "chat_template.jinja": str,
+    },
+    total=False,
+)
 
 
 class Run:
@@ -78,6 +164,12 @@ class Run:
         self.averaged = self.path / "averaged.json"
         self.references = self.path / "references.json"
         self.chat = self.path / "chat.json"
+        self.small_files: dict[Path, type] = {
+            self.imported: Imported,
+            self.averaged: StoredAverage,
+            self.references: StoredReferences,
+            self.chat: StoredChat,
+        }
 
     @property
     def metrics(self) -> Path:
@@ -128,11 +220,20 @@ class Run:
         known = f"the runs in {root} are: {', '.join(names)}" if names else "train one first"
         raise UserError(str(target), f"no run has this name or path (searched {root} too)", known)
 
+    def read_identity(self) -> Identity:
+        """Return the content of run.json. Raises UserError if it is missing or damaged."""
+        return read_typed(Identity, self.identity)
+
+    def read_imported(self) -> dict[str, Any]:
+        """Return the content of imported.json, {} if there is none. Raises UserError if it is
+        damaged."""
+        return {**read_typed(Imported, self.imported)} if self.imported.is_file() else {}
+
     def verified_tokenizer(self) -> Path:
         """Return the path of tokenizer.json. Raises UserError if it isn't the one that run.json
         names."""
         path = self.tokenizer
-        expected = read_json(self.identity).get("tokenizer_sha256")  # None: an earlier version
+        expected = self.read_identity().get("tokenizer_sha256")
         if expected is not None and path.is_file() and hash_file(path).sha256 != expected:
             problem = "was changed since it was written (run.json has another checksum)"
             raise UserError(str(path), problem, "restore it from the dataset")
@@ -316,13 +417,8 @@ class Attempt:
     def parent(self) -> Parent | None:
         """The checkpoint it started from; None if it never began to train."""
         path = self.parent_path
-        if not path.exists():
-            return None
-        try:
-            return Parent.of(read_json(path))
-        except TypeError as e:
-            problem = f"is not a parent that this version can read ({e})"
-            raise UserError(str(path), problem, "use the version that wrote the run") from None
+        todo = "restore the file, or use the version that wrote the run"
+        return read_typed(Parent, path, todo) if path.exists() else None
 
     def event(self, kind: str, **facts: Any) -> None:
         """Write an event: its kind, and facts by name."""

@@ -26,9 +26,9 @@ from forescale.data.dataset import Dataset
 from forescale.data.tokenizer import Vocabulary
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json, read_text
-from forescale.ground.storage import read_json
+from forescale.ground.storage import read_typed
 from forescale.models.config import ModelConfig
-from forescale.run.directory import Run
+from forescale.run.directory import Run, StoredChat
 
 # Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
 # was 3e-4 (Touvron et al. 2023, arXiv 2302.13971, table 2), with 2e-5: a fifteenth. Its epochs,
@@ -145,7 +145,7 @@ def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> Trai
 
 
 def vocabulary_of_run(run: Run) -> Vocabulary:
-    described = read_json(run.identity)["dataset"]
+    described = run.read_identity()["dataset"]
     raw = run.verified_tokenizer().read_bytes()
     return Vocabulary(raw, described["vocab_size"], described["end_of_text"])
 
@@ -157,7 +157,7 @@ def chat_template(run: Run, vocabulary: Vocabulary, path: str | None) -> ChatTem
     tokenizer = vocabulary.load()
     added = tokenizer.get_added_tokens_decoder().values()
     special = tuple(token.content for token in added if token.special)
-    stored = read_json(run.imported) if run.imported.is_file() else {}
+    stored = run.read_imported()
     config = stored.get(_CONFIG, {})
     tokens = {"bos_token": "", "eos_token": tokenizer.id_to_token(vocabulary.end) or ""}
     for name, token in config.items():  # of tokenizer_config.json, with or without their flags
@@ -177,7 +177,7 @@ def kept_template(run: Run) -> str | None:
     """Return the chat template that a run was trained with; None if it read no conversations."""
     if not run.chat.is_file():
         return None
-    template: str = read_json(run.chat)["chat_template"]
+    template = read_typed(StoredChat, run.chat)["chat_template"]
     return template
 
 

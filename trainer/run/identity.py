@@ -13,7 +13,7 @@ from typing import Any
 
 from forescale.data.dataset import Sources
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json, write_checked_json
+from forescale.ground.storage import write_checked_json
 from forescale.run.directory import Run
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # of an editable install
@@ -32,7 +32,7 @@ def code_and_id() -> dict[str, Any]:
 def expect_data(run: Run) -> None:
     """Raise UserError if a run was trained on no data that is known here, as one with imported
     weights."""
-    if not read_json(run.identity)["dataset"]["sources"]:
+    if not run.read_identity()["dataset"]["sources"]:
         problem = "holds imported weights, and was trained on no data that is known here"
         raise UserError(str(run.path), problem, "give data.path=DIR")
 
@@ -52,7 +52,7 @@ def data_fields(sources: Sources) -> dict[str, Any]:
 def complete(run: Run, parameters: int, device: str) -> dict[str, Any]:
     """Return run.json, to which the fields that it lacked are added. Only for rank 0. parameters:
     their number in the model; device: the name of the rank's GPU, or "cpu"."""
-    stored = read_json(run.identity)
+    stored: dict[str, Any] = {**run.read_identity()}
     known = {"parameters": parameters, "device": device}
     if lacks := {k: v for k, v in {**code_and_id(), **known}.items() if k not in stored}:
         stored |= lacks

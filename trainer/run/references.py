@@ -18,8 +18,8 @@ import numpy as np
 
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
-from forescale.ground.storage import read_json, write_checked_json
-from forescale.run.directory import Run
+from forescale.ground.storage import read_typed, write_checked_json
+from forescale.run.directory import Run, StoredReferences
 
 _DTYPE = np.dtype("<f4")
 
@@ -60,7 +60,8 @@ class References:
 def stored_references(run: Run) -> dict[str, Any] | None:
     """Return the JSON of a run's references.json, which rank 0 can send to the others; None if
     there is none. Raises UserError if it is damaged."""
-    return read_json(run.references) if run.references.is_file() else None
+    path = run.references
+    return {**read_typed(StoredReferences, path)} if path.is_file() else None
 
 
 def read_references(run: Run) -> References | None:

@@ -15,16 +15,72 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from forescale.ground.errors import UserError
 from forescale.ground.storage import FileEntry, blocks_of, hash_file, naming
+from forescale.ground.typed import AnyNumber, Count, Moment, Number, typed
 
 Row = dict[str, Any]
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
 _NOTHING = hashlib.sha256().hexdigest()
 _MOST_UNSYNCED = 16 << 20  # bytes of rows that are held in memory until they are durable
 _NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
+
+
+class _AnyRow(TypedDict, total=False):
+    """What several kinds of rows and events have."""
+
+    kind: str
+    step: Count | None
+    attempt: Count
+    time: Moment
+    tokens: Count | None
+    dataset: str
+    reason: str
+
+
+class _Score(_AnyRow, total=False):
+    loss: AnyNumber
+    loss_stderr: AnyNumber
+    bits_per_byte: AnyNumber
+    windows: Count
+
+
+class _Step(TypedDict):
+    """A train row; of a damaged or early one, the parts that it has."""
+
+    step: Count
+    attempt: NotRequired[Count]
+    loss: NotRequired[AnyNumber]
+    tokens: NotRequired[Count]
+    g0: NotRequired[Count]
+    g1: NotRequired[Count]
+    shares: NotRequired[dict[str, Count]]
+    seconds: NotRequired[dict[str, Number]]
+    mfu: NotRequired[AnyNumber | None]
+    quarantined: NotRequired[list[tuple[str, Count, str]]]
+
+
+class _Scored(_Score):
+    step: Count  # type: ignore[misc]  # narrower
+
+
+class _Ended(_AnyRow, total=False):
+    seconds: dict[str, Number]
+
+
+class _Forecast(_AnyRow):
+    forecast: str
+    predicted: Number
+    observed: AnyNumber | None
+    interval: tuple[Number, Number]
+    level: Number
+
+
+_KINDS = {"train": _Step, "validation": _Scored, "ended": _Ended, "forecast_scored": _Forecast}
 
 
 @dataclass(frozen=True)
@@ -194,7 +250,8 @@ def to_json(row: Row) -> str:
 
 
 def parse_row(line: bytes) -> Row:
-    """Return a row; numbers that were not finite are NaN again. Raises ValueError if it is damaged.
+    """Return a row; numbers that were not finite are NaN again. Raises ValueError if it is damaged,
+    or one of its values is of another type than its kind has.
     (Lines of earlier versions carry no checksum.)"""
     if match := _CRC.search(line):
         line = line[: match.start()] + b"}"
@@ -206,6 +263,11 @@ def parse_row(line: bytes) -> Row:
     for name, value in row.items():
         if value is None and (name in _NUMBERS or name.startswith("extra.")):
             row[name] = math.nan
+    kind = row.get("kind")
+    try:
+        typed(_KINDS.get(kind, _AnyRow) if isinstance(kind, str) else _AnyRow, row, "")
+    except UserError as e:
+        raise ValueError(e.problem.removeprefix("is damaged: ")) from None
     return row
 
 

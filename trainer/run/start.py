@@ -26,7 +26,7 @@ from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
 from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json, write_checked_json, write_file
+from forescale.ground.storage import write_checked_json, write_file
 from forescale.models.config import ModelConfig
 from forescale.run.abilities import questions_of_job
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
@@ -195,7 +195,7 @@ def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[
     if differences:
         _keep(run, job, sources)
         measured = ("parameters", "device")  # of the old config; the next attempt adds them
-        fields = {k: v for k, v in read_json(run.identity).items() if k not in measured}
+        fields = {k: v for k, v in run.read_identity().items() if k not in measured}
         write_checked_json(run.identity, fields | _of_data(sources) | {"versions": versions()})
     if changes:
         _freeze(run, job, [change.key for change in changes])

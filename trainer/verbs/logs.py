@@ -13,7 +13,7 @@ from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
-from forescale.resilience.outcome import launch_of
+from forescale.resilience.outcome import LaunchRecord, launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import newest, submissions
@@ -60,9 +60,9 @@ def main(words: list[str]) -> int:
     _show(path, job.lines, goes_on)
     record = launch_of(attempt.path)
     if "ended" in record:
-        print(f"== Attempt {attempt.number} ended: {record['how']}.")
+        print(f"== Attempt {attempt.number} ended: {record.get('how', 'not recorded')}.")
         rank = record.get("rank", 0)
-        failed = record["code"] not in (DONE, INTERRUPTED, USER)
+        failed = record.get("code") not in (DONE, INTERRUPTED, USER)
         if failed and rank != job.rank and (path := _log(attempt, rank)).exists():
             print(f"== {path}, the rank that failed first")
             with open(path, errors="replace") as f:
@@ -126,7 +126,7 @@ def _why_nothing(run: Run, job: LogsJob) -> str:
     if early := _early_end(run):
         return _early_end_text(early)
     records = (launch_of(a.path) for a in reversed(run.attempts()))
-    record = next(filter(None, records), {})
+    record = next(filter(None, records), LaunchRecord())
     if "slurm" in record:
         how = f": {record['how'].rstrip('.')}" if "how" in record else ""
         return f"No rank of {run.name} has started{how}. See the batch script's log: rank=null."

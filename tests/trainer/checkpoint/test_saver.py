@@ -25,7 +25,7 @@ def run(tmp_path):
 
 def test_it_holds_the_step_that_it_was_begun_at_however_the_training_goes_on(run):
     engine, gate = plain.engine(), Gate()
-    states = iter([{"guard": "then"}, {"guard": "later"}])
+    states = iter({"guard": {"losses": [], "norms": [], "anomalous_in_a_row": n}} for n in (3, 4))
     part = saver(run, plain.begin(run), engine, midway=gate, facts=lambda: next(states))
     save(part, engine, 1)
     assert gate.reached.wait(60)
@@ -34,7 +34,7 @@ def test_it_holds_the_step_that_it_was_begun_at_however_the_training_goes_on(run
     gate.opened.set()
     part.finish()
     assert newest(run) == 1
-    assert Checkpoint(run.checkpoint_path(1)).state["guard"] == "then"
+    assert Checkpoint(run.checkpoint_path(1)).state["guard"]["anomalous_in_a_row"] == 3
     assert hidden(run) == []
 
 

@@ -127,7 +127,7 @@ ROWS = {
     ),
     "a lost tail": (lambda rows: rows[:7], "no row for step 8"),
     "another step": (lambda rows: [*rows[:7], rows[7] | {"tokens": 1020}], "checkpoint at step 8"),
-    "a lame row": (lambda rows: [{"kind": "train"}, *rows[1:]], "a row lacks a field"),
+    "a lame row": (lambda rows: [{"kind": "train"}, *rows[1:]], "has no step"),
 }
 
 

@@ -155,30 +155,38 @@ class FragmentReader:
         return [state for stored, state in self._where if stored == name]
 
     def dtype(self, name: str, state: str) -> torch.dtype:
-        """Return the number format in which a state is stored. Raises KeyError if there is none."""
-        _, key, file = self._where[name, state][0]
-        stored = self._file(file).get_slice(key).get_dtype()
+        """Return the number format in which a state is stored. Raises UserError if there is
+        none."""
+        places = self._where.get((name, state))
+        if not places:
+            raise self._damaged(f"has no {state} of {name}")
+        stored = self._slice(*places[0][1:]).get_dtype()
         return next(kind for kind, label in _DTYPES.items() if label == stored)
 
     def read_into(self, name: str, state: str, start: int, out: Tensor) -> None:
-        """Fill `out` (1-D) with the range from `start`. Raises KeyError if a part is missing."""
+        """Fill `out` (1-D) with the range from `start`. Raises UserError if a part is
+        missing."""
         filled, end = 0, start + out.numel()
         for strip, key, file in self._where.get((name, state), []):
             runs = [*strip.overlaps(start, end)]
             if not runs:
                 continue
             first, last = runs[0][1], runs[-1][1] + runs[-1][2]
-            part = self._file(file).get_slice(key)[first:last]
+            stored = self._slice(key, file)
+            if stored.get_shape() != [strip.size]:
+                raise self._damaged(f"{key} in {file} has another size than its table says")
+            part = stored[first:last]
             for at, place, size in runs:
                 out[at - start : at - start + size].copy_(
                     part[place - first : place - first + size]
                 )
                 filled += size
         if filled != out.numel():
-            raise KeyError(f"{name}: {filled:,} of {out.numel():,} elements of its {state}")
+            count = f"{filled:,} of {out.numel():,} elements of the {state}"
+            raise self._damaged(f"holds {count} of {name}")
 
     def fill(self, fragment: Fragment) -> None:
-        """Fill the data of a fragment, of any division. Raises KeyError as `read_into`."""
+        """Fill the data of a fragment, of any division. Raises UserError as `read_into`."""
         f = fragment
         if f.cut is None:
             self.read_into(f.name, f.state, f.start, f.data)
@@ -191,6 +199,15 @@ class FragmentReader:
             self.read_into(f.name, f.state, low, between)
             for at, place, size in strip.overlaps(low, high):
                 f.data[place : place + size].copy_(between[at - low : at - low + size])
+
+    def _slice(self, key: str, file: str) -> Any:
+        try:
+            return self._file(file).get_slice(key)
+        except SafetensorError:
+            raise self._damaged(f"{file} has no {key}") from None
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(str(self.directory), problem, "restore the checkpoint, or choose another")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

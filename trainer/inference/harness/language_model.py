@@ -21,7 +21,6 @@ from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.data.tokenizer import load_tokenizer
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json
 from forescale.inference.generation import Answer, GenerationConfig, complete
 from forescale.inference.question import Question
 from forescale.inference.view import RunView, best_device
@@ -262,7 +261,7 @@ def special_ids(view: RunView, tokenizer: Tokenizer) -> tuple[int, int]:
     end = view.identity["dataset"]["end_of_text"]
     if not view.run.imported.is_file():
         return end, end
-    files = read_json(view.run.imported)
+    files = view.run.read_imported()
     named: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         named |= files.get(file, {})

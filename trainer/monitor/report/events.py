@@ -101,7 +101,7 @@ def _end(launch: Launch, status: Status, rows: list[Row]) -> Event | None:
 def _recorded(rows: list[Row], status: Status, attempt: Attempt) -> Iterator[Event]:
     """Yield the events that an attempt recorded itself."""
     for row in rows:
-        kind = row["kind"]
+        kind = row.get("kind", "-")
         if kind in _ELSEWHERE or (kind == "hang" and attempt.number in status.hangs()):
             continue
         facts = []

@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 from forescale.config.schema import display, flatten, plain
 from forescale.ground.console import span
 from forescale.ground.errors import UserError, masked
-from forescale.ground.storage import read_json
 from forescale.monitor.goodput import BUCKETS
 from forescale.monitor.report.events import LOOKS, Event
 from forescale.monitor.run_text import ranks_of
@@ -220,7 +219,7 @@ def _environment(run: ReportedRun) -> dict[str, Cell]:
     s = run.status
     facts: dict[str, Cell] = {"directory": str(s.run.path)}
     try:
-        stored = read_json(s.run.identity)
+        stored = s.run.read_identity()
     except UserError as e:
         return {**facts, "run.json": str(e)}
     if stored.get("parameters"):

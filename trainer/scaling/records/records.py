@@ -24,13 +24,13 @@ from forescale.config.sections.ramp import length_ramp
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.ground.errors import UserError
-from forescale.ground.storage import hash_file, read_json
+from forescale.ground.storage import hash_file
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count, expansion, flops_6n, flops_per_token
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import column_of
-from forescale.run.directory import Run
+from forescale.run.directory import Run, StoredSource
 from forescale.run.rows import read_rows
 from forescale.scaling.fitting.points import COLUMNS, Array, Points
 
@@ -80,7 +80,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         return Refused(run.name, why)
     assert isinstance(model, ModelConfig)  # others are refused
     sizes, last, state = count(model), status.train[-1], status.checkpoints[-1].state
-    identity = read_json(run.identity)
+    identity = run.read_identity()
     dataset, versions = identity["dataset"], identity.get("versions", {})
     rates = [row["mfu"] for row in status.train if row.get("mfu")]
     init_seed = job.train.init_seed
@@ -170,7 +170,7 @@ def _flops(job: TrainJob, steps: int, causal: bool) -> float:
     return sum(share * flops_per_token(job.model, length, causal) for length, share in shares)
 
 
-def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def _read(status: Status, sources: Mapping[str, StoredSource]) -> dict[str, Any]:
     """Return what a run has read of its data.
 
     unique_tokens: distinct targets; epochs: of the source that was repeated most; bytes: of UTF-8,
@@ -207,7 +207,7 @@ def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str,
     return known
 
 
-def _opened(stored: Mapping[str, str]) -> Dataset | None:
+def _opened(stored: StoredSource) -> Dataset | None:
     """Return the dataset if it is the one that the run was trained on, else None."""
     if "://" in stored["path"]:
         return None

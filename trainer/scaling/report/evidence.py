@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forescale.ground.storage import read_json
 from forescale.monitor.status import Status
 from forescale.scaling.analysis.forecast import Forecast, Score, read_forecasts, score
 from forescale.scaling.config import StudyJob
@@ -140,7 +139,7 @@ def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
     runs = {s.cell.name: study.run(s.cell.name) for s in states}
     started = {name: Status(run) for name, run in runs.items() if run.config.is_file()}
     launches = [x for status in started.values() for x in status.goodput.launches]
-    used = [read_json(runs[name].identity)["versions"] for name in started]
+    used = [runs[name].read_identity().get("versions", {}) for name in started]
     names = sorted({name for one in used for name in one})
     return evidence(
         job, table, states, forecasts=forecasts, score=scored,

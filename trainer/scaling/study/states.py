@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.monitor.status import Status
-from forescale.resilience.outcome import launch_of
+from forescale.resilience.outcome import LaunchRecord, launch_of
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.scaling.design.cells import Cell
@@ -97,7 +97,7 @@ def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus,
     ends = [e for e in events if e["kind"] == "cell_ended"]
     if not ends:  # in the queue: one for each job, with the code of the last attempt that has one
         launches = (launch_of(attempt.path) for attempt in reversed(run.attempts()))
-        launch = next((one for one in launches if one), {})
+        launch = next((one for one in launches if one), LaunchRecord())
         if (code := launch.get("code")) is not None:
             count = sum(e["kind"] == "cell_submitted" for e in events)
             ends = [{"code": code, "why": launch.get("how", "")}] * count

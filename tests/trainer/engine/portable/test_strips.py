@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from forescale.checkpoint.reader import coverage_faults
 from forescale.engine.portable.fragments import Fragment, FragmentReader, write_fragments
 from forescale.engine.portable.strips import Strip, strip_of
+from forescale.ground.errors import UserError
 
 
 @st.composite
@@ -81,7 +82,7 @@ def test_a_part_that_is_missing_is_noticed(stored):
     assert coverage_faults(state) == []
     last = rows["rank-1.safetensors"].pop(1)
     assert coverage_faults(state) == ["weight of m: a gap or an overlap at element 22"]
-    with pytest.raises(KeyError, match="34 of 48 elements"):
+    with pytest.raises(UserError, match="34 of 48 elements"):
         FragmentReader(stored.folder, rows).read_into("m", "weight", 0, torch.empty(48))
     rows["rank-1.safetensors"] += [last, last]
     assert "overlap" in coverage_faults(state)[0]
