@@ -6,6 +6,7 @@ Progress shows measured values only: a rate covers the last 30 seconds, the time
 it.
 """
 
+import math
 import os
 import re
 import sys
@@ -120,6 +121,11 @@ def span(seconds: float) -> str:
     unit, size = next(((u, s) for u, s in units if seconds >= 2 * s), ("s", 1.0))
     number = seconds / size
     return f"{number:.2g} {unit}" if number < 10 else f"{number:,.0f} {unit}"
+
+
+def plus_minus(stderr: float | None) -> str:
+    """A standard error behind its number, " ± 0.0123"; empty where a single value has none."""
+    return "" if stderr is None or math.isnan(stderr) else f" ± {stderr:.4f}"
 
 
 _WINDOW = 30.0  # seconds that a rate is measured over

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Split
 from forescale.data.stream import held_out_places, spread, validation_windows
-from forescale.ground.console import Progress, silent
+from forescale.ground.console import Progress, plus_minus, silent
 from forescale.ground.errors import UserError
 from forescale.inference.scoring import target_losses
 from forescale.train.evaluate import ratio_stderr
@@ -268,7 +268,7 @@ def details_text(details: Details) -> str:
         lines += ["", f"Bits per byte by {title}:", ""]
         lines.append(f"  {title:<{wide}}  {'bits per byte':<17}  documents  bytes")
         for p in parts:
-            bits = f"{p.bits_per_byte:.4f} ± {p.stderr:.4f}"
+            bits = f"{p.bits_per_byte:.4f}{plus_minus(p.stderr)}"
             row = f"  {p.name or 'none':<{wide}}  {bits:<17}  {p.documents:>9,}  {p.bytes:,}"
             lines.append(row)
     if not details.parts:
@@ -282,7 +282,7 @@ def details_text(details: Details) -> str:
         return "\n".join([*lines, "", f"No in-context-learning score: none has {c.late:,} tokens."])
     lines += [
         "",
-        f"In-context-learning score: {c.score:+.4f} ± {c.stderr:.4f} nats, the loss after "
+        f"In-context-learning score: {c.score:+.4f}{plus_minus(c.stderr)} nats, the loss after "
         f"{c.late:,} tokens ({c.late_loss:.4f})",
         f"less that after {c.early:,} ({c.early_loss:.4f}), over {c.pairs:,} contexts",
     ]

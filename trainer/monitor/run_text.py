@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.config.duration import Duration
-from forescale.ground.console import span, table
+from forescale.ground.console import plus_minus, span, table
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.ground.storage import read_typed
 from forescale.monitor import curve
@@ -131,7 +131,7 @@ def show_run(
 def _score(row: Row) -> str:
     """Return the held-out score of a row as a phrase: of a text, or of preferences."""
     mean, error = (row.get(name, math.nan) for name in ("loss", "loss_stderr"))
-    loss = f"loss {mean:.4f} ± {error:.4f} over {row.get('windows', 0):,}"
+    loss = f"loss {mean:.4f}{plus_minus(error)} over {row.get('windows', 0):,}"
     if (accuracy := row.get("rewards/accuracies")) is not None:
         return f"accuracy {accuracy:.1%}, {loss} preferences"
     of = f" of {row['scored']}" if "scored" in row else ""

@@ -19,6 +19,7 @@ from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
+from forescale.ground.console import plus_minus
 
 
 class Scored(Protocol):
@@ -67,8 +68,8 @@ class Score:
     def text(self, of: str = "") -> str:
         """Return it as a part of a sentence. of: of what targets, if not of tokens."""
         return (
-            f"loss {self.loss:.4f} ± {self.loss_stderr:.4f}, {self.bits_per_byte:.4f} bits per byte"
-            f"{of} over {self.windows:,} windows"
+            f"loss {self.loss:.4f}{plus_minus(self.loss_stderr)}, {self.bits_per_byte:.4f} "
+            f"bits per byte{of} over {self.windows:,} windows"
         )
 
     @property

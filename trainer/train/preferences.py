@@ -26,7 +26,7 @@ from forescale.data.objective import IGNORED, window_length
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.step import Engine
-from forescale.ground.console import Progress, silent
+from forescale.ground.console import Progress, plus_minus, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import TABLE, hash_file
 from forescale.models.heads.preferences import preference_losses, preference_numbers, rewards
@@ -86,8 +86,8 @@ class PreferenceScore:
     def text(self, of: str = "") -> str:
         """Return it as a part of a sentence."""
         return (
-            f"loss {self.loss:.4f} ± {self.loss_stderr:.4f}, accuracy {self.accuracy:.1%}, margin "
-            f"{self.numbers['rewards/margins']:.4f} over {self.windows:,} preferences"
+            f"loss {self.loss:.4f}{plus_minus(self.loss_stderr)}, accuracy {self.accuracy:.1%}, "
+            f"margin {self.numbers['rewards/margins']:.4f} over {self.windows:,} preferences"
         )
 
 

@@ -10,7 +10,7 @@ from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte
-from forescale.ground.console import progress_display
+from forescale.ground.console import plus_minus, progress_display
 from forescale.ground.errors import DONE, UserError
 from forescale.inference.view import best_device, open_view
 from forescale.run.feed import objective_of
@@ -135,7 +135,7 @@ class _Scores:
         of = f" of {targets}; not comparable with a causal model's" if is_other else ""
         print(
             f"  {'bits per byte':<{wide}}  {score.bits_per_byte:.4f}{of}\n"
-            f"  {'loss':<{wide}}  {score.loss:.4f} ± {score.loss_stderr:.4f} nats a token\n"
+            f"  {'loss':<{wide}}  {score.loss:.4f}{plus_minus(score.loss_stderr)} nats a token\n"
             f"  {name:<{wide}}  {score.perplexity:.2f} (only comparable under this tokenizer)\n"
             f"  {targets:<{wide}}  {score.targets:,}\n"
             f"  {'bytes':<{wide}}  {score.bytes:,}"
@@ -186,7 +186,7 @@ class _Scores:
         )
         print(f"  {'positions':>17}  {'nats a token':<17}  tokens")
         for b in buckets:
-            loss = f"{b.loss:.4f} ± {b.loss_stderr:.4f}" if b.targets else "none"
+            loss = f"{b.loss:.4f}{plus_minus(b.loss_stderr)}" if b.targets else "none"
             print(f"  {f'{b.first:,} to {b.last:,}':>17}  {loss:<17}  {b.targets:,}")
 
     def details(self, scored: TrainJob, model: "nn.Module", dataset: Dataset) -> None:
@@ -278,6 +278,7 @@ def _print_preferences(score: "PreferenceScore", beta: float) -> None:
         "response has the higher reward\n"
         f"  margin       {numbers['rewards/margins']:.4f}: chosen {numbers['rewards/chosen']:.4f}, "
         f"rejected {numbers['rewards/rejected']:.4f}, at beta {beta:g}\n"
-        f"  loss         {score.loss:.4f} ± {score.loss_stderr:.4f} (0.6931 for the reference)\n"
+        f"  loss         {score.loss:.4f}{plus_minus(score.loss_stderr)} "
+        "(0.6931 for the reference)\n"
         f"  preferences  {n:,}"
     )
