@@ -72,6 +72,17 @@ def parse(schema: type[J], arguments: Sequence[str]) -> J:
     return compose(schema, overrides_of(schema, arguments))
 
 
+def arguments(schema: type[J], values: Mapping[str, Any]) -> J:
+    """Return the arguments of a Python function as a job of class `schema`. Raises ConfigError."""
+    # A number of numpy or pandas is one of Python's.
+    plain = {name: v.item() if hasattr(v, "item") else v for name, v in values.items()}
+    job, unknown, wrong = build(schema, plain)
+    wrong += [unknown_key(name, leaves(schema), schema.VERB) for name in unknown]
+    if wrong := wrong + check(job, wrong):
+        raise ConfigError(wrong)
+    return job
+
+
 def compose(
     schema: type[J],
     overrides: Sequence[str] = (),

@@ -5,7 +5,9 @@ and train.seed on this dataset alone; they depend neither on ranks and threads n
 The state counts the batches that the consumer took, never prefetched ones.
 """
 
+import math
 from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -45,11 +47,17 @@ class Batches(IterableDataset):
         threads: int = 1,
     ):
         super().__init__()
-        for name, value, least in (("batch", batch, 1), ("world_size", world_size, 1)):
-            if value < least:
-                raise UserError(name, f"{value} is not a number of them", f"give at least {least}")
-        if not 0 <= rank < world_size:
-            raise UserError("rank", f"{rank} is none of {world_size} ranks", "count them from 0")
+        least = {"sequence_length": 1, "batch": 1, "seed": 0, "world_size": 1, "threads": 1}
+        values = (sequence_length, batch, seed, world_size, threads)
+        for (name, first), value in zip(least.items(), values, strict=True):
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise UserError(name, f"{value!r} is not a whole number", f"give {first} or more")
+            if not first <= value < 2**40:
+                raise UserError(name, f"{value} is not a number of them", f"give at least {first}")
+        if epochs is not None and not (isinstance(epochs, Real) and 0 < epochs < math.inf):
+            raise UserError("epochs", f"{epochs!r} is not a number of passes", "give 1 or more")
+        if not (isinstance(rank, Integral) and 0 <= rank < world_size):
+            raise UserError("rank", f"{rank!r} is none of {world_size} ranks", "count them from 0")
         if batch % world_size:
             problem = f"{batch} windows can't be divided among {world_size} ranks"
             raise UserError("batch", problem, f"make it a multiple of {world_size}")
@@ -103,8 +111,11 @@ class Batches(IterableDataset):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batches of a state, at any rank and number of ranks. Raises UserError
         for a state of other data or another order."""
+        state = dict(state)
         for name, value in self._settings.items():
             if state.get(name) != value:
                 problem = f"the state is of {state.get(name)}, these batches of {value}"
                 raise UserError(name, problem, "open the data as when the state was taken")
-        self._taken = int(state["batches"])
+        if type(taken := state.get("batches")) is not int or taken < 0:
+            raise UserError("batches", f"{taken!r} is not a number of them", "give a whole state")
+        self._taken = taken

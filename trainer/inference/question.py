@@ -64,6 +64,8 @@ def question_of(view: RunView, text: str) -> Question:
     Raises UserError if the model writes no text, or none to this prompt, or if the objective has a
     source and the model is a class of the user's own.
     """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError("prompt", "holds half a character (a lone surrogate)", "take it out")
     config, identity = view.config, view.identity["dataset"]
     end = identity["end_of_text"]
     if config.continues_text:

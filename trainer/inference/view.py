@@ -7,12 +7,15 @@ only with trust=True.
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from forescale.checkpoint.reader import STATE, Checkpoint, at_step, verified
+from forescale.config.compose import arguments
 from forescale.config.frozen import thaw
+from forescale.config.job import Job, ModelJob
 from forescale.config.train import TrainJob
-from forescale.ground.errors import UserError
+from forescale.ground.errors import UserError, storage_error
+from forescale.ground.storage import read_json
 from forescale.run.directory import Identity, Run, is_hf
 from forescale.run.rows import read_rows
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from forescale.inference.harness.language_model import LanguageModel
     from forescale.train.evaluate import Score
     from forescale.train.preferences import PreferenceScore
+
+J = TypeVar("J", bound=Job)
 
 
 class RunView:
@@ -92,6 +97,7 @@ class RunView:
 
         All its bytes are verified. Raises UserError if there is none.
         """
+        step = self._job(ModelJob, step=step).step
         if self.chosen is None:
             return at_step(self.run, step)
         checkpoint = verified(self.chosen)
@@ -130,7 +136,8 @@ class RunView:
         from forescale.inference.scoring import datasets_of, score_of
 
         corpus = CorpusConfig(path=None if data is None else str(data))
-        job = ScoreJob(split=split, windows=windows, micro_batch=micro_batch, data=corpus)
+        job = self._job(ScoreJob, split=split, windows=windows, micro_batch=micro_batch)
+        job.data = corpus
         model = self.model(step, trust).to(best_device())
         return {
             name: score_of(self, self.config, model, dataset, job)[0]
@@ -155,20 +162,27 @@ class RunView:
         generate` does with these keys.
 
         sampling: top_p, min_p, repetition_penalty. Raises UserError for a prompt that the model
-        can't read, ValueError for a number that leaves no token.
+        can't read, or a number out of its range.
         """
+        from forescale.config.generate import GenerateJob
         from forescale.inference.generation import Answer, GenerationConfig, complete
         from forescale.inference.question import question_of
         from forescale.models.decoding.sampler import Sampler
 
-        config = GenerationConfig(num_tokens, Sampler(temperature, top_k, **sampling), tuple(stop))
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        options = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+        options |= {"stop": stop, "seed": seed, "batch": batch, "prompts": prompts, **sampling}
+        job = self._job(GenerateJob, **options)
+        sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
+        config = GenerationConfig(job.num_tokens, sampler, tuple(job.stop))
         answers = [
-            Answer(self.tokenizer, question_of(self, prompt), config, seed + i)
-            for i, prompt in enumerate(texts)
+            Answer(self.tokenizer, question_of(self, prompt), config, job.seed + i)
+            for i, prompt in enumerate(job.prompts)
         ]
         model = ready_to_write(self.model(step, trust))
-        return [answer.text for answer in complete(model, answers, batch)]
+        return [answer.text for answer in complete(model, answers, job.batch)]
+
+    def _job(self, schema: type[J], **values: Any) -> J:
+        return arguments(schema, {"target": str(self.path), **values})
 
     def language_model(
         self, step: int | None = None, *, batch: int = 8, trust: bool = False
@@ -178,8 +192,10 @@ class RunView:
 
         batch: rows of a forward pass. Raises UserError for a model that continues no text.
         """
+        from forescale.config.generate import GenerateJob
         from forescale.inference.harness.language_model import LanguageModel
 
+        batch = self._job(GenerateJob, batch=batch).batch
         return LanguageModel(self, self.model(step, trust), batch=batch)
 
     def load(self, checkpoint: Checkpoint, trust: bool = False) -> "nn.Module":
@@ -199,7 +215,11 @@ def open_view(target: str | Path, root: str | Path = "runs") -> RunView:
     Raises UserError if there is none.
     """
     path = Path(target).expanduser()
-    if is_hf(path):
+    try:
+        is_model = is_hf(path)
+    except OSError as e:  # such as a name that is too long
+        raise storage_error(e) or e from None
+    if is_model:
         from forescale.inference.importing import imported  # with torch
 
         return RunView(imported(path))

@@ -41,6 +41,10 @@ def train_run(*words: str, show: Callable[[str], None] | None = None, **keys: An
     An interrupt (Ctrl-C, the stop button of a notebook) saves the run and raises KeyboardInterrupt;
     the same call then goes on. Raises UserError for wrong keys, TrainingFailed if the run fails.
     """
+    for word in words:
+        if not isinstance(word, str):
+            todo = 'write such as train_run("experiment=quick")'
+            raise UserError(repr(word), "is no word of a command line", todo)
     words = (*words, *words_of(keys))
     job = job_of(TrainJob, overrides_of(TrainJob, words))
     for key, target in targets(job).items():

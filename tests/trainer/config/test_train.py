@@ -6,10 +6,10 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
+from forescale.config.generate import GenerateJob
 from forescale.config.schema import ConfigError
 from forescale.config.sections.engine import EngineConfig
 from forescale.config.train import TrainJob
-from forescale.verbs.generate import GenerateJob
 from forescale.verbs.shards import ShardsJob
 
 

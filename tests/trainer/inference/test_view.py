@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,3 +146,52 @@ def test_a_state_without_its_parts_is_said(own_run):
     write_json(path, state)
     with pytest.raises(UserError, match="has no shapes"):
         forescale.open_run(own_run.path).checkpoints()
+
+
+WRONG = {
+    "num_tokens": (0, -1, "x", 1.5, None, True),
+    "temperature": (-1, float("nan"), float("inf"), "hot"),
+    "top_k": (0, 1.5, "x"),
+    "top_p": (0, 2, None),
+    "stop": ([""], {}, [None]),
+    "seed": (-1, "x", 2**70),
+    "batch": (0, -1, "x", 1.5, None),
+    "step": ("x", 1.5, [], True, -1),
+    "prompts": (None, [None], object()),
+    "prompt": ("\ud800",),
+    "nosuch": (1,),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, row in WRONG.items() for v in row])
+def test_a_wrong_argument_is_named(trained, name, value):
+    key = {"prompt": "prompts"}.get(name, name)
+    with pytest.raises(UserError, match=f"^{name}: "):
+        forescale.open_run(trained.path).generate(**{"num_tokens": 2, key: value})
+
+
+def test_wrong_arguments_of_the_other_functions_are_named(trained, small_data):
+    run, dataset = forescale.open_run(trained.path), forescale.open_dataset(small_data)
+    calls = {
+        "batch": (lambda: run.language_model(batch=-1), lambda: dataset.stream(8, 1.5)),
+        "split": (lambda: run.evaluate(small_data, split="half"), lambda: dataset.split("half")),
+        "windows": (lambda: run.evaluate(small_data, windows=-1),),
+        "micro_batch": (lambda: run.evaluate(small_data, micro_batch=0),),
+        "step": (lambda: run.model("x"), lambda: run.language_model(2.5)),
+        "epochs": (lambda: dataset.stream(8, 1, epochs=float("nan")),),
+        "threads": (lambda: dataset.stream(8, 1, threads=0),),
+        "rank": (lambda: dataset.stream(8, 1, rank="x"),),
+        "batches": (lambda: load({"batches": -1}),),
+        "word": (lambda: forescale.train_run(5),),
+        "too long": (lambda: forescale.open_run("x" * 5000),),
+    }
+
+    def load(changes):
+        stream = dataset.stream(8, 1)
+        stream.load_state_dict(stream.state_dict() | changes)
+
+    for word, wrong in calls.items():
+        for call in wrong:
+            with pytest.raises(UserError, match=word):
+                call()
+    assert run.checkpoint(np.int64(4)).position.step == 4  # a number of a DataFrame
