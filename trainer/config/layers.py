@@ -147,7 +147,7 @@ def over_origin(
 
     find: returns the frozen config of the run in a directory, or None.
     """
-    run = tree.get("run")
+    run: Any = tree.get("run")
     source = run.get("from") if isinstance(run, dict) else None  # else a value where keys belong
     origin = str(source.get("run") or "") if isinstance(source, dict) else ""
     typed = [path for path in taken if path.partition(".")[0] == "model"]

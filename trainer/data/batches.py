@@ -47,17 +47,25 @@ class Batches(IterableDataset):
         threads: int = 1,
     ):
         super().__init__()
-        least = {"sequence_length": 1, "batch": 1, "seed": 0, "world_size": 1, "threads": 1}
-        values = (sequence_length, batch, seed, world_size, threads)
+        least = {
+            "sequence_length": 1,
+            "batch": 1,
+            "seed": 0,
+            "rank": 0,
+            "world_size": 1,
+            "threads": 1,
+        }
+        values: tuple[Any, ...] = (sequence_length, batch, seed, rank, world_size, threads)
         for (name, first), value in zip(least.items(), values, strict=True):
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise UserError(name, f"{value!r} is not a whole number", f"give {first} or more")
             if not first <= value < 2**40:
                 raise UserError(name, f"{value} is not a number of them", f"give at least {first}")
-        if epochs is not None and not (isinstance(epochs, Real) and 0 < epochs < math.inf):
-            raise UserError("epochs", f"{epochs!r} is not a number of passes", "give 1 or more")
-        if not (isinstance(rank, Integral) and 0 <= rank < world_size):
-            raise UserError("rank", f"{rank!r} is none of {world_size} ranks", "count them from 0")
+        passes: Any = epochs
+        if passes is not None and not (isinstance(passes, Real) and 0 < passes < math.inf):
+            raise UserError("epochs", f"{passes!r} is not a number of passes", "give 1 or more")
+        if rank >= world_size:
+            raise UserError("rank", f"{rank} is none of {world_size} ranks", "count them from 0")
         if batch % world_size:
             problem = f"{batch} windows can't be divided among {world_size} ranks"
             raise UserError("batch", problem, f"make it a multiple of {world_size}")

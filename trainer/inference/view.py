@@ -15,7 +15,6 @@ from forescale.config.frozen import thaw
 from forescale.config.job import Job, ModelJob
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError, storage_error
-from forescale.ground.storage import read_json
 from forescale.run.directory import Identity, Run, is_hf
 from forescale.run.rows import read_rows
 
@@ -169,7 +168,11 @@ class RunView:
         from forescale.inference.question import question_of
         from forescale.models.decoding.sampler import Sampler
 
-        options = {"num_tokens": num_tokens, "temperature": temperature, "top_k": top_k}
+        options: dict[str, Any] = {
+            "num_tokens": num_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+        }
         options |= {"stop": stop, "seed": seed, "batch": batch, "prompts": prompts, **sampling}
         job = self._job(GenerateJob, **options)
         sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
