@@ -7,6 +7,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+from forescale.config.target import targets
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.sample import bits_per_byte, primed
 from forescale.ground.errors import UserError
@@ -40,10 +41,12 @@ def summarize(started: Start, generate: Callable[[list[str]], int]) -> None:
                 title = f"{name}, corpus hash {dataset.corpus_hash[:16]}"
                 _print_score(title, bits[name], dataset)
     name, words = _name(started), first_words(sources.first)
-    command = shlex.join(["generate", name, *([f"prompt={words}"] if words else [])])
+    trust = ["trust=true"] if targets(started.job) else []  # the user has just trained this class
+    prompt = [f"prompt={words}"] if words else []
+    command = shlex.join(["generate", name, *prompt, *trust])
     print(f"\nA sample, as `forescale {command}` writes it:\n", flush=True)
-    try:  # the user's command has just trained this class
-        generate([*shlex.split(command)[1:], "trust=true"])
+    try:
+        generate(shlex.split(command)[1:])
     except UserError as e:  # the weights are no numbers any more: the run is complete nevertheless
         print(f"No sample: {e}")
     exported = []
