@@ -24,6 +24,7 @@ from forescale.run.directory import Run
 from forescale.run.identity import expect_data
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitConfig
+from forescale.slurm.limits import limit_problems
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages
 from forescale.slurm.script import Command, CommandArray, submit_arrays
@@ -84,6 +85,10 @@ def submit(arguments: Sequence[str]) -> None:
         expect_own(*training)
         groups.append((to_come, training[1].id))
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
+    if not job.submit.dry_run and (problems := limit_problems(settings)):
+        raise ConfigError(problems)
+    size = (not job.submit.dry_run and queue.largest_array()) or len(job.steps) + len(saved)
+    groups = [(g[i : i + size], after) for g, after in groups for i in range(0, len(g), size)]
 
     def array(steps: Sequence[int], training: str | None, folder: Path) -> CommandArray:
         command = ["eval", str(run.path.resolve())]
@@ -99,10 +104,12 @@ def submit(arguments: Sequence[str]) -> None:
             begins_after=training,
         )
 
+    scripts = [array(*group, run.path / "evaluations" / "NNNN").script() for group in groups]
     if job.submit.dry_run:
-        for group in groups:
-            print(array(*group, run.path / "evaluations" / "NNNN").script(), end="")
+        print("".join(scripts), end="")
         return
+    for script in scripts:
+        queue.expect_accepted(script)
     if packages := own_packages(trained):
         print(f"Note: {described(packages)}")
     sources = run.read_identity()["dataset"]["sources"].values()

@@ -20,6 +20,8 @@ from forescale.ground.errors import UserError
 _TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
 _GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)
 _BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", re.IGNORECASE)
+# Of nodes as they are now, by sbatch --test-only.
+_NODES = re.compile(r"(node|configuration)( is)? not available|nodes are busy|odes required for")
 _AWAY = 900.0  # seconds that a job waits for a controller to come back
 _FORMAT = "%i|%T|%r|%M|%L|%N|%S|%V|%o"  # the fields of Job, in their order
 # What a job leaves in its environment, and another that is submitted from there must not take over.
@@ -27,6 +29,30 @@ _OF_A_JOB = re.compile(
     r"(SLURM_(?!CONF$|CLUSTERS$|JWT$)|SLURMD_|PMIX?_|FORESCALE_(ATTEMPT|NODE|SCRATCH)$"
     r"|SBATCH_EXPORT$"  # a site's default, which would hold against the script's --export
     r"|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$)"
+)
+
+
+_AGAIN = "forescale stop, and submit the run again with"
+# By SLURM's reasons (squeue's manual), the first that fits: what to do.
+_REMEDIES = (
+    ("WallDuration|MinutesPerJob|TimeLimit$", f"{_AGAIN} a shorter slurm.time"),
+    ("Minutes", "the account's budget is used up: ask for more, or use another slurm.account"),
+    ("Max.*PerJob|PartitionNodeLimit", f"{_AGAIN} fewer nodes, GPUs or CPUs, or less memory"),
+    ("QOSMin", f"{_AGAIN} more of what the reason names"),
+    ("(QOS|Assoc)(Grp|Max)|(Job|Resource)Limit", "it starts when other jobs of yours have ended"),
+    ("Invalid(Account|QOS)|NotAllowed", f"{_AGAIN} another slurm.account, slurm.qos or partition"),
+    ("Partition(Down|Inactive)", "the partition starts no jobs now: wait, or use another one"),
+    ("DependencyNeverSatisfied", f"what it waits for has failed: {_AGAIN}out slurm.after"),
+    ("Dependency", "it starts when the jobs that it waits for have ended"),
+    ("JobHeldUser", "scontrol release JOB"),
+    ("JobHeldAdmin|[Ll]aunch|MaxRequeue", "it is held: ask the operators, or scontrol release JOB"),
+    ("BeginTime", "it starts by itself after the pause between two starts"),
+    ("JobArrayTaskLimit", "it starts when fewer than slurm.at_once tasks run"),
+    ("Reservation", "it starts with slurm.reservation: scontrol show reservation"),
+    ("Licenses", "it starts when licences are free: scontrol show licenses"),
+    ("BadConstraints", f"no node has all of it: {_AGAIN} less, or another slurm.constraint"),
+    ("NodeNotAvail|NodeDown|DOWN|DRAINED", "nodes that it needs are down or reserved: sinfo -R"),
+    ("^(Priority|Resources)$", "it starts in its turn, and sooner with a shorter slurm.time"),
 )
 
 
@@ -58,6 +84,12 @@ class Job:
     def is_waiting(self) -> bool:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 
+    @property
+    def remedy(self) -> str:
+        """What a user can do about the reason why it waits; empty if that isn't known."""
+        sentence = next((text for form, text in _REMEDIES if re.search(form, self.reason)), "")
+        return sentence.replace("JOB", self.id)
+
 
 def is_here() -> bool:
     """True if this machine has sbatch."""
@@ -82,16 +114,62 @@ def submit(script: Path) -> str:
     """Submit a script and return the id of the job. Raises UserError if SLURM refuses. Within
     another job (salloc) sbatch gets none of its variables: as defaults of options they would
     contradict the script, and the new job would start with them."""
-    variables = {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
-    output = _once(["sbatch", "--parsable", str(script)], environment=variables)
+    output = _once(["sbatch", "--parsable", str(script)], environment=_outside_of_jobs())
     return output.strip().partition(";")[0]
+
+
+def expect_accepted(script: str) -> None:
+    """Raise UserError if SLURM would refuse a script at any hour. Its test counts only nodes that
+    are up: what it refuses for lack of nodes may wait for others, and is no error here."""
+    try:
+        _once(["sbatch", "--test-only"], environment=_outside_of_jobs(), text=script)
+    except UserError as e:
+        if not (_BUSY.search(e.problem) or _NODES.search(e.problem)):
+            problem = re.sub("SLURM says: .*allocation failure: ", "SLURM says: ", e.problem)
+            raise UserError(e.where, problem, e.todo) from None
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
+
+
+def _setting(name: str) -> str | None:
+    """Return a setting of the cluster; None if the controller doesn't say."""
+    settings = _run(["scontrol", "show", "config"])
+    match = re.search(rf"^{name}\s*=\s*(\S+)", settings, re.MULTILINE)
+    return match[1] if match else None
 
 
 def cluster() -> str | None:
     """Return the name of the cluster whose controller answers here; None if it doesn't say."""
-    settings = _run(["scontrol", "show", "config"])
-    name = re.search(r"^ClusterName\s*=\s*(\S+)", settings, re.MULTILINE)
-    return name[1] if name else None
+    return _setting("ClusterName")
+
+
+def largest_array() -> int | None:
+    """Return how many tasks an array may have; None if SLURM doesn't say."""
+    with suppress(UserError):
+        return int(_setting("MaxArraySize") or 0) or None
+    return None
+
+
+def partitions() -> list[dict[str, str]]:
+    """Return scontrol's fields of all partitions, also of those that are hidden from others."""
+    lines = _run(["scontrol", "--all", "--oneliner", "show", "partition"]).splitlines()
+    fields = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+    return [partition for partition in fields if "PartitionName" in partition]
+
+
+def limits_of_qos() -> dict[str, dict[str, str]]:
+    """Return the flags and limits of each QOS, by SLURM's names; none where they don't hold, or
+    where there is no database of accounts."""
+    names = ["Name", "Flags", "MaxWall", "MaxTRES"]
+    with suppress(UserError):
+        if "limits" in (_setting("AccountingStorageEnforce") or "").split(","):
+            command = ["sacctmgr", "--noheader", "--parsable2", "show", "qos"]
+            lines = _run([*command, f"format={','.join(names)}"]).splitlines()
+            rows = [dict(zip(names, line.split("|"), strict=False)) for line in lines]
+            return {row["Name"]: row for row in rows}
+    return {}
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
@@ -227,7 +305,10 @@ def _run(command: list[str], deaf: bool = False) -> str:
 
 
 def _once(
-    command: list[str], deaf: bool = False, environment: Mapping[str, str] | None = None
+    command: list[str],
+    deaf: bool = False,
+    environment: Mapping[str, str] | None = None,
+    text: str | None = None,
 ) -> str:
     # Without these, names of months come in the reader's language, and times in the reader's time
     # zone: of another reader, or in the hour that comes twice a year, they are other times.
@@ -237,6 +318,7 @@ def _once(
             command,
             capture_output=True,
             text=True,
+            input=text,
             timeout=_TIMEOUT,
             env=environment or plain,
             preexec_fn=(lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)) if deaf else None,

@@ -40,7 +40,8 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Order:
-    """The runs of one submission. lead: seconds before the time limit at which they save."""
+    """The runs of one submission. lead: seconds before the time limit at which they save; waits:
+    dependencies beside slurm.after."""
 
     names: Sequence[str]
     runs: Sequence[Path]
@@ -48,6 +49,7 @@ class Order:
     settings: SlurmConfig
     lead: int
     profile: str = "?"
+    waits: Sequence[str] = ()
 
     def script(self) -> str:
         """Return the script as text. Raises UserError for a value that doesn't fit in one line."""
@@ -70,6 +72,7 @@ class Order:
             job_name=names[0] + ("+" if count > 1 else ""),
             output="output of this script; ranks write to attempts/NNNN/rank-N.log",
             tasks=count if count > 1 else 0,
+            waits=self.waits,
             runs=self.runs,
             jobs=[s.path for s in self.submissions],
         )  # fmt: skip

@@ -32,6 +32,7 @@ from forescale.run.rows import read_rows
 from forescale.run.start import Start, start
 from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
+from forescale.slurm.limits import limit_problems
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
 from forescale.slurm.script import Order
@@ -71,26 +72,31 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
             )
         show(plans[0])
         sys.stdout.flush()
-    if problems := [p for plan in plans for p in plan.problems]:
+    problems = [p for plan in plans for p in plan.problems]
+    if problems := [*problems, *([] if dry else limit_problems(jobs[0].slurm))]:
         raise ConfigError(problems)
     profile = next((w.partition("=")[2] for w in overrides if w.startswith("slurm=")), "plain")
+    runs = [Run(job.run.directory) for job in jobs]
+    folders = [run.path / "jobs" / "NNNN" for run in runs]
     if dry:
-        runs = [Run(job.run.directory) for job in jobs]
-        folders = [run.path / "jobs" / "NNNN" for run in runs]
         print(order(plans, runs, folders, profile).script(), end="")
         return
+    queue.must_be_here()
+    largest = queue.largest_array()
+    first = slice(largest)  # of several arrays
+    queue.expect_accepted(order(plans[first], runs[first], folders[first], profile).script())
     for note in {described(packages): "" for each in jobs if (packages := own_packages(each))}:
         print(f"Note: {note}")
-    submitted, id = enter(plans, profile)
+    arrays, ids = enter(plans, profile, largest)
     for plan in plans:
         remembered.remember(_job_of(plan))
         if trust:
             remember(plan.given, plan.given.run.directory)
-    names, time_limit = submitted.names, submitted.settings.time
-    as_what = f"{len(names)} runs as array {id}" if len(names) > 1 else f"as job {id}"
-    lead = f"; it saves {submitted.lead} s before its time limit of {time_limit}"
-    script = submitted.submissions[0].script
-    print(f"\nSubmitted {as_what}{lead if time_limit else ''}. Script: {script}")
+    names, time_limit = [name for array in arrays for name in array.names], jobs[0].slurm.time
+    as_what = f"{len(names)} runs as array {' and '.join(ids)}" if names[1:] else f"as job {ids[0]}"
+    lead = f"; it saves {arrays[0].lead} s before its time limit of {time_limit}"
+    scripts = ", ".join(str(array.submissions[0].script) for array in arrays)
+    print(f"\nSubmitted {as_what}{lead if time_limit else ''}. Script: {scripts}")
     print(f"Follow it: forescale status, forescale logs {names[0]}. ", end="")
     print(f"Stop it: forescale stop {names[0]}")
 
@@ -143,9 +149,14 @@ def _jobs(overrides: Sequence[str], notes: list[str]) -> list[SubmitJob]:
 
 
 def order(
-    plans: Sequence[Plan], runs: Sequence[Run], folders: Sequence[Path], profile: str
+    plans: Sequence[Plan],
+    runs: Sequence[Run],
+    folders: Sequence[Path],
+    profile: str,
+    waits: Sequence[str] = (),
 ) -> Order:
-    """Return what to submit. All plans have the SLURM settings of the first."""
+    """Return what to submit. All plans have the SLURM settings of the first. waits: dependencies
+    beside slurm.after."""
     job = _job_of(plans[0])
     lead = max(_job_of(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True))
     return Order(
@@ -155,13 +166,16 @@ def order(
         settings=job.slurm,
         lead=lead,
         profile=profile,
+        waits=waits,
     )
 
 
-def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
-    """Freeze each run, submit them together, and return the id of the job. Raises UserError if a
-    run is already in the queue or has another config, or if SLURM refuses."""
-    queue.must_be_here()
+def enter(
+    plans: Sequence[Plan], profile: str, largest: int | None = None
+) -> tuple[list[Order], list[str]]:
+    """Freeze each run, submit them together, and return the ids of the job, or of the arrays, which
+    have at most `largest` tasks each. Raises UserError if a run is already in the queue or has
+    another config, or if SLURM refuses one: then none is left in the queue."""
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
     started = [start(_job_of(plan).training, newest=newest_step) for plan in plans]
@@ -175,23 +189,37 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
             print(f"Note: {note}")
     runs = [s.run for s in started]
     folders = [run.new_job() for run in runs]
+    arrays, jobs = list[Order](), list[str]()
     try:
         for run, folder in zip(runs, folders, strict=True):
             _refuse_second(run, folder)
-        array = order(plans, runs, folders, profile)
-        for plan, begun, submission in zip(plans, started, array.submissions, strict=True):
-            _describe(plan, begun, submission)
-            write_file(submission.script, array.script().encode())
-        if len(folders) > 1:
-            array.submissions[0].link_logs([task.log for task in array.submissions])
-        job = queue.submit(array.submissions[0].script)
+        for start_of in range(0, len(runs), largest or len(runs)):
+            part = slice(start_of, start_of + (largest or len(runs)))
+            # The throttle of an array counts its own tasks alone: the next one waits for its end.
+            after = [f"afterany:{jobs[-1]}"] if jobs and _job_of(plans[0]).slurm.at_once else []
+            array = order(plans[part], runs[part], folders[part], profile, after)
+            for plan, begun, submission in zip(
+                plans[part], started[part], array.submissions, strict=True
+            ):
+                _describe(plan, begun, submission)
+                write_file(submission.script, array.script().encode())
+            if len(array.names) > 1:
+                array.submissions[0].link_logs([task.log for task in array.submissions])
+            jobs.append(queue.submit(array.submissions[0].script))
+            arrays.append(array)
     except BaseException:
+        for job in jobs:
+            with suppress(UserError):  # without its files it ends by itself
+                queue.cancel(job)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    ids = [f"{job}_{i}" for i in range(len(folders))] if len(folders) > 1 else [job]
-    accepted(ids[0], array.submissions[0].script, dict(zip(ids, array.submissions, strict=True)))
-    return array, job
+    for array, job in zip(arrays, jobs, strict=True):
+        count = len(array.names)
+        ids = [f"{job}_{i}" for i in range(count)] if count > 1 else [job]
+        by_id = dict(zip(ids, array.submissions, strict=True))
+        accepted(ids[0], array.submissions[0].script, by_id)
+    return arrays, jobs
 
 
 def _job_of(plan: Plan) -> SubmitJob:

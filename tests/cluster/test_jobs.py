@@ -72,6 +72,22 @@ def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
         job.forescale("stop", "small")
 
 
+@pytest.mark.parametrize(
+    ("keys", "sentences"),
+    [
+        ({"slurm.time": "48 h", "slurm.nodes": "9"}, ("48 h is beyond", "9 nodes is beyond")),
+        ({"slurm.licenses": "nix"}, ("SLURM says: Invalid license specification",)),
+    ],
+)
+def test_what_the_cluster_never_allows_is_refused_before_anything_is_written(job, keys, sentences):
+    """SLURM takes the first, and lets it wait for ever."""
+    with pytest.raises(AssertionError) as caught:
+        job.submit(**keys)
+    assert "ended with 2" in str(caught.value)
+    assert all(sentence in str(caught.value) for sentence in sentences)
+    assert not job.run.path.exists()
+
+
 def test_a_job_that_waits_is_stopped_in_the_queue(job, lab):
     lab.run("sbatch", "-N4", "--exclusive", "--wrap", "sleep 60", cwd=job.root.parent)
     job.zone = "Asia/Tokyo"

@@ -14,6 +14,7 @@ from forescale.ground.errors import UserError
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
+from forescale.slurm.submission import Submission
 from forescale.slurm.submit import notes_on_cpus
 
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
@@ -109,6 +110,45 @@ def test_a_file_of_runs_is_an_array(submit, tmp_path):
     assert code == 0
     assert f"{tmp_path}/runs/a\n    {tmp_path}/runs/b\n" in out
     assert "#SBATCH --array=0-1%1" in out
+
+
+SBATCH = """\
+[ $1 = --test-only ] && exit
+count=$(cat $0.count 2>&- | wc -l)
+echo >> $0.count
+[ "$count" = "$(cat $0.refused 2>&-)" ] && exit 1
+echo 1$count
+"""
+
+
+@pytest.mark.parametrize("throttle", ["", "slurm.at_once=2"])
+def test_more_runs_than_an_array_may_have_are_several_arrays(
+    submit, tmp_path, monkeypatch, commands, throttle
+):
+    """With slurm.at_once one after the other: each counts its own tasks. If SLURM refuses one, none
+    is left."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    size = 'echo "MaxArraySize = 2"'
+    commands(sbatch=SBATCH, squeue="", sinfo="", scancel=f'echo "$@" >> {tmp_path}/cancelled')
+    commands(scontrol=f'case "$*" in *config) {size} ;; *job*) echo SubmitTime=17 ;; esac')
+    (tmp_path / "sweep.txt").write_text("a\nb\nc\nd\ne\n")
+    (tmp_path / "bin/sbatch.refused").write_text("2")
+    words = ("train", "slurm.runs=sweep.txt", *([throttle] if throttle else []))
+    assert submit(*words)[0] == 2
+    assert (tmp_path / "cancelled").read_text().split() == ["10", "11"]
+    assert not list(tmp_path.glob("runs/*/jobs/*"))
+    (tmp_path / "bin/sbatch.refused").unlink()
+    code, out, err = submit(*words)
+    assert code == 0, err
+    assert "Submitted 5 runs as array 13 and 14 and 15" in out
+    jobs = {name: Submission(tmp_path / "runs" / name / "jobs/0001") for name in "abcde"}
+    ids = {name: job.job for name, job in jobs.items()}
+    assert ids == {"a": "13_0", "b": "13_1", "c": "14_0", "d": "14_1", "e": "15"}
+    scripts = [jobs[name].script.read_text() for name in "ace"]
+    assert [f"--array=0-1{'%2' if throttle else ''} " in script for script in scripts] == [1, 1, 0]
+    waits = [f"--dependency=afterany:1{n}\n" in s for n, s in zip((2, 3, 4), scripts, strict=True)]
+    assert waits == [False, bool(throttle), bool(throttle)]
 
 
 @pytest.mark.parametrize(

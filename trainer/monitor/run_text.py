@@ -105,7 +105,8 @@ def show_run(
     if job is not None and job.is_waiting:
         at = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(job.start))
         begins = f", expected to start {at}" if job.start else ""
-        say(f"Job {job.id} waits in the queue ({job.reason}){begins}.")
+        remedy = f". To do: {job.remedy}" if job.remedy else ""
+        say(f"Job {job.id} waits in the queue ({job.reason}){begins}{remedy}.")
     elif job is not None:
         say(f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left.")
     if end is not None and s.state != "complete":
