@@ -7,7 +7,6 @@ The state counts the batches that the consumer took, never prefetched ones.
 
 import math
 from collections.abc import Iterator
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -57,12 +56,12 @@ class Batches(IterableDataset):
         }
         values: tuple[Any, ...] = (sequence_length, batch, seed, rank, world_size, threads)
         for (name, first), value in zip(least.items(), values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, Integral):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise UserError(name, f"{value!r} is not a whole number", f"give {first} or more")
             if not first <= value < 2**40:
                 raise UserError(name, f"{value} is not a number of them", f"give at least {first}")
         passes: Any = epochs
-        if passes is not None and not (isinstance(passes, Real) and 0 < passes < math.inf):
+        if passes is not None and not (isinstance(passes, int | float) and 0 < passes < math.inf):
             raise UserError("epochs", f"{passes!r} is not a number of passes", "give 1 or more")
         if rank >= world_size:
             raise UserError("rank", f"{rank} is none of {world_size} ranks", "count them from 0")
