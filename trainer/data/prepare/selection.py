@@ -46,7 +46,9 @@ COMPARED, BEFORE = 16_000_000, 64_000_000
 # tokens), but at most a tenth of the input: an input of fewer than _FEW documents gives the last
 # part of each, as does one whose lowest keys belong to documents with over a quarter of its text.
 _DOCUMENTS, _BYTES, _TENTH, _FEW, _QUARTER = 8, 750_000, 0.1, 20, 0.25
-_INPUTS = 64  # a corpus of more inputs, such as the files of a glob, counts as one input
+# Inputs of fewer than _FEW documents, such as the files of a glob, count as one if they are over
+# _SMALL, and all inputs if they are over _INPUTS.
+_SMALL, _INPUTS = 8, 64
 _ALL = 1 << 64  # above every key
 _CHANGED = ("changed while it was being read", "run the same command again")
 _RUN = 1 << 17  # documents
@@ -271,54 +273,69 @@ def choose(ranges: Sequence[Path], validation: float, sampled: int, inputs: int)
     the tokenizer's sample, 0 for none; both samples take the documents with the lowest keys.
     inputs: of the source. Raises UserError if nothing is left to train on.
     """
-    groups = 1 if inputs > _INPUTS else inputs
-    bounds, tails, held_bytes, total = _held_out(ranges, validation, groups)
+    held_out, tails, held_bytes, total = _held_out(ranges, validation, inputs)
     if held_bytes == total:
         raise NoTextError("the source", "leaves no text for training", "give more documents")
     compared = BEFORE if 0 < held_bytes <= COMPARED else 0
     return Bounds(
-        tuple(bounds if groups > 1 else bounds * inputs),
-        tuple(tails if groups > 1 else tails * inputs),
-        _bound(ranges, bounds, sampled, inclusive=True),
-        _bound(ranges, bounds, compared, inclusive=False),
+        tuple(held_out),
+        tuple(tails),
+        _bound(ranges, held_out, sampled, inclusive=True),
+        _bound(ranges, held_out, compared, inclusive=False),
     )
 
 
 def _held_out(
-    ranges: Sequence[Path], validation: float, groups: int
+    ranges: Sequence[Path], validation: float, inputs: int
 ) -> tuple[list[int], list[float], int, int]:
-    """Return `held_out` and `tails` of each group of documents (an input; or all of them), the
-    bytes that these hold out, and those of all documents."""
-    counts, sizes_G = np.zeros((2, groups), np.int64)
+    """Return `held_out` and `tails` of each input, the bytes that these hold out, and those of all
+    documents."""
+    counts, sizes = np.zeros((2, inputs), np.int64)
     for path in ranges:
-        _, sizes, group = _grouped(path, groups)
-        counts += np.bincount(group, minlength=groups)
-        np.add.at(sizes_G, group, sizes)
-    total = int(sizes_G.sum())
-    bounds, tails, held_bytes = [0] * groups, [0.0] * groups, 0
-    for i in np.flatnonzero(counts).tolist() if validation else ():
-        count, size = int(counts[i]), int(sizes_G[i])
-        least = min(_BYTES * size / total, _TENTH * size)
-        bounds[i], held = _lowest(ranges, groups, i, validation, count // 10, least)
+        _, sizes_D, input_D = unique_of(path)
+        np.add.at(counts, input_D, 1)
+        np.add.at(sizes, input_D, sizes_D)
+    total, held_bytes = int(sizes.sum()), 0
+    bounds, tails = [0] * inputs, [0.0] * inputs
+    for group in _groups(counts) if validation else ():
+        count, size = int(counts[group].sum()), int(sizes[group].sum())
+        least = min(_BYTES * size / total, _TENTH * size) if validation < _TENTH else 0.0
+        bound, held = _lowest(ranges, group, validation, count // 10, least)
+        tail = 0.0
         if count < _FEW or held > max(_QUARTER, 2 * validation) * size:
-            tails[i] = max(validation, min(_TENTH, _BYTES / total))
-            bounds[i], held = 0, round(tails[i] * size)
+            tail = max(validation, min(_TENTH, _BYTES / total))
+            bound, held = 0, round(tail * size)
         held_bytes += held
+        for i in group:
+            bounds[i], tails[i] = bound, tail
     return bounds, tails, held_bytes, total
 
 
+def _groups(counts: np.ndarray) -> list[list[int]]:
+    """Return the inputs that have documents, those together that count as one. counts: documents of
+    each."""
+    inputs = np.flatnonzero(counts).tolist()
+    small = [i for i in inputs if counts[i] < _FEW]
+    if len(inputs) > _INPUTS:
+        return [inputs]
+    if len(small) <= _SMALL:
+        return [[i] for i in inputs]
+    return [small, *([i] for i in inputs if i not in small)]
+
+
 def _lowest(
-    ranges: Sequence[Path], groups: int, group: int, validation: float, tenth: int, least: float
+    ranges: Sequence[Path], group: list[int], validation: float, tenth: int, least: float
 ) -> tuple[int, int]:
     """Return the exclusive end of the keys of a group's held-out documents, and their bytes: all in
     the share `validation`, and those after them until there are enough. tenth: of its documents;
     least: bytes."""
     bound, documents, held = int(validation * _ALL), 0, 0
     for path in ranges:
-        keys, sizes, group_of = _grouped(path, groups)
-        keys, sizes = keys[group_of == group], sizes[group_of == group]
+        keys, sizes, inputs = unique_of(path)
+        is_here = np.isin(inputs, group)
+        keys, sizes = keys[is_here], sizes[is_here]
         number, so_far = np.arange(len(keys)) + documents, np.cumsum(sizes) - sizes + held
-        few = (number < min(_DOCUMENTS, tenth)) | (so_far < least)
+        few = (number < max(1, min(_DOCUMENTS, tenth))) | (so_far < least)
         taken = max(_below(keys, bound), int(few.sum()))
         documents, held = documents + taken, held + int(sizes[:taken].sum())
         if taken:
@@ -328,21 +345,13 @@ def _lowest(
     return bound, held
 
 
-def _grouped(path: Path, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return keys, sizes and groups of the distinct documents in a file of ranges/."""
-    keys, sizes, inputs = unique_of(path)
-    return keys, sizes, inputs if groups > 1 else np.zeros_like(inputs)
-
-
 def _bound(ranges: Sequence[Path], held_out: list[int], limit: int, *, inclusive: bool) -> int:
     """Return the exclusive end of the keys of the training documents that hold `limit` bytes.
-    held_out: bounds of each group. inclusive: including the document that reaches the limit."""
-    bound = 0
+    held_out: bounds of each input. inclusive: including the document that reaches the limit."""
+    bound, held_out_I = 0, np.array(held_out, np.uint64)
     for path in ranges if limit else ():
-        keys, sizes, group = _grouped(path, len(held_out))
-        is_trained = np.ones(len(keys), bool)
-        for i, start in enumerate(held_out):
-            is_trained[: _below(keys, start)] &= group[: _below(keys, start)] != i
+        keys, sizes, inputs = unique_of(path)
+        is_trained = keys >= held_out_I[inputs]
         keys, totals = keys[is_trained], np.cumsum(sizes[is_trained])
         fits = int(np.searchsorted(totals, limit, side="left" if inclusive else "right"))
         taken = min(fits + inclusive, len(keys))

@@ -157,11 +157,15 @@ def lowest_of(count: int) -> int:
     return int(np.argmin(np.random.default_rng(5).integers(0, 1 << 64, count, "u8")))
 
 
-def test_many_inputs_count_as_one(monkeypatch):
-    bounds, held = chosen(monkeypatch, [[30_000]] * 500, 0.02, per_range=100)
-    assert len(set(bounds.held_out)) == 1
+@pytest.mark.parametrize("files", [30, 500])
+def test_files_of_a_glob_count_as_one_input(monkeypatch, files):
+    """Each of them is an input of one document."""
+    sizes = [[30_000]] * files + [[30_000] * 40]
+    bounds, held = chosen(monkeypatch, sizes, 0.02, per_range=100)
+    assert len(set(bounds.held_out[:files])) == 1
     assert set(bounds.tails) == {0.0}
-    assert 20 <= sum(documents for documents, _ in held) <= 60
+    assert 3 <= sum(documents for documents, _ in held[:files]) <= 40
+    assert held[files][0] >= 4 or files > 64
 
 
 def test_nothing_is_held_out_without_a_share(monkeypatch):
