@@ -238,7 +238,7 @@ def test_forecasts_are_judged_by_several_tables(tables, forescale):
         (("few.csv", "no.csv"), "none of 2 tables can be judged; the first has 3 budgets"),
         (("a.csv", "runs"), "runs: is no table, as others of the input are; give tables alone"),
         (("a.csv", "form=auto"), "form: auto can't be judged; give one of chinchilla"),
-        (("no.csv",), "no.csv: there is no such file"),
+        (("no.csv",), "no.csv: doesn't exist"),
         (("a.csv", "level=0.5"), "level: is no key of forescale study backtest"),
     ],
 )

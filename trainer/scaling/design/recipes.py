@@ -27,6 +27,7 @@ from forescale.config.compose import CONF, compose
 from forescale.config.suggest import nearest_first
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import read_text
 from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.cells import FACTOR, GROWS, RATES, Cell, Role, make_cell
@@ -100,8 +101,8 @@ def read_recipes(
     the file can't be read, or if it has no recipe of a name."""
     file = Path(path).expanduser() if path else CONF / "candidates.yaml"
     try:
-        known = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        known = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as e:
         problem = f"can't be read as YAML ({' '.join(str(e).split())[:200]})"
         raise UserError(str(file), problem, "correct plan.recipes=FILE") from None
     if not isinstance(known, dict):

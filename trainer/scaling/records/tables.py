@@ -28,7 +28,9 @@ import pandas as pd
 from forescale.config.schema import display
 from forescale.config.suggest import nearest_first
 from forescale.config.tree import LARGEST, SMALLEST
+from forescale.data.text.opening import open_raw, open_stream
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import read_text
 from forescale.scaling.fitting.points import COLUMNS
 from forescale.scaling.records.records import KNOWN, NUMERIC, Refused
 
@@ -61,7 +63,7 @@ def is_export(path: Path) -> bool:
         return path.name.endswith(SUFFIXES)
     try:
         return any(_is_run(one) for file in _files(path)[:1] for one in _objects(file))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, UserError):
         return False
 
 
@@ -72,9 +74,12 @@ def read_export(path: Path) -> Export:
         if path.is_dir() or not (separator or path.suffix == ".parquet"):
             files = _files(path) if path.is_dir() else [path]
             return _of_objects(path, [o for p in files or [path] for o in _objects(p)])
-        table = pd.read_csv(path, sep=separator) if separator else pd.read_parquet(path)
-    except FileNotFoundError:
-        raise UserError(str(path), "there is no such file", "check the path") from None
+        if separator:
+            with open_stream(path.name, str(path)) as file:
+                table = pd.read_csv(file, sep=separator)
+        else:
+            with open_raw(str(path)) as raw:
+                table = pd.read_parquet(raw)
     except (OSError, EOFError, zlib.error, ValueError, ImportError, RecursionError,
             OverflowError) as e:  # fmt: skip
         problem = f"can't be read as a table ({(str(e).splitlines() or [type(e).__name__])[0]})"
@@ -127,7 +132,7 @@ def _of_chart(table: pd.DataFrame, metrics: Sequence[str]) -> Export:
 
 def _objects(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON file: one object, a list of them, or one per line."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, 1 << 30)
     try:
         objects = json.loads(text)
     except json.JSONDecodeError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pandas as pd
 import pytest
@@ -156,7 +157,7 @@ def test_tables_may_be_separated_by_tabs_and_compressed(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.tsv.gz"])
 def test_a_file_that_is_not_what_its_name_says_is_refused(name, write):
-    with pytest.raises(UserError, match=r"can't be read as a table .*\.tsv\.gz"):
+    with pytest.raises(UserError, match=rf"{name}: truncated or damaged"):
         read_export(write(name, "loss"))
 
 
@@ -267,7 +268,11 @@ def test_plain_json_lines_are_a_plain_table(write):
 
 
 def test_unreadable_exports_are_refused(write, tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
+    for name in ("pipe.csv", "pipe.parquet", "pipe.json"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: is a pipe"):
+            read_export(tmp_path / name)
+    with pytest.raises(UserError, match=r"no\.csv: doesn't exist"):
         of_export(tmp_path / "no.csv", {})
     for name, text in (("a.json", "{"), ("empty.csv", "")):
         with pytest.raises(UserError, match="can't be read as a table"):

@@ -104,7 +104,7 @@ def test_a_column_of_records_tells_runs_apart(folder, monkeypatch):
             "name two of them: groups=",
         ),
         ({"input": ["old.csv", "old.csv"]}, "old.csv: is given twice"),
-        ({"input": ["old.csv", "no.csv"]}, "no.csv: there is no such file"),
+        ({"input": ["old.csv", "no.csv"]}, "no.csv: doesn't exist"),
     ],
 )
 def test_what_gives_no_two_groups_is_refused_with_a_sentence(folder, keys, message):

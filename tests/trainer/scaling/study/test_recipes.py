@@ -125,7 +125,7 @@ def test_the_same_command_again_changes_nothing_and_the_plan_is_read_back(whole)
         (["plan.candidates=[mun]"], "has no recipe 'mun'"),
         (["plan.candidates=[muon,muon]"], "names muon twice"),
         (["plan.cap=1e9"], "no budget can be as low"),
-        (["plan.recipes=gone.yaml"], "can't be read as YAML"),
+        (["plan.recipes=gone.yaml"], "gone.yaml: no such file"),
         (["target.flops=1e20"], "is predicted by a law of one recipe"),
     ],
 )
