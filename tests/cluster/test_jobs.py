@@ -72,10 +72,13 @@ def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
         job.forescale("stop", "small")
 
 
+EIGHT = {"slurm.nodes": "8", "train.micro_batch": "1"}
+
+
 @pytest.mark.parametrize(
     ("keys", "sentences"),
     [
-        ({"slurm.time": "48 h", "slurm.nodes": "9"}, ("48 h is beyond", "9 nodes is beyond")),
+        ({"slurm.time": "48 h", **EIGHT}, ("48 h is beyond", "8 nodes is beyond")),
         ({"slurm.licenses": "nix"}, ("SLURM says: Invalid license specification",)),
     ],
 )
