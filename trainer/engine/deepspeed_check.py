@@ -34,19 +34,32 @@ def problems_apart(job, world_size: int) -> list[Problem]:
     Raises UserError if DeepSpeed can't be asked here.
     """
     settings = job.engine.deepspeed
-    return _answer(json.dumps([_base(job, world_size), settings])) if settings else []
+    if not settings:
+        return []
+    return _for_gpus(job) or _answer(json.dumps([_base(job, world_size), settings]))
 
 
 def problems_here(job, world_size: int) -> list[Problem]:
     """Return the same. Imports DeepSpeed."""
     settings = job.engine.deepspeed
-    return [*_problems(_base(job, world_size), settings)] if settings else []
+    if not settings:
+        return []
+    return _for_gpus(job) or [*_problems(_base(job, world_size), settings)]
+
+
+def _for_gpus(job) -> list[Problem]:
+    """Return the settings of a job on CPUs whose kernels DeepSpeed has for GPUs alone."""
+    zero = job.engine.deepspeed.get("zero_optimization", {})
+    keys = [k for k, v in zero.items() if not job.on_gpu and k.startswith("zero_quantized") and v]
+    problem = "has kernels for GPUs alone"
+    return [Problem(f"{_KEY}.zero_optimization.{k}", problem, "leave it out") for k in keys]
 
 
 def _base(job, world_size: int) -> dict[str, Any]:
-    """Return the JSON of a job without its `engine.deepspeed`, for one rank."""
+    """Return the JSON of a job without its `engine.deepspeed`, for any number of ranks."""
     base = deepspeed_config(replace(job, engine=replace(job.engine, deepspeed={})), world_size)
-    return base | {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
+    del base["train_batch_size"]  # DeepSpeed would compare it with the ranks that have joined here
+    return base | {"train_micro_batch_size_per_gpu": 1}
 
 
 @cache  # a study plans many runs with the same settings

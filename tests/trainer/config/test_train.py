@@ -291,6 +291,11 @@ def test_a_row_has_room_for_a_span():
         ("{zero_optimization: null}", "zero_optimization", "None is not a section of settings"),
         ("{communication_data_type: fp8}", "communication_data_type", "unknown value 'fp8'"),
         ("{pipeline: {stages: 2}}", "pipeline", "does not apply here"),
+        (
+            "{zero_optimization: {round_robin_gradients: true}}",
+            "zero_optimization.round_robin_gradients",
+            "does not apply here",
+        ),
     ],
 )
 def test_settings_that_deepspeed_would_only_refuse_later_are_refused(settings, key, problem):

@@ -42,6 +42,11 @@ def problems(settings, *words):
         ("{prescale_gradients: 5}", "prescale_gradients", "expects true or false"),
         ("{gradient_predivide_factor: much}", "gradient_predivide_factor", "expects a number"),
         ("{comms_logger: 3}", "comms_logger", "must be a mapping"),
+        (
+            "{zero_optimization: {zero_quantized_weights: true}}",
+            f"{ZERO}.zero_quantized_weights",
+            "GPU",
+        ),
     ],
 )
 def test_each_wrong_setting_is_named(settings, key, problem):
@@ -70,14 +75,20 @@ def test_settings_that_only_together_are_wrong_are_a_problem(monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        "{zero_optimization: {round_robin_gradients: true, sub_group_size: 1000000}}",
+        "{zero_optimization: {contiguous_gradients: true, sub_group_size: 1000000}}",
         "{communication_data_type: fp32, comms_logger: {enabled: true}, memory_breakdown: true}",
-        "{csv_monitor: {enabled: true, output_path: x}, gradient_predivide_factor: 2}",
+        "{flops_profiler: {enabled: true}, disable_python_gc: true, dump_state: false}",
         "{aio: {block_size: 4096}, timers: {throughput: {enabled: true}}, log_level: info}",
     ],
 )
 def test_what_deepspeed_takes_is_no_problem(settings, words):
     assert problems(settings, *words) == {}
+
+
+def test_ranks_that_have_joined_play_no_part(monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_rank", lambda: 1)
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_world_size", lambda: 3)
+    assert problems("{dump_state: true}") == {}
 
 
 def test_without_settings_no_process_is_started(monkeypatch):

@@ -120,13 +120,13 @@ def test_only_blocks_of_our_own_models_are_gathered_as_one():
 
 
 def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
-    extra = "{comms_logger: {enabled: true}, zero_optimization: {round_robin_gradients: true}}"
+    extra = "{comms_logger: {enabled: true}, zero_optimization: {sub_group_size: 1000}}"
     config = derived("engine=zero2", f"engine.deepspeed={extra}")
     assert config["comms_logger"] == {"enabled": True}
-    assert config["zero_optimization"]["round_robin_gradients"] is True
+    assert config["zero_optimization"]["sub_group_size"] == 1000
     assert config["zero_optimization"]["stage"] == 2
     plain = derived("engine=zero2")
-    del config["comms_logger"], config["zero_optimization"]["round_robin_gradients"]
+    del config["comms_logger"], config["zero_optimization"]["sub_group_size"]
     assert config == plain
 
 
