@@ -44,6 +44,7 @@ from forescale.serving.request import (
 )
 from forescale.serving.scheduler import Event, Generation, Scheduler
 
+_LOGGED = 200  # characters of a path
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -110,7 +111,7 @@ def app_of(service: Service) -> Starlette:
 
     async def not_found(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"There is nothing at {request.method} {request.url.path}."
+        message = f"There is nothing at {request.method} {request.url.path[:_LOGGED]}."
         return _refusal(Refused(error.status_code, message, code="not_found"))
 
     guard = Middleware(Guard, service=service)
@@ -147,7 +148,7 @@ class Guard:
         except ClientDisconnect:
             pass
         client = (scope.get("client") or ("-",))[0]
-        line = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"
+        line = f"{scope['method']} {scope['raw_path'].decode('latin-1')[:_LOGGED]}"
         print(f'{client} "{line}" {status or "-"}', file=sys.stderr)
 
     def _check(self, scope: Scope) -> None:

@@ -1,7 +1,8 @@
 """The server: uvicorn with a limit of connections and deadlines for slow clients.
 
 Invariant: a connection ends if it doesn't bring a whole request, or take the next bytes of an
-answer, in 30 seconds.
+answer, in 30 seconds. Where there are too many, the one that has brought its request for longest
+ends; a new one is refused only where all others wait for answers.
 """
 
 import asyncio
@@ -77,9 +78,17 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        client = _network(self.client)
-        same = sum(_network(getattr(c, "client", None)) == client for c in self.connections)
-        if len(self.connections) > self.limit or same > self.client_limit:
+        crowd = [c for c in self.connections if isinstance(c, Connection)]
+        crowd = [c for c in crowd if not c.transport.is_closing()]
+        same = [c for c in crowd if _network(c.client) == _network(self.client)]
+        if len(same) > self.client_limit:
+            crowd = same
+        elif len(crowd) <= self.limit:
+            crowd = []
+        slow = {c._timers["bringing"].when(): c for c in crowd if "bringing" in c._timers}
+        if slow:  # so clients that bring bytes slowly, however many, keep nobody out
+            slow[min(slow)].transport.abort()
+        elif crowd:
             raw = json.dumps(Refused(503, "Too many connections.", code="busy").body()).encode()
             head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
             head += f"Connection: close\r\nContent-Length: {len(raw)}\r\n\r\n"

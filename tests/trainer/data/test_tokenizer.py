@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from forescale.data.tokenizer import (
     END_OF_TEXT,
     byte_tokenizer,
     end_of_text,
     load_tokenizer,
+    longest_token,
     token_bytes,
     train_bpe,
 )
@@ -29,6 +30,7 @@ def test_sizes_sum_to_the_text(bpe, text):
         tokenizer.encode_special_tokens = True
         ids = tokenizer.encode(text).ids
         assert int(token_bytes(tokenizer)[ids].sum()) == len(text.encode())
+        assert len(text.encode()) <= (longest_token(tokenizer) or 0) * len(ids)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
@@ -36,6 +38,18 @@ def test_training_depends_only_on_the_text(texts, bpe):
     assert train_bpe((t.decode() for t in texts), 350).to_str() == bpe.to_str()
     assert bpe.get_vocab_size() == 350
     assert bpe.token_to_id(END_OF_TEXT) == 0
+
+
+def test_a_tokenizer_that_may_drop_text_has_no_longest_token():
+    assert longest_token(byte_tokenizer()) == len(END_OF_TEXT)
+    changed = [byte_tokenizer() for _ in range(3)]
+    changed[0].normalizer = normalizers.Strip()
+    before = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()]
+    changed[1].pre_tokenizer = pre_tokenizers.Sequence(before)
+    changed[2].add_tokens([AddedToken("x", lstrip=True)])
+    for tokenizer in changed:
+        assert len(tokenizer.encode(" " * 99 + "x").ids) < 9
+        assert longest_token(tokenizer) is None
 
 
 def test_bytes_are_their_own_ids():

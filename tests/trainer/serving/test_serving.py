@@ -41,9 +41,9 @@ def port(trained):
         yield server.address[1]
 
 
-def ask(port, path, body=None, method="POST", **headers):
-    """(status, body as JSON)"""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+def ask(port, path, body=None, method="POST", client="127.0.0.1", **headers):
+    """(status, body as JSON). client: its address"""
+    connection = http.client.HTTPConnection("127.0.0.1", port, 60, (client, 0))
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} | headers
     connection.request(method, path, raw, headers)
@@ -186,6 +186,7 @@ def test_a_body_is_bounded_however_its_length_is_given(port):
     assert b" 413 " in exchange(port, head + "Content-Length: 4001")  # of which nothing comes
     assert b" 400 " in exchange(port, f"{chunked}\nContent-Length: 5", chunk)
     assert b" 400 " in exchange(port, head + "Content-Length: 5_0")
+    assert b" 400 " in exchange(port, head + "Content-Length: 5\nContent-Length: 6", b"{}    ")
 
 
 def test_only_this_machine_is_answered_unless_hosts_names_others(port, trained):
@@ -218,8 +219,9 @@ def test_slow_and_too_many_clients_are_left(trained, monkeypatch):
                 while client.recv(1000):
                     pass  # the server ends the connection
         monkeypatch.setattr("forescale.serving.server._DEADLINE", 60)
-        clients = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(3)]
-        assert b"Too many connections" in clients[2].recv(1000)
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(5)]
+        assert ask(port, "/health", method="GET")[0] == 200  # not kept out by those that are slow
+        assert [client.recv(1000) for client in clients[:4]] == [b""] * 4, "the oldest have ended"
         for client in clients:
             client.close()
 
@@ -246,6 +248,101 @@ def waited_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def started(port, statuses, client="127.0.0.1", body=LIKELIEST):
+    """The thread of a client whose status is appended when it comes."""
+
+    def work():
+        statuses.append(ask(port, "/v1/completions", body, client=client)[0])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_one_address_does_not_take_all_connections(trained, monkeypatch):
+    gate, statuses = Gate(), []
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in serving(trained, "client_connections=1"):
+        port = server.address[1]
+        first = started(port, statuses)
+        waited_for(lambda: gate.entered)
+        status, answer = ask(port, "/health", method="GET")
+        assert (status, answer["error"]["code"]) == (503, "busy")
+        assert ask(port, "/health", method="GET", client="127.0.0.2")[0] == 200
+        gate.open.release(8)
+        first.join()
+    assert statuses == [200]
+
+
+def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(port, monkeypatch):
+    monkeypatch.setattr(
+        "forescale.inference.question.text_ids", lambda *_: pytest.fail("tokenised")
+    )
+    monkeypatch.setattr(
+        "forescale.inference.question.chat_ids", lambda *_: pytest.fail("tokenised")
+    )
+    messages = [{"role": "user", "content": "a" * 3000}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * 3000}),
+        ("/v1/chat/completions", {"messages": messages}),
+    ):
+        status, answer = ask(port, path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert "at least" in answer["error"]["message"]
+
+
+@pytest.fixture
+def prepared(trained, monkeypatch):
+    """A server whose model is at work, the prompts in the order in which they are prepared, and the
+    semaphore that lets one be."""
+    gate, prompts, turn = Gate(), [], threading.Semaphore(0)
+    gate.open.release(1000)
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in serving(trained, "queue=9"):
+        question = server.service.question
+
+        def waiting(prompt, question=question):
+            prompts.append(prompt)
+            turn.acquire()
+            return question(prompt)
+
+        object.__setattr__(server.service, "question", waiting)
+        yield server, prompts, turn
+        turn.release(1000)
+
+
+def test_of_each_client_one_request_is_prepared_at_a_time(prepared):
+    server, prompts, turn = prepared
+    port, statuses, service = server.address[1], [], server.service
+    threads = [started(port, statuses, body=LIKELIEST | {"prompt": "a"})]
+    waited_for(lambda: prompts == ["a"])
+    threads.append(started(port, statuses, body=LIKELIEST | {"prompt": "a, too"}))
+    waited_for(lambda: service.turns["127.0.0.1"]._waiters)
+    threads.append(started(port, statuses, "127.0.0.2", LIKELIEST | {"prompt": "b"}))
+    waited_for(lambda: "127.0.0.2" in service.turns)
+    turn.release(3)
+    for thread in threads:
+        thread.join()
+    assert (prompts, statuses) == (["a", "b", "a, too"], [200] * 3)
+
+
+def test_what_a_client_that_went_away_or_was_late_asked_for_is_not_prepared(prepared):
+    server, prompts, turn = prepared
+    raw = json.dumps(LIKELIEST | {"prompt": ["a", "b", "c"]}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    with socket.create_connection(server.address, timeout=60) as client:
+        client.sendall(head.encode() + raw)
+        waited_for(lambda: prompts == ["a"])
+    waited_for(lambda: not server.service.turns)
+    object.__setattr__(server.service, "seconds", 0.1)
+    assert ask(server.address[1], "/v1/completions", LIKELIEST)[1]["error"]["code"] == "timeout"
+    object.__setattr__(server.service, "seconds", 60)
+    turn.release(9)
+    assert ask(server.address[1], "/v1/completions", LIKELIEST | {"prompt": "d"})[0] == 200
+    assert prompts == ["a", "d"]
 
 
 def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):

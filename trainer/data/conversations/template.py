@@ -48,7 +48,9 @@ class ChatTemplate:
     def check(self) -> None:
         """Raise UserError if it can't be read, or not even a question and an answer fit it."""
         try:
-            self.pieces(_SHORT)
+            _, (response, _) = self.pieces(_SHORT)
+            if _SHORT[1]["content"] not in response.casefold():
+                raise Unfit("of which the chat template leaves out the response")
         except Unfit as e:
             raise self._error(f"can't write a question and its answer ({e})") from e
 
