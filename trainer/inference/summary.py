@@ -142,9 +142,11 @@ def _print_score(
         split = dataset.split("train")
         size = min(split.num_bytes, round(tokens * split.num_bytes / split.num_tokens))
         model = f"{model}, trained on {size / 1e6:.3g} MB"
-        with suppress(UserError, OSError):  # damaged text, or no room: the run is complete
+        try:
             if row := primed(dataset, size, cache):
                 rows = dict(sorted([*rows.items(), row], key=lambda row: -row[1]))
+        except UserError as e:  # the run is complete nevertheless
+            print(f"  PPMd wasn't given the training text: {e}")
     widest = max(map(len, (model, *rows)))
     print(f"  {model:<{widest}}  {bits:.4f}")
     for name, value in rows.items():

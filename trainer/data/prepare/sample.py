@@ -14,6 +14,7 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
 from forescale.data.prepare.selection import COMPARED, HashRun, Selection
 from forescale.data.text.documents import ReadingReport, Unit, cut
+from forescale.ground.errors import UserError
 from forescale.ground.storage import make_folder, read_json, write_json
 
 TOKENIZER, PRECEDING, HELD_OUT = 1, 2, 4  # purposes of a text: bits of a flag
@@ -145,19 +147,23 @@ def primed(dataset: Dataset, size: int, cache: Path) -> tuple[str, float] | None
     or PPMd was given so much there already.
 
     The training text is the first in the order of the shards, at most COMPARED bytes, which takes
-    some four seconds once; `cache` is a directory that holds the result for later runs.
+    some four seconds once; `cache` is a directory that holds the result for later runs. Raises
+    UserError if that text is damaged.
     """
     stored = (dataset.manifest.get("baselines") or {}).get("ppmd_all")
     size = min(size, COMPARED)
     if stored is None or size >= stored["sample_bytes"]:
         return None
     path = cache / f"ppmd-{dataset.identity[:16]}-{size}.json"
-    if not path.exists():
+    try:
+        row = read_json(path)
+    except UserError:  # missing, or damaged
         held_out = b"".join(documents(dataset, "validation"))
         needed, read = ppmd(held_out, first_bytes(documents(dataset, "train"), size))
-        make_folder(cache)
-        write_json(path, {"bits_per_byte": 8 * needed / len(held_out), "sample_bytes": read})
-    row = read_json(path)
+        row = {"bits_per_byte": 8 * needed / len(held_out), "sample_bytes": read}
+        with suppress(UserError, OSError):  # a cache that takes no files costs the next run seconds
+            make_folder(cache)
+            write_json(path, row)
     return _name("ppmd_all", row), row["bits_per_byte"]
 
 

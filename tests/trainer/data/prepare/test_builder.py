@@ -215,6 +215,8 @@ def test_ppmd_is_given_as_much_training_text_as_a_model(dataset, tmp_path):
     (path,) = cache.iterdir()  # for the next run on this dataset
     write_json(path, {"bits_per_byte": 1.5, "sample_bytes": half})
     assert primed(data, half, cache)[1] == 1.5
+    path.write_text("damaged")
+    assert primed(data, half, Path("/proc/none"))[1] == primed(data, half, cache)[1] == bits
     # The build has given it as much, or was without it.
     assert primed(data, rows["ppmd_all"]["sample_bytes"], tmp_path / "none") is None
     del rows["ppmd_all"]
