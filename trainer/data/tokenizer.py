@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forescale.ground.errors import UserError
-from forescale.ground.foreign import LARGE, parse_json, read_bytes
+from forescale.ground.foreign import read_bytes, read_object
 from forescale.ground.storage import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,6 +29,7 @@ DECLARING = (
     "config.json",
 )
 _FILE = "tokenizer.json"
+_MOST_BYTES = 50_000_000  # published ones have up to 35 MB; it takes up to 70 times as much to read
 _MOST_IDS = 1 << 24  # of a vocabulary; the largest published one has some million
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -70,7 +71,7 @@ def byte_tokenizer() -> Tokenizer:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, without truncation and padding. Raises UserError."""
-    return _parsed(read_bytes(path, LARGE), str(path))
+    return _parsed(read_bytes(path, _MOST_BYTES), str(path))
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -92,7 +93,7 @@ def given_tokenizer(name: str) -> bytes | None:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / _FILE).is_file():
         raise UserError(name, f"holds no {_FILE}", "give a directory with one or the file itself")
-    return read_bytes(path / _FILE if path.is_dir() else path, LARGE, f"give a {_FILE}")
+    return read_bytes(path / _FILE if path.is_dir() else path, _MOST_BYTES, f"give a {_FILE}")
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _beside(path: Path) -> dict[str, Any]:
         imported: dict[str, Any] = read_json(folder / _IMPORTED)
         return imported
     there = [name for name in DECLARING if (folder / name).is_file()]
-    return {name: parse_json(read_bytes(folder / name), folder / name) for name in there}
+    return {name: read_object(folder / name) for name in there}
 
 
 def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
@@ -200,14 +201,14 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
+    if (largest := max(vocab.values(), default=0)) >= _MOST_IDS:  # to_str lists all below it
+        raise UserError(where, f"its largest id is {largest:,}", f"give an intact {_FILE}")
     spec = json.loads(tokenizer.to_str())
     decoder = json.dumps(spec["decoder"])
     is_byte_level = '"ByteLevel"' in decoder
     if not is_byte_level and '"ByteFallback"' not in decoder:
         problem = "its tokens have no fixed number of bytes"
         raise UserError(where, problem, "use a byte-level tokenizer")
-    if (largest := max(vocab.values(), default=0)) >= _MOST_IDS:
-        raise UserError(where, f"its largest id is {largest:,}", f"give an intact {_FILE}")
     sizes = np.zeros(largest + 1, np.int64)
     for piece, index in vocab.items():
         if index in added:

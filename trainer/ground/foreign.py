@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from forescale.ground.errors import Transient, UserError, storage_error
 
 SMALL = 16 << 20  # bytes of a file of settings; published ones have up to 2 MB
-LARGE = 100_000_000  # of a vocabulary (published: up to 35 MB), of the names of all weights
+LARGE = 100_000_000  # of the names of all weights
 _DEEPEST = 100  # levels of a tree; Rust's parsers allow 128
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -54,6 +54,7 @@ def read_bytes(path: str | Path, most: int = SMALL, todo: str = "check the path"
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(str(path), "no such file", todo) from None
     except OSError as e:
+        e.filename = e.filename or str(path)  # reading names none
         if isinstance(error := storage_error(e), Transient):
             raise error from e
         raise UserError(str(path), f"can't be read ({e.strerror})", "restore the file") from None
@@ -93,3 +94,18 @@ def parse_json(raw: bytes | str, where: str | Path) -> Any:
     except (ValueError, RecursionError) as e:
         problem = f"not valid JSON ({e})"
         raise UserError(str(where), problem, "restore the file or rebuild it") from e
+
+
+def read_object(
+    path: str | Path, most: int = SMALL, todo: str = "check the path"
+) -> dict[str, Any]:
+    """Return the JSON object in a file, with read_bytes and parse_json. Raises UserError if it is
+    another value, or has a text that can't be written."""
+    value = parse_json(read_bytes(path, most, todo), path)
+    if not isinstance(value, dict):
+        raise UserError(str(path), "is not a JSON object", todo)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(str(path), "holds half a character (a lone surrogate)", todo) from None
+    return value

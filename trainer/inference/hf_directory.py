@@ -20,10 +20,9 @@ from torch import Tensor
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import (
     LARGE,
-    SMALL,
     open_regular,
-    parse_json,
     read_bytes,
+    read_object,
     read_text,
 )
 from forescale.models.hf.config_json import MOST_TENSORS
@@ -75,13 +74,13 @@ class HfDirectory:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return _object(self.path / CONFIG)
+        return read_object(self.path / CONFIG, todo=_AGAIN)
 
     @cached_property
     def small_files(self) -> dict[str, Any]:
         """The content of the files about tokens and generation, by file name."""
         there = [n for n in (*_SMALL_FILES, _TEMPLATE) if os.path.lexists(self.path / n)]
-        contents: dict[str, Any] = {n: _object(self.path / n) for n in there if n != _TEMPLATE}
+        contents: dict[str, Any] = {n: read_object(self.path / n) for n in there if n != _TEMPLATE}
         if _TEMPLATE in there:
             contents[_TEMPLATE] = read_text(self.path / _TEMPLATE)
         return contents
@@ -135,7 +134,7 @@ class HfDirectory:
                     "load it with transformers and write it with save_pretrained, if you trust it"
                 )
             raise UserError(str(self.path), problem, todo)
-        where = _object(index, LARGE).get("weight_map")
+        where = read_object(index, LARGE).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise UserError(str(index), "has no weight_map", _AGAIN)
         files: dict[Path, list[str] | None] = {}
@@ -146,13 +145,6 @@ class HfDirectory:
             assert names is not None
             names.append(name)
         return files
-
-
-def _object(path: Path, most: int = SMALL) -> dict[str, Any]:
-    content = parse_json(read_bytes(path, most, _AGAIN), path)
-    if not isinstance(content, dict):
-        raise UserError(str(path), "is not a JSON object", _AGAIN)
-    return content
 
 
 def _count(path: Path) -> int:

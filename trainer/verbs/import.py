@@ -45,7 +45,7 @@ class ImportJob(Job):
     path: str | None = None
     # a tokenizer.json, or a directory with one; null: the one beside the weights
     tokenizer: str | None = None
-    # the token that ends a document; null: <|endoftext|> or what its config names
+    # the token that ends a document; null: the one that its files declare, else a common one
     end_of_text: str | None = None
     json: bool = False  # print JSON, for programs; --json does the same
     run: ImportedRunConfig = section(ImportedRunConfig)  # the new run

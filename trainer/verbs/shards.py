@@ -47,7 +47,8 @@ class ShardsJob(Job):
     # byte-level BPE
     tokenizer: str | None = None
     vocab_size: int = key(32_768, ge=257)  # vocabulary entries, if a tokenizer is trained
-    end_of_text: str | None = None  # token that ends a document; null: try common names
+    # token that ends a document; null: the one that the files beside it declare, else a common one
+    end_of_text: str | None = None
     # type of the token ids in a flat .bin that is used in place
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
     shard_tokens: int = key(1 << 24, ge=1)  # approximate tokens per tar

@@ -1,5 +1,7 @@
 """Tokenizers are lossless, and the number of bytes of their ids is exact."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,6 +70,12 @@ def test_byte_fallback_pieces():
     assert end_of_text(tokenizer, "here") == 4
 
 
+def with_id(index: int) -> Tokenizer:
+    spec = json.loads(byte_tokenizer().to_str())
+    spec["model"]["vocab"]["zz"] = index
+    return Tokenizer.from_str(json.dumps(spec))
+
+
 def test_invalid_tokenizers_raise_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "none.json")
@@ -76,6 +84,8 @@ def test_invalid_tokenizers_raise_a_clear_error(tmp_path):
         load_tokenizer(tmp_path / "bad.json")
     with pytest.raises(UserError, match="no fixed number of bytes"):
         token_bytes(Tokenizer(models.WordLevel({"a": 0}, "a")))
+    with pytest.raises(UserError, match="its largest id is 4,000,000,000"):
+        token_bytes(with_id(4_000_000_000))
     with pytest.raises(UserError, match="257"):
         train_bpe(["x"], 100)
     with pytest.raises(UserError, match="'a' can't end documents"):

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from forescale.ground.errors import UserError
-from forescale.ground.foreign import parse_json, read_bytes, read_text
+from forescale.ground.foreign import parse_json, read_bytes, read_object, read_text
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
@@ -32,6 +32,13 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
         read_bytes(tmp_path / "a", 3)
     with pytest.raises(UserError, match=r"UTF-8 \(byte 3\)"):
         read_text(tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": "\\ud800"}', '{"\\udfff": 1}'])
+def test_an_object_is_one_whose_texts_can_be_written(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"a\.json: (is not|holds half)"):
+        read_object(tmp_path / "a.json")
 
 
 def test_json_is_a_tree_that_can_be_walked():

@@ -50,7 +50,7 @@ from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import ShardWriter, write_manifest
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.formats import lines_between
-from forescale.data.text.opening import Budget, open_stream
+from forescale.data.text.opening import Budget, Total, open_stream
 from forescale.data.tokenizer import Vocabulary, token_bytes
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
@@ -314,6 +314,7 @@ def prepare_conversations(
     if not Path(path).is_file():
         problem = "no such file" if not Path(path).exists() else "is no file"
         raise UserError(path, problem, "give JSON lines: data=FILE.jsonl")
+    Total(path).add(Path(path).stat().st_size)  # before the zeros of a hole are hashed
     described = request.describe(path)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     output = cache / f"conversations-{digest[:16]}"

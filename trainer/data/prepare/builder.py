@@ -63,7 +63,7 @@ class BuildConfig:
     # "bpe" (trained on a sample of the training split), "bytes", or a tokenizer.json or its folder
     tokenizer: str = "bpe"
     vocab_size: int = 4096  # entries of a trained BPE
-    end_of_text: str | None = None  # token of a given tokenizer; None: try common names
+    end_of_text: str | None = None  # token of a given tokenizer; None: as end_of_text says
     # share of the documents, chosen by the hash of their text; small inputs give more
     validation: float = 0.02
     seed: int = 0  # for the order of the documents

@@ -23,6 +23,7 @@ from forescale.data.text.opening import (
     COMPRESSED,
     HUB,
     KNOWN,
+    Total,
     bare,
     clean,
     is_text,
@@ -257,6 +258,8 @@ def find_files(
                     if not is_text(stream):
                         problem = "has no suffix, and its content isn't text"
                         raise UserError(printable(where), problem, f"expected {KNOWN}")
+            if size is not None and not is_url(where):
+                Total(where).add(size)  # a hole is as endless as a device
             if size is None:  # a web server's list doesn't give it
                 with open_raw(where) as f:
                     size = f.seek(0, io.SEEK_END)
