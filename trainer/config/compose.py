@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
@@ -42,7 +42,7 @@ from forescale.config.schema import (
 )
 from forescale.config.suggest import nearest_first
 from forescale.config.target import refuse_stored
-from forescale.config.tree import build
+from forescale.config.tree import build, example
 from forescale.ground.errors import PREFIX, UserError, masked, secret_in, shortened
 
 CONF = Path(next(iter(conf.__path__))).resolve()
@@ -109,8 +109,8 @@ def compose(
     if find and _NAME in typed:
         root = _resolve(composed["run"], "run", [])["root"]
         if _ROOT in typed:
-            root = _value(_ROOT, typed[_ROOT], str)
-        run = Path(root).expanduser() / _value(_NAME, typed[_NAME], str)
+            root = _value(_ROOT, typed[_ROOT], keys[_ROOT])
+        run = Path(root).expanduser() / _value(_NAME, typed[_NAME], keys[_NAME])
     frozen = find(run) if find and run else None
     tree, unknown, laid = _lay_over(composed, typed, earlier, schema, keys, faults, frozen or {})
     tree = _resolve(tree, "", faults)
@@ -300,7 +300,7 @@ def _lay_over(
             unknown.append(name)
             continue
         try:
-            value = _value(name, text, known[name].type if name in known else None)
+            value = _value(name, text, known.get(name))
             OmegaConf.create({"value": value})  # raises an error for a reference without an end
             _nest(values, name, value)
             is_argument = "model" in free and name.startswith("model.")
@@ -334,14 +334,14 @@ def _nest(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return tree
 
 
-def _value(name: str, text: str, type_: Any) -> Any:
+def _value(name: str, text: str, leaf: Leaf | None) -> Any:
     """Return the value that `text` stands for.
 
     A key of type text takes it unchanged, so a prompt or a path needs no quotes for Hydra. Raises
     UserError if Hydra's grammar can't read it.
     """
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    alternatives = options(type_)
+    alternatives = options(leaf.type) if leaf else ()
     wants_text = str in alternatives or (list[str] in alternatives and not text.startswith("["))
     if wants_text and not is_quoted:
         return None if text == "null" and type(None) in alternatives else text
@@ -364,6 +364,10 @@ def _value(name: str, text: str, type_: Any) -> Any:
         todo = "put it in '\"quotes\"'"
         if list[str] in alternatives:
             todo = f'write it as \'{name}=["FIRST","SECOND"]\''
+        elif leaf:
+            cls, attribute = leaf.source
+            field = next(f for f in fields(cls) if f.name == attribute)
+            todo = f"write, for example, {name}={example(leaf.type, field)}"
         raise UserError(name, f"{display(text)} can't be read as a value", todo)
     return value
 

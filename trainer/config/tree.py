@@ -240,21 +240,23 @@ def _choice(choices: tuple[Any, ...], value: Any) -> Any:
 
 
 def example(type_: Any, f: Field[Any]) -> str:
-    """Return a value that a user could write for this field, and that is accepted."""
-    kind = next(t for t in options(type_) if t is not type(None))
+    """Return a value that a user could type for this field, and that is accepted."""
     if f.default not in (None, MISSING, "") and not isinstance(f.default, bool):
         text = str(f.default)
     else:
-        text = _example(kind, f.metadata.get("bounds", {}), kinds_of(f))
+        text = _example(type_, f.metadata.get("bounds", {}), kinds_of(f))
     return f"'{text}'" if " " in text else text
 
 
-def _example(kind: Any, bounds: Mapping[str, float], kinds: Iterable[str]) -> str:
+def _example(type_: Any, bounds: Mapping[str, float], kinds: Iterable[str]) -> str:
+    kind = next(t for t in options(type_) if t is not type(None))
     if typing.get_origin(kind) is Literal:
         return str(typing.get_args(kind)[0])
     if list in (kind, typing.get_origin(kind)):
-        inner = next(iter(kinds), None) or [_example(t, {}, ()) for t in typing.get_args(kind)]
-        return f"[{inner if isinstance(inner, str) else ''.join(inner)}]"
+        items = next(iter(kinds), None) or "".join(
+            _example(t, {}, ()) for t in typing.get_args(kind)
+        )
+        return f"[{items}]"
     length = "24 h" if bounds.get("wall_time") else "500 steps"
     texts = {int: f"{min(8, bounds.get('le', 8)):g}", bool: "true", str: "TEXT", Duration: length}
     texts |= {float: f"{bounds.get('ge') or 0.1:g}", TargetConfig: "{_target_: mypackage.Mine}"}

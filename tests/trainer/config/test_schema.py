@@ -55,6 +55,14 @@ def test_the_largest_seed_is_one():
     assert compose(TrainJob, ["train.seed=9223372036854775807"]).train.seed == 2**63 - 1
 
 
+@pytest.mark.parametrize("word", ["train.seed=[1", "checkpoint.at=[1000", "model.mixer_pattern=[a"])
+def test_a_value_that_can_not_be_read_is_answered_with_one_that_can(word):
+    with pytest.raises(ConfigError) as refused:
+        compose(TrainJob, [word])
+    (proposed,) = shlex.split(str(refused.value).rpartition("for example, ")[2].rstrip("."))
+    assert compose(TrainJob, [proposed, "train.steps=2000"])
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_value_that_a_message_proposes_is_accepted(verb):
     """As a shell hands it over: "write, for example, slurm.time='24 h'"."""
@@ -63,7 +71,7 @@ def test_a_value_that_a_message_proposes_is_accepted(verb):
         field = next(f for f in fields(cls) if f.name == name)
         text = example(leaf.type, field)
         (word,) = shlex.split(text)
-        value = _value(leaf.path, word, leaf.type)
+        value = _value(leaf.path, word, leaf)
         if kinds_of(field):  # a block, or a list of blocks: each by its word
             blocks = value if isinstance(value, list) else [value]
             assert {*blocks} <= {*kinds_of(field)}, (leaf.path, text)
