@@ -1,6 +1,8 @@
 """Other people's implementations as oracles: same weights, same logits, same gradients."""
 
+import contextlib
 import json
+import math
 import re
 
 import pytest
@@ -8,8 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from forescale.config.schema import plain
+from forescale.config.tree import build
 from forescale.models import Transformer
+from forescale.models.config import ModelConfig
 from forescale.models.hf import family_of, from_hf, to_hf
+from forescale.models.hf.config_json import config_to_hf
+from forescale.models.hf.pieces import config_of
 from tests.models.configs import changed, model_config
 
 transformers = pytest.importorskip("transformers")
@@ -246,6 +253,23 @@ def test_a_variant_that_we_do_not_compute_is_refused(change, word):
     hf_config, hf_state = converted(QWEN3, Transformer(QWEN3).state_dict())
     with pytest.raises(ValueError, match=word):
         from_hf(hf_config | change, hf_state)
+
+
+ALIEN = ("2", [1], [[]], {"a": 1}, 3.5, -1, 2**31, 10**400, math.nan, math.inf, True, 1e-300)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "gemma3-capped", "qwen3-moe-dense-raw", "gpt2"])
+def test_a_value_of_another_kind_is_refused_or_one_that_train_takes(name):
+    hf_config = config_to_hf(family_of(ORACLES[name].resolved()), ORACLES[name].resolved())
+    changes = [{key: value} for key in hf_config for value in ALIEN]
+    for key in (rope := hf_config.get("rope_parameters", {})):
+        changes += [{"rope_parameters": rope | {key: value}} for value in ALIEN]
+    for change in changes:
+        with contextlib.suppress(ValueError):
+            config = config_of(hf_config | change)
+            values = build(ModelConfig, plain(config))[2]
+            assert all("close to 0" in problem for _, problem, _ in values), change
+            assert not config.problems(), change
 
 
 def test_unknown_and_missing_weights_are_named():
