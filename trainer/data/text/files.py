@@ -4,6 +4,7 @@ Invariant: the same files give the same units and the same documents in the same
 machine; every file or line that gives no document is listed in the ReadingReport with its reason.
 """
 
+import errno
 import glob
 import hashlib
 import io
@@ -13,6 +14,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -41,6 +43,7 @@ from forescale.remote.transfer import is_url
 _UNITS = 64  # number of units for small inputs
 _LEAST, _MOST = 1 << 20, 16 << 20  # bytes of a unit
 _MAGIC = "*?["
+_MOST_MATCHES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,7 @@ def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
         if not stat.S_ISREG((status := os.stat(path)).st_mode):
             raise UserError(path, "isn't a regular file", "give a file or a folder")
         yield input_name(path), path, status.st_size
-    elif any(c in path for c in _MAGIC) and (matches := glob.glob(path, recursive=True)):
+    elif any(c in path for c in _MAGIC) and (matches := matching(path)):
         root = _fixed_part(path)
         for match in map(Path, sorted(matches)):
             name = clean(match.relative_to(root).as_posix())
@@ -294,6 +297,15 @@ def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
                 yield from _walk(match, name, skipped)
     else:
         raise UserError(path, "no such file or folder", "check the path")
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the paths that match a glob. Raises UserError if they hardly end."""
+    matches = list(islice(glob.iglob(pattern, recursive=True), _MOST_MATCHES + 1))
+    if len(matches) > _MOST_MATCHES:  # ** follows links: two of a folder to itself never end
+        problem = f"matches more than {_MOST_MATCHES:,} paths"
+        raise UserError(pattern, problem, "name folders, whose linked folders aren't followed")
+    return matches
 
 
 def _fixed_part(pattern: str) -> str:
@@ -326,7 +338,9 @@ def _regular(path: Path, name: str, skipped: ReadingReport) -> Iterator[tuple[st
     """Yield a regular file, or nothing. Opening a pipe would block forever."""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
         skipped.add("broken link", name)
         return
     if stat.S_ISREG(status.st_mode):

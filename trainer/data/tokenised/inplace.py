@@ -13,7 +13,6 @@ Invariant: the same files and the same request give the same dataset; the output
 or doesn't exist.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ import numpy as np
 from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.files import input_name
+from forescale.data.text.files import input_name, matching
 from forescale.data.text.opening import HUB, kind_of, printable, reading
 from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import bin_of, describe, kind_of_file
@@ -192,9 +191,11 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
     path = os.path.abspath(os.path.expanduser(path))
     names = [path]
     if os.path.isdir(path):
-        names = glob.glob(f"{glob.escape(path)}/**", recursive=True)
+        # Not by a glob, which follows links of folders: two to the folder itself never end.
+        walked = os.walk(path)
+        names = [os.path.join(folder, file) for folder, _, files in walked for file in files]
     elif not os.path.exists(path):
-        names = glob.glob(path, recursive=True) if re.search(r"[*?\[]", path) else []
+        names = matching(path) if re.search(r"[*?\[]", path) else []
         names = names or [f"{path}.bin"] * os.path.isfile(f"{path}.idx")
     with reading(path):
         for name in sorted(names):

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from forescale.data.text import files
 from forescale.data.text.documents import Policy, ReadingReport
 from forescale.data.text.files import Files
+from forescale.data.tokenised.inplace import in_place_kind
 from forescale.ground.errors import UserError
 from tests.trainer.data.read_files import expect_refused, lines, read
 
@@ -341,3 +343,18 @@ def test_long_documents_of_every_kind(corpus):
     documents, report = read(corpus, policy=policy)
     assert {len(text) for _, text in documents} == {4}
     assert report.counts["long, cut"] == len(documents)
+
+
+def test_links_of_a_folder_to_itself_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_MATCHES", 1000)
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("one", "two"):  # of two, the ways double with each level
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "loop").symlink_to("loop")
+    assert in_place_kind(str(tmp_path)) is None
+    documents, report = read(tmp_path)
+    assert [text for _, text in documents] == [b"text"]
+    assert report.counts == {"linked folder": 2, "broken link": 1}
+    for look in (in_place_kind, read):
+        with pytest.raises(UserError, match="matches more than 1,000 paths"):
+            look(f"{tmp_path}/**")
