@@ -20,8 +20,10 @@ from forescale.ground.errors import UserError
 _TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
 _GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)
 _BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", re.IGNORECASE)
-# Of nodes as they are now, by sbatch --test-only.
-_NODES = re.compile(r"(node|configuration)( is)? not available|nodes are busy|odes required for")
+# What sbatch --test-only says of nodes and of other jobs as they are now.
+_NOW = re.compile(
+    r"(node|configuration)( is)? not available|nodes are busy|odes required|QOS policy"
+)
 _AWAY = 900.0  # seconds that a job waits for a controller to come back
 _FORMAT = "%i|%T|%r|%M|%L|%N|%S|%V|%o"  # the fields of Job, in their order
 # What a job leaves in its environment, and another that is submitted from there must not take over.
@@ -120,11 +122,12 @@ def submit(script: Path) -> str:
 
 def expect_accepted(script: str) -> None:
     """Raise UserError if SLURM would refuse a script at any hour. Its test counts only nodes that
-    are up: what it refuses for lack of nodes may wait for others, and is no error here."""
+    are up: what it refuses for lack of nodes may wait for others, and is no error here. (With all
+    nodes drained, sbatch takes a job, and sbatch --test-only refuses it.)"""
     try:
         _once(["sbatch", "--test-only"], environment=_outside_of_jobs(), text=script)
     except UserError as e:
-        if not (_BUSY.search(e.problem) or _NODES.search(e.problem)):
+        if not (_BUSY.search(e.problem) or _NOW.search(e.problem)):
             problem = re.sub("SLURM says: .*allocation failure: ", "SLURM says: ", e.problem)
             raise UserError(e.where, problem, e.todo) from None
 

@@ -83,7 +83,6 @@ def test_the_limits_are_read_from_slurm(commands):
 def test_what_slurm_refuses_to_test_is_a_sentence_unless_nodes_may_come_back(
     commands, says, sentence
 ):
-    """With all nodes drained, sbatch takes a job, and sbatch --test-only refuses it."""
     commands(sbatch=f'[ "$1" = --test-only ] && cat > $0.script && echo "{says}" >&2; exit 1')
     if sentence is None:
         return queue.expect_accepted("#!/bin/bash\n")
