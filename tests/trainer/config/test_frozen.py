@@ -210,6 +210,66 @@ def test_every_flipped_byte_of_a_frozen_file_is_found(tmp_path):
         assert not has_checksum(path)
 
 
+PIECES = (
+    *("\t", ": ", "- ", "{", "}", "[", "]", "&a ", "*a", "!!int ", "!!set ", "!!python/object:x "),
+    *(
+        "'",
+        '"',
+        "#",
+        "|\n",
+        ">\n",
+        "\\",
+        "\n",
+        " ",
+        "%YAML 1.2\n",
+        "---\n",
+        "...\n",
+        "? ",
+        "?",
+        "<<: ",
+    ),
+    *(
+        "\x85",
+        "\u2028",
+        "\0",
+        "\ufeff",
+        "\r",
+        "\x7f",
+        "1e5",
+        "0o7",
+        "1_000",
+        "12:30:45",
+        "2026-01-01",
+    ),
+    *("=", "~", "on", "!", "@", "`", ",", "😀", "[" * 99, "[" * 100 + "]" * 100, "[" * 101),
+)
+
+
+def content(text, monkeypatch, libyaml):
+    """What is read of a text, or the sentence of its refusal."""
+    monkeypatch.setattr(yaml, "__with_libyaml__", libyaml)
+    try:
+        return read_yaml(text.encode(), "f")
+    except UserError as e:
+        return f"refused: {e}"
+
+
+def test_libyaml_reads_what_pyyaml_reads(monkeypatch):
+    """All files of conf/ and a frozen config, and these with pieces put in or cut out."""
+    files = [path.read_text() for path in sorted(CONF.rglob("*.yaml"))]
+    files.append(frozen_file(compose(TrainJob, ["run.name=a"])).decode())
+    dice, short = random.Random(0), [text[:400] for text in files]
+    for _ in range(600):
+        text = dice.choice(short)
+        place = dice.randrange(len(text) + 1)
+        end = place + dice.choice((0, 0, 0, 1, 4))
+        files.append(text[:place] + dice.choice((*PIECES, "")) + text[end:])
+    for text in files:
+        by_python = content(text, monkeypatch, libyaml=False)
+        by_libyaml = content(text, monkeypatch, libyaml=yaml.CSafeLoader is not None)
+        assert repr(by_libyaml) == repr(by_python), text
+
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]\n"
     for one, before in zip("bcdefghi", "abcdefgh", strict=True)
