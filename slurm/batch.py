@@ -82,8 +82,7 @@ class Batch:
                     reason = "" if decision.code == DONE else f"; {decision.why}"
                     outcome.notify(self.run, decision.code, f"{self._how}{reason}.", self._log)
                 if mirror:
-                    ended = self.stop_signal is not None
-                    mirror.close(not ended, lambda: self.stop_signal is not None)
+                    mirror.close(lambda: time.monotonic() > self._deadline)
                 return decision.code
             if decision.action == "requeue":
                 out = decision.exclude

@@ -23,6 +23,7 @@ from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
+from forescale.monitor.status import Status
 from forescale.plan.plan import Plan
 from forescale.plan.rows import show
 from forescale.run.command import job_of
@@ -62,6 +63,13 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     if not dry and queue.is_here() and any([restore(each.training, print) for each in jobs]):
         notes.clear()
         jobs = _jobs(overrides, notes)  # over the configs of the runs, as for any run
+    for each in jobs:
+        if _is_complete(each):
+            steps = f"{each.training.total_steps:,} steps are trained"
+            print(f"{each.run.name} is complete: {steps}. It is not submitted.")
+    jobs = [each for each in jobs if not _is_complete(each)]
+    if not jobs:
+        return
     plans = [Plan(job) for job in jobs]
     if not dry:
         plans[0].notes[:0] = notes
@@ -99,6 +107,15 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     print(f"\nSubmitted {as_what}{lead if time_limit else ''}. Script: {scripts}")
     print(f"Follow it: forescale status, forescale logs {names[0]}. ", end="")
     print(f"Stop it: forescale stop {names[0]}")
+
+
+def _is_complete(job: SubmitJob) -> bool:
+    """Return True if the run of a job has made all its steps, as many as the job wants of it."""
+    run = Run(job.run.directory)
+    if not run.config.exists():
+        return False
+    status = Status(run)
+    return status.state == "complete" and status.job.total_steps >= job.training.total_steps
 
 
 def notes_on_cpus(job: SubmitJob) -> list[str]:

@@ -1,9 +1,13 @@
 """`forescale submit`, as far as it goes without SLURM: problems, the script, what is packed."""
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +20,9 @@ from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission
 from forescale.slurm.submit import notes_on_cpus
+from tests.trainer.small_run import make_run
 
+ALONE = ("machine=cpu", "slurm=lab", "slurm.nodes=1")
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
 
 
@@ -48,7 +54,7 @@ def test_all_problems_at_once_and_nothing_is_written(submit, tmp_path):
 
 def test_a_dry_run_prints_the_script_alone_and_writes_nothing(submit, tmp_path):
     code, out, err = submit("train", "x", "--dry-run")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), err
     assert out.startswith("#!/bin/bash\n")
     assert f"runs=(\n    {tmp_path}/runs/x\n)" in out
     assert not (tmp_path / "runs").exists()
@@ -280,3 +286,45 @@ def test_a_secret_among_the_variables_of_the_ranks_is_refused():
     problems = SlurmConfig(exports={"WANDB_API_KEY": "x", "HF_TOKEN": "y", "TOKENS": "3", "A": "b"})
     names = [problem.split()[0] for key, problem, _ in problems.problems() if key == "exports"]
     assert names == ["WANDB_API_KEY", "HF_TOKEN"]
+
+
+def test_a_complete_run_is_not_submitted_again(tmp_path, monkeypatch, capsys, dataset):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))  # no sbatch
+    run = make_run(dataset, Path("runs"), "small")
+    before = sorted(run.path.rglob("*"))
+    assert main(["submit", "train", "small", *ALONE]) == 0
+    assert "small is complete: 8 steps are trained. It is not" in capsys.readouterr().out
+    assert sorted(run.path.rglob("*")) == before
+    (run.path / "imported.json").unlink(missing_ok=True)
+    words = ("schedule=wsd", "train.steps=9")  # a longer one is another matter
+    assert main(["submit", "train", "small", *words, *ALONE]) == 2
+    assert "is complete" not in capsys.readouterr().out
+
+
+README = (Path(__file__).parents[2] / "slurm/README.md").read_text()
+COMMANDS = re.findall(
+    r"^forescale ((?:plan|submit) .+)$", README.replace("\\\n", " "), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_manual_is_accepted(command, tmp_path, monkeypatch, capsys, dataset):
+    """As a dry run; `big` exists where it is named alone. Notes are of the tiny data."""
+    monkeypatch.chdir(tmp_path)
+    sizes = ("model.num_layers=1", "model.width=32", "model.num_heads=2", "train.steps=30000")
+    batch = ("train.global_batch=64", "train.micro_batch=1")
+    words = shlex.split(re.sub(r"/data/\w+", str(dataset), command), comments=True)
+    if "recipe=llama-7b" not in words:
+        run = make_run(dataset, Path("runs"), "big", *sizes, *batch, "checkpoint.every=10000 steps")
+        for step in (10_000, 20_000, 30_000) if "eval" in words else ():
+            shutil.copytree(run.checkpoint_path(8), run.checkpoint_path(step))
+    lines = "\n".join(f"run.name={n} train.steps=9" for n in "ab")
+    (tmp_path / "sweep.txt").write_text(lines)
+    if words[0] == "submit":
+        words += ["--dry-run"] * ("--dry-run" not in words)
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, ""), err
+    assert out.startswith("#!/bin/bash\n") == (words[0] == "submit")
+    assert all("The data is read" in line for line in out.splitlines() if line.startswith("Note:"))

@@ -101,13 +101,10 @@ class Mirror:
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
         return self
 
-    def close(self, finish: bool, stop: Callable[[], bool] = lambda: False) -> None:
-        """Stop. finish: first copy all missing files, until `stop` returns True, which may take as
-        long as a checkpoint; otherwise a partly sent checkpoint stays incomplete, and doesn't
-        count."""
+    def close(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Copy all missing files, until `stop` returns True, and end. That may take as long as a
+        checkpoint; one that is sent in part stays incomplete, and doesn't count."""
         self._closing.set()
-        if not finish:
-            return
         last = threading.Thread(target=self._finish, name="mirror", daemon=True)
         last.start()
         while last.is_alive():

@@ -29,8 +29,8 @@ def facts(
     status: Status, job: "Job | None" = None, end: "EarlyEnd | None" = None
 ) -> dict[str, Any]:
     """Return what is known of a run, by KEYS. job: its job in the queue; end: of its job, if no
-    rank of it began. A run that can't be read has the state "unreadable", and the reason as
-    `error`."""
+    rank of it began. A run that can't be read has the state "unreadable". `error`: the reason of
+    that, or why a run was halted or refused."""
     run, status.job_runs = status.run, job is not None and not job.is_waiting
     values: dict[str, Any] = {"name": run.name, "path": str(run.path)}
     try:
@@ -62,6 +62,7 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         scored = {name: _finite(scored.get(name)) for name in names}
     return {
         "state": s.state,
+        "error": s.reason,
         "job": job and {"id": job.id, "state": job.state, "nodes": job.nodes, "exit": None},
         "attempt": s.attempts[-1].number if s.attempts else None,
         "step": s.step,

@@ -44,6 +44,8 @@ def show_runs(
         cells = {"run": escape(name)}
         try:
             cells |= _cells(status, jobs.get(name), ends.get(name))
+            if status.reason and name not in jobs:
+                faults.append(f"{name}: {status.reason}")
             if name in ends and status.state != "complete":
                 faults.append(f"{name}: {ends[name].sentence} See forescale logs {name}")
         except UserError as e:  # one damaged run must not hide the others

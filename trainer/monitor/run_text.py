@@ -41,6 +41,8 @@ _COLOURS = {
     "interrupted": "yellow",
     "queued": "yellow",
     "crashed": "red",
+    "halted": "red",
+    "refused": "red",
 }
 _LAST_LINES = 15  # of the log of a job that ended early
 _CURVE = 80  # columns of the curve, at most
@@ -94,6 +96,8 @@ def show_run(
         f"{title}, step {s.step:,} of {total:,} ({s.step / total:.1%}), {s.tokens:,} "
         f"{s.job.objective.counted}{loss}; last seen {span(s.age)} ago"
     )
+    if s.reason:
+        say(s.reason)
     if last := s.validation:
         console.print(f"Validation at step {last['step']:,}: {_score(last)}")
         if shares := in_words(last):
@@ -241,7 +245,7 @@ def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
         return "running"
     if attempt.number in s.hangs():
         return "hang"
-    words = {DONE: "done", INTERRUPTED: "interrupted", USER: "stopped", None: "not recorded"}
+    words = {DONE: "done", INTERRUPTED: "interrupted", USER: "refused", None: "not recorded"}
     return words.get(launch.code, "crash")
 
 

@@ -16,7 +16,7 @@ from forescale.checkpoint.reader import Checkpoint, open_readable
 from forescale.checkpoint.retention import is_pinned
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.ground.errors import INTERRUPTED
+from forescale.ground.errors import INTERRUPTED, USER
 from forescale.monitor.curve import losses_of
 from forescale.monitor.follow import Mark, Memory, Tail, marks_of
 from forescale.monitor.goodput import Goodput
@@ -28,7 +28,10 @@ from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
 
-State = Literal["new", "imported", "averaged", "running", "interrupted", "crashed", "complete"]
+State = Literal[
+    "new", "imported", "averaged", "running", "interrupted", "halted", "refused", "crashed",
+    "complete",
+]  # fmt: skip
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
 
 
@@ -119,7 +122,9 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         """Seconds of the steps that are left, without evaluations and saves; None after the last
-        step and before the first."""
+        step and before the first, and of a run that doesn't run."""
+        if not (self.job_runs or self.state == "running"):
+            return None
         left, seconds = self.job.windows_after(self.step), self._window_seconds
         return seconds * left if seconds and left > 0 else None
 
@@ -175,9 +180,10 @@ class Status:
 
     def _judge(self) -> State:
         """new: no attempt yet. imported, averaged: it holds such weights, for others to begin with.
-        complete: the last step is saved and evaluated. interrupted: the newest attempt recorded its
-        end, or saved its last step. running: its files grew lately, by its own pace. crashed: none
-        of these, and steps are lost.
+        complete: the last step is saved and evaluated. halted: the guard or a callback has ended
+        it. refused: its launcher saw an error in the config or the input. interrupted: the newest
+        attempt recorded its end, or saved its last step. running: its files grew lately, by its own
+        pace. crashed: none of these, and steps are lost.
         """
         if how := self.run.weights_alone:
             return how
@@ -188,9 +194,11 @@ class Status:
             or self.run.is_evaluated(total)
         ):
             return "complete"
-        if any(select(self._memory.events(a), kind="ended") for a in self.attempts[-1:]):
-            return "interrupted"
+        if self._ended:
+            return "halted" if self._ended.get("reason") == "halted" else "interrupted"
         if ended := self._launch_that_ended():
+            if ended.get("code") == USER:
+                return "refused"
             is_saved = saved and saved == self.step
             return "interrupted" if is_saved or ended.get("code") == INTERRUPTED else "crashed"
         if self.attempts and self._may_live:
@@ -198,6 +206,26 @@ class Status:
         if not self.attempts:
             return "new"
         return "interrupted" if saved and saved == self.step else "crashed"
+
+    @property
+    def _ended(self) -> Row | None:
+        """The end that the newest attempt recorded, if it did."""
+        ends = [e for a in self.attempts[-1:] for e in select(self.rows_of_events(a), kind="ended")]
+        return next(reversed(ends), None)
+
+    @property
+    def reason(self) -> str | None:
+        """Why a run was halted or refused, as a sentence; None for every other state."""
+        if self.state not in ("halted", "refused"):
+            return None
+        halts = select(self.rows_of_events(self.attempts[-1]), kind="halt")
+        if self.state == "halted" and halts:
+            step, why = halts[-1].get("step") or 0, str(halts[-1].get("reason", "")).rstrip(".")
+            return f"The guard halted it at step {step:,}: {why}."
+        how = (self._launch_that_ended() or LaunchRecord()).get("how", "").rstrip(".")
+        if self.state == "halted":
+            return f"It was halted: {how}." if how else "It was halted, see its events."
+        return f"It was refused: {how}." if how else "It was refused, see its log."
 
     @property
     def _may_live(self) -> bool:

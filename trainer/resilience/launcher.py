@@ -6,6 +6,7 @@ and exits with code 75, or exits without saving when its time is over.
 """
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -47,9 +48,11 @@ def started_as_rank() -> bool:
 
 @dataclass
 class StopRequest:
-    """True once a stop signal has arrived; polled at every step. A second SIGINT exits at once."""
+    """True once a stop signal has arrived; polled at every step. A second SIGINT exits at once.
+    deadline: of a launcher, by time.monotonic(): when the time of its ranks is over."""
 
     signal: int | None = None
+    deadline: float = math.inf
 
     def listen(self, grace: float = _GRACE) -> "StopRequest":
         """Handle stop signals from now on. `grace` seconds after the first one the process exits
@@ -113,9 +116,15 @@ def next_action(code: int, crashes: int) -> Literal["end", "give up", "restart"]
     return "give up" if crashes >= MAX_CRASHES else "restart"
 
 
-def run_attempts(run: Run, command: list[str], processes: int, grace: float = _GRACE) -> int:
+def run_attempts(
+    run: Run,
+    command: list[str],
+    processes: int,
+    grace: float = _GRACE,
+    stop: StopRequest | None = None,
+) -> int:
     """Start attempt after attempt until the run is complete, is interrupted, or has crashed
-    MAX_CRASHES times without a new checkpoint. Returns the exit code.
+    MAX_CRASHES times without a new checkpoint. Returns the exit code. stop: records a stop signal.
 
     Raises UserError if another launcher has started a newer attempt of the run.
     """
@@ -123,7 +132,7 @@ def run_attempts(run: Run, command: list[str], processes: int, grace: float = _G
     while True:
         before = set(run.checkpoint_steps())
         attempt = run.new_attempt()
-        code = start_ranks(command, processes, attempt.path, print, grace)
+        code = start_ranks(command, processes, attempt.path, print, grace, stop)
         progress = set(run.checkpoint_steps()) - before
         crashes = 1 if progress else crashes + 1
         action = next_action(code, crashes)
@@ -172,27 +181,31 @@ def _environment(processes: int, attempt: Path) -> dict[str, str]:
 
 
 def start_ranks(
-    command: list[str], processes: int, attempt: Path, report: Callable, grace: float = _GRACE
+    command: list[str],
+    processes: int,
+    attempt: Path,
+    report: Callable,
+    grace: float = _GRACE,
+    stop: StopRequest | None = None,
 ) -> int:
     """Run `command` as ranks 0 to processes - 1 of a world of their own; return its exit code.
 
     Rank N prints to attempt/rank-N.log, rank 0 also to this terminal. When one fails, the others
     are stopped: no rank waits in a collective for a dead one. Signal handlers are restored at the
     end. launch.json records start and end. grace: seconds that ranks have to save and exit after a
-    stop signal; report: prints a line.
+    stop signal; report: prints a line; stop: records such a signal.
     """
     outcome.record_start(attempt, command, processes)
     kills = outcome.kills_for_memory()
     environment = _environment(processes, attempt)
     ranks: list[subprocess.Popen] = []
-    stop = StopRequest()
-    deadline = [float("inf")]
+    stop = stop or StopRequest()
 
     def pass_on(number: int, frame) -> None:
         again = stop.signal is not None
         stop.signal = number
         if not again:
-            deadline[0] = time.monotonic() + grace + _LATE
+            stop.deadline = time.monotonic() + grace + _LATE
             kill = " A second Ctrl-C kills them." if number == signal.SIGINT else ""
             report(f"Stopping: the ranks save and exit within {grace:.0f} s.{kill}")
         for rank in ranks:
@@ -226,7 +239,7 @@ def start_ranks(
                     started.send_signal(signal.SIGTERM)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        rank, code = _wait(ranks, attempt, lambda: time.monotonic() > deadline[0])
+        rank, code = _wait(ranks, attempt, lambda: time.monotonic() > stop.deadline)
     shutil.rmtree(node_path(attempt, environment["MASTER_PORT"]), ignore_errors=True)
     # A signal before the rank handled it kills the rank there: nothing is lost by that.
     result = INTERRUPTED if stop and code not in (DONE, USER) else code

@@ -15,6 +15,7 @@ a secret: it stands in the environment, and in no config, log or file of a run. 
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -50,6 +51,8 @@ WEBHOOK = "FORESCALE_WEBHOOK"
 EVENTS = {DONE: "complete", CRASHED: "crashed", USER: "stopped", GAVE_UP: "gave up"}
 _WEBHOOK_SECONDS = 10.0
 _LONGEST = 500  # characters of an error
+_TAIL = 1 << 14  # bytes at the end of a rank's log
+_MESSAGE = re.compile(r"(forescale: |(?=[A-Za-z_][\w.]*(?:Error|Exception)\b))(.+)")
 
 
 class SlurmStart(TypedDict, total=False):
@@ -211,12 +214,28 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
         error = _error_path(attempt, rank).read_text(errors="replace").strip()
         if error:
             return error if code == USER else f"rank {rank} ended with {error}", hint
+    message = _last_message(attempt / f"rank-{rank}.log") if code > 0 else ""
+    if message:  # it could write no error where the storage failed
+        return message if code == USER else f"rank {rank} ended with code {code}: {message}", hint
     end = f"code {code}" if code >= 0 else signal.Signals(-code).name
     if -code == signal.SIGKILL and killed_for_memory:
         end += ": memory ran out, and the kernel killed it"
     elif -code == signal.SIGKILL:
         end += " (the kernel sends it when memory runs out)"
     return f"rank {rank} ended with {end}", hint
+
+
+def _last_message(log: Path) -> str:
+    """Return the last message of forescale or of Python at the end of a rank's log, "" without
+    one."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    message = next((match for line in reversed(lines) if (match := _MESSAGE.match(line))), None)
+    return masked(message[2])[:_LONGEST].rstrip(".") if message else ""
 
 
 def notify(run: Run, code: int, why: str, report: Callable[[str], object]) -> None:

@@ -306,5 +306,5 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
     trainer.reporter.stop()
     trainer.world.close()
     if trainer.mirror:  # only now: no rank waits in a collective for what this one copies
-        trainer.mirror.close(finish=code == DONE)
+        trainer.mirror.close()  # after a stop signal until the grace is over: see StopRequest
     return code

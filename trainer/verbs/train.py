@@ -24,7 +24,7 @@ from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
-from forescale.ground.errors import DONE, INTERRUPTED, UserError
+from forescale.ground.errors import DONE, UserError
 from forescale.resilience import launcher
 from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
@@ -81,9 +81,10 @@ def main(words: list[str]) -> int:
     trust = [_TRUST] if targets(job) else []  # the user has just named them
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
     grace = job.launch.grace.seconds or 0.0
-    code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace)
-    if mirror:
-        mirror.close(finish=code != INTERRUPTED)
+    stop = launcher.StopRequest()
+    code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace, stop)
+    if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
+        mirror.close(lambda: time.monotonic() > stop.deadline)
     notify(started.run, code, launcher.last_end(started.run), print)
     if code == DONE:
         with first_imports():

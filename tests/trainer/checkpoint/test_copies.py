@@ -23,7 +23,7 @@ def test_a_mirror_that_is_ahead_is_not_overwritten(own_run, job, mirror, place, 
     other = Run(elsewhere)
     other.new_attempt().start_from(Parent(8, "checkpoints/step-00000008"), other)
     ahead = Mirror(other, Folder(f"{place}/{own_run.name}"), Keep(), lines.append)
-    ahead.close(finish=True)
+    ahead.close()
     old = mirror_of(own_run, job, lines.append)
     with pytest.raises(Taken, match="holds attempt 0002"):
         old.check()
@@ -63,7 +63,7 @@ def test_an_attempt_that_torchrun_began_elsewhere_is_not_overwritten(
             write_json(attempt.path / "launch.json", {"begun": 1.0})
         attempt.start_from(Parent(8, "checkpoints/step-00000008"), run)
         attempt.metrics.add(train_row(attempt, 9) | {"loss": loss})
-    mirror_of(other, job, lines.append).close(finish=True)
+    mirror_of(other, job, lines.append).close()
     mirror_of(other, job, lines.append).check()
     before = contents(place)
     with pytest.raises(Taken, match="holds attempt 0002"):

@@ -2,18 +2,21 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 
+from forescale.checkpoint import mirror as mirror_module
 from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import Keep, delete, pin
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
-from forescale.ground.errors import UserError
+from forescale.ground.errors import INTERRUPTED, UserError
 from forescale.ground.storage import check_table
 from forescale.remote.buckets import Folder
 from forescale.remote.transfer import Unreachable
+from forescale.resilience import launcher
 from forescale.run.directory import Parent
 from tests.trainer.checkpoint.mirrored import contents, mirror_job
 from tests.trainer.small_run import make_job, save, train_row
@@ -119,7 +122,7 @@ def test_an_interrupted_process_does_not_wait_for_what_is_sent(own_run, mirror, 
     others = {thread for thread in threads if thread is not threading.current_thread()}
     assert others
     assert all(thread.daemon for thread in others)
-    mirror.close(finish=False)
+    mirror.close()
 
 
 def test_an_error_that_nobody_foresaw_harms_nothing(own_run, mirror, lines, monkeypatch):
@@ -127,7 +130,7 @@ def test_an_error_that_nobody_foresaw_harms_nothing(own_run, mirror, lines, monk
         raise ValueError("an answer that the package can't read")
 
     monkeypatch.setattr(Folder, "put", broken)
-    mirror.close(finish=True)
+    mirror.close()
     assert lines[-1].startswith("The mirror is incomplete, the run is not affected: ValueError")
 
 
@@ -167,18 +170,18 @@ def test_a_job_that_is_to_end_waits_for_no_copy(own_run, mirror, lines, monkeypa
     """Such as at its time limit: it must still say how the run ended."""
     held = threading.Event()
     monkeypatch.setattr(Folder, "put", lambda f, n, p: held.wait(60))
-    mirror.close(True, stop=lambda: True)
+    mirror.close(stop=lambda: True)
     held.set()
     assert lines[-1] == "The mirror is incomplete: the job is to end now."
 
 
 def test_status_says_what_is_there_and_what_fails(own_run, job, mirror, place, forescale):
     own_run.config.write_bytes(frozen_file(job))
-    mirror.close(finish=True)
+    mirror.close()
     assert f"Mirrored to {place}/small: up to step 8." in forescale("status", "small")[1]
     shutil.rmtree(place)
     place.write_text("a file where a directory should be")
-    mirror_of(own_run, mirror_job(own_run, place), print).close(finish=True)
+    mirror_of(own_run, mirror_job(own_run, place), print).close()
     assert "nothing yet. It fails now:" in forescale("status", "small")[1]
 
 
@@ -187,7 +190,7 @@ def test_a_place_that_fails_is_told_of_once_and_harms_nothing(own_run, lines, tm
     mirror = Mirror(own_run, Folder(str(tmp_path / "full" / "x")), Keep(), lines.append)
     with pytest.raises(UserError):
         mirror.check()
-    mirror.close(finish=True)
+    mirror.close()
     assert len(lines) == 2
     assert "The mirror is incomplete, the run is not affected" in lines[1]
 
@@ -211,3 +214,31 @@ def test_a_place_that_is_away_keeps_only_a_new_run_from_beginning(
 def test_a_wrong_address_is_a_problem_of_the_config(small_data, tmp_path, wrong):
     with pytest.raises(UserError, match=r"checkpoint\.mirror"):
         make_job(small_data, tmp_path, "a", f"checkpoint.mirror='{wrong}'")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_the_last_save_of_an_interrupted_run_is_copied_within_the_grace(
+    own_run, place, forescale, monkeypatch, is_late
+):
+    """Its ranks save when they are asked to end; the job may end for good then."""
+
+    def interrupted(run, command, processes, grace, stop):
+        stop.deadline = 0.0 if is_late else time.monotonic() + 60
+        return INTERRUPTED
+
+    monkeypatch.setattr(mirror_module, "_LOOK", 60.0)
+    monkeypatch.setattr(launcher, "run_attempts", interrupted)
+    put, held = Folder.put, threading.Event()
+
+    def slow(folder, name, path):
+        if is_late and name != "run.json":
+            held.wait(60)
+        return put(folder, name, path)
+
+    monkeypatch.setattr(Folder, "put", slow)
+    code, out, _ = forescale("train", "small", f"checkpoint.mirror={place}", "run.root=runs")
+    held.set()
+    assert code == INTERRUPTED
+    assert ("The mirror is incomplete: the job is to end now." in out) == is_late
+    if not is_late:
+        assert not check_table(place / "small" / "checkpoints" / "step-00000008")

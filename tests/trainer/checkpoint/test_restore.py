@@ -18,7 +18,7 @@ from tests.trainer.small_run import train_row
 
 
 def test_a_restored_run_is_the_run(own_run, job, mirror, lines):
-    mirror.close(finish=True)
+    mirror.close()
     assert lines[-1].endswith("up to step 8.")
     before = own_run.path.rename(own_run.path.with_name("before"))
     restore(job, lines.append)

@@ -1,5 +1,6 @@
 """The state of a run as its files tell it: running, dead, complete, and how attempts ended."""
 
+import json
 import re
 import shutil
 
@@ -73,6 +74,37 @@ def test_a_run_whose_launcher_saw_it_end_is_not_running(unfinished, forescale):
     _, out, _ = forescale("status", "small")
     assert re.search(r"^ +2 +step 4 .* crash *$", out, re.MULTILINE)
     assert "Attempt 2 ended: rank 1 ended with ValueError: too wide." in out
+
+
+def test_a_run_that_its_guard_halted_is_halted_and_says_why(unfinished, forescale):
+    attempt = unfinished.attempts()[-1]
+    attempt.event("halt", step=6, reason="the loss is NaN", loss=None, grad_norm=1.0)
+    attempt.event("ended", step=6, reason="halted", seconds={"closing": 0.1})
+    say_how_it_went(attempt, 2, "small, step 6: halted: the loss is NaN; look at the events.")
+    status = Status(unfinished)
+    assert (status.state, status.seconds_left) == ("halted", None)
+    for words in (("status", "small"), ("status",)):
+        out = forescale.prints(*words)
+        assert "The guard halted it at step 6: the loss is NaN." in out
+        assert "interrupted" not in out
+    facts = json.loads(forescale.prints("status", "small", "--json"))
+    assert facts["error"] == "The guard halted it at step 6: the loss is NaN."
+
+
+def test_a_run_with_wrong_input_is_refused_with_its_sentence(unfinished, forescale):
+    sentence = "data: the dataset is damaged (train-000000.tar); restore it"
+    say_how_it_went(unfinished.attempts()[-1], 2, f"{sentence}.")
+    assert (Status(unfinished).state, Status(unfinished).seconds_left) == ("refused", None)
+    out = forescale.prints("status", "small")
+    assert f"It was refused: {sentence}." in out
+    assert "crash" not in out
+    assert sentence in forescale.prints("status")
+
+
+def test_a_run_that_does_not_run_has_no_end_in_sight(unfinished, forescale):
+    assert Status(unfinished).seconds_left is not None
+    unfinished.attempts()[-1].event("ended", step=6, reason="interrupted", seconds={})
+    assert (Status(unfinished).state, Status(unfinished).seconds_left) == ("interrupted", None)
 
 
 def test_a_rollback_is_part_of_its_launch(unfinished):

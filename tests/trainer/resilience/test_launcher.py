@@ -47,7 +47,7 @@ def launches(tmp_path, monkeypatch):
     def go(*ways):
         todo, attempts = list(ways), []
 
-        def start_ranks(command, processes, attempt, report, grace):
+        def start_ranks(command, processes, attempt, report, grace, stop):
             attempts.append(int(attempt.name))
             outcome.record_start(attempt, command, processes)
             code, act = todo.pop(0)

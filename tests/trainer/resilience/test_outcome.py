@@ -37,6 +37,30 @@ def test_the_cause_is_the_error_that_a_rank_recorded(ranks, tmp_path):
     assert reported == f"rank 1 ended with ValueError: too wide; see {tmp_path / 'rank-1.log'}"
 
 
+FROZEN = "/scratch/run/metrics.jsonl: the storage fails (Stale file handle)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["forescale: a retry", f"forescale: {FROZEN}.", "0.5 s later"], FROZEN),
+        (
+            ["Traceback (most recent call last):", "  in f", "OSError: no device"],
+            "OSError: no device",
+        ),
+        (["step 1 | loss 2.0"], None),
+    ],
+)
+def test_a_rank_that_could_write_no_error_is_quoted_from_its_log(ranks, tmp_path, lines, message):
+    """Where its storage froze, its own words came to its log alone."""
+    text = "\n".join(lines) + "\n"
+    _, (reported,) = ranks(
+        f"if rank:\n    print({text!r}, flush=True)\n    os._exit(1)\ntime.sleep(9)"
+    )
+    ending = f"rank 1 ended with code 1: {message}" if message else "rank 1 ended with code 1"
+    assert reported == f"{ending}; see {tmp_path / 'rank-1.log'}"
+
+
 def test_a_signal_explains_more_than_an_error(ranks, tmp_path):
     die = f"write_error(Path({str(tmp_path)!r}), 0, RuntimeError('connection reset'))"
     code, (reported,) = ranks(f"{RECORD}if rank: os.kill(os.getpid(), 11)\n{die}\nos._exit(1)")

@@ -6,7 +6,7 @@ Invariant: a state is derived, never stored.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.monitor.status import Status
@@ -89,7 +89,8 @@ def _state(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str)
         return replace(state, status=failure[0], why=failure[1])
     if view.state == "new" or view.state == "imported" or view.state == "averaged":
         return state
-    return replace(state, status=view.state)
+    again: dict[str, CellStatus] = {"halted": "interrupted", "refused": "crashed"}
+    return replace(state, status=again.get(view.state, cast(CellStatus, view.state)))
 
 
 def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus, str] | None:
