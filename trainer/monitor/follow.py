@@ -9,7 +9,6 @@ verified.
 
 import json
 import math
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import IO, Self, TypeVar
 
 from forescale.ground.storage import naming
 from forescale.run.directory import Attempt, Run
-from forescale.run.rows import Row, damaged, each_row, parse_row, read_rows
+from forescale.run.rows import Row, damaged, each_row, has_checksum, parse_row, read_rows
 
 T = TypeVar("T")
 Mark = tuple[str, int, int, int]
@@ -101,9 +100,8 @@ class Follower:
     def _expect_sound(self, lines: list[bytes]) -> None:
         """Raise UserError if a row is damaged. Only where the checksum differs, or an earlier
         version wrote none, a row is parsed for it."""
-        crc32 = zlib.crc32
         for line in lines:
-            if not line.endswith(b', "crc": "%08x"}' % crc32(b"}", crc32(line[:-20]))):
+            if not has_checksum(line):
                 try:
                     if line:
                         parse_row(line)

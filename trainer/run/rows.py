@@ -271,6 +271,11 @@ def parse_row(line: bytes) -> Row:
     return row
 
 
+def has_checksum(line: bytes) -> bool:
+    """Return True if a line, without its end, carries the checksum of its row."""
+    return line.endswith(b', "crc": "%08x"}' % zlib.crc32(b"}", zlib.crc32(line[:-20])))
+
+
 def damaged(where: str, error: Exception) -> UserError:
     """Return the error of a row that `parse_row` refused."""
     reason = error if type(error) is ValueError else "not JSON"

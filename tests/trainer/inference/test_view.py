@@ -1,10 +1,12 @@
 """The Python door: what a notebook gets from a run's directory."""
 
 import json
+import math
 import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.ground.storage import read_json, write_json
+from forescale.inference import view
+from forescale.run.rows import RowWriter, read_rows
 from forescale.train.model import build_model
 from tests.trainer.small_run import SHIFT, STEPS, make_run
 
@@ -29,6 +33,48 @@ def test_metrics_are_frames_with_a_row_a_step(trained):
     assert frame["seconds.compute"].sum() == 1.5 * STEPS
     assert list(run.metrics("validation")["bits_per_byte"]) == [2.25]
     assert len(run.metrics(None)) == STEPS + 1
+
+
+PLAIN = {"loss": 3.5, "mfu": None, "tokens_hash": 2**64 - 1, "seconds": {"data": 0.1, "compute": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_fast"),
+    [
+        ([{}, {}, {}], True),
+        ([{"loss": math.nan}, {"loss": 2}, {"loss": math.inf}], True),
+        ([{"extra.a": 1.5}, {"seconds": {"data": 1.0, "evaluation": 3.0}}, {}], True),
+        ([{"shares": {"web": 3}}, {}, {"shares": {"web": 1, "a.b": 2}}], True),
+        ([{"mfu": 0.25}, {}, {"note": "naïve 🙂"}], True),
+        ([{"mfu": None}, {"mfu": 1}, {"mfu": 0.5}], True),
+        ([{"deep": {"a": {"b": 1}, "c": 2}}, {}, {}], True),
+        ([{"quarantined": [["web", 0, "000001"]]}, {}, {}], False),
+        ([{"note": "2026-01-01T00:00:00"}, {}, {}], False),  # else a time
+        ([{"note": 1}, {"note": "x"}, {}], False),
+    ],
+)
+def test_columns_are_those_of_the_rows_read_one_by_one(tmp_path, changes, is_fast):
+    rows = RowWriter(tmp_path / "metrics.jsonl")
+    for step, change in enumerate(changes, 1):
+        rows.add({"kind": "train", "step": step, "attempt": 1, **PLAIN, **change})
+        rows.add({"kind": "validation", "step": step, "dataset": 'a "train" set', "loss": 1.0})
+    for kind in ("train", "validation"):
+        slow = view._frame(read_rows(rows.path, kind=kind))
+        fast = view._columns(rows.path, kind)
+        assert (fast is not None) == (is_fast or kind == "validation")
+        if fast is not None:
+            assert sorted(fast.columns) == sorted(slow.columns)
+            pandas.testing.assert_frame_equal(fast[slow.columns], slow)
+
+
+def test_of_damaged_rows_no_frame_is_made(own_run):
+    raw = own_run.metrics.read_bytes()
+    place = raw.index(b'"loss": 3.0')  # of a train row
+    own_run.metrics.write_bytes(raw[:place] + b'"loss": 4.0' + raw[place + 11 :])
+    with pytest.raises(UserError, match="its checksum differs"):
+        forescale.open_run(own_run.path).metrics()
+    own_run.metrics.write_bytes(raw[:-5])  # cut short by a kill: no row
+    assert forescale.open_run(own_run.path).metrics("validation").empty
 
 
 def test_events_are_a_frame_with_times(trained):
