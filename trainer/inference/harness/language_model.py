@@ -257,23 +257,14 @@ class LanguageModel(TemplateLM):
 
 def special_ids(view: RunView, tokenizer: Tokenizer) -> tuple[int, int]:
     """Return the ids that begin and end a document: those of training, or, of imported weights,
-    those that the files with them name."""
+    the first one that the files with them name."""
     end = view.identity["dataset"]["end_of_text"]
-    if not view.run.imported.is_file():
-        return end, end
-    files = view.run.read_imported()
-    named: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        named |= files.get(file, {})
-
-    def id_of(key: str) -> int | None:
-        token = named.get(key)
-        token = token.get("content") if isinstance(token, Mapping) else token
-        return tokenizer.token_to_id(token) if isinstance(token, str) else None
-
-    last, first = id_of("eos_token"), id_of("bos_token")
-    last = end if last is None else last
-    return last if first is None else first, last
+    files = view.run.read_imported() if view.run.imported.is_file() else {}
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    token = next((t for name in names if (t := files.get(name, {}).get("bos_token"))), None)
+    token = token.get("content") if isinstance(token, Mapping) else token
+    first = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return end if first is None else first, end
 
 
 def _sampler(options: Mapping[str, Any]) -> Sampler:
