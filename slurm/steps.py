@@ -202,7 +202,7 @@ def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]
         # Since 22.05 srun doesn't inherit this from sbatch. A single task of a node gets all CPUs.
         share = settings.ranks_per_node // tasks_per_node
         command.append(f"--cpus-per-task={cpus_per_rank(settings) * share}")
-    if settings.gpus_per_task:  # without it a step takes over the job's GPU for each task
+    if settings.gpus_per_task:  # without it a step takes over the job's one GPU for each task
         command.append(f"--gpus-per-node={settings.gpus}")
     return [*command, *settings.srun, *options]
 

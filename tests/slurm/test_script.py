@@ -88,7 +88,8 @@ def test_a_gpu_for_each_task_is_an_option_of_sbatch_alone():
     """A step of one task a node must see the GPUs of all, and so must each rank."""
     settings = SlurmConfig(gpus_per_task=1, tasks_per_node=4)
     assert (settings.problems(), settings.gpus, settings.ranks_per_node) == ([], 4, 4)
-    assert "unset SLURM_GPUS_PER_TASK" in order(settings).script()
+    (unset,) = (x for x in order(settings).script().splitlines() if x.startswith("unset SLURM"))
+    assert {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"} < {*unset.split()}
     assert "--gpus-per-node=4" in srun(settings, 1)
 
 
