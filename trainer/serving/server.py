@@ -20,6 +20,7 @@ from forescale.serving.request import Refused
 
 _DEADLINE = 30.0  # seconds for a request to arrive, and for the next bytes of an answer to leave
 _MAX_HEADERS = 32 << 10  # bytes
+_READ = 16 << 10  # bytes that are taken from a connection at once
 _STOP = 5.0  # seconds that clients have to take their last bytes when the server stops
 
 
@@ -78,6 +79,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # asyncio's 256 KiB at once hold more headers than are allowed, which h11 wouldn't see, and
+        # so many tiny chunks that it takes half a second for them.
+        transport.max_size = _READ
         crowd = [c for c in self.connections if isinstance(c, Connection)]
         crowd = [c for c in crowd if not c.transport.is_closing()]
         same = [c for c in crowd if _network(c.client) == _network(self.client)]

@@ -179,12 +179,10 @@ def exchange(port, head: str, body: bytes = b"") -> bytes:
 def test_a_body_is_bounded_however_its_length_is_given(port):
     head = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
     chunked = head + "Transfer-Encoding: chunked"
-    body = json.dumps(LIKELIEST).encode()
-    chunk = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
-    assert b" 200 " in exchange(port, chunked, chunk)
-    assert b" 413 " in exchange(port, chunked, b"fff\r\n" + b" " * 4095 + b"\r\n")
+    assert b" 411 " in exchange(port, chunked, b"1\r\n{\r\n")
+    assert b" 411 " in exchange(port, f"{chunked}\nContent-Length: 5", b"0\r\n\r\n")
     assert b" 413 " in exchange(port, head + "Content-Length: 4001")  # of which nothing comes
-    assert b" 400 " in exchange(port, f"{chunked}\nContent-Length: 5", chunk)
+    assert b" 400 " in exchange(port, head + "A: b\n" * 20_000)
     assert b" 400 " in exchange(port, head + "Content-Length: 5_0")
     assert b" 400 " in exchange(port, head + "Content-Length: 5\nContent-Length: 6", b"{}    ")
 

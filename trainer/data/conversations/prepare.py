@@ -265,8 +265,10 @@ def _checked_messages(messages: Any) -> Sequence[Message]:
 def _checked_text(value: Any) -> str:
     if not isinstance(value, str):
         raise Unfit("with something else than a text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise Unfit("with half a character (a lone surrogate)")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Unfit("with half a character (a lone surrogate)") from None
     return value
 
 

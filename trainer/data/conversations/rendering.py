@@ -119,8 +119,8 @@ class Renderer:
             return Unfit(value) if kind == "unfit" else [Piece(*piece) for piece in value]
         code = self._process.wait()
         if code == -signal.SIGPROF:
-            amount = f"{seconds:g} s of a processor"
-            raise Broken(f"needs more than {amount} for a conversation of {messages:,} messages")
+            count = f"{messages:,} message{'s' * (messages != 1)}"
+            raise Broken(f"needs more than {seconds:g} s of a processor to write {count}")
         end = signal.Signals(-code).name if code < 0 else f"code {code}"
         raise Broken(f"ends the process that renders it ({end})")
 
