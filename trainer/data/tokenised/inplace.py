@@ -30,7 +30,7 @@ from forescale.data.prepare.work import build_once
 from forescale.data.prepare.writer import write_manifest
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.files import input_name, matching
-from forescale.data.text.opening import HUB, kind_of, printable, reading
+from forescale.data.text.opening import HUB, Total, kind_of, printable, reading
 from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
@@ -200,4 +200,5 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
     with reading(path):
         for name in sorted(names):
             if os.path.isfile(name):
-                yield name, os.path.getsize(name)
+                Total(name).add(size := os.path.getsize(name))  # a hole is as endless as a device
+                yield name, size

@@ -358,3 +358,13 @@ def test_links_of_a_folder_to_itself_end(tmp_path, monkeypatch):
     for look in (in_place_kind, read):
         with pytest.raises(UserError, match="matches more than 1,000 paths"):
             look(f"{tmp_path}/**")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "a.npy"])
+def test_a_hole_of_a_terabyte_is_refused_before_it_is_read(tmp_path, name):
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises(UserError, match="unpacks to more than 100 times its bytes"):
+        in_place_kind(str(tmp_path / name))
+    if not name.endswith((".bin", ".npy")):
+        expect_refused("unpacks to more than 100 times its bytes", tmp_path / name)
