@@ -103,7 +103,7 @@ def open_server(job: ServeJob) -> "Server":
         except UserError as e:
             if e.where != template.where:
                 raise
-            raise Refused(400, f"The chat template {e.problem}.", "messages") from None
+            raise Refused(400, f"The chat is not answered: {e.problem}.", "messages") from None
 
     service = Service(
         name=view.name,

@@ -348,19 +348,23 @@ class _Unclear(BaseException):
 
 
 class _Pass:
-    """One loop over the messages from `begin` to `end`, all that there seem to be.
+    """One loop over the messages from `begin` to `end`, where the conversation seems to end.
 
-    A template that leaves no state between turns of a loop (see _NODES), and looks at most at the
-    message after the one at hand, writes of the messages up to `end` what it writes of more of them
-    until it comes to the last, and then what a pass over the last one writes. So a pass from 0 and
-    one over each last message are all its renderings. starts: the size of the text before each
-    message.
+    Take a template that leaves no state between turns of a loop (see _NODES) and, at each message,
+    looks no further than the next one. Of the first k messages it writes what it writes of all of
+    them before the last of the k, and then what a pass over that one message writes. So a pass from
+    0 and a pass over each message show the renderings of all beginnings. starts: the size of the
+    text before each message.
     """
 
     def __init__(self, messages: Sequence[Message], begin: int, end: int):
         self.messages, self.begin, self.end = messages, begin, end
         self.at, self.is_over, self.size = -1, False, 0
         self.starts: dict[int, int] = {}
+
+
+def _unclear(*_: Any) -> Any:
+    raise _Unclear
 
 
 class _Turns:
@@ -396,9 +400,6 @@ class _Turns:
             raise _Unclear
         return self._pass.messages[self._first : self._pass.end]
 
-    def _unclear(self, *_: Any) -> Any:
-        raise _Unclear
-
     __contains__ = __eq__ = __getattr__ = __repr__ = _unclear
     __hash__ = None  # type: ignore[assignment]  # as lists
 
@@ -411,9 +412,6 @@ class _Loop:
 
     def __iter__(self) -> Iterator[tuple[Message, "_Loop"]]:
         return ((message, self) for message in self._turns)
-
-    def _unclear(self, *_: Any) -> Any:
-        raise _Unclear
 
     __getattr__ = __repr__ = _unclear
     index0 = property(lambda self: self._pass.at - self._turns._first)
