@@ -16,6 +16,7 @@ from forescale import open_run
 from forescale.config.train import TrainJob
 from forescale.data.tokenizer import byte_tokenizer, vocabulary_of
 from forescale.ground.errors import UserError
+from forescale.ground.storage import write_checked_json
 from forescale.inference.hf_directory import Stored
 from forescale.inference.question import question_of
 from forescale.models.hf.pieces import Piece
@@ -141,7 +142,7 @@ def test_a_prompt_begins_as_the_tokenizer_of_the_weights_begins_texts(llama, for
 def test_the_declared_end_is_written_taught_and_exported(llama, forescale):
     """Of a chat model whose vocabulary also has the usual name of the end of documents."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens(["<|im_end|>", "<|eot|>"])
+    tokenizer.add_special_tokens(["<|im_end|>", "<|eot|>", "<|turn|>"])
     end, other = 257, 258
     tokenizer.save(str(llama / "tokenizer.json"))
     (llama / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
@@ -158,6 +159,14 @@ def test_the_declared_end_is_written_taught_and_exported(llama, forescale):
     assert forescale("import", "hf", llama, "own", "end_of_text=<|endoftext|>")[0] == 0
     assert forescale("export", "own", "to=taught")[0] == 0
     assert vocabulary_of((llama / "tokenizer.json").read_bytes(), "taught").end == 256
+    # As if it had learned chats, whose turns end with another token.
+    turn = "{% if m.role == 'assistant' %}<|turn|>{% endif %}"
+    template = CHAT.replace("{% endfor %}", f"{turn}{{% endfor %}}")
+    write_checked_json(Path("runs/own/chat.json"), {"chat_template": template})
+    assert open_run("runs/own").ends == (ends := [256, 259, other, end])
+    assert forescale("export", "own", "to=chat")[0] == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(Path("chat", name).read_text())["eos_token_id"] == ends
 
 
 def test_half_precision_stays_exact(llama, forescale):
