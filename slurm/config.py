@@ -147,8 +147,12 @@ class SlurmConfig:
             problem = "does not apply " + ("beside slurm.mem" if self.gpus else "without GPUs")
             problems.append(("mem_per_gpu", problem, "leave it out"))
         for name, command in (("options", "sbatch"), ("srun", "srun")):
+            before = ""
             for option in getattr(self, name):
-                if not re.match(r"--?\w", option):
+                # A word of srun may be the value of the option before it, as in -m cyclic.
+                is_value = name == "srun" and re.fullmatch(r"--?[\w-]+", before)
+                before = option
+                if not is_value and not re.match(r"--?\w", option):
                     todo = f"quote an option with a comma: 'slurm.{name}=[\"--exclude=n1,n2\"]'"
                     problems.append((name, f"{option!r} is no option of {command}", todo))
         for name in self.exports:

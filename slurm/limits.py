@@ -2,9 +2,12 @@
 for its partition, and lets it wait for ever.
 
 Invariant: a problem is what no later hour can change: nodes that are down now are none. If the
-controller doesn't answer, nothing is a problem here: sbatch asks it again.
+controller doesn't answer, or the job's partition or QOS isn't known here, nothing is a problem
+here: sbatch asks again.
 """
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -15,12 +18,17 @@ from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
 
 Fields = Mapping[str, str]  # of a partition or a QOS, by SLURM's names
+# What replaces, in sbatch, the keys that are compared with limits.
+_OPTION = re.compile(r"-[pqMtN]|--(partition|qos|clusters?|time|nodes)\b")
+_VARIABLES = {f"SBATCH_{name}" for name in ("PARTITION", "QOS", "CLUSTERS", "TIMELIMIT")}
 
 
 def limit_problems(settings: SlurmConfig) -> list[Problem]:
     """Return where the settings go beyond the limits of the cluster; none without SLURM."""
-    with suppress(UserError):
-        if queue.is_here():
+    if any(map(_OPTION.match, settings.options)) or _VARIABLES & os.environ.keys():
+        return []
+    with suppress(UserError, ValueError):  # ValueError: a number in a form that isn't known
+        if queue.is_here() and (settings.partition or not queue.has_submit_plugin()):
             partitions = queue.partitions()
             has_qos = settings.qos or any(p.get("QoS", "N/A") != "N/A" for p in partitions)
             return beyond(settings, partitions, queue.limits_of_qos() if has_qos else {})
@@ -46,16 +54,19 @@ def _beyond(s: SlurmConfig, partition: Fields, qos: Mapping[str, Fields]) -> lis
     where = f"partition {partition['PartitionName']}"
     of_job, of_partition = qos.get(s.qos or "", {}), qos.get(partition.get("QoS", ""), {})
     flags = of_job.get("Flags", "").split(",")
+    if s.qos and not of_job:  # its flags may lift the limits
+        return []
     first, second = (of_job, of_partition) if "OverPartQOS" in flags else (of_partition, of_job)
     limits = {**second, **{key: value for key, value in first.items() if value}}
     tres = dict(part.partition("=")[::2] for part in limits.get("MaxTRES", "").split(","))
     longest = "" if "PartitionTimeLimit" in flags else partition.get("MaxTime", "")
+    most_nodes = "" if "PartitionMaxNodes" in flags else partition.get("MaxNodes", "")
     time, nodes = s.time and s.time.seconds, s.nodes + s.spares
     problems = []
     for key, size, text, whose, unit in (
         ("time", time, longest, where, ""),
         ("time", time, limits.get("MaxWall", ""), "its QOS", ""),
-        ("nodes", nodes, partition.get("MaxNodes", ""), where, " nodes"),
+        ("nodes", nodes, most_nodes, where, " nodes"),
         ("nodes", nodes, partition.get("TotalNodes", ""), where, " nodes"),
         ("nodes", nodes, tres.get("node", ""), "its QOS", " nodes"),
         ("nodes", nodes * s.gpus, tres.get("gres/gpu", ""), "its QOS", " GPUs"),

@@ -23,6 +23,7 @@ _BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", 
 # What sbatch --test-only says of nodes and of other jobs as they are now.
 _NOW = re.compile(
     r"(node|configuration)( is)? not available|nodes are busy|odes required|QOS policy"
+    r"|[Rr]eservation|Invalid time"  # of a reservation that begins later
 )
 _AWAY = 900.0  # seconds that a job waits for a controller to come back
 _FORMAT = "%i|%T|%r|%M|%L|%N|%S|%V|%o"  # the fields of Job, in their order
@@ -139,13 +140,18 @@ def _outside_of_jobs() -> dict[str, str]:
 def _setting(name: str) -> str | None:
     """Return a setting of the cluster; None if the controller doesn't say."""
     settings = _run(["scontrol", "show", "config"])
-    match = re.search(rf"^{name}\s*=\s*(\S+)", settings, re.MULTILINE)
+    match = re.search(rf"^{name} *= *(\S+)", settings, re.MULTILINE)
     return match[1] if match else None
 
 
 def cluster() -> str | None:
     """Return the name of the cluster whose controller answers here; None if it doesn't say."""
     return _setting("ClusterName")
+
+
+def has_submit_plugin() -> bool:
+    """True if a plugin of the site may choose a partition for jobs that name none."""
+    return _setting("JobSubmitPlugins") not in (None, "(null)")
 
 
 def largest_array() -> int | None:

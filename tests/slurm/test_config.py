@@ -99,6 +99,7 @@ def test_ranks_on_cpus_choose_their_own_number():
         ),
         ({"options": ["--exclude=n1", "n2"]}, ("options", "'n2' is no option of sbatch")),
         ({"options": ["[--a=1,--b=2]"]}, ("options", "'[--a=1,--b=2]' is no option of sbatch")),
+        ({"srun": ["-m", "cyclic", "x"]}, ("srun", "'x' is no option of srun")),
         ({"srun": ["mpi=none"]}, ("srun", "'mpi=none' is no option of srun")),
     ],
 )

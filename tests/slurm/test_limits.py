@@ -1,5 +1,7 @@
 """What a cluster allows, by what SLURM prints; what it refuses to test is a sentence."""
 
+from dataclasses import replace
+
 import pytest
 
 from forescale.config.duration import Duration
@@ -15,8 +17,9 @@ LONG |= {"TotalNodes": "4"}
 QOS = {
     "part": {"Flags": "", "MaxWall": "", "MaxTRES": "gres/gpu=16"},
     "short": {"Flags": "", "MaxWall": "08:00:00", "MaxTRES": "node=2"},
-    "over": {"Flags": "DenyOnLimit,PartitionTimeLimit,OverPartQOS", "MaxTRES": "gres/gpu=64"},
+    "over": {"Flags": "PartitionMaxNodes,PartitionTimeLimit,OverPartQOS", "MaxTRES": "gres/gpu=64"},
 }
+PLUGIN = "JobSubmitPlugins        = lua"
 
 
 @pytest.mark.parametrize(
@@ -40,8 +43,8 @@ QOS = {
         ({"nodes": 3, "qos": "short"}, ["slurm.nodes: 3 nodes is beyond its QOS's limit"]),
         ({"nodes": 3, "gpus_per_node": 8, "partition": "long"}, ["slurm.nodes: 24 GPUs is beyond"]),
         ({"nodes": 3, "gpus_per_node": 8, "partition": "long", "qos": "over"}, []),
-        ({"hours": 48, "qos": "over"}, []),
-        ({"qos": "of another cluster"}, []),  # sbatch knows
+        ({"hours": 48, "nodes": 9, "qos": "over"}, []),
+        ({"hours": 48, "qos": "of another cluster"}, []),  # sbatch knows
     ],
 )
 def test_what_is_beyond_a_limit_of_the_cluster(keys, problems):
@@ -53,7 +56,7 @@ def test_what_is_beyond_a_limit_of_the_cluster(keys, problems):
         assert line.startswith(beginning)
 
 
-def test_the_limits_are_read_from_slurm(commands):
+def test_the_limits_are_read_from_slurm(commands, monkeypatch):
     partition = " ".join(f"{name}={value}" for name, value in DAY.items())
     config = "AccountingStorageEnforce = associations,limits,qos"
     commands(
@@ -64,6 +67,15 @@ def test_the_limits_are_read_from_slurm(commands):
     settings = SlurmConfig(qos="short", nodes=4, time=Duration(48 * 3600, "seconds"))
     assert {p.key for p in limit_problems(settings)} == {"slurm.time", "slurm.nodes"}
     assert queue.limits_of_qos()["short"]["MaxTRES"] == "node=2,gres/gpu=16"
+    too_long = SlurmConfig(time=settings.time)
+    assert limit_problems(too_long)
+    assert limit_problems(replace(too_long, options=["--partition=long"])) == []
+    with monkeypatch.context() as patch:
+        patch.setenv("SBATCH_PARTITION", "long")
+        assert limit_problems(too_long) == []
+    commands(scontrol=f'case "$*" in *config) echo "{PLUGIN}" ;; *) echo "{partition}" ;; esac')
+    assert limit_problems(too_long) == [], "a plugin of the site may choose another partition"
+    assert limit_problems(replace(too_long, partition="day"))
     commands(sacctmgr="exit 1", scontrol="exit 1")
     assert limit_problems(settings) == [], "sbatch asks again"
 
@@ -76,6 +88,7 @@ def test_the_limits_are_read_from_slurm(commands):
          "SLURM says: Invalid partition name"),
         ("sbatch: unrecognized option '--nix'", "SLURM says: .*unrecognized option"),
         ("allocation failure: Requested node configuration is not available", None),
+        ("allocation failure: Invalid time value", None),  # of a reservation that begins later
         ("allocation failure: Required node not available (down, drained or reserved)", None),
         ("allocation failure: Unable to contact slurm controller (connect failure)", None),
     ],

@@ -77,11 +77,11 @@ def test_slurm_ends_no_job_that_can_replace_the_node_it_lost(nodes, spares, goes
 def test_a_job_that_inherits_no_module_gets_that_of_a_login_shell(tmp_path):
     """As with --export=NONE; files of /etc/profile.d often end with a command that fails."""
     profile = tmp_path / "profile"
-    profile.write_text('module() { echo "$*" >> "$PWD/loaded"; }\nfalse\n')
-    script = order(modules=["cuda/12"], setup=["module list"]).script()
+    profile.write_text('module() { echo "$*" >> "$PWD/loaded"; }\nPATH=/usr/bin\nfalse\n')
+    script = order(modules=["cuda/12"], setup=["module list", "module $PATH"]).script()
     head = script.partition("set -u")[0].replace("/etc/profile", str(profile))
     subprocess.run(["bash", "-c", head], cwd=tmp_path, check=True, env={"PATH": "/bin"})
-    assert (tmp_path / "loaded").read_text() == "load cuda/12\nlist\n"
+    assert (tmp_path / "loaded").read_text() == "load cuda/12\nlist\n/bin:/usr/bin\n"
 
 
 def test_a_gpu_for_each_task_is_an_option_of_sbatch_alone():
