@@ -12,6 +12,7 @@ from forescale.config.schema import key
 from forescale.data.conversations.template import Unfit
 from forescale.data.tokenizer import longest_token
 from forescale.ground.errors import DONE, UserError
+from forescale.ground.rendezvous import is_loopback
 from forescale.inference.view import open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run
 
@@ -40,7 +41,7 @@ class ServeJob(ModelJob):
     batch: int = key(16, ge=1)  # the most answers that are decoded at once, and of one request
     queue: int = key(64, ge=1)  # requests that may wait; further ones get error 429
     connections: int = key(128, ge=1)  # connections at once; further ones get error 503
-    # of them from one address, such as that of a proxy; null: a quarter, at least 8
+    # of them from one address; null: a quarter, at least 8, and all if host is this machine alone
     client_connections: int | None = key(None, ge=1)
     body: int = key(1 << 20, ge=1)  # the most bytes of a request
     seconds: float = key(300.0, gt=0)  # the most seconds that a request may take
@@ -118,7 +119,8 @@ def open_server(job: ServeJob) -> "Server":
         hosts=job.hosts,
         key=os.environ.get(KEY) or None,
     )
-    each = job.client_connections or max(8, job.connections // 4)
+    others = max(8, job.connections // 4)
+    each = job.client_connections or (job.connections if is_loopback(job.host) else others)
     try:
         return Server(job.host, job.port, service, job.connections, each)
     except OSError as e:

@@ -274,6 +274,20 @@ def test_one_address_does_not_take_all_connections(trained, monkeypatch):
     assert statuses == [200]
 
 
+def test_a_server_of_this_machine_alone_has_all_connections_for_it(trained, monkeypatch):
+    """Its clients have one address, as have those of a proxy here."""
+    gate, statuses = Gate(), []
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in serving(trained, "connections=9", "queue=8"):
+        clients = [started(server.address[1], statuses) for _ in range(8)]
+        waited_for(lambda there=server.server_state.connections: len(there) == 8)
+        assert ask(server.address[1], "/health", method="GET")[0] == 200
+        gate.open.release(100)
+        for client in clients:
+            client.join()
+    assert statuses == [200] * 8
+
+
 def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(port, monkeypatch):
     monkeypatch.setattr(
         "forescale.inference.question.text_ids", lambda *_: pytest.fail("tokenised")
