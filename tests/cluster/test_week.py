@@ -76,6 +76,13 @@ class Week:
         time.sleep(1)
         self.lab.resume(node)
 
+    def supervisor(self, job: Job, node: str) -> None:
+        os.kill(self.chance.choice(self.lab.pids(node, "forescale.slurm.batch")), signal.SIGKILL)
+
+    def srun(self, job: Job, node: str) -> None:
+        for pid in reversed(self.lab.pids(node, "srun --export")):  # of all jobs of the node
+            os.kill(pid, signal.SIGKILL)
+
 
 def test_a_week_of_faults_changes_no_loss(lab, tmp_path, dataset):
     chance = random.Random(7)
