@@ -1,6 +1,8 @@
 """The cluster that the tests of this folder run on does what it says."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,7 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.steps import srun
 from tests.cluster.lab import Lab
+
+TEMPLATE = Path(__file__).parents[2] / "slurm/job.sbatch.j2"
 
 HOLDER = """
 import sys, time
@@ -119,6 +125,12 @@ def test_nothing_is_left_of_a_cluster_that_stopped(can_start):
                 "0,1\n"
             )
             assert "RealMemory=2000 " in lab.run("scontrol", "-o", "show", "node", "n1")
+            settings = SlurmConfig(gpus_per_task=1, tasks_per_node=2)
+            unset = re.search("^unset SLURM_GPUS.*", TEMPLATE.read_text(), re.MULTILINE)[0]
+            for tasks in (1, 2):  # the preflight's step, and the ranks'
+                show = [*srun(settings, tasks), "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"]
+                asks = ["salloc", "-QN1", "--ntasks-per-node=2", "--gpus-per-task=1", "bash", "-c"]
+                assert lab.run(*asks, f"{unset}; {shlex.join(show)}") == "0,1\n" * tasks
             assert of_root(root)
         assert not of_root(root)
         assert folder not in Path("/proc/mounts").read_text()
