@@ -1,7 +1,8 @@
 """Files that others wrote, read within bounds: what kind of file, how many bytes, how deep a tree.
 
-Invariant: only a regular file is opened, so that no pipe makes a command wait, and no device feeds
-it without end; of a file that is read whole, no more is in memory than its reader allows.
+Invariant: only a regular file is opened, or a pipe of the shell's own, as <(command) is: no pipe
+without a writer makes a command wait, and no device feeds it without end. Of a file that is read
+whole, no more is in memory than its reader allows.
 """
 
 import json
@@ -14,16 +15,18 @@ from forescale.ground.errors import Transient, UserError, storage_error
 
 SMALL = 16 << 20  # bytes of a file of settings; published ones have up to 2 MB
 LARGE = 100_000_000  # of the names of all weights
+_OF_SHELL = ("/dev/fd/", "/dev/stdin")
 _DEEPEST = 100  # levels of a tree; Rust's parsers allow 128
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
 def open_fd(path: str | Path) -> int:
-    """Return the descriptor of a regular file, open for reading. Raises UserError for anything
-    else, at once, and OSError."""
+    """Return the descriptor of a regular file or a pipe of the shell's, open for reading. Raises
+    UserError for anything else, at once, and OSError."""
 
     def expect_regular(mode: int) -> None:
-        if not stat.S_ISREG(mode):
+        has_writer = stat.S_ISFIFO(mode) and str(path).startswith(_OF_SHELL)
+        if not (stat.S_ISREG(mode) or has_writer):
             kind = _KINDS.get(stat.S_IFMT(mode), "a device")
             raise UserError(str(path), f"is {kind}, not a regular file", "give a file")
 
@@ -34,6 +37,7 @@ def open_fd(path: str | Path) -> int:
     except UserError:
         os.close(fd)
         raise
+    os.set_blocking(fd, True)
     return fd
 
 

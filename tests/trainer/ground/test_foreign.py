@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 
 import pytest
 
@@ -23,6 +24,12 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
     for name, kind in kinds.items():
         with pytest.raises(UserError, match=kind):
             read_bytes(f"{tmp_path}/{name}")
+
+
+def test_what_a_command_writes_is_read_to_its_end():
+    """As of template=<(command): it may write late."""
+    with subprocess.Popen(["bash", "-c", "echo a; sleep 0.2; echo b"], stdout=-1) as command:
+        assert read_text(f"/dev/fd/{command.stdout.fileno()}") == "a\nb\n"
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):
