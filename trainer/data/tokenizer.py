@@ -170,7 +170,10 @@ def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> in
         if end is None:
             continue
         token = tokenizer.id_to_token(end) or ""
-        if end in added or tokenizer.encode(token, add_special_tokens=False).ids != [end]:
+        # An id may be of another tokenizer, and " the" be spelled here as \u0120the.
+        texts = [token, tokenizer.decode([end], skip_special_tokens=False)]
+        as_text = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        if end in added or [end] not in as_text:
             return end
         if end not in ends:
             problem = f"{token!r} can't end documents: it is an ordinary token of texts"

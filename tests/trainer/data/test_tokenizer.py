@@ -70,6 +70,17 @@ def test_byte_fallback_pieces():
     assert end_of_text(tokenizer, "here") == 4
 
 
+@pytest.mark.parametrize(
+    ("declared", "end"), [(256, 256), ([257, 256], 257), (2, 256), (None, 256)]
+)
+def test_the_end_is_the_declared_one_unless_that_is_an_id_of_texts(tmp_path, declared, end):
+    """A config.json may be of another model than the tokenizer: 2 is here a byte, Llama's </s>."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": declared}))
+    assert end_of_text(tokenizer, str(tmp_path)) == end
+
+
 def with_id(index: int) -> Tokenizer:
     spec = json.loads(byte_tokenizer().to_str())
     spec["model"]["vocab"]["zz"] = index
