@@ -45,7 +45,8 @@ _TRUE_OR_FALSE = "tie_word_embeddings attention_bias mlp_bias norm_topk_prob"
 _LISTS, _OBJECTS = "layer_types mlp_only_layers", "rope_parameters rope_scaling"
 _NULL = (
     "num_key_value_heads head_dim n_inner final_logit_softcapping layer_types mlp_only_layers "
-    "rope_parameters rope_scaling original_max_position_embeddings factor"
+    "rope_parameters rope_scaling original_max_position_embeddings factor "
+    "tie_word_embeddings attention_bias mlp_bias"
 )
 _LARGEST = 2**31 - 1  # of a size
 MOST_TENSORS = 200_000  # of a model; DeepSeek V3 has 92,000
@@ -119,7 +120,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     require(not kinds, "layer_types", kinds)
     fits = {k: v for k, v in FAMILIES[family].fits.items() if k not in _RATIOS}
     hf = _ABSENT.get(family, {}) | hf
-    tied = hf.get("tie_word_embeddings", False)
+    tied = bool(hf.get("tie_word_embeddings", False))
     base = replace(_of_paths(fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
     if family == "gpt2":
         return _from_gpt2(base, hf)

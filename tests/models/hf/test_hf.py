@@ -272,6 +272,13 @@ def test_a_value_of_another_kind_is_refused_or_one_that_train_takes(name):
             assert not config.problems(), change
 
 
+def test_a_switch_that_is_null_is_off():
+    hf_config = config_to_hf("llama", ORACLES["llama-3.1"].resolved())
+    switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    off, null = (config_of(hf_config | dict.fromkeys(switches, v)) for v in (False, None))
+    assert off == null
+
+
 def test_unknown_and_missing_weights_are_named():
     hf_config, hf_state = converted(QWEN3, Transformer(QWEN3).state_dict())
     with pytest.raises(ValueError, match=r"model\.extra\.weight"):
