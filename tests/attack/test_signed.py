@@ -24,12 +24,15 @@ from forescale.ground.storage import (
     write_json,
     write_table,
 )
+from forescale.resilience.diagnosis import Hang, publish_hang
+from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Run
 from forescale.run.history import Saved, expect_whole, history_of
 from forescale.run.rows import RowWriter, read_rows
 from forescale.run.start import start
 from tests.attack import test_small_files
 from tests.attack.test_small_files import HEAVY, LIGHT
+from tests.questions import rows, write_rows
 from tests.trainer.small_run import make_job
 
 exportable, two_launches = test_small_files.exportable, test_small_files.run
@@ -42,12 +45,15 @@ FILES = (
     "run.json",
     *(f"attempts/{n}/{name}.json" for n in ("0001", "0002") for name in ("parent", "launch")),
     *(f"attempts/{n}/{name}.jsonl" for n in ("0001", "0002") for name in ("metrics", "events")),
+    *("checkpoints/step-00000004/files.json", "attempts/0002/hang.json", "mirror.json"),
+    *("attempts/0002/heartbeat/a.json", "imported.json", "references.json", "chat.json"),
 )
 VERBS = (
     *LIGHT,
     *HEAVY,
     ("average", "small", "run.name=mean", "last=1"),
     ("status", "small", "--json"),
+    ("finetune", "small", "data=chat.jsonl", "run.name=tuned", "prepare_only=true"),
 )
 
 
@@ -123,8 +129,19 @@ class Signed:
 
 @pytest.fixture
 def attacked(two_launches) -> Run:
-    """A run of two launches, beside another one."""
+    """A run of two launches, beside another one, with one of each small file."""
     shutil.copytree(two_launches.path, "runs/other", symlinks=True)
+    attempt = two_launches.attempts()[-1].path
+    publish_hang(attempt, Hang((1,), "a", "data", 6, 9.0, "rank 1 hung"))
+    beat = Heartbeat(0, "a", 1, 1e9, 1e9, 6, "compute", "data", 0.1, 60.0, 60.0, False, {"data": 1})
+    write_node(attempt, "a", [RankStatus(beat, 0.5)])
+    write_json(two_launches.mirror, {"where": "/mirror", "steps": [4], "error": None})
+    write_checked_json(two_launches.chat, {"chat_template": "{{ messages }}"})
+    files = {"config.json": {"model_type": "llama"}, "tokenizer_config.json": {"eos_token": "x"}}
+    write_checked_json(two_launches.imported, files)
+    write_rows(Path("chat.jsonl"), rows())
+    source = {"data": {"data": "0"}, "columns": 32}
+    write_checked_json(two_launches.references, {"made": source, "values": {"train": {"data": ""}}})
     return two_launches
 
 
@@ -149,7 +166,7 @@ def resume(run: Run, data: str) -> None:
 
 def faults_of(forescale, words: tuple[str, ...]) -> Iterator[str]:
     """Yield what is wrong with the end of a command."""
-    for folder in ("exported", "runs/mean"):
+    for folder in ("exported", "runs/mean", "runs/tuned"):
         shutil.rmtree(folder, ignore_errors=True)
     try:
         code, out, err = forescale(*words)

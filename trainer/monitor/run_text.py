@@ -187,9 +187,9 @@ def _show_checkpoints(s: Status, console: Console) -> None:
             span(s.now - c.path.stat().st_mtime),
         )
     _print(grid, console)
-    unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
-    if unreadable:
-        console.print(f"{unreadable} more can't be read: forescale check {s.run.path}")
+    for step, error in s.damaged.items():
+        line = f"Checkpoint {step:,} is damaged, because {error}"
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def ranks_of(state: Mapping[str, Any]) -> str:

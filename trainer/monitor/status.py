@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from forescale.checkpoint.reader import Checkpoint, open_readable
+from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import is_pinned
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.ground.errors import INTERRUPTED, USER
+from forescale.ground.errors import INTERRUPTED, USER, UserError
 from forescale.monitor.curve import losses_of
 from forescale.monitor.follow import Mark, Memory, Tail, marks_of
 from forescale.monitor.goodput import Goodput
@@ -139,13 +139,26 @@ class Status:
     def validation(self) -> Row | None:
         return next(reversed(self._tail.scores), None)
 
-    @cached_property
+    @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The readable checkpoints, oldest first. (`check` reports the faults of the others.)"""
-        read = lambda path: open_readable(path.parent)  # noqa: E731
-        paths = map(self.run.checkpoint_path, self.run.checkpoint_steps())
-        readable = [self._memory.once(path / "state.json", read) for path in paths]
-        return [checkpoint for checkpoint in readable if checkpoint]
+        """The readable checkpoints, oldest first."""
+        return [opened for opened in self._opened.values() if isinstance(opened, Checkpoint)]
+
+    @property
+    def damaged(self) -> dict[int, UserError]:
+        """Why the other checkpoints can't be read, by step. (`check` finds all their faults.)"""
+        return {step: e for step, e in self._opened.items() if isinstance(e, UserError)}
+
+    @cached_property
+    def _opened(self) -> dict[int, Checkpoint | UserError]:
+        def read(path: Path) -> Checkpoint | UserError:
+            try:
+                return Checkpoint(path.parent)
+            except UserError as e:
+                return e
+
+        paths = {step: self.run.checkpoint_path(step) for step in self.run.checkpoint_steps()}
+        return {step: self._memory.once(p / "state.json", read) for step, p in paths.items()}
 
     @property
     def saved(self) -> float | None:
