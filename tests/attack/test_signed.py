@@ -211,4 +211,4 @@ def test_a_few_wrong_values_with_right_checksums(attacked, forescale, file):
 def test_wrong_values_with_right_checksums_end_in_a_sentence_in_every_verb(
     attacked, forescale, file
 ):
-    attack(forescale, attacked, file, 60, 4)
+    attack(forescale, attacked, file, 40, 4)
