@@ -151,7 +151,8 @@ def cluster() -> str | None:
 
 def has_submit_plugin() -> bool:
     """True if a plugin of the site may choose a partition for jobs that name none."""
-    return _setting("JobSubmitPlugins") not in (None, "(null)")
+    plugins = (_setting(f"{name}Plugins") for name in ("JobSubmit", "CliFilter"))
+    return any(plugin not in (None, "(null)") for plugin in plugins)
 
 
 def largest_array() -> int | None:
