@@ -64,12 +64,17 @@ class Job:
         return self.lab.run(*command, check=check, cwd=self.root.parent, env=environment)
 
     def submit(self, **variables: str) -> "Job":
-        keys = {**KEYS, "run.root": str(self.root), "data": "dataset", "data.path": self.dataset}
-        keys |= {"slurm.scratch": str(self.lab.scratch), **self.keys, **variables}
-        self.forescale("submit", "train", self.name, *(f"{k}={v}" for k, v in keys.items()))
+        self.ask_to_submit(**variables)
         newest = self.run.jobs()[-1] / "job.json"
         self.id = json.loads(newest.read_text())["id"]
         return self
+
+    def ask_to_submit(self, **variables: str) -> str:
+        """Return what the command prints."""
+        keys = {**KEYS, "run.root": str(self.root), "data": "dataset", "data.path": self.dataset}
+        keys |= {"slurm.scratch": str(self.lab.scratch), **self.keys, **variables}
+        words = (f"{k}={v}" for k, v in keys.items())
+        return self.forescale("submit", "train", self.name, *words)
 
     def losses(self) -> dict[int, float]:
         return {row["step"]: row["loss"] for row in read_rows(self.run.metrics, kind="train")}

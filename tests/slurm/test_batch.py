@@ -1,6 +1,7 @@
 """What the batch script makes of a preflight, and of signals; without SLURM."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,7 @@ from forescale.config.compose import compose
 from forescale.config.frozen import freeze
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
-from forescale.ground.errors import CRASHED, INTERRUPTED, USER
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.slurm import batch, policy, queue, steps
@@ -131,6 +132,12 @@ def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):
             signal.signal(number, handler)
     assert "Nothing to do: the job was stopped while it waited." in capsys.readouterr().out
     assert job.run.attempts() == []
+
+
+def test_a_run_that_is_complete_when_its_job_starts_needs_no_rank(make, monkeypatch):
+    monkeypatch.setattr(batch, "Status", lambda run: SimpleNamespace(state="complete"))
+    decision = make()._is_over()
+    assert (decision.action, decision.code) == ("end", DONE)
 
 
 @pytest.mark.parametrize(
