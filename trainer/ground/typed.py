@@ -13,7 +13,6 @@ value itself, with its further keys. Imports pydantic, which does the work, when
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
-from annotated_types import Interval
 from typing_extensions import is_typeddict
 
 from forescale.ground.errors import UserError, shortened
@@ -34,7 +33,8 @@ _EXPECTED = {
 
 
 class _Exact:
-    """An annotation: a value of this very type, and no text that reads like one."""
+    """An annotation: a value of this very type, and no text that reads like one. rules: of
+    pydantic-core's schema, such as ge."""
 
     def __init__(self, **rules: Any):
         self.rules = rules
@@ -43,12 +43,12 @@ class _Exact:
         return {**handler(source), "strict": True, **self.rules}
 
 
-Count = Annotated[int, _Exact(), Interval(ge=0, le=2**63 - 1)]  # of things; an index
-Whole = Annotated[int, _Exact(), Interval(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, _Exact(ge=0, le=2**63 - 1)]  # of things; an index
+Whole = Annotated[int, _Exact(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, _Exact(allow_inf_nan=False)]
 AnyNumber = Annotated[float, _Exact()]  # NaN and infinities too
-Moment = Annotated[float, _Exact(), Interval(ge=0, lt=253_402_300_800)]  # seconds, until 9999
-TokenId = Annotated[int, _Exact(), Interval(ge=0, lt=2**31)]
+Moment = Annotated[float, _Exact(ge=0, lt=253_402_300_800)]  # seconds, until 9999
+TokenId = Annotated[int, _Exact(ge=0, lt=2**31)]
 Flag = Annotated[bool, _Exact()]
 
 

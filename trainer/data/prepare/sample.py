@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyppmd import Ppmd7Encoder
 
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
@@ -134,6 +133,8 @@ def compress(held_out: list[bytes], before: Iterable[bytes]) -> dict[str, Any]:
 def ppmd(text: bytes, before: Iterable[bytes] = ()) -> tuple[int, int]:
     """Return the bytes that PPMd needs for a text, once it has read those before it, and how many
     those are. Its coder holds back a few bytes of the text before, which count here."""
+    from pyppmd import Ppmd7Encoder  # takes time, and verbs that only show its results need it not
+
     encoder, read = Ppmd7Encoder(_ORDER, _MEMORY), 0
     for part in before:
         encoder.encode(part)
