@@ -83,7 +83,8 @@ def first_words(dataset: Dataset) -> str:
                 ids = split.read(0, start, min(_OPENING, end - start - 1)).tolist()
                 text = dataset.tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
                 line = next((x for x in text.splitlines() if any(map(str.isalnum, x))), "")
-                lines.append(" ".join(line.split()[:_WORDS])[:_LETTERS].strip())
+                words = " ".join(line.split()[:_WORDS])[:_LETTERS]
+                lines.append(words.partition("${")[0].strip())  # begins a reference in a command
             if line := next((x for x in lines if x[:1].isalpha()), "".join(lines[:1])):
                 return line
     return ""

@@ -2,7 +2,10 @@
 
 import re
 import shlex
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from forescale.data.dataset import Dataset
@@ -46,6 +49,16 @@ def test_the_sample_is_what_generate_writes(own_run, small_data, forescale, caps
     assert scores[best] == min(scores.values())
     xz = Dataset(small_data).manifest["baselines"]["xz"]["bits_per_byte"]
     assert float(scores["xz"]) == pytest.approx(xz, abs=1e-4)
+
+
+def test_a_prompt_holds_no_reference_of_a_command():
+    """Words with `${`, as scripts and templates have them, would name another key."""
+    split = SimpleNamespace(
+        shard_tokens=[9], document_ends=lambda *_: [9], read=lambda *_: np.zeros(1)
+    )
+    tokenizer = SimpleNamespace(decode=lambda *_, **__: "echo from ${HOME} and on\n")
+    dataset: Any = SimpleNamespace(split=lambda name: split, tokenizer=tokenizer)
+    assert summary.first_words(dataset) == "echo from"
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mingru"])
