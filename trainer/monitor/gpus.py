@@ -13,7 +13,7 @@ from statistics import median_high
 from typing import Any, Protocol
 
 _GIB = 2**30
-_FREE = 0.9  # of a GPU's memory: less means that another process uses it
+_FREE = 0.9  # of a GPU's memory, and a GiB for our context: less means that another process uses it
 _SLOW = 1.5  # times slower than the median of its node: the clock of a hot GPU is lowered
 _SLOW_LINK = 3.0  # pairs of one node may have links of different kinds
 _SIZE = 8192  # of the matrices: in fp16 a product of ones is exact
@@ -48,10 +48,11 @@ class Trial:
     @property
     def text(self) -> str:
         """The speeds, in a few words: of the slowest and the fastest."""
-        parts = [_range(self.flops.values(), 1e12, "TFLOP/s in fp16")]
-        return ", ".join(
-            filter(None, [*parts, _range(self.links.values(), 1e9, "GB/s to the next")])
+        parts = (
+            _range(self.flops.values(), 1e12, "TFLOP/s in fp16"),
+            _range(self.links.values(), 1e9, "GB/s to the next"),
         )
+        return ", ".join(filter(None, parts))
 
 
 def try_gpus(gpus: Gpus) -> Trial:
@@ -73,22 +74,21 @@ def try_gpus(gpus: Gpus) -> Trial:
         if {i, j} <= trial.flops.keys():
             rate = attempt(f"GPUs {i} and {j}", partial(gpus.copy, i, j))
             trial.links |= {} if rate is None else {(i, j): rate}
-    middle = median_high(trial.flops.values()) if trial.flops else 0.0
-    for i, flops in trial.flops.items():
-        if flops * _SLOW < middle:
-            slow = f"{flops / 1e12:,.0f} TFLOP/s, where the median is {middle / 1e12:,.0f}"
-            trial.problems.append(f"GPU {i}: multiplies matrices at {slow}")
-    middle = median_high(trial.links.values()) if trial.links else 0.0
-    for (i, j), rate in trial.links.items():
-        if rate * _SLOW_LINK < middle:
-            slow = f"{rate / 1e9:,.1f} GB/s, where the median is {middle / 1e9:,.1f}"
-            trial.problems.append(f"GPUs {i} and {j}: copy at {slow}")
+    products = {f"GPU {i}: multiplies matrices": flops / 1e12 for i, flops in trial.flops.items()}
+    copies = {f"GPUs {i} and {j}: copy": rate / 1e9 for (i, j), rate in trial.links.items()}
+    for speeds, unit, slow in ((products, "TFLOP/s", _SLOW), (copies, "GB/s", _SLOW_LINK)):
+        middle = median_high(speeds.values()) if speeds else 0.0
+        trial.problems += [
+            f"{work} at {speed:,.3g} {unit}, where the median is {middle:,.3g}"
+            for work, speed in speeds.items()
+            if speed * slow < middle
+        ]
     return trial
 
 
 def _tried(gpus: Gpus, i: int, trial: Trial) -> float:
     free, total = gpus.memory(i)
-    if free < _FREE * total:
+    if free < _FREE * total - _GIB:
         sizes = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB of memory are free"
         trial.problems.append(f"GPU {i}: {sizes}, so another process uses it")
     return gpus.multiply(i)
