@@ -78,7 +78,7 @@ def test_inputs_of_every_kind_and_their_shares(folder, forescale):
     assert "Duplicates removed, the first of each kept: 11 (" in out
     assert "1  empty: books/empty.txt\n" in out
     assert re.search(r"128 to 255 +10  █{40}\n", out)  # the lengths
-    assert "Of 18 documents of small inputs the last part is held out." in out
+    assert "whose last part is held out: 18" in out
     assert re.search(r"Only \d+ tokens are held out", out)
 
 

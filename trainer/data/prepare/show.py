@@ -90,7 +90,7 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
             lines.append(f"  {label:>25} {count:>12,}  {bar}".rstrip())
     sources = report.get("sources", [])
     if divided := sum(source.get("divided", 0) for source in sources):
-        lines += ["", f"Of {divided:,} documents of small inputs the last part is held out."]
+        lines += ["", f"Documents of small inputs whose last part is held out: {divided:,}"]
     if len(sources) > 1:
         lines += ["", "Shares of the inputs:"]
         total = sum(source["tokens"] for source in sources) or 1
