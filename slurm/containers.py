@@ -15,7 +15,8 @@ from forescale.ground.errors import UserError
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission
 
-AMD = Path("/dev/kfd")  # where AMD's driver is loaded
+# Where the drivers are loaded; AMD's also for the graphics of a processor, beside NVIDIA's.
+AMD, NVIDIA = Path("/dev/kfd"), Path("/dev/nvidiactl")
 # Of a variable that an image sets, too, the image's value wins, in Pyxis and in Apptainer. For an
 # image with PYTORCH_VERSION, Enroot's hook 50-slurm-pytorch.sh adds values of its own to these.
 _PASSED_ON = (
@@ -44,7 +45,7 @@ def prefix(submission: Submission) -> list[str]:
     if settings.container is None or settings.container_runtime == "pyxis":
         return []
     names = [name for name in (*_PASSED_ON, *settings.exports) if name in os.environ]
-    vendor = "--rocm" if AMD.exists() else "--nv"
+    vendor = "--rocm" if AMD.exists() and not NVIDIA.exists() else "--nv"
     return [
         *(settings.container_runtime, "exec", *([vendor] if settings.has_gpus else [])),
         *("--bind", ",".join(mounts(submission)), "--pwd", os.getcwd(), settings.container),

@@ -179,13 +179,13 @@ def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
     listed = None
     if command:
         listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
-    if (root / "dev/kfd").exists():  # AMD's; a node of the topology whose id is 0 is a CPU
-        nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
-        present = sum(path.read_text().strip() != "0" for path in nodes)
-    elif listed and listed.returncode == 0:
+    if listed and listed.returncode == 0:
         lines = [line.strip() for line in listed.stdout.splitlines()]
         slices = sum(line.startswith("MIG ") for line in lines)
         present = slices or sum(line.startswith("GPU ") for line in lines)
+    elif (root / "dev/kfd").exists():  # AMD's; a node of the topology whose id is 0 is a CPU
+        nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+        present = sum(path.read_text().strip() != "0" for path in nodes)
     elif listed:
         lines = (listed.stdout + listed.stderr).strip().splitlines() or [f"{listed.returncode}"]
         why = f" (nvidia-smi: {lines[0].rstrip('.')})"

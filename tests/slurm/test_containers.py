@@ -139,8 +139,10 @@ def test_in_apptainer_the_code_is_that_of_the_job_and_gpus_are_shown(bench):
 
 def test_amd_s_gpus_are_shown_in_apptainer(bench, monkeypatch):
     monkeypatch.setattr(containers, "AMD", bench)
-    words = containers.prefix(submission(bench, container="x.sif", gres="gpu:2"))
-    assert words[:3] == ["apptainer", "exec", "--rocm"]
+    for nvidia, option in ((bench / "none", "--rocm"), (bench, "--nv")):
+        monkeypatch.setattr(containers, "NVIDIA", nvidia)
+        words = containers.prefix(submission(bench, container="x.sif", gres="gpu:2"))
+        assert words[:3] == ["apptainer", "exec", option]
 
 
 def batch_words(bench: Path, **keys) -> list[str]:

@@ -71,11 +71,6 @@ class CompletionRequest:
     has_usage: bool  # at the end of a stream
     is_chat: bool
 
-    @property
-    def num_answers(self) -> int:
-        """The number of answers to all prompts."""
-        return self.samples * len(self.prompts)
-
 
 def parse_json(raw: bytes) -> Any:
     """Return the value of a JSON text. Raises Refused, also for a lone surrogate, which no

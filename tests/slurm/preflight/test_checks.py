@@ -205,6 +205,9 @@ def test_gpus_of_amd(tmp_path):
     assert checks.count_gpus(tmp_path, {"PATH": ""}) == (2, "")
     some = {"PATH": "", "ROCR_VISIBLE_DEVICES": "1"}
     assert checks.count_gpus(tmp_path, some) == (1, " (ROCR_VISIBLE_DEVICES=1)")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert checks.count_gpus(tmp_path, {"PATH": str(tmp_path)}) == (1, ""), "beside graphics of AMD"
 
 
 def test_each_gpu_of_a_node_is_tried(monkeypatch):
