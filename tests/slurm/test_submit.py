@@ -296,7 +296,6 @@ def test_a_complete_run_is_not_submitted_again(tmp_path, monkeypatch, capsys, da
     assert main(["submit", "train", "small", *ALONE]) == 0
     assert "small is complete: 8 steps are trained. It is not" in capsys.readouterr().out
     assert sorted(run.path.rglob("*")) == before
-    (run.path / "imported.json").unlink(missing_ok=True)
     words = ("schedule=wsd", "train.steps=9")  # a longer one is another matter
     assert main(["submit", "train", "small", *words, *ALONE]) == 2
     assert "is complete" not in capsys.readouterr().out
