@@ -29,7 +29,7 @@ from typing import Any
 from forescale.config.schema import plain
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json, write_json
+from forescale.ground.storage import read_typed, write_json
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
@@ -46,7 +46,7 @@ class Submission:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        return read_json(self.path / "submission.json")
+        return read_typed(dict[str, Any], self.path / "submission.json")
 
     @cached_property
     def settings(self) -> SlurmConfig:
@@ -72,7 +72,7 @@ class Submission:
     def accepted(self) -> dict[str, Any]:
         """What `submitted` wrote; empty if sbatch did not accept the job."""
         try:
-            return dict(read_json(self.path / "job.json"))
+            return read_typed(dict[str, Any], self.path / "job.json")
         except UserError:
             return {}
 

@@ -15,7 +15,7 @@ from platformdirs import user_state_path
 
 from forescale.config.schema import plain
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json, write_json
+from forescale.ground.storage import read_typed, write_json
 from forescale.plan.config import MachineConfig
 from forescale.slurm.config import SlurmConfig, SubmitJob
 
@@ -40,7 +40,8 @@ def recall(run: Path) -> dict[str, Any]:
     there was none."""
     with suppress(OSError, UserError):
         path = _file(run)
-        stored = read_json(path) if path.exists() else {}
+        kind = dict[str, dict[str, Any]]
+        stored = read_typed(kind, path) if path.exists() else {}
         return {
             name: {f.name: stored[name][f.name] for f in fields(kind) if f.name in stored[name]}
             for name, kind in (("slurm", SlurmConfig), ("machine", MachineConfig))

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json
+from forescale.ground.storage import read_typed
 from forescale.remote.buckets import Folder
 from forescale.run.directory import Run
 
@@ -51,7 +51,7 @@ def _differs(run: Run, attempt: str, folder: Folder, there: dict[str, int]) -> b
     here = run.path / launch
     if launch in there and here.exists():
         copied = _read(folder, launch)
-        return bool(copied) and copied.get("begun") != read_json(here).get("begun")
+        return bool(copied) and copied.get("begun") != read_typed(dict[str, Any], here).get("begun")
     if launch in there or here.exists():
         return launch in there or parent in there
     # The rows of the newest attempt begin with all the history before it.

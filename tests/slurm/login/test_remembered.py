@@ -48,8 +48,9 @@ def test_they_are_read_from_no_directory_that_another_may_have_written(named, tm
 def test_a_damaged_file_is_as_none(named, tmp_path):
     remembered.remember(job_of(SubmitJob, [*named, "machine=cpu", "slurm=plain"]))
     (file,) = (tmp_path / "state").rglob("*.json")
-    file.write_text("{")
-    assert remembered.recall(tmp_path / "runs/small") == {}
+    for content in ("{", "[1]", '{"slurm": 3}'):
+        file.write_text(content)
+        assert remembered.recall(tmp_path / "runs/small") == {}
     assert compose(SubmitJob, ["machine=cpu"]).slurm.nodes == 1
 
 
