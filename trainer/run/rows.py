@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, NotRequired
+from typing import Any, NotRequired, Required
 
 from typing_extensions import TypedDict
 
@@ -34,7 +34,7 @@ class _AnyRow(TypedDict, total=False):
     """What several kinds of rows and events have."""
 
     kind: str
-    step: Count | None
+    step: Count
     attempt: Count
     time: Moment
     tokens: Count | None
@@ -42,7 +42,8 @@ class _AnyRow(TypedDict, total=False):
     reason: str
 
 
-class _Score(_AnyRow, total=False):
+class _Scored(_AnyRow, total=False):
+    step: Required[Count]  # type: ignore[misc]  # narrower
     loss: AnyNumber
     loss_stderr: AnyNumber
     bits_per_byte: AnyNumber
@@ -62,10 +63,6 @@ class _Step(TypedDict):
     seconds: NotRequired[dict[str, Number]]
     mfu: NotRequired[AnyNumber | None]
     quarantined: NotRequired[list[tuple[str, Count, str]]]
-
-
-class _Scored(_Score):
-    step: Count  # type: ignore[misc]  # narrower
 
 
 class _Ended(_AnyRow, total=False):
