@@ -145,15 +145,14 @@ def ppmd(text: bytes, before: Iterable[bytes] = ()) -> tuple[int, int]:
 def primed(dataset: Dataset, size: int, cache: Path) -> tuple[str, float] | None:
     """Return PPMd's bits per byte of the held-out text of a dataset, given `size` bytes of its
     training text or a little more, with a readable name; None if it was built without compressors,
-    or PPMd was given so much there already.
+    if PPMd was given so much there already, or for over COMPARED bytes: a long run ends at once.
 
-    The training text is the first in the order of the shards, at most COMPARED bytes, which takes
-    some four seconds once; `cache` is a directory that holds the result for later runs. Raises
-    UserError if that text is damaged.
+    The training text is the first in the order of the shards, which takes some four seconds once;
+    `cache` is a directory that holds the result for later runs. Raises UserError if that text is
+    damaged.
     """
     stored = (dataset.manifest.get("baselines") or {}).get("ppmd_all")
-    size = min(size, COMPARED)
-    if stored is None or size >= stored["sample_bytes"]:
+    if stored is None or size >= stored["sample_bytes"] or size > COMPARED:
         return None
     path = cache / f"ppmd-{dataset.identity[:16]}-{size}.json"
     try:
