@@ -49,6 +49,11 @@ settings.register_profile("ours", deadline=None, max_examples=100 if FULL else 6
 settings.load_profile("ours")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker more than there are cores: tests that wait for a process leave theirs idle."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files with the longest tests first: one that began last would run alone for minutes.
 
