@@ -63,9 +63,14 @@ def module(path: Path) -> str:
     return ".".join(("forescale", *(inside[:-1] if inside[-1] == "__init__" else inside)))
 
 
-def names(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, name) of each definition in a file whose name names nothing."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def nodes(path: Path) -> list[ast.AST]:
+    """Return the nodes of a file's syntax tree."""
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
+def names(tree: list[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) of each definition in a file's nodes whose name names nothing."""
+    for node in tree:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             name = node.id
         elif isinstance(node, ast.arg):
@@ -78,16 +83,16 @@ def names(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, name
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[Path]:
-    """Return the source files that a file imports, lazily or not."""
+def imports(tree: list[ast.AST], known: dict[str, Path]) -> set[Path]:
+    """Return the source files that a file of these nodes imports, lazily or not."""
     modules: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in tree:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             below = {f"{node.module}.{alias.name}" for alias in node.names}
             modules |= (below & known.keys()) or {node.module}
-    return {known[name] for name in modules & known.keys()} - {path}
+    return {known[name] for name in modules & known.keys()}
 
 
 def repeated(paths: list[Path]) -> list[str]:
@@ -105,12 +110,16 @@ def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
         by_room[room(p)] += lines(p)
     importers: defaultdict[Path, set[Path]] = defaultdict(set)
     arrows: set[tuple[str, str]] = set()
-    for p in paths:
-        for target in imports(p, known):
+    vague: list[str] = []
+    for p in [*paths, *tests]:
+        tree = nodes(p)
+        vague += [f"{p.relative_to(ROOT)}:{n} {x}" for n, x in names(tree)]
+        if p.is_relative_to(ROOT / "tests"):
+            continue
+        for target in imports(tree, known) - {p}:
             importers[target].add(p)
             arrows |= {(room(p), room(target))} if room(p) != room(target) else set()
     lonely = [p for p in paths if len(importers[p]) == 1 and lines(p) < SHORT]
-    vague = [f"{p.relative_to(ROOT)}:{n} {x}" for p in [*paths, *tests] for n, x in names(p)]
     twice = repeated(paths)
     numbers = {
         "lines of source": sum(by_room.values()),
@@ -124,6 +133,7 @@ def measure() -> tuple[dict[str, int], dict[str, list[str]]]:
     }
     places = {
         "lines by room": [f"{n:6,} {name}" for name, n in by_room.most_common()],
+        "names that name nothing": vague,
         "file names that occur twice below a room": twice,
         "short files that one file imports": [str(p.relative_to(ROOT)) for p in lonely],
     }
@@ -190,7 +200,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.names:
         for path in files(*options.names):
-            for line, name in names(path):
+            for line, name in names(nodes(path)):
                 print(f"{path.relative_to(ROOT)}:{line} {name}")
         return 0
     numbers, places = measure()
