@@ -17,8 +17,9 @@ from forescale.config.frozen import thaw
 from forescale.config.job import Job, ModelJob
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError, storage_error
-from forescale.run.directory import Identity, Run, is_hf
+from forescale.run.directory import Run, is_hf
 from forescale.run.rows import has_checksum, read_rows
+from forescale.run.stored import Identity
 
 if TYPE_CHECKING:
     import pandas as pd

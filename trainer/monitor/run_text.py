@@ -25,9 +25,10 @@ from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
-from forescale.run.directory import Attempt, Run, StoredAverage, StoredMirror
+from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
 from forescale.run.rows import Row
+from forescale.run.stored import StoredAverage, StoredMirror
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job

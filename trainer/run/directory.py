@@ -28,9 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NotRequired
-
-from typing_extensions import TypedDict
+from typing import Any, ClassVar, Literal
 
 from forescale.ground.errors import UserError
 from forescale.ground.storage import (
@@ -41,8 +39,15 @@ from forescale.ground.storage import (
     write_checked_json,
     write_file,
 )
-from forescale.ground.typed import Count, TokenId
+from forescale.ground.typed import Count
 from forescale.run.rows import Prefix, Row, RowReader, RowWriter, prefix_until, read_rows, select
+from forescale.run.stored import (
+    Identity,
+    ImportedFiles,
+    StoredAverage,
+    StoredChat,
+    StoredReferences,
+)
 
 _PREFIX = "step-"
 _STEP = re.compile(r"step-[0-9]{8,18}")
@@ -64,92 +69,6 @@ class Parent:
     rolled_back_from: Count | None = None
 
 
-class StoredSource(TypedDict):
-    """One dataset of a run: where it was, and the hash of what decides its tokens."""
-
-    path: str
-    identity: str
-    corpus_hash: NotRequired[str | None]
-
-
-class StoredData(TypedDict):
-    """The data of a run. path, identity: None of imported weights, which have no sources either."""
-
-    path: str | None
-    identity: str | None
-    corpus_hash: NotRequired[str | None]
-    vocab_size: TokenId
-    end_of_text: TokenId
-    sources: dict[str, StoredSource]
-
-
-class Identity(TypedDict):
-    """The content of run.json; run/identity.py writes it."""
-
-    name: NotRequired[str]
-    dataset: StoredData
-    versions: NotRequired[dict[str, str]]
-    git: NotRequired[dict[str, str]]
-    tokenizer_sha256: NotRequired[str]  # an earlier version wrote none
-    wandb_id: NotRequired[str]
-    parameters: NotRequired[Count]
-    device: NotRequired[str]
-
-
-class StoredCheckpoint(TypedDict):
-    """A checkpoint that an average is of. table: the sha256 of its files.json."""
-
-    step: Count
-    attempt: Count
-    table: str
-
-
-class StoredAverage(TypedDict):
-    """The content of averaged.json, which checkpoint/average.py writes."""
-
-    run: str
-    checkpoints: list[StoredCheckpoint]
-
-
-class ReferenceSource(TypedDict):
-    """What references were computed from. data: the identity of each source."""
-
-    data: dict[str, str]
-    columns: Count
-
-
-# The content of references.json, which run/references.py writes.
-StoredReferences = TypedDict(  # noqa: UP013 - no name of a file's key is one of ours
-    "StoredReferences", {"made": ReferenceSource, "values": dict[str, dict[str, str]]}
-)
-
-
-class StoredMirror(TypedDict):
-    """The content of mirror.json: the steps that are copied, and why the last try failed."""
-
-    where: str
-    steps: list[Count]
-    error: str | None
-
-
-class StoredChat(TypedDict):
-    chat_template: str
-
-
-# The content of imported.json: files of a Hugging Face directory by name.
-Imported = TypedDict(
-    "Imported",
-    {
-        "config.json": dict[str, Any],
-        "generation_config.json": dict[str, Any],
-        "tokenizer_config.json": dict[str, Any],
-        "special_tokens_map.json": dict[str, Any],
-        "chat_template.jinja": str,
-    },
-    total=False,
-)
-
-
 class Run:
     """One training trajectory, with all its attempts."""
 
@@ -165,7 +84,7 @@ class Run:
         self.references = self.path / "references.json"
         self.chat = self.path / "chat.json"
         self.small_files: dict[Path, type] = {
-            self.imported: Imported,
+            self.imported: ImportedFiles,
             self.averaged: StoredAverage,
             self.references: StoredReferences,
             self.chat: StoredChat,
@@ -227,7 +146,7 @@ class Run:
     def read_imported(self) -> dict[str, Any]:
         """Return the content of imported.json, {} if there is none. Raises UserError if it is
         damaged."""
-        return {**read_typed(Imported, self.imported)} if self.imported.is_file() else {}
+        return {**read_typed(ImportedFiles, self.imported)} if self.imported.is_file() else {}
 
     def verified_tokenizer(self) -> Path:
         """Return the path of tokenizer.json. Raises UserError if it isn't the one that run.json

@@ -28,7 +28,8 @@ from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json, read_text
 from forescale.ground.storage import read_typed
 from forescale.models.config import ModelConfig
-from forescale.run.directory import Run, StoredChat
+from forescale.run.directory import Run
+from forescale.run.stored import StoredChat
 
 # Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
 # was 3e-4 (Touvron et al. 2023, arXiv 2302.13971, table 2), with 2e-5: a fifteenth. Its epochs,

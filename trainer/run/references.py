@@ -19,7 +19,8 @@ import numpy as np
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.ground.storage import read_typed, write_checked_json
-from forescale.run.directory import Run, StoredReferences
+from forescale.run.directory import Run
+from forescale.run.stored import StoredReferences
 
 _DTYPE = np.dtype("<f4")
 

@@ -30,8 +30,9 @@ from forescale.models.flops import count, expansion, flops_6n, flops_per_token
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import column_of
-from forescale.run.directory import Run, StoredSource
+from forescale.run.directory import Run
 from forescale.run.rows import read_rows
+from forescale.run.stored import StoredSource
 from forescale.scaling.fitting.points import COLUMNS, Array, Points
 
 SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
