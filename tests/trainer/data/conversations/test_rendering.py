@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from forescale.data.conversations import rendering
+from forescale.data.conversations.division import Division, Unfit
 from forescale.data.conversations.prepare import prepare_conversations
-from forescale.data.conversations.rendering import Division, Unfit
 from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.ground.errors import UserError
 from tests.questions import TOKENS, request_of, rows, write_rows
