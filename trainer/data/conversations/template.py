@@ -53,7 +53,7 @@ class ChatTemplate:
             if _SHORT[1]["content"] not in response.casefold():
                 raise Unfit("of which the chat template leaves out the response")
         except Unfit as e:
-            raise self._error(f"can't write a question and its answer ({e})") from e
+            raise self._error(f"is of no use: a short chat is a conversation {e}") from e
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text after which the model writes its next response. Raises as
