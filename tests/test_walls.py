@@ -203,10 +203,19 @@ def test_no_import_runs_in_a_circle():
         visit(module, ())
 
 
-def test_the_installation_has_every_package():
+def test_the_installation_has_every_package_and_file():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packages = {name for name, path in KNOWN.items() if path.name == "__init__.py"}
-    assert set(settings["packages"]) == packages
+    packages = {n: path.parent for n, path in KNOWN.items() if path.name == "__init__.py"}
+    assert {*settings["packages"]} == {*packages}
+    data = settings["package-data"]
+    installed = {
+        path
+        for name, folder in packages.items()
+        for pattern in [*data["*"], *data.get(name, [])]
+        for path in folder.glob(pattern)
+    }
+    files = {path for folder in packages.values() for path in folder.rglob("*.*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == installed
 
 
 def test_the_house_keeps_its_budgets():

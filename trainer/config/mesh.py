@@ -107,7 +107,7 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         return
     if not isinstance(job.model, ModelConfig):
         for name in names:
-            todo = f"write {name}=1, or choose a model of conf/model"
+            todo = f"write {name}=1, or choose a built-in model, such as model=tiny"
             yield name, "a model of your own is not divided", todo
         return
     length = job.train.sequence_length
@@ -139,7 +139,7 @@ def expert_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     if parallel == 1:
         return
     if not isinstance(job.model, ModelConfig):
-        todo = f"write {name}=1, or choose a model of conf/model"
+        todo = f"write {name}=1, or choose a built-in model, such as model=tiny"
         yield name, "a model of your own is not divided", todo
     elif job.model.experts is None:
         yield name, "the model has no experts", "leave it out, or choose model.mlp=moe"

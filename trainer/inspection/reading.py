@@ -85,7 +85,7 @@ def expect_decoder(view: RunView) -> None:
     config = view.config
     if not isinstance(config.model, ModelConfig):
         problem = "its model is a class of your own, whose parts are not known here"
-        raise UserError(view.name, problem, "inspect a run with a model of conf/model")
+        raise UserError(view.name, problem, "inspect a run of a built-in model: model=tiny")
     if not config.continues_text or config.model.has_encoder or not config.model.causal:
         problem = f"was trained with objective={config.objective.kind}, and is no decoder alone"
         raise UserError(view.name, problem, "inspect a run that continues text")

@@ -2,8 +2,7 @@
 
 Invariant: a topic is the README of a room, which its package holds, or the results of models; a
 link leads to another topic, or is text, because an installation has no other files of the project.
-A page that names such files, as the tests that show what holds, says at its end that they are of a
-clone.
+A page that names such files, as the tests that show what holds, says first that a clone has them.
 """
 
 import re
@@ -29,11 +28,6 @@ TOPICS |= {room: f"forescale.{room}" for room in _ROOMS} | {"code": "forescale"}
 _RESULTS = "results"
 TOPICS |= {_RESULTS: "forescale.models"}
 _PAGE = re.compile(r"(?:^|/)(\w+)/README\.md$")  # the folder of a README
-_CLONED = re.compile(r"`(?:FORESCALE_\w+=\w+ )?pytest\b|\b(?:python )?tests/|`\.ci/")
-_OF_A_CLONE = """
-`pytest` and `python tests/...` run in a clone of the project; an installation has no `tests/`. The
-first page, `forescale help start`, shows what holds by commands of an installation.
-"""
 
 
 @dataclass
@@ -58,8 +52,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(["The manual: forescale help TOPIC, with one of these topics", "", *rows]))
         print("\nforescale --help lists the verbs, forescale VERB --help the keys of one.")
     elif topic in TOPICS:
-        page = with_topics(page_of(topic))
-        _print(page + _OF_A_CLONE * bool(_CLONED.search(page)))
+        _print(with_topics(page_of(topic)))
     elif topic in VERBS:
         print(help_page(topic, []), end="")
     else:

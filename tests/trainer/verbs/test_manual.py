@@ -125,11 +125,9 @@ def test_a_page_names_topics_and_no_files_that_an_installation_lacks(topic, fore
     assert not re.findall(r"\]\((?!https?://)", out)
     named = re.findall(r"forescale help ([a-z]+)", out)
     assert {*named} <= {*help_verb.TOPICS, *VERBS}
-    # The tests are named as proofs, and the page says where they are.
-    names_tests = re.search(
-        r"pytest|(tests|\.ci|shared)/", out.partition("`pytest` and `python")[0]
-    )
-    assert bool(names_tests) == out.endswith(help_verb._OF_A_CLONE)
+    # A page that names tests, as proofs, says first that a clone has them.
+    for tests in re.finditer(r"\btests/|\.ci/|pytest\b(?!\n```)", out):
+        assert "clone" in out[: tests.end()] + out[tests.end() :].partition(".")[0]
 
 
 def test_what_the_first_page_promises_is_shown_by_commands_of_an_installation(forescale):
