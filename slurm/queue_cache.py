@@ -165,17 +165,18 @@ def _end_of(submission: Submission) -> dict[str, str]:
     """Return scontrol's facts about a job; empty if it no longer knows it. That a job has ended is
     asked once."""
     job, now = str(submission.job), time.time()
+    script = submission.accepted.get("script", str(submission.script))
+    key = f"{job} {script}"  # ids may begin anew
     with _answer() as answer:
         answer.ends = {k: v for k, v in answer.ends.items() if 0 <= now - v[0] < _ENDS_KEPT}
-        if job in answer.ends:
-            return answer.ends[job][1]
+        if key in answer.ends:
+            return answer.ends[key][1]
         facts = queue.show(job) if _is_recent(submission) else {}
-        script = submission.accepted.get("script", str(submission.script))
         if not script.startswith(facts.get("Command", script)):
             facts = {}  # another job has this id by now
         facts = {k: facts[k] for k in ("JobState", "ExitCode", "Restarts") if k in facts}
         if not facts or _OVER.match(facts.get("JobState", "")):
-            answer.ends[job] = now, facts
+            answer.ends[key] = now, facts
         return facts
 
 

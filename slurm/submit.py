@@ -260,7 +260,7 @@ def _refuse_second(run: Run, folder: Path) -> None:
     if older and in_queue(older):
         _refuse_twice(run)
     if older and older[0].job is None:
-        age = time.time() - older[0].path.stat().st_mtime
+        age = abs(time.time() - older[0].path.stat().st_mtime)  # the clock may be put back
         if age < _UNDER_WAY:
             problem = f"another command began to submit it {age:.0f} s ago"
             todo = f"wait for it; if it was killed, remove {older[0].path}"

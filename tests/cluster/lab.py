@@ -285,10 +285,6 @@ class Lab:
         self._wire(f"tc qdisc replace dev v-{node} {shape}")
         self._sh(node, f"tc qdisc replace dev eth0 {shape}")
 
-    def unslow(self, node: str) -> None:
-        self._wire(f"tc qdisc del dev v-{node} root")
-        self._sh(node, "tc qdisc del dev eth0 root")
-
     def down(self, node: str) -> None:
         """As an admin takes it down: its jobs are requeued at once."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")

@@ -55,17 +55,21 @@ def test_a_job_from_its_submission_to_its_end(job, lab, tmp_path):
     assert not lab.run("squeue", "-h").strip()
 
 
-def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
+def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job, tmp_path):
+    job.keys["checkpoint.mirror"] = str(tmp_path / "mirror")
     job.submit(**{"train.steps": "3000"}).until_step(25)
     assert "saves and exits, and isn't requeued" in job.forescale("stop", "small")
     assert job.until_over() == "FAILED", "whoever waits for it to be done must not begin"
     assert [life["code"] for life in job.lives()] == [75]
     saved = max(job.run.checkpoint_steps())
     assert saved == job.step
-    assert re.search(r"small +interrupted", job.forescale("status"))
+    facts = json.loads(job.forescale("status", "small", "--json"))
+    assert (facts["state"], facts["seconds_left"]) == ("interrupted", None)
     job.submit(**{"train.steps": "3000"}).until_step(saved + 5)
     job.forescale("stop", "small", "--now")
     assert job.until_over() == "CANCELLED"
+    job.until(lambda: f" up to step {job.step}.\n" in job.log)  # SLURM's signal lets it save
+    assert (tmp_path / "mirror" / job.run.checkpoint_path(job.step).relative_to(job.root)).exists()
     with pytest.raises(AssertionError, match="it neither runs on this machine nor is in the queue"):
         job.forescale("stop", "small")
 
@@ -116,12 +120,18 @@ def test_a_crash_loop_ends_by_itself(job):
 
 
 def test_a_users_fault_is_not_tried_again(job):
+    faults = {"guard.non_finite": "halt", "faults": "[nan@30]"}
+    halted = Job(job.lab, job.root, "halted", job.dataset, faults).submit()
     job.submit()
     config = job.run.config  # what the ranks read; damaged after the submission
     config.write_text(config.read_text().replace("micro_batch: 2", "micro_batch: 3"))
     assert job.until_over() == "FAILED"
     assert job.lab.show(job.id)["ExitCode"] == "2:0"
     assert "its checksum differs" in job.logs()
+    assert halted.until_over() == "FAILED"
+    states = job.forescale("status")
+    assert re.search(r"halted +halted +1 +29/150 .* - .*ended", states), states
+    assert "halted: The guard halted it at step 30: the gradient is not finite." in states
 
 
 def test_an_array_with_a_throttle(job, lab):

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -78,31 +77,6 @@ def test_a_node_without_power_loses_its_job_to_another_and_one_cut_off_comes_bac
     lab.wait(lambda: lab.node_state("n1") in ("IDLE", "MIXED"), 20)
     assert sorted(lab.run("srun", "-w", "n1,n4", "hostname").split()) == ["n1", "n4"]
     assert lab.wait(lambda: lab.state(job) == "RUNNING", 20)
-
-
-def test_a_step_survives_its_slurmd_but_not_a_kill(lab):
-    job = submit(lab, script="sleep 50; sleep 60")
-    pids = lab.wait(lambda: lab.pids("n1", "sleep 50"), 20)
-    lab.kill_slurmd("n1")
-    assert not lab.pids("n1", "slurmd -N")
-    lab.start_slurmd("n1")
-    lab.wait(lambda: lab.pids("n1", "slurmd -N"))
-    assert lab.pids("n1", "sleep 50") == pids
-    os.kill(pids[0], signal.SIGKILL)
-    lab.wait(lambda: lab.pids("n1", "sleep 60"), 10)
-    assert lab.state(job) == "RUNNING"
-
-
-def test_a_slow_node_is_slow_until_it_is_no_more(lab, tmp_path):
-    def seconds() -> float:
-        begun = time.monotonic()
-        lab.run("srun", "-w", "n1", "sh", "-c", "head -c 400000 /dev/zero")
-        return time.monotonic() - begun
-
-    lab.slow("n1", "2mbit")
-    assert seconds() > 1.2
-    lab.unslow("n1")
-    assert seconds() < 1.2
 
 
 def test_reset_ends_what_ignores_signals(lab):

@@ -88,6 +88,7 @@ def test_what_all_nodes_lack_is_the_users_and_ends_the_job(job, lab):
     assert job.until_over() == "FAILED"
     assert lab.show(job.id)["ExitCode"] == "2:0"
     assert "all nodes: " in job.log
+    assert re.search(r"small +refused(.|\n)*: It was refused: all nodes", job.forescale("status"))
     assert len(job.lives()) == 1
 
 

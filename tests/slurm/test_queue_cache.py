@@ -180,6 +180,9 @@ def test_a_job_that_ended_before_any_rank_is_told_with_its_code_and_log(slurm, c
     clock.sleep(3 * 3600)
     assert queue_cache.early_end(submission) == end
     assert len(slurm.calls("scontrol")) == 1, "an end stays as it is"
+    later = Submission(submission.run.new_job())
+    later.submitted("12", later.script, None, 1.8e9)
+    assert queue_cache.early_end(later).state is None, "ids may begin anew"
 
 
 def test_the_signal_that_ended_it_is_told(slurm, submission):

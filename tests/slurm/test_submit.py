@@ -232,14 +232,18 @@ def test_a_packed_environment_runs_from_another_place(tmp_path):
     with tarfile.open(tmp_path / "code.tar") as tar:
         tar.extractall(tmp_path, filter="data")
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), *packages])}
-    tars = {
-        subprocess.run(
+
+    def packed():
+        return subprocess.run(
             [venv / "bin/python", "-c", code, tmp_path / "tars"],
             env=environment, capture_output=True, text=True, check=True,
-        ).stdout.strip()
-        for _ in range(2)
-    }  # fmt: skip
-    (tar,) = tars
+        ).stdout.strip()  # fmt: skip
+
+    tar = packed()
+    assert packed() == tar
+    (installed,) = venv.glob("lib/python*/site-packages")  # while the clock is an hour behind
+    os.utime(installed, (installed.stat().st_mtime - 3600,) * 2)
+    assert packed() != tar
     (tmp_path / "there").mkdir()
     subprocess.run(["tar", "-xf", tar, "-C", tmp_path / "there"], check=True)
     venv.rename(tmp_path / "gone")

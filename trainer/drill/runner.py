@@ -98,7 +98,7 @@ class Drill:
         """Run one command to its end or to the time limit."""
         self._signalled: float | None = None
         lines: list[Line] = []
-        began = time.time()
+        began, end = time.time(), time.monotonic() + self.limit
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -121,7 +121,7 @@ class Drill:
         listener = Thread(target=listen)
         listener.start()
         try:
-            while process.poll() is None and time.time() < began + self.limit:
+            while process.poll() is None and time.monotonic() < end:
                 if signal_at is not None and read_rows(run.metrics, after=signal_at - 1):
                     # Before it is sent: on a busy machine the ranks may answer first.
                     self._signalled, signal_at = time.time(), None

@@ -144,7 +144,7 @@ def build_lock(root: Path) -> Finding:
     if not locks:
         return Finding("ok", "builds", f"no lock in {root}")
     oldest = min(locks, key=lambda p: p.stat().st_mtime)
-    age = time.time() - oldest.stat().st_mtime
+    age = max(0.0, time.time() - oldest.stat().st_mtime)
     text = f"a lock of {age / 60:.0f} minutes at {oldest}"
     if age < _BUILD:
         return Finding("note", "builds", text, "a build is running or was just killed")

@@ -43,7 +43,7 @@ _START = ("startup", "recovery")
 class Launch:
     """One start of the ranks, until their end. Times in seconds since the epoch. steps: of each of
     its attempts; lost: the steps that were discarded; after: seconds by phase after the last row,
-    if it ended well; eligible: when the queue could have started it."""
+    if it ended well; eligible: when the queue could have started it; seconds: of its launcher."""
 
     attempts: list[Attempt]
     begun: float
@@ -52,6 +52,7 @@ class Launch:
     code: int | None  # None: no launcher recorded the end
     how: str = ""
     eligible: float | None = None
+    seconds: float | None = None
     steps: list[Steps] = field(default_factory=list)
     lost: list[Steps] = field(default_factory=list)
     after: dict[str, float] = field(default_factory=dict)
@@ -62,9 +63,16 @@ class Launch:
         return sum(steps.total for steps in self.steps) + sum(self.after.values())
 
     @property
+    def length(self) -> float:
+        """Seconds that it lived; those of its launcher hold whatever is done to the clock."""
+        length = self.ended - self.begun if self.seconds is None else self.seconds
+        return max(length, self.recorded)
+
+    @property
     def head(self) -> float:
-        """Seconds until the clock of rank 0 began."""
-        return (self.rank_began or self.begun) - self.begun
+        """Seconds until the clock of rank 0 began, of those that nothing else accounts for."""
+        head = (self.rank_began or self.begun) - self.begun
+        return max(0.0, min(head, self.length - self.recorded))
 
     def queued(self, before: float | None) -> float:
         """Return the seconds in the queue. before: when the previous launch ended."""
@@ -111,7 +119,8 @@ class Goodput:
             elif launch := self._launch(attempt):
                 launches.append(launch)
         for launch in launches:
-            launch.ended = max(launch.ended, launch.begun + launch.recorded)
+            if launch.seconds is None:
+                launch.ended = max(launch.ended, launch.begun + launch.recorded)
         if launches and self.running and launches[-1].code is None:
             launches[-1].code = DONE  # so far
         return launches
@@ -125,6 +134,7 @@ class Goodput:
         ended, code = record.get("ended"), record.get("code")
         launch = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
         launch.eligible = record.get("slurm", {}).get("eligible")
+        launch.seconds = record.get("seconds")
         self._prolong(launch, attempt)
         if begun is None:  # neither launcher nor heartbeats: count back from the last row
             path = attempt.metrics.path
@@ -188,9 +198,9 @@ class Goodput:
                 yield "lost", gone
         for phase, seconds in launch.after.items():
             yield (start if phase == "startup" else phase), seconds
-        rest = launch.ended - launch.begun - launch.recorded
+        rest = launch.length - launch.recorded
         # Its last row was written when all the recorded time had passed on rank 0.
-        tail = (rest - min(launch.head, rest) if launch.steps else rest) if launch.failed else 0.0
+        tail = (rest - launch.head if launch.steps else rest) if launch.failed else 0.0
         yield start, rest - tail
         yield "lost", tail
 
@@ -218,7 +228,7 @@ class Goodput:
     @property
     def alive(self) -> float:
         """Seconds in which a launch was alive."""
-        return sum(launch.ended - launch.begun for launch in self.counted)
+        return sum(launch.length for launch in self.counted)
 
     @property
     def mtbf(self) -> float | None:
@@ -245,7 +255,7 @@ class Goodput:
         stall = by_phase["checkpoint"] / max(1, saves)
         if not stall or not failures:
             return None
-        mtbf = sum(launch.ended - launch.begun for launch in trained) / failures
+        mtbf = sum(launch.length for launch in trained) / failures
         step = (by_phase["compute"] + by_phase["data"]) / sum(steps.count for steps in steps_of)
         restart = trained[-1].head + trained[-1].steps[0].first.get("startup", 0.0)
         best = optimal_interval(stall, mtbf)

@@ -185,7 +185,7 @@ def _show_checkpoints(s: Status, console: Console) -> None:
             str(c.attempt),
             "yes" if s.is_eligible(c) else "no",
             "yes" if s.is_pinned(c) else "no",
-            span(s.now - c.path.stat().st_mtime),
+            span(max(0.0, s.now - c.path.stat().st_mtime)),
         )
     _print(grid, console)
     for step, error in s.damaged.items():
@@ -246,6 +246,8 @@ def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
         return "running"
     if attempt.number in s.hangs():
         return "hang"
+    if s.state == "halted" and attempt.number == s.attempts[-1].number:
+        return "halted"
     words = {DONE: "done", INTERRUPTED: "interrupted", USER: "refused", None: "not recorded"}
     return words.get(launch.code, "crash")
 

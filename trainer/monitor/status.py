@@ -33,6 +33,7 @@ State = Literal[
     "complete",
 ]  # fmt: skip
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
+_AHEAD = 3600.0  # most seconds that the clock of a file server may be ahead of ours
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,15 @@ class Status:
         if not self.attempts:
             return self.run.config.stat().st_mtime
         newest = self.attempts[-1]
-        return max(p.stat().st_mtime for p in (newest.path, *newest.path.glob("*")))
+        times = [p.stat().st_mtime for p in (newest.path, *newest.path.glob("*"))]
+        # A clock that has been put back has left times that are still to come: no signs of life.
+        return max((t for t in times if t < self.now + _AHEAD), default=min(times))
 
     @property
     def age(self) -> float:
-        """Seconds since `last_seen`."""
-        return max(0.0, self.now - self.last_seen)
+        """Seconds since `last_seen`, or until then if that is far ahead, which is wrong."""
+        age = self.now - self.last_seen
+        return -age if age < -_AHEAD else max(0.0, age)
 
     @property
     def state(self) -> State:

@@ -221,7 +221,7 @@ def _stored(length: int) -> int:
 
 
 def _refresh(file: int | str, facts: os.stat_result) -> None:
-    if time.time() - facts.st_mtime > _FRESH:
+    if abs(time.time() - facts.st_mtime) > _FRESH:
         os.utime(file)
 
 
@@ -232,14 +232,16 @@ def _checksums(name: str, data: memoryview, first: int) -> Iterator[bytes]:
 
 
 def _blocks(prefix: str) -> list[tuple[float, int, str]]:
-    """Return (time of the last read, size, name) of every block."""
-    rows = []
+    """Return (time of the last read, size, name) of every block. One that was read at a time to
+    come, by a clock that has been put back, counts as the oldest: it would stay for ever."""
+    rows, end = [], time.time() + _FRESH
     with os.scandir(prefix) as entries:
         for entry in entries:
             if _NAME.fullmatch(entry.name):
                 with suppress(FileNotFoundError):
                     facts = entry.stat()
-                    rows.append((facts.st_mtime, facts.st_size, entry.name))
+                    moment = facts.st_mtime if facts.st_mtime < end else 0.0
+                    rows.append((moment, facts.st_size, entry.name))
     return rows
 
 

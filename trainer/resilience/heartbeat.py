@@ -48,7 +48,7 @@ class Heartbeat:
     here: seconds that it has been at the place `at`; limit: seconds after which that is a hang.
     quiet: seconds without a heartbeat after which the rank counts as silent.
     starting: it has not finished its first step, which may take long.
-    pace: seconds per step at each place, over the last `steps` steps.
+    pace: seconds per step at each place, over the last `steps` steps. process: see `process_mark`.
     """
 
     rank: Count
@@ -65,6 +65,7 @@ class Heartbeat:
     starting: Flag
     pace: dict[str, Number] = field(default_factory=dict)
     steps: Count = 0
+    process: str | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -221,7 +222,8 @@ def read_nodes(attempt: Path, without: str = "", every: float = 0.0) -> list[Ran
     """Return the ranks of all nodes of an attempt, sorted by rank, leaving out the host `without`.
 
     every: seconds between two writes of a node. What a file's age exceeds twice that is added to
-    the silence of its ranks, by the clocks of the two nodes.
+    the silence of its ranks, by the clocks of the two nodes, which the preflight compares. One that
+    is set later can make us blame the wrong node for a hang, but makes none: a rank here is stuck.
     """
     statuses, now = [], time.time()
     for path in (attempt / "heartbeat").glob("*.json"):

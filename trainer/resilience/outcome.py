@@ -1,7 +1,7 @@
 """How launches end, the likely cause of a failure, and the message to a webhook.
 
-    attempts/0003/launch.json      begun, command, host, pid, process, processes; ended, code, rank,
-                                   how (seconds since the epoch). Written by the launcher alone
+    attempts/0003/launch.json      begun, command, host, pid, process, processes; ended, seconds,
+                                   code, rank, how. Written by the launcher alone
     attempts/0003/rank-1.error     one line by the rank itself: the error that ended it
 
 Invariant: a cause is something observed (a rank's own exception, a diagnosed hang, a signal), never
@@ -41,7 +41,7 @@ from forescale.ground.errors import (
     storage_error,
 )
 from forescale.ground.storage import read_json, read_typed, write_checked_json
-from forescale.ground.typed import Count, Moment, Whole
+from forescale.ground.typed import Count, Moment, Number, Whole
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
 
@@ -66,16 +66,19 @@ class SlurmStart(TypedDict, total=False):
 
 
 class LaunchRecord(TypedDict, total=False):
-    """The content of launch.json. blamed, faulty: nodes that were the cause, with the reason;
-    stop_signal: the name of the signal that ended the launch."""
+    """The content of launch.json. begun, ended: since the epoch; monotonic: `begun` by a clock that
+    nobody sets; seconds: from there to the end; blamed, faulty: nodes that were the cause, with the
+    reason; stop_signal: the name of the signal that ended the launch."""
 
     begun: Moment
+    monotonic: Number
     command: list[str]
     host: str
     pid: Count
     process: str | None
     processes: Count
     ended: Moment
+    seconds: Number
     code: Whole | None
     rank: Count
     how: str
@@ -88,8 +91,8 @@ class LaunchRecord(TypedDict, total=False):
 
 def record_start(attempt: Path, command: Sequence[str], processes: int, **fields: Any) -> None:
     """Write launch.json when the ranks are started. fields: further ones."""
-    facts = {"begun": time.time(), "command": list(command), "host": socket.gethostname()}
-    pid = os.getpid()
+    facts = {"begun": time.time(), "monotonic": time.monotonic(), "command": list(command)}
+    facts["host"], pid = socket.gethostname(), os.getpid()
     facts |= {"pid": pid, "process": process_mark(pid), "processes": processes}
     write_checked_json(attempt / LAUNCH, {**facts, **fields})
     with suppress(OSError):
@@ -116,6 +119,8 @@ def record_end(attempt: Path, code: int, how: str, rank: int = 0, **fields: Any)
     """
     with suppress(OSError):
         (attempt / _ROOM).unlink(missing_ok=True)
+    if (begun := launch_of(attempt).get("monotonic")) is not None:
+        fields["seconds"] = time.monotonic() - begun
     add_to_launch(attempt, ended=time.time(), code=code, rank=rank, how=how, **fields)
 
 
@@ -213,6 +218,7 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
     with suppress(OSError):
         error = _error_path(attempt, rank).read_text(errors="replace").strip()
         if error:
+            error = error.rstrip(".")
             return error if code == USER else f"rank {rank} ended with {error}", hint
     message = _last_message(attempt / f"rank-{rank}.log") if code > 0 else ""
     if message:  # it could write no error where the storage failed

@@ -28,6 +28,7 @@ from forescale.resilience.heartbeat import (
     remove_stale,
     write_node,
 )
+from forescale.resilience.outcome import process_mark
 from forescale.resilience.phases import PhaseTimer
 from forescale.resilience.watchdog import Watchdog
 from forescale.run.directory import Attempt
@@ -55,7 +56,7 @@ class HeartbeatReporter:
         leave: Callable[[int], None] = os._exit,
     ):
         self.phases, self.rank, self.leave = phases, rank, leave
-        self.host = socket.gethostname()
+        self.host, self.process = socket.gethostname(), process_mark(os.getpid())
         self.began = time.time() - (time.monotonic() - phases.began)
         self.factor, self.interval = settings.factor, settings.interval
         self.patience, startup = (d.seconds or 0.0 for d in (settings.patience, settings.startup))
@@ -171,6 +172,7 @@ class HeartbeatReporter:
             starting=self._is_starting(),
             pace=pace,
             steps=steps,
+            process=self.process,
         )
 
     def _pace(self) -> tuple[int, dict[str, float]]:

@@ -21,8 +21,6 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from forescale.config.sections.runtime import HeartbeatConfig
 from forescale.ground.errors import CRASHED
 from forescale.resilience.diagnosis import (
@@ -35,6 +33,7 @@ from forescale.resilience.diagnosis import (
     stragglers,
 )
 from forescale.resilience.heartbeat import NodeDirectory, RankStatus, read_nodes, write_node
+from forescale.resilience.outcome import process_mark
 from forescale.run.directory import Attempt
 
 _AGAIN = 300.0  # seconds until a slow rank is reported once more
@@ -86,7 +85,8 @@ class Watchdog:
         if not suspects or self._waited <= self.patience + _ANSWER:
             return False
         if hang := diagnose(ranks, len(ranks), self.waits):
-            problem = f"{hang.sentence}; and the run's storage doesn't answer"
+            mine = hang.sentence.partition(";")[0]  # of other nodes nothing is known
+            problem = f"{mine}; and the run's storage doesn't answer"
             print(f"forescale: hang: {problem}.", file=sys.stderr, flush=True)
         return hang is not None
 
@@ -156,10 +156,10 @@ class Watchdog:
         before = {rank: _size(path) for rank, path in files.items()}
         self.node.request_stacks()
         for s in others:
-            with suppress(OSError, psutil.Error):
+            with suppress(OSError):
                 # The process id of a rank that is gone may belong to another process by now.
-                process = psutil.Process(s.heartbeat.pid)
-                if s.is_silent and process.create_time() <= s.heartbeat.time:
+                mark = process_mark(s.heartbeat.pid)
+                if s.is_silent and mark and mark == s.heartbeat.process:
                     os.kill(s.heartbeat.pid, signal.SIGUSR2)
         time.sleep(_ANSWER + 2 * self.interval if others else 0.0)
         stacks = {self.rank: python_stacks().rstrip()}

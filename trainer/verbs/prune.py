@@ -25,6 +25,8 @@ from forescale.ground.errors import DONE, UserError
 from forescale.monitor.audit import size_of
 from forescale.monitor.status import Status
 from forescale.run.directory import Run
+from forescale.slurm.submission import waiting_or_running
+from forescale.verbs.stop import launcher_of
 
 
 @dataclass
@@ -61,7 +63,8 @@ def main(words: list[str]) -> int:
     if not job.yes:
         print(f"Would free {_megabytes(freed)}; nothing is deleted without yes=true.")
         return DONE
-    if status.state == "running":
+    queued = waiting_or_running(run)  # by the times of its files alone it may seem dead
+    if status.state == "running" or launcher_of(run) or (queued and not queued[1].is_waiting):
         problem = "the run is training; it deletes checkpoints itself, by checkpoint.keep"
         raise UserError(str(run.path), problem, "stop it first, or set checkpoint.keep")
     if faults := verify(run, steps_to_verify(checkpoints, keep)) if doomed else []:

@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
         submission.stop()  # first, so that the job isn't restarted in between
         if job.now or queued.is_waiting:
             queue.cancel(queued.id)
-            was = "was still waiting" if queued.is_waiting else "did not save"
+            was = "was still waiting" if queued.is_waiting else "saves only within KillWait"
             print(f"Job {queued.id} is cancelled; it {was}. Resume the run with forescale submit.")
         else:
             queue.signal_batch(queued.id, "USR1")
@@ -57,7 +57,7 @@ def main(words: list[str]) -> int:
                 f"Job {queued.id} saves and exits, and isn't requeued. Follow it: forescale logs "
                 f"{submission.path.parents[1].name} rank=null"
             )
-    elif process := _launcher(run):
+    elif process := launcher_of(run):
         if job.now:
             process.kill()  # its ranks die with it; psutil signals no later process of the same id
             print(f"Process {process.pid} is killed; steps since the last checkpoint are lost.")
@@ -70,7 +70,7 @@ def main(words: list[str]) -> int:
     return DONE
 
 
-def _launcher(run: Run) -> psutil.Process | None:
+def launcher_of(run: Run) -> psutil.Process | None:
     """Return the process on this machine that started the newest attempt, if it is alive.
 
     launch.json may be anybody's, and name any process: only one that began when the file says, that

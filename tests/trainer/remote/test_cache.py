@@ -146,6 +146,18 @@ def test_the_least_recently_read_block_is_evicted_first(tmp_path):
     assert {p.name[33:] for p in tmp_path.glob(f"{FILE}-*")} == {"0", "1", "2", "4"}
 
 
+def test_a_block_read_before_the_clock_was_put_back_is_not_there_for_ever(tmp_path):
+    blocks = Blocks(tmp_path, 4 * STORED)
+    for number in range(4):
+        blocks.get(number)
+    for number in range(3):
+        os.utime(path_of(blocks, number), (4e9, 4e9))
+    blocks.get(0)  # read since
+    for number in (4, 5):
+        blocks.get(number)
+    assert {p.name[33:] for p in tmp_path.glob(f"{FILE}-*")} == {"0", "3", "4", "5"}
+
+
 def test_a_smaller_limit_applies_at_once(tmp_path):
     blocks = Blocks(tmp_path, 10 * STORED)
     for number in range(10):

@@ -25,6 +25,7 @@ def test_start_and_end_are_recorded(ranks, tmp_path):
     assert before <= launch["begun"] <= launch["ended"] <= time.time()
     assert (launch["code"], launch["how"], launch["processes"]) == (75, "interrupted", 2)
     assert launch["command"][0] == sys.executable
+    assert launch["seconds"] == pytest.approx(launch["ended"] - launch["begun"], abs=0.5)
     ranks("pass")
     assert (outcome.launch_of(tmp_path)["code"], outcome.launch_of(tmp_path)["how"]) == (0, "done")
 
@@ -59,6 +60,13 @@ def test_a_rank_that_could_write_no_error_is_quoted_from_its_log(ranks, tmp_path
     )
     ending = f"rank 1 ended with code 1: {message}" if message else "rank 1 ended with code 1"
     assert reported == f"{ending}; see {tmp_path / 'rank-1.log'}"
+
+
+def test_a_users_error_ends_with_no_second_full_stop(ranks, tmp_path):
+    error = UserError("data.path", "is gone", "restore it")
+    outcome.write_error(tmp_path, 0, error)
+    ranks("raise SystemExit(2)")
+    assert outcome.launch_of(tmp_path)["how"] == str(error).rstrip(".")
 
 
 def test_a_signal_explains_more_than_an_error(ranks, tmp_path):

@@ -1,6 +1,8 @@
 """Who is it that the others wait for: the answer as a pure function of beats, and the report."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +22,7 @@ from forescale.resilience.diagnosis import (
     waiting_places,
 )
 from forescale.resilience.heartbeat import ENDED, Heartbeat, NodeDirectory, RankStatus, write_node
+from forescale.resilience.outcome import process_mark
 from forescale.resilience.watchdog import Watchdog
 from forescale.run.directory import Attempt
 from forescale.run.rows import read_rows
@@ -203,6 +206,21 @@ def test_a_report_has_the_stacks_of_the_ranks_that_answer(watchdogs, attempt):
     mine, other = text.split("Python stacks of rank 1:")
     assert "test_a_report_has_the_stacks" in mine
     assert "no answer" in other
+
+
+def test_a_silent_rank_is_asked_for_its_stack_though_the_clock_was_put_back(watchdogs, attempt):
+    """By the clock it began after its last heartbeat."""
+    watchdog, code = watchdogs(0, 2), "import faulthandler, signal, sys, time\n"
+    code += "faulthandler.register(signal.SIGUSR2, open(sys.argv[1], 'wb', 0))\n"
+    code += "print(flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", code, watchdog.node.stacks(1)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as silent:
+        silent.stdout.readline()
+        facts = dict(pid=silent.pid, process=process_mark(silent.pid), time=1.0)
+        look(watchdog, [status(0, "backward", 12), status(1, "forward", silence=11, **facts)])
+        silent.kill()
+    _, other = (attempt.path / "hang-a.txt").read_text().split("Python stacks of rank 1:")
+    assert 'File "<string>"' in other
 
 
 def test_the_first_diagnosis_stands(attempt):

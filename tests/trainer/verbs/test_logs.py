@@ -173,6 +173,12 @@ def test_stop_asks_the_launcher(run, forescale, started, words, number):
     code, _, err = forescale("stop", "small", *words)
     assert (code, "neither runs on this machine" in err) == (2, True), "another start"
     outcome.add_to_launch(path, process=mark)
+    unfinished = run.checkpoints / ".step-00000009.attempt-0002.stage"
+    unfinished.mkdir(parents=True)
+    for file in (path, *path.iterdir()):  # as they seem to be after a step of the clock
+        os.utime(file, (0, 0))
+    assert "the run is training" in forescale("prune", "small", "yes=true")[2]
+    assert unfinished.exists()
     assert forescale("stop", "small", *words)[0] == 0
     assert process.wait(10) == -number
 

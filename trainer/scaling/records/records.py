@@ -228,7 +228,7 @@ def device_hours_of(status: Status) -> float | None:
         ranks = known or next((saved[a.number] for a in launch.attempts if a.number in saved), None)
         if ranks is None:
             return None
-        hours += (launch.ended - launch.begun) * ranks / 3600
+        hours += launch.length * ranks / 3600
     return hours
 
 
