@@ -70,7 +70,7 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     jobs = [each for each in jobs if not _is_complete(each)]
     if not jobs:
         return
-    plans = [Plan(job) for job in jobs]
+    plans = [Plan(job, newest_step) for job in jobs]
     if not dry:
         plans[0].notes[:0] = notes
         plans[0].notes += notes_on_cpus(jobs[0])

@@ -12,10 +12,12 @@ from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.plan.bytes.memory import Memory, memory
 from forescale.plan.bytes.parameters import inventory
-from forescale.plan.options import more_checkpointing, with_checkpointing
+from forescale.plan.options import MOST_MICRO_BATCH, more_checkpointing, with_checkpointing
 
 _LARGE_VOCABULARY = 65_536
 _IMPORTS = 2**30  # bytes
+# What torch says on a CPU; the second of more bytes than an int64 can count.
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:
@@ -59,7 +61,7 @@ def explained(job: TrainJob) -> Iterator[None]:
         import psutil
         import torch
 
-        is_allocation = isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+        is_allocation = any(text in str(e) for text in _NO_MEMORY) and isinstance(e, RuntimeError)
         if not (isinstance(e, MemoryError | torch.OutOfMemoryError) or is_allocation):
             raise
         if torch.cuda.is_available():
@@ -87,7 +89,7 @@ def _todo(job: TrainJob, ranks: int, available: int) -> str:
         return f"set {key}"
     left = ", model.activation_checkpointing=full" if more_checkpointing(job) else ""
     stage = f"a higher engine stage{left} or engine.offload_optimizer"
-    return f"lower train.micro_batch, or use {stage}"
+    return f"lower train.micro_batch, choose a smaller model, or use {stage}"
 
 
 def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int | None:
@@ -97,7 +99,7 @@ def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int |
     ones: these did not fit, perhaps because of something that the plan can't know, such as other
     processes or fragmentation. None if no micro-batch fits or the model is the user's class.
     """
-    for micro in range(job.train.micro_batch - 1, 0, -1):
+    for micro in range(min(job.train.micro_batch - 1, MOST_MICRO_BATCH), 0, -1):
         divides = job.batch_ramp.first % (micro * job.mesh(world_size).data) == 0
         if divides and _should_fit(job, bytes_of(job, world_size, micro), world_size, available):
             return micro

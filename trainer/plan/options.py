@@ -20,7 +20,7 @@ from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predic
 
 J = TypeVar("J", bound=TrainJob)
 _MOST_GPUS = 16_384
-_MOST_MICRO_BATCH = 2**16
+MOST_MICRO_BATCH = 2**16
 _UNIT = 256  # columns: steps in which the longest window is looked for
 _LONGEST = 2**26  # columns
 _SAME_SPEED = 1.01  # the times are estimates: a percent says nothing
@@ -147,7 +147,7 @@ class ShardingOptions:
     def largest_micro_batch(self, job: PlanJob) -> int | None:
         """Return the largest micro-batch that divides the batch and fits; None if none does."""
         each = job.batch_ramp.first // _groups(job)
-        for micro in range(each, 0, -1):
+        for micro in range(min(each, MOST_MICRO_BATCH), 0, -1):
             if each % micro == 0 and self.fits(_trained(job, micro_batch=micro)):
                 return micro
         return None
@@ -165,7 +165,7 @@ class ShardingOptions:
             return not self._fits_beside(base, batched)
 
         # The first that doesn't fit, by bisection, is one too large.
-        return bisect_left(range(1, _MOST_MICRO_BATCH), True, key=is_too_large) or None
+        return bisect_left(range(1, MOST_MICRO_BATCH), True, key=is_too_large) or None
 
     def longest_window(self, job: PlanJob) -> int | None:
         """Return the longest window that fits, one at a time: the longest that the config allows,

@@ -43,7 +43,7 @@ from forescale.plan.step_time import (
     predict_step_time,
     token_flops,
 )
-from forescale.run.branch import check_origin
+from forescale.run.branch import NewestStep, check_origin, with_step
 from forescale.run.data_use import DataUse, SourceUse, data_use
 from forescale.run.feed import resolved_model
 from forescale.run.forecast import prediction_interval_of
@@ -53,10 +53,11 @@ from forescale.run.start import open_sources, settle
 class Plan:
     """The plan of a job whose config has no problems.
 
-    Raises UserError if the model is a class of the user's own and can't be built.
+    newest: see branch.with_step. Raises UserError if the model is a class of the user's own and
+    can't be built.
     """
 
-    def __init__(self, job: PlanJob):
+    def __init__(self, job: PlanJob, newest: NewestStep | None = None):
         self.problems: list[Problem] = []
         self.notes: list[str] = job.notes()
         self.given = job
@@ -66,7 +67,7 @@ class Plan:
         self.check(job.logging.check_trackers)
         self._check_deepspeed()
         if (sources := self.sources) is not None:
-            self.check(lambda: check_origin(self.job, sources))
+            self.check(lambda: check_origin(with_step(self.job, None, newest), sources))
         self.machine, self.world = job.machine, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
         self.measured: MeasuredSpeed | None = None

@@ -123,9 +123,10 @@ def has_stepped(run: Run) -> bool:
 
 
 def check_changes(job: TrainJob) -> None:
-    """Raise UserError if the run of a job, as `settle` returns it, exists and `start` would refuse
-    the changes of its config."""
+    """Raise UserError if `start` would refuse run.resume of a job, as `settle` returns it, or the
+    changes of its run's config."""
     run = Run(job.run.directory)
+    _check_resume(job, run)
     if run.config.exists() and has_stepped(run):
         old = thaw(TrainJob, run.config, trust=True)
         _allowed(run, old, with_step(job, old, None))

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from forescale.checkpoint.reader import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.ground.errors import DONE, UserError
@@ -40,7 +41,7 @@ def main(words: list[str]) -> int:
     if job.plan.to is not None and Path(job.plan.to).suffix != ".html":
         todo = "name a file, such as plan.to=plan.html"
         raise UserError("plan.to", f"{job.plan.to!r} is no page", todo)
-    plan = Plan(job)
+    plan = Plan(job, newest_step)
     plan.notes[:0] = notes
     if is_named:
         plan.check(lambda: check_changes(plan.job.training))

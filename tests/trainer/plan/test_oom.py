@@ -81,9 +81,10 @@ def test_the_proposed_micro_batch_divides_the_batch_and_fits(ranks, available):
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
         ),
+        RuntimeError("Storage size calculation overflowed with sizes=[9223372036854775807, 32]"),
         MemoryError(),
     ],
-    ids=["cuda", "cpu", "python"],
+    ids=["cuda", "cpu", "beyond int64", "python"],
 )
 def test_out_of_memory_is_one_message_with_numbers(error):
     with pytest.raises(UserError) as caught, explained(job()):

@@ -74,8 +74,8 @@ def test_json_contains_the_whole_plan(planned):
 def test_the_micro_batch_is_said_to_be_limited_by_the_global_batch_or_by_memory(forescale, planned):
     words = [*BIG, "engine=zero3", "plan.gpus=64", "train.micro_batch=1"]
 
-    def sizes(batch):
-        _, plan, _ = planned(*words, f"train.global_batch={batch}")
+    def sizes(batch, *keys):
+        _, plan, _ = planned(*words, f"train.global_batch={batch}", *keys)
         option = plan["options"]["zero3"]
         return option["largest_micro_batch"], option["memory_micro_batch"]
 
@@ -83,6 +83,7 @@ def test_the_micro_batch_is_said_to_be_limited_by_the_global_batch_or_by_memory(
     assert (few, room > 8) == (2, True)
     # With a batch that is large enough, the memory limits, where the first plan said.
     assert sizes(64 * room) == (room, room)
+    assert sizes(2**40, "train.tokens=1e17")[0] == 2 ** (room.bit_length() - 1)
     _, out, _ = forescale("plan", *words, "train.global_batch=128")
     assert re.search(r"limited by( +(memory|global batch)){3} +global batch", out)
 
@@ -314,13 +315,15 @@ def test_plan_keys_do_not_change_what_is_trained():
 def test_the_plan_of_an_existing_run_is_judged_as_train_would(own_run, forescale):
     err = forescale.refuses("plan", "small", "train.seed=5", "plan.gpus=1", "machine=cpu")
     assert "another config: train.seed: 1337 -> 5" in err
+    err = forescale.refuses("plan", "small", "run.resume=never", "plan.gpus=1", "machine=cpu")
+    assert "run.resume" in err
     code, _, err = forescale("plan", "small", "plan.gpus=1", "machine=cpu")
     assert (code, err) == (0, "")
 
 
 def test_the_plan_of_a_branch_is_judged_as_train_would(own_run, forescale, small_data):
-    words = ("run.from.run=small", "run.from.step=8", "train.steps=8", f"data.path={small_data}")
-    err = forescale.refuses("plan", "branch", *words, "machine=cpu", "plan.gpus=1")
+    words = ("branch", "run.from.run=small", "train.steps=8", f"data.path={small_data}")
+    err = forescale.refuses("plan", *words, "machine=cpu", "plan.gpus=1")
     assert "run.from: this run would end at step 8, and small is at step 8 already" in err
 
 
