@@ -29,12 +29,12 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 71_200,
-    "lines of tests": 60_800,
+    "lines of source": 72_900,
+    "lines of tests": 61_200,
     "lines of the largest room": 14_060,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
-    "arrows between rooms": 110,
+    "arrows between rooms": 120,
 }
 SHORT = 80  # lines; a file as short that only one other imports belongs into that one
 

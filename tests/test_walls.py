@@ -37,6 +37,7 @@ ALLOWED = {
     "serving": "models inference",
     "inspection": "pages models data inference",
     "plan": "pages models config data engine run monitor train",
+    "rehearsal": "pages models config data engine run train plan",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
     "scaling.config": "config",
@@ -65,7 +66,7 @@ ALLOWED = {
     ),
     "verbs": (
         "config data engine run resilience checkpoint monitor train drill inference "
-        "inspection serving plan slurm scaling.config scaling.study scaling.actions"
+        "inspection serving plan rehearsal slurm scaling.config scaling.study scaling.actions"
     ),
     "cli": "config verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",

@@ -99,16 +99,18 @@ class Engine:
         """The base optimizer's groups, as DeepSpeed keeps them."""
         return self.layout.base.param_groups
 
-    def compile(self, by_part: bool = True, budget: float | None = None) -> None:
+    def compile(
+        self, by_part: bool = True, budget: float | None = None, backend: str = "inductor"
+    ) -> None:
         """Compile the model's forward (and so its backward) in place: each of its parts alone, or
-        the model as a whole. budget: see compilation.keep_to."""
+        the model as a whole. budget: see compilation.keep_to; backend: of torch.compile."""
         set_compiler_mode()
         fix_sizes()
         keep_to(budget)
         reuse_graphs()
         probe_here()
-        if not (by_part and compile_parts(self.module)):
-            self._deepspeed.compile()
+        if not (by_part and compile_parts(self.module, backend)):
+            self._deepspeed.compile(backend=backend)
 
     def train_step(
         self,

@@ -300,3 +300,11 @@ def _quiet_deepspeed() -> None:
     # DeepSpeed calls functions that newer versions of torch have renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def compare_nothing() -> None:
+    """Let DeepSpeed compare no values with other ranks, for a rank that is rehearsed without them:
+    stage 3 compares the order of modules with that of rank 0."""
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+    coordinator.assert_ints_same_as_other_ranks = lambda *_: None

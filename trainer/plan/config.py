@@ -5,6 +5,7 @@ are in bytes.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from forescale.config.duration import Duration
@@ -12,6 +13,7 @@ from forescale.config.hardware import Exactness, exactness
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
 from forescale.config.train import TrainJob
+from forescale.ground.errors import UserError
 
 
 @dataclass
@@ -163,3 +165,13 @@ class PlanJob(TrainJob):
             problem = f"{near} ranks don't divide {self.world_size}"
             problems.append(("engine.hierarchical_partition", problem, f"choose {self.per_node}"))
         return problems
+
+
+def page_path(job: PlanJob) -> Path | None:
+    """Return the file that plan.to names; None without one. Raises UserError if it is no page."""
+    if job.plan.to is None:
+        return None
+    if Path(job.plan.to).suffix != ".html":
+        todo = "name a file, such as plan.to=plan.html"
+        raise UserError("plan.to", f"{job.plan.to!r} is no page", todo)
+    return Path(job.plan.to).expanduser()

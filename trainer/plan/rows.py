@@ -1,23 +1,30 @@
 """A plan as one table of rows, for the terminal, for a page and for programs alike.
 
-    row     a key in the JSON, a label, a value, its unit, and a text for people
-    block   rows below one title; a row of a table has a value and a text for each of its columns
-
 Invariant: this file only formats numbers that `Plan` computed; values are not rounded. A number
 that nobody measured is in the block "Guess", with the key that sets it.
 """
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.markup import escape
 
 from forescale.config.schema import plain
 from forescale.engine.deepspeed_config import deepspeed_config
-from forescale.ground.console import open_console, span, table
+from forescale.ground.console import open_console, span
+from forescale.plan.blocks import (
+    Block,
+    Row,
+    bytes_text,
+    flops_text,
+    in_unit,
+    print_blocks,
+    put_values,
+    sections_of,
+    short,
+)
 from forescale.plan.bytes.memory import checkpoints_kept
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.options import ShardingOption, cheapest, engine_keys
@@ -26,56 +33,11 @@ from forescale.plan.plan import Plan
 CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also estimated
 
 
-@dataclass(frozen=True)
-class Row:
-    """One fact of a plan. key: its path in the JSON, "" if people alone read it; label: "" if
-    programs alone read it; text: a sentence with the value, "" for the value in its unit."""
-
-    key: str
-    label: str
-    value: Any = None
-    unit: str = ""
-    text: str = ""
-
-    @property
-    def texts(self) -> list[str]:
-        """The text, or one for each value of a table."""
-        return [self.text] if self.text else [_in_unit(value, self.unit) for value in self.value]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows below one title. columns: of a table; path: of the table in the JSON; chosen: the column
-    of the job itself; after: sentences below."""
-
-    title: str
-    rows: Sequence[Row]
-    columns: Sequence[str] = ()
-    path: str = ""
-    chosen: int = -1
-    after: Sequence[str] = ()
-
-
 def show(plan: Plan) -> None:
     """Print the plan."""
     console = open_console()
     console.print(f"[bold]{escape(_title(plan))}[/]")
-    for block in blocks(plan):
-        rows = [row for row in block.rows if row.label]
-        if block.columns or block.title == "Time":
-            console.print()
-        if block.columns and rows:
-            grid = table(block.title, *block.columns, left=[block.title])
-            grid.columns[1 + block.chosen].style = "bold" if block.chosen >= 0 else ""
-            for row in rows:
-                texts = ["[red]no[/]" if text == "no" else text for text in row.texts]
-                grid.add_row(row.label, *texts)
-            console.print(grid)
-        for n, row in enumerate(() if block.columns else rows):
-            head = block.title if n == 0 else ""
-            console.print(f"{head:<6} {escape(row.text)}", soft_wrap=True)
-        for line in block.after:
-            console.print(escape(line), soft_wrap=True)
+    print_blocks(console, blocks(plan))
     for note in plan.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     if plan.job.plan.deepspeed:
@@ -87,14 +49,7 @@ def page(plan: Plan, command: Sequence[str]) -> str:
     """Return the plan as an HTML page. command: the command line that made it."""
     from forescale.pages.document import Section, code, render  # with numpy, which is slow
 
-    sections = []
-    for block in blocks(plan):
-        rows = [[row.label, *row.texts] for row in block.rows if row.label]
-        head = [[block.title, *block.columns]] if block.columns and rows else []
-        name = block.title.split()[0].lower() if block.title else ""
-        if rows or block.after:
-            sections.append(Section(name, block.title, rows=head + rows, head=bool(head),
-                                    after=[*block.after]))  # fmt: skip
+    sections = sections_of(blocks(plan))
     problems = [f"{p.key}: {p.problem}; {p.todo}." for p in plan.problems]
     sections.append(Section("notes", "Problems and notes", after=[*problems, *plan.notes],
                             absent="" if problems or plan.notes else "None."))  # fmt: skip
@@ -112,21 +67,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpus": plan.world,
         "nodes": plan.nodes,
     }
-    for block in blocks(plan):
-        for row in (row for row in block.rows if row.key):
-            if not block.path:
-                _put(facts, row.key, row.value)
-            for column, value in zip(block.columns, row.value if block.path else (), strict=True):
-                name = column.split()[0].replace(",", "")
-                _put(facts, f"{block.path}.{name}.{row.key}", value)
-    return facts
-
-
-def _put(facts: dict[str, Any], path: str, value: Any) -> None:
-    *folders, name = path.split(".")
-    for folder in folders:
-        facts = facts.setdefault(folder, {})
-    facts[name] = None if isinstance(value, float) and abs(value) == float("inf") else value
+    return put_values(facts, blocks(plan))
 
 
 def _title(plan: Plan) -> str:
@@ -161,30 +102,30 @@ def blocks(plan: Plan) -> list[Block]:
 def _model(plan: Plan) -> list[Row]:
     kinds, flops = plan.parameters, plan.per_token
     names = ("embedding", "tables", "position", "blocks", "trained adapters", "head")
-    parts = [f"{k} {_short(kinds[k])}" for k in names if kinds.get(k)]
+    parts = [f"{k} {short(kinds[k])}" for k in names if kinds.get(k)]
     if getattr(plan.job.model, "tie_embeddings", False):
         parts[-1] += " (tied: counted once)"
     if later := kinds.get("mtp"):
-        parts.append(f"later tokens {_short(later)} (in training alone)")
+        parts.append(f"later tokens {short(later)} (in training alone)")
     has_experts = kinds.get("active", kinds["total"]) < kinds["total"] - (later or 0)
     active = f", {kinds['active']:,} active for a token" if has_experts else ""
     in_total = flops.full * plan.job.total_tokens
     days = in_total / 1e15 / 86_400
-    work = _flops(in_total) + (f" ({days:,.3g} PFLOP-days)" if days >= 0.1 else "")
+    work = flops_text(in_total) + (f" ({days:,.3g} PFLOP-days)" if days >= 0.1 else "")
     rows = [
         Row("parameters", "parameters", kinds, "count", f"{kinds['total']:,} parameters{active}"
             + (": " + ", ".join(parts) if parts else "")),
         Row("flops_per_token", "FLOPs", vars(flops), "FLOP",
-            f"{_flops(flops.full)} per token (causal {_flops(flops.causal)}, 6N "
-            f"{_flops(flops.six_n)}), {work} in total; "
-            f"{_flops(flops.recomputed)} per token recomputed"),
+            f"{flops_text(flops.full)} per token (causal {flops_text(flops.causal)}, 6N "
+            f"{flops_text(flops.six_n)}), {work} in total; "
+            f"{flops_text(flops.recomputed)} per token recomputed"),
     ]  # fmt: skip
     if plan.cache_bytes is None:
         return [*rows, Row("decoding_cache_bytes", "")]
     length = plan.job.train.sequence_length
     has_source = getattr(plan.job.model, "has_encoder", False)
     of = "row of source and target" if has_source else "sequence"
-    text = f"decoding keeps {_bytes(plan.cache_bytes)} for a {of} of {length:,} tokens"
+    text = f"decoding keeps {bytes_text(plan.cache_bytes)} for a {of} of {length:,} tokens"
     return [*rows, Row("decoding_cache_bytes", "decoding", plan.cache_bytes, "bytes", text)]
 
 
@@ -199,7 +140,7 @@ def _run(plan: Plan) -> list[Row]:
         Row("steps", "steps", job.total_steps, "count",
             f"{job.total_steps:,} steps of {job.tokens_per_step:,} {unit}: {train.global_batch:,} "
             f"windows of {size}, {micro} x {train.micro_batch} per {each}; "
-            f"{_short(job.total_tokens)} {unit} in total{grows}"),
+            f"{short(job.total_tokens)} {unit} in total{grows}"),
         Row("tokens", "", job.total_tokens),
         Row("exact", "exactness", job.exactness.holds, "", job.exactness.sentence),
     ]  # fmt: skip
@@ -207,7 +148,7 @@ def _run(plan: Plan) -> list[Row]:
 
 def _data(plan: Plan) -> list[Row]:
     texts = [
-        f"{s.name}: {_short(s.tokens)} tokens, {_short(s.read)} tokens read, {s.epochs:,.2f} epochs"
+        f"{s.name}: {short(s.tokens)} tokens, {short(s.read)} tokens read, {s.epochs:,.2f} epochs"
         + (" (repeated)" if s.epochs > 1 else "")
         for s in plan.data
     ]
@@ -234,7 +175,7 @@ def _options(plan: Plan) -> Block:
         rows.append(Row(f"bytes.{kind}", f"  {kind}" if any(values) else "", values, unit))
     add("states", "", lambda o: dict(vars(o.memory.states)))
     add("activations", "", lambda o: o.memory.activations and vars(o.memory.activations))
-    total = f"  total, of {_in_unit(plan.available, unit)}"
+    total = f"  total, of {in_unit(plan.available, unit)}"
     add("total_bytes", total, lambda o: o.memory.total, unit)
     add("fits", "fits", lambda o: o.fits(plan.available), "yes or no")
     add("largest_micro_batch", "largest micro-batch", lambda o: o.largest_micro_batch, "or none")
@@ -332,7 +273,7 @@ def _guesses(plan: Plan) -> list[str]:
         if plan.nodes > 1:
             links += f", {m.inter_latency * 1e6:g} us between nodes (machine.inter_latency)"
         guesses.append(links)
-    guesses.append(f"a node writes {_bytes(m.node_write)}/s (machine.node_write)")
+    guesses.append(f"a node writes {bytes_text(m.node_write)}/s (machine.node_write)")
     if p.failures:
         guesses.append(
             f"{p.failures:g} failures per 1,000 node-days (plan.failures); {p.restart} from when "
@@ -390,7 +331,7 @@ def _evaluations(plan: Plan) -> list[Row]:
     def one(evaluation: Evaluation) -> str:
         seconds, n = evaluation.seconds, evaluation.windows
         took = "" if seconds is None else f", {span(seconds)}"
-        return f"{n:,} window{'s' * (n != 1)}, {_flops(evaluation.flops)}{took}"
+        return f"{n:,} window{'s' * (n != 1)}, {flops_text(evaluation.flops)}{took}"
 
     parts = {"periodic": cost.periodic, "at_end": cost.at_end, "abilities": cost.abilities,
              "reference": cost.reference}  # fmt: skip
@@ -406,7 +347,7 @@ def _evaluations(plan: Plan) -> list[Row]:
         rows.append(Row("", "reference", text=text))
     if cost.flops is not None and cost.times is not None:
         n = cost.times + bool(cost.at_end) + bool(cost.reference)
-        text = f"{n:,} evaluation{'s' * (n != 1)}: {_flops(cost.flops)}"
+        text = f"{n:,} evaluation{'s' * (n != 1)}: {flops_text(cost.flops)}"
         if cost.seconds is not None and plan.seconds:
             share = cost.seconds / (cost.seconds + plan.seconds)
             text += f", {span(cost.seconds)}, {share:.1%} of the time with the steps"
@@ -419,14 +360,14 @@ def _saves(plan: Plan) -> list[Row]:
     every, is_counted = plan.interval, plan.job.checkpoint.every.seconds is None
     often = f" (every {span(every)})" if every and is_counted else ""
     grace = plan.job.launch.grace.seconds or 0.0
-    copy = f"; its copy keeps {_bytes(plan.copy_bytes)} of a node's CPU memory"
+    copy = f"; its copy keeps {bytes_text(plan.copy_bytes)} of a node's CPU memory"
     facts = {"bytes": size, "max_on_disk": most, "copy_bytes_of_node": plan.copy_bytes,
              "stall_seconds": plan.stall_seconds, "save_seconds": plan.save_seconds,
              "signal_lead_seconds": plan.lead_seconds, "interval_seconds": every}  # fmt: skip
     return [
         Row("checkpoint", "checkpoint", facts, "bytes",
-            f"{_bytes(size)} every {plan.job.checkpoint.every}{often}; at most {most} on disk: "
-            f"{_bytes(most * size)}{copy if plan.copy_bytes else ''}"),
+            f"{bytes_text(size)} every {plan.job.checkpoint.every}{often}; at most {most} on disk: "
+            f"{bytes_text(most * size)}{copy if plan.copy_bytes else ''}"),
         Row("", "a save", text=
             f"a save pauses training for {span(plan.stall_seconds)} and is written after "
             f"{span(plan.save_seconds)}; after a signal the run is saved within "
@@ -459,39 +400,3 @@ def _failures(plan: Plan) -> Block:
     ]
     title = f"Failures ({expected:g} per 1,000 node-days)"
     return Block(title, rows, [*estimates], "failures", after=after)
-
-
-def _in_unit(value: Any, unit: str) -> str:
-    if unit in ("GiB", "MiB"):
-        number = value / (2**30 if unit == "GiB" else 2**20)
-        return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"
-    if unit == "GB":
-        return f"{value / 1e9:,.3g}" if value < 1e9 else f"{value / 1e9:,.1f}"
-    if unit == "time":
-        return span(value)
-    if unit == "yes or no":
-        return "yes" if value else "no"
-    if unit == "or none":
-        return str(value or "none")
-    forms = {"": "", "count": ",", "s": ",.3f", "%": ".1%", "per second": ",.0f"}
-    return f"{value if unit == '' else value or 0:{forms[unit]}}"
-
-
-def _bytes(number: float) -> str:
-    units = zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True)
-    return _scaled(number, units) + ("B" if number >= 1e3 else "bytes")
-
-
-def _short(number: float) -> str:
-    return _scaled(number, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)), digits=4).rstrip()
-
-
-def _flops(number: float) -> str:
-    return f"{_scaled(number, zip('ZEPTGM', (1e21, 1e18, 1e15, 1e12, 1e9, 1e6), strict=True))}FLOP"
-
-
-def _scaled(number: float, units: Iterable[tuple[str, float]], digits: int = 3) -> str:
-    """Return a number in the largest unit that it reaches; a smaller one has a space and no
-    unit."""
-    unit, size = next(((u, s) for u, s in units if number >= s), ("", 0.0))
-    return f"{number / size:.{digits}g} {unit}" if size else f"{number:,.0f} "

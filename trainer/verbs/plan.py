@@ -2,14 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 from forescale.checkpoint.reader import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
-from forescale.ground.errors import DONE, UserError
+from forescale.ground.errors import DONE
 from forescale.ground.storage import write_output
-from forescale.plan.config import PlanJob
+from forescale.plan.config import PlanJob, page_path
 from forescale.plan.plan import Plan
 from forescale.plan.rows import as_json, page, show
 from forescale.run.command import job_of
@@ -38,9 +37,7 @@ def main(words: list[str]) -> int:
     is_named = any(word.startswith("run.name=") for word in overrides)
     if is_named:
         expect_trainable(Run(job.run.directory))
-    if job.plan.to is not None and Path(job.plan.to).suffix != ".html":
-        todo = "name a file, such as plan.to=plan.html"
-        raise UserError("plan.to", f"{job.plan.to!r} is no page", todo)
+    to = page_path(job)
     plan = Plan(job, newest_step)
     plan.notes[:0] = notes
     if is_named:
@@ -50,9 +47,8 @@ def main(words: list[str]) -> int:
         print()
     else:
         show(plan)
-    if job.plan.to is not None:
-        html = page(plan, ["forescale", "plan", *words])
-        write_output(Path(job.plan.to).expanduser(), html.encode())
+    if to is not None:
+        write_output(to, page(plan, ["forescale", "plan", *words]).encode())
     if plan.problems:
         raise ConfigError(plan.problems)
     return DONE

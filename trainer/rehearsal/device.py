@@ -1,0 +1,266 @@
+"""A GPU that isn't there: what `torch.cuda` and torch's operations say of it in this process.
+
+Invariant: what the job's own code and DeepSpeed ask of a device, they ask of this one; each time
+the host would wait for it, `Waits` receives the place. Values are never computed: tensors are
+torch's fake tensors, with a device, a type and a shape.
+"""
+
+import contextlib
+import linecache
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from forescale.rehearsal.gpu import Gpu
+
+
+class Waits:
+    """How often the host has waited for the device, by kind and place, while `counting`."""
+
+    def __init__(self) -> None:
+        self.counting = False
+        self.places: Counter[tuple[str, str]] = Counter()
+
+    def add(self, kind: str) -> None:
+        if self.counting:
+            self.places[kind, place()] += 1
+
+
+_HERE = os.path.dirname(__file__)
+_PACKAGES = os.path.dirname(os.path.dirname(_HERE))
+_TORCH = os.path.dirname(torch.__file__)
+_COMPILED = re.compile(r"Source Nodes: \[(.*?)\]")
+
+
+def place() -> str:
+    """Return the file and line of the innermost frame that is neither torch's nor the rehearsal's;
+    in the code that torch's compiler has written, the variables of the model that are computed
+    there; "autograd" where the backward pass alone has called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "torchinductor" in name and (nodes := _nodes(name, frame.f_lineno)):
+            return f"compiled {nodes}"
+        if not name.startswith((_TORCH, _HERE, "<")) and "torchinductor" not in name:
+            return f"{_short(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "autograd"
+
+
+def _nodes(name: str, line: int) -> str:
+    """Return what the comment above a line of Inductor's code says that it computes."""
+    for above in range(line, max(line - 40, 0), -1):
+        if match := _COMPILED.search(linecache.getline(name, above)):
+            return match[1]
+    return ""
+
+
+def _short(name: str) -> str:
+    for top in (f"{_PACKAGES}/", "site-packages/", "dist-packages/"):
+        if top in name:
+            return name.rpartition(top)[2]
+    return name
+
+
+class _Event:
+    """An event that is over as soon as it is recorded."""
+
+    waits: Waits
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_event = 0
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.waits.add("event")
+
+    def elapsed_time(self, _: Any) -> float:
+        return 1.0
+
+
+class _Stream(_Event):
+    """A stream on which everything is done at once."""
+
+    device = torch.device("cuda", 0)
+    device_index, device_type, stream_id, cuda_stream = 0, 1, 0, 0
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    def wait_event(self, *_: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        self.waits.add("stream")
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def pretend(gpu: Gpu, waits: Waits) -> None:
+    """Let this process believe that it has `gpu.per_node` such GPUs, for the rest of its life."""
+    _Event.waits = waits
+    _answer_for_cuda(gpu, waits)
+    _answer_for_tensors(waits)
+    F.scaled_dot_product_attention = _attention
+
+
+def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
+    cuda: Any = torch.cuda
+    properties = SimpleNamespace(
+        name=gpu.name,
+        major=gpu.capability[0],
+        minor=gpu.capability[1],
+        total_memory=gpu.memory,
+        multi_processor_count=gpu.processors,
+        shared_memory_per_block=49_152,
+        shared_memory_per_block_optin=gpu.shared,
+        shared_memory_per_multiprocessor=gpu.shared + 1024,
+        regs_per_multiprocessor=65_536,
+        max_threads_per_multi_processor=2_048,
+        max_threads_per_block=1_024,
+        warp_size=32,
+        L2_cache_size=50 << 20,
+        gcnArchName="",
+        uuid="pretended",
+    )
+    torch.version.cuda = torch.version.cuda or "13.0"
+    answers: dict[str, Callable[..., Any]] = {
+        **_answering(True, "is_available", "is_initialized", "is_bf16_supported"),
+        **_answering(0, "current_device", "_exchange_device", "_maybe_exchange_device"),
+        **_answering(0, "memory_allocated", "max_memory_allocated"),
+        **_answering(0, "memory_reserved", "max_memory_reserved"),
+        **_answering(None, "_lazy_init", "init", "set_device", "manual_seed", "manual_seed_all"),
+        **_answering(None, "set_stream", "empty_cache", "reset_peak_memory_stats"),
+        **_answering(None, "set_rng_state"),
+        "device_count": lambda: gpu.per_node,
+        "get_device_properties": lambda *_, **__: properties,
+        "get_device_name": lambda *_, **__: gpu.name,
+        "get_device_capability": lambda *_, **__: gpu.capability,
+        "mem_get_info": lambda *_: (gpu.memory, gpu.memory),
+        "memory_stats": lambda *_, **__: {},
+        "synchronize": lambda *_, **__: waits.add("device"),
+        "current_stream": lambda *_, **__: _Stream(),
+        "default_stream": lambda *_, **__: _Stream(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "Stream": _Stream,
+        "Event": _Event,
+    }
+    of_c = ("_cuda_exchangeDevice", "_cuda_maybeExchangeDevice", "_cuda_getCurrentRawStream")
+    for owner, some in (
+        (cuda, answers),
+        (cuda.nvtx, _answering(0, "range_push", "range_pop", "mark")),
+        (torch._C, _answering(0, *of_c)),
+        (torch.accelerator, _answering(True, "is_available")),
+        (torch.accelerator, _answering(0, "current_device_index")),
+    ):
+        for name, answer in some.items():
+            setattr(owner, name, answer)
+
+
+def _answering(value: Any, *names: str) -> dict[str, Callable[..., Any]]:
+    """Return a function of its own for each name: torch's compiler keeps rules by function."""
+    return {name: _constant(value) for name in names}
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _answer_for_tensors(waits: Waits) -> None:
+    """Let methods that read values answer without them, and count as waits."""
+    tensor: Any = Tensor
+    plain_list = Tensor.tolist
+
+    def tolist(self: Tensor) -> Any:
+        if not isinstance(self, FakeTensor):
+            return plain_list(self)
+        if self.is_cuda:
+            waits.add("read")
+        value: Any = 1.0 if self.dtype.is_floating_point else 1
+        for size in reversed(self.shape):
+            value = [value] * size
+        return value
+
+    tensor.tolist = tolist
+    tensor.pin_memory = lambda self, *_: self
+    tensor.is_pinned = lambda self, *_: not self.is_cuda
+    tensor.record_stream = lambda self, stream: None
+    # torch.tensor(..., device="cuda") is made on the host, and then moved.
+    torch._C._set_only_lift_cpu_tensors(True)
+    # A fake tensor must hold no constant: torch would compute with it on the device.
+    converter: Any = fake_tensor.FakeTensorConverter
+    plain = converter.from_real_tensor
+
+    def without_constant(self: Any, mode: Any, t: Tensor, make_constant: bool = False, **k: Any):
+        return plain(self, mode, t, make_constant=False, **k)
+
+    converter.from_real_tensor = without_constant
+    torch.utils.swap_tensors = _swap
+
+
+def _swap(a: Any, b: Any) -> None:
+    """Swap two tensors as torch.utils.swap_tensors does, which Module.to calls; that one refuses
+    tensors with weak references, as each fake tensor has in its mode."""
+    a.__class__, b.__class__ = b.__class__, a.__class__
+    a.__dict__, b.__dict__ = {**a.__dict__, **b.__dict__}, dict(a.__dict__)
+    torch._C._swap_tensor_impl(a, b)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return the kernel's output that torch would choose on CUDA: flash without a mask, else
+    memory-efficient, else the products themselves (ATen/native/transformers/cuda/sdp_utils.cpp)."""
+    aten, low = torch.ops.aten, query.dtype in (torch.bfloat16, torch.float16)
+    widest = max(query.shape[-1], value.shape[-1])
+    same = query.shape[-1] == value.shape[-1]
+    if attn_mask is None and low and widest <= 256 and same:
+        out = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )
+        return out[0]
+    times = query.shape[1] // key.shape[1]
+    if enable_gqa and times > 1:  # the others take no grouped queries
+        scores = query @ key.repeat_interleave(times, 1).transpose(-1, -2)
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        return scores.softmax(-1) @ value.repeat_interleave(times, 1)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+    out = aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )
+    return out[0]

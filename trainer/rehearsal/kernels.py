@@ -1,0 +1,161 @@
+"""The kernels of a job's compiled parts: Inductor and Triton bring them to a GPU's own code, and
+nothing runs.
+
+Invariant: each kernel is assembled by the ptxas of triton's package for the pretended GPU, as the
+GPU's own process would; a kernel that no configuration of Inductor's fits ends the rehearsal.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forescale.rehearsal.gpu import Gpu
+from forescale.rehearsal.observer import Cost, Observer
+
+# Without triton: the graphs of the compiler, divided into forward and backward as Inductor does,
+# whose operations run one by one.
+WITHOUT_TRITON = "aot_eager_decomp_partition"
+
+
+class Kernels:
+    """The kernels that were assembled, and how often each would run."""
+
+    def __init__(self, gpu: Gpu, observer: Observer):
+        self.gpu, self.observer = gpu, observer
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.runs: Counter[str] = Counter()
+
+    def use(self) -> None:
+        """Let torch's compiler make kernels for the pretended GPU, for the rest of this process."""
+        import torch._inductor.config as inductor
+        import torch._inductor.runtime.compile_tasks as tasks
+        import torch._inductor.runtime.triton_helpers as helpers
+        from torch._inductor.runtime import triton_heuristics
+        from triton.runtime import driver
+
+        # Each would compute on the device, or look for one in another process.
+        inductor.joint_graph_constant_folding = False
+        inductor.compile_threads = 1
+        inductor.fx_graph_cache = False
+        for name in ("use_static_cuda_launcher", "use_static_triton_launcher"):
+            if hasattr(inductor, name):  # it keeps of a kernel what it loads alone
+                setattr(inductor, name, False)
+        driver.set_active(_Driver(self.gpu))
+        helpers.set_driver_to_gpu = _nothing
+        if hasattr(tasks, "set_driver_to_gpu"):
+            tasks.set_driver_to_gpu = _nothing
+        autotuner: Any = triton_heuristics.CachingAutotuner
+        assemble = autotuner._precompile_worker
+
+        def precompile(tuner: Any, warm_cache_only: bool = False, **_: Any) -> None:
+            assemble(tuner)
+            self._note(tuner)
+
+        autotuner.precompile = precompile
+        autotuner.run = lambda tuner, *args, **_: self._ran(tuner, args)
+        _answer_for_wrappers()
+
+    def _note(self, tuner: Any) -> None:
+        kernel = tuner.compile_results[0].kernel
+        self.facts[tuner.fn.__name__] = {
+            "shared": int(getattr(kernel.metadata, "shared", 0) or 0),
+            **_resources(kernel.asm["cubin"]),
+        }
+
+    def _ran(self, tuner: Any, args: Any) -> None:
+        if not self.observer.waits.counting:
+            return
+        name = tuner.fn.__name__
+        self.runs[name] += 1
+        moved = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor))
+        self.observer.operations[Cost(name, 0, moved)] += 1
+
+    def report(self) -> dict[str, Any]:
+        """Return what was seen, as plain values."""
+        from torch._dynamo.utils import counters
+
+        return {
+            "graphs": int(counters["stats"].get("unique_graphs", 0)),
+            "breaks": [" ".join(str(why).split())[:300] for why in counters["graph_break"]],
+            "kernels": [
+                {"name": name, "runs": self.runs[name], **facts}
+                for name, facts in self.facts.items()
+            ],
+        }
+
+
+class _Driver:
+    """What Triton asks of a driver while it compiles."""
+
+    utils = None
+    launcher_cls = None
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        major, minor = self.gpu.capability
+        return GPUTarget("cuda", 10 * major + minor, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, *_: Any) -> int:
+        return 0
+
+    def set_current_device(self, *_: Any) -> None:
+        pass
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _answer_for_wrappers() -> None:
+    """Let the code that Inductor writes around kernels make fake tensors: it calls functions past
+    the dispatcher, which alone knows them."""
+    guards: Any = torch._C._dynamo.guards
+    guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device="cuda"
+    )
+    guards._reinterpret_tensor = lambda tensor, size, stride, offset=0: torch.as_strided(
+        tensor, size, stride, tensor.storage_offset() + offset
+    )
+    guards.copy_if_misaligned = lambda tensor: tensor
+
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Return the registers of a thread, and the bytes of its stack, in which spilled registers
+    are."""
+    spec = find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    tool = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    usage = _USAGE.search(done.stdout)
+    return {"registers": int(usage[1]), "stack": int(usage[2])} if usage else {}

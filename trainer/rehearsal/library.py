@@ -1,0 +1,70 @@
+"""The library that lets torch believe in a CUDA device: built once for each version of torch.
+
+Invariant: a library in the cache is complete: it is built beside its place, and then renamed.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from forescale.ground.errors import UserError, shortened
+from forescale.ground.storage import cache_directory
+
+_SOURCE = Path(__file__).with_name("pretended.cpp")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+def library() -> Path:
+    """Return the path of the library; build it if the cache doesn't have it (3 s).
+
+    Raises UserError without a C++ compiler, or if it fails.
+    """
+    torch = _folder_of_torch()
+    parts = (_SOURCE.read_bytes(), version("torch").encode(), os.fsencode(torch))
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    built = cache_directory() / "rehearsal" / f"pretended-{digest}.so"
+    if built.exists():
+        return built
+    chosen = os.environ.get("CXX")
+    names = (chosen,) if chosen else _COMPILERS
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
+        problem = f"needs a C++ compiler, and this machine has none ({', '.join(names)})"
+        raise UserError("rehearse", problem, "install g++, load its module, or set CXX")
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        part = Path(folder) / built.name
+        include = torch / "include"
+        command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(_SOURCE)]
+        command += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+        command += [f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
+        command += ["-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            message = shortened((errors or ["no message"])[0], 300)
+            problem = f"its library can't be built with {compiler}: {message}"
+            raise UserError("rehearse", problem, "set CXX to a compiler of C++20, such as g++ 11")
+        part.replace(built)
+    return built
+
+
+def load(built: Path) -> None:
+    """Load the library, before torch is imported: torch looks for CUDA's hooks once, while it is
+    imported, and remembers that there are none."""
+    assert "torch" not in sys.modules, "torch was imported before the pretended device"
+    ctypes.CDLL(str(built), ctypes.RTLD_GLOBAL)
+
+
+def _folder_of_torch() -> Path:
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent

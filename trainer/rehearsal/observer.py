@@ -1,0 +1,190 @@
+"""What a rank's steps do with the device: bytes that live, operations, collectives, and waits.
+
+Invariant: sees each operation that torch dispatches while the mode is on, also in the backward
+pass, and changes nothing but values that the host reads, which fake tensors don't have.
+"""
+
+import weakref
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from forescale.rehearsal.device import Waits, place
+
+_BLOCK = 512  # bytes: what CUDA's caching allocator rounds each request up to
+_LARGE = 1 << 20  # bytes of a tensor whose place is looked up
+# What c10d's operations do, by the argument whose bytes are those of the whole tensors, of an
+# all-to-all those of one rank.
+_COLLECTIVES = {
+    "allreduce_": ("all_reduce", 0),
+    "allreduce_coalesced_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 0),
+    "alltoall_": ("all_to_all", 0),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "barrier": ("barrier", -1),
+}
+_VALUES = {torch.bool: False}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Memory of the device that lives. phase: of the step in which it was made."""
+
+    size: int
+    phase: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    place: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An operation: its FLOPs, and the bytes that it reads and writes."""
+
+    name: str
+    flops: int
+    bytes: int
+
+
+class Observer(TorchDispatchMode):
+    """Watches operations. `phase` names the part of the step; `live` and `peak` are in bytes."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, waits: Waits):
+        super().__init__()
+        self.waits = waits
+        self.phase = "build"
+        self.live, self._count = 0, 0
+        self._living: dict[int, tuple[int, Allocation]] = {}  # by storage: begin
+        self.reset()
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Return True: torch's compiler leaves alone what runs in other modes."""
+        return True
+
+    def reset(self) -> None:
+        """Forget what was counted, but not what lives."""
+        self.peaks: dict[str, int] = defaultdict(int)
+        self.peak, self.peak_phase, self._peak_at = 0, self.phase, self._count
+        self._ended: list[tuple[int, int, Allocation]] = []  # begin, end
+        self.operations: Counter[Cost] = Counter()
+        self.collectives: dict[tuple[str, int], list[int]] = {}  # kind, ranks -> bytes, calls
+
+    def at_peak(self) -> list[Allocation]:
+        """Return what lived when most bytes did, since the last reset."""
+        at = self._peak_at
+        return [each for begin, each in self._living.values() if begin <= at] + [
+            each for begin, end, each in self._ended if begin <= at < end
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {**(kwargs or {})}
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # fake tensors can't be pinned
+        schema = getattr(func, "_schema", None)
+        if schema is None:  # a higher-order operator
+            return func(*args, **kwargs)
+        space, _, name = schema.name.partition("::")
+        if name == "_local_scalar_dense":
+            return self._value(args[0])
+        if space == "c10d":
+            self._collective(name, args)
+        out = func(*args, **kwargs)
+        if name in ("_to_copy", "copy_"):
+            self._copied(name, args, kwargs, out)
+        self._account(func, schema, args, kwargs, out)
+        return out
+
+    def _value(self, tensor: Tensor) -> Any:
+        if tensor.is_cuda:
+            self.waits.add("read")
+        if tensor.dtype.is_floating_point:
+            return 1.0
+        return _VALUES.get(tensor.dtype, 0)
+
+    def _copied(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        source = args[1] if name == "copy_" else args[0]
+        target = args[0] if name == "copy_" else out
+        if source.device == target.device:
+            return
+        third = args[2] if name == "copy_" and len(args) > 2 else False
+        if not kwargs.get("non_blocking", third):
+            self.waits.add(f"copy {source.device.type} -> {target.device.type}")
+
+    def _collective(self, name: str, args: Any) -> None:
+        if not self.waits.counting or name not in _COLLECTIVES:
+            return
+        kind, at = _COLLECTIVES[name]
+        tensors = [] if at < 0 else [t for t in tree_iter(args[at]) if isinstance(t, Tensor)]
+        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
+        size = next((n for g in groups if (n := _size_of(g)) is not None), 1)
+        entry = self.collectives.setdefault((kind, size), [0, 0])
+        entry[0] += sum(t.numel() * t.element_size() for t in tensors)
+        entry[1] += 1
+
+    def _account(self, func: Any, schema: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note the memory and the cost of an operation."""
+        outputs = [t for t in tree_iter(out) if isinstance(t, Tensor) and t.is_cuda]
+        for tensor in outputs:
+            self._note(tensor)
+        if not outputs or not self.waits.counting or _is_free(func, schema):
+            return
+        inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        self.operations[Cost(schema.name, int(flops), moved)] += 1
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._living:
+            return
+        self._count += 1
+        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        where = place() if size >= _LARGE else ""
+        new = Allocation(size, self.phase, tuple(tensor.shape), tensor.dtype, where)
+        self._living[key] = self._count, new
+        self.live += size
+        weakref.finalize(storage, self._end, key)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
+        if self.live > self.peak:
+            self.peak, self.peak_phase, self._peak_at = self.live, self.phase, self._count
+
+    def _end(self, key: int) -> None:
+        begin, old = self._living.pop(key)
+        self.live -= old.size
+        # It ends before the next one begins, and so doesn't live at a peak that comes then.
+        self._ended.append((begin, self._count + 1, old))
+
+
+def _size_of(script: torch.ScriptObject) -> int | None:
+    """Return the number of ranks of a process group; None for another object."""
+    try:
+        return int(ProcessGroup.unbox(script).size())
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _is_free(func: Any, schema: Any) -> bool:
+    """True if an operation launches no kernel: a view, or memory without values."""
+    name = schema.name.partition("::")[2]
+    if name.startswith(("empty", "new_empty", "set_", "resize_", "_reshape_alias", "lift")):
+        return True
+    return func.is_view or name in ("detach", "alias", "_unsafe_view")

@@ -1,0 +1,279 @@
+"""One rank of a job on a pretended GPU, in a process of its own: builds the job's engine, makes
+steps, and answers with what was seen.
+
+    python -m forescale.rehearsal.rank < request.json
+
+Invariant: what runs is the job's own code, DeepSpeed and torch's compiler; replaced are the device,
+all values and the other ranks. The patches end with the process.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from forescale.rehearsal.gpu import Gpu
+
+STEPS = 2  # the first one makes moments, traces and graphs; the last is a steady one
+PROGRESS = "rehearsal: "  # what a line of progress on standard error begins with
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rank rehearses. config: the frozen RehearseJob as text; vocabulary: of the data;
+    reads_data: whether its own batches are read; micro_batches: of a step, where they are not;
+    library: see library.py; gpu: the fields of a Gpu."""
+
+    config: str
+    vocabulary: int
+    rank: int
+    micro_batches: int
+    reads_data: bool
+    library: str
+    gpu: dict[str, Any]
+
+
+def set_environment(request: Request, world: int) -> None:
+    """Set what torch and DeepSpeed read while they are imported."""
+    each = min(request.gpu["per_node"], world)
+    os.environ.update(
+        RANK=str(request.rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(request.rank % each),
+        LOCAL_WORLD_SIZE=str(each),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+        DS_ACCELERATOR="cuda",
+    )
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        os.environ.pop(name, None)
+
+
+class Rehearsal:
+    """The life of one rank. report: what it answers with; its "phase" is the place reached."""
+
+    def __init__(self, request: Request):
+        from forescale.config.frozen import thaw
+        from forescale.rehearsal.config import RehearseJob
+        from forescale.rehearsal.device import Waits, pretend
+        from forescale.rehearsal.kernels import Kernels
+        from forescale.rehearsal.observer import Observer
+
+        self.request = request
+        self.job = thaw(RehearseJob, request.config, trust=True)
+        self.size = self.job.world_size
+        gpu = Gpu(**request.gpu | {"capability": tuple(request.gpu["capability"])})
+        self.waits = Waits()
+        pretend(gpu, self.waits)
+        self.observer = Observer(self.waits)
+        self.kernels = Kernels(gpu, self.observer)
+        self.report: dict[str, Any] = {"rank": request.rank, "phase": "start"}
+
+    def run(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self._join()
+        with FakeTensorMode(allow_non_fake_inputs=True), self.observer:
+            say("building the engine")
+            self._build()
+            batches = self._batches()
+            for step in range(STEPS):
+                began = time.monotonic()
+                self._step(step, next(batches))
+                say(f"step {step + 1} of {STEPS}: {time.monotonic() - began:.0f} s")
+            self.waits.counting = False
+            self._answer()
+
+    def _mark(self, phase: str) -> None:
+        self.observer.phase = phase
+        self.report["phase"] = phase
+
+    def _join(self) -> None:
+        import torch.distributed as dist
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        self._mark("join")
+        dist.init_process_group(
+            "fake", rank=self.request.rank, world_size=self.size, store=FakeStore()
+        )
+
+    def _build(self) -> None:
+        from forescale.engine import world
+        from forescale.engine.build import build_engine, partition_of
+        from forescale.engine.compilation import compilation
+        from forescale.engine.deepspeed_config import deepspeed_config
+        from forescale.engine.determinism import use_kernels
+        from forescale.train.model import adapting, build_model, freeze
+
+        job, size = self.job, self.size
+        self._mark("build")
+        world.set_environment()
+        use_kernels(job.train.deterministic, True)
+        world.compare_nothing()
+        self.world = world.join(deepspeed_config(job, size), size, 60.0, job.mesh(size))
+        model = build_model(
+            job, self.request.vocabulary, adapting(job, partition_of(job, self.world))
+        )
+        freeze(job, model)
+        self.engine = build_engine(self.world, model, job)
+        self.engine.mark = self._mark
+        named = [*self.engine.module.named_parameters(), *self.engine.module.named_buffers()]
+        self.report["on_host"] = [n for n, t in named if t.numel() and t.device.type != "cuda"]
+        chosen = compilation(job, size, "cuda")
+        self.report["compiled"] = chosen.enabled
+        if chosen.enabled:
+            self.engine.compile(chosen.by_part, chosen.budget, self._backend())
+
+    def _backend(self) -> str:
+        """Return the backend of torch.compile: Inductor where it can have Triton's kernels."""
+        import torch
+
+        from forescale.models.mixers import masks
+        from forescale.rehearsal.kernels import WITHOUT_TRITON
+
+        if self.job.rehearse.has_kernels:
+            self.kernels.use()
+            return "inductor"
+        compiler: Any = partial(torch.compile, backend=WITHOUT_TRITON)
+        masks._compiled = compiler
+        return WITHOUT_TRITON
+
+    def _step(self, step: int, batch: Any) -> None:
+        if step == STEPS - 1:
+            self.waits.counting = True
+            self.observer.reset()
+        self._mark("data")
+        facts = self.engine.train_step(batch, 1.0)
+        self._mark("summary")
+        first, count = batch.micro[0].index, len(batch.micro) * self.world.data.size
+        self.world.share(step, facts.losses, first, count, 0, False, False, facts.extra)
+        for _ in self.world.summaries(behind=1):
+            pass
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield the job's own batches, or some of the same shapes."""
+        if not self.request.reads_data:
+            yield from (self._batch(step) for step in range(STEPS))
+            return
+        from forescale.config.sections.ramp import length_ramp
+        from forescale.data.stream import StepShare, stream
+        from forescale.run.feed import feed_of
+        from forescale.run.start import open_sources
+
+        job, fed = self.job, self.world.data
+        share = StepShare(job.train.global_batch, job.train.micro_batch, fed.rank, fed.size)
+        yield from stream(
+            feed_of(job, open_sources(job.data)),
+            share,
+            range(STEPS),
+            0,
+            workers=0,
+            pin=True,
+            length=length_ramp(job).length,
+            windows=job.batch_ramp.windows,
+        )
+
+    def _batch(self, step: int) -> Any:
+        import torch
+
+        from forescale.data.stream import MicroBatch
+
+        job, micro = self.job, []
+        shape = (job.rows_at_once, job.train.sequence_length)
+        first = self.world.data.rank * self.request.micro_batches
+        for i in range(self.request.micro_batches):
+            tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+            documents = torch.zeros(shape, dtype=torch.int32) if job.data.document_mask else None
+            micro.append(MicroBatch(first + i, tokens, targets, documents).pinned())
+        targets_of_step = shape[0] * shape[1] * len(micro) * self.world.data.size
+        return SimpleNamespace(step=step, targets=targets_of_step, micro=micro)
+
+    def _answer(self) -> None:
+        observer = self.observer
+        living = observer.at_peak()
+        by_phase: dict[str, int] = {}
+        for each in living:
+            by_phase[each.phase] = by_phase.get(each.phase, 0) + each.size
+        self.report |= {
+            "phase": "done",
+            "between_bytes": observer.live,
+            "peak_bytes": observer.peak,
+            "peak_phase": observer.peak_phase,
+            "peaks": dict(observer.peaks),
+            "at_peak": by_phase,
+            "largest": [
+                asdict(each) | {"dtype": str(each.dtype).removeprefix("torch.")}
+                for each in sorted(living, key=lambda each: -each.size)[:12]
+            ],
+            "collectives": [
+                {"kind": kind, "ranks": ranks, "bytes": payload, "calls": calls}
+                for (kind, ranks), (payload, calls) in sorted(observer.collectives.items())
+            ],
+            "waits": [
+                {"kind": kind, "place": where, "times": times}
+                for (kind, where), times in self.waits.places.most_common()
+            ],
+            "operations": [asdict(cost) | {"times": n} for cost, n in observer.operations.items()],
+            **(self.kernels.report() if self.report["compiled"] else {}),
+        }
+
+
+def say(text: str) -> None:
+    """Write a line of progress for the process that reads this one."""
+    print(f"{PROGRESS}{text}", file=sys.stderr, flush=True)
+
+
+_USER_CODE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    """Return what an error says, and the line of the job's code that it comes from."""
+    text = str(error).partition("\n\nfrom user code:")
+    inside = _USER_CODE.findall(text[2])
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    skipped = ("/torch/", "/rehearsal/", "/runpy.py")
+    known = [f for f in frames if not any(part in f[0] for part in skipped)]
+    file, line = (inside or known or frames)[-1]
+    kind = type(error.__cause__ or error).__name__ if inside else type(error).__name__
+    return {
+        "kind": kind,
+        "text": " ".join(text[0].split())[:600],
+        "place": f"{file}:{line}",
+        "traceback": traceback.format_exc(limit=-25),
+    }
+
+
+def main() -> None:
+    """Answer the request on standard input with a report, as JSON on standard output."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # DeepSpeed prints
+    request = Request(**json.load(sys.stdin))
+    from forescale.config.frozen import thaw
+    from forescale.rehearsal.config import RehearseJob
+    from forescale.rehearsal.library import load
+
+    world = thaw(RehearseJob, request.config, trust=True).world_size
+    set_environment(request, world)
+    load(Path(request.library))
+    rehearsal = Rehearsal(request)
+    try:
+        rehearsal.run()
+    except Exception as e:
+        rehearsal.report["error"] = _failure(e)
+    text = json.dumps(rehearsal.report)
+    with open(answer, "w") as f:
+        f.write(text)
+        f.flush()
+    os._exit(0)  # what DeepSpeed does at exit needs the other ranks
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A job's steps on pretended GPUs, rank by rank, beside what its plan says of the same steps.
+
+Invariant: the job that is rehearsed differs from the job as given in the number of micro-batches of
+a step alone, and the plan beside it is the plan of the same job.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from forescale.config.frozen import freeze
+from forescale.config.schema import Problem
+from forescale.ground.errors import UserError, shortened
+from forescale.plan.config import PlanJob
+from forescale.plan.plan import Plan
+from forescale.rehearsal.config import RehearseJob
+from forescale.rehearsal.gpu import gpu_of
+from forescale.rehearsal.library import library
+from forescale.rehearsal.rank import PROGRESS, Request
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What was seen of some ranks. plan: of the job with the micro-batches that were rehearsed;
+    accumulation: those of a rank in a step of the job as given; seconds: that it took."""
+
+    plan: Plan
+    accumulation: int
+    reports: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in a rehearsed step."""
+        return _accumulation(self.plan.job)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What would end the job."""
+        return [p for report in self.reports for p in _problems(report)]
+
+
+def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehearsed:
+    """Return what the ranks of a plan's job do, of which each is a process of its own.
+
+    plan: of a RehearseJob without problems; plan_of: returns the plan of another. say: receives sentences about the progress. Raises
+    UserError if this machine can't pretend a GPU.
+    """
+    began, whole = time.monotonic(), cast(RehearseJob, plan.job)
+    built = library()
+    short = shortened_job(whole)
+    beside = plan_of(short)
+    job = cast(RehearseJob, beside.job)
+    gpu = gpu_of(job.machine.name, job.machine.memory_bytes or 0, job.per_node)
+    assert gpu is not None
+    reads = beside.sources is not None and not job.objective.are_preferences
+    reports = []
+    for rank in job.rehearse.ranks:
+        request = Request(
+            freeze(job), plan.vocab_size, rank, _accumulation(job), reads, str(built), asdict(gpu)
+        )
+        reports.append(_rank(request, say))
+    return Rehearsed(beside, _accumulation(whole), reports, time.monotonic() - began)
+
+
+def _accumulation(job: PlanJob) -> int:
+    """Return the micro-batches of a rank in a step."""
+    groups = job.mesh(job.world_size).data
+    return job.train.global_batch // (job.train.micro_batch * groups)
+
+
+def shortened_job(job: RehearseJob) -> RehearseJob:
+    """Return a job with fewer micro-batches in a step, and gradients of the same number format."""
+    groups = job.mesh(job.world_size).data
+    most = job.rehearse.micro_batches
+    if _accumulation(job) <= most or job.batch_ramp.lengths:
+        return job
+    batch = most * groups * job.train.micro_batch
+    in_fp32 = job.adds_in_fp32(job.world_size)
+    train = replace(job.train, global_batch=batch)
+    engine = replace(job.engine, gradient_dtype="fp32" if in_fp32 else "precision")
+    return replace(job, train=train, engine=engine)
+
+
+def _rank(request: Request, say: Say) -> dict[str, Any]:
+    """Return the report of a rank."""
+    command = [sys.executable, "-P", "-m", "forescale.rehearsal.rank"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stderr is not None
+    assert process.stdout is not None
+    last = ""
+    try:
+        process.stdin.write(json.dumps(asdict(request)))
+        process.stdin.close()
+        for line in process.stderr:
+            if line.startswith(PROGRESS):
+                say(f"rank {request.rank}: {line.removeprefix(PROGRESS).strip()}")
+            elif line.strip():
+                last = line.strip()
+        text = process.stdout.read()
+        code = process.wait()
+    finally:
+        process.kill()
+    if code:
+        problem = (
+            f"the process of rank {request.rank} ended with code {code}: {shortened(last, 200)}"
+        )
+        raise UserError("rehearse", problem, "see whether it has the memory that it needs")
+    report: dict[str, Any] = json.loads(text)
+    return report
+
+
+def _problems(report: dict[str, Any]) -> list[Problem]:
+    problems, where = [], f"rank {report['rank']}"
+    if error := report.get("error"):
+        place = _from_here(error["place"])
+        text = f"in {report['phase']}, at {place}: {error['kind']}: {shortened(error['text'], 300)}"
+        todo = "mend the line; --json has the whole traceback"
+        problems.append(Problem(where, text, todo))
+    if names := report.get("on_host"):
+        text = f"{len(names)} tensors of the model stay on the host, such as {names[0]}"
+        problems.append(Problem(where, text, "make them parameters or buffers of the model"))
+    return problems
+
+
+def _from_here(place: str) -> str:
+    """Return a file and line, relative to this directory where that is shorter."""
+    here = f"{Path.cwd()}/"
+    return place.removeprefix(here)

@@ -1,0 +1,239 @@
+"""What a rehearsal has seen, as tables for the terminal, for a page and for programs.
+
+Invariant: a number of the plan that the rehearsal contradicts by over 5 % has its reason beside it.
+"""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+
+from forescale.config.schema import plain
+from forescale.ground.console import open_console, span
+from forescale.plan.blocks import (
+    Block,
+    Row,
+    bytes_text,
+    flops_text,
+    in_unit,
+    print_blocks,
+    sections_of,
+)
+from forescale.rehearsal.rehearsal import Rehearsed
+
+NEAR = 0.05  # of what is planned
+_WIDEST = 56  # characters of a name
+_LAUNCH = 5e-6  # seconds of the host for each launch, at least
+_SMALL = 1 << 16  # bytes a step: the norm, the summary and counters, which the plan leaves out
+_NO_KERNELS = ", their operations one by one; with pip install 'forescale[rehearsal]' their kernels"
+ONLY_A_GPU = (
+    "Only a GPU shows: values, the speed of kernels and links, NCCL, fragmentation of memory, "
+    "faults of hardware."
+)
+
+
+def show(rehearsed: Rehearsed) -> None:
+    """Print what was seen."""
+    console = open_console()
+    console.print(f"[bold]{escape(title(rehearsed))}[/]")
+    for report in rehearsed.reports:
+        console.print(escape(_summary(rehearsed, report)), soft_wrap=True)
+        print_blocks(console, blocks(rehearsed, report))
+    console.print(ONLY_A_GPU, soft_wrap=True)
+    console.file.flush()
+
+
+def page(rehearsed: Rehearsed, command: Sequence[str]) -> str:
+    """Return it as an HTML page. command: the command line that made it."""
+    from forescale.pages.document import Section, code, render  # with numpy, which is slow
+
+    sections = []
+    for report in rehearsed.reports:
+        sections.append(Section("rank", f"Rank {report['rank']}",
+                                after=[_summary(rehearsed, report)]))  # fmt: skip
+        sections += sections_of(blocks(rehearsed, report))
+    sections.append(Section("limits", "What it can't show", after=[ONLY_A_GPU]))
+    lead = [code(shlex.join(command))]
+    return render(title=f"Rehearsal of {title(rehearsed)}", lead=lead, sections=sections)
+
+
+def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
+    """Return all that was seen, and what was planned, as plain values."""
+    return {
+        "problems": [p._asdict() for p in rehearsed.problems],
+        "config": plain(rehearsed.plan.job),
+        "micro_batches": rehearsed.micro_batches,
+        "accumulation": rehearsed.accumulation,
+        "seconds": rehearsed.seconds,
+        "planned": {
+            "memory_bytes": planned_memory(rehearsed),
+            "collectives": [vars(c) for c in rehearsed.plan.chosen.traffic],
+            "computing_seconds": rehearsed.plan.chosen.step.computing,
+        },
+        "ranks": rehearsed.reports,
+        "limits": ONLY_A_GPU,
+    }
+
+
+def title(rehearsed: Rehearsed) -> str:
+    plan, of = rehearsed.plan, ""
+    if rehearsed.micro_batches < rehearsed.accumulation:
+        of = f", {rehearsed.micro_batches} of {rehearsed.accumulation} micro-batches of a step"
+    job = plan.job
+    return (
+        f"{job.run.directory} on {plan.world:,} {plan.machine.name}: {plan.chosen.name}, "
+        f"{job.precision.label}, {job.optimizer.kind}{of}"
+    )
+
+
+def _summary(rehearsed: Rehearsed, report: dict[str, Any]) -> str:
+    rank, world = report["rank"], rehearsed.plan.world
+    if "error" in report:
+        return f"Rank {rank} of {world:,} would fail in its {report['phase']}."
+    how = "uncompiled"
+    if report["compiled"]:
+        how = f"{report['graphs']} compiled graphs"
+        kernels = len(report["kernels"])
+        how += f", {kernels} kernels assembled" if kernels else _NO_KERNELS
+    return f"Rank {rank} of {world:,} was built and made its steps ({how})."
+
+
+def blocks(rehearsed: Rehearsed, report: dict[str, Any]) -> list[Block]:
+    """Return what was seen of a rank."""
+    if "error" in report:
+        return []
+    return [
+        _memory(rehearsed, report),
+        _largest(report),
+        _collectives(rehearsed, report),
+        _waits(report),
+        _operations(rehearsed, report),
+        *([_kernels(report)] if report.get("kernels") else []),
+    ]
+
+
+def planned_memory(rehearsed: Rehearsed) -> dict[str, int]:
+    """Return the bytes that the plan counts between steps, and at the most in the passes and in the
+    update."""
+    memory, stage = rehearsed.plan.chosen.memory, rehearsed.plan.job.engine.stage
+    states = memory.states
+    # At stage 3 the partition of the gradients and the bucket are made once, and stay.
+    stays = states.gradients + states.buckets if stage == 3 else 0
+    return {
+        "between steps": states.steady + stays,
+        "most in forward and backward": memory.at_backward,
+        "most in the update": states.updating,
+    }
+
+
+def rehearsed_memory(report: dict[str, Any]) -> dict[str, int]:
+    """Return the same of a rank that was rehearsed."""
+    peaks = report["peaks"]
+    return {
+        "between steps": report["between_bytes"],
+        "most in forward and backward": max(peaks.get("forward", 0), peaks.get("backward", 0)),
+        "most in the update": peaks.get("update", 0),
+    }
+
+
+def _memory(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
+    memory, rows = rehearsed.plan.chosen.memory, []
+    states, at, actual = memory.states, report["at_peak"], rehearsed_memory(report)
+    for label, planned in planned_memory(rehearsed).items():
+        difference = f"{actual[label] / planned - 1:+.1%}" if planned else ""
+        values = [in_unit(actual[label], "GiB"), in_unit(planned, "GiB"), difference]
+        rows.append(Row("", label, values))
+    after = []
+    if abs(report["peak_bytes"] / memory.peak - 1) > NEAR:
+        counted = (memory.activations.total if memory.activations else 0) + states.gathered
+        after.append(
+            f"At the peak {bytes_text(at.get('forward', 0))} were made in the forward pass, where "
+            f"the plan counts {bytes_text(counted)} of activations, logits and gathered weights; "
+            f"{bytes_text(at.get('backward', 0))} in the backward pass, where it counts "
+            f"{bytes_text(states.gradients + states.buckets)} of gradients and buckets."
+        )
+    columns = ("rehearsed", "planned", "difference")
+    return Block("Memory, GiB", rows, columns, after=after)
+
+
+def _largest(report: dict[str, Any]) -> Block:
+    rows = []
+    for each in report["largest"]:
+        shape = " x ".join(f"{n:,}" for n in each["shape"])
+        where = _cut(each["place"])
+        values = [in_unit(each["size"], "MiB"), each["dtype"], each["phase"], where]
+        rows.append(Row("", shape, values))
+    return Block(f"Largest tensors at the peak ({report['peak_phase']})", rows,
+                 ("MiB", "type", "made in", "by"))  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+
+
+def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
+    planned: dict[tuple[str, int], list[int]] = {}
+    for c in rehearsed.plan.chosen.traffic:
+        entry = planned.setdefault((c.kind, c.ranks), [0, 0])
+        entry[0], entry[1] = entry[0] + c.payload, entry[1] + c.calls
+    rows, counted = [], {(c["kind"], c["ranks"]): c for c in report["collectives"]}
+    for kind, ranks in sorted(counted.keys() | planned.keys()):
+        one = counted.get((kind, ranks), {"bytes": 0, "calls": 0})
+        expected, calls = planned.get((kind, ranks), (0, 0))
+        difference = one["bytes"] - expected
+        text = "yes" if difference == 0 else f"{difference:+,}"
+        if 0 < difference < _SMALL:
+            text = f"yes, and {difference:,} of norm and summary"
+        values = [f"{one['calls']:,}", f"{one['bytes']:,}", f"{calls:,}", f"{expected:,}", text]
+        rows.append(Row("", f"{kind} of {ranks:,}", values))
+    columns = ("calls", "bytes", "calls planned", "bytes planned", "equal")
+    return Block("Collectives of a step", rows, columns)
+
+
+def _waits(report: dict[str, Any]) -> Block:
+    rows = [Row("", w["place"], [w["kind"], w["times"]]) for w in report["waits"]]
+    after = [] if rows else ["The host never waits for the device."]
+    return Block("Waits of the host in a step", rows, ("for", "times"), after=after)
+
+
+def _operations(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
+    plan, machine = rehearsed.plan, rehearsed.plan.machine
+    peak = machine.peak_fp32 if plan.job.precision.kind == "fp32" else machine.peak_bf16
+    flops_speed, bytes_speed = (peak or 0) * machine.efficiency, machine.memory_bandwidth
+    timed: dict[str, list[float]] = {}
+    for one in report["operations"]:
+        seconds = one["flops"] / flops_speed if flops_speed else 0.0
+        seconds = max(seconds, one["bytes"] / bytes_speed if bytes_speed else 0.0)
+        entry = timed.setdefault(one["name"], [0.0, 0, 0, 0])
+        for i, value in enumerate((seconds, 1, one["flops"], one["bytes"])):
+            entry[i] += value * one["times"]
+    launches = sum(int(entry[1]) for entry in timed.values())
+    total = sum(entry[0] for entry in timed.values())
+    rows = [
+        Row("", _cut(name), [f"{1e3 * s:,.2f}", f"{n:,.0f}", flops_text(f), bytes_text(b)])
+        for name, (s, n, f, b) in sorted(timed.items(), key=lambda item: -item[1][0])[:10]
+    ]
+    compute = plan.chosen.step.computing
+    planned = f"; the plan's law has {span(compute)} of computation" if compute else ""
+    after = [
+        f"{launches:,} launches; {span(total)} by the roofline of {machine.name} (the longer of "
+        f"bytes and products, one after the other){planned}. The host needs "
+        f"{span(launches * _LAUNCH)} at {1e6 * _LAUNCH:.0f} us a launch."
+    ]
+    columns = ("ms", "launches", "products", "moved")
+    return Block("Most expensive operations of a step", rows, columns, after=after)
+
+
+def _kernels(report: dict[str, Any]) -> Block:
+    kernels = report["kernels"]
+    worst = sorted(kernels, key=lambda k: (-k.get("stack", 0), -k.get("registers", 0)))[:5]
+    rows = [
+        Row("", _cut(k["name"]), [k["runs"], k.get("registers", "?"), k.get("stack", "?"),
+                            f"{k['shared']:,}"])
+        for k in worst
+    ]  # fmt: skip
+    after = [f"The compiler breaks a graph: {why}." for why in report["breaks"]]
+    columns = ("runs", "registers", "spilled, bytes", "shared, bytes")
+    return Block(f"Kernels ({len(kernels)} assembled), those that need most", rows, columns,
+                 after=after)  # fmt: skip

@@ -1,0 +1,56 @@
+"""`forescale rehearse`: make a job's own steps on GPUs that aren't there."""
+
+import json
+import sys
+from functools import partial
+
+from forescale.checkpoint.reader import newest_step
+from forescale.config.job import overrides_of
+from forescale.config.schema import ConfigError
+from forescale.ground.errors import DONE
+from forescale.ground.storage import write_output
+from forescale.plan.config import page_path
+from forescale.plan.plan import Plan
+from forescale.rehearsal.config import RehearseJob
+from forescale.rehearsal.rehearsal import rehearse
+from forescale.rehearsal.rows import as_json, page, show
+from forescale.run.command import job_of
+
+JOB = RehearseJob
+EXAMPLES = (
+    "rehearse recipe=llama-7b engine=zero3 plan.gpus=64",
+    "rehearse recipe=llama-1b plan.gpus=8 rehearse.ranks=[0,7]   (the first and the last rank)",
+    "rehearse run.name=big plan.gpus=64 plan.to=rehearsal.html   (a run that exists; a page)",
+    "rehearse model.mixer=window model.mixer.window=256 plan.gpus=8 --json",
+)
+
+
+def main(words: list[str]) -> int:
+    """Print what was seen and return 0.
+
+    Raises ConfigError (exit code 2) with the problems of the plan before anything is rehearsed, and
+    with those of the rehearsal after its tables.
+    """
+    notes: list[str] = []
+    job = job_of(RehearseJob, overrides_of(RehearseJob, words), notes=notes)
+    to = page_path(job)
+    plan = Plan(job, newest_step)
+    if plan.problems:
+        raise ConfigError(plan.problems)
+    for note in notes:
+        say(note)
+    rehearsed = rehearse(plan, partial(Plan, newest=newest_step), say)
+    if job.plan.json:
+        json.dump(as_json(rehearsed), sys.stdout, indent=2)
+        print()
+    else:
+        show(rehearsed)
+    if to is not None:
+        write_output(to, page(rehearsed, ["forescale", "rehearse", *words]).encode())
+    if rehearsed.problems:
+        raise ConfigError(rehearsed.problems)
+    return DONE
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
