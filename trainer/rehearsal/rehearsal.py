@@ -50,8 +50,8 @@ class Rehearsed:
 def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehearsed:
     """Return what the ranks of a plan's job do, of which each is a process of its own.
 
-    plan: of a RehearseJob without problems; plan_of: returns the plan of another. say: receives sentences about the progress. Raises
-    UserError if this machine can't pretend a GPU.
+    plan: of a RehearseJob without problems; plan_of: returns the plan of another. say: receives
+    sentences about the progress. Raises UserError if this machine can't pretend a GPU.
     """
     began, whole = time.monotonic(), cast(RehearseJob, plan.job)
     built = library()
