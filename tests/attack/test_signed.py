@@ -1,19 +1,24 @@
-"""Values of a wrong type in the metadata of a run whose checksums agree with them, as a stranger or
-a faulty writer can make them: every verb that reads them ends with code 0 or 2, with one sentence
-and no traceback, and a list of runs still shows the others.
+"""Values of a wrong type in the metadata of a run, a dataset or a study whose checksums agree with
+them, as a stranger or a faulty writer can make them: every verb that reads them ends with code 0 or
+2, with one sentence and no traceback, a list of runs still shows the others, and no page runs a
+script of theirs.
 
-All verbs run in this process. The fast test takes a few values of each file, the slow one hundreds.
+All verbs run in this process. The fast tests take a few values of a file, the slow ones hundreds.
 """
 
 import copy
+import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from forescale import cli
 from forescale.checkpoint.reader import newest_complete
 from forescale.ground.errors import UserError
 from forescale.ground.storage import (
@@ -21,25 +26,29 @@ from forescale.ground.storage import (
     read_json,
     read_table,
     write_checked_json,
+    write_file,
     write_json,
     write_table,
 )
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Run
+from forescale.run.forecast import hash_of
 from forescale.run.history import Saved, expect_whole, history_of
 from forescale.run.rows import RowWriter, read_rows
 from forescale.run.start import start
 from tests.attack import test_small_files
 from tests.attack.test_small_files import HEAVY, LIGHT
 from tests.questions import rows, write_rows
+from tests.trainer.scaling.conftest import fake_training  # noqa: F401
 from tests.trainer.small_run import make_job
 
 exportable, two_launches = test_small_files.exportable, test_small_files.run
 DEEP: list = []
 for _ in range(300):
     DEEP = [DEEP]
-WRONG = (None, True, "x", "", [], {}, [None], {"x": 1}, -1, 1.5, 1e400, 10**30, 2**62, DEEP)
+HOSTILE = "<img src=x onerror=alert(1)>\x1b[2J"
+WRONG = (None, True, HOSTILE, "", [], {}, [None], {"x": 1}, -1, 1.5, 1e400, 10**30, 2**62, DEEP)
 FILES = (
     "checkpoints/step-00000004/state.json",
     "run.json",
@@ -54,6 +63,26 @@ VERBS = (
     ("average", "small", "run.name=mean", "last=1"),
     ("status", "small", "--json"),
     ("finetune", "small", "data=chat.jsonl", "run.name=tuned", "prepare_only=true"),
+)
+OF_DATASET = (
+    ("check", "dataset"),
+    ("shards", "show", "dataset"),
+    ("plan", "data.path=dataset", "train.sequence_length=32", "machine=cpu"),
+)
+OF_STUDY = (
+    *(("study", action, "study=a") for action in ("status", "sync", "records", "launch", "score")),
+    ("study", "fit", "study=a"),
+    ("study", "exclude", "study=a", "cells=[n0-x1]", "why=heat"),
+    ("study", "predict", "study=a", "target.run=b", "target.parameters=9e4", "target.tokens=3e6"),
+    ("study", "report", "study=a"),
+)
+STUDY_FILES = ("plan.json", "study.yaml", "events.jsonl", "forecasts/0001.json",
+               "forecasts/0001.outcome.json")  # fmt: skip
+LIST = ("plan.kind=list", "plan.runs=[[1e4,1e5],[2e4,1e5],[4e4,1e5]]", "plan.cap=1e13")
+PLAN = (
+    *("plan.kind=ladder", "plan.ladder=[1e4,2e4,4e4]", "plan.multiples=[0.5,1]", "plan.cap=1e13"),
+    *("plan.seeds=[2,1]", "plan.sequence_length=32", "form=shared-exponent", "bootstraps=100"),
+    *("near=null", "target.parameters=6e4", "target.tokens=3e6"),
 )
 
 
@@ -98,22 +127,31 @@ class Signed:
         self.path, self.rows = path, read_rows(path) if path.suffix == ".jsonl" else []
         self.last = {row["kind"]: n for n, row in enumerate(self.rows)}
         self.content = {kind: self.rows[n] for kind, n in self.last.items()}
-        self.content = self.content or read_json(path)
+        self.content = self.content or self.read()
         table = path.with_name("files.json")
         self.before = {p: p.read_bytes() for p in (path, table) if p.exists()}
+
+    def read(self) -> Any:
+        is_yaml = self.path.suffix == ".yaml"
+        return yaml.safe_load(self.path.read_bytes()) if is_yaml else read_json(self.path)
 
     def restore(self) -> None:
         for path, raw in self.before.items():
             path.write_bytes(raw)
 
     def write(self, value: Any) -> None:
-        if self.path.name == "state.json":
+        if self.path.name in ("state.json", "manifest.json", "origins.json"):
             table = read_table(self.path.parent)
-            table["state.json"] = write_json(self.path, value)
+            table[self.path.name] = write_json(self.path, value)
             write_table(self.path.parent, table)
+        elif self.path.suffix == ".yaml":
+            write_file(self.path, yaml.safe_dump(value).encode())
+        elif self.path.parent.name == "forecasts" and self.path.stem.isdigit():
+            signed = {**value, "hash": hash_of(value)} if isinstance(value, dict) else value
+            write_json(self.path, signed)
         elif self.rows:
             self.write_rows(value if isinstance(value, dict) else {})
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and self.path.name not in ("plan.json", "0001.outcome.json"):
             write_checked_json(self.path, value)
         else:
             write_json(self.path, value)
@@ -178,32 +216,44 @@ def faults_of(forescale, words: tuple[str, ...]) -> Iterator[str]:
     lines = [line for line in err.splitlines() if line.startswith("forescale: ")]
     if code == 2 and words[0] != "check" and len(lines) != 1:
         yield f"has no one sentence: {err[-300:]!r}"
+    for page in Path().rglob("*.html"):
+        if "<img src=x" in page.read_text(errors="replace"):
+            yield "runs a stranger's script"
+        page.unlink()
     if words == ("status",) and (code or "other" not in out):
         yield f"hides the other run: {out} {err}"
 
 
-def attack(forescale, run: Run, file: str, number: int, verbs: int) -> None:
+def attack(
+    forescale, file: Path, number: int, count: int, verbs: tuple = VERBS,
+    train: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
     """Meet `number` changes of a file, each with some verbs in turn, and resumption."""
-    signed, faults = Signed(run.path / file), []
-    data = read_json(run.identity)["dataset"]["path"]
+    signed, faults = Signed(file), []
     every = mutations(signed.content)
-    for n, (path, wrong) in enumerate(random.Random(file).sample(every, min(number, len(every)))):
+    chosen = random.Random(str(file)).sample(every, min(number, len(every)))
+    for n, (path, wrong) in enumerate(chosen):
         signed.write(changed(signed.content, path, *wrong))
         where = f"{file}: {'.'.join(map(str, path))} = {repr(wrong)[1:30]}"
-        for i in range(verbs):
-            words = VERBS[(n + 3 * i) % len(VERBS)]
-            faults += [f"{where}: {words[0]} {fault}" for fault in faults_of(forescale, words)]
+        for i in range(count):
+            words = verbs[(n + 3 * i) % len(verbs)]
+            faults += [f"{where}: {words[:2]} {fault}" for fault in faults_of(forescale, words)]
         try:
-            resume(run, data)
+            train()
         except Exception as e:
             faults.append(f"{where}: train raised {type(e).__name__}: {e}")
         signed.restore()
     assert not faults, "\n".join(faults)
 
 
+def attack_run(forescale, run: Run, file: str, number: int, count: int) -> None:
+    data = read_json(run.identity)["dataset"]["path"]
+    attack(forescale, run.path / file, number, count, train=partial(resume, run, data))
+
+
 @pytest.mark.parametrize("file", [FILES[0], FILES[-2]])
 def test_a_few_wrong_values_with_right_checksums(attacked, forescale, file):
-    attack(forescale, attacked, file, 6, 1)
+    attack_run(forescale, attacked, file, 6, 1)
 
 
 @pytest.mark.slow  # some thousand commands
@@ -211,4 +261,97 @@ def test_a_few_wrong_values_with_right_checksums(attacked, forescale, file):
 def test_wrong_values_with_right_checksums_end_in_a_sentence_in_every_verb(
     attacked, forescale, file
 ):
-    attack(forescale, attacked, file, 40, 4)
+    attack_run(forescale, attacked, file, 40, 4)
+
+
+@pytest.fixture
+def dataset(small_data, tmp_path, monkeypatch) -> Path:
+    """A copy of a dataset in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(small_data, "dataset"))
+
+
+def test_a_few_wrong_values_in_a_manifest(dataset, forescale):
+    attack(forescale, dataset / "manifest.json", 20, 1, OF_DATASET)
+
+
+@pytest.mark.slow  # some hundred commands
+@pytest.mark.parametrize("file", ["manifest.json", "origins.json"])
+def test_wrong_values_in_a_dataset_end_in_a_sentence(dataset, forescale, file):
+    attack(forescale, dataset / file, 120, 3, OF_DATASET)
+
+
+def plan(small_data: Path, *words: str) -> Path:
+    data = f"data.path={small_data}"
+    assert cli.main(["study", "plan", "study=a", *words, "--", data, "optimizer=adamw"]) == 0
+    return Path("studies/a")
+
+
+@pytest.fixture
+def planned(small_data, tmp_path, monkeypatch) -> Path:
+    """A study that was planned in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    return plan(small_data, *LIST)
+
+
+@pytest.fixture(scope="module")
+def whole(small_data, tmp_path_factory, fake_training) -> Path:  # noqa: F811
+    """The folder of a study that was launched to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("studies"))
+        study = plan(small_data, *PLAN)
+        assert cli.main(["study", "launch", "study=a", "launch.target=true"]) == 0
+        return study.absolute()
+
+
+def test_a_few_wrong_values_in_a_plan(planned, forescale):
+    attack(forescale, planned / "plan.json", 20, 1, OF_STUDY[:3])
+
+
+@pytest.mark.slow  # some hundred commands
+@pytest.mark.parametrize("file", STUDY_FILES)
+def test_wrong_values_in_a_study_end_in_a_sentence(whole, tmp_path, monkeypatch, forescale, file):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, "studies/a", symlinks=True)
+    attack(forescale, Path("studies/a", file), 40, 2, OF_STUDY)
+
+
+def test_a_stored_study_writes_nothing_outside_of_itself(
+    planned,
+    forescale,
+    fake_training,  # noqa: F811
+):
+    """Neither by a key of its settings, nor by a link in place of a file that is added to."""
+    safe = Path("safe")
+    safe.write_text("as it was\n")
+    settings = planned / "study.yaml"
+    settings.write_text(settings.read_text().replace("to: null", f"to: {safe.absolute()}"))
+    forescale("study", "report", "study=a")
+    (planned / "logs").mkdir()
+    for file in (planned / "logs/r0.log", planned / "events.jsonl"):
+        file.unlink(missing_ok=True)
+        file.symlink_to(safe.absolute())
+        code, _, err = forescale("study", "launch", "study=a")
+        assert (code, str(file) in err) == (2, True)
+        file.unlink()
+    assert safe.read_text() == "as it was\n"
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "hole"])
+def test_rows_in_no_file_of_lines_end_in_a_sentence(two_launches, forescale, kind):
+    for name in ("metrics.jsonl", "events.jsonl"):
+        file = two_launches.attempts()[-1].path / name
+        before = file.read_bytes()
+        file.unlink()
+        if kind == "device":
+            file.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.touch()
+            os.truncate(file, 1 << 30)
+        for words in (("status", "small"), ("report", "small", "output=page.html")):
+            code, _, err = forescale(*words)
+            assert (code, str(file) in err) == (2, True)
+        file.unlink()
+        file.write_bytes(before)

@@ -19,22 +19,25 @@ manifest each index, and the index every chunk of tokens (forescale.data.shard).
 mixture have the same tokenizer, byte for byte, so an id means the same text in each.
 """
 
+# ruff: noqa: UP013 - the types of stored values, in as many lines as they need
 import hashlib
 import json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import numpy as np
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict
 
-from forescale.data.shard import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard
+from forescale.data.shard import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard, StoredShard
 from forescale.data.tokenizer import token_bytes
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json
-from forescale.ground.storage import TABLE
+from forescale.ground.storage import TABLE, FileEntry
+from forescale.ground.typed import Count, Number, Size, TokenId, typed
 from forescale.remote.store import CACHE_BYTES, Store
 
 if TYPE_CHECKING:
@@ -45,6 +48,45 @@ __all__ = ["FORMAT", "MANIFEST", "ORIGINS", "TOKENIZER", "Damaged", "Dataset", "
 ORIGINS = "origins.json"
 SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards in conf/data/*.yaml
 _OPEN = 64  # shards of a split that are kept open at a time
+
+
+# The content of manifest.json, which prepare/writer.py writes. lengths: number of documents of 2^i
+# tokens and more; divided: of documents whose last part is held out.
+# fmt: off
+_Split = TypedDict("_Split", {
+    "tokens": Count, "documents": Count, "bytes": Count, "shards": list[StoredShard],
+})
+_Input = TypedDict("_Input", {
+    "name": str, "tokens": Count, "documents": Count, "bytes": Count, "divided": NotRequired[Count],
+})
+_Cases = TypedDict("_Cases", {"count": Count, "first": list[str]})
+_Report = TypedDict("_Report", {
+    "lengths": list[Count], "sources": list[_Input], "duplicates": dict[str, Count],
+    "left_out": dict[str, _Cases],
+}, total=False)
+_Source = TypedDict("_Source", {"kind": str}, total=False)
+_Build = TypedDict("_Build", {"source": _Source, "template": str | None}, total=False)
+_Compressor = TypedDict("_Compressor", {
+    "bits_per_byte": Number, "sample_bytes": NotRequired[Count],
+})
+_Tokenizer = TypedDict("_Tokenizer", {
+    "sha256": str, "vocab_size": Size, "end_of_text": TokenId,
+})
+_Corpus = TypedDict("_Corpus", {"sha256": str})
+_Manifest = TypedDict("_Manifest", {
+    "format": Count,
+    "dtype": Literal["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+                     ">u2", ">u4", ">u8", ">i2", ">i4", ">i8"],
+    "tokenizer": _Tokenizer,
+    "splits": dict[str, _Split],
+    "corpus": _Corpus,
+    "build": _Build, "report": _Report,
+    "baselines": NotRequired[dict[str, _Compressor | Count] | None],
+})
+_Origins = TypedDict("_Origins", {
+    "sources": list[str], "kinds": list[str], "source": list[Count], "kind": list[Count],
+})
+# fmt: on
 
 
 class Dataset:
@@ -64,31 +106,30 @@ class Dataset:
             there = "://" not in self.where and self.path.is_dir()
             problem = f"not a dataset (no {MANIFEST})" if there else "no such dataset"
             raise UserError(self.where, problem, "make one with `forescale shards`")
-        self._table = self._json(TABLE, self._store.read(TABLE))
-        self.manifest: dict[str, Any] = self._json(MANIFEST, self._verified(MANIFEST))
-        version = self.manifest.get("format")
+        self._table = self._json(dict[str, FileEntry], TABLE, self._store.read(TABLE))
+        raw = self._verified(MANIFEST)
+        version = self._json(dict[str, Any], MANIFEST, raw).get("format")
         if version != FORMAT:
             older = isinstance(version, int) and version < FORMAT
             todo = "build it again" if older else "install a newer version of forescale"
             problem = f"this version of forescale can't read its format {version}"
             raise UserError(self.where, problem, todo)
+        self.manifest: dict[str, Any] = self._json(_Manifest, MANIFEST, raw)
         self.corpus_hash: str = self.manifest["corpus"]["sha256"]
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
         self.end_of_text: int = self.manifest["tokenizer"]["end_of_text"]
 
-    def _json(self, name: str, raw: bytes) -> dict[str, Any]:
-        value = parse_json(raw, f"{self.where}/{name}")
-        if not isinstance(value, dict):
-            raise UserError(f"{self.where}/{name}", "damaged: not a JSON object", RESTORE)
-        return value
+    def _json(self, kind: Any, name: str, raw: bytes) -> Any:
+        where = f"{self.where}/{name}"
+        return typed(kind, parse_json(raw, where), where, RESTORE)
 
     def _verified(self, name: str) -> bytes:
         """Return a small file, compared with the table of files."""
         where, entry = f"{self.where}/{name}", self._table.get(name)
-        if not isinstance(entry, dict):
+        if entry is None:
             raise UserError(where, f"not listed in {TABLE}", RESTORE)
         raw = self._store.read(name)
-        if len(raw) != entry.get("size") or _sha256(raw) != entry.get("sha256"):
+        if entry != FileEntry(len(raw), _sha256(raw)):
             raise UserError(where, f"damaged: its size or sha256 differs from {TABLE}", RESTORE)
         return raw
 
@@ -97,7 +138,10 @@ class Dataset:
         """Where the held-out documents come from, in their order: `source` and `kind` index
         `sources`, the inputs' names, and `kinds`, file types such as ".py" ("" for none). None if
         the dataset doesn't record it."""
-        return self._json(ORIGINS, self._verified(ORIGINS)) if ORIGINS in self._table else None
+        if ORIGINS not in self._table:
+            return None
+        known: dict[str, Any] = self._json(_Origins, ORIGINS, self._verified(ORIGINS))
+        return known
 
     @cached_property
     def identity(self) -> str:
@@ -154,7 +198,7 @@ class Split:
     byte order. Reading is safe from several threads.
     """
 
-    def __init__(self, store: Store, name: str, manifest: dict[str, Any], dtype: str):
+    def __init__(self, store: Store, name: str, manifest: _Split, dtype: str):
         """manifest: the split's part of the manifest; dtype: of the stored tokens."""
         stored = np.dtype(dtype)
         stored = stored.newbyteorder("<") if dtype == stored.name else stored

@@ -12,20 +12,23 @@ shard's tokens are fetched and verified once, in large pieces, and kept in memor
 for the process, the oldest shard released first.
 """
 
+# ruff: noqa: UP013 - the types of stored values, in as many lines as they need
 import hashlib
-import json
 import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired
 
 import numpy as np
 import xxhash
+from typing_extensions import TypedDict
 
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import parse_json
+from forescale.ground.typed import Count, Size, typed
 from forescale.remote.store import File, LocalFile, Store
 from forescale.remote.transfer import WrongFile
 
@@ -35,7 +38,6 @@ TOKENIZER = "tokenizer.json"
 CHUNK = 1 << 16  # bytes under one checksum; a multiple of every item size
 _LIMIT = 512 << 20  # bytes; eight shards of 2^24 tokens are 256 MiB with uint16
 _SHIFT = CHUNK.bit_length() - 1
-_PLACE = ("offset", "size")
 RESTORE = "restore it from a copy or build the dataset again"
 
 
@@ -59,16 +61,30 @@ class Damaged(UserError):
         self.split, self.shard, self.member = split, shard, member
 
 
+# A row of the manifest. sha256: None of a file that is used in place, which has `content` instead.
+# fmt: off
+StoredShard = TypedDict("StoredShard", {
+    "file": str, "size": Count, "sha256": str | None, "content": NotRequired[str], "index": str,
+    "index_size": Count, "index_sha256": str, "tokens": Count, "documents": Count,
+})
+# Bytes of a file: the shard's own unless it is given. xxh3: 16 hex digits, of tokens those of every
+# chunk.
+Place = TypedDict("Place", {
+    "offset": Count, "size": Count, "xxh3": str, "file": NotRequired[str],
+})
+# fmt: on
+
+
 class Member(NamedTuple):
     """Consecutive tokens of a shard, stored together in a file; an entry of the index."""
 
     key: str
-    first: int  # token of the shard
-    tokens: int
-    documents: int
-    tok: dict[str, Any]  # offset, size, xxh3 of every chunk (16 hex digits each)
-    doc: dict[str, Any]  # offset, size, xxh3; file, if it isn't the shard's own
-    learned: dict[str, Any] | None = None  # offset, size, xxh3; only of conversations
+    first: Count  # token of the shard
+    tokens: Size
+    documents: Count
+    tok: Place
+    doc: Place
+    learned: Place | None = None  # only of conversations
 
 
 class Resident:
@@ -138,7 +154,7 @@ class Shard:
     Raises Damaged if the index or the file is missing or doesn't match the manifest.
     """
 
-    def __init__(self, store: Store, row: dict[str, Any], dtype: np.dtype, split: str, number: int):
+    def __init__(self, store: Store, row: StoredShard, dtype: np.dtype, split: str, number: int):
         """Open the file and read the index of the shard that `row` of the manifest describes."""
         self.split, self.number, self.dtype = split, number, dtype
         self.num_tokens: int = row["tokens"]
@@ -167,7 +183,7 @@ class Shard:
         if hasattr(self, "file"):
             self.file.close()
 
-    def _read_index(self, row: dict[str, Any]) -> list[Member]:
+    def _read_index(self, row: StoredShard) -> list[Member]:
         where = _path(self._store, row["index"])
         name, size, want = row["index"], row["index_size"], row["index_sha256"]
         try:
@@ -179,9 +195,11 @@ class Shard:
         if hashlib.sha256(raw).hexdigest() != want:
             raise self._damaged(where, "damaged: its sha256 differs from the manifest's", RESTORE)
         try:
-            members = [Member(**m) for m in json.loads(raw)["members"]]
+            members = typed(list[Member], parse_json(raw, where)["members"], where)
             fault = _index_fault(members, row["tokens"], row["documents"], self._item)
             self._sums = bytes.fromhex("".join(m.tok["xxh3"] for m in members))
+        except UserError as e:
+            fault = f"not a valid shard index: {e.problem}"
         except (KeyError, TypeError, ValueError) as e:
             fault = f"not a valid shard index ({e!r})"
         if fault:
@@ -345,7 +363,7 @@ class Shard:
         raw = self._read_whole(at, member.learned, "learned tokens don't")
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=member.tokens) > 0
 
-    def _read_whole(self, at: int, doc: dict[str, Any], mismatch: str) -> memoryview:
+    def _read_whole(self, at: int, doc: Place, mismatch: str) -> memoryview:
         """Return a file of member `at`, verified. mismatch: the start of a message."""
         member, data = self.members[at], memoryview(bytearray(doc["size"]))
 
@@ -394,10 +412,7 @@ def _index_fault(members: list[Member], tokens: int, documents: int, item: int) 
     if firsts[0]:
         return "its first member doesn't begin at token 0"
     for m, (first, after) in zip(members, pairwise(firsts), strict=True):
-        places = (m.first, m.tokens, m.documents, *(p[k] for p in (m.tok, m.doc) for k in _PLACE))
-        if any(type(number) is not int or number < 0 for number in places):
-            return f"the position of its member {m.key} isn't valid"
-        if m.tokens < 1 or first + m.tokens != after or m.tok["size"] != m.tokens * item:
+        if first + m.tokens != after or m.tok["size"] != m.tokens * item:
             return f"the token counts or sizes of its member {m.key} are inconsistent"
         if len(m.tok["xxh3"]) != -(-m.tok["size"] // CHUNK) * 16:
             return f"the number of checksums of its member {m.key} doesn't match its size"

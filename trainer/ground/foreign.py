@@ -41,9 +41,9 @@ def open_fd(path: str | Path) -> int:
     return fd
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Return a regular file, open for reading without a buffer. Errors as of open_fd."""
-    return os.fdopen(open_fd(path), "rb", 0)
+def open_regular(path: str | Path, buffered: bool = False) -> BinaryIO:
+    """Return a regular file, open for reading. Errors as of open_fd."""
+    return os.fdopen(open_fd(path), "rb", -1 if buffered else 0)
 
 
 def read_bytes(path: str | Path, most: int = SMALL, todo: str = "check the path") -> bytes:

@@ -24,7 +24,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from forescale.ground.errors import Transient, UserError, retried, storage_error
-from forescale.ground.foreign import parse_json, read_bytes
+from forescale.ground.foreign import open_regular, parse_json, read_bytes
 from forescale.ground.typed import RESTORE, Count, T, typed
 
 TABLE = "files.json"
@@ -224,7 +224,7 @@ def read_table(directory: Path) -> dict[str, FileEntry]:
 def blocks_of(path: Path, size: int | None = None, afresh: bool = False) -> Iterator[bytes]:
     """Yield a file, or its first `size` bytes, in blocks. afresh: as in `hash_file`."""
     left = size
-    with naming(path), open(path, "rb", buffering=0) as f:
+    with naming(path), open_regular(path) as f:
         if afresh and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := f.read(_BLOCK if left is None else min(_BLOCK, left)):

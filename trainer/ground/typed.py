@@ -10,6 +10,7 @@ Nothing is converted but lists to tuples: "3" and true are no numbers. A TypedDi
 value itself, with its further keys. Imports pydantic, which does the work, when it is first needed.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -43,9 +44,27 @@ class _Exact:
         return {**handler(source), "strict": True, **self.rules}
 
 
+class Built:
+    """An annotation: what a function makes of a stored value. function: raises ValueError for one
+    that is wrong."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        return {
+            "type": "function-plain",
+            "function": {"type": "no-info", "function": self.function},
+        }
+
+
 Count = Annotated[int, _Exact(ge=0, le=2**63 - 1)]  # of things; an index
+Size = Annotated[int, _Exact(ge=1, le=2**63 - 1)]  # of something that isn't empty
 Whole = Annotated[int, _Exact(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, _Exact(allow_inf_nan=False)]
+# So that no product of some of them is infinite or 0.
+Positive = Annotated[float, _Exact(ge=1e-40, le=1e40, allow_inf_nan=False)]
+Share = Annotated[float, _Exact(ge=0, lt=1)]
 AnyNumber = Annotated[float, _Exact()]  # NaN and infinities too
 Moment = Annotated[float, _Exact(ge=0, lt=253_402_300_800)]  # seconds, until 9999
 TokenId = Annotated[int, _Exact(ge=0, lt=2**31)]
@@ -66,7 +85,8 @@ def typed(kind: type[T], value: Any, where: str, todo: str = RESTORE) -> T:
         if fault["type"] == "missing":
             raise UserError(where, f"has no {name}", todo) from None
         word = _EXPECTED.get(fault["type"].partition("_")[0])
-        rule = f"not {word}" if word else fault["msg"].lower()
+        rule = fault["msg"].removeprefix("Value error, ")
+        rule = f"not {word}" if word else rule[0].lower() + rule[1:]
         problem = f"is damaged: {name} is {_described(fault['input'])}, {rule}"
         raise UserError(where, problem, todo) from None
     return value if is_typeddict(kind) else result

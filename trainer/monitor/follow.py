@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self, TypeVar
 
+from forescale.ground.foreign import SMALL, open_regular
 from forescale.ground.storage import naming
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, damaged, each_row, has_checksum, parse_row, read_rows
@@ -26,6 +27,7 @@ Mark = tuple[str, int, int, int]
 BLOCK = 1 << 17  # bytes that are read at once
 TRAIN = b'{"kind": "train", '  # how the line of a step begins
 RECENT = 20  # rows of a tail
+_MOST = 64 << 20  # bytes in which the newest rows are looked for, before all are read
 _COMPARED = 256  # bytes of the last row
 _SCORE = b'"kind": "validation"'
 _SECONDS = b'"seconds": {'
@@ -66,7 +68,7 @@ class Follower:
         stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if stamp != self._stamp:
             self._stamp = ()  # if a row is damaged, look again next time
-            with naming(self.path), open(self.path, "rb") as f:
+            with naming(self.path), open_regular(self.path, buffered=True) as f:
                 has_grown = stamp[:2] == self._file and stamp[2] > self._offset
                 f.seek(self._offset - len(self._last) if has_grown else 0)
                 if not (has_grown and f.read(len(self._last)) == self._last):
@@ -87,7 +89,8 @@ class Follower:
                 self._take(lines)
                 self._offset += end
                 self._last = block[max(0, end - _COMPARED) : end]
-            rest = block[end:]
+            if len(rest := block[end:]) > SMALL:
+                raise damaged(str(self.path), ValueError("it doesn't end"))
 
     def _row(self, line: bytes) -> Row:
         """Return the row of a line whose checksum agrees. Raises UserError if a value of it is of
@@ -137,7 +140,7 @@ class Tail(Follower):
     def _begin(self, f: IO[bytes]) -> int:
         end = f.seek(0, 2)
         size = 2 * BLOCK
-        while size < end:
+        while size < min(end, _MOST):
             f.seek(end - size)
             block = f.read(size)
             cut = block.find(b"\n") + 1  # the end of a row that is not whole

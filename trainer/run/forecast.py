@@ -9,28 +9,56 @@ holds its own hash and the hash of the file before it. The predicted losses are 
 decayed learning rate, so a run is compared only at its end. Imports no torch.
 """
 
+# ruff: noqa: UP013 - the types of stored values, in as many lines as they need
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_json, write_json
+from forescale.ground.storage import read_json, read_typed, write_json
+from forescale.ground.typed import AnyNumber, Positive, Share, typed
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 
 GENESIS = "0" * 64  # stands for the hash of the file before the first forecast
 SAME = 0.01  # two runs are the same point if log N and log D differ by less than this
+Ends = tuple[AnyNumber, AnyNumber]
+Rival = TypedDict("Rival", {"loss": AnyNumber})
+Outcome = TypedDict("Outcome", {"run": str, "loss": AnyNumber})
 _SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
 _STUDIES = Path("studies")
 _TODO = (
     "give the path of a forecast, such as studies/tiny/forecasts/0003.json, or STUDY/ID, such as "
     "tiny/3"
 )
+
+
+# The content of a forecast file, which scaling/analysis/forecast.py writes. N and D of a target are
+# NaN by a law of FLOPs alone; a task has no value if the data can't tell.
+# fmt: off
+_Target = TypedDict("_Target", {
+    "run": str, "parameters": AnyNumber, "tokens": AnyNumber,
+    "extrapolation_factor": NotRequired[AnyNumber],
+})
+_Task = TypedDict("_Task", {
+    "column": str, "metric": str, "value": NotRequired[AnyNumber], "interval": NotRequired[Ends],
+})
+_Point = TypedDict("_Point", {
+    "tokens": AnyNumber, "loss": AnyNumber, "interval": Ends, "interval_50": Ends,
+})
+_Facts = TypedDict("_Facts", {
+    "target": _Target, "loss": Positive, "interval": Ends, "interval_50": Ends, "level": Share,
+    "hash": str, "time": NotRequired[str], "rivals": NotRequired[dict[str, Rival]],
+    "task": NotRequired[_Task], "points": NotRequired[list[_Point]],
+})
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -46,10 +74,10 @@ class Forecast:
         return self.path.stem
 
     @property
-    def outcome(self) -> dict[str, Any] | None:
+    def outcome(self) -> Outcome | None:
         """Return the recorded outcome, or None before there is one."""
         path = self.path.with_suffix(".outcome.json")
-        return read_json(path) if path.exists() else None
+        return read_typed(Outcome, path) if path.exists() else None
 
     def record_outcome(self, name: str, loss: float) -> None:
         """Write the observed loss of run `name` beside the forecast, unless one is recorded."""
@@ -62,13 +90,9 @@ class Forecast:
         """Return the prediction intervals: that of the end of the run first, then the branches'.
         Empty if the forecast has no loss with intervals at an N and a D; a law of FLOPs alone
         predicts without them."""
-        f = self.facts
-        try:
-            fields = ("loss", "interval_50", "interval")
-            end = {"tokens": f["target"]["tokens"], **{name: f[name] for name in fields}}
-            intervals = [PredictionInterval.of(self, point) for point in f.get("points") or [end]]
-        except (KeyError, TypeError, ValueError):
-            return []
+        end = {**self.facts, "tokens": self.facts["target"]["tokens"]}
+        points = self.facts.get("points") or [end]
+        intervals = [PredictionInterval.of(self, point) for point in points]
         return [
             i for i in intervals if all(0 < x < math.inf for x in (i.parameters, i.tokens, i.loss))
         ]
@@ -91,11 +115,10 @@ class PredictionInterval:
 
     @classmethod
     def of(cls, forecast: Forecast, point: Mapping[str, Any]) -> "PredictionInterval":
-        """Read one of the forecast's `points`. Raises KeyError, TypeError or ValueError if it is
-        not complete."""
+        """Read one of the forecast's `points`."""
         f = forecast.facts
         n, d, loss = map(float, (f["target"]["parameters"], point["tokens"], point["loss"]))
-        ends = _ends(point["interval_50"]), _ends(point["interval"])
+        ends = tuple(point["interval_50"]), tuple(point["interval"])
         return cls(forecast.path, f["hash"], n, d, loss, *ends, float(f["level"]))
 
     def due_message(self, job: TrainJob) -> str:
@@ -192,6 +215,7 @@ def read_forecasts(folder: Path) -> list[Forecast]:
         if not hashes or hashes != (facts.get("hash"), facts.get("previous_hash")):
             problem = "this forecast, or the one before it, was changed after it was written"
             raise UserError(str(path), problem, "restore it from a copy")
+        typed(_Facts, facts, str(path))
         forecasts.append(Forecast(path, facts))
         previous = facts["hash"]
     return forecasts
@@ -224,11 +248,6 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, size: float) -> None:
 
 def _same(a: float, b: float) -> bool:
     return abs(math.log(a / b)) < SAME
-
-
-def _ends(interval: Any) -> tuple[float, float]:
-    low, high = map(float, interval)
-    return low, high
 
 
 def _percent(level: float) -> str:

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NotRequired, Required
@@ -20,6 +21,7 @@ from typing import Any, NotRequired, Required
 from typing_extensions import TypedDict
 
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import SMALL, open_regular
 from forescale.ground.storage import FileEntry, blocks_of, hash_file, naming
 from forescale.ground.typed import AnyNumber, Count, Moment, Number, typed
 
@@ -27,6 +29,7 @@ Row = dict[str, Any]
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
 _NOTHING = hashlib.sha256().hexdigest()
 _MOST_UNSYNCED = 16 << 20  # bytes of rows that are held in memory until they are durable
+_LONGEST = SMALL  # bytes of a row
 _NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
 
 
@@ -142,6 +145,8 @@ class RowWriter:
 
     def _write(self, lines: bytes) -> None:
         if self._file is None:
+            if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+                raise UserError(str(self.path), "is no regular file to append to", "remove it")
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             for block in blocks_of(self.path):
                 self._hash.update(block)
@@ -162,14 +167,16 @@ def each_row(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tup
     end is none."""
     if not path.exists():
         return
-    with naming(path), open(path, "rb") as f:
+    with naming(path), open_regular(path, buffered=True) as f:
         at = f.seek(max(0, begin - 1))
         if begin:
-            at += len(f.readline())  # ends the row before, or the one that is cut
-        for number, line in enumerate(f, 1):
+            at += len(f.readline(_LONGEST))  # ends the row before, or the one that is cut
+        for number, line in enumerate(iter(partial(f.readline, _LONGEST), b""), 1):
             at += len(line)
             if end is not None and at > end:
                 return
+            if len(line) == _LONGEST:
+                raise damaged(f"{path}, line {number:,}", ValueError("it doesn't end"))
             if not line.endswith(b"\n"):
                 return  # cut short by a kill, or still being written
             if line == b"\n":
@@ -224,7 +231,7 @@ class RowReader:
         """Return the rows of the kind that were added since the last call."""
         if not self.path.exists():
             return []
-        with open(self.path, "rb") as f:
+        with open_regular(self.path, buffered=True) as f:
             f.seek(self._offset)
             *lines, rest = f.read().split(b"\n")  # the rest is a row that is being written
             self._offset = f.tell() - len(rest)

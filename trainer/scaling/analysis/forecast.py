@@ -179,7 +179,7 @@ def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
     marks, pairs = list[float](), dict[str, list[tuple[float, float]]]()
     errors, inside, inside_50 = dict[str, float](), 0, 0
     for forecast in forecasts:
-        if (outcome := forecast.outcome) is None:
+        if (outcome := forecast.outcome) is None or not 0 < outcome["loss"] < math.inf:
             continue
         f, loss = forecast.facts, outcome["loss"]
         errors[forecast.id] = math.log(f["loss"] / loss)
@@ -188,7 +188,9 @@ def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
         marks.append(high - low + 2 / (1 - f["level"]) * miss)
         inside += low <= loss <= high
         inside_50 += f["interval_50"][0] <= loss <= f["interval_50"][1]
-        for name, rival in f["rivals"].items():
+        for name, rival in f.get("rivals", {}).items():
+            if not 0 < rival["loss"] < math.inf:
+                continue
             both = (abs(errors[forecast.id]), abs(math.log(rival["loss"] / loss)))
             pairs.setdefault(name, []).append(both)
     skill = {}
@@ -223,16 +225,16 @@ class TaskScore:
 
 def columns_of(forecasts: Sequence[Forecast]) -> list[str]:
     """Return the columns of metrics that forecasts predict, each once."""
-    columns = (one.facts.get("task", {}).get("column") for one in forecasts)
-    return list(dict.fromkeys(column for column in columns if column))
+    tasks = (one.facts.get("task") for one in forecasts)
+    return list(dict.fromkeys(task["column"] for task in tasks if task))
 
 
 def score_tasks(forecasts: Sequence[Forecast], table: pd.DataFrame) -> list[TaskScore]:
     """Return the metric of each forecast that predicts one, with that of the run in `table`."""
     scores = []
     for one in forecasts:
-        task = one.facts.get("task", {})
-        if "value" not in task:
+        task = one.facts.get("task")
+        if task is None or "value" not in task:
             continue
         run, column = one.facts["target"]["run"], task["column"]
         observed = None

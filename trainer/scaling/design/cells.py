@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any, Literal
 
 from forescale.config.sections.batch import BatchRamp
+from forescale.ground.typed import Count, Number, Positive, Size
 from forescale.scaling.design.shapes import Common, Shape, overrides
 
 RATES = 3  # learning rates of a sweep
@@ -48,33 +49,33 @@ class Cell:
     """
 
     name: str
-    stage: int
+    stage: Count
     role: Role
-    budget: float | None
+    budget: Positive | None
     shape: Shape
-    tokens: int
-    steps: int
-    global_batch: int
-    sequence_length: int
-    micro_batch: int
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    seed: int
-    flops: dict[str, float]
-    cost: float
+    tokens: Size
+    steps: Size
+    global_batch: Size
+    sequence_length: Size
+    micro_batch: Size
+    learning_rate: Positive
+    warmup_steps: Count
+    decay_steps: Count
+    seed: Count
+    flops: dict[str, Positive]
+    cost: Number
     flags: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
     trunk: str | None = None
-    trunk_step: int | None = None
+    trunk_step: Count | None = None
     cell_of: str = ""
-    init_seed: int | None = None
-    branches: tuple[int, ...] = ()
-    rate_factor: float = 1.0
-    adam_share: float | None = None
+    init_seed: Count | None = None
+    branches: tuple[Count, ...] = ()
+    rate_factor: Positive = 1.0
+    adam_share: Positive | None = None
     recipe: str = ""
-    first_batch: int | None = None
-    ramp_steps: int = 0
+    first_batch: Size | None = None
+    ramp_steps: Count = 0
 
     @property
     def trajectory(self) -> tuple[Any, ...]:

@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from forescale.config.schema import plain
 from forescale.ground.errors import UserError
+from forescale.ground.typed import Count, Flag, Number, Positive, Size, typed
 from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.cells import (
@@ -32,6 +32,7 @@ from forescale.scaling.design.tuning import Tuned, interpolated_rate
 Kind = Literal["isoflop", "ladder", "list", "recipes"]
 EXTRA_RATES = 2  # of a size, if its best learning rate is at an edge
 SIZES = 3  # fewer determine no law, and no parabola
+_TODO = "restore it, or plan a new study"
 _ROUNDING = 0.99  # of the cap: budgets round to whole steps
 
 
@@ -45,14 +46,14 @@ class StudyStage:
     learning-rate sweeps of a law's study have ended.
     """
 
-    number: int
-    budget: float | None
+    number: Count
+    budget: Positive | None
     cells: tuple[Cell, ...]
-    low: float
-    high: float
-    exact: bool
-    tuned: tuple[tuple[int, Tuned], ...] = ()
-    gap: float | None = None
+    low: Number
+    high: Number
+    exact: Flag
+    tuned: tuple[tuple[Size, Tuned], ...] = ()
+    gap: Number | None = None
 
     @property
     def cost(self) -> float:
@@ -119,10 +120,10 @@ class Grid:
     """The layout of an isoFLOP plan. budgets: FLOPs, increasing; sizes: number per budget, from
     centre / spread to centre x spread; ratio: D/N at the centre of the first budget."""
 
-    budgets: tuple[float, ...]
-    sizes: int = 5
-    spread: float = 2.5
-    ratio: float = RATIO
+    budgets: tuple[Positive, ...]
+    sizes: Size = 5
+    spread: Positive = 2.5
+    ratio: Positive = RATIO
 
     @classmethod
     def within_cap(cls, keys: PlanKeys, common: Common) -> "Grid":
@@ -164,7 +165,7 @@ class StudyPlan:
     kind: Kind
     common: Common
     stages: tuple[StudyStage, ...]
-    cap: float
+    cap: Positive
     grid: Grid | None = None
     notes: tuple[str, ...] = ()
     recipes: tuple[Recipe, ...] = ()
@@ -240,33 +241,23 @@ def dump(plan: StudyPlan) -> dict[str, Any]:
     return facts
 
 
-def load(facts: Mapping[str, Any]) -> StudyPlan:
-    """Return the plan that `dump` wrote. Raises KeyError, TypeError or ValueError for anything
-    else."""
-    plan: StudyPlan = _typed(StudyPlan, facts)
+def load(facts: Any, where: str = "plan.json") -> StudyPlan:
+    """Return the plan that `dump` wrote. Raises UserError for anything else."""
+    plan = typed(StudyPlan, _renamed(facts), where, _TODO)
     names = [name for c in plan.cells for name in (c.name, c.trunk) if name is not None]
     for name in names:  # directories and log files have these names
         if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise ValueError(f"{name!r} is no name of a cell")
+            raise UserError(where, f"{name!r} is no name of a cell", _TODO)
     return plan
 
 
-def _typed(type_: Any, value: Any) -> Any:
-    """Return a JSON value as this type: its lists are tuples, its objects may be dataclasses."""
-    arguments = get_args(type_)
-    if get_origin(type_) in (Union, UnionType):
-        (type_, *_) = [a for a in arguments if a is not NoneType]
-        return None if value is None else _typed(type_, value)
-    if type_ is ModelConfig:
-        return ModelConfig(**value)
-    if isinstance(type_, type) and is_dataclass(type_):
-        hints = get_type_hints(type_)
-        if "wanted" in value:  # a shape's target in earlier versions
-            value = {**value, "target": value["wanted"]}
-        if isinstance(value.get("aspect"), Mapping):  # the whole trend of layers, then
-            value = {**value, "aspect": value["aspect"]["layers"] / 12}
-        return type_(**{k: _typed(hints[k], v) for k, v in value.items() if k in hints})
-    if get_origin(type_) is tuple:
-        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        return tuple(_typed(a, v) for a, v in zip(each, value, strict=True))
-    return value
+def _renamed(node: Any) -> Any:
+    """Return stored values of an earlier version by the names of this one."""
+    if isinstance(node, list):
+        return [_renamed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    facts = {"target" if name == "wanted" else name: _renamed(v) for name, v in node.items()}
+    if isinstance(trend := facts.get("aspect"), dict) and isinstance(trend.get("layers"), float):
+        facts["aspect"] = trend["layers"] / 12  # of a shape's family
+    return facts

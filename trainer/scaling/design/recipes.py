@@ -28,10 +28,11 @@ from forescale.config.suggest import nearest_first
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
+from forescale.ground.typed import Count, Positive
 from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.cells import FACTOR, GROWS, RATES, Cell, Role, make_cell
-from forescale.scaling.design.shapes import Common, Shape
+from forescale.scaling.design.shapes import Common, Shape, StoredModel
 from forescale.scaling.design.tuning import updated_rule
 
 BASE = "base"
@@ -53,12 +54,12 @@ class Recipe:
 
     name: str
     arguments: tuple[str, ...]
-    model: ModelConfig
-    rate: float | None = None
-    adam_share: float | None = None
-    batch: float = 1.0
-    aspect: float = 1.0
-    first_batch: float = 1.0
+    model: StoredModel
+    rate: Positive | None = None
+    adam_share: Positive | None = None
+    batch: Positive = 1.0
+    aspect: Positive = 1.0
+    first_batch: Positive = 1.0
 
     def common(self, common: Common, rates: BestRates = ()) -> Common:
         """Return what its cells have in common. rates: of its sweeps so far. Raises UserError for a
@@ -207,11 +208,11 @@ class RecipeGrid:
     fresh: runs that confirm a winner; beyond: number of budgets of the base alone at the upper
     end."""
 
-    budgets: tuple[float, ...]
-    ratio: float
-    seeds: tuple[int, int]
-    fresh: int
-    beyond: int = 1
+    budgets: tuple[Positive, ...]
+    ratio: Positive
+    seeds: tuple[Count, Count]
+    fresh: Count
+    beyond: Count = 1
 
     @classmethod
     def within_cap(cls, keys: PlanKeys, common: Common, recipes: int) -> "RecipeGrid":

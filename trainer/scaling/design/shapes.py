@@ -19,13 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Any, Literal, cast
 
 from forescale.config.sections.training import STEP_LAW_BATCH
+from forescale.config.tree import build
 from forescale.ground.errors import UserError
+from forescale.ground.typed import Built, Count, Flag, Number, Positive, Size
 from forescale.models.config import HEAD_DIM, ModelConfig
 from forescale.models.flops import Counts, count, flops_6n, flops_per_token
-from forescale.scaling.records.records import SIZES
+from forescale.scaling.records.records import SIZES, Convention
 
 # Tokens per parameter at the best N (Hoffmann et al. 2022, arXiv 2203.15556, table 3).
 RATIO = 20.0
@@ -38,6 +40,20 @@ _ASIDE = 1  # layers by which a shape may differ from the trend, to come nearer 
 _SHALLOWEST = 2
 _WIDEST = 1 << 17
 _OFF, _FAR_OFF = 0.25, 0.6  # largest relative error of N: for one size, and for the nearest few
+
+
+def _stored_model(value: Any) -> ModelConfig:
+    """Return a model as `dump` wrote it. Raises ValueError for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    model, unknown, wrong = build(ModelConfig, value)
+    of_others = [(name, "no key of this version", "") for name in unknown]
+    for name, problem, _ in of_others or wrong or model.problems():
+        raise ValueError(f"{name}: {problem}")
+    return cast(ModelConfig, model)
+
+
+StoredModel = Annotated[ModelConfig, Built(_stored_model)]
 
 
 def trend(width: int) -> float:
@@ -55,9 +71,9 @@ def trend(width: int) -> float:
 class Shape:
     """A model of the family. model: resolved; target: the requested N, by the convention."""
 
-    target: float
-    convention: str
-    model: ModelConfig
+    target: Positive
+    convention: Convention
+    model: StoredModel
 
     @property
     def counts(self) -> Counts:
@@ -240,13 +256,13 @@ class Rule:
     2503.04715), from runs of 60M to 1B parameters and 2B to 100B tokens. The bounds are ours.
     """
 
-    scale: float = STEP_LAW_BATCH[0]
-    power: float = STEP_LAW_BATCH[1]
-    bounds: tuple[float, float] = (1024.0, 8e6)
-    rate: tuple[float, float, float] = (1.79, -0.713, 0.307)
-    highest: float = 1e-2
-    sizes: tuple[float, float] = (6e7, 1.1e9)
-    tokens: tuple[float, float] = (2e9, 1e11)
+    scale: Positive = STEP_LAW_BATCH[0]
+    power: Number = STEP_LAW_BATCH[1]
+    bounds: tuple[Positive, Positive] = (1024.0, 8e6)
+    rate: tuple[Positive, Number, Number] = (1.79, -0.713, 0.307)
+    highest: Positive = 1e-2
+    sizes: tuple[Positive, Positive] = (6e7, 1.1e9)
+    tokens: tuple[Positive, Positive] = (2e9, 1e11)
 
     def batch(self, tokens: float) -> float:
         """Tokens per step for D = tokens."""
@@ -277,22 +293,22 @@ class Common:
     adam_share: with Muon, the learning rate of AdamW's parameters divided by Muon's.
     """
 
-    base: ModelConfig
-    vocab_size: int | None
-    sequence_length: int
-    size: str = "blocks_and_head"
+    base: StoredModel
+    vocab_size: Size | None
+    sequence_length: Size
+    size: Convention = "blocks_and_head"
     cost: Literal["causal", "full", "6nd"] = "causal"
-    aspect: float = 1.0
+    aspect: Positive = 1.0
     rule: Rule = Rule()
-    micro_batch: int = 8
-    ranks: int = 1
-    decay: float = 0.2
-    seed: int = 1337
-    seeds: tuple[int, int] = SEEDS
-    joint_sweep: bool = False
-    adam_share: float | None = None
-    rate: float | None = None
-    unique: float | None = None
+    micro_batch: Size = 8
+    ranks: Size = 1
+    decay: Number = 0.2
+    seed: Count = 1337
+    seeds: tuple[Size, Size] = SEEDS
+    joint_sweep: Flag = False
+    adam_share: Positive | None = None
+    rate: Positive | None = None
+    unique: Positive | None = None
 
     @cached_property
     def family(self) -> Family:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from forescale.ground.typed import AnyNumber, Flag, Number, Positive
 from forescale.scaling.design.shapes import Rule
 
 _SLOPE, _NOISE = 0.3, 0.3  # prior standard deviation of the exponents of N and D; of a log rate
@@ -26,12 +27,12 @@ class Tuned:
     quadratic coefficient, valid over `ends`; None without a parabola.
     """
 
-    learning_rate: float
-    gap: float
-    inside: bool
-    tried: tuple[float, float] = (math.nan, math.nan)
-    bend: float | None = None
-    ends: tuple[float, float] | None = None
+    learning_rate: Positive
+    gap: Number
+    inside: Flag
+    tried: tuple[AnyNumber, AnyNumber] = (math.nan, math.nan)
+    bend: Number | None = None
+    ends: tuple[Positive, Positive] | None = None
 
     def next_rate(self, factor: float) -> float | None:
         """Return the rate to try next if the best is at an edge, else None."""

@@ -32,6 +32,8 @@ def grouped(flops: Array, parameters: Array) -> tuple[Array, str] | None:
     other run within 20 %. There must be three groups with nine in ten of the runs. A run that is in
     no group has its own C as its budget.
     """
+    if not len(flops):
+        return None
     log_c = np.log(flops)
     order = np.argsort(log_c, kind="stable")
     breaks = np.flatnonzero(np.diff(log_c[order]) > np.log1p(SPREAD)) + 1

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,8 @@ from forescale.run.rows import read_rows
 from forescale.run.stored import StoredSource
 from forescale.scaling.fitting.points import COLUMNS, Array, Points
 
-SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
+Convention = Literal["blocks_and_head", "non_embedding", "total", "active"]  # of N
+SIZES: tuple[Convention, ...] = get_args(Convention)
 COSTS = ("causal", "full", "6nd")  # conventions of C
 # Columns that must be equal in all runs of a study: otherwise losses are not comparable.
 HELD = ("vocab_size", "sequence_length", "tokenizer", "parametrization", "loss_definition")

@@ -66,6 +66,7 @@ def forecasts(rows: Sequence[Forecast]) -> chart.Figure:
     for forecast in rows:
         f, outcome, (low, high) = forecast.facts, forecast.outcome, forecast.facts["interval"]
         kind, error, observed = "pending", 0.0, "pending"
+        factor = f["target"].get("extrapolation_factor", math.nan)
         if outcome is not None:
             kind = "inside" if low <= outcome["loss"] <= high else "outside"
             error = 100 * (outcome["loss"] / f["loss"] - 1)
@@ -74,8 +75,8 @@ def forecasts(rows: Sequence[Forecast]) -> chart.Figure:
         errors.append(error)
         texts.append(
             f"{f['target']['run']}\npredicted {f['loss']:.5g}\n{f['level']:.0%}: {low:.5g} to "
-            f"{high:.5g}\n{observed}\n{f['target']['extrapolation_factor']:.3g} times the most "
-            f"expensive run\nforecast {forecast.id}, {f['time']}"
+            f"{high:.5g}\n{observed}\n{factor:.3g} times the most "
+            f"expensive run\nforecast {forecast.id}, {f.get('time')}"
         )
     marks = {"inside": ("circle", chart.INK), "outside": ("diamond", chart.TARGET),
              "pending": ("circle", chart.INK)}  # fmt: skip

@@ -45,9 +45,9 @@ def forecast_section(forecasts: Sequence[Forecast], scored: Score) -> Section:
         observed: list[Cell] = ["pending", ""]
         if outcome:
             observed = [number(outcome["loss"]), percent(outcome["loss"] / f["loss"] - 1, sign="+")]
-        beyond = Markup("{} x").format(number(f["target"]["extrapolation_factor"], 3))
+        beyond = Markup("{} x").format(number(f["target"].get("extrapolation_factor", math.nan), 3))
         rows.append([forecast.id, f["target"]["run"], beyond, number(f["loss"]),
-                     span(f["interval"]), *observed, f["time"]])  # fmt: skip
+                     span(f["interval"]), *observed, f.get("time", "")])  # fmt: skip
     lines = list[Cell]([f"{out} of {n} forecasts have an observed loss."])
     if out:
         skill = ", ".join(f"{name} {x:+.2f}".replace("-", "−") for name, x in scored.skill.items())

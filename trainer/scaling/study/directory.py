@@ -32,6 +32,7 @@ from forescale.config.schema import plain
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
 from forescale.ground.storage import make_folder, read_json, write_file, write_json
+from forescale.ground.typed import typed
 from forescale.run.directory import Run
 from forescale.run.forecast import read_forecasts
 from forescale.run.rows import RowWriter, read_rows
@@ -39,9 +40,11 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.plan import StudyPlan, dump, load
 from forescale.scaling.records.records import of_runs
-from forescale.scaling.study.states import CellState, state_of
+from forescale.scaling.study.states import CellState, StudyEvent, state_of
 
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
+# What a command does and where it writes: never by a stored file, which anybody may have written.
+_OF_COMMAND = ("launch", "to", "json", "live", "add", "cap", "cells", "why", "run")
 TARGET = "target"  # name of the cell whose loss the study predicts
 
 
@@ -78,11 +81,7 @@ class Study:
     @cached_property
     def plan(self) -> StudyPlan:
         """The plan as it is now."""
-        try:
-            return load(read_json(self._plan))
-        except (KeyError, TypeError, ValueError) as e:
-            problem = f"is no plan that this version can read ({e})"
-            raise UserError(str(self._plan), problem, "restore it, or plan a new study") from None
+        return load(read_json(self._plan), str(self._plan))
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
@@ -107,9 +106,11 @@ class Study:
         self.__dict__.pop("events", None)
 
     @cached_property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[StudyEvent]:
         """All events since the study was last planned."""
-        return _since_last(read_rows(self.rows.path), "planned")
+        where = str(self.rows.path)
+        rows = [typed(StudyEvent, row, where) for row in read_rows(self.rows.path)]
+        return _since_last(rows, "planned")
 
     def revise(self, plan: StudyPlan, kind: str, **facts: Any) -> None:
         """Replace the plan, and record the reason as an event."""
@@ -231,7 +232,7 @@ def _is_set_by(recipe: Sequence[str], key: str) -> bool:
     return key in settings or (is_other and key in ("schedule.kind", "schedule.decay"))
 
 
-def _since_last(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def _since_last(rows: list[StudyEvent], kind: str) -> list[StudyEvent]:
     """Return the last event of this kind and those after it; all events if there is none."""
     starts = [i for i, row in enumerate(rows) if row["kind"] == kind]
     return rows[starts[-1] :] if starts else rows
@@ -252,11 +253,12 @@ def settings(job: StudyJob, overrides: Sequence[str]) -> StudyJob:
     frozen = job.folder / "study.yaml"
     if not frozen.is_file():
         return job
-    tree, typed = plain(thaw(StudyJob, frozen)), plain(job)
-    tree["launch"] = typed["launch"]  # the command says how to launch, never a stored file
+    tree, typed_tree = plain(thaw(StudyJob, frozen)), plain(job)
+    for name in _OF_COMMAND:
+        tree[name] = typed_tree[name]
     for override in (*overrides, "study=", "studies=", "input="):
         *path, name = override.partition("=")[0].split(".")
-        into, source = tree, typed
+        into, source = tree, typed_tree
         for part in path:
             into, source = into[part], source[part]
         into[name] = source[name]

@@ -59,7 +59,7 @@ def measure_response(study: Study, stage: StudyStage, log: Log) -> None:
     """Record the best batch and learning rate once all cells of the batch sweep have ended."""
     tried = [c for c in stage.cells if c.role in ("batch", "rate-batch")]
     events = [e for e in study.events if e["kind"] == "response_measured"]
-    if not tried or stage.number in [e["stage"] for e in events]:
+    if not tried or stage.number in [e.get("stage") for e in events]:
         return
     cells, losses = [c for c in stage.cells if c.name == tried[0].cell_of] + tried, study.losses()
     if not {c.name for c in cells} <= set(losses):

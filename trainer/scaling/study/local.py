@@ -94,6 +94,8 @@ class LocalLauncher(Launcher):
     def _start(self, cell: Cell) -> None:
         path = self._log_of(cell.name)
         path.parent.mkdir(exist_ok=True)
+        if path.is_symlink():  # to what isn't the study's
+            raise UserError(str(path), "is a link, so no output is added to it", "remove it")
         at_once = 1 if cell.role == "target" else self.keys.at_once
         ranks = self.study.plan.common.ranks
         threads = max(1, len(os.sched_getaffinity(0)) // at_once // ranks)

@@ -4,11 +4,14 @@ Invariant: a state is derived, never stored.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, Required, cast
+
+from typing_extensions import TypedDict
 
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER
+from forescale.ground.typed import Count, Whole
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import LaunchRecord, launch_of
 from forescale.run.directory import Run
@@ -21,6 +24,13 @@ CellStatus = Literal[
 ]  # fmt: skip
 ENDED = ("complete", "diverged", "failed", "excluded")  # such a cell is not started again
 MOST_CRASHES = 3  # a cell that crashed this often has failed
+
+
+# A row of events.jsonl: of a cell how it ended, or why it is excluded; of a stage a decision.
+StudyEvent = TypedDict(  # noqa: UP013
+    "StudyEvent",
+    {"kind": Required[str], "cell": str, "code": Whole, "why": str, "stage": Count}, total=False,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,17 +53,17 @@ class CellState:
         return self.status in ENDED
 
 
-def state_of(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str) -> CellState:
+def state_of(cell: Cell, run: Run, events: Sequence[StudyEvent], cost: str) -> CellState:
     """Return the state of a cell. events: the study's of it, since it was last let start again;
     cost: the convention of FLOPs that the study counts by."""
     state = _state(cell, run, events, cost)
     for event in events:
         if event["kind"] == "cell_excluded":
-            return replace(state, status="excluded", why=event["why"])
+            return replace(state, status="excluded", why=event.get("why", ""))
     return state
 
 
-def _state(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str) -> CellState:
+def _state(cell: Cell, run: Run, events: Sequence[StudyEvent], cost: str) -> CellState:
     status: CellStatus
     if not run.config.is_file():
         if cell.waits_for:
@@ -93,7 +103,7 @@ def _state(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: str)
     return replace(state, status=again.get(view.state, cast(CellStatus, view.state)))
 
 
-def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus, str] | None:
+def _failure(events: Sequence[StudyEvent], run: Run) -> tuple[CellStatus, str] | None:
     """Return status and reason if another start would end the same way, else None."""
     ends = [e for e in events if e["kind"] == "cell_ended"]
     if not ends:  # in the queue: one for each job, with the code of the last attempt that has one
@@ -101,13 +111,13 @@ def _failure(events: Sequence[Mapping[str, Any]], run: Run) -> tuple[CellStatus,
         launch = next((one for one in launches if one), LaunchRecord())
         if (code := launch.get("code")) is not None:
             count = sum(e["kind"] == "cell_submitted" for e in events)
-            ends = [{"code": code, "why": launch.get("how", "")}] * count
+            ends = [{"kind": "", "code": code, "why": launch.get("how", "")}] * count
     if not ends:
         return None
-    last = ends[-1]
-    crashes = sum(e["code"] not in (DONE, USER, INTERRUPTED, GAVE_UP) for e in ends)
+    last, why = ends[-1], ends[-1].get("why", "")
+    crashes = sum(e.get("code") not in (DONE, USER, INTERRUPTED, GAVE_UP) for e in ends)
     if any(read_rows(a.events.path, reason="halted") for a in run.attempts()[-1:]):
-        return "diverged", last["why"]
-    if last["code"] in (USER, GAVE_UP) or crashes >= MOST_CRASHES:
-        return "failed", last["why"]
+        return "diverged", why
+    if last.get("code") in (USER, GAVE_UP) or crashes >= MOST_CRASHES:
+        return "failed", why
     return None
