@@ -257,7 +257,7 @@ def plain(node: Any) -> Any:
         return {"_target_": node.target, **node.arguments}
     if is_dataclass(node):
         return {name_of(f): _plain_field(f, getattr(node, f.name)) for f in fields(node)}
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):
         return [plain(item) for item in node]
     return node
 

@@ -3,11 +3,13 @@
 Invariant: what an earlier version wrote has these types, too: a key that it lacks is NotRequired.
 """
 
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from forescale.ground.typed import Count, TokenId
+from forescale.config.tree import build
+from forescale.ground.typed import Built, Count, TokenId
+from forescale.models.config import ModelConfig
 
 
 class StoredSource(TypedDict):
@@ -96,3 +98,17 @@ ImportedFiles = TypedDict(
     },
     total=False,
 )
+
+
+def _model(value: Any) -> ModelConfig:
+    """Return a model as `plain` has it. Raises ValueError for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    model, unknown, wrong = build(ModelConfig, value)
+    of_others = [(name, "no key of this version", "") for name in unknown]
+    for name, problem, _ in of_others or wrong or model.problems():
+        raise ValueError(f"{name}: {problem}")
+    return cast(ModelConfig, model)
+
+
+StoredModel = Annotated[ModelConfig, Built(_model)]

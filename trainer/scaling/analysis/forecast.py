@@ -189,10 +189,9 @@ def score(forecasts: Sequence[Forecast], table: pd.DataFrame) -> Score:
         inside += low <= loss <= high
         inside_50 += f["interval_50"][0] <= loss <= f["interval_50"][1]
         for name, rival in f.get("rivals", {}).items():
-            if not 0 < rival["loss"] < math.inf:
-                continue
-            both = (abs(errors[forecast.id]), abs(math.log(rival["loss"] / loss)))
-            pairs.setdefault(name, []).append(both)
+            if 0 < rival["loss"] < math.inf:
+                both = (abs(errors[forecast.id]), abs(math.log(rival["loss"] / loss)))
+                pairs.setdefault(name, []).append(both)
     skill = {}
     for name, each in pairs.items():
         error, of_rival = np.mean(each, axis=0).tolist()

@@ -6,14 +6,13 @@ that would decide otherwise.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from forescale.config.schema import plain
 from forescale.ground.errors import UserError
 from forescale.ground.typed import Count, Flag, Number, Positive, Size, typed
-from forescale.models.config import ModelConfig
 from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.cells import (
     FACTOR,
@@ -229,16 +228,7 @@ class StudyPlan:
 
 def dump(plan: StudyPlan) -> dict[str, Any]:
     """Return the plan as JSON values; of a model, with the kinds of its parts."""
-
-    def values(node: Any) -> Any:
-        if isinstance(node, ModelConfig):
-            return plain(node)
-        if is_dataclass(node):
-            return {f.name: values(getattr(node, f.name)) for f in fields(node)}
-        return [values(item) for item in node] if isinstance(node, list | tuple) else node
-
-    facts: dict[str, Any] = values(plan)
-    return facts
+    return dict(plain(plan))
 
 
 def load(facts: Any, where: str = "plan.json") -> StudyPlan:

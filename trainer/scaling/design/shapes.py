@@ -19,14 +19,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Any, Literal, cast
+from typing import Literal
 
 from forescale.config.sections.training import STEP_LAW_BATCH
-from forescale.config.tree import build
 from forescale.ground.errors import UserError
-from forescale.ground.typed import Built, Count, Flag, Number, Positive, Size
+from forescale.ground.typed import Count, Flag, Number, Positive, Size
 from forescale.models.config import HEAD_DIM, ModelConfig
 from forescale.models.flops import Counts, count, flops_6n, flops_per_token
+from forescale.run.stored import StoredModel
 from forescale.scaling.records.records import SIZES, Convention
 
 # Tokens per parameter at the best N (Hoffmann et al. 2022, arXiv 2203.15556, table 3).
@@ -40,20 +40,6 @@ _ASIDE = 1  # layers by which a shape may differ from the trend, to come nearer 
 _SHALLOWEST = 2
 _WIDEST = 1 << 17
 _OFF, _FAR_OFF = 0.25, 0.6  # largest relative error of N: for one size, and for the nearest few
-
-
-def _stored_model(value: Any) -> ModelConfig:
-    """Return a model as `dump` wrote it. Raises ValueError for anything else."""
-    if not isinstance(value, dict):
-        raise ValueError("not a mapping")
-    model, unknown, wrong = build(ModelConfig, value)
-    of_others = [(name, "no key of this version", "") for name in unknown]
-    for name, problem, _ in of_others or wrong or model.problems():
-        raise ValueError(f"{name}: {problem}")
-    return cast(ModelConfig, model)
-
-
-StoredModel = Annotated[ModelConfig, Built(_stored_model)]
 
 
 def trend(width: int) -> float:

@@ -108,9 +108,8 @@ class Study:
     @cached_property
     def events(self) -> list[StudyEvent]:
         """All events since the study was last planned."""
-        where = str(self.rows.path)
-        rows = [typed(StudyEvent, row, where) for row in read_rows(self.rows.path)]
-        return _since_last(rows, "planned")
+        path = self.rows.path
+        return _since_last([typed(StudyEvent, r, str(path)) for r in read_rows(path)], "planned")
 
     def revise(self, plan: StudyPlan, kind: str, **facts: Any) -> None:
         """Replace the plan, and record the reason as an event."""
