@@ -26,14 +26,40 @@ LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = mess
 ZEPHYR = """{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}\
 {{ '<|im_end|>' }}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}\
 {% endfor %}"""
+# System messages come first; what follows a message depends on the ones before it.
+DEEPSEEK = """{% set ns = namespace(system='', is_user=false) %}{% for m in messages %}\
+{% if m['role'] == 'system' %}{% set ns.system = ns.system + m.content %}{% endif %}{% endfor %}\
+{{ bos_token }}{{ ns.system }}{% for m in messages %}{% if m['role'] == 'user' %}\
+{% set ns.is_user = true %}{{ '<|User|>' + m['content'] }}{% elif m['role'] == 'assistant' %}\
+{% if ns.is_user %}{{ '<|Assistant|>' }}{% endif %}{% set ns.is_user = false %}\
+{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt and ns.is_user %}{{ '<|Assistant|>' }}{% endif %}"""
+# The name of the list is set anew, and a list of tools is read that isn't there.
+LLAMA_3 = """{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}\
+{% if tools is defined %}{{ tools | reject('equalto', 'code') | join(', ') }}{% endif %}\
+{% for m in messages %}{% if 'tools' in m %}{% for k, v in m.tools | items %}{{ k }}{% endfor %}\
+{% else %}{{ m.role + m.content | trim + '<|im_end|>' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"""
+COUNT = "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}"
+END = "{% endfor %}"
+COUNTED = COUNT + "{{ n.i }}{{ m.content }}<|im_end|>{% endfor %}"
 # A text after the last message; thoughts left out of earlier turns.
 TAILS = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ messages[-1].role }}"
 THOUGHTS = """{% for m in messages %}{{ m.role }}{% if loop.last %}{{ m.content }}{% else %}\
 {{ m.content.split('t')[-1] }}{% endif %}<|im_end|>{% endfor %}"""
-LINEAR = [PLAIN, CHATML, BARE, LLAMA_2, ZEPHYR, TAILS, THOUGHTS]
+LINEAR = [PLAIN, CHATML, BARE, LLAMA_2, ZEPHYR, TAILS, THOUGHTS, DEEPSEEK, LLAMA_3, COUNTED]
 # What a single pass can't show: a template that remembers, or looks at the whole.
 WHOLE = [
-    "{% set n = namespace(i=1) %}{% for _ in messages %}{% set n.i = n.i+1 %}{{ n.i }}{% endfor %}",
+    COUNT + END + BARE + "{{ n.i }}",  # one loop begins with what another one counted
+    COUNT + "{% endfor %}{% set i = n.i > 6 %}{% for m in messages %}{{ m.role if i }}{% endfor %}",
+    COUNT.replace("{% set n.i = n.i + 1", "{{ n.i.index }}{{ m.content }}{% set n.i = loop") + END,
+    "{% for m in messages %}{% endfor %}{{ messages|length > 9 }}" + BARE,
+    "{% for m in messages %}{{ 'a' if loop.first or loop.last and loop.index < 10 }}{% endfor %}"
+    + BARE,
+    "{{ 'a' if messages | join(attribute='role') | length in [17, 26] }}" + BARE,
+    COUNT + "{{ m.content }}{% set n = namespace(i=n.i) %}{{ n.i }}{% endfor %}",
+    "{% for m in messages[1:] %}{{ m.content }}{{ messages | join(attribute='role') }}{% endfor %}",
+    "{% set it = [1]|select %}{% for m in messages %}{{ it|join }}{{ m.content }}{% endfor %}",
     "{% for m in messages %}{{ m.content }}{{ add_generation_prompt }}{% endfor %}",
     "{% for m in messages[::-1] %}{{ m.content }}{% endfor %}",
     "{{ messages|map(attribute='content')|join }}", "{{ messages|length }}" + BARE, BARE + BARE,
@@ -83,7 +109,7 @@ def test_a_long_conversation_is_divided_as_by_a_rendering_of_each_beginning(sour
     assert is_linear == (source in LINEAR)
 
 
-@pytest.mark.parametrize("source", [PLAIN, CHATML, ZEPHYR])
+@pytest.mark.parametrize("source", [PLAIN, CHATML, ZEPHYR, DEEPSEEK, LLAMA_3])
 def test_work_grows_as_the_number_of_turns(source):
     def characters(turns: int) -> int:
         division, count = Division(source, IM, TOKENS), 0
