@@ -1,6 +1,5 @@
 """The cluster that the tests of this folder run on does what it says."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -46,18 +45,6 @@ def test_a_job_of_two_nodes_has_two_addresses(lab, tmp_path):
     assert sorted(lines) == sorted([*("n1", "10.77.0.1"), *("n2", "10.77.0.2"), *("/root",) * 2])
     assert lab.show(job)["JobName"] == "two words"
     assert lab.state(999999) == ""
-
-
-def test_the_tests_own_process_can_use_the_commands(lab, tmp_path):
-    environment = {**os.environ, **lab.environment}
-    script = f"sbatch --parsable --wrap 'squeue -h -j $SLURM_JOB_ID -o %T; {sys.executable} -V'"
-    done = subprocess.run(
-        ["sh", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    job = done.stdout.strip()
-    lab.wait(lambda: lab.state(job) == "COMPLETED", 30)
-    output = (tmp_path / f"slurm-{job}.out").read_text()
-    assert output.startswith("RUNNING\nPython 3"), output
 
 
 def test_a_node_without_power_loses_its_job_to_another_and_one_cut_off_comes_back(lab):

@@ -43,7 +43,8 @@ _START = ("startup", "recovery")
 class Launch:
     """One start of the ranks, until their end. Times in seconds since the epoch. steps: of each of
     its attempts; lost: the steps that were discarded; after: seconds by phase after the last row,
-    if it ended well; eligible: when the queue could have started it; seconds: of its launcher."""
+    if it ended well; eligible: when the queue could have started it; seconds: of its launcher;
+    start: the boot of its machine, and when it began by a clock that nobody sets."""
 
     attempts: list[Attempt]
     begun: float
@@ -53,6 +54,7 @@ class Launch:
     how: str = ""
     eligible: float | None = None
     seconds: float | None = None
+    start: tuple[str, float] | None = None
     steps: list[Steps] = field(default_factory=list)
     lost: list[Steps] = field(default_factory=list)
     after: dict[str, float] = field(default_factory=dict)
@@ -74,12 +76,18 @@ class Launch:
         head = (self.rank_began or self.begun) - self.begun
         return max(0.0, min(head, self.length - self.recorded))
 
-    def queued(self, before: float | None) -> float:
-        """Return the seconds in the queue. before: when the previous launch ended."""
+    def waited(self, before: "Launch") -> float:
+        """Return the seconds since `before` ended; by the clock only across machines and boots."""
+        if self.start and before.start and self.start[0] == before.start[0]:
+            return max(0.0, self.start[1] - before.start[1] - before.length)
+        return max(0.0, self.begun - before.ended)
+
+    def queued(self, before: "Launch | None") -> float:
+        """Return the seconds in the queue. before: the previous launch."""
         if self.eligible is None:
             return 0.0
-        since = self.eligible if before is None else max(self.eligible, before)
-        return max(0.0, self.begun - since)
+        seconds = max(0.0, self.begun - self.eligible)
+        return min(seconds, self.waited(before)) if before else seconds
 
     @property
     def failed(self) -> bool:
@@ -135,6 +143,8 @@ class Goodput:
         launch = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
         launch.eligible = record.get("slurm", {}).get("eligible")
         launch.seconds = record.get("seconds")
+        if (boot := record.get("process")) and (monotonic := record.get("monotonic")) is not None:
+            launch.start = boot.partition(":")[0], monotonic
         self._prolong(launch, attempt)
         if begun is None:  # neither launcher nor heartbeats: count back from the last row
             path = attempt.metrics.path
@@ -157,8 +167,8 @@ class Goodput:
             launch.steps.append(steps)
             launch.lost.append(self._memory.lost(attempt, self.run))
         if not launch_of(launch.attempts[0].path).get("ended"):  # when was it last alive?
-            signs = [launch.ended, *(event.get("time", 0.0) for event in events)]
-            signs += [s.heartbeat.time for s in read_nodes(attempt.path)]
+            beats = [s.heartbeat.time for s in read_nodes(attempt.path)]
+            signs = [launch.ended, *(beats or (event.get("time", 0.0) for event in events))]
             if began := launch.rank_began or launch.begun:
                 signs.append(began + launch.recorded)  # by the seconds in its rows
             launch.ended = max(signs)
@@ -178,15 +188,13 @@ class Goodput:
     def buckets(self) -> dict[str, float]:
         """Seconds by bucket; they add up to `wall`."""
         sums: dict[str, float] = defaultdict(float)
-        before = None
-        for i, launch in enumerate(self.counted):
+        pairs = zip([None, *self.counted], self.counted, strict=False)
+        for i, (before, launch) in enumerate(pairs):
             queued = launch.queued(before)
             sums["queue"] += queued
-            if before is not None:
-                sums["waiting"] += max(0.0, launch.begun - before) - queued
+            sums["waiting"] += launch.waited(before) - queued if before else 0.0
             for bucket, seconds in self._spent(launch, "recovery" if i else "startup"):
                 sums[bucket] += seconds
-            before = launch.ended
         return {k: sums[k] for k in (*BUCKETS, *sorted(sums.keys() - BUCKETS)) if sums[k]}
 
     def _spent(self, launch: Launch, start: str) -> Iterable[tuple[str, float]]:
@@ -208,7 +216,7 @@ class Goodput:
     def wall(self) -> float:
         """Seconds from the first start (or from when the queue could have started it) to the last
         end. Time in which two launches were alive counts twice."""
-        waits = (max(0.0, b.begun - a.ended) for a, b in pairwise(self.counted))
+        waits = (b.waited(a) for a, b in pairwise(self.counted))
         first = self.counted[0].queued(None) if self.counted else 0.0
         return first + self.alive + sum(waits)
 

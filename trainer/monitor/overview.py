@@ -91,7 +91,7 @@ def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, st
         **({} if s.run.weights_alone else steps),
         "bits/byte": f"{last['bits_per_byte']:.4f}" if last and "bits_per_byte" in last else "-",
         "ETTR": "0.00",  # as wide as the number, which is added if there is room for it
-        "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",
+        "saved": f"{span(max(0.0, s.now - s.saved))} ago" if s.saved else "-",
         "seen": f"{span(s.age)} ago",
         "last event": escape((s.last_event or "-").replace("_", " ")),
     }

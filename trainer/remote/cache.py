@@ -232,9 +232,8 @@ def _checksums(name: str, data: memoryview, first: int) -> Iterator[bytes]:
 
 
 def _blocks(prefix: str) -> list[tuple[float, int, str]]:
-    """Return (time of the last read, size, name) of every block. One that was read at a time to
-    come, by a clock that has been put back, counts as the oldest: it would stay for ever."""
-    rows, end = [], time.time() + _FRESH
+    """Return (time of the last read, 0 if that is to come, size, name) of every block."""
+    rows, end = [], time.time() + _FRESH  # beyond it, the clock was put back: not there for ever
     with os.scandir(prefix) as entries:
         for entry in entries:
             if _NAME.fullmatch(entry.name):

@@ -44,7 +44,7 @@ _OLD = 600.0
 class Heartbeat:
     """What one rank reports about itself.
 
-    began, time: seconds since the epoch when its process began and when this was written.
+    began: when its process began, in seconds since the epoch; time: of this, had no clock been set.
     here: seconds that it has been at the place `at`; limit: seconds after which that is a hang.
     quiet: seconds without a heartbeat after which the rank counts as silent.
     starting: it has not finished its first step, which may take long.
@@ -192,12 +192,14 @@ class NodeDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def remove_stale() -> None:
-    """Delete this user's directories of earlier launches whose processes are all gone."""
+def remove_stale(current: NodeDirectory) -> None:
+    """Delete this user's directories of earlier launches whose processes are all gone. current: of
+    this launch; it tells the time, because the clock may just have been set."""
+    now = current.path.stat().st_mtime
     for path in _memory().glob(f"forescale-{os.getuid()}-*"):
         with suppress(OSError, UserError):
             pids = [read_typed(_Row, p)["pid"] for p in path.glob("rank-*.json")]
-            old = time.time() - path.stat().st_mtime > _OLD
+            old = now - path.stat().st_mtime > _OLD
             if old and not any(Path(f"/proc/{pid}").exists() for pid in pids):
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -216,9 +216,8 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
         return hang.sentence, f"see {path}/hang-*.txt"
     hint = f"see {attempt / f'rank-{rank}.log'}" if rank else "its message is above"
     with suppress(OSError):
-        error = _error_path(attempt, rank).read_text(errors="replace").strip()
+        error = _error_path(attempt, rank).read_text(errors="replace").strip().rstrip(".")
         if error:
-            error = error.rstrip(".")
             return error if code == USER else f"rank {rank} ended with {error}", hint
     message = _last_message(attempt / f"rank-{rank}.log") if code > 0 else ""
     if message:  # it could write no error where the storage failed

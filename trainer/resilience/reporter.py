@@ -72,7 +72,7 @@ class HeartbeatReporter:
 
     def start(self) -> "HeartbeatReporter":
         """Start both threads, and make the rank answer requests for its Python stacks."""
-        remove_stale()
+        remove_stale(self.node)
         self._stacks = open(self.node.stacks(self.rank), "wb", buffering=0)  # noqa: SIM115
         # Answers while the training thread holds the interpreter's lock and this thread can't run.
         # Only that thread's stack: other threads' frames would be read without the lock, which can
@@ -162,7 +162,7 @@ class HeartbeatReporter:
             host=self.host,
             pid=os.getpid(),
             began=self.began,
-            time=time.time(),
+            time=self.began + time.monotonic() - self.phases.began,
             step=self.phases.step,
             phase=phase or self.phases.phase,
             at=self._visit[0],

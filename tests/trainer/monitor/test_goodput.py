@@ -116,8 +116,12 @@ def test_a_clock_that_is_set_in_a_launch_makes_it_no_longer_and_no_shorter(run, 
     two = launch(run, 40 + jump, 60 + jump, DONE, came=1, rank_began=41 + jump)
     row(two, 2, startup=6.0, compute=10.0)
     outcome.add_to_launch(two.path, seconds=20.0)
+    assert (buckets(run).wall, buckets(run).buckets["waiting"]) == (60.0, 9.0)
+    for attempt, monotonic in ((one, 100.0), (two, 150.0)):  # between two launches it is set, too
+        outcome.add_to_launch(attempt.path, process="boot:1", monotonic=monotonic)
+    outcome.add_to_launch(two.path, begun=T0 - jump, slurm={"eligible": T0 - 2 * YEARS})
     goodput = buckets(run)
-    assert (goodput.wall, goodput.buckets["waiting"], goodput.mtbf) == (60.0, 9.0, 51.0)
+    assert (goodput.wall, goodput.buckets["queue"], goodput.mtbf) == (70.0, 19.0, 51.0)
     assert 0 <= goodput.launches[0].head <= 15.0
 
 

@@ -236,19 +236,22 @@ def test_what_dead_launches_left_is_swept(memory, attempt, monkeypatch):
     numbers = dict.fromkeys(("began", "time", "here", "limit", "quiet"), 0.0)
     node.write(Heartbeat(**fields, **numbers, pid=os.getpid(), starting=False))
     long_ago = time.time() - 10_000
+    monkeypatch.setenv("MASTER_PORT", "2")
+    current = NodeDirectory(attempt.path)
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # the clock has just been set
 
     def age():
         os.utime(node.path, (long_ago, long_ago))
 
     age()
-    remove_stale()
+    remove_stale(current)
     assert node.path.exists(), "its process lives"
     node.write(Heartbeat(**fields, **numbers, pid=2**22 + 1, starting=False))
-    remove_stale()
+    remove_stale(current)
     assert node.path.exists(), "it was here a moment ago"
     age()
-    remove_stale()
-    assert not node.path.exists()
+    remove_stale(current)
+    assert (node.path.exists(), current.path.exists()) == (False, True)
 
 
 def test_launches_never_share_a_directory(memory, attempt, monkeypatch):
