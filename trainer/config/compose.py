@@ -323,6 +323,8 @@ def _nest(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     above = tree
     for section in sections:
         below = above.get(section)
+        if not isinstance(below, str | Mapping | None):
+            return tree  # no section: it stays, and is refused
         above[section] = {"kind": below} if isinstance(below, str) else below or {}
         above = above[section]
     below = above.get(name)

@@ -15,6 +15,7 @@ from forescale.ground.errors import UserError
 # x86: oneDNN, which torch multiplies matrices with, has bf16 from AVX-512 on. ARM: by its own flag.
 # Without them torch multiplies element by element, 100 times slower than in fp32 (AVX2 alone).
 _FLAGS = {"avx512bw", "amx_bf16", "bf16"}
+_FP16_FLAGS = {"avx512_fp16", "avx_ne_convert", "asimdhp"}  # oneDNN's; the last of ARM
 
 
 @cache
@@ -29,16 +30,25 @@ def has_gpu(root: Path = Path("/")) -> bool:
 def native_precision(root: Path = Path("/")) -> Literal["bf16", "fp32"]:
     """Return the number format that matrices are multiplied fast in: bf16 on a GPU that ranks may
     use, and on a CPU with instructions for it; else fp32. root: replaced in tests."""
-    if has_gpu(root):
-        return "bf16"
+    return "bf16" if has_gpu(root) or _cpu_flags(root) & _FLAGS else "fp32"
+
+
+def _cpu_flags(root: Path) -> set[str]:
+    """Return the names of what the CPU can do; empty if that is not known."""
     try:
         lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not Linux
-        return "fp32"
-    words = {
-        w for line in lines if line.lower().startswith(("flags", "features")) for w in line.split()
-    }
-    return "bf16" if words & _FLAGS else "fp32"
+        return set()
+    lists = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return {word for line in lists for word in line.split()}
+
+
+def check_fp16(kind: str, root: Path = Path("/")) -> None:
+    """Raise UserError if DeepSpeed can't train on the CPU of this machine in precision.kind=`kind`.
+    root: replaced in tests."""
+    if kind == "fp16" and not _cpu_flags(root) & _FP16_FLAGS:
+        problem = "this CPU has no instructions for it, without which DeepSpeed refuses it"
+        raise UserError("precision=fp16", problem, "write precision=auto")
 
 
 _FP8 = (8, 9)  # Ada; Hopper is 9.0

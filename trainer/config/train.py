@@ -7,6 +7,7 @@ key that is not set; recipes are the files of `conf/recipe/`.
 
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from math import gcd
 from typing import ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
@@ -166,6 +167,10 @@ class TrainJob(Lengths, Job):
 
     def _problems(self, ranks: int | None) -> ProblemIterator:
         yield from mesh_problems(self, ranks)
+        near = self.engine.hierarchical_partition
+        if ranks and ranks % near:
+            problem = f"{near} ranks don't divide {ranks}"
+            yield "engine.hierarchical_partition", problem, f"choose {gcd(ranks, near)}"
         if (ranks or self.mesh(1).near) % self.mesh(1).near:
             return  # what follows counts groups
         has_length = self.train.has_length

@@ -93,13 +93,14 @@ def render(template: Path = PAGE, *, title: str, sections: Sequence[Section] = (
                       separators=(",", ":"))  # fmt: skip
     for mark in "<>&\u2028\u2029":  # so that it can stand inside of a script element
         text = text.replace(mark, f"\\u{ord(mark):04x}")
-    return environment.get_template(template.name).render(
+    page = environment.get_template(template.name).render(
         title=title,
         sections=sections,
         data=Markup(text),
         script=Markup(code),
         **{"intro": "", "lead": (), **values},
     )
+    return page.encode(errors="backslashreplace").decode()  # names of files that aren't UTF-8
 
 
 def code(text: str) -> Markup:

@@ -160,10 +160,6 @@ class PlanJob(TrainJob):
             whole = -(-self.world_size // each) * each
             problem = f"{self.world_size} GPUs don't fill nodes of {each}"
             problems.append(("plan.gpus", problem, f"write plan.gpus={whole}"))
-        near = self.engine.hierarchical_partition
-        if near > 1 and self.world_size % near:
-            problem = f"{near} ranks don't divide {self.world_size}"
-            problems.append(("engine.hierarchical_partition", problem, f"choose {self.per_node}"))
         return problems
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
+from forescale.config.hardware import check_fp16
 from forescale.config.schema import Problem
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
@@ -66,6 +67,8 @@ class Plan:
         self.check(lambda: prediction_interval_of(self.job))
         self.check(job.logging.check_trackers)
         self._check_deepspeed()
+        if not self.job.on_gpu:
+            self.check(lambda: check_fp16(self.job.precision.kind))
         if (sources := self.sources) is not None:
             self.check(lambda: check_origin(with_step(self.job, None, newest), sources))
         self.machine, self.world = job.machine, job.world_size

@@ -18,7 +18,7 @@ from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
 from forescale.config.frozen import thaw
-from forescale.config.hardware import check_fp8
+from forescale.config.hardware import check_fp8, check_fp16, has_gpu
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
@@ -161,6 +161,8 @@ def check(job: TrainJob, processes: int) -> None:
     if problems := problems or problems_apart(job, processes):
         raise ConfigError(problems)
     check_fp8(job.precision.fp8)
+    if not has_gpu():
+        check_fp16(job.precision.kind)
 
 
 def local_ranks(job: TrainJob) -> int:

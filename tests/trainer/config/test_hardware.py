@@ -2,13 +2,20 @@
 
 import ctypes
 import re
+from contextlib import nullcontext
 
 import pytest
 
 from forescale.config import hardware, train
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze
-from forescale.config.hardware import capability, check_fp8, exactness, native_precision
+from forescale.config.hardware import (
+    capability,
+    check_fp8,
+    check_fp16,
+    exactness,
+    native_precision,
+)
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
@@ -33,6 +40,15 @@ def test_a_cpu_is_asked_by_its_flags(tmp_path, cpuinfo, kind):
     assert native_precision(tmp_path) == kind
 
 
+@pytest.mark.parametrize("flags", ["avx512bw", "avx512bw avx512_fp16"])
+def test_fp16_needs_a_cpu_that_has_it(tmp_path, flags):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    check_fp16("bf16", tmp_path)
+    with nullcontext() if "fp16" in flags else pytest.raises(UserError, match="no instructions"):
+        check_fp16("fp16", tmp_path)
+
+
 def test_a_gpu_that_ranks_may_use_computes_in_bf16(tmp_path, monkeypatch):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()
@@ -49,6 +65,10 @@ def test_torch_agrees_about_this_cpu():
 
     if native_precision() == "bf16" and not torch.cuda.is_available():
         assert torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with (
+        nullcontext() if torch.ops.mkldnn._is_mkldnn_fp16_supported() else pytest.raises(UserError)
+    ):
+        check_fp16("fp16")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])

@@ -55,6 +55,12 @@ def test_the_largest_seed_is_one():
     assert compose(TrainJob, ["train.seed=9223372036854775807"]).train.seed == 2**63 - 1
 
 
+@pytest.mark.parametrize("value", ["[1]", "0", "nan"])
+def test_the_value_of_a_section_is_refused_beside_one_of_its_keys(value):
+    with pytest.raises(ConfigError, match=r"^train: is a section and takes no value"):
+        compose(TrainJob, [f"train={value}", "train.steps=3"])
+
+
 @pytest.mark.parametrize("word", ["train.seed=[1", "checkpoint.at=[1000", "model.mixer_pattern=[a"])
 def test_a_value_that_can_not_be_read_is_answered_with_one_that_can(word):
     with pytest.raises(ConfigError) as refused:

@@ -29,6 +29,7 @@ def test_lengths_of_a_run():
     assert compose(TrainJob, ["train.steps=300"]).total_steps == 300
 
 
+ALONE = "launch.processes=1"
 EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2"]
 SCATTER = "zero_optimization.reduce_scatter"
 NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
@@ -58,10 +59,14 @@ NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
         (["engine=zero0", "engine.offload_optimizer=true"], "engine.offload_optimizer"),
         (["engine=zero2", "engine.offload_parameters=true"], "engine.offload_parameters"),
         (["engine.hierarchical_partition=8"], "engine.hierarchical_partition"),
+        (
+            ["engine=zero3", "engine.hierarchical_partition=2", ALONE],
+            "engine.hierarchical_partition",
+        ),
         (["engine.expert_parallel=2"], "engine.expert_parallel"),  # a dense model
         ([*EXPERTS, "engine=zero3", "engine.hierarchical_partition=2"], "engine.expert_parallel"),
         ([*EXPERTS, "model.mlp.experts=7"], "engine.expert_parallel"),
-        ([*EXPERTS, "launch.processes=1"], "engine.expert_parallel"),
+        ([*EXPERTS, ALONE], "engine.expert_parallel"),
         ([*EXPERTS, f"engine.deepspeed={NO_SCATTER}"], f"engine.deepspeed.{SCATTER}"),
         (["checkpoint.keep=1"], "checkpoint.keep"),
         (["checkpoint.every=0"], "checkpoint.every"),
