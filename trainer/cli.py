@@ -65,7 +65,7 @@ def _run(words: list[str]) -> int:
         print(f"forescale: {words[0]}: {problem}; write the full path.", file=sys.stderr)
         return USER
     except MemoryError as e:
-        if words[0] == "train":  # others on the machine may have taken it: tried again
+        if words[0] == "train" and "RANK" in os.environ:  # others may have taken it: tried again
             raise
         problem = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
         print(f"forescale: {words[0]}: {problem}; make what you gave smaller.", file=sys.stderr)

@@ -70,11 +70,12 @@ def failing(error):
     ],
 )
 def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, message):
-    verb("status", failing(error))
-    got, out, err = forescale("status")
-    assert (got, out) == (code, "")
-    assert err.startswith(message)
-    assert err.count("\n") == 1
+    for name in ("status", "train"):
+        verb(name, failing(error))
+        got, out, err = forescale(name)
+        assert (got, out) == (code, "")
+        assert err.startswith(message.replace("status", name))
+        assert err.count("\n") == 1
 
 
 def test_a_home_of_nobody_is_a_sentence(forescale):

@@ -55,6 +55,7 @@ class ScoreJob(RunJob):
         "abilities, tasks: the first questions of each, at each number; null: "
         f"{QUESTIONS} for abilities, all for tasks",
         ge=1,
+        le=10**5,
     )
     # tasks: ask through the run's chat template, with solved examples as earlier turns
     chat: bool = False

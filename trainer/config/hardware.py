@@ -39,16 +39,13 @@ def _cpu_flags(root: Path) -> set[str]:
         lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not Linux
         return set()
-    lists = [line for line in lines if line.lower().startswith(("flags", "features"))]
-    return {word for line in lists for word in line.split()}
+    return {w for line in lines if line.lower().startswith(("flags", "fea")) for w in line.split()}
 
 
 def check_fp16(kind: str, root: Path = Path("/")) -> None:
-    """Raise UserError if DeepSpeed can't train on the CPU of this machine in precision.kind=`kind`.
-    root: replaced in tests."""
+    """Raise UserError if DeepSpeed can't train on this CPU in precision.kind=`kind`."""
     if kind == "fp16" and not _cpu_flags(root) & _FP16_FLAGS:
-        problem = "this CPU has no instructions for it, without which DeepSpeed refuses it"
-        raise UserError("precision=fp16", problem, "write precision=auto")
+        raise UserError("precision=fp16", "this CPU has no instructions for it", "leave it out")
 
 
 _FP8 = (8, 9)  # Ada; Hopper is 9.0

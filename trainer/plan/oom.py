@@ -16,8 +16,7 @@ from forescale.plan.options import MOST_MICRO_BATCH, more_checkpointing, with_ch
 
 _LARGE_VOCABULARY = 65_536
 _IMPORTS = 2**30  # bytes
-# What torch says on a CPU; the second of more bytes than an int64 can count.
-_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")  # on a CPU
 
 
 def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:

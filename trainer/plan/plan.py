@@ -54,8 +54,7 @@ from forescale.run.start import open_sources, settle
 class Plan:
     """The plan of a job whose config has no problems.
 
-    newest: see branch.with_step. Raises UserError if the model is a class of the user's own and
-    can't be built.
+    newest: see branch.with_step. Raises UserError if a class of the user's own can't be built.
     """
 
     def __init__(self, job: PlanJob, newest: NewestStep | None = None):
@@ -67,8 +66,7 @@ class Plan:
         self.check(lambda: prediction_interval_of(self.job))
         self.check(job.logging.check_trackers)
         self._check_deepspeed()
-        if not self.job.on_gpu:
-            self.check(lambda: check_fp16(self.job.precision.kind))
+        self.check(lambda: self.job.on_gpu or check_fp16(self.job.precision.kind))
         if (sources := self.sources) is not None:
             self.check(lambda: check_origin(with_step(self.job, None, newest), sources))
         self.machine, self.world = job.machine, job.world_size

@@ -161,8 +161,7 @@ def check(job: TrainJob, processes: int) -> None:
     if problems := problems or problems_apart(job, processes):
         raise ConfigError(problems)
     check_fp8(job.precision.fp8)
-    if not has_gpu():
-        check_fp16(job.precision.kind)
+    has_gpu() or check_fp16(job.precision.kind)
 
 
 def local_ranks(job: TrainJob) -> int:

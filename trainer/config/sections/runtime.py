@@ -135,7 +135,7 @@ class ValidationConfig:
     )
     # abilities: numbers of solved examples before a question; each is measured
     shots: list[int] = key([0, 4])
-    questions: int = key(QUESTIONS, ge=1)  # abilities: questions of a task, at each number
+    questions: int = key(QUESTIONS, ge=1, le=10**5)  # abilities: questions of a task at each number
 
     def problems(self) -> ProblemIterator:
         yield from ability_problems(self.abilities, self.shots)
