@@ -42,9 +42,9 @@ def _cpu_flags(root: Path) -> set[str]:
     return {w for line in lines if line.lower().startswith(("flags", "fea")) for w in line.split()}
 
 
-def check_fp16(kind: str, root: Path = Path("/")) -> None:
-    """Raise UserError if DeepSpeed can't train on this CPU in precision.kind=`kind`."""
-    if kind == "fp16" and not _cpu_flags(root) & _FP16_FLAGS:
+def check_fp16(kind: str, on_gpu: bool, root: Path = Path("/")) -> None:
+    """Raise UserError if this machine's CPU is to train in precision.kind=`kind`, and can't."""
+    if kind == "fp16" and not on_gpu and not _cpu_flags(root) & _FP16_FLAGS:
         raise UserError("precision=fp16", "this CPU has no instructions for it", "leave it out")
 
 

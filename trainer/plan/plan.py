@@ -66,7 +66,7 @@ class Plan:
         self.check(lambda: prediction_interval_of(self.job))
         self.check(job.logging.check_trackers)
         self._check_deepspeed()
-        self.check(lambda: self.job.on_gpu or check_fp16(self.job.precision.kind))
+        self.check(lambda: check_fp16(self.job.precision.kind, self.job.on_gpu))
         if (sources := self.sources) is not None:
             self.check(lambda: check_origin(with_step(self.job, None, newest), sources))
         self.machine, self.world = job.machine, job.world_size

@@ -161,7 +161,7 @@ def check(job: TrainJob, processes: int) -> None:
     if problems := problems or problems_apart(job, processes):
         raise ConfigError(problems)
     check_fp8(job.precision.fp8)
-    has_gpu() or check_fp16(job.precision.kind)
+    check_fp16(job.precision.kind, has_gpu())
 
 
 def local_ranks(job: TrainJob) -> int:

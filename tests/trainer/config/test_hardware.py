@@ -44,9 +44,9 @@ def test_a_cpu_is_asked_by_its_flags(tmp_path, cpuinfo, kind):
 def test_fp16_needs_a_cpu_that_has_it(tmp_path, flags):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(f"flags\t\t: {flags}\n")
-    check_fp16("bf16", tmp_path)
+    check_fp16("bf16", on_gpu=False, root=tmp_path)
     with nullcontext() if "fp16" in flags else pytest.raises(UserError, match="no instructions"):
-        check_fp16("fp16", tmp_path)
+        check_fp16("fp16", on_gpu=False, root=tmp_path)
 
 
 def test_a_gpu_that_ranks_may_use_computes_in_bf16(tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_torch_agrees_about_this_cpu():
     with (
         nullcontext() if torch.ops.mkldnn._is_mkldnn_fp16_supported() else pytest.raises(UserError)
     ):
-        check_fp16("fp16")
+        check_fp16("fp16", on_gpu=False)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
