@@ -13,7 +13,6 @@ import json
 import os
 import re
 import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from forescale.ground.errors import UserError
-from forescale.ground.storage import cache_directory
+from forescale.ground.storage import cache_directory, expect_private, read_private, write_private
 from forescale.resilience.outcome import launch_of
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission
@@ -35,7 +34,6 @@ _SHOWN_LATELY = 60.0  # seconds that a job is asked about after it was last show
 _ENDS_KEPT = 7 * 86_400.0  # seconds that the end of a job is kept
 _REMEMBERED = 3_600.0  # seconds after the last sign of a job in which scontrol may know it
 _LONGEST = 90.0  # seconds to wait for another process that asks
-_MOST = 1 << 24  # bytes of a file that is read
 _TIMES = ("start", "submitted")  # fields of a job that are numbers
 _OVER = re.compile(
     r"COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|BOOT_FAIL|DEADLINE|NODE_FAIL|OUT_OF_MEMORY"
@@ -188,38 +186,24 @@ def _answer() -> Iterator[Answer]:
     lock = FileLock(path.with_suffix(".lock"), timeout=_LONGEST, mode=0o600)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _expect_own(os.lstat(lock.lock_file) if os.path.lexists(lock.lock_file) else None)
+        if os.path.lexists(lock.lock_file):
+            expect_private(os.lstat(lock.lock_file))
         lock.acquire()
     except (OSError, NotImplementedError, Timeout):  # a file system without locks, another's file
         yield Answer()
         return
     try:
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
-                _expect_own(os.fstat(f.fileno()))
-                answer = Answer.of(f.read(_MOST))
+            answer = Answer.of(read_private(path))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             answer = Answer()  # none yet, damaged, of another version, or another's
         before = json.dumps(asdict(answer))
         yield answer
         if (text := json.dumps(asdict(answer))) != before:
-            temporary = path.with_suffix(f".{os.getpid()}")
             with suppress(OSError):  # not kept: the next process asks SLURM itself
-                temporary.unlink(missing_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                with open(os.open(temporary, flags, 0o600), "w") as f:
-                    f.write(text)
-                os.replace(temporary, path)
+                write_private(path, text.encode())
     finally:
         lock.release()
-
-
-def _expect_own(status: os.stat_result | None) -> None:
-    """Raise OSError unless a file is this user's own, and closed to all others."""
-    if status and (status.st_uid != os.getuid() or status.st_mode & 0o077):
-        raise PermissionError("of another user, or open to others")
-    if status and not stat.S_ISREG(status.st_mode):
-        raise PermissionError("no file")
 
 
 def _cluster() -> str:

@@ -1,5 +1,6 @@
-"""What a page about many long runs costs: `forescale status` of all of them, as a command, and how
-long each redraw of `--live` takes, when nothing is new and when every run has made a step.
+"""What a page about many runs costs: `forescale status` of long ones, as a command, and how long
+each redraw of `--live` takes, when nothing is new and when every run has made a step; and of many
+that have ended, the first time and from its index.
 
 The rows are synthetic, with the fields of real ones. Before ledgers the first table read each row
 three times, and so did every redraw.
@@ -23,26 +24,32 @@ WIDTH = 200  # columns, so that none is left out
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many runs, and steps of each."""
+    """How many runs, and steps of each; ended: how many short ones that have ended."""
 
     runs: int = 12
     steps: int = 50_000
+    ended: int = 10_000
 
 
-REAL, TOY = Sizes(), Sizes(2, 300)
+REAL, TOY = Sizes(), Sizes(2, 300, 2)
 
 
 def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         root = make_runs(Path(folder), sizes)
-        first = [(_command(root),) for _ in range(min(rounds, 3))]
+        first = [(_command(root, Path(folder, f"{i}")),) for i in range(min(rounds, 3))]
         same, grown, megabytes = _redraws(root, rounds, sizes.steps)
+        ended = ended_runs(Path(folder) / "short", sizes.ended)
+        many = [_first_and_second(ended, Path(folder, f"cache-{i}")) for i in range(min(rounds, 3))]
     size = f"{sizes.runs} runs of {sizes.steps:,} steps"
     facts = {"megabytes of rows": megabytes}
     return [
         Result(f"table of {size}", "CPU s", ("first",), first, "at most 2", facts),
         Result("redraw, nothing new", "ms", ("redraw",), same, "at most 50"),
         Result("redraw, a new step in each run", "ms", ("redraw",), grown),
+        Result(
+            f"table of {sizes.ended:,} runs that have ended", "CPU s", ("first", "second"), many
+        ),
     ]
 
 
@@ -65,6 +72,23 @@ def make_runs(folder: Path, sizes: Sizes) -> Path:
     for number in range(1, sizes.runs):
         shutil.copytree(run.path, root / f"run-{number:02}", symlinks=True)
     return root
+
+
+def ended_runs(folder: Path, number: int) -> Path:
+    """Return the directory of complete runs with 2 checkpoints each; their files are links."""
+    from tests.trainer.small_run import make_dataset, make_run
+
+    run = make_run(make_dataset(folder / "data"), folder / "runs", "run-0")
+    for i in range(1, number):
+        path = run.path.with_name(f"run-{i}")
+        shutil.copytree(run.path, path, symlinks=True, copy_function=os.link)
+    if number > TOY.ended:
+        time.sleep(11)  # what has just changed is not stored
+    return folder / "runs"
+
+
+def _first_and_second(root: Path, cache: Path) -> tuple[float, float]:
+    return _command(root, cache), _command(root, cache)
 
 
 def row(step: int) -> dict[str, Any]:
@@ -99,11 +123,12 @@ def score(step: int) -> dict[str, Any]:
     return {"kind": "validation", **at, **scores}
 
 
-def _command(root: Path) -> float:
-    """CPU seconds of the whole command."""
+def _command(root: Path, cache: Path) -> float:
+    """CPU seconds of the whole command. cache: the folder of its index."""
     before = os.times()
     words = [sys.executable, "-P", "-m", "forescale", "status", f"run.root={root}"]
     environment = {**os.environ, "COLUMNS": str(WIDTH)}
+    environment["FORESCALE_CACHE"] = str(cache)
     subprocess.run(words, env=environment, check=True, capture_output=True)
     after = os.times()
     kinds = ("children_user", "children_system")
@@ -112,16 +137,17 @@ def _command(root: Path) -> float:
 
 def _redraws(root: Path, rounds: int, steps: int) -> tuple[list, list, float]:
     """Milliseconds of each redraw: nothing new; a new step in each run."""
-    from forescale.monitor.status import Statuses, runs_under
+    from forescale.monitor.index import Index
+    from forescale.monitor.status import runs_under
     from forescale.verbs.status import StatusJob, page_of
 
-    job, statuses = StatusJob(), Statuses()
+    job, index = StatusJob(), Index(root)
     job.run.root = str(root)
     same, grown = [], []
 
     def draw() -> float:
         began = time.process_time()
-        page_of(job, statuses, WIDTH)
+        page_of(job, index, WIDTH)
         return (time.process_time() - began) * 1e3
 
     draw()

@@ -12,13 +12,14 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, mkstemp
 from typing import Any
 
 from platformdirs import user_cache_path
@@ -31,6 +32,7 @@ TABLE = "files.json"
 CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum
 _BLOCK = 1 << 22
 _LARGEST = 1 << 30  # bytes of JSON: the state.json of 1,024 ranks at stage 3 has 55 MB
+_LARGEST_CACHED = 1 << 28  # bytes of a file that one command leaves for the next
 _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
 
 
@@ -337,3 +339,28 @@ def cache_directory(cache: str | Path | None = None) -> Path:
     $XDG_CACHE_HOME/forescale or ~/.cache/forescale on Linux."""
     chosen = cache or os.environ.get("FORESCALE_CACHE") or user_cache_path("forescale")
     return Path(chosen).expanduser()
+
+
+def read_private(path: Path) -> bytes:
+    """Return the content of a small file in the cache. Raises OSError if `expect_private` does."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
+        expect_private(os.fstat(f.fileno()))
+        return f.read(_LARGEST_CACHED)
+
+
+def expect_private(status: os.stat_result) -> None:
+    """Raise OSError unless it is of a file of this user's own that is closed to all others."""
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISREG(status.st_mode):
+        raise PermissionError("of another user, open to others, or no file")
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a small file in the cache by one that is closed to others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = mkstemp(dir=path.parent)
+    try:
+        with open(fd, "wb") as f:
+            f.write(data)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -9,8 +9,9 @@ verified.
 
 import json
 import math
+import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, damaged, each_row, has_checksum, parse_row, read_rows
 
 T = TypeVar("T")
-Mark = tuple[str, int, int, int]
+Mark = tuple[str, int, int, int, int]
 BLOCK = 1 << 17  # bytes that are read at once
 TRAIN = b'{"kind": "train", '  # how the line of a step begins
 RECENT = 20  # rows of a tail
@@ -307,30 +308,38 @@ class Memory:
 
     def once(self, path: Path, read: Callable[[Path], T]) -> T:
         """Return `read(path)`, which is called again only if the file has changed since."""
-        now = marks([path])
+        now = marks([str(path)])
         if path not in self._read or self._read[path][0] != now:
             self._read[path] = now, read(path)
         return self._read[path][1]  # type: ignore[return-value]
 
 
-def marks(paths: list[Path]) -> list[Mark]:
-    """Return name, number, size and time of those of the files that exist."""
+def marks(names: Iterable[str], folder: str = "") -> list[Mark]:
+    """Return name, number, size and times (of the content; of any change, which nobody can set) of
+    those of the files that exist."""
     values = []
-    for path in paths:
+    for name in names:
         with suppress(OSError):
-            stat = path.stat()
-            values.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            s = os.stat(folder + name)
+            values.append((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
     return values
 
 
 def marks_of(run: Run) -> list[Mark]:
     """Return the marks of all files of a run's status; they differ after any change."""
-    paths, attempts = [run.config, run.path / "attempts", run.checkpoints], run.attempts()
+    folder = f"{run.path}{os.sep}"
+    small = (run.config, run.identity, run.averaged, run.imported, run.checkpoints)
+    names = [*(path.name for path in small), "attempts", "metrics.jsonl"]
+    attempts = [f"attempts/{attempt.path.name}/" for attempt in run.attempts()]
     for attempt in attempts:
-        paths += [attempt.path / name for name in _FILES]
-    for attempt in attempts[-1:]:
-        paths += sorted(attempt.path.glob("*"))
-    for step in run.checkpoint_steps():
-        folder = run.checkpoint_path(step)
-        paths += [folder, folder / "state.json"]
-    return marks(paths)
+        names += [attempt + name for name in _FILES] + _in(folder, f"{attempt}heartbeat/")
+    names += _in(folder, attempts[-1]) if attempts else []
+    for checkpoint in map(run.checkpoint_path, run.checkpoint_steps()):
+        names += [f"checkpoints/{checkpoint.name}{end}" for end in ("", "/state.json")]
+    return marks(names, folder)
+
+
+def _in(folder: str, name: str) -> list[str]:
+    with suppress(OSError):
+        return [name + each for each in sorted(os.listdir(folder + name))]
+    return []

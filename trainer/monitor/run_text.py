@@ -49,10 +49,10 @@ _LAST_LINES = 15  # of the log of a job that ended early
 _CURVE = 80  # columns of the curve, at most
 
 
-def state_of(s: Status, job: "Job | None", end: "EarlyEnd | None" = None) -> str:
-    """Return the state by the queue, if it holds the run, else by the run's files. end: of its job,
-    if no rank of it began."""
-    state, reason = str(s.state), ""
+def state_of(state: str, job: "Job | None", end: "EarlyEnd | None" = None) -> str:
+    """Return the state by the queue, if it holds the run, else the one by the run's files. end: of
+    its job, if no rank of it began."""
+    reason = ""
     if end is not None and state != "complete":
         return f"[red]{(end.state or 'never began').lower().replace('_', ' ')}[/]"
     if job is not None and state != "complete":
@@ -78,7 +78,7 @@ def show_run(
     """Print all about one run. job: its job in the queue; end: of its job, if no rank of it began;
     in_ascii: draw its curve with ASCII characters alone."""
     s.job_runs = runs_now(job)
-    total, state = s.job.total_steps, state_of(s, job, end)
+    total, state = s.job.total_steps, state_of(s.state, job, end)
     title = f"[bold]{escape(str(s.run.path))}[/]: {state}"
 
     def say(line: str) -> None:

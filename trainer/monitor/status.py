@@ -50,6 +50,7 @@ class Status:
 
     def __init__(self, run: Run, now: float | None = None, memory: Memory | None = None):
         self.run, self.now = run, time.time() if now is None else now
+        self.began = self.now  # no file was read before
         self._memory = memory or Memory()
         self.job_runs = False  # SLURM says that a job of it runs, whatever the files show
         self._goodput: dict[bool, Goodput] = {}  # by whether its newest launch is alive
@@ -310,9 +311,9 @@ class Statuses:
         self._memory = Memory()
         self._seen: dict[Path, tuple[list[Mark], Status]] = {}
 
-    def of(self, run: Run) -> Status:
-        """Return the status of a run as it is now."""
-        now = marks_of(run)
+    def of(self, run: Run, marks: list[Mark] | None = None) -> Status:
+        """Return the status of a run as it is now. marks: of its files, just read."""
+        now = marks_of(run) if marks is None else marks
         before = self._seen.get(run.path)
         if before is None or before[0] != now:
             self._seen[run.path] = now, Status(run, memory=self._memory)

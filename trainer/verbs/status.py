@@ -21,9 +21,10 @@ from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.curve import needs_ascii
 from forescale.monitor.facts import facts
+from forescale.monitor.index import Index
 from forescale.monitor.overview import show_runs
 from forescale.monitor.run_text import show_run
-from forescale.monitor.status import Status, Statuses, runs_under
+from forescale.monitor.status import Status, runs_under
 from forescale.run.directory import Run
 from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import newest
@@ -63,13 +64,13 @@ def main(words: list[str]) -> int:
         rows = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
         print(json.dumps(rows[0] if job.target else {"runs": rows}, indent=2, allow_nan=False))
         return DONE
+    index = Index(Path(job.run.root).expanduser())
     if not job.live:
-        console.print(page_of(job, Statuses(), console.width, in_ascii), soft_wrap=True)
+        console.print(page_of(job, index, console.width, in_ascii), soft_wrap=True)
         return DONE
-    statuses = Statuses()
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
-            live.update(page_of(job, statuses, console.width, in_ascii), refresh=True)
+            live.update(page_of(job, index, console.width, in_ascii), refresh=True)
             time.sleep(_REDRAW)
 
 
@@ -80,7 +81,7 @@ def _runs(job: StatusJob) -> list[Run]:
     return runs_under(Path(job.run.root).expanduser())
 
 
-def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = False) -> Text:
+def page_of(job: StatusJob, index: Index, width: int, in_ascii: bool = False) -> Text:
     """Return the whole page as one text, to be printed once or repeatedly. in_ascii: its curve is
     drawn with ASCII characters alone."""
     text = StringIO()
@@ -89,11 +90,11 @@ def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = Fal
     jobs, ends = _jobs(runs, page)
     if job.target:
         name = runs[0].name
-        show_run(statuses.of(runs[0]), page, jobs.get(name), ends.get(name), in_ascii)
+        show_run(index.statuses.of(runs[0]), page, jobs.get(name), ends.get(name), in_ascii)
     elif runs:
-        show_runs([statuses.of(run) for run in runs], page, jobs, ends)
+        show_runs(runs, index, page, jobs, ends)
     else:
-        root = escape(str(Path(job.run.root).expanduser()))
+        root = escape(str(index.root))
         page.print(f"No runs in {root} yet; start one with: forescale train")
     return Text.from_ansi(text.getvalue().rstrip())
 
