@@ -47,7 +47,7 @@ def _zero(job, world_size: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": engine.stage,
         "reduce_bucket_size": engine.bucket_bytes // gradient,
-        "allgather_bucket_size": engine.bucket_bytes // 2,
+        "allgather_bucket_size": engine.bucket_bytes // 4 * 2,  # DeepSpeed takes even ones
     }
     if engine.stage in (1, 2) and not engine.offload_optimizer:
         zero["compute_grad_norm"] = False  # the engine computes it

@@ -55,6 +55,8 @@ def test_offload():
 def test_buckets_are_counted_in_elements_there():
     zero = derived("engine.bucket_bytes=1000")["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 500
+    odd = derived("engine.bucket_bytes=1002")["zero_optimization"]["allgather_bucket_size"]
+    assert odd % 2 == 0  # an engine of stages 1 and 2 refuses others
 
 
 @pytest.mark.parametrize(("stage", "accumulates"), [(0, None), (1, None), (2, None), (3, "fp32")])

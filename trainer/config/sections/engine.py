@@ -83,7 +83,7 @@ class EngineConfig:
         "number format in which gradients are added up over micro-batches and ranks; auto: fp32 "
         f"beyond {MOST_ROUNDED_SUMS} micro-batches of a rank a step, else that of precision",
     )
-    bucket_bytes: int = key(500_000_000, ge=1)  # bytes of a communication bucket
+    bucket_bytes: int = key(500_000_000, ge=4)  # bytes of a communication bucket
     # stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off
     hierarchical_partition: int = key(1, ge=1)
     # number of consecutive ranks that divide the tokens of each window; best within a node; 1: off
