@@ -15,6 +15,7 @@ from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_here
 from forescale.engine.deepspeed_config import deepspeed_config
+from forescale.engine.gathers import take_apart_by_parameter
 from forescale.engine.optim import build_optimizer, divided_groups, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.parallel import experts, tensor
@@ -71,6 +72,7 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
     """Return a function that leaves each rank its part of every parameter, for stage 3."""
     from deepspeed.runtime.zero import Init
 
+    take_apart_by_parameter()
     config = deepspeed_config(job, world.size)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision.kind, torch.float32)
     among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.states.group}

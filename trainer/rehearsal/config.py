@@ -18,6 +18,8 @@ def has_triton() -> bool:
 @dataclass
 class RehearseConfig:
     ranks: list[int] = key([0], common=True)  # the ranks whose steps are rehearsed, one at a time
+    # auto: of a deep model on many ranks two shallow depths, from which those of all layers follow
+    layers: Literal["auto", "all"] = "auto"
     # micro-batches of a step at most; what follows them is the same again
     micro_batches: int = key(2, ge=1)
     # kernels of compiled parts, by triton, assembled for the GPU; auto: where triton is installed

@@ -221,9 +221,24 @@ class Rehearsal:
                 {"kind": kind, "place": where, "times": times}
                 for (kind, where), times in self.waits.places.most_common()
             ],
-            "operations": [asdict(cost) | {"times": n} for cost, n in observer.operations.items()],
+            "operations": self._operations(),
             **(self.kernels.report() if self.report["compiled"] else {}),
         }
+
+    def _operations(self) -> list[dict[str, Any]]:
+        """Return the sums of the operations of each name. seconds: by the roofline of the machine,
+        the longer of products and bytes."""
+        machine, totals = self.job.machine, dict[str, dict[str, Any]]()
+        is_fp32 = self.job.precision.kind == "fp32"
+        peak = (machine.peak_fp32 if is_fp32 else machine.peak_bf16) or float("inf")
+        bandwidth = machine.memory_bandwidth or float("inf")
+        for cost, times in self.observer.operations.items():
+            seconds = max(cost.flops / peak / machine.efficiency, cost.bytes / bandwidth)
+            total = totals.setdefault(cost.name, {"name": cost.name})
+            values = {"times": 1, "flops": cost.flops, "bytes": cost.bytes, "seconds": seconds}
+            for key, value in values.items():
+                total[key] = total.get(key, 0) + times * value
+        return [*totals.values()]
 
 
 def say(text: str) -> None:

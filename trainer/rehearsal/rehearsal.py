@@ -19,6 +19,7 @@ from forescale.ground.errors import UserError, shortened
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 from forescale.rehearsal.config import RehearseJob
+from forescale.rehearsal.depth import extended, shallow_depths, with_layers
 from forescale.rehearsal.gpu import gpu_of
 from forescale.rehearsal.library import library
 from forescale.rehearsal.rank import PROGRESS, Request
@@ -29,10 +30,12 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Rehearsed:
     """What was seen of some ranks. plan: of the job with the micro-batches that were rehearsed;
-    accumulation: those of a rank in a step of the job as given; seconds: that it took."""
+    accumulation: those of a rank in a step of the job as given; depths: the two numbers of layers
+    that were rehearsed in place of all; seconds: that it took."""
 
     plan: Plan
     accumulation: int
+    depths: tuple[int, int] | None
     reports: list[dict[str, Any]]
     seconds: float
 
@@ -61,13 +64,21 @@ def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehear
     gpu = gpu_of(job.machine.name, job.machine.memory_bytes or 0, job.per_node)
     assert gpu is not None
     reads = beside.sources is not None and not job.objective.are_preferences
+    depths = shallow_depths(job)
     reports = []
     for rank in job.rehearse.ranks:
         request = Request(
             freeze(job), plan.vocab_size, rank, _accumulation(job), reads, str(built), asdict(gpu)
         )
-        reports.append(_rank(request, say))
-    return Rehearsed(beside, _accumulation(whole), reports, time.monotonic() - began)
+        if depths is None:
+            reports.append(_rank(request, say))
+            continue
+        few, many = (
+            _rank(replace(request, config=freeze(with_layers(job, n))), say) for n in depths
+        )
+        times = (cast(int, cast(Any, job.model).num_layers) - depths[1]) / (depths[1] - depths[0])
+        reports.append(many if "error" in many else extended(few, many, times))
+    return Rehearsed(beside, _accumulation(whole), depths, reports, time.monotonic() - began)
 
 
 def _accumulation(job: PlanJob) -> int:

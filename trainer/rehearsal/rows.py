@@ -5,12 +5,13 @@ Invariant: a number of the plan that the rehearsal contradicts by over 5 % has i
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.markup import escape
 
 from forescale.config.schema import plain
 from forescale.ground.console import open_console, span
+from forescale.models.config import ModelConfig
 from forescale.plan.blocks import (
     Block,
     Row,
@@ -40,7 +41,8 @@ def show(rehearsed: Rehearsed) -> None:
     for report in rehearsed.reports:
         console.print(escape(_summary(rehearsed, report)), soft_wrap=True)
         print_blocks(console, blocks(rehearsed, report))
-    console.print(ONLY_A_GPU, soft_wrap=True)
+    for line in limits(rehearsed):
+        console.print(line, soft_wrap=True)
     console.file.flush()
 
 
@@ -53,7 +55,7 @@ def page(rehearsed: Rehearsed, command: Sequence[str]) -> str:
         sections.append(Section("rank", f"Rank {report['rank']}",
                                 after=[_summary(rehearsed, report)]))  # fmt: skip
         sections += sections_of(blocks(rehearsed, report))
-    sections.append(Section("limits", "What it can't show", after=[ONLY_A_GPU]))
+    sections.append(Section("limits", "What it can't show", after=limits(rehearsed)))
     lead = [code(shlex.join(command))]
     return render(title=f"Rehearsal of {title(rehearsed)}", lead=lead, sections=sections)
 
@@ -65,6 +67,7 @@ def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
         "config": plain(rehearsed.plan.job),
         "micro_batches": rehearsed.micro_batches,
         "accumulation": rehearsed.accumulation,
+        "depths": rehearsed.depths,
         "seconds": rehearsed.seconds,
         "planned": {
             "memory_bytes": planned_memory(rehearsed),
@@ -85,6 +88,20 @@ def title(rehearsed: Rehearsed) -> str:
         f"{job.run.directory} on {plan.world:,} {plan.machine.name}: {plan.chosen.name}, "
         f"{job.precision.label}, {job.optimizer.kind}{of}"
     )
+
+
+def limits(rehearsed: Rehearsed) -> list[str]:
+    """Return the sentences about what was not shown."""
+    if rehearsed.depths is None:
+        return [ONLY_A_GPU]
+    few, many = rehearsed.depths
+    layers = cast(ModelConfig, rehearsed.plan.job.model).num_layers
+    return [
+        f"Rehearsed were {few} and {many} layers; the numbers are those of {layers}, since each "
+        "further layer does the same. Buckets, sub-groups and weights that are used again change "
+        "calls, bytes and peaks a little; rehearse.layers=all makes all layers.",
+        ONLY_A_GPU,
+    ]
 
 
 def _summary(rehearsed: Rehearsed, report: dict[str, Any]) -> str:
@@ -198,27 +215,19 @@ def _waits(report: dict[str, Any]) -> Block:
 
 
 def _operations(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
-    plan, machine = rehearsed.plan, rehearsed.plan.machine
-    peak = machine.peak_fp32 if plan.job.precision.kind == "fp32" else machine.peak_bf16
-    flops_speed, bytes_speed = (peak or 0) * machine.efficiency, machine.memory_bandwidth
-    timed: dict[str, list[float]] = {}
-    for one in report["operations"]:
-        seconds = one["flops"] / flops_speed if flops_speed else 0.0
-        seconds = max(seconds, one["bytes"] / bytes_speed if bytes_speed else 0.0)
-        entry = timed.setdefault(one["name"], [0.0, 0, 0, 0])
-        for i, value in enumerate((seconds, 1, one["flops"], one["bytes"])):
-            entry[i] += value * one["times"]
-    launches = sum(int(entry[1]) for entry in timed.values())
-    total = sum(entry[0] for entry in timed.values())
+    plan, operations = rehearsed.plan, report["operations"]
+    launches = round(sum(one["times"] for one in operations))
+    total = sum(one["seconds"] for one in operations)
     rows = [
-        Row("", _cut(name), [f"{1e3 * s:,.2f}", f"{n:,.0f}", flops_text(f), bytes_text(b)])
-        for name, (s, n, f, b) in sorted(timed.items(), key=lambda item: -item[1][0])[:10]
-    ]
+        Row("", _cut(one["name"]), [f"{1e3 * one['seconds']:,.2f}", f"{one['times']:,.0f}",
+                                    flops_text(one["flops"]), bytes_text(one["bytes"])])
+        for one in sorted(operations, key=lambda one: -one["seconds"])[:10]
+    ]  # fmt: skip
     compute = plan.chosen.step.computing
     planned = f"; the plan's law has {span(compute)} of computation" if compute else ""
     after = [
-        f"{launches:,} launches; {span(total)} by the roofline of {machine.name} (the longer of "
-        f"bytes and products, one after the other){planned}. The host needs "
+        f"{launches:,} launches; {span(total)} by the roofline of {plan.machine.name} (the longer "
+        f"of bytes and products, one after the other){planned}. The host needs "
         f"{span(launches * _LAUNCH)} at {1e6 * _LAUNCH:.0f} us a launch."
     ]
     columns = ("ms", "launches", "products", "moved")
