@@ -71,10 +71,14 @@ def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module
 def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
     """Return a function that leaves each rank its part of every parameter, for stage 3."""
     from deepspeed.runtime.zero import Init
+    from deepspeed.utils import groups
 
     take_apart_by_parameter()
     config = deepspeed_config(job, world.size)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision.kind, torch.float32)
+    # Init makes the group of a hierarchical partition once, and refuses to make it for a second
+    # part of the model; an earlier engine of this process may have left one.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.states.group}
 
     def shared(module: nn.Module) -> nn.Module:
@@ -82,7 +86,14 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
         # divided model it moves no buffers.
         module.to(world.device, dtype)
         among_ranks = among if world.tensor.size > 1 else {}
-        Init(module=module, config_dict_or_path=config, **among_ranks)  # of what is not divided yet
+        near = groups._get_zero_param_intra_parallel_group()
+        # Of what is not divided yet.
+        Init(
+            module=module,
+            config_dict_or_path=config,
+            zero_param_parallel_group=near,
+            **among_ranks,
+        )
         return module
 
     return shared
