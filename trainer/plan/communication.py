@@ -23,7 +23,7 @@ time of a collective is in links.py.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from math import prod
@@ -32,7 +32,9 @@ from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.flops import BlockParts, columns_of, layers_of
+from forescale.models.memory import of_tensor
 from forescale.plan.bytes.memory import overlapping, partition, recomputes
+from forescale.plan.bytes.muon import Gathers, gathers, rounds
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import ZeroSettings
 from forescale.plan.links import Collective, Kind
@@ -66,7 +68,8 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     if ranks == 1 or not isinstance(config, ModelConfig):
         return []
     mixers = [parts.mixer for parts in layers_of(config)]
-    values = sum(mixer.exchanged(config, ranks) for mixer in mixers)
+    of_heads = of_tensor(config, job.engine.tensor_parallel)  # a rank's own
+    values = sum(mixer.exchanged(of_heads, ranks) for mixer in mixers)
     times = s.accumulation * (2 if config.activation_checkpointing == "none" else 3)
     columns = job.rows_at_once * job.train.sequence_length // ranks
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
@@ -84,7 +87,9 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     columns = length // job.engine.sequence_parallel
     blocks = [*enumerate(layers_of(c))]
     blocks += blocks[-1:] * c.mtp_layers  # those of modules for later tokens are as the last one
-    sums = [one for block in blocks for one in _of_block(c, *block, rows, columns)]
+    # A compiled block is computed again up to its end.
+    to_end = c.activation_checkpointing == "full" and job.train.compile != "off"
+    sums = [one for block in blocks for one in _of_block(c, *block, rows, columns, to_end)]
     if c.has_encoder:
         sums.append(c.sizes.width * rows * columns_of(c, 0, columns))
     heads, read = 0, rows * columns_of(c, c.encoder_layers, columns)
@@ -99,9 +104,9 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
 
 
 def _of_block(
-    config: ModelConfig, block: int, parts: BlockParts, rows: int, columns: int
+    config: ModelConfig, block: int, parts: BlockParts, rows: int, columns: int, to_end: bool
 ) -> list[int]:
-    """Return the values of each sum of a block in a micro-batch."""
+    """Return the values of each sum of a block in a micro-batch. to_end: of its recomputation."""
     c = config.of_block(block)
     columns = columns_of(config, block, columns)
     chunk = min(config.mlp.columns or columns, columns)
@@ -111,7 +116,7 @@ def _of_block(
     if config.activation_checkpointing != "none":
         # The last part's output is needed again only for a norm that follows it.
         ends_normed = block == config.encoder_layers - 1 and config.norms_stream
-        sums += outputs if c.norms_after or ends_normed else outputs[:-1]
+        sums += outputs if to_end or c.norms_after or ends_normed else outputs[:-1]
     whole: list[int] = []  # what every rank has, but uses for its own heads or tokens alone
     for part in parts.values():
         cut = {**part.divided(c), **dict.fromkeys(part.stacked)}
@@ -136,7 +141,7 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     if s.stage in (1, 2):
         taken = overlapping(group, mesh.world)
     elif s.stage == 3:
-        every = [one for rounds in _muon_rounds(s, group.params) for one in rounds]
+        every = [one for each in rounds(group.params, s.world, s.bucket) for one in each]
         taken = [[one[rank] for one in every if rank < len(one)] for rank in range(s.world)]
     cut = [[tensor * p.numel for p in params if p.name in trained.cut] for params in taken]
     most = max(cut, key=sum)
@@ -187,6 +192,9 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
             weights, kind = s.size * ranks * sum(each), "all_gather"
             name = f"weights{of} after the update"
             sums.append(Collective(name, kind, weights, ranks, len(each), stride=apart))
+            for group, part in zip(groups, each, strict=True):
+                muon = _muon(gathers(s, group, ranks, part), ranks)
+                sums.append(replace(muon, label=muon.label + of, stride=apart))
     return sums
 
 
@@ -240,15 +248,9 @@ def _partitioned(
             )
         )
     traffic += _reduced(s, trained, names, beside)
-    updated = [p for g in trained.groups if g.update.is_by_matrix for p in g.params]
-    if muon := [p for p in updated if p.name in names]:
-        every = [*_muon_rounds(s, muon)]
-        calls = sum(2 + 2 * len(rounds) for rounds in every)
-        # Those of a round, and then of its new momenta, are padded to the largest of them.
-        updates = sum(max(p.numel for p in one) for rounds in every for one in rounds)
-        gathers = 2 * s.sent * (_padded(s, muon) + s.world * updates)
-        name = "Muon's gradients and momenta"
-        traffic.append(Collective(name, "all_gather", gathers, s.world, calls))
+    for group in trained.groups:
+        if group.names[0] in names:
+            traffic.append(_muon(gathers(s, group, s.world), s.world))
     return [replace(c, label=c.label + of, stride=stride) for c in traffic]
 
 
@@ -285,14 +287,5 @@ def _padded(s: ZeroSettings, params: Iterable[Parameter]) -> int:
     return s.world * sum(-(-p.numel // s.world) for p in params)
 
 
-def _muon_rounds(s: ZeroSettings, params: Sequence) -> Iterator[list[Sequence]]:
-    """Yield the rounds of each bucket of matrices, whose gradients and momenta stage 3 gathers: in
-    a round each rank orthogonalises at most one."""
-    start = 0
-    while start < len(params):
-        end, numel = start, 0
-        while end < len(params) and (end == start or numel + params[end].numel <= s.bucket):
-            numel += params[end].numel
-            end += 1
-        yield [params[first : min(first + s.world, end)] for first in range(start, end, s.world)]
-        start = end
+def _muon(of: Gathers, ranks: int) -> Collective:
+    return Collective("Muon's gradients and momenta", "all_gather", of.payload, ranks, of.calls)

@@ -151,6 +151,15 @@ def test_ranks_that_divide_a_window_exchange_what_its_layers_hold():
     crossing = job(*words, "engine.sequence_parallel=4", "machine.gpus_per_node=2")
     assert any("some groups cross nodes" in note for note in crossing.notes())
     assert not any("some groups cross nodes" in note for note in planned.notes())
+    halves = job(*words, "model.num_kv_heads=4", "engine.sequence_parallel=2")
+    quarters = job(*words, "model.num_kv_heads=4", "engine.sequence_parallel=2",
+                   "engine.tensor_parallel=2")  # fmt: skip
+    of, of_half = (
+        sum(c.payload for c in collectives(j, inventory(j), 8) if c.kind == "all_to_all")
+        for j in (halves, quarters)
+    )
+    # A rank has half of the heads, and twice the windows of a step: its micro-batches are twice.
+    assert of_half == of > 0
 
 
 def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_have_the_same():

@@ -39,12 +39,14 @@ class Update:
     is_by_matrix: whether an update needs whole matrices, which DeepSpeed does for its Muon alone;
         otherwise each element is updated independently, so ZeRO may cut a parameter anywhere. At
         stages 1 to 3 DeepSpeed keeps the momentum of matrices in the precision of the weights.
+    scratch: number of fp32 tensors of a parameter's size that exist during its update alone.
     flops: maps a shape to the FLOPs of one update, without elementwise operations.
     """
 
     moments: int
     has_counter: bool = False
     is_by_matrix: bool = False
+    scratch: int = 0
     flops: Callable[[Sequence[int]], float] = lambda shape: 0.0
 
 
@@ -107,7 +109,7 @@ class AdamWConfig(OptimizerConfig):
 class LionConfig(OptimizerConfig):
     kind = "lion"
     build = "forescale.engine.optimizers.lion.build"
-    update = Update(moments=1)
+    update = Update(moments=1, scratch=1)
 
     beta1: float = key(0.9, ge=0, lt=1)  # share of the momentum in an update
     beta2: float = key(0.99, ge=0, lt=1)  # decay of the momentum

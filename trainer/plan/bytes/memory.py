@@ -21,6 +21,7 @@ Beyond the table of the paper:
 - The update makes fp32 copies of the gradients of one group (stage 3: one sub-group) at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
@@ -29,12 +30,11 @@ from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.memory import Activations, activations
+from forescale.plan.bytes.muon import gathers
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
 
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
-_SUB_GROUP = 10**9  # elements: its sub_group_size
-_MOST_MUON_BUFFERS = 256 << 20  # maximum bytes of all-gather buffers that stage 3 keeps for Muon
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,21 @@ class States:
     masters: int = 0  # fp32 weights
     moments: int = 0  # of the optimizer
     update: int = 0  # fp32 gradients during the update, when activations are already freed
+    scratch: int = 0  # of the optimizer beside them, for one tensor
+    matrices: int = 0  # of Muon before that, see muon.py
     buckets: int = 0  # communication buffers
+    stays: int = 0  # those of gradients and buckets that are there between steps too
     host: int = 0  # in CPU memory, with offload
 
     @property
     def steady(self) -> int:
         """Bytes that are allocated during the whole step."""
         return self.weights + self.resident + self.masters + self.moments
+
+    @property
+    def between(self) -> int:
+        """Bytes that are allocated between steps."""
+        return self.steady + self.stays
 
     @property
     def backward(self) -> int:
@@ -65,7 +73,9 @@ class States:
     @property
     def updating(self) -> int:
         """Maximum during the update."""
-        return self.steady + self.held + self.update
+        # At stage 3 the gradients that are held are among those that stay.
+        gradients = max(self.held, self.stays)
+        return self.steady + gradients + max(self.update + self.scratch, self.matrices)
 
 
 def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = None) -> States:
@@ -81,6 +91,7 @@ def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = Non
             masters=4 * n if s.size < 4 else 0,
             moments=sum(_moments(g, sum(p.numel for p in g.params), len(g.params)) for g in groups),
             update=4 * n if s.gradient < 4 else 0,
+            scratch=4 * max(g.update.scratch * p.numel for g in groups for p in g.params),
         )
     if s.stage == 3:
         of_rank = _partitioned(s, trained, recomputes(job))
@@ -89,13 +100,16 @@ def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = Non
     # Offload is derived from the structure of DeepSpeed; not compared with real ranks.
     if s.offloads("offload_optimizer"):
         gradients = 2 * of_rank.masters if s.stage < 3 else of_rank.masters
+        largest = s.gradient * max(p.numel for p in trained.trained)
         of_rank = replace(
             of_rank,
             masters=0,
             moments=0,
             update=0,
+            scratch=0,
             held=0,
-            gradients=s.gradient * max(p.numel for p in trained.trained),
+            gradients=largest,
+            stays=of_rank.stays + largest if s.stage < 3 else of_rank.buckets,
             host=of_rank.host + of_rank.masters + of_rank.moments + gradients,
         )
     if s.offloads("offload_param"):
@@ -128,6 +142,8 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
         rank = max(range(world), key=sizes.__getitem__)
     held = s.gradient * sum(of[rank] for of in whole)
     padded = sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True))
+    muon = [gathers(s, g, holders(g, world), n) for g, n in zip(groups, parts, strict=True)]
+    stays = sum(each.stays for each in muon)
     return States(
         weights=s.size * (padded + trained.num_frozen),
         gradients=s.gradient * trained.num_trained if accumulates else held,
@@ -139,7 +155,10 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
             for g, part, of in zip(groups, parts, whole, strict=True)
         ),
         update=4 * max(parts),
-        buckets=s.gradient * s.bucket * (2 if s.overlap else 1),
+        scratch=4 * max(g.update.scratch * n for g, n in zip(groups, parts, strict=True)),
+        matrices=max(each.most for each in muon),
+        buckets=s.gradient * s.bucket * (2 if s.overlap else 1) + stays,
+        stays=stays,
     )
 
 
@@ -193,8 +212,11 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     # The second partition of a parameter exists from its first use in a step until the update.
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
     most = 0 if alone else s.gathers(every, recompute, experts).most
-    largest = max(min(part, max(_SUB_GROUP // n, 1)) for _, n, part in groups)
-    muon = 2 * s.sent * sum(n * part for g, n, part in groups if g.update.is_by_matrix)
+    within = [_sub_groups(s, [part_of[p.name] for p in g.params]) for g in trained.groups]
+    largest = max(size for of in within for size in of)
+    flat = s.gradient if s.gradient < 4 else 0  # a copy of the gradients in their own format
+    muon = [gathers(s, g, n) for g, n, _ in groups]
+    buckets = s.sent * s.bucket + sum(each.stays for each in muon)
     return States(
         weights=s.size * sum(part_of.values()),
         resident=s.size * (sum(part_of[p.name] * ranks[p.name] for p in resident) + second),
@@ -203,25 +225,26 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
         held=s.gradient * total,
         masters=4 * total,
         moments=sum(
-            s.sent * part if g.update.is_by_matrix else _moments(g, part, _sub_groups(g))
-            for g, _, part in groups
+            s.sent * part if g.update.is_by_matrix else _moments(g, part, len(of))
+            for (g, _, part), of in zip(groups, within, strict=True)
         ),
         update=4 * largest,
-        buckets=s.sent * s.bucket + min(muon, _MOST_MUON_BUFFERS),
+        scratch=largest * max(flat, *(4 * g.update.scratch for g in trained.groups)),
+        matrices=max(each.most for each in muon),
+        buckets=buckets,
+        stays=s.gradient * total + buckets,
     )
 
 
-def _sub_groups(group: Group) -> int:
-    """Return the number of sub-groups of a group.
-
-    DeepSpeed fills each one with whole parameters until it has _SUB_GROUP elements.
-    """
-    count, filled = 1, 0
-    for p in group.params:
-        if filled >= _SUB_GROUP:
-            count, filled = count + 1, 0
-        filled += p.numel
-    return count
+def _sub_groups(s: ZeroSettings, parts: Sequence[int]) -> list[int]:
+    """Return the elements of each sub-group of a group. parts: those of a rank of each parameter,
+    with which DeepSpeed fills one until it has sub_group_size elements."""
+    sizes, most = [0], int(s.zero.get("sub_group_size", 10**9))
+    for part in parts:
+        if sizes[-1] >= most:
+            sizes.append(0)
+        sizes[-1] += part
+    return sizes
 
 
 @dataclass(frozen=True)

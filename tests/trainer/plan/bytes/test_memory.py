@@ -80,6 +80,23 @@ def test_reducing_beside_the_backward_pass_takes_a_second_bucket():
     assert gpu == 2 * cpu > 0
 
 
+def test_an_update_copies_the_gradients_of_a_sub_group():
+    """DeepSpeed fills it with a billion elements of a rank's partition, not of whole parameters."""
+    planned = job("model=llama-7b", "engine=zero3", "optimizer=adamw", "precision=bf16")
+    held = inventory(planned)
+    assert held.numel > 6e9
+    for world, most in ((2, 1_000_000_000), (64, held.numel // 64)):
+        of_rank = states(planned, held, world)
+        assert of_rank.update == pytest.approx(4 * most, rel=0.1)
+        assert of_rank.scratch == of_rank.update // 2, "flat, in the format of the gradients"
+
+
+def test_lion_needs_a_third_copy_of_what_it_updates():
+    planned = [job(f"optimizer={o}", "engine=zero1") for o in ("adamw", "lion")]
+    adamw, lion = (states(each, inventory(each), 4) for each in planned)
+    assert (adamw.scratch, lion.scratch) == (0, lion.update)
+
+
 def test_offload_moves_states_to_cpu_memory():
     held = inventory(job())
     here, there = (states(job(f"engine={e}"), held, 4) for e in ("zero2", "zero2-offload"))
