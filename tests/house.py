@@ -29,8 +29,8 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 73_400,
-    "lines of tests": 61_400,
+    "lines of source": 73_500,
+    "lines of tests": 61_550,
     "lines of the largest room": 14_060,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

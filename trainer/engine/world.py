@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,8 @@ class World(Ranks):
     have the same parts of matrices; `experts`, those that have the experts of a layer between them;
     `expert_data`, those that have the same experts as this.
     """
+
+    compares: ClassVar[bool] = True  # the names of `extra` with those of the other ranks
 
     def __init__(self, accelerator, mesh: Mesh | None = None, timeout_seconds: float = 1800.0):
         super().__init__(accelerator.process_index, accelerator.num_processes)
@@ -223,7 +225,7 @@ class World(Ranks):
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
             # Behind a summary's own slots: the hash of the names, then a sum for each.
             sums, names = values[count + 5 :], self._extra or ()
-            if names and sums[0] != self.size * _hash_of(names):
+            if names and World.compares and sums[0] != self.size * _hash_of(names):
                 problem = f"differ between ranks (here: {', '.join(names)})"
                 raise UserError("metrics(): the names", problem, _SAME_NAMES)
             extra = {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
@@ -303,8 +305,9 @@ def _quiet_deepspeed() -> None:
 
 
 def compare_nothing() -> None:
-    """Let DeepSpeed compare no values with other ranks, for a rank that is rehearsed without them:
-    stage 3 compares the order of modules with that of rank 0."""
+    """Compare no values with other ranks, for a rank that is rehearsed without them. At stage 3
+    DeepSpeed compares the order of modules with that of rank 0."""
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
 
+    World.compares = False
     coordinator.assert_ints_same_as_other_ranks = lambda *_: None

@@ -25,10 +25,12 @@ from forescale.rehearsal.gpu import Gpu
 
 
 class Waits:
-    """How often the host has waited for the device, by kind and place, while `counting`."""
+    """How often the host has waited for the device, by kind and place, while `counting`. total:
+    what the integers of a list that it reads add up to; None: each is 1."""
 
     def __init__(self) -> None:
         self.counting = False
+        self.total: int | None = None
         self.places: Counter[tuple[str, str]] = Counter()
 
     def add(self, kind: str) -> None:
@@ -126,6 +128,7 @@ def pretend(gpu: Gpu, waits: Waits) -> None:
     _Event.waits = waits
     _answer_for_cuda(gpu, waits)
     _answer_for_tensors(waits)
+    _share_rows(waits)
     F.scaled_dot_product_attention = _attention
 
 
@@ -195,19 +198,21 @@ def _constant(value: Any) -> Callable[..., Any]:
 def _answer_for_tensors(waits: Waits) -> None:
     """Let methods that read values answer without them, and count as waits."""
     tensor: Any = Tensor
-    plain_list = Tensor.tolist
+    fake: Any = FakeTensor  # has a method of its own, which reads each value alone
 
-    def tolist(self: Tensor) -> Any:
-        if not isinstance(self, FakeTensor):
-            return plain_list(self)
+    def tolist(self: FakeTensor) -> Any:
         if self.is_cuda:
             waits.add("read")
+        shape, total = list(self.shape), waits.total
         value: Any = 1.0 if self.dtype.is_floating_point else 1
-        for size in reversed(self.shape):
+        if shape and total is not None:
+            n = shape.pop()
+            value = [total // n + (i < total % n) for i in range(n)]
+        for size in reversed(shape):
             value = [value] * size
         return value
 
-    tensor.tolist = tolist
+    fake.tolist = tolist
     tensor.pin_memory = lambda self, *_: self
     tensor.is_pinned = lambda self, *_: not self.is_cuda
     tensor.record_stream = lambda self, stream: None
@@ -224,12 +229,29 @@ def _answer_for_tensors(waits: Waits) -> None:
     torch.utils.swap_tensors = _swap
 
 
+def _share_rows(waits: Waits) -> None:
+    """Let ranks that divide experts exchange equally many rows: which ones, values would say."""
+    from forescale.models.parallel import expert_exchange as exchange
+
+    plain = exchange._route
+
+    def route(rows_MD: Tensor, *args: Any) -> Any:
+        waits.total = len(rows_MD)
+        try:
+            return plain(rows_MD, *args)
+        finally:
+            waits.total = None
+
+    exchange._route = route  # type: ignore[assignment]
+
+
 def _swap(a: Any, b: Any) -> None:
     """Swap two tensors as torch.utils.swap_tensors does, which Module.to calls; that one refuses
     tensors with weak references, as each fake tensor has in its mode."""
     a.__class__, b.__class__ = b.__class__, a.__class__
     a.__dict__, b.__dict__ = {**a.__dict__, **b.__dict__}, dict(a.__dict__)
     torch._C._swap_tensor_impl(a, b)
+    a._backward_hooks = a._backward_hooks  # which registers them with what it has now
 
 
 def _attention(

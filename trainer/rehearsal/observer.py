@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -36,6 +37,15 @@ _COLLECTIVES = {
     "broadcast_": ("broadcast", 0),
     "reduce_": ("reduce", 0),
     "barrier": ("barrier", -1),
+}
+# Functional ones, which a compiler can follow: by whether their whole tensor is the input.
+_FUNCTIONAL = {
+    "all_reduce": ("all_reduce", True),
+    "all_reduce_": ("all_reduce", True),
+    "all_gather_into_tensor": ("all_gather", False),
+    "all_gather_into_tensor_out": ("all_gather", False),
+    "reduce_scatter_tensor": ("reduce_scatter", True),
+    "all_to_all_single": ("all_to_all", True),
 }
 _VALUES = {torch.bool: False}
 
@@ -106,6 +116,11 @@ class Observer(TorchDispatchMode):
         if space == "c10d":
             self._collective(name, args)
         out = func(*args, **kwargs)
+        if space == "_c10d_functional" and self.waits.counting and name in _FUNCTIONAL:
+            kind, is_input = _FUNCTIONAL[name]
+            group: Any = next(x for x in args[::-1] if isinstance(x, str))
+            size = _resolve_process_group(group).size()
+            self._sent(kind, size, [args[0] if is_input else out])
         if name in ("_to_copy", "copy_"):
             self._copied(name, args, kwargs, out)
         self._account(func, schema, args, kwargs, out)
@@ -134,6 +149,9 @@ class Observer(TorchDispatchMode):
         tensors = [] if at < 0 else [t for t in tree_iter(args[at]) if isinstance(t, Tensor)]
         groups = [x for x in args if isinstance(x, torch.ScriptObject)]
         size = next((n for g in groups if (n := _size_of(g)) is not None), 1)
+        self._sent(kind, size, tensors)
+
+    def _sent(self, kind: str, size: int, tensors: list[Tensor]) -> None:
         entry = self.collectives.setdefault((kind, size), [0, 0])
         entry[0] += sum(t.numel() * t.element_size() for t in tensors)
         entry[1] += 1

@@ -47,7 +47,7 @@ def set_environment(request: Request, world: int) -> None:
     os.environ.update(
         RANK=str(request.rank),
         WORLD_SIZE=str(world),
-        LOCAL_RANK=str(request.rank % each),
+        LOCAL_RANK="0",  # of the pretended GPUs this process has one
         LOCAL_WORLD_SIZE=str(each),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29500",
@@ -86,11 +86,12 @@ class Rehearsal:
             self._build()
             batches = self._batches()
             for step in range(STEPS):
-                began = time.monotonic()
-                self._step(step, next(batches))
+                began, batch = time.monotonic(), next(batches)
+                self._step(step, batch)
                 say(f"step {step + 1} of {STEPS}: {time.monotonic() - began:.0f} s")
             self.waits.counting = False
             self._answer()
+            self._after_the_steps(batch.micro[0])
 
     def _mark(self, phase: str) -> None:
         self.observer.phase = phase
@@ -106,12 +107,14 @@ class Rehearsal:
         )
 
     def _build(self) -> None:
+        from forescale.config.sections.objective import PreferencesConfig
         from forescale.engine import world
         from forescale.engine.build import build_engine, partition_of
         from forescale.engine.compilation import compilation
         from forescale.engine.deepspeed_config import deepspeed_config
         from forescale.engine.determinism import use_kernels
         from forescale.train.model import adapting, build_model, freeze
+        from forescale.train.preferences import Comparison
 
         job, size = self.job, self.size
         self._mark("build")
@@ -125,6 +128,8 @@ class Rehearsal:
         freeze(job, model)
         self.engine = build_engine(self.world, model, job)
         self.engine.mark = self._mark
+        if isinstance(job.objective, PreferencesConfig):
+            self.engine.combine = Comparison(job.objective.beta)
         named = [*self.engine.module.named_parameters(), *self.engine.module.named_buffers()]
         self.report["on_host"] = [n for n, t in named if t.numel() and t.device.type != "cuda"]
         chosen = compilation(job, size, "cuda")
@@ -163,15 +168,21 @@ class Rehearsal:
         if not self.request.reads_data:
             yield from (self._batch(step) for step in range(STEPS))
             return
+        import numpy as np
+
         from forescale.config.sections.ramp import length_ramp
         from forescale.data.stream import StepShare, stream
-        from forescale.run.feed import feed_of
+        from forescale.run.feed import feed_of, whole_rows_of
         from forescale.run.start import open_sources
 
         job, fed = self.job, self.world.data
+        sources, references = open_sources(job.data), None
+        if job.objective.are_preferences:  # a reference would say which, with values
+            bins = whole_rows_of(job, sources, "train")
+            references = {n: np.zeros((int(b.counts.sum()), 2), "f4") for n, b in bins.items()}
         share = StepShare(job.train.global_batch, job.train.micro_batch, fed.rank, fed.size)
         yield from stream(
-            feed_of(job, open_sources(job.data)),
+            feed_of(job, sources, references=references),
             share,
             range(STEPS),
             0,
@@ -196,6 +207,21 @@ class Rehearsal:
         targets_of_step = shape[0] * shape[1] * len(micro) * self.world.data.size
         return SimpleNamespace(step=step, targets=targets_of_step, micro=micro)
 
+    def _after_the_steps(self, micro: Any) -> None:
+        """Score a micro-batch, and copy this rank's part of a checkpoint, as a run does."""
+        from forescale.engine.portable.fragments import HostCopy
+        from forescale.engine.state import owned_fragments, scalars
+
+        self.observer.reset()
+        self._mark("evaluation")
+        self.engine.losses(micro)
+        self._mark("checkpoint")
+        copies = HostCopy().take(owned_fragments(self.engine))
+        scalars(self.engine)
+        peaks = self.report["peaks"] | self.observer.peaks
+        saved = sum(copy.data.nbytes for copy in copies)
+        self.report |= {"phase": "done", "peaks": peaks, "saved_bytes": saved}
+
     def _answer(self) -> None:
         observer = self.observer
         living = observer.at_peak()
@@ -203,7 +229,6 @@ class Rehearsal:
         for each in living:
             by_phase[each.phase] = by_phase.get(each.phase, 0) + each.size
         self.report |= {
-            "phase": "done",
             "between_bytes": observer.live,
             "peak_bytes": observer.peak,
             "peak_phase": observer.peak_phase,

@@ -63,7 +63,7 @@ def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehear
     job = cast(RehearseJob, beside.job)
     gpu = gpu_of(job.machine.name, job.machine.memory_bytes or 0, job.per_node)
     assert gpu is not None
-    reads = beside.sources is not None and not job.objective.are_preferences
+    reads = beside.sources is not None
     depths = shallow_depths(job)
     reports = []
     for rank in job.rehearse.ranks:

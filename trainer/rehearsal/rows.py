@@ -5,6 +5,7 @@ Invariant: a number of the plan that the rehearsal contradicts by over 5 % has i
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from rich.markup import escape
@@ -21,6 +22,7 @@ from forescale.plan.blocks import (
     print_blocks,
     sections_of,
 )
+from forescale.plan.bytes.memory import states
 from forescale.rehearsal.rehearsal import Rehearsed
 
 NEAR = 0.05  # of what is planned
@@ -70,7 +72,7 @@ def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
         "depths": rehearsed.depths,
         "seconds": rehearsed.seconds,
         "planned": {
-            "memory_bytes": planned_memory(rehearsed),
+            "memory_bytes": [planned_memory(rehearsed, r["rank"]) for r in rehearsed.reports],
             "collectives": [vars(c) for c in rehearsed.plan.chosen.traffic],
             "computing_seconds": rehearsed.plan.chosen.step.computing,
         },
@@ -130,45 +132,49 @@ def blocks(rehearsed: Rehearsed, report: dict[str, Any]) -> list[Block]:
     ]
 
 
-def planned_memory(rehearsed: Rehearsed) -> dict[str, int]:
-    """Return the bytes that the plan counts between steps, and at the most in the passes and in the
-    update."""
-    memory, stage = rehearsed.plan.chosen.memory, rehearsed.plan.job.engine.stage
-    states = memory.states
-    # At stage 3 the partition of the gradients and the bucket are made once, and stay.
-    stays = states.gradients + states.buckets if stage == 3 else 0
+def planned_memory(rehearsed: Rehearsed, rank: int) -> dict[str, int]:
+    """Return the bytes that the plan counts for a rank between steps, at the most in the passes and
+    in the update, and of its part of a checkpoint."""
+    plan = rehearsed.plan
+    of_rank = states(plan.job, plan.trained, plan.world, rank)
+    memory = replace(plan.chosen.memory, states=of_rank)
     return {
-        "between steps": states.steady + stays,
+        "between steps": of_rank.between,
         "most in forward and backward": memory.at_backward,
-        "most in the update": states.updating,
+        "most in the update": of_rank.updating,
+        "copied for a checkpoint": plan.checkpoint_bytes // plan.world,
     }
 
 
 def rehearsed_memory(report: dict[str, Any]) -> dict[str, int]:
-    """Return the same of a rank that was rehearsed."""
+    """Return the same of a rank that was rehearsed, and the most in an evaluation."""
     peaks = report["peaks"]
     return {
         "between steps": report["between_bytes"],
         "most in forward and backward": max(peaks.get("forward", 0), peaks.get("backward", 0)),
         "most in the update": peaks.get("update", 0),
+        "most in an evaluation": peaks.get("evaluation", 0),
+        "copied for a checkpoint": report["saved_bytes"],
     }
 
 
 def _memory(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
-    memory, rows = rehearsed.plan.chosen.memory, []
-    states, at, actual = memory.states, report["at_peak"], rehearsed_memory(report)
-    for label, planned in planned_memory(rehearsed).items():
-        difference = f"{actual[label] / planned - 1:+.1%}" if planned else ""
-        values = [in_unit(actual[label], "GiB"), in_unit(planned, "GiB"), difference]
+    memory, rows, at = rehearsed.plan.chosen.memory, [], report["at_peak"]
+    planned = planned_memory(rehearsed, report["rank"])
+    for label, size in rehearsed_memory(report).items():
+        expected = planned.get(label, 0)
+        difference = f"{size / expected - 1:+.1%}" if expected else ""
+        values = [in_unit(size, "GiB"), in_unit(expected, "GiB") if expected else "", difference]
         rows.append(Row("", label, values))
     after = []
     if abs(report["peak_bytes"] / memory.peak - 1) > NEAR:
-        counted = (memory.activations.total if memory.activations else 0) + states.gathered
+        counted = (memory.activations.total if memory.activations else 0) + memory.states.gathered
+        reduced = memory.states.gradients + memory.states.buckets
         after.append(
             f"At the peak {bytes_text(at.get('forward', 0))} were made in the forward pass, where "
             f"the plan counts {bytes_text(counted)} of activations, logits and gathered weights; "
             f"{bytes_text(at.get('backward', 0))} in the backward pass, where it counts "
-            f"{bytes_text(states.gradients + states.buckets)} of gradients and buckets."
+            f"{bytes_text(reduced)} of gradients and buckets."
         )
     columns = ("rehearsed", "planned", "difference")
     return Block("Memory, GiB", rows, columns, after=after)

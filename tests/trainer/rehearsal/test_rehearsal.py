@@ -10,6 +10,9 @@ import pytest
 
 from forescale.rehearsal import depth
 from forescale.verbs import rehearse
+from tests.preferences import preferences
+from tests.questions import write_rows
+from tests.trainer.small_run import make_run
 
 HERE = Path(__file__).parent
 TINY = ("model.width=256", "model.num_heads=4", "model.num_layers=2", "train.sequence_length=256")
@@ -24,25 +27,77 @@ def rehearsed(*words: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_rank_sends_what_the_plan_says(engine, optimizer):
-    code, facts, text = rehearsed(*JOB, f"engine={engine}", f"optimizer={optimizer}",
-                                  "rehearse.kernels=off")  # fmt: skip
+MATRIX = {  # each feature that a job can choose is in one of them
+    "zero0": "engine=zero0 optimizer=adamw precision=fp16 model.position=alibi model.mlp=gelu "
+    "model.norm=layernorm model.activation_checkpointing=full",
+    "zero0-fp32": "engine=zero0 precision=fp32 model.position=learned model.mlp=relu2",
+    "zero1": "engine=zero1 model.mixer=window model.mixer.window=64 data.document_mask=true "
+    "data.packing=best_fit train.activation_memory_budget=0.5",
+    "zero1-offload": "engine=zero1 engine.offload_optimizer=true optimizer=adamw "
+    "objective=masked model.causal=false model.position=sinusoidal",
+    "zero2": "engine=zero2 optimizer=lion precision.fp8=tensorwise train.deterministic=false",
+    "zero2-offload": "engine=zero2-offload model.mixer=lstm model.num_heads=null",
+    "zero3": "engine=zero3 precision=fp16 objective=seq2seq model.encoder_layers=2 "
+    "model.position=relative",
+    "zero3-offload": "engine=zero3-offload precision.fp8=rowwise "
+    "model.activation_checkpointing=selective",
+    "zero3-near": "engine=zero3 engine.hierarchical_partition=8 plan.gpus=16 optimizer=adamw "
+    "rehearse.ranks=[15]",
+    "alone": "engine=zero3 model.mixer=mingru model.num_heads=null model.mlp=geglu "
+    "train.compile=off plan.gpus=1 train.global_batch=4",
+    "ramps": "model.mixer=gated_deltanet train.first_length=64 train.length_ramp=50% "
+    "train.first_batch=32 train.batch_ramp=4steps",
+    "columns": "engine.sequence_parallel=2 engine.tensor_parallel=2 engine=zero3 "
+    "model.mixer=latent objective=prefix",
+    "matrices": "engine.tensor_parallel=4 engine=zero2 rehearse.ranks=[7] "
+    "model.parametrization=mup model.activation_checkpointing=full",
+    "experts": "model.mlp=moe engine.expert_parallel=4 engine=zero3 optimizer=adamw",
+    "experts-fixed": "model.mlp=moe model.mlp.capacity=1.25 engine.expert_parallel=2 "
+    "model.mtp_layers=1 rehearse.ranks=[7]",
+    "experts-columns": "model.mlp=moe model.mlp.scores=sigmoid model.mlp.bias_speed=0.001 "
+    "engine.sequence_parallel=2 engine.expert_parallel=2 engine=zero2",
+}
+
+
+def check(*words: str) -> None:
+    """Rehearse a job, which builds it, makes steps, scores a micro-batch and copies a checkpoint,
+    and compare what was counted with the plan."""
+    code, facts, text = rehearsed(*words, "rehearse.kernels=off")
     assert code == 0, text
-    planned: dict[tuple[str, int], list[int]] = {}
+    planned: dict[tuple[str, int], int] = {}
     for c in facts["planned"]["collectives"]:
-        entry = planned.setdefault((c["kind"], c["ranks"]), [0, 0])
-        entry[0], entry[1] = entry[0] + c["payload"], entry[1] + c["calls"]
+        key = c["kind"], c["ranks"]
+        planned[key] = planned.get(key, 0) + c["payload"]
     (report,) = facts["ranks"]
+    assert report["phase"] == "done"
     counted = {(c["kind"], c["ranks"]): c["bytes"] for c in report["collectives"]}
     few = 4096  # bytes of the norm and the summary of a step
     assert counted.keys() >= planned.keys()
     for key, payload in counted.items():
-        assert 0 <= payload - planned.get(key, [0])[0] < few, key
-    between, states = report["between_bytes"], facts["planned"]["memory_bytes"]["between steps"]
-    assert between == pytest.approx(states, rel=0.1)
+        assert 0 <= payload - planned.get(key, 0) < few, key
+    (states,) = facts["planned"]["memory_bytes"]
+    assert report["between_bytes"] == pytest.approx(states["between steps"], rel=0.1)
+    # A matrix in Muon's iterations is not planned: a good part of so small a model.
+    assert report["peaks"]["update"] == pytest.approx(states["most in the update"], rel=0.15)
+    assert report["saved_bytes"] == pytest.approx(states["copied for a checkpoint"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MATRIX)
+def test_a_rank_does_what_the_plan_says(case):
+    check(*JOB, *MATRIX[case].split())
+
+
+@pytest.mark.slow
+def test_adapters_that_learn_preferences_do_what_the_plan_says(small_data, tmp_path):
+    origin = make_run(small_data, tmp_path, "small", "train.sequence_length=128")
+    file = write_rows(tmp_path / "preferences.jsonl", preferences())
+    words = [f"data={file}", "run.name=after", f"run.root={tmp_path}", f"data.cache={tmp_path}"]
+    words += ["lora.rank=4", "lora.dropout=0.1", "optimizer=adamw", "train.global_batch=16"]
+    command = [sys.executable, "-m", "forescale", "finetune", origin.path, *words]
+    subprocess.run([*command, "prepare_only=true"], check=True, capture_output=True)
+    run = ("run.name=after", f"run.root={tmp_path}")
+    check(*run, "plan.gpus=4", "train.micro_batch=2", "engine=zero3")
 
 
 @pytest.mark.slow
