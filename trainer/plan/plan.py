@@ -21,7 +21,7 @@ from forescale.ground.console import span
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
-from forescale.plan.bytes.memory import checkpoint_bytes, copy_bytes
+from forescale.plan.bytes.memory import checkpoint_bytes, copy_bytes, share_bytes
 from forescale.plan.bytes.parameters import Inventory, Parameter, inventory
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.communication import collectives
@@ -207,9 +207,10 @@ class Plan:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of CPU memory of a node that its ranks keep for the copy of a checkpoint."""
-        on_gpu = self.job.on_gpu
-        return self.per_node * copy_bytes(self.job, self.trained, self.world, on_gpu)
+        """Bytes of CPU memory of the first node that its ranks keep for the copy of a
+        checkpoint."""
+        of = self.job, self.trained, self.world, self.job.on_gpu
+        return sum(copy_bytes(*of, rank) for rank in range(self.per_node))
 
     @property
     def save_seconds(self) -> float:
@@ -223,7 +224,8 @@ class Plan:
         return self._stall(self.world, self.save_seconds)
 
     def _stall(self, gpus: int, writing: float) -> float:
-        copying = self.checkpoint_bytes / gpus / self.machine.to_host
+        share = share_bytes(self.job, self.trained, self.world, among=gpus)
+        copying = share / self.machine.to_host
         return stall_of(copying, writing, self.job.checkpoint.background)
 
     @property

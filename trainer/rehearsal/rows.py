@@ -22,7 +22,7 @@ from forescale.plan.blocks import (
     print_blocks,
     sections_of,
 )
-from forescale.plan.bytes.memory import states
+from forescale.plan.bytes.memory import share_bytes, states
 from forescale.rehearsal.rehearsal import Rehearsed
 
 NEAR = 0.05  # of what is planned
@@ -142,7 +142,7 @@ def planned_memory(rehearsed: Rehearsed, rank: int) -> dict[str, int]:
         "between steps": of_rank.between,
         "most in forward and backward": memory.at_backward,
         "most in the update": of_rank.updating,
-        "copied for a checkpoint": plan.checkpoint_bytes // plan.world,
+        "copied for a checkpoint": share_bytes(plan.job, plan.trained, plan.world, rank),
     }
 
 

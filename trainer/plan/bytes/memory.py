@@ -346,7 +346,18 @@ def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
     return total + s.size * trained.num_frozen
 
 
-def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> int:
+def share_bytes(
+    job: TrainJob, trained: Inventory, world: int, rank: int = 0, among: int | None = None
+) -> int:
+    """Return the bytes of a checkpoint that a rank copies and writes. Before stage 3 the first one,
+    or the first of those that divide matrices, has all frozen weights in its share. among: ranks
+    that share the rest, if not the world."""
+    total, ranks = checkpoint_bytes(job, trained, world), job.mesh(world).tensor
+    frozen = ZeroSettings.of(job, world).size * trained.num_frozen if job.engine.stage < 3 else 0
+    return -(-(total - frozen) // (among or world)) + (frozen // ranks if rank < ranks else 0)
+
+
+def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool, rank: int = 0) -> int:
     """Return the bytes of CPU memory for a rank's copy of a checkpoint; 0 if checkpoints are not
     written in the background.
 
@@ -355,7 +366,7 @@ def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> i
     """
     if not job.checkpoint.background:
         return 0
-    size = -(-checkpoint_bytes(job, trained, world) // world)
+    size = share_bytes(job, trained, world, rank)
     return 1 << (size - 1).bit_length() if on_gpu and size else size
 
 

@@ -6,7 +6,14 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.engine.optim import Group
-from forescale.plan.bytes.memory import checkpoint_bytes, memory, partition, states, touched
+from forescale.plan.bytes.memory import (
+    checkpoint_bytes,
+    memory,
+    partition,
+    share_bytes,
+    states,
+    touched,
+)
 from forescale.plan.bytes.parameters import Parameter, inventory
 from forescale.plan.config import PlanJob
 
@@ -103,6 +110,17 @@ def test_offload_moves_states_to_cpu_memory():
     assert (there.masters, there.moments) == (0, 0)
     assert there.host >= here.masters + here.moments
     assert there.backward < here.backward
+
+
+def test_before_stage_3_the_first_rank_copies_all_frozen_weights():
+    words = ("lora.rank=4", "run.from.run=before", "optimizer=adamw", "precision=bf16")
+    for stage, alone in ((1, True), (3, False)):
+        planned = job(*words, f"engine=zero{stage}")
+        held = inventory(planned)
+        first, *rest = (share_bytes(planned, held, 4, rank) for rank in range(4))
+        assert len({*rest}) == 1
+        assert first + sum(rest) == pytest.approx(checkpoint_bytes(planned, held, 4), abs=8)
+        assert first - rest[0] == (2 * held.num_frozen if alone else 0)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
