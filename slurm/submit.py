@@ -24,8 +24,10 @@ from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
 from forescale.monitor.status import Status
+from forescale.plan.gpu import gpu_of
 from forescale.plan.plan import Plan
 from forescale.plan.rows import show
+from forescale.run.certificate import about
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.forecast import find
@@ -79,6 +81,8 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
                 "Note: keys of slurm and machine that you don't give are as you submitted it last."
             )
         show(plans[0])
+        for sentence in rehearsal_of(plans[0], overrides):
+            print(sentence)
         sys.stdout.flush()
     problems = [p for plan in plans for p in plan.problems]
     if problems := [*problems, *([] if dry else limit_problems(jobs[0].slurm))]:
@@ -116,6 +120,22 @@ def _is_complete(job: SubmitJob) -> bool:
         return False
     status = Status(run)
     return status.state == "complete" and status.job.total_steps >= job.training.total_steps
+
+
+def rehearsal_of(plan: Plan, words: Sequence[str]) -> list[str]:
+    """Return sentences on the last rehearsal of a plan's job, and how to make one; none for a
+    machine that can't be pretended. words: of the command."""
+    if plan.problems or gpu_of(plan.machine.name, 0, 1) is None:
+        return []
+    sentences, holds = about(plan.job, plan.job.gpus)
+    if not holds:
+        command = ["forescale", "rehearse", f"plan.gpus={plan.world}"]
+        if plan.per_node != min(plan.machine.gpus_per_node or plan.world, plan.world):
+            command.append(f"machine.gpus_per_node={plan.per_node}")
+        command += [w for w in words if not w.lstrip("+~").startswith(("slurm", "submit"))]
+        lead = "Rehearse it" if sentences else "Not rehearsed"
+        sentences.append(f"{lead}: {shlex.join(command)}")
+    return sentences
 
 
 def notes_on_cpus(job: SubmitJob) -> list[str]:

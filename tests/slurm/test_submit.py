@@ -13,14 +13,18 @@ import pytest
 
 from forescale.cli import main
 from forescale.config.compose import compose
+from forescale.config.job import overrides_of
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
+from forescale.plan.plan import Plan
+from forescale.rehearsal.config import RehearseJob
+from forescale.run.command import job_of
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission
 from forescale.slurm.submit import notes_on_cpus
-from tests.trainer.small_run import make_run
+from tests.trainer.small_run import certify, make_run
 
 ALONE = ("machine=cpu", "slurm=lab", "slurm.nodes=1")
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
@@ -331,3 +335,28 @@ def test_every_command_of_the_manual_is_accepted(command, tmp_path, monkeypatch,
     assert (code, err) == (0, ""), err
     assert out.startswith("#!/bin/bash\n") == (words[0] == "submit")
     assert all("The data is read" in line for line in out.splitlines() if line.startswith("Note:"))
+
+
+def test_it_says_what_the_last_rehearsal_showed(tmp_path, monkeypatch, capsys, dataset):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    gpus = ("slurm.gpus_per_node=4", "slurm.nodes=2", "train.global_batch=64", "train.steps=200")
+
+    def output(*words):
+        data = ("data=dataset", f"data.path={dataset}")
+        main(["submit", "train", "x", *gpus, *data, *words])
+        return capsys.readouterr().out
+
+    out = output()
+    command = shlex.split(out.partition("Not rehearsed: ")[2].splitlines()[0])
+    assert command[:2] == ["forescale", "rehearse"]
+    job = job_of(RehearseJob, overrides_of(RehearseJob, command[2:]))  # the command rehearses it
+    plan = Plan(job)
+    certify(plan.job, job.gpus)
+    out = output()
+    assert "Rehearsed at 1970-01-01 00:00 UTC on 8 H100 SXM 80 GB: peak 3.0 GiB, 1 wait" in out
+    assert "Not rehearsed" not in out
+    out = output("engine=zero3")
+    assert "is stale: engine.stage 1 -> 3." in out
+    assert "Rehearse it: forescale rehearse " in out

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from forescale.data.text.files import Files
 from forescale.engine.portable.fragments import WEIGHT, Fragment, write_fragments
 from forescale.ground.storage import read_json, write_json, write_table
 from forescale.monitor.audit import feed_of_run
+from forescale.run.certificate import Certificate, keys_of, versions_of
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.rows import RowWriter, read_rows
 from forescale.run.start import start
@@ -173,3 +175,19 @@ def train_a_step(run):
     attempt = run.new_attempt()
     attempt.start_from(Parent(0), run)
     attempt.metrics.add({"kind": "train", "step": 1, "attempt": attempt.number})
+
+
+def certify(job: TrainJob, gpus: dict[str, Any], peak: int = 3 << 30, at: float = 0.0) -> Path:
+    """Write the certificate of a rehearsal of a job."""
+    return Certificate(
+        time=at,
+        keys=keys_of(job),
+        gpus=gpus,
+        versions=versions_of(job),
+        ranks=[0, 7],
+        peak_bytes=peak,
+        waits=1,
+        equal_collectives=True,
+        kernels=0,
+        limits="",
+    ).write()

@@ -7,6 +7,7 @@ are, reading it takes memory and time in proportion to them, or ends with a User
 
 import hashlib
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,7 @@ from forescale.config.job import Job
 from forescale.config.schema import (
     ConfigError,
     Kind,
+    Leaf,
     Problem,
     check,
     display,
@@ -110,20 +112,26 @@ def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
 
 def diff(old: Any, new: Any) -> list[Change]:
     """Return the keys in which two jobs of a verb differ, in the order of the schema."""
-    schema: Any = type(new)
-    kinds = leaves(schema)
-
-    def kind_of(path: str) -> Kind:
-        while path and path not in kinds:
-            path = path.rpartition(".")[0]
-        return kinds[path].kind if path else "identity"  # an argument of the user's own model
-
+    kinds = leaves(type(new))
     before, after = dict(flatten(plain(old), "")), dict(flatten(plain(new), ""))
     return [
-        Change(path, before.get(path), after.get(path), kind_of(path))
+        Change(path, before.get(path), after.get(path), _kind_of(path, kinds))
         for path in dict.fromkeys([*after, *before])
         if before.get(path) != after.get(path)
     ]
+
+
+def decisive(job: TrainJob) -> dict[str, Any]:
+    """Return the keys of a training job that decide what it computes, with their values."""
+    kinds = leaves(TrainJob)
+    keys = flatten(plain(job.training), "")
+    return {path: value for path, value in keys if _kind_of(path, kinds) != "free"}
+
+
+def _kind_of(path: str, kinds: Mapping[str, Leaf]) -> Kind:
+    while path and path not in kinds:
+        path = path.rpartition(".")[0]
+    return kinds[path].kind if path else "identity"  # an argument of the user's own model
 
 
 def may_resume(

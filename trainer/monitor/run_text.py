@@ -25,6 +25,7 @@ from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
+from forescale.run.certificate import about
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
 from forescale.run.rows import Row
@@ -123,7 +124,7 @@ def show_run(
     if s.job.checkpoint.mirror and (line := _mirrored(s.run)):
         say(line)
     _show_attempts(s, console)
-    for line in promises(s.run):
+    for line in (*promises(s.run), *about(s.job, None, code=False)[0]):
         say(line)
     if line := _ranks(s):
         say(line)

@@ -6,7 +6,7 @@ are in bytes.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from forescale.config.duration import Duration
 from forescale.config.hardware import Exactness, exactness
@@ -140,6 +140,16 @@ class PlanJob(TrainJob):
                     "for the links between them."
                 )
         return notes
+
+    @property
+    def gpus(self) -> dict[str, Any]:
+        """What a rehearsal pretends, by its keys."""
+        return {
+            "plan.gpus": self.world_size,
+            "machine.name": self.machine.name,
+            "machine.memory_bytes": self.machine.memory_bytes,
+            "machine.gpus_per_node": self.per_node,
+        }
 
     @property
     def per_node(self) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
 from forescale.plan.config import PlanJob
-from forescale.rehearsal.gpu import KINDS, gpu_of
+from forescale.plan.gpu import KINDS, gpu_of
 
 
 def has_triton() -> bool:

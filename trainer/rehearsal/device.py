@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import fake_tensor
+from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from forescale.rehearsal.gpu import Gpu
+from forescale.plan.gpu import Gpu
 
 
 class Waits:
@@ -41,7 +41,7 @@ class Waits:
 _HERE = os.path.dirname(__file__)
 _PACKAGES = os.path.dirname(os.path.dirname(_HERE))
 _TORCH = os.path.dirname(torch.__file__)
-_COMPILED = re.compile(r"Source Nodes: \[(.*?)\]")
+_COMPILED = re.compile(r"Source Nodes: \[(.*?)\]|Original path: (.*)")
 
 
 def place() -> str:
@@ -52,22 +52,24 @@ def place() -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         if "torchinductor" in name and (nodes := _nodes(name, frame.f_lineno)):
-            return f"compiled {nodes}"
+            return nodes
         if not name.startswith((_TORCH, _HERE, "<")) and "torchinductor" not in name:
-            return f"{_short(name)}:{frame.f_lineno}"
+            return f"{shorter(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return "autograd"
 
 
 def _nodes(name: str, line: int) -> str:
-    """Return what the comment above a line of Inductor's code says that it computes."""
+    """Return what the comment above a line of Inductor's code says that it computes, or where a
+    kernel of the user's is."""
     for above in range(line, max(line - 40, 0), -1):
         if match := _COMPILED.search(linecache.getline(name, above)):
-            return match[1]
+            return f"compiled {match[1]}" if match[1] else str(match[2])
     return ""
 
 
-def _short(name: str) -> str:
+def shorter(name: str) -> str:
+    """Return the path of a file from its package on."""
     for top in (f"{_PACKAGES}/", "site-packages/", "dist-packages/"):
         if top in name:
             return name.rpartition(top)[2]
@@ -130,6 +132,7 @@ def pretend(gpu: Gpu, waits: Waits) -> None:
     _answer_for_tensors(waits)
     _share_rows(waits)
     F.scaled_dot_product_attention = _attention
+    _compare_types()
 
 
 def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
@@ -243,6 +246,26 @@ def _share_rows(waits: Waits) -> None:
             waits.total = None
 
     exchange._route = route  # type: ignore[assignment]
+
+
+def _compare_types() -> None:
+    """Let products refuse operands of two types, as their kernels do; fake ones take any."""
+    aten = torch.ops.aten
+    products = {
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+    }
+
+    @fake_impls.register_op_impl(lambda func: func in products)
+    def compared(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        types = [t.dtype for t in args[:3] if isinstance(t, Tensor)]
+        if len(set(types)) > 1:
+            names = " and ".join(str(t).removeprefix("torch.") for t in dict.fromkeys(types))
+            name = func._schema.name.partition("::")[2].strip("_")
+            raise RuntimeError(f"{name} takes tensors of one type, not of {names}")
+        return NotImplemented  # go on as usual
 
 
 def _swap(a: Any, b: Any) -> None:

@@ -16,12 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forescale.rehearsal.gpu import Gpu
+from forescale.plan.gpu import Gpu
+from forescale.rehearsal.device import place, shorter
 from forescale.rehearsal.observer import Cost, Observer
 
 # Without triton: the graphs of the compiler, divided into forward and backward as Inductor does,
 # whose operations run one by one.
 WITHOUT_TRITON = "aot_eager_decomp_partition"
+
+
+class KernelError(Exception):
+    """A kernel can't be assembled. place: of the kernel, or of what it computes; lead: of the
+    sentence that says why."""
+
+    def __init__(self, name: str, where: str, error: Exception):
+        super().__init__(str(error))
+        self.place, self.lead = where, f"the kernel {name} can't be assembled: "
 
 
 class Kernels:
@@ -38,7 +48,6 @@ class Kernels:
         import torch._inductor.runtime.compile_tasks as tasks
         import torch._inductor.runtime.triton_helpers as helpers
         from torch._inductor.runtime import triton_heuristics
-        from triton.runtime import driver
 
         # Each would compute on the device, or look for one in another process.
         inductor.joint_graph_constant_folding = False
@@ -47,7 +56,6 @@ class Kernels:
         for name in ("use_static_cuda_launcher", "use_static_triton_launcher"):
             if hasattr(inductor, name):  # it keeps of a kernel what it loads alone
                 setattr(inductor, name, False)
-        driver.set_active(_Driver(self.gpu))
         helpers.set_driver_to_gpu = _nothing
         if hasattr(tasks, "set_driver_to_gpu"):
             tasks.set_driver_to_gpu = _nothing
@@ -55,35 +63,62 @@ class Kernels:
         assemble = autotuner._precompile_worker
 
         def precompile(tuner: Any, warm_cache_only: bool = False, **_: Any) -> None:
-            assemble(tuner)
-            self._note(tuner)
+            try:
+                assemble(tuner)
+            except Exception as e:
+                raise KernelError(tuner.fn.__name__, place(), e) from e
+            self._note(tuner.fn.__name__, tuner.compile_results[0].kernel)
 
         autotuner.precompile = precompile
-        autotuner.run = lambda tuner, *args, **_: self._ran(tuner, args)
+        autotuner.run = lambda tuner, *args, **_: self._ran(tuner.fn.__name__, args)
         _answer_for_wrappers()
 
-    def _note(self, tuner: Any) -> None:
-        kernel = tuner.compile_results[0].kernel
-        self.facts[tuner.fn.__name__] = {
+    def use_for_launches(self, assemble: bool) -> None:
+        """Let kernels that a model launches itself be assembled, or else be left out."""
+        from triton.runtime import driver
+        from triton.runtime.jit import JITFunction, MockTensor
+
+        driver.set_active(_Driver(self.gpu))
+        launch = JITFunction.run
+
+        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            name, code = kernel.fn.__name__, kernel.fn.__code__
+            if assemble:
+                types = (MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in args)
+                try:
+                    assembled = launch(kernel, *types, grid=grid, warmup=True, **kwargs)
+                except Exception as e:
+                    where = f"{code.co_filename}:{code.co_firstlineno}"
+                    raise KernelError(name, where, e) from e
+                self._note(name, assembled)
+            self._ran(name, args)
+
+        JITFunction.run = run
+
+    def _note(self, name: str, kernel: Any) -> None:
+        self.facts[name] = {
             "shared": int(getattr(kernel.metadata, "shared", 0) or 0),
             **_resources(kernel.asm["cubin"]),
         }
 
-    def _ran(self, tuner: Any, args: Any) -> None:
+    def _ran(self, name: str, args: Any) -> None:
         if not self.observer.waits.counting:
             return
-        name = tuner.fn.__name__
         self.runs[name] += 1
         moved = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor))
         self.observer.operations[Cost(name, 0, moved)] += 1
 
     def report(self) -> dict[str, Any]:
         """Return what was seen, as plain values."""
-        from torch._dynamo.utils import counters
+        from torch._dynamo.utils import counters, graph_break_reasons
 
+        breaks = {why.user_stack[-1]: why.reason for why in graph_break_reasons if why.user_stack}
         return {
             "graphs": int(counters["stats"].get("unique_graphs", 0)),
-            "breaks": [" ".join(str(why).split())[:300] for why in counters["graph_break"]],
+            "breaks": [
+                f"{shorter(at.filename)}:{at.lineno}: {why.strip().splitlines()[0][:300]}"
+                for at, why in breaks.items()
+            ],
             "kernels": [
                 {"name": name, "runs": self.runs[name], **facts}
                 for name, facts in self.facts.items()

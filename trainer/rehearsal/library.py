@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from forescale.ground.errors import UserError, shortened
-from forescale.ground.storage import cache_directory
+from forescale.ground.storage import cache_directory, make_folder
 
 _SOURCE = Path(__file__).with_name("pretended.cpp")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -38,7 +38,7 @@ def library() -> Path:
     if compiler is None:
         problem = f"needs a C++ compiler, and this machine has none ({', '.join(names)})"
         raise UserError("rehearse", problem, "install g++, load its module, or set CXX")
-    built.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(built.parent)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         part = Path(folder) / built.name
         include = torch / "include"

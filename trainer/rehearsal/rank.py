@@ -10,17 +10,20 @@ all values and the other ranks. The patches end with the process.
 import json
 import os
 import re
+import site
 import sys
-import time
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from forescale.rehearsal.gpu import Gpu
+from forescale.ground.processes import die_with_parent
+from forescale.plan.gpu import Gpu
 
 STEPS = 2  # the first one makes moments, traces and graphs; the last is a steady one
 PROGRESS = "rehearsal: "  # what a line of progress on standard error begins with
@@ -86,9 +89,8 @@ class Rehearsal:
             self._build()
             batches = self._batches()
             for step in range(STEPS):
-                began, batch = time.monotonic(), next(batches)
+                batch = next(batches)
                 self._step(step, batch)
-                say(f"step {step + 1} of {STEPS}: {time.monotonic() - began:.0f} s")
             self.waits.counting = False
             self._answer()
             self._after_the_steps(batch.micro[0])
@@ -113,6 +115,7 @@ class Rehearsal:
         from forescale.engine.compilation import compilation
         from forescale.engine.deepspeed_config import deepspeed_config
         from forescale.engine.determinism import use_kernels
+        from forescale.rehearsal.config import has_triton
         from forescale.train.model import adapting, build_model, freeze
         from forescale.train.preferences import Comparison
 
@@ -132,9 +135,12 @@ class Rehearsal:
             self.engine.combine = Comparison(job.objective.beta)
         named = [*self.engine.module.named_parameters(), *self.engine.module.named_buffers()]
         self.report["on_host"] = [n for n, t in named if t.numel() and t.device.type != "cuda"]
+        if has_triton():
+            self.kernels.use_for_launches(job.rehearse.has_kernels)
         chosen = compilation(job, size, "cuda")
         self.report["compiled"] = chosen.enabled
         if chosen.enabled:
+            self._say_what_compiles()
             self.engine.compile(chosen.by_part, chosen.budget, self._backend())
 
     def _backend(self) -> str:
@@ -151,7 +157,14 @@ class Rehearsal:
         masks._compiled = compiler
         return WITHOUT_TRITON
 
+    def _say_what_compiles(self) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        parts = count(1)
+        callback_handler.register_start_callback(lambda _: say(f"compiling, part {next(parts)}"))
+
     def _step(self, step: int, batch: Any) -> None:
+        say(f"step {step + 1} of {STEPS}")
         if step == STEPS - 1:
             self.waits.counting = True
             self.observer.reset()
@@ -247,7 +260,7 @@ class Rehearsal:
                 for (kind, where), times in self.waits.places.most_common()
             ],
             "operations": self._operations(),
-            **(self.kernels.report() if self.report["compiled"] else {}),
+            **self.kernels.report(),
         }
 
     def _operations(self) -> list[dict[str, Any]]:
@@ -272,22 +285,34 @@ def say(text: str) -> None:
 
 
 _USER_CODE = re.compile(r'File "([^"]+)", line (\d+)')
+# Of a message of torch's compiler, of ptxas, or any: the sentence that says what is wrong.
+_SENTENCES = (
+    re.compile(r"with fake tensors: .*got \w+\(['\"](.*?)['\"]\)", re.DOTALL),
+    re.compile(r"Explanation: +(.*?)\n *(?:Hint:|Developer debug|\n|$)", re.DOTALL),
+    re.compile(r"stderr:.*?(?:error|fatal) *: *(.*?)\n", re.DOTALL),
+    re.compile(r"\s*(\S.*?)(?:\n|$)"),
+)
+_CODE = (*site.getsitepackages(), sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
+_NOT_NAMED = ("/torch/", "/triton/", str(Path(__file__).parent), "/runpy.py")
 
 
 def _failure(error: Exception) -> dict[str, str]:
-    """Return what an error says, and the line of the job's code that it comes from."""
-    text = str(error).partition("\n\nfrom user code:")
-    inside = _USER_CODE.findall(text[2])
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    skipped = ("/torch/", "/rehearsal/", "/runpy.py")
-    known = [f for f in frames if not any(part in f[0] for part in skipped)]
-    file, line = (inside or known or frames)[-1]
-    kind = type(error.__cause__ or error).__name__ if inside else type(error).__name__
+    """Return what an error says, and the line that it comes from: the innermost one of the user's
+    code, where it has part in it, else of the job's."""
+    message, _, inside = str(error).partition("\n\nfrom user code:")
+    first = getattr(error, "inner_exception", error)  # of Inductor's error
+    frames = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(error.__traceback__)]
+    frames += _USER_CODE.findall(inside)
+    known = [f for f in frames if not any(part in f[0] for part in _NOT_NAMED)]
+    users = [f for f in known if not f[0].startswith(("<", *_CODE))]
+    place = ":".join((users or known or frames)[-1])
+    matches = (sentence.search(message) for sentence in _SENTENCES)
+    text = getattr(first, "lead", "") + next((match[1] for match in matches if match), "")
     return {
-        "kind": kind,
-        "text": " ".join(text[0].split())[:600],
-        "place": f"{file}:{line}",
-        "traceback": traceback.format_exc(limit=-25),
+        "kind": type(first).__name__.removeprefix("Torch"),
+        "text": " ".join(text.split())[:600],
+        "place": getattr(first, "place", place),
+        "traceback": "".join(traceback.format_exception(error, limit=-25)),
     }
 
 
@@ -296,6 +321,7 @@ def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # DeepSpeed prints
     request = Request(**json.load(sys.stdin))
+    die_with_parent()
     from forescale.config.frozen import thaw
     from forescale.rehearsal.config import RehearseJob
     from forescale.rehearsal.library import load

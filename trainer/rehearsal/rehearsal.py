@@ -5,10 +5,13 @@ a step alone, and the plan beside it is the plan of the same job.
 """
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +19,12 @@ from typing import Any, cast
 from forescale.config.frozen import freeze
 from forescale.config.schema import Problem
 from forescale.ground.errors import UserError, shortened
+from forescale.plan.blocks import bytes_text
 from forescale.plan.config import PlanJob
+from forescale.plan.gpu import gpu_of
 from forescale.plan.plan import Plan
 from forescale.rehearsal.config import RehearseJob
 from forescale.rehearsal.depth import extended, shallow_depths, with_layers
-from forescale.rehearsal.gpu import gpu_of
 from forescale.rehearsal.library import library
 from forescale.rehearsal.rank import PROGRESS, Request
 
@@ -111,8 +115,9 @@ def _rank(request: Request, say: Say) -> dict[str, Any]:
     assert process.stdout is not None
     last = ""
     try:
-        process.stdin.write(json.dumps(asdict(request)))
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # its end says more
+            process.stdin.write(json.dumps(asdict(request)))
+            process.stdin.close()
         for line in process.stderr:
             if line.startswith(PROGRESS):
                 say(f"rank {request.rank}: {line.removeprefix(PROGRESS).strip()}")
@@ -122,11 +127,14 @@ def _rank(request: Request, say: Say) -> dict[str, Any]:
         code = process.wait()
     finally:
         process.kill()
+    if code == -signal.SIGKILL:
+        size = bytes_text(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+        problem = f"was killed with {size} of memory, as the system does where none is left"
+        todo = "give it more memory, or rehearse on another machine"
+        raise UserError(f"rank {request.rank}", problem, todo)
     if code:
-        problem = (
-            f"the process of rank {request.rank} ended with code {code}: {shortened(last, 200)}"
-        )
-        raise UserError("rehearse", problem, "see whether it has the memory that it needs")
+        problem = f"its process ended with code {code}: {shortened(last, 200)}"
+        raise UserError(f"rank {request.rank}", problem, "mend that, or report it")
     report: dict[str, Any] = json.loads(text)
     return report
 

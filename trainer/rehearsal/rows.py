@@ -4,6 +4,7 @@ Invariant: a number of the plan that the rehearsal contradicts by over 5 % has i
 """
 
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -23,7 +24,9 @@ from forescale.plan.blocks import (
     sections_of,
 )
 from forescale.plan.bytes.memory import share_bytes, states
+from forescale.plan.config import PlanJob
 from forescale.rehearsal.rehearsal import Rehearsed
+from forescale.run.certificate import Certificate, keys_of, versions_of
 
 NEAR = 0.05  # of what is planned
 _WIDEST = 56  # characters of a name
@@ -81,6 +84,27 @@ def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
     }
 
 
+def certificate(job: PlanJob, rehearsed: Rehearsed) -> Certificate:
+    """Return the certificate of a rehearsal without problems. job: as it is to be trained."""
+    reports = rehearsed.reports
+    return Certificate(
+        time=time.time(),
+        keys=keys_of(job),
+        gpus=job.gpus,
+        versions=versions_of(job),
+        ranks=[report["rank"] for report in reports],
+        peak_bytes=max(report["peak_bytes"] for report in reports),
+        waits=max(sum(w["times"] for w in report["waits"]) for report in reports),
+        equal_collectives=all(
+            row.values[-1].startswith("yes")
+            for report in reports
+            for row in _collectives(rehearsed, report).rows
+        ),
+        kernels=max(len(report["kernels"]) for report in reports),
+        limits=ONLY_A_GPU,
+    )
+
+
 def title(rehearsed: Rehearsed) -> str:
     plan, of = rehearsed.plan, ""
     if rehearsed.micro_batches < rehearsed.accumulation:
@@ -112,7 +136,8 @@ def _summary(rehearsed: Rehearsed, report: dict[str, Any]) -> str:
         return f"Rank {rank} of {world:,} would fail in its {report['phase']}."
     how = "uncompiled"
     if report["compiled"]:
-        how = f"{report['graphs']} compiled graphs"
+        graphs = report["graphs"]
+        how = f"{graphs} compiled graph{'s' * (graphs != 1)}"
         kernels = len(report["kernels"])
         how += f", {kernels} kernels assembled" if kernels else _NO_KERNELS
     return f"Rank {rank} of {world:,} was built and made its steps ({how})."
@@ -128,7 +153,7 @@ def blocks(rehearsed: Rehearsed, report: dict[str, Any]) -> list[Block]:
         _collectives(rehearsed, report),
         _waits(report),
         _operations(rehearsed, report),
-        *([_kernels(report)] if report.get("kernels") else []),
+        *([_kernels(report)] if report["kernels"] or report["breaks"] else []),
     ]
 
 
@@ -248,7 +273,7 @@ def _kernels(report: dict[str, Any]) -> Block:
                             f"{k['shared']:,}"])
         for k in worst
     ]  # fmt: skip
-    after = [f"The compiler breaks a graph: {why}." for why in report["breaks"]]
+    after = [f"The compiler breaks a graph at {why.rstrip('.')}." for why in report["breaks"]]
     columns = ("runs", "registers", "spilled, bytes", "shared, bytes")
     return Block(f"Kernels ({len(kernels)} assembled), those that need most", rows, columns,
                  after=after)  # fmt: skip

@@ -5,7 +5,6 @@ Invariant: ranks never outlive their launcher, and are restarted by one policy, 
 and exits with code 75, or exits without saving when its time is over.
 """
 
-import ctypes
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.ground.processes import die_with_parent
 from forescale.ground.rendezvous import LOOPBACK, free_port
 from forescale.resilience import outcome
 from forescale.resilience.heartbeat import node_path
@@ -221,7 +221,7 @@ def start_ranks(
             stdout=log or ends["stdout"],
             stderr=log or ends["stderr"],
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent,  # stop signals wait until it calls `unblock_stop_signals`
         )
         if log:
             log.close()
@@ -285,15 +285,6 @@ def _stop(ranks: list[subprocess.Popen], grace: float) -> set[int]:
     for r in ranks:
         r.wait()
     return left
-
-
-def die_with_parent() -> None:
-    """In a new process: on Linux the kernel kills it when its parent dies, for whatever reason.
-
-    Stop signals stay blocked, and so wait, until the rank calls `unblock_stop_signals`.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def asked_of_accelerate() -> int | None:

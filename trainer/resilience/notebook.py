@@ -16,7 +16,7 @@ from forescale.config.job import overrides_of, words_of
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.ground.errors import DONE, INTERRUPTED, UserError
-from forescale.resilience.launcher import die_with_parent
+from forescale.ground.processes import die_with_parent
 from forescale.run.command import job_of
 
 _LINES = 20  # of the output that an error repeats

@@ -21,7 +21,8 @@ from forescale.ground.console import is_terminal, open_console
 from forescale.ground.errors import DONE, UserError
 from forescale.verbs import VERBS, help_page
 
-_ROOMS = ("data", "checkpoint", "monitor", "plan", "scaling", "models", "inference", "serving")
+_BEFORE = ("data", "checkpoint", "monitor", "plan", "rehearsal")
+_ROOMS = (*_BEFORE, "scaling", "models", "inference", "serving")
 # The package of each topic, in the order of reading; the first page is the project's own.
 TOPICS = {"start": "", "conf": "forescale.conf", "slurm": "forescale.slurm"}
 TOPICS |= {room: f"forescale.{room}" for room in _ROOMS} | {"code": "forescale"}

@@ -7,20 +7,22 @@ from functools import partial
 from forescale.checkpoint.reader import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
-from forescale.ground.errors import DONE
+from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_output
 from forescale.plan.config import page_path
 from forescale.plan.plan import Plan
 from forescale.rehearsal.config import RehearseJob
 from forescale.rehearsal.rehearsal import rehearse
-from forescale.rehearsal.rows import as_json, page, show
+from forescale.rehearsal.rows import as_json, certificate, page, show
 from forescale.run.command import job_of
+from forescale.run.directory import Run
+from forescale.run.start import check_changes, expect_trainable
 
 JOB = RehearseJob
 EXAMPLES = (
     "rehearse recipe=llama-7b engine=zero3 plan.gpus=64",
     "rehearse recipe=llama-1b plan.gpus=8 rehearse.ranks=[0,7]   (the first and the last rank)",
-    "rehearse run.name=big plan.gpus=64 plan.to=rehearsal.html   (a run that exists; a page)",
+    "rehearse big plan.gpus=64 plan.to=rehearsal.html   (a run that exists; a page)",
     "rehearse model.mixer=window model.mixer.window=256 plan.gpus=8 --json",
 )
 
@@ -32,9 +34,15 @@ def main(words: list[str]) -> int:
     with those of the rehearsal after its tables.
     """
     notes: list[str] = []
-    job = job_of(RehearseJob, overrides_of(RehearseJob, words), notes=notes)
+    overrides = overrides_of(RehearseJob, words)
+    job = job_of(RehearseJob, overrides, notes=notes)
     to = page_path(job)
+    is_named = any(word.startswith("run.name=") for word in overrides)
+    if is_named:
+        expect_trainable(Run(job.run.directory))
     plan = Plan(job, newest_step)
+    if is_named:
+        plan.check(lambda: check_changes(plan.job.training))
     if plan.problems:
         raise ConfigError(plan.problems)
     for note in notes:
@@ -49,6 +57,11 @@ def main(words: list[str]) -> int:
         write_output(to, page(rehearsed, ["forescale", "rehearse", *words]).encode())
     if rehearsed.problems:
         raise ConfigError(rehearsed.problems)
+    try:
+        path = certificate(plan.job, rehearsed).write()
+        say(f"Certificate, which submit and status name: {path}")
+    except (OSError, UserError) as e:
+        say(f"No certificate is written: {e}")
     return DONE
 
 

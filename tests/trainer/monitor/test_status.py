@@ -20,7 +20,7 @@ from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent
 from forescale.run.rows import RowWriter
 from tests.trainer.monitor.changed_run import age_by, changed_rows, say_how_it_went
-from tests.trainer.small_run import STEPS, change_rows, make_run, train_row
+from tests.trainer.small_run import STEPS, certify, change_rows, make_run, train_row
 
 
 def test_it_starts_without_torch(trained):
@@ -45,6 +45,20 @@ def test_all_runs_in_a_table(own_run, forescale, small_data):
     assert sorted(row[0] for row in rows) == ["another", "small"]
     for row in rows:
         assert row[1:7] == ["complete", "1", "8/8", "100.0%", "0.7500", "2.2500"]
+
+
+def test_one_run_has_its_last_rehearsal(own_run, forescale, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    job = Status(own_run).job
+    line = "Rehearsed at 1970-01-01 00:00 UTC on 8 H100: peak 3.0"
+    assert "ehears" not in forescale("status", "small")[1]
+    certify(job, {"plan.gpus": 8, "machine.name": "H100"})
+    assert line in forescale("status", "small")[1]
+    assert "ehears" not in forescale("status")[1]
+    certify(job, {"plan.gpus": 16, "machine.name": "H100"}, at=60.0).write_text("{}")
+    _, out, _ = forescale("status", "small")
+    assert line in out
+    assert ".json is no certificate of a rehearsal: has no time." in out
 
 
 def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):

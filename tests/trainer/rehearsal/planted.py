@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class _Small(nn.Module):
+class Small(nn.Module):
     def __init__(self, vocab_size: int):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, 64)
@@ -22,16 +22,16 @@ class _Small(nn.Module):
         return x_BLD
 
 
-class MixesDevices(_Small):
+class MixesDevices(Small):
     def changed(self, x_BLD):
         return x_BLD * torch.ones(64)
 
 
-class Reads(_Small):
+class Reads(Small):
     def changed(self, x_BLD):
         return x_BLD * x_BLD.mean().item()
 
 
-class MixesTypes(_Small):
+class MixesTypes(Small):
     def changed(self, x_BLD):
         return x_BLD @ torch.ones(64, 64, device=x_BLD.device)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from forescale.ground.errors import UserError
 from forescale.rehearsal import depth
+from forescale.rehearsal.rank import Request
+from forescale.rehearsal.rehearsal import _rank
 from forescale.verbs import rehearse
 from tests.preferences import preferences
 from tests.questions import write_rows
@@ -123,3 +126,25 @@ def test_two_shallow_depths_tell_all_of_a_deep_model(engine, monkeypatch, capfd)
         assert two[key] == pytest.approx(all_[key], rel=0.02)
     launches = [sum(each["times"] for each in one["operations"]) for one in (two, all_)]
     assert launches[0] == pytest.approx(launches[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("kill -9 $$", "was killed"),
+        (
+            "cat >/dev/null; echo ValueError: this one >&2; exit 3",
+            "ended with code 3: ValueError: this one",
+        ),
+        ("exit 1", "ended with code 1"),  # it reads no request
+    ],
+)
+def test_a_rank_that_ends_is_a_sentence(tmp_path, monkeypatch, script, problem):
+    (program := tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    request = Request("x" * 200_000, 8, 3, 1, False, "", {})
+    with pytest.raises(UserError, match=problem) as e:
+        _rank(request, print)
+    assert e.value.where == "rank 3"
+    assert len(str(e.value)) < 400

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from forescale.config.target import STORED
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
-from forescale.resilience.launcher import die_with_parent, gpus, stop_signals_handled_by
+from forescale.ground.processes import die_with_parent
+from forescale.resilience.launcher import gpus, stop_signals_handled_by
 from forescale.scaling.config import LaunchKeys
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.study.directory import Study
