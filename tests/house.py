@@ -29,9 +29,9 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 73_500,
-    "lines of tests": 61_550,
-    "lines of the largest room": 14_060,  # scaling/; every other one is below 9,000
+    "lines of source": 73_850,
+    "lines of tests": 61_850,
+    "lines of the largest room": 14_065,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
     "arrows between rooms": 120,

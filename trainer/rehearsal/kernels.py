@@ -112,13 +112,14 @@ class Kernels:
         """Return what was seen, as plain values."""
         from torch._dynamo.utils import counters, graph_break_reasons
 
-        breaks = {why.user_stack[-1]: why.reason for why in graph_break_reasons if why.user_stack}
+        breaks = {
+            f"{shorter(at.filename)}:{at.lineno}": why.reason.strip().splitlines()[0][:300]
+            for why in graph_break_reasons
+            for at in why.user_stack[-1:]
+        }
         return {
             "graphs": int(counters["stats"].get("unique_graphs", 0)),
-            "breaks": [
-                f"{shorter(at.filename)}:{at.lineno}: {why.strip().splitlines()[0][:300]}"
-                for at, why in breaks.items()
-            ],
+            "breaks": [f"{at}: {why}" for at, why in breaks.items()],
             "kernels": [
                 {"name": name, "runs": self.runs[name], **facts}
                 for name, facts in self.facts.items()

@@ -300,7 +300,8 @@ def _failure(error: Exception) -> dict[str, str]:
     """Return what an error says, and the line that it comes from: the innermost one of the user's
     code, where it has part in it, else of the job's."""
     message, _, inside = str(error).partition("\n\nfrom user code:")
-    first = getattr(error, "inner_exception", error)  # of Inductor's error
+    first = getattr(error, "inner_exception", error)  # of what a compiler's backend raises
+    message = message if first is error else str(first)
     frames = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(error.__traceback__)]
     frames += _USER_CODE.findall(inside)
     known = [f for f in frames if not any(part in f[0] for part in _NOT_NAMED)]
@@ -310,7 +311,7 @@ def _failure(error: Exception) -> dict[str, str]:
     text = getattr(first, "lead", "") + next((match[1] for match in matches if match), "")
     return {
         "kind": type(first).__name__.removeprefix("Torch"),
-        "text": " ".join(text.split())[:600],
+        "text": " ".join(text.split()).rstrip("!.")[:600],
         "place": getattr(first, "place", place),
         "traceback": "".join(traceback.format_exception(error, limit=-25)),
     }

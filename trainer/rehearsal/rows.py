@@ -96,7 +96,7 @@ def certificate(job: PlanJob, rehearsed: Rehearsed) -> Certificate:
         peak_bytes=max(report["peak_bytes"] for report in reports),
         waits=max(sum(w["times"] for w in report["waits"]) for report in reports),
         equal_collectives=all(
-            row.values[-1].startswith("yes")
+            str(row.value[-1]).startswith("yes")
             for report in reports
             for row in _collectives(rehearsed, report).rows
         ),
