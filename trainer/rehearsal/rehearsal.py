@@ -51,7 +51,7 @@ class Rehearsed:
     @property
     def problems(self) -> list[Problem]:
         """What would end the job."""
-        return [p for report in self.reports for p in _problems(report)]
+        return [p for report in self.reports for p in problems_of(report)]
 
 
 def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehearsed:
@@ -139,7 +139,8 @@ def _rank(request: Request, say: Say) -> dict[str, Any]:
     return report
 
 
-def _problems(report: dict[str, Any]) -> list[Problem]:
+def problems_of(report: dict[str, Any]) -> list[Problem]:
+    """Return what would end the job at a rank."""
     problems, where = [], f"rank {report['rank']}"
     if error := report.get("error"):
         place = _from_here(error["place"])

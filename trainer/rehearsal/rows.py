@@ -25,7 +25,7 @@ from forescale.plan.blocks import (
 )
 from forescale.plan.bytes.memory import share_bytes, states
 from forescale.plan.config import PlanJob
-from forescale.rehearsal.rehearsal import Rehearsed
+from forescale.rehearsal.rehearsal import Rehearsed, problems_of
 from forescale.run.certificate import Certificate, keys_of, versions_of
 
 NEAR = 0.05  # of what is planned
@@ -57,10 +57,12 @@ def page(rehearsed: Rehearsed, command: Sequence[str]) -> str:
 
     sections = []
     for report in rehearsed.reports:
-        sections.append(Section("rank", f"Rank {report['rank']}",
-                                after=[_summary(rehearsed, report)]))  # fmt: skip
+        after = [_summary(rehearsed, report), *map(str, problems_of(report))]
+        sections.append(Section("rank", f"Rank {report['rank']}", after=after))
         sections += sections_of(blocks(rehearsed, report))
     sections.append(Section("limits", "What it can't show", after=limits(rehearsed)))
+    for i, section in enumerate(sections):  # several ranks have the same ones
+        section.name = f"{section.name.strip(',')}-{i}"
     lead = [code(shlex.join(command))]
     return render(title=f"Rehearsal of {title(rehearsed)}", lead=lead, sections=sections)
 
@@ -101,7 +103,7 @@ def certificate(job: PlanJob, rehearsed: Rehearsed) -> Certificate:
             for row in _collectives(rehearsed, report).rows
         ),
         kernels=max(len(report["kernels"]) for report in reports),
-        limits=ONLY_A_GPU,
+        limits=" ".join(limits(rehearsed)),
     )
 
 
@@ -139,7 +141,7 @@ def _summary(rehearsed: Rehearsed, report: dict[str, Any]) -> str:
         graphs = report["graphs"]
         how = f"{graphs} compiled graph{'s' * (graphs != 1)}"
         kernels = len(report["kernels"])
-        how += f", {kernels} kernels assembled" if kernels else _NO_KERNELS
+        how += f", {kernels} kernel{'s' * (kernels != 1)} assembled" if kernels else _NO_KERNELS
     return f"Rank {rank} of {world:,} was built and made its steps ({how})."
 
 
@@ -209,7 +211,7 @@ def _largest(report: dict[str, Any]) -> Block:
     rows = []
     for each in report["largest"]:
         shape = " x ".join(f"{n:,}" for n in each["shape"])
-        where = _cut(each["place"])
+        where = _end(each["place"])
         values = [in_unit(each["size"], "MiB"), each["dtype"], each["phase"], where]
         rows.append(Row("", shape, values))
     return Block(f"Largest tensors at the peak ({report['peak_phase']})", rows,
@@ -218,6 +220,10 @@ def _largest(report: dict[str, Any]) -> Block:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+
+
+def _end(place: str) -> str:
+    return place if len(place) <= _WIDEST else f"...{place[3 - _WIDEST :]}"
 
 
 def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
@@ -240,7 +246,7 @@ def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
 
 
 def _waits(report: dict[str, Any]) -> Block:
-    rows = [Row("", w["place"], [w["kind"], w["times"]]) for w in report["waits"]]
+    rows = [Row("", _end(w["place"]), [w["kind"], w["times"]]) for w in report["waits"]]
     after = [] if rows else ["The host never waits for the device."]
     return Block("Waits of the host in a step", rows, ("for", "times"), after=after)
 
