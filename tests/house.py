@@ -30,7 +30,7 @@ BANNED = {
 # which lines it looked at.
 BUDGETS = {
     "lines of source": 73_850,
-    "lines of tests": 61_850,
+    "lines of tests": 62_000,
     "lines of the largest room": 14_065,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
