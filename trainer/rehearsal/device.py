@@ -64,16 +64,16 @@ def _nodes(name: str, line: int) -> str:
     kernel of the user's is."""
     for above in range(line, max(line - 40, 0), -1):
         if match := _COMPILED.search(linecache.getline(name, above)):
-            return f"compiled {match[1]}" if match[1] else str(match[2])
+            return f"compiled {match[1]}" if match[1] else shorter(str(match[2]))
     return ""
 
 
 def shorter(name: str) -> str:
-    """Return the path of a file from its package on."""
+    """Return the path of a file from its package on, or from this directory."""
     for top in (f"{_PACKAGES}/", "site-packages/", "dist-packages/"):
         if top in name:
             return name.rpartition(top)[2]
-    return name
+    return name.removeprefix(f"{os.getcwd()}/")
 
 
 class _Event:

@@ -88,7 +88,7 @@ class Kernels:
                 try:
                     assembled = launch(kernel, *types, grid=grid, warmup=True, **kwargs)
                 except Exception as e:
-                    where = f"{code.co_filename}:{code.co_firstlineno}"
+                    where = f"{shorter(code.co_filename)}:{code.co_firstlineno}"
                     raise KernelError(name, where, e) from e
                 self._note(name, assembled)
             self._ran(name, args)

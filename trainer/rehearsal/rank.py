@@ -299,6 +299,8 @@ _NOT_NAMED = ("/torch/", "/triton/", str(Path(__file__).parent), "/runpy.py")
 def _failure(error: Exception) -> dict[str, str]:
     """Return what an error says, and the line that it comes from: the innermost one of the user's
     code, where it has part in it, else of the job's."""
+    from forescale.rehearsal.device import shorter
+
     message, _, inside = str(error).partition("\n\nfrom user code:")
     first = getattr(error, "inner_exception", error)  # of what a compiler's backend raises
     message = message if first is error else str(first)
@@ -306,13 +308,13 @@ def _failure(error: Exception) -> dict[str, str]:
     frames += _USER_CODE.findall(inside)
     known = [f for f in frames if not any(part in f[0] for part in _NOT_NAMED)]
     users = [f for f in known if not f[0].startswith(("<", *_CODE))]
-    place = ":".join((users or known or frames)[-1])
+    file, line = (users or known or frames)[-1]
     matches = (sentence.search(message) for sentence in _SENTENCES)
     text = getattr(first, "lead", "") + next((match[1] for match in matches if match), "")
     return {
         "kind": type(first).__name__.removeprefix("Torch"),
         "text": " ".join(text.split()).rstrip("!.")[:600],
-        "place": getattr(first, "place", place),
+        "place": getattr(first, "place", f"{shorter(file)}:{line}"),
         "traceback": "".join(traceback.format_exception(error, limit=-25)),
     }
 

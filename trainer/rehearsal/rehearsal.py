@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from forescale.config.frozen import freeze
@@ -143,17 +142,11 @@ def problems_of(report: dict[str, Any]) -> list[Problem]:
     """Return what would end the job at a rank."""
     problems, where = [], f"rank {report['rank']}"
     if error := report.get("error"):
-        place = _from_here(error["place"])
-        text = f"in {report['phase']}, at {place}: {error['kind']}: {shortened(error['text'], 300)}"
+        text = shortened(error["text"], 300)
+        text = f"in {report['phase']}, at {error['place']}: {error['kind']}: {text}"
         todo = "mend the line; --json has the whole traceback"
         problems.append(Problem(where, text, todo))
     if names := report.get("on_host"):
         text = f"{len(names)} tensors of the model stay on the host, such as {names[0]}"
         problems.append(Problem(where, text, "make them parameters or buffers of the model"))
     return problems
-
-
-def _from_here(place: str) -> str:
-    """Return a file and line, relative to this directory where that is shorter."""
-    here = f"{Path.cwd()}/"
-    return place.removeprefix(here)
