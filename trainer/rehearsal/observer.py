@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +49,7 @@ _FUNCTIONAL = {
     "all_to_all_single": ("all_to_all", True),
 }
 _VALUES = {torch.bool: False}
+_SLICE = torch.ops.aten.slice.Tensor
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Observer(TorchDispatchMode):
         schema = getattr(func, "_schema", None)
         if schema is None:  # a higher-order operator
             return func(*args, **kwargs)
+        if func is _SLICE and type(args[0]) is FakeTensor:
+            return _part(args)
         space, _, name = schema.name.partition("::")
         if name == "_local_scalar_dense":
             return self._value(args[0])
@@ -198,6 +202,15 @@ def _size_of(script: torch.ScriptObject) -> int | None:
         return int(ProcessGroup.unbox(script).size())
     except (RuntimeError, TypeError):
         return None
+
+
+def _part(args: Any) -> FakeTensor:
+    """Return what torch.ops.aten.slice does of a fake tensor. Stage 3 makes one of each rank's part
+    of each buffer that it gathers, and torch's own way takes 0.3 ms for each."""
+    whole = args[0]
+    with in_kernel_invocation_manager(whole.fake_mode):
+        part = _SLICE(*args)
+    return FakeTensor(whole.fake_mode, part, whole.device)
 
 
 def _is_free(func: Any, schema: Any) -> bool:
