@@ -47,6 +47,8 @@ class Layout:
         self.optimizer = engine.optimizer
         self.base = engine.basic_optimizer
         self.factor = 1.0
+        # Of the gradient times `loss_scale`, over all ranks, where the engine has measured it.
+        self.norm: float | None = None
         # Whether this rank counts a parameter that it holds: False for the copy of another rank's.
         self.counts: Callable[[nn.Parameter], bool] = lambda param: True
         self.dividing: Ranks | None = None
@@ -123,14 +125,14 @@ class Layout:
         """Copy the masters to the forward weights (DeepSpeed's setters don't)."""
 
     def scale_in_step(self, is_scaled) -> None:
-        """Wrap DeepSpeed's unscaling so that it also multiplies by our factor, in fp32."""
+        """Wrap DeepSpeed's unscaling so that it also multiplies by our factor, in fp32. Where the
+        loss has no scale, it would multiply by 1: it clips nothing."""
         original = self.optimizer.unscale_and_clip_grads
 
         def unscale_and_clip_grads(first, *args, **kwargs):
-            result = original(first, *args, **kwargs)
-            if self.factor != 1.0:
-                for grad in is_scaled(first):
-                    grad.mul_(self.factor)
+            result = original(first, *args, **kwargs) if self.loss_scale != 1.0 else None
+            if self.factor != 1.0 and (grads := list(is_scaled(first))):
+                torch._foreach_mul_(grads, self.factor)
             return result
 
         self.optimizer.unscale_and_clip_grads = unscale_and_clip_grads
@@ -169,8 +171,9 @@ class Replicated(Layout):
 
 
 def fp32_square_sum(tensors: Iterator[Tensor], device) -> Tensor:
-    """Return the sum of squares in fp32, shape (): one kernel per tensor, no synchronisation."""
-    squares = [
-        torch.linalg.vector_norm(t, dtype=torch.float32).square().to(device) for t in tensors
-    ]
-    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+    """Return the sum of squares in fp32, shape (): one kernel per tensor, no synchronisation.
+
+    torch._foreach_norm has one for many, but adds the squares of a tensor in another order.
+    """
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float32).to(device) for t in tensors]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)

@@ -18,13 +18,27 @@ Facts about DeepSpeed that are worked around here:
   and 1 it refuses to with these optimizers, at 2 it leaves Muon's group out. At 0 to 2 torch makes
   the `.grad` of each parameter in fp32, and DeepSpeed's buffers take its type.
 - With overlap_comm, stages 1 and 2 free a gradient that is larger than a bucket while a stream may
-  still reduce it. All others are in a bucket, and each backward pass ends with a wait for the
-  device, so what we hold is complete.
+  still reduce it. All others are in a bucket, and the buckets are freed after the backward pass.
+- Where a stream reduces gradients beside the backward pass, DeepSpeed lets the host wait for it at
+  the end of each, and the device has nothing to do until the next forward has begun. We let the
+  streams wait that read the gradients or were given the buckets' memory: what they launch later
+  comes behind the reduction, and what the host frees later they can use only behind it.
+- A step of stage 3 ends with a wait of the host, if there are weights so small that each rank has
+  them whole. It is all that keeps the next gathers, in a stream of their own, behind the update:
+  we let that stream wait, always.
+- At stage 3, and at 0 in bf16 and fp16, the step computes a norm of its own, only to skip an update
+  that isn't finite: the host waits for numbers of each group, at 0 of each gradient. The engine has
+  measured the norm. In fp16 at stage 3 DeepSpeed's stays: that one sees Muon's updates.
+- At stage 3 it gathers whole matrices for Muon, and copies each rank's part of each by itself: with
+  1,024 ranks and 224 matrices 458,752 launches. It keeps the buffers. We copy each matrix once.
 - The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
   orthogonalises only 2-D weights (stage 0).
 """
 
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -53,6 +67,20 @@ def layout_of(engine, fp32_gradients: bool = False) -> Layout:
     return layout
 
 
+@contextmanager
+def synchronized_by(order: Callable[[], object], target: Any = None) -> Iterator[None]:
+    """Replace `synchronize` of a stream, else of the device, in which the host waits, by `order`,
+    which lets streams wait for each other."""
+    from deepspeed.accelerator import get_accelerator
+
+    target = target or get_accelerator()
+    target.synchronize = lambda *_: order()
+    try:
+        yield
+    finally:
+        del target.synchronize  # the object's: the class has its own
+
+
 class Bare(Replicated):
     """Stage 0 in fp32: a unit is the parameter itself."""
 
@@ -74,6 +102,29 @@ class Unfused(Replicated):
         super().__init__(engine)
         self.base.state.clear()  # left by the step that DeepSpeed made while it was built
         self.scale_in_step(lambda norm: self._master_gradients())
+        self._step = self.optimizer.step
+        self.optimizer.step = self._step_by_norm
+
+    def _step_by_norm(self, closure=None):
+        """Replace `step`: the same, except that a gradient is finite where its norm is, which all
+        ranks know alike."""
+        o, norm = self.optimizer, self.norm
+        if norm is None:
+            return self._step(closure)
+        o.overflow = not math.isfinite(norm)
+        if o.overflow:
+            return o._skip_invalid_grad_norm()
+        pairs = [(unit.pieces[0].param, unit.master) for unit in self.units()]
+        for p, master in pairs:
+            master.grad = torch.zeros_like(master) if p.grad is None else p.grad.to(master.dtype)
+        o._global_grad_norm = norm
+        o._update_scale(False)
+        o.unscale_and_clip_grads(norm)
+        o.optimizer.step()
+        for _, master in pairs:
+            master.grad = None
+        torch._foreach_copy_([p.data for p, _ in pairs], [master.data for _, master in pairs])
+        return False
 
     def units(self):
         groups = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
@@ -114,20 +165,42 @@ class Zero12(Layout):
 
     def __init__(self, engine):
         super().__init__(engine)
-        self.offload = bool(self.optimizer.cpu_offload)
+        o = self.optimizer
+        self.offload = bool(o.cpu_offload)
         self._held: dict[int, tuple] = {}
         if not self.offload:
-            self._flatten = self.optimizer.get_flat_partition
-            self.optimizer.get_flat_partition = self._hold
+            self._flatten, o.get_flat_partition = o.get_flat_partition, self._hold
             self.scale_in_step(self._scaled)
-        if self.optimizer.overlap_comm:
-            self._average = self.optimizer.average_tensor
-            self.optimizer.average_tensor = self._average_beside
+        if o.overlap_comm:
+            self._average, o.average_tensor = o.average_tensor, self._average_beside
+            # In offload the host reads what is reduced. Outside of contiguous buckets, DeepSpeed
+            # frees gradients after its wait, of which we don't know the streams.
+            if o.reduction_stream and not self.offload and o.contiguous_gradients:
+                self._makers: list = []  # the stream that the buckets' memory belongs to
+                self._set_up, self._end = o.setup_buckets, o.independent_gradient_partition_epilogue
+                o.setup_buckets = self._set_up_here
+                o.independent_gradient_partition_epilogue = self._end_beside
+
+    def _set_up_here(self):
+        """Replace `setup_buckets`, which allocates them in the first hook of a backward pass."""
+        if not self.optimizer.ready_for_gradients:
+            self._makers = [torch.cuda.current_stream()]
+        self._set_up()
+
+    def _end_beside(self):
+        """Replace the end of a backward pass, see above."""
+        reducing = self.optimizer.reduction_stream
+        with synchronized_by(
+            lambda: [s.wait_stream(reducing) for s in (torch.cuda.current_stream(), *self._makers)]
+        ):
+            self._end()
 
     def _average_beside(self, tensor, communication_data_type):
-        """Replace `average_tensor`: the gradient's memory isn't given away before it is reduced."""
-        if tensor.is_cuda:
-            tensor.record_stream(self.optimizer.reduction_stream)
+        """Replace `average_tensor`: the memory of a gradient that is larger than a bucket isn't
+        given away before it is reduced."""
+        o = self.optimizer
+        if tensor.is_cuda and tensor.numel() > o.reduce_bucket_size:
+            tensor.record_stream(o.reduction_stream)
         return self._average(tensor, communication_data_type)
 
     def _hold(self, tensors, first_offset, partition_size, dtype, device, param_group_idx, **kw):
@@ -193,7 +266,7 @@ class Zero12(Layout):
         for i, (grads, arguments, kw) in self._held.items():
             if factor != 1.0 and self.is_muon(i):
                 for grad in grads:
-                    grad.mul_(factor)
+                    grad.mul_(factor)  # in bf16, torch._foreach_mul_ rounds the factor
             for param, grad in zip(arguments[0], grads, strict=True):
                 self.mark(param, grad)
             o.all_grad_tensors[i] = grads
@@ -245,9 +318,53 @@ class Zero3(Layout):
 
     def __init__(self, engine):
         super().__init__(engine)
-        self.offload = bool(self.optimizer.offload_optimizer)
+        o = self.optimizer
+        self.offload = bool(o.offload_optimizer)
+        self._norms, o._get_norm_groups = o._get_norm_groups, self._norm_groups
+        self._gather = o._partitioned_buffers_all_gather
+        o._partitioned_buffers_all_gather = self._gather_whole
         if not self.offload:
             self.scale_in_step(self._scaled)
+            if o.reduce_and_partition_stream and o.contiguous_gradients and not o.offload_param:
+                self._gathering = o.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+                self._end = o.independent_gradient_partition_epilogue
+                o.independent_gradient_partition_epilogue = self._end_beside
+                self._post, o._post_step = o._post_step, self._post_beside
+
+    def _end_beside(self):
+        """Replace the end of a backward pass, see above. The buckets stay; the gradients that are
+        freed have been recorded for the stream."""
+        reducing = self.optimizer.reduce_and_partition_stream
+        with synchronized_by(lambda: torch.cuda.current_stream().wait_stream(reducing), reducing):
+            self._end()
+
+    def _post_beside(self, timer_names):
+        """Replace the end of a step, see above. What it has gathered is in the current stream."""
+        with synchronized_by(lambda: None):
+            self._post(timer_names)
+        self._gathering.wait_stream(torch.cuda.current_stream())
+
+    def _gather_whole(self, params, parts, dtype, **others):
+        """Replace `_partitioned_buffers_all_gather`: return whole tensors of the same values."""
+        from deepspeed import comm
+
+        group = self.optimizer._get_param_partition_group(params[0])
+        ranks = comm.get_world_size(group=group)
+        if ranks == 1 or others:  # with offload it gathers momenta beside them
+            return self._gather(params, parts, dtype, **others)
+        local = torch.cat([part.flatten() for part in parts]).to(dtype)
+        rows = local.new_empty(ranks, local.numel())
+        comm.all_gather_into_tensor(rows.view(-1), local, group=group)
+        wholes = rows.split([part.numel() for part in parts], dim=1)
+        return [
+            whole.flatten()[: p.ds_numel].view(p.ds_shape)
+            for p, whole in zip(params, wholes, strict=True)
+        ]
+
+    def _norm_groups(self):
+        """Replace `_get_norm_groups`, whose sum decides alone whether the update is skipped."""
+        unknown = self.norm is None or self.optimizer.dtype == torch.float16
+        return self._norms() if unknown else [self.norm]
 
     def divided_among(self, ranks):
         super().divided_among(ranks)

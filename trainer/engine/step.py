@@ -151,6 +151,7 @@ class Engine:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
         each micro-batch, fp32 of shape (n,): 0 where another rank has the same, so that all ranks'
         sum is that of the step."""
+        self.layout.norm = None
         if not self.module.training:
             self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
@@ -242,7 +243,8 @@ class Engine:
         if counters is not None:
             self.module.counted(sums[2:].long().view_as(counters))  # type: ignore[operator]
         square_sum, loss_sum = sums[:2].tolist()
-        return loss_sum / targets, math.sqrt(square_sum) / self.layout.loss_scale
+        norm = self.layout.norm = math.sqrt(square_sum)
+        return loss_sum / targets, norm / self.layout.loss_scale
 
     def apply(self, multiplier: float, factor: float = 1.0, decay: float = 1.0) -> bool:
         """Update the weights. factor: multiplies the gradient (clipping). Return False if

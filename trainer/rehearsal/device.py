@@ -41,19 +41,20 @@ class Waits:
 _HERE = os.path.dirname(__file__)
 _PACKAGES = os.path.dirname(os.path.dirname(_HERE))
 _TORCH = os.path.dirname(torch.__file__)
+_BETWEEN = re.compile(r"torchinductor|deepspeed/(accelerator|utils/nvtx)")  # only calls others
 _COMPILED = re.compile(r"Source Nodes: \[(.*?)\]|Original path: (.*)")
 
 
 def place() -> str:
-    """Return the file and line of the innermost frame that is neither torch's nor the rehearsal's;
-    in the code that torch's compiler has written, the variables of the model that are computed
-    there; "autograd" where the backward pass alone has called."""
+    """Return the file and line of the innermost frame that is neither torch's nor the rehearsal's
+    nor in between; in the code that torch's compiler has written, the variables of the model that
+    are computed there; "autograd" where the backward pass alone has called."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if "torchinductor" in name and (nodes := _nodes(name, frame.f_lineno)):
             return nodes
-        if not name.startswith((_TORCH, _HERE, "<")) and "torchinductor" not in name:
+        if not name.startswith((_TORCH, _HERE, "<")) and not _BETWEEN.search(name):
             return f"{shorter(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return "autograd"

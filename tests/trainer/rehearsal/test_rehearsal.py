@@ -91,6 +91,21 @@ def test_a_rank_does_what_the_plan_says(case):
     check(*JOB, *MATRIX[case].split())
 
 
+# Launches of a step with Muon, each product and sum by itself. May only fall.
+LAUNCHES = {"zero0": 1930, "zero1": 1250, "zero2": 1270, "zero3": 1450}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", LAUNCHES)
+def test_the_host_waits_for_the_norm_and_the_summary_alone(engine):
+    _, facts, text = rehearsed(*JOB, f"engine={engine}", "rehearse.kernels=off")
+    assert facts, text
+    (report,) = facts["ranks"]
+    waits = {each["place"].partition(":")[0]: each["times"] for each in report["waits"]}
+    assert waits == {"forescale/engine/world.py": 1, "forescale/engine/step.py": 1}
+    assert sum(each["times"] for each in report["operations"]) <= LAUNCHES[engine]
+
+
 @pytest.mark.slow
 def test_adapters_that_learn_preferences_do_what_the_plan_says(small_data, tmp_path):
     origin = make_run(small_data, tmp_path, "small", "train.sequence_length=128")

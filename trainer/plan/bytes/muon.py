@@ -55,17 +55,16 @@ def gathers(s: ZeroSettings, group: Group, ranks: int, part: int = 0) -> Gathers
         size = 2 * s.gradient * ranks * share
         stays, transient = _buffers([size + size // ranks])
         return Gathers(size, 1, stays, size + 8 * share + transient)
-    payload, calls, most, buffers = 0, 0, 0, list[int]()
+    payload, calls, most = 0, 0, 0
     for bucket in rounds(group.params, ranks, s.bucket):
         share = sum(-(-p.numel // ranks) for one in bucket for p in one)
-        buffers.append(s.sent * (ranks + 1) * share)
         largest = [max(p.numel for p in one) for one in bucket]
         payload += 2 * s.sent * ranks * (share + sum(largest))
         calls += 2 + 2 * len(bucket)
         padded = [n for n, one in zip(largest, bucket, strict=True) if _is_padded(one, ranks)]
-        beside = max(_buffers(buffers[-1:])[1], s.sent * 2 * (ranks + 1) * max(padded, default=0))
+        beside = s.sent * (ranks + 1) * max(share, 2 * max(padded, default=0))
         most = max(most, s.sent * (2 * ranks + 1) * share + beside)
-    return Gathers(payload, calls, _buffers(buffers)[0], most)
+    return Gathers(payload, calls, 0, most)
 
 
 def _is_padded(one: Sequence, ranks: int) -> bool:
