@@ -156,6 +156,8 @@ class Observer(TorchDispatchMode):
         self._sent(kind, size, tensors)
 
     def _sent(self, kind: str, size: int, tensors: list[Tensor]) -> None:
+        if size == 1:  # nothing is sent
+            return
         entry = self.collectives.setdefault((kind, size), [0, 0])
         entry[0] += sum(t.numel() * t.element_size() for t in tensors)
         entry[1] += 1
