@@ -53,6 +53,7 @@ class Kernels:
         inductor.joint_graph_constant_folding = False
         inductor.compile_threads = 1
         inductor.fx_graph_cache = False
+        inductor.shape_padding = False  # it times products on the device, or fills real matrices
         for name in ("use_static_cuda_launcher", "use_static_triton_launcher"):
             if hasattr(inductor, name):  # it keeps of a kernel what it loads alone
                 setattr(inductor, name, False)
