@@ -8,6 +8,7 @@ import pytest
 from tests.trainer.rehearsal.test_rehearsal import rehearsed
 
 HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="needs the package triton")
 JOB = ("plan.gpus=8", "train.micro_batch=2", "train.global_batch=64", "train.steps=10")
 
 
@@ -56,7 +57,7 @@ def test_a_value_that_is_read_is_a_wait_and_a_break_with_its_line():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("triton"), reason="needs the package triton")
+@needs_triton
 @pytest.mark.parametrize("compile", ["auto", "off"])
 def test_a_kernel_of_the_users_own_is_assembled_or_named(compile):
     words = (f"train.compile={compile}", "rehearse.kernels=on")

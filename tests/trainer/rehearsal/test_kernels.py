@@ -1,0 +1,24 @@
+"""The kernels of compiled parts, assembled for each kind of GPU."""
+
+import pytest
+
+from tests.trainer.rehearsal.test_planted import needs_triton
+from tests.trainer.rehearsal.test_rehearsal import JOB, rehearsed
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("machine", ["a100-80g", "h100-sxm", "b200"])
+def test_kernels_of_attention_within_documents_are_assembled_for(machine):
+    words = (*JOB, f"machine={machine}", "data.document_mask=true", "engine=zero2")
+    code, facts, text = rehearsed(*words, "rehearse.kernels=on")
+    assert code == 0, text
+    (report,) = facts["ranks"]
+    assert report["breaks"] == []
+    flex = [k for k in report["kernels"] if "flex_attention" in k["name"]]
+    assert {"backward" in k["name"] for k in flex} == {True, False}
+    for kernel in report["kernels"]:
+        assert 0 < kernel["registers"] <= 255
+        assert kernel["shared"] <= 232_448
+    layers, micro_batches = 2, 2
+    assert all(k["runs"] == layers * micro_batches for k in flex)
