@@ -114,14 +114,14 @@ def test_without_a_whole_one_it_never_starts_anew(run):
 
 def test_storage_that_gives_an_error_in_place_of_bytes_is_a_damage(run, monkeypatch):
     """A bad sector: the older one is taken, and no traceback is seen."""
-    real = open
+    real = storage.open_regular
 
     def failing(path, *args, **options):
         if "step-00000020/rank" in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return real(path, *args, **options)
 
-    monkeypatch.setattr(storage, "open", failing, raising=False)
+    monkeypatch.setattr(storage, "open_regular", failing)
     monkeypatch.setattr(errors, "PAUSES", (0.0,))
     assert chosen(run) == (10, [("checkpoint_damaged", 20)])
     (fault,) = check_table(run.checkpoint_path(20))

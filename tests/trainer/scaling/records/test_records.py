@@ -138,7 +138,8 @@ def test_device_hours_sum_over_launches_with_their_own_ranks(run):
     for attempt, facts, (begun, ended) in zip(
         (first, second), launches, ((1000, 4600), (5000, 6800)), strict=True
     ):
-        text = json.dumps({**facts, "begun": begun, "ended": ended})
+        times = {"begun": begun, "ended": ended, "monotonic": begun, "seconds": ended - begun}
+        text = json.dumps({**facts, **times})
         (attempt.path / "launch.json").write_text(text)
     second.start_from(Parent(8), run)
     row = record(run)
