@@ -46,7 +46,7 @@ def extended(few: Any, many: Any, times: float) -> Any:
         return many
     if isinstance(many, dict):
         return {
-            key: value if key in _SAME else extended(_at(few, key, value), value, times)
+            key: value if key in _SAME else extended(few.get(key, value), value, times)
             for key, value in many.items()
         }
     if isinstance(many, list):
@@ -57,10 +57,6 @@ def extended(few: Any, many: Any, times: float) -> Any:
 
 
 _SAME = {"rank", "graphs", "largest", "ranks", "shared", "registers", "stack"}
-
-
-def _at(few: Any, key: str, value: Any) -> Any:
-    return few.get(key, value) if isinstance(few, dict) else value
 
 
 def _name(each: Any) -> Any:

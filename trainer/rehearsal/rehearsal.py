@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from tempfile import TemporaryFile
 from typing import Any, cast
 
 from forescale.config.frozen import freeze
@@ -106,26 +107,27 @@ def shortened_job(job: RehearseJob) -> RehearseJob:
 def _rank(request: Request, say: Say) -> dict[str, Any]:
     """Return the report of a rank."""
     command = [sys.executable, "-P", "-m", "forescale.rehearsal.rank"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stderr is not None
-    assert process.stdout is not None
     last = ""
-    try:
-        with suppress(BrokenPipeError):  # its end says more
-            process.stdin.write(json.dumps(asdict(request)))
-            process.stdin.close()
-        for line in process.stderr:
-            if line.startswith(PROGRESS):
-                say(f"rank {request.rank}: {line.removeprefix(PROGRESS).strip()}")
-            elif line.strip():
-                last = line.strip()
-        text = process.stdout.read()
-        code = process.wait()
-    finally:
-        process.kill()
+    with TemporaryFile("w+") as answer:  # a pipe takes 64 KiB, and is read after standard error
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.PIPE, errors="replace"
+        )
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            with suppress(BrokenPipeError):  # its end says more
+                process.stdin.write(json.dumps(asdict(request)))
+                process.stdin.close()
+            for line in process.stderr:
+                if line.startswith(PROGRESS):
+                    say(f"rank {request.rank}: {line.removeprefix(PROGRESS).strip()}")
+                elif line.strip():
+                    last = line.strip()
+            code = process.wait()
+        finally:
+            process.kill()
+        answer.seek(0)
+        text = answer.read()
     if code == -signal.SIGKILL:
         size = bytes_text(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
         problem = f"was killed with {size} of memory, as the system does where none is left"

@@ -163,3 +163,11 @@ def test_a_rank_that_ends_is_a_sentence(tmp_path, monkeypatch, script, problem):
         _rank(request, print)
     assert e.value.where == "rank 3"
     assert len(str(e.value)) < 400
+
+
+def test_a_report_may_be_larger_than_a_pipe(tmp_path, monkeypatch):
+    script = """cat >/dev/null; printf '{"x": "%0200000d"}' 0; printf '\\377\\n' >&2"""
+    (program := tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert len(_rank(Request("", 8, 3, 1, False, "", {}), print)["x"]) == 200_000
