@@ -98,13 +98,18 @@ def about(
     """
     keys, sentences, holds = keys_of(job), list[str](), False
     rated = list[tuple[int, float, Certificate, list[str]]]()
-    folder = cache_directory() / _FOLDER
-    every = sorted(folder.glob("*.json"), key=os.path.getmtime)
-    for path in [*folder.glob(_name(keys, gpus))] or every[-_MOST_READ:]:
+    try:
+        folder = cache_directory() / _FOLDER
+        paths = [*folder.glob(_name(keys, gpus))]
+        paths = paths or sorted(folder.glob("*.json"), key=os.path.getmtime)[-_MOST_READ:]
+    except (OSError, RuntimeError):  # one is deleted meanwhile; a user without a home directory
+        return [], False
+    for path in paths:
         try:
             each = read_typed(Certificate, path)
         except UserError as e:
-            sentences.append(f"{path} is no certificate of a rehearsal: {e.problem}.")
+            problem = f"{path} is no certificate of a rehearsal: {e.problem}"
+            sentences = [f"{problem}; delete it, or its folder."]  # another version writes many
             continue
         old = {**each.keys, **(each.gpus if gpus else {})}
         changes = _changes(old, {**keys, **(gpus or {})})

@@ -58,7 +58,7 @@ def test_one_run_has_its_last_rehearsal(own_run, forescale, tmp_path, monkeypatc
     certify(job, {"plan.gpus": 16, "machine.name": "H100"}, at=60.0).write_text("{}")
     _, out, _ = forescale("status", "small")
     assert line in out
-    assert ".json is no certificate of a rehearsal: has no time." in out
+    assert ".json is no certificate of a rehearsal: has no time; delete it, or its folder." in out
 
 
 def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):

@@ -55,10 +55,12 @@ def test_of_several_the_nearest_is_compared():
     assert "plan.gpus" not in sentence
 
 
-def test_another_job_has_none():
+def test_another_job_has_none(monkeypatch):
     certify(job())
     other = job("recipe=llama-1b")
     assert about(other, other.gpus) == ([], False)
+    monkeypatch.setenv("FORESCALE_CACHE", "~nobody-at-all/cache")  # nor without a home directory
+    assert about(job(), job().gpus) == ([], False)
 
 
 def test_another_version_makes_it_stale(monkeypatch):
@@ -88,6 +90,7 @@ def test_a_file_that_is_none_is_named_and_does_not_count(content):
     if content is None:  # a flipped byte
         content = path.read_text().replace('"waits": 1', '"waits": 2')
     path.write_text(content)
-    (sentence,), holds = about(job(), job().gpus)
+    path.with_name("other.json").write_text(content)
+    (sentence,), holds = about(job("train.seed=7"), job().gpus)
     assert not holds
-    assert str(path) in sentence
+    assert str(path.parent) in sentence
