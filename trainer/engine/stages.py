@@ -393,9 +393,7 @@ class Zero3(Layout):
             for p in params:
                 _, at, padded = o.grad_position[o.get_param_id(p)]
                 start = o._get_param_partition_rank(p) * padded
-                size = max(
-                    0, min(padded, p.ds_numel - start)
-                )  # the last rank's part may end in padding
+                size = max(0, min(padded, p.ds_numel - start))  # the last part may end in padding
                 if size:
                     pieces.append(Piece(p, start, at, size))
             yield Unit(self._group(s), master, pieces)

@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
         submission.stop()  # first, so that the job isn't restarted in between
         if job.now or queued.is_waiting:
             queue.cancel(queued.id)
-            was = "was still waiting" if queued.is_waiting else "saves only within KillWait"
+            was = "was still waiting" if queued.is_waiting else "has only SLURM's KillWait to save"
             print(f"Job {queued.id} is cancelled; it {was}. Resume the run with forescale submit.")
         else:
             queue.signal_batch(queued.id, "USR1")
