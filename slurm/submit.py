@@ -124,11 +124,11 @@ def _is_complete(job: SubmitJob) -> bool:
 
 def rehearsal_of(plan: Plan, words: Sequence[str]) -> list[str]:
     """Return sentences on the last rehearsal of a plan's job, and how to make one; none for a
-    machine that can't be pretended. words: of the command."""
+    machine that can't be pretended. words: of the command; a run of an array has further keys."""
     if plan.problems or gpu_of(plan.machine.name, 0, 1) is None:
         return []
     sentences, holds = about(plan.job, plan.job.gpus)
-    if not holds:
+    if not holds and _job_of(plan).slurm.runs is None:
         command = ["forescale", "rehearse", f"plan.gpus={plan.world}"]
         if plan.per_node != min(plan.machine.gpus_per_node or plan.world, plan.world):
             command.append(f"machine.gpus_per_node={plan.per_node}")

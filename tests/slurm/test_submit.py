@@ -360,3 +360,5 @@ def test_it_says_what_the_last_rehearsal_showed(tmp_path, monkeypatch, capsys, d
     out = output("engine=zero3")
     assert "is stale: engine.stage 1 -> 3." in out
     assert "Rehearse it: forescale rehearse " in out
+    (tmp_path / "sweep.txt").write_text("train.seed=3")
+    assert "forescale rehearse" not in output("slurm.runs=sweep.txt"), "it would be another job's"
