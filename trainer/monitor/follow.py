@@ -141,7 +141,7 @@ class Tail(Follower):
     def _begin(self, f: IO[bytes]) -> int:
         end = f.seek(0, 2)
         size = 2 * BLOCK
-        while size < min(end, _MOST):
+        while size < end and size <= _MOST:
             f.seek(end - size)
             block = f.read(size)
             cut = block.find(b"\n") + 1  # the end of a row that is not whole

@@ -44,7 +44,8 @@ _OLD = 600.0
 class Heartbeat:
     """What one rank reports about itself.
 
-    began: when its process began, in seconds since the epoch; time: of this, had no clock been set.
+    began, time: when its process began and when this was written, in seconds since the epoch; time
+    goes on from `began` whatever is done to the clock.
     here: seconds that it has been at the place `at`; limit: seconds after which that is a hang.
     quiet: seconds without a heartbeat after which the rank counts as silent.
     starting: it has not finished its first step, which may take long.
