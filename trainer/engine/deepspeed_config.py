@@ -65,8 +65,9 @@ def _zero(job, world_size: int) -> dict[str, Any]:
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     # Stage 2 reduces gradients beside the backward pass, as stage 3 does by itself. That takes a
-    # second bucket. It saves nothing at stage 1, which reduces once a step, nor where a model is
-    # compiled as a whole, whose gradients all come at the end (see compilation.py), nor on a CPU.
+    # second bucket, and a wait for the GPU after each micro-batch. It saves nothing at stage 1,
+    # which reduces once a step, nor where a model is compiled as a whole, whose gradients all come
+    # at the end (see compilation.py), nor on a CPU.
     in_parts = isinstance(job.model, ModelConfig) or job.train.compile == "off"
     if engine.stage == 2 and job.on_gpu and in_parts and not engine.offload_optimizer:
         zero["overlap_comm"] = True

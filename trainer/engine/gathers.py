@@ -20,8 +20,8 @@ def take_apart_by_parameter() -> None:
         return
 
     def wait(self, handle_dependency: bool = True) -> None:
-        if self.complete or self.quantization:
-            original(self, handle_dependency)
+        if self.complete or self.quantization or self.partitions[0]._base is None:
+            original(self, handle_dependency)  # the last: torch.inference_mode
             return
         self.allgather_handle.wait()
         gathered_WN = self.partitions[0]._base.view(self.world_size, -1)

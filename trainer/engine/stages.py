@@ -18,11 +18,11 @@ Facts about DeepSpeed that are worked around here:
   and 1 it refuses to with these optimizers, at 2 it leaves Muon's group out. At 0 to 2 torch makes
   the `.grad` of each parameter in fp32, and DeepSpeed's buffers take its type.
 - With overlap_comm, stages 1 and 2 free a gradient that is larger than a bucket while a stream may
-  still reduce it. All others are in a bucket, and the buckets are freed after the backward pass.
-- Where a stream reduces gradients beside the backward pass, DeepSpeed lets the host wait for it at
-  the end of each, and the device has nothing to do until the next forward has begun. We let the
-  streams wait that read the gradients or were given the buckets' memory: what they launch later
-  comes behind the reduction, and what the host frees later they can use only behind it.
+  still reduce it. All others are in a bucket, and each backward pass ends with a wait for the
+  device, so what we hold is complete. That wait stays: DeepSpeed records the buckets for the other
+  stream, and a host that runs ahead would allocate new ones for each micro-batch.
+- Stage 3 lets the host wait for the stream that reduces gradients at the end of each backward pass.
+  Its buckets stay, so we let the stream wait that reads the gradients.
 - A step of stage 3 ends with a wait of the host, if there are weights so small that each rank has
   them whole. It is all that keeps the next gathers, in a stream of their own, behind the update:
   we let that stream wait, always.
@@ -173,34 +173,11 @@ class Zero12(Layout):
             self.scale_in_step(self._scaled)
         if o.overlap_comm:
             self._average, o.average_tensor = o.average_tensor, self._average_beside
-            # In offload the host reads what is reduced. Outside of contiguous buckets, DeepSpeed
-            # frees gradients after its wait, of which we don't know the streams.
-            if o.reduction_stream and not self.offload and o.contiguous_gradients:
-                self._makers: list = []  # the stream that the buckets' memory belongs to
-                self._set_up, self._end = o.setup_buckets, o.independent_gradient_partition_epilogue
-                o.setup_buckets = self._set_up_here
-                o.independent_gradient_partition_epilogue = self._end_beside
-
-    def _set_up_here(self):
-        """Replace `setup_buckets`, which allocates them in the first hook of a backward pass."""
-        if not self.optimizer.ready_for_gradients:
-            self._makers = [torch.cuda.current_stream()]
-        self._set_up()
-
-    def _end_beside(self):
-        """Replace the end of a backward pass, see above."""
-        reducing = self.optimizer.reduction_stream
-        with synchronized_by(
-            lambda: [s.wait_stream(reducing) for s in (torch.cuda.current_stream(), *self._makers)]
-        ):
-            self._end()
 
     def _average_beside(self, tensor, communication_data_type):
-        """Replace `average_tensor`: the memory of a gradient that is larger than a bucket isn't
-        given away before it is reduced."""
-        o = self.optimizer
-        if tensor.is_cuda and tensor.numel() > o.reduce_bucket_size:
-            tensor.record_stream(o.reduction_stream)
+        """Replace `average_tensor`: the gradient's memory isn't given away before it is reduced."""
+        if tensor.is_cuda:
+            tensor.record_stream(self.optimizer.reduction_stream)
         return self._average(tensor, communication_data_type)
 
     def _hold(self, tensors, first_offset, partition_size, dtype, device, param_group_idx, **kw):

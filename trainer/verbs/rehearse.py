@@ -44,6 +44,8 @@ def main(words: list[str]) -> int:
     if is_named:
         plan.check(lambda: check_changes(plan.job.training))
     if plan.problems:
+        if job.plan.json:
+            print(json.dumps({"problems": [p._asdict() for p in plan.problems]}, indent=2))
         raise ConfigError(plan.problems)
     for note in notes:
         say(note)

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from forescale.engine.stages import Zero3, Zero12
@@ -13,11 +12,8 @@ class Gradient:
 
     is_cuda = True
 
-    def __init__(self, size):
-        self.waits_for, self.size = [], size
-
-    def numel(self):
-        return self.size
+    def __init__(self):
+        self.waits_for = []
 
     def record_stream(self, stream):
         self.waits_for.append(stream)
@@ -28,18 +24,13 @@ def optimizer(beside, averaged):
         cpu_offload=True,
         overlap_comm=beside,
         reduction_stream="the reduction's",
-        reduce_bucket_size=10,
         average_tensor=lambda tensor, dtype: averaged.append((tensor, dtype)),
     )
 
 
 def test_a_gradient_that_another_stream_reduces_keeps_its_memory():
-    for beside, size, waits_for in (
-        (True, 11, ["the reduction's"]),
-        (True, 10, []),
-        (False, 11, []),
-    ):
-        averaged, gradient = [], Gradient(size)
+    for beside, waits_for in ((True, ["the reduction's"]), (False, [])):
+        averaged, gradient = [], Gradient()
         o = optimizer(beside, averaged)
         Zero12(SimpleNamespace(optimizer=o, basic_optimizer=None))
         o.average_tensor(gradient, torch.float32)
@@ -55,46 +46,31 @@ class Stream:
         self.log.append(f"{self.name} waits for {other.name}")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_streams_wait_for_the_reduction_before_a_bucket_is_freed_and_the_host_does_not(
-    stage, monkeypatch
-):
+def test_at_stage_3_streams_wait_for_the_reduction_and_the_host_does_not(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     log: list[str] = []
-    names = ("main", "hook", "reducing", "gathering")
-    main, hook, reducing, gathering = (Stream(name, log) for name in names)
-    waits = get_accelerator() if stage == 2 else reducing
+    main, reducing, gathering = (Stream(name, log) for name in ("main", "reducing", "gathering"))
 
     def end():
-        waits.synchronize()
+        reducing.synchronize()
         log.append("freed")
 
     o = SimpleNamespace(
-        cpu_offload=False,
         offload_optimizer=False,
         offload_param=False,
-        overlap_comm=True,
         contiguous_gradients=True,
-        ready_for_gradients=False,
-        reduction_stream=reducing,
         reduce_and_partition_stream=reducing,
         independent_gradient_partition_epilogue=end,
-        setup_buckets=lambda: None,
         parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=gathering),
         _post_step=lambda names: get_accelerator().synchronize(),
-        **dict.fromkeys(("average_tensor", "get_flat_partition", "unscale_and_clip_grads")),
         **dict.fromkeys(("_get_norm_groups", "_partitioned_buffers_all_gather")),
+        unscale_and_clip_grads=None,
     )
-    layout = {2: Zero12, 3: Zero3}[stage]
-    layout(SimpleNamespace(optimizer=o, basic_optimizer=None))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: hook)
-    o.setup_buckets()
+    Zero3(SimpleNamespace(optimizer=o, basic_optimizer=None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     o.independent_gradient_partition_epilogue()
-    readers = ["main", "hook"] if stage == 2 else ["main"]
-    assert log == [*(f"{reader} waits for reducing" for reader in readers), "freed"]
-    assert "synchronize" not in vars(waits)
-    if stage == 3:  # the next weights are gathered behind the update
-        o._post_step(set())
-        assert log[-1] == "gathering waits for main"
+    assert log == ["main waits for reducing", "freed"]
+    assert "synchronize" not in vars(reducing)
+    o._post_step(set())  # the next weights are gathered behind the update
+    assert log[-1] == "gathering waits for main"

@@ -102,7 +102,10 @@ def test_the_host_waits_for_the_norm_and_the_summary_alone(engine):
     assert facts, text
     (report,) = facts["ranks"]
     waits = {each["place"].partition(":")[0]: each["times"] for each in report["waits"]}
-    assert waits == {"forescale/engine/world.py": 1, "forescale/engine/step.py": 1}
+    expected = {"forescale/engine/world.py": 1, "forescale/engine/step.py": 1}
+    if engine == "zero2":  # for the reduction beside each of two backward passes
+        expected["deepspeed/runtime/zero/stage_1_and_2.py"] = 2
+    assert waits == expected
     assert sum(each["times"] for each in report["operations"]) <= LAUNCHES[engine]
 
 
