@@ -41,7 +41,10 @@ class Waits:
 _HERE = os.path.dirname(__file__)
 _PACKAGES = os.path.dirname(os.path.dirname(_HERE))
 _TORCH = os.path.dirname(torch.__file__)
-_BETWEEN = re.compile(r"torchinductor|deepspeed/(accelerator|utils/nvtx)")  # only calls others
+# Where the code is that Inductor writes: below this folder, or one whose name begins so.
+INDUCTOR = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor"
+# What only calls others.
+_BETWEEN = re.compile(rf"{re.escape(INDUCTOR)}|deepspeed/(accelerator|utils/nvtx)")
 _COMPILED = re.compile(r"Source Nodes: \[(.*?)\]|Original path: (.*)")
 
 
@@ -52,7 +55,7 @@ def place() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if "torchinductor" in name and (nodes := _nodes(name, frame.f_lineno)):
+        if INDUCTOR in name and (nodes := _nodes(name, frame.f_lineno)):
             return nodes
         if not name.startswith((_TORCH, _HERE, "<")) and not _BETWEEN.search(name):
             return f"{shorter(name)}:{frame.f_lineno}"
