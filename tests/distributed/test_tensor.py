@@ -112,11 +112,8 @@ COSTS = [
 
 
 def test_the_plan_knows_what_divided_matrices_keep_and_send():
-    cases = [
-        [*case[:1], "engine.tensor_parallel=2", "model.mlp_width=84", *WIDE, *case[1:]]
-        + ["train.compile=off"]
-        for case in COSTS
-    ]
+    divided = ["engine.tensor_parallel=2", "model.mlp_width=84", "train.compile=off"]
+    cases = [[*case[:1], *divided, *WIDE, *case[1:]] for case in COSTS]
     results = ranks.run("sequence_scenarios:costs", 2, cases=cases, near=1)
     for case, (bytes_kept, sent, calls) in zip(cases, results, strict=True):
         job, size = scenario.job_of(case, 2, 1), jobs.LENGTH
