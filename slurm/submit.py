@@ -129,10 +129,12 @@ def rehearsal_of(plan: Plan, words: Sequence[str]) -> list[str]:
         return []
     sentences, holds = about(plan.job, plan.job.gpus)
     if not holds and _job_of(plan).slurm.runs is None:
-        command = ["forescale", "rehearse", f"plan.gpus={plan.world}"]
+        prefixes = ("slurm", "submit", "run.name=")  # the name is its first word
+        named = [plan.job.run.name] if any(w.startswith(prefixes[-1]) for w in words) else []
+        command = ["forescale", "rehearse", *named, f"plan.gpus={plan.world}"]
         if plan.per_node != min(plan.machine.gpus_per_node or plan.world, plan.world):
             command.append(f"machine.gpus_per_node={plan.per_node}")
-        command += [w for w in words if not w.lstrip("+~").startswith(("slurm", "submit"))]
+        command += [w for w in words if not w.lstrip("+~").startswith(prefixes)]
         lead = "Rehearse it" if sentences else "Not rehearsed"
         sentences.append(f"{lead}: {shlex.join(command)}")
     return sentences
