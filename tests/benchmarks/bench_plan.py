@@ -14,7 +14,7 @@ from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 from tests.benchmarks import published
 from tests.benchmarks.pairing import Result
-from tests.benchmarks.published import Row
+from tests.benchmarks.published import FITTED, Row
 
 LLAMA_3_8B = (
     "model=llama-7b", "model.num_kv_heads=8", "model.mlp_width=14336", "model.vocab_size=128256",
@@ -41,9 +41,12 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     parts = {
         "fitted": [row for row in rows if row.fitted],
         "held out": [row for row in rows if not row.fitted],
-        "held out, A100 of 40 GB": [row for row in rows if row.machine == "a100-40g"],
-        "of all, not MosaicML's": [row for row in rows if row.source != "mosaic"],
+        "held out, in fp8": [row for row in rows if not row.fitted and row.fp8 != "none"],
+        "of sources that are not fitted to": [row for row in rows if row.source not in FITTED],
     }
+    for source in dict.fromkeys(row.source for row in rows):
+        for name in ("fitted", "held out"):
+            parts[f"{source}, {name}"] = [row for row in parts[name] if row.source == source]
     comparisons = [compared(row) for row in rows]
     comparisons += [summed(name, part) for name, part in parts.items() if part]
     return comparisons + [crossing(nodes) for nodes in sizes.nodes]

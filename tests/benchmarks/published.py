@@ -1,16 +1,25 @@
-"""Published speeds of training runs that shard as ZeRO-3 does, and what the plan predicts for each.
+"""Published speeds of training runs, and what the plan predicts for each.
 
-published.csv has a row for each: those in bf16 of five sources, without those that also split
-matrices or sequences among GPUs. SOURCES names where each was published, at a commit. The columns:
-source, model and machine, keys of the tables below; gpus; length of a window; micro_batch and
-batch, in windows; gathers, how often a micro-batch gathers the weights (1: they are kept);
-recomputed, the part of the layers' forward pass that the backward pass repeats; compiled; reduced,
-the bytes of a gradient that is sent; node_gb, GB/s from a node to others; speed, tokens/s of a GPU.
+published.csv has a row for each: runs of dense models without a pipeline on NVIDIA's GPUs, whose
+layout is published too. SOURCES names where, at a commit. The columns: source, model and machine,
+keys of the tables below; gpus; length of a window; micro_batch and batch, in windows; gathers, how
+often a micro-batch gathers the weights (1: they are kept); recomputed, the part of the layers'
+forward pass that the backward pass repeats; compiled; reduced, the bytes of a gradient that is
+sent; node_gb, GB/s from a node to others; speed, tokens/s of a GPU. And where they are not 3, 1,
+1, all and none: stage of ZeRO; ranks that divide matrices (tensor), columns (sequence) and states
+(shard; the others repeat them, as HSDP does); fp8, the recipe.
 
-What the sources do not say: OLMo-core's number of GPUs (64 are assumed, and the middle of a range
-of speeds), MosaicML's and TinyLlama's network of H100 and A100 40 GB (as conf/machine). The part
-that fms recomputes selectively is (HFU / MFU - 1) x 3; torchtitan's selection repeats every second
-product.
+Every second row of the sources in FITTED is fitted to, but for those of the A100 of 40 GB; the
+other sources never were. What they do not say: OLMo-core's number of GPUs (64 are assumed, and the
+middle of a range of speeds), the network of MosaicML's H100 and A100 of 40 GB, of torchtitan's
+A100, TinyLlama's, NVIDIA's and Trainy's (as conf/machine), torchao's H100 (as torchtitan's: the
+same memory). The part that IBM recomputes selectively is (HFU / MFU - 1) x 3; torchtitan's
+selection repeats every second product. NVIDIA's kernels are fused by hand, and count as compiled;
+its context parallelism, and that of automodel, counts as sequence_parallel. Pythia's speed is that
+of its GPU hours (Biderman et al. 2023, arXiv 2304.01373), with all that a run does beside steps, in
+fp16. OLMo 2's is from allenai.org/blog/olmo2-32B, SmolLM3's from tzafon.ai/blog/breaking-40k-tokens
+(1,024 and 384 GPUs); the files below have their layout. Pythia's hours and OLMo 2's speed are
+quoted from memory of those pages: no copy of the numbers was at hand.
 """
 
 import csv
@@ -25,27 +34,65 @@ from forescale.models.config import ModelConfig
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
+from forescale.plan.links import Collective
 from forescale.plan.step_time import peak_of, predict_step_time, token_flops
 
+FITTED = ("mosaic", "torchtitan", "fms", "olmo", "internevo")
 FILE = Path(__file__).parent / "published.csv"
-_GITHUB = "https://github.com"
-SOURCES = {
-    "mosaic": f"{_GITHUB}/mosaicml/llm-foundry/blob/495218376830947dce625efabc4d86be7c47cc45"
-    "/scripts/train/benchmarking/README.md",
-    "torchtitan": f"{_GITHUB}/pytorch/torchtitan/blob/820504e20d1149fbf0b98c567af24c4b0433b22d"
-    "/benchmarks/llama3_h100_202412_torchtitan.md",
-    "fms": f"{_GITHUB}/foundation-model-stack/fms-fsdp/blob"
-    "/ed74fd5ddec00e309eac20f478de883464c86526/README.md",
-    "olmo": f"{_GITHUB}/allenai/OLMo-core/blob/10a6ff0603b39fdb023874d315c142cc1d159406/README.md",
-    "tinyllama": f"{_GITHUB}/jzhang38/TinyLlama/blob/8148930f6b5f4c648876045320499aa778454336"
-    "/README.md",
+SOURCES = {  # repository, commit and file on GitHub
+    "mosaic": "mosaicml/llm-foundry 495218376830947dce625efabc4d86be7c47cc45 "
+    "scripts/train/benchmarking/README.md",
+    "torchtitan": "pytorch/torchtitan 31a17bfdb70bab6f62a13d21816a5339b911d6e3 "
+    "benchmarks/llama3_h100_202412_torchtitan.md",
+    "torchtitan, tensor": "pytorch/torchtitan 2887250bbd9103d0bc997ea2efb3a525b5e5dbc0 "
+    "benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md",
+    "torchtitan, 405B": "pytorch/torchtitan 3faaa1a0dee68ce028400e3dafd1735d152cb4f8 "
+    "docs/performance.md",
+    "torchtitan-a100": "pytorch/torchtitan 041336434916bdc0f88c1f89fda176fd3c2092e4 "
+    "docs/performance.md",
+    "fms": "foundation-model-stack/fms-fsdp ed74fd5ddec00e309eac20f478de883464c86526 README.md",
+    "olmo": "allenai/OLMo-core 10a6ff0603b39fdb023874d315c142cc1d159406 README.md",
+    "olmo, fp8": "allenai/OLMo-core 7e58d1289bc27103880e7a8382ad0847c35e04f7 README.md",
+    "internevo": "InternLM/InternEvo 34fc28d760282c11a2aba552d5b21ffefed3e188 "
+    "doc/en/train_performance.md",
+    "tinyllama": "jzhang38/TinyLlama 8148930f6b5f4c648876045320499aa778454336 README.md",
+    "ibm": "pytorch/pytorch.github.io 2ad10059d3021d0f902f1204db98e5c930532be8 "
+    "_posts/2024-03-13-maximizing-training.md",
+    "torchao": "pytorch/ao 36027d82d1ad9949597ea16002ff4940374b1b94 "
+    "docs/source/workflows/training.md",
+    "trainy": "pytorch/torchtitan 1af29373a02c4beb237c2de02793931ce53b48d8 "
+    "benchmarks/llama3-8b_h200_202506_trainy-whitefiber.md",
+    "nvidia": "NVIDIA/NeMo 35029a0c84e7c9f2c56e2b2256746654a5084432 "
+    "docs/source/performance/performance_summary.md",
+    "nvidia, FSDP": "NVIDIA-NeMo/Megatron-Bridge 067f987df03b8355b03192d88d70f1709fedf51a "
+    "docs/performance-summary-archive.md",
+    "automodel": "NVIDIA-NeMo/Automodel 36044ad3d139363fb6c73c24af2e7c6b65ec52f6 "
+    "docs/performance-summary.mdx",
+    "colossal": "hpcaitech/ColossalAI 4f9953be335ef371b3848719ddafe596c01ecd37 README.md",
+    "modded-nanogpt": "KellerJordan/modded-nanogpt f411b3d346aa52d3504324ca93c230fd84c6c07f "
+    "records/track_1_short",
+    "pythia": "EleutherAI/pythia a19eecb807ec2c79a39ebf18108816e6ffffc1d5 models",
+    "olmo2-32b": "allenai/OLMo-core fa6c5014c9f6e9ee789da2d9c20d5126fee8df0d "
+    "src/scripts/official/OLMo2/OLMo-2-0325-32B-train.py",
+    "smollm3": "huggingface/smollm a041759883ec7152d18fb985ea49be641a0bceef "
+    "text/pretraining/smollm3/stage1_8T.yaml",
 }
+_LAYERNORM = "model.norm=layernorm"
 
 
 def _mpt(width: int, layers: int, heads: int) -> list[str]:
-    norms = ["model.norm=layernorm", "model.bias=true", "model.position=learned"]
-    sizes = _sizes(width, layers, heads, heads, 4 * width, 50368)
-    return [*sizes, "model.mlp=gelu", *norms, "model.tie_embeddings=true"]
+    words = _gpt(width, layers, heads, 50368)
+    return [*words, "model.position=learned", "model.tie_embeddings=true"]
+
+
+def _gpt(width: int, layers: int, heads: int, vocabulary: int) -> list[str]:
+    sizes = _sizes(width, layers, heads, heads, 4 * width, vocabulary)
+    return [*sizes, "model.mlp=gelu", _LAYERNORM, "model.bias=true"]
+
+
+def _speedrun(width: int, layers: int, heads: int) -> list[str]:
+    sizes = _sizes(width, layers, heads, heads, 4 * width, 50304)
+    return [*sizes, "model.mlp=relu2", "model.mixer.qk_norm=head", "model.tie_embeddings=true"]
 
 
 def _sizes(
@@ -80,11 +127,31 @@ MODELS = {  # width, layers, heads, and of Llama's kind heads of keys, MLP, voca
     "olmo-1b": [*_sizes(2048, 18, 16, 16, 5632, 100352), "model.mixer.qk_norm=head"],
     "olmo-7b": [*_sizes(4096, 32, 32, 32, 11008, 100352), "model.mixer.qk_norm=head"],
     "olmo-13b": [*_sizes(5120, 40, 40, 40, 13824, 100352), "model.mixer.qk_norm=head"],
+    "olmo-32b": [*_sizes(5120, 64, 40, 8, 27648, 100352), "model.mixer.qk_norm=head"],
+    "llama-3-70b": _sizes(8192, 80, 64, 8, 28672, 128256),
+    "llama-3-405b": _sizes(16384, 126, 128, 8, 53248, 128256),
+    "llama-65b": _sizes(8192, 80, 64, 64, 22016, 32000),
+    "internlm-7b": _sizes(4096, 32, 32, 32, 11008, 103168),
+    "smollm3-3b": [*_sizes(2048, 36, 16, 4, 11008, 128256), "model.tie_embeddings=true"],
+    "gpt-5b": _gpt(4096, 24, 32, 51200),
+    "gpt-20b": _gpt(6144, 44, 48, 51200),
+    "nemotron-8b": [*_sizes(4096, 32, 32, 32, 16384, 256000), "model.mlp=relu2", _LAYERNORM],
+    "gpt-124m": _speedrun(768, 12, 6),
+    "gpt-1.5b": _speedrun(1536, 52, 12),
+    "pythia-70m": _gpt(512, 6, 8, 50304),
+    "pythia-160m": _gpt(768, 12, 12, 50304),
+    "pythia-410m": _gpt(1024, 24, 16, 50304),
+    "pythia-1b": _gpt(2048, 16, 8, 50304),
+    "pythia-1.4b": _gpt(2048, 24, 16, 50304),
+    "pythia-2.8b": _gpt(2560, 32, 32, 50304),
+    "pythia-6.9b": _gpt(4096, 32, 32, 50432),
+    "pythia-12b": _gpt(5120, 36, 40, 50688),
 }
 MACHINES = {  # what differs from the machine of conf/machine
     "h100": ["machine=h100-sxm"],
+    "h200": ["machine=h200"],
     # Of 500 W instead of 700 W, at which the clock is slower by the third root; HBM2e.
-    "h100-500w": ["machine=h100-sxm", "machine.efficiency=0.66", "machine.memory_bandwidth=2.4e12"],
+    "h100-500w": ["machine=h100-sxm", "machine.efficiency=0.70", "machine.memory_bandwidth=2.4e12"],
     "a100": ["machine=a100-80g"],
     "a100-40g": [
         "machine=a100-80g",
@@ -92,6 +159,9 @@ MACHINES = {  # what differs from the machine of conf/machine
         "machine.memory_bandwidth=1.555e12",
     ],
 }
+
+# MosaicML attended with Triton's kernel of 2023, which reaches less of an H100 than torch's.
+_TRITON = ["machine.attention_efficiency=0.18"]
 
 
 @dataclass(frozen=True)
@@ -114,23 +184,37 @@ class Row:
     reduced: int
     node_gb: float
     speed: float
+    stage: int
+    tensor: int
+    sequence: int
+    shard: int
+    fp8: str
     fitted: bool
 
     @property
     def name(self) -> str:
         """What a person calls the row."""
         again = f", {self.recomputed:.0%} recomputed" if self.recomputed else ""
+        again += ", compiled" if self.compiled else ""
+        parts = {"zero": 3, "tensor ": 1, "sequence ": 1, "shard ": 0, "fp8 ": "none"}
+        values = (self.stage, self.tensor, self.sequence, self.shard, self.fp8)
+        for (name, usual), value in zip(parts.items(), values, strict=True):
+            again += f", {name}{value}" if value != usual else ""
         return (
             f"{self.source} {self.model}, {self.gpus} {self.machine}, {self.micro_batch} x "
-            f"{self.length}{again}{', compiled' if self.compiled else ''}"
+            f"{self.length}{again}"
         )
 
     def words(self) -> list[str]:
         """Return the command of the run, without its sharding."""
         return [
-            *("model=llama-7b", "engine=zero3", "optimizer=adamw", "train.steps=1000"),
+            *("model=llama-7b", f"engine=zero{self.stage}", "optimizer=adamw", "train.steps=1000"),
+            f"engine.tensor_parallel={self.tensor}",
+            f"engine.sequence_parallel={self.sequence}",
+            f"precision.fp8={self.fp8}",
             *MODELS[self.model],
             *MACHINES[self.machine],
+            *(_TRITON if self.source == "mosaic" and self.machine == "h100" else ()),
             f"machine.inter_node={self.node_gb}e9",
             f"model.activation_checkpointing={'full' if self.recomputed == 1 else 'none'}",
             f"train.compile={'on' if self.compiled else 'off'}",
@@ -146,7 +230,9 @@ class Row:
         zero = "stage3_param_persistence_threshold: 0"
         if self.gathers == 1:
             zero += ", stage3_max_reuse_distance: 1e13, stage3_max_live_parameters: 1e13"
-        settings = ["model.loss_chunk=0", f"engine.deepspeed={{zero_optimization: {{{zero}}}}}"]
+        settings = ["model.loss_chunk=0"]
+        if self.stage == 3:
+            settings.append(f"engine.deepspeed={{zero_optimization: {{{zero}}}}}")
         settings.append(f"engine.gradient_dtype={'fp32' if self.reduced == 4 else 'precision'}")
         planned = compose(PlanJob, [*self.words(), *settings, *words])
         return replace(planned, model=model_of(planned).resolved(None, self.length))
@@ -163,8 +249,8 @@ class Row:
     def _seconds(self, *words: str) -> float:
         job = self.job(*words)
         trained, world, machine = inventory(job), job.world_size, job.machine
-        traffic = collectives(job, trained, world)
-        price = token_flops(model_of(job), job.lora, self.length, 0.0)
+        traffic = [c for each in collectives(job, trained, world) for c in near(each, self.shard)]
+        price = token_flops(model_of(job), job.lora, self.length, 0.0, self.sequence)
         step = predict_step_time(job, trained, price, traffic, machine, world, job.per_node)
         assert step.seconds
         return step.seconds
@@ -188,11 +274,20 @@ def model_of(job: PlanJob) -> ModelConfig:
     return job.model
 
 
-def read() -> list[Row]:
-    """Return all rows in the order of the file.
+def near(c: Collective, shard: int) -> list[Collective]:
+    """Return what ranks send if only `shard` of them divide the states, and the others repeat them
+    (HSDP; 0: all divide them)."""
+    if not 0 < shard < c.ranks or c.kind not in ("all_gather", "reduce_scatter"):
+        return [c]
+    part = replace(c, ranks=shard)
+    if c.kind == "all_gather":
+        return [part]
+    others = replace(c, kind="all_reduce", payload=c.payload // shard, ranks=c.ranks // shard)
+    return [part, replace(others, stride=c.stride * shard)]
 
-    Every second one is fitted to, but for those of the A100 of 40 GB, of which none is.
-    """
+
+def read() -> list[Row]:
+    """Return all rows in the order of the file."""
     with FILE.open() as file:
         rows = [
             Row(
@@ -209,11 +304,17 @@ def read() -> list[Row]:
                 reduced=int(r["reduced"]),
                 node_gb=float(r["node_gb"]),
                 speed=float(r["speed"]),
+                stage=int(r["stage"] or 3),
+                tensor=int(r["tensor"] or 1),
+                sequence=int(r["sequence"] or 1),
+                shard=int(r["shard"] or 0),
+                fp8=r["fp8"] or "none",
                 fitted=False,
             )
             for r in csv.DictReader(file)
         ]
-    some = [n for n, row in enumerate(rows) if row.machine != "a100-40g"][::2]
+    tables = [n for n, row in enumerate(rows) if row.source in FITTED and row.machine != "a100-40g"]
+    some = tables[::2]
     return [replace(row, fitted=n in some) for n, row in enumerate(rows)]
 
 

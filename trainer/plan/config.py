@@ -45,6 +45,7 @@ class MachineConfig:
     intra_latency: float = key(1.9e-6, ge=0)
     # seconds that a collective takes for each step from node to node
     inter_latency: float = key(4e-6, ge=0)
+    launch: float = key(0.0, ge=0)  # seconds in which a host launches a kernel, at least
     overlap: bool = True  # communication can overlap with computation; false on a CPU
     fused_norms: bool = True  # RMSNorm is one kernel; false on a CPU, which keeps more
     to_host: float = key(2e10, gt=0)  # bytes/s from a GPU to the memory of its host
@@ -125,11 +126,6 @@ class PlanJob(TrainJob):
 
     def notes(self) -> list[str]:
         notes, mesh = super().notes(), self.mesh(1)
-        if self.precision.fp8 != "none":
-            notes.append(
-                "plan counts products in fp8 at the speed of bf16: a step takes less time than it "
-                "says."
-            )
         groups = {"tensor": mesh.tensor, "sequence": mesh.sequence, "expert": mesh.experts}
         for axis, size in groups.items():
             ranks = mesh.near if axis == "sequence" else size

@@ -1,18 +1,20 @@
 """The work of a GPU in a micro-batch, and the seconds that it takes: products, attention, traffic.
 
 A roofline with three roofs, none of which hides another:
-- Matrix products reach `machine.efficiency` of the peak. Where so few tokens meet the weights that
-  reading them takes longer, the memory sets their time.
+- Matrix products reach `machine.efficiency` of the peak, which is twice as high in fp8. Where so
+  few tokens meet the weights that reading them takes longer, the memory sets their time.
 - Attention reaches `machine.attention_efficiency` of the peak, for the scores that a causal kernel
   computes: half the square, in the forward pass once and in the backward pass 2.5 times, for it
   makes the scores again (Dao et al. 2022, arXiv 2205.14135). Short sequences reach less: a kernel
   computes whole blocks on the diagonal.
 - All else (norms, activation functions, residuals, casts, the loss) is bound by
   `machine.memory_bandwidth`. Its traffic is a multiple of the bytes that autograd keeps: each is
-  written once, read again, and passes some more times where kernels are not fused.
+  written once, read again, and passes some more times where kernels are not fused. Scales for each
+  row of fp8 take passes of their own.
+And a floor: a micro-batch takes the time in which a host launches its kernels.
 
-The two multiples and the efficiencies of conf/machine/h100-sxm and a100-80g are fitted to 73
-published speeds, and judged by 152 others (README.md; `python tests/benchmarks/run.py plan`).
+The multiples and the efficiencies of conf/machine/h100-sxm and a100-80g are fitted to 102
+published speeds, and judged by 225 others (README.md; `python tests/benchmarks/run.py plan`).
 Invariant: imports no torch; a model that is a class of the user's own has no Work.
 """
 
@@ -31,13 +33,19 @@ from forescale.models.flops import (
     shapes,
     stacked,
 )
+from forescale.models.fp8 import fp8_matrices
 from forescale.models.memory import activations
 from forescale.models.part import matrix_flops
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig
 
-_EAGER = 8.4  # bytes of traffic per kept byte, each operation a kernel of its own
-_COMPILED = 5.5  # the same with torch.compile, which fuses neighbours
+# Bytes of traffic per kept byte of blocks and of the loss: each operation a kernel of its own, and
+# with torch.compile, which fuses neighbours (the loss: written once, read once).
+_EAGER, _COMPILED = (10.7, 4.6), (6.8, 2.0)
+_ROWWISE = 16  # bytes of traffic per value that fp8 multiplies, with a scale for each row
+# Kernels of a block, forward and backward, at least: the first as a rehearsal counts them, of the
+# second 20 products and kernels of attention.
+_EAGER_KERNELS, _COMPILED_KERNELS = 70, 30
 _BACKWARD_SCORES = 2.5  # FLOPs of attention's backward pass, per FLOP of its forward pass
 _HALF_SPEED = 500  # tokens at which attention has half its speed (FlashAttention-3's figures 5, 6:
 # FlashAttention-2 on H100, from 191 TFLOP/s at 512 tokens to 335 at 16k; arXiv 2407.08608)
@@ -49,7 +57,7 @@ class Work:
 
     products, scores: FLOPs of matrix products and of attention. length: tokens of a sequence, on
     which attention's speed depends. traffic: bytes of all else. weights: bytes of the weights that
-    products read or write.
+    products read or write. fp8: FLOPs of those products that are in fp8. kernels: their number.
     """
 
     products: float
@@ -57,16 +65,20 @@ class Work:
     length: int
     traffic: float
     weights: float
+    fp8: float
+    kernels: int
 
     def seconds(self, machine: MachineConfig, peak: float) -> float:
         """Return the seconds on a GPU of `peak` FLOP/s; traffic takes none where the machine's
         memory bandwidth is not known."""
         speed = peak * (machine.attention_efficiency or machine.efficiency)
         attending = self.scores / speed * (1 + _HALF_SPEED / self.length)
-        multiplying = self.products / (peak * machine.efficiency)
+        multiplying = (self.products - self.fp8 / 2) / (peak * machine.efficiency)
         if (bandwidth := machine.memory_bandwidth) is None:
             return multiplying + attending
-        return max(multiplying, self.weights / bandwidth) + attending + self.traffic / bandwidth
+        multiplying = max(multiplying, self.weights / bandwidth)
+        computing = multiplying + attending + self.traffic / bandwidth
+        return max(computing, self.kernels * machine.launch)
 
 
 def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
@@ -104,15 +116,27 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     rows = config.sizes.vocab_size
     rows = rows if rows % mesh.tensor else rows // mesh.tensor
     logits = tokens // mesh.sequence * rows * (1 + config.mtp_layers) * (2 * size + 4)
-    passes = _EAGER if job.train.compile == "off" else _COMPILED
+    eager = job.train.compile == "off"
+    of_blocks, of_loss = _EAGER if eager else _COMPILED
     # The forward pass makes a third of the traffic, as of the FLOPs.
-    traffic = passes * (whole.layers * (1 + (how != "none") / 3) + logits)
+    passes = 1 + (how != "none") / 3
+    traffic = of_blocks * whole.layers * passes + of_loss * logits
+    fast = 0.0  # multiplications of fp8 in the forward pass
+    if job.precision.fp8 != "none":
+        for name, shape in fp8_matrices(config, mesh.tensor).items():
+            columns = columns_of(config, int(name.split(".")[1]), length) // mesh.sequence
+            fast += micro * columns * prod(shape)
+            if job.precision.fp8 == "rowwise":
+                traffic += _ROWWISE * micro * columns * sum(shape) * passes
+    blocks = config.num_blocks + config.mtp_layers
     return Work(
         products=tokens * (multiplied + repeated) * part,
         scores=tokens * scores * (1 + _BACKWARD_SCORES + again) / mesh.near,
         length=length,
         traffic=traffic,
         weights=(3 + again) * size * parameters,
+        fp8=2 * fast * (3 + (how == "full")),
+        kernels=blocks * (_EAGER_KERNELS if eager else _COMPILED_KERNELS),
     )
 
 

@@ -11,6 +11,7 @@ from forescale.plan.bytes.parameters import inventory
 from forescale.plan.config import PlanJob
 from forescale.plan.work import work_of
 
+BLOCKS, LOSS = 10.7, 4.6  # bytes of traffic per kept byte, not compiled
 SIZES = ["model=gpt2-124m", "train.steps=10", "train.sequence_length=1024", "schedule.warmup=0"]
 SCORES = 12 * 2 * 768 * 1025  # forward FLOPs of a token: 12 layers, a causal half of the square
 TOKENS = 4 * 1024
@@ -95,6 +96,26 @@ def test_seconds_are_those_of_the_three_roofs():
     # At an endless peak, weights and activations still pass through the memory.
     bound = (estimate.weights + estimate.traffic) / 1e12
     assert estimate.seconds(machine, 1e30) == pytest.approx(bound)
+    # In an endless memory, a host still launches the kernels of 12 compiled blocks.
+    launching = replace(machine, memory_bandwidth=1e30, launch=1e-5)
+    assert estimate.seconds(launching, 1e30) == pytest.approx(12 * 30 * 1e-5)
+    assert estimate.seconds(launching, 1e15) == pytest.approx(products + scores)
+
+
+@pytest.mark.parametrize("again", ["none", "full"])
+def test_the_matrices_of_blocks_take_half_the_time_in_fp8(again):
+    words = [f"model.activation_checkpointing={again}", "model.loss_chunk=0", "model.bias=false"]
+    plain, tensors, rows = (
+        work(*words, f"precision.fp8={kind}") for kind in ("none", "tensorwise", "rowwise")
+    )
+    passes = 4 / 3 if again == "full" else 1
+    assert tensors.fp8 == rows.fp8 == pytest.approx(TOKENS * 6 * 12 * 12 * 768**2 * passes)
+    assert (tensors.traffic, plain.fp8) == (plain.traffic, 0)
+    machine = replace(job().machine, efficiency=0.5, memory_bandwidth=None)
+    saved = plain.seconds(machine, 1e15) - tensors.seconds(machine, 1e15)
+    assert saved == pytest.approx(tensors.fp8 / 2 / 0.5e15)
+    values = 12 * 768 * (4 * 2 + 2 * 5)  # inputs and outputs of 4 matrices and of 2 of the MLP
+    assert rows.traffic - plain.traffic == pytest.approx(16 * TOKENS * values * passes)
 
 
 def test_compiled_code_passes_less_through_the_memory():
@@ -106,7 +127,7 @@ def test_ranks_that_divide_columns_each_read_all_weights():
     assert (two.products, two.scores) == pytest.approx((one.products / 2, one.scores / 2))
     assert two.weights == one.weights
     # Attention's output comes back from the heads of others, and is kept once more.
-    returned = 8.4 * TOKENS / 2 * 12 * 768 * 2
+    returned = BLOCKS * TOKENS / 2 * 12 * 768 * 2
     assert two.traffic == pytest.approx(one.traffic / 2 + returned)
 
 
@@ -122,6 +143,8 @@ def test_ranks_that_divide_matrices_have_the_stream_whole(vocabulary, head):
     assert two.scores == one.scores / 2
     # Inputs (4 bytes) and outputs (2) of two norms a layer, on each rank; of the head 8 a logit.
     norms = 12 * 2 * 768 * (4 + 2)
-    inside = one.traffic / 8.4 / TOKENS - norms - 8 * vocabulary
-    assert two.traffic == pytest.approx(8.4 * TOKENS * (norms + inside / 2 + 8 * rows))
+    loss = LOSS * 8 * vocabulary
+    inside = (one.traffic / TOKENS - loss) / BLOCKS - norms
+    expected = BLOCKS * (norms + inside / 2) + LOSS * 8 * rows
+    assert two.traffic == pytest.approx(TOKENS * expected)
     assert one.weights / 2 < two.weights < one.weights * (0.66 if head == 1 else 0.51)
