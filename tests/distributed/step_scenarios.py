@@ -78,6 +78,16 @@ def extra():
         return [summary.extra, largest, str(e)]
 
 
+def waves(wholes):
+    """Three steps of Muon at stage 3, with so many bytes of whole matrices at once."""
+    from forescale.engine import optim
+
+    results = []
+    for optim.WHOLE in wholes:
+        results.append(small.train(small.build(3, "muon", "bf16", 1.0), range(3)))
+    return results
+
+
 def _newton_schulz_in_fp32():
     """DeepSpeed iterates in fp16 or bf16, which turns the last bits of a gradient into 1e-4 of a
     loss; in fp32 what remains is the algorithm, which must agree."""

@@ -118,3 +118,9 @@ def test_a_models_own_numbers_are_means_over_ranks():
     assert largest[0] != largest[1]
     assert extra == {"rank": 0.5, "largest": sum(largest) / 2}
     assert "the names: differ between ranks (here: of rank 0)" in error
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_matrices_that_are_whole_one_after_the_other_train_alike(size):
+    at_once, alone = ranks.run("step_scenarios:waves", size, wholes=[64 << 20, 1])
+    assert at_once == alone

@@ -53,7 +53,8 @@ def _zero(job, world_size: int) -> dict[str, Any]:
         zero["compute_grad_norm"] = False  # the engine computes it
     if engine.stage == 3:
         zero["stage3_prefetch_bucket_size"] = engine.bucket_bytes // 2
-        zero["reduce_scatter"] = optimizer.reduce_scatter
+        if optimizer.matrices is not None:
+            zero["reduce_scatter"] = False  # it refuses Muon with it; see stages.py
         if isinstance(job.model, ModelConfig):
             # A block's weights are gathered together, in one collective, and by hooks that are
             # outside of what is compiled.

@@ -6,13 +6,16 @@ or branches off needs no scheduler state. Imports no torch: a parameter is anyth
 
 import importlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from forescale.config.sections.optimizer import OptimizerConfig, Update
 from forescale.ground.errors import UserError
 from forescale.models.parametrization import Factors
+
+WHOLE = 64 << 20
 
 
 def decay_multiplier(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -133,6 +136,25 @@ def divided_groups(groups: list[Group], experts: Collection[str], parts: int) ->
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """Return the shape of a parameter, also of one that ZeRO-3 has divided among the ranks."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def waves(params: Sequence[Any], ranks: int, size: int) -> Iterator[list[list[int]]]:
+    """Yield the matrices that stage 3 brings together at once: for each rank the indices of those
+    that it has whole, WHOLE bytes at most, or one matrix. The larger ones come first, and the first
+    rank has the most.
+
+    ranks: that have a part of each; size: bytes of an element.
+    """
+    shapes, most = [shape_of(p) for p in params], WHOLE // size
+    order = sorted(range(len(params)), key=lambda i: (prod(shapes[i]), shapes[i]), reverse=True)
+    start = 0
+    while start < len(order):
+        end, elements = start, 0
+        while end < len(order) and (end == start or elements + prod(shapes[order[end]]) <= most):
+            elements += prod(shapes[order[end]])
+            end += ranks
+        yield [order[start:end][rank::ranks] for rank in range(ranks)]
+        start = end
 
 
 def _matches(pattern: re.Pattern, name: str) -> bool:

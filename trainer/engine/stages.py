@@ -29,8 +29,8 @@ Facts about DeepSpeed that are worked around here:
 - At stage 3, and at 0 in bf16 and fp16, the step computes a norm of its own, only to skip an update
   that isn't finite: the host waits for numbers of each group, at 0 of each gradient. The engine has
   measured the norm. In fp16 at stage 3 DeepSpeed's stays: that one sees Muon's updates.
-- At stage 3 it gathers whole matrices for Muon, and copies each rank's part of each by itself: with
-  1,024 ranks and 224 matrices 458,752 launches. It keeps the buffers. We copy each matrix once.
+- At stage 3 it gathers whole matrices for Muon on all ranks. Ours are spread over them (spread.py).
+  So Muon's gradients can be scattered there as all others.
 - The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
   orthogonalises only 2-D weights (stage 0).
 """
@@ -38,12 +38,14 @@ Facts about DeepSpeed that are worked around here:
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from forescale.engine.layout import Layout, Piece, Replicated, Unit
 from forescale.engine.optimizers.muon import together
+from forescale.engine.optimizers.spread import Part, update_parts
 
 
 def layout_of(engine, fp32_gradients: bool = False) -> Layout:
@@ -297,9 +299,12 @@ class Zero3(Layout):
         super().__init__(engine)
         o = self.optimizer
         self.offload = bool(o.offload_optimizer)
+        if o.use_muon:
+            o.reduce_scatter = True  # which it refuses while it is built
+            are_matrices = all(len(p.ds_shape) <= 3 for group in o.fp16_groups for p in group)
+            if are_matrices and not self.offload:
+                o._apply_muon_to_accumulated_grads = self._update_matrices
         self._norms, o._get_norm_groups = o._get_norm_groups, self._norm_groups
-        self._gather = o._partitioned_buffers_all_gather
-        o._partitioned_buffers_all_gather = self._gather_whole
         if not self.offload:
             self.scale_in_step(self._scaled)
             if o.reduce_and_partition_stream and o.contiguous_gradients and not o.offload_param:
@@ -321,39 +326,39 @@ class Zero3(Layout):
             self._post(timer_names)
         self._gathering.wait_stream(torch.cuda.current_stream())
 
-    def _gather_whole(self, params, parts, dtype, **others):
-        """Replace `_partitioned_buffers_all_gather`: return whole tensors of the same values."""
-        from deepspeed import comm
+    def _update_matrices(self):
+        """Replace `_apply_muon_to_accumulated_grads`: the same updates, of matrices that are spread
+        over the ranks."""
+        o = self.optimizer
+        for of, members in groupby(range(len(o.fp16_groups)), self._group):
+            if self.is_muon(of):
+                sub_groups = [*members]
+                group = o._get_sub_group_process_group(sub_groups[0])
+                update_parts(
+                    [part for s in sub_groups for part in self._parts(s)],
+                    group,
+                    o.muon_beta,
+                    o.muon_ns_method,
+                    o.communication_data_type,
+                    self.mark,
+                )
+                o.sub_groups_lacking_loss_scale.update(sub_groups)
 
-        group = self.optimizer._get_param_partition_group(params[0])
-        ranks = comm.get_world_size(group=group)
-        if ranks == 1 or others:  # with offload it gathers momenta beside them
-            return self._gather(params, parts, dtype, **others)
-        local = torch.cat([part.flatten() for part in parts]).to(dtype)
-        rows = local.new_empty(ranks, local.numel())
-        comm.all_gather_into_tensor(rows.view(-1), local, group=group)
-        wholes = rows.split([part.numel() for part in parts], dim=1)
-        return [
-            whole.flatten()[: p.ds_numel].view(p.ds_shape)
-            for p, whole in zip(params, wholes, strict=True)
-        ]
+    def _parts(self, s: int) -> Iterator[Part]:
+        """Yield this rank's parts of the matrices of a sub-group."""
+        o, master = self.optimizer, self.optimizer.fp32_partitioned_groups_flat[s]
+        if "momentum_buffer" not in self.base.state.get(master, {}):
+            o._create_momentum_buffer(o.fp16_partitioned_groups_flat_numel[s], s, master.ds_id)
+        momenta = self.base.state[master]["momentum_buffer"]
+        for p, gradient in zip(o.fp16_groups[s], o.averaged_gradients[s], strict=True):
+            _, at, padded = o.grad_position[o.get_param_id(p)]
+            size = max(0, min(padded, p.ds_numel - o._get_param_partition_rank(p) * padded))
+            yield Part(p, gradient, momenta[at : at + padded], size)
 
     def _norm_groups(self):
         """Replace `_get_norm_groups`, whose sum decides alone whether the update is skipped."""
         unknown = self.norm is None or self.optimizer.dtype == torch.float16
         return self._norms() if unknown else [self.norm]
-
-    def divided_among(self, ranks):
-        super().divided_among(ranks)
-        gather = self.optimizer._partitioned_buffers_all_gather
-
-        def gathered(params, *args, **kwargs):
-            buffers = gather(params, *args, **kwargs)
-            for param, buffer in zip(params, buffers, strict=True):  # gradients, or momenta
-                self.mark(param, buffer)
-            return buffers
-
-        self.optimizer._partitioned_buffers_all_gather = gathered
 
     def _group(self, sub_group: int) -> int:
         return self.optimizer.sub_group_to_group_id[sub_group]
@@ -414,4 +419,6 @@ class Zero3(Layout):
             flat.data.copy_(master.data)
             for part, value in zip(parts, o.unflatten(flat, parts), strict=True):
                 part.data = value.data
+        if gathering := o.parameter_offload._DeepSpeedZeRoOffload__allgather_stream:
+            gathering.wait_stream(torch.cuda.current_stream())  # else nothing orders it behind
         o.checkpoint_event_epilogue()  # gather the small parameters that stay on every rank

@@ -9,10 +9,9 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
 - Ranks that divide matrices (engine.tensor_parallel) sum what their parts make, and gather those
   that Muon updates.
 - Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
-  reduce-scatters the gradients. With Muon it all-reduces those that fit a bucket, and also
-  all-gathers gradients, momenta and updates. stage3_max_reuse_distance decides which weights are
-  gathered a second time, see bytes/zero.py. With a hierarchical partition only the first gather of
-  a step uses all ranks.
+  reduce-scatters the gradients. With Muon ranks also exchange parts of matrices (bytes/muon.py).
+  stage3_max_reuse_distance decides which weights are gathered a second time, see bytes/zero.py.
+  With a hierarchical partition only the first gather of a step uses all ranks.
 - Ranks that divide experts (engine.expert_parallel) send each row to the rank of its expert and
   back, in the forward and in the backward pass, and before that how many rows there are, unless
   each expert has a fixed number of places. These bytes are averages over a group of ranks: how
@@ -30,11 +29,12 @@ from math import prod
 
 from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
+from forescale.engine.optim import waves
 from forescale.models.config import ModelConfig
 from forescale.models.flops import BlockParts, columns_of, layers_of
 from forescale.models.memory import of_tensor
 from forescale.plan.bytes.memory import overlapping, partition, recomputes
-from forescale.plan.bytes.muon import Gathers, gathers, rounds
+from forescale.plan.bytes.muon import Gathers, gathers
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import ZeroSettings
 from forescale.plan.links import Collective, Kind
@@ -130,7 +130,7 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     rank that makes the most of them: a matrix is gathered where it is orthogonalised.
 
     trained: what a rank has of them. At stages 1 and 2 a rank orthogonalises those of which its
-    partition has a part; at stage 3 one of each round.
+    partition has a part; at stage 3 those that it gets whole.
     """
     group = next((g for g in trained.groups if g.update.is_by_matrix), None)
     tensor = mesh.tensor
@@ -141,8 +141,8 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     if s.stage in (1, 2):
         taken = overlapping(group, mesh.world)
     elif s.stage == 3:
-        every = [one for each in rounds(group.params, s.world, s.bucket) for one in each]
-        taken = [[one[rank] for one in every if rank < len(one)] for rank in range(s.world)]
+        every = [*waves(group.params, s.world, s.sent)]
+        taken = [[group.params[i] for wave in every for i in wave[rank]] for rank in range(s.world)]
     cut = [[tensor * p.numel for p in params if p.name in trained.cut] for params in taken]
     most = max(cut, key=sum)
     payload = size * sum(most)
@@ -288,4 +288,4 @@ def _padded(s: ZeroSettings, params: Iterable[Parameter]) -> int:
 
 
 def _muon(of: Gathers, ranks: int) -> Collective:
-    return Collective("Muon's gradients and momenta", "all_gather", of.payload, ranks, of.calls)
+    return Collective("Muon's matrices", of.kind, of.payload, ranks, of.calls)

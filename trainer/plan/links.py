@@ -29,11 +29,11 @@ _START = 14e-6  # seconds: NCCL's base latency of a collective (its protocol LL1
 class Collective:
     """All collectives of one kind in a step.
 
-    payload: bytes of the whole tensors, of an all-to-all those of one rank, on average. ranks:
-    number of ranks that take part. calls: number of collectives. beside: the fraction of the step's
-    computation that they can overlap with, on a machine that overlaps. stride: from each of the
-    ranks to the next; between them are those of as many other groups that do the same at the same
-    time.
+    payload: bytes of the whole tensors, of an all-to-all those of one rank, on average; of Muon's
+    matrices those of the first, which has the most. ranks: number of ranks that take part. calls:
+    number of collectives. beside: the fraction of the step's computation that they can overlap
+    with, on a machine that overlaps. stride: from each of the ranks to the next; between them are
+    those of as many other groups that do the same at the same time.
     """
 
     label: str

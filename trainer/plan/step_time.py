@@ -149,12 +149,14 @@ def update_seconds(
     the parameters that ranks divide."""
     total = 0.0
     for group in trained.groups:
-        flops = sum(group.update.flops(p.shape) for p in group.params)
-        seconds = flops / (peak * machine.efficiency)
+        ranks = holders(group, world) if world else 1
+        flops = [group.update.flops(p.shape) for p in group.params]
+        # Each matrix is orthogonalised on one rank.
+        seconds = max(sum(flops) / ranks, max(flops)) / (peak * machine.efficiency)
         if machine.memory_bandwidth is not None:
             size = sum(p.numel for p in group.params) * (_UPDATE + _MOMENT * group.update.moments)
-            seconds += size / machine.memory_bandwidth
-        total += seconds / (holders(group, world) if world else 1)
+            seconds += size / machine.memory_bandwidth / ranks
+        total += seconds
     return total
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from forescale.config.duration import Duration
 from forescale.config.sections.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig
 from forescale.config.sections.schedule import ConstantConfig, CosineConfig, WsdConfig
-from forescale.engine.optim import build_optimizer, decay_multiplier, parameter_groups
+from forescale.engine import optim
+from forescale.engine.optim import build_optimizer, decay_multiplier, parameter_groups, waves
 from forescale.ground.errors import UserError
 from forescale.models.parametrization import Factors
 
@@ -205,3 +206,11 @@ def test_agrees_with_the_model_s_own_word():
         by_rule = parameter_groups(model.named_parameters(), MUON)
         by_model = parameter_groups(model.named_parameters(), MUON, model.muon_parameters())
         assert names(by_rule) == names(by_model)
+
+
+def test_matrices_are_spread_with_the_larger_first_and_no_more_than_fit(monkeypatch):
+    monkeypatch.setattr(optim, "WHOLE", 40)  # 20 elements of 2 bytes
+    params = [SimpleNamespace(shape=shape) for shape in [(2, 2), (3, 4), (2, 2), (4, 3), (2, 5)]]
+    assert list(waves(params, 2, 2)) == [[[3], [1]], [[4, 2], [0]]]
+    assert list(waves(params, 4, 2)) == [[[3, 2], [1], [4], [0]]]
+    assert list(waves(params[1:2], 2, 4)) == [[[0], []]]

@@ -64,7 +64,8 @@ def test_at_stage_3_streams_wait_for_the_reduction_and_the_host_does_not(monkeyp
         independent_gradient_partition_epilogue=end,
         parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=gathering),
         _post_step=lambda names: get_accelerator().synchronize(),
-        **dict.fromkeys(("_get_norm_groups", "_partitioned_buffers_all_gather")),
+        use_muon=False,
+        _get_norm_groups=None,
         unscale_and_clip_grads=None,
     )
     Zero3(SimpleNamespace(optimizer=o, basic_optimizer=None))

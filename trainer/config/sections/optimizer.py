@@ -61,14 +61,12 @@ class OptimizerConfig:
         groups: dicts in torch's format.
     update: of all parameters except those of `matrices`; the default is that of AdamW.
     matrices: of the hidden matrices, if they are a separate group.
-    reduce_scatter: whether ZeRO stage 3 may reduce-scatter its gradients.
     """
 
     kind: ClassVar[str]
     build: ClassVar[str]
     update: ClassVar[Update] = ADAM
     matrices: ClassVar[Update | None] = None
-    reduce_scatter: ClassVar[bool] = True
 
     learning_rate: float = key(3e-4, gt=0, common=True)  # peak learning rate
     weight_decay: float = key(0.1, ge=0)  # decoupled weight decay, of matrices only
@@ -122,7 +120,6 @@ class MuonConfig(AdamWConfig):
     kind = "muon"
     build = "forescale.engine.optimizers.muon.build"
     matrices = Update(1, is_by_matrix=True, flops=_orthogonalisation)
-    reduce_scatter = False  # DeepSpeed refuses Muon with it
 
     learning_rate: float = key(0.02, gt=0, common=True)  # peak learning rate of the hidden matrices
     momentum: float = key(0.95, ge=0, lt=1)  # decay of the momentum of the hidden matrices

@@ -31,7 +31,7 @@ from forescale.engine.parallel.matrices import Part
 # Bytes of a stack, in the iterations. Larger ones leave a processor's cache: in fp32, twelve
 # matrices of 128 x 128 take longer by a third together than one by one, and four take as long.
 _MOST = 1 << 18
-
+_MOST_ON_GPU = 16 << 20  # whose time for small matrices is that of the launches
 
 _STEPS = 5  # Newton-Schulz iterations, with these coefficients (Jordan et al. 2024)
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -57,6 +57,11 @@ class _Matrix(NamedTuple):
 
         elements = self.blend.numel() * (self.part.whole.parts if self.part else 1)
         return elements * int(ns_compute_dtype(self.method).itemsize)
+
+    @property
+    def in_a_stack(self) -> int:
+        """How many of its kind are computed at once."""
+        return max(1, (_MOST_ON_GPU if self.blend.is_cuda else _MOST) // self.bytes)
 
 
 class MuonUpdate:
@@ -105,11 +110,20 @@ class MuonUpdate:
             waiting = self._waiting
         finally:
             self._waiting = None
-        for _, same in groupby(waiting, lambda matrix: matrix.kind):
-            matrices = list(same)
-            most = max(1, _MOST // matrices[0].bytes)
-            for i in range(0, len(matrices), most):
-                _orthogonalise(matrices[i : i + most])
+        _in_stacks(waiting)
+
+
+def orthogonalise(blends: Sequence[Tensor], method: str) -> None:
+    """Make of each matrix its update, in place; those of one shape that follow each other are
+    computed at once. A matrix with the attribute `part` is one of a matrix that ranks divide."""
+    _in_stacks([_Matrix(blend, getattr(blend, "part", None), method) for blend in blends])
+
+
+def _in_stacks(waiting: Sequence[_Matrix]) -> None:
+    for _, same in groupby(waiting, lambda matrix: matrix.kind):
+        matrices = list(same)
+        for i in range(0, len(matrices), matrices[0].in_a_stack):
+            _orthogonalise(matrices[i : i + matrices[0].in_a_stack])
 
 
 def _orthogonalise(matrices: Sequence[_Matrix]) -> None:

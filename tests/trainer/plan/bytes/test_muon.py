@@ -6,7 +6,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.plan.bytes.memory import partition, states
-from forescale.plan.bytes.muon import gathers, rounds
+from forescale.plan.bytes.muon import gathers
 from forescale.plan.bytes.parameters import Parameter, inventory
 from forescale.plan.bytes.zero import ZeroSettings
 from forescale.plan.communication import collectives
@@ -24,15 +24,7 @@ def job(*words):
 
 def gathered(planned):
     traffic = collectives(planned, inventory(planned), 8)
-    return sum(c.payload for c in traffic if c.label == "Muon's gradients and momenta")
-
-
-def test_rounds_end_with_ranks_and_with_buckets():
-    params = [Parameter(str(n), (n,)) for n in (5, 5, 5, 3, 2)]
-    assert [[[p.numel for p in one] for one in bucket] for bucket in rounds(params, 2, 15)] == [
-        [[5, 5], [5]],
-        [[3, 2]],
-    ]
+    return sum(c.payload for c in traffic if c.label == "Muon's matrices")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +32,7 @@ def test_rounds_end_with_ranks_and_with_buckets():
     [  # bytes of a step, then of buffers between steps and of what Muon has beside them
         ("zero2-offload", 8 * MATRICES, 3 * 9 * 4 * MATRICES // 8, 8 * MATRICES),
         ("zero3-offload", 4 * MATRICES, 9 * 4 * MATRICES // 8, 4 * MATRICES + MATRICES),
-        ("zero3", 14_286_848, 0, 2 * 17 * MATRICES // 8 + 2 * 18 * 180_224),
+        ("zero3", 2 * (MATRICES // 8 + 245_760), 0, 2 * (MATRICES // 8 + 3 * 245_760)),
     ],
 )
 def test_muon_gathers_as_in_a_rehearsal(engine, payload, between, update):
@@ -53,11 +45,11 @@ def test_muon_gathers_as_in_a_rehearsal(engine, payload, between, update):
     assert of_rank.stays - other.stays == between
 
 
-def test_what_an_update_needs_grows_with_the_ranks_at_stage_3():
+def test_what_an_update_needs_does_not_grow_with_the_ranks():
     planned = job("engine=zero3")
     held = inventory(planned)
     few, many = (states(planned, held, n).matrices for n in (16, 512))
-    assert many - few == pytest.approx(2 * 2 * (512 - 16) * 180_224, rel=0.01)
+    assert many <= few
 
 
 def test_offloaded_matrices_beyond_a_batch_are_gathered_in_chunks():
