@@ -5,10 +5,11 @@ AdamW's, and its weight decay larger by the same factor (section 5 of the paper)
 updated independently, so the result does not depend on where ZeRO cuts parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from forescale.config.sections.optimizer import LionConfig
 
@@ -24,17 +25,32 @@ class Lion(torch.optim.Optimizer):
         """Update all parameters that have a gradient; return the loss of `closure`."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if (gradient := p.grad) is None:
-                    continue
-                if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                momentum = self.state[p]["exp_avg"]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(torch.lerp(gradient, momentum, beta1).sign_(), alpha=-group["lr"])
-                momentum.lerp_(gradient, 1 - beta2)
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            for params in _together([p for p in group["params"] if p.grad is not None]):
+                for p in params:
+                    if "exp_avg" not in self.state[p]:
+                        self.state[p]["exp_avg"] = torch.zeros_like(p)
+                gradients: Any = [p.grad for p in params]
+                momenta = [self.state[p]["exp_avg"] for p in params]
+                torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+                updates = torch._foreach_lerp(gradients, momenta, beta1)
+                torch._foreach_sign_(updates)
+                torch._foreach_add_(params, updates, alpha=-rate)
+                torch._foreach_lerp_(momenta, gradients, 1 - beta2)
         return loss
+
+
+def _together(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in lists that have no more elements than the largest one has: so their
+    updates need no more memory than its update does."""
+    most, run = max((p.numel() for p in params), default=0), list[Tensor]()
+    for p in params:
+        if run and sum(each.numel() for each in run) + p.numel() > most:
+            yield run
+            run = []
+        run.append(p)
+    if run:
+        yield run
 
 
 def build(config: LionConfig, groups: list[dict]) -> torch.optim.Optimizer:

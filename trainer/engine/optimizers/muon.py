@@ -21,7 +21,6 @@ def build(config: MuonConfig, groups: list[dict]) -> torch.optim.Optimizer:
     minute and needs a compiler. On a CPU the iterations use bf16 (ns_method "standard"); "gram"
     uses fp16 if the device supports it. Those of a job in fp32 use fp32.
     """
-    muon = import_muon()
     adam = {"betas": (config.beta1, config.beta2), "eps": config.eps}
     method = "gram" if torch.cuda.is_available() else "standard"
     for group in groups:
@@ -36,7 +35,44 @@ def build(config: MuonConfig, groups: list[dict]) -> torch.optim.Optimizer:
     def auxiliary(aux_groups: list[dict], **_) -> torch.optim.Optimizer:
         return torch.optim.AdamW(aux_groups, fused=True)
 
-    return muon(groups, adam_optimizer=auxiliary)
+    return _class()(groups, adam_optimizer=auxiliary)
+
+
+@cache
+def _class() -> Any:
+    """Return DeepSpeed's class, of which the updates of whole matrices are computed together."""
+
+    class Muon(import_muon()):  # type: ignore[misc]
+        @torch.no_grad()
+        def step(self, closure: Any = None, step_id: Any = None) -> Any:
+            """Update all parameters. Flat partitions have their updates as gradients (stages.py);
+            matrices are whole at stage 0."""
+            from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+            groups, whole, others = self.param_groups, [], []
+            for group in groups:
+                is_whole = group["use_muon"] and any(p.ndim > 1 for p in group["params"])
+                (whole if is_whole else others).append(group)
+            with together():
+                for group in whole:
+                    options = {"beta": group["momentum"], "ns_method": group["ns_method"]}
+                    for p in group["params"]:
+                        state = self.state[p]
+                        if not state:
+                            state["momentum_buffer"] = torch.zeros_like(p)
+                        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+                        p.grad = muon_update(gradient, state["momentum_buffer"], **options)
+            for group in whole:
+                updates = [p.grad.view_as(p) for p in group["params"]]
+                torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(group["params"], updates, alpha=-group["lr"])
+            self.param_groups = others
+            try:
+                return super().step(closure, step_id)
+            finally:
+                self.param_groups = groups
+
+    return Muon
 
 
 @cache
