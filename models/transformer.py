@@ -323,8 +323,14 @@ class Transformer(nn.Module):
         return {f"{name}.weight" for name in linear}
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Return the modules to compile, each alone: the blocks and the head."""
-        inner = [module.block for module in self.mtp]
+        """Return the modules to compile, each alone: the blocks, the head, and on a GPU the norms
+        outside of them, whose fp32 copies else stand at the top of the backward pass."""
+        inner: list[nn.Module] = [module.block for module in self.mtp]
+        if self.embedding.weight.is_cuda:
+            norms = [
+                norm for each in (self, *self.mtp) for norm in (each.embedding_norm, each.norm)
+            ]
+            inner += [norm for norm in norms if norm is not None]
         return [*self.blocks, *inner, self.embedding if self.head is None else self.head]
 
     def counters(self) -> Tensor | None:
