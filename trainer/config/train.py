@@ -153,6 +153,8 @@ class TrainJob(Lengths, Job):
             notes.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
         if self.precision.fp8 != "none":
             notes.append("precision.fp8 has not been proven: it never ran on a GPU in our tests.")
+        if (kernel := self.train.attention_kernel) != "torch":
+            notes.append(f"train.attention_kernel={kernel} never ran on a GPU in our tests.")
         if (steps := self.warmup_that_fits()) is not None:
             notes.append(
                 f"schedule.warmup={self.schedule.warmup} doesn't fit in a run of "
@@ -180,6 +182,12 @@ class TrainJob(Lengths, Job):
         if self.train.activation_memory_budget is not None and again != "none":
             problem = f"model.activation_checkpointing={again} has chosen what is made again"
             yield "train.activation_memory_budget", problem, "give one of the two"
+        if (kernel := self.train.attention_kernel) != "torch":
+            if self.precision.kind == "fp32":
+                yield "train.attention_kernel", f"{kernel} is for bf16 and fp16", "leave it out"
+            if isinstance(self.model, ModelConfig) and self.model.dropout:
+                problem, todo = f"{kernel} has no dropout", "set model.dropout=0, or leave it out"
+                yield "train.attention_kernel", problem, todo
         if isinstance(self.model, ModelConfig):
             for name, problem, todo in self.model.problems(
                 sequence_length=self.train.sequence_length

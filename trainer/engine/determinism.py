@@ -12,6 +12,7 @@ is named; read, and not run: no GPU was there):
 | attention, flash: backward | atomic additions | one order | atomic additions, a warning |
 | attention, memory-efficient: backward | keys are split | one split | split, a warning |
 | attention, cuDNN: backward | not deterministic | not chosen | chosen, a warning |
+| attention, FA3 and FA4 (train.attention_kernel): backward | atomics | one order | one order |
 | attention, math; flash: forward | one order | the same | the same |
 | flex_attention, Triton | no atomics but for gradients of a score's tables, which ours lack |||
 | flex_attention, BACKEND=FLASH (not ours) | atomics | one order or an error | a warning |
@@ -25,10 +26,11 @@ is named; read, and not run: no GPU was there):
 | LSTM of cuDNN | one order, given a fixed workspace (docstring of torch.nn.LSTM) |||
 
 Sources of the rows on attention: ATen/native/transformers/cuda/attention_backward.cu and
-sdp_utils.cpp (check_cudnn_deterministic), torch/_inductor/kernel/flex/flex_flash_attention.py; of
-embedding: ATen/native/cuda/Embedding.cu. So warn_only, which asks for the same promise, doesn't
-keep it for attention. The deterministic flash backward is "slightly slower and uses more memory"
-(flash_attn_interface.py of flash-attention).
+sdp_utils.cpp (check_cudnn_deterministic; check_prefer_cudnn_attention: where cuDNN may be chosen,
+Hopper and Blackwell prefer it), torch/_inductor/kernel/flex/flex_flash_attention.py,
+torch/nn/attention/_fa3.py and _fa4.py; of embedding: ATen/native/cuda/Embedding.cu. So warn_only,
+which asks for the same promise, doesn't keep it for attention. The deterministic flash backward is
+"slightly slower and uses more memory" (flash_attn_interface.py of flash-attention).
 
 Doubt: NCCL adds in the order of its algorithm, which it chooses by message size and topology; on
 other nodes it may be another. That torch._grouped_mm adds in one order is read from its kind
@@ -39,7 +41,7 @@ import os
 import re
 
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl
 
 from forescale.config.hardware import exactness
 from forescale.ground.errors import UserError
@@ -83,6 +85,28 @@ def use_kernels(deterministic: bool, on_gpu: bool) -> None:
     chosen = attention_backends(deterministic, on_gpu)
     # Flash, memory-efficient and math are deterministic in the raising form: they stay on.
     torch.backends.cuda.enable_cudnn_sdp(SDPBackend.CUDNN_ATTENTION in chosen)
+
+
+_FLASH = {
+    "fa3": ("Hopper", "flash-attn-3", {9}),
+    "fa4": ("Hopper or Blackwell", "flash-attn-4", {9, 10}),
+}
+
+
+def use_flash(kernel: str, on_gpu: bool) -> None:
+    """Make torch use the flash attention that `train.attention_kernel` names, for the rest of the
+    process. Raises UserError if this machine lacks its package or a GPU for it."""
+    if kernel == "torch":
+        return
+    where, (gpus, package, majors) = f"train.attention_kernel={kernel}", _FLASH[kernel]
+    if not on_gpu or torch.cuda.get_device_capability()[0] not in majors:
+        raise UserError(where, f"is for a GPU of the kind {gpus}", "leave it out")
+    try:
+        activate_flash_attention_impl(kernel.upper())
+    except (ImportError, RuntimeError) as e:
+        problem = f"torch can't use the package {package} ({e})"
+        raise UserError(where, problem, "install it, or leave the key out") from e
+    torch.backends.cuda.enable_cudnn_sdp(False)  # which torch prefers on these GPUs
 
 
 def set_compiler_mode() -> None:

@@ -23,7 +23,7 @@ from forescale.config.train import TrainJob
 from forescale.engine.build import build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation, without_compiler
 from forescale.engine.deepspeed_config import deepspeed_config
-from forescale.engine.determinism import as_refused, use_kernels
+from forescale.engine.determinism import as_refused, use_flash, use_kernels
 from forescale.engine.optim import decay_multiplier
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
@@ -62,6 +62,7 @@ class Trainer:
         start = self.world.main_first(lambda: self._start(job))
         self.run, self.job, self.sources = start.run, start.job, start.sources
         use_kernels(self.job.train.deterministic, self._on_gpu)
+        use_flash(self.job.train.attention_kernel, self._on_gpu)
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
         attempt = os.environ.get(ATTEMPT)  # made by our launcher; other launchers don't
         attempt = attempt or self.world.from_main(lambda: str(self.run.new_attempt().path))

@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from forescale.config.hardware import exactness
+from forescale.engine import determinism
 from forescale.engine.determinism import (
     as_refused,
     attention_backends,
     mode_of,
     set_compiler_mode,
+    use_flash,
     use_kernels,
 )
+from forescale.ground.errors import UserError
 from forescale.models import Transformer
 from tests.models.configs import model_config
 
@@ -63,6 +66,24 @@ def test_torch_and_its_compiler_have_the_same_mode(deterministic, on_gpu):
     assert inductor.deterministic == (mode != "default")
     backends = attention_backends(deterministic, on_gpu)
     assert torch.backends.cuda.cudnn_sdp_enabled() == (CUDNN in backends)
+
+
+def test_another_flash_attention_needs_its_gpu_and_its_package(monkeypatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    use_flash("torch", on_gpu=False)
+    with pytest.raises(UserError, match="fa3: is for a GPU of the kind Hopper"):
+        use_flash("fa3", on_gpu=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    with pytest.raises(UserError, match="fa3: is for a GPU of the kind Hopper"):
+        use_flash("fa3", on_gpu=True)
+    with pytest.raises(UserError, match="fa4: torch can't use the package flash-attn-4"):
+        use_flash("fa4", on_gpu=True)
+    names: list[str] = []
+    monkeypatch.setattr(determinism, "activate_flash_attention_impl", names.append)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    use_flash("fa4", on_gpu=True)
+    assert names == ["FA4"]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,9 @@ class TrainConfig:
     # exact: kernels that give the same bits each time, or an error; false: fast, and exact up to
     # rounding only. A CPU is exact either way
     deterministic: bool = key(True, kind="numerics")
+    # flash attention on a GPU: torch: its own kernels; fa3: those of the package flash-attn-3
+    # (Hopper); fa4: of flash-attn-4 (Hopper, Blackwell). Exact ones too, if deterministic
+    attention_kernel: Literal["torch", "fa3", "fa4"] = key("torch", kind="numerics")
 
     @property
     def _lengths(self) -> list[str]:
@@ -139,7 +142,7 @@ class TrainConfig:
             todo = "set one of them to null, such as train.tokens=null"
             yield "steps", "can't be combined with train.tokens", todo
         if self.activation_memory_budget is not None and self.compile == "off":
-            problem, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
+            problem, todo = "is for blocks that are compiled", "leave it out, or train.compile=auto"
             yield "activation_memory_budget", problem, todo
         if self.global_batch % self.micro_batch:
             problem = f"{self.global_batch} windows are not a multiple of the micro-batch"
