@@ -325,12 +325,10 @@ class Transformer(nn.Module):
     def compiled_parts(self) -> list[nn.Module]:
         """Return the modules to compile, each alone: the blocks, the head, and on a GPU the norms
         outside of them, whose fp32 copies else stand at the top of the backward pass."""
-        inner: list[nn.Module] = [module.block for module in self.mtp]
+        inner: list[Any] = [module.block for module in self.mtp]
         if self.embedding.weight.is_cuda:
-            norms = [
-                norm for each in (self, *self.mtp) for norm in (each.embedding_norm, each.norm)
-            ]
-            inner += [norm for norm in norms if norm is not None]
+            for each in (self, *self.mtp):
+                inner += [norm for norm in (each.embedding_norm, each.norm) if norm is not None]
         return [*self.blocks, *inner, self.embedding if self.head is None else self.head]
 
     def counters(self) -> Tensor | None:

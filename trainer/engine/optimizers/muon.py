@@ -43,13 +43,17 @@ def _class() -> Any:
     """Return DeepSpeed's class, of which the updates of whole matrices are computed together."""
 
     class Muon(import_muon()):  # type: ignore[misc]
+        param_groups: list[dict[str, Any]]
+
         @torch.no_grad()
         def step(self, closure: Any = None, step_id: Any = None) -> Any:
             """Update all parameters. Flat partitions have their updates as gradients (stages.py);
             matrices are whole at stage 0."""
             from deepspeed.runtime.zero.muon.original_muon import muon_update
 
-            groups, whole, others = self.param_groups, [], []
+            groups = self.param_groups
+            whole: list[dict[str, Any]] = []
+            others: list[dict[str, Any]] = []
             for group in groups:
                 is_whole = group["use_muon"] and any(p.ndim > 1 for p in group["params"])
                 (whole if is_whole else others).append(group)
