@@ -260,6 +260,9 @@ class SubmitConfig:
     """Section `submit`."""
 
     dry_run: bool = False  # print the script and submit nothing; --dry-run does the same
+    # make a rank's steps on pretended GPUs first, and submit nothing that would crash; auto: a new
+    # run that takes 100 GPU-hours, without a rehearsal that holds (see forescale help rehearsal)
+    rehearse: Literal["auto", "off", "always"] = "auto"
 
 
 @dataclass

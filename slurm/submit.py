@@ -8,22 +8,25 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
-from forescale.config.job import overrides_of
-from forescale.config.schema import ConfigError
+from forescale.config.compose import groups
+from forescale.config.job import overrides_of, words_of
+from forescale.config.schema import ConfigError, Problem, plain
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
 from forescale.monitor.status import Status
+from forescale.plan.config import PlanJob
 from forescale.plan.gpu import gpu_of
 from forescale.plan.plan import Plan
 from forescale.plan.rows import show
@@ -49,14 +52,20 @@ from forescale.slurm.submission import (
 )
 
 _UNDER_WAY = 600.0  # seconds that a command may take to submit
+# GPU-hours of a job that are worth a rehearsal, and GPUs of which one takes a minute or two.
+_WORTH, _QUICK = 100.0, 4096
 _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, buffers of batches
 
+# Rehearses the job that words of `forescale rehearse` describe; returns what would end it, and a
+# sentence on what was seen. Raises UserError if this machine can't rehearse it.
+Rehearse = Callable[[list[str]], tuple[list[Problem], str]]
 
-def submit(overrides: Sequence[str], trust: bool = True) -> None:
+
+def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | None = None) -> None:
     """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them;
     with submit.dry_run, only print the script. trust: allow classes of the user's own; False for
-    overrides that a file names. Raises ConfigError with all problems of all runs before anything is
-    written, and UserError if SLURM refuses the job."""
+    overrides that a file names. rehearse: see submit.rehearse; None: never. Raises ConfigError with
+    all problems of all runs before anything is written, and UserError if SLURM refuses the job."""
     notes: list[str] = []
     jobs = _jobs(overrides, notes)
     for each in jobs:
@@ -81,8 +90,12 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
                 "Note: keys of slurm and machine that you don't give are as you submitted it last."
             )
         show(plans[0])
-        for sentence in rehearsal_of(plans[0], overrides):
-            print(sentence)
+        sentences, command = rehearsal_of(plans[0], overrides)
+        is_due = rehearse is not None and bool(command) and _is_worth_it(plans[0])
+        if command and not is_due:
+            lead = "Rehearse it" if sentences else "Not rehearsed"
+            sentences.append(f"{lead}: {shlex.join(['forescale', 'rehearse', *command])}")
+        print(*sentences, sep="\n", end="\n" * bool(sentences))
         sys.stdout.flush()
     problems = [p for plan in plans for p in plan.problems]
     if problems := [*problems, *([] if dry else limit_problems(jobs[0].slurm))]:
@@ -97,6 +110,8 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     largest = queue.largest_array()
     first = slice(largest)  # of several arrays
     queue.expect_accepted(order(plans[first], runs[first], folders[first], profile).script())
+    if rehearse is not None and is_due:
+        _rehearse(rehearse, command, jobs[0])
     for note in {described(packages): "" for each in jobs if (packages := own_packages(each))}:
         print(f"Note: {note}")
     arrays, ids = enter(plans, profile, largest)
@@ -122,22 +137,69 @@ def _is_complete(job: SubmitJob) -> bool:
     return status.state == "complete" and status.job.total_steps >= job.training.total_steps
 
 
-def rehearsal_of(plan: Plan, words: Sequence[str]) -> list[str]:
-    """Return sentences on the last rehearsal of a plan's job, and how to make one; none for a
-    machine that can't be pretended. words: of the command; a run of an array has further keys."""
+def rehearsal_of(plan: Plan, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return sentences on the last rehearsal of a plan's job, and the words that rehearse it now:
+    none if that one still holds, for a machine that can't be pretended, and for an array, whose
+    runs have further keys. words: of the command."""
     if plan.problems or gpu_of(plan.machine.name, 0, 1) is None:
-        return []
+        return [], []
     sentences, holds = about(plan.job, plan.job.gpus)
-    if not holds and _job_of(plan).slurm.runs is None:
-        prefixes = ("slurm", "submit", "run.name=")  # the name is its first word
-        named = [plan.job.run.name] if any(w.startswith(prefixes[-1]) for w in words) else []
-        command = ["forescale", "rehearse", *named, f"plan.gpus={plan.world}"]
-        if plan.per_node != min(plan.machine.gpus_per_node or plan.world, plan.world):
-            command.append(f"machine.gpus_per_node={plan.per_node}")
-        command += [w for w in words if not w.lstrip("+~").startswith(prefixes)]
-        lead = "Rehearse it" if sentences else "Not rehearsed"
-        sentences.append(f"{lead}: {shlex.join(command)}")
-    return sentences
+    if holds or _job_of(plan).slurm.runs is not None:
+        return sentences, []
+    prefixes = ("slurm", "submit", "run.name=")  # the name is its first word
+    is_named = any(w.startswith(prefixes[-1]) for w in words)
+    keys = [f"plan.gpus={plan.world}"]
+    if plan.per_node != min(plan.machine.gpus_per_node or plan.world, plan.world):
+        keys.append(f"machine.gpus_per_node={plan.per_node}")
+    keys += [w for w in words if not w.lstrip("+~").startswith(prefixes)]
+    keys += _machine_words(plan, [*([f"run.name={plan.job.run.name}"] * is_named), *keys])
+    return sentences, [*([plan.job.run.name] * is_named), *keys]
+
+
+def _machine_words(plan: Plan, words: list[str]) -> list[str]:
+    """Return words for what the machine of a plan has from the last submission of its run, which
+    `words` don't say."""
+
+    def machine_of(*words: str) -> dict[str, Any]:
+        return {**plain(job_of(PlanJob, words).machine), "gpus_per_node": None}
+
+    machine, composed = plain(plan.machine) | {"gpus_per_node": None}, machine_of(*words)
+    if machine == composed:
+        return []
+    for choice in groups(PlanJob)["machine"].files:
+        if machine_of(f"machine={choice}") == machine:
+            return [f"machine={choice}"]
+    return words_of({"machine": {k: v for k, v in machine.items() if v != composed[k]}})
+
+
+def _is_worth_it(plan: Plan) -> bool:
+    """Return True if a job is to be rehearsed before it waits in the queue."""
+    job = _job_of(plan)
+    if job.submit.rehearse != "auto":
+        return job.submit.rehearse == "always"
+    limit = job.slurm.time.seconds if job.slurm.time else None
+    hours = [h for h in (plan.gpu_hours, limit and limit / 3600 * plan.world) if h is not None]
+    begins = not Run(job.run.directory).checkpoint_steps()  # one that has made steps shows as much
+    return begins and min(hours, default=0.0) >= _WORTH and plan.world <= _QUICK
+
+
+def _rehearse(rehearse: Rehearse, words: list[str], job: SubmitJob) -> None:
+    """Rehearse a job. Raises ConfigError with what would end it."""
+    print("Rehearsing its first rank; submit.rehearse=off leaves that out.", flush=True)
+    try:
+        problems, sentence = rehearse(words)
+    except (UserError, OSError) as e:
+        if job.submit.rehearse == "always":
+            raise
+        print(f"Note: it can't be rehearsed here: {e}")
+        return
+    if problems:
+        todo = (
+            f"mend it (its traceback: {shlex.join(['forescale', 'rehearse', *words, '--json'])}), "
+        )
+        todo += "or write submit.rehearse=off"
+        raise ConfigError(p._replace(todo=todo) for p in problems)
+    print(sentence)
 
 
 def notes_on_cpus(job: SubmitJob) -> list[str]:

@@ -7,8 +7,8 @@ include the waiting.
 Invariant: imports no torch; without a known peak, times are None and not guessed.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 from forescale.config.sections.lora import LoraConfig
@@ -71,7 +71,8 @@ class MeasuredSpeed:
 
 @dataclass(frozen=True)
 class StepTime:
-    """The predicted time of an optimizer step, in seconds."""
+    """The predicted time of an optimizer step, in seconds. parts: of the computation by what takes
+    it, where the speed is that of work.py."""
 
     computing: float | None  # None: no speed is known
     links: float  # communication, if nothing else ran
@@ -79,6 +80,7 @@ class StepTime:
     tokens: int
     flops: float  # of the step, as MFU counts
     peak: float | None  # of all devices, FLOP/s
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:
@@ -130,16 +132,18 @@ def predict_step_time(
         return StepTime(None, links, 0.0, tokens, flops, None)
     if mfu is not None:
         return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
-    mesh = job.mesh(world)
+    mesh, parts = job.mesh(world), dict[str, float]()
     of_rank = trained.of_rank(mesh)
     if (work := work_of(job, of_rank.numel, mesh)) is not None:
         rounds = job.train.global_batch / (job.train.micro_batch * mesh.data)
-        computing = rounds * work.seconds(machine, peak)
+        parts = {name: rounds * s for name, s in work.parts(machine, peak).items()}
+        computing = sum(parts.values())
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(traffic, machine, per_node, computing)
-    computing += update_seconds(of_rank, machine, peak, world if job.engine.stage else None)
-    return StepTime(computing, links, waiting, tokens, flops, all_peaks)
+    update = update_seconds(of_rank, machine, peak, world if job.engine.stage else None)
+    parts = parts and {**parts, "update": update}
+    return StepTime(computing + update, links, waiting, tokens, flops, all_peaks, parts)
 
 
 def update_seconds(

@@ -69,16 +69,21 @@ class Work:
     kernels: int
 
     def seconds(self, machine: MachineConfig, peak: float) -> float:
-        """Return the seconds on a GPU of `peak` FLOP/s; traffic takes none where the machine's
-        memory bandwidth is not known."""
+        """Return the seconds on a GPU of `peak` FLOP/s."""
+        return sum(self.parts(machine, peak).values())
+
+    def parts(self, machine: MachineConfig, peak: float) -> dict[str, float]:
+        """Return the seconds of products, attention and the rest, and for which the GPU waits for
+        launches; the last two take none where the machine's memory bandwidth is not known."""
         speed = peak * (machine.attention_efficiency or machine.efficiency)
         attending = self.scores / speed * (1 + _HALF_SPEED / self.length)
         multiplying = (self.products - self.fp8 / 2) / (peak * machine.efficiency)
         if (bandwidth := machine.memory_bandwidth) is None:
-            return multiplying + attending
-        multiplying = max(multiplying, self.weights / bandwidth)
-        computing = multiplying + attending + self.traffic / bandwidth
-        return max(computing, self.kernels * machine.launch)
+            return {"products": multiplying, "attention": attending}
+        multiplying, rest = max(multiplying, self.weights / bandwidth), self.traffic / bandwidth
+        waiting = max(0.0, self.kernels * machine.launch - multiplying - attending - rest)
+        parts = {"products": multiplying, "attention": attending, "rest": rest}
+        return parts | ({"waiting for launches": waiting} if waiting else {})
 
 
 def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:

@@ -63,4 +63,4 @@ def _name(each: Any) -> Any:
     """Return what an entry of a list has in common with that of another depth."""
     if not isinstance(each, dict):
         return each
-    return tuple(each.get(key) for key in ("name", "kind", "place", "ranks"))
+    return tuple(each.get(key) for key in ("name", "phase", "kind", "place", "ranks"))

@@ -10,11 +10,13 @@ import linecache
 import os
 import re
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,19 +25,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from forescale.plan.gpu import Gpu
 
+_KERNELS = torch.library.Library("aten", "IMPL", "CUDA")  # what it registers ends with it
+
 
 class Waits:
     """How often the host has waited for the device, by kind and place, while `counting`. total:
-    what the integers of a list that it reads add up to; None: each is 1."""
+    what the integers of a list that it reads add up to; None: each is 1. assumed: where the user's
+    code had a value last that no rehearsal knows; "" if it had none."""
 
     def __init__(self) -> None:
         self.counting = False
         self.total: int | None = None
         self.places: Counter[tuple[str, str]] = Counter()
+        self.assumed = ""
 
     def add(self, kind: str) -> None:
         if self.counting:
             self.places[kind, place()] += 1
+
+    def read(self, tensor: Tensor, kind: str = "read") -> None:
+        """Note that values are read which aren't there: of the device the host waits for them."""
+        if tensor.is_cuda:
+            self.add(kind)
+        if not (where := place()).startswith(("forescale/", "deepspeed/")):
+            self.assumed = where
 
 
 _HERE = os.path.dirname(__file__)
@@ -78,6 +91,32 @@ def shorter(name: str) -> str:
         if top in name:
             return name.rpartition(top)[2]
     return name.removeprefix(f"{os.getcwd()}/")
+
+
+_UNANSWERED = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+)
+_NO_DEVICE = re.compile(
+    r"NVIDIA driver|CUDA error|CUDA support|dummy base|ATen_cuda|'_cuda_|Could not run 'aten"
+)
+
+
+def doubt(error: Exception, waits: Waits) -> str:
+    """Return why an error may not be one on a GPU; "" if it would be."""
+    *_, innermost = traceback.extract_tb(error.__traceback__) or [None]
+    is_torch = innermost is not None and innermost.filename.startswith(_TORCH)
+    if (
+        isinstance(error, _UNANSWERED)
+        or _NO_DEVICE.search(str(error))
+        or (is_torch and isinstance(error, NotImplementedError | AssertionError))
+    ):
+        return "a rehearsal has no answer here, and a GPU may"
+    if waits.assumed:
+        return f"values are assumed at {waits.assumed}, and with others it may go on"
+    return ""
 
 
 class _Event:
@@ -135,8 +174,9 @@ def pretend(gpu: Gpu, waits: Waits) -> None:
     _answer_for_cuda(gpu, waits)
     _answer_for_tensors(waits)
     _share_rows(waits)
+    _register_kernels()
+    _assume_sizes(waits)
     F.scaled_dot_product_attention = _attention
-    _compare_types()
 
 
 def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
@@ -163,16 +203,17 @@ def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
         **_answering(True, "is_available", "is_initialized", "is_bf16_supported"),
         **_answering(0, "current_device", "_exchange_device", "_maybe_exchange_device"),
         **_answering(0, "memory_allocated", "max_memory_allocated"),
-        **_answering(0, "memory_reserved", "max_memory_reserved"),
+        **_answering(0, "memory_reserved", "max_memory_reserved", "initial_seed"),
         **_answering(None, "_lazy_init", "init", "set_device", "manual_seed", "manual_seed_all"),
         **_answering(None, "set_stream", "empty_cache", "reset_peak_memory_stats"),
-        **_answering(None, "set_rng_state"),
+        **_answering(None, "set_rng_state", "ipc_collect", "set_per_process_memory_fraction"),
+        **_answering("", "memory_summary"),
         "device_count": lambda: gpu.per_node,
         "get_device_properties": lambda *_, **__: properties,
         "get_device_name": lambda *_, **__: gpu.name,
         "get_device_capability": lambda *_, **__: gpu.capability,
         "mem_get_info": lambda *_: (gpu.memory, gpu.memory),
-        "memory_stats": lambda *_, **__: {},
+        "memory_stats": lambda *_, **__: Counter(),
         "synchronize": lambda *_, **__: waits.add("device"),
         "current_stream": lambda *_, **__: _Stream(),
         "default_stream": lambda *_, **__: _Stream(),
@@ -188,6 +229,7 @@ def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
         (torch._C, _answering(0, *of_c)),
         (torch.accelerator, _answering(True, "is_available")),
         (torch.accelerator, _answering(0, "current_device_index")),
+        (torch.accelerator, {"synchronize": lambda *_: waits.add("device")}),
     ):
         for name, answer in some.items():
             setattr(owner, name, answer)
@@ -208,8 +250,7 @@ def _answer_for_tensors(waits: Waits) -> None:
     fake: Any = FakeTensor  # has a method of its own, which reads each value alone
 
     def tolist(self: FakeTensor) -> Any:
-        if self.is_cuda:
-            waits.add("read")
+        waits.read(self)
         shape, total = list(self.shape), waits.total
         value: Any = 1.0 if self.dtype.is_floating_point else 1
         if shape and total is not None:
@@ -219,7 +260,16 @@ def _answer_for_tensors(waits: Waits) -> None:
             value = [value] * size
         return value
 
-    fake.tolist = tolist
+    def numpy(self: FakeTensor, **_: Any) -> Any:
+        if self.is_cuda:
+            raise TypeError(f"can't convert a tensor on {self.device} to numpy; call .cpu() before")
+        waits.read(self)
+        return np.ones(tuple(self.shape), str(self.dtype).removeprefix("torch."))
+
+    def text(self: FakeTensor, form: str) -> str:
+        return format(self.item() if self.dim() == 0 else str(self), form)
+
+    fake.tolist, fake.numpy, fake.__format__ = tolist, numpy, text
     tensor.pin_memory = lambda self, *_: self
     tensor.is_pinned = lambda self, *_: not self.is_cuda
     tensor.record_stream = lambda self, stream: None
@@ -252,24 +302,90 @@ def _share_rows(waits: Waits) -> None:
     exchange._route = route  # type: ignore[assignment]
 
 
-def _compare_types() -> None:
-    """Let products refuse operands of two types, as their kernels do; fake ones take any."""
-    aten = torch.ops.aten
-    products = {
-        aten.mm.default,
-        aten.addmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-    }
+def _register_kernels() -> None:
+    """Let operations that torch's CPU build takes apart stay whole, as CUDA's kernels for them let
+    them be in its CUDA build."""
+    for name in ("_fused_rms_norm", "silu_backward", "mish_backward"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
+            _KERNELS.impl(name, _no_kernel)
 
-    @fake_impls.register_op_impl(lambda func: func in products)
-    def compared(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        types = [t.dtype for t in args[:3] if isinstance(t, Tensor)]
-        if len(set(types)) > 1:
-            names = " and ".join(str(t).removeprefix("torch.") for t in dict.fromkeys(types))
-            name = func._schema.name.partition("::")[2].strip("_")
-            raise RuntimeError(f"{name} takes tensors of one type, not of {names}")
-        return NotImplemented  # go on as usual
+
+def _no_kernel(*_: Any) -> Any:
+    raise AssertionError("fake tensors run no kernel")
+
+
+def _assume_sizes(waits: Waits) -> None:
+    """Let operations whose values decide how many rows they return have the most there can be (of a
+    count or a repetition: one each), and count as waits."""
+    aten, i64 = torch.ops.aten, torch.int64
+
+    def unique(t: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        counts = t.new_empty(t.numel(), dtype=i64)
+        return t.new_empty(t.numel()), t.new_empty(t.shape, dtype=i64), counts
+
+    def masked_select(t: Tensor, mask: Tensor) -> Tensor:
+        return t.new_empty(torch.broadcast_shapes(t.shape, mask.shape).numel())
+
+    def bincount(t: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+        return t.new_empty(max(minlength, 1), dtype=i64 if weights is None else weights.dtype)
+
+    answers: dict[Any, Callable[..., Any]] = {
+        aten.equal.default: lambda *_: True,
+        aten.allclose.default: lambda *_, **__: True,
+        aten.nonzero.default: lambda t: t.new_empty((t.dim(), t.numel()), dtype=i64).t(),
+        aten.masked_select.default: masked_select,
+        aten.repeat_interleave.Tensor: lambda t, output_size=None: t.new_empty(
+            output_size or t.numel()
+        ),
+        aten.bincount.default: bincount,
+        aten._unique2.default: unique,
+        aten.unique_consecutive.default: unique,
+    }
+    table = fake_impls.op_implementations_dict
+    for operation, answer in answers.items():
+        plain = table.get(operation, lambda *_, **__: NotImplemented)
+        table[operation] = _answering_after_a_wait(answer, plain, waits)
+
+
+def _answering_after_a_wait(answer: Any, plain: Any, waits: Waits) -> Callable[..., Any]:
+    def answered(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if mode.shape_env is not None:  # the compiler, which breaks its graph there
+            return plain(mode, func, *args, **kwargs)
+        if kwargs.get("output_size") is None:
+            waits.read(args[0], "size")
+        return answer(*args, **kwargs)
+
+    return answered
+
+
+def compare_types(func: Any, args: Any) -> None:
+    """Refuse operands of two types as CUDA's kernels do; fake tensors take any."""
+    if (operands := _OF_ONE_TYPE.get(func.overloadpacket)) is None:
+        return
+    types = [t.dtype for t in args[operands] if isinstance(t, Tensor) and t.is_cuda]
+    if len(set(types)) > 1:
+        names = " and ".join(str(t).removeprefix("torch.") for t in dict.fromkeys(types))
+        name = func._schema.name.partition("::")[2].strip("_")
+        raise RuntimeError(f"{name} takes tensors of one type, not of {names}")
+
+
+_ATEN = torch.ops.aten
+_OF_ONE_TYPE = {  # which of their arguments
+    _ATEN.mm: slice(2),
+    _ATEN.mv: slice(2),
+    _ATEN.addmm: slice(3),
+    _ATEN.addmv: slice(3),
+    _ATEN.baddbmm: slice(3),
+    _ATEN.convolution: slice(3),
+    _ATEN._scaled_dot_product_flash_attention: slice(3),
+    _ATEN._scaled_dot_product_efficient_attention: slice(4),
+    _ATEN.index_add: slice(0, 4, 3),
+    _ATEN.index_add_: slice(0, 4, 3),
+    _ATEN.index_copy: slice(0, 4, 3),
+    _ATEN.index_put: slice(0, 3, 2),
+    _ATEN.index_put_: slice(0, 3, 2),
+    _ATEN.binary_cross_entropy: slice(2),
+}
 
 
 def _swap(a: Any, b: Any) -> None:
@@ -296,18 +412,18 @@ def _attention(
     aten, low = torch.ops.aten, query.dtype in (torch.bfloat16, torch.float16)
     widest = max(query.shape[-1], value.shape[-1])
     same = query.shape[-1] == value.shape[-1]
-    if attn_mask is None and low and widest <= 256 and same:
+    if attn_mask is None and low and widest <= 256 and same and query.dim() == 4:
         out = aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )
         return out[0]
-    times = query.shape[1] // key.shape[1]
-    if enable_gqa and times > 1:  # the others take no grouped queries
-        scores = query @ key.repeat_interleave(times, 1).transpose(-1, -2)
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        return scores.softmax(-1) @ value.repeat_interleave(times, 1)
+    if query.dim() != 4 or (enable_gqa and query.shape[1] > key.shape[1]):
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
     if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:  # the kernel takes what it adds
+            attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_zeros(()))
         attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
     out = aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale

@@ -20,9 +20,16 @@ from forescale.plan.gpu import Gpu
 from forescale.rehearsal.device import place, shorter
 from forescale.rehearsal.observer import Cost, Observer
 
-# Without triton: the graphs of the compiler, divided into forward and backward as Inductor does,
-# whose operations run one by one.
-WITHOUT_TRITON = "aot_eager_decomp_partition"
+
+def leave_out_kernels() -> None:
+    """Let torch's compiler divide its graphs into forward and backward as Inductor does, whose
+    operations then run one by one, for the rest of this process."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    wrapper.__call__ = lambda _, graph, inputs: lookup_backend("aot_eager_decomp_partition")(
+        graph, inputs
+    )
 
 
 class KernelError(Exception):
@@ -107,7 +114,7 @@ class Kernels:
             return
         self.runs[name] += 1
         moved = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor))
-        self.observer.operations[Cost(name, 0, moved)] += 1
+        self.observer.operations[Cost(name, self.observer.phase, 0, moved)] += 1
 
     def report(self) -> dict[str, Any]:
         """Return what was seen, as plain values."""
@@ -154,6 +161,16 @@ class _Driver:
 
     def is_active(self) -> bool:
         return True
+
+    def get_benchmarker(self) -> Any:
+        """Return what times a configuration of an autotuned kernel: it is assembled, and each is as
+        fast."""
+
+        def benchmark(launch: Any, quantiles: Any = (0.5,), **_: Any) -> list[float]:
+            launch()
+            return [1.0] * len(quantiles)
+
+        return benchmark
 
     def get_device_interface(self) -> Any:
         return torch.cuda

@@ -6,6 +6,8 @@ Invariant: a library in the cache is complete: it is built beside its place, and
 import ctypes
 import hashlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,9 @@ def library() -> Path:
     built = cache_directory() / "rehearsal" / f"pretended-{digest}.so"
     if built.exists():
         return built
-    chosen = os.environ.get("CXX")
+    chosen, *options = shlex.split(os.environ.get("CXX", "")) or [
+        ""
+    ]  # or with a launcher: ccache g++
     names = (chosen,) if chosen else _COMPILERS
     compiler = next((path for name in names if (path := shutil.which(name))), None)
     if compiler is None:
@@ -42,16 +46,20 @@ def library() -> Path:
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         part = Path(folder) / built.name
         include = torch / "include"
-        command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(_SOURCE)]
+        command = [compiler, *options, "-std=c++20", "-O1", "-shared", "-fPIC", str(_SOURCE)]
         command += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
         command += [f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
+        if (torch / "lib/libtorch_cuda.so").exists():  # what is loaded before replaces nothing
+            command += ["-Wl,--no-as-needed", "-ltorch_cuda"]
         command += ["-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            message = shortened((errors or ["no message"])[0], 300)
-            problem = f"its library can't be built with {compiler}: {message}"
-            raise UserError("rehearse", problem, "set CXX to a compiler of C++20, such as g++ 11")
+        if done.returncode or not part.exists():
+            errors = re.findall(r".*(?:error|failed).*", done.stderr) or ["no message"]
+            problem = f"its library can't be built with {compiler}: {shortened(errors[0], 300)}"
+            todo = "set CXX to a compiler of C++20, such as g++ 11"
+            if "No space" in done.stderr:
+                todo = "free some, or set FORESCALE_CACHE to another folder"
+            raise UserError("rehearse", problem, todo)
         part.replace(built)
     return built
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from forescale.rehearsal.device import Waits, place
+from forescale.rehearsal.device import Waits, compare_types, place
 
 _BLOCK = 512  # bytes: what CUDA's caching allocator rounds each request up to
 _LARGE = 1 << 20  # bytes of a tensor whose place is looked up
@@ -65,9 +65,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Cost:
-    """An operation: its FLOPs, and the bytes that it reads and writes."""
+    """An operation of a phase: its FLOPs, and the bytes that it reads and writes."""
 
     name: str
+    phase: str
     flops: int
     bytes: int
 
@@ -117,6 +118,7 @@ class Observer(TorchDispatchMode):
         space, _, name = schema.name.partition("::")
         if name == "_local_scalar_dense":
             return self._value(args[0])
+        compare_types(func, args)
         if space == "c10d":
             self._collective(name, args)
         out = func(*args, **kwargs)
@@ -131,8 +133,7 @@ class Observer(TorchDispatchMode):
         return out
 
     def _value(self, tensor: Tensor) -> Any:
-        if tensor.is_cuda:
-            self.waits.add("read")
+        self.waits.read(tensor)
         if tensor.dtype.is_floating_point:
             return 1.0
         return _VALUES.get(tensor.dtype, 0)
@@ -173,7 +174,7 @@ class Observer(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        self.operations[Cost(schema.name, int(flops), moved)] += 1
+        self.operations[Cost(schema.name, self.phase, int(flops), moved)] += 1
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -3,6 +3,7 @@
 // torch's dispatcher and autograd ask a device guard for streams and events, and the CUDA hooks for
 // the number of devices, before any kernel runs. Fake tensors have no kernels, so these answers are
 // all that modules and backward passes need (torch 2.13, CPU build).
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/DeviceGuard.h>
@@ -59,11 +60,18 @@ struct PretendedHooks : public CUDAHooksInterface {
   DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  // Whose numbers nothing draws.
+  Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
+  const Generator& getDefaultGenerator(DeviceIndex) const override {
+    return detail::getDefaultCPUGenerator();
+  }
   bool isPinnedPtr(const void*) const override { return true; }
 };
 
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
-C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", PretendedHooks)
+// Torch's CUDA build has hooks already, without this priority.
+RegistererCUDAHooksRegistry pretended("CUDAHooks", c10::REGISTRY_PREFERRED, CUDAHooksRegistry(),
+    RegistererCUDAHooksRegistry::DefaultCreator<PretendedHooks>);
 
 }  // namespace at

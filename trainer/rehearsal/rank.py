@@ -16,7 +16,6 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +115,7 @@ class Rehearsal:
         from forescale.engine.deepspeed_config import deepspeed_config
         from forescale.engine.determinism import use_kernels
         from forescale.rehearsal.config import has_triton
+        from forescale.rehearsal.kernels import leave_out_kernels
         from forescale.train.model import adapting, build_model, freeze
         from forescale.train.preferences import Comparison
 
@@ -137,25 +137,16 @@ class Rehearsal:
         self.report["on_host"] = [n for n, t in named if t.numel() and t.device.type != "cuda"]
         if has_triton():
             self.kernels.use_for_launches(job.rehearse.has_kernels)
+        # A model may compile a part where the job compiles nothing.
+        if job.rehearse.has_kernels:
+            self.kernels.use()
+        else:
+            leave_out_kernels()
         chosen = compilation(job, size, "cuda")
         self.report["compiled"] = chosen.enabled
         if chosen.enabled:
             self._say_what_compiles()
-            self.engine.compile(chosen.by_part, chosen.budget, self._backend())
-
-    def _backend(self) -> str:
-        """Return the backend of torch.compile: Inductor where it can have Triton's kernels."""
-        import torch
-
-        from forescale.models.mixers import masks
-        from forescale.rehearsal.kernels import WITHOUT_TRITON
-
-        if self.job.rehearse.has_kernels:
-            self.kernels.use()
-            return "inductor"
-        compiler: Any = partial(torch.compile, backend=WITHOUT_TRITON)
-        masks._compiled = compiler
-        return WITHOUT_TRITON
+            self.engine.compile(chosen.by_part, chosen.budget, "inductor")
 
     def _say_what_compiles(self) -> None:
         from torch._dynamo.callback import callback_handler
@@ -264,15 +255,16 @@ class Rehearsal:
         }
 
     def _operations(self) -> list[dict[str, Any]]:
-        """Return the sums of the operations of each name. seconds: by the roofline of the machine,
-        the longer of products and bytes."""
-        machine, totals = self.job.machine, dict[str, dict[str, Any]]()
+        """Return the sums of the operations of each name and phase. seconds: by the roofline of the
+        machine, the longer of products and bytes."""
+        machine, totals = self.job.machine, dict[tuple[str, str], dict[str, Any]]()
         is_fp32 = self.job.precision.kind == "fp32"
         peak = (machine.peak_fp32 if is_fp32 else machine.peak_bf16) or float("inf")
         bandwidth = machine.memory_bandwidth or float("inf")
         for cost, times in self.observer.operations.items():
             seconds = max(cost.flops / peak / machine.efficiency, cost.bytes / bandwidth)
-            total = totals.setdefault(cost.name, {"name": cost.name})
+            names = {"name": cost.name, "phase": cost.phase}
+            total = totals.setdefault((cost.name, cost.phase), names)
             values = {"times": 1, "flops": cost.flops, "bytes": cost.bytes, "seconds": seconds}
             for key, value in values.items():
                 total[key] = total.get(key, 0) + times * value
@@ -296,10 +288,10 @@ _CODE = (*site.getsitepackages(), sysconfig.get_path("stdlib"), str(Path(__file_
 _NOT_NAMED = ("/torch/", "/triton/", str(Path(__file__).parent), "/runpy.py")
 
 
-def _failure(error: Exception) -> dict[str, str]:
+def _failure(error: Exception, waits: Any) -> dict[str, str]:
     """Return what an error says, and the line that it comes from: the innermost one of the user's
-    code, where it has part in it, else of the job's."""
-    from forescale.rehearsal.device import shorter
+    code, where it has part in it, else of the job's. waits: of device.py."""
+    from forescale.rehearsal.device import doubt, shorter
 
     message, _, inside = str(error).partition("\n\nfrom user code:")
     first = getattr(error, "inner_exception", error)  # of what a compiler's backend raises
@@ -314,6 +306,7 @@ def _failure(error: Exception) -> dict[str, str]:
     return {
         "kind": type(first).__name__.removeprefix("Torch"),
         "text": " ".join(text.split()).rstrip("!.")[:600],
+        "doubt": doubt(first, waits),
         "place": getattr(first, "place", f"{shorter(file)}:{line}"),
         "traceback": "".join(traceback.format_exception(error, limit=-25)),
     }
@@ -336,7 +329,7 @@ def main() -> None:
     try:
         rehearsal.run()
     except Exception as e:
-        rehearsal.report["error"] = _failure(e)
+        rehearsal.report["error"] = _failure(e, rehearsal.waits)
     text = json.dumps(rehearsal.report)
     with open(answer, "w") as f:
         f.write(text)

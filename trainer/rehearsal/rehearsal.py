@@ -146,6 +146,7 @@ def problems_of(report: dict[str, Any]) -> list[Problem]:
     if error := report.get("error"):
         text = shortened(error["text"], 300)
         text = f"in {report['phase']}, at {error['place']}: {error['kind']}: {text}"
+        text += f" ({error['doubt']})" if error.get("doubt") else ""
         todo = "mend the line; --json has the whole traceback"
         problems.append(Problem(where, text, todo))
     if names := report.get("on_host"):

@@ -30,7 +30,7 @@ from forescale.run.certificate import Certificate, keys_of, versions_of
 
 NEAR = 0.05  # of what is planned
 _WIDEST = 56  # characters of a name
-_LAUNCH = 5e-6  # seconds of the host for each launch, at least
+_OF_A_STEP = ("most in forward and backward", "most in the update")
 _SMALL = 1 << 16  # bytes a step: the norm, the summary and counters, which the plan leaves out
 _NO_KERNELS = ", their operations one by one; with pip install 'forescale[rehearsal]' their kernels"
 ONLY_A_GPU = (
@@ -89,14 +89,18 @@ def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
 def certificate(job: PlanJob, rehearsed: Rehearsed) -> Certificate:
     """Return the certificate of a rehearsal without problems. job: as it is to be trained."""
     reports = rehearsed.reports
+    most = max(reports, key=lambda report: report["peak_bytes"])
+    planned = planned_memory(rehearsed, most["rank"])
     return Certificate(
         time=time.time(),
         keys=keys_of(job),
         gpus=job.gpus,
         versions=versions_of(job),
         ranks=[report["rank"] for report in reports],
-        peak_bytes=max(report["peak_bytes"] for report in reports),
+        peak_bytes=most["peak_bytes"],
+        planned_bytes=int(max(planned[label] for label in _OF_A_STEP)),
         waits=max(sum(w["times"] for w in report["waits"]) for report in reports),
+        launches=max(map(_launches, reports)),
         equal_collectives=all(
             str(row.value[-1]).startswith("yes")
             for report in reports
@@ -154,7 +158,8 @@ def blocks(rehearsed: Rehearsed, report: dict[str, Any]) -> list[Block]:
         _largest(report),
         _collectives(rehearsed, report),
         _waits(report),
-        _operations(rehearsed, report),
+        _parts(rehearsed, report),
+        _operations(report),
         *([_kernels(report)] if report["kernels"] or report["breaks"] else []),
     ]
 
@@ -256,24 +261,55 @@ def _waits(report: dict[str, Any]) -> Block:
     return Block("Waits of the host in a step", rows, ("for", "times"), after=after)
 
 
-def _operations(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
-    plan, operations = rehearsed.plan, report["operations"]
-    launches = round(sum(one["times"] for one in operations))
-    total = sum(one["seconds"] for one in operations)
+def _operations(report: dict[str, Any]) -> Block:
+    most = sorted(report["operations"], key=lambda one: -one["seconds"])[:10]
+    rows = [Row("", _cut(one["name"]), [one["phase"], *_sums([one])]) for one in most]
+    columns = ("in", "launches", "products", "moved", "ms")
+    return Block("Most expensive operations of a step", rows, columns)
+
+
+def _sums(operations: list[dict[str, Any]]) -> list[str]:
+    """Return launches, FLOPs, bytes and milliseconds of operations."""
+    times, flops, moved, seconds = (
+        sum(one[key] for one in operations) for key in ("times", "flops", "bytes", "seconds")
+    )
+    return [f"{times:,.0f}", flops_text(flops), bytes_text(moved), f"{1e3 * seconds:,.2f}"]
+
+
+def _part(operation: dict[str, Any]) -> str:
+    """Return which part of the plan's law an operation belongs to."""
+    name = operation["name"]
+    if operation["phase"] in ("norm", "update"):
+        return "update"
+    if "dot_product" in name or "flex_attention" in name:
+        return "attention"
+    return "products" if operation["flops"] or "_mm" in name else "rest"
+
+
+def _parts(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
+    step, machine = rehearsed.plan.chosen.step, rehearsed.plan.machine
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for one in report["operations"]:
+        parts.setdefault(_part(one), []).append(one)
+    law = {**step.parts, "all": step.computing or 0.0}
+    parts = {name: parts.get(name, []) for name in (*sorted(parts.keys() | step.parts), "all")}
+    parts["all"] = report["operations"]
     rows = [
-        Row("", _cut(one["name"]), [f"{1e3 * one['seconds']:,.2f}", f"{one['times']:,.0f}",
-                                    flops_text(one["flops"]), bytes_text(one["bytes"])])
-        for one in sorted(operations, key=lambda one: -one["seconds"])[:10]
-    ]  # fmt: skip
-    compute = plan.chosen.step.computing
-    planned = f"; the plan's law has {span(compute)} of computation" if compute else ""
-    after = [
-        f"{launches:,} launches; {span(total)} by the roofline of {plan.machine.name} (the longer "
-        f"of bytes and products, one after the other){planned}. The host needs "
-        f"{span(launches * _LAUNCH)} at {1e6 * _LAUNCH:.0f} us a launch."
+        Row("", name, [*_sums(part), f"{1e3 * law[name]:,.2f}" if law.get(name) else ""])
+        for name, part in parts.items()
     ]
-    columns = ("ms", "launches", "products", "moved")
-    return Block("Most expensive operations of a step", rows, columns, after=after)
+    after = [
+        f"By the roofline of {machine.name} an operation takes the longer of products and bytes; "
+        f"the plan's law is fitted to speeds. On links the law has {span(step.links)}, of which "
+        f"{span(step.waiting)} are waited for. The host needs "
+        f"{span(_launches(report) * machine.launch)} at {1e6 * machine.launch:.0f} us a launch."
+    ]
+    columns = ("launches", "products", "moved", "ms", "ms by the law")
+    return Block("Computation of a step", rows, columns, after=after)
+
+
+def _launches(report: dict[str, Any]) -> int:
+    return round(sum(one["times"] for one in report["operations"]))
 
 
 def _kernels(report: dict[str, Any]) -> Block:

@@ -33,8 +33,9 @@ _MOST_READ = 32  # certificates that are compared, of the newest
 @dataclass(frozen=True)
 class Certificate:
     """A rehearsal without problems. keys: of the job; gpus: what it was rehearsed for; versions: of
-    packages, and the hashes of files of the user's own classes; peak_bytes, waits: the most of a
-    rank in a step; kernels: that were assembled; limits: what only a GPU shows."""
+    packages, and the hashes of files of the user's own classes; peak_bytes, planned_bytes: the most
+    of a rank, and what the plan says of that rank; waits, launches: the most of a rank in a step;
+    kernels: that were assembled; limits: what only a GPU shows."""
 
     time: Moment
     keys: dict[str, Any]
@@ -42,7 +43,9 @@ class Certificate:
     versions: dict[str, str]
     ranks: list[Count]
     peak_bytes: Count
+    planned_bytes: Count
     waits: Count
+    launches: Count
     equal_collectives: Flag
     kernels: Count
     limits: str
@@ -60,7 +63,7 @@ class Certificate:
         kernels = f", {self.kernels} kernels assembled" if self.kernels else ""
         ranks = ", ".join(map(str, self.ranks))
         return (
-            f"Rehearsed at {_moment(self.time)} on {at}: peak {self.peak_bytes / 2**30:.1f} GiB, "
+            f"Rehearsed at {moment(self.time)} on {at}: peak {self.peak_bytes / 2**30:.1f} GiB, "
             f"{self.waits} wait{'s' * (self.waits != 1)} a step, collectives {collectives}{kernels}"
             f" (rank {ranks})."
         )
@@ -96,14 +99,26 @@ def about(
 
     gpus: what it is for; None: for any, the newest. code: see versions_of.
     """
-    keys, sentences, holds = keys_of(job), list[str](), False
+    certificate, changes, sentences = nearest(job, gpus, code)
+    if certificate is None:
+        return sentences, False
+    stale = f"The rehearsal at {moment(certificate.time)} is stale: {'; '.join(changes)}."
+    return [*sentences, stale if changes else str(certificate)], not changes
+
+
+def nearest(
+    job: TrainJob, gpus: Mapping[str, Any] | None, code: bool = True
+) -> tuple[Certificate | None, list[str], list[str]]:
+    """Return the certificate of a job that differs least from it, the changes that make it stale,
+    and sentences on files that are none. gpus, code: see about."""
+    keys, sentences = keys_of(job), list[str]()
     rated = list[tuple[int, float, Certificate, list[str]]]()
     try:
         folder = cache_directory() / _FOLDER
         paths = [*folder.glob(_name(keys, gpus))]
         paths = paths or sorted(folder.glob("*.json"), key=os.path.getmtime)[-_MOST_READ:]
     except (OSError, RuntimeError):  # one is deleted meanwhile; a user without a home directory
-        return [], False
+        return None, [], []
     for path in paths:
         try:
             each = read_typed(Certificate, path)
@@ -115,14 +130,12 @@ def about(
         changes = _changes(old, {**keys, **(gpus or {})})
         if len(changes) <= _MOST_CHANGES:
             rated.append((len(changes), -each.time, each, changes))
-    if rated:
-        *_, certificate, changes = min(rated, key=lambda each: each[:2])
-        versions = versions_of(job, code)
-        changes += _changes({n: certificate.versions.get(n) for n in versions}, versions)
-        stale = f"The rehearsal at {_moment(certificate.time)} is stale: {'; '.join(changes)}."
-        holds = not changes
-        sentences.append(str(certificate) if holds else stale)
-    return sentences, holds
+    if not rated:
+        return None, [], sentences
+    *_, certificate, changes = min(rated, key=lambda each: each[:2])
+    versions = versions_of(job, code)
+    changes += _changes({n: certificate.versions.get(n) for n in versions}, versions)
+    return certificate, changes, sentences
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -142,5 +155,6 @@ def _digest(keys: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
+    """Return a moment, in seconds since the epoch, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from contextlib import suppress
 from functools import partial
 
 from forescale.checkpoint.reader import newest_step
 from forescale.config.job import overrides_of
-from forescale.config.schema import ConfigError
+from forescale.config.schema import ConfigError, Problem
 from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_output
 from forescale.plan.config import page_path
@@ -33,22 +34,12 @@ def main(words: list[str]) -> int:
     Raises ConfigError (exit code 2) with the problems of the plan before anything is rehearsed, and
     with those of the rehearsal after its tables.
     """
-    notes: list[str] = []
-    overrides = overrides_of(RehearseJob, words)
-    job = job_of(RehearseJob, overrides, notes=notes)
+    job, plan = _plan(words)
     to = page_path(job)
-    is_named = any(word.startswith("run.name=") for word in overrides)
-    if is_named:
-        expect_trainable(Run(job.run.directory))
-    plan = Plan(job, newest_step)
-    if is_named:
-        plan.check(lambda: check_changes(plan.job.training))
     if plan.problems:
         if job.plan.json:
             print(json.dumps({"problems": [p._asdict() for p in plan.problems]}, indent=2))
         raise ConfigError(plan.problems)
-    for note in notes:
-        say(note)
     rehearsed = rehearse(plan, partial(Plan, newest=newest_step), say)
     if job.plan.json:
         json.dump(as_json(rehearsed), sys.stdout, indent=2)
@@ -65,6 +56,39 @@ def main(words: list[str]) -> int:
     except (OSError, UserError) as e:
         say(f"No certificate is written: {e}")
     return DONE
+
+
+def problems_of_job(words: list[str]) -> tuple[list[Problem], str]:
+    """Rehearse a job; return what would end it, and a sentence on what was seen, whose certificate
+    is written. Raises UserError if it can't be rehearsed here, or only values decide."""
+    _, plan = _plan(words)
+    if plan.problems:
+        raise ConfigError(plan.problems)
+    rehearsed = rehearse(plan, partial(Plan, newest=newest_step), say)
+    if any(report.get("error", {}).get("doubt") for report in rehearsed.reports):
+        raise ConfigError(rehearsed.problems)
+    if rehearsed.problems:
+        return rehearsed.problems, ""
+    result = certificate(plan.job, rehearsed)
+    with suppress(OSError, UserError):  # it is made again the next time
+        result.write()
+    return [], str(result)
+
+
+def _plan(words: list[str]) -> tuple[RehearseJob, Plan]:
+    """Return the job that words describe and its plan, whose notes are printed."""
+    notes: list[str] = []
+    overrides = overrides_of(RehearseJob, words)
+    job = job_of(RehearseJob, overrides, notes=notes)
+    is_named = any(word.startswith("run.name=") for word in overrides)
+    if is_named:
+        expect_trainable(Run(job.run.directory))
+    plan = Plan(job, newest_step)
+    if is_named:
+        plan.check(lambda: check_changes(plan.job.training))
+    for note in notes if not plan.problems else ():
+        say(note)
+    return job, plan
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ from forescale.ground.errors import DONE, UserError
 from forescale.slurm import evaluations
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.submit import submit
+from forescale.verbs.rehearse import problems_of_job
 
 _TODO = "write forescale submit train [RUN] [KEY=VALUE ...], or forescale submit eval RUN"
 
@@ -31,5 +32,6 @@ def main(arguments: list[str]) -> int:
         return DONE
     if first != "train" and first not in SubmitJob.FLAGS and "=" not in first:
         raise UserError(first, "can't be submitted", _TODO)
-    submit(overrides_of(SubmitJob, arguments[1:] if first == "train" else arguments))
+    words = arguments[1:] if first == "train" else arguments
+    submit(overrides_of(SubmitJob, words), rehearse=problems_of_job)
     return DONE

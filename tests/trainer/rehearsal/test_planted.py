@@ -1,10 +1,13 @@
 """Mistakes that only a GPU would show: each is named with its file and line."""
 
+from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from forescale.config.schema import ConfigError
+from forescale.verbs.rehearse import problems_of_job
 from tests.trainer.rehearsal.test_rehearsal import rehearsed
 
 HERE = Path(__file__).parent
@@ -31,6 +34,7 @@ def of(model: str, *words: str) -> tuple[int, dict, str]:
     [
         ("MixesDevices", "x_BLD * torch.ones", ("cuda:0", "cpu")),
         ("MixesTypes", "x_BLD @ torch.ones", ("bfloat16", "float32")),
+        ("MixesTypesOfConvolution", "F.conv1d(", ("bfloat16", "float32")),
     ],
 )
 def test_a_mix_up_is_a_problem_with_its_line(model, line, words, compile):
@@ -54,6 +58,36 @@ def test_a_value_that_is_read_is_a_wait_and_a_break_with_its_line():
     assert ("read", 2) in {(w["kind"], w["times"]) for w in report["waits"] if place in w["place"]}
     assert "rank 0: step 2 of 2" in text
     assert any(place in why for why in report["breaks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["off", pytest.param("on", marks=needs_triton)])
+def test_what_a_gpu_takes_is_no_problem(kernels):
+    words = ("train.compile=off", f"rehearse.kernels={kernels}")
+    code, report, text = of("planted.UsesWhatGpusHave", *words)
+    assert code == 0, text
+    place = line_of("planted.py", "torch.where(")
+    waits = {(w["kind"], w["times"]) for w in report["waits"] if place in w["place"]}
+    assert waits == {("size", 2)}
+    names = {one["name"] for one in report["operations"]}
+    # The compiled part is Inductor's, where there are kernels, and of operations as CUDA has them.
+    assert any(name.startswith("triton_poi_fused") for name in names) == (kernels == "on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [("SplitsByValues", "x_BLD.split("), ("HasNoFakeKernel", "self.gru(x_BLD)")],
+)
+def test_what_a_rehearsal_can_not_know_is_in_doubt(model, line):
+    words = (f"model._target_=planted.{model}", "rehearse.kernels=off", "train.compile=off")
+    code, _, text = rehearsed(*JOB, *words)
+    assert code == 2
+    (sentence,) = (row for row in text.splitlines() if "in forward" in row)
+    assert line_of("planted.py", line) in sentence
+    assert "a GPU may" in sentence or "with others it may go on" in sentence
+    with chdir(HERE), pytest.raises(ConfigError):  # submit doesn't refuse the job for that
+        problems_of_job([*JOB, *words])
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from forescale.ground.errors import UserError
 from forescale.rehearsal import depth
+from forescale.rehearsal.library import library
 from forescale.rehearsal.rank import Request
 from forescale.rehearsal.rehearsal import _rank
 from forescale.verbs import rehearse
@@ -110,6 +112,22 @@ def test_the_host_waits_for_the_norm_and_the_summary_alone(engine):
 
 
 @pytest.mark.slow
+def test_operations_are_those_of_cuda():
+    """Torch's CPU build takes them apart, which its CUDA build doesn't."""
+    _, facts, text = rehearsed(*JOB, "train.compile=off", "rehearse.kernels=off")
+    assert facts, text
+    names = {each["name"] for each in facts["ranks"][0]["operations"]}
+    assert {"aten::_fused_rms_norm", "aten::silu_backward"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs torch's CUDA build (3 GB)")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is here")
+def test_torchs_cuda_build_needs_no_driver():
+    check(*JOB, *MATRIX["zero1"].split())
+
+
+@pytest.mark.slow
 def test_adapters_that_learn_preferences_do_what_the_plan_says(small_data, tmp_path):
     origin = make_run(small_data, tmp_path, "small", "train.sequence_length=128")
     file = write_rows(tmp_path / "preferences.jsonl", preferences())
@@ -174,3 +192,24 @@ def test_a_report_may_be_larger_than_a_pipe(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     assert len(_rank(Request("", 8, 3, 1, False, "", {}), print)["x"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("script", "fact"),
+    [
+        (None, "needs a C++ compiler"),
+        ("echo 'a.cpp:1:2: error: no <concepts>' >&2; exit 1", "no <concepts>"),
+        ("echo 'ld: final link failed: No space left on device' >&2; exit 1", "FORESCALE_CACHE"),
+        ("exit 0", "no message"),  # and no library
+    ],
+)
+def test_a_library_that_can_not_be_built_is_a_sentence(tmp_path, monkeypatch, script, fact):
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", f"{tmp_path / 'compiler'} -with an-option")
+    if script is not None:
+        (tmp_path / "compiler").write_text(f"#!/bin/sh\n[ $1 = -with ] || exit 0\n{script}\n")
+        (tmp_path / "compiler").chmod(0o755)
+    with pytest.raises(UserError) as e:
+        library()
+    assert fact in str(e.value)
+    assert [*tmp_path.glob("cache/rehearsal/*")] == []

@@ -7,7 +7,7 @@ import pytest
 from forescale.plan.plan import Plan
 from forescale.rehearsal.config import RehearseJob
 from forescale.rehearsal.rehearsal import Rehearsed
-from forescale.rehearsal.rows import certificate, page
+from forescale.rehearsal.rows import blocks, certificate, page
 from forescale.run.command import job_of
 from tests.trainer.offline_tab import offline_tab
 
@@ -37,7 +37,10 @@ def report(rank: int) -> dict:
         "largest": [large],
         "collectives": [{"kind": "all_gather", "ranks": 8, "bytes": 10**15, "calls": 10**6}],
         "waits": [{"kind": "read", "place": LONG, "times": 10**6}],
-        "operations": [{"name": "aten::mm", "times": 2, "flops": 9, "bytes": 9, "seconds": 1.0}],
+        "operations": [
+            {"name": name, "phase": phase, "times": 2, "flops": 9, "bytes": 9, "seconds": 1.0}
+            for name, phase in (("aten::mm", "forward"), ("aten::mm", "update"))
+        ],
         "kernels": [kernel],
         "breaks": [f"{LONG}: Unsupported Tensor.item() call"],
         "saved_bytes": 1 << 40,
@@ -75,3 +78,14 @@ def test_a_page_fits_its_window(browser, tmp_path, width):
     html = page(rehearsed(report(0), report(7)), ["forescale", "rehearse", "x" * 300])
     with offline_tab(browser, html, tmp_path / "page.html", width) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_what_was_counted_stands_beside_the_law_of_the_same_parts():
+    both = rehearsed(report(0))
+    (block,) = (b for b in blocks(both, report(0)) if b.title == "Computation of a step")
+    rows = {row.label: row.value for row in block.rows}
+    launches = {name: values[0] for name, values in rows.items() if values[0] != "0"}
+    assert launches == {"products": "2", "update": "2", "all": "4"}
+    step = both.plan.chosen.step
+    assert sum(step.parts.values()) == pytest.approx(step.computing)
+    assert rows["update"][-1] == f"{1e3 * step.parts['update']:,.2f}"

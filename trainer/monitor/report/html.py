@@ -1,8 +1,8 @@
 """The page of one run or of several: one HTML file that opens anywhere, without a network.
 
 Invariant: the same files of the runs give the same bytes, but for what depends on the moment: a
-state, and "last seen". A chart or a table without data says why. Whatever a name, a note or an
-error says stands there as text.
+state, "last seen", and rehearsals. A chart or a table without data says why. Whatever a name, a
+note or an error says stands there as text.
 """
 
 import shlex
@@ -71,6 +71,7 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
             tables.time_use(reported),
             tables.events(reported),
             tables.checkpoints(reported),
+            *tables.rehearsals(reported),
             tables.environment(reported),
             tables.differences(reported),
         ],

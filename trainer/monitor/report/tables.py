@@ -2,8 +2,8 @@
 they come from: configs and how they differ, versions, commits, machines.
 
 Invariant: every number of a table is there in full (<data value=>); moments are in UTC. A table has
-what the run's files say, with the secrets of addresses masked; nothing is taken from the machine
-that draws the page.
+what the run's files say, with the secrets of addresses masked; nothing but rehearsals, which are in
+the cache of the user, is taken from the machine that draws the page.
 """
 
 import time
@@ -21,6 +21,7 @@ from forescale.monitor.run_text import ranks_of
 from forescale.monitor.status import Status
 from forescale.pages.document import Cell, Section, code, number, percent, whole
 from forescale.resilience.outcome import launch_of
+from forescale.run.certificate import nearest
 
 # The colours of the buckets of time, in their order; what is not in it is grey.
 _SHADES = {
@@ -172,6 +173,33 @@ def checkpoints(runs: Sequence[ReportedRun]) -> Section:
     if len(section.rows) == 1:
         section.rows, section.absent = [], "No checkpoint was saved yet, or none is left."
     return section
+
+
+def rehearsals(runs: Sequence[ReportedRun]) -> list[Section]:
+    """Return what the last rehearsal of each run showed, a column each; nothing without any."""
+    columns: dict[str, dict[str, Cell]] = {}
+    for run in runs:
+        last, changes, _ = nearest(run.status.job, None, code=False)
+        if last is not None:
+            columns[run.label] = {
+                "on": f"{last.gpus['plan.gpus']:,} {last.gpus['machine.name']}",
+                "ranks": _few([*map(str, last.ranks)]),
+                "peak, GiB": number(last.peak_bytes / 2**30, 3),
+                "planned peak, GiB": number(last.planned_bytes / 2**30, 3),
+                "collectives": "as planned" if last.equal_collectives else "not as planned",
+                "waits of the host in a step": whole(last.waits),
+                "launches in a step": whole(last.launches),
+                "kernels assembled": whole(last.kernels) if last.kernels else _MISSING,
+                "rehearsed (UTC)": moment(last.time),
+                "stale": "; ".join(changes) or "no",
+            }
+    if not columns:
+        return []
+    section = Section("rehearsal", "Rehearsal", head=True, columns="words")
+    names = next(iter(columns.values()))
+    section.rows = [["", *columns], *([n, *(of[n] for of in columns.values())] for n in names)]
+    section.after = ["Of rehearsals that this user has made: forescale help rehearsal"]
+    return [section]
 
 
 def key_of_events(runs: Sequence[ReportedRun]) -> list[tuple[Cell, str]]:

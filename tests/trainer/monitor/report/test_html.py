@@ -9,10 +9,12 @@ from html import unescape
 import pytest
 
 from forescale.monitor.report.html import labels, page
+from forescale.monitor.status import Status
+from forescale.run import certificate
 from forescale.run.directory import Run
 from tests.trainer.monitor.changed_run import changed_rows
 from tests.trainer.offline_tab import offline_tab
-from tests.trainer.small_run import change_rows
+from tests.trainer.small_run import certify, change_rows
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 SECTIONS = ["summary", "loss", "held-out", "training", "time", "events", "checkpoints",
@@ -182,3 +184,18 @@ def _zoom(tab, loss) -> None:
     assert loss.locator(ticks).all_text_contents() != before
     tab.locator("#whole").click()
     assert loss.locator(ticks).all_text_contents() == before
+
+
+def test_a_rehearsal_has_a_section_that_says_whether_it_is_stale(own_run, forescale, monkeypatch):
+    monkeypatch.setenv("FORESCALE_CACHE", str(own_run.path.parent / "cache"))
+    job = Status(own_run).job
+    certify(job, {"plan.gpus": 8, "machine.name": "H100 <b>"})
+    path = own_run.path.parent.parent / "report-small.html"
+    assert forescale("report", "small")[0] == 0
+    words = section(path.read_text(), "rehearsal")
+    for fact in (r"on\s+8 H100 <b>", r"peak, GiB\s+3\s+planned peak, GiB\s+4", r"stale\s+no"):
+        assert re.search(fact, words), words
+    assert re.search(r"launches in a step\s+1,234", words)
+    monkeypatch.setattr(certificate, "version", lambda package: "9.9")
+    assert forescale("report", "small")[0] == 0
+    assert re.search(r"stale\s+forescale '.*' -> '9.9'", section(path.read_text(), "rehearsal"))
