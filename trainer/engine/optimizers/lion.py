@@ -37,6 +37,7 @@ class Lion(torch.optim.Optimizer):
                 torch._foreach_sign_(updates)
                 torch._foreach_add_(params, updates, alpha=-rate)
                 torch._foreach_lerp_(momenta, gradients, 1 - beta2)
+                del updates  # before the next ones
         return loss
 
 
