@@ -6,6 +6,8 @@ gradients in place. This costs one more matrix product with the head. On a CPU a
 cache, so this is still faster than the whole for a small vocabulary without compilation; with
 compilation it is 10% to 25% slower (tests/benchmarks/run.py loss). If all targets fit in one chunk,
 the logits are kept and nothing is recomputed. ModelConfig.targets_at_once is the size of a chunk.
+A compiler finds that both passes make the same logits: it keeps those of all chunks, in the
+precision of the weights, and makes none again.
 Softmax and sums are fp32 for every dtype.
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from forescale.models.parallel.groups import TensorGroup
 
+_PRODUCTS = 4  # of the size of the table that are there at once where the loss is compiled
 IGNORE = -100  # marks a position without a target: padding, or a token that has no loss
 
 
@@ -82,6 +85,12 @@ def _index(targets_N: Tensor, rows: int, group: TensorGroup | None) -> tuple[Ten
     return absent_N, targets_N.masked_fill(absent_N, 0)[:, None]
 
 
+@torch.library.custom_op("forescale::settle", mutates_args={"sum_VD"})
+def _settle(sum_VD: Tensor) -> None:
+    """Do nothing, with a sum that the compiler must have computed before. Left alone, it adds the
+    products of all chunks at the end, each of the size of the table."""
+
+
 class _TokenLosses(torch.autograd.Function):
     """Forward and backward, one chunk (C tokens) at a time; can be differentiated once."""
 
@@ -124,9 +133,8 @@ class _TokenLosses(torch.autograd.Function):
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         grad_hidden = []
         rows = (hidden_ND, index_N1, log_z_N, grad_target_N, grad_all_N)
-        for hidden_CD, index_C1, log_z_C, grad_target_C, grad_all_C in zip(
-            *(x.split(ctx.chunk) for x in rows), strict=True
-        ):
+        chunks = zip(*(x.split(ctx.chunk) for x in rows), strict=True)
+        for i, (hidden_CD, index_C1, log_z_C, grad_target_C, grad_all_C) in enumerate(chunks):
             logits_CV = whole
             if whole is None:
                 logits_CV = capped(F.linear(hidden_CD, weight_VD, bias_V), ctx.softcap)
@@ -144,6 +152,8 @@ class _TokenLosses(torch.autograd.Function):
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden.append(grad_CV @ weight_VD)
             if grad_weight_VD is not None:
+                if torch.compiler.is_compiling() and i and i % _PRODUCTS == 0:
+                    _settle(grad_weight_VD)
                 grad_weight_VD += grad_CV.T @ hidden_CD
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0, dtype=torch.float32)

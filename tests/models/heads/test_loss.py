@@ -120,13 +120,14 @@ def test_bf16_loss_is_summed_in_fp32():
 
 
 @pytest.mark.slow  # compiles
-def test_compiled_gradients_are_right_where_the_last_chunk_is_smaller():
+@pytest.mark.parametrize("chunk", [512, 100])  # of more chunks than have products at once too
+def test_compiled_gradients_are_right_where_the_last_chunk_is_smaller(chunk):
     """With kernels that are deterministic, as in training, where torch 2.13's own scatter_add gives
     gradients of 1e8."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     sizes = dict(num_layers=1, width=64, num_heads=4, vocab_size=512, max_sequence_length=192)
-    model = Transformer(ModelConfig(**sizes, loss_chunk=512))
+    model = Transformer(ModelConfig(**sizes, loss_chunk=chunk))
     x, targets = torch.randint(0, 512, (2, 4, 192))
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
