@@ -51,7 +51,8 @@ def batch(engine, step):
     from forescale.data.stream import MicroBatch
 
     micro = [MicroBatch(i, data[i][:, :-1].clone(), data[i][:, 1:].clone()) for i in mine]
-    return SimpleNamespace(step=step, targets=MICRO_BATCHES * size * 2 * LENGTH, micro=micro)
+    total = MICRO_BATCHES * size
+    return SimpleNamespace(step=step, targets=total * 2 * LENGTH, micro=micro, micro_batches=total)
 
 
 def states(cases):

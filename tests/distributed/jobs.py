@@ -38,12 +38,12 @@ def batch(step, rank, size, documents=False):
     targets[0, 0, -7:] = -100  # padding, which one half of the columns has alone
     begins = torch.rand(tokens.shape, generator=generator) < 0.2
     numbers = begins.cumsum(-1).int() if documents else [None] * MICRO_BATCHES
-    part = MICRO_BATCHES // size
     micro = [
         MicroBatch(i, tokens[i], targets[i], numbers[i])
-        for i in range(rank * part, (rank + 1) * part)
+        for i in range(MICRO_BATCHES * rank // size, MICRO_BATCHES * (rank + 1) // size)
     ]
-    return SimpleNamespace(step=step, targets=int((targets != -100).sum()), micro=micro)
+    count = int((targets != -100).sum())
+    return SimpleNamespace(step=step, targets=count, micro=micro, micro_batches=MICRO_BATCHES)
 
 
 def build_job(job, seed=0, divides=True):

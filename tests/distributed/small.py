@@ -49,6 +49,7 @@ class Batch:
     step: int
     targets: int
     micro: list[MicroBatch] = field(default_factory=list)
+    micro_batches: int = 4  # of the step
 
 
 def batch(step: int, rank: int, size: int, micro_batches: int = 4) -> Batch:
@@ -57,10 +58,10 @@ def batch(step: int, rank: int, size: int, micro_batches: int = 4) -> Batch:
     data = torch.randint(0, VOCABULARY, (micro_batches, 2, LENGTH + 1), generator=generator)
     tokens, targets = data[..., :-1].contiguous(), data[..., 1:].clone()
     targets[0, 0, -3:] = -100  # a shard's last window is padded
-    part = micro_batches // size
-    mine = range(rank * part, (rank + 1) * part)
+    mine = range(micro_batches * rank // size, micro_batches * (rank + 1) // size)
     count = int((targets != -100).sum())
-    return Batch(step, count, [MicroBatch(i, tokens[i], targets[i]) for i in mine])
+    micro = [MicroBatch(i, tokens[i], targets[i]) for i in mine]
+    return Batch(step, count, micro, micro_batches)
 
 
 def groups(model: nn.Module, optimizer: str) -> list[dict]:
@@ -126,6 +127,7 @@ def build(
     offload=False,
     seed=0,
     gradients=None,
+    invariant=False,
     **zero,
 ):
     """An engine over all ranks of this process's environment."""
@@ -146,7 +148,7 @@ def build(
     model = Model()
     base = build_optimizer(settings(optimizer), groups(model, optimizer))
     fp32 = mine.adds_in_fp32(size)
-    return Engine(world, model, base, seed=7, clip=clip, fp32_gradients=fp32)
+    return Engine(world, model, base, seed=7, clip=clip, fp32_gradients=fp32, invariant=invariant)
 
 
 def grown(step: int) -> int:

@@ -97,6 +97,7 @@ def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
         module=module,
         names={p: n for n, p in module.named_parameters()},
         layout=Bare(SimpleNamespace(optimizer=optimizer, basic_optimizer=optimizer)),
+        grid=None,
     )
     set_step(new, 0)
     return new

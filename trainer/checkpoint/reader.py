@@ -64,10 +64,12 @@ _StripRow = tuple[str, str, Count, Count, Count, Count, Count]
 
 
 class Counters(TypedDict, total=False):
-    """The state that isn't a tensor. optimizer_steps: by parameter group."""
+    """The state that isn't a tensor. optimizer_steps: by parameter group; bounds: exponents by
+    parameter, of engine/invariant.py."""
 
     optimizer_steps: dict[str, Count]
     loss_scaler: dict[str, AnyNumber | None]
+    bounds: dict[str, int]
 
 
 class Guard(TypedDict):

@@ -96,17 +96,19 @@ class Exactness(NamedTuple):
     sentence: str
 
 
-def exactness(deterministic: bool, on_gpu: bool) -> Exactness:
-    """Return what `train.deterministic` promises on a device; engine/determinism.py keeps it."""
+def exactness(deterministic: bool, on_gpu: bool, invariant: bool = False) -> Exactness:
+    """Return what `train.deterministic` and `train.invariant` promise on a device;
+    engine/determinism.py and engine/invariant.py keep it."""
+    ranks = " on any number of ranks" if invariant else ""
+    promise = f"a resumed run repeats the unbroken one bit for bit{ranks}"
     if not on_gpu:
         too = "" if deterministic else ", with train.deterministic=false too"
-        promise = "on a CPU a resumed run repeats the unbroken one bit for bit"
-        return Exactness(True, f"Exact: {promise}{too}.")
+        return Exactness(True, f"Exact: on a CPU {promise}{too}.")
     if deterministic:
         return Exactness(
             True,
-            "Exact: a resumed run repeats the unbroken one bit for bit, by kernels that always add "
-            "in one order (train.deterministic=true; not yet proven on a GPU).",
+            f"Exact: {promise}, by kernels that always add in one order (train.deterministic=true; "
+            "not yet proven on a GPU).",
         )
     return Exactness(
         False,

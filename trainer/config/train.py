@@ -19,6 +19,7 @@ from forescale.config.sections.batch import ranks_problems
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.engine import MOST_ROUNDED_SUMS, EngineConfig, PrecisionConfig
 from forescale.config.sections.faults import problems as faults_problems
+from forescale.config.sections.invariant import invariant_problems
 from forescale.config.sections.lengths import Lengths
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.lora import problems as lora_problems
@@ -106,12 +107,17 @@ class TrainJob(Lengths, Job):
         """What precision.kind=auto means on the machine that trains."""
         return native_precision()
 
+    def accumulation(self, world_size: int) -> int:
+        """Return how many micro-batches of a step a rank computes, at most."""
+        train = self.train
+        return -(-train.global_batch // (train.micro_batch * self.mesh(world_size).data))
+
     def gradient_dtype(self, world_size: int) -> str:
         """Return the number format in which so many ranks add up their gradients."""
-        groups, dtype = self.mesh(world_size).data, self.engine.gradient_dtype
-        micro_batches = self.train.global_batch // (self.train.micro_batch * groups)
-        adds_many = dtype == "auto" and micro_batches > MOST_ROUNDED_SUMS
-        return "fp32" if dtype == "fp32" or adds_many else self.precision.kind
+        dtype = self.engine.gradient_dtype
+        adds_many = dtype == "auto" and self.accumulation(world_size) > MOST_ROUNDED_SUMS
+        in_fp32 = dtype == "fp32" or adds_many or self.train.invariant
+        return "fp32" if in_fp32 else self.precision.kind
 
     def adds_in_fp32(self, world_size: int) -> bool:
         """Return whether so many ranks add up gradients in fp32 that the model makes in less."""
@@ -197,6 +203,7 @@ class TrainJob(Lengths, Job):
             problem = "multiplies the matrices of our models, and this is a class of your own"
             yield "precision.fp8", problem, "leave it out"
         yield from expert_problems(self, ranks)
+        yield from invariant_problems(self)
         yield from objective_problems(self)
         yield from lora_problems(self)
         yield from length_ramp_conflicts(self)

@@ -74,6 +74,7 @@ class Batch:
     micro: list[MicroBatch]
     shares: dict[str, int]  # targets of the whole step, over all ranks, by source
     window_hash: int  # sum mod 2^64 over this rank's windows; the ranks' sum is the step's
+    micro_batches: int  # of the whole step, over all ranks
     lost: frozenset[LostMember]  # damaged members that this rank met while reading this batch
     quarantine: frozenset[LostMember]  # members treated as damaged on all ranks from this step on
 
@@ -87,17 +88,19 @@ class Batch:
 class StepShare:
     """One rank's share of a step: `global_batch` windows in micro-batches of `micro_batch`.
 
-    Raises UserError if global_batch isn't divisible by micro_batch * world_size.
+    is_even: all ranks must have the same number of these; else some may have one more. Raises
+    UserError if the batch can't be divided so.
     """
 
     global_batch: int
     micro_batch: int
     rank: int = 0
     world_size: int = 1
+    is_even: bool = True
 
     def __post_init__(self) -> None:
-        at_once = self.micro_batch * self.world_size
-        if self.global_batch % at_once:
+        at_once = self.micro_batch * (self.world_size if self.is_even else 1)
+        if self.global_batch % at_once or self.total < self.world_size:
             raise UserError(
                 "train.global_batch",
                 f"{self.global_batch} windows can't be divided into micro-batches of "
@@ -106,13 +109,19 @@ class StepShare:
             )
 
     @property
+    def total(self) -> int:
+        """The micro-batches of the step, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+    @property
     def first(self) -> int:
         """The number of this rank's first micro-batch in the step."""
-        return self.rank * self.count
+        return self.total * self.rank // self.world_size
 
     @property
     def count(self) -> int:
-        return self.global_batch // self.micro_batch // self.world_size
+        """The number of this rank's micro-batches."""
+        return self.total * (self.rank + 1) // self.world_size - self.first
 
     def of(self, intervals: Sequence[Interval]) -> list[Interval]:
         """Return this rank's samples out of a step's."""
@@ -173,6 +182,7 @@ def stream(
             micro=[m.pinned() for m in micro] if pin else micro,
             shares=dict(zip(feed.names, feed.targets(samples).tolist(), strict=True)),
             window_hash=rows.hash,
+            micro_batches=of_step.total,
             lost=rows.lost,
             quarantine=known | rows.lost,
         )

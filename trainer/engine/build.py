@@ -121,7 +121,15 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         use_fp8(model, job.precision.fp8)
     fp32 = job.adds_in_fp32(world.size)
     seed, clip = job.train.seed, job.optimizer.clip
-    return Engine(world, model, optimizer, seed=seed, clip=clip, fp32_gradients=fp32)
+    return Engine(
+        world,
+        model,
+        optimizer,
+        seed=seed,
+        clip=clip,
+        fp32_gradients=fp32,
+        invariant=job.train.invariant,
+    )
 
 
 def device_name(world: World) -> str:

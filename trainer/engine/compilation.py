@@ -39,7 +39,7 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     """Return whether to compile, from `train.compile` and this machine, and what.
 
     A CPU that trains alone compiles the whole model, which makes its steps shorter; all others
-    compile each part, see compile_parts. device: "cpu" or "cuda".
+    compile each part, see compile_parts, and so does train.invariant. device: "cpu" or "cuda".
     Raises UserError if train.compile=on and the machine lacks a compiler, or if nothing is compiled
     that could keep to train.activation_memory_budget.
     """
@@ -65,7 +65,8 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
         raise UserError(
             "train.activation_memory_budget", problem, "leave it out, or train.compile=on"
         )
-    return Compilation(enabled, by_part=world_size > 1 or device != "cpu", budget=budget)
+    by_part = world_size > 1 or device != "cpu" or job.train.invariant
+    return Compilation(enabled, by_part=by_part, budget=budget)
 
 
 def keep_to(budget: float | None) -> None:

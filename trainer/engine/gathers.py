@@ -22,7 +22,7 @@ def take_apart_by_parameter() -> None:
     from deepspeed.runtime.zero import partition_parameters as zero
     from deepspeed.runtime.zero import stage3
 
-    stage3.reduce_scatter_coalesced = _reduce_scattered
+    stage3.reduce_scatter_coalesced = reduce_scattered
     handle, original = zero.AllGatherCoalescedHandle, zero.AllGatherCoalescedHandle.wait
     if original.__module__ == __name__:
         return
@@ -50,14 +50,18 @@ def take_apart_by_parameter() -> None:
     handle.wait = wait
 
 
-def _reduce_scattered(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
-    """Return this rank's part of the mean over the ranks of each tensor, without padding."""
+def reduce_scattered(
+    tensors: Sequence[Tensor], group: Any = None, *, mean: bool = True
+) -> list[Tensor]:
+    """Return this rank's part of the mean over the ranks of each tensor, else of the sum, without
+    padding."""
     from deepspeed import comm
 
     rank, ranks = comm.get_rank(group), comm.get_world_size(group)
     rows = [rows_of(tensor, ranks) for tensor in tensors]
     rows_WN = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
-    rows_WN.div_(ranks)
+    if mean:
+        rows_WN.div_(ranks)
     comm.reduce_scatter_fn(rows_WN[rank], rows_WN.view(-1), group=group)
     parts = rows_WN[rank].split([row.shape[1] for row in rows])
     return [

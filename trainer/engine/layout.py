@@ -60,10 +60,19 @@ class Layout:
         """Yield this rank's units, in an order that never varies."""
         raise NotImplementedError
 
-    def gradients(self) -> Iterator[Tensor]:
+    def parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield the averaged gradient of all elements that this rank owns and counts, times
-        `loss_scale`."""
+        `loss_scale`, with the parameter that each part is of."""
         raise NotImplementedError
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Yield the same without the parameters, possibly several in one."""
+        yield from (gradient for _, gradient in self.parts())
+
+    def sum_over(self, ranks: int) -> None:
+        """Let the gradient be the sum over so many ranks, and not their mean, from now on."""
+        # DeepSpeed takes it for the number of ranks with the same windows, and so divides by 1.
+        self.optimizer.sequence_parallel_size = ranks
 
     def square_sum(self, device, world_size: int) -> Tensor:
         """Return what this rank adds to the sum of squares of the whole gradient (times
@@ -153,9 +162,15 @@ class Replicated(Layout):
             if self.is_muon(unit.group):
                 self.mark(unit.pieces[0].param, unit.master.grad)
 
+    def parts(self):
+        yield from ((p, p.grad) for p in self._params() if p.grad is not None and self.counts(p))
+
     def gradients(self):
-        """Yield the gradients of the forward weights."""
+        """Yield the gradients of the forward weights, also of those that it doesn't count."""
         yield from (p.grad for p in self._params() if p.grad is not None)
+
+    def sum_over(self, ranks):
+        self.engine.sequence_parallel_size = ranks
 
     def square_sum(self, device, world_size):
         """Return the sum of squares, divided by the number of ranks with the same elements."""

@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 
+from forescale.engine.gathers import reduce_scattered
 from forescale.engine.layout import Layout, Piece, Replicated, Unit
 from forescale.engine.optimizers.muon import together
 from forescale.engine.optimizers.spread import Part, update_parts
@@ -81,6 +82,13 @@ def synchronized_by(order: Callable[[], object], target: Any = None) -> Iterator
         yield
     finally:
         del target.synchronize  # the object's: the class has its own
+
+
+def _parts_of(units):
+    """Yield the gradients of units that are flat, see Layout.parts."""
+    for unit in units:
+        if (grad := unit.master.grad) is not None:
+            yield from ((p.param, grad[p.at : p.at + p.size]) for p in unit.pieces)
 
 
 class Bare(Replicated):
@@ -223,16 +231,19 @@ class Zero12(Layout):
         if self.offload:
             o._wait_for_offload_copies()
             yield from (m.grad for m in o.single_partition_of_fp32_groups if m.grad is not None)
+        else:
+            yield from super().gradients()
+
+    def parts(self):
+        if self.offload:
+            self.optimizer._wait_for_offload_copies()
+            yield from _parts_of(self.units())
             return
-        for i, _ in enumerate(o.bit16_groups):
-            if i not in self._held:
-                yield from (g for g in o.averaged_gradients.get(i) or [])
-                continue
-            grads, arguments, _ = self._held[i]
+        for grads, arguments, _ in self._held.values():
             for p, grad in zip(arguments[0], grads, strict=True):
                 if p._hp_mapping is not None and self.counts(p):
                     address = p._hp_mapping.lp_fragment_address
-                    yield grad.reshape(-1)[address.start : address.start + address.numel]
+                    yield p, grad.reshape(-1)[address.start : address.start + address.numel]
 
     def prepare_step(self, factor):
         super().prepare_step(factor)
@@ -326,6 +337,15 @@ class Zero3(Layout):
             self._post(timer_names)
         self._gathering.wait_stream(torch.cuda.current_stream())
 
+    def sum_over(self, ranks):
+        super().sum_over(ranks)
+        self.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._sum_scattered
+
+    def _sum_scattered(self, params, dtype):
+        """Replace `__avg_scatter_grads`: the sum."""
+        group = self.optimizer._get_param_partition_group(params[0])
+        return reduce_scattered([p.grad.to(dtype) for p in params], group, mean=False)
+
     def _update_matrices(self):
         """Replace `_apply_muon_to_accumulated_grads`: the same updates, of matrices that are spread
         over the ranks."""
@@ -381,14 +401,21 @@ class Zero3(Layout):
             yield Unit(self._group(s), master, pieces)
 
     def gradients(self):
+        if self.offload:
+            masters = self.optimizer.fp32_partitioned_groups_flat
+            yield from (m.grad for m in masters if m.grad is not None)
+        else:
+            yield from super().gradients()
+
+    def parts(self):
         o = self.optimizer
         if self.offload:
-            yield from (m.grad for m in o.fp32_partitioned_groups_flat if m.grad is not None)
+            yield from _parts_of(self.units())
             return
         for s, partitions in o.averaged_gradients.items():
             for p, grad in zip(o.fp16_groups[s], partitions, strict=True):
                 if self.counts(p):
-                    yield grad
+                    yield p, grad
 
     def prepare_step(self, factor):
         super().prepare_step(factor)

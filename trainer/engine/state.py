@@ -110,8 +110,8 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
 
 
 def scalars(engine: Engine) -> dict[str, Any]:
-    """Return the state that isn't a tensor: each group's step count, by its name, and an fp16 loss
-    scale.
+    """Return the state that isn't a tensor: each group's step count, by its name, an fp16 loss
+    scale, and the bounds of invariant sums.
 
     The count is the base optimizer's own, which may differ from the run's step.
     """
@@ -120,7 +120,8 @@ def scalars(engine: Engine) -> dict[str, Any]:
         step = layout.base.state.get(unit.master, {}).get("step")
         if step is not None:
             steps[layout.base.param_groups[unit.group]["name"]] = int(step)
-    return {"optimizer_steps": steps, "loss_scaler": _scaler(layout)}
+    bounds = {"bounds": engine.grid.bounds(engine.names)} if engine.grid else {}
+    return {"optimizer_steps": steps, "loss_scaler": _scaler(layout)} | bounds
 
 
 def _scaler_object(layout: Layout) -> Any:
@@ -163,6 +164,8 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
     for held in _untrained(engine, writing=False):
         reader.fill(held)
     layout.after_load()
+    if engine.grid:
+        engine.grid.restore(engine.names, (stored or {}).get("bounds", {}))
     # The loss scale goes from fp16 to fp16 alone: in bf16 a large scale would make gradients wrong,
     # in fp16 a scale of 1.0 would make them vanish.
     scaler = stored["loss_scaler"] if stored is not None else {}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from forescale.engine.compilation import compile_parts, fix_sizes, keep_to, probe_here, reuse_graphs
 from forescale.engine.determinism import set_compiler_mode
+from forescale.engine.invariant import Grid, Sums
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import visible_to_deepspeed
 from forescale.engine.parallel.tensor import Mpu
@@ -68,12 +69,16 @@ class Engine:
         seed: int,
         clip: float | None,
         fp32_gradients: bool = False,
+        invariant: bool = False,
     ):
         self.world, self.seed, self.clip = world, seed, clip
         # At stage 0 in bf16, DeepSpeed makes a step while it is built; at rate 0 nothing moves.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
             group["peak_weight_decay"] = group.get("weight_decay", 0.0)
+            if invariant and world.device.type == "cpu" and "fused" in group:
+                # On a CPU the fused AdamW rounds the last elements of a tensor in another way.
+                group["fused"] = False
         with visible_to_deepspeed(model, optimizer.param_groups):
             self._deepspeed = _under_deepspeed(world, model, optimizer)
         self.module: nn.Module = self._deepspeed.module
@@ -82,6 +87,10 @@ class Engine:
             self.layout.divided_among(world.tensor)
         if not world.tensor.is_main:  # what is not divided, the first rank of the group has too
             self.layout.counts = lambda param: whole_of(param).parts > 1
+        self.grid: Grid | None = None
+        if invariant:
+            self.layout.sum_over(world.states.size)
+            self.grid = Grid(self.module.parameters(), world.device)
         named = self.module.named_parameters()
         self.names: dict[nn.Parameter, str] = {p: stored_name(n) for n, p in named}
         self.mark: Callable[[str], None] = lambda at: None  # receives the place inside a step
@@ -127,10 +136,10 @@ class Engine:
         it returns True, as it must on all ranks alike. before_update: receives the batch and the
         losses before the update.
         """
-        losses = self.backward(batch)
-        self.mark("norm")
-        loss, norm = self.measure(losses, batch.targets)
+        losses, loss, norm, again = self._gradient(batch)
         extra = self.metrics()
+        if self.grid:
+            extra["recomputed"] = float(again)
         if before_update is not None:
             before_update(batch, losses)
         # In fp16, with a loss scale to lower, DeepSpeed handles an overflow, and skips the update.
@@ -147,6 +156,35 @@ class Engine:
         self.has_stepped = True
         return Facts(losses, norm, applied, extra)
 
+    def _gradient(self, batch) -> tuple[Tensor, float, float, int]:
+        """Make the step's gradient. Return the losses of `backward`, what `measure` returns, and
+        how often it was computed again, because it was too large for the units of `grid`."""
+        again = 0
+        while True:
+            losses = self.backward(batch)
+            self.mark("norm")
+            if self.grid is None:
+                return losses, *self.measure(losses, batch.targets), 0
+            sums = self._sums(losses, batch, self.grid)
+            if sums.fits:
+                break
+            self.drop()
+            again += 1
+        if (counters := self._counters()) is not None:
+            self.module.counted(self.world.sum(counters.long()))  # type: ignore[operator]
+        self.layout.norm = sums.norm
+        return losses, sum(sums.losses) / batch.targets, sums.norm, again
+
+    @torch.no_grad()
+    def _sums(self, losses: Tensor, batch, grid: Grid) -> Sums:
+        columns = self.world.sequence  # each of these ranks has losses of its own of a micro-batch
+        slots = losses.new_zeros(batch.micro_batches, columns.size)
+        first = batch.micro[0].index
+        slots[first : first + len(losses), columns.rank] = losses
+        # At stage 0 each of the ranks with the same parameters has the whole gradient of these.
+        once = not self.layout.replicated or self.world.states.is_main
+        return grid.sums(self.layout.parts() if once else (), slots.flatten(), self.world)
+
     def backward(self, batch) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
         each micro-batch, fp32 of shape (n,): 0 where another rank has the same, so that all ranks'
@@ -155,24 +193,37 @@ class Engine:
         if not self.module.training:
             self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
-        scale = self.world.states.size / batch.targets * self.layout.backward_scale
+        ranks = 1 if self.grid else self.world.states.size
+        scale = ranks / batch.targets * self.layout.backward_scale
+        if self.grid:
+            self.grid.begin(batch.micro_batches * self.world.sequence.size)
         if self.disturb is not None:
             scale *= self.disturb(batch.step + 1, self.module)
         if (counters := self._counters()) is not None:
             counters.zero_()
         losses, counts = [], float(self.world.tensor.is_main)
         self._numbers = {}
-        for micro in batch.micro:
+        rounds = -(-batch.micro_batches // self.world.data.size)
+        for i in range(rounds):
+            micro = batch.micro[min(i, len(batch.micro) - 1)]
+            # Some ranks may have a micro-batch less: all take part in the same collectives, so
+            # these compute their last one again, whose gradient then is 0.
+            again = i == len(batch.micro)
+            before = counters.clone() if again and counters is not None else None
             self.seed_for(batch.step, micro.index)
-            last = micro is batch.micro[-1]
-            self._deepspeed.set_gradient_accumulation_boundary(last)
+            self._deepspeed.set_gradient_accumulation_boundary(i == rounds - 1)
             self.mark("forward")
             loss, penalty, numbers = self.combined(self.forward(micro), micro)
             total = loss.sum()
+            self.mark("backward")
+            factor = 0.0 if again else scale
+            self._deepspeed.backward((total + penalty) * factor, scale_wrt_gas=False)
+            if again:
+                if before is not None:
+                    counters.copy_(before)
+                break
             for name, each in numbers.items():
                 self._numbers.setdefault(name, []).append(each.mean())
-            self.mark("backward")
-            self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
             losses.append(total.detach().float() * counts)
         return torch.stack(losses)
 

@@ -175,11 +175,13 @@ class World(Ranks):
         clock = time.monotonic() - self._began if self.is_main else 0.0
         numbers = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), int(failed), clock]
         numbers += [_hash_of(names)] if names else []
+        numbers += [0.0 if torch.is_tensor(value) else value for value in extra.values()]
         # From pinned memory, or the copy would wait for all that the device has to do before it.
         host = torch.tensor(numbers, dtype=torch.float64, pin_memory=self._has_cuda)
         part[count : count + len(numbers)].copy_(host, non_blocking=True)
-        for slot, value in enumerate(extra.values(), count + len(numbers)):
-            part[slot] = value  # a copy on the device: nothing waits for the value
+        for slot, value in enumerate(extra.values(), len(part) - len(names)):
+            if torch.is_tensor(value):
+                part[slot] = value  # a copy on the device: nothing waits for the value
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
         self._pending.append((step, count, self._late_read(part, work)))
 

@@ -105,7 +105,7 @@ class PlanJob(TrainJob):
     @property
     def exactness(self) -> Exactness:
         """What the run promises of its bits on the planned machine."""
-        return exactness(self.train.deterministic, self.on_gpu)
+        return exactness(self.train.deterministic, self.on_gpu, self.train.invariant)
 
     @property
     def on_gpu(self) -> bool:

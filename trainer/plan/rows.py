@@ -132,7 +132,7 @@ def _model(plan: Plan) -> list[Row]:
 def _run(plan: Plan) -> list[Row]:
     job, train, unit = plan.job, plan.job.train, plan.job.objective.unit
     mesh, rows = job.mesh(plan.world), job.objective.rows
-    micro = train.global_batch // (train.micro_batch * mesh.data)
+    micro = job.accumulation(plan.world)
     each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
     grows = f"; {job.batch_ramp}, the batch of the table below" if job.batch_ramp.lengths else ""
     size = f"{train.sequence_length:,}" if rows == 1 else f"{rows} x {train.sequence_length:,}"

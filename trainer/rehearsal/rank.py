@@ -162,7 +162,7 @@ class Rehearsal:
         self._mark("data")
         facts = self.engine.train_step(batch, 1.0)
         self._mark("summary")
-        first, count = batch.micro[0].index, len(batch.micro) * self.world.data.size
+        first, count = batch.micro[0].index, batch.micro_batches
         self.world.share(step, facts.losses, first, count, 0, False, False, facts.extra)
         for _ in self.world.summaries(behind=1):
             pass
@@ -184,7 +184,10 @@ class Rehearsal:
         if job.objective.are_preferences:  # a reference would say which, with values
             bins = whole_rows_of(job, sources, "train")
             references = {n: np.zeros((int(b.counts.sum()), 2), "f4") for n, b in bins.items()}
-        share = StepShare(job.train.global_batch, job.train.micro_batch, fed.rank, fed.size)
+        train = job.train
+        share = StepShare(
+            train.global_batch, train.micro_batch, fed.rank, fed.size, not train.invariant
+        )
         yield from stream(
             feed_of(job, sources, references=references),
             share,
@@ -209,7 +212,8 @@ class Rehearsal:
             documents = torch.zeros(shape, dtype=torch.int32) if job.data.document_mask else None
             micro.append(MicroBatch(first + i, tokens, targets, documents).pinned())
         targets_of_step = shape[0] * shape[1] * len(micro) * self.world.data.size
-        return SimpleNamespace(step=step, targets=targets_of_step, micro=micro)
+        total = len(micro) * self.world.data.size
+        return SimpleNamespace(step=step, targets=targets_of_step, micro=micro, micro_batches=total)
 
     def _after_the_steps(self, micro: Any) -> None:
         """Score a micro-batch, and copy this rank's part of a checkpoint, as a run does."""

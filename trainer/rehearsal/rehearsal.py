@@ -46,7 +46,7 @@ class Rehearsed:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a rank in a rehearsed step."""
-        return _accumulation(self.plan.job)
+        return self.plan.job.accumulation(self.plan.world)
 
     @property
     def problems(self) -> list[Problem]:
@@ -72,7 +72,13 @@ def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehear
     reports = []
     for rank in job.rehearse.ranks:
         request = Request(
-            freeze(job), plan.vocab_size, rank, _accumulation(job), reads, str(built), asdict(gpu)
+            freeze(job),
+            plan.vocab_size,
+            rank,
+            job.accumulation(job.world_size),
+            reads,
+            str(built),
+            asdict(gpu),
         )
         if depths is None:
             reports.append(_rank(request, say))
@@ -82,20 +88,15 @@ def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehear
         )
         times = (cast(int, cast(Any, job.model).num_layers) - depths[1]) / (depths[1] - depths[0])
         reports.append(many if "error" in many else extended(few, many, times))
-    return Rehearsed(beside, _accumulation(whole), depths, reports, time.monotonic() - began)
-
-
-def _accumulation(job: PlanJob) -> int:
-    """Return the micro-batches of a rank in a step."""
-    groups = job.mesh(job.world_size).data
-    return job.train.global_batch // (job.train.micro_batch * groups)
+    accumulation = whole.accumulation(whole.world_size)
+    return Rehearsed(beside, accumulation, depths, reports, time.monotonic() - began)
 
 
 def shortened_job(job: RehearseJob) -> RehearseJob:
     """Return a job with fewer micro-batches in a step, and gradients of the same number format."""
     groups = job.mesh(job.world_size).data
     most = job.rehearse.micro_batches
-    if _accumulation(job) <= most or job.batch_ramp.lengths:
+    if job.accumulation(job.world_size) <= most or job.batch_ramp.lengths:
         return job
     batch = most * groups * job.train.micro_batch
     in_fp32 = job.adds_in_fp32(job.world_size)

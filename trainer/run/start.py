@@ -291,7 +291,8 @@ def numerics(
     guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {
         **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
-        "world_size": world_size,
+        "world_size": "any" if job.train.invariant else world_size,
+        "invariant": job.train.invariant,
         "sequence_parallel": job.engine.sequence_parallel,
         "tensor_parallel": job.engine.tensor_parallel,
         "stage": job.engine.stage,

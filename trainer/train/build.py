@@ -165,7 +165,9 @@ class Builder:
     ) -> Generator[Batch, None, None]:
         job, world = self.job, self.engine.world
         fed, train = world.data, job.train
-        share = StepShare(train.global_batch, train.micro_batch, fed.rank, fed.size)
+        share = StepShare(
+            train.global_batch, train.micro_batch, fed.rank, fed.size, not train.invariant
+        )
         shared = feed.substitute and world.size > 1
 
         def log(sentence: str) -> None:

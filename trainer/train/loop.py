@@ -102,7 +102,7 @@ class _Reporter:
         stop."""
         at, facts = step.position.step, step.facts
         self._pending[at] = step
-        first, count = batch.micro[0].index, len(batch.micro) * self.world.data.size
+        first, count = batch.micro[0].index, batch.micro_batches
         failed = any(callback.failed for callback in self.callbacks)
         # The ranks near each other have the same windows, which count once.
         is_first = self.world.sequence.is_main and self.world.tensor.is_main

@@ -268,7 +268,8 @@ class Trainer:
     def _report_numerics(self, point: ResumePoint) -> None:
         """Report whether the run is bit-exact, and the changes since the checkpoint that end
         that."""
-        promise = exactness(self.job.train.deterministic, self._on_gpu)
+        train = self.job.train
+        promise = exactness(train.deterministic, self._on_gpu, train.invariant)
         self.attempt.event("exactness", exact=promise.holds, what=promise.sentence)
         self._print(promise.sentence)
         checkpoint = point.checkpoint

@@ -90,6 +90,7 @@ def batches(total, first=0):
             shares={"data": 10},
             window_hash=1,
             micro=[SimpleNamespace(index=0)],
+            micro_batches=1,
             quarantine=frozenset(),
         )
 

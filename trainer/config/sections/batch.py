@@ -172,14 +172,17 @@ def batch_ramp_problems(train: "TrainConfig") -> ProblemIterator:
 
 
 def ranks_problems(train: "TrainConfig", mesh: "Mesh") -> Problems:
-    """Return a problem if the batch is no multiple of what the ranks read at once."""
-    name, windows = "global_batch", train.global_batch
-    if train.first_batch and _stages(train) and not windows % (train.micro_batch * mesh.data):
+    """Return a problem if the batch is no multiple of what the ranks read at once; with
+    train.invariant, if it has fewer micro-batches than ranks."""
+    name, windows, at_once = "global_batch", train.global_batch, train.micro_batch * mesh.data
+    if train.first_batch and _stages(train) and (train.invariant or not windows % at_once):
         name, windows = "first_batch", train.first_batch
-    at_once = train.micro_batch * mesh.data
-    if windows % at_once == 0 or windows % train.micro_batch:
+    # With train.invariant some ranks may have a micro-batch less than others.
+    is_shared = windows >= at_once if train.invariant else windows % at_once == 0
+    if is_shared or windows % train.micro_batch:
         return []
     each = f"groups of {mesh.near} ranks" if mesh.near > 1 else "ranks"
     problem = f"{windows} windows don't divide by {mesh.data} {each} that feed"
-    todo = f"make it a multiple of {at_once}, or change train.micro_batch or the ranks"
+    multiple = f"at least {at_once}" if train.invariant else f"a multiple of {at_once}"
+    todo = f"make it {multiple}, or change train.micro_batch or the ranks"
     return [(f"train.{name}", f"{problem} {train.micro_batch} at once", todo)]

@@ -98,6 +98,9 @@ class TrainConfig:
     # flash attention on a GPU: torch: its own kernels; fa3: those of the package flash-attn-3
     # (Hopper); fa4: of flash-attn-4 (Hopper, Blackwell). Exact ones too, if deterministic
     attention_kernel: Literal["torch", "fa3", "fa4"] = key("torch", kind="numerics")
+    # the same losses, norms, weights and moments, to the last bit, on any number of ranks that feed
+    # windows; gradients are rounded to units of which fp32 adds up any number without an error
+    invariant: bool = key(False, kind="numerics")
 
     @property
     def _lengths(self) -> list[str]:

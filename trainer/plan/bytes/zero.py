@@ -45,14 +45,13 @@ class ZeroSettings:
     @classmethod
     def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
         """Return the settings of a job on `world` ranks."""
-        micro_batches = job.train.global_batch // (job.train.micro_batch * job.mesh(world).data)
         config = deepspeed_config(job, world)
         zero, kind = config["zero_optimization"], job.precision.kind
         if job.optimizer.matrices is not None:  # see engine/stages.py
             zero["reduce_scatter"] = True
         gradient = BYTES[job.gradient_dtype(world)]
         sent = BYTES[config.get("communication_data_type") or kind]
-        mesh, rounds = job.mesh(world), max(1, micro_batches)
+        mesh, rounds = job.mesh(world), max(1, job.accumulation(world))
         ranks = mesh.states, world // mesh.experts
         return cls(zero["stage"], BYTES[kind], gradient, sent, *ranks, rounds, zero)
 
