@@ -32,6 +32,7 @@ from forescale.engine.parallel.matrices import Part
 # matrices of 128 x 128 take longer by a third together than one by one, and four take as long.
 _MOST = 1 << 18
 _MOST_ON_GPU = 16 << 20  # whose time for small matrices is that of the launches
+_stacks_on_gpu = True
 
 _STEPS = 5  # Newton-Schulz iterations, with these coefficients (Jordan et al. 2024)
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -61,7 +62,9 @@ class _Matrix(NamedTuple):
     @property
     def in_a_stack(self) -> int:
         """How many of its kind are computed at once."""
-        return max(1, (_MOST_ON_GPU if self.blend.is_cuda else _MOST) // self.bytes)
+        if not self.blend.is_cuda:
+            return max(1, _MOST // self.bytes)
+        return max(1, _MOST_ON_GPU // self.bytes) if _stacks_on_gpu else 1
 
 
 class MuonUpdate:
@@ -111,6 +114,13 @@ class MuonUpdate:
         finally:
             self._waiting = None
         _in_stacks(waiting)
+
+
+def use_stacks_on_gpu(enabled: bool) -> None:
+    """Let matrices share a product on a GPU, or not, from now on: which ones do so depends on the
+    number of ranks, and a stack's product may round in another way than a matrix's."""
+    global _stacks_on_gpu
+    _stacks_on_gpu = enabled
 
 
 def orthogonalise(blends: Sequence[Tensor], method: str) -> None:
