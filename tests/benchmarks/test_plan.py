@@ -1,4 +1,4 @@
-"""The plan's speeds beside 327 published ones, and its parameters and memory of the same jobs."""
+"""The plan's speeds beside 330 published ones, and its parameters and memory of the same jobs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.benchmarks import plan_table
 from tests.benchmarks.published import FITTED, SOURCES, near, read, summary
 
 ROWS = read()
-SOME = ("torchtitan-a100", "trainy", "smollm3")  # A100, fp8, divided matrices: none fitted to
+SOME = ("ibm", "trainy", "nemotron-4")  # eager, fp8, divided matrices: none fitted to
 FEW = ROWS[:225:32]  # always; the others are slow
 FEW += [next(row for row in ROWS if row.source == source) for source in SOME]
 PARAMETERS = {  # as published; the table of positions has a row for each token of a window
@@ -32,7 +32,8 @@ SLOW = pytest.mark.slow
 
 def test_each_row_names_its_source_at_a_commit():
     assert {row.source for row in ROWS} == {name.partition(",")[0] for name in SOURCES}
-    assert all(len(place.split()[1]) == 40 for place in SOURCES.values())
+    places = [place.split() for place in SOURCES.values()]
+    assert all(place[0] == "arXiv" or len(place[1]) == 40 for place in places)
     assert len({replace(row, speed=0.0, fitted=False) for row in ROWS}) >= len(ROWS) - 5
 
 
@@ -41,16 +42,16 @@ def test_a_published_speed_is_predicted(row):
     assert abs(row.error) < 0.15
 
 
-@SLOW  # each of 327 jobs is planned
+@SLOW  # each of 330 jobs is planned
 def test_published_speeds_are_predicted():
     fitted, held_out = ([row for row in ROWS if row.fitted is part] for part in (True, False))
     others = [row for row in ROWS if row.source not in FITTED]
     fp8 = [row for row in held_out if row.fp8 != "none"]
-    assert [len(rows) for rows in (fitted, held_out, others, fp8)] == [102, 225, 46, 23]
+    assert [len(rows) for rows in (fitted, held_out, others, fp8)] == [102, 228, 49, 23]
     for rows, error, within, most in (
-        (fitted, 0.03, 0.94, 0.6),
-        (held_out, 0.035, 0.9, 0.47),
-        (others, 0.11, 0.69, 0.47),
+        (fitted, 0.03, 0.94, 0.62),
+        (held_out, 0.035, 0.93, 0.37),
+        (others, 0.08, 0.77, 0.32),
         (fp8, 0.05, 0.8, 0.32),
     ):
         table = summary(rows)

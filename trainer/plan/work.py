@@ -14,7 +14,7 @@ A roofline with three roofs, none of which hides another:
 And a floor: a micro-batch takes the time in which a host launches its kernels.
 
 The multiples and the efficiencies of conf/machine/h100-sxm and a100-80g are fitted to 102
-published speeds, and judged by 225 others (README.md; `python tests/benchmarks/run.py plan`).
+published speeds, and judged by 228 others (README.md; `python tests/benchmarks/run.py plan`).
 Invariant: imports no torch; a model that is a class of the user's own has no Work.
 """
 
@@ -41,8 +41,8 @@ from forescale.plan.config import MachineConfig
 
 # Bytes of traffic per kept byte of blocks and of the loss: each operation a kernel of its own, and
 # with torch.compile, which fuses neighbours (the loss: written once, read once).
-_EAGER, _COMPILED = (10.7, 4.6), (6.8, 2.0)
-_ROWWISE = 16  # bytes of traffic per value that fp8 multiplies, with a scale for each row
+_EAGER, _COMPILED = (24.0, 10.0), (6.4, 2.0)
+_ROWWISE = 18  # bytes of traffic per value that fp8 multiplies, with a scale for each row
 # Kernels of a block, forward and backward, at least: the first as a rehearsal counts them, of the
 # second 20 products and kernels of attention.
 _EAGER_KERNELS, _COMPILED_KERNELS = 70, 30

@@ -11,7 +11,7 @@ from forescale.plan.bytes.parameters import inventory
 from forescale.plan.config import PlanJob
 from forescale.plan.work import work_of
 
-BLOCKS, LOSS = 10.7, 4.6  # bytes of traffic per kept byte, not compiled
+BLOCKS, LOSS = 24, 10  # bytes of traffic per kept byte, not compiled
 SIZES = ["model=gpt2-124m", "train.steps=10", "train.sequence_length=1024", "schedule.warmup=0"]
 SCORES = 12 * 2 * 768 * 1025  # forward FLOPs of a token: 12 layers, a causal half of the square
 TOKENS = 4 * 1024
@@ -115,7 +115,7 @@ def test_the_matrices_of_blocks_take_half_the_time_in_fp8(again):
     saved = plain.seconds(machine, 1e15) - tensors.seconds(machine, 1e15)
     assert saved == pytest.approx(tensors.fp8 / 2 / 0.5e15)
     values = 12 * 768 * (4 * 2 + 2 * 5)  # inputs and outputs of 4 matrices and of 2 of the MLP
-    assert rows.traffic - plain.traffic == pytest.approx(16 * TOKENS * values * passes)
+    assert rows.traffic - plain.traffic == pytest.approx(18 * TOKENS * values * passes)
 
 
 def test_compiled_code_passes_less_through_the_memory():
