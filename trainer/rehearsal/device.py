@@ -99,8 +99,10 @@ _UNANSWERED = (
     fake_tensor.UnsupportedFakeTensorException,
     fake_tensor.UnsupportedOperatorException,
 )
+# Of torch without a device, and of its compiler, which knows no pretended streams.
 _NO_DEVICE = re.compile(
     r"NVIDIA driver|CUDA error|CUDA support|dummy base|ATen_cuda|'_cuda_|Could not run 'aten"
+    r"|streams::|Expected StreamVariable|has no attribute 'user_object_index'"
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from rich.markup import escape
 
 from forescale.config.schema import plain
-from forescale.ground.console import open_console, span
+from forescale.ground.console import open_console
 from forescale.models.config import ModelConfig
 from forescale.plan.blocks import (
     Block,
@@ -256,7 +256,7 @@ def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
 
 
 def _waits(report: dict[str, Any]) -> Block:
-    rows = [Row("", _end(w["place"]), [w["kind"], w["times"]]) for w in report["waits"]]
+    rows = [Row("", _end(w["place"]), [w["kind"], f"{w['times']:,}"]) for w in report["waits"]]
     after = [] if rows else ["The host never waits for the device."]
     return Block("Waits of the host in a step", rows, ("for", "times"), after=after)
 
@@ -300,9 +300,10 @@ def _parts(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
     ]
     after = [
         f"By the roofline of {machine.name} an operation takes the longer of products and bytes; "
-        f"the plan's law is fitted to speeds. On links the law has {span(step.links)}, of which "
-        f"{span(step.waiting)} are waited for. The host needs "
-        f"{span(_launches(report) * machine.launch)} at {1e6 * machine.launch:.0f} us a launch."
+        f"the plan's law is fitted to speeds. On links the law has {1e3 * step.links:,.2f} ms, "
+        f"of which {1e3 * step.waiting:,.2f} ms are waited for. The host needs "
+        f"{1e3 * _launches(report) * machine.launch:,.2f} ms at {1e6 * machine.launch:.0f} us a "
+        "launch."
     ]
     columns = ("launches", "products", "moved", "ms", "ms by the law")
     return Block("Computation of a step", rows, columns, after=after)
