@@ -265,6 +265,11 @@ def _guesses(plan: Plan) -> list[str]:
             f"{m.attention_efficiency or m.efficiency:.0%} (machine.attention_efficiency); "
             "plan.from_run=NAME measures them"
         )
+    if plan.chosen.step.parts.get("waiting for launches"):
+        guesses.append(
+            f"a host launches a kernel in {m.launch * 1e6:g} us (machine.launch), and the GPU waits "
+            "for it: more tokens at once (train.micro_batch) cost no time"
+        )
     if plan.world > 1:
         links = (
             f"links reach {m.link_efficiency:.0%} of their speed (machine.link_efficiency); a step "

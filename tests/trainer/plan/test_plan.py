@@ -144,6 +144,7 @@ def test_guesses_are_named_with_the_keys_that_set_them(forescale):
     assert guesses("plan.gpus=8", "plan.mfu=0.4", "plan.failures=0") == links | {
         "machine.node_write"
     }
+    assert guesses("machine.launch=1") == every | {"machine.launch"}
 
 
 def test_amounts_have_the_units_that_people_use(forescale):
