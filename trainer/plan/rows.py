@@ -267,8 +267,8 @@ def _guesses(plan: Plan) -> list[str]:
         )
     if plan.chosen.step.parts.get("waiting for launches"):
         guesses.append(
-            f"a host launches a kernel in {m.launch * 1e6:g} us (machine.launch), and the GPU waits "
-            "for it: more tokens at once (train.micro_batch) cost no time"
+            f"a host launches a kernel in {m.launch * 1e6:g} us (machine.launch), and the GPU "
+            "waits for it: more tokens at once (train.micro_batch) cost no time"
         )
     if plan.world > 1:
         links = (
