@@ -101,6 +101,7 @@ class Engine:
         # and the micro-batch: it returns the window losses, (B,), the penalty, and numbers to log.
         self.combine: Callable[..., tuple[Tensor, Any, dict[str, Tensor]]] | None = None
         self._numbers: dict[str, list[Tensor]] = {}  # of the step's micro-batches
+        self._share = 1.0  # of these, this rank's, times the ranks
         self.has_stepped = False  # True once this process has made a step
 
     @property
@@ -203,6 +204,7 @@ class Engine:
             counters.zero_()
         losses, counts = [], float(self.world.tensor.is_main)
         self._numbers = {}
+        self._share = len(batch.micro) * self.world.data.size / batch.micro_batches
         rounds = -(-batch.micro_batches // self.world.data.size)
         for i in range(rounds):
             micro = batch.micro[min(i, len(batch.micro) - 1)]
@@ -247,7 +249,7 @@ class Engine:
         metrics = getattr(type(self.module), "metrics", None)
         numbers = {} if metrics is None else metrics(self.module)
         means: dict[str, float | Tensor] = {
-            name: torch.stack(each).mean() for name, each in self._numbers.items()
+            name: torch.stack(each).mean() * self._share for name, each in self._numbers.items()
         }
         for name, value in numbers.items():
             if isinstance(value, Tensor) and value.numel() == 1:
