@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from tests.matrix import FULL
 
+GPU_WORKERS = 4
+
 # Nothing that is imported and collected is garbage; a collector that looks through it again and
 # again takes a fifth of the time. It begins when all is collected.
 gc.disable()
@@ -30,11 +32,15 @@ _FOREIGN = (
 )
 _OF_TESTS = {
     *("CACHE", "MATRIX", "DRILL", "KILLS", "REPLICATES", "WORDS", "DATA", "CLUSTER", "BROWSER"),
-    *("NEEDS_BROWSER", "NEEDS_CLUSTER", "JOB_KILLS", "FAULTS"),
+    *("NEEDS_BROWSER", "NEEDS_CLUSTER", "JOB_KILLS", "FAULTS", "GPUS"),
 }
+# Tests compute on the CPU; those of tests/gpu use the GPUs that were visible to this process.
+os.environ.setdefault("FORESCALE_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
     if _name.removeprefix("FORESCALE_") not in _OF_TESTS:
         del os.environ[_name]
+if any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for _name in ("FORESCALE_DATA", "FORESCALE_CACHE"):  # tests run in a directory of their own
     if _name in os.environ:
         os.environ[_name] = str(Path(os.environ[_name]).absolute())
@@ -49,9 +55,17 @@ settings.register_profile("ours", deadline=None, max_examples=100 if FULL else 6
 settings.load_profile("ours")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """A worker more than there are cores: tests that wait for a process leave theirs idle."""
-    return len(os.sched_getaffinity(0)) + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker more than there are cores: tests that wait for a process leave theirs idle. But few
+    that share a GPU."""
+    workers = len(os.sched_getaffinity(0)) + 1
+    return min(workers, GPU_WORKERS) if config.option.markexpr == "gpu" else workers
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import the tests of the GPU kit alone, where no others are to run."""
+    is_other = collection_path.is_file() and collection_path.parent.name != "gpu"
+    return True if config.option.markexpr == "gpu" and is_other else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

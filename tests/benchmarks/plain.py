@@ -10,6 +10,9 @@ In fp32 weights are fp32 and nothing is cast or copied; then only the losses of 
 The optimizer is torch's fused AdamW; or torch.optim.Muon, and that AdamW for all but the matrices.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from forescale.config.train import TrainJob
 from forescale.engine.compilation import reuse_graphs
 from forescale.engine.determinism import set_compiler_mode, use_kernels
 from forescale.engine.optim import parameter_groups
+from forescale.engine.step import checked_losses
 from forescale.run.start import open_sources, settle
 from forescale.train.model import build_model
 from tests.benchmarks.training import batches
@@ -27,15 +31,17 @@ from tests.benchmarks.training import batches
 class Plain:
     """The loop over the job's model and batches; called with a number of steps it returns tokens.
 
-    way: "autocast" or "masters".
+    way: "autocast" or "masters". data: batches of a settled job; None: those of its own data.
     """
 
-    def __init__(self, job: TrainJob, way: str):
-        sources = open_sources(job.data)
-        self.job = job = settle(job, sources)
+    def __init__(self, job: TrainJob, way: str, data: Sequence[Any] | None = None):
+        if data is None:
+            sources = open_sources(job.data)
+            job = settle(job, sources)
+            data = batches(job, sources, 64)
+        self.job, self.data = job, data
         use_kernels(job.train.deterministic, torch.cuda.is_available())
-        self.data = batches(job, sources, 64)
-        self.model = build_model(job, sources.vocab_size)
+        self.model = build_model(job, job.model.vocab_size)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.masters: list[Tensor] = list(self.model.parameters())
@@ -81,8 +87,8 @@ class Plain:
             return F.cross_entropy(*flat, ignore_index=-100, reduction="sum")
 
     def _own_loss(self, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        total: Tensor = self.model(tokens_BL, targets_BL).sum()
-        return total
+        losses, penalty = checked_losses(self.model(tokens_BL, targets_BL), len(tokens_BL))
+        return losses.sum() + penalty
 
     def __call__(self, steps: int) -> int:
         tokens = 0

@@ -32,7 +32,7 @@ from tests.benchmarks.processes import share_imports  # noqa: E402
 NAMES = (
     "loop", "memory", "loss", "compile", "plain", "muon", "peer", "startup", "build", "stream",
     "save", "watch", "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
-    "mixers", "generate", "invariant",
+    "mixers", "generate", "invariant", "gpu",
 )  # fmt: skip
 
 
@@ -57,7 +57,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     report = new_report(options.rounds) | {"toy": options.toy}
     print(" | ".join(f"{k} {v}" for k, v in report["machine"].items()), flush=True)
-    for name in options.names or NAMES:
+    every = [name for name in NAMES if name != "gpu" or options.toy or torch.cuda.is_available()]
+    for name in options.names or every:
         began, load = time.monotonic(), os.getloadavg()[0]
         bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
         sizes = bench.TOY if options.toy else bench.REAL

@@ -13,10 +13,11 @@ import pytest
 from forescale.engine.compilation import compiler_missing
 from forescale.models.flops import count
 from forescale.models.mixers import MIXERS
-from tests.benchmarks import bench_loss, bench_mixers, draw_mixers, run
+from tests.benchmarks import bench_gpu, bench_loss, bench_mixers, draw_mixers, run
 from tests.benchmarks.mixers import crossings, model_of
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated, peak_memory
+from tests.gpu.kit import Outcome
 
 
 def test_sides_take_turns_and_warm_up_first():
@@ -88,6 +89,16 @@ def test_a_picture_of_mixers_has_a_line_for_each(tmp_path):
         assert drawn.count(f"stroke: {colour}") >= 4
 
 
+def test_a_part_on_a_gpu_that_crashed_is_a_row_and_a_sentence():
+    job = bench_gpu.Job("big", ())
+    crash = Outcome(None, "its process ended with [-11]:\nillegal address", 3.0)
+    measured = bench_gpu.Measured(job, 0.5, 0.4, {}, crash, {}, [f"ours: {crash.problem}"])
+    device = {"gpu": "H100", "torch": "2", "copy_bytes_per_second": 1e12, "matmul_flops": 1e15}
+    text = bench_gpu.table(device | {"launch_seconds": 5e-6}, [measured])
+    assert "| big | ms | 500.0 |  | failed, see below |  |" in text
+    assert "big: ours: its process ended with [-11]: illegal address" in text
+
+
 def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
     text = (run.ROOT / "tests/README.md").read_text()
     rows = re.findall(r"^\|.*\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE)
@@ -98,7 +109,7 @@ def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
 
 
 @pytest.mark.slow  # 20 benchmarks, most of which train a model
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_each_benchmark_runs_and_prints_finite_numbers(tmp_path):
     names = [name for name in run.NAMES if name != "compile" or compiler_missing() is None]
     words = [*names, "--toy", "--rounds", "1", "--json", "report.json"]
@@ -121,3 +132,4 @@ def test_each_benchmark_runs_and_prints_finite_numbers(tmp_path):
     ranks = {result["name"]: result["facts"]["sizes"] for result in report["ranks"]["results"]}
     assert ranks["files of beats, all nodes"] == [2]
     assert ranks["files of ranks' logs"] == [16]
+    assert "failed" not in (tmp_path / "runs/gpu.md").read_text()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from forescale.config.hardware import capability
 from forescale.engine.compilation import compile_parts
 from forescale.engine.fp8 import fp8_product, use_fp8
 from forescale.models import Transformer
@@ -22,7 +21,6 @@ from tests.models.configs import model_config
 
 RECIPES = ["tensorwise", "rowwise"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-DEVICES = ["cpu", *["cuda"] * ((capability() or (0, 0)) >= (8, 9))]
 
 
 def rounded(x, recipe, dim, dtype=E4M3):
@@ -42,7 +40,7 @@ def operands(device="cpu"):
     return x.requires_grad_(), nn.Parameter(weight), g
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu"])  # tests/gpu calls it on a GPU
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_three_products_are_those_of_rounded_numbers(recipe, device):
     x, weight, g = operands(device)
@@ -73,7 +71,7 @@ def test_the_three_products_are_those_of_rounded_numbers(recipe, device):
     assert 0.034 < (products[0] - plain[0]).norm() / plain[0].norm() < 0.040  # conf/README.md
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_kernels_and_emulation_agree(recipe, device):
     results = []
