@@ -18,9 +18,9 @@ selection repeats every second product. NVIDIA's kernels are fused by hand, and 
 its context parallelism, and that of automodel, counts as sequence_parallel. Pythia's speed is that
 of its GPU hours (Biderman et al. 2023, arXiv 2304.01373), with all that a run does beside steps, in
 fp16. OLMo 2's is from allenai.org/blog/olmo2-32B, SmolLM3's from tzafon.ai/blog/breaking-40k-tokens
-(1,024 and 384 GPUs); the files below have their layout. The hours of Pythia, the speed of OLMo 2
-and the three rows of Nemotron-4 (whose published MFU follows from them) are quoted from memory of
-those pages: no copy of the numbers was at hand. A step of Nemotron-4 is assumed to have its 4
+(1,024 and 384 GPUs); the files below have their layout. The hours of Pythia and the three
+rows of Nemotron-4 (whose published MFU follows from them) are quoted from memory of those papers:
+no copy of the numbers was at hand. A step of Nemotron-4 is assumed to have its 4
 windows of a rank at once.
 """
 
@@ -232,7 +232,7 @@ class Row:
     def job(self, *words: str) -> PlanJob:
         """Return the job as FSDP runs it: no weight is kept whole because it is small, and no part
         of the loss is computed again."""
-        zero = "overlap_comm: true"  # as all sources with ZeRO have it
+        zero = "overlap_comm: true"  # InternEvo and Pythia have it; assumed of the others
         if self.stage == 3:
             zero += ", stage3_param_persistence_threshold: 0"
         if self.stage == 3 and self.gathers == 1:

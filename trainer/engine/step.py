@@ -211,7 +211,7 @@ class Engine:
             # Some ranks may have a micro-batch less: all take part in the same collectives, so
             # these compute their last one again, whose gradient then is 0.
             again = i == len(batch.micro)
-            before = counters.clone() if again and counters is not None else None
+            before = None if counters is None else counters.clone()
             self.seed_for(batch.step, micro.index)
             self._deepspeed.set_gradient_accumulation_boundary(i == rounds - 1)
             self.mark("forward")
@@ -221,7 +221,7 @@ class Engine:
             factor = 0.0 if again else scale
             self._deepspeed.backward((total + penalty) * factor, scale_wrt_gas=False)
             if again:
-                if before is not None:
+                if counters is not None and before is not None:
                     counters.copy_(before)
                 break
             for name, each in numbers.items():
