@@ -59,6 +59,8 @@ class Sizes:
 Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTINGS: tuple[Checkpointing, ...] = get_args(Checkpointing)
 _CPU_CHUNK = 512  # targets
+# Of the size of the table of tokens, that are there at once where the loss is compiled in chunks.
+PRODUCTS_AT_ONCE = 4
 _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shapes the trajectory
 
 

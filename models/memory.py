@@ -6,10 +6,11 @@ whose vocabulary or longest sequence is unknown raises ValueError.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 
-from forescale.models.config import ModelConfig
+from forescale.models.config import PRODUCTS_AT_ONCE, ModelConfig
 from forescale.models.flops import columns_of, in_chunks, layers_of
-from forescale.models.part import Mlp, Rows, copies
+from forescale.models.part import BlockPart, Mlp, Rows, copies
 
 _DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 
@@ -24,11 +25,24 @@ class Activations:
     logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient; kept_logits
     mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
     kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
+    gradients: int = 0  # of a compiled head: of its table and of what it reads
+    within: int | None = None  # what the backward pass of a compiled block adds to `layers`
 
     @property
     def total(self) -> int:
         """Maximum of a step."""
-        return self.layers + self.again + self.head + self.logits + self.mask
+        return max(self.at_head, self.at_block)
+
+    @property
+    def at_head(self) -> int:
+        """Bytes in the backward pass of the head; if nothing is compiled, the maximum."""
+        again = self.again if self.within is None else 0
+        return self.layers + again + self.head + self.logits + self.gradients + self.mask
+
+    @property
+    def at_block(self) -> int:
+        """Bytes in the backward pass of a compiled block."""
+        return self.layers + (self.within or 0) + self.mask
 
     @property
     def saved(self) -> int:
@@ -46,6 +60,9 @@ def activations(
     ranks: int = 1,
     tensor: int = 1,
     budget: float | None = None,
+    compiled: bool = False,
+    experts: int = 1,
+    trained: bool = True,
 ) -> Activations:
     """Return an estimate of the activation memory of one micro-batch, by kind.
 
@@ -62,23 +79,36 @@ def activations(
     tensor: ranks that divide the matrices; then a rank has what is inside a part of its heads and
     channels alone, and the logits of its tokens of the vocabulary.
     budget: the part of what the layers keep beside their inputs, if a compiler chooses it.
-    Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
+    compiled: whether torch's compiler has the blocks and the head, each alone, on a GPU. It keeps
+    what matrices and kernels take, in its own format, and makes again what is elementwise and so
+    costs no memory traffic of its own (torch/_functorch/partitioners.py: solve_min_cut), such as
+    fp32 copies for norms; see BlockPart.compiled_bytes.
+    A compiled block gives the gradients of its weights at its end, all at once. experts: ranks that
+    divide the experts; trained: whether weights have gradients, as they have without adapters.
+    Not included: parameters, gradients, the allocator's fragmentation.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
     config = in_chunks(config, sequence_length // ranks)
     s, b, inner = config.sizes, bytes_per_value, of_tensor(config, tensor)
     rows = s.vocab_size if s.vocab_size % tensor else s.vocab_size // tensor
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
-    norm = rms if config.norm.kind == "rmsnorm" else 4
+    plain = rms if config.norm.kind == "rmsnorm" else 4
+    norm = b if compiled else plain
+    placement = config.norm.placement
     # The part's input, which is a norm's output or the stream itself, and the input of each norm.
-    norms = b + norm * (2 if config.norm.placement == "sandwich" else 1)
+    norms = b + norm * (2 if placement == "sandwich" else 1)
     again = config.activation_checkpointing != "none"
     is_selective = config.activation_checkpointing == "selective"
     source = micro_batch * columns_of(config, 0, sequence_length)
     every, views, attending = layers_of(config), 0, of_rank(inner, ranks)
     layers: list[int] = []  # bytes of each block that is computed
     inputs: list[int] = []  # and of its input
+    within: list[int] = []  # what its compiled backward pass adds
     products = 0  # of all blocks, which selective checkpointing saves
+
+    def of_part(part: BlockPart, config: ModelConfig) -> int:
+        return part.compiled_bytes(config, b) if compiled else part.activation_bytes(config, b, rms)
+
     # The blocks of modules for later tokens are as the last one.
     for n in range(config.num_blocks + config.mtp_layers):
         i = min(n, config.num_blocks - 1)
@@ -87,16 +117,20 @@ def activations(
         layer = count * len(parts) * s.width * (norms + (config.dropout > 0))
         for part in parts.values():
             if isinstance(part, Mlp) and part.is_routed:  # each rank has tokens of its own
-                layer += count * part.activation_bytes(config, b, rms) // tensor
+                layer += count * of_part(part, config) // tensor
             else:
-                layer += count * part.activation_bytes(inner, b, rms)
+                layer += count * of_part(part, inner)
             if is_selective:
                 # What a part writes is as wide as the stream.
                 writes = len(part.writes) * (s.width - inner.sizes.width)
                 products += count * (part.selected_bytes(inner, b) + b * writes)
+        if compiled and placement == "sandwich":  # the streams between parts are made again
+            layer -= count * (len(parts) - 1) * b * s.width
+        if compiled and placement == "pre" and is_selective:  # nothing needs the last result
+            products -= count * b * s.width
         mixer, cross = parts.mixer, parts.cross
         if cross is not None:
-            layer += source * cross.source_bytes(inner, b, rms)
+            layer += source * cross.source_bytes(inner, b, b if compiled else rms)
             products += source * cross.selected_source(inner, b) if is_selective else 0
         if ranks > 1 and mixer.splits_columns:
             # The output as it came back, and copies of keys and values.
@@ -109,6 +143,12 @@ def activations(
             views += view if mixer not in config.mixers[:n] else 0
         layers.append(layer)
         inputs.append(b * s.width * count)
+        # At its beginning the gradients of its output, and of the MLP's widest tensor.
+        streams = 2 * b * s.width * count
+        begin = layer * again + streams + count * of_part(parts.mlp, inner) // 3
+        weights = sum(_weights(part, config, tensor, experts) for part in parts.values())
+        end = streams + trained * b * weights
+        within.append(max(begin, end - layer * (not again)))
     saved = sum(inputs) + products if again else sum(layers)
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.shared_values:
@@ -125,20 +165,43 @@ def activations(
         is_saved = config.norms_stream and not again
         saved += source * s.width * (b + norm * is_saved)
     tokens, dense, heads = count, config.head.kind == "dense", 1 + config.mtp_layers
-    # Both inputs of a module for later tokens before their norms, and joined behind them.
-    saved += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
+    # Both inputs of a module for later tokens before their norms, of which one is a head's input,
+    # and joined behind them.
+    saved += config.mtp_layers * tokens * s.width * ((1 if compiled else 2) * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
     mask = _mask_bytes(attending, Rows(micro_batch, sequence_length, b, masked), fused_norms)
+    logits, gradients = (2 * b + 4) * chunk * rows, 0
+    if compiled:
+        # The gradient of a chunk's logits takes their place. Beside it are products for the table's
+        # gradient, and of many chunks their sum in fp32; of one chunk, after the logits have ended.
+        chunks, hidden = -(-tokens // chunk), b * tokens * s.width
+        table = (
+            (b * min(chunks, PRODUCTS_AT_ONCE) + 4 * (chunks > PRODUCTS_AT_ONCE))
+            * rows
+            * s.width
+            * trained
+        )
+        logits = (1 + (chunks == 1)) * b * chunk * rows
+        gradients = hidden + (table if chunks > 1 else max(0, table - logits))
     chunk_bytes = max(parts.mlp.chunk_bytes(inner, b) for parts in layers_of(inner))
     return Activations(
         layers=saved,
         again=recomputed + micro_batch * (inner.mlp.columns or 0) * chunk_bytes,
-        head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
-        logits=chunk * rows * (2 * b + 4) + (heads - 1) * kept_logits,
+        head=heads * tokens * s.width * (b + norm * config.norms_stream + (plain + 2 * b) * dense),
+        logits=logits + (heads - 1) * kept_logits,
+        gradients=gradients,
+        within=max(within) if compiled else None,
         mask=mask + views,
         kept_logits=heads * kept_logits,
     )
+
+
+def _weights(part: BlockPart, config: ModelConfig, tensor: int, experts: int) -> int:
+    """Return the parameters of a part that a rank has."""
+    cut = part.divided(config) if tensor > 1 else {}
+    ranks = {name: tensor for name in cut} | {name: experts for name in part.stacked}
+    return sum(prod(shape) // ranks.get(name, 1) for name, shape in part.shapes(config).items())
 
 
 def of_rank(config: ModelConfig, ranks: int) -> ModelConfig:

@@ -113,6 +113,11 @@ class BlockPart(Part):
         value of the input of an RMS norm."""
         raise NotImplementedError  # every part has its own
 
+    def compiled_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """Return the bytes that a compiled block saves of one token. By default: the same, but
+        norms keep their inputs as they are, and make the fp32 copies again."""
+        return self.activation_bytes(config, bytes_per_value, bytes_per_value)
+
     def kernel_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
         """Return the bytes of a token's results of an attention kernel, which selective
         checkpointing saves."""

@@ -327,8 +327,8 @@ class Transformer(nn.Module):
         outside of them, whose fp32 copies else stand at the top of the backward pass."""
         inner: list[Any] = [module.block for module in self.mtp]
         if self.embedding.weight.is_cuda:
-            for each in (self, *self.mtp):
-                inner += [norm for norm in (each.embedding_norm, each.norm) if norm is not None]
+            outside = (child for each in (self, *self.mtp) for child in each.named_children())
+            inner += [module for name, module in outside if name.endswith("norm")]
         return [*self.blocks, *inner, self.embedding if self.head is None else self.head]
 
     def counters(self) -> Tensor | None:

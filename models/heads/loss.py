@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forescale.models.config import PRODUCTS_AT_ONCE
 from forescale.models.parallel.groups import TensorGroup
 
-_PRODUCTS = 4  # of the size of the table that are there at once where the loss is compiled
 IGNORE = -100  # marks a position without a target: padding, or a token that has no loss
 
 
@@ -91,6 +91,12 @@ def _settle(sum_VD: Tensor) -> None:
     products of all chunks at the end, each of the size of the table."""
 
 
+def _saves_memory(hidden_ND: Tensor) -> bool:
+    """True where a chunk's logits must end before those of the next begin, though a compiler would
+    keep them: on a GPU. On a CPU time is dearer than memory."""
+    return hidden_ND.is_cuda and torch.compiler.is_compiling()
+
+
 class _TokenLosses(torch.autograd.Function):
     """Forward and backward, one chunk (C tokens) at a time; can be differentiated once."""
 
@@ -106,13 +112,21 @@ class _TokenLosses(torch.autograd.Function):
         group: TensorGroup | None,
     ) -> tuple[Tensor, Tensor]:
         log_z, chosen = [], []
-        for hidden_CD, targets_C in zip(
-            hidden_ND.split(chunk), targets_N.split(chunk), strict=True
-        ):
+        saves_memory, chunks = _saves_memory(hidden_ND), hidden_ND.split(chunk)
+        if saves_memory:
+            # The compiler takes operations that both passes have for one, and would keep all logits
+            # (torch._functorch.config.cse). The backward pass splits, so here are slices.
+            chunks = tuple(hidden_ND[i : i + chunk] for i in range(0, len(hidden_ND), chunk))
+        for hidden_CD, targets_C in zip(chunks, targets_N.split(chunk), strict=True):
             logits_CV = capped(F.linear(hidden_CD, weight_VD, bias_V), softcap)
             absent_C, index_C1 = _index(targets_C, len(weight_VD), group)
             log_z.append(logits_CV.float().logsumexp(-1))
-            chosen.append(logits_CV.gather(1, index_C1)[:, 0].float().masked_fill(absent_C, 0.0))
+            if saves_memory:  # one kernel with the line above, not one of all chunks at the end
+                is_target_CV = torch.arange(len(weight_VD), device=index_C1.device) == index_C1
+                chosen_C = torch.where(is_target_CV, logits_CV.float(), 0.0).sum(-1)
+            else:
+                chosen_C = logits_CV.gather(1, index_C1)[:, 0].float()
+            chosen.append(chosen_C.masked_fill(absent_C, 0.0))
         log_z_N, chosen_N = torch.cat(log_z), torch.cat(chosen)
         if group is not None:
             log_z_N, chosen_N = group.pooled(log_z_N, chosen_N)
@@ -152,7 +166,7 @@ class _TokenLosses(torch.autograd.Function):
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden.append(grad_CV @ weight_VD)
             if grad_weight_VD is not None:
-                if torch.compiler.is_compiling() and i and i % _PRODUCTS == 0:
+                if torch.compiler.is_compiling() and i and i % PRODUCTS_AT_ONCE == 0:
                     _settle(grad_weight_VD)
                 grad_weight_VD += grad_CV.T @ hidden_CD
             if grad_bias_V is not None:

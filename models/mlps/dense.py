@@ -14,6 +14,7 @@ class Dense(Mlp):
     """Matrices `inner` to mlp_width, an activation function, and a matrix back.
 
     saved: the tensors as wide as mlp_width that autograd saves per token.
+    compiled: of them what a compiled block saves: the products, and what the last matrix takes.
     """
 
     # Columns of a row that are computed at once, and again in the backward pass; None: all, and
@@ -22,7 +23,7 @@ class Dense(Mlp):
 
     module = "forescale.models.mlps.dense_module.DenseMLP"
     inner: ClassVar[tuple[str, ...]] = ("up",)
-    saved = 2  # before and after the activation function
+    saved = compiled = 2  # before and after the activation function
     writes = ("down",)
 
     @property
@@ -48,6 +49,9 @@ class Dense(Mlp):
     def activation_bytes(self, config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
         return 0 if self.chunk else self.saved * bytes_per_value * config.sizes.mlp_width
 
+    def compiled_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        return 0 if self.chunk else self.compiled * bytes_per_value * config.sizes.mlp_width
+
     def chunk_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
         return self.saved * bytes_per_value * config.sizes.mlp_width if self.chunk else 0
 
@@ -64,6 +68,7 @@ class Gated(Dense):
 
     inner = ("gate", "up")
     saved = 4  # gate, its activation, up, and the product of the last two
+    compiled = 3
     is_gated = True
 
 
@@ -102,6 +107,10 @@ class ReLU(Dense):
 
     kind = "relu"
     saved = 1  # after the activation: the gradient needs nothing else
+
+    def compiled_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """Return the bytes of the result, and of a mask."""
+        return (bytes_per_value + 1) * config.sizes.mlp_width
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,14 @@ class Experts(Mlp):
         rows = k * (self.capacity or 1.0) * row
         return int(router + pairs + rows) + 4 * b * self.shared * inner
 
+    def compiled_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """Return the same without silu(gate). The router's input in fp32 stands for the norm's
+        output, unless shared experts take this."""
+        s, b, inner = config.sizes, bytes_per_value, self.width(config)
+        rows = self.top_k * (self.capacity or 1.0) + self.shared
+        normed = b * s.width if b < 4 and not self.shared else 0
+        return self.activation_bytes(config, b, b) - int(b * rows * inner) - normed
+
     def selected_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
         """Return the bytes of the router's logits in fp32, of the results of each expert's matrices
         for its rows, and of those of the shared ones."""

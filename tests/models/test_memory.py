@@ -1,11 +1,16 @@
 """Activation bytes against what autograd keeps."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from forescale.engine.compilation import compile_parts
 from forescale.models import Transformer
+from forescale.models.heads import loss
 from forescale.models.memory import activations
 from tests.matrix import FULL
+from tests.models import checks
 from tests.models.checks import saved_bytes
 from tests.models.configs import changed, model_config
 
@@ -102,6 +107,44 @@ def test_activations_are_what_autograd_keeps(change, dtype, documents):
         length, size = config.max_sequence_length, dtype.itemsize
         estimate = activations(config, 2, length, size, documents, fused_norms=False).saved
         assert saved_bytes(config, dtype, documents=documents) == pytest.approx(estimate, rel=0.03)
+
+
+# Parts that a compiler treats in ways of their own; all else it keeps as a matrix's input.
+COMPILED = [
+    dict(),
+    dict(mixer__qk_norm="none", norm="layernorm", mlp="gelu", bias=True, position="learned"),
+    dict(norm__placement="sandwich", mlp="geglu"),
+    dict(norm__placement="residual", mlp="relu"),
+    dict(mixer="latent", mixer__query_rank=48, mlp="relu2", norm__placement="post"),
+    dict(mixer__gate="channel", num_kv_heads=1, loss_chunk=0),
+    dict(mlp="moe"),
+    dict(mlp="moe", mlp__shared=1, mlp__expert_width=64, mlp__scores="sigmoid"),
+    dict(head="dense", mlp="gelu_exact"),
+    dict(encoder_layers=2, source_length=64),
+    dict(mtp_layers=1, activation_checkpointing="full"),
+    dict(activation_checkpointing="selective"),
+]
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("change", COMPILED, ids=str)
+def test_activations_of_a_compiled_model_are_what_its_graphs_keep(change, monkeypatch):
+    """As on a GPU, where the loss keeps the logits of no chunk, and the final norm is compiled."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(loss, "_saves_memory", lambda x: torch.compiler.is_compiling())
+    monkeypatch.setattr(checks, "looked_up", lambda: nullcontext([]))  # the graph keeps these too
+    config = model_config(
+        num_layers=2, width=256, vocab_size=512, max_sequence_length=128, **change
+    )
+    model, x = Transformer(config).bfloat16(), torch.zeros(2, 128, dtype=torch.long)
+    backend = "aot_eager_decomp_partition"  # the graphs are divided as for Inductor
+    compile_parts(model, backend)
+    for name, module in (child for each in (model, *model.mtp) for child in each.named_children()):
+        if name.endswith("norm"):
+            module.forward = torch.compile(module.forward, backend=backend)
+    estimate = activations(config, 2, 128, fused_norms=False, compiled=True).saved
+    size = checks.kept_bytes(model, lambda: checks.objective(model(x, x)))
+    assert size == pytest.approx(estimate, rel=0.03)
 
 
 def test_fused_norms_keep_less():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.models import ModelConfig, Transformer
+from forescale.models.heads import loss
 from forescale.models.heads.loss import IGNORE, window_losses
 
 B, L, D, V = 3, 10, 8, 50
@@ -120,15 +121,21 @@ def test_bf16_loss_is_summed_in_fp32():
 
 
 @pytest.mark.slow  # compiles
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
 @pytest.mark.parametrize("chunk", [512, 100])  # of more chunks than have products at once too
-def test_compiled_gradients_are_right_where_the_last_chunk_is_smaller(chunk):
+def test_compiled_gradients_are_right_where_the_last_chunk_is_smaller(
+    chunk, as_on_a_gpu, monkeypatch
+):
     """With kernels that are deterministic, as in training, where torch 2.13's own scatter_add gives
     gradients of 1e8."""
     torch._dynamo.reset()
+    if as_on_a_gpu:
+        monkeypatch.setattr(loss, "_saves_memory", lambda x: torch.compiler.is_compiling())
     torch.manual_seed(0)
     sizes = dict(num_layers=1, width=64, num_heads=4, vocab_size=512, max_sequence_length=192)
     model = Transformer(ModelConfig(**sizes, loss_chunk=chunk))
     x, targets = torch.randint(0, 512, (2, 4, 192))
+    targets[0, :5] = IGNORE
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

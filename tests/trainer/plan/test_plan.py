@@ -125,7 +125,7 @@ def test_checkpointing_that_is_not_needed_is_noted_and_can_be_switched_off(plann
     assert hints("train.micro_batch=16") == []  # would not fit without
     fix = "model.activation_checkpointing=selective"  # then the cheapest that fits
     assert hints("train.micro_batch=1") == []
-    assert len(hints("train.micro_batch=4")) == 1
+    assert len(hints("train.micro_batch=4", "train.sequence_length=5120")) == 1
 
 
 def test_guesses_are_named_with_the_keys_that_set_them(forescale):

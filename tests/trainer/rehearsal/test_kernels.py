@@ -22,3 +22,23 @@ def test_kernels_of_attention_within_documents_are_assembled_for(machine):
         assert kernel["shared"] <= 232_448
     layers, micro_batches = 2, 2
     assert all(k["runs"] == layers * micro_batches for k in flex)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize(
+    "words",
+    [
+        "recipe=llama-1b model.num_layers=4",
+        "recipe=gpt2-124m model.num_layers=4",
+        "recipe=mixtral-8x7b model.num_layers=2 engine=zero3",
+        "recipe=t5-small",
+        "recipe=depth data.document_mask=true engine=zero2",
+    ],
+)
+def test_the_plan_counts_what_compiled_passes_allocate(words):
+    code, facts, text = rehearsed(*words.split(), "plan.gpus=8", "rehearse.kernels=on")
+    assert code == 0, text
+    (report,), (planned,) = facts["ranks"], facts["planned"]["memory_bytes"]
+    peak = max(report["peaks"]["forward"], report["peaks"]["backward"])
+    assert peak == pytest.approx(planned["most in forward and backward"], rel=0.05)

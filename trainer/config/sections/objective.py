@@ -28,6 +28,7 @@ class ObjectiveConfig:
     shortest: the fewest columns of a row with a target.
     whole: whether rows are whole documents, which a table finds, and no windows.
     rows: how many rows a window becomes.
+    pads: whether rows may have padding, which the model must know of.
     """
 
     kind: ClassVar[str]
@@ -39,6 +40,7 @@ class ObjectiveConfig:
     shortest: ClassVar[int] = 1
     whole: ClassVar[bool] = False
     rows: ClassVar[int] = 1
+    pads: ClassVar[bool] = False
 
     @property
     def are_preferences(self) -> bool:
@@ -78,6 +80,7 @@ class NextTokenConfig(ObjectiveConfig):
 @dataclass
 class MaskedConfig(ObjectiveConfig):
     kind = "masked"
+    pads = True
     builder = "forescale.data.objectives.masked.MaskedTokens"
     sees_both_sides = True
     continues_text = False
@@ -123,6 +126,7 @@ class PrefixConfig(ObjectiveConfig):
 @dataclass
 class PairsConfig(ObjectiveConfig):
     kind = "pairs"
+    pads = True
     builder = "forescale.data.objectives.pairs.Pairs"
     continues_text = False
     source_kind = "prompt"

@@ -53,6 +53,7 @@ class States:
     matrices: int = 0  # of Muon before that, see muon.py
     buckets: int = 0  # communication buffers
     stays: int = 0  # those of gradients and buckets that are there between steps too
+    later: int = 0  # those that are not there yet in the backward pass of the head
     host: int = 0  # in CPU memory, with offload
 
     @property
@@ -144,6 +145,7 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     padded = sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True))
     muon = [gathers(s, g, holders(g, world), n) for g, n in zip(groups, parts, strict=True)]
     stays = sum(each.stays for each in muon)
+    buckets = s.gradient * s.bucket * (2 if s.overlap else 1)
     return States(
         weights=s.size * (padded + trained.num_frozen),
         gradients=s.gradient * trained.num_trained if accumulates else held,
@@ -157,8 +159,9 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
         update=4 * max(parts),
         scratch=4 * max(g.update.scratch * n for g, n in zip(groups, parts, strict=True)),
         matrices=max(each.most for each in muon),
-        buckets=s.gradient * s.bucket * (2 if s.overlap else 1) + stays,
+        buckets=buckets + stays,
         stays=stays,
+        later=0 if accumulates else held + buckets,
     )
 
 
@@ -261,7 +264,10 @@ class Memory:
     @property
     def at_backward(self) -> int:
         """Maximum during forward and backward."""
-        return self.states.backward + (self.activations.total if self.activations else 0)
+        a = self.activations
+        if a is None or a.within is None:
+            return self.states.backward + (a.total if a else 0)
+        return self.states.backward + max(a.at_head - self.states.later, a.at_block)
 
     @property
     def peak(self) -> int:
@@ -283,7 +289,7 @@ class Memory:
             "moments": s.moments,
             "gathered weights": s.gathered,
             "buckets": s.buckets,
-            "activations": a.total - a.logits if a else 0,
+            "activations": self.at_backward - s.backward - a.logits if a else 0,
             "logits": a.logits if a else 0,
             "extra for the update": self.peak - self.at_backward,
             "safety margin": self.margin,
@@ -323,11 +329,14 @@ def activations_of(job: TrainJob, fused_norms: bool = True) -> Activations | Non
         job.rows_at_once,
         job.train.sequence_length,
         BYTES[job.precision.kind],
-        masked=job.data.document_mask or not job.objective.continues_text,
+        masked=job.data.document_mask or job.objective.pads,
         fused_norms=fused_norms,
         ranks=job.engine.sequence_parallel,
         tensor=job.engine.tensor_parallel,
         budget=job.train.activation_memory_budget,
+        compiled=fused_norms and job.train.compile != "off",
+        experts=job.engine.expert_parallel,
+        trained=not job.lora.rank,
     )
 
 
