@@ -53,7 +53,9 @@ def biased_mask(
     distance_B1LS = (queries[..., :, None] - positions[..., None, :]).view(
         -1, 1, queries.shape[-1], positions.shape[-1]
     )
-    slopes_H11 = torch.tensor(slopes(num_heads)[heads], device=positions.device)[:, None, None]
+    # Made on a GPU, they would let the host wait for all that it has to do before.
+    slopes_H = torch.tensor(slopes(num_heads)[heads]).to(positions.device, non_blocking=True)
+    slopes_H11 = slopes_H[:, None, None]
     bias_BHLS = (-slopes_H11 * distance_B1LS).to(dtype)
     visible = distance_B1LS >= 0 if visible_B1LS is None else visible_B1LS
     return bias_BHLS.masked_fill(~visible, -torch.inf)

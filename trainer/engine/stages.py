@@ -448,4 +448,8 @@ class Zero3(Layout):
                 part.data = value.data
         if gathering := o.parameter_offload._DeepSpeedZeRoOffload__allgather_stream:
             gathering.wait_stream(torch.cuda.current_stream())  # else nothing orders it behind
+        for state in self.base.state.values() if o.use_muon else ():
+            if "momentum_buffer" in state:  # in the format in which DeepSpeed makes it
+                momentum = state["momentum_buffer"]
+                state["momentum_buffer"] = momentum.to(o.communication_data_type)
         o.checkpoint_event_epilogue()  # gather the small parameters that stay on every rank
