@@ -37,7 +37,7 @@ ALLOWED = {
     "serving": "models inference",
     "inspection": "pages models data inference",
     "plan": "pages models config data engine run monitor train",
-    "rehearsal": "pages models config data engine run train plan",
+    "rehearsal": "pages models config data engine run resilience checkpoint train plan",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
     "scaling.config": "config",

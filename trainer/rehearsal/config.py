@@ -17,7 +17,9 @@ def has_triton() -> bool:
 
 @dataclass
 class RehearseConfig:
-    ranks: list[int] = key([0], common=True)  # the ranks whose steps are rehearsed, one at a time
+    # the ranks whose steps are rehearsed, one at a time; []: those at the edges of the mesh, which
+    # are the first, the last that divides a model with it, and the last of all
+    ranks: list[int] = key([0], common=True)
     # auto: of a deep model on many ranks two shallow depths, from which those of all layers follow
     layers: Literal["auto", "all"] = "auto"
     # micro-batches of a step at most; what follows them is the same again
@@ -36,6 +38,12 @@ class RehearseJob(PlanJob):
 
     rehearse: RehearseConfig = section(RehearseConfig, kind="free")  # what is rehearsed
 
+    @property
+    def rehearsed_ranks(self) -> list[int]:
+        mesh = self.mesh(self.world_size)
+        edges = {0, max(mesh.near, mesh.experts) - 1, mesh.world - 1}
+        return self.rehearse.ranks or sorted(edges)
+
     def problems(self, world_size: int | None = None) -> Problems:
         problems, machine = super().problems(world_size), self.machine
         if gpu_of(machine.name, machine.memory_bytes or 0, self.per_node) is None:
@@ -52,6 +60,4 @@ class RehearseJob(PlanJob):
             problem = "needs the package triton, which isn't installed"
             todo = "pip install 'forescale[rehearsal]', or write rehearse.kernels=off"
             problems.append(("rehearse.kernels", problem, todo))
-        if not self.rehearse.ranks:
-            problems.append(("rehearse.ranks", "names no rank", "write rehearse.ranks=[0]"))
         return problems

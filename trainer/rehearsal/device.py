@@ -201,6 +201,7 @@ def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
         uuid="pretended",
     )
     torch.version.cuda = torch.version.cuda or "13.0"
+    cuda.default_generators = (torch.default_generator,)
     answers: dict[str, Callable[..., Any]] = {
         **_answering(True, "is_available", "is_initialized", "is_bf16_supported"),
         **_answering(0, "current_device", "_exchange_device", "_maybe_exchange_device"),

@@ -48,7 +48,6 @@ _FUNCTIONAL = {
     "reduce_scatter_tensor": ("reduce_scatter", True),
     "all_to_all_single": ("all_to_all", True),
 }
-_VALUES = {torch.bool: False}
 _SLICE = torch.ops.aten.slice.Tensor
 
 
@@ -82,6 +81,7 @@ class Observer(TorchDispatchMode):
         super().__init__()
         self.waits = waits
         self.phase = "build"
+        self.integer = 0  # what the host reads of integers
         self.live, self._count = 0, 0
         self._living: dict[int, tuple[int, Allocation]] = {}  # by storage: begin
         self.reset()
@@ -136,7 +136,7 @@ class Observer(TorchDispatchMode):
         self.waits.read(tensor)
         if tensor.dtype.is_floating_point:
             return 1.0
-        return _VALUES.get(tensor.dtype, 0)
+        return False if tensor.dtype == torch.bool else self.integer
 
     def _copied(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         source = args[1] if name == "copy_" else args[0]

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from forescale.ground.processes import die_with_parent
@@ -32,7 +31,7 @@ PROGRESS = "rehearsal: "  # what a line of progress on standard error begins wit
 class Request:
     """What a rank rehearses. config: the frozen RehearseJob as text; vocabulary: of the data;
     reads_data: whether its own batches are read; micro_batches: of a step, where they are not;
-    library: see library.py; gpu: the fields of a Gpu."""
+    library: see library.py; gpu: the fields of a Gpu; folder: for the files of its run."""
 
     config: str
     vocabulary: int
@@ -41,6 +40,7 @@ class Request:
     reads_data: bool
     library: str
     gpu: dict[str, Any]
+    folder: str = ""
 
 
 def set_environment(request: Request, world: int) -> None:
@@ -64,13 +64,15 @@ class Rehearsal:
 
     def __init__(self, request: Request):
         from forescale.config.frozen import thaw
+        from forescale.rehearsal.attempt import reduced
         from forescale.rehearsal.config import RehearseJob
         from forescale.rehearsal.device import Waits, pretend
         from forescale.rehearsal.kernels import Kernels
         from forescale.rehearsal.observer import Observer
+        from forescale.resilience.phases import PhaseTimer
 
         self.request = request
-        self.job = thaw(RehearseJob, request.config, trust=True)
+        self.job = reduced(thaw(RehearseJob, request.config, trust=True), request.reads_data)
         self.size = self.job.world_size
         gpu = Gpu(**request.gpu | {"capability": tuple(request.gpu["capability"])})
         self.waits = Waits()
@@ -78,21 +80,35 @@ class Rehearsal:
         self.observer = Observer(self.waits)
         self.kernels = Kernels(gpu, self.observer)
         self.report: dict[str, Any] = {"rank": request.rank, "phase": "start"}
+        self.phases = PhaseTimer("start")
+        self.batch: Any = None  # of the newest step
+        self.phases.hook = lambda: self._mark(self.phases.at)
 
     def run(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        from forescale.rehearsal.attempt import answer_for_others, load_weights, parts_of
+        from forescale.run.start import open_sources
+        from forescale.train.loop import train
+        from forescale.train.resume import Position
+
         self._join()
+        answer_for_others()
         with FakeTensorMode(allow_non_fake_inputs=True), self.observer:
             say("building the engine")
             self._build()
-            batches = self._batches()
-            for step in range(STEPS):
-                batch = next(batches)
-                self._step(step, batch)
-            self.waits.counting = False
-            self._answer()
-            self._after_the_steps(batch.micro[0])
+            if self.job.run.origin.run is not None:
+                self.phases.mark("load")
+                load_weights(self.engine)
+            sources = open_sources(self.job.data) if self.request.reads_data else None
+            folder, vocabulary = Path(self.request.folder), self.request.vocabulary
+            parts = parts_of(self.job, sources, vocabulary, self.engine, self.phases, folder)
+            batches = self._watched(parts.batches if sources else self._batches())
+            callbacks = [parts.metrics, *parts.user_callbacks]
+            rates, never = (lambda step: (1.0, 1.0)), (lambda: False)
+            place = Position(), self.phases, never, parts.guard
+            position, _ = train(self.engine, batches, rates, callbacks, *place)
+            self._after_the_steps(parts, position)
 
     def _mark(self, phase: str) -> None:
         self.observer.phase = phase
@@ -102,7 +118,7 @@ class Rehearsal:
         import torch.distributed as dist
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        self._mark("join")
+        self.phases.mark("join")
         dist.init_process_group(
             "fake", rank=self.request.rank, world_size=self.size, store=FakeStore()
         )
@@ -120,17 +136,20 @@ class Rehearsal:
         from forescale.train.preferences import Comparison
 
         job, size = self.job, self.size
-        self._mark("build")
+        self.phases.mark("build")
         world.set_environment()
         use_kernels(job.train.deterministic, True)
         world.compare_nothing()
         self.world = world.join(deepspeed_config(job, size), size, 60.0, job.mesh(size))
         model = build_model(
-            job, self.request.vocabulary, adapting(job, partition_of(job, self.world))
+            job,
+            self.request.vocabulary,
+            adapting(job, partition_of(job, self.world)),
+            draws=job.run.origin.run is None,
         )
         freeze(job, model)
         self.engine = build_engine(self.world, model, job)
-        self.engine.mark = self._mark
+        self.engine.mark = self.phases.mark
         if isinstance(job.objective, PreferencesConfig):
             self.engine.combine = Comparison(job.objective.beta)
         named = [*self.engine.module.named_parameters(), *self.engine.module.named_buffers()]
@@ -154,55 +173,26 @@ class Rehearsal:
         parts = count(1)
         callback_handler.register_start_callback(lambda _: say(f"compiling, part {next(parts)}"))
 
-    def _step(self, step: int, batch: Any) -> None:
-        say(f"step {step + 1} of {STEPS}")
-        if step == STEPS - 1:
-            self.waits.counting = True
-            self.observer.reset()
-        self._mark("data")
-        facts = self.engine.train_step(batch, 1.0)
-        self._mark("summary")
-        first, count = batch.micro[0].index, batch.micro_batches
-        self.world.share(step, facts.losses, first, count, 0, False, False, facts.extra)
-        for _ in self.world.summaries(behind=1):
-            pass
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches of the steps; count what the last one does, and answer after it."""
+        for step in range(STEPS):
+            say(f"step {step + 1} of {STEPS}")
+            if step == STEPS - 1:
+                self.waits.counting = True
+                self.observer.reset()
+            self.batch = next(batches, self.batch)  # the job may have one step
+            yield self.batch
+        self.waits.counting = False
+        self._answer()
 
     def _batches(self) -> Iterator[Any]:
-        """Yield the job's own batches, or some of the same shapes."""
-        if not self.request.reads_data:
-            yield from (self._batch(step) for step in range(STEPS))
-            return
-        import numpy as np
-
-        from forescale.config.sections.ramp import length_ramp
-        from forescale.data.stream import StepShare, stream
-        from forescale.run.feed import feed_of, whole_rows_of
-        from forescale.run.start import open_sources
-
-        job, fed = self.job, self.world.data
-        sources, references = open_sources(job.data), None
-        if job.objective.are_preferences:  # a reference would say which, with values
-            bins = whole_rows_of(job, sources, "train")
-            references = {n: np.zeros((int(b.counts.sum()), 2), "f4") for n, b in bins.items()}
-        train = job.train
-        share = StepShare(
-            train.global_batch, train.micro_batch, fed.rank, fed.size, not train.invariant
-        )
-        yield from stream(
-            feed_of(job, sources, references=references),
-            share,
-            range(STEPS),
-            0,
-            workers=0,
-            pin=True,
-            length=length_ramp(job).length,
-            windows=job.batch_ramp.windows,
-        )
+        """Yield batches of the shapes of the job's own."""
+        yield from map(self._batch, range(STEPS))
 
     def _batch(self, step: int) -> Any:
         import torch
 
-        from forescale.data.stream import MicroBatch
+        from forescale.data.stream import Batch, MicroBatch
 
         job, micro = self.job, []
         shape = (job.rows_at_once, job.train.sequence_length)
@@ -211,24 +201,32 @@ class Rehearsal:
             tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
             documents = torch.zeros(shape, dtype=torch.int32) if job.data.document_mask else None
             micro.append(MicroBatch(first + i, tokens, targets, documents).pinned())
-        targets_of_step = shape[0] * shape[1] * len(micro) * self.world.data.size
-        total = len(micro) * self.world.data.size
-        return SimpleNamespace(step=step, targets=targets_of_step, micro=micro, micro_batches=total)
+        windows, total = job.train.global_batch, len(micro) * self.world.data.size
+        shares, nothing = {"data": shape[0] * shape[1] * total}, frozenset[Any]()
+        samples = step * windows, (step + 1) * windows
+        return Batch(step, *samples, micro, shares, 0, total, nothing, nothing)
 
-    def _after_the_steps(self, micro: Any) -> None:
-        """Score a micro-batch, and copy this rank's part of a checkpoint, as a run does."""
-        from forescale.engine.portable.fragments import HostCopy
-        from forescale.engine.state import owned_fragments, scalars
+    def _after_the_steps(self, parts: Any, position: Any) -> None:
+        """Evaluate, save, load what was saved, and make a step with it, as a run does."""
+        from forescale.rehearsal.attempt import overflow, resume
+        from forescale.run.directory import Run
 
         self.observer.reset()
-        self._mark("evaluation")
-        self.engine.losses(micro)
-        self._mark("checkpoint")
-        copies = HostCopy().take(owned_fragments(self.engine))
-        scalars(self.engine)
-        peaks = self.report["peaks"] | self.observer.peaks
-        saved = sum(copy.data.nbytes for copy in copies)
-        self.report |= {"phase": "done", "peaks": peaks, "saved_bytes": saved}
+        parts.validation.score(position)
+        if not self.request.reads_data:
+            self.phases.mark("evaluation")
+            self.engine.losses(self.batch.micro[0])
+        say("a save and a load")
+        with self.phases("checkpoint"):
+            parts.checkpoints.save(position)
+        self.phases.mark("load")
+        resume(self.engine)
+        self.engine.train_step(self.batch, 1.0)
+        if self.job.precision.kind == "fp16":
+            overflow(self.engine, self.batch, self.observer)
+        peaks = self.observer.peaks | self.report["peaks"]
+        (saved,) = Run(self.request.folder).read_events(kind="checkpoint_saved")
+        self.report |= {"phase": "done", "peaks": peaks, "saved_bytes": saved["bytes"]}
 
     def _answer(self) -> None:
         observer = self.observer

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, cast
 
 from forescale.config.frozen import freeze
@@ -69,27 +69,22 @@ def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehear
     assert gpu is not None
     reads = beside.sources is not None
     depths = shallow_depths(job)
+    counts = [each.accumulation(each.world_size) for each in (job, whole)]
+    request = Request("", plan.vocab_size, 0, counts[0], reads, str(built), asdict(gpu))
     reports = []
-    for rank in job.rehearse.ranks:
-        request = Request(
-            freeze(job),
-            plan.vocab_size,
-            rank,
-            job.accumulation(job.world_size),
-            reads,
-            str(built),
-            asdict(gpu),
-        )
-        if depths is None:
-            reports.append(_rank(request, say))
-            continue
-        few, many = (
-            _rank(replace(request, config=freeze(with_layers(job, n))), say) for n in depths
-        )
-        times = (cast(int, cast(Any, job.model).num_layers) - depths[1]) / (depths[1] - depths[0])
-        reports.append(many if "error" in many else extended(few, many, times))
-    accumulation = whole.accumulation(whole.world_size)
-    return Rehearsed(beside, accumulation, depths, reports, time.monotonic() - began)
+    for rank in job.rehearsed_ranks:
+        answers = list[dict[str, Any]]()
+        for layers in depths or (None,):
+            config = freeze(job if layers is None else with_layers(job, layers))
+            answers.append(_report(replace(request, rank=rank, config=config), say))
+            if "error" in answers[-1]:
+                break
+        report = answers[-1]
+        if depths is not None and "error" not in report:
+            further = cast(int, cast(Any, job.model).num_layers) - depths[1]
+            report = extended(answers[0], report, further / (depths[1] - depths[0]))
+        reports.append(report)
+    return Rehearsed(beside, counts[1], depths, reports, time.monotonic() - began)
 
 
 def shortened_job(job: RehearseJob) -> RehearseJob:
@@ -105,11 +100,21 @@ def shortened_job(job: RehearseJob) -> RehearseJob:
     return replace(job, train=train, engine=engine)
 
 
+def _report(request: Request, say: Say) -> dict[str, Any]:
+    """Return the report of a rank, also of one whose process has died: the others' are not lost."""
+    try:
+        return _rank(request, say)
+    except UserError as e:
+        error = {"text": e.problem, "todo": e.todo}
+        return {"rank": request.rank, "phase": "rehearsal", "error": error}
+
+
 def _rank(request: Request, say: Say) -> dict[str, Any]:
-    """Return the report of a rank."""
+    """Return the report that a rank's process writes. Raises UserError if it dies."""
     command = [sys.executable, "-P", "-m", "forescale.rehearsal.rank"]
     last = ""
-    with TemporaryFile("w+") as answer:  # a pipe takes 64 KiB, and is read after standard error
+    # A pipe takes 64 KiB, and is read after standard error.
+    with TemporaryDirectory() as folder, TemporaryFile("w+") as answer:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.PIPE, errors="replace"
         )
@@ -117,7 +122,7 @@ def _rank(request: Request, say: Say) -> dict[str, Any]:
         assert process.stderr is not None
         try:
             with suppress(BrokenPipeError):  # its end says more
-                process.stdin.write(json.dumps(asdict(request)))
+                process.stdin.write(json.dumps(asdict(request) | {"folder": folder}))
                 process.stdin.close()
             for line in process.stderr:
                 if line.startswith(PROGRESS):
@@ -146,9 +151,10 @@ def problems_of(report: dict[str, Any]) -> list[Problem]:
     problems, where = [], f"rank {report['rank']}"
     if error := report.get("error"):
         text = shortened(error["text"], 300)
-        text = f"in {report['phase']}, at {error['place']}: {error['kind']}: {text}"
+        if "place" in error:
+            text = f"in {report['phase']}, at {error['place']}: {error['kind']}: {text}"
         text += f" ({error['doubt']})" if error.get("doubt") else ""
-        todo = "mend the line; --json has the whole traceback"
+        todo = error.get("todo", "mend the line; --json has the whole traceback")
         problems.append(Problem(where, text, todo))
     if names := report.get("on_host"):
         text = f"{len(names)} tensors of the model stay on the host, such as {names[0]}"

@@ -80,3 +80,14 @@ class HasNoFakeKernel(Small):
 
     def changed(self, x_BLD):
         return self.gru(x_BLD)[0]
+
+
+class Sees:
+    """A callback, which looks at a loss and a weight."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def see(self, step, summary):
+        assert summary.losses[0] > 0
+        assert next(self.engine.module.parameters()).is_cuda
