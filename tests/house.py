@@ -30,7 +30,7 @@ BANNED = {
 # which lines it looked at.
 BUDGETS = {
     "lines of source": 75_200,
-    "lines of tests": 64_000,
+    "lines of tests": 64_400,
     "lines of the largest room": 14_065,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

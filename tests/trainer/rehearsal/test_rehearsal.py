@@ -169,6 +169,7 @@ def test_waits_launches_and_bytes_of_a_step_stay_below_their_ceilings(case):
 # Statements that only a device runs and no rehearsal does, by file and function.
 REASONS = {
     "models/mixers/masks.py:block_mask": "in a model that is one graph, which none on a GPU is",
+    "trainer/engine/determinism.py:use_flash": "needs the package of FlashAttention 3 or 4",
     "trainer/engine/portable/fragments.py:_room": "where the host has too little memory",
     "trainer/engine/ranks.py:_packed": "what another rank sends is a value",
     "trainer/train/trainer.py:__init__": "its parts are rehearsed, and not the trainer itself",
