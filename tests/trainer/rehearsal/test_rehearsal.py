@@ -210,7 +210,7 @@ def test_adapters_that_learn_do_what_the_plan_says(small_data, tmp_path):
     origin = make_run(small_data, tmp_path, "small", "train.sequence_length=128")
     for name, lines in {"preferences": preferences(), "responses": rows()}.items():
         file = write_rows(tmp_path / f"{name}.jsonl", lines)
-        run = (f"run.name={name}", f"run.root={tmp_path}")
+        run = (f"run.name=after-{name}", f"run.root={tmp_path}")
         words = [*run, f"data={file}", f"data.cache={tmp_path}", "train.global_batch=16"]
         words += ["lora.rank=4", "lora.dropout=0.1", "optimizer=adamw", "prepare_only=true"]
         command = [sys.executable, "-m", "forescale", "finetune", origin.path, *words]
