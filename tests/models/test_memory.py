@@ -116,8 +116,7 @@ COMPILED = [
     dict(norm__placement="sandwich", mlp="geglu"),
     dict(norm__placement="residual", mlp="relu"),
     dict(mixer="latent", mixer__query_rank=48, mlp="relu2", norm__placement="post"),
-    dict(mixer__gate="channel", num_kv_heads=1, loss_chunk=0),
-    dict(mlp="moe"),
+    dict(mlp="moe", mixer__gate="channel", num_kv_heads=1, loss_chunk=0),
     dict(mlp="moe", mlp__shared=1, mlp__expert_width=64, mlp__scores="sigmoid"),
     dict(head="dense", mlp="gelu_exact"),
     dict(encoder_layers=2, source_length=64),
@@ -137,8 +136,7 @@ def test_activations_of_a_compiled_model_are_what_its_graphs_keep(change, monkey
         num_layers=2, width=256, vocab_size=512, max_sequence_length=128, **change
     )
     model, x = Transformer(config).bfloat16(), torch.zeros(2, 128, dtype=torch.long)
-    backend = "aot_eager_decomp_partition"  # the graphs are divided as for Inductor
-    compile_parts(model, backend)
+    compile_parts(model, backend := "aot_eager_decomp_partition")  # divides as Inductor
     for name, module in (child for each in (model, *model.mtp) for child in each.named_children()):
         if name.endswith("norm"):
             module.forward = torch.compile(module.forward, backend=backend)
