@@ -372,6 +372,13 @@ def compare_types(func: Any, args: Any) -> None:
         raise RuntimeError(f"{name} takes tensors of one type, not of {names}")
 
 
+@fake_impls.register_op_impl(lambda func: func.overloadpacket in _OF_ONE_TYPE)
+def _compared(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compare where the compiler traces, too: only there is the line of the model known."""
+    compare_types(func, args)
+    return NotImplemented  # go on as usual
+
+
 _ATEN = torch.ops.aten
 _OF_ONE_TYPE = {  # which of their arguments
     _ATEN.mm: slice(2),

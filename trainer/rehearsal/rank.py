@@ -112,7 +112,8 @@ class Rehearsal:
 
     def _mark(self, phase: str) -> None:
         self.observer.phase = phase
-        self.report["phase"] = phase
+        if sys.exc_info()[0] is None:  # an error leaves the phases that it came through
+            self.report["phase"] = phase
 
     def _join(self) -> None:
         import torch.distributed as dist

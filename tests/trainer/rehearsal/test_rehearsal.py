@@ -235,8 +235,9 @@ def test_two_shallow_depths_tell_all_of_a_deep_model(engine, monkeypatch, capfd)
     assert two["waits"] == all_["waits"]
     for one, other in zip(two["collectives"], all_["collectives"], strict=True):
         assert (one["kind"], one["calls"]) == (other["kind"], other["calls"])
-        # Of stage 3, the weights that are used again while they are there.
-        assert one["bytes"] == pytest.approx(other["bytes"], rel=0.03 if engine == "zero3" else 0)
+        # Of stage 3, the weights that are used again while they are there, and Muon's matrices, of
+        # which some ranks have one more.
+        assert one["bytes"] == pytest.approx(other["bytes"], rel=0.05 if engine == "zero3" else 0)
     # Blocks of 512 bytes, and the parameters that the border of a partition cuts.
     for key in ("between_bytes", "peak_bytes"):
         assert two[key] == pytest.approx(all_[key], rel=0.02)
