@@ -145,10 +145,12 @@ def activations(
         inputs.append(b * s.width * count)
         # At its beginning the gradients of its output, and of the MLP's widest tensor.
         streams = 2 * b * s.width * count
-        begin = layer * again + streams + count * of_part(parts.mlp, inner) // 3
+        repeated = 1.0 if again else 0.0 if budget is None else 1 - budget
+        chunk = micro_batch * (inner.mlp.columns or 0) * parts.mlp.chunk_bytes(inner, b)
+        begin = round(repeated * layer) + chunk + streams + count * of_part(parts.mlp, inner) // 3
         weights = sum(_weights(part, config, tensor, experts) for part in parts.values())
         end = streams + trained * b * weights
-        within.append(max(begin, end - layer * (not again)))
+        within.append(max(begin, end - round((1 - repeated) * layer)))
     saved = sum(inputs) + products if again else sum(layers)
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.shared_values:

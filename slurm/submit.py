@@ -111,6 +111,7 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
     first = slice(largest)  # of several arrays
     queue.expect_accepted(order(plans[first], runs[first], folders[first], profile).script())
     if rehearse is not None and is_due:
+        _refuse_twice(runs[0])
         _rehearse(rehearse, command, jobs[0])
     for note in {described(packages): "" for each in jobs if (packages := own_packages(each))}:
         print(f"Note: {note}")

@@ -1,6 +1,6 @@
 """What a GPU does beside what was computed for it: `plan`'s and the rehearsal's bytes, seconds,
 waits and launches of a step beside the measured ones, and plain PyTorch on the same work; what
-train.deterministic costs; the ten dearest kernels.
+train.deterministic costs; the ten most expensive kernels.
 
 Needs a GPU (`--toy`: none), no data and no network. Writes runs/gpu.md, a table for READMEs, its
 raw numbers as runs/gpu.json, and runs/gpu-trace-JOB.json.gz. Each part is a process with a limit of
@@ -167,7 +167,7 @@ def _of_job(job: Job, outcomes: dict[str, Outcome], rehearsal: Future, machine: 
 
 
 def table(device: dict[str, Any], measured: list[Measured]) -> str:
-    """Return the table in Markdown, and the dearest kernels of each job."""
+    """Return the table in Markdown, and the most expensive kernels of each job."""
     head: _Row = ("job", "a step's", "plan", "rehearsed", "measured", "plain PyTorch")
     rows = [head, ("---",) * len(head)]
     for one in measured:

@@ -111,21 +111,24 @@ def _run(place: str, parts: list[Part], limit: int, whole: int) -> list[Outcome]
         command = [sys.executable, "-P", "-m", "tests.gpu.kit", json.dumps(request)]
         common = environment(place) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        processes = []
-        for rank in map(str, range(ranks)):
-            env = common | {"RANK": rank, "LOCAL_RANK": rank}
-            with open(folder / f"log-{rank}", "wb") as log:
-                how: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": name}
-                # In a session of its own: it is killed with all that it starts.
-                processes.append(subprocess.Popen(command, env=env, start_new_session=True, **how))
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, began + whole - time.monotonic()))
-        is_late = any(process.poll() is None for process in processes)
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        processes: list[subprocess.Popen] = []
+        try:
+            for rank in map(str, range(ranks)):
+                env = common | {"RANK": rank, "LOCAL_RANK": rank}
+                with open(folder / f"log-{rank}", "wb") as log:
+                    how: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                    # In a session of its own: it is killed with all that it starts.
+                    how |= {"env": env, "cwd": name, "start_new_session": True}
+                    processes.append(subprocess.Popen(command, **how))
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, began + whole - time.monotonic()))
+            is_late = any(process.poll() is None for process in processes)
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         codes = [process.returncode for process in processes]
         end = f"took over {limit} s" if is_late else f"ended with {codes}"
         return [_outcome(folder, i, end, time.monotonic() - began) for i in range(len(parts))]

@@ -13,7 +13,7 @@ from tests.gpu.kit import Place
 _WARM = 3  # steps before any is measured: moments, graphs, the allocator's segments
 _WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
-_KERNELS = 10  # the dearest of a step that are listed
+_KERNELS = 10  # the most expensive of a step that are listed
 
 
 def device(at: Place, size: int) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def engine_steps(
     at: Place, words: list[str], steps: int, rounds: int, trace: str = ""
 ) -> dict[str, Any]:
     """Return the seconds of a step, one of each round of `steps`; the bytes of the GPU by phase of
-    one step; waits of the host, launches and the dearest kernels of a profiled one. trace: a file
-    for the trace of the latter."""
+    one step; waits of the host, launches and the most expensive kernels of a profiled one. trace: a
+    file for the trace of the latter."""
     engine = engine_of(at, job_of(at, *words))
     windows = [batch_of(at, engine, step) for step in range(4)]
 
@@ -101,7 +101,7 @@ def _bytes_by_phase(at: Place, engine: Any, make: Any) -> dict[str, int]:
 
 
 def _of_profile(at: Place, profiler: Any, steps: int) -> dict[str, Any]:
-    """Return waits, launches and dearest kernels of a step; on a CPU, its operations."""
+    """Return waits, launches and most expensive kernels of a step; on a CPU, its operations."""
     on_gpu = at.kind == "cuda"
     events = profiler.key_averages()
 

@@ -101,11 +101,12 @@ class StepShare:
     def __post_init__(self) -> None:
         at_once = self.micro_batch * (self.world_size if self.is_even else 1)
         if self.global_batch % at_once or self.total < self.world_size:
+            least = self.micro_batch * self.world_size
             raise UserError(
                 "train.global_batch",
                 f"{self.global_batch} windows can't be divided into micro-batches of "
                 f"{self.micro_batch} for {self.world_size} ranks",
-                f"make it a multiple of {at_once}",
+                f"make it a multiple of {at_once}, {least} at least",
             )
 
     @property

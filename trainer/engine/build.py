@@ -18,7 +18,7 @@ from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.gathers import take_apart_by_parameter
 from forescale.engine.optim import build_optimizer, divided_groups, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
-from forescale.engine.optimizers.orthogonal import use_stacks_on_gpu
+from forescale.engine.optimizers.orthogonal import use_stacks
 from forescale.engine.parallel import experts, tensor
 from forescale.engine.step import Engine
 from forescale.engine.world import World
@@ -112,7 +112,7 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
             group.params.sort(key=shape_of, reverse=True)
     # First, because DeepSpeed imports it for every optimizer.
     use_precision(job.precision.kind)
-    use_stacks_on_gpu(not job.train.invariant)
+    use_stacks(not job.train.invariant)
     optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
     if world.sequence.size > 1:
         among = world.sequence

@@ -103,7 +103,7 @@ def use_flash(kernel: str, on_gpu: bool) -> None:
         raise UserError(where, f"is for a GPU of the kind {gpus}", "leave it out")
     try:
         activate_flash_attention_impl(kernel.upper())
-    except (ImportError, RuntimeError) as e:
+    except (ImportError, RuntimeError, ValueError) as e:
         problem = f"torch can't use the package {package} ({e})"
         raise UserError(where, problem, "install it, or leave the key out") from e
     torch.backends.cuda.enable_cudnn_sdp(False)  # which torch prefers on these GPUs

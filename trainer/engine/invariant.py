@@ -48,7 +48,7 @@ class Grid:
         self.exponents = [_LEAST] * len(self.params)
         self._largest = torch.zeros(len(self.params), device=device)
         self._index = {p: i for i, p in enumerate(self.params)}
-        self._coarser, self._zero = 0, torch.zeros((), device=device)
+        self._coarser = 0
         for i, p in enumerate(self.params):
             p.register_hook(partial(self._rounded, i))
 
@@ -67,7 +67,7 @@ class Grid:
         torch.maximum(largest, most.float(), out=largest)
         # Only round() rounds, also in bf16: products with powers of two are exact. Where it makes
         # -0, the sum is +0: else the sign of a sum of zeros would depend on their number.
-        return self._zero.to(gradient.dtype).add((gradient / unit).round_(), alpha=unit)
+        return (gradient / unit).round_().mul_(unit).add_(0.0)
 
     def sums(
         self, parts: Iterable[tuple[nn.Parameter, Tensor]], losses: Tensor, ranks: Ranks

@@ -15,7 +15,7 @@ from forescale.config.sections.optimizer import OptimizerConfig, Update
 from forescale.ground.errors import UserError
 from forescale.models.parametrization import Factors
 
-WHOLE = 64 << 20
+WHOLE = 64 << 20  # bytes of whole matrices that a rank has at once at stage 3 (spread.py)
 
 
 def decay_multiplier(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -29,7 +29,8 @@ Facts about DeepSpeed that are worked around here:
 - At stage 3, and at 0 in bf16 and fp16, the step computes a norm of its own, only to skip an update
   that isn't finite: the host waits for numbers of each group, at 0 of each gradient. The engine has
   measured the norm. In fp16 at stage 3 DeepSpeed's stays: that one sees Muon's updates.
-- At stage 3 it gathers whole matrices for Muon on all ranks. Ours are spread over them (spread.py).
+- At stage 3 it gathers whole matrices for Muon on all ranks. Ours are spread over them (spread.py),
+  without offload and where no weight has more than three dimensions.
   So Muon's gradients can be scattered there as all others.
 - The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
   orthogonalises only 2-D weights (stage 0).
@@ -46,7 +47,7 @@ import torch
 from forescale.engine.gathers import reduce_scattered
 from forescale.engine.layout import Layout, Piece, Replicated, Unit
 from forescale.engine.optimizers.muon import together
-from forescale.engine.optimizers.spread import Part, update_parts
+from forescale.engine.optimizers.spread import Slice, update_parts
 
 
 def layout_of(engine, fp32_gradients: bool = False) -> Layout:
@@ -350,8 +351,8 @@ class Zero3(Layout):
         """Replace `_apply_muon_to_accumulated_grads`: the same updates, of matrices that are spread
         over the ranks."""
         o = self.optimizer
-        for of, members in groupby(range(len(o.fp16_groups)), self._group):
-            if self.is_muon(of):
+        for index, members in groupby(range(len(o.fp16_groups)), self._group):
+            if self.is_muon(index):
                 sub_groups = [*members]
                 group = o._get_sub_group_process_group(sub_groups[0])
                 update_parts(
@@ -364,7 +365,7 @@ class Zero3(Layout):
                 )
                 o.sub_groups_lacking_loss_scale.update(sub_groups)
 
-    def _parts(self, s: int) -> Iterator[Part]:
+    def _parts(self, s: int) -> Iterator[Slice]:
         """Yield this rank's parts of the matrices of a sub-group."""
         o, master = self.optimizer, self.optimizer.fp32_partitioned_groups_flat[s]
         if "momentum_buffer" not in self.base.state.get(master, {}):
@@ -373,7 +374,7 @@ class Zero3(Layout):
         for p, gradient in zip(o.fp16_groups[s], o.averaged_gradients[s], strict=True):
             _, at, padded = o.grad_position[o.get_param_id(p)]
             size = max(0, min(padded, p.ds_numel - o._get_param_partition_rank(p) * padded))
-            yield Part(p, gradient, momenta[at : at + padded], size)
+            yield Slice(p, gradient, momenta[at : at + padded], size)
 
     def _norm_groups(self):
         """Replace `_get_norm_groups`, whose sum decides alone whether the update is skipped."""

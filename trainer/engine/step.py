@@ -76,13 +76,15 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
             group["peak_weight_decay"] = group.get("weight_decay", 0.0)
-            if invariant and world.device.type == "cpu" and "fused" in group:
-                # On a CPU the fused AdamW rounds the last elements of a tensor in another way.
-                group["fused"] = False
         with visible_to_deepspeed(model, optimizer.param_groups):
             self._deepspeed = _under_deepspeed(world, model, optimizer)
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed, fp32_gradients)
+        if invariant and (world.device.type == "cpu" or getattr(self.layout, "offload", False)):
+            # On a CPU the fused AdamW rounds the last elements of a tensor in another way.
+            for group in self.layout.base.param_groups:
+                if "fused" in group:
+                    group["fused"] = False
         if world.tensor.size > 1:
             self.layout.divided_among(world.tensor)
         if not world.tensor.is_main:  # what is not divided, the first rank of the group has too
@@ -161,8 +163,9 @@ class Engine:
         """Make the step's gradient. Return the losses of `backward`, what `measure` returns, and
         how often it was computed again, because it was too large for the units of `grid`."""
         again = 0
+        disturbance = self.disturb(batch.step + 1, self.module) if self.disturb else 1.0
         while True:
-            losses = self.backward(batch)
+            losses = self.backward(batch, disturbance)
             self.mark("norm")
             if self.grid is None:
                 return losses, *self.measure(losses, batch.targets), 0
@@ -186,23 +189,21 @@ class Engine:
         once = not self.layout.replicated or self.world.states.is_main
         return grid.sums(self.layout.parts() if once else (), slots.flatten(), self.world)
 
-    def backward(self, batch) -> Tensor:
+    def backward(self, batch, disturbance: float = 1.0) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
         each micro-batch, fp32 of shape (n,): 0 where another rank has the same, so that all ranks'
-        sum is that of the step."""
+        sum is that of the step. disturbance: a factor of the gradient, see `disturb`."""
         self.layout.norm = None
         if not self.module.training:
             self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
         ranks = 1 if self.grid else self.world.states.size
-        scale = ranks / batch.targets * self.layout.backward_scale
+        scale = ranks / batch.targets * self.layout.backward_scale * disturbance
         if self.grid:
             self.grid.begin(batch.micro_batches * self.world.sequence.size)
-        if self.disturb is not None:
-            scale *= self.disturb(batch.step + 1, self.module)
         if (counters := self._counters()) is not None:
             counters.zero_()
-        losses, counts = [], float(self.world.tensor.is_main)
+        losses = []
         self._numbers = {}
         self._share = len(batch.micro) * self.world.data.size / batch.micro_batches
         rounds = -(-batch.micro_batches // self.world.data.size)
@@ -210,23 +211,24 @@ class Engine:
             micro = batch.micro[min(i, len(batch.micro) - 1)]
             # Some ranks may have a micro-batch less: all take part in the same collectives, so
             # these compute their last one again, whose gradient then is 0.
-            again = i == len(batch.micro)
-            before = None if counters is None else counters.clone()
+            is_padding = i == len(batch.micro)
+            before = counters.clone() if is_padding and counters is not None else None
             self.seed_for(batch.step, micro.index)
             self._deepspeed.set_gradient_accumulation_boundary(i == rounds - 1)
             self.mark("forward")
             loss, penalty, numbers = self.combined(self.forward(micro), micro)
             total = loss.sum()
             self.mark("backward")
-            factor = 0.0 if again else scale
+            factor = 0.0 if is_padding else scale
             self._deepspeed.backward((total + penalty) * factor, scale_wrt_gas=False)
-            if again:
+            if is_padding:
                 if counters is not None and before is not None:
                     counters.copy_(before)
                 break
             for name, each in numbers.items():
                 self._numbers.setdefault(name, []).append(each.mean())
-            losses.append(total.detach().float() * counts)
+            nats = total.detach().float()
+            losses.append(nats if self.world.tensor.is_main else torch.zeros_like(nats))
         return torch.stack(losses)
 
     def combined(self, output: Any, micro: Any) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:

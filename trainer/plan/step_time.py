@@ -135,7 +135,7 @@ def predict_step_time(
     mesh, parts = job.mesh(world), dict[str, float]()
     of_rank = trained.of_rank(mesh)
     if (work := work_of(job, of_rank.numel, mesh)) is not None:
-        rounds = job.train.global_batch / (job.train.micro_batch * mesh.data)
+        rounds = job.accumulation(world)
         parts = {name: rounds * s for name, s in work.parts(machine, peak).items()}
         computing = sum(parts.values())
     else:
@@ -155,7 +155,7 @@ def update_seconds(
     for group in trained.groups:
         ranks = holders(group, world) if world else 1
         flops = [group.update.flops(p.shape) for p in group.params]
-        # Each matrix is orthogonalised on one rank.
+        # Each matrix is orthogonalised on one rank (but on each with an offloaded optimizer).
         seconds = max(sum(flops) / ranks, max(flops)) / (peak * machine.efficiency)
         if machine.memory_bandwidth is not None:
             size = sum(p.numel for p in group.params) * (_UPDATE + _MOMENT * group.update.moments)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from forescale import models
 from forescale.plan.gpu import Gpu
 
 _KERNELS = torch.library.Library("aten", "IMPL", "CUDA")  # what it registers ends with it
@@ -85,8 +86,18 @@ def _nodes(name: str, line: int) -> str:
     return ""
 
 
+# Of an editable installation our packages lie beside each other.
+_FOLDERS = {
+    os.path.dirname(models.__file__): "forescale/models",
+    os.path.dirname(_HERE): "forescale",
+}
+
+
 def shorter(name: str) -> str:
     """Return the path of a file from its package on, or from this directory."""
+    for folder, package in _FOLDERS.items():
+        if name.startswith(f"{folder}/"):
+            return f"{package}{name.removeprefix(folder)}"
     for top in (f"{_PACKAGES}/", "site-packages/", "dist-packages/"):
         if top in name:
             return name.rpartition(top)[2]

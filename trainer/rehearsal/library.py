@@ -34,9 +34,10 @@ def library() -> Path:
     built = cache_directory() / "rehearsal" / f"pretended-{digest}.so"
     if built.exists():
         return built
-    chosen, *options = shlex.split(os.environ.get("CXX", "")) or [
-        ""
-    ]  # or with a launcher: ccache g++
+    try:  # also with a launcher, such as ccache g++
+        chosen, *options = shlex.split(os.environ.get("CXX", "")) or [""]
+    except ValueError as e:
+        raise UserError("CXX", f"can't be read ({e})", "quote it as for a shell") from None
     names = (chosen,) if chosen else _COMPILERS
     compiler = next((path for name in names if (path := shutil.which(name))), None)
     if compiler is None:

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,8 @@ class Rehearsal:
             if step == STEPS - 1:
                 self.waits.counting = True
                 self.observer.reset()
-            self.batch = next(batches, self.batch)  # the job may have one step
+            batch = next(batches, None)  # the job may have one step
+            self.batch = batch or replace(self.batch, step=step)
             yield self.batch
         self.waits.counting = False
         self._answer()
@@ -213,7 +214,7 @@ class Rehearsal:
         from forescale.run.directory import Run
 
         self.observer.reset()
-        parts.validation.score(position)
+        parts.validation.score(replace(position, step=0))  # after the last step it takes all text
         if not self.request.reads_data:
             self.phases.mark("evaluation")
             self.engine.losses(self.batch.micro[0])

@@ -114,7 +114,7 @@ def _rank(request: Request, say: Say) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "forescale.rehearsal.rank"]
     last = ""
     # A pipe takes 64 KiB, and is read after standard error.
-    with TemporaryDirectory() as folder, TemporaryFile("w+") as answer:
+    with TemporaryDirectory(prefix="forescale-") as folder, TemporaryFile("w+") as answer:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.PIPE, errors="replace"
         )
@@ -132,6 +132,7 @@ def _rank(request: Request, say: Say) -> dict[str, Any]:
             code = process.wait()
         finally:
             process.kill()
+            process.wait()  # or it may still write into the folder
         answer.seek(0)
         text = answer.read()
     if code == -signal.SIGKILL:

@@ -138,6 +138,8 @@ def limits(rehearsed: Rehearsed) -> list[str]:
 
 def _summary(rehearsed: Rehearsed, report: dict[str, Any]) -> str:
     rank, world = report["rank"], rehearsed.plan.world
+    if "error" in report and "place" not in report["error"]:
+        return f"Rank {rank} of {world:,} was not rehearsed: its process ended."
     if "error" in report:
         return f"Rank {rank} of {world:,} would fail in its {report['phase']}."
     how = "uncompiled"
@@ -281,6 +283,9 @@ def _part(operation: dict[str, Any]) -> str:
     name = operation["name"]
     if operation["phase"] in ("norm", "update"):
         return "update"
+    # Inductor's elementwise kernels have the names of what is around them, too.
+    if name.startswith(("triton_poi", "triton_red", "triton_per")):
+        return "rest"
     if "dot_product" in name or "flex_attention" in name:
         return "attention"
     return "products" if operation["flops"] or "_mm" in name else "rest"

@@ -302,6 +302,7 @@ def numerics(
         "micro_batch": job.train.micro_batch,
         "compiled": compiled,
         "activation_memory_budget": job.train.activation_memory_budget,
+        "attention_kernel": job.train.attention_kernel,
         "mlp_chunk": job.model.mlp.columns if isinstance(job.model, ModelConfig) else None,
         "offload": job.engine.offload_optimizer or job.engine.offload_parameters,
         "deepspeed": job.engine.deepspeed,

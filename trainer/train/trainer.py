@@ -62,6 +62,8 @@ class Trainer:
         start = self.world.main_first(lambda: self._start(job))
         self.run, self.job, self.sources = start.run, start.job, start.sources
         use_kernels(self.job.train.deterministic, self._on_gpu)
+        if self.job.train.invariant and not self._on_gpu:
+            torch.set_num_threads(1)  # a product adds in an order that depends on its threads
         use_flash(self.job.train.attention_kernel, self._on_gpu)
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
         attempt = os.environ.get(ATTEMPT)  # made by our launcher; other launchers don't

@@ -65,7 +65,8 @@ def problems_of_job(words: list[str]) -> tuple[list[Problem], str]:
     if plan.problems:
         raise ConfigError(plan.problems)
     rehearsed = rehearse(plan, partial(Plan, newest=newest_step), say)
-    if any(report.get("error", {}).get("doubt") for report in rehearsed.reports):
+    errors = [report["error"] for report in rehearsed.reports if "error" in report]
+    if any("place" not in e or e.get("doubt") for e in errors):  # a process died, or values decide
         raise ConfigError(rehearsed.problems)
     if rehearsed.problems:
         return rehearsed.problems, ""

@@ -64,8 +64,6 @@ def main(words: list[str]) -> int:
     if restore(job, print):
         job = job_of(TrainJob, overrides_of(TrainJob, words))  # over its config, as for any run
     processes = local_ranks(job)
-    if job.train.invariant:  # a product on a CPU adds in an order that depends on its threads
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     check(job, processes)
     for note in (*from_run, *job.notes()):
         print(f"Note: {note}")

@@ -77,9 +77,8 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "objective._target_=forescale.data.objective.NextToken optimizer=own "
     "optimizer._target_=torch.optim.AdamW callbacks=[{_target_:planted.Sees}]",
 }
-DEVICE_LINES = (
-    TemporaryDirectory()
-)  # what the processes of rehearsals note (lines/sitecustomize.py)
+# What the processes of rehearsals note (lines/sitecustomize.py).
+DEVICE_LINES = TemporaryDirectory()
 
 
 def words_of(case: str) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ def invariant_problems(job: "TrainJob") -> ProblemIterator:
         problem = "rounds what each rank has added up"
         name = "engine.deepspeed.zero_optimization.zero_quantized_gradients"
         yield name, problem, f"leave it out, {without}"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if isinstance(zero, dict) and zero.get(key):
+            problem = "rounds weights in groups that depend on the ranks"
+            name = f"engine.deepspeed.zero_optimization.{key}"
+            yield name, problem, f"leave it out, {without}"
     if "gradient_predivide_factor" in engine.deepspeed:
         problem = "divides gradients whose sums are exact"
         yield "engine.deepspeed.gradient_predivide_factor", problem, f"leave it out, {without}"

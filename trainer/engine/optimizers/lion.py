@@ -44,12 +44,13 @@ class Lion(torch.optim.Optimizer):
 def _together(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the parameters in lists that have no more elements than the largest one has: so their
     updates need no more memory than its update does."""
-    most, run = max((p.numel() for p in params), default=0), list[Tensor]()
+    most, run, size = max((p.numel() for p in params), default=0), list[Tensor](), 0
     for p in params:
-        if run and sum(each.numel() for each in run) + p.numel() > most:
+        if run and size + p.numel() > most:
             yield run
-            run = []
+            run, size = [], 0
         run.append(p)
+        size += p.numel()
     if run:
         yield run
 

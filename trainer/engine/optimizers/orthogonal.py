@@ -2,7 +2,8 @@
 
 DeepSpeed orthogonalises one matrix after the other, and of small ones the calls take a good part of
 the time. Here matrices of one shape are one product of a stack.
-Invariant: on a CPU the updates are the same to the bit, however many matrices share a stack. The
+Invariant: on a CPU the updates in fp32 are the same to the bit, however many matrices share a stack
+(in bf16 tiny ones may differ; with train.invariant none share one). The
 momenta are DeepSpeed's own to the bit; so are the updates of method "gram". Those of "standard" are
 its own but for rounding, of which they have less: each sum is part of the product before it.
 
@@ -32,7 +33,7 @@ from forescale.engine.parallel.matrices import Part
 # matrices of 128 x 128 take longer by a third together than one by one, and four take as long.
 _MOST = 1 << 18
 _MOST_ON_GPU = 16 << 20  # whose time for small matrices is that of the launches
-_stacks_on_gpu = True
+_stacks = True
 
 _STEPS = 5  # Newton-Schulz iterations, with these coefficients (Jordan et al. 2024)
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -62,9 +63,8 @@ class _Matrix(NamedTuple):
     @property
     def in_a_stack(self) -> int:
         """How many of its kind are computed at once."""
-        if not self.blend.is_cuda:
-            return max(1, _MOST // self.bytes)
-        return max(1, _MOST_ON_GPU // self.bytes) if _stacks_on_gpu else 1
+        most = _MOST_ON_GPU if self.blend.is_cuda else _MOST
+        return max(1, most // self.bytes) if _stacks else 1
 
 
 class MuonUpdate:
@@ -116,11 +116,11 @@ class MuonUpdate:
         _in_stacks(waiting)
 
 
-def use_stacks_on_gpu(enabled: bool) -> None:
-    """Let matrices share a product on a GPU, or not, from now on: which ones do so depends on the
+def use_stacks(enabled: bool) -> None:
+    """Let matrices share a product, or not, from now on: which ones do so depends on the
     number of ranks, and a stack's product may round in another way than a matrix's."""
-    global _stacks_on_gpu
-    _stacks_on_gpu = enabled
+    global _stacks
+    _stacks = enabled
 
 
 def orthogonalise(blends: Sequence[Tensor], method: str) -> None:

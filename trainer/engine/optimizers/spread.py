@@ -19,7 +19,7 @@ from forescale.engine.optim import shape_of, waves
 from forescale.engine.optimizers.orthogonal import orthogonalise
 
 
-class Part(NamedTuple):
+class Slice(NamedTuple):
     """A rank's part of a matrix: as many elements as any rank has, of which the first `size` are
     of the matrix. gradient: becomes the update."""
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 def update_parts(
-    parts: Sequence[Part],
+    parts: Sequence[Slice],
     group: Any,
     beta: float,
     method: str,
@@ -54,9 +54,9 @@ def update_parts(
         torch._foreach_lerp_(values, momenta, beta)  # Nesterov's momentum
         sizes = [len(blend) for blend in blends]
         of_ranks = [sum(len(parts[i].gradient) for i in of_rank) for of_rank in wave]
-        local, mine = torch.cat(blends), of_ranks[rank]
-        rows_WN = local.new_empty(ranks, mine)
-        _exchange(rows_WN.view(-1), local, [mine] * ranks, of_ranks, group)
+        local, elements = torch.cat(blends), of_ranks[rank]
+        rows_WN = local.new_empty(ranks, elements)
+        _exchange(rows_WN.view(-1), local, [elements] * ranks, of_ranks, group)
         columns = rows_WN.split([len(parts[i].gradient) for i in wave[rank]], dim=1)
         wholes = []
         for i, parts_WN in zip(wave[rank], columns, strict=True):
@@ -66,7 +66,7 @@ def update_parts(
         orthogonalise(wholes, method)
         if wholes:
             rows_WN = torch.cat([rows_of(whole, ranks) for whole in wholes], dim=1)
-        _exchange(local, rows_WN.view(-1), of_ranks, [mine] * ranks, group)
+        _exchange(local, rows_WN.view(-1), of_ranks, [elements] * ranks, group)
         torch._foreach_copy_([part.gradient for part in order], [*local.split(sizes)])
 
 

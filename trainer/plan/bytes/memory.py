@@ -109,6 +109,7 @@ def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = Non
             update=0,
             scratch=0,
             held=0,
+            later=max(0, of_rank.later - of_rank.held),  # the buckets alone
             gradients=largest,
             stays=of_rank.stays + largest if s.stage < 3 else of_rank.buckets,
             host=of_rank.host + of_rank.masters + of_rank.moments + gradients,
@@ -282,6 +283,7 @@ class Memory:
     def rows(self) -> dict[str, int]:
         """Return the bytes by kind; the kinds add up to `total`."""
         s, a = self.states, self.activations
+        logits = min(a.logits, self.at_backward - s.backward) if a else 0
         return {
             "weights": s.weights + s.resident,
             "gradients": s.gradients,
@@ -289,8 +291,8 @@ class Memory:
             "moments": s.moments,
             "gathered weights": s.gathered,
             "buckets": s.buckets,
-            "activations": self.at_backward - s.backward - a.logits if a else 0,
-            "logits": a.logits if a else 0,
+            "activations": self.at_backward - s.backward - logits if a else 0,
+            "logits": logits,
             "extra for the update": self.peak - self.at_backward,
             "safety margin": self.margin,
             "driver and libraries": self.reserved,
