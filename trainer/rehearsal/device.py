@@ -383,13 +383,6 @@ def compare_types(func: Any, args: Any) -> None:
         raise RuntimeError(f"{name} takes tensors of one type, not of {names}")
 
 
-@fake_impls.register_op_impl(lambda func: func.overloadpacket in _OF_ONE_TYPE)
-def _compared(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Compare where the compiler traces, too: only there is the line of the model known."""
-    compare_types(func, args)
-    return NotImplemented  # go on as usual
-
-
 _ATEN = torch.ops.aten
 _OF_ONE_TYPE = {  # which of their arguments
     _ATEN.mm: slice(2),
@@ -407,6 +400,13 @@ _OF_ONE_TYPE = {  # which of their arguments
     _ATEN.index_put_: slice(0, 3, 2),
     _ATEN.binary_cross_entropy: slice(2),
 }
+
+
+@fake_impls.register_op_impl(lambda func: func.overloadpacket in _OF_ONE_TYPE)
+def _compared(mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compare where the compiler traces, too: only there is the line of the model known."""
+    compare_types(func, args)
+    return NotImplemented  # go on as usual
 
 
 def _swap(a: Any, b: Any) -> None:
