@@ -9,10 +9,12 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = Path(find_spec("forescale").origin).parent  # type: ignore[union-attr, arg-type]
 NAMES = re.compile(
     r"is_cuda|has_cuda|on_gpu|\bcuda\b|pin_memory|\.pinned\(|non_blocking|\bStream\b|nccl|"
     r"(current|wait|record|default)_stream\(|current_device|fits_flex|\bflex\(|, BlockMask\)"
@@ -35,6 +37,12 @@ class Statement(NamedTuple):
     @property
     def place(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.function or 'module'}"
+
+    @property
+    def imported(self) -> str:
+        """The file that processes import, which an installation has elsewhere."""
+        top, *rest = self.path.relative_to(ROOT).parts
+        return str(Path(PACKAGE, *([] if top == "trainer" else [top]), *rest).resolve())
 
 
 def _header(node: ast.stmt) -> list[ast.AST]:

@@ -95,7 +95,7 @@ def rehearsed(*words: str) -> tuple[int, dict, str]:
     if not noted.exists():
         lines: dict[str, list[int]] = {}
         for statement in device_statements():
-            lines.setdefault(str(statement.path), []).append(statement.line)
+            lines.setdefault(statement.imported, []).append(statement.line)
         noted.write_text(json.dumps(lines))
     path = os.pathsep.join([str(HERE / "lines"), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": path, "DEVICE_LINES": DEVICE_LINES.name}
@@ -198,7 +198,7 @@ def test_each_statement_of_the_device_is_rehearsed_or_has_its_reason():
         rehearsed(*words_of(case))
     noted = (path.read_text() for path in Path(DEVICE_LINES.name).glob("*.txt"))
     rehearsed_lines = {line for text in noted for line in text.splitlines()}
-    left = {s for s in device_statements() if f"{s.path}:{s.line}" not in rehearsed_lines}
+    left = {s for s in device_statements() if f"{s.imported}:{s.line}" not in rehearsed_lines}
     unknown = {f"{s.path}:{s.line}" for s in left if s.place not in REASONS}
     assert not unknown, "rehearse it in a case of MATRIX, or give its reason"
     assert REASONS.keys() == {s.place for s in left}, "a reason is no longer one"
