@@ -3,7 +3,8 @@
 Ranks are simulated, 8 a node; functions, files and sockets are the real ones, on this one machine.
 Invariant: a cell is measured at its number of ranks, but where its row has a star: that is computed
 from what was measured. What a network takes is in none of them: only what our side of a collective
-packs, holds and unpacks, where torch's own fake group, or copies of a word, stand for the others.
+packs, where torch's own fake group, or copies of a word, stand for the others. The rows are those
+of slurm/README.md.
 """
 
 import json
@@ -29,27 +30,17 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_complete
+from forescale.checkpoint.reader import STATE, Position, newest_complete
 from forescale.checkpoint.writer import Snapshot, write
-from forescale.engine.portable.fragments import Fragment, FragmentReader, write_fragments
+from forescale.engine.portable.fragments import Fragment, write_fragments
 from forescale.engine.ranks import Ranks
 from forescale.engine.world import StepSummary, World
 from forescale.ground.storage import TABLE, check_table
-from forescale.monitor.status import Status
-from forescale.resilience import outcome
-from forescale.resilience.diagnosis import diagnose, hang_report, stragglers
-from forescale.resilience.heartbeat import (
-    Heartbeat,
-    NodeDirectory,
-    RankStatus,
-    read_nodes,
-    write_node,
-)
+from forescale.resilience.diagnosis import stragglers
+from forescale.resilience.heartbeat import Heartbeat, RankStatus, read_nodes, write_node
 from forescale.run.directory import Parent, Run
-from forescale.slurm.policy import past
 from forescale.slurm.preflight.collect import Preflight
 from forescale.slurm.preflight.findings import PreflightReport, Requirements
-from forescale.slurm.steps import failures
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import isolated
 
@@ -58,47 +49,23 @@ EACH = 8  # ranks a node
 # Of a model as so many train one: 32 layers of 9 tensors, 3 beside them; AdamW.
 PARAMETERS, STATES = 291, ("weight", "exp_avg", "exp_avg_sq")
 MICRO_BATCHES = 4  # a rank and step
-ATTEMPTS = 20
 FLAT, CUT = "flat", "cut"  # stages 1 and 2: a rank has a run of all weights; 0 and 3: of each one
 _MESH = 32  # ranks of a real group of gloo; at 8, 16, 32 and 64 what they take grew alike
 
 ROWS = {  # what, where, how often, growth
-    "beat": ("a rank's beat", "node's memory", "1 s, each rank", "constant"),
-    "beats": ("beats of its node, read", "node's memory", "1 s, each rank", "constant"),
-    "share": ("a node's beats to the run", "shared storage", "10 s, a rank a node", "constant"),
     "shares": ("files of beats, all nodes", "shared storage", "10 s, replaced", "nodes"),
     "shared": ("bytes of them, all nodes", "shared storage", "10 s, replaced", "ranks"),
     "slow": ("look for stragglers", "rank 0", "30 s", "ranks"),
-    "behind": ("diagnosis, one is behind", "first node", "1 s in a hang", "ranks"),
-    "alike": ("diagnosis, all in one collective", "first node", "once a hang", "ranks"),
-    "reports": ("reports of it, without stacks", "shared storage", "once a hang", "ranks"),
     "logs": ("files of ranks' logs", "shared storage", "an attempt", "ranks"),
-    "last": ("when did it last write (status)", "who asks", "a call", "ranks"),
-    "srun": ("srun's lines of bad ends, read", "batch script", "an attempt's end", "ranks"),
-    "past": (f"lives of a job, {ATTEMPTS} attempts", "batch script", "an attempt's end", "nodes"),
-    "lineage": (f"lineage, {ATTEMPTS} attempts", "rank 0", "a save, each kept", "constant"),
     "preflight": ("preflight: all nodes heard", "batch script", "an attempt", "nodes"),
     "summary": (f"summary, {MICRO_BATCHES} micro-batches", "each rank", "a step", "ranks"),
-    "gather": ("a gather of nothing", "each rank", "up to 9 a save", "ranks"),
-    "union": ("union of damage, if substituted", "each rank", "a step", "ranks"),
-    "store": ("ranks come to torch's store", "rank 0", "an attempt", "ranks"),
     "mesh": ("*open files of a gloo group", "each rank", "held", "ranks"),
-    "met": ("*store's answers to make it", "rank 0", "a group", "ranks^3"),
     "table": ("a rank's share of the files checked", "each rank", "save and attempt", "ranks"),
     "choose": ("choice of a checkpoint", "rank 0", "an attempt", "ranks"),
 }
-_WEIGHTS = {  # once for FLAT, once for CUT
-    "said": ("*save: words that rank 0 holds", "rank 0", "a save"),
-    "commit": ("save: state.json is made", "rank 0", "a save"),
-    "look": ("state.json is read", "all; batch", "save, each kept"),
-    "where": ("loading: which fragment is where", "each rank", "an attempt"),
-    "chosen": ("*choice: words that a rank holds", "each rank", "an attempt"),
-}
-_KINDS = {FLAT: "ranks", CUT: "ranks x weights"}
-for _kind, _growth in _KINDS.items():
-    for _key, (_name, *_rest) in _WEIGHTS.items():
-        ROWS[f"{_key}, {_kind}"] = (f"{_name}, {_kind}", *_rest, _growth)
-_COUNTED = {"shares": "files", "logs": "files", "mesh": "files", "store": "open"}
+for _kind, _growth in ((FLAT, "ranks"), (CUT, "ranks x weights")):
+    ROWS[f"commit, {_kind}"] = (f"save: state.json is made, {_kind}", "rank 0", "a save", _growth)
+_COUNTED = {"shares": "files", "logs": "files", "mesh": "files"}
 _LINE = "{:40}| {:15}| {:20}| {:16}"
 
 Cells = Iterator[tuple[str, float | None, float | None]]  # row, seconds, bytes or a count
@@ -130,7 +97,7 @@ def measure(rounds: int, worlds: Sequence[int] = REAL) -> list[Result]:
 def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]:
     """Seconds (0: none) and bytes (or a count) by row and number of ranks."""
     saves = (partial(save, FLAT), partial(save, CUT))
-    parts = (beating, lives, preflight, summaries, meetings, *saves)
+    parts = (beating, logs, preflight, summaries, meetings, *saves)
     cells = {}
     for part, world in product(parts, worlds):
         with tempfile.TemporaryDirectory() as folder:
@@ -139,67 +106,33 @@ def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]
     return cells
 
 
-def _beats(
-    world: int, folder: Path, last_at: str = "backward", here: float = 0.1
-) -> list[RankStatus]:
-    """All nodes say what a run says, its last rank that it is at `last_at`; the first's ranks."""
+def beating(world: int, folder: Path, rounds: int) -> Cells:
+    """All nodes say what a run says."""
     places = ("data", "forward", "backward", "norm", "update", "summary", "compute", "logging")
     beats, now, pace = [], time.time(), dict.fromkeys(places, 0.0123456)
     for rank in range(world):
-        at = last_at if rank == world - 1 else "backward"
         fields = (rank, f"node-{rank // EACH:04d}", 10_000 + rank, now - 9e3, now, 123_456)
-        beat = Heartbeat(*fields, "compute", at, here, 300.0, 300.0, False, pace, 29)
-        beats.append(RankStatus(beat, 0.123))
+        limits = ("compute", "backward", 0.1, 300.0, 300.0, False)
+        beats.append(RankStatus(Heartbeat(*fields, *limits, pace, 29), 0.123))
     for i in range(0, world, EACH):
         write_node(folder, beats[i].heartbeat.host, beats[i : i + EACH])
-    return beats[:EACH]
-
-
-def beating(world: int, folder: Path, rounds: int) -> Cells:
-    first, node = _beats(world, folder), NodeDirectory(folder)
-    host = first[0].heartbeat.host
-    seconds = _seconds(rounds, lambda: [node.write(s.heartbeat) for s in first]) / EACH
-    yield "beat", seconds, (size := (node.path / "rank-0.json").stat().st_size)
-    yield "beats", _seconds(rounds, node.read), size * EACH
-    node.remove()
     files = [path.stat().st_size for path in (folder / "heartbeat").iterdir()]
-    yield "share", _seconds(rounds, lambda: write_node(folder, host, first)), files[0]
     yield "shares", None, len(files)
     yield "shared", None, sum(files)
-    every = lambda: [*first, *read_nodes(folder, without=host)]  # noqa: E731
-    look = lambda: stragglers([s.heartbeat for s in every()], 1.5)  # noqa: E731
-    judge = lambda: diagnose(every(), world)  # noqa: E731
+    first, host = beats[:EACH], beats[0].heartbeat.host
+
+    def look() -> object:
+        every = [*first, *read_nodes(folder, without=host)]
+        return stragglers([status.heartbeat for status in every], 1.5)
+
     yield "slow", _seconds(rounds, look), sum(files)
-    first = _beats(world, folder, "forward", here=400.0)
-    hang = judge()
-    assert hang is not None
-    yield "behind", _seconds(rounds, judge), sum(files)
-    first = _beats(world, folder, here=400.0)
-    yield "alike", _seconds(rounds, judge), sum(files)
-    yield "reports", None, len(hang_report(hang, first, {})) * len(files)
 
 
-def lives(world: int, folder: Path, rounds: int) -> Cells:
-    """Logs, attempts and their ends."""
-    run, size = Run(folder), 0
-    life = {"submission": "0001", "nodes": [f"node-{i:04d}" for i in range(world // EACH)]}
-    for _ in range(ATTEMPTS):
-        attempt = run.new_attempt()
-        attempt.start_from(Parent(0), run)
-        outcome.record_start(attempt.path, ["srun"], world, slurm=life)
-        outcome.record_end(attempt.path, 1, "rank 0 ended with code 1")
-        size += (attempt.path / outcome.LAUNCH).stat().st_size
+def logs(world: int, folder: Path, rounds: int) -> Cells:
+    path = Run(folder).new_attempt().path
     for rank in range(world):
-        (attempt.path / f"rank-{rank}.log").touch()
-    yield "logs", None, len(list(attempt.path.glob("rank-*.log")))
-    yield "last", _seconds(rounds, lambda: Status(run).last_seen), None
-    assert past(run, "0001").crashes == ATTEMPTS
-    yield "past", _seconds(rounds, lambda: past(run, "0001")), size
-    yield "lineage", _seconds(rounds, lambda: run.is_eligible(1, 0)), None
-    bad = "srun: error: n{:04d}: task {}: Exited with exit code 1\n"
-    report = "".join(bad.format(rank // EACH, rank) for rank in range(world))
-    assert len(failures(report)) == world
-    yield "srun", _seconds(rounds, lambda: failures(report)), len(report)
+        (path / f"rank-{rank}.log").touch()
+    yield "logs", None, len(list(path.glob("rank-*.log")))
 
 
 def preflight(world: int, folder: Path, rounds: int) -> Cells:
@@ -235,26 +168,18 @@ def summaries(n: int, folder: Path, rounds: int) -> Cells:
     """Our side of World's collectives, in a group of torch's own that sends nothing."""
     dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
     world = World(SimpleNamespace(process_index=0, num_processes=n, device=torch.device("cpu")))
-    losses, nothing = torch.ones(MICRO_BATCHES), (None, None)
+    losses = torch.ones(MICRO_BATCHES)
 
     def step() -> StepSummary:
         world.share(1, losses, 0, MICRO_BATCHES * n, 1 << 60, False)
         return next(world.summaries(behind=0))
 
-    def echo(parts: list[torch.Tensor], mine: torch.Tensor, group: object = None) -> None:
-        for part in parts:
-            part.copy_(mine)
-
-    dist.all_gather = echo  # each of the others says what this rank says
     yield "summary", _seconds(50 * rounds, step), 8 * (len(step().losses) + 5)
-    few, size = 5 * rounds, n * len(json.dumps(nothing))
-    yield "gather", _seconds(few, lambda: world.gather(nothing)), size
-    yield "union", _seconds(few, lambda: world.gather([])), n * len(json.dumps([]))
     dist.destroy_process_group()
 
 
 def meetings(world: int, folder: Path, rounds: int) -> Cells:
-    """The store that ranks meet at; and gloo's mesh, which every group in the background is."""
+    """Gloo's mesh, which every group in the background is."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     before, keys = len(os.listdir("/proc/self/fd")), dist.HashStore()
@@ -263,22 +188,14 @@ def meetings(world: int, folder: Path, rounds: int) -> Cells:
         stores = list(pool.map(meet, range(_MESH)))
     extra = round((len(os.listdir("/proc/self/fd")) - before) / len(stores)) - _MESH
     yield "mesh", None, world + extra
-    yield "met", None, world**2 * (8 * (world - _MESH) + len(keys.get(keys.list_keys()[0])))
-    began, ranks = time.perf_counter(), []
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    for rank in range(world):
-        ranks.append(dist.TCPStore("127.0.0.1", store.port, None, False, wait_for_workers=False))
-        ranks[-1].set(f"{rank}", "here")
-    yield "store", time.perf_counter() - began, world
 
 
 class Others:
     """Stands for World.gather on rank 0 of `size`: all others say what rank 0 does, or what `words`
-    makes of it. bytes: that every rank then holds, for a gather has as much room for each as for
-    the longest word; seconds: to unpack so many of rank 0's; between: of work before each call."""
+    makes of it. between: seconds of work before each call."""
 
     def __init__(self, size: int, words: Callable[[Any], list | None] = lambda value: None):
-        self.size, self.words, self.bytes, self.seconds = size, words, 0, 0.0
+        self.size, self.words = size, words
         self.between: list[float] = []
         self._left = time.perf_counter()
 
@@ -288,9 +205,6 @@ class Others:
 
     def __call__(self, value: Any) -> list[Any]:
         self.between.append(time.perf_counter() - self._left)
-        packed = json.dumps(value)
-        self.bytes += len(packed) * self.size
-        self.seconds += _seconds(3, lambda: json.loads(packed)) * self.size
         values = self.words(value) or [value] * self.size
         self._left = time.perf_counter()
         return values
@@ -347,15 +261,10 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
     write(run, attempt.number, snapshot, Simulated(world, others, main))
     path = run.checkpoint_path(1)
     state, table = ((path / file).stat().st_size for file in (STATE, TABLE))
-    yield f"said, {kind}", main.seconds, main.bytes
     yield f"commit, {kind}", others.between[-1], state
-    yield f"look, {kind}", _seconds(rounds, lambda: Checkpoint(path)), state
-    rows = Checkpoint(path).state["fragments"]
-    yield f"where, {kind}", _seconds(rounds, lambda: FragmentReader(path, rows)), None
-    chosen = Others(world)
-    assert newest_complete(run, lambda *_, **__: None, Simulated(world, chosen)) is not None
-    yield f"chosen, {kind}", chosen.seconds, chosen.bytes
     if kind == FLAT:
+        chosen = Others(world)
+        assert newest_complete(run, lambda *_, **__: None, Simulated(world, chosen)) is not None
         yield "choose", sum(chosen.between), state + table
         check = lambda: check_table(path, part=(world // 2, world))  # noqa: E731
         yield "table", _seconds(rounds, check), table
