@@ -51,7 +51,7 @@ class Batch:
         self.id, self.name = queue.own_job(), submission.name
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.job_hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])  # the first is this one
-        self.hosts = self.job_hosts[: self.settings.nodes]  # those of the attempt
+        self.hosts = self.job_hosts[: self.settings.nodes.most]  # those of the attempt
         self.stop_signal: str | None = None
         self._step: steps.JobStep | None = None
         self._standby: steps.JobStep | None = None
@@ -170,7 +170,7 @@ class Batch:
             # The job waited in the queue only before the first attempt of each start.
             "eligible": None if self._attempt else queue.eligible(self.id),
         }
-        world = self.settings.nodes * self.settings.ranks_per_node
+        world = self.settings.nodes.most * self.settings.ranks_per_node
         outcome.record_start(attempt.path, command, world, slurm=start)
         self._attempt = attempt
         if faults := self._preflight(attempt):

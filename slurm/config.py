@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
+from forescale.config.sizes import Sizes
 from forescale.plan.config import PlanJob
 
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -36,7 +37,7 @@ class SlurmConfig:
     qos: str | None = None  # quality of service
     constraint: str | None = None  # features that nodes must have
     reservation: str | None = None  # reservation to use
-    nodes: int = key(1, ge=1, common=True)  # number of nodes
+    nodes: Sizes = key(Sizes(1, 1), common=True)  # number of nodes; 2-8: as many as are free
     # more nodes than the run needs, which replace lost or faulty ones inside the job
     spares: int = key(0, ge=0)
     # GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs
@@ -101,7 +102,7 @@ class SlurmConfig:
     def outlives_nodes(self) -> bool:
         """True if a job goes on when one of its nodes goes down (--no-kill of sbatch). A run on one
         node is on the first, with the batch script: it could not go on."""
-        return bool(self.spares) and self.nodes > 1
+        return bool(self.spares) and self.nodes.most > 1
 
     @property
     def ranks_per_node(self) -> int:
@@ -238,9 +239,10 @@ class SlurmConfig:
             ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
             notes.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
         if self.spares:
+            held = self.nodes.most + self.spares
             notes.append(
-                f"slurm.spares={self.spares}: the job holds {self.nodes + self.spares} nodes and "
-                f"trains on {self.nodes}; plans and prices leave out the others."
+                f"slurm.spares={self.spares}: the job holds {held} nodes and trains on "
+                f"{self.nodes}; plans and prices leave out the others."
             )
         if self.cpus_per_task is None and self.exclusive:
             notes.append("slurm.cpus_per_task is not set: ranks share all CPUs of a node equally.")
@@ -278,11 +280,11 @@ class SubmitJob(PlanJob):
 
     @property
     def world_size(self) -> int:
-        return self.slurm.nodes * self.slurm.ranks_per_node
+        return self.slurm.nodes.most * self.slurm.ranks_per_node
 
     @property
     def nodes(self) -> int:
-        return self.slurm.nodes
+        return self.slurm.nodes.most
 
     @property
     def per_node(self) -> int:

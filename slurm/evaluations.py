@@ -17,6 +17,7 @@ from forescale.config.eval import ScoreJob
 from forescale.config.frozen import thaw
 from forescale.config.job import Problems, overrides_of
 from forescale.config.schema import ConfigError, Problem, key, section
+from forescale.config.sizes import Sizes
 from forescale.config.train import TrainJob
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
@@ -169,8 +170,13 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
     if last and not any(w.startswith("slurm=") for w in words):
         settings, _, _ = build(EvaluationSlurm, last)
         settings = replace(settings, **{name: getattr(job.slurm, name) for name in typed})
-    one: dict[str, Any] = {"nodes": 1, "spares": 0, "tasks_per_node": 1, "exclusive": False}
-    one |= {"pack": False, "gpus_per_node": min(1, settings.gpus_per_node)}
+    one: dict[str, Any] = {
+        "nodes": Sizes(1, 1),
+        "spares": 0,
+        "tasks_per_node": 1,
+        "exclusive": False,
+    }
+    one |= {"exclusive": False, "pack": False, "gpus_per_node": min(1, settings.gpus_per_node)}
     one["gres"] = _GPUS.sub(r"\1:1", settings.gres) if settings.gres else None
     settings = replace(settings, **{name: v for name, v in one.items() if name not in typed})
     if problems := [Problem(f"slurm.{name}", *rest) for name, *rest in settings.problems()]:

@@ -61,7 +61,7 @@ def _beyond(s: SlurmConfig, partition: Fields, qos: Mapping[str, Fields]) -> lis
     tres = dict(part.partition("=")[::2] for part in limits.get("MaxTRES", "").split(","))
     longest = "" if "PartitionTimeLimit" in flags else partition.get("MaxTime", "")
     most_nodes = "" if "PartitionMaxNodes" in flags else partition.get("MaxNodes", "")
-    time, nodes = s.time and s.time.seconds, s.nodes + s.spares
+    time, nodes = s.time and s.time.seconds, s.nodes.most + s.spares
     problems = []
     for key, size, text, whose, unit in (
         ("time", time, longest, where, ""),

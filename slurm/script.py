@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jinja2
 
+from forescale.config.sizes import Sizes
 from forescale.ground.errors import UserError
 from forescale.ground.storage import write_file
 from forescale.run.start import versions
@@ -57,7 +58,7 @@ class Order:
         some = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
         options = [
             ("--open-mode=append", "a requeued job appends to the same file"),
-            (f"--nodes={s.nodes + s.spares}", f"{s.spares} of them to spare" if s.spares else ""),
+            (f"--nodes={_nodes(s)}", f"{s.spares} of them to spare" if s.spares else ""),
             (f"--ntasks-per-node={s.ranks_per_node}", "one task per rank"),
             ("--requeue" if s.requeue else "--no-requeue", ""),
         ]
@@ -211,6 +212,11 @@ def _rendered(
         directory=Path.cwd(),
         python=shlex.join(python_of_host(settings)),
     )
+
+
+def _nodes(s: SlurmConfig) -> Sizes:
+    """Return how many nodes a job asks for, spare ones among them."""
+    return Sizes(s.nodes.least + s.spares, s.nodes.most + s.spares)
 
 
 def _resources(s: SlurmConfig) -> list[Option]:

@@ -196,8 +196,8 @@ class JobStep:
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
     """Return the start of a command that runs on as many nodes as the ranks."""
-    command = [*_SRUN, f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes}"]
-    command.append(f"--ntasks={settings.nodes * tasks_per_node}")
+    command = [*_SRUN, f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes.most}"]
+    command.append(f"--ntasks={settings.nodes.most * tasks_per_node}")
     if settings.cpus_per_task or cpus_per_rank(settings) > 1:
         # Since 22.05 srun doesn't inherit this from sbatch. A single task of a node gets all CPUs.
         share = settings.ranks_per_node // tasks_per_node

@@ -8,6 +8,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze
 from forescale.config.schema import plain
+from forescale.config.sizes import Sizes
 from forescale.config.train import TrainJob
 from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER
 from forescale.resilience import outcome
@@ -32,7 +33,7 @@ def make(tmp_path, monkeypatch):
         run.path.mkdir(exist_ok=True)
         run.config.write_text(freeze(compose(TrainJob, ["run.name=run", *keys])))
         submission = Submission(run.new_job())
-        slurm = SlurmConfig(nodes=nodes, spares=spares)
+        slurm = SlurmConfig(nodes=Sizes.parse(nodes), spares=spares)
         submission.write(slurm=plain(slurm), log=str(submission.path / "log"))
         return Batch(run, submission)
 

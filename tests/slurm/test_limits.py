@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from forescale.config.duration import Duration
+from forescale.config.sizes import Sizes
 from forescale.ground.errors import UserError
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
@@ -50,7 +51,8 @@ PLUGIN = "JobSubmitPlugins        = lua"
 def test_what_is_beyond_a_limit_of_the_cluster(keys, problems):
     hours = keys.pop("hours", None)
     time = hours and Duration(hours * 3600, "seconds")
-    lines = sorted(map(str, beyond(SlurmConfig(time=time, **keys), [DAY, LONG], QOS)))
+    nodes = Sizes.parse(keys.pop("nodes", 1))
+    lines = sorted(map(str, beyond(SlurmConfig(time=time, nodes=nodes, **keys), [DAY, LONG], QOS)))
     assert len(lines) == len(problems)
     for line, beginning in zip(lines, problems, strict=True):
         assert line.startswith(beginning)
@@ -64,7 +66,7 @@ def test_the_limits_are_read_from_slurm(commands, monkeypatch):
         scontrol=f'case "$*" in *config) echo "{config}" ;; *) echo "{partition}" ;; esac',
         sacctmgr="echo 'normal|||'; echo 'short|DenyOnLimit|08:00:00|node=2,gres/gpu=16'",
     )
-    settings = SlurmConfig(qos="short", nodes=4, time=Duration(48 * 3600, "seconds"))
+    settings = SlurmConfig(qos="short", nodes=Sizes(4, 4), time=Duration(48 * 3600, "seconds"))
     assert {p.key for p in limit_problems(settings)} == {"slurm.time", "slurm.nodes"}
     assert queue.limits_of_qos()["short"]["MaxTRES"] == "node=2,gres/gpu=16"
     too_long = SlurmConfig(time=settings.time)

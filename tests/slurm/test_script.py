@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.duration import Duration
+from forescale.config.sizes import Sizes
 from forescale.ground.errors import UserError
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.script import Order
@@ -35,7 +36,8 @@ def lines(script):
         ("constraint", "h100&ib", "--constraint='h100&ib'"),
         ("reservation", "r", "--reservation=r"),
         ("mem", "64G", "--mem=64G"),
-        ("nodes", 8, "--nodes=8"),
+        ("nodes", Sizes(8, 8), "--nodes=8"),
+        ("nodes", Sizes(2, 8), "--nodes=2-8"),
         ("spares", 2, "--nodes=3"),
         ("gpus_per_node", 4, "--gpus-per-node=4"),
         ("gpus_per_node", 4, "--ntasks-per-node=4"),
@@ -71,7 +73,9 @@ def test_a_key_becomes_an_option(key, value, option):
 )
 def test_slurm_ends_no_job_that_can_replace_the_node_it_lost(nodes, spares, goes_on):
     """A run of one node is lost with the batch script that is there."""
-    assert ("--no-kill" in lines(order(nodes=nodes, spares=spares).script())) == goes_on
+    assert (
+        "--no-kill" in lines(order(nodes=Sizes(nodes, nodes), spares=spares).script())
+    ) == goes_on
 
 
 def test_a_job_that_inherits_no_module_gets_that_of_a_login_shell(tmp_path):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from forescale.config.schema import plain
+from forescale.config.sizes import Sizes
 from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import write_error
@@ -252,7 +253,7 @@ def test_tasks_get_the_environment_of_the_batch_script_whatever_the_site_sets(
 
 
 def test_ranks_run_on_the_hosts_of_their_attempt_alone(tmp_path, monkeypatch):
-    for words in command(tmp_path, SlurmConfig(nodes=2, spares=1), monkeypatch):
+    for words in command(tmp_path, SlurmConfig(nodes=Sizes(2, 2), spares=1), monkeypatch):
         assert {"--nodes=2", "--ntasks=2", "--nodelist=n1,n3"} <= set(words)
 
 

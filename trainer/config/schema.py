@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, Union
 
 from forescale.config.duration import Duration
+from forescale.config.sizes import Sizes
 from forescale.config.suggest import meant
 from forescale.ground.errors import UserError, shortened
 
@@ -139,7 +140,7 @@ def options(type_: Any) -> tuple[Any, ...]:
 
 def section_class(type_: Any) -> type | None:
     """Return the dataclass of a section, or None if a field of this type is a key."""
-    values = (Duration, TargetConfig)
+    values = (Duration, Sizes, TargetConfig)
     sections = [t for t in options(type_) if is_dataclass(t) and t not in values]
     return typing.cast(type, sections[0]) if sections else None
 
@@ -216,7 +217,7 @@ def _reported(node: Any, method: str, faults: list[Problem], prefix: str = "") -
         if isinstance(value, list) and "kinds" in f.metadata:
             for i, part in enumerate(value):
                 result += _reported(part, method, faults, f"{path}{i}.")
-        elif is_dataclass(value) and not isinstance(value, Duration):
+        elif is_dataclass(value) and not isinstance(value, Duration | Sizes):
             result += _reported(value, method, faults, path)
     alone = {prefix + name for name in getattr(node, "ALONE", ())}
     faults = [p for p in faults if p.key not in alone]
@@ -253,6 +254,8 @@ def plain(node: Any) -> Any:
     """Return a job as dicts, lists and scalars, for YAML."""
     if isinstance(node, Duration):
         return str(node)
+    if isinstance(node, Sizes):
+        return node.plain
     if type(node) is TargetConfig:
         return {"_target_": node.target, **node.arguments}
     if is_dataclass(node):

@@ -171,7 +171,8 @@ class TrainJob(Lengths, Job):
     def problems(self, world_size: int | None = None) -> Problems:
         """Return the broken rules over several sections. `world_size`: the number of ranks that
         have started; without it, `launch.processes`."""
-        return [*self._problems(world_size or self.launch.processes)]
+        ranks = self.launch.processes
+        return [*self._problems(world_size or (ranks and ranks.most))]
 
     def _problems(self, ranks: int | None) -> ProblemIterator:
         yield from mesh_problems(self, ranks)

@@ -27,6 +27,7 @@ from forescale.config.schema import (
     section_class,
     word_of,
 )
+from forescale.config.sizes import Sizes
 from forescale.config.suggest import nearest_first
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -169,6 +170,8 @@ def convert(
         if "gt" in bounds and not length.amount:
             raise ValueError("must be longer than zero")
         return length
+    if kind is Sizes:
+        return Sizes.parse(value)
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
         (inner,) = typing.get_args(kind)
@@ -258,6 +261,12 @@ def _example(type_: Any, bounds: Mapping[str, float], kinds: Iterable[str]) -> s
         )
         return f"[{items}]"
     length = "24 h" if bounds.get("wall_time") else "500 steps"
-    texts = {int: f"{min(8, bounds.get('le', 8)):g}", bool: "true", str: "TEXT", Duration: length}
+    texts = {
+        int: f"{min(8, bounds.get('le', 8)):g}",
+        bool: "true",
+        str: "TEXT",
+        Duration: length,
+        Sizes: "2-8",
+    }
     texts |= {float: f"{bounds.get('ge') or 0.1:g}", TargetConfig: "{_target_: mypackage.Mine}"}
     return texts.get(kind, "{name: value}")

@@ -118,7 +118,7 @@ class PlanJob(TrainJob):
             return self.plan.gpus
         if self.plan.nodes:
             return self.plan.nodes * (self.machine.gpus_per_node or 1)
-        return self.launch.processes or 1
+        return self.launch.processes.most if self.launch.processes else 1
 
     @property
     def nodes(self) -> int:

@@ -172,7 +172,8 @@ def local_ranks(job: TrainJob) -> int:
 
         return not job.problems(world_size=ranks) and fits_here(job, ranks)
 
-    return job.launch.processes or launcher.default_processes(can)
+    ranks = job.launch.processes
+    return ranks.most if ranks else launcher.default_processes(can)
 
 
 def _introduce(started: Start, processes: int) -> None:

@@ -29,12 +29,12 @@ def test_settings_are_those_of_the_last_submission(named):
     ]
     remembered.remember(on_nodes(job_of(SubmitJob, [*named, *words])))
     (job,) = _jobs([*named, "train.micro_batch=1"], [])
-    assert (job.machine.name, job.slurm.nodes, job.slurm.setup) == ("CPU", 2, ["source x"])
+    assert (job.machine.name, job.slurm.nodes.most, job.slurm.setup) == ("CPU", 2, ["source x"])
     assert job.slurm.after == [], "that was for one submission"
     (job,) = _jobs([*named, "slurm.nodes=1", "train.steps=9"], [])
-    assert (job.slurm.nodes, job.slurm.mem, job.train.steps) == (1, "3G", 9)
+    assert (job.slurm.nodes.most, job.slurm.mem, job.train.steps) == (1, "3G", 9)
     (job,) = _jobs([*named, "machine=cpu", "slurm=plain"], [])
-    assert (job.slurm.nodes, job.slurm.setup) == (1, [])
+    assert (job.slurm.nodes.most, job.slurm.setup) == (1, [])
 
 
 def test_they_are_read_from_no_directory_that_another_may_have_written(named, tmp_path):
@@ -51,7 +51,7 @@ def test_a_damaged_file_is_as_none(named, tmp_path):
     for content in ("{", "[1]", '{"slurm": 3}'):
         file.write_text(content)
         assert remembered.recall(tmp_path / "runs/small") == {}
-    assert compose(SubmitJob, ["machine=cpu"]).slurm.nodes == 1
+    assert compose(SubmitJob, ["machine=cpu"]).slurm.nodes.most == 1
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys
         compose(SubmitJob, words)
     monkeypatch.setenv("FORESCALE_CONF", str(tmp_path))
     job = compose(SubmitJob, words)
-    assert (job.slurm.partition, job.slurm.nodes) == ("gpu", 3)
+    assert (job.slurm.partition, job.slurm.nodes.most) == ("gpu", 3)
     main(["submit", "--help", "slurm"])
     assert "The cluster upstairs." in capsys.readouterr().out
 

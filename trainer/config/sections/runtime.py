@@ -14,6 +14,7 @@ from forescale.config.duration import Duration
 from forescale.config.job import ProblemIterator
 from forescale.config.schema import key, section
 from forescale.config.sections.trackers import TensorboardConfig, TrackerConfig, WandbConfig
+from forescale.config.sizes import Sizes
 from forescale.config.suggest import nearest_first
 
 
@@ -166,8 +167,9 @@ class LoggingConfig:
 
 @dataclass
 class LaunchConfig:
-    # local ranks; null: one per GPU; on CPUs one per core, or fewer by batch and memory
-    processes: int | None = key(None, ge=1, common=True)
+    # local ranks; null: one per GPU; on CPUs one per core, or fewer by batch and memory; 1-4: as
+    # many of them as this machine has GPUs or cores for
+    processes: Sizes | None = key(None, common=True)
     # longest time that a rank waits for the others in a collective
     timeout: Duration = key(Duration(1800, "seconds"), gt=0, wall_time=True)
     # time to save and exit after a stop signal; then ranks exit without saving
