@@ -270,6 +270,11 @@ def _guesses(plan: Plan) -> list[str]:
             f"a host launches a kernel in {m.launch * 1e6:g} us (machine.launch), and the GPU "
             "waits for it: more tokens at once (train.micro_batch) cost no time"
         )
+    if sums := plan.chosen.step.parts.get("invariant sums"):
+        guesses.append(
+            f"train.invariant rounds gradients and adds their squares in {sums * 1e3:.3g} ms of a "
+            "step; about 2 of 100 steps are computed twice, which no time here counts"
+        )
     if plan.world > 1:
         links = (
             f"links reach {m.link_efficiency:.0%} of their speed (machine.link_efficiency); a step "

@@ -18,6 +18,7 @@ from forescale.models.config import ModelConfig
 from forescale.monitor.status import Status
 from forescale.plan.bytes.memory import holders
 from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig
 from forescale.plan.links import Collective, exposed
 from forescale.plan.work import work_of
@@ -25,6 +26,9 @@ from forescale.run.directory import Run
 
 _UPDATE = 14  # bytes per parameter: fp32 weight, read and written; gradient; rounded weight
 _MOMENT = 8  # bytes per moment of a parameter, read and written
+# Of train.invariant, see engine/invariant.py: how often an element of a micro-batch's gradient is
+# read or written until it is rounded, and the bytes per element until its square is added.
+_ROUNDED, _SQUARED = 9, 116
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,14 @@ def predict_step_time(
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(traffic, machine, per_node, computing)
-    update = update_seconds(of_rank, machine, peak, world if job.engine.stage else None)
-    parts = parts and {**parts, "update": update}
-    return StepTime(computing + update, links, waiting, tokens, flops, all_peaks, parts)
+    divides = world if job.engine.stage else None
+    after = {"update": update_seconds(of_rank, machine, peak, divides)}
+    if job.train.invariant:
+        after["invariant sums"] = _invariant_seconds(job, of_rank, machine, world)
+    parts = parts and {**parts, **after}
+    return StepTime(
+        computing + sum(after.values()), links, waiting, tokens, flops, all_peaks, parts
+    )
 
 
 def update_seconds(
@@ -162,6 +171,20 @@ def update_seconds(
             seconds += size / machine.memory_bandwidth / ranks
         total += seconds
     return total
+
+
+def _invariant_seconds(
+    job: TrainJob, trained: Inventory, machine: MachineConfig, world: int
+) -> float:
+    """Return the seconds in which a rank rounds its gradients, and adds the squares of its part."""
+    if machine.memory_bandwidth is None:
+        return 0.0
+    rounded = job.accumulation(world) * _ROUNDED * BYTES[job.precision.kind]
+    total = 0.0
+    for group in trained.groups:
+        ranks = holders(group, world) if job.engine.stage else 1
+        total += sum(p.numel for p in group.params) * (rounded + _SQUARED / ranks)
+    return total / machine.memory_bandwidth
 
 
 def measure(target: str, root: str) -> MeasuredSpeed:

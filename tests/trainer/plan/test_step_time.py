@@ -68,3 +68,15 @@ def test_a_rank_whose_columns_are_one_chunk_computes_nothing_again():
     assert recomputed(divided, chunks) == recomputed(divided) == recomputed()
     assert recomputed(chunks) > recomputed()
     assert recomputed(divided, "model.mlp.chunk=100") == recomputed(chunks)
+
+
+def test_the_price_of_invariant_sums_is_theirs_alone():
+    """Rounding is done for each micro-batch, squares once, each rank for its part of them."""
+    job = compose(PlanJob, [*LARGE, "engine=zero2", "plan.gpus=8", "train.invariant=true"])
+    job = replace(job, model=job.model.resolved(32_000, job.train.sequence_length))
+    price = token_flops(job.model, job.lora, job.train.sequence_length, 0.0)
+    step = predict_step_time(job, inventory(job), price, [], job.machine, 8, 8)
+    without = computing(8, "engine=zero2", "engine.gradient_dtype=fp32")
+    sums = 6_738_415_616 * (8 * 9 * 2 + 116 / 8) / 3.35e12
+    assert step.parts["invariant sums"] == pytest.approx(sums)
+    assert step.computing == pytest.approx(without + sums)
