@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from forescale.scaling.design.simulate import PUBLISHED
-from forescale.scaling.fitting import bootstrap
-from forescale.scaling.fitting.bootstrap import Replicates
+from forescale.scaling.fitting.bootstrap import pairs
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, allocation
 from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective
@@ -24,10 +23,9 @@ from tests.benchmarks.pairing import Result
 BUDGETS, SIZES, SPREAD = np.geomspace(1e18, 1e20, 5), 6, 2.5
 NEAR = 0.04  # as in `study fit`: runs within 4 % of the least loss of their budget
 LEVEL = 0.9
-DRAWS = ("pairs", "residuals")
 NAMES = (*CHINCHILLA.symbols, "a", "loss at 4 C", "loss at 10 C")
 LABEL = f"nominally {LEVEL:.0%}:"
-COLUMNS = ("noise", "objective", "resampled", "interval", *NAMES)
+COLUMNS = ("noise", "objective", "interval", *NAMES)
 
 
 @dataclass(frozen=True)
@@ -49,42 +47,38 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     for noise, goal in ((5e-4, Objective()), (2e-3, Objective()), (5e-3, Objective()),
                         (2e-3, LEAST_SQUARES)):  # fmt: skip
         covers = coverage(noise, goal, replicates, studies)
-        for (draw, method), each in covers.items():
-            labels = (f"{noise:g}", str(goal).removesuffix(" on log loss"), draw, method)
+        for method, each in covers.items():
+            labels = (f"{noise:g}", str(goal).removesuffix(" on log loss"), method)
             print(
                 "| " + " | ".join([*labels, *(f"{100 * x:.1f}" for x in each)]) + " |", flush=True
             )
             name, facts = ", ".join(labels), dict(zip(NAMES, map(float, each), strict=True))
-            required = "0.84 to 0.96 each" if (draw, method) == ("pairs", "corrected") else ""
+            required = "0.84 to 0.96 each" if method == "corrected" else ""
             rows = [(float(x),) for x in each]
             results.append(Result(name, "covered", (LABEL,), rows, required, facts))
     return results
 
 
-def coverage(
-    noise: float, goal: Objective, replicates: int, studies: int, draws: tuple[str, ...] = DRAWS
-) -> dict[tuple[str, str], Array]:
-    """Return the share of studies whose interval holds the truth, by (resampling, interval method).
+def coverage(noise: float, goal: Objective, replicates: int, studies: int) -> dict[str, Array]:
+    """Return the share of studies whose interval holds the truth, by the interval's method.
 
     Each is (8,), in the order of NAMES. noise: standard deviation of log loss between seeds.
     """
     truth = quantities(CHINCHILLA.vector(PUBLISHED))
-    inside: dict[tuple[str, str], list[Array]] = {}
+    inside: dict[str, list[Array]] = {}
     for seed in range(studies):
-        for problem, (low, high) in intervals(noise, goal, replicates, seed, draws):
-            inside.setdefault(problem, []).append((low <= truth) & (truth <= high))
-    return {problem: np.mean(each, axis=0) for problem, each in inside.items()}
+        for method, (low, high) in intervals(noise, goal, replicates, seed):
+            inside.setdefault(method, []).append((low <= truth) & (truth <= high))
+    return {method: np.mean(each, axis=0) for method, each in inside.items()}
 
 
 def intervals(
-    noise: float, goal: Objective, replicates: int, seed: int, draws: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, str], Array]]:
-    """Yield the intervals of one study, (2, 8), by (resampling, interval method)."""
-    fitted = fit(CHINCHILLA, study(noise, seed), goal)
-    for draw in draws:
-        replicated: Replicates = getattr(bootstrap, draw)(fitted, replicates, seed)
-        yield (draw, "corrected"), replicated.interval(LEVEL, quantities)
-        yield (draw, "percentile"), replicated.interval(LEVEL, quantities, "percentile")
+    noise: float, goal: Objective, replicates: int, seed: int
+) -> Iterator[tuple[str, Array]]:
+    """Yield the intervals of one study, (2, 8), by their method."""
+    replicated = pairs(fit(CHINCHILLA, study(noise, seed), goal), replicates, seed)
+    yield "corrected", replicated.interval(LEVEL, quantities)
+    yield "percentile", replicated.interval(LEVEL, quantities, "percentile")
 
 
 def study(noise: float, seed: int) -> Points:

@@ -148,13 +148,9 @@ class StudyJob(Job):
     # the two values of `by` to compare; the first is the reference; []: the only two
     groups: list[str] = key([])
     reference: str = "base"  # of recipes: the one that the others are compared with
-    # the columns with the metric of each task, as {TASK: COLUMN}; shares from 0 to 1
-    tasks: dict[str, str] = key({}, common=True)
-    # the columns with each task's own loss, as {TASK: COLUMN}; without it, the loss
-    task_losses: dict[str, str] = key({})
     # the column with the metric of a task, of the table or of the records; predicted too
     task: str | None = key(None, common=True)
-    # what the columns of `task` and `tasks` hold; accuracy, error: shares from 0 to 1; loss:
+    # what the column of `task` holds; accuracy, error: shares from 0 to 1; loss:
     # positive numbers without an upper end
     metric: Literal["accuracy", "error", "loss"] = "accuracy"
     # the law from a loss to the metric; sigmoid-to-1: an accuracy from a floor to 1; sigmoid:
@@ -192,7 +188,7 @@ class StudyJob(Job):
     bootstraps: int = key(1000, ge=100)  # number of bootstrap refits
     # what the bootstrap resamples; clusters: a trunk with all its branches (pairs where no run has
     # branches)
-    resample: Literal["pairs", "clusters", "residuals"] = "clusters"
+    resample: Literal["pairs", "clusters"] = "clusters"
     # level of the confidence and prediction intervals
     level: float = key(0.9, gt=0, lt=1, common=True)
     # fit with each way to count N and C, and compare; --sensitivity does the same

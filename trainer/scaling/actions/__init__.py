@@ -14,7 +14,7 @@ from types import ModuleType
 
 NAMES = (
     "plan", "launch", "status", "sync", "exclude", "next", "fit", "report", "predict", "compare",
-    "tasks", "profile", "rates", "backtest", "score", "records",
+    "rates", "backtest", "score", "records",
 )  # fmt: skip
 FILES: dict[str, ModuleType] = {
     name: importlib.import_module(f"{__name__}.study_{name}") for name in NAMES

@@ -7,7 +7,7 @@ from forescale.pages.document import show
 from forescale.scaling.actions.shared import RUNS, TARGET, print_json, read_one_recipe
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.rate_laws import as_dict, rate_laws
-from forescale.scaling.report.profiles_and_rates import rate_sections
+from forescale.scaling.report.rates_sections import rate_sections
 
 ACTION = Action(
     "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",

@@ -144,7 +144,7 @@ def rivals(points: Points, extrapolation_factor: float) -> dict[str, dict[str, f
 
 def task_facts(task: TaskFit) -> dict[str, Any]:
     """Return what a forecast says of the metric; without a value if the data can't tell."""
-    link = {"column": task.task.name, "metric": task.job.metric, "link": task.link.form.name}
+    link = {"column": task.name, "metric": task.job.metric, "link": task.link.form.name}
     if (p := task.chained) is None:
         return link | {"unseen": task.unseen}
     return link | {"value": p.value, "interval_50": list(p.inner), "interval": list(p.outer)}

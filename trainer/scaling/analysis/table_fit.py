@@ -162,8 +162,6 @@ class StudyFit:
     def resample(self, law: Fit, count: int) -> bootstrap.Replicates:
         """Resample a fit of these runs, by the method of the job."""
         job, trunks = self.job, self.table[self.is_fitted].get("trunk")
-        if job.resample == "residuals":
-            return bootstrap.residuals(law, count, job.seed)
         if job.resample == "clusters" and trunks is not None and trunks.nunique() > 1:
             return bootstrap.clusters(law, trunks.to_numpy(), count, job.seed)
         return bootstrap.pairs(law, count, job.seed)

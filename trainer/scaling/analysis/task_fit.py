@@ -55,21 +55,6 @@ _LINE = 3  # budgets that the line goes through
 
 
 @dataclass(frozen=True)
-class Task:
-    """The data of one task.
-
-    runs: records for step 1, with the loss that is predicted as `loss`; outcomes: rows for step 2,
-    with `loss` and `outcome`, each row a run or one of its checkpoints; where: names them in
-    messages.
-    """
-
-    name: str
-    runs: pd.DataFrame
-    outcomes: pd.DataFrame
-    where: str
-
-
-@dataclass(frozen=True)
 class Chained:
     """The prediction of a task for the target: the loss, and the metric with both intervals."""
 
@@ -138,13 +123,13 @@ def link_of(job: StudyJob) -> Form:
 class TaskFit:
     """The link of one task and, with a target, its chained prediction.
 
-    law: that of the task's loss, if it is fitted already. Raises UserError if its runs don't
-    determine the link, or the law of its loss.
+    name: the task's; law: that of its loss, whose table has the metric as `outcome`; where: names
+    the runs in messages. Raises UserError if they don't determine the link.
     """
 
-    def __init__(self, task: Task, job: StudyJob, law: StudyFit | None = None):
-        self.task, self.job, self.notes = task, job, list[str]()
-        form, rows, where = link_of(job), task.outcomes, f"{task.where}, {task.name}"
+    def __init__(self, name: str, law: StudyFit, where: str):
+        self.name, self.law, self.job, self.notes = name, law, law.job, list[str]()
+        form, rows = link_of(self.job), law.table
         self.outcomes = rows[(rows["loss"] < np.inf) & rows[OUTCOME].notna()].reset_index(drop=True)
         if left := len(rows) - len(self.outcomes):
             self.notes.append(
@@ -152,7 +137,8 @@ class TaskFit:
             )
         if self.outcomes.empty:
             todo = "give runs that are evaluated on the task"
-            raise UserError(task.where, f"no row has a loss and {task.name}", todo)
+            raise UserError(where, f"no row has a loss and {name}", todo)
+        self.where, where = where, f"{where}, {name}"
         self.loss, self.metric = (self.outcomes[c].to_numpy(dtype=float) for c in ("loss", OUTCOME))
         loss, metric = self.loss, np.maximum(self.metric, LEAST)
         self.ideal = form.name == SIGMOID
@@ -164,18 +150,11 @@ class TaskFit:
             loss, metric = np.append(loss, NO_LOSS), np.append(metric, 1.0)
         self.points = Outcomes(metric, task_loss=loss, where=where)
         self.link: Fit = fit(form, self.points, goal_of(form))
-        if law is not None:
-            self.law = law
         certificate = self.link.certificate
         self.notes += [f"The link is not certified: {p}." for p in certificate.problems]
         self.notes += [
             f"{edge} of its range: these runs don't determine it." for edge in certificate.edges
         ]
-
-    @cached_property
-    def law(self) -> StudyFit:
-        """Return the law of the task's loss."""
-        return law_of(self.task.runs, self.job, f"{self.task.where}, the loss of {self.task.name}")
 
     @cached_property
     def replicates(self) -> bootstrap.Replicates:
@@ -279,7 +258,7 @@ class TaskFit:
         budgets = int(rows["budget"].nunique()) if "budget" in rows else None
         if budgets is None:
             with suppress(UserError):  # the rows don't say what they cost
-                flops = spent(points(rows, job.size, job.cost, self.task.where))
+                flops = spent(points(rows, job.size, job.cost, self.where))
                 budgets = len(np.unique(budgets_of(rows, flops)))
         sentences = others(self.loss, self.metric, self.is_log, budgets, job.metric)
         least = float(self.loss.min())
@@ -290,18 +269,12 @@ class TaskFit:
             )
         return self.notes + sentences
 
-    @property
-    def doubts_of_law(self) -> list[str]:
-        """Return what makes the law of the loss doubtful, if a prediction needs it."""
-        return [*self.law.doubts, *self.law.notes] if self.chained is not None else []
-
     @cached_property
     def skill(self) -> list[Scores]:
         """Return the scores of a backtest on the runs of the law; empty with few budgets."""
-        job, where = self.law.job, self.task.where
         try:
-            runs = backtest.finished(self.law.table, job, where, has_metric=True)
-            return task_scores(forecasts(runs, job))
+            runs = backtest.finished(self.law.table, self.job, self.where, has_metric=True)
+            return task_scores(forecasts(runs, self.job))
         except UserError:
             return []
 
@@ -313,34 +286,14 @@ def task_of(law: StudyFit, where: str) -> TaskFit | None:
     """
     if law.job.task is None:
         return None
-    return TaskFit(Task(law.job.task, law.records, law.table, where), law.job, law)
-
-
-def fit_tasks(tasks: Sequence[Task], job: StudyJob) -> list[TaskFit]:
-    """Return the fit of each task, with its prediction. Raises UserError as TaskFit."""
-    fits = [TaskFit(task, job) for task in tasks]
-    for one in fits:
-        _ = one.chained  # a target that can't be predicted is refused before anything is printed
-    return fits
-
-
-def tasks_as_dict(fits: Sequence[TaskFit]) -> dict[str, Any]:
-    """Return the results of several tasks as plain values, for JSON."""
-    job, form = fits[0].job, fits[0].link.form
-    rows = [_as_dict(one) | {"notes": [*one.doubts, *one.doubts_of_law]} for one in fits]
-    common = {"link": form.name, "source": form.source, "metric": job.metric, "level": job.level}
-    return common | {"tasks": rows}
+    return TaskFit(law.job.task, law, where)
 
 
 def task_as_dict(one: TaskFit) -> dict[str, Any]:
-    """Return the results of one metric beside its law as plain values, for JSON."""
-    return _as_dict(one) | {"skill": [asdict(each) for each in one.skill]}
-
-
-def _as_dict(one: TaskFit) -> dict[str, Any]:
+    """Return the results of a metric beside its law as plain values, for JSON."""
     ends, p = one.replicates.interval(one.job.level).T.tolist(), one.chained
     return {
-        "task": one.task.name, "rows": len(one.outcomes), "link": one.link.form.name,
+        "task": one.name, "rows": len(one.outcomes), "link": one.link.form.name,
         "metric": one.job.metric, "values": one.link.values, "errors": one.replicates.errors,
         "interval": dict(zip(one.link.form.symbols, ends, strict=True)),
         "certified": one.link.certificate.holds, "scatter": float(one.residuals.std()),
@@ -352,6 +305,7 @@ def _as_dict(one: TaskFit) -> dict[str, Any]:
         },
         "law": None if p is None else one.law.fit.values,
         "notes": one.doubts,
+        "skill": [asdict(each) for each in one.skill],
     }  # fmt: skip
 
 
@@ -367,7 +321,7 @@ def forecasts(one: Finished, job: StudyJob, progress: Progress = silent) -> pd.D
         known = one.runs[one.budgets <= distinct[k - 1]]
         try:
             law = law_of(known, job, one.name)
-            task = TaskFit(Task(OUTCOME, known, law.table, one.name), job, law)
+            task = TaskFit(OUTCOME, law, one.name)
             why = (task.unseen or "").rstrip(".") or why
         except UserError as e:
             task, why = None, e.problem

@@ -2,11 +2,10 @@
 
     pairs          draw runs with replacement (Efron and Tibshirani 1993, section 9.5)
     clusters       draw trunks with all their branches: runs that share a trunk are not independent
-    residuals      keep N and D, draw residuals of log loss (Efron and Tibshirani, section 9.4)
     leave_one_out  leave out each run in turn: its influence on the fit
     interval       percentiles of the replicates, corrected for bias, skewness and few runs
 
-All but `residuals` are weights on the same runs, so that batched solves suffice. At most four
+All are weights on the same runs, so that batched solves suffice. At most four
 million weights are in memory at once, so that memory doesn't grow with the square of the runs.
 Invariant: a replicate that reached no minimum is kept and counted as uncertified, never dropped.
 """
@@ -163,21 +162,6 @@ def counts(rng: np.random.Generator, groups: int, count: int) -> Array:
     return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
 
-def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
-    """Return `count` refits, each of the fitted losses times drawn residuals. The residuals of runs
-    with a weight are centred, and scaled up to the noise that the fit has absorbed in part (Davison
-    and Hinkley 1997, section 6.2.3, with the mean leverage p / n)."""
-    rest = fit.residuals[fit.weights > 0]
-    rest = (rest - rest.mean()) / np.sqrt(max(1, len(rest) - fit.form.size) / len(rest))
-    rng, n = np.random.default_rng(seed), len(fit.points)
-    fitted = np.log(fit.points.loss) - fit.residuals
-    parts = [
-        replicates(fit, losses=np.exp(fitted + rest[rng.integers(len(rest), size=(part, n))]))
-        for part in _parts(fit, count)
-    ]
-    return _joined(parts)
-
-
 def _parts(fit: Fit, count: int) -> list[int]:
     """Return how many of `count` replicates are solved at a time."""
     size = max(1, _WEIGHTS // len(fit.points))
@@ -230,22 +214,15 @@ def influence(fit: Fit) -> Array:
     return fit.vector - without
 
 
-def replicates(
-    fit: Fit, weights: ArrayLike | None = None, losses: ArrayLike | None = None
-) -> Replicates:
-    """Return refits with weights, (R, n), that multiply the fit's, with losses, (R, n), or both.
-    Each starts from the fit and from its other minima, and keeps the lowest minimum; a replicate
-    that reaches none starts again from the profile grid. Raises UserError for other shapes."""
-    n = len(fit.points)
-    w = np.ones((1, n)) if weights is None else np.asarray(weights, dtype=float)
-    y = np.asarray(fit.points.loss)[None] if losses is None else np.asarray(losses, dtype=float)
-    for name, array in (("weights", w), ("losses", y)):
-        if array.ndim != 2 or array.shape[1] != n:
-            problem = f"the shape is {array.shape}, for a fit of {n} runs"
-            raise UserError(name, problem, f"give (replicates, {n})")
-    w, y = w * fit.weights, np.log(y)
-    R = max(len(w), len(y))
-    w, y = np.broadcast_to(w, (R, n)), (y if len(y) == 1 else np.broadcast_to(y, (R, n)))
+def replicates(fit: Fit, weights: ArrayLike) -> Replicates:
+    """Return refits with weights, (R, n), that multiply the fit's. Each starts from the fit and
+    from its other minima, and keeps the lowest minimum; a replicate that reaches none starts again
+    from the profile grid. Raises UserError for weights of another shape."""
+    n, w = len(fit.points), np.asarray(weights, dtype=float)
+    if w.ndim != 2 or w.shape[1] != n:
+        problem = f"the shape is {w.shape}, for a fit of {n} runs"
+        raise UserError("weights", problem, f"give (replicates, {n})")
+    w, y = w * fit.weights, np.log(fit.points.loss)[None]
     task = replace(fit.task, aim=_AIM)
     best = polish(task, y, w, fit.theta)
     for minimum in fit.certificate.minima[1:_MINIMA]:
@@ -256,14 +233,15 @@ def replicates(
 
 def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
     """Solve replicates without a minimum again, from the profile grid, all in one batch. A
-    replicate with no more runs than parameters is left alone: many laws pass through its runs."""
+    replicate with no more runs than parameters is left alone: many laws pass through its runs. y:
+    log losses, (1, n); w: (R, n)."""
     enough = (w > 0).sum(1) > fit.form.size
     lost = np.flatnonzero(~best.is_minimum & enough)
     if not len(lost):
         return best
-    grids = [starts(fit.task, y[:1] if len(y) == 1 else y[r : r + 1], w[r : r + 1]) for r in lost]
+    grids = [starts(fit.task, y, w[r : r + 1]) for r in lost]
     owner = np.repeat(lost, [len(each) for each in grids])
-    solved = polish(fit.task, y if len(y) == 1 else y[owner], w[owner], np.concatenate(grids))
+    solved = polish(fit.task, y, w[owner], np.concatenate(grids))
     place = np.concatenate([np.arange(len(each)) for each in grids])
     for k in range(place.max() + 1):
         rows = np.flatnonzero(place == k)

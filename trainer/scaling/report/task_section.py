@@ -15,7 +15,7 @@ from forescale.scaling.analysis.forecast import TaskScore
 from forescale.scaling.analysis.task_fit import LAST_VALUE, LINE, OUTCOME, TWO_STEPS, TaskFit
 from forescale.scaling.fitting.points import Array, spent
 from forescale.scaling.report.fit_figures import Figures, Picture
-from forescale.scaling.report.fit_sections import DISTANCE, NO_TARGET, inside, reasons, times
+from forescale.scaling.report.fit_sections import DISTANCE, NO_TARGET, inside, times
 from forescale.scaling.report.score_sections import change
 
 _KINDS = {"accuracy": "accuracy", "error": "share of errors", "loss": "loss"}
@@ -34,7 +34,7 @@ def task_section(one: TaskFit | str, figures: Figures | None = None) -> Section:
         section.absent = f"The metric can't be fitted: {one}"
         return section
     level, kind = f"{one.job.level:.0%}", _KINDS[one.job.metric]
-    section.title = f"Metric of the task: {one.task.name} ({kind})"
+    section.title = f"Metric of the task: {one.name} ({kind})"
     if figures is not None:
         section.pictures = [
             ("metric-by-loss", _by_loss(one, figures),
@@ -58,36 +58,6 @@ def task_section(one: TaskFit | str, figures: Figures | None = None) -> Section:
     section.rows.append(["Scatter around the link", scatter])
     section.after = [*[_INTERVAL] * (p is not None), *_skill_lines(one), *one.doubts]
     return section
-
-
-def tasks_sections(fits: Sequence[TaskFit]) -> list[Section]:
-    """Return the link of each task, its prediction, and what makes them doubtful."""
-    job, form = fits[0].job, fits[0].link.form
-    level = f"{job.level:.0%}"
-    ends = [column for symbol in form.symbols for column in (symbol, f"{level} interval")]
-    links: list[list[Cell]] = [["task", "rows", *ends, "scatter"]]
-    predicted: list[list[Cell]] = [
-        ["task", "loss", f"{level} interval", job.metric, "50% interval", f"{level} interval"]
-    ]
-    for one in fits:
-        low, high = one.replicates.interval(job.level)
-        cells = [cell for i, x in enumerate(one.link.values.values())
-                 for cell in (number(x, 4), span((low[i], high[i]), 4))]  # fmt: skip
-        scatter = f"{one.residuals.std():.2%}"
-        links.append([one.task.name, str(len(one.outcomes)), *cells, scatter])
-        if (p := one.chained) is not None:
-            spans = [_span(x, job.metric) for x in (p.inner, p.outer)]
-            metrics = (_value(p.value, job.metric), *spans)
-            predicted.append([one.task.name, number(p.loss.loss), span(p.loss.outer), *metrics])
-    notes = [
-        f"{one.task.name}: {note}" for one in fits for note in (*one.doubts, *one.doubts_of_law)
-    ]
-    sections = [Section("links", form.source, rows=links, head=True)]
-    if job.target.is_given:
-        sections.append(
-            Section("predictions", "Predictions", rows=predicted, head=True, after=[_INTERVAL])
-        )
-    return [*sections, reasons(notes)]
 
 
 def forecast_sections(scores: Sequence[TaskScore]) -> list[Section]:
@@ -183,7 +153,7 @@ def _by_compute(one: TaskFit, figures: Figures) -> Picture:
 
 def _figure(across: chart.Axis, one: TaskFit) -> chart.Figure:
     is_loss = one.job.metric == "loss"
-    title = f"{one.task.name} ({_KINDS[one.job.metric]})"
+    title = f"{one.name} ({_KINDS[one.job.metric]})"
     return chart.Figure(across, chart.Axis(title, log=is_loss, percent=not is_loss))
 
 

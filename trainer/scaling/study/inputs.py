@@ -1,5 +1,5 @@
 """What an action of a study reads: the study's cells, runs, or tables of others; the two groups of
-a comparison; the metric of tasks.
+a comparison; the metric of a task.
 
     A B            two groups: tables, studies (by name or directory), or names of runs
     one, by=COL    one table, the runs or the cells of a study, told apart by a column
@@ -21,7 +21,7 @@ import pandas as pd
 from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.backtest import Finished, finished
-from forescale.scaling.analysis.task_fit import OUTCOME, Task
+from forescale.scaling.analysis.task_fit import OUTCOME
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.records import of_runs
 from forescale.scaling.records.tables import SUFFIXES, column_of, is_export, of_export, read_export
@@ -173,39 +173,6 @@ def _two_values(where: str, table: pd.DataFrame, column: str, groups: list[str])
         problem = f"has {len(values)} values of {column}: {', '.join(values[:8])}"
         raise UserError(where, problem, "name two of them: groups=[A,B]")
     return chosen[0], chosen[1]
-
-
-def read_tasks(job: StudyJob) -> list[Task]:
-    """Return the losses and metrics of each task. Raises UserError for other inputs or missing
-    columns."""
-    if not job.tasks:
-        todo = "name their columns, such as tasks='{arc: acc_arc}'"
-        raise UserError("tasks", "are not given", todo)
-    if unknown := set(job.task_losses) - set(job.tasks):
-        todo = f"name some of {', '.join(job.tasks)}"
-        raise UserError(f"task_losses.{min(unknown)}", "is no task", todo)
-    if not 1 <= len(job.input) <= 2 or not all(is_export(Path(name)) for name in job.input):
-        todo = "give a table of runs, and perhaps a second one of their checkpoints"
-        raise UserError("study tasks", "reads tables alone", todo)
-    tables = list[tuple[pd.DataFrame, pd.DataFrame, str]]()  # records, all columns, name
-    for source in job.input:
-        raw, columns = read_export(Path(source).expanduser()).table, dict(job.columns)
-        if "loss" not in columns and "loss" not in raw and job.task_losses:
-            columns["loss"] = next(iter(job.task_losses.values()))
-        table, where = read(replace(job, input=[source], columns=columns))
-        tables.append((table, raw, where))
-    tasks = []
-    for name, column in job.tasks.items():
-        task_losses = [
-            table if (loss := job.task_losses.get(name)) is None
-            else table.assign(loss=_numbers(column_of(raw, loss, where).loc[table.index], where))
-            for table, raw, where in tables
-        ]  # fmt: skip
-        rows, raw, where = tables[-1]
-        metric = _outcomes(column_of(raw, column, where).loc[rows.index], job, where)
-        outcomes = task_losses[-1].assign(**{OUTCOME: metric})
-        tasks.append(Task(name, task_losses[0], outcomes, tables[0][2]))
-    return tasks
 
 
 def with_outcome(table: pd.DataFrame, job: StudyJob, where: str) -> pd.DataFrame:

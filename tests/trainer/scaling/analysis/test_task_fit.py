@@ -14,15 +14,12 @@ from forescale.scaling.analysis.task_fit import (
     LAST_VALUE,
     LINE,
     TWO_STEPS,
-    Task,
     TaskFit,
-    fit_tasks,
     forecasts,
     forecasts_of,
     task_as_dict,
     task_of,
     task_scores,
-    tasks_as_dict,
 )
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
@@ -52,9 +49,9 @@ def table(link="sigmoid-to-1", noise=0.0, seed=0) -> pd.DataFrame:
     return pd.DataFrame({"parameters": n, "tokens": d, "loss": loss, "outcome": accuracy})
 
 
-def fitted(rows, outcomes=None, **keys) -> TaskFit:
+def fitted(rows, **keys) -> TaskFit:
     job = StudyJob(input=["none"], **({"bootstraps": 100, "target": TARGET} | keys))
-    return TaskFit(Task("arc", rows, rows if outcomes is None else outcomes, "mine"), job)
+    return TaskFit("arc", StudyFit(rows, job, "mine"), "mine")
 
 
 def truth(link="sigmoid-to-1") -> tuple[float, float]:
@@ -111,8 +108,8 @@ def test_checkpoints_are_resampled_with_their_run():
     rows = table(noise=0.01).assign(name=[f"run-{i}" for i in range(16)])
     many = rows.loc[rows.index.repeat(10)].reset_index(drop=True)
     keys = {"link": "exponential", "bootstraps": 400, "target": TargetPoint()}
-    once, often = fitted(rows, **keys), fitted(rows, many, **keys)
-    alone = fitted(rows, many.drop(columns="name"), **keys)
+    once, often = fitted(rows, **keys), fitted(many, **keys)
+    alone = fitted(many.drop(columns="name"), **keys)
     assert often.replicates.errors["gamma"] == pytest.approx(
         once.replicates.errors["gamma"], rel=0.25
     )
@@ -134,16 +131,6 @@ def test_rows_without_the_metric_count_for_the_loss_alone():
     assert "4 rows without a finite loss or without the metric are left out." in task.doubts
 
 
-def test_without_a_target_only_links_are_fitted():
-    """The table needs no N and D then."""
-    rows = table(noise=1e-4)[["loss", "outcome"]]
-    (task,) = fit_tasks([Task("arc", rows, rows, "mine")], StudyJob(input=["x"], bootstraps=100))
-    assert task.chained is None
-    runs_of_table = tasks_as_dict([task])
-    assert runs_of_table["tasks"][0]["prediction"] is None
-    assert runs_of_table["tasks"][0]["values"] == pytest.approx(TO_ONE, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -153,10 +140,8 @@ def test_without_a_target_only_links_are_fitted():
     ],
 )
 def test_what_determines_no_task_is_refused_with_a_sentence(change, message):
-    rows = change(table())
-    job = StudyJob(input=["none"], bootstraps=100, target=TARGET, link="exponential")
     with pytest.raises(UserError) as refused:
-        fit_tasks([Task("arc", rows, rows, "mine")], job)
+        fitted(change(table()), link="exponential")
     assert message in str(refused.value)
 
 

@@ -20,7 +20,6 @@ from forescale.scaling.fitting.bootstrap import (
     leave_one_out,
     pairs,
     replicates,
-    residuals,
 )
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
@@ -47,14 +46,6 @@ def test_draws_have_the_moments_of_the_multinomial_distribution():
     assert (drawn.sum(1) == 5).all()
     np.testing.assert_allclose(drawn.mean(0), 1, atol=0.03)
     np.testing.assert_allclose(np.cov(drawn.T), np.eye(5) - 1 / 5, atol=0.03)
-
-
-def test_a_replicate_with_other_losses_equals_their_fit(make):
-    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
-    other = make(CHINCHILLA, BASE, noise=0.003, seed=9)
-    refits = replicates(one, losses=np.stack([one.points.loss, other.loss]))
-    np.testing.assert_allclose(refits.values[0], one.vector, rtol=1e-7)
-    np.testing.assert_allclose(refits.values[1], fit(CHINCHILLA, other).vector, rtol=1e-7)
 
 
 def test_leave_one_out_and_influence_equal_the_fits_without_a_run(make):
@@ -102,7 +93,6 @@ def test_replicates_made_in_parts_are_the_same(make, monkeypatch):
     monkeypatch.setattr(bootstrap, "_WEIGHTS", 60 * 7)
     for before, after in zip(whole, (pairs(one, 50), leave_one_out(one)), strict=True):
         np.testing.assert_allclose(after.values, before.values, rtol=1e-9)
-    assert residuals(one, 50).values.shape == (50, 5)
 
 
 def test_a_tenth_of_a_million_runs_need_little_memory(make):
@@ -134,19 +124,6 @@ def test_branches_of_a_trunk_are_drawn_together(make):
     truth = pairs(fit(CHINCHILLA, points), 300)
     assert wide.errors["alpha"] == pytest.approx(truth.errors["alpha"], rel=0.25)
     assert narrow.errors["alpha"] < 0.65 * wide.errors["alpha"]
-
-
-@pytest.mark.slow  # 60 bootstraps; those of pairs are in test_recovery.py
-def test_intervals_of_resampled_residuals_cover(make):
-    """Nominal 90 % intervals of a law that is true, in 60 experiments."""
-    target = dict(parameters=1e11, tokens=2e12)
-    truth = CHINCHILLA.predict(BASE, **target)[0]
-    inside = 0
-    for seed in range(60):
-        one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.005, seed=seed), LEAST_SQUARES)
-        low, high = residuals(one, 200).interval(0.9, lambda v: CHINCHILLA.predict(v, **target))
-        inside += bool(low[0] <= truth <= high[0])
-    assert inside >= 45
 
 
 def test_intervals_of_parameters_and_of_functions_of_them(make):

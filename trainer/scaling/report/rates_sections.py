@@ -1,14 +1,10 @@
-"""The answers of `study profile` and `study rates`.
+"""The answer of `study rates`.
 
 Invariant: everything that makes the numbers doubtful is shown with them.
 """
 
-from collections.abc import Sequence
-
 from forescale.pages.document import Cell, Section, number, percent, span
-from forescale.scaling.analysis.table_fit import StudyFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaws
-from forescale.scaling.fitting.profile import Profile
 from forescale.scaling.report.fit_sections import reasons
 
 
@@ -43,25 +39,3 @@ def rate_sections(laws: RateLaws) -> list[Section]:
     if laws.notes:
         sections.append(reasons(laws.notes))
     return sections
-
-
-def profile_sections(profiles: Sequence[Profile], study: StudyFit) -> list[Section]:
-    """Return each profile interval beside that of the resampled fits, and what stays open."""
-    level = f"{study.job.level:.0%}"
-    low, high = study.replicates.interval(study.job.level)
-    rows: list[list[Cell]] = [["", "value", f"{level} low", "high", "resampled low", "high"]]
-    doubts = list[str]()
-    for one in profiles:
-        i = study.form.symbols.index(one.symbol)
-        ends = {"below": one.low, "above": one.high}
-        cells = ["open" if end is None else number(end) for end in ends.values()]
-        rows.append([one.symbol, number(one.value), *cells, number(low[i]), number(high[i])])
-        if sides := [side for side, end in ends.items() if end is None]:
-            doubts.append(
-                f"{one.symbol} is open {' and '.join(sides)}: to the end of its range the fit is "
-                "not clearly worse, so these runs don't determine it there."
-            )
-    return [
-        Section("profile", study.form.source, rows=rows, head=True),
-        reasons([*doubts, *study.doubts, *study.notes]),
-    ]
