@@ -2,8 +2,8 @@
 
 Measures the error at the most expensive budget after a share of the cost of all runs in between is
 spent at once, starting from the two cheapest budgets. Both choices predict by the same law: as
-`study fit` fits it (plain), with weights toward the target (toward), or by the linear law with the
-discrepancy that the choice uses (process).
+`study fit` fits it (plain), or by the linear law with the discrepancy that the choice uses
+(process).
 
 Public data, if it is there (Llama 3's isoFLOP points; those of arXiv 2404.10102, digitised from a
 figure, in their nine budgets); each seed may choose from another 70 % of it. And simulated studies,
@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 
 from forescale.ground.errors import UserError
-from forescale.scaling.analysis.weights import RunNoise, weigh
-from forescale.scaling.design.next_runs import NOISE, choose, posterior, run_set
+from forescale.scaling.design.next_runs import choose, posterior, run_set
 from forescale.scaling.design.simulate import PUBLISHED
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import fit
@@ -38,7 +37,7 @@ from tests.benchmarks.pairing import Result
 ROOT = Path(__file__).parents[2]
 # Hoffmann et al. 2022, arXiv 2203.15556, figure 3.
 EPOCH = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])
-By = Literal["plain", "toward", "process"]  # how a replay predicts the target
+By = Literal["plain", "process"]  # how a replay predicts the target
 START = 2  # budgets that a replay knows from the start
 PART = 0.7  # of the others, drawn by each seed: the pool to choose from
 SURFACES = ("walk", "slope", "bend", "nothing")
@@ -125,10 +124,6 @@ def _refit(
     if by == "process":
         mean = posterior(law, run_set(target))[0]
     else:
-        if by == "toward":
-            aim = float(np.exp(np.log(spent(target)).mean()))
-            noise = RunNoise(max(law.noise, NOISE))
-            refit = fit(form, known, goal, weigh(spent(known), noise, aim))
         mean = np.log(refit.predict(**{c: np.exp(target.log(c)) for c in form.columns}))
     return law, float(np.abs(mean - np.log(target.loss)).mean())
 

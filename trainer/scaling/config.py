@@ -178,9 +178,6 @@ class StudyJob(Job):
     delta: float | None = key(1e-3, ge=0)
     # what is minimised: residuals of log loss, or of the loss itself
     residual: Literal["log", "loss"] = "log"
-    # weigh runs by 1/variance; noise: the variance of repeated runs; distance: 2 % per decade of
-    # compute between a run and the target
-    weights: Literal["none", "noise", "distance", "both"] = "none"
     drop_largest: int = key(0, ge=0)  # leave out this number of runs, those with the largest losses
     # fit only runs whose loss is within this fraction of the lowest of their budget, and its best
     # three; null: all runs

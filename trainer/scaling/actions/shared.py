@@ -14,7 +14,7 @@ from forescale.scaling.study.inputs import read, with_outcome
 STUDY = ("study", "studies")
 RUNS = (*STUDY, "input", "columns", "rows", "run.root")
 LAW = (
-    "form", "method", "size", "cost", "delta", "residual", "weights", "drop_largest", "near",
+    "form", "method", "size", "cost", "delta", "residual", "drop_largest", "near",
     "bootstraps", "resample", "level", "seed",
 )  # fmt: skip
 TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")

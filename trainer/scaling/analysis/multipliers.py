@@ -24,7 +24,7 @@ from scipy.optimize import isotonic_regression
 from forescale.ground.errors import UserError
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.recipe_cells import RecipeCell, cells_of
-from forescale.scaling.analysis.weights import Spread
+from forescale.scaling.analysis.spread import Spread
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting.points import Array
 

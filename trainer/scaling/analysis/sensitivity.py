@@ -5,7 +5,7 @@
                  parameters that C pays for, or C leaves out parameters that N counts
     N* ~ C^a     the law's minimum along such a budget: a = beta / (alpha + p beta)
 
-Invariant: all rows have the same D, weights, runs and target. The target is one run: its N and C
+Invariant: all rows have the same D, runs and target. The target is one run: its N and C
 are converted to each convention by the runs' own line in log N and log C.
 """
 
@@ -68,7 +68,7 @@ def sensitivity(study: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
             key = (size if "parameters" in reads else "", cost if "flops" in reads else "")
             if key not in done:
                 points = replace(runs, parameters=n, flops=c)
-                law = fit(study.form, points, study.fit.objective, study.weights)
+                law = fit(study.form, points, study.fit.objective)
                 done[key] = law, study.resample(law, count)
             rows.append(_row(study, (size, cost), (n, c), *done[key]))
     return rows

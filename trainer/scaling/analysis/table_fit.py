@@ -20,7 +20,6 @@ from forescale.ground.errors import UserError
 from forescale.scaling.analysis import backtest, prediction
 from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
-from forescale.scaling.analysis.weights import RunNoise, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.doubts.budgets import grouped
 from forescale.scaling.doubts.law import Target, doubts
@@ -28,7 +27,7 @@ from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
 from forescale.scaling.fitting.objective import Objective
-from forescale.scaling.fitting.points import Array, Points, near_best, spent
+from forescale.scaling.fitting.points import Array, near_best, spent
 from forescale.scaling.forecasting.calibrated import Backtest, CalibratedLaw, backtests, calibrate
 from forescale.scaling.forecasting.forecaster import Forecaster
 from forescale.scaling.forecasting.predictor import LAW, LEVEL, Discrepancy, Predicted
@@ -73,16 +72,7 @@ class StudyFit:
         self.table = table
         self.is_fitted = self._near_best()
         self.points = every.take(self.is_fitted)
-        self.noise: RunNoise = noise_of_repeats(table, every)
-        self.weights = self._weighed(self.points)
-        self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
-        if job.weights in ("noise", "both") and not self.noise.freedom:
-            self.notes.append(
-                f"No two runs differ by their seed alone: a noise of {self.noise.at:.1%} is "
-                "assumed for all runs."
-            )
-        if job.weights != "none" and "budget" in table:
-            self.notes.append("The backtests fit the law without weights.")
+        self.fit: Fit = fit(self.form, self.points, self.goal)
 
     def _near_best(self) -> Array:
         """Return the mask of the runs near the optimum of their budget, (n,).
@@ -171,12 +161,11 @@ class StudyFit:
         """Return fits of the law with other objectives and, if some were left out, all runs."""
         fits = {
             name: self.fit if (goal := Objective(delta)) == self.goal
-            else fit(self.form, self.points, goal, self.weights)
+            else fit(self.form, self.points, goal)
             for name, delta in _OTHERS.items()
         }  # fmt: skip
         if not self.is_fitted.all():
-            weights = self._weighed(self.all_points)
-            fits["all runs"] = fit(self.form, self.all_points, self.goal, weights)
+            fits["all runs"] = fit(self.form, self.all_points, self.goal)
         return fits
 
     def disagreements(self) -> list[str]:
@@ -231,20 +220,6 @@ class StudyFit:
         """Return the prediction for `target`, by default the job's; see prediction.py."""
         return prediction.predict(self, target or self.job.target)
 
-    def _weighed(self, points: Points) -> Array | None:
-        """Return the weights of runs, (n,), or None if all are equal."""
-        kind, t = self.job.weights, self.job.target
-        if kind == "none":
-            return None
-        c = None
-        if kind != "noise":
-            c = t.flops or self.points.per_token * (t.parameters or 0.0) * (t.tokens or 0.0)
-            if not c:
-                problem = f"weights={kind} needs the target's compute"
-                todo = "write target.flops=, or target.parameters= and target.tokens="
-                raise UserError("weights", problem, todo)
-        return weigh(spent(points), None if kind == "distance" else self.noise, c)
-
     @cached_property
     def sensitivity(self) -> list[SensitivityRow] | None:
         """Return the fits under every convention, or None if the job doesn't ask for them."""
@@ -272,8 +247,6 @@ def as_dict(study: StudyFit) -> dict[str, Any]:
     return {
         "runs": len(study.points),
         "convention": study.points.convention,
-        "weights": None if study.weights is None else study.weights.tolist(),
-        "noise": vars(study.noise),
         "form": study.form.name,
         "source": study.form.source,
         "objective": study.fit.value,

@@ -14,7 +14,6 @@ from forescale.pages.document import Cell, Section, number, percent, span
 from forescale.scaling.analysis.backtest import MINIMA, Scores
 from forescale.scaling.analysis.prediction import Prediction
 from forescale.scaling.analysis.table_fit import StudyFit
-from forescale.scaling.analysis.weights import effective
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.forecasting.predictor import LAW, LEVEL, LINE
 
@@ -179,7 +178,7 @@ def parameters(study: StudyFit) -> Section:
 
 
 def certificate(study: StudyFit) -> Section:
-    """Return what shows that the fit is the global optimum, and its weights."""
+    """Return what shows that the fit is the global optimum."""
     c, fit = study.fit.certificate, study.fit
     minima = f"{len(c.minima)} from {sum(b.starts for b in c.minima) + c.failed_starts} starts"
     lost = f", {c.failed_starts} of which reached no minimum" if c.failed_starts else ""
@@ -194,15 +193,6 @@ def certificate(study: StudyFit) -> Section:
         ["Method", c.method],
         ["Resampled fits that are not certified", uncertified],
     ]
-    if (w := study.weights) is not None:
-        noise = study.noise
-        rows += [
-            ["Weights", f"{study.job.weights}; the largest is {w.max() / w.min():.3g} times the "
-                        f"smallest; the effective number of runs is {effective(w):.1f}"],
-            ["Noise of a run", Markup("{}, {}").format(
-                percent(noise.at),
-                f"from {noise.freedom} repeats" if noise.freedom else "assumed")],
-        ]  # fmt: skip
     return Section("certificate", "Certificate of the fit", rows=rows)
 
 

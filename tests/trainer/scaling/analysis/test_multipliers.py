@@ -196,7 +196,7 @@ def test_a_csv_is_enough(tmp_path, monkeypatch, capsys):
     assert "good: needs less compute than base" in doubts
     assert "bad: needs more compute than base" in doubts
     assert "gone has no loss at 1e+12 FLOPs: all 5 runs diverged." in doubts
-    assert cli.main(["study", "profile", *fit[2:]]) == 2
+    assert cli.main(["study", "rates", *fit[2:]]) == 2
     assert "has several recipes" in capsys.readouterr().err
 
 
