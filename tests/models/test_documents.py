@@ -38,29 +38,6 @@ def gradients(model, losses):
 
 
 @pytest.mark.parametrize("variant", SOME, ids=named)
-def test_a_document_never_changes_another(variant):
-    """Not by one bit: neither logits, nor the gradient of another document's loss."""
-    model, x, documents = build(*variant), tokens(1, L), numbers()
-    targets_of = within(documents)
-    logits = model(x, documents_BL=documents)
-    for changed in range(len(LENGTHS)):
-        of_changed = documents == changed
-        other = torch.where(of_changed, (x + 1) % V, x)
-        difference = (model(other, documents_BL=documents) - logits).abs().amax(-1)
-        assert difference[~of_changed].max() == 0
-        assert difference[of_changed].min() > 1e-3
-        before, after = (
-            gradients(
-                model, model(row, targets_of(x).masked_fill(of_changed, IGNORE), None, documents)
-            )
-            for row in (x, other)
-        )
-        for local, peer in zip(before, after, strict=True):
-            assert torch.equal(local, peer)
-            assert local.abs().max() > 0
-
-
-@pytest.mark.parametrize("variant", SOME, ids=named)
 def test_each_document_is_as_if_alone(variant):
     """Its logits, its loss and the gradient of its loss; with padding on both sides of the row, and
     between two documents."""

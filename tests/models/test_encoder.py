@@ -10,11 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import Transformer
 from forescale.models.flops import flops_per_token
-from forescale.models.hf import family_of, to_hf
-from forescale.models.memory import activations
-from tests.models.checks import kept_bytes
+from forescale.models.hf import to_hf
 from tests.models.configs import changed, model_config
-from tests.models.test_memory import SIZES
 
 L, V = 12, 37
 SMALL = model_config(
@@ -95,17 +92,6 @@ def test_flops_are_counted_over_the_whole_square(config):
     whole = flops_per_token(config, 32)
     assert counter.get_total_flops() == whole * x.numel()
     assert flops_per_token(config, 32, causal=True) == whole, "no key is left out"
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_activations_are_what_autograd_keeps(masked):
-    config = model_config(**SIZES[1], causal=False)
-    L = config.max_sequence_length
-    model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
-    real = torch.arange(L).expand(2, L) < torch.tensor([[L], [9]])
-    actual = kept_bytes(model, lambda: model(x, x, padding_mask_BL=real if masked else None).sum())
-    estimate = activations(config, 2, L, 4, masked, fused_norms=False).saved
-    assert actual == pytest.approx(estimate, rel=0.03)
 
 
 def scrambled(config):
@@ -195,8 +181,3 @@ def test_logits_equal_a_llama_that_is_shown_the_whole_square():
         expected = peer(x, attention_mask=labels).logits
         got = local(x, padding_mask_BL=real)
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
-
-
-def test_no_causal_family_takes_an_encoder():
-    with pytest.raises(ValueError, match=r"causal=true \(not false\)"):
-        family_of(SMALL.resolved())

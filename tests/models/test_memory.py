@@ -83,6 +83,7 @@ CHANGES = [
     dict(mlp__chunk=16),
     dict(mlp="gelu", mlp__chunk=16, mtp_layers=1),
     dict(mlp__chunk=512),
+    dict(causal=False),
 ]
 
 

@@ -29,6 +29,10 @@ RULES = [
     ("decoder", dict(head__softcap=math.inf), "head.softcap", "number"),
     ("decoder", dict(mixer_pattern=["mingru", "attention"] * 2), "mixer_pattern", "4 mixers for 2"),
     ("decoder", dict(causal=False, mixer="mingru"), "causal", "later"),
+    ("decoder", dict(mixer="gated_deltanet", causal=False), "causal", "later"),
+    ("decoder", dict(mixer="gated_deltanet", position="alibi"), "position", "alibi"),
+    ("decoder", dict(mixer="gated_deltanet", mixer__value_dim=0), "mixer.value_dim", "not a size"),
+    ("decoder", dict(mixer="gated_deltanet", mixer__conv=0), "mixer.conv", "not a size"),
     ("decoder", dict(mixer="gated_deltanet", mixer__conv=1000), "mixer.conv", "more than the con"),
     ("decoder", dict(mixer__value_residual=1.0), "mixer.value_residual", "no part"),
     (

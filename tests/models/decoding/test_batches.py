@@ -8,11 +8,11 @@ from forescale.models import Transformer
 from forescale.models.decoding.batch import Batch, Choice, generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.positions.kinds import POSITIONS
-from tests.models.mixers.test_every_mixer import PATTERNS, build
+from tests.models.mixers.test_every_mixer import PATTERNS, RESIDUAL, build
 
 GREEDY = Sampler(temperature=0)
 LENGTHS = (9, 2, 6)
-CASES = [(pattern, "rotary") for pattern in PATTERNS]
+CASES = [(pattern, "rotary") for pattern in PATTERNS + RESIDUAL]
 CASES += [(["attention"], position) for position in POSITIONS if position != "rotary"]
 
 

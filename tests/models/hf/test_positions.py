@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.hf import family_of, from_hf, to_hf
+from forescale.models.hf import from_hf, to_hf
 from forescale.models.hf.positions import positions_from_hf, positions_to_hf
 from forescale.models.positions.rope_scaling import frequencies, ntk_theta
 from tests.models.configs import changed, model_config
@@ -61,11 +61,6 @@ def test_ntk_computes_the_same_in_transformers():
 def test_lengths_that_are_not_whole_are_refused():
     with pytest.raises(ValueError, match=r"whole lengths.*give model\..*original_length"):
         positions_to_hf(changed(YARN, position__scaling__factor=3.0))
-
-
-def test_alibi_fits_no_family_and_is_refused_in_a_sentence():
-    with pytest.raises(ValueError, match=r"nearest, .* position=rotary \(not alibi\)"):
-        family_of(changed(CONFIG, position="alibi").resolved())
 
 
 @pytest.mark.parametrize(

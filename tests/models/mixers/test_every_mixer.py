@@ -173,17 +173,6 @@ def test_a_cache_is_read_where_layers_would_be_computed_again(pattern, kind):
     close(read, whole)
 
 
-@torch.no_grad()
-def test_a_batch_with_padding_on_the_left_decodes_as_each_row_alone(pattern):
-    model, x, pads = build(pattern), tokens(3, 20), (0, 4, 7)
-    real = torch.stack([torch.arange(20) >= pad for pad in pads])
-    cache = model.new_cache()
-    got = [model(x[:, :10], padding_mask_BL=real[:, :10], cache=cache)]
-    got += [model(x[:, i : i + 1], cache=cache) for i in range(10, 20)]
-    for i, pad in enumerate(pads):
-        close(torch.cat(got, 1)[i, pad:], model(x[i : i + 1, pad:])[0])
-
-
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
 def test_it_is_counted_as_it_is(pattern):
     config = small(pattern)

@@ -144,19 +144,6 @@ def test_it_learns_to_recall():
     assert loss < 0.3
 
 
-@pytest.mark.parametrize("name", ["value_dim", "conv"])
-def test_a_size_below_1_is_refused(name):
-    with pytest.raises(ValueError, match=rf"model\.mixer\.{name}: 0 is not a size"):
-        changed(CONFIG, **{f"mixer__{name}": 0}).resolved()
-
-
-def test_it_is_no_encoder_and_takes_no_alibi():
-    with pytest.raises(ValueError, match=r"model\.causal: mixer gated_deltanet"):
-        changed(CONFIG, causal=False).resolved()
-    with pytest.raises(ValueError, match=r"model\.position: mixer gated_deltanet"):
-        changed(CONFIG, position="alibi").resolved()
-
-
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_sums_in_one_order_are_running_sums(dim):
     """What a GPU does instead of a cumsum that has no fixed order; -inf: the state starts again."""

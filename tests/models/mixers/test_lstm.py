@@ -44,17 +44,6 @@ def test_it_equals_the_definition_with_its_gradients(length, is_cut):
     torch.testing.assert_close(*grads)
 
 
-def test_no_bit_of_another_document_arrives():
-    torch.manual_seed(0)
-    model, tokens = Transformer(CONFIG).eval(), torch.randint(0, 32, (2, 12))
-    numbers = torch.tensor([[0] * 5 + [1] * 7, [0] * 5 + [1] * 4 + [2] * 3])
-    other = tokens.clone()
-    other[:, :5] = (other[:, :5] + 1) % 32
-    one, two = (model(x, documents_BL=numbers) for x in (tokens, other))
-    assert torch.equal(one[:, 5:], two[:, 5:])
-    assert not torch.equal(one[:, :5], two[:, :5])
-
-
 def test_it_begins_with_open_forget_gates_and_the_scale_of_hidden_matrices():
     torch.manual_seed(0)
     mixer = Transformer(CONFIG).blocks[0].mixer
