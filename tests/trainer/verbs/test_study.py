@@ -105,15 +105,6 @@ def test_diverged_runs_are_left_out_with_a_note(fit):
     assert "1 diverged runs are left out: their loss is not finite." in out
 
 
-@pytest.mark.slow  # a fit of its own
-def test_unusable_parabolas_are_listed_by_budget(fit):
-    table = surface()
-    edge = table["budget"] == 1e18
-    least = table.loc[edge, "loss"].min()
-    table.loc[edge, "loss"] = least + np.arange(edge.sum()) * 0.01  # it only rises with size
-    assert "No parabola at 1e18 FLOPs: " in fit(table, "bootstraps=100")[1]
-
-
 def test_records_of_our_own_runs_can_be_fitted(small_data, tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):

@@ -186,11 +186,6 @@ def test_runs_that_diverged_or_that_a_study_does_not_fit_are_left_out():
     assert usable.budgets.tolist() == rows.budget.drop([2, 7]).tolist()
 
 
-def test_a_choice_among_laws_is_not_judged():
-    with pytest.raises(UserError, match="auto can't be judged; give one of chinchilla"):
-        judged(table(), form="auto")
-
-
 @pytest.mark.slow  # 129 forecasts of nine tables
 def test_level_beats_the_line_on_public_tables(published):
     paths = sorted((published / "backtest").glob("*.csv"))

@@ -20,6 +20,7 @@ PLAN = [
     *("plan.kind=recipes", "plan.budgets=3", "plan.step=2", "plan.cap=8e12", "plan.seeds=[2,2]"),
     *("plan.fresh=2", "plan.sequence_length=64", "plan.candidates=[muon,no-decay,lion]"),
 ]
+ALONE = [*PLAN, "plan.vocab_size=257", "plan.unique=4e7"]  # opens no corpus
 TRUE = {"muon": 1.5, "no-decay": 0.8}
 BEST = {"muon": 0.02, "adamw": 0.05}  # the rule's rate is 0.01, so that AdamW's sweep is too low
 
@@ -131,7 +132,7 @@ def test_the_same_command_again_changes_nothing_and_the_plan_is_read_back(whole)
 )
 def test_a_plan_that_compares_nothing_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["study", "plan", *PLAN, *arguments]) == 2
+    assert cli.main(["study", "plan", *ALONE, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -139,9 +140,9 @@ def test_a_key_of_the_study_is_refused_in_a_recipe(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("short: [train.steps=5]\nlate: ['schedule.decay=50 %']\n")
     words = ["plan.recipes=own.yaml", "plan.candidates=[short]"]
-    assert cli.main(["study", "plan", *PLAN, *words]) == 2
+    assert cli.main(["study", "plan", *ALONE, *words]) == 2
     assert "train.steps is set by the study itself" in capsys.readouterr().err
-    assert cli.main(["study", "plan", *PLAN, *words[:1], "plan.candidates=[late]"]) == 0
+    assert cli.main(["study", "plan", *ALONE, *words[:1], "plan.candidates=[late]"]) == 0
     study = Study(tmp_path / "studies/first")
     cell = of(study, "late", "grid")[0]
     arguments = [a for a in study.arguments(cell) if a.startswith("schedule.")]
