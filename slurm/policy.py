@@ -24,7 +24,7 @@ from forescale.slurm.steps import Failure
 
 JobAction = Literal["end", "restart", "requeue"]
 # In the error of a rank: failures of a device, a link or a disk, not of a program.
-_DEVICE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b|Input/output error", re.IGNORECASE)
+_DEVICE = re.compile(f"{outcome.GPU}|Input/output error", re.IGNORECASE)
 _TOO_OFTEN = 2  # failures of a node until it is excluded
 _REFUSALS = 9  # of SLURM in a row, which take some 5 min
 _PAUSE = 30.0  # seconds before the third start of a job without a new checkpoint, then doubled

@@ -3,6 +3,10 @@
 FORESCALE_MATRIX=full takes 50 steps of each stage with each optimizer and number format.
 """
 
+import json
+import os
+import signal
+
 import pytest
 
 from tests import launching
@@ -61,3 +65,24 @@ def test_a_killed_run_ends_the_same_on_another_number_of_ranks(dataset, tmp_path
     assert "Not bit-exact" not in output
     whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
     assert whole == cut
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+def test_a_run_takes_the_cores_that_there_are_and_makes_the_same_bits(dataset, tmp_path):
+    command = [f"data.path={dataset}", "train.tokens=null", "train.steps=12", "engine=zero2"]
+    command += ["checkpoint.every=3", "validation.every=12", "train.invariant=true"]
+    launching.train(tmp_path, *command, "run.name=whole", "launch.processes=1")
+    command += ["run.name=cut", "launch.processes=1-4"]
+    cut, cores = tmp_path / "cut", os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {*sorted(cores)[:2]})
+    try:
+        launching.interrupt(launching.start(tmp_path, *command, cold=True), cut, 4, signal.SIGKILL)
+        os.sched_setaffinity(0, {min(cores)})
+        launching.interrupt(launching.start(tmp_path, *command, cold=True), cut, 7, signal.SIGTERM)
+        os.sched_setaffinity(0, {*sorted(cores)[:2]})
+        assert "Not bit-exact" not in launching.train(tmp_path, *command, cold=True)
+    finally:
+        os.sched_setaffinity(0, cores)
+    files = sorted(cut.glob("attempts/*/launch.json"))
+    assert [json.loads(file.read_text())["processes"] for file in files] == [2, 1, 2]
+    assert launching.trajectory(cut) == launching.trajectory(tmp_path / "whole")

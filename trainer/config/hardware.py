@@ -5,6 +5,7 @@ Invariant: reads a few small files and imports no torch, because commands that d
 
 import ctypes
 import os
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,27 +53,42 @@ _FP8 = (8, 9)  # Ada; Hopper is 9.0
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_... of the CUDA driver API
 
 
-def capability(driver: Any = None) -> tuple[int, int] | None:
-    """Return the lowest CUDA compute capability of the GPUs that ranks may use, as (8, 9); None if
-    there is none. driver: replaced in tests.
-
-    It asks the CUDA driver, because a CUDA context would take memory of the GPU.
-    """
+def _devices(driver: Any) -> Iterator[tuple[Any, ctypes.c_int]]:
+    """Yield the CUDA driver and each of the GPUs that ranks may use. It is asked because a CUDA
+    context would take memory of the GPU. driver: replaced in tests."""
     try:
         driver = driver or ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
+        return
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return None
-    capabilities = []
+        return
     for i in range(count.value):
-        device, major, minor = (ctypes.c_int() for _ in range(3))
+        device = ctypes.c_int()
         driver.cuDeviceGet(ctypes.byref(device), i)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+        yield driver, device
+
+
+def capability(driver: Any = None) -> tuple[int, int] | None:
+    """Return the lowest CUDA compute capability of the GPUs that ranks may use, as (8, 9); None if
+    there is none."""
+    capabilities = []
+    for cuda, device in _devices(driver):
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
         capabilities.append((major.value, minor.value))
     return min(capabilities, default=None)
+
+
+def gpu_memory(driver: Any = None) -> int | None:
+    """Return the bytes of memory of the smallest GPU that ranks may use; None if there is none."""
+    sizes = []
+    for cuda, device in _devices(driver):
+        size = ctypes.c_size_t()
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        sizes.append(size.value)
+    return min(sizes, default=None)
 
 
 def check_fp8(recipe: str) -> None:

@@ -4,8 +4,10 @@ Invariant: `Sizes.parse(str(s)) == s`; a single number is stored as a number.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,21 @@ class Sizes:
 
     def __str__(self) -> str:
         return f"{self.least}-{self.most}" if self.is_range else f"{self.most}"
+
+
+class SizeRange(NamedTuple):
+    """The numbers of ranks, or of nodes, that a key of a job allows. each: ranks of one."""
+
+    key: str
+    sizes: Sizes
+    each: int = 1
+
+
+def in_words(sizes: Sequence[int]) -> str:
+    """Return sizes, the largest first, as a phrase: 16, 5-8 or 2."""
+    phrases: list[str] = []
+    for _, group in groupby(enumerate(sizes), key=sum):
+        run = [n for _, n in group]
+        phrases += [f"{run[-1]}-{run[0]}"] if run[2:] else map(str, run)
+    *others, last = phrases
+    return f"{', '.join(others)} or {last}" if others else last

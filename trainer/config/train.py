@@ -5,10 +5,11 @@ Invariant: a rule about one section is in its class (sections/), a rule about se
 key that is not set; recipes are the files of `conf/recipe/`.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from math import gcd
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
@@ -42,6 +43,7 @@ from forescale.config.sections.runtime import (
 )
 from forescale.config.sections.schedule import SCHEDULES, ConstantConfig, ScheduleConfig
 from forescale.config.sections.training import RunConfig, TrainConfig
+from forescale.config.sizes import SizeRange, Sizes, in_words
 from forescale.ground.errors import UserError
 from forescale.models.choices import Mup
 from forescale.models.config import ModelConfig
@@ -152,9 +154,35 @@ class TrainJob(Lengths, Job):
                 kind = frozen["precision"]["kind"]
         return replace(job, precision=replace(self.precision, kind=kind))
 
+    @property
+    def elastic(self) -> SizeRange | None:
+        """The sizes that a run may change between; None if its size is fixed."""
+        ranks = self.launch.processes
+        return SizeRange("launch.processes", ranks) if ranks and ranks.is_range else None
+
+    def at(self, size: int) -> Self:
+        """Return the job at one of the sizes of `elastic`."""
+        assert self.elastic is not None, "only of a range"
+        name, _, key = self.elastic.key.partition(".")
+        part: Any = getattr(self, name)
+        return replace(self, **{name: replace(part, **{key: Sizes(size, size)})})
+
+    def usable_sizes(self, sizes: Iterable[int] | None = None) -> list[int]:
+        """Return the sizes of `elastic` at which no rule is broken, the largest first. sizes: those
+        to try instead. What fits in memory is another question: `Plan.fitting_sizes`."""
+        assert self.elastic is not None, "only of a range"
+        job, each = replace(self, faults=[]), self.elastic.each  # a rank that isn't there has none
+        most = self.train.global_batch // self.train.micro_batch * self.mesh(1).near // each
+        tried = self.elastic.sizes if sizes is None else sizes
+        return [n for n in tried if n <= most and not any(job._problems(n * each))]
+
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
         notes = length_ramp_notes(self)
+        if (elastic := self.elastic) and (usable := self.usable_sizes()) != [*elastic.sizes]:
+            why = "" if self.train.invariant else ": micro-batches must divide by the ranks"
+            why += "" if self.train.invariant else ", but not with train.invariant=true"
+            notes.append(f"{elastic.key}={elastic.sizes} can be {in_words(usable)}{why}.")
         if self.precision.kind == "fp16":
             notes.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
         if self.precision.fp8 != "none":
@@ -170,9 +198,23 @@ class TrainJob(Lengths, Job):
 
     def problems(self, world_size: int | None = None) -> Problems:
         """Return the broken rules over several sections. `world_size`: the number of ranks that
-        have started; without it, `launch.processes`."""
-        ranks = self.launch.processes
-        return [*self._problems(world_size or (ranks and ranks.most))]
+        have started; without it, `launch.processes`, of a range the largest that can be."""
+        ranks, elastic = self.launch.processes, self.elastic
+        if elastic is None:
+            return [*self._problems(world_size or (ranks and ranks.most))]
+        if world_size is not None:  # faults of ranks that aren't there are not injected
+            return [*replace(self, faults=[])._problems(world_size)]
+        largest = next(iter(self.usable_sizes()), None)
+        if largest is None and (near := self._nearest_sizes(elastic)):
+            problem = f"the job can run at no size of {elastic.sizes}"
+            return [(elastic.key, problem, f"the nearest that it can run at: {in_words(near)}")]
+        return [*self._problems((largest or elastic.sizes.most) * elastic.each)]
+
+    def _nearest_sizes(self, elastic: SizeRange) -> list[int]:
+        """Return the nearest usable size below a range, and the nearest above."""
+        least, most = elastic.sizes.least, elastic.sizes.most
+        sides = range(least - 1, 0, -1), range(most + 1, 2 * most + 1)
+        return [size for side in sides for size in self.usable_sizes(side)[:1]]
 
     def _problems(self, ranks: int | None) -> ProblemIterator:
         yield from mesh_problems(self, ranks)

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from forescale.config.hardware import gpu_memory
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.plan.bytes.memory import Memory, memory
 from forescale.plan.bytes.parameters import inventory
+from forescale.plan.config import MachineConfig, PlanConfig
 from forescale.plan.options import MOST_MICRO_BATCH, more_checkpointing, with_checkpointing
 
 _LARGE_VOCABULARY = 65_536
@@ -31,16 +33,17 @@ def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> 
     return memory(job, inventory(job), world_size)
 
 
-def fits_here(job: TrainJob, ranks: int) -> bool:
-    """Return True if so many ranks fit in the memory that is free here, each with a GiB for what
-    it imports; False for a class of the user's own, whose memory is not known.
+def fits_here(job: TrainJob, ranks: int) -> bool | None:
+    """Return True if so many ranks fit in the memory of this machine's GPUs; without a GPU in what
+    is free, each with a GiB for what it imports. None for a class of the user's own, whose memory
+    is not known.
 
     What is not known before the data is opened is guessed, the vocabulary as a large one.
     """
     import psutil
 
     if not isinstance(job.model, ModelConfig):
-        return False
+        return None
     length = job.train.sequence_length
     guesses: dict[str, Any] = {"vocab_size": _LARGE_VOCABULARY, "max_sequence_length": length}
     if job.model.has_encoder:
@@ -48,6 +51,8 @@ def fits_here(job: TrainJob, ranks: int) -> bool:
     unknown = {name: by for name, by in guesses.items() if getattr(job.model, name) is None}
     needs = bytes_of(replace(job, model=replace(job.model, **unknown)), ranks)
     assert needs is not None, "of our own model with a vocabulary"
+    if (size := gpu_memory()) is not None:
+        return needs.total + MachineConfig.reserved_bytes <= (1 - PlanConfig.margin) * size
     return ranks * (needs.total + _IMPORTS) < psutil.virtual_memory().available
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.ground.processes import die_with_parent
 from forescale.ground.rendezvous import LOOPBACK, free_port
 from forescale.resilience import outcome
+from forescale.resilience.elastic import LocalSizes, gpus
 from forescale.resilience.heartbeat import node_path
 from forescale.resilience.output import close, copied_output
 from forescale.run.directory import Run
@@ -119,23 +120,29 @@ def next_action(code: int, crashes: int) -> Literal["end", "give up", "restart"]
 def run_attempts(
     run: Run,
     command: list[str],
-    processes: int,
+    sizes: LocalSizes,
     grace: float = _GRACE,
     stop: StopRequest | None = None,
 ) -> int:
     """Start attempt after attempt until the run is complete, is interrupted, or has crashed
-    MAX_CRASHES times without a new checkpoint. Returns the exit code. stop: records a stop signal.
+    MAX_CRASHES times without a new checkpoint; those after which it goes on with fewer ranks don't
+    count. Returns the exit code. sizes: choose the ranks of each attempt; stop: records a signal.
 
-    Raises UserError if another launcher has started a newer attempt of the run.
+    Raises UserError if another launcher has started a newer attempt of the run, or if the machine
+    has too little left for it.
     """
     crashes = 0
     while True:
         before = set(run.checkpoint_steps())
+        size = sizes.choose()
         attempt = run.new_attempt()
-        code = start_ranks(command, processes, attempt.path, print, grace, stop)
+        ranks = size.ranks, attempt.path, print, grace, stop
+        code = start_ranks(command, *ranks, size.devices, size.limit)
         progress = set(run.checkpoint_steps()) - before
         crashes = 1 if progress else crashes + 1
         action = next_action(code, crashes)
+        if has_shrunk := action != "end" and sizes.has_shrunk(attempt.path, bool(progress)):
+            action, crashes = "restart", 0
         if action == "end":
             if code == INTERRUPTED:
                 print("Interrupted. Give the same command again to resume.")
@@ -147,13 +154,14 @@ def run_attempts(
                 file=sys.stderr,
             )
             return GAVE_UP
-        time.sleep(2.0**crashes / 2)
+        time.sleep(0.0 if has_shrunk else 2.0**crashes / 2)
         for newer in [a for a in run.attempts() if a.number > attempt.number]:
             # One that began with a rollback has no launcher: the ranks of this one made it.
             if outcome.launch_of(newer.path):
                 problem = f"another launcher has started attempt {newer.number} meanwhile"
                 raise UserError(str(newer.path), problem, "do nothing: the newer attempt goes on")
-        print(f"Restarting (crash {crashes} of {MAX_CRASHES} without a new checkpoint).")
+        how = f"crash {crashes} of {MAX_CRASHES} without a new checkpoint"
+        print(f"Restarting ({'with fewer ranks' if has_shrunk else how}).")
 
 
 def last_end(run: Run) -> str:
@@ -163,8 +171,10 @@ def last_end(run: Run) -> str:
     return f"{how[0].upper()}{how[1:].rstrip('.')}." if how else ""
 
 
-def _environment(processes: int, attempt: Path) -> dict[str, str]:
-    """Return the environment that all ranks have in common."""
+def _environment(
+    processes: int, attempt: Path, devices: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Return the environment that all ranks have in common. devices: of start_ranks."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -172,6 +182,7 @@ def _environment(processes: int, attempt: Path) -> dict[str, str]:
         # us then costs a factor of seven; with a shorter spin 2.8, and nothing on a quiet machine.
         "GOMP_SPINCOUNT": "10000",
         **os.environ,
+        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
@@ -187,17 +198,20 @@ def start_ranks(
     report: Callable,
     grace: float = _GRACE,
     stop: StopRequest | None = None,
+    devices: Sequence[str] | None = None,
+    limit: str = "",
 ) -> int:
     """Run `command` as ranks 0 to processes - 1 of a world of their own; return its exit code.
 
     Rank N prints to attempt/rank-N.log, rank 0 also to this terminal. When one fails, the others
     are stopped: no rank waits in a collective for a dead one. Signal handlers are restored at the
     end. launch.json records start and end. grace: seconds that ranks have to save and exit after a
-    stop signal; report: prints a line; stop: records such a signal.
+    stop signal; report: prints a line; stop: records such a signal; devices: GPUs to use; None: all
+    that are visible; limit: why there are not more ranks, for launch.json.
     """
-    outcome.record_start(attempt, command, processes)
+    outcome.record_start(attempt, command, processes, **({"limit": limit} if limit else {}))
     kills = outcome.kills_for_memory()
-    environment = _environment(processes, attempt)
+    environment = _environment(processes, attempt, devices)
     ranks: list[subprocess.Popen] = []
     stop = stop or StopRequest()
 
@@ -316,11 +330,3 @@ def default_processes(can: Callable[[int], bool]) -> int:
     if "OMP_NUM_THREADS" in os.environ:
         return 1
     return next((n for n in range(len(os.sched_getaffinity(0)), 1, -1) if can(n)), 1)
-
-
-def gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for d in visible.split(",") if (name := d.strip()) not in ("", "-1")]
-    return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]

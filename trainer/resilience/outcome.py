@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -52,6 +52,9 @@ EVENTS = {DONE: "complete", CRASHED: "crashed", USER: "stopped", GAVE_UP: "gave 
 _WEBHOOK_SECONDS = 10.0
 _LONGEST = 500  # characters of an error
 _TAIL = 1 << 14  # bytes at the end of a rank's log
+# In the error of a rank: its GPU failed, or the links of it; not the assertion of a program.
+GPU = r"CUDA (?:unknown )?error(?!: device-side assert)|NCCL error|\bECC\b|\bXid\b"
+_KILLED = "memory ran out, and the kernel killed it"
 _MESSAGE = re.compile(r"(forescale: |(?=[A-Za-z_][\w.]*(?:Error|Exception)\b))(.+)")
 
 
@@ -68,7 +71,8 @@ class SlurmStart(TypedDict, total=False):
 class LaunchRecord(TypedDict, total=False):
     """The content of launch.json. begun, ended: since the epoch; monotonic: `begun` by a clock that
     nobody sets; seconds: from there to the end; blamed, faulty: nodes that were the cause, with the
-    reason; stop_signal: the name of the signal that ended the launch."""
+    reason; stop_signal: the name of the signal that ended the launch; limit: why not more ranks or
+    nodes, where the job allows more."""
 
     begun: Moment
     monotonic: Number
@@ -87,6 +91,7 @@ class LaunchRecord(TypedDict, total=False):
     faulty: dict[str, str]
     stop_signal: str | None
     refused: Count
+    limit: str
 
 
 def record_start(attempt: Path, command: Sequence[str], processes: int, **fields: Any) -> None:
@@ -224,10 +229,19 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
         return message if code == USER else f"rank {rank} ended with code {code}: {message}", hint
     end = f"code {code}" if code >= 0 else signal.Signals(-code).name
     if -code == signal.SIGKILL and killed_for_memory:
-        end += ": memory ran out, and the kernel killed it"
+        end += f": {_KILLED}"
     elif -code == signal.SIGKILL:
         end += " (the kernel sends it when memory runs out)"
     return f"rank {rank} ended with {end}", hint
+
+
+def cause_of(attempt: Path) -> Literal["memory", "gpu"] | None:
+    """Return what failed in an attempt that ended, where fewer ranks would need less of it: the
+    memory of the machine, or a GPU; None for every other end."""
+    how = launch_of(attempt).get("how", "")
+    if how.endswith(_KILLED):
+        return "memory"
+    return "gpu" if re.search(GPU, how, re.IGNORECASE) else None
 
 
 def _last_message(log: Path) -> str:

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +21,13 @@ from forescale.config.frozen import thaw
 from forescale.config.hardware import check_fp8, check_fp16, has_gpu
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
+from forescale.config.sizes import in_words
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.errors import DONE, UserError
 from forescale.resilience import launcher
+from forescale.resilience.elastic import LocalSizes
 from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
 from forescale.run.directory import Run
@@ -63,7 +65,8 @@ def main(words: list[str]) -> int:
         return _rank(job, began)
     if restore(job, print):
         job = job_of(TrainJob, overrides_of(TrainJob, words))  # over its config, as for any run
-    processes = local_ranks(job)
+    sizes = local_sizes(job, print)
+    processes = sizes.choose().ranks
     check(job, processes)
     for note in (*from_run, *job.notes()):
         print(f"Note: {note}")
@@ -82,7 +85,7 @@ def main(words: list[str]) -> int:
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
     grace = job.launch.grace.seconds or 0.0
     stop = launcher.StopRequest()
-    code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace, stop)
+    code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], sizes, grace, stop)
     if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
         mirror.close(lambda: time.monotonic() > stop.deadline)
     notify(started.run, code, launcher.last_end(started.run), print)
@@ -166,14 +169,30 @@ def check(job: TrainJob, processes: int) -> None:
 
 def local_ranks(job: TrainJob) -> int:
     """Return how many ranks a plain start of the job begins with on this machine."""
+    return local_sizes(job, lambda line: None).choose().ranks
+
+
+def local_sizes(job: TrainJob, report: Callable[[str], object]) -> LocalSizes:
+    """Return what chooses the ranks of each attempt on this machine. report: prints a line. Raises
+    UserError if the job fits in memory at none of its sizes."""
+    from forescale.plan.oom import fits_here  # most starts need no plan
 
     def can(ranks: int) -> bool:
-        from forescale.plan.oom import fits_here  # most starts need no plan
+        return not job.problems(world_size=ranks) and bool(fits_here(job, ranks))
 
-        return not job.problems(world_size=ranks) and fits_here(job, ranks)
-
-    ranks = job.launch.processes
-    return ranks.most if ranks else launcher.default_processes(can)
+    if job.elastic is None:
+        ranks = job.launch.processes
+        n = ranks.most if ranks else launcher.default_processes(can)
+        return LocalSizes([n], is_fixed=True)
+    usable = job.usable_sizes()
+    fitting = [n for n in usable if fits_here(job, n) is not False]
+    where = f"{job.elastic.key}={job.elastic.sizes}"
+    if not fitting:
+        todo = "see forescale plan, or write one number to try it nevertheless"
+        raise UserError(where, "no number of ranks of it fits in the memory of this machine", todo)
+    if fitting != usable:
+        report(f"Note: {where}: what fits in memory is {in_words(fitting)}.")
+    return LocalSizes(fitting)
 
 
 def _introduce(started: Start, processes: int) -> None:

@@ -14,6 +14,7 @@ from forescale.config.hardware import (
     check_fp8,
     check_fp16,
     exactness,
+    gpu_memory,
     native_precision,
 )
 from forescale.config.schema import plain
@@ -129,11 +130,20 @@ class Driver:
         value._obj.value = self.gpus[device.value - 10][{75: 0, 76: 1}[attribute]]
         return 0
 
+    def cuDeviceTotalMem_v2(self, size, device):  # noqa: N802
+        size._obj.value = 80 * 2**30 // self.gpus[device.value - 10][0]
+        return 0
+
 
 def test_the_oldest_gpu_decides():
     assert capability(Driver((9, 0), (8, 9), (10, 0))) == (8, 9)
     assert capability(Driver()) is None
     assert capability(Driver((9, 0), broken=100)) is None  # a driver without a GPU
+
+
+def test_the_smallest_memory_of_a_gpu():
+    assert gpu_memory(Driver((8, 0), (10, 0))) == 8 * 2**30
+    assert gpu_memory(Driver()) is None
 
 
 @pytest.mark.parametrize(

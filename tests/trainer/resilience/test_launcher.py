@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.ground.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience import launcher as module
 from forescale.resilience import outcome
+from forescale.resilience.elastic import LocalSizes, gpus
 from forescale.resilience.launcher import next_action
 from forescale.run.directory import Run
 from tests.launching import LISTEN
@@ -40,22 +41,25 @@ def test_the_restart_policy(code, crashes, action):
 @pytest.fixture
 def launches(tmp_path, monkeypatch):
     """Returns a function that runs attempts on an empty run. Each argument is what the ranks of one
-    attempt do: (exit code, function of the run). It returns the exit code and the attempts."""
+    attempt do: (exit code, function of the run). It returns the exit code and the attempts.
+    sizes: see LocalSizes; then it returns the numbers of ranks and their GPUs too."""
     run = Run(tmp_path / "run")
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
 
-    def go(*ways):
-        todo, attempts = list(ways), []
+    def go(*ways, sizes=None):
+        todo, attempts, ranks = list(ways), [], []
 
-        def start_ranks(command, processes, attempt, report, grace, stop):
+        def start_ranks(command, processes, attempt, report, grace, stop, devices, limit):
             attempts.append(int(attempt.name))
+            ranks.append((processes, devices))
             outcome.record_start(attempt, command, processes)
             code, act = todo.pop(0)
             act(run)
             return code
 
         monkeypatch.setattr(module, "start_ranks", start_ranks)
-        return module.run_attempts(run, [], 1), attempts
+        code = module.run_attempts(run, [], LocalSizes(sizes or [1], is_fixed=sizes is None))
+        return (code, ranks) if sizes else (code, attempts)
 
     return go
 
@@ -83,6 +87,46 @@ def test_an_attempt_begun_by_a_rollback_is_the_launchers_own(launches):
 def test_a_launcher_leaves_the_run_to_a_newer_one(launches):
     with pytest.raises(UserError, match="another launcher has started attempt 2 meanwhile"):
         launches((CRASHED, be_overtaken), (DONE, do_nothing))
+
+
+def fail(how, rank=0):
+    return lambda run: outcome.record_end(run.attempts()[-1].path, CRASHED, how, rank)
+
+
+def save(run):
+    run.checkpoint_path(7).mkdir(parents=True)
+
+
+MEMORY = (CRASHED, fail("rank 1 ended with SIGKILL: memory ran out, and the kernel killed it"))
+
+
+def test_fewer_ranks_go_on_where_memory_ran_out_until_a_checkpoint(launches, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    saved = (CRASHED, lambda run: (save(run), fail("rank 0 ended with code 1")(run)))
+    code, ranks = launches(MEMORY, MEMORY, MEMORY, saved, (DONE, do_nothing), sizes=[8, 4, 2, 1])
+    assert (code, [n for n, _ in ranks]) == (DONE, [4, 2, 1, 1, 4])
+    assert launches(MEMORY, MEMORY, MEMORY, sizes=[1])[0] == GAVE_UP
+
+
+def test_the_ranks_leave_out_a_gpu_that_failed_and_one_that_is_gone(launches, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-c,3")
+    failed = (CRASHED, fail("rank 1 ended with RuntimeError: CUDA error: unknown error", 1))
+    lost = (CRASHED, lambda run: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1"))
+    code, ranks = launches(failed, lost, (DONE, do_nothing), sizes=[4, 3, 2, 1])
+    assert code == DONE
+    assert ranks == [(4, None), (3, ["0", "GPU-c", "3"]), (1, ["0"])]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="has 1 GPU, and the job can run at 4 or 2"):
+        launches(sizes=[4, 2])
+
+
+def test_a_gpu_that_the_driver_no_longer_lists_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,3")
+    assert gpus(tmp_path / "none") == ["0", "1", "3"]
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    assert gpus(tmp_path) == ["0", "1"]
 
 
 def test_ranks_get_their_environment(ranks, tmp_path):
