@@ -201,7 +201,7 @@ class TrainJob(Lengths, Job):
         have started; without it, `launch.processes`, of a range the largest that can be."""
         ranks, elastic = self.launch.processes, self.elastic
         if elastic is None:
-            return [*self._problems(world_size or (ranks and ranks.most))]
+            return [*self._problems(world_size or (ranks.most if ranks else None))]
         if world_size is not None:  # faults of ranks that aren't there are not injected
             return [*replace(self, faults=[])._problems(world_size)]
         largest = next(iter(self.usable_sizes()), None)
