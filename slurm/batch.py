@@ -3,7 +3,8 @@ batch script passes SLURM's signals on to it, and requeues the job if the superv
 
     preflight on every node -> srun starts ranks -> ranks end -> policy -> next attempt or requeue
 
-A job with spare nodes has more than an attempt: the others replace lost and faulty ones.
+A job with spare nodes has more than an attempt: the others replace lost and faulty ones. Where the
+number of nodes is a range, an attempt has as many as are there and well.
 
 Invariant: whenever the job ends, its log and the attempt contain the reason. Decisions depend on
 the run's files alone, so every start of the job decides alike.
@@ -51,7 +52,9 @@ class Batch:
         self.id, self.name = queue.own_job(), submission.name
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.job_hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])  # the first is this one
-        self.hosts = self.job_hosts[: self.settings.nodes.most]  # those of the attempt
+        # Numbers of nodes that the run can use, the largest first.
+        self.sizes = submission.sizes
+        self.hosts = self.job_hosts[: self.sizes[0]]  # those of the attempt
         self.stop_signal: str | None = None
         self._step: steps.JobStep | None = None
         self._standby: steps.JobStep | None = None
@@ -106,6 +109,7 @@ class Batch:
     def _decide(self, code: int, past: policy.Past) -> policy.JobDecision:
         out = tuple(past.excluded)
         partition = os.environ.get("SLURM_JOB_PARTITION", "")
+        least = self.sizes[-1] + self.settings.spares  # nodes without which the job can't start
         may_be_lost = code not in (DONE, INTERRUPTED, USER)
         return policy.decide(
             code,
@@ -116,7 +120,8 @@ class Batch:
             state=self._state(),
             others=[host for host in self.job_hosts if host not in self.hosts],
             down=queue.lost(self.id, self.job_hosts) if may_be_lost else (),
-            enough=not out or queue.num_usable(partition, out) >= len(self.job_hosts),
+            sizes=self.sizes,
+            enough=not out or queue.num_usable(partition, out) >= least,
             most=self.settings.max_requeues,
         )
 
@@ -142,18 +147,29 @@ class Batch:
 
     def _choose_nodes(self) -> None:
         """Set the nodes of the next attempt, and start the standby on one of them."""
-        if not self.settings.spares:
+        settings = self.settings
+        if not (settings.spares or settings.nodes.is_range):
             return
         out = policy.past(self.run, self.name).excluded
         down = queue.lost(self.id, self.job_hosts)
-        before, self.hosts = self.hosts, policy.chosen(self.hosts, self.job_hosts, out, down)
+        before = self.hosts
+        self.hosts = policy.chosen(before, self.job_hosts, out, down, self.sizes)
         gone = [host for host in before if host not in self.hosts]
         new = [host for host in self.hosts if host not in before]
-        for old, spare in zip(gone, new, strict=True):
-            self._log(f"Node {spare} takes the place of {old} ({out.get(old, 'it is down')}).")
-        if self.settings.outlives_nodes and (self._standby is None or self._standby.is_over):
-            words = [self.id, str(self.restart), "requeue" if self.settings.requeue else "cancel"]
-            command = steps.standby(self.submission, self.hosts[-1], words)
+        why = {host: out.get(host, "it is down" if host in down else "too few") for host in gone}
+        for old, spare in zip(gone, new, strict=False):
+            self._log(f"Node {spare} takes the place of {old} ({why.pop(old)}).")
+        if settings.nodes.is_range:
+            without = "".join(f", without {host} ({reason})" for host, reason in why.items())
+            size = f"{len(self.hosts)} of the job's {len(self.job_hosts)} nodes"
+            self._log(f"It trains on {size}{without}; slurm.nodes={settings.nodes}.")
+        # Not on the first node of the job, which it watches.
+        others = [host for host in self.job_hosts[1:] if host not in down]
+        others.sort(key=lambda host: host in self.hosts)
+        is_missing = self._standby is None or self._standby.is_over
+        if settings.outlives_nodes and others and is_missing:
+            words = [self.id, str(self.restart), "requeue" if settings.requeue else "cancel"]
+            command = steps.standby(self.submission, others[-1], words)
             log = self.submission.path / f"{steps.STANDBY}.log"
             self._standby = steps.JobStep(command, {}, log)
 
@@ -170,7 +186,7 @@ class Batch:
             # The job waited in the queue only before the first attempt of each start.
             "eligible": None if self._attempt else queue.eligible(self.id),
         }
-        world = self.settings.nodes.most * self.settings.ranks_per_node
+        world = len(self.hosts) * self.settings.ranks_per_node
         outcome.record_start(attempt.path, command, world, slurm=start)
         self._attempt = attempt
         if faults := self._preflight(attempt):

@@ -6,13 +6,15 @@ and its format (64G for memory).
 
 import re
 import shlex
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
 from forescale.config.sizes import Sizes
+from forescale.config.train import TrainJob
 from forescale.plan.config import PlanJob
 
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -102,7 +104,7 @@ class SlurmConfig:
     def outlives_nodes(self) -> bool:
         """True if a job goes on when one of its nodes goes down (--no-kill of sbatch). A run on one
         node is on the first, with the batch script: it could not go on."""
-        return bool(self.spares) and self.nodes.most > 1
+        return self.nodes.most > 1 and (self.spares > 0 or self.nodes.is_range)
 
     @property
     def ranks_per_node(self) -> int:
@@ -235,6 +237,12 @@ class SlurmConfig:
     def notes(self) -> list[str]:
         """Return sentences about what follows from keys that aren't set."""
         notes = []
+        if self.nodes.is_range:
+            notes.append(
+                f"slurm.nodes={self.nodes}: the job starts on what is free, and goes on with what "
+                "is left when nodes fail; plans and prices are of the largest number that it can "
+                "use."
+            )
         if self.gpus and not self.gpus_per_node:
             ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
             notes.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
@@ -280,11 +288,25 @@ class SubmitJob(PlanJob):
 
     @property
     def world_size(self) -> int:
-        return self.slurm.nodes.most * self.slurm.ranks_per_node
+        return self.nodes * self.slurm.ranks_per_node
 
     @property
     def nodes(self) -> int:
-        return self.slurm.nodes.most
+        """The largest number of nodes that it can use."""
+        return self.usable_nodes[0]
+
+    def at(self, nodes: int) -> Self:
+        """Return the job on so many nodes."""
+        return replace(self, slurm=replace(self.slurm, nodes=Sizes(nodes, nodes)))
+
+    @cached_property
+    def usable_nodes(self) -> list[int]:
+        """Those numbers of slurm.nodes, the largest first, at which no rule is broken."""
+        sizes, job = self.slurm.nodes, replace(self, faults=[])
+        if not sizes.is_range:
+            return [sizes.most]
+        each = self.slurm.ranks_per_node
+        return [n for n in sizes if not TrainJob.problems(job, n * each)] or [sizes.most]
 
     @property
     def per_node(self) -> int:

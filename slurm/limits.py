@@ -24,7 +24,8 @@ _VARIABLES = {f"SBATCH_{name}" for name in ("PARTITION", "QOS", "CLUSTERS", "TIM
 
 
 def limit_problems(settings: SlurmConfig) -> list[Problem]:
-    """Return where the settings go beyond the limits of the cluster; none without SLURM."""
+    """Return where the settings, with slurm.nodes.most nodes, go beyond the limits of the cluster;
+    none without SLURM."""
     if any(map(_OPTION.match, settings.options)) or _VARIABLES & os.environ.keys():
         return []
     with suppress(UserError, ValueError):  # ValueError: a number in a form that isn't known

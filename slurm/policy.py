@@ -1,7 +1,7 @@
 """How the ranks of a job ended, which nodes are to blame, and what to do with the job then.
 
-    ranks end -> outcome, blamed nodes -> end the job, start again on the same nodes or with spare
-                                          ones, requeue, or give up
+    ranks end -> outcome, blamed nodes -> end the job, start again on the same nodes, with spare
+                                          ones or on fewer, requeue, or give up
 
 Invariant: everything counted over attempts (crashes, starts, blamed nodes) is read from the run's
 files, so it survives any end of the batch script. A node is blamed only for an observation (a
@@ -195,6 +195,7 @@ def decide(
     state: str,
     others: Sequence[str] = (),
     down: Sequence[str] = (),
+    sizes: Sequence[int] = (),
     enough: bool = True,
     most: int = 5,
 ) -> JobDecision:
@@ -202,7 +203,8 @@ def decide(
     rule of the local launcher (`launcher.next_action`).
 
     past: including this end; nodes: of the attempt; others: more nodes of the job; state: SLURM's
-    state of the job; down: nodes of the job that SLURM calls down; enough: whether enough nodes of
+    state of the job; down: nodes of the job that SLURM calls down; sizes: numbers of nodes that an
+    attempt may have, the largest first; empty: as many as `nodes`; enough: whether enough nodes of
     the partition remain without the excluded ones; most: requeues in a row without a new checkpoint
     """
     if is_stopped and code != DONE:
@@ -230,8 +232,11 @@ def decide(
         return _after_refusal(code, past, may_requeue, most)
     if not left:
         return JobDecision("restart", code, "starting again on the same nodes")
-    if len(left) <= sum(host not in out and host not in down for host in others):
+    well = sum(host not in out and host not in down for host in (*nodes, *others))
+    if size := next((n for n in sizes or [len(nodes)] if n <= well), 0):
         spare = "a spare node in the place" if len(left) == 1 else "spare nodes in the places"
+        if size < len(nodes):
+            spare = f"{size} node{'s' * (size > 1)} instead"
         return JobDecision("restart", code, f"starting again with {spare} of {', '.join(left)}")
     down_alone = (f"{host} is down" for host in down if host not in out)
     named = ", ".join([*(f"{host} ({past.excluded[host]})" for host in out), *down_alone])
@@ -257,13 +262,20 @@ def _after_refusal(code: int, past: Past, may_requeue: bool, most: int) -> JobDe
 
 
 def chosen(
-    current: Sequence[str], job: Sequence[str], out: Container[str], down: Container[str]
+    current: Sequence[str],
+    job: Sequence[str],
+    out: Container[str],
+    down: Container[str],
+    sizes: Sequence[int],
 ) -> list[str]:
-    """Return the nodes of the next attempt, as many as `current` has, in the order of the job's, in
-    which SLURM numbers ranks. current: nodes of the last attempt, which it keeps; out: nodes not to
-    be used again; down: nodes that can't be used. Only where others are too few it has these."""
+    """Return the nodes of the next attempt, in the order of the job's, as SLURM numbers ranks:
+    as many of `sizes`, the largest first, as are well. current: nodes of the last attempt, which
+    it keeps; out: nodes not to be used again; down: nodes that can't be used. Only where the others
+    are too few for the smallest size it has these."""
+    well = sum(host not in out and host not in down for host in job)
+    size = next((n for n in sizes if n <= well), sizes[-1])
     best = sorted(job, key=lambda host: (host in down, host in out, host not in current))
-    return [host for host in job if host in best[: len(current)]]
+    return [host for host in job if host in best[:size]]
 
 
 def give_up(past: Past, most: int) -> JobDecision | None:

@@ -42,7 +42,7 @@ _SAME = (
 @dataclass(frozen=True)
 class Order:
     """The runs of one submission. lead: seconds before the time limit at which they save; waits:
-    dependencies beside slurm.after."""
+    dependencies beside slurm.after; nodes: how many they can use; None: as slurm.nodes says."""
 
     names: Sequence[str]
     runs: Sequence[Path]
@@ -51,19 +51,25 @@ class Order:
     lead: int
     profile: str = "?"
     waits: Sequence[str] = ()
+    nodes: Sizes | None = None
 
     def script(self) -> str:
         """Return the script as text. Raises UserError for a value that doesn't fit in one line."""
         s, names, count = self.settings, self.names, len(self.names)
         some = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
+        nodes = self.nodes or s.nodes
+        # A requeued job asks for all of the range again: `scontrol show job` then says NumNodes=4-4
+        # after a start on 4, and a loss with --no-kill changes ReqTRES, but SLURM 24.11 keeps to
+        # what the script says, whether a user, a preemption or a lost node is why.
+        nodes = Sizes(nodes.least + s.spares, nodes.most + s.spares)
         options = [
             ("--open-mode=append", "a requeued job appends to the same file"),
-            (f"--nodes={_nodes(s)}", f"{s.spares} of them to spare" if s.spares else ""),
+            (f"--nodes={nodes}", f"{s.spares} of them to spare" if s.spares else ""),
             (f"--ntasks-per-node={s.ranks_per_node}", "one task per rank"),
             ("--requeue" if s.requeue else "--no-requeue", ""),
         ]
         if s.outlives_nodes:
-            options.append(("--no-kill", "the job goes on when it loses a node, with a spare one"))
+            options.append(("--no-kill", "the job goes on when it loses a node, on others"))
         if s.time is not None:
             why = "this many seconds before the limit, ranks save and end"
             options.append((f"--signal=B:USR1@{self.lead}", why))
@@ -212,11 +218,6 @@ def _rendered(
         directory=Path.cwd(),
         python=shlex.join(python_of_host(settings)),
     )
-
-
-def _nodes(s: SlurmConfig) -> Sizes:
-    """Return how many nodes a job asks for, spare ones among them."""
-    return Sizes(s.nodes.least + s.spares, s.nodes.most + s.spares)
 
 
 def _resources(s: SlurmConfig) -> list[Option]:

@@ -194,10 +194,13 @@ class JobStep:
                 self._failed = time.monotonic()
 
 
-def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
-    """Return the start of a command that runs on as many nodes as the ranks."""
-    command = [*_SRUN, f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes.most}"]
-    command.append(f"--ntasks={settings.nodes.most * tasks_per_node}")
+def srun(
+    settings: SlurmConfig, tasks_per_node: int, *options: str, hosts: Sequence[str] = ()
+) -> list[str]:
+    """Return the start of a command that runs on these hosts of the job; by default, on its one."""
+    number = len(hosts) or 1
+    command = [*_SRUN, f"--ntasks-per-node={tasks_per_node}", f"--nodes={number}"]
+    command += [f"--ntasks={number * tasks_per_node}", *([_on(hosts)] if hosts else [])]
     if settings.cpus_per_task or cpus_per_rank(settings) > 1:
         # Since 22.05 srun doesn't inherit this from sbatch. A single task of a node gets all CPUs.
         share = settings.ranks_per_node // tasks_per_node
@@ -240,12 +243,12 @@ def ranks(
     of its local rank, and NCCL connects those that a rank sees.
     """
     settings = submission.settings
-    options = ["--kill-on-bad-exit=1", _on(hosts), f"--output={_escaped(attempt)}/rank-%t.log"]
+    options = ["--kill-on-bad-exit=1", f"--output={_escaped(attempt)}/rank-%t.log"]
     options += containers.options(submission)
     kind = settings.cpu_bind or ("cores" if cpus_per_rank(settings) > 1 else None)
     binding = [f"--cpu-bind={kind}", "--distribution=*:block"] if kind else []
     bound = replace(settings, srun=[*binding, *settings.srun])  # of two the last holds
-    begin = srun(bound, settings.ranks_per_node, *options)
+    begin = srun(bound, settings.ranks_per_node, *options, hosts=hosts)
     rank = [*python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
     return [*begin, *containers.prefix(submission), *rank]
 
@@ -276,9 +279,9 @@ def nodes(submission: Submission, hosts: Sequence[str]) -> list[str]:
         lines.append(f"touch {shlex.quote(place)}")
     lines += ["now starting Python", f"exec {shlex.join(look)}"]
     # A node that fails must not end the reports of the others.
-    options = ["--kill-on-bad-exit=0", _on(hosts)]
-    inside = srun(settings, 1, *options, *containers.options(submission))
-    host = srun(replace(settings, srun=_outside(settings)), 1, *options)
+    option = "--kill-on-bad-exit=0"
+    inside = srun(settings, 1, option, *containers.options(submission), hosts=hosts)
+    host = srun(replace(settings, srun=_outside(settings)), 1, option, hosts=hosts)
     return containers.prepared(
         submission,
         host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],

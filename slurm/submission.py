@@ -52,6 +52,11 @@ class Submission:
     def settings(self) -> SlurmConfig:
         return build(SlurmConfig, self.facts["slurm"])[0]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of nodes that the run can use, the largest first."""
+        return self.facts.get("sizes") or [self.settings.nodes.most]
+
     def write(self, **facts: Any) -> None:
         """Write the facts that the job needs; see `facts_of`."""
         write_json(self.path / "submission.json", facts)

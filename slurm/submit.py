@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.reader import newest_step
@@ -21,6 +22,7 @@ from forescale.checkpoint.retention import hold
 from forescale.config.compose import groups
 from forescale.config.job import overrides_of, words_of
 from forescale.config.schema import ConfigError, Problem, plain
+from forescale.config.sizes import Sizes
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
@@ -85,6 +87,9 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
     if not dry:
         plans[0].notes[:0] = notes
         plans[0].notes += notes_on_cpus(jobs[0])
+        if (nodes := _range(plans)).is_range:
+            beyond = limit_problems(jobs[0].at(nodes.most).slurm)
+            plans[0].notes += [f"{key}: {problem}." for key, problem, _ in beyond if "nodes" in key]
         if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
             print(
                 "Note: keys of slurm and machine that you don't give are as you submitted it last."
@@ -98,7 +103,9 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
         print(*sentences, sep="\n", end="\n" * bool(sentences))
         sys.stdout.flush()
     problems = [p for plan in plans for p in plan.problems]
-    if problems := [*problems, *([] if dry else limit_problems(jobs[0].slurm))]:
+    if not dry:
+        problems += limit_problems(jobs[0].at(_range(plans).least).slurm)
+    if problems:
         raise ConfigError(problems)
     profile = next((w.partition("=")[2] for w in overrides if w.startswith("slurm=")), "plain")
     runs = [Run(job.run.directory) for job in jobs]
@@ -260,7 +267,8 @@ def order(
     """Return what to submit. All plans have the SLURM settings of the first. waits: dependencies
     beside slurm.after."""
     job = _job_of(plans[0])
-    lead = max(_job_of(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True))
+    saves = (_save_seconds(_smallest(p), r) for p, r in zip(plans, runs, strict=True))
+    lead = max(_job_of(p).lead(seconds) for p, seconds in zip(plans, saves, strict=True))
     return Order(
         names=[r.name for r in runs],
         runs=[r.path.resolve() for r in runs],
@@ -269,6 +277,7 @@ def order(
         lead=lead,
         profile=profile,
         waits=waits,
+        nodes=_range(plans),
     )
 
 
@@ -352,6 +361,28 @@ def _refuse_second(run: Run, folder: Path) -> None:
             raise UserError(str(run.path), problem, todo)
 
 
+def usable_nodes(plan: Plan) -> list[int]:
+    """Return the numbers of nodes that a job can use, by its rules and its memory, the largest
+    first."""
+    job = cast(SubmitJob, plan.job)
+    sizes = job.usable_nodes
+    return [n for n in sizes if plan.fits(job.at(n))] or sizes[:1]
+
+
+def _range(plans: Sequence[Plan]) -> Sizes:
+    """Return how many nodes a job asks for, without spare ones: those that each plan can use."""
+    usable = [usable_nodes(plan) for plan in plans]
+    return Sizes(max(sizes[-1] for sizes in usable), max(sizes[0] for sizes in usable))
+
+
+@cache
+def _smallest(plan: Plan) -> Plan:
+    """Return the plan on the fewest nodes that it can use: there a rank needs most memory, and a
+    save takes longest."""
+    job = _job_of(plan)
+    return Plan(job.at(usable_nodes(plan)[-1]), newest_step) if job.slurm.nodes.is_range else plan
+
+
 def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     """Write the code and all facts that the job needs beside the run's config."""
     job = _job_of(plan)
@@ -359,11 +390,11 @@ def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     write_code(submission.code, packages)
     data = [source["path"] for source in begun.sources.describe().values()]
     if job.slurm.has_gpus:
-        memory = _HOST_MEMORY * job.per_node + plan.copy_bytes
+        memory = _HOST_MEMORY * job.per_node + _smallest(plan).copy_bytes
     else:  # on CPUs all planned memory is host memory
-        memory = int(plan.chosen.memory.total) * job.per_node
+        memory = int(_smallest(plan).chosen.memory.total) * job.per_node
     facts = facts_of(job.slurm, data, packages)
-    facts |= {"memory": memory, "trust": bool(targets(begun.job))}
+    facts |= {"memory": memory, "trust": bool(targets(begun.job)), "sizes": usable_nodes(plan)}
     if job.slurm.pack:
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))
     submission.write(**facts)

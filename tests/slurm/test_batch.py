@@ -25,7 +25,7 @@ def make(tmp_path, monkeypatch):
     """A life of a job on so many nodes."""
 
     def batch(nodes=2, spares=0, **keys):
-        hosts = [f"n{i}" for i in range(1, nodes + spares + 1)]
+        hosts = [f"n{i}" for i in range(1, Sizes.parse(nodes).most + spares + 1)]
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(hosts))
         monkeypatch.setattr(queue, "hosts", lambda nodelist: nodelist.split(","))
@@ -34,7 +34,8 @@ def make(tmp_path, monkeypatch):
         run.config.write_text(freeze(compose(TrainJob, ["run.name=run", *keys])))
         submission = Submission(run.new_job())
         slurm = SlurmConfig(nodes=Sizes.parse(nodes), spares=spares)
-        submission.write(slurm=plain(slurm), log=str(submission.path / "log"))
+        facts = {"log": str(submission.path / "log"), "sizes": [*slurm.nodes]}
+        submission.write(slurm=plain(slurm), **facts)
         return Batch(run, submission)
 
     return batch
@@ -83,17 +84,20 @@ def test_a_single_node_gets_one_chance_on_another(make):
 
 
 @pytest.mark.parametrize(
-    ("faulty", "lost", "nodes", "sentence"),
+    ("keys", "faulty", "lost", "nodes", "sentence"),
     [
-        ([], [], ["n1", "n2"], ""),
-        ([], ["n2"], ["n1", "n3"], "Node n3 takes the place of n2 (it is down)."),
-        (["n1"], ["n3"], ["n2", "n4"], "Node n4 takes the place of n1 (has no GPU)."),
+        ((2, 2), [], [], ["n1", "n2"], ""),
+        ((2, 2), [], ["n2"], ["n1", "n3"], "Node n3 takes the place of n2 (it is down)."),
+        ((2, 2), ["n1"], ["n3"], ["n2", "n4"], "Node n4 takes the place of n1 (has no GPU)."),
+        (("1-3", 0), [], [], ["n1", "n2", "n3"], "It trains on 3 of the job's 3 nodes; slurm.no"),
+        (("1-3", 0), ["n1"], ["n3"], ["n2"], "without n1 (has no GPU), without n3 (it is down)"),
+        (("1-2", 1), [], ["n2"], ["n1", "n3"], "Node n3 takes the place of n2 (it is down)."),
     ],
 )
-def test_spare_nodes_replace_others_in_the_next_attempt(
-    make, monkeypatch, capsys, faulty, lost, nodes, sentence
+def test_other_nodes_or_fewer_make_the_next_attempt(
+    make, monkeypatch, capsys, keys, faulty, lost, nodes, sentence
 ):
-    job, stood = make(nodes=2, spares=2), []
+    job, stood = make(*keys), []
     monkeypatch.setattr(queue, "lost", lambda job, nodes: lost)
     monkeypatch.setattr(steps, "standby", lambda _, host, words: stood.append(host) or ["true"])
     attempt = job.run.new_attempt()
@@ -103,7 +107,7 @@ def test_spare_nodes_replace_others_in_the_next_attempt(
     assert job.hosts == nodes
     assert job._environment(attempt, "1")["MASTER_ADDR"] == nodes[0]
     assert sentence in capsys.readouterr().out
-    assert stood == [nodes[1]], "never the first node, which it watches"
+    assert stood == [nodes[-1]], "never the first node, which it watches"
 
 
 def test_what_slurm_refuses_is_no_fault_of_a_node(make, monkeypatch, tmp_path, capsys):

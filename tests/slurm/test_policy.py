@@ -58,6 +58,10 @@ def decided(
         (1, 1, {"down": ["a", "b"], "others": ["c", "d"], "may_requeue": False, "enough": False},
          ("restart", 1), "with spare nodes in the places of a, b"),
         (1, 1, {"down": ["c"], "others": ["c", "d"], "faulty": {"d": "x"}}, ("restart", 1), "same"),
+        # Where the number of nodes is a range, the others go on, if they are enough.
+        (1, 1, {"down": ["b"], "sizes": [2, 1]}, ("restart", 1), "with 1 node instead of b"),
+        (1, 0, {"faulty": {"a": ""}, "others": ["c"], "sizes": [3, 2]}, ("restart", 1), "place of"),
+        (1, 1, {"down": ["b", "c"], "others": ["c", "d"], "sizes": [4, 3]}, ("requeue", 1), "down"),
         # Too few spare nodes: the queue gives others.
         (1, 0, {"down": ["b", "c"], "others": ["c"]}, ("requeue", 1), "b is down"),
         (1, 0, {"down": ["b"], "faulty": {"c": ""}, "others": ["c"]}, ("requeue", 1, "c"), "c ()"),
@@ -90,7 +94,23 @@ def test_a_job_that_slurm_ends_is_left_to_it(code, state):
     ],
 )
 def test_the_nodes_of_the_next_attempt(current, out, down, nodes):
-    assert chosen(list(current), list("abcd"), set(out), set(down)) == list(nodes)
+    assert chosen(list(current), list("abcd"), set(out), set(down), [2]) == list(nodes)
+
+
+@pytest.mark.parametrize(
+    ("current", "out", "down", "sizes", "nodes"),
+    [
+        ("abcd", "", "c", [4, 3, 2, 1], "abd"),
+        ("abcd", "", "c", [4, 2], "ab"),  # three are no size at which the batch can be divided
+        ("ab", "", "c", [4, 2], "ab"),
+        ("ab", "a", "c", [4, 2, 1], "bd"),
+        ("bd", "a", "", [4, 3], "bcd"),  # one that answers again
+        ("abd", "ab", "c", [4, 3, 2], "ad"),  # too few are well for the smallest size
+        ("abcd", "", "bcd", [3, 1], "a"),
+    ],
+)
+def test_the_nodes_of_the_next_attempt_are_as_many_as_are_well(current, out, down, sizes, nodes):
+    assert chosen(list(current), list("abcd"), set(out), set(down), sizes) == list(nodes)
 
 
 def test_requeues_that_bring_nothing_wait_longer_and_longer_and_then_end():

@@ -237,8 +237,8 @@ def test_each_rank_has_cores_of_its_own_near_its_gpu(tmp_path, monkeypatch, keys
     settings = SlurmConfig(gres="gpu:8", srun=["--mpi=none"], **keys)
     ranks, nodes = command(tmp_path, settings, monkeypatch, "128")
     bound = ["--cpus-per-task=16", "--cpu-bind=cores", "--distribution=*:block", "--mpi=none"]
-    assert ranks[5:9] == bound
-    assert nodes[5:7] == ["--cpus-per-task=128", "--mpi=none"]
+    assert ranks[6:10] == bound
+    assert nodes[6:8] == ["--cpus-per-task=128", "--mpi=none"]
 
 
 def test_tasks_get_the_environment_of_the_batch_script_whatever_the_site_sets(

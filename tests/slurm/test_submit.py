@@ -423,3 +423,20 @@ def test_a_dear_job_is_rehearsed_before_it_is_queued(tmp_path, monkeypatch, caps
     for words in (["submit.rehearse=off"], ["slurm.time=2h"]):
         assert "Not rehearsed: forescale rehearse dear " in output("dear", *words)[0]
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes"),
+    [
+        (("slurm.nodes=1-4",), "1-2"),  # two micro-batches a step
+        (("slurm.nodes=1-4", "train.global_batch=24"), "1-3"),
+        (("slurm.nodes=1-4", "train.global_batch=20"), "1"),
+        (("slurm.nodes=2-4", "train.global_batch=20", "train.invariant=true"), "2-4"),
+        (("slurm.nodes=1-4", "train.global_batch=16", "slurm.spares=1"), "2-5"),
+    ],
+)
+def test_slurm_is_asked_for_the_numbers_of_nodes_that_the_run_can_use(submit, words, nodes):
+    code, out, err = submit("train", "x", "--dry-run", "train.global_batch=8", *words)
+    assert code == 0, err
+    assert f"#SBATCH --nodes={nodes}" in re.split(r"  #|\n", out)
+    assert "#SBATCH --no-kill" in out

@@ -159,6 +159,10 @@ class Plan:
         """Memory of a GPU in bytes, or a rank's share of this computer's memory."""
         return self._options.available_to(self.job)
 
+    def fits(self, job: PlanJob) -> bool:
+        """Whether the memory of a rank fits, of its job with as many ranks as `job` has."""
+        return self._options.fits(job)
+
     @cached_property
     def options(self) -> list[ShardingOption]:
         """Stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
