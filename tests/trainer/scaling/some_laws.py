@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from forescale.scaling.fitting import laws, least_absolute
+from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.fit import Certificate, certified, minimisation_of
 from forescale.scaling.fitting.newton import measured
 from forescale.scaling.fitting.objective import Objective
@@ -27,11 +27,10 @@ NAMES = [f"{form.name}, {form.size}" for form, _ in LAWS]
 
 def certify(form, points, values, objective=None, weights=None) -> tuple[float, Certificate]:
     """Return the objective at given published parameters, and the certificate of that point."""
-    task = minimisation_of(form, points, objective or Objective(), {})
+    task = minimisation_of(form, points, objective or Objective())
     theta = form.internal(form.vector(values)[None], task.at.centre)
     w = np.ones(len(points)) if weights is None else np.asarray(weights)
-    measure = least_absolute.measured if task.goal.delta == 0 else measured
-    one = measure(task, np.log(points.loss)[None], w[None], np.clip(theta, task.low, task.high))
+    one = measured(task, np.log(points.loss)[None], w[None], np.clip(theta, task.low, task.high))
     return float(one.value[0]), certified(task, one, w)[1]
 
 

@@ -160,7 +160,7 @@ class StudyFit:
     def others(self) -> dict[str, Fit]:
         """Return fits of the law with other objectives and, if some were left out, all runs."""
         fits = {
-            name: self.fit if (goal := Objective(delta)) == self.goal
+            name: self.fit if (goal := Objective.of(delta, "log")) == self.goal
             else fit(self.form, self.points, goal)
             for name, delta in _OTHERS.items()
         }  # fmt: skip

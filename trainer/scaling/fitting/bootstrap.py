@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a second to import
 
 from forescale.ground.errors import UserError
-from forescale.scaling.fitting.fit import Fit, polish, starts
+from forescale.scaling.fitting.fit import Fit, starts
 from forescale.scaling.fitting.laws import allocation
-from forescale.scaling.fitting.newton import TOLERANCE, Solved
-from forescale.scaling.fitting.objective import curvatures, local
+from forescale.scaling.fitting.newton import TOLERANCE, Solved, solve
+from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, curvatures, local
 from forescale.scaling.fitting.points import Array
 
 COUNT = 4000
@@ -192,7 +192,7 @@ def _without_by_a_step(fit: Fit, groups: Array) -> Array:
     infinitesimal jackknife (Efron and Tibshirani 1993, section 22.4), for theta: the error is of
     the second order in a group's share. groups: numbers from 0 to G - 1, (n,)."""
     task, theta = fit.task, fit.theta
-    if task.goal.delta == 0:
+    if task.goal.delta <= LEAST_ABSOLUTE.delta:
         task = replace(task, goal=replace(task.goal, delta=_SMOOTH))
     y, w = np.log(fit.points.loss)[None], fit.weights[None]
     here = local(task.form, task.at, y, w, theta, task.goal)
@@ -224,10 +224,10 @@ def replicates(fit: Fit, weights: ArrayLike) -> Replicates:
         raise UserError("weights", problem, f"give (replicates, {n})")
     w, y = w * fit.weights, np.log(fit.points.loss)[None]
     task = replace(fit.task, aim=_AIM)
-    best = polish(task, y, w, fit.theta)
+    best = solve(task, y, w, fit.theta)
     for minimum in fit.certificate.minima[1:_MINIMA]:
         theta = fit.form.internal(fit.form.vector(minimum.values)[None], fit.task.at.centre)
-        best = _lower(best, polish(task, y, w, theta))
+        best = _lower(best, solve(task, y, w, theta))
     return Replicates(fit, _from_the_grid(fit, best, y, w), np.arange(n))
 
 
@@ -241,7 +241,7 @@ def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
         return best
     grids = [starts(fit.task, y, w[r : r + 1]) for r in lost]
     owner = np.repeat(lost, [len(each) for each in grids])
-    solved = polish(fit.task, y, w[owner], np.concatenate(grids))
+    solved = solve(fit.task, y, w[owner], np.concatenate(grids))
     place = np.concatenate([np.arange(len(each)) for each in grids])
     for k in range(place.max() + 1):
         rows = np.flatnonzero(place == k)

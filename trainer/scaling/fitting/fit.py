@@ -2,16 +2,15 @@
 
     starts   a grid over the exponents, each with its best positive coefficients of least squares in
              closed form; of these the local minima of the grid, the best, and some others
-    polish   newton.solve from all starts at once (least_absolute.py for least absolute deviations)
+    solve    newton.solve from all starts at once
     minima   the different local minima that the starts reached; the lowest is the fit
 
-Of more than a thousand runs, a thousand make the starts and polish them first.
+Of more than a thousand runs, a thousand make the starts and are solved first.
 
 Invariant: every Fit holds a certificate. It fails if the scaled gradient is above 1e-8, if the
 curvature is not positive, or if a start ended lower without reaching a minimum.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -21,7 +20,6 @@ from numpy.typing import ArrayLike
 
 from forescale.ground.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form, design
-from forescale.scaling.fitting.least_absolute import SMOOTHED, solve_absolute
 from forescale.scaling.fitting.newton import TOLERANCE, Minimisation, Solved, solve
 from forescale.scaling.fitting.objective import ROUNDING, Objective
 from forescale.scaling.fitting.points import Array, Points
@@ -50,10 +48,10 @@ class Certificate:
     """Evidence that a point is the global minimum of the objective.
 
     scaled_gradient: 0 at a stationary point, see objective.py; curvature: positive at a minimum,
-    see newton.Solved (for least absolute deviations the margin of a corner); edges: parameters at
-    an end of their range ("E at its least" means that the term E is absent); method: how it was
-    polished; minima: the local minima, lowest first; failed_starts: number of starts that reached
-    none; undercut: True if a failed start ended below the lowest minimum.
+    see newton.Solved; edges: parameters at an end of their range ("E at its least" means that the
+    term E is absent); method: how it was solved; minima: the local minima, lowest first;
+    failed_starts: number of starts that reached none; undercut: True if a failed start ended below
+    the lowest minimum.
     """
 
     scaled_gradient: float
@@ -119,13 +117,11 @@ def fit(
     points: Points,
     objective: Objective | None = None,
     weights: ArrayLike | None = None,
-    fixed: Mapping[str, float] | None = None,
 ) -> Fit:
-    """Fit a law to runs. weights: (n,), not negative, 1 each by default; fixed: published
-    parameters to hold (a coefficient only together with its exponent). Raises UserError if the runs
-    don't determine the parameters, or if the weights are invalid."""
+    """Fit a law to runs. weights: (n,), not negative, 1 each by default. Raises UserError if the
+    runs don't determine the parameters, or if the weights are invalid."""
     goal = objective or Objective()
-    task = minimisation_of(form, points, goal, fixed or {})
+    task = minimisation_of(form, points, goal)
     w = np.ones(len(points)) if weights is None else np.array(weights, dtype=float)
     if w.shape != (len(points),) or not np.isfinite(w).all() or (w < 0).any():
         problem = "the weights are not one finite number per run, zero or more"
@@ -146,10 +142,10 @@ def _searched(task: Minimisation, y: Array, w: Array, least: float) -> Solved:
     """Return what the starts of the profile grid reach. y, w: (1, n)."""
     first = starts(task, y, w, least)
     if y.shape[1] <= _MANY:
-        return polish(task, y, w, first)
-    near = polish(*_thinned(task, y, w), first).theta
+        return solve(task, y, w, first)
+    near = solve(*_thinned(task, y, w), first).theta
     _, one, which = np.unique(near.round(6), axis=0, return_index=True, return_inverse=True)
-    return polish(task, y, w, near[one]).take(which)
+    return solve(task, y, w, near[one]).take(which)
 
 
 def _thinned(task: Minimisation, y: Array, w: Array) -> tuple[Minimisation, Array, Array]:
@@ -161,30 +157,10 @@ def _thinned(task: Minimisation, y: Array, w: Array) -> tuple[Minimisation, Arra
     return replace(task, at=at), y[:, chosen], w[:, chosen]
 
 
-def polish(task: Minimisation, y: Array, w: Array, start: Array) -> Solved:
-    """Move each start, (R, p) or (1, p), to the minimum near it with the objective's solver."""
-    return (solve_absolute if task.goal.delta == 0 else solve)(task, y, w, start)
-
-
-def minimisation_of(
-    form: Form, points: Points, goal: Objective, fixed: Mapping[str, float]
-) -> Minimisation:
-    """Return the optimisation task of a fit. Raises UserError if `fixed` names an unknown
-    parameter, or a coefficient without its exponent."""
+def minimisation_of(form: Form, points: Points, goal: Objective) -> Minimisation:
+    """Return the optimisation task of a fit."""
     at = design(form, points)
-    low, high = form.bounds(at, np.log(points.loss))
-    if strange := set(fixed) - set(form.symbols):
-        problem = f"the law has no parameter {', '.join(sorted(strange))}"
-        raise UserError(form.name, problem, f"fix some of {', '.join(form.symbols)}")
-    if fixed:
-        held = np.array([float(fixed.get(s, np.nan)) for s in form.symbols])
-        theta = form.internal(held[None], at.centre)[0]
-        for i, s in enumerate(form.symbols):
-            if s in fixed and np.isnan(theta[i]):
-                raise UserError(form.name, f"{s} is fixed without its exponent", "fix both")
-            if s in fixed:
-                low[i] = high[i] = theta[i]
-    return Minimisation(form, at, goal, low, high)
+    return Minimisation(form, at, goal, *form.bounds(at, np.log(points.loss)))
 
 
 def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Array:
@@ -194,12 +170,6 @@ def starts(task: Minimisation, y: Array, w: Array, least: float = _FAINT) -> Arr
         task, y, w = _thinned(task, y, w)
     form = task.form
     grid = form.grid()
-    held = np.where(task.low == task.high, task.low, np.nan)
-    fixed = form.published(held[None], task.at.centre)[0]
-    for i, s in enumerate(form.exponents):
-        if not np.isnan(value := fixed[form.symbols.index(s)]):
-            grid[:, i] = value
-    grid = np.unique(grid, axis=0)
     basis, power = form.basis(grid, task.at)
     target = np.exp(y / power[:, None])  # (G, n)
     relative = w if task.goal.on == "log" else w * np.exp(2 * y)
@@ -274,30 +244,28 @@ def certified(task: Minimisation, solved: Solved, w: Array) -> tuple[int, Certif
     undercut = bool(order) and bool((lower & ~is_minimum).any())
     ends = {-1: "least", 1: "greatest"}
     edges = zip(symbols, solved.edge[best], strict=True)
-    method = f"damped Newton on {task.goal}"
-    if task.goal.delta == 0:
-        method = f"smoothed down to {SMOOTHED[-1]:.0e}, then onto a kink of {task.goal}"
     return best, Certificate(
         float(solved.gradient[best]), float(solved.curvature[best]),
-        tuple(f"{s} at its {ends[int(e)]}" for s, e in edges if e), method, minima,
-        int((~is_minimum).sum()), undercut,
+        tuple(f"{s} at its {ends[int(e)]}" for s, e in edges if e),
+        f"damped Newton on {task.goal}", minima, int((~is_minimum).sum()), undercut,
     )  # fmt: skip
 
 
 def _refuse_underdetermined(task: Minimisation, points: Points, w: Array) -> None:
-    """Raise UserError if the runs can't determine the free parameters."""
+    """Raise UserError if the runs can't determine the parameters."""
     form, at = task.form, task.at
-    free = int((task.low < task.high).sum())
     columns = np.stack([at.logs[c] for c in form.columns])[:, w > 0]
     different = np.unique(columns, axis=1).shape[1]
-    if different < free:
-        problem = f"{different} different runs don't determine the {free} parameters of {form.name}"
+    if different < form.size:
+        problem = (
+            f"{different} different runs don't determine the {form.size} parameters of {form.name}"
+        )
         raise UserError(points.where, problem, "add runs, or fit a law with fewer parameters")
     if np.ptp(points.loss[w > 0]) == 0:
         problem = "all runs have the same loss, which determines no law"
         raise UserError(points.where, problem, "check its column; add runs with other losses")
     for c, x in zip(form.columns, columns, strict=True):
-        if np.ptp(x) == 0 and c != "unique_tokens" and free == form.size:
+        if np.ptp(x) == 0 and c != "unique_tokens":
             todo = "add runs with others"
             if c == "expansion":
                 todo += ", or fit a law without it, such as form=chinchilla"

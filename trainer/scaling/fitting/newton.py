@@ -61,8 +61,8 @@ class Solved(Rows):
 
 @dataclass(frozen=True)
 class Minimisation:
-    """What all replicates share. low, high: ends of the box, (p,), equal for a fixed parameter;
-    aim: scaled gradient to stop at."""
+    """What all replicates share. low, high: ends of the box, (p,); aim: scaled
+    gradient to stop at."""
 
     form: Form
     at: Design
@@ -72,9 +72,8 @@ class Minimisation:
     aim: float = AIM
 
     def frozen(self, theta: Array, gradient: Array) -> Array:
-        """Return True for parameters that are fixed, or at an end and pushed outwards, (R, p)."""
-        out = (theta <= self.low) & (gradient > 0) | (theta >= self.high) & (gradient < 0)
-        return out | (self.low == self.high)
+        """Return True for parameters that are at an end and pushed outwards, (R, p)."""
+        return (theta <= self.low) & (gradient > 0) | (theta >= self.high) & (gradient < 0)
 
     def left(self, theta: Array, here: Local) -> Array:
         """Return the scaled gradient of the free parameters, (R,)."""
@@ -213,10 +212,5 @@ def measured(
     values, _, _, stretch = _whitened(task, w, theta, here, frozen)
     # If the runs don't determine a direction, the curvature along it is rounding of either sign.
     curvature = np.where(stretch < _OPEN, values.min(-1), np.minimum(values.min(-1), 0.0))
-    return Solved(theta, here.value, task.left(theta, here), curvature, ends(task, theta))
-
-
-def ends(task: Minimisation, theta: Array) -> Array:
-    """Return -1 or 1 at the lower or upper end of the box, 0 elsewhere and if fixed, (R, p)."""
     edge = np.where(theta <= task.low, -1.0, 0.0) + np.where(theta >= task.high, 1.0, 0.0)
-    return np.where(task.low == task.high, 0.0, edge)
+    return Solved(theta, here.value, task.left(theta, here), curvature, edge)

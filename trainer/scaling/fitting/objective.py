@@ -3,7 +3,8 @@
     residual   r = log L - log L^ (or L - L^) of each run, where L^ is the fitted loss
     value      sum of w rho(r); Huber's rho is r^2 / 2 up to delta, delta (|r| - delta / 2) beyond
 
-Least squares is delta = inf; least absolute deviations is delta = 0, the sum of w |r|.
+Least squares is delta = inf. Least absolute deviations is a delta far below all residuals: at most
+delta / 2 a run above the optimum of the sum of |r|, which has kinks that no smooth solver resolves.
 Invariant: the scaled gradient is that of the stated objective and has no unit: it doesn't change if
 losses, weights, N or D are counted in other units.
 """
@@ -33,32 +34,28 @@ class Objective:
     on: str = "log"
 
     def __post_init__(self) -> None:
-        if self.on not in ("log", "loss") or not self.delta >= 0:
+        if self.on not in ("log", "loss") or not self.delta > 0:
             problem = f"there is no objective with delta={self.delta} on '{self.on}'"
-            raise UserError("objective", problem, "give a delta of 0 to inf, on 'log' or 'loss'")
+            raise UserError("objective", problem, "give a delta above 0, on 'log' or 'loss'")
 
     @classmethod
     def of(cls, delta: float | None, on: str) -> "Objective":
-        """Return the objective of a job's keys; a delta of None is least squares."""
-        return cls(np.inf if delta is None else delta, on)
+        """Return the objective of a job's keys. delta: None for least squares, 0 for least absolute
+        deviations."""
+        return cls(np.inf if delta is None else delta or LEAST_ABSOLUTE.delta, on)
 
     def __str__(self) -> str:
         """Return the name of the objective, such as "Huber 0.001 on log loss"."""
-        kind = {0.0: "least absolute deviations", np.inf: "least squares"}.get(self.delta)
-        return f"{kind or f'Huber {self.delta:g}'} on {'log loss' if self.on == 'log' else 'loss'}"
+        kind = "least squares" if self.delta == np.inf else f"Huber {self.delta:g}"
+        return f"{kind} on {'log loss' if self.on == 'log' else 'loss'}"
 
     def value(self, residual: Array, weight: Array) -> Array:
         """Return the objective, (R,), at residuals, (R, n)."""
-        if self.delta == 0:
-            each = weight * np.abs(residual)
-        else:
-            clipped = np.clip(residual, -self.delta, self.delta)
-            each = weight * clipped * (residual - clipped / 2)
-        return each.sum(-1)
+        clipped = np.clip(residual, -self.delta, self.delta)
+        return (weight * clipped * (residual - clipped / 2)).sum(-1)
 
 
-LEAST_SQUARES = Objective(np.inf)
-LEAST_ABSOLUTE = Objective(0.0)
+LEAST_SQUARES, LEAST_ABSOLUTE = Objective(np.inf), Objective(1e-8)
 
 
 @dataclass
@@ -105,7 +102,7 @@ def local(
     form: Form, at: Design, log_loss: Array, weight: Array, theta: Array, goal: Objective
 ) -> Local:
     """Return the objective at theta, (R, p) or (1, p), if all replicates have the same. log_loss,
-    weight: (R, n) or (1, n); goal.delta > 0."""
+    weight: (R, n) or (1, n)."""
     m, jacobian = form.evaluate(theta, at)
     R = max(len(log_loss), len(weight), len(theta))
     if len(theta) < R:

@@ -44,8 +44,7 @@ def test_no_point_nearby_is_lower(form, values, goal, make):
 
 def test_least_absolute_deviations_pass_through_as_many_runs_as_parameters(make):
     law = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003), LEAST_ABSOLUTE)
-    assert (np.abs(law.residuals) < 1e-12).sum() == 5
-    assert "smoothed down to 1e-07" in law.certificate.method
+    assert (np.abs(law.residuals) <= LEAST_ABSOLUTE.delta).sum() == 5
 
 
 def test_least_absolute_deviations_of_a_line_equal_the_best_of_all_corners(make):
@@ -53,13 +52,14 @@ def test_least_absolute_deviations_of_a_line_equal_the_best_of_all_corners(make)
     rng = np.random.default_rng(5)
     C = np.exp(rng.uniform(40, 50, 15))
     loss = 30 * C**-0.05 * np.exp(0.01 * rng.standard_t(2, 15))
-    law = fit(FRONTIER, Points(loss, flops=C), LEAST_ABSOLUTE, fixed={"E": 1e-12})
+    law = fit(FRONTIER, Points(loss, flops=C), LEAST_ABSOLUTE)
+    assert law.certificate.edges == ("E at its least",)
     x, y = np.log(C), np.log(loss)
     sums = []
     for i, j in itertools.combinations(range(15), 2):
         slope = (y[j] - y[i]) / (x[j] - x[i])
         sums.append(np.abs(y - y[i] - slope * (x - x[i])).sum())
-    assert law.value == pytest.approx(min(sums), rel=1e-8)
+    assert law.value / LEAST_ABSOLUTE.delta == pytest.approx(min(sums), rel=1e-6)
 
 
 def test_a_certificate_fails_away_from_the_optimum(make):
@@ -107,22 +107,6 @@ def test_a_weight_of_two_equals_a_run_listed_twice(make):
     assert weighted.value == pytest.approx(repeated.value)
 
 
-def test_fixed_parameters_stay_and_the_rest_is_optimal(make):
-    form = DATA_CONSTRAINED
-    points = make(form, BASE | {"R_D": 15.4}, noise=0.002)
-    law = fit(form, points, fixed=BASE)
-    assert {k: law.values[k] for k in BASE} == pytest.approx(BASE)
-    assert law.values["R_D"] == pytest.approx(15.4, rel=0.2)
-    assert law.certificate.holds
-    assert fit(form, points).value <= law.value
-    shared = fit(CHINCHILLA, points, fixed={"alpha": 0.3, "beta": 0.3})
-    assert shared.value == pytest.approx(fit(SHARED_EXPONENT, points, fixed={"alpha": 0.3}).value)
-    with pytest.raises(UserError, match="A is fixed without its exponent"):
-        fit(CHINCHILLA, points, fixed={"A": 400.0})
-    with pytest.raises(UserError, match="the law has no parameter gamma"):
-        fit(CHINCHILLA, points, fixed={"gamma": 0.3})
-
-
 def test_an_absent_term_is_reported_as_an_edge(make):
     runs = make(CHINCHILLA, BASE)
     loss = 400 * runs.parameters**-0.34 + 2000 * runs.tokens**-0.37
@@ -139,9 +123,7 @@ def test_losses_that_do_not_depend_on_the_data(make):
     points = Points(loss, parameters=runs.parameters, tokens=runs.tokens)
     law = fit(CHINCHILLA, points, LEAST_SQUARES)
     assert law.certificate.holds, law.certificate.problems
-    bound = fit(CHINCHILLA, points, LEAST_SQUARES, fixed={"B": 1e-9, "beta": 0.3})
-    assert bound.values["alpha"] == pytest.approx(0.34, abs=0.02)
-    assert law.value <= bound.value
+    assert law.values["alpha"] == pytest.approx(0.34, abs=0.02)
 
 
 def test_runs_that_allow_two_laws_have_two_minima(make):
