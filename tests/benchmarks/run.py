@@ -31,7 +31,7 @@ from tests.benchmarks.processes import share_imports  # noqa: E402
 
 NAMES = (
     "loop", "memory", "loss", "compile", "plain", "muon", "peer", "startup", "build", "stream",
-    "save", "watch", "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
+    "save", "watch", "ranks", "status", "plan", "recovery", "next", "coordinates",
     "mixers", "generate", "invariant", "gpu",
 )  # fmt: skip
 

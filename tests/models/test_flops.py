@@ -122,13 +122,6 @@ def test_flops_of_every_choice_exactly():
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 
-def test_chunks_of_the_loss_make_the_logits_again():
-    """The one recomputation that a normal step has: the head's forward, a third of its cost."""
-    chunked = changed(BASE, loss_chunk=8)
-    again = 2 * 24 * 70
-    assert (flops_per_token(BASE, 16) + again) * 32 == counted(chunked, 2, 16)
-
-
 def test_causal_flops_are_the_pairs_that_see_each_other():
     config, L = BASE, 16
     pairs = sum(1 for query in range(L) for key in range(L) if key <= query)

@@ -1,4 +1,4 @@
-"""Small models of every combination of the architecture's choices, for the tests of masks."""
+"""Small models of every combination of the architecture's choices, for the tests of documents."""
 
 from itertools import product
 

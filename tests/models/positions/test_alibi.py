@@ -28,17 +28,6 @@ def test_biases_are_those_of_bloom(num_heads):
     torch.testing.assert_close(local[0].softmax(-1), expected.softmax(-1), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("num_heads", [1, 2, 8, 32])
-def test_biases_are_those_of_mpt(num_heads):
-    """Of powers of two; MPT has other slopes for other numbers of heads than the authors."""
-    pytest.importorskip("transformers")
-    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
-
-    peer = build_mpt_alibi_tensor(num_heads, 24)  # (H, 1, L): of the last query
-    local = biased_mask(torch.arange(24), None, num_heads, torch.float32)[0, :, -1:]
-    torch.testing.assert_close(local, peer, rtol=1e-6, atol=1e-6)
-
-
 def test_slopes_are_the_papers():
     assert slopes(8) == [2**-i for i in range(1, 9)]  # section 3
     assert slopes(16)[:3] == [2**-0.5, 2**-1, 2**-1.5]

@@ -81,21 +81,6 @@ def _bytes(dataset, token):
     return len(dataset.tokenizer.id_to_token(token))  # one letter of the alphabet a byte
 
 
-def test_it_equals_a_plain_computation(dataset):
-    nats, targets, count = np.array(windows(dataset)).T
-    result = score(dataset)
-    assert len(dataset.split("validation").shard_tokens) > 2
-    assert (result.targets, result.bytes, result.windows) == (targets.sum(), count.sum(), len(nats))
-    assert result.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / count.sum(), rel=1e-6)
-    # The held-out text is all of these bytes, but for the first token of each shard.
-    split = dataset.split("validation")
-    firsts = sum(
-        _bytes(dataset, int(split.read(s, 0, 1)[0])) for s in range(len(split.shard_tokens))
-    )
-    assert result.bytes == split.num_bytes - firsts
-
-
 def test_its_standard_error_is_that_of_resampled_windows(dataset):
     nats, targets, _ = np.array(windows(dataset)).T
     rng = np.random.default_rng(0)
@@ -155,11 +140,6 @@ def test_pooled_equals_the_score_of_one_split_of_both(dataset):
     nothing = Score(math.nan, math.nan, math.nan, 0, 0, 0)
     assert pooled([nothing, whole]) == whole
     assert pooled([nothing]).windows == 0
-
-
-def test_perplexity_is_of_the_mean_loss(dataset):
-    result = score(dataset)
-    assert result.perplexity == math.exp(result.loss)
 
 
 def test_all_ranks_make_the_same_number_of_calls(dataset):

@@ -130,14 +130,3 @@ def test_a_terminal_completes_a_line(here, shell, options):
     lines, expected = zip(*LINES, strict=True)
     completed = typed([shell, *options, "-i"], setup, lines)
     assert completed == [line.rstrip() for line in expected]
-
-
-@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
-@pytest.mark.parametrize(("line", "expected"), LINES)
-def test_fish_completes_a_line(here, line, expected):
-    script = f"forescale completion fish | source; complete -C '{line}'"
-    done = subprocess.run(
-        ["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True
-    )
-    last = expected.rstrip().rpartition(" ")[2]
-    assert [text.partition("\t")[0] for text in done.stdout.splitlines()] == [last]
