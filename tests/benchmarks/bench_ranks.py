@@ -1,4 +1,4 @@
-"""What in our own code grows with ranks: how much of it there is at 64, 256 and 1,024 of them.
+"""What in our own code grows with ranks: how much of it 1,024, 4,096 and 16,384 have.
 
 Ranks are simulated, 8 a node; functions, files and sockets are the real ones, on this one machine.
 Invariant: a cell is measured at its number of ranks, but where its row has a star: that is computed
@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from forescale.checkpoint.reader import STATE, Position, newest_complete
 from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.portable.fragments import Fragment, write_fragments
-from forescale.engine.ranks import Ranks
+from forescale.engine.ranks import Ranks, Tree, first
 from forescale.engine.world import StepSummary, World
 from forescale.ground.storage import TABLE, check_table
 from forescale.resilience.diagnosis import stragglers
@@ -44,7 +44,7 @@ from forescale.slurm.preflight.findings import PreflightReport, Requirements
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import isolated
 
-REAL, TOY = (64, 256, 1024), (16,)  # numbers of ranks
+REAL, TOY = (1024, 4096, 16384), (16,)  # numbers of ranks
 EACH = 8  # ranks a node
 # Of a model as so many train one: 32 layers of 9 tensors, 3 beside them; AdamW.
 PARAMETERS, STATES = 291, ("weight", "exp_avg", "exp_avg_sq")
@@ -58,8 +58,15 @@ ROWS = {  # what, where, how often, growth
     "slow": ("look for stragglers", "rank 0", "30 s", "ranks"),
     "logs": ("files of ranks' logs", "shared storage", "an attempt", "ranks"),
     "preflight": ("preflight: all nodes heard", "batch script", "an attempt", "nodes"),
-    "summary": (f"summary, {MICRO_BATCHES} micro-batches", "each rank", "a step", "ranks"),
-    "mesh": ("*open files of a gloo group", "each rank", "held", "ranks"),
+    "summary": (
+        f"summary, {MICRO_BATCHES} micro-batches",
+        "each rank",
+        "a step",
+        "to 1,024 of them",
+    ),
+    "exchange": ("an exchange: an error, or none", "rank 0", "up to 9 a save", "log ranks"),
+    "mesh": ("*open files of a tree of gloo groups", "rank 0", "held", "log ranks"),
+    "met": ("*store's answers to make it", "rank 0", "a tree", "ranks"),
     "table": ("a rank's share of the files checked", "each rank", "save and attempt", "ranks"),
     "choose": ("choice of a checkpoint", "rank 0", "an attempt", "ranks"),
 }
@@ -174,20 +181,39 @@ def summaries(n: int, folder: Path, rounds: int) -> Cells:
         world.share(1, losses, 0, MICRO_BATCHES * n, 1 << 60, False)
         return next(world.summaries(behind=0))
 
-    yield "summary", _seconds(50 * rounds, step), 8 * (len(step().losses) + 5)
+    reduce, sizes = dist.all_reduce, []
+    dist.all_reduce = lambda part, **options: sizes.append(part.nbytes) or reduce(part, **options)
+    yield "summary", _seconds(50 * rounds, step), sizes[0]
+
+    def echo(parts: list[torch.Tensor], mine: torch.Tensor, **_: Any) -> None:
+        for part in parts:
+            part.copy_(mine)
+
+    # Each of the others says what this rank says.
+    dist.all_gather, dist.gather = echo, lambda mine, parts, **_: echo(parts, mine)
+    world.tree = Tree.of(0, n, lambda peers: Ranks(0, len(peers)))
+    few, levels = 5 * rounds, world.tree.levels if world.tree else [world]
+    size = sum(level.size for level in levels) * len(json.dumps((None, None)))
+    yield "exchange", _seconds(few, lambda: world.together(lambda: None, merge=first)), size
     dist.destroy_process_group()
 
 
 def meetings(world: int, folder: Path, rounds: int) -> Cells:
-    """Gloo's mesh, which every group in the background is."""
+    """Gloo's meshes, of which every tree in the background is made."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    groups: set[tuple[int, ...]] = set()
+    for rank in range(world):
+        Tree.of(rank, world, lambda peers: groups.add(tuple(peers)))
+    groups = groups or {tuple(range(world))}
     before, keys = len(os.listdir("/proc/self/fd")), dist.HashStore()
     meet = lambda rank: dist.ProcessGroupGloo(keys, rank, _MESH, timedelta(seconds=30))  # noqa: E731
     with ThreadPoolExecutor(_MESH) as pool:
         stores = list(pool.map(meet, range(_MESH)))
     extra = round((len(os.listdir("/proc/self/fd")) - before) / len(stores)) - _MESH
-    yield "mesh", None, world + extra
+    yield "mesh", None, sum(len(peers) + extra for peers in groups if peers[0] == 0)
+    key, each = len(keys.get(keys.list_keys()[0])), [len(peers) for peers in groups]
+    yield "met", None, sum(n**2 * (8 * (n - _MESH) + key) for n in each)
 
 
 class Others:

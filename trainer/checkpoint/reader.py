@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 from typing_extensions import TypedDict
 
 from forescale.engine.portable.strips import strip_of
-from forescale.engine.ranks import ALONE, Ranks
+from forescale.engine.ranks import ALONE, Ranks, first, joined
 from forescale.ground.errors import UserError, shortened
 from forescale.ground.storage import FileEntry, check_table, read_json
 from forescale.ground.typed import AnyNumber, Count, Number, typed
@@ -318,7 +318,7 @@ def _first_complete(
         else:
             # Its state.json grows with the number of ranks that wrote it, so each rank reads it
             # instead of receiving it.
-            ranks.together(partial(lambda p: opened.append(Checkpoint(p)), path), path)
+            ranks.together(partial(lambda p: opened.append(Checkpoint(p)), path), path, first)
             return opened[0]
     return None
 
@@ -340,8 +340,7 @@ def find_faults(
     """Check every byte of a published directory against its table, each rank a share of the files;
     return the faults of all ranks on every rank. afresh, tick: as in storage.hash_file."""
     mine = partial(check_table, path, tick, part=(ranks.rank, ranks.size), afresh=afresh)
-    faults_by_rank = ranks.together(mine, path)
-    return list(dict.fromkeys(fault for faults in faults_by_rank for fault in faults))
+    return ranks.together(mine, path, lambda parts: [*dict.fromkeys(joined(parts))])
 
 
 def at_step(run: Run, step: int | None, ranks: Ranks = ALONE) -> Checkpoint:

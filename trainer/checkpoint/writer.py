@@ -28,7 +28,7 @@ from forescale.checkpoint.retention import is_pinned
 from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.engine.portable.fragments import write_fragments as write_rank_file
 from forescale.engine.portable.strips import strip_of
-from forescale.engine.ranks import ALONE, Ranks
+from forescale.engine.ranks import ALONE, Ranks, joined
 from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
 from forescale.engine.step import Engine
 from forescale.ground.errors import UserError
@@ -92,7 +92,7 @@ def write(
         if not run.checkpoints.is_dir():
             run.checkpoints.mkdir(parents=True)
             fsync_path(run.path)
-        needed, free = sum(sizes) + _SLACK, shutil.disk_usage(run.path).free  # a quota isn't seen
+        needed, free = size + _SLACK, shutil.disk_usage(run.path).free  # a quota isn't seen
         if free < needed:
             problem = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
             todo = "free some space, then give the same command again"
@@ -126,10 +126,10 @@ def write(
         write_table(stage, table)
         _replace(run, stage, final, attempt)
 
-    sizes = ranks.gather(snapshot.size)
+    size = ranks.merged(snapshot.size, sum)
     try:
         ranks.from_main(make_stage, run.checkpoints)
-        parts = ranks.together_for_main(write_own, stage) or []
+        parts = ranks.together_for_main(lambda: [write_own()], stage, joined) or []
         ranks.from_main(commit, stage)
     except UserError:
         if ranks.is_main:

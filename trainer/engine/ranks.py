@@ -1,28 +1,44 @@
 """What ranks exchange and do together: one gather, and one "rank 0 decides, the others receive".
 
-Invariant: an error on one rank is raised on all ranks with the same sentence, so that no rank waits
-in a collective for one that has given up. Values travel as JSON in tensors, errors as their plain
-fields: what arrives is only ever parsed, so that a stranger on the network can't run code in a rank
-(torch's own exchange of objects unpickles them). A rank alone needs no torch.
+Many ranks exchange over a tree of small groups, so that what each holds open, and what it receives
+of a merge, grows with the logarithm of their number. Invariant: an error on one rank is raised on
+all ranks with the same sentence, so that no rank waits in a collective for one that has given up.
+Values travel as JSON in tensors, errors as their plain fields: what arrives is only ever parsed, so
+that a stranger on the network can't run code in a rank (torch's own exchange of objects unpickles
+them). A rank alone needs no torch.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from forescale.config.schema import ConfigError, Problem
 from forescale.ground.errors import Transient, UserError, storage_error, unknown_storage_error
 
+FANOUT = 64  # ranks of a group; so many and fewer exchange in one. Whole nodes of 2^n ranks fit
+
+Merge = Callable[[list[Any]], Any]
+
+
+def joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
+    """Return the items of all lists, in their order."""
+    return [item for part in parts for item in part]
+
+
+def first(parts: Sequence[Any]) -> Any:
+    return parts[0]
+
 
 class Ranks:
     """This rank among `size`, in a process group of torch.distributed (None: the default group).
 
-    Every rank calls each method, in the same order.
+    Every rank calls each method, in the same order. tree: over which they exchange values; None:
+    within the group.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None):
-        self.rank, self.size, self.group = rank, size, group
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, tree: "Tree | None" = None):
+        self.rank, self.size, self.group, self.tree = rank, size, group, tree
 
     @property
     def is_main(self) -> bool:
@@ -35,6 +51,8 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
+        if self.tree:
+            return self.tree.merged([value], joined)
         import torch.distributed as dist
 
         mine, sizes = self._packed(value)
@@ -42,16 +60,48 @@ class Ranks:
         dist.all_gather(parts, mine, group=self.group)
         return _unpacked(parts, sizes)
 
+    def merged(self, value: Any, merge: Merge) -> Any:
+        """Return on all ranks the merge of their values in rank order. As `gather`.
+
+        merge: makes one value of several, which may be merges of neighbours' values themselves.
+        """
+        return self.tree.merged(value, merge) if self.tree else merge(self.gather(value))
+
+    def merged_to_main(self, value: Any, merge: Merge) -> Any:
+        """Return the same on rank 0; None on the others."""
+        if self.tree:
+            return self.tree.merged_to_main(value, merge)
+        values = self.gather_to_main(value)
+        return None if values is None else merge(values)
+
     def gather_to_main(self, value: Any) -> list[Any] | None:
         """Return every rank's value, in rank order, on rank 0; None on the others. As `gather`."""
         if self.size == 1:
             return [value]
+        if self.tree:
+            return self.tree.merged_to_main([value], joined)
         import torch.distributed as dist
 
         mine, sizes = self._packed(value)
         parts = [mine.new_empty(len(mine)) for _ in sizes] if self.is_main else None
-        dist.gather(mine, parts, dst=0, group=self.group)
+        dist.gather(mine, parts, group=self.group, group_dst=0)
         return _unpacked(parts, sizes) if parts else None
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on all ranks, within the group. As `gather`."""
+        if self.size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        raw = bytearray(json.dumps(value, separators=(",", ":")).encode()) if self.is_main else b""
+        length = torch.tensor([len(raw)])
+        dist.broadcast(length, group=self.group, group_src=0)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.is_main:
+            data = torch.frombuffer(raw, dtype=torch.uint8)
+        dist.broadcast(data, group=self.group, group_src=0)
+        return json.loads(bytes(data.numpy()))
 
     def _packed(self, value: Any) -> tuple[Any, list[int]]:
         """Return a value as bytes in a tensor as long as the longest of all ranks, and the length
@@ -78,35 +128,41 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def together(self, work: Callable[[], Any], where: Path | None = None) -> list[Any]:
-        """Do `work` on every rank; return all results, in rank order, on all ranks. As `gather`.
+    def together(
+        self, work: Callable[[], Any], where: Path | None = None, merge: Merge | None = None
+    ) -> Any:
+        """Do `work` on every rank; return all results, in rank order, on all ranks, or the merge of
+        them. As `merged`.
 
         Raises on all ranks the UserError of the first rank that failed. An OSError becomes a
         UserError that names `where`; without `where` it stays as it is, unless storage_error knows
         what to do about it.
         """
         result, local_error = _tried(work, where)
-        results = self.gather((result, error_fields(local_error)))
-        self._raise_first([error for _, error in results], local_error)
-        return [value for value, _ in results]
+        unite = merge or joined
 
-    def together_for_main(self, work: Callable[[], Any], where: Path) -> list[Any] | None:
-        """As `together`, but only rank 0 receives the results; the others get None. A result that
-        all ranks receive costs time and memory that grow with the square of their number."""
-        result, local_error = _tried(work, where)
-        self._raise_first(self.gather(error_fields(local_error)), local_error)
-        return self.gather_to_main(result)
+        def both(parts: list[Any]) -> list[Any]:
+            error = next((error for _, error in parts if error is not None), None)
+            return [None if error else unite([result for result, _ in parts]), error]
 
-    def _raise_first(self, errors: Sequence[Any], local_error: Exception | None) -> None:
-        """Raise the error of the first rank that has one; local_error: that of this rank."""
-        for rank, error in enumerate(errors):
-            if error is not None:
-                raise local_error if local_error and rank == self.rank else error_of(error)
+        error = None if local_error is None else [self.rank, error_fields(local_error)]
+        result, error = self.merged([result if merge else [result], error], both)
+        if error is not None:
+            rank, fields = error
+            raise local_error if local_error and rank == self.rank else error_of(fields)
+        return result
+
+    def together_for_main(self, work: Callable[[], Any], where: Path, merge: Merge) -> Any:
+        """As `together`, but only rank 0 receives the merge; the others get None. A result that all
+        ranks receive costs time and memory that grow with the square of their number."""
+        results: list[Any] = []
+        self.together(lambda: results.append(work()), where, first)
+        return self.merged_to_main(results[0], merge)
 
     def from_main(self, work: Callable[[], Any], where: Path | None = None) -> Any:
         """Do `work` on rank 0; return its result, or raise its error, on every rank. The result is
         of JSON's types."""
-        return self.together(work if self.is_main else lambda: None, where)[0]
+        return self.together(work if self.is_main else lambda: None, where, first)
 
     def main_first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0, then on the others, which find on disk what rank 0 has made. Return
@@ -114,6 +170,45 @@ class Ranks:
         results: list[Any] = []
         self.from_main(lambda: results.append(work()))
         return results[0] if results else work()
+
+
+class Tree:
+    """A rank's groups in a tree: of the ranks of a group, the first is in one of the next level.
+
+    levels: this rank in each of its groups, lowest first. Rank 0 is in one of each level.
+    """
+
+    def __init__(self, levels: Sequence[Ranks]):
+        self.levels = levels
+
+    @classmethod
+    def of(cls, rank: int, size: int, grouped: Callable[[list[int]], Ranks]) -> "Tree | None":
+        """Return the tree of `size` ranks for one of them; None: a single group has them all.
+        grouped: returns this rank among peers, whose numbers increase. It is called equally often
+        on each rank: torch names a group by its ranks and by how many groups they had before."""
+        levels, stride = [], 1
+        while size > FANOUT and stride < size:
+            begin = rank - rank % (stride * FANOUT)
+            peers = [*range(begin, min(begin + stride * FANOUT, size), stride)]
+            is_in = rank % stride == 0
+            level = grouped(peers if is_in else [rank])
+            levels += [level] if is_in else []
+            stride *= FANOUT
+        return cls(levels) if levels else None
+
+    def merged_to_main(self, value: Any, merge: Merge) -> Any:
+        """As `Ranks.merged_to_main`."""
+        for level in self.levels:
+            values = level.gather_to_main(value)
+            value = None if values is None else merge(values)
+        return value
+
+    def merged(self, value: Any, merge: Merge) -> Any:
+        """As `Ranks.merged`."""
+        value = self.merged_to_main(value, merge)
+        for level in reversed(self.levels):
+            value = level.broadcast(value)
+        return value
 
 
 def _tried(work: Callable[[], Any], where: Path | None) -> tuple[Any, UserError | OSError | None]:

@@ -6,6 +6,7 @@ promise that: with `cpu=True` it falls back to plain DDP, and with its DeepSpeed
 backend every rank gets a world of its own, both silently.
 """
 
+import math
 import os
 import resource
 import time
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from forescale.config.mesh import Mesh
-from forescale.engine.ranks import Ranks
+from forescale.engine.ranks import Ranks, Tree, joined
 from forescale.ground.errors import UserError
 from forescale.ground.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
 
@@ -40,7 +41,7 @@ def set_environment() -> None:
     elif "PYTORCH_ALLOC_CONF" not in os.environ:
         # Segments that grow fragment less, where the sizes of activations vary.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # A process group of gloo holds a connection to every rank.
+    # Rank 0's store and the default group of ranks on CPUs hold a connection to every rank.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -57,7 +58,8 @@ def set_environment() -> None:
 class StepSummary:
     """What all ranks know of a step; the same on each.
 
-    losses: sum of nats of each micro-batch, in global order; tokens_hash: see data/stream.py;
+    losses: sum of nats of each micro-batch, in global order; of a step of over 1,024 micro-batches
+    their exact sum alone, rounded once, in the place of all; tokens_hash: see data/stream.py;
     stop: some rank was asked to end; failed: some rank's save in the background has failed;
     seconds: rank 0's clock, so that all ranks read the same time; extra: further numbers by name
     (engine.step.Facts.extra), each the mean over ranks.
@@ -109,15 +111,22 @@ class World(Ranks):
         self._pending: deque = deque()  # all-reduces of steps whose summary nobody has read
         self._has_cuda = self.device.type == "cuda"
         self._reads: torch.cuda.Stream | None = None
+        self._scales: torch.Tensor | None = None
         self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
 
-    def _grouped(self, peers: list[int], timeout: timedelta, least: int = 2) -> Ranks:
+    def _grouped(
+        self,
+        peers: list[int],
+        timeout: timedelta | None,
+        least: int = 2,
+        backend: str | None = None,
+    ) -> Ranks:
         """Return this rank among some ranks, in a process group of their own if there are at least
         so many."""
         group = None
         if len(peers) >= least:  # only these ranks meet to make it: there may be many such groups
-            group = dist.new_group(peers, timeout=timeout, use_local_synchronization=True)
+            group = dist.new_group(peers, timeout, backend, use_local_synchronization=True)
         return Ranks(peers.index(self.rank), len(peers), group)
 
     def in_background(self, name: str, new: bool = False) -> Ranks:
@@ -128,9 +137,21 @@ class World(Ranks):
         with `new`, a new one: the old one may have been left in the middle of a collective.
         """
         if new or name not in self._groups:
-            group = dist.new_group(backend="gloo") if self.size > 1 else None
-            self._groups[name] = Ranks(self.rank, self.size, group)
+            tree = self.new_tree()
+            group: Any = tree  # which sums nothing
+            if self.size > 1 and tree is None:
+                group = dist.new_group(backend="gloo")
+            self._groups[name] = Ranks(self.rank, self.size, group, tree)
         return self._groups[name]
+
+    def new_tree(self, timeout: timedelta | None = None) -> Tree | None:
+        """Return a tree of new process groups of gloo; None where one group has all ranks. Every
+        rank calls this together."""
+
+        def grouped(peers: list[int]) -> Ranks:
+            return self._grouped(peers, timeout, least=1, backend="gloo")
+
+        return Tree.of(self.rank, self.size, grouped)
 
     def union_in_background(self, item: Callable[..., Any]) -> Callable[[frozenset], frozenset]:
         """Return a function, for one other thread, that returns the union of all ranks' sets of
@@ -138,7 +159,7 @@ class World(Ranks):
         ranks = self.in_background("union", new=True)
 
         def union(mine: frozenset) -> frozenset:
-            return frozenset(item(*fields) for part in ranks.gather([*mine]) for fields in part)
+            return frozenset(item(*fields) for fields in ranks.merged([*mine], joined))
 
         return union
 
@@ -157,10 +178,11 @@ class World(Ranks):
 
         losses: this rank's micro-batch sums, shape (n,), which stand at `first` of `count`. A slot
         has one non-zero term, or one of each rank that holds columns of the micro-batch, and fp64
-        adds these without an error that fp32 sees. tokens_hash: of windows that no other rank
-        names. It travels as two halves of 32 bits,
-        whose sums stay exact in fp64. extra: numbers or 0-dim tensors; the names must be those of
-        the first step, on all ranks (UserError).
+        adds these without an error that fp32 sees. Where there are many, each digit of their sum
+        has a slot: such a summary doesn't grow with the ranks. tokens_hash: of windows that no
+        other rank names. It travels as two halves of 32 bits, whose sums stay exact in fp64. extra:
+        numbers or 0-dim tensors; the names must be those of the first step, on all ranks
+        (UserError).
         """
         names = tuple(extra)
         self._extra = names if self._extra is None else self._extra
@@ -168,6 +190,8 @@ class World(Ranks):
             now, before = (", ".join(each) or "none" for each in (names, self._extra))
             problem = f"are {now}, and were {before}"
             raise UserError("metrics(): the names", problem, _SAME_NAMES)
+        if digits := count > _MOST_SLOTS:
+            first, count, losses = 0, _DIGITS, self._digits(losses)
         part = torch.zeros(
             count + 5 + len(names) + bool(names), dtype=torch.float64, device=self.device
         )
@@ -183,7 +207,17 @@ class World(Ranks):
             if torch.is_tensor(value):
                 part[slot] = value  # a copy on the device: nothing waits for the value
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
-        self._pending.append((step, count, self._late_read(part, work)))
+        self._pending.append((step, count, digits, self._late_read(part, work)))
+
+    def _digits(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return the digits of the sum of fp32 numbers, (_DIGITS,), highest first, each a sum of at
+        most 2^25 digits of 28 bits: no operation here rounds, so that no order of terms counts."""
+        if self._scales is None:
+            scales = [2.0 ** (_LEAST + _DIGIT * i) for i in reversed(range(_DIGITS))]
+            self._scales = torch.tensor(scales, dtype=torch.float64, device=self.device)
+        whole = (losses.double()[:, None] / self._scales).trunc()
+        whole[:, 1:] -= whole[:, :-1] * 2.0**_DIGIT
+        return whole.sum(0)
 
     def _late_read(self, part: torch.Tensor, work: Any) -> Callable[[], list[float]]:
         """Return a function that waits for an all-reduce and returns its values.
@@ -221,7 +255,7 @@ class World(Ranks):
         Raises UserError if the ranks' `extra` have different names.
         """
         while len(self._pending) > behind:
-            step, count, read = self._pending.popleft()
+            step, count, digits, read = self._pending.popleft()
             values = read()
             high, low, stop, failed, clock = values[count : count + 5]
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
@@ -231,7 +265,8 @@ class World(Ranks):
                 problem = f"differ between ranks (here: {', '.join(names)})"
                 raise UserError("metrics(): the names", problem, _SAME_NAMES)
             extra = {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
-            yield StepSummary(step, values[:count], tokens_hash, stop > 0, failed > 0, clock, extra)
+            losses = [_number_of(values[:count])] if digits else values[:count]
+            yield StepSummary(step, losses, tokens_hash, stop > 0, failed > 0, clock, extra)
 
     def close(self) -> None:
         """Wait for all ranks, then leave: a rank that has left resets its connections, and a slower
@@ -242,6 +277,21 @@ class World(Ranks):
 
 
 _SAME_NAMES = "let the model return the same names on all ranks at every step"
+
+
+_MOST_SLOTS = 1024  # micro-batches of a step; 8 kB
+# Digits to the base 2^28, from the least number of fp32 (2^-149) on beyond its greatest.
+_DIGIT, _DIGITS, _LEAST = 28, 10, -152
+
+
+def _number_of(digits: list[float]) -> float:
+    """Return the number that World._digits describes; not finite, if one of the terms wasn't."""
+    if not all(map(math.isfinite, digits)):
+        return digits[0]
+    total = 0
+    for digit in digits:
+        total = (total << _DIGIT) + int(digit)
+    return math.ldexp(total, _LEAST)
 
 
 def _hash_of(names: Iterable[str]) -> int:
@@ -287,7 +337,9 @@ def join(config: dict, size: int, timeout_seconds: float, mesh: Mesh | None = No
     assert kind == DistributedType.DEEPSPEED, f"accelerate runs {kind} and not DeepSpeed"
     joined = dist.get_world_size() if dist.is_initialized() else 0
     assert joined == size, f"{joined} ranks have joined but {size} were requested"
-    return World(accelerator, mesh, timeout_seconds)
+    world = World(accelerator, mesh, timeout_seconds)
+    world.tree = world.new_tree(wait)
+    return world
 
 
 def _quiet_deepspeed() -> None:

@@ -222,7 +222,7 @@ class Reference:
         mine: list[tuple[int, list[float]]] = []
         for i, micro in enumerate(micros):
             self.mark("evaluation")
-            if i % _EVERY == 0 and any(world.gather(bool(self.stops()))):
+            if i % _EVERY == 0 and world.merged(bool(self.stops()), any):
                 return None
             mine.append((micro.index, self.engine.losses(micro).cpu().tolist()))
             done = min(total, (i + 1) * batch * fed.size)

@@ -108,7 +108,7 @@ class Trainer:
         if position.step >= total and not self.builder.lacks_score(point):
             self._print(f"{self.run.name} is complete: {position.step:,} steps are trained.")
             return DONE
-        if any(self.world.gather(bool(self.stop_request))):
+        if self.world.merged(bool(self.stop_request), any):
             return INTERRUPTED  # during start-up: there is nothing new to save
         if self.compilation.enabled:
             self.engine.compile(self.compilation.by_part, self.compilation.budget)

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from forescale.engine.ranks import FANOUT, Tree
 from forescale.ground.errors import UserError
 from tests.trainer.plain_engine import on_all, worlds
 
@@ -35,3 +36,22 @@ def test_an_error_of_rank_0_ends_all_ranks_alike(error):
     results = on_all(worlds(3), lambda ranks: ranks.main_first(lambda: work(ranks)))
     assert [type(e) for e in results] == [type(error)] * 3
     assert {str(e) for e in results} == {str(error)}
+
+
+@pytest.mark.parametrize("size", [65, 1024, 4096 + 17, 16384])
+def test_a_rank_of_many_has_few_neighbours_and_all_hear_of_each_other(size):
+    groups = [[] for _ in range(size)]
+    trees = [
+        Tree.of(rank, size, lambda peers, groups=groups[rank]: groups.append(peers) or peers)
+        for rank in range(size)
+    ]
+    assert len({len(each) for each in groups}) == 1, "torch names a group by their number"
+    assert max(len(peers) for tree in trees for peers in tree.levels) == FANOUT
+    assert len(trees[0].levels) == (2 if size <= FANOUT**2 else 3)
+    for rank, tree in enumerate(trees):
+        assert all(
+            trees[peer].levels[i] == peers for i, peers in enumerate(tree.levels) for peer in peers
+        )
+        assert rank == 0 or tree.levels[-1][0] < rank, "the way to rank 0"
+        assert all(peers[0] == rank for peers in tree.levels[:-1])
+    assert Tree.of(0, FANOUT, lambda peers: pytest.fail("one group has all")) is None

@@ -1,6 +1,7 @@
 """What is due when, seen through the real loop with a counting engine in place of DeepSpeed."""
 
 import gc
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -330,3 +331,27 @@ def test_extra_numbers_arrive_as_means_by_their_names():
     assert (summary.losses, summary.extra) == ([2.0], {"a": 0.5, "b": 3.0})
     with pytest.raises(UserError, match="the names: are b, and were a, b"):
         world.share(2, torch.tensor([2.0]), 0, 1, 7, False, extra={"b": 1.0})
+
+
+def test_losses_of_many_micro_batches_arrive_as_their_exact_sum():
+    """Huge and tiny ones, of both signs, in any order, at any place; and such as a run has."""
+    drawn = torch.Generator().manual_seed(1)
+    powers = torch.randint(-149, 127, (5000,), generator=drawn).double()
+    wild = (torch.randn(5000, generator=drawn) * 2.0**powers).float()
+    wild = torch.cat([wild, -wild[:4000].flip(0), torch.tensor([3e38, 1e-45, -3e38, 0.0])])
+    usual = torch.rand(9004, generator=drawn) * 5e4 + 1.0
+    world = Clock()
+
+    def summed(losses, first=0):
+        world.share(1, losses, first, 10_000, 7, True, extra={"a": 1.0})
+        (summary,) = world.summaries(0)
+        assert (summary.tokens_hash, summary.stop, summary.extra) == (7, True, {"a": 1.0})
+        (loss,) = summary.losses
+        return loss
+
+    for losses in (wild, usual):
+        shuffled = losses[torch.randperm(len(losses), generator=drawn)]
+        assert summed(losses) == summed(shuffled, 99) == math.fsum(losses.tolist())
+    assert summed(usual) == sum(usual.tolist()), "as added in order, where that rounds nothing"
+    assert summed(torch.tensor([1.0, math.inf, 2.0])) == math.inf
+    assert math.isnan(summed(torch.tensor([1.0, math.nan])))
