@@ -6,15 +6,13 @@ and its format (64G for memory).
 
 import re
 import shlex
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
-from forescale.config.sizes import Sizes
-from forescale.config.train import TrainJob
+from forescale.config.sizes import SizeRange, Sizes
 from forescale.plan.config import PlanJob
 
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -240,8 +238,7 @@ class SlurmConfig:
         if self.nodes.is_range:
             notes.append(
                 f"slurm.nodes={self.nodes}: the job starts on what is free, and goes on with what "
-                "is left when nodes fail; plans and prices are of the largest number that it can "
-                "use."
+                "is left when nodes fail."
             )
         if self.gpus and not self.gpus_per_node:
             ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
@@ -287,26 +284,17 @@ class SubmitJob(PlanJob):
     submit: SubmitConfig = section(SubmitConfig, kind="free")  # how to submit
 
     @property
+    def elastic(self) -> SizeRange | None:
+        nodes, each = self.slurm.nodes, self.slurm.ranks_per_node
+        return SizeRange("slurm.nodes", nodes, each) if nodes.is_range else None
+
+    @property
     def world_size(self) -> int:
         return self.nodes * self.slurm.ranks_per_node
 
     @property
     def nodes(self) -> int:
-        """The largest number of nodes that it can use."""
-        return self.usable_nodes[0]
-
-    def at(self, nodes: int) -> Self:
-        """Return the job on so many nodes."""
-        return replace(self, slurm=replace(self.slurm, nodes=Sizes(nodes, nodes)))
-
-    @cached_property
-    def usable_nodes(self) -> list[int]:
-        """Those numbers of slurm.nodes, the largest first, at which no rule is broken."""
-        sizes, job = self.slurm.nodes, replace(self, faults=[])
-        if not sizes.is_range:
-            return [sizes.most]
-        each = self.slurm.ranks_per_node
-        return [n for n in sizes if not TrainJob.problems(job, n * each)] or [sizes.most]
+        return self.slurm.nodes.most
 
     @property
     def per_node(self) -> int:
@@ -324,7 +312,7 @@ class SubmitJob(PlanJob):
         return [*super().notes(), *self.slurm.notes()]
 
     def problems(self, world_size: int | None = None) -> Problems:
-        problems = super().problems(self.world_size)
+        problems = super().problems(None if self.elastic else self.world_size)
         limit, lead = self.slurm.time.seconds if self.slurm.time else None, self.lead(0.0)
         if limit and limit <= lead:
             problem = f"{self.slurm.time} is not longer than the {lead} s reserved for saving"

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.reader import newest_step
@@ -364,9 +363,7 @@ def _refuse_second(run: Run, folder: Path) -> None:
 def usable_nodes(plan: Plan) -> list[int]:
     """Return the numbers of nodes that a job can use, by its rules and its memory, the largest
     first."""
-    job = cast(SubmitJob, plan.job)
-    sizes = job.usable_nodes
-    return [n for n in sizes if plan.fits(job.at(n))] or sizes[:1]
+    return plan.fitting_sizes or [plan.nodes]
 
 
 def _range(plans: Sequence[Plan]) -> Sizes:
@@ -375,12 +372,10 @@ def _range(plans: Sequence[Plan]) -> Sizes:
     return Sizes(max(sizes[-1] for sizes in usable), max(sizes[0] for sizes in usable))
 
 
-@cache
 def _smallest(plan: Plan) -> Plan:
     """Return the plan on the fewest nodes that it can use: there a rank needs most memory, and a
     save takes longest."""
-    job = _job_of(plan)
-    return Plan(job.at(usable_nodes(plan)[-1]), newest_step) if job.slurm.nodes.is_range else plan
+    return plan.sizes.get(usable_nodes(plan)[-1], plan)
 
 
 def _describe(plan: Plan, begun: Start, submission: Submission) -> None:

@@ -161,8 +161,9 @@ class TrainJob(Lengths, Job):
         return SizeRange("launch.processes", ranks) if ranks and ranks.is_range else None
 
     def at(self, size: int) -> Self:
-        """Return the job at one of the sizes of `elastic`."""
-        assert self.elastic is not None, "only of a range"
+        """Return the job at one of the sizes of `elastic`; a job of one size as it is."""
+        if self.elastic is None:
+            return self
         name, _, key = self.elastic.key.partition(".")
         part: Any = getattr(self, name)
         return replace(self, **{name: replace(part, **{key: Sizes(size, size)})})

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 KEYS = (
     "name", "path", "state", "error", "job", "attempt", "step", "total_steps", "tokens", "loss",
     "validation", "tokens_per_second", "seconds_per_step", "seconds_left", "mfu", "checkpoints",
-    "seen", "last_event", "wall_seconds", "seconds", "ettr", "failures", "lost_steps",
+    "seen", "last_event", "wall_seconds", "seconds", "rank_seconds", "sizes", "ettr", "failures",
+    "lost_steps",
 )  # fmt: skip
 _VALIDATION = (
     "step", "tokens", "loss", "loss_stderr", "bits_per_byte", "rewards/accuracies", "windows",
@@ -79,6 +80,8 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         "last_event": s.last_event,
         "wall_seconds": goodput.wall,
         "seconds": goodput.buckets,
+        "rank_seconds": goodput.rank_seconds,
+        "sizes": s.sizes(),
         "ettr": goodput.ettr if goodput.wall else None,
         "failures": goodput.failures,
         "lost_steps": s.lost().steps,

@@ -5,6 +5,8 @@
     launches    from a start of the ranks to their end: an attempt and those after its rollbacks;
                 the same command on a run that was complete changes nothing, so it isn't counted
     buckets     BUCKETS; every second of every launch, and between launches, falls in one of them
+    sizes       the ranks and nodes of each launch; seconds of ranks are those of its clock times
+                its ranks, so that they are right of a run whose size changes
 
 Invariant: the buckets add up to the wall clock. Time that no row covers, before the first and after
 the last row of a launch, is measured by the clocks of its launcher and of rank 0.
@@ -21,6 +23,7 @@ from forescale.ground.errors import DONE, INTERRUPTED, USER
 from forescale.monitor.follow import Memory, Steps
 from forescale.resilience.heartbeat import read_nodes
 from forescale.resilience.outcome import launch_of
+from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import select
 
@@ -44,7 +47,8 @@ class Launch:
     """One start of the ranks, until their end. Times in seconds since the epoch. steps: of each of
     its attempts; lost: the steps that were discarded; after: seconds by phase after the last row,
     if it ended well; eligible: when the queue could have started it; seconds: of its launcher;
-    start: the boot of its machine, and when it began by a clock that nobody sets."""
+    start: the boot of its machine, and when it began by a clock that nobody sets; limit: why it had
+    no more ranks."""
 
     attempts: list[Attempt]
     begun: float
@@ -55,6 +59,9 @@ class Launch:
     eligible: float | None = None
     seconds: float | None = None
     start: tuple[str, float] | None = None
+    ranks: int = 1
+    nodes: int = 1
+    limit: str = ""
     steps: list[Steps] = field(default_factory=list)
     lost: list[Steps] = field(default_factory=list)
     after: dict[str, float] = field(default_factory=dict)
@@ -93,6 +100,21 @@ class Launch:
     def failed(self) -> bool:
         """True unless it was done or interrupted."""
         return self.code not in (DONE, INTERRUPTED)
+
+
+@dataclass
+class SizeSpan:
+    """Consecutive kept steps, `first` to `last`, that one number of ranks on one number of nodes
+    made. attempts: their numbers; why: there were no more ranks, or what ended more; seconds: of
+    the steps without evaluations and saves."""
+
+    first: int
+    last: int
+    ranks: int
+    nodes: int
+    attempts: list[int]
+    why: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,9 @@ class Goodput:
         launch = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
         launch.eligible = record.get("slurm", {}).get("eligible")
         launch.seconds = record.get("seconds")
+        launch.ranks = record.get("processes") or len(read_nodes(attempt.path)) or 1
+        launch.nodes = len(record.get("slurm", {}).get("nodes", ())) or 1
+        launch.limit = record.get("limit", "")
         if (boot := record.get("process")) and (monotonic := record.get("monotonic")) is not None:
             launch.start = boot.partition(":")[0], monotonic
         self._prolong(launch, attempt)
@@ -196,6 +221,36 @@ class Goodput:
             for bucket, seconds in self._spent(launch, "recovery" if i else "startup"):
                 sums[bucket] += seconds
         return {k: sums[k] for k in (*BUCKETS, *sorted(sums.keys() - BUCKETS)) if sums[k]}
+
+    @cached_property
+    def rank_seconds(self) -> dict[str, float]:
+        """Seconds of ranks by bucket: those of each launch times its ranks, without waits."""
+        sums = dict.fromkeys(BUCKETS, 0.0)
+        for i, launch in enumerate(self.counted):
+            for bucket, seconds in self._spent(launch, "recovery" if i else "startup"):
+                sums[bucket] = sums.get(bucket, 0.0) + launch.ranks * seconds
+        return {bucket: seconds for bucket, seconds in sums.items() if seconds}
+
+    @cached_property
+    def sizes(self) -> list[SizeSpan]:
+        """The history of sizes, over the kept steps."""
+        steps_of, spans = self._memory.ledger(self.run.metrics).by_attempt, list[SizeSpan]()
+        for before, launch in zip([None, *self.launches], self.launches, strict=False):
+            why = launch.limit
+            if before and launch.ranks < before.ranks and not why:
+                why = before.how
+            for number in (attempt.number for attempt in launch.attempts):
+                if not (steps := steps_of.get(number, Steps())).count:
+                    continue
+                spent, size = training_seconds(steps.seconds), (launch.ranks, launch.nodes)
+                if not spans or (spans[-1].ranks, spans[-1].nodes) != size:
+                    first = steps.last - steps.count + 1
+                    spans.append(SizeSpan(first, steps.last, *size, [number], why, spent))
+                else:
+                    spans[-1].last = steps.last
+                    spans[-1].attempts.append(number)
+                    spans[-1].seconds += spent
+        return spans
 
     def _spent(self, launch: Launch, start: str) -> Iterable[tuple[str, float]]:
         for done, lost in zip(launch.steps, launch.lost, strict=True):

@@ -124,6 +124,7 @@ def show_run(
     if s.job.checkpoint.mirror and (line := _mirrored(s.run)):
         say(line)
     _show_attempts(s, console)
+    _print(_sizes(s), console)
     for line in (*promises(s.run), *about(s.job, None, code=False)[0]):
         say(line)
     if line := _ranks(s):
@@ -238,6 +239,21 @@ def _show_attempts(s: Status, console: Console) -> None:
         console.print(f"Injected faults: {escape(', '.join(faults))}", soft_wrap=True)
 
 
+def _sizes(s: Status) -> Table:
+    """Return the history of sizes; empty if they never changed."""
+    grid = table("steps", "ranks", "nodes", "tokens/s", "of a rank", "why", left=["why"])
+    for size in s.sizes() if s.goodput.sizes[1:] else ():
+        grid.add_row(*map(escape, size_cells(size)))
+    return grid
+
+
+def size_cells(size: Mapping[str, Any]) -> list[str]:
+    """Return a row of the history of sizes."""
+    rates = [size[name] for name in ("tokens_per_second", "of_a_rank")]
+    cells = [f"{size['first']:,} to {size['last']:,}", f"{size['ranks']:,}", f"{size['nodes']:,}"]
+    return [*cells, *(f"{rate:,.0f}" if rate else "-" for rate in rates), size["why"] or "-"]
+
+
 def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
     """Return how an attempt ended."""
     if attempt is not launch.attempts[-1]:
@@ -291,6 +307,11 @@ def _show_time(s: Status, console: Console) -> None:
         return
     rows = sorted(goodput.buckets.items(), key=lambda item: -item[1])
     shares = [f"{bucket} {v:,.1f} s ({v / wall:.1%})" for bucket, v in rows if v / wall >= 5e-4]
+    if goodput.sizes[1:]:  # then shares of the clock are not those of what was paid for
+        held = sum(goodput.rank_seconds.values())
+        parts = sorted(goodput.rank_seconds.items(), key=lambda item: -item[1])
+        of = ", ".join(f"{bucket} {v / held:.1%}" for bucket, v in parts if v / held >= 5e-4)
+        console.print(f"Of {held / 3600:,.2f} hours of ranks: {of}", soft_wrap=True)
     steps = s.lost().steps
     gone = f"; lost {steps:,} step{'s' if steps > 1 else ''}" if steps else ""
     console.print(f"Time {wall:,.1f} s: {', '.join(shares)}{gone}", soft_wrap=True)

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import is_pinned
@@ -23,7 +23,7 @@ from forescale.monitor.goodput import Goodput
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.resilience.heartbeat import RankStatus, read_nodes
 from forescale.resilience.injector import records
-from forescale.resilience.outcome import LaunchRecord, launch_of
+from forescale.resilience.outcome import LAUNCH, LaunchRecord, launch_of
 from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
@@ -78,8 +78,14 @@ class Status:
 
     @cached_property
     def recent(self) -> list[Row]:
-        """The last train rows, from which the speed is computed."""
-        return self._tail.steps
+        """The last train rows, from which the speed is computed: those with the ranks of the last.
+        (An attempt that a rollback began has no launch record.)"""
+        folder, rows = self.run.path / "attempts", self._tail.steps
+        ranks_of = lambda path: launch_of(path.parent).get("processes")  # noqa: E731
+        launches = [folder / f"{row.get('attempt', 0):04d}" / LAUNCH for row in rows]
+        ranks = [self._memory.once(path, ranks_of) for path in launches]
+        pairs = zip(rows, ranks, strict=True)
+        return [row for row, n in pairs if n in (ranks[-1], None) or ranks[-1] is None]
 
     @cached_property
     def losses(self) -> list[tuple[int, float]]:
@@ -129,6 +135,16 @@ class Status:
             return None
         left, seconds = self.job.windows_after(self.step), self._window_seconds
         return seconds * left if seconds and left > 0 else None
+
+    def sizes(self) -> list[dict[str, Any]]:
+        """Return the history of sizes, with the tokens per second of each and of a rank of it."""
+        sizes, ramp = [], self.job.batch_ramp
+        for size in self.goodput.sizes:
+            windows = ramp.samples(size.last) - ramp.samples(size.first - 1)
+            rate = windows * self.job.tokens_per_window / size.seconds if size.seconds else None
+            rates = {"tokens_per_second": rate, "of_a_rank": rate and rate / size.ranks}
+            sizes.append({**vars(size), **rates})
+        return sizes
 
     @property
     def last_event(self) -> str | None:

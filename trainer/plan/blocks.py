@@ -22,18 +22,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Row:
     """One fact of a plan. key: its path in the JSON, "" if people alone read it; label: "" if
-    programs alone read it; text: a sentence with the value, "" for the value in its unit."""
+    programs alone read it; unit: of all values of a row, or of each; text: a sentence with the
+    value, "" for the value in its unit."""
 
     key: str
     label: str
     value: Any = None
-    unit: str = ""
+    unit: str | Sequence[str] = ""
     text: str = ""
 
     @property
     def texts(self) -> list[str]:
         """The text, or one for each value of a table."""
-        return [self.text] if self.text else [in_unit(value, self.unit) for value in self.value]
+        if self.text:
+            return [self.text]
+        units = [self.unit] * len(self.value) if isinstance(self.unit, str) else self.unit
+        return [in_unit(*each) for each in zip(self.value, units, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def in_unit(value: Any, unit: str) -> str:
         return "yes" if value else "no"
     if unit == "or none":
         return str(value or "none")
-    forms = {"": "", "count": ",", "s": ",.3f", "%": ".1%", "per second": ",.0f"}
+    forms = {"": "", "count": ",", "s": ",.3f", "%": ".1%", "per second": ",.0f",
+             "hours": ",.1f", "price": ",.2f"}  # fmt: skip
     return f"{value if unit == '' else value or 0:{forms[unit]}}"
 
 

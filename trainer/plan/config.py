@@ -12,6 +12,7 @@ from forescale.config.duration import Duration
 from forescale.config.hardware import Exactness, exactness
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
+from forescale.config.sizes import SizeRange, Sizes
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 
@@ -58,7 +59,8 @@ class MachineConfig:
 class PlanConfig:
     # GPUs, one rank each; null: those of plan.nodes, or one
     gpus: int | None = key(None, ge=1, common=True)
-    nodes: int | None = key(None, ge=1)  # number of nodes; null: as many as plan.gpus need
+    # number of nodes, or the smallest and the largest, as 2-8; null: as many as plan.gpus need
+    nodes: Sizes | None = None
     # MFU of the whole step; null: from the speeds of the machine
     mfu: float | None = key(None, gt=0, le=1)
     # a run on the same kind of device (name or directory) whose measured speed is used
@@ -113,11 +115,19 @@ class PlanJob(TrainJob):
         return self.machine.memory_bytes is not None
 
     @property
+    def elastic(self) -> SizeRange | None:
+        nodes, each = self.plan.nodes, self.machine.gpus_per_node or 1
+        if nodes is None:
+            return None if self.plan.gpus else super().elastic
+        is_range = nodes.is_range and not self.plan.gpus
+        return SizeRange("plan.nodes", nodes, each) if is_range else None
+
+    @property
     def world_size(self) -> int:
         if self.plan.gpus:
             return self.plan.gpus
         if self.plan.nodes:
-            return self.plan.nodes * (self.machine.gpus_per_node or 1)
+            return self.plan.nodes.most * (self.machine.gpus_per_node or 1)
         return self.launch.processes.most if self.launch.processes else 1
 
     @property
@@ -153,13 +163,13 @@ class PlanJob(TrainJob):
         return min(self.machine.gpus_per_node or self.world_size, self.world_size)
 
     def problems(self, world_size: int | None = None) -> Problems:
-        problems = super().problems(world_size or self.world_size)
+        problems = super().problems(world_size or (None if self.elastic else self.world_size))
         plan, each = self.plan, self.machine.gpus_per_node
         if self.precision.fp8 != "none" and not self.machine.fp8:
             problem = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
             todo = "choose another machine, such as machine=h100-sxm, or leave it out"
             problems.append(("precision.fp8", problem, todo))
-        if plan.gpus and plan.nodes and each and plan.gpus > plan.nodes * each:
+        if plan.gpus and plan.nodes and each and plan.gpus > plan.nodes.most * each:
             problem = f"{plan.gpus} GPUs don't fit {plan.nodes} nodes of {each}"
             problems.append(("plan.nodes", problem, f"write plan.nodes={-(-plan.gpus // each)}"))
         if each and self.world_size > each and self.world_size % each:

@@ -8,12 +8,14 @@ class of the user's own (built on the meta device, without values). The formulas
 communication.py, step_time.py and failures.py; options.py evaluates the ways to shard.
 """
 
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
 from forescale.config.hardware import check_fp16
 from forescale.config.schema import Problem
+from forescale.config.sizes import in_words
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
 from forescale.engine.deepspeed_check import problems_apart
@@ -65,12 +67,10 @@ class Plan:
         self.job: PlanJob = self._settled(job)
         self.check(lambda: prediction_interval_of(self.job))
         self.check(job.logging.check_trackers)
-        self._check_deepspeed()
         self.check(lambda: check_fp16(self.job.precision.kind, self.job.on_gpu))
         if (sources := self.sources) is not None:
             self.check(lambda: check_origin(with_step(self.job, None, newest), sources))
-        self.machine, self.world = job.machine, job.world_size
-        self.nodes, self.per_node = job.nodes, job.per_node
+        self.machine = job.machine
         self.measured: MeasuredSpeed | None = None
         if job.plan.from_run:
             self.measured = self.check(lambda: measure(str(job.plan.from_run), job.run.root))
@@ -89,7 +89,47 @@ class Plan:
         self._options = ShardingOptions(
             self.trained, self.per_token, self.machine, job.plan, self.measured, longest
         )
+        _ = self.data  # also records problems of the data
+        self.sizes = self._planned_sizes()
+        self._take(self._largest_that_fits() or self.job)
+        self._check_deepspeed()
         self._find_problems()
+
+    # The sizes of a range
+
+    def _take(self, job: PlanJob) -> None:
+        """Plan a job of one size. The following are derived from it."""
+        self.job, self.world = job, job.world_size
+        self.nodes, self.per_node = job.nodes, job.per_node
+
+    def _planned_sizes(self) -> dict[int, "Plan"]:
+        """Return the plan at each size at which the job can run, the largest first; empty without a
+        range. They have no options, problems or notes."""
+        plans = {}
+        for size in self.job.usable_sizes() if self.job.elastic else ():
+            plan = plans[size] = copy(self)
+            plan.problems, plan.notes = [], []
+            plan._take(self.job.at(size))
+            plan.chosen = self._options.evaluate(plan.job)
+        return plans
+
+    @property
+    def fitting_sizes(self) -> list[int]:
+        """The sizes at which the job can run and fits in memory, the largest first; empty without a
+        range."""
+        return [size for size, plan in self.sizes.items() if plan.chosen.fits(plan.available)]
+
+    def _largest_that_fits(self) -> PlanJob | None:
+        """Return the job at its largest size that fits; if none does, at the largest."""
+        if not self.sizes:
+            return None
+        elastic, fitting = self.job.elastic, self.fitting_sizes
+        if elastic and fitting and (others := [n for n in self.sizes if n not in fitting]):
+            where = f"{elastic.key}={elastic.sizes}"
+            self.notes.append(
+                f"{where}: {in_words(others)} would not fit in memory, and never run."
+            )
+        return self.sizes[(fitting or [*self.sizes])[0]].job
 
     # The data that it reads
 
@@ -158,10 +198,6 @@ class Plan:
     def available(self) -> float:
         """Memory of a GPU in bytes, or a rank's share of this computer's memory."""
         return self._options.available_to(self.job)
-
-    def fits(self, job: PlanJob) -> bool:
-        """Whether the memory of a rank fits, of its job with as many ranks as `job` has."""
-        return self._options.fits(job)
 
     @cached_property
     def options(self) -> list[ShardingOption]:
@@ -270,7 +306,6 @@ class Plan:
     # Problems and notes
 
     def _find_problems(self) -> None:
-        _ = self.data  # also records problems of the data
         kinds = self.parameters
         self.notes += published_notes(self.job, kinds.get("active", kinds["total"]))
         if self.chosen.fits(self.available):

@@ -89,7 +89,9 @@ def blocks(plan: Plan) -> list[Block]:
             Row("available_bytes", "", plan.available),
             Row("chosen", "", plan.chosen.name),
             Row("cheapest", "", best.name if best else None),
+            Row("sizes", "", _size_facts(plan)),
         ]),
+        *([_sizes(plan)] if plan.sizes else []),
         _options(plan),
         Block("Time", _time(plan)),
         Block("Evals", _evaluations(plan)),
@@ -154,6 +156,50 @@ def _data(plan: Plan) -> list[Row]:
     ]
     return [Row("sources", "", [vars(s) for s in plan.data]),
             *(Row("", "source", text=text) for text in texts)]  # fmt: skip
+
+
+def _size_facts(plan: Plan) -> list[dict[str, Any]]:
+    """Return what each size of a range needs and costs, the largest first."""
+    price = plan.given.plan.gpu_hour
+    return [
+        {
+            "nodes": size.nodes,
+            "ranks": size.world,
+            "micro_batches": size.job.accumulation(size.world),
+            "memory_bytes": size.chosen.memory.total,
+            "fits": size.chosen.fits(size.available),
+            "step_seconds": size.chosen.step.seconds,
+            "seconds": (hours := size.gpu_hours) and hours * 3600 / size.world,
+            "gpu_hours": hours,
+            "cost": hours and price and hours * price,
+        }
+        for size in plan.sizes.values()
+    ]
+
+
+def _sizes(plan: Plan) -> Block:
+    """Return the table of the sizes of a range, a row each."""
+    unit = "GiB" if plan.chosen.memory.peak > 2**31 else "MiB"
+    columns = {
+        "ranks": ("ranks", "count"),
+        "micro_batches": ("micro-batches a rank", "count"),
+        "memory_bytes": (f"memory, {unit}", unit),
+        "fits": ("fits", "yes or no"),
+        "step_seconds": ("a step, s", "s"),
+        "seconds": ("all, with failures", "time"),
+        "gpu_hours": ("GPU-hours", "hours"),
+        "cost": ("price", "price"),
+    }
+    sizes = _size_facts(plan)
+    known = [(name, *of) for name, of in columns.items() if sizes[0][name] is not None]
+    rows = []
+    for size in sizes:
+        label = f"{size['nodes']} node{'s' * (size['nodes'] > 1)}"
+        label += " *" if size["ranks"] == plan.world else ""
+        units = [unit for _, _, unit in known]
+        rows.append(Row("", label, [size[name] for name, _, _ in known], units))
+    after = ["* is planned below. Each start takes the largest that is free, of those that fit."]
+    return Block("Sizes", rows, [title for _, title, _ in known], after=after)
 
 
 def _options(plan: Plan) -> Block:

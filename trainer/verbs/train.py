@@ -27,7 +27,7 @@ from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.errors import DONE, UserError
 from forescale.resilience import launcher
-from forescale.resilience.elastic import LocalSizes
+from forescale.resilience.elastic import LocalSize, LocalSizes
 from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
 from forescale.run.directory import Run
@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
         mirror.check().start()
     if not is_stored:
         remember(started.job, started.run.path)
-    _introduce(started, processes)
+    _introduce(started, sizes.now)
     for note in (*started.notes, *hold(started.run, started.job.run.origin, started.job.run.root)):
         print(f"Note: {note}", flush=True)
     trust = [_TRUST] if targets(job) else []  # the user has just named them
@@ -195,9 +195,10 @@ def local_sizes(job: TrainJob, report: Callable[[str], object]) -> LocalSizes:
     return LocalSizes(fitting)
 
 
-def _introduce(started: Start, processes: int) -> None:
+def _introduce(started: Start, size: LocalSize) -> None:
     job, sources = started.job, started.sources
-    ranks = f"{processes} rank{'s' if processes > 1 else ''}"
+    ranks = f"{size.ranks} rank{'s' if size.ranks > 1 else ''}"
+    ranks += f" ({size.limit})" if size.limit else ""
     grows = f" ({job.batch_ramp})" if job.batch_ramp.lengths else ""
     print(
         f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} "

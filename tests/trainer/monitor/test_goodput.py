@@ -20,11 +20,11 @@ def run(tmp_path):
     return Run(tmp_path / "run")
 
 
-def launch(run, begun, ended=None, code=None, came=0, rank_began=None, how=None):
+def launch(run, begun, ended=None, code=None, came=0, rank_began=None, how=None, **further):
     """An attempt that our launcher began at T0 + begun; came: the step that it went on from;
-    rank_began: when rank 0 did; how: its last beat, where it left any."""
+    rank_began: when rank 0 did; how: its last beat, where it left any; further: for launch.json."""
     attempt = run.new_attempt()
-    facts = {"begun": T0 + begun, "command": [], "host": "a", "processes": 1}
+    facts = {"begun": T0 + begun, "command": [], "host": "a", "processes": 1} | further
     if ended is not None:
         facts |= {"ended": T0 + ended, "code": code, "how": "so"}
     write_json(attempt.path / outcome.LAUNCH, facts)
@@ -68,6 +68,28 @@ def test_a_run_that_nothing_happened_to(run):
     expected = {"compute": 15.0, "data": 1.5, "evaluation": 3.0, "checkpoint": 2.0, "logging": 0.5}
     assert seconds.buckets == expected | {"startup": 6.0 + 3.0}
     assert (seconds.wall, seconds.ettr, seconds.failures, seconds.mtbf) == (31.0, 15 / 31, 0, None)
+
+
+def test_a_run_whose_size_changes_counts_the_seconds_of_its_ranks(run):
+    """Four ranks, of which memory leaves two; then eight, on two nodes."""
+    one = launch(run, 0, 40, -9, processes=4)
+    for step in (1, 2, 3):
+        row(one, step, startup=3.0 * (step == 1), compute=10.0)
+    two = launch(run, 41, 75, INTERRUPTED, came=2, processes=2, limit="memory ran out at 4 ranks")
+    row(two, 3, startup=4.0, compute=20.0)
+    ended(two, "interrupted", 74)
+    three = launch(run, 80, 99, DONE, came=3, processes=8, slurm={"nodes": ["a", "b"]})
+    row(three, 4, startup=5.0, compute=5.0)
+    row(three, 5, compute=5.0, data=1.0)
+    ended(three, "complete", 98)
+    goodput = buckets(run)
+    spent = {"compute": 4 * 20 + 2 * 20 + 8 * 10, "data": 8 * 1, "startup": 4 * 3}
+    spent |= {"recovery": 2 * 14 + 8 * 8, "lost": 4 * 17}
+    assert goodput.rank_seconds == pytest.approx(spent)
+    assert sum(spent.values()) == 4 * 40 + 2 * 34 + 8 * 19, "all of what the launches held"
+    history = [(s.first, s.last, s.ranks, s.nodes, s.seconds) for s in goodput.sizes]
+    assert history == [(1, 2, 4, 1, 20.0), (3, 3, 2, 1, 20.0), (4, 5, 8, 2, 11.0)]
+    assert [span.why for span in goodput.sizes] == ["", "memory ran out at 4 ranks", ""]
 
 
 def test_a_crash_loses_its_steps_and_its_tail(run):

@@ -71,6 +71,39 @@ def test_json_contains_the_whole_plan(planned):
     assert plan["failures"]["16384"]["mtbf"] == pytest.approx(86_400_000 / 3.8 / 2048)
 
 
+RANGE = [*BIG, BATCH, "train.micro_batch=1", "plan.nodes=1-9", "plan.gpu_hour=2"]
+
+
+def test_the_sizes_of_a_range_and_the_largest_that_fits(planned, forescale, tmp_path):
+    page = f"plan.to={tmp_path / 'plan.html'}"
+    code, plan, _ = planned(*RANGE, "engine=zero3", page)
+    assert (code, plan["nodes"], plan["gpus"]) == (0, 8, 64)
+    assert [size["nodes"] for size in plan["sizes"]] == [8, 4, 2, 1], "1,024 divides by them"
+    for size in plan["sizes"]:
+        _, alone, _ = planned(*RANGE, "engine=zero3", f"plan.nodes={size['nodes']}")
+        option = alone["options"]["zero3"]
+        assert size["ranks"] == 8 * size["nodes"]
+        assert size["micro_batches"] * size["ranks"] == 1024
+        assert size["memory_bytes"] == option["total_bytes"]
+        assert size["step_seconds"] == option["step"]["seconds"]
+        assert (size["gpu_hours"], size["cost"]) == (alone["gpu_hours"], alone["cost"])
+    assert "sizes" in (tmp_path / "plan.html").read_text()
+    out = forescale("plan", *RANGE, "engine=zero3")[1]
+    assert re.search(r"8 nodes \* +64 +16 .*yes", out)
+
+
+def test_a_size_that_does_not_fit_is_named_and_not_chosen():
+    words = ["engine=zero3", "machine.memory_bytes=20e9"]
+    plan = Plan(compose(PlanJob, [*RANGE, *words]))
+    fits = {n: size.chosen.fits(size.available) for n, size in plan.sizes.items()}
+    assert plan.fitting_sizes == [n for n, it_fits in fits.items() if it_fits]
+    assert 0 < len(plan.fitting_sizes) < len(fits)
+    assert plan.job.world_size == 8 * plan.fitting_sizes[0]
+    assert any("would not fit in memory" in note for note in plan.notes)
+    assert not plan.problems
+    assert not Plan(compose(PlanJob, [*RANGE, "plan.nodes=8"])).sizes
+
+
 def test_the_micro_batch_is_said_to_be_limited_by_the_global_batch_or_by_memory(forescale, planned):
     words = [*BIG, "engine=zero3", "plan.gpus=64", "train.micro_batch=1"]
 

@@ -69,6 +69,7 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
         sections=[
             *_charts(charts, curves, reported),
             tables.time_use(reported),
+            *tables.sizes(reported),
             tables.events(reported),
             tables.checkpoints(reported),
             *tables.rehearsals(reported),

@@ -17,7 +17,7 @@ from forescale.ground.console import span
 from forescale.ground.errors import UserError, masked
 from forescale.monitor.goodput import BUCKETS
 from forescale.monitor.report.events import LOOKS, Event
-from forescale.monitor.run_text import ranks_of
+from forescale.monitor.run_text import ranks_of, size_cells
 from forescale.monitor.status import Status
 from forescale.pages.document import Cell, Section, code, number, percent, whole
 from forescale.resilience.outcome import launch_of
@@ -129,6 +129,16 @@ def time_use(runs: Sequence[ReportedRun]) -> Section:
             f"{lost.steps:,} steps discarded by rollbacks and restarts."
         )
     return section
+
+
+def sizes(runs: Sequence[ReportedRun]) -> list[Section]:
+    """Return the history of the sizes of runs that changed theirs; nothing without any."""
+    section = Section("sizes", "Ranks and nodes", head=True, columns="last")
+    section.rows = [["run", "steps", "ranks", "nodes", "tokens/s", "of a rank", "why"]]
+    for run in runs:
+        history = run.status.sizes()
+        section.rows += [[run.label, *size_cells(size)] for size in history if history[1:]]
+    return [section] if section.rows[1:] else []
 
 
 def events(runs: Sequence[ReportedRun]) -> Section:
