@@ -31,6 +31,7 @@ from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import plain
 from forescale.config.tree import build
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import read_text
 from forescale.ground.storage import make_folder, read_json, write_file, write_json
 from forescale.ground.typed import typed
 from forescale.run.directory import Run
@@ -45,6 +46,8 @@ from forescale.scaling.study.states import CellState, StudyEvent, state_of
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
 # What a command does and where it writes: never by a stored file, which anybody may have written.
 _OF_COMMAND = ("launch", "to", "json", "live", "add", "cap", "cells", "why", "run")
+# Keys that only earlier versions have, at their defaults.
+_GONE = re.compile(r"^(weights: none|tasks: \{\}|task_losses: \{\})\n", re.MULTILINE)
 TARGET = "target"  # name of the cell whose loss the study predicts
 
 
@@ -76,7 +79,7 @@ class Study:
     @cached_property
     def job(self) -> StudyJob:
         """The settings that the study was planned with."""
-        return thaw(StudyJob, self.folder / "study.yaml")
+        return _frozen(self.folder / "study.yaml")
 
     @cached_property
     def plan(self) -> StudyPlan:
@@ -246,13 +249,20 @@ def _quoted(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list) else str(value)
 
 
+def _frozen(path: Path) -> StudyJob:
+    """Return the settings of a file that this version or an earlier one wrote."""
+    text = read_text(path)
+    known = _GONE.sub("", text)
+    return thaw(StudyJob, path if known == text else known)
+
+
 def settings(job: StudyJob, overrides: Sequence[str]) -> StudyJob:
     """Return the settings that the study was planned with, except for what `overrides` set. job:
     composed of `overrides`; it is returned itself if no study was planned."""
     frozen = job.folder / "study.yaml"
     if not frozen.is_file():
         return job
-    tree, typed_tree = plain(thaw(StudyJob, frozen)), plain(job)
+    tree, typed_tree = plain(_frozen(frozen)), plain(job)
     for name in _OF_COMMAND:
         tree[name] = typed_tree[name]
     for override in (*overrides, "study=", "studies=", "input="):

@@ -45,6 +45,16 @@ def state(folder, name):
     return next(s for s in Study(folder).states() if s.cell.name == name)
 
 
+def test_a_study_of_an_earlier_version_goes_on(little):
+    run, folder = little
+    settings = folder / "study.yaml"
+    settings.write_text(f"{settings.read_text()}weights: none\ntasks: {{}}\ntask_losses: {{}}\n")
+    assert Study(folder).job.study == "little"
+    assert run("sync") == 0
+    settings.write_text(settings.read_text().replace("weights: none", "weights: both"))
+    assert run("sync") == 2
+
+
 @pytest.mark.slow  # launches
 def test_cells_of_several_ranks_have_gpus_of_their_own(study, fake_training, monkeypatch, capsys):
     assert study("plan", *LIST, "plan.ranks=2") == 0
