@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.study import local
+from forescale.scaling.study import launching
 from tests.trainer.scaling.fake_training import FakeTraining
 
 ROOT = Path(__file__).parents[3]
@@ -58,7 +58,7 @@ def fake_training():
 
         Popen, DEVNULL, STDOUT = FakeTraining, subprocess.DEVNULL, subprocess.STDOUT
 
-    patch.setattr(local, "subprocess", FakeSubprocess)
-    patch.setattr(local, "_POLL", 0.0)
+    patch.setattr(launching, "subprocess", FakeSubprocess)
+    patch.setattr(launching, "_POLL", 0.0)
     yield FakeTraining
     patch.undo()

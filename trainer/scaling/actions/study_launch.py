@@ -11,9 +11,7 @@ from forescale.scaling.analysis.forecast import read_forecasts, score
 from forescale.scaling.config import StudyJob
 from forescale.scaling.report.study_sections import forecast_section
 from forescale.scaling.study.directory import Study
-from forescale.scaling.study.launching import expect_no_code
-from forescale.scaling.study.local import LocalLauncher
-from forescale.scaling.study.queue import QueueLauncher
+from forescale.scaling.study.launching import LocalLauncher, QueueLauncher, expect_no_code
 
 ACTION = Action(
     "Train the planned runs, here or in SLURM's queue; the same command again resumes them.",

@@ -9,8 +9,8 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.design.next_runs import candidates_of, recommend, show
 from forescale.scaling.design.planning import common_of
 from forescale.scaling.design.simulate import RunSet
+from forescale.scaling.study.decisions import add_runs
 from forescale.scaling.study.directory import Study
-from forescale.scaling.study.law_decisions import add_runs
 
 ACTION = Action(
     "Choose the additional runs that narrow the prediction most for their cost.",

@@ -26,8 +26,7 @@ from forescale.scaling.design.noise import Noise, noise_of
 from forescale.scaling.design.plan import StudyStage
 from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.fitting.points import Array
-from forescale.scaling.study.directory import Study
-from forescale.scaling.study.states import CellState
+from forescale.scaling.study.directory import CellState, Study
 
 _RATES = ("grid", "rate")  # roles
 _NONE = Noise((), None, 0, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.scaling.doubts.optimum import optimum_doubts, order_doubts
+from forescale.scaling.doubts.law import optimum_doubts, order_doubts
 from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.isoflop import isoflop

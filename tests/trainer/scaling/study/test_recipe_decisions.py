@@ -15,8 +15,7 @@ from forescale.scaling.design.kinds import recipes_plan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.study import directory
 from forescale.scaling.study.decisions import advance
-from forescale.scaling.study.directory import Study
-from forescale.scaling.study.states import CellState
+from forescale.scaling.study.directory import CellState, Study
 from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
 
 CAP = 8e12

@@ -6,7 +6,7 @@ import pytest
 
 from forescale import cli
 from forescale.scaling.analysis.forecast import read_forecasts
-from forescale.scaling.study import local
+from forescale.scaling.study import launching
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import MostlyFake, kill_launcher_during
 
@@ -43,8 +43,8 @@ def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     real = (*(c.name for c in study.plan.cells if c.role == "grid"), "target")
     monkeypatch.setattr(MostlyFake, "real", real)
     monkeypatch.setattr(MostlyFake, "losses", dict.fromkeys(swept, 5.5))  # all but guessing
-    monkeypatch.setattr(local.subprocess, "Popen", MostlyFake)
-    monkeypatch.setattr(local, "_POLL", 0.02)
+    monkeypatch.setattr(launching.subprocess, "Popen", MostlyFake)
+    monkeypatch.setattr(launching, "_POLL", 0.02)
     assert cli.main(["study", "launch", *launch]) == 0
     study = Study(study.folder)
     statuses = [s.status for s in study.states()]
