@@ -23,14 +23,16 @@ from forescale.config.job import overrides_of, words_of
 from forescale.config.schema import ConfigError, Problem, plain
 from forescale.config.sizes import Sizes
 from forescale.config.target import refuse_targets, remember, targets
+from forescale.ground.console import open_console
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
 from forescale.monitor.status import Status
+from forescale.plan.blocks import print_blocks
 from forescale.plan.config import PlanJob
 from forescale.plan.gpu import gpu_of
 from forescale.plan.plan import Plan
-from forescale.plan.rows import show
+from forescale.plan.rows import show, sizes_block
 from forescale.run.certificate import about
 from forescale.run.command import job_of
 from forescale.run.directory import Run
@@ -64,9 +66,10 @@ Rehearse = Callable[[list[str]], tuple[list[Problem], str]]
 
 def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | None = None) -> None:
     """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them;
-    with submit.dry_run, only print the script. trust: allow classes of the user's own; False for
-    overrides that a file names. rehearse: see submit.rehearse; None: never. Raises ConfigError with
-    all problems of all runs before anything is written, and UserError if SLURM refuses the job."""
+    with submit.dry_run, only print the script, and on standard error the sizes of a range. trust:
+    allow classes of the user's own; False for overrides that a file names. rehearse: see
+    submit.rehearse; None: never. Raises ConfigError with all problems of all runs before anything
+    is written, and UserError if SLURM refuses the job."""
     notes: list[str] = []
     jobs = _jobs(overrides, notes)
     for each in jobs:
@@ -110,6 +113,8 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
     runs = [Run(job.run.directory) for job in jobs]
     folders = [run.path / "jobs" / "NNNN" for run in runs]
     if dry:
+        if plans[0].sizes:
+            print_blocks(open_console(stderr=True), [sizes_block(plans[0])])
         print(order(plans, runs, folders, profile).script(), end="")
         return
     queue.must_be_here()

@@ -59,6 +59,13 @@ def test_all_problems_at_once_and_nothing_is_written(submit, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_of_a_range_shows_its_sizes_beside_the_script(submit):
+    code, out, err = submit("train", "x", "--dry-run", "slurm.nodes=1-4", "train.global_batch=16")
+    assert code == 0
+    assert "#SBATCH --nodes=" in out
+    assert [line.split()[0] for line in err.splitlines() if " node" in line][-3:] == ["4", "2", "1"]
+
+
 def test_a_dry_run_prints_the_script_alone_and_writes_nothing(submit, tmp_path):
     code, out, err = submit("train", "x", "--dry-run")
     assert (code, err) == (0, ""), err

@@ -91,7 +91,7 @@ def blocks(plan: Plan) -> list[Block]:
             Row("cheapest", "", best.name if best else None),
             Row("sizes", "", _size_facts(plan)),
         ]),
-        *([_sizes(plan)] if plan.sizes else []),
+        *([sizes_block(plan)] if plan.sizes else []),
         _options(plan),
         Block("Time", _time(plan)),
         Block("Evals", _evaluations(plan)),
@@ -177,7 +177,7 @@ def _size_facts(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _sizes(plan: Plan) -> Block:
+def sizes_block(plan: Plan) -> Block:
     """Return the table of the sizes of a range, a row each."""
     unit = "GiB" if plan.chosen.memory.peak > 2**31 else "MiB"
     columns = {
