@@ -137,7 +137,7 @@ def _command(root: Path, cache: Path) -> float:
 
 def _redraws(root: Path, rounds: int, steps: int) -> tuple[list, list, float]:
     """Milliseconds of each redraw: nothing new; a new step in each run."""
-    from forescale.monitor.index import Index
+    from forescale.monitor.overview import Index
     from forescale.monitor.status import runs_under
     from forescale.verbs.status import StatusJob, page_of
 

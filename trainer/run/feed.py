@@ -27,8 +27,7 @@ from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
 from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_length
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
-from forescale.data.objectives.preferences import Preferences
-from forescale.data.objectives.responses import Responses
+from forescale.data.objectives.responses import Preferences, Responses
 from forescale.data.order import Order
 from forescale.ground.console import progress_display
 from forescale.ground.errors import UserError

@@ -6,7 +6,8 @@ decides, and the others receive it.
 
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ from forescale.train.loop import train
 from forescale.train.model import adapting, build_model, freeze
 from forescale.train.preferences import Comparison, Reference
 from forescale.train.probe import as_users, examine
-from forescale.train.profiler import traced
 from forescale.train.resume import ResumePoint, resume, roll_back
 
 
@@ -312,3 +312,39 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
     if trainer.mirror:  # only now: no rank waits in a collective for what this one copies
         trainer.mirror.close()  # after a stop signal until the grace is over: see StopRequest
     return code
+
+
+@contextmanager
+def traced(interval: tuple[int, int] | None, folder: Path, batches: Any) -> Iterator[Any]:
+    """Yield the batches; record steps [first, end) of `interval` to folder/rank-N.json."""
+    if interval is None:
+        yield batches
+        return
+    first, end = interval
+    profiler: Any = None
+
+    def record() -> Generator[Any, None, None]:
+        nonlocal profiler
+        for batch in batches:
+            if batch.step == end and profiler is not None:
+                _write_trace(profiler, folder)
+                profiler = None
+            if profiler is None and first <= batch.step < end:  # an attempt may begin inside
+                profiler = torch.profiler.profile()
+                profiler.start()
+            yield batch
+
+    recorder = record()
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+        batches.close()
+        if profiler is not None:
+            _write_trace(profiler, folder)
+
+
+def _write_trace(profiler: Any, folder: Path) -> None:
+    profiler.stop()
+    folder.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"rank-{os.environ['RANK']}.json"))

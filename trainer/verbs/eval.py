@@ -206,8 +206,14 @@ class _Scores:
     def tasks(self) -> None:
         """Print the scores on tasks of lm_eval."""
         from forescale.inference.harness.language_model import LanguageModel
-        from forescale.inference.harness.results import as_facts, new_file, table, write_answers
-        from forescale.inference.harness.scores import lm_eval_version, scores_of
+        from forescale.inference.harness.scores import (
+            as_facts,
+            lm_eval_version,
+            new_file,
+            scores_of,
+            table,
+            write_answers,
+        )
         from forescale.inference.harness.tasks import loaded_tasks, quiet
 
         job, step = self.job, self.checkpoint.position.step

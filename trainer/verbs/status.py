@@ -21,8 +21,7 @@ from forescale.ground.console import open_console
 from forescale.ground.errors import DONE, UserError
 from forescale.monitor.curve import needs_ascii
 from forescale.monitor.facts import facts
-from forescale.monitor.index import Index
-from forescale.monitor.overview import show_runs
+from forescale.monitor.overview import Index, show_runs
 from forescale.monitor.run_text import show_run
 from forescale.monitor.status import Status, runs_under
 from forescale.run.directory import Run

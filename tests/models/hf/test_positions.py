@@ -5,7 +5,7 @@ import torch
 
 from forescale.models import Transformer
 from forescale.models.hf import from_hf, to_hf
-from forescale.models.hf.positions import positions_from_hf, positions_to_hf
+from forescale.models.hf.config_json import positions_from_hf, positions_to_hf
 from forescale.models.positions.rope_scaling import frequencies, ntk_theta
 from tests.models.configs import changed, model_config
 

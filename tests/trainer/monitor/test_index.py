@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from forescale.ground.storage import write_json
-from forescale.monitor import follow, index
-from forescale.monitor.index import Index
+from forescale.monitor import follow, overview
+from forescale.monitor.overview import Index
 from forescale.monitor.status import Statuses
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Run
@@ -217,7 +217,7 @@ def test_a_place_that_takes_no_index_does_no_harm(runs, tmp_path, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(index, "cache_directory", homeless)
+    monkeypatch.setattr(overview, "cache_directory", homeless)
     assert [page(), page()] == [sound_page, sound_page]
 
 

@@ -13,7 +13,7 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.objective import IGNORED
-from forescale.data.objectives.preferences import Preferences
+from forescale.data.objectives.responses import Preferences
 from forescale.data.stream import validation_windows
 from forescale.ground.errors import UserError
 from forescale.models import ModelConfig, Transformer

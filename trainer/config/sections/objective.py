@@ -162,7 +162,7 @@ class ResponsesConfig(ObjectiveConfig):
 @dataclass
 class PreferencesConfig(ObjectiveConfig):
     kind = "preferences"
-    builder = "forescale.data.objectives.preferences.Preferences"
+    builder = "forescale.data.objectives.responses.Preferences"
     targets = "preferences"
     whole = True
     rows = 2

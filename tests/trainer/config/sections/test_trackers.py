@@ -11,7 +11,7 @@ from forescale.config.sections import trackers
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.ground.storage import read_json
-from forescale.train.profiler import traced
+from forescale.train.trainer import traced
 from tests import launching
 
 LENGTH = ("train.tokens=null", "train.steps=8", "validation.every=8")

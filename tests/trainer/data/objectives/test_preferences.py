@@ -10,7 +10,7 @@ from forescale.data.bins import PreferenceKind
 from forescale.data.conversations import prepare
 from forescale.data.feed import Feed
 from forescale.data.objective import IGNORED
-from forescale.data.objectives.preferences import Preferences
+from forescale.data.objectives.responses import Preferences
 from forescale.data.stream import validation_windows
 from tests.preferences import make_preferences, preferences
 from tests.questions import plain_template

@@ -102,7 +102,7 @@ def test_scores_are_printed_before_answers_are_written(trained, forescale, tmp_p
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    results = importlib.import_module("forescale.inference.harness.results")
+    results = importlib.import_module("forescale.inference.harness.scores")
     monkeypatch.setattr(results, "write_file", full)
     monkeypatch.setenv("HOME", str(tmp_path))
     words = (f"tasks=[{file}]", "questions=1", "answers=~/there/answers.jsonl")
