@@ -1,5 +1,5 @@
-"""The scores of a run's model on tasks of lm_eval, with their provenance; as a table for people, and
-as objects for programs."""
+"""The scores of a run's model on tasks of lm_eval, with their provenance: for people as a table, for
+programs as objects."""
 
 import io
 import json
