@@ -1,5 +1,5 @@
-"""The scores of a run's model on tasks of lm_eval, with their provenance: for people as a table, for
-programs as objects."""
+"""The scores of a run's model on tasks of lm_eval, with their provenance: a table for
+people, objects for programs."""
 
 import io
 import json
