@@ -145,17 +145,6 @@ def test_status_needs_nothing_of_the_user(here, trained_here):
     assert trained_here in run(here, "status")
 
 
-@pytest.mark.slow  # five processes; the user's own model above takes the same ways
-def test_our_own_model_trains_plans_writes_and_is_scored(here, small_data):
-    model = ("model.num_layers=1", "model.width=32", "model.num_heads=2")
-    keys = (f"data.path={small_data}", *model, *SHORT)
-    run(here, "train", "ours", *(k for k in keys if not k.startswith("machine")))
-    run(here, "plan", "ours", *keys)
-    run(here, "generate", "ours", "num_tokens=3")
-    run(here, "eval", "ours", "windows=2")
-    assert "ours" in run(here, "status", "ours")
-
-
 def test_workers_that_build_a_dataset_are_not_replaced(here, tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"text {i} " * 50)

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from forescale.config.compose import compose
-from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import BLOCK, deepspeed_config, merged
 from forescale.plan.config import PlanJob
@@ -130,24 +129,6 @@ def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
     plain = derived("engine=zero2")
     del config["comms_logger"], config["zero_optimization"]["sub_group_size"]
     assert config == plain
-
-
-@pytest.mark.parametrize(
-    "mine",
-    [
-        *(
-            "train_batch_size=4",
-            "gradient_clipping=1",
-            "optimizer.type=AdamW",
-            "bf16.enabled=false",
-            "data_types.grad_accum_dtype=fp32",
-        ),
-        *("zero_optimization.stage=2", "zero_optimization.offload_param.device=nvme"),
-    ],
-)
-def test_what_has_a_key_of_ours_is_refused_with_it(mine):
-    with pytest.raises(ConfigError, match=r"is controlled by other keys; use "):
-        derived(f"engine.deepspeed.{mine}")
 
 
 def test_merging_changes_neither():

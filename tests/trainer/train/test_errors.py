@@ -91,13 +91,6 @@ def test_wrong_values(refused):
     assert "checkpoint.every: expects a length such as" in message
 
 
-def test_heads_that_do_not_divide(refused):
-    message = refused("model.width=96", "model.num_heads=5")
-    assert "model.num_heads: " in message
-    assert "96" in message
-    assert "5" in message
-
-
 def test_a_batch_that_does_not_divide_by_the_ranks(refused):
     message = refused("train.global_batch=8", "train.micro_batch=4", "launch.processes=3")
     assert "train.global_batch: 8 windows don't divide by 3 ranks that feed 4 at once" in message

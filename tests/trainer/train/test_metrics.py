@@ -1,10 +1,8 @@
 """Rows, the progress line, and trackers."""
 
-import json
 import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,12 +292,3 @@ def test_short_numbers(number, text):
 )
 def test_clock(seconds, text):
     assert clock(seconds) == text
-
-
-def test_rows_are_json_a_line(metrics):
-    new = metrics()
-    for t in range(1, 4):
-        new.see(step(t), summary(t))
-    lines = new.attempt.metrics.path.read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    assert SimpleNamespace(**json.loads(lines[0])).kind == "train"
