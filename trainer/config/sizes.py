@@ -19,7 +19,8 @@ class Sizes:
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most <= 2**20:
-            raise ValueError(f"expects 1 or more, the smaller number first, got {self}")
+            problem = "expects 1 or more, the smaller number first"
+            raise ValueError(f"{problem}, got {self.least}-{self.most}")
 
     @classmethod
     def parse(cls, value: "str | int | Sizes") -> "Sizes":

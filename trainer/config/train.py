@@ -181,9 +181,10 @@ class TrainJob(Lengths, Job):
         """What a user should know although nothing is wrong; a sentence each."""
         notes = length_ramp_notes(self)
         if (elastic := self.elastic) and (usable := self.usable_sizes()) != [*elastic.sizes]:
-            why = "" if self.train.invariant else ": micro-batches must divide by the ranks"
-            why += "" if self.train.invariant else ", but not with train.invariant=true"
-            notes.append(f"{elastic.key}={elastic.sizes} can be {in_words(usable)}{why}.")
+            any_order = replace(self, train=replace(self.train, invariant=True)).usable_sizes()
+            other = f"; with train.invariant=true, {in_words(any_order)}" if any_order else ""
+            other *= any_order != usable
+            notes.append(f"{elastic.key}={elastic.sizes} can be {in_words(usable)}{other}.")
         if self.precision.kind == "fp16":
             notes.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
         if self.precision.fp8 != "none":

@@ -82,10 +82,12 @@ class Status:
         (An attempt that a rollback began has no launch record.)"""
         folder, rows = self.run.path / "attempts", self._tail.steps
         ranks_of = lambda path: launch_of(path.parent).get("processes")  # noqa: E731
-        launches = [folder / f"{row.get('attempt', 0):04d}" / LAUNCH for row in rows]
-        ranks = [self._memory.once(path, ranks_of) for path in launches]
-        pairs = zip(rows, ranks, strict=True)
-        return [row for row, n in pairs if n in (ranks[-1], None) or ranks[-1] is None]
+        numbers = [row.get("attempt", 0) for row in rows]
+        paths = {number: folder / f"{number:04d}" / LAUNCH for number in numbers}
+        ranks = {number: self._memory.once(path, ranks_of) for number, path in paths.items()}
+        last = ranks[numbers[-1]] if rows else None
+        pairs = zip(rows, numbers, strict=True)
+        return [row for row, n in pairs if ranks[n] in (last, None) or last is None]
 
     @cached_property
     def losses(self) -> list[tuple[int, float]]:

@@ -16,6 +16,7 @@ from forescale.monitor import follow
 from forescale.monitor.follow import Memory
 from forescale.monitor.run_text import ranks_of
 from forescale.monitor.status import Status, Statuses
+from forescale.resilience import outcome
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent
 from forescale.run.rows import RowWriter
@@ -133,6 +134,29 @@ def test_speed_and_time_left_are_without_evaluations_and_saves(unfinished):
     after = Status(unfinished)
     assert (after.step_seconds, after.seconds_left) == (2.0, 4.0)
     assert after.tokens_per_second == before.tokens_per_second > 0
+
+
+def test_a_run_whose_size_changes_has_its_history_and_the_speed_of_the_last(unfinished, forescale):
+    """Four ranks made steps 1 to 4, of 2 s each; two make the next, which take twice as long."""
+    for attempt, ranks in zip(unfinished.attempts(), (4, 2), strict=True):
+        outcome.record_start(attempt.path, [], ranks, limit="memory ran out at [4] ranks")
+    with changed_rows(unfinished) as rows:
+        for row in rows:
+            row["seconds"] = {"compute": 4.0 if row.get("attempt") == 2 else 2.0}
+    status = Status(unfinished)
+    window = status.job.tokens_per_window
+    each = status.job.train.global_batch * window
+    assert (status.step_seconds, status.tokens_per_second) == (4.0, each / 4)
+    _, out, _ = forescale("status", "small", "--json")
+    first, second = json.loads(out)["sizes"]
+    assert [(s["first"], s["last"], s["ranks"]) for s in (first, second)] == [(1, 4, 4), (5, 6, 2)]
+    rates = [(size["tokens_per_second"], size["of_a_rank"]) for size in (first, second)]
+    assert rates == [(each / 2, each / 8), (each / 4, each / 8)]
+    out = forescale("status", "small")[1]
+    assert re.search(r"5 to 6 +2 +1 .*memory ran out at \[4\] ranks", out)
+    assert "hours of ranks: " in out
+    forescale("report", "small")
+    assert "5 to 6" in Path("report-small.html").read_text()
 
 
 def test_time_left_is_of_the_windows_that_are_left(unfinished):

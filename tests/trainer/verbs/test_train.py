@@ -12,8 +12,10 @@ from forescale.config import hardware
 from forescale.config.frozen import freeze, thaw
 from forescale.config.job import overrides_of
 from forescale.config.train import TrainJob
+from forescale.ground.errors import UserError
+from forescale.plan import oom
 from forescale.run.command import job_of
-from forescale.verbs.train import _frozen, local_ranks
+from forescale.verbs.train import _frozen, local_ranks, local_sizes
 
 
 def test_a_frozen_job_is_read_from_the_runs_directory(own_run, tmp_path):
@@ -93,6 +95,8 @@ def test_fp8_is_refused_before_a_file_is_written(
             2,
         ),  # the largest that divides the batch and fits
         (("launch.processes=1",), 16, 1),
+        (("launch.processes=1-9", "train.micro_batch=1"), 16, 4),  # of 8, 4, 2 or 1 on five cores
+        (("launch.processes=1-9", "train.micro_batch=1", "precision=bf16"), 4.5, 2),
         (("engine.sequence_parallel=2", "train.micro_batch=8"), 16, 2),
     ],
 )
@@ -103,3 +107,15 @@ def test_cores_are_ranks_as_far_as_batch_and_memory_go(words, gib, ranks, monkey
     memory = SimpleNamespace(available=gib * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert local_ranks(job_of(TrainJob, overrides_of(TrainJob, [*words]))) == ranks
+
+
+def test_a_range_names_what_does_not_fit_in_memory(monkeypatch):
+    job, lines = job_of(TrainJob, ["launch.processes=1-2"]), []
+    monkeypatch.setattr(oom, "fits_here", lambda job, ranks: ranks == 2)
+    assert local_sizes(job, lines.append).sizes == [2]
+    assert lines == ["Note: launch.processes=1-2: what fits in memory is 2."]
+    monkeypatch.setattr(oom, "fits_here", lambda job, ranks: False)
+    with pytest.raises(UserError, match="no number of ranks of it fits"):
+        local_sizes(job, lines.append)
+    monkeypatch.setattr(oom, "fits_here", lambda job, ranks: None)  # a class of the user's own
+    assert local_sizes(job, lines.append).sizes == [2, 1]
