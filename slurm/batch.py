@@ -20,11 +20,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
+from forescale.ground.console import span
 from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.ground.rendezvous import free_port
 from forescale.monitor.status import Status
@@ -32,6 +34,7 @@ from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
+from forescale.slurm.growth import growth_of
 from forescale.slurm.preflight.collect import Preflight
 from forescale.slurm.preflight.findings import PreflightReport, Requirements
 from forescale.slurm.submission import Submission
@@ -62,6 +65,7 @@ class Batch:
         self._attempt: Attempt | None = None
         self._is_noted = False
         self._how = ""  # how the last attempt ended
+        self._limit = ""  # why the attempt has no more nodes
 
     def supervise(self) -> int:
         """Run attempts until the job ends or SLURM ends it. Return the job's exit code."""
@@ -161,8 +165,8 @@ class Batch:
             self._log(f"Node {spare} takes the place of {old} ({why.pop(old)}).")
         if settings.nodes.is_range:
             without = "".join(f", without {host} ({reason})" for host, reason in why.items())
-            size = f"{len(self.hosts)} of the job's {len(self.job_hosts)} nodes"
-            self._log(f"It trains on {size}{without}; slurm.nodes={settings.nodes}.")
+            self._limit = f"{len(self.hosts)} of the job's {len(self.job_hosts)} nodes{without}"
+            self._log(f"It trains on {self._limit}; slurm.nodes={settings.nodes}.")
         # Not on the first node of the job, which it watches.
         others = [host for host in self.job_hosts[1:] if host not in down]
         others.sort(key=lambda host: host in self.hosts)
@@ -187,7 +191,8 @@ class Batch:
             "eligible": None if self._attempt else queue.eligible(self.id),
         }
         world = len(self.hosts) * self.settings.ranks_per_node
-        outcome.record_start(attempt.path, command, world, slurm=start)
+        limit = {"limit": self._limit} if len(self.hosts) < self.sizes[0] else {}
+        outcome.record_start(attempt.path, command, world, slurm=start, **limit)
         self._attempt = attempt
         if faults := self._preflight(attempt):
             return self._end(attempt, faults)
@@ -202,11 +207,31 @@ class Batch:
         self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
         environment = self._environment(attempt, str(free_port()))
         self._step = steps.JobStep(command, environment, attempt.path / "srun.log")
+        is_over = Event()
+        if len(self.hosts) < self.sizes[0]:
+            Thread(target=self._grow, args=[is_over], daemon=True).start()
         code = self._step.wait(self._is_late, self.id)
+        is_over.set()
         step, self._step = self._step, None
         stopped, observed = bool(self.stop_signal), (step.lost_node, step.refusal)
         end = policy.outcome_of(attempt.path, code, step.failures, stopped, *observed)
         return self._end(attempt, end)
+
+    def _grow(self, is_over: Event) -> None:
+        """While the attempt runs, look from time to time whether to end it, and to requeue the job
+        for more nodes. For a thread."""
+        interval = self.settings.grow.seconds if self.settings.grow else None
+        while interval and not (is_over.wait(interval) or self.stop_signal):
+            with suppress(UserError):  # the controller is away; the next look may succeed
+                lost = queue.lost(self.id, self.job_hosts)
+                held = [host for host in self.job_hosts if host not in lost]
+                now = len(self.hosts)
+                growth = growth_of(self.run, self.submission, self.job, self.id, now, held)
+                if growth and not is_over.is_set():
+                    gain, price = span(growth.gain), span(growth.price)
+                    why = f"they save {gain}, and the restart takes {price}"
+                    self._log(f"{growth.nodes} nodes are free instead of {now}: {why}.")
+                    self._stop("growth")
 
     def _is_late(self) -> bool:
         """True if the ranks got a signal to end and their time is over."""
@@ -311,8 +336,12 @@ class Batch:
 
     def _receive(self, number: int, frame: object) -> None:
         """Handle a signal: the time limit is near, or SLURM or a user wants the job to end."""
+        self._stop(signal.Signals(number).name)
+
+    def _stop(self, why: str) -> None:
+        """Let the ranks save and end. why: recorded as the signal that ended the attempt."""
         if self.stop_signal is None:
-            self.stop_signal = signal.Signals(number).name
+            self.stop_signal = why
             grace = self.job.launch.grace.seconds or 0.0
             self._deadline = time.monotonic() + grace + 10
             self._log(f"{self.stop_signal}: ranks save and end within {grace:.0f} s.")

@@ -30,7 +30,7 @@ _FEW_CPUS = 4
 class SlurmConfig:
     """Section `slurm`."""
 
-    ALONE: ClassVar = ("time", "lead", "start_time", "check_time")  # see schema.check
+    ALONE: ClassVar = ("time", "grow", "lead", "start_time", "check_time")  # see schema.check
 
     partition: str | None = key(None, common=True)  # partition; null: the cluster's default
     account: str | None = key(None, common=True)  # account to charge
@@ -40,6 +40,8 @@ class SlurmConfig:
     nodes: Sizes = key(Sizes(1, 1), common=True)  # number of nodes; 2-8: as many as are free
     # more nodes than the run needs, which replace lost or faulty ones inside the job
     spares: int = key(0, ge=0)
+    # how often a run on fewer nodes than it may have looks for more, such as 30 min; null: never
+    grow: Duration | None = key(None, gt=0, wall_time=True)
     # GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs
     gpus_per_node: int = key(0, ge=0, common=True)
     # generic resources per node, such as gpu:a100:4, if the cluster needs GPUs so
@@ -166,6 +168,11 @@ class SlurmConfig:
         for job in self.after:
             if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
                 problems.append(("after", f"{job!r} is not a job id", "see squeue --me"))
+        if self.grow is not None and not (self.nodes.is_range and self.requeue):
+            problem, todo = "needs a range of nodes", "set, for example, slurm.nodes=2-8"
+            if self.nodes.is_range:
+                problem, todo = "requeues the job, but slurm.requeue=false", "leave one of them out"
+            problems.append(("grow", problem, todo))
         if self.at_once is not None and self.runs is None:
             problems.append(("at_once", "needs slurm.runs", "set slurm.runs=FILE"))
         for name in ("mounts", "runtime"):

@@ -34,7 +34,7 @@ from forescale.slurm.submission import Submission, expect_own, waiting_or_runnin
 _GPUS = re.compile(r"(\bgpu(?::[^,:]*[^0-9,:][^,:]*)?):[0-9]+")  # of --gres, without their number
 # Keys of slurm that say how many ranks there are, or how a job of many ranks starts and goes on.
 _OF_RANKS = (
-    *("nodes", "spares", "tasks_per_node", "runs"),
+    *("nodes", "grow", "spares", "tasks_per_node", "runs"),
     *("pack", "lead", "requeue", "max_requeues"),
 )
 
@@ -172,6 +172,7 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
         settings = replace(settings, **{name: getattr(job.slurm, name) for name in typed})
     one: dict[str, Any] = {
         "nodes": Sizes(1, 1),
+        "grow": None,
         "spares": 0,
         "tasks_per_node": 1,
         "exclusive": False,

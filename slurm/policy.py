@@ -10,7 +10,7 @@ process was killed there, a rank hung, a device failed), never for a Python erro
 
 import re
 import signal
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -276,6 +276,28 @@ def chosen(
     size = next((n for n in sizes if n <= well), sizes[-1])
     best = sorted(job, key=lambda host: (host in down, host in out, host not in current))
     return [host for host in job if host in best[:size]]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A restart on `nodes` nodes. gain: seconds that it saves; price: seconds that it takes."""
+
+    nodes: int
+    gain: float
+    price: float
+
+
+def growth(
+    now: int, possible: int, step_seconds: Mapping[int, float], ahead: float, price: float
+) -> Growth | None:
+    """Return the growth that saves most time; None if none saves more than it costs. now: nodes of
+    the attempt; possible: that it could have; step_seconds: seconds of a step by number of nodes;
+    ahead: seconds that the attempt would train on, until the end of the run or the time limit,
+    after which the job gets what is free anyway; price: seconds of a restart."""
+    sizes = [n for n in step_seconds if now < n <= possible]
+    best = min(sizes, key=lambda n: (step_seconds[n], n), default=now)
+    gain = ahead * (1 - step_seconds[best] / step_seconds[now])
+    return Growth(best, gain, price) if gain > price else None
 
 
 def give_up(past: Past, most: int) -> JobDecision | None:

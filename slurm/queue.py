@@ -133,6 +133,16 @@ def expect_accepted(script: str) -> None:
             raise UserError(e.where, problem, e.todo) from None
 
 
+def starts_now(script: Path, nodes: int, exclude: Sequence[str] = ()) -> bool:
+    """True if a job of this script on so many nodes would start at once, on nodes that no job of a
+    higher priority waits for, and without preempting one."""
+    words = [f"--nodes={nodes}", *([f"--exclude={','.join(exclude)}"] if exclude else [])]
+    environment = {**_outside_of_jobs(), "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
+    text = _once(["sbatch", "--test-only", *words, str(script)], environment=environment)
+    match = re.search(r" to start at ([0-9]+) ", text)
+    return bool(match and int(match[1]) < time.time() + 60 and "Preempts" not in text)
+
+
 def _outside_of_jobs() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
 
@@ -284,6 +294,13 @@ def num_usable(partition: str, without: Sequence[str]) -> int:
     return len(well - set(without))
 
 
+def num_idle(partition: str, without: Sequence[str]) -> int:
+    """Return the number of a partition's nodes, except `without`, that no job runs on, and that
+    SLURM plans for none (those are "planned")."""
+    states = _node_states(f"--partition={partition}")
+    return sum(state == "idle" for node, state in states.items() if node not in without)
+
+
 def cpus_of_nodes(partition: str | None) -> int | None:
     """Return the CPUs of the smallest node of a partition, by default the cluster's; None if SLURM
     names none."""
@@ -345,4 +362,5 @@ def _once(
         message = message.removeprefix(f"{command[0]}: ").removeprefix("error: ")
         todo = "correct the setting it names; see sinfo"
         raise UserError(command[0], f"SLURM says: {message}", todo)
-    return done.stdout
+    # Only --test-only prints its answer as if it were an error.
+    return done.stderr if "--test-only" in command else done.stdout

@@ -1,4 +1,4 @@
-"""The standby of a job with spare nodes, `python -P -m forescale.slurm.standby JOB RESTART ACTION`.
+"""The standby of a job with --no-kill, `python -P -m forescale.slurm.standby JOB RESTART ACTION`.
 
     SLURM takes the first node from the job -> the standby, on another node, requeues the job
 

@@ -7,7 +7,7 @@
       job.json           the id of the job, and what tells it from others that get this id later
       stop               exists if a stop was requested: the job is not requeued
       slurm.log          the output of the batch script
-      standby.log        that of standby.py, in a job with spare nodes
+      standby.log        that of standby.py, in a job with --no-kill
       logs/0             of an array, in the folder of its first run: a link for each task to the
                          slurm.log of its own run
 

@@ -90,7 +90,8 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
         plans[0].notes[:0] = notes
         plans[0].notes += notes_on_cpus(jobs[0])
         if (nodes := _range(plans)).is_range:
-            beyond = limit_problems(jobs[0].at(nodes.most).slurm)
+            most = Sizes(nodes.most, nodes.most)
+            beyond = limit_problems(replace(jobs[0].slurm, nodes=most))
             plans[0].notes += [f"{key}: {problem}." for key, problem, _ in beyond if "nodes" in key]
         if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
             print(
@@ -106,7 +107,8 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
         sys.stdout.flush()
     problems = [p for plan in plans for p in plan.problems]
     if not dry:
-        problems += limit_problems(jobs[0].at(_range(plans).least).slurm)
+        least = _range(plans).least
+        problems += limit_problems(replace(jobs[0].slurm, nodes=Sizes(least, least)))
     if problems:
         raise ConfigError(problems)
     profile = next((w.partition("=")[2] for w in overrides if w.startswith("slurm=")), "plain")
@@ -395,6 +397,9 @@ def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
         memory = int(_smallest(plan).chosen.memory.total) * job.per_node
     facts = facts_of(job.slurm, data, packages)
     facts |= {"memory": memory, "trust": bool(targets(begun.job)), "sizes": usable_nodes(plan)}
+    facts["restart"] = job.plan.restart.seconds
+    speeds = {n: size.chosen.step.seconds for n, size in plan.sizes.items()}
+    facts["step_seconds"] = speeds if all(speeds.values()) else {}
     if job.slurm.pack:
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))
     submission.write(**facts)

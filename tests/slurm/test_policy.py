@@ -6,7 +6,7 @@ from forescale.checkpoint.reader import FORMAT
 from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
-from forescale.slurm.policy import Past, chosen, decide, give_up, past
+from forescale.slurm.policy import Growth, Past, chosen, decide, give_up, growth, past
 
 NODES = ["a", "b"]
 
@@ -111,6 +111,27 @@ def test_the_nodes_of_the_next_attempt(current, out, down, nodes):
 )
 def test_the_nodes_of_the_next_attempt_are_as_many_as_are_well(current, out, down, sizes, nodes):
     assert chosen(list(current), list("abcd"), set(out), set(down), sizes) == list(nodes)
+
+
+@pytest.mark.parametrize(
+    ("possible", "ahead", "price", "nodes", "gain"),
+    [
+        (4, 1000, 100, 4, 750),
+        (3, 1000, 100, 2, 500),  # three are slower than two: the micro-batches divide badly
+        (9, 1000, 749, 4, 750),
+        (9, 1000, 751, None, 0),  # soon the run is complete, or the job at its time limit
+        (9, 100, 76, None, 0),
+        (9, -5, 0, None, 0),
+        (1, 1e6, 0, None, 0),
+    ],
+)
+def test_a_job_grows_where_the_restart_brings_more_than_it_costs(
+    possible, ahead, price, nodes, gain
+):
+    seconds = {1: 4.0, 2: 2.0, 3: 2.5, 4: 1.0, 5: 1.0}
+    expected = Growth(nodes, gain, price) if nodes else None
+    assert growth(1, possible, seconds, ahead, price) == expected
+    assert growth(4, 5, seconds, 1e6, 0) is None, "five are no faster"
 
 
 def test_requeues_that_bring_nothing_wait_longer_and_longer_and_then_end():
