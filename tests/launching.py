@@ -100,13 +100,17 @@ def interrupt(process: Process, run: Path, step: int, number: int) -> str:
 def ranks_of(process):
     """The ranks of a launcher that exist at this moment, by their numbers."""
     ranks = {}
-    for child in psutil.Process(process.pid).children():
-        try:
-            if "RANK" in (environment := child.environ()):
-                ranks[int(environment["RANK"])] = child
-        except psutil.Error:
-            continue
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if child.name().startswith("rank-"):
+                ranks[int(child.name()[5:])] = child
     return ranks
+
+
+def template_of(process) -> psutil.Process | None:
+    """The process of which the ranks of a launcher are forks, where there is one."""
+    children = psutil.Process(process.pid).children()
+    return next((child for child in children if "--frozen" in child.cmdline()), None)
 
 
 def processes(folder: Path) -> list[int]:

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -118,12 +119,14 @@ def finish(work: Callable[[], int]) -> NoReturn:
     os._exit(code)
 
 
-def become(environment: dict[str, str], stdout: int, stderr: int) -> None:
-    """Take what a new process has of its own: environment, output, signals, search path."""
+def become(environment: dict[str, str], stdout: int, stderr: int, *others: int) -> None:
+    """Take what a new process has of its own: environment, output, signals, search path. others:
+    descriptors that stay open."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (stdout, 1), (stderr, 2)):
         os.dup2(source, target)
-    os.closerange(3, 1024)
+    for low, high in pairwise([2, *sorted(others), 1024]):
+        os.closerange(low + 1, high)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
@@ -136,11 +139,11 @@ def become(environment: dict[str, str], stdout: int, stderr: int) -> None:
 
 
 def _command(words: list[str]) -> int:
-    """The command line `forescale WORDS`, whose ranks are forks of this process."""
+    """The command line `forescale WORDS`, whose template is a fork of this process."""
     from forescale import cli
-    from forescale.resilience import launcher
+    from forescale.resilience import template
 
-    launcher.subprocess = SimpleNamespace(Popen=Fork)  # type: ignore[assignment]
+    template.subprocess = SimpleNamespace(Popen=Fork, DEVNULL=None)  # type: ignore[assignment]
     sys.argv = ["forescale", *words]
     return cli.main()
 
@@ -176,16 +179,18 @@ class _Child:
 
 
 class Fork(_Child):
-    """A rank, started as its launcher starts it, but by a fork."""
+    """A template, started as its launcher starts it, but by a fork."""
 
-    def __init__(self, command, env, stdout, stderr, start_new_session, preexec_fn):
+    def __init__(
+        self, command, env, pass_fds, preexec_fn, stdin, stdout, stderr, start_new_session
+    ):
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
             os.setsid()
             preexec_fn()
-            streams = [s if isinstance(s, int) else s.fileno() for s in (stdout, stderr)]
-            become(env, *streams)
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            become(env, nothing, nothing, *pass_fds)
             finish(lambda: _command(command[command.index("forescale") + 1 :]))
 
     def poll(self) -> int | None:

@@ -53,24 +53,27 @@ def expect_whole(run):
 
 @pytest.mark.timeout(7200)
 def test_a_run_killed_at_random_instants_ends_with_the_same_bits(dataset, tmp_path):
-    """FORESCALE_JOB_KILLS says how often. Whoever is killed, the launcher or a rank: the run goes
-    on from a whole checkpoint, by itself or by the same command."""
+    """FORESCALE_JOB_KILLS says how often. Whoever is killed, the launcher, the template or a rank,
+    while it trains or before: the run goes on from a whole checkpoint, by itself or by the same
+    command."""
     kills, seed = int(os.environ.get("FORESCALE_JOB_KILLS", "3")), int.from_bytes(os.urandom(4))
     rng, run = random.Random(seed), tmp_path / "cut"
     print(f"seed {seed}")
-    command = (f"data.path={dataset}", "launch.processes=2", *length(40 + 20 * kills, 3))
+    command = (f"data.path={dataset}", "launch.processes=2", *length(40 + 40 * kills, 3))
     launching.train(tmp_path, "run.name=whole", *command)
     process, killed, last, victims = None, 0, 0, []
     while killed < kills:
-        process = await_attempt(process, lambda: newest_attempt(run) > last)  # noqa: B023
+        newest = rng.choice([newest_attempt, lambda run: len(Run(run).attempts())])
+        process = await_attempt(process, lambda: newest(run) > last)  # noqa: B023
         if process is None:
             process = launching.start(tmp_path, "run.name=cut", *command, cold=True)
             continue
         time.sleep(rng.uniform(0, 0.6))
-        victim, there = rng.choice(["launcher", 0, 1]), launching.ranks_of(process)
-        if victim != "launcher" and victim not in there:
+        victim, there = rng.choice(["launcher", "template", 0, 1]), launching.ranks_of(process)
+        there["template"] = launching.template_of(process)
+        if victim != "launcher" and not there.get(victim):
             continue
-        last = newest_attempt(run)
+        last = len(Run(run).attempts())
         if victim == "launcher":
             process.kill()
             process.communicate(timeout=60)
@@ -86,7 +89,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(dataset, tmp_pa
         assert process.returncode in (0, 76), output
     launching.train(tmp_path, "run.name=cut", *command)
     whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
-    assert len(whole) == 40 + 20 * kills
+    assert len(whole) == 40 + 40 * kills
     assert cut == whole
     expect_whole(run)
     hidden = [p.name for p in (run / "checkpoints").glob(".*")]

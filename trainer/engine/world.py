@@ -54,6 +54,20 @@ def set_environment() -> None:
         use_loopback()
 
 
+def import_libraries(compiler: bool) -> None:
+    """Import what ranks import, for a process that they are forked from; with the compiler, or
+    without it. Sets environment variables."""
+    # Else torch would start the CUDA driver to see whether there is a GPU.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    set_environment()
+    import accelerate  # noqa: F401
+    import deepspeed  # noqa: F401
+    import torch._dynamo
+
+    if compiler:
+        import torch._inductor.compile_fx  # noqa: F401
+
+
 @dataclass(frozen=True)
 class StepSummary:
     """What all ranks know of a step; the same on each.

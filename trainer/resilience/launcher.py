@@ -27,6 +27,7 @@ from forescale.resilience import outcome
 from forescale.resilience.elastic import LocalSizes, gpus
 from forescale.resilience.heartbeat import node_path
 from forescale.resilience.output import close, copied_output
+from forescale.resilience.template import ForkedRank, Template
 from forescale.run.directory import Run
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -123,10 +124,12 @@ def run_attempts(
     sizes: LocalSizes,
     grace: float = _GRACE,
     stop: StopRequest | None = None,
+    template: Template | None = None,
 ) -> int:
     """Start attempt after attempt until the run is complete, is interrupted, or has crashed
     MAX_CRASHES times without a new checkpoint; those after which it goes on with fewer ranks don't
-    count. Returns the exit code. sizes: choose the ranks of each attempt; stop: records a signal.
+    count. Returns the exit code. sizes: choose the ranks of each attempt; stop: records a signal;
+    template: forks the ranks.
 
     Raises UserError if another launcher has started a newer attempt of the run, or if the machine
     has too little left for it.
@@ -137,7 +140,7 @@ def run_attempts(
         size = sizes.choose()
         attempt = run.new_attempt()
         ranks = size.ranks, attempt.path, print, grace, stop
-        code = start_ranks(command, *ranks, size.devices, size.limit)
+        code = start_ranks(command, *ranks, size.devices, size.limit, template)
         progress = set(run.checkpoint_steps()) - before
         crashes = 1 if progress else crashes + 1
         action = next_action(code, crashes)
@@ -154,7 +157,7 @@ def run_attempts(
                 file=sys.stderr,
             )
             return GAVE_UP
-        time.sleep(0.0 if has_shrunk else 2.0**crashes / 2)
+        time.sleep(0.0 if progress or has_shrunk else 2.0**crashes / 2)
         for newer in [a for a in run.attempts() if a.number > attempt.number]:
             # One that began with a rollback has no launcher: the ranks of this one made it.
             if outcome.launch_of(newer.path):
@@ -200,6 +203,7 @@ def start_ranks(
     stop: StopRequest | None = None,
     devices: Sequence[str] | None = None,
     limit: str = "",
+    template: Template | None = None,
 ) -> int:
     """Run `command` as ranks 0 to processes - 1 of a world of their own; return its exit code.
 
@@ -207,12 +211,13 @@ def start_ranks(
     are stopped: no rank waits in a collective for a dead one. Signal handlers are restored at the
     end. launch.json records start and end. grace: seconds that ranks have to save and exit after a
     stop signal; report: prints a line; stop: records such a signal; devices: GPUs to use; None: all
-    that are visible; limit: why there are not more ranks, for launch.json.
+    that are visible; limit: why there are not more ranks, for launch.json; template: forks the
+    ranks, which without it, or where it has failed, are new processes.
     """
     outcome.record_start(attempt, command, processes, **({"limit": limit} if limit else {}))
     kills = outcome.kills_for_memory()
     environment = _environment(processes, attempt, devices)
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen | ForkedRank] = []
     stop = stop or StopRequest()
 
     def pass_on(number: int, frame) -> None:
@@ -223,27 +228,33 @@ def start_ranks(
             kill = " A second Ctrl-C kills them." if number == signal.SIGINT else ""
             report(f"Stopping: the ranks save and exit within {grace:.0f} s.{kill}")
         for rank in ranks:
-            if rank.poll() is None:
+            if rank.returncode is None:
                 rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
 
-    def start(rank: int) -> subprocess.Popen:
-        rank_environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log = open(attempt / f"rank-{rank}.log", "ab") if rank else None  # noqa: SIM115
+    def start(rank: int) -> subprocess.Popen | ForkedRank:
+        variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        path = attempt / f"rank-{rank}.log" if rank else None
+        forked = template and template.fork(rank, variables, path, *ends.values())
+        if forked:
+            close(ends)
+            return forked
+        log = open(path, "ab") if path else None  # noqa: SIM115
         started = subprocess.Popen(
             command,
-            env={**environment, **rank_environment},
+            env=variables,
             stdout=log or ends["stdout"],
             stderr=log or ends["stderr"],
             start_new_session=True,
             preexec_fn=die_with_parent,  # stop signals wait until it calls `unblock_stop_signals`
         )
+        close(ends)
         if log:
             log.close()
-        else:
-            close(ends)
         return started
 
     with stop_signals_handled_by(pass_on), copied_output(attempt / "rank-0.log") as ends:
+        if template and (reason := template.begin(environment, stop.__bool__)):
+            report(f"Note: each rank imports its libraries itself: {reason}.")
         # A signal is held back until every rank is there to get it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -269,7 +280,7 @@ def start_ranks(
 
 
 def _wait(
-    ranks: list[subprocess.Popen], attempt: Path, too_late: Callable[[], bool]
+    ranks: list[subprocess.Popen | ForkedRank], attempt: Path, too_late: Callable[[], bool]
 ) -> tuple[int, int]:
     """Wait for all ranks; return (rank, code) of the one that failed first, or (0, DONE)."""
     while True:
@@ -287,7 +298,7 @@ def _wait(
         time.sleep(0.05)
 
 
-def _stop(ranks: list[subprocess.Popen], grace: float) -> set[int]:
+def _stop(ranks: list[subprocess.Popen | ForkedRank], grace: float) -> set[int]:
     """Wait `grace` seconds, then kill the ranks that are left (SIGKILL ends suspended ones too);
     return those."""
     deadline = time.monotonic() + grace

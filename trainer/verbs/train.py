@@ -26,7 +26,7 @@ from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.errors import DONE, UserError
-from forescale.resilience import launcher
+from forescale.resilience import launcher, template
 from forescale.resilience.elastic import LocalSize, LocalSizes
 from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
@@ -61,6 +61,10 @@ def main(words: list[str]) -> int:
     else:
         job = job_of(TrainJob, overrides_of(TrainJob, words), notes=from_run)
     refuse_targets(job, trust=not is_stored)
+    if channel := template.requested():
+        _import(job)
+        template.serve(channel, launcher.STOP_SIGNALS)
+        began = time.monotonic()
     if launcher.started_as_rank():
         return _rank(job, began)
     if restore(job, print):
@@ -85,7 +89,10 @@ def main(words: list[str]) -> int:
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
     grace = job.launch.grace.seconds or 0.0
     stop = launcher.StopRequest()
-    code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], sizes, grace, stop)
+    command = [*command, _FROZEN, *trust]
+    ranks = template.Template(command)
+    code = launcher.run_attempts(started.run, command, sizes, grace, stop, ranks)
+    ranks.end()
     if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
         mirror.close(lambda: time.monotonic() > stop.deadline)
     notify(started.run, code, launcher.last_end(started.run), print)
@@ -129,6 +136,18 @@ def first_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _import(job: TrainJob) -> None:
+    """Import what a rank imports, also later, and leave the environment as it is."""
+    before = dict(os.environ)
+    with first_imports():
+        from forescale.engine.world import import_libraries
+
+        import_libraries(compiler=job.train.compile != "off")
+        import forescale.train.trainer  # noqa: F401
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def _rank(job: TrainJob, began: float) -> int:

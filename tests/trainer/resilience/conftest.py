@@ -7,19 +7,31 @@ import textwrap
 import pytest
 
 from forescale.resilience.launcher import start_ranks
+from forescale.resilience.template import Template
 from tests.launching import LISTEN
 
+# The start of a snippet whose process can be a template.
+SERVE = (
+    "from forescale.resilience import launcher, template\nchannel = template.requested()\n"
+    "if channel: template.serve(channel, launcher.STOP_SIGNALS)\n"
+)
 
-@pytest.fixture
-def ranks(tmp_path, monkeypatch):
+
+@pytest.fixture(params=["new", "forked"])
+def ranks(tmp_path, monkeypatch, request):
     """Returns a function that runs a snippet, with `rank` set, on ranks: (code, lines reported)."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    templates = []
 
     def run(snippet, processes=2):
         reported = []
-        body = f"{LISTEN}import os, time\nrank = int(os.environ['RANK'])\n"
-        body += textwrap.dedent(snippet)
-        code = start_ranks([sys.executable, "-c", body], processes, tmp_path, reported.append)
-        return code, reported
+        body = f"{SERVE}{LISTEN}import os, time\nrank = int(os.environ['RANK'])\n"
+        command = [sys.executable, "-c", body + textwrap.dedent(snippet)]
+        if request.param == "forked":
+            templates.append(Template(command))
+        way = {"template": templates[-1]} if templates else {}
+        return start_ranks(command, processes, tmp_path, reported.append, **way), reported
 
-    return run
+    yield run
+    for template in templates:
+        template.end()

@@ -17,6 +17,7 @@ from forescale.resilience.elastic import LocalSizes, gpus
 from forescale.resilience.launcher import next_action
 from forescale.run.directory import Run
 from tests.launching import LISTEN
+from tests.trainer.resilience.conftest import SERVE
 
 ROOT = Path(__file__).parents[3]
 NAP = "import signal, sys, time\nprint('up', flush=True)\n"
@@ -49,7 +50,7 @@ def launches(tmp_path, monkeypatch):
     def go(*ways, sizes=None):
         todo, attempts, ranks = list(ways), [], []
 
-        def start_ranks(command, processes, attempt, report, grace, stop, devices, limit):
+        def start_ranks(command, processes, attempt, report, grace, stop, devices, *_):
             attempts.append(int(attempt.name))
             ranks.append((processes, devices))
             outcome.record_start(attempt, command, processes)
@@ -194,8 +195,8 @@ def test_signal_handlers_are_restored(ranks):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(module.STOP_SIGNALS)
 
 
-@pytest.fixture
-def launcher(tmp_path):
+@pytest.fixture(params=["", "template=Template(command)"], ids=["new", "forked"])
+def launcher(tmp_path, request):
     """Returns a function that starts a launcher process with two ranks that run a snippet."""
     started = []
 
@@ -203,9 +204,11 @@ def launcher(tmp_path):
         code = (
             "import sys\nfrom pathlib import Path\n"
             "from forescale.resilience.launcher import start_ranks\n"
+            "from forescale.resilience.template import Template\n"
             f"{before}\n"
-            f"command = [sys.executable, '-c', {listen + snippet!r}]\n"
-            f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print, {grace}) % 256)"
+            f"command = [sys.executable, '-c', {SERVE + listen + snippet!r}]\n"
+            f"path = Path({str(tmp_path)!r})\n"
+            f"sys.exit(start_ranks(command, 2, path, print, {grace}, {request.param}) % 256)"
         )
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         started.append(process)
@@ -225,8 +228,8 @@ def children(process, count=2):
     while not (log.exists() and "up" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    every = psutil.Process(process.pid).children()
-    ranks = [p for p in every if "output.py" not in " ".join(p.cmdline())]
+    every = psutil.Process(process.pid).children(recursive=True)
+    ranks = [p for p in every if not p.children() and "output.py" not in " ".join(p.cmdline())]
     assert len(ranks) == count
     return ranks
 
@@ -278,13 +281,16 @@ def test_a_signal_before_the_ranks_handle_it_is_an_interruption_too(launcher):
 def test_a_signal_while_the_ranks_are_started_reaches_all_of_them(launcher):
     """The signal comes between the first rank and the second, which doesn't exist yet."""
     between = (
-        "import os, signal, subprocess, forescale.resilience.launcher as launch\n"
+        "import os, signal, subprocess\n"
         "class Slow(subprocess.Popen):\n"
         "    def __init__(self, *a, env=None, **k):\n"
         "        super().__init__(*a, env=env, **k)\n"
-        "        if env and env['RANK'] == '0':\n"
+        "        if env and env.get('RANK') == '0':\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "launch.subprocess.Popen = Slow\n"
+        "subprocess.Popen = Slow\n"
+        "class Template(Template):\n"
+        "    def fork(self, rank, *a):\n"
+        "        return (super().fork(rank, *a), rank or os.kill(os.getpid(), signal.SIGTERM))[0]\n"
     )
     began = time.monotonic()
     process = launcher("import time\ntime.sleep(60)", before=between)

@@ -1,0 +1,272 @@
+"""Forks ranks from a process that has imported what each of them needs, the template.
+
+    launcher, or supervisor of a job          template
+    rank, start: variables, log           ->  forks the rank
+    rank, signal                          ->  sends it to the rank
+                                          <-  fault: why it can't fork; null if it can
+                                          <-  rank, pid
+                                          <-  rank, code: it has ended
+
+A message is a line of JSON. Invariant: a template forks only while it has one thread and no CUDA
+driver has begun in it, for nothing of either would work in a fork. A rank dies with its template,
+and that with its launcher. Where anything fails, ranks start as processes of their own.
+"""
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from forescale.ground.errors import CRASHED
+from forescale.ground.processes import die_with_parent, name_process
+
+TEMPLATE = "FORESCALE_TEMPLATE"  # environment variable: the descriptor of a template's socket
+_NO_CUDA = 3  # CUDA_ERROR_NOT_INITIALIZED
+_LAST = 5.0  # seconds after a SIGKILL until the template itself is killed
+
+
+class Channel:
+    """Messages over a connected socket. Descriptors travel beside them over a unix socket."""
+
+    def __init__(self, connected: socket.socket):
+        self.socket = connected
+        self.descriptors: list[int] = []
+        self._buffer = b""
+
+    def send(self, *descriptors: int, **message: Any) -> None:
+        """Send a message; to a closed end, nothing: it is noticed when reading."""
+        with suppress(OSError):
+            line = json.dumps(message).encode() + b"\n"
+            if descriptors:
+                socket.send_fds(self.socket, [line], descriptors)
+            else:
+                self.socket.sendall(line)
+
+    def receive(self, seconds: float | None = 0.0) -> list[dict[str, Any]]:
+        """Return the messages that come within some seconds (None: as long as it takes). Raises
+        EOFError if the other end is closed."""
+        if not select.select([self.socket], [], [], seconds)[0]:
+            return []
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 8)
+        except OSError:
+            data, descriptors = b"", []
+        self.descriptors += descriptors
+        if not data:
+            raise EOFError
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+def requested() -> Channel | None:
+    """Return the channel of this process's launcher if it is to be a template."""
+    descriptor = os.environ.pop(TEMPLATE, "")
+    return Channel(socket.socket(fileno=int(descriptor))) if descriptor else None
+
+
+def fault() -> str | None:
+    """Return why no rank can be forked from this process; None if one can."""
+    if not (pid := os.fork()):  # OpenBLAS ends its threads before a fork
+        os._exit(0)
+    os.waitpid(pid, 0)
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        return f"a library has started {threads - 1} threads while it was imported"
+    with suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NO_CUDA:
+            return "a library has started the CUDA driver while it was imported"
+    return None
+
+
+def serve(channel: Channel, signals: Sequence[int]) -> None:
+    """Fork a rank for each request, and return in each of them, with its variables and its output.
+    In the template itself it never returns: once the channel is closed and no rank is left, it ends
+    as the last one did. signals: blocked here, and in a rank until it listens to them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    channel.send(fault=fault())
+    parent, ranks, code, is_open = os.getpid(), dict[int, int](), 0, True
+    incoming, (ended, wakeup) = channel.socket.fileno(), os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while is_open or ranks:
+        ready, _, _ = select.select([ended, incoming][: 1 + is_open], [], [])
+        if ended in ready:
+            os.read(ended, 1 << 10)
+            while ranks and (status := os.waitpid(-1, os.WNOHANG))[0]:
+                code = os.waitstatus_to_exitcode(status[1])
+                channel.send(rank=ranks.pop(status[0]), code=code)
+        if incoming not in ready:
+            continue
+        try:
+            messages = channel.receive()
+        except EOFError:
+            is_open = False
+            continue
+        for message in messages:
+            if "signal" in message:
+                for pid in [pid for pid, rank in ranks.items() if rank == message["rank"]]:
+                    os.kill(pid, message["signal"])
+            elif pid := os.fork():
+                ranks[pid] = message["rank"]
+                channel.send(rank=message["rank"], pid=pid)
+                for descriptor in channel.descriptors:
+                    os.close(descriptor)
+                channel.descriptors.clear()
+            else:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for descriptor in (ended, wakeup):
+                    os.close(descriptor)
+                _become(channel, message, parent)
+                return
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        os.kill(parent, -code)
+    os._exit(code)
+
+
+def _become(channel: Channel, message: dict[str, Any], parent: int) -> None:
+    """In a fork: become the rank that a message describes."""
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(CRASHED)
+    if message["session"]:
+        os.setsid()
+    name_process(f"rank-{message['rank']}")
+    os.environ.update(message["start"])
+    output = channel.descriptors
+    if log := message["log"]:
+        output = [os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)] * 2
+    for source, target in zip(output, (1, 2), strict=False):
+        os.dup2(source, target)
+    for descriptor in {*output}:
+        os.close(descriptor)
+    channel.socket.close()
+    import numpy
+
+    numpy.random.seed()  # else as in the template, on all ranks
+
+
+class Template:
+    """The template of the ranks of one launcher. command: of a rank."""
+
+    def __init__(self, command: Sequence[str]):
+        self.command = command
+        self.process: subprocess.Popen | None = None
+        self._is_ready, self._fault = False, ""
+        self._threads: str | None = None
+        self._ranks: dict[int, ForkedRank] = {}
+
+    def start(self, environment: dict[str, str]) -> None:
+        """Start the process, if none is there whose libraries have as many threads. environment:
+        what all ranks have in common."""
+        threads, self._threads = self._threads, environment.get("OMP_NUM_THREADS")
+        if self.process and threads != self._threads:
+            self.end()
+        if self.process or self._fault or not sys.platform.startswith("linux"):
+            return
+        near, far = socket.socketpair()
+        self.channel, self._is_ready, self._ranks = Channel(near), False, {}
+        with far:
+            self.process = subprocess.Popen(
+                self.command,
+                env={**environment, TEMPLATE: str(far.fileno())},
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+
+    def begin(self, environment: dict[str, str], is_over: Callable[[], bool]) -> str:
+        """Start the process, if none is there, and wait until it can fork ranks, or `is_over`.
+        Return why it can't, the first time that it is so; else ""."""
+        self.start(environment)
+        if not self.process:
+            return ""
+        while self.process and not (self._is_ready or self._fault or is_over()):
+            self.read(0.1)
+        return self._fault
+
+    def end(self) -> None:
+        """End the process; one that has failed has ended its ranks."""
+        if self.process:
+            self.channel.socket.close()
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        for rank in self._ranks.values():
+            if rank.returncode is None:
+                rank.returncode = -signal.SIGKILL
+
+    def read(self, seconds: float | None = 0.0) -> bool:
+        """Take what it reports within some seconds; return False if that is nothing."""
+        if not self.process:
+            return True
+        try:
+            messages = self.channel.receive(seconds)
+        except EOFError:
+            self._fault = "" if self._is_ready else "the process that should fork them has ended"
+            self.end()
+            return True
+        for message in messages:
+            if "fault" in message:
+                self._is_ready, self._fault = not message["fault"], message["fault"] or ""
+            elif "pid" in message:
+                self._ranks[message["rank"]] = ForkedRank(self, message["rank"], message["pid"])
+            else:
+                self._ranks[message["rank"]].returncode = message["code"]
+        if self._fault:
+            self.end()
+        return bool(messages)
+
+    def fork(
+        self, rank: int, variables: dict[str, str], log: Path | None, *output: int
+    ) -> "ForkedRank | None":
+        """Return a new rank; None if there is no template that can fork. variables: of its
+        environment; output: descriptors of its output and its errors, where it has no log."""
+        if not (self.process and self._is_ready):
+            return None
+        self._ranks.pop(rank, None)
+        message = {"rank": rank, "start": variables, "log": log and str(log), "session": True}
+        self.channel.send(*output, **message)
+        while self.process and rank not in self._ranks:
+            self.read(None)
+        return self._ranks.get(rank)
+
+
+class ForkedRank:
+    """A rank that a template has forked, with what a launcher uses of subprocess.Popen."""
+
+    returncode: Any = None  # as of Popen: an int once it has ended
+
+    def __init__(self, template: Template, rank: int, pid: int):
+        self.template, self.rank, self.pid = template, rank, pid
+
+    def poll(self) -> int | None:
+        self.template.read()
+        return self.returncode
+
+    def wait(self) -> int | None:
+        """Wait for its end after it was killed: a template that reports none is killed, too."""
+        while self.returncode is None:
+            if not self.template.read(_LAST):
+                self.template.end()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.template.channel.send(rank=self.rank, signal=number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
