@@ -1,4 +1,5 @@
-"""A rank that hangs is named while the others wait for it, and the run resumes bit for bit."""
+"""Faults that are injected into real ranks, once: a rank that hangs is named while the others wait
+for it, and the run resumes bit for bit."""
 
 import json
 import re
@@ -11,6 +12,7 @@ from forescale.ground.storage import read_json
 from forescale.monitor.goodput import Goodput
 from forescale.resilience import outcome
 from forescale.resilience.diagnosis import read_hang
+from forescale.resilience.injector import records
 from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from tests import launching
@@ -160,3 +162,24 @@ def test_every_second_falls_in_a_bucket(dataset, tmp_path):
     compute = sum(row["seconds"]["compute"] for row in rows)
     after = sum(launch.after.get("compute", 0.0) for launch in goodput.launches)
     assert goodput.buckets["compute"] == pytest.approx(compute + after)
+
+
+def test_ranks_are_killed_and_the_run_resumes_bit_for_bit(dataset, tmp_path, whole):
+    faults = "faults=[kill@15:rank1:norm,kill@30:write]"
+    command = ("run.name=struck", f"data.path={dataset}", *TWO, faults)
+    output = launching.train(tmp_path, *command, cold=True)
+    assert output.count("ended with SIGKILL") == 2
+    faults_struck = [row["fault"] for row in records(Run(tmp_path / "struck"))]
+    assert faults_struck == ["kill@15:rank1:norm", "kill@30:rank0:write"]
+    assert launching.trajectory(tmp_path / "struck") == whole
+    assert launching.train(tmp_path, *command)  # nothing strikes again
+
+
+def test_a_full_disk_gives_one_sentence_and_the_same_command_resumes(dataset, tmp_path):
+    command = ("run.name=full", f"data.path={dataset}", *TWO, "faults=[enospc@20:rank1]")
+    output = launching.train(tmp_path, *command, code=2)
+    assert "the disk is full" in output
+    assert "Traceback" not in output
+    assert Run(tmp_path / "full").checkpoint_steps() == [10]
+    launching.train(tmp_path, *command)
+    assert [row["step"] for row in launching.rows(tmp_path / "full")] == list(range(1, 41))

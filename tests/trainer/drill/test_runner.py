@@ -305,8 +305,8 @@ def test_an_undisturbed_run_that_fails_is_told(stubbed):
         stubbed("raise SystemExit(5)").undisturbed()
 
 
-# In tests/distributed: test_injected.py, test_hangs.py, test_saves.py, test_poison.py,
-# test_selfcheck.py and test_places.py have the like of them. A rank is killed in "damage", too.
+# In tests/distributed: test_hangs.py, test_saves.py, test_poison.py, test_selfcheck.py and
+# test_places.py have the like of them. A rank is killed in "damage", too.
 ELSEWHERE = {"kill", "freeze-data", "freeze-norm", "hang", "crash", "slow"}
 ELSEWHERE |= {"kill-save", "spike-rollback", "flip", "disk"}
 CHOSEN = [s.name for s in SCENARIOS if os.environ.get("FORESCALE_DRILL") or s.name not in ELSEWHERE]
