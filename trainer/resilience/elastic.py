@@ -15,13 +15,11 @@ from forescale.config.sizes import in_words
 from forescale.ground.errors import UserError
 from forescale.resilience import outcome
 
-KEY = "launch.processes"
-
 
 @dataclass(frozen=True)
 class LocalSize:
-    """The number of ranks of an attempt. limit: why not more, "" if nothing hinders; devices: the
-    GPUs of the ranks, if not all are used."""
+    """The number of ranks of an attempt. limit: why not more, "" if nothing hinders; devices: GPUs
+    that they may use, of a size that may change."""
 
     ranks: int
     limit: str = ""
@@ -50,14 +48,14 @@ class LocalSizes:
         has = f"{count} {'GPU' if self._on_gpu else 'core'}{'s' * (count != 1)}"
         if not possible:
             problem = f"this machine has {has}, and the job can run at {in_words(self.sizes)}"
-            raise UserError(KEY, problem, "allow fewer, or run it where there are enough")
+            raise UserError("launch.processes", problem, "allow fewer, or take a larger machine")
         ranks = next((size for size in possible if size <= self._most), possible[-1])
         limit = "" if ranks == self.sizes[0] else f"this machine has {has}"
         if self._failed and limit:
             limit = "; ".join(self._failed.values())
         if ranks < possible[0]:
             limit = self._why
-        return LocalSize(ranks, limit, devices if self._failed else None)
+        return LocalSize(ranks, limit, devices if self._on_gpu else None)
 
     def has_shrunk(self, attempt: Path, has_saved: bool) -> bool:
         """Return whether the next attempt has fewer ranks, because memory or a GPU was the cause of
@@ -72,12 +70,9 @@ class LocalSizes:
         if cause == "memory":
             self._most = smaller[0]
             self._why = f"memory ran out at {self.now.ranks} ranks"
-        elif self._on_gpu:
-            used = self.now.devices or gpus()
-            rank = launch.get("rank", 0)
-            if rank >= len(used) or smaller[-1] > len(used) - 1:
-                return False
-            self._failed[used[rank]] = f"GPU {used[rank]} failed ({launch.get('how', '')})"
+        elif (used := self.now.devices) and len(used) > smaller[-1]:
+            name = used[launch.get("rank", 0)]  # rank n has the nth
+            self._failed[name] = f"GPU {name} failed ({launch.get('how', '')})"
         return self._largest().ranks < self.now.ranks
 
 

@@ -116,7 +116,7 @@ def test_the_ranks_leave_out_a_gpu_that_failed_and_one_that_is_gone(launches, mo
     lost = (CRASHED, lambda run: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1"))
     code, ranks = launches(failed, lost, (DONE, do_nothing), sizes=[4, 3, 2, 1])
     assert code == DONE
-    assert ranks == [(4, None), (3, ["0", "GPU-c", "3"]), (1, ["0"])]
+    assert ranks == [(4, ["0", "1", "GPU-c", "3"]), (3, ["0", "GPU-c", "3"]), (1, ["0"])]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match="has 1 GPU, and the job can run at 4 or 2"):
         launches(sizes=[4, 2])
