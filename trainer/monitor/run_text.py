@@ -20,7 +20,7 @@ from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.ground.storage import read_typed
 from forescale.monitor import curve
 from forescale.monitor.files import promises
-from forescale.monitor.goodput import Launch
+from forescale.monitor.goodput import Goodput, Launch
 from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
@@ -307,17 +307,24 @@ def _show_time(s: Status, console: Console) -> None:
         return
     rows = sorted(goodput.buckets.items(), key=lambda item: -item[1])
     shares = [f"{bucket} {v:,.1f} s ({v / wall:.1%})" for bucket, v in rows if v / wall >= 5e-4]
-    if goodput.sizes[1:]:  # then shares of the clock are not those of what was paid for
-        held = sum(goodput.rank_seconds.values())
-        parts = sorted(goodput.rank_seconds.items(), key=lambda item: -item[1])
-        of = ", ".join(f"{bucket} {v / held:.1%}" for bucket, v in parts if v / held >= 5e-4)
-        console.print(f"Of {held / 3600:,.2f} hours of ranks: {of}", soft_wrap=True)
+    for line in rank_shares(goodput):
+        console.print(line, soft_wrap=True)
     steps = s.lost().steps
     gone = f"; lost {steps:,} step{'s' if steps > 1 else ''}" if steps else ""
     console.print(f"Time {wall:,.1f} s: {', '.join(shares)}{gone}", soft_wrap=True)
     between = f", {span(goodput.mtbf)} between them" if goodput.mtbf else ""
     fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}{between}"
     console.print(f"ETTR {goodput.ettr:.3f} (compute of kept steps / wall clock); {fails}")
+
+
+def rank_shares(goodput: Goodput) -> list[str]:
+    """Return where the seconds of ranks went, as a sentence, of a run whose size changed: there the
+    shares of the clock are not those of what was paid for."""
+    spent = goodput.rank_seconds
+    held = sum(spent.values()) if goodput.sizes[1:] else 0.0
+    parts = sorted(spent.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{bucket} {v / held:.1%}" for bucket, v in parts if held and v / held >= 5e-4)
+    return [f"Of {held / 3600:,.2f} hours of ranks: {text}"] if held else []
 
 
 def _print(table: Table, console: Console) -> None:

@@ -17,7 +17,7 @@ from forescale.ground.console import span
 from forescale.ground.errors import UserError, masked
 from forescale.monitor.goodput import BUCKETS
 from forescale.monitor.report.events import LOOKS, Event
-from forescale.monitor.run_text import ranks_of, size_cells
+from forescale.monitor.run_text import rank_shares, ranks_of, size_cells
 from forescale.monitor.status import Status
 from forescale.pages.document import Cell, Section, code, number, percent, whole
 from forescale.resilience.outcome import launch_of
@@ -128,6 +128,7 @@ def time_use(runs: Sequence[ReportedRun]) -> Section:
             f"{run.label}: ETTR {goodput.ettr:.3f} (compute of kept steps / wall clock), {fails}, "
             f"{lost.steps:,} steps discarded by rollbacks and restarts."
         )
+        section.after += [f"{run.label}: {line}." for line in rank_shares(goodput)]
     return section
 
 
