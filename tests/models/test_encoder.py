@@ -1,4 +1,5 @@
-"""An encoder: both sides seen, padding and documents kept apart; others' encoders as oracles."""
+"""An encoder: both sides seen, padding and documents kept apart; a Llama that sees all as the
+oracle. BERT: test_bert_and_t5.py."""
 
 from itertools import pairwise
 
@@ -101,67 +102,6 @@ def scrambled(config):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model
-
-
-SIGLIP = {
-    "embedding": "embeddings.token_embedding",
-    "position": "embeddings.position_embedding",
-    "mixer_norm": "layer_norm1",
-    "mixer.query": "self_attn.q_proj",
-    "mixer.key": "self_attn.k_proj",
-    "mixer.value": "self_attn.v_proj",
-    "mixer.output": "self_attn.out_proj",
-    "mlp_norm": "layer_norm2",
-    "mlp.up": "mlp.fc1",
-    "mlp.down": "mlp.fc2",
-    "norm": "final_layer_norm",
-}
-
-
-def in_siglip(name):
-    """Our parameter's name -> that of the text encoder of SigLIP."""
-    module, leaf = name.rsplit(".", 1)
-    if not module.startswith("blocks."):
-        return f"{SIGLIP[module]}.{leaf}"
-    _, layer, inner = module.split(".", 2)
-    return f"encoder.layers.{layer}.{SIGLIP[inner]}.{leaf}"
-
-
-def siglip(local):
-    """The same weights in the text encoder of SigLIP: pre-norm, with learned positions, biases and
-    tanh's GELU, as our `learned`. (BERT itself is post-norm.)"""
-    transformers = pytest.importorskip("transformers")
-    c = local.config
-    config = transformers.SiglipTextConfig(
-        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, layer_norm_eps=c.norm.eps,
-        max_position_embeddings=c.max_sequence_length, hidden_act="gelu_pytorch_tanh",
-        attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    peer = transformers.SiglipTextModel(config).eval()
-    inner = getattr(peer, "text_model", peer)
-    state = {in_siglip(n): p for n, p in local.state_dict().items() if not n.startswith("head.")}
-    missing, unexpected = inner.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(name.startswith("head.") for name in missing)  # of its pooled output
-    return peer
-
-
-def test_hidden_states_and_gradients_equal_siglip_s_text_encoder():
-    local = scrambled(LEARNED)
-    peer = siglip(local)
-    x, real = tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
-    real[1, 14:] = False
-    got = local._hidden(x, real, None, None, None).hidden
-    expected = peer(x, attention_mask=real.long()).last_hidden_state
-    torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
-    got[real].square().sum().backward()
-    expected[real].square().sum().backward()
-    actual = dict(getattr(peer, "text_model", peer).named_parameters())
-    for name, parameter in local.named_parameters():
-        if not name.startswith("head."):
-            other = actual[in_siglip(name)].grad
-            torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-3)
 
 
 def test_logits_equal_a_llama_that_is_shown_the_whole_square():

@@ -84,16 +84,6 @@ def test_muon_gets_the_hidden_matrices_alone():
     assert len(names) == 3 * 7
 
 
-def test_tied_table_is_one_parameter_that_learns_from_both_ends():
-    model = Transformer(replace(SMALL, tie_embeddings=True))
-    assert not any(name.startswith("head") for name, _ in model.named_parameters())
-    x = torch.zeros(1, 4, dtype=torch.long)
-    model(x, x + 1).sum().backward()
-    grad = model.embedding.weight.grad
-    assert grad[0].abs().sum() > 0  # as input
-    assert grad[1:].abs().sum(-1).gt(0).all()  # as output
-
-
 @pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_activation_checkpointing_changes_no_gradient(dropout, kind):

@@ -1,4 +1,4 @@
-"""Frequencies of scaled rotary positions equal transformers' and the formulas of the papers."""
+"""Frequencies of scaled rotary positions equal transformers'; what cannot be scaled."""
 
 import math
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.positions.position import rotation
-from forescale.models.positions.rope_scaling import frequencies, ntk_theta
+from forescale.models.positions.rope_scaling import frequencies
 from tests.models.configs import changed, model_config
 
 CPU = torch.device("cpu")
@@ -79,48 +78,11 @@ def test_ntk_is_the_dynamic_one_of_transformers_at_the_new_length(factor, theta,
     assert attention == 1
 
 
-def test_ntk_divides_the_lowest_frequency_by_the_factor_and_keeps_the_highest():
-    plain, local = (frequencies(c, CPU)[0] for c in (BASE, scaled("ntk", 4.0, 10_000.0, 2, None)))
-    assert local[0] == plain[0] == 1
-    torch.testing.assert_close(local[-1], plain[-1] / 4, rtol=1e-6, atol=0)
-    assert (local[1:] < plain[1:]).all()
-
-
-def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
-    config = scaled("yarn", 4.0, 10_000.0, 2, 2048)
-    plain, local = (frequencies(c, CPU)[0] for c in (BASE, config))
-    rotations = 2048 * plain / (2 * math.pi)
-    fast, slow = rotations > 40, rotations < 0.8  # a whole pair around the limits of 32 and 1
-    assert fast.any()
-    assert slow.any()
-    torch.testing.assert_close(local[fast], plain[fast])
-    torch.testing.assert_close(local[slow], plain[slow] / 4)
-    assert ((local <= plain * (1 + 1e-6)) & (local >= plain / 4 * (1 - 1e-6))).all()
-
-
 def test_the_original_length_is_the_longest_over_the_factor_unless_given():
     args = scaled("yarn", 4.0, 10_000.0, 2, 2048)
     derived = changed(args, position__scaling__original_length=None)
     assert derived.position.scaling.original(derived) == 2048
     assert torch.equal(frequencies(args, CPU)[0], frequencies(derived, CPU)[0])
-
-
-def test_without_scaling_the_angles_are_what_they_were():
-    positions = torch.arange(100)
-    even = torch.arange(0, 128, 2, dtype=torch.float32)
-    angles = positions[:, None, None].float() * (1.0 / 10_000.0 ** (even / 128))
-    cos, sin = rotation(positions, BASE)
-    assert torch.equal(cos, angles.cos())
-    assert torch.equal(sin, angles.sin())
-
-
-def test_ntk_is_a_larger_base():
-    torch.manual_seed(0)
-    local = Transformer(scaled("ntk", 4.0, 10_000.0, 2, None))
-    plain = Transformer(changed(BASE, position__theta=ntk_theta(local.config)))
-    plain.load_state_dict(local.state_dict())
-    tokens = torch.arange(40)[None]
-    assert torch.equal(local(tokens), plain(tokens))
 
 
 @pytest.mark.parametrize("kind", ["ntk", "yarn"])
