@@ -91,14 +91,19 @@ class Plan:
         )
         _ = self.data  # also records problems of the data
         self.sizes = self._planned_sizes()
-        self._take(self._largest_that_fits() or self.job)
+        self._take(next((plan.job for plan in self.sizes.values()), self.job))
+        if fitting := self.fitting_sizes:
+            self._take(self.sizes[fitting[0]].job)
+            if others := [size for size in self.sizes if size not in fitting]:
+                note = f"Sizes that would not fit in memory, and never run: {in_words(others)}."
+                self.notes.append(note)
         self._check_deepspeed()
         self._find_problems()
 
     # The sizes of a range
 
     def _take(self, job: PlanJob) -> None:
-        """Plan a job of one size. The following are derived from it."""
+        """Plan a job of one size: of a range the largest that fits; if none does, the largest."""
         self.job, self.world = job, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
 
@@ -118,18 +123,6 @@ class Plan:
         """The sizes at which the job can run and fits in memory, the largest first; empty without a
         range."""
         return [size for size, plan in self.sizes.items() if plan.chosen.fits(plan.available)]
-
-    def _largest_that_fits(self) -> PlanJob | None:
-        """Return the job at its largest size that fits; if none does, at the largest."""
-        if not self.sizes:
-            return None
-        elastic, fitting = self.job.elastic, self.fitting_sizes
-        if elastic and fitting and (others := [n for n in self.sizes if n not in fitting]):
-            where = f"{elastic.key}={elastic.sizes}"
-            self.notes.append(
-                f"{where}: {in_words(others)} would not fit in memory, and never run."
-            )
-        return self.sizes[(fitting or [*self.sizes])[0]].job
 
     # The data that it reads
 

@@ -180,26 +180,25 @@ def _size_facts(plan: Plan) -> list[dict[str, Any]]:
 def sizes_block(plan: Plan) -> Block:
     """Return the table of the sizes of a range, a row each."""
     unit = "GiB" if plan.chosen.memory.peak > 2**31 else "MiB"
-    columns = {
-        "ranks": ("ranks", "count"),
-        "micro_batches": ("micro-batches a rank", "count"),
-        "memory_bytes": (f"memory, {unit}", unit),
-        "fits": ("fits", "yes or no"),
-        "step_seconds": ("a step, s", "s"),
-        "seconds": ("all, with failures", "time"),
-        "gpu_hours": ("GPU-hours", "hours"),
-        "cost": ("price", "price"),
-    }
+    columns = [
+        ("ranks", "ranks", "count"),
+        ("micro_batches", "micro-batches a rank", "count"),
+        ("memory_bytes", f"memory, {unit}", unit),
+        ("fits", "fits", "yes or no"),
+        ("step_seconds", "a step, s", "s"),
+        ("seconds", "all, with failures", "time"),
+        ("gpu_hours", "GPU-hours", "hours"),
+        ("cost", "price", "price"),
+    ]
     sizes = _size_facts(plan)
-    known = [(name, *of) for name, of in columns.items() if sizes[0][name] is not None]
+    names, titles, units = zip(*(of for of in columns if sizes[0][of[0]] is not None), strict=True)
     rows = []
     for size in sizes:
         label = f"{size['nodes']} node{'s' * (size['nodes'] > 1)}"
         label += " *" if size["ranks"] == plan.world else ""
-        units = [unit for _, _, unit in known]
-        rows.append(Row("", label, [size[name] for name, _, _ in known], units))
+        rows.append(Row("", label, [size[name] for name in names], units))
     after = ["* is planned below. Each start takes the largest that is free, of those that fit."]
-    return Block("Sizes", rows, [title for _, title, _ in known], after=after)
+    return Block("Sizes", rows, titles, after=after)
 
 
 def _options(plan: Plan) -> Block:
