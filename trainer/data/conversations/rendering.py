@@ -17,7 +17,8 @@ from typing import Any
 
 from forescale.data.conversations.division import Broken, Division, Message, Piece, Unfit
 
-# Of a processor, for a conversation: of training, and of one whose client waits for an answer.
+# Of a processor, for a conversation: of training, for each 1,000 messages, and of one whose client
+# waits for an answer.
 _SECONDS, _PROMPT_SECONDS = 10.0, 3.0
 _MEMORY = 1 << 30  # bytes of address space
 _BOOT = "from forescale.data.conversations.rendering import serve; serve()"
@@ -40,9 +41,9 @@ class Renderer:
             if self._process is None:
                 self._process = self._started()
                 self._send(self._job)
-            seconds = _PROMPT_SECONDS if is_prompt else _SECONDS
-            self._send((is_prompt, seconds, conversations))
-            return [self._answer(len(messages), seconds) for messages in conversations]
+            limits = [seconds_for(len(messages), is_prompt) for messages in conversations]
+            self._send((is_prompt, limits, conversations))
+            return [self._answer(len(m), s) for m, s in zip(conversations, limits, strict=True)]
         except BaseException:  # also Ctrl-C: no later call may read the rest of these answers
             self._end()
             self._process = None
@@ -94,6 +95,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             pipe.close()
 
 
+def seconds_for(messages: int, is_prompt: bool) -> float:
+    """Return the limit of a conversation: the time that it takes grows with its messages."""
+    return _PROMPT_SECONDS if is_prompt else _SECONDS * max(1, messages / 1000)
+
+
 def serve() -> None:
     """Main loop of the process: read batches of conversations, until its parent ends."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process within any function
@@ -101,8 +107,8 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     division = Division(*json.loads(sys.stdin.buffer.readline()))
     for line in sys.stdin.buffer:
-        is_prompt, seconds, conversations = json.loads(line)
-        for messages in conversations:
+        is_prompt, limits, conversations = json.loads(line)
+        for messages, seconds in zip(conversations, limits, strict=True):
             signal.setitimer(signal.ITIMER_PROF, seconds)
             answer = json.dumps(_answer(division, messages, is_prompt))
             signal.setitimer(signal.ITIMER_PROF, 0)
