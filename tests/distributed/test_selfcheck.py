@@ -35,11 +35,6 @@ def test_the_rank_that_computes_wrong_is_named():
         assert sentence in fault, case
 
 
-def test_if_two_ranks_differ_both_are_named():
-    (fault,) = ranks.run("test_selfcheck:corrupt", 2, cases=[[1, "weight"]])
-    assert "ranks 0 on here, 1 on here differ" in fault
-
-
 # Inside the ranks.
 
 

@@ -10,7 +10,7 @@ from forescale.config.sections.optimizer import AdamWConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 from forescale.models.choices import CompleteP, Mup
-from forescale.models.parametrization import Factors, factors, folds, scales
+from forescale.models.parametrization import Factors, factors, scales
 from tests.models.configs import changed, model_config
 
 # Four times as wide and three times as deep as its base.
@@ -96,24 +96,6 @@ def test_at_its_base_it_is_standard_to_the_bit(parametrization, change):
     again, same = trained(changed(BASE, parametrization=parametrization, **change))
     assert losses == again
     assert all(torch.equal(weights[name], same[name]) for name in weights)
-
-
-def test_the_multipliers_are_in_the_forward():
-    """A model of `standard` with the folded weights computes the same, and not without."""
-    config = changed(LARGE, parametrization=COMPLETEP, vocab_size=32)
-    torch.manual_seed(0)
-    model = Transformer(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    plain = Transformer(changed(config, parametrization="standard"))
-    tokens = torch.arange(16).view(1, 16)
-    plain.load_state_dict(model.state_dict())
-    assert not torch.allclose(plain(tokens), model(tokens), atol=0.1)
-    by = folds(config)
-    plain.load_state_dict({n: t * by.get(n, 1.0) for n, t in model.state_dict().items()})
-    torch.testing.assert_close(plain(tokens), model(tokens))
-    assert folds(changed(config, parametrization="standard")) == {}
 
 
 def test_decay_of_a_step_is_the_same_at_every_width():

@@ -101,14 +101,6 @@ def test_errors_of_every_kind_on_every_file_change_no_token(server, local, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_a_server_that_hangs_now_and_then_changes_no_token(server, local, tmp_path, patient):
-    patient(Patience(tries=50, seconds=60, timeout=0.2, pause=0.001))
-    for name in server.files:
-        server.next_time(name, "hang", "well", "half_then_hang")
-    assert_equal(batches(Dataset(f"{server.url}/d", tmp_path)), batches(Dataset(local)))
-
-
-@pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.usefixtures("patient")
 def test_a_lasting_error_ends_the_stream_and_names_file_and_server(server, tmp_path):
     feed = feed_of(Dataset(f"{server.url}/d", tmp_path))

@@ -45,15 +45,6 @@ def test_a_run_learns_and_writes_its_rows(finished):
     assert names == ["step-00000040", "step-00000060"]
 
 
-@pytest.mark.slow  # a launch of its own
-def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
-    run, _ = finished
-    before = launching.trajectory(run)
-    output = launching.train(run.parent, "run.name=whole", f"data.path={dataset}", *LENGTH)
-    assert "is complete" in output
-    assert launching.trajectory(run) == before
-
-
 @pytest.fixture(scope="module")
 def killed(dataset, tmp_path_factory):
     """(run directory, the command) of a run whose launcher was killed -9 after step 45; other than
