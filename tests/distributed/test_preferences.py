@@ -32,7 +32,7 @@ def command(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=full_only), 3])
-def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
+def test_a_run_learns_as_one_rank_does_and_resumes_without_its_origin(tmp_path, command, stage):
     command = ("run.name=whole", "checkpoint.keep=9", *command, f"engine=zero{stage}")
     command = (*command, "launch.processes=2")
     output = launching.train(tmp_path, *command)
@@ -43,6 +43,18 @@ def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
     assert whole[-1]["loss"] < 0.68
     references = read_references(Run(run))
 
+    alone = ("engine=zero0", "launch.processes=1", "train.micro_batch=8")
+    launching.train(tmp_path, *command, "run.name=one", *alone)
+    two, one = (launching.rows(tmp_path / name) for name in ("whole", "one"))
+    for key in ("step", "g1", "tokens", "tokens_hash"):
+        assert [row[key] for row in two] == [row[key] for row in one]
+    for key in ("loss", "extra.rewards/margins", "extra.logps/chosen"):
+        assert two[-1][key] == pytest.approx(one[-1][key], rel=1e-3)
+    of_one = read_references(Run(tmp_path / "one")).values
+    for split in ("train", "validation"):
+        pair = (values[split]["data"] for values in (references.values, of_one))
+        np.testing.assert_allclose(*pair, rtol=1e-5)
+
     launching.keep_only(run, 5)
     shutil.rmtree(tmp_path / "origin")
     output = launching.train(tmp_path, *command)
@@ -50,17 +62,3 @@ def test_a_run_resumes_bit_for_bit_without_its_origin(tmp_path, command, stage):
     assert "read preferences" not in output
     assert launching.trajectory(run) == whole
     assert read_references(Run(run)).source == references.source
-
-
-def test_one_rank_reads_the_same_preferences_and_reference(tmp_path, command):
-    launching.train(tmp_path, "run.name=two", *command, "engine=zero1", "launch.processes=2")
-    alone = ("engine=zero0", "launch.processes=1", "train.micro_batch=8")
-    launching.train(tmp_path, "run.name=one", *command, *alone)
-    two, one = (launching.rows(tmp_path / name) for name in ("two", "one"))
-    for key in ("step", "g1", "tokens", "tokens_hash"):
-        assert [row[key] for row in two] == [row[key] for row in one]
-    for key in ("loss", "extra.rewards/margins", "extra.logps/chosen"):
-        assert two[-1][key] == pytest.approx(one[-1][key], rel=1e-3)
-    values = [read_references(Run(tmp_path / name)).values for name in ("two", "one")]
-    for split in ("train", "validation"):
-        np.testing.assert_allclose(*(each[split]["data"] for each in values), rtol=1e-5)

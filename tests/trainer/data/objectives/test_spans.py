@@ -10,7 +10,6 @@ from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.spans import Spans
 from forescale.data.stream import validation_windows
-from tests.trainer.data.test_stream import make_feed
 
 V = 257
 
@@ -100,12 +99,6 @@ def test_every_token_is_taken_out_about_as_often_and_spans_have_their_mean():
     assert share.mean() == pytest.approx(noise / n, abs=0.03)
     assert share.max() < 2.5 * noise / n
     assert (decoder >= V).sum() == 3000 * spans
-
-
-@pytest.fixture
-def feed(dataset):
-    split, objective = Dataset(dataset).split("train"), Spans(V, 3, 64)
-    return make_feed({"data": split}, objective.window_length, 3, 2, objective=objective)
 
 
 def test_held_out_rows_rebuild_the_split(dataset):
