@@ -1,5 +1,4 @@
-"""Cross-entropy of the next token without storing all logits, and the z-loss; and of preferences
-the loss of Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+"""Cross-entropy of the next token without storing all logits, and the z-loss.
 
 The logits (tokens x vocabulary) are by far the largest tensor of a step. Here they exist for one
 chunk of tokens at a time: the backward pass recomputes the logits of a chunk and turns them into
@@ -176,32 +175,3 @@ class _TokenLosses(torch.autograd.Function):
             grad_bias_V = grad_bias_V.to(weight_VD.dtype)
         whole_grad = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return torch.cat(grad_hidden), whole_grad, None, None, None, grad_bias_V, None
-
-
-def rewards(nats_B2: Tensor, reference_B2: Tensor, beta: float) -> Tensor:
-    """Return the implicit rewards of the chosen and the rejected response of each preference,
-    (B, 2) fp32: beta * (log p - log p of the reference).
-
-    nats: minus the log-probability of each response, the sum over its tokens; reference: the same
-    by the model that doesn't change.
-    """
-    return beta * (reference_B2.float() - nats_B2.float())
-
-
-def preference_losses(rewards_B2: Tensor) -> Tensor:
-    """Return -log sigmoid(reward of chosen - reward of rejected), (B,) in nats: log 2 where both
-    have changed alike."""
-    return -F.logsigmoid(rewards_B2[:, 0] - rewards_B2[:, 1])
-
-
-def preference_numbers(nats_B2: Tensor, rewards_B2: Tensor) -> dict[str, Tensor]:
-    """Return what is logged of preferences, each (B,) fp32, by the names of TRL's DPOTrainer."""
-    chosen, rejected = rewards_B2.unbind(1)
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).to(torch.float32),
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": -nats_B2[:, 0].float(),
-        "logps/rejected": -nats_B2[:, 1].float(),
-    }

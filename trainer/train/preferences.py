@@ -29,7 +29,7 @@ from forescale.engine.step import Engine
 from forescale.ground.console import Progress, plus_minus, silent
 from forescale.ground.errors import UserError
 from forescale.ground.storage import TABLE, hash_file
-from forescale.models.heads.loss import preference_losses, preference_numbers, rewards
+from forescale.models.heads.preferences import preference_losses, preference_numbers, rewards
 from forescale.run.directory import Run
 from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.references import References, identities, misfit, stored_references

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from forescale.models.heads.loss import preference_losses, preference_numbers, rewards
+from forescale.models.heads.preferences import preference_losses, preference_numbers, rewards
 
 
 def dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):

@@ -13,7 +13,8 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from forescale.data.conversations.rendering import Broken, Message, Piece, Renderer, Unfit
+from forescale.data.conversations.division import Broken, Message, Piece, Unfit
+from forescale.data.conversations.rendering import Renderer
 from forescale.ground.errors import UserError
 
 ROLES = ("system", "user", "assistant")

@@ -30,7 +30,7 @@ class Preferences:
 
     A window has the tokens of both conversations, one after the other (PreferenceKind of
     data/bins.py): at most 2 * (columns + 1). In the data order it has one target: a step's loss is
-    the mean over its preferences. models/heads/loss.py computes it from the rows.
+    the mean over its preferences. models/heads/preferences.py computes it from the rows.
     """
 
     rows = 2
