@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -56,16 +56,6 @@ def examine(root: Path, data: CorpusConfig) -> Iterator[Finding]:
     yield disk("data.cache", data.cache_directory, _CACHE_NEEDS)
     yield corpus(data)
     yield wandb()
-
-
-def page(findings: Sequence[Finding], verdict: str) -> str:
-    """Return the findings as an HTML page."""
-    from forescale.pages.document import Section, render  # with numpy, which is slow
-
-    rows = [["", "checked", "result", "to do"], *([*map(str, finding)] for finding in findings)]
-    table = Section("findings", "Findings", rows=rows, head=True, columns="words")
-    return render(title=f"What {platform.node()} offers for training", intro=verdict,
-                  sections=[table])  # fmt: skip
 
 
 def python() -> Finding:

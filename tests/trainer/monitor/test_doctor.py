@@ -40,10 +40,8 @@ def test_this_machine_is_ready(forescale, tmp_path, small_data):
 def test_faults_end_with_code_2_and_a_fix(forescale, tmp_path):
     (tmp_path / "file").touch()
     words = [f"run.root={tmp_path / 'file' / 'runs'}", f"data.path={tmp_path / 'nothing'}"]
-    code, out, _ = forescale("doctor", *words, f"output={tmp_path / 'doctor.html'}")
+    code, out, _ = forescale("doctor", *words)
     assert code == 2
-    page = (tmp_path / "doctor.html").read_text()
-    assert all(text in page for text in ("2 faults to fix", "is a file", "no such dataset"))
     assert re.search(r"fault +run\.root .*is a file; choose another run\.root", out)
     assert re.search(r"fault +corpus .*no such dataset", out)
     assert "2 faults to fix" in out

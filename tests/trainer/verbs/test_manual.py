@@ -78,7 +78,6 @@ def test_a_page_that_is_not_there_is_a_sentence(words, mistake, forescale):
     [
         "report RUN output=/proc/a/b.html",
         "plan plan.to=/proc/a/b.html",
-        "doctor output=/proc/b.html",
         "drill json=/proc/a/b.json",
         "export RUN to=/proc/a",
         "shards HERE output=/proc/a",
