@@ -10,14 +10,13 @@ of slurm/README.md.
 import json
 import os
 import resource
-import shutil
 import socket
 import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise, product
@@ -30,10 +29,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from forescale.checkpoint.reader import STATE, Position, newest_complete
+from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_complete
 from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.portable.fragments import Fragment, write_fragments
-from forescale.engine.ranks import Ranks, Tree, first
+from forescale.engine.portable.strips import Series, rank_file
+from forescale.engine.ranks import FANOUT, Merge, Ranks, Tree, first
 from forescale.engine.world import StepSummary, World
 from forescale.ground.storage import TABLE, check_table
 from forescale.resilience.diagnosis import stragglers
@@ -70,8 +70,12 @@ ROWS = {  # what, where, how often, growth
     "table": ("a rank's share of the files checked", "each rank", "save and attempt", "ranks"),
     "choose": ("choice of a checkpoint", "rank 0", "an attempt", "ranks"),
 }
-for _kind, _growth in ((FLAT, "ranks"), (CUT, "ranks x weights")):
-    ROWS[f"commit, {_kind}"] = (f"save: state.json is made, {_kind}", "rank 0", "a save", _growth)
+for _kind in (FLAT, CUT):
+    ROWS |= {
+        f"held, {_kind}": (f"save: words that rank 0 holds, {_kind}", "rank 0", "a save", "ranks"),
+        f"commit, {_kind}": (f"save: state.json is made, {_kind}", "rank 0", "a save", "weights"),
+        f"look, {_kind}": (f"state.json is read, {_kind}", "each rank", "save, attempt", "weights"),
+    }
 _COUNTED = {"shares": "files", "logs": "files", "mesh": "files"}
 _LINE = "{:40}| {:15}| {:20}| {:16}"
 
@@ -216,33 +220,50 @@ def meetings(world: int, folder: Path, rounds: int) -> Cells:
     yield "met", None, sum(n**2 * (8 * (n - _MESH) + key) for n in each)
 
 
-class Others:
-    """Stands for World.gather on rank 0 of `size`: all others say what rank 0 does, or what `words`
-    makes of it. between: seconds of work before each call."""
+class Simulated(Ranks):
+    """Rank 0 of `size`: in an exchange all others say what it says; in `merged_to_main`, what
+    `words` makes of it for a rank, or for a block of FANOUT of them.
 
-    def __init__(self, size: int, words: Callable[[Any], list | None] = lambda value: None):
-        self.size, self.words = size, words
-        self.between: list[float] = []
+    seconds: of its work between exchanges, and in its own merges; bytes: of the words that it holds
+    for these.
+    """
+
+    def __init__(self, size: int, words: Callable[[Any, int, Merge], Any] | None = None):
+        super().__init__(0, size)
+        self.words, self.seconds, self.bytes = words, 0.0, 0
         self._left = time.perf_counter()
 
     def went_on(self) -> None:
         """What was done until now is not counted."""
         self._left = time.perf_counter()
 
-    def __call__(self, value: Any) -> list[Any]:
-        self.between.append(time.perf_counter() - self._left)
-        values = self.words(value) or [value] * self.size
-        self._left = time.perf_counter()
-        return values
+    def gather(self, value: Any) -> list[Any]:
+        self.seconds += time.perf_counter() - self._left
+        self.went_on()
+        return [value] * self.size
 
+    def merged(self, value: Any, merge: Merge) -> Any:
+        parts, left = value, self.size
+        while left > 1:
+            parts = merge([parts] * min(FANOUT, left))
+            left = -(-left // FANOUT)
+        self.seconds += time.perf_counter() - self._left
+        self.went_on()
+        return parts
 
-class Simulated(Ranks):
-    """Rank 0 of `size`, whose gathers are answered by Others."""
-
-    def __init__(self, size: int, gather: Others, to_main: Others | None = None):
-        super().__init__(0, size)
-        self.gather = gather  # type: ignore[method-assign]
-        self.gather_to_main = to_main or gather  # type: ignore[method-assign]
+    def merged_to_main(self, value: Any, merge: Merge) -> Any:
+        assert self.words is not None
+        self.seconds, stride = 0.0, 1
+        while stride < self.size:
+            others = range(stride, min(stride * FANOUT, self.size), stride)
+            parts = [value, *(self.words(value, rank, merge) for rank in others)]
+            self.bytes += sum(len(json.dumps(part)) for part in parts)
+            self.went_on()
+            value = merge(parts)
+            self.seconds += time.perf_counter() - self._left
+            stride *= FANOUT
+        self.went_on()
+        return value
 
 
 def _cut(world: int, rank: int, kind: str) -> list[tuple[int, int, int]]:
@@ -264,34 +285,41 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
             for state in STATES
         ]
 
-    def publish(value: Any) -> list | None:
-        """Each rank's word, for rank 0, of the file that it has written."""
-        values, (stage,) = [value], folder.glob("checkpoints/.*.stage")
-        for rank in range(1, world):
-            path, pieces = stage / f"rank-{rank:05d}.safetensors", fragments(rank)
-            if kind == CUT:  # 291 x 3 tensors each: what is in them would say nothing new
-                entry, rows = value[1], [[f.name, f.state, f.start, f.data.numel()] for f in pieces]
-                shutil.copyfile(stage / value[0], path)
-            else:
-                header, rows = write_fragments(path, pieces)
-                entry = vars(header)
-            shapes = {f.name: list(f.shape) for f in pieces}
-            values.append((path.name, entry, rows, shapes, value[4]))
-        others.went_on()
-        return values
+    def word(of_main: dict[str, Any], rank: int, merge: Merge) -> dict[str, Any]:
+        """What a rank, or the first of a block of ranks, hands on of the files that they wrote:
+        as long as what rank 0 does."""
+        (stage,) = folder.glob("checkpoints/.*.stage")
+        block = len(of_main["table"])
+        table = dict(
+            zip(map(rank_file, range(rank, rank + block)), of_main["table"].values(), strict=True)
+        )
+        if kind == CUT:  # all alike
+            series = [Series.from_row(row) for row in of_main["fragments"]]
+            moved = [replace(s, start=s.start + 8 * rank, rank=rank).row for s in series]
+            return {**of_main, "table": table, "fragments": moved}
+        words = []
+        for each in range(rank, min(rank + block, world)):
+            pieces = fragments(each)
+            header, rows = write_fragments(stage / rank_file(each), pieces)
+            series = [Series.of(each, row).row for row in rows]
+            words.append({**of_main, "table": {rank_file(each): vars(header)}, "fragments": series})
+            words[-1]["shapes"] = {f.name: list(f.shape) for f in pieces}
+        return merge(words)
 
-    run, others, main = Run(folder), Others(world), Others(world, publish)
+    run, rank = Run(folder), Simulated(world, word)
     attempt = run.new_attempt()
     attempt.start_from(Parent(0), run)
     snapshot = Snapshot(Position(1, 8, 64), fragments(0), {"optimizer_steps": {"all": 1}}, {})
-    write(run, attempt.number, snapshot, Simulated(world, others, main))
+    write(run, attempt.number, snapshot, rank)
     path = run.checkpoint_path(1)
     state, table = ((path / file).stat().st_size for file in (STATE, TABLE))
-    yield f"commit, {kind}", others.between[-1], state
+    yield f"held, {kind}", None, rank.bytes
+    yield f"commit, {kind}", rank.seconds, state
+    yield f"look, {kind}", _seconds(rounds, lambda: Checkpoint(path).fragments), state
     if kind == FLAT:
-        chosen = Others(world)
-        assert newest_complete(run, lambda *_, **__: None, Simulated(world, chosen)) is not None
-        yield "choose", sum(chosen.between), state + table
+        chosen = Simulated(world)
+        assert newest_complete(run, lambda *_, **__: None, chosen) is not None
+        yield "choose", chosen.seconds, state + table
         check = lambda: check_table(path, part=(world // 2, world))  # noqa: E731
         yield "table", _seconds(rounds, check), table
 

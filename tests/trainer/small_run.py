@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from forescale.checkpoint.reader import FORMAT
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
@@ -146,7 +145,7 @@ def save(
         owned = [_part(name, p, rank) for name, p in module.named_parameters()]
         table[file], fragments[file] = write_fragments(path / file, owned)
     state = {
-        "format": FORMAT,
+        "format": 3,  # each fragment has a row, by file
         "position": {"step": step, "g": step * BATCH, "tokens": tokens(attempt, step)},
         "attempt": attempt.number,
         "world_size": 2,

@@ -10,6 +10,7 @@ torch, so that `status` starts at once.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from forescale.engine.portable.strips import strip_of
+from forescale.engine.portable.strips import Series, united
 from forescale.engine.ranks import ALONE, Ranks, first, joined
 from forescale.ground.errors import UserError, shortened
 from forescale.ground.storage import FileEntry, check_table, read_json
-from forescale.ground.typed import AnyNumber, Count, Number, typed
+from forescale.ground.typed import AnyNumber, Count, Number, Size, Whole, typed
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
 
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 
 Report = Callable[..., None]
 Tick = Callable[[int], None]
-FORMAT = 3
+FORMAT = 4
+_BY_FILE = 3  # the format before: a row of each fragment
 STATE = "state.json"
+_RANK_FILE = re.compile(r"rank-([0-9]{5,9})\.safetensors")
 _RESTORE = "restore the checkpoint, or choose another"
 
 
@@ -89,10 +92,15 @@ class Numerics(TypedDict, total=False):
     expert_parallel: Count
 
 
+_SeriesRow = tuple[
+    str, str, Count, Count, tuple[Count, Count, Count] | None, Count, Size, Whole, Count
+]
+
+
 class State(TypedDict):
     """The content of state.json.
 
-    fragments: rows of engine/portable/fragments.py, by file; logged: the attempt's files of rows,
+    fragments: rows of Series (engine/portable/strips.py); logged: the attempt's files of rows,
     by name, at that time; adapter_scale: of a run with adapters.
     """
 
@@ -100,12 +108,16 @@ class State(TypedDict):
     attempt: Count
     world_size: Count
     shapes: dict[str, list[Count]]
-    fragments: dict[str, list[_Row | _StripRow]]
+    fragments: list[_SeriesRow]
     counters: Counters
     numerics: NotRequired[Numerics | None]
     guard: NotRequired[Guard | None]
     logged: NotRequired[dict[str, FileEntry]]
     adapter_scale: NotRequired[Number | None]
+
+
+class _StateByFile(State):
+    fragments: dict[str, list[_Row | _StripRow]]  # type: ignore[misc]
 
 
 class Checkpoint:
@@ -118,11 +130,11 @@ class Checkpoint:
         self.path = Path(path)
         where, stored = self.path / STATE, read_json(self.path / STATE)
         version = stored.get("format") if isinstance(stored, dict) else None
-        if version != FORMAT or type(version) is not int:
+        if version not in (_BY_FILE, FORMAT) or type(version) is not int:
             problem = f"checkpoint format {shortened(str(version), 20)}, not {FORMAT}"
             todo = "load it with the version of forescale that wrote it"
             raise UserError(str(self.path), problem, todo)
-        typed(State, stored, str(where), _RESTORE)
+        typed(State if version == FORMAT else _StateByFile, stored, str(where), _RESTORE)
         self.state: dict[str, Any] = stored
         if fault := next(_contradictions(self.state), None):
             raise UserError(str(where), f"is damaged: {fault}", _RESTORE)
@@ -148,7 +160,21 @@ class Checkpoint:
         """Reader of ranges of the states; opens only the files that hold them."""
         from forescale.engine.portable.fragments import FragmentReader
 
-        return FragmentReader(self.path, self.state["fragments"])
+        return FragmentReader(self.path, self.fragments)
+
+    @cached_property
+    def fragments(self) -> list[Series]:
+        """Where each element of each state is. Raises UserError if that is outside the path."""
+        stored = self.state["fragments"]
+        if isinstance(stored, list):
+            return [Series.from_row(row) for row in stored]
+        every = []
+        for file, rows in stored.items():
+            if not (match := _RANK_FILE.fullmatch(file)):
+                problem = f"names a file outside its directory, {file!r}"
+                raise UserError(str(self.path), problem, _RESTORE)
+            every += [Series.of(int(match[1]), row) for row in rows]
+        return united(every)
 
     def tensor(self, name: str, state: str = "weight") -> "Tensor":
         """Return a full parameter or moment, fp32, in its shape."""
@@ -213,10 +239,18 @@ def _contradictions(state: dict[str, Any]) -> Iterator[str]:
     """Yield a phrase for each part of a state.json, of the right types, that can't be: a strip
     whose runs are empty or don't fit between two of their begins, or an adapter that fits no
     weight."""
-    for file, rows in state["fragments"].items():
-        for name, _, _, _, *division in rows:
-            if division and not 0 < division[0] <= division[1] - division[2]:
-                yield f"a fragment of {name} in {file} is in the strip {division}"
+    stored = state["fragments"]
+    by_file = isinstance(stored, dict)
+    rows = [row for each in stored.values() for row in each] if by_file else stored
+    for name, _, _, _, *division in rows:
+        cut = division if by_file else division[0]
+        if cut and not 0 < cut[0] <= cut[1] - cut[2]:
+            yield f"a fragment of {name} is in the strip {list(cut)}"
+        elif not by_file:
+            rank, count, rank_step, start_step = division[1:]
+            last = rank + (count - 1) * rank_step
+            if max(rank, last) >= state["world_size"] or last < 0 or (count > 1 and not start_step):
+                yield f"{count:,} fragments of {name} begin in the file of rank {rank:,}"
     shapes = state["shapes"]
     adapters = {name for name in shapes if is_adapter(name)}
     for name, shape in shapes.items() if adapters else ():
@@ -233,31 +267,27 @@ def _contradictions(state: dict[str, Any]) -> Iterator[str]:
         yield "adapter_scale is missing"
 
 
-def coverage_faults(state: dict[str, Any]) -> list[str]:
-    """Return where the fragments of a state.json don't cover every element of every state exactly
-    once, a sentence each."""
-    runs_by_state: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for rows in state["fragments"].values():
-        for name, kind, *place in rows:
-            strip = strip_of(place)
-            runs = ((at, size) for at, _, size in strip.overlaps(strip.low, strip.high))
-            runs_by_state.setdefault((name, kind), []).extend(runs)
-    shapes = state["shapes"]
-    stored = {name for name, kind in runs_by_state if kind == "weight"}
+def coverage_faults(shapes: Mapping[str, Sequence[int]], fragments: Iterable[Series]) -> list[str]:
+    """Return where the fragments don't cover every element of every state exactly once, a sentence
+    each."""
+    by_state: dict[tuple[str, str], list[Series]] = {}
+    for series in fragments:
+        by_state.setdefault((series.name, series.state), []).append(series)
+    stored = {name for name, kind in by_state if kind == "weight"}
     faults = [f"weight of {name}: no fragment" for name in sorted(shapes.keys() - stored)]
-    for (name, kind), parts in runs_by_state.items():
+    for (name, kind), parts in by_state.items():
         if name not in shapes:
             faults.append(f"{kind} of {name}: a fragment of no known parameter")
             continue
-        end = 0
-        for start, size in sorted(parts):
+        end, total = 0, math.prod(shapes[name])
+        if (size := sum(part.size * part.count for part in parts)) != total:
+            faults.append(f"{kind} of {name}: {size:,} of {total:,} elements")
+            continue
+        for start, size in sorted(run for part in parts for run in part.runs()):
             if start != end:
                 faults.append(f"{kind} of {name}: a gap or an overlap at element {end:,}")
                 break
             end = start + size
-        else:
-            if end != (total := math.prod(shapes[name])):
-                faults.append(f"{kind} of {name}: {end:,} of {total:,} elements")
     return faults
 
 

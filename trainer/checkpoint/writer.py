@@ -27,8 +27,8 @@ from forescale.checkpoint.reader import (
 from forescale.checkpoint.retention import is_pinned
 from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.engine.portable.fragments import write_fragments as write_rank_file
-from forescale.engine.portable.strips import strip_of
-from forescale.engine.ranks import ALONE, Ranks, joined
+from forescale.engine.portable.strips import Series, rank_file, strip_of, united
+from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
 from forescale.engine.step import Engine
 from forescale.ground.errors import UserError
@@ -84,7 +84,7 @@ def write(
     """
     position, final = snapshot.position, run.checkpoint_path(snapshot.position.step)
     stage = final.with_name(f".{final.name}.attempt-{attempt:04d}.stage")
-    file = f"rank-{ranks.rank:05d}.safetensors"
+    file = rank_file(ranks.rank)
 
     def make_stage() -> None:
         _expect_eligible(run, attempt, position.step)
@@ -99,29 +99,29 @@ def write(
             raise UserError(str(run.checkpoints), problem, todo)
         stage.mkdir()
 
-    def write_own() -> tuple:
+    def write_own() -> dict[str, Any]:
         path = stage / file
         entry, rows = write_rank_file(path, snapshot.fragments, lambda: midway(position.step, path))
-        shapes = {f.name: list(f.shape) for f in snapshot.fragments}
-        return file, vars(entry), rows, shapes, snapshot.counters
+        return {
+            "table": {file: vars(entry)},
+            "fragments": [s.row for s in united(Series.of(ranks.rank, row) for row in rows)],
+            "shapes": {f.name: list(f.shape) for f in snapshot.fragments},
+            "counters": snapshot.counters,
+        }
 
     def commit() -> None:
-        counters = [p[4] for p in parts]
-        optimizer_steps = {k: v for each in counters for k, v in each["optimizer_steps"].items()}
         state = {
             "format": FORMAT,
             "position": asdict(position),
             "attempt": attempt,
             "world_size": ranks.size,
             **snapshot.facts,
-            # A rank without a part of a group has no step for it.
-            "counters": {**parts[0][4], "optimizer_steps": optimizer_steps},
-            "shapes": {k: v for p in parts for k, v in p[3].items()},
-            "fragments": {p[0]: p[2] for p in parts},
+            **{key: whole[key] for key in ("counters", "shapes", "fragments")},
         }
         # A fault here is a bug of ours, so an assertion.
-        assert not (faults := coverage_faults(state)), faults[0]
-        table = {p[0]: FileEntry(**p[1]) for p in parts}
+        fragments = map(Series.from_row, whole["fragments"])
+        assert not (faults := coverage_faults(whole["shapes"], fragments)), faults[0]
+        table = {name: FileEntry(**entry) for name, entry in whole["table"].items()}
         table[STATE] = write_json(stage / STATE, state, compact=True)
         write_table(stage, table)
         _replace(run, stage, final, attempt)
@@ -129,13 +129,30 @@ def write(
     size = ranks.merged(snapshot.size, sum)
     try:
         ranks.from_main(make_stage, run.checkpoints)
-        parts = ranks.together_for_main(lambda: [write_own()], stage, joined) or []
+        whole = ranks.together_for_main(write_own, stage, _merged)
         ranks.from_main(commit, stage)
     except UserError:
         if ranks.is_main:
             shutil.rmtree(stage, ignore_errors=True)
         raise
-    return sum(p[1]["size"] for p in parts) if ranks.is_main else None
+    return sum(entry["size"] for entry in whole["table"].values()) if ranks.is_main else None
+
+
+def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what several ranks have written as one description, no longer than that of one but for
+    the table of files."""
+    merged = {
+        key: {k: v for part in parts for k, v in part[key].items()} for key in ("table", "shapes")
+    }
+    series = united(Series.from_row(row) for part in parts for row in part["fragments"])
+    counters = [part["counters"] for part in parts]
+    # A rank without a part of a group has no step for it.
+    steps = {k: v for each in counters for k, v in each["optimizer_steps"].items()}
+    return {
+        **merged,
+        "fragments": [each.row for each in series],
+        "counters": {**counters[0], "optimizer_steps": steps},
+    }
 
 
 def _expect_eligible(run: Run, attempt: int, step: int) -> None:

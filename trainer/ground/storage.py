@@ -31,7 +31,7 @@ from forescale.ground.typed import RESTORE, Count, T, typed
 TABLE = "files.json"
 CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum
 _BLOCK = 1 << 22
-_LARGEST = 1 << 30  # bytes of JSON: the state.json of 1,024 ranks at stage 3 has 55 MB
+_LARGEST = 1 << 30  # bytes of JSON: an early state.json of 1,024 ranks has 55 MB
 _LARGEST_CACHED = 1 << 28  # bytes of a file that one command leaves for the next
 _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
 

@@ -19,6 +19,7 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Interval, unskipped
+from forescale.engine.portable.strips import rank_file
 from forescale.ground.errors import UserError
 from forescale.ground.storage import check_table, read_table
 from forescale.monitor.files import (
@@ -50,19 +51,23 @@ def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
     findings = Findings(faults=check_table(path, tick))
     try:
         checkpoint = Checkpoint(path)
-        shapes, fragments = len(checkpoint.shapes), checkpoint.state["fragments"]
-        findings.faults += [f"{path}: {fault}" for fault in coverage_faults(checkpoint.state)]
-        listed = read_table(path)
-        findings.faults += [
-            f"{path}: {f} is not in the table" for f in fragments if f not in listed
-        ]
+        checkpoint.expect_bytes(checkpoint.shapes)
+        shapes, listed = checkpoint.shapes, read_table(path)
+        faults = coverage_faults(shapes, checkpoint.fragments)
+        files: dict[str, None] = {}
+        for rank in (rank for series in checkpoint.fragments for rank in series.ranks):
+            files[file := rank_file(rank)] = None
+            if file not in listed:
+                faults.append(f"{file} is not in the table")
+                break
+        findings.faults += [f"{path}: {fault}" for fault in faults]
         position = checkpoint.position
     except UserError as e:
         findings.faults += [str(e)] if str(e) not in findings.faults else []
     if not findings.faults:
         findings.verified.append(
-            f"checkpoint {path.name}: step {position.step:,}, {shapes} parameters in "
-            f"{len(fragments)} file{'s' * (len(fragments) != 1)}, each element once"
+            f"checkpoint {path.name}: step {position.step:,}, {len(shapes)} parameters in "
+            f"{len(files)} file{'s' * (len(files) != 1)}, each element once"
         )
     return findings
 

@@ -313,13 +313,27 @@ def test_a_state_that_names_files_elsewhere_is_refused(run, tmp_path):
 
     def point_there(path):
         state = read_json(path / "state.json")
-        rows = state["fragments"].pop("rank-00000.safetensors")
-        state["fragments"]["../../../secret.safetensors"] = rows
+        rows = [[*row[:4]] for row in state["fragments"]]
+        state |= {"format": 3, "fragments": {"../../../secret.safetensors": rows}}
         write_json(path / "state.json", state)
 
     planted(run, point_there)
     with pytest.raises(UserError, match="names a file outside its directory"):
         writer.load(newest_complete(run, Reports()), plain.engine(width=2))
+
+
+@pytest.mark.parametrize("place", [[1, 1, 0, 0], [0, 2, 1, 4], [0, 2, -1, 4], [0, 2, 0, 0]])
+def test_a_state_with_files_of_ranks_that_were_not_there_is_refused(run, place):
+    def point_there(path):
+        state = read_json(path / "state.json")
+        state["fragments"][0][5:] = place
+        write_json(path / "state.json", state)
+
+    planted(run, point_there)
+    with pytest.raises(
+        UserError, match=r"is damaged: . fragments of 0\.weight begin in the file of"
+    ):
+        newest_complete(run, Reports())
 
 
 def test_a_stored_config_that_names_a_target_imports_nothing(own_run, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def train(arguments, loss=None) -> None:
     path.mkdir(parents=True)
     position = {"step": step, "g": 0, "tokens": tokens}
     state = {"format": FORMAT, "position": position, "attempt": attempt.number, "world_size": 1}
-    empty = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": {}}
+    empty = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": []}
     write_table(path, {"state.json": write_json(path / "state.json", state | empty)})
     loss = simulated_loss(record(run)) if loss is None else loss
     change_rows(attempt.metrics.path, lambda rows: [row | {"loss": loss} for row in rows])

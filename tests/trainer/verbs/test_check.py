@@ -8,6 +8,7 @@ from forescale import open_run
 from forescale.checkpoint.reader import Position, coverage_faults
 from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
+from forescale.engine.portable.strips import Series
 from forescale.ground.storage import read_json, read_table, write_file, write_json, write_table
 from forescale.monitor.audit import replay_faults, row_faults
 from forescale.resilience.outcome import record_start
@@ -107,12 +108,11 @@ def test_fragments_that_do_not_cover_are_named(own_run, forescale, harm):
 
 
 def test_a_moment_may_be_absent_but_not_in_part():
-    parts = {"e": [["a", "weight", 4, 2]], "f": [["a", "weight", 0, 4]]}  # in any order
-    state = {"shapes": {"a": [2, 3]}, "fragments": parts}
-    assert coverage_faults(state) == []
-    state["fragments"]["g"] = [["a", "exp_avg", 0, 5]]
-    assert coverage_faults(state) == ["exp_avg of a: 5 of 6 elements"]
-    assert coverage_faults({"shapes": {"a": [1]}, "fragments": {}}) == ["weight of a: no fragment"]
+    parts = [Series("a", "weight", 4, 2), Series("a", "weight", 0, 4, rank=1)]  # in any order
+    assert coverage_faults({"a": [2, 3]}, parts) == []
+    parts.append(Series("a", "exp_avg", 0, 5))
+    assert coverage_faults({"a": [2, 3]}, parts) == ["exp_avg of a: 5 of 6 elements"]
+    assert coverage_faults({"a": [1]}, []) == ["weight of a: no fragment"]
 
 
 ROWS = {

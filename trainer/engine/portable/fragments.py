@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from forescale.engine.portable.strips import Strip, strip_of
+from forescale.engine.portable.strips import Series, Strip
 from forescale.ground.errors import UserError
 from forescale.ground.storage import FileEntry, HashingFile
 
@@ -134,21 +134,15 @@ def write_fragments(
 class FragmentReader:
     """Reads ranges of parameters' states from the files of one checkpoint.
 
-    rows: {file name: [[name, state, start, size], ...]}, with [run, stride, first] too for a part
-    of a strip. Opens only the files that it reads, and unpickles nothing. Raises UserError for a
-    file that isn't safetensors or is outside `directory`.
+    Opens only the files that it reads, and unpickles nothing. Raises UserError for a file that
+    isn't safetensors.
     """
 
-    def __init__(self, directory: Path, rows: dict[str, list[list[Any]]]):
+    def __init__(self, directory: Path, fragments: Iterable[Series]):
         self.directory = Path(directory)
-        self._where: dict[tuple[str, str], list[tuple[Strip, str, str]]] = {}
-        for file, entries in rows.items():
-            if Path(file).name != file:
-                problem = f"names a file outside its directory, {file!r}"
-                raise UserError(str(self.directory), problem, "restore it, or choose another")
-            for name, state, *place in entries:
-                location = strip_of(place), f"{name}|{state}|{place[0]}", file
-                self._where.setdefault((name, state), []).append(location)
+        self._where: dict[tuple[str, str], list[Series]] = {}
+        for series in fragments:
+            self._where.setdefault((series.name, series.state), []).append(series)
         self._open: dict[str, Any] = {}
 
     def states(self, name: str) -> list[str]:
@@ -157,17 +151,18 @@ class FragmentReader:
     def dtype(self, name: str, state: str) -> torch.dtype:
         """Return the number format in which a state is stored. Raises UserError if there is
         none."""
-        places = self._where.get((name, state))
-        if not places:
+        every = self._where.get((name, state))
+        if not every:
             raise self._damaged(f"has no {state} of {name}")
-        stored = self._slice(*places[0][1:]).get_dtype()
+        stored = self._slice(*every[0].place(0)).get_dtype()
         return next(kind for kind, label in _DTYPES.items() if label == stored)
 
     def read_into(self, name: str, state: str, start: int, out: Tensor) -> None:
         """Fill `out` (1-D) with the range from `start`. Raises UserError if a part is
         missing."""
         filled, end = 0, start + out.numel()
-        for strip, key, file in self._where.get((name, state), []):
+        every = self._where.get((name, state), [])
+        for strip, key, file in (part for series in every for part in series.between(start, end)):
             runs = [*strip.overlaps(start, end)]
             if not runs:
                 continue

@@ -1,5 +1,9 @@
 """Strips of a divided parameter: which elements they hold, and reading them from files."""
 
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 
 from forescale.checkpoint.reader import coverage_faults
 from forescale.engine.portable.fragments import Fragment, FragmentReader, write_fragments
-from forescale.engine.portable.strips import Strip, strip_of
+from forescale.engine.portable.strips import Series, Strip, rank_file, strip_of, united
 from forescale.ground.errors import UserError
 
 
@@ -46,7 +50,7 @@ def test_a_strip_yields_exactly_its_elements_of_a_range(matrix, data):
 def stored(tmp_path_factory):
     """A matrix (6, 8) in the files of two ranks, by columns, and a vector of 5 in both."""
     folder, matrix = tmp_path_factory.mktemp("strips"), torch.randn(6, 8)
-    vector, rows = torch.randn(5), {}
+    vector, series = torch.randn(5), []
     for rank in range(2):
         columns = matrix[:, 4 * rank : 4 * rank + 4].reshape(-1)
         cuts = [(0, 10), (10, 24)]
@@ -55,13 +59,13 @@ def stored(tmp_path_factory):
         ]
         part = slice(0, 2) if rank == 0 else slice(2, 5)
         fragments.append(Fragment("v", (5,), "weight", part.start, vector[part]))
-        name = f"rank-{rank}.safetensors"
-        rows[name] = write_fragments(folder / name, fragments)[1]
-    return SimpleNamespace(folder=folder, rows=rows, matrix=matrix, vector=vector)
+        rows = write_fragments(folder / rank_file(rank), fragments)[1]
+        series += [Series.of(rank, row) for row in rows]
+    return SimpleNamespace(folder=folder, series=series, matrix=matrix, vector=vector)
 
 
 def test_a_divided_matrix_is_read_whole_and_in_every_other_division(stored):
-    reader = FragmentReader(stored.folder, stored.rows)
+    reader = FragmentReader(stored.folder, united(stored.series))
     out = torch.empty(48)
     reader.read_into("m", "weight", 0, out)
     assert torch.equal(out, stored.matrix.view(-1))
@@ -77,15 +81,74 @@ def test_a_divided_matrix_is_read_whole_and_in_every_other_division(stored):
 
 
 def test_a_part_that_is_missing_is_noticed(stored):
-    rows = {name: [*entries] for name, entries in stored.rows.items()}
-    state = {"fragments": rows, "shapes": {"m": [6, 8], "v": [5]}}
-    assert coverage_faults(state) == []
-    last = rows["rank-1.safetensors"].pop(1)
-    assert coverage_faults(state) == ["weight of m: a gap or an overlap at element 22"]
+    shapes, series = {"m": [6, 8], "v": [5]}, [*stored.series]
+    assert coverage_faults(shapes, united(series)) == []
+    last = series.pop(4)
+    assert coverage_faults(shapes, united(series)) == ["weight of m: 34 of 48 elements"]
     with pytest.raises(UserError, match="34 of 48 elements"):
-        FragmentReader(stored.folder, rows).read_into("m", "weight", 0, torch.empty(48))
-    rows["rank-1.safetensors"] += [last, last]
-    assert "overlap" in coverage_faults(state)[0]
+        FragmentReader(stored.folder, united(series)).read_into("m", "weight", 0, torch.empty(48))
+    assert coverage_faults(shapes, [*series, last, last]) == ["weight of m: 62 of 48 elements"]
+    series += [replace(last, start=9)]
+    assert coverage_faults(shapes, series) == ["weight of m: a gap or an overlap at element 22"]
+
+
+@st.composite
+def partitions(draw):
+    """Some states in the files of ranks, as a stage divides them (flat, or each for itself), or in
+    any other way; and in which groups the ranks describe them."""
+    ranks = draw(st.integers(1, 9))
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    kind, rows = draw(st.sampled_from(["flat", "cut", "any"])), [[] for _ in range(ranks)]
+    total, before = sum(sizes), 0
+    for i, size in enumerate(sizes):
+        if kind == "any":
+            cuts = draw(st.sets(st.integers(1, size - 1), max_size=5)) if size > 1 else set()
+            owners = st.integers(0, ranks - 1)
+        else:
+            each = -(-(total if kind == "flat" else size) // ranks)
+            begin = before if kind == "flat" else 0
+            cuts = {x for x in range(-begin % each, size, each)} - {0}
+        for a, b in pairwise(sorted({0, size, *cuts})):
+            rank = draw(owners) if kind == "any" else (begin + a) // each
+            rows[rank].append([f"p{i}", "weight", a, b - a])
+        before += size
+    return sizes, [Series.of(rank, row) for rank, each in enumerate(rows) for row in each]
+
+
+@given(partitions(), st.integers(1, 5), st.data())
+def test_united_series_describe_each_fragment_in_its_file(partition, fanout, data):
+    sizes, single = partition
+    groups = [united(single[i : i + fanout]) for i in range(0, len(single), fanout)]
+    whole = [Series.from_row(json.loads(json.dumps(s.row))) for s in united(chain(*groups))]
+    assert coverage_faults({f"p{i}": [n] for i, n in enumerate(sizes)}, whole) == []
+    assert sum(s.count for s in whole) == len(single)
+    for i, size in enumerate(sizes):
+        low = data.draw(st.integers(0, size - 1))
+        high = data.draw(st.integers(low + 1, size))
+        parts = lambda every: sorted(  # noqa: E731
+            [strip.start, strip.first, *place]
+            for s in every
+            if s.name == f"p{i}"  # noqa: B023
+            for strip, *place in s.between(low, high)  # noqa: B023
+        )
+        assert parts(whole) == parts(single)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("flat", 4), ("cut", 1), ("strips", 2)])
+def test_a_description_does_not_grow_with_the_ranks(kind, most):
+    """Of 16,384 ranks: 3 series at most of each weight that more than two ranks divide."""
+    ranks, series = 16_384, []
+    for rank in range(ranks):
+        if kind == "cut":
+            rows = [[f"p{i}", "weight", 8 * rank, 8] for i in range(3)]
+        elif kind == "flat":  # three weights, one after the other, and not at borders of ranks
+            begins = [10 * rank - 54_613 * i for i in range(3)]
+            parts = [(max(0, a), min(54_613, a + 10)) for a in begins]
+            rows = [[f"p{i}", "weight", a, b - a] for i, (a, b) in enumerate(parts) if a < b]
+        else:  # two tensor ranks divide the columns
+            rows = [["p0", "weight", rank // 2 * 8, 8, 4, 8, rank % 2 * 4]]
+        series += [Series.of(rank, row) for row in rows]
+    assert max(Counter(s.name for s in united(series)).values()) <= most
 
 
 def test_a_row_without_a_stride_is_one_range():
