@@ -283,8 +283,9 @@ class Batch:
             cuda=self.settings.has_gpus,
         )
         log = attempt.path / "preflight.log"
+        command = steps.nodes(self.submission, self.hosts, self.job_hosts)
         preflight = Preflight(requirements, self.hosts, self.job_hosts[0])
-        step = steps.JobStep(steps.nodes(self.submission, self.hosts), preflight.environment, log)
+        step = steps.JobStep(command, preflight.environment, log)
         start_time = self.settings.start_time.seconds or 0.0
         if self.settings.preflight:
             report = preflight.collect(

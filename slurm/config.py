@@ -6,6 +6,7 @@ and its format (64G for memory).
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -22,6 +23,7 @@ _UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
 # An entry of --gres: name[[:type]:count], one if it has no count.
 _GPUS = re.compile(r"(?:gres[:/])?gpu(?::(?![0-9]+(?:$|:))[^:]+)?(?::(?P<count>[0-9]+))?")
 _LATE = 10.0  # seconds until a signal has reached all ranks and the last rank has ended
+MANY_NODES = 16  # more of them would wait for the imports of all from shared storage
 # Threads of a rank on a GPU: kernels, backward pass, the next batch, a save. A guess.
 _FEW_CPUS = 4
 
@@ -86,7 +88,8 @@ class SlurmConfig:
     # mounts of the container, HOST:INSIDE, beside the run, its data and slurm.scratch
     mounts: list[str] = key([])
     scratch: str = "/tmp"  # directory on each node's local disk, for code and caches
-    pack: bool = False  # copy the Python environment to slurm.scratch, and import from there
+    # copy the Python environment to slurm.scratch, and import from there; null: beyond 16 nodes
+    pack: bool | None = None
     offline: bool = True  # set the offline modes of Hugging Face and wandb: nodes have no internet
     # network interface of the ranks; null: the one of the route to the first node
     interface: str | None = None
@@ -105,6 +108,15 @@ class SlurmConfig:
         """True if a job goes on when one of its nodes goes down (--no-kill of sbatch). A run on one
         node is on the first, with the batch script: it could not go on."""
         return self.nodes.most > 1 and (self.spares > 0 or self.nodes.is_range)
+
+    @property
+    def packs(self) -> bool:
+        """True if nodes import from a copy of this Python's environment on their own disks."""
+        if self.pack is None and self.nodes.most > MANY_NODES:
+            # What isn't this Python's, or no virtual environment, can't be packed.
+            is_this = self.container is None and self.python is None
+            return is_this and sys.prefix != sys.base_prefix
+        return bool(self.pack)
 
     @property
     def ranks_per_node(self) -> int:

@@ -19,7 +19,7 @@ from threading import Thread
 
 from forescale.ground.errors import CRASHED, UserError
 from forescale.slurm import containers, queue
-from forescale.slurm.config import SlurmConfig
+from forescale.slurm.config import MANY_NODES, SlurmConfig
 from forescale.slurm.submission import Submission
 
 STANDBY = "standby"  # the name of a step, and of its log
@@ -253,8 +253,9 @@ def ranks(
     return [*begin, *containers.prefix(submission), *rank]
 
 
-def nodes(submission: Submission, hosts: Sequence[str]) -> list[str]:
-    """Return the command that prepares and checks these hosts of the job, with a task on each."""
+def nodes(submission: Submission, hosts: Sequence[str], job_hosts: Sequence[str] = ()) -> list[str]:
+    """Return the command that prepares and checks these hosts of the job, with a task on each.
+    job_hosts: all of the job."""
     settings = submission.settings
     module = "forescale.slurm.preflight.node"
     look = [*python(submission), "-P", "-m", module] if settings.preflight else ["true"]
@@ -274,19 +275,41 @@ def nodes(submission: Submission, hosts: Sequence[str]) -> list[str]:
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
     ]
     if place := _environment(submission):
+        copy = f"{place}.tar"
         lines.append("now unpacking the Python environment")
-        lines += _unpack(submission.facts["environment"], shlex.quote(place))
-        lines.append(f"touch {shlex.quote(place)}")
+        lines += _unpack(submission.facts["environment"], shlex.quote(place), copy)
+        lines += [f"rm -f {shlex.quote(copy)}", f"touch {shlex.quote(place)}"]
     lines += ["now starting Python", f"exec {shlex.join(look)}"]
     # A node that fails must not end the reports of the others.
     option = "--kill-on-bad-exit=0"
     inside = srun(settings, 1, option, *containers.options(submission), hosts=hosts)
     host = srun(replace(settings, srun=_outside(settings)), 1, option, hosts=hosts)
-    return containers.prepared(
+    command = containers.prepared(
         submission,
         host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],
         inside=[*inside, "bash", "-c", "\n".join(lines)],
     )
+    if place is None or len(job_hosts) <= MANY_NODES:
+        return command
+    lines = [*_broadcast(submission, job_hosts, place), f"exec {shlex.join(command)}"]
+    return ["bash", "-c", "\n".join(lines)]
+
+
+def _broadcast(submission: Submission, hosts: Sequence[str], place: str) -> list[str]:
+    """Return shell lines that copy the packed environment to the disks of all nodes of the job, if
+    one lacks it. SLURM hands it on from node to node, so that the shared storage reads it once.
+    Where that fails, such as beside a dead node, each node reads it there."""
+    tar, copy = (shlex.quote(path) for path in (submission.facts["environment"], f"{place}.tar"))
+    look = [*own_scratch(_SCRATCH), f"[ -d {shlex.quote(place)} ] || echo lacking"]
+    step = srun(submission.settings, 1, hosts=hosts)
+    asked = shlex.join([*step, "bash", "-c", "\n".join(["set -e", *look])])
+    seconds = submission.settings.start_time.seconds or 0.0
+    return [
+        f"if timeout -k 5 {seconds / 5:.0f} {asked} 2>&- | grep -q lacking; then",
+        f"  timeout -k 5 {seconds / 2:.0f} sbcast --force {tar} {copy} ||",
+        '    echo "forescale: sbcast failed: each node reads the Python environment itself." >&2',
+        "fi",
+    ]
 
 
 def standby(submission: Submission, host: str, words: Sequence[str]) -> list[str]:
@@ -337,14 +360,20 @@ def own_scratch(place: str) -> list[str]:
     ]
 
 
-def _unpack(tar: Path | str, place: str) -> list[str]:
+def _unpack(tar: Path | str, place: str, copy: str | None = None) -> list[str]:
     """Return shell lines that unpack a tar to `place`, if it isn't there, by one rename. If two
-    nodes do it at the same time, in a scratch that they share, the later one gives up."""
+    nodes do it at the same time, in a scratch that they share, the later one gives up. copy: of the
+    tar on the node's disk, which may be missing, or cut off."""
+    tar, first = shlex.quote(str(tar)), ""
+    if copy:  # tar itself doesn't notice an end between two files
+        copy = shlex.quote(copy)
+        size = "stat -Lc %s"
+        first = f'[ "$({size} {copy} 2>&-)" = "$({size} {tar})" ] && tar -xf {copy} -C "$new" || '
     return [
         f"if [ ! -d {place} ]; then",
         f"  mkdir -p $(dirname {place})",
         f"  new=$(mktemp -d {place}.XXXXXX)",
-        f'  tar -xf {shlex.quote(str(tar))} -C "$new"',
+        f'  {first}tar -xf {tar} -C "$new"',
         f'  mv -T "$new" {place} 2>/dev/null || rm -rf "$new"',
         "fi",
     ]

@@ -400,7 +400,9 @@ def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     facts["restart"] = job.plan.restart.seconds
     speeds = {n: size.chosen.step.seconds for n, size in plan.sizes.items()}
     facts["step_seconds"] = speeds if all(speeds.values()) else {}
-    if job.slurm.pack:
+    if job.slurm.packs:
+        if job.slurm.pack is None:
+            print("Note: nodes copy the Python environment, unless slurm.pack=false.", flush=True)
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))
     submission.write(**facts)
 

@@ -9,8 +9,12 @@ of slurm/README.md.
 
 import json
 import os
+import re
 import resource
+import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import timeit
@@ -18,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
@@ -57,6 +61,8 @@ ROWS = {  # what, where, how often, growth
     "shared": ("bytes of them, all nodes", "shared storage", "10 s, replaced", "ranks"),
     "slow": ("look for stragglers", "rank 0", "30 s", "ranks"),
     "logs": ("files of ranks' logs", "shared storage", "an attempt", "ranks"),
+    "imports": ("*metadata calls, slurm.pack=false", "shared storage", "an attempt", "ranks"),
+    "packed": ("*the same by default", "shared storage", "an attempt", "nodes"),
     "preflight": ("preflight: all nodes heard", "batch script", "an attempt", "nodes"),
     "summary": (
         f"summary, {MICRO_BATCHES} micro-batches",
@@ -77,6 +83,7 @@ for _kind in (FLAT, CUT):
         f"look, {_kind}": (f"state.json is read, {_kind}", "each rank", "save, attempt", "weights"),
     }
 _COUNTED = {"shares": "files", "logs": "files", "mesh": "files"}
+_COUNTED |= {"imports": "calls", "packed": "calls"}
 _LINE = "{:40}| {:15}| {:20}| {:16}"
 
 Cells = Iterator[tuple[str, float | None, float | None]]  # row, seconds, bytes or a count
@@ -108,7 +115,7 @@ def measure(rounds: int, worlds: Sequence[int] = REAL) -> list[Result]:
 def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]:
     """Seconds (0: none) and bytes (or a count) by row and number of ranks."""
     saves = (partial(save, FLAT), partial(save, CUT))
-    parts = (beating, logs, preflight, summaries, meetings, *saves)
+    parts = (beating, logs, imports, preflight, summaries, meetings, *saves)
     cells = {}
     for part, world in product(parts, worlds):
         with tempfile.TemporaryDirectory() as folder:
@@ -144,6 +151,22 @@ def logs(world: int, folder: Path, rounds: int) -> Cells:
     for rank in range(world):
         (path / f"rank-{rank}.log").touch()
     yield "logs", None, len(list(path.glob("rank-*.log")))
+
+
+def imports(world: int, folder: Path, rounds: int) -> Cells:
+    """The calls that name a file, which a rank makes until it has imported what it needs."""
+    yield "imports", None, (calls := _calls()) and calls * world
+    yield "packed", None, world // EACH  # each asks for the size of the packed environment
+
+
+@cache
+def _calls() -> int | None:
+    if shutil.which("strace") is None:
+        return None
+    trace = ["strace", "-f", "-c", "-e", "trace=%file", sys.executable, "-c"]
+    names = "forescale.train.trainer, forescale.engine.build, deepspeed, accelerate"
+    done = subprocess.run([*trace, f"import {names}"], capture_output=True, text=True, check=True)
+    return int(re.findall(r"(\d+) +\d+ total", done.stderr)[-1])
 
 
 def preflight(world: int, folder: Path, rounds: int) -> Cells:

@@ -2,12 +2,18 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from forescale.config.schema import plain
+from forescale.run.directory import Run
+from forescale.slurm import steps
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.submission import Submission
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import ALL, Job
 
@@ -116,3 +122,32 @@ def test_a_full_disk_of_the_run_is_a_sentence_and_it_goes_on_when_there_is_room(
         lab.stop()
         subprocess.run(["umount", "-l", job.root], check=True)
         lab.start()
+
+
+def test_nodes_get_a_packed_environment_from_each_other(lab, tmp_path, monkeypatch):
+    """As more than 16 nodes do: SLURM's own sbcast writes to the disk of each."""
+    scratch = lab.scratch / "own"
+    monkeypatch.setattr(steps, "MANY_NODES", 2)
+    monkeypatch.setenv("FORESCALE_SCRATCH", str(scratch))
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/bash\necho Python of $SLURMD_NODENAME\n" + "#" * (20 << 20))
+    python.chmod(0o755)
+    tar = tmp_path / "venv-7.tar"
+    subprocess.run(["tar", "-cf", tar, "-C", tmp_path / "venv", "."], check=True)
+    job = Submission(Run(tmp_path / "runs/first").new_job())
+    subprocess.run(["tar", "-cf", job.code, "-T", "/dev/null"], check=True)
+    job.write(slurm=plain(SlurmConfig()), data=[], environment=str(tar))
+    nodes = ["n1", "n2", "n3"]
+    command = shlex.join(steps.nodes(Submission(job.path), nodes[:2], nodes))
+    script, output = tmp_path / "script.sh", tmp_path / "output"
+    variables = f"export FORESCALE_SCRATCH={scratch} FORESCALE_NODE={scratch}/job-1"
+    script.write_text(f"#!/bin/bash\n{variables}\n{command}\n")
+    order = ["sbatch", "--wait", "--nodes=3", "--nodelist=n1,n2,n3", "--ntasks-per-node=1"]
+    lab.run(*order, f"--output={output}", script)
+    text = output.read_text()
+    assert {f"Python of {node}" for node in nodes[:2]} <= {*text.splitlines()}
+    assert "sbcast failed" not in text
+    # The third has a copy, as a spare node: nothing has unpacked it yet.
+    copy = lab.files("n3", scratch / "environment-venv-7.tar")
+    assert copy.read_bytes() == tar.read_bytes()

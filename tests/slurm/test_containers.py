@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.schema import plain
+from forescale.config.sizes import Sizes
 from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import containers, steps
@@ -43,6 +44,8 @@ if name == "apptainer":
     os.environ |= image
     os.chdir(given["--pwd"])
     words.pop(0)
+if name == "sbcast":
+    words = [os.environ.get("SBCAST", "cp"), *words]
 os.execvp(words[0], words)
 """
 
@@ -53,7 +56,7 @@ def bench(tmp_path, monkeypatch):
     tools, here = tmp_path / "tools", tmp_path / "here"
     for path in (tools, here, tmp_path / "data", tmp_path / "root"):
         path.mkdir()
-    for name in ("srun", "apptainer"):
+    for name in ("srun", "apptainer", "sbcast"):
         (tools / name).write_text(STAND_IN)
         (tools / name).chmod(0o755)
     monkeypatch.chdir(here)
@@ -175,3 +178,42 @@ def test_the_batch_script_stays_outside_of_an_image(bench):
     """SLURM's commands are rarely in one."""
     for keys in ({"python": "singularity exec x.sif python3"}, {"container": "x", "python": "p"}):
         assert batch_words(bench, **keys)[0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    ("sbcast", "nodes"), [("cp", 17), ("false", 17), ("truncate", 17), ("cp", 16)]
+)
+def test_many_nodes_get_the_packed_environment_from_each_other(bench, monkeypatch, sbcast, nodes):
+    """Beyond 16 nodes, once, where one lacks it; if that fails or ends early, from shared storage.
+    The stand-in for srun is a node; that for sbcast copies to it."""
+    (bench / "tools/truncate").write_text('#!/bin/bash\nhead -c 1000 "$1" > "$2"\n')
+    (bench / "tools/truncate").chmod(0o755)
+    monkeypatch.setenv("SBCAST", sbcast)
+    (bench / "venv/bin").mkdir(parents=True)
+    (bench / "venv/bin/python").write_text("#!/bin/bash\necho packed Python\n" + "#" * 20_000)
+    (bench / "venv/bin/python").chmod(0o755)
+    tar = bench / "venv-7.tar"
+    subprocess.run(["tar", "-cf", tar, "-C", bench / "venv", "."], check=True)
+    job, hosts = submission(bench), [f"n{i}" for i in range(nodes)]
+    job.write(**{**job.facts, "environment": str(tar)})
+    for attempt in range(2):
+        command = steps.nodes(Submission(job.path), hosts[:2], hosts)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "packed Python"
+        assert ("sbcast failed" in done.stderr) == (sbcast == "false" and not attempt)
+    names = [call[0] for call in calls(bench)]
+    assert names == (["srun", "sbcast", "srun", "srun", "srun"] if nodes > 16 else ["srun"] * 2)
+    assert ",".join(hosts) in str(calls(bench)[0]) or nodes == 16, "spare nodes, too"
+    scratch = bench / "scratch/forescale-0"
+    assert [p.name for p in scratch.glob("environment*")] == ["environment-venv-7"]
+
+
+def test_an_environment_is_packed_beyond_16_nodes_unless_a_key_says_otherwise(monkeypatch):
+    many, few = Sizes(2, 17), Sizes(1, 16)
+    monkeypatch.setattr(sys, "prefix", "/a/venv")
+    assert [SlurmConfig(nodes=n).packs for n in (few, many)] == [False, True]
+    assert [SlurmConfig(nodes=n, pack=True).packs for n in (few, many)] == [True, True]
+    others = ({"pack": False}, {"python": "conda run python"}, {"container": "x.sif"})
+    assert not any(SlurmConfig(nodes=many, **keys).packs for keys in others)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert not SlurmConfig(nodes=many).packs
