@@ -39,7 +39,7 @@ from forescale.engine.portable.fragments import Fragment, write_fragments
 from forescale.engine.portable.strips import Series, rank_file
 from forescale.engine.ranks import FANOUT, Merge, Ranks, Tree, first
 from forescale.engine.world import StepSummary, World
-from forescale.ground.storage import TABLE, check_table
+from forescale.ground.storage import TABLE, FileEntry, check_files, shares_of
 from forescale.resilience.diagnosis import stragglers
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, read_nodes, write_node
 from forescale.run.directory import Parent, Run
@@ -73,7 +73,8 @@ ROWS = {  # what, where, how often, growth
     "exchange": ("an exchange: an error, or none", "rank 0", "up to 9 a save", "log ranks"),
     "mesh": ("*open files of a tree of gloo groups", "rank 0", "held", "log ranks"),
     "met": ("*store's answers to make it", "rank 0", "a tree", "ranks"),
-    "table": ("a rank's share of the files checked", "each rank", "save and attempt", "ranks"),
+    "dealt": ("the table of files is read and dealt", "rank 0", "save, attempt", "ranks"),
+    "table": ("a rank's share of the files checked", "each rank", "save, attempt", "constant"),
     "choose": ("choice of a checkpoint", "rank 0", "an attempt", "ranks"),
 }
 for _kind in (FLAT, CUT):
@@ -343,8 +344,11 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
         chosen = Simulated(world)
         assert newest_complete(run, lambda *_, **__: None, chosen) is not None
         yield "choose", chosen.seconds, state + table
-        check = lambda: check_table(path, part=(world // 2, world))  # noqa: E731
-        yield "table", _seconds(rounds, check), table
+        yield "dealt", _seconds(rounds, lambda: shares_of(path, world)), table
+        shares = shares_of(path, world)[:FANOUT]
+        entries = [(file, FileEntry(**entry)) for file, entry in shares[-1]]
+        words = len(json.dumps(shares))
+        yield "table", _seconds(rounds, lambda: check_files(path, entries)), words
 
 
 def _seconds(rounds: int, work: Callable[[], object]) -> float:

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from forescale.engine.portable.strips import Series, united
 from forescale.engine.ranks import ALONE, Ranks, first, joined
 from forescale.ground.errors import UserError, shortened
-from forescale.ground.storage import FileEntry, check_table, read_json
+from forescale.ground.storage import FileEntry, check_files, check_table, read_json, shares_of
 from forescale.ground.typed import AnyNumber, Count, Number, Size, Whole, typed
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
@@ -370,6 +370,20 @@ def find_faults(
     """Check every byte of a published directory against its table, each rank a share of the files;
     return the faults of all ranks on every rank. afresh, tick: as in storage.hash_file."""
     mine = partial(check_table, path, tick, part=(ranks.rank, ranks.size), afresh=afresh)
+    if ranks.tree:  # a table with the files of so many isn't read by each of them
+        shares: list[Any] = []
+
+        def deal() -> list[str]:
+            try:
+                shares.extend(shares_of(path, ranks.size))
+            except UserError as e:
+                return [str(e)]
+            return []
+
+        if faults := ranks.from_main(deal, path):
+            return faults
+        entries = [(name, FileEntry(**entry)) for name, entry in ranks.tree.dealt(shares)]
+        mine = partial(check_files, path, entries, tick, afresh)
     return ranks.together(mine, path, lambda parts: [*dict.fromkeys(joined(parts))])
 
 

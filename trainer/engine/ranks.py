@@ -210,6 +210,15 @@ class Tree:
             value = level.broadcast(value)
         return value
 
+    def dealt(self, values: Sequence[Any]) -> Any:
+        """Return this rank's of the values that rank 0 has for each rank, in their order."""
+        stride = FANOUT ** len(self.levels)
+        for level in reversed(self.levels):
+            stride //= FANOUT  # ranks that a member of the level stands for
+            begin = level.rank * stride
+            values = level.broadcast(values)[begin : begin + stride]
+        return values[0]
+
 
 def _tried(work: Callable[[], Any], where: Path | None) -> tuple[Any, UserError | OSError | None]:
     try:

@@ -269,8 +269,28 @@ def check_table(
         return [str(e)]
     if only is not None and only not in table:
         return [f"{directory / TABLE}: doesn't list {only}"]
-    ordered = sorted(table.items(), key=lambda item: (-item[1].size, item[0]))
-    chosen = [item for item in ordered[first::parts] if only in (None, item[0])]
+    chosen = [item for item in _ordered(table)[first::parts] if only in (None, item[0])]
+    return check_files(directory, chosen, tick, afresh)
+
+
+def shares_of(directory: Path, parts: int) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Return the files that each of so many ranks verifies, with the fields of their entries.
+    Raises UserError as `read_table`."""
+    ordered = [(name, vars(entry)) for name, entry in _ordered(read_table(directory))]
+    return [ordered[i::parts] for i in range(parts)]
+
+
+def _ordered(table: dict[str, FileEntry]) -> list[tuple[str, FileEntry]]:
+    return sorted(table.items(), key=lambda item: (-item[1].size, item[0]))
+
+
+def check_files(
+    directory: Path,
+    entries: Iterable[tuple[str, FileEntry]],
+    tick: Callable[[int], None] = lambda n: None,
+    afresh: bool = False,
+) -> list[str]:
+    """Compare files of a directory with their entries; return one sentence per fault."""
 
     def fault(item: tuple[str, FileEntry]) -> str | None:
         name, want = item
@@ -289,7 +309,7 @@ def check_table(
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [f for f in pool.map(fault, chosen) if f]
+        return [f for f in pool.map(fault, entries) if f]
 
 
 def publish(stage: Path, final: Path) -> None:
