@@ -302,10 +302,10 @@ def _broadcast(submission: Submission, hosts: Sequence[str], place: str) -> list
     tar, copy = (shlex.quote(path) for path in (submission.facts["environment"], f"{place}.tar"))
     look = [*own_scratch(_SCRATCH), f"[ -d {shlex.quote(place)} ] || echo lacking"]
     step = srun(submission.settings, 1, hosts=hosts)
-    asked = shlex.join([*step, "bash", "-c", "\n".join(["set -e", *look])])
+    query = shlex.join([*step, "bash", "-c", "\n".join(["set -e", *look])])
     seconds = submission.settings.start_time.seconds or 0.0
     return [
-        f"if timeout -k 5 {seconds / 5:.0f} {asked} 2>&- | grep -q lacking; then",
+        f"if timeout -k 5 {seconds / 5:.0f} {query} 2>&- | grep -q lacking; then",
         f"  timeout -k 5 {seconds / 2:.0f} sbcast --force {tar} {copy} ||",
         '    echo "forescale: sbcast failed: each node reads the Python environment itself." >&2',
         "fi",
