@@ -88,7 +88,7 @@ class Ranks:
         return _unpacked(parts, sizes) if parts else None
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on all ranks, within the group. As `gather`."""
+        """Return rank 0's value on all ranks, within a group of gloo. As `gather`."""
         if self.size == 1:
             return value
         import torch
