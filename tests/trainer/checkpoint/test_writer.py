@@ -234,6 +234,27 @@ def test_what_was_saved_is_loaded_whatever_the_number_of_ranks(tmp_path):
         assert plain.step_in(Checkpoint(again.checkpoint_path(10))) == 10
 
 
+def test_a_checkpoint_of_the_format_before_loads_on_any_number_of_ranks(tmp_path):
+    """It has a row of each fragment, by file."""
+    run, worlds = Run(tmp_path / "old"), plain.worlds(3)
+    engines, attempt = [plain.engine(world, width=5) for world in worlds], plain.begin(run)
+    plain.on_all(worlds, lambda w: save(run, attempt, 10, engines[w.rank]))
+    path = run.checkpoint_path(10)
+    state, rows = read_json(path / "state.json"), {}
+    for name, kind, start, size, _, rank, count, rank_step, step in state["fragments"]:
+        for i in range(count):
+            file = f"rank-{rank + i * rank_step:05d}.safetensors"
+            rows.setdefault(file, []).append([name, kind, start + i * step, size])
+    write_json(path / "state.json", state | {"format": 3, "fragments": rows})
+    table = {p.name: storage.hash_file(p) for p in path.iterdir() if p.name != TABLE}
+    write_table(path, table)
+    assert plain.step_in(Checkpoint(path)) == 10
+    for world in plain.worlds(2):
+        other = plain.engine(world, width=5)
+        writer.load(Checkpoint(path), other)
+        assert {float(p.detach().min()) for p in other.module.parameters()} == {10.0}
+
+
 def test_a_checkpoint_of_another_model_is_refused(run):
     with pytest.raises(UserError, match=r"0\.bias is \[4\] there and \[6\] in this model"):
         writer.load(Checkpoint(run.checkpoint_path(20)), plain.engine(width=3))
