@@ -69,20 +69,30 @@ def test_a_killed_run_ends_the_same_on_another_number_of_ranks(dataset, tmp_path
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 def test_a_run_takes_the_cores_that_there_are_and_makes_the_same_bits(dataset, tmp_path):
-    command = [f"data.path={dataset}", "train.tokens=null", "train.steps=12", "engine=zero2"]
-    command += ["checkpoint.every=3", "validation.every=12", "train.invariant=true"]
+    command = [f"data.path={dataset}", "train.tokens=null", "train.steps=40", "engine=zero2"]
+    command += ["checkpoint.every=3", "validation.every=40", "train.invariant=true"]
     launching.train(tmp_path, *command, "run.name=whole", "launch.processes=1")
     command += ["run.name=cut", "launch.processes=1-4"]
-    cut, cores = tmp_path / "cut", os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {*sorted(cores)[:2]})
+    cut, cores = tmp_path / "cut", sorted(os.sched_getaffinity(0))
+
+    def stopped(attempt, number):
+        """Stop the command five steps after the attempt began."""
+        process = launching.start(tmp_path, *command, cold=True)
+        steps = lambda: [r for r in launching.rows(cut) if r["attempt"] == attempt]  # noqa: E731
+        launching.wait_until(process, lambda: len(steps()) >= 5, f"attempt {attempt}")
+        process.send_signal(number)
+        process.communicate(timeout=120)
+
     try:
-        launching.interrupt(launching.start(tmp_path, *command, cold=True), cut, 4, signal.SIGKILL)
-        os.sched_setaffinity(0, {min(cores)})
-        launching.interrupt(launching.start(tmp_path, *command, cold=True), cut, 7, signal.SIGTERM)
-        os.sched_setaffinity(0, {*sorted(cores)[:2]})
+        os.sched_setaffinity(0, cores[:2])
+        stopped(1, signal.SIGKILL)
+        os.sched_setaffinity(0, cores[:1])
+        stopped(2, signal.SIGTERM)
+        os.sched_setaffinity(0, cores[:2])
         assert "Not bit-exact" not in launching.train(tmp_path, *command, cold=True)
     finally:
         os.sched_setaffinity(0, cores)
     files = sorted(cut.glob("attempts/*/launch.json"))
     assert [json.loads(file.read_text())["processes"] for file in files] == [2, 1, 2]
+    assert {row["attempt"] for row in launching.rows(cut)} >= {2, 3}
     assert launching.trajectory(cut) == launching.trajectory(tmp_path / "whole")
