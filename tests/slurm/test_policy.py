@@ -180,7 +180,7 @@ def _checkpoint(run, step, attempt):
 
     path = run.checkpoint_path(step)
     path.mkdir(parents=True)
-    keys = {"position": {}, "world_size": 2, "shapes": {}, "fragments": {}, "counters": {}}
+    keys = {"position": {}, "world_size": 2, "shapes": {}, "fragments": [], "counters": {}}
     write_json(path / "state.json", {"format": FORMAT, "attempt": attempt, **keys})
 
 
