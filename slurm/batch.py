@@ -1,7 +1,8 @@
 """The supervisor of a job, `python -P -m forescale.slurm.batch RUN JOB`, on its first node. The
 batch script passes SLURM's signals on to it, and requeues the job if the supervisor is killed.
 
-    preflight on every node -> srun starts ranks -> ranks end -> policy -> next attempt or requeue
+    preflight on every node -> srun starts tasks, which fork ranks -> ranks end -> policy
+        -> next attempt (of the same tasks, where no node is suspected) or requeue
 
 A job with spare nodes has more than an attempt: the others replace lost and faulty ones. Where the
 number of nodes is a range, an attempt has as many as are there and well.
@@ -38,6 +39,7 @@ from forescale.slurm.growth import growth_of
 from forescale.slurm.preflight.collect import Preflight
 from forescale.slurm.preflight.findings import PreflightReport, Requirements
 from forescale.slurm.submission import Submission
+from forescale.slurm.warm import WarmStep
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LEAVE = 10.0  # seconds that their processes then have to end
@@ -59,7 +61,7 @@ class Batch:
         self.sizes = submission.sizes
         self.hosts = self.job_hosts[: self.sizes[0]]  # those of the attempt
         self.stop_signal: str | None = None
-        self._step: steps.JobStep | None = None
+        self._step: WarmStep | None = None  # of the ranks; between attempts, if its tasks wait
         self._standby: steps.JobStep | None = None
         self._deadline = float("inf")
         self._attempt: Attempt | None = None
@@ -84,6 +86,8 @@ class Batch:
             past = policy.past(self.run, self.name)
             decision = self._decide(code, past)
             self._say(decision)
+            if decision.action != "restart":
+                self._end_step()
             if decision.action == "end":
                 if not self.submission.is_stopped:
                     reason = "" if decision.code == DONE else f"; {decision.why}"
@@ -101,7 +105,8 @@ class Batch:
                 else:
                     time.sleep(300)  # SLURM ends this start meanwhile
                 return decision.code
-            pause = _PAUSE * 2 ** max(0, past.crashes - 1, past.refusals - 1)
+            times = max(past.crashes - 1, past.refusals)  # none after one crash
+            pause = _PAUSE * 2 ** (times - 1) if times > 0 else 0.0
             end = time.monotonic() + min(pause, _LONGEST_PAUSE)
             while time.monotonic() < end and not self.stop_signal:
                 time.sleep(0.1)
@@ -194,7 +199,9 @@ class Batch:
         limit = {"limit": self._limit} if len(self.hosts) < self.sizes[0] else {}
         outcome.record_start(attempt.path, command, world, slurm=start, **limit)
         self._attempt = attempt
-        if faults := self._preflight(attempt):
+        if self._step and not (self._step.is_warm and self._step.hosts == self.hosts):
+            self._end_step()
+        if not self._step and (faults := self._preflight(attempt)):
             return self._end(attempt, faults)
         if self.stop_signal:
             how = "interrupted before ranks"
@@ -206,16 +213,24 @@ class Batch:
         cpus = f" of {each} CPUs" if each > 1 else ""
         self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
         environment = self._environment(attempt, str(free_port()))
-        self._step = steps.JobStep(command, environment, attempt.path / "srun.log")
+        log = attempt.path / "srun.log"
+        self._step = step = self._step or WarmStep(command, environment, log, self.hosts, world)
         is_over = Event()
         if len(self.hosts) < self.sizes[0]:
             Thread(target=self._grow, args=[is_over], daemon=True).start()
-        code = self._step.wait(self._is_late, self.id)
+        code = step.train(attempt.path, environment, self._is_late, self.id)
         is_over.set()
-        step, self._step = self._step, None
         stopped, observed = bool(self.stop_signal), (step.lost_node, step.refusal)
         end = policy.outcome_of(attempt.path, code, step.failures, stopped, *observed)
+        if not step.is_warm or end.needs_preflight:
+            self._end_step()
         return self._end(attempt, end)
+
+    def _end_step(self) -> None:
+        """End the tasks that wait for another attempt."""
+        step, self._step = self._step, None
+        if step and not step.is_over:
+            step.finish(self._is_late, self.id)
 
     def _grow(self, is_over: Event) -> None:
         """While the attempt runs, look from time to time whether to end it, and to requeue the job

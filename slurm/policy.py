@@ -44,6 +44,12 @@ class AttemptOutcome:
     faulty: dict[str, str] = field(default_factory=dict)
     refused: int = 0
 
+    @property
+    def needs_preflight(self) -> bool:
+        """True if the nodes must be looked at before ranks start again: it is more than the error
+        of a rank's program, or a kill of its process."""
+        return bool(self.faulty or self.refused or (self.blamed and self.code != -signal.SIGKILL))
+
 
 def outcome_of(
     attempt: Path,

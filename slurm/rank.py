@@ -1,4 +1,5 @@
-"""A rank, `python -P -m forescale.slurm.rank RUN`: trains the frozen config as a task of srun.
+"""A task of srun, `python -P -m forescale.slurm.rank RUN`: forks a rank for each attempt that the
+supervisor orders (warm.py), or is one, which trains the frozen config.
 
 Invariant: torch's variables (RANK, WORLD_SIZE, ...) are set before torch is imported.
 """

@@ -116,6 +116,12 @@ class JobStep:
         return self.process.poll() is not None
 
     @property
+    def has_ended_tasks(self) -> bool:
+        """True if srun says that a task failed, or that a node is lost."""
+        self._look()
+        return self._failed is not None
+
+    @property
     def has_failed(self) -> bool:
         """True if a task failed, and the others had some seconds to report."""
         self._look()
@@ -190,7 +196,7 @@ class JobStep:
     def _look(self) -> None:
         if self._failed is None and self._num_read != self._num_seen:
             self._num_seen = self._num_read
-            if self.failures or self.lost_node:
+            if failures(self._output) or self.lost_node:
                 self._failed = time.monotonic()
 
 

@@ -1,6 +1,7 @@
 """Seconds from the command to the end of the first step: the default job, with a prepared corpus
 and what torch.compile had cached; and those of one process that does nothing but that step
-(bare_start.py), less than any run with DeepSpeed has to do.
+(bare_start.py), less than any run with DeepSpeed has to do. And the seconds from the death of a
+rank (SIGKILL) to the end of the next step.
 """
 
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from forescale.config.frozen import frozen_file
+from forescale.resilience.injector import records
+from forescale.run.directory import Run
 from forescale.run.rows import read_rows
 from forescale.run.start import open_sources, settle
 from tests.benchmarks.pairing import Result, interleaved
@@ -45,7 +48,13 @@ def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
         for where, spans in inside.items()  # the first round warmed up
     }
     labels = ("ours", "one bare process")
-    return [Result("start-up to the first step", "s", labels, rows, facts=facts)]
+    again = [next_step(sizes) for _ in range(min(rounds, 5))]
+    parts = {name: median(each[name] for _, each in again) for name in again[0][1]}
+    after = [(seconds,) for seconds, _ in again]
+    return [
+        Result("start-up to the first step", "s", labels, rows, facts=facts),
+        Result("a rank's death to the next step", "s", ("ours",), after, facts=parts),
+    ]
 
 
 def freeze(folder: Path, sizes: TrainingSizes) -> Path:
@@ -67,6 +76,22 @@ def first_step(sizes: TrainingSizes) -> tuple[float, dict[str, float]]:
         command = [sys.executable, "-P", "-m", "forescale", "train", *sizes.words(Path(folder))]
         seconds = seconds_until(lambda: bool(read_rows(metrics)), command, Path(folder))
         return seconds, read_rows(metrics)[0]["seconds"]
+
+
+def next_step(sizes: TrainingSizes) -> tuple[float, dict[str, float]]:
+    """Seconds from a fault to the next step's row, and the row's own by phase."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, ended = Run(Path(folder) / "first"), []
+
+        def is_there() -> bool:
+            if rows := [row for row in read_rows(run.metrics) if row["attempt"] == 2]:
+                ended.append((time.time(), rows[0]["seconds"]))
+            return bool(rows)
+
+        keys = ("checkpoint.every=5 steps", "faults=[kill@8:rank0]")
+        command = [sys.executable, "-P", "-m", "forescale", "train", *sizes.words(Path(folder))]
+        seconds_until(is_there, [*command, *keys], Path(folder))
+        return ended[0][0] - records(run)[0]["time"], ended[0][1]
 
 
 def bare_step(frozen: Path) -> tuple[float, dict[str, float]]:

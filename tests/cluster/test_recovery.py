@@ -92,12 +92,36 @@ def test_requeued_by_hand_in_mid_step(lab, job, reference):
 def test_a_rank_is_killed(lab, job, reference):
     job.submit().until_step(45)
     fault = Fault(job, "rank killed (SIGKILL)")
-    (pid,) = lab.pids("n2", RANK)
+    pid = lab.pids("n2", RANK)[-1]  # the first is its template
     os.kill(pid, signal.SIGKILL)
     fault.again()
     assert "rank 1 ended with SIGKILL" in job.lives()[0]["how"]
     assert job.lives()[0]["blamed"].keys() == {"n2"}
     assert len({life["slurm"]["restart"] for life in job.lives()}) == 1, "in the same allocation"
+    assert not (job.attempts()[1].path / "preflight.json").exists(), "by the tasks of the same step"
+    check(job, reference, fault)
+
+
+@rare
+def test_ranks_are_killed_while_others_start_again(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "rank killed, and another one in its recovery")
+    os.kill(lab.pids("n2", RANK)[-1], signal.SIGKILL)
+    job.until(lambda: len(job.attempts()) == 2 and len(lab.pids("n1", RANK)) == 2)
+    os.kill(lab.pids("n1", RANK)[-1], signal.SIGKILL)
+    job.until(lambda: len(job.attempts()) == 3)
+    fault.again()
+    assert [len(life["blamed"]) for life in job.lives()[:2]] == [1, 1]
+    check(job, reference, fault)
+
+
+@rare
+def test_a_template_of_ranks_is_killed(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "template of a rank killed")
+    os.kill(lab.pids("n2", RANK)[0], signal.SIGKILL)
+    fault.again()
+    assert (job.attempts()[1].path / "preflight.json").exists(), "a cold start"
     check(job, reference, fault)
 
 
@@ -107,7 +131,7 @@ def test_a_node_that_is_to_blame_twice_is_left_out(lab, job, reference):
     for life in range(1, 3):
         job.until(lambda life=life: len(job.lives()) == life and job.trained_in_newest > 25)
         fault = Fault(job, "rank of one node killed twice")
-        (pid,) = lab.pids("n2", RANK)
+        pid = lab.pids("n2", RANK)[-1]  # the first is its template
         os.kill(pid, signal.SIGKILL)
         job.until(lambda fault=fault: job.attempts()[-1].number > fault.attempt.number)
     fault.again()
@@ -202,7 +226,7 @@ def test_a_node_is_cut_off_and_comes_back(lab, job, reference):
 def test_a_rank_that_stands_still_is_named_across_nodes(lab, job, reference):
     job.submit().until_step(45)
     fault = Fault(job, "rank stopped (SIGSTOP)")
-    (pid,) = lab.pids("n2", RANK)
+    pid = lab.pids("n2", RANK)[-1]  # the first is its template
     os.kill(pid, signal.SIGSTOP)
     fault.again()
     assert "rank 1 on host n2 has not answered" in job.lives()[0]["how"]

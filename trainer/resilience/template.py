@@ -27,9 +27,12 @@ from typing import Any
 
 from forescale.ground.errors import CRASHED
 from forescale.ground.processes import die_with_parent, name_process
+from forescale.resilience.outcome import kills_for_memory
 
 TEMPLATE = "FORESCALE_TEMPLATE"  # environment variable: the descriptor of a template's socket
 _NO_CUDA = 3  # CUDA_ERROR_NOT_INITIALIZED
+_LONGEST = 1 << 24  # bytes of a message
+_CONNECT = 20.0  # seconds to reach the supervisor of a job
 _LAST = 5.0  # seconds after a SIGKILL until the template itself is killed
 
 
@@ -50,10 +53,10 @@ class Channel:
             else:
                 self.socket.sendall(line)
 
-    def receive(self, seconds: float | None = 0.0) -> list[dict[str, Any]]:
+    def receive(self, seconds: float | None = None) -> list[dict[str, Any]]:
         """Return the messages that come within some seconds (None: as long as it takes). Raises
-        EOFError if the other end is closed."""
-        if not select.select([self.socket], [], [], seconds)[0]:
+        EOFError if the other end is closed, ValueError if what comes is no message."""
+        if seconds is not None and not select.select([self.socket], [], [], seconds)[0]:
             return []
         try:
             data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 8)
@@ -63,13 +66,28 @@ class Channel:
         if not data:
             raise EOFError
         *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > _LONGEST:
+            raise ValueError("a line without an end")
         return [json.loads(line) for line in lines]
 
 
 def requested() -> Channel | None:
-    """Return the channel of this process's launcher if it is to be a template."""
-    descriptor = os.environ.pop(TEMPLATE, "")
-    return Channel(socket.socket(fileno=int(descriptor))) if descriptor else None
+    """Return the channel to who asks this process to be a template; None if nobody does, or the
+    supervisor of its job can't be reached."""
+    value = os.environ.pop(TEMPLATE, "")
+    if not value or value.isdecimal():
+        return Channel(socket.socket(fileno=int(value))) if value else None
+    where, _, token = value.rpartition(":")
+    host, _, port = where.rpartition(":")
+    try:
+        connected = socket.create_connection((host, int(port)), timeout=_CONNECT)
+    except OSError:
+        return None
+    connected.settimeout(None)
+    channel = Channel(connected)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+    channel.send(token=token, rank=os.environ["RANK"], host=node)
+    return channel
 
 
 def fault() -> str | None:
@@ -88,11 +106,16 @@ def fault() -> str | None:
 
 def serve(channel: Channel, signals: Sequence[int]) -> None:
     """Fork a rank for each request, and return in each of them, with its variables and its output.
-    In the template itself it never returns: once the channel is closed and no rank is left, it ends
-    as the last one did. signals: blocked here, and in a rank until it listens to them."""
+    In the template itself it returns only if it can't fork and so is a rank: once the channel is
+    closed and no rank is left, it ends as the last one did. signals: blocked here, and in a
+    rank until it listens to them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    channel.send(fault=fault())
+    reason = fault()
+    channel.send(fault=reason)
+    if reason and "RANK" in os.environ:
+        return
     parent, ranks, code, is_open = os.getpid(), dict[int, int](), 0, True
+    killed, kills = set[int](), kills_for_memory()
     incoming, (ended, wakeup) = channel.socket.fileno(), os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
@@ -102,8 +125,10 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
         if ended in ready:
             os.read(ended, 1 << 10)
             while ranks and (status := os.waitpid(-1, os.WNOHANG))[0]:
-                code = os.waitstatus_to_exitcode(status[1])
-                channel.send(rank=ranks.pop(status[0]), code=code)
+                rank, code = ranks.pop(status[0]), os.waitstatus_to_exitcode(status[1])
+                end = {"code": code, "killed": rank in killed}
+                memory = code == -signal.SIGKILL and kills_for_memory() > kills
+                channel.send(rank=rank, memory=memory, **end)
         if incoming not in ready:
             continue
         try:
@@ -115,7 +140,10 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
             if "signal" in message:
                 for pid in [pid for pid, rank in ranks.items() if rank == message["rank"]]:
                     os.kill(pid, message["signal"])
+                    killed |= {message["rank"]} if message["signal"] == signal.SIGKILL else set()
             elif pid := os.fork():
+                killed.discard(message["rank"])
+                kills = kills_for_memory()
                 ranks[pid] = message["rank"]
                 channel.send(rank=message["rank"], pid=pid)
                 for descriptor in channel.descriptors:
@@ -129,8 +157,9 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
                 _become(channel, message, parent)
                 return
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(parent, -code)
     os._exit(code)
 
