@@ -222,7 +222,7 @@ def test_the_last_save_of_an_interrupted_run_is_copied_within_the_grace(
 ):
     """Its ranks save when they are asked to end; the job may end for good then."""
 
-    def interrupted(run, command, processes, grace, stop):
+    def interrupted(run, command, sizes, grace, stop, template):
         stop.deadline = 0.0 if is_late else time.monotonic() + 60
         return INTERRUPTED
 
