@@ -119,18 +119,23 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
     incoming, (ended, wakeup) = channel.socket.fileno(), os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    while is_open or ranks:
+    # Between attempts SIGTERM ends it: SLURM sends that before it waits, and then kills.
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    is_ending = False
+    while (is_open and not is_ending) or ranks:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         ready, _, _ = select.select([ended, incoming][: 1 + is_open], [], [])
         if ended in ready:
-            os.read(ended, 1 << 10)
+            is_ending = is_ending or signal.SIGTERM in os.read(ended, 1 << 10)
             while ranks and (status := os.waitpid(-1, os.WNOHANG))[0]:
                 rank, code = ranks.pop(status[0]), os.waitstatus_to_exitcode(status[1])
                 end = {"code": code, "killed": rank in killed}
                 memory = code == -signal.SIGKILL and kills_for_memory() > kills
                 channel.send(rank=rank, memory=memory, **end)
-        if incoming not in ready:
+        if incoming not in ready or (is_ending and not ranks):
             continue
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in a fork it stays so
         try:
             messages = channel.receive()
         except EOFError:
@@ -151,7 +156,8 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
                 channel.descriptors.clear()
             else:
                 signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for number in (signal.SIGCHLD, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_DFL)
                 for descriptor in (ended, wakeup):
                     os.close(descriptor)
                 _become(channel, message, parent)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 import psutil
 import pytest
@@ -82,3 +83,16 @@ def test_a_rank_of_a_suspended_one_can_be_killed(tmp_path, monkeypatch):
     rank.kill()
     assert rank.wait() == -signal.SIGKILL
     assert not psutil.wait_procs([process], timeout=10)[1]
+
+
+def test_it_ends_at_a_sigterm_once_no_rank_is_left(tmp_path):
+    template = Template([sys.executable, "-c", f"import time\n{SERVE}time.sleep(60)"])
+    template.begin(dict(os.environ), lambda: False)
+    rank = template.fork(0, {}, tmp_path / "log")
+    process = template.process
+    process.terminate()
+    time.sleep(0.3)
+    assert process.poll() is None
+    rank.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL, "as its rank"
+    assert rank.wait() == -signal.SIGKILL
