@@ -218,6 +218,8 @@ class Batch:
         is_over = Event()
         if len(self.hosts) < self.sizes[0]:
             Thread(target=self._grow, args=[is_over], daemon=True).start()
+        if self.settings.outlives_nodes:
+            Thread(target=self._release, args=[attempt, is_over], daemon=True).start()
         code = step.train(attempt.path, environment, self._is_late, self.id)
         is_over.set()
         stopped, observed = bool(self.stop_signal), (step.lost_node, step.refusal)
@@ -231,6 +233,22 @@ class Batch:
         step, self._step = self._step, None
         if step and not step.is_over:
             step.finish(self._is_late, self.id)
+
+    def _release(self, attempt: Attempt, is_over: Event) -> None:
+        """Once ranks wait for others, give up the nodes that can't be reached: SLURM would hold the
+        steps on all nodes until it does so itself, after SlurmdTimeout. For a thread."""
+        while not is_over.wait(2.0):
+            with suppress(UserError):
+                gone = queue.unreachable(self.hosts) if outcome.hang_of(attempt.path) else []
+                if not gone:  # all are alive; or this node is cut off, and SLURM doesn't answer
+                    continue
+                left = [host for host in self.job_hosts if host not in gone]
+                left = [host for host in left if host not in queue.lost(self.id, left)]
+                self._log(f"Given up, because it can't be reached: {', '.join(gone)}.")
+                queue.keep_nodes(self.id, left)
+                if self._step:  # srun would wait for them; what it leaves ends with its step
+                    self._step.process.kill()
+                return
 
     def _grow(self, is_over: Event) -> None:
         """While the attempt runs, look from time to time whether to end it, and to requeue the job

@@ -263,7 +263,7 @@ class SlurmConfig:
             ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
             notes.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
         if self.spares:
-            held = self.nodes.most + self.spares
+            held = Sizes(self.nodes.least + self.spares, self.nodes.most + self.spares)
             notes.append(
                 f"slurm.spares={self.spares}: the job holds {held} nodes and trains on "
                 f"{self.nodes}; plans and prices leave out the others."

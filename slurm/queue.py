@@ -8,9 +8,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +139,9 @@ def expect_accepted(script: str) -> None:
 def starts_now(script: Path, nodes: int, exclude: Sequence[str] = ()) -> bool:
     """True if a job of this script on so many nodes would start at once, on nodes that no job of a
     higher priority waits for, and without preempting one."""
-    words = [f"--nodes={nodes}", *([f"--exclude={','.join(exclude)}"] if exclude else [])]
+    # The jobs of slurm.after are over, and perhaps forgotten.
+    words = ["--dependency=", f"--nodes={nodes}"]
+    words += [f"--exclude={','.join(exclude)}"] if exclude else []
     environment = {**_outside_of_jobs(), "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
     text = _once(["sbatch", "--test-only", *words, str(script)], environment=environment)
     match = re.search(r" to start at ([0-9]+) ", text)
@@ -280,6 +285,31 @@ def lost(job: str, nodes: Sequence[str]) -> list[str]:
     # A * at the end means: it doesn't answer.
     down = {n for n, state in states.items() if state.endswith("*") or state.startswith("down")}
     return [node for node in nodes if node not in left or node in down]
+
+
+def unreachable(nodes: Sequence[str]) -> list[str]:
+    """Return the nodes of which nothing answers at slurmd's port within some seconds: switched off,
+    or cut off. (Where slurmd alone is gone, the node refuses the connection.)"""
+    text = _run(["scontrol", "--oneliner", "show", "node", ",".join(nodes)])
+    addresses = dict(re.findall(r"NodeName=(\S+) .*?NodeAddr=(\S+)", text))
+    port = int((_setting("SlurmdPort") or "6818").partition("-")[0])
+
+    def answers(node: str) -> bool:
+        try:
+            socket.create_connection((addresses[node], port), timeout=3.0).close()
+        except OSError as e:
+            return isinstance(e, ConnectionRefusedError | socket.gaierror)
+        return True
+
+    with ThreadPoolExecutor(64) as pool:
+        return [node for node, ok in zip(nodes, pool.map(answers, nodes), strict=True) if not ok]
+
+
+def keep_nodes(job: str, nodes: Sequence[str]) -> None:
+    """Give all other nodes of a running job back to SLURM, which ends the steps on them at once. It
+    writes a script for users into the working directory."""
+    place = f"--chdir={tempfile.gettempdir()}"
+    _run(["env", place, "scontrol", "update", f"JobId={job}", f"NodeList={','.join(nodes)}"])
 
 
 def _node_states(which: str) -> dict[str, str]:

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.duration import Duration
 from forescale.config.schema import ConfigError
+from forescale.config.sizes import Sizes
 from forescale.slurm.config import SlurmConfig, SubmitJob
 
 
@@ -96,6 +98,11 @@ def test_ranks_on_cpus_choose_their_own_number():
         (
             {"gpus_per_task": 1, "tasks_per_node": 4, "gres": "gpu:4"},
             ("gpus_per_task", "does not apply beside slurm.gpus_per_node or slurm.gres"),
+        ),
+        ({"grow": Duration(60, "seconds")}, ("grow", "needs a range of nodes")),
+        (
+            {"grow": Duration(60, "seconds"), "nodes": Sizes(2, 8), "requeue": False},
+            ("grow", "requeues the job, but slurm.requeue=false"),
         ),
         ({"options": ["--exclude=n1", "n2"]}, ("options", "'n2' is no option of sbatch")),
         ({"options": ["[--a=1,--b=2]"]}, ("options", "'[--a=1,--b=2]' is no option of sbatch")),

@@ -33,7 +33,7 @@ def cluster(commands, monkeypatch):
         commands(
             sinfo=f"echo 'n1 mixed'; echo 'n2 planned'; echo 'n3 idle*'; {nodes or 'true'}",
             scontrol=f"echo JobId=7 EndTime={now + left:.0f}",
-            sbatch=f"[ $2 = --nodes={idle} ] || exit 1; "
+            sbatch=f"[ $3 = --nodes={idle} ] || exit 1; "
             f"echo 'sbatch: Job 8 to start at {now + starts_in:.0f} using 8' >&2",
         )
 

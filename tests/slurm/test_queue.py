@@ -2,6 +2,8 @@
 they were given (the lab of tests/cluster has the real ones)."""
 
 import json
+import socket
+import tempfile
 
 import pytest
 
@@ -39,6 +41,26 @@ def test_a_node_is_lost_when_slurm_took_it_from_the_job_even_if_it_came_back(com
         sinfo="echo 'n1 mixed'; echo 'n2 idle'; echo 'n3 mixed*'; echo 'n4 mixed'",
     )
     assert queue.lost("7", ["n1", "n2", "n3", "n4"]) == ["n2", "n3"]
+
+
+def test_nodes_that_nothing_answers_from_are_given_up(commands, tmp_path, monkeypatch):
+    nodes = (
+        "NodeName=n1 Arch=x86_64 NodeAddr=a1 X=1\nNodeName=n2 NodeAddr=a2 \nNodeName=n3 NodeAddr=a3"
+    )
+    commands(
+        scontrol=f'case "$*" in *config) echo "SlurmdPort              = 6818" ;; update*)'
+        f" pwd > {tmp_path}/calls; echo $@ >> {tmp_path}/calls ;; *) printf '{nodes}' ;; esac"
+    )
+
+    def connect(address, timeout):
+        assert address[1] == 6818
+        raise {"a1": ConnectionRefusedError, "a2": TimeoutError, "a3": socket.gaierror}[address[0]]
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert queue.unreachable(["n1", "n2", "n3"]) == ["n2"], "the others answer, or have no address"
+    queue.keep_nodes("7", ["n1", "n3"])
+    place, call = (tmp_path / "calls").read_text().splitlines()
+    assert (place, call) == (tempfile.gettempdir(), "update JobId=7 NodeList=n1,n3")
 
 
 def test_the_cpus_of_the_smallest_node_of_a_partition(commands):
