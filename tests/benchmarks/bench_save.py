@@ -36,10 +36,12 @@ def compare(rounds: int, sizes: TrainingSizes) -> list[Result]:
         bench.take_data()
         turns = [bench.turn() for _ in range(rounds)]
         behind = [bench.training() for _ in range(min(rounds, 3))]
+        bench.snapshots.memory.clear(all_of_it=True)
     facts = {"bytes": bench.bytes, "parameters": bench.parameters}
     stall = [(t["stall"], t["waited"]) for t in turns]
     whole = [(t["behind"], t["plain"]) for t in turns]
     waited = [(t["waited"], t["plain"]) for t in turns]
+    snapshots = [(t["snapshot"], t["behind"]) for t in turns]
     steps = {name: median(t[name] for t in behind) for name in ("alone", "beside a save")}
     return [
         Result(
@@ -59,6 +61,14 @@ def compare(rounds: int, sizes: TrainingSizes) -> list[Result]:
             {f"seconds a training step, {name}": value for name, value in steps.items()},
         ),
         Result("save, waited for", "s", ("ours", "plain writing with fsync"), waited),
+        Result(
+            "training beside it, a step",
+            "s",
+            ("a snapshot in memory", "a save"),
+            [(t["beside a snapshot"], t["beside a save"]) for t in behind],
+            facts={"seconds a step, alone": steps["alone"]},
+        ),
+        Result("the whole of it", "s", ("a snapshot in memory", "a save"), snapshots),
     ]
 
 
@@ -66,6 +76,7 @@ class Bench:
     """An engine that has trained a step, its two ways to save, and plain writing."""
 
     def __init__(self, folder: Path, sizes: TrainingSizes):
+        from forescale.checkpoint.peer import PeerMemory, PeerSaver
         from forescale.checkpoint.retention import Keep
         from forescale.checkpoint.saver import Saver
         from forescale.engine import build
@@ -88,15 +99,19 @@ class Bench:
         self.data = memoryview(b"")
         arguments = (self.run, self.attempt, self.engine, dict, Keep(2))
         self.behind, self.waited = Saver(*arguments), Saver(*arguments, background=False)
+        self.snapshots = PeerSaver(*arguments)
+        self.snapshots.memory = PeerMemory(self.run, rank.world)
 
     def turn(self) -> dict[str, float]:
         """Seconds of each, one after the other."""
+        snapshot = self.save(self.snapshots, "snapshot_saved")
         behind, waited = self.save(self.behind), self.save(self.waited)
         self.bytes = behind["bytes"]
         self.first_stall = self.first_stall or behind["stall_seconds"]
         return {
             "stall": behind["stall_seconds"],
             "behind": behind["seconds"],
+            "snapshot": snapshot["seconds"],
             "waited": waited["seconds"],
             "plain": self.plain(),
         }
@@ -106,7 +121,7 @@ class Bench:
         path = self.run.checkpoint_path(self.step) / "rank-00000.safetensors"
         self.data = memoryview(path.read_bytes())
 
-    def save(self, saver: Any) -> dict[str, Any]:
+    def save(self, saver: Any, event: str = "checkpoint_saved") -> dict[str, Any]:
         """The event of a save that nothing goes on beside."""
         from forescale.checkpoint.reader import Position
         from forescale.run.rows import read_rows
@@ -115,7 +130,7 @@ class Bench:
         self._settle()
         saver.begin(Position(self.step))
         saver.finish()
-        return read_rows(self.run.events, kind="checkpoint_saved")[-1]
+        return read_rows(self.run.events, kind=event)[-1]
 
     def plain(self) -> float:
         """Seconds to write the bytes of a checkpoint's tensors from memory, and fsync."""
@@ -139,15 +154,16 @@ class Bench:
         os.sync()
 
     def training(self) -> dict[str, float]:
-        """Seconds a step, alone and while a save is written behind it."""
+        """Seconds a step, alone and while a save or a snapshot is written behind it."""
         from forescale.checkpoint.reader import Position
 
-        alone = self._steps()
-        self.step += 1
-        self.behind.begin(Position(self.step))
-        beside = self._steps()
-        self.behind.finish()
-        return {"alone": alone, "beside a save": beside}
+        seconds = {"alone": self._steps()}
+        for name, saver in (("a save", self.behind), ("a snapshot", self.snapshots)):
+            self.step += 1
+            saver.begin(Position(self.step))
+            seconds[f"beside {name}"] = self._steps()
+            saver.finish()
+        return seconds
 
     def _steps(self) -> float:
         began = time.perf_counter()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Report = Callable[..., None]
 Tick = Callable[[int], None]
+Memory = Mapping[int, Callable[[], bool]]  # by step: publishes a snapshot, False if it can't
 FORMAT = 4
 _BY_FILE = 3  # the format before: a row of each fragment
 STATE = "state.json"
@@ -291,15 +292,18 @@ def coverage_faults(shapes: Mapping[str, Sequence[int]], fragments: Iterable[Ser
     return faults
 
 
-def newest_complete(run: Run, report: Report, ranks: Ranks = ALONE) -> Checkpoint | None:
+def newest_complete(
+    run: Run, report: Report, ranks: Ranks = ALONE, memory: Memory | None = None
+) -> Checkpoint | None:
     """Return the newest eligible checkpoint whose every byte is verified; None if the run has none.
 
     Every rank calls it and reads its share of the files; all get the same answer.
-    report(kind, **facts): receives an event for each checkpoint that is passed over.
+    report(kind, **facts): receives an event for each checkpoint that is passed over. memory: of
+    peer.PeerMemory.snapshots.
     Raises UserError if there are checkpoints but none can be used: never back to step 0.
     """
     steps = _steps(run, ranks)
-    checkpoint = _first_complete(run, reversed(steps), report, ranks)
+    checkpoint = _first_complete(run, reversed(steps), report, ranks, memory or {})
     if checkpoint is None and steps:
         raise UserError(
             str(run.checkpoints),
@@ -320,7 +324,7 @@ def newest_before(
     steps = _steps(run, ranks)
     early = [s for s in reversed(steps) if s <= newest]
     later = [] if strictly else [s for s in steps if s > newest]
-    if checkpoint := _first_complete(run, early + later, report, ranks):
+    if checkpoint := _first_complete(run, early + later, report, ranks, {}):
         return checkpoint
     problem = f"has no complete checkpoint of step {newest:,} or before to roll back to"
     raise UserError(
@@ -333,10 +337,12 @@ def _steps(run: Run, ranks: Ranks) -> list[int]:
 
 
 def _first_complete(
-    run: Run, steps: Iterable[int], report: Report, ranks: Ranks
+    run: Run, steps: Iterable[int], report: Report, ranks: Ranks, memory: Memory
 ) -> Checkpoint | None:
     opened: list[Checkpoint] = []
-    for step in steps:
+    for step in sorted({*steps, *memory}, reverse=True) if memory else steps:
+        if step in memory and not memory[step]():
+            continue
         path = run.checkpoint_path(step)
         # Its state.json is small, and may make it unnecessary to read the rest.
         faults, counts = ranks.from_main(partial(_first_look, run, step), path)

@@ -11,12 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep, Retention, leftovers
-from forescale.checkpoint.writer import Snapshot, write
+from forescale.checkpoint.writer import Midway, Snapshot, write
 from forescale.engine.portable.fragments import HostCopy
 from forescale.engine.ranks import Ranks
 from forescale.engine.step import Engine
@@ -35,6 +34,8 @@ class Saver:
     thread. `failed`: True if the save in flight has failed on this rank; `finish` raises the error.
     """
 
+    _group = "saves"  # of ranks in the background
+
     def __init__(
         self,
         run: Run,
@@ -43,10 +44,10 @@ class Saver:
         facts: Callable[[], dict[str, Any]],
         keep: Keep,
         background: bool = True,
-        midway: Callable[[int, Path], None] = lambda step, path: None,
+        midway: Midway = lambda step, path: None,
     ):
         world = engine.world
-        self._ranks: Ranks = world.in_background("saves") if background else world
+        self._ranks: Ranks = world.in_background(self._group) if background else world
         self._run, self._attempt, self._engine, self._facts = run, attempt, engine, facts
         self._copy = HostCopy() if background else None
         self._midway = midway
@@ -90,7 +91,6 @@ class Saver:
     def _save(self, snapshot: Snapshot, began: float, stall: float | None) -> None:
         try:
             self._publish(snapshot, began, stall)
-            self._retried(snapshot.position.step, lambda: self._retention(self._ranks))
         except BaseException as e:  # of any kind: `finish` raises it in the training thread
             self._fault = e
             self.failed = True
@@ -111,6 +111,7 @@ class Saver:
         events = self._attempt.events.path
         report = lambda: self._attempt.event("checkpoint_saved", **facts)  # noqa: E731
         self._retried(step, lambda: ranks.from_main(report, events))
+        self._retried(step, lambda: self._retention(ranks))
 
     def _prepare(self) -> None:
         def sweep() -> None:

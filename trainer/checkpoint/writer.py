@@ -11,6 +11,7 @@ the table and renames. Loading runs no code from the checkpoint: safetensors and
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from forescale.ground.storage import FileEntry, fsync_path, publish, write_json,
 from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
 
+Midway = Callable[[int, Path], None]
 _SLACK = 1 << 20  # bytes that must be free on the disk besides the tensors and their descriptions
 _NO_ATTEMPT = 0  # has saved weights that no engine holds
 _HEADER = 512  # about this many bytes describe a fragment, in its file and in state.json
@@ -73,7 +75,7 @@ def write(
     attempt: int,
     snapshot: Snapshot,
     ranks: Ranks,
-    midway: Callable[[int, Path], None] = lambda step, path: None,
+    midway: Midway = lambda step, path: None,
 ) -> int | None:
     """Write and publish the snapshots of all ranks; every rank calls it. Return the bytes of the
     tensors of all ranks, on rank 0.
@@ -82,22 +84,48 @@ def write(
     UserError on every rank if any rank's storage fails, if there is no room (before anything is
     written), or if a newer attempt started before this step; no partial checkpoint stays.
     """
-    position, final = snapshot.position, run.checkpoint_path(snapshot.position.step)
-    stage = final.with_name(f".{final.name}.attempt-{attempt:04d}.stage")
-    file = rank_file(ranks.rank)
+    step, size = snapshot.position.step, ranks.merged(snapshot.size, sum)
+    stage = stage_of(run, attempt, step)
+    try:
+        ranks.from_main(partial(make_stage, run, attempt, step, size), run.checkpoints)
+        total = write_files(stage, attempt, snapshot, ranks, midway)
+        ranks.from_main(partial(publish_stage, run, attempt, step), stage)
+        return total
+    except UserError:
+        if ranks.is_main:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
 
-    def make_stage() -> None:
-        _expect_eligible(run, attempt, position.step)
-        shutil.rmtree(stage, ignore_errors=True)
-        if not run.checkpoints.is_dir():
-            run.checkpoints.mkdir(parents=True)
-            fsync_path(run.path)
-        needed, free = size + _SLACK, shutil.disk_usage(run.path).free  # a quota isn't seen
-        if free < needed:
-            problem = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
-            todo = "free some space, then give the same command again"
-            raise UserError(str(run.checkpoints), problem, todo)
-        stage.mkdir()
+
+def stage_of(run: Run, attempt: int, step: int) -> Path:
+    """Return where `attempt` writes the checkpoint of `step` before it is published."""
+    final = run.checkpoint_path(step)
+    return final.with_name(f".{final.name}.attempt-{attempt:04d}.stage")
+
+
+def make_stage(run: Run, attempt: int, step: int, size: int) -> None:
+    """Make `stage_of` the arguments, empty. Raises UserError if there are not `size` bytes free on
+    the disk, or if a newer attempt started before this step."""
+    _expect_eligible(run, attempt, step)
+    stage = stage_of(run, attempt, step)
+    shutil.rmtree(stage, ignore_errors=True)
+    if not run.checkpoints.is_dir():
+        run.checkpoints.mkdir(parents=True)
+        fsync_path(run.path)
+    needed, free = size + _SLACK, shutil.disk_usage(run.path).free  # a quota isn't seen
+    if free < needed:
+        problem = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
+        todo = "free some space, then give the same command again"
+        raise UserError(str(run.checkpoints), problem, todo)
+    stage.mkdir()
+
+
+def write_files(
+    stage: Path, attempt: int, snapshot: Snapshot, ranks: Ranks, midway: Midway
+) -> int | None:
+    """Write the files of a checkpoint into `stage`: each rank its own, rank 0 also state.json and
+    the table. Otherwise as `write`."""
+    position, file = snapshot.position, rank_file(ranks.rank)
 
     def write_own() -> dict[str, Any]:
         path = stage / file
@@ -124,17 +152,9 @@ def write(
         table = {name: FileEntry(**entry) for name, entry in whole["table"].items()}
         table[STATE] = write_json(stage / STATE, state, compact=True)
         write_table(stage, table)
-        _replace(run, stage, final, attempt)
 
-    size = ranks.merged(snapshot.size, sum)
-    try:
-        ranks.from_main(make_stage, run.checkpoints)
-        whole = ranks.together_for_main(write_own, stage, _merged)
-        ranks.from_main(commit, stage)
-    except UserError:
-        if ranks.is_main:
-            shutil.rmtree(stage, ignore_errors=True)
-        raise
+    whole = ranks.together_for_main(write_own, stage, _merged)
+    ranks.from_main(commit, stage)
     return sum(entry["size"] for entry in whole["table"].values()) if ranks.is_main else None
 
 
@@ -164,15 +184,15 @@ def _expect_eligible(run: Run, attempt: int, step: int) -> None:
         raise UserError(str(run.path), problem, "do nothing: the newer attempt goes on")
 
 
-def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
-    """Publish. An existing checkpoint of this step is replaced only now: it is of an older attempt
-    and not eligible, or could not be read when this attempt chose its parent. A pinned one stays on
-    the disk under another name.
+def publish_stage(run: Run, attempt: int, step: int) -> None:
+    """Publish `stage_of` the arguments. An existing checkpoint of this step is replaced only now:
+    it is of an older attempt and not eligible, or could not be read when this attempt chose its
+    parent. A pinned one stays on the disk under another name.
 
     This attempt may be suspended anywhere here and overtaken. So the old checkpoint is judged when
     no other attempt can reach it any more, and goes back if it is a newer attempt's.
     """
-    step = int(final.name.rpartition("-")[2])
+    stage, final = stage_of(run, attempt, step), run.checkpoint_path(step)
     _expect_eligible(run, attempt, step)
     if not final.exists():
         return publish(stage, final)

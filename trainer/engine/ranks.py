@@ -128,6 +128,17 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def swap(self, before: "Ranks", out: Any, into: Any) -> None:
+        """Of two ranks each: send the tensor `out` to the other one here, and receive `into` from
+        the other one of `before`; None: nothing."""
+        import torch.distributed as dist
+
+        sending = out is not None and dist.isend(out, group=self.group, group_dst=1 - self.rank)
+        if into is not None:
+            dist.recv(into, group=before.group, group_src=1 - before.rank)
+        if sending:
+            sending.wait()
+
     def together(
         self, work: Callable[[], Any], where: Path | None = None, merge: Merge | None = None
     ) -> Any:

@@ -167,6 +167,21 @@ class World(Ranks):
 
         return Tree.of(self.rank, self.size, grouped)
 
+    def ring(self, shift: int) -> tuple[Ranks, Ranks]:
+        """Return this rank with the one `shift` after it, and with the one before it, each in a
+        process group of two, for one other thread. Every rank calls this together; shift divides
+        their number."""
+        count, starts = self.size // shift, (self.rank, (self.rank - shift) % self.size)
+        pairs: dict[int, Ranks] = {}
+        turns = {s: 2 if count % 2 and s // shift == count - 1 else s // shift % 2 for s in starts}
+        for turn in range(3):  # so that no rank waits for one that waits for the next
+            now = [start for start in starts if turns[start] == turn]
+            # A rank without a pair is alone in a group: torch must count as many on each rank.
+            peers = sorted({self.rank, *now, *((start + shift) % self.size for start in now)})
+            group = self._grouped(peers, None, least=1, backend="gloo")
+            pairs |= dict.fromkeys(now, group)
+        return pairs[starts[0]], pairs[starts[1]]
+
     def union_in_background(self, item: Callable[..., Any]) -> Callable[[frozenset], frozenset]:
         """Return a function, for one other thread, that returns the union of all ranks' sets of
         tuples; `item` makes such a tuple from its fields."""

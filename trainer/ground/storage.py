@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile, mkstemp
+from tempfile import TemporaryFile, gettempdir, mkstemp
 from typing import Any
 
 from platformdirs import user_cache_path
@@ -359,6 +359,28 @@ def cache_directory(cache: str | Path | None = None) -> Path:
     $XDG_CACHE_HOME/forescale or ~/.cache/forescale on Linux."""
     chosen = cache or os.environ.get("FORESCALE_CACHE") or user_cache_path("forescale")
     return Path(chosen).expanduser()
+
+
+def memory_folder(key: str) -> Path:
+    """Return the path of this user's folder of a name in the memory of the node; on a machine
+    without /dev/shm among the temporary files."""
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return _memory() / f"forescale-{os.getuid()}-{digest}"
+
+
+def _memory() -> Path:
+    shm = Path("/dev/shm")
+    return shm if os.access(shm, os.W_OK | os.X_OK) else Path(gettempdir())
+
+
+def make_private(path: Path) -> Path:
+    """Make a folder that is closed to others, unless it exists. Raises UserError if it belongs to
+    another user, OSError if it can't be made."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise UserError(str(path), "belongs to another user", "remove it")
+    return path
 
 
 def read_private(path: Path) -> bytes:

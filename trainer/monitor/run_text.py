@@ -28,7 +28,7 @@ from forescale.run.abilities import in_words
 from forescale.run.certificate import about
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
-from forescale.run.rows import Row
+from forescale.run.rows import Row, select
 from forescale.run.stored import StoredAverage, StoredMirror
 
 if TYPE_CHECKING:
@@ -216,6 +216,8 @@ def _show_attempts(s: Status, console: Console) -> None:
             came = f"step {parent.step if parent.checkpoint else 0:,}"
             other = Path(parent.checkpoint).parents[1] if parent.checkpoint else s.run.path
             came += f" of {other}" if other.name != s.run.name else ""
+            for used in select(s.rows_of_events(attempt), kind="snapshot_used"):
+                came += f", {used.get('what')}"
         # The directory's own time changes with every new file in it; parent.json is written once.
         marks = [attempt.path / "parent.json", attempt.path]
         begun = next(p for p in marks if p.exists()).stat().st_mtime

@@ -34,6 +34,7 @@ State = Literal[
 ]  # fmt: skip
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
 _AHEAD = 3600.0  # most seconds that the clock of a file server may be ahead of ours
+_SAVED = ("checkpoint_saved", "snapshot_saved")  # events of every run
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Status:
     def last_event(self) -> str | None:
         """The kind of the last event that isn't a save."""
         rows = [row for a in self.attempts[-2:] for row in self._memory.events(a)]
-        kinds = [row.get("kind", "-") for row in rows if row.get("kind") != "checkpoint_saved"]
+        kinds = [row.get("kind", "-") for row in rows if row.get("kind") not in _SAVED]
         return kinds[-1] if kinds else None
 
     @property

@@ -240,10 +240,11 @@ class Plan:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of CPU memory of the first node that its ranks keep for the copy of a
-        checkpoint."""
+        """Bytes of CPU memory of the first node that its ranks keep for copies of a checkpoint:
+        with checkpoint.peer another, and two snapshots of this node and of another."""
         of = self.job, self.trained, self.world, self.job.on_gpu
-        return sum(copy_bytes(*of, rank) for rank in range(self.per_node))
+        copies = 1 if self.job.checkpoint.peer is None else 6 if self.nodes > 1 else 4
+        return copies * sum(copy_bytes(*of, rank) for rank in range(self.per_node))
 
     @property
     def save_seconds(self) -> float:

@@ -415,7 +415,9 @@ def _saves(plan: Plan) -> list[Row]:
     every, is_counted = plan.interval, plan.job.checkpoint.every.seconds is None
     often = f" (every {span(every)})" if every and is_counted else ""
     grace = plan.job.launch.grace.seconds or 0.0
-    copy = f"; its copy keeps {bytes_text(plan.copy_bytes)} of a node's CPU memory"
+    copy = f"; copies of it keep {bytes_text(plan.copy_bytes)} of a node's CPU memory"
+    if (peer := plan.job.checkpoint.peer) and plan.nodes > 1:
+        copy += f" (each node sends the next {bytes_text(size // plan.nodes)} every {peer})"
     facts = {"bytes": size, "max_on_disk": most, "copy_bytes_of_node": plan.copy_bytes,
              "stall_seconds": plan.stall_seconds, "save_seconds": plan.save_seconds,
              "signal_lead_seconds": plan.lead_seconds, "interval_seconds": every}  # fmt: skip

@@ -14,13 +14,11 @@ directory. So 2,000 nodes write 2,000 small files every `share_interval`, and th
 when something is wrong.
 """
 
-import hashlib
 import json
 import mmap
 import os
 import shutil
 import struct
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -31,7 +29,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from forescale.ground.errors import UserError
-from forescale.ground.storage import read_typed
+from forescale.ground.storage import make_private, memory_folder, read_typed
 from forescale.ground.typed import AnyNumber, Count, Flag, Number, typed
 from forescale.resilience.phases import PLACE
 
@@ -113,8 +111,7 @@ def node_path(attempt: Path, port: str) -> Path:
     port: the master's. It is part of the name because a run that was deleted and started anew has
     the same attempt path again.
     """
-    name = hashlib.sha256(f"{attempt.resolve()}:{port}".encode()).hexdigest()[:16]
-    return _memory() / f"forescale-{os.getuid()}-{name}"
+    return memory_folder(f"{attempt.resolve()}:{port}")
 
 
 class NodeDirectory:
@@ -124,11 +121,7 @@ class NodeDirectory:
     """
 
     def __init__(self, attempt: Path):
-        self.path = node_path(attempt, os.environ.get("MASTER_PORT", ""))
-        with suppress(FileExistsError):
-            self.path.mkdir(mode=0o700)
-        if self.path.is_symlink() or self.path.stat().st_uid != os.getuid():
-            raise UserError(str(self.path), "belongs to another user", "remove it")
+        self.path = make_private(node_path(attempt, os.environ.get("MASTER_PORT", "")))
 
     def _file(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.json"
@@ -197,17 +190,12 @@ def remove_stale(current: NodeDirectory) -> None:
     """Delete this user's directories of earlier launches whose processes are all gone. current: of
     this launch; it tells the time, because the clock may just have been set."""
     now = current.path.stat().st_mtime
-    for path in _memory().glob(f"forescale-{os.getuid()}-*"):
+    for path in current.path.parent.glob(f"forescale-{os.getuid()}-*"):
         with suppress(OSError, UserError):
             pids = [read_typed(_Row, p)["pid"] for p in path.glob("rank-*.json")]
             old = now - path.stat().st_mtime > _OLD
             if old and not any(Path(f"/proc/{pid}").exists() for pid in pids):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _memory() -> Path:
-    shm = Path("/dev/shm")
-    return shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
 
 
 def write_node(attempt: Path, host: str, ranks: Iterable[RankStatus]) -> None:

@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from forescale.checkpoint.peer import PeerMemory, PeerSaver
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import keep_of
 from forescale.checkpoint.saver import Saver
@@ -62,12 +63,14 @@ class Parts:
     validation: Validation
     user_callbacks: list[UserCallback]
     checkpoints: Checkpoints
+    snapshots: Checkpoints | None = None  # in the memory of nodes
 
     @property
     def callbacks(self) -> list[Callback]:
         """All callbacks in their order: a step is logged first; it is saved before it is scored,
         which may take an hour."""
-        return [self.metrics, *self.user_callbacks, self.checkpoints, self.validation]
+        saving = [self.checkpoints, self.snapshots] if self.snapshots else [self.checkpoints]
+        return [self.metrics, *self.user_callbacks, *saving, self.validation]
 
     def close(self) -> None:
         """End the workers of the data stream, and write what the metrics still hold."""
@@ -89,6 +92,7 @@ class Builder:
     injector: Injector | None
     prediction: PredictionInterval | None
     references: References | None = None  # of preferences
+    memory: PeerMemory | None = None
 
     @cached_property
     def objective(self) -> Objective:
@@ -127,7 +131,7 @@ class Builder:
         metrics = self._metrics(attempt, point.position, feed)
         due = self._every(self.job.validation.every)
         validation = Validation(due, self._score, metrics.scored, self._abilities)
-        checkpoints = self._checkpoints(attempt, judge)
+        saving = checkpoints, _ = self._checkpoints(attempt, judge)
         replay = self.job.guard.replay
         guard = StepGuard(
             judge,
@@ -143,7 +147,7 @@ class Builder:
         user_callbacks = self._user_callbacks(
             attempt, self.job.guard.most_rollbacks - len(rollbacks)
         )
-        return Parts(batches, guard, metrics, validation, user_callbacks, checkpoints)
+        return Parts(batches, guard, metrics, validation, user_callbacks, *saving)
 
     def lacks_score(self, point: ResumePoint) -> bool:
         """True if the run ended between the save that it resumes from and the evaluation of the
@@ -254,19 +258,22 @@ class Builder:
             callbacks.append(UserCallback(callback, event, rollbacks_left))
         return callbacks
 
-    def _checkpoints(self, attempt: Attempt, judge: Guard) -> Checkpoints:
+    def _checkpoints(
+        self, attempt: Attempt, judge: Guard
+    ) -> tuple[Checkpoints, Checkpoints | None]:
         job, rules = self.job, self.job.checkpoint
         scale = {"adapter_scale": job.lora.scale} if job.lora.rank else {}
-        saver = Saver(
-            self.run,
-            attempt,
-            self.engine,
-            lambda: {"numerics": self.numerics, "guard": judge.state, **scale},
-            keep_of(job),
-            background=rules.background,
-            **({"midway": self.injector.writing} if self.injector else {}),
-        )
-        return Checkpoints(self._every(rules.every, tuple(rules.at)), saver)
+        facts = lambda: {"numerics": self.numerics, "guard": judge.state, **scale}  # noqa: E731
+        parts = self.run, attempt, self.engine, facts, keep_of(job)
+        extra: dict[str, Any] = {"midway": self.injector.writing} if self.injector else {}
+        saver = Saver(*parts, background=rules.background, **extra)
+        checkpoints = Checkpoints(self._every(rules.every, tuple(rules.at)), saver)
+        if self.memory is None or rules.peer is None:
+            return checkpoints, None
+        snapshots = PeerSaver(*parts, **extra)
+        snapshots.memory = self.memory
+        due = Every(job.cadence(rules.peer), 0, (), rules.peer.seconds)  # none at the end
+        return checkpoints, Checkpoints(due, snapshots)
 
     def _score(self, complete: bool) -> Mapping[str, Scored]:
         """Return the scores of the held-out split of each source of a mixture, and of all

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forescale.checkpoint import reader, writer
+from forescale.checkpoint.peer import PeerMemory
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.train import TrainJob
 from forescale.data.mixture import merged_intervals
@@ -45,17 +46,23 @@ class ResumePoint:
 
 
 def resume(
-    run: Run, job: TrainJob, engine: Engine, report: Report, attempt: Attempt
+    run: Run,
+    job: TrainJob,
+    engine: Engine,
+    report: Report,
+    attempt: Attempt,
+    memory: PeerMemory | None = None,
 ) -> ResumePoint:
-    """Load the newest complete checkpoint of the run; without one, that of the run that it branches
-    from; else begin at step 0. Every rank calls it.
+    """Load the newest complete checkpoint of the run, or snapshot in `memory`; without one, that of
+    the run that it branches from; else begin at step 0. Every rank calls it.
 
     report(kind, **facts): receives the checkpoints that are passed over. attempt: the one that is
     starting. Raises UserError if there are checkpoints but none can be used, if what the run has
     saved or logged is missing or damaged, or if a newer attempt was started.
     """
     ranks, origin, weights_only = engine.world, job.run.origin, False
-    checkpoint = reader.newest_complete(run, report, ranks)
+    snapshots = memory.snapshots(attempt.number, report) if memory else {}
+    checkpoint = reader.newest_complete(run, report, ranks, snapshots)
     history = _history(run, checkpoint, report, engine, attempt)
     if checkpoint is None and origin.run is not None:
         checkpoint = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)

@@ -7,13 +7,14 @@ decides, and the others receive it.
 import os
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from forescale.checkpoint.mirror import Mirror, mirror_of
+from forescale.checkpoint.peer import PeerMemory
 from forescale.checkpoint.reader import Position, newest_step
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
@@ -69,6 +70,9 @@ class Trainer:
         attempt = os.environ.get(ATTEMPT)  # made by our launcher; other launchers don't
         attempt = attempt or self.world.from_main(lambda: str(self.run.new_attempt().path))
         self.attempt = Attempt(Path(attempt))
+        self.memory = PeerMemory(self.run, self.world) if self.job.checkpoint.peer else None
+        if self.memory and not self.memory.neighbour:
+            self._print("Note: there is no other node for the snapshots of checkpoint.peer.")
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.phases)
         waits = waiting_places(self.job.engine.stage, self.world.mesh.exchanges)
@@ -103,7 +107,8 @@ class Trainer:
         self._build()
         if self.job.objective.are_preferences and not self._has_reference():
             return INTERRUPTED
-        point = self._begin(resume(self.run, self.job, self.engine, self._warn, self.attempt))
+        parts = (self.run, self.job, self.engine, self._warn, self.attempt, self.memory)
+        point = self._begin(resume(*parts))
         position, total = point.position, self.job.total_steps
         if position.step >= total and not self.builder.lacks_score(point):
             self._print(f"{self.run.name} is complete: {position.step:,} steps are trained.")
@@ -161,6 +166,7 @@ class Trainer:
             self.numerics,
             self.injector,
             self.prediction,
+            memory=self.memory,
         )
 
     def _has_reference(self) -> bool:
@@ -193,6 +199,12 @@ class Trainer:
             if point.checkpoint is not None:
                 step = point.position.step
                 self._print(f"Resuming from {point.checkpoint.path} (step {step:,}).")
+        if self.memory:
+            if self.memory.source and self.world.is_main:
+                self.attempt.event("snapshot_used", **self.memory.source)
+                self._print(f"It came {self.memory.source['what']}.")
+            self.memory.source = None
+            self.memory.clear()  # of earlier attempts
         return point
 
     def _train_attempt(self, point: ResumePoint) -> tuple[Position, bool]:
@@ -247,6 +259,10 @@ class Trainer:
         finally:
             self.phases.mark("closing")
             parts.close()
+            if reason and parts.snapshots and self.memory:
+                with suppress(UserError):  # the run goes on without it, or ends
+                    parts.snapshots.finish()
+                self.memory.clear()  # what is newer than a rollback's checkpoint must not come back
             if reason and self.world.is_main:
                 seconds = self.phases.take()  # since the last row
                 self.attempt.event("ended", step=position.step, reason=reason, seconds=seconds)
@@ -308,6 +324,8 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
             raise
         raise users from e
     trainer.reporter.stop()
+    if trainer.memory and code == DONE:  # interrupted, it may not have resumed yet
+        trainer.memory.clear(all_of_it=True)
     trainer.world.close()
     if trainer.mirror:  # only now: no rank waits in a collective for what this one copies
         trainer.mirror.close()  # after a stop signal until the grace is over: see StopRequest

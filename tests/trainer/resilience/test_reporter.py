@@ -8,6 +8,7 @@ import pytest
 
 from forescale.config.duration import Duration
 from forescale.config.sections.runtime import HeartbeatConfig
+from forescale.ground import storage
 from forescale.resilience import heartbeat
 from forescale.resilience.heartbeat import (
     Heartbeat,
@@ -30,7 +31,7 @@ SETTINGS = HeartbeatConfig(
 def memory(tmp_path, monkeypatch):
     """A directory in place of the node memory."""
     (tmp_path / "shm").mkdir()
-    monkeypatch.setattr(heartbeat, "_memory", lambda: tmp_path / "shm")
+    monkeypatch.setattr(storage, "_memory", lambda: tmp_path / "shm")
     return tmp_path / "shm"
 
 

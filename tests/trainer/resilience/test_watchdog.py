@@ -9,8 +9,8 @@ import pytest
 
 from forescale.config.duration import Duration
 from forescale.config.sections.runtime import HeartbeatConfig
+from forescale.ground import storage
 from forescale.ground.errors import CRASHED
-from forescale.resilience import heartbeat
 from forescale.resilience.diagnosis import (
     WAITING_PLACES,
     Hang,
@@ -144,7 +144,7 @@ def test_at_stage_3_forward_waits_too():
 @pytest.fixture
 def attempt(tmp_path, monkeypatch):
     (tmp_path / "shm").mkdir()
-    monkeypatch.setattr(heartbeat, "_memory", lambda: tmp_path / "shm")
+    monkeypatch.setattr(storage, "_memory", lambda: tmp_path / "shm")
     path = tmp_path / "attempts" / "0003"
     path.mkdir(parents=True)
     return Attempt(path)

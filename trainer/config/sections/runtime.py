@@ -45,6 +45,9 @@ class CheckpointConfig:
     keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
     # write from a copy in memory while training goes on; false: training waits
     background: bool = True
+    # time between two snapshots in the memory of the node and of its neighbour, such as 2 min; the
+    # next attempt resumes from them where they are newer than the newest checkpoint; null: none
+    peer: Duration | None = key(None, gt=0)
     # where to copy the checkpoints in the background, such as s3://bucket/runs; a run whose
     # directory is missing is restored from there
     mirror: str | None = key(None, kind="free")
@@ -59,6 +62,9 @@ class CheckpointConfig:
         if any(step < 1 for step in self.at):
             problem = f"{self.at} has values below 1, which are no steps"
             yield "at", problem, "write checkpoint.at=[1000, 2000]"
+        if self.peer is not None and not self.background:
+            problem = "needs a copy in memory, which checkpoint.background=false rules out"
+            yield "peer", problem, "leave one of them out"
 
 
 Policy = Literal["note", "skip", "rollback", "halt"]

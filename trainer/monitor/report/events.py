@@ -19,7 +19,8 @@ _SORTS = {
     "fault_injected": "failure", "update_dropped": "skipped", "member_quarantined": "skipped",
 }  # fmt: skip
 # Events that are told otherwise, or that every run has all the time.
-_ELSEWHERE = ("checkpoint_saved", "checkpoint_deleted", "exactness", "ended", "rollback")
+_ELSEWHERE = {"checkpoint_saved", "checkpoint_deleted", "snapshot_saved"}
+_ELSEWHERE |= {"exactness", "ended", "rollback"}
 _LONGEST = 200  # characters of one fact
 _COMMON = ("kind", "attempt", "time", "step", "crc")  # of every row, beside its facts
 # The sorts, in the order of the key: a sign, a colour, and what it means.
