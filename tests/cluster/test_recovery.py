@@ -106,9 +106,9 @@ def test_a_rank_is_killed(lab, job, reference):
 def test_ranks_are_killed_while_others_start_again(lab, job, reference):
     job.submit().until_step(45)
     fault = Fault(job, "rank killed, and another one in its recovery")
-    os.kill(lab.pids("n2", RANK)[-1], signal.SIGKILL)
-    job.until(lambda: len(job.attempts()) == 2 and len(lab.pids("n1", RANK)) == 2)
     os.kill(lab.pids("n1", RANK)[-1], signal.SIGKILL)
+    job.until(lambda: len(job.attempts()) == 2 and len(lab.pids("n2", RANK)) == 2)
+    os.kill(lab.pids("n2", RANK)[-1], signal.SIGKILL)
     job.until(lambda: len(job.attempts()) == 3)
     fault.again()
     assert [len(life["blamed"]) for life in job.lives()[:2]] == [1, 1]
