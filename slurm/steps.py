@@ -281,7 +281,7 @@ def nodes(submission: Submission, hosts: Sequence[str], job_hosts: Sequence[str]
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
     ]
     if place := _environment(submission):
-        copy = f"{place}.tar"
+        copy = _copy_of(place)
         lines.append("now unpacking the Python environment")
         lines += _unpack(submission.facts["environment"], shlex.quote(place), copy)
         lines += [f"rm -f {shlex.quote(copy)}", f"touch {shlex.quote(place)}"]
@@ -305,13 +305,15 @@ def _broadcast(submission: Submission, hosts: Sequence[str], place: str) -> list
     """Return shell lines that copy the packed environment to the disks of all nodes of the job, if
     one lacks it. SLURM hands it on from node to node, so that the shared storage reads it once.
     Where that fails, such as beside a dead node, each node reads it there."""
-    tar, copy = (shlex.quote(path) for path in (submission.facts["environment"], f"{place}.tar"))
+    tar, copy = map(shlex.quote, (submission.facts["environment"], _copy_of(place)))
     look = [*own_scratch(_SCRATCH), f"[ -d {shlex.quote(place)} ] || echo lacking"]
     step = srun(submission.settings, 1, hosts=hosts)
     query = shlex.join([*step, "bash", "-c", "\n".join(["set -e", *look])])
     seconds = submission.settings.start_time.seconds or 0.0
+    begin = f"{_NOW} $node waiting for the copy of the Python environment"
     return [
-        f"if timeout -k 5 {seconds / 5:.0f} {query} 2>&- | grep -q lacking; then",
+        f'for node in {" ".join(hosts)}; do echo "{begin}"; done',
+        f"if timeout -k 5 {seconds / 5:.0f} {query} 2>/dev/null | grep -q lacking; then",
         f"  timeout -k 5 {seconds / 2:.0f} sbcast --force {tar} {copy} ||",
         '    echo "forescale: sbcast failed: each node reads the Python environment itself." >&2',
         "fi",
@@ -389,6 +391,12 @@ def _environment(submission: Submission) -> str | None:
     """Return the path of the packed environment on each node, or None."""
     tar = submission.facts.get("environment")
     return f"{os.environ['FORESCALE_SCRATCH']}/{_ENVIRONMENT}-{Path(tar).stem}" if tar else None
+
+
+def _copy_of(place: str) -> str:
+    """Return the path of a job's copy of the packed environment, on each node. Another job would
+    write over a copy of the same name while this one unpacks it."""
+    return f"{place}.{os.environ['SLURM_JOB_ID']}.tar"
 
 
 def python(submission: Submission) -> list[str]:

@@ -402,7 +402,8 @@ def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     facts["step_seconds"] = speeds if all(speeds.values()) else {}
     if job.slurm.packs:
         if job.slurm.pack is None:
-            print("Note: nodes copy the Python environment, unless slurm.pack=false.", flush=True)
+            why = "beyond 16 nodes each imports from a copy of the Python environment on its disk"
+            print(f"Note: {why}; slurm.pack=false turns that off.", flush=True)
         facts["environment"] = str(pack_environment(begun.run.path.resolve().parent / ".python"))
     submission.write(**facts)
 

@@ -36,7 +36,7 @@ Report = Callable[..., None]
 Tick = Callable[[int], None]
 Memory = Mapping[int, Callable[[], bool]]  # by step: publishes a snapshot, False if it can't
 FORMAT = 4
-_BY_FILE = 3  # the format before: a row of each fragment
+_FORMAT_BY_FILE = 3  # the format before: a row of each fragment
 STATE = "state.json"
 _RANK_FILE = re.compile(r"rank-([0-9]{5,9})\.safetensors")
 _RESTORE = "restore the checkpoint, or choose another"
@@ -131,8 +131,9 @@ class Checkpoint:
         self.path = Path(path)
         where, stored = self.path / STATE, read_json(self.path / STATE)
         version = stored.get("format") if isinstance(stored, dict) else None
-        if version not in (_BY_FILE, FORMAT) or type(version) is not int:
-            problem = f"checkpoint format {shortened(str(version), 20)}, not {FORMAT}"
+        if version not in (_FORMAT_BY_FILE, FORMAT) or type(version) is not int:
+            known = f"{_FORMAT_BY_FILE} or {FORMAT}"
+            problem = f"checkpoint format {shortened(str(version), 20)}, not {known}"
             todo = "load it with the version of forescale that wrote it"
             raise UserError(str(self.path), problem, todo)
         typed(State if version == FORMAT else _StateByFile, stored, str(where), _RESTORE)
@@ -243,15 +244,18 @@ def _contradictions(state: dict[str, Any]) -> Iterator[str]:
     stored = state["fragments"]
     by_file = isinstance(stored, dict)
     rows = [row for each in stored.values() for row in each] if by_file else stored
-    for name, _, _, _, *division in rows:
+    for name, _, _, size, *division in rows:
         cut = division if by_file else division[0]
         if cut and not 0 < cut[0] <= cut[1] - cut[2]:
             yield f"a fragment of {name} is in the strip {list(cut)}"
         elif not by_file:
             rank, count, rank_step, start_step = division[1:]
             last = rank + (count - 1) * rank_step
-            if max(rank, last) >= state["world_size"] or last < 0 or (count > 1 and not start_step):
-                yield f"{count:,} fragments of {name} begin in the file of rank {rank:,}"
+            if max(rank, last) >= state["world_size"] or last < 0:
+                yield f"fragments of {name} are in files of ranks that it doesn't have"
+            # Else their number would be bounded by nothing, and whoever counts them would not end.
+            elif count > 1 and (not size or start_step < (1 if cut else size)):
+                yield f"{count:,} fragments of {name} have no distance from each other"
     shapes = state["shapes"]
     adapters = {name for name in shapes if is_adapter(name)}
     for name, shape in shapes.items() if adapters else ():

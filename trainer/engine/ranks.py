@@ -150,14 +150,14 @@ class Ranks:
         what to do about it.
         """
         result, local_error = _tried(work, where)
-        unite = merge or joined
+        merge_results = merge or joined
 
-        def both(parts: list[Any]) -> list[Any]:
+        def merge_both(parts: list[Any]) -> list[Any]:
             error = next((error for _, error in parts if error is not None), None)
-            return [None if error else unite([result for result, _ in parts]), error]
+            return [None if error else merge_results([result for result, _ in parts]), error]
 
         error = None if local_error is None else [self.rank, error_fields(local_error)]
-        result, error = self.merged([result if merge else [result], error], both)
+        result, error = self.merged([result if merge else [result], error], merge_both)
         if error is not None:
             rank, fields = error
             raise local_error if local_error and rank == self.rank else error_of(fields)
@@ -201,9 +201,9 @@ class Tree:
         while size > FANOUT and stride < size:
             begin = rank - rank % (stride * FANOUT)
             peers = [*range(begin, min(begin + stride * FANOUT, size), stride)]
-            is_in = rank % stride == 0
-            level = grouped(peers if is_in else [rank])
-            levels += [level] if is_in else []
+            leads = rank % stride == 0  # it stands for its block of the level below
+            level = grouped(peers if leads else [rank])
+            levels += [level] if leads else []
             stride *= FANOUT
         return cls(levels) if levels else None
 

@@ -152,7 +152,7 @@ class World(Ranks):
         """
         if new or name not in self._groups:
             tree = self.new_tree()
-            group: Any = tree  # which sums nothing
+            group: Any = tree  # where there is one; no one calls sum() on it
             if self.size > 1 and tree is None:
                 group = dist.new_group(backend="gloo")
             self._groups[name] = Ranks(self.rank, self.size, group, tree)
@@ -219,7 +219,7 @@ class World(Ranks):
             now, before = (", ".join(each) or "none" for each in (names, self._extra))
             problem = f"are {now}, and were {before}"
             raise UserError("metrics(): the names", problem, _SAME_NAMES)
-        if digits := count > _MOST_SLOTS:
+        if as_digits := count > _MOST_SLOTS:
             first, count, losses = 0, _DIGITS, self._digits(losses)
         part = torch.zeros(
             count + 5 + len(names) + bool(names), dtype=torch.float64, device=self.device
@@ -236,13 +236,13 @@ class World(Ranks):
             if torch.is_tensor(value):
                 part[slot] = value  # a copy on the device: nothing waits for the value
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
-        self._pending.append((step, count, digits, self._late_read(part, work)))
+        self._pending.append((step, count, as_digits, self._late_read(part, work)))
 
     def _digits(self, losses: torch.Tensor) -> torch.Tensor:
         """Return the digits of the sum of fp32 numbers, (_DIGITS,), highest first, each a sum of at
         most 2^25 digits of 28 bits: no operation here rounds, so that no order of terms counts."""
         if self._scales is None:
-            scales = [2.0 ** (_LEAST + _DIGIT * i) for i in reversed(range(_DIGITS))]
+            scales = [2.0 ** (_LOWEST_EXPONENT + _DIGIT * i) for i in reversed(range(_DIGITS))]
             self._scales = torch.tensor(scales, dtype=torch.float64, device=self.device)
         whole = (losses.double()[:, None] / self._scales).trunc()
         whole[:, 1:] -= whole[:, :-1] * 2.0**_DIGIT
@@ -284,7 +284,7 @@ class World(Ranks):
         Raises UserError if the ranks' `extra` have different names.
         """
         while len(self._pending) > behind:
-            step, count, digits, read = self._pending.popleft()
+            step, count, as_digits, read = self._pending.popleft()
             values = read()
             high, low, stop, failed, clock = values[count : count + 5]
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
@@ -294,7 +294,7 @@ class World(Ranks):
                 problem = f"differ between ranks (here: {', '.join(names)})"
                 raise UserError("metrics(): the names", problem, _SAME_NAMES)
             extra = {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
-            losses = [_number_of(values[:count])] if digits else values[:count]
+            losses = [_number_of(values[:count])] if as_digits else values[:count]
             yield StepSummary(step, losses, tokens_hash, stop > 0, failed > 0, clock, extra)
 
     def close(self) -> None:
@@ -310,7 +310,7 @@ _SAME_NAMES = "let the model return the same names on all ranks at every step"
 
 _MOST_SLOTS = 1024  # micro-batches of a step; 8 kB
 # Digits to the base 2^28, from the least number of fp32 (2^-149) on beyond its greatest.
-_DIGIT, _DIGITS, _LEAST = 28, 10, -152
+_DIGIT, _DIGITS, _LOWEST_EXPONENT = 28, 10, -152
 
 
 def _number_of(digits: list[float]) -> float:
@@ -320,7 +320,7 @@ def _number_of(digits: list[float]) -> float:
     total = 0
     for digit in digits:
         total = (total << _DIGIT) + int(digit)
-    return math.ldexp(total, _LEAST)
+    return math.ldexp(total, _LOWEST_EXPONENT)
 
 
 def _hash_of(names: Iterable[str]) -> int:

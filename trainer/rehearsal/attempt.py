@@ -65,6 +65,7 @@ def answer_for_others() -> None:
     ranks.gather = ranks.gather_to_main = lambda self, value: [value] * self.size
     ranks.from_main = lambda self, work, where=None: work()
     world.in_background = lambda self, *_, **__: Ranks(self.rank, self.size)
+    world.new_tree = lambda self, timeout=None: None  # it would connect to them
     summaries, see = world.summaries, callback.see
 
     def going_on(self: World, behind: int) -> Iterator[StepSummary]:

@@ -343,17 +343,24 @@ def test_a_state_that_names_files_elsewhere_is_refused(run, tmp_path):
         writer.load(newest_complete(run, Reports()), plain.engine(width=2))
 
 
-@pytest.mark.parametrize("place", [[1, 1, 0, 0], [0, 2, 1, 4], [0, 2, -1, 4], [0, 2, 0, 0]])
-def test_a_state_with_files_of_ranks_that_were_not_there_is_refused(run, place):
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ([1, 1, 0, 0], "are in files of ranks"),
+        ([0, 2, 1, 4], "are in files of ranks"),
+        ([0, 2, -1, 4], "are in files of ranks"),
+        ([0, 2, 0, 0], "have no distance"),
+        ([0, 2**62, 0, 1], "have no distance"),  # who counted them would never end
+    ],
+)
+def test_a_state_with_fragments_that_cannot_be_is_refused(run, place, why):
     def point_there(path):
         state = read_json(path / "state.json")
         state["fragments"][0][5:] = place
         write_json(path / "state.json", state)
 
     planted(run, point_there)
-    with pytest.raises(
-        UserError, match=r"is damaged: . fragments of 0\.weight begin in the file of"
-    ):
+    with pytest.raises(UserError, match=rf"is damaged: .*fragments of 0\.weight {why}"):
         newest_complete(run, Reports())
 
 

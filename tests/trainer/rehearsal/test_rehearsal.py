@@ -54,8 +54,9 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "model.encoder_layers=2 model.mlp=relu",
     "zero3-offload": "recipe=llama-3b engine=zero3-offload optimizer=muon precision.fp8=rowwise "
     "model.activation_checkpointing=selective",
-    "zero3-near": "recipe=llama-7b engine.hierarchical_partition=8 plan.gpus=16 "
-    "rehearse.ranks=[15] model.mixer=attention model.mlp=swiglu objective=next_token",
+    "zero3-near": "recipe=llama-7b engine.hierarchical_partition=8 plan.gpus=128 "
+    "train.global_batch=256 rehearse.ranks=[127] model.mixer=attention model.mlp=swiglu "
+    "objective=next_token",
     "alone": "engine=zero3 model.mixer=mingru model.num_heads=null model.mlp=geglu "
     "train.compile=off plan.gpus=1 train.global_batch=4 checkpoint.background=false",
     "ramps": "recipe=llama-13b engine=zero1 optimizer=muon model.mixer=gated_deltanet "

@@ -17,6 +17,7 @@ the same command resumes.
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from typing_extensions import TypedDict
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import plain
 from forescale.config.tree import build
-from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.ground.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError, shortened
 from forescale.ground.foreign import read_text
 from forescale.ground.storage import make_folder, read_json, write_file, write_json
 from forescale.ground.typed import Count, Whole, typed
@@ -49,8 +50,12 @@ from forescale.scaling.records.records import of_runs
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
 # What a command does and where it writes: never by a stored file, which anybody may have written.
 _OF_COMMAND = ("launch", "to", "json", "live", "add", "cap", "cells", "why", "run")
-# Keys that only earlier versions have, at their defaults.
-_GONE = re.compile(r"^(weights: none|tasks: \{\}|task_losses: \{\})\n", re.MULTILINE)
+# Keys of fits that only earlier versions have, and those of them that say nothing.
+_GONE = re.compile(
+    r"^(?:weights: .*|resample: residuals|task(?:s|_losses):.*(?:\n .*)*)\n",
+    re.MULTILINE,
+)
+_DEFAULTS = ("weights: none", "tasks: {}", "task_losses: {}")
 TARGET = "target"  # name of the cell whose loss the study predicts
 
 
@@ -360,7 +365,11 @@ def _quoted(value: Any) -> str:
 def _frozen(path: Path) -> StudyJob:
     """Return the settings of a file that this version or an earlier one wrote."""
     text = read_text(path)
-    known = _GONE.sub("", text)
+    known, gone = _GONE.sub("", text), [match[0].strip() for match in _GONE.finditer(text)]
+    for line in gone:
+        if line not in _DEFAULTS:
+            note = f"Note: {path} has {shortened(line, 80)!r}, which fits no longer read."
+            print(note, file=sys.stderr)
     return thaw(StudyJob, path if known == text else known)
 
 

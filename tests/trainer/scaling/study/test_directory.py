@@ -45,14 +45,20 @@ def state(folder, name):
     return next(s for s in Study(folder).states() if s.cell.name == name)
 
 
-def test_a_study_of_an_earlier_version_goes_on(little):
+def test_a_study_of_an_earlier_version_goes_on(little, capsys):
+    """Keys of fits that left are read over, and named where they said something."""
     run, folder = little
     settings = folder / "study.yaml"
     settings.write_text(f"{settings.read_text()}weights: none\ntasks: {{}}\ntask_losses: {{}}\n")
     assert Study(folder).job.study == "little"
     assert run("sync") == 0
-    settings.write_text(settings.read_text().replace("weights: none", "weights: both"))
-    assert run("sync") == 2
+    assert "no longer" not in capsys.readouterr().err
+    text = settings.read_text().replace("weights: none", "weights: both")
+    settings.write_text(text.replace("tasks: {}", "tasks:\n  arc: acc"))
+    assert run("sync") == 0
+    err = capsys.readouterr().err
+    assert "'weights: both', which fits no longer read" in err
+    assert "arc: acc" in err
 
 
 @pytest.mark.slow  # launches
