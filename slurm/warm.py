@@ -27,11 +27,12 @@ from typing import Any
 from forescale.ground.errors import INTERRUPTED, USER
 from forescale.ground.rendezvous import meeting_address
 from forescale.resilience import outcome
-from forescale.resilience.template import TEMPLATE, Channel
+from forescale.resilience.template import LONGEST, TEMPLATE, Channel
 from forescale.slurm.steps import Failure, JobStep
 
 _OTHERS = 1.0  # seconds that other ranks have to end by themselves after a failure
 _SAVING = 5.0  # the same after an error of the user's or an interruption
+_UNKNOWN = 1 << 12  # bytes of a message whose sender has not shown the token
 _KILLED = 3.0  # seconds in which killed ranks are reported
 
 
@@ -142,7 +143,11 @@ class WarmStep(JobStep):
     def _poll(self) -> None:
         for key, _ in self._selector.select(0.1):
             if key.data is None:
-                channel = Channel(self._server.accept()[0])
+                try:
+                    channel = Channel(self._server.accept()[0], _UNKNOWN)
+                except OSError:  # it is gone already, or too many files are open
+                    time.sleep(0.1)
+                    continue
                 self._selector.register(channel.socket, selectors.EVENT_READ, _Task(channel))
                 continue
             try:
@@ -158,6 +163,7 @@ class WarmStep(JobStep):
             if not secrets.compare_digest(message["token"].encode(), self._token.encode()):
                 raise ValueError("wrong token")
             task.rank, task.host = int(message["rank"]), message["host"]
+            task.channel.longest = LONGEST
             self._tasks[task.rank] = task
         elif "fault" in message:
             task.is_ready = not message["fault"]

@@ -1,5 +1,6 @@
 """Steps whose tasks fork ranks, with two processes of a script in place of srun."""
 
+import errno
 import socket
 import sys
 
@@ -101,3 +102,22 @@ def test_who_lacks_the_token_is_no_task(step):
         assert train(step, "0001", "")[0] == 0
         assert stranger.recv(1) == b"", "it was closed"
     assert step.finish(lambda: False, "1") == 0
+
+
+@pytest.mark.parametrize("sent", [b"[" * 4000 + b"\n", b" " * 4096], ids=["deep", "endless"])
+def test_bytes_of_a_stranger_harm_no_step(step, monkeypatch, sent):
+    start, train = step
+    step, accept, errors = start(), socket.socket.accept, [errno.ECONNABORTED, errno.EMFILE]
+
+    def fails_at_first(server):
+        if errors:
+            raise OSError(errors.pop(), "refused")
+        return accept(server)
+
+    monkeypatch.setattr(socket.socket, "accept", fails_at_first)
+    with socket.create_connection(step._server.getsockname()) as stranger:
+        stranger.sendall(sent)
+        assert train(step, "0001", "")[0] == 0
+        stranger.settimeout(10)
+        assert stranger.recv(1) == b"", "it was closed"
+    assert (errors, step.finish(lambda: False, "1")) == ([], 0)

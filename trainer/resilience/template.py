@@ -31,7 +31,7 @@ from forescale.resilience.outcome import kills_for_memory
 
 TEMPLATE = "FORESCALE_TEMPLATE"  # environment variable: the descriptor of a template's socket
 _NO_CUDA = 3  # CUDA_ERROR_NOT_INITIALIZED
-_LONGEST = 1 << 24  # bytes of a message
+LONGEST = 1 << 24  # bytes of a message
 _CONNECT = 20.0  # seconds to reach the supervisor of a job
 _LAST = 5.0  # seconds after a SIGKILL until the template itself is killed
 
@@ -39,8 +39,8 @@ _LAST = 5.0  # seconds after a SIGKILL until the template itself is killed
 class Channel:
     """Messages over a connected socket. Descriptors travel beside them over a unix socket."""
 
-    def __init__(self, connected: socket.socket):
-        self.socket = connected
+    def __init__(self, connected: socket.socket, longest: int = LONGEST):
+        self.socket, self.longest = connected, longest
         self.descriptors: list[int] = []
         self._buffer = b""
 
@@ -58,17 +58,21 @@ class Channel:
         EOFError if the other end is closed, ValueError if what comes is no message."""
         if seconds is not None and not select.select([self.socket], [], [], seconds)[0]:
             return []
+        size = min(1 << 16, self.longest - len(self._buffer))
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 8)
+            data, descriptors, _, _ = socket.recv_fds(self.socket, size, 8)
         except OSError:
             data, descriptors = b"", []
         self.descriptors += descriptors
         if not data:
             raise EOFError
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        if len(self._buffer) > _LONGEST:
+        if len(self._buffer) >= self.longest:
             raise ValueError("a line without an end")
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except RecursionError:
+            raise ValueError("a message nested too deep") from None
 
 
 def requested() -> Channel | None:
