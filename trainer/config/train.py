@@ -208,9 +208,13 @@ class TrainJob(Lengths, Job):
             return [*replace(self, faults=[])._problems(world_size)]
         largest = next(iter(self.usable_sizes()), None)
         if largest is None and (near := self._nearest_sizes(elastic)):
-            problem = f"the job can run at no size of {elastic.sizes}"
-            return [(elastic.key, problem, f"the nearest that it can run at: {in_words(near)}")]
-        return [*self._problems((largest or elastic.sizes.most) * elastic.each)]
+            problem = f"the job can't run with any number in {elastic.sizes}"
+            return [(elastic.key, problem, f"the nearest that works: {in_words(near)}")]
+        if largest is None:  # a size that groups divide says what else is wrong
+            near, each = self.mesh(1).near, elastic.each
+            whole = (n for n in elastic.sizes if n * each % near == 0)
+            largest = next(whole, elastic.sizes.most)
+        return [*self._problems(largest * elastic.each)]
 
     def _nearest_sizes(self, elastic: SizeRange) -> list[int]:
         """Return the nearest usable size below a range, and the nearest above."""

@@ -172,7 +172,7 @@ class PlanJob(TrainJob):
         if plan.gpus and plan.nodes and each and plan.gpus > plan.nodes.most * each:
             problem = f"{plan.gpus} GPUs don't fit {plan.nodes} nodes of {each}"
             problems.append(("plan.nodes", problem, f"write plan.nodes={-(-plan.gpus // each)}"))
-        if each and self.world_size > each and self.world_size % each:
+        if not self.elastic and each and self.world_size > each and self.world_size % each:
             whole = -(-self.world_size // each) * each
             problem = f"{self.world_size} GPUs don't fill nodes of {each}"
             problems.append(("plan.gpus", problem, f"write plan.gpus={whole}"))

@@ -95,7 +95,7 @@ class Plan:
         if fitting := self.fitting_sizes:
             self._take(self.sizes[fitting[0]].job)
             if others := [size for size in self.sizes if size not in fitting]:
-                note = f"Sizes that would not fit in memory, and never run: {in_words(others)}."
+                note = f"These sizes don't fit in memory and are not used: {in_words(others)}."
                 self.notes.append(note)
         self._check_deepspeed()
         self._find_problems()

@@ -197,7 +197,8 @@ def sizes_block(plan: Plan) -> Block:
         label = f"{size['nodes']} node{'s' * (size['nodes'] > 1)}"
         label += " *" if size["ranks"] == plan.world else ""
         rows.append(Row("", label, [size[name] for name in names], units))
-    after = ["* is planned below. Each start takes the largest that is free, of those that fit."]
+    planned = "* is planned below."
+    after = [f"{planned} Each start takes the largest size that is free and fits in memory."]
     return Block("Sizes", rows, titles, after=after)
 
 

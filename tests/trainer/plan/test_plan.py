@@ -99,7 +99,7 @@ def test_a_size_that_does_not_fit_is_named_and_not_chosen():
     assert plan.fitting_sizes == [n for n, it_fits in fits.items() if it_fits]
     assert 0 < len(plan.fitting_sizes) < len(fits)
     assert plan.job.world_size == 8 * plan.fitting_sizes[0]
-    assert "Sizes that would not fit in memory, and never run: 1." in plan.notes
+    assert "These sizes don't fit in memory and are not used: 1." in plan.notes
     assert not plan.problems
     assert not Plan(compose(PlanJob, [*RANGE, "plan.nodes=8"])).sizes
 
