@@ -163,6 +163,7 @@ def test_an_array_with_a_throttle(job, lab):
     assert len(losses) == count
 
 
+@pytest.mark.skipif(not ALL, reason="test_elastic changes the number of nodes, too")
 def test_a_run_begun_on_four_nodes_goes_on_on_two(job):
     job.submit(**{"slurm.nodes": "4", "train.steps": "400"})
     job.until_step(25).forescale("stop", "small")
