@@ -32,7 +32,8 @@ def growth_of(
     doesn't answer."""
     status = Status(run)
     out = [*submission.settings.exclude, *policy.past(run, submission.name).excluded]
-    room = sum(host not in out for host in held) - submission.settings.spares
+    # Below the largest size, an attempt uses the spare nodes of the job, too.
+    room = max(nodes, sum(host not in out for host in held) - submission.settings.spares)
     possible = room + queue.num_idle(os.environ.get("SLURM_JOB_PARTITION", ""), out)
     launches = [x for x in status.goodput.launches if _submission_of(x) == submission.name]
     measured = {x.nodes: seconds for x in launches if (seconds := _step_seconds(x))}
@@ -47,11 +48,12 @@ def growth_of(
     ahead = min(steps[nodes] * (job.total_steps - status.step), end - time.time())
     restarts = [x for pair in pairwise(launches) if (x := _restart_seconds(*pair))]
     price = restarts[-1] if restarts else submission.facts["restart"]
-    best = policy.growth(nodes, possible, steps, ahead, price)
-    missing = best.nodes - room if best else 0
-    if missing > 0 and not queue.starts_now(submission.script, missing, out):
-        return None
-    return best
+    while best := policy.growth(nodes, possible, steps, ahead, price):
+        missing = best.nodes - room
+        if missing <= 0 or queue.starts_now(submission.script, missing, out):
+            return best
+        possible = best.nodes - 1  # other idle nodes may lack what the job needs
+    return None
 
 
 def _submission_of(launch: Launch) -> str | None:

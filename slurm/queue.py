@@ -138,12 +138,18 @@ def expect_accepted(script: str) -> None:
 
 def starts_now(script: Path, nodes: int, exclude: Sequence[str] = ()) -> bool:
     """True if a job of this script on so many nodes would start at once, on nodes that no job of a
-    higher priority waits for, and without preempting one."""
+    higher priority waits for, and without preempting one. Raises UserError if SLURM doesn't answer.
+    """
     # The jobs of slurm.after are over, and perhaps forgotten.
     words = ["--dependency=", f"--nodes={nodes}"]
     words += [f"--exclude={','.join(exclude)}"] if exclude else []
     environment = {**_outside_of_jobs(), "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
-    text = _once(["sbatch", "--test-only", *words, str(script)], environment=environment)
+    try:
+        text = _once(["sbatch", "--test-only", *words, str(script)], environment=environment)
+    except UserError as e:
+        if _BUSY.search(e.problem):
+            raise
+        return False  # so many nodes with what it needs are not there, or not allowed
     match = re.search(r" to start at ([0-9]+) ", text)
     return bool(match and int(match[1]) < time.time() + 60 and "Preempts" not in text)
 

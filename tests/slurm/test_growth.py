@@ -27,13 +27,13 @@ def job():
 def cluster(commands, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
 
-    def put(idle, starts_in=0.0, left=1e6):
+    def put(idle, usable=None, starts_in=0.0, left=1e6):
         now = time.time()
         nodes = "; ".join(f"echo 'n{i} idle'" for i in range(5, 5 + idle))
         commands(
             sinfo=f"echo 'n1 mixed'; echo 'n2 planned'; echo 'n3 idle*'; {nodes or 'true'}",
             scontrol=f"echo JobId=7 EndTime={now + left:.0f}",
-            sbatch=f"[ $3 = --nodes={idle} ] || exit 1; "
+            sbatch=f"[ ${{3#--nodes=}} -le {idle if usable is None else usable} ] || exit 1; "
             f"echo 'sbatch: Job 8 to start at {now + starts_in:.0f} using 8' >&2",
         )
 
@@ -42,14 +42,11 @@ def cluster(commands, monkeypatch):
 
 @pytest.fixture
 def grown(tmp_path, job):
-    """The growth of a job that has trained on two nodes, and then for 100 steps on one."""
+    """Returns the growth of a job that has trained on two nodes, and then for 100 steps on one."""
     run = Run(tmp_path / "run")
     run.path.mkdir()
     run.config.write_text(freeze(job))
     submission = Submission(run.new_job())
-    settings = SlurmConfig(nodes=Sizes(1, 4))
-    facts = {"restart": 50.0, "sizes": [4, 2, 1]}
-    submission.write(slurm=plain(settings), **facts)
     for nodes, seconds, end in ((2, 0.7, 100), (1, 1.0, 200)):
         attempt = run.new_attempt()
         start = {"submission": "0001", "nodes": [f"n{i}" for i in range(nodes)]}
@@ -61,7 +58,14 @@ def grown(tmp_path, job):
             attempt.metrics.add(row)
         if nodes == 2:
             outcome.record_end(attempt.path, INTERRUPTED, "")
-    return lambda: growth_of(run, submission, job, "7", 1, ["n1"])
+
+    def growth(spares=0):
+        settings = SlurmConfig(nodes=Sizes(1, 4), spares=spares)
+        facts = {"restart": 50.0, "sizes": [4, 2, 1]}
+        submission.write(slurm=plain(settings), **facts)
+        return growth_of(run, submission, job, "7", 1, ["n1"])
+
+    return growth
 
 
 def test_more_nodes_that_are_free_and_worth_a_restart(cluster, grown):
@@ -71,6 +75,16 @@ def test_more_nodes_that_are_free_and_worth_a_restart(cluster, grown):
     assert growth.gain == pytest.approx(800 * 0.75), "two micro-batches in the time of eight"
     cluster(idle=1)
     assert grown().gain == pytest.approx(800 * 0.3), "as measured on two"
+
+
+def test_fewer_where_slurm_would_not_start_it_on_all_that_are_idle(cluster, grown):
+    cluster(idle=3, usable=1)
+    assert grown().nodes == 2
+
+
+def test_a_job_on_few_nodes_counts_no_spare_ones(cluster, grown):
+    cluster(idle=3)
+    assert grown(spares=1).nodes == 4
 
 
 @pytest.mark.parametrize("facts", [{"idle": 0}, {"idle": 3, "starts_in": 600}, {"left": 60}])
