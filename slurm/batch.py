@@ -45,6 +45,7 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LEAVE = 10.0  # seconds that their processes then have to end
 _PAUSE = 2.0  # seconds before ranks start again, doubled after each crash or refusal of SLURM
 _LONGEST_PAUSE = 64.0
+_GROWTH = "growth"  # in the place of a signal: the attempt ends, to get more nodes
 _SLOW = 5  # as so many refusals counts one that takes slurm.start_time
 
 
@@ -68,6 +69,7 @@ class Batch:
         self._is_noted = False
         self._how = ""  # how the last attempt ended
         self._limit = ""  # why the attempt has no more nodes
+        self._may_grow = True
 
     def supervise(self) -> int:
         """Run attempts until the job ends or SLURM ends it. Return the job's exit code."""
@@ -101,6 +103,11 @@ class Batch:
                     exclude = [*self.settings.exclude, *out] if out else ()
                     queue.requeue(self.id, exclude, decision.pause)
                 except UserError as e:
+                    if self.stop_signal == _GROWTH:
+                        self._log(f"{e} It goes on with the nodes that it has.")
+                        self.stop_signal, self._deadline = None, float("inf")
+                        self._is_noted = self._may_grow = False
+                        continue
                     self._log(f"{e} Submit the run again to resume.")
                 else:
                     time.sleep(300)  # SLURM ends this start meanwhile
@@ -165,12 +172,17 @@ class Batch:
         self.hosts = policy.chosen(before, self.job_hosts, out, down, self.sizes)
         gone = [host for host in before if host not in self.hosts]
         new = [host for host in self.hosts if host not in before]
-        why = {host: out.get(host, "it is down" if host in down else "too few") for host in gone}
+        rest = [host for host in self.job_hosts if host not in (*self.hosts, *out, *down)]
+        why = {host: out.get(host, "it is down") for host in gone if host not in rest}
         for old, spare in zip(gone, new, strict=False):
             self._log(f"Node {spare} takes the place of {old} ({why.pop(old)}).")
         if settings.nodes.is_range:
             without = "".join(f", without {host} ({reason})" for host, reason in why.items())
             self._limit = f"{len(self.hosts)} of the job's {len(self.job_hosts)} nodes{without}"
+            if rest[self.settings.spares :] or (rest and len(self.hosts) < self.sizes[0]):
+                idle = f"{', '.join(rest)} {'are' if rest[1:] else 'is'} idle"
+                count = len(self.hosts) + len(rest)
+                self._limit += f"; {idle}: {count} nodes is no size of this run"
             self._log(f"It trains on {self._limit}; slurm.nodes={settings.nodes}.")
         # Not on the first node of the job, which it watches.
         others = [host for host in self.job_hosts[1:] if host not in down]
@@ -216,7 +228,7 @@ class Batch:
         log = attempt.path / "srun.log"
         self._step = step = self._step or WarmStep(command, environment, log, self.hosts, world)
         is_over = Event()
-        if len(self.hosts) < self.sizes[0]:
+        if self._may_grow and len(self.hosts) < self.sizes[0]:
             Thread(target=self._grow, args=[is_over], daemon=True).start()
         if self.settings.outlives_nodes:
             Thread(target=self._release, args=[attempt, is_over], daemon=True).start()
@@ -255,7 +267,7 @@ class Batch:
         for more nodes. For a thread."""
         interval = self.settings.grow.seconds if self.settings.grow else None
         while interval and not (is_over.wait(interval) or self.stop_signal):
-            with suppress(UserError):  # the controller is away; the next look may succeed
+            try:
                 lost = queue.lost(self.id, self.job_hosts)
                 held = [host for host in self.job_hosts if host not in lost]
                 now = len(self.hosts)
@@ -263,8 +275,11 @@ class Batch:
                 if growth and not is_over.is_set():
                     gain, price = span(growth.gain), span(growth.price)
                     why = f"they save {gain}, and the restart takes {price}"
-                    self._log(f"{growth.nodes} nodes are free instead of {now}: {why}.")
-                    self._stop("growth")
+                    self._log(f"{growth.nodes} nodes could be used, now it has {now}: {why}.")
+                    self._stop(_GROWTH)
+            except Exception as e:  # such as a controller that is away; the next look may succeed
+                problem = e if isinstance(e, UserError) else f"{type(e).__name__}: {e}."
+                self._log(f"Note: whether more nodes are free isn't known now: {problem}")
 
     def _is_late(self) -> bool:
         """True if the ranks got a signal to end and their time is over."""
@@ -373,12 +388,14 @@ class Batch:
         self._stop(signal.Signals(number).name)
 
     def _stop(self, why: str) -> None:
-        """Let the ranks save and end. why: recorded as the signal that ended the attempt."""
-        if self.stop_signal is None:
+        """Let the ranks save and end. why: recorded as the signal that ended the attempt, or
+        _GROWTH, in the place of which a signal comes."""
+        if self.stop_signal in (None, _GROWTH):
             self.stop_signal = why
             grace = self.job.launch.grace.seconds or 0.0
             self._deadline = time.monotonic() + grace + 10
-            self._log(f"{self.stop_signal}: ranks save and end within {grace:.0f} s.")
+            lead = "To get more nodes," if why == _GROWTH else f"{why}:"
+            self._log(f"{lead} ranks save and end within {grace:.0f} s.")
         if self._step is not None:
             self._step.request_stop()
 

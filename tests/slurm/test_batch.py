@@ -1,16 +1,18 @@
 """What the batch script makes of a preflight, and of signals; without SLURM."""
 
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.duration import Duration
 from forescale.config.frozen import freeze
 from forescale.config.schema import plain
 from forescale.config.sizes import Sizes
 from forescale.config.train import TrainJob
-from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER
+from forescale.ground.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.slurm import batch, policy, queue, steps
@@ -24,7 +26,7 @@ from forescale.slurm.submission import Submission
 def make(tmp_path, monkeypatch):
     """A life of a job on so many nodes."""
 
-    def batch(nodes=2, spares=0, **keys):
+    def batch(nodes=2, spares=0, sizes=(), **keys):
         hosts = [f"n{i}" for i in range(1, Sizes.parse(nodes).most + spares + 1)]
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(hosts))
@@ -34,7 +36,7 @@ def make(tmp_path, monkeypatch):
         run.config.write_text(freeze(compose(TrainJob, ["run.name=run", *keys])))
         submission = Submission(run.new_job())
         slurm = SlurmConfig(nodes=Sizes.parse(nodes), spares=spares)
-        facts = {"log": str(submission.path / "log"), "sizes": [*slurm.nodes]}
+        facts = {"log": str(submission.path / "log"), "sizes": [*(sizes or slurm.nodes)]}
         submission.write(slurm=plain(slurm), **facts)
         return Batch(run, submission)
 
@@ -92,6 +94,9 @@ def test_a_single_node_gets_one_chance_on_another(make):
         (("1-3", 0), [], [], ["n1", "n2", "n3"], "It trains on 3 of the job's 3 nodes; slurm.no"),
         (("1-3", 0), ["n1"], ["n3"], ["n2"], "without n1 (has no GPU), without n3 (it is down)"),
         (("1-2", 1), [], ["n2"], ["n1", "n3"], "Node n3 takes the place of n2 (it is down)."),
+        (("1-3", 0, [2, 1]), [], [], ["n1", "n2"], "n3 is idle: 3 nodes is no size of this run"),
+        (("1-2", 1), [], [], ["n1", "n2"], "It trains on 2 of the job's 3 nodes; slurm.nodes"),
+        (("2-4", 0, [4, 2]), ["n2"], [], ["n1", "n3"], "n4 is idle: 3 nodes is no size of this"),
     ],
 )
 def test_other_nodes_or_fewer_make_the_next_attempt(
@@ -172,3 +177,46 @@ def test_a_signal_is_passed_to_the_ranks_and_bounds_their_time(make):
     job._receive(signal.SIGTERM, None)
     assert (job.stop_signal, step.signals) == ("SIGUSR1", 2)
     assert job._deadline < float("inf")
+
+
+def test_a_signal_comes_in_the_place_of_growth(make):
+    job = make()
+    job._stop(batch._GROWTH)
+    job._receive(signal.SIGTERM, None)
+    job._stop(batch._GROWTH)
+    assert job.stop_signal == "SIGTERM"
+
+
+def test_a_job_that_can_not_be_requeued_for_more_nodes_goes_on(make, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("scontrol", "SLURM says: Job can not be requeued", "ask the operators")
+
+    job, stops = make("1-2"), []
+    monkeypatch.setattr(queue, "requeue", refuse)
+    monkeypatch.setattr(queue, "show", lambda _: {"Restarts": "0", "JobState": "RUNNING"})
+    monkeypatch.setattr(batch.signal, "signal", lambda *_: None)
+
+    def attempt():
+        stops.append(job.stop_signal)
+        if len(stops) == 1:
+            job._stop(batch._GROWTH)
+        return DONE if stops[1:] else INTERRUPTED
+
+    monkeypatch.setattr(job, "_attempt_once", attempt)
+    assert job.supervise() == DONE
+    assert (stops, job._is_late(), job._may_grow) == ([None, None], False, False)
+    assert "can not be requeued; ask the operators. It goes on with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [UserError("sinfo", "is away", "wait"), ZeroDivisionError("0")])
+def test_a_look_for_more_nodes_that_fails_is_a_sentence(make, monkeypatch, capsys, error):
+    looks = iter([False, True])
+
+    def fail(*_):
+        raise error
+
+    job = make("1-2")
+    job.settings = replace(job.settings, grow=Duration.parse("1 s"))
+    monkeypatch.setattr(queue, "lost", fail)
+    job._grow(SimpleNamespace(wait=lambda _: next(looks)))
+    assert "Note: whether more nodes are free isn't known" in capsys.readouterr().out

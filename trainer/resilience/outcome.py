@@ -71,8 +71,8 @@ class SlurmStart(TypedDict, total=False):
 class LaunchRecord(TypedDict, total=False):
     """The content of launch.json. begun, ended: since the epoch; monotonic: `begun` by a clock that
     nobody sets; seconds: from there to the end; blamed, faulty: nodes that were the cause, with the
-    reason; stop_signal: the name of the signal that ended the launch; limit: why not more ranks or
-    nodes, where the job allows more."""
+    reason; stop_signal: the name of the signal that ended the launch, or "growth" where its job
+    wants more nodes; limit: why not more ranks or nodes, where the job allows more."""
 
     begun: Moment
     monotonic: Number
