@@ -237,7 +237,7 @@ class Goodput:
         steps_of, spans = self._memory.ledger(self.run.metrics).by_attempt, list[SizeSpan]()
         for before, launch in zip([None, *self.launches], self.launches, strict=False):
             why = launch.limit
-            if before and launch.ranks < before.ranks and not why:
+            if before and before.failed and launch.ranks < before.ranks and not why:
                 why = before.how
             for number in (attempt.number for attempt in launch.attempts):
                 if not (steps := steps_of.get(number, Steps())).count:

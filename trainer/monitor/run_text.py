@@ -243,7 +243,7 @@ def _show_attempts(s: Status, console: Console) -> None:
 
 def _sizes(s: Status) -> Table:
     """Return the history of sizes; empty if they never changed."""
-    grid = table("steps", "ranks", "nodes", "tokens/s", "of a rank", "why", left=["why"])
+    grid = table("steps", "ranks", "nodes", "tokens/s", "tokens/s a rank", "why", left=["why"])
     for size in s.sizes() if s.goodput.sizes[1:] else ():
         grid.add_row(*map(escape, size_cells(size)))
     return grid
@@ -326,7 +326,7 @@ def rank_shares(goodput: Goodput) -> list[str]:
     held = sum(spent.values()) if goodput.sizes[1:] else 0.0
     parts = sorted(spent.items(), key=lambda item: -item[1])
     text = ", ".join(f"{bucket} {v / held:.1%}" for bucket, v in parts if held and v / held >= 5e-4)
-    return [f"Of {held / 3600:,.2f} hours of ranks: {text}"] if held else []
+    return [f"Of {held / 3600:,.2f} rank-hours: {text}"] if held else []
 
 
 def _print(table: Table, console: Console) -> None:

@@ -132,12 +132,39 @@ def run_attempts(
     template: forks the ranks.
 
     Raises UserError if another launcher has started a newer attempt of the run, or if the machine
-    has too little left for it.
+    has too little for its first attempt.
     """
-    crashes = 0
+    stop = stop or StopRequest()
+
+    def note_stop(number: int, frame) -> None:
+        stop.signal, stop.deadline = number, time.monotonic() + grace + _LATE
+
+    with stop_signals_handled_by(note_stop):  # also between two attempts
+        return _run_attempts(run, command, sizes, grace, stop, template)
+
+
+def _run_attempts(
+    run: Run,
+    command: list[str],
+    sizes: LocalSizes,
+    grace: float,
+    stop: StopRequest,
+    template: Template | None,
+) -> int:
+    crashes, how = 0, ""
     while True:
         before = set(run.checkpoint_steps())
-        size = sizes.choose()
+        try:
+            size = sizes.choose()
+        except UserError as e:
+            if not how:
+                raise
+            attempt = run.new_attempt()
+            outcome.record_start(attempt.path, command, 0)
+            outcome.record_end(attempt.path, e.code, str(e).rstrip("."))
+            return outcome.report_error(None, 0, e)
+        if how and not stop:
+            print(f"Restarting ({how}).")
         attempt = run.new_attempt()
         ranks = size.ranks, attempt.path, print, grace, stop
         code = start_ranks(command, *ranks, size.devices, size.limit, template)
@@ -157,14 +184,16 @@ def run_attempts(
                 file=sys.stderr,
             )
             return GAVE_UP
-        time.sleep(0.0 if progress or has_shrunk else 2.0**crashes / 2)
+        for _ in range(0 if progress or has_shrunk else 10 * 2**crashes):
+            if not stop:  # the next attempt records it
+                time.sleep(0.05)
         for newer in [a for a in run.attempts() if a.number > attempt.number]:
             # One that began with a rollback has no launcher: the ranks of this one made it.
             if outcome.launch_of(newer.path):
                 problem = f"another launcher has started attempt {newer.number} meanwhile"
                 raise UserError(str(newer.path), problem, "do nothing: the newer attempt goes on")
         how = f"crash {crashes} of {MAX_CRASHES} without a new checkpoint"
-        print(f"Restarting ({'with fewer ranks' if has_shrunk else how}).")
+        how = "with fewer ranks" if has_shrunk else how
 
 
 def last_end(run: Run) -> str:
@@ -258,17 +287,20 @@ def start_ranks(
         # A signal is held back until every rank is there to get it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            ranks += map(start, range(processes))
-            if stop:  # it came before there was any rank
+            ranks += map(start, range(0 if stop else processes))
+            if stop:  # it came before all ranks were there
                 for started in ranks:
                     started.send_signal(signal.SIGTERM)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        rank, code = _wait(ranks, attempt, lambda: time.monotonic() > stop.deadline)
+        too_late = lambda: time.monotonic() > stop.deadline  # noqa: E731
+        rank, code = _wait(ranks, attempt, too_late) if ranks else (0, INTERRUPTED)
     shutil.rmtree(node_path(attempt, environment["MASTER_PORT"]), ignore_errors=True)
     # A signal before the rank handled it kills the rank there: nothing is lost by that.
     result = INTERRUPTED if stop and code not in (DONE, USER) else code
-    how, hint = outcome.describe_end(attempt, rank, result, outcome.kills_for_memory() > kills)
+    why = getattr(ranks[rank], "why", "") if ranks else ""
+    for_memory = outcome.kills_for_memory() > kills
+    how, hint = outcome.describe_end(attempt, rank, result, for_memory, why)
     outcome.record_end(attempt, result, how, rank)
     if result == USER and rank:  # the last message of forescale in the rank's log
         log = attempt / f"rank-{rank}.log"

@@ -211,9 +211,17 @@ def hang_of(attempt: Path) -> tuple[Hang, Path] | None:
     return next(hangs, None)
 
 
-def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -> tuple[str, str]:
+def describe_code(code: int) -> str:
+    """Return the exit code of a process, or the name of the signal -code that ended it."""
+    return f"code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def describe_end(
+    attempt: Path, rank: int, code: int, killed_for_memory: bool, why: str = ""
+) -> tuple[str, str]:
     """Return the likely cause of an attempt's end as a sentence without a full stop, and where to
-    read more. rank, code: of the rank that failed first."""
+    read more. rank, code: of the rank that failed first; why: it was killed, where that is
+    known."""
     if code in (DONE, INTERRUPTED):
         return "done" if code == DONE else "interrupted", ""
     if match := hang_of(attempt):
@@ -227,11 +235,11 @@ def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -
     message = _last_message(attempt / f"rank-{rank}.log") if code > 0 else ""
     if message:  # it could write no error where the storage failed
         return message if code == USER else f"rank {rank} ended with code {code}: {message}", hint
-    end = f"code {code}" if code >= 0 else signal.Signals(-code).name
+    end = describe_code(code)
     if -code == signal.SIGKILL and killed_for_memory:
         end += f": {_KILLED}"
     elif -code == signal.SIGKILL:
-        end += " (the kernel sends it when memory runs out)"
+        end += f" ({why or 'the kernel sends it when memory runs out'})"
     return f"rank {rank} ended with {end}", hint
 
 

@@ -2,7 +2,7 @@
 
     launcher, or supervisor of a job          template
     rank, start: variables, log           ->  forks the rank
-    rank, signal                          ->  sends it to the rank
+    rank, signal                          ->  sends it to the rank, where its launcher can't
                                           <-  fault: why it can't fork; null if it can
                                           <-  rank, pid
                                           <-  rank, code: it has ended
@@ -27,13 +27,14 @@ from typing import Any
 
 from forescale.ground.errors import CRASHED
 from forescale.ground.processes import die_with_parent, name_process
-from forescale.resilience.outcome import kills_for_memory
+from forescale.resilience.outcome import describe_code, kills_for_memory
 
 TEMPLATE = "FORESCALE_TEMPLATE"  # environment variable: the descriptor of a template's socket
 _NO_CUDA = 3  # CUDA_ERROR_NOT_INITIALIZED
 LONGEST = 1 << 24  # bytes of a message
 _CONNECT = 20.0  # seconds to reach the supervisor of a job
-_LAST = 5.0  # seconds after a SIGKILL until the template itself is killed
+_FORK = 30.0  # seconds that a fork may take
+_LAST = 5.0  # seconds after the end of a rank until a template that doesn't report it is killed
 
 
 class Channel:
@@ -99,8 +100,9 @@ def fault() -> str | None:
     if not (pid := os.fork()):  # OpenBLAS ends its threads before a fork
         os._exit(0)
     os.waitpid(pid, 0)
-    if (threads := len(os.listdir("/proc/self/task"))) > 1:
-        return f"a library has started {threads - 1} threads while it was imported"
+    if threads := len(os.listdir("/proc/self/task")) - 1:
+        count = f"{threads} thread{'s' * (threads > 1)}"
+        return f"a library has started {count} while it was imported"
     with suppress(OSError, AttributeError):
         driver = ctypes.CDLL("libcuda.so.1")
         if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NO_CUDA:
@@ -238,8 +240,8 @@ class Template:
             self.read(0.1)
         return self._fault
 
-    def end(self) -> None:
-        """End the process; one that has failed has ended its ranks."""
+    def end(self, why: str = "") -> None:
+        """End the process; one that has failed has ended its ranks. why: it failed."""
         if self.process:
             self.channel.socket.close()
             self.process.kill()
@@ -247,7 +249,7 @@ class Template:
             self.process = None
         for rank in self._ranks.values():
             if rank.returncode is None:
-                rank.returncode = -signal.SIGKILL
+                rank.finish(-signal.SIGKILL, why)
 
     def read(self, seconds: float | None = 0.0) -> bool:
         """Take what it reports within some seconds; return False if that is nothing."""
@@ -256,8 +258,12 @@ class Template:
         try:
             messages = self.channel.receive(seconds)
         except EOFError:
-            self._fault = "" if self._is_ready else "the process that should fork them has ended"
-            self.end()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1.0)
+            code = self.process.returncode
+            end = "" if code is None else f" with {describe_code(code)}"
+            self._fault = "" if self._is_ready else f"the process that forks them has ended{end}"
+            self.end(f"the process that forked it has ended{end}")
             return True
         for message in messages:
             if "fault" in message:
@@ -265,7 +271,7 @@ class Template:
             elif "pid" in message:
                 self._ranks[message["rank"]] = ForkedRank(self, message["rank"], message["pid"])
             else:
-                self._ranks[message["rank"]].returncode = message["code"]
+                self._ranks[message["rank"]].finish(message["code"])
         if self._fault:
             self.end()
         return bool(messages)
@@ -281,31 +287,55 @@ class Template:
         message = {"rank": rank, "start": variables, "log": log and str(log), "session": True}
         self.channel.send(*output, **message)
         while self.process and rank not in self._ranks:
-            self.read(None)
+            if not self.read(_FORK):
+                self.end("the process that forks ranks did not answer")
         return self._ranks.get(rank)
 
 
 class ForkedRank:
-    """A rank that a template has forked, with what a launcher uses of subprocess.Popen."""
+    """A rank that a template has forked, with what a launcher uses of subprocess.Popen. why: it was
+    killed, where that is known. Signals go straight to it, and its end is noticed here: a template
+    may be suspended. Only the exit code is the template's to report."""
 
     returncode: Any = None  # as of Popen: an int once it has ended
+    why = ""
 
     def __init__(self, template: Template, rank: int, pid: int):
         self.template, self.rank, self.pid = template, rank, pid
+        self._descriptor: int | None = None  # of this process, also once its number is used again
+        with suppress(OSError, AttributeError):  # before Linux 5.3; or it has ended
+            self._descriptor = os.pidfd_open(pid)
+
+    def finish(self, code: int, why: str = "") -> None:
+        """Note its end."""
+        self.returncode, self.why = code, why
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def poll(self) -> int | None:
         self.template.read()
+        watched = [self._descriptor] if self._descriptor is not None else []
+        if watched and select.select(watched, [], [], 0)[0]:  # it has ended
+            self.wait()
         return self.returncode
 
     def wait(self) -> int | None:
-        """Wait for its end after it was killed: a template that reports none is killed, too."""
+        """Wait for the report of its end. It has ended, or was killed: a suspended template goes
+        on, and one that reports nothing is killed, too."""
         while self.returncode is None:
+            if self.template.process:
+                self.template.process.send_signal(signal.SIGCONT)
             if not self.template.read(_LAST):
-                self.template.end()
+                self.template.end("the process that forked it did not report its end")
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        self.template.channel.send(rank=self.rank, signal=number)
+        if self._descriptor is None:
+            self.template.channel.send(rank=self.rank, signal=number)
+        else:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

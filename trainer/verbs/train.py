@@ -91,10 +91,12 @@ def main(words: list[str]) -> int:
     stop = launcher.StopRequest()
     command = [*command, _FROZEN, *trust]
     ranks = template.Template(command)
-    code = launcher.run_attempts(started.run, command, sizes, grace, stop, ranks)
-    ranks.end()
-    if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
-        mirror.close(lambda: time.monotonic() > stop.deadline)
+    try:
+        code = launcher.run_attempts(started.run, command, sizes, grace, stop, ranks)
+    finally:
+        ranks.end()
+        if mirror:  # also of an interrupted run, whose last save may be needed elsewhere
+            mirror.close(lambda: time.monotonic() > stop.deadline)
     notify(started.run, code, launcher.last_end(started.run), print)
     if code == DONE:
         with first_imports():

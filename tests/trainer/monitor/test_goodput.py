@@ -92,6 +92,14 @@ def test_a_run_whose_size_changes_counts_the_seconds_of_its_ranks(run):
     assert [span.why for span in goodput.sizes] == ["", "memory ran out at 4 ranks", ""]
 
 
+@pytest.mark.parametrize(("code", "why"), [(1, "so"), (INTERRUPTED, "")])
+def test_fewer_ranks_are_due_to_a_failure_before_but_not_to_an_interruption(run, code, why):
+    launch(run, 0, 20, code, processes=2)
+    row(run.attempts()[0], 1, compute=10.0)
+    row(launch(run, 30, 50, DONE, came=1, processes=1), 2, compute=10.0)
+    assert [span.why for span in buckets(run).sizes] == ["", why]
+
+
 def test_a_crash_loses_its_steps_and_its_tail(run):
     """Steps 3 and 4 are made again; what the first launch did after its last row is lost too."""
     one = launch(run, 0, 40, 1, rank_began=2)

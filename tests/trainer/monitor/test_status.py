@@ -154,11 +154,11 @@ def test_a_run_whose_size_changes_has_its_history_and_the_speed_of_the_last(unfi
     assert rates == [(each / 2, each / 8), (each / 4, each / 8)]
     out = forescale("status", "small")[1]
     assert re.search(r"5 to 6 +2 +1 .*memory ran out at \[4\] ranks", out)
-    assert "hours of ranks: " in out
+    assert " rank-hours: " in out
     forescale("report", "small")
     page = Path("report-small.html").read_text()
     assert "5 to 6" in page
-    assert "hours of ranks: " in page
+    assert " rank-hours: " in page
 
 
 def test_time_left_is_of_the_windows_that_are_left(unfinished):

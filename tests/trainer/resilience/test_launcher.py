@@ -122,6 +122,29 @@ def test_the_ranks_leave_out_a_gpu_that_failed_and_one_that_is_gone(launches, mo
         launches(sizes=[4, 2])
 
 
+def test_too_few_gpus_for_a_restart_are_the_recorded_end(launches, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    runs = []
+    lost = lambda run: (runs.append(run), monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0"))  # noqa: E731
+    assert launches((CRASHED, lost), sizes=[2]) == (USER, [(2, ["0", "1"])])
+    end = outcome.launch_of(runs[0].attempts()[-1].path)
+    assert end["code"] == USER
+    assert "this machine has 1 GPU, and the job can run at 2" in end["how"]
+    out, err = capsys.readouterr()
+    assert "Restarting" not in out
+    assert end["how"] in err
+
+
+def test_a_stop_signal_between_two_attempts_is_recorded_and_starts_no_rank(tmp_path, monkeypatch):
+    run, sizes = Run(tmp_path / "run"), LocalSizes([1], is_fixed=True)
+    monkeypatch.setattr(sizes, "has_shrunk", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    path = tmp_path / "starts"
+    command = [sys.executable, "-c", f"print(file=open({str(path)!r}, 'a'))\nraise SystemExit(3)"]
+    assert module.run_attempts(run, command, sizes) == INTERRUPTED
+    assert [outcome.launch_of(a.path)["code"] for a in run.attempts()] == [3, INTERRUPTED]
+    assert path.read_text() == "\n"
+
+
 def test_a_gpu_that_the_driver_no_longer_lists_is_gone(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,3")
     assert gpus(tmp_path / "none") == ["0", "1", "3"]

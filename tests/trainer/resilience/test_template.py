@@ -8,8 +8,9 @@ import time
 import psutil
 import pytest
 
-from forescale.ground.errors import DONE
+from forescale.ground.errors import DONE, INTERRUPTED
 from forescale.resilience.launcher import start_ranks
+from forescale.resilience.outcome import launch_of
 from forescale.resilience.template import Template
 from tests.trainer.resilience.conftest import SERVE
 
@@ -51,8 +52,8 @@ def test_all_attempts_have_their_ranks_from_one_template(start):
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
-        ("import threading; threading.Thread(target=time.sleep, args=[60]).start()", "1 threads"),
-        ("if 'FORESCALE_TEMPLATE' in os.environ: raise SystemExit(1)", "has ended"),
+        ("import threading; threading.Thread(target=time.sleep, args=[60]).start()", "1 thread "),
+        ("if 'FORESCALE_TEMPLATE' in os.environ: raise SystemExit(1)", "has ended with code 1"),
     ],
 )
 def test_where_it_cannot_fork_ranks_are_new_processes_and_that_is_reported_once(
@@ -67,8 +68,9 @@ def test_where_it_cannot_fork_ranks_are_new_processes_and_that_is_reported_once(
 
 def test_its_ranks_die_with_it_and_the_next_attempt_has_another(start):
     kill = "time.sleep(0.5)\nif os.environ['RANK'] == '1': os.kill(os.getppid(), 9)\ntime.sleep(60)"
-    codes, parents, _ = start(kill, "time.sleep(0.1)")
+    codes, parents, reported = start(kill, "time.sleep(0.1)")
     assert codes == [-signal.SIGKILL, DONE]
+    assert "SIGKILL (the process that forked it has ended with SIGKILL)" in reported[0]
     assert parents[0] != parents[1]
     assert os.getpid() not in parents[1]
 
@@ -83,6 +85,44 @@ def test_a_rank_of_a_suspended_one_can_be_killed(tmp_path, monkeypatch):
     rank.kill()
     assert rank.wait() == -signal.SIGKILL
     assert not psutil.wait_procs([process], timeout=10)[1]
+
+
+def test_a_rank_of_a_suspended_one_gets_signals_and_its_exit_code_is_known(tmp_path):
+    listens = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    listens += "launcher.unblock_stop_signals()\ntime.sleep(60)"
+    template = Template([sys.executable, "-c", f"import signal, sys, time\n{SERVE}{listens}"])
+    template.begin(dict(os.environ), lambda: False)
+    rank = template.fork(0, {}, tmp_path / "log")
+    psutil.Process(template.process.pid).suspend()
+    rank.send_signal(signal.SIGTERM)
+    while rank.poll() is None:
+        time.sleep(0.01)
+    assert rank.returncode == INTERRUPTED
+    template.end()
+
+
+def test_a_fork_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("forescale.resilience.template._FORK", 0.2)
+    template = Template([sys.executable, "-c", f"import time\n{SERVE}time.sleep(60)"])
+    template.begin(dict(os.environ), lambda: False)
+    psutil.Process(template.process.pid).suspend()
+    assert template.fork(0, {}, tmp_path / "log") is None
+    assert template.process is None
+
+
+def test_a_stop_signal_before_it_is_ready_starts_no_rank(tmp_path):
+    class Slow(Template):
+        def begin(self, *arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().begin(*arguments)
+
+    started = f"open({str(tmp_path / 'started')!r}, 'w')"
+    command = [sys.executable, "-c", f"import time\ntime.sleep(1)\n{SERVE}{started}"]
+    template = Slow(command)
+    assert start_ranks(command, 2, tmp_path, print, template=template) == INTERRUPTED
+    template.end()
+    assert launch_of(tmp_path)["how"] == "interrupted"
+    assert not (tmp_path / "started").exists()
 
 
 def test_it_ends_at_a_sigterm_once_no_rank_is_left(tmp_path):

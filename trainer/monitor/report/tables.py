@@ -135,7 +135,7 @@ def time_use(runs: Sequence[ReportedRun]) -> Section:
 def sizes(runs: Sequence[ReportedRun]) -> list[Section]:
     """Return the history of the sizes of runs that changed theirs; nothing without any."""
     section = Section("sizes", "Ranks and nodes", head=True, columns="last")
-    section.rows = [["run", "steps", "ranks", "nodes", "tokens/s", "of a rank", "why"]]
+    section.rows = [["run", "steps", "ranks", "nodes", "tokens/s", "tokens/s a rank", "why"]]
     for run in runs:
         history = run.status.sizes()
         section.rows += [[run.label, *size_cells(size)] for size in history if history[1:]]
