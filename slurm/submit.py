@@ -21,7 +21,7 @@ from forescale.checkpoint.retention import hold
 from forescale.config.compose import groups
 from forescale.config.job import overrides_of, words_of
 from forescale.config.schema import ConfigError, Problem, plain
-from forescale.config.sizes import Sizes
+from forescale.config.sizes import Sizes, in_words
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.console import open_console
 from forescale.ground.errors import UserError
@@ -93,6 +93,7 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
             most = Sizes(nodes.most, nodes.most)
             beyond = limit_problems(replace(jobs[0].slurm, nodes=most))
             plans[0].notes += [f"{key}: {problem}." for key, problem, _ in beyond if "nodes" in key]
+            plans[0].notes += notes_on_sizes(plans)
         if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
             print(
                 "Note: keys of slurm and machine that you don't give are as you submitted it last."
@@ -377,6 +378,23 @@ def _range(plans: Sequence[Plan]) -> Sizes:
     """Return how many nodes a job asks for, without spare ones: those that each plan can use."""
     usable = [usable_nodes(plan) for plan in plans]
     return Sizes(max(sizes[-1] for sizes in usable), max(sizes[0] for sizes in usable))
+
+
+def notes_on_sizes(plans: Sequence[Plan]) -> list[str]:
+    """Return a sentence on the runs of a job that can't use all numbers of nodes which it may get,
+    for each list of numbers that they can use."""
+    runs: dict[tuple[int, ...], list[str]] = {}
+    for plan in plans:
+        runs.setdefault(tuple(usable_nodes(plan)), []).append(plan.given.run.name)
+    nodes, notes = _range(plans), list[str]()
+    spares = f" and {n} to spare" if (n := _job_of(plans[0]).slurm.spares) else ""
+    for sizes, names in runs.items():
+        if excess := next((n for n in nodes if n not in sizes), 0):
+            who = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            fit = next(n for n in sizes if n < excess)
+            asks = f"{who} can use {in_words(sizes)} nodes, and SLURM is asked for {nodes}{spares}"
+            notes.append(f"{asks}: of {excess} nodes a run uses {fit}, the rest stands idle.")
+    return notes
 
 
 def _smallest(plan: Plan) -> Plan:

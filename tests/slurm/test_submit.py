@@ -25,7 +25,7 @@ from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission
-from forescale.slurm.submit import notes_on_cpus, rehearsal_of
+from forescale.slurm.submit import notes_on_cpus, notes_on_sizes, rehearsal_of
 from forescale.slurm.submit import submit as submit_run
 from tests.trainer.small_run import certify, make_run
 
@@ -57,6 +57,19 @@ def test_all_problems_at_once_and_nothing_is_written(submit, tmp_path):
     assert "slurm.time: must be a wall time" in err
     assert "slurm.time='24 h'" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_that_can_not_use_all_numbers_of_nodes_are_named():
+    def notes(**batches):
+        keys = ["train.micro_batch=4", "slurm.nodes=1-4", "data.path=data"]
+        words = [[f"run.name={n}", f"train.global_batch={b}", *keys] for n, b in batches.items()]
+        return notes_on_sizes([Plan(job_of(SubmitJob, [*ALONE[:2], *each])) for each in words])
+
+    assert notes(b=8) == [], "SLURM is asked for 1 or 2"
+    first, second = notes(a=16, b=8, c=16)
+    assert first.startswith("a, c can use 4, 2 or 1 nodes")
+    assert "of 3 nodes a run uses 2" in first
+    assert second.startswith("b can use 2 or 1 nodes, and SLURM is asked for 1-4: of 4 nodes")
 
 
 def test_a_dry_run_of_a_range_shows_its_sizes_beside_the_script(submit):
