@@ -413,6 +413,7 @@ def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
         memory = _HOST_MEMORY * job.per_node + _smallest(plan).copy_bytes
     else:  # on CPUs all planned memory is host memory
         memory = int(_smallest(plan).chosen.memory.total) * job.per_node
+        memory += _smallest(plan).copy_bytes
     facts = facts_of(job.slurm, data, packages)
     facts |= {"memory": memory, "trust": bool(targets(begun.job)), "sizes": usable_nodes(plan)}
     facts["restart"] = job.plan.restart.seconds

@@ -38,7 +38,7 @@ from forescale.ground import storage
 from forescale.ground.errors import UserError
 from forescale.ground.storage import TABLE, FileEntry, HashingFile, read_table
 from forescale.run.directory import Run
-from forescale.run.history import Saved, history_of
+from forescale.run.history import Saved, history_of, step_before
 
 _NAME = re.compile(r"step-(\d{8,18})\.attempt-(\d{4,9})")
 _BLOCK = 1 << 26  # bytes that are sent at once
@@ -48,17 +48,19 @@ _HEADER = 4096  # bytes that say which files a rank sends
 class PeerMemory:
     """The snapshots of a run on this node. Every rank makes one and calls its methods together.
 
-    node: its name. source: of the checkpoint that was last published from here, on rank 0: "step",
-    "nodes" (how many had parts of it), "stored" (the newest step that the storage had) and "what",
-    which says so. neighbour: this rank sends its part to the one so many ranks after it; 0 without
-    another node.
+    node: its name. trajectory: tells a run with other steps or batches from the one that took a
+    snapshot: a run may be made longer only from a step that the storage has. source: of the
+    checkpoint that was last published from here, on rank 0: "step", "nodes" (how many had parts of
+    it), "stored" (the newest step that the storage had) and "what", which says so. neighbour: this
+    rank sends its part to the one so many ranks after it; 0 without another node.
     """
 
-    def __init__(self, run: Run, ranks: World, node: str | None = None):
+    def __init__(self, run: Run, ranks: World, node: str | None = None, trajectory: str = ""):
         self.run, self._ranks = run, ranks
         self.node = node or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         # A run that was deleted and started anew has another id.
-        key = f"{run.path.resolve()}:{run.read_identity().get('wandb_id')}:{self.node}"
+        identity = f"{run.read_identity().get('wandb_id')}:{trajectory}"
+        key = f"{run.path.resolve()}:{identity}:{self.node}"
         self.path = storage.make_private(storage.memory_folder(key))
         # What has a rank that lives, or has just changed, isn't removed as left behind.
         storage.write_json(self.path / f"rank-{ranks.rank}.json", {"pid": os.getpid()})
@@ -76,12 +78,20 @@ class PeerMemory:
     def _folders(self) -> list[Path]:
         return [path for path in self.path.glob("step-*") if _NAME.fullmatch(path.name)]
 
-    def clear(self, all_of_it: bool = False) -> None:
-        """Remove the snapshots, or all of the run; none may be under way."""
+    def clear(self, attempt: int, all_of_it: bool = False) -> None:
+        """Remove the snapshots of an attempt and those before it, or all of the run; none may be
+        under way. A newer attempt may have begun while this one was cut off: its own stay."""
         self._newest = ""
         self._ranks.merged(0, first)  # no rank still writes
-        if self._leads:
-            for path in [self.path] if all_of_it else self._folders():
+        if not self._leads:
+            return
+        self._remove(attempt)
+        if all_of_it and not self._folders():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _remove(self, attempt: int, spared: str = "") -> None:
+        for path in self._folders():
+            if path.name != spared and _numbers(path.name)[1] <= attempt:
                 shutil.rmtree(path, ignore_errors=True)
 
     def store(
@@ -95,12 +105,12 @@ class PeerMemory:
         def make_room() -> None:
             if not self._leads:
                 return
-            for path in self._folders():
-                if path.name != self._newest:
-                    shutil.rmtree(path)
+            storage.make_private(self.path)  # whoever tidies up /dev/shm may have removed it
+            self._remove(attempt, self._newest)
             # Another node's part is about as large.
             needed = snapshot.size * len(self.local) * (2 if self.neighbour else 1)
             free = min(shutil.disk_usage(self.path).free, psutil.virtual_memory().available)
+            free = min(free, _room_of_job())
             if free < needed:
                 problem = (
                     f"a snapshot takes {needed:,} bytes of {self.path.parent}, {free:,} are free"
@@ -226,6 +236,8 @@ class PeerMemory:
                     (sources.add if is_whole else damaged[n].append)(self.nodes[rank])
                     files.pop(n) if is_whole else files[n][1].remove(rank)
             return ranks.from_main(commit, stage)
+        except UserError as e:  # such as a full disk: an older checkpoint may count
+            return str(e)
         finally:
             if ranks.is_main:  # gone, if it is published
                 shutil.rmtree(stage, ignore_errors=True)
@@ -251,7 +263,8 @@ class PeerSaver(Saver):
             if ranks.is_main:
                 print(f"forescale: no snapshot of step {step:,}: {e}", file=sys.stderr, flush=True)
         if ranks.is_main:
-            attempt.event(kind, step=step, **facts)
+            with suppress(OSError, UserError):  # the run must not end with a record of a snapshot
+                attempt.event(kind, step=step, **facts)
 
 
 def _numbers(name: str) -> tuple[int, int]:
@@ -267,8 +280,24 @@ def _counts(run: Run, step: int, attempt: int, saves: Sequence[dict[str, Any]]) 
     is_stored = present is not None and run.is_eligible(present.attempt, step)
     # If the save before it was removed by hand, the run is to go back to an earlier one.
     before = [row["step"] for row in saves if row["attempt"] == attempt and row["step"] < step]
+    parent = next((a.parent for a in run.attempts() if a.number == attempt), None)
+    if not before and parent and parent.step > step_before(run):
+        before = [parent.step]
     is_left = not before or run.checkpoint_path(max(before)).is_dir()
     return not is_stored and is_left and run.is_eligible(attempt, step)
+
+
+def _room_of_job() -> float:
+    """Return the bytes of memory that the cgroup of this process has left, if it has a limit: what
+    lies in /dev/shm counts there, and the kernel would kill a rank for it."""
+    with suppress(OSError, ValueError):
+        path = Path("/proc/self/cgroup").read_text().split("::", 1)[1].splitlines()[0]
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])  # given up when needed
+        used = int((folder / "memory.current").read_text()) - cached
+        return int((folder / "memory.max").read_text()) - used  # ValueError: "max"
+    return float("inf")
 
 
 def _shift(nodes: Sequence[str]) -> int:

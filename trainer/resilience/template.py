@@ -135,7 +135,9 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
         if ended in ready:
             is_ending = is_ending or signal.SIGTERM in os.read(ended, 1 << 10)
             while ranks and (status := os.waitpid(-1, os.WNOHANG))[0]:
-                rank, code = ranks.pop(status[0]), os.waitstatus_to_exitcode(status[1])
+                if (rank := ranks.pop(status[0], None)) is None:
+                    continue  # a process that a library started
+                code = os.waitstatus_to_exitcode(status[1])
                 end = {"code": code, "killed": rank in killed}
                 memory = code == -signal.SIGKILL and kills_for_memory() > kills
                 channel.send(rank=rank, memory=memory, **end)

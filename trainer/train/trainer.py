@@ -70,9 +70,14 @@ class Trainer:
         attempt = os.environ.get(ATTEMPT)  # made by our launcher; other launchers don't
         attempt = attempt or self.world.from_main(lambda: str(self.run.new_attempt().path))
         self.attempt = Attempt(Path(attempt))
-        self.memory = PeerMemory(self.run, self.world) if self.job.checkpoint.peer else None
+        self.memory = None
+        if self.job.checkpoint.peer:
+            trajectory = f"{self.job.total_steps}:{self.job.batch_ramp}"
+            self.memory = PeerMemory(self.run, self.world, trajectory=trajectory)
         if self.memory and not self.memory.neighbour:
-            self._print("Note: there is no other node for the snapshots of checkpoint.peer.")
+            why = "ranks divide into nodes unequally" if len({*self.memory.nodes}) > 1 else ""
+            why = why or "there is no other node"
+            self._print(f"Note: snapshots of checkpoint.peer stay on their own node: {why}.")
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.phases)
         waits = waiting_places(self.job.engine.stage, self.world.mesh.exchanges)
@@ -204,7 +209,7 @@ class Trainer:
                 self.attempt.event("snapshot_used", **self.memory.source)
                 self._print(f"It came {self.memory.source['what']}.")
             self.memory.source = None
-            self.memory.clear()  # of earlier attempts
+            self.memory.clear(self.attempt.number)  # of earlier attempts
         return point
 
     def _train_attempt(self, point: ResumePoint) -> tuple[Position, bool]:
@@ -262,7 +267,8 @@ class Trainer:
             if reason and parts.snapshots and self.memory:
                 with suppress(UserError):  # the run goes on without it, or ends
                     parts.snapshots.finish()
-                self.memory.clear()  # what is newer than a rollback's checkpoint must not come back
+                # What is newer than a rollback's checkpoint must not come back.
+                self.memory.clear(self.attempt.number)
             if reason and self.world.is_main:
                 seconds = self.phases.take()  # since the last row
                 self.attempt.event("ended", step=position.step, reason=reason, seconds=seconds)
@@ -325,7 +331,7 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
         raise users from e
     trainer.reporter.stop()
     if trainer.memory and code == DONE:  # interrupted, it may not have resumed yet
-        trainer.memory.clear(all_of_it=True)
+        trainer.memory.clear(trainer.attempt.number, all_of_it=True)
     trainer.world.close()
     if trainer.mirror:  # only now: no rank waits in a collective for what this one copies
         trainer.mirror.close()  # after a stop signal until the grace is over: see StopRequest

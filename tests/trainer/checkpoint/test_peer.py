@@ -74,7 +74,7 @@ def test_the_newest_counts_and_two_are_kept(run):
     step, reports, source = resumed(run)
     assert (step, reports, source["nodes"], source["stored"]) == (5, [], 1, 2)
     assert resumed(run)[::2] == (5, None), "from the storage: it has it by now"
-    life.memory.clear(all_of_it=True)
+    life.memory.clear(life.attempt.number, all_of_it=True)
     assert not life.memory.path.exists()
 
 
@@ -86,6 +86,26 @@ def test_what_an_abandoned_history_left_never_comes_back(run):
     assert resumed(run)[0] == 4
     other.train(5)
     assert resumed(run)[0] == 5, "of the new history"
+
+
+def test_a_checkpoint_removed_by_hand_takes_along_what_followed_it(run):
+    life = Life(run)
+    life.train(2, life.saver)
+    life.train(4, life.saver)
+    Life(run, 4).train(6)
+    shutil.rmtree(run.checkpoint_path(4))
+    assert resumed(run)[0] == 2
+
+
+def test_an_attempt_that_was_cut_off_removes_nothing_of_a_newer_one(run):
+    """Its network may come back with its ranks still alive."""
+    old = Life(run)
+    old.train(2, old.saver)
+    new = Life(run, 2)
+    new.train(3)
+    old.train(4)
+    old.memory.clear(old.attempt.number, all_of_it=True)
+    assert resumed(run)[0] == 3
 
 
 @pytest.mark.parametrize("gone", ["node", "run", "save", "rows", "table"])
