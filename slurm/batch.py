@@ -231,7 +231,7 @@ class Batch:
         if self._may_grow and len(self.hosts) < self.sizes[0]:
             Thread(target=self._grow, args=[is_over], daemon=True).start()
         if self.settings.outlives_nodes:
-            Thread(target=self._release, args=[attempt, is_over], daemon=True).start()
+            Thread(target=self._release, args=[attempt, is_over, step], daemon=True).start()
         code = step.train(attempt.path, environment, self._is_late, self.id)
         is_over.set()
         stopped, observed = bool(self.stop_signal), (step.lost_node, step.refusal)
@@ -246,21 +246,38 @@ class Batch:
         if step and not step.is_over:
             step.finish(self._is_late, self.id)
 
-    def _release(self, attempt: Attempt, is_over: Event) -> None:
+    def _release(self, attempt: Attempt, is_over: Event, step: WarmStep) -> None:
         """Once ranks wait for others, give up the nodes that can't be reached: SLURM would hold the
-        steps on all nodes until it does so itself, after SlurmdTimeout. For a thread."""
+        steps on all nodes until it does so itself, after SlurmdTimeout. For a thread.
+
+        Only nodes that have answered before (a site may close the port), and that don't answer at
+        two looks in a row. Where this node is cut off, SLURM doesn't answer either."""
+        answered: set[str] | None = None
+        silent: list[str] = []
         while not is_over.wait(2.0):
-            with suppress(UserError):
-                gone = queue.unreachable(self.hosts) if outcome.hang_of(attempt.path) else []
-                if not gone:  # all are alive; or this node is cut off, and SLURM doesn't answer
+            try:
+                if answered is None:
+                    answered = {*self.hosts}.difference(queue.unreachable(self.hosts))
+                hangs = outcome.hang_of(attempt.path)
+                gone = [h for h in queue.unreachable(self.hosts) if h in answered] if hangs else []
+                before, silent = silent, gone
+                if not gone or gone != before:
                     continue
                 left = [host for host in self.job_hosts if host not in gone]
                 left = [host for host in left if host not in queue.lost(self.id, left)]
-                self._log(f"Given up, because it can't be reached: {', '.join(gone)}.")
-                queue.keep_nodes(self.id, left)
-                if self._step:  # srun would wait for them; what it leaves ends with its step
-                    self._step.process.kill()
+            except UserError:
+                continue
+            if is_over.is_set():
                 return
+            names = ", ".join(gone)
+            try:
+                queue.keep_nodes(self.id, left)
+            except UserError as e:
+                self._log(f"{names} can't be reached, but SLURM doesn't take nodes back: {e}")
+                return
+            self._log(f"Given up, because it can't be reached: {names}.")
+            step.process.kill()  # srun would wait for them; what it leaves ends with its step
+            return
 
     def _grow(self, is_over: Event) -> None:
         """While the attempt runs, look from time to time whether to end it, and to requeue the job

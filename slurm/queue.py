@@ -4,6 +4,7 @@ Invariant: this file parses SLURM's output and raises its errors as UserErrors w
 Job ids are text: 123, or 123_4 for a task of an array.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -302,9 +303,11 @@ def unreachable(nodes: Sequence[str]) -> list[str]:
 
     def answers(node: str) -> bool:
         try:
-            socket.create_connection((addresses[node], port), timeout=3.0).close()
-        except OSError as e:
-            return isinstance(e, ConnectionRefusedError | socket.gaierror)
+            socket.create_connection((addresses.get(node, node), port), timeout=3.0).close()
+        except TimeoutError:
+            return False
+        except OSError as e:  # of another kind: not for this node to judge
+            return e.errno not in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
         return True
 
     with ThreadPoolExecutor(64) as pool:
