@@ -211,8 +211,8 @@ class TrainJob(Lengths, Job):
             problem = f"the job can't run with any number in {elastic.sizes}"
             return [(elastic.key, problem, f"the nearest that works: {in_words(near)}")]
         if largest is None:  # a size that groups divide says what else is wrong
-            near, each = self.mesh(1).near, elastic.each
-            whole = (n for n in elastic.sizes if n * each % near == 0)
+            group, each = self.mesh(1).near, elastic.each
+            whole = (n for n in elastic.sizes if n * each % group == 0)
             largest = next(whole, elastic.sizes.most)
         return [*self._problems(largest * elastic.each)]
 
