@@ -129,6 +129,7 @@ def test_nodes_get_a_packed_environment_from_each_other(lab, tmp_path, monkeypat
     scratch = lab.scratch / "own"
     monkeypatch.setattr(steps, "MANY_NODES", 2)
     monkeypatch.setenv("FORESCALE_SCRATCH", str(scratch))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     python = tmp_path / "venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/bash\necho Python of $SLURMD_NODENAME\n" + "#" * (20 << 20))
@@ -149,5 +150,5 @@ def test_nodes_get_a_packed_environment_from_each_other(lab, tmp_path, monkeypat
     assert {f"Python of {node}" for node in nodes[:2]} <= {*text.splitlines()}
     assert "sbcast failed" not in text
     # The third has a copy, as a spare node: nothing has unpacked it yet.
-    copy = lab.files("n3", scratch / "environment-venv-7.tar")
+    copy = lab.files("n3", scratch / "environment-venv-7.1.tar")
     assert copy.read_bytes() == tar.read_bytes()

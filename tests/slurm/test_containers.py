@@ -63,6 +63,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("FORESCALE_SCRATCH", str(tmp_path / "scratch/forescale-0"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("FORESCALE_NODE", str(tmp_path / "scratch/forescale-0/job-1"))
     monkeypatch.setenv("PYTHONPATH", "/code,frozen")
     return tmp_path
