@@ -36,7 +36,7 @@ def compare(rounds: int, sizes: TrainingSizes) -> list[Result]:
         bench.take_data()
         turns = [bench.turn() for _ in range(rounds)]
         behind = [bench.training() for _ in range(min(rounds, 3))]
-        bench.snapshots.memory.clear(all_of_it=True)
+        bench.snapshots.memory.clear(bench.attempt.number, all_of_it=True)
     facts = {"bytes": bench.bytes, "parameters": bench.parameters}
     stall = [(t["stall"], t["waited"]) for t in turns]
     whole = [(t["behind"], t["plain"]) for t in turns]
