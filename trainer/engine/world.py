@@ -62,9 +62,9 @@ def import_libraries(compiler: bool) -> None:
     set_environment()
     import accelerate  # noqa: F401
     import deepspeed  # noqa: F401
-    import torch._dynamo
 
     if compiler:
+        import torch._dynamo
         import torch._inductor.compile_fx  # noqa: F401
 
 

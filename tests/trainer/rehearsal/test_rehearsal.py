@@ -168,6 +168,13 @@ def test_waits_launches_and_bytes_of_a_step_stay_below_their_ceilings(case):
 
 # Statements that only a device runs and no rehearsal does, by file and function.
 REASONS = {
+    **{
+        f"trainer/{place}": "asks the machine's driver, which tests/trainer replaces"
+        for place in (
+            *(f"config/hardware.py:{name}" for name in ("_devices", "capability", "gpu_memory")),
+            *(f"resilience/elastic.py:{name}" for name in ("__init__", "_largest")),
+        )
+    },
     "models/mixers/masks.py:block_mask": "in a model that is one graph, which none on a GPU is",
     "trainer/engine/determinism.py:use_flash": "needs the package of FlashAttention 3 or 4",
     "trainer/engine/portable/fragments.py:_room": "where the host has too little memory",
