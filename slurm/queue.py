@@ -315,10 +315,11 @@ def unreachable(nodes: Sequence[str]) -> list[str]:
 
 
 def keep_nodes(job: str, nodes: Sequence[str]) -> None:
-    """Give all other nodes of a running job back to SLURM, which ends the steps on them at once. It
-    writes a script for users into the working directory."""
-    place = f"--chdir={tempfile.gettempdir()}"
-    _run(["env", place, "scontrol", "update", f"JobId={job}", f"NodeList={','.join(nodes)}"])
+    """Give all other nodes of a running job back to SLURM, which ends the steps on them at once."""
+    # scontrol writes scripts for users into its working directory.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        change = ["scontrol", "update", f"JobId={job}", f"NodeList={','.join(nodes)}"]
+        _run(["env", f"--chdir={place}", *change])
 
 
 def _node_states(which: str) -> dict[str, str]:

@@ -2,8 +2,9 @@
 they were given (the lab of tests/cluster has the real ones)."""
 
 import json
+import os
 import socket
-import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_nodes_that_nothing_answers_from_are_given_up(commands, tmp_path, monkey
     assert queue.unreachable(["n1", "n2", "n3"]) == ["n2"], "the others answer, or have no address"
     queue.keep_nodes("7", ["n1", "n3"])
     place, call = (tmp_path / "calls").read_text().splitlines()
-    assert (place, call) == (tempfile.gettempdir(), "update JobId=7 NodeList=n1,n3")
+    assert call == "update JobId=7 NodeList=n1,n3"
+    assert place != os.getcwd()
+    assert not Path(place).exists(), "with the scripts that scontrol writes for users"
 
 
 def test_the_cpus_of_the_smallest_node_of_a_partition(commands):
