@@ -19,47 +19,91 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """`world` ranks in groups of sequence * tensor consecutive ranks. The size of a group divides
-    `world`; a group lies inside a node if its size divides the node's ranks.
+    """`world` ranks. They are in `pipeline` stages of consecutive ranks, each with other blocks of
+    the model; a rank stands for the same windows and parts as those at its place in other stages.
 
-    All ranks of a group read the same windows; each group reads other windows. In a group, each set
-    of `tensor` consecutive ranks holds the same columns of the windows, and each of them a part of
-    the matrices; the `sequence` sets of a group hold different columns.
+    A stage has groups of `near` = context * sequence * tensor consecutive ranks. The size of a
+    group divides the ranks of a stage; a group lies inside a node if its size divides the node's
+    ranks. All ranks of a group read the same windows; each group of a stage reads other windows.
+    In a group, each set of `tensor` consecutive ranks holds the same columns of the windows, and
+    each of them a part of the matrices; the other ranks hold different columns: `sequence` sets
+    exchange heads, and `context` sets of these pass keys and values around.
 
-    Each set of `experts` consecutive ranks divides the experts of a layer; `experts` divides
-    `world`. The tokens of these ranks may come from the same windows or from others.
+    Each set of `experts` consecutive ranks divides the experts of a layer; `experts` divides the
+    ranks of a stage. The tokens of these ranks may come from the same windows or from others.
+
+    The states of parameters are divided among `shard` ranks that have the same parameters (0: among
+    all); each such group has a copy of the states.
     """
 
     world: int
     sequence: int = 1
     tensor: int = 1
     experts: int = 1
+    context: int = 1
+    pipeline: int = 1
+    shard: int = 0
 
     @property
     def near(self) -> int:
-        """The number of ranks that are fed the same windows."""
-        return self.sequence * self.tensor
+        """The number of ranks of a stage that are fed the same windows."""
+        return self.context * self.sequence * self.tensor
+
+    @property
+    def columns(self) -> int:
+        """The number of ranks that divide the columns of a window."""
+        return self.context * self.sequence
 
     @property
     def exchanges(self) -> bool:
         """True if ranks exchange something inside of the model."""
-        return max(self.near, self.experts) > 1
+        return max(self.near, self.experts, self.pipeline) > 1
+
+    @property
+    def in_stage(self) -> int:
+        """The number of ranks of a stage of the pipeline."""
+        return self.world // self.pipeline
 
     @property
     def data(self) -> int:
         """The number of groups that are fed different windows."""
-        return self.world // self.near
+        return self.in_stage // self.near
 
     @property
     def states(self) -> int:
         """The number of ranks that have the same parameters."""
-        return self.world // self.tensor
+        return self.in_stage // self.tensor
+
+    @property
+    def shards(self) -> int:
+        """The number of ranks that the states of a parameter are divided among."""
+        return self.shard or self.states
+
+    def stage_of(self, rank: int) -> int:
+        """Return the stage of the pipeline that a rank is in."""
+        return rank // self.in_stage
+
+    def _stage(self, rank: int, first: int, step: int) -> list[int]:
+        """Return each step-th rank of a rank's stage, from its first-th on."""
+        start = self.stage_of(rank) * self.in_stage
+        return [*range(start + first, start + self.in_stage, step)]
+
+    def pipeline_peers(self, rank: int) -> list[int]:
+        """Return the ranks at the place of a rank in each stage, in the order of the stages."""
+        return [*range(rank % self.in_stage, self.world, self.in_stage)]
 
     def sequence_peers(self, rank: int) -> list[int]:
-        """Return the ranks that divide the columns of the windows of a rank, itself included, in
-        the order of the columns."""
-        first = rank - rank % self.near + rank % self.tensor
-        return [*range(first, first + self.near, self.tensor)]
+        """Return the ranks that exchange heads of the windows of a rank, itself included, in the
+        order of the columns."""
+        size = self.sequence * self.tensor
+        first = rank - rank % size + rank % self.tensor
+        return [*range(first, first + size, self.tensor)]
+
+    def context_peers(self, rank: int) -> list[int]:
+        """Return the ranks that pass the keys and values of a rank around, itself included, in the
+        order of the columns."""
+        first = rank - rank % self.near + rank % (self.sequence * self.tensor)
+        return [*range(first, first + self.near, self.sequence * self.tensor)]
 
     def tensor_peers(self, rank: int) -> list[int]:
         """Return the ranks that divide the matrices with a rank, itself included, in the order of
@@ -68,13 +112,25 @@ class Mesh:
         return [*range(first, first + self.tensor)]
 
     def data_peers(self, rank: int) -> list[int]:
-        """Return the ranks that hold the same columns of other windows, and the same parts of the
-        matrices, itself included."""
-        return [*range(rank % self.near, self.world, self.near)]
+        """Return the ranks of a stage that hold the same columns of other windows, and the same
+        parts of the matrices, itself included."""
+        return self._stage(rank, rank % self.near, self.near)
 
     def state_peers(self, rank: int) -> list[int]:
-        """Return the ranks that have the same parts of the matrices, itself included."""
-        return [*range(rank % self.tensor, self.world, self.tensor)]
+        """Return the ranks that have the same parts of the same matrices, itself included."""
+        return self._stage(rank, rank % self.tensor, self.tensor)
+
+    def shard_peers(self, rank: int) -> list[int]:
+        """Return the ranks that have one copy of the states between them, a rank among them."""
+        peers = self.state_peers(rank)
+        first = peers.index(rank) // self.shards * self.shards
+        return peers[first : first + self.shards]
+
+    def replica_peers(self, rank: int) -> list[int]:
+        """Return the ranks that have the same part of the states, one of each copy, a rank among
+        them."""
+        peers = self.state_peers(rank)
+        return peers[peers.index(rank) % self.shards :: self.shards]
 
     def expert_peers(self, rank: int) -> list[int]:
         """Return the ranks that have a layer's experts between them, a rank among them, in the
@@ -84,12 +140,20 @@ class Mesh:
 
     def expert_data_peers(self, rank: int) -> list[int]:
         """Return the ranks that have the same experts as a rank, itself included."""
-        return [*range(rank % self.experts, self.world, self.experts)]
+        return self._stage(rank, rank % self.experts, self.experts)
 
 
 def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     """Yield the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
     mesh = job.mesh(ranks or 1)
+    for name, size, off in (
+        ("pipeline_parallel", mesh.pipeline, 1),
+        ("context_parallel", mesh.context, 1),
+        ("shard_group", mesh.shard, 0),
+    ):
+        if size != off:
+            yield f"engine.{name}", "is not supported yet", f"write engine.{name}={off}"
+            return
     sizes = {"sequence": mesh.sequence, "tensor": mesh.tensor}
     names = [f"engine.{axis}_parallel" for axis, size in sizes.items() if size > 1]
     how = getattr(job.model, "activation_checkpointing", "none")

@@ -89,8 +89,9 @@ class TrainJob(Lengths, Job):
 
     def mesh(self, world_size: int) -> Mesh:
         """Return how so many ranks are grouped."""
-        near = self.engine
-        return Mesh(world_size, near.sequence_parallel, near.tensor_parallel, near.expert_parallel)
+        e = self.engine
+        near = e.sequence_parallel, e.tensor_parallel, e.expert_parallel, e.context_parallel
+        return Mesh(world_size, *near, e.pipeline_parallel, e.shard_group)
 
     @property
     def continues_text(self) -> bool:

@@ -11,22 +11,48 @@ TWO = ["engine.sequence_parallel=2", "launch.processes=4"]
 
 
 @pytest.mark.parametrize(
-    ("world", "near", "tensor"),
-    [(1, 1, 1), (4, 1, 1), (4, 2, 1), (8, 4, 1), (6, 6, 1), (4, 1, 2), (12, 2, 3), (8, 2, 4)],
+    ("world", "pipeline", "context", "sequence", "tensor"),
+    [
+        (1, 1, 1, 1, 1),
+        (4, 1, 1, 1, 1),
+        (4, 1, 1, 2, 1),
+        (6, 1, 1, 6, 1),
+        (12, 1, 1, 2, 3),
+        (12, 1, 3, 1, 2),
+        (4, 2, 1, 1, 1),
+        (48, 2, 2, 3, 2),
+    ],
 )
-def test_each_rank_has_one_place_in_the_mesh(world, near, tensor):
-    mesh = Mesh(world, near, tensor)
-    kinds = (mesh.data_peers, mesh.sequence_peers, mesh.tensor_peers)
+def test_each_rank_has_one_place_in_the_mesh(world, pipeline, context, sequence, tensor):
+    mesh = Mesh(world, sequence, tensor, context=context, pipeline=pipeline)
+    kinds = (
+        mesh.pipeline_peers,
+        mesh.data_peers,
+        mesh.context_peers,
+        mesh.sequence_peers,
+        mesh.tensor_peers,
+    )
     places = [tuple(peers(rank).index(rank) for peers in kinds) for rank in range(world)]
-    sizes = (mesh.data, near, tensor)
+    sizes = (pipeline, mesh.data, context, sequence, tensor)
     assert places == [*product(*map(range, sizes))]
     for rank, place in enumerate(places):
         for axis, (peers, size) in enumerate(zip(kinds, sizes, strict=True)):
             others = [places[peer] for peer in peers(rank)]
             assert others == [(*place[:axis], i, *place[axis + 1 :]) for i in range(size)]
-        same = [peer for peer in range(world) if places[peer][2] == place[2]]
+        same = [r for r in range(world) if places[r][4] == place[4] and places[r][0] == place[0]]
         assert mesh.state_peers(rank) == same
         assert len(same) == mesh.states
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline", "shard"), [(8, 1, 1, 2), (24, 2, 2, 3)])
+def test_each_copy_of_the_states_is_whole(world, tensor, pipeline, shard):
+    mesh = Mesh(world, tensor=tensor, pipeline=pipeline, shard=shard)
+    for rank in range(world):
+        copy, same = mesh.shard_peers(rank), mesh.replica_peers(rank)
+        assert len(copy) == shard
+        assert len(copy) * len(same) == mesh.states
+        assert set(copy) & set(same) == {rank}
+        assert {*copy, *same} <= {*mesh.state_peers(rank)}
 
 
 @pytest.mark.parametrize(("world", "parts"), [(2, 2), (8, 2), (8, 4)])

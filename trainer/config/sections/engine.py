@@ -94,6 +94,14 @@ class EngineConfig:
     # number of consecutive ranks that divide the experts of each layer and exchange tokens; best
     # within a node; 1: off
     expert_parallel: int = key(1, ge=1)
+    # number of ranks that divide the columns of each window and pass their keys and values around
+    # in a ring; may be more than the heads; 1: off
+    context_parallel: int = key(1, ge=1)
+    # number of stages, of consecutive ranks, that have some of the blocks each; 1: off
+    pipeline_parallel: int = key(1, ge=1)
+    # number of ranks, among those with the same parameters, that ZeRO divides the states among;
+    # each such group has a copy of the states (hybrid sharding); 0: all
+    shard_group: int = key(0, ge=0)
     # settings of DeepSpeed that have no key here, in its JSON format
     deepspeed: dict[str, Any] = key({})
 
