@@ -8,20 +8,19 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
-from forescale.config.compose import groups
-from forescale.config.job import overrides_of, words_of
-from forescale.config.schema import ConfigError, Problem, plain
-from forescale.config.sizes import Sizes, in_words
+from forescale.config.duration import Duration
+from forescale.config.job import overrides_of
+from forescale.config.schema import ConfigError
+from forescale.config.sizes import Sizes
 from forescale.config.target import refuse_targets, remember, targets
 from forescale.ground.console import open_console
 from forescale.ground.errors import UserError
@@ -29,11 +28,8 @@ from forescale.ground.foreign import read_text
 from forescale.ground.storage import write_file
 from forescale.monitor.status import Status
 from forescale.plan.blocks import print_blocks
-from forescale.plan.config import PlanJob
-from forescale.plan.gpu import gpu_of
 from forescale.plan.plan import Plan
 from forescale.plan.rows import show, sizes_block
-from forescale.run.certificate import about
 from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.forecast import find
@@ -44,7 +40,9 @@ from forescale.slurm.config import SubmitJob
 from forescale.slurm.limits import limit_problems
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
+from forescale.slurm.rehearsal import Rehearse, is_worth_it, rehearsal_of, rehearse_first
 from forescale.slurm.script import Order
+from forescale.slurm.sizes import job_of_plan, nodes_of, notes_on_sizes, smallest, usable_nodes
 from forescale.slurm.submission import (
     Submission,
     accepted,
@@ -55,13 +53,7 @@ from forescale.slurm.submission import (
 )
 
 _UNDER_WAY = 600.0  # seconds that a command may take to submit
-# GPU-hours of a job that are worth a rehearsal, and GPUs of which one takes a minute or two.
-_WORTH, _QUICK = 100.0, 4096
 _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, buffers of batches
-
-# Rehearses the job that words of `forescale rehearse` describe; returns what would end it, and a
-# sentence on what was seen. Raises UserError if this machine can't rehearse it.
-Rehearse = Callable[[list[str]], tuple[list[Problem], str]]
 
 
 def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | None = None) -> None:
@@ -86,29 +78,10 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
     if not jobs:
         return
     plans = [Plan(job, newest_step) for job in jobs]
-    if not dry:
-        plans[0].notes[:0] = notes
-        plans[0].notes += notes_on_cpus(jobs[0])
-        if (nodes := _range(plans)).is_range:
-            most = Sizes(nodes.most, nodes.most)
-            beyond = limit_problems(replace(jobs[0].slurm, nodes=most))
-            plans[0].notes += [f"{key}: {problem}." for key, problem, _ in beyond if "nodes" in key]
-            plans[0].notes += notes_on_sizes(plans)
-        if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
-            print(
-                "Note: keys of slurm and machine that you don't give are as you submitted it last."
-            )
-        show(plans[0])
-        sentences, command = rehearsal_of(plans[0], overrides)
-        is_due = rehearse is not None and bool(command) and _is_worth_it(plans[0])
-        if command and not is_due:
-            lead = "Rehearse it" if sentences else "Not rehearsed"
-            sentences.append(f"{lead}: {shlex.join(['forescale', 'rehearse', *command])}")
-        print(*sentences, sep="\n", end="\n" * bool(sentences))
-        sys.stdout.flush()
+    due = [] if dry else _show(plans, overrides, notes, rehearse is not None)
     problems = [p for plan in plans for p in plan.problems]
     if not dry:
-        least = _range(plans).least
+        least = nodes_of(plans).least
         problems += limit_problems(replace(jobs[0].slurm, nodes=Sizes(least, least)))
     if problems:
         raise ConfigError(problems)
@@ -124,17 +97,48 @@ def submit(overrides: Sequence[str], trust: bool = True, rehearse: Rehearse | No
     largest = queue.largest_array()
     first = slice(largest)  # of several arrays
     queue.expect_accepted(order(plans[first], runs[first], folders[first], profile).script())
-    if rehearse is not None and is_due:
+    if rehearse is not None and due:
         _refuse_twice(runs[0])
-        _rehearse(rehearse, command, jobs[0])
+        rehearse_first(rehearse, due, jobs[0])
     for note in {described(packages): "" for each in jobs if (packages := own_packages(each))}:
         print(f"Note: {note}")
     arrays, ids = enter(plans, profile, largest)
     for plan in plans:
-        remembered.remember(_job_of(plan))
+        remembered.remember(job_of_plan(plan))
         if trust:
             remember(plan.given, plan.given.run.directory)
-    names, time_limit = [name for array in arrays for name in array.names], jobs[0].slurm.time
+    _tell(arrays, ids, jobs[0].slurm.time)
+
+
+def _show(
+    plans: Sequence[Plan], overrides: Sequence[str], notes: Sequence[str], rehearses: bool
+) -> list[str]:
+    """Show the plan of the first job, with notes on the others. Return the words by which
+    `forescale rehearse` is due before it is submitted; none if it isn't, or unless `rehearses`."""
+    plan = plans[0]
+    job = job_of_plan(plan)
+    plan.notes[:0] = notes
+    plan.notes += notes_on_cpus(job)
+    if (nodes := nodes_of(plans)).is_range:
+        beyond = limit_problems(replace(job.slurm, nodes=Sizes(nodes.most, nodes.most)))
+        plan.notes += [f"{key}: {problem}." for key, problem, _ in beyond if "nodes" in key]
+        plan.notes += notes_on_sizes(plans)
+    if Run(job.run.directory).config.exists() and remembered.recall(job.run.directory):
+        print("Note: keys of slurm and machine that you don't give are as you submitted it last.")
+    show(plan)
+    sentences, command = rehearsal_of(plan, overrides)
+    due = command if rehearses and command and is_worth_it(plan) else []
+    if command and not due:
+        lead = "Rehearse it" if sentences else "Not rehearsed"
+        sentences.append(f"{lead}: {shlex.join(['forescale', 'rehearse', *command])}")
+    print(*sentences, sep="\n", end="\n" * bool(sentences))
+    sys.stdout.flush()
+    return due
+
+
+def _tell(arrays: Sequence[Order], ids: Sequence[str], time_limit: Duration | None) -> None:
+    """Say what was submitted, and how to follow and stop it."""
+    names = [name for array in arrays for name in array.names]
     as_what = f"{len(names)} runs as array {' and '.join(ids)}" if names[1:] else f"as job {ids[0]}"
     lead = f"; it saves {arrays[0].lead} s before its time limit of {time_limit}"
     scripts = ", ".join(str(array.submissions[0].script) for array in arrays)
@@ -150,71 +154,6 @@ def _is_complete(job: SubmitJob) -> bool:
         return False
     status = Status(run)
     return status.state == "complete" and status.job.total_steps >= job.training.total_steps
-
-
-def rehearsal_of(plan: Plan, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return sentences on the last rehearsal of a plan's job, and the words that rehearse it now:
-    none if that one still holds, for a machine that can't be pretended, and for an array, whose
-    runs have further keys. words: of the command."""
-    if plan.problems or gpu_of(plan.machine.name, 0, 1) is None:
-        return [], []
-    sentences, holds = about(plan.job, plan.job.gpus)
-    if holds or _job_of(plan).slurm.runs is not None:
-        return sentences, []
-    prefixes = ("slurm", "submit", "run.name=")  # the name is its first word
-    is_named = any(w.startswith(prefixes[-1]) for w in words)
-    keys = [f"plan.gpus={plan.world}"]
-    if plan.per_node != min(plan.machine.gpus_per_node or plan.world, plan.world):
-        keys.append(f"machine.gpus_per_node={plan.per_node}")
-    keys += [w for w in words if not w.lstrip("+~").startswith(prefixes)]
-    keys += _machine_words(plan, [*([f"run.name={plan.job.run.name}"] * is_named), *keys])
-    return sentences, [*([plan.job.run.name] * is_named), *keys]
-
-
-def _machine_words(plan: Plan, words: list[str]) -> list[str]:
-    """Return words for what the machine of a plan has from the last submission of its run, which
-    `words` don't say."""
-
-    def machine_of(*words: str) -> dict[str, Any]:
-        return {**plain(job_of(PlanJob, words).machine), "gpus_per_node": None}
-
-    machine, composed = plain(plan.machine) | {"gpus_per_node": None}, machine_of(*words)
-    if machine == composed:
-        return []
-    for choice in groups(PlanJob)["machine"].files:
-        if machine_of(f"machine={choice}") == machine:
-            return [f"machine={choice}"]
-    return words_of({"machine": {k: v for k, v in machine.items() if v != composed[k]}})
-
-
-def _is_worth_it(plan: Plan) -> bool:
-    """Return True if a job is to be rehearsed before it waits in the queue."""
-    job = _job_of(plan)
-    if job.submit.rehearse != "auto":
-        return job.submit.rehearse == "always"
-    limit = job.slurm.time.seconds if job.slurm.time else None
-    hours = [h for h in (plan.gpu_hours, limit and limit / 3600 * plan.world) if h is not None]
-    begins = not Run(job.run.directory).checkpoint_steps()  # one that has made steps shows as much
-    return begins and min(hours, default=0.0) >= _WORTH and plan.world <= _QUICK
-
-
-def _rehearse(rehearse: Rehearse, words: list[str], job: SubmitJob) -> None:
-    """Rehearse a job. Raises ConfigError with what would end it."""
-    print("Rehearsing its first rank; submit.rehearse=off leaves that out.", flush=True)
-    try:
-        problems, sentence = rehearse(words)
-    except (UserError, OSError) as e:
-        if job.submit.rehearse == "always":
-            raise
-        print(f"Note: it can't be rehearsed here: {e}")
-        return
-    if problems:
-        todo = (
-            f"mend it (its traceback: {shlex.join(['forescale', 'rehearse', *words, '--json'])}), "
-        )
-        todo += "or write submit.rehearse=off"
-        raise ConfigError(p._replace(todo=todo) for p in problems)
-    print(sentence)
 
 
 def notes_on_cpus(job: SubmitJob) -> list[str]:
@@ -273,9 +212,9 @@ def order(
 ) -> Order:
     """Return what to submit. All plans have the SLURM settings of the first. waits: dependencies
     beside slurm.after."""
-    job = _job_of(plans[0])
-    saves = (_save_seconds(_smallest(p), r) for p, r in zip(plans, runs, strict=True))
-    lead = max(_job_of(p).lead(seconds) for p, seconds in zip(plans, saves, strict=True))
+    job = job_of_plan(plans[0])
+    saves = (_save_seconds(smallest(p), r) for p, r in zip(plans, runs, strict=True))
+    lead = max(job_of_plan(p).lead(seconds) for p, seconds in zip(plans, saves, strict=True))
     return Order(
         names=[r.name for r in runs],
         runs=[r.path.resolve() for r in runs],
@@ -284,7 +223,7 @@ def order(
         lead=lead,
         profile=profile,
         waits=waits,
-        nodes=_range(plans),
+        nodes=nodes_of(plans),
     )
 
 
@@ -296,12 +235,12 @@ def enter(
     another config, or if SLURM refuses one: then none is left in the queue."""
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
-    started = [start(_job_of(plan).training, newest=newest_step) for plan in plans]
+    started = [start(job_of_plan(plan).training, newest=newest_step) for plan in plans]
     for begun in started:
         if mirror := mirror_of(begun.run, begun.job, print):
             mirror.check()
     for begun in started:
-        waits = bool(_job_of(plans[0]).slurm.after)  # perhaps for the run that it branches off
+        waits = bool(job_of_plan(plans[0]).slurm.after)  # perhaps for the run that it branches off
         held = hold(begun.run, begun.job.run.origin, begun.job.run.root, ahead=waits)
         for note in (*begun.notes, *held):
             print(f"Note: {note}")
@@ -314,7 +253,7 @@ def enter(
         for start_of in range(0, len(runs), largest or len(runs)):
             part = slice(start_of, start_of + (largest or len(runs)))
             # The throttle of an array counts its own tasks alone: the next one waits for its end.
-            after = [f"afterany:{jobs[-1]}"] if jobs and _job_of(plans[0]).slurm.at_once else []
+            after = [f"afterany:{jobs[-1]}"] if jobs and job_of_plan(plans[0]).slurm.at_once else []
             array = order(plans[part], runs[part], folders[part], profile, after)
             for plan, begun, submission in zip(
                 plans[part], started[part], array.submissions, strict=True
@@ -340,11 +279,6 @@ def enter(
     return arrays, jobs
 
 
-def _job_of(plan: Plan) -> SubmitJob:
-    assert isinstance(plan.given, SubmitJob)
-    return plan.given
-
-
 def _refuse_twice(run: Run) -> None:
     if submission := waiting_or_running(run):
         job = submission[1]
@@ -368,52 +302,17 @@ def _refuse_second(run: Run, folder: Path) -> None:
             raise UserError(str(run.path), problem, todo)
 
 
-def usable_nodes(plan: Plan) -> list[int]:
-    """Return the numbers of nodes that a job can use, by its rules and its memory, the largest
-    first."""
-    return plan.fitting_sizes or [plan.nodes]
-
-
-def _range(plans: Sequence[Plan]) -> Sizes:
-    """Return how many nodes a job asks for, without spare ones: those that each plan can use."""
-    usable = [usable_nodes(plan) for plan in plans]
-    return Sizes(max(sizes[-1] for sizes in usable), max(sizes[0] for sizes in usable))
-
-
-def notes_on_sizes(plans: Sequence[Plan]) -> list[str]:
-    """Return a sentence on the runs of a job that can't use all numbers of nodes which it may get,
-    for each list of numbers that they can use."""
-    runs: dict[tuple[int, ...], list[str]] = {}
-    for plan in plans:
-        runs.setdefault(tuple(usable_nodes(plan)), []).append(plan.given.run.name)
-    nodes, notes = _range(plans), list[str]()
-    spares = f" and {n} to spare" if (n := _job_of(plans[0]).slurm.spares) else ""
-    for sizes, names in runs.items():
-        if excess := next((n for n in nodes if n not in sizes), 0):
-            who = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            fit = next(n for n in sizes if n < excess)
-            asks = f"{who} can use {in_words(sizes)} nodes, and SLURM is asked for {nodes}{spares}"
-            notes.append(f"{asks}: of {excess} nodes a run uses {fit}, the rest stands idle.")
-    return notes
-
-
-def _smallest(plan: Plan) -> Plan:
-    """Return the plan on the fewest nodes that it can use: there a rank needs most memory, and a
-    save takes longest."""
-    return plan.sizes.get(usable_nodes(plan)[-1], plan)
-
-
 def _describe(plan: Plan, begun: Start, submission: Submission) -> None:
     """Write the code and all facts that the job needs beside the run's config."""
-    job = _job_of(plan)
+    job = job_of_plan(plan)
     packages = own_packages(begun.job)
     write_code(submission.code, packages)
     data = [source["path"] for source in begun.sources.describe().values()]
     if job.slurm.has_gpus:
-        memory = _HOST_MEMORY * job.per_node + _smallest(plan).copy_bytes
+        memory = _HOST_MEMORY * job.per_node + smallest(plan).copy_bytes
     else:  # on CPUs all planned memory is host memory
-        memory = int(_smallest(plan).chosen.memory.total) * job.per_node
-        memory += _smallest(plan).copy_bytes
+        memory = int(smallest(plan).chosen.memory.total) * job.per_node
+        memory += smallest(plan).copy_bytes
     facts = facts_of(job.slurm, data, packages)
     facts |= {"memory": memory, "trust": bool(targets(begun.job)), "sizes": usable_nodes(plan)}
     facts["restart"] = job.plan.restart.seconds

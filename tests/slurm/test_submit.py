@@ -24,8 +24,10 @@ from forescale.run.command import job_of
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
+from forescale.slurm.rehearsal import rehearsal_of
+from forescale.slurm.sizes import notes_on_sizes
 from forescale.slurm.submission import Submission
-from forescale.slurm.submit import notes_on_cpus, notes_on_sizes, rehearsal_of
+from forescale.slurm.submit import notes_on_cpus
 from forescale.slurm.submit import submit as submit_run
 from tests.trainer.small_run import certify, make_run
 
