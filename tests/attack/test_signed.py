@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from forescale import cli
-from forescale.checkpoint.reader import newest_complete
+from forescale.checkpoint.choice import newest_complete
 from forescale.ground.errors import UserError
 from forescale.ground.storage import (
     FileEntry,

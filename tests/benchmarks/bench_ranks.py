@@ -33,7 +33,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_complete
+from forescale.checkpoint.choice import newest_complete
+from forescale.checkpoint.reader import STATE, Checkpoint, Position
 from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.portable.fragments import Fragment, write_fragments
 from forescale.engine.portable.strips import Series, rank_file

@@ -9,7 +9,8 @@ import torch
 from torch.distributed import distributed_c10d
 
 from forescale.checkpoint import writer
-from forescale.checkpoint.reader import Position, find_faults, newest_complete
+from forescale.checkpoint.choice import find_faults, newest_complete
+from forescale.checkpoint.reader import Position
 from forescale.config.schema import ConfigError, Problem
 from forescale.data.feed import LostMember
 from forescale.engine import ranks as engine_ranks

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from forescale.checkpoint.reader import Position, newest_complete
+from forescale.checkpoint.choice import newest_complete
+from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
 from forescale.checkpoint.writer import Snapshot, write

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forescale.checkpoint.reader import Checkpoint, open_readable, verified
+from forescale.checkpoint.choice import open_readable, verified
+from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.writer import unread_weight, write_weights
 from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob

@@ -29,7 +29,8 @@ import psutil
 import torch
 
 from forescale.checkpoint import writer
-from forescale.checkpoint.reader import Checkpoint, Report, open_readable
+from forescale.checkpoint.choice import Report, open_readable
+from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.saver import Saver
 from forescale.engine.portable.strips import rank_file
 from forescale.engine.ranks import ALONE, Ranks, first, joined
@@ -151,7 +152,7 @@ class PeerMemory:
         """Return, by step, a function that publishes a snapshot as a checkpoint of the run; it
         returns False if the snapshot can't be used. Every rank calls it.
 
-        attempt: the one that is starting. report: as in reader.newest_complete, of snapshots that
+        attempt: the one that is starting. report: as in choice.newest_complete, of snapshots that
         are passed over.
         """
         index, count = self.local.index(self._ranks.rank), len(self.local)

@@ -14,9 +14,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from forescale.checkpoint.choice import open_readable
 from forescale.checkpoint.copies import LAUNCH, PARENT, ROWS
 from forescale.checkpoint.mirror import folder_of, steps_in
-from forescale.checkpoint.reader import STATE, open_readable
+from forescale.checkpoint.reader import STATE
 from forescale.config.train import TrainJob
 from forescale.ground.console import Meter, progress_display
 from forescale.ground.errors import UserError

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forescale.checkpoint.reader import find_faults, open_readable
+from forescale.checkpoint.choice import find_faults, open_readable
 from forescale.config.sections.batch import Cadence
 from forescale.config.train import TrainJob
 from forescale.engine.ranks import ALONE, Ranks

@@ -17,14 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from forescale.checkpoint.reader import (
-    FORMAT,
-    STATE,
-    Checkpoint,
-    Position,
-    coverage_faults,
-    open_readable,
-)
+from forescale.checkpoint.choice import open_readable
+from forescale.checkpoint.reader import FORMAT, STATE, Checkpoint, Position, coverage_faults
 from forescale.checkpoint.retention import is_pinned
 from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.engine.portable.fragments import write_fragments as write_rank_file

@@ -11,7 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from forescale.checkpoint.reader import STATE, Checkpoint, at_step, verified
+from forescale.checkpoint.choice import at_step, verified
+from forescale.checkpoint.reader import STATE, Checkpoint
 from forescale.config.compose import arguments
 from forescale.config.frozen import thaw
 from forescale.config.job import Job, ModelJob

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forescale.checkpoint import reader, writer
+from forescale.checkpoint import choice, writer
 from forescale.config.train import TrainJob
 from forescale.data.bins import Bins
 from forescale.data.dataset import Sources, Split
@@ -175,7 +175,7 @@ class Reference:
                 raise UserError(where, problem, todo)
             return references
         old = Run.existing(origin.run or "", self.job.run.root)
-        start = reader.at_step(old, origin.step, world)
+        start = choice.at_step(old, origin.step, world)
 
         def source() -> dict[str, Any]:
             """What they are computed from; the checkpoint's table has a hash of each file."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forescale.checkpoint import reader, writer
+from forescale.checkpoint import choice, writer
 from forescale.checkpoint.peer import PeerMemory
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.train import TrainJob
@@ -62,10 +62,10 @@ def resume(
     """
     ranks, origin, weights_only = engine.world, job.run.origin, False
     snapshots = memory.snapshots(attempt.number, report) if memory else {}
-    checkpoint = reader.newest_complete(run, report, ranks, snapshots)
+    checkpoint = choice.newest_complete(run, report, ranks, snapshots)
     history = _history(run, checkpoint, report, engine, attempt)
     if checkpoint is None and origin.run is not None:
-        checkpoint = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
+        checkpoint = choice.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
         weights_only = origin.load == "weights"
     skipped = (*map(tuple, job.data.skip), *ranks.from_main(run.skipped, run.path))
     if checkpoint is None:
@@ -113,7 +113,7 @@ def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> R
     no checkpoint to load.
     """
     strictly = rollback.interval is None
-    checkpoint = reader.newest_before(run, rollback.newest, strictly, report, engine.world)
+    checkpoint = choice.newest_before(run, rollback.newest, strictly, report, engine.world)
     skips = (rollback.interval,) if rollback.interval else ()
     writer.load(checkpoint, engine)
     skipped = merged_intervals((*rollback.position.skipped, *skips))

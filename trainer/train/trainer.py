@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from forescale.checkpoint.choice import newest_step
 from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.peer import PeerMemory
-from forescale.checkpoint.reader import Position, newest_step
+from forescale.checkpoint.reader import Position
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
 from forescale.config.hardware import exactness

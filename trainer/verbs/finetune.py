@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from forescale.checkpoint.reader import newest_step
+from forescale.checkpoint.choice import newest_step
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.job import Problems, overrides_of

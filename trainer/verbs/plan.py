@@ -3,7 +3,7 @@
 import json
 import sys
 
-from forescale.checkpoint.reader import newest_step
+from forescale.checkpoint.choice import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.ground.errors import DONE

@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 
-from forescale.checkpoint.reader import newest_step
+from forescale.checkpoint.choice import newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.ground.errors import DONE, UserError

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from forescale.checkpoint.choice import newest_step
 from forescale.checkpoint.mirror import mirror_of
-from forescale.checkpoint.reader import newest_step
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import hold
 from forescale.config.frozen import thaw

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from forescale.checkpoint import writer
-from forescale.checkpoint.reader import newest_complete
+from forescale.checkpoint.choice import newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
 from forescale.ground.storage import check_table

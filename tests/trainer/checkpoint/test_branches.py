@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from forescale.checkpoint import retention
-from forescale.checkpoint.reader import newest_step
+from forescale.checkpoint.choice import newest_step
 from forescale.checkpoint.retention import hold
 from forescale.ground.errors import UserError
 from forescale.run.directory import Parent, Run

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from forescale.checkpoint import peer, writer
+from forescale.checkpoint.choice import newest_complete
 from forescale.checkpoint.peer import PeerMemory, PeerSaver
-from forescale.checkpoint.reader import newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.config.duration import Duration
 from forescale.config.sections.runtime import CheckpointConfig

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 import forescale
-from forescale.checkpoint import reader, writer
-from forescale.checkpoint.reader import Checkpoint, newest_complete
+from forescale.checkpoint import choice, writer
+from forescale.checkpoint.choice import newest_complete
+from forescale.checkpoint.reader import Checkpoint
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.engine.ranks import Ranks
@@ -136,9 +137,9 @@ def test_a_checkpoint_under_another_name_is_a_damage(run):
 def test_what_does_not_count_is_passed_over_without_being_read(run, monkeypatch):
     plain.begin(run, 10)
     paths = []
-    whole = reader.find_faults
+    whole = choice.find_faults
     monkeypatch.setattr(
-        reader, "find_faults", lambda path, *options: paths.append(path) or whole(path, *options)
+        choice, "find_faults", lambda path, *options: paths.append(path) or whole(path, *options)
     )
     assert chosen(run) == (10, [("checkpoint_passed_over", 20)])
     assert paths == [run.checkpoint_path(10)]
@@ -148,7 +149,7 @@ def test_going_back_takes_the_newest_that_is_early_enough(run):
     save(run, run.attempts()[0], 30)
 
     def back(newest, strictly=False):
-        return reader.newest_before(run, newest, strictly, Reports()).position.step
+        return choice.newest_before(run, newest, strictly, Reports()).position.step
 
     assert [back(n) for n in (30, 29, 10, 9)] == [30, 20, 10, 10]
     with pytest.raises(UserError, match="no complete checkpoint of step 9 or before"):
