@@ -101,6 +101,7 @@ def activations(
     is_selective = config.activation_checkpointing == "selective"
     source = micro_batch * columns_of(config, 0, sequence_length)
     every, views, attending = layers_of(config), 0, of_rank(inner, ranks)
+    mask = _mask_bytes(attending, Rows(micro_batch, sequence_length, b, masked), fused_norms)
     layers: list[int] = []  # bytes of each block that is computed
     inputs: list[int] = []  # and of its input
     within: list[int] = []  # what its compiled backward pass adds
@@ -132,6 +133,10 @@ def activations(
         if cross is not None:
             layer += source * cross.source_bytes(inner, b, b if compiled else rms)
             products += source * cross.selected_source(inner, b) if is_selective else 0
+        if mask and mixer.takes_mask and fused_norms and not compiled:
+            # Heads of keys and values, which such a kernel has repeated; a compiler does it again.
+            repeats = attending.sizes.heads_width - attending.sizes.kv_width
+            layer += count * ranks * 2 * b * repeats
         if ranks > 1 and mixer.splits_columns:
             # The output as it came back, and copies of keys and values.
             copied = mixer.exchanged(inner, ranks) - mixer.exchanged(inner, 1)
@@ -172,7 +177,6 @@ def activations(
     saved += config.mtp_layers * tokens * s.width * ((1 if compiled else 2) * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
-    mask = _mask_bytes(attending, Rows(micro_batch, sequence_length, b, masked), fused_norms)
     logits, gradients = (2 * b + 4) * chunk * rows, 0
     if compiled:
         # The gradient of a chunk's logits takes their place. Beside it are products for the table's
@@ -232,17 +236,17 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
 def _mask_bytes(config: ModelConfig, rows: Rows, is_fused: bool) -> int:
     """Return the bytes of the mask: an (L, L) square per row, and with biases per head; none where
     relative ones are added outside of a kernel, nor on a GPU, whose kernel takes a list of the
-    blocks that are seen instead (masks.block_mask), a thousandth of a square in bf16."""
+    blocks that are seen instead, a thousandth of a square in bf16, and slopes (masks.full_mask)."""
     square = rows.length**2
     if config.has_encoder:  # one for each of its parts
         source, decoder = (columns_of(config, i, rows.length) for i in (0, config.encoder_layers))
         square = source**2 + decoder**2 + source
     batch, kind, squares = rows.micro_batch if rows.masked else 1, config.position.kind, 0
     if any(parts.mixer.takes_mask for parts in layers_of(config)):
-        if kind == "alibi" or (kind == "relative" and is_fused):
+        is_dense = not is_fused or config.dropout or config.sizes.head_dim < 16
+        if (kind == "alibi" and is_dense) or (kind == "relative" and is_fused):
             squares = config.sizes.num_heads * batch
-        elif rows.masked and kind != "relative":
-            is_dense = not is_fused or config.dropout or config.sizes.head_dim < 16
+        elif rows.masked and kind not in ("relative", "alibi"):
             squares = batch if is_dense else 0
     # Of relative positions the buckets in int64, and who sees whom.
     return square * (rows.bytes_per_value * squares + (9 * batch if kind == "relative" else 0))

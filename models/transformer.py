@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.block import Block, Trunk, normed, run_block, viewers
 from forescale.models.config import ModelConfig
@@ -18,7 +17,7 @@ from forescale.models.decoding.cache import Cache, Memory
 from forescale.models.heads.mtp import MtpModule, counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
-from forescale.models.mixers.context import Columns, Context, Viewer
+from forescale.models.mixers.context import Columns, Context, Mask, Viewer
 from forescale.models.mixers.masks import full_mask, source_mask
 from forescale.models.mlps.balance import Routing, that_count
 from forescale.models.mlps.grouped import GroupedLinear
@@ -307,7 +306,7 @@ class Transformer(nn.Module):
             x_BLD = x_BLD + self.position(places)
         return self.dropout(normed(self.embedding_norm, x_BLD)), turn
 
-    def _mask(self, columns: Columns, causal: bool) -> Tensor | BlockMask | None:
+    def _mask(self, columns: Columns, causal: bool) -> Mask | None:
         """Return the mask of Context; None: no mixer takes one, or the kernels need none."""
         if not self.takes_mask:
             return None

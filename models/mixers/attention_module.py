@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
 from forescale.models.mixers.attention import Attention as Part
-from forescale.models.mixers.context import Context, continued, earlier
+from forescale.models.mixers.context import Context, Mask, continued, earlier
 from forescale.models.mixers.masks import flex
 from forescale.models.norms import RMSNorm
 from forescale.models.parallel.groups import TensorGroup
@@ -24,7 +23,7 @@ def attend(
     q_BLHK: Tensor,
     k_BSGK: Tensor,
     v_BSGV: Tensor,
-    mask: Tensor | BlockMask | None,
+    mask: Mask | None,
     scale: float,
     causal: bool,
     dropout: float,
@@ -36,8 +35,13 @@ def attend(
     the last query all. G divides H. dividing: the ranks that have the other heads, whose weights
     are dropped by other draws; None: this rank has all.
     """
-    if isinstance(mask, BlockMask):
+    if not isinstance(mask, Tensor | None):
         return flex(q_BLHK, k_BSGK, v_BSGV, mask, scale)
+    times = q_BLHK.shape[2] // k_BSGK.shape[2]
+    if times > 1 and q_BLHK.is_cuda and (mask is not None or q_BLHK.dtype == torch.float32):
+        # No kernel of a GPU that takes masks, or fp32, has fewer heads of keys: torch would hold
+        # all scores. It repeats the heads then, too.
+        k_BSGK, v_BSGV = _repeated(k_BSGK, times), _repeated(v_BSGV, times)
     kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
     if dropout and dividing is not None:
         kernel = partial(dividing.drawing_apart, kernel)
@@ -52,6 +56,11 @@ def attend(
         enable_gqa=k_BSGK.shape[2] != q_BLHK.shape[2],
     )
     return y_BHLV.transpose(1, 2)
+
+
+def _repeated(x_BSGK: Tensor, times: int) -> Tensor:
+    """Return each head so many times, (B, S, G * times, K); of one head a view."""
+    return x_BSGK[:, :, :, None].expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
 def attended(

@@ -22,6 +22,24 @@ from forescale.models.positions.position import Rotation
 CHANGES_PRODUCTS: ContextVar[bool] = ContextVar("CHANGES_PRODUCTS", default=False)
 
 
+class Sloped(NamedTuple):
+    """Who sees whom, and alibi's biases, which flex_attention takes off the scores in fp32: slopes
+    (H,) of this rank's heads, times distances of positions (S,) or (B, S)."""
+
+    seen: BlockMask
+    slopes: Tensor
+    positions: Tensor
+
+    def score(self, score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return a scaled score with its bias: flex_attention's score_mod."""
+        at = self.positions
+        distance = at[query] - at[key] if at.dim() == 1 else at[row, query] - at[row, key]
+        return score - self.slopes[head] * distance
+
+
+Mask = Tensor | BlockMask | Sloped
+
+
 class Context(NamedTuple):
     """The inputs of a mixer beside the hidden states; None: absent. A call reads L columns, and S
     is L + the columns that the cache has read before.
@@ -31,7 +49,8 @@ class Context(NamedTuple):
         Without it a token attends to itself and all earlier tokens or, in a model that is not
         causal, to all tokens. With alibi or relative positions, for mixers that take biases, it is
         (B or 1, H, L, S) and has the biases of visible keys (positions/biases.py). On a GPU it is a
-        BlockMask where only documents and padding hide keys (masks.block_mask).
+        BlockMask where only documents and padding hide keys (masks.block_mask), and with alibi a
+        Sloped.
     starts (B, S): the column at which each token's document begins.
     real (B, S): False at padding.
     memory: the cache of this layer, where a mixer reads what it stored about earlier columns and
@@ -47,7 +66,7 @@ class Context(NamedTuple):
     """
 
     rotation: Rotation | None = None
-    mask: Tensor | BlockMask | None = None
+    mask: Mask | None = None
     starts: Tensor | None = None
     real: Tensor | None = None
     memory: Memory | None = None

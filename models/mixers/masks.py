@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from forescale.models.config import ModelConfig
-from forescale.models.mixers.context import Columns
+from forescale.models.mixers.context import Columns, Mask, Sloped
 from forescale.models.parallel.groups import SequenceGroup, TensorGroup
-from forescale.models.positions.biases import RelativePosition, biased_mask
+from forescale.models.positions.biases import RelativePosition, biased_mask, slopes_on
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # row, head, query, key -> bool
 FLEX_BLOCK = 128  # queries and keys of a block of flex_attention's kernels
@@ -75,7 +75,7 @@ def full_mask(
     causal: bool,
     table: RelativePosition | None,
     groups: Iterable[TensorGroup | SequenceGroup | None] = (),
-) -> Tensor | BlockMask | None:
+) -> Mask | None:
     """Return the mask of Context for mixers that take one; None if the kernels need none.
 
     table: of relative positions. groups: the ranks that divide the heads; a mask with biases has
@@ -84,21 +84,27 @@ def full_mask(
     positions, length, starts, real = columns[:4]
     kind, num_heads, size = config.position.kind, config.sizes.num_heads, positions.shape[-1]
     hides = starts is not None or real is not None
-    # flex_attention's kernels take heads of 16 and more.
-    fits = kind not in ("alibi", "relative") and config.sizes.head_dim >= 16
-    if fits and hides and fits_flex(columns):
+    heads = slice(0, num_heads)
+    for group in groups:
+        heads = heads if group is None else group.heads(heads)
+    # flex_attention's kernels take heads of 16 and more. The gradient of a table of biases would be
+    # summed by atomic additions.
+    fits = kind != "relative" and config.sizes.head_dim >= 16 and fits_flex(columns)
+    if fits and (hides or kind == "alibi"):
 
         def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return key <= query if causal else key >= 0
 
-        return block_mask(within_documents(joined, columns), columns)
+        seen = block_mask(within_documents(joined, columns), columns)
+        return (
+            Sloped(seen, slopes_on(positions, num_heads, heads), positions)
+            if kind == "alibi"
+            else seen
+        )
     if not hides and 1 < length < size:
         # A causal kernel would take the first query for the first key's.
         real, hides = torch.ones(1, size, dtype=torch.bool, device=positions.device), True
     visible = visible_keys(real, starts, length, causal) if hides else None
-    heads = slice(0, num_heads)
-    for group in groups:
-        heads = heads if group is None else group.heads(heads)
     biases = partial(biased_mask, num_heads=num_heads) if kind == "alibi" else table
     if biases is not None:
         mask: Tensor = biases(
@@ -163,11 +169,12 @@ def block_mask(see: Sees, columns: Columns, block: int = FLEX_BLOCK) -> BlockMas
 
 
 def flex(
-    q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: BlockMask, scale: float | None
+    q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: BlockMask | Sloped, scale: float | None
 ) -> Tensor:
     """Return (B, L, H, K) by flex_attention, compiled on CUDA: uncompiled it scores all pairs."""
     kernel: Any = _compiled(flex_attention) if q_BLHK.is_cuda else flex_attention
+    score, seen = (mask.score, mask.seen) if isinstance(mask, Sloped) else (None, mask)
     q_BHLK, k_BGLK, v_BGLK = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     gqa = q_BLHK.shape[2] != k_BLGK.shape[2]
-    y_BHLK = kernel(q_BHLK, k_BGLK, v_BGLK, block_mask=mask, scale=scale, enable_gqa=gqa)
+    y_BHLK = kernel(q_BHLK, k_BGLK, v_BGLK, score, seen, scale, enable_gqa=gqa)
     return y_BHLK.transpose(1, 2)

@@ -32,6 +32,12 @@ def slopes(num_heads: int) -> list[float]:
     return powers + between[: num_heads - below]
 
 
+def slopes_on(like: Tensor, num_heads: int, heads: slice) -> Tensor:
+    """Return the slopes of some of the heads, fp32, on the device of a tensor."""
+    # Made on a GPU, they would let the host wait for all that it has to do before.
+    return torch.tensor(slopes(num_heads)[heads]).to(like.device, non_blocking=True)
+
+
 def biased_mask(
     positions: Tensor,
     visible_B1LS: Tensor | None,
@@ -53,9 +59,7 @@ def biased_mask(
     distance_B1LS = (queries[..., :, None] - positions[..., None, :]).view(
         -1, 1, queries.shape[-1], positions.shape[-1]
     )
-    # Made on a GPU, they would let the host wait for all that it has to do before.
-    slopes_H = torch.tensor(slopes(num_heads)[heads]).to(positions.device, non_blocking=True)
-    slopes_H11 = slopes_H[:, None, None]
+    slopes_H11 = slopes_on(positions, num_heads, heads)[:, None, None]
     bias_BHLS = (-slopes_H11 * distance_B1LS).to(dtype)
     visible = distance_B1LS >= 0 if visible_B1LS is None else visible_B1LS
     return bias_BHLS.masked_fill(~visible, -torch.inf)

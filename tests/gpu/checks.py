@@ -87,7 +87,9 @@ def documents(at: Place, precision: str) -> None:
     numbers = sum(((columns >= begin).int() for begin in (20, 150)), (columns >= 151).int())
     calls, plain = [], attention_module.flex
     attention_module.flex = lambda *args: calls.append(1) or plain(*args)
-    for pattern, sizes in ((["attention"], {}), (["window"], {"mixer__window": 70})):
+    alibi, relative = ({"position": name} for name in ("alibi", "relative"))
+    cases = [(["attention"], sizes) for sizes in ({}, alibi, relative)]
+    for pattern, sizes in (*cases, (["window"], {"mixer__window": 70})):
         config = small(pattern, num_heads=2, num_kv_heads=1, max_sequence_length=300, **sizes)
         _like_the_cpu(at, config, precision, _tokens((2, 300), 37), numbers)
     assert bool(calls) == at.on_gpu, "a GPU takes flex_attention, a CPU a dense mask"

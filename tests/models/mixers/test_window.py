@@ -129,7 +129,11 @@ def test_the_view_for_a_gpu_shows_the_same(name, kind):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(mixer="latent"), dict(causal=False), dict(num_kv_heads=4, mixer__value_residual=0.5)],
+    [
+        *({}, dict(mixer="latent"), dict(causal=False)),
+        dict(num_kv_heads=4, mixer__value_residual=0.5),
+        *(dict(position="alibi", num_kv_heads=heads) for heads in (1, 4)),
+    ],
 )
 def test_documents_and_padding_on_a_gpu_are_seen_as_by_a_dense_mask(options, monkeypatch):
     """The kernel's eager form in place of the kernel, which has no backward pass on a CPU."""

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.mixers import MIXERS
+from forescale.models.mixers import MIXERS, masks
 from forescale.models.mixers.attention import Attention
+from forescale.models.mixers.attention_module import _repeated, attend
+from forescale.models.mixers.context import Columns
 from forescale.models.mixers.masks import visible_keys
+from forescale.models.parallel.groups import TensorGroup
 from forescale.models.positions.biases import biased_mask, slopes
 from forescale.models.positions.position import document_starts, positions_of
 from tests.models.configs import model_config
@@ -76,6 +79,24 @@ def test_attention_is_the_papers_written_out():
     scores = (q @ k.transpose(-1, -2) / 2 - bias).masked_fill(distance < 0, -torch.inf)
     expected = mixer.output((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 8, 24))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_that_divide_heads_have_their_slopes_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(masks, "fits_flex", lambda columns: True)
+    config = model_config(
+        depth=2, width=96, num_heads=6, vocab_size=30, max_sequence_length=8, position="alibi"
+    )
+    columns = Columns(torch.arange(8), 8)
+    mask = masks.full_mask(config, columns, True, None, (TensorGroup(1, 2, ""), None))
+    torch.testing.assert_close(mask.slopes, torch.tensor(slopes(6)[3:]))
+
+
+def test_repeated_heads_are_those_of_grouped_queries():
+    q, k, v = (torch.randn(2, 5, heads, 4) for heads in (6, 2, 2))
+    bias = torch.randn(1, 6, 5, 5)
+    grouped = attend(q, k, v, bias, 0.5, True, 0.0, None)
+    repeated = attend(q, *(_repeated(x, 3) for x in (k, v)), bias, 0.5, True, 0.0, None)
+    torch.testing.assert_close(grouped, repeated, rtol=1e-5, atol=1e-6)
 
 
 def test_a_mixer_that_adds_no_biases_is_refused(monkeypatch):

@@ -51,7 +51,7 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "train.sequence_length=64 "
     "engine.deepspeed={wall_clock_breakdown:false}",
     "zero3": "recipe=t5-small engine=zero3 optimizer=muon precision=fp16 objective=seq2seq "
-    "model.encoder_layers=2 model.mlp=relu",
+    "model.encoder_layers=2 model.mlp=relu model.position=relative model.num_kv_heads=2",
     "zero3-offload": "recipe=llama-3b engine=zero3-offload optimizer=muon precision.fp8=rowwise "
     "model.activation_checkpointing=selective",
     "zero3-near": "recipe=llama-7b engine.hierarchical_partition=8 plan.gpus=128 "
@@ -191,6 +191,15 @@ def test_operations_are_those_of_cuda():
     assert facts, text
     names = {each["name"] for each in facts["ranks"][0]["operations"]}
     assert {"aten::_fused_rms_norm", "aten::silu_backward"} <= names
+
+
+@pytest.mark.slow
+def test_grouped_heads_with_biases_keep_no_scores():
+    _, facts, text = rehearsed(*words_of("zero3"))
+    assert facts, text
+    names = {each["name"] for each in facts["ranks"][0]["operations"]}
+    assert "aten::_scaled_dot_product_efficient_attention" in names
+    assert not [name for name in names if "softmax" in name and "log" not in name]
 
 
 @pytest.mark.slow
