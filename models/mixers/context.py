@@ -26,7 +26,7 @@ class Sloped(NamedTuple):
     """Who sees whom, and alibi's biases, which flex_attention takes off the scores in fp32: slopes
     (H,) of this rank's heads, times distances of positions (S,) or (B, S)."""
 
-    seen: BlockMask
+    blocks: BlockMask
     slopes: Tensor
     positions: Tensor
 

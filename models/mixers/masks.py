@@ -95,12 +95,10 @@ def full_mask(
         def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return key <= query if causal else key >= 0
 
-        seen = block_mask(within_documents(joined, columns), columns)
-        return (
-            Sloped(seen, slopes_on(positions, num_heads, heads), positions)
-            if kind == "alibi"
-            else seen
-        )
+        blocks = block_mask(within_documents(joined, columns), columns)
+        if kind != "alibi":
+            return blocks
+        return Sloped(blocks, slopes_on(positions, num_heads, heads), positions)
     if not hides and 1 < length < size:
         # A causal kernel would take the first query for the first key's.
         real, hides = torch.ones(1, size, dtype=torch.bool, device=positions.device), True
@@ -173,8 +171,8 @@ def flex(
 ) -> Tensor:
     """Return (B, L, H, K) by flex_attention, compiled on CUDA: uncompiled it scores all pairs."""
     kernel: Any = _compiled(flex_attention) if q_BLHK.is_cuda else flex_attention
-    score, seen = (mask.score, mask.seen) if isinstance(mask, Sloped) else (None, mask)
+    score, blocks = (mask.score, mask.blocks) if isinstance(mask, Sloped) else (None, mask)
     q_BHLK, k_BGLK, v_BGLK = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     gqa = q_BLHK.shape[2] != k_BLGK.shape[2]
-    y_BHLK = kernel(q_BHLK, k_BGLK, v_BGLK, score, seen, scale, enable_gqa=gqa)
+    y_BHLK = kernel(q_BHLK, k_BGLK, v_BGLK, score, blocks, scale, enable_gqa=gqa)
     return y_BHLK.transpose(1, 2)
