@@ -33,6 +33,7 @@ from forescale.ground.rendezvous import free_port
 from forescale.monitor.status import Status
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
+from forescale.resilience.rank_log import remove_old
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
 from forescale.slurm.growth import growth_of
@@ -197,6 +198,7 @@ class Batch:
     def _attempt_once(self) -> int:
         self._choose_nodes()
         attempt = self.run.new_attempt()
+        Thread(target=remove_old, args=[[a.path for a in self.run.attempts()]], daemon=True).start()
         words = ["trust=true"] if self.submission.facts.get("trust") else []
         command = steps.ranks(self.submission, self.hosts, self.run.path, attempt.path, words)
         start: dict[str, Any] = {
@@ -223,7 +225,7 @@ class Batch:
             self._log(f"Note: the standby has ended (see {self._standby.log}): {todo}.")
         each = steps.cpus_per_rank(self.settings)
         cpus = f" of {each} CPUs" if each > 1 else ""
-        self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
+        self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/node-*.log")
         environment = self._environment(attempt, str(free_port()))
         log = attempt.path / "srun.log"
         self._step = step = self._step or WarmStep(command, environment, log, self.hosts, world)

@@ -77,7 +77,7 @@ class Order:
             "job.sbatch.j2", s, self.submissions[0], self.profile, options,
             title=f"Run {some}",
             job_name=names[0] + ("+" if count > 1 else ""),
-            output="output of this script; ranks write to attempts/NNNN/rank-N.log",
+            output="output of this script; ranks write to attempts/NNNN/node-N.log",
             tasks=count if count > 1 else 0,
             waits=self.waits,
             runs=self.runs,

@@ -249,8 +249,8 @@ def ranks(
     of its local rank, and NCCL connects those that a rank sees.
     """
     settings = submission.settings
-    options = ["--kill-on-bad-exit=1", f"--output={_escaped(attempt)}/rank-%t.log"]
-    options += containers.options(submission)
+    options = ["--kill-on-bad-exit=1", f"--output={_escaped(attempt)}/node-%n.log", "--label"]
+    options += ["--open-mode=append", *containers.options(submission)]  # as templates append, too
     kind = settings.cpu_bind or ("cores" if cpus_per_rank(settings) > 1 else None)
     binding = [f"--cpu-bind={kind}", "--distribution=*:block"] if kind else []
     bound = replace(settings, srun=[*binding, *settings.srun])  # of two the last holds

@@ -4,7 +4,7 @@ after the other, so that a restart needs no new step, no imports and no prefligh
     the supervisor (WarmStep)          a task; each message is a line of JSON
                                    <-  token, rank, host
                                    <-  fault: why it forks no rank, but is one itself; or null
-    start: variables, log          ->  forks its rank for an attempt
+    start: variables, attempt      ->  forks its rank for an attempt
     signal                         ->
                                    <-  pid; later code, and whether memory ran out
     the connection is closed       ->  ends as its rank does
@@ -57,7 +57,7 @@ class WarmStep(JobStep):
         self.hosts, self.size = list(hosts), size
         self._tasks: dict[int, _Task] = {}
         self._reports: list[Failure] = []
-        self._order: dict[str, Any] | None = None
+        self._order: dict[str, Any] = {}
         self._is_stopped = False
         address, token = meeting_address(hosts[0]), secrets.token_hex(16)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -89,8 +89,7 @@ class WarmStep(JobStep):
         self._reports, failed, is_killed = [], 0.0, False
         for task in self._tasks.values():
             task.code = None
-        again = self._order is not None  # the logs of the first attempt are srun's
-        self._order = {"start": variables, "session": False, "log": str(attempt) if again else None}
+        self._order = {"start": variables, "session": False, "log": None, "attempt": str(attempt)}
         for task in [task for task in self._tasks.values() if task.is_ready]:
             self._start(task)
         while not self.is_over and not is_late():
@@ -129,10 +128,7 @@ class WarmStep(JobStep):
         super().request_stop()
 
     def _start(self, task: _Task) -> None:
-        order = {**(self._order or {}), "rank": task.rank}
-        if order["log"]:
-            order["log"] += f"/rank-{task.rank}.log"
-        task.channel.send(**order)
+        task.channel.send(**self._order, rank=task.rank)
         if self._is_stopped:
             self._signal(task, signal.SIGUSR1)
 

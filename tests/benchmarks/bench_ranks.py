@@ -43,6 +43,7 @@ from forescale.engine.world import StepSummary, World
 from forescale.ground.storage import TABLE, FileEntry, check_files, shares_of
 from forescale.resilience.diagnosis import stragglers
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, read_nodes, write_node
+from forescale.resilience.rank_log import NodeLog
 from forescale.run.directory import Parent, Run
 from forescale.slurm.preflight.collect import Preflight
 from forescale.slurm.preflight.findings import PreflightReport, Requirements
@@ -61,7 +62,7 @@ ROWS = {  # what, where, how often, growth
     "shares": ("files of beats, all nodes", "shared storage", "10 s, replaced", "nodes"),
     "shared": ("bytes of them, all nodes", "shared storage", "10 s, replaced", "ranks"),
     "slow": ("look for stragglers", "rank 0", "30 s", "ranks"),
-    "logs": ("files of ranks' logs", "shared storage", "an attempt", "ranks"),
+    "logs": ("files of nodes' logs", "shared storage", "an attempt", "nodes"),
     "imports": ("*metadata calls, slurm.pack=false", "shared storage", "an attempt", "ranks"),
     "packed": ("*the same by default", "shared storage", "an attempt", "nodes"),
     "preflight": ("preflight: all nodes heard", "batch script", "an attempt", "nodes"),
@@ -151,8 +152,10 @@ def beating(world: int, folder: Path, rounds: int) -> Cells:
 def logs(world: int, folder: Path, rounds: int) -> Cells:
     path = Run(folder).new_attempt().path
     for rank in range(world):
-        (path / f"rank-{rank}.log").touch()
-    yield "logs", None, len(list(path.glob("rank-*.log")))
+        log = NodeLog(path / f"node-{rank // EACH}.log", rank, rotates=False)
+        os.write(log.end, b"step 1\n")
+        log.close()
+    yield "logs", None, len(list(path.glob("*.log*")))
 
 
 def imports(world: int, folder: Path, rounds: int) -> Cells:

@@ -115,7 +115,7 @@ def test_a_crash_loop_ends_by_itself(job):
     assert "Gave up after 3 crashes in a row without a new checkpoint" in job.log
     output = job.forescale("logs", "small")
     assert "Attempt 3 ended: rank 1 ended with" in output
-    _, _, words = output.partition("rank-1.log, the rank that failed first\n")
+    _, _, words = output.partition("node-1.log, rank 1, the rank that failed first\n")
     assert "set by the key `faults`" in words
 
 

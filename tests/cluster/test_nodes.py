@@ -52,7 +52,7 @@ def left_out(job: Job, *nodes: str) -> dict[str, str]:
     assert {*nodes} <= {*first["slurm"]["nodes"]}
     assert {*nodes}.isdisjoint(last["slurm"]["nodes"])
     assert first["faulty"].keys() == {*nodes}
-    assert not (job.attempts()[0].path / "rank-0.log").exists(), "no rank was started"
+    assert not (job.attempts()[0].path / "node-0.log").exists(), "no rank was started"
     return first["faulty"]
 
 

@@ -15,6 +15,7 @@ SRUN = """
 import os, signal, subprocess, sys
 def task(rank):
     names = {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank + 1}"}
+    names |= {"LOCAL_RANK": "0", "SLURM_NODEID": str(rank)}
     return subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, **names})
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 tasks, code = [task(0), task(1)], 0
@@ -55,13 +56,14 @@ def step(tmp_path, monkeypatch):
 def test_one_step_has_the_ranks_of_several_attempts(step, tmp_path):
     start, train = step
     step = start()
-    crash = "if rank: sys.exit(3)\ntime.sleep(60)"
+    crash = "if rank:\n  os.write(2, b'last')\n  sys.exit(3)\ntime.sleep(60)"
     code, parents = train(step, "0001", crash)
     assert (code, step.is_warm) == (1, True)
     assert step.failures == [Failure(1, "n2", 3, "")], "not of the rank that was killed for it"
     code, again = train(step, "0002", "print('rank', rank)")
     assert (code, step.failures, again) == (0, [], parents)
-    assert (tmp_path / "attempts/0002/rank-1.log").read_text() == "rank 1\n"
+    logs = [(tmp_path / f"attempts/000{i}/node-1.log").read_text() for i in (1, 2)]
+    assert logs == ["1: last\n", "1: rank 1\n"]
     assert step.finish(lambda: False, "1") == 0
 
 

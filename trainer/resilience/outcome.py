@@ -43,6 +43,7 @@ from forescale.ground.errors import (
 from forescale.ground.storage import read_json, read_typed, write_checked_json
 from forescale.ground.typed import Count, Moment, Number, Whole
 from forescale.resilience.diagnosis import Hang, read_hang
+from forescale.resilience.rank_log import RankLog
 from forescale.run.directory import Run
 
 LAUNCH = "launch.json"
@@ -51,7 +52,7 @@ WEBHOOK = "FORESCALE_WEBHOOK"
 EVENTS = {DONE: "complete", CRASHED: "crashed", USER: "stopped", GAVE_UP: "gave up"}
 _WEBHOOK_SECONDS = 10.0
 _LONGEST = 500  # characters of an error
-_TAIL = 1 << 14  # bytes at the end of a rank's log
+_TAIL = 200  # lines at the end of a rank's log
 # In the error of a rank: its GPU failed, or the links of it; not the assertion of a program.
 GPU = r"CUDA (?:unknown )?error(?!: device-side assert)|NCCL error|\bECC\b|\bXid\b"
 _KILLED = "memory ran out, and the kernel killed it"
@@ -227,12 +228,13 @@ def describe_end(
     if match := hang_of(attempt):
         hang, path = match
         return hang.sentence, f"see {path}/hang-*.txt"
-    hint = f"see {attempt / f'rank-{rank}.log'}" if rank else "its message is above"
+    log = log_of(attempt, rank)
+    hint = f"see {log}" if rank else "its message is above"
     with suppress(OSError):
         error = _error_path(attempt, rank).read_text(errors="replace").strip().rstrip(".")
         if error:
             return error if code == USER else f"rank {rank} ended with {error}", hint
-    message = _last_message(attempt / f"rank-{rank}.log") if code > 0 else ""
+    message = _last_message(log) if code > 0 else ""
     if message:  # it could write no error where the storage failed
         return message if code == USER else f"rank {rank} ended with code {code}: {message}", hint
     end = describe_code(code)
@@ -252,16 +254,24 @@ def cause_of(attempt: Path) -> Literal["memory", "gpu"] | None:
     return "gpu" if re.search(GPU, how, re.IGNORECASE) else None
 
 
-def _last_message(log: Path) -> str:
+def log_of(attempt: Path, rank: int) -> RankLog:
+    """Return the log of a rank, which may not exist: its own, or the lines in that of its node."""
+    log, launch = RankLog(attempt / f"rank-{rank}.log"), launch_of(attempt)
+    nodes = launch.get("slurm", {}).get("nodes")
+    if not nodes or log.exists:
+        return log
+    node = rank * len(nodes) // (launch.get("processes") or 1)  # srun deals ranks in blocks
+    return RankLog(attempt / f"node-{node}.log", rank)
+
+
+def _last_message(log: RankLog) -> str:
     """Return the last message of forescale or of Python at the end of a rank's log, "" without
     one."""
     try:
-        with open(log, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
+        lines = log.last(_TAIL)[::-1]
     except OSError:
         return ""
-    message = next((match for line in reversed(lines) if (match := _MESSAGE.match(line))), None)
+    message = next((match for line in lines if (match := _MESSAGE.match(line))), None)
     return masked(message[2])[:_LONGEST].rstrip(".") if message else ""
 
 

@@ -47,7 +47,7 @@ def copied_output(log: Path) -> Iterator[dict[str, int]]:
         if name == "stderr" and same:
             ends[name] = ends["stdout"]  # one way, so that the order stays
             continue
-        source, ends[name] = _open_way(target)
+        source, ends[name] = open_way(target)
         ways.append((source, target))
     sources = [source for source, _ in ways]
     words = [f"{source}:{target}" for source, target in ways]
@@ -80,7 +80,7 @@ def close(ends: dict[str, int]) -> None:
     ends.clear()
 
 
-def _open_way(target: int) -> tuple[int, int]:
+def open_way(target: int = -1) -> tuple[int, int]:
     """Return the ends (to read, to write) of a pseudo-terminal for a terminal, else of a pipe."""
     if os.isatty(target):
         source, end = os.openpty()

@@ -1,7 +1,8 @@
 """Forks ranks from a process that has imported what each of them needs, the template.
 
     launcher, or supervisor of a job          template
-    rank, start: variables, log           ->  forks the rank
+    rank, start: variables, log, attempt  ->  forks the rank. log: its own file, or null; attempt:
+                                              whose log of this node has its output, or null
     rank, signal                          ->  sends it to the rank, where its launcher can't
                                           <-  fault: why it can't fork; null if it can
                                           <-  rank, pid
@@ -28,6 +29,7 @@ from typing import Any
 from forescale.ground.errors import CRASHED
 from forescale.ground.processes import die_with_parent, name_process
 from forescale.resilience.outcome import describe_code, kills_for_memory
+from forescale.resilience.rank_log import LOOK, NodeLog
 
 TEMPLATE = "FORESCALE_TEMPLATE"  # environment variable: the descriptor of a template's socket
 _NO_CUDA = 3  # CUDA_ERROR_NOT_INITIALIZED
@@ -121,7 +123,7 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
     if reason and "RANK" in os.environ:
         return
     parent, ranks, code, is_open = os.getpid(), dict[int, int](), 0, True
-    killed, kills = set[int](), kills_for_memory()
+    killed, kills, logs = set[int](), kills_for_memory(), dict[int, NodeLog]()
     incoming, (ended, wakeup) = channel.socket.fileno(), os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
@@ -131,13 +133,18 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
     is_ending = False
     while (is_open and not is_ending) or ranks:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        ready, _, _ = select.select([ended, incoming][: 1 + is_open], [], [])
+        waits = [ended, *(log.source for log in logs.values()), *[incoming][:is_open]]
+        ready, _, _ = select.select(waits, [], [], LOOK if logs else None)
+        for log in logs.values():
+            log.copy() if log.source in ready else log.rotate()
         if ended in ready:
             is_ending = is_ending or signal.SIGTERM in os.read(ended, 1 << 10)
             while ranks and (status := os.waitpid(-1, os.WNOHANG))[0]:
                 if (rank := ranks.pop(status[0], None)) is None:
                     continue  # a process that a library started
                 code = os.waitstatus_to_exitcode(status[1])
+                if rank in logs:
+                    logs.pop(rank).close()
                 end = {"code": code, "killed": rank in killed}
                 memory = code == -signal.SIGKILL and kills_for_memory() > kills
                 channel.send(rank=rank, memory=memory, **end)
@@ -150,6 +157,11 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
             is_open = False
             continue
         for message in messages:
+            if attempt := message.get("attempt"):
+                path = Path(attempt) / f"node-{os.environ['SLURM_NODEID']}.log"
+                log = NodeLog(path, message["rank"], os.environ["LOCAL_RANK"] == "0")
+                logs[message["rank"]] = log
+                channel.descriptors += [os.dup(log.end), os.dup(log.end)]
             if "signal" in message:
                 for pid in [pid for pid, rank in ranks.items() if rank == message["rank"]]:
                     os.kill(pid, message["signal"])
@@ -166,7 +178,7 @@ def serve(channel: Channel, signals: Sequence[int]) -> None:
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGCHLD, signal.SIGTERM):
                     signal.signal(number, signal.SIG_DFL)
-                for descriptor in (ended, wakeup):
+                for descriptor in (ended, wakeup, *(log.source for log in logs.values())):
                     os.close(descriptor)
                 _become(channel, message, parent)
                 return

@@ -10,7 +10,7 @@
       references.json               of preferences, see run/references.py
       chat.json                     the chat template of the conversations that it learns
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
-      attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
+      attempts/0003/                parent.json, metrics.jsonl, events.jsonl, trace/, logs of ranks
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
       evaluations/0001/             the same for evaluations, see slurm/evaluations.py
 

@@ -6,14 +6,14 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from forescale.config.compose import parse
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.ground.errors import DONE, INTERRUPTED, USER, UserError
-from forescale.resilience.outcome import LaunchRecord, launch_of
+from forescale.resilience.outcome import LaunchRecord, launch_of, log_of
+from forescale.resilience.rank_log import RankLog
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import queue, queue_cache
 from forescale.slurm.submission import newest, submissions
@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     attempts = [a for a in run.attempts() if job.attempt in (None, a.number)]
     if job.attempt is not None and not attempts:
         raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
-    attempt = next((a for a in reversed(attempts) if _log(a, job.rank).exists()), None)
+    attempt = next((a for a in reversed(attempts) if log_of(a.path, job.rank).exists), None)
     if attempt is None:
         print(_why_nothing(run, job))
         return DONE
@@ -55,28 +55,23 @@ def main(words: list[str]) -> int:
         is_over = "ended" in launch_of(attempt.path) or any(launch_of(a.path) for a in newer)
         return job.follow and not is_over and not is_gone.of(attempt)
 
-    path = _log(attempt, job.rank)
-    print(f"== {path}", flush=True)
-    _show(path, job.lines, goes_on)
+    log = log_of(attempt.path, job.rank)
+    print(f"== {log}", flush=True)
+    _show(log, job.lines, goes_on)
     record = launch_of(attempt.path)
     if "ended" in record:
         print(f"== Attempt {attempt.number} ended: {record.get('how', 'not recorded')}.")
         rank = record.get("rank", 0)
         failed = record.get("code") not in (DONE, INTERRUPTED, USER)
-        if failed and rank != job.rank and (path := _log(attempt, rank)).exists():
-            print(f"== {path}, the rank that failed first")
-            with open(path, errors="replace") as f:
-                sys.stdout.writelines(deque(f, maxlen=_LAST_LINES))
+        if failed and rank != job.rank and (log := log_of(attempt.path, rank)).exists:
+            print(f"== {log}, the rank that failed first")
+            sys.stdout.writelines(log.last(_LAST_LINES))
     if early := _early_end(run):
         print(_early_end_text(early))
     elif "ended" not in launch_of(attempt.path) and is_gone.of(attempt):  # it may have just ended
         how = f"is no longer in the queue; how attempt {attempt.number} ended was not recorded"
         print(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
     return DONE
-
-
-def _log(attempt: Attempt, rank: int) -> Path:
-    return attempt.path / f"rank-{rank}.log"
 
 
 class _JobIsGone:
@@ -138,19 +133,19 @@ def _why_nothing(run: Run, job: LogsJob) -> str:
     return f"Rank {job.rank} of {run.name} has no log yet."
 
 
-def _show(path: Path, lines: int, goes_on) -> None:
+def _show(log: RankLog, lines: int, goes_on) -> None:
     """Print the last lines, then new ones while `goes_on()`."""
-    with open(path, errors="replace") as f:
-        last = deque(f, maxlen=lines)  # of 0: none of them
-        sys.stdout.writelines(last)
-        while True:
-            text = f.read()
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            if not text and not goes_on():
-                break
-            time.sleep(_EVERY if not text else 0.0)
-        sys.stdout.write(f.read())
+    read = log.reader()
+    last = deque(iter(read, ""), maxlen=lines)  # of 0: none of them
+    sys.stdout.writelines(last)
+    while True:
+        text = "".join(iter(read, ""))
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if not text and not goes_on():
+            break
+        time.sleep(_EVERY if not text else 0.0)
+    sys.stdout.writelines(iter(read, ""))
 
 
 def _show_batch(run: Run, job: LogsJob, is_gone: _JobIsGone) -> int:
@@ -162,7 +157,7 @@ def _show_batch(run: Run, job: LogsJob, is_gone: _JobIsGone) -> int:
         print(_why_nothing(run, job))
         return DONE
     print(f"== {path}", flush=True)
-    _show(path, job.lines, lambda: job.follow and queue.is_here() and not is_gone())
+    _show(RankLog(path), job.lines, lambda: job.follow and queue.is_here() and not is_gone())
     if early := _early_end(run):
         print(f"== {early.sentence}")
     return DONE

@@ -62,6 +62,16 @@ def test_a_rank_that_could_write_no_error_is_quoted_from_its_log(ranks, tmp_path
     assert reported == f"{ending}; see {tmp_path / 'rank-1.log'}"
 
 
+def test_a_rank_of_a_job_is_quoted_from_the_log_of_its_node(tmp_path):
+    outcome.record_start(tmp_path, ["srun"], 6, slurm={"nodes": ["a", "b"]})
+    lines = ("4: OSError: no device", *["3: forescale: another"] * 300, "14: KeyError: 1")
+    (tmp_path / "node-1.log").write_text("\n".join(lines))
+    how, hint = outcome.describe_end(tmp_path, 4, 1, False)
+    assert how == "rank 4 ended with code 1: OSError: no device"
+    assert hint == f"see {tmp_path / 'node-1.log'}, rank 4"
+    assert outcome.describe_end(tmp_path, 5, 1, False)[0] == "rank 5 ended with code 1"
+
+
 def test_a_users_error_ends_with_no_second_full_stop(ranks, tmp_path):
     error = UserError("data.path", "is gone", "restore it")
     outcome.write_error(tmp_path, 0, error)

@@ -65,6 +65,31 @@ def test_it_follows_until_the_attempt_ends(run, forescale, monkeypatch):
     assert len(naps) >= 4
 
 
+def test_ranks_of_a_job_are_in_logs_of_nodes(run, forescale, monkeypatch):
+    path = run.new_attempt().path
+    outcome.record_start(path, ["srun"], 4, slurm={"nodes": ["a", "b"]})
+    log = path / "node-1.log"
+    log.write_text("".join(f"{rank}: step {i}\n" for i in range(9) for rank in (2, 3, 23)))
+
+    def nap(seconds):
+        """The file is renamed while one follows it."""
+        if not seconds:
+            return
+        log.rename(path / "node-1.log.1")
+        log.write_text("2: another\n3: ValueError: nine\n")
+        outcome.record_end(path, 1, "rank 2 ended with ValueError", 2)
+
+    monkeypatch.setattr(time, "sleep", nap)
+    assert forescale("logs", "small", "rank=3", "lines=2")[1].splitlines() == [
+        f"== {log}, rank 3",
+        *["step 7", "step 8", "ValueError: nine"],
+        "== Attempt 3 ended: rank 2 ended with ValueError.",
+        f"== {log}, rank 2, the rank that failed first",
+        *[f"step {i}" for i in range(9)],
+        "another",
+    ]
+
+
 def test_a_newer_attempt_ends_it_too(run, forescale):
     newer = run.new_attempt().path
     outcome.record_start(newer, ["x"], 2)
