@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_BLOCK = 1 << 16
-_PIPE = 1 << 20  # bytes that rank 0 can write ahead; Linux allows a user this much
+BLOCK = 1 << 16
+PIPE = 1 << 20  # bytes that rank 0 can write ahead; Linux allows a user this much
 _EVERY = 10.0  # seconds between two states of a redrawn line in the log
 _LONGEST = 1 << 16  # bytes of a line that doesn't end
 _ESCAPE = re.compile(
@@ -89,7 +89,7 @@ def open_way(target: int = -1) -> tuple[int, int]:
         return source, end
     source, end = os.pipe()
     with contextlib.suppress(OSError, AttributeError):
-        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE)
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE)
     return source, end
 
 
@@ -173,7 +173,7 @@ def _copy(log: Path, ways: dict[int, int]) -> None:
 
 def _read(source: int) -> bytes:
     try:
-        return os.read(source, _BLOCK)
+        return os.read(source, BLOCK)
     except OSError:  # a pseudo-terminal whose last writer is gone
         return b""
 

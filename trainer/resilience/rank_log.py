@@ -6,9 +6,11 @@
     attempts/0003/node-4.log.1    what was in it before the last 64 MiB or less
 
 Invariant: a line is written whole, by one call that appends, so that the processes of a node can
-share a file; one of them alone renames it. Readers see a rank's lines in their order.
+share a file; one of them alone renames it. Readers see a rank's lines in their order. A rank never
+fails for its log: lines that a full disk doesn't take are lost, and a line says so once it does.
 """
 
+import errno
 import io
 import os
 from collections import deque
@@ -19,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from forescale.resilience.output import Lines, open_way
+from forescale.resilience.output import BLOCK, PIPE, Lines, open_way
 
 LARGEST = 1 << 26  # bytes of a node's log; then it is renamed
 LOOK = 60.0  # seconds between two looks at its size
@@ -54,8 +56,10 @@ class RankLog:
         while True:
             line = file.readline() if file else ""
             if not line and (newer := self._after(file)):
-                file, rest = newer, ""
-            elif self.rank is None or not line:
+                if not (line := file.readline() if file else ""):  # just before it was renamed
+                    file, rest = newer, ""
+                    continue
+            if self.rank is None or not line:
                 yield line
             elif (rest := rest + line).endswith("\n"):  # else it isn't written whole yet
                 number, _, text = rest.partition(": ")
@@ -82,23 +86,24 @@ class NodeLog:
         self.path, self.rank, self.rotates = path, rank, rotates
         self.source, self.end = open_way()
         os.set_blocking(self.source, False)
-        self._whole = io.BytesIO()
+        self._whole, self._lost = io.BytesIO(), ""
         self._lines = Lines(self._whole)
         self._append()
 
     def copy(self) -> bool:
         """Copy what is there; return False if it was nothing."""
         try:
-            self._lines.write(os.read(self.source, 1 << 16))
+            self._lines.write(os.read(self.source, BLOCK))
         except BlockingIOError:
             return False
         self._append()
         return True
 
     def close(self) -> None:
-        """Copy the rest, after the rank has ended. What it started writes no longer."""
-        while self.copy():
-            pass
+        """Copy the rest, after the rank has ended, but not what it started and left writing."""
+        for _ in range(PIPE // BLOCK + 1):
+            if not self.copy():
+                break
         self._lines.end()
         self._append()
         os.close(self.source)
@@ -112,9 +117,17 @@ class NodeLog:
     def _append(self) -> None:
         lines = self._whole.getvalue().splitlines(keepends=True)
         self._whole.seek(self._whole.truncate(0))
-        # Opened anew each time: another process may have renamed it.
-        with suppress(OSError), open(self.path, "ab", buffering=0) as file:
-            file.write(b"".join(b"%d: %b" % (self.rank, line) for line in lines))
+        if lines and self._lost:
+            lines = [f"forescale: lines are missing here: {self._lost}\n".encode(), *lines]
+        text = b"".join(b"%d: %b" % (self.rank, line) for line in lines)
+        text = b"\n" * bool(text and self._lost) + text  # behind a piece of a line
+        try:  # opened anew each time: another process may have renamed it
+            with open(self.path, "ab", buffering=0) as file:
+                if text and file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._lost = "" if text else self._lost
+        except OSError as e:
+            self._lost = e.strerror or str(e)
         self.rotate()
 
 

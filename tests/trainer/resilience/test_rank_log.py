@@ -1,6 +1,7 @@
 """Logs of nodes: whole lines of several ranks in one file, renamed when it is large."""
 
 import os
+import select
 import subprocess
 import sys
 
@@ -85,6 +86,49 @@ def test_a_large_file_is_renamed_and_no_line_is_lost(path, monkeypatch):
     log.rotate()
     assert not path.exists()
     assert RankLog(path, 3).exists
+
+
+def test_a_line_is_read_that_comes_just_before_the_file_is_renamed(path, monkeypatch):
+    log, after = NodeLog(path, 2, False), RankLog._after
+    read = RankLog(path, 2).reader()
+    write(log, b"first\n")
+    assert [read(), read()] == ["first\n", ""]
+
+    def late(self, file):
+        monkeypatch.undo()
+        write(log, b"second\n")
+        path.rename(f"{path}.1")
+        write(log, b"third\n")
+        return after(self, file)
+
+    monkeypatch.setattr(RankLog, "_after", late)
+    assert [read(), read(), read()] == ["second\n", "third\n", ""]
+
+
+def test_a_full_disk_costs_lines_and_the_log_says_so(path):
+    path.symlink_to("/dev/full")
+    log = NodeLog(path, 5, False)
+    write(log, b"lost\n")
+    path.unlink()
+    write(log, b"there is room again\n")
+    write(log, b"last\n")
+    assert RankLog(path, 5).last(9) == [
+        "forescale: lines are missing here: No space left on device\n",
+        "there is room again\n",
+        "last\n",
+    ]
+
+
+def test_what_a_dead_rank_has_started_does_not_keep_its_template(path):
+    log = NodeLog(path, 0, True)
+    flood = subprocess.Popen(["yes", "y" * 999], stdout=log.end)
+    try:
+        select.select([log.source], [], [])
+        log.close()
+    finally:
+        flood.kill()
+        flood.wait()
+    assert RankLog(path, 0).last(9)[0] == "y" * 999 + "\n"
 
 
 def test_a_rank_is_not_held_up_by_what_nobody_copies(path):
