@@ -231,7 +231,9 @@ class StudyFit:
         Runs are ordered by their largest effect in standard errors of that parameter.
         """
         moved, symbols = bootstrap.influence(self.fit), self.form.symbols
-        score = np.abs(moved / [self.replicates.errors[s] for s in symbols]).max(1)
+        errors = np.array([self.replicates.errors[s] for s in symbols])
+        # No run counts for a parameter that is the same in all replicates: runs without noise.
+        score = np.abs(np.divide(moved, errors, np.zeros_like(moved), where=errors > 0)).max(1)
         table = self.table[self.is_fitted]
         names = list(table["name"] if "name" in table else (f"run {i}" for i in table.index))
         return [
