@@ -255,7 +255,7 @@ class Batch:
         Only nodes that have answered before (a site may close the port), and that don't answer at
         two looks in a row. Where this node is cut off, SLURM doesn't answer either."""
         answered: set[str] | None = None
-        silent: list[str] = []
+        silent, problem = list[str](), ""
         while not is_over.wait(2.0):
             try:
                 if answered is None:
@@ -267,15 +267,18 @@ class Batch:
                     continue
                 left = [host for host in self.job_hosts if host not in gone]
                 left = [host for host in left if host not in queue.lost(self.id, left)]
-            except UserError:
+            except Exception as e:  # such as a controller that is away; the next look may succeed
+                if not isinstance(e, UserError) and problem != (problem := _sentence(e)):
+                    self._log(f"Note: whether nodes can be reached isn't known now: {problem}")
                 continue
             if is_over.is_set():
                 return
             names = ", ".join(gone)
             try:
                 queue.keep_nodes(self.id, left)
-            except UserError as e:
-                self._log(f"{names} can't be reached, but SLURM doesn't take nodes back: {e}")
+            except Exception as e:
+                why = _sentence(e)
+                self._log(f"{names} can't be reached, but SLURM doesn't take nodes back: {why}")
                 return
             self._log(f"Given up, because it can't be reached: {names}.")
             step.process.kill()  # srun would wait for them; what it leaves ends with its step
@@ -297,8 +300,7 @@ class Batch:
                     self._log(f"{growth.nodes} nodes could be used, now it has {now}: {why}.")
                     self._stop(_GROWTH)
             except Exception as e:  # such as a controller that is away; the next look may succeed
-                problem = e if isinstance(e, UserError) else f"{type(e).__name__}: {e}."
-                self._log(f"Note: whether more nodes are free isn't known now: {problem}")
+                self._log(f"Note: whether more nodes are free isn't known now: {_sentence(e)}")
 
     def _is_late(self) -> bool:
         """True if the ranks got a signal to end and their time is over."""
@@ -421,6 +423,10 @@ class Batch:
     def _log(self, text: str) -> None:
         with suppress(OSError):  # the log lies on the run's disk, too, which may be full
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _sentence(e: Exception) -> str:
+    return str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}."
 
 
 def main(arguments: Sequence[str]) -> int:

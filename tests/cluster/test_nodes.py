@@ -113,7 +113,7 @@ def test_a_full_disk_of_the_run_is_a_sentence_and_it_goes_on_when_there_is_room(
         assert lab.show(job.id)["ExitCode"] == "2:0", job.logs()
         assert "the disk is full" in job.lives()[-1]["how"]
         assert "Traceback" not in job.log
-        assert re.search(r"small +(crashed|interrupted)", job.forescale("status"))
+        assert re.search(r"small +(refused|crashed|interrupted)", job.forescale("status"))
         ballast.unlink()
         job.submit(**keys)
         assert job.until_over() == "COMPLETED", job.logs()

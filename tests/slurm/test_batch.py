@@ -220,3 +220,33 @@ def test_a_look_for_more_nodes_that_fails_is_a_sentence(make, monkeypatch, capsy
     monkeypatch.setattr(queue, "lost", fail)
     job._grow(SimpleNamespace(wait=lambda _: next(looks)))
     assert "Note: whether more nodes are free isn't known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("refusal", [None, OSError(28, "No space left on device")])
+def test_a_look_for_silent_nodes_that_fails_is_a_sentence_and_another_follows(
+    make, monkeypatch, capsys, refusal
+):
+    job, kills = make("1-2"), []
+    answers = iter([[], ZeroDivisionError("0"), ZeroDivisionError("0"), ["n2"], ["n2"]])
+
+    def unreachable(nodes):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def keep(number, nodes):
+        assert nodes == ["n1"]
+        if refusal:
+            raise refusal
+
+    monkeypatch.setattr(queue, "unreachable", unreachable)
+    monkeypatch.setattr(queue, "lost", lambda *_: [])
+    monkeypatch.setattr(queue, "keep_nodes", keep)
+    monkeypatch.setattr(outcome, "hang_of", lambda attempt: ("hang", attempt))
+    step = SimpleNamespace(process=SimpleNamespace(kill=lambda: kills.append(1)))
+    is_over = SimpleNamespace(wait=lambda _: False, is_set=lambda: False)
+    job._release(SimpleNamespace(path=job.run.path), is_over, step)
+    out = capsys.readouterr().out
+    assert out.count("whether nodes can be reached isn't known now: ZeroDivisionError: 0.") == 1
+    assert ("doesn't take nodes back: OSError" in out, kills) == (bool(refusal), [1] * (not refusal))
