@@ -55,10 +55,10 @@ class RankLog:
         file, rest = self._after(None), ""
         while True:
             line = file.readline() if file else ""
-            if not line and (newer := self._after(file)):
-                if not (line := file.readline() if file else ""):  # just before it was renamed
-                    file, rest = newer, ""
-                    continue
+            newer = None if line else self._after(file)
+            if newer and not (line := file.readline() if file else ""):  # just before the rename
+                file, rest = newer, ""
+                continue
             if self.rank is None or not line:
                 yield line
             elif (rest := rest + line).endswith("\n"):  # else it isn't written whole yet
