@@ -39,6 +39,7 @@ from forescale.run.rows import RowWriter, read_rows
 from forescale.run.start import start
 from tests.attack import test_small_files
 from tests.attack.test_small_files import HEAVY, LIGHT
+from tests.matrix import FULL
 from tests.questions import rows, write_rows
 from tests.trainer.scaling.conftest import fake_training  # noqa: F401
 from tests.trainer.small_run import make_job
@@ -47,6 +48,7 @@ exportable, two_launches = test_small_files.exportable, test_small_files.run
 DEEP: list = []
 for _ in range(300):
     DEEP = [DEEP]
+SOME = 60 if FULL else 20  # changes of a file
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[2J"
 WRONG = (None, True, HOSTILE, "", [], {}, [None], {"x": 1}, -1, 1.5, 1e400, 10**30, 2**62, DEEP)
 FILES = (
@@ -261,7 +263,7 @@ def test_a_few_wrong_values_with_right_checksums(attacked, forescale, file):
 def test_wrong_values_with_right_checksums_end_in_a_sentence_in_every_verb(
     attacked, forescale, file
 ):
-    attack_run(forescale, attacked, file, 40, 4)
+    attack_run(forescale, attacked, file, SOME, 4)
 
 
 @pytest.fixture
@@ -278,7 +280,7 @@ def test_a_few_wrong_values_in_a_manifest(dataset, forescale):
 @pytest.mark.slow  # some hundred commands
 @pytest.mark.parametrize("file", ["manifest.json", "origins.json"])
 def test_wrong_values_in_a_dataset_end_in_a_sentence(dataset, forescale, file):
-    attack(forescale, dataset / file, 120, 3, OF_DATASET)
+    attack(forescale, dataset / file, 2 * SOME, 3, OF_DATASET)
 
 
 def plan(small_data: Path, *words: str) -> Path:
@@ -313,7 +315,7 @@ def test_a_few_wrong_values_in_a_plan(planned, forescale):
 def test_wrong_values_in_a_study_end_in_a_sentence(whole, tmp_path, monkeypatch, forescale, file):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(whole, "studies/a", symlinks=True)
-    attack(forescale, Path("studies/a", file), 40, 2, OF_STUDY)
+    attack(forescale, Path("studies/a", file), SOME, 2, OF_STUDY)
 
 
 def test_a_stored_study_writes_nothing_outside_of_itself(

@@ -121,8 +121,8 @@ def test_bf16_loss_is_summed_in_fp32():
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.parametrize("as_on_a_gpu", [False, True])
-@pytest.mark.parametrize("chunk", [512, 100])  # of more chunks than have products at once too
+# 100: of more chunks than have products at once too
+@pytest.mark.parametrize(("chunk", "as_on_a_gpu"), [(512, False), (100, True)])
 def test_compiled_gradients_are_right_where_the_last_chunk_is_smaller(
     chunk, as_on_a_gpu, monkeypatch
 ):

@@ -2,13 +2,14 @@
 
 import pytest
 
+from tests.matrix import full_only
 from tests.trainer.rehearsal.test_planted import needs_triton
 from tests.trainer.rehearsal.test_rehearsal import JOB, rehearsed
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("machine", ["a100-80g", "h100-sxm", "b200"])
+@pytest.mark.parametrize("machine", [pytest.param("a100-80g", marks=full_only), "h100-sxm", "b200"])
 def test_kernels_of_attention_within_documents_are_assembled_for(machine):
     words = (*JOB, f"machine={machine}", "data.document_mask=true", "engine=zero2")
     code, facts, text = rehearsed(*words, "rehearse.kernels=on")
@@ -30,10 +31,10 @@ def test_kernels_of_attention_within_documents_are_assembled_for(machine):
     "words",
     [
         "recipe=llama-1b model.num_layers=4",
-        "recipe=gpt2-124m model.num_layers=4",
+        pytest.param("recipe=gpt2-124m model.num_layers=4", marks=full_only),
         "recipe=mixtral-8x7b model.num_layers=2 engine=zero3",
         "recipe=t5-small",
-        "recipe=depth data.document_mask=true engine=zero2",
+        pytest.param("recipe=depth data.document_mask=true engine=zero2", marks=full_only),
     ],
 )
 def test_the_plan_counts_what_compiled_passes_allocate(words):
