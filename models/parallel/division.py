@@ -4,6 +4,7 @@ Invariant: what no rule here forbids computes the same as on one rank. Imports n
 reads this file on a login node.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from forescale.models.flops import layers_of
@@ -55,6 +56,8 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
 def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal]:
     """Return why `ranks` can't divide the matrices of this model; each (problem, todo)."""
     whole, sized = "write engine.tensor_parallel=1", config.sized()
+    if config.has_encoder and config.source_length is None:  # that of the data divides nothing
+        config = replace(config, source_length=1)
     known = config.resolved(config.vocab_size or 1, columns)
     problems: list[Refusal] = []
     grouped, experts = sized.num_kv_heads != sized.num_heads, known.experts

@@ -64,7 +64,7 @@ REAL = Sizes("cuda", 4, 1 << 30, (
     Job("llama-7b, 4 layers", ("recipe=llama-7b", "model.num_layers=4", "train.global_batch=4",
         *_COMMON), ("masters", "autocast")),
     Job("mixtral-8x7b, 1 layer", ("recipe=mixtral-8x7b", "model.num_layers=1",
-        "train.global_batch=4", *_COMMON)),
+        "engine.expert_parallel=1", "train.global_batch=4", *_COMMON)),
 ))  # fmt: skip
 MANY = Job("llama-1b, all GPUs", ("recipe=llama-1b", "engine=zero2", *_COMMON), ())
 _TINY = ("model.width=64", "model.num_layers=2", "model.num_heads=4", "train.sequence_length=64",

@@ -2,89 +2,48 @@
 
     python tests/benchmarks/plan_table.py
 
-For each recipe and number of GPUs: the ZeRO stage, micro-batch and choice of activation
-checkpointing that take the least time and fit, compiled, with the batch of the recipe. Beside it
-the MFU of MosaicML's model of that size, from published.csv.
+For each recipe and number of GPUs: the best division (plan/search.py), compiled, with the batch of
+the recipe. Beside it the MFU of MosaicML's model of that size, from published.csv.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from forescale.config.compose import compose
 from forescale.plan.config import PlanJob
-from forescale.plan.options import ShardingOption, ShardingOptions, cheapest
+from forescale.plan.options import name_of
 from forescale.plan.plan import Plan
 from tests.benchmarks import published
 
 RECIPES = ("llama-1b", "llama-7b", "llama-13b", "llama-70b", "mixtral-8x7b")
 GPUS = (8, 64, 256, 1024)
-HEAD = ("recipe", "H100", "ZeRO", "stages that fit", "micro-batch", "recomputed", "GiB a GPU",
-        "MFU", "tokens/s a GPU", "published MFU")  # fmt: skip
+HEAD = ("recipe", "H100", "best division", "micro-batch", "recomputed", "GiB a GPU", "MFU",
+        "tokens/s a GPU", "published MFU")  # fmt: skip
+ANY = ("engine.tensor_parallel=1", "train.micro_batch=1")  # a mesh that any number of GPUs has
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The fastest way that fits, or None; stages: names of all that fit; least: GiB of a GPU that
-    the way with the least memory needs."""
-
-    recipe: str
-    gpus: int
-    best: ShardingOption | None
-    stages: list[str]
-    least: float
-
-    @property
-    def cells(self) -> list[str]:
-        """The row of the table, below HEAD."""
-        published = published_mfu(self.recipe, self.gpus)
-        if (o := self.best) is None:
-            needs = [f"none fits: {self.least:,.0f} GiB at least", *[""] * 6]
-            return [self.recipe, f"{self.gpus:,}", *needs, published]
-        again = getattr(o.job.model, "activation_checkpointing", "none")
-        speed = (o.step.tokens_per_second or 0.0) / self.gpus
-        return [
-            self.recipe,
-            f"{self.gpus:,}",
-            o.name.removeprefix("zero"),
-            ", ".join(name.removeprefix("zero") for name in self.stages),
-            str(o.job.train.micro_batch),
-            again,
-            f"{o.memory.total / 2**30:,.0f}",
-            f"{o.step.mfu or 0.0:.1%}".replace("%", " %"),
-            f"{speed:,.0f}",
-            published,
-        ]
-
-
-def answer(recipe: str, gpus: int) -> Answer:
-    """Return the fastest of all stages, with each activation checkpointing; of ways that are as
-    fast the one that shards the least."""
-    every = [*ways(recipe, gpus)]
-    fitting = [option for option, fits in every if fits]
-    least = min(option.memory.total for option, _ in every) / 2**30
-    names = sorted({option.name for option in fitting})
-    return Answer(recipe, gpus, cheapest(fitting, float("inf")), names, least)
-
-
-def ways(recipe: str, gpus: int) -> Iterator[tuple[ShardingOption, bool]]:
-    """Yield each stage, with each checkpointing, at the largest micro-batch that fits, and
-    whether one does."""
-    for again in ("none", "selective", "full"):
-        words = [f"recipe={recipe}", f"plan.gpus={gpus}", "train.micro_batch=1"]
-        plan = Plan(compose(PlanJob, [*words, f"model.activation_checkpointing={again}"]))
-        all_of = ShardingOptions(
-            plan.trained, plan.per_token, plan.machine, plan.given.plan, plan.measured
-        )
-        for option in plan.options:
-            if (micro := option.largest_micro_batch) is None:
-                yield option, False
-            else:
-                train = replace(option.job.train, micro_batch=micro)
-                yield all_of.evaluate(replace(option.job, train=train)), True
+def answer(recipe: str, gpus: int) -> list[str]:
+    """Return the row of the table, below HEAD: the best division of a recipe."""
+    plan = Plan(compose(PlanJob, [f"recipe={recipe}", f"plan.gpus={gpus}", *ANY]))
+    published = published_mfu(recipe, gpus)
+    if not plan.divisions:
+        return [recipe, f"{gpus:,}", "none fits", *[""] * 5, published]
+    best = plan.divisions[0]
+    again = getattr(best.job.model, "activation_checkpointing", "none")
+    return [
+        recipe,
+        f"{gpus:,}",
+        name_of(best.job),
+        str(best.job.train.micro_batch),
+        again,
+        f"{best.memory.total / 2**30:,.0f}",
+        f"{best.step.mfu or 0.0:.1%}".replace("%", " %"),
+        f"{(best.step.tokens_per_second or 0.0) / gpus:,.0f}",
+        published,
+    ]
 
 
 def published_mfu(recipe: str, gpus: int) -> str:
@@ -106,7 +65,7 @@ def published_mfu(recipe: str, gpus: int) -> str:
 def table(recipes: Sequence[str] = RECIPES, gpus: Sequence[int] = GPUS) -> str:
     """Return the whole table."""
     rows = [HEAD, ["---"] * len(HEAD)]
-    rows += [answer(recipe, number).cells for recipe in recipes for number in gpus]
+    rows += [answer(recipe, number) for recipe in recipes for number in gpus]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -217,6 +217,7 @@ class Row:
             f"engine.tensor_parallel={self.tensor}",
             f"engine.sequence_parallel={self.sequence}",
             f"precision.fp8={self.fp8}",
+            "train.deterministic=false",
             *MODELS[self.model],
             *MACHINES[self.machine],
             *(_TRITON if self.source == "mosaic" and self.machine == "h100" else ()),

@@ -82,7 +82,7 @@ def test_a_job_that_was_trained_fits(row):
 def test_the_table_of_answers_has_what_a_plan_says():
     head, _, row = plan_table.table(["llama-1b"], [8]).splitlines()
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
-    words = ["recipe=llama-1b", "plan.gpus=8", f"engine.stage={cells['ZeRO']}"]
+    words = ["recipe=llama-1b", "plan.gpus=8", f"engine={cells['best division']}"]
     words += [f"train.micro_batch={cells['micro-batch']}"]
     chosen = Plan(compose(PlanJob, words)).chosen
     assert cells["MFU"] == f"{chosen.step.mfu:.1%}".replace("%", " %")

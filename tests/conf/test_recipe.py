@@ -48,6 +48,7 @@ def test_a_recipe_fits_its_gpus_and_is_near_what_was_published(name):
     active = plan.parameters.get("active", plan.parameters["total"])
     assert published_notes(plan.job, active) == []
     assert not [note for note in plan.notes if "checkpointing could be off" in note]
+    assert plan.chosen.step.seconds < 1.08 * plan.divisions[0].seconds
 
 
 def test_the_manual_s_table_has_the_numbers_of_the_files():

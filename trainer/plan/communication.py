@@ -12,6 +12,8 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
   reduce-scatters the gradients. With Muon ranks also exchange parts of matrices (bytes/muon.py).
   stage3_max_reuse_distance decides which weights are gathered a second time, see bytes/zero.py.
   With a hierarchical partition only the first gather of a step uses all ranks.
+- Copies of the states (engine.shard_group) are divided, gathered and reduced among the ranks of one
+  copy, and a rank's part of the gradient then all-reduced once a step over those of all copies.
 - Ranks that divide experts (engine.expert_parallel) send each row to the rank of its expert and
   back, in the forward and in the backward pass, and before that how many rows there are, unless
   each expert has a fixed number of places. These bytes are averages over a group of ranks: how
@@ -33,7 +35,7 @@ from forescale.engine.optim import waves
 from forescale.models.config import ModelConfig
 from forescale.models.flops import BlockParts, columns_of, layers_of
 from forescale.models.memory import of_tensor
-from forescale.plan.bytes.memory import overlapping, partition, recomputes
+from forescale.plan.bytes.memory import overlapping, partition, recomputes, touched
 from forescale.plan.bytes.muon import Gathers, gathers
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import ZeroSettings
@@ -57,7 +59,7 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
             of_experts = replace(s, world=s.expert_world)
             zero += _partitioned(of_experts, experts, job, local, " of experts", mesh.experts)
     traffic = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
-    traffic += _whole_matrices(s, local, mesh)
+    traffic += [*_whole_matrices(s, local, mesh), _copied(s, local, mesh)]
     return [c for c in traffic if c.payload and c.ranks > 1]
 
 
@@ -139,7 +141,7 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
     taken: list[list[Parameter]] = [list(group.params)]
     if s.stage in (1, 2):
-        taken = overlapping(group, mesh.world)
+        taken = overlapping(group, s.ranks)
     elif s.stage == 3:
         every = [*waves(group.params, s.world, s.sent)]
         taken = [[group.params[i] for wave in every for i in wave[rank]] for rank in range(s.world)]
@@ -183,12 +185,12 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
     for of, apart in (("", mesh.tensor), (" of experts", mesh.experts)):
         params = [p for p in trained.trained if (p.name in experts) == bool(of)]
         groups = [g for g in trained.groups if (g.names[0] in experts) == bool(of)]
-        ranks, calls = mesh.world // apart, times * _buckets(params, bucket)
+        ranks, calls = s.ranks // apart, times * _buckets(params, bucket)
         sent = s.sent * sum(p.numel for p in params) * times
         kind: Kind = "all_reduce"
         sums.append(Collective(f"gradients{of}", kind, sent, ranks, calls, beside, apart))
         if s.stage:
-            each = [partition(group, mesh.world) for group in groups]
+            each = [partition(group, s.ranks) for group in groups]
             weights, kind = s.size * ranks * sum(each), "all_gather"
             name = f"weights{of} after the update"
             sums.append(Collective(name, kind, weights, ranks, len(each), stride=apart))
@@ -196,6 +198,24 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
                 muon = _muon(gathers(s, group, ranks, part), ranks)
                 sums.append(replace(muon, label=muon.label + of, stride=apart))
     return sums
+
+
+def _copied(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> Collective:
+    """Return the sum of the ranks that have the same part of the states, one of each copy
+    (engine/parallel/copies.py): of a rank's part of the gradient, with Muon before stage 3 of the
+    whole matrices that it reads."""
+    elements = 0
+    for group in trained.groups:
+        ranks = s.ranks // group.parts
+        if s.stage == 3:
+            elements += sum(-(-p.numel // ranks) for p in group.params)
+        elif group.update.is_by_matrix:
+            elements += max(touched(group, s.ranks))
+        else:
+            elements += partition(group, s.ranks)
+    copies, calls = mesh.states // mesh.shards, -(-elements // s.bucket)
+    label, payload = "gradients of copies", s.gradient * elements
+    return Collective(label, "all_reduce", payload, copies, calls, stride=s.ranks)
 
 
 def _buckets(parameters: Sequence[Parameter], most: int) -> int:

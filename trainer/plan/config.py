@@ -78,6 +78,8 @@ class PlanConfig:
     detect: Duration | None = key(None, wall_time=True)
     # time from there until it trains again: queue, start, load, compile
     restart: Duration = key(Duration(600, "seconds"), wall_time=True)
+    # number of the best divisions among the GPUs that are searched and shown; 0: none
+    divisions: int = key(5, ge=0)
     deepspeed: bool = False  # show the DeepSpeed JSON that is derived from the config
     json: bool = False  # print the plan as JSON, for programs; --json does the same
     to: str | None = None  # an HTML file to which the plan is written too

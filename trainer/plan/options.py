@@ -16,14 +16,19 @@ from forescale.plan.bytes.parameters import Inventory, inventory
 from forescale.plan.communication import collectives
 from forescale.plan.config import MachineConfig, PlanConfig, PlanJob
 from forescale.plan.links import Collective
-from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predict_step_time
+from forescale.plan.step_time import (
+    SAME_SPEED,
+    MeasuredSpeed,
+    StepTime,
+    TokenFlops,
+    predict_step_time,
+)
 
 J = TypeVar("J", bound=TrainJob)
 _MOST_GPUS = 16_384
 MOST_MICRO_BATCH = 2**16
 _UNIT = 256  # columns: steps in which the longest window is looked for
 _LONGEST = 2**26  # columns
-_SAME_SPEED = 1.01  # the times are estimates: a percent says nothing
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class ShardingOption:
     def is_as_fast_as(self, other: "ShardingOption") -> bool:
         """Whether a step takes at most a percent longer; False if a time isn't known."""
         mine, others = self.step.seconds, other.step.seconds
-        return mine is not None and others is not None and mine <= _SAME_SPEED * others
+        return mine is not None and others is not None and mine <= SAME_SPEED * others
 
     @property
     def is_limited_by_batch(self) -> bool:
@@ -77,11 +82,11 @@ class ShardingOptions:
 
     def all(self, job: PlanJob) -> list[ShardingOption]:
         """Return the stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
-        jobs = [_staged(job, stage) for stage in range(4)]
+        jobs = [staged(job, stage) for stage in range(4)]
         near = job.engine.hierarchical_partition
         # A hierarchical partition is of whole matrices.
         if (job.nodes > 1 and job.engine.tensor_parallel == 1) or near > 1:
-            jobs.append(_staged(job, 3, near if near > 1 else job.per_node))
+            jobs.append(staged(job, 3, near if near > 1 else job.per_node))
         return [self.evaluate(j) for j in jobs]
 
     def evaluate(self, job: PlanJob) -> ShardingOption:
@@ -104,10 +109,11 @@ class ShardingOptions:
             inside_seconds=sum(t.inside_seconds(machine, per_node) for t in traffic),
             between_seconds=sum(t.between_seconds(machine, per_node) for t in traffic),
             latency_seconds=sum(t.latency_seconds(machine, per_node) for t in traffic),
-            step=self._step(job, traffic),
+            step=self.step(job, traffic),
         )
 
-    def _step(self, job: PlanJob, traffic: Sequence[Collective]) -> StepTime:
+    def step(self, job: PlanJob, traffic: Sequence[Collective]) -> StepTime:
+        """Return the time of a step of `job` with these collectives."""
         return predict_step_time(
             job, self.trained, self.per_token, traffic, self.machine, job.world_size, job.per_node,
             self.plan.mfu, self.measured,
@@ -122,15 +128,18 @@ class ShardingOptions:
         seconds = option.step.seconds * (job.total_steps - ramp.steps)
         for windows, steps in ramp.stages():
             one = _trained(job, global_batch=windows, first_batch=None, batch_ramp=None)
-            step = self._step(one, collectives(one, self.trained, one.world_size))
+            step = self.step(one, collectives(one, self.trained, one.world_size))
             seconds += steps * (step.seconds or 0.0)
         return seconds
 
     def memory(self, job: PlanJob) -> Memory:
         """Return the memory of a rank, including the reserved bytes and the margin."""
-        margin = int(self.plan.margin * self.available_to(job))
-        reserved = int(self.machine.reserved_bytes)
-        return memory(job, self.trained, job.world_size, self.machine.fused_norms, reserved, margin)
+        rest = self.reserved(job)
+        return memory(job, self.trained, job.world_size, self.machine.fused_norms, *rest)
+
+    def reserved(self, job: PlanJob) -> tuple[int, int]:
+        """Return the bytes that the driver and libraries take, and those of the margin."""
+        return int(self.machine.reserved_bytes), int(self.plan.margin * self.available_to(job))
 
     def available_to(self, job: PlanJob) -> float:
         """Return the memory of a GPU in bytes, or a rank's share of this computer's memory."""
@@ -200,29 +209,37 @@ class ShardingOptions:
         return changed.total <= self.available_to(job)
 
     def smallest_fix(self, job: PlanJob) -> str | None:
-        """Return the config keys of the smallest change that fits; None if none was found."""
+        """Return the config keys of the smallest change with which the job fits the same GPUs,
+        without groups of ranks beside the job's; None if none was found."""
         if (micro := self.largest_micro_batch(job)) is not None:
             return f"set train.micro_batch={micro}"
-        variants = [("", job)]
-        for how in more_checkpointing(job):
-            keys = f"model.activation_checkpointing={how} "
-            variants.append((keys, with_checkpointing(job, how)))
+        variants = _variants(job)
         first = job.engine.stage  # a small model may only fit below it, where there are no buckets
         for stage in (*range(first, 4), *reversed(range(first))):
             for keys, variant in variants:
-                staged = _staged(variant, stage)
-                if (micro := self.largest_micro_batch(staged)) is not None:
+                other = staged(variant, stage)
+                if (micro := self.largest_micro_batch(other)) is not None:
                     less = f"train.micro_batch={micro}" if micro < job.train.micro_batch else ""
-                    return f"set {keys}{engine_keys(job, staged)}{less}".strip()
-        keys, last = variants[-1]
+                    return f"set {keys}{engine_keys(job, other)}{less}".strip()
+        return None
+
+    def more_gpus(self, job: PlanJob) -> str | None:
+        """Return the config keys with which the job fits more GPUs; None if none was found."""
+        keys, last = _variants(job)[-1]
         gpus = 2 * job.world_size
         while gpus <= _MOST_GPUS and job.batch_ramp.first % job.mesh(gpus).data == 0:
-            wide = _staged(replace(last, plan=replace(last.plan, gpus=gpus, nodes=None)), 3)
+            wide = staged(replace(last, plan=replace(last.plan, gpus=gpus, nodes=None)), 3)
             if (micro := self.largest_micro_batch(wide)) is not None:
                 engine = engine_keys(job, wide)
                 return f"set {keys}{engine}plan.gpus={gpus} train.micro_batch={micro}"
             gpus *= 2
         return None
+
+
+def _variants(job: PlanJob) -> list[tuple[str, PlanJob]]:
+    """Return the job, and with more activation checkpointing, each with the keys that it needs."""
+    others = ((how, with_checkpointing(job, how)) for how in more_checkpointing(job))
+    return [("", job), *((f"model.activation_checkpointing={how} ", one) for how, one in others)]
 
 
 def cheapest(options: Sequence[ShardingOption], available: float) -> ShardingOption | None:
@@ -234,12 +251,19 @@ def cheapest(options: Sequence[ShardingOption], available: float) -> ShardingOpt
 
 
 def name_of(job: PlanJob) -> str:
-    """Return the short name of the job's sharding, such as zero2-offload or zero3-hpz8."""
-    near = job.engine.hierarchical_partition
-    offload = "-offload" if job.engine.offload_optimizer or job.engine.offload_parameters else ""
-    parts = job.engine.expert_parallel
-    suffix = (f"-hpz{near}" if near > 1 else "") + (f"-ep{parts}" if parts > 1 else "")
-    return f"zero{job.engine.stage}{offload}{suffix}"
+    """Return the short name of the job's division, such as zero2-offload or zero3-hpz8-tp2."""
+    e = job.engine
+    offload = "-offload" if e.offload_optimizer or e.offload_parameters else ""
+    parts = {
+        "hpz": e.hierarchical_partition,
+        "shard": e.shard_group,
+        "pp": e.pipeline_parallel,
+        "tp": e.tensor_parallel,
+        "sp": e.sequence_parallel,
+        "cp": e.context_parallel,
+        "ep": e.expert_parallel,
+    }
+    return f"zero{e.stage}{offload}" + "".join(f"-{k}{n}" for k, n in parts.items() if n > 1)
 
 
 def engine_keys(old: TrainJob, new: TrainJob) -> str:
@@ -249,7 +273,7 @@ def engine_keys(old: TrainJob, new: TrainJob) -> str:
     return "".join(f"engine.{name}={str(after[name]).lower()} " for name in changed)
 
 
-def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
+def staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
     """Return the job at another stage, without the settings that this stage does not support."""
     old = job.engine
     engine = replace(
@@ -259,6 +283,7 @@ def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
         offload_optimizer=old.offload_optimizer and stage > 0,
         offload_parameters=old.offload_parameters and stage == 3,
         expert_parallel=old.expert_parallel if near == 1 else 1,
+        shard_group=old.shard_group if stage and near == 1 else 0,
     )
     return replace(job, engine=engine)
 
@@ -275,26 +300,30 @@ def _trained(job: PlanJob, **keys: Any) -> PlanJob:
 
 def more_checkpointing(job: TrainJob) -> list[Checkpointing]:
     """Return the choices of activation checkpointing that keep less, the cheapest first."""
-    known, now = _checkpointing(job)
-    return known[now + 1 :]
+    known = checkpointings(job)
+    return known[_place(job, known) + 1 :]
 
 
 def less_checkpointing(job: TrainJob) -> list[Checkpointing]:
     """Return the choices that compute less, the cheapest first."""
-    known, now = _checkpointing(job)
-    return known[:now]
+    known = checkpointings(job)
+    return known[: _place(job, known)]
 
 
-def _checkpointing(job: TrainJob) -> tuple[list[Checkpointing], int]:
-    """Return the choices of activation checkpointing that the config allows, the cheapest first,
-    and the place of the job's."""
+def checkpointings(job: TrainJob) -> list[Checkpointing]:
+    """Return the choices of activation checkpointing that the config allows, the cheapest first;
+    none for a class of the user's own."""
     if not isinstance(job.model, ModelConfig):
-        return [], 0
-    known: list[Checkpointing] = ["none"]
-    if job.train.activation_memory_budget is None:
-        is_refused = job.mesh(1).experts > 1 or job.model.mlp.columns is not None
-        known = [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
-    return known, known.index(job.model.activation_checkpointing)
+        return []
+    if job.train.activation_memory_budget is not None:
+        return ["none"]
+    is_refused = job.mesh(1).experts > 1 or job.model.mlp.columns is not None
+    return [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
+
+
+def _place(job: TrainJob, known: list[Checkpointing]) -> int:
+    """Return the place of the job's choice."""
+    return known.index(job.model.activation_checkpointing) if known else 0
 
 
 def with_checkpointing(job: J, how: Checkpointing) -> J:

@@ -38,6 +38,7 @@ from forescale.plan.options import (
     with_checkpointing,
 )
 from forescale.plan.published import published_notes
+from forescale.plan.search import Division, best_divisions
 from forescale.plan.step_time import (
     MeasuredSpeed,
     StepTime,
@@ -218,6 +219,11 @@ class Plan:
             run, trained, self.measured.flops, traffic, self.machine, world, per_node
         )
 
+    @cached_property
+    def divisions(self) -> list[Division]:
+        """The best divisions of the job among its ranks; see search.py."""
+        return best_divisions(self._options, self.job)
+
     # Time, checkpoints, failures
 
     @property
@@ -312,8 +318,13 @@ class Plan:
                 f"a rank needs {need:,.1f} GiB ({states:,.1f} of them for model states), "
                 f"but a GPU has {have:,.1f}"
             )
-            todo = self._options.smallest_fix(self.job) or (
-                "no sharding option fits: choose a smaller model or a machine with more memory"
+            todo = self._options.smallest_fix(self.job)
+            if not todo and self.divisions:
+                todo = f"set {self.divisions[0].words}"
+            todo = (
+                todo
+                or self._options.more_gpus(self.job)
+                or ("no sharding option fits: choose a smaller model or a machine with more memory")
             )
             self.problems.append(Problem("memory", problem, todo))
         lead, grace = self.lead_seconds, self.job.launch.grace.seconds or 0.0

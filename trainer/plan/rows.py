@@ -27,8 +27,10 @@ from forescale.plan.blocks import (
 )
 from forescale.plan.bytes.memory import checkpoints_kept
 from forescale.plan.evaluation import Evaluation
-from forescale.plan.options import ShardingOption, cheapest, engine_keys
+from forescale.plan.options import ShardingOption, cheapest, engine_keys, name_of
 from forescale.plan.plan import Plan
+from forescale.plan.search import Division
+from forescale.plan.work import ONE_ORDER
 
 CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also estimated
 
@@ -90,9 +92,12 @@ def blocks(plan: Plan) -> list[Block]:
             Row("chosen", "", plan.chosen.name),
             Row("cheapest", "", best.name if best else None),
             Row("sizes", "", _size_facts(plan)),
+            Row("divisions", "", [{"name": name_of(d.job), **_division_facts(d),
+                "words": d.words, "losses": d.losses} for d in plan.divisions]),
         ]),
         *([sizes_block(plan)] if plan.sizes else []),
         _options(plan),
+        *([divisions_block(plan)] if plan.divisions else []),
         Block("Time", _time(plan)),
         Block("Evals", _evaluations(plan)),
         Block("Saves", _saves(plan)),
@@ -200,6 +205,33 @@ def sizes_block(plan: Plan) -> Block:
     planned = "* is planned below."
     after = [f"{planned} Each start takes the largest size that is free and fits in memory."]
     return Block("Sizes", rows, titles, after=after)
+
+
+def _division_facts(division: Division) -> dict[str, Any]:
+    step, job = division.step, division.job
+    return {
+        "micro_batch": job.train.micro_batch,
+        "recomputed": getattr(job.model, "activation_checkpointing", "none"),
+        "memory_bytes": division.memory.total,
+        "waiting": step.waiting / division.seconds,
+        "bubble": step.parts.get("bubble", 0.0) / division.seconds,
+        "step_seconds": division.seconds,
+        "mfu": step.mfu,
+    }
+
+
+def divisions_block(plan: Plan) -> Block:
+    """Return the table of the best divisions, a row each, with what limits it and what to type."""
+    columns = {"micro-batch": "count", "recomputed": "", "memory, GiB": "GiB", "waits": "%",
+               "bubble": "%", "a step, s": "s", "MFU": "%"}  # fmt: skip
+    rows, after = [], list[str]()
+    for division in plan.divisions:
+        name = name_of(division.job)
+        rows.append(Row("", name, [*_division_facts(division).values()], [*columns.values()]))
+        lost = ", ".join(f"{part} {share:.0%}" for part, share in division.losses.items())
+        todo = f"set {division.words}" if division.words else "as configured"
+        after.append(f"{name}: {todo}" + (f"; loses to {lost}" if lost else ""))
+    return Block(f"Best ways to divide it among {plan.world:,}", rows, [*columns], after=after)
 
 
 def _options(plan: Plan) -> Block:
@@ -315,6 +347,11 @@ def _guesses(plan: Plan) -> list[str]:
         guesses.append(
             f"a host launches a kernel in {m.launch * 1e6:g} us (machine.launch), and the GPU "
             "waits for it: more tokens at once (train.micro_batch) cost no time"
+        )
+    if order := plan.chosen.step.parts.get("attention in one order"):
+        guesses.append(
+            f"attention's backward pass takes {ONE_ORDER:g} times as long if it adds in one order "
+            f"(train.deterministic): {order / (plan.chosen.step.seconds or order):.1%} of a step"
         )
     if sums := plan.chosen.step.parts.get("invariant sums"):
         guesses.append(

@@ -19,11 +19,12 @@ from forescale.monitor.status import Status
 from forescale.plan.bytes.memory import holders
 from forescale.plan.bytes.parameters import Inventory
 from forescale.plan.bytes.zero import BYTES
-from forescale.plan.config import MachineConfig
+from forescale.plan.config import MachineConfig, PlanJob
 from forescale.plan.links import Collective, exposed
 from forescale.plan.work import work_of
 from forescale.run.directory import Run
 
+SAME_SPEED = 1.01  # the times are estimates: a percent says nothing
 _UPDATE = 14  # bytes per parameter: fp32 weight, read and written; gradient; rounded weight
 _MOMENT = 8  # bytes per moment of a parameter, read and written
 # Of train.invariant, see engine/invariant.py: how often an element of a micro-batch's gradient is
@@ -145,14 +146,25 @@ def predict_step_time(
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(traffic, machine, per_node, computing)
-    divides = world if job.engine.stage else None
+    divides = mesh.shards * mesh.tensor if job.engine.stage else None
     after = {"update": update_seconds(of_rank, machine, peak, divides)}
     if job.train.invariant:
-        after["invariant sums"] = _invariant_seconds(job, of_rank, machine, world)
+        rounds = job.accumulation(world)
+        after["invariant sums"] = _invariant_seconds(job, of_rank, machine, rounds, divides or 1)
     parts = parts and {**parts, **after}
     return StepTime(
         computing + sum(after.values()), links, waiting, tokens, flops, all_peaks, parts
     )
+
+
+def computing_seconds(job: PlanJob, machine: MachineConfig) -> float:
+    """Return the least seconds of the forward and backward passes of a step of one of our models,
+    at a known peak: without communication, and without the reading of weights."""
+    world, peak = job.world_size, peak_of(job, machine)
+    work = work_of(job, 0, job.mesh(world))
+    assert work is not None, "of our own model"
+    assert peak is not None, "a speed is known"
+    return job.accumulation(world) * work.seconds(machine, peak)
 
 
 def update_seconds(
@@ -174,12 +186,12 @@ def update_seconds(
 
 
 def _invariant_seconds(
-    job: TrainJob, trained: Inventory, machine: MachineConfig, world: int
+    job: TrainJob, trained: Inventory, machine: MachineConfig, rounds: int, world: int
 ) -> float:
     """Return the seconds in which a rank rounds its gradients, and adds the squares of its part."""
     if machine.memory_bandwidth is None:
         return 0.0
-    rounded = job.accumulation(world) * _ROUNDED * BYTES[job.precision.kind]
+    rounded = rounds * _ROUNDED * BYTES[job.precision.kind]
     total = 0.0
     for group in trained.groups:
         ranks = holders(group, world) if job.engine.stage else 1

@@ -47,6 +47,11 @@ _ROWWISE = 18  # bytes of traffic per value that fp8 multiplies, with a scale fo
 # second 20 products and kernels of attention.
 _EAGER_KERNELS, _COMPILED_KERNELS = 70, 30
 _BACKWARD_SCORES = 2.5  # FLOPs of attention's backward pass, per FLOP of its forward pass
+# How much longer that pass takes if it adds in one order (train.deterministic on a GPU). A guess:
+# FlashAttention-3 needs 1.21 times as long in its best order (8,192 tokens on an H100: pull request
+# 1893 of flash-attention), and up to 1.61 times (DASH, arXiv 2601.21824: 37.9 % of the speed); no
+# number of FlashAttention-2, which torch takes, was at hand.
+ONE_ORDER = 1.4
 _HALF_SPEED = 500  # tokens at which attention has half its speed (FlashAttention-3's figures 5, 6:
 # FlashAttention-2 on H100, from 191 TFLOP/s at 512 tokens to 335 at 16k; arXiv 2407.08608)
 
@@ -58,6 +63,7 @@ class Work:
     products, scores: FLOPs of matrix products and of attention. length: tokens of a sequence, on
     which attention's speed depends. traffic: bytes of all else. weights: bytes of the weights that
     products read or write. fp8: FLOPs of those products that are in fp8. kernels: their number.
+    ordered: FLOPs of attention in which a GPU must add in one order.
     """
 
     products: float
@@ -67,22 +73,27 @@ class Work:
     weights: float
     fp8: float
     kernels: int
+    ordered: float = 0.0
 
     def seconds(self, machine: MachineConfig, peak: float) -> float:
         """Return the seconds on a GPU of `peak` FLOP/s."""
         return sum(self.parts(machine, peak).values())
 
     def parts(self, machine: MachineConfig, peak: float) -> dict[str, float]:
-        """Return the seconds of products, attention and the rest, and for which the GPU waits for
-        launches; the last two take none where the machine's memory bandwidth is not known."""
+        """Return the seconds of products, attention, its additions in one order and the rest, and
+        for which the GPU waits for launches; the last two take none where the machine's memory
+        bandwidth is not known."""
         speed = peak * (machine.attention_efficiency or machine.efficiency)
-        attending = self.scores / speed * (1 + _HALF_SPEED / self.length)
+        short = 1 + _HALF_SPEED / self.length
+        attending = self.scores / speed * short
+        order = {"attention in one order": (ONE_ORDER - 1) * self.ordered / speed * short}
+        order = order if self.ordered else {}
         multiplying = (self.products - self.fp8 / 2) / (peak * machine.efficiency)
         if (bandwidth := machine.memory_bandwidth) is None:
-            return {"products": multiplying, "attention": attending}
+            return {"products": multiplying, "attention": attending, **order}
         multiplying, rest = max(multiplying, self.weights / bandwidth), self.traffic / bandwidth
-        waiting = max(0.0, self.kernels * machine.launch - multiplying - attending - rest)
-        parts = {"products": multiplying, "attention": attending, "rest": rest}
+        parts = {"products": multiplying, "attention": attending, **order, "rest": rest}
+        waiting = max(0.0, self.kernels * machine.launch - sum(parts.values()))
         return parts | ({"waiting for launches": waiting} if waiting else {})
 
 
@@ -134,14 +145,16 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
             if job.precision.fp8 == "rowwise":
                 traffic += _ROWWISE * micro * columns * sum(shape) * passes
     blocks = config.num_blocks + config.mtp_layers
+    attended = tokens * scores / mesh.near
     return Work(
         products=tokens * (multiplied + repeated) * part,
-        scores=tokens * scores * (1 + _BACKWARD_SCORES + again) / mesh.near,
+        scores=attended * (1 + _BACKWARD_SCORES + again),
         length=length,
         traffic=traffic,
         weights=(3 + again) * size * parameters,
         fp8=2 * fast * (3 + (how == "full")),
         kernels=blocks * (_EAGER_KERNELS if eager else _COMPILED_KERNELS),
+        ordered=attended * _BACKWARD_SCORES * (job.train.deterministic and job.on_gpu),
     )
 
 

@@ -16,7 +16,8 @@ from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 
 ROOT = Path(__file__).parents[3]
-BIG = ["model=llama-7b", "optimizer=adamw", "train.tokens=1e11", "train.sequence_length=4096"]
+BIG = ["model=llama-7b", "optimizer=adamw", "train.tokens=1e11", "train.sequence_length=4096",
+       "plan.divisions=0"]  # fmt: skip
 SHORT = ["model=tiny", "train.steps=100", "schedule.warmup=0"]
 BATCH = "train.global_batch=1024"
 

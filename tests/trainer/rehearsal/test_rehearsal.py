@@ -54,12 +54,12 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "model.encoder_layers=2 model.mlp=relu model.position=relative model.num_kv_heads=2",
     "zero3-offload": "recipe=llama-3b engine=zero3-offload optimizer=muon precision.fp8=rowwise "
     "model.activation_checkpointing=selective",
-    "zero3-near": "recipe=llama-7b engine.hierarchical_partition=8 plan.gpus=128 "
+    "zero3-near": "recipe=llama-7b engine=zero3 engine.hierarchical_partition=8 plan.gpus=128 "
     "train.global_batch=256 rehearse.ranks=[127] model.mixer=attention model.mlp=swiglu "
     "objective=next_token",
     "alone": "engine=zero3 model.mixer=mingru model.num_heads=null model.mlp=geglu "
     "train.compile=off plan.gpus=1 train.global_batch=4 checkpoint.background=false",
-    "ramps": "recipe=llama-13b engine=zero1 optimizer=muon model.mixer=gated_deltanet "
+    "ramps": "recipe=llama-13b engine.tensor_parallel=1 optimizer=muon model.mixer=gated_deltanet "
     "train.first_length=64 train.length_ramp=50% train.first_batch=32 train.batch_ramp=4steps",
     "columns": "engine.sequence_parallel=2 engine.tensor_parallel=2 engine=zero3 "
     "model.mixer=latent objective=prefix",

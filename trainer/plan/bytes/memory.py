@@ -97,7 +97,7 @@ def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = Non
     if s.stage == 3:
         of_rank = _partitioned(s, trained, recomputes(job))
     else:
-        of_rank = _sharded(s, trained, world, rank)
+        of_rank = _sharded(s, trained, s.ranks, None if rank is None else rank % s.ranks)
     # Offload is derived from the structure of DeepSpeed; not compared with real ranks.
     if s.offloads("offload_optimizer"):
         gradients = 2 * of_rank.masters if s.stage < 3 else of_rank.masters
@@ -167,8 +167,8 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
 
 
 def holders(group: Group, world: int) -> int:
-    """Return the number of ranks that have a group's parameters and divide its states: all ranks of
-    the job, or those with the same experts or the same parts of matrices."""
+    """Return the number of ranks that have a group's parameters and divide its states: of `world`
+    that have a copy of the states, all, or those with the same experts or parts of matrices."""
     return world // group.parts
 
 

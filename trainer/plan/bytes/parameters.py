@@ -50,6 +50,7 @@ class Inventory:
     groups: list[Group]
     experts: frozenset[str] = frozenset()
     cut: Mapping[str, int] = field(default_factory=dict)
+    _ranks: dict[tuple[int, int], "Inventory"] = field(default_factory=dict, repr=False)
 
     @property
     def numel(self) -> int:
@@ -76,6 +77,11 @@ class Inventory:
         then the number of parts of the matrices, or of the experts."""
         if mesh.experts == mesh.tensor == 1:
             return self
+        if (key := (mesh.tensor, mesh.experts)) not in self._ranks:
+            self._ranks[key] = self._of_rank(mesh)
+        return self._ranks[key]
+
+    def _of_rank(self, mesh: Mesh) -> "Inventory":
         dims = {**self.cut, **dict.fromkeys(self.experts, 0)}
         parts = {n: mesh.experts if n in self.experts else mesh.tensor for n in dims}
 

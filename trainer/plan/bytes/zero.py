@@ -37,8 +37,9 @@ class ZeroSettings:
     size: int  # bytes of one weight in the forward pass
     gradient: int  # bytes of one element of the gradient that micro-batches are added to
     sent: int  # bytes of one element in a reduction of gradients
-    world: int  # ranks that have the same parameters
-    expert_world: int  # ranks that have the same experts
+    ranks: int  # that have a copy of the states between them
+    world: int  # of these, that have the same parameters
+    expert_world: int  # of these, that have the same experts
     accumulation: int
     zero: Mapping[str, Any]
 
@@ -52,8 +53,9 @@ class ZeroSettings:
         gradient = BYTES[job.gradient_dtype(world)]
         sent = BYTES[config.get("communication_data_type") or kind]
         mesh, rounds = job.mesh(world), max(1, job.accumulation(world))
-        ranks = mesh.states, world // mesh.experts
-        return cls(zero["stage"], BYTES[kind], gradient, sent, *ranks, rounds, zero)
+        ranks = mesh.shards * mesh.tensor
+        groups = ranks, mesh.shards, ranks // mesh.experts
+        return cls(zero["stage"], BYTES[kind], gradient, sent, *groups, rounds, zero)
 
     @property
     def bucket(self) -> int:
