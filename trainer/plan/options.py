@@ -323,7 +323,8 @@ def checkpointings(job: TrainJob) -> list[Checkpointing]:
 
 def _place(job: TrainJob, known: list[Checkpointing]) -> int:
     """Return the place of the job's choice."""
-    return known.index(job.model.activation_checkpointing) if known else 0
+    now = getattr(job.model, "activation_checkpointing", None)
+    return known.index(now) if now else 0
 
 
 def with_checkpointing(job: J, how: Checkpointing) -> J:

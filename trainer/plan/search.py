@@ -104,8 +104,8 @@ class Division:
 
 
 def best_divisions(options: ShardingOptions, job: PlanJob) -> list[Division]:
-    """Return the best divisions of a job among its ranks, at most plan.divisions, the fastest first;
-    of those that are as fast the simplest. Empty if no division fits, or if no speed is known that
+    """Return the best divisions of a job among its ranks (plan.divisions), the fastest first; of
+    those that are as fast the simplest. Empty if no division fits, or if no speed is known that
     tells them apart."""
     machine, blind = options.machine, options.measured is not None or options.plan.mfu is not None
     most = options.plan.divisions

@@ -11,7 +11,8 @@ from forescale.plan.plan import Plan
 SHORT = ["train.steps=10", "schedule.warmup=0"]
 JOBS = {
     "dense": ["recipe=llama-7b", "plan.gpus=64"],
-    "experts": ["recipe=mixtral-8x7b", "plan.gpus=64"],
+    "experts": ["model=llama-160m", "model.mlp=moe", "plan.gpus=16", "train.global_batch=64",
+                *SHORT],
     "encoder-decoder": ["recipe=t5-small", "plan.gpus=8"],
     "three GPUs, Muon": ["model=tiny", "optimizer=muon", "plan.gpus=3", "train.global_batch=12",
                          "train.micro_batch=1", *SHORT],
