@@ -1,4 +1,5 @@
-"""Forks ranks from a process that has imported what each of them needs, the template.
+"""Has ranks forked from a process that has imported what each of them needs, the template
+(forking.py).
 
     launcher, or supervisor of a job          template
     rank, start: variables, log, attempt  ->  forks the rank. log: its own file, or null; attempt:
@@ -8,12 +9,10 @@
                                           <-  rank, pid
                                           <-  rank, code: it has ended
 
-A message is a line of JSON. Invariant: a template forks only while it has one thread and no CUDA
-driver has begun in it, for nothing of either would work in a fork. A rank dies with its template,
-and that with its launcher. Where anything fails, ranks start as processes of their own.
+A message is a line of JSON. Invariant: a rank dies with its template, and that with its launcher.
+Where anything fails, ranks start as processes of their own.
 """
 
-import ctypes
 import json
 import os
 import select
@@ -26,15 +25,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forescale.ground.errors import CRASHED
-from forescale.ground.processes import die_with_parent, name_process
-from forescale.resilience.outcome import describe_code, kills_for_memory
-from forescale.resilience.rank_log import LOOK, NodeLog
+from forescale.ground.processes import die_with_parent
+from forescale.resilience.outcome import describe_code
 
 TEMPLATE = "FORESCALE_TEMPLATE"  # environment variable: the descriptor of a template's socket
-_NO_CUDA = 3  # CUDA_ERROR_NOT_INITIALIZED
 LONGEST = 1 << 24  # bytes of a message
-_CONNECT = 20.0  # seconds to reach the supervisor of a job
 _FORK = 30.0  # seconds that a fork may take
 _LAST = 5.0  # seconds after the end of a rank until a template that doesn't report it is killed
 
@@ -76,140 +71,6 @@ class Channel:
             return [json.loads(line) for line in lines]
         except RecursionError:
             raise ValueError("a message nested too deep") from None
-
-
-def requested() -> Channel | None:
-    """Return the channel to who asks this process to be a template; None if nobody does, or the
-    supervisor of its job can't be reached."""
-    value = os.environ.pop(TEMPLATE, "")
-    if not value or value.isdecimal():
-        return Channel(socket.socket(fileno=int(value))) if value else None
-    where, _, token = value.rpartition(":")
-    host, _, port = where.rpartition(":")
-    try:
-        connected = socket.create_connection((host, int(port)), timeout=_CONNECT)
-    except OSError:
-        return None
-    connected.settimeout(None)
-    channel = Channel(connected)
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
-    channel.send(token=token, rank=os.environ["RANK"], host=node)
-    return channel
-
-
-def fault() -> str | None:
-    """Return why no rank can be forked from this process; None if one can."""
-    if not (pid := os.fork()):  # OpenBLAS ends its threads before a fork
-        os._exit(0)
-    os.waitpid(pid, 0)
-    if threads := len(os.listdir("/proc/self/task")) - 1:
-        count = f"{threads} thread{'s' * (threads > 1)}"
-        return f"a library has started {count} while it was imported"
-    with suppress(OSError, AttributeError):
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NO_CUDA:
-            return "a library has started the CUDA driver while it was imported"
-    return None
-
-
-def serve(channel: Channel, signals: Sequence[int]) -> None:
-    """Fork a rank for each request, and return in each of them, with its variables and its output.
-    In the template itself it returns only if it can't fork and so is a rank: once the channel is
-    closed and no rank is left, it ends as the last one did. signals: blocked here, and in a
-    rank until it listens to them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    reason = fault()
-    channel.send(fault=reason)
-    if reason and "RANK" in os.environ:
-        return
-    parent, ranks, code, is_open = os.getpid(), dict[int, int](), 0, True
-    killed, kills, logs = set[int](), kills_for_memory(), dict[int, NodeLog]()
-    incoming, (ended, wakeup) = channel.socket.fileno(), os.pipe()
-    os.set_blocking(wakeup, False)
-    signal.set_wakeup_fd(wakeup)
-    # Between attempts SIGTERM ends it: SLURM sends that before it waits, and then kills.
-    for number in (signal.SIGCHLD, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    is_ending = False
-    while (is_open and not is_ending) or ranks:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        waits = [ended, *(log.source for log in logs.values()), *[incoming][:is_open]]
-        ready, _, _ = select.select(waits, [], [], LOOK if logs else None)
-        for log in logs.values():
-            log.copy() if log.source in ready else log.rotate()
-        if ended in ready:
-            is_ending = is_ending or signal.SIGTERM in os.read(ended, 1 << 10)
-            while ranks and (status := os.waitpid(-1, os.WNOHANG))[0]:
-                if (rank := ranks.pop(status[0], None)) is None:
-                    continue  # a process that a library started
-                code = os.waitstatus_to_exitcode(status[1])
-                if rank in logs:
-                    logs.pop(rank).close()
-                end = {"code": code, "killed": rank in killed}
-                memory = code == -signal.SIGKILL and kills_for_memory() > kills
-                channel.send(rank=rank, memory=memory, **end)
-        if incoming not in ready or (is_ending and not ranks):
-            continue
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in a fork it stays so
-        try:
-            messages = channel.receive()
-        except EOFError:
-            is_open = False
-            continue
-        for message in messages:
-            if attempt := message.get("attempt"):
-                path = Path(attempt) / f"node-{os.environ['SLURM_NODEID']}.log"
-                log = NodeLog(path, message["rank"], os.environ["LOCAL_RANK"] == "0")
-                logs[message["rank"]] = log
-                channel.descriptors += [os.dup(log.end), os.dup(log.end)]
-            if "signal" in message:
-                for pid in [pid for pid, rank in ranks.items() if rank == message["rank"]]:
-                    os.kill(pid, message["signal"])
-                    killed |= {message["rank"]} if message["signal"] == signal.SIGKILL else set()
-            elif pid := os.fork():
-                killed.discard(message["rank"])
-                kills = kills_for_memory()
-                ranks[pid] = message["rank"]
-                channel.send(rank=message["rank"], pid=pid)
-                for descriptor in channel.descriptors:
-                    os.close(descriptor)
-                channel.descriptors.clear()
-            else:
-                signal.set_wakeup_fd(-1)
-                for number in (signal.SIGCHLD, signal.SIGTERM):
-                    signal.signal(number, signal.SIG_DFL)
-                for descriptor in (ended, wakeup, *(log.source for log in logs.values())):
-                    os.close(descriptor)
-                _become(channel, message, parent)
-                return
-    if code < 0:
-        if code != -signal.SIGKILL:
-            signal.signal(-code, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
-        os.kill(parent, -code)
-    os._exit(code)
-
-
-def _become(channel: Channel, message: dict[str, Any], parent: int) -> None:
-    """In a fork: become the rank that a message describes."""
-    die_with_parent()
-    if os.getppid() != parent:
-        os._exit(CRASHED)
-    if message["session"]:
-        os.setsid()
-    name_process(f"rank-{message['rank']}")
-    os.environ.update(message["start"])
-    output = channel.descriptors
-    if log := message["log"]:
-        output = [os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)] * 2
-    for source, target in zip(output, (1, 2), strict=False):
-        os.dup2(source, target)
-    for descriptor in {*output}:
-        os.close(descriptor)
-    channel.socket.close()
-    import numpy
-
-    numpy.random.seed()  # else as in the template, on all ranks
 
 
 class Template:

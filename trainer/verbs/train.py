@@ -26,7 +26,7 @@ from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_check import problems_apart
 from forescale.ground.errors import DONE, UserError
-from forescale.resilience import launcher, template
+from forescale.resilience import forking, launcher, template
 from forescale.resilience.elastic import LocalSize, LocalSizes
 from forescale.resilience.outcome import notify, report_error
 from forescale.run.command import job_of
@@ -61,9 +61,9 @@ def main(words: list[str]) -> int:
     else:
         job = job_of(TrainJob, overrides_of(TrainJob, words), notes=from_run)
     refuse_targets(job, trust=not is_stored)
-    if channel := template.requested():
+    if channel := forking.requested():
         _import(job)
-        template.serve(channel, launcher.STOP_SIGNALS)
+        forking.serve(channel, launcher.STOP_SIGNALS)
         began = time.monotonic()
     if launcher.started_as_rank():
         return _rank(job, began)

@@ -12,8 +12,8 @@ from tests.launching import LISTEN
 
 # The start of a snippet whose process can be a template.
 SERVE = (
-    "from forescale.resilience import launcher, template\nchannel = template.requested()\n"
-    "if channel: template.serve(channel, launcher.STOP_SIGNALS)\n"
+    "from forescale.resilience import forking, launcher\nchannel = forking.requested()\n"
+    "if channel: forking.serve(channel, launcher.STOP_SIGNALS)\n"
 )
 
 
