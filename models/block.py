@@ -144,6 +144,25 @@ class Trunk(NamedTuple):
     context: Context | None = None
 
 
+class Stream(NamedTuple):
+    """What a part of a pipeline takes from the one before: the hidden states (B, L, D); and in a
+    value residual the values of the first layer, (B, L, G, K)."""
+
+    hidden: Tensor
+    values: Tensor | None = None
+
+
+class Place(NamedTuple):
+    """A part of a model: its blocks (None: all), its input, and whether it is the last."""
+
+    blocks: range | None = None
+    stream: Stream | None = None
+    is_last: bool = True
+
+
+WHOLE = Place()
+
+
 def run_block(
     block: nn.Module, x_BLD: Tensor, context: Context, recomputes: bool
 ) -> tuple[Tensor, Tensor | None, list[Routing]]:

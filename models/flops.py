@@ -89,7 +89,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     if config.has_encoder:
         return flops_per_row(config, sequence_length, causal) / sequence_length
     parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
-    head = _head_flops(config)
+    head = head_flops(config)
     # A module for later tokens has a block as the last one.
     last = parts_of(config, config.num_blocks - 1).values()
     later = sum(part.flops(config, sequence_length, causal) for part in last)
@@ -108,7 +108,7 @@ def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> in
     The encoder's layers act on the first source_length columns, each of which sees them all; the
     decoder's and the head on the others.
     """
-    total = _head_flops(config) * columns_of(config, config.encoder_layers, columns)
+    total = head_flops(config) * columns_of(config, config.encoder_layers, columns)
     source = columns_of(config, 0, columns)
     for i, parts in enumerate(layers_of(config)):
         block, length = config.of_block(i), columns_of(config, i, columns)
@@ -120,7 +120,7 @@ def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> in
     return 3 * total
 
 
-def _head_flops(config: ModelConfig) -> int:
+def head_flops(config: ModelConfig) -> int:
     """Return the forward FLOPs of the logits of one token."""
     s = config.sizes
     return 2 * s.width * (s.vocab_size + (s.width if config.head.kind == "dense" else 0))
@@ -346,7 +346,7 @@ def flops_recomputed(config: ModelConfig, sequence_length: int, ranks: int = 1) 
     total = head * (config.loss_chunk != 0)
     is_selective = config.activation_checkpointing == "selective"
     if config.activation_checkpointing == "full":
-        total += flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
+        total += flops_per_token(config, sequence_length) / 3 - head_flops(config) * share * heads
         total -= config.mtp_layers * 4 * s.width**2  # what joins two inputs isn't made again
 
     def again(part: BlockPart) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.models.block import Block, Trunk, normed, run_block, viewers
+from forescale.models.block import WHOLE, Block, Place, Stream, Trunk, normed, run_block, viewers
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.cache import Cache, Memory
+from forescale.models.flops import layers_of
 from forescale.models.heads.mtp import MtpModule, counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
@@ -23,6 +24,7 @@ from forescale.models.mlps.balance import Routing, that_count
 from forescale.models.mlps.grouped import GroupedLinear
 from forescale.models.norms import make_norm
 from forescale.models.parallel.groups import SequenceGroup, TensorGroup
+from forescale.models.parallel.stages import Stage
 from forescale.models.parametrization import Factors, factors, scales
 from forescale.models.positions.biases import RelativePosition
 from forescale.models.positions.position import (
@@ -37,6 +39,10 @@ from forescale.models.tables import BigramEmbedding, ValueEmbedding, previous
 from forescale.models.tallies import tallies_of
 
 
+class Absent(nn.Module):
+    """The place of a module that another stage of a pipeline has."""
+
+
 class Transformer(nn.Module):
     """A language model of `config`, whose vocabulary and longest sequence must be known.
 
@@ -47,35 +53,58 @@ class Transformer(nn.Module):
     place: called with each large part as soon as it has its initial weights, the blocks and the
     tables, and returns it. It may take the weights away to where they are kept: no later part needs
     them, so the whole model need not exist at once.
+    stage: of a pipeline; only what its parts read is here, by the names of the whole model.
     Raises ValueError with one sentence if the config has problems.
     """
 
-    def __init__(self, config: ModelConfig, place: Callable[[nn.Module], nn.Module] | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        place: Callable[[nn.Module], nn.Module] | None = None,
+        stage: Stage | None = None,
+    ):
         super().__init__()
-        place = place or (lambda module: module)
         self.config = config = config.resolved()
+        self.stage = stage and stage.of(config)
+
+        def placed(name: str, module: nn.Module, is_large: bool = True) -> nn.Module:
+            if stage is not None and not stage.reads(name):
+                return Absent()
+            return place(module) if place and is_large else module
+
         self.sizes, self.scales = config.sizes, scales(config)
-        self.embedding = place(Vocabulary(config, makes_logits=config.tie_embeddings))
-        self.bigrams = place(BigramEmbedding(config)) if config.bigram_rows else None
+        tied = Vocabulary(config, makes_logits=config.tie_embeddings)
+        self.embedding = placed("embedding", tied)
+        self.bigrams = placed("bigrams", BigramEmbedding(config)) if config.bigram_rows else None
+        tables = {i: f"value_embeddings.{i}" for i in config.value_layers}
         self.value_embeddings = nn.ModuleDict(
-            {str(i): place(ValueEmbedding(config)) for i in config.value_layers}
+            {str(i): placed(name, ValueEmbedding(config)) for i, name in tables.items()}
         )
-        self.position = LearnedPosition(config) if config.position.kind == "learned" else None
-        self.embedding_norm = make_norm(config) if config.norm.embedding else None
+        self.position = self.embedding_norm = None
+        if config.position.kind == "learned":
+            self.position = placed("position", LearnedPosition(config), False)
+        if config.norm.embedding:
+            self.embedding_norm = placed("embedding_norm", make_norm(config), False)
         self.encoder_relative_position = self.relative_position = None
         if config.position.kind == "relative":
             if config.has_encoder:
                 self.encoder_relative_position = RelativePosition(config.of_block(0))
             self.relative_position = RelativePosition(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(place(Block(config, i)) for i in range(config.num_blocks))
+        self.blocks = nn.ModuleList(
+            placed(f"blocks.{i}", Block(config, i)) for i in range(config.num_blocks)
+        )
         self.takes_mask = any(mixer.takes_mask for mixer in config.mixers)
         self.viewers = viewers(config)
         # Otherwise the stream leaves the last block normed.
-        self.norm = make_norm(config) if config.norms_stream else None
-        self.transform = Transform(config) if config.head.kind == "dense" else None
-        self.head = None if config.tie_embeddings else place(Vocabulary(config))
-        self.mtp = nn.ModuleList(place(MtpModule(config)) for _ in range(config.mtp_layers))
+        self.norm = placed("norm", make_norm(config), False) if config.norms_stream else None
+        self.transform = None
+        if config.head.kind == "dense":
+            self.transform = placed("transform", Transform(config), False)
+        self.head = None if config.tie_embeddings else placed("head", Vocabulary(config))
+        self.mtp = nn.ModuleList(
+            placed(f"mtp.{k}", MtpModule(config)) for k in range(config.mtp_layers)
+        )
         self.tallies = tallies_of(config)
         self.group: SequenceGroup | None = None
         self.dividing: TensorGroup | None = None  # the ranks that divide the matrices
@@ -113,10 +142,7 @@ class Transformer(nn.Module):
         documents or of a model that is not causal, and in an encoder-decoder for documents and for
         a cache without a source.
         """
-        counted_BL = padding_mask_BL
-        tallies = self.tallies if self.training else None
-        if tallies is not None and targets_BL is not None:
-            counted_BL = that_count(targets_BL, padding_mask_BL, self.config.causal)
+        counted_BL = self._counted(targets_BL, padding_mask_BL)
         if self.config.has_encoder and cache is None:
             if documents_BL is not None:
                 raise ValueError("an encoder-decoder takes no documents.")
@@ -124,15 +150,63 @@ class Transformer(nn.Module):
             targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
-        own_BL = None if targets_BL is None else self._columns(targets_BL)
         hidden_BLD = trunk.hidden if last is None else trunk.hidden[:, -last:]
+        own_BL = None if targets_BL is None else self._columns(targets_BL)
         result = self._head(hidden_BLD, own_BL)
-        if tallies is None or targets_BL is None:
+        if self.tallies is None or not self.training or targets_BL is None:
             return result
         losses_B, penalty = result if isinstance(result, tuple) else (result, 0.0)
         labels, weight = (targets_BL, padding_mask_BL, documents_BL), self.config.mtp_weight
-        penalty += counted_penalty(tallies, trunk, labels, self.mtp, weight, self._head)
+        penalty += counted_penalty(self.tallies, trunk, labels, self.mtp, weight, self._head)
         return losses_B, penalty
+
+    def part(
+        self,
+        index: int,
+        stream: Stream | None,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        padding_mask_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+    ) -> tuple[Any, Tensor | float]:
+        """Return what a part of a stage of a pipeline computes: the Stream for the next one, of the
+        last part the losses (B,); and the part's penalty. stream: that of the part before; the
+        other arguments as those of `forward`.
+        """
+        assert self.stage is not None
+        division = self.stage.division
+        blocks, is_last = division.blocks[index], index == division.last
+        counted_BL = self._counted(targets_BL, padding_mask_BL)
+        place = Place(blocks, stream, is_last)
+        trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, None, counted_BL, place)
+        penalty: Tensor | float = 0.0
+        if is_last:
+            result = self._head(trunk.hidden, self._columns(targets_BL))
+            losses_B, penalty = result if isinstance(result, tuple) else (result, 0.0)
+        if self.tallies is not None and self.training:
+            labels, weight = (targets_BL, padding_mask_BL, documents_BL), self.config.mtp_weight
+            first = sum(parts.mlp.is_routed for parts in layers_of(self.config)[: blocks.start])
+            mtp = self.mtp if is_last else nn.ModuleList()
+            penalty += counted_penalty(self.tallies, trunk, labels, mtp, weight, self._head, first)
+        if is_last:
+            return losses_B, penalty
+        assert trunk.context is not None
+        return Stream(trunk.hidden, trunk.context.values), penalty
+
+    def stream_shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the tensors of a Stream, for rows of so many columns."""
+        columns //= self.group.size if self.group else 1
+        shapes: list[tuple[int, ...]] = [(rows, columns, self.sizes.width)]
+        if self.config.shared_values:
+            mixer: Any = next(block.mixer for block in self.blocks if isinstance(block, Block))
+            shapes.append((rows, columns, mixer.num_kv_heads, self.sizes.head_dim))
+        return shapes
+
+    def _counted(self, targets_BL: Tensor | None, padding_mask_BL: Tensor | None) -> Tensor | None:
+        """Return which tokens count for the balance of experts; None: all."""
+        if self.tallies is None or not self.training or targets_BL is None:
+            return padding_mask_BL
+        return that_count(targets_BL, padding_mask_BL, self.config.causal)
 
     def _head(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Any:
         """Return the logits of hidden states or, with targets, the result of window_losses."""
@@ -179,8 +253,10 @@ class Transformer(nn.Module):
         documents_BL: Tensor | None,
         cache: Cache | None,
         counted_BL: Tensor | None,
+        place: Place = WHOLE,
     ) -> Trunk:
-        """Return the output of the blocks, (B, L) -> (B, L, D), normed for the head."""
+        """Return the output of the blocks, (B, L) -> (B, L, D), normed for the head. place: the
+        part of the model that it is of."""
         real, starts, last = padding_mask_BL, None, None if cache is None else cache.last
         memories: list[Memory | None] = []
         if cache is not None:
@@ -194,21 +270,33 @@ class Transformer(nn.Module):
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
         own_BL = self._columns(tokens_BL)
-        embedded_BLD = self.embedding(own_BL)
-        if self.bigrams is not None:
-            previous_BL = self._columns(previous(tokens_BL, last, starts, real))
-            embedded_BLD = embedded_BLD + self.bigrams(own_BL, previous_BL)
+        embedded_BLD: Any = None
+        if place.stream is None or (place.is_last and self.training and len(self.mtp)):
+            embedded_BLD = self.embedding(own_BL)
+            if self.bigrams is not None:
+                previous_BL = self._columns(previous(tokens_BL, last, starts, real))
+                embedded_BLD = embedded_BLD + self.bigrams(own_BL, previous_BL)
         constants = None if cache is None else cache.constants
-        x_BLD, turn = self._placed(embedded_BLD, positions, constants)
+        if place.stream is None:
+            x_BLD, turn = self._placed(embedded_BLD, positions, constants)
+        else:
+            x_BLD = place.stream.hidden
+            turn = self._turn(positions, x_BLD.shape[1], constants)[1]
         decoding, length = cache is not None, tokens_BL.shape[1]
         read = Columns(positions, length, starts, real, x_BLD.dtype, decoding, self._drops)
         counted_BL = None if counted_BL is None else self._columns(counted_BL)
         mask = self._mask(read, self.config.causal)
         context = Context(turn, mask, starts, real, counted=counted_BL, group=self.group)
+        if place.stream is not None:
+            context = context._replace(values=place.stream.values)
         if cache is not None:
             context = context._replace(source=cache.source, source_mask=cache.source_mask)
-        x_BLD, routings, context = self._through(x_BLD, context, read, memories, tokens_BL=own_BL)
-        return Trunk(normed(self.norm, x_BLD), routings, embedded_BLD, context)
+        x_BLD, routings, context = self._through(
+            x_BLD, context, read, memories, tokens_BL=own_BL, blocks=place.blocks
+        )
+        if place.is_last:
+            x_BLD = normed(self.norm, x_BLD)
+        return Trunk(x_BLD, routings, embedded_BLD, context)
 
     @property
     def _drops(self) -> bool:
@@ -222,15 +310,16 @@ class Transformer(nn.Module):
         memories: Sequence[Memory | None] = (),
         encodes: bool = False,
         tokens_BL: Tensor | None = None,
+        blocks: range | None = None,
     ) -> tuple[Tensor, list[Routing], Context]:
         """Return the output of the blocks (the encoder's or all others), the routings of experts,
         and the last context. columns: for the views; memories: one per block, (): no cache; tokens:
-        of these columns, for value embeddings."""
+        of these columns, for value embeddings; blocks: these alone."""
         layers = self.config.encoder_layers
         first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
         views: dict[Viewer | None, Any] = {}
-        for i in range(first, end):
+        for i in blocks or range(first, end):
             block, memory = self.blocks[i], memories[i - first] if memories else None
             viewer = self.viewers[i]
             if viewer is not None and viewer not in views:
@@ -290,9 +379,8 @@ class Transformer(nn.Module):
         x: the tokens' embeddings, of the last L columns, or of this rank's. positions: of all
         columns.
         """
-        config, s, length = self.config, self.sizes, x_BLD.shape[1]
-        places = positions[..., -length:] if self.group is None else self.group.columns(positions)
-        turn = rotation(places, config, constants) if config.rotates else None
+        config, s = self.config, self.sizes
+        places, turn = self._turn(positions, x_BLD.shape[1], constants)
         if config.scale_embedding or config.position.kind == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
         if config.position.kind == "sinusoidal":
@@ -305,6 +393,15 @@ class Transformer(nn.Module):
                 )
             x_BLD = x_BLD + self.position(places)
         return self.dropout(normed(self.embedding_norm, x_BLD)), turn
+
+    def _turn(
+        self, positions: Tensor, length: int, constants: dict[str, Any] | None
+    ) -> tuple[Tensor, Rotation | None]:
+        """Return the positions of the last `length` columns, or of this rank's, and the rotation,
+        with rotary positions."""
+        places = positions[..., -length:] if self.group is None else self.group.columns(positions)
+        config = self.config
+        return places, rotation(places, config, constants) if config.rotates else None
 
     def _mask(self, columns: Columns, causal: bool) -> Mask | None:
         """Return the mask of Context; None: no mixer takes one, or the kernels need none."""
@@ -324,11 +421,13 @@ class Transformer(nn.Module):
     def compiled_parts(self) -> list[nn.Module]:
         """Return the modules to compile, each alone: the blocks, the head, and on a GPU the norms
         outside of them, whose fp32 copies else stand at the top of the backward pass."""
-        inner: list[Any] = [module.block for module in self.mtp]
-        if self.embedding.weight.is_cuda:
-            outside = (child for each in (self, *self.mtp) for child in each.named_children())
+        mtp = [module for module in self.mtp if isinstance(module, MtpModule)]
+        inner: list[Any] = [module.block for module in mtp]
+        if next(self.parameters()).is_cuda:
+            outside = (child for each in (self, *mtp) for child in each.named_children())
             inner += [module for name, module in outside if name.endswith("norm")]
-        return [*self.blocks, *inner, self.embedding if self.head is None else self.head]
+        parts = [*self.blocks, *inner, self.embedding if self.head is None else self.head]
+        return [part for part in parts if not isinstance(part, Absent)]
 
     def counters(self) -> Tensor | None:
         """Return the counts of training forward passes (trainer/train/model.py)."""
@@ -346,10 +445,15 @@ class Transformer(nn.Module):
             return
         totals = self.tallies.total("experts")
         assert totals is not None, "the engine gives the totals before the update"
-        blocks = [*self.blocks, *(module.block for module in self.mtp)]
-        layers = [block.mlp for block in blocks if block.is_routed]
-        for layer, counts in zip(layers, totals, strict=True):
-            layer.move_bias(counts[:-2])
+        routed = [
+            block
+            for block, parts in zip(self.blocks, layers_of(self.config), strict=True)
+            if parts.mlp.is_routed
+        ]
+        routed += [getattr(module, "block", module) for module in self.mtp]
+        for block, counts in zip(routed, totals, strict=False):
+            if isinstance(block, Block):  # here, and not on another stage
+                block.mlp.move_bias(counts[:-2])
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the experts' load and the losses of later tokens in the step, if there are any."""

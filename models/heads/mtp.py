@@ -65,11 +65,12 @@ def counted_penalty(
     modules: nn.ModuleList,
     weight: float,
     head: Callable[[Tensor, Tensor | None], Any],
+    first: int = 0,
 ) -> Tensor | float:
     """Count a training forward pass; return what experts and later tokens add to its loss.
 
     modules: those for later tokens, of whose mean loss `weight` is added; head: (hidden, targets)
-    -> what window_losses returns.
+    -> what window_losses returns; first: how many layers with experts other ranks have before.
     """
     targets_BL, padding_mask_BL, documents_BL = labels
     penalty: Tensor | float = penalty_of(trunk.routings, targets_BL) if trunk.routings else 0.0
@@ -91,7 +92,8 @@ def counted_penalty(
         nats = (losses_B.detach().double().sum() / UNIT).round().long()
         counts.append(torch.stack([nats, later_BL.ne(IGNORE).sum()]))
     if routings:
-        tallies.of("experts").add_(torch.stack([r.counts for r in routings]))
+        counted = torch.stack([r.counts for r in routings])
+        tallies.of("experts")[first : first + len(counted)].add_(counted)
     if counts:
         tallies.of("mtp").add_(torch.stack(counts))
     return penalty

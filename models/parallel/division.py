@@ -53,6 +53,18 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
     return problems
 
 
+def of_stages(config: "ModelConfig", stages: int, chunks: int) -> list[Refusal]:
+    """Return why `stages` of a pipeline can't divide this model in `chunks` parts each."""
+    if config.has_encoder:
+        todo = "write engine.pipeline_parallel=1"
+        return [("the encoder's output, which all decoder layers read, passes no stages", todo)]
+    if (blocks := config.sized().num_layers or 1) < stages * chunks:
+        parts = f"{stages} stages" if chunks == 1 else f"{stages} stages of {chunks} parts"
+        problem = f"the model's {blocks} layers don't fill {parts}"
+        return [(problem, "choose fewer stages, fewer engine.pipeline_chunks, or more layers")]
+    return []
+
+
 def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal]:
     """Return why `ranks` can't divide the matrices of this model; each (problem, todo)."""
     whole, sized = "write engine.tensor_parallel=1", config.sized()

@@ -52,7 +52,7 @@ def build_job(job, seed=0, divides=True):
     import torch
     from accelerate.state import AcceleratorState
 
-    from forescale.engine.build import build_engine, partition_of
+    from forescale.engine.build import build_engine, partition_of, stage_of
     from forescale.engine.deepspeed_config import deepspeed_config
     from forescale.engine.world import join
     from forescale.models import Transformer
@@ -63,7 +63,7 @@ def build_job(job, seed=0, divides=True):
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(seed)
     divide = adapting(job, partition_of(job, world) if divides else None)
-    model = Transformer(job.model, divide)
+    model = Transformer(job.model, divide, stage_of(job, world))
     model = divide(model) if divide and divides else model
     freeze(job, model)
     return build_engine(world, model, job)

@@ -17,6 +17,7 @@ from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
 from forescale.checkpoint.writer import Snapshot, write
+from forescale.config.mesh import Mesh
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.stages import Bare
 from forescale.run.directory import Parent, Run
@@ -46,7 +47,8 @@ class World(Ranks):
     def __init__(self, rank: int = 0, size: int = 1, exchanges: list | None = None):
         super().__init__(rank, size)
         self.data = self.states = self
-        self.sequence = self.tensor = ALONE
+        self.sequence = self.tensor = self.pipeline = ALONE
+        self.mesh = Mesh(size)
         self._exchanges = exchanges
         self._groups = 0
 
@@ -99,6 +101,9 @@ def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
         names={p: n for n, p in module.named_parameters()},
         layout=Bare(SimpleNamespace(optimizer=optimizer, basic_optimizer=optimizer)),
         grid=None,
+        shapes={n: tuple(p.shape) for n, p in module.named_parameters()},
+        buffer_shapes={"offset": (3,)},
+        weights_changed=lambda: None,
     )
     set_step(new, 0)
     return new

@@ -24,7 +24,7 @@ from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.engine.portable.fragments import write_fragments as write_rank_file
 from forescale.engine.portable.strips import Series, rank_file, strip_of, united
 from forescale.engine.ranks import ALONE, Ranks
-from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
+from forescale.engine.state import load_fragments, owned_fragments, scalars
 from forescale.engine.step import Engine
 from forescale.ground.errors import UserError
 from forescale.ground.storage import FileEntry, fsync_path, publish, write_json, write_table
@@ -226,8 +226,7 @@ def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> 
     weights_only: its weights, adapters merged; those of the engine stay as they were drawn. Raises
     UserError if the checkpoint is of another model.
     """
-    shapes, persistent = shapes_of(engine), engine.module.state_dict(keep_vars=True)
-    shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in persistent}
+    shapes = engine.shapes | engine.buffer_shapes
     if not weights_only:
         checkpoint.expect_shapes(shapes)
         load_fragments(engine, checkpoint.reader, checkpoint.state["counters"])

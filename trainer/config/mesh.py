@@ -50,6 +50,11 @@ class Mesh:
         return self.context * self.sequence * self.tensor
 
     @property
+    def together(self) -> int:
+        """The number of ranks that are fed the same windows, in all stages."""
+        return self.pipeline * self.near
+
+    @property
     def columns(self) -> int:
         """The number of ranks that divide the columns of a window."""
         return self.context * self.sequence
@@ -147,7 +152,6 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     """Yield the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
     mesh = job.mesh(ranks or 1)
     for name, size, off in (
-        ("pipeline_parallel", mesh.pipeline, 1),
         ("context_parallel", mesh.context, 1),
         ("shard_group", mesh.shard, 0),
     ):
@@ -163,10 +167,11 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         return
     if not names:
         return
-    if ranks and ranks % mesh.near:
-        todo = f"start a multiple of {mesh.near} (launch.processes), or choose a smaller group"
-        product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        group = f"{mesh.near}" if len(names) == 1 else f"{mesh.near} ({product})"
+    if ranks and ranks % (together := mesh.together):
+        todo = f"start a multiple of {together} (launch.processes), or choose a smaller group"
+        every = {"pipeline": mesh.pipeline, **sizes}.items()
+        product = " x ".join(f"{name}={size}" for name, size in every if size > 1)
+        group = f"{together}" if product.count("=") == 1 else f"{together} ({product})"
         yield names[0], f"the job's {ranks} ranks are not a multiple of {group}", todo
         return
     if not isinstance(job.model, ModelConfig):
@@ -211,6 +216,6 @@ def expert_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         if (experts := job.model.experts.experts) % parallel:
             problem = f"{parallel} ranks can't have {experts} experts in equal parts"
             yield name, problem, "give a divisor of model.mlp.experts"
-        if ranks and ranks % parallel:
+        if ranks and (ranks := job.mesh(ranks).in_stage) % parallel:
             problem = f"{ranks} ranks are no whole number of groups of {parallel}"
             yield name, problem, "give a divisor of the number of ranks"

@@ -15,6 +15,7 @@ from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
 from forescale.config.job import Find, Job, ProblemIterator, Problems
 from forescale.config.mesh import Mesh, expert_problems, mesh_problems
+from forescale.config.pipeline import pipeline_problems
 from forescale.config.schema import TargetConfig, block, key, section
 from forescale.config.sections.batch import ranks_problems
 from forescale.config.sections.data import DataConfig
@@ -174,7 +175,7 @@ class TrainJob(Lengths, Job):
         to try instead. What fits in memory is another question: `Plan.fitting_sizes`."""
         assert self.elastic is not None, "only of a range"
         job, each = replace(self, faults=[]), self.elastic.each  # a rank that isn't there has none
-        most = self.train.global_batch // self.train.micro_batch * self.mesh(1).near // each
+        most = self.train.global_batch // self.train.micro_batch * self.mesh(1).together // each
         tried = self.elastic.sizes if sizes is None else sizes
         return [n for n in tried if n <= most and not any(job._problems(n * each))]
 
@@ -212,7 +213,7 @@ class TrainJob(Lengths, Job):
             problem = f"the job can't run with any number in {elastic.sizes}"
             return [(elastic.key, problem, f"the nearest that works: {in_words(near)}")]
         if largest is None:  # a size that groups divide says what else is wrong
-            group, each = self.mesh(1).near, elastic.each
+            group, each = self.mesh(1).together, elastic.each
             whole = (n for n in elastic.sizes if n * each % group == 0)
             largest = next(whole, elastic.sizes.most)
         return [*self._problems(largest * elastic.each)]
@@ -225,14 +226,15 @@ class TrainJob(Lengths, Job):
 
     def _problems(self, ranks: int | None) -> ProblemIterator:
         yield from mesh_problems(self, ranks)
+        yield from pipeline_problems(self, ranks)
         near = self.engine.hierarchical_partition
         if ranks and ranks % near:
             problem = f"{near} ranks don't divide {ranks}"
             yield "engine.hierarchical_partition", problem, f"choose {gcd(ranks, near)}"
-        if (ranks or self.mesh(1).near) % self.mesh(1).near:
+        if (ranks or self.mesh(1).together) % self.mesh(1).together:
             return  # what follows counts groups
         has_length = self.train.has_length
-        yield from ranks_problems(self.train, self.mesh(ranks or self.mesh(1).near))
+        yield from ranks_problems(self.train, self.mesh(ranks or self.mesh(1).together))
         yield from faults_problems(self.faults, ranks, self.total_steps if has_length else None)
         again = getattr(self.model, "activation_checkpointing", "none")
         if self.train.activation_memory_budget is not None and again != "none":

@@ -20,9 +20,11 @@ from forescale.engine.optim import build_optimizer, divided_groups, parameter_gr
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.optimizers.orthogonal import use_stacks
 from forescale.engine.parallel import experts, tensor
+from forescale.engine.parallel.pipeline import Pipeline, borrow
 from forescale.engine.step import Engine
 from forescale.engine.world import World
 from forescale.models.parallel.groups import SequenceGroup
+from forescale.models.parallel.stages import Stage
 
 # Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
 _KNOWN_PEAKS = {
@@ -44,6 +46,13 @@ def check_world(job: TrainJob, size: int) -> None:
     if problems := problems or problems_here(job, size):
         raise ConfigError(problems)
     check_fp8(job.precision.fp8)
+
+
+def stage_of(job: TrainJob, world: World) -> Stage | None:
+    """Return this rank's stage of the pipeline; None without one."""
+    if world.pipeline.size == 1:
+        return None
+    return Stage(world.pipeline.rank, world.pipeline.size, job.engine.chunks)
 
 
 def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module] | None:
@@ -102,6 +111,8 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
 
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     """Return an Engine that trains `model` with the optimizer of the job."""
+    if world.pipeline.size > 1:
+        borrow(model)
     optional = (getattr(model, name, None) for name in ("muon_parameters", "optimizer_factors"))
     muon, factors = (None if method is None else method() for method in optional)
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
@@ -122,6 +133,9 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
 
         use_fp8(model, job.precision.fp8)
     fp32 = job.adds_in_fp32(world.size)
+    pipeline = None
+    if world.pipeline.size > 1:
+        pipeline = Pipeline(world, job.engine.pipeline_schedule, model)
     seed, clip = job.train.seed, job.optimizer.clip
     return Engine(
         world,
@@ -131,6 +145,7 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         clip=clip,
         fp32_gradients=fp32,
         invariant=job.train.invariant,
+        pipeline=pipeline,
     )
 
 

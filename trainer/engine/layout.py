@@ -119,6 +119,16 @@ class Layout:
         if self.dividing is not None and gradient is not None and is_part:
             gradient.part = Part(whole, self.dividing)  # type: ignore[attr-defined]
 
+    def reduce_later(self) -> None:
+        """Let backward passes add up gradients alone from now on, until `reduce`: with those of
+        other micro-batches under way, DeepSpeed can't see which is the last one."""
+        self.engine.pipeline_parallelism = True
+
+    def reduce(self) -> None:
+        """Average the gradients that `reduce_later` has left, over the ranks."""
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.allreduce_gradients()
+
     def prepare_step(self, factor: float) -> None:
         """Multiply the gradients by `factor` (clipping), at once or inside DeepSpeed's step."""
         self.factor = factor

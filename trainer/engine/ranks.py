@@ -231,6 +231,19 @@ class Tree:
         return values[0]
 
 
+class LastStage(Ranks):
+    """The ranks that read different windows; of a pipeline, values of its last stage count."""
+
+    def __init__(self, ranks: Ranks, pipeline: Ranks):
+        super().__init__(ranks.rank, ranks.size, ranks.group, ranks.tree)
+        self.pipeline = pipeline
+
+    def gather(self, value: Any) -> list[Any]:
+        """As `Ranks.gather`, of the last stage."""
+        values: list[Any] = self.pipeline.gather(super().gather(value))[-1]
+        return values
+
+
 def _tried(work: Callable[[], Any], where: Path | None) -> tuple[Any, UserError | OSError | None]:
     try:
         return work(), None

@@ -26,8 +26,9 @@ Invariant: the check does not change the training: the gradients that wait for t
 random numbers depend on the micro-batch alone.
 
 At ZeRO stage 3 the weights are partitioned, so nothing can be compared across ranks, and gathering
-them for an extra backward would disturb DeepSpeed's prefetching. There the forward is replayed
-without a gradient, and compared with itself.
+them for an extra backward would disturb DeepSpeed's prefetching. There, and in a pipeline, whose
+stages compute a loss together, the forward is replayed without a gradient, and compared with
+itself.
 """
 
 from collections import deque
@@ -53,7 +54,8 @@ _ODD = 0x9E3779B97F4A7C15  # makes the hash depend on the parameter (golden rati
 class Finding:
     """The result on one rank. fault: a sentence, or None; weights: the hash of the weights that all
     ranks have, or None at stage 3; divided_weights: (parts, part, hash) of the matrices and experts
-    that ranks divide; ranks with the same part of as many parts have the same hash."""
+    that ranks divide; ranks with the same part of as many parts have the same hash. The stages of a
+    pipeline are such parts, of all weights."""
 
     rank: int
     host: str
@@ -128,6 +130,7 @@ class SelfCheck:
     def __init__(self, engine: Engine, host: str, exact: bool):
         self.engine, self.host, self.exact = engine, host, exact
         self.partitioned = any(hasattr(p, "ds_tensor") for p in engine.names)
+        self.has_gradient = not self.partitioned and engine.pipeline is None
         self.tolerance: float | None = None
         eps = torch.finfo(next(iter(engine.names)).dtype).eps
         floor = max(_LEAST, _ROUNDINGS * eps)
@@ -141,17 +144,23 @@ class SelfCheck:
         world = self.engine.world
         fault = self._fault(batch, losses[0])
         places = {(whole_of(p).parts, whole_of(p).part) for p in self.engine.names}
-        hashes = [(*place, self._weights_hash(place)) for place in sorted(places) if place[0] > 1]
-        mine = (world.rank, self.host, fault, self._weights_hash(), tuple(hashes))
+        stages, stage = world.pipeline.size, world.pipeline.rank
+        hashes = [
+            (parts * stages, stage * parts + part, self._weights_hash((parts, part)))
+            for parts, part in sorted(places)
+            if parts * stages > 1
+        ]
+        common = self._weights_hash() if stages == 1 else None
+        mine = (world.rank, self.host, fault, common, tuple(hashes))
         return [Finding(*fields) for fields in world.gather(mine)]
 
     def _fault(self, batch, loss: Tensor) -> str | None:
         replays = [self._replay(batch) for _ in range(2 if self.exact else REPLAYS)]
         by_name = dict(zip(("loss", "gradient"), zip(*replays, strict=True), strict=False))
         values = {name: [*each] for name, each in by_name.items()}
-        # At stage 3 the losses are computed in eval mode; of ranks that divide matrices only the
-        # first reports its loss, the others 0 (Engine.backward).
-        if not self.partitioned and self.engine.world.tensor.is_main:
+        # Without a gradient the losses are in eval mode; of ranks that divide matrices only
+        # the first reports its loss, the others 0 (Engine.backward).
+        if self.has_gradient and self.engine.world.tensor.is_main:
             values["loss"].append(loss)
         if self.exact:
             self.tolerance = 0.0
@@ -178,7 +187,7 @@ class SelfCheck:
         """Return [loss], or [loss, gradient of an early parameter], of the first micro-batch."""
         engine, micro = self.engine, batch.micro[0]
         engine.seed_for(batch.step, micro.index)
-        if self.partitioned:
+        if not self.has_gradient:
             return [engine.losses(micro).sum()]
         # Not through DeepSpeed's forward, whose hooks expect its own backward.
         positional, named = micro.arguments(engine.world.device)

@@ -185,6 +185,11 @@ class Zero12(Layout):
         if o.overlap_comm:
             self._average, o.average_tensor = o.average_tensor, self._average_beside
 
+    def reduce_later(self):
+        super().reduce_later()
+        for hook in self.optimizer._grad_acc_hooks:
+            hook.remove()
+
     def _average_beside(self, tensor, communication_data_type):
         """Replace `average_tensor`: the gradient's memory isn't given away before it is reduced."""
         if tensor.is_cuda:

@@ -32,15 +32,9 @@ class Fills(Protocol):
     def fill(self, fragment: Fragment) -> None: ...
 
 
-def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter, frozen ones too, by name: of the whole parameter, even if
-    ranks divide it."""
-    return {name: whole_of(param).shape for param, name in engine.names.items()}
-
-
 def num_parameters(engine: Engine) -> int:
     """Return the number of the model's parameters, frozen ones too."""
-    return sum(map(math.prod, shapes_of(engine).values()))
+    return sum(map(math.prod, engine.shapes.values()))
 
 
 def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) -> Fragment:
@@ -62,8 +56,9 @@ def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
     """Return the part of a held fragment that this rank writes; None if it writes nothing of it."""
     whole, first, end = whole_of(piece.param), piece.start, piece.start + piece.size
     if engine.layout.replicated:  # the ranks that hold the same elements share the work
-        part = -(-piece.size // (engine.world.size // whole.parts))
-        first = min(piece.size, engine.world.rank // whole.parts * part)
+        mesh = engine.world.mesh
+        part = -(-piece.size // (mesh.in_stage // whole.parts))
+        first = min(piece.size, engine.world.rank % mesh.in_stage // whole.parts * part)
         end = min(piece.size, first + part)
     elif not engine.layout.counts(piece.param):
         return None
@@ -74,8 +69,8 @@ def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
 
 
 def owned_fragments(engine: Engine) -> Iterator[Fragment]:
-    """Yield what this rank writes, as views. Rank 0 writes buffers and frozen parameters; at stage
-    3 each rank writes its part of the frozen parameters."""
+    """Yield what this rank writes, as views. The first rank (of each stage of a pipeline)
+    writes buffers and frozen parameters; at ZeRO stage 3 each rank its part of the latter."""
     base = engine.layout.base
     for unit in engine.layout.units():
         states = {WEIGHT: unit.master}
@@ -90,7 +85,8 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
 
 def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
     """Yield persistent buffers and frozen parameters."""
-    main, rank = engine.world.is_main or not writing, engine.world.rank
+    rank = engine.world.rank % engine.world.mesh.in_stage
+    main = rank == 0 or not writing
     persistent = engine.module.state_dict(keep_vars=True)
     for name, buffer in engine.module.named_buffers():
         if main and name in persistent:
@@ -164,6 +160,7 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
     for held in _untrained(engine, writing=False):
         reader.fill(held)
     layout.after_load()
+    engine.weights_changed()
     if engine.grid:
         engine.grid.restore(engine.names, (stored or {}).get("bounds", {}))
     # The loss scale goes from fp16 to fp16 alone: in bf16 a large scale would make gradients wrong,

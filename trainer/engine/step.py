@@ -13,6 +13,7 @@ with the same state, and draw apart only what they have apart (models/parallel/g
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.invariant import Grid, Sums
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import visible_to_deepspeed
+from forescale.engine.parallel.pipeline import Pipeline
 from forescale.engine.parallel.tensor import Mpu
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
@@ -70,6 +72,7 @@ class Engine:
         clip: float | None,
         fp32_gradients: bool = False,
         invariant: bool = False,
+        pipeline: Pipeline | None = None,
     ):
         self.world, self.seed, self.clip = world, seed, clip
         # At stage 0 in bf16, DeepSpeed makes a step while it is built; at rate 0 nothing moves.
@@ -85,6 +88,10 @@ class Engine:
             for group in self.layout.base.param_groups:
                 if "fused" in group:
                     group["fused"] = False
+        self.pipeline = pipeline
+        if pipeline is not None:
+            self.layout.reduce_later()
+            pipeline.open(self.module, fp32_gradients)
         if world.tensor.size > 1:
             self.layout.divided_among(world.tensor)
         if not world.tensor.is_main:  # what is not divided, the first rank of the group has too
@@ -95,6 +102,7 @@ class Engine:
             self.grid = Grid(self.module.parameters(), world.device)
         named = self.module.named_parameters()
         self.names: dict[nn.Parameter, str] = {p: stored_name(n) for n, p in named}
+        self.shapes, self.buffer_shapes = self._shapes()
         self.mark: Callable[[str], None] = lambda at: None  # receives the place inside a step
         # For injected faults: may damage the weights before a step, given its number, and returns
         # a factor for its gradient.
@@ -105,6 +113,19 @@ class Engine:
         self._numbers: dict[str, list[Tensor]] = {}  # of the step's micro-batches
         self._share = 1.0  # of these, this rank's, times the ranks
         self.has_stepped = False  # True once this process has made a step
+
+    def _shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Return the shapes of parameters and of persistent buffers, by name: of those that ranks
+        divide the whole, and of those on other stages too."""
+        params = {name: whole_of(param).shape for param, name in self.names.items()}
+        persistent = self.module.state_dict(keep_vars=True)
+        buffers = {n: b.shape for n, b in self.module.named_buffers() if n in persistent}
+        every = self.world.pipeline.gather([params, buffers])
+        all_params, all_buffers = (
+            {name: tuple(shape) for stage in every for name, shape in stage[kind].items()}
+            for kind in range(2)
+        )
+        return all_params, all_buffers
 
     @property
     def param_groups(self) -> list[dict]:
@@ -207,6 +228,11 @@ class Engine:
         self._numbers = {}
         self._share = len(batch.micro) * self.world.data.size / batch.micro_batches
         rounds = -(-batch.micro_batches // self.world.data.size)
+        if self.pipeline is not None:
+            seed = partial(self.seed_for, batch.step)
+            nats = self.pipeline.backward(batch.micro, rounds, scale, seed, self.mark)
+            self.layout.reduce()
+            return nats if self.world.tensor.is_main else torch.zeros_like(nats)
         for i in range(rounds):
             micro = batch.micro[min(i, len(batch.micro) - 1)]
             # Some ranks may have a micro-batch less: all take part in the same collectives, so
@@ -265,13 +291,14 @@ class Engine:
                 raise UserError("the model's metrics()", problem, todo)
         return means
 
-    def seed_for(self, step: int, micro_batch: int) -> None:
-        """Set the random state for a micro-batch, or for this rank's columns of it.
+    def seed_for(self, step: int, micro_batch: int, part: int = 0) -> None:
+        """Set the random state for a micro-batch, or for this rank's columns of it; in a pipeline,
+        for a part of the model, so that with dropout it draws other numbers than one rank.
 
         As `torch.manual_seed` does, but for the devices that exist: torch's own inspects the Python
         stack for every other kind of device, which takes up to a millisecond.
         """
-        value = _mix(self.seed, step, micro_batch, self.world.sequence.rank)
+        value = _mix(self.seed, step, micro_batch, self.world.sequence.rank + (part << 32))
         torch.default_generator.manual_seed(value)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(value)
@@ -290,7 +317,7 @@ class Engine:
         """
         counters = self._counters()
         with torch.no_grad():
-            square = self.layout.square_sum(self.world.device, self.world.size)
+            square = self.layout.square_sum(self.world.device, self.world.mesh.in_stage)
             pair = torch.stack([square, losses.sum().to(self.world.device, torch.float64)])
         if counters is not None:  # fp64 holds integers up to 2^53
             pair = torch.cat([pair, counters.flatten().double()])
@@ -310,22 +337,32 @@ class Engine:
         with torch.no_grad():
             self.layout.prepare_step(factor)
         self._deepspeed.step()
+        self.weights_changed()
         return not getattr(self.layout.optimizer, "overflow", False)
+
+    def weights_changed(self) -> None:
+        """Must be called where weights are changed: other stages may borrow some."""
+        if self.pipeline is not None:
+            self.pipeline.is_stale = True
 
     def drop(self) -> None:
         """Discard the gradient. Weights, moments and Muon's momentum stay as they are."""
         self.layout.discard()
 
     @torch.no_grad()
-    def losses(self, micro) -> Tensor:
+    def losses(self, micro, everywhere: bool = True) -> Tensor:
         """Return the summed nats of each row of a micro-batch, fp32 of shape (B,), without dropout
-        or gradient.
+        or gradient. everywhere: in each stage of a pipeline; else in the last one alone, and 0 in
+        the others, which then don't wait for it.
 
         At stage 3 every rank must call it the same number of times: it gathers weights. So must the
         ranks that divide experts: they exchange rows.
         """
         self.module.eval()
-        loss, _ = checked_losses(self.forward(micro), len(micro.tokens))
+        if self.pipeline is not None:
+            loss = self.pipeline.losses(micro, everywhere)
+        else:
+            loss, _ = checked_losses(self.forward(micro), len(micro.tokens))
         if self.world.sequence.size > 1:  # this rank has those of its own columns
             loss = self.world.sequence.sum(loss.double())
         return loss.float()
@@ -349,7 +386,7 @@ def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
     import deepspeed
 
     deepspeed.utils.groups.mpu = None  # left by an earlier engine of this process
-    if world.tensor.size == 1:
+    if world.tensor.size == world.pipeline.size == 1:
         return world.accelerator.prepare(model, optimizer)[0]
     # Accelerate hands over no Mpu, except for models of transformers.
     config = world.accelerator.state.deepspeed_plugin.deepspeed_config

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from forescale.config.mesh import Mesh
-from forescale.engine.ranks import Ranks, Tree, joined
+from forescale.engine.ranks import LastStage, Ranks, Tree, joined
 from forescale.ground.errors import UserError
 from forescale.ground.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
 
@@ -95,8 +95,9 @@ class World(Ranks):
     are fed the same windows as this one and divide their columns; `tensor`, those that have the
     same columns and divide the matrices; `data`, those that have the same columns of other windows
     and the same parts of matrices, so that among them each window counts once; `states`, those that
-    have the same parts of matrices; `experts`, those that have the experts of a layer between them;
-    `expert_data`, those that have the same experts as this.
+    have the same parts of matrices; `pipeline`, those at this one's place in each stage of the
+    pipeline, in the order of the stages; `experts`, those that have the experts of a layer between
+    them; `expert_data`, those that have the same experts as this.
     """
 
     compares: ClassVar[bool] = True  # the names of `extra` with those of the other ranks
@@ -110,13 +111,14 @@ class World(Ranks):
         self.data: Ranks = self
         if self.mesh.data < self.size:
             self.data = self._grouped(self.mesh.data_peers(self.rank), wait)
+        self.pipeline = self._grouped(self.mesh.pipeline_peers(self.rank), wait)
         # DeepSpeed reduces over the following, even if a group has one rank.
         self.states: Ranks = self
-        if self.tensor.size > 1:
+        if self.tensor.size > 1 or self.pipeline.size > 1:
             self.states = self._grouped(self.mesh.state_peers(self.rank), wait, least=1)
         self.experts = self._grouped(self.mesh.expert_peers(self.rank), wait)
         self.expert_data: Ranks = self
-        if self.experts.size > 1:
+        if self.experts.size > 1 or self.pipeline.size > 1:
             peers = self.mesh.expert_data_peers(self.rank)
             self.expert_data = self._grouped(peers, wait, least=1)
         self.accelerator = accelerator
@@ -128,6 +130,16 @@ class World(Ranks):
         self._scales: torch.Tensor | None = None
         self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
+
+    @property
+    def scoring(self) -> Ranks:
+        """The ranks that score different windows, for Engine.losses with `everywhere` False."""
+        return LastStage(self.data, self.pipeline) if self.pipeline.size > 1 else self.data
+
+    @property
+    def names_windows(self) -> bool:
+        """True on one of the ranks that have the same windows, which count once."""
+        return self.pipeline.is_main and self.sequence.is_main and self.tensor.is_main
 
     def _grouped(
         self,

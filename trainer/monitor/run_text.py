@@ -22,7 +22,7 @@ from forescale.monitor import curve
 from forescale.monitor.files import promises
 from forescale.monitor.goodput import Goodput, Launch
 from forescale.monitor.status import Status
-from forescale.resilience.diagnosis import OWN_WORK, waiting_places
+from forescale.resilience.diagnosis import OWN_WORK, stages_text, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.abilities import in_words
 from forescale.run.certificate import about
@@ -283,7 +283,8 @@ def _ranks(s: Status) -> str | None:
     slowest = max(seconds, key=lambda rank: seconds[rank])
     places = Counter(b.at for b in ranks).most_common(4)
     where = ", ".join(f"{n} in {at}" for at, n in places)
-    line = f"Ranks {len(ranks)}: {where}; the last is rank {last.rank} on {last.host} "
+    line = f"Ranks {len(ranks)}: {where}; the last is rank {last.rank}"
+    line += f"{stages_text([last])} on {last.host} "
     line += f"(step {last.step:,}, {last.at} for {last.here:.1f} s)"
     if seconds[slowest]:
         line += f"; the slowest is rank {slowest} ({seconds[slowest] * 1e3:.1f} ms per step alone)"

@@ -167,6 +167,9 @@ class PlanJob(TrainJob):
     def problems(self, world_size: int | None = None) -> Problems:
         problems = super().problems(world_size or (None if self.elastic else self.world_size))
         plan, each = self.plan, self.machine.gpus_per_node
+        if self.engine.pipeline_parallel > 1 and self.VERB == "plan":
+            name, problem = "engine.pipeline_parallel", "is not planned yet"
+            problems.append((name, problem, "leave it out; forescale train has it"))
         if self.precision.fp8 != "none" and not self.machine.fp8:
             problem = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
             todo = "choose another machine, such as machine=h100-sxm, or leave it out"

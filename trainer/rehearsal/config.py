@@ -42,6 +42,8 @@ class RehearseJob(PlanJob):
     def rehearsed_ranks(self) -> list[int]:
         mesh = self.mesh(self.world_size)
         edges = {0, max(mesh.near, mesh.experts) - 1, mesh.world - 1}
+        if mesh.pipeline > 2:  # a stage between the first and the last
+            edges.add(mesh.world // 2)
         return self.rehearse.ranks or sorted(edges)
 
     def problems(self, world_size: int | None = None) -> Problems:

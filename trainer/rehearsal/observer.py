@@ -37,6 +37,7 @@ _COLLECTIVES = {
     "alltoall_": ("all_to_all", 0),
     "broadcast_": ("broadcast", 0),
     "reduce_": ("reduce", 0),
+    "send": ("send", 0),
     "barrier": ("barrier", -1),
 }
 # Functional ones, which a compiler can follow: by whether their whole tensor is the input.

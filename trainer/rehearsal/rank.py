@@ -127,7 +127,7 @@ class Rehearsal:
     def _build(self) -> None:
         from forescale.config.sections.objective import PreferencesConfig
         from forescale.engine import world
-        from forescale.engine.build import build_engine, partition_of
+        from forescale.engine.build import build_engine, partition_of, stage_of
         from forescale.engine.compilation import compilation
         from forescale.engine.deepspeed_config import deepspeed_config
         from forescale.engine.determinism import use_kernels
@@ -147,6 +147,7 @@ class Rehearsal:
             self.request.vocabulary,
             adapting(job, partition_of(job, self.world)),
             draws=job.run.origin.run is None,
+            stage=stage_of(job, self.world),
         )
         freeze(job, model)
         self.engine = build_engine(self.world, model, job)

@@ -122,7 +122,8 @@ def _hang(
     others = _waiting((s.heartbeat for s in present if s.heartbeat.rank not in longest), waits)
     where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"
     have = "has" if len(blamed) == 1 else "have"
-    sentence = f"{_format_ranks(list(longest))} {where} {have} {blame}; {others or nobody}"
+    names = _format_ranks(list(longest)) + stages_text(s.heartbeat for s in blamed)
+    sentence = f"{names} {where} {have} {blame}; {others or nobody}"
     return Hang(tuple(longest), ", ".join(hosts), at, step, round(seconds, 3), sentence)
 
 
@@ -165,6 +166,12 @@ def _format_ranks(ranks: Sequence[int]) -> str:
     groups = texts if len(texts) <= 6 else [*texts[:6], f"{len(texts) - 6} more groups"]
     text = ", ".join(groups[:-1]) + " and " + groups[-1] if len(groups) > 1 else groups[0]
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def stages_text(heartbeats: Iterable[Heartbeat]) -> str:
+    """Return text such as " (stage 1)" of ranks in a pipeline, else ""."""
+    stages = sorted({b.stage for b in heartbeats if b.stage is not None})
+    return f" (stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))})" if stages else ""
 
 
 def publish_hang(attempt: Path, hang: Hang) -> Hang:
@@ -212,7 +219,7 @@ def hang_report(hang: Hang, ranks: Sequence[RankStatus], stacks: dict[int, str])
         b = s.heartbeat
         state = f"in {b.at}, for {b.here:.1f} s at its last heartbeat"
         lines.append(
-            f"rank {b.rank} (host {b.host}, process {b.pid}): step {_step(s)}, "
+            f"rank {b.rank}{stages_text([b])} (host {b.host}, process {b.pid}): step {_step(s)}, "
             f"{'has ended' if b.has_ended else state}, {s.silence:.1f} s ago"
         )
     for s in ranks:
@@ -224,7 +231,8 @@ def hang_report(hang: Hang, ranks: Sequence[RankStatus], stacks: dict[int, str])
 
 @dataclass(frozen=True)
 class Straggler:
-    """A slow rank. seconds, median: time per step at the place, of this rank and of all."""
+    """A slow rank. seconds, median: time per step at the place, of this rank and of all. stage: its
+    stages_text."""
 
     rank: int
     host: str
@@ -232,15 +240,16 @@ class Straggler:
     seconds: float
     median: float
     steps: int
+    stage: str = ""
 
     @property
     def sentence(self) -> str:
         """The finding for people, without a full stop."""
         times = f" ({self.seconds / self.median:.1f} times)" if self.median else ""
         return (
-            f"rank {self.rank} on host {self.host} is slow: {self.seconds * 1e3:.1f} ms per step "
-            f"in {self.at}, where the median of all ranks is {self.median * 1e3:.1f} ms{times}, "
-            f"over {self.steps} steps"
+            f"rank {self.rank}{self.stage} on host {self.host} is slow: {self.seconds * 1e3:.1f} "
+            f"ms per step in {self.at}, where the median of all ranks is "
+            f"{self.median * 1e3:.1f} ms{times}, over {self.steps} steps"
         )
 
 
@@ -264,5 +273,6 @@ def stragglers(
         for b in running:
             seconds = b.pace.get(at, 0.0)
             if seconds > factor * median and seconds - median > _LEAST_SHARE * step:
-                slow.append(Straggler(b.rank, b.host, at, seconds, median, b.steps))
+                stage = stages_text([b])
+                slow.append(Straggler(b.rank, b.host, at, seconds, median, b.steps, stage))
     return sorted(slow, key=lambda s: s.median - s.seconds)

@@ -48,6 +48,7 @@ class Heartbeat:
     quiet: seconds without a heartbeat after which the rank counts as silent.
     starting: it has not finished its first step, which may take long.
     pace: seconds per step at each place, over the last `steps` steps. process: see `process_mark`.
+    stage: of the pipeline; None without one.
     """
 
     rank: Count
@@ -65,6 +66,7 @@ class Heartbeat:
     pace: dict[str, Number] = field(default_factory=dict)
     steps: Count = 0
     process: str | None = None
+    stage: Count | None = None
 
     @property
     def has_ended(self) -> bool:

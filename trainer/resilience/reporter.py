@@ -42,7 +42,8 @@ _RARE = frozenset({"evaluation", "checkpoint", "recovery"})
 class HeartbeatReporter:
     """Writes the heartbeats of one rank, and runs its watchdog.
 
-    waits: places where ranks wait for each other; leave: ends the process with an exit code.
+    waits: places where ranks wait for each other; leave: ends the process with an exit code; stage:
+    of the pipeline, None without one.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class HeartbeatReporter:
         settings: HeartbeatConfig,
         waits: Collection[str] = WAITING_PLACES,
         leave: Callable[[int], None] = os._exit,
+        stage: int | None = None,
     ):
-        self.phases, self.rank, self.leave = phases, rank, leave
+        self.phases, self.rank, self.leave, self.stage = phases, rank, leave, stage
         self.host, self.process = socket.gethostname(), process_mark(os.getpid())
         self.began = time.time() - (time.monotonic() - phases.began)
         self.factor, self.interval = settings.factor, settings.interval
@@ -173,6 +175,7 @@ class HeartbeatReporter:
             pace=pace,
             steps=steps,
             process=self.process,
+            stage=self.stage,
         )
 
     def _pace(self) -> tuple[int, dict[str, float]]:

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
 import psutil
@@ -284,7 +284,7 @@ class Builder:
         scores: dict[str, Score] = {}
         for name, split in self.sources.split("validation").items():
             scores[name] = evaluate(
-                self.engine.losses,
+                partial(self.engine.losses, everywhere=False),
                 split,
                 self.sources.token_bytes,
                 sequence_length=self._window_length,
@@ -293,7 +293,7 @@ class Builder:
                 documents=job.data.document_mask,
                 objective=self.objective,
                 bins=self._held_out_rows.get(name),
-                ranks=world.data,
+                ranks=world.scoring,
                 mark=self.phases.mark,
             )
         return with_pooled(scores, pooled)

@@ -104,9 +104,7 @@ class _Reporter:
         self._pending[at] = step
         first, count = batch.micro[0].index, batch.micro_batches
         failed = any(callback.failed for callback in self.callbacks)
-        # The ranks near each other have the same windows, which count once.
-        is_first = self.world.sequence.is_main and self.world.tensor.is_main
-        own_hash = batch.window_hash if is_first else 0
+        own_hash = batch.window_hash if self.world.names_windows else 0
         self.world.share(at, facts.losses, first, count, own_hash, stop, failed, facts.extra)
         due = any(callback.is_due(at) for callback in self.callbacks)
         return self._read(behind=0 if due else 1)

@@ -50,19 +50,24 @@ from forescale.models.block import Block
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 from forescale.models.init import Linear
+from forescale.models.parallel.stages import Stage
 from forescale.run.feed import vocabulary_of
 
 Divide = Callable[[nn.Module], nn.Module]  # a module to this rank's part of it
 
 
 def build_model(
-    job: TrainJob, vocab_size: int, divide: Divide | None = None, draws: bool = True
+    job: TrainJob,
+    vocab_size: int,
+    divide: Divide | None = None,
+    draws: bool = True,
+    stage: Stage | None = None,
 ) -> nn.Module:
     """Return the model with its initial weights, drawn from `train.init_seed`, else `train.seed`.
 
-    divide: see models.Transformer; draws: False if all weights are read from a checkpoint next. A
-    class of the user's own draws in any case: what it makes of the draws may be more than weights.
-    Raises UserError if a class of the user's own can't be imported or made.
+    divide, stage: see models.Transformer; draws: False if all weights are read from a checkpoint
+    next. A class of the user's own draws in any case: what it makes of the draws may be more than
+    weights. Raises UserError if a class of the user's own can't be imported or made.
     """
     seed = job.train.init_seed
     torch.manual_seed(job.train.seed if seed is None else seed)
@@ -71,13 +76,14 @@ def build_model(
         from forescale.models.init import Undrawn
 
         with nullcontext() if draws else Undrawn():
-            return divide(Transformer(job.model, divide)) if divide else Transformer(job.model)
+            model = Transformer(job.model, divide, stage)
+            return divide(model) if divide else model
     sizes = {"vocab_size": vocabulary_of(job, vocab_size)}
-    model = make("model", job.model, **sizes, sequence_length=job.train.sequence_length)
-    if not isinstance(model, nn.Module):
+    own_model = make("model", job.model, **sizes, sequence_length=job.train.sequence_length)
+    if not isinstance(own_model, nn.Module):
         where = f"model._target_={job.model.target}"
-        raise UserError(where, f"is a {type(model).__name__}", "name a torch.nn.Module")
-    return model
+        raise UserError(where, f"is a {type(own_model).__name__}", "name a torch.nn.Module")
+    return own_model
 
 
 def prices_of(job: TrainJob, model: nn.Module, length: int | None = None) -> dict[str, float]:

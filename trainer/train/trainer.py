@@ -23,7 +23,7 @@ from forescale.config.hardware import exactness
 from forescale.config.sections.objective import PreferencesConfig
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
-from forescale.engine.build import build_engine, check_world, partition_of
+from forescale.engine.build import build_engine, check_world, partition_of, stage_of
 from forescale.engine.compilation import compilation, without_compiler
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.determinism import as_refused, use_flash, use_kernels
@@ -82,8 +82,10 @@ class Trainer:
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.phases)
         waits = waiting_places(self.job.engine.stage, self.world.mesh.exchanges)
+        pipeline = self.world.pipeline
+        stage = pipeline.rank if pipeline.size > 1 else None
         self.reporter = HeartbeatReporter(
-            self.phases, self.attempt, rank, size, self.job.heartbeat, waits
+            self.phases, self.attempt, rank, size, self.job.heartbeat, waits, stage=stage
         ).start()
 
     @property
@@ -150,7 +152,8 @@ class Trainer:
             lambda: branches or bool(self.run.checkpoint_steps()), self.run.path
         )
         divide = adapting(job, partition_of(job, self.world))
-        model = build_model(job, self.sources.vocab_size, divide, draws=not self.reads_weights)
+        stage = stage_of(job, self.world)
+        model = build_model(job, self.sources.vocab_size, divide, not self.reads_weights, stage)
         freeze(job, model)
         device, threads = self.world.device.type, torch.get_num_threads()
         self.compilation = compilation(job, self.world.size, device)

@@ -126,6 +126,58 @@ def test_matrices_that_do_not_divide_are_refused(overrides, problem):
     assert refusals["engine.tensor_parallel"].startswith(problem)
 
 
+STAGES = ["engine.pipeline_parallel=4", "launch.processes=8", "model.num_layers=8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "problem"),
+    [
+        (["launch.processes=6"], "engine.pipeline_parallel", "the job's 6 ranks are not a"),
+        (
+            ["model.num_layers=3"],
+            "engine.pipeline_parallel",
+            "the model's 3 layers don't fill",
+        ),
+        (
+            ["engine.pipeline_schedule=interleaved", "engine.pipeline_chunks=3"],
+            "engine.pipeline_parallel",
+            "the model's 8 layers don't fill 4 stages of 3 parts",
+        ),
+        (["engine.pipeline_chunks=2"], "engine.pipeline_chunks", "1f1b has one part of the model"),
+        (
+            ["engine.pipeline_schedule=zero-bubble"],
+            "train.compile",
+            "zero-bubble takes the backward pass of a matrix apart",
+        ),
+        (["engine=zero2"], "engine.stage", "ZeRO stage 2 reduces gradients or gathers weights"),
+        (["engine.offload_optimizer=true"], "engine.offload_optimizer", "is not supported with"),
+        (["train.invariant=true"], "train.invariant", "is not supported with a pipeline"),
+        (["validation.abilities=[copy]"], "validation.abilities", "is not supported with"),
+        (["precision=fp16"], "precision", "is not supported with a pipeline"),
+        (
+            ["model=custom", "model._target_=mine.Model"],
+            "engine.pipeline_parallel",
+            "a model of your own is not divided",
+        ),
+        (
+            ["engine.pipeline_parallel=1", "engine.pipeline_chunks=2"],
+            "engine.pipeline_chunks",
+            "needs a pipeline",
+        ),
+    ],
+)
+def test_what_passes_no_stages_is_refused(overrides, key, problem):
+    assert compose(TrainJob, STAGES).mesh(8).in_stage == 2
+    assert problems(*STAGES, *overrides)[key].startswith(problem)
+
+
+def test_ranks_at_one_place_in_all_stages_are_fed_the_same_windows():
+    mesh = compose(TrainJob, [*STAGES, "engine.tensor_parallel=2", "optimizer=adamw"]).mesh(8)
+    assert (mesh.data, mesh.states, mesh.together) == (1, 1, 8)
+    (problem,) = problems(*STAGES, "engine.tensor_parallel=4", "optimizer=adamw").values()
+    assert problem.startswith("the job's 8 ranks are not a multiple of 16 (pipeline=4 x tensor=4)")
+
+
 def test_ranks_that_divide_matrices_are_fed_the_same_windows():
     command = [*MATRICES, "train.global_batch=8", "train.micro_batch=8", "model.num_heads=8"]
     assert compose(TrainJob, command).mesh(4).data == 1

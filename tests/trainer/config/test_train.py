@@ -287,7 +287,7 @@ def test_a_row_has_room_for_a_span():
         ("{zero_optimization: 3}", "zero_optimization", "3 is not a section of settings"),
         ("{zero_optimization: null}", "zero_optimization", "None is not a section of settings"),
         ("{communication_data_type: fp8}", "communication_data_type", "unknown value 'fp8'"),
-        ("{pipeline: {stages: 2}}", "pipeline", "does not apply here"),
+        ("{pipeline: {stages: 2}}", "pipeline.stages", "is controlled by other keys"),
         (
             "{zero_optimization: {round_robin_gradients: true}}",
             "zero_optimization.round_robin_gradients",

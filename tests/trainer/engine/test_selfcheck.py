@@ -82,6 +82,7 @@ class Checked:
             names=names,
             seed_for=lambda *_: None,
             combined=lambda losses, micro: (losses, 0.0, {}),
+            pipeline=None,
         )
         self.check = SelfCheck(engine, "here", exact)
         tokens = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(1))

@@ -125,7 +125,7 @@ def reference(models, dataset, tmp_path, monkeypatch):
     words += ["train.global_batch=4", "train.micro_batch=4"]
     start = SimpleNamespace(path=tmp_path, position=SimpleNamespace(step=7))
     (tmp_path / "files.json").write_text("{}")
-    monkeypatch.setattr(preferences.reader, "at_step", lambda *arguments: start)
+    monkeypatch.setattr(preferences.choice, "at_step", lambda *arguments: start)
     monkeypatch.setattr(preferences.writer, "load", lambda *arguments, **options: None)
     monkeypatch.setattr(Run, "existing", lambda *arguments: None)
     with torch.no_grad():

@@ -41,6 +41,7 @@ _OUR_KEYS = {
     "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
     "sequence_parallel_size": "engine.sequence_parallel",
     "expert_parallel": "engine.expert_parallel",
+    "pipeline": "engine.pipeline_parallel",
     "tensor_parallel": "engine.tensor_parallel",
     "compile": "train.compile",
     "activation_checkpointing": "model.activation_checkpointing",
@@ -49,7 +50,6 @@ _OUR_KEYS = {
 }
 # Settings of parts of DeepSpeed that forescale doesn't use: they would do nothing, or harm.
 _UNUSED = {
-    "pipeline": "forescale has no pipeline parallelism",
     "data_efficiency": "forescale has a data order of its own",
     "dataloader_drop_last": "forescale has a data order of its own",
     "checkpoint": "forescale has checkpoints of its own",
@@ -99,11 +99,23 @@ class EngineConfig:
     context_parallel: int = key(1, ge=1)
     # number of stages, of consecutive ranks, that have some of the blocks each; 1: off
     pipeline_parallel: int = key(1, ge=1)
+    # order of micro-batches in a pipeline; interleaved: with several parts of the model a stage,
+    # which wait less and send more; zero-bubble: gradients of weights where a stage would wait,
+    # for models that aren't compiled
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    # parts of the model a stage; null: 1, of interleaved 2
+    pipeline_chunks: int | None = key(None, ge=1)
     # number of ranks, among those with the same parameters, that ZeRO divides the states among;
     # each such group has a copy of the states (hybrid sharding); 0: all
     shard_group: int = key(0, ge=0)
     # settings of DeepSpeed that have no key here, in its JSON format
     deepspeed: dict[str, Any] = key({})
+
+    @property
+    def chunks(self) -> int:
+        """The number of parts of the model that a stage of the pipeline has."""
+        default = 2 if self.pipeline_schedule == "interleaved" else 1
+        return self.pipeline_chunks or default
 
     def problems(self) -> ProblemIterator:
         if self.offload_optimizer and self.stage == 0:
