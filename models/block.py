@@ -48,6 +48,7 @@ _KERNELS = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
+    "forescale::ring",
 )
 
 

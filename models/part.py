@@ -162,7 +162,9 @@ class Mixer(BlockPart):
     takes_values: the mixer has values of attention, to which a value embedding is added.
     takes_biases: the mixer adds context.mask to the scores of each of its heads, so that alibi and
         relative positions are supported.
-    splits_columns: ranks may divide the columns of rows.
+    splits_columns: ranks may divide the columns of rows, and exchange them for heads or pass keys
+        and values around.
+    passes_state: ranks may divide the columns of rows, each one run, and pass on a state.
     viewer: dotted name of a function (part, mixers/context.Columns) -> context.view, for a mixer
         that needs one. It is called once in a forward pass for all layers of equal mixers.
     """
@@ -173,6 +175,7 @@ class Mixer(BlockPart):
     takes_values: ClassVar[bool] = False
     takes_biases: ClassVar[bool] = False
     splits_columns: ClassVar[bool] = False
+    passes_state: ClassVar[bool] = False
     viewer: ClassVar[str] = ""
 
     @property

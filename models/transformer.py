@@ -157,7 +157,9 @@ class Transformer(nn.Module):
             return result
         losses_B, penalty = result if isinstance(result, tuple) else (result, 0.0)
         labels, weight = (targets_BL, padding_mask_BL, documents_BL), self.config.mtp_weight
-        penalty += counted_penalty(self.tallies, trunk, labels, self.mtp, weight, self._head)
+        penalty += counted_penalty(
+            self.tallies, trunk, labels, self.mtp, weight, self._head, self.group
+        )
         return losses_B, penalty
 
     def part(
@@ -187,7 +189,9 @@ class Transformer(nn.Module):
             labels, weight = (targets_BL, padding_mask_BL, documents_BL), self.config.mtp_weight
             first = sum(parts.mlp.is_routed for parts in layers_of(self.config)[: blocks.start])
             mtp = self.mtp if is_last else nn.ModuleList()
-            penalty += counted_penalty(self.tallies, trunk, labels, mtp, weight, self._head, first)
+            penalty += counted_penalty(
+                self.tallies, trunk, labels, mtp, weight, self._head, self.group, first
+            )
         if is_last:
             return losses_B, penalty
         assert trunk.context is not None
@@ -299,6 +303,11 @@ class Transformer(nn.Module):
         return Trunk(x_BLD, routings, embedded_BLD, context)
 
     @property
+    def _has_ring(self) -> bool:
+        """True if attention makes its own masks (mixers/ring.py)."""
+        return self.group is not None and self.group.ring.size > 1
+
+    @property
     def _drops(self) -> bool:
         return self.training and self.config.dropout > 0
 
@@ -322,7 +331,7 @@ class Transformer(nn.Module):
         for i in blocks or range(first, end):
             block, memory = self.blocks[i], memories[i - first] if memories else None
             viewer = self.viewers[i]
-            if viewer is not None and viewer not in views:
+            if viewer is not None and viewer not in views and not self._has_ring:
                 views[viewer] = viewer(columns)
             token_values = None
             if str(i) in self.value_embeddings:
@@ -410,7 +419,9 @@ class Transformer(nn.Module):
         table = self.relative_position
         if self.encoder_relative_position is not None and not causal:
             table = self.encoder_relative_position
-        return full_mask(self.config, columns, causal, table, (self.dividing, self.group))
+        exchange = None if self.group is None else self.group.exchange
+        groups = self.dividing, exchange
+        return full_mask(self.config, columns, causal, table, groups, self._has_ring)
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""

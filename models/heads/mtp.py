@@ -28,6 +28,7 @@ from forescale.models.init import Linear
 from forescale.models.mixers.context import Context
 from forescale.models.mlps.balance import Routing, load_metrics, penalty_of, that_count
 from forescale.models.norms import make_norm
+from forescale.models.parallel.groups import SequenceGroup
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT, Tallies
 
@@ -65,12 +66,14 @@ def counted_penalty(
     modules: nn.ModuleList,
     weight: float,
     head: Callable[[Tensor, Tensor | None], Any],
+    group: SequenceGroup | None = None,
     first: int = 0,
 ) -> Tensor | float:
     """Count a training forward pass; return what experts and later tokens add to its loss.
 
     modules: those for later tokens, of whose mean loss `weight` is added; head: (hidden, targets)
-    -> what window_losses returns; first: how many layers with experts other ranks have before.
+    -> what window_losses returns. labels: of whole rows; group: the ranks that divide these; first:
+    how many layers with experts other ranks have before.
     """
     targets_BL, padding_mask_BL, documents_BL = labels
     penalty: Tensor | float = penalty_of(trunk.routings, targets_BL) if trunk.routings else 0.0
@@ -81,16 +84,22 @@ def counted_penalty(
         assert trunk.embedded is not None
         later_BL = later_targets(targets_BL, documents_BL, by)
         counted_BL = that_count(later_BL, padding_mask_BL, causal=True)
+        own_BL, embedded_BLD = later_BL, trunk.embedded
+        if group is None:
+            embedded_BLD = later(embedded_BLD, by)
+        else:
+            own_BL, counted_BL = group.columns(later_BL), group.columns(counted_BL)
+            embedded_BLD = group.earlier(embedded_BLD, -by)
         context = trunk.context._replace(counted=counted_BL)
-        x_BLD, of_module = module(x_BLD, later(trunk.embedded, by), *context)
-        result = head(x_BLD, later_BL)
+        x_BLD, of_module = module(x_BLD, embedded_BLD, *context)
+        result = head(x_BLD, own_BL)
         losses_B, z = result if isinstance(result, tuple) else (result, 0.0)
         penalty += weight / len(modules) * (losses_B.sum() + z)
         if of_module:
             penalty += penalty_of(of_module, later_BL)
             routings += of_module
         nats = (losses_B.detach().double().sum() / UNIT).round().long()
-        counts.append(torch.stack([nats, later_BL.ne(IGNORE).sum()]))
+        counts.append(torch.stack([nats, own_BL.ne(IGNORE).sum()]))
     if routings:
         counted = torch.stack([r.counts for r in routings])
         tallies.of("experts")[first : first + len(counted)].add_(counted)

@@ -13,6 +13,7 @@ from forescale.models.init import Linear
 from forescale.models.mixers.attention import Attention as Part
 from forescale.models.mixers.context import Context, Mask, continued, earlier
 from forescale.models.mixers.masks import flex
+from forescale.models.mixers.ring import around
 from forescale.models.norms import RMSNorm
 from forescale.models.parallel.groups import TensorGroup
 from forescale.models.parametrization import scales
@@ -64,17 +65,26 @@ def _repeated(x_BSGK: Tensor, times: int) -> Tensor:
 
 
 def attended(
-    attend: Callable[[Tensor, Tensor, Tensor, Context], Tensor],
+    mixer: Any,
     q_BLHK: Tensor,
     k_BLGK: Tensor,
     v_BLGK: Tensor,
     context: Context,
 ) -> Tensor:
-    """Return attend(q, k, v, context), (B, L, H, K); where ranks divide the columns, `attend` is
-    given all of them, of this rank's heads."""
-    if context.group is None:
-        return attend(q_BLHK, k_BLGK, v_BLGK, context)
-    return context.group.attended(lambda q, k, v: attend(q, k, v, context), q_BLHK, k_BLGK, v_BLGK)
+    """Return what a mixer's _attend returns, (B, L, H, K). Where ranks exchange columns for heads,
+    it is given the columns of all of them, of this rank's heads; where a ring of ranks has the
+    other columns, they attend by that (ring.py)."""
+    group = context.group
+    if group is None:
+        return mixer._attend(q_BLHK, k_BLGK, v_BLGK, context)
+
+    def attend(q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor) -> Tensor:
+        if group.ring.size == 1:
+            return mixer._attend(q_BLHK, k_BLGK, v_BLGK, context)
+        order = mixer.causal, getattr(mixer, "window", 0), getattr(mixer, "global_tokens", 0)
+        return around(q_BLHK, k_BLGK, v_BLGK, context, mixer.scale, order)
+
+    return group.attended(attend, q_BLHK, k_BLGK, v_BLGK)
 
 
 class TokenShift(nn.Module):
@@ -96,7 +106,10 @@ class TokenShift(nn.Module):
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         memory, length = context.memory, x_BLD.shape[1]
         read_BLD = x_BLD if memory is None else memory.keep_last(self.name, x_BLD, 1)
-        before_BLD = earlier(read_BLD, 1)[:, -length:]
+        if context.group is None:
+            before_BLD = earlier(read_BLD, 1)[:, -length:]
+        else:
+            before_BLD = context.group.earlier(x_BLD, 1)
         if context.starts is not None or context.real is not None:
             before_BLD = before_BLD * continued(x_BLD, context)[..., None]
         return torch.addcmul(x_BLD, self.weight, before_BLD)
@@ -168,7 +181,7 @@ class Attention(nn.Module):
             q_BLHK, k_BLGK = both.split((q_BLHK.shape[2], k_BLGK.shape[2]), 2)
         elif turn is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, turn), rotate(k_BLGK, turn)
-        y_BLD = self._output(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
+        y_BLD = self._output(x_BLD, attended(self, q_BLHK, k_BLGK, v_BLGK, context))
         return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
 
     def _queries(self, x_BLD: Tensor, context: Context) -> Tensor:

@@ -62,7 +62,9 @@ class Context(NamedTuple):
     values (B, L, G, K): of the first layer, in later layers with value_residual.
     token_values (B, L, G * K): added to the values of a layer with a value embedding.
     group: the ranks that divide the columns of the rows. L are then this rank's columns; mask,
-        starts, real and view are of all columns, and a mask with heads has this rank's heads.
+        starts, real and view are of all columns, and a mask with heads has this rank's heads. With
+        a ring of ranks, view is None, and mask the slopes of alibi or None: mixers/ring.py makes
+        the rest of starts and real.
     """
 
     rotation: Rotation | None = None
@@ -98,13 +100,20 @@ class Columns(NamedTuple):
 Viewer = Callable[[Columns], Any]  # makes Context.view
 
 
-def continued(x_BL: Tensor, context: Context) -> Tensor:
+def continued(x_BL: Tensor, context: Context, before: int = 0) -> Tensor:
     """Return (B or 1, L), 1 where the previous token is visible, else 0, in the dtype of x (B, L,
     ...).
 
     A recurrence starts again at each 0: at a new document, after padding, at the first token.
+    before: of the columns of x, where ranks divide rows, those that come before this rank's.
     """
-    length = x_BL.shape[1]
+    if context.group is None:
+        return _continued(x_BL, context, x_BL.shape[1])
+    whole_BL = _continued(x_BL, context, (x_BL.shape[1] - before) * context.group.size)
+    return context.group.columns(whole_BL, before)
+
+
+def _continued(x_BL: Tensor, context: Context, length: int) -> Tensor:
     either = context.starts if context.starts is not None else context.real
     if either is None:
         is_first = context.memory is None or context.memory.is_empty

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forescale.models.mixers.gated_deltanet import chunks
+from forescale.models.parallel.groups import SequenceGroup
 
 _EPS = 1e-6  # added to the squared length of queries and keys, as in the authors' kernels
 
@@ -72,17 +73,21 @@ def delta_rule(
     beta_BLH: Tensor,
     keep_BL: Tensor,
     state_BHKV: Tensor | None = None,
+    group: SequenceGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outputs (B, L, H, V), the states before each chunk (N, E, K, V), the last state.
 
     q, k: of any length. keep (B or 1, L): 0 where the state starts again from 0. state: before the
-    first token; None: 0. Autograd through it keeps everything; use DeltaRule.
+    first token; None: 0, or with a group, the ranks that have the other columns, the state that
+    those before this one leave. Autograd through it keeps everything; use DeltaRule.
     """
     c = _chunks(q_BLHK, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH, keep_BL)
     (B, L, H, K), V = q_BLHK.shape, v_BLHV.shape[-1]
     state = c.u.new_zeros(B * H, K, V) if state_BHKV is None else state_BHKV.flatten(0, 1)
     in_turn = _states_at_once if torch.compiler.is_compiling() else _states
-    states_NEKV, corrections_NECV, state = in_turn(c.u, c.w, c.k * c.until, c.whole, state)
+    if group is not None:
+        state = group.entering(_passing(c), in_turn(*_rule(c), state)[2], times=torch.matmul)
+    states_NEKV, corrections_NECV, state = in_turn(*_rule(c), state)
     o_NECV = (c.q * c.since) @ states_NEKV
     o_NECV = o_NECV + (c.query_scores * c.decay) @ corrections_NECV
     o_BLHV = _joined(o_NECV, B, L).to(v_BLHV.dtype)
@@ -90,17 +95,18 @@ def delta_rule(
 
 
 class DeltaRule(torch.autograd.Function):
-    """Outputs of all tokens, from no state before.
+    """Outputs of all tokens, from no state before, or from that of the ranks before.
 
     It keeps its inputs and a state a chunk; the backward pass makes the rest again. Autograd
     through `delta_rule` would keep some 18 values for each of v in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        """Return o (B, L, H, V). inputs: as for delta_rule, without a state."""
-        o_BLHV, states_NEKV, _ = delta_rule(*inputs)
-        ctx.save_for_backward(*inputs, states_NEKV)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Return o (B, L, H, V). inputs: as for delta_rule, without a state, and its group."""
+        tensors, ctx.group = inputs[:6], inputs[6] if len(inputs) > 6 else None
+        o_BLHV, states_NEKV, _ = delta_rule(*tensors, group=ctx.group)  # type: ignore[misc]
+        ctx.save_for_backward(*tensors, states_NEKV)
         return o_BLHV
 
     @staticmethod
@@ -112,18 +118,17 @@ class DeltaRule(torch.autograd.Function):
         d_o_NECV = _chunked(grad[0], states_NEKV.dtype)
         new_NECV = c.u - c.w @ states_NEKV
         in_turn = _gradients_at_once if torch.compiler.is_compiling() else _gradients_of_states
-        d_new_NECV, d_after_NEKV = in_turn(
-            (c.query_scores * c.decay).mT @ d_o_NECV,
-            (c.q * c.since).mT @ d_o_NECV,
-            c.w,
-            c.k * c.until,
-            c.whole,
-        )
+        of_outputs = (c.query_scores * c.decay).mT @ d_o_NECV, (c.q * c.since).mT @ d_o_NECV
+        d_state = torch.zeros_like(states_NEKV[0])
+        if ctx.group is not None:
+            before = in_turn(*of_outputs, *_rule(c)[1:], d_state)[2]
+            d_state = ctx.group.entering(_passing(c).mT, before, True, torch.matmul)
+        d_new_NECV, d_after_NEKV, _ = in_turn(*of_outputs, *_rule(c)[1:], d_state)
         gradients = _gradients(c, states_NEKV, new_NECV, d_o_NECV, d_new_NECV, d_after_NEKV)
         q, k, v, log_decay, beta = (_joined(x, B, L) for x in gradients)
         log_decay = log_decay[..., 0] * inputs[5][..., None]
         d = (q, k, v, log_decay, beta[..., 0])
-        return *(new.to(old.dtype) for new, old in zip(d, inputs, strict=False)), None
+        return *(new.to(old.dtype) for new, old in zip(d, inputs, strict=False)), None, None
 
 
 def _chunked(x_BLHK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,6 +177,22 @@ def _chunks(
     )  # fmt: skip
 
 
+def _rule(c: _Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the states follow from, apart from the first."""
+    return c.u, c.w, c.k * c.until, c.whole
+
+
+def _passing(c: _Chunks) -> Tensor:
+    """Return the matrices (E, K, K) by which the last state depends on the first: what all tokens
+    leave of the unit matrix, where they write nothing."""
+    states = torch.eye(c.k.shape[-1], dtype=c.k.dtype, device=c.k.device).expand(
+        c.k.shape[1], -1, -1
+    )
+    in_turn = _states_at_once if torch.compiler.is_compiling() else _states
+    _, w, until_k, whole = _rule(c)
+    return in_turn(torch.zeros_like(w), w, until_k, whole, states.contiguous())[2]
+
+
 def _states(
     u_NECV: Tensor, w_NECK: Tensor, until_k_NECK: Tensor, whole_NE11: Tensor, state_EKV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,18 +213,21 @@ def _gradients_of_states(
     w_NECK: Tensor,
     until_k_NECK: Tensor,
     whole_NE11: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the corrections (N, E, C, V) and of the state after each chunk.
+    d_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the corrections (N, E, C, V), of the state after each chunk, and of
+    the first state.
 
-    d_new, d_read: the parts of corrections and states that come from outputs alone.
+    d_new, d_read: the parts of corrections and states that come from outputs alone; d_state: the
+    gradient of the last state.
     """
-    d_state, new, after = torch.zeros_like(d_read_NEKV[0]), [], []
+    new, after = [], []
     for n in reversed(range(len(d_new_NECV))):
         after.append(d_state)
         new.append(torch.baddbmm(d_new_NECV[n], until_k_NECK[n], d_state))
         d_kept = d_read_NEKV[n] + whole_NE11[n] * d_state
         d_state = torch.baddbmm(d_kept, w_NECK[n].mT, new[-1], alpha=-1)
-    return torch.stack(new[::-1]), torch.stack(after[::-1])
+    return torch.stack(new[::-1]), torch.stack(after[::-1]), d_state
 
 
 # Each as one operation for the compiler, which would unroll the loops: 24 nodes a chunk and layer.
@@ -228,8 +252,10 @@ def _like_gradients(
     w_NECK: Tensor,
     until_k_NECK: Tensor,
     whole_NE11: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return d_new_NECV.new_empty(d_new_NECV.shape), d_read_NEKV.new_empty(d_read_NEKV.shape)
+    d_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = d_new_NECV, d_read_NEKV, d_state
+    return tuple(x.new_empty(x.shape) for x in like)  # type: ignore[return-value]
 
 
 def _gradients(

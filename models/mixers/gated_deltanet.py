@@ -36,6 +36,7 @@ class GatedDeltaNet(Mixer):
     per_head = ("output_norm",)
     reads = ("num_heads", "head_dim")
     takes_mask = False
+    passes_state = True
 
     def problems(self) -> list[Problem]:
         return below_1(self, "value_dim", "conv")

@@ -115,11 +115,13 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         B, L, _ = x_BLD.shape
-        memory = context.memory
+        memory, group = context.memory, context.group
         mixed = torch.cat([self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)], -1)
         if memory is not None and self.lags > 1:
             mixed = memory.keep_last("convolved", mixed, self.lags - 1)
-        keep = continued(mixed, context)
+        elif group is not None and self.lags > 1:
+            mixed = torch.cat([group.beside(mixed, self.lags - 1)[:, 0], mixed], 1)
+        keep = continued(mixed, context, mixed.shape[1] - L)
         mixed, keep = self.convolution(mixed, keep)[:, -L:], keep[:, -L:]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in mixed.split(self.split, -1))
         step = F.softplus(self.decay(x_BLD).float() + self.decay_bias.float())
@@ -132,7 +134,7 @@ class GatedDeltaNet(nn.Module):
             keep,
         )
         if memory is None:
-            o_BLHV = DeltaRule.apply(*inputs)
+            o_BLHV = DeltaRule.apply(*inputs, group)
         else:  # decoding has no gradients, and begins where the last call ended
             o_BLHV, _, memory["state"] = delta_rule(*inputs, memory.get("state"))
         gate = self.gate(x_BLD).view(B, L, self.num_heads, -1)

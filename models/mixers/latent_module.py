@@ -115,7 +115,7 @@ class LatentAttention(nn.Module):
             k_BSHK = self.key(latent_BSR)
             if turned_BS1T is not None:
                 k_BSHK = torch.cat([turned_BS1T.expand(-1, -1, self.num_heads, -1), k_BSHK], -1)
-            y_BLHK = attended(self._attend, q_BLHK, k_BSHK, self.value(latent_BSR), context)
+            y_BLHK = attended(self, q_BLHK, k_BSHK, self.value(latent_BSR), context)
         return self.output(y_BLHK.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

@@ -20,6 +20,7 @@ class LSTM(Mixer):
     writes = ("output",)
     not_muon = _GATES
     takes_mask = False
+    passes_state = True
 
     def shapes(self, config: "ModelConfig") -> Shapes:
         width = config.sizes.width

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
 from forescale.models.mixers.context import CHANGES_PRODUCTS, Context, continued
+from forescale.models.parallel.groups import SequenceGroup
 from forescale.models.parametrization import scales
 from forescale.models.part import Part
 
@@ -99,6 +100,54 @@ class Recurrence(nn.LSTM):
         return out.data[order_T.argsort()].view_as(x_BLD), (h_1ND[0, last_B], c_1ND[0, last_B])
 
 
+class _Onward(torch.autograd.Function):
+    """A recurrence whose state comes from the rank before and goes on to the next; its gradient
+    comes back.
+
+    The backward pass makes the states again, with a graph of its own: gradients must go on to the
+    rank before, which waits for them, ahead of those of the weights, for which all ranks meet.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recurrence: Recurrence,
+        group: SequenceGroup,
+        x_BLD: Tensor,
+        keep_BL: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        """Return the states of all tokens; weights: of the recurrence, which have gradients."""
+        before_2BD = group.received(torch.stack([x_BLD[:, 0]] * 2), -1)
+        h_BLD, after = recurrence(x_BLD, keep_BL, (before_2BD[0], before_2BD[1]))
+        group.send(torch.stack(after), 1)
+        ctx.save_for_backward(x_BLD, keep_BL, before_2BD)
+        ctx.recurrence, ctx.group, ctx.weights = recurrence, group, weights
+        return h_BLD
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and the weights."""
+        x_BLD, keep_BL, before_2BD = ctx.saved_tensors
+        with torch.enable_grad():
+            x_BLD, before_2BD = (x.detach().requires_grad_() for x in (x_BLD, before_2BD))
+            h_BLD, after = ctx.recurrence(x_BLD, keep_BL, (before_2BD[0], before_2BD[1]))
+            after_2BD = torch.stack(after)
+        d_after = ctx.group.received(after_2BD, 1)
+        inputs = before_2BD, x_BLD, *ctx.weights
+        d_before, *rest = torch.autograd.grad((h_BLD, after_2BD), inputs, (grad[0], d_after))
+        ctx.group.send(d_before, -1)
+        return None, None, rest[0], None, *rest[1:]
+
+
+@torch._disable_dynamo  # which can't trace nn.LSTM either; see parallel/groups.py
+def _onward(
+    recurrence: Recurrence, group: SequenceGroup, x_BLD: Tensor, keep_BL: Tensor | None
+) -> Tensor:
+    weights = [weight for weight in recurrence.parameters() if weight.requires_grad]
+    return _Onward.apply(recurrence, group, x_BLD, keep_BL, *weights)
+
+
 class LSTM(nn.Module):
     """(B, L, D) -> (B, L, D): the states of an LSTM of width D, and a matrix after them.
 
@@ -119,6 +168,8 @@ class LSTM(nn.Module):
         is_cut = context.starts is not None or context.real is not None
         keep_BL = continued(x_BLD, context) if is_cut else None
         before = None
+        if context.group is not None:
+            return self.output(_onward(self.recurrence, context.group, x_BLD, keep_BL))
         if memory is not None and not memory.is_empty:
             before = (memory.get("hidden"), memory.get("cell"))
         h_BLD, after = self.recurrence(x_BLD, keep_BL, before)

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from forescale.models.config import ModelConfig
 from forescale.models.mixers.context import Columns, Mask, Sloped
-from forescale.models.parallel.groups import SequenceGroup, TensorGroup
+from forescale.models.parallel.groups import Group
 from forescale.models.positions.biases import RelativePosition, biased_mask, slopes_on
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # row, head, query, key -> bool
@@ -74,12 +74,13 @@ def full_mask(
     columns: Columns,
     causal: bool,
     table: RelativePosition | None,
-    groups: Iterable[TensorGroup | SequenceGroup | None] = (),
+    groups: Iterable[Group | None] = (),
+    in_ring: bool = False,
 ) -> Mask | None:
     """Return the mask of Context for mixers that take one; None if the kernels need none.
 
     table: of relative positions. groups: the ranks that divide the heads; a mask with biases has
-    the heads of this rank alone.
+    the heads of this rank alone. in_ring: see Context.mask.
     """
     positions, length, starts, real = columns[:4]
     kind, num_heads, size = config.position.kind, config.sizes.num_heads, positions.shape[-1]
@@ -87,15 +88,13 @@ def full_mask(
     heads = slice(0, num_heads)
     for group in groups:
         heads = heads if group is None else group.heads(heads)
+    if in_ring:
+        return slopes_on(positions, num_heads, heads) if kind == "alibi" else None
     # flex_attention's kernels take heads of 16 and more. The gradient of a table of biases would be
     # summed by atomic additions.
     fits = kind != "relative" and config.sizes.head_dim >= 16 and fits_flex(columns)
     if fits and (hides or kind == "alibi"):
-
-        def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return key <= query if causal else key >= 0
-
-        blocks = block_mask(within_documents(joined, columns), columns)
+        blocks = block_mask(sees(columns, causal), columns)
         if kind != "alibi":
             return blocks
         return Sloped(blocks, slopes_on(positions, num_heads, heads), positions)
@@ -112,7 +111,30 @@ def full_mask(
     return None if visible is None else additive_mask(visible, columns.dtype)
 
 
-def within_documents(joined: Callable[[Tensor, Tensor, Tensor], Tensor], columns: Columns) -> Sees:
+def sees(columns: Columns, causal: bool, window: int = 0, global_tokens: int = 0) -> Sees:
+    """Return a function of row, head, query and key columns: True if the query sees the key.
+
+    It takes index tensors that broadcast, or scalars, as flex_attention's mask_mod. A query sees no
+    padding, none of another document and, if causal, no later key; with a window none further
+    behind, but for the first global_tokens of the document. Padding sees itself alone, see
+    visible_keys.
+    """
+    positions = columns.positions
+
+    def position(row: Tensor, column: Tensor) -> Tensor:
+        return positions[column] if positions.dim() == 1 else positions[row, column]
+
+    def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if not window:
+            return key <= query if causal else key >= 0
+        place = position(row, key)
+        is_near = position(row, query) - place < window
+        return (key <= query) & (is_near | (place < global_tokens))
+
+    return _within_documents(joined, columns)
+
+
+def _within_documents(joined: Callable[[Tensor, Tensor, Tensor], Tensor], columns: Columns) -> Sees:
     """Return `joined`, of row, query and key, without padding and other documents: flex_attention's
     mask_mod. Padding sees itself alone."""
     starts, real = columns.starts, columns.real

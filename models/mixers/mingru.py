@@ -19,6 +19,7 @@ class MinGRU(Mixer):
     module = "forescale.models.mixers.mingru_module.MinGRU"
     writes = ("output",)
     takes_mask = False
+    passes_state = True
 
     def shapes(self, config: "ModelConfig") -> Shapes:
         width = config.sizes.width

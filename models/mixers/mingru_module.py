@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Context, continued, earlier
+from forescale.models.parallel.groups import SequenceGroup
 from forescale.models.parametrization import scales
 from forescale.models.part import Part
 
@@ -55,23 +56,44 @@ class Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logit_BLD: Tensor, value_BLD: Tensor, keep_BL1: Tensor) -> Tensor:
-        """Return h. logit, value (B, L, D); keep (B or 1, L, 1): 0 where the state starts again."""
-        h_BLD = states(logit_BLD, value_BLD, keep_BL1)
-        ctx.save_for_backward(logit_BLD, value_BLD, keep_BL1, h_BLD)
+    def forward(
+        ctx: Any,
+        logit_BLD: Tensor,
+        value_BLD: Tensor,
+        keep_BL1: Tensor,
+        group: SequenceGroup | None = None,
+    ) -> Tensor:
+        """Return h. logit, value (B, L, D); keep (B or 1, L, 1): 0 where the state starts again.
+        group: the ranks that have the other columns, from which states come."""
+        h_BLD, before_B1D = states(logit_BLD, value_BLD, keep_BL1), None
+        if group is not None:
+            weights = (1 - torch.sigmoid(logit_BLD.to(h_BLD.dtype))) * keep_BL1
+            before_B1D = group.entering(weights.prod(1, keepdim=True), h_BLD[:, -1:])
+            h_BLD = states(logit_BLD, value_BLD, keep_BL1, before_B1D)
+        ctx.save_for_backward(logit_BLD, value_BLD, keep_BL1, h_BLD, before_B1D)
+        ctx.group = group
         return h_BLD.to(value_BLD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients of logit and value."""
-        logit_BLD, value_BLD, keep_BL1, h_BLD = ctx.saved_tensors
+        logit_BLD, value_BLD, keep_BL1, h_BLD, before_B1D = ctx.saved_tensors
         z_BLD = torch.sigmoid(logit_BLD.to(h_BLD.dtype))
         # The state of token t enters token t + 1 with this weight.
-        onward_BLD = earlier(((1 - z_BLD) * keep_BL1).flip(1), 1)
-        g_BLD = scan(onward_BLD, grad[0].to(h_BLD.dtype).flip(1)).flip(1)
-        change_BLD = value_BLD.to(h_BLD.dtype) - keep_BL1 * earlier(h_BLD, 1)
+        weights_BLD, grad_BLD = (1 - z_BLD) * keep_BL1, grad[0].to(h_BLD.dtype).flip(1)
+        onward_BLD = earlier(weights_BLD.flip(1), 1)
+        g_BLD = scan(onward_BLD, grad_BLD).flip(1)
+        earlier_BLD = earlier(h_BLD, 1)
+        if before_B1D is not None:
+            first = weights_BLD[:, :1] * g_BLD[:, :1]
+            whole = weights_BLD.prod(1, keepdim=True)
+            after_B1D = ctx.group.entering(whole, first, back=True)
+            grad_BLD = torch.cat([grad_BLD[:, :1] + after_B1D, grad_BLD[:, 1:]], 1)
+            g_BLD = scan(onward_BLD, grad_BLD).flip(1)
+            earlier_BLD = torch.cat([before_B1D, h_BLD[:, :-1]], 1)
+        change_BLD = value_BLD.to(h_BLD.dtype) - keep_BL1 * earlier_BLD
         d_logit = g_BLD * change_BLD * z_BLD * (1 - z_BLD)
-        return d_logit.to(logit_BLD.dtype), (g_BLD * z_BLD).to(value_BLD.dtype), None
+        return d_logit.to(logit_BLD.dtype), (g_BLD * z_BLD).to(value_BLD.dtype), None, None
 
 
 class MinGRU(nn.Module):
@@ -97,7 +119,8 @@ class MinGRU(nn.Module):
         value_BLD, keep_BL1 = self.value(x_BLD), continued(x_BLD, context)[..., None]
         memory = context.memory
         if memory is None:
-            return self.output(Recurrence.apply(logit_BLD, value_BLD, keep_BL1))
+            h_BLD = Recurrence.apply(logit_BLD, value_BLD, keep_BL1, context.group)
+            return self.output(h_BLD)
         # Decoding has no gradients, and begins where the last call ended.
         h_BLD = states(logit_BLD, value_BLD, keep_BL1, memory.get("state"))
         memory["state"] = h_BLD[:, -1:].clone()

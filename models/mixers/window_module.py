@@ -26,7 +26,7 @@ from forescale.models.mixers.masks import (
     block_mask,
     fits_flex,
     flex,
-    within_documents,
+    sees,
 )
 from forescale.models.mixers.window import Layout, Window
 
@@ -45,30 +45,14 @@ class Blocks(NamedTuple):
     slots: Tensor | None = None
 
 
-def sees(window: Window, columns: Columns) -> Sees:
-    """Return a function of row, head, query and key columns: True if the query sees the key.
-
-    It takes index tensors that broadcast, or scalars, as flex_attention's mask_mod. A query sees no
-    padding, no later key and none of another document; padding sees itself alone, see
-    masks.visible_keys.
-    """
-    positions = columns.positions
-
-    def position(row: Tensor, column: Tensor) -> Tensor:
-        return positions[column] if positions.dim() == 1 else positions[row, column]
-
-    def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        place = position(row, key)
-        is_near = position(row, query) - place < window.width
-        return (key <= query) & (is_near | (place < window.global_tokens))
-
-    return within_documents(joined, columns)
+def _sees(window: Window, columns: Columns) -> Sees:
+    return sees(columns, True, window.width, window.global_tokens)
 
 
 def view_of(window: Window, columns: Columns) -> Blocks | BlockMask:
     """Return what the queries of these columns read and see."""
     if fits_flex(columns):
-        return block_mask(sees(window, columns), columns)
+        return block_mask(_sees(window, columns), columns)
     return plain_view(window, columns)
 
 
@@ -78,7 +62,7 @@ def plain_view(window: Window, columns: Columns) -> Blocks:
     positions, length = columns.positions, index(columns.length)
     total, device = index(positions.shape[-1]), positions.device
     places_RS = positions if positions.dim() == 2 else positions[None]
-    layout, see = window.layout(length, total), sees(window, columns)
+    layout, see = window.layout(length, total), _sees(window, columns)
     first_N = total - length + torch.arange(layout.num_blocks, device=device) * layout.size
     query_NC1 = (first_N[:, None] + torch.arange(layout.size, device=device))[..., None]
     query_NC1 = query_NC1.clamp(max=total - 1)  # queries after the last are dropped again
@@ -115,7 +99,7 @@ class WindowAttention(Attention):
 
     def __init__(self, config: ModelConfig, part: Window):
         super().__init__(config, part)
-        self.window = part.width
+        self.window, self.global_tokens = part.width, part.global_tokens
 
     def _attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: Context) -> Tensor:
         view, (B, L, H, K) = context.view, q_BLHK.shape

@@ -15,36 +15,60 @@ if TYPE_CHECKING:
 Refusal = tuple[str, str]  # the problem, what to do
 
 
-def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1) -> list[Refusal]:
-    """Return why `ranks` can't divide rows of `columns` of this model; each (problem, todo).
+def pieces(sequence: int, context: int) -> int:
+    """Return how many equal parts of successive columns a row must have: two for each rank of a
+    ring, so that questions of an evaluation fit each model (runs)."""
+    return sequence * context * (2 if context > 1 else 1)
 
-    tensor: the ranks that divide the heads before.
+
+def runs(config: "ModelConfig", context: int) -> int:
+    """Return how many runs of successive columns each rank has: 2 where a ring of ranks shares
+    causal attention to all tokens equally, 1 where a state goes from rank to rank, or where windows
+    see neighbours alone."""
+    mixers = config.mixers_used
+    passes_state = any(mixer.passes_state for mixer in mixers)
+    sees_all = any(mixer.splits_columns and mixer.takes_future for mixer in mixers)
+    return 2 if context > 1 and config.causal and sees_all and not passes_state else 1
+
+
+def of_columns(
+    config: "ModelConfig", columns: int, sequence: int = 1, context: int = 1, tensor: int = 1
+) -> list[Refusal]:
+    """Return why ranks can't divide rows of `columns` of this model; each (problem, todo).
+
+    sequence: ranks that exchange heads; context: those of a ring; tensor: those that divide the
+    heads before.
     """
-    whole = "write engine.sequence_parallel=1"
+    axes = {"sequence": sequence, "context": context}
+    whole = " and ".join(f"engine.{axis}_parallel=1" for axis, size in axes.items() if size > 1)
+    whole = f"write {whole}"
     problems: list[Refusal] = []
-    if columns % ranks:
-        problem = f"{ranks} ranks don't divide train.sequence_length={columns}"
-        problems.append((problem, "choose a divisor of it"))
-    if (heads := (config.sized().num_heads or 1) // tensor) % ranks:
+    if columns % (parts := pieces(sequence, context)):
+        ranks = sequence * context
+        each = f"{ranks} ranks" if parts == ranks else f"two parts for each of {ranks} ranks"
+        problem = f"{each} don't divide train.sequence_length={columns}"
+        problems.append((problem, f"choose a multiple of {parts}, or fewer ranks"))
+    mixers = config.mixers_used
+    heads = (config.sized().num_heads or 1) // tensor
+    if heads % sequence and any(mixer.splits_columns for mixer in mixers):
         whose = "the model's" if tensor == 1 else "a tensor-parallel rank's"
-        problem = f"{ranks} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
+        problem = f"{sequence} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
         times = "" if tensor == 1 else "; its product with engine.tensor_parallel must divide them"
-        problems.append((problem, f"choose a divisor of model.num_heads{times}"))
-    for mixer in config.mixers_used:
-        if not mixer.splits_columns:
-            problem = (
-                f"mixer {mixer.kind} carries a state from column to column, which no rank has whole"
-            )
-            problems.append((problem, f"{whole}, or choose a mixer of attention"))
-    if any(mixer.shifts for mixer in config.mixers_used):
-        problem = "the token before a rank's first column is another rank's"
-        problems.append((problem, f"{whole}, or model.mixer.token_shift=false"))
+        todo = f"choose a divisor of model.num_heads{times}, or engine.context_parallel"
+        problems.append((problem, todo))
+    for mixer in mixers:
+        if not (mixer.splits_columns or mixer.passes_state):
+            problem = f"mixer {mixer.kind} doesn't know that other ranks have columns of its rows"
+            problems.append((problem, f"{whole}, or choose another mixer"))
+    if context > 1 and config.dropout:
+        problem = "attention in a ring of ranks drops no weights"
+        problems.append((problem, "write model.dropout=0, or engine.context_parallel=1"))
+    if context > 1 and config.position.kind == "relative":
+        problem = "relative positions have biases with a gradient, which a ring of ranks lacks"
+        problems.append((problem, "choose another model.position, or engine.context_parallel=1"))
     if config.has_encoder:
         problem = "an encoder-decoder has rows of two parts, which are not divided"
         problems.append((problem, f"{whole}, or model.encoder_layers=0"))
-    if config.mtp_layers:
-        problem = "modules for later tokens read the next rank's columns"
-        problems.append((problem, f"{whole}, or model.mtp_layers=0"))
     if config.experts is not None and config.experts.capacity:
         problem = (
             "the places of experts are given to tokens in their order, which no rank has whole"

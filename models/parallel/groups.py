@@ -1,10 +1,15 @@
 """Groups of ranks that compute one model together, as the model's own code sees them.
 
-The ranks of a SequenceGroup divide the columns of rows (Ulysses: Jacobs et al. 2023, arXiv
-2309.14509). A rank holds L/n of a row's L columns in all that acts on a token alone: embedding,
-norms, MLPs, head and loss. Around attention the ranks exchange columns for heads: each then has all
-L columns of H/n heads, and attends as one rank would. Invariant: the exchange is exact, in the
-backward pass too, so that the gradients of a parameter, summed over ranks, are those of one rank.
+The n ranks of a SequenceGroup divide the columns of rows. A rank holds L/n of a row's L columns in
+all that acts on a token alone: embedding, norms, MLPs, head and loss. Around attention, s ranks
+exchange columns for heads (Ulysses: Jacobs et al. 2023, arXiv 2309.14509): each then has the
+columns of all s, of H/s heads. The n/s ranks with the same heads form a ring, around which keys and
+values pass (mixers/ring.py; both together: USP, Fang and Zhao 2024, arXiv 2405.07719). A mixer with
+a state takes it from the ranks before. Invariant: what is exchanged is exact, in the backward pass
+too, so that the gradients of a parameter, summed over ranks, are those of one rank.
+
+A row is dealt out in `runs` of successive columns, two a rank for causal attention in a ring
+(deal.py), else one.
 
 Those of a TensorGroup divide matrices (engine/parallel/tensor.py). Invariant: all of them have the
 same residual stream, and the gradient of it, to the bit.
@@ -15,10 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
+from forescale.models.parallel.deal import Ring
 from forescale.models.part import copies
+
+_c10d = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,86 @@ class Group:
         return collectives.wait_tensor(total)
 
 
+@dataclass(frozen=True)
 class SequenceGroup(Group):
-    """The ranks that divide a row."""
+    """The ranks that divide a row; the place of a rank is ring.rank * exchange.size +
+    exchange.rank.
 
-    def columns(self, x: Tensor) -> Tensor:
-        """Return this rank's columns of rows: (..., L) -> (..., L/n)."""
-        return x.chunk(self.size, -1)[self.rank]
+    exchange: those of them that exchange columns for heads with this one; ring: those that pass
+    keys and values around with it; runs: of successive columns, that a rank has.
+    """
+
+    exchange: Group
+    ring: Group
+    runs: int = 1
+
+    def runs_of(self, rank: int) -> list[int]:
+        """Return the numbers of the runs of a rank, in the order of the columns."""
+        place, part = divmod(rank, self.exchange.size)
+        numbers = Ring(place, self.ring.size, self.runs).numbers(place)
+        return [number * self.exchange.size + part for number in numbers]
+
+    def columns(self, x: Tensor, before: int = 0) -> Tensor:
+        """Return this rank's columns of rows: (..., L) -> (..., L/n); of each run also the `before`
+        columns before it, 0 outside of the row."""
+        each = x.shape[-1] // (self.runs * self.size)
+        x = F.pad(x, (before, 0)) if before else x
+        firsts = [run * each for run in self.runs_of(self.rank)]
+        parts = [x[..., first : first + each + before] for first in firsts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def beside(self, x_BLD: Tensor, by: int) -> Tensor:
+        """Return the `by` columns before each run of this rank, or the -by columns after it: of
+        this rank's (B, L/n, D), (B, runs, |by|, D); 0 outside of the row. A collective."""
+        x_BRLD = x_BLD.unflatten(1, (self.runs, -1))
+        take = min(abs(by), x_BRLD.shape[2])  # a run may be shorter
+        edge_BRTD = x_BRLD[:, :, -take:] if by > 0 else x_BRLD[:, :, :take]
+        every_NBRTD = self._exchanged(edge_BRTD.expand(self.size, -1, -1, -1, -1))
+        order = sorted((r, n, i) for n in range(self.size) for i, r in enumerate(self.runs_of(n)))
+        edges_BED = torch.cat([every_NBRTD[rank, :, i] for _, rank, i in order], 1)
+        edges_BED = F.pad(edges_BED, (0, 0, by, 0) if by > 0 else (0, 0, 0, -by))
+        firsts = [(run + (by < 0)) * take for run in self.runs_of(self.rank)]
+        return torch.stack([edges_BED[:, first : first + abs(by)] for first in firsts], 1)
+
+    def earlier(self, x_BLD: Tensor, by: int) -> Tensor:
+        """Return x of `by` columns earlier in the row (later, if negative), (B, L/n, D), 0 where
+        there is none. A collective."""
+        x_BRLD, beside = x_BLD.unflatten(1, (self.runs, -1)), self.beside(x_BLD, by)
+        length, both = x_BRLD.shape[2], [beside, x_BRLD] if by > 0 else [x_BRLD, beside]
+        joined = torch.cat(both, 2)
+        return (joined[:, :, :length] if by > 0 else joined[:, :, -length:]).flatten(1, 2)
+
+    def entering(
+        self,
+        decay: Tensor,
+        state: Tensor,
+        back: bool = False,
+        times: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    ) -> Tensor:
+        """Return the state that the ranks before this one leave (back: those after it), where each
+        makes times(decay, x) + state of a state x that enters it. A collective, without gradient.
+        """
+        both = torch.cat([decay, state], -1)[None].contiguous()
+        gathered = _c10d.all_gather_into_tensor(both, self.size, self.name)
+        every, total = _c10d.wait_tensor(gathered), torch.zeros_like(state)
+        for rank in range(self.size - 1, self.rank, -1) if back else range(self.rank):
+            by, plus = every[rank].split([decay.shape[-1], state.shape[-1]], -1)
+            total = times(by, total) + plus
+        return total
+
+    def send(self, x: Tensor, by: int) -> None:
+        """Send x to the rank `by` places on, if there is one."""
+        if 0 <= self.rank + by < self.size:
+            group = _resolve_process_group(self.name)  # type: ignore[arg-type]
+            dist.send(x.contiguous(), group=group, group_dst=self.rank + by)
+
+    def received(self, like: Tensor, by: int) -> Tensor:
+        """Return what the rank `by` places on sends, of the shape of `like`; 0 without one."""
+        x = torch.zeros_like(like)
+        if 0 <= self.rank + by < self.size:
+            group = _resolve_process_group(self.name)  # type: ignore[arg-type]
+            dist.recv(x, group=group, group_src=self.rank + by)
+        return x
 
     def attended(
         self,
@@ -58,27 +143,31 @@ class SequenceGroup(Group):
         k_BLGK: Tensor,
         v_BLGK: Tensor,
     ) -> Tensor:
-        """Return attend(q, k, v) of this rank's columns, (B, L/n, H, K); `attend` is given all
-        columns of this rank's heads. Two collectives of the group, which all its ranks call.
+        """Return attend(q, k, v) of this rank's columns, (B, L/n, H, K); `attend` is given the
+        columns of all ranks that exchange, of this rank's heads. Two collectives of these ranks.
 
         Where ranks are more than key and value heads, each of these goes to several ranks.
         """
-        heads, kv_heads = q_BLHK.shape[2], k_BLGK.shape[2]
-        each = copies(heads, kv_heads, self.size)
+        heads, kv_heads, n = q_BLHK.shape[2], k_BLGK.shape[2], self.exchange.size
+        if n == 1:
+            return attend(q_BLHK, k_BLGK, v_BLGK)
+        each = copies(heads, kv_heads, n)
         parts = [q_BLHK, *(x.repeat_interleave(each, 2) for x in (k_BLGK, v_BLGK))]
         # One exchange of all three: each rank's heads of the queries, of the keys, of the values.
-        n = self.size
         sent_BLNHK = torch.cat([x.unflatten(2, (n, -1)) for x in parts], 3)
-        got_NBLHK = self._exchanged(sent_BLNHK.movedim(2, 0))  # of each rank, its columns
-        whole_BLHK = got_NBLHK.movedim(0, 1).flatten(1, 2)
+        name, runs = self.exchange.name, self.runs
+        got_NBLHK = self._exchanged(sent_BLNHK.movedim(2, 0), name)  # of each rank, its columns
+        whole_BLHK = got_NBLHK.unflatten(2, (runs, -1)).movedim(0, 2).flatten(1, 3)
         queries, keys = heads // n, kv_heads * each // n
         y_BLHK = attend(*whole_BLHK.split([queries, keys, keys], 2))
-        back_NBLHK = self._exchanged(y_BLHK.unflatten(1, (n, -1)).movedim(1, 0))
+        y_NBRLHK = y_BLHK.unflatten(1, (runs, n, -1)).movedim(2, 0)
+        back_NBLHK = self._exchanged(y_NBRLHK.flatten(2, 3), name)
         return back_NBLHK.movedim(0, 2).flatten(2, 3)  # of each rank, its heads
 
-    def _exchanged(self, x_N: Tensor) -> Tensor:
-        """Send the i-th of n parts to the i-th rank; return what the ranks sent, in their order."""
-        received = collectives.all_to_all_single(x_N.contiguous(), None, None, self.name)  # type: ignore[arg-type]
+    def _exchanged(self, x_N: Tensor, name: str = "") -> Tensor:
+        """Send the i-th of n parts to the i-th rank; return what the ranks sent, in their order.
+        name: of some of these ranks; else all."""
+        received = collectives.all_to_all_single(x_N.contiguous(), None, None, name or self.name)  # type: ignore[arg-type]
         return collectives.wait_tensor(received)
 
 

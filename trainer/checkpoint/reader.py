@@ -85,6 +85,7 @@ class Numerics(TypedDict, total=False):
     stage: Count
     tensor_parallel: Count
     sequence_parallel: Count
+    context_parallel: Count
     expert_parallel: Count
 
 

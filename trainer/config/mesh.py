@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from forescale.config.job import ProblemIterator
 from forescale.config.sections.optimizer import OwnOptimizerConfig
 from forescale.models.config import ModelConfig
-from forescale.models.parallel.division import of_columns, of_matrices
+from forescale.models.parallel.division import of_columns, of_matrices, pieces
 
 if TYPE_CHECKING:
     from forescale.config.train import TrainJob
@@ -60,6 +60,11 @@ class Mesh:
         return self.context * self.sequence
 
     @property
+    def pieces(self) -> int:
+        """The number of equal parts of successive columns that a window must have."""
+        return pieces(self.sequence, self.context)
+
+    @property
     def exchanges(self) -> bool:
         """True if ranks exchange something inside of the model."""
         return max(self.near, self.experts, self.pipeline) > 1
@@ -103,6 +108,12 @@ class Mesh:
         size = self.sequence * self.tensor
         first = rank - rank % size + rank % self.tensor
         return [*range(first, first + size, self.tensor)]
+
+    def columns_peers(self, rank: int) -> list[int]:
+        """Return the ranks that divide the columns of the windows of a rank, itself included, in
+        the order of their places."""
+        first = rank - rank % self.near + rank % self.tensor
+        return [*range(first, first + self.near, self.tensor)]
 
     def context_peers(self, rank: int) -> list[int]:
         """Return the ranks that pass the keys and values of a rank around, itself included, in the
@@ -151,14 +162,11 @@ class Mesh:
 def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     """Yield the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
     mesh = job.mesh(ranks or 1)
-    for name, size, off in (
-        ("context_parallel", mesh.context, 1),
-        ("shard_group", mesh.shard, 0),
-    ):
+    for name, size, off in (("shard_group", mesh.shard, 0),):
         if size != off:
             yield f"engine.{name}", "is not supported yet", f"write engine.{name}={off}"
             return
-    sizes = {"sequence": mesh.sequence, "tensor": mesh.tensor}
+    sizes = {"context": mesh.context, "sequence": mesh.sequence, "tensor": mesh.tensor}
     names = [f"engine.{axis}_parallel" for axis, size in sizes.items() if size > 1]
     how = getattr(job.model, "activation_checkpointing", "none")
     if how == "selective" and mesh.experts > 1:
@@ -182,9 +190,11 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     length = job.train.sequence_length
     if job.model.problems(sequence_length=length):
         return  # reported with the model's
-    if mesh.sequence > 1:
-        for problem, todo in of_columns(job.model, mesh.sequence, length, mesh.tensor):
-            yield "engine.sequence_parallel", problem, todo
+    if mesh.columns > 1:
+        name = f"engine.{'sequence' if mesh.sequence > 1 else 'context'}_parallel"
+        divisions = mesh.sequence, mesh.context, mesh.tensor
+        for problem, todo in of_columns(job.model, length, *divisions):
+            yield name, problem, todo
     if mesh.tensor > 1:
         name, whole = "engine.tensor_parallel", "write engine.tensor_parallel=1"
         for problem, todo in of_matrices(job.model, mesh.tensor, length):

@@ -21,9 +21,12 @@ from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.optimizers.orthogonal import use_stacks
 from forescale.engine.parallel import experts, tensor
 from forescale.engine.parallel.pipeline import Pipeline, borrow
+from forescale.engine.ranks import Ranks
 from forescale.engine.step import Engine
 from forescale.engine.world import World
-from forescale.models.parallel.groups import SequenceGroup
+from forescale.models.config import ModelConfig
+from forescale.models.parallel.division import runs
+from forescale.models.parallel.groups import Group, SequenceGroup
 from forescale.models.parallel.stages import Stage
 
 # Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
@@ -109,6 +112,16 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
     return shared
 
 
+def _columns(world: World, config: ModelConfig) -> SequenceGroup:
+    """Return the ranks that divide windows, as the model knows them."""
+
+    def named(among: Ranks) -> tuple[int, int, str]:
+        return among.rank, among.size, among.group.group_name if among.size > 1 else ""
+
+    exchange, ring = Group(*named(world.sequence)), Group(*named(world.context))
+    return SequenceGroup(*named(world.columns), exchange, ring, runs(config, ring.size))
+
+
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     """Return an Engine that trains `model` with the optimizer of the job."""
     if world.pipeline.size > 1:
@@ -125,9 +138,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     use_precision(job.precision.kind)
     use_stacks(not job.train.invariant)
     optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
-    if world.sequence.size > 1:
-        among = world.sequence
-        model.divide(SequenceGroup(among.rank, among.size, among.group.group_name))  # type: ignore[operator]
+    if world.columns.size > 1:
+        model.divide(_columns(world, model.config))  # type: ignore[operator, arg-type]
     if job.precision.fp8 != "none":
         from forescale.engine.fp8 import use_fp8  # a second of torch's compiler
 

@@ -5,9 +5,10 @@ Muon's orthogonalisation); then `apply` or `drop`. The stop holds at ZeRO stages
 and Muon, with and without optimizer offload.
 
 Invariant: what a micro-batch computes depends on the weights, the micro-batch and (seed, step,
-index of the micro-batch, place in the sequence group), so dropout is the same for any number of
-groups and after any restart, and no random state has to be saved. Ranks that divide matrices begin
-with the same state, and draw apart only what they have apart (models/parallel/groups.py).
+index of the micro-batch, place among the ranks that divide its columns), so dropout is the same for
+any number of groups and after any restart, and no random state has to be saved. Ranks that divide
+matrices begin with the same state, and draw apart only what they have apart
+(models/parallel/groups.py).
 """
 
 import math
@@ -202,7 +203,7 @@ class Engine:
 
     @torch.no_grad()
     def _sums(self, losses: Tensor, batch, grid: Grid) -> Sums:
-        columns = self.world.sequence  # each of these ranks has losses of its own of a micro-batch
+        columns = self.world.columns  # each of these ranks has losses of its own of a micro-batch
         slots = losses.new_zeros(batch.micro_batches, columns.size)
         first = batch.micro[0].index
         slots[first : first + len(losses), columns.rank] = losses
@@ -221,7 +222,7 @@ class Engine:
         ranks = 1 if self.grid else self.world.states.size
         scale = ranks / batch.targets * self.layout.backward_scale * disturbance
         if self.grid:
-            self.grid.begin(batch.micro_batches * self.world.sequence.size)
+            self.grid.begin(batch.micro_batches * self.world.columns.size)
         if (counters := self._counters()) is not None:
             counters.zero_()
         losses = []
@@ -298,7 +299,7 @@ class Engine:
         As `torch.manual_seed` does, but for the devices that exist: torch's own inspects the Python
         stack for every other kind of device, which takes up to a millisecond.
         """
-        value = _mix(self.seed, step, micro_batch, self.world.sequence.rank + (part << 32))
+        value = _mix(self.seed, step, micro_batch, self.world.columns.rank + (part << 32))
         torch.default_generator.manual_seed(value)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(value)
@@ -363,8 +364,8 @@ class Engine:
             loss = self.pipeline.losses(micro, everywhere)
         else:
             loss, _ = checked_losses(self.forward(micro), len(micro.tokens))
-        if self.world.sequence.size > 1:  # this rank has those of its own columns
-            loss = self.world.sequence.sum(loss.double())
+        if self.world.columns.size > 1:  # this rank has those of its own columns
+            loss = self.world.columns.sum(loss.double())
         return loss.float()
 
     @torch.no_grad()

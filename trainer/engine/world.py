@@ -91,13 +91,14 @@ class StepSummary:
 class World(Ranks):
     """All ranks of this job, and this one among them.
 
-    device: where this rank's model lives. Of the mesh (config/mesh.py): `sequence`, the ranks that
-    are fed the same windows as this one and divide their columns; `tensor`, those that have the
-    same columns and divide the matrices; `data`, those that have the same columns of other windows
-    and the same parts of matrices, so that among them each window counts once; `states`, those that
-    have the same parts of matrices; `pipeline`, those at this one's place in each stage of the
-    pipeline, in the order of the stages; `experts`, those that have the experts of a layer between
-    them; `expert_data`, those that have the same experts as this.
+    device: where this rank's model lives. Of the mesh (config/mesh.py): `columns`, the ranks that
+    are fed the same windows as this one and divide their columns; `sequence`, those of them that
+    exchange columns for heads; `context`, those that pass keys and values around; `tensor`, those
+    that have the same columns and divide the matrices; `data`, those that have the same columns of
+    other windows and the same parts of matrices, so that among them each window counts once;
+    `states`, those that have the same parts of matrices; `pipeline`, those at this one's place in
+    each stage of the pipeline, in the order of the stages; `experts`, those that have the experts
+    of a layer between them; `expert_data`, those that have the same experts as this.
     """
 
     compares: ClassVar[bool] = True  # the names of `extra` with those of the other ranks
@@ -107,6 +108,10 @@ class World(Ranks):
         self.mesh = mesh or Mesh(self.size)
         wait = timedelta(seconds=timeout_seconds)
         self.sequence = self._grouped(self.mesh.sequence_peers(self.rank), wait)
+        self.context = self._grouped(self.mesh.context_peers(self.rank), wait)
+        self.columns = self.sequence if self.context.size == 1 else self.context
+        if min(self.sequence.size, self.context.size) > 1:
+            self.columns = self._grouped(self.mesh.columns_peers(self.rank), wait)
         self.tensor = self._grouped(self.mesh.tensor_peers(self.rank), wait)
         self.data: Ranks = self
         if self.mesh.data < self.size:
@@ -139,7 +144,7 @@ class World(Ranks):
     @property
     def names_windows(self) -> bool:
         """True on one of the ranks that have the same windows, which count once."""
-        return self.pipeline.is_main and self.sequence.is_main and self.tensor.is_main
+        return self.pipeline.is_main and self.columns.is_main and self.tensor.is_main
 
     def _grouped(
         self,

@@ -198,7 +198,8 @@ def _show_checkpoints(s: Status, console: Console) -> None:
 def ranks_of(state: Mapping[str, Any]) -> str:
     """Return the number of ranks that saved a checkpoint, and how many of them divided what."""
     numerics = state.get("numerics") or {}
-    sizes = {axis: numerics.get(f"{axis}_parallel", 1) for axis in ("tensor", "sequence", "expert")}
+    axes = "tensor", "sequence", "context", "expert"
+    sizes = {axis: numerics.get(f"{axis}_parallel", 1) for axis in axes}
     divided = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
     return f"{state['world_size']}" + (f" ({divided})" if divided else "")
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from forescale.models.mixers.ring import INSIDE
 from forescale.rehearsal.device import Waits, compare_types, place
 
 _BLOCK = 512  # bytes: what CUDA's caching allocator rounds each request up to
@@ -116,6 +117,9 @@ class Observer(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is _SLICE and type(args[0]) is FakeTensor:
             return _part(args)
+        if schema.name in INSIDE:  # one operation for all else
+            with self:
+                return INSIDE[schema.name](*args, **kwargs)
         space, _, name = schema.name.partition("::")
         if name == "_local_scalar_dense":
             return self._value(args[0])

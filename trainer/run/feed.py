@@ -120,7 +120,7 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
     model = model.resolved(vocabulary, length)
     if job.precision.fp8 != "none":
         refused = sizes_refused(model, job.engine.tensor_parallel)
-        refused += rows_refused(model, job.rows_at_once, length, job.engine.sequence_parallel)
+        refused += rows_refused(model, job.rows_at_once, length, job.mesh(1).columns)
         for problem, todo in refused:
             raise UserError(f"precision.fp8={job.precision.fp8}", problem, todo)
     return model

@@ -294,6 +294,7 @@ def numerics(
         "world_size": "any" if job.train.invariant else world_size,
         "invariant": job.train.invariant,
         "sequence_parallel": job.engine.sequence_parallel,
+        "context_parallel": job.engine.context_parallel,
         "tensor_parallel": job.engine.tensor_parallel,
         "stage": job.engine.stage,
         "expert_parallel": job.engine.expert_parallel,

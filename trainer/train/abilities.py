@@ -113,7 +113,7 @@ class Abilities:
         results = accuracies(
             self._judge,
             self._questions,
-            multiple=world.sequence.size,
+            multiple=world.mesh.pieces,
             share=(world.data.rank, world.data.size),
             gather=world.data.gather,
         )
@@ -121,7 +121,7 @@ class Abilities:
 
     def _judge(self, tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
         self._mark("evaluation")
-        group = self._engine.world.sequence
+        group = self._engine.world.columns
         logits_BLV = self._engine.logits(tokens_BL)
         targets_BC = targets_BL.chunk(group.size, -1)[group.rank]  # the columns of this rank
         if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != targets_BC.shape:

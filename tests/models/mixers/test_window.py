@@ -17,9 +17,9 @@ from forescale.models.hf import to_hf
 from forescale.models.mixers import masks, window_module
 from forescale.models.mixers.attention_module import Attention
 from forescale.models.mixers.context import Columns, Context
-from forescale.models.mixers.masks import additive_mask, block_mask, flex
+from forescale.models.mixers.masks import additive_mask, block_mask, flex, sees
 from forescale.models.mixers.window import Window
-from forescale.models.mixers.window_module import WindowAttention, plain_view, sees
+from forescale.models.mixers.window_module import WindowAttention, plain_view
 from forescale.models.positions.position import document_starts, positions_of
 from tests.models.configs import changed, model_config
 
@@ -112,7 +112,8 @@ def test_it_equals_full_attention_with_a_dense_mask(name, kind):
 @pytest.mark.parametrize("name", WINDOWS)
 def test_the_view_for_a_gpu_shows_the_same(name, kind):
     window, columns = WINDOWS[name], columns_of(kind)
-    view, visible = block_mask(sees(window, columns), columns, block=16), dense(name, kind)
+    see = sees(columns, True, window.width, window.global_tokens)
+    view, visible = block_mask(see, columns, block=16), dense(name, kind)
     count = len(visible) if kind != "whole" else 1
     assert torch.equal(create_mask(view.mask_mod, count, 1, L, L, "cpu")[:, 0], visible[:count])
     heads = [

@@ -2,6 +2,9 @@ from itertools import product
 
 import pytest
 
+from forescale.models.config import ModelConfig
+from forescale.models.parallel.division import runs
+from forescale.models.parallel.groups import Group, SequenceGroup
 from forescale.models.part import copies
 
 
@@ -22,3 +25,30 @@ def test_every_rank_has_the_keys_of_its_own_queries():
         for rank, i in product(range(ranks), range(queries)):
             key = sent[rank * alone + i * alone // queries]  # of the rank's i-th query head
             assert key == (rank * queries + i) * kv_heads // heads
+
+
+@pytest.mark.parametrize(
+    ("count", "mixers"),
+    [
+        (2, ["attention"]),
+        (2, ["latent", {"kind": "window", "window": 4}]),
+        (1, [{"kind": "window", "window": 4}]),
+        (1, ["mingru", "attention"]),
+        (1, ["gated_deltanet"]),
+        (1, ["lstm"]),
+    ],
+)
+def test_columns_are_dealt_out_for_equal_work_or_for_a_state(count, mixers):
+    config = ModelConfig(depth=2, mixer_pattern=mixers)
+    assert runs(config, 4) == count
+    assert runs(config, 1) == 1
+    group = [
+        SequenceGroup(r, 8, "", Group(r % 2, 2, ""), Group(r // 2, 4, ""), count) for r in range(8)
+    ]
+    dealt = [each.runs_of(each.rank) for each in group]
+    assert sorted(run for each in dealt for run in each) == [*range(8 * count)]
+    if count == 2:
+        # Of the ranks that exchange heads, each ring has as many keys before its queries.
+        assert {sum(run // 2 for run in each) for each in dealt} == {7}
+    else:
+        assert dealt == [[rank] for rank in range(8)]

@@ -82,8 +82,6 @@ def test_the_ranks_of_a_group_count_once_in_the_batch():
         (["launch.processes=3"], "the job's 3 ranks are not a multiple of 2"),
         (["train.sequence_length=255"], "2 ranks don't divide train.sequence_length=255"),
         (["model.num_heads=1"], "2 ranks don't divide the model's 1 head"),
-        (["model.mixer=mingru"], "mixer mingru carries a state from column to column"),
-        (["model.mtp_layers=1"], "modules for later tokens read the next rank's columns"),
         (["model.mlp=moe", "model.mlp.capacity=1.25"], "the places of experts are given"),
         (["model.encoder_layers=1", "objective=seq2seq"], "an encoder-decoder has rows"),
         (["model=custom", "model._target_=mine.Model"], "a model of your own is not divided"),
@@ -93,6 +91,23 @@ def test_what_does_not_divide_is_refused(overrides, problem):
     refusals = problems(*TWO, "train.global_batch=16", "train.micro_batch=8", *overrides)
     assert [*refusals] == ["engine.sequence_parallel"]
     assert refusals["engine.sequence_parallel"].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["launch.processes=3"], "the job's 3 ranks are not a multiple of 2"),
+        (["train.sequence_length=254"], "two parts for each of 2 ranks don't divide"),
+        (["model.dropout=0.1"], "attention in a ring of ranks drops no weights"),
+        (["model.position=relative"], "relative positions have biases with a gradient"),
+        (["model.encoder_layers=1", "objective=seq2seq"], "an encoder-decoder has rows"),
+    ],
+)
+def test_what_a_ring_of_ranks_can_not_do_is_refused(overrides, problem):
+    ring = ["engine.context_parallel=2", "launch.processes=4", "train.global_batch=16"]
+    refusals = problems(*ring, "train.micro_batch=8", *overrides)
+    assert [*refusals] == ["engine.context_parallel"]
+    assert refusals["engine.context_parallel"].startswith(problem)
 
 
 EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2"]

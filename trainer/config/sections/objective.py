@@ -179,9 +179,10 @@ class PreferencesConfig(ObjectiveConfig):
         if getattr(job.model, "mtp_layers", 0):
             problem = "modules for later tokens would learn the rejected responses too"
             yield "model.mtp_layers", problem, "choose a model without them"
-        if job.engine.sequence_parallel > 1:
-            problem = "the loss of a preference needs whole responses, not a rank's columns of them"
-            yield "engine.sequence_parallel", problem, "leave it out"
+        for axis, size in vars(job.mesh(1)).items():
+            if size > 1 and axis in ("sequence", "context"):
+                problem = "the loss of a preference needs whole responses, not a rank's columns"
+                yield f"engine.{axis}_parallel", problem, "leave it out"
 
 
 @dataclass

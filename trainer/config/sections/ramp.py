@@ -86,9 +86,9 @@ def length_ramp_conflicts(job: "TrainJob") -> ProblemIterator:
     if job.data.packing == "best_fit":
         problem = "best_fit packs whole documents, which shorter rows would cut"
         yield "train.first_length", problem, "leave it out, or write data.packing=windows"
-    if job.engine.sequence_parallel > 1:
+    if job.mesh(1).columns > 1:
         problem = "ranks that divide a window's tokens divide them at one length alone"
-        yield "train.first_length", problem, "leave it out, or engine.sequence_parallel"
+        yield "train.first_length", problem, "leave it out, or the division of windows"
     if isinstance(job.model, ModelConfig):
         for key, problem, todo in job.model.problems(sequence_length=train.first_length):
             yield f"model.{key}", f"at train.first_length: {problem}", todo
