@@ -46,6 +46,7 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LEAVE = 10.0  # seconds that their processes then have to end
 _PAUSE = 2.0  # seconds before ranks start again, doubled after each crash or refusal of SLURM
 _LONGEST_PAUSE = 64.0
+_STANDBYS = 2  # nodes beside the first that watch it: both may be lost with it
 _GROWTH = "growth"  # in the place of a signal: the attempt ends, to get more nodes
 _SLOW = 5  # as so many refusals counts one that takes slurm.start_time
 
@@ -64,7 +65,7 @@ class Batch:
         self.hosts = self.job_hosts[: self.sizes[0]]  # those of the attempt
         self.stop_signal: str | None = None
         self._step: WarmStep | None = None  # of the ranks; between attempts, if its tasks wait
-        self._standby: steps.JobStep | None = None
+        self._standbys: dict[str, steps.JobStep] = {}  # by node
         self._deadline = float("inf")
         self._attempt: Attempt | None = None
         self._is_noted = False
@@ -163,7 +164,7 @@ class Batch:
         return policy.give_up(policy.past(self.run, self.name), self.settings.max_requeues)
 
     def _choose_nodes(self) -> None:
-        """Set the nodes of the next attempt, and start the standby on one of them."""
+        """Set the nodes of the next attempt, and start standbys on two of them."""
         settings = self.settings
         if not (settings.spares or settings.nodes.is_range):
             return
@@ -185,15 +186,17 @@ class Batch:
                 count = len(self.hosts) + len(rest)
                 self._limit += f"; {idle}: {count} nodes is no size of this run"
             self._log(f"It trains on {self._limit}; slurm.nodes={settings.nodes}.")
-        # Not on the first node of the job, which it watches.
+        # Not on the first node of the job, which they watch.
         others = [host for host in self.job_hosts[1:] if host not in down]
         others.sort(key=lambda host: host in self.hosts)
-        is_missing = self._standby is None or self._standby.is_over
-        if settings.outlives_nodes and others and is_missing:
-            words = [self.id, str(self.restart), "requeue" if settings.requeue else "cancel"]
-            command = steps.standby(self.submission, others[-1], words)
-            log = self.submission.path / f"{steps.STANDBY}.log"
-            self._standby = steps.JobStep(command, {}, log)
+        standbys = {host: step for host, step in self._standbys.items() if not step.is_over}
+        for host in others[: -_STANDBYS - 1 : -1] if settings.outlives_nodes else ():
+            if len(standbys) < _STANDBYS and host not in standbys:
+                words = [self.id, str(self.restart), "requeue" if settings.requeue else "cancel"]
+                command = steps.standby(self.submission, host, words)
+                log = self.submission.path / f"{steps.STANDBY}.log"
+                standbys[host] = steps.JobStep(command, {}, log)
+        self._standbys = standbys
 
     def _attempt_once(self) -> int:
         self._choose_nodes()
@@ -220,9 +223,10 @@ class Batch:
         if self.stop_signal:
             how = "interrupted before ranks"
             return self._end(attempt, policy.AttemptOutcome(INTERRUPTED, 0, how))
-        if self._standby and self._standby.is_over:
+        steps_over = [step for step in self._standbys.values() if step.is_over]
+        if steps_over and len(steps_over) == len(self._standbys):
             todo = "if this node is lost, cancel the job and submit the run again"
-            self._log(f"Note: the standby has ended (see {self._standby.log}): {todo}.")
+            self._log(f"Note: the standby has ended (see {steps_over[0].log}): {todo}.")
         each = steps.cpus_per_rank(self.settings)
         cpus = f" of {each} CPUs" if each > 1 else ""
         self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/node-*.log")

@@ -182,10 +182,15 @@ def test_a_node_loses_its_power(lab, job, reference):
 
 @rare
 def test_a_spare_node_replaces_one_that_loses_its_power(lab, job, reference):
-    job.submit(**{"slurm.spares": "1"}).until_step(45)
-    fault = Fault(job, "node powered off, with a spare one")
+    """What was in the memory of that node is in that of the other one, too."""
+    keys = {"slurm.spares": "1", "checkpoint.peer": "10 steps", "checkpoint.every": "1000 steps"}
+    job.submit(**keys).until_step(45)
+    fault = Fault(job, "node powered off, with a spare one and `checkpoint.peer`")
     lab.power_off("n2")
     fault.again()
+    assert job.attempts()[-1].parent.step >= 30, job.logs()
+    (used,) = job.run.read_events(kind="snapshot_used")
+    assert (used["nodes"], used["stored"]) == (1, 0)
     assert "Node n3 takes the place of n2" in job.log
     check(job, reference, fault)
     assert [life["slurm"]["nodes"] for life in job.lives()] == [["n1", "n2"], ["n1", "n3"]]
@@ -194,10 +199,14 @@ def test_a_spare_node_replaces_one_that_loses_its_power(lab, job, reference):
 
 @rare
 def test_the_first_node_loses_its_power_and_spare_ones_cannot_help(lab, job, reference):
-    """The batch script is gone with it, and SLURM leaves such a job without one."""
+    """The batch script is gone with it, and SLURM leaves such a job without one. Lost with it is
+    one of two nodes that look whether it is there."""
     job.submit(**{"slurm.spares": "1"}).until_step(45)
-    fault = Fault(job, "first node powered off, with a spare one")
+    fault = Fault(job, "first node powered off with another, one of them spare")
     lab.power_off("n1")
+    lab.power_off("n2")
+    job.until(lambda: lab.show(job.id)["Restarts"] == "1")
+    lab.power_on("n2")
     fault.again()
     assert lab.show(job.id)["Restarts"] == "1"
     assert job.lives()[-1]["slurm"]["nodes"] == ["n2", "n3"]

@@ -112,7 +112,10 @@ def test_other_nodes_or_fewer_make_the_next_attempt(
     assert job.hosts == nodes
     assert job._environment(attempt, "1")["MASTER_ADDR"] == nodes[0]
     assert sentence in capsys.readouterr().out
-    assert stood == [nodes[-1]], "never the first node, which it watches"
+    others = [host for host in job.job_hosts[1:] if host not in lost]
+    assert stood[0] == nodes[-1]
+    assert {*stood} == {*stood} & {*others}, "never the first node, which they watch"
+    assert len(stood) == min(2, len(others))
 
 
 def test_what_slurm_refuses_is_no_fault_of_a_node(make, monkeypatch, tmp_path, capsys):
