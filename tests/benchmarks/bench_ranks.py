@@ -34,11 +34,14 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from forescale.checkpoint.choice import newest_complete
+from forescale.checkpoint.peer import places_of
 from forescale.checkpoint.reader import STATE, Checkpoint, Position
 from forescale.checkpoint.writer import Snapshot, write
+from forescale.engine.invariant import Grid
 from forescale.engine.portable.fragments import Fragment, write_fragments
 from forescale.engine.portable.strips import Series, rank_file
 from forescale.engine.ranks import FANOUT, Merge, Ranks, Tree, first
+from forescale.engine.selfcheck import common_hashes
 from forescale.engine.world import StepSummary, World
 from forescale.ground.storage import TABLE, FileEntry, check_files, shares_of
 from forescale.resilience.diagnosis import stragglers
@@ -72,6 +75,10 @@ ROWS = {  # what, where, how often, growth
         "a step",
         "to 1,024 of them",
     ),
+    "losses": ("*of train.invariant: the losses", "each rank", "a step", "to 1,024 of them"),
+    "alike": ("self-check: all ranks are alike", "rank 0", "a self-check", "log ranks"),
+    "places": ("snapshots: which ranks share a node", "rank 0", "an attempt", "ranks"),
+    "place": ("the same", "each rank", "an attempt", "constant"),
     "exchange": ("an exchange: an error, or none", "rank 0", "up to 9 a save", "log ranks"),
     "mesh": ("*open files of a tree of gloo groups", "rank 0", "held", "log ranks"),
     "met": ("*store's answers to make it", "rank 0", "a tree", "ranks"),
@@ -216,6 +223,9 @@ def summaries(n: int, folder: Path, rounds: int) -> Cells:
     reduce, sizes = dist.all_reduce, []
     dist.all_reduce = lambda part, **options: sizes.append(part.nbytes) or reduce(part, **options)
     yield "summary", _seconds(50 * rounds, step), sizes[0]
+    grid, sizes[:] = Grid([torch.nn.Parameter(losses)], losses.device), []
+    grid.sums([], losses, slice(MICRO_BATCHES), MICRO_BATCHES * n, world)
+    yield "losses", None, sizes[0] - 16  # the squares of a parameter
 
     def echo(parts: list[torch.Tensor], mine: torch.Tensor, **_: Any) -> None:
         for part in parts:
@@ -227,6 +237,12 @@ def summaries(n: int, folder: Path, rounds: int) -> Cells:
     few, levels = 5 * rounds, world.tree.levels if world.tree else [world]
     size = sum(level.size for level in levels) * len(json.dumps((None, None)))
     yield "exchange", _seconds(few, lambda: world.together(lambda: None, merge=first)), size
+    alike, per_level = {"": 1 << 63}, sum(level.size for level in levels)
+    seconds = _seconds(few, lambda: world.merged(alike, common_hashes))
+    yield "alike", seconds, per_level * len(json.dumps(alike))
+    nodes = [f"node-{rank // EACH:04d}" for rank in range(n)]
+    yield "places", _seconds(few, lambda: world.dealt(places_of(nodes))), len(json.dumps(nodes))
+    yield "place", None, len(json.dumps(places_of(nodes)[-FANOUT:]))
     dist.destroy_process_group()
 
 

@@ -110,7 +110,7 @@ def _trained(case, steps):
 def checked(cases):
     """For each case: what the self-check says in two steps, and after one bit of a weight of the
     last rank's own experts has flipped."""
-    from forescale.engine.selfcheck import SelfCheck, fault_of
+    from forescale.engine.selfcheck import SelfCheck
 
     results = []
     for case in cases:
@@ -121,7 +121,7 @@ def checked(cases):
             if data.step == 2 and engine.world.rank == engine.world.size - 1:
                 weight = engine.module.blocks[0].mlp.up.weight.detach()
                 weight.view(-1).view(torch.int32)[5] ^= 1
-            faults.append(fault_of(check(data, losses)))
+            faults.append(check(data, losses))
 
         for step in range(3):
             data = fed(engine.world, step)

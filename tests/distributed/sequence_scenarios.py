@@ -54,7 +54,7 @@ def gradients(cases, near):
 
 def checked(cases, near):
     """For each case, the fault that the self-check finds in two healthy steps."""
-    from forescale.engine.selfcheck import SelfCheck, fault_of
+    from forescale.engine.selfcheck import SelfCheck
 
     faults = []
     for case in cases:
@@ -62,7 +62,7 @@ def checked(cases, near):
         check, step_faults = SelfCheck(engine, "here", exact=True), []
 
         def look(batch, losses, check=check, step_faults=step_faults):
-            step_faults.append(fault_of(check(batch, losses)))
+            step_faults.append(check(batch, losses))
 
         for step in range(2):
             data = batch(step, engine.world.data.rank, engine.world.data.size)

@@ -42,6 +42,8 @@ def test_a_tree_of_groups_says_and_saves_what_one_group_does(fanout, size, most,
     in_order = [{"rank": r} for r in range(size)]
     assert result["levels"] == most
     assert result["gathered"] == result["to_main"] == [in_order, in_order]
+    assert result["dealt"] == [[f"for {r}", f"for {r}"] for r in range(size)]
+    assert result["reduced"] == [[["0", "1", "2", "3", "4"][:size]] * 2] * size
     assert result["main"] == [["a", 0.1]] * size
     assert result["errors"] == [f"UserError {size - 2}: is lost; restore it."] * size
     assert result["union"] == [["a", r, "m"] for r in range(size)]
@@ -69,10 +71,14 @@ def over_a_tree(fanout: int, folder: str) -> dict:
         fragment.data.zero_()
     writer.load(newest_complete(run, print, world), engine)
     file = run.checkpoint_path(3) / "rank-00001.safetensors"
+    values = [f"for {rank}" for rank in range(world.size)] if world.is_main else None
+    texts = lambda every: [*map(str, every)]  # noqa: E731
     result = {
         "levels": len(world.tree.levels) if world.tree else 0,
         "gathered": [each.gather(value) for each in both],
         "to_main": [each.gather_to_main(value) for each in both],
+        "dealt": world.gather([each.dealt(values) for each in both]),
+        "reduced": world.gather([each.reduce_on_main(world.rank, texts) for each in both]),
         "main": world.gather(world.from_main(lambda: ("a", world.rank + 0.1))),
         "errors": world.gather(_first_of_two(background)),
         "union": sorted(

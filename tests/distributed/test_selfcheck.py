@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from forescale.engine.selfcheck import SelfCheck, fault_of
+from forescale.engine.selfcheck import SelfCheck
 from tests.distributed import ranks, small
 
 pytestmark = pytest.mark.distributed
@@ -51,7 +51,7 @@ def _trained(stage: int, optimizer: str, precision: str) -> list:
         check = SelfCheck(engine, "here", exact=True)
 
         def before_update(batch, step_losses, check=check):
-            faults.append(fault_of(check(batch, step_losses)))
+            faults.append(check(batch, step_losses))
 
         losses.append([])
         for step in range(6):
@@ -83,7 +83,7 @@ def _corrupt(stage: int, problem: str) -> str | None:
                 losses = losses * (1 + 1e-4)
             elif problem == "compute":
                 wrong_now_and_then(engine)
-        faults.append(fault_of(check(batch, losses)))
+        faults.append(check(batch, losses))
 
     for step in range(2):
         data = small.batch(step, engine.world.rank, engine.world.size)

@@ -59,6 +59,9 @@ class World(Ranks):
         values = self.gather(value)
         return values if self.is_main else None
 
+    def broadcast(self, value):
+        return self.gather(value)[0]
+
     def in_background(self, name):
         """Return ranks with an exchange of their own."""
         self._groups += 1

@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -49,7 +50,8 @@ _HEADER = 4096  # bytes that say which files a rank sends
 class PeerMemory:
     """The snapshots of a run on this node. Every rank makes one and calls its methods together.
 
-    node: its name. trajectory: tells a run with other steps or batches from the one that took a
+    node: its name; nodes: of all ranks, on rank 0 alone. index, count: this rank among those of its
+    node. trajectory: tells a run with other steps or batches from the one that took a
     snapshot: a run may be made longer only from a step that the storage has. source: of the
     checkpoint that was last published from here, on rank 0: "step", "nodes" (how many had parts of
     it), "stored" (the newest step that the storage had) and "what", which says so. neighbour: this
@@ -65,16 +67,16 @@ class PeerMemory:
         self.path = storage.make_private(storage.memory_folder(key))
         # What has a rank that lives, or has just changed, isn't removed as left behind.
         storage.write_json(self.path / f"rank-{ranks.rank}.json", {"pid": os.getpid()})
-        self.nodes: list[str] = ranks.gather(self.node)
-        self.local = [rank for rank, node in enumerate(self.nodes) if node == self.node]
-        self.neighbour = _shift(self.nodes)
+        self.nodes: list[str] = ranks.gather_to_main(self.node) or []
+        places = places_of(self.nodes) if ranks.is_main else None
+        self.index, self.count, self.neighbour = ranks.dealt(places)
         self._ring = ranks.ring(self.neighbour) if self.neighbour else (ALONE, ALONE)
         self.source: dict[str, Any] | None = None
         self._newest = ""  # complete, of this attempt
 
     @property
     def _leads(self) -> bool:
-        return self._ranks.rank == self.local[0]
+        return self.index == 0
 
     def _folders(self) -> list[Path]:
         return [path for path in self.path.glob("step-*") if _NAME.fullmatch(path.name)]
@@ -109,7 +111,7 @@ class PeerMemory:
             storage.make_private(self.path)  # whoever tidies up /dev/shm may have removed it
             self._remove(attempt, self._newest)
             # Another node's part is about as large.
-            needed = snapshot.size * len(self.local) * (2 if self.neighbour else 1)
+            needed = snapshot.size * self.count * (2 if self.neighbour else 1)
             free = min(shutil.disk_usage(self.path).free, psutil.virtual_memory().available)
             free = min(free, _room_of_job())
             if free < needed:
@@ -155,11 +157,10 @@ class PeerMemory:
         attempt: the one that is starting. report: as in choice.newest_complete, of snapshots that
         are passed over.
         """
-        index, count = self.local.index(self._ranks.rank), len(self.local)
         here: dict[str, Any] = {}
         for folder in self._folders():
             # The ranks of a node read its files between them.
-            names, table = sorted(os.listdir(folder))[index::count], {}
+            names, table = sorted(os.listdir(folder))[self.index :: self.count], {}
             with suppress(UserError):
                 table = (
                     {n: vars(e) for n, e in read_table(folder).items()} if TABLE in names else {}
@@ -175,8 +176,12 @@ class PeerMemory:
 
         def publish(name: str) -> bool:
             files: dict[str, tuple[FileEntry, list[int]]] = {}
+            places: dict[str, list[int]] = {}
+            for r, each in enumerate(listed):
+                for n in each.get(name, [()])[0]:
+                    places.setdefault(n, []).append(r)
             for i, (n, entry) in enumerate(known.get(name, {}).items()):
-                has = [r for r, each in enumerate(listed) if name in each and n in each[name][0]]
+                has = places.get(n, [])
                 at = i % max(1, len(has))  # not all of them from the same node
                 files[n] = FileEntry(**entry), has[at:] + has[:at]
             if fault := self._publish(attempt, name, files):
@@ -199,13 +204,18 @@ class PeerMemory:
         sources: set[str] = set()
         damaged: dict[str, list[str]] = {n: [] for n in files}
 
-        def assign() -> dict[str, Any]:
-            """Return the files to copy, each with a rank that has it; nothing if one has none."""
-            is_alive = all(has for _, has in files.values())
-            return {n: (has[0], vars(e)) for n, (e, has) in files.items()} if is_alive else {}
+        def shares() -> list[Any]:
+            """Return what each rank copies: entries of files that it has. None: nothing is left, or
+            a file is on no rank."""
+            if not files or not all(has for _, has in files.values()):
+                return [None] * ranks.size
+            of_each: list[dict[str, Any]] = [{} for _ in range(ranks.size)]
+            for n, (e, has) in files.items():
+                of_each[has[0]][n] = vars(e)
+            return of_each
 
         def copy() -> list[tuple[str, int, bool]]:
-            mine = {n: FileEntry(**entry) for n, (r, entry) in plan.items() if r == ranks.rank}
+            mine = {n: FileEntry(**entry) for n, entry in share.items()}
             wholes = {n: _copy(self.path / name / n, stage / n) == e for n, e in mine.items()}
             return [(n, ranks.rank, is_whole) for n, is_whole in wholes.items()]
 
@@ -232,7 +242,7 @@ class PeerMemory:
         try:
             size = sum(entry.size for entry in table.values())
             ranks.from_main(partial(writer.make_stage, run, attempt, step, size), run.checkpoints)
-            while plan := ranks.from_main(assign, stage):
+            while (share := ranks.dealt(shares() if ranks.is_main else None)) is not None:
                 for n, rank, is_whole in ranks.together_for_main(copy, stage, joined) or ():
                     (sources.add if is_whole else damaged[n].append)(self.nodes[rank])
                     files.pop(n) if is_whole else files[n][1].remove(rank)
@@ -299,6 +309,16 @@ def _room_of_job() -> float:
         used = int((folder / "memory.current").read_text()) - cached
         return int((folder / "memory.max").read_text()) - used  # ValueError: "max"
     return float("inf")
+
+
+def places_of(nodes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return of each rank its number among those of its node, how many these are, and `_shift`."""
+    shift, sizes, before = _shift(nodes), Counter(nodes), Counter[str]()
+    places = []
+    for node in nodes:
+        places.append((before[node], sizes[node], shift))
+        before[node] += 1
+    return places
 
 
 def _shift(nodes: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from forescale.engine.digits import MOST_SLOTS, Digits, number_of
 from forescale.engine.ranks import Ranks
 
 _BITS = 24  # of the significand of fp32
@@ -27,8 +28,9 @@ _CHUNK = 1 << 24  # elements whose squares are added at once
 
 @dataclass(frozen=True)
 class Sums:
-    """Of a step, over all ranks. losses: of each micro-batch, in their order; norm: of the
-    gradient; fits: False if the gradient was too large for its units, and has no norm."""
+    """Of a step, over all ranks. losses: of each micro-batch, in their order, or of many their sum;
+    norm: of the gradient; fits: False if the gradient was too large for its units, and has no norm.
+    """
 
     losses: list[float]
     norm: float
@@ -49,6 +51,7 @@ class Grid:
         self._largest = torch.zeros(len(self.params), device=device)
         self._index = {p: i for i, p in enumerate(self.params)}
         self._coarser = 0
+        self._digits = Digits(device)
         for i, p in enumerate(self.params):
             p.register_hook(partial(self._rounded, i))
 
@@ -70,21 +73,38 @@ class Grid:
         return (gradient / unit).round_().mul_(unit).add_(0.0)
 
     def sums(
-        self, parts: Iterable[tuple[nn.Parameter, Tensor]], losses: Tensor, ranks: Ranks
+        self,
+        parts: Iterable[tuple[nn.Parameter, Tensor]],
+        losses: Tensor,
+        slots: slice,
+        count: int,
+        ranks: Ranks,
     ) -> Sums:
         """Return what `ranks` know of a step together. parts: of the summed gradient, of which no
-        other rank counts an element. losses: of each micro-batch of the step, (M,), 0 where it is
-        another rank's."""
+        other rank counts an element. losses: of this rank's micro-batches, fp32, which stand at
+        `slots` of `count`; 0 where another rank has the same."""
         # Some libraries lose a NaN in a maximum.
         squares, largest = self._squares(parts), self._largest.nan_to_num_(math.inf, math.inf)
-        # A slot has one term that isn't 0, and is an integer by its bits: integers add exactly.
-        packed = torch.cat([squares.flatten(), losses.double().view(torch.int64)])
+        # Integers add exactly. A slot has one term that isn't 0, and is an integer by its bits.
+        if as_digits := count > MOST_SLOTS:
+            digits = self._digits.of(losses)
+            of_losses = torch.cat([digits.nan_to_num(0.0, 0.0, 0.0), digits[:1].isfinite()]).long()
+        else:
+            of_losses = torch.zeros(count, dtype=torch.float64, device=losses.device)
+            of_losses[slots] = losses.double()
+            of_losses = of_losses.view(torch.int64)
+        packed = torch.cat([squares.flatten(), of_losses])
         ranks.sum(packed)
         if ranks.size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks.group)
         host = torch.cat([packed, largest.double().view(torch.int64)]).cpu()  # waits once
-        squares, numbers = host[: squares.numel()], host[squares.numel() :].view(torch.float64)
-        of_each, maxima = numbers[: len(losses)].tolist(), numbers[len(losses) :].tolist()
+        squares, of_losses, maxima = host.split([squares.numel(), len(of_losses), len(largest)])
+        maxima = maxima.view(torch.float64).tolist()
+        if as_digits:
+            *digits, finite = of_losses.tolist()
+            of_each = [number_of(digits) if finite == ranks.size else math.nan]
+        else:
+            of_each = of_losses.view(torch.float64).tolist()
         if not all(map(math.isfinite, maxima)):
             return Sums(of_each, math.inf, True)
         fits = all(m <= 2.0**e for m, e in zip(maxima, self.exponents, strict=True))

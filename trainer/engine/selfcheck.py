@@ -47,6 +47,7 @@ _PAST = 16  # checks that the usual deviation is remembered of
 # of the largest value; in fp32, whose errors grow over many layers, 1e-5 (measured between ranks).
 _ROUNDINGS, _LEAST = 2.0, 1e-5
 _CEILING = 0.5  # no replay of a sound device deviates by half of the largest value
+_NAMED = 16  # ranks that a sentence names at most
 _ODD = 0x9E3779B97F4A7C15  # makes the hash depend on the parameter (golden ratio, splitmix64)
 
 
@@ -136,8 +137,9 @@ class SelfCheck:
         floor = max(_LEAST, _ROUNDINGS * eps)
         self._noise = {name: Noise(floor) for name in ("loss", "gradient")}
 
-    def __call__(self, batch, losses: Tensor) -> list[Finding]:
-        """Check between backward and update. Return every rank's finding. A synchronisation.
+    def __call__(self, batch, losses: Tensor) -> str | None:
+        """Check between backward and update. Return a sentence that names the faulty rank and host
+        on all ranks, or None. A synchronisation, of fixed size where there is no fault.
 
         batch: this rank's part of the step; losses: what `backward` returned for it.
         """
@@ -151,8 +153,11 @@ class SelfCheck:
             if parts * stages > 1
         ]
         common = self._weights_hash() if stages == 1 else None
+        of_places = {"": common, **{f"{part} of {parts}": each for parts, part, each in hashes}}
+        if world.merged(None if fault else of_places, common_hashes) is not None:
+            return None
         mine = (world.rank, self.host, fault, common, tuple(hashes))
-        return [Finding(*fields) for fields in world.gather(mine)]
+        return world.reduce_on_main(mine, lambda all: fault_of([Finding(*each) for each in all]))
 
     def _fault(self, batch, loss: Tensor) -> str | None:
         replays = [self._replay(batch) for _ in range(2 if self.exact else REPLAYS)]
@@ -232,6 +237,16 @@ def _deviations_of(values: list[Tensor]) -> Tensor:
     return deviations(torch.stack([v.detach().double().reshape(-1) for v in values]))
 
 
+def common_hashes(hashes: list[dict[str, int | None] | None]) -> dict[str, int | None] | None:
+    """Return the hashes of several ranks by place; None if two differ in one, or one rank has a
+    fault."""
+    every: dict[str, int | None] = {}
+    for each in hashes:
+        if each is None or any(every.setdefault(at, value) != value for at, value in each.items()):
+            return None
+    return every
+
+
 def fault_of(findings: list[Finding]) -> str | None:
     """Return one sentence that names the faulty rank and host, or None if nothing was found."""
     faults = [f"rank {f.rank} on {f.host}: {f.fault}" for f in findings if f.fault]
@@ -242,7 +257,9 @@ def fault_of(findings: list[Finding]) -> str | None:
     for place in sorted({place for place, *_ in divided}):
         same = [(f, weights) for at, f, weights in divided if at == place]
         faults += _differing_weights([f for f, _ in same], [weights for _, weights in same])
-    return "; ".join(dict.fromkeys(faults)) or None
+    every = [*dict.fromkeys(faults)]
+    rest = [f"and {n:,} others"] if (n := len(every) - _NAMED) > 0 else []
+    return "; ".join([*every[:_NAMED], *rest]) or None
 
 
 def _differing_weights(findings: list[Finding], hashes: list[int | None]) -> list[str]:
@@ -255,5 +272,6 @@ def _differing_weights(findings: list[Finding], hashes: list[int | None]) -> lis
         odd = [f for f, hashed in zip(findings, hashes, strict=True) if hashed != usual]
         where = [f"rank {f.rank} on {f.host}" for f in odd]
         return [f"{one}: its weights differ from the others'" for one in where]
-    names = ", ".join(f"{f.rank} on {f.host}" for f in findings)
-    return [f"the weights of ranks {names} differ, where all must be equal"]
+    names = ", ".join(f"{f.rank} on {f.host}" for f in findings[:_NAMED])
+    rest = f" and {n:,} others" if (n := len(findings) - _NAMED) > 0 else ""
+    return [f"the weights of ranks {names}{rest} differ, where all must be equal"]

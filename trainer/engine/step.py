@@ -204,12 +204,13 @@ class Engine:
     @torch.no_grad()
     def _sums(self, losses: Tensor, batch, grid: Grid) -> Sums:
         columns = self.world.columns  # each of these ranks has losses of its own of a micro-batch
-        slots = losses.new_zeros(batch.micro_batches, columns.size)
-        first = batch.micro[0].index
-        slots[first : first + len(losses), columns.rank] = losses
+        first, end = (batch.micro[0].index + n for n in (0, len(losses)))
+        slots = slice(first * columns.size + columns.rank, end * columns.size, columns.size)
+        count = batch.micro_batches * columns.size
         # At stage 0 each of the ranks with the same parameters has the whole gradient of these.
         once = not self.layout.replicated or self.world.states.is_main
-        return grid.sums(self.layout.parts() if once else (), slots.flatten(), self.world)
+        parts = self.layout.parts() if once else ()
+        return grid.sums(parts, losses, slots, count, self.world)
 
     def backward(self, batch, disturbance: float = 1.0) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of

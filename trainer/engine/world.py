@@ -6,7 +6,6 @@ promise that: with `cpu=True` it falls back to plain DDP, and with its DeepSpeed
 backend every rank gets a world of its own, both silently.
 """
 
-import math
 import os
 import resource
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from forescale.config.mesh import Mesh
+from forescale.engine.digits import DIGITS, MOST_SLOTS, Digits, number_of
 from forescale.engine.ranks import LastStage, Ranks, Tree, joined
 from forescale.ground.errors import UserError
 from forescale.ground.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
@@ -132,7 +132,7 @@ class World(Ranks):
         self._pending: deque = deque()  # all-reduces of steps whose summary nobody has read
         self._has_cuda = self.device.type == "cuda"
         self._reads: torch.cuda.Stream | None = None
-        self._scales: torch.Tensor | None = None
+        self._digits = Digits(self.device)
         self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
 
@@ -236,8 +236,8 @@ class World(Ranks):
             now, before = (", ".join(each) or "none" for each in (names, self._extra))
             problem = f"are {now}, and were {before}"
             raise UserError("metrics(): the names", problem, _SAME_NAMES)
-        if as_digits := count > _MOST_SLOTS:
-            first, count, losses = 0, _DIGITS, self._digits(losses)
+        if as_digits := count > MOST_SLOTS:
+            first, count, losses = 0, DIGITS, self._digits.of(losses)
         part = torch.zeros(
             count + 5 + len(names) + bool(names), dtype=torch.float64, device=self.device
         )
@@ -254,16 +254,6 @@ class World(Ranks):
                 part[slot] = value  # a copy on the device: nothing waits for the value
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
         self._pending.append((step, count, as_digits, self._late_read(part, work)))
-
-    def _digits(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return the digits of the sum of fp32 numbers, (_DIGITS,), highest first, each a sum of at
-        most 2^25 digits of 28 bits: no operation here rounds, so that no order of terms counts."""
-        if self._scales is None:
-            scales = [2.0 ** (_LOWEST_EXPONENT + _DIGIT * i) for i in reversed(range(_DIGITS))]
-            self._scales = torch.tensor(scales, dtype=torch.float64, device=self.device)
-        whole = (losses.double()[:, None] / self._scales).trunc()
-        whole[:, 1:] -= whole[:, :-1] * 2.0**_DIGIT
-        return whole.sum(0)
 
     def _late_read(self, part: torch.Tensor, work: Any) -> Callable[[], list[float]]:
         """Return a function that waits for an all-reduce and returns its values.
@@ -311,7 +301,7 @@ class World(Ranks):
                 problem = f"differ between ranks (here: {', '.join(names)})"
                 raise UserError("metrics(): the names", problem, _SAME_NAMES)
             extra = {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
-            losses = [_number_of(values[:count])] if as_digits else values[:count]
+            losses = [number_of(values[:count])] if as_digits else values[:count]
             yield StepSummary(step, losses, tokens_hash, stop > 0, failed > 0, clock, extra)
 
     def close(self) -> None:
@@ -323,21 +313,6 @@ class World(Ranks):
 
 
 _SAME_NAMES = "let the model return the same names on all ranks at every step"
-
-
-_MOST_SLOTS = 1024  # micro-batches of a step; 8 kB
-# Digits to the base 2^28, from the least number of fp32 (2^-149) on beyond its greatest.
-_DIGIT, _DIGITS, _LOWEST_EXPONENT = 28, 10, -152
-
-
-def _number_of(digits: list[float]) -> float:
-    """Return the number that World._digits describes; not finite, if one of the terms wasn't."""
-    if not all(map(math.isfinite, digits)):
-        return digits[0]
-    total = 0
-    for digit in digits:
-        total = (total << _DIGIT) + int(digit)
-    return math.ldexp(total, _LOWEST_EXPONENT)
 
 
 def _hash_of(names: Iterable[str]) -> int:

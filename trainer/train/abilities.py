@@ -6,11 +6,12 @@ after the tokens before it: exactly when greedy decoding would write it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from forescale.engine.ranks import ALONE, Ranks, joined
 from forescale.ground.console import Progress, silent
 from forescale.ground.errors import UserError
 from forescale.run.abilities import ROWS, Accuracy, Questions, passes_of
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 # tokens (B, L) and targets (B, L) int64, IGNORED but at answers -> what `judged` returns
 Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-Gather = Callable[[list], list[list]]  # a rank's values -> those of all ranks, in their order
 IGNORED = -100  # not a target, as in the losses of models
 
 
@@ -31,18 +31,17 @@ def accuracies(
     *,
     rows: int = ROWS,
     multiple: int = 1,
-    share: tuple[int, int] = (0, 1),
-    gather: Gather = lambda answers: [answers],
+    ranks: Ranks = ALONE,
     progress: Progress = silent,
 ) -> list[Accuracy]:
     """Return the accuracies of a model on questions.
 
-    rows: of a forward pass; multiple: the width of a pass is a multiple of it; share: (rank, number
-    of ranks) that answer together, for `gather`. All passes have the same shape and composition at
-    any number of ranks, and every rank makes as many, because they may be collectives.
+    rows: of a forward pass; multiple: the width of a pass is a multiple of it; ranks: that answer
+    together. All passes have the same shape and composition at any number of ranks, and every rank
+    makes as many, because they may be collectives.
     """
     all_rows = [row for each in questions for row in each.rows]
-    passes, (rank, size) = passes_of(questions, rows, multiple), share
+    passes, rank, size = passes_of(questions, rows, multiple), ranks.rank, ranks.size
     count, width = passes.count, passes.width
     answers: list[tuple[int, int, float]] = []
     for index in range(rank, passes.of_each(size) * size, size):
@@ -53,9 +52,19 @@ def accuracies(
             pairs = zip(wrong_B.tolist(), nats_B.tolist(), strict=True)
             answers += [(first + i, int(w), x) for i, (w, x) in enumerate(pairs)]
         progress("abilities", min((index + 1) * rows, len(all_rows)), len(all_rows), "questions")
-    # Padding has the highest numbers.
-    in_order = iter(sorted(tuple(answer) for part in gather(answers) for answer in part))
-    results = []
+
+    def results(parts: list[list[Any]]) -> list[dict[str, Any]]:
+        return [vars(each) for each in _accuracies_of(questions, sorted(joined(parts)))]
+
+    return [Accuracy(**each) for each in ranks.reduce_on_main(answers, results)]
+
+
+def _accuracies_of(
+    questions: Sequence[Questions], answers: Sequence[tuple[int, int, float]]
+) -> list[Accuracy]:
+    """Return the accuracies by all answers, in their order: the number of each, its wrong tokens,
+    its nats. Padding has the highest numbers."""
+    in_order, results = iter(answers), []
     for each in questions:
         _, wrong, nats = zip(*[next(in_order) for _ in each.rows], strict=True)
         n, mean = len(nats), math.fsum(nats) / len(nats)
@@ -114,8 +123,7 @@ class Abilities:
             self._judge,
             self._questions,
             multiple=world.mesh.pieces,
-            share=(world.data.rank, world.data.size),
-            gather=world.data.gather,
+            ranks=world.data,
         )
         return {name: value for result in results for name, value in result.columns.items()}
 

@@ -18,7 +18,7 @@ from forescale.data.bins import Bins
 from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.stream import MicroBatch, validation_windows
-from forescale.engine.ranks import ALONE, Ranks
+from forescale.engine.ranks import ALONE, Ranks, joined
 from forescale.ground.console import plus_minus
 
 
@@ -112,10 +112,15 @@ def evaluate(
         rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, row in enumerate(rows) if row[1]]
     mark("summary")
-    every = sorted(row for part in ranks.gather(mine) for row in part)
-    if not every:
+    return Score(**ranks.reduce_on_main(mine, lambda parts: vars(_score_of(sorted(joined(parts))))))
+
+
+def _score_of(rows: Sequence[tuple[int, int, float, int, int]]) -> Score:
+    """Return the score of windows: of each its micro-batch, its place there, its nats, targets and
+    bytes."""
+    if not rows:
         return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
-    nats, targets, count = (np.array([row[k] for row in every]) for k in (2, 3, 4))
+    nats, targets, count = (np.array([row[k] for row in rows]) for k in (2, 3, 4))
     loss = math.fsum(nats) / int(targets.sum())
     return Score(
         loss=loss,
@@ -123,7 +128,7 @@ def evaluate(
         bits_per_byte=math.fsum(nats) / math.log(2) / int(count.sum()),
         targets=int(targets.sum()),
         bytes=int(count.sum()),
-        windows=len(every),
+        windows=len(rows),
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from forescale.config.sections.batch import Cadence
 from forescale.config.sections.runtime import GuardConfig
 from forescale.data.stream import Batch
-from forescale.engine.selfcheck import SelfCheck, fault_of
+from forescale.engine.selfcheck import SelfCheck
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt
 
@@ -212,7 +212,7 @@ class StepGuard:
             return
         self.phases.mark("selfcheck")
         measured = self._check.tolerance is not None
-        fault = fault_of(self._check(batch, losses))
+        fault = self._check(batch, losses)
         if not measured and self._check.tolerance:
             self._event("selfcheck_inexact", tolerance=self._check.tolerance)
         if fault is None:

@@ -24,7 +24,7 @@ from forescale.data.bins import Bins
 from forescale.data.dataset import Sources, Split
 from forescale.data.objective import IGNORED, window_length
 from forescale.data.stream import MicroBatch, validation_windows
-from forescale.engine.ranks import ALONE, Ranks
+from forescale.engine.ranks import ALONE, Ranks, joined
 from forescale.engine.step import Engine
 from forescale.ground.console import Progress, plus_minus, silent
 from forescale.ground.errors import UserError
@@ -108,7 +108,15 @@ def evaluate_preferences(
         both = torch.cat([nats(micro).float().cpu().view(-1, 2), micro.references.float()], 1)
         rows = zip(is_real, both.tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, (real, row) in enumerate(rows) if real]
-    every = sorted(row for part in ranks.gather(mine) for row in part)
+
+    def score(parts: list[list[Any]]) -> dict[str, Any]:
+        return vars(_score_of(sorted(joined(parts)), beta))
+
+    return PreferenceScore(**ranks.reduce_on_main(mine, score))
+
+
+def _score_of(every: Sequence[Sequence[float]], beta: float) -> PreferenceScore:
+    """Return the score of rows: of each its micro-batch, its place there, and four nats."""
     if not every:
         return PreferenceScore(math.nan, math.nan, {}, 0)
     nats_B2, references_B2 = torch.tensor([row[2:] for row in every]).split(2, 1)
@@ -228,6 +236,8 @@ class Reference:
             done = min(total, (i + 1) * batch * fed.size)
             self.progress("read preferences", done, total, "of them")
         self.mark("summary")
-        every = sorted(part for parts in fed.gather(mine) for part in parts)
+        # Each rank needs all, to read any batch: 25 to 50 bytes a preference, as data take, for any
+        # number of ranks.
+        every = sorted(joined(fed.gather(mine)))
         nats = [value for _, values in every for value in values]
         return np.array(nats[: 2 * total], np.float32).reshape(-1, 2)

@@ -170,6 +170,8 @@ def test_a_kill_while_it_is_published_leaves_nothing_half(run, monkeypatch, plac
 def test_the_neighbour_is_on_another_node():
     nodes = {"a": 0, "aa": 0, "ab": 1, "aabb": 2, "abab": 1, "aabbcc": 2, "aaab": 0}
     assert {each: peer._shift([*each]) for each in nodes} == nodes
+    assert peer.places_of([*"aabb"]) == [(0, 2, 2), (1, 2, 2), (0, 2, 2), (1, 2, 2)]
+    assert peer.places_of([*"aba"]) == [(0, 2, 0), (0, 1, 0), (1, 2, 0)]
 
 
 def test_the_key_needs_a_copy_in_the_background():

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def step(param, grid, gradients, order=None, starts=()):
         (param * torch.tensor(gradients[number], dtype=param.dtype)).sum().backward()
         losses[number] = 1 / (1 + number)
     total = sum(parts, param.grad)
-    sums = grid.sums([(param, total)], losses, ALONE)
+    count = len(gradients)
+    sums = grid.sums([(param, total)], losses, slice(count), count, ALONE)
     return total, sums
 
 
@@ -70,6 +72,17 @@ def test_order_and_ranks_change_no_bit_and_the_error_has_a_bound(dtype, gradient
 
 def rows(gradients, dtype):
     return torch.tensor(gradients).to(dtype).double().tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_losses_of_many_micro_batches_are_one_exact_sum(bad):
+    _, grid = new()
+    losses = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 1e5
+    losses[:3] = torch.tensor([3e38, -3e38, 2.0**-149])
+    sums = partial(grid.sums, [], slots=slice(7, 2007), count=20_000, ranks=ALONE)
+    assert sums(losses=losses).losses == [math.fsum(losses.tolist())]
+    losses[5] = bad
+    assert math.isnan(sums(losses=losses).losses[0])
 
 
 def test_a_gradient_that_grows_is_computed_again_and_bounds_shrink_slowly():

@@ -11,6 +11,7 @@ from forescale.data.bins import num_windows
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import IGNORED
 from forescale.data.stream import validation_windows
+from forescale.engine.ranks import Ranks
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import estimate_evaluation
 from forescale.plan.step_time import StepTime, TokenFlops
@@ -111,12 +112,15 @@ def test_questions_cost_the_tokens_that_ranks_really_compute(small_data, world, 
         return zeros, zeros
 
     ranks = world // sequence
-    for rank in range(ranks):
-        # What the others answer is of no interest, but each needs all answers.
-        def gather(value):
-            return [[(i, 0, 0.0) for i in range(sum(len(q.rows) for q in questions))]]
 
-        accuracies(judge, questions, multiple=sequence, share=(rank, ranks), gather=gather)
+    class Alike(Ranks):
+        """What the others answer is of no interest, but rank 0 needs all answers."""
+
+        def reduce_on_main(self, value, work):
+            return work([[(i, 0, 0.0) for i in range(sum(len(q.rows) for q in questions))]])
+
+    for rank in range(ranks):
+        accuracies(judge, questions, multiple=sequence, ranks=Alike(rank, ranks))
     step = StepTime(8.0, 0.0, 0.0, job.tokens_per_step, 300.0 * job.tokens_per_step, None)
     estimate = estimate_evaluation(job, [10], PRICE, step, world, questions=questions)
     alone = estimate_evaluation(job, [10], PRICE, step, world)

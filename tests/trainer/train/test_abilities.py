@@ -6,6 +6,7 @@ import torch
 from scipy.stats import binomtest
 
 from forescale.config.abilities import TASKS, question_row
+from forescale.engine.ranks import Ranks
 from forescale.ground.errors import UserError
 from forescale.run.abilities import Accuracy, expect_fitting, questions_of
 from forescale.train.abilities import IGNORED, accuracies, judged
@@ -89,21 +90,24 @@ def test_ranks_that_share_the_questions_find_the_same_as_one():
     questions = questions_of(encode, 1, ["recall", "addition"], [0, 2], questions=5)
     parts = []
 
-    def answer(rank, gather):
+    class One(Ranks):
+        def reduce_on_main(self, answers, work):
+            parts.append(answers)
+            return work(parts) if self.rank == 3 else []
+
+    def answer(rank):
         def judge(tokens, targets):
             shapes[rank].append(tuple(tokens.shape))
             return judged(model(tokens), targets)
 
-        return accuracies(judge, questions, rows=4, multiple=7, share=(rank, 4), gather=gather)
+        return accuracies(judge, questions, rows=4, multiple=7, ranks=One(rank, 4))
 
-    for rank in range(4):
-        with pytest.raises(StopIteration):  # its part alone is not all
-            answer(rank, lambda answers: [parts.append(answers) or []])
+    *_, results = map(answer, range(4))
     assert all(of == shapes[0] for of in shapes)
     assert len(set(shapes[0])) == 1
     assert shapes[0][0][1] % 7 == 0
     alone = measured(model, ["recall", "addition"], [0, 2], questions=5)
-    assert answer(0, lambda answers: parts) == alone
+    assert results == alone
 
 
 def test_who_is_nearly_right_is_wrong_and_the_nats_are_those_of_the_answer_alone():
