@@ -18,10 +18,11 @@ MODEL = [
 MODEL += ["model.position=relative", "optimizer=muon"]  # which leaves tables to AdamW
 TENSOR = "engine.tensor_parallel=2"
 DROPS = ["drops-1", 1, 1, TENSOR, "model.dropout=0.2"]
+COPIES = ["copies-3", 1, 3, "engine.shard_group=2"]
 MESHES = {  # by the number of ranks: name, sequence ranks, stage, more
     1: [["one", 1, 1]],
     2: [["tensor-1", 1, 1, TENSOR], ["tensor-3", 1, 3, TENSOR], ["sequence-2", 2, 2], DROPS],
-    4: [["all-3", 2, 3, TENSOR], ["data-2", 1, 2, TENSOR], ["bare-0", 1, 0, TENSOR]],
+    4: [["all-3", 2, 3, TENSOR], ["data-2", 1, 2, TENSOR], ["bare-0", 1, 0, TENSOR], COPIES],
 }
 
 

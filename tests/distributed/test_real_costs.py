@@ -79,6 +79,10 @@ BOTH = [*DIVIDED, "model.mlp.expert_width=14", "engine.tensor_parallel=2", "mode
 BOTH += ["model.vocab_size=72"]
 DIVIDED_STATES += [[1, "muon", "bf16", *BOTH], [3, "muon", "bf16", zero(SMALL), *DIVIDED]]
 
+GROUPS = "engine.shard_group=2"
+COPIES = [[stage, kind, "bf16", GROUPS] for stage, kind in ((1, "muon"), (2, "adamw"))]
+COPIES += [[3, "muon", "bf16", GROUPS, zero(SMALL)]]
+
 
 def chosen(cases, size, parts):
     if size == 2 or FULL:
@@ -95,6 +99,7 @@ def test_the_chosen_cases_have_every_stage_optimizer_and_precision():
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_states_are_the_tensors_of_real_ranks(size):
     cases = chosen(CASES, size, PARTS) + (DIVIDED_STATES if size > 1 else [])
+    cases += COPIES if size == 4 else []
     results = ranks.run("cost_scenarios:states", size, 580, cases=cases)
     for case, measured in zip(cases, results, strict=True):
         job = job_of(case, size)
@@ -172,6 +177,7 @@ def test_traffic_is_what_real_ranks_send(size):
     if size == 4:
         near = "engine.hierarchical_partition=2"
         cases = cases + [[3, "adamw", "bf16", zero(SMALL, reuse), near] for reuse in (FAR, SOME)]
+        cases += [*COPIES, [1, "adamw", "bf16", *DIVIDED, GROUPS]]
     measured = ranks.run("cost_scenarios:traffic", size, 580, cases=cases)
     for case, counts in zip(cases, measured, strict=True):
         job = job_of(case, size)

@@ -7,6 +7,7 @@ import torch
 
 from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.engine.optimizers.muon import use_precision
+from forescale.engine.step import checked_losses
 from forescale.models import Transformer
 from forescale.models.memory import activations
 from forescale.plan.bytes.parameters import inventory
@@ -58,8 +59,9 @@ def plainly(case, documents):
     for step in range(STEPS):
         data, nats = jobs.batch(step, 0, 1, documents), 0.0
         for micro in data.micro:
-            losses = model(micro.tokens, micro.targets, documents_BL=micro.documents)
-            (losses.sum() / data.targets).backward()
+            output = model(micro.tokens, micro.targets, documents_BL=micro.documents)
+            losses, penalty = checked_losses(output, len(micro.tokens))
+            ((losses.sum() + penalty) / data.targets).backward()
             nats += losses.sum().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip)
         optimizer.step()

@@ -46,8 +46,8 @@ class World(Ranks):
 
     def __init__(self, rank: int = 0, size: int = 1, exchanges: list | None = None):
         super().__init__(rank, size)
-        self.data = self.states = self
-        self.sequence = self.tensor = self.pipeline = ALONE
+        self.data = self.states = self.shard = self
+        self.sequence = self.tensor = self.pipeline = self.replicas = ALONE
         self.mesh = Mesh(size)
         self._exchanges = exchanges
         self._groups = 0

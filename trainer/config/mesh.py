@@ -6,6 +6,7 @@ counts processes.
 """
 
 from dataclasses import dataclass
+from math import gcd, lcm
 from typing import TYPE_CHECKING
 
 from forescale.config.job import ProblemIterator
@@ -155,17 +156,18 @@ class Mesh:
         return [*range(first, first + self.experts)]
 
     def expert_data_peers(self, rank: int) -> list[int]:
-        """Return the ranks that have the same experts as a rank, itself included."""
-        return self._stage(rank, rank % self.experts, self.experts)
+        """Return the ranks that have one copy of the states of a rank's experts between them, a
+        rank among them; without copies all that have the same experts."""
+        size = self.shards * self.tensor  # consecutive ranks
+        first = rank - rank % size
+        return [*range(first + rank % self.experts, first + size, self.experts)]
 
 
 def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
     """Yield the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
     mesh = job.mesh(ranks or 1)
-    for name, size, off in (("shard_group", mesh.shard, 0),):
-        if size != off:
-            yield f"engine.{name}", "is not supported yet", f"write engine.{name}={off}"
-            return
+    if mesh.shard:
+        yield from _shard_problems(job, mesh, ranks)
     sizes = {"context": mesh.context, "sequence": mesh.sequence, "tensor": mesh.tensor}
     names = [f"engine.{axis}_parallel" for axis, size in sizes.items() if size > 1]
     how = getattr(job.model, "activation_checkpointing", "none")
@@ -210,6 +212,30 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         if job.model.mlp.is_routed and mesh.experts == 1:
             problem = "ranks that divide matrices don't have all experts each"
             yield name, problem, "divide them too, as by engine.expert_parallel=2"
+
+
+def _shard_problems(job: "TrainJob", mesh: Mesh, ranks: int | None) -> ProblemIterator:
+    """Yield the broken rules of ranks that have a copy of the states between them."""
+    name, engine, size = "engine.shard_group", job.engine, mesh.shard
+    if engine.stage == 0:
+        problem = "at ZeRO stage 0 each rank has all states"
+        yield name, problem, "choose engine.stage=1, 2 or 3, or leave it out"
+    elif size == 1:
+        problem = "groups of one rank divide nothing"
+        yield name, problem, "choose engine.stage=0 for it, or a group of 2 ranks or more"
+    elif engine.hierarchical_partition > 1:
+        problem = "a hierarchical partition is of states that all ranks divide"
+        yield name, problem, "leave out one of the two"
+    elif engine.offload_optimizer or engine.offload_parameters:
+        problem = "gradients that are offloaded are not summed over groups of ranks"
+        yield name, problem, "leave it out, or leave offload out"
+    elif ranks and ranks % mesh.together == 0 and mesh.states % size:
+        problem = f"groups of {size} don't divide the {mesh.states} ranks with the same parameters"
+        yield name, problem, f"choose {gcd(mesh.states, size)}, or another number of ranks"
+    elif size * mesh.tensor % mesh.experts:
+        problem = f"{size * mesh.tensor} ranks with a copy of the states are no whole number of "
+        problem += f"groups of {mesh.experts} that divide the experts"
+        yield name, problem, f"choose a multiple of {lcm(mesh.experts, mesh.tensor) // mesh.tensor}"
 
 
 def expert_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:

@@ -92,13 +92,13 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
     # Init makes the group of a hierarchical partition once, and refuses to make it for a second
     # part of the model; an earlier engine of this process may have left one.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.states.group}
+    among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.shard.group}
 
     def shared(module: nn.Module) -> nn.Module:
         # Init keeps the type that it finds, and the engine later refuses any but its own; of a
         # divided model it moves no buffers.
         module.to(world.device, dtype)
-        among_ranks = among if world.tensor.size > 1 else {}
+        among_ranks = among if world.shard is not world else {}
         near = groups._get_zero_param_intra_parallel_group()
         # Of what is not divided yet.
         Init(

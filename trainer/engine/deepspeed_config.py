@@ -18,8 +18,8 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
-        # DeepSpeed counts the ranks that have the same parameters.
-        "train_batch_size": micro_batch * job.mesh(world_size).states,
+        # DeepSpeed counts the ranks that it divides the states among.
+        "train_batch_size": micro_batch * job.mesh(world_size).shards,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

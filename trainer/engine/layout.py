@@ -60,14 +60,28 @@ class Layout:
         """Yield this rank's units, in an order that never varies."""
         raise NotImplementedError
 
-    def parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield the averaged gradient of all elements that this rank owns and counts, times
-        `loss_scale`, with the parameter that each part is of."""
+    def owned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the averaged gradient of all elements that this rank owns, times `loss_scale`, with
+        the parameter that each part is of."""
         raise NotImplementedError
+
+    def parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the same of the parameters that this rank counts."""
+        yield from ((p, gradient) for p, gradient in self.owned() if self.counts(p))
 
     def gradients(self) -> Iterator[Tensor]:
         """Yield the same without the parameters, possibly several in one."""
         yield from (gradient for _, gradient in self.parts())
+
+    def reduced(self) -> Iterator[Tensor]:
+        """Yield all that a step reads of the averaged gradient on this rank, as memory that may be
+        written, where ZeRO divides the states and nothing is offloaded."""
+        yield from (gradient for _, gradient in self.owned())
+
+    @property
+    def bucket_size(self) -> int:
+        """The number of elements of a communication bucket."""
+        return int(self.optimizer.reduce_bucket_size)
 
     def sum_over(self, ranks: int) -> None:
         """Let the gradient be the sum over so many ranks, and not their mean, from now on."""
@@ -172,8 +186,8 @@ class Replicated(Layout):
             if self.is_muon(unit.group):
                 self.mark(unit.pieces[0].param, unit.master.grad)
 
-    def parts(self):
-        yield from ((p, p.grad) for p in self._params() if p.grad is not None and self.counts(p))
+    def owned(self):
+        yield from ((p, p.grad) for p in self._params() if p.grad is not None)
 
     def gradients(self):
         """Yield the gradients of the forward weights, also of those that it doesn't count."""

@@ -25,6 +25,9 @@ by its hash. Doubt: the noise of a GPU has not been measured.
 Invariant: the check does not change the training: the gradients that wait for the update stay, and
 random numbers depend on the micro-batch alone.
 
+Where groups of ranks have a copy of the states each (replicas.py), the ranks with the same part of
+them must have the same hash of that part: weights, masters and moments, at stage 3 too.
+
 At ZeRO stage 3 the weights are partitioned, so nothing can be compared across ranks, and gathering
 them for an extra backward would disturb DeepSpeed's prefetching. There, and in a pipeline, whose
 stages compute a loss together, the forward is replayed without a gradient, and compared with
@@ -32,7 +35,9 @@ itself.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +61,15 @@ class Finding:
     """The result on one rank. fault: a sentence, or None; weights: the hash of the weights that all
     ranks have, or None at stage 3; divided_weights: (parts, part, hash) of the matrices and experts
     that ranks divide; ranks with the same part of as many parts have the same hash. The stages of a
-    pipeline are such parts, of all weights."""
+    pipeline are such parts, of all weights. replicas: the first rank with the same part of the
+    states, and their hash here; (0, None) if none has."""
 
     rank: int
     host: str
     fault: str | None
     weights: int | None
     divided_weights: tuple[tuple[int, int, int | None], ...] = ()
+    replicas: tuple[int, int | None] = (0, None)
 
 
 class Noise:
@@ -153,10 +160,12 @@ class SelfCheck:
             if parts * stages > 1
         ]
         common = self._weights_hash() if stages == 1 else None
+        first, states = self._replicas()
         of_places = {"": common, **{f"{part} of {parts}": each for parts, part, each in hashes}}
+        of_places[f"states as {first}"] = states
         if world.merged(None if fault else of_places, common_hashes) is not None:
             return None
-        mine = (world.rank, self.host, fault, common, tuple(hashes))
+        mine = (world.rank, self.host, fault, common, tuple(hashes), (first, states))
         return world.reduce_on_main(mine, lambda all: fault_of([Finding(*each) for each in all]))
 
     def _fault(self, batch, loss: Tensor) -> str | None:
@@ -212,13 +221,30 @@ class SelfCheck:
         changes it."""
         if self.partitioned:
             return None
-        total = 0
-        for i, p in enumerate(self.engine.names):
-            if (whole_of(p).parts, whole_of(p).part) != place:
-                continue
-            bits = p.detach().reshape(-1).view(_INTEGERS[p.element_size()])
-            total += int(bits.sum(dtype=torch.int64)) * (_ODD * (i + 1) | 1)
-        return total % 2**64
+        every = enumerate(self.engine.names)
+        return _hash((i, p) for i, p in every if (whole_of(p).parts, whole_of(p).part) == place)
+
+    @torch.no_grad()
+    def _replicas(self) -> tuple[int, int | None]:
+        """Return `replicas` of Finding."""
+        world = self.engine.world
+        if world.replicas.size == 1:
+            return 0, None
+        layout = self.engine.layout
+        states = [p.ds_tensor for p in self.engine.names] if self.partitioned else []  # type: ignore[attr-defined]
+        for unit in layout.units():
+            moments = layout.base.state.get(unit.master, {}).values()
+            states += [unit.master, *(moment for moment in moments if torch.is_tensor(moment))]
+        return world.mesh.replica_peers(world.rank)[0], _hash(enumerate(states))
+
+
+def _hash(tensors: Iterable[tuple[int, Any]]) -> int:
+    """Return a hash of the bits of numbered tensors."""
+    total = 0
+    for i, tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+        total += int(bits.sum(dtype=torch.int64)) * (_ODD * (i + 1) | 1)
+    return total % 2**64
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -257,6 +283,9 @@ def fault_of(findings: list[Finding]) -> str | None:
     for place in sorted({place for place, *_ in divided}):
         same = [(f, weights) for at, f, weights in divided if at == place]
         faults += _differing_weights([f for f, _ in same], [weights for _, weights in same])
+    for first in sorted({f.replicas[0] for f in findings}):
+        alike = [f for f in findings if f.replicas[0] == first]
+        faults += _differing_weights(alike, [f.replicas[1] for f in alike])
     every = [*dict.fromkeys(faults)]
     rest = [f"and {n:,} others"] if (n := len(every) - _NAMED) > 0 else []
     return "; ".join([*every[:_NAMED], *rest]) or None

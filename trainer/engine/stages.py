@@ -240,16 +240,25 @@ class Zero12(Layout):
         else:
             yield from super().gradients()
 
-    def parts(self):
+    def owned(self):
         if self.offload:
             self.optimizer._wait_for_offload_copies()
             yield from _parts_of(self.units())
             return
-        for grads, arguments, _ in self._held.values():
-            for p, grad in zip(arguments[0], grads, strict=True):
-                if p._hp_mapping is not None and self.counts(p):
-                    address = p._hp_mapping.lp_fragment_address
-                    yield p, grad.reshape(-1)[address.start : address.start + address.numel]
+        for i in self._held:
+            yield from self._owned_of(i)
+
+    def _owned_of(self, group):
+        grads, arguments, _ = self._held[group]
+        for p, grad in zip(arguments[0], grads, strict=True):
+            if p._hp_mapping is not None:
+                address = p._hp_mapping.lp_fragment_address
+                yield p, grad.reshape(-1)[address.start : address.start + address.numel]
+
+    def reduced(self):
+        for i, (grads, *_) in self._held.items():
+            # Muon reads whole matrices.
+            yield from grads if self.is_muon(i) else (part for _, part in self._owned_of(i))
 
     def prepare_step(self, factor):
         super().prepare_step(factor)
@@ -413,15 +422,13 @@ class Zero3(Layout):
         else:
             yield from super().gradients()
 
-    def parts(self):
+    def owned(self):
         o = self.optimizer
         if self.offload:
             yield from _parts_of(self.units())
             return
         for s, partitions in o.averaged_gradients.items():
-            for p, grad in zip(o.fp16_groups[s], partitions, strict=True):
-                if self.counts(p):
-                    yield p, grad
+            yield from zip(o.fp16_groups[s], partitions, strict=True)
 
     def prepare_step(self, factor):
         super().prepare_step(factor)

@@ -54,17 +54,17 @@ def _fragment(engine: Engine, param: Any, state: str, start: int, data: Tensor) 
 
 def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
     """Return the part of a held fragment that this rank writes; None if it writes nothing of it."""
-    whole, first, end = whole_of(piece.param), piece.start, piece.start + piece.size
-    if engine.layout.replicated:  # the ranks that hold the same elements share the work
-        mesh = engine.world.mesh
-        part = -(-piece.size // (mesh.in_stage // whole.parts))
-        first = min(piece.size, engine.world.rank % mesh.in_stage // whole.parts * part)
-        end = min(piece.size, first + part)
+    world, whole = engine.world, whole_of(piece.param)
+    count, copy = world.replicas.size, world.replicas.rank
+    if engine.layout.replicated:
+        in_stage = world.mesh.in_stage
+        count, copy = in_stage // whole.parts, world.rank % in_stage // whole.parts
     elif not engine.layout.counts(piece.param):
         return None
+    part = -(-piece.size // count)  # the ranks that hold the same elements share the work
+    first, end = (whole.start + piece.start + min(piece.size, i * part) for i in (copy, copy + 1))
     if first == end:
         return None
-    first, end = whole.start + first, whole.start + end
     return replace(held, start=first, data=held.data[first - held.start : end - held.start])
 
 
@@ -96,11 +96,12 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
             continue
         if hasattr(param, "ds_tensor"):
             part = param.ds_tensor.numel()
-            start = engine.world.states.rank * part
+            start = engine.world.shard.rank * part
             size = max(0, min(part, param.ds_numel - start))  # type: ignore[attr-defined]
-            if size and (engine.layout.counts(param) or not writing):
-                data = param.ds_tensor.detach().view(-1)[:size]
-                yield _fragment(engine, param, WEIGHT, start, data)
+            held = _fragment(engine, param, WEIGHT, start, param.ds_tensor.detach().view(-1)[:size])
+            owned = _owned(engine, Piece(param, start, 0, size), held) if writing else held
+            if size and owned:
+                yield owned
         elif not writing or rank < whole_of(param).parts:
             yield _fragment(engine, param, WEIGHT, 0, param.detach().view(-1))
 

@@ -26,6 +26,7 @@ from forescale.engine.invariant import Grid, Sums
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import visible_to_deepspeed
 from forescale.engine.parallel.pipeline import Pipeline
+from forescale.engine.parallel.replicas import add_replicas
 from forescale.engine.parallel.tensor import Mpu
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
@@ -99,7 +100,7 @@ class Engine:
             self.layout.counts = lambda param: whole_of(param).parts > 1
         self.grid: Grid | None = None
         if invariant:
-            self.layout.sum_over(world.states.size)
+            self.layout.sum_over(world.shard.size)
             self.grid = Grid(self.module.parameters(), world.device)
         named = self.module.named_parameters()
         self.names: dict[nn.Parameter, str] = {p: stored_name(n) for n, p in named}
@@ -208,8 +209,8 @@ class Engine:
         slots = slice(first * columns.size + columns.rank, end * columns.size, columns.size)
         count = batch.micro_batches * columns.size
         # At stage 0 each of the ranks with the same parameters has the whole gradient of these.
-        once = not self.layout.replicated or self.world.states.is_main
-        parts = self.layout.parts() if once else ()
+        alike = self.world.states if self.layout.replicated else self.world.replicas
+        parts = self.layout.parts() if alike.is_main else ()
         return grid.sums(parts, losses, slots, count, self.world)
 
     def backward(self, batch, disturbance: float = 1.0) -> Tensor:
@@ -219,8 +220,9 @@ class Engine:
         self.layout.norm = None
         if not self.module.training:
             self.module.train()
-        # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
-        ranks = 1 if self.grid else self.world.states.size
+        # DeepSpeed averages over the ranks that it divides states among; the step's loss is a sum
+        # over its targets on all ranks.
+        ranks = 1 if self.grid else self.world.shard.size
         scale = ranks / batch.targets * self.layout.backward_scale * disturbance
         if self.grid:
             self.grid.begin(batch.micro_batches * self.world.columns.size)
@@ -234,6 +236,7 @@ class Engine:
             seed = partial(self.seed_for, batch.step)
             nats = self.pipeline.backward(batch.micro, rounds, scale, seed, self.mark)
             self.layout.reduce()
+            self._add_replicas()
             return nats if self.world.tensor.is_main else torch.zeros_like(nats)
         for i in range(rounds):
             micro = batch.micro[min(i, len(batch.micro) - 1)]
@@ -257,7 +260,12 @@ class Engine:
                 self._numbers.setdefault(name, []).append(each.mean())
             nats = total.detach().float()
             losses.append(nats if self.world.tensor.is_main else torch.zeros_like(nats))
+        self._add_replicas()
         return torch.stack(losses)
+
+    def _add_replicas(self) -> None:
+        if self.world.replicas.size > 1:
+            add_replicas(self.layout.reduced(), self.world.replicas, self.layout.bucket_size)
 
     def combined(self, output: Any, micro: Any) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
         """Return the window losses of a micro-batch, (B,), its penalty, and numbers to log. output:
@@ -319,7 +327,9 @@ class Engine:
         """
         counters = self._counters()
         with torch.no_grad():
-            square = self.layout.square_sum(self.world.device, self.world.mesh.in_stage)
+            square = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            if self.world.replicas.is_main:
+                square = self.layout.square_sum(self.world.device, self.world.mesh.in_stage)
             pair = torch.stack([square, losses.sum().to(self.world.device, torch.float64)])
         if counters is not None:  # fp64 holds integers up to 2^53
             pair = torch.cat([pair, counters.flatten().double()])
@@ -388,7 +398,7 @@ def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
     import deepspeed
 
     deepspeed.utils.groups.mpu = None  # left by an earlier engine of this process
-    if world.tensor.size == world.pipeline.size == 1:
+    if world.shard is world:
         return world.accelerator.prepare(model, optimizer)[0]
     # Accelerate hands over no Mpu, except for models of transformers.
     config = world.accelerator.state.deepspeed_plugin.deepspeed_config

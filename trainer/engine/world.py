@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from forescale.config.mesh import Mesh
 from forescale.engine.digits import DIGITS, MOST_SLOTS, Digits, number_of
-from forescale.engine.ranks import LastStage, Ranks, Tree, joined
+from forescale.engine.ranks import ALONE, LastStage, Ranks, Tree, joined
 from forescale.ground.errors import UserError
 from forescale.ground.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
 
@@ -96,9 +96,11 @@ class World(Ranks):
     exchange columns for heads; `context`, those that pass keys and values around; `tensor`, those
     that have the same columns and divide the matrices; `data`, those that have the same columns of
     other windows and the same parts of matrices, so that among them each window counts once;
-    `states`, those that have the same parts of matrices; `pipeline`, those at this one's place in
-    each stage of the pipeline, in the order of the stages; `experts`, those that have the experts
-    of a layer between them; `expert_data`, those that have the same experts as this.
+    `states`, those that have the same parts of matrices; `shard`, those of them that have one copy
+    of the states between them; `replicas`, those that have the same part of the states, one of each
+    copy; `pipeline`, those at this one's place in each stage of the pipeline, in the order of the
+    stages; `experts`, those that have the experts of a layer between them; `expert_data`, those
+    that have the same experts as this, and one copy of their states between them.
     """
 
     compares: ClassVar[bool] = True  # the names of `extra` with those of the other ranks
@@ -121,6 +123,10 @@ class World(Ranks):
         self.states: Ranks = self
         if self.tensor.size > 1 or self.pipeline.size > 1:
             self.states = self._grouped(self.mesh.state_peers(self.rank), wait, least=1)
+        self.shard, self.replicas = self.states, ALONE
+        if self.mesh.shards < self.states.size:
+            self.shard = self._grouped(self.mesh.shard_peers(self.rank), wait, least=1)
+            self.replicas = self._grouped(self.mesh.replica_peers(self.rank), wait)
         self.experts = self._grouped(self.mesh.expert_peers(self.rank), wait)
         self.expert_data: Ranks = self
         if self.experts.size > 1 or self.pipeline.size > 1:

@@ -202,7 +202,7 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
 
 def _copied(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> Collective:
     """Return the sum of the ranks that have the same part of the states, one of each copy
-    (engine/parallel/copies.py): of a rank's part of the gradient, with Muon before stage 3 of the
+    (engine/parallel/replicas.py): of a rank's part of the gradient, with Muon before stage 3 of the
     whole matrices that it reads."""
     elements = 0
     for group in trained.groups:

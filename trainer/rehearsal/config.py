@@ -41,7 +41,8 @@ class RehearseJob(PlanJob):
     @property
     def rehearsed_ranks(self) -> list[int]:
         mesh = self.mesh(self.world_size)
-        edges = {0, max(mesh.near, mesh.experts) - 1, mesh.world - 1}
+        divided = max(mesh.near, mesh.experts, mesh.shard * mesh.tensor)
+        edges = {0, divided - 1, mesh.world - 1}
         if mesh.pipeline > 2:  # a stage between the first and the last
             edges.add(mesh.world // 2)
         return self.rehearse.ranks or sorted(edges)

@@ -298,6 +298,7 @@ def numerics(
         "tensor_parallel": job.engine.tensor_parallel,
         "stage": job.engine.stage,
         "expert_parallel": job.engine.expert_parallel,
+        "shard_group": "any" if job.train.invariant else job.engine.shard_group,
         "pipeline_parts": job.engine.pipeline_parallel * job.engine.chunks,
         "precision": job.precision.label,
         "gradients": "fp32" if job.adds_in_fp32(world_size) else "precision",

@@ -55,6 +55,36 @@ def test_each_copy_of_the_states_is_whole(world, tensor, pipeline, shard):
         assert {*copy, *same} <= {*mesh.state_peers(rank)}
 
 
+def test_a_copy_of_the_states_has_each_part_of_the_experts():
+    mesh = Mesh(24, tensor=2, experts=3, shard=6)
+    for rank in range(24):
+        same = mesh.expert_data_peers(rank)
+        block = range(rank // 12 * 12, rank // 12 * 12 + 12)  # with a copy of all states
+        assert same == [r for r in block if r % 3 == rank % 3]
+        assert rank in same
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["engine=zero0"], "at ZeRO stage 0 each rank has all states"),
+        (["engine.shard_group=1"], "groups of one rank divide nothing"),
+        (["engine.shard_group=3"], "groups of 3 don't divide the 8 ranks"),
+        (["engine.tensor_parallel=2", "engine.shard_group=8"], "groups of 8 don't divide the 4"),
+        (["engine=zero3", "engine.hierarchical_partition=2"], "a hierarchical partition is of"),
+        (["engine.offload_optimizer=true"], "gradients that are offloaded are not summed"),
+        (["model.mlp=moe", "engine.expert_parallel=4"], "2 ranks with a copy of the states are no"),
+    ],
+)
+def test_groups_that_can_t_have_a_copy_of_the_states_are_refused(words, problem):
+    command = ["launch.processes=8", "train.global_batch=64", "optimizer=adamw", "model.width=64"]
+    command += ["model.num_heads=4", "engine.shard_group=2"]
+    compose(TrainJob, command)
+    refusals = problems(*command, *words)
+    assert [*refusals] == ["engine.shard_group"]
+    assert refusals["engine.shard_group"].startswith(problem)
+
+
 @pytest.mark.parametrize(("world", "parts"), [(2, 2), (8, 2), (8, 4)])
 def test_each_part_of_the_experts_is_once_in_a_group_and_in_every_group(world, parts):
     mesh = Mesh(world, experts=parts)

@@ -106,7 +106,8 @@ class EngineConfig:
     # parts of the model a stage; null: 1, of interleaved 2
     pipeline_chunks: int | None = key(None, ge=1)
     # number of ranks, among those with the same parameters, that ZeRO divides the states among;
-    # each such group has a copy of the states (hybrid sharding); 0: all
+    # each such group, best a node, has a copy of the states, and groups exchange a part of the
+    # gradient once a step (hybrid sharding, HSDP); 0: all ranks
     shard_group: int = key(0, ge=0)
     # settings of DeepSpeed that have no key here, in its JSON format
     deepspeed: dict[str, Any] = key({})

@@ -45,16 +45,16 @@ class Mpu:
         self._world = world
 
     def get_data_parallel_group(self) -> Any:
-        return self._world.states.group
+        return self._world.shard.group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return self._world.mesh.state_peers(self._world.rank)
+        return self._world.mesh.shard_peers(self._world.rank)
 
     def get_data_parallel_world_size(self) -> int:
-        return self._world.states.size
+        return self._world.shard.size
 
     def get_data_parallel_rank(self) -> int:
-        return self._world.states.rank
+        return self._world.shard.rank
 
     def get_model_parallel_group(self) -> Any:
         """Return the ranks that have a model between them."""
