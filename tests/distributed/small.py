@@ -103,6 +103,7 @@ def job(
     engine |= {
         "bucket_bytes": 4096,
         "hierarchical_partition": 1,
+        "quantized_weights": False,
         "deepspeed": {"zero_optimization": zero},
     }
     added = gradients or precision

@@ -231,6 +231,8 @@ class TrainJob(Lengths, Job):
         if ranks and ranks % near:
             problem = f"{near} ranks don't divide {ranks}"
             yield "engine.hierarchical_partition", problem, f"choose {gcd(ranks, near)}"
+        if self.engine.quantized_weights and not self.on_gpu:
+            yield "engine.quantized_weights", "has kernels for GPUs alone", "leave it out"
         if (ranks or self.mesh(1).together) % self.mesh(1).together:
             return  # what follows counts groups
         has_length = self.train.has_length

@@ -24,6 +24,7 @@ from forescale.engine.parallel.pipeline import Pipeline, borrow
 from forescale.engine.ranks import Ranks
 from forescale.engine.step import Engine
 from forescale.engine.world import World
+from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.parallel.division import runs
 from forescale.models.parallel.groups import Group, SequenceGroup
@@ -92,12 +93,15 @@ def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
     # Init makes the group of a hierarchical partition once, and refuses to make it for a second
     # part of the model; an earlier engine of this process may have left one.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    persistent = config["zero_optimization"].get("stage3_param_persistence_threshold", 10**5)
     among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.shard.group}
 
     def shared(module: nn.Module) -> nn.Module:
         # Init keeps the type that it finds, and the engine later refuses any but its own; of a
         # divided model it moves no buffers.
         module.to(world.device, dtype)
+        if job.engine.quantized_weights:
+            check_quantized(module, world.shard.size, persistent)
         among_ranks = among if world.shard is not world else {}
         near = groups._get_zero_param_intra_parallel_group()
         # Of what is not divided yet.
@@ -120,6 +124,17 @@ def _columns(world: World, config: ModelConfig) -> SequenceGroup:
 
     exchange, ring = Group(*named(world.sequence)), Group(*named(world.context))
     return SequenceGroup(*named(world.columns), exchange, ring, runs(config, ring.size))
+
+
+def check_quantized(module: nn.Module, ranks: int, persistent: int) -> None:
+    """Raise UserError if DeepSpeed's kernels can't quantize the part that one of `ranks` has of a
+    weight; weights of at most `persistent` elements stay whole on each rank."""
+    for name, p in module.named_parameters():
+        part = -(-p.numel() // ranks)
+        if p.numel() > persistent and part % 8:
+            problem = f"each of {ranks} ranks has {part:,} elements of {name}, no multiple of 8"
+            todo = "choose other sizes of the model or another number of ranks, or leave it out"
+            raise UserError("engine.quantized_weights", problem, todo)
 
 
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:

@@ -36,7 +36,7 @@ def problems_apart(job, world_size: int) -> list[Problem]:
     settings = job.engine.deepspeed
     if not settings:
         return []
-    return _for_gpus(job) or _answer(json.dumps([_base(job, world_size), settings]))
+    return _answer(json.dumps([_base(job, world_size), settings]))
 
 
 def problems_here(job, world_size: int) -> list[Problem]:
@@ -44,15 +44,7 @@ def problems_here(job, world_size: int) -> list[Problem]:
     settings = job.engine.deepspeed
     if not settings:
         return []
-    return _for_gpus(job) or [*_problems(_base(job, world_size), settings)]
-
-
-def _for_gpus(job) -> list[Problem]:
-    """Return the settings of a job on CPUs whose kernels DeepSpeed has for GPUs alone."""
-    zero = job.engine.deepspeed.get("zero_optimization", {})
-    keys = [k for k, v in zero.items() if not job.on_gpu and k.startswith("zero_quantized") and v]
-    problem = "has kernels for GPUs alone"
-    return [Problem(f"{_KEY}.zero_optimization.{k}", problem, "leave it out") for k in keys]
+    return [*_problems(_base(job, world_size), settings)]
 
 
 def _base(job, world_size: int) -> dict[str, Any]:

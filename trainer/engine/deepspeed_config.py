@@ -61,6 +61,8 @@ def _zero(job, world_size: int) -> dict[str, Any]:
             zero["leaf_module"] = {"classes": [BLOCK]}
         if engine.hierarchical_partition > 1:
             zero["zero_hpz_partition_size"] = engine.hierarchical_partition
+        if engine.quantized_weights:
+            zero["zero_quantized_weights"] = True
         if engine.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
     if engine.offload_optimizer:

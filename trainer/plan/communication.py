@@ -243,7 +243,7 @@ def _partitioned(
     params = [p for p in trained.parameters if p.name in names]
     small = [p for p in params if p.numel <= s.persistence]
     trace = s.gathers(trained.parameters, recomputes(job), trained.experts, names)
-    first, again = s.size * trace.first, s.size * trace.again
+    first, again = s.fetched * trace.first, s.fetched * trace.again
     beside = 1.0 if s.overlap else 0.0
     near, n = s.near, s.accumulation
     payload, calls = n * (first + again), n * trace.calls

@@ -308,6 +308,7 @@ def numerics(
         "attention_kernel": job.train.attention_kernel,
         "mlp_chunk": job.model.mlp.columns if isinstance(job.model, ModelConfig) else None,
         "offload": job.engine.offload_optimizer or job.engine.offload_parameters,
+        "quantized_weights": job.engine.quantized_weights,
         "deepspeed": job.engine.deepspeed,
         "exact": exactness(job.train.deterministic, device != "cpu").holds,
         "threads": threads,

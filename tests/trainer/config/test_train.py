@@ -63,6 +63,8 @@ NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
             ["engine=zero3", "engine.hierarchical_partition=2", ALONE],
             "engine.hierarchical_partition",
         ),
+        (["engine.quantized_weights=true"], "engine.quantized_weights"),  # needs stage 3, and a GPU
+        (["engine=zero3", "engine.quantized_weights=true"], "engine.quantized_weights"),
         (["engine.expert_parallel=2"], "engine.expert_parallel"),  # a dense model
         ([*EXPERTS, "engine=zero3", "engine.hierarchical_partition=2"], "engine.expert_parallel"),
         ([*EXPERTS, "model.mlp.experts=7"], "engine.expert_parallel"),
@@ -291,6 +293,11 @@ def test_a_row_has_room_for_a_span():
         (
             "{zero_optimization: {round_robin_gradients: true}}",
             "zero_optimization.round_robin_gradients",
+            "does not apply here",
+        ),
+        (
+            "{zero_optimization: {zero_quantized_gradients: true}}",
+            "zero_optimization.zero_quantized_gradients",
             "does not apply here",
         ),
     ],

@@ -42,11 +42,6 @@ def problems(settings, *words):
         ("{prescale_gradients: 5}", "prescale_gradients", "expects true or false"),
         ("{gradient_predivide_factor: much}", "gradient_predivide_factor", "expects a number"),
         ("{comms_logger: 3}", "comms_logger", "must be a mapping"),
-        (
-            "{zero_optimization: {zero_quantized_weights: true}}",
-            f"{ZERO}.zero_quantized_weights",
-            "GPU",
-        ),
     ],
 )
 def test_each_wrong_setting_is_named(settings, key, problem):

@@ -4,10 +4,13 @@ import importlib
 import json
 
 import pytest
+from torch import nn
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.engine.build import check_quantized
 from forescale.engine.deepspeed_config import BLOCK, deepspeed_config, merged
+from forescale.ground.errors import UserError
 from forescale.plan.config import PlanJob
 
 
@@ -104,6 +107,17 @@ def test_the_second_partition_of_stage_3():
     config = derived("engine=zero3", "engine.hierarchical_partition=2")
     assert config["zero_optimization"]["zero_hpz_partition_size"] == 2
     assert "zero_hpz_partition_size" not in derived("engine=zero3")["zero_optimization"]
+
+
+def test_weights_are_quantized_on_gpus_alone_and_where_ranks_have_whole_groups(monkeypatch):
+    monkeypatch.setattr("forescale.config.train.has_gpu", lambda: True)
+    config = derived("engine=zero3", "engine.quantized_weights=true")
+    assert config["zero_optimization"]["zero_quantized_weights"] is True
+    module = nn.Linear(24, 6, bias=False)
+    check_quantized(module, 3, 100)
+    check_quantized(module, 5, 144)  # stays whole on each rank
+    with pytest.raises(UserError, match="each of 5 ranks has 29 elements of weight"):
+        check_quantized(module, 5, 100)
 
 
 def test_only_blocks_of_our_own_models_are_gathered_as_one():

@@ -131,6 +131,16 @@ def test_a_hierarchical_partition_sends_less_between_nodes():
     assert between[1] < between[0]
 
 
+def test_quantized_weights_are_gathered_in_half_of_the_bytes():
+    planned = job("model=llama-7b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
+    held, label = inventory(planned), "weights in forward and backward"
+    rounded = replace(planned, engine=replace(planned.engine, quantized_weights=True))
+    both = (collectives(each, held, 64) for each in (planned, rounded))
+    whole, half = ({c.label: c.payload for c in traffic} for traffic in both)
+    assert half[label] == whole[label] / 2
+    assert half | {label: 0} == whole | {label: 0}
+
+
 def test_ranks_that_divide_a_window_exchange_what_its_layers_hold():
     """Queries, keys, values and outputs of 2 layers, forward and backward: 4 times the columns of a
     rank; of the one key and value head each of 4 ranks gets a copy."""

@@ -39,6 +39,7 @@ _OUR_KEYS = {
     "zero_optimization.reduce_bucket_size": "engine.bucket_bytes",
     "zero_optimization.allgather_bucket_size": "engine.bucket_bytes",
     "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
+    "zero_optimization.zero_quantized_weights": "engine.quantized_weights",
     "sequence_parallel_size": "engine.sequence_parallel",
     "expert_parallel": "engine.expert_parallel",
     "pipeline": "engine.pipeline_parallel",
@@ -63,6 +64,9 @@ _UNUSED = {
     "csv_monitor": "forescale's logging has trackers of its own",
     # With it the norm of the gradient was a fifth too small, silently (2 ranks, stages 1 and 2).
     "zero_optimization.round_robin_gradients": "the engine reads gradients in their own order",
+    # The kernels of 0.19.8 read bf16's bits as fp16's; weights are converted before, not gradients.
+    "zero_optimization.zero_quantized_gradients": "DeepSpeed takes gradients of bf16 for fp16",
+    "zero_optimization.zero_quantized_nontrainable_weights": "checkpoints would hold its integers",
     "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.zenflow": "forescale's optimizers don't run in it",
 }
@@ -86,6 +90,10 @@ class EngineConfig:
     bucket_bytes: int = key(500_000_000, ge=4)  # bytes of a communication bucket
     # stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off
     hierarchical_partition: int = key(1, ge=1)
+    # stage 3: gather weights as 8-bit integers, with a scale for some thousands of them (ZeRO++'s
+    # qwZ, arXiv 2306.10209): half of the bytes, and forward and backward passes with rounded
+    # weights; for GPUs; has never run on a GPU in our tests
+    quantized_weights: bool = False
     # number of consecutive ranks that divide the tokens of each window; best within a node; 1: off
     sequence_parallel: int = key(1, ge=1)
     # number of consecutive ranks that divide the matrices of each block, and the token tables if it
@@ -121,8 +129,9 @@ class EngineConfig:
     def problems(self) -> ProblemIterator:
         if self.offload_optimizer and self.stage == 0:
             yield "offload_optimizer", "needs ZeRO", "choose engine.stage=1, 2 or 3"
-        for name, off in (("offload_parameters", False), ("hierarchical_partition", 1)):
-            if getattr(self, name) != off and self.stage != 3:
+        off = {"offload_parameters": False, "hierarchical_partition": 1, "quantized_weights": False}
+        for name in off:
+            if getattr(self, name) != off[name] and self.stage != 3:
                 yield name, "needs ZeRO stage 3", "choose engine.stage=3"
         if self.expert_parallel > 1 and self.hierarchical_partition > 1:
             problem = "a hierarchical partition is of parameters that all ranks have"

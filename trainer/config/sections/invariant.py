@@ -31,16 +31,9 @@ def invariant_problems(job: "TrainJob") -> ProblemIterator:
     if sent not in (None, "fp32"):
         problem = "gradients are sent in fp32, where their sums are exact"
         yield "engine.deepspeed.communication_data_type", problem, f"leave it out, {without}"
-    zero = engine.deepspeed.get("zero_optimization")
-    if isinstance(zero, dict) and zero.get("zero_quantized_gradients"):
-        problem = "rounds what each rank has added up"
-        name = "engine.deepspeed.zero_optimization.zero_quantized_gradients"
-        yield name, problem, f"leave it out, {without}"
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if isinstance(zero, dict) and zero.get(key):
-            problem = "rounds weights in groups that depend on the ranks"
-            name = f"engine.deepspeed.zero_optimization.{key}"
-            yield name, problem, f"leave it out, {without}"
+    if engine.quantized_weights:
+        problem = "rounds weights in groups that depend on the ranks"
+        yield "engine.quantized_weights", problem, f"leave it out, {without}"
     if "gradient_predivide_factor" in engine.deepspeed:
         problem = "divides gradients whose sums are exact"
         yield "engine.deepspeed.gradient_predivide_factor", problem, f"leave it out, {without}"

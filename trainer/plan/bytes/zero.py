@@ -74,6 +74,11 @@ class ZeroSettings:
         return int(self.zero.get("zero_hpz_partition_size", 1))
 
     @property
+    def fetched(self) -> int:
+        """Bytes of one weight in the gathers of forward and backward passes, but for scales."""
+        return 1 if self.zero.get("zero_quantized_weights") else self.size
+
+    @property
     def persistence(self) -> int:
         """Elements up to which stage 3 keeps a parameter whole."""
         return int(self.zero.get("stage3_param_persistence_threshold", 10**5))

@@ -17,10 +17,7 @@ WORDS = ["train.invariant=true", "train.steps=9", "train.micro_batch=2", "train.
         ("precision=bf16 engine.gradient_dtype=precision", "engine.gradient_dtype"),
         ("engine.deepspeed.communication_data_type=bf16", "engine.deepspeed"),
         ("engine.deepspeed.gradient_predivide_factor=3", "engine.deepspeed.gradient"),
-        (
-            "engine.deepspeed.zero_optimization.zero_quantized_gradients=true",
-            "engine.deepspeed.zero_optimization",
-        ),
+        ("engine=zero3 engine.quantized_weights=true", "engine.quantized_weights"),
         ("model.mlp=moe engine.expert_parallel=2", "engine.expert_parallel"),
         ("engine=zero3 engine.hierarchical_partition=2", "engine.hierarchical_partition"),
         ("launch.processes=6", "train.global_batch"),
