@@ -23,3 +23,19 @@ def checked(cases):
         engine.train_step(batch(0, world.data.rank, world.size), 1.0)
         engine.train_step(batch(1, world.data.rank, world.size), 1.0, before_update=look)
     return faults
+
+
+def ordered(case):
+    """The order of sums among replicas and of ends of backward passes in a step."""
+    from forescale.engine import stages
+    from tests.distributed.jobs import batch
+    from tests.distributed.sequence_scenarios import build
+
+    engine, order = build(case, 2), []
+    world, o = engine.world, engine.layout.optimizer
+    add, end = stages.add_replicas, o.independent_gradient_partition_epilogue
+    stages.add_replicas = lambda *each: (order.append("sum"), add(*each))[1]
+    o.independent_gradient_partition_epilogue = lambda: (order.append("end"), end())[1]
+    engine.train_step(batch(0, world.data.rank, world.data.size), 1.0)
+    stages.add_replicas = add
+    return order

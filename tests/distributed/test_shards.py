@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.distributed import ranks
+from tests.distributed.jobs import SMALL, zero
 from tests.distributed.test_sequence import STEPS, plainly
 
 pytestmark = pytest.mark.distributed
@@ -58,3 +59,10 @@ def test_the_self_check_compares_the_copies():
     # Of two copies that differ, none is known to be right.
     differ = "the weights of ranks 0 on here, 2 on here differ, where all must be equal"
     assert faults == [None, differ] * 2
+
+
+def test_stage_3_sums_over_the_copies_beside_the_last_backward_pass():
+    case = [3, *KEYS, "optimizer=adamw", GROUPS, zero(SMALL), "engine.bucket_bytes=20000"]
+    order = ranks.run("shard_scenarios:ordered", 4, case=case)
+    first, last = order.index("sum"), len(order) - 1 - order[::-1].index("end")
+    assert order.index("end") < first < last  # of two micro-batches

@@ -41,6 +41,7 @@ class Layout:
     """The common base. `replicated`: no element has one owner, see Replicated."""
 
     replicated = False
+    adds_beside = False
 
     def __init__(self, engine):
         self.engine = engine
@@ -77,6 +78,11 @@ class Layout:
         """Yield all that a step reads of the averaged gradient on this rank, as memory that may be
         written, where ZeRO divides the states and nothing is offloaded."""
         yield from (gradient for _, gradient in self.owned())
+
+    def add_beside(self, replicas: Ranks) -> None:
+        """Let the gradient be summed over replicas beside the last backward pass of each step, from
+        now on, where DeepSpeed does so with reductions (`adds_beside`). In that pass all ranks must
+        make the same gradients, in the same order."""
 
     @property
     def bucket_size(self) -> int:

@@ -48,6 +48,7 @@ from forescale.engine.gathers import reduce_scattered
 from forescale.engine.layout import Layout, Piece, Replicated, Unit
 from forescale.engine.optimizers.muon import together
 from forescale.engine.optimizers.spread import Slice, update_parts
+from forescale.engine.parallel.replicas import add_replicas
 
 
 def layout_of(engine, fp32_gradients: bool = False) -> Layout:
@@ -351,6 +352,17 @@ class Zero3(Layout):
         with synchronized_by(lambda: None):
             self._post(timer_names)
         self._gathering.wait_stream(torch.cuda.current_stream())
+
+    def add_beside(self, replicas):
+        o, original = self.optimizer, self.optimizer.partition_grads
+
+        def partition_grads(params, partitions):  # in the stream that reduces
+            buffers = original(params, partitions)
+            if self.engine.is_gradient_accumulation_boundary():
+                add_replicas(buffers, replicas, self.bucket_size)
+            return buffers
+
+        o.partition_grads, self.adds_beside = partition_grads, True
 
     def sum_over(self, ranks):
         super().sum_over(ranks)

@@ -33,6 +33,7 @@ from forescale.engine.world import World
 from forescale.ground.errors import UserError
 from forescale.models.adapters import stored_name
 from forescale.models.parallel.whole import whole_of
+from forescale.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Engine:
             for group in self.layout.base.param_groups:
                 if "fused" in group:
                     group["fused"] = False
+        if world.replicas.size > 1 and isinstance(self.module, Transformer):  # none unused
+            self.layout.add_beside(world.replicas)
         self.pipeline = pipeline
         if pipeline is not None:
             self.layout.reduce_later()
@@ -264,7 +267,7 @@ class Engine:
         return torch.stack(losses)
 
     def _add_replicas(self) -> None:
-        if self.world.replicas.size > 1:
+        if self.world.replicas.size > 1 and not self.layout.adds_beside:
             add_replicas(self.layout.reduced(), self.world.replicas, self.layout.bucket_size)
 
     def combined(self, output: Any, micro: Any) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:

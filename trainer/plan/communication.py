@@ -59,7 +59,7 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
             of_experts = replace(s, world=s.expert_world)
             zero += _partitioned(of_experts, experts, job, local, " of experts", mesh.experts)
     traffic = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
-    traffic += [*_whole_matrices(s, local, mesh), _copied(s, local, mesh)]
+    traffic += [*_whole_matrices(s, local, mesh), _copied(s, job, local, mesh)]
     return [c for c in traffic if c.payload and c.ranks > 1]
 
 
@@ -200,7 +200,7 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
     return sums
 
 
-def _copied(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> Collective:
+def _copied(s: ZeroSettings, job: TrainJob, trained: Inventory, mesh: Mesh) -> Collective:
     """Return the sum of the ranks that have the same part of the states, one of each copy
     (engine/parallel/replicas.py): of a rank's part of the gradient, with Muon before stage 3 of the
     whole matrices that it reads."""
@@ -215,7 +215,10 @@ def _copied(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> Collective:
             elements += partition(group, s.ranks)
     copies, calls = mesh.states // mesh.shards, -(-elements // s.bucket)
     label, payload = "gradients of copies", s.gradient * elements
-    return Collective(label, "all_reduce", payload, copies, calls, stride=s.ranks)
+    # Stage 3 sums in the last backward pass, where all ranks make the same gradients (step.py).
+    hidden = s.stage == 3 and s.overlap and isinstance(job.model, ModelConfig)
+    beside = 2 / 3 / s.accumulation if hidden else 0.0
+    return Collective(label, "all_reduce", payload, copies, calls, beside, s.ranks)
 
 
 def _buckets(parameters: Sequence[Parameter], most: int) -> int:

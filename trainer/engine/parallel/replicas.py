@@ -3,8 +3,10 @@ arXiv 2205.00119; torch's HYBRID_SHARD).
 
 With `engine.shard_group` DeepSpeed divides states and reduces gradients among the ranks of a group.
 Then each rank sums its part of the gradient with those that have the same part, one of each group:
-a group sends others 1/size of what each of its ranks has computed. Invariant: afterwards these
-ranks have the same bits, and so make the same update.
+between groups goes 1/size of a gradient a rank. Stage 3 does it beside the last backward pass
+(Layout.add_beside).
+
+Invariant: afterwards these ranks have the same bits, and so make the same update.
 """
 
 from collections import deque
