@@ -254,7 +254,12 @@ def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
         values = [f"{one['calls']:,}", f"{one['bytes']:,}", f"{calls:,}", f"{expected:,}", text]
         rows.append(Row("", f"{kind} of {ranks:,}", values))
     columns = ("calls", "bytes", "calls planned", "bytes planned", "equal")
-    return Block("Collectives of a step", rows, columns)
+    labels: dict[str, list[str]] = {}
+    for c in rehearsed.plan.chosen.traffic:
+        labels.setdefault(f"{c.kind} of {c.ranks:,}", []).append(c.label)
+    several = len({ranks for _, ranks in planned}) > 1  # groups of ranks
+    after = [f"{name}: {', '.join(of)}." for name, of in sorted(labels.items()) if several]
+    return Block("Collectives of a step", rows, columns, after=after)
 
 
 def _waits(report: dict[str, Any]) -> Block:
