@@ -23,6 +23,7 @@ CASES = [
     (4, 1, [[stage, *KEYS, kind] for stage in (1, 2, 3) for kind in ("optimizer=adamw", MUON)]),
     (4, 1, [[stage, *KEYS, MUON, *EXPERTS] for stage in (2, 3)]),
     (4, 2, [[3, *KEYS, MUON]]),  # of four ranks, two divide a window
+    (4, 1, [[2, *KEYS, MUON, "engine.context_parallel=2"]]),
     (8, 1, [[1, *KEYS, MUON, MATRICES], [3, *KEYS, MATRICES, *EXPERTS], [1, *KEYS, MUON, STAGES]]),
 ]
 
