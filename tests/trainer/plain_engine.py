@@ -107,6 +107,7 @@ def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
         shapes={n: tuple(p.shape) for n, p in module.named_parameters()},
         buffer_shapes={"offset": (3,)},
         weights_changed=lambda: None,
+        outer=None,
     )
     set_step(new, 0)
     return new

@@ -98,7 +98,8 @@ class State(TypedDict):
     """The content of state.json.
 
     fragments: rows of Series (engine/portable/strips.py); logged: the attempt's files of rows,
-    by name, at that time; adapter_scale: of a run with adapters.
+    by name, at that time; adapter_scale: of a run with adapters; outer: the step of the last round
+    of a run on several clusters.
     """
 
     position: Position
@@ -111,6 +112,7 @@ class State(TypedDict):
     guard: NotRequired[Guard | None]
     logged: NotRequired[dict[str, FileEntry]]
     adapter_scale: NotRequired[Number | None]
+    outer: NotRequired[dict[str, Count]]
 
 
 class _StateByFile(State):

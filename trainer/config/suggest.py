@@ -37,7 +37,8 @@ def meant(path: str, paths: Iterable[str]) -> str | None:
 
 # Names of our keys in HF Trainer, nanoGPT, GPT-NeoX, torchtitan and DeepSpeed.
 _NAMES = {
-    "optimizer.learning_rate": "lr max_lr peak_lr",
+    "optimizer.learning_rate": "lr learning_rate max_lr peak_lr",
+    "optimizer.momentum": "momentum",
     "optimizer.weight_decay": "wd decay_rate",
     "optimizer.beta1": "adam_beta1 b1",
     "optimizer.beta2": "adam_beta2 b2",

@@ -32,6 +32,7 @@ from forescale.config.sections.objective import (
     objective_problems,
 )
 from forescale.config.sections.optimizer import OPTIMIZERS, AdamWConfig, OptimizerConfig
+from forescale.config.sections.outer import OuterConfig, outer_problems
 from forescale.config.sections.ramp import length_ramp_conflicts, length_ramp_notes
 from forescale.config.sections.runtime import (
     CheckpointConfig,
@@ -77,6 +78,7 @@ class TrainJob(Lengths, Job):
     heartbeat: HeartbeatConfig = section(HeartbeatConfig, kind="free")  # ranks that hang or lag
     logging: LoggingConfig = section(LoggingConfig, kind="free")  # logging
     launch: LaunchConfig = section(LaunchConfig, kind="free")  # processes
+    outer: OuterConfig = section(OuterConfig, kind="identity")  # one run on several clusters
     profile: ProfileConfig = section(ProfileConfig, kind="free")  # traces
     # your own callbacks: a list of mappings with _target_ and arguments
     callbacks: list[TargetConfig] = key([], kind="free")
@@ -261,6 +263,7 @@ class TrainJob(Lengths, Job):
         yield from objective_problems(self)
         yield from lora_problems(self)
         yield from length_ramp_conflicts(self)
+        yield from outer_problems(self)
         if not has_length:  # the section `train` has a problem
             return
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:

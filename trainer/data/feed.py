@@ -178,7 +178,7 @@ class Feed:
         bins = self.bins[0] if self.bins else None
         length, count = self.mixture.sequence_length, len(places.shard)
         rows = empty_rows(count, length, self.dtype, self.documents, bins, self.references)
-        rows.numbers[:] = np.concatenate([np.arange(*interval) for interval in intervals])
+        rows.numbers[:] = np.concatenate([self.mixture.numbers(*i) for i in intervals])
         rows.sizes[:] = places.length
         numbers, known = rows.numbers.tolist(), set(quarantine)
         one_by_one = bool(known) or self.documents or bins is not None

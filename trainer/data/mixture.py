@@ -24,6 +24,7 @@ from forescale.data.order import Order, Permutation
 
 _BLOCK = 1024  # windows at least; more if a share is too small for one window per block
 _LEAST = Fraction(1, 1 << 20)
+_MANY = 1 << 16  # windows whose places are computed at once
 Interval = tuple[int, int]
 
 
@@ -117,6 +118,10 @@ class Mixture:
         windows = zip(self.names, self.orders, self.samples(g).tolist(), strict=True)
         return {name: count / order.windows_per_epoch for name, order, count in windows}
 
+    def numbers(self, g0: int, g1: int) -> np.ndarray:
+        """Return the numbers of these windows among those of all members: int64."""
+        return np.arange(g0, g1)
+
     def _locate(self, g: int) -> tuple[int, int]:
         """Return the stage that holds g, and the number of the block in it."""
         stage = bisect_right(self._firsts, g) - 1
@@ -142,6 +147,43 @@ class Mixture:
             mixed = Permutation(high - low, self._seed, "mixture", stage, number)
             labels = labels[mixed(np.arange(high - low))]
         return _Block(self._firsts[stage] + low, self._before[stage] + before, labels)
+
+
+class MemberMixture(Mixture):
+    """The windows of a mixture that one of `count` members of a run reads: its g-th is the window
+    g * count + index of the mixture. So the members between them read each window once, as a run
+    whose batch is that of all of them."""
+
+    def __init__(
+        self,
+        orders: Mapping[str, Order],
+        stages: Sequence[MixtureStage],
+        seed: int,
+        index: int,
+        count: int,
+    ):
+        """stages: of the mixture of all members."""
+        super().__init__(orders, stages, seed)
+        self._index, self._count = index, count
+
+    def places(self, g0: int, g1: int) -> Places:
+        first = g0 * self._count
+        every = super().places(first, first + (g1 - g0) * self._count)
+        return Places(*(column[self._index :: self._count] for column in every))
+
+    def targets(self, g0: int, g1: int) -> np.ndarray:
+        total = np.zeros(len(self.orders), np.int64)
+        for g in range(g0, g1, _MANY):
+            places = self.places(g, min(g1, g + _MANY))
+            np.add.at(total, places.source, places.length - 1)
+        return total
+
+    def epochs(self, g: int) -> dict[str, float]:
+        """Return how many times all members together have read each source before g, by name."""
+        return super().epochs(g * self._count)
+
+    def numbers(self, g0: int, g1: int) -> np.ndarray:
+        return np.arange(g0, g1) * self._count + self._index
 
 
 class _Block:

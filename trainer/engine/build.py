@@ -163,7 +163,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     pipeline = None
     if world.pipeline.size > 1:
         pipeline = Pipeline(world, job.engine.pipeline_schedule, model)
-    seed, clip = job.train.seed, job.optimizer.clip
+    # Each member of a run on several clusters draws its own dropout.
+    seed, clip = job.train.seed + (job.outer.index << 32), job.optimizer.clip
     return Engine(
         world,
         model,

@@ -22,6 +22,8 @@ from forescale.engine.step import Engine
 from forescale.models.parallel.whole import whole_of
 
 MOMENTUM = "momentum_buffer"
+# Of a run on several clusters (outer.py), laid out as the masters.
+OUTER_WEIGHT, OUTER_MOMENTUM = "outer_weight", "outer_momentum"
 
 
 class Fills(Protocol):
@@ -43,16 +45,17 @@ def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) 
     if state == MOMENTUM:
         slot = engine.layout.momentum_slot(unit, piece) or slot
     start, at, size = slot
-    return _fragment(engine, piece.param, state, start, tensor.detach().view(-1)[at : at + size])
+    part = tensor.detach().view(-1)[at : at + size]
+    return fragment_of(engine, piece.param, state, start, part)
 
 
-def _fragment(engine: Engine, param: Any, state: str, start: int, data: Tensor) -> Fragment:
+def fragment_of(engine: Engine, param: Any, state: str, start: int, data: Tensor) -> Fragment:
     """Return `data` as a fragment of the whole parameter; `start`: in the part that is here."""
     whole = whole_of(param)
     return Fragment(engine.names[param], whole.shape, state, whole.start + start, data, whole.cut)
 
 
-def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
+def owned_part(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
     """Return the part of a held fragment that this rank writes; None if it writes nothing of it."""
     world, whole = engine.world, whole_of(piece.param)
     count, copy = world.replicas.size, world.replicas.rank
@@ -76,9 +79,10 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
         states = {WEIGHT: unit.master}
         moments = base.state.get(unit.master, {}).items()
         states |= {k: v for k, v in moments if torch.is_tensor(v) and v.dim() > 0}
+        states |= engine.outer.states(unit) if engine.outer else {}
         for piece in unit.pieces:
             for state, tensor in states.items():
-                if fragment := _owned(engine, piece, _held(engine, unit, piece, state, tensor)):
+                if fragment := owned_part(engine, piece, _held(engine, unit, piece, state, tensor)):
                     yield fragment
     yield from _untrained(engine, writing=True)
 
@@ -98,12 +102,14 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
             part = param.ds_tensor.numel()
             start = engine.world.shard.rank * part
             size = max(0, min(part, param.ds_numel - start))  # type: ignore[attr-defined]
-            held = _fragment(engine, param, WEIGHT, start, param.ds_tensor.detach().view(-1)[:size])
-            owned = _owned(engine, Piece(param, start, 0, size), held) if writing else held
+            held = fragment_of(
+                engine, param, WEIGHT, start, param.ds_tensor.detach().view(-1)[:size]
+            )
+            owned = owned_part(engine, Piece(param, start, 0, size), held) if writing else held
             if size and owned:
                 yield owned
         elif not writing or rank < whole_of(param).parts:
-            yield _fragment(engine, param, WEIGHT, 0, param.detach().view(-1))
+            yield fragment_of(engine, param, WEIGHT, 0, param.detach().view(-1))
 
 
 def scalars(engine: Engine) -> dict[str, Any]:
@@ -149,12 +155,15 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
     stored: what `scalars` returned. With None the optimizer starts anew, as in a branch that takes
     the weights only.
     """
-    layout = engine.layout
+    layout, has_outer = engine.layout, False
     layout.before_load()
     for unit in layout.units():
         tensors = {WEIGHT: unit.master}
         if stored is not None:
             tensors |= _moments(engine, unit, reader, stored["optimizer_steps"])
+            if engine.outer and OUTER_WEIGHT in reader.states(engine.names[unit.pieces[0].param]):
+                tensors |= engine.outer.states(unit)
+                has_outer = True
         for piece in unit.pieces:
             for state, tensor in tensors.items():
                 reader.fill(_held(engine, unit, piece, state, tensor))
@@ -162,6 +171,8 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
         reader.fill(held)
     layout.after_load()
     engine.weights_changed()
+    if engine.outer and not has_outer:
+        engine.outer.begin()
     if engine.grid:
         engine.grid.restore(engine.names, (stored or {}).get("bounds", {}))
     # The loss scale goes from fp16 to fp16 alone: in bf16 a large scale would make gradients wrong,
@@ -177,7 +188,8 @@ def _moments(engine: Engine, unit: Unit, reader: Fills, steps: dict) -> dict[str
     layout = engine.layout
     group = layout.base.param_groups[unit.group]
     names = {engine.names[piece.param] for piece in unit.pieces}
-    keys = {state for name in names for state in reader.states(name) if state != WEIGHT}
+    others = (WEIGHT, OUTER_WEIGHT, OUTER_MOMENTUM)
+    keys = {state for name in names for state in reader.states(name) if state not in others}
     if not keys:
         layout.base.state.pop(unit.master, None)
         return {}

@@ -115,6 +115,7 @@ class Engine:
         # None: a row is a window. Else a function of the row losses of a micro-batch, its penalty
         # and the micro-batch: it returns the window losses, (B,), the penalty, and numbers to log.
         self.combine: Callable[..., tuple[Tensor, Any, dict[str, Tensor]]] | None = None
+        self.outer: Any = None  # engine.outer.OuterState, of a run on several clusters
         self._numbers: dict[str, list[Tensor]] = {}  # of the step's micro-batches
         self._share = 1.0  # of these, this rank's, times the ranks
         self.has_stepped = False  # True once this process has made a step

@@ -147,9 +147,11 @@ def _check_rows(
     rows: list[dict[str, Any]] = []
     try:
         # Not filtered by read_rows: a row without a kind is a fault.
-        rows = [row for row in read_rows(run.metrics) if row["kind"] == "train"]
-        faults = list(row_faults(rows, _origin(run, job), job, _skipped(run)))
-        faults += _disagreements(rows, eligible)
+        every = read_rows(run.metrics)
+        rows = [row for row in every if row["kind"] == "train"]
+        rejoined = [row for row in every if row["kind"] == "rejoined"]
+        faults = list(row_faults(rows, _origin(run, job), job, _skipped(run), rejoined))
+        faults += _disagreements([*rows, *rejoined], eligible)
         steps = f"steps {rows[0]['step']:,} to {rows[-1]['step']:,}" if rows else "none"
     except (AttributeError, KeyError, TypeError) as e:
         findings.faults.append(f"{run.metrics}: a row lacks a field ({e!r})")
@@ -177,13 +179,18 @@ def row_faults(
     origin: Position,
     job: TrainJob | None = None,
     skipped: Sequence[Interval] = (),
+    rejoined: Sequence[dict[str, Any]] = (),
 ) -> Iterator[str]:
     """Yield where train rows don't continue each other, the first fault of each kind. origin:
-    negative numbers in it are unknown; skipped: samples that no row may have."""
+    negative numbers in it are unknown; skipped: samples that no row may have; rejoined: rows of the
+    steps at which the run went on after others that it left out."""
     reported, ramp = set[int](), job.batch_ramp if job else None
     step, g, tokens = origin.step, origin.g, origin.tokens
+    later = {row["step"]: row for row in rejoined}
     for row in rows:
         here = f"step {row['step']:,}"
+        if at := later.get(row["step"] - 1):
+            step, g, tokens = at["step"], at["g1"], at["tokens"]
         targets = sum(row["shares"].values())
         expected = g if g < 0 else unskipped(skipped, g, 1)[0][0]
         size = ramp.windows(row["step"] - 1) if ramp else row["g1"] - row["g0"]

@@ -32,6 +32,7 @@ BUCKETS = {
     "data": "waiting for batches",
     "evaluation": "held-out losses",
     "checkpoint": "time that training waits for saves",
+    "outer": "exchanging weights with other clusters, and waiting for them",
     "logging": "writing rows, lines and trackers",
     "startup": "the first launch until its first step, and the end of processes",
     "recovery": "start-up of every later launch, and rollbacks",

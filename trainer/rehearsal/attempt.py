@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from forescale.checkpoint import saver
+from forescale.config.sections.outer import OuterConfig
 from forescale.config.sections.runtime import LoggingConfig
 from forescale.engine import selfcheck
 from forescale.engine.portable import fragments
@@ -52,6 +53,7 @@ def reduced(job: RehearseJob, reads_data: bool) -> RehearseJob:
         job,
         validation=few,
         data=replace(job.data, workers=0),  # fake tensors are those of one thread
+        outer=OuterConfig(),  # there are no other clusters
         guard=replace(job.guard, corruption="note"),  # no two replays are equal, without values
         logging=LoggingConfig(peak_flops=job.logging.peak_flops or job.machine.peak_bf16),
     )

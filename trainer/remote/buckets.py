@@ -10,15 +10,18 @@ returns only after the copy was read back and has the sha256 of what was sent. A
 a whole, in a directory as in a bucket: a kill leaves the old or the new one.
 """
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from forescale.ground.errors import UserError, masked
-from forescale.ground.storage import FileEntry, blocks_of, hash_file, write_file
+from forescale.ground.storage import FileEntry, blocks_of, fsync_path, hash_file, write_file
 from forescale.remote.transfer import (
     MIB,
     PATIENCE,
@@ -129,6 +132,38 @@ class Folder:
 
         return persist(self.where, self._patience, attempt)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file, durably, unless there is one of this name; return False if there is.
+        Of several that create it at once one does: in a directory, and in a bucket of a store that
+        knows conditional writes, as s3 and gs are."""
+
+        def attempt() -> bool:
+            with _faults(self._at(name), self._patience.seconds) as (fs, target):
+                from fsspec.implementations.local import LocalFileSystem
+
+                if isinstance(fs, LocalFileSystem):
+                    return _linked(Path(target), data)
+                if not hasattr(fs, "loop"):
+                    fs.makedirs(fs._parent(target), exist_ok=True)
+                try:
+                    seconds = self._patience.seconds
+                    _called(fs, "pipe_file", seconds, target, data, mode="create")
+                except FileExistsError:
+                    return False
+                except OSError as e:  # of a store that doesn't name the condition that failed
+                    if e.errno == errno.EINVAL and self.has(name):
+                        return False
+                    raise
+                return True
+
+        return persist(self.where, self._patience, attempt)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a small file; None if there is none."""
+        with suppress(Missing):
+            return b"".join(self.get(name))
+        return None
+
     def get(self, name: str) -> Iterator[bytes]:
         """Yield the content of a file."""
         return receive(FsspecOrigin(self._at(name)), 0, None, self._patience)
@@ -142,6 +177,22 @@ class Folder:
 
     def _at(self, name: str) -> str:
         return f"{self._address}/{name}"
+
+
+def _linked(path: Path, data: bytes) -> bool:
+    """Write a file whole under a name that is free; return False if it isn't."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
+        file.write(data)
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)  # others may be other users
+        os.fsync(file.fileno())
+        try:
+            os.link(file.name, path)
+        except FileExistsError:
+            return False
+    fsync_path(path.parent)
+    return True
 
 
 def call(url: str, method: str, timeout: float, **options: Any) -> Any:
@@ -185,7 +236,7 @@ def _faults(url: str, timeout: float) -> Iterator[tuple[Any, str]]:
         raise _refused(where, e) from e
     except TimeoutError as e:
         raise RetryableError(f"no answer within {timeout:g} s") from e
-    except (IsADirectoryError, NotADirectoryError) as e:
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as e:
         raise UserError(where, f"is no place for a file ({e.strerror})", "check the path") from e
     except (ValueError, TypeError, NotImplementedError) as e:
         raise UserError(where, f"can't be used ({e})", "check the address") from e

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median_low
 from types import FrameType
 
+from forescale.config.sections.faults import ROUND
 from forescale.ground.errors import UserError
 from forescale.ground.storage import read_typed
 from forescale.ground.typed import Count, Number
@@ -27,7 +28,7 @@ from forescale.resilience.heartbeat import Heartbeat, RankStatus
 
 HANG = "hang.json"
 # Places at which a rank may wait for others; at every other place it has work of its own.
-WAITING_PLACES = frozenset({"backward", "norm", "update", "summary"})
+WAITING_PLACES = frozenset({"backward", "norm", "update", "summary", *ROUND})
 OWN_WORK = ("data", "forward")  # places where every rank does the same work, alone
 _LEAST_STEPS = 10  # over which a pace is measured
 _LEAST_SHARE = 0.05  # of a step's time: a smaller difference is noise

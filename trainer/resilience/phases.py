@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 PLACE = struct.Struct("<q24s")  # step, and place in ASCII
-_BESIDE = ("evaluation", "checkpoint", "startup", "recovery")  # between steps, now and then
+# Between steps, now and then.
+_BESIDE = ("evaluation", "checkpoint", "outer", "startup", "recovery")
 
 
 def training_seconds(seconds: Mapping[str, float]) -> float:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
+from forescale.config.sections.faults import ROUND
 from forescale.config.sections.runtime import HeartbeatConfig
 from forescale.ground.errors import CRASHED
 from forescale.resilience.diagnosis import WAITING_PLACES, python_stacks
@@ -36,7 +37,7 @@ from forescale.run.directory import Attempt
 _RECENT = 30  # heartbeats over which the pace is taken
 # A rank comes to these places at every step, but only now and then has work there: the longest
 # visit so far doesn't bound the next one.
-_RARE = frozenset({"evaluation", "checkpoint", "recovery"})
+_RARE = frozenset({"evaluation", "checkpoint", "recovery", "outer", *ROUND})
 
 
 class HeartbeatReporter:

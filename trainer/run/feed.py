@@ -24,7 +24,7 @@ from forescale.data.bins import (
 )
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed
-from forescale.data.mixture import Interval, Mixture, MixtureStage
+from forescale.data.mixture import Interval, MemberMixture, Mixture, MixtureStage
 from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_length
 from forescale.data.objectives.pairs import Pairs, separator_id, shown_separator
 from forescale.data.objectives.responses import Preferences, Responses
@@ -242,8 +242,11 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
     weights = job.data.weights or {n: o.windows_per_epoch for n, o in orders.items()}
     firsts = [0, *(job.batch_ramp.samples(job.steps_of(s) or 0) for s in job.data.stage_starts())]
     shares = [weights, *(stage["weights"] for stage in job.data.stages)]
+    members = job.outer.count
     stages = [
-        MixtureStage.of(first, [share.get(name, 0) for name in orders])
+        MixtureStage.of(first * members, [share.get(name, 0) for name in orders])
         for first, share in zip(firsts, shares, strict=True)
     ]
+    if members > 1:
+        return MemberMixture(orders, stages, seed, job.outer.index, members)
     return Mixture(orders, stages, seed)

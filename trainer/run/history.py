@@ -15,6 +15,9 @@ from forescale.ground.storage import FileEntry, hash_file
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Prefix, each_row
 
+# Kinds of the rows that say which step the run is at. An attempt that begins at a later step than
+# the one before was at, as a member that other clusters left behind, writes the second.
+_AT_STEP = ("train", "rejoined")
 _TAIL = 1 << 16  # bytes in which the last train row is looked for
 
 
@@ -81,21 +84,22 @@ def _history_in(path: Path, saved: Saved, origin: int) -> Prefix:
 
 def _contiguous(path: Path, step: int, origin: int) -> Prefix:
     """Return the rows up to a step, read one by one. Raises _Incomplete if steps are missing."""
-    end = 0
+    end, jumps = 0, set[int]()
 
     def steps() -> Iterator[int]:
-        nonlocal end
+        nonlocal end, jumps
         yield origin
         for row, end_of_row in each_row(path):
             if row.get("step", 0) > step:
                 return
             end = end_of_row
-            if row.get("kind") == "train":
+            if row.get("kind") in _AT_STEP:
+                jumps |= {row["step"]} if row["kind"] != "train" else set()
                 yield row["step"]
 
     last = origin
     for before, last in pairwise(steps()):
-        if last != before + 1:
+        if last != before + 1 and last not in jumps:
             raise _Incomplete(f"step {last:,} follows step {before:,}")
     if last != step:
         raise _Incomplete(f"they end at step {last:,}")
@@ -107,7 +111,7 @@ def _last_step(path: Path, size: int) -> int | None:
     last = None
     begin = max(0, size - _TAIL)
     for row, _ in each_row(path, begin, size):
-        if row.get("kind") == "train":
+        if row.get("kind") in _AT_STEP:
             last = row["step"]
     if last is None and begin:  # rows that long are possible
         last = next((row["step"] for row, _ in each_row(path, 0, size) if "loss" in row), None)

@@ -47,6 +47,7 @@ from forescale.train.evaluate import Score, Scored, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
 from forescale.train.metrics import Metrics, Prices, ProgressLine
 from forescale.train.model import prices_of
+from forescale.train.outer import Outer
 from forescale.train.preferences import PreferenceScore, evaluate_preferences, pooled_preferences
 from forescale.train.resume import ResumePoint
 
@@ -64,13 +65,16 @@ class Parts:
     user_callbacks: list[UserCallback]
     checkpoints: Checkpoints
     snapshots: Checkpoints | None = None  # in the memory of nodes
+    outer: Outer | None = None  # of a run on several clusters
 
     @property
     def callbacks(self) -> list[Callback]:
         """All callbacks in their order: a step is logged first; it is saved before it is scored,
-        which may take an hour."""
+        which may take an hour. What is saved and scored has taken
+        part in the step's round."""
+        rounds = [self.outer] if self.outer else []
         saving = [self.checkpoints, self.snapshots] if self.snapshots else [self.checkpoints]
-        return [self.metrics, *self.user_callbacks, *saving, self.validation]
+        return [self.metrics, *self.user_callbacks, *rounds, *saving, self.validation]
 
     def close(self) -> None:
         """End the workers of the data stream, and write what the metrics still hold."""
@@ -93,6 +97,7 @@ class Builder:
     prediction: PredictionInterval | None
     references: References | None = None  # of preferences
     memory: PeerMemory | None = None
+    outer: Outer | None = None
 
     @cached_property
     def objective(self) -> Objective:
@@ -147,7 +152,7 @@ class Builder:
         user_callbacks = self._user_callbacks(
             attempt, self.job.guard.most_rollbacks - len(rollbacks)
         )
-        return Parts(batches, guard, metrics, validation, user_callbacks, *saving)
+        return Parts(batches, guard, metrics, validation, user_callbacks, *saving, self.outer)
 
     def lacks_score(self, point: ResumePoint) -> bool:
         """True if the run ended between the save that it resumes from and the evaluation of the
@@ -263,7 +268,11 @@ class Builder:
     ) -> tuple[Checkpoints, Checkpoints | None]:
         job, rules = self.job, self.job.checkpoint
         scale = {"adapter_scale": job.lora.scale} if job.lora.rank else {}
-        facts = lambda: {"numerics": self.numerics, "guard": judge.state, **scale}  # noqa: E731
+
+        def facts() -> dict[str, Any]:
+            rounds = self.outer.facts if self.outer else {}
+            return {"numerics": self.numerics, "guard": judge.state, **scale, **rounds}
+
         parts = self.run, attempt, self.engine, facts, keep_of(job)
         extra: dict[str, Any] = {"midway": self.injector.writing} if self.injector else {}
         saver = Saver(*parts, background=rules.background, **extra)

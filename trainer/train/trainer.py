@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from forescale.train.build import Builder
 from forescale.train.guard import Halt, Rollback
 from forescale.train.loop import train
 from forescale.train.model import adapting, build_model, freeze
+from forescale.train.outer import Late, Outer, Paused
 from forescale.train.preferences import Comparison, Reference
 from forescale.train.probe import as_users, examine
 from forescale.train.resume import ResumePoint, resume, roll_back
@@ -113,12 +115,21 @@ class Trainer:
     def train(self) -> int:
         """Train to the end, or until a signal requests a stop. Return DONE or INTERRUPTED."""
         self._build()
+        try:
+            return self._train()
+        except Paused:  # before a step of this attempt: there is nothing new to save
+            return INTERRUPTED
+
+    def _train(self) -> int:
         if self.job.objective.are_preferences and not self._has_reference():
             return INTERRUPTED
         parts = (self.run, self.job, self.engine, self._warn, self.attempt, self.memory)
-        point = self._begin(resume(*parts))
+        if self.outer:
+            self.outer.join()
+        point = self._begin(self._settled(resume(*parts), loaded=True))
         position, total = point.position, self.job.total_steps
-        if position.step >= total and not self.builder.lacks_score(point):
+        moved = self.outer is not None and self.outer.moved
+        if position.step >= total and not moved and not self.builder.lacks_score(point):
             self._print(f"{self.run.name} is complete: {position.step:,} steps are trained.")
             return DONE
         if self.world.merged(bool(self.stop_request), any):
@@ -136,6 +147,11 @@ class Trainer:
             except Rollback as rollback:
                 with self.phases("recovery"):
                     point = self._roll_back(rollback)
+            except Late as late:
+                self._print(f"Step {late.step:,}: {late.reason}, which takes the newest weights.")
+                self._follow()
+                point = replace(point, position=late.position, history=None)
+                point = self._begin(self._settled(point))
         if stopped:
             where = f"Stopped at step {position.step:,}; the state is saved."
             self._print(f"{where} Run the same command again to resume.")
@@ -177,6 +193,10 @@ class Trainer:
             self.prediction,
             memory=self.memory,
         )
+        self.outer: Outer | None = None
+        if job.outer.every:
+            parts = self.run, job, self.engine, self.phases, self.stop_request.__bool__
+            self.outer = self.builder.outer = Outer(*parts, self.attempt)
 
     def _has_reference(self) -> bool:
         """Read or compute the references of preferences. Return False if a rank was asked to stop
@@ -227,22 +247,31 @@ class Trainer:
         parts = self.builder.parts(self.attempt, point)
         reason = None
         try:
-            if self.builder.lacks_score(point):
+            moved = self.outer is not None and self.outer.moved
+            if self.outer and moved:
+                self.outer.record()
+                with self.phases("checkpoint"):
+                    parts.checkpoints.save(position)
+            lacks_score = self.builder.lacks_score(point)
+            if lacks_score or (moved and parts.validation.is_due(position.step)):
                 with self.phases("evaluation"):
                     parts.validation.score(position)
             folder = self.attempt.path / "trace"
             with traced(self.job.profile.interval, folder, parts.batches) as batches:
-                position, stopped = train(
-                    self.engine,
-                    batches,
-                    self._multipliers,
-                    parts.callbacks,
-                    position,
-                    self.phases,
-                    self.stop_request.__bool__,
-                    parts.guard,
-                )
-            stopped = stopped and position.step < self.job.total_steps
+                try:
+                    position, stopped = train(
+                        self.engine,
+                        batches,
+                        self._multipliers,
+                        parts.callbacks,
+                        position,
+                        self.phases,
+                        self.stop_request.__bool__,
+                        parts.guard,
+                    )
+                    stopped = stopped and position.step < self.job.total_steps
+                except Paused as paused:  # its round is made by the next attempt
+                    position, stopped = paused.position, True
             if position.step > point.position.step:
                 with self.phases("checkpoint"):
                     parts.checkpoints.save(position)
@@ -252,6 +281,11 @@ class Trainer:
             with self.phases("checkpoint"):
                 parts.checkpoints.finish()
             reason = "rollback"
+            raise
+        except Late as late:
+            position, reason = late.position, "late"
+            with self.phases("checkpoint"):
+                parts.checkpoints.finish()
             raise
         except Halt as halt:
             position = halt.position
@@ -282,11 +316,25 @@ class Trainer:
         """Load a checkpoint from before an anomalous step, and begin a new attempt there."""
         self._print(f"Step {rollback.step:,}: {rollback.reason}. Rolling back.")
         point = roll_back(rollback, self.run, self.engine, self._warn)
+        self._follow()
+        return self._begin(self._settled(point, loaded=True))
+
+    def _follow(self) -> None:
+        """Go on in a new attempt."""
         following = self.world.from_main(
             lambda: str(self.run.attempt_after(self.attempt).path), self.run.path
         )
         self.attempt = Attempt(Path(following))
-        return self._begin(point)
+
+    def _settled(self, point: ResumePoint, loaded: bool = False) -> ResumePoint:
+        """Return where the attempt begins, after the rounds with other clusters that the state of
+        `point` lacks. loaded: the state has just been loaded."""
+        if self.outer is None:
+            return point
+        if loaded:
+            self.outer.load(point)
+        with self.phases("outer"):
+            return self.outer.settle(point, self.attempt)
 
     def _multipliers(self, step: int) -> tuple[float, float]:
         job, total = self.job, self.job.total_steps

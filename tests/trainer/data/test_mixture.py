@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.data.mixture import Mixture, MixtureStage, unskipped
+from forescale.data.mixture import MemberMixture, Mixture, MixtureStage, unskipped
 from forescale.data.order import Order
 
 ORDERS = {
@@ -45,6 +45,22 @@ def test_every_source_keeps_its_own_order_for_any_cuts_of_the_samples(stages, se
         assert mixture.targets(g, g + count).tolist() == targets.tolist()
         g += count
     assert mixture.samples(g).tolist() == np.bincount(whole.source[:g], minlength=3).tolist()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_members_read_the_windows_of_a_mixture_between_them(count):
+    stages = [MixtureStage.of(0, [1, 2, 3]), MixtureStage.of(700, [0, 1, 1])]
+    whole, each = Mixture(ORDERS, stages, 4), 500
+    places = np.array(whole.places(0, count * each))
+    for index in range(count):
+        member = MemberMixture(ORDERS, stages, 4, index, count)
+        part = np.array(member.places(0, each))
+        assert np.array_equal(part, places[:, index::count])
+        assert np.array_equal(np.array(member.places(123, 234)), part[:, 123:234])
+        assert member.numbers(0, each).tolist() == list(range(index, count * each, count))
+        targets = np.bincount(part[0, 9:99], part[3, 9:99] - 1, minlength=3)
+        assert member.targets(9, 99).tolist() == targets.tolist()
+        assert member.epochs(each) == whole.epochs(count * each)
 
 
 @given(stages=stages, seed=st.integers(0, 9))

@@ -1,6 +1,8 @@
 """Copies in a folder elsewhere: read back before they count, found again, deleted. The store in
 memory is fsspec's own; a real S3 server is in test_s3.py."""
 
+import threading
+
 import fsspec
 import pytest
 
@@ -32,6 +34,31 @@ def test_what_is_put_is_found_read_and_deleted(folder, tmp_path):
     folder.remove("x", recursive=True)
     folder.remove("x", recursive=True)
     assert folder.list() == {}
+
+
+def test_a_file_is_created_once(folder):
+    assert folder.read("x/a") is None
+    assert folder.create("x/a", b"one")
+    assert not folder.create("x/a", b"two")
+    assert folder.read("x/a") == b"one"
+
+
+def test_of_many_that_create_a_file_one_does(tmp_path):
+    created, gate = [], threading.Barrier(8)
+
+    def create(number):
+        gate.wait()
+        if Folder(str(tmp_path), QUICK).create("x/a", bytes([number]) * 1000):
+            created.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (number,) = created
+    assert (tmp_path / "x/a").read_bytes() == bytes([number]) * 1000
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a"]
 
 
 def test_a_path_is_taken_as_it_is(tmp_path):

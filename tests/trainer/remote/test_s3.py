@@ -4,8 +4,10 @@ Google's gs:// goes the same way through fsspec, but nothing here can speak its 
 gcsfs raises, and whether its `generation` tells versions apart, is untested.
 """
 
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -15,9 +17,12 @@ from filelock import FileLock
 
 from forescale.data.dataset import Dataset
 from forescale.ground.errors import UserError
+from forescale.remote.buckets import Folder
 from forescale.remote.listing import list_files, open_input
 from forescale.remote.store import Store
 from forescale.remote.transfer import Missing
+from tests.trainer.checkpoint.test_outer import NAMES, decided, sent
+from tests.trainer.checkpoint.test_outer import store as outer_store
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.remote.remote_files import DATA, QUICK, SMALL, read, sentence
 
@@ -177,3 +182,22 @@ def test_a_build_from_a_bucket_equals_one_from_a_folder(bucket, tmp_path):
     missing = command("shards", "s3://books/nothing", f"output={tmp_path / 'none'}")
     assert missing.returncode == 2
     assert "s3://books/nothing: has no files" in missing.stderr
+
+
+def test_of_members_that_decide_at_once_in_a_bucket_one_does(bucket, tmp_path):
+    stores = [outer_store(tmp_path, name, store="s3://books/run") for name in NAMES]
+    for one in stores:
+        one.join({"every": 3})
+        sent(one)
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(decided, stores)
+    assert [*first.members] == NAMES
+    assert others == [first, first]
+    assert not Folder("s3://books/run", QUICK).create("run.json", b"another")
+    shutil.rmtree(stores[0].local)
+    for record in first.members.values():
+        stores[0].fetch_table(3, record)
+        assert stores[0].fetch(3, record, (0, 1)) == 1
+    for one in stores:
+        one.prune(6)
+    assert not any("rank-" in name for name in bucket.find("books/run"))

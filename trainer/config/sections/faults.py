@@ -25,9 +25,11 @@ KINDS = {
     "enospc": "this rank's next write of a checkpoint fails with a full disk",
 }
 _PLACED = ("kill", "freeze", "hang", "exit", "slow")
+ROUND = ("send", "agree", "receive", "merge")
 PLACES = (
     *("data", "forward", "backward", "norm", "update"),  # within a step, in this order
     *("summary", "evaluation", "checkpoint"),  # after a step
+    *ROUND,  # within a round with other clusters
     "write",  # while a file of a checkpoint is written, in any thread
 )
 _FORM = re.compile(r"([\w-]+)@(\d+)((?::[\w-]+)*)")

@@ -26,8 +26,8 @@ from forescale.run.certificate import nearest
 # The colours of the buckets of time, in their order; what is not in it is grey.
 _SHADES = {
     "compute": "#0b5cad", "data": "#2a8fbd", "evaluation": "#00805c", "checkpoint": "#8a6d00",
-    "logging": "#7a4b2a", "startup": "#a0478a", "recovery": "#c2410c", "lost": "#b3261e",
-    "waiting": "#8b949e", "queue": "#c3c9d0",
+    "outer": "#4f5bd5", "logging": "#7a4b2a", "startup": "#a0478a", "recovery": "#c2410c",
+    "lost": "#b3261e", "waiting": "#8b949e", "queue": "#c3c9d0",
 }  # fmt: skip
 _MOST_ROWS = 300  # of the events
 _MISSING: Cell = "-"

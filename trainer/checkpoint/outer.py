@@ -1,0 +1,213 @@
+"""The store of a run on several clusters: what its members exchange there, and who counts.
+
+    STORE/run.json                     what all members have alike; of the first that came
+    STORE/members/north.json           the run that is this member
+    STORE/members/north-needs.json     the first step whose files it may still read
+    STORE/step-00000500/
+      north.0003/                      of its attempt 3: files as of a checkpoint (deltas)
+      north.json                       the record of what it sent: which folder, the table's sha256
+      decision.json                    the records that count
+      south-joins.json                 a member that was left out comes back with this step
+
+Invariant: every file but the -needs is created once, and never replaced. A record is created after
+all files that it names were read back; the member that first creates a decision makes it for all,
+so that all make the same outer step, whenever they come to it and however often. Imports no torch.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from forescale.config.sections.outer import OuterConfig
+from forescale.ground.errors import UserError
+from forescale.ground.foreign import parse_json
+from forescale.ground.storage import TABLE, FileEntry, hash_file, read_table, write_file, write_json
+from forescale.ground.typed import Count, typed
+from forescale.remote.buckets import Folder
+
+STATE = "state.json"
+_LOOK = 5.0  # seconds at most between two looks for what others send
+_RESTORE = "restore the file, or begin all members anew with another outer.store"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a member sent of a round. folder: below that of the step; table: sha256 of the table of
+    its files; base: hash of the outer weights from which it set out; bytes: of its files."""
+
+    folder: str
+    table: str
+    base: str
+    bytes: Count
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who counts in a round, by name; decided_by: the member that was first to decide."""
+
+    members: dict[str, Record]
+    decided_by: str
+
+
+class OuterStore:
+    """The store of a run as one of its members uses it.
+
+    run: what tells this member's run from any other; local: a folder for files on their way.
+    """
+
+    def __init__(self, config: OuterConfig, run: str, local: Path):
+        assert config.store is not None
+        assert config.member is not None
+        address = config.store
+        base = address if "://" in address else str(Path(address).expanduser())
+        self._folder, self._config = Folder(base), config
+        self.member, self.members = config.member, sorted(config.members)
+        self.where, self._run, self.local = self._folder.where, run, local
+
+    def join(self, facts: dict[str, Any]) -> None:
+        """Enter this run as the member of its name. facts: what all members have alike. Raises
+        UserError if the store has other facts, or another run has the name."""
+        self._folder.create("run.json", _json(facts))
+        stored = self._read("run.json") or {}
+        todo = "give all members the same, or another outer.store"
+        for name in sorted(facts.keys() | stored.keys()):
+            if stored.get(name) != facts.get(name):
+                problem = (
+                    f"the members began with {name.replace('_', ' ')} {stored.get(name)}, and "
+                    f"{self.member} has {facts.get(name)}"
+                )
+                raise UserError(f"{self.where}/run.json", problem, todo)
+        name = f"members/{self.member}.json"
+        self._folder.create(name, _json({"run": self._run}))
+        if (self._read(name) or {}).get("run") != self._run:
+            problem = f"another run is the member {self.member} already"
+            todo = (
+                "give another outer.member; if that run was deleted, delete this file, and the "
+                "member takes the newest weights"
+            )
+            raise UserError(f"{self.where}/{name}", problem, todo)
+
+    def decision(self, step: int) -> Decision | None:
+        """Return who counts in the round of a step; None if that is not decided yet."""
+        name = f"{_step(step)}/decision.json"
+        stored = self._read(name)
+        return None if stored is None else typed(Decision, stored, self._at(name), _RESTORE)
+
+    def record(self, step: int, member: str | None = None) -> Record | None:
+        """Return what a member, by default this one, sent of a round; None if it hasn't."""
+        name = f"{_step(step)}/{member or self.member}.json"
+        stored = self._read(name)
+        return None if stored is None else typed(Record, stored, self._at(name), _RESTORE)
+
+    def announce(self, step: int) -> None:
+        """Tell the others that this member, which was left out, takes part again in a round."""
+        self._folder.create(f"{_step(step)}/{self.member}-joins.json", _json({}))
+
+    def put(self, step: int, folder: str, path: Path) -> int:
+        """Send a file of this member's; return its bytes."""
+        return self._folder.put(f"{_step(step)}/{folder}/{path.name}", path).size
+
+    def publish(self, step: int, folder: str, path: Path, base: str) -> None:
+        """Send the table of the files at `path`, which are all there, and create the record."""
+        self.put(step, folder, path / TABLE)
+        size = sum(entry.size for entry in read_table(path).values())
+        record = Record(folder, hash_file(path / TABLE).sha256, base, size)
+        self._folder.create(f"{_step(step)}/{self.member}.json", _json(asdict(record)))
+
+    def decide(self, step: int, previous: int | None, stop: Callable[[], bool]) -> Decision | None:
+        """Return who counts in a round, after this member has sent its files: once all members are
+        there that are expected, or outer.wait has passed; None if `stop` returned True before.
+
+        previous: the step of the round before. Whoever counted there or has announced itself is
+        expected; without a round before, all are.
+        """
+        began, pause, known = time.monotonic(), 0.1, dict[str, Record]()
+        before = self.decision(previous) if previous else None
+        expected = {*before.members} if before else {*self.members}
+        while (decision := self.decision(step)) is None and not stop():
+            for name in self.members:
+                if name not in known and (record := self.record(step, name)):
+                    known[name] = record
+                if self._read(f"{_step(step)}/{name}-joins.json") is not None:
+                    expected.add(name)
+            waited = time.monotonic() - began
+            if expected <= known.keys() or waited > (self._config.wait.seconds or 0.0):
+                facts = asdict(Decision(dict(sorted(known.items())), self.member))
+                self._folder.create(f"{_step(step)}/decision.json", _json(facts))
+            else:
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LOOK)
+        return decision
+
+    def fetch_table(self, step: int, record: Record) -> int:
+        """Copy the table of a member's files, and what describes them, to the local folder; return
+        the bytes that were not here yet."""
+        target = self.path_of(step, record)
+        target.mkdir(parents=True, exist_ok=True)
+        size = self._fetch(step, record, TABLE, record.table)
+        return size + self._fetch(step, record, STATE, read_table(target)[STATE].sha256)
+
+    def fetch(self, step: int, record: Record, part: tuple[int, int]) -> int:
+        """Copy every n-th of a member's files from the i-th on, part (i, n), whose table is here;
+        return the bytes that were not here yet."""
+        table = read_table(self.path_of(step, record))
+        names = sorted(table.keys() - {STATE})[part[0] :: part[1]]
+        return sum(self._fetch(step, record, name, table[name].sha256) for name in names)
+
+    def _fetch(self, step: int, record: Record, name: str, sha256: str) -> int:
+        """Copy a file unless it is here; return the bytes. Raises UserError if it is another."""
+        path = self.path_of(step, record) / name
+        if path.is_file() and hash_file(path).sha256 == sha256:
+            return 0
+        remote = f"{_step(step)}/{record.folder}/{name}"
+        entry: FileEntry = write_file(path, self._folder.get(remote))
+        if entry.sha256 != sha256:
+            path.unlink()
+            problem = "was changed since it was sent (its sha256 is not that of its table)"
+            raise UserError(self._at(remote), problem, _RESTORE)
+        return entry.size
+
+    def path_of(self, step: int, record: Record) -> Path:
+        """Return where a member's files are copied to."""
+        return self.local / _step(step) / record.folder
+
+    def prune(self, needs: int) -> None:
+        """Note from which step on this member may read files, and delete those that no member needs
+        any more. Records and decisions stay."""
+        self.local.mkdir(exist_ok=True)
+        note = self.local / f"{self.member}-needs.json"
+        write_json(note, {"step": needs})
+        self._folder.put(f"members/{note.name}", note)
+        noted = (self._read(f"members/{name}-needs.json") for name in self.members)
+        first = min((note["step"] if note else 0) for note in noted)
+        folders = {
+            tuple(name.split("/")[:2]) for name in self._folder.list() if name.count("/") == 2
+        }
+        for step, folder in sorted(folders):
+            if step < _step(first):
+                self._folder.remove(f"{step}/{folder}", recursive=True)
+
+    def _read(self, name: str) -> Any:
+        raw = self._folder.read(name)
+        return None if raw is None else parse_json(raw, self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self.where}/{name}"
+
+
+def shapes_hash(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Return a short hash of the names and shapes of a model's parameters."""
+    rows = json.dumps(sorted((name, [*shape]) for name, shape in shapes.items()))
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _step(step: int) -> str:
+    return f"step-{step:08d}"
