@@ -23,7 +23,7 @@ from forescale.ground.console import span
 from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.memory import cache_bytes
-from forescale.plan.bytes.memory import checkpoint_bytes, copy_bytes, share_bytes
+from forescale.plan.bytes.memory import checkpoint_bytes, copy_bytes, outer_bytes, share_bytes
 from forescale.plan.bytes.parameters import Inventory, Parameter, inventory
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.communication import collectives
@@ -247,10 +247,12 @@ class Plan:
     @property
     def copy_bytes(self) -> int:
         """Bytes of CPU memory of the first node that its ranks keep for copies of a checkpoint:
-        with checkpoint.peer another, and two snapshots of this node and of another."""
+        with checkpoint.peer another, and two snapshots of this node and of another; and for outer
+        weights."""
         of = self.job, self.trained, self.world, self.job.on_gpu
         copies = 1 if self.job.checkpoint.peer is None else 6 if self.nodes > 1 else 4
-        return copies * sum(copy_bytes(*of, rank) for rank in range(self.per_node))
+        outer = self.per_node * outer_bytes(self.job, self.trained, self.world)
+        return copies * sum(copy_bytes(*of, rank) for rank in range(self.per_node)) + outer
 
     @property
     def save_seconds(self) -> float:

@@ -28,6 +28,7 @@ from forescale.plan.blocks import (
 from forescale.plan.bytes.memory import checkpoints_kept
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.options import ShardingOption, cheapest, engine_keys, name_of
+from forescale.plan.outer import outer_rows
 from forescale.plan.plan import Plan
 from forescale.plan.search import Division
 from forescale.plan.work import ONE_ORDER
@@ -98,7 +99,7 @@ def blocks(plan: Plan) -> list[Block]:
         *([sizes_block(plan)] if plan.sizes else []),
         _options(plan),
         *([divisions_block(plan)] if plan.divisions else []),
-        Block("Time", _time(plan)),
+        Block("Time", [*_time(plan), *outer_rows(plan)]),
         Block("Evals", _evaluations(plan)),
         Block("Saves", _saves(plan)),
         _failures(plan),

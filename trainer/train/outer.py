@@ -202,14 +202,14 @@ class Outer(Callback):
         self._state.take(parts)
         if store.member not in decision.members:
             self._announce(step)
-        record = decision.members.get(store.member)
+        mine = decision.members.get(store.member)
         self._event(
             "outer_step",
             step=step,
             members=[*decision.members],
             waited=round(waited, 3),
             seconds=round(perf_counter() - began, 3),
-            sent_bytes=record.bytes if record else 0,
+            sent_bytes=mine.bytes if mine else 0,
             received_bytes=received,
         )
         self._beside(partial(store.prune, self._needs()), on_main=True)

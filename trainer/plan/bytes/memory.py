@@ -34,6 +34,7 @@ from forescale.plan.bytes.muon import gathers
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
 
+OUTER_BYTES = 8  # of a parameter: its outer weight and momentum, fp32
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
 
 
@@ -345,13 +346,14 @@ def activations_of(job: TrainJob, fused_norms: bool = True) -> Activations | Non
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
     """Return the bytes of one checkpoint of all ranks: fp32 weights, the optimizer's moments, and
     frozen weights in the precision of the forward pass. The precision of Muon's momentum depends on
-    the ZeRO stage.
+    the ZeRO stage. Of a run on several clusters also the outer weights and their momentum.
     """
     s = ZeroSettings.of(job, world)
+    outer = OUTER_BYTES if job.outer.every else 0
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
 
     def each(group: Group) -> int:
-        return 4 + (size if group.update.is_by_matrix else 4 * group.update.moments)
+        return 4 + outer + (size if group.update.is_by_matrix else 4 * group.update.moments)
 
     total = sum(p.numel * each(g) for g in trained.groups for p in g.params)
     return total + s.size * trained.num_frozen
@@ -379,6 +381,13 @@ def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool, rank
         return 0
     size = share_bytes(job, trained, world, rank)
     return 1 << (size - 1).bit_length() if on_gpu and size else size
+
+
+def outer_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
+    """Return the bytes of CPU memory that a rank has of the outer weights and their momentum."""
+    ranks = job.mesh(world).tensor if job.engine.stage == 0 else world
+    count = sum(p.numel for g in trained.groups for p in g.params)
+    return OUTER_BYTES * count // ranks if job.outer.every else 0
 
 
 def checkpoints_kept(job: TrainJob) -> int:

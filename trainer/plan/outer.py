@@ -1,0 +1,48 @@
+"""The rounds of a run on several clusters: their bytes, their time, and whether they pay.
+
+Invariant: training stands still during a round, so its seconds are added to those of the steps
+before it. Steps that exchanged gradients over the same link would send and receive as many bytes
+each.
+"""
+
+import math
+
+from forescale.ground.console import span
+from forescale.plan.blocks import Row, bytes_text
+from forescale.plan.plan import Plan
+
+_WEIGHT = 4  # bytes that a member sends of a parameter
+_MUCH = 0.05  # of the time: beyond it a faster link or fewer rounds are worth while
+
+
+def outer_rows(plan: Plan) -> list[Row]:
+    """Return the row of the rounds, and a sentence of when they pay; none on one cluster."""
+    config = plan.job.outer
+    if (steps := config.steps) is None:
+        return []
+    sent = _WEIGHT * sum(p.numel for g in plan.trained.groups for p in g.params)
+    received = sent * (config.count - 1)
+    seconds, step = (sent + received) / config.link, plan.chosen.step.seconds
+    training = step and step * steps
+    facts = {"sent_bytes": sent, "received_bytes": received, "seconds": seconds,
+             "training_seconds": training, "steps": steps}  # fmt: skip
+    parts = f" in {config.fragments} fragments" if config.fragments > 1 else ""
+    text = (
+        f"every {steps:,} steps{parts} a member sends {bytes_text(sent)} and receives "
+        f"{bytes_text(received)}: {span(seconds)} at {bytes_text(config.link)}/s (outer.link)"
+    )
+    if not training or not step:
+        return [Row("outer", "rounds", facts, "", f"{text}; the time of a step is not known")]
+    share = seconds / (seconds + training)
+    text += f" after {span(training)} of steps, {share:.1%} of the time"
+    allowed = _MUCH / (1 - _MUCH)  # seconds of a round for each second of training
+    needed = (sent + received) / (allowed * training)
+    factor = (seconds + step) * steps / (seconds + training)
+    longer = f", or with outer.every='{math.ceil(seconds / (allowed * step))} steps'"
+    pays = (
+        f"from {bytes_text(needed)}/s on they take less than {_MUCH:.0%} of the time"
+        f"{longer if share > _MUCH else ''}; with gradients over this link in each step the run "
+        f"would take {factor:,.1f} times as long"
+    )
+    return [Row("outer", "rounds", facts | {"share": share, "needed_link": needed}, "", text),
+            Row("", "they pay", text=pays)]  # fmt: skip
