@@ -177,3 +177,6 @@ def test_a_member_that_others_left_behind_goes_on_after_their_last_round(dataset
     expect_equal(weights(tmp_path / "north"), weights(south))
     assert not check_run(Run(south)).faults
     assert "complete" in launching.train(tmp_path, *words(tmp_path, dataset, "south"))
+    (tmp_path / "store/members/south.json").unlink()
+    other = words(tmp_path, dataset, "south", "run.name=other", "train.init_seed=5")
+    assert "were others than those here" in launching.train(tmp_path, *other, code=2)

@@ -71,7 +71,7 @@ class Outer(Callback):
         self._engine, self._world, self._phases = engine, engine.world, phases
         self._ramp, self._stop, self.attempt = job.batch_ramp, stop_requested, attempt
         self._state = engine.outer = OuterState(engine, job.outer.fragments)
-        self._keep, self.moved = job.checkpoint.keep, False
+        self._keep, self._seed, self.moved = job.checkpoint.keep, job.train.seed, False
         self._last = 0  # the step of the last round that was made
         self._skipped_to: Position | None = None
         identity = str(run.read_identity().get("wandb_id"))
@@ -93,10 +93,13 @@ class Outer(Callback):
             if self._store.member not in decision.members and self._missed(at):
                 raise Late(at, "later rounds were made without this member")
 
-    def join(self) -> None:
-        """Enter the store before the first step. Raises UserError if this is no place for it."""
+    def join(self, data: str) -> None:
+        """Enter the store before the first step. data: hash of the corpus. Raises UserError if the
+        store is another run's, or this is no member of it."""
         config = self._config
         facts = {
+            "data": data,
+            "seed": self._seed,
             "members": sorted(config.members),
             "every": config.steps,
             "fragments": config.fragments,
@@ -172,10 +175,9 @@ class Outer(Callback):
         """Make the round of a step from its begin or from wherever it was left. Raises Paused."""
         step, began, store = position.step, perf_counter(), self._store
         parts = self._config.due(step, self._total)
-        base = f"{self._world.merged(self._state.hash(parts), sum) % 2**64:016x}"
         self._phases.mark("send")
         if not self._beside(lambda: bool(store.record(step) or store.decision(step)), True):
-            self._send(position, parts, base)
+            self._send(position, parts)
         self._phases.mark("agree")
         sent = perf_counter()
 
@@ -188,14 +190,6 @@ class Outer(Callback):
             raise Paused(step, "it was asked to stop")
         decision = _decision(fields)
         waited = perf_counter() - sent
-        for name, record in decision.members.items():
-            if record.base != base:
-                problem = f"the outer weights of member {name} were others than those here"
-                todo = (
-                    "begin all members with the same weights (train.seed, run.from), anew and with "
-                    "another outer.store"
-                )
-                raise UserError(f"{store.where}, step {step:,}", problem, todo)
         received = self._receive(step, decision)
         self._make(step, decision)
         self._phases.mark("merge")
@@ -215,10 +209,10 @@ class Outer(Callback):
         self._beside(partial(store.prune, self._needs()), on_main=True)
         return decision
 
-    def _send(self, position: Position, parts: tuple[int, ...], base: str) -> None:
+    def _send(self, position: Position, parts: Sequence[int]) -> None:
         """Write the files of this member's deltas, send them, and create its record."""
         store, world, step = self._store, self._world, position.step
-        folder = f"{store.member}.{self.attempt.number:04d}"
+        base, folder = self._base(parts), f"{store.member}.{self.attempt.number:04d}"
         path = store.path_of(step, Record(folder, "", base, 0))
 
         def make() -> None:
@@ -245,9 +239,15 @@ class Outer(Callback):
 
     def _make(self, step: int, decision: Decision) -> None:
         """Make the outer step of a round, whose files are here; then they are deleted."""
-        paths = [self._store.path_of(step, r) for r in decision.members.values()]
-        shapes, config = shapes_of(self._engine), self._config
+        store, config, shapes = self._store, self._config, shapes_of(self._engine)
         parts = config.due(step, self._total)
+        base = self._base(parts)
+        for name, record in decision.members.items():
+            if record.base != base:
+                problem = f"the outer weights of member {name} were others than those here"
+                todo = "begin all members anew with the same weights and another outer.store"
+                raise UserError(f"{store.where}, step {step:,}", problem, todo)
+        paths = [store.path_of(step, record) for record in decision.members.values()]
 
         def update() -> None:
             members = [Checkpoint(path) for path in paths]
@@ -260,6 +260,10 @@ class Outer(Callback):
         self._last = step
         if self._world.is_main:
             shutil.rmtree(paths[0].parent, ignore_errors=True)
+
+    def _base(self, parts: Sequence[int]) -> str:
+        """Return the hash of the outer weights of some parts on all ranks."""
+        return f"{self._world.merged(self._state.hash(parts), sum) % 2**64:016x}"
 
     def _announce(self, step: int) -> None:
         """Tell the others in which round this member, which was left out, takes part again."""

@@ -125,7 +125,7 @@ class Trainer:
             return INTERRUPTED
         parts = (self.run, self.job, self.engine, self._warn, self.attempt, self.memory)
         if self.outer:
-            self.outer.join()
+            self.outer.join(self.sources.corpus_hash[:16])
         point = self._begin(self._settled(resume(*parts), loaded=True))
         position, total = point.position, self.job.total_steps
         moved = self.outer is not None and self.outer.moved
