@@ -106,6 +106,7 @@ class OuterState:
             outer, master = self._views(unit, piece)
             master.copy_(outer)
         layout.after_load()
+        self._engine.weights_changed()
 
     def _owned(self, piece: Piece, data: Tensor) -> Fragment | None:
         """Return what this rank writes of `data`, that of a piece."""
@@ -120,7 +121,7 @@ class OuterState:
     def hash(self, parts: Sequence[int]) -> int:
         """Return a hash of the bits of the outer weights of some parts that this rank writes: the
         sum of all ranks', modulo 2^64, is the same at any stage and world size."""
-        total, order = 0, {name: i for i, name in enumerate(sorted(self._engine.names.values()))}
+        total, order = 0, {name: i for i, name in enumerate(sorted(self._engine.shapes))}
         for unit, piece in self._pieces(parts):
             if part := self._owned(piece, self._views(unit, piece)[0]):
                 bits = int(part.data.view(torch.int32).sum(dtype=torch.int64))

@@ -25,7 +25,6 @@ from forescale.config.train import TrainJob
 from forescale.data.mixture import unskipped
 from forescale.engine.outer import OuterState
 from forescale.engine.ranks import first
-from forescale.engine.state import shapes_of
 from forescale.engine.step import Engine
 from forescale.engine.world import StepSummary
 from forescale.ground.errors import UserError
@@ -105,7 +104,7 @@ class Outer(Callback):
             "fragments": config.fragments,
             "learning_rate": config.learning_rate,
             "momentum": config.momentum,
-            "model": shapes_hash(shapes_of(self._engine)),
+            "model": shapes_hash(self._engine.shapes),
         }
         self._world.from_main(partial(self._store.join, facts), self._run.path)
 
@@ -239,7 +238,7 @@ class Outer(Callback):
 
     def _make(self, step: int, decision: Decision) -> None:
         """Make the outer step of a round, whose files are here; then they are deleted."""
-        store, config, shapes = self._store, self._config, shapes_of(self._engine)
+        store, config, shapes = self._store, self._config, self._engine.shapes
         parts = config.due(step, self._total)
         base = self._base(parts)
         for name, record in decision.members.items():
