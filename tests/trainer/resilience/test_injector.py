@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.compose import ConfigError, compose
-from forescale.config.sections.faults import KINDS, PLACES, Fault, problems, read
+from forescale.config.sections.faults import KINDS, PLACES, ROUND, Fault, problems, read
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.resilience import injector as module
@@ -149,7 +149,8 @@ def make(phases: PhaseTimer, injector, step: int, micro_batches: int = 1) -> lis
     return calls
 
 
-@pytest.mark.parametrize("place", [p for p in PLACES if p != "write"])
+# Those of a round with other clusters are in tests/distributed/test_outer.py.
+@pytest.mark.parametrize("place", [p for p in PLACES if p not in ("write", *ROUND)])
 def test_it_strikes_in_its_step_at_its_place_and_once_a_run(run, place):
     injector, phases = inject(run, f"exit@3:{place}")
     for step in (1, 2):
