@@ -12,6 +12,7 @@ COMMON = ("train.tokens=null", "train.steps=6", "validation.every=3", "precision
 DIVIDED = {
     "stage 3": ("engine.stage=3",),
     "sequence": ("engine.sequence_parallel=2",),
+    "ring": ("engine.context_parallel=2",),
     "tensor": ("engine.tensor_parallel=2",),
     "experts": ("engine.expert_parallel=2", "model.mlp=moe", "model.mlp.expert_width=32"),
 }

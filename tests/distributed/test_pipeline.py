@@ -38,6 +38,7 @@ CASES = {
         [0, TWO, *TENSOR, MUON, "model.position=relative", "model.mixer.qk_norm=head"],
         [1, TWO, *TENSOR, TIED, *LATER, *ZERO_BUBBLE],
         [1, TWO, "engine.sequence_parallel=2", "model.position=relative"],
+        [1, TWO, "engine.context_parallel=2", *ZERO_BUBBLE, *LATER],
         [1, TWO, "engine.expert_parallel=2", *SIGMOID, "model.mlp.dense_layers=1"],
     ],
 }

@@ -160,6 +160,7 @@ def test_a_run_goes_on_with_other_ranks_divisions_and_stages(dataset, tmp_path):
     for place, step in zip(places, (6, 14), strict=True):
         launching.interrupt(launching.start(tmp_path, *base, *place), run, step, signal.SIGINT)
     last = ("launch.processes=4", "engine.sequence_parallel=2", "engine=zero2")
+    last += ("engine.context_parallel=2",)
     launching.train(tmp_path, *base, *last)
     moving, still = (launching.rows(tmp_path / name) for name in ("moving", "still"))
     for key in ("step", "g0", "g1", "tokens", "tokens_hash"):

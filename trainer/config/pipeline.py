@@ -52,7 +52,6 @@ def pipeline_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
             yield "precision.fp8", "is not supported with zero-bubble", "choose 1f1b"
     unsupported = {
         "engine.offload_optimizer": (engine.offload_optimizer, "write false"),
-        "engine.context_parallel": (engine.context_parallel > 1, "write 1"),
         "lora.rank": (job.lora.rank, "write 0"),
         "train.invariant": (job.train.invariant, "write false"),
         "validation.abilities": (job.validation.abilities, "leave it out"),
