@@ -46,7 +46,7 @@ class _Block:
         slopes: Tensor | None,
         scale: float,
     ):
-        self.slopes, self.scale, self.dtype = slopes, scale, q_BHLK.dtype
+        self.slopes, self.scale = slopes, scale
         length = q_BHLK.shape[2] * ring.size
         positions = positions_of(length, q_BHLK.device, real, starts)
         columns = Columns(positions, length, starts, real)
@@ -55,12 +55,12 @@ class _Block:
         self.see = sees(columns, bool(ring.causal), ring.window, ring.global_tokens)
         self.masked = not (starts is None and real is None and slopes is None and not ring.window)
 
-    def bias(self, tile: Tile) -> Tensor | None:
-        """Return what is added to the scores of a tile, (B or 1, H or 1, queries, keys)."""
+    def bias(self, tile: Tile, q_BHLK: Tensor) -> Tensor | None:
+        """Return what is added to the scores of a tile, (B, H, queries, keys); None: nothing."""
         if not self.masked:
             return None
         queries, keys = (part.stop - part.start for part in (tile.queries, tile.keys))
-        device, dtype = self.rows.device, self.dtype
+        device, dtype = q_BHLK.device, q_BHLK.dtype
         query_T1 = torch.arange(tile.query, tile.query + queries, device=device)[:, None]
         key_S = torch.arange(tile.key, tile.key + keys, device=device)
         visible = self.see(self.rows, self.rows, query_T1, key_S)
@@ -74,70 +74,63 @@ class _Block:
             positions = self.positions
             ahead = positions[:, None, key_S] - positions[:, query_T1]
             bias += (self.slopes[:, None, None] * ahead[:, None]).to(dtype)
-        return bias.masked_fill_(~visible, lowest)
+        bias = bias.masked_fill_(~visible, lowest)
+        return bias.expand(*q_BHLK.shape[:2], -1, -1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return the outputs (B, H, queries, K), and the log of the sum of exponentials (B, H,
         queries)."""
-        bias, options = self.bias(tile), {"scale": self.scale}
-        if q.device.type == "cpu":
-            k, v = _repeated(k, q), _repeated(v, q)
-            kernel = _aten._scaled_dot_product_flash_attention_for_cpu
-            out, log_sum = kernel(q, k, v, 0.0, tile.causal, attn_mask=bias, **options)
-        elif _flash_takes(q, bias):
+        bias, causal, scale = self.bias(tile, q), tile.causal, self.scale
+        if _flash_takes(q, bias):
             kernel = _aten._scaled_dot_product_flash_attention
-            out, log_sum, *_ = kernel(q, k, v, 0.0, tile.causal, False, **options)
-        else:
-            k, v = _repeated(k, q), _repeated(v, q)
-            kernel = _aten._scaled_dot_product_efficient_attention
-            out, log_sum, *_ = kernel(
-                q, k, v, _expanded(bias, q, k), True, 0.0, tile.causal, **options
-            )
-        return out, log_sum[:, :, : q.shape[2]]
+            out, log, *_ = kernel(q, k, v, 0.0, causal, False, scale=scale)
+            return out, log
+        k, v = _repeated(k, q), _repeated(v, q)
+        if q.device.type == "cpu":
+            kernel = _aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        kernel = _aten._scaled_dot_product_efficient_attention
+        out, log, *_ = kernel(q, k, v, bias, True, 0.0, causal, scale=scale)
+        return out, log[:, :, : q.shape[2]]
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log: Tensor, tile: Tile
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tile's part of the gradients of q, k and v. out and log: of all keys that the
         queries see; the kernels make the weights of these keys from the whole sum."""
-        bias, options, heads = self.bias(tile), {"scale": self.scale}, k.shape[1]
-        inputs: tuple[Any, ...]
-        if q.device.type == "cpu":
-            k, v = _repeated(k, q), _repeated(v, q)
-            kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-            inputs = d_out, q, k, v, out, log, 0.0, tile.causal
-            d_q, d_k, d_v = kernel(*inputs, attn_mask=bias, **options)
-        elif _flash_takes(q, bias):
+        bias, causal, scale = self.bias(tile, q), tile.causal, self.scale
+        log, heads = log.contiguous(), k.shape[1]  # kernels take no strides of it
+        if _flash_takes(q, bias):
             draws = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: not read
             kernel = _aten._scaled_dot_product_flash_attention_backward
-            inputs = d_out, q, k, v, out, log, None, None, q.shape[2], k.shape[2]
-            d_q, d_k, d_v = kernel(*inputs, 0.0, tile.causal, draws, draws[0], **options)
+            sizes = None, None, q.shape[2], k.shape[2]
+            dropout = 0.0, causal, draws, draws[0]
+            return kernel(d_out, q, k, v, out, log, *sizes, *dropout, scale=scale)
+        k, v = _repeated(k, q), _repeated(v, q)
+        if q.device.type == "cpu":
+            kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+            inputs = d_out, q, k, v, out, log, 0.0, causal
+            d_q, d_k, d_v = kernel(*inputs, attn_mask=bias, scale=scale)
         else:
-            k, v = _repeated(k, q), _repeated(v, q)
             log = F.pad(log, (0, -log.shape[2] % 32))  # as the forward kernel pads it
             draws = torch.empty((), dtype=torch.int64, device=q.device)
             kernel = _aten._scaled_dot_product_efficient_attention_backward
-            inputs = d_out, q, k, v, _expanded(bias, q, k), out, log, draws, draws, 0.0
-            of_which = [True, True, True, False]
-            d_q, d_k, d_v, _ = kernel(*inputs, of_which, tile.causal, **options)
-        d_k, d_v = (
-            x.unflatten(1, (heads, -1)).sum(2) if x.shape[1] > heads else x for x in (d_k, d_v)
-        )
-        return d_q, d_k, d_v
+            rest = draws, draws, 0.0, [True, True, True, False], causal
+            d_q, d_k, d_v, _ = kernel(d_out, q, k, v, bias, out, log, *rest, scale=scale)
+        # Of the query heads that share a key or value head.
+        return d_q, d_k.unflatten(1, (heads, -1)).sum(2), d_v.unflatten(1, (heads, -1)).sum(2)
 
 
 def _flash_takes(q: Tensor, bias: Tensor | None) -> bool:
-    return bias is None and q.dtype in _FLASH and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """True for a GPU's flash kernel, which takes fewer key and value heads than query heads."""
+    fits = q.is_cuda and q.dtype in _FLASH and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return bias is None and fits
 
 
 def _repeated(x_BGSK: Tensor, q_BHLK: Tensor) -> Tensor:
     """Return a key or value head for each query head."""
     each = q_BHLK.shape[1] // x_BGSK.shape[1]
     return x_BGSK if each == 1 else x_BGSK.repeat_interleave(each, 1)
-
-
-def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
 
 
 def _sent(x: Tensor, by: int, ring: Ring, group: str) -> Tensor:

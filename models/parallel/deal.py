@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-_MASKED = 2**24  # pairs of a tile with a mask at most
+_MASKED = 2**22  # pairs of a tile with a mask at most
 
 
 class Ring(NamedTuple):
