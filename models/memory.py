@@ -5,6 +5,7 @@ Tests compare them with what autograd keeps and what a cache allocates. Imports 
 whose vocabulary or longest sequence is unknown raises ValueError.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -63,6 +64,8 @@ def activations(
     compiled: bool = False,
     experts: int = 1,
     trained: bool = True,
+    blocks: Sequence[int] | None = None,
+    is_last: bool = True,
 ) -> Activations:
     """Return an estimate of the activation memory of one micro-batch, by kind.
 
@@ -85,6 +88,8 @@ def activations(
     fp32 copies for norms; see BlockPart.compiled_bytes.
     A compiled block gives the gradients of its weights at its end, all at once. experts: ranks that
     divide the experts; trained: whether weights have gradients, as they have without adapters.
+    blocks: those of a stage of a pipeline, None: all, and one more for each module for later
+    tokens; is_last: whether the stage has the head.
     Not included: parameters, gradients, the allocator's fragmentation.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
@@ -103,7 +108,7 @@ def activations(
     every, views, attending = layers_of(config), 0, of_rank(inner, ranks)
     mask = _mask_bytes(attending, Rows(micro_batch, sequence_length, b, masked), fused_norms)
     layers: list[int] = []  # bytes of each block that is computed
-    inputs: list[int] = []  # and of its input
+    inputs: dict[int, int] = {}  # and of its input
     within: list[int] = []  # what its compiled backward pass adds
     products = 0  # of all blocks, which selective checkpointing saves
 
@@ -111,7 +116,7 @@ def activations(
         return part.compiled_bytes(config, b) if compiled else part.activation_bytes(config, b, rms)
 
     # The blocks of modules for later tokens are as the last one.
-    for n in range(config.num_blocks + config.mtp_layers):
+    for n in range(config.num_blocks + config.mtp_layers) if blocks is None else blocks:
         i = min(n, config.num_blocks - 1)
         columns = columns_of(config, i, sequence_length)
         parts, count = every[i], micro_batch * columns // ranks
@@ -147,7 +152,7 @@ def activations(
             layer += inside
             views += view if mixer not in config.mixers[:n] else 0
         layers.append(layer)
-        inputs.append(b * s.width * count)
+        inputs[n] = b * s.width * count
         # At its beginning the gradients of its output, and of the MLP's widest tensor.
         streams = 2 * b * s.width * count
         repeated = 1.0 if again else 0.0 if budget is None else 1 - budget
@@ -156,15 +161,17 @@ def activations(
         weights = sum(_weights(part, config, tensor, experts) for part in parts.values())
         end = streams + trained * b * weights
         within.append(max(begin, end - round((1 - repeated) * layer)))
-    saved = sum(inputs) + products if again else sum(layers)
+    begins = sum(inputs.values())
+    saved = begins + products if again else sum(layers)
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.shared_values:
-        saved += inputs[0] // s.width * inner.sizes.kv_width
+        saved += next(iter(inputs.values())) // s.width * inner.sizes.kv_width
     if again:  # an input of the layers that have them
-        saved += sum(inputs[i] // s.width * inner.sizes.kv_width for i in config.value_layers)
+        values = (inputs.get(i, 0) for i in config.value_layers)
+        saved += sum(size // s.width * inner.sizes.kv_width for size in values)
     recomputed = max(layers) if again else 0
     if budget is not None:
-        saved = sum(inputs) + round(budget * (saved - sum(inputs)))
+        saved = begins + round(budget * (saved - begins))
         recomputed = round((1 - budget) * max(layers))
     if config.norm.embedding:
         saved += norm * s.width * micro_batch * sequence_length // ranks
@@ -174,7 +181,8 @@ def activations(
     tokens, dense, heads = count, config.head.kind == "dense", 1 + config.mtp_layers
     # Both inputs of a module for later tokens before their norms, of which one is a head's input,
     # and joined behind them.
-    saved += config.mtp_layers * tokens * s.width * ((1 if compiled else 2) * norm + 2 * b)
+    joined = config.mtp_layers * tokens * s.width * ((1 if compiled else 2) * norm + 2 * b)
+    saved += joined * is_last
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
     logits, gradients = (2 * b + 4) * chunk * rows, 0
@@ -191,11 +199,13 @@ def activations(
         logits = (1 + (chunks == 1)) * b * chunk * rows
         gradients = hidden + (table if chunks > 1 else max(0, table - logits))
     chunk_bytes = max(parts.mlp.chunk_bytes(inner, b) for parts in layers_of(inner))
+    if not is_last:
+        heads = logits = gradients = kept_logits = 0
     return Activations(
         layers=saved,
         again=recomputed + micro_batch * (inner.mlp.columns or 0) * chunk_bytes,
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (plain + 2 * b) * dense),
-        logits=logits + (heads - 1) * kept_logits,
+        logits=logits + max(0, heads - 1) * kept_logits,
         gradients=gradients,
         within=max(within) if compiled else None,
         mask=mask + views,

@@ -22,7 +22,12 @@ RECIPES = ("llama-1b", "llama-7b", "llama-13b", "llama-70b", "mixtral-8x7b")
 GPUS = (8, 64, 256, 1024)
 HEAD = ("recipe", "H100", "best division", "micro-batch", "recomputed", "GiB a GPU", "MFU",
         "tokens/s a GPU", "published MFU")  # fmt: skip
-ANY = ("engine.tensor_parallel=1", "train.micro_batch=1")  # a mesh that any number of GPUs has
+ANY = (
+    "engine.tensor_parallel=1",
+    "engine.sequence_parallel=1",
+    "engine.pipeline_parallel=1",
+    "train.micro_batch=1",
+)  # a mesh that any number of GPUs has
 
 
 def answer(recipe: str, gpus: int) -> list[str]:

@@ -48,7 +48,13 @@ def test_a_recipe_fits_its_gpus_and_is_near_what_was_published(name):
     active = plan.parameters.get("active", plan.parameters["total"])
     assert published_notes(plan.job, active) == []
     assert not [note for note in plan.notes if "checkpointing could be off" in note]
-    assert plan.chosen.step.seconds < 1.08 * plan.divisions[0].seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_division_of_its_gpus_is_much_faster_than_a_recipe_s(name):
+    plan = Plan(compose(PlanJob, [f"recipe={name}", f"plan.gpus={PUBLISHED[name][0]}"]))
+    assert plan.chosen.step.seconds < 1.05 * plan.divisions[0].seconds
 
 
 def test_the_manual_s_table_has_the_numbers_of_the_files():

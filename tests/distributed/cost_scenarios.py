@@ -23,13 +23,15 @@ OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
     "all_gather_into_tensor": ("all_gather", 0, "output_tensor"),
     "reduce_scatter_tensor": ("reduce_scatter", 1, "input"),
     "all_to_all_single": ("all_to_all", 1, "input"),
+    "isend": ("send", 0, "tensor"),
 }
 
 
 def job_of(case, world):
     """case: [stage, optimizer, precision, more overrides]."""
     stage, optimizer, precision, *words = case
-    near = {"engine.tensor_parallel=2", "engine.sequence_parallel=2"} & set(words)
+    axes = ("tensor", "sequence", "pipeline")
+    near = {f"engine.{axis}_parallel=2" for axis in axes} & set(words)
     words = [
         *(*MODEL, *TRAIN, "train.steps=4", f"engine=zero{stage}", "engine.bucket_bytes=4096"),
         f"train.global_batch={2 * MICRO_BATCHES * (world // 2 ** len(near))}",

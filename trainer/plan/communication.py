@@ -38,16 +38,24 @@ from forescale.models.memory import of_tensor
 from forescale.plan.bytes.memory import overlapping, partition, recomputes, touched
 from forescale.plan.bytes.muon import Gathers, gathers
 from forescale.plan.bytes.parameters import Inventory, Parameter
+from forescale.plan.bytes.pipeline import Part, of_stage, parts_of
 from forescale.plan.bytes.zero import ZeroSettings
 from forescale.plan.links import Collective, Kind
 
 _STAGE_0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 
 
-def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
-    """Return the collectives of one optimizer step, without those that send nothing."""
+def collectives(
+    job: TrainJob, trained: Inventory, world: int, stage: int | None = None
+) -> list[Collective]:
+    """Return the collectives of one optimizer step, without those that send nothing.
+
+    stage: of the pipeline; None: the one that computes longest.
+    """
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
-    local = trained.of_rank(mesh)
+    every = parts_of(job, world)
+    part = max(every, key=lambda part: part.share) if stage is None else every[stage]
+    local = of_stage(trained, job, part.stage).of_rank(mesh)
     if s.stage < 3:
         zero = _replicated(s, local, mesh)
     else:
@@ -58,27 +66,77 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
         if experts:
             of_experts = replace(s, world=s.expert_world)
             zero += _partitioned(of_experts, experts, job, local, " of experts", mesh.experts)
-    traffic = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
-    traffic += [*_whole_matrices(s, local, mesh), _copied(s, job, local, mesh)]
+    inner = _sums(s, job, part) + _exchanged(s, job, mesh, part) + _ring(s, job, mesh, part)
+    inner, rows = [*inner, _streams(s, job, mesh, part)], _rows(s, job, part)
+    rows, inner = ([replace(c, is_inner=True) for c in of] for of in (rows, inner))
+    traffic = [*rows, *zero, *inner, *_whole_matrices(s, local, mesh)]
+    traffic.append(_copied(s, job, local, mesh))
+    traffic.append(_lent(s, [of_stage(trained, job, p.stage).of_rank(mesh) for p in every], part))
     return [c for c in traffic if c.payload and c.ranks > 1]
 
 
-def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
+def _streams(s: ZeroSettings, job: TrainJob, mesh: Mesh, part: Part) -> Collective:
+    """Return the streams that a stage sends to the next one, and their gradients to the one before
+    (engine/parallel/pipeline.py), once for each part of the model that it has."""
+    config, chunks = job.model, job.engine.chunks
+    if mesh.pipeline == 1 or not isinstance(config, ModelConfig):
+        return Collective("streams of the pipeline", "send", 0, 1)
+    columns = job.rows_at_once * job.train.sequence_length // mesh.columns
+    values = config.sizes.width + (config.sizes.kv_width if config.shared_values else 0)
+    calls = s.accumulation * (2 * chunks - part.is_first - part.is_last)
+    payload = calls * s.size * columns * values
+    return Collective(
+        "streams of the pipeline", "send", payload, mesh.pipeline, calls, 0.0, mesh.in_stage,
+        is_direct=True,
+    )  # fmt: skip
+
+
+def _lent(s: ZeroSettings, stages: Sequence[Inventory], part: Part) -> Collective:
+    """Return the tables that several stages read: the first one lends them, and gets gradients."""
+    tables = [sum(p.numel for p in stage.borrowed) for stage in stages]
+    payload = s.size * sum(tables) if part.is_first else s.gradient * tables[part.stage]
+    calls = sum(map(bool, tables)) if part.is_first else 1
+    return Collective("lent tables", "send", payload, len(stages), calls, is_direct=True)
+
+
+def _ring(s: ZeroSettings, job: TrainJob, mesh: Mesh, part: Part) -> list[Collective]:
+    """Return the keys and values that ranks pass around (models/mixers/ring.py), and in the
+    backward pass their gradients in fp32, which also travel home; with a window at most."""
+    config, ranks = job.model, mesh.context
+    if ranks == 1 or not isinstance(config, ModelConfig):
+        return []
+    columns = job.rows_at_once * job.train.sequence_length // mesh.columns
+    of_heads, layers = of_tensor(config, mesh.tensor), layers_of(config)
+    mixers = [layers[min(block, config.num_blocks - 1)].mixer for block in part.blocks]
+    heads = 2 * of_heads.sizes.heads_width
+    values = [m.exchanged(of_heads, mesh.sequence) - heads for m in mixers if m.splits_columns]
+    turns = (2 + recomputes(job)) * (ranks - 1)  # a state passes otherwise, of a few columns
+    payload = s.accumulation * columns * sum(values) * (s.size * turns + 4 * ranks)
+    calls = s.accumulation * len(values) * (turns + ranks)
+    stride, name = mesh.sequence * mesh.tensor, "keys and values"
+    ring = Collective(name, "all_to_all", payload, ranks, calls, 1.0, stride, is_direct=True)
+    return [ring]
+
+
+def _exchanged(s: ZeroSettings, job: TrainJob, mesh: Mesh, part: Part) -> list[Collective]:
     """Return the exchange of columns for heads where ranks divide rows: two in each layer, forward
     and backward (models/parallel/groups.py), and forward again where the layer is recomputed."""
     config, ranks = job.model, job.engine.sequence_parallel
     if ranks == 1 or not isinstance(config, ModelConfig):
         return []
-    mixers = [parts.mixer for parts in layers_of(config)]
+    layers = layers_of(config)
+    every = [layers[min(block, config.num_blocks - 1)].mixer for block in part.blocks]
+    mixers = [mixer for mixer in every if mixer.splits_columns]
     of_heads = of_tensor(config, job.engine.tensor_parallel)  # a rank's own
     values = sum(mixer.exchanged(of_heads, ranks) for mixer in mixers)
     times = s.accumulation * (2 if config.activation_checkpointing == "none" else 3)
-    columns = job.rows_at_once * job.train.sequence_length // ranks
+    columns = job.rows_at_once * job.train.sequence_length // mesh.columns
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
-    return [Collective("heads for columns", "all_to_all", payload, ranks, calls)]
+    name = "heads for columns"
+    return [Collective(name, "all_to_all", payload, ranks, calls, stride=mesh.tensor)]
 
 
-def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
+def _sums(s: ZeroSettings, job: TrainJob, part: Part) -> list[Collective]:
     """Return the sums of ranks that divide the matrices (models/parallel/groups.py): of a part's
     output, and of its input's gradient; of the gradients of what the part has whole; of an
     encoder's output; and of the tables of tokens, if their rows are divided."""
@@ -86,9 +144,10 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     if tensor == 1 or not isinstance(c, ModelConfig):
         return []
     rows, length = job.rows_at_once, job.train.sequence_length
-    columns = length // job.engine.sequence_parallel
+    columns = length // job.mesh(1).columns
     blocks = [*enumerate(layers_of(c))]
-    blocks += blocks[-1:] * c.mtp_layers  # those of modules for later tokens are as the last one
+    # Those of modules for later tokens are as the last one.
+    blocks = [blocks[min(block, c.num_blocks - 1)] for block in part.blocks]
     # A compiled block is computed again up to its end.
     to_end = c.activation_checkpointing == "full" and job.train.compile != "off"
     sums = [one for block in blocks for one in _of_block(c, *block, rows, columns, to_end)]
@@ -96,9 +155,9 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
         sums.append(c.sizes.width * rows * columns_of(c, 0, columns))
     heads, read = 0, rows * columns_of(c, c.encoder_layers, columns)
     if c.sizes.vocab_size % tensor == 0:
-        heads = 1 + c.mtp_layers
+        heads = (1 + c.mtp_layers) * part.is_last
         # The vectors of tokens, and the gradient of what the heads read.
-        sums += [c.sizes.width * rows * columns] + [c.sizes.width * read] * heads
+        sums += [c.sizes.width * rows * columns] * part.is_first + [c.sizes.width * read] * heads
     # Two fp32 numbers of each rank for each target.
     payload = s.size * sum(sums) + 8 * tensor * read * heads
     n, calls, name = s.accumulation, len(sums) + heads, "parts of the residual stream"
@@ -151,14 +210,14 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Col
     return [Collective("Muon's whole matrices", "all_gather", payload, tensor, len(most))]
 
 
-def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
+def _rows(s: ZeroSettings, job: TrainJob, part: Part) -> list[Collective]:
     """Return the exchanges of ranks that divide experts."""
     parts, c = job.engine.expert_parallel, job.model
     experts = c.experts if isinstance(c, ModelConfig) else None
     if parts == 1 or not isinstance(c, ModelConfig) or experts is None:
         return []
-    routed = [part.mlp.is_routed for part in layers_of(c)]
-    layers = (sum(routed) + routed[-1] * c.mtp_layers) * s.accumulation
+    routed = [parts.mlp.is_routed for parts in layers_of(c)]
+    layers = sum(routed[min(block, c.num_blocks - 1)] for block in part.blocks) * s.accumulation
     tokens = job.rows_at_once * job.train.sequence_length
     rows, passes = tokens * experts.top_k // job.mesh(parts).near, 1 + recomputes(job)
     if experts.capacity:
@@ -177,7 +236,8 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
     times = s.accumulation if s.stage == 2 else 1
     # The backward pass takes two thirds of a micro-batch's time. Stages 0 and 1 reduce gradients
     # only in the backward pass of the last micro-batch.
-    beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
+    beside = 2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation
+    beside *= s.stage > 0 and s.overlap and not s.waits
     bucket = s.bucket if s.stage else _STAGE_0_BUCKET
     sums = []
     experts = trained.experts if mesh.experts > 1 else frozenset[str]()

@@ -140,7 +140,7 @@ class PlanJob(TrainJob):
         notes, mesh = super().notes(), self.mesh(1)
         groups = {"tensor": mesh.tensor, "sequence": mesh.sequence, "expert": mesh.experts}
         for axis, size in groups.items():
-            ranks = mesh.near if axis == "sequence" else size
+            ranks = size * mesh.tensor if axis == "sequence" else size
             if size > 1 and self.per_node % ranks:
                 notes.append(
                     f"engine.{axis}_parallel={size}: {ranks} ranks don't divide the "
@@ -167,9 +167,6 @@ class PlanJob(TrainJob):
     def problems(self, world_size: int | None = None) -> Problems:
         problems = super().problems(world_size or (None if self.elastic else self.world_size))
         plan, each = self.plan, self.machine.gpus_per_node
-        if self.engine.pipeline_parallel > 1 and self.VERB == "plan":
-            name, problem = "engine.pipeline_parallel", "is not planned yet"
-            problems.append((name, problem, "leave it out; forescale train has it"))
         if self.precision.fp8 != "none" and not self.machine.fp8:
             problem = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
             todo = "choose another machine, such as machine=h100-sxm, or leave it out"

@@ -19,7 +19,7 @@ from typing import Literal
 
 from forescale.plan.config import MachineConfig
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 _TREE = 0.92  # speed of NCCL's tree, as a fraction of the ring's
 _START = 14e-6  # seconds: NCCL's base latency of a collective (its protocol LL128)
@@ -33,7 +33,9 @@ class Collective:
     matrices those of the first, which has the most. ranks: number of ranks that take part. calls:
     number of collectives. beside: the fraction of the step's computation that they can overlap
     with, on a machine that overlaps. stride: from each of the ranks to the next; between them are
-    those of as many other groups that do the same at the same time.
+    those of as many other groups that do the same at the same time. is_direct: all that a rank
+    sends goes to the next one, as all of kind "send" does; as an all-to-all in a ring. is_inner:
+    micro-batches wait for it, and so does a pipeline that fills or empties.
     """
 
     label: str
@@ -43,10 +45,14 @@ class Collective:
     calls: int = 1
     beside: float = 0.0
     stride: int = 1
+    is_direct: bool = False
+    is_inner: bool = False
 
     @property
     def sent(self) -> int:
         """Bytes that each rank sends per step."""
+        if self.is_direct:
+            return self.payload
         return self._rounds * (self.ranks - 1) * self.payload // self.ranks
 
     @property
@@ -58,7 +64,7 @@ class Collective:
         same = self._on_one_node(per_node)
         if self.ranks <= same:
             return 0
-        if self.kind == "all_to_all":  # each rank sends to each
+        if self.kind == "all_to_all" and not self.is_direct:  # each rank sends to each
             return per_node * (self.ranks - same) * self.payload // self.ranks
         return min(self.stride, per_node) * self.sent
 
@@ -93,7 +99,7 @@ class Collective:
             self.inside_seconds(machine, per_node), self.between_seconds(machine, per_node)
         )
         ring = self.calls * (_START + steps * inside + crossed * between), moving
-        if self.kind == "all_to_all":
+        if self.kind in ("all_to_all", "send"):
             return self.calls * (_START + (between if nodes > 1 else inside)), moving
         if self.kind != "all_reduce" or nodes == 1:
             return ring

@@ -23,6 +23,7 @@ from forescale.plan.step_time import (
     TokenFlops,
     predict_step_time,
 )
+from forescale.plan.work import Work
 
 J = TypeVar("J", bound=TrainJob)
 _MOST_GPUS = 16_384
@@ -112,11 +113,13 @@ class ShardingOptions:
             step=self.step(job, traffic),
         )
 
-    def step(self, job: PlanJob, traffic: Sequence[Collective]) -> StepTime:
-        """Return the time of a step of `job` with these collectives."""
+    def step(
+        self, job: PlanJob, traffic: Sequence[Collective], work: Work | None = None
+    ) -> StepTime:
+        """Return the time of a step of `job` with these collectives. work: if it is known."""
         return predict_step_time(
             job, self.trained, self.per_token, traffic, self.machine, job.world_size, job.per_node,
-            self.plan.mfu, self.measured,
+            self.plan.mfu, self.measured, work,
         )  # fmt: skip
 
     def run_seconds(self, option: ShardingOption) -> float | None:
@@ -205,6 +208,8 @@ class ShardingOptions:
     def _fits_beside(self, base: Memory, job: PlanJob) -> bool:
         """Whether the activations of `job` fit beside the states of `base`, which are also its
         own: a bisection asks some forty times, and the states take longest."""
+        if job.engine.pipeline_parallel > 1:  # another stage may be the fullest
+            return self.fits(job)
         changed = replace(base, activations=activations_of(job, self.machine.fused_norms))
         return changed.total <= self.available_to(job)
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from forescale.models.config import ModelConfig
-from forescale.plan.bytes.memory import Memory, activations_of, states
+from forescale.plan.bytes.memory import Memory, activations_of, fullest, states
 from forescale.plan.bytes.parameters import inventory
+from forescale.plan.bytes.pipeline import bubble, parts_of
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.links import Collective, exposed
@@ -32,7 +33,12 @@ from forescale.plan.work import Work, work_of
 _FEWEST_COLUMNS = 1024  # of a window, that a rank computes: fewer keep no GPU busy
 _MOST_ROWS = 32  # of a micro-batch: more bring no speed
 _MOST_NODES = 8  # that have one copy of the states, if not all have one
-_LARGEST = 64  # ways of one axis
+_LARGEST = 64  # stages of a pipeline
+_ORDERS: tuple[tuple[Literal["1f1b", "interleaved"], int | None], ...] = (
+    ("1f1b", None),
+    ("interleaved", 2),
+    ("interleaved", 4),
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ class _Search:
         self._of_tensor: dict[int, ShardingOptions] = {}
         self._states: dict[Any, Any] = {}
         self._work: dict[Any, Work] = {}
+        self._refused: dict[str, bool] = {}
 
     def ways(self) -> Iterator[tuple[float, PlanJob, list[int]]]:
         """Yield each job with ZeRO-1 that the rules allow, the least seconds of its step before,
@@ -157,9 +164,13 @@ class _Search:
         columns = max(1, job.train.sequence_length // _FEWEST_COLUMNS)
         experts = model.experts.experts if model.experts else 1
         inner = [_divisors(world, min(near, world)) for _ in range(2)]
-        axes = (*inner, _divisors(world, columns), _divisors(world, experts))
+        # Fewer ranks than a node has bring experts nothing.
+        divides = [n for n in _divisors(experts, experts) if n == 1 or n >= min(near, experts)]
+        axes = (*inner, _divisors(world, columns), divides)
         stages = _divisors(world, min(model.num_blocks, _LARGEST))
-        for tensor, sequence, context, parts, pipeline in product(*axes, stages):
+        orders = [(n, order) for n in stages for order in (_ORDERS if n > 1 else _ORDERS[:1])]
+        for axis, (pipeline, (schedule, chunks)) in product(product(*axes), orders):
+            tensor, sequence, context, parts = axis
             ranks = tensor * sequence * context * pipeline
             if world % ranks or sequence * context > columns or tensor * sequence > near:
                 continue
@@ -173,6 +184,8 @@ class _Search:
                 context_parallel=context,
                 expert_parallel=parts,
                 pipeline_parallel=pipeline,
+                pipeline_schedule=schedule,
+                pipeline_chunks=chunks,
                 shard_group=0,
             )
             mesh = replace(job, engine=engine, train=replace(job.train, micro_batch=1))
@@ -180,39 +193,46 @@ class _Search:
             if self._is_refused(mesh):
                 continue
             micros = [n for n in _divisors(each, _MOST_ROWS) if not n & (n - 1) or n == each][::-1]
-            groups = [[micro] for micro in micros] if pipeline > 1 else [micros]
+            groups = [[micro] for micro in micros if micro <= 4] if pipeline > 1 else [micros]
             for how, sizes in product(checkpointings(mesh), groups):
                 way = with_checkpointing(_with_micro_batch(mesh, sizes[0]), how)
                 seconds = self._work_of(way).seconds(self._options.machine, self._peak)
-                yield way.accumulation(world) * seconds / pipeline, way, sizes
+                every = parts_of(way, world)
+                rounds = way.accumulation(world) * max(part.share for part in every)
+                yield (rounds + bubble(way, every)) * seconds, way, sizes
 
     @cached_property
     def _peak(self) -> float:
         return peak_of(self._job, self._options.machine) or 1.0
 
     def _is_refused(self, job: PlanJob) -> bool:
-        """Whether a rule of the sections that differ from the job's refuses it."""
-        return bool([*job.engine.problems(), *job.problems()])
+        """Whether a rule of the sections that differ from the job's refuses it; the micro-batches
+        and the recomputation that are tried break none."""
+        if (key := str(job.engine)) not in self._refused:
+            self._refused[key] = bool([*job.engine.problems(), *job.problems()])
+        return self._refused[key]
 
     def _work_of(self, job: PlanJob) -> Work:
-        """Return the work of a micro-batch, which no stage and no copy changes; but for the reading
-        of weights, which takes no time of so large ones."""
+        """Return the work of a micro-batch, which no stage and no copy changes."""
         e, how = job.engine, getattr(job.model, "activation_checkpointing", "none")
-        axes = e.tensor_parallel, e.sequence_parallel, e.context_parallel, job.train.micro_batch
-        if (key := (*axes, how)) not in self._work:
-            work = work_of(job, 0, job.mesh(job.world_size))
+        axes = e.tensor_parallel, e.sequence_parallel, e.context_parallel, e.expert_parallel
+        if (key := (*axes, job.train.micro_batch, how)) not in self._work:
+            mesh = job.mesh(job.world_size)
+            work = work_of(job, self._of(job).trained.of_rank(mesh).numel, mesh)
             assert work is not None, "of our own model"
             self._work[key] = work
         return self._work[key]
 
+    def _of(self, job: PlanJob) -> ShardingOptions:
+        """Return the options with the parameters as the ranks of a job divide them."""
+        if (tensor := job.engine.tensor_parallel) not in self._of_tensor:
+            self._of_tensor[tensor] = replace(self._options, trained=inventory(job))
+        return self._of_tensor[tensor]
+
     def fitting(self, way: PlanJob, sizes: Sequence[int]) -> Iterator[Division]:
         """Yield a way at each stage, and with copies of the states, at the largest micro-batch that
         fits, and at the job's, if the rules allow it."""
-        tensor, per_node = way.engine.tensor_parallel, way.per_node
-        if tensor not in self._of_tensor:
-            trained = inventory(way)
-            self._of_tensor[tensor] = replace(self._options, trained=trained)
-        options = self._of_tensor[tensor]
+        tensor, per_node, options = way.engine.tensor_parallel, way.per_node, self._of(way)
         near = max(1, per_node // tensor)
         every = way.mesh(way.world_size).states
         groups = [n * near for n in (1, 2, 4, _MOST_NODES) if n * near < every]
@@ -223,31 +243,42 @@ class _Search:
             replace(job, engine=replace(job.engine, shard_group=group))
             for job, group in product(jobs[1:4], groups)
         ]
-        ways = [_with_micro_batch(way, size) for size in sizes]
-        activations = [activations_of(one, options.machine.fused_norms) for one in ways]
-        configured = self._job.train.micro_batch
+        configured, fused = self._job.train.micro_batch, options.machine.fused_norms
+        activations = []
+        for size in sizes:
+            one = _with_micro_batch(way, size)
+            parts = fullest(parts_of(one, one.world_size))
+            activations.append([(part.stage, activations_of(one, fused, part)) for part in parts])
         for job in jobs:
+            if self._is_refused(_with_micro_batch(job, sizes[-1])):
+                continue
             has_one = False
             for size, activation in zip(sizes, activations, strict=True):
                 if has_one and size != configured:
                     continue
                 one = _with_micro_batch(job, size)
                 memory = self._memory(options, one, activation)
-                if memory.total <= options.available_to(one) and not self._is_refused(one):
+                if memory.total <= options.available_to(one):
                     has_one = True
                     traffic = collectives(one, options.trained, one.world_size)
-                    step = options.step(one, traffic)
+                    step = options.step(one, traffic, self._work_of(one))
                     yield Division(self._job, one, memory, traffic, step)
 
-    def _memory(self, options: ShardingOptions, job: PlanJob, activations: Any) -> Memory:
-        """Return the memory of a rank, without the memory of the host at the start."""
+    def _memory(
+        self, options: ShardingOptions, job: PlanJob, activations: list[tuple[int, Any]]
+    ) -> Memory:
+        """Return the memory of the fullest rank, without the memory of the host at the start.
+        activations: of each stage of a pipeline that may be the fullest."""
         again = getattr(job.model, "activation_checkpointing", "none") == "full"
         rounds = job.accumulation(job.world_size)
         key = (str(job.engine), again, rounds > 1, job.gradient_dtype(job.world_size))
-        if key not in self._states:
-            self._states[key] = states(job, options.trained, job.world_size)
-        base = options.reserved(job)
-        return Memory(self._states[key], activations, 0, *base)
+        for stage, _ in activations:
+            if (*key, stage) not in self._states:
+                of_stage = states(job, options.trained, job.world_size, None, stage)
+                self._states[*key, stage] = of_stage
+        rest = 0, *options.reserved(job)
+        every = [Memory(self._states[*key, stage], held, *rest) for stage, held in activations]
+        return max(every, key=lambda memory: memory.peak)
 
 
 def _with_micro_batch(job: PlanJob, micro: int) -> PlanJob:

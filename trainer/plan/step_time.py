@@ -18,10 +18,11 @@ from forescale.models.config import ModelConfig
 from forescale.monitor.status import Status
 from forescale.plan.bytes.memory import holders
 from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.bytes.pipeline import bubble, of_stage, parts_of
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig, PlanJob
 from forescale.plan.links import Collective, exposed
-from forescale.plan.work import work_of
+from forescale.plan.work import Work, work_of
 from forescale.run.directory import Run
 
 SAME_SPEED = 1.01  # the times are estimates: a percent says nothing
@@ -119,11 +120,12 @@ def predict_step_time(
     per_node: int,
     mfu: float | None = None,
     measured: MeasuredSpeed | None = None,
+    work: Work | None = None,
 ) -> StepTime:
     """Return the StepTime of a job on `world` ranks, `per_node` of them on each node.
 
-    traffic: the collectives of a step. `measured` has precedence over `mfu`, and `mfu` over the
-    speeds of the machine.
+    work: of a rank in a micro-batch, if it is known. traffic: the collectives of a step. `measured`
+    has precedence over `mfu`, and `mfu` over the speeds of the machine.
     """
     tokens = job.tokens_per_step
     links = sum(c.seconds(machine, per_node) for c in traffic)
@@ -138,18 +140,24 @@ def predict_step_time(
     if mfu is not None:
         return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
     mesh, parts = job.mesh(world), dict[str, float]()
+    stages, rounds = parts_of(job, world), job.accumulation(world)
+    slowest = max(stages, key=lambda part: part.share)
     of_rank = trained.of_rank(mesh)
-    if (work := work_of(job, of_rank.numel, mesh)) is not None:
-        rounds = job.accumulation(world)
-        parts = {name: rounds * s for name, s in work.parts(machine, peak).items()}
+    if (work := work or work_of(job, of_rank.numel, mesh)) is not None:
+        times = rounds * slowest.share
+        parts = {name: times * s for name, s in work.parts(machine, peak).items()}
         computing = sum(parts.values())
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
+    of_rank = of_stage(trained, job, slowest.stage).of_rank(mesh)
     waiting = exposed(traffic, machine, per_node, computing)
     divides = mesh.shards * mesh.tensor if job.engine.stage else None
     after = {"update": update_seconds(of_rank, machine, peak, divides)}
+    if mesh.pipeline > 1:
+        inner = [c for c in traffic if c.is_inner]
+        passing = computing + exposed(inner, machine, per_node, computing)
+        after["bubble"] = bubble(job, stages) * passing / rounds / slowest.share
     if job.train.invariant:
-        rounds = job.accumulation(world)
         after["invariant sums"] = _invariant_seconds(job, of_rank, machine, rounds, divides or 1)
     parts = parts and {**parts, **after}
     return StepTime(
@@ -164,7 +172,8 @@ def computing_seconds(job: PlanJob, machine: MachineConfig) -> float:
     work = work_of(job, 0, job.mesh(world))
     assert work is not None, "of our own model"
     assert peak is not None, "a speed is known"
-    return job.accumulation(world) * work.seconds(machine, peak)
+    times = job.accumulation(world) * max(part.share for part in parts_of(job, world))
+    return times * work.seconds(machine, peak)
 
 
 def update_seconds(

@@ -119,11 +119,11 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     # What is computed again, with attention's square as MFU counts it, less that square.
     squares = again * _scores(config, length, causal=False)
     repeated = max(0.0, job.lora.flops_recomputed(config, length, mesh.sequence) - squares)
-    part = _part(config, mesh.tensor, length, forward - scores) / mesh.sequence
+    part = _part(config, mesh.tensor, length, forward - scores) / mesh.columns
     whole = activations(
         replace(config, activation_checkpointing="none"),
         micro,
-        length,
+        length // mesh.context,
         size,
         masked=job.data.document_mask or not job.objective.continues_text,
         ranks=mesh.sequence,
@@ -131,7 +131,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     )
     rows = config.sizes.vocab_size
     rows = rows if rows % mesh.tensor else rows // mesh.tensor
-    logits = tokens // mesh.sequence * rows * (1 + config.mtp_layers) * (2 * size + 4)
+    logits = tokens // mesh.columns * rows * (1 + config.mtp_layers) * (2 * size + 4)
     eager = job.train.compile == "off"
     of_blocks, of_loss = _EAGER if eager else _COMPILED
     # The forward pass makes a third of the traffic, as of the FLOPs.
@@ -140,7 +140,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     fast = 0.0  # multiplications of fp8 in the forward pass
     if job.precision.fp8 != "none":
         for name, shape in fp8_matrices(config, mesh.tensor).items():
-            columns = columns_of(config, int(name.split(".")[1]), length) // mesh.sequence
+            columns = columns_of(config, int(name.split(".")[1]), length) // mesh.columns
             fast += micro * columns * prod(shape)
             if job.precision.fp8 == "rowwise":
                 traffic += _ROWWISE * micro * columns * sum(shape) * passes
@@ -149,7 +149,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     return Work(
         products=tokens * (multiplied + repeated) * part,
         scores=attended * (1 + _BACKWARD_SCORES + again),
-        length=length,
+        length=length // mesh.context,  # the keys of a kernel's call
         traffic=traffic,
         weights=(3 + again) * size * parameters,
         fp8=2 * fast * (3 + (how == "full")),

@@ -19,6 +19,8 @@ def shallow_depths(job: RehearseJob) -> tuple[int, int] | None:
     model = job.model
     if not isinstance(model, ModelConfig) or model.has_encoder or job.rehearse.layers == "all":
         return None
+    if job.engine.pipeline_parallel > 1:  # a rank has few of them, which balance the head
+        return None
     layers = model.num_layers or 0
     if layers * (1 + job.world_size / _SLOW_RANKS) <= _MOST:
         return None

@@ -59,11 +59,12 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "objective=next_token",
     "alone": "engine=zero3 model.mixer=mingru model.num_heads=null model.mlp=geglu "
     "train.compile=off plan.gpus=1 train.global_batch=4 checkpoint.background=false",
-    "ramps": "recipe=llama-13b engine.tensor_parallel=1 optimizer=muon model.mixer=gated_deltanet "
-    "train.first_length=64 train.length_ramp=50% train.first_batch=32 train.batch_ramp=4steps",
+    "ramps": "recipe=llama-13b engine.pipeline_parallel=1 optimizer=muon "
+    "model.mixer=gated_deltanet train.first_length=64 train.length_ramp=50% train.first_batch=32 train.batch_ramp=4steps",
     "columns": "engine.sequence_parallel=2 engine.tensor_parallel=2 engine=zero3 "
     "model.mixer=latent objective=prefix",
     "matrices": "recipe=llama-70b model.num_kv_heads=4 engine.tensor_parallel=4 engine=zero2 "
+    "engine.pipeline_parallel=1 engine.sequence_parallel=1 "
     "optimizer=muon model.parametrization=mup model.dropout=0.1 rehearse.ranks=[7] "
     "data.cache=no-such-folder",
     "experts": "recipe=mixtral-8x7b model.num_kv_heads=2 model.mlp=moe engine.expert_parallel=4",

@@ -29,9 +29,10 @@ from operator import mul
 from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
-from forescale.models.memory import Activations, activations
+from forescale.models.memory import Activations, activations, of_tensor
 from forescale.plan.bytes.muon import gathers
 from forescale.plan.bytes.parameters import Inventory, Parameter
+from forescale.plan.bytes.pipeline import Part, of_stage, parts_of
 from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
 
 OUTER_BYTES = 8  # of a parameter: its outer weight and momentum, fp32
@@ -80,10 +81,23 @@ class States:
         return self.steady + gradients + max(self.update + self.scratch, self.matrices)
 
 
-def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = None) -> States:
-    """Return the model states of `rank`; None: of the rank with the most bytes."""
+def states(
+    job: TrainJob, trained: Inventory, world: int, rank: int | None = None, stage: int = 0
+) -> States:
+    """Return the model states of `rank`; None: of the rank with the most bytes in a stage of the
+    pipeline."""
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
-    trained = trained.of_rank(mesh)
+    stage = stage if rank is None else mesh.stage_of(rank)
+    trained = of_stage(trained, job, stage).of_rank(mesh)
+    of_rank = _states(s, job, trained, rank)
+    if table := sum(p.numel for p in trained.borrowed):
+        weights, gradients = of_rank.weights + s.size * table, s.gradient * table
+        of_rank = replace(of_rank, weights=weights, gradients=of_rank.gradients + gradients)
+    return of_rank
+
+
+def _states(s: ZeroSettings, job: TrainJob, trained: Inventory, rank: int | None) -> States:
+    """Return the states of a rank, of the parameters that it has."""
     if s.stage == 0:
         n, groups = trained.num_trained, trained.groups
         return States(
@@ -137,7 +151,7 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     groups = trained.groups
     parts = [partition(g, world) for g in groups]
     whole = [touched(g, world) for g in groups]
-    accumulates = s.stage == 1 and s.accumulation > 1
+    accumulates = s.stage == 1 and (s.accumulation > 1 or s.waits)
     if rank is None:
         # Ranks differ in the two momenta of matrices, and in gradients unless all are kept.
         times = [2 * g.update.is_by_matrix + (not accumulates) for g in groups]
@@ -319,18 +333,37 @@ def memory(
         part = block_of(p.name) or p.name.partition(".")[0]
         parts[part] = parts.get(part, 0) + 4 * (p.numel - sizes[p.name] * (not divides))
     start = max(parts.values()) + (0 if divides else 4 * sum(sizes.values()))
-    of_activations = activations_of(job, fused_norms)
-    return Memory(states(job, trained, world), of_activations, start, reserved, margin)
+    rest = start, reserved, margin
+    every = [
+        Memory(
+            states(job, trained, world, None, part.stage),
+            activations_of(job, fused_norms, part),
+            *rest,
+        )
+        for part in fullest(parts_of(job, world))
+    ]
+    return max(every, key=lambda memory: memory.peak)
 
 
-def activations_of(job: TrainJob, fused_norms: bool = True) -> Activations | None:
-    """Return the activations of a rank; None for a model class of the user."""
+def fullest(parts: Sequence[Part]) -> list[Part]:
+    """Return the stages of which one has the most bytes: the first holds the most micro-batches,
+    one of the next most blocks, and the last one has the head."""
+    return [*{part.stage: part for part in [*parts[:2], parts[-1]]}.values()]
+
+
+def activations_of(
+    job: TrainJob, fused_norms: bool = True, part: Part | None = None
+) -> Activations | None:
+    """Return the activations of a rank; None for a model class of the user. part: of a stage of a
+    pipeline; None: the whole model."""
     if not isinstance(job.model, ModelConfig):
         return None
-    return activations(
+    context = job.engine.context_parallel
+    of_rank = activations(
         job.model,
         job.rows_at_once,
-        job.train.sequence_length,
+        # In a ring a rank keeps what it would of a window of its own columns.
+        job.train.sequence_length // context,
         BYTES[job.precision.kind],
         masked=job.data.document_mask or job.objective.pads,
         fused_norms=fused_norms,
@@ -340,7 +373,35 @@ def activations_of(job: TrainJob, fused_norms: bool = True) -> Activations | Non
         compiled=fused_norms and job.train.compile != "off",
         experts=job.engine.expert_parallel,
         trained=not job.lora.rank,
+        blocks=None if part is None else part.blocks,
+        is_last=part is None or part.is_last,
     )
+    if context > 1:
+        of_rank = _in_ring(job, of_rank)
+    if part is None or job.engine.pipeline_parallel == 1:
+        return of_rank
+    # Of each micro-batch in flight also what the stage sends.
+    sent = 0 if part.is_last else _stream(job)
+    held = round(part.held * (of_rank.layers + sent))
+    return replace(of_rank, layers=held, mask=round(part.held * of_rank.mask))
+
+
+def _stream(job: TrainJob) -> int:
+    """Return the bytes of the residual stream of a rank's columns of a micro-batch."""
+    assert isinstance(job.model, ModelConfig)
+    columns = job.rows_at_once * job.train.sequence_length // job.mesh(1).columns
+    return BYTES[job.precision.kind] * columns * job.model.sizes.width
+
+
+def _in_ring(job: TrainJob, alone: Activations) -> Activations:
+    """Return the activations of a rank in a ring (models/mixers/ring.py): while it attends, it has
+    the keys and values of two ranks, their gradients and that of its queries in fp32."""
+    assert isinstance(job.model, ModelConfig)
+    s = of_tensor(job.model, job.engine.tensor_parallel).sizes
+    columns = job.rows_at_once * job.train.sequence_length // job.mesh(1).columns
+    extra = columns * (4 * s.heads_width + (2 * BYTES[job.precision.kind] + 8) * 2 * s.kv_width)
+    within = None if alone.within is None else alone.within + extra
+    return replace(alone, again=alone.again + extra, within=within)
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
@@ -44,13 +45,16 @@ class Inventory:
     parameters: in the order of the forward pass. groups: of the optimizer, each with its trained
     parameters in the order of the memory layout. experts: names of parameters with a matrix for
     each expert. cut: name -> dimension of parameters that ranks divide (engine.tensor_parallel).
+    borrowed: tables that a stage of a pipeline reads and another one trains. parts: the inventories
+    of some ranks, computed once.
     """
 
     parameters: list[Parameter]
     groups: list[Group]
     experts: frozenset[str] = frozenset()
     cut: Mapping[str, int] = field(default_factory=dict)
-    _ranks: dict[tuple[int, int], "Inventory"] = field(default_factory=dict, repr=False)
+    borrowed: list[Parameter] = field(default_factory=list)
+    parts: dict[Any, "Inventory"] = field(default_factory=dict, repr=False)
 
     @property
     def numel(self) -> int:
@@ -77,9 +81,9 @@ class Inventory:
         then the number of parts of the matrices, or of the experts."""
         if mesh.experts == mesh.tensor == 1:
             return self
-        if (key := (mesh.tensor, mesh.experts)) not in self._ranks:
-            self._ranks[key] = self._of_rank(mesh)
-        return self._ranks[key]
+        if (key := (mesh.tensor, mesh.experts)) not in self.parts:
+            self.parts[key] = self._of_rank(mesh)
+        return self.parts[key]
 
     def _of_rank(self, mesh: Mesh) -> "Inventory":
         dims = {**self.cut, **dict.fromkeys(self.experts, 0)}
@@ -103,7 +107,9 @@ class Inventory:
                 group.params.sort(key=lambda p: places[p.name])
                 group.params.sort(key=lambda p: p.shape, reverse=True)
                 group.names = [p.name for p in group.params]
-        return Inventory([*map(divided, self.parameters)], groups, self.experts, self.cut)
+        every = ([*map(divided, of)] for of in (self.parameters, self.borrowed))
+        parameters, tables = every
+        return Inventory(parameters, groups, self.experts, self.cut, tables)
 
 
 def inventory(

@@ -42,6 +42,7 @@ class ZeroSettings:
     expert_world: int  # of these, that have the same experts
     accumulation: int
     zero: Mapping[str, Any]
+    waits: bool = False  # gradients are reduced at the end of a step alone: in a pipeline
 
     @classmethod
     def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
@@ -55,7 +56,8 @@ class ZeroSettings:
         mesh, rounds = job.mesh(world), max(1, job.accumulation(world))
         ranks = mesh.shards * mesh.tensor
         groups = ranks, mesh.shards, ranks // mesh.experts
-        return cls(zero["stage"], BYTES[kind], gradient, sent, *groups, rounds, zero)
+        waits = mesh.pipeline > 1
+        return cls(zero["stage"], BYTES[kind], gradient, sent, *groups, rounds, zero, waits)
 
     @property
     def bucket(self) -> int:
