@@ -256,7 +256,8 @@ def cheapest(options: Sequence[ShardingOption], available: float) -> ShardingOpt
 
 
 def name_of(job: PlanJob) -> str:
-    """Return the short name of the job's division, such as zero2-offload or zero3-hpz8-tp2."""
+    """Return the short name of the job's division, such as zero2-offload, zero3-hpz8-tp2 or, of 8
+    stages with 4 parts each, zero1-pp8x4."""
     e = job.engine
     offload = "-offload" if e.offload_optimizer or e.offload_parameters else ""
     parts = {
@@ -268,7 +269,9 @@ def name_of(job: PlanJob) -> str:
         "cp": e.context_parallel,
         "ep": e.expert_parallel,
     }
-    return f"zero{e.stage}{offload}" + "".join(f"-{k}{n}" for k, n in parts.items() if n > 1)
+    name = f"zero{e.stage}{offload}" + "".join(f"-{k}{n}" for k, n in parts.items() if n > 1)
+    stages = f"-pp{e.pipeline_parallel}"
+    return name.replace(stages, f"{stages}x{e.chunks}") if e.chunks > 1 else name
 
 
 def engine_keys(old: TrainJob, new: TrainJob) -> str:

@@ -23,7 +23,9 @@ from forescale.plan.blocks import (
     print_blocks,
     sections_of,
 )
-from forescale.plan.bytes.memory import share_bytes, states
+from forescale.plan.bytes.memory import Memory, activations_of, share_bytes, states
+from forescale.plan.bytes.pipeline import parts_of
+from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.rehearsal.rehearsal import Rehearsed, problems_of
 from forescale.run.certificate import Certificate, keys_of, versions_of
@@ -171,13 +173,24 @@ def planned_memory(rehearsed: Rehearsed, rank: int) -> dict[str, int]:
     in the update, and of its part of a checkpoint."""
     plan = rehearsed.plan
     of_rank = states(plan.job, plan.trained, plan.world, rank)
-    memory = replace(plan.chosen.memory, states=of_rank)
+    memory = _of_stage(rehearsed, rank)
     return {
         "between steps": of_rank.between,
         "most in forward and backward": memory.at_backward,
         "most in the update": of_rank.updating,
         "copied for a checkpoint": share_bytes(plan.job, plan.trained, plan.world, rank),
     }
+
+
+def _of_stage(rehearsed: Rehearsed, rank: int) -> Memory:
+    """Return what the plan counts for a rank, with the activations of its stage of a pipeline."""
+    plan = rehearsed.plan
+    part = parts_of(plan.job, plan.world)[plan.job.mesh(plan.world).stage_of(rank)]
+    return replace(
+        plan.chosen.memory,
+        states=states(plan.job, plan.trained, plan.world, rank),
+        activations=activations_of(plan.job, plan.machine.fused_norms, part),
+    )
 
 
 def rehearsed_memory(report: dict[str, Any]) -> dict[str, int]:
@@ -193,7 +206,7 @@ def rehearsed_memory(report: dict[str, Any]) -> dict[str, int]:
 
 
 def _memory(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
-    memory, rows, at = rehearsed.plan.chosen.memory, [], report["at_peak"]
+    memory, rows, at = _of_stage(rehearsed, report["rank"]), [], report["at_peak"]
     planned = planned_memory(rehearsed, report["rank"])
     for label, size in rehearsed_memory(report).items():
         expected = planned.get(label, 0)
@@ -240,7 +253,9 @@ def _end(place: str) -> str:
 
 def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
     planned: dict[tuple[str, int], list[int]] = {}
-    for c in rehearsed.plan.chosen.traffic:
+    plan = rehearsed.plan
+    stage = plan.job.mesh(plan.world).stage_of(report["rank"])
+    for c in collectives(plan.job, plan.trained, plan.world, stage):
         entry = planned.setdefault((c.kind, c.ranks), [0, 0])
         entry[0], entry[1] = entry[0] + c.payload, entry[1] + c.calls
     rows, counted = [], {(c["kind"], c["ranks"]): c for c in report["collectives"]}

@@ -60,7 +60,8 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "alone": "engine=zero3 model.mixer=mingru model.num_heads=null model.mlp=geglu "
     "train.compile=off plan.gpus=1 train.global_batch=4 checkpoint.background=false",
     "ramps": "recipe=llama-13b engine.pipeline_parallel=1 optimizer=muon "
-    "model.mixer=gated_deltanet train.first_length=64 train.length_ramp=50% train.first_batch=32 train.batch_ramp=4steps",
+    "model.mixer=gated_deltanet train.first_length=64 train.length_ramp=50% train.first_batch=32 "
+    "train.batch_ramp=4steps",
     "columns": "engine.sequence_parallel=2 engine.tensor_parallel=2 engine=zero3 "
     "model.mixer=latent objective=prefix",
     "matrices": "recipe=llama-70b model.num_kv_heads=4 engine.tensor_parallel=4 engine=zero2 "
