@@ -123,8 +123,8 @@ class _Block:
 
 def _flash_takes(q: Tensor, bias: Tensor | None) -> bool:
     """True for a GPU's flash kernel, which takes fewer key and value heads than query heads."""
-    fits = q.is_cuda and q.dtype in _FLASH and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return bias is None and fits
+    fits = q.dtype in _FLASH and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return bias is None and fits and q.device.type != "cpu"
 
 
 def _repeated(x_BGSK: Tensor, q_BHLK: Tensor) -> Tensor:
