@@ -72,7 +72,8 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "experts-fixed": "model.mlp=moe model.mlp.capacity=1.25 engine.expert_parallel=2 "
     "model.mtp_layers=1 rehearse.ranks=[7]",
     "experts-columns": "model.mlp=moe model.mlp.scores=sigmoid model.mlp.bias_speed=0.001 "
-    "engine.sequence_parallel=2 engine.expert_parallel=2 engine=zero2",
+    "engine.sequence_parallel=2 engine.context_parallel=2 engine.expert_parallel=2 engine=zero2 "
+    "data.document_mask=true",
     "depth": "recipe=depth model.depth=4 model.width=null model.num_heads=null "
     "model.num_layers=null objective=pairs objective.separator=9 model.position=learned "
     "precision=auto",
