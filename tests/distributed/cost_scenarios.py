@@ -225,7 +225,7 @@ def _counted(name, function, log):
 
     def counted(*args, **kwargs):
         whole = kwargs[word] if word in kwargs else args[place]
-        of_muon = sys._getframe(1).f_code.co_filename.endswith("spread.py")
+        of_muon = sys._getframe(1).f_code.co_filename.endswith(("spread.py", "matrices.py"))
         whole = args[0] if of_muon else whole  # what a rank receives
         size = sum(t.numel() * t.element_size() for t in _flat([whole]))
         groups = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup)]

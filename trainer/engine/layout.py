@@ -135,7 +135,7 @@ class Layout:
     def mark(self, param: nn.Parameter, gradient: Tensor | None) -> None:
         """Mark the gradient of a part of a divided matrix, for Muon."""
         whole = whole_of(param)
-        is_part = whole.parts > 1 and not is_expert(param)  # a rank has whole matrices of experts
+        is_part = whole.parts > 1 and self.in_turns(param) > 1
         if self.dividing is not None and gradient is not None and is_part:
             gradient.part = Part(whole, self.dividing)  # type: ignore[attr-defined]
 
@@ -148,6 +148,10 @@ class Layout:
         """Average the gradients that `reduce_later` has left, over the ranks."""
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
+
+    def in_turns(self, param: nn.Parameter) -> int:
+        """Return how many ranks divide matrices such as this; of experts a rank has whole ones."""
+        return 1 if self.dividing is None or is_expert(param) else self.dividing.size
 
     def prepare_step(self, factor: float) -> None:
         """Multiply the gradients by `factor` (clipping), at once or inside DeepSpeed's step."""

@@ -15,7 +15,7 @@ from forescale.config.sections.optimizer import OptimizerConfig, Update
 from forescale.ground.errors import UserError
 from forescale.models.parametrization import Factors
 
-WHOLE = 64 << 20  # bytes of whole matrices that a rank has at once at stage 3 (spread.py)
+WHOLE = 64 << 20  # bytes of whole matrices that a rank has at once (spread.py, matrices.py)
 
 
 def decay_multiplier(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -138,10 +138,12 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def waves(params: Sequence[Any], ranks: int, size: int) -> Iterator[list[list[int]]]:
-    """Yield the matrices that stage 3 brings together at once: for each rank the indices of those
-    that it has whole, WHOLE bytes at most, or one matrix. The larger ones come first, and the first
-    rank has the most.
+def waves(
+    params: Sequence[Any], ranks: int, size: int, least: int = 1
+) -> Iterator[list[list[int]]]:
+    """Yield the matrices that ranks bring together at once: for each rank the indices of those that
+    it has whole, WHOLE bytes at most, or `least` matrices. The larger ones come first, and the
+    first rank has the most.
 
     ranks: that have a part of each; size: bytes of an element.
     """
@@ -150,7 +152,10 @@ def waves(params: Sequence[Any], ranks: int, size: int) -> Iterator[list[list[in
     start = 0
     while start < len(order):
         end, elements = start, 0
-        while end < len(order) and (end == start or elements + prod(shapes[order[end]]) <= most):
+        least_end = start + ranks * (least - 1)
+        while end < len(order) and (
+            end <= least_end or elements + prod(shapes[order[end]]) <= most
+        ):
             elements += prod(shapes[order[end]])
             end += ranks
         yield [order[start:end][rank::ranks] for rank in range(ranks)]

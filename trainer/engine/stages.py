@@ -388,6 +388,7 @@ class Zero3(Layout):
                     o.muon_ns_method,
                     o.communication_data_type,
                     self.mark,
+                    self.in_turns(o.fp16_groups[sub_groups[0]][0]),
                 )
                 o.sub_groups_lacking_loss_scale.update(sub_groups)
 

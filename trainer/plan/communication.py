@@ -6,8 +6,8 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
   2 use an all-reduce where a reduce-scatter would be enough (use_multi_rank_bucket_allreduce), and
   all-gather the weights after the update.
 - Ranks that divide a window (engine.sequence_parallel) exchange columns for heads around attention.
-- Ranks that divide matrices (engine.tensor_parallel) sum what their parts make, and gather those
-  that Muon updates.
+- Ranks that divide matrices (engine.tensor_parallel) sum what their parts make, and exchange
+  parts of those that Muon updates.
 - Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
   reduce-scatters the gradients. With Muon ranks also exchange parts of matrices (bytes/muon.py).
   stage3_max_reuse_distance decides which weights are gathered a second time, see bytes/zero.py.
@@ -36,7 +36,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import BlockParts, columns_of, layers_of
 from forescale.models.memory import of_tensor
 from forescale.plan.bytes.memory import overlapping, partition, recomputes, touched
-from forescale.plan.bytes.muon import Gathers, gathers
+from forescale.plan.bytes.muon import Gathers, gathers, in_turns
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.pipeline import Part, of_stage, parts_of
 from forescale.plan.bytes.zero import ZeroSettings
@@ -187,27 +187,31 @@ def _of_block(
 
 
 def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collective]:
-    """Return Muon's gathers of the matrices that ranks divide (engine/parallel/matrices.py), on the
-    rank that makes the most of them: a matrix is gathered where it is orthogonalised.
+    """Return the exchanges of parts of the matrices that ranks divide, for Muon, on the rank that
+    has the most of them.
 
-    trained: what a rank has of them. At stages 1 and 2 a rank orthogonalises those of which its
-    partition has a part; at stage 3 those that it gets whole.
+    trained: what a rank has of them. At stages 1 and 2 ranks orthogonalise those of which their
+    partition has a part; at stage 3 those that they get whole.
     """
     group = next((g for g in trained.groups if g.update.is_by_matrix), None)
     tensor = mesh.tensor
     if tensor == 1 or group is None:
         return []
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
-    taken: list[list[Parameter]] = [list(group.params)]
-    if s.stage in (1, 2):
-        taken = overlapping(group, s.ranks)
-    elif s.stage == 3:
-        every = [*waves(group.params, s.world, s.sent)]
-        taken = [[group.params[i] for wave in every for i in wave[rank]] for rank in range(s.world)]
-    cut = [[tensor * p.numel for p in params if p.name in trained.cut] for params in taken]
-    most = max(cut, key=sum)
-    payload = size * sum(most)
-    return [Collective("Muon's whole matrices", "all_gather", payload, tensor, len(most))]
+
+    def turns(params: Sequence[Parameter]) -> Gathers:
+        return in_turns(params, trained.cut, tensor, size, s.size)
+
+    if s.stage == 3:  # the first rank has the most of each wave
+        order = waves(group.params, s.world, s.sent, tensor)
+        every = [turns([group.params[i] for i in wave[0]]) for wave in order]
+    elif s.stage:
+        shares = overlapping(group, s.ranks)[:: group.parts]
+        every = [max(map(turns, shares), key=lambda one: one.payload)]
+    else:
+        every = [turns(group.params)]
+    payload, calls = sum(one.payload for one in every), sum(one.calls for one in every)
+    return [Collective("Muon's whole matrices", "all_to_all", payload, tensor, calls)]
 
 
 def _rows(s: ZeroSettings, job: TrainJob, part: Part) -> list[Collective]:
@@ -333,7 +337,8 @@ def _partitioned(
     traffic += _reduced(s, trained, names, beside)
     for group in trained.groups:
         if group.names[0] in names:
-            traffic.append(_muon(gathers(s, group, s.world), s.world))
+            divided = 1 if of else group.parts
+            traffic.append(_muon(gathers(s, group, s.world, divided=divided), s.world))
     return [replace(c, label=c.label + of, stride=stride) for c in traffic]
 
 

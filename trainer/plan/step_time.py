@@ -9,6 +9,7 @@ Invariant: imports no torch; without a known peak, times are None and not guesse
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import truediv
 from statistics import median
 
 from forescale.config.sections.lora import LoraConfig
@@ -17,7 +18,7 @@ from forescale.ground.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.monitor.status import Status
 from forescale.plan.bytes.memory import holders
-from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.pipeline import bubble, of_stage, parts_of
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig, PlanJob
@@ -184,14 +185,25 @@ def update_seconds(
     total = 0.0
     for group in trained.groups:
         ranks = holders(group, world) if world else 1
-        flops = [group.update.flops(p.shape) for p in group.params]
-        # Each matrix is orthogonalised on one rank (but on each with an offloaded optimizer).
-        seconds = max(sum(flops) / ranks, max(flops)) / (peak * machine.efficiency)
+        # Each matrix is orthogonalised on one rank, also of those that have parts of it; with an
+        # offloaded optimizer on each.
+        parts = [group.parts if p.name in trained.cut else 1 for p in group.params]
+        flops = [
+            group.update.flops(_whole(p, trained.cut, of))
+            for p, of in zip(group.params, parts, strict=True)
+        ]
+        mean = sum(map(truediv, flops, parts)) / ranks
+        seconds = max(mean, max(flops)) / (peak * machine.efficiency)
         if machine.memory_bandwidth is not None:
             size = sum(p.numel for p in group.params) * (_UPDATE + _MOMENT * group.update.moments)
             seconds += size / machine.memory_bandwidth / ranks
         total += seconds
     return total
+
+
+def _whole(p: Parameter, cut: Mapping[str, int], parts: int) -> tuple[int, ...]:
+    """Return the shape of the matrix that a parameter is one of so many parts of."""
+    return tuple(n * (parts if i == cut.get(p.name) else 1) for i, n in enumerate(p.shape))
 
 
 def _invariant_seconds(

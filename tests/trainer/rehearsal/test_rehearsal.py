@@ -66,7 +66,7 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "model.mixer=latent objective=prefix",
     "matrices": "recipe=llama-70b model.num_kv_heads=4 engine.tensor_parallel=4 engine=zero2 "
     "engine.pipeline_parallel=1 engine.sequence_parallel=1 "
-    "optimizer=muon model.parametrization=mup model.dropout=0.1 rehearse.ranks=[7] "
+    "optimizer=muon model.parametrization=mup model.dropout=0.1 rehearse.ranks=[4] "
     "data.cache=no-such-folder",
     "experts": "recipe=mixtral-8x7b model.num_kv_heads=2 model.mlp=moe engine.expert_parallel=4",
     "experts-fixed": "model.mlp=moe model.mlp.capacity=1.25 engine.expert_parallel=2 "

@@ -21,13 +21,14 @@ fails where one changes):
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from forescale.engine.parallel.matrices import Part
+from forescale.engine.parallel.matrices import Part, update_in_turns
 
 # Bytes of a stack, in the iterations. Larger ones leave a processor's cache: in fp32, twelve
 # matrices of 128 x 128 take longer by a third together than one by one, and four take as long.
@@ -46,32 +47,12 @@ class _Matrix(NamedTuple):
     part: Part | None
     method: str
 
-    @property
-    def kind(self) -> tuple:
-        """What matrices of a stack have in common."""
-        parts = (self.part.whole.dim, self.part.whole.parts) if self.part else ()
-        return (self.blend.shape, self.blend.dtype, self.method, *parts)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the whole, as the iterations have it."""
-        from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
-
-        elements = self.blend.numel() * (self.part.whole.parts if self.part else 1)
-        return elements * int(ns_compute_dtype(self.method).itemsize)
-
-    @property
-    def in_a_stack(self) -> int:
-        """How many of its kind are computed at once."""
-        most = _MOST_ON_GPU if self.blend.is_cuda else _MOST
-        return max(1, most // self.bytes) if _stacks else 1
-
 
 class MuonUpdate:
     """Replaces DeepSpeed's `muon_update`: follows the momentum, and returns the update.
 
-    A gradient with the attribute `part` is one of a matrix that ranks divide (matrices.py): they
-    orthogonalise the whole, and the update, like the momentum, is of the part.
+    A gradient with the attribute `part` is one of a matrix that ranks divide (matrices.py): one
+    of them orthogonalises the whole, and the update, like the momentum, is of the part.
     """
 
     def __init__(self, original: Any):
@@ -98,7 +79,7 @@ class MuonUpdate:
         blend = gradient.lerp_(momentum, beta).contiguous()  # Nesterov's momentum
         matrix = _Matrix(blend, getattr(gradient, "part", None), ns_method)
         if self._waiting is None:
-            _orthogonalise([matrix])
+            _in_place([matrix])
         else:
             self._waiting.append(matrix)
         return blend
@@ -113,7 +94,7 @@ class MuonUpdate:
             waiting = self._waiting
         finally:
             self._waiting = None
-        _in_stacks(waiting)
+        _in_place(waiting)
 
 
 def use_stacks(enabled: bool) -> None:
@@ -126,30 +107,52 @@ def use_stacks(enabled: bool) -> None:
 def orthogonalise(blends: Sequence[Tensor], method: str) -> None:
     """Make of each matrix its update, in place; those of one shape that follow each other are
     computed at once. A matrix with the attribute `part` is one of a matrix that ranks divide."""
-    _in_stacks([_Matrix(blend, getattr(blend, "part", None), method) for blend in blends])
+    _in_place([_Matrix(blend, getattr(blend, "part", None), method) for blend in blends])
 
 
-def _in_stacks(waiting: Sequence[_Matrix]) -> None:
-    for _, same in groupby(waiting, lambda matrix: matrix.kind):
-        matrices = list(same)
-        for i in range(0, len(matrices), matrices[0].in_a_stack):
-            _orthogonalise(matrices[i : i + matrices[0].in_a_stack])
+def _in_place(waiting: Sequence[_Matrix]) -> None:
+    from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
+
+    for method, same in groupby(waiting, lambda matrix: matrix.method):
+        whole: list[Tensor] = []
+        divided: list[tuple[Tensor, Part]] = []
+        for blend, part, _ in same:
+            if part is None:
+                whole.append(blend)
+            else:
+                divided.append((blend, part))
+        for blend, update in zip(whole, _updates(method, whole), strict=True):
+            blend.copy_(update)
+        if divided:
+            update_in_turns(divided, partial(_updates, method), ns_compute_dtype(method))
 
 
-def _orthogonalise(matrices: Sequence[_Matrix]) -> None:
-    """Orthogonalise matrices of one kind in place, and scale them for their shape."""
+def _updates(method: str, matrices: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the update of each matrix; those of one shape that follow each other are computed at
+    once."""
+    from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
+
+    for _, same in groupby(matrices, lambda matrix: (matrix.shape, matrix.dtype)):
+        stack = list(same)
+        size = stack[0].numel() * int(ns_compute_dtype(method).itemsize)
+        most = _MOST_ON_GPU if stack[0].is_cuda else _MOST
+        at_once = max(1, most // size) if _stacks else 1
+        for i in range(0, len(stack), at_once):
+            yield from _orthogonalised(stack[i : i + at_once], method)
+
+
+def _orthogonalised(matrices: Sequence[Tensor], method: str) -> Sequence[Tensor]:
+    """Return matrices of one shape orthogonalised, and scaled for their shape."""
     from deepspeed.runtime.zero.muon import original_muon as deepspeeds
 
-    wholes = [m.part.gathered(m.blend) if m.part else m.blend for m in matrices]
     iterate = {"gram": deepspeeds.zeropower_via_gram_newtonschulz, "standard": _standard}
     # One alone stays a matrix: a product of a stack of one takes longer.
-    stack = torch.stack(wholes) if len(wholes) > 1 else wholes[0]
-    updates = iterate[matrices[0].method](stack, steps=_STEPS)
-    rows, columns = wholes[0].shape[-2:]
+    stack = torch.stack([*matrices]) if len(matrices) > 1 else matrices[0]
+    updates = iterate[method](stack, steps=_STEPS)
+    rows, columns = matrices[0].shape[-2:]
     if rows > columns:
         updates *= math.sqrt(rows / columns)
-    for matrix, whole in zip(matrices, updates if len(wholes) > 1 else [updates], strict=True):
-        matrix.blend.copy_(matrix.part.cut_from(whole) if matrix.part else whole)
+    return [*updates] if len(matrices) > 1 else [updates]
 
 
 def _standard(matrices: Tensor, steps: int) -> Tensor:

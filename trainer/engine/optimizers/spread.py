@@ -3,7 +3,8 @@
 Momentum and its blend with the gradient are computed by element, of each rank's part. Then the
 ranks exchange parts, so that each has other matrices whole, orthogonalises them, and sends their
 parts back. DeepSpeed 0.19.8 gathers all gradients and momenta on all ranks instead, in buffers that
-grow with the ranks. Invariant: a rank has whole matrices of optim.py's WHOLE bytes at once, or one.
+grow with the ranks. Invariant: a rank has whole matrices of optim.py's WHOLE bytes at once, or one;
+where ranks divide matrices, one for each of these.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,16 +37,18 @@ def update_parts(
     method: str,
     dtype: torch.dtype,
     mark: Callable[[Any, Tensor], None],
+    divided: int = 1,
 ) -> None:
     """Follow the momenta, and make updates of the gradients.
 
     group: the ranks, which all have the same matrices in the same order. dtype: of the momenta, and
     of what is sent. mark: receives each parameter with its whole matrix before it is
-    orthogonalised.
+    orthogonalised. divided: the number of ranks that have parts of what is whole here, and take
+    turns then (matrices.py).
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     params = [part.param for part in parts]
-    for wave in waves(params, ranks, dtype.itemsize):
+    for wave in waves(params, ranks, dtype.itemsize, divided):
         order = [parts[i] for of_rank in wave for i in of_rank]
         blends = [part.gradient.to(dtype) for part in order]
         values = [blend[: part.size] for blend, part in zip(blends, order, strict=True)]

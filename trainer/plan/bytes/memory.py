@@ -234,7 +234,8 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     within = [_sub_groups(s, [part_of[p.name] for p in g.params]) for g in trained.groups]
     largest = max(size for of in within for size in of)
     flat = s.gradient if s.gradient < 4 else 0  # a copy of the gradients in their own format
-    muon = [gathers(s, g, n) for g, n, _ in groups]
+    divided = [1 if g.names[0] in experts else g.parts for g in trained.groups]
+    muon = [gathers(s, g, n, 0, t) for (g, n, _), t in zip(groups, divided, strict=True)]
     buckets = s.sent * s.bucket + sum(each.stays for each in muon)
     return States(
         weights=s.size * sum(part_of.values()),

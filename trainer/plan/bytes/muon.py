@@ -1,17 +1,19 @@
 """What Muon sends where ranks have parts of matrices.
 
-At stage 3 whole matrices are spread over the ranks (engine/optimizers/spread.py). With an offloaded
+At stage 3 whole matrices are spread over the ranks (engine/optimizers/spread.py), and among those
+that divide matrices at each stage (in_turns). With an offloaded
 optimizer DeepSpeed 0.19.8 gathers gradients and momenta, and each rank orthogonalises all matrices
 itself: at stage 3 those of a group at once, at stages 1 and 2 in batches. Invariant: imports no
 torch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from forescale.engine.optim import Group, waves
+from forescale.plan.bytes.parameters import Parameter
 from forescale.plan.bytes.zero import ZeroSettings
 
 _MOST_CACHED = 256 << 20  # bytes of buffers that stay, of _muon_allgather_max_cached_bytes
@@ -30,9 +32,9 @@ class Gathers(NamedTuple):
     most: int = 0
 
 
-def gathers(s: ZeroSettings, group: Group, ranks: int, part: int = 0) -> Gathers:
+def gathers(s: ZeroSettings, group: Group, ranks: int, part: int = 0, divided: int = 1) -> Gathers:
     """Return the gathers of a group that `ranks` divide. part: elements of a rank's partition, at
-    stages 1 and 2."""
+    stages 1 and 2. divided: the number of ranks that have parts of its matrices."""
     offloads = s.offloads("offload_optimizer")
     if not group.update.is_by_matrix or ranks == 1 or (s.stage < 3 and not offloads):
         return Gathers()
@@ -44,12 +46,30 @@ def gathers(s: ZeroSettings, group: Group, ranks: int, part: int = 0) -> Gathers
         stays, transient = _buffers([size + size // ranks])
         return Gathers("all_gather", size, 1, stays, size + 8 * share + transient)
     payload, calls, most = 0, 0, 0
-    for wave in waves(group.params, ranks, s.sent):
+    for wave in waves(group.params, ranks, s.sent, divided):
         parts = [[-(-group.params[i].numel // ranks) for i in of_rank] for of_rank in wave]
         share, rows = sum(map(sum, parts)), ranks * sum(parts[0])
         payload, calls = payload + s.sent * (rows + share), calls + 2
         most = max(most, s.sent * (share + 3 * rows))
     return Gathers("all_to_all", payload, calls, 0, most)
+
+
+def in_turns(
+    taken: Sequence[Parameter], cut: Collection[str], tensor: int, size: int, updated: int
+) -> Gathers:
+    """Return the exchanges of parts of matrices that `tensor` ranks divide, which one of them
+    orthogonalises each (engine/parallel/matrices.py), on the first, which has the most.
+
+    taken: of which these ranks have parts; cut: the names of those divided. size, updated: bytes of
+    an element before and after.
+    """
+    parts = [p for p in taken if p.name in cut]
+    payload, calls = 0, 0
+    for wave in waves(parts, tensor, tensor * size):
+        whole = tensor * sum(parts[i].numel for i in wave[0])
+        every = sum(parts[i].numel for of_rank in wave for i in of_rank)
+        payload, calls = payload + size * whole + updated * every, calls + 2
+    return Gathers("all_to_all", payload, calls)
 
 
 def _in_batches(group: Group, ranks: int, part: int) -> Gathers:
