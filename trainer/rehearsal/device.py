@@ -138,13 +138,13 @@ class _Event:
     waits: Waits
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.cuda_event = 0
+        self.cuda_event, self.stream = 0, Stream.main
 
-    def record(self, *_: Any) -> None:
-        pass
+    def record(self, stream: Any = None) -> None:
+        self.stream = stream or Stream.current
 
-    def wait(self, *_: Any) -> None:
-        pass
+    def wait(self, stream: Any = None) -> None:
+        Stream.joined(stream or Stream.current, self.stream)
 
     def query(self) -> bool:
         return True
@@ -156,29 +156,44 @@ class _Event:
         return 1.0
 
 
-class _Stream(_Event):
-    """A stream on which everything is done at once."""
+class Stream(_Event):
+    """A stream on which everything is done at once. main: that of the computation; current: where
+    launches go; joined: called where one stream waits for another, with both."""
 
     device = torch.device("cuda", 0)
     device_index, device_type, stream_id, cuda_stream = 0, 1, 0, 0
+    main: "Stream"
+    current: "Stream"
+    joined: Callable[["Stream", "Stream"], None] = staticmethod(lambda *_: None)
 
-    def wait_stream(self, *_: Any) -> None:
-        pass
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._before: list[Stream] = []
 
-    def wait_event(self, *_: Any) -> None:
-        pass
+    def wait_stream(self, other: "Stream") -> None:
+        Stream.joined(self, other)
+
+    def wait_event(self, event: _Event) -> None:
+        Stream.joined(self, event.stream)
 
     def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
+        event = event or _Event()
+        event.record(self)
+        return event
 
     def synchronize(self) -> None:
         self.waits.add("stream")
+        Stream.joined(Stream.main, self)
 
-    def __enter__(self) -> "_Stream":
+    def __enter__(self) -> "Stream":
+        self._before.append(Stream.current)
+        Stream.current = self
         return self
 
     def __exit__(self, *_: Any) -> None:
-        pass
+        Stream.current = self._before.pop()
+
+
+Stream.main = Stream.current = Stream()
 
 
 def pretend(gpu: Gpu, waits: Waits) -> None:
@@ -229,11 +244,11 @@ def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
         "mem_get_info": lambda *_: (gpu.memory, gpu.memory),
         "memory_stats": lambda *_, **__: Counter(),
         "synchronize": lambda *_, **__: waits.add("device"),
-        "current_stream": lambda *_, **__: _Stream(),
-        "default_stream": lambda *_, **__: _Stream(),
-        "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda *_, **__: Stream.current,
+        "default_stream": lambda *_, **__: Stream.main,
+        "stream": lambda stream: stream or contextlib.nullcontext(),
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
-        "Stream": _Stream,
+        "Stream": Stream,
         "Event": _Event,
     }
     of_c = ("_cuda_exchangeDevice", "_cuda_maybeExchangeDevice", "_cuda_getCurrentRawStream")

@@ -6,20 +6,23 @@ pass, and changes nothing but values that the host reads, which fake tensors don
 
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from forescale.models.mixers.ring import INSIDE
+from forescale.plan.links import Collective
 from forescale.rehearsal.device import Waits, compare_types, place
+from forescale.rehearsal.timeline import Timeline
 
 _BLOCK = 512  # bytes: what CUDA's caching allocator rounds each request up to
 _LARGE = 1 << 20  # bytes of a tensor whose place is looked up
@@ -82,6 +85,9 @@ class Observer(TorchDispatchMode):
     def __init__(self, waits: Waits):
         super().__init__()
         self.waits = waits
+        self.timeline = Timeline()
+        _tell_of_waits(self.timeline)
+        self.roofline: Callable[[int, int], float] = lambda flops, moved: 0.0  # its seconds
         self.phase = "build"
         self.integer = 0  # what the host reads of integers
         self.live, self._count = 0, 0
@@ -100,6 +106,7 @@ class Observer(TorchDispatchMode):
         self._ended: list[tuple[int, int, Allocation]] = []  # begin, end
         self.operations: Counter[Cost] = Counter()
         self.collectives: dict[tuple[str, int], list[int]] = {}  # kind, ranks -> bytes, calls
+        self.timeline.reset()
 
     def at_peak(self) -> list[Allocation]:
         """Return what lived when most bytes did, since the last reset."""
@@ -124,14 +131,11 @@ class Observer(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self._value(args[0])
         compare_types(func, args)
-        if space == "c10d":
-            self._collective(name, args)
         out = func(*args, **kwargs)
-        if space == "_c10d_functional" and self.waits.counting and name in _FUNCTIONAL:
-            kind, is_input = _FUNCTIONAL[name]
-            group: Any = next(x for x in args[::-1] if isinstance(x, str))
-            size = _resolve_process_group(group).size()
-            self._sent(kind, size, [args[0] if is_input else out])
+        if space == "c10d":
+            self._collective(name, args, out)
+        if space == "_c10d_functional" and self.waits.counting:
+            self._functional(name, args, out)
         if name in ("_to_copy", "copy_"):
             self._copied(name, args, kwargs, out)
         self._account(func, schema, args, kwargs, out)
@@ -152,21 +156,42 @@ class Observer(TorchDispatchMode):
         if not kwargs.get("non_blocking", third):
             self.waits.add(f"copy {source.device.type} -> {target.device.type}")
 
-    def _collective(self, name: str, args: Any) -> None:
+    def _functional(self, name: str, args: Any, out: Any) -> None:
+        if name == "wait_tensor":
+            self.timeline.wait(args[0].untyped_storage()._cdata)
+        if name not in _FUNCTIONAL:
+            return
+        kind, is_input = _FUNCTIONAL[name]
+        group: Any = next(x for x in args[::-1] if isinstance(x, str))
+        size = _resolve_process_group(group).size()
+        storage = out.untyped_storage()
+        self._sent(kind, size, [args[0] if is_input else out], storage, storage._cdata)
+
+    def _collective(self, name: str, args: Any, out: Any) -> None:
         if not self.waits.counting or name not in _COLLECTIVES:
             return
         kind, at = _COLLECTIVES[name]
         tensors = [] if at < 0 else [t for t in tree_iter(args[at]) if isinstance(t, Tensor)]
         groups = [x for x in args if isinstance(x, torch.ScriptObject)]
         size = next((n for g in groups if (n := _size_of(g)) is not None), 1)
-        self._sent(kind, size, tensors)
+        handles = [x for x in tree_iter(out) if isinstance(x, torch.ScriptObject)]
+        work = Work.unbox(handles[-1]) if handles else None
+        self._sent(kind, size, tensors, work, id(work))
 
-    def _sent(self, kind: str, size: int, tensors: list[Tensor]) -> None:
+    def _sent(self, kind: Any, size: int, tensors: list[Tensor], handle: Any, key: int) -> None:
+        """Count a collective. handle: lives until it has ended; key: that its wait names."""
         if size == 1:  # nothing is sent
             return
+        payload = sum(t.numel() * t.element_size() for t in tensors)
         entry = self.collectives.setdefault((kind, size), [0, 0])
-        entry[0] += sum(t.numel() * t.element_size() for t in tensors)
+        entry[0] += payload
         entry[1] += 1
+        self.timeline.begin(handle, key, Collective("", kind, payload, size))
+
+    def spend(self, cost: Cost) -> None:
+        """Count an operation that is launched."""
+        self.operations[cost] += 1
+        self.timeline.compute(cost.flops, self.roofline(cost.flops, cost.bytes))
 
     def _account(self, func: Any, schema: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note the memory and the cost of an operation."""
@@ -179,7 +204,7 @@ class Observer(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        self.operations[Cost(schema.name, self.phase, int(flops), moved)] += 1
+        self.spend(Cost(schema.name, self.phase, int(flops), moved))
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -202,6 +227,20 @@ class Observer(TorchDispatchMode):
         self.live -= old.size
         # It ends before the next one begins, and so doesn't live at a peak that comes then.
         self._ended.append((begin, self._count + 1, old))
+
+
+def _tell_of_waits(timeline: Timeline) -> None:
+    """Let the handles of collectives say where they are waited for."""
+    from torch._C import _distributed_c10d
+
+    kind: Any = _distributed_c10d.FakeWork
+    original = kind.wait
+
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        timeline.wait(id(self))
+        return original(self, *args, **kwargs)
+
+    kind.wait = wait
 
 
 def _size_of(script: torch.ScriptObject) -> int | None:

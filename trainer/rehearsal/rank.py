@@ -78,6 +78,10 @@ class Rehearsal:
         self.waits = Waits()
         pretend(gpu, self.waits)
         self.observer = Observer(self.waits)
+        self.observer.roofline = self._seconds
+        machine, per_node = self.job.machine, self.job.per_node
+        if machine.intra_node:
+            self.observer.timeline.seconds_of = lambda c: c.seconds(machine, per_node)
         self.kernels = Kernels(gpu, self.observer)
         self.report: dict[str, Any] = {"rank": request.rank, "phase": "start"}
         self.phases = PhaseTimer("start")
@@ -233,6 +237,7 @@ class Rehearsal:
 
     def _answer(self) -> None:
         observer = self.observer
+        observer.timeline.end()
         living = observer.at_peak()
         by_phase: dict[str, int] = {}
         for each in living:
@@ -251,6 +256,10 @@ class Rehearsal:
                 {"kind": kind, "ranks": ranks, "bytes": payload, "calls": calls}
                 for (kind, ranks), (payload, calls) in sorted(observer.collectives.items())
             ],
+            "beside": [
+                {"kind": kind, "ranks": ranks, **row}
+                for (kind, ranks), row in sorted(observer.timeline.rows.items())
+            ],
             "waits": [
                 {"kind": kind, "place": where, "times": times}
                 for (kind, where), times in self.waits.places.most_common()
@@ -259,15 +268,19 @@ class Rehearsal:
             **self.kernels.report(),
         }
 
+    def _seconds(self, flops: int, moved: int) -> float:
+        """Return the seconds of an operation by the roofline of the machine."""
+        machine, is_fp32 = self.job.machine, self.job.precision.kind == "fp32"
+        peak = (machine.peak_fp32 if is_fp32 else machine.peak_bf16) or float("inf")
+        bandwidth = machine.memory_bandwidth or float("inf")
+        return max(flops / peak / machine.efficiency, moved / bandwidth)
+
     def _operations(self) -> list[dict[str, Any]]:
         """Return the sums of the operations of each name and phase. seconds: by the roofline of the
         machine, the longer of products and bytes."""
-        machine, totals = self.job.machine, dict[tuple[str, str], dict[str, Any]]()
-        is_fp32 = self.job.precision.kind == "fp32"
-        peak = (machine.peak_fp32 if is_fp32 else machine.peak_bf16) or float("inf")
-        bandwidth = machine.memory_bandwidth or float("inf")
+        totals = dict[tuple[str, str], dict[str, Any]]()
         for cost, times in self.observer.operations.items():
-            seconds = max(cost.flops / peak / machine.efficiency, cost.bytes / bandwidth)
+            seconds = self._seconds(cost.flops, cost.bytes)
             names = {"name": cost.name, "phase": cost.phase}
             total = totals.setdefault((cost.name, cost.phase), names)
             values = {"times": 1, "flops": cost.flops, "bytes": cost.bytes, "seconds": seconds}

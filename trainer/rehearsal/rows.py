@@ -161,6 +161,7 @@ def blocks(rehearsed: Rehearsed, report: dict[str, Any]) -> list[Block]:
         _memory(rehearsed, report),
         _largest(report),
         _collectives(rehearsed, report),
+        _beside(report),
         _waits(report),
         _parts(rehearsed, report),
         _operations(report),
@@ -275,6 +276,21 @@ def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
     several = len({ranks for _, ranks in planned}) > 1  # groups of ranks
     after = [f"{name}: {', '.join(of)}." for name, of in sorted(labels.items()) if several]
     return Block("Collectives of a step", rows, columns, after=after)
+
+
+def _beside(report: dict[str, Any]) -> Block:
+    rows, sizes = [], {(c["kind"], c["ranks"]): c["bytes"] for c in report["collectives"]}
+    for one in report["beside"]:
+        name, calls = (one["kind"], one["ranks"]), one["calls"]
+        values = [flops_text(one["flops"] / calls), bytes_text(sizes[name])]
+        rows.append(Row("", "{} of {:,}".format(*name), [*values, bytes_text(one["exposed"])]))
+    exposed = bytes_text(sum(one["exposed"] for one in report["beside"]))
+    after = [
+        f"So much is computed between launch and wait of a collective; {exposed} need longer on "
+        "the links, or are waited for at once."
+    ]
+    columns = ("products beside a call", "bytes", "exposed")
+    return Block("Collectives beside the computation", rows, columns, after=after if rows else [])
 
 
 def _waits(report: dict[str, Any]) -> Block:

@@ -36,6 +36,9 @@ def report(rank: int) -> dict:
         "at_peak": {"forward": 1 << 40},
         "largest": [large],
         "collectives": [{"kind": "all_gather", "ranks": 8, "bytes": 10**15, "calls": 10**6}],
+        "beside": [
+            {"kind": "all_gather", "ranks": 8, "calls": 10**6, "flops": 10**21, "exposed": 10**14}
+        ],
         "waits": [{"kind": "read", "place": LONG, "times": 10**6}],
         "operations": [
             {"name": name, "phase": phase, "times": 2, "flops": 9, "bytes": 9, "seconds": 1.0}
