@@ -52,7 +52,7 @@ from forescale.models.mlps.dense import SwiGLU
 from forescale.models.mlps.dense_module import DenseMLP
 from forescale.models.mlps.grouped import GroupedLinear
 from forescale.models.mlps.moe import Experts
-from forescale.models.parallel.expert_exchange import ExpertGroup, own_part, through
+from forescale.models.parallel.expert_exchange import ExpertGroup, arrived, own_part, through
 from forescale.models.parallel.groups import Group, SequenceGroup, TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT
@@ -106,24 +106,25 @@ class MixtureOfExperts(nn.Module):
         x_ND, same = x_BLD.flatten(0, 1), self.tensor_group
         real_N = None if real_BL is None else real_BL.flatten().bool()
         if same is None:
-            y_ND, routing = self._routed(x_ND, real_N, [group] if group else [])
+            y_ND, routing, shared_ND = self._routed(x_ND, real_N, [group] if group else [], x_ND)
         else:
             part = same.share(len(x_ND))
             among = [group, same] if group else [same]
             part_real_N = None if real_N is None else real_N[part]
-            y_ND, routing = self._routed(x_ND[part], part_real_N, among)
+            y_ND, routing, shared_ND = self._routed(x_ND[part], part_real_N, among, x_ND)
             y_ND = F.pad(y_ND, (0, 0, part.start, len(x_ND) - part.stop))
         if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
+            y_ND = y_ND + (self.shared(x_ND) if shared_ND is None else shared_ND)
         if same is not None:
             y_ND = same.summed(y_ND)
         return y_ND.view_as(x_BLD), routing
 
     def _routed(
-        self, x_ND: Tensor, real_N: Tensor | None, groups: Sequence[Group]
-    ) -> tuple[Tensor, Routing]:
+        self, x_ND: Tensor, real_N: Tensor | None, groups: Sequence[Group], whole_ND: Tensor
+    ) -> tuple[Tensor, Routing, Tensor | None]:
         """Return the outputs of the chosen experts; groups: whose ranks have tokens of the same
-        micro-batch."""
+        micro-batch. Where the outputs travel, also those of the shared experts for whole_ND, which
+        are computed meanwhile."""
         logits_NE = self.router(x_ND)
         c = self.part
         scores_NE = logits_NE.softmax(-1) if c.scores == "softmax" else logits_NE.sigmoid()
@@ -142,17 +143,21 @@ class MixtureOfExperts(nn.Module):
         else:
             to = _sorted_by_expert(chosen_NK, logits_NE.shape[1])
             rows_MD = x_ND.index_select(0, to.token)
+        shared_ND = None
         if self.expert_group is None:
             out_MD = self._experts(rows_MD, to.ends)
         else:
             fixed = self.training and c.capacity > 0
-            out_MD = through(self._experts, rows_MD, to.ends, self.expert_group, fixed)
+            leaving = through(self._experts, rows_MD, to.ends, self.expert_group, fixed)
+            shared_ND = None if self.shared is None else self.shared(whole_ND)
+            out_MD = arrived(*leaving)
         if self.training and c.capacity:
             out_MD = F.pad(out_MD, (0, 0, 0, 1))
         each_NKD = out_MD.index_select(0, to.row.flatten()).view(*chosen_NK.shape, -1)
         y_ND = (each_NKD * weights_NK[..., None].to(each_NKD.dtype)).sum(1)
         dropped_NK = to.row == len(rows_MD)
-        return y_ND, self._routing(logits_NE, scores_NE, chosen_NK, dropped_NK, real_N, groups)
+        routing = self._routing(logits_NE, scores_NE, chosen_NK, dropped_NK, real_N, groups)
+        return y_ND, routing, shared_ND
 
     def _experts(self, rows_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Return the outputs of the experts that this rank has, for rows sorted by expert."""

@@ -58,14 +58,32 @@ def through(
     ends_E: Tensor,
     group: ExpertGroup,
     fixed: bool,
-) -> Tensor:
-    """Return the outputs of rows by experts of all ranks: rows (M, D), ends (E,) -> (M, D).
+) -> tuple[Tensor, "Flight"]:
+    """Return the outputs of rows by experts of all ranks, rows (M, D), ends (E,) -> (M, D), which
+    are still under way: `arrived` gives their values. Until then a rank may compute other things.
 
     Rows are sorted by expert, those of the e-th end before ends[e]. experts: this rank's, (rows
     (R, D), ends (E / n,)) -> (R, D). fixed: all ranks have equally many rows for each expert.
     """
     route, ends = _route(rows_MD, ends_E, group, fixed)
-    return _Travel.apply(experts(_Travel.apply(rows_MD, route, True), ends), route, False)
+    flight = Flight()
+    outputs = experts(_Travel.apply(rows_MD, route, True), ends)
+    return _Leave.apply(outputs, route, flight), flight
+
+
+@torch._disable_dynamo
+def arrived(rows_MD: Tensor, flight: "Flight") -> Tensor:
+    """Return what `through` gave, once it is there. What is computed between the two calls is
+    computed between two others in the backward pass, where the gradients travel."""
+    return _Arrive.apply(rows_MD, flight)
+
+
+class Flight:
+    """Rows that are under way, or their gradients, whose memory is `gradients`."""
+
+    work: Any = None
+    gradients: Tensor | None = None
+    route: _Route
 
 
 def _route(
@@ -105,13 +123,48 @@ class _Travel(torch.autograd.Function):
         return _moved(grad, ctx.route, not ctx.there), None, None
 
 
+class _Leave(torch.autograd.Function):
+    """Starts the way back of outputs; ends that of their gradients, which `_Arrive` has started."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: _Route, flight: Flight) -> Tensor:
+        ctx.flight, flight.route = flight, route
+        back, flight.work = _started(rows, route, False)
+        return back
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.flight.work.wait()
+        arrived, ctx.flight.gradients = ctx.flight.gradients, None
+        return arrived[ctx.flight.route.order], None, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.work.wait()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.gradients, flight.work = _started(grad, flight.route, True)
+        return grad, None  # autograd takes none of another shape; `_Leave` reads those that travel
+
+
 def _moved(rows: Tensor, route: _Route, there: bool) -> Tensor:
-    if there:
-        arrived = rows.new_empty(sum(route.gets), rows.shape[1])
-        dist.all_to_all_single(
-            arrived, rows.contiguous(), route.gets, route.sends, group=route.group
-        )
-        return arrived[route.order]
-    back = rows.new_empty(sum(route.sends), rows.shape[1])
-    dist.all_to_all_single(back, rows[route.inverse], route.sends, route.gets, group=route.group)
-    return back
+    moved, work = _started(rows, route, there)
+    work.wait()
+    return moved[route.order] if there else moved
+
+
+def _started(rows: Tensor, route: _Route, there: bool) -> tuple[Tensor, Any]:
+    """Return what rows become on the other side, not yet in the order of experts, and the handle to
+    wait for."""
+    receives, sends = (route.gets, route.sends) if there else (route.sends, route.gets)
+    moved = rows.new_empty(sum(receives), rows.shape[1])
+    sent = rows.contiguous() if there else rows[route.inverse]
+    return moved, dist.all_to_all_single(
+        moved, sent, receives, sends, group=route.group, async_op=True
+    )

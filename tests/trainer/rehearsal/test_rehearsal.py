@@ -69,7 +69,8 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "optimizer=muon model.parametrization=mup model.dropout=0.1 rehearse.ranks=[4] "
     "data.cache=no-such-folder",
     "experts": "recipe=mixtral-8x7b model.num_kv_heads=2 model.mlp=moe engine.expert_parallel=4",
-    "experts-fixed": "model.mlp=moe model.mlp.capacity=1.25 engine.expert_parallel=2 "
+    "experts-fixed": "model.mlp=moe model.mlp.capacity=1.25 model.mlp.shared=1 "
+    "engine.expert_parallel=2 "
     "model.mtp_layers=1 rehearse.ranks=[7]",
     "experts-columns": "model.mlp=moe model.mlp.scores=sigmoid model.mlp.bias_speed=0.001 "
     "engine.sequence_parallel=2 engine.context_parallel=2 engine.expert_parallel=2 engine=zero2 "
@@ -203,6 +204,14 @@ def test_grouped_heads_with_biases_keep_no_scores():
     names = {each["name"] for each in facts["ranks"][0]["operations"]}
     assert "aten::_scaled_dot_product_efficient_attention" in names
     assert not [name for name in names if "softmax" in name and "log" not in name]
+
+
+@pytest.mark.slow
+def test_shared_experts_are_computed_while_rows_travel():
+    _, facts, text = rehearsed(*words_of("experts-fixed"))
+    assert facts, text
+    (rows,) = (one for one in facts["ranks"][0]["beside"] if one["kind"] == "all_to_all")
+    assert rows["flops"] > 0
 
 
 @pytest.mark.slow
