@@ -75,6 +75,22 @@ def test_json_contains_the_whole_plan(planned):
 RANGE = [*BIG, BATCH, "train.micro_batch=1", "plan.nodes=1-9", "plan.gpu_hour=2"]
 
 
+def test_rounds_with_other_clusters_and_the_link_from_which_they_pay(planned):
+    names = ["outer.every='500 steps'", "outer.members=[a,b,c]", "outer.member=a"]
+    names += ["outer.store=s3://bucket/run", "engine=zero2", "plan.gpus=64"]
+    _, plan, _ = planned(*BIG, BATCH, *names, "outer.link=1e9")
+    rounds, weights = plan["outer"], 4 * plan["parameters"]["total"]
+    assert (rounds["sent_bytes"], rounds["received_bytes"]) == (weights, 2 * weights)
+    assert rounds["seconds"] == pytest.approx(3 * weights / 1e9)
+    step = plan["options"]["zero2"]["step"]["seconds"]
+    assert rounds["training_seconds"] == pytest.approx(500 * step)
+    _, at_needed, _ = planned(*BIG, BATCH, *names, f"outer.link={rounds['needed_link']}")
+    assert at_needed["outer"]["share"] == pytest.approx(0.05)
+    _, alone, _ = planned(*BIG, BATCH, "engine=zero2", "plan.gpus=64")
+    assert plan["checkpoint"]["bytes"] == alone["checkpoint"]["bytes"] + 2 * weights
+    assert "outer" not in alone
+
+
 def test_the_sizes_of_a_range_and_the_largest_that_fits(planned, forescale, tmp_path):
     page = f"plan.to={tmp_path / 'plan.html'}"
     code, plan, _ = planned(*RANGE, "engine=zero3", page)
