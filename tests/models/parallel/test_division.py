@@ -3,6 +3,7 @@ from itertools import product
 import pytest
 
 from forescale.models.config import ModelConfig
+from forescale.models.parallel.deal import Ring, shifts
 from forescale.models.parallel.division import runs
 from forescale.models.parallel.groups import Group, SequenceGroup
 from forescale.models.part import copies
@@ -52,3 +53,19 @@ def test_columns_are_dealt_out_for_equal_work_or_for_a_state(count, mixers):
         assert {sum(run // 2 for run in each) for each in dealt} == {7}
     else:
         assert dealt == [[rank] for rank in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("ring", "expected"),
+    [
+        (Ring(0, 8, 2), [*range(8)]),
+        (Ring(0, 8, 1, causal=0), [*range(8)]),
+        (Ring(0, 8, 1, window=4), [0, 1]),
+        (Ring(0, 8, 1, window=18), [0, 1, 2]),  # runs have 16 columns
+        (Ring(0, 8, 1, window=1), [0]),
+        (Ring(0, 8, 2, window=4), [0, 1, 7]),  # a layer of windows among others
+        (Ring(0, 8, 1, window=4, global_tokens=1), [*range(8)]),
+    ],
+)
+def test_keys_go_to_those_alone_that_see_them(ring, expected):
+    assert shifts(ring, 16) == expected
