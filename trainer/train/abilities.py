@@ -131,7 +131,8 @@ class Abilities:
         self._mark("evaluation")
         group = self._engine.world.columns
         logits_BLV = self._engine.logits(tokens_BL)
-        targets_BC = targets_BL.chunk(group.size, -1)[group.rank]  # the columns of this rank
+        model: Any = self._engine.module
+        targets_BC = model.group.columns(targets_BL) if group.size > 1 else targets_BL
         if not isinstance(logits_BLV, Tensor) or logits_BLV.shape[:-1] != targets_BC.shape:
             problem = f"without targets it returns no logits of {len(targets_BC)} rows"
             todo = "return logits (B, L, V), or leave out validation.abilities"
