@@ -292,6 +292,7 @@ def staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
         offload_parameters=old.offload_parameters and stage == 3,
         expert_parallel=old.expert_parallel if near == 1 else 1,
         shard_group=old.shard_group if stage and near == 1 else 0,
+        quantized_weights=old.quantized_weights and stage == 3,
     )
     return replace(job, engine=engine)
 
