@@ -147,6 +147,13 @@ class PlanJob(TrainJob):
                     f"{self.per_node} of a node: some groups cross nodes, and every layer waits "
                     "for the links between them."
                 )
+        ranks = mesh.shard * mesh.tensor
+        if ranks and self.per_node % ranks and ranks % self.per_node:
+            notes.append(
+                f"engine.shard_group={mesh.shard}: the {ranks} ranks with a copy of the states are "
+                f"neither a part of a node of {self.per_node} GPUs nor whole nodes: groups share "
+                "the links between nodes."
+            )
         return notes
 
     @property

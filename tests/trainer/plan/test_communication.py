@@ -161,6 +161,10 @@ def test_ranks_that_divide_a_window_exchange_what_its_layers_hold():
     crossing = job(*words, "engine.sequence_parallel=4", "machine.gpus_per_node=2")
     assert any("some groups cross nodes" in note for note in crossing.notes())
     assert not any("some groups cross nodes" in note for note in planned.notes())
+    twelve = ["engine.sequence_parallel=4", "plan.gpus=12", "train.global_batch=12"]
+    for group, nodes, is_noted in ((2, 6, False), (6, 3, False), (4, 6, True)):
+        of = [f"engine.shard_group={group}", f"machine.gpus_per_node={nodes}"]
+        assert any("shard_group" in note for note in job(*words, *twelve, *of).notes()) is is_noted
     halves = job(*words, "model.num_kv_heads=4", "engine.sequence_parallel=2")
     quarters = job(*words, "model.num_kv_heads=4", "engine.sequence_parallel=2",
                    "engine.tensor_parallel=2")  # fmt: skip
