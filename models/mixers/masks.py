@@ -92,8 +92,8 @@ def full_mask(
         return slopes_on(positions, num_heads, heads) if kind == "alibi" else None
     # flex_attention's kernels take heads of 16 and more. The gradient of a table of biases would be
     # summed by atomic additions.
-    fits = kind != "relative" and config.sizes.head_dim >= 16 and fits_flex(columns)
-    if fits and (hides or kind == "alibi"):
+    fits = kind != "relative" and config.sizes.head_dim >= 16
+    if fits and (hides or kind == "alibi") and fits_flex(columns):
         blocks = block_mask(sees(columns, causal), columns)
         if kind != "alibi":
             return blocks

@@ -70,8 +70,7 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "data.cache=no-such-folder",
     "experts": "recipe=mixtral-8x7b model.num_kv_heads=2 model.mlp=moe engine.expert_parallel=4",
     "experts-fixed": "model.mlp=moe model.mlp.capacity=1.25 model.mlp.shared=1 "
-    "engine.expert_parallel=2 "
-    "model.mtp_layers=1 rehearse.ranks=[7]",
+    "model.mlp.expert_width=256 engine.expert_parallel=2 model.mtp_layers=1 rehearse.ranks=[7]",
     "experts-columns": "model.mlp=moe model.mlp.scores=sigmoid model.mlp.bias_speed=0.001 "
     "engine.sequence_parallel=2 engine.context_parallel=2 engine.expert_parallel=2 engine=zero2 "
     "data.document_mask=true",
