@@ -16,22 +16,31 @@ so that all make the same outer step, whenever they come to it and however often
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from forescale.config.sections.outer import OuterConfig
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json
 from forescale.ground.storage import TABLE, FileEntry, hash_file, read_table, write_file, write_json
-from forescale.ground.typed import Count, typed
+from forescale.ground.typed import Built, Count, typed
 from forescale.remote.buckets import Folder
 
+T = TypeVar("T")
 STATE = "state.json"
 _LOOK = 5.0  # seconds at most between two looks for what others send
 _RESTORE = "restore the file, or begin all members anew with another outer.store"
+
+
+def _attempt_of_member(value: Any) -> str:
+    """Return the name of a folder of files, which is read from the store, and removed here."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+\.\d{4,}", value):
+        raise ValueError("not a member and its attempt, such as north.0003")
+    return value
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Record:
     """What a member sent of a round. folder: below that of the step; table: sha256 of the table of
     its files; base: hash of the outer weights from which it set out; bytes: of its files."""
 
-    folder: str
+    folder: Annotated[str, Built(_attempt_of_member)]
     table: str
     base: str
     bytes: Count
@@ -71,8 +80,14 @@ class OuterStore:
     def join(self, facts: dict[str, Any]) -> None:
         """Enter this run as the member of its name. facts: what all members have alike. Raises
         UserError if the store has other facts, or another run has the name."""
-        self._folder.create("run.json", _json(facts))
-        stored = self._read("run.json") or {}
+        created = [self._folder.create("run.json", _json(facts)) for _ in range(2)]
+        if created[1]:
+            problem = (
+                "replaces files that are to be created once, so members may decide differently"
+            )
+            way = "give a folder, or a bucket of a server with conditional writes (If-None-Match)"
+            raise UserError(self.where, problem, way)
+        stored = self._read(dict[str, Any], "run.json") or {}
         todo = "give all members the same, or another outer.store"
         for name in sorted(facts.keys() | stored.keys()):
             if stored.get(name) != facts.get(name):
@@ -83,7 +98,7 @@ class OuterStore:
                 raise UserError(f"{self.where}/run.json", problem, todo)
         name = f"members/{self.member}.json"
         self._folder.create(name, _json({"run": self._run}))
-        if (self._read(name) or {}).get("run") != self._run:
+        if (self._read(dict[str, str], name) or {}).get("run") != self._run:
             problem = f"another run is the member {self.member} already"
             todo = (
                 "give another outer.member; if that run was deleted, delete this file, and the "
@@ -94,14 +109,16 @@ class OuterStore:
     def decision(self, step: int) -> Decision | None:
         """Return who counts in the round of a step; None if that is not decided yet."""
         name = f"{_step(step)}/decision.json"
-        stored = self._read(name)
-        return None if stored is None else typed(Decision, stored, self._at(name), _RESTORE)
+        decision = self._read(Decision, name)
+        names = decision.members.keys() if decision else {*self.members}
+        if not names or names - {*self.members}:
+            problem = f"is damaged: it counts {', '.join(sorted(names)) or 'no member'}, of"
+            raise UserError(self._at(name), f"{problem} {', '.join(self.members)}", _RESTORE)
+        return decision
 
     def record(self, step: int, member: str | None = None) -> Record | None:
         """Return what a member, by default this one, sent of a round; None if it hasn't."""
-        name = f"{_step(step)}/{member or self.member}.json"
-        stored = self._read(name)
-        return None if stored is None else typed(Record, stored, self._at(name), _RESTORE)
+        return self._read(Record, f"{_step(step)}/{member or self.member}.json")
 
     def announce(self, step: int) -> None:
         """Tell the others that this member, which was left out, takes part again in a round."""
@@ -132,7 +149,7 @@ class OuterStore:
             for name in self.members:
                 if name not in known and (record := self.record(step, name)):
                     known[name] = record
-                if self._read(f"{_step(step)}/{name}-joins.json") is not None:
+                if self._read(dict[str, Any], f"{_step(step)}/{name}-joins.json") is not None:
                     expected.add(name)
             waited = time.monotonic() - began
             if expected <= known.keys() or waited > (self._config.wait.seconds or 0.0):
@@ -149,7 +166,10 @@ class OuterStore:
         target = self.path_of(step, record)
         target.mkdir(parents=True, exist_ok=True)
         size = self._fetch(step, record, TABLE, record.table)
-        return size + self._fetch(step, record, STATE, read_table(target)[STATE].sha256)
+        if (state := read_table(target).get(STATE)) is None:
+            where = self._at(f"{_step(step)}/{record.folder}/{TABLE}")
+            raise UserError(where, f"has no {STATE}", _RESTORE)
+        return size + self._fetch(step, record, STATE, state.sha256)
 
     def fetch(self, step: int, record: Record, part: tuple[int, int]) -> int:
         """Copy every n-th of a member's files from the i-th on, part (i, n), whose table is here;
@@ -182,18 +202,19 @@ class OuterStore:
         note = self.local / f"{self.member}-needs.json"
         write_json(note, {"step": needs})
         self._folder.put(f"members/{note.name}", note)
-        noted = (self._read(f"members/{name}-needs.json") for name in self.members)
-        first = min((note["step"] if note else 0) for note in noted)
-        folders = {
-            tuple(name.split("/")[:2]) for name in self._folder.list() if name.count("/") == 2
-        }
-        for step, folder in sorted(folders):
-            if step < _step(first):
-                self._folder.remove(f"{step}/{folder}", recursive=True)
+        names = [f"members/{name}-needs.json" for name in self.members]
+        first = min((self._read(dict[str, Count], name) or {}).get("step", 0) for name in names)
+        # Whatever else is in the store is somebody's.
+        sent = re.compile(rf"step-(\d{{8,}})/(?:{'|'.join(self.members)})\.\d{{4,}}(?=/[^/]+$)")
+        rounds = {m[0]: int(m[1]) for m in map(sent.match, self._folder.list()) if m}
+        for folder, step in sorted(rounds.items()):
+            if step < first:
+                self._folder.remove(folder, recursive=True)
 
-    def _read(self, name: str) -> Any:
-        raw = self._folder.read(name)
-        return None if raw is None else parse_json(raw, self._at(name))
+    def _read(self, kind: type[T], name: str) -> T | None:
+        """Return a file as `kind`; None if there is none. Raises UserError if it is damaged."""
+        raw, where = self._folder.read(name), self._at(name)
+        return None if raw is None else typed(kind, parse_json(raw, where), where, _RESTORE)
 
     def _at(self, name: str) -> str:
         return f"{self.where}/{name}"

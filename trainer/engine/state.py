@@ -161,7 +161,8 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
         tensors = {WEIGHT: unit.master}
         if stored is not None:
             tensors |= _moments(engine, unit, reader, stored["optimizer_steps"])
-            if engine.outer and OUTER_WEIGHT in reader.states(engine.names[unit.pieces[0].param]):
+            names = [engine.names[piece.param] for piece in unit.pieces[:1]]  # or padding alone
+            if engine.outer and any(OUTER_WEIGHT in reader.states(name) for name in names):
                 tensors |= engine.outer.states(unit)
                 has_outer = True
         for piece in unit.pieces:

@@ -21,6 +21,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from forescale.ground.errors import UserError, masked
+from forescale.ground.foreign import SMALL
 from forescale.ground.storage import FileEntry, blocks_of, fsync_path, hash_file, write_file
 from forescale.remote.transfer import (
     MIB,
@@ -160,8 +161,14 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a small file; None if there is none."""
+        content = b""
         with suppress(Missing):
-            return b"".join(self.get(name))
+            for piece in self.get(name):
+                content += piece
+                if len(content) > SMALL:
+                    problem = f"has more than {SMALL:,} bytes"
+                    raise UserError(masked(self._at(name)), problem, "restore the file")
+            return content
         return None
 
     def get(self, name: str) -> Iterator[bytes]:
@@ -191,6 +198,11 @@ def _linked(path: Path, data: bytes) -> bool:
             os.link(file.name, path)
         except FileExistsError:
             return False
+        except OSError as e:
+            if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            problem = "is in a file system without hard links, by which a file is created once"
+            raise UserError(str(path.parent), problem, "give another folder, or a bucket") from e
     fsync_path(path.parent)
     return True
 

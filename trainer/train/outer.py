@@ -70,7 +70,16 @@ class Outer(Callback):
         self._engine, self._world, self._phases = engine, engine.world, phases
         self._ramp, self._stop, self.attempt = job.batch_ramp, stop_requested, attempt
         self._state = engine.outer = OuterState(engine, job.outer.fragments)
-        self._keep, self._seed, self.moved = job.checkpoint.keep, job.train.seed, False
+        self._keep, self.moved = job.checkpoint.keep, False
+        self._order = {  # of the windows, which members read in turns
+            "seed": job.train.seed,
+            "sequence_length": job.train.sequence_length,
+            "global_batch": job.train.global_batch,
+            "weights": job.data.weights,
+            "stages": job.data.stages,
+            "packing": job.data.packing,
+            "shuffle_shards": job.data.shuffle_shards,
+        }
         self._last = 0  # the step of the last round that was made
         self._skipped_to: Position | None = None
         identity = str(run.read_identity().get("wandb_id"))
@@ -98,7 +107,7 @@ class Outer(Callback):
         config = self._config
         facts = {
             "data": data,
-            "seed": self._seed,
+            **self._order,
             "members": sorted(config.members),
             "every": config.steps,
             "fragments": config.fragments,
@@ -111,7 +120,8 @@ class Outer(Callback):
     def load(self, point: ResumePoint) -> None:
         """Take over which rounds the state has that was loaded for an attempt."""
         stored = (point.checkpoint.state.get("outer") if point.checkpoint else None) or {}
-        self._last = stored.get("step", point.position.step)
+        # A run that begins with another one's weights alone begins at step 0.
+        self._last = min(stored.get("step", point.position.step), point.position.step)
 
     def settle(self, point: ResumePoint, attempt: Attempt) -> ResumePoint:
         """Return where an attempt begins that would begin at `point`, after the rounds that the

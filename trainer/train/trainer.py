@@ -150,7 +150,7 @@ class Trainer:
             except Late as late:
                 self._print(f"Step {late.step:,}: {late.reason}, which takes the newest weights.")
                 self._follow()
-                point = replace(point, position=late.position, history=None)
+                point = replace(point, position=late.position, rolled_back_from=None, history=None)
                 point = self._begin(self._settled(point))
         if stopped:
             where = f"Stopped at step {position.step:,}; the state is saved."

@@ -13,6 +13,7 @@ from forescale.config.duration import Duration
 from forescale.config.sections.outer import OuterConfig
 from forescale.ground.errors import UserError
 from forescale.ground.storage import hash_file, write_file, write_table
+from forescale.remote.buckets import Folder
 
 NAMES = ["east", "north", "south"]
 CONFIG = OuterConfig(Duration(3), members=NAMES, wait=Duration(0.3, "seconds"))
@@ -160,10 +161,15 @@ def test_files_that_no_member_needs_are_deleted_and_decisions_stay(tmp_path):
             sent(one, step)
         decided(stores[0], step)
     folders = lambda: sorted(p.parent.name for p in tmp_path.glob("store/*/north.0001"))  # noqa: E731
+    of_others = [tmp_path / "store" / name for name in ("a/b/c", "step-00000003/new.0001x/c")]
+    for path in of_others:
+        path.parent.mkdir(parents=True)
+        path.touch()
     for one in stores:
         assert folders() == ["step-00000003", "step-00000006"]
         one.prune(6)
     assert folders() == ["step-00000006"]
+    assert all(path.exists() for path in of_others)
     assert stores[0].decision(3) is not None
 
 
@@ -171,7 +177,34 @@ def test_a_damaged_decision_is_one_sentence(tmp_path):
     north = store(tmp_path)
     path = tmp_path / "store/step-00000003/decision.json"
     path.parent.mkdir(parents=True)
-    for text in ("{", json.dumps({"members": 3, "decided_by": "north"}), "[]"):
+    record = {"folder": "north.0001", "table": "0", "base": "0", "bytes": 1}
+    members = [3, {}, {"west": record}]
+    members += [{"north": record | {"folder": f}} for f in ("../../x", "/x", "..", "north", 3)]
+    texts = [json.dumps({"members": each, "decided_by": "north"}) for each in members]
+    for text in ("{", "[]", *texts):
         path.write_text(text)
         with pytest.raises(UserError, match=r"decision.json"):
             north.decision(3)
+
+
+def test_damaged_notes_of_members_are_one_sentence(tmp_path):
+    north = store(tmp_path)
+    north.join({})
+    for name, use in (("run", north.join), ("members/north", north.join)):
+        path = tmp_path / f"store/{name}.json"
+        whole = path.read_text()
+        path.write_text("[1]")
+        with pytest.raises(UserError, match=rf"{name}.json: is damaged"):
+            use({})
+        path.write_text(whole)
+    for text in ("[1]", '{"step": NaN}', '{"step": "3"}'):
+        (tmp_path / "store/members/south-needs.json").write_text(text)
+        with pytest.raises(UserError, match=r"south-needs.json: is damaged"):
+            north.prune(3)
+
+
+def test_a_store_that_replaces_what_is_to_be_created_once_is_refused(tmp_path, monkeypatch):
+    """As a server of S3 does that doesn't know conditional writes."""
+    monkeypatch.setattr(Folder, "create", lambda *_: True)
+    with pytest.raises(UserError, match="conditional writes"):
+        store(tmp_path).join({})

@@ -2,11 +2,13 @@
 memory is fsspec's own; a real S3 server is in test_s3.py."""
 
 import threading
+from unittest.mock import Mock
 
 import fsspec
 import pytest
 
 from forescale.ground.errors import UserError
+from forescale.ground.foreign import SMALL
 from forescale.ground.storage import hash_file
 from forescale.remote.buckets import Folder, FsspecOrigin
 from forescale.remote.transfer import RetryableError, Unreachable
@@ -41,6 +43,17 @@ def test_a_file_is_created_once(folder):
     assert folder.create("x/a", b"one")
     assert not folder.create("x/a", b"two")
     assert folder.read("x/a") == b"one"
+
+
+def test_a_small_file_has_bounds_and_a_file_system_needs_links(folder, tmp_path, monkeypatch):
+    (tmp_path / "large").write_bytes(bytes(SMALL + 1))
+    folder.put("a", tmp_path / "large")
+    with pytest.raises(UserError, match="more than"):
+        folder.read("a")
+    monkeypatch.setattr("os.link", Mock(side_effect=PermissionError(1, "not permitted")))
+    with pytest.raises(UserError, match="without hard links"):
+        Folder(str(tmp_path), QUICK).create("x", b"")
+    assert [path.name for path in tmp_path.iterdir() if "x" in path.name] == []
 
 
 def test_of_many_that_create_a_file_one_does(tmp_path):

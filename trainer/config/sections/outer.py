@@ -15,6 +15,10 @@ from forescale.config.schema import key
 if TYPE_CHECKING:
     from forescale.config.train import TrainJob
 
+_STORE = r"/|~/|(?!https?:|file:|local:|memory:)[a-z][\w+.-]*://[^?#]+$"
+# Not those of other files in the store (checkpoint/outer.py).
+_NAME = r"(?i:(?!decision$)[a-z0-9_-]+)(?<!-joins)(?<!-needs)"
+
 
 @dataclass
 class OuterConfig:
@@ -77,16 +81,16 @@ class OuterConfig:
         if self.store is None:
             problem = "is not given, and is where the members exchange their weights"
             yield "store", problem, "write, for example, outer.store=s3://bucket/run"
-        elif not re.match(r"/|~|(?!https?:|file:|local:)[a-z][\w+.-]*://[^?#]+$", self.store):
+        elif not re.match(_STORE, self.store):
             problem = f"{self.store} is neither a bucket's address nor an absolute path"
             yield "store", problem, "write, for example, s3://bucket/run or /shared/run"
         names = self.members
-        if len(names) < 2 or len({*names}) < len(names):
+        if len(names) < 2 or len({name.lower() for name in names}) < len(names):
             problem = f"{names} are not the names of two members or more"
             yield "members", problem, "write, for example, outer.members=[north,south]"
-        if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
-            todo = "use letters, digits, - and _"
-            yield "members", f"{wrong[0]!r} can't be a part of a file's name", todo
+        if wrong := [name for name in names if not re.fullmatch(_NAME, name)]:
+            todo = "use letters, digits, - and _, and none of decision, ...-joins and ...-needs"
+            yield "members", f"{wrong[0]!r} can't be the name of a member's files", todo
         if self.member not in names:
             problem = f"{self.member or 'null'} is not one of outer.members, {', '.join(names)}"
             yield "member", problem, "give the name of this cluster there"
