@@ -29,6 +29,7 @@ from forescale.ground.foreign import parse_json
 from forescale.ground.storage import TABLE, FileEntry, hash_file, read_table, write_file, write_json
 from forescale.ground.typed import Built, Count, typed
 from forescale.remote.buckets import Folder
+from forescale.remote.transfer import Missing
 
 T = TypeVar("T")
 STATE = "state.json"
@@ -101,8 +102,8 @@ class OuterStore:
         if (self._read(dict[str, str], name) or {}).get("run") != self._run:
             problem = f"another run is the member {self.member} already"
             todo = (
-                "give another outer.member; if that run was deleted, delete this file, and the "
-                "member takes the newest weights"
+                "give another outer.member, or all runs of a branch another outer.store; if that "
+                "run was deleted, delete this file, and the member takes the newest weights"
             )
             raise UserError(f"{self.where}/{name}", problem, todo)
 
@@ -184,7 +185,12 @@ class OuterStore:
         if path.is_file() and hash_file(path).sha256 == sha256:
             return 0
         remote = f"{_step(step)}/{record.folder}/{name}"
-        entry: FileEntry = write_file(path, self._folder.get(remote))
+        try:
+            entry: FileEntry = write_file(path, self._folder.get(remote))
+        except (
+            Missing
+        ) as e:  # deleted, as this run goes on from a checkpoint before its newest ones
+            raise UserError(self._at(remote), "doesn't exist any more", _RESTORE) from e
         if entry.sha256 != sha256:
             path.unlink()
             problem = "was changed since it was sent (its sha256 is not that of its table)"

@@ -42,8 +42,9 @@ def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None)
 
 def check_origin(job: TrainJob, sources: Sources) -> None:
     """Raise UserError if a branch can't begin with its origin's state: its tokenizer differs; it
-    keeps the position in the data, and the data differ; it would end before it begins; or it
-    continues with references that its origin doesn't have, or has for other rows."""
+    keeps the position in the data, and the data differ, or the clusters that share them; it would
+    end before it begins; or it continues with references that its origin doesn't have, or has for
+    other rows."""
     run, origin = origin_of(job), job.run.origin
     if run is None:
         return
@@ -89,8 +90,14 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
 
 def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
     """Raise UserError if the batch ramps of branch and origin give different numbers of windows up
-    to a step: the length of the branch would not be what it reads."""
+    to a step: the length of the branch would not be what it reads; or if as many windows of a
+    member are other windows of the data, so that some would be read twice, or never."""
     origin_job = thaw(TrainJob, origin.config, trust=True)  # looked at, not run
+    if (members := origin_job.outer.count) != job.outer.count:
+        counts = [f"{n} members" if n > 1 else "one cluster" for n in (members, job.outer.count)]
+        problem = f"{job.run.origin.run} was trained on {counts[0]}, and this run is on {counts[1]}"
+        todo = "give outer.* as many members, or run.from.load=weights to begin at step 0"
+        raise UserError("run.from", problem, todo)
     read, counted = origin_job.batch_ramp.samples(step), job.batch_ramp.samples(step)
     if read == counted or not (origin_job.batch_ramp.lengths or job.batch_ramp.lengths):
         return

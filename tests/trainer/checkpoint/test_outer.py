@@ -144,6 +144,9 @@ def test_files_that_differ_from_their_table_are_refused(tmp_path):
     (north.path_of(3, record) / "files.json").unlink()
     with pytest.raises(UserError, match=r"south.0001/files.json: was changed"):
         north.fetch_table(3, record)
+    (copy / "files.json").unlink()
+    with pytest.raises(UserError, match=r"files.json: doesn't exist any more; restore the file"):
+        north.fetch_table(3, record)
 
 
 def test_what_a_member_sent_first_counts(tmp_path):

@@ -54,6 +54,15 @@ def test_a_branch_that_would_end_before_it_begins_is_refused(branch, small_data)
     assert start(branch(here, "train.steps=12"), newest=lambda run: 8).job.run.origin.step == 8
 
 
+def test_a_branch_is_on_as_many_clusters_as_its_trunk(branch, small_data, tmp_path):
+    """Else its first windows would be none of the next ones."""
+    here = (f"data.path={small_data}", "train.steps=12", f"outer.store={tmp_path / 'store'}")
+    outer = ("outer.every=4", "outer.members=[north,south]", "outer.member=north")
+    with pytest.raises(UserError, match="first was trained on one cluster, and this run is on 2"):
+        start(branch(*here, *outer), newest=lambda run: 4)
+    assert start(branch(*here, *outer, "run.from.load=weights"), newest=lambda run: 4)
+
+
 def test_a_branch_counts_the_windows_that_its_trunk_has_read(job, small_data):
     sizes = ("train.global_batch=8", "train.micro_batch=2", f"data.path={small_data}")
     ramp = ("train.first_batch=4", "train.batch_ramp='6 steps'")
