@@ -137,12 +137,14 @@ class Block(nn.Module):
 class Trunk(NamedTuple):
     """What the blocks leave: the hidden states (B, L, D), as the head reads them, and the routing
     of the experts; of a decoder or encoder alone also the embeddings (B, L, D), and the context of
-    the last block."""
+    the last block. routed_before: layers with experts that other stages of a pipeline have before.
+    """
 
     hidden: Tensor
     routings: list[Routing]
     embedded: Tensor | None = None
     context: Context | None = None
+    routed_before: int = 0
 
 
 class Stream(NamedTuple):

@@ -150,6 +150,17 @@ class Transformer(nn.Module):
             targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
+        return self._result(trunk, targets_BL, padding_mask_BL, documents_BL, last)
+
+    def _result(
+        self,
+        trunk: Trunk,
+        targets_BL: Tensor | None,
+        padding_mask_BL: Tensor | None,
+        documents_BL: Tensor | None,
+        last: int | None = None,
+    ) -> Any:
+        """Return what `forward` does, from the output of the blocks."""
         hidden_BLD = trunk.hidden if last is None else trunk.hidden[:, -last:]
         own_BL = None if targets_BL is None else self._columns(targets_BL)
         result = self._head(hidden_BLD, own_BL)
@@ -181,20 +192,17 @@ class Transformer(nn.Module):
         counted_BL = self._counted(targets_BL, padding_mask_BL)
         place = Place(blocks, stream, is_last)
         trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, None, counted_BL, place)
-        penalty: Tensor | float = 0.0
+        routed = (parts.mlp.is_routed for parts in layers_of(self.config)[: blocks.start])
+        trunk = trunk._replace(routed_before=sum(routed))
         if is_last:
-            result = self._head(trunk.hidden, self._columns(targets_BL))
-            losses_B, penalty = result if isinstance(result, tuple) else (result, 0.0)
-        if self.tallies is not None and self.training:
-            labels, weight = (targets_BL, padding_mask_BL, documents_BL), self.config.mtp_weight
-            first = sum(parts.mlp.is_routed for parts in layers_of(self.config)[: blocks.start])
-            mtp = self.mtp if is_last else nn.ModuleList()
-            penalty += counted_penalty(
-                self.tallies, trunk, labels, mtp, weight, self._head, self.group, first
-            )
-        if is_last:
-            return losses_B, penalty
+            result = self._result(trunk, targets_BL, padding_mask_BL, documents_BL)
+            return result if isinstance(result, tuple) else (result, 0.0)
         assert trunk.context is not None
+        penalty: Tensor | float = 0.0
+        if trunk.routings and self.training:
+            assert self.tallies is not None
+            labels = (targets_BL, padding_mask_BL, documents_BL)
+            penalty = counted_penalty(self.tallies, trunk, labels, nn.ModuleList(), 0.0, self._head)
         return Stream(trunk.hidden, trunk.context.values), penalty
 
     def stream_shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:

@@ -67,13 +67,11 @@ def counted_penalty(
     weight: float,
     head: Callable[[Tensor, Tensor | None], Any],
     group: SequenceGroup | None = None,
-    first: int = 0,
 ) -> Tensor | float:
     """Count a training forward pass; return what experts and later tokens add to its loss.
 
     modules: those for later tokens, of whose mean loss `weight` is added; head: (hidden, targets)
-    -> what window_losses returns. labels: of whole rows; group: the ranks that divide these; first:
-    how many layers with experts other ranks have before.
+    -> what window_losses returns. labels: of whole rows; group: the ranks that divide these.
     """
     targets_BL, padding_mask_BL, documents_BL = labels
     penalty: Tensor | float = penalty_of(trunk.routings, targets_BL) if trunk.routings else 0.0
@@ -102,7 +100,7 @@ def counted_penalty(
         counts.append(torch.stack([nats, own_BL.ne(IGNORE).sum()]))
     if routings:
         counted = torch.stack([r.counts for r in routings])
-        tallies.of("experts")[first : first + len(counted)].add_(counted)
+        tallies.of("experts")[trunk.routed_before :][: len(counted)].add_(counted)
     if counts:
         tallies.of("mtp").add_(torch.stack(counts))
     return penalty

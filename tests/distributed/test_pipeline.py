@@ -37,6 +37,7 @@ CASES = {
         [1, TWO, TIED, "model.position=learned"],  # and 2 groups that read different windows
         [0, TWO, *TENSOR, MUON, "model.position=relative", "model.mixer.qk_norm=head"],
         [1, TWO, *TENSOR, TIED, *LATER, *ZERO_BUBBLE],
+        [1, TWO, "engine.context_parallel=2", "model.num_kv_heads=2", LATER[0]],
         [1, TWO, "engine.sequence_parallel=2", "model.position=relative"],
         [1, TWO, "engine.context_parallel=2", *ZERO_BUBBLE, *LATER],
         [1, TWO, "engine.expert_parallel=2", *SIGMOID, "model.mlp.dense_layers=1"],

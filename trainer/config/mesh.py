@@ -67,8 +67,8 @@ class Mesh:
 
     @property
     def exchanges(self) -> bool:
-        """True if ranks exchange something inside of the model."""
-        return max(self.near, self.experts, self.pipeline) > 1
+        """True if ranks exchange something inside of a stage of the model."""
+        return max(self.near, self.experts) > 1
 
     @property
     def in_stage(self) -> int:

@@ -14,6 +14,30 @@ if TYPE_CHECKING:
     from forescale.config.train import TrainJob
 
 NAME = "engine.pipeline_parallel"
+_LONG = 0.2  # a share of a step that is worth a note
+
+
+def idle_share(schedule: str, stages: int, chunks: int, micros: int) -> float:
+    """Return the share of a step in which a stage waits, with so many micro-batches of a rank, if
+    all parts cost the same (engine/parallel/schedules.py)."""
+    parts = 3 if schedule == "zero-bubble" else chunks  # zero-bubble: a third of a pass is filled
+    return (stages - 1) / (parts * micros + stages - 1)
+
+
+def pipeline_notes(job: "TrainJob") -> list[str]:
+    """Return what a user should know of a pipeline that waits long."""
+    engine, ranks = job.engine, job.launch.processes
+    stages = engine.pipeline_parallel
+    if stages == 1 or ranks is None or ranks.is_range or not job.train.micro_batch:
+        return []
+    micros = job.accumulation(ranks.most)
+    idle = idle_share(engine.pipeline_schedule, stages, engine.chunks, micros)
+    if idle < _LONG:
+        return []
+    return [
+        f"{stages} stages of a pipeline with {micros} micro-batches a rank wait {idle:.0%} of a "
+        "step: raise train.global_batch or lower train.micro_batch."
+    ]
 
 
 def pipeline_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:

@@ -15,7 +15,7 @@ from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
 from forescale.config.job import Find, Job, ProblemIterator, Problems
 from forescale.config.mesh import Mesh, expert_problems, mesh_problems
-from forescale.config.pipeline import pipeline_problems
+from forescale.config.pipeline import pipeline_notes, pipeline_problems
 from forescale.config.schema import TargetConfig, block, key, section
 from forescale.config.sections.batch import ranks_problems
 from forescale.config.sections.data import DataConfig
@@ -183,7 +183,7 @@ class TrainJob(Lengths, Job):
 
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
-        notes = length_ramp_notes(self)
+        notes = [*length_ramp_notes(self), *pipeline_notes(self)]
         if (elastic := self.elastic) and (usable := self.usable_sizes()) != [*elastic.sizes]:
             any_order = replace(self, train=replace(self.train, invariant=True)).usable_sizes()
             other = f"; with train.invariant=true, {in_words(any_order)}" if any_order else ""

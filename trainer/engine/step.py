@@ -238,7 +238,8 @@ class Engine:
         rounds = -(-batch.micro_batches // self.world.data.size)
         if self.pipeline is not None:
             seed = partial(self.seed_for, batch.step)
-            nats = self.pipeline.backward(batch.micro, rounds, scale, seed, self.mark)
+            nats = self.pipeline.backward(batch.micro, scale, seed, self.mark)
+            self.mark("norm")
             self.layout.reduce()
             self._add_replicas()
             return nats if self.world.tensor.is_main else torch.zeros_like(nats)

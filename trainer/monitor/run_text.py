@@ -278,7 +278,8 @@ def _ranks(s: Status) -> str | None:
         return None
     last = min(ranks, key=lambda b: (b.step, -b.here))
     # Of a divided model, and at stage 3, the forward is no work of a rank alone.
-    waits = waiting_places(s.job.engine.stage, s.job.mesh(1).exchanges)
+    mesh = s.job.mesh(1)
+    waits = waiting_places(s.job.engine.stage, mesh.exchanges, mesh.pipeline > 1)
     alone = [at for at in OWN_WORK if at not in waits]
     seconds = {b.rank: sum(b.pace.get(at, 0.0) for at in alone) for b in ranks}
     slowest = max(seconds, key=lambda rank: seconds[rank])

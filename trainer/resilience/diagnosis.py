@@ -28,17 +28,23 @@ from forescale.resilience.heartbeat import Heartbeat, RankStatus
 
 HANG = "hang.json"
 # Places at which a rank may wait for others; at every other place it has work of its own.
-WAITING_PLACES = frozenset({"backward", "norm", "update", "summary", *ROUND})
+# ("stream": for another stage of a pipeline).
+WAITING_PLACES = frozenset({"backward", "norm", "update", "summary", "stream", *ROUND})
 OWN_WORK = ("data", "forward")  # places where every rank does the same work, alone
 _LEAST_STEPS = 10  # over which a pace is measured
 _LEAST_SHARE = 0.05  # of a step's time: a smaller difference is noise
 
 
-def waiting_places(stage: int, exchanges: bool = False) -> frozenset[str]:
+def waiting_places(
+    stage: int, exchanges: bool = False, in_pipeline: bool = False
+) -> frozenset[str]:
     """Return the places where ranks wait for each other at a ZeRO stage: at stage 3 also the
     forward, which gathers weights layer by layer, and so where ranks divide windows, matrices or
-    experts (`exchanges`)."""
-    return WAITING_PLACES | {"forward"} if stage == 3 or exchanges else WAITING_PLACES
+    experts (`exchanges`). In a pipeline gradients are reduced after all backward passes, which
+    otherwise wait for none."""
+    if stage == 3 or exchanges:
+        return WAITING_PLACES | {"forward"}
+    return WAITING_PLACES - {"backward"} if in_pipeline else WAITING_PLACES
 
 
 @dataclass(frozen=True)
@@ -270,8 +276,9 @@ def stragglers(
     for at in OWN_WORK:
         if at in waits:
             continue
-        median = median_low([b.pace.get(at, 0.0) for b in running])
-        for b in running:
+        for b in running:  # stages of a pipeline have different work
+            same = [o for o in running if at == "data" or o.stage == b.stage]
+            median = median_low([o.pace.get(at, 0.0) for o in same])
             seconds = b.pace.get(at, 0.0)
             if seconds > factor * median and seconds - median > _LEAST_SHARE * step:
                 stage = stages_text([b])

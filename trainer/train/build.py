@@ -140,7 +140,7 @@ class Builder:
         replay = self.job.guard.replay
         guard = StepGuard(
             judge,
-            SelfCheck(self.engine, socket.gethostname(), self.numerics["exact"]),
+            SelfCheck(self.engine, self._place, self.numerics["exact"]),
             self.job.cadence(replay) if replay else None,
             attempt,
             self.phases,
@@ -153,6 +153,12 @@ class Builder:
             attempt, self.job.guard.most_rollbacks - len(rollbacks)
         )
         return Parts(batches, guard, metrics, validation, user_callbacks, *saving, self.outer)
+
+    @property
+    def _place(self) -> str:
+        """The host of this rank, with its stage of the pipeline if there is one."""
+        pipeline, host = self.engine.world.pipeline, socket.gethostname()
+        return host if pipeline.size == 1 else f"{host} (stage {pipeline.rank})"
 
     def lacks_score(self, point: ResumePoint) -> bool:
         """True if the run ended between the save that it resumes from and the evaluation of the

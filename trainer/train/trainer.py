@@ -83,7 +83,8 @@ class Trainer:
             self._print(f"Note: snapshots of checkpoint.peer stay on their own node: {why}.")
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.phases)
-        waits = waiting_places(self.job.engine.stage, self.world.mesh.exchanges)
+        mesh = self.world.mesh
+        waits = waiting_places(self.job.engine.stage, mesh.exchanges, mesh.pipeline > 1)
         pipeline = self.world.pipeline
         stage = pipeline.rank if pipeline.size > 1 else None
         self.reporter = HeartbeatReporter(

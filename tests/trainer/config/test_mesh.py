@@ -219,6 +219,10 @@ def test_what_passes_no_stages_is_refused(overrides, key, problem):
 def test_ranks_at_one_place_in_all_stages_are_fed_the_same_windows():
     mesh = compose(TrainJob, [*STAGES, "engine.tensor_parallel=2", "optimizer=adamw"]).mesh(8)
     assert (mesh.data, mesh.states, mesh.together) == (1, 1, 8)
+    few = compose(TrainJob, [*STAGES, "train.global_batch=8", "train.micro_batch=1"])
+    assert any("4 micro-batches a rank wait 43%" in note for note in few.notes())
+    many = compose(TrainJob, [*STAGES, "train.global_batch=64", "train.micro_batch=1"])
+    assert not any("of a pipeline" in note for note in many.notes())
     (problem,) = problems(*STAGES, "engine.tensor_parallel=4", "optimizer=adamw").values()
     assert problem.startswith("the job's 8 ranks are not a multiple of 16 (pipeline=4 x tensor=4)")
 

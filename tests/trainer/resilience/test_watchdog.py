@@ -134,6 +134,21 @@ def test_a_rank_that_never_started():
     assert diagnose(ranks[:1], 1).ranks == (0,)
 
 
+def test_in_a_pipeline_a_stage_is_blamed_and_named():
+    ranks = [status(0, "stream", 12, stage=0), status(1, "backward", 12, stage=1)]
+    assert diagnose(ranks, 2, waiting_places(1, in_pipeline=True)).sentence == (
+        "rank 1 (stage 1) on host a has been in backward for 12 s at step 30; "
+        "rank 0 waits in stream"
+    )
+    paces = ({"forward": 1.0}, {"forward": 3.0}, {"forward": 1.0}, {"forward": 1.1})
+    beats = [
+        status(rank, "data", stage=rank % 2, pace=pace, steps=20).heartbeat
+        for rank, pace in enumerate(paces)
+    ]
+    (slow,) = stragglers(beats, 1.5)
+    assert slow.sentence.startswith("rank 1 (stage 1) on host a is slow")
+
+
 def test_at_stage_3_forward_waits_too():
     ranks = [status(0, "forward", 12), status(1, "data", 12, step=29)]
     for waits in (waiting_places(3), waiting_places(1, exchanges=True)):

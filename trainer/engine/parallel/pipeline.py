@@ -35,6 +35,7 @@ from forescale.models.transformer import Absent, Transformer
 
 _SHARED = ("embedding", "bigrams", "relative_position")  # what several stages may read
 
+_MOST_SENT = 8  # tensors under way from a rank
 Key = tuple[str, int, int]  # F or B, part, micro-batch
 
 
@@ -98,6 +99,7 @@ class Pipeline:
         self.dtype = next(model.parameters()).dtype
         self._lent: list[tuple[nn.Parameter, int]] = []
         self._borrowed: list[Tensor] = []
+        self._tables: list[Any] = []  # that are being received
         for module, name in _shared(model):
             if self.stage.borrows(name):
                 tables = {k: t for k, t in vars(module).items() if isinstance(t, Tensor)}
@@ -117,22 +119,19 @@ class Pipeline:
     def backward(
         self,
         micros: Sequence[Any],
-        rounds: int,
         scale: float,
         seed: Callable[[int, int], None],
         mark: Callable[[str], None],
     ) -> Tensor:
         """Add up the gradients of `scale` times the losses of this rank's micro-batches of a step.
         Return the summed loss of each, fp32 of shape (n,), on the last stage, and 0 on the others.
+        All ranks have equally many.
 
-        rounds: the most micro-batches of a rank; one that has less computes its last one again,
-        whose gradient then is 0, because others compute beside it. seed: sets the random state for
-        a micro-batch, by its index, and a part.
+        seed: sets the random state for a micro-batch, by its index, and a part.
         """
         self.is_stale = True  # nearly always: an update came before
         self._refresh()
-        self._micros = [micros[min(i, len(micros) - 1)] for i in range(rounds)]
-        self._factors = [scale if i < len(micros) else 0.0 for i in range(rounds)]
+        self._micros, self._scale = micros, scale
         self._losses = torch.zeros(len(micros), device=self.device)
         self._inputs: dict[tuple[int, int], Stream] = {}
         self._roots: dict[tuple[int, int], list[Tensor]] = {}
@@ -140,7 +139,7 @@ class Pipeline:
         self._delayed: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
         self._arriving: dict[Key, tuple[list[Any], list[Tensor]]] = {}
         chunks = len(self.stage.parts)
-        order = order_of(self.schedule, self.ranks.size, chunks, rounds)
+        order = order_of(self.schedule, self.ranks.size, chunks, len(micros))
         for action in order.actions[self.ranks.rank]:
             kind, part, micro, of = action
             if kind == "get":
@@ -148,50 +147,43 @@ class Pipeline:
             elif kind == "send":
                 self._send(self._outputs.pop((of, part, micro)), of, part)
             elif kind == "F":
+                inputs = self._arrived("F", part, micro, mark) if part else []
                 mark("forward")
                 seed(self._micros[micro].index, part)
-                self._forward(part, micro)
+                self._forward(part, micro, inputs)
             elif kind == "W":
                 mark("backward")
                 self._weights(part, micro)
             else:
+                gradients = self._arrived("B", part, micro, mark) if part < self.last else []
                 mark("backward")
                 self.later = []
-                self._backward(part, micro)
+                self._backward(part, micro, gradients)
                 self._delayed[part, micro] = self.later
         self._return_gradients()
         self._settle()
         return self._losses
 
-    def _forward(self, part: int, i: int) -> None:
-        micro, factor, counters = self._micros[i], self._factors[i], self.model.counters()
-        before = counters.clone() if factor == 0.0 and counters is not None else None
+    def _forward(self, part: int, i: int, inputs: list[Tensor]) -> None:
         stream = None
         if part:
-            tensors = self._arrived("F", part, i)
-            stream = self._inputs[part, i] = Stream(*(t.requires_grad_() for t in tensors))
-        output, penalty = self._part(part, stream, micro)
+            stream = self._inputs[part, i] = Stream(*(t.requires_grad_() for t in inputs))
+        output, penalty = self._part(part, stream, self._micros[i])
         if part == self.last:
             total = output.sum()
-            self._roots[part, i] = [(total + penalty) * factor]
-            if i < len(self._losses):
-                self._losses[i] = total.detach()
+            self._roots[part, i] = [(total + penalty) * self._scale]
+            self._losses[i] = total.detach()
         else:
             tensors = [t for t in output if t is not None]
             self._roots[part, i] = tensors
             if isinstance(penalty, Tensor) and penalty.requires_grad:
-                self._roots[part, i] = [*tensors, penalty * factor]
+                self._roots[part, i] = [*tensors, penalty * self._scale]
             self._outputs["F", part, i] = [t.detach() for t in tensors]
-        if counters is not None and before is not None:
-            counters.copy_(before)
 
-    def _backward(self, part: int, i: int) -> None:
+    def _backward(self, part: int, i: int, gradients: list[Tensor]) -> None:
         roots = self._roots.pop((part, i))
-        gradients: list[Tensor | None] = [None] * len(roots)
-        if part < self.last:
-            arrived = self._arrived("B", part, i)
-            gradients[: len(arrived)] = arrived
-        torch.autograd.backward(roots, gradients)
+        of_losses = [None] * (len(roots) - len(gradients))
+        torch.autograd.backward(roots, [*gradients, *of_losses])
         if part:
             inputs = [t for t in self._inputs.pop((part, i)) if t is not None]
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
@@ -213,6 +205,8 @@ class Pipeline:
         return product
 
     def _part(self, part: int, stream: Stream | None, micro: Any) -> tuple[Any, Any]:
+        _wait(self._tables)
+        self._tables = []
         positional, named = micro.arguments(self.device)
         return self.model.part(part, stream, *positional, **named)
 
@@ -243,7 +237,8 @@ class Pipeline:
         source = (part - 1 if of == "F" else part + 1) % self.ranks.size
         return [self._p2p(dist.irecv, t, source) for t in tensors], tensors
 
-    def _arrived(self, of: str, part: int, micro: int) -> list[Tensor]:
+    def _arrived(self, of: str, part: int, micro: int, mark: Callable[[str], None]) -> list[Tensor]:
+        mark("stream")
         works, tensors = self._arriving.pop((of, part, micro))
         _wait(works)
         return tensors
@@ -252,6 +247,8 @@ class Pipeline:
         """Begin to send the output of a part (F), or the gradient of its input (B)."""
         target = (part + 1 if of == "F" else part - 1) % self.ranks.size
         self._sent = [each for each in self._sent if not each[0].is_completed()]
+        while len(self._sent) >= _MOST_SENT:  # in an evaluation the next stage may be slower
+            self._sent.pop(0)[0].wait()
         for tensor in map(torch.Tensor.contiguous, tensors):
             assert tensor.dtype == self.dtype, tensor.dtype
             self._sent.append((self._p2p(dist.isend, tensor, target), tensor))
@@ -266,13 +263,12 @@ class Pipeline:
         self._sent.clear()
 
     def _refresh(self) -> None:
-        """Receive the tables that this stage borrows, send those that it lends, if they may have
-        changed."""
+        """Begin to receive the tables that this stage borrows, and to send those that it lends, if
+        they may have changed. They arrive while the first micro-batch passes the stages before."""
         if self.is_stale:
             for p, stage in self._lent:
                 self._sent.append((self._p2p(dist.isend, p.data, stage), p.data))
-            _wait([self._p2p(dist.irecv, table.data, 0) for table in self._borrowed])
-            self._settle()
+            self._tables = [self._p2p(dist.irecv, table.data, 0) for table in self._borrowed]
         self.is_stale = False
 
     def _return_gradients(self) -> None:

@@ -100,10 +100,10 @@ def order_of(schedule: str, stages: int, chunks: int, micros: int) -> Order:
         _Stage(_passes(stage, stages, chunks, micros, backward), stages) for stage in range(stages)
     ]
     last, length = stages * chunks - 1, 0
-    while any(stage.passes or stage.weights for stage in every):
-        ready = [(*step, i) for i, stage in enumerate(every) if (step := stage.next(last))]
-        start, action, i = min(ready, key=lambda each: (each[0], each[2]))
-        stage = every[i]
+    nexts = [stage.next(last) for stage in every]
+    while any(nexts):
+        start, i = min((step[0], i) for i, step in enumerate(nexts) if step)
+        action, stage = nexts[i][1], every[i]  # type: ignore[index]
         (stage.weights if action.kind == "W" else stage.passes).pop(0)
         stage.actions.append(action)
         stage.clock = start + TIMES[action.kind]
@@ -112,17 +112,16 @@ def order_of(schedule: str, stages: int, chunks: int, micros: int) -> Order:
         kind, part, micro, _ = action
         if kind == "I":
             stage.weights.append(Action("W", part, micro))
-        if kind == "W":
-            continue
         following = part + 1 if kind == "F" else part - 1
-        if kind == "F" and part == last:
-            continue  # its backward pass comes right behind it
-        if 0 <= following <= last:
+        if kind != "W" and 0 <= following <= last:
             other = every[following % stages]
             other.arrived[Action(kind, following, micro)] = stage.clock
             of = "F" if kind == "F" else "B"
             stage.actions.append(Action("send", part, micro, of))
             other.actions.append(Action("get", following, micro, of))
+            nexts[following % stages] = other.next(last)
+        nexts[i] = stage.next(last)
+    assert not any(stage.passes for stage in every), "stages wait for each other"
     return Order([stage.actions for stage in every], length)
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from forescale.config.pipeline import idle_share
 from forescale.engine.parallel.schedules import order_of
 
 KINDS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero-bubble", 1)]
@@ -44,8 +45,7 @@ def test_each_part_has_each_micro_batch_once_and_no_two_stages_wait_for_each_oth
 def test_stages_wait_as_long_as_the_papers_say(stages):
     for micros in (stages, 4 * stages):
         for schedule, chunks in KINDS:
-            parts = 3 if schedule == "zero-bubble" else chunks
-            idle = (stages - 1) / (parts * micros + stages - 1)
+            idle = idle_share(schedule, stages, chunks, micros)
             assert order_of(schedule, stages, chunks, micros).bubble == pytest.approx(idle)
         plain = order_of("1f1b", stages, 1, micros)
         assert [plain.in_flight(stage) for stage in range(stages)] == [*range(stages, 0, -1)]
