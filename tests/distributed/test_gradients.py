@@ -37,6 +37,13 @@ def test_reducing_beside_the_backward_pass_changes_no_bit():
     assert results[2] != results[0], "the numbers of fp32 gradients are others"
 
 
+def test_a_parameter_that_a_step_does_not_use_has_no_gradient():
+    cases = [[stage, offload] for stage in range(4) for offload in (False, True)[: 1 + (stage > 0)]]
+    plain, *others = ranks.run("test_gradients:unused", 2, cases=cases)
+    for case, rows in zip(cases[1:], others, strict=True):
+        assert rows == pytest.approx(plain, rel=1e-5), case
+
+
 def test_a_run_resumes_to_the_bit_and_a_dropped_gradient_leaves_no_trace(tmp_path):
     results = ranks.run("test_gradients:resumed", 2, cases=IN_FP32, folder=str(tmp_path))
     for case, (whole, again) in zip(IN_FP32, results, strict=True):
@@ -47,6 +54,26 @@ def test_a_run_resumes_to_the_bit_and_a_dropped_gradient_leaves_no_trace(tmp_pat
 
 
 # Inside the ranks.
+
+
+def unused(cases):
+    """For each [stage, offload], the norms of steps of which the first alone uses a parameter."""
+
+    class Changing(small.Model):
+        def __init__(self):
+            super().__init__()
+            self.extra, self.calls = nn.Parameter(torch.ones(64, small.WIDTH)), 0
+
+        def forward(self, tokens, targets):
+            losses = super().forward(tokens, targets)
+            self.calls += 1
+            return losses + self.extra.mean() if self.calls <= 2 else losses  # micro-batches
+
+    original, small.Model = small.Model, Changing
+    engines = (small.build(stage, "adamw", "fp32", offload=offload) for stage, offload in cases)
+    norms = [[norm for _, norm in small.train(engine, range(3))] for engine in engines]
+    small.Model = original
+    return norms
 
 
 MICRO_BATCHES = 64  # of each rank

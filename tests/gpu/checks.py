@@ -172,6 +172,7 @@ def stages(at: Place, precision: str, optimizer: str = "adamw") -> None:
                  ["engine=zero2", "engine.tensor_parallel=2"]]  # fmt: skip
     if at.ranks > 2:
         ways += [["engine=zero3", "engine.hierarchical_partition=2"]]
+        ways += [[f"engine=zero{stage}", "engine.shard_group=2"] for stage in (1, 3)]
     expected = None
     for way in ways:
         rows = train(at, build(at, *words, *way, *PARTS), 4)

@@ -79,6 +79,9 @@ class Layout:
         written, where ZeRO divides the states and nothing is offloaded."""
         yield from (gradient for _, gradient in self.owned())
 
+    def forget(self) -> None:
+        """Let a parameter that the next step doesn't use have no gradient."""
+
     def add_beside(self, replicas: Ranks) -> None:
         """Let the gradient be summed over replicas beside the last backward pass of each step, from
         now on, where DeepSpeed does so with reductions (`adds_beside`). In that pass all ranks must

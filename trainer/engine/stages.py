@@ -26,6 +26,8 @@ Facts about DeepSpeed that are worked around here:
 - A step of stage 3 ends with a wait of the host, if there are weights so small that each rank has
   them whole. It is all that keeps the next gathers, in a stream of their own, behind the update:
   we let that stream wait, always.
+- At stage 3 a parameter that a step doesn't use keeps the gradient of the last one that did. Models
+  that may leave some out have the buffer emptied before each step; ours use all.
 - At stage 3, and at 0 in bf16 and fp16, the step computes a norm of its own, only to skip an update
   that isn't finite: the host waits for numbers of each group, at 0 of each gradient. The engine has
   measured the norm. In fp16 at stage 3 DeepSpeed's stays: that one sees Muon's updates.
@@ -352,6 +354,10 @@ class Zero3(Layout):
         with synchronized_by(lambda: None):
             self._post(timer_names)
         self._gathering.wait_stream(torch.cuda.current_stream())
+
+    def forget(self):
+        if not self.offload:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
 
     def add_beside(self, replicas):
         o, original = self.optimizer, self.optimizer.partition_grads

@@ -222,6 +222,8 @@ class Engine:
         each micro-batch, fp32 of shape (n,): 0 where another rank has the same, so that all ranks'
         sum is that of the step. disturbance: a factor of the gradient, see `disturb`."""
         self.layout.norm = None
+        if not isinstance(self.module, Transformer):
+            self.layout.forget()
         if not self.module.training:
             self.module.train()
         # DeepSpeed averages over the ranks that it divides states among; the step's loss is a sum
