@@ -24,6 +24,8 @@ PUBLISHED = {
     "llama-13b": (8, 2**22, 1000),
     "llama-70b": (64, 2**22, 2000),
     "mixtral-8x7b": (64, 2**22, 2000),
+    "llama-405b": (8192, 2**24, 15600),
+    "deepseek-v3": (2048, 15360 * 4096, 14800),
     "t5-small": (8, 128 * 624, 42),
 }
 MANUAL = Path(__file__).parents[2] / "conf" / "README.md"

@@ -82,13 +82,14 @@ class ShardingOptions:
     longest: int | None = None
 
     def all(self, job: PlanJob) -> list[ShardingOption]:
-        """Return the stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
+        """Return the stages 0 to 3 that the job allows; on several nodes also 3 with a hierarchical
+        partition."""
         jobs = [staged(job, stage) for stage in range(4)]
         near = job.engine.hierarchical_partition
         # A hierarchical partition is of whole matrices.
         if (job.nodes > 1 and job.engine.tensor_parallel == 1) or near > 1:
             jobs.append(staged(job, 3, near if near > 1 else job.per_node))
-        return [self.evaluate(j) for j in jobs]
+        return [self.evaluate(j) for j in jobs if not is_refused(j)]
 
     def evaluate(self, job: PlanJob) -> ShardingOption:
         """Return memory, communication and time of `job` as it is configured."""
@@ -223,6 +224,8 @@ class ShardingOptions:
         for stage in (*range(first, 4), *reversed(range(first))):
             for keys, variant in variants:
                 other = staged(variant, stage)
+                if is_refused(with_micro_batch(other, 1)):
+                    continue
                 if (micro := self.largest_micro_batch(other)) is not None:
                     less = f"train.micro_batch={micro}" if micro < job.train.micro_batch else ""
                     return f"set {keys}{engine_keys(job, other)}{less}".strip()
@@ -295,6 +298,16 @@ def staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
         quantized_weights=old.quantized_weights and stage == 3,
     )
     return replace(job, engine=engine)
+
+
+def is_refused(job: PlanJob) -> bool:
+    """Whether a rule of the job refuses its division."""
+    return bool([*job.engine.problems(), *job.problems()])
+
+
+def with_micro_batch(job: PlanJob, micro: int) -> PlanJob:
+    """Return the job with another micro-batch."""
+    return _trained(job, micro_batch=micro)
 
 
 def _groups(job: PlanJob) -> int:

@@ -33,11 +33,12 @@ PUBLISHED = (
     PublishedRun(6.7e9, 4_194_304, 3e-4, "Llama 7B", "llama-7b"),
     PublishedRun(13e9, 4_194_304, 3e-4, "Llama 13B", "llama-13b"),
     PublishedRun(69e9, 4_194_304, 1.5e-4, "Llama 2 70B", "llama-70b"),
-    PublishedRun(405e9, 16_777_216, 8e-5, "Llama 3 405B", "llama-70b"),
+    PublishedRun(405e9, 16_777_216, 8e-5, "Llama 3 405B", "llama-405b"),
 )
 
 _LEAST_PARAMETERS = 50e6
 _BATCH_FACTOR = 10  # published batches of one size differ by up to 5: Pythia 160M takes 2M tokens
+_OF_EXPERTS = 1.6  # times that: DeepSeek-V3 takes 15 times the tokens of Llama of its active size
 _RATE_FACTOR = 3
 _LEAST_WINDOW = 512  # BERT's; no published model of these sizes reads shorter ones
 _TOKENS_PER_PARAMETER = (1, 5_000)  # GPT-3 175B: 1.7; Llama 3 8B: 1,900; T5's baseline: 570
@@ -73,7 +74,10 @@ def published_notes(job: TrainJob, parameters: float) -> list[str]:
             f"(BERT) to 8,192 (Llama 3): {recipe}set train.sequence_length={longer}."
         )
     published = interpolated(parameters, "step_tokens")
-    if not published / _BATCH_FACTOR <= tokens <= published * _BATCH_FACTOR:
+    factor = _BATCH_FACTOR * (
+        _OF_EXPERTS if isinstance(model, ModelConfig) and model.experts else 1
+    )
+    if not published / factor <= tokens <= published * factor:
         windows = max(1, int(job.train.global_batch * 2 ** round(math.log2(published / tokens))))
         notes.append(
             f"A step has {tokens:,} tokens, and about {_rounded(published)} in published models of "

@@ -2,7 +2,8 @@
 micro-batches and recomputation.
 
 Ways are tried in the order of the time of their computation, which no communication shortens: what
-the fastest ones need in all ends the search. Memory is counted before traffic.
+the fastest ones need in all ends the search, or many ways in a row that are no better. Memory is
+counted before traffic.
 Invariant: a division computes what the job computes, with its global batch, and breaks no rule of
 the job. Imports no torch.
 """
@@ -24,8 +25,10 @@ from forescale.plan.options import (
     ShardingOptions,
     checkpointings,
     engine_keys,
+    is_refused,
     staged,
     with_checkpointing,
+    with_micro_batch,
 )
 from forescale.plan.step_time import SAME_SPEED, StepTime, computing_seconds, peak_of
 from forescale.plan.work import Work, work_of
@@ -33,6 +36,7 @@ from forescale.plan.work import Work, work_of
 _FEWEST_COLUMNS = 1024  # of a window, that a rank computes: fewer keep no GPU busy
 _MOST_ROWS = 32  # of a micro-batch: more bring no speed
 _MOST_NODES = 8  # that have one copy of the states, if not all have one
+_PATIENCE = 60  # ways that change none of the best divisions, before the search ends
 _LARGEST = 64  # stages of a pipeline
 _ORDERS: tuple[tuple[Literal["1f1b", "interleaved"], int | None], ...] = (
     ("1f1b", None),
@@ -119,14 +123,18 @@ def best_divisions(options: ShardingOptions, job: PlanJob) -> list[Division]:
         return []
     search = _Search(options, job)
     best: dict[tuple[int, ...], Division] = {}
+    idle = 0
     for bound, way, sizes in sorted(search.ways(), key=lambda item: item[0]):
         known = sorted(division.seconds for division in best.values())
-        if len(known) >= most and bound > known[most - 1]:
+        if len(known) >= most and (bound > known[most - 1] or idle > _PATIENCE):
             break
+        idle += 1
         for division in search.fitting(way, sizes):
             old = best.get(division.parts)
             if old is None or _rank(division, old):
                 best[division.parts] = division
+                if len(known) < most or division.seconds < known[most - 1]:
+                    idle = 0
     result, rest = list[Division](), [*best.values()]
     while rest and len(result) < most:
         fastest = min(division.seconds for division in rest)
@@ -163,6 +171,7 @@ class _Search:
         model, world = cast(ModelConfig, job.model), job.world_size
         columns = max(1, job.train.sequence_length // _FEWEST_COLUMNS)
         experts = model.experts.experts if model.experts else 1
+        heads = model.sizes.num_heads * all(m.splits_columns for m in model.mixers_used) or 1
         inner = [_divisors(world, min(near, world)) for _ in range(2)]
         # Fewer ranks than a node has bring experts nothing.
         divides = [n for n in _divisors(experts, experts) if n == 1 or n >= min(near, experts)]
@@ -174,6 +183,9 @@ class _Search:
             ranks = tensor * sequence * context * pipeline
             if world % ranks or sequence * context > columns or tensor * sequence > near:
                 continue
+            more_heads = 2 * tensor * sequence
+            if context > 1 and more_heads <= near and heads % more_heads == 0:
+                continue  # an exchange of heads in a node is faster than a ring
             each, left = divmod(job.batch_ramp.first, world // ranks)
             if left or not each:
                 continue
@@ -195,7 +207,7 @@ class _Search:
             micros = [n for n in _divisors(each, _MOST_ROWS) if not n & (n - 1) or n == each][::-1]
             groups = [[micro] for micro in micros if micro <= 4] if pipeline > 1 else [micros]
             for how, sizes in product(checkpointings(mesh), groups):
-                way = with_checkpointing(_with_micro_batch(mesh, sizes[0]), how)
+                way = with_checkpointing(with_micro_batch(mesh, sizes[0]), how)
                 seconds = self._work_of(way).seconds(self._options.machine, self._peak)
                 every = parts_of(way, world)
                 rounds = way.accumulation(world) * max(part.share for part in every)
@@ -209,7 +221,7 @@ class _Search:
         """Whether a rule of the sections that differ from the job's refuses it; the micro-batches
         and the recomputation that are tried break none."""
         if (key := str(job.engine)) not in self._refused:
-            self._refused[key] = bool([*job.engine.problems(), *job.problems()])
+            self._refused[key] = is_refused(job)
         return self._refused[key]
 
     def _work_of(self, job: PlanJob) -> Work:
@@ -246,17 +258,17 @@ class _Search:
         configured, fused = self._job.train.micro_batch, options.machine.fused_norms
         activations = []
         for size in sizes:
-            one = _with_micro_batch(way, size)
+            one = with_micro_batch(way, size)
             parts = fullest(parts_of(one, one.world_size))
             activations.append([(part.stage, activations_of(one, fused, part)) for part in parts])
         for job in jobs:
-            if self._is_refused(_with_micro_batch(job, sizes[-1])):
+            if self._is_refused(with_micro_batch(job, sizes[-1])):
                 continue
             has_one = False
             for size, activation in zip(sizes, activations, strict=True):
                 if has_one and size != configured:
                     continue
-                one = _with_micro_batch(job, size)
+                one = with_micro_batch(job, size)
                 memory = self._memory(options, one, activation)
                 if memory.total <= options.available_to(one):
                     has_one = True
@@ -279,10 +291,6 @@ class _Search:
         rest = 0, *options.reserved(job)
         every = [Memory(self._states[*key, stage], held, *rest) for stage, held in activations]
         return max(every, key=lambda memory: memory.peak)
-
-
-def _with_micro_batch(job: PlanJob, micro: int) -> PlanJob:
-    return replace(job, train=replace(job.train, micro_batch=micro))
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -27,6 +27,7 @@ from forescale.plan.bytes.memory import Memory, activations_of, share_bytes, sta
 from forescale.plan.bytes.pipeline import parts_of
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
+from forescale.plan.links import Collective
 from forescale.rehearsal.rehearsal import Rehearsed, problems_of
 from forescale.run.certificate import Certificate, keys_of, versions_of
 
@@ -70,7 +71,9 @@ def page(rehearsed: Rehearsed, command: Sequence[str]) -> str:
 
 
 def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
-    """Return all that was seen, and what was planned, as plain values."""
+    """Return all that was seen, and what was planned, as plain values. Collectives are planned of
+    the first rank that was rehearsed."""
+    first = rehearsed.reports[0]["rank"] if rehearsed.reports else 0
     return {
         "problems": [p._asdict() for p in rehearsed.problems],
         "config": plain(rehearsed.plan.job),
@@ -80,7 +83,7 @@ def as_json(rehearsed: Rehearsed) -> dict[str, Any]:
         "seconds": rehearsed.seconds,
         "planned": {
             "memory_bytes": [planned_memory(rehearsed, r["rank"]) for r in rehearsed.reports],
-            "collectives": [vars(c) for c in rehearsed.plan.chosen.traffic],
+            "collectives": [vars(c) for c in _traffic(rehearsed, first)],
             "computing_seconds": rehearsed.plan.chosen.step.computing,
         },
         "ranks": rehearsed.reports,
@@ -183,6 +186,13 @@ def planned_memory(rehearsed: Rehearsed, rank: int) -> dict[str, int]:
     }
 
 
+def _traffic(rehearsed: Rehearsed, rank: int) -> list[Collective]:
+    """Return what the plan counts for a rank, of its stage of a pipeline."""
+    plan = rehearsed.plan
+    stage = plan.job.mesh(plan.world).stage_of(rank)
+    return collectives(plan.job, plan.trained, plan.world, stage)
+
+
 def _of_stage(rehearsed: Rehearsed, rank: int) -> Memory:
     """Return what the plan counts for a rank, with the activations of its stage of a pipeline."""
     plan = rehearsed.plan
@@ -254,9 +264,7 @@ def _end(place: str) -> str:
 
 def _collectives(rehearsed: Rehearsed, report: dict[str, Any]) -> Block:
     planned: dict[tuple[str, int], list[int]] = {}
-    plan = rehearsed.plan
-    stage = plan.job.mesh(plan.world).stage_of(report["rank"])
-    for c in collectives(plan.job, plan.trained, plan.world, stage):
+    for c in _traffic(rehearsed, report["rank"]):
         entry = planned.setdefault((c.kind, c.ranks), [0, 0])
         entry[0], entry[1] = entry[0] + c.payload, entry[1] + c.calls
     rows, counted = [], {(c["kind"], c["ranks"]): c for c in report["collectives"]}

@@ -77,6 +77,12 @@ MATRIX = {  # each choice of conf/ and each feature is in one of them
     "depth": "recipe=depth model.depth=4 model.width=null model.num_heads=null "
     "model.num_layers=null objective=pairs objective.separator=9 model.position=learned "
     "precision=auto",
+    "ring": "recipe=llama-405b engine.pipeline_parallel=1 engine.pipeline_schedule=1f1b "
+    "engine.pipeline_chunks=null engine.tensor_parallel=1",
+    "stages": "recipe=deepseek-v3 engine.pipeline_parallel=2 engine.pipeline_schedule=1f1b "
+    "engine.pipeline_chunks=null engine.expert_parallel=2 model.mlp.experts=4 model.mlp.top_k=2 "
+    "model.mlp.dense_layers=1 model.mlp.expert_width=64 model.mixer.rank=32 "
+    "model.mixer.query_rank=64 model.head_dim=64",
     "own": "model._target_=planted.Small objective=own "
     "objective._target_=forescale.data.objective.NextToken optimizer=own "
     "optimizer._target_=torch.optim.AdamW callbacks=[{_target_:planted.Sees}]",
