@@ -6,23 +6,38 @@ each.
 """
 
 import math
+from typing import TYPE_CHECKING
 
+from forescale.config.train import TrainJob
 from forescale.ground.console import span
 from forescale.plan.blocks import Row, bytes_text
-from forescale.plan.plan import Plan
+from forescale.plan.bytes.parameters import Inventory
+
+if TYPE_CHECKING:
+    from forescale.plan.plan import Plan
 
 _WEIGHT = 4  # bytes that a member sends of a parameter
 _MUCH = 0.05  # of the time: beyond it a faster link or fewer rounds are worth while
 
 
-def outer_rows(plan: Plan) -> list[Row]:
+def sent_bytes(trained: Inventory) -> int:
+    """Return the bytes that a member sends in a round, and receives from each other one."""
+    return _WEIGHT * sum(p.numel for g in trained.groups for p in g.params)
+
+
+def round_seconds(job: TrainJob, trained: Inventory) -> float:
+    """Return the seconds of a round; 0.0 on one cluster."""
+    return sent_bytes(trained) * job.outer.count / job.outer.link if job.outer.every else 0.0
+
+
+def outer_rows(plan: "Plan") -> list[Row]:
     """Return the row of the rounds, and a sentence of when they pay; none on one cluster."""
     config = plan.job.outer
     if (steps := config.steps) is None:
         return []
-    sent = _WEIGHT * sum(p.numel for g in plan.trained.groups for p in g.params)
+    sent = sent_bytes(plan.trained)
     received = sent * (config.count - 1)
-    seconds, step = (sent + received) / config.link, plan.chosen.step.seconds
+    seconds, step = round_seconds(plan.job, plan.trained), plan.chosen.step.seconds
     training = step and step * steps
     facts = {"sent_bytes": sent, "received_bytes": received, "seconds": seconds,
              "training_seconds": training, "steps": steps}  # fmt: skip

@@ -37,6 +37,7 @@ from forescale.plan.options import (
     name_of,
     with_checkpointing,
 )
+from forescale.plan.outer import round_seconds
 from forescale.plan.published import published_notes
 from forescale.plan.search import Division, best_divisions
 from forescale.plan.step_time import (
@@ -298,12 +299,15 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float | None:
-        """GPU-hours of the run, including the time that evaluations and failures cost."""
+        """GPU-hours of the run, or of a member of it, including the time that evaluations, rounds
+        with other clusters and failures cost."""
         if self.seconds is None:
             return None
         evaluating = (self.evaluation.seconds if self.evaluation else None) or 0.0
         useful = max(self.failures(self.world).ettr, 1e-9)
-        return (self.seconds + evaluating) / useful * self.world / 3600
+        rounds = self.job.total_steps / (self.job.outer.steps or 1)
+        beside = evaluating + rounds * round_seconds(self.job, self.trained)
+        return (self.seconds + beside) / useful * self.world / 3600
 
     # Problems and notes
 

@@ -401,7 +401,7 @@ def _time(plan: Plan) -> list[Row]:
     length = f"{days} d {rest} h" if 2 <= days < 10 and rest else span(plan.seconds)
     text = (
         f"{length} for all steps; {hours:,.{1 if hours < 1000 else 0}f} GPU-hours, "
-        "with evaluations and failures"
+        f"with evaluations{', rounds' * (plan.job.outer.count > 1)} and failures"
     )
     rows.append(Row("seconds", "steps", plan.seconds, "s", text))
     if p.gpu_hour is not None:

@@ -89,6 +89,8 @@ def test_rounds_with_other_clusters_and_the_link_from_which_they_pay(planned):
     _, alone, _ = planned(*BIG, BATCH, "engine=zero2", "plan.gpus=64")
     assert plan["checkpoint"]["bytes"] == alone["checkpoint"]["bytes"] + 2 * weights
     assert "outer" not in alone
+    hours = [each["gpu_hours"] for each in (at_needed, alone)]
+    assert hours[0] == pytest.approx(hours[1] / 0.95, rel=0.01)
 
 
 def test_the_sizes_of_a_range_and_the_largest_that_fits(planned, forescale, tmp_path):
