@@ -159,7 +159,10 @@ class ModelConfig:
         Args: `vocab_size` and `sequence_length` of the data, if known; the vocabulary with the ids
         that the objective adds.
         """
-        return rules.problems(self, vocab_size, sequence_length)
+        known = self.__dict__.setdefault("_problems", {})  # a plan needs them a thousand times
+        if (key := (vocab_size, sequence_length)) not in known:
+            known[key] = rules.problems(self, vocab_size, sequence_length)
+        return [*known[key]]
 
     def unread(self) -> list[Problem]:
         """Return the keys that no part of this model reads, as problems() has them."""

@@ -183,7 +183,10 @@ def parts_of(config: ModelConfig, layer: int) -> BlockParts:
 
 def layers_of(config: ModelConfig) -> list[BlockParts]:
     """Return the parts of each block, from the first to the last."""
-    return [parts_of(config, i) for i in range(config.num_blocks)]
+    known = config.__dict__  # as of a cached property: a plan reads it ten thousand times
+    if "_layers" not in known:
+        known["_layers"] = [parts_of(config, i) for i in range(config.num_blocks)]
+    return [*known["_layers"]]
 
 
 def _kinds(config: ModelConfig) -> list[tuple[int, int]]:

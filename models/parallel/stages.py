@@ -7,6 +7,7 @@ together have every module once. What several parts read is the first one's, and
 it (engine/parallel/pipeline.py). Imports no torch: a plan reads this file on a login node.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -32,6 +33,10 @@ class Division:
         blocks, behind = costs_of(self.config)
         return dealt(blocks, self.count, behind)
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [blocks.stop for blocks in self.blocks]
+
     @property
     def last(self) -> int:
         return self.count - 1
@@ -42,7 +47,7 @@ class Division:
         config, (top, _, rest) = self.config, name.partition(".")
         if top in ("blocks", "value_embeddings"):
             block = int(rest.partition(".")[0])
-            return [k for k, blocks in enumerate(self.blocks) if block in blocks]
+            return [bisect_left(self._ends, block + 1)]
         if top == "relative_position":
             return [*range(self.count)]
         if top in ("norm", "transform", "head", "mtp"):

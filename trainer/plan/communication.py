@@ -66,13 +66,19 @@ def collectives(
         if experts:
             of_experts = replace(s, world=s.expert_world)
             zero += _partitioned(of_experts, experts, job, local, " of experts", mesh.experts)
-    inner = _sums(s, job, part) + _exchanged(s, job, mesh, part) + _ring(s, job, mesh, part)
-    inner, rows = [*inner, _streams(s, job, mesh, part)], _rows(s, job, part)
-    rows, inner = ([replace(c, is_inner=True) for c in of] for of in (rows, inner))
-    traffic = [*rows, *zero, *inner, *_whole_matrices(s, local, mesh)]
+    traffic = [*zero, *inside(job, world, part), *_whole_matrices(s, local, mesh)]
     traffic.append(_copied(s, job, local, mesh))
     traffic.append(_lent(s, [of_stage(trained, job, p.stage).of_rank(mesh) for p in every], part))
     return [c for c in traffic if c.payload and c.ranks > 1]
+
+
+def inside(job: TrainJob, world: int, part: Part) -> list[Collective]:
+    """Return the collectives that micro-batches wait for in a stage, the same at each ZeRO stage
+    and with copies of the states."""
+    s, mesh = ZeroSettings.of(job, world), job.mesh(world)
+    every = [*_rows(s, job, part), *_sums(s, job, part), *_exchanged(s, job, mesh, part)]
+    every += [*_ring(s, job, mesh, part), _streams(s, job, mesh, part)]
+    return [replace(c, is_inner=True) for c in every if c.payload and c.ranks > 1]
 
 
 def _streams(s: ZeroSettings, job: TrainJob, mesh: Mesh, part: Part) -> Collective:

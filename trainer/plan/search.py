@@ -1,24 +1,25 @@
 """The best ways to divide a job among its GPUs: meshes, ZeRO stages, copies of the states,
 micro-batches and recomputation.
 
-Ways are tried in the order of the time of their computation, which no communication shortens: what
-the fastest ones need in all ends the search, or many ways in a row that are no better. Memory is
-counted before traffic.
+Ways are tried in the order of the least time of a step: the computation, what micro-batches wait
+for, the bubble. What the fastest ones need in all ends the search; until then none is left out, as
+those with the least may all be too large. Memory is counted before traffic.
 Invariant: a division computes what the job computes, with its global batch, and breaks no rule of
 the job. Imports no torch.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal, cast
 
-from forescale.models.config import ModelConfig
+from forescale.models.config import Checkpointing, ModelConfig
 from forescale.plan.bytes.memory import Memory, activations_of, fullest, states
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.bytes.pipeline import bubble, parts_of
-from forescale.plan.communication import collectives
+from forescale.plan.communication import collectives, inside
 from forescale.plan.config import PlanJob
 from forescale.plan.links import Collective, exposed
 from forescale.plan.options import (
@@ -36,7 +37,6 @@ from forescale.plan.work import Work, work_of
 _FEWEST_COLUMNS = 1024  # of a window, that a rank computes: fewer keep no GPU busy
 _MOST_ROWS = 32  # of a micro-batch: more bring no speed
 _MOST_NODES = 8  # that have one copy of the states, if not all have one
-_PATIENCE = 60  # ways that change none of the best divisions, before the search ends
 _LARGEST = 64  # stages of a pipeline
 _ORDERS: tuple[tuple[Literal["1f1b", "interleaved"], int | None], ...] = (
     ("1f1b", None),
@@ -65,9 +65,7 @@ class Division:
     def parts(self) -> tuple[int, ...]:
         """The ranks of each axis of the mesh, and whether a rank has a part of the weights alone:
         of divisions that agree in it only the best is worth a line."""
-        e = self.job.engine
-        near = e.tensor_parallel, e.sequence_parallel, e.context_parallel
-        return e.pipeline_parallel, *near, e.expert_parallel, e.stage == 3
+        return _parts(self.job)
 
     @cached_property
     def complexity(self) -> tuple[int, ...]:
@@ -123,18 +121,14 @@ def best_divisions(options: ShardingOptions, job: PlanJob) -> list[Division]:
         return []
     search = _Search(options, job)
     best: dict[tuple[int, ...], Division] = {}
-    idle = 0
     for bound, way, sizes in sorted(search.ways(), key=lambda item: item[0]):
         known = sorted(division.seconds for division in best.values())
-        if len(known) >= most and (bound > known[most - 1] or idle > _PATIENCE):
+        if len(known) >= most and bound > known[most - 1]:
             break
-        idle += 1
-        for division in search.fitting(way, sizes):
+        for division in search.fitting(way, sizes, bound, best):
             old = best.get(division.parts)
             if old is None or _rank(division, old):
                 best[division.parts] = division
-                if len(known) < most or division.seconds < known[most - 1]:
-                    idle = 0
     result, rest = list[Division](), [*best.values()]
     while rest and len(result) < most:
         fastest = min(division.seconds for division in rest)
@@ -142,6 +136,12 @@ def best_divisions(options: ShardingOptions, job: PlanJob) -> list[Division]:
         result.append(min(equal, key=lambda division: division.complexity))
         rest.remove(result[-1])
     return result
+
+
+def _parts(job: PlanJob) -> tuple[int, ...]:
+    e = job.engine
+    near = e.tensor_parallel, e.sequence_parallel, e.context_parallel
+    return e.pipeline_parallel, *near, e.expert_parallel, e.stage == 3
 
 
 def _rank(new: Division, old: Division) -> bool:
@@ -160,6 +160,7 @@ class _Search:
         self._states: dict[Any, Any] = {}
         self._work: dict[Any, Work] = {}
         self._refused: dict[str, bool] = {}
+        self._models: dict[str, Any] = {}
 
     def ways(self) -> Iterator[tuple[float, PlanJob, list[int]]]:
         """Yield each job with ZeRO-1 that the rules allow, the least seconds of its step before,
@@ -201,17 +202,32 @@ class _Search:
                 shard_group=0,
             )
             mesh = replace(job, engine=engine, train=replace(job.train, micro_batch=1))
-            mesh = with_checkpointing(mesh, checkpointings(mesh)[-1])
+            hows = checkpointings(mesh)
+            mesh = self._recomputing(mesh, hows[-1])
             if self._is_refused(mesh):
                 continue
             micros = [n for n in _divisors(each, _MOST_ROWS) if not n & (n - 1) or n == each][::-1]
             groups = [[micro] for micro in micros if micro <= 4] if pipeline > 1 else [micros]
-            for how, sizes in product(checkpointings(mesh), groups):
-                way = with_checkpointing(with_micro_batch(mesh, sizes[0]), how)
-                seconds = self._work_of(way).seconds(self._options.machine, self._peak)
-                every = parts_of(way, world)
-                rounds = way.accumulation(world) * max(part.share for part in every)
-                yield (rounds + bubble(way, every)) * seconds, way, sizes
+            for how, sizes in product(hows, groups):
+                way = self._recomputing(with_micro_batch(mesh, sizes[0]), how)
+                yield self._least(way), way, sizes
+
+    def _least(self, way: PlanJob) -> float:
+        """Return the seconds that a step takes at each stage at least: those of the computation,
+        of the traffic that micro-batches wait for, and of the pipeline's bubble."""
+        seconds = self._work_of(way).seconds(self._options.machine, self._peak)
+        every, rounds = parts_of(way, way.world_size), way.accumulation(way.world_size)
+        slowest = max(every, key=lambda part: part.share)
+        traffic = inside(way, way.world_size, slowest)
+        waiting = exposed(traffic, self._options.machine, way.per_node, math.inf)
+        each = seconds + waiting / rounds / slowest.share
+        return (rounds * slowest.share + bubble(way, every)) * each
+
+    def _recomputing(self, job: PlanJob, how: Checkpointing) -> PlanJob:
+        """Return with_checkpointing of a job, with one model for all ways: it knows its sizes."""
+        if how not in self._models:
+            self._models[how] = with_checkpointing(self._job, how).model
+        return replace(job, model=self._models[how])
 
     @cached_property
     def _peak(self) -> float:
@@ -241,9 +257,16 @@ class _Search:
             self._of_tensor[tensor] = replace(self._options, trained=inventory(job))
         return self._of_tensor[tensor]
 
-    def fitting(self, way: PlanJob, sizes: Sequence[int]) -> Iterator[Division]:
+    def fitting(
+        self,
+        way: PlanJob,
+        sizes: Sequence[int],
+        bound: float,
+        best: Mapping[tuple[int, ...], Division],
+    ) -> Iterator[Division]:
         """Yield a way at each stage, and with copies of the states, at the largest micro-batch that
-        fits, and at the job's, if the rules allow it."""
+        fits, and at the job's, if the rules allow it; not where it can't be better than the best of
+        its parts, because a step takes it `bound` seconds at least."""
         tensor, per_node, options = way.engine.tensor_parallel, way.per_node, self._of(way)
         near = max(1, per_node // tensor)
         every = way.mesh(way.world_size).states
@@ -255,6 +278,13 @@ class _Search:
             replace(job, engine=replace(job.engine, shard_group=group))
             for job, group in product(jobs[1:4], groups)
         ]
+
+        def may_win(job: PlanJob) -> bool:
+            old = best.get(_parts(job))
+            return old is None or bound <= SAME_SPEED * old.seconds
+
+        if not any(map(may_win, jobs)):
+            return
         configured, fused = self._job.train.micro_batch, options.machine.fused_norms
         activations = []
         for size in sizes:
@@ -262,7 +292,7 @@ class _Search:
             parts = fullest(parts_of(one, one.world_size))
             activations.append([(part.stage, activations_of(one, fused, part)) for part in parts])
         for job in jobs:
-            if self._is_refused(with_micro_batch(job, sizes[-1])):
+            if not may_win(job) or self._is_refused(with_micro_batch(job, sizes[-1])):
                 continue
             has_one = False
             for size, activation in zip(sizes, activations, strict=True):

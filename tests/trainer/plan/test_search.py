@@ -71,3 +71,9 @@ def test_a_job_that_fits_only_divided_is_told_how(planned):
     code, plan, err = planned(*words)
     assert code == 2
     assert f"set {plan['divisions'][0]['words']}" in err
+
+
+@pytest.mark.slow
+def test_no_fast_ways_that_do_not_fit_end_the_search():
+    plan = Plan(compose(PlanJob, ["recipe=deepseek-v3", "plan.gpus=2048"]))
+    assert plan.divisions[0].seconds <= plan.chosen.step.seconds
