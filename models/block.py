@@ -147,7 +147,7 @@ class Trunk(NamedTuple):
     routed_before: int = 0
 
 
-class Stream(NamedTuple):
+class ResidualStream(NamedTuple):
     """What a part of a pipeline takes from the one before: the hidden states (B, L, D); and in a
     value residual the values of the first layer, (B, L, G, K)."""
 
@@ -159,7 +159,7 @@ class Place(NamedTuple):
     """A part of a model: its blocks (None: all), its input, and whether it is the last."""
 
     blocks: range | None = None
-    stream: Stream | None = None
+    stream: ResidualStream | None = None
     is_last: bool = True
 
 

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.models.block import WHOLE, Block, Place, Stream, Trunk, normed, run_block, viewers
+from forescale.models.block import (
+    WHOLE,
+    Block,
+    Place,
+    ResidualStream,
+    Trunk,
+    normed,
+    run_block,
+    viewers,
+)
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.cache import Cache, Memory
 from forescale.models.flops import layers_of
@@ -176,15 +185,15 @@ class Transformer(nn.Module):
     def part(
         self,
         index: int,
-        stream: Stream | None,
+        stream: ResidualStream | None,
         tokens_BL: Tensor,
         targets_BL: Tensor,
         padding_mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
     ) -> tuple[Any, Tensor | float]:
-        """Return what a part of a stage of a pipeline computes: the Stream for the next one, of the
-        last part the losses (B,); and the part's penalty. stream: that of the part before; the
-        other arguments as those of `forward`.
+        """Return what a part of a stage of a pipeline computes: the ResidualStream for the next
+        one, of the last part the losses (B,); and the part's penalty. stream: that of the part
+        before; the other arguments as those of `forward`.
         """
         assert self.stage is not None
         division = self.stage.division
@@ -203,10 +212,10 @@ class Transformer(nn.Module):
             assert self.tallies is not None
             labels = (targets_BL, padding_mask_BL, documents_BL)
             penalty = counted_penalty(self.tallies, trunk, labels, nn.ModuleList(), 0.0, self._head)
-        return Stream(trunk.hidden, trunk.context.values), penalty
+        return ResidualStream(trunk.hidden, trunk.context.values), penalty
 
     def stream_shapes(self, rows: int, columns: int) -> list[tuple[int, ...]]:
-        """Return the shapes of the tensors of a Stream, for rows of so many columns."""
+        """Return the shapes of the tensors of a ResidualStream, for rows of so many columns."""
         columns //= self.group.size if self.group else 1
         shapes: list[tuple[int, ...]] = [(rows, columns, self.sizes.width)]
         if self.config.shared_values:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from forescale.engine.parallel.schedules import order_of
 from forescale.engine.world import World
-from forescale.models.block import Stream
+from forescale.models.block import ResidualStream
 from forescale.models.init import Linear
 from forescale.models.transformer import Absent, Transformer
 
@@ -133,7 +133,7 @@ class Pipeline:
         self._refresh()
         self._micros, self._scale = micros, scale
         self._losses = torch.zeros(len(micros), device=self.device)
-        self._inputs: dict[tuple[int, int], Stream] = {}
+        self._inputs: dict[tuple[int, int], ResidualStream] = {}
         self._roots: dict[tuple[int, int], list[Tensor]] = {}
         self._outputs: dict[Key, list[Tensor]] = {}
         self._delayed: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
@@ -167,7 +167,7 @@ class Pipeline:
     def _forward(self, part: int, i: int, inputs: list[Tensor]) -> None:
         stream = None
         if part:
-            stream = self._inputs[part, i] = Stream(*(t.requires_grad_() for t in inputs))
+            stream = self._inputs[part, i] = ResidualStream(*(t.requires_grad_() for t in inputs))
         output, penalty = self._part(part, stream, self._micros[i])
         if part == self.last:
             total = output.sum()
@@ -204,7 +204,7 @@ class Pipeline:
         product: Tensor = _WeightLater.apply(x, weight, self)
         return product
 
-    def _part(self, part: int, stream: Stream | None, micro: Any) -> tuple[Any, Any]:
+    def _part(self, part: int, stream: ResidualStream | None, micro: Any) -> tuple[Any, Any]:
         _wait(self._tables)
         self._tables = []
         positional, named = micro.arguments(self.device)
@@ -220,7 +220,7 @@ class Pipeline:
             if part:
                 works, tensors = self._get("F", part, micro)
                 _wait(works)
-                stream = Stream(*tensors)
+                stream = ResidualStream(*tensors)
             output, _ = self._part(part, stream, micro)
             if part == self.last:
                 losses = output.float().contiguous()
