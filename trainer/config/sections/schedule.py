@@ -23,7 +23,7 @@ class ScheduleConfig:
     kind: ClassVar[str]
     may_grow: ClassVar[bool] = False
 
-    # length of the linear warm-up from 0 to the peak learning rate
+    # length of the linear warm-up of the learning rate
     warmup: Duration = key(Duration(0), common=True, wall_time=False)
 
     @property
