@@ -33,7 +33,7 @@ def test_kernels_of_attention_within_documents_are_assembled_for(machine):
         "recipe=llama-1b model.num_layers=4",
         pytest.param("recipe=gpt2-124m model.num_layers=4", marks=full_only),
         "recipe=mixtral-8x7b model.num_layers=2 engine=zero3 engine.expert_parallel=1 "
-        "model.activation_checkpointing=full",
+        "train.micro_batch=2 model.activation_checkpointing=full",
         "recipe=t5-small",
         pytest.param("recipe=depth data.document_mask=true engine=zero2", marks=full_only),
     ],
