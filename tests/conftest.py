@@ -1,9 +1,12 @@
 """Fixtures for all: a small real dataset, of this project's own source."""
 
 import gc
+import importlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,8 @@ _FOREIGN = (
     *("PMI", "OMPI_", "CUDA_", "NCCL_", "DS_", "DEEPSPEED_", "ACCELERATE_", "WANDB_", "AWS_"),
     *("S3_", "FSSPEC_", "HF_", "TRANSFORMERS_", "HYDRA_", "XDG_", "HTTP_", "HTTPS_", "ALL_PROXY"),
     *("http_", "https_", "all_proxy", "FORESCALE_"),
+    "PYTHONDONTWRITEBYTECODE",  # each of hundreds of processes would compile what it imports
+    "PYTHONDONTWRITEBYTECODE",  # each of hundreds of processes would compile what it imports
 )
 _OF_TESTS = {
     *("CACHE", "MATRIX", "DRILL", "KILLS", "REPLICATES", "WORDS", "DATA", "CLUSTER", "BROWSER"),
@@ -39,6 +44,7 @@ os.environ.setdefault("FORESCALE_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "
 for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
     if _name.removeprefix("FORESCALE_") not in _OF_TESTS:
         del os.environ[_name]
+sys.dont_write_bytecode = False
 if any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for _name in ("FORESCALE_DATA", "FORESCALE_CACHE"):  # tests run in a directory of their own
@@ -66,6 +72,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Import the tests of the GPU kit alone, where no others are to run."""
     is_other = collection_path.is_file() and collection_path.parent.name != "gpu"
     return True if config.option.markexpr == "gpu" and is_other else None
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Import the files of tests, each worker from another start: what pytest makes of their asserts
+    is on disk when the next one comes there, where otherwise each worker would do all."""
+    if session.config.option.markexpr == "gpu" or "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    number, count = (os.environ[f"PYTEST_XDIST_WORKER{name}"] for name in ("", "_COUNT"))
+    places = [Path(word.partition("::")[0]).absolute() for word in session.config.args]
+    files = sorted(file for place in places for file in place.rglob("test_*.py"))
+    start = len(files) * int(number.removeprefix("gw")) // int(count)
+    for file in [*files[start:], *files[:start]]:
+        name = ".".join(file.relative_to(session.config.rootpath).with_suffix("").parts)
+        with suppress(Exception, pytest.skip.Exception):  # said when it is collected
+            importlib.import_module(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
