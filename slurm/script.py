@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -195,29 +196,39 @@ def _rendered(
             problem = "has a line break or another control character, which sbatch can't read"
             todo = "choose another directory or value"
             raise UserError(_in_one_line(option), problem, todo)
-    room = jinja2.Environment(
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            values,
+            title=title,
+            profile=profile,
+            script=submission.script,
+            options=lines,
+            time=time.strftime("%Y-%m-%d %H:%M:%S"),
+            version=versions()["forescale"],
+            s=settings,
+            scratch=settings.scratch.rstrip("/"),
+            own_scratch=own_scratch('"$FORESCALE_SCRATCH"'),
+            directory=Path.cwd(),
+            python=shlex.join(python_of_host(settings)),
+        )
+    )
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    """Return the scripts' templates, each compiled once."""
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    room.filters["comment"] = _in_one_line
-    room.filters["quoted"] = lambda text: shlex.quote(str(text))
-    return room.get_template(template).render(
-        values,
-        title=title,
-        profile=profile,
-        script=submission.script,
-        options=lines,
-        time=time.strftime("%Y-%m-%d %H:%M:%S"),
-        version=versions()["forescale"],
-        s=settings,
-        scratch=settings.scratch.rstrip("/"),
-        own_scratch=own_scratch('"$FORESCALE_SCRATCH"'),
-        directory=Path.cwd(),
-        python=shlex.join(python_of_host(settings)),
-    )
+    templates.filters["comment"] = _in_one_line
+    templates.filters["quoted"] = lambda text: shlex.quote(str(text))
+    return templates
 
 
 def _resources(s: SlurmConfig) -> list[Option]:

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,19 +70,24 @@ class Section:
                 )
 
 
+@cache
+def _templates(folder: Path) -> jinja2.Environment:
+    """Return the templates of a folder, and the page that they extend, each compiled once."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, _HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(template: Path = PAGE, *, title: str, sections: Sequence[Section] = (),
            data: Mapping[str, Any] | None = None, scripts: Sequence[Path] = (),
            **values: Any) -> str:  # fmt: skip
     """Return a page as HTML. template: page.html.j2, or one that extends it; data: what the scripts
     read beside the figures; scripts: files that run after chart.js; values: what the template reads
     beside: intro, a sentence below the title; lead: smaller ones."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, _HERE]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = {
         name: picture.as_dict()
         for section in sections
@@ -93,12 +99,16 @@ def render(template: Path = PAGE, *, title: str, sections: Sequence[Section] = (
                       separators=(",", ":"))  # fmt: skip
     for mark in "<>&\u2028\u2029":  # so that it can stand inside of a script element
         text = text.replace(mark, f"\\u{ord(mark):04x}")
-    page = environment.get_template(template.name).render(
-        title=title,
-        sections=sections,
-        data=Markup(text),
-        script=Markup(code),
-        **{"intro": "", "lead": (), **values},
+    page = (
+        _templates(template.parent)
+        .get_template(template.name)
+        .render(
+            title=title,
+            sections=sections,
+            data=Markup(text),
+            script=Markup(code),
+            **{"intro": "", "lead": (), **values},
+        )
     )
     return page.encode(errors="backslashreplace").decode()  # names of files that aren't UTF-8
 

@@ -12,6 +12,7 @@ import itertools
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -273,13 +274,16 @@ def _of_data(sources: Sources) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    numbers = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            numbers[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that isn't installed
-            numbers[package] = "unknown"
-    return numbers
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+@cache
+def _version(package: str) -> str:
+    """Return the version of an installed package, whose long description is parsed too."""
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that isn't installed
+        return "unknown"
 
 
 def numerics(
