@@ -1,6 +1,7 @@
-"""The user's own code that a job takes with it: what its classes import from beside them."""
+"""The code that a job takes with it: ours, the environment, and what the user's classes import."""
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,7 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.ground.errors import UserError
 from forescale.slurm.login import snapshot
-from forescale.slurm.login.snapshot import described, own_packages, write_code
+from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
 
 # A model beside a module, a package with data, and files that nothing imports.
 FILES = {
@@ -95,3 +96,75 @@ def test_too_much_code_is_refused_with_where_it_lies(here, monkeypatch):
 def test_a_file_that_is_no_python_ends_nothing(here):
     (here / "pieces/old.py").write_text("print 'of Python 2'\n")
     assert here / "pieces" in own_packages(job())
+
+
+def test_the_code_runs_as_it_was(tmp_path):
+    """From the tar alone: an edit of the checkout after the submission doesn't reach the job."""
+    write_code(tmp_path / "code.tar", [])
+    with tarfile.open(tmp_path / "code.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import forescale.slurm.batch as b; print(b.__file__)"],
+        env={"PYTHONPATH": str(tmp_path / "code")}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "code/forescale/slurm/batch.py"), done.stderr
+    assert (tmp_path / "code/forescale/slurm/job.sbatch.j2").exists()
+    assert (tmp_path / "code/forescale/conf/train.yaml").exists()
+
+
+def test_the_same_code_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_code(tmp_path / name, [])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_installed_model_stays_where_it_is():
+    assert own_packages(compose(TrainJob, ["model._target_=torch.nn.Linear"])) == []
+    assert own_packages(compose(TrainJob, [])) == []
+
+
+def test_a_model_that_is_not_there_is_a_sentence():
+    with pytest.raises(UserError, match="Python finds no module nowhere_at_all"):
+        own_packages(compose(TrainJob, ["model._target_=nowhere_at_all.Net"]))
+
+
+def test_a_packed_environment_runs_from_another_place(tmp_path):
+    """A small virtual environment, packed as ours would be, once for each state of it."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    code = (
+        "import sys; from pathlib import Path; "
+        "from forescale.slurm.login.snapshot import pack_environment as p; "
+    )
+    code += "print(p(Path(sys.argv[1])))"
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    write_code(tmp_path / "code.tar", [])
+    with tarfile.open(tmp_path / "code.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), *packages])}
+
+    def packed():
+        return subprocess.run(
+            [venv / "bin/python", "-c", code, tmp_path / "tars"],
+            env=environment, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+
+    tar = packed()
+    assert packed() == tar
+    (installed,) = venv.glob("lib/python*/site-packages")  # while the clock is an hour behind
+    os.utime(installed, (installed.stat().st_mtime - 3600,) * 2)
+    assert packed() != tar
+    (tmp_path / "there").mkdir()
+    subprocess.run(["tar", "-xf", tar, "-C", tmp_path / "there"], check=True)
+    venv.rename(tmp_path / "gone")
+    done = subprocess.run(
+        [tmp_path / "there/bin/python", "-c", "import sys; print(sys.prefix)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "there")
+
+
+def test_outside_of_an_environment_there_is_nothing_to_pack(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    with pytest.raises(UserError, match="is not in a virtual environment"):
+        pack_environment(tmp_path)
