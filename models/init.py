@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Linear):
@@ -19,12 +20,12 @@ class Linear(nn.Linear):
     All hidden matrices, and nothing else, use this class: muon_parameters() relies on it.
     product: set where the product is made in another number format: it takes x and the weight, as
     torch.nn.functional.linear does.
-    summed: set where ranks divide the inputs: it returns the sum of their products, to which the
-    bias is added once.
+    sum_of: set where ranks divide the inputs: it takes x, the weight and `product`, and returns the
+    sum of the ranks' products, to which the bias is added once.
     """
 
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
-    summed: Callable[[Tensor], Tensor] | None = None
+    product: Product | None = None
+    sum_of: Callable[[Tensor, Tensor, Product | None], Tensor] | None = None
 
     def __init__(self, num_in: int, num_out: int, bias: bool, std: float):
         self.std = std  # before nn.Linear's own constructor, which calls reset_parameters
@@ -38,11 +39,12 @@ class Linear(nn.Linear):
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.summed is None and self.product is None:
+        if self.sum_of is not None:
+            y = self.sum_of(x, self.weight, self.product)
+        elif self.product is not None:
+            y = self.product(x, self.weight)
+        else:
             return super().forward(x)
-        y = (self.product or F.linear)(x, self.weight)
-        if self.summed is not None:
-            y = self.summed(y)
         return y if self.bias is None else y + self.bias
 
 

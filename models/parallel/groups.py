@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from forescale.models.init import Product
 from forescale.models.parallel.deal import Ring
 from forescale.models.part import copies
 
@@ -171,8 +172,11 @@ class SequenceGroup(Group):
         return collectives.wait_tensor(received)
 
 
+@dataclass(frozen=True)
 class TensorGroup(Group):
-    """The ranks that divide matrices."""
+    """The ranks that divide matrices; chunks: parts in which they sum a product, of its rows."""
+
+    chunks: int = 1
 
     def copied(self, x: Tensor) -> Tensor:
         """Return x. Its gradient is summed over the group: each rank has computed a part of it."""
@@ -181,6 +185,13 @@ class TensorGroup(Group):
     def summed(self, x: Tensor) -> Tensor:
         """Return the sum of x over the group. The gradient passes unchanged: all have the same."""
         return _Summed.apply(x, self)
+
+    def sum_of(self, x: Tensor, weight: Tensor, product: Product | None) -> Tensor:
+        """Return the sum of the group's products of x (..., in) and weight (out, in): (..., out).
+        product: instead of torch's."""
+        if self.chunks == 1 or product is not None:
+            return self.summed((product or F.linear)(x, weight))
+        return _SumOfProducts.apply(x, weight, self)
 
     def joined(self, x: Tensor) -> Tensor:
         """Return the last dimension of all ranks, side by side: (..., N / n) -> (..., N). Has no
@@ -242,3 +253,19 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _SumOfProducts(torch.autograd.Function):
+    """The sum over ranks of x @ weight.T in parts, of which each is sent while the next is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TensorGroup) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        parts = x.flatten(0, -2).chunk(group.chunks)
+        sums = [collectives.all_reduce(F.linear(part, weight), "sum", group.name) for part in parts]  # type: ignore[arg-type]
+        return torch.cat([*map(collectives.wait_tensor, sums)]).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2), None

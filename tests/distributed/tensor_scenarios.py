@@ -6,8 +6,9 @@ VOCABULARY, LENGTH = 98, 32
 
 
 def parts(cases):
-    """For each [words of the model, compiled]: the largest difference of this rank's losses and
-    gradients from those of the whole model, relative to their norm, over all ranks."""
+    """For each [words of the model, compiled, parts of a sum]: the largest difference of this
+    rank's losses and gradients from those of the whole model, relative to their norm, over all
+    ranks."""
     import torch
     import torch._dynamo as dynamo
     import torch.distributed as dist
@@ -20,9 +21,10 @@ def parts(cases):
 
     dynamo.config.disable = False
     dist.init_process_group("gloo")
-    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
+    place = dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name
     results = []
-    for words, compiled in cases:
+    for words, compiled, chunks in cases:
+        group = TensorGroup(*place, chunks)
         config = model_config(**{**SMALL, **words})
         models = []
         for _ in range(2):

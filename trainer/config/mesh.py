@@ -175,6 +175,8 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         problem = "selective doesn't keep the rows that ranks exchange for their experts"
         yield "model.activation_checkpointing", problem, "choose none or full"
         return
+    if job.engine.tensor_chunks > 1:
+        yield from _chunk_problems(job)
     if not names:
         return
     if ranks and ranks % (together := mesh.together):
@@ -212,6 +214,19 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> ProblemIterator:
         if job.model.mlp.is_routed and mesh.experts == 1:
             problem = "ranks that divide matrices don't have all experts each"
             yield name, problem, "divide them too, as by engine.expert_parallel=2"
+
+
+def _chunk_problems(job: "TrainJob") -> ProblemIterator:
+    """Yield the broken rules of a sum over ranks that is made in parts."""
+    name = "engine.tensor_chunks"
+    if job.engine.tensor_parallel == 1:
+        yield name, "is for ranks that divide matrices", "write 1, or engine.tensor_parallel=2"
+    if job.precision.fp8 != "none":
+        problem = "products in fp8 have one scale for all tokens"
+        yield name, problem, "write 1, or precision.fp8=none"
+    if job.engine.pipeline_schedule == "zero-bubble":
+        problem = "zero-bubble has another product of matrices"
+        yield name, problem, "write 1, or engine.pipeline_schedule=1f1b"
 
 
 def _shard_problems(job: "TrainJob", mesh: Mesh, ranks: int | None) -> ProblemIterator:

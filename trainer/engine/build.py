@@ -70,7 +70,7 @@ def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module
     if world.experts.size > 1:
         steps.append(partial(experts.divide, group=experts.join_experts(world)))
     if world.tensor.size > 1:
-        steps.append(partial(tensor.divide, group=tensor.group_of(world)))
+        steps.append(partial(tensor.divide, group=tensor.group_of(world, job.engine.tensor_chunks)))
     if job.engine.stage == 3:
         steps.append(_shared(job, world))
 

@@ -67,12 +67,14 @@ def _zero(job, world_size: int) -> dict[str, Any]:
             zero["offload_param"] = {"device": "cpu"}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    # Stage 2 reduces gradients beside the backward pass, as stage 3 does by itself. That takes a
-    # second bucket, and a wait for the GPU after each micro-batch. It saves nothing at stage 1,
-    # which reduces once a step, nor where a model is compiled as a whole, whose gradients all come
-    # at the end (see compilation.py), nor on a CPU.
+    # Stages 1 and 2 reduce gradients beside the backward pass, as stage 3 does by itself: stage 2
+    # in each micro-batch, stage 1 in a step's last. That takes a second bucket, and a wait for the
+    # GPU. It saves nothing where a model is compiled as a whole, whose gradients all come at the
+    # end (see compilation.py), in a pipeline, which reduces after all backward passes, nor on a
+    # CPU.
     in_parts = isinstance(job.model, ModelConfig) or job.train.compile == "off"
-    if engine.stage == 2 and job.on_gpu and in_parts and not engine.offload_optimizer:
+    in_parts = in_parts and engine.pipeline_parallel == 1
+    if engine.stage in (1, 2) and job.on_gpu and in_parts and not engine.offload_optimizer:
         zero["overlap_comm"] = True
     return zero
 

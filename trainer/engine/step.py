@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.engine.compilation import compile_parts, fix_sizes, keep_to, probe_here, reuse_graphs
+from forescale.engine.compilation import (
+    compile_parts,
+    fix_sizes,
+    keep_to,
+    probe_here,
+    put_products_beside_exchanges,
+    reuse_graphs,
+)
 from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.invariant import Grid, Sums
 from forescale.engine.layout import Layout
@@ -148,6 +155,8 @@ class Engine:
         keep_to(budget)
         reuse_graphs()
         probe_here()
+        if self.world.mesh.exchanges:
+            put_products_beside_exchanges()
         if not (by_part and compile_parts(self.module, backend)):
             self._deepspeed.compile(backend=backend)
 

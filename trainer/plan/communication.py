@@ -156,7 +156,8 @@ def _sums(s: ZeroSettings, job: TrainJob, part: Part) -> list[Collective]:
     blocks = [blocks[min(block, c.num_blocks - 1)] for block in part.blocks]
     # A compiled block is computed again up to its end.
     to_end = c.activation_checkpointing == "full" and job.train.compile != "off"
-    sums = [one for block in blocks for one in _of_block(c, *block, rows, columns, to_end)]
+    chunks = job.engine.tensor_chunks
+    sums = [one for block in blocks for one in _of_block(c, *block, rows, columns, chunks, to_end)]
     if c.has_encoder:
         sums.append(c.sizes.width * rows * columns_of(c, 0, columns))
     heads, read = 0, rows * columns_of(c, c.encoder_layers, columns)
@@ -171,15 +172,24 @@ def _sums(s: ZeroSettings, job: TrainJob, part: Part) -> list[Collective]:
 
 
 def _of_block(
-    config: ModelConfig, block: int, parts: BlockParts, rows: int, columns: int, to_end: bool
+    config: ModelConfig,
+    block: int,
+    parts: BlockParts,
+    rows: int,
+    columns: int,
+    chunks: int,
+    to_end: bool,
 ) -> list[int]:
-    """Return the values of each sum of a block in a micro-batch. to_end: of its recomputation."""
+    """Return the values of each sum of a block in a micro-batch. chunks: engine.tensor_chunks;
+    to_end: of its recomputation."""
     c = config.of_block(block)
     columns = columns_of(config, block, columns)
-    chunk = min(config.mlp.columns or columns, columns)
-    chunks = [chunk] * (columns // chunk) + [columns % chunk] * (columns % chunk > 0)
-    outputs = [[columns]] * (len(parts) - 1) + [chunks]  # the MLP is the last part
-    sums = outputs + [[columns]] * len(parts)  # and the gradients of their inputs
+    tokens = rows * columns
+    of_mlp = [rows * length for length in _cut(columns, config.mlp.columns or columns)]
+    if not parts.mlp.is_routed:  # experts are summed whole
+        of_mlp = [one for each in of_mlp for one in _cut(each, -(-each // chunks))]
+    outputs = [_cut(tokens, -(-tokens // chunks))] * (len(parts) - 1) + [of_mlp]
+    sums = outputs + [[tokens]] * len(parts)  # and the gradients of their inputs
     if config.activation_checkpointing != "none":
         # The last part's output is needed again only for a norm that follows it.
         ends_normed = block == config.encoder_layers - 1 and config.norms_stream
@@ -189,7 +199,12 @@ def _of_block(
         cut = {**part.divided(c), **dict.fromkeys(part.stacked)}
         others = cut.keys() | {f"{name}.bias" for name in part.writes}
         whole += [prod(shape) for name, shape in part.shapes(c).items() if name not in others]
-    return [rows * length * config.sizes.width for each in sums for length in each] + whole
+    return [tokens * config.sizes.width for each in sums for tokens in each] + whole
+
+
+def _cut(total: int, each: int) -> list[int]:
+    """Return a total as parts of a size, the last of them what is left."""
+    return [min(each, total - at) for at in range(0, total, each)]
 
 
 def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collective]:

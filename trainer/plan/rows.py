@@ -330,7 +330,7 @@ def _assumptions(plan: Plan) -> str:
         return f"The peak FLOP/s of the device are not known: {todo}. Assumed: {links}."
     else:
         speed = f"a peak of {plan.chosen.step.peak / plan.world / 1e12:,.0f} TFLOP/s per GPU"
-    overlap = "stages 2 and 3 overlap communication by default" if m.overlap else "no overlap"
+    overlap = "stages 1 to 3 overlap communication by default" if m.overlap else "no overlap"
     return f"Assumed: {speed}; {links}; {overlap}. Activations and times are estimates."
 
 

@@ -9,12 +9,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from forescale.plan.gpu import Gpu
 from forescale.rehearsal.device import place, shorter
@@ -23,13 +25,66 @@ from forescale.rehearsal.observer import Cost, Observer
 
 def leave_out_kernels() -> None:
     """Let torch's compiler divide its graphs into forward and backward as Inductor does, whose
-    operations then run one by one, for the rest of this process."""
-    from torch._dynamo.backends.registry import lookup_backend
+    operations then run one by one, for the rest of this process; in Inductor's order, where that
+    puts products beside what ranks exchange."""
+    import torch._inductor.config as inductor
+    from torch._dynamo.backends import debugging
 
+    def run_one_by_one(module: fx.GraphModule, inputs: Any) -> Any:
+        if inductor.reorder_for_compute_comm_overlap:
+            order_exchanges(module.graph)
+            module.recompile()
+        return debugging.boxed_nop(module, inputs)
+
+    debugging.get_nop_func = lambda: run_one_by_one
     wrapper: Any = torch._TorchCompileInductorWrapper
-    wrapper.__call__ = lambda _, graph, inputs: lookup_backend("aot_eager_decomp_partition")(
-        graph, inputs
-    )
+    wrapper.__call__ = lambda _, graph, inputs: debugging.aot_eager_decomp_partition(graph, inputs)
+
+
+def order_exchanges(graph: fx.Graph) -> None:
+    """Order the operations of a graph as Inductor's passes raise_comms and sink_waits order its
+    kernels: first what a collective needs, waits last; else as they were."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    before = dict.fromkeys(nodes, len(nodes))  # the first collective that needs a node
+    for at, node in enumerate(nodes):
+        if _is_collective(node):
+            todo = [node]
+            while todo:
+                if before.get(one := todo.pop(), -1) > at:
+                    before[one] = at
+                    todo += one.all_input_nodes
+    raised = _ordered(nodes, lambda node, at: (before[node], at))
+    last = next(node for node in reversed(graph.nodes) if node.op != "call_function")
+    for node in _ordered(raised, lambda node, at: (_is_wait(node), at)):
+        last.prepend(node)
+
+
+def _ordered(
+    nodes: Sequence[fx.Node], rank: Callable[[fx.Node, int], tuple[int, int]]
+) -> list[fx.Node]:
+    """Return the nodes in the order of their ranks, each after its inputs."""
+    places = {node: at for at, node in enumerate(nodes)}
+    missing = {node: sum(n in places for n in node.all_input_nodes) for node in nodes}
+    ready = [(*rank(node, at), node) for node, at in places.items() if not missing[node]]
+    heapify(ready)
+    order: list[fx.Node] = []
+    while ready:
+        *_, node = heappop(ready)
+        order.append(node)
+        for user in node.users:
+            if user in places:
+                missing[user] -= 1
+                if not missing[user]:
+                    heappush(ready, (*rank(user, places[user]), user))
+    return order
+
+
+def _is_collective(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "_c10d_functional" and not _is_wait(node)
+
+
+def _is_wait(node: fx.Node) -> bool:
+    return node.target is torch.ops._c10d_functional.wait_tensor.default
 
 
 class KernelError(Exception):

@@ -242,3 +242,23 @@ def test_experts_are_divided_beside_windows_and_matrices(axis):
     command += ["train.global_batch=16", "model.num_heads=2", f"engine.{axis}_parallel=2"]
     mesh = compose(TrainJob, command).mesh(4)
     assert (mesh.data, mesh.experts) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["engine.tensor_parallel=1"], "is for ranks that divide matrices"),
+        (["precision=bf16", "precision.fp8=rowwise"], "products in fp8 have one scale"),
+        (
+            ["engine.pipeline_parallel=2", "engine.pipeline_schedule=zero-bubble"],
+            "zero-bubble has another product",
+        ),
+    ],
+)
+def test_sums_in_parts_are_refused_where_products_are_others(overrides, problem):
+    chunks = ["engine.tensor_chunks=2", "model.num_heads=4", "train.compile=off"]
+    refusals = problems(
+        *MATRICES, "launch.processes=8", "train.global_batch=64", *chunks, *overrides
+    )
+    assert [*refusals] == ["engine.tensor_chunks"]
+    assert refusals["engine.tensor_chunks"].startswith(problem)

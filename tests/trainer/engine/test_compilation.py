@@ -1,6 +1,7 @@
 """Parts compiled alone give the same gradients, block after block; a missing compiler is named; and
 optimizers that import no compiler update as torch's own do."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -200,6 +201,68 @@ def test_a_later_start_finds_the_graphs_of_the_loss_on_disk():
         assert hits == 0
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], other[0])
+
+
+_DIVIDED = """
+import re, torch
+import torch.distributed as dist
+from torch._inductor.utils import run_and_get_code
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from forescale.engine.compilation import put_products_beside_exchanges
+from forescale.engine.parallel.tensor import divide
+from forescale.models import ModelConfig, Transformer
+from forescale.models.parallel.groups import TensorGroup
+from forescale.rehearsal import kernels
+
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+put_products_beside_exchanges()
+group = TensorGroup(0, 2, dist.group.WORLD.group_name)
+config = ModelConfig(num_layers=1, width=32, num_heads=2, vocab_size=50, max_sequence_length=16)
+block = divide(Transformer(config), group).blocks[0]
+x = torch.randn(2, 16, 32, requires_grad=True)
+turn = torch.ones(16, 1, 8), torch.zeros(16, 1, 8)
+
+
+def names(lines):
+    found = (re.search(r"[._ ](mm|all_reduce|wait_tensor)(_[0-9]+|_?[.(])", line) for line in lines)
+    return [match.group(1) for match in found if match]
+
+
+def run(backend):
+    torch._dynamo.reset()
+    torch.compile(block.forward, backend=backend)(x, turn).sum().backward()
+
+
+_, codes = run_and_get_code(run, "inductor")
+calls = [[x for x in code.splitlines() if "torch.ops" in x or "kernels.mm(" in x] for code in codes]
+print([names(lines) for lines in calls])
+graphs, order = [], kernels.order_exchanges
+
+
+def noted(graph):
+    order(graph)
+    graphs.append(names(f" {node.name}(" for node in graph.nodes))
+
+
+kernels.order_exchanges = noted
+kernels.leave_out_kernels()
+run("inductor")
+print(graphs)
+"""
+
+
+@pytest.mark.slow  # the compiler compiles C++
+@pytest.mark.skipif(compiler_missing() is not None, reason="the machine lacks a compiler")
+def test_gradients_of_matrices_are_made_while_ranks_exchange_those_of_the_stream():
+    done = subprocess.run([sys.executable, "-c", _DIVIDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    inductor, rehearsed = map(ast.literal_eval, done.stdout.splitlines()[-2:])
+    begun = [backward[backward.index("all_reduce") :] for _, backward in (inductor, rehearsed)]
+    waits = 2 * ["wait_tensor"]  # torch waits twice for what is traced
+    of_mlp, of_mixer = 3 * ["mm"], 4 * ["mm"]
+    between = [*of_mlp, *waits, *of_mixer, "all_reduce", *of_mixer, *waits]
+    assert begun == 2 * [["all_reduce", *between]]
+    assert inductor[0] == rehearsed[0]
 
 
 @pytest.mark.slow  # builds a library for each set of the processor's vector instructions

@@ -298,8 +298,8 @@ def test_latency_is_that_of_a_ring_or_of_a_tree():
 
 
 def test_zero1_becomes_faster_than_zero3_on_many_nodes():
-    """Llama 3 8B, a window of 8,192 tokens for each H100: ZeRO-3 hides what the network adds to the
-    time of its traffic, until the latency of its hundreds of collectives takes longer."""
+    """Llama 3 8B, a window of 8,192 tokens for each H100: both hide what the network adds to the
+    time of their traffic, until the latency of ZeRO-3's hundreds of collectives takes longer."""
     words = ["model=llama-7b", "model.num_kv_heads=8", "model.mlp_width=14336",
              "model.vocab_size=128256", "optimizer=adamw", "train.sequence_length=8192",
              "train.micro_batch=1"]  # fmt: skip
@@ -318,9 +318,9 @@ def test_zero1_becomes_faster_than_zero3_on_many_nodes():
 
     nodes = [2**n for n in range(10)]
     zero1, zero3 = ([seconds(stage, n) for n in nodes] for stage in (1, 3))
-    assert zero1 == sorted(zero1)
+    assert max(zero1) < 1.03 * min(zero1)  # reduced beside the backward pass
     assert zero3 == sorted(zero3)
     is_faster = dict(zip(nodes, map(lambda a, b: a < b, zero1, zero3), strict=True))
-    assert [n for n in nodes if is_faster[n]] == [16, 32, 64, 128, 256, 512]
+    assert [n for n in nodes if is_faster[n]] == [8, 16, 32, 64, 128, 256, 512]
     still = {"intra_latency": 0.0, "inter_latency": 0.0}
     assert seconds(3, 512, **still) < seconds(1, 512, **still)  # it is the latency

@@ -45,3 +45,13 @@ def test_what_nothing_waits_for_ends_with_the_step(timeline):
     timeline.compute(7, 5.0)
     timeline.end()
     assert timeline.rows["all_reduce", 8]["exposed"] == 0
+
+
+def test_collectives_of_as_many_ranks_go_one_after_the_other(timeline):
+    timeline.begin(None, 1, SUM)
+    timeline.compute(7, 2.0)
+    timeline.begin(None, 2, SUM)
+    timeline.compute(7, 2.0)  # the first has ended
+    timeline.wait(1)
+    timeline.wait(2)  # and the second began only then: 4 more seconds
+    assert timeline.rows == {("all_reduce", 8): {"calls": 2, "flops": 21, "exposed": 100}}

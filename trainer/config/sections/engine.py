@@ -99,6 +99,10 @@ class EngineConfig:
     # number of consecutive ranks that divide the matrices of each block, and the token tables if it
     # divides the vocabulary; best within a node; 1: off
     tensor_parallel: int = key(1, ge=1)
+    # number of parts, of a micro-batch's tokens, in which these ranks sum the outputs of a block's
+    # matrices: each part travels while the next is multiplied; it may change their last bits; 1:
+    # off
+    tensor_chunks: int = key(1, ge=1)
     # number of consecutive ranks that divide the experts of each layer and exchange tokens; best
     # within a node; 1: off
     expert_parallel: int = key(1, ge=1)

@@ -32,9 +32,10 @@ from forescale.models.tables import ValueEmbedding
 from forescale.models.transformer import Transformer
 
 
-def group_of(world: World) -> TensorGroup:
-    """Return the ranks that divide matrices with this one."""
-    return TensorGroup(world.tensor.rank, world.tensor.size, world.tensor.group.group_name)
+def group_of(world: World, chunks: int) -> TensorGroup:
+    """Return the ranks that divide matrices with this one. chunks: engine.tensor_chunks."""
+    peers = world.tensor
+    return TensorGroup(peers.rank, peers.size, peers.group.group_name, chunks)
 
 
 class Mpu:
@@ -112,7 +113,7 @@ def _divide_part(
     else:
         for linear, name in _linears(part):
             if dimensions.get(f"{name}.weight") == 1:
-                linear.summed = group.summed
+                linear.sum_of = group.sum_of
     for name, p in part.named_parameters():
         writes = dimensions.get(f"{name.rpartition('.')[0]}.weight") == 1
         if name in dimensions:
