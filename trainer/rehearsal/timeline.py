@@ -2,8 +2,8 @@
 
 A GPU runs what is launched on a stream in that order. A collective runs beside all of them, from
 where it is launched to where the stream of the computation waits for it: itself, or for a stream
-that waited for it before. If another of as many ranks is under way, it starts when that has ended. The
-computation stands still for as long as it waits.
+that waited for it before. If another of as many ranks is under way, it starts when that has ended.
+The computation stands still for as long as it waits.
 
 Invariant: what was computed between launch and wait counts for each collective that was under way;
 kernels on other streams than that of the computation count for none.
