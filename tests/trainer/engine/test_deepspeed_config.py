@@ -88,6 +88,7 @@ def test_stages_1_and_2_on_a_gpu_are_told_to_reduce_beside_the_backward_pass():
         job = compose(PlanJob, ["train.steps=10", "schedule.warmup=0", *overrides])
         return deepspeed_config(job, 8)["zero_optimization"].get("overlap_comm")
 
+    pipeline = ["engine.pipeline_parallel=2", "launch.processes=8", "train.global_batch=64"]
     gpu, users_model = "machine=h100-sxm", ["model=custom", "model._target_=a.B"]
     assert overlaps("engine=zero1", gpu) is True
     assert overlaps("engine=zero2", gpu) is True
@@ -96,12 +97,7 @@ def test_stages_1_and_2_on_a_gpu_are_told_to_reduce_beside_the_backward_pass():
         ["engine=zero2", "machine=cpu"],
         ["engine=zero2-offload", gpu],
         ["engine=zero2", gpu, *users_model],  # compiled as a whole: all gradients come at the end
-        [
-            "engine=zero1",
-            gpu,
-            "engine.pipeline_parallel=2",
-            "launch.processes=8",
-        ],  # reduces after all passes
+        ["engine=zero1", gpu, *pipeline],  # reduces after all passes
         ["engine=zero3", gpu],  # which does it by itself
     ):
         assert overlaps(*others) is None, others
