@@ -1,1 +1,1 @@
-"""From raw text to text that is worth training on: steps, near-duplicates, and what each dropped."""
+"""From raw text to text worth training on: steps, near-duplicates, and what each dropped."""

@@ -5,11 +5,8 @@ so a corpus may be cut among any number of processes and machines. Changes of on
 step's own, and are counted by comparing the text before and after.
 """
 
-from dataclasses import MISSING, dataclass, field, fields
-from importlib import import_module
-from typing import Any, ClassVar, Protocol
-
-from forescale.ground.errors import UserError
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 
 @dataclass
