@@ -30,6 +30,10 @@ for _ in tasks:
 sys.exit(bool(code))
 """
 
+# Until rank 0 has said who its parent is: on a busy machine it may be killed before.
+WAIT = "zero = os.environ['AT'] + '/0'\n"
+WAIT += "while not (os.path.isfile(zero) and os.path.getsize(zero)): time.sleep(0.01)\n"
+
 
 @pytest.fixture
 def step(tmp_path, monkeypatch):
@@ -56,7 +60,7 @@ def step(tmp_path, monkeypatch):
 def test_one_step_has_the_ranks_of_several_attempts(step, tmp_path):
     start, train = step
     step = start()
-    crash = "if rank:\n  os.write(2, b'last')\n  sys.exit(3)\ntime.sleep(60)"
+    crash = f"{WAIT}if rank:\n  os.write(2, b'last')\n  sys.exit(3)\ntime.sleep(60)"
     code, parents = train(step, "0001", crash)
     assert (code, step.is_warm) == (1, True)
     assert step.failures == [Failure(1, "n2", 3, "")], "not of the rank that was killed for it"
@@ -70,9 +74,7 @@ def test_one_step_has_the_ranks_of_several_attempts(step, tmp_path):
 def test_what_srun_says_counts_where_a_template_is_killed(step):
     start, train = step
     step = start()
-    code, _ = train(
-        step, "0001", "time.sleep(0.5)\nif rank: os.kill(os.getppid(), 9)\ntime.sleep(60)"
-    )
+    code, _ = train(step, "0001", f"{WAIT}if rank: os.kill(os.getppid(), 9)\ntime.sleep(60)")
     assert (code, step.is_over, step.is_warm) == (1, True, False)
     assert step.failures == [Failure(1, "n2", -9, "Killed")]
 
