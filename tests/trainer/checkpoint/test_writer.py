@@ -65,7 +65,7 @@ def files(run, step=20):
     return sorted(run.checkpoint_path(step).iterdir())
 
 
-SAMPLED = [7, pytest.param(1, marks=pytest.mark.slow)]  # each byte takes a read of all files
+SAMPLED = [13, pytest.param(1, marks=pytest.mark.slow)]  # each byte takes a read of all files
 
 
 @pytest.mark.parametrize("every", SAMPLED)

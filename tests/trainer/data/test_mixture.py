@@ -26,7 +26,7 @@ stages = st.builds(
 
 
 @given(stages=stages, seed=st.integers(0, 9), cuts=st.lists(st.integers(1, 300), max_size=6))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_source_keeps_its_own_order_for_any_cuts_of_the_samples(stages, seed, cuts):
     mixture = Mixture(ORDERS, stages, seed)
     total = 4_000

@@ -79,7 +79,7 @@ shards = st.lists(documents, min_size=1, max_size=5).filter(lambda s: max(map(su
     skips=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=2),
     later=st.integers(1, 30),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_chain_of_restarts_reads_one_sequence(
     sources, L, seed, block, micro, chain, first, skips, later
 ):

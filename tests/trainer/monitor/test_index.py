@@ -92,10 +92,9 @@ def changes(path: Path):
 def test_whatever_changes_in_a_run_the_index_shows_it(runs, monkeypatch, tmp_path):
     run, weights = runs
     files = [p for p in run.path.rglob("*") if not p.is_symlink() and p.suffix != ".safetensors"]
-    visible = set()
+    visible, before = set(), page()
     for path in [*sorted(files, reverse=True), weights.imported, weights.checkpoint_path(0)]:
         for number, (change, restore) in enumerate(changes(path)):
-            before = page()
             change()
             after = page()
             assert after == page_without(monkeypatch, tmp_path), (path, number)
