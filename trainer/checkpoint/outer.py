@@ -19,7 +19,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,7 +27,7 @@ from forescale.config.sections.outer import OuterConfig
 from forescale.ground.errors import UserError
 from forescale.ground.foreign import parse_json
 from forescale.ground.storage import TABLE, FileEntry, hash_file, read_table, write_file, write_json
-from forescale.ground.typed import Built, Count, typed
+from forescale.ground.typed import Built, Count, Flag, typed
 from forescale.remote.buckets import Folder
 from forescale.remote.transfer import Missing
 
@@ -47,20 +47,25 @@ def _attempt_of_member(value: Any) -> str:
 @dataclass(frozen=True)
 class Record:
     """What a member sent of a round. folder: below that of the step; table: sha256 of the table of
-    its files; base: hash of the outer weights from which it set out; bytes: of its files."""
+    its files; base: hash of the outer weights from which it set out; bytes: of its files; finite:
+    each number of them is; steps: the length of its run."""
 
     folder: Annotated[str, Built(_attempt_of_member)]
     table: str
     base: str
     bytes: Count
+    finite: Flag = True
+    steps: Count = 0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Who counts in a round, by name; decided_by: the member that was first to decide."""
+    """Who counts in a round, by name; decided_by: the member that was first to decide; refused: who
+    sent numbers that are not finite."""
 
     members: dict[str, Record]
     decided_by: str
+    refused: list[str] = field(default_factory=list)
 
 
 class OuterStore:
@@ -111,7 +116,7 @@ class OuterStore:
         """Return who counts in the round of a step; None if that is not decided yet."""
         name = f"{_step(step)}/decision.json"
         decision = self._read(Decision, name)
-        names = decision.members.keys() if decision else {*self.members}
+        names = {*decision.members, *decision.refused} if decision else {*self.members}
         if not names or names - {*self.members}:
             problem = f"is damaged: it counts {', '.join(sorted(names)) or 'no member'}, of"
             raise UserError(self._at(name), f"{problem} {', '.join(self.members)}", _RESTORE)
@@ -129,23 +134,24 @@ class OuterStore:
         """Send a file of this member's; return its bytes."""
         return self._folder.put(f"{_step(step)}/{folder}/{path.name}", path).size
 
-    def publish(self, step: int, folder: str, path: Path, base: str) -> None:
-        """Send the table of the files at `path`, which are all there, and create the record."""
+    def publish(self, step: int, folder: str, path: Path, **facts: Any) -> None:
+        """Send the table of the files at `path`, which are all there, and create the record. facts:
+        its further fields."""
         self.put(step, folder, path / TABLE)
         size = sum(entry.size for entry in read_table(path).values())
-        record = Record(folder, hash_file(path / TABLE).sha256, base, size)
+        record = Record(folder, hash_file(path / TABLE).sha256, bytes=size, **facts)
         self._folder.create(f"{_step(step)}/{self.member}.json", _json(asdict(record)))
 
     def decide(self, step: int, previous: int | None, stop: Callable[[], bool]) -> Decision | None:
         """Return who counts in a round, after this member has sent its files: once all members are
         there that are expected, or outer.wait has passed; None if `stop` returned True before.
 
-        previous: the step of the round before. Whoever counted there or has announced itself is
-        expected; without a round before, all are.
+        previous: the step of the round before. Whoever counted or was refused there or has
+        announced itself is expected; without a round before, all are.
         """
         began, pause, known = time.monotonic(), 0.1, dict[str, Record]()
         before = self.decision(previous) if previous else None
-        expected = {*before.members} if before else {*self.members}
+        expected = {*before.members, *before.refused} if before else {*self.members}
         while (decision := self.decision(step)) is None and not stop():
             for name in self.members:
                 if name not in known and (record := self.record(step, name)):
@@ -154,7 +160,9 @@ class OuterStore:
                     expected.add(name)
             waited = time.monotonic() - began
             if expected <= known.keys() or waited > (self._config.wait.seconds or 0.0):
-                facts = asdict(Decision(dict(sorted(known.items())), self.member))
+                counted = {name: r for name, r in sorted(known.items()) if r.finite}
+                refused = sorted(known.keys() - counted.keys())
+                facts = asdict(Decision(counted, self.member, refused))
                 self._folder.create(f"{_step(step)}/decision.json", _json(facts))
             else:
                 time.sleep(pause)
@@ -199,7 +207,11 @@ class OuterStore:
 
     def path_of(self, step: int, record: Record) -> Path:
         """Return where a member's files are copied to."""
-        return self.local / _step(step) / record.folder
+        return self.local_of(step) / record.folder
+
+    def local_of(self, step: int) -> Path:
+        """Return where the files of a round are copied to."""
+        return self.local / _step(step)
 
     def prune(self, needs: int) -> None:
         """Note from which step on this member may read files, and delete those that no member needs

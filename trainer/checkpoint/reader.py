@@ -122,10 +122,11 @@ class _StateByFile(State):
 class Checkpoint:
     """One published checkpoint, readable without an engine, tensor by tensor.
 
-    Raises UserError if the path holds none, or one of a format that this version can't read.
+    partial: it holds some of the model's parameters. Raises UserError if the path holds none, or
+    one of a format that this version can't read.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, partial: bool = False):
         self.path = Path(path)
         where, stored = self.path / STATE, read_json(self.path / STATE)
         version = stored.get("format") if isinstance(stored, dict) else None
@@ -136,7 +137,7 @@ class Checkpoint:
             raise UserError(str(self.path), problem, todo)
         typed(State if version == FORMAT else _StateByFile, stored, str(where), _RESTORE)
         self.state: dict[str, Any] = stored
-        if fault := next(_contradictions(self.state), None):
+        if fault := next(_contradictions(self.state, partial), None):
             raise UserError(str(where), f"is damaged: {fault}", _RESTORE)
         # Where the run was when it was saved.
         self.position = typed(Position, self.state["position"], str(where), _RESTORE)
@@ -235,10 +236,10 @@ class Weights(Mapping[str, "Tensor"]):
         return len(self.shapes)
 
 
-def _contradictions(state: dict[str, Any]) -> Iterator[str]:
+def _contradictions(state: dict[str, Any], partial: bool) -> Iterator[str]:
     """Yield a phrase for each part of a state.json, of the right types, that can't be: a strip
-    whose runs are empty or don't fit between two of their begins, or an adapter that fits no
-    weight."""
+    whose runs are empty or don't fit between two of their begins, or, unless it is partial, an
+    adapter that fits no weight."""
     stored = state["fragments"]
     by_file = isinstance(stored, dict)
     rows = [row for each in stored.values() for row in each] if by_file else stored
@@ -254,7 +255,7 @@ def _contradictions(state: dict[str, Any]) -> Iterator[str]:
             # Else their number would be bounded by nothing, and whoever counts them would not end.
             elif count > 1 and (not size or start_step < (1 if cut else size)):
                 yield f"{count:,} fragments of {name} have no distance from each other"
-    shapes = state["shapes"]
+    shapes = {} if partial else state["shapes"]
     adapters = {name for name in shapes if is_adapter(name)}
     for name, shape in shapes.items() if adapters else ():
         down, up = adapter_of(name)

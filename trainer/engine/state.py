@@ -22,8 +22,8 @@ from forescale.engine.step import Engine
 from forescale.models.parallel.whole import whole_of
 
 MOMENTUM = "momentum_buffer"
-# Of a run on several clusters (outer.py), laid out as the masters.
-OUTER_WEIGHT, OUTER_MOMENTUM = "outer_weight", "outer_momentum"
+# Of a run on several clusters (outer.py), laid out as the masters; deltas of an exchange under way.
+OUTER_WEIGHT, OUTER_MOMENTUM, OUTER_DELTA = "outer_weight", "outer_momentum", "outer_delta"
 
 
 class Fills(Protocol):
@@ -84,6 +84,7 @@ def owned_fragments(engine: Engine) -> Iterator[Fragment]:
             for state, tensor in states.items():
                 if fragment := owned_part(engine, piece, _held(engine, unit, piece, state, tensor)):
                     yield fragment
+    yield from engine.outer.under_way() if engine.outer else ()
     yield from _untrained(engine, writing=True)
 
 
@@ -172,8 +173,8 @@ def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None)
         reader.fill(held)
     layout.after_load()
     engine.weights_changed()
-    if engine.outer and not has_outer:
-        engine.outer.begin()
+    if engine.outer:
+        engine.outer.load(reader) if has_outer else engine.outer.begin()
     if engine.grid:
         engine.grid.restore(engine.names, (stored or {}).get("bounds", {}))
     # The loss scale goes from fp16 to fp16 alone: in bf16 a large scale would make gradients wrong,
@@ -189,7 +190,7 @@ def _moments(engine: Engine, unit: Unit, reader: Fills, steps: dict) -> dict[str
     layout = engine.layout
     group = layout.base.param_groups[unit.group]
     names = {engine.names[piece.param] for piece in unit.pieces}
-    others = (WEIGHT, OUTER_WEIGHT, OUTER_MOMENTUM)
+    others = (WEIGHT, OUTER_WEIGHT, OUTER_MOMENTUM, OUTER_DELTA)
     keys = {state for name in names for state in reader.states(name) if state not in others}
     if not keys:
         layout.base.state.pop(unit.master, None)

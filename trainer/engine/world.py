@@ -166,18 +166,21 @@ class World(Ranks):
             group = dist.new_group(peers, timeout, backend, use_local_synchronization=True)
         return Ranks(peers.index(self.rank), len(peers), group)
 
-    def in_background(self, name: str, new: bool = False) -> Ranks:
+    def in_background(
+        self, name: str, new: bool = False, timeout: timedelta | None = None
+    ) -> Ranks:
         """Return the ranks over a process group of their own, for one other thread, which may use
         it while this one trains. Every rank calls this together.
 
         The same name gives the same group again, because a group holds a connection to every rank;
         with `new`, a new one: the old one may have been left in the middle of a collective.
+        timeout: how long one may wait for another rank.
         """
         if new or name not in self._groups:
-            tree = self.new_tree()
+            tree = self.new_tree(timeout)
             group: Any = tree  # where there is one; no one calls sum() on it
             if self.size > 1 and tree is None:
-                group = dist.new_group(backend="gloo")
+                group = dist.new_group(backend="gloo", timeout=timeout)
             self._groups[name] = Ranks(self.rank, self.size, group, tree)
         return self._groups[name]
 

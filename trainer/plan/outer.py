@@ -1,8 +1,8 @@
 """The rounds of a run on several clusters: their bytes, their time, and whether they pay.
 
-Invariant: training stands still during a round, so its seconds are added to those of the steps
-before it. Steps that exchanged gradients over the same link would send and receive as many bytes
-each.
+Invariant: training stands still during a round, but for the steps of outer.overlap; these seconds
+are added to those of the steps. Steps that exchanged gradients over the same link would send and
+receive as many bytes each.
 """
 
 import math
@@ -25,9 +25,19 @@ def sent_bytes(trained: Inventory) -> int:
     return _WEIGHT * sum(p.numel for g in trained.groups for p in g.params)
 
 
-def round_seconds(job: TrainJob, trained: Inventory) -> float:
-    """Return the seconds of a round; 0.0 on one cluster."""
+def exchange_seconds(job: TrainJob, trained: Inventory) -> float:
+    """Return the seconds that an exchange of all fragments takes; 0.0 on one cluster."""
     return sent_bytes(trained) * job.outer.count / job.outer.link if job.outer.every else 0.0
+
+
+def standing_seconds(job: TrainJob, trained: Inventory, step: float) -> float:
+    """Return for how many seconds of `outer.every` training stands still. step: seconds of one."""
+    return max(0.0, exchange_seconds(job, trained) - seconds_beside(job, step))
+
+
+def seconds_beside(job: TrainJob, step: float) -> float:
+    """Return for how many seconds of `outer.every` training goes on beside exchanges."""
+    return job.outer.fragments * job.outer.delay * step
 
 
 def outer_rows(plan: "Plan") -> list[Row]:
@@ -37,7 +47,7 @@ def outer_rows(plan: "Plan") -> list[Row]:
         return []
     sent = sent_bytes(plan.trained)
     received = sent * (config.count - 1)
-    seconds, step = round_seconds(plan.job, plan.trained), plan.chosen.step.seconds
+    seconds, step = exchange_seconds(plan.job, plan.trained), plan.chosen.step.seconds
     training = step and step * steps
     facts = {"sent_bytes": sent, "received_bytes": received, "seconds": seconds,
              "training_seconds": training, "steps": steps}  # fmt: skip
@@ -48,16 +58,21 @@ def outer_rows(plan: "Plan") -> list[Row]:
     )
     if not training or not step:
         return [Row("outer", "rounds", facts, "", f"{text}; the time of a step is not known")]
-    share = seconds / (seconds + training)
-    text += f" after {span(training)} of steps, {share:.1%} of the time"
-    allowed = _MUCH / (1 - _MUCH)  # seconds of a round for each second of training
-    needed = (sent + received) / (allowed * training)
-    factor = (seconds + step) * steps / (seconds + training)
-    longer = f", or with outer.every='{math.ceil(seconds / (allowed * step))} steps'"
+    standing = standing_seconds(plan.job, plan.trained, step)
+    share = standing / (standing + training)
+    text += f" after {span(training)} of steps"
+    text += f", beside {config.overlap} of each fragment" if config.delay else ""
+    text += f"; training stands still for {share:.1%} of the time"
+    allowed = _MUCH / (1 - _MUCH)  # seconds that it stands still for each second of training
+    needed = (sent + received) / (allowed * training + seconds_beside(plan.job, step))
+    factor = (seconds + step) * steps / (standing + training)
+    others = [f"with outer.every='{math.ceil(standing / (allowed * step))} steps'"]
+    if (hiding := math.ceil(seconds / (config.fragments * step))) < steps // config.fragments:
+        others.append(f"for none of it with outer.overlap='{hiding} steps'")
     pays = (
-        f"from {bytes_text(needed)}/s on they take less than {_MUCH:.0%} of the time"
-        f"{longer if share > _MUCH else ''}; with gradients over this link in each step the run "
-        f"would take {factor:,.1f} times as long"
+        f"for less than {_MUCH:.0%} from {bytes_text(needed)}/s on"
+        f"{''.join(f', or {other}' for other in others if share > _MUCH)}; with gradients over "
+        f"this link in each step the run would take {factor:,.1f} times as long"
     )
-    return [Row("outer", "rounds", facts | {"share": share, "needed_link": needed}, "", text),
-            Row("", "they pay", text=pays)]  # fmt: skip
+    facts |= {"standing_seconds": standing, "share": share, "needed_link": needed}
+    return [Row("outer", "rounds", facts, "", text), Row("", "they pay", text=pays)]

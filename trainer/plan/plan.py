@@ -37,7 +37,7 @@ from forescale.plan.options import (
     name_of,
     with_checkpointing,
 )
-from forescale.plan.outer import round_seconds
+from forescale.plan.outer import standing_seconds
 from forescale.plan.published import published_notes
 from forescale.plan.search import Division, best_divisions
 from forescale.plan.step_time import (
@@ -301,12 +301,13 @@ class Plan:
     def gpu_hours(self) -> float | None:
         """GPU-hours of the run, or of a member of it, including the time that evaluations, rounds
         with other clusters and failures cost."""
-        if self.seconds is None:
+        step = self.chosen.step.seconds
+        if self.seconds is None or step is None:
             return None
         evaluating = (self.evaluation.seconds if self.evaluation else None) or 0.0
         useful = max(self.failures(self.world).ettr, 1e-9)
         rounds = self.job.total_steps / (self.job.outer.steps or 1)
-        beside = evaluating + rounds * round_seconds(self.job, self.trained)
+        beside = evaluating + rounds * standing_seconds(self.job, self.trained, step)
         return (self.seconds + beside) / useful * self.world / 3600
 
     # Problems and notes

@@ -1,25 +1,20 @@
 """The rounds of a run on several clusters: at their steps, members exchange how far their weights
-have moved, and all make the same outer step.
-
-    deltas of this member -> its files, its record -> who counts -> files of those -> outer step
+have moved (exchange.py), and all make the same outer step, at once or some fixed steps later.
 
 Invariant: the outer weights are a function of the first weights and the decisions in the store
 alone. A member that is killed anywhere in a round makes its steps again, finds what it has sent,
-and takes the decision; one that was left out drops its steps, makes the outer steps that it missed,
-and goes on at the step of the last of them.
+and takes the decision; deltas that are on their way are in its checkpoints. One that was left out
+drops its steps, makes the outer steps that it missed, and goes on where the others made the last.
 """
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
 
-from forescale.checkpoint import writer
-from forescale.checkpoint.outer import Decision, OuterStore, Record, shapes_hash
+from forescale.checkpoint.outer import Decision, OuterStore, shapes_hash
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.train import TrainJob
 from forescale.data.mixture import unskipped
@@ -31,16 +26,9 @@ from forescale.ground.errors import UserError
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
 from forescale.train.callbacks import Callback, Step
+from forescale.train.exchange import Arrival, Departure, Exchange, Paused, decision_of
 from forescale.train.guard import Anomaly
 from forescale.train.resume import ResumePoint
-
-_LOOK = 0.5  # seconds between two looks of the ranks whether storage has answered all of them
-
-
-class Paused(Anomaly):
-    """Some rank was asked to stop while it waited for other members."""
-
-    kind = "paused"
 
 
 class Late(Anomaly):
@@ -68,7 +56,7 @@ class Outer(Callback):
     ):
         self._run, self._config, self._total = run, job.outer, job.total_steps
         self._engine, self._world, self._phases = engine, engine.world, phases
-        self._ramp, self._stop, self.attempt = job.batch_ramp, stop_requested, attempt
+        self._ramp, self.attempt = job.batch_ramp, attempt
         self._state = engine.outer = OuterState(engine, job.outer.fragments)
         self._keep, self.moved = job.checkpoint.keep, False
         self._order = {  # of the windows, which members read in turns
@@ -81,25 +69,33 @@ class Outer(Callback):
             "shuffle_shards": job.data.shuffle_shards,
         }
         self._last = 0  # the step of the last round that was made
+        self._sent: int | None = None  # of the one whose deltas are on their way
+        self._stalled = 0.0  # seconds of it for which training stood still
         self._skipped_to: Position | None = None
         identity = str(run.read_identity().get("wandb_id"))
         self._store = OuterStore(job.outer, identity, run.path / "outer")
+        self._exchange = Exchange(self._store, engine.world, phases, stop_requested)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Content of state.json."""
-        return {"outer": {"step": self._last}}
+        return {"outer": {"step": self._last} | ({"sent": self._sent} if self._sent else {})}
 
     def is_due(self, step: int) -> bool:
-        return bool(self._config.due(step, self._total))
+        return bool(self._due(step) or self._due(step - self._config.delay))
 
     def see(self, step: Step, summary: StepSummary) -> None:
-        """Make the round of a step, if there is one. Raises Paused and Late."""
+        """Begin the round of a step, and end one whose result is due. Raises Paused and Late."""
         at = step.position.step
-        if self.is_due(at):
-            decision = self._round(step.position)
-            if self._store.member not in decision.members and self._missed(at):
-                raise Late(at, "later rounds were made without this member")
+        decision = self._end(at)
+        if self._due(at):
+            self._begin(at, step.position)
+            decision = self._end(at)
+        if decision and self._store.member not in decision.members and self._missed(self._last):
+            raise Late(at, "later rounds were made without this member")
+
+    def _due(self, step: int) -> tuple[int, ...]:
+        return self._config.due(step, self._total)
 
     def join(self, data: str) -> None:
         """Enter the store before the first step. data: hash of the corpus. Raises UserError if the
@@ -115,34 +111,44 @@ class Outer(Callback):
             "momentum": config.momentum,
             "model": shapes_hash(self._engine.shapes),
         }
+        if config.delay:
+            facts |= {"overlap": config.delay, "mixing": config.mixing}
         self._world.from_main(partial(self._store.join, facts), self._run.path)
 
     def load(self, point: ResumePoint) -> None:
         """Take over which rounds the state has that was loaded for an attempt."""
         stored = (point.checkpoint.state.get("outer") if point.checkpoint else None) or {}
+        at = point.position.step
         # A run that begins with another one's weights alone begins at step 0.
-        self._last = min(stored.get("step", point.position.step), point.position.step)
+        self._last = min(stored.get("step", at), at)
+        sent = stored.get("sent", at + 1)
+        known = sent <= at and self._state.are_of(self._config.due(sent, self._total))
+        self._sent = sent if self._world.merged(known, all) else None
+        if self._sent is None:
+            self._state.deltas = []  # of a trunk with other rounds: they go with the next ones
 
     def settle(self, point: ResumePoint, attempt: Attempt) -> ResumePoint:
         """Return where an attempt begins that would begin at `point`, after the rounds that the
-        state lacks: that of its own step, and those that were made without this member. Raises
-        Paused."""
+        state lacks: one whose result is due, and those that were made without this member. Deltas
+        on their way are sent again, unless they have come. Raises Paused."""
+        self._exchange.drop()
         self.attempt, self.moved, self._skipped_to = attempt, False, None
         position = point.position
         if missed := self._missed(self._last):
             for step, decision in missed:
-                self._receive(step, decision)
+                self._exchange.receive(step, decision)
                 self._make(step, decision)
             self._phases.mark("merge")
             self._state.take(range(self._config.fragments))
-            position = self._at(missed[-1][0], position)
+            self._sent = None
+            position = self._at(self._config.applied(self._last, self._total), position)
             self.moved, self._skipped_to = True, position
-            self._announce(position.step)
+            self._announce(self._last)
             left_out = position.step - point.position.step
             self._event("rejoined", step=position.step, steps_left_out=left_out)
-        elif self.is_due(position.step) and self._last < position.step:
-            self._round(position)
-            self.moved = True
+        elif self._sent or (self._last < position.step and self._due(position.step)):
+            self._begin(self._sent or position.step, position)
+            self.moved = self._end(position.step) is not None
         return replace(point, position=position)
 
     def record(self) -> None:
@@ -154,7 +160,7 @@ class Outer(Callback):
 
     def _steps(self, after: int) -> Iterator[int]:
         steps = range(after + 1, self._total + 1)
-        return (step for step in steps if self._config.due(step, self._total))
+        return (step for step in steps if self._due(step))
 
     def _missed(self, after: int) -> list[tuple[int, Decision]]:
         """Return the rounds after a step up to the last one that was made without this member, if
@@ -170,8 +176,8 @@ class Outer(Callback):
                     without = len(decided)
             return decided[:without]
 
-        rounds = self._beside(look, on_main=True)
-        return [(step, _decision(fields)) for step, fields in rounds]
+        rounds = self._exchange.on_main(look)
+        return [(step, decision_of(fields)) for step, fields in rounds]
 
     def _at(self, step: int, position: Position) -> Position:
         """Return the position at a later step, whose samples up to there are left out."""
@@ -180,78 +186,66 @@ class Outer(Callback):
         g = samples[-1][1] if samples else position.g
         return replace(position, step=step, g=g)
 
-    def _round(self, position: Position) -> Decision:
-        """Make the round of a step from its begin or from wherever it was left. Raises Paused."""
-        step, began, store = position.step, perf_counter(), self._store
-        parts = self._config.due(step, self._total)
-        self._phases.mark("send")
-        if not self._beside(lambda: bool(store.record(step) or store.decision(step)), True):
-            self._send(position, parts)
-        self._phases.mark("agree")
-        sent = perf_counter()
+    def _begin(self, step: int, position: Position) -> None:
+        """Begin the round of a step; `position`: the same or later, if its deltas were loaded."""
+        began, parts = perf_counter(), self._due(step)
+        if self._sent is None:
+            self._state.depart(parts)
+        self._sent = step
+        finite = self._world.merged(self._state.are_finite, all)
+        facts = (self._base(parts), finite, self.attempt.number, self._last, self._needs())
+        at = replace(position, step=step)
+        self._exchange.depart(Departure(at, self._state.deltas, *facts, self._total))
+        self._stalled = perf_counter() - began
 
-        def decide() -> dict[str, Any] | None:
-            decision = store.decide(step, self._last, self._stop)
-            return None if decision is None else asdict(decision)
-
-        fields = self._beside(decide, on_main=True)
-        if fields is None:  # before all ranks had looked whether they are to stop
-            raise Paused(step, "it was asked to stop")
-        decision = _decision(fields)
-        waited = perf_counter() - sent
-        received = self._receive(step, decision)
+    def _end(self, at: int) -> Decision | None:
+        """End the round whose result is due after step `at`, and return who counted; None if there
+        is none. Raises Paused."""
+        step, began, member = self._sent, perf_counter(), self._store.member
+        if step is None or at < self._config.applied(step, self._total):
+            return None
+        arrival: Arrival | None = self._exchange.end()
+        if arrival is None:  # before all ranks had looked whether they are to stop
+            raise Paused(at, "it was asked to stop")
+        decision = arrival.decision
         self._make(step, decision)
         self._phases.mark("merge")
-        self._state.take(parts)
-        if store.member not in decision.members:
+        if member in decision.refused:  # whatever else its weights and moments have
+            self._state.take(range(self._config.fragments), anew=True)
+        else:
+            mixed = at > step and member in decision.members
+            self._state.take(self._due(step), self._config.mixing if mixed else 0.0)
+        self._sent = None
+        if member not in decision.members:
             self._announce(step)
-        mine = decision.members.get(store.member)
+        mine = decision.members.get(member)
         self._event(
             "outer_step",
             step=step,
+            applied=at,
             members=[*decision.members],
-            waited=round(waited, 3),
-            seconds=round(perf_counter() - began, 3),
+            waited=round(arrival.waited, 3),
+            seconds=round(arrival.seconds, 3),
+            stalled=round(self._stalled + perf_counter() - began, 3),
             sent_bytes=mine.bytes if mine else 0,
-            received_bytes=received,
+            received_bytes=arrival.received,
         )
-        self._beside(partial(store.prune, self._needs()), on_main=True)
+        if decision.refused:
+            self._event("outer_refused", step=step, members=decision.refused)
         return decision
-
-    def _send(self, position: Position, parts: Sequence[int]) -> None:
-        """Write the files of this member's deltas, send them, and create its record."""
-        store, world, step = self._store, self._world, position.step
-        base, folder = self._base(parts), f"{store.member}.{self.attempt.number:04d}"
-        path = store.path_of(step, Record(folder, "", base, 0))
-
-        def make() -> None:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-
-        world.from_main(make, path)
-        deltas = [*self._state.deltas(parts)]
-        counters: dict[str, Any] = {"optimizer_steps": {}, "loss_scaler": {}}
-        snapshot = writer.Snapshot(position, deltas, counters, {})
-        writer.write_files(path, self.attempt.number, snapshot, world, lambda step, path: None)
-        names = [f"rank-{world.rank:05d}.safetensors", *(["state.json"] if world.is_main else [])]
-        self._beside(lambda: sum(store.put(step, folder, path / name) for name in names))
-        self._beside(partial(store.publish, step, folder, path, base), on_main=True)
-
-    def _receive(self, step: int, decision: Decision) -> int:
-        """Copy the files of those who count to the run's directory; return the bytes."""
-        store, part = self._store, (self._world.rank, self._world.size)
-        records = [*decision.members.values()]
-        self._phases.mark("receive")
-        self._beside(lambda: [store.fetch_table(step, r) for r in records], on_main=True)
-        received: int = self._beside(lambda: sum(store.fetch(step, r, part) for r in records))
-        return received
 
     def _make(self, step: int, decision: Decision) -> None:
         """Make the outer step of a round, whose files are here; then they are deleted."""
         store, config, shapes = self._store, self._config, self._engine.shapes
-        parts = config.due(step, self._total)
+        parts = self._due(step)
         base = self._base(parts)
         for name, record in decision.members.items():
+            steps = record.steps or self._total
+            if config.due(step, steps) != parts:
+                problem = f"member {name} ends at step {steps:,}, and this one at {self._total:,}, "
+                problem += "so they exchange other fragments"
+                todo = "begin all members anew with the same train.steps and another outer.store"
+                raise UserError(f"{store.where}, step {step:,}", problem, todo)
             if record.base != base:
                 problem = f"the outer weights of member {name} were others than those here"
                 todo = "begin all members anew with the same weights and another outer.store"
@@ -259,7 +253,7 @@ class Outer(Callback):
         paths = [store.path_of(step, record) for record in decision.members.values()]
 
         def update() -> None:
-            members = [Checkpoint(path) for path in paths]
+            members = [Checkpoint(path, partial=True) for path in paths]
             for member in members:
                 member.expect_shapes({name: shapes.get(name, ()) for name in member.shapes})
             readers = [member.reader for member in members]
@@ -267,8 +261,9 @@ class Outer(Callback):
 
         self._world.together(update, self._store.local, first)
         self._last = step
+        self._state.deltas = []
         if self._world.is_main:
-            shutil.rmtree(paths[0].parent, ignore_errors=True)
+            shutil.rmtree(store.local_of(step), ignore_errors=True)
 
     def _base(self, parts: Sequence[int]) -> str:
         """Return the hash of the outer weights of some parts on all ranks."""
@@ -277,46 +272,13 @@ class Outer(Callback):
     def _announce(self, step: int) -> None:
         """Tell the others in which round this member, which was left out, takes part again."""
         if (following := next(self._steps(step), None)) is not None:
-            self._beside(partial(self._store.announce, following), on_main=True)
+            self._exchange.on_main(partial(self._store.announce, following))
 
     def _needs(self) -> int:
         """Return the step of the oldest checkpoint from which the run may have to begin again."""
         steps = self._run.checkpoint_steps()[-self._keep :]
-        return steps[0] if len(steps) == self._keep else 0
-
-    def _beside(self, work: Callable[[], Any], on_main: bool = False) -> Any:
-        """Do `work`, which waits for storage, in a thread of each rank, or of rank 0 alone; return
-        the sum of the ranks' results, or rank 0's. Meanwhile the ranks show that they live. Raises
-        its error on all ranks, and Paused once some rank is asked to stop."""
-        world, result = self._world, Future[Any]()
-
-        def run() -> None:
-            try:
-                result.set_result(work() if world.is_main or not on_main else None)
-            except BaseException as e:  # `together` raises it
-                result.set_exception(e)
-
-        threading.Thread(target=run, name="outer", daemon=True).start()
-        while True:
-            wait([result], _LOOK)
-            here = [result.done(), bool(self._stop())]
-            ready, stops = world.merged(here, _ready_and_stops)
-            if ready:
-                return world.together(result.result, self._store.local, first if on_main else sum)
-            if stops:
-                raise Paused(self._phases.step, "it was asked to stop")
-            self._phases.mark(self._phases.at)
+        return max(0, steps[0] - self._config.delay) if len(steps) == self._keep else 0
 
     def _event(self, kind: str, **facts: Any) -> None:
         if self._world.is_main:
             self.attempt.event(kind, **facts)
-
-
-def _ready_and_stops(parts: Sequence[Sequence[bool]]) -> list[bool]:
-    return [all(part[0] for part in parts), any(part[1] for part in parts)]
-
-
-def _decision(fields: dict[str, Any]) -> Decision:
-    """Return a decision that another rank has sent."""
-    members = {name: Record(**record) for name, record in fields["members"].items()}
-    return Decision(members, fields["decided_by"])

@@ -107,3 +107,15 @@ def test_another_model_is_refused_by_its_merged_shapes(adapted):
     checkpoint.expect_shapes(plain, merged=True)
     with pytest.raises(UserError, match=r"lora_A\.weight is .* there and None"):
         checkpoint.expect_shapes(plain)
+
+
+def test_adapters_alone_are_read_as_a_part_of_a_model(adapted, tmp_path):
+    """As members of a run on several clusters send them."""
+    copy = Run(shutil.copytree(adapted[0].path, tmp_path / "lora"))
+    every = {stored_name(n): p for n, p in adapted[1].named_parameters()}
+    named = {name: p for name, p in every.items() if is_adapter(name)}
+    save(copy, copy.attempts()[0], 7, Stored(named), {})
+    with pytest.raises(UserError, match="the adapter of no weight"):
+        Checkpoint(copy.checkpoint_path(7))
+    part = Checkpoint(copy.checkpoint_path(7), partial=True)
+    assert all(torch.equal(part.tensor(name), p) for name, p in named.items())

@@ -25,7 +25,9 @@ def store(folder: Path, member: str = "north", run: str | None = None, **keys) -
     return OuterStore(config, run or member, folder / member)
 
 
-def sent(one: OuterStore, step: int = 3, data: bytes = b"x", attempt: int = 1) -> Path:
+def sent(
+    one: OuterStore, step: int = 3, data: bytes = b"x", attempt: int = 1, finite: bool = True
+) -> Path:
     """Write the files of a member as a checkpoint has them, and send them."""
     folder = f"{one.member}.{attempt:04d}"
     path = one.local / f"step-{step:08d}" / folder
@@ -36,7 +38,7 @@ def sent(one: OuterStore, step: int = 3, data: bytes = b"x", attempt: int = 1) -
     write_table(path, {name: hash_file(path / name) for name in names})
     for name in names:
         one.put(step, folder, path / name)
-    one.publish(step, folder, path, "0")
+    one.publish(step, folder, path, base="0", finite=finite)
     return path
 
 
@@ -119,6 +121,21 @@ def test_who_was_left_out_is_awaited_again_once_it_announces_itself(tmp_path):
     thread = threading.Thread(target=lambda: (time.sleep(0.5), sent(south, 9)))
     thread.start()
     assert [*decided(north, 9, 6).members] == ["north", "south"]
+    thread.join()
+
+
+def test_who_sent_nan_is_refused_at_once_and_awaited_in_the_next_round(tmp_path):
+    long = {"wait": Duration(60, "seconds")}
+    east, north, south = (store(tmp_path, name, **long) for name in NAMES)
+    for one in (north, south, east):
+        sent(one, finite=one is not south)
+    decision = decided(north)
+    assert ([*decision.members], decision.refused) == (["east", "north"], ["south"])
+    sent(north, 6)
+    sent(east, 6)
+    thread = threading.Thread(target=lambda: (time.sleep(0.5), sent(south, 6)))
+    thread.start()
+    assert [*decided(north, 6, 3).members] == NAMES
     thread.join()
 
 

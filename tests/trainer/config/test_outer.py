@@ -31,6 +31,14 @@ def test_every_fragment_is_exchanged_as_often_and_all_at_the_end():
     }
 
 
+def test_a_result_that_would_come_with_the_last_exchange_or_after_it_is_left_to_it():
+    late = outer("outer.overlap='4 steps'")
+    due = [step for step in range(1, 30) if late.due(step, 29)]
+    assert due == [6, 12, 18, 24, 29]
+    assert [late.applied(step, 29) for step in due] == [10, 16, 22, 28, 29]
+    assert [step for step in range(1, 29) if late.due(step, 28)] == [6, 12, 18, 28]
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -52,6 +60,9 @@ def test_every_fragment_is_exchanged_as_often_and_all_at_the_end():
         (["outer.member=null"], "outer.member"),
         (["outer.fragments=7"], "outer.fragments"),
         (["outer.fragments=5"], "outer.fragments"),
+        (["outer.overlap='6 steps'"], "outer.overlap"),
+        (["outer.overlap='3 steps'", "outer.fragments=2"], "outer.overlap"),
+        (["outer.overlap='1 %'"], "outer.overlap"),
         (
             ["model.mlp=moe", "model.mlp.scores=sigmoid", "model.mlp.bias_speed=0.001"],
             "model.mlp.bias_speed",

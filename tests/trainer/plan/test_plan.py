@@ -1,6 +1,7 @@
 """`forescale plan`: its output, and that it loads no torch."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -86,6 +87,12 @@ def test_rounds_with_other_clusters_and_the_link_from_which_they_pay(planned):
     assert rounds["training_seconds"] == pytest.approx(500 * step)
     _, at_needed, _ = planned(*BIG, BATCH, *names, f"outer.link={rounds['needed_link']}")
     assert at_needed["outer"]["share"] == pytest.approx(0.05)
+    beside = math.floor(rounds["seconds"] / step) - 1
+    words = ("outer.every='4000 steps'", f"outer.overlap='{beside} steps'")
+    _, late, _ = planned(*BIG, BATCH, *names, "outer.link=1e9", *words)
+    stands = rounds["seconds"] - beside * step
+    assert late["outer"]["standing_seconds"] == pytest.approx(stands)
+    assert late["checkpoint"]["bytes"] == plan["checkpoint"]["bytes"] + weights
     _, alone, _ = planned(*BIG, BATCH, "engine=zero2", "plan.gpus=64")
     assert plan["checkpoint"]["bytes"] == alone["checkpoint"]["bytes"] + 2 * weights
     assert "outer" not in alone

@@ -38,6 +38,11 @@ class OuterConfig:
     # parts of the blocks that are exchanged at different steps, each every `every` steps; 1: all
     # at once
     fragments: int = key(1, ge=1)
+    # steps that training goes on while an exchange is under way, before its result is applied; 0:
+    # training waits for it
+    overlap: Duration = key(Duration(0), wall_time=False)
+    # share of its own weights that a member keeps where a result is applied after such steps
+    mixing: float = key(0.5, ge=0, lt=1)
     # bytes a second between a cluster and outer.store, for `plan`
     link: float = key(125e6, kind="free", gt=0)
 
@@ -56,14 +61,24 @@ class OuterConfig:
         """The number of this member among all, in the order of their names."""
         return sorted(self.members).index(self.member) if self.every and self.member else 0
 
+    @property
+    def delay(self) -> int:
+        """The steps from an exchange to the outer step of its result."""
+        return int(self.overlap.amount)
+
+    def applied(self, step: int, total: int) -> int:
+        """Return the step after which the outer step of a round is made."""
+        return step if step == total else step + self.delay
+
     def due(self, step: int, total: int) -> tuple[int, ...]:
         """Return the fragments that are exchanged after a step: at the last of `total` steps all of
-        them, so that the members end with the same weights."""
+        them, so that the members end with the same weights. An exchange whose result would come
+        only then is left out."""
         every, count = self.steps, self.fragments
-        if every is None or not 0 < step <= total:
-            return ()
-        if step == total:
+        if step == total and every:
             return tuple(range(count))
+        if every is None or not 0 < step < total - self.delay:
+            return ()
         return tuple(i for i in range(count) if step % every == (i + 1) * every // count % every)
 
     def problems(self) -> ProblemIterator:
@@ -78,6 +93,11 @@ class OuterConfig:
         elif self.fragments > self.every.amount:
             problem = f"{self.fragments} fragments have no steps of their own in {self.every}"
             yield "fragments", problem, "give fewer, or a longer outer.every"
+        elif self.overlap.unit != "steps" or self.delay >= self.every.amount // self.fragments:
+            parts = f" in {self.fragments} fragments" if self.fragments > 1 else ""
+            problem = f"{self.overlap} is no number of steps below those between two exchanges, "
+            problem += f"of one every {self.every}{parts}"
+            yield "overlap", problem, "give fewer steps, or a longer outer.every"
         if self.store is None:
             problem = "is not given, and is where the members exchange their weights"
             yield "store", problem, "write, for example, outer.store=s3://bucket/run"

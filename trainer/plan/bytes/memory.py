@@ -35,7 +35,7 @@ from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.pipeline import Part, of_stage, parts_of
 from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
 
-OUTER_BYTES = 8  # of a parameter: its outer weight and momentum, fp32
+_OUTER_BYTES = 8  # of a parameter: its outer weight and momentum, fp32
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
 
 
@@ -408,17 +408,25 @@ def _in_ring(job: TrainJob, alone: Activations) -> Activations:
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
     """Return the bytes of one checkpoint of all ranks: fp32 weights, the optimizer's moments, and
     frozen weights in the precision of the forward pass. The precision of Muon's momentum depends on
-    the ZeRO stage. Of a run on several clusters also the outer weights and their momentum.
+    the ZeRO stage. Of a run on several clusters also the outer weights, their momentum, and the
+    deltas of an exchange under way.
     """
     s = ZeroSettings.of(job, world)
-    outer = OUTER_BYTES if job.outer.every else 0
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
 
     def each(group: Group) -> int:
-        return 4 + outer + (size if group.update.is_by_matrix else 4 * group.update.moments)
+        return 4 + (size if group.update.is_by_matrix else 4 * group.update.moments)
 
     total = sum(p.numel * each(g) for g in trained.groups for p in g.params)
-    return total + s.size * trained.num_frozen
+    return total + s.size * trained.num_frozen + _outer_bytes(job, trained)
+
+
+def _outer_bytes(job: TrainJob, trained: Inventory) -> int:
+    """Return the bytes of outer states of all ranks; of deltas only those of an exchange under
+    way."""
+    count = sum(p.numel for g in trained.groups for p in g.params)
+    deltas = 4 * count // job.outer.fragments if job.outer.delay else 0
+    return _OUTER_BYTES * count + deltas if job.outer.every else 0
 
 
 def share_bytes(
@@ -446,10 +454,9 @@ def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool, rank
 
 
 def outer_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
-    """Return the bytes of CPU memory that a rank has of the outer weights and their momentum."""
+    """Return the bytes of CPU memory that a rank has of the outer states."""
     ranks = job.mesh(world).tensor if job.engine.stage == 0 else world
-    count = sum(p.numel for g in trained.groups for p in g.params)
-    return OUTER_BYTES * count // ranks if job.outer.every else 0
+    return _outer_bytes(job, trained) // ranks
 
 
 def checkpoints_kept(job: TrainJob) -> int:
