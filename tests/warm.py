@@ -30,13 +30,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @cache
-def _server() -> socket.socket:
-    """The socket of the server of this process."""
+def server(program: str = __file__, folder: str = "", **variables: str) -> socket.socket:
+    """The socket of a server of this process. folder: the first on its search path."""
     client, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    path = os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")]))
     server = subprocess.Popen(
-        [sys.executable, "-P", __file__, str(end.fileno())],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        [sys.executable, "-P", program, str(end.fileno())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables},
         stdin=subprocess.DEVNULL,
         pass_fds=[end.fileno()],
         start_new_session=True,  # ended with its forks
@@ -47,18 +47,18 @@ def _server() -> socket.socket:
     return client
 
 
-def ask(request: dict, *descriptors: int) -> socket.socket:
+def ask(request: dict, *descriptors: int, of: socket.socket | None = None) -> socket.socket:
     """Send a request ("serve": module:function, which a keeper calls with the request and the file
-    descriptors); return the socket of its answer."""
+    descriptors) to a server; return the socket of its answer."""
     answer, end = socket.socketpair()
     with end:
         fds = [end.fileno(), *descriptors]
-        socket.send_fds(_server(), [json.dumps(request).encode()], fds)
+        socket.send_fds(of or server(), [json.dumps(request).encode()], fds)
     return answer
 
 
-def serve(requests: socket.socket) -> None:
-    """Import what ranks import, then fork a keeper for each request until the test process ends."""
+def load() -> None:
+    """Import what ranks import."""
     from forescale.engine.world import set_environment
 
     before = dict(os.environ)
@@ -81,6 +81,11 @@ def serve(requests: socket.socket) -> None:
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(before)
+
+
+def serve(requests: socket.socket, load: Callable[[], None] = load) -> None:
+    """Fork a keeper for each request until the test process ends."""
+    load()
     gc.collect()
     gc.freeze()  # what is imported lives on: a collection in a rank took longer than a step
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper

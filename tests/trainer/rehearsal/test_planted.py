@@ -28,13 +28,13 @@ def of(model: str, *words: str) -> tuple[int, dict, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compile", ["auto", "off"])
 @pytest.mark.parametrize(
-    ("model", "line", "words"),
+    ("model", "line", "words", "compile"),
     [
-        ("MixesDevices", "x_BLD * torch.ones", ("cuda:0", "cpu")),
-        ("MixesTypes", "x_BLD @ torch.ones", ("bfloat16", "float32")),
-        ("MixesTypesOfConvolution", "F.conv1d(", ("bfloat16", "float32")),
+        ("MixesDevices", "x_BLD * torch.ones", ("cuda:0", "cpu"), "auto"),
+        ("MixesDevices", "x_BLD * torch.ones", ("cuda:0", "cpu"), "off"),
+        ("MixesTypes", "x_BLD @ torch.ones", ("bfloat16", "float32"), "auto"),
+        ("MixesTypesOfConvolution", "F.conv1d(", ("bfloat16", "float32"), "off"),
     ],
 )
 def test_a_mix_up_is_a_problem_with_its_line(model, line, words, compile):

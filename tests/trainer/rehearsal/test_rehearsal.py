@@ -1,13 +1,12 @@
 """Rehearsals beside the plan, which real ranks have confirmed (test_real_costs.py)."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import pytest
 import torch
@@ -24,8 +23,10 @@ from forescale.rehearsal.rank import Request
 from forescale.rehearsal.rehearsal import _rank
 from forescale.run.command import job_of
 from forescale.verbs import rehearse
+from tests import warm
 from tests.preferences import preferences
 from tests.questions import rows, write_rows
+from tests.trainer.rehearsal import forks
 from tests.trainer.rehearsal.device_lines import ROOT, device_statements
 from tests.trainer.small_run import make_run
 
@@ -107,13 +108,16 @@ def rehearsed(*words: str) -> tuple[int, dict, str]:
         for statement in device_statements():
             lines.setdefault(statement.imported, []).append(statement.line)
         noted.write_text(json.dumps(lines))
-    path = os.pathsep.join([str(HERE / "lines"), os.environ.get("PYTHONPATH", "")])
-    variables = {**os.environ, "PYTHONPATH": path, "DEVICE_LINES": DEVICE_LINES.name}
-    command = [sys.executable, "-m", "forescale", "rehearse", "--json", *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=HERE, env=variables, check=False
-    )
-    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+    server = warm.server(forks.__file__, str(HERE / "lines"), DEVICE_LINES=DEVICE_LINES.name)
+    request = {"serve": "tests.trainer.rehearsal.forks:keep", "folder": str(HERE)}
+    request |= {"words": ["rehearse", "--json", *words]}
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+        files = output.fileno(), errors.fileno()
+        with warm.ask(request, *files, of=server) as answer, answer.makefile() as lines:
+            code = int(lines.read())
+        for file in (output, errors):
+            file.seek(0)
+        return code, json.loads(output.read() or "{}"), errors.read()
 
 
 def check(*words: str) -> None:
