@@ -254,7 +254,7 @@ def drawn(count):
     )
 
 
-@drawn(60)
+@drawn(40)
 @given(lines([verb for verb in VERBS if verb not in HEAVY]))
 def test_some_words_end_in_a_sentence(scratch, words):
     expect_a_sentence(*words)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from forescale.verbs import VERBS
+from tests.matrix import full_only
 
 pytestmark = pytest.mark.slow  # each command is a process of its own
 FILES = ("trainer", "random", "torch", "yaml", "types", "json", "numpy", "hydra", "logging", "cli")
@@ -119,7 +120,7 @@ def test_a_start_as_a_module_finds_it_too(without_types, words):
 
 
 @pytest.mark.slow  # two ranks under another launcher
-@pytest.mark.parametrize("command", ["program", "module"])
+@pytest.mark.parametrize("command", [pytest.param("program", marks=full_only), "module"])
 def test_torchrun_starts_ranks_that_find_it(without_types, words, command):
     """Started as `torchrun $(which forescale)`, and as `torchrun -m forescale`."""
     torchrun = (str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2")
