@@ -94,7 +94,7 @@ class Experts(Mlp):
         number a token for each of that loss's log Z, the token's share of the means, and the sum of
         sigmoid scores. Pair of token and expert: weight and its divisor, three numbers (int64) of
         where it is, and the expert's output. Row of an expert, of which a capacity makes more: its
-        input, gate, silu(gate), up, and the product of the last two.
+        input, gate, up, and the product of silu(gate) and up. Shared experts keep silu(gate) too.
         """
         s, b, k = config.sizes, bytes_per_value, self.top_k
         has_z, inner = self.z_loss > 0, self.width(config)
@@ -102,17 +102,17 @@ class Experts(Mlp):
         router = 4 * self.experts * (1 + has_z) + (4 * s.width if b < 4 else 0)
         router += 4 * (has_z + has_loss + has_sum)
         pairs = k * (16 + b + b * s.width) + (4 * k + 4 if self.renormalise else 0)
-        row = 8 + b * (s.width + 4 * inner)
+        row = 8 + b * (s.width + 3 * inner)
         rows = k * (self.capacity or 1.0) * row
         return int(router + pairs + rows) + 4 * b * self.shared * inner
 
     def compiled_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
         """Return the same without silu(gate). The router's input in fp32 stands for the norm's
         output, unless shared experts take this."""
-        s, b, inner = config.sizes, bytes_per_value, self.width(config)
-        rows = self.top_k * (self.capacity or 1.0) + self.shared
-        normed = b * s.width if b < 4 and not self.shared else 0
-        return self.activation_bytes(config, b, b) - int(b * rows * inner) - normed
+        b, width = bytes_per_value, config.sizes.width
+        normed = b * width if b < 4 and not self.shared else 0
+        shared = b * self.shared * self.width(config)
+        return self.activation_bytes(config, b, b) - shared - normed
 
     def selected_bytes(self, config: "ModelConfig", bytes_per_value: int) -> int:
         """Return the bytes of the router's logits in fp32, of the results of each expert's matrices

@@ -40,7 +40,7 @@ matrices; AdamW takes the router, which like a head makes logits.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,29 @@ class _Dispatch(NamedTuple):
     token: Tensor
     ends: Tensor
     row: Tensor
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, with the bits of both operations. Keeps no silu(gate), the backward pass
+    makes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return of_gate, F.silu(gate).mul_(grad)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up."""
+    if torch.compiler.is_compiling():  # a compiler makes silu(gate) again by itself
+        return F.silu(gate) * up
+    return _Gated.apply(gate, up)
 
 
 class Router(nn.Module):
@@ -161,7 +184,7 @@ class MixtureOfExperts(nn.Module):
 
     def _experts(self, rows_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Return the outputs of the experts that this rank has, for rows sorted by expert."""
-        inner_MF = F.silu(self.gate(rows_MD, ends_E)) * self.up(rows_MD, ends_E)
+        inner_MF = gated(self.gate(rows_MD, ends_E), self.up(rows_MD, ends_E))
         return self.down(inner_MF, ends_E)
 
     def divide(self, group: ExpertGroup) -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from forescale.models import Transformer
 from forescale.models.flops import count, flops_6n, flops_per_token
 from forescale.models.mlps.grouped import GroupedLinear
+from forescale.models.mlps.moe_module import gated
 from tests.models.configs import changed, model_config
 
 V, E, K = 61, 6, 2
@@ -348,3 +349,13 @@ def test_it_compiles_as_one_graph(change):
     for local, peer in zip(got, expected, strict=True):
         torch.testing.assert_close(local, peer, rtol=1e-3, atol=1e-3)
     assert torch.equal(counts, model.tallies.counts)
+
+
+def test_a_gate_that_is_made_again_has_the_bits_of_silu_and_a_product():
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [t.to(dtype).requires_grad_() for t in torch.randn(2, 5, 7)]
+        expected, fused = F.silu(inputs[0]) * inputs[1], gated(*inputs)
+        assert torch.equal(fused, expected)
+        assert sum(t.numel() for t in fused.grad_fn.saved_tensors) == 2 * fused.numel()
+        grads = [torch.autograd.grad(y, inputs, torch.ones_like(y)) for y in (expected, fused)]
+        assert all(map(torch.equal, *grads))
