@@ -21,6 +21,7 @@ def dropped(cases):
                 losses = engine.backward(batch(other + step, data.rank, data.size))
                 engine.measure(losses, 1)
                 engine.drop()
+                assert engine.pipeline.later == [], "activations that outlive a step"
             rows += steps_of(engine, [step])
         results.append([plain, rows])
     return results

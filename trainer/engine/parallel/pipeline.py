@@ -157,9 +157,8 @@ class Pipeline:
             else:
                 gradients = self._arrived("B", part, micro, mark) if part < self.last else []
                 mark("backward")
-                self.later = []
                 self._backward(part, micro, gradients)
-                self._delayed[part, micro] = self.later
+                self._delayed[part, micro], self.later = self.later, []
         self._return_gradients()
         self._settle()
         return self._losses
