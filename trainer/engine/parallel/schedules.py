@@ -96,9 +96,8 @@ def order_of(schedule: str, stages: int, chunks: int, micros: int) -> Order:
     """Return the order of a step of `micros` micro-batches a rank, in a pipeline of so many stages
     with `chunks` parts each. stages: at least 2, so that no stage sends to itself."""
     backward = "I" if schedule == "zero-bubble" else "B"
-    every = [
-        _Stage(_passes(stage, stages, chunks, micros, backward), stages) for stage in range(stages)
-    ]
+    passes = [passes_of(stage, stages, chunks, micros, backward) for stage in range(stages)]
+    every = [_Stage(of_stage, stages) for of_stage in passes]
     last, length = stages * chunks - 1, 0
     nexts = [stage.next(last) for stage in every]
     while any(nexts):
@@ -125,7 +124,7 @@ def order_of(schedule: str, stages: int, chunks: int, micros: int) -> Order:
     return Order([stage.actions for stage in every], length)
 
 
-def _passes(stage: int, stages: int, chunks: int, micros: int, backward: str) -> list[Action]:
+def passes_of(stage: int, stages: int, chunks: int, micros: int, backward: str) -> list[Action]:
     """Return the forward and backward passes of a stage in their order: some forward ones, then in
     turns, then the rest of the backward ones."""
     # Micro-batches that pass one part before the next: as many as stages, or up to twice as many.

@@ -31,9 +31,9 @@ from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.memory import Activations, activations, of_tensor
 from forescale.plan.bytes.muon import gathers
-from forescale.plan.bytes.parameters import Inventory, Parameter
+from forescale.plan.bytes.parameters import Inventory, Parameter, inventory
 from forescale.plan.bytes.pipeline import Part, of_stage, parts_of
-from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
+from forescale.plan.bytes.zero import BYTES, GatherTrace, ZeroSettings, block_of
 
 _OUTER_BYTES = 8  # of a parameter: its outer weight and momentum, fp32
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
@@ -140,6 +140,12 @@ def recomputes(job: TrainJob) -> bool:
     return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing == "full"
 
 
+def gathers_of(job: TrainJob, world: int) -> GatherTrace:
+    """Return the gathers of stage 3 in a micro-batch of a job, whose model sizes are known."""
+    trained, s = inventory(job), ZeroSettings.of(job, world)
+    return s.gathers(trained.parameters, recomputes(job), trained.experts)
+
+
 def _moments(group: Group, numel: int, units: int) -> int:
     """Return the bytes of fp32 optimizer state. units: number of tensors that are updated."""
     update = group.update
@@ -162,6 +168,7 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     muon = [gathers(s, g, holders(g, world), n) for g, n in zip(groups, parts, strict=True)]
     stays = sum(each.stays for each in muon)
     buckets = s.gradient * s.bucket * (2 if s.overlap else 1)
+    flat = s.gradient if s.gradient < 4 else 0  # a copy of the gradients in their own format
     return States(
         weights=s.size * (padded + trained.num_frozen),
         gradients=s.gradient * trained.num_trained if accumulates else held,
@@ -173,7 +180,9 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
             for g, part, of in zip(groups, parts, whole, strict=True)
         ),
         update=4 * max(parts),
-        scratch=4 * max(g.update.scratch * n for g, n in zip(groups, parts, strict=True)),
+        scratch=max(
+            n * max(flat, 4 * g.update.scratch) for g, n in zip(groups, parts, strict=True)
+        ),
         matrices=max(each.most for each in muon),
         buckets=buckets + stays,
         stays=stays,
@@ -434,10 +443,13 @@ def share_bytes(
 ) -> int:
     """Return the bytes of a checkpoint that a rank copies and writes. Before stage 3 the first one,
     or the first of those that divide matrices, has all frozen weights in its share. among: ranks
-    that share the rest, if not the world."""
-    total, ranks = checkpoint_bytes(job, trained, world), job.mesh(world).tensor
+    that share the rest, if not the world. The ranks of a stage of a pipeline share the stage's."""
+    mesh = job.mesh(world)
+    trained = of_stage(trained, job, mesh.stage_of(rank))
+    total, ranks = checkpoint_bytes(job, trained, world), mesh.tensor
     frozen = ZeroSettings.of(job, world).size * trained.num_frozen if job.engine.stage < 3 else 0
-    return -(-(total - frozen) // (among or world)) + (frozen // ranks if rank < ranks else 0)
+    shared = -(-(total - frozen) * mesh.pipeline // (among or world))
+    return shared + (frozen // ranks if rank < ranks else 0)
 
 
 def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool, rank: int = 0) -> int:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from forescale.config.train import TrainJob
+from forescale.engine.parallel.schedules import passes_of
 from forescale.models.config import ModelConfig
 from forescale.models.parallel.stages import Stage, costs_of, dealt
 from forescale.plan.bytes.parameters import Inventory
@@ -45,11 +46,28 @@ def parts_of(job: TrainJob, world: int) -> list[Part]:
         every = [blocks[part] for part in range(stage, stages * chunks, stages)]
         cost = sum(costs[i] for of in every for i in of) + behind * (stage == stages - 1)
         of_stage = [i for of in every for i in of] + [*later] * (stage == stages - 1)
-        held = in_flight(job, world, stage) / chunks
+        held: float = in_flight(job, world, stage)
+        if chunks > 1:
+            sizes = tuple(len(of) for of in every)
+            held = _most_blocks(stage, stages, job.accumulation(world), sizes) / sum(sizes)
         result.append(
             Part(stage, (*of_stage,), stage == 0, last % stages == stage, cost / total, held)
         )
     return result
+
+
+@lru_cache(maxsize=4096)
+def _most_blocks(stage: int, stages: int, micros: int, sizes: tuple[int, ...]) -> int:
+    """Return the most blocks whose activations of a micro-batch an interleaved stage holds. sizes:
+    the blocks of each of its parts, of which the first ones wait longest."""
+    # Of many rounds of micro-batches the third is as the second.
+    rounds = max(1, micros // stages)
+    micros = min(micros, 3 * -(-micros // rounds))
+    most = now = 0
+    for action in passes_of(stage, stages, len(sizes), micros, "B"):
+        now += sizes[action.part // stages] * (1 if action.kind == "F" else -1)
+        most = max(most, now)
+    return most
 
 
 @lru_cache(maxsize=256)

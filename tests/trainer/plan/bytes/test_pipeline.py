@@ -83,6 +83,20 @@ def test_the_first_stage_holds_a_micro_batch_for_each_stage_and_the_last_has_the
     assert memory(planned, inventory(planned), 4).peak >= of_first
 
 
+def test_interleaved_stages_hold_the_blocks_of_their_larger_parts():
+    planned = piped(4, "interleaved", 2, "model.num_layers=22", "model.vocab_size=32000")
+    order, parts = order_of("interleaved", 4, 2, 32), parts_of(planned, 4)
+    assert len(parts[-1].blocks) < len(parts[0].blocks), "beside the head"
+    for stage, part in enumerate(parts):
+        begins = [n for n, block in enumerate(part.blocks) if block - 1 not in part.blocks]
+        sizes = [begins[1], len(part.blocks) - begins[1]]
+        most = now = 0
+        for action in order.actions[stage]:
+            now += sizes[action.part // 4] * ((action.kind == "F") - (action.kind == "B"))
+            most = max(most, now)
+        assert part.held * len(part.blocks) == most
+
+
 def test_stages_send_streams_and_divide_the_collectives_of_a_layer():
     words = ["engine.tensor_parallel=2", "plan.gpus=8", "model.vocab_size=50257"]
     planned, whole = piped(2, "interleaved", 2, *words), job(*words)
