@@ -22,7 +22,7 @@ class RehearseConfig:
     ranks: list[int] = key([0], common=True)
     # auto: of a deep model on many ranks two shallow depths, from which those of all layers follow
     layers: Literal["auto", "all"] = "auto"
-    # micro-batches of a step at most; what follows them is the same again
+    # micro-batches of a step at most, of a pipeline two a stage; what follows is the same again
     micro_batches: int = key(2, ge=1)
     # kernels of compiled parts, by triton, assembled for the GPU; auto: where triton is installed
     kernels: Literal["auto", "on", "off"] = key("auto", common=True)

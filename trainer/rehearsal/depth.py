@@ -3,14 +3,16 @@
 Invariant: a model that is not a repetition of the same layers is rehearsed whole.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import layers_of
+from forescale.plan.bytes.memory import gathers_of
 from forescale.rehearsal.config import RehearseJob
 
 _MOST = 80.0  # layers on few ranks: some two minutes of a processor
+_SAME_MOST = 0.01  # of the weights that are whole at once: a gather ahead differs a little
 _SLOW_RANKS = 64  # as many ranks again take as long as the layer itself
 
 
@@ -30,10 +32,24 @@ def shallow_depths(job: RehearseJob) -> tuple[int, int] | None:
         odd = next(
             (i for i in range(layers - period, 0, -1) if kinds[i - 1] != kinds[i - 1 + period]), 0
         )
-        few = odd + period * max(1, -(-2 // period))
-        if few + 2 * period < layers and (layers - few) % period == 0:
-            return few, few + period * max(1, 2 // period)
+        least, step = odd + period * max(1, -(-2 // period)), period * max(1, 2 // period)
+        for few in range(least, layers - 2 * period, period):
+            if (layers - few) % period == 0 and _repeats(job, few, few + step, layers):
+                return few, few + step
     return None
+
+
+def _repeats(job: RehearseJob, few: int, many: int, layers: int) -> bool:
+    """Whether further layers gather as much as these do: at stage 3 the weights of a few layers
+    may stay whole until the backward pass, those of many do not."""
+    if job.engine.stage < 3:
+        return True
+    first, second, whole = (
+        gathers_of(with_layers(job, depth), job.world_size) for depth in (few, many, layers)
+    )
+    expected = extended(asdict(first), asdict(second), (layers - many) / (many - few))
+    gathered = all(expected[name] == getattr(whole, name) for name in ("first", "again"))
+    return gathered and abs(expected["most"] / whole.most - 1) < _SAME_MOST
 
 
 def with_layers(job: RehearseJob, layers: int) -> RehearseJob:

@@ -88,9 +88,10 @@ def rehearse(plan: Plan, plan_of: Callable[[PlanJob], Plan], say: Say) -> Rehear
 
 
 def shortened_job(job: RehearseJob) -> RehearseJob:
-    """Return a job with fewer micro-batches in a step, and gradients of the same number format."""
-    groups = job.mesh(job.world_size).data
-    most = job.rehearse.micro_batches
+    """Return a job with fewer micro-batches in a step, and gradients of the same number format. In
+    a pipeline so many that its stages are full while gradients are there."""
+    groups, stages = job.mesh(job.world_size).data, job.engine.pipeline_parallel
+    most = max(job.rehearse.micro_batches, 2 * stages if stages > 1 else 1)
     if job.accumulation(job.world_size) <= most or job.batch_ramp.lengths:
         return job
     batch = most * groups * job.train.micro_batch
