@@ -35,6 +35,10 @@ from forescale.engine.optim import waves
 from forescale.models.config import ModelConfig
 from forescale.models.flops import BlockParts, columns_of, layers_of
 from forescale.models.memory import of_tensor
+from forescale.models.mixers.window import Window
+from forescale.models.parallel.deal import Ring, shifts
+from forescale.models.parallel.division import runs
+from forescale.models.part import Mixer
 from forescale.plan.bytes.memory import overlapping, partition, recomputes, touched
 from forescale.plan.bytes.muon import Gathers, gathers, in_turns
 from forescale.plan.bytes.parameters import Inventory, Parameter
@@ -107,21 +111,35 @@ def _lent(s: ZeroSettings, stages: Sequence[Inventory], part: Part) -> Collectiv
 
 def _ring(s: ZeroSettings, job: TrainJob, mesh: Mesh, part: Part) -> list[Collective]:
     """Return the keys and values that ranks pass around (models/mixers/ring.py), and in the
-    backward pass their gradients in fp32, which also travel home; with a window at most."""
+    backward pass their gradients in fp32, which also travel home. A state passes otherwise, of a
+    few columns."""
     config, ranks = job.model, mesh.context
     if ranks == 1 or not isinstance(config, ModelConfig):
         return []
     columns = job.rows_at_once * job.train.sequence_length // mesh.columns
     of_heads, layers = of_tensor(config, mesh.tensor), layers_of(config)
-    mixers = [layers[min(block, config.num_blocks - 1)].mixer for block in part.blocks]
-    heads = 2 * of_heads.sizes.heads_width
-    values = [m.exchanged(of_heads, mesh.sequence) - heads for m in mixers if m.splits_columns]
-    turns = (2 + recomputes(job)) * (ranks - 1)  # a state passes otherwise, of a few columns
-    payload = s.accumulation * columns * sum(values) * (s.size * turns + 4 * ranks)
-    calls = s.accumulation * len(values) * (turns + ranks)
+    heads, payload, calls = 2 * of_heads.sizes.heads_width, 0, 0
+    for block in part.blocks:
+        mixer = layers[min(block, config.num_blocks - 1)].mixer
+        if mixer.splits_columns and (turns := _turns(config, mixer, job, ranks)):
+            values = mixer.exchanged(of_heads, mesh.sequence) - heads
+            onward = (2 + recomputes(job)) * turns
+            payload += s.accumulation * columns * values * (s.size * onward + 4 * (turns + 1))
+            calls += s.accumulation * (onward + turns + 1)
     stride, name = mesh.sequence * mesh.tensor, "keys and values"
     ring = Collective(name, "all_to_all", payload, ranks, calls, 1.0, stride, is_direct=True)
     return [ring]
+
+
+def _turns(config: ModelConfig, mixer: Mixer, job: TrainJob, ranks: int) -> int:
+    """Return how often the ranks of a ring pass keys and values on: with a window only to those
+    that see them."""
+    window, first = 0, 0
+    if isinstance(mixer, Window):
+        window, first = mixer.width, mixer.global_tokens
+    count = runs(config, ranks)
+    ring = Ring(0, ranks, count, config.causal, window, first)
+    return len(shifts(ring, job.train.sequence_length // (ranks * count))) - 1
 
 
 def _exchanged(s: ZeroSettings, job: TrainJob, mesh: Mesh, part: Part) -> list[Collective]:

@@ -260,6 +260,20 @@ def test_ranks_that_divide_matrices_sum_streams_and_share_states_with_the_same_p
     assert traffic["gradients"].between(4) == 4 * traffic["gradients"].sent
 
 
+def test_a_ring_passes_keys_on_to_those_that_see_them():
+    """As rehearsed: 8 ranks have 2,048 columns each, so 4,096 tokens are those of two before."""
+    words = ["model=llama-1b", "train.sequence_length=16384", "engine.context_parallel=8",
+             "precision=bf16", "train.micro_batch=1", "train.global_batch=1",
+             "launch.processes=8"]  # fmt: skip
+    turns = {(): 7, ("model.mixer=window", "model.mixer.window=4096"): 2}
+    for mixer, passed in turns.items():
+        planned = job(*words, *mixer)
+        (ring,) = (c for c in collectives(planned, inventory(planned), 8) if c.is_direct)
+        values = 2048 * 2 * planned.model.sizes.kv_width
+        assert ring.payload == 22 * values * (2 * 2 * passed + 4 * (passed + 1))
+        assert ring.calls == 22 * (3 * passed + 1)
+
+
 def test_one_rank_sends_nothing():
     for stage in range(4):
         planned = job(f"engine=zero{stage}")
