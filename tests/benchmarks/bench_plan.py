@@ -1,7 +1,7 @@
 """What `forescale plan` predicts: against published speeds of others, and ZeRO-3 against ZeRO-1.
 
 Each row of published.csv (published.py) is predicted by the step-time law, whose constants are
-fitted to some of them; `fitted` and `held out` sum up both parts. CROSSING plans Llama 3 8B on more
+fitted to some of them; groups of them are summed up. CROSSING plans Llama 3 8B on more
 and more nodes of H100, one window of 8,192 tokens a GPU: where the latency of ZeRO-3's many
 collectives costs more than ZeRO-1's waiting.
 """
@@ -14,7 +14,7 @@ from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 from tests.benchmarks import published
 from tests.benchmarks.pairing import Result
-from tests.benchmarks.published import FITTED, Row
+from tests.benchmarks.published import Row
 
 LLAMA_3_8B = (
     "model=llama-7b", "model.num_kv_heads=8", "model.mlp_width=14336", "model.vocab_size=128256",
@@ -38,17 +38,8 @@ TOY = Sizes(56, (1, 512))
 def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     """Plan every job once: a plan is the same in every round."""
     rows = published.read()[:: sizes.every]
-    parts = {
-        "fitted": [row for row in rows if row.fitted],
-        "held out": [row for row in rows if not row.fitted],
-        "held out, in fp8": [row for row in rows if not row.fitted and row.fp8 != "none"],
-        "of sources that are not fitted to": [row for row in rows if row.source not in FITTED],
-    }
-    for source in dict.fromkeys(row.source for row in rows):
-        for name in ("fitted", "held out"):
-            parts[f"{source}, {name}"] = [row for row in parts[name] if row.source == source]
     comparisons = [compared(row) for row in rows]
-    comparisons += [summed(name, part) for name, part in parts.items() if part]
+    comparisons += [summed(*part) for part in published.groups(rows).items() if part[1]]
     return comparisons + [crossing(nodes) for nodes in sizes.nodes]
 
 

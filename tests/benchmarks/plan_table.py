@@ -1,6 +1,8 @@
-"""What plan answers for known models on 8 to 1,024 H100, as a table in Markdown:
+"""What plan answers for known models on 8 to 1,024 H100, as a table in Markdown, and how far its
+speeds are from published ones (published.py):
 
     python tests/benchmarks/plan_table.py
+    python tests/benchmarks/plan_table.py published
 
 For each recipe and number of GPUs: the best division (plan/search.py), compiled, with the batch of
 the recipe. Beside it the MFU of MosaicML's model of that size, from published.csv.
@@ -74,5 +76,17 @@ def table(recipes: Sequence[str] = RECIPES, gpus: Sequence[int] = GPUS) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def errors() -> str:
+    """Return the table of how far predicted speeds are from published ones."""
+    rows = [("source", "rows", "median error", "least, most", "within 15 %"), ["---"] * 5]
+    for name, part in published.groups(published.read()).items():
+        off, errors = published.summary(part), [row.error for row in part]
+        near = sum(abs(error) <= 0.15 for error in errors)
+        ends = f"{min(errors):+.0%} to {max(errors):+.0%}".replace("%", "", 1).replace("%", " %")
+        row = [name, str(len(part)), f"{off['median']:.1%}".replace("%", " %"), ends, str(near)]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(errors() if sys.argv[1:] == ["published"] else table())

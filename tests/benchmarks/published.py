@@ -1,27 +1,34 @@
 """Published speeds of training runs, and what the plan predicts for each.
 
-published.csv has a row for each: runs of dense models without a pipeline on NVIDIA's GPUs, whose
-layout is published too. SOURCES names where, at a commit. The columns: source, model and machine,
+published.csv has a row for each: runs of dense models on NVIDIA's GPUs, whose layout is published
+too. SOURCES names where, at a commit. The columns: source, model and machine,
 keys of the tables below; gpus; length of a window; micro_batch and batch, in windows; gathers, how
 often a micro-batch gathers the weights (1: they are kept); recomputed, the part of the layers'
 forward pass that the backward pass repeats; compiled; reduced, the bytes of a gradient that is
 sent; node_gb, GB/s from a node to others; speed, tokens/s of a GPU. And where they are not 3, 1,
-1, all and none: stage of ZeRO; ranks that divide matrices (tensor), columns (sequence) and states
-(shard; the others repeat them, as HSDP does); fp8, the recipe.
+1, all and none: stage of ZeRO; ranks that divide matrices (tensor) and states (shard; the others
+repeat them, as HSDP does); fp8, the recipe; and where they are not 1: stages of a pipeline, the
+parts of the model that each has (chunks), ranks of a ring (context).
 
-Every second row of the sources in FITTED is fitted to, but for those of the A100 of 40 GB; the
-other sources never were. What they do not say: OLMo-core's number of GPUs (64 are assumed, and the
-middle of a range of speeds), the network of MosaicML's H100 and A100 of 40 GB, of torchtitan's
-A100, TinyLlama's, NVIDIA's and Trainy's (as conf/machine), torchao's H100 (as torchtitan's: the
-same memory). The part that IBM recomputes selectively is (HFU / MFU - 1) x 3; torchtitan's
-selection repeats every second product. NVIDIA's kernels are fused by hand, and count as compiled;
-its context parallelism, and that of automodel, counts as sequence_parallel. Pythia's speed is that
-of its GPU hours (Biderman et al. 2023, arXiv 2304.01373), with all that a run does beside steps, in
-fp16. OLMo 2's is from allenai.org/blog/olmo2-32B, SmolLM3's from tzafon.ai/blog/breaking-40k-tokens
-(1,024 and 384 GPUs); the files below have their layout. The hours of Pythia and the three
-rows of Nemotron-4 (whose published MFU follows from them) are quoted from memory of those papers:
-no copy of the numbers was at hand. A step of Nemotron-4 is assumed to have its 4
-windows of a rank at once.
+Every second row of the sources in FITTED is fitted to, but for those of the A100 of 40 GB, and with
+a pipeline or a ring; the other sources never were.
+
+What they do not say: OLMo-core's number of GPUs (64 are assumed, and the middle of a range of
+speeds), the network of MosaicML's H100 and A100 of 40 GB, of torchtitan's A100, TinyLlama's,
+NVIDIA's and Trainy's (as conf/machine), torchao's H100 (as torchtitan's: the same memory). The part
+that IBM recomputes selectively is (HFU / MFU - 1) x 3; torchtitan's selection repeats every second
+product. NVIDIA's kernels are fused by hand, and count as compiled. Where a rank's windows are given
+alone, they are one micro-batch, in a pipeline one each; torchtitan's default is a micro-batch a
+part of the model, of which a stage has one or, interleaved, two. Megatron-LM's parts are assumed to
+have a layer each, of which alone its 92 layers have 4 x 23, Llama 3's parts as many as in our
+recipe. Weights that a pipeline's FSDP keeps in a step count as stage 1. Speeds of Megatron-LM and
+Llama 3 are their FLOP/s by the FLOPs of a token as MFU counts them.
+
+Pythia's speed is that of its GPU hours (Biderman et al. 2023, arXiv 2304.01373), with all that a
+run does beside steps, in fp16. OLMo 2's is from allenai.org/blog/olmo2-32B, SmolLM3's from
+tzafon.ai/blog/breaking-40k-tokens (1,024 and 384 GPUs); the files below have their layout. The
+hours of Pythia, the three rows of Nemotron-4 (whose published MFU follows from them) and the two of
+Llama 3 are quoted from memory of those papers: no copy of the numbers was at hand.
 """
 
 import csv
@@ -68,6 +75,8 @@ SOURCES = {  # repository, commit and file on GitHub; or a paper
     "docs/source/performance/performance_summary.md",
     "nvidia, FSDP": "NVIDIA-NeMo/Megatron-Bridge 067f987df03b8355b03192d88d70f1709fedf51a "
     "docs/performance-summary-archive.md",
+    "nvidia, 2026": "NVIDIA-NeMo/Megatron-Bridge 0a25f911b2ed6c6905a539504fdb8e5b40e3438b "
+    "docs/performance-summary-archive.md",
     "automodel": "NVIDIA-NeMo/Automodel 36044ad3d139363fb6c73c24af2e7c6b65ec52f6 "
     "docs/performance-summary.mdx",
     "colossal": "hpcaitech/ColossalAI 4f9953be335ef371b3848719ddafe596c01ecd37 README.md",
@@ -77,6 +86,8 @@ SOURCES = {  # repository, commit and file on GitHub; or a paper
     "olmo2-32b": "allenai/OLMo-core fa6c5014c9f6e9ee789da2d9c20d5126fee8df0d "
     "src/scripts/official/OLMo2/OLMo-2-0325-32B-train.py",
     "nemotron-4": "arXiv 2402.16819 table 2",
+    "megatron": "NVIDIA/Megatron-LM d98e8a64ddf34856e74b24714e3bedb2f5a39553 README.md",
+    "llama-3": "arXiv 2407.21783 table 4",
     "smollm3": "huggingface/smollm a041759883ec7152d18fb985ea49be641a0bceef "
     "text/pretraining/smollm3/stage1_8T.yaml",
 }
@@ -138,8 +149,20 @@ MODELS = {  # width, layers, heads, and of Llama's kind heads of keys, MLP, voca
     "smollm3-3b": [*_sizes(2048, 36, 16, 4, 11008, 128256), "model.tie_embeddings=true"],
     "gpt-5b": _gpt(4096, 24, 32, 51200),
     "gpt-20b": _gpt(6144, 44, 48, 51200),
+    "gpt-175b": _gpt(12288, 96, 96, 51200),
+    "gpt-1.7b": _gpt(2048, 24, 16, 131072),
+    "gpt-7.1b": _gpt(4096, 30, 32, 131072),
+    "gpt-16b": _gpt(6144, 32, 48, 131072),
+    "gpt-32b": _gpt(7168, 48, 56, 131072),
+    "gpt-70b": _gpt(8192, 84, 64, 131072),
+    "gpt-119b": _gpt(10240, 92, 80, 131072),
+    "gpt-177b": _gpt(12288, 96, 96, 131072),
+    "gpt-314b": _gpt(16384, 96, 128, 131072),
+    "gpt-462b": _gpt(18432, 112, 144, 131072),
     "nemotron-8b": [*_sizes(4096, 32, 32, 32, 16384, 256000), "model.mlp=relu2", _LAYERNORM],
     "nemotron-15b": [*_sizes(6144, 32, 48, 8, 24576, 256000), "model.mlp=relu2", _LAYERNORM],
+    "nemotron-22b": [*_sizes(6144, 40, 48, 48, 24576, 256000), "model.mlp=relu2", _LAYERNORM],
+    "nemotron-340b": [*_sizes(18432, 96, 96, 8, 73728, 256000), "model.mlp=relu2", _LAYERNORM],
     "gpt-124m": _speedrun(768, 12, 6),
     "gpt-1.5b": _speedrun(1536, 52, 12),
     "pythia-70m": _gpt(512, 6, 8, 50304),
@@ -167,6 +190,7 @@ MACHINES = {  # what differs from the machine of conf/machine
 # MosaicML attended with Triton's kernel of 2023, which reaches less of an H100 than torch's. Its
 # other kernels, fused by hand, are this far from uncompiled ones to compiled. Both are fitted.
 _TRITON, _FUSED = ["machine.attention_efficiency=0.18"], 0.74
+_INTERLEAVED = ["engine.pipeline_schedule=interleaved"]
 
 
 @dataclass(frozen=True)
@@ -191,9 +215,11 @@ class Row:
     speed: float
     stage: int
     tensor: int
-    sequence: int
     shard: int
     fp8: str
+    pipeline: int
+    chunks: int
+    context: int
     fitted: bool
 
     @property
@@ -201,10 +227,11 @@ class Row:
         """What a person calls the row."""
         again = f", {self.recomputed:.0%} recomputed" if self.recomputed else ""
         again += ", compiled" if self.compiled else ""
-        parts = {"zero": 3, "tensor ": 1, "sequence ": 1, "shard ": 0, "fp8 ": "none"}
-        values = (self.stage, self.tensor, self.sequence, self.shard, self.fp8)
-        for (name, usual), value in zip(parts.items(), values, strict=True):
-            again += f", {name}{value}" if value != usual else ""
+        parts = {"stage": 3, "tensor": 1, "shard": 0, "fp8": "none",
+                 "pipeline": 1, "chunks": 1, "context": 1}  # fmt: skip
+        for name, usual in parts.items():
+            value = getattr(self, name)
+            again += f", {name} {value}" if value != usual else ""
         return (
             f"{self.source} {self.model}, {self.gpus} {self.machine}, {self.micro_batch} x "
             f"{self.length}{again}"
@@ -215,7 +242,10 @@ class Row:
         return [
             *("model=llama-7b", f"engine=zero{self.stage}", "optimizer=adamw", "train.steps=1000"),
             f"engine.tensor_parallel={self.tensor}",
-            f"engine.sequence_parallel={self.sequence}",
+            f"engine.context_parallel={self.context}",
+            f"engine.pipeline_parallel={self.pipeline}",
+            *(_INTERLEAVED if self.chunks > 1 else ()),
+            f"engine.pipeline_chunks={self.chunks if self.chunks > 1 else 'null'}",
             f"precision.fp8={self.fp8}",
             "train.deterministic=false",
             *MODELS[self.model],
@@ -239,7 +269,7 @@ class Row:
         if self.stage == 3 and self.gathers == 1:
             zero += ", stage3_max_reuse_distance: 1e13, stage3_max_live_parameters: 1e13"
         settings = ["model.loss_chunk=0"]
-        if self.stage:
+        if self.stage and self.pipeline == 1:
             settings.append(f"engine.deepspeed={{zero_optimization: {{{zero}}}}}")
         settings.append(f"engine.gradient_dtype={'fp32' if self.reduced == 4 else 'precision'}")
         planned = compose(PlanJob, [*self.words(), *settings, *words])
@@ -260,7 +290,7 @@ class Row:
         job = self.job(*words)
         trained, world, machine = inventory(job), job.world_size, job.machine
         traffic = [c for each in collectives(job, trained, world) for c in near(each, self.shard)]
-        price = token_flops(model_of(job), job.lora, self.length, 0.0, self.sequence)
+        price = token_flops(model_of(job), job.lora, self.length, 0.0)
         step = predict_step_time(job, trained, price, traffic, machine, world, job.per_node)
         assert step.seconds
         return step.seconds
@@ -316,16 +346,72 @@ def read() -> list[Row]:
                 speed=float(r["speed"]),
                 stage=int(r["stage"] or 3),
                 tensor=int(r["tensor"] or 1),
-                sequence=int(r["sequence"] or 1),
                 shard=int(r["shard"] or 0),
                 fp8=r["fp8"] or "none",
+                pipeline=int(r["pipeline"] or 1),
+                chunks=int(r["chunks"] or 1),
+                context=int(r["context"] or 1),
                 fitted=False,
             )
             for r in csv.DictReader(file)
         ]
-    tables = [n for n, row in enumerate(rows) if row.source in FITTED and row.machine != "a100-40g"]
+    tables = [
+        n
+        for n, row in enumerate(rows)
+        if row.source in FITTED and row.machine != "a100-40g" and row.pipeline * row.context == 1
+    ]
     some = tables[::2]
     return [replace(row, fitted=n in some) for n, row in enumerate(rows)]
+
+
+_GROUPS = {  # of sources that are not fitted to, and so in the order of the table of README.md
+    "Nemotron-4 15B, OLMo 2 32B, 768 to 2,304 H100": ("nemotron-4", "olmo2-32b"),
+    "torchao, Trainy: bf16 and fp8, H100 and H200": ("torchao", "trainy"),
+    "IBM, not compiled": ("ibm",),
+    "torchtitan, A100": ("torchtitan-a100",),
+    "Pythia, from the hours of whole runs": ("pythia",),
+    "SmolLM3, TinyLlama, Colossal-AI, modded-nanogpt": (
+        *("smollm3", "tinyllama", "colossal", "modded-nanogpt"),
+    ),
+    "NVIDIA's NeMo, Megatron Bridge and Automodel": ("nvidia", "automodel"),
+    "Megatron-LM, GPT of 1.7B to 462B": ("megatron",),
+    "Llama 3 405B, 8,192 and 16,384 H100": ("llama-3",),
+}
+_GPUS = {"h100": "H100", "a100": "A100 80 GB", "a100-40g": "A100 40 GB"}
+
+
+def group(row: Row) -> str:
+    """Return the line of the table of README.md that a row belongs to."""
+    how = ", pipelines" if row.pipeline > 1 else ", rings" if row.context > 1 else ""
+    if row.source not in FITTED:
+        return next(name for name, of in _GROUPS.items() if row.source in of) + how
+    name = "torchtitan, OLMo-core, fms-fsdp, bf16"
+    if row.source == "internevo":
+        name = "InternEvo, ZeRO-1, 8 to 1,024 A100"
+    elif row.fp8 != "none":
+        name = "torchtitan, fp8" if how else "MosaicML, torchtitan, OLMo-core, fp8"
+    elif row.source == "mosaic":
+        name = f"MosaicML, {_GPUS[row.machine]}"
+    return f"{name}{how}: {'fitted' if row.fitted else 'held out'}"
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each line of that table, in its order."""
+    lines = dict[str, list[Row]]()
+    sources = [*FITTED, *(source for of in _GROUPS.values() for source in of)]
+    for row in sorted(rows, key=lambda row: (sources.index(row.source), row.source in FITTED)):
+        lines.setdefault(group(row), []).append(row)
+    divided, held_out = [r for r in rows if r.tensor > 1], [r for r in rows if not r.fitted]
+    return lines | {
+        "all that is fitted": [row for row in rows if row.fitted],
+        "all sources that are never fitted": [row for row in rows if row.source not in FITTED],
+        "all in fp8 that is held out": [row for row in held_out if row.fp8 != "none"],
+        "all with divided matrices that is held out": [r for r in divided if not r.fitted],
+        "all with a pipeline": [row for row in rows if row.pipeline > 1],
+        "all with a ring": [row for row in rows if row.context > 1],
+        "all that is held out": held_out,
+        "all": [*rows],
+    }
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
