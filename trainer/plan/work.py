@@ -14,7 +14,7 @@ A roofline with three roofs, none of which hides another:
 And a floor: a micro-batch takes the time in which a host launches its kernels.
 
 The multiples and the efficiencies of conf/machine/h100-sxm and a100-80g are fitted to 102
-published speeds, and judged by 228 others (README.md; `python tests/benchmarks/run.py plan`).
+published speeds, and judged by 268 others (README.md; `python tests/benchmarks/run.py plan`).
 Invariant: imports no torch; a model that is a class of the user's own has no Work.
 """
 

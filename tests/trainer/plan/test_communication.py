@@ -265,13 +265,13 @@ def test_a_ring_passes_keys_on_to_those_that_see_them():
     words = ["model=llama-1b", "train.sequence_length=16384", "engine.context_parallel=8",
              "precision=bf16", "train.micro_batch=1", "train.global_batch=1",
              "launch.processes=8"]  # fmt: skip
-    turns = {(): 7, ("model.mixer=window", "model.mixer.window=4096"): 2}
-    for mixer, passed in turns.items():
+    cases = {(): 7, ("model.mixer=window", "model.mixer.window=4096"): 2}
+    for mixer, turns in cases.items():
         planned = job(*words, *mixer)
         (ring,) = (c for c in collectives(planned, inventory(planned), 8) if c.is_direct)
         values = 2048 * 2 * planned.model.sizes.kv_width
-        assert ring.payload == 22 * values * (2 * 2 * passed + 4 * (passed + 1))
-        assert ring.calls == 22 * (3 * passed + 1)
+        assert ring.payload == 22 * values * (2 * 2 * turns + 4 * (turns + 1))
+        assert ring.calls == 22 * (3 * turns + 1)
 
 
 def test_one_rank_sends_nothing():

@@ -158,7 +158,12 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     parts = [partition(g, world) for g in groups]
     whole = [touched(g, world) for g in groups]
     accumulates = s.stage == 1 and (s.accumulation > 1 or s.waits)
-    if rank is None:
+    # A copy of the gradients in their own format, where they are not of one parameter alone.
+    size = s.gradient if s.gradient < 4 else 0
+    flat = [size] * len(groups)
+    if rank is not None:
+        flat = [size * (len(overlapping(g, world)[rank]) > 1) for g in groups]
+    else:
         # Ranks differ in the two momenta of matrices, and in gradients unless all are kept.
         times = [2 * g.update.is_by_matrix + (not accumulates) for g in groups]
         sizes = [sum(map(mul, times, each)) for each in zip(*whole, strict=True)]
@@ -168,7 +173,6 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     muon = [gathers(s, g, holders(g, world), n) for g, n in zip(groups, parts, strict=True)]
     stays = sum(each.stays for each in muon)
     buckets = s.gradient * s.bucket * (2 if s.overlap else 1)
-    flat = s.gradient if s.gradient < 4 else 0  # a copy of the gradients in their own format
     return States(
         weights=s.size * (padded + trained.num_frozen),
         gradients=s.gradient * trained.num_trained if accumulates else held,
@@ -181,7 +185,8 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
         ),
         update=4 * max(parts),
         scratch=max(
-            n * max(flat, 4 * g.update.scratch) for g, n in zip(groups, parts, strict=True)
+            n * max(copied, 4 * g.update.scratch)
+            for g, n, copied in zip(groups, parts, flat, strict=True)
         ),
         matrices=max(each.most for each in muon),
         buckets=buckets + stays,
