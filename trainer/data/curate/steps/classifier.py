@@ -1,0 +1,81 @@
+"""`classifier`: documents to which a model of the user gives a low score are dropped."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from math import isnan
+from pathlib import Path
+from typing import Any, ClassVar
+
+from forescale.data.curate.step import Draft
+from forescale.data.curate.steps.inputs import LABEL, labels, package
+from forescale.ground.errors import UserError
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Drops documents with a score below `threshold`, and stores the score as an attribute. The
+    score is the probability of `label` by a fastText model (a .bin or .ftz file), or what an object
+    of the class `target` returns for the text; each process makes one, without arguments."""
+
+    VERSION: ClassVar[int] = 1
+    SOURCE: ClassVar[str] = "a model of the user"
+
+    model: str = ""  # a file of fastText
+    label: str = ""  # with or without __label__
+    target: str = ""  # mypackage.MyClass, instead of model and label
+    threshold: float = 0.5  # no published value: it depends on the model
+    attribute: str = "score"
+
+    def check(self) -> None:
+        if bool(self.model) == bool(self.target):
+            raise UserError("classifier", "needs one of model and target", "give one of them")
+        if self.target:
+            _object(self.target)
+            return
+        names = labels(_model(self.model))
+        if self.label.removeprefix(LABEL) not in names:
+            problem = f"{self.model} has no label {self.label!r}"
+            todo = f"choose one of {', '.join(names[:20])}"
+            raise UserError("classifier.label", problem, todo)
+
+    def __call__(self, draft: Draft) -> str | None:
+        score = self._score(draft.text)
+        draft.attributes[self.attribute] = score
+        return None if score >= self.threshold else "low score"
+
+    def _score(self, text: str) -> float:
+        if self.target:
+            score = float(_object(self.target)(text))
+            if isnan(score):
+                problem = f"{self.target} returned NaN, which is no score"
+                raise UserError("classifier.target", problem, "return a number for each text")
+            return score
+        # fastText reads one line.
+        line = text.encode("utf-8", "ignore").decode().replace("\n", " ").replace("\0", " ")
+        label = LABEL + self.label.removeprefix(LABEL)
+        names, probabilities = _model(self.model).predict(line, k=-1)
+        scores = dict(zip(names, probabilities, strict=True))
+        return round(float(scores.get(label, 0.0)), 6)
+
+
+@lru_cache(4)
+def _model(path: str) -> Any:
+    fasttext = package("classifier", "fasttext")
+    if not Path(path).is_file():
+        raise UserError("classifier.model", f"there is no file {path}", "check the path")
+    try:
+        return fasttext.load_model(path)
+    except (ValueError, RuntimeError) as e:
+        problem = f"{path} is not a model of fastText ({e})"
+        raise UserError("classifier.model", problem, "give its .bin or .ftz file") from None
+
+
+@lru_cache(4)
+def _object(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)()
+    except (ImportError, AttributeError, ValueError) as e:
+        problem = f"{target} can't be imported ({e})"
+        raise UserError("classifier.target", problem, "write it as package.module.Class") from e

@@ -1,0 +1,52 @@
+"""`repair`: broken characters are made whole."""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from forescale.data.curate.step import Draft
+from forescale.data.curate.steps.inputs import package
+
+_PIECE = 100_000  # characters of a line that are repaired at once
+_PLAIN = re.compile(r"[\t\f\x20-\x7e]*")
+
+
+@lru_cache(4)
+def _config(entities: bool, normalization: str) -> Any:
+    """Return the settings of ftfy: datatrove's FTFYFormatter, with line ends and a normal form."""
+    return package("repair", "ftfy").TextFixerConfig(
+        unescape_html="auto" if entities else False,
+        fix_latin_ligatures=False,  # these three change good text
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=True,
+        normalization=normalization or None,
+        max_decode_length=_PIECE,
+        explain=False,
+    )
+
+
+@dataclass(frozen=True)
+class Repair:
+    r"""Changes broken characters, drops nothing: UTF-8 read as another encoding (mojibake),
+    control characters, terminal escapes, lone surrogates, line ends (\r\n, \r and U+2028 become
+    \n), and the normal form NFC. The rules are those of the package ftfy 6.3 (Speer 2019)."""
+
+    VERSION: ClassVar[int] = 1
+    SOURCE: ClassVar[str] = "ftfy 6.3; settings of datatrove 0.10 (FTFYFormatter), with NFC"
+
+    entities: bool = False  # HTML entities, such as &amp;; FineWeb: true, but source code has them
+    normalization: str = "NFC"  # "" leaves the normal form; FineWeb: ""
+
+    def __call__(self, draft: Draft) -> str | None:
+        ftfy = package("repair", "ftfy")
+        config = _config(self.entities, self.normalization)
+        if self.entities and "&" in draft.text:
+            draft.text = ftfy.fix_text(draft.text, config)
+            return None
+        # ftfy looks at each line by itself, and changes nothing of one that is plain.
+        lines = draft.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        repaired = (x if _PLAIN.fullmatch(x) else ftfy.fix_text(x, config) for x in lines)
+        draft.text = "\n".join(repaired)
+        return None
