@@ -100,6 +100,11 @@ def test_every_passage_as_long_as_promised_is_cut(tmp_path, where):
         assert left[1][0].split() == " ".join(later).split()
 
 
+def test_each_unit_gets_its_own_repeats(tmp_path):
+    units = [[words(number, 50), words(number, 50)] for number in range(20)]
+    assert cut(tmp_path, units, Substrings()) == [[text, ""] for text, _ in units]
+
+
 def test_a_shorter_passage_stays(tmp_path):
     passage = words(0, 49)
     units = [
