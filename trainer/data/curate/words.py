@@ -14,10 +14,6 @@ import numpy as np
 
 _PIECE = 1 << 18  # bytes hashed at once: about 40 bytes of memory for each
 _LONG = 1 << 10  # the powers repeat after so many bytes of a word
-_SPACE = np.zeros(256, bool)
-_SPACE[list(b" \t\n\v\f\r")] = True
-_ALONE = np.zeros(256, bool)
-_ALONE[0xE3:0xEA] = True
 _ODD = 0x9E3779B97F4A7C15
 _POWERS = np.cumprod(np.full(_LONG, 0xD6E8FEB86659FD93, np.uint64))
 
@@ -61,25 +57,24 @@ def _piece_end(text: bytes, at: int) -> int:
 
 
 def _words_of_piece(raw: np.ndarray, offset: int) -> Words:
-    is_space = _SPACE[raw]
+    is_space = (raw == 32) | (raw - np.uint8(9) < 5)  # below 9 it wraps to large numbers
     first = ~is_space
     first[1:] &= is_space[:-1]
-    if (alone := _ALONE[raw]).any():
+    if (alone := raw - np.uint8(0xE3) < 7).any():
         first |= alone
         first[3:] |= alone[:-3] & ~is_space[3:]  # these characters have three bytes
     start = np.flatnonzero(first)
     if not len(start):
         return Words(start, start, np.empty(0, np.uint64))
-    # A word ends before the white space or the word behind it.
-    word = np.cumsum(first) - 1
-    inside = np.flatnonzero(~is_space)
-    end = np.full(len(start), 0)
-    end[word[inside]] = inside + 1  # of equal indices the last counts
-    place = (inside - start[word[inside]]) & (_LONG - 1)
-    terms = (raw[inside].astype(np.uint64) + np.uint64(1)) * _POWERS[place]
-    begins = np.searchsorted(inside, start)
-    sums = np.add.reduceat(terms, begins)
-    return Words(start + offset, end + offset, mixed(sums))
+    last = ~is_space  # a word ends before white space, or before the word behind it
+    last[:-1] &= is_space[1:] | first[1:]
+    # The bytes from the start of a word up to the next one; white space among them adds nothing.
+    stretch = np.diff(start, append=len(raw))
+    begin = int(start[0])
+    place = (np.arange(begin, len(raw)) - np.repeat(start, stretch)) & (_LONG - 1)
+    values = ((raw[begin:] + np.uint8(1)) * ~is_space[begin:]).astype(np.uint64)  # no byte is 255
+    sums = np.add.reduceat(values * _POWERS[place], start - begin)
+    return Words(start + offset, np.flatnonzero(last) + 1 + offset, mixed(sums))
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
