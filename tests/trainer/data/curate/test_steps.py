@@ -142,7 +142,7 @@ def test_c4_cuts_lines_out():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("One is a sentence of words. Two is one.", "too few sentences"),
+        ("One is a sentence of 1.5 words. Two is 2.5 of them.", "too few sentences"),
         ("One is a sentence of words. Two is one. So is 3.5 as a third.", None),
         ("Some lorem ipsum dolor is in here. " * 3, "lorem ipsum"),
         ("if (a) { return b; } is not a text.", "curly bracket"),
@@ -198,6 +198,7 @@ def test_language():
     assert reason is None
     assert draft.attributes["language"] == "de"
     assert 0.65 <= draft.attributes["language_probability"] <= 1
+    assert decision("language", "1 2 3", least_probability=0.9)[0] == "uncertain language"
     assert decision("language", german, languages=())[0] is None
     assert decision("language", "")[1].attributes == {"language": "", "language_probability": 0.0}
     assert decision("language", "x\ny\0\ud800 1", languages=(), least_probability=1)[0] is None

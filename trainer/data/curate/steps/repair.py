@@ -46,7 +46,7 @@ class Repair:
             draft.text = ftfy.fix_text(draft.text, config)
             return None
         # ftfy looks at each line by itself, and changes nothing of one that is plain.
-        lines = draft.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        lines = draft.text.replace("\r\n", "\n").split("\n")
         repaired = (x if _PLAIN.fullmatch(x) else ftfy.fix_text(x, config) for x in lines)
         draft.text = "\n".join(repaired)
         return None

@@ -62,7 +62,8 @@ class GopherRepetition:
         """Look at runs of words, in a text of so many characters."""
         first = 2
         limits = (*self.most_top, *self.most_duplicate)
-        ends = np.concatenate(([0], np.cumsum([len(token) for token in tokens], dtype=np.int64)))
+        ends = np.zeros(len(tokens) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)), out=ends[1:])
         for n, places, runs in _repeated_runs(tokens, first + len(limits) - 1):
             most = limits[n - first] * characters
             if n < first + len(self.most_top):
@@ -77,15 +78,15 @@ def _repeated_runs(tokens: tuple[str, ...], longest: int) -> Iterator[tuple[int,
     """Yield n, from 2, the places of the runs of n words that come several times, and a number for
     each that equal runs share. A run of n words that comes twice begins with one of n - 1 words
     that does: so each n looks only at the places of the last, and runs are compared exactly."""
-    numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(token, len(numbers)) for token in tokens], dtype=np.int64)
+    numbers = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    ids = np.fromiter(map(numbers.__getitem__, tokens), np.int64, len(tokens))
     places, runs = np.arange(len(ids)), ids
     for n in range(2, longest + 1):
         fits = places + n <= len(ids)
         places = places[fits]
         keys = runs[fits] * max(len(numbers), 1) + ids[places + n - 1]
-        _, runs, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        several = counts[runs] > 1
+        _, runs = np.unique(keys, return_inverse=True)
+        several = np.bincount(runs)[runs] > 1
         places, runs = places[several], runs[several]
         yield n, places, runs
 
