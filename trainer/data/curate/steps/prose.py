@@ -1,9 +1,9 @@
 """Words, lines and paragraphs of a text, as the rules of Gopher, C4 and FineWeb count them.
 
 Words are found by a plain rule. It stands for spaCy's English tokenizer, with which datatrove 0.10
-counts: a run of letters and digits is a word, points inside of it included (3.14, example.com), a
-clitic is one ('s), and each punctuation mark is one. Languages without spaces between words have no
-words by this rule, and need other steps.
+counts: a run of letters and digits is a word, with points and signs before digits inside of it
+(example.com, 1,000, GPL-3), a clitic is one ('s), and each punctuation mark is one. Languages
+without spaces between words have no words by this rule, and need other steps.
 """
 
 import re
@@ -19,7 +19,7 @@ _SYMBOLS = (
 _LETTER = rf"[^\s{_SYMBOLS}]"
 _WORD = re.compile(
     r"(?:https?://|www\.)[^\s<>\"]+"
-    rf"|{_LETTER}+(?:(?:[._]|(?<=\d),(?=\d)){_LETTER}+)*"
+    rf"|{_LETTER}+(?:(?:[._@]|(?<=\d),(?=\d)|[-:/*+](?=\d)){_LETTER}+)*"
     rf"|['’]{_LETTER}+|\.\.+|-+|[{_SYMBOLS}]"
 )
 _SYMBOL = re.compile(rf"[{_SYMBOLS}]+")
