@@ -14,7 +14,7 @@ Invariant: the result depends on the texts, the settings and the groups alone: n
 processes, restarts, the order of tasks, or where ranges are cut.
 
 Memory: `sign_unit` and `find_edges` about 100 MB each, and in the latter 40 bytes for each document
-of a bucket that is larger than a range; `resolve` some 60 bytes for each document that has a
+of a bucket that is larger than a range; `resolve` 80 bytes for each document that has a
 neighbour. Disk: 16 bytes a document and 12 for each of its bands, 184 with 14 bands.
 """
 

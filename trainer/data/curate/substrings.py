@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from forescale.data.curate.words import Words, ngram_hashes, words_of
+from forescale.data.curate.words import Words, mixed, ngram_hashes, words_of
 from forescale.data.prepare.columns import UnitFile, UnitWriter, facts, finished
 from forescale.data.prepare.pool import Tick
 from forescale.ground.errors import UserError
@@ -88,7 +88,9 @@ def anchor_unit(
         hashes = ngram_hashes(words_of(text.encode()).hash, settings.words)
         place = winnowed(hashes, settings.window)
         # One document may hold a million anchors: a run takes whole documents.
-        parts.append(np.stack([hashes[place], np.full(len(place), number, "<u8"), place]))
+        # Winnowing takes low hashes: mixed again, they fill ranges of equal width alike.
+        keys = mixed(hashes[place])
+        parts.append(np.stack([keys, np.full(len(place), number, "<u8"), place]))
         size += len(place)
         if size >= _RUN:
             runs.append(_add_run(parts, out))

@@ -22,7 +22,7 @@ from forescale.data.curate.substrings import (
     winnowed,
     without,
 )
-from forescale.data.prepare.columns import UnitWriter
+from forescale.data.prepare.columns import UnitWriter, facts
 from forescale.ground.errors import UserError
 
 Units = Sequence[Sequence[str | None]]
@@ -176,6 +176,13 @@ def test_winnowing_takes_the_last_of_the_lowest_of_each_window(values, window):
     windows = [values[i : i + size] for i in range(len(values) - size + 1) if size]
     expected = {i + size - 1 - w[::-1].index(min(w)) for i, w in enumerate(windows)}
     assert winnowed(hashes, window).tolist() == sorted(expected)
+
+
+def test_ranges_of_equal_width_hold_about_as_many_anchors(tmp_path):
+    find(tmp_path, [[words(0, 8000)]], Substrings(), per_range=100)
+    counts = [facts(path)["anchors"] for path in (tmp_path / "repeats").iterdir()]
+    assert len(counts) > 5
+    assert max(counts) < 2 * sum(counts) / len(counts)
 
 
 def test_another_text_than_before_is_an_error(tmp_path):
