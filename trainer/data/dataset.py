@@ -26,9 +26,10 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import Field
 from tokenizers import Tokenizer
 from typing_extensions import TypedDict
 
@@ -43,8 +44,10 @@ from forescale.remote.store import CACHE_BYTES, Store
 if TYPE_CHECKING:
     from forescale.data.batches import Batches
 
-__all__ = ["FORMAT", "MANIFEST", "ORIGINS", "TOKENIZER", "Damaged", "Dataset", "Sources", "Split"]
+__all__ = ["CURATION", "FORMAT", "MANIFEST", "ORIGINS", "TOKENIZER"]
+__all__ += ["Damaged", "Dataset", "Sources", "Split"]
 
+CURATION = "curation.json"  # what a curation kept, changed and dropped, with samples
 ORIGINS = "origins.json"
 SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards in conf/data/*.yaml
 _OPEN = 64  # shards of a split that are kept open at a time
@@ -82,6 +85,13 @@ _Manifest = TypedDict("_Manifest", {
     "corpus": _Corpus,
     "build": _Build, "report": _Report,
     "baselines": NotRequired[dict[str, _Compressor | Count] | None],
+})
+_Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
+_Step = TypedDict("_Step", {"read": _Pair, "changed": list[int], "dropped": dict[str, _Pair]})
+_Curation = TypedDict("_Curation", {
+    "samples_wanted": Count, "steps": dict[str, _Step], "lengths": list[list[Count]],
+    "languages": dict[str, _Pair], "domains": dict[str, _Pair],
+    "samples": dict[str, list[list[int | str]]],
 })
 _Origins = TypedDict("_Origins", {
     "sources": list[str], "kinds": list[str], "source": list[Count], "kind": list[Count],
@@ -142,6 +152,15 @@ class Dataset:
             return None
         known: dict[str, Any] = self._json(_Origins, ORIGINS, self._verified(ORIGINS))
         return known
+
+    @property
+    def curation(self) -> dict[str, Any] | None:
+        """What its curation read, kept, changed and dropped, with samples (data/curate/tally.py);
+        None if it had none."""
+        if CURATION not in self._table:
+            return None
+        counts: dict[str, Any] = self._json(_Curation, CURATION, self._verified(CURATION))
+        return counts
 
     @cached_property
     def identity(self) -> str:

@@ -1,4 +1,5 @@
-"""`forescale report`: the curves of runs, and all about them, as one HTML file; or a picture."""
+"""`forescale report`: the curves of runs, and all about them, as one HTML file; or a picture.
+Of a curated dataset: what its curation did."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import ClassVar, Literal
 from forescale.config.compose import parse
 from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
-from forescale.ground.errors import DONE
+from forescale.data.dataset import MANIFEST, Dataset
+from forescale.ground.errors import DONE, UserError
 from forescale.ground.storage import write_output
 from forescale.monitor.report.html import distinct, page
 from forescale.run.directory import Run
@@ -20,7 +22,8 @@ class ReportJob(Job):
     VERB: ClassVar[str] = "report"
     TARGET: ClassVar[str] = "input"
 
-    input: list[str] = key([])  # runs (names or directories), drawn into one chart
+    # runs (names or directories), drawn into one chart; or the directory of one curated dataset
+    input: list[str] = key([])
     # the file to write: .html is the page, .svg or .png the loss alone; null: report-RUN.html here
     output: str | None = None
     # horizontal axis of the curves; the page can change it
@@ -38,12 +41,19 @@ class ReportJob(Job):
 
 
 JOB = ReportJob
-EXAMPLES = ("report first", "report first second x=flops", "report first output=loss.svg")
+EXAMPLES = (
+    "report /data/web   (what its curation kept and dropped)",
+    "report first",
+    "report first second x=flops",
+    "report first output=loss.svg",
+)
 
 
 def main(words: list[str]) -> int:
     """Write the file, and print where it is."""
     job = parse(ReportJob, words)
+    if is_dataset(job.input):
+        return _of_dataset(Path(job.input[0]).expanduser(), job.output)
     runs = distinct([Run.existing(name, job.run.root) for name in job.input])
     others = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
     named = f"report-{runs[0].path.resolve().name}{others}.html"
@@ -58,4 +68,21 @@ def main(words: list[str]) -> int:
     write_output(path, data)
     hint = "open it in a browser; it needs no network" if form == ".html" else "the loss"
     print(f"{path}: {', '.join(run.name for run in runs)}; {hint}.")
+    return DONE
+
+
+def is_dataset(inputs: list[str]) -> bool:
+    """Return True if the inputs are one directory that holds a dataset."""
+    return len(inputs) == 1 and (Path(inputs[0]).expanduser() / MANIFEST).is_file()
+
+
+def _of_dataset(path: Path, output: str | None) -> int:
+    """Write the page of a dataset's curation, and print where it is."""
+    from forescale.data.curate.page import page as curation_page
+
+    target = Path(output or f"report-{path.resolve().name}.html").expanduser()
+    if target.suffix.lower() != ".html":
+        raise UserError(f"output={output}", "a curation is a page", "end it with .html")
+    write_output(target, curation_page(Dataset(path)).encode())
+    print(f"{target}: the curation of {path}; open it in a browser; it needs no network.")
     return DONE

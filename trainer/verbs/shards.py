@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from forescale.config.compose import parse
 from forescale.config.job import Job, Problems
-from forescale.config.schema import key
+from forescale.config.schema import key, section
 from forescale.config.suggest import nearest_first
+from forescale.data.curate.curation import Curation
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
@@ -56,6 +57,7 @@ class ShardsJob(Job):
     # fraction of the documents held out for validation
     validation_fraction: float = key(0.01, ge=0, le=0.5)
     seed: int = key(1337, ge=0)  # seed for shuffling the documents
+    curate: Curation = section(Curation)
     # number of processes; null: the CPUs available to this process
     workers: int | None = key(None, ge=1)
 
@@ -101,9 +103,11 @@ def main(arguments: list[str]) -> int:
             _index(job, output, progress)
         else:
             policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
-            source = Files(job.input, job.text_key, policy, suffixes=job.suffixes)
+            curation = job.curate if job.curate.steps else None
+            url_key = job.curate.url_key if curation else ""
+            source = Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
             workers = job.workers or available()
-            build_dataset(source, output, build_config(job), progress, workers)
+            build_dataset(source, output, build_config(job), progress, workers, curation)
     dataset = Dataset(output)
     head = "existed already, built from the same request" if was_there else "was built"
     print(

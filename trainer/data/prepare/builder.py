@@ -1,5 +1,6 @@
 """Build a dataset from documents: hashes, duplicates, tokenizer, tokens, shuffle, shards.
 
+    curate             units -> the text that steps keep       (forescale.data.curate.units)
     read and hash      units -> hashes                         (forescale.data.prepare.selection)
     find duplicates    ranges of hashes over all units -> selection, bounds of the splits
     sample             units -> text for the tokenizer and the compressors (sample)
@@ -30,7 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from forescale.data.dataset import ORIGINS
+from forescale.data.curate.curation import Curation
+from forescale.data.curate.units import Curated, curate_unit, tally_of
+from forescale.data.dataset import CURATION, ORIGINS
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.sample import TOKENIZER, compress_samples, sample_unit, texts
@@ -89,13 +92,15 @@ def build_dataset(
     config: BuildConfig | None = None,
     progress: Progress = silent,
     workers: int = 1,
+    curation: Curation | None = None,
 ) -> Path:
     """Build a dataset at `output`, or find a finished one there that was built from the same
     request.
 
-    workers: processes; with one, everything runs in this process, others are started as `python -c`
-    and get a pickled copy of the source. If the build is interrupted or killed, there is no
-    `output`, but a directory beside it (see work.py) from which the next attempt continues. A
+    curation: what each document goes through before all else; None: nothing. workers: processes;
+    with one, everything runs in this process, others are started as `python -c` and get a pickled
+    copy of the source. If the build is interrupted or killed, there is no `output`, but a directory
+    beside it (see work.py) from which the next attempt continues. A
     second process with the same output waits for the first. Raises UserError for sources without
     text, if a worker is killed, and if `output` holds something else.
     """
@@ -109,6 +114,8 @@ def build_dataset(
         vocabulary_of(tokenizer, config.tokenizer, config.end_of_text)
     # Without machine paths: an equal request finds the finished dataset.
     request = {"source": source.describe(), **asdict(config)}
+    if curation is not None:
+        request["curation"] = curation.describe()
     if tokenizer is not None and config.tokenizer != "bytes":
         digest = hashlib.sha256(tokenizer).hexdigest()
         request["tokenizer"] = f"{Path(config.tokenizer).name} {digest}"
@@ -119,7 +126,9 @@ def build_dataset(
         work = Work(output, work_request(request, source, units), progress)
         try:
             with Pool(workers) as pool:
-                _Build(source, units, config, tokenizer, request, work, pool, progress).run()
+                _Build(
+                    source, units, config, tokenizer, request, work, pool, progress, curation
+                ).run()
             work.publish()
         except (ChangedError, NoTextError):
             work.remove()  # otherwise the next attempt would use it again
@@ -144,9 +153,12 @@ class _Build:
     work: Work
     pool: Pool
     progress: Progress
+    curation: Curation | None = None
 
     def run(self) -> None:
         work, config, units = self.work, self.config, self.units
+        if self.curation is not None:
+            self._curate(self.curation)
         selection, sizes = self._select()
         bounds, total = selection.bounds, sum(unit.size for unit in units)
         if bounds.tokenizer or bounds.compared:
@@ -197,9 +209,27 @@ class _Build:
         }
         compared = (facts(work.baselines) or None) if bounds.compared else None
         digest = corpus.hexdigest()
+        if self.curation is not None:
+            tally = tally_of(work.curated, len(units)).as_dict()
+            entries[CURATION] = write_json(work.stage / CURATION, tally)
+            raw = [unit["raw"] for unit in self._facts(work.curated)]
+            report["curation"] = {
+                "raw": hashlib.sha256("".join(raw).encode()).hexdigest(),
+                "file": CURATION,
+                "sha256": entries[CURATION].sha256,
+                "steps": tally["steps"],
+            }
         write_manifest(
             work.stage, entries, vocabulary, splits, digest, self.request, report, compared
         )
+
+    def _curate(self, curation: Curation) -> None:
+        """Put all documents through the steps, and read what they keep from now on."""
+        job = partial(curate_unit, self.source, curation, self.work.curated)
+        total = sum(unit.size for unit in self.units)
+        self._phase("curate", "bytes", total, self._each_unit(job))
+        numbers = {unit: number for number, unit in enumerate(self.units)}
+        self.source = Curated(self.source, curation, self.work.curated, numbers)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
         meter = Meter(self.progress, name, total, unit)

@@ -2,7 +2,7 @@
 output.
 
     request.json    request, inputs and package versions of the build
-    hashes/ ranges/ samples/ tokens/ rows/      finished units (forescale.data.prepare.columns)
+    curated/ hashes/ ranges/ samples/ tokens/ rows/     finished units (data/prepare/columns.py)
     tokenizer  baselines                        one finished unit each
     dataset/        the unfinished output; one rename gives it its name
 
@@ -31,7 +31,7 @@ from forescale.ground.errors import UserError
 from forescale.ground.storage import fsync_path, make_folder, publish, read_json, write_json
 
 _FORMAT = 4  # increase it whenever units are made differently: older ones are then not used
-_FOLDERS = ("hashes", "ranges", "samples", "tokens", "rows", "dataset")
+_FOLDERS = ("curated", "hashes", "ranges", "samples", "tokens", "rows", "dataset")
 _REQUEST = "request.json"
 
 
@@ -52,7 +52,7 @@ class Work:
         if not (self.path / _REQUEST).exists():
             write_json(self.path / _REQUEST, request)
             fsync_path(self.path.parent)
-        self.hashes, self.ranges, self.samples, self.tokens, self.rows, self.stage = (
+        self.curated, self.hashes, self.ranges, self.samples, self.tokens, self.rows, self.stage = (
             self.path / folder for folder in _FOLDERS
         )
         self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"

@@ -17,10 +17,12 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a name that is the same on every machine, and valid UTF-8."""
+    """One text: a name that is the same on every machine, and valid UTF-8. url: where it was found;
+    "" if that isn't known."""
 
     name: str
     text: bytes
+    url: str = ""
 
 
 @dataclass
@@ -130,16 +132,22 @@ class DocumentSource(Protocol):
 class Intake:
     """Makes documents of the texts of a unit, and reports the others.
 
-    key: of the text in rows (JSON, tables); suffixes: further ones of plain text.
+    key: of the text in rows (JSON, tables); suffixes: further ones of plain text; url_key: of the
+    address in a row of JSON, or column of a table; "": none is read.
     """
 
     report: ReadingReport
     policy: Policy = field(default_factory=Policy)
     key: str = "text"
     suffixes: Sequence[str] = ()
+    url_key: str = ""
 
     def documents(
-        self, name: str, text: bytes | str, convert: Callable[[str], str] | None = None
+        self,
+        name: str,
+        text: bytes | str,
+        convert: Callable[[str], str] | None = None,
+        url: str = "",
     ) -> Iterator[Document]:
         """Yield the document, or nothing. Raises UserError if the policy is `fail`.
 
@@ -171,7 +179,7 @@ class Intake:
         if convert is not None:
             raw = convert(raw.decode("utf-8")).encode("utf-8")
         if raw and not raw.isspace():
-            yield Document(name, raw)
+            yield Document(name, raw, url)
         elif self.policy.empty == "fail":
             raise UserError(name, "holds no text", "remove it, or choose empty=skip")
         else:

@@ -86,8 +86,10 @@ class Files:
         policy: Policy | None = None,
         unit_bytes: int | None = None,
         suffixes: Sequence[str] = (),
+        url_key: str = "",
     ):
-        """unit_bytes: approximate; suffixes: further ones of plain text."""
+        """unit_bytes: approximate; suffixes: further ones of plain text; url_key: see Intake."""
+        self.url_key = url_key
         self.text_key, self.policy = text_key, policy or Policy()
         self.suffixes = clean_suffixes(suffixes)
         self.policy.check()
@@ -151,7 +153,7 @@ class Files:
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
         if unit.first == 0 and unit.start == 0:
             report.merge(self._skipped)
-        intake = Intake(report, self.policy, self.text_key, self.suffixes)
+        intake = Intake(report, self.policy, self.text_key, self.suffixes, self.url_key)
         start, stop = unit.start, unit.stop
         for file in self._files[unit.first : unit.last]:
             name, where = file.name, file.where

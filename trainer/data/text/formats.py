@@ -143,14 +143,16 @@ def _json_document(intake: Intake, name: str, raw: bytes, text_key: TextKey) -> 
             return
         text = raw.decode("utf-8", "replace")
     try:
-        value = text_key.text(json.loads(text.removeprefix("\ufeff")))
+        row = json.loads(text.removeprefix("\ufeff"))
+        value = text_key.text(row)
     except (ValueError, RecursionError):
         intake.report.add("malformed", name)
         return
     if value is None:
         intake.report.add(f"no text under {text_key.key!r}", name)
     else:
-        yield from intake.documents(name, value)
+        url = row.get(intake.url_key) if isinstance(row, dict) else None
+        yield from intake.documents(name, value, url=url if isinstance(url, str) else "")
 
 
 def lines_between(

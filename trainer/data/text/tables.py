@@ -50,7 +50,8 @@ def read_parquet(
         row, end = sum(sizes[:first]), sum(sizes[:last])
         for group in range(first, last):
             pages.add(file.metadata.row_group(group).total_byte_size)
-        for batch in file.iter_batches(_ROWS, range(first, last), [intake.key], use_threads=False):
+        columns = [key for key in (intake.key, intake.url_key) if key]
+        for batch in file.iter_batches(_ROWS, range(first, last), columns, use_threads=False):
             for document in _documents(intake, name, row, batch, path):
                 texts.add(len(document.text))
                 yield document
@@ -130,7 +131,8 @@ def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tupl
 def read_hub(intake: Intake, name: str, table: Any, first: int, last: int) -> Iterator[Document]:
     """Yield the documents of rows, named like "owner/title:17"; last 0: to the end."""
     path = text_path(name, table.features.arrow_schema, intake.key)
-    table = table.select_columns([path[0]]).with_format("arrow")
+    names = [path[0], *({intake.url_key} & {*table.column_names} - {path[0]})]
+    table = table.select_columns(names).with_format("arrow")
     last = last or len(table)
     if not len(table):
         yield from intake.documents(name, b"")
@@ -173,8 +175,11 @@ def _documents(
     if pa.types.is_dictionary(column.type):
         places, column = column.indices.to_pylist(), column.dictionary
     texts = column.cast(pa.large_binary())  # nothing has checked yet that they are UTF-8
-    for number, place in enumerate(places, row):
+    urls = [""] * len(batch)
+    if intake.url_key in batch.schema.names:
+        urls = [u if isinstance(u, str) else "" for u in batch.column(intake.url_key).to_pylist()]
+    for number, (place, url) in enumerate(zip(places, urls, strict=True), row):
         if place is None or (text := texts[place].as_py()) is None:
             intake.report.add(f"no text under {intake.key!r}", f"{name}:{number}")
         else:
-            yield from intake.documents(f"{name}:{number}", text)
+            yield from intake.documents(f"{name}:{number}", text, url=url)

@@ -1,0 +1,112 @@
+"""A curated build: what steps keep becomes the dataset, and every document that goes is counted."""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from forescale.data.curate import curation as module
+from forescale.data.curate.curation import Curation
+from forescale.data.curate.page import page
+from forescale.data.dataset import Dataset
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.prepare.sample import documents
+from forescale.data.text.files import Files
+
+CONFIG = BuildConfig(tokenizer="bytes", validation=0.1)
+
+
+@dataclass(frozen=True)
+class Shout:
+    """Changes small letters of documents with the word shout, drops those with the word spam."""
+
+    VERSION: ClassVar[int] = 1
+    SOURCE: ClassVar[str] = "this test"
+
+    def __call__(self, draft):
+        draft.attributes["language"] = "en" if "the" in draft.text else "xx"
+        if "spam" in draft.text:
+            return "says spam"
+        if "empty" in draft.text:
+            draft.text = " "
+        if "shout" in draft.text:
+            draft.text = draft.text.upper()
+        return None
+
+
+@pytest.fixture
+def curation(monkeypatch):
+    monkeypatch.setattr(module, "step_classes", lambda: {"shout": Shout})
+    return Curation([Shout()], samples=2)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["the shout {}", "spam {}", "the plain {}", "empty {}"]
+    lines = [
+        {"text": words[i % 4].format(i), "url": f"https://www.site{i % 3}.org/{i}"}
+        for i in range(400)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def built(rows, output, curation, workers=1):
+    source = Files([rows], unit_bytes=2_000, url_key=curation.url_key)
+    build_dataset(source, output, CONFIG, workers=workers, curation=curation)
+    return Dataset(output)
+
+
+def texts(dataset):
+    return sorted(
+        t.decode() for split in ("train", "validation") for t in documents(dataset, split)
+    )
+
+
+def test_the_dataset_has_what_the_steps_keep_and_the_counts_say_the_rest(rows, tmp_path, curation):
+    dataset = built(rows, tmp_path / "out", curation)
+    kept = [i for i in range(400) if i % 4 in (0, 2)]
+    assert texts(dataset) == sorted(
+        f"THE SHOUT {i}" if i % 4 == 0 else f"the plain {i}" for i in kept
+    )
+    counts = dataset.curation
+    step = counts["steps"]["shout"]
+    assert step["read"][0] == 400
+    assert step["changed"] == [100, 0]
+    assert {reason: pair[0] for reason, pair in step["dropped"].items()} == {
+        "says spam": 100,
+        "nothing left": 100,
+    }
+    assert [sum(row) for row in counts["lengths"]] == [400, 200]
+    assert counts["languages"] == {"en": [200, 0], "xx": [0, 200]}
+    assert {k: sum(v) for k, v in counts["domains"].items()} == {
+        "site0.org": 134, "site1.org": 133, "site2.org": 133,
+    }  # fmt: skip
+    assert {kind: len(samples) for kind, samples in counts["samples"].items()} == {
+        "shout: changed": 2, "shout: nothing left": 2, "shout: says spam": 2,
+    }  # fmt: skip
+    left_out = dataset.manifest["report"]["left_out"]
+    assert left_out["shout: says spam"]["count"] == 100
+    assert left_out["shout: says spam"]["first"][0].startswith("rows.jsonl@")
+    html = page(dataset)
+    assert "200 of 400 documents" in html
+    assert "says spam" in html
+
+
+def test_a_dataset_depends_on_no_number_of_workers_and_on_no_cut_of_the_input(
+    rows, tmp_path, curation
+):
+    whole = Files([rows], unit_bytes=1 << 20, url_key="url")
+    build_dataset(whole, tmp_path / "a", CONFIG, curation=curation)
+    a, b = Dataset(tmp_path / "a"), built(rows, tmp_path / "b", curation)
+    assert a.identity == b.identity
+    assert a.curation == b.curation
+
+
+def test_another_version_of_a_step_is_another_request(rows, tmp_path, curation, monkeypatch):
+    built(rows, tmp_path / "out", curation)
+    monkeypatch.setattr(Shout, "VERSION", 2)
+    with pytest.raises(Exception, match="different curation"):
+        built(rows, tmp_path / "out", curation)

@@ -1,0 +1,65 @@
+"""What a curation does: its steps in their order, and its settings.
+
+Invariant: equal settings, step versions and documents keep equal texts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from forescale.data.curate.step import Step
+from forescale.data.curate.steps import STEPS
+
+
+@cache
+def step_classes() -> Mapping[str, type]:
+    """Return the class of each step by its name."""
+    classes = {}
+    for name, place in STEPS.items():
+        module, _, of = place.partition(":")
+        classes[name] = getattr(import_module(f"forescale.data.curate.steps.{module}"), of)
+    return classes
+
+
+@dataclass(frozen=True)
+class Curation:
+    """The steps that each document goes through, and what is done with the documents they keep."""
+
+    # what each document goes through, in this order: a name, or {kind: name, SETTING: VALUE}
+    steps: list[Step] = field(default_factory=list, metadata={"kinds": step_classes})
+    url_key: str = "url"  # field of a JSON line, or column of a table, with a document's address
+    samples: int = field(default=5, metadata={"bounds": {"ge": 0, "le": 100}})  # dropped documents
+    # of each reason that the report shows
+
+    def problems(self) -> list[tuple[str, str, str]]:
+        """Return a problem for each step whose settings are wrong."""
+        from forescale.ground.errors import UserError
+
+        problems = []
+        for number, step in enumerate(self.steps):
+            try:
+                getattr(step, "check", lambda: None)()
+            except UserError as e:
+                problems.append((f"steps.{number}.{e.where}", e.problem, e.todo))
+        return problems
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the steps; a second one of a kind has a number."""
+        words = {cls: name for name, cls in step_classes().items()}
+        names: list[str] = []
+        for step in self.steps:
+            name = words[type(step)]
+            count = sum(known.split(" ")[0] == name for known in names)
+            names.append(f"{name} {count + 1}" if count else name)
+        return names
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings and versions of all steps, as the dataset's manifest has them."""
+        steps = [
+            {"step": name, "version": type(step).VERSION, **asdict(step)}  # type: ignore[call-overload]
+            for name, step in zip(self.names, self.steps, strict=True)
+        ]
+        return {"steps": steps, "url_key": self.url_key}

@@ -1,0 +1,172 @@
+"""The first phase of a curated build: each unit of the source goes through the steps once, and the
+text that they keep is stored in the work directory, compressed, for all later phases.
+
+    curated/000012    blocks of about a megabyte of text: names, addresses and attributes as JSON,
+                      then the texts; facts: blocks, tally, report of what was left out
+
+Invariant: the documents of Curated are those that the steps keep of the source's, in source order;
+each that is dropped is in its tally and its report.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from forescale.data.curate.curation import Curation
+from forescale.data.curate.step import Draft
+from forescale.data.curate.tally import Tally
+from forescale.data.prepare.columns import UnitFile, UnitWriter, facts, finished
+from forescale.data.prepare.pool import Tick
+from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit
+from forescale.ground.errors import UserError
+
+_BLOCK = 1 << 20  # bytes of text that are compressed at once
+
+
+def curate_unit(
+    source: DocumentSource, curation: Curation, directory: Path, number: int, unit: Unit, tick: Tick
+) -> None:
+    """Put the documents of a unit through the steps; write its file in `directory`."""
+    if finished(path := directory / f"{number:06d}"):
+        tick(unit.size, 0)
+        return
+    report, tally = ReadingReport(), Tally(curation.samples)
+    steps = [*zip(curation.names, curation.steps, strict=True)]
+    for name in curation.names:
+        tally.step(name)
+    raw, left = hashlib.sha256(), unit.size
+    with UnitWriter(path) as out:
+        blocks = _Blocks(out)
+        for document in source.read(unit, report):
+            raw.update(b"%d\n" % len(document.text))
+            raw.update(document.text)
+            tally.read(len(document.text))
+            draft = Draft(document.name, document.text.decode("utf-8"), document.url)
+            if text := _through(steps, draft, tally, report):
+                tally.kept(draft, len(text))
+                blocks.add(draft, text)
+            step = min(left, len(document.text))
+            left -= step
+            tick(step, 0)
+        tick(left, 0)
+        out.finish(
+            {
+                "blocks": blocks.finish(),
+                "raw": raw.hexdigest(),
+                "tally": tally.as_dict(),
+                "report": asdict(report),
+            }
+        )
+
+
+def _through(
+    steps: list[tuple[str, Any]], draft: Draft, tally: Tally, report: ReadingReport
+) -> bytes | None:
+    """Return the text that the steps leave of a document; None if one drops it."""
+    size = len(draft.text.encode())
+    for name, step in steps:
+        before, counts = draft.text, tally.step(name)
+        counts["read"][0] += 1
+        counts["read"][1] += size
+        reason = step(draft)
+        if reason is None and draft.text is not before and draft.text != before:
+            if draft.text and not draft.text.isspace():
+                size = len(draft.text.encode("utf-8", "replace"))
+                tally.changed(name, before, draft)
+            else:
+                draft.text, reason = before, "nothing left"
+        if reason is not None:
+            tally.dropped(name, reason, draft, size)
+            report.add(f"{name}: {reason}", draft.name)
+            return None
+    return draft.text.encode("utf-8", "replace")
+
+
+class _Blocks:
+    """Writes documents as compressed blocks."""
+
+    def __init__(self, out: UnitWriter):
+        self._out, self._packer = out, zstandard.ZstdCompressor(level=1)
+        self._heads: list[list[Any]] = []
+        self._texts: list[bytes] = []
+        self._held = 0
+        self._places: list[list[int]] = []
+
+    def add(self, draft: Draft, text: bytes) -> None:
+        self._heads.append([draft.name, len(text), draft.url, draft.attributes])
+        self._texts.append(text)
+        self._held += len(text)
+        if self._held >= _BLOCK:
+            self._flush()
+
+    def finish(self) -> list[list[int]]:
+        """Return offset and size of each block."""
+        self._flush()
+        return self._places
+
+    def _flush(self) -> None:
+        if self._texts:
+            head = json.dumps(self._heads).encode()
+            data = self._packer.compress(b"\n".join([head, b"".join(self._texts)]))
+            self._places.append([self._out.add(data), len(data)])
+            self._heads, self._texts, self._held = [], [], 0
+
+
+def drafts(path: Path) -> Iterator[tuple[Draft, bytes]]:
+    """Yield the documents of a unit's file, each with its text as bytes (text="" in the draft)."""
+    unpacker = zstandard.ZstdDecompressor()
+    with UnitFile(path) as file:
+        for offset, size in file.facts["blocks"]:
+            data = unpacker.decompress(file.column(offset, size, "u1").tobytes())
+            head, _, texts = data.partition(b"\n")
+            at = 0
+            for name, length, url, attributes in json.loads(head):
+                yield Draft(name, "", url, attributes), texts[at : at + length]
+                at += length
+
+
+@dataclass
+class Curated:
+    """A source of the documents that a curation keeps of another source (DocumentSource)."""
+
+    source: DocumentSource
+    curation: Curation
+    directory: Path
+    numbers: dict[Unit, int]
+    without: Any = field(default=None)  # documents of a unit, by number, that later steps drop
+
+    @property
+    def sources(self) -> list[str]:
+        return self.source.sources
+
+    def units(self) -> list[Unit]:
+        return [*self.numbers]
+
+    def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
+        path = self.directory / f"{self.numbers[unit]:06d}"
+        report.merge(ReadingReport(**facts(path)["report"]))
+        for draft, text in drafts(path):
+            yield Document(draft.name, text, draft.url)
+
+    def state(self) -> Iterator[tuple[Any, ...]]:
+        yield from self.source.state()
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.source.describe(), "curation": self.curation.describe()}
+
+
+def tally_of(directory: Path, count: int) -> Tally:
+    """Return the tally of all units of a build. Raises UserError if a file is damaged."""
+    total = Tally(0)
+    for number in range(count):
+        stored = facts(directory / f"{number:06d}")["tally"]
+        total.samples_wanted = stored["samples_wanted"]
+        total.merge(Tally(**stored))
+    if not count:
+        raise UserError(str(directory), "holds no unit", "run the same command again")
+    return total
