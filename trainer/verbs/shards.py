@@ -4,6 +4,7 @@ Corpora that are tokenised already are indexed in place; `forescale shards show`
 contents of a dataset.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,10 +17,11 @@ from forescale.data.curate.curation import Curation
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
+from forescale.data.prepare.share import share_of
 from forescale.data.prepare.show import show, summary_lines
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
-from forescale.ground.console import progress_display
+from forescale.ground.console import progress_display, silent
 from forescale.ground.errors import DONE, UserError
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
@@ -98,7 +100,8 @@ def main(arguments: list[str]) -> int:
     if output.exists() and not was_there:
         raise UserError(str(output), "exists and isn't a dataset", "choose another output")
     are_tokenised = _are_tokenised(job.input)
-    with progress_display() as progress:
+    share = share_of()
+    with progress_display() if share.is_first else nullcontext(silent) as progress:
         if are_tokenised:
             _index(job, output, progress)
         else:
@@ -107,7 +110,9 @@ def main(arguments: list[str]) -> int:
             url_key = job.curate.url_key if curation else ""
             source = Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
             workers = job.workers or available()
-            build_dataset(source, output, build_config(job), progress, workers, curation)
+            build_dataset(source, output, build_config(job), progress, workers, curation, share)
+    if not share.is_first:
+        return DONE
     dataset = Dataset(output)
     head = "existed already, built from the same request" if was_there else "was built"
     print(

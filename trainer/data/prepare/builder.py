@@ -49,6 +49,7 @@ from forescale.data.prepare.selection import (
     hash_unit,
     range_edges,
 )
+from forescale.data.prepare.share import ALONE, Share, wait_for
 from forescale.data.prepare.tokens import AssembleJob, EncodeJob, TokenRun, origins, plan_shards
 from forescale.data.prepare.work import Work, build_once, work_request
 from forescale.data.prepare.writer import write_manifest
@@ -93,14 +94,16 @@ def build_dataset(
     progress: Progress = silent,
     workers: int = 1,
     curation: Curation | None = None,
+    share: Share = ALONE,
 ) -> Path:
     """Build a dataset at `output`, or find a finished one there that was built from the same
     request.
 
-    curation: what each document goes through before all else; None: nothing. workers: processes;
-    with one, everything runs in this process, others are started as `python -c` and get a pickled
-    copy of the source. If the build is interrupted or killed, there is no `output`, but a directory
-    beside it (see work.py) from which the next attempt continues. A
+    curation: what each document goes through before all else; None: nothing. share: of this
+    process, where several build the dataset together. workers: processes; with one, everything runs
+    in this process, others are started as `python -c` and get a pickled copy of the source. If the
+    build is interrupted or killed, there is no `output`, but a directory beside it (see work.py)
+    from which the next attempt continues. A
     second process with the same output waits for the first. Raises UserError for sources without
     text, if a worker is killed, and if `output` holds something else.
     """
@@ -123,21 +126,27 @@ def build_dataset(
 
     def build() -> None:
         units = source.units()
-        work = Work(output, work_request(request, source, units), progress)
+        work = Work(output, work_request(request, source, units), progress, share)
         try:
             with Pool(workers) as pool:
                 _Build(
-                    source, units, config, tokenizer, request, work, pool, progress, curation
+                    source, units, config, tokenizer, request, work, pool, progress, curation, share
                 ).run()
-            work.publish()
+            if share.is_first:
+                work.publish()
         except (ChangedError, NoTextError):
-            work.remove()  # otherwise the next attempt would use it again
+            if share.is_first:
+                work.remove()  # otherwise the next attempt would use it again
             raise
         except BaseException:
-            work.remove_if_empty()
+            if share.is_first:
+                work.remove_if_empty()
             raise
 
-    build_once(output, request, progress, build)
+    if share.is_first:
+        build_once(output, request, progress, build)
+    elif not output.exists():
+        build()
     return output
 
 
@@ -154,6 +163,7 @@ class _Build:
     pool: Pool
     progress: Progress
     curation: Curation | None = None
+    share: Share = ALONE
 
     def run(self) -> None:
         work, config, units = self.work, self.config, self.units
@@ -163,16 +173,20 @@ class _Build:
         bounds, total = selection.bounds, sum(unit.size for unit in units)
         if bounds.tokenizer or bounds.compared:
             sample = partial(sample_unit, selection, work.samples, config.tokenizer_bytes)
-            self._phase("sample", "bytes", total, self._each_unit(sample))
+            self._phase("sample", "bytes", total, self._each_unit(sample, work.samples))
         raw = self.tokenizer or self._trained_tokenizer()
         vocabulary = vocabulary_of(raw, config.tokenizer, config.end_of_text)
         encode = EncodeJob(selection, work.tokens, vocabulary, config.seed)
-        tasks = self._each_unit(encode, sizes)
+        tasks = self._each_unit(encode, work.tokens, sizes)
         if bounds.compared:
             compare = partial(compress_samples, work.samples, len(units))
-            tasks.append(Task("compressors", compare, (work.baselines,), 1 << 60))
+            path = work.baselines
+            tasks.append(Task("compressors", compare, (path,), 1 << 60, path))
         self._phase("tokenise", "bytes", sum(sizes), tasks)
-        rows, entries = self._assemble(vocabulary)
+        if (assembled := self._assemble(vocabulary)) is None:
+            wait_for([work.output], self.progress)
+            return
+        rows, entries = assembled
         splits: dict[str, Any] = {
             name: {"documents": 0, "tokens": 0, "bytes": 0, "shards": rows[name]} for name in SPLITS
         }
@@ -227,18 +241,27 @@ class _Build:
         """Put all documents through the steps, and read what they keep from now on."""
         job = partial(curate_unit, self.source, curation, self.work.curated)
         total = sum(unit.size for unit in self.units)
-        self._phase("curate", "bytes", total, self._each_unit(job))
+        self._phase("curate", "bytes", total, self._each_unit(job, self.work.curated))
         numbers = {unit: number for number, unit in enumerate(self.units)}
         self.source = Curated(self.source, curation, self.work.curated, numbers)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
-        meter = Meter(self.progress, name, total, unit)
-        self.pool.run(tasks, meter)
+        """Do this process's share of the tasks, and wait for the others'."""
+        meter, mine = (
+            Meter(self.progress, name, total, unit),
+            self.share.mine([task.weight for task in tasks]),
+        )
+        self.pool.run([tasks[place] for place in mine], meter)
+        others = [task for place, task in enumerate(tasks) if place not in {*mine}]
+        wait_for([t.result for t in others], self.progress, lambda i: meter(others[i].weight, 0))
         meter.end()
 
-    def _each_unit(self, job: Any, *columns: Sequence[Any]) -> list[Task]:
+    def _each_unit(self, job: Any, folder: Path, *columns: Sequence[Any]) -> list[Task]:
         items = zip(range(len(self.units)), self.units, *columns, strict=True)
-        return [Task(item[1].label, job, item, item[1].size) for item in items]
+        return [
+            Task(item[1].label, job, item, item[1].size, folder / f"{item[0]:06d}")
+            for item in items
+        ]
 
     def _facts(self, directory: Path) -> Iterator[dict[str, Any]]:
         for number in range(len(self.units)):
@@ -247,7 +270,7 @@ class _Build:
     def _select(self) -> tuple[Selection, list[int]]:
         """Return the selected documents, and the size in bytes of every unit."""
         work, total = self.work, sum(unit.size for unit in self.units)
-        tasks = self._each_unit(partial(hash_unit, self.source, work.hashes))
+        tasks = self._each_unit(partial(hash_unit, self.source, work.hashes), work.hashes)
         self._phase("read and hash", "bytes", total, tasks)
         left_out, runs, sizes = ReadingReport(), [], []
         for unit in self._facts(work.hashes):
@@ -262,12 +285,12 @@ class _Build:
         edges = range_edges(count)
         inputs = [unit.source for unit in self.units]
         job = partial(find_distinct, work.hashes, work.ranges, runs, inputs)
+        ranges = [work.ranges / f"{i:04d}" for i in range(len(edges) - 1)]
         tasks = [
-            Task(f"hashes, range {i + 1} of {len(edges) - 1}", job, (i, low, high))
+            Task(f"hashes, range {i + 1} of {len(ranges)}", job, (i, low, high), 0, ranges[i])
             for i, (low, high) in enumerate(pairwise(edges))
         ]
         self._phase("find duplicates", "documents", count, tasks)
-        ranges = [work.ranges / f"{i:04d}" for i in range(len(tasks))]
         sampled = self.config.tokenizer_bytes if self.tokenizer is None else 0
         bounds = choose(ranges, self.config.validation, sampled, len(self.source.sources))
         selection = Selection(self.source, work.hashes, ranges, bounds)
@@ -275,6 +298,8 @@ class _Build:
 
     def _trained_tokenizer(self) -> bytes:
         path, done = self.work.tokenizer, 0
+        if not self.share.is_first:
+            wait_for([path], self.progress)
         if unit := finished(path):
             return unit["json"].encode()
 
@@ -291,8 +316,11 @@ class _Build:
             out.finish({"json": trained})
         return trained.encode()
 
-    def _assemble(self, vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-        """Return the manifest's rows of every split, and the entries of the new files."""
+    def _assemble(
+        self, vocabulary: Vocabulary
+    ) -> tuple[dict[str, Any], dict[str, FileEntry]] | None:
+        """Return the manifest's rows of every split, and the entries of the new files; None where
+        another process is the first."""
         work, config, all_facts = self.work, self.config, self._facts(self.work.tokens)
         runs = [[TokenRun(*run) for run in unit["runs"]] for unit in all_facts]
         # A worker gets them with each shard, and needs no file types.
@@ -301,7 +329,15 @@ class _Build:
         job = AssembleJob(
             work.tokens, bare, work.rows, work.stage, vocabulary.dtype, config.member_tokens
         )
-        tasks = [Task(s.name, job, (split, s), s.tokens) for split in SPLITS for s in shards[split]]
+        tasks = [
+            Task(s.name, job, (split, s), s.tokens, work.rows / s.name)
+            for split in SPLITS
+            for s in shards[split]
+        ]
+        if not self.share.is_first:  # the first removes all of these files, once they are there
+            mine = self.share.mine([task.weight for task in tasks])
+            self.pool.run([tasks[place] for place in mine], Meter(silent, "", 0, ""))
+            return None
         self._phase("write shards", "tokens", sum(task.weight for task in tasks), tasks)
         rows: dict[str, Any] = {}
         entries: dict[str, FileEntry] = {}

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from forescale.ground.errors import UserError
@@ -34,12 +35,14 @@ _ENVIRONMENT = {_PARALLEL: "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREAD
 
 
 class Task(NamedTuple):
-    """One call `job(*item, tick)`; `label` is for messages; those with more weight start first."""
+    """One call `job(*item, tick)`; `label` is for messages; those with more weight start first;
+    result: the file that is there when it is done."""
 
     label: str
     job: Job
     item: tuple[Any, ...]
-    weight: int = 0
+    weight: int
+    result: Path
 
 
 def available() -> int:

@@ -43,8 +43,8 @@ _ORDER, _MEMORY = 16, 1 << 30  # bytes before a byte; at most, and taken as the 
 def sample_unit(
     selection: Selection, directory: Path, limit: int, number: int, unit: Unit, tick: Tick
 ) -> None:
-    """Collect a unit's texts that the selection wants. A unit without any isn't read and has no
-    file. limit: maximum bytes of one document in the tokenizer's sample."""
+    """Collect a unit's texts that the selection wants. A unit without any isn't read. limit: the
+    most bytes of one document in the tokenizer's sample."""
     path, bounds = directory / f"{number:06d}", selection.bounds
     held_out, tail = bounds.held_out[unit.source], bounds.tails[unit.source]
     start = 0 if bounds.compared else held_out
@@ -55,10 +55,11 @@ def sample_unit(
             < file.search(run.offset, run.distinct, end)
             for run in map(HashRun._make, file.facts["runs"])
         )
-    if is_sampled and not finished(path):
+    if not finished(path):
         with UnitWriter(path) as out:
             sizes, flags = [], []
-            for part in selection.parts(number, unit, ReadingReport()):
+            parts = selection.parts(number, unit, ReadingReport()) if is_sampled else ()
+            for part in parts:
                 flag = TOKENIZER * (part.key < bounds.tokenizer)
                 flag += PRECEDING * (part.key < bounds.compared)
                 if part.split != "train":
@@ -78,9 +79,7 @@ def sample_unit(
 def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
     """Yield the collected texts for `flag`, in source order."""
     for number in range(units):
-        if not (path := directory / f"{number:06d}").exists():
-            continue
-        with UnitFile(path) as file:
+        with UnitFile(directory / f"{number:06d}") as file:
             count, (sizes, flags) = file.facts["texts"], file.facts["offsets"]
             at = 0
             columns = (file.column(offset, count, "<u8").tolist() for offset in (sizes, flags))

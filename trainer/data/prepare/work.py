@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from forescale.data.dataset import Dataset
+from forescale.data.prepare.share import ALONE, Share, wait_for
 from forescale.data.text.documents import DocumentSource, Unit
 from forescale.ground.console import Progress, log_line
 from forescale.ground.errors import UserError
@@ -36,12 +37,27 @@ _REQUEST = "request.json"
 
 
 class Work:
-    """The work directory for `output`, new or continued. Only one process may use it at a time."""
+    """The work directory for `output`, new or continued. One build may use it at a time, of one
+    process or of several that share its tasks (share.py)."""
 
-    def __init__(self, output: Path, request: dict[str, Any], progress: Progress):
-        """Remove a directory of another request, then create what is missing."""
+    def __init__(
+        self, output: Path, request: dict[str, Any], progress: Progress, share: Share = ALONE
+    ):
+        """Remove a directory of another request, then create what is missing; where processes build
+        together, the first does, and the others wait for it."""
         self.output = output
         self.path = work_path(output)
+        self.curated, self.hashes, self.ranges, self.samples, self.tokens, self.rows, self.stage = (
+            self.path / folder for folder in _FOLDERS
+        )
+        self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"
+        if share.is_first:
+            self._prepare(request, progress)
+        if share.count > 1:
+            begun = self.path / f"begun-{share.start}"
+            begun.touch() if share.is_first else wait_for([begun], progress)
+
+    def _prepare(self, request: dict[str, Any], progress: Progress) -> None:
         if self.path.exists() and (why := self._unusable(request)):
             log_line(progress, f"{self.path}: {why}; starting again")
             self.remove()
@@ -52,10 +68,6 @@ class Work:
         if not (self.path / _REQUEST).exists():
             write_json(self.path / _REQUEST, request)
             fsync_path(self.path.parent)
-        self.curated, self.hashes, self.ranges, self.samples, self.tokens, self.rows, self.stage = (
-            self.path / folder for folder in _FOLDERS
-        )
-        self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"
 
     def _unusable(self, whole: dict[str, Any]) -> str:
         """Return why the existing directory can't be used; "" if it can."""
