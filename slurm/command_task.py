@@ -72,7 +72,10 @@ def _command(submission: Submission, words: Sequence[str]) -> list[str]:
     command = [*containers.python(settings), "-P", "-m", "forescale", *words]
     inside = [*containers.prefix(submission), *command]
     of_pyxis = containers.options(submission)  # of srun
-    return [*steps.srun(settings, 1, *of_pyxis), *inside] if of_pyxis else inside
+    hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"]) if settings.nodes.most > 1 else []
+    return (
+        [*steps.srun(settings, 1, *of_pyxis, hosts=hosts), *inside] if of_pyxis or hosts else inside
+    )
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Command:
 
 @dataclass(frozen=True)
 class CommandArray:
-    """Commands, each a task of one array. begins_after: a job that must have begun."""
+    """Commands, each a task of one array, on all nodes of slurm.nodes at once. begins_after: a job that must have begun."""
 
     title: str
     job_name: str
@@ -112,8 +112,9 @@ class CommandArray:
         """Return the script as text. Raises UserError for a value that doesn't fit in one line."""
         options = [
             ("--open-mode=truncate", "a task that starts again writes a new log"),
-            *(("--nodes=1", ""), ("--ntasks=1", "")),
-            ("--requeue", "also how a task waits for its checkpoint"),
+            (f"--nodes={self.settings.nodes}", ""),
+            ("--ntasks-per-node=1", ""),
+            ("--requeue", "a task starts again, as one does that waits for its checkpoint"),
         ]
         return _rendered(
             "command_array.sbatch.j2", self.settings, self.submission, self.profile, options,

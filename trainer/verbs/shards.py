@@ -99,10 +99,10 @@ def main(arguments: list[str]) -> int:
     was_there = (output / MANIFEST).is_file()
     if output.exists() and not was_there:
         raise UserError(str(output), "exists and isn't a dataset", "choose another output")
-    are_tokenised = _are_tokenised(job.input)
+    of_tokens = are_tokenised(job.input)
     share = share_of()
     with progress_display() if share.is_first else nullcontext(silent) as progress:
-        if are_tokenised:
+        if of_tokens:
             _index(job, output, progress)
         else:
             policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
@@ -137,7 +137,7 @@ def build_config(job: ShardsJob) -> BuildConfig:
     )
 
 
-def _are_tokenised(inputs: list[str]) -> bool:
+def are_tokenised(inputs: list[str]) -> bool:
     """Return True if all inputs hold tokens, not text. Raises UserError for a mix of both."""
     from forescale.data.tokenised.inplace import in_place_kind
 

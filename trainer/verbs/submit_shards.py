@@ -1,0 +1,75 @@
+"""`forescale submit shards`: a dataset built on nodes of SLURM, which share its work.
+
+    .NAME.jobs/jobs/0001/    beside the output NAME: script, code and log of a submission
+
+Invariant: the dataset is that of `forescale shards`, byte for byte, on any number of nodes and
+after any end of its jobs.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from forescale.config.compose import compose
+from forescale.config.job import overrides_of
+from forescale.config.schema import ConfigError, section
+from forescale.ground.errors import UserError
+from forescale.run.directory import Run
+from forescale.slurm import queue
+from forescale.slurm.config import SlurmConfig, SubmitConfig
+from forescale.slurm.limits import limit_problems
+from forescale.slurm.script import Command, CommandArray, submit_arrays
+from forescale.slurm.submission import Submission
+from forescale.verbs.shards import ShardsJob, are_tokenised
+
+
+@dataclass
+class SubmitShardsJob(ShardsJob):
+    """Build a dataset on nodes of SLURM, which share its work."""
+
+    VERB: ClassVar[str] = "submit shards"
+    FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+
+    slurm: SlurmConfig = section(SlurmConfig)  # the nodes, and what each gets of the cluster
+    submit: SubmitConfig = section(SubmitConfig)  # how to submit
+
+
+def submit(arguments: list[str]) -> None:
+    """Submit the build that a command line describes; with submit.dry_run, only print the script.
+
+    A job that ends early continues with its finished units when it is submitted again.
+    """
+    words = overrides_of(SubmitShardsJob, arguments)
+    job = compose(SubmitShardsJob, words)
+    if are_tokenised(job.input):
+        problem = "is tokenised already, and is indexed in place by one process"
+        raise UserError(job.input[0], problem, "write forescale shards, without submit")
+    output, own = Path(job.output or "").expanduser().resolve(), ("slurm", "submit")
+    command = [word for word in words if re.split("[.=]", word)[0] not in own]
+    profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
+    jobs = output.with_name(f".{output.name}.jobs")
+
+    def array(folder: Path) -> CommandArray:
+        return CommandArray(
+            title=f"Dataset {output}",
+            job_name=f"{output.name}-shards",
+            commands=[Command("shards", ["shards", *command])],
+            submission=Submission(folder),
+            settings=job.slurm,
+            profile=profile,
+        )
+
+    if job.submit.dry_run:
+        print(array(jobs / "NNNN").script(), end="")
+        return
+    queue.must_be_here()
+    if problems := limit_problems(job.slurm):
+        raise ConfigError(problems)
+    queue.expect_accepted(array(jobs / "NNNN").script())
+    submitted = array(Run(jobs).new_job())
+    (id,) = submit_arrays([submitted], job.input, [])
+    print(f"Submitted job {id}: {output} on {job.slurm.nodes} nodes.")
+    print(f"  Script: {submitted.submission.script}")
+    print(f"Follow it: tail -f {submitted.log(submitted.commands[0])}. Stop it: scancel {id}")
+    print("If it ends early, the same command continues with what is finished.")
