@@ -73,9 +73,9 @@ def _command(submission: Submission, words: Sequence[str]) -> list[str]:
     inside = [*containers.prefix(submission), *command]
     of_pyxis = containers.options(submission)  # of srun
     hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"]) if settings.nodes.most > 1 else []
-    return (
-        [*steps.srun(settings, 1, *of_pyxis, hosts=hosts), *inside] if of_pyxis or hosts else inside
-    )
+    if not (of_pyxis or hosts):
+        return inside
+    return [*steps.srun(settings, 1, *of_pyxis, hosts=hosts), *inside]
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ class Command:
 
 @dataclass(frozen=True)
 class CommandArray:
-    """Commands, each a task of one array, on all nodes of slurm.nodes at once. begins_after: a job that must have begun."""
+    """Commands, each a task of one array, on all of slurm.nodes at once. begins_after: a job that
+    must have begun."""
 
     title: str
     job_name: str

@@ -9,7 +9,7 @@ from forescale.slurm.submit import submit
 from forescale.verbs import submit_shards
 from forescale.verbs.rehearse import problems_of_job
 
-_TODO = "write forescale submit train [RUN] [KEY=VALUE ...], forescale submit eval RUN, or submit shards TEXT"
+_TODO = "write submit train [RUN] [KEY=VALUE ...], submit eval RUN or submit shards TEXT"
 
 FIRST = ("train", "eval", "shards")
 
