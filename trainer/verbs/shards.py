@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
             _index(job, output, progress)
         else:
             policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
-            curation = job.curate if job.curate.steps else None
+            curation = None if job.curate.is_empty else job.curate
             url_key = job.curate.url_key if curation else ""
             source = Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
             workers = job.workers or available()

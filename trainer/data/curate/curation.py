@@ -9,8 +9,20 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from forescale.data.curate import minhash, substrings
+from forescale.data.curate.duplicates import Duplicates
 from forescale.data.curate.step import Step
 from forescale.data.curate.steps import STEPS
+from forescale.data.curate.substrings import Substrings
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Nothing is looked for."""
+
+
+NEAR = {"keep": Keep, "drop": Duplicates}
+PASSAGES = {"keep": Keep, "cut": Substrings}
 
 
 @cache
@@ -29,6 +41,10 @@ class Curation:
 
     # what each document goes through, in this order: a name, or {kind: name, SETTING: VALUE}
     steps: list[Step] = field(default_factory=list, metadata={"kinds": step_classes})
+    # near-duplicates, by MinHash: keep them, or {kind: drop, stays: longest, ...}
+    near_duplicates: Keep | Duplicates = field(default_factory=Keep, metadata={"kinds": NEAR})
+    # passages of 50 words and more that occurred before: keep them, or {kind: cut, words: 50}
+    repeated_passages: Keep | Substrings = field(default_factory=Keep, metadata={"kinds": PASSAGES})
     url_key: str = "url"  # field of a JSON line, or column of a table, with a document's address
     samples: int = field(default=5, metadata={"bounds": {"ge": 0, "le": 100}})  # dropped documents
     # of each reason that the report shows
@@ -38,12 +54,29 @@ class Curation:
         from forescale.ground.errors import UserError
 
         problems = []
-        for number, step in enumerate(self.steps):
+        parts = [(f"steps.{number}", step) for number, step in enumerate(self.steps)]
+        parts += [("near_duplicates", self.near), ("repeated_passages", self.passages)]
+        for name, part in parts:
             try:
-                getattr(step, "check", lambda: None)()
+                getattr(part, "check", lambda: None)()
             except UserError as e:
-                problems.append((f"steps.{number}.{e.where}", e.problem, e.todo))
+                problems.append((f"{name}.{e.where.rpartition('.')[2]}", e.problem, e.todo))
         return problems
+
+    @property
+    def is_empty(self) -> bool:
+        """True if it does nothing."""
+        return not (self.steps or self.near or self.passages)
+
+    @property
+    def near(self) -> Duplicates | None:
+        """How near-duplicates are found; None if they stay."""
+        return self.near_duplicates if isinstance(self.near_duplicates, Duplicates) else None
+
+    @property
+    def passages(self) -> Substrings | None:
+        """How repeated passages are found; None if they stay."""
+        return self.repeated_passages if isinstance(self.repeated_passages, Substrings) else None
 
     @property
     def names(self) -> list[str]:
@@ -62,4 +95,10 @@ class Curation:
             {"step": name, "version": type(step).VERSION, **asdict(step)}  # type: ignore[call-overload]
             for name, step in zip(self.names, self.steps, strict=True)
         ]
-        return {"steps": steps, "url_key": self.url_key}
+        described: dict[str, Any] = {"steps": steps, "url_key": self.url_key}
+        if self.near is not None:
+            described["near_duplicates"] = {"version": minhash.version(), **asdict(self.near)}
+        if self.passages is not None:
+            described["repeated_passages"] = {
+                "version": substrings.VERSION, **asdict(self.passages)}  # fmt: skip
+        return described

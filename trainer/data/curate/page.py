@@ -38,7 +38,7 @@ def _flow(counts: dict[str, Any]) -> Section:
     rows: list[list[Cell]] = [head]
     for name, step in counts["steps"].items():
         (documents, size), (changed, off) = step["read"], step["changed"]
-        gone = np.array([*step["dropped"].values()]).reshape(-1, 2).sum(0).tolist()
+        gone = [sum(pair[i] for pair in step["dropped"].values()) for i in range(2)]
         numbers = (documents, size, changed, off, gone[0])
         share = percent(gone[0] / documents) if documents else "-"
         rows.append([Markup("<b>{}</b>").format(name), *map(whole, numbers), share, whole(gone[1])])

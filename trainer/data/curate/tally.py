@@ -48,10 +48,14 @@ class Tally:
         start = _first_difference(before, draft.text)
         self._sample(f"{name}: changed", draft.name, before[start:], draft.text[start:])
 
-    def dropped(self, name: str, reason: str, draft: Draft, size: int) -> None:
-        """Count a document that a step dropped."""
+    def passed(self, name: str, size: int) -> None:
+        """Count a document that comes to a step."""
+        _add(self.step(name)["read"], size)
+
+    def dropped(self, name: str, reason: str, draft: Draft, size: int, *others: str) -> None:
+        """Count a document that a step dropped. others: texts that its sample shows too."""
         _add(self.step(name)["dropped"].setdefault(reason, [0, 0]), size)
-        self._sample(f"{name}: {reason}", draft.name, draft.text)
+        self._sample(f"{name}: {reason}", draft.name, draft.text, *others)
         self._of_attributes(draft, 1)
 
     def kept(self, draft: Draft, size: int) -> None:

@@ -1,26 +1,24 @@
 """The first phase of a curated build: each unit of the source goes through the steps once, and the
 text that they keep is stored in the work directory, compressed, for all later phases.
 
-    curated/000012    blocks of about a megabyte of text: names, addresses and attributes as JSON,
-                      then the texts; facts: blocks, tally, report of what was left out
+    curated/000012    blocks of text (stored.py); facts: blocks, tally, report of what was left out
 
 Invariant: the documents of Curated are those that the steps keep of the source's, in source order;
 each that is dropped is in its tally and its report.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
+from forescale.data.curate.across import Across
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.step import Draft
+from forescale.data.curate.stored import Blocks
 from forescale.data.curate.tally import Tally
-from forescale.data.prepare.columns import UnitFile, UnitWriter, facts, finished
+from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.pool import Tick
 from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit
 from forescale.ground.errors import UserError
@@ -41,7 +39,7 @@ def curate_unit(
         tally.step(name)
     raw, left = hashlib.sha256(), unit.size
     with UnitWriter(path) as out:
-        blocks = _Blocks(out)
+        blocks = Blocks(out)
         for document in source.read(unit, report):
             raw.update(b"%d\n" % len(document.text))
             raw.update(document.text)
@@ -70,9 +68,8 @@ def _through(
     """Return the text that the steps leave of a document; None if one drops it."""
     size = len(draft.text.encode())
     for name, step in steps:
-        before, counts = draft.text, tally.step(name)
-        counts["read"][0] += 1
-        counts["read"][1] += size
+        before = draft.text
+        tally.passed(name, size)
         reason = step(draft)
         if reason is None and draft.text is not before and draft.text != before:
             if draft.text and not draft.text.isspace():
@@ -87,58 +84,14 @@ def _through(
     return draft.text.encode("utf-8", "replace")
 
 
-class _Blocks:
-    """Writes documents as compressed blocks."""
-
-    def __init__(self, out: UnitWriter):
-        self._out, self._packer = out, zstandard.ZstdCompressor(level=1)
-        self._heads: list[list[Any]] = []
-        self._texts: list[bytes] = []
-        self._held = 0
-        self._places: list[list[int]] = []
-
-    def add(self, draft: Draft, text: bytes) -> None:
-        self._heads.append([draft.name, len(text), draft.url, draft.attributes])
-        self._texts.append(text)
-        self._held += len(text)
-        if self._held >= _BLOCK:
-            self._flush()
-
-    def finish(self) -> list[list[int]]:
-        """Return offset and size of each block."""
-        self._flush()
-        return self._places
-
-    def _flush(self) -> None:
-        if self._texts:
-            head = json.dumps(self._heads).encode()
-            data = self._packer.compress(b"\n".join([head, b"".join(self._texts)]))
-            self._places.append([self._out.add(data), len(data)])
-            self._heads, self._texts, self._held = [], [], 0
-
-
-def drafts(path: Path) -> Iterator[tuple[Draft, bytes]]:
-    """Yield the documents of a unit's file, each with its text as bytes (text="" in the draft)."""
-    unpacker = zstandard.ZstdDecompressor()
-    with UnitFile(path) as file:
-        for offset, size in file.facts["blocks"]:
-            data = unpacker.decompress(file.column(offset, size, "u1").tobytes())
-            head, _, texts = data.partition(b"\n")
-            at = 0
-            for name, length, url, attributes in json.loads(head):
-                yield Draft(name, "", url, attributes), texts[at : at + length]
-                at += length
-
-
 @dataclass
 class Curated:
     """A source of the documents that a curation keeps of another source (DocumentSource)."""
 
     source: DocumentSource
     curation: Curation
-    directory: Path
+    across: Across
     numbers: dict[Unit, int]
-    without: Any = field(default=None)  # documents of a unit, by number, that later steps drop
 
     @property
     def sources(self) -> list[str]:
@@ -148,10 +101,14 @@ class Curated:
         return [*self.numbers]
 
     def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
-        path = self.directory / f"{self.numbers[unit]:06d}"
-        report.merge(ReadingReport(**facts(path)["report"]))
-        for draft, text in drafts(path):
-            yield Document(draft.name, text, draft.url)
+        number = self.numbers[unit]
+        stored = facts(self.across.curated / f"{number:06d}")
+        report.merge(ReadingReport(**stored["report"]))
+        for name, url, text in self.across.read(number):
+            if text and not text.isspace():
+                yield Document(name, text, url)
+            else:
+                report.add("near-duplicate", name)
 
     def state(self) -> Iterator[tuple[Any, ...]]:
         yield from self.source.state()

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from forescale.data.curate.across import Across
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.units import Curated, curate_unit, tally_of
 from forescale.data.dataset import CURATION, ORIGINS
@@ -224,7 +225,9 @@ class _Build:
         compared = (facts(work.baselines) or None) if bounds.compared else None
         digest = corpus.hexdigest()
         if self.curation is not None:
-            tally = tally_of(work.curated, len(units)).as_dict()
+            counted = tally_of(work.curated, len(units))
+            self.across.count(counted)
+            tally = counted.as_dict()
             entries[CURATION] = write_json(work.stage / CURATION, tally)
             raw = [unit["raw"] for unit in self._facts(work.curated)]
             report["curation"] = {
@@ -242,8 +245,10 @@ class _Build:
         job = partial(curate_unit, self.source, curation, self.work.curated)
         total = sum(unit.size for unit in self.units)
         self._phase("curate", "bytes", total, self._each_unit(job, self.work.curated))
+        self.across = Across(self.work.path, self.work.curated, curation, self.units)
+        self.across.run(self._phase)
         numbers = {unit: number for number, unit in enumerate(self.units)}
-        self.source = Curated(self.source, curation, self.work.curated, numbers)
+        self.source = Curated(self.source, curation, self.across, numbers)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
         """Do this process's share of the tasks, and wait for the others'."""

@@ -4,17 +4,20 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from forescale.data.curate import curation as module
 from forescale.data.curate.curation import Curation
+from forescale.data.curate.duplicates import Duplicates
 from forescale.data.curate.page import page
+from forescale.data.curate.substrings import Substrings
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.sample import documents
 from forescale.data.text.files import Files
 
-CONFIG = BuildConfig(tokenizer="bytes", validation=0.1)
+CONFIG = BuildConfig(tokenizer="bytes", validation=0.0)
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,44 @@ def test_another_version_of_a_step_is_another_request(rows, tmp_path, curation, 
     monkeypatch.setattr(Shout, "VERSION", 2)
     with pytest.raises(Exception, match="different curation"):
         built(rows, tmp_path / "out", curation)
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """60 texts of 120 words; 20 of them again with three words changed; 10 that hold 40 words of
+    another one."""
+    rng = np.random.default_rng(1)
+    letters = rng.integers(97, 123, (60, 120, 6), np.uint8)
+    texts = [" ".join(bytes(word).decode() for word in rows) for rows in letters]
+    near = []
+    for place in (0, 50):
+        for text in texts[:10]:
+            words = text.split()
+            near.append(" ".join([*words[:place], "changed", *words[place + 1 :]]))
+    passages = [
+        "fresh " * 3 + " ".join(texts[30 + i].split()[40:80]) + f" rest{i}" for i in range(10)
+    ]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts + near + passages))
+    return path, texts
+
+
+def test_near_duplicates_go_and_repeated_passages_are_cut(repeated, tmp_path):
+    path, originals = repeated
+    curation = Curation(near_duplicates=Duplicates(), repeated_passages=Substrings(20, 5))
+    dataset = built(path, tmp_path / "out", curation)
+    kept = texts(dataset)
+    cut = [f"fresh fresh fresh rest{i}" for i in range(10)]
+    assert kept == sorted([*originals, *cut])
+    steps = dataset.curation["steps"]
+    assert steps["near_duplicates"]["dropped"]["near-duplicate"][0] == 20
+    assert steps["repeated_passages"]["changed"][0] == 10
+    *_, dropped, stayed = dataset.curation["samples"]["near_duplicates: near-duplicate"][0]
+    assert stayed in {text[: len(stayed)] for text in originals}
+    assert dropped != stayed
+    left_out = dataset.manifest["report"]["left_out"]
+    assert left_out["near-duplicate"]["count"] == 20
+    others = [Dataset(build_dataset(Files([path], unit_bytes=n), tmp_path / f"{n}", CONFIG,
+              workers=w, curation=curation)) for n, w in ((1 << 20, 1), (5_000, 2))]  # fmt: skip
+    assert {other.identity for other in others} == {dataset.identity}
+    assert all(other.curation == dataset.curation for other in others)
