@@ -78,7 +78,7 @@ def is_dataset(inputs: list[str]) -> bool:
 
 def _of_dataset(path: Path, output: str | None) -> int:
     """Write the page of a dataset's curation, and print where it is."""
-    from forescale.data.curate.page import page as curation_page
+    from forescale.monitor.report.curation import page as curation_page
 
     target = Path(output or f"report-{path.resolve().name}.html").expanduser()
     if target.suffix.lower() != ".html":

@@ -10,12 +10,12 @@ import pytest
 from forescale.data.curate import curation as module
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.duplicates import Duplicates
-from forescale.data.curate.page import page
 from forescale.data.curate.substrings import Substrings
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.sample import documents
 from forescale.data.text.files import Files
+from forescale.monitor.report.curation import page
 
 CONFIG = BuildConfig(tokenizer="bytes", validation=0.0)
 
