@@ -45,8 +45,8 @@ def submit(arguments: list[str]) -> None:
     if are_tokenised(job.input):
         problem = "is tokenised already, and is indexed in place by one process"
         raise UserError(job.input[0], problem, "write forescale shards, without submit")
-    output, own = Path(job.output or "").expanduser().resolve(), ("slurm", "submit")
-    command = [word for word in words if re.split("[.=]", word)[0] not in own]
+    output, of_slurm = Path(job.output or "").expanduser().resolve(), ("slurm", "submit")
+    command = [word for word in words if re.split("[.=]", word)[0] not in of_slurm]
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
     jobs = output.with_name(f".{output.name}.jobs")
 

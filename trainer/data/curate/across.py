@@ -80,14 +80,14 @@ class Across:
             gone, cut = self._gone(number), self._cut(number)
             for place, (draft, text) in enumerate(drafts(self.curated / f"{number:06d}")):
                 if self.near is not None:
-                    tally.passed(NEAR, len(text))
+                    tally.arrived(NEAR, len(text))
                 if place in gone:
-                    kept = fetch(*gone[place])
+                    stays = fetch(*gone[place])
                     draft.text = text.decode()
-                    tally.dropped(NEAR, "near-duplicate", draft, len(text), kept)
+                    tally.dropped(NEAR, "near-duplicate", draft, len(text), stays)
                     continue
                 if self.passages is not None:
-                    tally.passed(PASSAGES, len(text))
+                    tally.arrived(PASSAGES, len(text))
                 if place in cut:
                     draft.text = without(text.decode(), cut[place])
                     tally.changed(PASSAGES, text.decode(), draft)

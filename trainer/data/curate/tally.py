@@ -13,7 +13,7 @@ import xxhash
 
 from forescale.data.curate.step import Draft
 
-_SHOWN = 1_000  # characters of a sample
+_SAMPLE = 1_000  # characters of a sample
 _DOMAINS = 1_000  # kept of each unit, so that the counts of rare domains are approximate
 _EDGE = 120  # characters shown before the first change
 
@@ -48,7 +48,7 @@ class Tally:
         start = _first_difference(before, draft.text)
         self._sample(f"{name}: changed", draft.name, before[start:], draft.text[start:])
 
-    def passed(self, name: str, size: int) -> None:
+    def arrived(self, name: str, size: int) -> None:
         """Count a document that comes to a step."""
         _add(self.step(name)["read"], size)
 
@@ -58,25 +58,25 @@ class Tally:
         self._sample(f"{name}: {reason}", draft.name, draft.text, *others)
         self._of_attributes(draft, 1)
 
-    def kept(self, draft: Draft, size: int) -> None:
+    def remains(self, draft: Draft, size: int) -> None:
         """Count a document that all steps kept."""
         self.lengths[1][size.bit_length() - 1] += 1
         self._of_attributes(draft, 0)
 
     def merge(self, other: "Tally") -> None:
         """Add the counts of another part."""
-        for name, theirs in other.steps.items():
+        for name, counts in other.steps.items():
             mine = self.step(name)
             for kind in ("read", "changed"):
-                _add(mine[kind], theirs[kind][1], theirs[kind][0])
-            for reason, (documents, size) in theirs["dropped"].items():
+                _add(mine[kind], counts[kind][1], counts[kind][0])
+            for reason, (documents, size) in counts["dropped"].items():
                 _add(mine["dropped"].setdefault(reason, [0, 0]), size, documents)
-        for mine, theirs in zip(self.lengths, other.lengths, strict=True):
-            mine[:] = map(sum, zip(mine, theirs, strict=True))
+        for mine, counts in zip(self.lengths, other.lengths, strict=True):
+            mine[:] = map(sum, zip(mine, counts, strict=True))
         for name in ("languages", "domains"):
             table = getattr(self, name)
-            for key, (kept, dropped) in getattr(other, name).items():
-                _add(table.setdefault(key, [0, 0]), dropped, kept)
+            for key, (remaining, dropped) in getattr(other, name).items():
+                _add(table.setdefault(key, [0, 0]), dropped, remaining)
         for kind, samples in other.samples.items():
             self.samples[kind] = self._chosen(self.samples.get(kind, []) + samples)
 
@@ -96,7 +96,7 @@ class Tally:
     def _sample(self, kind: str, name: str, *texts: str) -> None:
         if self.samples_wanted:
             of = xxhash.xxh3_64_intdigest(f"{kind}\0{name}".encode())
-            sample = [of, name, *(text[:_SHOWN] for text in texts)]
+            sample = [of, name, *(text[:_SAMPLE] for text in texts)]
             self.samples[kind] = self._chosen([*self.samples.get(kind, []), sample])
 
     def _chosen(self, samples: list[list[Any]]) -> list[list[Any]]:

@@ -46,7 +46,7 @@ def curate_unit(
             tally.read(len(document.text))
             draft = Draft(document.name, document.text.decode("utf-8"), document.url)
             if text := _through(steps, draft, tally, report):
-                tally.kept(draft, len(text))
+                tally.remains(draft, len(text))
                 blocks.add(draft, text)
             step = min(left, len(document.text))
             left -= step
@@ -69,7 +69,7 @@ def _through(
     size = len(draft.text.encode())
     for name, step in steps:
         before = draft.text
-        tally.passed(name, size)
+        tally.arrived(name, size)
         reason = step(draft)
         if reason is None and draft.text is not before and draft.text != before:
             if draft.text and not draft.text.isspace():

@@ -27,8 +27,8 @@ def page(dataset: Dataset) -> str:
         _table("domains", "Domains", "domain", counts["domains"]),
         *_samples(counts),
     ]
-    read, kept = (sum(row) for row in counts["lengths"])
-    intro = f"{kept:,} of {read:,} documents passed all steps."
+    read, remaining = (sum(row) for row in counts["lengths"])
+    intro = f"{remaining:,} of {read:,} documents passed all steps."
     return render(title=f"Curation of {dataset.path}", sections=sections, intro=intro)
 
 
@@ -68,8 +68,15 @@ def _table(name: str, title: str, label: str, table: dict[str, list[int]]) -> Se
         return Section(name, title, absent=f"No step or input gave a {label}.")
     ordered = sorted(table.items(), key=lambda item: (-sum(item[1]), item[0]))
     rows: list[list[Cell]] = [[label, "kept", "dropped", "share kept"]]
-    for value, (kept, dropped) in ordered[:_ROWS]:
-        rows.append([value or "-", whole(kept), whole(dropped), percent(kept / (kept + dropped))])
+    for value, (remaining, dropped) in ordered[:_ROWS]:
+        rows.append(
+            [
+                value or "-",
+                whole(remaining),
+                whole(dropped),
+                percent(remaining / (remaining + dropped)),
+            ]
+        )
     rest = len(ordered) - _ROWS
     after: list[Cell] = [f"And {rest:,} more."] if rest > 0 else []
     return Section(name, title, rows=rows, head=True, after=after)
@@ -81,7 +88,7 @@ def _samples(counts: dict[str, Any]) -> list[Section]:
     for number, (kind, samples) in enumerate(sorted(counts["samples"].items())):
         texts: list[Cell] = []
         for _, name, *parts in samples:
-            shown = [Markup("<pre>{}</pre>").format(part[:_TEXT]) for part in parts]
-            texts.append(Markup("<b>{}</b>{}").format(name, Markup(" became ").join(shown)))
+            blocks = [Markup("<pre>{}</pre>").format(part[:_TEXT]) for part in parts]
+            texts.append(Markup("<b>{}</b>{}").format(name, Markup(" became ").join(blocks)))
         sections.append(Section(f"samples-{number}", kind, after=texts))
     return sections
