@@ -73,7 +73,9 @@ def test_each_checkpoint_that_exists_is_a_task_and_a_dry_run_writes_nothing(subm
     assert code == 0
     assert "--array=0-1%1" in options(script)
     assert not [x for x in options(script) if x.startswith(("--dependency", "--signal"))]
-    assert {"--nodes=1", "--ntasks=1", "--requeue", "--open-mode=truncate"} <= set(options(script))
+    assert {"--nodes=1", "--ntasks-per-node=1", "--requeue", "--open-mode=truncate"} <= set(
+        options(script)
+    )
     assert files(run) == before
     # As bash runs it, for the second task.
     (tmp_path / "say").write_text('#!/bin/sh\necho "$@"\n')

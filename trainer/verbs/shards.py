@@ -36,32 +36,38 @@ class ShardsJob(Job):
 
     # text: folders, globs, files, URLs or hf:// datasets; or corpora of token ids
     input: list[str] = key([])
-    output: str | None = None  # directory of the dataset; must not exist yet
-    text_key: str = "text"  # field of a JSON line, or column of a table, that holds the text
+    output: str | None = key(None, common=True)  # directory of the dataset; must not exist yet
+    text_key: str = key(
+        "text", common=True
+    )  # field of a JSON line, or column of a table, that holds the text
     # suffixes of further files that are plain text, such as [.log, .nfo]
-    suffixes: list[str] = key([])
+    suffixes: list[str] = key([], common=True)
     # what to do with text that isn't UTF-8
-    undecodable: Literal["skip", "replace", "fail"] = "skip"
+    undecodable: Literal["skip", "replace", "fail"] = key("skip", common=True)
     empty: Literal["skip", "fail"] = "skip"  # what to do with documents without text
     # what to do with documents longer than max_document_bytes
-    long: Literal["keep", "cut", "skip", "fail"] = "keep"
-    max_document_bytes: int | None = key(None, ge=1)  # limit for `long`; required unless it is keep
+    long: Literal["keep", "cut", "skip", "fail"] = key("keep", common=True)
+    max_document_bytes: int | None = key(
+        None, ge=1, common=True
+    )  # limit for `long`; required unless it is keep
     # tokenizer.json, Hugging Face directory with one, or bytes (one token per byte); null: train a
     # byte-level BPE
-    tokenizer: str | None = None
-    vocab_size: int = key(32_768, ge=257)  # vocabulary entries, if a tokenizer is trained
+    tokenizer: str | None = key(None, common=True)
+    vocab_size: int = key(
+        32_768, ge=257, common=True
+    )  # vocabulary entries, if a tokenizer is trained
     # token that ends a document; null: the one that the files beside it declare, else a common one
     end_of_text: str | None = None
     # type of the token ids in a flat .bin that is used in place
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
-    shard_tokens: int = key(1 << 24, ge=1)  # approximate tokens per tar
+    shard_tokens: int = key(1 << 24, ge=1, common=True)  # approximate tokens per tar
     member_tokens: int = key(1 << 20, ge=1)  # tokens per member of a tar
     # fraction of the documents held out for validation
-    validation_fraction: float = key(0.01, ge=0, le=0.5)
-    seed: int = key(1337, ge=0)  # seed for shuffling the documents
+    validation_fraction: float = key(0.01, ge=0, le=0.5, common=True)
+    seed: int = key(1337, ge=0, common=True)  # seed for shuffling the documents
     curate: Curation = section(Curation)
     # number of processes; null: the CPUs available to this process
-    workers: int | None = key(None, ge=1)
+    workers: int | None = key(None, ge=1, common=True)
 
     def problems(self) -> Problems:
         problems: Problems = []

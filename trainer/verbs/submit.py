@@ -9,7 +9,7 @@ from forescale.slurm.submit import submit
 from forescale.verbs import submit_shards
 from forescale.verbs.rehearse import problems_of_job
 
-_TODO = "write submit train [RUN] [KEY=VALUE ...], submit eval RUN or submit shards TEXT"
+_TODO = "write forescale submit train [RUN] [KEY=VALUE ...], submit eval RUN or submit shards TEXT"
 
 FIRST = ("train", "eval", "shards")
 
@@ -21,8 +21,7 @@ EXAMPLES = (
     "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 train.micro_batch=2",
     "submit train slurm.runs=sweep.txt slurm.at_once=4 slurm.gpus_per_node=1   (a line a run)",
     "submit shards web/ output=/data/web curate=web slurm.nodes=8   (a dataset)",
-    "submit eval big   (all its checkpoints; keys: forescale submit eval --help)",
-    "submit eval big steps=[10000,20000]   (also those that are yet to be saved)",
+    "submit eval big steps=[10000,20000]   (checkpoints, also those that are yet to be saved)",
 )
 
 

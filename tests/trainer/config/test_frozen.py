@@ -75,7 +75,8 @@ def test_small_verbs_defaults_are_those_of_their_classes():
     for verb in VERBS:
         if not issubclass(schema := load(verb).JOB, TrainJob):
             assert defaults(schema) == schema(), verb
-            assert not (CONF / f"{verb}.yaml").exists(), "it would only repeat them"
+            if (file := CONF / f"{verb}.yaml").exists():
+                assert [*yaml.safe_load(file.read_text())] == ["defaults"], "the rest repeats them"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def deduplicated(
     (work / "edges").mkdir(exist_ok=True)
     edges = key_edges(signed.keys, per_range)
     job = partial(find_edges, signed, work / "edges")
-    tasks = [Task("range", job, (i, *bounds)) for i, bounds in enumerate(pairwise(edges))]
+    tasks = [
+        Task("range", job, (i, *bounds), 0, Path()) for i, bounds in enumerate(pairwise(edges))
+    ]
     with Pool(workers) as pool:
         pool.run(tasks, silent)
     paths = [work / "edges" / f"{i:04d}" for i in range(len(tasks))]

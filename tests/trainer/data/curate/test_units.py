@@ -70,9 +70,9 @@ def texts(dataset):
 
 def test_the_dataset_has_what_the_steps_keep_and_the_counts_say_the_rest(rows, tmp_path, curation):
     dataset = built(rows, tmp_path / "out", curation)
-    kept = [i for i in range(400) if i % 4 in (0, 2)]
+    remaining = [i for i in range(400) if i % 4 in (0, 2)]
     assert texts(dataset) == sorted(
-        f"THE SHOUT {i}" if i % 4 == 0 else f"the plain {i}" for i in kept
+        f"THE SHOUT {i}" if i % 4 == 0 else f"the plain {i}" for i in remaining
     )
     counts = dataset.curation
     step = counts["steps"]["shout"]
@@ -139,9 +139,9 @@ def test_near_duplicates_go_and_repeated_passages_are_cut(repeated, tmp_path):
     path, originals = repeated
     curation = Curation(near_duplicates=Duplicates(), repeated_passages=Substrings(20, 5))
     dataset = built(path, tmp_path / "out", curation)
-    kept = texts(dataset)
+    remaining = texts(dataset)
     cut = [f"fresh fresh fresh rest{i}" for i in range(10)]
-    assert kept == sorted([*originals, *cut])
+    assert remaining == sorted([*originals, *cut])
     steps = dataset.curation["steps"]
     assert steps["near_duplicates"]["dropped"]["near-duplicate"][0] == 20
     assert steps["repeated_passages"]["changed"][0] == 10
