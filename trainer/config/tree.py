@@ -172,10 +172,10 @@ def convert(
         return length
     if kind is Sizes:
         return Sizes.parse(value)
-    if typing.get_origin(kind) is list:
+    if (origin := typing.get_origin(kind)) in (list, tuple):  # a tuple is tuple[T, ...]
         items = value if isinstance(value, list | tuple) else [value]
-        (inner,) = typing.get_args(kind)
-        return [_text(item) if inner is str else convert(inner, item) for item in items]
+        inner = typing.get_args(kind)[0]
+        return origin(_text(item) if inner is str else convert(inner, item) for item in items)
     if kind is TargetConfig:
         if not isinstance(value, Mapping) or "_target_" not in value:
             raise ValueError(f"expects a mapping with _target_, got {display(value)}")

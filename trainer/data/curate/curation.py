@@ -3,10 +3,12 @@
 Invariant: equal settings, step versions and documents keep equal texts.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from forescale.data.curate import minhash, substrings
@@ -46,8 +48,8 @@ class Curation:
     # passages of 50 words and more that occurred before: keep them, or {kind: cut, words: 50}
     repeated_passages: Keep | Substrings = field(default_factory=Keep, metadata={"kinds": PASSAGES})
     url_key: str = "url"  # field of a JSON line, or column of a table, with a document's address
-    samples: int = field(default=5, metadata={"bounds": {"ge": 0, "le": 100}})  # dropped documents
-    # of each reason that the report shows
+    # number of documents that the report shows of each reason for which a step drops them
+    samples: int = field(default=5, metadata={"bounds": {"ge": 0, "le": 100}})
 
     def problems(self) -> list[tuple[str, str, str]]:
         """Return a problem for each step whose settings are wrong."""
@@ -90,11 +92,15 @@ class Curation:
         return names
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings and versions of all steps, as the dataset's manifest has them."""
-        steps = [
-            {"step": name, "version": type(step).VERSION, **asdict(step)}  # type: ignore[call-overload]
-            for name, step in zip(self.names, self.steps, strict=True)
-        ]
+        """Return the settings and versions of all steps, as the dataset's manifest has them: of
+        files that a step reads the content, not where they are."""
+        steps = []
+        for name, step in zip(self.names, self.steps, strict=True):
+            settings = asdict(step)  # type: ignore[call-overload]
+            if hasattr(step, "fingerprint"):  # of what its `files` hold
+                settings["files"] = step.fingerprint()
+            settings = {key: _content(value) for key, value in settings.items()}
+            steps.append({"step": name, "version": type(step).VERSION, **settings})
         described: dict[str, Any] = {"steps": steps, "url_key": self.url_key}
         if self.near is not None:
             described["near_duplicates"] = {"version": minhash.version(), **asdict(self.near)}
@@ -102,3 +108,13 @@ class Curation:
             described["repeated_passages"] = {
                 "version": substrings.VERSION, **asdict(self.passages)}  # fmt: skip
         return described
+
+
+def _content(value: Any) -> Any:
+    """Return a setting as it is stored: of the path of a file its name and a hash of its bytes."""
+    if isinstance(value, list | tuple):
+        return [_content(one) for one in value]
+    if not (isinstance(value, str) and value and Path(value).is_file()):
+        return value
+    with open(value, "rb") as file:
+        return f"{Path(value).name} {hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -41,8 +41,8 @@ class Duplicates:
     """Settings: the signatures, and which document of a component stays."""
 
     minhash: MinHash = field(default_factory=MinHash)
-    stays: str = "first"  # in source order | longest | of the highest score
-    across_sources: bool = True  # False: only documents of one source are compared
+    stays: str = "first"  # which one stays: first in the input, longest, or score: the highest
+    across_sources: bool = True  # false: only documents of one input are compared
 
     def check(self) -> None:
         self.minhash.check()

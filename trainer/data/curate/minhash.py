@@ -51,10 +51,10 @@ _TABLE = bytes(b if b >= 128 else _plain(b) for b in range(256))
 class MinHash:
     """Settings of the signatures: bands x rows hashes over n-grams of `words` words."""
 
-    bands: int = 14
-    rows: int = 8
-    words: int = 5
-    seed: int = 1
+    bands: int = 14  # documents with one equal band are near-duplicates
+    rows: int = 8  # hashes of a band
+    words: int = 5  # words of an n-gram
+    seed: int = 1  # of the hashes
 
     def check(self) -> None:
         ranges = (("bands", 1, 256), ("rows", 1, 64), ("words", 1, 64), ("seed", 0, 1 << 31))

@@ -48,8 +48,8 @@ class Substrings:
     """Settings: `words`, the shortest passage that is cut; `window`, of neighbouring n-grams of
     which one is stored: a larger one takes less disk, and misses more of the shortest passages."""
 
-    words: int = 50
-    window: int = 25
+    words: int = 50  # of the shortest passage that is cut
+    window: int = 25  # neighbouring n-grams of which one is stored
 
     def check(self) -> None:
         for key, least, most in (("words", 5, 10_000), ("window", 1, 1000)):

@@ -10,6 +10,7 @@ import pytest
 from forescale.data.curate import curation as module
 from forescale.data.curate.curation import Curation
 from forescale.data.curate.duplicates import Duplicates
+from forescale.data.curate.steps.urls import Urls
 from forescale.data.curate.substrings import Substrings
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
@@ -154,3 +155,14 @@ def test_near_duplicates_go_and_repeated_passages_are_cut(repeated, tmp_path):
               workers=w, curation=curation)) for n, w in ((1 << 20, 1), (5_000, 2))]  # fmt: skip
     assert {other.identity for other in others} == {dataset.identity}
     assert all(other.curation == dataset.curation for other in others)
+
+
+def test_another_list_of_a_step_is_another_request_wherever_it_lies(tmp_path):
+    def described(folder, text):
+        (path := tmp_path / folder).mkdir(exist_ok=True)
+        (path / "domains.txt").write_text(text)
+        return Curation([Urls(block=(str(path / "domains.txt"),))]).describe()
+
+    first = described("a", "spam.org")
+    assert described("b", "spam.org") == first
+    assert described("a", "spam.org\nother.org") != first
