@@ -29,8 +29,8 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 84_100,
-    "lines of tests": 68_600,
+    "lines of source": 85_200,
+    "lines of tests": 68_900,
     "lines of the largest room": 14_065,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,

@@ -15,8 +15,8 @@ def test_two_nodes_build_what_one_process_builds_though_one_is_lost(lab: Lab, tm
     texts = ("".join(group) for group in zip(*[lines] * 50, strict=True))
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    def forescale(verb: str, name: str, *more: str) -> str:
-        words = [*verb.split(), str(rows), f"output={tmp_path / name}", *WORDS, *more]
+    def forescale(verb: str, name: str, *keys: str) -> str:
+        words = [*verb.split(), str(rows), f"output={tmp_path / name}", *WORDS, *keys]
         command = [sys.executable, "-P", "-m", "forescale", *words, "curate.steps=[repair]"]
         return lab.run(*command, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, seconds=300)
 

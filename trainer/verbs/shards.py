@@ -37,9 +37,8 @@ class ShardsJob(Job):
     # text: folders, globs, files, URLs or hf:// datasets; or corpora of token ids
     input: list[str] = key([])
     output: str | None = key(None, common=True)  # directory of the dataset; must not exist yet
-    text_key: str = key(
-        "text", common=True
-    )  # field of a JSON line, or column of a table, that holds the text
+    # field of a JSON line, or column of a table, that holds the text
+    text_key: str = key("text", common=True)
     # suffixes of further files that are plain text, such as [.log, .nfo]
     suffixes: list[str] = key([], common=True)
     # what to do with text that isn't UTF-8
@@ -47,15 +46,13 @@ class ShardsJob(Job):
     empty: Literal["skip", "fail"] = "skip"  # what to do with documents without text
     # what to do with documents longer than max_document_bytes
     long: Literal["keep", "cut", "skip", "fail"] = key("keep", common=True)
-    max_document_bytes: int | None = key(
-        None, ge=1, common=True
-    )  # limit for `long`; required unless it is keep
+    # limit for `long`; required unless it is keep
+    max_document_bytes: int | None = key(None, ge=1, common=True)
     # tokenizer.json, Hugging Face directory with one, or bytes (one token per byte); null: train a
     # byte-level BPE
     tokenizer: str | None = key(None, common=True)
-    vocab_size: int = key(
-        32_768, ge=257, common=True
-    )  # vocabulary entries, if a tokenizer is trained
+    # vocabulary entries, if a tokenizer is trained
+    vocab_size: int = key(32_768, ge=257, common=True)
     # token that ends a document; null: the one that the files beside it declare, else a common one
     end_of_text: str | None = None
     # type of the token ids in a flat .bin that is used in place

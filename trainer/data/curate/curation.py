@@ -56,7 +56,9 @@ class Curation:
         from forescale.ground.errors import UserError
 
         problems = []
-        parts = [(f"steps.{number}", step) for number, step in enumerate(self.steps)]
+        parts: list[tuple[str, Any]] = [
+            (f"steps.{number}", step) for number, step in enumerate(self.steps)
+        ]
         parts += [("near_duplicates", self.near), ("repeated_passages", self.passages)]
         for name, part in parts:
             try:

@@ -71,8 +71,8 @@ class Tally:
                 _add(mine[kind], counts[kind][1], counts[kind][0])
             for reason, (documents, size) in counts["dropped"].items():
                 _add(mine["dropped"].setdefault(reason, [0, 0]), size, documents)
-        for mine, counts in zip(self.lengths, other.lengths, strict=True):
-            mine[:] = map(sum, zip(mine, counts, strict=True))
+        for row, added in zip(self.lengths, other.lengths, strict=True):
+            row[:] = map(sum, zip(row, added, strict=True))
         for name in ("languages", "domains"):
             table = getattr(self, name)
             for key, (remaining, dropped) in getattr(other, name).items():

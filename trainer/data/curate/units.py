@@ -9,7 +9,7 @@ each that is dropped is in its tally and its report.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,10 @@ class Curated:
     curation: Curation
     across: Across
     numbers: dict[Unit, int]
+    sources: list[str] = field(init=False)
 
-    @property
-    def sources(self) -> list[str]:
-        return self.source.sources
+    def __post_init__(self) -> None:
+        self.sources = self.source.sources
 
     def units(self) -> list[Unit]:
         return [*self.numbers]

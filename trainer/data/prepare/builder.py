@@ -229,9 +229,9 @@ class _Build:
             self.across.count(counted)
             tally = counted.as_dict()
             entries[CURATION] = write_json(work.stage / CURATION, tally)
-            raw = [unit["raw"] for unit in self._facts(work.curated)]
+            hashes = [unit["raw"] for unit in self._facts(work.curated)]
             report["curation"] = {
-                "raw": hashlib.sha256("".join(raw).encode()).hexdigest(),
+                "raw": hashlib.sha256("".join(hashes).encode()).hexdigest(),
                 "file": CURATION,
                 "sha256": entries[CURATION].sha256,
                 "steps": tally["steps"],

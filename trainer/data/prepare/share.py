@@ -23,28 +23,28 @@ _LONGEST = 10.0
 
 
 class Share(NamedTuple):
-    """This process's place `index` among `count` that build together; start: a word for this start
+    """This process's place `rank` among `size` that build together; start: a word for this start
     of all of them, that no other start has."""
 
-    index: int
-    count: int
+    rank: int
+    size: int
     start: str
 
     @property
     def is_first(self) -> bool:
         """True for the one process that does what only one may do."""
-        return self.index == 0
+        return self.rank == 0
 
     def mine(self, weights: Sequence[int]) -> list[int]:
         """Return the places of this process's tasks: the heaviest first, each to the process that
         has the least so far; alone, all as they are."""
-        if self.count == 1:
+        if self.size == 1:
             return [*range(len(weights))]
-        loads, mine = [0] * self.count, []
+        loads, mine = [0] * self.size, []
         for place in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-            least = min(range(self.count), key=lambda i: (loads[i], i))
+            least = min(range(self.size), key=lambda i: (loads[i], i))
             loads[least] += weights[place] + 1
-            if least == self.index:
+            if least == self.rank:
                 mine.append(place)
         return mine
 

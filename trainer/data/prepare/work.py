@@ -53,7 +53,7 @@ class Work:
         self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"
         if share.is_first:
             self._prepare(request, progress)
-        if share.count > 1:
+        if share.size > 1:
             begun = self.path / f"begun-{share.start}"
             begun.touch() if share.is_first else wait_for([begun], progress)
 
