@@ -71,11 +71,11 @@ def _command(submission: Submission, words: Sequence[str]) -> list[str]:
     settings = submission.settings
     command = [*containers.python(settings), "-P", "-m", "forescale", *words]
     inside = [*containers.prefix(submission), *command]
+    if settings.nodes.most > 1:
+        hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])
+        return steps.command(submission, hosts, inside)
     of_pyxis = containers.options(submission)  # of srun
-    hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"]) if settings.nodes.most > 1 else []
-    if not (of_pyxis or hosts):
-        return inside
-    return [*steps.srun(settings, 1, *of_pyxis, hosts=hosts), *inside]
+    return [*steps.srun(settings, 1, *of_pyxis), *inside] if of_pyxis else inside
 
 
 if __name__ == "__main__":

@@ -320,6 +320,20 @@ def _broadcast(submission: Submission, hosts: Sequence[str], place: str) -> list
     ]
 
 
+def command(submission: Submission, hosts: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Return the command that runs `words` once on each host, from the code of the submission. If
+    one fails, SLURM ends the others, which may wait for it."""
+    lines = [
+        "set -e",
+        *own_scratch(_SCRATCH),
+        *_unpack(submission.code, '"$FORESCALE_NODE"'),
+        f"exec {shlex.join(words)}",
+    ]
+    options = ["--kill-on-bad-exit=1", *containers.options(submission)]
+    start = srun(submission.settings, 1, *options, hosts=hosts)
+    return [*start, "bash", "-c", "\n".join(lines)]
+
+
 def standby(submission: Submission, host: str, words: Sequence[str]) -> list[str]:
     """Return the command that runs standby.py on one host, beside whatever runs there."""
     log = f"{_escaped(submission.path)}/{STANDBY}.log"

@@ -73,9 +73,8 @@ def _zero(job, world_size: int) -> dict[str, Any]:
     # end (see compilation.py), in a pipeline, which reduces after all backward passes, nor on a
     # CPU.
     in_parts = isinstance(job.model, ModelConfig) or job.train.compile == "off"
-    in_parts = in_parts and engine.pipeline_parallel == 1
     if engine.stage in (1, 2) and job.on_gpu and in_parts and not engine.offload_optimizer:
-        zero["overlap_comm"] = True
+        zero["overlap_comm"] = engine.pipeline_parallel == 1
     return zero
 
 

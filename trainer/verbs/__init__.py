@@ -28,7 +28,8 @@ VERBS = {
     "finetune": "Teach a run from prompts and responses, or preferences; all weights or LoRA.",
     "plan": "Check a training job before the queue: problems, memory, traffic, hours, price.",
     "rehearse": "Make a job's own steps on pretended GPUs: crashes, memory, waits, kernels.",
-    "submit": "Submit to SLURM: a job that trains until its run is complete, or evaluations.",
+    "submit": "Submit to SLURM: a job that trains until its run is complete, evaluations, or a "
+    "dataset's build.",
     "status": "Show the state, the progress and the time use of runs.",
     "report": "Draw the curves of runs, and all about them, as one HTML file; or the loss as SVG.",
     "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",

@@ -98,20 +98,19 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["show"]:
         return _show(arguments[1:])
     job = parse(ShardsJob, arguments)
-    output = Path(job.output or "").expanduser()
+    output = output_of(job)
     was_there = (output / MANIFEST).is_file()
-    if output.exists() and not was_there:
-        raise UserError(str(output), "exists and isn't a dataset", "choose another output")
     of_tokens = are_tokenised(job.input)
+    if of_tokens and not job.curate.is_empty:
+        problem = "is for text, and the input is tokenised already"
+        raise UserError("curate", problem, "leave it out, or give the text")
     share = share_of()
     with progress_display() if share.is_first else nullcontext(silent) as progress:
         if of_tokens:
             _index(job, output, progress)
         else:
-            policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
             curation = None if job.curate.is_empty else job.curate
-            url_key = job.curate.url_key if curation else ""
-            source = Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
+            source = source_of(job)
             workers = job.workers or available()
             build_dataset(source, output, build_config(job), progress, workers, curation, share)
     if not share.is_first:
@@ -125,6 +124,21 @@ def main(arguments: list[str]) -> int:
     print(*summary_lines(dataset.manifest), sep="\n")
     print(f"\nNext: forescale train mine data.path={dataset.path}")
     return DONE
+
+
+def output_of(job: ShardsJob) -> Path:
+    """Return the directory of the dataset. Raises UserError if it holds something else."""
+    output = Path(job.output or "").expanduser()
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise UserError(str(output), "exists and isn't a dataset", "choose another output")
+    return output
+
+
+def source_of(job: ShardsJob) -> Files:
+    """Return the documents of the job. Raises UserError if an input isn't there."""
+    policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
+    url_key = "" if job.curate.is_empty else job.curate.url_key
+    return Files(job.input, job.text_key, policy, None, job.suffixes, url_key)
 
 
 def build_config(job: ShardsJob) -> BuildConfig:

@@ -20,7 +20,7 @@ EXAMPLES = (
     "submit train slurm.gpus_per_node=1 --dry-run   (print the script, write nothing)",
     "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 train.micro_batch=2",
     "submit train slurm.runs=sweep.txt slurm.at_once=4 slurm.gpus_per_node=1   (a line a run)",
-    "submit shards web/ output=/data/web curate=web slurm.nodes=8   (a dataset)",
+    "submit shards web/ output=/data/web slurm.nodes=8 slurm.exclusive=true   (a dataset)",
     "submit eval big steps=[10000,20000]   (checkpoints, also those that are yet to be saved)",
 )
 

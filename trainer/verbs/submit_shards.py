@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from forescale.config.compose import compose
 from forescale.config.job import overrides_of
-from forescale.config.schema import ConfigError, section
+from forescale.config.schema import ConfigError, Problem, section
 from forescale.ground.errors import UserError
 from forescale.run.directory import Run
 from forescale.slurm import queue
@@ -21,7 +21,13 @@ from forescale.slurm.config import SlurmConfig, SubmitConfig
 from forescale.slurm.limits import limit_problems
 from forescale.slurm.script import Command, CommandArray, submit_arrays
 from forescale.slurm.submission import Submission
-from forescale.verbs.shards import ShardsJob, are_tokenised
+from forescale.verbs.shards import ShardsJob, are_tokenised, output_of, source_of
+
+# Keys of slurm that say how many ranks of a run there are, or how it starts again.
+_OF_RUNS = (
+    *("spares", "grow", "tasks_per_node", "runs", "at_once", "pack", "lead"),
+    *("requeue", "max_requeues"),
+)
 
 
 @dataclass
@@ -45,7 +51,11 @@ def submit(arguments: list[str]) -> None:
     if are_tokenised(job.input):
         problem = "is tokenised already, and is indexed in place by one process"
         raise UserError(job.input[0], problem, "write forescale shards, without submit")
-    output, of_slurm = Path(job.output or "").expanduser().resolve(), ("slurm", "submit")
+    typed = {word.split("=")[0] for word in words}
+    if wrong := [f"slurm.{name}" for name in _OF_RUNS if f"slurm.{name}" in typed]:
+        problem = "is for jobs that train; a node has one task, and the job is always requeued"
+        raise ConfigError(Problem(name, problem, "leave it out") for name in wrong)
+    output, of_slurm = output_of(job).resolve(), ("slurm", "submit")
     command = [word for word in words if re.split("[.=]", word)[0] not in of_slurm]
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
     jobs = output.with_name(f".{output.name}.jobs")
@@ -63,13 +73,16 @@ def submit(arguments: list[str]) -> None:
     if job.submit.dry_run:
         print(array(jobs / "NNNN").script(), end="")
         return
+    source_of(job)  # what is missing is said now, not in the queue
+    job.curate.describe()
     queue.must_be_here()
     if problems := limit_problems(job.slurm):
         raise ConfigError(problems)
     queue.expect_accepted(array(jobs / "NNNN").script())
     submitted = array(Run(jobs).new_job())
     (id,) = submit_arrays([submitted], job.input, [])
-    print(f"Submitted job {id}: {output} on {job.slurm.nodes} nodes.")
+    nodes = "a node" if str(job.slurm.nodes) == "1" else f"{job.slurm.nodes} nodes"
+    print(f"Submitted job {id}: {output} on {nodes}.")
     print(f"  Script: {submitted.submission.script}")
     print(f"Follow it: tail -f {submitted.log(submitted.commands[0])}. Stop it: scancel {id}")
     print("If it ends early, the same command continues with what is finished.")

@@ -4,7 +4,7 @@ and passages that occurred before are cut.
     signatures/000012   a unit's keys           edges/0003     equal keys of a range
     near                all documents that go, and for which
     anchors/000012      a unit's passages       repeats/0003   those of a range that occurred before
-    passages/000012     what is cut of a unit
+    passages/000012     what is cut of a unit      counted/000012   its tally
 
 Invariant: the documents that remain depend on the documents, their order and the settings alone.
 """
@@ -22,11 +22,11 @@ from forescale.data.curate.duplicates import (
     Duplicates,
     dropped_of,
     find_edges,
-    key_edges,
     resolve,
     sign_unit,
     signatures,
 )
+from forescale.data.curate.step import Draft
 from forescale.data.curate.stored import Texts, drafts
 from forescale.data.curate.substrings import (
     Substrings,
@@ -37,11 +37,13 @@ from forescale.data.curate.substrings import (
     without,
 )
 from forescale.data.curate.tally import Tally
-from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
+from forescale.data.prepare.columns import UnitFile, UnitWriter, facts, finished
 from forescale.data.prepare.pool import Task, Tick
+from forescale.data.prepare.selection import range_edges
 from forescale.data.text.documents import Unit
 
 NEAR, PASSAGES = "near_duplicates", "repeated_passages"
+_NEAR, _NOTHING = "near-duplicate", "nothing left"  # reasons
 _SCORE = "score"  # the attribute of the rule `score`
 Phase = Callable[[str, str, int, Sequence[Task]], None]
 
@@ -54,45 +56,62 @@ class Across:
         self.near = work / "near" if curation.near is not None else None
         self.passages = work / "passages" if curation.passages is not None else None
 
+    @property
+    def counted(self) -> Path:
+        """The directory whose files have the tallies of units."""
+        return self.work / "counted" if self.near or self.passages else self.curated
+
     def run(self, phase: Phase) -> None:
         """Make what the settings ask for. phase: runs tasks, given its name, unit and total."""
         if self.curation.near is not None:
             self._find_duplicates(self.curation.near, phase)
         if self.curation.passages is not None:
             self._find_passages(self.curation.passages, phase)
+        if self.curation.compares:
+            self._each_unit(phase, "count", partial(_count, self), self._folder("counted"))
 
-    def read(self, number: int) -> Iterator[tuple[str, str, bytes]]:
-        """Yield the documents of a unit that remain: name, address and text as bytes; of one that
-        goes the text is empty."""
-        gone = self._gone(number)
-        cut = self._cut(number)
+    def read(self, number: int) -> Iterator[tuple[Draft, bytes, str]]:
+        """Yield the documents of a unit: name, address and attributes, what remains of the text,
+        and why nothing does ("" otherwise)."""
+        gone, cut = self.gone(number), self._cut(number)
         for place, (draft, text) in enumerate(drafts(self.curated / f"{number:06d}")):
+            reason = ""
             if place in gone:
-                text = b""
+                text, reason = b"", _NEAR
             elif place in cut:
                 text = without(text.decode(), cut[place]).encode()
-            yield draft.name, draft.url, text
+                reason = "" if text and not text.isspace() else _NOTHING
+            yield draft, text, reason
 
-    def count(self, tally: Tally) -> None:
-        """Add what these phases dropped and cut, with samples, to the tally of all units."""
-        fetch = Texts(self.curated)
-        for number in range(len(self.units)):
-            gone, cut = self._gone(number), self._cut(number)
-            for place, (draft, text) in enumerate(drafts(self.curated / f"{number:06d}")):
-                if self.near is not None:
-                    tally.arrived(NEAR, len(text))
-                if place in gone:
-                    stays = fetch(*gone[place])
-                    draft.text = text.decode()
-                    tally.dropped(NEAR, "near-duplicate", draft, len(text), stays)
-                    continue
-                if self.passages is not None:
-                    tally.arrived(PASSAGES, len(text))
-                if place in cut:
-                    draft.text = without(text.decode(), cut[place])
-                    tally.changed(PASSAGES, text.decode(), draft)
+    def tally(self, number: int) -> Tally:
+        """Return the tally of a unit: of its steps, and of what goes and is cut afterwards."""
+        tally = Tally(**facts(self.curated / f"{number:06d}")["tally"])
+        for name, path in ((NEAR, self.near), (PASSAGES, self.passages)):
+            if path is not None:
+                tally.step(name)
+        gone = self.gone(number)
+        every = zip(drafts(self.curated / f"{number:06d}"), self.read(number), strict=True)
+        for place, ((draft, raw), (_, text, reason)) in enumerate(every):
+            before, draft.text = raw.decode(), text.decode()
+            if self.near is not None:
+                tally.arrived(NEAR, len(raw))
+            if place in gone:
+                draft.text = before
+                tally.dropped(NEAR, reason, draft, len(raw), stays=gone[place])
+                continue
+            if self.passages is not None:
+                tally.arrived(PASSAGES, len(raw))
+            if reason:
+                draft.text = before
+                tally.dropped(PASSAGES, reason, draft, len(raw))
+                continue
+            if text != raw:
+                tally.changed(PASSAGES, before, draft)
+            tally.remains(draft, len(text))
+        tally.fill(Texts(self.curated))
+        return tally
 
-    def _gone(self, number: int) -> dict[int, tuple[int, int]]:
+    def gone(self, number: int) -> dict[int, tuple[int, int]]:
         """Return which documents of a unit go, and for which (unit, document)."""
         if self.near is None:
             return {}
@@ -143,7 +162,7 @@ class Across:
 
     def _ranges(self, phase: Phase, name: str, job: Any, folder: Path, keys: int) -> list[Path]:
         """Run a job for each range of keys; return its files."""
-        bounds = key_edges(keys)
+        bounds = range_edges(keys)
         paths = [folder / f"{i:04d}" for i in range(len(bounds) - 1)]
         tasks = [
             Task(f"{name}, range {i + 1} of {len(paths)}", job, (i, low, high), 0, paths[i])
@@ -151,6 +170,13 @@ class Across:
         ]
         phase(name, "keys", keys, tasks)
         return paths
+
+
+def _count(across: Across, number: int, unit: Unit, tick: Tick) -> None:
+    if not finished(path := across.counted / f"{number:06d}"):
+        with UnitWriter(path) as out:
+            out.finish({"tally": across.tally(number).as_dict()})
+    tick(unit.size, 0)
 
 
 def _sign(
@@ -200,6 +226,6 @@ def _passages(
 
 def _remaining(across: Across, number: int) -> Iterator[str | None]:
     """Yield the texts of a unit before passages are cut; None for near-duplicates."""
-    gone = across._gone(number)
+    gone = across.gone(number)
     for place, (_, text) in enumerate(drafts(across.curated / f"{number:06d}")):
         yield None if place in gone else text.decode()

@@ -65,12 +65,21 @@ class Curation:
                 getattr(part, "check", lambda: None)()
             except UserError as e:
                 problems.append((f"{name}.{e.where.rpartition('.')[2]}", e.problem, e.todo))
+        scores = [getattr(step, "attribute", "") for step in self.steps]
+        if self.near and self.near.stays == "score" and "score" not in scores:
+            todo = "add the step classifier, whose attribute is score, or choose first or longest"
+            problems.append(("near_duplicates.stays", "no step gives a score", todo))
         return problems
 
     @property
     def is_empty(self) -> bool:
         """True if it does nothing."""
         return not (self.steps or self.near or self.passages)
+
+    @property
+    def compares(self) -> bool:
+        """True if documents are compared with each other after the steps."""
+        return self.near is not None or self.passages is not None
 
     @property
     def near(self) -> Duplicates | None:
@@ -101,9 +110,11 @@ class Curation:
             settings = asdict(step)  # type: ignore[call-overload]
             if hasattr(step, "fingerprint"):  # of what its `files` hold
                 settings["files"] = step.fingerprint()
-            settings = {key: _content(value) for key, value in settings.items()}
+            for key in getattr(step, "FILES", ()):
+                settings[key] = _content(settings[key])
             steps.append({"step": name, "version": type(step).VERSION, **settings})
         described: dict[str, Any] = {"steps": steps, "url_key": self.url_key}
+        described["samples"] = self.samples
         if self.near is not None:
             described["near_duplicates"] = {"version": minhash.version(), **asdict(self.near)}
         if self.passages is not None:
@@ -113,10 +124,10 @@ class Curation:
 
 
 def _content(value: Any) -> Any:
-    """Return a setting as it is stored: of the path of a file its name and a hash of its bytes."""
+    """Return the name of a file and a hash of its bytes, for each of some paths."""
     if isinstance(value, list | tuple):
         return [_content(one) for one in value]
-    if not (isinstance(value, str) and value and Path(value).is_file()):
+    if not value:
         return value
     with open(value, "rb") as file:
         return f"{Path(value).name} {hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -135,12 +135,6 @@ def signatures(directory: Path, sources: Sequence[int], settings: Duplicates) ->
     return Signatures(directory, runs, starts, groups)
 
 
-def key_edges(keys: int, per_range: int = _RANGE) -> list[int]:
-    """Return keys that bound ranges of about `per_range` keys, from 0 to 2^64."""
-    count = max(1, -(-keys // per_range))
-    return [(i << 64) // count for i in range(count + 1)]
-
-
 def find_edges(
     signed: Signatures, directory: Path, number: int, low: int, high: int, tick: Tick
 ) -> None:

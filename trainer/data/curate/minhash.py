@@ -74,7 +74,7 @@ def version() -> str:
 
 def _missing() -> UserError:
     problem = "near-duplicates need the package daft, which isn't installed"
-    return UserError("duplicates", problem, 'pip install ".[curate]"')
+    return UserError("curate.near_duplicates", problem, 'pip install ".[curate]"')
 
 
 def _series() -> Any:

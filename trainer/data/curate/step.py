@@ -28,6 +28,8 @@ class Step(Protocol):
 
     VERSION: ClassVar[int]  # raise it when the step decides otherwise than before
     SOURCE: ClassVar[str]  # where its rules and default values are from
+    # FILES: ClassVar[tuple[str, ...]], if some settings are paths: their names. A dataset then
+    # depends on what the files hold, not on where they are.
 
     def __call__(self, draft: Draft) -> str | None:
         """Change `draft`, and return None to keep it, or a short reason to drop it. The reason is

@@ -150,7 +150,7 @@ def find_repeats(
     tick: Tick,
 ) -> None:
     """Find the anchors with hashes in [low, high) that occurred before; the range of this number.
-    The ranges are those of `duplicates.key_edges`."""
+    The ranges are those of `selection.range_edges`."""
     path = directory / f"{number:04d}"
     if done := finished(path):
         tick(done["anchors"], 0)

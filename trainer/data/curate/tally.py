@@ -1,10 +1,11 @@
 """Counts of a curation: what each step read, changed and dropped, and samples of it.
 
-Invariant: the tallies of all units, added up in any order, are that of the whole. Samples are
-chosen by a hash of the document, so they depend on no order.
+Invariant: the tallies of all units, added up in any order, are that of the whole, but of rare
+domains. Samples are chosen by a hash of the document, so they depend on no order.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,11 +53,27 @@ class Tally:
         """Count a document that comes to a step."""
         _add(self.step(name)["read"], size)
 
-    def dropped(self, name: str, reason: str, draft: Draft, size: int, *others: str) -> None:
-        """Count a document that a step dropped. others: texts that its sample shows too."""
+    def dropped(
+        self,
+        name: str,
+        reason: str,
+        draft: Draft,
+        size: int,
+        *,
+        stays: tuple[int, int] | None = None,
+    ) -> None:
+        """Count a document that a step dropped. stays: the document (unit, number) for which it
+        goes, whose text its sample gets by `fill`."""
         _add(self.step(name)["dropped"].setdefault(reason, [0, 0]), size)
-        self._sample(f"{name}: {reason}", draft.name, draft.text, *others)
+        self._sample(f"{name}: {reason}", draft.name, draft.text, *([stays] if stays else []))
         self._of_attributes(draft, 1)
+
+    def fill(self, fetch: Callable[[int, int], str]) -> None:
+        """Put texts where samples name documents."""
+        for samples in self.samples.values():
+            for sample in samples:
+                if isinstance(sample[-1], tuple):
+                    sample[-1] = fetch(*sample[-1])[:_SAMPLE]
 
     def remains(self, draft: Draft, size: int) -> None:
         """Count a document that all steps kept."""
@@ -93,10 +110,10 @@ class Tally:
         if draft.url:
             self.domains.setdefault(domain_of(draft.url), [0, 0])[place] += 1
 
-    def _sample(self, kind: str, name: str, *texts: str) -> None:
+    def _sample(self, kind: str, name: str, *texts: str | tuple[int, int]) -> None:
         if self.samples_wanted:
             of = xxhash.xxh3_64_intdigest(f"{kind}\0{name}".encode())
-            sample = [of, name, *(text[:_SAMPLE] for text in texts)]
+            sample: list[Any] = [of, name, *(text[:_SAMPLE] for text in texts)]
             self.samples[kind] = self._chosen([*self.samples.get(kind, []), sample])
 
     def _chosen(self, samples: list[list[Any]]) -> list[list[Any]]:
@@ -106,7 +123,8 @@ class Tally:
 def domain_of(url: str) -> str:
     """Return the host of an address without "www."; "" if it has none."""
     try:
-        return (urlsplit(url).hostname or "").removeprefix("www.")
+        host = (urlsplit(url).hostname or "").removeprefix("www.")
+        return host if len(host) <= 253 else ""  # of the domain name system
     except ValueError:
         return ""
 

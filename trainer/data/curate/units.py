@@ -21,9 +21,6 @@ from forescale.data.curate.tally import Tally
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.pool import Tick
 from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit
-from forescale.ground.errors import UserError
-
-_BLOCK = 1 << 20  # bytes of text that are compressed at once
 
 
 def curate_unit(
@@ -46,7 +43,8 @@ def curate_unit(
             tally.read(len(document.text))
             draft = Draft(document.name, document.text.decode("utf-8"), document.url)
             if text := _through(steps, draft, tally, report):
-                tally.remains(draft, len(text))
+                if not curation.compares:  # else it may still go
+                    tally.remains(draft, len(text))
                 blocks.add(draft, text)
             step = min(left, len(document.text))
             left -= step
@@ -104,11 +102,11 @@ class Curated:
         number = self.numbers[unit]
         stored = facts(self.across.curated / f"{number:06d}")
         report.merge(ReadingReport(**stored["report"]))
-        for name, url, text in self.across.read(number):
-            if text and not text.isspace():
-                yield Document(name, text, url)
+        for draft, text, reason in self.across.read(number):
+            if reason:
+                report.add(reason, draft.name)
             else:
-                report.add("near-duplicate", name)
+                yield Document(draft.name, text, draft.url)
 
     def state(self) -> Iterator[tuple[Any, ...]]:
         yield from self.source.state()
@@ -124,6 +122,4 @@ def tally_of(directory: Path, count: int) -> Tally:
         stored = facts(directory / f"{number:06d}")["tally"]
         total.samples_wanted = stored["samples_wanted"]
         total.merge(Tally(**stored))
-    if not count:
-        raise UserError(str(directory), "holds no unit", "run the same command again")
     return total

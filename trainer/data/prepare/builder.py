@@ -23,6 +23,7 @@ and about 50 bytes per document.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -133,14 +134,17 @@ def build_dataset(
                 _Build(
                     source, units, config, tokenizer, request, work, pool, progress, curation, share
                 ).run()
-            if share.is_first:
+            if share.is_first:  # only once nobody looks for a file of the work directory any more
+                others = [work.through(share._replace(rank=i)) for i in range(1, share.size)]
+                wait_for(others, progress, failed=work.failed(share))
                 work.publish()
-        except (ChangedError, NoTextError):
-            if share.is_first:
+        except BaseException as e:
+            if share.size > 1:
+                with suppress(OSError):
+                    work.failed(share).write_text(str(e))
+            elif isinstance(e, ChangedError | NoTextError):
                 work.remove()  # otherwise the next attempt would use it again
-            raise
-        except BaseException:
-            if share.is_first:
+            else:
                 work.remove_if_empty()
             raise
 
@@ -182,10 +186,10 @@ class _Build:
         if bounds.compared:
             compare = partial(compress_samples, work.samples, len(units))
             path = work.baselines
-            tasks.append(Task("compressors", compare, (path,), 1 << 60, path))
+            tasks.append(Task("compressors", compare, (path,), max(sizes) + 1, path))
         self._phase("tokenise", "bytes", sum(sizes), tasks)
         if (assembled := self._assemble(vocabulary)) is None:
-            wait_for([work.output], self.progress)
+            work.through(self.share).touch()
             return
         rows, entries = assembled
         splits: dict[str, Any] = {
@@ -225,9 +229,7 @@ class _Build:
         compared = (facts(work.baselines) or None) if bounds.compared else None
         digest = corpus.hexdigest()
         if self.curation is not None:
-            counted = tally_of(work.curated, len(units))
-            self.across.count(counted)
-            tally = counted.as_dict()
+            tally = tally_of(self.across.counted, len(units)).as_dict()
             entries[CURATION] = write_json(work.stage / CURATION, tally)
             hashes = [unit["raw"] for unit in self._facts(work.curated)]
             report["curation"] = {
@@ -252,13 +254,12 @@ class _Build:
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
         """Do this process's share of the tasks, and wait for the others'."""
-        meter, mine = (
-            Meter(self.progress, name, total, unit),
-            self.share.mine([task.weight for task in tasks]),
-        )
+        meter = Meter(self.progress, name, total, unit)
+        mine = self.share.mine([task.weight for task in tasks])
         self.pool.run([tasks[place] for place in mine], meter)
-        others = [task for place, task in enumerate(tasks) if place not in {*mine}]
-        wait_for([t.result for t in others], self.progress, lambda i: meter(others[i].weight, 0))
+        others = [tasks[place] for place in sorted({*range(len(tasks))} - {*mine})]
+        results, failed = [task.result for task in others], self.work.failed(self.share)
+        wait_for(results, self.progress, lambda i: meter(others[i].weight, 0), failed)
         meter.end()
 
     def _each_unit(self, job: Any, folder: Path, *columns: Sequence[Any]) -> list[Task]:
@@ -304,7 +305,7 @@ class _Build:
     def _trained_tokenizer(self) -> bytes:
         path, done = self.work.tokenizer, 0
         if not self.share.is_first:
-            wait_for([path], self.progress)
+            wait_for([path], self.progress, failed=self.work.failed(self.share))
         if unit := finished(path):
             return unit["json"].encode()
 

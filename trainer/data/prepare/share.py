@@ -64,12 +64,16 @@ def share_of(environment: Mapping[str, str] = os.environ) -> Share:
 
 
 def wait_for(
-    paths: Sequence[Path], progress: Progress, arrived: Callable[[int], None] = lambda i: None
+    paths: Sequence[Path],
+    progress: Progress,
+    arrived: Callable[[int], None] = lambda i: None,
+    failed: Path | None = None,
 ) -> None:
-    """Wait until all these files are there. arrived: called with the place of each that is. Raises
-    UserError if their directory was there, and goes away."""
+    """Wait until all these files are there. arrived: called with the place of each that is; failed:
+    a file that another process writes if it fails. Raises UserError if it is there, or if a
+    directory of the files goes away."""
     missing, pause, since = dict(enumerate(paths)), _LOOK, time.monotonic()
-    folders = {path.parent for path in paths if path.parent.exists()}
+    folders: set[Path] = set()
     while missing:
         came = [place for place, path in missing.items() if path.exists()]
         for place in came:
@@ -81,8 +85,12 @@ def wait_for(
             waited = int(time.monotonic() - since)
             if waited >= 5:
                 progress(f"wait for {len(missing)} files of other processes", waited, None, "s")
+            if failed is not None and failed.exists():
+                problem = f"another process of this build failed ({failed.read_text()})"
+                raise UserError(str(failed.parent), problem, "give the same command again")
             if gone := [folder for folder in folders if not folder.exists()]:
                 problem = "is gone: the process that prepared it has ended"
                 raise UserError(str(gone[0]), problem, "see its message")
+            folders |= {path.parent for path in missing.values() if path.parent.exists()}
             time.sleep(pause)
             pause = min(1.2 * pause, _LONGEST)

@@ -84,6 +84,14 @@ class Work:
         keys = [k for k in want["request"] if request.get(k) != want["request"][k]]
         return f"the interrupted build had another request (different {', '.join(keys)})"
 
+    def through(self, share: Share) -> Path:
+        """Return the file by which a process says that it has done all of its tasks."""
+        return self.path / f"through-{share.start}-{share.rank}"
+
+    def failed(self, share: Share) -> Path:
+        """Return the file by which one process tells the others that it has failed."""
+        return self.path / f"failed-{share.start}"
+
     def publish(self) -> None:
         """Rename the dataset to its final name and remove everything else."""
         publish(self.stage, self.output)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from forescale.ground.errors import UserError
 
+_LONGEST_URL = 4096  # characters; a longer one counts as unknown
 _LISTED = 200  # names kept for each reason; the counts are always exact
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -179,7 +180,7 @@ class Intake:
         if convert is not None:
             raw = convert(raw.decode("utf-8")).encode("utf-8")
         if raw and not raw.isspace():
-            yield Document(name, raw, url)
+            yield Document(name, raw, url if len(url) <= _LONGEST_URL else "")
         elif self.policy.empty == "fail":
             raise UserError(name, "holds no text", "remove it, or choose empty=skip")
         else:

@@ -41,7 +41,7 @@ def read_parquet(
 ) -> Iterator[Document]:
     """Yield the documents of row groups, named like "a.parquet:17"; last 0: to the end."""
     pages, texts = Total(where), Total(where)
-    with _parquet(where, [intake.key]) as file:
+    with _parquet(where, [key for key in (intake.key, intake.url_key) if key]) as file:
         path = text_path(where, file.schema_arrow, intake.key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if not sum(sizes):
@@ -50,7 +50,7 @@ def read_parquet(
         row, end = sum(sizes[:first]), sum(sizes[:last])
         for group in range(first, last):
             pages.add(file.metadata.row_group(group).total_byte_size)
-        columns = [key for key in (intake.key, intake.url_key) if key]
+        columns = [intake.key, *_url_column(file.schema_arrow, intake.url_key)]
         for batch in file.iter_batches(_ROWS, range(first, last), columns, use_threads=False):
             for document in _documents(intake, name, row, batch, path):
                 texts.add(len(document.text))
@@ -175,11 +175,37 @@ def _documents(
     if pa.types.is_dictionary(column.type):
         places, column = column.indices.to_pylist(), column.dictionary
     texts = column.cast(pa.large_binary())  # nothing has checked yet that they are UTF-8
-    urls = [""] * len(batch)
-    if intake.url_key in batch.schema.names:
-        urls = [u if isinstance(u, str) else "" for u in batch.column(intake.url_key).to_pylist()]
+    urls: Iterable[str] = [""] * len(batch)
+    for name_of_url in _url_column(batch.schema, intake.url_key):
+        urls = _urls(batch.column(name_of_url))
     for number, (place, url) in enumerate(zip(places, urls, strict=True), row):
         if place is None or (text := texts[place].as_py()) is None:
             intake.report.add(f"no text under {intake.key!r}", f"{name}:{number}")
         else:
             yield from intake.documents(f"{name}:{number}", text, url=url)
+
+
+def _url_column(schema: Any, key: str) -> list[str]:
+    """Return the name of the column of addresses, if there is one such column, of text."""
+    import pyarrow as pa
+
+    places = schema.get_all_field_indices(key) if key else []
+    if len(places) != 1:
+        return []
+    kind = schema.field(places[0]).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return [key] if str(kind) in _TEXT else []
+
+
+def _urls(column: Any) -> Iterator[str]:
+    """Yield the addresses of a column; "" where there is none. One of many rows is decoded alone,
+    not copied for each."""
+    import pyarrow as pa
+
+    places: Iterable[int | None] = range(len(column))
+    if pa.types.is_dictionary(column.type):
+        places, column = column.indices.to_pylist(), column.dictionary
+    texts = column.cast(pa.large_binary())
+    for place in places:
+        raw = None if place is None else texts[place].as_py()
+        yield "" if raw is None else raw.decode("utf-8", "replace")

@@ -28,7 +28,7 @@ def page(dataset: Dataset) -> str:
         *_samples(counts),
     ]
     read, remaining = (sum(row) for row in counts["lengths"])
-    intro = f"{remaining:,} of {read:,} documents passed all steps."
+    intro = f"{remaining:,} of {read:,} documents remain."
     return render(title=f"Curation of {dataset.path}", sections=sections, intro=intro)
 
 
@@ -47,7 +47,7 @@ def _flow(counts: dict[str, Any]) -> Section:
         ):
             share = percent(dropped / documents)
             rows.append([f"· {reason}", "", "", "", "", whole(dropped), share, whole(bytes_)])
-    note = "Each step reads what the step above it kept. Exact and near-duplicates go afterwards."
+    note = "Each row reads what the row above it kept. Exact duplicates go afterwards."
     return Section("flow", "What each step did", rows=rows, head=True, after=[note])
 
 
@@ -87,8 +87,9 @@ def _samples(counts: dict[str, Any]) -> list[Section]:
     sections = []
     for number, (kind, samples) in enumerate(sorted(counts["samples"].items())):
         texts: list[Cell] = []
+        between = " became " if kind.endswith(": changed") else " goes for "
         for _, name, *parts in samples:
             blocks = [Markup("<pre>{}</pre>").format(part[:_TEXT]) for part in parts]
-            texts.append(Markup("<b>{}</b>{}").format(name, Markup(" became ").join(blocks)))
+            texts.append(Markup("<b>{}</b>{}").format(name, Markup(between).join(blocks)))
         sections.append(Section(f"samples-{number}", kind, after=texts))
     return sections

@@ -17,13 +17,13 @@ from forescale.data.curate.duplicates import (
     Signatures,
     dropped_of,
     find_edges,
-    key_edges,
     resolve,
     sign_unit,
     signatures,
 )
 from forescale.data.prepare.columns import UnitWriter
 from forescale.data.prepare.pool import Pool, Task
+from forescale.data.prepare.selection import range_edges
 from forescale.ground.errors import UserError
 
 pytest.importorskip("daft")
@@ -65,7 +65,7 @@ def deduplicated(
         sign(work / "signatures", number, texts, options, scores and scores[number])
     signed = signatures(work / "signatures", sources or [0] * len(units), options)
     (work / "edges").mkdir(exist_ok=True)
-    edges = key_edges(signed.keys, per_range)
+    edges = range_edges(signed.keys, per_range)
     job = partial(find_edges, signed, work / "edges")
     tasks = [
         Task("range", job, (i, *bounds), 0, Path()) for i, bounds in enumerate(pairwise(edges))

@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from forescale.data.curate import substrings as module
-from forescale.data.curate.duplicates import key_edges
 from forescale.data.curate.substrings import (
     Substrings,
     anchor_runs,
@@ -23,6 +22,7 @@ from forescale.data.curate.substrings import (
     without,
 )
 from forescale.data.prepare.columns import UnitWriter, facts
+from forescale.data.prepare.selection import range_edges
 from forescale.ground.errors import UserError
 
 Units = Sequence[Sequence[str | None]]
@@ -43,7 +43,7 @@ def find(work: Path, units: Units, options: Substrings, per_range: int = 1 << 20
         with UnitWriter(anchors / f"{number:06d}") as out:
             out.finish(anchor_unit(texts, out, options))
     runs = anchor_runs(anchors, len(units))
-    edges = key_edges(sum(run.anchors for unit in runs for run in unit), per_range)
+    edges = range_edges(sum(run.anchors for unit in runs for run in unit), per_range)
     for number, bounds in enumerate(pairwise(edges)):
         find_repeats(anchors, repeats, runs, number, *bounds, silent)
     ranges = [repeats / f"{i:04d}" for i in range(len(edges) - 1)]

@@ -84,6 +84,15 @@ def test_what_was_finished_when_all_are_killed_is_used_by_another_number(rows, a
     assert contents(output) == alone
 
 
+def test_a_process_without_a_task_ends_too(tmp_path):
+    (path := tmp_path / "one.txt").write_text("A text. " * 40)
+    processes = started(path, tmp_path / "out", 2, 0)
+    for process in processes:
+        assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_each_task_is_of_one_process_and_the_loads_are_even():
     weights = [7, 1, 5, 5, 3, 2, 9, 1]
     shares = [Share(i, 3, "").mine(weights) for i in range(3)]

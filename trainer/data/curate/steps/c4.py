@@ -26,6 +26,7 @@ class C4:
 
     VERSION: ClassVar[int] = 1
     SOURCE: ClassVar[str] = "Raffel et al. 2020, JMLR 21(140), 2.2; tensorflow_datasets c4_utils.py"
+    FILES: ClassVar[tuple[str, ...]] = ("bad_words",)
 
     end_marks: bool = True  # section 2.2; FineWeb: false
     least_words: int = 5  # of a line; section 2.2 (datatrove 0.10: 3)

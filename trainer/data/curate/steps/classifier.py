@@ -16,10 +16,12 @@ from forescale.ground.errors import UserError
 class Classifier:
     """Drops documents with a score below `threshold`, and stores the score as an attribute. The
     score is the probability of `label` by a fastText model (a .bin or .ftz file), or what an object
-    of the class `target` returns for the text; each process makes one, without arguments."""
+    of the class `target` returns for the text; each process makes one, without arguments. Give the
+    class another name when it changes: a dataset is known by it."""
 
     VERSION: ClassVar[int] = 1
     SOURCE: ClassVar[str] = "a model of the user"
+    FILES: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = ""  # a file of fastText
     label: str = ""  # with or without __label__
@@ -46,7 +48,13 @@ class Classifier:
 
     def _score(self, text: str) -> float:
         if self.target:
-            score = float(_object(self.target)(text))
+            try:
+                score = float(_object(self.target)(text))
+            except UserError:
+                raise
+            except Exception as e:  # the user's code
+                problem = f"{self.target} failed on a text ({e!r})"
+                raise UserError("classifier.target", problem, "return a number for each") from e
             if isnan(score):
                 problem = f"{self.target} returned NaN, which is no score"
                 raise UserError("classifier.target", problem, "return a number for each text")
@@ -75,7 +83,11 @@ def _model(path: str) -> Any:
 def _object(target: str) -> Any:
     module, _, name = target.rpartition(".")
     try:
-        return getattr(import_module(module), name)()
-    except (ImportError, AttributeError, ValueError) as e:
-        problem = f"{target} can't be imported ({e})"
+        scorer = getattr(import_module(module), name)()
+    except Exception as e:  # the user's code
+        problem = f"{target} can't be imported and scorer ({e!r})"
         raise UserError("classifier.target", problem, "write it as package.module.Class") from e
+    if not callable(scorer):
+        problem = f"an object of {target} can't be called with a text"
+        raise UserError("classifier.target", problem, "give it a method __call__")
+    return scorer

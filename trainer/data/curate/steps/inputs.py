@@ -27,6 +27,8 @@ def package(step: str, name: str) -> ModuleType:
 def entries(step: str, path: str) -> tuple[str, ...]:
     """Return the lines of a list, without white space at their ends, empty lines and lines that
     begin with #."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(step, f"{path} is no regular file", "give a text file")
     try:
         size = Path(path).stat().st_size
         if size > MOST_BYTES:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from forescale.data.curate.step import Draft
 from forescale.data.curate.steps.inputs import ranges
+from forescale.ground.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Length:
     most_bytes: int | None = None
 
     def check(self) -> None:
+        if all(value is None for value in vars(self).values()):
+            todo = "give least_characters, or another"
+            raise UserError("length", "has no bound, so it keeps every document", todo)
         ranges(
             "length",
             characters=(self.least_characters, self.most_characters),

@@ -25,6 +25,7 @@ class Urls:
 
     VERSION: ClassVar[int] = 1
     SOURCE: ClassVar[str] = "lists of the user; substrings as in datatrove 0.10 (URLFilter)"
+    FILES: ClassVar[tuple[str, ...]] = ("block", "allow", "substrings")
 
     block: tuple[str, ...] = ()  # files
     allow: tuple[str, ...] = ()  # files
