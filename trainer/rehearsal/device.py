@@ -239,6 +239,7 @@ def _answer_for_cuda(gpu: Gpu, waits: Waits) -> None:
         **_answering("", "memory_summary"),
         "device_count": lambda: gpu.per_node,
         "get_device_properties": lambda *_, **__: properties,
+        "_get_device_properties": lambda *_: properties,  # what an earlier import of it calls
         "get_device_name": lambda *_, **__: gpu.name,
         "get_device_capability": lambda *_, **__: gpu.capability,
         "mem_get_info": lambda *_: (gpu.memory, gpu.memory),
