@@ -21,7 +21,6 @@ are deltas on their way.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,20 +31,13 @@ from forescale.engine.state import (
     OUTER_DELTA,
     OUTER_MOMENTUM,
     OUTER_WEIGHT,
+    Fills,
     fragment_of,
     owned_part,
 )
 from forescale.engine.step import Engine
 
 _ODD = 0x9E3779B97F4A7C15  # makes a hash depend on the parameter (golden ratio, splitmix64)
-
-
-class Fills(Protocol):
-    """A reader of one member's deltas, or of a checkpoint; see FragmentReader."""
-
-    def states(self, name: str) -> list[str]: ...
-
-    def fill(self, fragment: Fragment) -> None: ...
 
 
 def part_of(name: str, count: int) -> int:

@@ -27,7 +27,7 @@ OUTER_WEIGHT, OUTER_MOMENTUM, OUTER_DELTA = "outer_weight", "outer_momentum", "o
 
 
 class Fills(Protocol):
-    """A reader of a checkpoint; see FragmentReader."""
+    """A reader of a checkpoint, or of one member's deltas; see FragmentReader."""
 
     def states(self, name: str) -> list[str]: ...
 
