@@ -94,7 +94,7 @@ def test_the_held_out_text_of_a_dataset(dataset, texts, tmp_path):
 )
 def test_settings_that_are_refused(options, sentence):
     with pytest.raises(UserError, match=sentence):
-        Decontaminate(**options)
+        Decontaminate(**options).check()
 
 
 def test_files_that_are_refused(files, tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ class Decontaminate:
     VERSION: ClassVar[int] = 1
     SOURCE: ClassVar[str] = "GPT-3, arXiv 2005.14165, appendix C"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.files:
             todo = "name files with evaluation texts, or leave the step out"
             raise UserError("decontaminate.files", "is empty", todo)

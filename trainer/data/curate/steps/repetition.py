@@ -44,18 +44,15 @@ class GopherRepetition:
         text = draft.text
         if not text:
             return "empty"
-        parts = paragraph_list(text)
-        number, characters = repeats(parts)
-        if number / len(parts) > self.most_paragraphs:
-            return "repeated paragraphs"
-        if characters / len(text) > self.most_paragraph_characters:
-            return "repeated paragraphs"
-        parts = line_list(text)
-        number, characters = repeats(parts)
-        if number / len(parts) > self.most_lines:
-            return "repeated lines"
-        if characters / len(text) > self.most_line_characters:
-            return "repeated lines"
+        paragraphs = self.most_paragraphs, self.most_paragraph_characters
+        lines = self.most_lines, self.most_line_characters
+        for kind, parts, (most, most_characters) in (
+            ("paragraphs", paragraph_list(text), paragraphs),
+            ("lines", line_list(text), lines),
+        ):
+            number, characters = repeats(parts)
+            if number / len(parts) > most or characters / len(text) > most_characters:
+                return f"repeated {kind}"
         return self._of_words(words(text), len(text))
 
     def _of_words(self, tokens: tuple[str, ...], characters: int) -> str | None:
