@@ -224,8 +224,9 @@ turn = torch.ones(16, 1, 8), torch.zeros(16, 1, 8)
 
 
 def names(lines):
-    found = (re.search(r"[._ ](mm|all_reduce|wait_tensor)(_[0-9]+|_?[.(])", line) for line in lines)
-    return [match.group(1) for match in found if match]
+    kind = re.compile(r"[._ ](mm|all_reduce|wait_tensor)(_[0-9]+|_?[.(])")
+    matches = map(kind.search, lines)
+    return [match.group(1) for match in matches if match]
 
 
 def run(backend):
