@@ -29,8 +29,8 @@ BANNED = {
 # A change that needs more lines lets others go, or raises the number here and says in its commit
 # which lines it looked at.
 BUDGETS = {
-    "lines of source": 85_300,
-    "lines of tests": 68_900,
+    "lines of source": 86_900,
+    "lines of tests": 69_900,
     "lines of the largest room": 14_065,  # scaling/; every other one is below 9,000
     "names that name nothing": 0,
     "file names that occur twice below a room": 0,
