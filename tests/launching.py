@@ -100,7 +100,7 @@ def interrupt(process: Process, run: Path, step: int, number: int) -> str:
 def ranks_of(process):
     """The ranks of a launcher that exist at this moment, by their numbers."""
     ranks = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in _children(process, recursive=True):
         with suppress(psutil.Error):
             if child.name().startswith("rank-"):
                 ranks[int(child.name()[5:])] = child
@@ -109,8 +109,19 @@ def ranks_of(process):
 
 def template_of(process) -> psutil.Process | None:
     """The process of which the ranks of a launcher are forks, where there is one."""
-    children = psutil.Process(process.pid).children()
-    return next((child for child in children if "--frozen" in child.cmdline()), None)
+    for child in _children(process):
+        with suppress(psutil.Error):
+            if "--frozen" in child.cmdline():
+                return child
+    return None
+
+
+def _children(process, recursive=False) -> list[psutil.Process]:
+    """None once the launcher itself has ended."""
+    try:
+        return psutil.Process(process.pid).children(recursive=recursive)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def processes(folder: Path) -> list[int]:

@@ -210,14 +210,18 @@ class Fork(_Child):
 
 
 class Launcher(_Child):
-    """`forescale WORDS` in a fork of the server, as a Popen that reads its output."""
+    """`forescale WORDS` in a fork of the server, as a Popen that reads its output, or writes it
+    into an open file."""
 
-    def __init__(self, words: list[str], folder: Path, environment: dict[str, str]):
-        read, write = os.pipe()
+    def __init__(
+        self, words: list[str], folder: Path, environment: dict[str, str], output: int | None = None
+    ):
+        read, write = (None, output) if output is not None else os.pipe()
         request = {"words": words, "folder": str(folder), "environment": environment}
         self._answer = ask({"serve": "tests.warm:launch", **request}, write).makefile()
-        os.close(write)
-        self.stdout = os.fdopen(read)
+        if read is not None:
+            os.close(write)
+            self.stdout = os.fdopen(read)
         self.pid = int(self._answer.readline())
         self._ended = threading.Event()
         self._output: list[str] = []

@@ -64,7 +64,7 @@ def struck(run):
 )
 def test_a_rank_that_hangs_is_named_and_the_run_resumes(dataset, tmp_path, whole, fault, sentence):
     command = ("run.name=cut", f"data.path={dataset}", *TWO, *QUICK, f"faults=[{fault}]")
-    output = launching.train(tmp_path, *command, cold=True)
+    output = launching.train(tmp_path, *command, cold="freeze@25:rank0" in fault)
     run, rank = tmp_path / "cut", int(fault.split("rank")[1][0])
     hang = read_hang(run / "attempts/0001")
     assert hang.ranks == (rank,)
@@ -89,7 +89,7 @@ def test_a_rank_that_waits_for_data_ends_when_the_grace_time_is_over(dataset, tm
     """Rank 1 is in data for ever, rank 0 waits in backward: neither sees the stop request."""
     command = ("run.name=cut", f"data.path={dataset}", *TWO, "launch.grace='3 s'")
     run = tmp_path / "cut"
-    process = launching.start(tmp_path, *command, "faults=[hang@25:rank1:data]", cold=True)
+    process = launching.start(tmp_path, *command, "faults=[hang@25:rank1:data]")
     came = lambda: list(run.glob("attempts/0001/faults-rank-*.jsonl"))  # noqa: E731
     launching.wait_until(process, came, "the fault")
     time.sleep(0.5)
@@ -142,9 +142,9 @@ def test_every_second_falls_in_a_bucket(dataset, tmp_path):
     command = ("run.name=cut", f"data.path={dataset}", *TWO, *QUICK)
     command = (*command, "faults=[kill@15:rank1:backward,freeze@25:rank1:forward]")
     began = time.time()
-    process = launching.start(tmp_path, *command, cold=True)
+    process = launching.start(tmp_path, *command)
     launching.interrupt(process, tmp_path / "cut", 33, signal.SIGKILL)
-    launching.train(tmp_path, *command, cold=True)
+    launching.train(tmp_path, *command)
     ended = time.time()
     goodput = Goodput(Run(tmp_path / "cut"))
     assert len(goodput.launches) == 4

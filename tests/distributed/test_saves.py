@@ -66,7 +66,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(dataset, tmp_pa
         newest = rng.choice([newest_attempt, lambda run: len(Run(run).attempts())])
         process = await_attempt(process, lambda: newest(run) > last)  # noqa: B023
         if process is None:
-            process = launching.start(tmp_path, "run.name=cut", *command, cold=True)
+            process = launching.start(tmp_path, "run.name=cut", *command, cold=not killed)
             continue
         time.sleep(rng.uniform(0, 0.6))
         victim, there = rng.choice(["launcher", "template", 0, 1]), launching.ranks_of(process)
@@ -103,7 +103,7 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
     midst of it: what it still saves is refused or doesn't count, and the run is as undisturbed."""
     command = (f"data.path={dataset}", "launch.processes=2", *length(120, 5))
     launching.train(tmp_path, "run.name=whole", *command)
-    old = launching.start(tmp_path, "run.name=cut", *command, cold=True)
+    old = launching.start(tmp_path, "run.name=cut", *command)
     run = tmp_path / "cut"
     launching.wait_until(old, lambda: any(r["step"] >= 12 for r in launching.rows(run)), "step 12")
     asleep = [psutil.Process(old.pid), *launching.ranks_of(old).values()]

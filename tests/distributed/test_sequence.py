@@ -146,7 +146,7 @@ def test_a_divided_run_repeats_its_steps_bit_for_bit(dataset, tmp_path):
     command = (f"data.path={dataset}", *LENGTH, *DIVIDED, "engine=zero2", "optimizer=muon")
     command += ("model.dropout=0.1", "data.document_mask=true")
     command += ("train.steps=16", "validation.every=16")
-    whole, again = launching.whole_and_repeated(tmp_path, *command, step=8, cold=True)
+    whole, again = launching.whole_and_repeated(tmp_path, *command, step=8)
     assert len(whole) == 16
     assert again == whole
 

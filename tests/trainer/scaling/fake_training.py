@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from forescale.run.start import start
 from forescale.scaling.records.records import record
 from forescale.scaling.study.directory import Study
 from tests.trainer.small_run import change_rows
+from tests.warm import Launcher
 
 LAW = {"A": 3.0, "B": 60.0, "E": 0.9, "alpha": 0.2, "beta": 0.3}
 
@@ -63,13 +65,14 @@ class FakeTraining:
 
 
 class MostlyFake(FakeTraining):
-    """Trains the cells in `real` in processes, and makes the runs of all others."""
+    """Trains the cells in `real`, and makes the runs of all others."""
 
     real: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, argv, **keys):
         if name_of(argv) in cls.real:
-            return subprocess.Popen(argv, **keys)
+            words = argv[argv.index("forescale") + 1 :]
+            return Launcher(words, Path.cwd(), keys["env"], keys["stdout"].fileno())
         return super().__new__(cls)
 
 
