@@ -103,7 +103,7 @@ class Dataset:
     """A dataset in a directory or at a URL. Opening it reads the manifest only.
 
     vocab_size; end_of_text: the id that follows every document; corpus_hash: sha256 over the
-    ordered names and hashes of the documents.
+    ordered names and hashes of the documents; manifest_hash: sha256 of manifest.json.
     """
 
     def __init__(self, path: str | Path, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
@@ -118,6 +118,7 @@ class Dataset:
             raise UserError(self.where, problem, "make one with `forescale shards`")
         self._table = self._json(dict[str, FileEntry], TABLE, self._store.read(TABLE))
         raw = self._verified(MANIFEST)
+        self.manifest_hash: str = self._table[MANIFEST].sha256
         version = self._json(dict[str, Any], MANIFEST, raw).get("format")
         if version != FORMAT:
             older = isinstance(version, int) and version < FORMAT
@@ -325,12 +326,14 @@ class Sources:
         return {name: split.num_tokens for name, split in self.split("train").items()}
 
     def describe(self) -> dict[str, Any]:
-        """Return path, identity and corpus hash of every source, as stored with a run."""
+        """Return path, identity and corpus hash of every source, as stored with a run; and the hash
+        of its manifest, which chains what it was built of and how."""
         return {
             name: {
                 "path": d.where if "://" in d.where else str(Path(d.where).resolve()),
                 "identity": d.identity,
                 "corpus_hash": d.corpus_hash,
+                "manifest": d.manifest_hash,
             }
             for name, d in self.datasets.items()
         }

@@ -13,11 +13,13 @@ from forescale.models.config import ModelConfig
 
 
 class StoredSource(TypedDict):
-    """One dataset of a run: where it was, and the hash of what decides its tokens."""
+    """One dataset of a run: where it was, the hash of what decides its tokens, and that of its
+    manifest, which says how it was built."""
 
     path: str
     identity: str
     corpus_hash: NotRequired[str | None]
+    manifest: NotRequired[str]  # an earlier version wrote none
 
 
 class StoredData(TypedDict):

@@ -98,9 +98,12 @@ def _check(kind: str, path: Path, tick, replayed, trust: bool) -> Findings:
 
     findings = Findings(faults=check(path, tick))
     if not findings.faults:
+        from forescale.data.curate.earlier import chain_faults
         from forescale.data.dataset import Dataset
 
         dataset = Dataset(path)
+        for sentence, is_other in chain_faults(dataset):
+            (findings.faults if is_other else findings.notes).append(sentence)
         for name in dataset.manifest["splits"]:
             split = dataset.split(name)
             findings.verified.append(

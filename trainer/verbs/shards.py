@@ -14,7 +14,7 @@ from forescale.config.job import Job, Problems
 from forescale.config.schema import key, section
 from forescale.config.suggest import nearest_first
 from forescale.data.curate.curation import Curation
-from forescale.data.dataset import MANIFEST, Dataset
+from forescale.data.dataset import MANIFEST, TOKENIZER, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
 from forescale.data.prepare.share import share_of
@@ -79,6 +79,9 @@ class ShardsJob(Job):
             problem = f"{self.max_document_bytes} doesn't fit long={self.long}"
             todo = "set both max_document_bytes and long (cut, skip or fail), or neither"
             problems.append(("max_document_bytes", problem, todo))
+        if not self.tokenizer and "://" in "".join(self.curate.against[:1]):
+            todo = "write tokenizer=PATH of a local copy of its tokenizer.json"
+            problems.append(("tokenizer", "is required, since curate.against is remote", todo))
         return problems
 
 
@@ -143,10 +146,15 @@ def source_of(job: ShardsJob) -> Files:
 
 def build_config(job: ShardsJob) -> BuildConfig:
     """Return the builder's configuration for this job."""
+    tokenizer, end = job.tokenizer, job.end_of_text
+    if tokenizer is None and job.curate.against:  # without it they could not be mixed
+        earlier = Dataset(path := str(Path(job.curate.against[0]).expanduser()))
+        tokenizer = f"{path}/{TOKENIZER}"
+        end = end or earlier.tokenizer.id_to_token(earlier.end_of_text)
     return BuildConfig(
-        tokenizer=job.tokenizer or "bpe",
+        tokenizer=tokenizer or "bpe",
         vocab_size=job.vocab_size,
-        end_of_text=job.end_of_text,
+        end_of_text=end,
         validation=job.validation_fraction,
         seed=job.seed,
         shard_tokens=job.shard_tokens,

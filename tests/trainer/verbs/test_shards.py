@@ -48,6 +48,24 @@ def test_again_finds_it_and_otherwise_is_refused(folder, forescale):
     assert {p.name: p.stat().st_mtime_ns for p in (folder.parent / "data").iterdir()} == before
 
 
+def test_more_files_are_a_further_source_with_the_same_tokenizer(folder, forescale):
+    words = ("shards", "books", "output=data", "vocab_size=300")
+    assert forescale(*words)[0] == 0
+    (folder / "more.txt").write_text("A text that came later. " * 20)
+    assert "shards FILES output=DIR curate.against=[data]" in forescale.refuses(*words)
+    words = ("curate.against=[data]", "curate.near_duplicates=drop")
+    out = forescale.prints("shards", "books", "output=later", *words)
+    assert "9  is in data: books/0.txt" in out
+    data, later = Dataset("data"), Dataset("later")
+    assert later.manifest["tokenizer"] == data.manifest["tokenizer"]
+    assert later.manifest["corpus"]["documents"] <= 2  # the later one, and its last part
+    assert "complete" in forescale.prints("check", "later")
+    (folder.parent / "data").rename(folder.parent / "moved")
+    assert "judged against" in forescale.prints("check", "later")
+    words = ("curate.against=[moved]", "curate.near_duplicates={kind: drop, across_sources: false}")
+    assert "across_sources" in forescale.refuses("shards", "books", "output=x", *words)
+
+
 def test_lines_plain_and_compressed(tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"body": f"document {i} " * 9}).encode() for i in range(12)]

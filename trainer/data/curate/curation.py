@@ -13,6 +13,7 @@ from typing import Any
 
 from forescale.data.curate import minhash, substrings
 from forescale.data.curate.duplicates import Duplicates
+from forescale.data.curate.earlier import Earlier
 from forescale.data.curate.step import Step
 from forescale.data.curate.steps import STEPS
 from forescale.data.curate.substrings import Substrings
@@ -47,6 +48,8 @@ class Curation:
     near_duplicates: Keep | Duplicates = field(default_factory=Keep, metadata={"kinds": NEAR})
     # passages of 50 words and more that occurred before: keep them, or {kind: cut, words: 50}
     repeated_passages: Keep | Substrings = field(default_factory=Keep, metadata={"kinds": PASSAGES})
+    # datasets that were built before: what they hold goes, and what this one keeps is a new source
+    against: list[str] = field(default_factory=list)
     url_key: str = "url"  # field of a JSON line, or column of a table, with a document's address
     # number of documents that the report shows of each reason for which a step drops them
     samples: int = field(default=5, metadata={"bounds": {"ge": 0, "le": 100}})
@@ -69,17 +72,20 @@ class Curation:
         if self.near and self.near.stays == "score" and "score" not in scores:
             todo = "add the step classifier, whose attribute is score, or choose first or longest"
             problems.append(("near_duplicates.stays", "no step gives a score", todo))
+        if self.against and self.near and not self.near.across_sources:
+            todo = "leave near_duplicates.across_sources out"
+            problems.append(("against", "compares all inputs with the earlier datasets", todo))
         return problems
 
     @property
     def is_empty(self) -> bool:
         """True if it does nothing."""
-        return not (self.steps or self.near or self.passages)
+        return not (self.steps or self.compares)
 
     @property
     def compares(self) -> bool:
         """True if documents are compared with each other after the steps."""
-        return self.near is not None or self.passages is not None
+        return bool(self.near or self.passages or self.against)
 
     @property
     def near(self) -> Duplicates | None:
@@ -120,6 +126,8 @@ class Curation:
         if self.passages is not None:
             described["repeated_passages"] = {
                 "version": substrings.VERSION, **asdict(self.passages)}  # fmt: skip
+        if self.against:
+            described["against"] = Earlier(tuple(self.against)).describe()
         return described
 
 

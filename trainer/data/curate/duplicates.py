@@ -7,8 +7,8 @@
 
 Documents with an equal band hash are neighbours. Of each connected component one document stays:
 the first in source order (unit, then document), the longest in characters, or that of the highest
-score; of equal ones the first. A chain of neighbours is one component, so its ends may be less
-alike than the neighbours.
+score; of equal ones the first. Documents of earlier datasets always stay. A chain of neighbours is
+one component, so its ends may be less alike than the neighbours.
 
 Invariant: the result depends on the texts, the settings and the groups alone: not on the number of
 processes, restarts, the order of tasks, or where ranges are cut.
@@ -29,9 +29,11 @@ import numpy as np
 from forescale.data.curate.minhash import MinHash, band_hashes
 from forescale.data.prepare.columns import UnitFile, UnitWriter, facts, finished
 from forescale.data.prepare.pool import Tick
+from forescale.data.prepare.selection import document_hash
 from forescale.ground.errors import UserError
 
 _RUN = 1 << 20  # keys sorted together
+_BATCH = 1 << 10  # texts of which the hashes are made together
 _RANGE = 1 << 20  # approximate keys per range
 RULES = ("first", "longest", "score")
 
@@ -49,6 +51,27 @@ class Duplicates:
         if self.stays not in RULES:
             raise UserError("stays", f"{self.stays!r} is no rule", f"choose {', '.join(RULES)}")
 
+    def keys(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the hashes of batches of texts: documents with an equal one are neighbours."""
+        return band_hashes(texts, self.minhash)
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Only equal texts are neighbours, by 64 bits of their hash, and of these only the documents go
+    that an earlier dataset has."""
+
+    stays = "first"
+    across_sources = True
+
+    def keys(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        hashes = (document_hash(text.encode())[:1] for text in texts)
+        while batch := [*islice(hashes, _BATCH)]:
+            yield np.array(batch, "<u8")
+
+
+Settings = Duplicates | Equal
+
 
 class KeyRun(NamedTuple):
     """A run of a file in signatures/: offset in bytes, and keys, ascending, equal ones in source
@@ -64,7 +87,7 @@ class KeyRun(NamedTuple):
 def sign_unit(
     texts: Iterable[str],
     out: UnitWriter,
-    settings: Duplicates,
+    settings: Settings,
     scores: Iterable[float] | None = None,
 ) -> dict[str, Any]:
     """Add the signatures of a unit's texts to `out`, and return the facts to finish it with:
@@ -81,12 +104,10 @@ def sign_unit(
 
     runs: list[KeyRun] = []
     first = 0
-    batches = band_hashes(counted(), settings.minhash)
-    per_run = max(1, _RUN // settings.minhash.bands)
     waiting: list[np.ndarray] = []
-    for batch in batches:
+    for batch in settings.keys(counted()):
         waiting.append(batch)
-        if sum(map(len, waiting)) >= per_run:
+        if sum(map(len, waiting)) >= max(1, _RUN // batch.shape[1]):
             first = _add_run(waiting, first, out, runs)
     if waiting:
         first = _add_run(waiting, first, out, runs)
@@ -112,19 +133,23 @@ def _add_run(waiting: list[np.ndarray], first: int, out: UnitWriter, runs: list[
 
 class Signatures(NamedTuple):
     """What tasks know of all units: runs of each, first document of each counted over all (and the
-    end), and the group of each; only documents of one group are compared."""
+    end), and the group of each; only documents of one group are compared. earlier: the number of
+    units, the first ones, that are of earlier datasets."""
 
     directory: Path
     runs: list[list[KeyRun]]
     starts: list[int]
     groups: list[int]
+    earlier: int = 0
 
     @property
     def keys(self) -> int:
         return sum(run.keys for unit in self.runs for run in unit)
 
 
-def signatures(directory: Path, sources: Sequence[int], settings: Duplicates) -> Signatures:
+def signatures(
+    directory: Path, sources: Sequence[int], settings: Settings, earlier: int = 0
+) -> Signatures:
     """Return the signatures of all units. sources: the source of each unit."""
     runs, starts = [], [0]
     for number in range(len(sources)):
@@ -132,7 +157,7 @@ def signatures(directory: Path, sources: Sequence[int], settings: Duplicates) ->
         runs.append([KeyRun(*run) for run in unit["runs"]])
         starts.append(starts[-1] + unit["documents"])
     groups = [0] * len(sources) if settings.across_sources else list(sources)
-    return Signatures(directory, runs, starts, groups)
+    return Signatures(directory, runs, starts, groups, earlier)
 
 
 def find_edges(
@@ -178,7 +203,7 @@ def _slices(signed: Signatures, low: int, high: int) -> tuple[np.ndarray, np.nda
 
 
 def resolve(
-    signed: Signatures, edges: Sequence[Path], path: Path, settings: Duplicates, tick: Tick
+    signed: Signatures, edges: Sequence[Path], path: Path, settings: Settings, tick: Tick
 ) -> None:
     """Decide which documents go, and write them to the unit file `path`. edges: of all ranges."""
     if finished(path):
@@ -193,8 +218,10 @@ def resolve(
     opens[1:] = root[order[1:]] != root[order[:-1]]
     stays = np.empty(len(nodes), "<u8")
     stays[order] = nodes[order[np.flatnonzero(opens)][np.cumsum(opens) - 1]]
-    goes = stays != nodes
     starts = np.array(signed.starts, "<u8")
+    goes = (stays != nodes) & (nodes >= (new := starts[signed.earlier]))
+    if isinstance(settings, Equal):  # equal new ones go as without a curation
+        goes &= stays < new
     gone, reason = nodes[goes], stays[goes]
     unit = np.searchsorted(starts, reason, "right") - 1
     of_unit = np.searchsorted(gone, starts)
@@ -285,4 +312,5 @@ def _ranks(signed: Signatures, nodes: np.ndarray, rule: str) -> np.ndarray:
             column = file.column(offset, file.facts["documents"], dtype)
             place = nodes[start:stop] - np.uint64(signed.starts[number])
             rank[start:stop] = np.nan_to_num(column[place].astype(np.float64), nan=-np.inf)
+    rank[: bounds[signed.earlier]] = np.inf  # what a dataset holds stays
     return rank

@@ -238,6 +238,8 @@ class _Build:
                 "sha256": entries[CURATION].sha256,
                 "steps": tally["steps"],
             }
+            if self.curation.against:
+                report["curation"]["against"] = self.across.earlier.places(self.work.output)
         write_manifest(
             work.stage, entries, vocabulary, splits, digest, self.request, report, compared
         )

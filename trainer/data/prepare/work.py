@@ -151,5 +151,9 @@ def build_once(
     have = (dataset := Dataset(output)).manifest["build"]
     if differing := [key for key in request if have.get(key) != request[key]]:
         problem = f"holds a dataset that was built with different {', '.join(differing)}"
-        raise UserError(str(output), problem, "choose another output or remove it")
+        todo = "choose another output or remove it"
+        if differing == ["source"]:
+            todo += "; to add files, build them as a further source, without what is there: "
+            todo += f"forescale shards FILES output=DIR curate.against=[{output}]"
+        raise UserError(str(output), problem, todo)
     return dataset
